@@ -1,0 +1,85 @@
+"""What a user can do wrong: `KhaError` and its kinds, each with the exit code the command ends with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class KhaError(Exception):
+    """A mistake outside the program, told in one line: what is wrong, what is allowed, how to mend it.
+
+    `field` names the configuration key or the file, `value` what was found there, `allowed` what would have been
+    accepted, `fix` what to type or change. `str(error)` is the line a user sees; only the parts given are shown.
+    """
+
+    exit_code = 1
+    kind = "error"
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        field: str | None = None,
+        value: Any = None,
+        allowed: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        self.problem, self.field, self.value, self.allowed, self.fix = problem, field, value, allowed, fix
+        where = "" if field is None else f"{field}: " if value is None else f"{field} = {value!r}: "
+        text = f"{where}{problem}"
+        text += f"; allowed: {allowed}" if allowed else ""
+        text += f"; fix: {fix}" if fix else ""
+        super().__init__(text)
+
+    def line(self) -> str:
+        """The one line printed before the command ends with `exit_code`."""
+        return f"{self.kind} error: {self}"
+
+
+class ConfigError(KhaError):
+    """A configuration that cannot run: unknown key, wrong type, impossible combination, missing directory."""
+
+    exit_code = 2
+    kind = "configuration"
+
+
+class ResumeError(KhaError):
+    """A checkpoint that does not belong to this configuration."""
+
+    exit_code = 3
+    kind = "resume"
+
+
+class DataError(KhaError):
+    """Shards that are damaged or are not what their manifest says. Names shard, offset, expected and found."""
+
+    exit_code = 4
+    kind = "data"
+
+
+class CheckpointError(KhaError):
+    """A checkpoint that is damaged or is not what its manifest says."""
+
+    exit_code = 4
+    kind = "checkpoint"
+
+
+class DivergedError(KhaError):
+    """Training left the finite numbers, or the loss left all reason, for longer than the policy allows."""
+
+    exit_code = 5
+    kind = "divergence"
+
+
+class RunDirectoryInUse(KhaError):
+    """Another live process owns the run directory."""
+
+    exit_code = 6
+    kind = "run directory"
+
+
+class HangError(KhaError):
+    """A rank stopped answering: try again."""
+
+    exit_code = 75
+    kind = "hang"
