@@ -1,6 +1,7 @@
 """Names of the attention variants -> where their module lives and which options they take. No torch is imported here.
 
-A new variant is one file with its module (and, if it has any, its options), one YAML under `configs/`, and one line here.
+A new variant is one file with its module (and, if it has any, its options), one YAML under `configs/`, and one line
+here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ class Variant:
     """A registered name: `path` is `module:Class`, imported only when the model is built; `options` its dataclass."""
 
     path: str
-    options: type[BaseOptions] | type[InteractionOptions]
+    options: type[BaseOptions | InteractionOptions]
 
     def load(self) -> Any:
         """The class that builds this variant."""

@@ -80,12 +80,15 @@ class DataSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleSection:
-    """Learning rate over steps: linear warm-up, then `cosine`, or `wsd` (constant, then linear decay at the end)."""
+    """Learning rate over steps: linear warm-up, then `cosine`, or `wsd` (constant, then linear decay at the end).
+
+    `warmup` and `decay` are shares of `run.steps`, `final` a share of the peak rate. `decay` is read by `wsd` alone.
+    """
 
     name: Literal["cosine", "wsd"] = "cosine"
-    warmup_steps: int = 0
-    decay_steps: int = 0
-    final_fraction: float = 0.1
+    warmup: float = 0.05
+    decay: float = 0.2
+    final: float = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Tools that make training data: corpus, tokenizer, shards."""

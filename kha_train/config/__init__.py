@@ -1,0 +1,1 @@
+"""The configuration: schema, registry of variants, composition, validation."""

@@ -1,0 +1,106 @@
+"""Plain values -> the frozen dataclass tree, strictly: unknown keys and wrong types are errors that name the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from kha_train.config.options import BaseOptions, InteractionOptions
+from kha_train.config.registry import BASES, INTERACTIONS
+from kha_train.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], values: Any, path: str = "") -> T:
+    """The dataclass `cls` from nested plain `values`; `path` is where they stand in the tree ("" for the root).
+
+    Raises ConfigError for an unknown key (naming the nearest), a missing one, or a value of the wrong type.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError("expected a group of settings", field=path or "config", value=values)
+    cls = _variant_class(cls, values, path)
+    hints = get_type_hints(cls)
+    known = [field.name for field in fields(cls)]
+    for key in values:
+        if key not in known:
+            raise ConfigError("unknown key", field=_join(path, str(key)), **nearest(str(key), known, path))
+    arguments = {}
+    for field in fields(cls):
+        where = _join(path, field.name)
+        if field.name in values and values[field.name] != "???":
+            arguments[field.name] = _convert(hints[field.name], values[field.name], where)
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise ConfigError("not set", field=where, fix=f"add {where}=VALUE")
+    return cls(**arguments)
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """The tree as nested dicts, lists, strings and numbers: what is written to `<run.dir>/config.yaml`."""
+    return {key: _plain(value) for key, value in asdict(config).items()}
+
+
+def flatten(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested plain values as one level of dotted keys."""
+    flat = {}
+    for key, value in values.items():
+        where = _join(path, key)
+        flat |= flatten(value, where) if isinstance(value, Mapping) else {where: value}
+    return flat
+
+
+def nearest(key: str, known: Iterable[str], path: str = "") -> dict[str, str]:
+    """`allowed` and `fix` of an error about an unknown `key`."""
+    known = list(known)
+    close = get_close_matches(key, known, n=1)
+    hint = {"fix": f"did you mean {_join(path, close[0])}?"} if close else {}
+    return {"allowed": ", ".join(known), **hint}
+
+
+def _variant_class(cls: type, values: Mapping[str, Any], path: str) -> type:
+    registry = {BaseOptions: BASES, InteractionOptions: INTERACTIONS}.get(cls)
+    if registry is None:
+        return cls
+    name = values.get("name")
+    if name not in registry:
+        raise ConfigError("no such variant", field=f"{path}.name", value=name, **nearest(str(name), registry))
+    return registry[name].options
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if is_dataclass(hint):
+        return build(hint, value, where)
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if not any(value == choice and type(value) is type(choice) for choice in arguments):
+            raise ConfigError("not a choice", field=where, value=value, **nearest(str(value), map(str, arguments)))
+        return value
+    if origin is tuple:
+        return _convert_tuple(arguments, value, where)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError("wrong type", field=where, value=value, allowed=hint.__name__)
+    return value
+
+
+def _convert_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError("expected a list", field=where, value=value, fix=f"{where}=[{value}]")
+    if arguments[-1] is Ellipsis:
+        return tuple(_convert(arguments[0], item, where) for item in value)
+    if len(value) != len(arguments):
+        raise ConfigError(f"expected {len(arguments)} values", field=where, value=value)
+    return tuple(_convert(hint, item, where) for hint, item in zip(arguments, value, strict=True))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key

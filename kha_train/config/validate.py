@@ -1,0 +1,132 @@
+"""Combinations that cannot run, found before anything is built. Each check says what to change."""
+
+from __future__ import annotations
+
+from kha_train.config.schema import RunConfig
+from kha_train.errors import ConfigError
+
+
+def validate(config: RunConfig) -> None:
+    """Everything that can be judged from the configuration alone. Raises ConfigError."""
+    _positive(config)
+    _shares(config)
+    _attention(config)
+    _experts(config)
+    _engine(config)
+
+
+def validate_batch(config: RunConfig, world_size: int) -> None:
+    """The global batch must deal out evenly to the ranks and their micro-batches. Raises ConfigError."""
+    rows, micro = config.data.global_batch_size, config.engine.micro_batch_size
+    unit = micro * world_size
+    if rows % unit:
+        below, above = rows // unit * unit, -(-rows // unit) * unit
+        raise ConfigError(
+            f"does not divide into micro-batches of {micro} on {world_size} ranks",
+            field="data.global_batch_size",
+            value=rows,
+            allowed=f"multiples of engine.micro_batch_size x ranks = {unit}",
+            fix=f"data.global_batch_size={below or above}" + (f" or {above}" if below else ""),
+        )
+
+
+def _positive(config: RunConfig) -> None:
+    model, moe = config.model, config.moe
+    counts = {
+        "run.steps": config.run.steps,
+        "model.layers": model.layers,
+        "model.hidden_size": model.hidden_size,
+        "model.query_heads": model.query_heads,
+        "model.kv_heads": model.kv_heads,
+        "model.vocab_size": model.vocab_size,
+        "model.seq_len": model.seq_len,
+        "model.loss_chunk_tokens": model.loss_chunk_tokens,
+        "moe.experts": moe.experts,
+        "moe.top_k": moe.top_k,
+        "moe.expert_width": moe.expert_width,
+        "data.global_batch_size": config.data.global_batch_size,
+        "engine.micro_batch_size": config.engine.micro_batch_size,
+        "engine.reduce_bucket_elements": config.engine.reduce_bucket_elements,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "stability.max_nonfinite_steps": config.stability.max_nonfinite_steps,
+    }
+    for field, value in counts.items():
+        if value < 1:
+            raise ConfigError("must be at least 1", field=field, value=value)
+    amounts = {
+        "model.norm_eps": model.norm_eps,
+        "model.rope_theta": model.rope_theta,
+        "optim.lr": config.optim.lr,
+        "optim.eps": config.optim.eps,
+        "optim.grad_clip": config.optim.grad_clip,
+        "engine.collective_timeout_seconds": config.engine.collective_timeout_seconds,
+    }
+    for field, value in amounts.items():
+        if not value > 0:
+            raise ConfigError("must be above 0", field=field, value=value)
+    at_least_zero = {
+        "run.seed": config.run.seed,
+        "model.init_std": model.init_std,
+        "moe.bias_update_rate": moe.bias_update_rate,
+        "optim.weight_decay": config.optim.weight_decay,
+        "validation.every_steps": config.validation.every_steps,
+        "validation.rows": config.validation.rows,
+        "telemetry.peak_tflops": config.telemetry.peak_tflops,
+    }
+    for field, value in at_least_zero.items():
+        if not value >= 0:
+            raise ConfigError("must not be negative", field=field, value=value)
+
+
+def _shares(config: RunConfig) -> None:
+    schedule = config.optim.schedule
+    for field, value in {"warmup": schedule.warmup, "decay": schedule.decay, "final": schedule.final}.items():
+        if not 0 <= value <= 1:
+            raise ConfigError("is a share", field=f"optim.schedule.{field}", value=value, allowed="0 to 1")
+    if schedule.name == "wsd" and schedule.warmup + schedule.decay > 1:
+        raise ConfigError(
+            f"warm-up ({schedule.warmup}) and decay ({schedule.decay}) together exceed the run",
+            field="optim.schedule",
+            fix="optim.schedule.decay=" + str(round(1 - schedule.warmup, 3)),
+        )
+    for beta in config.optim.betas:
+        if not 0 <= beta < 1:
+            raise ConfigError("is a decay rate", field="optim.betas", value=beta, allowed="0 up to, not with, 1")
+
+
+def _attention(config: RunConfig) -> None:
+    base, interaction = config.attention.base, config.attention.interaction
+    problem = base.invalid() or interaction.invalid()
+    if problem:
+        raise problem
+    reason = interaction.refuses(base)
+    if reason:
+        raise ConfigError(reason, field="attention.interaction.name", value=interaction.name)
+
+
+def _experts(config: RunConfig) -> None:
+    moe = config.moe
+    if moe.top_k > moe.experts:
+        raise ConfigError(f"only {moe.experts} experts", field="moe.top_k", value=moe.top_k, fix="lower it")
+    if moe.backend == "grouped":
+        for field, value in {"model.hidden_size": config.model.hidden_size, "moe.expert_width": moe.expert_width}.items():
+            if value % 8:
+                raise ConfigError(
+                    "grouped_mm needs rows of 16 bytes",
+                    field=field,
+                    value=value,
+                    allowed="multiples of 8",
+                    fix="moe.backend=loop",
+                )
+
+
+def _engine(config: RunConfig) -> None:
+    engine = config.engine
+    if engine.grad_accum_dtype == "bf16" and engine.precision == "fp32":
+        raise ConfigError(
+            "fp32 training accumulates in fp32",
+            field="engine.grad_accum_dtype",
+            value="bf16",
+            fix="engine.grad_accum_dtype=fp32 or engine.precision=bf16",
+        )

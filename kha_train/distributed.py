@@ -1,0 +1,103 @@
+"""Who am I among the ranks, and how do all ranks decide one thing together.
+
+torchrun's variables and those of `srun` (one task a rank) are both understood. Every method is collective: all ranks call
+it in the same order. No rank raises alone while others wait.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from kha_train import errors
+from kha_train.errors import ConfigError, KhaError
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+_KINDS = {kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type)}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size` processes. `device` is where small agreements travel (cpu for gloo, cuda for nccl)."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @staticmethod
+    def single() -> World:
+        """One process, no process group."""
+        return World()
+
+    @staticmethod
+    def from_environment(environ: Mapping[str, str] = os.environ) -> World:
+        """Rank and size as torchrun or srun set them; a single process when neither did.
+
+        Raises ConfigError when only some of torchrun's variables are set.
+        """
+        present = [name for name in TORCHRUN if name in environ]
+        if present and len(present) < len(TORCHRUN):
+            missing = ", ".join(name for name in TORCHRUN if name not in environ)
+            raise ConfigError(f"{', '.join(present)} set but not {missing}", field="environment", fix="start by torchrun")
+        names = TORCHRUN if present else SRUN
+        if not all(name in environ for name in names) or ("SLURM_STEP_ID" not in environ and not present):
+            return World()
+        rank, size, local_rank = (int(environ[name]) for name in names)
+        return World(rank, size, local_rank)
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes the record."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.max_ints(0)
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All-reduce `tensor` in place by summation and return it."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max_ints(self, *values: int) -> tuple[int, ...]:
+        """The element-wise maximum over ranks, the same on every rank."""
+        if self.size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tuple(tensor.tolist())
+
+    def broadcast_text(self, text: str, source: int = 0) -> str:
+        """The `text` of rank `source`, on every rank. Bytes travel, never pickles."""
+        if self.size == 1:
+            return text
+        payload = text.encode()
+        (length,) = self.max_ints(len(payload) if self.rank == source else 0)
+        buffer = torch.zeros(length, dtype=torch.uint8, device=self.device)
+        if self.rank == source:
+            buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        dist.broadcast(buffer, source)
+        return bytes(buffer.tolist()).decode()
+
+    def raise_together(self, error: BaseException | None) -> None:
+        """Return on all ranks when none brings an error, else raise on all.
+
+        Every rank raises the kind of error of the first failing rank, with that rank's words; the failing rank itself
+        raises its own exception.
+        """
+        first_failing = self.size - self.max_ints(0 if error is None else self.size - self.rank)[0]
+        if first_failing == self.size:
+            return
+        kind = type(error).__name__ if isinstance(error, KhaError) else "KhaError"
+        kind, _, words = self.broadcast_text(f"{kind}\n{error}", first_failing).partition("\n")
+        if self.rank == first_failing:
+            assert error is not None
+            raise error
+        raise _KINDS[kind](f"rank {first_failing}: {words}")
