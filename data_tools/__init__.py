@@ -1,1 +1,1 @@
-"""Tools that make training data: corpus, tokenizer, shards."""
+"""From text to shards: the corpus, the tokenizer's training, the encoding, and a synthetic source for tests."""

@@ -1,0 +1,28 @@
+"""One spelling of a value in bytes, so that a hash of it is the same on every machine and library version."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+_CHUNK_BYTES = 1 << 20
+
+
+def canonical_json(value: Any) -> bytes:
+    """`value` as JSON with sorted keys, no blanks, ASCII only. Plain ints, strings, lists and dicts only.
+
+    Raises TypeError for anything else (a NumPy integer too: its spelling differs between versions) and ValueError for
+    non-finite numbers.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes in hexadecimal. Raises OSError when it cannot be read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,290 @@
+"""`manifest.json` of a dataset, format version 1: what the shards hold, and how to tell that they still do.
+
+The manifest is written last, by an atomic rename: a directory without one is not a dataset. Everything in it is checked
+when it is read, because a shrunken or swapped shard would change the order of a whole run without a word.
+docs/data.md describes every field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kha_train.data.canonical import canonical_json
+from kha_train.errors import ConfigError, DataError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "kha_train.shards"
+VERSION = 1
+CRC_BLOCK_BYTES = 65_536
+DTYPE_BYTES = {"uint16": 2, "uint32": 4}
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_NOT_CONTENT = ("content_id", "tool")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file beside the manifest: its bare name, size in bytes and SHA-256."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard: its three files and what they hold. `text_bytes` are the UTF-8 bytes its tokens stand for."""
+
+    tokens: int
+    documents: int
+    text_bytes: int
+    min_id: int
+    max_id: int
+    tok: FileEntry
+    doc: FileEntry
+    crc: FileEntry
+
+
+@dataclass(frozen=True)
+class TokenizerEntry:
+    """What made the ids. `file` lies beside the manifest (None: there is none); `bytes_per_id` has `vocab` entries."""
+
+    kind: str
+    vocab: int
+    sha256: str
+    file: str | None
+    special_ids: dict[str, int]
+    bytes_per_id: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checked manifest. `content_id` names the data: SHA-256 of the canonical JSON without itself and `tool`."""
+
+    dtype: str
+    tokens: int
+    documents: int
+    text_bytes: int
+    shards: tuple[ShardEntry, ...]
+    tokenizer: TokenizerEntry
+    corpus: dict[str, Any]
+    tool: str
+    content_id: str
+
+
+def dtype_for(vocab_size: int) -> str:
+    """The narrowest id type of the format that holds ids below `vocab_size`."""
+    return "uint16" if vocab_size <= 65_536 else "uint32"
+
+
+def content_id_of(raw: dict[str, Any]) -> str:
+    """The content id of a manifest given as the JSON object that is (or will be) in the file."""
+    return hashlib.sha256(canonical_json({k: v for k, v in raw.items() if k not in _NOT_CONTENT})).hexdigest()
+
+
+def build(
+    shards: list[ShardEntry], tokenizer: TokenizerEntry, *, dtype: str, corpus: dict[str, Any], tool: str
+) -> dict[str, Any]:
+    """The JSON object of a manifest over finished shards, content id included."""
+    raw = {
+        "format": FORMAT,
+        "version": VERSION,
+        "dtype": dtype,
+        "byte_order": "little",
+        "crc_block_bytes": CRC_BLOCK_BYTES,
+        "tokens": sum(shard.tokens for shard in shards),
+        "documents": sum(shard.documents for shard in shards),
+        "text_bytes": sum(shard.text_bytes for shard in shards),
+        "shards": [asdict(shard) for shard in shards],
+        "tokenizer": {**asdict(tokenizer), "bytes_per_id": list(tokenizer.bytes_per_id)},
+        "corpus": corpus,
+        "tool": tool,
+    }
+    return {**raw, "content_id": content_id_of(raw)}
+
+
+def publish(directory: Path, raw: dict[str, Any]) -> Manifest:
+    """Write `raw` as the directory's manifest by atomic rename, after checking it as a reader would.
+
+    Raises DataError when it would not be readable as format version 1.
+    """
+    path = directory / MANIFEST_NAME
+    manifest = parse(raw, path)
+    temporary = directory / f".{MANIFEST_NAME}.{os.getpid()}"
+    with open(temporary, "w", encoding="ascii") as file:
+        file.write(_indented(raw))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return manifest
+
+
+def load(directory: Path, *, field: str) -> Manifest:
+    """Read and check the manifest of a dataset directory; `field` is the configuration key that named it.
+
+    Raises ConfigError when there is no dataset, DataError when the manifest is damaged or edited.
+    """
+    path = directory / MANIFEST_NAME
+    fix = "`kha data tokenize` makes one"
+    if not directory.is_dir():
+        raise ConfigError("no such dataset directory", field=field, value=str(directory), fix=fix)
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"not a finished dataset: it has no {MANIFEST_NAME}", field=field, value=str(directory), fix=fix
+        ) from None
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", field=str(path)) from error
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"is not JSON: {error}", field=str(path), fix="write the dataset again") from error
+    return parse(raw, path)
+
+
+def parse(raw: Any, path: Path) -> Manifest:
+    """The manifest in the JSON value `raw`; `path` is named in errors. Raises DataError for every inconsistency."""
+    top = _Object(raw, str(path), "")
+    if top.text("format") != FORMAT:
+        raise top.fault("format", f"is not a {FORMAT} manifest", raw["format"])
+    if top.number("version", 1) != VERSION:
+        raise top.fault("version", f"this program reads version {VERSION}", raw["version"])
+    if top.text("byte_order") != "little" or top.number("crc_block_bytes", 1) != CRC_BLOCK_BYTES:
+        raise top.fault("byte_order", "version 1 is little-endian with checksum blocks of 65536 bytes", None)
+    dtype = top.text("dtype")
+    if dtype not in DTYPE_BYTES:
+        raise top.fault("dtype", "unknown id type", dtype)
+    tokenizer = _tokenizer(top.child("tokenizer"))
+    if dtype == "uint16" and tokenizer.vocab > 65_536:
+        raise top.fault("dtype", f"too narrow for a vocabulary of {tokenizer.vocab}", dtype)
+    shards = tuple(_shard(entry, dtype, tokenizer.vocab) for entry in top.children("shards"))
+    names = [file.file for shard in shards for file in (shard.tok, shard.doc, shard.crc)]
+    if len(set(names)) != len(names):
+        raise top.fault("shards", "two entries name one file", None)
+    for key in ("tokens", "documents", "text_bytes"):
+        total = sum(getattr(shard, key) for shard in shards)
+        if top.number(key) != total:
+            raise top.fault(key, f"the shards add up to {total}", raw[key])
+    found = content_id_of(raw)
+    if top.text("content_id") != found:
+        raise top.fault("content_id", f"the manifest was edited: its content gives {found}", raw["content_id"])
+    return Manifest(
+        dtype=dtype,
+        tokens=raw["tokens"],
+        documents=raw["documents"],
+        text_bytes=raw["text_bytes"],
+        shards=shards,
+        tokenizer=tokenizer,
+        corpus=top.child("corpus").raw,
+        tool=top.text("tool"),
+        content_id=found,
+    )
+
+
+class _Object:
+    """A JSON object being checked: every access names the place it fails at."""
+
+    def __init__(self, raw: Any, path: str, place: str) -> None:
+        self.path, self.place = path, place
+        if not isinstance(raw, dict):
+            raise DataError("an object is expected", field=f"{path} {place}".rstrip())
+        self.raw = raw
+
+    def fault(self, key: str, problem: str, value: Any) -> DataError:
+        return DataError(problem, field=f"{self.path} {self.place}{key}", value=value, fix="write the dataset again")
+
+    def get(self, key: str, kind: type) -> Any:
+        value = self.raw.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise self.fault(key, f"expected {kind.__name__}", str(value)[:80])
+        return value
+
+    def text(self, key: str) -> str:
+        return self.get(key, str)
+
+    def number(self, key: str, least: int = 0) -> int:
+        value = self.get(key, int)
+        if value < least:
+            raise self.fault(key, f"must be at least {least}", value)
+        return value
+
+    def digest(self, key: str) -> str:
+        value = self.text(key)
+        if not _SHA256.fullmatch(value):
+            raise self.fault(key, "expected a SHA-256 in hexadecimal", value[:80])
+        return value
+
+    def file_name(self, key: str) -> str:
+        value = self.text(key)
+        if not _FILE_NAME.fullmatch(value):
+            raise self.fault(key, "expected a bare file name inside the dataset directory", value[:80])
+        return value
+
+    def child(self, key: str) -> _Object:
+        return _Object(self.get(key, dict), self.path, f"{self.place}{key}.")
+
+    def children(self, key: str) -> list[_Object]:
+        return [_Object(v, self.path, f"{self.place}{key}[{i}].") for i, v in enumerate(self.get(key, list))]
+
+
+def _tokenizer(entry: _Object) -> TokenizerEntry:
+    vocab = entry.number("vocab", 1)
+    bytes_per_id = tuple(entry.get("bytes_per_id", list))
+    if len(bytes_per_id) != vocab or not all(type(n) is int and n >= 0 for n in bytes_per_id):
+        raise entry.fault("bytes_per_id", f"expected {vocab} counts of bytes", None)
+    special = entry.child("special_ids")
+    special_ids = {name: special.number(name) for name in special.raw}
+    if any(number >= vocab for number in special_ids.values()):
+        raise entry.fault("special_ids", f"an id is outside the vocabulary of {vocab}", special_ids)
+    return TokenizerEntry(
+        kind=entry.text("kind"),
+        vocab=vocab,
+        sha256=entry.digest("sha256"),
+        file=None if entry.raw.get("file") is None else entry.file_name("file"),
+        special_ids=special_ids,
+        bytes_per_id=bytes_per_id,
+    )
+
+
+def _file(entry: _Object) -> FileEntry:
+    return FileEntry(entry.file_name("file"), entry.number("bytes", 1), entry.digest("sha256"))
+
+
+def _shard(entry: _Object, dtype: str, vocab: int) -> ShardEntry:
+    shard = ShardEntry(
+        tokens=entry.number("tokens", 1),
+        documents=entry.number("documents", 1),
+        text_bytes=entry.number("text_bytes"),
+        min_id=entry.number("min_id"),
+        max_id=entry.number("max_id"),
+        tok=_file(entry.child("tok")),
+        doc=_file(entry.child("doc")),
+        crc=_file(entry.child("crc")),
+    )
+    if not shard.min_id <= shard.max_id < vocab:
+        raise entry.fault("max_id", f"expected min_id <= max_id < vocabulary {vocab}", shard.max_id)
+    blocks = -(-shard.tok.bytes // CRC_BLOCK_BYTES)
+    sizes = {
+        "tok": (shard.tok.bytes, shard.tokens * DTYPE_BYTES[dtype]),
+        "doc": (shard.doc.bytes, shard.documents * 8),
+        "crc": (shard.crc.bytes, blocks * 4),
+    }
+    for key, (found, expected) in sizes.items():
+        if found != expected:
+            raise entry.fault(f"{key}.bytes", f"the counts of the shard give {expected}", found)
+    return shard
+
+
+def _indented(raw: dict[str, Any]) -> str:
+    """JSON that a person can read, with the long table on one line."""
+    table = json.dumps(raw["tokenizer"]["bytes_per_id"], separators=(",", ":"))
+    text = json.dumps({**raw, "tokenizer": {**raw["tokenizer"], "bytes_per_id": "@"}}, indent=1)
+    return text.replace('"bytes_per_id": "@"', f'"bytes_per_id": {table}')

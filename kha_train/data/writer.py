@@ -1,0 +1,153 @@
+"""Writing datasets of format version 1: shards one by one, in any order and any process, then the manifest.
+
+A shard is a pure function of its documents, so that many processes writing different shards give the very files that
+one process gives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from kha_train.data import manifest as manifests
+from kha_train.data.manifest import CRC_BLOCK_BYTES, MANIFEST_NAME, FileEntry, Manifest, ShardEntry, TokenizerEntry
+from kha_train.errors import ConfigError, DataError
+
+
+class _HashedFile:
+    """A file being written whose size and SHA-256 are known at the end, its bytes then safely on disk."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest, self._bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._bytes += len(data)
+
+    def finish(self) -> FileEntry:
+        _sync(self._file)
+        return FileEntry(Path(self._file.name).name, self._bytes, self._digest.hexdigest())
+
+
+class _BlockChecksums:
+    """CRC-32 of each 64 KiB block of the bytes fed to it, the last block shorter."""
+
+    def __init__(self) -> None:
+        self._done: list[int] = []
+        self._pending = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        self._pending += data
+        whole = len(self._pending) // CRC_BLOCK_BYTES * CRC_BLOCK_BYTES
+        for start in range(0, whole, CRC_BLOCK_BYTES):
+            self._done.append(zlib.crc32(self._pending[start : start + CRC_BLOCK_BYTES]))
+        del self._pending[:whole]
+
+    def finish(self) -> bytes:
+        last = [zlib.crc32(self._pending)] if self._pending else []
+        return np.asarray(self._done + last, dtype="<u4").tobytes()
+
+
+def prepare(directory: Path, *, overwrite: bool = False) -> None:
+    """Make `directory` ready for shards: create it, and with `overwrite` unpublish the dataset in it.
+
+    Raises ConfigError when it already holds a dataset and `overwrite` is not asked for.
+    """
+    existing = directory / MANIFEST_NAME
+    if existing.exists() and not overwrite:
+        raise ConfigError(
+            "already holds a dataset", field="output directory", value=str(directory), fix="pass --overwrite"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    existing.unlink(missing_ok=True)
+    for pattern in ("shard-*.tok", "shard-*.doc", "shard-*.crc"):
+        for stale in directory.glob(pattern):
+            stale.unlink()
+
+
+def write_shard(
+    directory: Path, index: int, documents: Iterable[tuple[np.ndarray, int]], *, vocab_size: int, dtype: str
+) -> ShardEntry | None:
+    """Write shard number `index` from documents, each (ids, UTF-8 bytes of its text), and return its manifest entry.
+
+    Empty documents are left out: a document border is unique. Returns None, leaving no file, when nothing remains.
+    Raises DataError for an id outside the vocabulary.
+    """
+    path = directory / f"shard-{index:05d}.tok"
+    ends: list[int] = []
+    checksums = _BlockChecksums()
+    tokens, text_bytes, min_id, max_id = 0, 0, vocab_size, -1
+    with open(path, "wb") as file:
+        tok = _HashedFile(file)
+        for ids, document_bytes in documents:
+            if len(ids) == 0:
+                continue
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= vocab_size:
+                raise DataError(f"an id outside the vocabulary of {vocab_size}", field=str(path), value=(low, high))
+            min_id, max_id = min(min_id, low), max(max_id, high)
+            tokens, text_bytes = tokens + len(ids), text_bytes + document_bytes
+            ends.append(tokens)
+            data = ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+            tok.write(data)
+            checksums.feed(data)
+        tok_entry = tok.finish()
+    if not ends:
+        path.unlink()
+        return None
+    doc_entry = _write_file(path.with_suffix(".doc"), np.asarray(ends, dtype="<i8").tobytes())
+    crc_entry = _write_file(path.with_suffix(".crc"), checksums.finish())
+    return ShardEntry(tokens, len(ends), text_bytes, min_id, max_id, tok_entry, doc_entry, crc_entry)
+
+
+def publish_dataset(
+    directory: Path,
+    shards: Sequence[ShardEntry | None],
+    tokenizer: TokenizerEntry,
+    *,
+    dtype: str,
+    corpus: dict[str, Any],
+    tokenizer_file: Path | None = None,
+) -> Manifest:
+    """Copy the tokenizer beside finished shards, then write the manifest: only now is the directory a dataset.
+
+    Raises DataError when nothing was written or the entries do not make a valid manifest.
+    """
+    written = [shard for shard in shards if shard is not None]
+    if not written:
+        raise DataError("no document with any token: nothing to train on", field=str(directory))
+    if tokenizer_file is not None:
+        assert tokenizer.file is not None
+        with open(tokenizer_file, "rb") as source, open(directory / tokenizer.file, "wb") as target:
+            shutil.copyfileobj(source, target)
+            _sync(target)
+    raw = manifests.build(written, tokenizer, dtype=dtype, corpus=corpus, tool=_tool())
+    return manifests.publish(directory, raw)
+
+
+def _write_file(path: Path, data: bytes) -> FileEntry:
+    with open(path, "wb") as file:
+        hashed = _HashedFile(file)
+        hashed.write(data)
+        return hashed.finish()
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _tool() -> str:
+    try:
+        return f"kha_train {version('kha_train')}"
+    except PackageNotFoundError:
+        return "kha_train (not installed)"
