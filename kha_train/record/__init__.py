@@ -1,0 +1,29 @@
+"""The run's own truth, in plain Python: `metrics.jsonl`, `events.jsonl`, `run.json` and the marker files.
+
+Console and W&B are mirrors of what is written here; comparison, resume and tests read nothing else.
+"""
+
+from __future__ import annotations
+
+from kha_train.record.markers import Marker, clear_marker, has_marker, set_marker
+from kha_train.record.metrics import METRICS, TIMING_KEYS, Metric
+from kha_train.record.reader import read_discarded, read_events, read_metrics, read_run
+from kha_train.record.record import Record, SilentRecord
+from kha_train.record.redact import Redactor
+
+__all__ = [
+    "METRICS",
+    "TIMING_KEYS",
+    "Marker",
+    "Metric",
+    "Record",
+    "Redactor",
+    "SilentRecord",
+    "clear_marker",
+    "has_marker",
+    "read_discarded",
+    "read_events",
+    "read_metrics",
+    "read_run",
+    "set_marker",
+]

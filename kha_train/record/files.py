@@ -1,0 +1,38 @@
+"""Small files that are either the old or the new version, never half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from kha_train.record.jsonl import decode, encode
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replaces `path` by `content` atomically and durably: written beside, synced, renamed."""
+    beside = path.with_name(f".{path.name}.new")
+    with beside.open("w", encoding="utf-8") as file:
+        json.dump(encode(content), file, indent=2, allow_nan=False, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    sync_directory(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in `path`, or None when there is no such file."""
+    if not path.exists():
+        return None
+    return decode(json.loads(path.read_text(encoding="utf-8")))
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames and removals inside the directory `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,122 @@
+"""Files of one JSON object a line that survive `kill -9`: appended with single writes, repaired when opened.
+
+JSON has no NaN or infinity: such floats are written as the strings "nan", "inf", "-inf" and read back as floats, so
+these three words are reserved and cannot be recorded as text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kha_train.errors import DataError
+
+NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def encode(value: Any) -> Any:
+    """`value` with every non-finite float, at any depth, replaced by its word."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    if isinstance(value, dict):
+        return {key: encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [encode(item) for item in value]
+    return value
+
+
+def decode(value: Any) -> Any:
+    """The inverse of `encode`: the words nan, inf and -inf, at any depth, become floats again."""
+    if isinstance(value, str):
+        return NONFINITE.get(value, value)
+    if isinstance(value, dict):
+        return {key: decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    return value
+
+
+def to_line(record: dict[str, Any]) -> bytes:
+    """One line of the file, newline included. Finite floats are written so that they read back bit for bit."""
+    return (json.dumps(encode(record), allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def parse(line: bytes) -> dict[str, Any] | None:
+    """The object on a line, or None when the line is not a whole JSON object."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return decode(record) if isinstance(record, dict) else None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a file that may be growing; a torn last line is left out, a missing file is empty.
+
+    Raises DataError for a damaged line that is not the last.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    records = [parse(line) for line in lines[:-1]]
+    if records and records[-1] is None:
+        records.pop()
+    if None in records:
+        raise DataError(
+            "this line is not a JSON object",
+            field=f"{path}:{records.index(None) + 1}",
+            value=lines[records.index(None)][:80].decode(errors="replace"),
+            fix="delete the line, or restore the file from a copy",
+        )
+    return [record for record in records if record is not None]
+
+
+def whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(byte offset, object) of every whole line of a repaired file."""
+    offset = 0
+    with path.open("rb") as file:
+        for line in file:
+            record = parse(line)
+            if record is not None:
+                yield offset, record
+            offset += len(line)
+
+
+def repair(path: Path) -> int:
+    """Cuts off what a dying process left unfinished at the end of `path`; returns the number of bytes removed."""
+    if not path.exists():
+        return 0
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    while end and parse(content[content.rfind(b"\n", 0, end - 1) + 1 : end]) is None:
+        end = content.rfind(b"\n", 0, end - 1) + 1
+    if end < len(content):
+        os.truncate(path, end)
+    return len(content) - end
+
+
+class Appender:
+    """A file of JSON lines open for appending; each line is one unbuffered write, so a killed process tears one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.repaired_bytes = repair(path)
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Writes one line; it is in the kernel's hands on return, on disk after `sync`."""
+        self._file.write(to_line(record))
+
+    def sync(self) -> None:
+        """Forces everything written so far onto the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Syncs and closes; closing twice is harmless."""
+        if not self._file.closed:
+            self.sync()
+            self._file.close()

@@ -1,0 +1,35 @@
+"""Marker files of a run directory: how a run, its user and its scheduler tell each other how things stand."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+
+from kha_train.record.files import sync_directory
+
+
+class Marker(Enum):
+    """DONE: all steps are trained. REQUEUE: stopped in good order, start it again. FATAL: do not start it again
+    without looking. STOP: written by a user; the run saves a checkpoint and stops after the current step.
+    """
+
+    DONE = "DONE"
+    REQUEUE = "REQUEUE"
+    FATAL = "FATAL"
+    STOP = "STOP"
+
+
+def set_marker(run_dir: Path, marker: Marker, text: str = "") -> None:
+    """Creates the marker durably; `text` is its content, for a human to read."""
+    (run_dir / marker.value).write_text(f"{text}\n" if text else "", encoding="utf-8")
+    sync_directory(run_dir)
+
+
+def has_marker(run_dir: Path, marker: Marker) -> bool:
+    """Whether the marker file exists."""
+    return (run_dir / marker.value).exists()
+
+
+def clear_marker(run_dir: Path, marker: Marker) -> None:
+    """Removes the marker if it exists."""
+    (run_dir / marker.value).unlink(missing_ok=True)

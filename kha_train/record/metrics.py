@@ -1,0 +1,55 @@
+"""Every key of a `metrics.jsonl` line with its unit and definition: the one table that docs and reports print."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a number means. `timing` marks those that depend on when and where a step ran, not on what it computed."""
+
+    unit: str
+    meaning: str
+    timing: bool = False
+
+
+METRICS: dict[str, Metric] = {
+    "step": Metric("steps", "finished optimiser steps, this one included (the first line says 1)"),
+    "attempt": Metric("count", "which start of this run directory computed the step (the first is 1)", timing=True),
+    "time": Metric("s", "seconds since 1970-01-01 UTC when the line was written", timing=True),
+    "samples_first": Metric("row", "first global sample number of the step's batch"),
+    "samples_last": Metric("row", "last global sample number of the step's batch"),
+    "tokens": Metric("tokens", "tokens read since step 0: rows of the global batch x sequence length, summed"),
+    "train/loss": Metric(
+        "nats/token", "token cross-entropy summed over the global batch / its unmasked labels; no auxiliary term"
+    ),
+    "train/grad_norm": Metric("1", "L2 norm of the gradient over all parameters and ranks, before clipping"),
+    "train/grad_clipped": Metric("0/1", "1 when the norm was above optim.grad_clip and the gradient was scaled down"),
+    "train/skipped": Metric("0/1", "1 when the update was not applied (a non-finite loss or norm)"),
+    "train/lr": Metric("1", "learning rate of the step"),
+    "train/step_seconds": Metric("s", "wall time of the step, waiting for data included", timing=True),
+    "train/tokens_per_second": Metric("tokens/s", "tokens of the global batch / train/step_seconds", timing=True),
+    "train/mfu": Metric(
+        "fraction",
+        "training FLOPs per token x tokens/s / (peak FLOP/s of one rank x ranks); recomputation is not counted",
+        timing=True,
+    ),
+    "data/wait_seconds": Metric("s", "part of the step spent waiting for the next batch (rank 0)", timing=True),
+    "memory/peak_gib": Metric(
+        "GiB", "most memory of rank 0 since start: resident set on a CPU, allocated by torch on CUDA", timing=True
+    ),
+    "moe/maxvio": Metric("1", "largest load of an expert / mean load - 1; mean over layers (0: perfect balance)"),
+    "moe/load_cv": Metric("1", "standard deviation of the experts' loads / mean load; mean over layers"),
+    "moe/dead_fraction": Metric("fraction", "experts that received no token in the step, of all experts of all layers"),
+    "moe/load_entropy": Metric("1", "entropy of the experts' load shares / log(experts); mean over layers (1: even)"),
+    "moe/bias_range": Metric("1", "largest - smallest selection bias of a layer; mean over layers"),
+    "validation/loss": Metric("nats/token", "token cross-entropy on the validation rows / their unmasked labels"),
+    "validation/bits_per_byte": Metric(
+        "bits/byte", "validation cross-entropy in bits / bytes of text behind the unmasked labels"
+    ),
+}
+"""Keys of a metrics line. Other keys are recorded too, but have no definition to print."""
+
+TIMING_KEYS: frozenset[str] = frozenset(name for name, metric in METRICS.items() if metric.timing)
+"""Keys that may differ between a resumed run and an unbroken one; every other key is equal bit for bit."""

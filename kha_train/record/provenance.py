@@ -1,0 +1,69 @@
+"""Where a run came from: versions, commit, command, machine. An allow-list; the environment is never copied whole."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("kha_train", "torch", "deepspeed", "numpy", "hydra-core", "sentencepiece", "safetensors", "wandb")
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "LOCAL_WORLD_SIZE",
+    "OMP_NUM_THREADS",
+    "SLURM_ARRAY_JOB_ID",
+    "SLURM_ARRAY_TASK_ID",
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NUM_NODES",
+    "SLURM_JOB_PARTITION",
+    "SLURM_RESTART_COUNT",
+    "TORCHELASTIC_RESTART_COUNT",
+    "WORLD_SIZE",
+)
+"""The only environment variables that are recorded."""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        answer = subprocess.run(command, check=False, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the checkout this package lies in; None for an installed wheel inside some other repository."""
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def collect_provenance() -> dict[str, Any]:
+    """What can be known of this process without importing anything heavy. The caller redacts it."""
+    return {
+        "command": shlex.join(sys.orig_argv),
+        "git": _git_state(),
+        "versions": {package: found for package in PACKAGES if (found := _version(package))},
+        "python": platform.python_version(),
+        "host": {
+            "name": socket.gethostname(),
+            "system": platform.system(),
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+        },
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }

@@ -1,0 +1,218 @@
+"""Writing a run directory: one `Record`, on rank 0 alone."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from kha_train.record.files import write_json
+from kha_train.record.jsonl import Appender, repair
+from kha_train.record.lock import take_lock
+from kha_train.record.markers import Marker, clear_marker
+from kha_train.record.provenance import collect_provenance
+from kha_train.record.reader import EVENTS_FILE, RUN_FILE, read_events, read_metrics, read_run
+from kha_train.record.redact import Redactor
+from kha_train.record.rewind import (
+    DISCARDED_FILE,
+    METRICS_FILE,
+    finish_rewind,
+    forget_rewind,
+    pending_rewind,
+    plan_rewind,
+)
+
+FORMAT = 1
+END_MARKERS = (Marker.DONE, Marker.REQUEUE, Marker.FATAL)
+
+
+class Record:
+    """The files of one run directory, open for writing: `open`, `begin_attempt`, `step`s and `event`s, `close`."""
+
+    def __init__(self, run_dir: Path) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.run_dir = run_dir
+        self._redactor = Redactor.from_environment()
+        self._lock = take_lock(run_dir)
+        self._run = read_run(run_dir) or self._new_run()
+        self._metrics = Appender(run_dir / METRICS_FILE)
+        self._events = Appender(run_dir / EVENTS_FILE)
+        self._recover()
+        lines = read_metrics(run_dir)
+        self.last_step: int = lines[-1]["step"] if lines else 0
+
+    @classmethod
+    def open(cls, run_dir: Path, rank: int = 0) -> Record:
+        """The record of `run_dir`, created if need be, repaired if its last process was killed.
+
+        On other ranks than 0 it is a `SilentRecord`. Raises RunDirectoryInUse when another process has it open, and
+        DataError when a line other than the last is damaged.
+        """
+        return cls(Path(run_dir)) if rank == 0 else SilentRecord(Path(run_dir))
+
+    @property
+    def run_id(self) -> str:
+        """The run's own id, made once for the directory."""
+        return self._run["run_id"]
+
+    @property
+    def wandb_id(self) -> str:
+        """The W&B run id, made once for the directory, so that every attempt continues the same W&B run."""
+        return self._run["wandb_id"]
+
+    @property
+    def attempt(self) -> int:
+        """Number of the current attempt; 0 before the first `begin_attempt`."""
+        return len(self._run["attempts"])
+
+    def begin_attempt(self, start_step: int, *, world_size: int = 1, facts: dict[str, Any] | None = None) -> int:
+        """Starts or resumes the run after `start_step` finished steps; returns the attempt's number (from 1).
+
+        Lines after `start_step` are moved to `metrics.discarded.jsonl`, marker files of the last end are removed. The
+        first attempt's `facts` (such as `data_content_id`, `parameters`) join the provenance of `run.json`; of later
+        ones, what differs is kept under the attempt's `changed`.
+        """
+        self._close_lost_attempt()
+        now = self._redactor.clean({**collect_provenance(), **(facts or {})})
+        first = self._run["provenance"]
+        attempt = {
+            "attempt": self.attempt + 1,
+            "start_step": start_step,
+            "world_size": world_size,
+            "started": time.time(),
+        }
+        attempt["changed"] = {key: value for key, value in now.items() if first and first.get(key) != value}
+        self._run["provenance"] = first or now
+        self._run["attempts"].append({**attempt, "state": "running"})
+        self._write_run()
+        for marker in END_MARKERS:
+            clear_marker(self.run_dir, marker)
+        self.event("attempt_started", start_step, world_size=world_size)
+        self.rewind_to(start_step, "resumed from an earlier checkpoint")
+        if self.last_step < start_step:
+            self.event("lines_missing", start_step, after_step=self.last_step)
+            self.last_step = start_step
+        return self.attempt
+
+    def step(self, line: dict[str, Any]) -> None:
+        """Appends one optimiser step. `line` has `step`, larger than any before; `attempt` and `time` are added.
+
+        Values are plain Python numbers. Units and definitions of the keys are in `METRICS`.
+        """
+        assert line["step"] > self.last_step, f"step {line['step']} is recorded already (last: {self.last_step})"
+        head = {"step": line["step"], "attempt": self.attempt, "time": time.time()}
+        self._metrics.append(self._redactor.clean({**head, **line}))
+        self.last_step = line["step"]
+
+    def event(self, kind: str, step: int, **fields: Any) -> dict[str, Any]:
+        """Appends something that happened at `step` (a save, a restart, a skipped update); returns what was written."""
+        head = {"id": uuid.uuid4().hex, "kind": kind, "step": step, "attempt": self.attempt, "time": time.time()}
+        event = self._redactor.clean({**head, **fields})
+        self._events.append(event)
+        return event
+
+    def rewind_to(self, step: int, reason: str) -> int:
+        """Discards every line after `step`, with `reason`; returns how many. A crash neither loses nor doubles one."""
+        note = {"discarded_reason": self._redactor.text(reason), "discarded_by_attempt": self.attempt}
+        intent = plan_rewind(self.run_dir, step, **note)
+        if intent is None:
+            return 0
+        self._finish(intent)
+        self.last_step = step
+        return intent["lines"]
+
+    def update_run(self, **fields: Any) -> None:
+        """Sets top-level fields of `run.json`, such as the final result."""
+        self._run.update(self._redactor.clean(fields))
+        self._write_run()
+
+    def sync(self) -> None:
+        """Forces all lines onto the disk; call it before a checkpoint is published, so that none outlives its lines."""
+        self._metrics.sync()
+        self._events.sync()
+
+    def close(self, state: str = "stopped") -> None:
+        """Ends the attempt with `state` (done, stopped, requeued, failed, diverged) and closes the files."""
+        self._end_attempt(state)
+        self._metrics.close()
+        self._events.close()
+        self._lock.close()
+
+    def _new_run(self) -> dict[str, Any]:
+        alphabet = "abcdefghijklmnopqrstuvwxyz0123456789"
+        run = {
+            "format": FORMAT,
+            "run_id": uuid.uuid4().hex,
+            "wandb_id": "".join(secrets.choice(alphabet) for _ in range(10)),
+            "created": time.time(),
+            "provenance": {},
+            "attempts": [],
+        }
+        write_json(self.run_dir / RUN_FILE, run)
+        return run
+
+    def _write_run(self) -> None:
+        write_json(self.run_dir / RUN_FILE, self._run)
+
+    def _recover(self) -> None:
+        """Finishes a rewind that a crash interrupted and reports what was cut off the files."""
+        intent = pending_rewind(self.run_dir)
+        if intent is not None:
+            self._finish(intent)
+        torn = repair(self.run_dir / DISCARDED_FILE) + self._metrics.repaired_bytes + self._events.repaired_bytes
+        if torn:
+            lines = read_metrics(self.run_dir)
+            self.event("torn_line_removed", lines[-1]["step"] if lines else 0, bytes=torn)
+
+    def _finish(self, intent: dict[str, Any]) -> None:
+        finish_rewind(self.run_dir, intent)
+        # A crash may have come after the event was written; it is known by its id.
+        if not any(event["id"] == intent["id"] for event in read_events(self.run_dir)):
+            self.event("lines_discarded", intent["step"], id=intent["id"], lines=intent["lines"], **intent["note"])
+            self._events.sync()
+        forget_rewind(self.run_dir)
+
+    def _close_lost_attempt(self) -> None:
+        if self._run["attempts"] and self._run["attempts"][-1]["state"] == "running":
+            self._end_attempt("lost")
+
+    def _end_attempt(self, state: str) -> None:
+        if not self._run["attempts"] or self._run["attempts"][-1]["state"] != "running":
+            return
+        self.event("attempt_ended", self.last_step, state=state)
+        self._run["attempts"][-1] |= {"state": state, "end_step": self.last_step, "ended": time.time()}
+        self._write_run()
+
+
+class SilentRecord(Record):
+    """What the ranks other than 0 hold: the same methods, no files."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir, self.last_step = run_dir, 0
+        self._run = {"run_id": "", "wandb_id": "", "attempts": []}
+
+    def begin_attempt(self, start_step: int, *, world_size: int = 1, facts: dict[str, Any] | None = None) -> int:
+        """Nothing; returns 0."""
+        return 0
+
+    def step(self, line: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def event(self, kind: str, step: int, **fields: Any) -> dict[str, Any]:
+        """Nothing; returns an empty dict."""
+        return {}
+
+    def rewind_to(self, step: int, reason: str) -> int:
+        """Nothing; returns 0."""
+        return 0
+
+    def update_run(self, **fields: Any) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self, state: str = "stopped") -> None:
+        """Nothing."""

@@ -1,0 +1,275 @@
+"""The record survives kill -9, rewinds without losing a line, and reads back what was written, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kha_train.errors import DataError, RunDirectoryInUse
+from kha_train.record import (
+    METRICS,
+    TIMING_KEYS,
+    Marker,
+    Record,
+    has_marker,
+    read_discarded,
+    read_events,
+    read_metrics,
+    read_run,
+    set_marker,
+)
+from kha_train.record.jsonl import Appender, decode, encode, repair, to_line
+
+
+def line(step: int, loss: float = 2.5) -> dict:
+    return {"step": step, "samples_first": 4 * (step - 1), "samples_last": 4 * step - 1, "train/loss": loss / step}
+
+
+def train(run_dir: Path, start: int, stop: int, state: str = "stopped") -> None:
+    record = Record.open(run_dir)
+    record.begin_attempt(start, world_size=2)
+    for step in range(start + 1, stop + 1):
+        record.step(line(step))
+    record.close(state)
+
+
+def without_timing(lines: list[dict]) -> list[dict]:
+    return [{key: value for key, value in line.items() if key not in TIMING_KEYS} for line in lines]
+
+
+@given(st.floats(width=64))
+def test_every_float_reads_back_bit_for_bit(value: float) -> None:
+    back = decode(json.loads(to_line({"x": value})))["x"]
+    assert math.isnan(back) if math.isnan(value) else struct.pack("d", back) == struct.pack("d", value)
+
+
+def test_nonfinite_floats_are_words_that_strict_json_accepts() -> None:
+    text = to_line({"a": math.nan, "b": [math.inf, {"c": -math.inf}]}).decode()
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": "nan", "b": ["inf", {"c": "-inf"}]}
+    assert decode(encode({"b": [math.inf, {"c": -math.inf}]})) == {"b": [math.inf, {"c": -math.inf}]}
+
+
+@given(st.integers(1, 5), st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_line_torn_at_any_byte_is_cut_off_and_the_others_stay(tmp_path_factory, count: int, data) -> None:
+    path = tmp_path_factory.mktemp("torn") / "x.jsonl"
+    lines = [to_line(line(step)) for step in range(1, count + 1)]
+    kept = data.draw(st.integers(0, count - 1))
+    torn = data.draw(st.integers(0, len(lines[kept]) - 1))
+    path.write_bytes(b"".join(lines[:kept]) + lines[kept][:torn])
+    appender = Appender(path)
+    appender.append(line(9))
+    appender.close()
+    assert appender.repaired_bytes == torn
+    assert path.read_bytes() == b"".join(lines[:kept]) + to_line(line(9))
+
+
+def test_zero_bytes_left_by_a_power_cut_are_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(to_line(line(1)) + b"\0\0\0\n\0\0")
+    assert repair(path) == 6
+    assert path.read_bytes() == to_line(line(1))
+
+
+def test_a_damaged_line_in_the_middle_is_a_data_error_naming_it(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(to_line(line(1)) + b"{garbage\n" + to_line(line(2)))
+    with pytest.raises(DataError, match=r"metrics.jsonl:2"):
+        read_metrics(tmp_path)
+
+
+def test_the_torn_line_of_a_live_run_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(to_line(line(1)) + to_line(line(2))[:-1])
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [1]
+
+
+def test_a_process_killed_while_writing_leaves_a_record_that_opens_and_goes_on(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from kha_train.record import Record\n"
+        "record = Record.open(Path(sys.argv[1])); record.begin_attempt(0)\n"
+        "for step in range(1, 10**7): record.step({'step': step, 'train/loss': 1 / step})\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
+    metrics = tmp_path / "metrics.jsonl"
+    while process.poll() is None and (not metrics.exists() or metrics.stat().st_size < 20_000):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with metrics.open("ab") as file:
+        file.write(b'{"step": 99999')
+    record = Record.open(tmp_path)
+    last = record.last_step
+    record.begin_attempt(last)
+    record.step({"step": last + 1, "train/loss": 1 / (last + 1)})
+    record.close()
+    assert without_timing(read_metrics(tmp_path)) == [{"step": s, "train/loss": 1 / s} for s in range(1, last + 2)]
+    assert [attempt["state"] for attempt in read_run(tmp_path)["attempts"]] == ["lost", "stopped"]
+    assert read_run(tmp_path)["attempts"][0]["end_step"] == last
+    assert "torn_line_removed" in {event["kind"] for event in read_events(tmp_path)}
+
+
+def test_a_resumed_run_keeps_the_lines_of_an_unbroken_one_but_for_timing(tmp_path: Path) -> None:
+    train(tmp_path / "unbroken", 0, 10)
+    train(tmp_path / "resumed", 0, 7)
+    train(tmp_path / "resumed", 4, 6)
+    train(tmp_path / "resumed", 5, 10)
+    resumed = read_metrics(tmp_path / "resumed")
+    assert without_timing(resumed) == without_timing(read_metrics(tmp_path / "unbroken"))
+    assert [entry["attempt"] for entry in resumed] == [1] * 4 + [2] + [3] * 5
+    discarded = read_discarded(tmp_path / "resumed")
+    assert [(entry["step"], entry["attempt"], entry["discarded_by_attempt"]) for entry in discarded] == [
+        (5, 1, 2),
+        (6, 1, 2),
+        (7, 1, 2),
+        (6, 2, 3),
+    ]
+    assert all(entry["discarded_reason"] for entry in discarded)
+
+
+class Crash(BaseException):
+    """Stands for the death of the process: nothing in the code catches it."""
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, point: int, after: bool) -> None:
+    """Dies at the `point`-th durable act (write, fsync, truncate, rename, unlink), before or after it is done."""
+    acts = iter(range(10**6))
+
+    def wrap(module, name: str) -> None:
+        original = getattr(module, name)
+
+        def act(*args, **kwargs):
+            now = next(acts) == point
+            if now and not after:
+                raise Crash
+            result = original(*args, **kwargs)
+            if now:
+                raise Crash
+            return result
+
+        monkeypatch.setattr(module, name, act)
+
+    for name in ("fsync", "truncate", "replace"):
+        wrap(os, name)
+    wrap(Path, "unlink")
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_crash_anywhere_inside_a_rewind_neither_loses_nor_doubles_a_line(tmp_path: Path, after: bool) -> None:
+    crashed = 0
+    for point in range(40):
+        run_dir = tmp_path / str(point)
+        train(run_dir, 0, 3)
+        train(run_dir, 2, 6)
+        record = Record.open(run_dir)
+        with pytest.MonkeyPatch.context() as patch:
+            crash_at(patch, point, after)
+            try:
+                record.rewind_to(4, "test")
+            except Crash:
+                crashed += 1
+        record._lock.close()
+        again = Record.open(run_dir)
+        moved = again.last_step == 4 or again.rewind_to(4, "test") == 2
+        again.close()
+        assert moved
+        assert [entry["step"] for entry in read_metrics(run_dir)] == [1, 2, 3, 4]
+        assert [entry["step"] for entry in read_discarded(run_dir)] == [3, 5, 6]
+        kinds = [event["kind"] for event in read_events(run_dir)]
+        assert kinds.count("lines_discarded") == 2
+        assert len({event["id"] for event in read_events(run_dir)}) == len(kinds)
+    assert 5 < crashed < 40
+
+
+def test_lines_lost_with_the_machine_are_told_as_an_event(tmp_path: Path) -> None:
+    train(tmp_path, 0, 3)
+    train(tmp_path, 5, 6)
+    missing = [event for event in read_events(tmp_path) if event["kind"] == "lines_missing"]
+    assert [(event["step"], event["after_step"]) for event in missing] == [(5, 3)]
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2, 3, 6]
+
+
+def test_a_step_is_never_recorded_twice(tmp_path: Path) -> None:
+    record = Record.open(tmp_path)
+    record.begin_attempt(0)
+    record.step(line(1))
+    with pytest.raises(AssertionError, match="recorded already"):
+        record.step(line(1))
+
+
+def test_the_ids_are_made_once_and_every_attempt_is_listed(tmp_path: Path) -> None:
+    record = Record.open(tmp_path)
+    ids = record.run_id, record.wandb_id
+    facts = {"data_content_id": "abc", "parameters": 7}
+    assert record.begin_attempt(0, world_size=2, facts=facts) == 1
+    record.step(line(1))
+    record.close("requeued")
+    record = Record.open(tmp_path)
+    assert (record.run_id, record.wandb_id) == ids
+    assert record.begin_attempt(1, world_size=4, facts={**facts, "data_content_id": "xyz"}) == 2
+    record.close("done")
+    run = read_run(tmp_path)
+    assert run["provenance"]["data_content_id"] == "abc"
+    assert run["provenance"]["parameters"] == 7
+    assert run["attempts"][1]["changed"] == {"data_content_id": "xyz"}
+    assert [(a["start_step"], a["world_size"], a["state"]) for a in run["attempts"]] == [
+        (0, 2, "requeued"),
+        (1, 4, "done"),
+    ]
+
+
+def test_a_new_attempt_removes_the_markers_of_the_last_end_but_not_a_stop_request(tmp_path: Path) -> None:
+    for marker in Marker:
+        set_marker(tmp_path, marker, "because")
+    record = Record.open(tmp_path)
+    record.begin_attempt(0)
+    record.close()
+    assert [marker for marker in Marker if has_marker(tmp_path, marker)] == [Marker.STOP]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    record = Record.open(tmp_path / "run", rank=1)
+    record.begin_attempt(0)
+    record.step(line(1))
+    assert record.event("x", 1) == {}
+    assert record.rewind_to(0, "x") == 0
+    assert (record.run_id, record.wandb_id, record.attempt) == ("", "", 0)
+    record.sync()
+    record.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_another_live_process_writes_is_refused_until_it_dies(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from kha_train.record import Record\n"
+        "record = Record.open(Path(sys.argv[1])); print('open', flush=True); time.sleep(60)\n"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
+    owner.stdout.readline()
+    with pytest.raises(RunDirectoryInUse, match=f"process {owner.pid}"):
+        Record.open(tmp_path)
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    owner.stdout.close()
+    Record.open(tmp_path).close()
+
+
+def test_importing_the_record_imports_neither_torch_nor_wandb() -> None:
+    program = "import sys, kha_train.record; print(sorted({'torch', 'wandb', 'omegaconf'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_docs_define_every_metric_key_and_its_unit() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "record.md").read_text()
+    for name, metric in METRICS.items():
+        assert f"| `{name}` | {metric.unit} | {metric.meaning} |" in text, name
