@@ -1,0 +1,2 @@
+"""The decoder: attention with its head interaction, mixture of experts, chunked loss. Empty: accounting needs no
+torch."""

@@ -1,0 +1,1 @@
+"""Attention = a base (`grouped_query`) x an interaction (`knocking`), computed by one backend."""

@@ -1,0 +1,164 @@
+"""Where initial values come from: each is a pure function of (run seed, full parameter name, shape), drawn in fp32 on
+the CPU, so it is the same for every device, world size, ZeRO stage and attention variant.
+
+A module says what it owns with `DeclaredModule.declare_parameter` and `declare_buffer`; nothing is drawn while a
+module is built. `initialise` fills a whole decoder; an engine that shards parameters walks `initial_values` instead and
+materialises one parameter at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kha_train.config.schema import RunConfig
+
+
+class Initial(Protocol):
+    """A rule that makes the initial value of one parameter."""
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """The fp32 CPU value of that shape; random rules use `generator` and nothing else."""
+        ...
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Normal with mean 0."""
+
+    std: float
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """See `Initial.draw`."""
+        empty = torch.empty(shape, dtype=torch.float32, device="cpu")
+        return empty.normal_(0.0, self.std, generator=generator)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Every element the same."""
+
+    value: float
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """See `Initial.draw`."""
+        return torch.full(shape, self.value, dtype=torch.float32, device="cpu")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The identity matrix."""
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """See `Initial.draw`."""
+        rows, columns = shape
+        return torch.eye(rows, columns, dtype=torch.float32, device="cpu")
+
+
+class DeclaredModule(nn.Module):
+    """A module that owns parameters or buffers and declares how each of them starts.
+
+    Parameters are created empty on the current device. Buffers keep the dtype they were declared with when the module
+    is cast: a selection bias moves in steps of 1e-3 and a rotary angle reaches thousands, which bf16 cannot hold.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.initial: dict[str, Initial] = {}
+        self.fresh_buffers: dict[str, Callable[[], Tensor]] = {}
+
+    def declare_parameter(self, name: str, shape: tuple[int, ...], initial: Initial) -> None:
+        """Register the parameter `name`, uninitialised, and remember its rule."""
+        self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self.initial[name] = initial
+
+    def declare_buffer(
+        self, name: str, shape: tuple[int, ...], fresh: Callable[[], Tensor], *, persistent: bool
+    ) -> None:
+        """Register the fp32 buffer `name`; `fresh()` makes its fp32 CPU value. Only persistent ones are
+        checkpointed."""
+        self.register_buffer(name, torch.empty(shape, dtype=torch.float32), persistent=persistent)
+        self.fresh_buffers[name] = fresh
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeclaredModule:
+        declared = {name: self._buffers[name] for name in self.fresh_buffers}
+        super()._apply(fn, recurse)
+        for name, buffer in declared.items():
+            moved = self._buffers[name]
+            if moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+class Linear(DeclaredModule):
+    """y = x W^T without bias; `weight` is [outputs, inputs]."""
+
+    def __init__(self, inputs: int, outputs: int, initial: Initial) -> None:
+        super().__init__()
+        self.declare_parameter("weight", (outputs, inputs), initial)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs], in the dtype of `x`."""
+        return nn.functional.linear(x, self.weight)
+
+
+def residual_std(config: RunConfig) -> float:
+    """Standard deviation of what writes into the residual stream (attention output, expert down projection): scaled by
+    1 / sqrt(2 * layers) when `model.scale_residual_init`, so that the stream's variance does not grow with depth."""
+    depth = 2 * config.model.layers if config.model.scale_residual_init else 1
+    return config.model.init_std / math.sqrt(depth)
+
+
+def initial_value(initial: Initial, seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
+    """The fp32 CPU value of the parameter `name`: depends on the seed, the name and the shape, and on nothing else."""
+    key = f"{seed}|{name}|{','.join(map(str, shape))}"
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    generator = torch.Generator(device="cpu")
+    generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+    return initial.draw(shape, generator)
+
+
+def initial_values(decoder: nn.Module, seed: int) -> Iterator[tuple[nn.Module, str, str, Callable[[], Tensor]]]:
+    """Each parameter once (a tied one under its first name): its owner, its local name, its full name and a thunk that
+    draws its fp32 CPU value. Nothing is drawn before a thunk is called, so this works on a decoder on `meta`.
+
+    Whoever replaces parameters, rather than filling them, calls `Decoder.tie_weights` afterwards.
+    """
+    seen: set[int] = set()
+    for prefix, module in decoder.named_modules():
+        for local, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            assert isinstance(module, DeclaredModule), f"{prefix} owns {local} without declaring its initial value"
+            name = f"{prefix}.{local}" if prefix else local
+            yield module, local, name, partial(initial_value, module.initial[local], seed, name, tuple(parameter.shape))
+
+
+def initialise(decoder: nn.Module, seed: int) -> None:
+    """Fill every parameter and buffer of a decoder that is not on `meta`, in place."""
+    with torch.no_grad():
+        for owner, local, _, value in initial_values(decoder, seed):
+            getattr(owner, local).copy_(value())
+    reset_buffers(decoder)
+
+
+def reset_buffers(decoder: nn.Module, device: torch.device | str | None = None) -> None:
+    """Recompute every declared buffer (rotary tables, zero selection biases) in fp32.
+
+    On `device` if given; else where the buffer is, or, when that is `meta`, on torch's current default device.
+    """
+    for module in decoder.modules():
+        if not isinstance(module, DeclaredModule):
+            continue
+        for name, fresh in module.fresh_buffers.items():
+            here = module._buffers[name].device
+            target = device or (torch.get_default_device() if here.type == "meta" else here)
+            module._buffers[name] = fresh().to(target)

@@ -1,0 +1,44 @@
+"""RMSNorm, over the model width or over the heads of queries and keys."""
+
+# ... leading dimensions   D the normalised width   B batch   T tokens   H heads   K head width
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kha_train.config.schema import RunConfig
+from kha_train.model.init import Constant, DeclaredModule
+
+
+class RmsNorm(DeclaredModule):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; the mean is taken in at least fp32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.width, self.eps = width, eps
+        self.declare_parameter("weight", (width,), Constant(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D] in the dtype of `x`."""
+        return functional.rms_norm(x, (self.width,), self.weight, self.eps)
+
+
+class FullWidthNorm(RmsNorm):
+    """RMSNorm over all heads of a token at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, H, K] -> [B, T, H, K], normalised over H * K."""
+        return super().forward(x.flatten(2)).view_as(x)
+
+
+def build_qk_norm(config: RunConfig, heads: int, head_dim: int) -> nn.Module:
+    """The norm of queries or keys [B, T, H, K] by `attention.qk_norm`: one weight of K shared by all heads, one of H *
+    K, or none."""
+    match config.attention.qk_norm:
+        case "per_head":
+            return RmsNorm(head_dim, config.model.norm_eps)
+        case "full_width":
+            return FullWidthNorm(heads * head_dim, config.model.norm_eps)
+        case "none":
+            return nn.Identity()

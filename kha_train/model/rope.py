@@ -1,0 +1,57 @@
+"""Rotary position embedding over the full head width, rotate-half layout: dimension i turns with dimension i + K/2."""
+
+# B batch   T tokens   P positions in the table   H heads   K head width   R = K / 2 rotation planes
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kha_train.model.init import DeclaredModule
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of the angles of every token of a batch, fp32; made once a forward, shared by all layers."""
+
+    cos_BTR: Tensor
+    sin_BTR: Tensor
+
+
+def rotary_table(positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [positions, head_dim / 2] of position * theta^(-2 i / head_dim): computed in fp64 on the CPU, so that
+    every device holds the same fp32 values."""
+    exponent_R = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
+    position_P = torch.arange(positions, dtype=torch.float64, device="cpu")
+    angle_PR = torch.outer(position_P, theta**-exponent_R)
+    return angle_PR.cos().float(), angle_PR.sin().float()
+
+
+class RotaryTable(DeclaredModule):
+    """The fp32 tables for positions below `positions`, and the look-up by the position of each token."""
+
+    def __init__(self, positions: int, head_dim: int, theta: float) -> None:
+        super().__init__()
+        for index, name in enumerate(("cos_PR", "sin_PR")):
+            fresh = partial(_table_part, positions, head_dim, theta, index)
+            self.declare_buffer(name, (positions, head_dim // 2), fresh, persistent=False)
+
+    def forward(self, positions_BT: Tensor) -> Rotary:
+        """The rotation of each token, from its position (int64) inside its document or row."""
+        return Rotary(self.cos_PR[positions_BT], self.sin_PR[positions_BT])
+
+
+def _table_part(positions: int, head_dim: int, theta: float, index: int) -> Tensor:
+    return rotary_table(positions, head_dim, theta)[index]
+
+
+def rotate(x_BTHK: Tensor, rotary: Rotary) -> Tensor:
+    """Turn every head by the token's angles; computed in at least fp32, returned in the dtype of `x_BTHK`."""
+    cos_BT1R, sin_BT1R = rotary.cos_BTR.unsqueeze(2), rotary.sin_BTR.unsqueeze(2)
+    first_BTHR, second_BTHR = x_BTHK.chunk(2, dim=-1)
+    turned_BTHK = torch.cat(
+        (first_BTHR * cos_BT1R - second_BTHR * sin_BT1R, second_BTHR * cos_BT1R + first_BTHR * sin_BT1R), dim=-1
+    )
+    return turned_BTHK.to(x_BTHK.dtype)
