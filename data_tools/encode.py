@@ -1,0 +1,175 @@
+"""Tokenizing a corpus into the datasets `train/` and `validation/` of one directory.
+
+The plan comes first: a split's file is cut at line ends into byte ranges, one a shard, without looking at tokens. Each
+range is then encoded on its own, so any number of processes writes the same files. Every document ends with the
+tokenizer's end-of-sequence id.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_tools.corpus import DESCRIPTION_NAME, SPLITS, parse_line, split_path
+from kha_train.data.canonical import sha256_of_file
+from kha_train.data.manifest import Manifest, ShardEntry, dtype_for
+from kha_train.data.tokenizer import Tokenizer
+from kha_train.data.writer import prepare, publish_dataset, write_shard
+from kha_train.errors import ConfigError
+
+SHARD_BYTES = 512 << 20
+_BATCH_CHARACTERS = 1 << 20
+
+
+class ShardPlan(NamedTuple):
+    """Which lines make a shard: the bytes [start, stop) of a JSONL file, whose first line has number `line`."""
+
+    index: int
+    start: int
+    stop: int
+    line: int
+
+
+def encode_corpus(
+    corpus: str | Path,
+    tokenizer: str | Path,
+    out: str | Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    workers: int = 1,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Manifest]:
+    """Write `out/train` and `out/validation` from a corpus directory; returns the manifest of each split.
+
+    A shard holds the documents of about `shard_bytes` of JSONL, and always whole documents. `progress` gets bytes of
+    JSONL. Raises ConfigError for a missing corpus or tokenizer and for existing datasets unless `overwrite`; DataError
+    for a bad line or a split without text.
+    """
+    paths = {split: split_path(corpus, split) for split in SPLITS}
+    loaded = Tokenizer(tokenizer)
+    if "eos" not in loaded.special_ids:
+        raise ConfigError("has no end-of-sequence id", field="tokenizer", value=str(tokenizer))
+    for split in SPLITS:
+        prepare(Path(out) / split, overwrite=overwrite)
+    return {
+        split: _encode_split(path, loaded, Path(out) / split, shard_bytes, workers, progress)
+        for split, path in paths.items()
+    }
+
+
+def plan_shards(path: Path, shard_bytes: int) -> list[ShardPlan]:
+    """Cut a JSONL file into shards of about `shard_bytes`, each closed at the first line end at or after that size."""
+    plans: list[ShardPlan] = []
+    start, line, position = 0, 1, 0
+    with open(path, "rb") as file:
+        for number, text in enumerate(file, start=1):
+            position += len(text)
+            if position - start >= shard_bytes:
+                plans.append(ShardPlan(len(plans), start, position, line))
+                start, line = position, number + 1
+    if position > start:
+        plans.append(ShardPlan(len(plans), start, position, line))
+    return plans
+
+
+def _encode_split(
+    path: Path,
+    tokenizer: Tokenizer,
+    directory: Path,
+    shard_bytes: int,
+    workers: int,
+    progress: Callable[[int], None] | None,
+) -> Manifest:
+    plans = plan_shards(path, shard_bytes)
+    dtype = dtype_for(tokenizer.vocab_size)
+    if workers == 1:
+        shards = [_encode_shard(plan, path, tokenizer, directory, dtype, progress) for plan in plans]
+    else:
+        shards = _encode_in_processes(plans, path, tokenizer.path, directory, dtype, workers, progress)
+    return publish_dataset(
+        directory, shards, tokenizer.entry(), dtype=dtype, corpus=_fingerprint(path), tokenizer_file=tokenizer.path
+    )
+
+
+def _encode_in_processes(
+    plans: list[ShardPlan],
+    path: Path,
+    tokenizer: Path,
+    directory: Path,
+    dtype: str,
+    workers: int,
+    progress: Callable[[int], None] | None,
+) -> list[ShardEntry | None]:
+    task = partial(_encode_shard_alone, path=path, tokenizer=tokenizer, directory=directory, dtype=dtype)
+    shards = []
+    # A forked child would inherit the threads of whatever the caller has loaded.
+    with ProcessPoolExecutor(max_workers=workers, mp_context=get_context("spawn")) as pool:
+        for plan, shard in zip(plans, pool.map(task, plans), strict=True):
+            shards.append(shard)
+            if progress is not None:
+                progress(plan.stop - plan.start)
+    return shards
+
+
+def _encode_shard_alone(plan: ShardPlan, path: Path, tokenizer: Path, directory: Path, dtype: str) -> ShardEntry | None:
+    return _encode_shard(plan, path, Tokenizer(tokenizer), directory, dtype, None)
+
+
+def _encode_shard(
+    plan: ShardPlan,
+    path: Path,
+    tokenizer: Tokenizer,
+    directory: Path,
+    dtype: str,
+    progress: Callable[[int], None] | None,
+) -> ShardEntry | None:
+    documents = _encoded_documents(plan, path, tokenizer, progress)
+    return write_shard(directory, plan.index, documents, vocab_size=tokenizer.vocab_size, dtype=dtype)
+
+
+def _encoded_documents(
+    plan: ShardPlan, path: Path, tokenizer: Tokenizer, progress: Callable[[int], None] | None
+) -> Iterator[tuple[np.ndarray, int]]:
+    end = np.asarray([tokenizer.special_ids["eos"]], dtype=np.int32)
+    for texts, line_bytes in _batches(plan, path):
+        for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
+            yield np.concatenate((ids, end)), len(text.encode())
+        if progress is not None:
+            progress(line_bytes)
+
+
+def _batches(plan: ShardPlan, path: Path) -> Iterator[tuple[list[str], int]]:
+    """The texts of the plan's lines in batches of about a million characters, with the bytes of their lines."""
+    texts: list[str] = []
+    characters, line_bytes = 0, 0
+    with open(path, "rb") as file:
+        file.seek(plan.start)
+        number = plan.line
+        while file.tell() < plan.stop:
+            line = file.readline()
+            line_bytes += len(line)
+            if line.strip():
+                text = parse_line(line, f"{path.name}:{number}", path).text
+                if text:
+                    texts.append(text)
+                    characters += len(text)
+            number += 1
+            if characters >= _BATCH_CHARACTERS:
+                yield texts, line_bytes
+                texts, characters, line_bytes = [], 0, 0
+    yield texts, line_bytes
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    """What the manifest says about the text: the hash of the file encoded, and the corpus's own description."""
+    description = path.with_name(DESCRIPTION_NAME)
+    own = json.loads(description.read_text(encoding="utf-8")) if description.is_file() else {}
+    return {"split": path.stem, "sha256": sha256_of_file(path), "corpus": own}

@@ -1,0 +1,37 @@
+"""Training the tokenizer on a corpus's training split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from data_tools.corpus import read_split
+from kha_train.data import tokenizer
+
+
+def train_tokenizer(
+    corpus: str | Path,
+    out: str | Path,
+    *,
+    vocab_size: int,
+    max_bytes: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> tokenizer.Tokenizer:
+    """Train on the corpus directory's training documents and write the model file `out`.
+
+    `max_bytes` ends the reading after so much text (0: all of it); `progress` gets bytes of text as they are read.
+    Raises ConfigError when there is no corpus, or when its text cannot give exactly `vocab_size` pieces.
+    """
+
+    def texts() -> Iterator[str]:
+        total = 0
+        for document in read_split(corpus, "train"):
+            if max_bytes and total >= max_bytes:
+                return
+            size = len(document.text.encode())
+            total += size
+            if progress is not None:
+                progress(size)
+            yield document.text
+
+    return tokenizer.train(texts(), Path(out), vocab_size=vocab_size)

@@ -1,0 +1,198 @@
+"""`kha data`: from text to shards, and a look at what is in them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from data_tools.corpus import build_corpus, split_path
+from data_tools.encode import SHARD_BYTES, encode_corpus
+from data_tools.train_tokenizer import train_tokenizer
+from kha_train.data.manifest import MANIFEST_NAME
+from kha_train.data.shards import ShardSet
+from kha_train.data.tokenizer import KIND, Tokenizer
+
+app = typer.Typer(name="data", help="Corpus, tokenizer, shards.", no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")]
+CorpusDir = Annotated[Path, typer.Option("--corpus", help="A directory made by `kha data corpus`.")]
+DatasetDir = Annotated[Path, typer.Argument(help="A dataset, or the directory of several (train/, validation/).")]
+
+_BORDER = "\u2016"
+
+
+@app.command()
+def corpus(
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    extra_root: Annotated[list[Path] | None, typer.Option(help="Your own text: .txt .md .rst .py .jsonl")] = None,
+    standard_library: Annotated[bool, typer.Option(help="Take Python's own standard library.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Collect text: the standard library's sources, and your own."""
+    with _progress("reading", None) as advance:
+        description = build_corpus(
+            out, standard_library=standard_library, extra_roots=extra_root or (), progress=advance
+        )
+    _answer({"directory": str(out), **description}, as_json)
+
+
+@app.command()
+def tokenizer(
+    corpus_dir: CorpusDir,
+    out: Annotated[Path, typer.Option(help="Model file to write.")],
+    vocab_size: Annotated[int, typer.Option(min=1, help="Number of ids, special ones included.")],
+    max_bytes: Annotated[int, typer.Option(min=0, help="Train on so much text only; 0: all.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a BPE tokenizer on the training split."""
+    total = split_path(corpus_dir, "train").stat().st_size
+    with _progress("reading, then merging", min(total, max_bytes or total)) as advance:
+        made = train_tokenizer(corpus_dir, out, vocab_size=vocab_size, max_bytes=max_bytes, progress=advance)
+    answer = {"file": str(out), "vocab_size": made.vocab_size, "sha256": made.sha256, "special_ids": made.special_ids}
+    _answer(answer, as_json)
+
+
+@app.command()
+def tokenize(
+    corpus_dir: CorpusDir,
+    tokenizer_file: Annotated[Path, typer.Option("--tokenizer", help="Model file of `kha data tokenizer`.")],
+    out: Annotated[Path, typer.Option(help="Directory to write train/ and validation/ in.")],
+    shard_bytes: Annotated[int, typer.Option(min=1, help="Bytes of JSONL in a shard.")] = SHARD_BYTES,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; the files do not depend on it.")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace datasets that are there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Encode a corpus into shards."""
+    total = sum(split_path(corpus_dir, split).stat().st_size for split in ("train", "validation"))
+    with _progress("tokenizing", total) as advance:
+        manifests = encode_corpus(
+            corpus_dir,
+            tokenizer_file,
+            out,
+            shard_bytes=shard_bytes,
+            workers=workers,
+            overwrite=overwrite,
+            progress=advance,
+        )
+    answer = {
+        split: {
+            "directory": str(out / split),
+            "tokens": made.tokens,
+            "documents": made.documents,
+            "text_bytes": made.text_bytes,
+            "shards": len(made.shards),
+            "content_id": made.content_id,
+        }
+        for split, made in manifests.items()
+    }
+    _answer(answer, as_json)
+
+
+@app.command()
+def verify(directory: DatasetDir, as_json: Json = False) -> None:
+    """Read every byte of a dataset and compare it with its manifest."""
+    answer = {}
+    for path in _datasets(directory):
+        shards = ShardSet.open(path)
+        shards.check_tokenizer()
+        with _progress(f"verifying {path.name}", shards.manifest.tokens) as advance:
+            shards.token_counts(advance)
+        answer[str(path)] = {"ok": True, "tokens": shards.manifest.tokens, "content_id": shards.content_id}
+    _answer(answer, as_json)
+
+
+@app.command()
+def inspect(
+    directory: DatasetDir,
+    samples: Annotated[int, typer.Option(min=0, help="Pieces of text to show.")] = 2,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a piece.")] = 128,
+    as_json: Json = False,
+) -> None:
+    """Statistics of a dataset, and pieces of it decoded, document borders shown as ‖."""
+    answer = {}
+    for path in _datasets(directory):
+        shards = ShardSet.open(path)
+        answer[str(path)] = {**_statistics(shards), "samples": list(_samples(shards, samples, tokens))}
+    _answer(answer, as_json)
+
+
+def _datasets(directory: Path) -> list[Path]:
+    inside = sorted(path.parent for path in directory.glob(f"*/{MANIFEST_NAME}"))
+    return inside if inside and not (directory / MANIFEST_NAME).exists() else [directory]
+
+
+def _statistics(shards: ShardSet) -> dict[str, Any]:
+    manifest = shards.manifest
+    lengths = np.concatenate(
+        [np.diff(shards.document_ends(i, 0, s.tokens), prepend=0) for i, s in enumerate(manifest.shards)]
+    )
+    quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1], method="nearest").astype(int).tolist()
+    return {
+        "tokens": manifest.tokens,
+        "documents": manifest.documents,
+        "text_bytes": manifest.text_bytes,
+        "bytes_per_token": round(manifest.text_bytes / manifest.tokens, 3),
+        "document_tokens": dict(zip(("min", "p10", "median", "p90", "max"), quantiles, strict=True)),
+        "shards": len(manifest.shards),
+        "dtype": manifest.dtype,
+        "tokenizer": f"{manifest.tokenizer.kind}, {manifest.tokenizer.vocab} ids, {manifest.tokenizer.sha256[:12]}",
+        "tool": manifest.tool,
+        "content_id": manifest.content_id,
+    }
+
+
+def _samples(shards: ShardSet, count: int, tokens: int) -> Iterator[dict[str, Any]]:
+    """Pieces at even distances over the dataset."""
+    path = shards.check_tokenizer()
+    tokenizer = Tokenizer(path) if path is not None and shards.manifest.tokenizer.kind == KIND else None
+    sizes = [shard.tokens for shard in shards.manifest.shards]
+    starts_of_shards = np.cumsum([0, *sizes])
+    for number in range(count):
+        place = shards.manifest.tokens * number // count
+        shard = int(np.searchsorted(starts_of_shards, place, side="right")) - 1
+        start = place - int(starts_of_shards[shard])
+        stop = min(start + tokens, sizes[shard])
+        ids = shards.read(shard, start, stop - start)
+        parts = np.split(ids, shards.document_ends(shard, start, stop) - start)
+        texts = [tokenizer.decode(part) if tokenizer else " ".join(map(str, part.tolist())) for part in parts]
+        yield {"shard": shard, "token": start, "text": _BORDER.join(texts)}
+
+
+@contextmanager
+def _progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda amount: progress.advance(task, amount)
+
+
+def _answer(answer: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(answer))
+        return
+    table = Table(show_header=False, box=None)
+    for key, value in _flat(answer, ""):
+        table.add_row(key, value)
+    width = None if "COLUMNS" in os.environ or Console().is_terminal else 200
+    Console(width=width, markup=False, highlight=False).print(table)
+
+
+def _flat(value: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for key, entry in value.items():
+        if isinstance(entry, dict):
+            yield from _flat(entry, f"{prefix}{key} ")
+        elif isinstance(entry, list) and entry and isinstance(entry[0], dict):
+            yield from _flat({f"{key} {i + 1}": one for i, one in enumerate(entry)}, prefix)
+        else:
+            yield f"{prefix}{key}", str(entry)

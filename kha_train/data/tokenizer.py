@@ -1,0 +1,152 @@
+"""Text to ids and back without loss: sentencepiece BPE with byte fallback. The only user of sentencepiece.
+
+Nothing is normalised: no dummy prefix, blanks kept, digits split. Sentencepiece writes a blank as U+2581, so a U+2581
+of the text itself would come back as a blank; it is therefore encoded as its bytes, and so is what is not UTF-8.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kha_train.data.canonical import sha256_of_file
+from kha_train.data.manifest import TokenizerEntry
+from kha_train.errors import ConfigError, DataError
+
+KIND = "sentencepiece-bpe"
+MODEL_NAME = "tokenizer.model"
+SPECIAL_IDS = {"pad": 0, "bos": 1, "eos": 2, "unk": 3}
+PIECE_CHARACTERS = 2000
+
+_BLANK = "\u2581"
+_AS_BYTES = re.compile("([\u2581\ud800-\udfff]+)")
+_PROBE = "a  \ufb01 \t\n\u00e9 \U0001f600 7\r\n "
+
+
+def train(texts: Iterable[str], path: Path, *, vocab_size: int) -> Tokenizer:
+    """Train on `texts`, cut into pieces of 2000 characters, and write the model file; the same texts, the same file.
+
+    Raises ConfigError when the texts cannot give exactly `vocab_size` pieces.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_pieces(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=8 * PIECE_CHARACTERS,
+            num_threads=1,  # recorded in the model file: another count is another hash
+            minloglevel=2,
+            **{f"{name}_id": number for name, number in SPECIAL_IDS.items()},
+        )
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2].strip() or "there is no text"
+        raise ConfigError(f"cannot be trained: {reason}", field="vocab_size", value=vocab_size) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.getvalue())
+    return Tokenizer(path)
+
+
+def _pieces(texts: Iterable[str]) -> Iterable[str]:
+    for text in texts:
+        for start in range(0, len(text), PIECE_CHARACTERS):
+            yield text[start : start + PIECE_CHARACTERS]
+
+
+class Tokenizer:
+    """A model file, loaded. `path`, `sha256`, `vocab_size`, and `special_ids` by name (only those the model has).
+
+    Raises ConfigError when the file is missing, is not a sentencepiece model, or would lose text.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        import sentencepiece
+
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ConfigError("no such file", field="tokenizer", value=str(path), fix="`kha data tokenizer` trains one")
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
+        except RuntimeError as error:
+            raise ConfigError("not a sentencepiece model", field="tokenizer", value=str(path)) from error
+        self.sha256 = sha256_of_file(self.path)
+        self.vocab_size = self._processor.vocab_size()
+        numbers = {name: getattr(self._processor, f"{name}_id")() for name in SPECIAL_IDS}
+        self.special_ids = {name: number for name, number in numbers.items() if number >= 0}
+        self._bytes = [self._bytes_of(number) for number in range(self.vocab_size)]
+        self._id_of_byte = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        if not all(map(self._processor.is_byte, self._id_of_byte)) or self.decode(self.encode([_PROBE])[0]) != _PROBE:
+            raise ConfigError(
+                "this model loses text",
+                field="tokenizer",
+                value=str(path),
+                allowed="byte fallback, identity normalisation, no dummy prefix, blanks kept",
+                fix="`kha data tokenizer` trains one",
+            )
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids (int32) of each text, without any special id. Raises DataError for text that UTF-8 cannot express."""
+        plain = [index for index, text in enumerate(texts) if not _AS_BYTES.search(text)]
+        encoded = dict(zip(plain, self._processor.encode([texts[i] for i in plain]), strict=True))
+        ids = (encoded[i] if i in encoded else self._encode_in_parts(text) for i, text in enumerate(texts))
+        return [np.asarray(one, dtype=np.int32) for one in ids]
+
+    def encode_bytes(self, data: bytes) -> np.ndarray:
+        """Ids (int32) of any bytes; what is not UTF-8 becomes byte pieces."""
+        return self.encode([data.decode("utf-8", "surrogateescape")])[0]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; special ids stand for nothing, bytes that are not UTF-8 show as U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The very bytes `ids` stand for."""
+        return b"".join([self._bytes[number] for number in ids])
+
+    def bytes_per_id(self) -> tuple[int, ...]:
+        """For each id the number of UTF-8 bytes it stands for; 0 for special ids."""
+        return tuple(map(len, self._bytes))
+
+    def entry(self) -> TokenizerEntry:
+        """How a dataset's manifest describes this tokenizer."""
+        return TokenizerEntry(
+            kind=KIND,
+            vocab=self.vocab_size,
+            sha256=self.sha256,
+            file=MODEL_NAME,
+            special_ids=self.special_ids,
+            bytes_per_id=self.bytes_per_id(),
+        )
+
+    def _encode_in_parts(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in _AS_BYTES.split(text):
+            if not _AS_BYTES.match(part):
+                ids += self._processor.encode(part)
+                continue
+            try:
+                ids += [self._id_of_byte[byte] for byte in part.encode("utf-8", "surrogateescape")]
+            except UnicodeEncodeError as error:
+                raise DataError(f"text that UTF-8 cannot express: {error.reason}", value=part[:20]) from error
+        return ids
+
+    def _bytes_of(self, number: int) -> bytes:
+        if self._processor.is_control(number) or self._processor.is_unknown(number):
+            return b""
+        piece = self._processor.id_to_piece(number)
+        if self._processor.is_byte(number):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(_BLANK, " ").encode()
