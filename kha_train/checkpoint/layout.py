@@ -1,0 +1,93 @@
+"""The names inside `<run.dir>/checkpoints`, and the few file system moves that must survive a kill.
+
+    step-00001000                    published: holds a manifest, complete
+    step-00001000.corrupt            was published, did not verify; kept for a person to look at, never read
+    .step-00001000.saving-XXXX       being written; worthless until renamed
+    .step-00001000.replaced-XXXX     the older checkpoint of that step, while a newer one takes its name; readable
+    .step-00001000.deleting-XXXX     condemned by retention
+
+XXXX is a random number, so that a rank left over from a dead attempt can never write into the files of this one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+FOLDER = "checkpoints"
+_READABLE = re.compile(r"step-([0-9]{8,15})|\.step-([0-9]{8,15})\.replaced-[0-9a-f]{12}")
+_LEFTOVER = re.compile(r"\.step-[0-9]{8,15}\.(saving|deleting)-[0-9a-f]{12}")
+
+
+def step_name(step: int) -> str:
+    """The directory name of a published checkpoint: `step-00001000`."""
+    return f"step-{step:08d}"
+
+
+def temporary_name(step: int, purpose: str) -> str:
+    """A fresh hidden name; `purpose` is "saving", "replaced" or "deleting"."""
+    return f".{step_name(step)}.{purpose}-{secrets.token_hex(6)}"
+
+
+def step_of(name: str) -> int | None:
+    """The step of a directory that may hold a checkpoint (published or replaced), None for any other name."""
+    match = _READABLE.fullmatch(name)
+    step = int(match[1] or match[2]) if match else -1
+    return step if step_name(step) in name.split(".") else None
+
+
+def candidates(folder: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of everything that may hold a checkpoint, newest step first, published before replaced.
+
+    `folder` may be missing. Nothing is opened or verified here.
+    """
+    names = os.listdir(folder) if folder.is_dir() else []
+    found = [(step, name) for name in names if (step := step_of(name)) is not None]
+    found.sort(key=lambda entry: (-entry[0], entry[1].startswith("."), entry[1]))
+    return [(step, folder / name) for step, name in found]
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what interrupted saves and prunings left behind. Raises OSError when that fails."""
+    for name in os.listdir(folder) if folder.is_dir() else ():
+        if _LEFTOVER.fullmatch(name):
+            _erase(folder / name)
+
+
+def remove(directory: Path, step: int) -> None:
+    """Delete a checkpoint so that no kill leaves half of one under a readable name. Raises OSError."""
+    condemned = directory.with_name(temporary_name(step, "deleting"))
+    os.rename(directory, condemned)
+    fsync_directory(directory.parent)
+    _erase(condemned)
+
+
+def set_aside(directory: Path, step: int) -> Path:
+    """Rename a checkpoint that does not verify to `.corrupt` (`.corrupt-1`, ... when taken). Raises OSError."""
+    base = directory.with_name(f"{step_name(step)}.corrupt")
+    target, number = base, 0
+    while os.path.lexists(target):
+        number += 1
+        target = base.with_name(f"{base.name}-{number}")
+    os.rename(directory, target)
+    fsync_directory(directory.parent)
+    return target
+
+
+def _erase(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make the names inside `directory` survive a power cut. Raises OSError."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

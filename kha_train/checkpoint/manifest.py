@@ -1,0 +1,268 @@
+"""The manifest of a checkpoint: which files it has, and where every element of every parameter lies in them.
+
+A manifest is read as untrusted input: every type, name and count is checked, the pieces must tile every parameter of
+every kind exactly, and the bytes must be those this module would write, which leaves no room for repeated keys or
+hidden extras. Its own SHA-256 is its last entry, so a flipped bit in the manifest is found as in any other file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from kha_train.errors import CheckpointError
+
+VERSION = 1
+MANIFEST_FILE = "manifest.json"
+TRAINER_FILE = "trainer.json"
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+MAX_MANIFEST_BYTES = 256 * 2**20
+MAX_ELEMENTS = 2**48
+MAX_FILE_BYTES = 2**50
+MAX_DIMENSIONS = 16
+MAX_NAME = 1024
+_FILE_NAME = re.compile(r"trainer\.json|(model|optimizer)-[0-9]{5,7}(\.[0-9]{3,6})?\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and SHA-256 (hex) of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PieceEntry:
+    """`length` fp32 elements of a parameter, from flat index `start`, are the 1-D tensor `key` of `file`."""
+
+    file: str
+    key: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class ParameterEntry:
+    """The global shape of a parameter and, for each of KINDS, its pieces in order of `start`."""
+
+    shape: tuple[int, ...]
+    pieces: dict[str, tuple[PieceEntry, ...]]
+
+    @property
+    def elements(self) -> int:
+        """Elements of the whole parameter."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class BufferEntry:
+    """A whole buffer: tensor `key` of `file`, with its shape and safetensors dtype name."""
+
+    file: str
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a manifest, or one rank's share of it, lists: files, parameters and buffers by name."""
+
+    files: dict[str, FileEntry]
+    parameters: dict[str, ParameterEntry]
+    buffers: dict[str, BufferEntry]
+
+    def sections(self) -> dict[str, Any]:
+        """Plain JSON, the inverse of `parse_contents`."""
+        return {
+            "files": {name: {"sha256": entry.sha256, "size": entry.size} for name, entry in self.files.items()},
+            "parameters": {
+                name: {"shape": list(entry.shape)}
+                | {kind: [[p.file, p.key, p.start, p.length] for p in entry.pieces[kind]] for kind in KINDS}
+                for name, entry in self.parameters.items()
+            },
+            "buffers": {name: vars(entry) | {"shape": list(entry.shape)} for name, entry in self.buffers.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole checkpoint: the optimiser step it was taken after, the tool that wrote it, and its contents."""
+
+    step: int
+    tool: str
+    contents: Contents
+
+    def encode(self) -> bytes:
+        """The bytes of manifest.json: sorted keys, one line a file, parameter or buffer, its own SHA-256 last."""
+        head = {"format": VERSION, "step": self.step, "tool": self.tool}
+        lines = [f"{_dumps(key)}: {_dumps(value)}" for key, value in head.items()]
+        for title, section in self.contents.sections().items():
+            rows = ",\n".join(f"  {_dumps(name)}: {_dumps(section[name])}" for name in sorted(section))
+            lines.append(f"{_dumps(title)}: {{\n{rows}\n}}")
+        body = "{\n" + ",\n".join(lines)
+        digest = hashlib.sha256(body.encode()).hexdigest()
+        return f'{body},\n"sha256": "{digest}"\n}}\n'.encode()
+
+
+def parse_manifest(raw: bytes, where: str = MANIFEST_FILE) -> Manifest:
+    """The manifest in `raw`. Raises CheckpointError naming `where`, expected and found for anything out of order."""
+    check = _Check(where)
+    top = check.mapping(_loads(raw, check), "top level")
+    if top.get("format") != VERSION:
+        check.fail("unknown format version", f"{VERSION}", top.get("format"))
+    check.keys(top, {"format", "step", "tool", "files", "parameters", "buffers", "sha256"}, "top level")
+    contents = parse_contents({name: top[name] for name in ("files", "parameters", "buffers")}, where)
+    manifest = Manifest(check.count(top["step"], "step", 10**15 - 1), check.text(top["tool"], "tool"), contents)
+    check_coverage(contents, where)
+    if manifest.encode() != raw:
+        check.fail("its bytes are not what its contents and SHA-256 say", "the bytes that were written", top["sha256"])
+    return manifest
+
+
+def parse_contents(found: Any, where: str) -> Contents:
+    """The sections files, parameters and buffers, every value checked. Raises CheckpointError naming `where`."""
+    check = _Check(where)
+    top = check.mapping(found, "contents")
+    check.keys(top, {"files", "parameters", "buffers"}, "contents")
+    files = {name: check.file(name, entry) for name, entry in check.mapping(top["files"], "files").items()}
+    parameters = check.mapping(top["parameters"], "parameters").items()
+    buffers = check.mapping(top["buffers"], "buffers").items()
+    contents = Contents(
+        files,
+        {check.name(name): check.parameter(name, entry) for name, entry in parameters},
+        {check.name(name): check.buffer(name, entry) for name, entry in buffers},
+    )
+    _check_fits(contents, check)
+    return contents
+
+
+def check_coverage(contents: Contents, where: str = MANIFEST_FILE) -> None:
+    """Raise CheckpointError unless the pieces tile every parameter of every kind: no gap, no overlap, no excess."""
+    check = _Check(where)
+    for name, parameter in contents.parameters.items():
+        for kind in KINDS:
+            end = 0
+            for piece in parameter.pieces[kind]:
+                if piece.start != end:
+                    trouble = "a gap" if piece.start > end else "an overlap"
+                    check.fail(f"{trouble} in {kind} of {name}", f"a piece from element {end}", piece.start)
+                end += piece.length
+            if end != parameter.elements:
+                check.fail(f"{kind} of {name} is not covered", f"{parameter.elements} elements", end)
+
+
+def _check_fits(contents: Contents, check: _Check) -> None:
+    """Each tensor listed once, in a listed safetensors file that is large enough for all its tensors."""
+    used: dict[str, int] = {}
+    seen: set[tuple[str, str]] = set()
+    tensors = [
+        (piece.file, piece.key, 4 * piece.length)
+        for parameter in contents.parameters.values()
+        for pieces in parameter.pieces.values()
+        for piece in pieces
+    ]
+    tensors += [(b.file, b.key, ELEMENT_BYTES[b.dtype] * math.prod(b.shape)) for b in contents.buffers.values()]
+    for file, key, size in tensors:
+        if file == TRAINER_FILE or file not in contents.files:
+            check.fail(f"tensor {key!r} lies in a file that is not listed", "a safetensors file of the manifest", file)
+        if (file, key) in seen:
+            check.fail(f"tensor {key!r} of {file} is listed twice", "one use", key)
+        seen.add((file, key))
+        used[file] = used.get(file, 0) + size
+    for file, size in used.items():
+        if size > contents.files[file].size:
+            check.fail(f"{file} is too small for its tensors", f"at least {size} bytes", contents.files[file].size)
+
+
+@dataclass(frozen=True)
+class _Check:
+    """Reads untrusted JSON values; every method returns the checked value or raises CheckpointError."""
+
+    where: str
+
+    def fail(self, problem: str, expected: str, found: Any) -> NoReturn:
+        shown = found if isinstance(found, int | float | bool) else str(found)[:80]
+        raise CheckpointError(problem, field=self.where, value=shown, allowed=expected)
+
+    def mapping(self, found: Any, what: str) -> dict[str, Any]:
+        return (
+            found if type(found) is dict else self.fail(f"{what} has the wrong type", "an object", type(found).__name__)
+        )
+
+    def sequence(self, found: Any, what: str) -> list[Any]:
+        return found if type(found) is list else self.fail(f"{what} has the wrong type", "a list", type(found).__name__)
+
+    def keys(self, found: dict[str, Any], expected: set[str], what: str) -> None:
+        if set(found) != expected:
+            self.fail(f"{what} has the wrong keys", ", ".join(sorted(expected)), sorted(found))
+
+    def count(self, found: Any, what: str, largest: int) -> int:
+        if type(found) is not int or not 0 <= found <= largest:
+            self.fail(f"{what} is no count", f"an integer from 0 to {largest}", str(found)[:40])
+        return found
+
+    def text(self, found: Any, what: str) -> str:
+        if type(found) is not str or not 0 < len(found) <= MAX_NAME or not found.isprintable():
+            self.fail(f"{what} is no name", f"1 to {MAX_NAME} printable characters", repr(found))
+        return found
+
+    def name(self, found: Any) -> str:
+        return self.text(found, "a parameter or buffer name")
+
+    def shape(self, found: Any, what: str) -> tuple[int, ...]:
+        sizes = tuple(self.count(size, f"shape of {what}", MAX_ELEMENTS) for size in self.sequence(found, "shape"))
+        if len(sizes) > MAX_DIMENSIONS or math.prod(sizes) > MAX_ELEMENTS:
+            self.fail(f"shape of {what} is too large", f"{MAX_DIMENSIONS} dimensions, {MAX_ELEMENTS} elements", sizes)
+        return sizes
+
+    def file(self, name: str, found: Any) -> FileEntry:
+        if not _FILE_NAME.fullmatch(name):
+            self.fail("not a file name of a checkpoint", "trainer.json, model- or optimizer-*.safetensors", repr(name))
+        entry = self.mapping(found, name)
+        self.keys(entry, {"size", "sha256"}, name)
+        if not _SHA256.fullmatch(self.text(entry["sha256"], f"sha256 of {name}")):
+            self.fail(f"sha256 of {name} is none", "64 hexadecimal digits", entry["sha256"])
+        return FileEntry(self.count(entry["size"], f"size of {name}", MAX_FILE_BYTES), entry["sha256"])
+
+    def parameter(self, name: str, found: Any) -> ParameterEntry:
+        entry = self.mapping(found, name)
+        self.keys(entry, {"shape", *KINDS}, name)
+        pieces = {kind: tuple(self.piece(name, p) for p in self.sequence(entry[kind], kind)) for kind in KINDS}
+        return ParameterEntry(self.shape(entry["shape"], name), pieces)
+
+    def piece(self, name: str, found: Any) -> PieceEntry:
+        if len(self.sequence(found, f"a piece of {name}")) != 4:
+            self.fail(f"a piece of {name} has the wrong length", "[file, key, start, length]", found)
+        start = self.count(found[2], f"start of a piece of {name}", MAX_ELEMENTS)
+        length = self.count(found[3], f"length of a piece of {name}", MAX_ELEMENTS)
+        return PieceEntry(self.text(found[0], "a file name"), self.text(found[1], "a tensor key"), start, length)
+
+    def buffer(self, name: str, found: Any) -> BufferEntry:
+        entry = self.mapping(found, name)
+        self.keys(entry, {"file", "key", "dtype", "shape"}, name)
+        if self.text(entry["dtype"], f"dtype of {name}") not in ELEMENT_BYTES:
+            self.fail(f"dtype of {name} is unknown", ", ".join(ELEMENT_BYTES), entry["dtype"])
+        file, key = self.text(entry["file"], "a file name"), self.text(entry["key"], "a tensor key")
+        return BufferEntry(file, key, entry["dtype"], self.shape(entry["shape"], name))
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _loads(raw: bytes, check: _Check) -> Any:
+    if len(raw) > MAX_MANIFEST_BYTES:
+        check.fail("too large", f"at most {MAX_MANIFEST_BYTES} bytes", len(raw))
+    try:
+        return json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"not JSON: {error}", field=check.where, value=f"{len(raw)} bytes") from error

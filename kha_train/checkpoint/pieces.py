@@ -1,0 +1,36 @@
+"""What a rank brings to a checkpoint: flat fp32 fragments of the parameters it owns.
+
+A piece knows nothing of ranks or ZeRO stages: a name, the parameter's global shape, and where in the flattened
+parameter its values lie. Any cut of a parameter into pieces is as good as any other.
+"""
+
+# P the elements of one piece
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kha_train.checkpoint.manifest import KINDS
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`values` [P] (1-D, fp32, CPU) are the elements `start` .. `start + P` of the flattened parameter `name`.
+
+    `kind` is "master" (the fp32 weights), "exp_avg" or "exp_avg_sq" (Adam's moments); `shape` is the global shape.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.kind in KINDS, self.kind
+        assert self.values.ndim == 1 and self.values.dtype == torch.float32 and self.values.device.type == "cpu", self
+        assert 0 <= self.start and self.start + len(self.values) <= math.prod(self.shape), (self.name, self.start)

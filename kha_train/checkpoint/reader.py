@@ -1,0 +1,216 @@
+"""Finding the newest checkpoint that verifies, and reading any slice of any parameter from it.
+
+Verification reads every byte once, the files dealt out among the ranks, and all ranks agree on the outcome. Nothing is
+opened as anything but JSON and safetensors.
+"""
+
+# N elements asked for
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kha_train.checkpoint import layout
+from kha_train.checkpoint.agreement import Agreed
+from kha_train.checkpoint.manifest import (
+    MANIFEST_FILE,
+    MAX_MANIFEST_BYTES,
+    TRAINER_FILE,
+    FileEntry,
+    Manifest,
+    parse_manifest,
+)
+from kha_train.checkpoint.trainer_state import decode_state
+from kha_train.distributed import World
+from kha_train.errors import CheckpointError, KhaError
+
+_CHUNK_BYTES = 16 * 2**20
+_NONE = "none"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint directory whose manifest has been read. `read` and `buffers` open files only when called."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        """Finished optimiser steps at the time of the save."""
+        return self.manifest.step
+
+    @property
+    def trainer_state(self) -> dict[str, Any]:
+        """What the writer was given as `trainer_state`, floats bit for bit. Raises CheckpointError, OSError."""
+        path = self.path / TRAINER_FILE
+        return decode_state(path.read_bytes(), str(path))
+
+    def names(self) -> dict[str, tuple[int, ...]]:
+        """Parameter names and their global shapes."""
+        return {name: entry.shape for name, entry in self.manifest.contents.parameters.items()}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Every stored buffer, whole, on the CPU. Raises CheckpointError when a file is not what the manifest says."""
+        return {
+            name: _read_slice(self.path / entry.file, entry.key, entry.dtype, entry.shape, None)
+            for name, entry in self.manifest.contents.buffers.items()
+        }
+
+    def read(self, name: str, kind: str, start: int = 0, length: int | None = None) -> Tensor:
+        """Elements `start` .. `start + length` [N] (1-D, fp32, CPU) of the flattened parameter `name`.
+
+        `kind` is "master", "exp_avg" or "exp_avg_sq"; without `length`, up to the end. Only the bytes asked for are
+        read, from whichever pieces hold them. Raises CheckpointError for an unknown name and when a file is not what
+        the manifest says.
+        """
+        entry = self.manifest.contents.parameters.get(name)
+        if entry is None:
+            raise CheckpointError("no such parameter", field=str(self.path), value=name)
+        length = entry.elements - start if length is None else length
+        assert 0 <= start and 0 <= length and start + length <= entry.elements, (name, start, length, entry.shape)
+        values_N = torch.empty(length)
+        for piece in entry.pieces[kind]:
+            first, last = max(start, piece.start), min(start + length, piece.start + piece.length)
+            if first < last:
+                wanted = slice(first - piece.start, last - piece.start)
+                path = self.path / piece.file
+                values_N[first - start : last - start] = _read_slice(path, piece.key, "F32", (piece.length,), wanted)
+        return values_N
+
+
+def find_newest(run_dir: Path, world: World, report: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint of `run_dir` that verifies, or None when there is none. Collective.
+
+    One that does not verify is reported in a plain sentence on every rank, renamed to `step-N.corrupt` by rank 0 (left
+    in place when the directory cannot be written), and the next older one is tried. Raises, on all ranks, what one
+    rank raised for another reason than a damaged checkpoint.
+    """
+    folder = Path(run_dir) / layout.FOLDER
+    refused: set[str] = set()
+    while True:
+        name, step = _NONE, -1
+        with Agreed(world, "list"):
+            if world.rank == 0:
+                left = [(step, path.name) for step, path in layout.candidates(folder) if path.name not in refused]
+                step, name = left[0] if left else (step, name)
+        name = world.broadcast_text(name)
+        if name == _NONE:
+            return None
+        checkpoint, reason = _verify_together(folder / name, world)
+        if checkpoint is not None:
+            return checkpoint
+        refused.add(name)
+        kept = _set_aside(folder / name, step) if world.rank == 0 else ""
+        kept = world.broadcast_text(kept)
+        report(f"checkpoint {name} does not verify and is not used: {reason}. {kept}. Trying the next older one.")
+
+
+def verify(directory: Path, rank: int = 0, size: int = 1) -> Manifest:
+    """Check a checkpoint directory: manifest, names, sizes, and the SHA-256 of every `size`-th file from `rank` on.
+
+    Raises CheckpointError naming the file, what was expected and what was found.
+    """
+    try:
+        manifest = check_sizes(directory)
+        for name in sorted(manifest.contents.files)[rank::size]:
+            _check_hash(directory / name, manifest.contents.files[name])
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error}", field=str(directory)) from error
+    return manifest
+
+
+def check_sizes(directory: Path) -> Manifest:
+    """The manifest of a directory that holds exactly the listed files, regular ones of the right size; no hashing.
+
+    Raises CheckpointError, or OSError when the directory cannot be read.
+    """
+    _check_regular(directory, stat.S_ISDIR, "a directory")
+    path = directory / MANIFEST_FILE
+    if not os.path.lexists(path):
+        raise CheckpointError("missing", field=str(path), allowed="a manifest")
+    size = _check_regular(path, stat.S_ISREG, "a regular file").st_size
+    if size > MAX_MANIFEST_BYTES:
+        raise CheckpointError("too large", field=str(path), value=size, allowed=f"{MAX_MANIFEST_BYTES} bytes")
+    manifest = parse_manifest(path.read_bytes(), str(path))
+    files = manifest.contents.files
+    if TRAINER_FILE not in files:
+        raise CheckpointError(f"{TRAINER_FILE} is not listed", field=str(path))
+    present, listed = set(os.listdir(directory)), {*files, MANIFEST_FILE}
+    if present != listed:
+        missing, extra = sorted(listed - present)[:5], sorted(present - listed)[:5]
+        raise CheckpointError("the directory is not what its manifest lists", field=str(directory),
+                              value=f"missing {missing}, unlisted {extra}", allowed="the listed files")  # fmt: skip
+    if layout.step_of(directory.name) not in (manifest.step, None):
+        raise CheckpointError("another step than its directory's name", field=str(path), value=manifest.step)
+    for name, entry in files.items():
+        size = _check_regular(directory / name, stat.S_ISREG, "a regular file").st_size
+        if size != entry.size:
+            raise CheckpointError("wrong size", field=str(directory / name), value=size, allowed=f"{entry.size} bytes")
+    return manifest
+
+
+def _verify_together(directory: Path, world: World) -> tuple[Checkpoint | None, str]:
+    """The checkpoint, or None and the reason, the same on every rank."""
+    damage: CheckpointError | None = None
+    manifest = None
+    with Agreed(world, "verify"):
+        try:
+            manifest = verify(directory, world.rank, world.size)
+        except CheckpointError as error:
+            damage = error
+    try:
+        world.raise_together(damage)
+    except KhaError as error:
+        return None, str(error)
+    assert manifest is not None
+    return Checkpoint(directory, manifest), ""
+
+
+def _set_aside(directory: Path, step: int) -> str:
+    try:
+        return f"It is kept as {layout.set_aside(directory, step).name}"
+    except OSError as error:
+        return f"It stays in place ({error.strerror})"
+
+
+def _check_regular(path: Path, is_right: Callable[[int], bool], expected: str) -> os.stat_result:
+    """`lstat` of the path, which must be what is expected and no symbolic link. Raises CheckpointError, OSError."""
+    found = os.lstat(path)
+    if not is_right(found.st_mode):
+        kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else f"mode {found.st_mode:o}"
+        raise CheckpointError("not a plain part of a checkpoint", field=str(path), value=kind, allowed=expected)
+    return found
+
+
+def _check_hash(path: Path, expected: FileEntry) -> None:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    if digest.hexdigest() != expected.sha256:
+        raise CheckpointError("its content has changed", field=str(path), value=f"SHA-256 {digest.hexdigest()[:16]}...",
+                              allowed=f"SHA-256 {expected.sha256[:16]}...")  # fmt: skip
+
+
+def _read_slice(path: Path, key: str, dtype: str, shape: tuple[int, ...], wanted: slice | None) -> Tensor:
+    """Tensor `key`, or a slice of a 1-D one, after checking dtype and shape. Raises CheckpointError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = file.get_slice(key)
+            if stored.get_dtype() != dtype or tuple(stored.get_shape()) != shape:
+                found = f"{stored.get_dtype()} {stored.get_shape()}"
+                raise CheckpointError(f"tensor {key!r}", field=str(path), value=found, allowed=f"{dtype} {list(shape)}")
+            return stored[wanted] if wanted is not None else file.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"tensor {key!r} cannot be read: {error}", field=str(path)) from error

@@ -1,0 +1,227 @@
+"""Writing a checkpoint together: every rank its own pieces, then rank 0 the manifest, then one rename.
+
+    1. rank 0 clears what dead saves left and makes `.step-N.saving-XXXX`
+    2. every rank writes its safetensors and `rank-RRRRR.json`, which lists them
+    3. rank 0 joins the lists, checks that they cover every parameter, writes trainer.json, and the manifest last
+    4. rank 0 renames the directory to `step-N`
+
+All ranks leave each stage together, with one error or none. Until the rename the previous checkpoint is untouched;
+a kill leaves only a hidden directory that the next save removes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kha_train.checkpoint import layout
+from kha_train.checkpoint.agreement import Agreed
+from kha_train.checkpoint.manifest import (
+    KINDS,
+    MANIFEST_FILE,
+    TRAINER_FILE,
+    BufferEntry,
+    Contents,
+    FileEntry,
+    Manifest,
+    ParameterEntry,
+    PieceEntry,
+    check_coverage,
+    parse_contents,
+    parse_manifest,
+)
+from kha_train.checkpoint.pieces import Piece
+from kha_train.checkpoint.tensor_file import DTYPE_NAMES, write_bytes, write_tensors
+from kha_train.checkpoint.trainer_state import encode_state
+from kha_train.distributed import World
+from kha_train.errors import CheckpointError
+
+PART_BYTES = 512 * 2**20
+STAGES = ("first_shard", "mid_shard", "before_manifest", "before_rename", "between_renames", "after_rename")
+
+
+def no_stage(name: str) -> None:
+    """The `stage` callable outside tests: nothing happens."""
+
+
+def write(
+    run_dir: Path,
+    step: int,
+    world: World,
+    pieces: Iterable[Piece],
+    buffers: dict[str, Tensor],
+    trainer_state: dict[str, Any],
+    *,
+    stage: Callable[[str], None] = no_stage,
+    part_bytes: int = PART_BYTES,
+) -> Path:
+    """Publish `<run_dir>/checkpoints/step-<step>` and return it. Collective: all ranks call it with the same step.
+
+    `pieces` are this rank's own; they are drawn one by one and their values must stay unchanged until this returns.
+    A rank holds at most about `part_bytes` of drawn pieces for each of weights and moments before they go to disk.
+    Only rank 0's `buffers` (CPU) and `trainer_state` (see trainer_state.py) are stored. `stage` is called with each of
+    STAGES as it is reached, so that a fault test can end the process there. A checkpoint of the same step is replaced;
+    at every moment the old or the new one is readable.
+
+    Raises CheckpointError on all ranks when a file cannot be written or the pieces do not cover every parameter. The
+    half-written directory is then removed, and earlier checkpoints are as they were.
+    """
+    folder = Path(run_dir) / layout.FOLDER
+    temporary = folder / world.broadcast_text(layout.temporary_name(step, "saving"))
+    try:
+        with Agreed(world, "prepare"):
+            if world.rank == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                layout.clear_leftovers(folder)
+                temporary.mkdir()
+        with Agreed(world, "write"):
+            share = _Share(temporary, world.rank, stage, part_bytes)
+            share.write(pieces, buffers if world.rank == 0 else {})
+            if world.rank == 0:
+                share.files[TRAINER_FILE] = write_bytes(temporary / TRAINER_FILE, encode_state(trainer_state))
+            write_bytes(temporary / _rank_file(world.rank), json.dumps(share.contents().sections()).encode())
+        with Agreed(world, "complete"):
+            if world.rank == 0:
+                _write_manifest(temporary, step, world.size, stage)
+        with Agreed(world, "publish"):
+            if world.rank == 0:
+                _publish(temporary, folder / layout.step_name(step), step, stage)
+    finally:
+        if world.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder / layout.step_name(step)
+
+
+class _Share:
+    """The files of one rank: `model-RRRRR.safetensors` and `optimizer-RRRRR.safetensors`, and further parts of each."""
+
+    def __init__(self, directory: Path, rank: int, stage: Callable[[str], None], part_bytes: int) -> None:
+        self.files: dict[str, FileEntry] = {}
+        self._directory, self._rank, self._stage, self._part_bytes = directory, rank, stage, part_bytes
+        self._waiting: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+        self._waiting_bytes = {"model": 0, "optimizer": 0}
+        self._parts = {"model": 0, "optimizer": 0}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._pieces: dict[tuple[str, str], list[PieceEntry]] = {}
+        self._buffers: dict[str, BufferEntry] = {}
+
+    def write(self, pieces: Iterable[Piece], buffers: dict[str, Tensor]) -> None:
+        """Write everything. Raises OSError, or CheckpointError for pieces that contradict each other."""
+        for name, buffer in buffers.items():
+            file = self._add("model", f"buffer:{name}", buffer)
+            self._buffers[name] = BufferEntry(file, f"buffer:{name}", DTYPE_NAMES[buffer.dtype], tuple(buffer.shape))
+        for piece in pieces:
+            if self._shapes.setdefault(piece.name, tuple(piece.shape)) != tuple(piece.shape):
+                _two_shapes(piece.name, self._shapes[piece.name], piece.shape)
+            if len(piece.values):
+                key = f"{piece.kind}:{piece.name}:{piece.start}"
+                file = self._add("model" if piece.kind == "master" else "optimizer", key, piece.values)
+                entry = PieceEntry(file, key, piece.start, len(piece.values))
+                self._pieces.setdefault((piece.name, piece.kind), []).append(entry)
+        for family in self._waiting:
+            self._flush(family)
+
+    def contents(self) -> Contents:
+        """What was written, as one share of the manifest."""
+        parameters = {
+            name: ParameterEntry(shape, {kind: tuple(self._pieces.get((name, kind), ())) for kind in KINDS})
+            for name, shape in self._shapes.items()
+        }
+        return Contents(self.files, parameters, self._buffers)
+
+    def _add(self, family: str, key: str, tensor: Tensor) -> str:
+        """Queue a tensor and return the file it will lie in."""
+        waiting = self._waiting[family]
+        if key in waiting:
+            raise CheckpointError("brought twice", field="pieces", value=key, allowed="each piece once")
+        if waiting and self._waiting_bytes[family] + tensor.nbytes > self._part_bytes:
+            self._flush(family)
+        self._waiting[family][key] = tensor
+        self._waiting_bytes[family] += tensor.nbytes
+        return self._file_name(family)
+
+    def _flush(self, family: str) -> None:
+        if not self._waiting[family]:
+            return
+        if not self.files:
+            self._stage("first_shard")
+        name = self._file_name(family)
+        path = self._directory / name
+        self.files[name] = write_tensors(path, self._waiting[family], lambda: self._stage("mid_shard"))
+        self._waiting[family], self._waiting_bytes[family] = {}, 0
+        self._parts[family] += 1
+
+    def _file_name(self, family: str) -> str:
+        part = f".{self._parts[family]:03d}" if self._parts[family] else ""
+        return f"{family}-{self._rank:05d}{part}.safetensors"
+
+
+def _write_manifest(directory: Path, step: int, world_size: int, stage: Callable[[str], None]) -> None:
+    """Join what the ranks wrote and write the manifest last. Raises CheckpointError when it does not add up."""
+    shares = []
+    for rank in range(world_size):
+        path = directory / _rank_file(rank)
+        shares.append(parse_contents(json.loads(path.read_bytes()), path.name))
+        path.unlink()
+    contents = _join(shares)
+    check_coverage(contents, "pieces of all ranks")
+    stage("before_manifest")
+    encoded = Manifest(step, _tool(), contents).encode()
+    parse_manifest(encoded)
+    write_bytes(directory / MANIFEST_FILE, encoded)
+    layout.fsync_directory(directory)
+
+
+def _join(shares: list[Contents]) -> Contents:
+    files: dict[str, FileEntry] = {}
+    buffers: dict[str, BufferEntry] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    pieces: dict[tuple[str, str], list[PieceEntry]] = {}
+    for share in shares:
+        files |= share.files
+        buffers |= share.buffers
+        for name, parameter in share.parameters.items():
+            if shapes.setdefault(name, parameter.shape) != parameter.shape:
+                _two_shapes(name, shapes[name], parameter.shape)
+            for kind in KINDS:
+                pieces.setdefault((name, kind), []).extend(parameter.pieces[kind])
+    ordered = {key: tuple(sorted(entries, key=lambda piece: piece.start)) for key, entries in pieces.items()}
+    parameters = {name: ParameterEntry(shape, {k: ordered[name, k] for k in KINDS}) for name, shape in shapes.items()}
+    return Contents(files, parameters, buffers)
+
+
+def _publish(temporary: Path, final: Path, step: int, stage: Callable[[str], None]) -> None:
+    """Give the finished directory its name. A checkpoint already there stays readable until the new one is in place."""
+    replaced = None
+    stage("before_rename")
+    if os.path.lexists(final):
+        replaced = final.with_name(layout.temporary_name(step, "replaced"))
+        os.rename(final, replaced)
+        stage("between_renames")
+    os.rename(temporary, final)
+    layout.fsync_directory(final.parent)
+    stage("after_rename")
+    if replaced is not None:
+        layout.remove(replaced, step)
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
+def _two_shapes(name: str, first: tuple[int, ...], second: tuple[int, ...]) -> None:
+    raise CheckpointError(f"two shapes of {name}", field="pieces", value=list(second), allowed=f"{list(first)}")
+
+
+def _tool() -> str:
+    try:
+        return f"kha_train {version('kha_train')}"
+    except PackageNotFoundError:
+        return "kha_train (not installed)"
