@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,9 @@ class World:
         present = [name for name in TORCHRUN if name in environ]
         if present and len(present) < len(TORCHRUN):
             missing = ", ".join(name for name in TORCHRUN if name not in environ)
-            raise ConfigError(f"{', '.join(present)} set but not {missing}", field="environment", fix="start by torchrun")
+            raise ConfigError(
+                f"{', '.join(present)} set but not {missing}", field="environment", fix="start by torchrun"
+            )
         names = TORCHRUN if present else SRUN
         if not all(name in environ for name in names) or ("SLURM_STEP_ID" not in environ and not present):
             return World()
@@ -101,3 +104,32 @@ class World:
             assert error is not None
             raise error
         raise _KINDS[kind](f"rank {first_failing}: {words}")
+
+
+def start(device: str, timeout_seconds: float) -> World:
+    """Join the process group this process was started for (a group of one when it was started alone).
+
+    `device` is `auto`, `cpu` (gloo) or `cuda` (nccl). Raises ConfigError when CUDA is asked for and absent. Close with
+    `stop()`.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("no CUDA device here", field="engine.device", value=device, fix="engine.device=cpu")
+    world = World.from_environment()
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    where = torch.device("cuda", world.local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(where)
+    # DeepSpeed reads torchrun's variables itself, also where srun or nobody set them.
+    os.environ.update(zip(TORCHRUN, map(str, (world.rank, world.size, world.local_rank)), strict=True))
+    if not dist.is_initialized():
+        store = {"store": dist.HashStore()} if world.size == 1 else {"init_method": "env://"}
+        timeout = timedelta(seconds=timeout_seconds)
+        backend = "nccl" if use_cuda else "gloo"
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout, **store)
+    return replace(world, device=where)
+
+
+def stop() -> None:
+    """Leave the process group, so that no agent waits for this process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""The engine: DeepSpeed ZeRO around the decoder. The only room that knows DeepSpeed."""

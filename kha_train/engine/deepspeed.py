@@ -1,0 +1,275 @@
+"""DeepSpeed ZeRO 1, 2, 3 around a decoder, with the step split so that it can still be refused.
+
+The only user of DeepSpeed. What it adds to DeepSpeed 0.19:
+
+- the decoder is built on `meta` and materialised one parameter at a time, so no rank ever holds the whole model in fp32;
+- the loss of a step is a sum over the global batch, so nothing depends on micro-batch, accumulation or world size;
+- the true global gradient norm is known *before* the step, and `discard` leaves masters, moments and every later step
+  as if the batch had never been seen. DeepSpeed skips a step by itself only when its own norm is not finite, and each
+  of its three optimizer classes computes that norm elsewhere: `_step_with_norm` hands it the norm to believe.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kha_train.config.schema import RunConfig
+from kha_train.distributed import World
+from kha_train.engine.state import Fragment, partitioned_fragments, replicated_fragments
+from kha_train.model.decoder import Decoder, DecoderOutput, build_decoder
+from kha_train.model.init import initial_values, reset_buffers
+from kha_train.optim import parameter_groups
+
+INVALID_NORM = -1.0
+InitialValue = Callable[[str, Callable[[], Tensor]], Tensor]
+
+
+class Engine:
+    """A decoder under ZeRO: accumulate micro-batches, learn the norm, then `apply` or `discard`.
+
+    `decoder` is the module (partitioned under ZeRO 3), `dtype` that of its parameters. `initial` may replace the
+    initial value of a parameter, given its name and the thunk of its default (used to start from a checkpoint).
+    """
+
+    def __init__(
+        self, config: RunConfig, world: World, initial: InitialValue = lambda name, default: default()
+    ) -> None:
+        self.config, self.world = config, world
+        self.dtype = resolve_dtype(config, world.device)
+        self._deepspeed = _import_deepspeed(world.device)
+        self._norm: Tensor | None = None
+        settings = _settings(config, world, self.dtype)
+        # BF16_Optimizer prints its memory use line by line while it is built.
+        with redirect_stdout(io.StringIO()):
+            self.decoder = self._materialise(settings, initial)
+            self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
+                model=self.decoder, optimizer=self._adamw(), config=settings, dist_init_required=False
+            )
+        self._start_moments()
+        for name, buffer in self.decoder.named_buffers():
+            assert buffer.dtype != torch.bfloat16, f"{name} lost its precision: updates of 1e-3 vanish in bf16"
+
+    def accumulate(self, batch: Any, loss_scale: float, last: bool) -> DecoderOutput:
+        """Forward and backward of one micro-batch; `last` marks the last of the step.
+
+        The gradient is that of `loss_sum * loss_scale`, averaged over ranks: with `loss_scale` = ranks / labels of the
+        global batch, a step is the mean over all its labels.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        output = self._engine(
+            batch.tokens_BT.to(self.world.device),
+            batch.labels_BT.to(self.world.device),
+            batch.positions_BT.to(self.world.device),
+            batch.cu_seqlens_S.to(self.world.device),
+            batch.max_seqlen,
+        )
+        self._engine.backward(output.loss_sum * loss_scale, scale_wrt_gas=False)
+        if last:
+            self._norm = self._norm_before_step()
+        return output
+
+    def evaluate(self, batch: Any) -> DecoderOutput:
+        """Forward alone, without gradient. Collective under ZeRO 3: every rank calls it equally often."""
+        self._engine.eval()
+        with torch.no_grad():
+            output = self._engine(
+                batch.tokens_BT.to(self.world.device),
+                batch.labels_BT.to(self.world.device),
+                batch.positions_BT.to(self.world.device),
+                batch.cu_seqlens_S.to(self.world.device),
+                batch.max_seqlen,
+            )
+        self._engine.train()
+        return output
+
+    @property
+    def gradient_norm(self) -> Tensor:
+        """L2 norm of the step's whole gradient before clipping, after the last micro-batch; inf when not finite."""
+        assert self._norm is not None, "the step has no last micro-batch yet"
+        return torch.where(self._norm < 0, torch.inf, self._norm)
+
+    def apply(self, lr: float) -> None:
+        """Clip, step every parameter at rate `lr`, clear the gradients."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        assert self._norm is not None
+        skipped = self._engine.skipped_steps
+        self._step_with_norm(self._norm)
+        assert self._engine.skipped_steps == skipped, "DeepSpeed skipped a step that the gate had passed"
+
+    def discard(self) -> None:
+        """Forget the step: masters, moments and all later steps are bit-identical to never having seen it."""
+        skipped = self._engine.skipped_steps
+        self._step_with_norm(torch.full_like(self._norm, INVALID_NORM))
+        assert self._engine.skipped_steps == skipped + 1, "DeepSpeed applied a step that the gate had refused"
+
+    def fragments(self) -> Iterator[Fragment]:
+        """The fp32 state this rank owns: live views of masters and moments, see `state.Fragment`."""
+        if self.config.engine.zero_stage == 3:
+            return partitioned_fragments(self._optimizer, self.decoder, self.world.rank)
+        return replicated_fragments(self._optimizer, self.decoder, self._flat_masters())
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The persistent buffers by name, live: selection biases and the like, equal on all ranks."""
+        return {
+            f"{prefix}.{name}" if prefix else name: buffer
+            for prefix, module in self.decoder.named_modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set
+        }
+
+    @property
+    def optimizer_steps(self) -> int:
+        """How many steps AdamW has taken: its bias correction depends on it, and skipped steps do not count."""
+        counts = {int(state["step"]) for state in self._optimizer.optimizer.state.values()}
+        assert len(counts) == 1, f"parameter groups disagree about the step: {counts}"
+        return counts.pop()
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, count: int) -> None:
+        for state in self._optimizer.optimizer.state.values():
+            state["step"].fill_(count)
+
+    def close(self) -> None:
+        """Release hooks and communication buffers, so that another engine can be built in this process."""
+        self._engine.destroy()
+
+    def _materialise(self, settings: dict[str, Any], initial: InitialValue) -> Decoder:
+        with torch.device("meta"):
+            decoder = build_decoder(self.config)
+        for module, name, full_name, default in list(initial_values(decoder, self.config.run.seed)):
+            value = initial(full_name, default).to(self.world.device, self.dtype)
+            module._parameters[name] = parameter = nn.Parameter(value)
+            if self.config.engine.zero_stage == 3:
+                self._partition(parameter, settings)
+        decoder.tie_weights()
+        with self.world.device:
+            reset_buffers(decoder)
+        return decoder
+
+    def _adamw(self) -> torch.optim.AdamW:
+        optim = self.config.optim
+        groups = parameter_groups(self.decoder.named_parameters(), optim.weight_decay)
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+    def _partition(self, parameter: nn.Parameter, settings: dict[str, Any]) -> None:
+        """Keep this rank's share of a ZeRO 3 parameter and free the rest. Buffers never come here: they stay fp32."""
+        holder = nn.Module()
+        holder.parameter = parameter
+        self._deepspeed.zero.Init(
+            module=holder, config_dict_or_path=settings, dtype=self.dtype, mem_efficient_linear=False
+        )
+
+    def _flat_masters(self) -> list[Tensor]:
+        """The flat fp32 tensor this rank owns of each parameter group, as AdamW knows it."""
+        optimizer = self._optimizer
+        if self.config.engine.zero_stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        if hasattr(optimizer, "fp32_groups_flat_partition"):
+            return list(optimizer.fp32_groups_flat_partition)
+        return list(optimizer.single_partition_of_fp32_groups)
+
+    def _start_moments(self) -> None:
+        """Zero moments from the start, so that a checkpoint of any step holds them and memory is taken once."""
+        for master in self._flat_masters():
+            self._optimizer.optimizer.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                "exp_avg": torch.zeros_like(master, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
+            }
+
+    def _norm_before_step(self) -> Tensor:
+        from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
+
+        optimizer = self._optimizer
+        if self.config.engine.zero_stage == 3:
+            norm = combine_grad_norm_groups(optimizer._get_norm_groups())
+        elif hasattr(optimizer, "scaled_global_norm"):
+            norm = optimizer.scaled_global_norm()
+        else:
+            norm = get_global_norm_of_tensors(optimizer.get_grads_for_norm()[0], mpu=optimizer.mpu)
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.world.device)
+
+    def _step_with_norm(self, norm: Tensor) -> None:
+        optimizer = self._optimizer
+        if self.config.engine.zero_stage == 3:
+            place, name, replacement = optimizer, "_get_norm_groups", lambda: [norm]
+        elif hasattr(optimizer, "scaled_global_norm"):
+            place, name, replacement = optimizer, "scaled_global_norm", lambda norm_type=2: norm
+        else:
+            from deepspeed.runtime import bf16_optimizer
+
+            place, name, replacement = bf16_optimizer, "get_global_norm_of_tensors", lambda *args, **kwargs: norm
+        with _replaced(place, name, replacement):
+            self._engine.step()
+        self._norm = None
+
+
+def resolve_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    """The dtype of parameters and activations: `auto` is bf16 on CUDA and fp32 on a CPU, where bf16 is far slower."""
+    precision = config.engine.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def _settings(config: RunConfig, world: World, dtype: torch.dtype) -> dict[str, Any]:
+    engine, rows = config.engine, config.data.global_batch_size
+    stage = {
+        "stage": engine.zero_stage,
+        "overlap_comm": world.device.type == "cuda",
+        "reduce_bucket_size": engine.reduce_bucket_elements,
+        "allgather_bucket_size": engine.reduce_bucket_elements,
+        "memory_efficient_linear": False,
+        "sub_group_size": 500_000_000,
+    }
+    settings = {
+        "train_batch_size": rows,
+        "train_micro_batch_size_per_gpu": engine.micro_batch_size,
+        "gradient_accumulation_steps": rows // (engine.micro_batch_size * world.size),
+        "gradient_clipping": config.optim.grad_clip,
+        "zero_optimization": stage,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if dtype == torch.bfloat16:
+        settings["bf16"] = {"enabled": True}
+        settings["data_types"] = {"grad_accum_dtype": engine.grad_accum_dtype, "keep_in_fp32_modules": ["*"]}
+    return settings
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed without its chatter, and without compiling a shared-memory extension at the first start on a CPU."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", dist_init_required=False)
+    return deepspeed
+
+
+@contextmanager
+def _replaced(place: Any, name: str, value: Any) -> Iterator[None]:
+    missing = object()
+    before = vars(place).get(name, missing)
+    setattr(place, name, value)
+    try:
+        yield
+    finally:
+        if before is missing:
+            delattr(place, name)
+        else:
+            setattr(place, name, before)

@@ -1,0 +1,60 @@
+"""The fp32 state a rank owns under ZeRO, as live views: what checkpoints are made of and restored into.
+
+Needs no DeepSpeed import: it reads the layout that DeepSpeed left on its optimizer and on the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous run of one parameter: `views[kind]` are 1-D fp32 tensors that share memory with the optimizer.
+
+    `start` counts elements of the flattened parameter of global `shape`; kinds are master, exp_avg, exp_avg_sq.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    views: dict[str, Tensor]
+
+
+def replicated_fragments(optimizer: Any, module: nn.Module, flat_masters: list[Tensor]) -> Iterator[Fragment]:
+    """Fragments under ZeRO 1 and 2 (and BF16_Optimizer), where a group is one flat tensor cut into equal shares."""
+    for name, parameter in module.named_parameters():
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            continue
+        address = mapping.get_hp_fragment_address()
+        flat = flat_masters[mapping.param_group_index]
+        yield Fragment(
+            name,
+            tuple(parameter.shape),
+            mapping.lp_fragment_address.start,
+            _views(optimizer, flat, address.start, address.numel),
+        )
+
+
+def partitioned_fragments(optimizer: Any, module: nn.Module, rank: int) -> Iterator[Fragment]:
+    """Fragments under ZeRO 3, where each parameter is cut into equal shares, the last one padded."""
+    for name, parameter in module.named_parameters():
+        group, offset, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = rank * share
+        length = min(share, parameter.ds_numel - start)
+        if length > 0:
+            flat = optimizer.fp32_partitioned_groups_flat[group]
+            yield Fragment(name, tuple(parameter.ds_shape), start, _views(optimizer, flat, offset, length))
+
+
+def _views(optimizer: Any, flat: Tensor, start: int, length: int) -> dict[str, Tensor]:
+    moments = optimizer.optimizer.state[flat]
+    whole = {"master": flat.detach(), **{kind: moments[kind] for kind in MOMENTS}}
+    return {kind: tensor.narrow(0, start, length) for kind, tensor in whole.items()}

@@ -1,0 +1,33 @@
+"""Validation: cross-entropy and bits per byte on held-out text, the same rows in every run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kha_train.data.packing import IGNORE_LABEL
+from kha_train.data.stream import Batch
+from kha_train.engine.deepspeed import Engine
+
+
+@dataclass(frozen=True)
+class Validation:
+    """`loss` is the mean cross-entropy in nats a label; `bits_per_byte` divides by the bytes those labels stand for."""
+
+    loss: float
+    bits_per_byte: float
+
+
+def evaluate(engine: Engine, batches: Iterable[Batch], bytes_per_id_V: Tensor) -> Validation:
+    """Score `batches` (this rank's part of the validation rows) and add up over ranks. Collective."""
+    totals = torch.zeros(3, dtype=torch.float64)
+    for batch in batches:
+        labels = batch.labels_BT[batch.labels_BT != IGNORE_LABEL]
+        loss_sum = engine.evaluate(batch).loss_sum
+        totals += torch.tensor([loss_sum.item(), labels.numel(), bytes_per_id_V[labels].sum().item()])
+    loss_sum, labels, text_bytes = engine.world.sum_(totals.to(engine.world.device)).tolist()
+    return Validation(loss_sum / max(labels, 1), loss_sum / math.log(2) / max(text_bytes, 1))

@@ -1,0 +1,40 @@
+"""A request to stop in good order: a signal (Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2) or a STOP file in the run directory.
+
+The handler only sets a flag; the loop agrees on it with all ranks at the end of a step, saves, and leaves.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from kha_train.record.markers import Marker, has_marker
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StopRequests:
+    """While entered, `pending()` tells whether this process was asked to stop. A second Ctrl-C interrupts at once."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._received = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequests:
+        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def pending(self) -> bool:
+        """Whether to stop after this step."""
+        return self._received or has_marker(self._run_dir, Marker.STOP)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._received:
+            raise KeyboardInterrupt
+        self._received = True
