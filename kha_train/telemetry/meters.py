@@ -1,0 +1,99 @@
+"""Small gauges read once a step: a moving average for display, the wait for data, the peak of memory."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 1024**3
+
+
+class MovingAverage:
+    """Exponential moving average with bias correction, for display only; non-finite values are left out.
+
+    With `decay` d, value = sum_i d^(n-i) x_i / sum_i d^(n-i), so that the first value is shown as it is.
+    """
+
+    def __init__(self, decay: float = 0.98) -> None:
+        self.decay = decay
+        self._sum = self._weight = 0.0
+
+    def update(self, value: float) -> float:
+        """Takes in `value` and returns the average; nan while there was no finite value."""
+        if math.isfinite(value):
+            self._sum = self.decay * self._sum + value
+            self._weight = self.decay * self._weight + 1.0
+        return self.value
+
+    @property
+    def value(self) -> float:
+        """The average so far, nan while there was no finite value."""
+        return self._sum / self._weight if self._weight else math.nan
+
+
+class DataWait:
+    """Seconds spent inside `with wait.measured():` since they were last taken."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._seconds = 0.0
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Counts the time of the block as waiting for data."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._seconds += self._clock() - start
+
+    def take(self) -> float:
+        """The seconds counted since the last call; starts again from zero."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+class PeakMemory:
+    """Most memory held by this process since it started, in GiB: resident set on a CPU, allocated on CUDA."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._peak_bytes = 0
+
+    def gib(self) -> float:
+        """The peak so far, in GiB."""
+        if self.device.type == "cuda":
+            import torch
+
+            return torch.cuda.max_memory_allocated(self.device) / GIB
+        # The kernel's own high-water mark is approximate and may fall by a few pages.
+        self._peak_bytes = max(self._peak_bytes, _peak_resident_bytes())
+        return self._peak_bytes / GIB
+
+    def total_gib(self) -> float | None:
+        """The device's memory in GiB; None on a CPU, whose memory is shared."""
+        if self.device.type != "cuda":
+            return None
+        import torch
+
+        return torch.cuda.get_device_properties(self.device).total_memory / GIB
+
+
+def _peak_resident_bytes() -> int:
+    # Linux carries ru_maxrss over from the parent through exec; VmHWM is this program's own.
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,150 @@
+"""The console says what the record says, in at most 120 characters, and only on rank 0."""
+
+from __future__ import annotations
+
+import io
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kha_train.telemetry import Console
+from kha_train.telemetry.format import MAX_WIDTH, duration, scaled, scientific, step_line
+
+LINE = {
+    "step": 1200,
+    "tokens": 9_830_400,
+    "train/loss": 3.4121,
+    "train/grad_norm": 0.412,
+    "train/lr": 2.9e-4,
+    "train/tokens_per_second": 182_345.0,
+    "train/mfu": 0.381,
+    "memory/peak_gib": 61.2,
+    "moe/maxvio": 0.07,
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def console(mode: str, file: io.StringIO, **options: Any) -> Console:
+    config = SimpleNamespace(run=SimpleNamespace(name="tiny"), telemetry=SimpleNamespace(console=mode))
+    return Console(config, 100, file=file, **options)
+
+
+def test_the_step_line_reads_as_documented() -> None:
+    text = step_line(LINE, 61035, loss_average=3.45, seconds_left=273_120, memory_total_gib=80.0, checkpoint_step=1000)
+    assert text == (
+        "step 1200/61035 1.97% | loss 3.412 | ema 3.450 | gnorm 0.41 | lr 2.9e-4 | 182k tok/s | MFU 38.1% | "
+        "ETA 3d 03:52"
+    )
+    assert step_line({"step": 1, "train/loss": math.nan, "train/skipped": 1}, 10) == (
+        "step 1/10 10.00% | loss nan | SKIPPED | ETA ?"
+    )
+
+
+NUMBER = st.one_of(st.floats(), st.floats(0, 1e20))
+
+
+@given(st.dictionaries(st.sampled_from(sorted(LINE.keys() - {"step"})), NUMBER), st.integers(0, 10**9), NUMBER)
+def test_no_step_line_is_longer_than_120_characters(values: dict, step: int, seconds: float) -> None:
+    line = {"step": step, **values}
+    text = step_line(line, 10**9, loss_average=1.0, seconds_left=seconds, memory_total_gib=80.0, checkpoint_step=step)
+    assert len(text) <= MAX_WIDTH
+    assert text.startswith(f"step {step}/")
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0.0, "0"), (812, "812"), (18_234, "18.2k"), (182_345, "182k"), (999_600, "1000k"), (1_310_000, "1.31M")],
+)
+def test_numbers_are_scaled(number: float, text: str) -> None:
+    assert scaled(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(45.4, "0:45"), (725, "12:05"), (15_153, "4:12:33"), (273_120, "3d 03:52"), (math.nan, "?"), (math.inf, "?")],
+)
+def test_durations_are_readable(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_exponents_are_short() -> None:
+    assert [scientific(2.9e-4), scientific(1.0), scientific(0.0)] == ["2.9e-4", "1.0e0", "0.0e0"]
+
+
+def test_lines_mode_prints_one_line_a_step_and_the_validation() -> None:
+    file = io.StringIO()
+    shown = console("lines", file)
+    for step in (1, 2, 3):
+        shown.step({**LINE, "step": step})
+    shown.step({**LINE, "step": 4, "validation/loss": 3.5, "validation/bits_per_byte": 1.25})
+    lines = file.getvalue().splitlines()
+    assert [line.split()[1] for line in lines[:4]] == ["1/100", "2/100", "3/100", "4/100"]
+    assert lines[4:] == ["validation at step 4 | loss 3.5000 | 1.2500 bits per byte"]
+
+
+def test_away_from_a_terminal_auto_prints_every_so_often_and_never_misses_what_matters() -> None:
+    file = io.StringIO()
+    now = iter(range(1000))
+    shown = console("auto", file, clock=lambda: float(next(now)))
+    for step in range(1, 101):
+        shown.step({**LINE, "step": step, "train/skipped": int(step == 37)})
+    steps = [int(line.split()[1].split("/")[0]) for line in file.getvalue().splitlines()]
+    assert steps[0] == 1
+    assert steps[-1] == 100
+    assert 37 in steps
+    assert 10 <= len(steps) <= 13
+
+
+def test_the_time_left_is_steps_left_times_the_wall_time_of_a_step() -> None:
+    file = io.StringIO()
+    now = iter(range(0, 1000, 2))
+    shown = console("lines", file, clock=lambda: float(next(now)))
+    for step in range(1, 41):
+        shown.step({"step": step})
+    assert file.getvalue().splitlines()[-1].endswith("ETA 2:00")
+
+
+def test_on_a_terminal_auto_shows_a_bar_and_the_latest_line() -> None:
+    file = Terminal()
+    with console("auto", file, start_step=40) as shown:
+        assert shown.mode == "progress"
+        shown.step({**LINE, "step": 50})
+        shown.message("hello")
+    text = file.getvalue()
+    assert "50/100" in text
+    assert "loss 3.412" in text
+    assert "hello" in text
+
+
+@pytest.mark.parametrize("mode", ["auto", "lines", "progress", "quiet"])
+def test_other_ranks_print_nothing(mode: str) -> None:
+    file = Terminal()
+    with console(mode, file, rank=1) as shown:
+        shown.step({**LINE, "validation/loss": 1.0})
+        shown.message("x")
+        shown.warn("x")
+        shown.final([("tokens", "1")], "kha compare")
+    assert file.getvalue() == ""
+
+
+def test_quiet_prints_messages_but_no_steps() -> None:
+    file = io.StringIO()
+    shown = console("quiet", file)
+    shown.step({**LINE, "validation/loss": 1.0})
+    shown.final([("tokens", "1"), ("wall time", "0:05")], "kha compare runs/a")
+    assert file.getvalue().splitlines() == ["tokens     1", "wall time  0:05", "next: kha compare runs/a"]
+
+
+def test_brackets_in_messages_are_printed_as_they_are() -> None:
+    file = io.StringIO()
+    shown = console("lines", file)
+    shown.message("found [bold]x[/bold] in " + "y" * 200)
+    assert file.getvalue() == "found [bold]x[/bold] in " + "y" * 200 + "\n"

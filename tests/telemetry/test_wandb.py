@@ -1,0 +1,196 @@
+"""The W&B mirror works offline, keeps its id, and never ends a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from kha_train.config.compose import compose
+from kha_train.telemetry import WandbMirror
+from kha_train.telemetry import wandb as mirror_module
+from kha_train.telemetry.wandb import MAX_KEYS, choose_mode, has_key, is_reachable
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "http_proxy", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+class FakeRun:
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, dict]] = []
+        self.axes: dict[str, str | None] = {}
+        self.summary: dict = {}
+        self.finished: list[int] = []
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.axes[name] = step_metric
+
+    def log(self, values: dict, step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self, exit_code: int) -> None:
+        self.finished.append(exit_code)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, init) -> None:
+    fake = types.ModuleType("wandb")
+    fake.init = init
+    fake.Settings = type("Settings", (), {"model_fields": {"silent": None}, "__init__": lambda self, silent: None})
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+
+
+def config(*overrides: str):
+    return compose(["run.dir=/nowhere", *overrides])
+
+
+def test_every_line_is_sent_once_at_its_own_step_with_the_stable_id(monkeypatch, tmp_path: Path) -> None:
+    run, seen = FakeRun(), {}
+    install(monkeypatch, lambda **options: seen.update(options) or run)
+    warnings: list[str] = []
+    mirror = WandbMirror(config("telemetry.wandb.mode=offline"), tmp_path, "abc123", warn=warnings.append)
+    mirror.step({"step": 7, "tokens": 70, "train/loss": math.nan})
+    mirror.summary({"validation/loss": 1.5})
+    mirror.close(exit_code=5)
+    mirror.step({"step": 8})
+    assert (seen["id"], seen["resume"], seen["mode"], seen["dir"]) == ("abc123", "allow", "offline", str(tmp_path))
+    assert seen["config"]["run"]["seed"] == 0
+    assert [step for step, _ in run.logged] == [7]
+    assert run.logged[0][1]["tokens"] == 70
+    assert run.axes == {
+        "step": None,
+        "tokens": None,
+        "train/*": "step",
+        "moe/*": "step",
+        "validation/*": "tokens",
+    }
+    assert (run.summary, run.finished, warnings) == ({"validation/loss": 1.5}, [5], [])
+
+
+def test_the_number_of_keys_is_bounded(monkeypatch, tmp_path: Path) -> None:
+    run = FakeRun()
+    install(monkeypatch, lambda **options: run)
+    mirror = WandbMirror(config("telemetry.wandb.mode=offline"), tmp_path, "x")
+    for step in range(50):
+        mirror.step({"step": step, **{f"k/{step}/{i}": i for i in range(20)}})
+    assert len({key for _, values in run.logged for key in values}) == MAX_KEYS
+    assert all("step" in values for _, values in run.logged)
+
+
+class StrangeError(Exception):
+    """An error of no known family."""
+
+
+def test_a_mirror_that_cannot_start_warns_once_and_does_nothing(monkeypatch, tmp_path: Path) -> None:
+    def init(**options):
+        raise StrangeError("no such luck\nmore")
+
+    install(monkeypatch, init)
+    warnings: list[str] = []
+    mirror = WandbMirror(config("telemetry.wandb.mode=offline"), tmp_path, "x", warn=warnings.append)
+    mirror.step({"step": 1})
+    mirror.close()
+    assert mirror.mode == "disabled"
+    assert warnings == ["W&B is disabled: StrangeError: no such luck"]
+
+
+def test_a_mirror_that_fails_online_goes_on_offline(monkeypatch, tmp_path: Path) -> None:
+    run = FakeRun()
+
+    def init(mode, **options):
+        if mode == "online":
+            raise TimeoutError("init timed out with key secret-key-123")
+        return run
+
+    install(monkeypatch, init)
+    monkeypatch.setenv("WANDB_API_KEY", "secret-key-123")
+    monkeypatch.setattr(mirror_module, "is_reachable", lambda address: True)
+    warnings: list[str] = []
+    mirror = WandbMirror(config(), tmp_path, "x", warn=warnings.append)
+    mirror.step({"step": 1})
+    assert mirror.mode == "offline"
+    assert len(run.logged) == 1
+    assert len(warnings) == 1
+    assert "secret-key-123" not in warnings[0]
+
+
+def test_a_mirror_that_breaks_in_the_middle_warns_once_and_training_goes_on(monkeypatch, tmp_path: Path) -> None:
+    run = FakeRun()
+    run.log = lambda values, step: (_ for _ in ()).throw(BrokenPipeError("service died"))
+    install(monkeypatch, lambda **options: run)
+    warnings: list[str] = []
+    mirror = WandbMirror(config("telemetry.wandb.mode=offline"), tmp_path, "x", warn=warnings.append)
+    for step in range(3):
+        mirror.step({"step": step})
+    mirror.close()
+    assert warnings == ["W&B is disabled from here on: BrokenPipeError: service died"]
+
+
+def test_an_interrupt_by_the_user_is_not_swallowed(monkeypatch, tmp_path: Path) -> None:
+    def init(**options):
+        raise KeyboardInterrupt
+
+    install(monkeypatch, init)
+    with pytest.raises(KeyboardInterrupt):
+        WandbMirror(config("telemetry.wandb.mode=offline"), tmp_path, "x")
+
+
+def test_other_ranks_never_import_wandb(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    warnings: list[str] = []
+    mirror = WandbMirror(config("telemetry.wandb.mode=offline"), tmp_path, "x", rank=1, warn=warnings.append)
+    mirror.step({"step": 1})
+    mirror.close()
+    assert (mirror.mode, warnings) == ("disabled", [])
+
+
+def test_without_a_key_auto_is_offline_and_says_why() -> None:
+    mode, reason = choose_mode("auto")
+    assert mode == "offline"
+    assert "API key" in reason
+    assert choose_mode("disabled") == ("disabled", "")
+
+
+def test_auto_obeys_the_wandb_mode_variable(monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert choose_mode("auto") == ("disabled", "")
+    assert choose_mode("offline") == ("offline", "")
+
+
+def test_a_key_in_netrc_counts_and_an_unreachable_server_means_offline(monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "netrc").write_text("machine localhost login user password 0123456789\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:1")
+    assert has_key("http://localhost:1")
+    assert not has_key("https://api.wandb.ai")
+    assert not is_reachable("http://localhost:1")
+    assert choose_mode("online") == (
+        "offline",
+        "http://localhost:1 cannot be reached; `wandb sync` sends the files later",
+    )
+
+
+def test_the_real_library_records_offline_inside_the_run_directory(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from kha_train.config.compose import compose; from kha_train.telemetry import WandbMirror\n"
+        "run_dir = Path(sys.argv[1])\n"
+        "config = compose([f'run.dir={run_dir}', 'telemetry.wandb.mode=offline'])\n"
+        "mirror = WandbMirror(config, run_dir, 'stable123')\n"
+        "for step in range(1, 4): mirror.step({'step': step, 'tokens': 10 * step, 'train/loss': 1 / step})\n"
+        "mirror.close(); print(mirror.mode)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout == "offline\n"
+    files = list((tmp_path / "wandb").glob("offline-run-*-stable123/run-stable123.wandb"))
+    assert len(files) == 1
+    assert b"train/loss" in files[0].read_bytes()
+    assert json.dumps(done.stderr).count("wandb:") == 0
