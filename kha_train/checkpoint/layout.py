@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 FOLDER = "checkpoints"
@@ -57,11 +58,15 @@ def clear_leftovers(folder: Path) -> None:
             _erase(folder / name)
 
 
-def remove(directory: Path, step: int) -> None:
-    """Delete a checkpoint so that no kill leaves half of one under a readable name. Raises OSError."""
+def remove(directory: Path, step: int, renamed: Callable[[], None] = lambda: None) -> None:
+    """Delete a checkpoint so that no kill leaves half of one under a readable name. Raises OSError.
+
+    `renamed` is called between the renaming and the deletion.
+    """
     condemned = directory.with_name(temporary_name(step, "deleting"))
     os.rename(directory, condemned)
     fsync_directory(directory.parent)
+    renamed()
     _erase(condemned)
 
 

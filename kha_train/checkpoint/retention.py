@@ -28,7 +28,8 @@ def prune(
     Collective; rank 0 does the work. `protect` names steps that stay whatever their age (the resumed-from one,
     permanent ones). `check` raises CheckpointError for an invalid directory: `check_sizes` is right after a save, whose
     bytes were hashed on their way out; `reader.verify` reads every byte. Invalid directories are neither counted nor
-    deleted. Raises ConfigError when `keep_last` < 1, CheckpointError when a directory cannot be removed.
+    deleted. `stage` is called with "before_prune" and, amid each deletion, "mid_prune": a fault test ends the process
+    there. Raises ConfigError when `keep_last` < 1, CheckpointError when a directory cannot be removed.
     """
     if keep_last < 1:
         raise ConfigError("at least one must stay", field="checkpoint.keep_last", value=keep_last, allowed=">= 1")
@@ -39,7 +40,7 @@ def prune(
             surplus = _surplus(folder, keep_last, frozenset(protect), check)
             stage("before_prune")
             for step, directory in surplus:
-                layout.remove(directory, step)
+                layout.remove(directory, step, lambda: stage("mid_prune"))
                 deleted.append(step)
             layout.clear_leftovers(folder)
     return deleted

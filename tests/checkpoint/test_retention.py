@@ -1,0 +1,77 @@
+"""Pruning keeps the newest valid checkpoints and whatever must not go."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kha_train.checkpoint.reader import find_newest, verify
+from kha_train.checkpoint.retention import prune
+from kha_train.distributed import World
+from kha_train.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def ten_steps(tmp_path_factory, save) -> Path:
+    run_dir = tmp_path_factory.mktemp("ten")
+    for step in range(1, 11):
+        save(run_dir, step)
+    return run_dir
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    present=st.sets(st.integers(1, 10)),
+    damaged=st.sets(st.integers(1, 10)),
+    protect=st.sets(st.integers(1, 12)),
+    keep_last=st.integers(1, 5),
+    size=st.integers(1, 3),
+)
+def test_what_stays_is_the_newest_valid_the_protected_and_the_damaged(
+    ten_steps, run_ranks, present, damaged, protect, keep_last, size
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir, checkpoints = Path(folder), Path(folder) / "checkpoints"
+        checkpoints.mkdir()
+        for step in present:
+            shutil.copytree(ten_steps / "checkpoints" / f"step-{step:08d}", checkpoints / f"step-{step:08d}")
+            if step in damaged:
+                with open(checkpoints / f"step-{step:08d}" / "optimizer-00000.safetensors", "r+b") as file:
+                    file.seek(-1, 2)
+                    file.write(b"\x55")
+        valid = present - damaged
+        newest = set(sorted(valid)[-keep_last:])
+        stay = newest | (valid & protect) | (present & damaged)
+        outcomes = run_ranks(size, lambda world: prune(run_dir, world, keep_last, protect=protect, check=verify))
+        assert outcomes == [sorted(present - stay)] + [[]] * (size - 1)
+        assert {int(path.name[5:]) for path in checkpoints.iterdir()} == stay
+        found = find_newest(run_dir, World.single(), lambda line: None)
+        assert (found.step if found else None) == max(valid, default=None)
+
+
+def test_a_newer_directory_that_lacks_a_file_does_not_count_as_kept(tmp_path, save) -> None:
+    save(tmp_path, 1)
+    (save(tmp_path, 2) / "trainer.json").unlink()
+    assert prune(tmp_path, World.single(), 1) == []
+    assert find_newest(tmp_path, World.single(), lambda line: None).step == 1
+
+
+def test_pruning_removes_only_what_saves_and_prunings_left(tmp_path, save) -> None:
+    folder = save(tmp_path, 1).parent
+    leftovers = [".step-00000002.saving-0123456789ab", ".step-00000002.deleting-0123456789ab"]
+    strangers = [".step-00000002.saving-mine", "notes", "step-2", "step-00000001.corrupt"]
+    for name in leftovers + strangers:
+        (folder / name).mkdir()
+    prune(tmp_path, World.single(), 1)
+    assert {path.name for path in folder.iterdir()} == {"step-00000001", *strangers}
+
+
+def test_keeping_none_is_a_configuration_error(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="checkpoint.keep_last"):
+        prune(tmp_path, World.single(), 0)
+    assert prune(tmp_path, World.single(), 1) == []
