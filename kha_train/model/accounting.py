@@ -1,7 +1,7 @@
 """Parameters and floating-point operations of a decoder, from its configuration alone: no torch, nothing is built.
 
-Counts are exact and are tested against the real module. A multiplication and an addition are two operations; only matrix
-products are counted. Causal attention is counted once: a token attends to half the row on average.
+Counts are exact and are tested against the real module. A multiplication and an addition are two operations; only
+matrix products are counted. Causal attention is counted once: a token attends to half the row on average.
 """
 
 from __future__ import annotations

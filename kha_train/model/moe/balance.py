@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,6 @@ def load_statistics(load_LE: Tensor, bias_LE: Tensor) -> LoadStatistics:
         maxvio=(load_LE.amax(dim=-1) / mean_L).mean(),
         load_cv=(load_LE.std(dim=-1, correction=0) / mean_L).mean(),
         dead_fraction=(load_LE == 0).float().mean(),
-        load_entropy=entropy_L.mean() / torch.log(torch.tensor(float(load_LE.shape[-1]), device=load_LE.device)),
+        load_entropy=entropy_L.mean() / math.log(max(load_LE.shape[-1], 2)),
         bias_range=(bias_LE.amax(dim=-1) - bias_LE.amin(dim=-1)).amax(),
     )

@@ -1,0 +1,60 @@
+"""Backends are twins: `eager` against a loop over heads and tokens, every other one against `eager`."""
+
+import pytest
+import torch
+
+from kha_train.model.attention.backends import BACKENDS, eager, lay_out_documents
+
+BORDERS = {"whole rows": None, "split rows": [0, 3, 12, 17, 23, 24], "only row starts": [0, 12, 24]}
+
+
+def inputs(dtype, kv_heads=2):
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(2, 12, 4, 8), (2, 12, kv_heads, 8), (2, 12, kv_heads, 8)]
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def documents(borders):
+    cu_seqlens_S = None if borders is None else torch.tensor(borders, dtype=torch.int32)
+    return lay_out_documents(2, 12, torch.device("cpu"), cu_seqlens_S, 12)
+
+
+def one_token_at_a_time(q, k, v, borders):
+    borders = borders or [0, 12, 24]
+    out = torch.zeros_like(q)
+    for row in range(2):
+        for token in range(12):
+            start = max(border for border in borders if border <= row * 12 + token) - row * 12
+            for head in range(4):
+                group = head // (4 // k.shape[2])
+                scores = k[row, start : token + 1, group] @ q[row, token, head] / 8**0.5
+                out[row, token, head] = scores.softmax(0) @ v[row, start : token + 1, group]
+    return out
+
+
+@pytest.mark.parametrize("borders", BORDERS.values(), ids=BORDERS.keys())
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_eager_is_the_formula_one_head_and_token_at_a_time(kv_heads, borders):
+    q, k, v = (t.detach() for t in inputs(torch.float64, kv_heads))
+    torch.testing.assert_close(eager(q, k, v, documents(borders)), one_token_at_a_time(q, k, v, borders))
+
+
+@pytest.mark.parametrize("borders", BORDERS.values(), ids=BORDERS.keys())
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("name", sorted(BACKENDS.keys() - {"eager"}))
+def test_every_backend_equals_eager_forward_and_backward(name, kv_heads, borders):
+    results = []
+    for backend in (eager, BACKENDS[name]):
+        qkv = inputs(torch.float32, kv_heads)
+        out = backend(*qkv, documents(borders))
+        weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+        results.append((out.detach(), *torch.autograd.grad((out * weights).sum(), qkv)))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_mask_is_made_when_no_document_ends_inside_a_row():
+    assert documents(BORDERS["only row starts"]).mask_B1TU is None
+    assert documents(None).mask_B1TU is None
+    assert documents(BORDERS["split rows"]).mask_B1TU.shape == (2, 1, 12, 12)
+    assert documents(None).cu_seqlens_S.tolist() == [0, 12, 24]

@@ -1,0 +1,95 @@
+"""Experts: the loop against its formula, grouped against the loop, forward and backward."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from kha_train.errors import ConfigError
+from kha_train.model.decoder import build_decoder
+from kha_train.model.moe.experts import Combine, Dispatch, grouped, loop
+from kha_train.model.moe.router import Routing, count_experts
+
+N, D, F, E, J = 24, 16, 8, 6, 2
+
+
+def choices(kind):
+    generator = torch.Generator().manual_seed(3)
+    if kind == "spread":
+        return torch.stack([torch.randperm(E, generator=generator)[:J] for _ in range(N)])
+    if kind == "two experts take all":
+        return torch.tensor([[4, 1]]).repeat(N, 1)
+    skewed_N = torch.where(torch.arange(N) < N - 2, 5, 3)
+    return torch.stack((skewed_N, torch.zeros(N, dtype=torch.int64)), 1)
+
+
+def problem(kind, dtype):
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(N, D), (E, D, 2 * F), (E, F, D), (N, J)]
+    leaves = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+    x_ND, gate_up, down, weight_NJ = leaves
+    expert_NJ = choices(kind)
+    return leaves, (x_ND, gate_up, down, Routing(expert_NJ, weight_NJ, count_experts(expert_NJ, E)))
+
+
+KINDS = ("spread", "two experts take all", "skewed with empty experts")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loop_is_the_formula_one_token_at_a_time(kind):
+    _, (x_ND, gate_up, down, routing) = problem(kind, torch.float64)
+    expected = torch.zeros_like(x_ND)
+    for n in range(N):
+        for j in range(J):
+            e = routing.expert_NJ[n, j]
+            gate, up = x_ND[n] @ gate_up[e, :, :F], x_ND[n] @ gate_up[e, :, F:]
+            expected[n] += routing.weight_NJ[n, j] * ((functional.silu(gate) * up) @ down[e])
+    torch.testing.assert_close(loop(x_ND, gate_up, down, routing), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_grouped_equals_the_loop_forward_and_backward(kind):
+    results = []
+    for backend in (loop, grouped):
+        leaves, arguments = problem(kind, torch.float32)
+        out = backend(*arguments)
+        target = torch.linspace(-1, 1, out.numel()).view_as(out)
+        results.append((out.detach(), *torch.autograd.grad((out * target).sum(), leaves)))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_broadcast_gradient_reaches_the_grouped_experts():
+    leaves, arguments = problem("spread", torch.float32)
+    grouped(*arguments).sum().backward()
+    assert all(leaf.grad.isfinite().all() and leaf.grad.any() for leaf in leaves)
+
+
+def test_the_loop_passes_gradcheck_in_float64():
+    leaves, (_, _, _, routing) = problem("spread", torch.float64)
+
+    def run(x_ND, gate_up, down, weight_NJ):
+        return loop(x_ND, gate_up, down, Routing(routing.expert_NJ, weight_NJ, routing.load_E))
+
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+def test_dispatch_and_combine_are_each_others_transpose():
+    expert_NJ = choices("spread")
+    order_M = expert_NJ.flatten().argsort(stable=True)
+    home_NJ, token_M = order_M.argsort().view(N, J), order_M // J
+    x_ND = torch.randn(N, 3, dtype=torch.float64, requires_grad=True)
+    y_MD = torch.randn(N * J, 3, dtype=torch.float64, requires_grad=True)
+    left = (Dispatch.apply(x_ND, token_M, home_NJ) * y_MD).sum()
+    right = (x_ND * Combine.apply(y_MD, token_M, home_NJ)).sum()
+    torch.testing.assert_close(left, right)
+    assert torch.autograd.gradcheck(lambda x: Dispatch.apply(x, token_M, home_NJ), (x_ND,))
+    assert torch.autograd.gradcheck(lambda y: Combine.apply(y, token_M, home_NJ), (y_MD,))
+
+
+@pytest.mark.parametrize(("section", "field"), [("moe", "expert_width"), ("model", "hidden_size")])
+def test_a_width_the_grouped_backend_cannot_read_is_a_configuration_error(section, field, make_config):
+    with pytest.raises(ConfigError, match=f"{section}.{field} = 100.*multiples of 8.*96 or 104.*moe.backend=loop"):
+        build_decoder(make_config(**{section: {field: 100}}))
+    moe = {"backend": "loop"} | ({field: 100} if section == "moe" else {})
+    model = {field: 100} if section == "model" else {}
+    build_decoder(make_config(moe=moe, model=model))
