@@ -1,0 +1,97 @@
+"""A small dataset and a configuration over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data_tools.corpus import build_corpus
+from data_tools.encode import encode_corpus
+from data_tools.synthetic import write_dataset
+from data_tools.train_tokenizer import train_tokenizer
+from kha_train.config import schema
+from kha_train.config.options import GroupedQueryOptions, InteractionOptions
+
+VOCAB = 97
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ (several shards) and validation/ of documents of 1 to 600 tokens; do not change it."""
+    directory = tmp_path_factory.mktemp("dataset")
+    write_dataset(directory, vocab_size=VOCAB, documents=150, seed=4, max_length=600, documents_per_shard=40)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., schema.RunConfig]:
+    """`make_config(directory, seq_len=..., batch=..., ...)`: what the data side needs of one."""
+
+    def make(
+        directory: Path,
+        *,
+        seq_len: int = 32,
+        batch: int = 24,
+        micro: int = 2,
+        seed: int = 0,
+        rows: int = 0,
+        vocab: int = VOCAB,
+        isolate: bool = True,
+        check_crc: bool = True,
+    ) -> schema.RunConfig:
+        return replace(
+            _BASE,
+            run=replace(_BASE.run, seed=seed),
+            model=replace(_BASE.model, vocab_size=vocab, seq_len=seq_len),
+            data=schema.DataSection(
+                name="shards",
+                train=str(directory / "train"),
+                validation=str(directory / "validation"),
+                global_batch_size=batch,
+                isolate_documents=isolate,
+                check_crc=check_crc,
+            ),
+            engine=replace(_BASE.engine, micro_batch_size=micro),
+            validation=replace(_BASE.validation, rows=rows),
+        )
+
+    return make
+
+
+_BASE = schema.RunConfig(
+    run=schema.RunSection(dir="unused", name="test", steps=1),
+    model=schema.ModelSection(
+        name="tiny", layers=1, hidden_size=8, query_heads=2, kv_heads=1, head_dim=4, vocab_size=1, seq_len=1
+    ),
+    attention=schema.AttentionSection(
+        name="gqa",
+        base=GroupedQueryOptions(name="gqa", query_heads=2, head_dim=4, kv_heads=1),
+        interaction=InteractionOptions(name="none"),
+    ),
+    moe=schema.MoeSection(experts=2, top_k=1, expert_width=8),
+    data=schema.DataSection(name="shards", train="", validation="", global_batch_size=1),
+    optim=schema.OptimSection(lr=1e-3),
+    engine=schema.EngineSection(zero_stage=1, micro_batch_size=1),
+    checkpoint=schema.CheckpointSection(every_steps=1),
+    validation=schema.ValidationSection(every_steps=1),
+    stability=schema.StabilitySection(),
+    telemetry=schema.TelemetrySection(),
+)
+
+
+@pytest.fixture(scope="session")
+def text_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with corpus/, tokenizer.model, train/ and validation/ made of a little text; do not change it."""
+    directory = tmp_path_factory.mktemp("text")
+    source = directory / "notes"
+    source.mkdir()
+    for number in range(120):
+        words = [f"word{(number * 7 + i * i) % 50}" for i in range(1 + number * 13 % 97)]
+        (source / f"{number:03d}.txt").write_text(" ".join(words) + f"\n\tnumber {number}: naïve ▁ Grüße\r\n")
+    build_corpus(directory / "corpus", standard_library=False, extra_roots=[source])
+    train_tokenizer(directory / "corpus", directory / "tokenizer.model", vocab_size=320)
+    encode_corpus(directory / "corpus", directory / "tokenizer.model", directory)
+    return directory

@@ -1,0 +1,185 @@
+"""Batches: the same samples for every world size, labels that stay inside documents, errors that name the mend."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_tools.synthetic import write_dataset
+from kha_train.data import stream
+from kha_train.data.packing import IGNORE_LABEL
+from kha_train.data.shards import ShardSet
+from kha_train.errors import ConfigError, DataError
+
+
+def take(config, count: int, rank: int = 0, world_size: int = 1, samples_seen: int = 0) -> list[stream.Batch]:
+    opened = stream.open_stream(config, rank, world_size, samples_seen=samples_seen)
+    return list(itertools.islice(opened, count))
+
+
+def joined(batches: list[stream.Batch]) -> tuple:
+    """What a step's parts say together, borders as lengths of segments."""
+    return (
+        np.concatenate([b.samples_B for b in batches]).tolist(),
+        torch.cat([b.tokens_BT for b in batches]).tolist(),
+        torch.cat([b.labels_BT for b in batches]).tolist(),
+        torch.cat([b.positions_BT for b in batches]).tolist(),
+        torch.cat([b.cu_seqlens_S.diff() for b in batches]).tolist(),
+        sum(b.label_count for b in batches),
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+def test_the_samples_of_a_step_are_the_same_for_every_world_size(dataset: Path, make_config, world_size: int) -> None:
+    config = make_config(dataset)
+    alone = take(config, 6)
+    ranks = [take(config, 6, rank, world_size) for rank in range(world_size)]
+    for step in range(6):
+        assert joined([batches[step] for batches in ranks]) == joined([alone[step]])
+        assert {batches[step].step for batches in ranks} == {step}
+
+
+@pytest.mark.parametrize("size", [1, 5, 8, 24, 100])
+def test_micro_batches_are_the_batch_in_parts(dataset: Path, make_config, size: int) -> None:
+    (batch,) = take(make_config(dataset), 1)
+    parts = list(batch.micro_batches(size))
+    assert joined(parts) == joined([batch])
+    for part in parts:
+        assert part.cu_seqlens_S.dtype == torch.int32
+        assert part.cu_seqlens_S[0] == 0 and part.cu_seqlens_S[-1] == part.tokens_BT.numel()
+        assert part.max_seqlen == part.cu_seqlens_S.diff().max()
+    assert max(part.max_seqlen for part in parts) == batch.max_seqlen
+
+
+@pytest.mark.parametrize("samples_seen", [0, 24, 240, 24_000_000])
+def test_a_stream_opened_later_goes_on_as_if_never_stopped(dataset: Path, make_config, samples_seen: int) -> None:
+    config = make_config(dataset)
+    resumed = stream.open_stream(config, samples_seen=samples_seen)
+    batch = next(resumed)
+    assert batch.samples_B[0] == samples_seen and batch.step == samples_seen // 24
+    assert resumed.samples_seen == samples_seen + 24
+    if samples_seen < 1000:
+        assert joined([batch]) == joined([take(config, samples_seen // 24 + 1)[-1]])
+
+
+def test_another_batch_size_after_a_resume_takes_up_the_next_sample(dataset: Path, make_config) -> None:
+    (first,) = take(make_config(dataset, batch=24), 1)
+    (second,) = take(make_config(dataset, batch=6), 1, samples_seen=24)
+    small = take(make_config(dataset, batch=6), 5)
+    assert joined([first, second]) == joined(small)
+
+
+def test_an_epoch_reads_every_row_once_as_it_stands_in_the_shards(dataset: Path, make_config) -> None:
+    config = make_config(dataset, batch=1)
+    opened = stream.open_stream(config)
+    assert opened.tokens_per_epoch == opened.samples_per_epoch * 32
+    rows = sorted(tuple(next(opened).tokens_BT[0].tolist()) for _ in range(opened.samples_per_epoch))
+    shards = ShardSet.open(config.data.train)
+    expected = []
+    for index, shard in enumerate(shards.manifest.shards):
+        ids = shards.read(index, 0, shard.tokens)
+        expected += [tuple(ids[i * 32 : i * 32 + 32].tolist()) for i in range((shard.tokens - 1) // 32)]
+    assert rows == sorted(expected)
+
+
+def test_labels_are_the_next_tokens_and_never_cross_a_document(dataset: Path, make_config) -> None:
+    for batch in take(make_config(dataset), 5):
+        labels, tokens = batch.labels_BT, batch.tokens_BT
+        # every document of this source ends with id 0, and 0 occurs nowhere else
+        assert torch.equal(labels == IGNORE_LABEL, tokens == 0)
+        inside = labels[:, :-1] != IGNORE_LABEL
+        assert torch.equal(labels[:, :-1][inside], tokens[:, 1:][inside])
+        starts = torch.zeros_like(tokens).flatten()
+        starts[batch.cu_seqlens_S[:-1].long()] = 1
+        assert torch.equal(starts.view_as(tokens).bool(), batch.positions_BT == 0)
+
+
+def test_without_isolation_a_row_is_one_segment_and_no_label_is_masked(dataset: Path, make_config) -> None:
+    (batch,) = take(make_config(dataset, isolate=False), 1)
+    assert batch.cu_seqlens_S.tolist() == list(range(0, 24 * 32 + 1, 32)) and batch.max_seqlen == 32
+    assert batch.label_count == 24 * 32
+    assert torch.equal(batch.positions_BT, torch.arange(32).expand(24, 32))
+
+
+def test_seed_changes_the_order_and_nothing_else_in_the_set_of_rows(dataset: Path, make_config) -> None:
+    first, second = (take(make_config(dataset, seed=seed), 1)[0].tokens_BT.tolist() for seed in (0, 1))
+    assert first != second
+
+
+@pytest.mark.parametrize("rows", [0, 7, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_validation_is_the_first_rows_in_order_for_every_world_size(
+    dataset: Path, make_config, world_size: int, rows: int
+) -> None:
+    config = make_config(dataset, rows=rows, micro=2)
+    ranks = [list(stream.validation_batches(config, rank, world_size)) for rank in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert {batch.tokens_BT.shape for batches in ranks for batch in batches} == {(2, 32)}
+    numbers, labels = [], 0
+    for step in zip(*ranks, strict=True):
+        numbers += [n for batch in step for n in batch.samples_B.tolist()]
+        labels += sum(batch.label_count for batch in step)
+    kept = [n for n in numbers if n >= 0]
+    everything = make_config(dataset, rows=rows, micro=1)
+    alone = list(stream.validation_batches(everything))
+    assert kept == list(range(len(alone))) and (rows == 0 or len(kept) == rows)
+    assert numbers[: len(kept)] == kept
+    assert labels == sum(batch.label_count for batch in alone)
+
+
+def test_unigram_entropy_is_that_of_the_counted_tokens(dataset: Path, make_config) -> None:
+    config = make_config(dataset)
+    shards = ShardSet.open(config.data.validation)
+    ids = np.concatenate([shards.read(i, 0, s.tokens) for i, s in enumerate(shards.manifest.shards)]).tolist()
+    bits = -sum(np.log2(ids.count(one) / len(ids)) for one in ids)
+    text = sum(stream.bytes_per_id(config)[one].item() for one in ids)
+    assert text == sum(1 for one in ids if one != 0) == shards.manifest.text_bytes
+    assert stream.unigram_bits_per_byte(config) == pytest.approx(bits / text, rel=1e-12)
+
+
+def test_a_missing_dataset_and_an_unfinished_one_are_configuration_errors(tmp_path: Path, make_config) -> None:
+    with pytest.raises(ConfigError, match="data.train.*no such"):
+        stream.open_stream(make_config(tmp_path / "nowhere"))
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ConfigError, match="manifest.json"):
+        stream.open_stream(make_config(tmp_path))
+
+
+def test_another_vocabulary_size_is_a_configuration_error_that_says_which(dataset: Path, make_config) -> None:
+    for open_it in (stream.open_stream, stream.validation_batches, stream.bytes_per_id, stream.unigram_bits_per_byte):
+        with pytest.raises(ConfigError, match="model.vocab_size = 98.*97"):
+            open_it(make_config(dataset, vocab=98))
+
+
+def test_a_row_longer_than_every_shard_is_refused(dataset: Path, make_config) -> None:
+    with pytest.raises(ConfigError, match="model.seq_len"):
+        stream.open_stream(make_config(dataset, seq_len=1_000_000))
+
+
+def test_a_global_batch_that_does_not_divide_by_the_ranks_is_refused(dataset: Path, make_config) -> None:
+    with pytest.raises(ConfigError, match="data.global_batch_size = 24"):
+        stream.open_stream(make_config(dataset), 0, 5)
+
+
+def test_validation_of_another_tokenizer_is_refused(dataset: Path, tmp_path: Path, make_config, text_dataset) -> None:
+    shutil.copytree(text_dataset / "train", tmp_path / "train")
+    vocab = ShardSet.open(tmp_path / "train").vocab_size
+    write_dataset(tmp_path / "other", vocab_size=vocab, documents=30)
+    shutil.copytree(tmp_path / "other" / "validation", tmp_path / "validation")
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        stream.validation_batches(make_config(tmp_path, vocab=vocab))
+
+
+def test_a_damaged_row_stops_the_step_and_leaves_the_count(dataset: Path, tmp_path: Path, make_config) -> None:
+    shutil.copytree(dataset, tmp_path / "copy")
+    for path in (tmp_path / "copy" / "train").glob("*.tok"):
+        path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
+    opened = stream.open_stream(make_config(tmp_path / "copy"), samples_seen=48)
+    with pytest.raises(DataError, match="CRC-32"):
+        next(opened)
+    assert opened.samples_seen == 48
