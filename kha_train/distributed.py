@@ -1,14 +1,15 @@
 """Who am I among the ranks, and how do all ranks decide one thing together.
 
-torchrun's variables and those of `srun` (one task a rank) are both understood. Every method is collective: all ranks call
-it in the same order. No rank raises alone while others wait.
+torchrun's variables and those of `srun` (one task a rank) are both understood. Every method is collective: all ranks
+call it in the same order. No rank raises alone while others wait.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -29,7 +30,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @staticmethod
     def single() -> World:
@@ -104,6 +105,16 @@ class World:
             assert error is not None
             raise error
         raise _KINDS[kind](f"rank {first_failing}: {words}")
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Around local work that may fail (no collectives inside): all ranks leave it together, well or with one error."""
+        error = None
+        try:
+            yield
+        except (KhaError, OSError) as found:
+            error = found
+        self.raise_together(error)
 
 
 def start(device: str, timeout_seconds: float) -> World:

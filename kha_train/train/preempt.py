@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Self
 
 from kha_train.record.markers import Marker, has_marker
 
@@ -22,11 +23,13 @@ class StopRequests:
         self._received = False
         self._previous: dict[int, object] = {}
 
-    def __enter__(self) -> StopRequests:
+    def __enter__(self) -> Self:
         self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import Checkpoint
 from kha_train.config.build import flatten, to_plain
 from kha_train.config.schema import RunConfig
-from kha_train.engine.deepspeed import Engine
+from kha_train.engine.deepspeed import Engine, InitialValue, seeded
 from kha_train.errors import ResumeError
 
 FREE_TO_CHANGE = (
@@ -98,10 +97,10 @@ def check_belongs(config: RunConfig, checkpoint: Checkpoint, content_id: str) ->
         )
 
 
-def initial_from(checkpoint: Checkpoint | None) -> Callable[[str, Callable[[], Tensor]], Tensor]:
+def initial_from(checkpoint: Checkpoint | None) -> InitialValue:
     """Values to materialise the decoder with: the checkpoint's masters, or the seeded defaults without one."""
     if checkpoint is None:
-        return lambda name, default: default()
+        return seeded
     shapes = checkpoint.names()
     return lambda name, default: checkpoint.read(name, "master").view(shapes[name])
 

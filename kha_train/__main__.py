@@ -1,0 +1,10 @@
+"""`python -m kha_train OVERRIDES`, also under torchrun: one training run, the same as `kha train OVERRIDES`."""
+
+from __future__ import annotations
+
+import sys
+
+from kha_train.cli.main import run
+
+if __name__ == "__main__":
+    run(["train", *sys.argv[1:]])

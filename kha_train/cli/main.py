@@ -1,0 +1,42 @@
+"""The `kha` command: its sub-commands, and the only place where the process ends with a code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+import typer
+
+from kha_train.cli import compare, data, quickstart, train
+from kha_train.errors import KhaError
+
+HELP = "Pretraining of mixture-of-experts language models with cross-head attention."
+
+app = typer.Typer(name="kha", help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(quickstart.quickstart)
+app.command()(train.train)
+app.command()(compare.compare)
+app.add_typer(data.app)
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. A KhaError ends as one line on standard error and its exit code (0-6, 75: see docs).
+
+    KHA_DEBUG=1 adds the traceback. Under torchrun only rank 0 prints what all ranks agreed on.
+    """
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except KhaError as error:
+        if os.environ.get("KHA_DEBUG") == "1":
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(error.line(), file=sys.stderr, flush=True)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        code = 130
+    sys.exit(code)

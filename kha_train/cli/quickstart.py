@@ -1,0 +1,26 @@
+"""`kha quickstart`: from nothing to a comparison of two trained models."""
+
+from __future__ import annotations
+
+import json as json_text
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Directory for corpus, tokenizer, shards, runs and report.")] = Path(
+        "quickstart"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each model.")] = 200,
+    processes: Annotated[int, typer.Option(min=1, help="Ranks to train on.")] = min(2, os.cpu_count() or 1),
+    json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object at the end.")] = False,
+) -> None:
+    """Corpus -> tokenizer -> shards -> a GQA and a KHA model -> comparison; offline, on a CPU, in minutes."""
+    from kha_train.operate.quickstart import run_quickstart
+
+    result = run_quickstart(out, steps=steps, processes=processes, say=(lambda text: None) if json else typer.echo)
+    if json:
+        typer.echo(json_text.dumps(result))

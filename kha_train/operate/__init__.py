@@ -1,0 +1,1 @@
+"""What people run around a training run: the quickstart and, later, planning and sweeps."""

@@ -1,0 +1,84 @@
+"""The training loop, from the first step (or the newest checkpoint) to the last."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from kha_train import distributed
+from kha_train.config.schema import RunConfig
+from kha_train.config.validate import validate_batch
+from kha_train.distributed import World
+from kha_train.optim import learning_rate
+from kha_train.record import Marker, clear_marker, set_marker
+from kha_train.train.preempt import StopRequests
+from kha_train.train.session import Session
+from kha_train.train.step import next_batch, train_step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended: `finished` when all steps are trained, else it stopped in good order and can be resumed."""
+
+    finished: bool
+    step: int
+    run_dir: Path
+
+
+def train(config: RunConfig) -> Outcome:
+    """Run `config` from where its run directory stands. Called by every rank; returns or raises the same on each.
+
+    Raises ConfigError (cannot run: exit 2), ResumeError (the checkpoint is another run's: 3), DataError or
+    CheckpointError (4), DivergedError (5), RunDirectoryInUse (6).
+    """
+    world = distributed.start(config.engine.device, config.engine.collective_timeout_seconds)
+    try:
+        validate_batch(config, world.size)
+        run_dir = Path(config.run.dir)
+        with StopRequests(run_dir) as stops, Session(config, world) as session:
+            finished = _train_to_the_end(session, stops)
+            session.end_state = "done" if finished else "requeued"
+            _mark_the_end(run_dir, world, finished, session.progress.step)
+            return Outcome(finished, session.progress.step, run_dir)
+    finally:
+        distributed.stop()
+
+
+def _train_to_the_end(session: Session, stops: StopRequests) -> bool:
+    """Train until `run.steps` steps are done (True) or a rank was asked to stop (False). A checkpoint stands after."""
+    config, world = session.config, session.world
+    steps = config.run.steps
+    while session.progress.step < steps:
+        started = time.perf_counter()
+        with session.data_wait.measured():
+            batch, labels = next_batch(session.stream, world)
+        lr = learning_rate(config.optim, session.progress.step + 1, steps)
+        result = train_step(session.engine, batch, labels, lr, stops.pending())
+        session.progress = session.progress.after(
+            len(batch.samples_B) * world.size, config.model.seq_len, result.applied
+        )
+        line = session.metrics(result, lr, time.perf_counter() - started)
+
+        step = session.progress.step
+        if _is_due(step, config.validation.every_steps, steps):
+            validation = session.validate()
+            line |= {"validation/loss": validation.loss, "validation/bits_per_byte": validation.bits_per_byte}
+        session.report(line)
+        session.check_stability()
+        if result.stop or _is_due(step, config.checkpoint.every_steps, steps):
+            session.save()
+        if result.stop and step < steps:
+            return False
+    return True
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _mark_the_end(run_dir: Path, world: World, finished: bool, step: int) -> None:
+    """Tell whoever started the job, through a file: exit codes do not pass through torchrun."""
+    if world.is_main:
+        clear_marker(run_dir, Marker.STOP)
+        set_marker(run_dir, Marker.DONE if finished else Marker.REQUEUE, f"step {step}")
