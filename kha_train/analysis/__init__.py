@@ -1,0 +1,3 @@
+"""Reading finished runs: comparison, statistics, the report."""
+
+from __future__ import annotations

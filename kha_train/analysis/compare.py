@@ -1,0 +1,156 @@
+"""Comparing runs from their directories alone: what they reached, how they differ, and what that is worth."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kha_train.analysis.runs import RunData, load_runs
+from kha_train.analysis.statistics import Interval, block_bootstrap
+from kha_train.analysis.summary import Summary, summarise
+
+IDENTITY_KEYS = ("run.dir", "run.name")
+"""Configuration keys that always differ and say nothing."""
+ORDER_KEYS = ("run.seed", "model.seq_len", "data.isolate_documents")
+"""Settings that, with the content of the shards and the sample numbers, fix which tokens a step reads."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Train loss of `other` - `reference` at equal steps over the last half of the steps both have (nats per token).
+
+    `interval` is None when fewer than 10 steps are finite in both. `same_data` says whether the two read the same
+    tokens at every common step, and `data_words` why that is known or not.
+    """
+
+    reference: int
+    other: int
+    first_step: int
+    last_step: int
+    interval: Interval | None
+    same_seed: bool
+    same_data: bool
+    data_words: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything the table and the report print. Runs are numbered as they were named."""
+
+    runs: tuple[RunData, ...]
+    summaries: tuple[Summary, ...]
+    differences: dict[str, tuple[Any, ...]]
+    pairs: tuple[Pair, ...]
+    evidence: str
+
+    def sentence(self, pair: Pair) -> str:
+        """The result of a pair in one line, with what it is worth."""
+        names = f"{self.runs[pair.other].label} - {self.runs[pair.reference].label}"
+        if pair.interval is None:
+            return f"{names}: too few common steps for a difference; {self.evidence}"
+        found = f"{pair.interval.mean:+.4f} [{pair.interval.low:+.4f}, {pair.interval.high:+.4f}] nats per token"
+        return f"{names}: {found} over steps {pair.first_step}-{pair.last_step}; {self.evidence}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; non-finite numbers do not occur, unknown ones are None."""
+        runs = [
+            {"label": run.label, "path": str(run.path), "variant": run.variant, "seed": run.seed}
+            | {**summary.results, **summary.honesty, "end_state": summary.end_state}
+            for run, summary in zip(self.runs, self.summaries, strict=True)
+        ]
+        differences = {key: list(values) for key, values in self.differences.items()}
+        pairs = [asdict(pair) | {"sentence": self.sentence(pair)} for pair in self.pairs]
+        return {"runs": runs, "config_differences": differences, "pairs": pairs, "evidence": self.evidence}
+
+
+def compare_runs(run_dirs: list[Path]) -> Comparison:
+    """Compares the runs in `run_dirs`; the variant of the first is the reference.
+
+    Raises ConfigError for a directory that is missing, empty, not a run, or named twice; DataError for a damaged one.
+    """
+    runs = load_runs(run_dirs)
+    return Comparison(
+        runs=runs,
+        summaries=tuple(summarise(run) for run in runs),
+        differences=config_differences(runs),
+        pairs=tuple(_pair(runs, reference, other) for reference, other in partners(runs)),
+        evidence=evidence(runs),
+    )
+
+
+def config_differences(runs: tuple[RunData, ...]) -> dict[str, tuple[Any, ...]]:
+    """Flattened configuration keys that are not equal in all runs -> the value in each (None where it is absent)."""
+    keys = sorted({key for run in runs for key in run.config} - set(IDENTITY_KEYS))
+    values = {key: tuple(run.config.get(key) for run in runs) for key in keys}
+    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+
+
+def partners(runs: tuple[RunData, ...]) -> list[tuple[int, int]]:
+    """(reference, other) for every run of another variant than the first run's: the reference run of the same seed,
+    else the first run. When all runs are of one variant, each is paired with the first.
+    """
+    reference = [index for index, run in enumerate(runs) if run.variant == runs[0].variant]
+    others = [index for index in range(len(runs)) if index not in reference] or reference[1:]
+    same_seed = {runs[index].seed: index for index in reversed(reference)} if len(reference) < len(runs) else {}
+    return [(same_seed.get(runs[other].seed, 0), other) for other in others]
+
+
+def evidence(runs: tuple[RunData, ...]) -> str:
+    """What the number of seeds allows one to say."""
+    seeds = {run.variant: {other.seed for other in runs if other.variant == run.variant} for run in runs}
+    fewest = min(len(found) for found in seeds.values())
+    if fewest < 2:
+        return "1 seed: not evidence"
+    return "fewer than 3 seeds: weak evidence" if fewest < 3 else f"{fewest} seeds of every variant"
+
+
+def loss_difference(reference: RunData, other: RunData) -> tuple[np.ndarray, np.ndarray]:
+    """(steps [N], train loss of `other` - `reference` [N]) at the steps both have; nan where either is not finite."""
+    steps, left, right = np.intersect1d(reference.steps, other.steps, return_indices=True)
+    reference_loss, other_loss = reference.column("train/loss")[left], other.column("train/loss")[right]
+    finite = np.isfinite(reference_loss) & np.isfinite(other_loss)
+    difference = np.full(len(steps), np.nan)
+    difference[finite] = other_loss[finite] - reference_loss[finite]
+    return steps, difference
+
+
+def _pair(runs: tuple[RunData, ...], reference: int, other: int) -> Pair:
+    steps, difference = loss_difference(runs[reference], runs[other])
+    half = len(steps) // 2
+    late = difference[half:]
+    same_data, words = data_proof(runs[reference], runs[other])
+    first, last = (int(steps[half]), int(steps[-1])) if len(steps) else (0, 0)
+    same_seed = runs[reference].seed == runs[other].seed
+    return Pair(reference, other, first, last, block_bootstrap(late[np.isfinite(late)]), same_seed, same_data, words)
+
+
+def data_proof(reference: RunData, other: RunData) -> tuple[bool, str]:
+    """Whether both runs read the same tokens at every common step, and the reason in words."""
+    names = f"{reference.label} and {other.label}"
+    contents = reference.provenance("data_content_id"), other.provenance("data_content_id")
+    if None in contents:
+        return False, f"{names}: not proven to have read the same data (a run recorded no data content id)"
+    if contents[0] != contents[1]:
+        return False, f"{names} read different data: content ids {contents[0]} and {contents[1]}"
+    for key in ORDER_KEYS:
+        if reference.config.get(key) != other.config.get(key):
+            values = f"{reference.config.get(key)} and {other.config.get(key)}"
+            return False, f"{names} read the same shards differently: {key} is {values}"
+    steps, left, right = np.intersect1d(reference.steps, other.steps, return_indices=True)
+    ranges = [_sample_ranges(run)[index] for run, index in ((reference, left), (other, right))]
+    if not len(steps) or np.isnan(ranges).any():
+        return False, f"{names}: not proven to have read the same data (sample numbers are missing)"
+    unequal = np.flatnonzero((ranges[0] != ranges[1]).any(axis=1))
+    if len(unequal):
+        return False, f"{names} read the same shards, but other samples from step {steps[unequal[0]]} on"
+    return True, (
+        f"{names} read the same data: content id {contents[0]}, seed {reference.seed}, and equal sample numbers at "
+        f"each of the {len(steps)} common steps up to step {steps[-1]}"
+    )
+
+
+def _sample_ranges(run: RunData) -> np.ndarray:
+    return np.stack([run.column("samples_first"), run.column("samples_last")], axis=1)

@@ -1,0 +1,210 @@
+"""The comparison as one HTML file without scripts or outside files, readable on a phone and in the dark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from kha_train.analysis import figures
+from kha_train.analysis.compare import Comparison, loss_difference
+from kha_train.analysis.figures import Band, Curve
+from kha_train.analysis.statistics import display_decay, exponential_average
+from kha_train.analysis.summary import HONESTY, RESULTS, printed
+
+LIGHT = ("#1261b5", "#c4501b", "#0f7d5c", "#9a3a96", "#8a6d00", "#b3274a", "#3f6f8f", "#6a6a6a")
+DARK = ("#6cb2ff", "#ff9a62", "#4fd3a5", "#e08bdb", "#e0c04a", "#ff7f9d", "#9cc6e0", "#b5b5b5")
+
+STYLE = """
+:root { color-scheme: light dark; --page: #fdfdfc; --card: #ffffff; --ink: #22262b; --soft: #626a73; --grid: #e3e5e8;
+  --note: #fff6dd; %(light)s }
+@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1c2024; --ink: #e4e7ea; --soft: #9aa3ac;
+  --grid: #343a41; --note: #3a3216; %(dark)s } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.2rem 1rem 3rem; max-width: 60rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: .2rem 0 .6rem; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .4rem; }
+p { margin: .4rem 0; overflow-wrap: anywhere; }
+.soft, td small, th small, figcaption { color: var(--soft); font-size: .84rem; font-weight: 400; }
+.result { background: var(--card); border: 1px solid var(--grid); border-radius: .6rem; padding: .7rem .9rem;
+  margin: .6rem 0; }
+.result b { font-size: 1.12rem; font-variant-numeric: tabular-nums; }
+.evidence { display: inline-block; background: var(--note); border-radius: .4rem; padding: .1rem .5rem;
+  font-weight: 600; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; padding: 0; margin: .6rem 0; list-style: none;
+  font-size: .92rem; }
+.legend i { display: inline-block; width: 1.1rem; height: .22rem; border-radius: 2px; margin-right: .45rem;
+  vertical-align: middle; }
+figure { margin: .5rem 0 1rem; }
+svg { display: block; width: 100%%; max-width: 46rem; height: auto; font-family: inherit; }
+.scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--grid); border-radius: .6rem; }
+table { border-collapse: collapse; width: 100%%; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .42rem .8rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--grid); }
+tr:last-child > * { border-bottom: 0; }
+th:first-child { text-align: left; min-width: 9.5rem; max-width: 21rem; font-weight: 500; }
+th small { display: block; line-height: 1.3; }
+thead th { font-weight: 650; white-space: nowrap; }
+code { font-size: .88em; overflow-wrap: anywhere; }
+"""
+
+
+def write_report(comparison: Comparison, out: Path) -> Path:
+    """Writes `out/index.html` and returns its path; the directory is made if need be."""
+    out.mkdir(parents=True, exist_ok=True)
+    page = out / "index.html"
+    page.write_text(report_html(comparison), encoding="utf-8")
+    return page
+
+
+def report_html(comparison: Comparison) -> str:
+    """The whole page as text."""
+    title = " against ".join(dict.fromkeys(run.variant for run in comparison.runs))
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        *_results(comparison),
+        _legend(comparison),
+        *_loss_figure(comparison),
+        *_difference_figure(comparison),
+        *_validation_figure(comparison),
+        "<h2>What the runs reached</h2>",
+        _quantities(comparison, RESULTS, [summary.results for summary in comparison.summaries]),
+        "<h2>What differs in their settings</h2>",
+        _settings(comparison),
+        "<h2>Did they read the same data?</h2>",
+        *(f"<p>{escape(pair.data_words)}.</p>" for pair in comparison.pairs),
+        "" if comparison.pairs else "<p>One run: there is nothing to compare.</p>",
+        "<h2>What happened on the way</h2>",
+        _quantities(comparison, HONESTY, [summary.honesty for summary in comparison.summaries], states=True),
+        "<h2>Where they are</h2>",
+        *(f"<p>{escape(run.label)}: <code>{escape(str(run.path))}</code></p>" for run in comparison.runs),
+    ]
+    head = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{_style()}</style></head>"
+    )
+    return f"{head}<body>{''.join(parts)}</body></html>\n"
+
+
+def _style() -> str:
+    def variables(palette: Sequence[str]) -> str:
+        return " ".join(f"--series-{number}: {color};" for number, color in enumerate(palette))
+
+    return STYLE % {"light": variables(LIGHT), "dark": variables(DARK)}
+
+
+def _color(number: int) -> int:
+    return number % len(LIGHT)
+
+
+def _results(comparison: Comparison) -> Iterable[str]:
+    yield f'<p><span class="evidence">{escape(comparison.evidence)}</span></p>'
+    for pair in comparison.pairs:
+        reference, other = comparison.runs[pair.reference].label, comparison.runs[pair.other].label
+        names = f"{escape(other)} &minus; {escape(reference)}"
+        if pair.interval is None:
+            yield f'<div class="result">{names}: too few common steps for a difference</div>'
+            continue
+        found = pair.interval
+        yield (
+            f'<div class="result">{names}<br><b>{found.mean:+.4f}</b> nats per token '
+            f'<span class="soft">95 % interval {found.low:+.4f} to {found.high:+.4f}</span>'
+            f'<p class="soft">Difference of train loss at equal steps, mean over steps {pair.first_step} to '
+            f"{pair.last_step} (the last half of the common steps, {found.count} finite pairs). Below zero: "
+            f"{escape(other)} is better. Interval: moving-block bootstrap, block {found.block}, 2,000 resamples; it "
+            f"holds for this seed and this order of data only.</p></div>"
+        )
+
+
+def _legend(comparison: Comparison) -> str:
+    items = (
+        f'<li><i style="background: var(--series-{_color(number)})"></i>{escape(run.label)}</li>'
+        for number, run in enumerate(comparison.runs)
+    )
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _loss_figure(comparison: Comparison) -> Iterable[str]:
+    curves = []
+    for number, run in enumerate(comparison.runs):
+        loss = run.column("train/loss")
+        smooth = exponential_average(loss, display_decay(len(loss)))
+        curves.append(Curve(run.steps, _color(number), raw_N=loss, smooth_N=smooth))
+    yield "<h2>Train loss</h2>"
+    yield _figure(
+        figures.draw("loss", curves, x_label="optimiser step", y_label="nats per token"),
+        "Token cross-entropy of each optimiser step over the global batch, without auxiliary terms. Faint: as "
+        "recorded. Bold: exponential average, half-life 2 % of the run. Gaps: not a finite number.",
+    )
+
+
+def _difference_figure(comparison: Comparison) -> Iterable[str]:
+    curves, bands = [], []
+    for pair in comparison.pairs:
+        steps, difference = loss_difference(comparison.runs[pair.reference], comparison.runs[pair.other])
+        color = _color(pair.other)
+        if not np.isfinite(difference).any():
+            continue
+        smooth = exponential_average(difference, display_decay(len(steps)))
+        curves.append(Curve(steps, color, raw_N=difference, smooth_N=smooth))
+        if pair.interval is not None:
+            found = pair.interval
+            bands.append(Band(pair.first_step, pair.last_step, found.mean, found.low, found.high, color))
+    if curves:
+        yield "<h2>Paired difference of train loss</h2>"
+        yield _figure(
+            figures.draw("difference", curves, x_label="optimiser step", y_label="nats per token", bands=bands),
+            "Loss of the coloured run minus loss of its reference at the same step; below zero the coloured run is "
+            "better. Dashed with a band: the mean over the last half and its 95 % interval.",
+        )
+
+
+def _validation_figure(comparison: Comparison) -> Iterable[str]:
+    curves = []
+    for number, run in enumerate(comparison.runs):
+        bits = run.column("validation/bits_per_byte")
+        seen = np.isfinite(bits)
+        if seen.any():
+            curves.append(Curve(run.steps[seen], _color(number), smooth_N=bits[seen], marker=True))
+    if curves:
+        yield "<h2>Validation</h2>"
+        yield _figure(
+            figures.draw("validation", curves, x_label="optimiser step", y_label="bits per byte"),
+            "Cross-entropy on held-out rows in bits, divided by the bytes of the text that was predicted. The same "
+            "rows for every run with the same validation settings.",
+        )
+
+
+def _figure(svg: str, caption: str) -> str:
+    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _quantities(comparison: Comparison, quantities: dict, columns: list[dict], *, states: bool = False) -> str:
+    rows = []
+    for key, quantity in quantities.items():
+        values = [column[key] for column in columns]
+        name = f"{escape(quantity.name)}<small>{escape(quantity.definition)}</small>"
+        rows.append((name, [printed(quantity, value) for value in values]))
+    if states:
+        name = "end of the last attempt<small>running: still training, or killed without a word</small>"
+        rows.append((name, [summary.end_state for summary in comparison.summaries]))
+    return _table(comparison, rows)
+
+
+def _settings(comparison: Comparison) -> str:
+    if not comparison.differences:
+        return "<p>Nothing but the run's name and directory.</p>"
+    items = comparison.differences.items()
+    rows = [(f"<code>{escape(key)}</code>", ["-" if v is None else str(v) for v in values]) for key, values in items]
+    return _table(comparison, rows)
+
+
+def _table(comparison: Comparison, rows: list[tuple[str, list[str]]]) -> str:
+    head = "".join(f"<th>{escape(run.label)}</th>" for run in comparison.runs)
+    body = "".join(
+        f"<tr><th>{name}</th>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>" for name, values in rows
+    )
+    return f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'

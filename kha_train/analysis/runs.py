@@ -1,0 +1,102 @@
+"""A finished or living run as the comparison sees it: its directory, read and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from kha_train.config.build import flatten
+from kha_train.errors import ConfigError
+from kha_train.record import read_discarded, read_events, read_metrics, read_run
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run: `lines` of metrics.jsonl (never empty), run.json as `run`, config.yaml flattened to dotted keys."""
+
+    path: Path
+    label: str
+    config: dict[str, Any]
+    run: dict[str, Any]
+    lines: list[dict[str, Any]]
+    discarded: int
+    events: list[dict[str, Any]]
+
+    @property
+    def variant(self) -> str:
+        """What is compared: `attention.name`."""
+        return str(self.config.get("attention.name", "unknown"))
+
+    @property
+    def seed(self) -> int | None:
+        """`run.seed`; None when the configuration has none."""
+        return self.config.get("run.seed")
+
+    @cached_property
+    def steps(self) -> np.ndarray:
+        """The step of every line, int64 [lines]."""
+        return np.array([line["step"] for line in self.lines], dtype=np.int64)
+
+    def column(self, key: str) -> np.ndarray:
+        """The metric `key` of every line, float64 [lines]; nan where a line does not have it."""
+        return np.array([line.get(key, np.nan) for line in self.lines], dtype=np.float64)
+
+    def finite(self, key: str) -> np.ndarray:
+        """The finite values of the metric `key`, in order."""
+        values = self.column(key)
+        return values[np.isfinite(values)]
+
+    def provenance(self, key: str) -> Any:
+        """A fact that the run recorded about itself at its start; None when it did not."""
+        return self.run.get("provenance", {}).get(key)
+
+
+def load_run(path: Path) -> RunData:
+    """The run in directory `path`. Raises ConfigError when it is missing, empty or no run directory; DataError when
+    a file in it is damaged.
+    """
+    if not path.is_dir():
+        raise ConfigError("there is no such run directory", field="run", value=str(path), fix=_neighbours(path))
+    lines = read_metrics(path)
+    if not lines:
+        raise ConfigError(
+            "this directory holds no recorded step (metrics.jsonl is missing or empty)",
+            field="run",
+            value=str(path),
+            fix="name the run.dir of a run that has trained at least one step",
+        )
+    config_file = path / "config.yaml"
+    if not config_file.is_file():
+        raise ConfigError(
+            "this run directory has no config.yaml",
+            field="run",
+            value=str(path),
+            fix="name the run.dir that `kha train` wrote",
+        )
+    config = flatten(yaml.safe_load(config_file.read_text(encoding="utf-8")) or {})
+    label = str(config.get("run.name") or path.resolve().name)
+    return RunData(path, label, config, read_run(path), lines, len(read_discarded(path)), read_events(path))
+
+
+def load_runs(paths: list[Path]) -> tuple[RunData, ...]:
+    """All runs, labels made distinct. Raises ConfigError when there is none or one is named twice."""
+    if not paths:
+        raise ConfigError("no run directory is named", field="runs", fix="kha compare RUN_DIR [RUN_DIR ...]")
+    twice = {str(path) for path in paths if [other.resolve() for other in paths].count(path.resolve()) > 1}
+    if twice:
+        raise ConfigError("this run is named twice", field="runs", value=min(twice), fix="name every run once")
+    runs = [load_run(path) for path in paths]
+    labels = [run.label for run in runs]
+    named = [run.label if labels.count(run.label) == 1 else f"{run.label} ({run.path})" for run in runs]
+    return tuple(replace(run, label=label) for run, label in zip(runs, named, strict=True))
+
+
+def _neighbours(path: Path) -> str:
+    parent = path.resolve().parent
+    runs = sorted(child.parent.name for child in parent.glob("*/metrics.jsonl")) if parent.is_dir() else []
+    return f"runs found in {parent}: {', '.join(runs[:8])}" if runs else "check the path, or train the run first"

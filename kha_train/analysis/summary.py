@@ -1,0 +1,111 @@
+"""What one run reached: each figure with its definition, and the table that keeps a comparison honest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kha_train.analysis.runs import RunData
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One number of a run: its name, how it is printed, and its definition."""
+
+    name: str
+    style: str
+    definition: str
+
+
+RESULTS: dict[str, Quantity] = {
+    "steps": Quantity("steps", ",.0f", "last optimiser step on the surviving curve"),
+    "tokens": Quantity("tokens", ",.0f", "rows of the global batch x sequence length, summed over the steps"),
+    "final_loss": Quantity(
+        "train loss, end", ".4f", "mean train/loss over the last 10 % of the steps, nats per token; non-finite left out"
+    ),
+    "validation_loss": Quantity(
+        "validation loss", ".4f", "last validation: cross-entropy in nats per token on held-out rows"
+    ),
+    "bits_per_byte": Quantity(
+        "validation bits per byte", ".4f", "last validation: cross-entropy in bits / bytes of the text predicted"
+    ),
+    "tokens_per_second": Quantity("tokens per second", ",.0f", "median over the steps, all ranks together"),
+    "step_seconds": Quantity("seconds per step", ".3g", "median over the steps, waiting for data included"),
+    "mfu": Quantity(
+        "MFU", ".1%", "median of training FLOPs per token x tokens/s / peak FLOP/s of all ranks; no recomputation"
+    ),
+    "peak_memory": Quantity("peak memory, GiB", ".2f", "most of the run, rank 0: resident on a CPU, allocated on CUDA"),
+    "parameters": Quantity("parameters", ",.0f", "all trained numbers, tied ones counted once"),
+    "active_parameters": Quantity("active parameters", ",.0f", "parameters a token passes through"),
+}
+
+HONESTY: dict[str, Quantity] = {
+    "attempts": Quantity("attempts", ",.0f", "starts of the run directory"),
+    "lost": Quantity("lost attempts", ",.0f", "attempts whose end is not recorded: killed, crashed, or running"),
+    "discarded": Quantity("discarded lines", ",.0f", "steps computed, then undone by a restart, and computed again"),
+    "missing": Quantity("missing lines", ",.0f", "steps up to the last that have no line"),
+    "skipped": Quantity("skipped steps", ",.0f", "steps whose update was not applied"),
+    "nonfinite": Quantity("non-finite losses", ",.0f", "steps whose loss was nan or infinite"),
+}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The figures of one run, keyed as `RESULTS` and `HONESTY`; None where the run did not record it."""
+
+    results: dict[str, float | None]
+    honesty: dict[str, float | None]
+    end_state: str
+
+
+def printed(quantity: Quantity, value: Any) -> str:
+    """A quantity's value as it is printed everywhere; a dash when it is unknown."""
+    return "-" if value is None else format(value, quantity.style)
+
+
+def summarise(run: RunData) -> Summary:
+    """The figures of one run."""
+    tail = run.column("train/loss")[-max(1, len(run.lines) // 10) :]
+    parameters = run.provenance("parameters")
+    counts = parameters if isinstance(parameters, dict) else {"total": parameters}
+    results = {
+        "steps": float(run.steps[-1]),
+        "tokens": _last(run.finite("tokens")),
+        "final_loss": _mean(tail[np.isfinite(tail)]),
+        "validation_loss": _last(run.finite("validation/loss")),
+        "bits_per_byte": _last(run.finite("validation/bits_per_byte")),
+        "tokens_per_second": _median(run.finite("train/tokens_per_second")),
+        "step_seconds": _median(run.finite("train/step_seconds")),
+        "mfu": _median(run.finite("train/mfu")),
+        "peak_memory": _largest(run.finite("memory/peak_gib")),
+        "parameters": counts.get("total"),
+        "active_parameters": counts.get("active"),
+    }
+    attempts = run.run.get("attempts", [])
+    honesty = {
+        "attempts": float(len(attempts)) or None,
+        "lost": float(sum(attempt["state"] in ("lost", "running") for attempt in attempts)),
+        "discarded": float(run.discarded),
+        "missing": float(run.steps[-1] - len(run.lines)),
+        "skipped": float(np.nansum(run.column("train/skipped"))),
+        "nonfinite": float(sum("train/loss" in line and not np.isfinite(line["train/loss"]) for line in run.lines)),
+    }
+    return Summary(results, honesty, attempts[-1]["state"] if attempts else "unknown")
+
+
+def _last(values: np.ndarray) -> float | None:
+    return float(values[-1]) if len(values) else None
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _median(values: np.ndarray) -> float | None:
+    return float(np.median(values)) if len(values) else None
+
+
+def _largest(values: np.ndarray) -> float | None:
+    return float(values.max()) if len(values) else None

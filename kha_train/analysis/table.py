@@ -1,0 +1,49 @@
+"""The comparison on a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from kha_train.analysis.compare import Comparison
+from kha_train.analysis.summary import HONESTY, RESULTS, printed
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Prints figures with their definitions, configuration differences, the data proof and the paired results."""
+    parts: list[Any] = [_quantities(comparison)]
+    if comparison.differences:
+        settings = _table("setting that differs", [run.label for run in comparison.runs])
+        for key, values in comparison.differences.items():
+            settings.add_row(key, *(str(value) for value in values))
+        parts.append(settings)
+    parts += [Text(pair.data_words) for pair in comparison.pairs]
+    parts += [Text(comparison.sentence(pair), "bold") for pair in comparison.pairs]
+    if not comparison.pairs:
+        parts.append(Text(f"one run, nothing to compare it with; {comparison.evidence}", "bold"))
+    console.print(Group(*parts))
+
+
+def _quantities(comparison: Comparison) -> Table:
+    table = _table("", [run.label for run in comparison.runs], "definition")
+    rows = [(quantity, [summary.results[key] for summary in comparison.summaries]) for key, quantity in RESULTS.items()]
+    rows = [row for row in rows if any(value is not None for value in row[1])]
+    rows += [
+        (quantity, [summary.honesty[key] for summary in comparison.summaries]) for key, quantity in HONESTY.items()
+    ]
+    for quantity, values in rows:
+        table.add_row(quantity.name, *(printed(quantity, value) for value in values), Text(quantity.definition, "dim"))
+    return table
+
+
+def _table(first: str, labels: list[str], last: str | None = None) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column(first)
+    for label in labels:
+        table.add_column(Text(label), justify="right")
+    if last:
+        table.add_column(last)
+    return table

@@ -1,0 +1,29 @@
+"""`kha compare RUN...`: a table on the terminal and one HTML file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kha_train.analysis.compare import compare_runs
+from kha_train.analysis.report import write_report
+from kha_train.analysis.table import print_comparison
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; the first one's variant is the reference.")],
+    out: Annotated[Path, typer.Option(help="Directory to write index.html in.")] = Path("report"),
+    as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
+) -> None:
+    """Compare finished or living runs: what they reached, how they differ, and what that is worth."""
+    comparison = compare_runs(runs)
+    page = write_report(comparison, out)
+    if as_json:
+        typer.echo(json.dumps({**comparison.to_dict(), "report": str(page)}, indent=2))
+        return
+    print_comparison(comparison, Console())
+    typer.echo(f"report: {page}")

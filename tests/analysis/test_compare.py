@@ -1,0 +1,315 @@
+"""A comparison says what the record says, says what it is worth, and proves which data were read."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kha_train.analysis.compare import compare_runs, data_proof, loss_difference, partners
+from kha_train.analysis.figures import MAX_POINTS, thin
+from kha_train.analysis.report import report_html
+from kha_train.analysis.statistics import block_bootstrap, exponential_average
+from kha_train.cli.compare import compare
+from kha_train.errors import ConfigError
+from kha_train.record import Record
+
+
+def make_run(path: Path, losses: list[float], *, variant: str = "gqa", seed: int = 0, **changes: Any) -> Path:
+    """A run directory as training leaves it, with the given train loss at every step."""
+    record = Record.open(path)
+    facts = {"data_content_id": changes.get("content", "c0ffee"), "parameters": {"total": 1000, "active": 300}}
+    record.begin_attempt(0, facts=facts)
+    config = {"run": {"dir": str(path), "name": f"{variant}-s{seed}", "seed": seed}, "attention": {"name": variant}}
+    config |= {"model": {"seq_len": changes.get("seq_len", 8)}, "data": {"isolate_documents": True}}
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    shift = changes.get("shift_from", len(losses))
+    for step, loss in enumerate(losses, 1):
+        first = 4 * (step - 1) + (100 if step > shift else 0)
+        line = {"step": step, "samples_first": first, "samples_last": first + 3, "tokens": 32 * step}
+        line |= {"train/loss": loss, "train/skipped": int(not math.isfinite(loss)), "train/step_seconds": step / 10}
+        if changes.get("validate", True) and step % 10 == 0:
+            line |= {"validation/loss": loss + 0.1, "validation/bits_per_byte": (loss + 0.1) / 2}
+        record.step(line)
+    record.close("done")
+    return path
+
+
+def falling(count: int, offset: float = 0.0) -> list[float]:
+    return [4.0 * math.exp(-step / 30) + 2.0 + offset for step in range(count)]
+
+
+def test_the_figures_of_a_run_are_those_of_their_definitions(tmp_path: Path) -> None:
+    losses = falling(40)
+    comparison = compare_runs([make_run(tmp_path / "a", losses)])
+    results = comparison.summaries[0].results
+    assert results["steps"] == 40
+    assert results["tokens"] == 32 * 40
+    assert results["final_loss"] == pytest.approx(sum(losses[-4:]) / 4)
+    assert results["validation_loss"] == losses[-1] + 0.1
+    assert results["bits_per_byte"] == (losses[-1] + 0.1) / 2
+    assert results["step_seconds"] == pytest.approx(2.05)
+    assert (results["parameters"], results["active_parameters"]) == (1000, 300)
+    assert results["mfu"] is None
+
+
+def test_one_seed_is_called_no_evidence_and_two_are_called_weak(tmp_path: Path) -> None:
+    runs = {
+        (variant, seed): make_run(tmp_path / f"{variant}{seed}", falling(20), variant=variant, seed=seed)
+        for variant in ("gqa", "kha_mlp")
+        for seed in (0, 1, 2)
+    }
+
+    def said(*keys: tuple[str, int]) -> str:
+        return compare_runs([runs[key] for key in keys]).evidence
+
+    assert said(("gqa", 0)) == "1 seed: not evidence"
+    assert said(("gqa", 0), ("kha_mlp", 0)) == "1 seed: not evidence"
+    assert said(("gqa", 0), ("gqa", 1), ("kha_mlp", 0)) == "1 seed: not evidence"
+    two = [(variant, seed) for variant in ("gqa", "kha_mlp") for seed in (0, 1)]
+    assert said(*two) == "fewer than 3 seeds: weak evidence"
+    assert said(*runs) == "3 seeds of every variant"
+
+
+def test_every_run_is_paired_with_the_reference_run_of_its_seed(tmp_path: Path) -> None:
+    order = [("gqa", 1), ("kha_mlp", 0), ("gqa", 0), ("kha_mlp", 1), ("kha_linear", 7)]
+    paths = [make_run(tmp_path / f"{v}{s}", falling(20), variant=v, seed=s) for v, s in order]
+    assert partners(compare_runs(paths).runs) == [(2, 1), (0, 3), (0, 4)]
+    same_variant = compare_runs([paths[0], paths[2]])
+    assert partners(same_variant.runs) == [(0, 1)]
+    assert not same_variant.pairs[0].same_seed
+
+
+def test_the_paired_difference_is_that_of_the_last_half_of_the_common_steps(tmp_path: Path) -> None:
+    reference = make_run(tmp_path / "a", falling(60))
+    other = make_run(tmp_path / "b", falling(40, offset=-0.25), variant="kha_mlp")
+    pair = compare_runs([reference, other]).pairs[0]
+    assert (pair.first_step, pair.last_step) == (21, 40)
+    assert pair.interval is not None
+    assert pair.interval.count == 20
+    assert pair.interval.mean == pytest.approx(-0.25)
+    assert pair.interval.low == pytest.approx(-0.25)
+    assert pair.interval.high == pytest.approx(-0.25)
+
+
+def test_nan_losses_are_counted_and_kept_out_of_every_mean(tmp_path: Path) -> None:
+    losses = falling(40)
+    broken = [*losses[:35], math.nan, math.inf, *losses[37:]]
+    paths = [make_run(tmp_path / "a", losses), make_run(tmp_path / "b", broken, variant="kha_mlp")]
+    comparison = compare_runs(paths)
+    assert comparison.summaries[1].honesty["nonfinite"] == 2
+    assert comparison.summaries[1].honesty["skipped"] == 2
+    assert comparison.summaries[1].results["final_loss"] == pytest.approx(sum(losses[37:]) / 3)
+    steps, difference = loss_difference(*comparison.runs)
+    assert list(steps[np.isnan(difference)]) == [36, 37]
+    assert comparison.pairs[0].interval is not None
+    assert comparison.pairs[0].interval.count == 18
+    json.dumps(comparison.to_dict(), allow_nan=False)
+
+
+def test_a_run_that_never_was_finite_is_reported_without_an_end(tmp_path: Path) -> None:
+    nothing = make_run(tmp_path / "b", [math.nan] * 30, variant="kha_mlp", validate=False)
+    comparison = compare_runs([make_run(tmp_path / "a", falling(30)), nothing])
+    assert comparison.summaries[1].results["final_loss"] is None
+    assert comparison.pairs[0].interval is None
+    assert "too few common steps" in comparison.sentence(comparison.pairs[0])
+    assert "<svg" in report_html(comparison)
+
+
+@pytest.mark.parametrize(
+    ("changes", "same", "words"),
+    [
+        ({}, True, "each of the 30 common steps up to step 30"),
+        ({"seed": 1}, False, "run.seed is 0 and 1"),
+        ({"content": "decade"}, False, "different data: content ids c0ffee and decade"),
+        ({"content": None}, False, "not proven"),
+        ({"seq_len": 16}, False, "model.seq_len is 8 and 16"),
+        ({"shift_from": 12}, False, "other samples from step 13 on"),
+    ],
+)
+def test_the_same_data_are_claimed_only_when_proven(tmp_path: Path, changes: dict, same: bool, words: str) -> None:
+    reference = make_run(tmp_path / "a", falling(40))
+    other = make_run(tmp_path / "b", falling(30), variant="kha_mlp", **changes)
+    found, text = data_proof(*compare_runs([reference, other]).runs)
+    assert found is same
+    assert words in text
+
+
+def test_only_settings_that_differ_are_listed(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / "a", falling(9)), make_run(tmp_path / "b", falling(9), variant="mha", seq_len=16)]
+    assert compare_runs(paths).differences == {"attention.name": ("gqa", "mha"), "model.seq_len": (8, 16)}
+
+
+def test_restarts_and_discarded_lines_are_in_the_honesty_table(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a", falling(20))
+    record = Record.open(path)
+    record.begin_attempt(15)
+    record.step({"step": 16, "train/loss": 1.0})
+    record._lock.close()
+    summary = compare_runs([path]).summaries[0]
+    assert summary.honesty["attempts"] == 2
+    assert summary.honesty["lost"] == 1
+    assert summary.honesty["discarded"] == 5
+    assert summary.end_state == "running"
+
+
+def test_what_is_no_run_is_refused_with_the_runs_nearby(tmp_path: Path) -> None:
+    make_run(tmp_path / "good", falling(5))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="no such run directory.*good"):
+        compare_runs([tmp_path / "missing"])
+    with pytest.raises(ConfigError, match="no recorded step"):
+        compare_runs([tmp_path / "empty"])
+    with pytest.raises(ConfigError, match="named twice"):
+        compare_runs([tmp_path / "good", tmp_path / "x" / ".." / "good"])
+    with pytest.raises(ConfigError, match="no run directory"):
+        compare_runs([])
+    (tmp_path / "good" / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        compare_runs([tmp_path / "good"])
+
+
+def test_runs_of_one_name_are_told_apart_by_their_directory(tmp_path: Path) -> None:
+    comparison = compare_runs([make_run(tmp_path / name, falling(5)) for name in ("a", "b")])
+    assert len({run.label for run in comparison.runs}) == 2
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.floats(0.0, 0.99))
+def test_the_exponential_average_is_its_recursion(values: list[float], decay: float) -> None:
+    total = weight = 0.0
+    expected = []
+    for value in values:
+        total, weight = decay * total + value, decay * weight + 1
+        expected.append(total / weight)
+    np.testing.assert_allclose(exponential_average(np.array(values), decay), expected, atol=1e-12)
+
+
+def test_the_exponential_average_repeats_itself_over_a_gap() -> None:
+    average = exponential_average(np.array([math.nan, 1.0, math.nan, math.inf, 3.0]), 0.5)
+    np.testing.assert_allclose(average, [math.nan, 1.0, 1.0, 1.0, (0.5 + 3.0) / 1.5])
+
+
+def test_the_block_bootstrap_agrees_with_resampling_by_index() -> None:
+    values = np.random.default_rng(3).normal(size=203).cumsum() * 0.1
+    found = block_bootstrap(values)
+    assert found is not None
+    assert found.block == 20
+    generator = np.random.default_rng(11)
+    means = []
+    for _ in range(4000):
+        starts = generator.integers(0, len(values) - 20 + 1, size=11)
+        means.append(np.concatenate([values[start : start + 20] for start in starts]).mean())
+    low, high = np.percentile(means, [2.5, 97.5])
+    width = high - low
+    assert found.mean == pytest.approx(values.mean())
+    assert found.low == pytest.approx(low, abs=0.08 * width)
+    assert found.high == pytest.approx(high, abs=0.08 * width)
+
+
+def test_the_interval_covers_the_truth_of_correlated_steps_where_a_naive_one_does_not() -> None:
+    generator = np.random.default_rng(5)
+    covered = naive = 0
+    for _ in range(200):
+        noise = generator.normal(size=1000)
+        values = np.empty(1000)
+        values[0] = noise[0]
+        for index in range(1, 1000):
+            values[index] = 0.8 * values[index - 1] + 0.6 * noise[index]
+        found = block_bootstrap(values)
+        assert found is not None
+        covered += found.low <= 0 <= found.high
+        naive += abs(values.mean()) <= 1.96 * values.std() / math.sqrt(1000)
+    assert covered > 175
+    assert naive < 150
+
+
+def test_too_few_values_have_no_interval() -> None:
+    assert block_bootstrap(np.zeros(9)) is None
+    assert block_bootstrap(np.zeros(10)) is not None
+
+
+@given(st.integers(1, 6000), st.integers(0, 100))
+def test_thinning_a_curve_keeps_its_extremes_and_its_order(count: int, seed: int) -> None:
+    values = np.random.default_rng(seed).normal(size=count)
+    values[:: max(2, seed)] = np.nan
+    x, y = thin(np.arange(count), values)
+    assert len(x) <= MAX_POINTS
+    assert (np.diff(x) > 0).all()
+    if np.isfinite(values).any():
+        assert (np.nanmax(y), np.nanmin(y)) == (np.nanmax(values), np.nanmin(values))
+
+
+class Page(HTMLParser):
+    """Collects what a page would fetch, its ids and its open tags."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        values = dict(attrs)
+        self.ids += [values["id"]] if values.get("id") else []
+        self.fetched += [str(values[name]) for name in ("src", "data", "action") if values.get(name)]
+        self.links += [str(values["href"])] if values.get("href") else []
+
+
+def test_the_report_is_one_file_that_fetches_nothing_and_runs_nothing(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / "a", falling(40)), make_run(tmp_path / "b", falling(40, -0.1), variant="kha_mlp")]
+    text = report_html(compare_runs(paths))
+    page = Page(text)
+    assert page.fetched == []
+    assert all(link.startswith("#") for link in page.links)
+    assert {link[1:] for link in page.links} <= set(page.ids)
+    assert len(set(page.ids)) == len(page.ids)
+    assert "script" not in page.tags
+    assert page.tags.count("svg") == 3
+    assert not re.search(r"url\((?!#)", text)
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+    assert "1 seed: not evidence" in text
+    assert not re.search(r"#0a0[0-9a-f]{3}", text)
+
+
+def test_the_same_runs_give_the_same_report_byte_for_byte(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / "a", falling(40)), make_run(tmp_path / "b", falling(40, -0.1), variant="kha_mlp")]
+    assert report_html(compare_runs(paths)) == report_html(compare_runs(paths))
+
+
+def test_names_from_a_configuration_cannot_become_markup(tmp_path: Path) -> None:
+    evil = make_run(tmp_path / "a", falling(20), variant="<img src=x onerror=alert(1)>")
+    page = Page(report_html(compare_runs([evil])))
+    assert "img" not in page.tags
+    assert page.fetched == []
+
+
+def test_a_single_run_without_validation_has_a_report_too(tmp_path: Path) -> None:
+    text = report_html(compare_runs([make_run(tmp_path / "a", [3.0], validate=False)]))
+    assert "nothing to compare" in text
+    assert Page(text).tags.count("svg") == 1
+
+
+def test_the_command_prints_the_table_and_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    paths = [make_run(tmp_path / "a", falling(40)), make_run(tmp_path / "b", falling(40, -0.1), variant="kha_mlp")]
+    compare(paths, tmp_path / "out", as_json=False)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "kha_mlp-s0 - gqa-s0: -0.1000 [-0.1000, -0.1000] nats per token over steps 21-40" in text
+    assert "1 seed: not evidence" in text
+    assert (tmp_path / "out" / "index.html").exists()
+    compare(paths, tmp_path / "out", as_json=True)
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["pairs"][0]["interval"]["mean"] == pytest.approx(-0.1)
+    assert [run["label"] for run in answer["runs"]] == ["gqa-s0", "kha_mlp-s0"]
