@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from kha_train.checkpoint.reader import find_newest
+from kha_train.checkpoint.layout import candidates
+from kha_train.checkpoint.reader import find_newest, verify
 from kha_train.checkpoint.retention import prune
 from kha_train.checkpoint.writer import STAGES, write
 from kha_train.distributed import World
@@ -88,11 +90,23 @@ def test_a_partial_directory_under_the_final_name_does_not_block_the_save(tmp_pa
     assert holds(find_newest(tmp_path, World.single(), pytest.fail), 10)
 
 
-@pytest.mark.parametrize("stage", ["before_prune", "mid_prune"])
-def test_a_kill_while_pruning_leaves_only_whole_checkpoints(tmp_path, save, holds, stage) -> None:
+@pytest.mark.parametrize("moment", ["before_prune", "mid_prune", "amid the files"])
+def test_a_kill_while_pruning_leaves_only_whole_checkpoints(tmp_path, save, holds, moment) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
-    assert killed(lambda: prune(tmp_path, World.single(), 2, stage=die_at(stage)))
+
+    def die_after_one_file(directory: Path) -> None:
+        (directory / "model-00000.safetensors").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def body() -> None:
+        if moment == "amid the files":
+            shutil.rmtree = die_after_one_file
+        prune(tmp_path, World.single(), 2, stage=die_at(moment))
+
+    assert killed(body)
+    for _, directory in candidates(tmp_path / "checkpoints"):
+        verify(directory)
     assert holds(find_newest(tmp_path, World.single(), pytest.fail), 4)
     prune(tmp_path, World.single(), 2)
     assert names(tmp_path) == ["step-00000003", "step-00000004"]

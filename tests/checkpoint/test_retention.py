@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -54,9 +55,14 @@ def test_what_stays_is_the_newest_valid_the_protected_and_the_damaged(
         assert (found.step if found else None) == max(valid, default=None)
 
 
-def test_a_newer_directory_that_lacks_a_file_does_not_count_as_kept(tmp_path, save) -> None:
+@pytest.mark.parametrize("trouble", ["missing", "truncated", "partial directory"])
+def test_a_newer_directory_that_is_not_whole_does_not_count_as_kept(tmp_path, save, trouble) -> None:
     save(tmp_path, 1)
-    (save(tmp_path, 2) / "trainer.json").unlink()
+    path = save(tmp_path, 2)
+    if trouble == "truncated":
+        os.truncate(path / "model-00000.safetensors", 100)
+    else:
+        (path / {"missing": "trainer.json", "partial directory": "manifest.json"}[trouble]).unlink()
     assert prune(tmp_path, World.single(), 1) == []
     assert find_newest(tmp_path, World.single(), lambda line: None).step == 1
 

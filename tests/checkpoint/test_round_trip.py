@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from kha_train.checkpoint.manifest import KINDS
+from kha_train.checkpoint.manifest import ELEMENT_BYTES, KINDS
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import Checkpoint, find_newest, verify
 from kha_train.checkpoint.writer import write
@@ -86,6 +86,10 @@ def test_buffers_of_every_dtype_survive(tmp_path) -> None:
     buffers = {str(dtype): (torch.arange(6).reshape(2, 3) % 2).to(dtype) for dtype in dtypes}
     buffers |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "strided": torch.arange(6.0).reshape(2, 3).T}
     path = write(tmp_path, 1, World.single(), [], buffers, {})
+    raw = (path / "model-00000.safetensors").read_bytes()
+    data = 8 + int.from_bytes(raw[:8], "little")
+    for entry in json.loads(raw[8:data]).values():
+        assert (data + entry["data_offsets"][0]) % ELEMENT_BYTES[entry["dtype"]] == 0, "aligned for memory mapping"
     found = Checkpoint(path, verify(path)).buffers()
     assert found.keys() == buffers.keys()
     for name, buffer in buffers.items():
