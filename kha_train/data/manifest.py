@@ -166,6 +166,8 @@ def parse(raw: Any, path: Path) -> Manifest:
     if dtype == "uint16" and tokenizer.vocab > 65_536:
         raise top.fault("dtype", f"too narrow for a vocabulary of {tokenizer.vocab}", dtype)
     shards = tuple(_shard(entry, dtype, tokenizer.vocab) for entry in top.children("shards"))
+    if not shards:
+        raise top.fault("shards", "a dataset has at least one shard", None)
     names = [file.file for shard in shards for file in (shard.tok, shard.doc, shard.crc)]
     if len(set(names)) != len(names):
         raise top.fault("shards", "two entries name one file", None)

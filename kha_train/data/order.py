@@ -12,6 +12,7 @@ import hashlib
 import math
 import operator
 from collections import OrderedDict
+from collections.abc import Callable
 
 import numpy as np
 
@@ -67,7 +68,7 @@ class Permutation:
         """The position of each row: `inverse(forward(p)) == p`. Raises DataError for a row outside [0, n)."""
         return self._walk(row, self._pass_inverse)
 
-    def _walk(self, values: np.ndarray, one_pass) -> np.ndarray:
+    def _walk(self, values: np.ndarray, one_pass: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         values = np.atleast_1d(np.asarray(values, dtype=np.int64))
         if values.size and not (0 <= values.min() and values.max() < self.n):
             raise DataError("a sample number outside the dataset", value=int(values.max()), allowed=f"0..{self.n - 1}")

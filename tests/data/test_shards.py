@@ -1,0 +1,316 @@
+"""Datasets on disk: what is written is what is read, and damage stops the reader with a name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kha_train.data import manifest as manifests
+from kha_train.data.manifest import TokenizerEntry, dtype_for
+from kha_train.data.shards import ShardSet
+from kha_train.data.writer import prepare, publish_dataset, write_shard
+from kha_train.errors import ConfigError, DataError
+
+
+def write(directory: Path, shards: list[list[list[int]]], vocab: int = 100) -> ShardSet:
+    """Write shards of documents of ids, one byte of text an id, and open them."""
+    prepare(directory, overwrite=True)
+    dtype = dtype_for(vocab)
+    entries = []
+    for index, documents in enumerate(shards):
+        contents = ((np.asarray(ids, dtype=np.int64), len(ids)) for ids in documents)
+        entries.append(write_shard(directory, index, contents, vocab_size=vocab, dtype=dtype))
+    tokenizer = TokenizerEntry("test", vocab, "0" * 64, None, {}, (1,) * vocab)
+    publish_dataset(directory, entries, tokenizer, dtype=dtype, corpus={"source": "test"})
+    return ShardSet.open(directory)
+
+
+def rewrite(directory: Path, change) -> None:
+    """Apply `change` to the manifest's JSON object and give it a matching content id: a forger's work."""
+    path = directory / "manifest.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    raw["content_id"] = manifests.content_id_of(raw)
+    path.write_text(json.dumps(raw))
+
+
+@pytest.fixture
+def big(tmp_path: Path) -> Path:
+    """Two shards of 100,000 tokens (four blocks of 64 KiB each) in documents of 1000."""
+    ids = [[(7 * i + d) % 90 for i in range(1000)] for d in range(100)]
+    write(tmp_path / "big", [ids, ids[::-1]])
+    return tmp_path / "big"
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shards=st.lists(st.lists(st.lists(st.integers(0, 99), max_size=9), min_size=1, max_size=9), min_size=1, max_size=4),
+    vocab=st.sampled_from([100, 65_536, 65_537, 157_184]),
+)
+def test_what_is_written_is_read_back_for_both_widths(tmp_path: Path, shards, vocab: int) -> None:
+    kept = [[ids for ids in documents if ids] for documents in shards]
+    kept = [documents for documents in kept if documents]
+    if not kept:
+        with pytest.raises(DataError):
+            write(tmp_path / "d", shards, vocab)
+        return
+    opened = write(tmp_path / "d", shards, vocab)
+    assert opened.manifest.dtype == ("uint16" if vocab <= 65_536 else "uint32")
+    assert opened.manifest.documents == sum(map(len, kept))
+    for index, documents in enumerate(kept):
+        total = sum(map(len, documents))
+        assert opened.read(index, 0, total).tolist() == [i for ids in documents for i in ids]
+        ends = np.cumsum([len(ids) for ids in documents])
+        assert opened.document_ends(index, 0, total).tolist() == ends.tolist()
+    assert opened.token_counts().sum() == opened.manifest.tokens
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_document_ends_of_any_range_equal_brute_force(many_documents: tuple[ShardSet, np.ndarray], data) -> None:
+    opened, ends = many_documents
+    total = int(ends[-1])
+    near = st.sampled_from(ends.tolist()).flatmap(lambda e: st.integers(max(0, e - 2), min(total, e + 2)))
+    start, stop = sorted((data.draw(near), data.draw(near)))
+    assert opened.document_ends(0, start, stop).tolist() == ends[(ends > start) & (ends <= stop)].tolist()
+
+
+@pytest.fixture(scope="module", params=[511, 512, 513, 1024, 2000])
+def many_documents(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[ShardSet, np.ndarray]:
+    """A shard with so many documents that its index of ends has several blocks, or exactly full ones."""
+    lengths = 1 + np.arange(request.param) % 5
+    documents = [[1] * int(length) for length in lengths]
+    return write(tmp_path_factory.mktemp("many"), [documents]), np.cumsum(lengths)
+
+
+def test_the_checksum_file_is_zlib_crc_of_each_block(big: Path) -> None:
+    data = (big / "shard-00000.tok").read_bytes()
+    blocks = [zlib.crc32(data[i : i + 65_536]) for i in range(0, len(data), 65_536)]
+    assert np.fromfile(big / "shard-00000.crc", dtype="<u4").tolist() == blocks and len(blocks) == 4
+
+
+def test_a_changed_byte_is_found_at_the_first_touch_of_its_block_and_not_before(big: Path) -> None:
+    path = big / "shard-00001.tok"
+    data = bytearray(path.read_bytes())
+    data[70_000] ^= 1
+    path.write_bytes(data)
+    opened = ShardSet.open(big)
+    opened.read(1, 0, 32_768)
+    opened.read(0, 0, 100_000)
+    with pytest.raises(DataError, match=r"shard-00001.tok: offset 65536: expected CRC-32 \w{8}, found \w{8}"):
+        opened.read(1, 32_768, 1)
+    with pytest.raises(DataError):
+        opened.read(1, 32_767, 2)
+    with pytest.raises(DataError):
+        ShardSet.open(big).token_counts()
+
+
+def test_checks_can_be_left_out(big: Path) -> None:
+    path = big / "shard-00000.tok"
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+    assert ShardSet.open(big, check_crc=False).read(0, 0, 1).tolist() == [data[0]]
+    with pytest.raises(DataError):
+        ShardSet.open(big).read(0, 0, 1)
+
+
+def test_a_block_of_random_bytes_stops_the_reader(big: Path) -> None:
+    with open(big / "shard-00000.tok", "r+b") as file:
+        file.seek(65_536)
+        file.write(np.random.default_rng(0).bytes(65_536))
+    with pytest.raises(DataError, match="offset 65536"):
+        ShardSet.open(big).read(0, 0, 100_000)
+    with pytest.raises(DataError, match="expected an id of at most 89"):
+        ShardSet.open(big, check_crc=False).read(0, 0, 100_000)
+
+
+def test_an_id_beyond_the_manifests_maximum_stops_the_reader_even_with_right_checksums(big: Path) -> None:
+    ids = np.fromfile(big / "shard-00000.tok", dtype="<u2")
+    ids[12_345] = 90
+    ids.tofile(big / "shard-00000.tok")
+    data = ids.tobytes()
+    checksums = np.asarray([zlib.crc32(data[i : i + 65_536]) for i in range(0, len(data), 65_536)], dtype="<u4")
+    checksums.tofile(big / "shard-00000.crc")
+
+    def forge(raw: dict) -> None:
+        for kind in ("tok", "crc"):
+            raw["shards"][0][kind]["sha256"] = hashlib.sha256((big / f"shard-00000.{kind}").read_bytes()).hexdigest()
+
+    rewrite(big, forge)
+    opened = ShardSet.open(big)
+    opened.read(0, 0, 12_345)
+    with pytest.raises(DataError, match="token 12345: expected an id of at most 89, found 90") as caught:
+        opened.read(0, 12_000, 1000)
+    assert caught.value.exit_code == 4 and "shard-00000.tok" in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["tok", "doc", "crc"])
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "longer", "missing", "a directory"])
+def test_a_file_of_the_wrong_size_is_found_at_open(big: Path, suffix: str, damage: str) -> None:
+    path = big / f"shard-00001.{suffix}"
+    size = path.stat().st_size
+    if damage in ("truncated", "emptied", "longer"):
+        os.truncate(path, {"truncated": size - 1, "emptied": 0, "longer": size + 2}[damage])
+    else:
+        path.unlink()
+        if damage == "a directory":
+            path.mkdir()
+    with pytest.raises(DataError, match=f"shard-00001.{suffix}"):
+        ShardSet.open(big)
+
+
+@pytest.mark.parametrize("suffix", ["doc", "crc"])
+def test_changed_document_ends_and_checksums_are_found_at_the_first_touch(big: Path, suffix: str) -> None:
+    path = big / f"shard-00000.{suffix}"
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+    opened = ShardSet.open(big)
+    opened.read(1, 0, 10)
+    with pytest.raises(DataError, match=f"shard-00000.{suffix}"):
+        opened.read(0, 99_000, 10)
+
+
+def test_a_shard_swapped_with_one_of_equal_size_is_found(big: Path) -> None:
+    os.rename(big / "shard-00000.tok", big / "aside")
+    os.rename(big / "shard-00001.tok", big / "shard-00000.tok")
+    os.rename(big / "aside", big / "shard-00001.tok")
+    with pytest.raises(DataError, match="CRC-32"):
+        ShardSet.open(big).read(0, 0, 10)
+
+
+@pytest.mark.parametrize("suffix", ["tok", "doc"])
+def test_truncation_while_running_is_an_error_and_not_the_death_of_the_process(big: Path, suffix: str) -> None:
+    opened = ShardSet.open(big)
+    opened.read(0, 0, 100_000)
+    os.truncate(big / f"shard-00000.{suffix}", 10)
+    with pytest.raises(DataError, match="the file was truncated"):
+        opened.read(0, 50_000, 10)
+        opened.document_ends(0, 50_000, 50_010)
+
+
+def test_more_shards_than_open_files_can_be_read(tmp_path: Path) -> None:
+    opened = write(tmp_path, [[[index % 100, 5]] for index in range(150)])
+    for _ in range(2):
+        assert [opened.read(index, 0, 1)[0] for index in range(150)] == [index % 100 for index in range(150)]
+
+
+@pytest.mark.parametrize("name", ["../escape.tok", "/etc/passwd", "a/b.tok", "..", ".hidden", "", "a\x00b", "a\nb"])
+def test_a_file_name_that_leaves_the_directory_is_refused(big: Path, name: str) -> None:
+    rewrite(big, lambda raw: raw["shards"][0]["tok"].update(file=name))
+    with pytest.raises(DataError, match="bare file name"):
+        ShardSet.open(big)
+
+
+EDITS = {
+    "another format": lambda raw: raw.update(format="other"),
+    "a newer version": lambda raw: raw.update(version=2),
+    "no version": lambda raw: raw.pop("version"),
+    "a true version": lambda raw: raw.update(version=True),
+    "an unknown type": lambda raw: raw.update(dtype="int8"),
+    "a type of another width": lambda raw: raw.update(dtype="uint32"),
+    "big-endian": lambda raw: raw.update(byte_order="big"),
+    "other blocks": lambda raw: raw.update(crc_block_bytes=4096),
+    "a wrong total": lambda raw: raw.update(tokens=raw["tokens"] + 1),
+    "no shards": lambda raw: raw.update(shards=[], tokens=0, documents=0, text_bytes=0),
+    "shards that are no list": lambda raw: raw.update(shards={}),
+    "a shard that is no object": lambda raw: raw["shards"].append(3),
+    "one file twice": lambda raw: raw["shards"][1].update(tok=raw["shards"][0]["tok"]),
+    "a negative count": lambda raw: raw["shards"][0].update(text_bytes=-1),
+    "a count as a string": lambda raw: raw["shards"][0].update(tokens="100000"),
+    "a shard without tokens": lambda raw: raw["shards"][0].update(tokens=0),
+    "an id outside the vocabulary": lambda raw: raw["shards"][0].update(max_id=100),
+    "a hash that is none": lambda raw: raw["shards"][0]["tok"].update(sha256="x"),
+    "a table of another length": lambda raw: raw["tokenizer"]["bytes_per_id"].pop(),
+    "a table of fractions": lambda raw: raw["tokenizer"].update(bytes_per_id=[1.5] * 100),
+    "a special id outside": lambda raw: raw["tokenizer"].update(special_ids={"eos": 100}),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_manifest_that_contradicts_itself_is_refused(big: Path, edit: str) -> None:
+    rewrite(big, EDITS[edit])
+    with pytest.raises(DataError, match="manifest.json"):
+        ShardSet.open(big)
+
+
+def test_an_edited_manifest_is_noticed_by_its_content_id(big: Path) -> None:
+    path = big / "manifest.json"
+    raw = json.loads(path.read_text())
+    raw["corpus"]["source"] = "another"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(DataError, match="content_id"):
+        ShardSet.open(big)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"format": NaN}'])
+def test_a_half_written_manifest_is_a_data_error(big: Path, text: bytes) -> None:
+    (big / "manifest.json").write_bytes(text)
+    with pytest.raises(DataError, match="manifest.json"):
+        ShardSet.open(big)
+
+
+def test_without_a_manifest_there_is_no_dataset(big: Path) -> None:
+    (big / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="manifest.json"):
+        ShardSet.open(big)
+
+
+def test_the_content_id_names_the_data_and_not_the_tool(big: Path) -> None:
+    first = ShardSet.open(big).content_id
+    rewrite(big, lambda raw: raw.update(tool="another version"))
+    assert ShardSet.open(big).content_id == first
+    rewrite(big, lambda raw: raw.update(corpus={"source": "another"}))
+    assert ShardSet.open(big).content_id != first
+
+
+def test_verification_finds_figures_that_do_not_fit_the_tokens(big: Path) -> None:
+    def forge(raw: dict) -> None:
+        raw["shards"][0]["text_bytes"] += 1
+        raw["text_bytes"] += 1
+
+    rewrite(big, forge)
+    with pytest.raises(DataError, match="text bytes"):
+        ShardSet.open(big).token_counts()
+
+
+def test_writing_over_a_dataset_must_be_asked_for_and_leaves_nothing_of_the_old_one(tmp_path: Path) -> None:
+    write(tmp_path, [[[1]], [[2]], [[3]]])
+    with pytest.raises(ConfigError, match="--overwrite"):
+        prepare(tmp_path)
+    write(tmp_path, [[[4]]])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "manifest.json",
+        "shard-00000.crc",
+        "shard-00000.doc",
+        "shard-00000.tok",
+    ]
+
+
+@pytest.mark.parametrize("ids", [[-1], [100], [5, 65_536]])
+def test_an_id_outside_the_vocabulary_cannot_be_written(tmp_path: Path, ids: list[int]) -> None:
+    with pytest.raises(DataError, match="outside the vocabulary"):
+        write(tmp_path, [[ids]])
+
+
+def test_the_tokenizer_beside_the_manifest_must_be_the_one_that_made_it(text_dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(text_dataset / "train", tmp_path / "train")
+    path = tmp_path / "train" / "tokenizer.model"
+    assert ShardSet.open(tmp_path / "train").check_tokenizer() == path
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(ConfigError, match="not the tokenizer") as caught:
+        ShardSet.open(tmp_path / "train").check_tokenizer()
+    assert caught.value.exit_code == 2
+    path.unlink()
+    with pytest.raises(ConfigError, match="missing"):
+        ShardSet.open(tmp_path / "train").check_tokenizer()

@@ -1,0 +1,116 @@
+"""The tokenizer loses nothing, and the same text gives the same model file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from kha_train.data.tokenizer import SPECIAL_IDS, Tokenizer, train
+from kha_train.errors import ConfigError, DataError
+
+NAMES = [a + b for a in "abcdefghij" for b in "qrstuvwxyz"]
+TEXT = [f"def {NAMES[i]}(x):\n    return x + {i}\n\n  Grüße, 世界 \U0001f600\t{i * i}\r\n" * 5 for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train(TEXT, tmp_path_factory.mktemp("tokenizer") / "t.model", vocab_size=360)
+
+
+@settings(max_examples=400, deadline=None)
+@given(text=st.text())
+@example("▁ a▁▁b ▁")
+@example("\x00<s></s><unk><0x41>\ufffd\u2585\t\t")
+@example("  leading and trailing   \n ")
+@example("\ufeffﬁ Å e\u0301 \u00a0\u3000")
+def test_any_unicode_text_comes_back_unchanged(tokenizer: Tokenizer, text: str) -> None:
+    (ids,) = tokenizer.encode([text])
+    assert tokenizer.decode(ids) == text
+    assert sum(tokenizer.bytes_per_id()[i] for i in ids) == len(text.encode())
+    assert not set(ids.tolist()) & set(SPECIAL_IDS.values())
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.binary())
+def test_any_bytes_come_back_unchanged(tokenizer: Tokenizer, data: bytes) -> None:
+    assert tokenizer.decode_bytes(tokenizer.encode_bytes(data)) == data
+
+
+def test_a_batch_is_encoded_like_its_texts_alone(tokenizer: Tokenizer) -> None:
+    texts = ["", "a ▁ b", *TEXT[:5], "▁"]
+    assert [ids.tolist() for ids in tokenizer.encode(texts)] == [tokenizer.encode([t])[0].tolist() for t in texts]
+
+
+def test_ids_are_those_of_plain_sentencepiece(tokenizer: Tokenizer) -> None:
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
+    assert [ids.tolist() for ids in tokenizer.encode(TEXT)] == plain.encode(TEXT)
+    assert tokenizer.special_ids == SPECIAL_IDS
+
+
+def test_training_twice_gives_the_same_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    again = train(iter(TEXT), tmp_path / "again.model", vocab_size=360)
+    assert again.sha256 == tokenizer.sha256
+    assert train(TEXT[:30], tmp_path / "less.model", vocab_size=360).sha256 != tokenizer.sha256
+
+
+def test_training_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train(TEXT, tmp_path / "t.model", vocab_size=360)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("vocab_size", [10, 100_000])
+def test_a_vocabulary_the_text_cannot_fill_is_refused(tmp_path: Path, vocab_size: int) -> None:
+    with pytest.raises(ConfigError, match="vocab_size"):
+        train(TEXT, tmp_path / "t.model", vocab_size=vocab_size)
+    with pytest.raises(ConfigError, match="no text"):
+        train([], tmp_path / "t.model", vocab_size=360)
+
+
+def test_digits_stand_alone(tokenizer: Tokenizer) -> None:
+    (ids,) = tokenizer.encode(["x 2025"])
+    assert [tokenizer.decode([i]) for i in ids][-4:] == list("2025")
+
+
+def test_text_that_utf8_cannot_express_is_a_data_error(tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match="UTF-8"):
+        tokenizer.encode(["a\ud800b"])
+
+
+def test_a_missing_file_and_one_that_is_no_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        Tokenizer(tmp_path / "nothing")
+    (tmp_path / "text").write_text("not a model")
+    with pytest.raises(ConfigError, match="not a sentencepiece model"):
+        Tokenizer(tmp_path / "text")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"add_dummy_prefix": True},
+        {"remove_extra_whitespaces": True},
+        {"byte_fallback": False},
+    ],
+)
+def test_a_model_that_loses_text_is_refused(tmp_path: Path, option: dict) -> None:
+    faithful = {
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "byte_fallback": True,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT),
+        model_prefix=str(tmp_path / "t"),
+        model_type="bpe",
+        vocab_size=330,
+        minloglevel=2,
+        **{**faithful, **option},
+    )
+    with pytest.raises(ConfigError, match="loses text"):
+        Tokenizer(tmp_path / "t.model")

@@ -1,0 +1,112 @@
+"""Encoding: every document whole and unchanged, the same files for any number of processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_tools.corpus import build_corpus, read_split
+from data_tools.encode import encode_corpus, plan_shards
+from data_tools.train_tokenizer import train_tokenizer
+from kha_train.data.shards import ShardSet
+from kha_train.data.tokenizer import Tokenizer
+from kha_train.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus written by hand, with a tokenizer.model beside it."""
+    directory = tmp_path_factory.mktemp("corpus")
+    for split, count in (("train", 60), ("validation", 9)):
+        texts = [f"{split} {i}: Grüße ▁ \n" * (i % 13) for i in range(count)]
+        lines = [json.dumps({"text": text, "path": str(i)}) + "\n" for i, text in enumerate(texts)]
+        (directory / f"{split}.jsonl").write_text("".join(lines))
+    train_tokenizer(directory, directory / "tokenizer.model", vocab_size=300)
+    return directory
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_one_process_and_two_write_the_same_files(corpus: Path, tmp_path: Path) -> None:
+    for workers in (1, 2):
+        encode_corpus(corpus, corpus / "tokenizer.model", tmp_path / str(workers), shard_bytes=2000, workers=workers)
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    assert "train/shard-00003.tok" in files(tmp_path / "1")
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 2000, 10**9])
+def test_every_document_decodes_to_its_text_and_ends_with_eos(corpus: Path, tmp_path: Path, shard_bytes: int) -> None:
+    encode_corpus(corpus, corpus / "tokenizer.model", tmp_path, shard_bytes=shard_bytes)
+    for split in ("train", "validation"):
+        opened = ShardSet.open(tmp_path / split)
+        tokenizer = Tokenizer(opened.check_tokenizer())
+        texts = []
+        for index, shard in enumerate(opened.manifest.shards):
+            start = 0
+            for end in opened.document_ends(index, 0, shard.tokens).tolist():
+                ids = opened.read(index, start, end - start)
+                assert ids[-1] == tokenizer.special_ids["eos"]
+                texts.append(tokenizer.decode(ids))
+                start = end
+        expected = [document.text for document in read_split(corpus, split) if document.text]
+        assert texts == expected
+        assert opened.manifest.text_bytes == sum(len(text.encode()) for text in expected)
+        assert opened.token_counts().sum() == opened.manifest.tokens
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 100, 1000, 10**9])
+def test_a_plan_covers_the_file_in_whole_lines(corpus: Path, shard_bytes: int) -> None:
+    path = corpus / "train.jsonl"
+    data = path.read_bytes()
+    plans = plan_shards(path, shard_bytes)
+    assert [plan.index for plan in plans] == list(range(len(plans)))
+    assert [plan.start for plan in plans] == [0, *(plan.stop for plan in plans[:-1])] and plans[-1].stop == len(data)
+    for plan in plans:
+        assert data[plan.stop - 1 : plan.stop] == b"\n"
+        assert plan.line == 1 + data[: plan.start].count(b"\n")
+
+
+def test_progress_counts_every_byte_of_the_corpus(corpus: Path, tmp_path: Path) -> None:
+    amounts: list[int] = []
+    encode_corpus(corpus, corpus / "tokenizer.model", tmp_path, shard_bytes=2000, progress=amounts.append)
+    assert sum(amounts) == sum((corpus / f"{s}.jsonl").stat().st_size for s in ("train", "validation"))
+
+
+def test_a_dataset_is_not_written_over_unless_asked(corpus: Path, tmp_path: Path) -> None:
+    encode_corpus(corpus, corpus / "tokenizer.model", tmp_path)
+    with pytest.raises(ConfigError, match="--overwrite"):
+        encode_corpus(corpus, corpus / "tokenizer.model", tmp_path)
+    encode_corpus(corpus, corpus / "tokenizer.model", tmp_path, overwrite=True)
+
+
+def test_a_bad_line_stops_with_its_number_and_leaves_no_dataset(corpus: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "train.jsonl").write_text('{"text": "a"}\n\n{"text": 3}\n')
+    (bad / "validation.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match="train.jsonl:3"):
+        encode_corpus(bad, corpus / "tokenizer.model", tmp_path / "out")
+    assert not (tmp_path / "out" / "train" / "manifest.json").exists()
+
+
+def test_the_manifest_tells_where_the_text_came_from(text_dataset_description: tuple[dict, dict]) -> None:
+    manifest, description = text_dataset_description
+    assert manifest["corpus"]["corpus"] == description
+    assert manifest["corpus"]["split"] == "train"
+
+
+@pytest.fixture
+def text_dataset_description(tmp_path: Path) -> tuple[dict, dict]:
+    """The manifest of a dataset and the corpus.json of the corpus it was made of."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(100):
+        (source / f"{i}.txt").write_text(f"text {i}\n" * 3)
+    description = build_corpus(tmp_path / "corpus", standard_library=False, extra_roots=[source])
+    train_tokenizer(tmp_path / "corpus", tmp_path / "t.model", vocab_size=275)
+    encode_corpus(tmp_path / "corpus", tmp_path / "t.model", tmp_path / "out")
+    return json.loads((tmp_path / "out" / "train" / "manifest.json").read_text()), description
