@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class RowContext(NamedTuple):
     documents: Documents
 
 
-class Attention(nn.Module):
+class Attention(nn.Module, ABC):
     """Turns a normalised hidden state into what is added to the residual stream.
 
     A base builds its projections, its norms and (by `build_interaction`) its interaction from `config`. Its order is
@@ -32,9 +33,9 @@ class Attention(nn.Module):
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
 
+    @abstractmethod
     def forward(self, x_BTD: Tensor, rows: RowContext) -> Tensor:
         """[B, T, D] -> [B, T, D] in the same dtype; no token sees a later one, or one of another document."""
-        raise NotImplementedError
 
 
 def build_attention(config: RunConfig) -> Attention:

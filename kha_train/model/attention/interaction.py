@@ -10,6 +10,7 @@ parameter may be used only inside the forward of the module that owns it (sharde
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 from torch import Tensor
@@ -28,16 +29,16 @@ class HeadShape(NamedTuple):
     value_width: int
 
 
-class Interaction(DeclaredModule):
+class Interaction(DeclaredModule, ABC):
     """Called right after the projections, before QK-norm and RoPE. Starts as the exact identity where the mathematics
     says so. `options` are those of its registry entry."""
 
     def __init__(self, options: InteractionOptions, heads: HeadShape) -> None:
         super().__init__()
 
+    @abstractmethod
     def forward(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The projected queries, keys and values after the heads have met; same shapes and dtypes."""
-        raise NotImplementedError
 
 
 class NoInteraction(Interaction):

@@ -39,7 +39,7 @@ class Router(DeclaredModule):
         """The experts of every token, their weights, and how many tokens each expert received."""
         wide = torch.promote_types(x_ND.dtype, torch.float32)
         score_NE = functional.linear(x_ND.to(wide), self.weight.to(wide)).sigmoid()
-        expert_NJ = (score_NE.detach() + self.selection_bias).topk(self.top_k, dim=-1).indices
+        expert_NJ = (score_NE + self.selection_bias).topk(self.top_k, dim=-1).indices
         chosen_NJ = score_NE.gather(-1, expert_NJ)
         weight_NJ = chosen_NJ / (chosen_NJ.sum(dim=-1, keepdim=True) + 1e-20) * self.scaling
         return Routing(expert_NJ, weight_NJ, count_experts(expert_NJ, self.selection_bias.numel()))

@@ -34,6 +34,11 @@ def test_a_balanced_or_an_empty_load_leaves_the_bias_alone():
         assert torch.equal(rms_update(bias_E, torch.tensor(load), 1e-3), bias_E)
 
 
+def test_a_common_offset_of_the_bias_is_removed():
+    moved = rms_update(torch.tensor([1.25, 0.75, 1.5, 0.5]), torch.tensor([6, 1, 1, 0]), 1e-3)
+    assert abs(moved.mean().item()) < 1e-6
+
+
 def test_updates_drive_the_largest_load_of_a_skewed_router_down(make_config):
     decoder = build_decoder(make_config(moe={"bias_update_rate": 5e-3}, model={"layers": 1}))
     router = decoder.blocks[0].moe.router
