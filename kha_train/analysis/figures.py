@@ -17,7 +17,7 @@ import numpy as np
 MAX_POINTS = 1500
 """A curve of more points is drawn by the smallest and largest value of so many stretches."""
 INK, GRID = "#0a01ff", "#0a02ff"
-SIZE_INCHES = (5.4, 3.0)
+SIZE_INCHES = (4.6, 2.8)
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ def _style(axes: Any, x_label: str, y_label: str) -> None:
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(color=INK, labelcolor=INK, width=0.6)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.patch.set_visible(False)
     axes.figure.patch.set_visible(False)
     for side, spine in axes.spines.items():

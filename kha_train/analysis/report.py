@@ -39,7 +39,7 @@ p { margin: .4rem 0; overflow-wrap: anywhere; }
 .legend i { display: inline-block; width: 1.1rem; height: .22rem; border-radius: 2px; margin-right: .45rem;
   vertical-align: middle; }
 figure { margin: .5rem 0 1rem; }
-svg { display: block; width: 100%%; max-width: 46rem; height: auto; font-family: inherit; }
+svg { display: block; width: 100%%; max-width: 38rem; height: auto; font-family: inherit; }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--grid); border-radius: .6rem; }
 table { border-collapse: collapse; width: 100%%; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .42rem .8rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--grid); }
@@ -61,7 +61,8 @@ def write_report(comparison: Comparison, out: Path) -> Path:
 
 def report_html(comparison: Comparison) -> str:
     """The whole page as text."""
-    title = " against ".join(dict.fromkeys(run.variant for run in comparison.runs))
+    reference, *others = dict.fromkeys(run.variant for run in comparison.runs)
+    title = f"{', '.join(others)} against {reference}" if others else f"{len(comparison.runs)} x {reference}"
     parts = [
         f"<h1>{escape(title)}</h1>",
         *_results(comparison),
@@ -127,17 +128,22 @@ def _legend(comparison: Comparison) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
+def _shared_decay(comparison: Comparison) -> float:
+    return display_decay(max(len(run.lines) for run in comparison.runs))
+
+
 def _loss_figure(comparison: Comparison) -> Iterable[str]:
     curves = []
+    decay = _shared_decay(comparison)
     for number, run in enumerate(comparison.runs):
         loss = run.column("train/loss")
-        smooth = exponential_average(loss, display_decay(len(loss)))
+        smooth = exponential_average(loss, decay)
         curves.append(Curve(run.steps, _color(number), raw_N=loss, smooth_N=smooth))
     yield "<h2>Train loss</h2>"
     yield _figure(
         figures.draw("loss", curves, x_label="optimiser step", y_label="nats per token"),
         "Token cross-entropy of each optimiser step over the global batch, without auxiliary terms. Faint: as "
-        "recorded. Bold: exponential average, half-life 2 % of the run. Gaps: not a finite number.",
+        "recorded. Bold: exponential average, half-life 1 % of the longest run. Gaps: not a finite number.",
     )
 
 
@@ -148,7 +154,7 @@ def _difference_figure(comparison: Comparison) -> Iterable[str]:
         color = _color(pair.other)
         if not np.isfinite(difference).any():
             continue
-        smooth = exponential_average(difference, display_decay(len(steps)))
+        smooth = exponential_average(difference, _shared_decay(comparison))
         curves.append(Curve(steps, color, raw_N=difference, smooth_N=smooth))
         if pair.interval is not None:
             found = pair.interval

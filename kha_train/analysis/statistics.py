@@ -34,9 +34,11 @@ def exponential_average(values: np.ndarray, decay: float) -> np.ndarray:
     return averages
 
 
-def display_decay(count: int) -> float:
-    """The decay whose half-life is 2 % of a curve of `count` values, at least one value."""
-    return float(0.5 ** (1.0 / max(1.0, 0.02 * count)))
+def display_decay(steps: int) -> float:
+    """The decay whose half-life is 1 % of `steps`, at least one step. Curves that are to be compared by eye need one
+    decay: on a falling curve an average lags behind, the more the longer its memory.
+    """
+    return float(0.5 ** (1.0 / max(1.0, 0.01 * steps)))
 
 
 def block_bootstrap(values: np.ndarray) -> Interval | None:

@@ -228,8 +228,9 @@ def test_the_interval_covers_the_truth_of_correlated_steps_where_a_naive_one_doe
         assert found is not None
         covered += found.low <= 0 <= found.high
         naive += abs(values.mean()) <= 1.96 * values.std() / math.sqrt(1000)
-    assert covered > 175
-    assert naive < 150
+    # Over 1,000 such curves 92 % and 49 % were covered; the bounds are four standard errors of 200 away.
+    assert covered > 170
+    assert naive < 128
 
 
 def test_too_few_values_have_no_interval() -> None:
