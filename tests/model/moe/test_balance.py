@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kha_train.model.decoder import build_decoder
@@ -20,6 +20,7 @@ def test_the_rms_rule_by_hand():
     torch.testing.assert_close(moved, torch.tensor(expected))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 10**6), min_size=2, max_size=16))
 def test_the_bias_keeps_mean_zero_and_moves_by_exactly_the_rate(loads):
     moved = rms_update(torch.zeros(len(loads)), torch.tensor(loads), 1e-3)
