@@ -1,0 +1,35 @@
+# make quickstart | test | test-fast | lint. The first call makes .venv; later ones find it ready.
+# PYTHON=... chooses the interpreter of .venv, ARGS=... goes on to the command, WORKERS=... is for the tests.
+
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+.PHONY: quickstart test test-fast lint
+
+quickstart: .venv/.core
+	CUDA_VISIBLE_DEVICES= $(BIN)/kha quickstart $(ARGS)
+
+test: .venv/.dev
+	$(PYTEST) $(ARGS)
+
+test-fast: .venv/.dev
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# A stamp is newer than what it was installed from.
+.venv/.core: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Installing into .venv: minutes the first time, nothing later."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/.dev: .venv/.core
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
