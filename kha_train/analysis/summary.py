@@ -33,9 +33,7 @@ RESULTS: dict[str, Quantity] = {
     ),
     "tokens_per_second": Quantity("tokens per second", ",.0f", "median over the steps, all ranks together"),
     "step_seconds": Quantity("seconds per step", ".3g", "median over the steps, waiting for data included"),
-    "mfu": Quantity(
-        "MFU", ".1%", "median of training FLOPs per token x tokens/s / peak FLOP/s of all ranks; no recomputation"
-    ),
+    "mfu": Quantity("MFU", ".1%", "median of training FLOPs per token x tokens/s / peak FLOP/s of all ranks"),
     "peak_memory": Quantity("peak memory, GiB", ".2f", "most of the run, rank 0: resident on a CPU, allocated on CUDA"),
     "parameters": Quantity("parameters", ",.0f", "all trained numbers, tied ones counted once"),
     "active_parameters": Quantity("active parameters", ",.0f", "parameters a token passes through"),

@@ -32,18 +32,19 @@ METRICS: dict[str, Metric] = {
     "train/tokens_per_second": Metric("tokens/s", "tokens of the global batch / train/step_seconds", timing=True),
     "train/mfu": Metric(
         "fraction",
-        "training FLOPs per token x tokens/s / (peak FLOP/s of one rank x ranks); recomputation is not counted",
+        "training FLOPs per token x tokens/s / (peak FLOP/s of one rank x ranks); neither recomputation nor head "
+        "interactions are counted",
         timing=True,
     ),
     "data/wait_seconds": Metric("s", "part of the step spent waiting for the next batch (rank 0)", timing=True),
     "memory/peak_gib": Metric(
         "GiB", "most memory of rank 0 since start: resident set on a CPU, allocated by torch on CUDA", timing=True
     ),
-    "moe/maxvio": Metric("1", "largest load of an expert / mean load - 1; mean over layers (0: perfect balance)"),
+    "moe/maxvio": Metric("1", "largest load of an expert / mean load; mean over layers (1: perfect balance)"),
     "moe/load_cv": Metric("1", "standard deviation of the experts' loads / mean load; mean over layers"),
     "moe/dead_fraction": Metric("fraction", "experts that received no token in the step, of all experts of all layers"),
     "moe/load_entropy": Metric("1", "entropy of the experts' load shares / log(experts); mean over layers (1: even)"),
-    "moe/bias_range": Metric("1", "largest - smallest selection bias of a layer; mean over layers"),
+    "moe/bias_range": Metric("1", "largest - smallest selection bias of a layer; largest over layers"),
     "validation/loss": Metric("nats/token", "token cross-entropy on the validation rows / their unmasked labels"),
     "validation/bits_per_byte": Metric(
         "bits/byte", "validation cross-entropy in bits / bytes of text behind the unmasked labels"

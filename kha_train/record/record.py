@@ -39,6 +39,7 @@ class Record:
         self._run = read_run(run_dir) or self._new_run()
         self._metrics = Appender(run_dir / METRICS_FILE)
         self._events = Appender(run_dir / EVENTS_FILE)
+        self._in_attempt = False
         self._recover()
         lines = read_metrics(run_dir)
         self.last_step: int = lines[-1]["step"] if lines else 0
@@ -74,7 +75,7 @@ class Record:
         first attempt's `facts` (such as `data_content_id`, `parameters`) join the provenance of `run.json`; of later
         ones, what differs is kept under the attempt's `changed`.
         """
-        self._close_lost_attempt()
+        self._end_attempt("lost")
         now = self._redactor.clean({**collect_provenance(), **(facts or {})})
         first = self._run["provenance"]
         attempt = {
@@ -86,6 +87,7 @@ class Record:
         attempt["changed"] = {key: value for key, value in now.items() if first and first.get(key) != value}
         self._run["provenance"] = first or now
         self._run["attempts"].append({**attempt, "state": "running"})
+        self._in_attempt = True
         self._write_run()
         for marker in END_MARKERS:
             clear_marker(self.run_dir, marker)
@@ -135,7 +137,10 @@ class Record:
 
     def close(self, state: str = "stopped") -> None:
         """Ends the attempt with `state` (done, stopped, requeued, failed, diverged) and closes the files."""
-        self._end_attempt(state)
+        # An attempt that another process left open is for `begin_attempt` to judge.
+        if self._in_attempt:
+            self._end_attempt(state)
+            self._in_attempt = False
         self._metrics.close()
         self._events.close()
         self._lock.close()
@@ -173,10 +178,6 @@ class Record:
             self.event("lines_discarded", intent["step"], id=intent["id"], lines=intent["lines"], **intent["note"])
             self._events.sync()
         forget_rewind(self.run_dir)
-
-    def _close_lost_attempt(self) -> None:
-        if self._run["attempts"] and self._run["attempts"][-1]["state"] == "running":
-            self._end_attempt("lost")
 
     def _end_attempt(self, state: str) -> None:
         if not self._run["attempts"] or self._run["attempts"][-1]["state"] != "running":

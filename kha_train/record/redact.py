@@ -22,8 +22,8 @@ _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _SECRET_WORD = re.compile(r"(?:secrets?|passw\w*|passphrase|credentials?|apikeys?)", re.IGNORECASE)
 _TOKEN_OWNERS = {"access", "api", "auth", "bearer", "csrf", "id", "identity", "jwt", "oauth", "refresh", "session"}
 _VOCABULARY_WORDS = {
-    "bos", "cls", "count", "dtype", "eos", "eot", "first", "ids", "index", "last", "length", "mask", "max", "min", "next", "num",
-    "pad", "per", "sep", "size", "special", "text", "type", "unk",
+    "bos", "cls", "count", "dtype", "eos", "eot", "first", "ids", "index", "last", "length", "mask", "max", "min",
+    "next", "num", "pad", "per", "sep", "size", "special", "text", "type", "unk",
 }  # fmt: skip
 _ASSIGNED_KEY = re.compile(
     r"""(?P<key>[\w./+-]*[A-Za-z])["']?\s*[=:]\s*|(?<!\S)(?P<option>--?[\w-]+)\s+(?!-)""",

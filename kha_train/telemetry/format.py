@@ -69,7 +69,7 @@ def step_line(
         of_total = f"/{memory_total_gib:.0f}" if memory_total_gib else ""
         parts.append((5, f"mem {fixed(line['memory/peak_gib'], 1)}{of_total}G"))
     if "moe/maxvio" in line:
-        parts.append((6, f"maxvio {fixed(line['moe/maxvio'], 2)}"))
+        parts.append((6, f"bal {fixed(line['moe/maxvio'], 2)}"))
     parts.append((1, f"ETA {duration(seconds_left)}"))
     if checkpoint_step is not None:
         parts.append((7, f"ckpt {checkpoint_step}"))

@@ -1,7 +1,7 @@
 """Tokens per second and MFU, each with its denominator said aloud.
 
 MFU = training FLOPs per token x tokens/s / (peak FLOP/s of one rank x ranks). The FLOPs are those the model needs:
-recomputation, padding and dropped tokens are never counted. On a CPU the peak is a measured matrix product, so that
+recomputation is never counted, nor is a head interaction, so that variants are measured by one numerator. On a CPU the peak is a measured matrix product, so that
 the figure says what part of the machine's own best speed the step reaches.
 """
 
@@ -91,7 +91,7 @@ class Throughput:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """`training_flops_per_token` counts forward and backward (see `model.accounting.flops_per_token`)."""
+        """`training_flops_per_token` is the numerator of MFU for one token, forward and backward."""
         self.peak = peak_flops(config, device, dtype)
         self.training_flops_per_token = training_flops_per_token
         self.world_size = world_size

@@ -227,6 +227,17 @@ def test_the_ids_are_made_once_and_every_attempt_is_listed(tmp_path: Path) -> No
     ]
 
 
+def test_opening_without_beginning_leaves_the_judgement_of_a_lost_attempt_to_the_next_start(tmp_path: Path) -> None:
+    record = Record.open(tmp_path)
+    record.begin_attempt(0)
+    record.step(line(1))
+    record._lock.close()
+    Record.open(tmp_path).close("failed")
+    assert read_run(tmp_path)["attempts"][-1]["state"] == "running"
+    train(tmp_path, 1, 2)
+    assert [attempt["state"] for attempt in read_run(tmp_path)["attempts"]] == ["lost", "stopped"]
+
+
 def test_a_new_attempt_removes_the_markers_of_the_last_end_but_not_a_stop_request(tmp_path: Path) -> None:
     for marker in Marker:
         set_marker(tmp_path, marker, "because")
