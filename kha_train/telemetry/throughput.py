@@ -1,8 +1,8 @@
 """Tokens per second and MFU, each with its denominator said aloud.
 
 MFU = training FLOPs per token x tokens/s / (peak FLOP/s of one rank x ranks). The FLOPs are those the model needs:
-recomputation is never counted, nor is a head interaction, so that variants are measured by one numerator. On a CPU the peak is a measured matrix product, so that
-the figure says what part of the machine's own best speed the step reaches.
+recomputation is never counted, nor is a head interaction, so that variants are measured by one numerator. On a CPU the
+peak is a measured matrix product: the figure says what part of the machine's own best speed the step reaches.
 """
 
 from __future__ import annotations
