@@ -22,7 +22,7 @@ from kha_train.data.canonical import sha256_of_file
 from kha_train.data.manifest import Manifest, ShardEntry, dtype_for
 from kha_train.data.tokenizer import Tokenizer
 from kha_train.data.writer import prepare, publish_dataset, write_shard
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, DataError
 
 SHARD_BYTES = 512 << 20
 _BATCH_CHARACTERS = 1 << 20
@@ -57,10 +57,19 @@ def encode_corpus(
     loaded = Tokenizer(tokenizer)
     if "eos" not in loaded.special_ids:
         raise ConfigError("has no end-of-sequence id", field="tokenizer", value=str(tokenizer))
+    plans = {split: plan_shards(path, shard_bytes) for split, path in paths.items()}
+    for split in SPLITS:
+        if not plans[split]:
+            raise ConfigError(
+                "has no document",
+                field="corpus",
+                value=str(paths[split]),
+                fix="validation gets 2 % of the paths: add documents, or move lines between the two files yourself",
+            )
     for split in SPLITS:
         prepare(Path(out) / split, overwrite=overwrite)
     return {
-        split: _encode_split(path, loaded, Path(out) / split, shard_bytes, workers, progress)
+        split: _encode_split(plans[split], path, loaded, Path(out) / split, workers, progress)
         for split, path in paths.items()
     }
 
@@ -81,14 +90,13 @@ def plan_shards(path: Path, shard_bytes: int) -> list[ShardPlan]:
 
 
 def _encode_split(
+    plans: list[ShardPlan],
     path: Path,
     tokenizer: Tokenizer,
     directory: Path,
-    shard_bytes: int,
     workers: int,
     progress: Callable[[int], None] | None,
 ) -> Manifest:
-    plans = plan_shards(path, shard_bytes)
     dtype = dtype_for(tokenizer.vocab_size)
     if workers == 1:
         shards = [_encode_shard(plan, path, tokenizer, directory, dtype, progress) for plan in plans]
@@ -171,5 +179,10 @@ def _batches(plan: ShardPlan, path: Path) -> Iterator[tuple[list[str], int]]:
 def _fingerprint(path: Path) -> dict[str, Any]:
     """What the manifest says about the text: the hash of the file encoded, and the corpus's own description."""
     description = path.with_name(DESCRIPTION_NAME)
-    own = json.loads(description.read_text(encoding="utf-8")) if description.is_file() else {}
+    try:
+        own = json.loads(description.read_bytes()) if description.is_file() else {}
+    except ValueError as error:
+        raise DataError(
+            f"is not JSON: {error}", field=str(description), fix="delete it, or build the corpus"
+        ) from error
     return {"split": path.stem, "sha256": sha256_of_file(path), "corpus": own}

@@ -20,7 +20,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.data.order import SampleOrder
 from kha_train.data.packing import IGNORE_LABEL, RowGrid, pack
 from kha_train.data.shards import ShardSet
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, DataError
 
 TRAIN_SOURCE = "train"
 
@@ -194,6 +194,8 @@ def unigram_bits_per_byte(config: RunConfig) -> float:
     Raises ConfigError and DataError as `open_stream`.
     """
     shards = _open_shards(config, config.data.validation, "data.validation")
+    if shards.manifest.text_bytes == 0:
+        raise DataError("its tokens stand for no text", field="data.validation", value=config.data.validation)
     counts_V = shards.token_counts()
     used = counts_V[counts_V > 0].astype(np.float64)
     bits = float((used * np.log2(used.sum() / used)).sum())

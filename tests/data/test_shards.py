@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -199,10 +200,17 @@ def test_truncation_while_running_is_an_error_and_not_the_death_of_the_process(b
         opened.document_ends(0, 50_000, 50_010)
 
 
-def test_more_shards_than_open_files_can_be_read(tmp_path: Path) -> None:
-    opened = write(tmp_path, [[[index % 100, 5]] for index in range(150)])
+def test_many_shards_are_read_with_few_open_files_which_are_closed_at_the_end(tmp_path: Path) -> None:
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    opened, before = write(tmp_path, [[[index % 100, 5]] for index in range(150)]), open_files()
     for _ in range(2):
         assert [opened.read(index, 0, 1)[0] for index in range(150)] == [index % 100 for index in range(150)]
+    assert open_files() - before <= 128
+    del opened
+    gc.collect()
+    assert open_files() == before
 
 
 @pytest.mark.parametrize("name", ["../escape.tok", "/etc/passwd", "a/b.tok", "..", ".hidden", "", "a\x00b", "a\nb"])

@@ -93,6 +93,14 @@ def test_a_bad_line_stops_with_its_number_and_leaves_no_dataset(corpus: Path, tm
     assert not (tmp_path / "out" / "train" / "manifest.json").exists()
 
 
+def test_a_split_without_documents_is_refused_before_anything_is_written(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "validation.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="validation.jsonl.*no document"):
+        encode_corpus(tmp_path, corpus / "tokenizer.model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_manifest_tells_where_the_text_came_from(text_dataset_description: tuple[dict, dict]) -> None:
     manifest, description = text_dataset_description
     assert manifest["corpus"]["corpus"] == description
