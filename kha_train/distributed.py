@@ -108,7 +108,7 @@ class World:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """Around local work that may fail (no collectives inside): all ranks leave it together, well or with one error."""
+        """Around local work without collectives: all ranks leave it together, well or with one and the same error."""
         error = None
         try:
             yield

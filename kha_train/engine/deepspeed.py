@@ -2,7 +2,7 @@
 
 The only user of DeepSpeed. What it adds to DeepSpeed 0.19:
 
-- the decoder is built on `meta` and materialised one parameter at a time, so no rank ever holds the whole model in fp32;
+- the decoder is built on `meta` and materialised one parameter at a time: no rank ever holds the whole model in fp32;
 - the loss of a step is a sum over the global batch, so nothing depends on micro-batch, accumulation or world size;
 - the true global gradient norm is known *before* the step, and `discard` leaves masters, moments and every later step
   as if the batch had never been seen. DeepSpeed skips a step by itself only when its own norm is not finite, and each
@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -33,6 +34,11 @@ INVALID_NORM = -1.0
 InitialValue = Callable[[str, Callable[[], Tensor]], Tensor]
 
 
+def seeded(name: str, default: Callable[[], Tensor]) -> Tensor:
+    """The initial value that the run's seed gives to the parameter `name`."""
+    return default()
+
+
 class Engine:
     """A decoder under ZeRO: accumulate micro-batches, learn the norm, then `apply` or `discard`.
 
@@ -40,9 +46,7 @@ class Engine:
     initial value of a parameter, given its name and the thunk of its default (used to start from a checkpoint).
     """
 
-    def __init__(
-        self, config: RunConfig, world: World, initial: InitialValue = lambda name, default: default()
-    ) -> None:
+    def __init__(self, config: RunConfig, world: World, initial: InitialValue = seeded) -> None:
         self.config, self.world = config, world
         self.dtype = resolve_dtype(config, world.device)
         self._deepspeed = _import_deepspeed(world.device)
@@ -214,6 +218,13 @@ class Engine:
         self._norm = None
 
 
+def leave_world() -> None:
+    """Leave the process group and the subgroups DeepSpeed keeps of it, so that this process can join another later."""
+    import deepspeed
+
+    deepspeed.comm.destroy_process_group()
+
+
 def resolve_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     """The dtype of parameters and activations: `auto` is bf16 on CUDA and fp32 on a CPU, where bf16 is far slower."""
     precision = config.engine.precision
@@ -252,13 +263,29 @@ def _import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    import deepspeed
+    with _silenced_stderr():
+        import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", dist_init_required=False)
     return deepspeed
+
+
+@contextmanager
+def _silenced_stderr() -> Iterator[None]:
+    """While DeepSpeed probes for libraries at import: a linker it starts complains about those it does not find."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @contextmanager

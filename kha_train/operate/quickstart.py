@@ -6,10 +6,13 @@ whose result is there already is not repeated, so an interrupted quickstart goes
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,59 +28,79 @@ from kha_train.data.stream import unigram_bits_per_byte
 from kha_train.errors import KhaError
 
 VARIANTS = ("gqa", "kha_mlp")
+STAGES = 4 + len(VARIANTS)
 Say = Callable[[str], None]
 
 
 def run_quickstart(out: Path, *, steps: int, processes: int, say: Say) -> dict[str, Any]:
     """Make everything under `out` and return what came of it: seconds by stage, bits per byte by variant, paths.
 
-    `say` receives the lines for the user. Raises KhaError when a stage fails; its own output is shown above.
+    `say` receives the lines for the user. Raises KhaError when a stage fails; what training printed stands above.
     """
     seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(name: str):
-        say(f"[{len(seconds) + 1}/{4 + len(VARIANTS)}] {name}")
-        started = time.perf_counter()
-        yield
-        seconds[name] = time.perf_counter() - started
-
-    with stage("corpus"):
+    with _timed("corpus: source code of Python's standard library", seconds, say):
         if not (out / "corpus" / "corpus.json").exists():
             build_corpus(out / "corpus")
-    with stage("tokenizer"):
+    with _timed("tokenizer: BPE trained on it", seconds, say):
         if not (out / "tokenizer.model").exists():
             train_tokenizer(out / "corpus", out / "tokenizer.model", vocab_size=compose().model.vocab_size)
-    with stage("shards"):
+    with _timed("shards: the corpus as token ids", seconds, say):
         if not (out / "shards" / "validation" / MANIFEST_NAME).exists():
             encode_corpus(out / "corpus", out / "tokenizer.model", out / "shards", overwrite=True)
     for variant in VARIANTS:
-        with stage(f"train {variant}"):
+        with _timed(f"train {variant}: {steps} steps on {processes} ranks", seconds, say):
             _train(_overrides(out, variant, steps), processes)
-    with stage("comparison"):
+    with _timed("comparison", seconds, say):
         comparison = compare_runs([out / "runs" / variant for variant in VARIANTS])
         report = write_report(comparison, out / "report")
-    unigram = unigram_bits_per_byte(compose(_overrides(out, VARIANTS[0], steps)))
-    return _summary(comparison, report, unigram, seconds, out, say)
+        unigram = unigram_bits_per_byte(compose(_overrides(out, VARIANTS[0], steps)))
+    result = {
+        "seconds": seconds,
+        "unigram_bits_per_byte": unigram,
+        "bits_per_byte": {run["variant"]: run["bits_per_byte"] for run in comparison.to_dict()["runs"]},
+        "evidence": comparison.evidence,
+        "report": str(report),
+    }
+    _close(result, out, steps, say)
+    return result
+
+
+@contextmanager
+def _timed(name: str, seconds: dict[str, float], say: Say) -> Iterator[None]:
+    say(f"[{len(seconds) + 1}/{STAGES}] {name}")
+    started = time.perf_counter()
+    yield
+    seconds[name.partition(":")[0]] = time.perf_counter() - started
+    say(f"      {seconds[name.partition(':')[0]]:.1f} s")
 
 
 def _overrides(out: Path, variant: str, steps: int) -> list[str]:
-    return [
-        f"attention={variant}",
-        f"run.dir='{out / 'runs' / variant}'",
-        f"run.steps={steps}",
-        f"data.train='{out / 'shards' / 'train'}'",
-        f"data.validation='{out / 'shards' / 'validation'}'",
-        f"validation.every_steps={max(steps // 2, 1)}",
-        "validation.rows=64",
-        "telemetry.wandb.mode=offline",
-    ]
+    paths = {
+        "run.dir": out / "runs" / variant,
+        "data.train": out / "shards" / "train",
+        "data.validation": out / "shards" / "validation",
+    }
+    quoted = [f"{key}='{path}'" for key, path in paths.items()]
+    return [f"attention={variant}", f"run.steps={steps}", "validation.rows=64", "telemetry.wandb.mode=offline", *quoted]
 
 
 def _train(overrides: list[str], processes: int) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    ended = subprocess.run([*torchrun, "-m", "kha_train", *overrides], check=False)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    # Set, so that torchrun does not warn that it sets it: one thread a rank, as many ranks as cores.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    ended = subprocess.run([*torchrun, "-m", "kha_train", *overrides], env=environment, check=False)
     if ended.returncode:
-        raise KhaError(
-            f"training ended with code {ended.returncode}", fix="see the lines above; the same command resumes"
-        )
+        problem = f"training ended with code {ended.returncode}"
+        raise KhaError(problem, fix="see the lines above; the same command goes on where it stopped")
+
+
+def _close(result: dict[str, Any], out: Path, steps: int, say: Say) -> None:
+    command = "kha" if shutil.which("kha") else os.path.relpath(Path(sys.executable).with_name("kha"))
+    say("")
+    say(f"validation bits per byte (unigram entropy of the text: {result['unigram_bits_per_byte']:.3f})")
+    for variant, bits in result["bits_per_byte"].items():
+        say(f"  {variant:<10} {bits:.4f}")
+    say(f"{result['evidence']}; total {sum(result['seconds'].values()):.0f} s")
+    say(f"report: {result['report']}")
+    say(f"next:   {command} train {shlex.join(_overrides(out, 'kha_linear', steps))}")
+    say(f"then:   {command} compare {out}/runs/*")

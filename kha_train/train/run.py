@@ -55,9 +55,7 @@ def _train_to_the_end(session: Session, stops: StopRequests) -> bool:
             batch, labels = next_batch(session.stream, world)
         lr = learning_rate(config.optim, session.progress.step + 1, steps)
         result = train_step(session.engine, batch, labels, lr, stops.pending())
-        session.progress = session.progress.after(
-            len(batch.samples_B) * world.size, config.model.seq_len, result.applied
-        )
+        session.progress = session.progress.after(config.data.global_batch_size, config.model.seq_len, result.applied)
         line = session.metrics(result, lr, time.perf_counter() - started)
 
         step = session.progress.step

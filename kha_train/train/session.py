@@ -17,7 +17,7 @@ from kha_train.config.build import to_plain
 from kha_train.config.schema import RunConfig
 from kha_train.data.stream import bytes_per_id, open_stream, validation_batches
 from kha_train.distributed import World
-from kha_train.engine.deepspeed import Engine
+from kha_train.engine.deepspeed import Engine, leave_world
 from kha_train.errors import DivergedError, KhaError
 from kha_train.model.accounting import count_parameters, flops_per_token
 from kha_train.model.moe.balance import load_statistics
@@ -45,6 +45,7 @@ class Session:
         self.progress = Progress()
         self.data_wait = DataWait()
         self.end_state = "failed"
+        self._resumed_from: tuple[int, ...] = ()
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
@@ -114,7 +115,7 @@ class Session:
         state = resume.trainer_state(self.config, self.engine, self.progress, self.stream.content_id)
         buffers = {name: buffer.cpu() for name, buffer in self.engine.buffers().items()}
         write(self.run_dir, step, self.world, resume.pieces(self.engine), buffers, state)
-        prune(self.run_dir, self.world, self.config.checkpoint.keep_last)
+        prune(self.run_dir, self.world, self.config.checkpoint.keep_last, protect=self._resumed_from)
         self.record.event("checkpoint_saved", step, seconds=time.perf_counter() - started)
         self.console.checkpoint_saved(step)
 
@@ -131,10 +132,12 @@ class Session:
 
     def _build(self, checkpoint: Checkpoint | None) -> None:
         self.engine = Engine(self.config, self.world, resume.initial_from(checkpoint))
+        self._open.callback(leave_world)
         self._open.callback(self.engine.close)
         if checkpoint:
             self.progress = resume.restore(self.engine, checkpoint)
             self.stream.samples_seen = self.progress.samples_seen
+            self._resumed_from = (checkpoint.step,)
 
     def _open_mirrors(self) -> None:
         config, world = self.config, self.world

@@ -1,0 +1,138 @@
+"""Every mistake a user can make ends as one clear line and its exit code, without a traceback."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_tools.corpus import build_corpus
+from data_tools.encode import encode_corpus
+from data_tools.train_tokenizer import train_tokenizer
+from kha_train.cli.main import run
+
+Train = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def train(
+    small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Train:
+    """`train(*overrides)` as the command does it; returns the exit code and what stood on standard error."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "KHA_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*overrides: str) -> tuple[int, str]:
+        settings = [*small, "model.layers=1", "run.steps=2", f"run.dir={tmp_path}/run", *overrides]
+        with pytest.raises(SystemExit) as ended:
+            run(["train", *settings])
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        return ended.value.code or 0, capfd.readouterr().err
+
+    return call
+
+
+@pytest.fixture
+def own_dataset(dataset: Path, tmp_path: Path) -> Path:
+    """A copy of the dataset that a test may damage."""
+    shutil.copytree(dataset, tmp_path / "data")
+    return tmp_path / "data"
+
+
+CONFIGURATION = {
+    "a missing shard directory": (["data.train=/nowhere"], ["data.train", "/nowhere"]),
+    "a vocabulary that disagrees": (["model.vocab_size=512"], ["512", "256"]),
+    "heads that do not divide": (["model.kv_heads=3"], ["model.kv_heads", "1, 2, 4"]),
+    "a batch that does not divide": (["engine.micro_batch_size=3"], ["data.global_batch_size", "6 or 9"]),
+    "an unknown setting": (["model.kvheads=2"], ["model.kvheads", "did you mean model.kv_heads"]),
+    "an unknown preset": (["attention=kha_mpl"], ["kha_mpl", "did you mean kha_mlp"]),
+    "a wrong type": (["run.steps=many"], ["run.steps", "int"]),
+    "an impossible combination": (
+        ["engine.precision=fp32", "engine.grad_accum_dtype=bf16"],
+        ["engine.grad_accum_dtype", "fp32"],
+    ),
+    "a setting left open": (["data=shards", "data.validation=???"], ["data.validation"]),
+    "a GPU where there is none": (["engine.device=cuda"], ["engine.device"]),
+}
+
+
+@pytest.mark.parametrize("mistake", CONFIGURATION)
+def test_a_configuration_mistake_ends_with_2_and_says_what_to_change(mistake: str, train: Train) -> None:
+    overrides, words = CONFIGURATION[mistake]
+    code, said = train(*overrides)
+    assert code == 2, said
+    assert said.startswith("configuration error: ")
+    assert said.count("\n") == 1, said
+    for word in words:
+        assert word in said
+
+
+def test_a_tokenizer_file_that_is_not_the_shards_own_ends_with_2(tmp_path: Path, train: Train) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(400):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"document {number} says {number * number} twice\n" * 20)
+    build_corpus(tmp_path / "corpus", standard_library=False, extra_roots=[tmp_path / "text"])
+    train_tokenizer(tmp_path / "corpus", tmp_path / "tokenizer.model", vocab_size=300)
+    encode_corpus(tmp_path / "corpus", tmp_path / "tokenizer.model", tmp_path / "shards")
+    settings = [f"data.{split}={tmp_path}/shards/{split}" for split in ("train", "validation")]
+    assert train("model.vocab_size=300", *settings)[0] == 0
+
+    beside = tmp_path / "shards" / "train" / "tokenizer.model"
+    beside.write_bytes(beside.read_bytes() + b" ")
+    code, said = train("model.vocab_size=300", "run.steps=3", f"run.dir={tmp_path}/second", *settings)
+    assert code == 2, said
+    assert "tokenizer" in said
+
+
+def test_an_id_beyond_the_manifests_maximum_ends_with_4(own_dataset: Path, train: Train) -> None:
+    for shard in (own_dataset / "train").glob("*.tok"):
+        damaged = bytearray(shard.read_bytes())
+        damaged[1::2] = b"\xff" * len(damaged[1::2])
+        shard.write_bytes(damaged)
+    code, said = train(f"data.train={own_dataset}/train", "data.check_crc=false")
+    assert code == 4, said
+    assert said.startswith("data error: ")
+    assert "shard-" in said
+
+
+def test_a_damaged_shard_ends_with_4_and_is_named(own_dataset: Path, train: Train) -> None:
+    for shard in (own_dataset / "train").glob("*.tok"):
+        damaged = bytearray(shard.read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        shard.write_bytes(damaged)
+    code, said = train(f"data.train={own_dataset}/train", "run.steps=60")
+    assert code == 4, said
+    assert "shard-" in said
+
+
+def test_a_checkpoint_of_another_model_ends_with_3_and_names_the_difference(train: Train) -> None:
+    assert train()[0] == 0
+    code, said = train("model.rope_theta=500.0")
+    assert code == 3, said
+    assert "model.rope_theta: 10000.0 -> 500.0" in said
+    assert train("engine.micro_batch_size=2", "engine=zero3")[0] == 0, "how a step is executed may change"
+
+
+def test_a_run_that_leaves_the_finite_numbers_ends_with_5(train: Train) -> None:
+    code, said = train("model.init_std=1e38", "run.steps=20", "stability.max_nonfinite_steps=3")
+    assert code == 5, said
+    assert "3 steps in a row" in said
+
+
+def test_a_run_directory_in_use_ends_with_6(train: Train, tmp_path: Path) -> None:
+    holder = "import sys; from pathlib import Path; from kha_train.record import Record;"
+    holder += f" record = Record.open(Path({str(tmp_path / 'run')!r})); print('held', flush=True); sys.stdin.read()"
+    process = subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        code, said = train()
+    finally:
+        process.kill()
+        process.wait()
+    assert code == 6, said
+    assert str(process.pid) in said

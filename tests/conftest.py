@@ -1,0 +1,88 @@
+"""What tests of several rooms share: a small dataset, overrides for a smaller `tiny`, ranks as real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_tools.synthetic import write_dataset
+
+VOCAB_SIZE = 256
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of synthetic documents of very unequal length (1 to 2048 tokens), 256 ids."""
+    directory = tmp_path_factory.mktemp("dataset")
+    write_dataset(directory, vocab_size=VOCAB_SIZE, documents=300, seed=0)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def small(dataset: Path) -> list[str]:
+    """Overrides for a decoder and data small enough for a step in some 20 ms: 2 layers, width 64, rows of 64 tokens."""
+    return [
+        f"model.vocab_size={VOCAB_SIZE}",
+        "model.seq_len=64",
+        "model.layers=2",
+        "model.hidden_size=64",
+        "moe.expert_width=64",
+        "model.loss_chunk_tokens=100",
+        f"data.train={dataset}/train",
+        f"data.validation={dataset}/validation",
+        "validation.rows=8",
+        "telemetry.wandb.mode=disabled",
+        "telemetry.peak_tflops=0.1",
+        "telemetry.console=quiet",
+    ]
+
+
+@pytest.fixture(scope="session")
+def clean_environment() -> dict[str, str]:
+    """The environment of a process that no launcher started, one thread."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in launcher}
+    return {**kept, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def run_ranks(tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str, str]) -> Callable[..., list[Any]]:
+    """`run_ranks(script, world_size, **arguments)` runs `script` as so many ranks; returns what each rank answered.
+
+    A script reads its arguments as JSON from argv[1] and writes its answer as JSON to the file argv[2].
+    """
+
+    def run(script: Path, world_size: int, **arguments: Any) -> list[Any]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {**clean_environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        folder = tmp_path_factory.mktemp(script.stem)
+        answers = [folder / f"{rank}.json" for rank in range(world_size)]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), json.dumps(arguments), str(answers[rank])],
+                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(world_size)
+        ]
+        try:
+            errors = [process.communicate(timeout=300)[1] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        failed = [f"rank {rank}:\n{error}" for rank, error in enumerate(errors) if processes[rank].returncode]
+        assert not failed, "\n".join(failed)
+        return [json.loads(answer.read_text()) for answer in answers]
+
+    return run
