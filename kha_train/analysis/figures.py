@@ -4,6 +4,8 @@ Colours are CSS variables (`--series-0`, `--ink`, `--grid`), so that one drawing
 stays text and takes the page's font.
 """
 
+# N points of a curve
+
 from __future__ import annotations
 
 import io

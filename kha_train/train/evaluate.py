@@ -1,5 +1,7 @@
 """Validation: cross-entropy and bits per byte on held-out text, the same rows in every run."""
 
+# B batch  T tokens  V vocabulary
+
 from __future__ import annotations
 
 import math

@@ -1,6 +1,6 @@
 """The router: which experts a token goes to, and with which weights."""
 
-# N tokens (batch and row flattened)   D model width   E experts   J chosen experts per token (top_k)
+# N tokens (batch and row flattened)   D model width   E experts   J chosen experts per token (top_k)   M = N * J
 
 from __future__ import annotations
 

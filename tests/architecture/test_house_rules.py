@@ -1,0 +1,132 @@
+"""What every file of the packages holds to: documented, annotated, bounded, without the usual shortcuts."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import tokenize
+from io import StringIO
+
+from kha_train import errors
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 80
+KINDS = {name for name, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.KhaError)}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+SUFFIX = re.compile(r"^[a-z][a-z0-9_]*_([A-Z][A-Z0-9]*)$")
+"""A tensor's name with the letters of its dimensions, such as x_BTD."""
+
+
+def test_every_public_name_has_a_docstring(sources) -> None:
+    offenders = [source.path for source in sources if not ast.get_docstring(source.tree)]
+    offenders += [where for source in sources for where, node, _ in source.public() if not ast.get_docstring(node)]
+    assert offenders == []
+
+
+def test_every_return_is_annotated(sources) -> None:
+    offenders = [
+        f"{source.path}:{node.lineno} {node.name}"
+        for source in sources
+        for node in ast.walk(source.tree)
+        if isinstance(node, FUNCTIONS) and node.returns is None
+    ]
+    assert offenders == []
+
+
+def test_a_public_function_that_raises_an_error_of_ours_names_it(sources) -> None:
+    """In its own docstring or that of its class; `Raises as` another function is an answer too."""
+    offenders = []
+    for source in sources:
+        for where, node, owner in source.public():
+            if not isinstance(node, FUNCTIONS):
+                continue
+            told = (ast.get_docstring(node) or "") + (ast.get_docstring(owner) or "" if owner else "")
+            if "Raises as `" not in told:
+                offenders += [f"{where}: {kind}" for kind in sorted(_raised(node)) if kind not in told]
+    assert offenders == []
+
+
+def test_an_error_raised_by_a_private_function_is_named_in_its_module(sources) -> None:
+    """By the docstring of the module or of one of its functions or classes: there the caller learns of it."""
+    offenders = []
+    for source in sources:
+        named = (*FUNCTIONS, ast.ClassDef, ast.Module)
+        told = " ".join(ast.get_docstring(node) or "" for node in ast.walk(source.tree) if isinstance(node, named))
+        offenders += [f"{source.path}: {kind}" for kind in sorted(_raised(source.tree)) if kind not in told]
+    assert offenders == []
+
+
+def test_a_file_with_shape_suffixes_explains_every_letter_at_its_top(sources) -> None:
+    offenders = []
+    for source in sources:
+        letters = {letter for name in _names(source.tree) if (match := SUFFIX.match(name)) for letter in match[1]}
+        legend = _comments_before_the_imports(source)
+        missing = [letter for letter in sorted(letters) if letter.isalpha() and not re.search(rf"\b{letter}\b", legend)]
+        if missing:
+            offenders.append(f"{source.path}: {' '.join(missing)}")
+    assert offenders == []
+
+
+def test_files_and_functions_keep_to_their_bounds(sources) -> None:
+    offenders = [source.path for source in sources if source.text.count("\n") > MAX_FILE_LINES]
+    offenders += [
+        f"{source.path}:{node.lineno} {node.name}"
+        for source in sources
+        for node in ast.walk(source.tree)
+        if isinstance(node, FUNCTIONS) and node.end_lineno - node.lineno >= MAX_FUNCTION_LINES
+    ]
+    assert offenders == []
+
+
+def test_nothing_is_kept_in_module_globals(sources) -> None:
+    offenders = [
+        f"{source.path}:{node.lineno}"
+        for source in sources
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Global)
+    ]
+    assert offenders == []
+
+
+def test_no_exception_is_caught_without_naming_its_kind(sources) -> None:
+    offenders = []
+    for source in sources:
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.ExceptHandler):
+                kinds = {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)} if node.type else {""}
+                if kinds & {"", "Exception", "BaseException"}:
+                    offenders.append(f"{source.path}:{node.lineno}")
+    assert offenders == []
+
+
+def test_no_comment_puts_work_off(sources) -> None:
+    offenders = []
+    for source in sources:
+        for token in tokenize.generate_tokens(StringIO(source.text).readline):
+            if token.type == tokenize.COMMENT and re.search(r"\b(TODO|FIXME|XXX|HACK)\b", token.string):
+                offenders.append(f"{source.path}:{token.start[0]}: {token.string}")
+    assert offenders == []
+
+
+def test_every_file_postpones_annotations(sources) -> None:
+    """Only then may an annotation name what is imported for type checkers alone."""
+    line = "from __future__ import annotations"
+    offenders = [source.path for source in sources if len(source.tree.body) > 1 and line not in source.text]
+    assert offenders == []
+
+
+def _raised(node: ast.AST) -> set[str]:
+    """The kinds of KhaError in `raise Kind(...)` inside `node`."""
+    calls = (child.exc for child in ast.walk(node) if isinstance(child, ast.Raise) and isinstance(child.exc, ast.Call))
+    return {call.func.id for call in calls if isinstance(call.func, ast.Name)} & KINDS
+
+
+def _names(tree: ast.Module) -> set[str]:
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return names | {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+
+
+def _comments_before_the_imports(source) -> str:
+    first = next((node.lineno for node in source.tree.body if isinstance(node, ast.Import | ast.ImportFrom)), 1)
+    return "\n".join(line for line in source.text.splitlines()[: first - 1] if line.startswith("#"))
