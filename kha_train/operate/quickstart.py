@@ -7,6 +7,7 @@ whose result is there already is not repeated, so an interrupted quickstart goes
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -80,7 +81,10 @@ def _overrides(out: Path, variant: str, steps: int) -> list[str]:
         "data.train": out / "shards" / "train",
         "data.validation": out / "shards" / "validation",
     }
-    quoted = [f"{key}='{path}'" for key, path in paths.items()]
+    # Hydra reads a path with other characters only between quotes.
+    quoted = [
+        f"{key}={path}" if re.fullmatch(r"[\w./-]+", str(path)) else f"{key}='{path}'" for key, path in paths.items()
+    ]
     return [f"attention={variant}", f"run.steps={steps}", "validation.rows=64", "telemetry.wandb.mode=offline", *quoted]
 
 

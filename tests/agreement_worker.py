@@ -1,0 +1,53 @@
+"""What three ranks learn of each other's values and errors."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kha_train import distributed
+from kha_train.distributed import World
+from kha_train.errors import CheckpointError, ConfigError, DataError, KhaError
+
+
+def caught(world: World, error: BaseException | None) -> list[Any]:
+    """Kind, exit code and words of what this rank raises; empty when nothing."""
+    try:
+        world.raise_together(error)
+    except KhaError as found:
+        return [type(found).__name__, found.exit_code, str(found)]
+    except OSError as found:
+        return [type(found).__name__, None, str(found)]
+    return []
+
+
+def main(answer_file: Path) -> None:
+    """Each line is one agreement of all ranks."""
+    world = distributed.start("cpu", 30.0)
+    rank = world.rank
+    answer = {
+        "max": world.max_ints(rank, -rank, 7),
+        "sum": world.sum_(torch.tensor([rank + 1, 1])).tolist(),
+        "text": world.broadcast_text(f"from {rank}: \u00fc", source=1),
+        "nothing": caught(world, None),
+        "one": caught(world, DataError("broken shard") if rank == 1 else None),
+        "two": caught(world, [None, ConfigError("b"), CheckpointError("c")][rank]),
+        "foreign": caught(world, OSError("disk on fire") if rank == 2 else None),
+    }
+    try:
+        with world.agreed():
+            if rank == 0:
+                raise DataError("only here")
+    except DataError as found:
+        answer["agreed"] = str(found)
+    world.barrier()
+    distributed.stop()
+    answer_file.write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[2]))

@@ -1,0 +1,38 @@
+"""The quickstart, shortened: every stage is really run, and a second call repeats none of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kha_train.operate.quickstart import VARIANTS, run_quickstart
+from kha_train.record import read_metrics, read_run
+
+
+@pytest.mark.slow
+def test_quickstart_trains_both_models_on_the_same_data_and_compares_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    out = tmp_path / "with space"
+    said: list[str] = []
+    result = run_quickstart(out, steps=12, processes=2, say=said.append)
+
+    assert set(result["bits_per_byte"]) == set(VARIANTS)
+    assert all(0 < bits < 8 for bits in result["bits_per_byte"].values())
+    assert 0 < result["unigram_bits_per_byte"] < 8
+    assert len(result["seconds"]) == 6
+    assert "not evidence" in result["evidence"]
+    assert Path(result["report"]).read_text().startswith("<!")
+    closing = "\n".join(said)
+    assert result["report"] in closing and "next:" in closing
+
+    first, second = (read_metrics(out / "runs" / variant) for variant in VARIANTS)
+    assert [line["samples_last"] for line in first] == [line["samples_last"] for line in second]
+    assert read_run(out / "runs" / "gqa")["attempts"][0]["world_size"] == 2
+
+    again = run_quickstart(out, steps=12, processes=2, say=said.append)
+    assert again["bits_per_byte"] == result["bits_per_byte"]
+    assert read_metrics(out / "runs" / "gqa") == first

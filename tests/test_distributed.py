@@ -1,0 +1,72 @@
+"""Who a process is among the ranks, and that all ranks leave an agreement together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kha_train.distributed import World
+from kha_train.errors import ConfigError
+
+WORKER = Path(__file__).with_name("agreement_worker.py")
+
+
+@pytest.fixture(scope="module")
+def answers(run_ranks: Callable[..., list[Any]]) -> list[dict[str, Any]]:
+    """What each of three ranks answered."""
+    return run_ranks(WORKER, 3)
+
+
+def test_torchrun_variables_name_the_rank() -> None:
+    world = World.from_environment({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
+    assert (world.rank, world.size, world.local_rank, world.is_main) == (5, 8, 1, False)
+
+
+def test_srun_variables_name_the_rank_where_torchruns_are_missing() -> None:
+    srun = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "3", "SLURM_STEP_ID": "0"}
+    assert World.from_environment(srun).rank == 3
+    torchrun_inside_srun = {**srun, "RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}
+    assert World.from_environment(torchrun_inside_srun).rank == 7
+
+
+def test_a_process_that_nobody_launched_is_a_world_of_its_own() -> None:
+    assert World.from_environment({}) == World.single()
+    batch_script_without_srun = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
+    assert World.from_environment(batch_script_without_srun) == World.single()
+
+
+def test_half_of_torchruns_variables_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match="LOCAL_RANK"):
+        World.from_environment({"RANK": "0", "WORLD_SIZE": "2"})
+
+
+def test_all_ranks_learn_the_same_maximum_sum_and_text(answers: list[dict[str, Any]]) -> None:
+    for answer in answers:
+        assert answer["max"] == [2, 0, 7]
+        assert answer["sum"] == [6, 3]
+        assert answer["text"] == "from 1: \u00fc"
+
+
+def test_without_an_error_no_rank_raises(answers: list[dict[str, Any]]) -> None:
+    assert [answer["nothing"] for answer in answers] == [[], [], []]
+
+
+def test_one_ranks_error_is_raised_by_all_with_its_kind_and_code(answers: list[dict[str, Any]]) -> None:
+    told = ["DataError", 4, "rank 1: broken shard"]
+    assert [answer["one"] for answer in answers] == [told, ["DataError", 4, "broken shard"], told]
+
+
+def test_of_several_errors_the_first_ranks_is_everyones(answers: list[dict[str, Any]]) -> None:
+    assert [answer["two"][:2] for answer in answers] == [["ConfigError", 2]] * 3
+
+
+def test_an_error_that_is_not_ours_stops_the_others_too(answers: list[dict[str, Any]]) -> None:
+    assert answers[2]["foreign"] == ["OSError", None, "disk on fire"]
+    assert answers[0]["foreign"] == ["KhaError", 1, "rank 2: disk on fire"]
+
+
+def test_local_work_is_left_together(answers: list[dict[str, Any]]) -> None:
+    assert [answer["agreed"] for answer in answers] == ["only here", "rank 0: only here", "rank 0: only here"]
