@@ -50,6 +50,8 @@ class Engine:
         self.config, self.world = config, world
         self.dtype = resolve_dtype(config, world.device)
         self._deepspeed = _import_deepspeed(world.device)
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        self._deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
         self._norm: Tensor | None = None
         settings = _settings(config, world, self.dtype)
         # BF16_Optimizer prints its memory use line by line while it is built.
@@ -269,7 +271,6 @@ def _import_deepspeed(device: torch.device) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", dist_init_required=False)
     return deepspeed
 
 
