@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import inspect
+from importlib import import_module
 
 import torch
 
 from kha_train.engine.deepspeed import _import_deepspeed
 
 
+def source_of(member: object) -> str:
+    """The text of a function, also behind DeepSpeed's profiling decorator."""
+    closure = getattr(member, "__closure__", None) or ()
+    wrapped = [cell.cell_contents for cell in closure if inspect.isfunction(cell.cell_contents)]
+    return inspect.getsource(wrapped[0] if wrapped else member).replace("'", '"')
+
+
 def test_the_switch_that_avoids_compiling_a_shared_memory_extension_is_still_read() -> None:
     deepspeed = _import_deepspeed(torch.device("cpu"))
-    from deepspeed.comm import torch as torch_backend
+    torch_backend = import_module("deepspeed.comm.torch")
 
-    assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
-    assert '__compatible_ops__["deepspeed_shm_comm"]' in inspect.getsource(torch_backend.build_shm_op).replace("'", '"')
+    assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+    assert "deepspeed_shm_comm" in source_of(torch_backend.build_shm_op)
+    assert "__compatible_ops__" in source_of(torch_backend.build_shm_op)
 
 
 def test_each_optimizer_class_still_takes_its_norm_where_the_gate_replaces_it() -> None:
@@ -23,6 +32,6 @@ def test_each_optimizer_class_still_takes_its_norm_where_the_gate_replaces_it() 
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    assert "self.scaled_global_norm(" in inspect.getsource(DeepSpeedZeroOptimizer.step)
-    assert "self._get_norm_groups(" in inspect.getsource(DeepSpeedZeroOptimizer_Stage3.step)
-    assert "get_global_norm_of_tensors(" in inspect.getsource(bf16_optimizer.BF16_Optimizer.step)
+    assert "self.scaled_global_norm(" in source_of(DeepSpeedZeroOptimizer.step)
+    assert "self._get_norm_groups(" in source_of(DeepSpeedZeroOptimizer_Stage3.step)
+    assert "get_global_norm_of_tensors(" in source_of(bf16_optimizer.BF16_Optimizer.step)
