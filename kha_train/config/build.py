@@ -66,7 +66,7 @@ def _variant_class(cls: type, values: Mapping[str, Any], path: str) -> type:
     name = values.get("name")
     if name not in registry:
         raise ConfigError("no such variant", field=f"{path}.name", value=name, **nearest(str(name), registry))
-    return registry[name].options
+    return registry[name].options_class()
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kha_train.config.options import BaseOptions, InteractionOptions
+from kha_train.config.options import BaseOptions, InteractionOptions, QkNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class AttentionSection:
     name: str
     base: BaseOptions
     interaction: InteractionOptions
-    qk_norm: Literal["per_head", "full_width", "none"] = "per_head"
+    qk_norm: QkNorm = "per_head"
     backend: Literal["sdpa", "eager"] = "sdpa"
 
 

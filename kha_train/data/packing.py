@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-IGNORE_LABEL = -100
+from kha_train.config.constants import IGNORE_LABEL
 
 
 class RowGrid:

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kha_train.config.constants import IGNORE_LABEL
 from kha_train.config.schema import RunConfig
 from kha_train.data.order import SampleOrder
-from kha_train.data.packing import IGNORE_LABEL, RowGrid, pack
+from kha_train.data.packing import RowGrid, pack
 from kha_train.data.shards import ShardSet
 from kha_train.errors import ConfigError, DataError
 

@@ -1,15 +1,14 @@
 """Parameters and floating-point operations of a decoder, from its configuration alone: no torch, nothing is built.
 
 Counts are exact and are tested against the real module. A multiplication and an addition are two operations; only
-matrix products are counted. Causal attention is counted once: a token attends to half the row on average.
+matrix products are counted. Causal attention is counted once: a token attends to half the row on average. What a layer
+of attention holds and costs is told by the options of its base and its interaction (`config/options.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from kha_train.config.options import BaseOptions, GroupedQueryOptions, InteractionOptions, KnockingOptions
 from kha_train.config.schema import RunConfig
 
 TRAINING_FACTOR = 3
@@ -43,65 +42,17 @@ class FlopCount:
     by_component: dict[str, int]
 
 
-@dataclass(frozen=True)
-class AttentionCost:
-    """One layer of an attention base: parameters of its projections and of its QK-norm, the numbers of heads an
-    interaction meets and their widths by projection, and the width H * K that scores are computed over."""
-
-    projections: int
-    qk_norm: int
-    heads: dict[str, int]
-    widths: dict[str, int]
-    score_width: int
-
-
-def _grouped_query(config: RunConfig, base: BaseOptions) -> AttentionCost:
-    assert isinstance(base, GroupedQueryOptions)
-    head_dim, heads, groups = base.head_dim, base.query_heads, base.kv_heads
-    qk_norm = {"per_head": 2 * head_dim, "full_width": (heads + groups) * head_dim, "none": 0}
-    return AttentionCost(
-        projections=2 * config.model.hidden_size * head_dim * (heads + groups),
-        qk_norm=qk_norm[config.attention.qk_norm],
-        heads={"q": heads, "k": groups, "v": groups},
-        widths={"q": head_dim, "k": head_dim, "v": head_dim},
-        score_width=heads * head_dim,
-    )
-
-
-def _no_matrices(options: InteractionOptions) -> dict[str, int]:
-    return {}
-
-
-def _knocking(matrices: int) -> Callable[[InteractionOptions], dict[str, int]]:
-    def count(options: InteractionOptions) -> dict[str, int]:
-        assert isinstance(options, KnockingOptions)
-        return dict.fromkeys(options.projections, matrices)
-
-    return count
-
-
-BASE_COSTS: dict[str, Callable[[RunConfig, BaseOptions], AttentionCost]] = {"gqa": _grouped_query}
-"""Registry name of a base -> the cost of one layer of it."""
-
-INTERACTION_MATRICES: dict[str, Callable[[InteractionOptions], dict[str, int]]] = {
-    "none": _no_matrices,
-    "knocking_linear": _knocking(1),
-    "knocking_mlp": _knocking(3),
-}
-"""Registry name of an interaction -> square matrices shared by the heads of each projection it acts on."""
-
-
 def count_parameters(config: RunConfig) -> ParameterCount:
     """The parameters of the decoder of `config`. Selection biases and rotary tables are buffers and not counted."""
-    model, moe = config.model, config.moe
-    attention, matrices = _attention(config)
+    model, moe, attention = config.model, config.moe, config.attention
+    base, interaction = attention.base, attention.interaction
     by_component = {
         "embedding": model.vocab_size * model.hidden_size,
-        "attention": model.layers * attention.projections,
-        "interaction": model.layers * sum(n * attention.widths[p] ** 2 for p, n in matrices.items()),
+        "attention": model.layers * base.projection_parameters(model.hidden_size),
+        "interaction": model.layers * interaction.parameters(base.heads()),
         "router": model.layers * moe.experts * model.hidden_size,
         "experts": model.layers * moe.experts * _expert_parameters(config),
-        "norms": model.layers * (2 * model.hidden_size + attention.qk_norm) + model.hidden_size,
+        "norms": model.layers * (2 * model.hidden_size + base.norm_parameters(attention.qk_norm)) + model.hidden_size,
         "head": 0 if model.tie_embeddings else model.vocab_size * model.hidden_size,
     }
     total = sum(by_component.values())
@@ -112,12 +63,11 @@ def count_parameters(config: RunConfig) -> ParameterCount:
 def flops_per_token(config: RunConfig) -> FlopCount:
     """The operations of the decoder of `config` for one token of a full row, counted as one document."""
     model, moe = config.model, config.moe
-    attention, matrices = _attention(config)
-    knocking = sum(n * attention.heads[p] * attention.widths[p] ** 2 for p, n in matrices.items())
+    base, interaction = config.attention.base, config.attention.interaction
     by_component = {
-        "attention": 2 * model.layers * attention.projections,
-        "scores": 2 * model.layers * model.seq_len * attention.score_width,
-        "interaction": 2 * model.layers * knocking,
+        "attention": 2 * model.layers * base.projection_parameters(model.hidden_size),
+        "scores": model.layers * model.seq_len * base.pair_flops() // 2,
+        "interaction": model.layers * interaction.flops(base.heads()),
         "router": 2 * model.layers * moe.experts * model.hidden_size,
         "experts": 2 * model.layers * moe.top_k * _expert_parameters(config),
         "head": 2 * model.vocab_size * model.hidden_size,
@@ -131,11 +81,6 @@ def flops_per_token(config: RunConfig) -> FlopCount:
         mfu_palm=mfu + TRAINING_FACTOR * by_component["scores"],
         by_component=by_component,
     )
-
-
-def _attention(config: RunConfig) -> tuple[AttentionCost, dict[str, int]]:
-    base, interaction = config.attention.base, config.attention.interaction
-    return BASE_COSTS[base.name](config, base), INTERACTION_MATRICES[interaction.name](interaction)
 
 
 def _expert_parameters(config: RunConfig) -> int:

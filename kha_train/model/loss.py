@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE_LABEL = -100
+from kha_train.config.constants import IGNORE_LABEL
 
 
 def chunked_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_tokens: int) -> Tensor:

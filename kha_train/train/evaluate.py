@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kha_train.data.packing import IGNORE_LABEL
+from kha_train.config.constants import IGNORE_LABEL
 from kha_train.data.stream import Batch
 from kha_train.engine.deepspeed import Engine
 

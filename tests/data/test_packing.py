@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kha_train.data.packing import IGNORE_LABEL, RowGrid, pack
+from kha_train.config.constants import IGNORE_LABEL
+from kha_train.data.packing import RowGrid, pack
 
 
 def brute_force(lengths: list[int], start: int, T: int, isolate: bool) -> tuple[list, list, list, list]:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from data_tools.synthetic import write_dataset
+from kha_train.config.constants import IGNORE_LABEL
 from kha_train.data import stream
-from kha_train.data.packing import IGNORE_LABEL
 from kha_train.data.shards import ShardSet
 from kha_train.errors import ConfigError, DataError
 

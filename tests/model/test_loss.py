@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kha_train.model.loss import IGNORE_LABEL, chunked_cross_entropy
+from kha_train.config.constants import IGNORE_LABEL
+from kha_train.model.loss import chunked_cross_entropy
 
 V, D = 37, 8
 

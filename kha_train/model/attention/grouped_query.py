@@ -10,7 +10,7 @@ from kha_train.config.options import GroupedQueryOptions
 from kha_train.config.schema import RunConfig
 from kha_train.model.attention.backends import BACKENDS
 from kha_train.model.attention.base import Attention, RowContext
-from kha_train.model.attention.interaction import HeadShape, build_interaction
+from kha_train.model.attention.interaction import build_interaction
 from kha_train.model.init import Linear, Normal, residual_std
 from kha_train.model.norm import build_qk_norm
 from kha_train.model.rope import rotate
@@ -24,7 +24,7 @@ class GroupedQueryAttention(Attention):
         base = config.attention.base
         assert isinstance(base, GroupedQueryOptions)
         width, std = config.model.hidden_size, config.model.init_std
-        self.heads = HeadShape(base.query_heads, base.kv_heads, base.head_dim, base.head_dim)
+        self.heads = base.heads()
         self.attend = BACKENDS[config.attention.backend]
         self.query = Linear(width, base.query_heads * base.head_dim, Normal(std))
         self.key = Linear(width, base.kv_heads * base.head_dim, Normal(std))

@@ -11,22 +11,12 @@ parameter may be used only inside the forward of the module that owns it (sharde
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
 
 from torch import Tensor
 
-from kha_train.config.options import InteractionOptions
+from kha_train.config.options import HeadShape, InteractionOptions
 from kha_train.config.registry import INTERACTIONS
 from kha_train.model.init import DeclaredModule
-
-
-class HeadShape(NamedTuple):
-    """What an attention base tells its interaction about its heads."""
-
-    query_heads: int
-    kv_heads: int
-    key_width: int
-    value_width: int
 
 
 class Interaction(DeclaredModule, ABC):

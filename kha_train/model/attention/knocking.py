@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kha_train.config.options import KnockingOptions
-from kha_train.model.attention.interaction import HeadShape, Interaction
+from kha_train.config.options import HeadShape, KnockingOptions
+from kha_train.model.attention.interaction import Interaction
 from kha_train.model.init import Constant, DeclaredModule, Identity
 
 
@@ -49,8 +49,10 @@ class Knocking(Interaction):
     def __init__(self, options: KnockingOptions, heads: HeadShape) -> None:
         super().__init__(options, heads)
         for projection in ("q", "k", "v"):
-            width = heads.value_width if projection == "v" else heads.key_width
-            self.add_module(projection, self.shared(width) if projection in options.projections else nn.Identity())
+            width = heads.width(projection)
+            self.add_module(
+                projection, self.shared(heads.width(projection)) if projection in options.projections else nn.Identity()
+            )
 
     def forward(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Interaction.forward`."""
