@@ -57,6 +57,7 @@ def _merge(overrides: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    _check_presets(overrides)
     try:
         with initialize_config_dir(str(shipped("configs")), version_base="1.3"):
             merged = hydra_compose("config", overrides=overrides)
@@ -64,6 +65,20 @@ def _merge(overrides: list[str]) -> dict[str, Any]:
         return OmegaConf.to_container(merged, resolve=True, throw_on_missing=False)
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, overrides) from None
+
+
+def _check_presets(overrides: list[str]) -> None:
+    """Hydra takes other things than names for a preset, and then fails in its own ways; its own settings it takes in
+    silence although nothing here reads them."""
+    presets = {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in shipped("configs").iterdir()}
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        name = value.strip("'\"")
+        group = key.partition("@")[0]
+        if presets.get(group) and name not in presets[group]:
+            raise ConfigError("no such preset", field=group, value=name, **nearest(name, presets[group]))
+        if key.startswith("hydra"):
+            raise ConfigError("Hydra's own settings have no effect here", field=key, fix="leave it out")
 
 
 def _refuse_code(values: Any, path: str = "config") -> None:
@@ -81,15 +96,12 @@ def _refuse_code(values: Any, path: str = "config") -> None:
 
 
 def _explain(error: Exception, overrides: list[str]) -> ConfigError:
-    """Hydra's own words, cut to one line; an unknown key or preset is told with what stands beside it."""
+    """Hydra's own words, cut to one line; an unknown key is told with what stands beside it."""
     message = " ".join(str(error).split())
     for override in overrides:
-        key, equals, value = override.lstrip("+~").partition("=")
+        key, equals, _ = override.lstrip("+~").partition("=")
         if not equals:
             return ConfigError("an override is KEY=VALUE", field="override", value=override)
-        if "Could not find" in message and f"'{key}/{value}'" in message:
-            presets = sorted(path.stem for path in (shipped("configs") / key).glob("*.yaml"))
-            return ConfigError("no such preset", field=key, value=value, **nearest(value, presets))
         if f"'{key}'" in message and ("not in struct" in message or "Could not override" in message):
             return _unknown_key(key)
     return ConfigError(message, field="override", value=" ".join(overrides))

@@ -1,0 +1,345 @@
+"""Every setting changes something that can be seen. One that nothing reads has no place in the schema.
+
+`CHANGES` gives each field another valid value and names the observable that must move; `UNSEEN` are the few that
+cannot, with the reason. A field in neither fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import wandb
+
+from data_tools.synthetic import write_dataset
+from kha_train import RunConfig, build_decoder, compose, distributed, open_stream
+from kha_train.config.build import flatten, to_plain
+from kha_train.data.stream import validation_batches
+from kha_train.distributed import World
+from kha_train.engine.deepspeed import Engine, _settings, resolve_dtype
+from kha_train.errors import DataError, DivergedError
+from kha_train.model import loss as loss_module
+from kha_train.model.accounting import count_parameters, flops_per_token
+from kha_train.optim import learning_rate, parameter_groups
+from kha_train.record import read_metrics
+from kha_train.telemetry.console import Console
+from kha_train.telemetry.throughput import peak_flops
+from kha_train.telemetry.wandb import WandbMirror
+from kha_train.train import run as train_run
+from kha_train.train.resume import Progress
+from kha_train.train.session import Session
+
+PRESETS = ("gqa", "mha", "mqa", "kha_linear", "kha_mlp")
+
+
+class _Asked(Exception):
+    """Raised in place of what was asked for, to see the arguments alone."""
+
+
+# Observables: configuration -> something that can be compared.
+
+
+def plan(config: RunConfig) -> Any:
+    """Parameters and operations."""
+    return count_parameters(config), flops_per_token(config)
+
+
+def shapes(config: RunConfig) -> Any:
+    """Name and shape of everything the decoder holds."""
+    with torch.device("meta"):
+        decoder = build_decoder(config)
+    return {name: tuple(tensor.shape) for name, tensor in [*decoder.named_parameters(), *decoder.named_buffers()]}
+
+
+def initial_values(config: RunConfig) -> Any:
+    """A digest of the initial weights."""
+    digest = hashlib.sha256()
+    for tensor in build_decoder(config).state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def first_loss(config: RunConfig) -> Any:
+    """The loss of the first micro-batch at initialisation, where nothing but the arithmetic can differ."""
+    batch = next(next(open_stream(config)).micro_batches(2))
+    arguments = (batch.tokens_BT, batch.labels_BT, batch.positions_BT, batch.cu_seqlens_S, batch.max_seqlen)
+    return build_decoder(config)(*arguments).loss_sum.item()
+
+
+def kernels(config: RunConfig) -> Any:
+    """The functions chosen to compute attention and experts: backends agree on results, so only they can tell."""
+    block = build_decoder(config).blocks[0]
+    return block.attention.attend.__name__, block.moe.experts.run.__name__
+
+
+def bias_after_a_step(config: RunConfig) -> Any:
+    """Selection biases after an uneven load."""
+    decoder = build_decoder(config)
+    decoder.update_selection_bias(torch.arange(config.model.layers * config.moe.experts).view(config.model.layers, -1))
+    return decoder.selection_bias_LE().tolist()
+
+
+def loss_chunks(config: RunConfig, patch: pytest.MonkeyPatch) -> Any:
+    """How many pieces the loss is computed in."""
+    calls = []
+    original = loss_module._loss_and_gradient
+    patch.setattr(loss_module, "_loss_and_gradient", lambda *given: calls.append(1) or original(*given))
+    first_loss(config)
+    return len(calls)
+
+
+def forwards_of_a_block(config: RunConfig) -> Any:
+    """How often a block runs in one forward and backward: twice when it is recomputed."""
+    decoder, batch, calls = build_decoder(config), next(open_stream(config)), []
+    decoder.blocks[0].attention.register_forward_hook(lambda *given: calls.append(1))
+    decoder(batch.tokens_BT, batch.labels_BT).loss_sum.backward()
+    return len(calls)
+
+
+def first_batch(config: RunConfig) -> Any:
+    """Samples, tokens and borders of the first step."""
+    batch = next(open_stream(config))
+    return batch.samples_B.tolist(), batch.tokens_BT.tolist(), batch.cu_seqlens_S.tolist()
+
+
+def validation_samples(config: RunConfig) -> Any:
+    """Rows and tokens of the validation."""
+    return [(batch.samples_B.tolist(), batch.tokens_BT.sum().item()) for batch in validation_batches(config)]
+
+
+def damage_is_seen(config: RunConfig) -> Any:
+    """Whether a flipped bit in a shard is noticed."""
+    shard = next(Path(config.data.train).glob("*.tok"))
+    whole = shard.read_bytes()
+    shard.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    try:
+        stream = open_stream(config)
+        for _ in range(stream.samples_per_epoch // config.data.global_batch_size):
+            next(stream)
+    except DataError:
+        return True
+    finally:
+        shard.write_bytes(whole)
+    return False
+
+
+def engine_settings(config: RunConfig) -> Any:
+    """What DeepSpeed is told."""
+    return _settings(config, World.single(), resolve_dtype(config, torch.device("cpu")))
+
+
+def learning_rates(config: RunConfig) -> Any:
+    """The rate of every step."""
+    return [learning_rate(config.optim, step, config.run.steps) for step in range(1, config.run.steps + 1)]
+
+
+def adamw(config: RunConfig) -> Any:
+    """The optimiser's own settings by parameter group."""
+    optimizer = Engine._adamw(SimpleNamespace(config=config, decoder=build_decoder(config)))
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def weight_decays(config: RunConfig) -> Any:
+    """The decay of every parameter group."""
+    groups = parameter_groups(build_decoder(config).named_parameters(), config.optim.weight_decay)
+    return {group["name"]: group["weight_decay"] for group in groups}
+
+
+def process_group(config: RunConfig, patch: pytest.MonkeyPatch) -> Any:
+    """How training asks to join the other ranks."""
+
+    def asked(*arguments: Any) -> None:
+        raise _Asked(*arguments)
+
+    patch.setattr(distributed, "start", asked)
+    with pytest.raises(_Asked) as call:
+        train_run.train(config)
+    return call.value.args
+
+
+def patience(config: RunConfig) -> Any:
+    """Whether five bad steps in a row end the run."""
+    try:
+        Session.check_stability(SimpleNamespace(config=config, progress=Progress(step=9, nonfinite_in_a_row=5)))
+    except DivergedError:
+        return "ended"
+    return "goes on"
+
+
+def console_mode(config: RunConfig) -> Any:
+    """How the console shows a run, away from a terminal."""
+    return Console(config, total_steps=1).mode
+
+
+def mfu_denominator(config: RunConfig) -> Any:
+    """The peak that MFU is measured by."""
+    return peak_flops(config, torch.device("cpu"), torch.float32)
+
+
+def wandb_run(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """How the W&B run is opened."""
+    calls: list[dict[str, Any]] = []
+    patch.setattr(wandb, "init", lambda **given: calls.append(given) or _SilentRun())
+    WandbMirror(config, tmp_path, "id", warn=lambda text: None)
+    names = ("mode", "project", "entity", "group", "name", "tags")
+    return [{name: call[name] for name in names} for call in calls]
+
+
+def run_files(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """What a short training run leaves: its directory, its checkpoints, the steps it trained and validated."""
+    patch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        patch.setenv(name, "0")
+        patch.delenv(name)
+    logging.disable(logging.WARNING)
+    train_run.train(config)
+    logging.disable(logging.NOTSET)
+    run_dir = Path(config.run.dir)
+    lines = read_metrics(run_dir)
+    validated = [line["step"] for line in lines if "validation/loss" in line]
+    return str(run_dir), sorted(path.name for path in (run_dir / "checkpoints").glob("step-*")), len(lines), validated
+
+
+class _SilentRun:
+    def define_metric(self, *names: str, **options: str) -> None:
+        """As wandb's."""
+
+
+Change = tuple[Any, Callable[..., Any]] | tuple[Any, Callable[..., Any], str]
+CHANGES: dict[str, Change] = {
+    "run.dir": ("runs/elsewhere", run_files),
+    "run.name": ("another", wandb_run),
+    "run.steps": (5, run_files),
+    "run.seed": (1, initial_values),
+    "model.layers": (1, plan),
+    "model.hidden_size": (128, shapes),
+    "model.query_heads": (8, shapes),
+    "model.kv_heads": (1, shapes),
+    "model.head_dim": (16, shapes),
+    "model.vocab_size": (512, shapes),
+    "model.seq_len": (32, first_batch),
+    "model.tie_embeddings": ("false", plan),
+    "model.norm_eps": (1e-2, first_loss),
+    "model.rope_theta": (100.0, first_loss),
+    "model.init_std": (0.05, initial_values),
+    "model.scale_residual_init": ("false", initial_values),
+    "model.loss_chunk_tokens": (7, loss_chunks),
+    "attention.name": ("another", wandb_run),
+    "attention.base.query_heads": (8, shapes),
+    "attention.base.kv_heads": (1, shapes),
+    "attention.base.head_dim": (16, shapes),
+    "attention.interaction.name": ("knocking_linear", shapes),
+    "attention.interaction.projections": ("[q,v]", plan),
+    "attention.qk_norm": ("full_width", shapes),
+    "attention.backend": ("eager", kernels),
+    "moe.experts": (16, shapes),
+    "moe.top_k": (1, plan),
+    "moe.expert_width": (32, shapes),
+    "moe.backend": ("loop", kernels),
+    "moe.routed_scaling": (1.0, first_loss),
+    "moe.bias_update_rate": (0.5, bias_after_a_step),
+    "data.train": ("{other}/train", first_batch),
+    "data.validation": ("{other}/validation", validation_samples),
+    "data.global_batch_size": (12, first_batch),
+    "data.isolate_documents": ("false", first_batch),
+    "data.check_crc": ("false", damage_is_seen, "data.train={other}/train"),
+    "optim.lr": (1e-4, learning_rates),
+    "optim.betas": ("[0.8,0.99]", adamw),
+    "optim.eps": (1e-6, adamw),
+    "optim.weight_decay": (0.5, weight_decays),
+    "optim.grad_clip": (0.5, engine_settings),
+    "optim.schedule.name": ("wsd", learning_rates),
+    "optim.schedule.warmup": (0.5, learning_rates),
+    "optim.schedule.decay": (0.7, learning_rates, "optim.schedule.name=wsd"),
+    "optim.schedule.final": (0.5, learning_rates),
+    "engine.zero_stage": (2, engine_settings),
+    "engine.micro_batch_size": (2, engine_settings),
+    "engine.device": ("cuda", process_group),
+    "engine.precision": ("bf16", engine_settings),
+    "engine.grad_accum_dtype": ("bf16", engine_settings, "engine.precision=bf16"),
+    "engine.activation_checkpointing": ("full", forwards_of_a_block),
+    "engine.reduce_bucket_elements": (1000, engine_settings),
+    "engine.collective_timeout_seconds": (60.0, process_group),
+    "checkpoint.every_steps": (1, run_files),
+    "checkpoint.keep_last": (1, run_files),
+    "validation.every_steps": (1, run_files),
+    "validation.rows": (3, validation_samples),
+    "stability.max_nonfinite_steps": (5, patience),
+    "telemetry.console": ("lines", console_mode),
+    "telemetry.peak_tflops": (3.0, mfu_denominator),
+    "telemetry.wandb.mode": ("disabled", wandb_run),
+    "telemetry.wandb.project": ("another", wandb_run),
+    "telemetry.wandb.entity": ("another", wandb_run),
+    "telemetry.wandb.group": ("another", wandb_run),
+    "telemetry.wandb.tags": ("[another]", wandb_run),
+}
+
+UNSEEN = {
+    "model.name": "a label: says in the saved configuration which preset the numbers came from",
+    "data.name": "a label, as model.name",
+    "attention.base.name": "one choice so far; another registers with its own options",
+    "stability.policy": "one choice so far",
+}
+
+
+def test_every_field_is_listed_once() -> None:
+    leaves = {key for preset in PRESETS for key in flatten(to_plain(compose([f"attention={preset}"])))}
+    assert leaves == CHANGES.keys() | UNSEEN.keys()
+    assert not CHANGES.keys() & UNSEEN.keys()
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_another_value_is_seen(
+    field: str, configuration: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value, observable, *needs = CHANGES[field]
+    names = observable.__code__.co_varnames[1 : observable.__code__.co_argcount]
+    before, after = (
+        observable(compose(overrides), **{name: {"patch": monkeypatch, "tmp_path": where}[name] for name in names})
+        for overrides, where in (
+            (configuration(*needs), _folder(tmp_path / "before")),
+            (configuration(*needs, f"++{field}={value}"), _folder(tmp_path / "after")),
+        )
+    )
+    assert before != after
+
+
+@pytest.fixture
+def configuration(small: list[str], dataset: Path, other_dataset: Path) -> Callable[..., list[str]]:
+    """`configuration(*overrides)`: a small configuration that has every field, some of them changed."""
+
+    def make(*overrides: str) -> list[str]:
+        base = [
+            *small,
+            "attention=kha_mlp",
+            "telemetry.wandb.mode=offline",
+            "run.steps=4",
+            "run.dir=runs/one",
+            "run.name=one",
+            "checkpoint.every_steps=2",
+            "checkpoint.keep_last=2",
+            "validation.every_steps=2",
+            "optim.schedule.warmup=0.25",
+        ]
+        return base + [override.replace("{other}", str(other_dataset)) for override in overrides]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def other_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other documents of the same vocabulary."""
+    directory = tmp_path_factory.mktemp("other")
+    write_dataset(directory, vocab_size=256, documents=100, seed=9)
+    return directory
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path
