@@ -1,0 +1,72 @@
+"""The set-up is repeatable and never pulls another torch build; nothing in it belongs to one machine."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def _constraints() -> dict[str, Version]:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pairs = [line.split("==") for line in lines]
+    return {canonicalize_name(name): Version(version) for name, version in pairs}
+
+
+def test_every_requirement_but_the_gpu_extra_is_pinned_to_a_version_it_admits() -> None:
+    extras = PROJECT["optional-dependencies"]
+    for text in [*PROJECT["dependencies"], *extras["dev"], *extras["export"]]:
+        requirement = Requirement(text)
+        assert _constraints()[canonicalize_name(requirement.name)] in requirement.specifier, text
+
+
+def test_torch_is_pinned_without_a_build_so_that_any_flavour_satisfies_it() -> None:
+    assert _constraints()["torch"] == Version("2.13.0")
+    assert not [name for name, version in _constraints().items() if version.local]
+
+
+def test_every_install_of_the_makefile_passes_the_constraints() -> None:
+    installs = re.findall(r"pip install.*", (ROOT / "Makefile").read_text())
+    assert installs and all("-c constraints.txt" in install for install in installs)
+
+
+def test_no_extra_names_megablocks_whose_pins_exclude_every_current_torch() -> None:
+    requirements = [text for group in PROJECT["optional-dependencies"].values() for text in group]
+    assert not [text for text in requirements if "megablocks" in text]
+
+
+def test_ci_runs_lint_and_tests_and_fails_with_them(tmp_path: Path) -> None:
+    """With a `make` that only writes down what it is asked, and fails when told to."""
+    make = tmp_path / "make"
+    make.write_text('#!/bin/sh\necho "$@" >> "$LOG"\ntest "$1" != "$FAILS"\n')
+    make.chmod(0o755)
+    for fails, asked in (("none", ["lint", "test"]), ("test", ["lint", "test"]), ("lint", ["lint"])):
+        log = tmp_path / fails
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "LOG": str(log), "FAILS": fails}
+        ended = subprocess.run([ROOT / ".ci" / "run"], env=environment, check=False)
+        assert log.read_text().split() == asked
+        assert (ended.returncode == 0) == (fails == "none")
+
+
+def test_a_second_set_up_has_nothing_to_do(tmp_path: Path) -> None:
+    """Stamps newer than pyproject.toml and constraints.txt leave `make` only the command itself to run."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / ".venv").mkdir()
+    fresh = _planned("test", tmp_path)
+    assert "venv" in fresh and fresh.count("pip install") == 2
+    for stamp in (".core", ".dev"):
+        (tmp_path / ".venv" / stamp).touch()
+    assert "pip install" not in _planned("test", tmp_path) + _planned("quickstart", tmp_path)
+
+
+def _planned(target: str, where: Path) -> str:
+    return subprocess.run(["make", "-n", target], cwd=where, capture_output=True, text=True, check=True).stdout
