@@ -26,9 +26,9 @@ def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], weight_dec
 
 
 def learning_rate(optim: OptimSection, step: int, steps: int) -> float:
-    """The rate of optimiser step `step` (1 .. `steps`): linear warm-up to `lr`, then the schedule, down to `final` x lr.
+    """The rate of optimiser step `step` (1 .. `steps`): linear warm-up to `lr`, then the schedule to `final` x lr.
 
-    `cosine` falls over all steps after the warm-up; `wsd` stays at `lr` and falls linearly over the last share `decay`.
+    `cosine` falls over all steps after the warm-up; `wsd` stays at `lr` and falls linearly over the last `decay`.
     """
     schedule = optim.schedule
     floor = optim.lr * schedule.final
