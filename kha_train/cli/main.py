@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-import click
 import typer
 
 from kha_train.cli import compare, data, quickstart, train
@@ -27,16 +26,11 @@ def run(arguments: Sequence[str] | None = None) -> None:
     KHA_DEBUG=1 adds the traceback. Under torchrun only rank 0 prints what all ranks agreed on.
     """
     try:
-        code = app(args=arguments, standalone_mode=False)
+        # Typer itself ends the process: 0, 2 after a usage error told in its own words, 130 after Ctrl-C.
+        app(args=arguments)
     except KhaError as error:
         if os.environ.get("KHA_DEBUG") == "1":
             raise
         if os.environ.get("RANK", "0") == "0":
             print(error.line(), file=sys.stderr, flush=True)
-        code = error.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        code = 130
-    sys.exit(code)
+        sys.exit(error.exit_code)

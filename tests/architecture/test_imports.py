@@ -28,7 +28,6 @@ WITHOUT_TORCH = {"kha_train", "errors", "stability", "config", "record", "cli"}
 """Rooms that never import torch themselves: settings, records and help must not wait for it."""
 
 AT_THE_TOP = {
-    "click": ("kha_train/cli/",),
     "typer": ("kha_train/cli/",),
     "rich": ("kha_train/cli/", "kha_train/telemetry/", "kha_train/analysis/"),
     "yaml": ("kha_train/config/compose.py", "kha_train/train/", "kha_train/analysis/"),

@@ -181,6 +181,17 @@ def test_a_mistake_is_one_line_with_field_value_allowed_and_fix(
     assert "Traceback" not in printed.err
 
 
+@pytest.mark.parametrize("arguments", [["trian"], ["quickstart", "--stps", "3"], ["compare"], ["data", "tokenize"]])
+def test_a_mistyped_command_is_told_without_a_traceback(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(arguments)
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "Usage" in printed and "Traceback" not in printed
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_batch_that_does_not_divide_says_which_would(world_size: int) -> None:
     config = compose(["data.global_batch_size=18", "engine.micro_batch_size=4"])
