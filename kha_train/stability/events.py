@@ -1,0 +1,231 @@
+"""The event detector: a spike is what rises out of the noise of its own curve, from its first step to its last.
+
+The baseline is the last 128 values that belong to no event: a spike neither hides the next one nor widens its own
+scale. With m their median and s = max(1.4826 MAD, 0.001), an event opens at z = (x - m) / s >= 7 (and clearly beyond
+the baseline's own extremes, see `TAIL`) or at a value that is not finite; m and s stand still while it is open; three
+consecutive z < 2 close it and join the baseline. After 2,000 steps it is given up as unrecovered (a level shift), and
+the baseline starts again from the last 128 values. A falling or slowly drifting loss opens nothing: the trend inside
+the window widens s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from kha_train.stability.baseline import MAD_TO_SIGMA, Baseline
+from kha_train.stability.window import usable
+
+BASELINE, MIN_BASELINE = 128, 64
+SCALE_FLOOR = 1e-3
+OPEN_Z, CLOSE_Z, CLOSE_COUNT = 7.0, 2.0, 3
+TAIL = 1.5
+"""An event opens only this many times beyond the largest deviation in the baseline: noise with heavy tails raises its
+own threshold."""
+MAX_STEPS = 2000
+NARROW = 10
+"""Events up to this width (steps) are narrow. The boundary is this project's own."""
+
+
+class Observation(NamedTuple):
+    """What a curve says of one optimiser step. `loss` is the token cross-entropy in nats, `grad_norm` the norm before
+    clipping (nan: not known), `tokens` those read up to and with this step, samples the batch's global numbers."""
+
+    step: int
+    loss: float
+    grad_norm: float = math.nan
+    tokens: int = 0
+    lr: float = math.nan
+    samples_first: int = -1
+    samples_last: int = -1
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step could be applied: a finite loss, and no norm that is known to be infinite or undefined."""
+        return usable(self.loss) and (math.isnan(self.grad_norm) or usable(self.grad_norm))
+
+
+@dataclass
+class SpikeEvent:
+    """One event. `baseline` and `scale` are m and s at its opening (nan: no value before it), `height` max(x - m) and
+    `area` the sum of (x - m)+ over its finite values, `gnorm_peak_ratio` the largest norm over the mean of the 128
+    before it. `width` counts steps from the first to the last outside the noise."""
+
+    start_step: int
+    end_step: int
+    tokens: int
+    lr: float
+    samples_first: int
+    samples_last: int
+    baseline: float
+    scale: float
+    gnorm_before: float
+    height: float = 0.0
+    area: float = 0.0
+    gnorm_peak: float = math.nan
+    nonfinite_steps: int = 0
+    recovered: bool = False
+    open: bool = True
+
+    @property
+    def width(self) -> int:
+        """Steps from the first to the last, both included."""
+        return self.end_step - self.start_step + 1
+
+    @property
+    def kind(self) -> str:
+        """narrow, wide or unrecovered; one that is open at the end of the curve has not recovered either."""
+        if not self.recovered:
+            return "unrecovered"
+        return "narrow" if self.width <= NARROW else "wide"
+
+    @property
+    def gnorm_peak_ratio(self) -> float:
+        """Largest gradient norm of the event / mean before it; nan when either is not known."""
+        return self.gnorm_peak / self.gnorm_before if self.gnorm_before > 0 else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, and `width`, `class`, `rel_height` (height / m), `gnorm_peak_ratio`."""
+        derived = {
+            "width": self.width,
+            "class": self.kind,
+            "rel_height": self.height / abs(self.baseline) if self.baseline else math.nan,
+            "gnorm_peak_ratio": self.gnorm_peak_ratio,
+        }
+        return {**asdict(self), **derived}
+
+
+class Reading(NamedTuple):
+    """What the detector made of one step: `z` (nan: no baseline yet), whether the step stands out by itself, whether
+    it opened an event, and the event it closed."""
+
+    z: float
+    flagged: bool
+    opened: bool
+    closed: SpikeEvent | None
+
+
+@dataclass
+class EventDetector:
+    """Feed every step to `update`; `event` is the one that is open. `state` and `restore` are a whole resume."""
+
+    baseline: Baseline = field(default_factory=lambda: Baseline(BASELINE))
+    event: SpikeEvent | None = None
+    open_steps: int = 0
+    _calm: list[float] = field(default_factory=list)
+    _recent: deque[float] = field(default_factory=lambda: deque(maxlen=BASELINE))
+
+    def update(self, seen: Observation, gnorm_before: float = math.nan) -> Reading:
+        """Take in one step; `gnorm_before` is the usual gradient norm, kept when an event opens."""
+        if self.event is not None:
+            return self._inside(self.event, seen)
+        if not seen.finite:
+            self._open(seen, gnorm_before)
+            return Reading(math.nan, True, True, None)
+        if len(self.baseline) < MIN_BASELINE:
+            self.baseline.push(seen.loss)
+            return Reading(math.nan, False, False, None)
+        median, scale = self._normal()
+        z = (seen.loss - median) / scale
+        if z >= OPEN_Z and seen.loss - median >= TAIL * self.baseline.largest_deviation():
+            self._open(seen, gnorm_before)
+            return Reading(z, True, True, None)
+        self.baseline.push(seen.loss)
+        return Reading(z, False, False, None)
+
+    def rebase(self) -> SpikeEvent | None:
+        """Forget what was normal, because a change is planned here (another data mixture, another rate).
+
+        Nothing finite opens an event before 64 further steps. Returns the event this closes, if one was open.
+        """
+        event, self.event = self.event, None
+        self.baseline = Baseline(BASELINE)
+        if event is not None:
+            event.open = False
+        return event
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as plain JSON values."""
+        return {
+            "baseline": self.baseline.values,
+            "event": None if self.event is None else asdict(self.event),
+            "open_steps": self.open_steps,
+            "calm": list(self._calm),
+            "recent": list(self._recent),
+        }
+
+    @staticmethod
+    def restore(state: dict[str, Any]) -> EventDetector:
+        """The detector that gave `state`."""
+        event = state["event"]
+        return EventDetector(
+            Baseline(BASELINE, state["baseline"]),
+            None if event is None else SpikeEvent(**event),
+            state["open_steps"],
+            list(state["calm"]),
+            deque(state["recent"], maxlen=BASELINE),
+        )
+
+    def _normal(self) -> tuple[float, float]:
+        return self.baseline.median(), max(MAD_TO_SIGMA * self.baseline.median_deviation(), SCALE_FLOOR)
+
+    def _open(self, seen: Observation, gnorm_before: float) -> None:
+        median, scale = self._normal() if len(self.baseline) else (math.nan, SCALE_FLOOR)
+        self.event = SpikeEvent(
+            start_step=seen.step,
+            end_step=seen.step,
+            tokens=seen.tokens,
+            lr=seen.lr,
+            samples_first=seen.samples_first,
+            samples_last=seen.samples_last,
+            baseline=median,
+            scale=scale,
+            gnorm_before=gnorm_before,
+        )
+        self.open_steps, self._calm = 1, []
+        self._recent.clear()
+        self._add(self.event, seen)
+
+    def _inside(self, event: SpikeEvent, seen: Observation) -> Reading:
+        self.open_steps += 1
+        # An event that began before any value had been seen ends with the first three finite ones.
+        z = 0.0 if math.isnan(event.baseline) else (seen.loss - event.baseline) / event.scale
+        if seen.finite and z < CLOSE_Z:
+            self._calm.append(seen.loss)
+            self._recent.append(seen.loss)
+            if len(self._calm) == CLOSE_COUNT:
+                for loss in self._calm:
+                    self.baseline.push(loss)
+                return Reading(z, False, False, self._close(recovered=True))
+        else:
+            self._add(event, seen)
+        closed = None
+        if self.open_steps >= MAX_STEPS:
+            event.end_step = seen.step
+            self.baseline = Baseline(BASELINE, self._recent)
+            closed = self._close(recovered=False)
+        return Reading(z if seen.finite else math.nan, not seen.finite or z >= OPEN_Z, False, closed)
+
+    def _add(self, event: SpikeEvent, seen: Observation) -> None:
+        """Count the step, and the calm ones before it that turned out to lie inside, to the event."""
+        event.end_step, event.samples_last = seen.step, seen.samples_last
+        if usable(seen.loss):
+            self._recent.append(seen.loss)
+        # Nothing stands above a baseline that does not exist.
+        for loss in [*self._calm, seen.loss] if not math.isnan(event.baseline) else []:
+            if usable(loss):
+                event.height = max(event.height, loss - event.baseline)
+                event.area += max(loss - event.baseline, 0.0)
+        self._calm = []
+        event.nonfinite_steps += not seen.finite
+        if not math.isnan(seen.grad_norm):
+            event.gnorm_peak = seen.grad_norm if math.isnan(event.gnorm_peak) else max(event.gnorm_peak, seen.grad_norm)
+
+    def _close(self, recovered: bool) -> SpikeEvent:
+        event, self.event = self.event, None
+        assert event is not None
+        event.recovered, event.open = recovered, False
+        self._calm = []
+        return event

@@ -1,0 +1,107 @@
+"""Everything that is measured of a curve, step by step: one `Monitor` online, the same one over a finished curve."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from kha_train.stability.divergence import DivergenceGuard
+from kha_train.stability.events import EventDetector, Observation, SpikeEvent
+from kha_train.stability.scores import SHORT_SIGMA, SignalScores
+
+
+class Verdict(NamedTuple):
+    """What a step is, before anything is done about it.
+
+    `flagged`: it stands out by itself (robust z of the loss, or not finite); `gnorm_z` its gradient norm over the last
+    128; `opened`: an event begins here; `closed`: the event that ended here; `open_steps`: how long the open one has
+    lasted, this step included (0: none); `diverged`: the loss guard fires here; `metrics`: the `spike/*` values of the
+    metrics line.
+    """
+
+    finite: bool
+    flagged: bool
+    gnorm_z: float
+    opened: bool
+    closed: SpikeEvent | None
+    open_steps: int
+    diverged: bool
+    nonfinite_in_a_row: int
+    metrics: dict[str, float]
+
+
+@dataclass
+class Monitor:
+    """Detectors and scores of one curve. `update` once a step, in order; `state` and `restore` are a whole resume."""
+
+    events: EventDetector = field(default_factory=EventDetector)
+    loss: SignalScores = field(default_factory=SignalScores)
+    grad_norm: SignalScores = field(default_factory=SignalScores)
+    guard: DivergenceGuard = field(default_factory=DivergenceGuard)
+    closed: dict[str, int] = field(default_factory=lambda: {"narrow": 0, "wide": 0, "unrecovered": 0})
+    nonfinite_steps: int = 0
+
+    def update(self, seen: Observation) -> Verdict:
+        """Take in one step of the curve."""
+        reading = self.events.update(seen, self.grad_norm.short.mean)
+        if reading.closed is not None:
+            self.closed[reading.closed.kind] += 1
+        loss_z = self.loss.update(seen.loss)
+        # A norm that is not known is no norm: a curve may come without one.
+        gnorm_z = math.nan if math.isnan(seen.grad_norm) else self.grad_norm.update(seen.grad_norm)
+        finite = seen.finite
+        self.nonfinite_steps += not finite
+        diverged = self.guard.update(seen.loss, finite)
+        is_open = self.events.event is not None
+        metrics = {
+            "spike/z": reading.z,
+            "spike/open": int(is_open),
+            "spike/events_total": sum(self.closed.values()) + is_open,
+            "spike/narrow_total": self.closed["narrow"],
+            "spike/wide_total": self.closed["wide"],
+            "spike/unrecovered_total": self.closed["unrecovered"],
+            "spike/olmo_loss_score": self.loss.both_sides.percent,
+            "spike/olmo_loss_score_w10k": self.loss.both_sides.recent_percent,
+            "spike/olmo_loss_up_score": self.loss.upward.percent,
+            "spike/olmo_gnorm_score": self.grad_norm.both_sides.percent,
+            "spike/olmo_gnorm_score_w10k": self.grad_norm.both_sides.recent_percent,
+            "spike/z128_loss": loss_z,
+            "spike/z128_gnorm": gnorm_z,
+            "spike/z128_flag": int(loss_z > SHORT_SIGMA or gnorm_z > SHORT_SIGMA),
+            "train/nonfinite_steps": self.nonfinite_steps,
+        }
+        return Verdict(
+            finite=finite,
+            flagged=reading.flagged,
+            gnorm_z=gnorm_z,
+            opened=reading.opened,
+            closed=reading.closed,
+            open_steps=self.events.open_steps if is_open else 0,
+            diverged=diverged,
+            nonfinite_in_a_row=self.guard.nonfinite_in_a_row,
+            metrics=metrics,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as plain JSON values: what a checkpoint keeps."""
+        return {
+            "events": self.events.state(),
+            "loss": self.loss.state(),
+            "grad_norm": self.grad_norm.state(),
+            "guard": self.guard.state(),
+            "closed": dict(self.closed),
+            "nonfinite_steps": self.nonfinite_steps,
+        }
+
+    @staticmethod
+    def restore(state: dict[str, Any]) -> Monitor:
+        """The monitor that gave `state`; from here on it says what that one would have said."""
+        return Monitor(
+            EventDetector.restore(state["events"]),
+            SignalScores.restore(state["loss"]),
+            SignalScores.restore(state["grad_norm"]),
+            DivergenceGuard.restore(state["guard"]),
+            dict(state["closed"]),
+            state["nonfinite_steps"],
+        )

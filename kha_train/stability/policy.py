@@ -1,0 +1,94 @@
+"""What is done about a bad step, decided from its `Verdict` alone: every rank that holds the same loss and the same
+norm decides the same.
+
+| policy | a step that is not finite | a flagged finite step | an event that lasts, a loss beyond all reason |
+|---|---|---|---|
+| observe | discarded | applied | reported |
+| skip | discarded | discarded, at most `max_skips` in a row | reported |
+| rewind | discarded | applied | back to a checkpoint, its data left out; at most `max_rewinds` times, then abort |
+| abort | discarded | applied | an event that lasts is reported, a loss beyond all reason ends the run |
+
+Under every policy `max_nonfinite_steps` non-finite steps in a row end the run (rewind first goes back).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from kha_train.stability.monitor import Verdict
+from kha_train.stability.scores import SHORT_SIGMA
+
+PolicyName = Literal["observe", "skip", "rewind", "abort"]
+
+
+class Decision(NamedTuple):
+    """`apply` the update or discard it, `then` go on, rewind or abort; `reason` says why, empty for a plain step."""
+
+    apply: bool
+    then: Literal["go on", "rewind", "abort"] = "go on"
+    reason: str = ""
+
+
+@dataclass
+class Policy:
+    """`name` and its bounds; the counters are its state.
+
+    `rewind_after` is how many steps an event may stay open before the run goes back. `rewinds` counts those made and
+    survives a rewind: it is not taken back with the rest.
+    """
+
+    name: PolicyName
+    max_nonfinite_steps: int
+    max_skips: int
+    rewind_after: int
+    max_rewinds: int
+    skips_in_a_row: int = 0
+    rewinds: int = 0
+
+    def decide(self, verdict: Verdict) -> Decision:
+        """The decision about the step of `verdict`, before the optimiser sees it."""
+        lost = self._lost(verdict)
+        if lost and self.name == "rewind":
+            if self.rewinds < self.max_rewinds:
+                return Decision(False, "rewind", lost)
+            return Decision(False, "abort", f"{lost}, after {self.rewinds} rewinds")
+        if verdict.nonfinite_in_a_row >= self.max_nonfinite_steps:
+            return Decision(False, "abort", lost)
+        if not verdict.finite:
+            return Decision(False, reason="not finite")
+        if self.name == "abort" and verdict.diverged:
+            return Decision(False, "abort", lost)
+        if self.name == "skip":
+            return self._skip(verdict)
+        return Decision(True)
+
+    def state(self) -> dict[str, Any]:
+        """The counters, as plain JSON values."""
+        return {"skips_in_a_row": self.skips_in_a_row, "rewinds": self.rewinds}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the counters of `state`."""
+        self.skips_in_a_row, self.rewinds = state["skips_in_a_row"], state["rewinds"]
+
+    def _lost(self, verdict: Verdict) -> str:
+        """Why the run, and not just the step, is in trouble; empty when it is not."""
+        if verdict.nonfinite_in_a_row >= self.max_nonfinite_steps:
+            return f"loss or gradient was not finite {verdict.nonfinite_in_a_row} steps in a row"
+        if verdict.diverged:
+            return "the loss was at least twice its mean of the 100 steps before, 5 steps in a row"
+        if self.name == "rewind" and verdict.open_steps == self.rewind_after:
+            return f"a spike has not ended within {self.rewind_after} steps"
+        return ""
+
+    def _skip(self, verdict: Verdict) -> Decision:
+        """Flagged by the loss, or by OLMo-core's rule on the gradient norm. Bounded, for a shift that stays is no
+        spike, and a run that skips for ever learns nothing."""
+        steep = verdict.gnorm_z > SHORT_SIGMA
+        if not (verdict.flagged or steep):
+            self.skips_in_a_row = 0
+            return Decision(True)
+        if self.skips_in_a_row >= self.max_skips:
+            return Decision(True, reason=f"flagged, but {self.max_skips} were skipped in a row")
+        self.skips_in_a_row += 1
+        return Decision(False, reason="loss spike" if verdict.flagged else "gradient norm beyond 6 sd of the last 128")

@@ -1,0 +1,128 @@
+"""Statistics of the events of a run: how many, how often, how large; and which are shared between runs.
+
+None of these is defined by a paper: the KHA paper names stability as its second claim and gives no metric for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from kha_train.stability.events import SpikeEvent
+
+SPIKES = ("narrow", "wide")
+"""The classes that count as spikes. An unrecovered event is a level shift or a divergence, and is told apart."""
+BILLION = 1e9
+NEIGHBOURHOOD = 2
+"""Events of two runs are the same when they touch within so many steps."""
+
+
+def poisson_interval(count: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The exact (Garwood) interval of a Poisson mean of which `count` events were seen."""
+    tail = (1 - confidence) / 2
+    low = 0.0 if count == 0 else _solve(lambda mean: 1 - _poisson_cdf(count - 1, mean) - tail, count)
+    high = _solve(lambda mean: tail - _poisson_cdf(count, mean), count)
+    return low, high
+
+
+def rate(count: int, exposure: float) -> dict[str, float]:
+    """`count` per unit of `exposure` with its 95 % Poisson interval; all nan without exposure."""
+    if exposure <= 0:
+        return {"value": math.nan, "low": math.nan, "high": math.nan}
+    low, high = poisson_interval(count)
+    return {"value": count / exposure, "low": low / exposure, "high": high / exposure}
+
+
+def summarise(events: Sequence[SpikeEvent], *, first_step: int, last_step: int, tokens: int) -> dict[str, Any]:
+    """Counts, sizes and rates of a run's `events` over the steps `first_step` .. `last_step` and `tokens` (0: unknown).
+
+    `spikes` are narrow and wide events; `area_total` and `max_height` are theirs alone. The halves are halves of the
+    steps.
+    """
+    steps = last_step - first_step + 1
+    spikes = [event for event in events if event.kind in SPIKES]
+    middle = first_step + steps / 2
+    first_half = sum(event.start_step < middle for event in spikes)
+    return {
+        "steps": steps,
+        "tokens": tokens,
+        "events_total": len(events),
+        "spikes": len(spikes),
+        **{f"{kind}_total": sum(event.kind == kind for event in events) for kind in (*SPIKES, "unrecovered")},
+        "nonfinite_steps": sum(event.nonfinite_steps for event in events),
+        "first_half": first_half,
+        "second_half": len(spikes) - first_half,
+        "steps_in_spike_frac": sum(event.width for event in spikes) / max(steps, 1),
+        "area_total": math.fsum(event.area for event in spikes),
+        "max_height": max((event.height for event in spikes), default=0.0),
+        "rates": {
+            "per_1k_steps": rate(len(spikes), steps / 1000),
+            "per_billion_tokens": rate(len(spikes), tokens / BILLION),
+            "wide_per_1k_steps": rate(sum(event.kind == "wide" for event in spikes), steps / 1000),
+            "first_half_per_1k_steps": rate(first_half, steps / 2000),
+            "second_half_per_1k_steps": rate(len(spikes) - first_half, steps / 2000),
+        },
+    }
+
+
+def shared_events(runs: Sequence[Sequence[SpikeEvent]]) -> list[list[bool]]:
+    """For every event of every run, whether another run has one at the same place.
+
+    Runs over the same data in the same order that spike at the same step were struck by that data; what only one of
+    them shows is its own.
+    """
+    return [
+        [any(_touch(event, other) for i, others in enumerate(runs) if i != number for other in others) for event in run]
+        for number, run in enumerate(runs)
+    ]
+
+
+def tail_gap(curve: Sequence[tuple[float, float]], reference: Sequence[tuple[float, float]]) -> dict[str, float | int]:
+    """Mean of loss - reference loss at equal tokens, over the last half of the tokens both have seen.
+
+    Points are (tokens, loss) in order of tokens; the reference is interpolated linearly. Non-finite losses are left
+    out. `points` is how many entered; the gap is nan when there is none.
+    """
+    curve = [point for point in curve if math.isfinite(point[1])]
+    reference = [point for point in reference if math.isfinite(point[1])]
+    if not curve or not reference:
+        return {"gap": math.nan, "points": 0}
+    end = min(curve[-1][0], reference[-1][0])
+    differences = []
+    place = 0
+    for tokens, loss in curve:
+        if not (max(end / 2, reference[0][0]) <= tokens <= end):
+            continue
+        while place + 1 < len(reference) and reference[place + 1][0] <= tokens:
+            place += 1
+        differences.append(loss - _interpolated(reference, place, tokens))
+    return {"gap": math.fsum(differences) / len(differences) if differences else math.nan, "points": len(differences)}
+
+
+def _interpolated(points: Sequence[tuple[float, float]], place: int, tokens: float) -> float:
+    left, value = points[place]
+    if left == tokens or place + 1 == len(points):
+        return value
+    right, next_value = points[place + 1]
+    return value + (next_value - value) * (tokens - left) / (right - left)
+
+
+def _touch(one: SpikeEvent, other: SpikeEvent) -> bool:
+    return one.start_step <= other.end_step + NEIGHBOURHOOD and other.start_step <= one.end_step + NEIGHBOURHOOD
+
+
+def _poisson_cdf(count: int, mean: float) -> float:
+    """P(N <= count). Terms in logarithms, so that large means do not underflow before they are summed."""
+    if mean <= 0:
+        return 1.0
+    return math.fsum(math.exp(k * math.log(mean) - mean - math.lgamma(k + 1)) for k in range(count + 1))
+
+
+def _solve(rising: Any, count: int) -> float:
+    """The root of a rising function of the mean, by bisection."""
+    low, high = 0.0, count + 10 * math.sqrt(count + 1) + 10
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
+    return (low + high) / 2
