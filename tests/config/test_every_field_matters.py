@@ -20,6 +20,7 @@ import wandb
 from data_tools.synthetic import write_dataset
 from kha_train import RunConfig, build_decoder, compose, distributed, open_stream
 from kha_train.config.build import flatten, to_plain
+from kha_train.config.compose import shipped
 from kha_train.data.stream import validation_batches
 from kha_train.distributed import World
 from kha_train.engine.deepspeed import Engine, _settings, resolve_dtype
@@ -35,7 +36,7 @@ from kha_train.train import run as train_run
 from kha_train.train.resume import Progress
 from kha_train.train.session import Session
 
-PRESETS = ("gqa", "mha", "mqa", "kha_linear", "kha_mlp")
+PRESETS = sorted(path.stem for path in (shipped("configs") / "attention").glob("*.yaml"))
 
 
 class _Asked(Exception):
@@ -75,13 +76,13 @@ def first_loss(config: RunConfig) -> Any:
 def kernels(config: RunConfig) -> Any:
     """The functions chosen to compute attention and experts: backends agree on results, so only they can tell."""
     block = build_decoder(config).blocks[0]
-    return block.attention.attend.__name__, block.moe.experts.run.__name__
+    return block.attention.attend.__name__, block.feed_forward.experts.run.__name__
 
 
 def bias_after_a_step(config: RunConfig) -> Any:
     """Selection biases after an uneven load."""
     decoder = build_decoder(config)
-    decoder.update_selection_bias(torch.arange(config.model.layers * config.moe.experts).view(config.model.layers, -1))
+    decoder.finish_step(torch.arange(config.model.layers * config.moe.experts).view(config.model.layers, -1))
     return decoder.selection_bias_LE().tolist()
 
 
