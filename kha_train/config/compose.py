@@ -5,6 +5,8 @@ Hydra merges, nothing more: it never changes the working directory, never makes 
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,9 +47,50 @@ def load(path: Path) -> RunConfig:
     return config
 
 
+def load_plain(path: Path) -> dict[str, Any]:
+    """The values saved in a run directory as they are, of whatever version; empty when there is no such file."""
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+
+
 def dump(config: RunConfig) -> str:
     """`config` as the YAML text that `load` reads back equal."""
     return yaml.safe_dump(to_plain(config), sort_keys=False)
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """The points of a grid: `attention=gqa,kha_mlp run.seed=0,1` is four lists of overrides, the last key fastest.
+
+    Hydra's grammar decides what is a list of choices (`a,b`, `choice(a,b)`, `range(0,3)`) and what is one value
+    (`[a,b]`, `'a,b'`). What is not swept stays as it was typed. Raises ConfigError for what does not parse.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        choices = [
+            [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+            if one.is_discrete_sweep()
+            else [text]
+            for one, text in zip(parsed, overrides, strict=True)
+        ]
+    except HydraException as error:
+        raise ConfigError(" ".join(str(error).split()), field="override", value=" ".join(overrides)) from None
+    return [list(point) for point in itertools.product(*choices)]
+
+
+def quoted(value: str) -> str:
+    """`value` as the right side of an override that Hydra reads back to exactly this text.
+
+    Raises ConfigError for a text with an interpolation, which cannot be written as a plain value.
+    """
+    if re.fullmatch(r"[A-Za-z_./][\w./-]*", value):
+        return value
+    if "${" in value:
+        raise ConfigError("a plain value has no interpolation", field="override", value=value)
+    # Between quotes only quotes are special, and backslashes right before one.
+    inside = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    return "'" + re.sub(r"(\\+)$", r"\1\1", inside) + "'"
 
 
 def _merge(overrides: list[str]) -> dict[str, Any]:

@@ -5,14 +5,16 @@ Console and W&B are mirrors of what is written here; comparison, resume and test
 
 from __future__ import annotations
 
+from kha_train.record.lock import heartbeat_age, read_owner
 from kha_train.record.markers import Marker, clear_marker, has_marker, set_marker
-from kha_train.record.metrics import METRICS, TIMING_KEYS, Metric
+from kha_train.record.metrics import METRICS, RECORD_ONLY, TIMING_KEYS, Metric
 from kha_train.record.reader import read_discarded, read_events, read_metrics, read_run
 from kha_train.record.record import Record, SilentRecord
 from kha_train.record.redact import Redactor
 
 __all__ = [
     "METRICS",
+    "RECORD_ONLY",
     "TIMING_KEYS",
     "Marker",
     "Metric",
@@ -21,9 +23,11 @@ __all__ = [
     "SilentRecord",
     "clear_marker",
     "has_marker",
+    "heartbeat_age",
     "read_discarded",
     "read_events",
     "read_metrics",
+    "read_owner",
     "read_run",
     "set_marker",
 ]

@@ -1,42 +1,155 @@
-"""One live process owns a run directory. The kernel drops the lock when the process ends, however it ends."""
+"""One live process owns a run directory.
+
+Two witnesses, because neither is enough alone. A POSIX lock on `.lock` is dropped by the kernel when its process ends,
+however it ends; but some network file systems keep such locks to one machine, or have none. So the owner also writes
+its name and a beat into `owner.json` every few seconds. Whoever finds the lock free but another machine's name in that
+file watches it for three beats: if it moves, the owner lives. No two clocks are compared.
+
+A requeued SLURM job has the id it had before: it takes its directory back at once, and an owner that finds another
+name in the file has been replaced (its node was cut off, say) and ends at once, so that no two write.
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import socket
+import sys
+import threading
+import time
+import uuid
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from kha_train.errors import RunDirectoryInUse
 
 LOCK_FILE = ".lock"
+OWNER_FILE = "owner.json"
+BEAT_SECONDS = 5.0
 
 
-def take_lock(run_dir: Path) -> IO[str]:
-    """Locks `run_dir` until the returned file is closed or the process dies.
+class RunLock:
+    """The ownership of `run_dir` from construction to `close()`.
 
-    A POSIX record lock: unlike `flock` it is not inherited by forked children, so an orphaned worker of a killed run
-    cannot keep its successor out. Two records of one process do not exclude each other. On a file system without
-    locks nothing is locked. Raises RunDirectoryInUse, naming the owner.
+    The POSIX lock is not inherited by forked children (unlike `flock`), so an orphaned worker of a killed run cannot
+    keep its successor out; two of one process do not exclude each other. Raises RunDirectoryInUse, naming the owner.
     """
-    file = (run_dir / LOCK_FILE).open("a+", encoding="utf-8")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return file
-        file.seek(0)
-        owner = file.read().strip() or "unknown"
-        file.close()
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir, self._closed = run_dir, threading.Event()
+        self._me = {
+            "token": uuid.uuid4().hex,
+            "process": os.getpid(),
+            "host": socket.gethostname(),
+            "job": os.environ.get("SLURM_JOB_ID", ""),
+            "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
+        }
+        self._file = (run_dir / LOCK_FILE).open("a")
+        try:
+            self._take()
+        except RunDirectoryInUse:
+            self._file.close()
+            raise
+        self._thread = threading.Thread(target=self._beat, name="run directory owner", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Give the directory free."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._thread.join()
+        if read_owner(self._run_dir).get("token") == self._me["token"]:
+            (self._run_dir / OWNER_FILE).unlink(missing_ok=True)
+        self._file.close()
+
+    def _take(self) -> None:
+        locked, owner = _try_lock(self._file.fileno()), read_owner(self._run_dir)
+        requeued = bool(self._me["job"]) and owner.get("job") == self._me["job"]
+        requeued = requeued and owner.get("restart") != self._me["restart"]
+        if locked is False and not requeued:
+            self._refuse(owner)
+        elsewhere = owner and (locked is None or owner.get("host") != self._me["host"])
+        if elsewhere and not requeued and _moves(self._run_dir, owner):
+            self._refuse(owner)
+        self._write(0)
+        # The owner before this restart reads our name at its next beat and ends; then the lock is free.
+        deadline = time.monotonic() + 3 * BEAT_SECONDS
+        while locked is False and time.monotonic() < deadline:
+            time.sleep(BEAT_SECONDS / 10)
+            locked = _try_lock(self._file.fileno())
+
+    def _refuse(self, owner: dict[str, Any]) -> None:
+        job = f", SLURM job {owner['job']}" if owner.get("job") else ""
+        name = f"process {owner.get('process')} on {owner.get('host')}{job}" if owner else "unknown"
         raise RunDirectoryInUse(
-            f"another process is training here: {owner}",
+            f"another process is training here: {name}",
             field="run.dir",
-            value=str(run_dir),
+            value=str(self._run_dir),
             fix="wait for it or stop it, or choose another run.dir",
-        ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
+        )
+
+    def _write(self, beat: int) -> None:
+        beside = self._run_dir / f".{OWNER_FILE}.{self._me['token']}"
+        beside.write_text(json.dumps({**self._me, "beat": beat}) + "\n", encoding="utf-8")
+        os.replace(beside, self._run_dir / OWNER_FILE)
+
+    def _beat(self) -> None:
+        beat = 0
+        while not self._closed.wait(BEAT_SECONDS):
+            beat += 1
+            try:
+                owner = read_owner(self._run_dir)
+                if owner and owner.get("token") != self._me["token"]:
+                    self._replaced_by(owner)
+                    return
+                self._write(beat)
+            except FileNotFoundError:
+                return
+            except OSError:
+                # A full or unreachable disk: training itself will say so.
+                continue
+
+    def _replaced_by(self, owner: dict[str, Any]) -> None:
+        """End this process, whatever it is doing, unless it replaced itself."""
+        if all(owner.get(key) == self._me[key] for key in ("process", "host")):
+            return
+        print(f"{self._run_dir} was taken over by SLURM job {owner.get('job')}: ending", file=sys.stderr, flush=True)
+        os._exit(RunDirectoryInUse.exit_code)
+
+
+def read_owner(run_dir: Path) -> dict[str, Any]:
+    """Who owns `run_dir`: `process`, `host`, `job`, `restart`, `beat`; empty when nobody does, or did not say."""
+    try:
+        return json.loads((run_dir / OWNER_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def heartbeat_age(run_dir: Path) -> float | None:
+    """Seconds since the owner of `run_dir` was heard of last; None when the directory is free."""
+    try:
+        return max(0.0, time.time() - (run_dir / OWNER_FILE).stat().st_mtime)
+    except FileNotFoundError:
+        return None
+
+
+def _try_lock(descriptor: int) -> bool | None:
+    """True: we have it. False: another process has it. None: this file system has no locks."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EACCES, errno.EAGAIN) else None
+    return True
+
+
+def _moves(run_dir: Path, owner: dict[str, Any]) -> bool:
+    """Whether the owner's beat changes within three beats."""
+    deadline = time.monotonic() + 3 * BEAT_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(BEAT_SECONDS / 10)
+        if read_owner(run_dir) not in (owner, {}):
+            return True
+    return False

@@ -10,7 +10,7 @@ from typing import Any
 
 from kha_train.record.files import write_json
 from kha_train.record.jsonl import Appender, repair
-from kha_train.record.lock import take_lock
+from kha_train.record.lock import RunLock
 from kha_train.record.markers import Marker, clear_marker
 from kha_train.record.provenance import collect_provenance
 from kha_train.record.reader import EVENTS_FILE, RUN_FILE, read_events, read_metrics, read_run
@@ -35,7 +35,7 @@ class Record:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.run_dir = run_dir
         self._redactor = Redactor.from_environment()
-        self._lock = take_lock(run_dir)
+        self._lock = RunLock(run_dir)
         self._run = read_run(run_dir) or self._new_run()
         self._metrics = Appender(run_dir / METRICS_FILE)
         self._events = Appender(run_dir / EVENTS_FILE)

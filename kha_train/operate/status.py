@@ -1,0 +1,149 @@
+"""How runs stand, from their directories alone: alive or not, how far, how fast, how well the time was spent."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kha_train.checkpoint.layout import FOLDER
+from kha_train.config.build import flatten
+from kha_train.config.compose import load_plain
+from kha_train.errors import ConfigError
+from kha_train.record import Marker, has_marker, heartbeat_age, read_events, read_metrics, read_run
+
+State = Literal["done", "running", "silent", "requeue", "fatal", "ended", "queued", "new"]
+STATES: dict[str, str] = {
+    "done": "all steps are trained",
+    "running": "its process was heard of in the last 30 seconds",
+    "silent": "started, not ended, not heard of for 30 seconds: killed, or its machine is gone",
+    "requeue": "saved and stopped in good order, to be started again",
+    "fatal": "ended by an error that would come back",
+    "ended": "ended before the last step without a checkpoint's good order",
+    "queued": "waits in SLURM's queue",
+    "new": "not started",
+}
+SILENT_AFTER = 30.0
+RECENT = 20
+SPIKE_EVENT = "spike"
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run. None where the run has not told it yet.
+
+    `loss`, `tokens_per_second` and `mfu` are medians of the last 20 steps; `seconds_left` is the steps left times the
+    mean wall time between those steps, saving and validating included; `goodput` the time spent in steps that still
+    count over the time since the first start; `spikes` the loss spikes in the record; `heartbeat` the seconds since the
+    process was heard of, `idle` the seconds since its last step.
+    """
+
+    name: str
+    path: str
+    state: State
+    step: int = 0
+    steps: int | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    seconds_left: float | None = None
+    spikes: int = 0
+    attempts: int = 0
+    goodput: float | None = None
+    checkpoint: int | None = None
+    heartbeat: float | None = None
+    idle: float | None = None
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def run_status(path: Path, name: str | None = None, queued: bool = False) -> RunStatus:
+    """The run in directory `path`, which need not exist yet; `queued` says that SLURM holds a job for it.
+
+    Raises DataError when its record is damaged.
+    """
+    config = flatten(load_plain(path / "config.yaml"))
+    lines, run = read_metrics(path), read_run(path)
+    attempts = run.get("attempts", [])
+    recent = lines[-RECENT:]
+    steps = config.get("run.steps")
+    step = lines[-1]["step"] if lines else 0
+    now = time.time()
+    begun = attempts[0]["started"] if attempts else now
+    last = lines[-1]["time"] if lines else now
+    return RunStatus(
+        name=name or str(config.get("run.name") or path.name),
+        path=str(path),
+        state=_state(path, attempts, queued),
+        step=step,
+        steps=steps,
+        loss=_median(recent, "train/loss"),
+        tokens_per_second=_median(recent, "train/tokens_per_second"),
+        mfu=_median(recent, "train/mfu"),
+        seconds_left=_seconds_left(recent, step, steps),
+        spikes=sum(event["kind"] == SPIKE_EVENT for event in read_events(path)),
+        attempts=len(attempts),
+        goodput=sum(line.get("train/step_seconds", 0.0) for line in lines) / (last - begun) if last > begun else None,
+        checkpoint=newest_checkpoint(path),
+        heartbeat=heartbeat_age(path),
+        idle=now - last if lines else None,
+        note=_note(path),
+    )
+
+
+def newest_checkpoint(run_dir: Path) -> int | None:
+    """The step of the newest published checkpoint, not verified; None without one."""
+    names = [path.name.removeprefix("step-") for path in (run_dir / FOLDER).glob("step-*")]
+    return max((int(name) for name in names if name.isdecimal()), default=None)
+
+
+def find_runs(paths: list[Path]) -> list[Path]:
+    """Run directories among and below `paths` (a sweep's or a folder of runs), sorted. Raises ConfigError for a path
+    that holds none.
+    """
+    found: list[Path] = []
+    for path in paths:
+        runs = [path] if (path / "run.json").is_file() else sorted(file.parent for file in path.glob("**/run.json"))
+        if not runs:
+            raise ConfigError("no run here", field="run", value=str(path), fix="name a run.dir, or a sweep's directory")
+        found += [run for run in runs if run not in found]
+    return found
+
+
+def _state(path: Path, attempts: list[dict[str, Any]], queued: bool) -> State:
+    if has_marker(path, Marker.DONE):
+        return "done"
+    age = heartbeat_age(path)
+    if age is not None and age < SILENT_AFTER:
+        return "running"
+    if queued:
+        return "queued"
+    if has_marker(path, Marker.FATAL):
+        return "fatal"
+    if has_marker(path, Marker.REQUEUE):
+        return "requeue"
+    if not attempts:
+        return "new"
+    return "silent" if attempts[-1]["state"] == "running" else "ended"
+
+
+def _note(path: Path) -> str:
+    fatal = path / Marker.FATAL.value
+    return fatal.read_text(encoding="utf-8").strip() if fatal.is_file() else ""
+
+
+def _median(lines: list[dict[str, Any]], key: str) -> float | None:
+    values = [line[key] for line in lines if math.isfinite(line.get(key, math.nan))]
+    return statistics.median(values) if values else None
+
+
+def _seconds_left(recent: list[dict[str, Any]], step: int, steps: int | None) -> float | None:
+    if steps is None or len(recent) < 2:
+        return None
+    return (steps - step) * max(0.0, recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
