@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from types import TracebackType
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -99,34 +101,60 @@ class World:
         first_failing = self.size - self.max_ints(0 if error is None else self.size - self.rank)[0]
         if first_failing == self.size:
             return
-        kind = type(error).__name__ if isinstance(error, KhaError) else "KhaError"
+        kind = type(error).__name__ if isinstance(error, KhaError) else KhaError.__name__
         kind, _, words = self.broadcast_text(f"{kind}\n{error}", first_failing).partition("\n")
-        if self.rank == first_failing:
-            assert error is not None
-            raise error
-        raise _KINDS[kind](f"rank {first_failing}: {words}")
+        agreed = error if self.rank == first_failing else _KINDS[kind](f"rank {first_failing}: {words}")
+        assert agreed is not None
+        if isinstance(agreed, KhaError):
+            agreed.agreed = True
+        raise agreed
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
         """Around local work without collectives: all ranks leave it together, well or with one and the same error."""
-        error = None
-        try:
+        with _Caught() as caught:
             yield
-        except (KhaError, OSError) as found:
-            error = found
-        self.raise_together(error)
+        self.raise_together(caught.error)
+
+
+class _Caught:
+    """Keeps any exception of the block (a defect too: the other ranks must not wait for a rank that is gone)."""
+
+    error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self.error = error
+        return isinstance(error, Exception)
 
 
 def start(device: str, timeout_seconds: float) -> World:
     """Join the process group this process was started for (a group of one when it was started alone).
 
-    `device` is `auto`, `cpu` (gloo) or `cuda` (nccl). Raises ConfigError when CUDA is asked for and absent. Close with
-    `stop()`.
+    `device` is `auto`, `cpu` (gloo) or `cuda` (nccl). Raises ConfigError when CUDA is asked for and absent, when there
+    are more ranks than GPUs on this host, or when nobody says where the ranks meet. Close with `stop()`.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("no CUDA device here", field="engine.device", value=device, fix="engine.device=cpu")
     world = World.from_environment()
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if use_cuda and world.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {world.local_rank} has no GPU of its own, there are {torch.cuda.device_count()}",
+            field="engine.device",
+            value=device,
+            fix="start one rank a GPU, or engine.device=cpu",
+        )
+    if world.size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise ConfigError(
+            f"{world.size} ranks and no MASTER_ADDR and MASTER_PORT to meet at",
+            field="environment",
+            fix="start by torchrun, or export both (the first node's name and a free port) before srun",
+        )
     where = torch.device("cuda", world.local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(where)

@@ -13,7 +13,9 @@ class KhaError(Exception):
     """
 
     exit_code = 1
-    kind = "error"
+    kind = ""
+    agreed = False
+    """True when all ranks raise this error together, so that one of them is enough to tell it."""
 
     def __init__(
         self,
@@ -33,7 +35,7 @@ class KhaError(Exception):
 
     def line(self) -> str:
         """The one line printed before the command ends with `exit_code`."""
-        return f"{self.kind} error: {self}"
+        return f"{self.kind} error: {self}".lstrip()
 
 
 class ConfigError(KhaError):

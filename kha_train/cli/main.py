@@ -23,7 +23,7 @@ app.add_typer(data.app)
 def run(arguments: Sequence[str] | None = None) -> None:
     """Entry point. A KhaError ends as one line on standard error and its exit code (0-6, 75: see docs).
 
-    KHA_DEBUG=1 adds the traceback. Under torchrun only rank 0 prints what all ranks agreed on.
+    KHA_DEBUG=1 adds the traceback. With several ranks only rank 0 prints what all of them agreed on.
     """
     try:
         # Typer itself ends the process: 0, 2 after a usage error told in its own words, 130 after Ctrl-C.
@@ -31,6 +31,13 @@ def run(arguments: Sequence[str] | None = None) -> None:
     except KhaError as error:
         if os.environ.get("KHA_DEBUG") == "1":
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(error.line(), file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        if rank == "0" or not error.agreed:
+            where = "" if rank == "0" else f"rank {rank}: "
+            print(f"{where}{error.line()}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if os.environ.get("KHA_DEBUG") == "1" or error.filename is None:
+            raise
+        print(f"file error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        sys.exit(1)

@@ -27,6 +27,7 @@ from kha_train.config.compose import compose
 from kha_train.data.manifest import MANIFEST_NAME
 from kha_train.data.stream import unigram_bits_per_byte
 from kha_train.errors import KhaError
+from kha_train.record import Marker
 
 VARIANTS = ("gqa", "kha_mlp")
 STAGES = 4 + len(VARIANTS)
@@ -50,9 +51,9 @@ def run_quickstart(out: Path, *, steps: int, processes: int, say: Say) -> dict[s
             encode_corpus(out / "corpus", out / "tokenizer.model", out / "shards", overwrite=True)
     for variant in VARIANTS:
         with _timed(f"train {variant}: {steps} steps on {processes} ranks", seconds, say):
-            _train(_overrides(out, variant, steps), processes)
+            _train(_run_dir(out, variant, steps), _overrides(out, variant, steps), processes)
     with _timed("comparison", seconds, say):
-        comparison = compare_runs([out / "runs" / variant for variant in VARIANTS])
+        comparison = compare_runs([_run_dir(out, variant, steps) for variant in VARIANTS])
         report = write_report(comparison, out / "report")
         unigram = unigram_bits_per_byte(compose(_overrides(out, VARIANTS[0], steps)))
     result = {
@@ -75,9 +76,13 @@ def _timed(name: str, seconds: dict[str, float], say: Say) -> Iterator[None]:
     say(f"      {seconds[name.partition(':')[0]]:.1f} s")
 
 
+def _run_dir(out: Path, variant: str, steps: int) -> Path:
+    return out / "runs" / f"{variant}-{steps}"
+
+
 def _overrides(out: Path, variant: str, steps: int) -> list[str]:
     paths = {
-        "run.dir": out / "runs" / variant,
+        "run.dir": _run_dir(out, variant, steps),
         "data.train": out / "shards" / "train",
         "data.validation": out / "shards" / "validation",
     }
@@ -85,17 +90,34 @@ def _overrides(out: Path, variant: str, steps: int) -> list[str]:
     quoted = [
         f"{key}={path}" if re.fullmatch(r"[\w./-]+", str(path)) else f"{key}='{path}'" for key, path in paths.items()
     ]
-    return [f"attention={variant}", f"run.steps={steps}", "validation.rows=64", "telemetry.wandb.mode=offline", *quoted]
+    common = ["engine.device=cpu", "validation.rows=64", "telemetry.wandb.mode=offline"]
+    return [f"attention={variant}", f"run.steps={steps}", *common, *quoted]
 
 
-def _train(overrides: list[str], processes: int) -> None:
+def _train(run_dir: Path, overrides: list[str], processes: int) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     # Set, so that torchrun does not warn that it sets it: one thread a rank, as many ranks as cores.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    ended = subprocess.run([*torchrun, "-m", "kha_train", *overrides], env=environment, check=False)
-    if ended.returncode:
-        problem = f"training ended with code {ended.returncode}"
-        raise KhaError(problem, fix="see the lines above; the same command goes on where it stopped")
+    # What the trainer says goes to standard error, so that `--json` leaves nothing but JSON on standard output.
+    training = subprocess.Popen([*torchrun, "-m", "kha_train", *overrides], env=environment, stdout=sys.stderr)
+    try:
+        code = training.wait()
+    except KeyboardInterrupt:
+        # The ranks got the signal too: they finish their step and save.
+        training.wait()
+        raise
+    if code:
+        raise _explained(run_dir, code)
+
+
+def _explained(run_dir: Path, code: int) -> KhaError:
+    """Exit codes do not pass through torchrun: the run's FATAL marker holds the line, which names the kind."""
+    marker = run_dir / Marker.FATAL.value
+    line = marker.read_text(encoding="utf-8").strip() if marker.exists() else ""
+    for kind in KhaError.__subclasses__():
+        if line.startswith(f"{kind.kind} error: "):
+            return kind(line.partition(": ")[2])
+    return KhaError(f"training ended with code {code}", fix="see the lines above; the same command goes on from there")
 
 
 def _close(result: dict[str, Any], out: Path, steps: int, say: Say) -> None:
@@ -107,4 +129,4 @@ def _close(result: dict[str, Any], out: Path, steps: int, say: Say) -> None:
     say(f"{result['evidence']}; total {sum(result['seconds'].values()):.0f} s")
     say(f"report: {result['report']}")
     say(f"next:   {command} train {shlex.join(_overrides(out, 'kha_linear', steps))}")
-    say(f"then:   {command} compare {out}/runs/*")
+    say(f"then:   {command} compare {shlex.quote(str(out))}/runs/*-{steps}")

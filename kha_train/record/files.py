@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from kha_train.errors import DataError
 from kha_train.record.jsonl import decode, encode
 
 
@@ -23,10 +24,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in `path`, or None when there is no such file."""
+    """The object in `path`, or None when there is no such file. Raises DataError when it is not JSON."""
     if not path.exists():
         return None
-    return decode(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return decode(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise DataError(f"is damaged: {error}", field=str(path), fix="restore it, or choose another run.dir") from error
 
 
 def sync_directory(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,16 @@ from kha_train.telemetry.meters import MovingAverage
 
 SECONDS_BETWEEN_LINES = 10.0
 """In mode `auto` away from a terminal, a line is printed at most this often."""
+
+
+class _PatientConsole(RichConsole):
+    """A rich console that falls silent, instead of ending the process, when nobody reads it any more."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
 
 
 class Console:
@@ -42,7 +53,7 @@ class Console:
     ) -> None:
         """`start_step` is the number of steps finished before; `file` defaults to standard output."""
         self.total_steps = total_steps
-        self._rich = RichConsole(file=file or sys.stdout, highlight=False, quiet=rank != 0)
+        self._rich = _PatientConsole(file=file or sys.stdout, highlight=False, quiet=rank != 0)
         mode = config.telemetry.console
         self.mode = ("progress" if self._rich.is_terminal else "sparse") if mode == "auto" else mode
         self._clock = clock

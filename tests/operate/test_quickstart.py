@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kha_train.errors import DataError
 from kha_train.operate.quickstart import VARIANTS, run_quickstart
 from kha_train.record import read_metrics, read_run
 
@@ -29,10 +30,14 @@ def test_quickstart_trains_both_models_on_the_same_data_and_compares_them(
     closing = "\n".join(said)
     assert result["report"] in closing and "next:" in closing
 
-    first, second = (read_metrics(out / "runs" / variant) for variant in VARIANTS)
+    first, second = (read_metrics(out / "runs" / f"{variant}-12") for variant in VARIANTS)
     assert [line["samples_last"] for line in first] == [line["samples_last"] for line in second]
-    assert read_run(out / "runs" / "gqa")["attempts"][0]["world_size"] == 2
+    assert read_run(out / "runs" / "gqa-12")["attempts"][0]["world_size"] == 2
 
     again = run_quickstart(out, steps=12, processes=2, say=said.append)
     assert again["bits_per_byte"] == result["bits_per_byte"]
-    assert read_metrics(out / "runs" / "gqa") == first
+    assert read_metrics(out / "runs" / "gqa-12") == first
+
+    (out / "shards" / "train" / "manifest.json").write_text("{}")
+    with pytest.raises(DataError):
+        run_quickstart(out, steps=3, processes=1, say=said.append)
