@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """What a number means. `timing` marks those that depend on when and where a step ran, not on what it computed."""
+    """What a number means. `timing` marks those that depend on when and where a step ran, not on what it computed.
+    Without `mirrored` it stays in the record: its length grows with the model.
+    """
 
     unit: str
     meaning: str
     timing: bool = False
+    mirrored: bool = True
 
 
 METRICS: dict[str, Metric] = {
@@ -40,6 +43,21 @@ METRICS: dict[str, Metric] = {
     "memory/peak_gib": Metric(
         "GiB", "most memory of rank 0 since start: resident set on a CPU, allocated by torch on CUDA", timing=True
     ),
+    "moe/maxvio_worst": Metric("1", "largest load of an expert / mean load; the worst layer"),
+    "moe/auxiliary_loss": Metric(
+        "1", "E sum_i F_i P_i as moe.auxiliary_loss.scope counts it, unweighted; mean over layers (1: even)"
+    ),
+    "moe/z_loss": Metric("1", "squared logsumexp of the router's logits, unweighted; mean over tokens and layers"),
+    **{
+        f"moe/{name}_by_layer": Metric(unit, f"moe/{name} of every layer that has experts, a list", mirrored=False)
+        for name, unit in (
+            ("maxvio", "1"),
+            ("load_cv", "1"),
+            ("dead_fraction", "fraction"),
+            ("load_entropy", "1"),
+            ("bias_range", "1"),
+        )
+    },
     "moe/maxvio": Metric("1", "largest load of an expert / mean load; mean over layers (1: perfect balance)"),
     "moe/load_cv": Metric("1", "standard deviation of the experts' loads / mean load; mean over layers"),
     "moe/dead_fraction": Metric("fraction", "experts that received no token in the step, of all experts of all layers"),
@@ -51,6 +69,9 @@ METRICS: dict[str, Metric] = {
     ),
 }
 """Keys of a metrics line. Other keys are recorded too, but have no definition to print."""
+
+RECORD_ONLY: frozenset[str] = frozenset(name for name, metric in METRICS.items() if not metric.mirrored)
+"""Keys that mirrors leave out."""
 
 TIMING_KEYS: frozenset[str] = frozenset(name for name, metric in METRICS.items() if metric.timing)
 """Keys that may differ between a resumed run and an unbroken one; every other key is equal bit for bit."""
