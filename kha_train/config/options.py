@@ -1,28 +1,36 @@
-"""Options of the attention variants: the headers, free of torch, of what `kha_train/model/attention` builds.
+"""The contract of an attention variant's options: the header, free of torch, of what `kha_train/model/attention` makes.
 
-Each class holds the fields a variant takes, says itself what is wrong with them or with its partner, and counts what
+Each class holds the fields a variant takes, says itself what is wrong with them or with its partners, and counts what
 one layer of it holds and costs. A multiplication and an addition are two operations; only matrix products are counted.
+The variants that come with the package have theirs in `base_options.py` and `interaction_options.py`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from kha_train.errors import ConfigError
 
+if TYPE_CHECKING:
+    from kha_train.config.schema import RunConfig
+
 Projection = Literal["q", "k", "v"]
 QkNorm = Literal["per_head", "full_width", "none"]
+Positions = Literal["rope", "alibi", "learned", "none"]
 
 
 class HeadShape(NamedTuple):
-    """What an attention base tells an interaction about its heads: how many of each kind, and how wide."""
+    """What an attention base tells an interaction about its heads: how many of each kind, and how wide. `latent`: keys
+    and values are never made at inference; `tied`: keys and values are one state, which counts as the values."""
 
     query_heads: int
     kv_heads: int
     key_width: int
     value_width: int
+    latent: bool = False
+    tied: bool = False
 
     def count(self, projection: Projection) -> int:
         """How many heads the projection makes."""
@@ -31,6 +39,16 @@ class HeadShape(NamedTuple):
     def width(self, projection: Projection) -> int:
         """How wide each of them is."""
         return self.value_width if projection == "v" else self.key_width
+
+
+class InputWidths(NamedTuple):
+    """How many numbers the projection of each kind reads, and how many the output projection writes: what it costs to
+    multiply a matrix into its weight."""
+
+    q: int
+    k: int
+    v: int
+    output: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +69,29 @@ class BaseOptions(ABC):
             )
         return None
 
+    def conflict(self, config: RunConfig) -> ConfigError | None:
+        """What in the rest of the configuration this base cannot work with, or None."""
+        return None
+
+    def rotary_width(self) -> int:
+        """How many dimensions of a query or key the rotary embedding turns."""
+        return self.head_dim
+
+    def input_widths(self, hidden_size: int) -> InputWidths:
+        """See `InputWidths`."""
+        return InputWidths(hidden_size, hidden_size, hidden_size, hidden_size)
+
+    def token_flops(self, hidden_size: int) -> int:
+        """Operations for one token, forward, without scores and weighted sum."""
+        return 2 * self.parameters(hidden_size)
+
     @abstractmethod
     def heads(self) -> HeadShape:
         """The heads that an interaction meets."""
 
     @abstractmethod
-    def projection_parameters(self, hidden_size: int) -> int:
-        """Parameters of all matrices; a token costs two operations for each."""
+    def parameters(self, hidden_size: int) -> int:
+        """Parameters of all its matrices."""
 
     @abstractmethod
     def norm_parameters(self, qk_norm: QkNorm) -> int:
@@ -70,47 +104,6 @@ class BaseOptions(ABC):
     @abstractmethod
     def cache_numbers(self) -> int:
         """Numbers that decoding keeps for every token seen."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupedQueryOptions(BaseOptions):
-    """Grouped-query attention; `kv_heads` = `query_heads` is MHA, 1 is MQA."""
-
-    kv_heads: int
-
-    def invalid(self) -> ConfigError | None:
-        """Query heads must deal out evenly to the key/value heads."""
-        divisors = [n for n in range(1, self.query_heads + 1) if self.query_heads % n == 0]
-        if self.kv_heads not in divisors:
-            return ConfigError(
-                f"does not divide {self.query_heads} query heads",
-                field="model.kv_heads",
-                value=self.kv_heads,
-                allowed=", ".join(map(str, divisors)),
-                fix=f"model.kv_heads={max(n for n in divisors if n <= max(self.kv_heads, 1))}",
-            )
-        return super().invalid()
-
-    def heads(self) -> HeadShape:
-        """See `BaseOptions.heads`."""
-        return HeadShape(self.query_heads, self.kv_heads, self.head_dim, self.head_dim)
-
-    def projection_parameters(self, hidden_size: int) -> int:
-        """Queries and output, keys and values."""
-        return 2 * hidden_size * self.head_dim * (self.query_heads + self.kv_heads)
-
-    def norm_parameters(self, qk_norm: QkNorm) -> int:
-        """One gain for all heads of a kind, or one for each."""
-        gains = {"per_head": 2, "full_width": self.query_heads + self.kv_heads, "none": 0}
-        return gains[qk_norm] * self.head_dim
-
-    def pair_flops(self) -> int:
-        """q . k and weight * v."""
-        return 4 * self.query_heads * self.head_dim
-
-    def cache_numbers(self) -> int:
-        """Keys and values."""
-        return 2 * self.kv_heads * self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,44 +128,59 @@ class InteractionOptions:
         """Operations for one token, forward, as the definition computes it."""
         return 0
 
+    def warnings(self) -> list[str]:
+        """What is allowed but costs more than its user may expect."""
+        return []
+
+    def absorbed(self) -> InteractionOptions | None:
+        """What is left of the interaction once its matrices are multiplied into the projections; None when they cannot
+        be."""
+        return self
+
+
+class Implementation(NamedTuple):
+    """How an interaction is computed, `eager` or `folded`, and why that one was taken."""
+
+    name: str
+    why: str
+
 
 @dataclass(frozen=True, kw_only=True)
-class KnockingOptions(InteractionOptions):
-    """Knocking-heads: matrices shared by all heads of a kind, on any of the projections q, k, v (KHA eq 5-9)."""
+class FoldableOptions(InteractionOptions, ABC):
+    """An interaction that may be multiplied into the weights of the projections beside it.
 
-    matrices: ClassVar[int]
-    projections: tuple[Projection, ...] = ("v",)
+    `impl`: `eager` is the definition, on activations; `folded` is the same function with the same gradients, computed
+    on weights, whose cost does not depend on the number of tokens; `auto` takes the cheaper. Only the speed differs.
+    """
 
-    def invalid(self) -> ConfigError | None:
-        """At least one projection, each once."""
-        if not self.projections or len(set(self.projections)) != len(self.projections):
-            return ConfigError(
-                "name each projection once",
-                field="attention.interaction.projections",
-                value=list(self.projections),
-                allowed="a non-empty choice of q, k, v",
-                fix="attention.interaction.projections=[v]",
-            )
+    impl: Literal["auto", "eager", "folded"] = "auto"
+
+    def unfoldable(self, heads: HeadShape) -> str | None:
+        """Why it cannot be folded on such heads, or None."""
         return None
 
-    def parameters(self, heads: HeadShape) -> int:
-        """Square matrices, shared by the heads of a kind."""
-        return sum(self.matrices * heads.width(p) ** 2 for p in self.projections)
+    @abstractmethod
+    def saved_flops(self, heads: HeadShape) -> int:
+        """Operations for one token that folding spares."""
 
-    def flops(self, heads: HeadShape) -> int:
-        """Every head times every matrix."""
-        return sum(2 * self.matrices * heads.count(p) * heads.width(p) ** 2 for p in self.projections)
+    @abstractmethod
+    def fold_flops(self, heads: HeadShape, inputs: InputWidths) -> int:
+        """Operations for one forward that folding costs."""
 
+    def refuses(self, base: BaseOptions) -> str | None:
+        """An explicit `folded` must be possible."""
+        reason = self.unfoldable(base.heads())
+        if self.impl == "folded" and reason:
+            return f"impl=folded is not possible: {reason}; take attention.interaction.impl=eager or auto"
+        return super().refuses(base)
 
-@dataclass(frozen=True, kw_only=True)
-class KnockingLinearOptions(KnockingOptions):
-    """KHA-Linear: one matrix for each projection."""
-
-    matrices: ClassVar[int] = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class KnockingMlpOptions(KnockingOptions):
-    """KHA-MLP: up, gate and down for each projection."""
-
-    matrices: ClassVar[int] = 3
+    def implementation(self, heads: HeadShape, inputs: InputWidths, tokens: int) -> Implementation:
+        """The implementation for forwards of so many tokens."""
+        if self.impl != "auto":
+            return Implementation(self.impl, "chosen by attention.interaction.impl")
+        reason = self.unfoldable(heads)
+        if reason:
+            return Implementation("eager", reason)
+        folding, spared = self.fold_flops(heads, inputs), tokens * self.saved_flops(heads)
+        name = "folded" if folding < spared else "eager"
+        return Implementation(name, f"folding a layer costs {folding:.3g} operations and spares {spared:.3g}")

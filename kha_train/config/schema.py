@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kha_train.config.options import BaseOptions, InteractionOptions, QkNorm
+from kha_train.config.backends import BackendName
+from kha_train.config.options import BaseOptions, InteractionOptions, Positions, QkNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +46,18 @@ class ModelSection:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSection:
-    """Attention = base x interaction, computed by one backend of softmax(QK)V."""
+    """Attention = base x interaction, computed by one backend of softmax(QK)V.
+
+    `positions`: `rope` turns queries and keys, `alibi` lowers scores by distance, `learned` adds a vector for each
+    place in the row or document to the embedding, `none` leaves the order to the causal mask.
+    """
 
     name: str
     base: BaseOptions
     interaction: InteractionOptions
     qk_norm: QkNorm = "per_head"
-    backend: Literal["sdpa", "eager"] = "sdpa"
+    positions: Positions = "rope"
+    backend: BackendName = "sdpa"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kha_train.config.backends import invalid_backend
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
 
@@ -97,12 +98,12 @@ def _shares(config: RunConfig) -> None:
 
 def _attention(config: RunConfig) -> None:
     base, interaction = config.attention.base, config.attention.interaction
-    problem = base.invalid() or interaction.invalid()
+    problem = base.invalid() or interaction.invalid() or base.conflict(config) or invalid_backend(config)
     if problem:
         raise problem
     reason = interaction.refuses(base)
     if reason:
-        raise ConfigError(reason, field="attention.interaction.name", value=interaction.name)
+        raise ConfigError(reason, field="attention.interaction", value=f"{interaction.name} on {base.name}")
 
 
 def _experts(config: RunConfig) -> None:
@@ -110,7 +111,10 @@ def _experts(config: RunConfig) -> None:
     if moe.top_k > moe.experts:
         raise ConfigError(f"only {moe.experts} experts", field="moe.top_k", value=moe.top_k, fix="lower it")
     if moe.backend == "grouped":
-        for field, value in {"model.hidden_size": config.model.hidden_size, "moe.expert_width": moe.expert_width}.items():
+        for field, value in {
+            "model.hidden_size": config.model.hidden_size,
+            "moe.expert_width": moe.expert_width,
+        }.items():
             if value % 8:
                 raise ConfigError(
                     "grouped_mm needs rows of 16 bytes",

@@ -47,8 +47,8 @@ def count_parameters(config: RunConfig) -> ParameterCount:
     model, moe, attention = config.model, config.moe, config.attention
     base, interaction = attention.base, attention.interaction
     by_component = {
-        "embedding": model.vocab_size * model.hidden_size,
-        "attention": model.layers * base.projection_parameters(model.hidden_size),
+        "embedding": (model.vocab_size + _learned_positions(config)) * model.hidden_size,
+        "attention": model.layers * base.parameters(model.hidden_size),
         "interaction": model.layers * interaction.parameters(base.heads()),
         "router": model.layers * moe.experts * model.hidden_size,
         "experts": model.layers * moe.experts * _expert_parameters(config),
@@ -65,7 +65,7 @@ def flops_per_token(config: RunConfig) -> FlopCount:
     model, moe = config.model, config.moe
     base, interaction = config.attention.base, config.attention.interaction
     by_component = {
-        "attention": 2 * model.layers * base.projection_parameters(model.hidden_size),
+        "attention": model.layers * base.token_flops(model.hidden_size),
         "scores": model.layers * model.seq_len * base.pair_flops() // 2,
         "interaction": model.layers * interaction.flops(base.heads()),
         "router": 2 * model.layers * moe.experts * model.hidden_size,
@@ -81,6 +81,10 @@ def flops_per_token(config: RunConfig) -> FlopCount:
         mfu_palm=mfu + TRAINING_FACTOR * by_component["scores"],
         by_component=by_component,
     )
+
+
+def _learned_positions(config: RunConfig) -> int:
+    return config.model.seq_len if config.attention.positions == "learned" else 0
 
 
 def _expert_parameters(config: RunConfig) -> int:

@@ -54,12 +54,14 @@ class Constant:
 
 @dataclass(frozen=True)
 class Identity:
-    """The identity matrix."""
+    """The identity matrix times `scale`."""
+
+    scale: float = 1.0
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """See `Initial.draw`."""
         rows, columns = shape
-        return torch.eye(rows, columns, dtype=torch.float32, device="cpu")
+        return self.scale * torch.eye(rows, columns, dtype=torch.float32, device="cpu")
 
 
 class DeclaredModule(nn.Module):

@@ -79,6 +79,11 @@ def kernels(config: RunConfig) -> Any:
     return block.attention.attend.__name__, block.feed_forward.experts.run.__name__
 
 
+def folding(config: RunConfig) -> Any:
+    """Whether the interaction is computed on weights: results agree, so only it can tell."""
+    return build_decoder(config).blocks[0].attention.interaction.folded
+
+
 def bias_after_a_step(config: RunConfig) -> Any:
     """Selection biases after an uneven load."""
     decoder = build_decoder(config)
@@ -212,6 +217,7 @@ class _SilentRun:
         """As wandb's."""
 
 
+RANDOM_MEA = ("attention=mea", "attention.interaction.init.kind=random")
 Change = tuple[Any, Callable[..., Any]] | tuple[Any, Callable[..., Any], str]
 CHANGES: dict[str, Change] = {
     "run.dir": ("runs/elsewhere", run_files),
@@ -237,6 +243,17 @@ CHANGES: dict[str, Change] = {
     "attention.base.head_dim": (16, shapes),
     "attention.interaction.name": ("knocking_linear", shapes),
     "attention.interaction.projections": ("[q,v]", plan),
+    "attention.interaction.impl": ("eager", folding),
+    "attention.interaction.init.kind": ("random", initial_values),
+    "attention.interaction.init.scale": (0.5, initial_values, "attention.interaction.init.kind=scaled_identity"),
+    "attention.interaction.compose": ("[k]", plan, "attention=mea"),
+    "attention.interaction.head_norm": ("false", plan, "attention=mea"),
+    "attention.interaction.mix_after_rope": ("true", first_loss, *RANDOM_MEA),
+    "attention.base.name": ("talking_heads", shapes),
+    "attention.base.latent_width": (16, plan, "attention=mla"),
+    "attention.base.rotary_dim": (8, plan, "attention=mla"),
+    "attention.base.query_latent_width": (16, plan, "attention=mla"),
+    "attention.positions": ("alibi", first_loss),
     "attention.qk_norm": ("full_width", shapes),
     "attention.backend": ("eager", kernels),
     "moe.experts": (16, shapes),
@@ -284,7 +301,7 @@ CHANGES: dict[str, Change] = {
 UNSEEN = {
     "model.name": "a label: says in the saved configuration which preset the numbers came from",
     "data.name": "a label, as model.name",
-    "attention.base.name": "one choice so far; another registers with its own options",
+    "attention.base.max_tokens": "a bound: rows beyond it are refused (tests/model/attention)",
     "stability.policy": "one choice so far",
 }
 

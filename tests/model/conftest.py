@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from kha_train.config.options import BaseOptions, GroupedQueryOptions, InteractionOptions
-from kha_train.config.options import KnockingLinearOptions as Linear
-from kha_train.config.options import KnockingMlpOptions as Mlp
+from kha_train.config.base_options import GroupedQueryOptions
+from kha_train.config.interaction_options import KnockingLinearOptions as Linear
+from kha_train.config.interaction_options import KnockingMlpOptions as Mlp
+from kha_train.config.options import BaseOptions, InteractionOptions
 from kha_train.config.schema import (
     AttentionSection,
     CheckpointSection,
@@ -28,9 +29,9 @@ from kha_train.config.schema import (
 
 INTERACTIONS: dict[str, InteractionOptions] = {
     "gqa": InteractionOptions(name="none"),
-    "kha_linear": Linear(name="knocking_linear", projections=("q", "k", "v")),
-    "kha_mlp": Mlp(name="knocking_mlp", projections=("v",)),
-    "kha_mlp_qkv": Mlp(name="knocking_mlp", projections=("q", "k", "v")),
+    "kha_linear": Linear(name="knocking_linear", impl="eager", projections=("q", "k", "v")),
+    "kha_mlp": Mlp(name="knocking_mlp", impl="eager", projections=("v",)),
+    "kha_mlp_qkv": Mlp(name="knocking_mlp", impl="eager", projections=("q", "k", "v")),
 }
 
 TINY = RunConfig(

@@ -64,9 +64,10 @@ def test_residual_writers_are_scaled_by_depth(scaled, make_config):
 
 def test_norms_start_at_one_and_knocking_matrices_as_the_paper_says(make_config):
     decoder = build_decoder(make_config("kha_mlp"))
-    mlp = decoder.blocks[0].attention.interaction.v
+    mlp = decoder.blocks[0].attention.interaction.maps["v"]
     identity = torch.eye(32)
-    assert torch.equal(mlp.up, identity) and torch.equal(mlp.down, identity) and not mlp.gate.any()
+    assert torch.equal(mlp.up.weight, identity) and torch.equal(mlp.down.weight, identity)
+    assert not mlp.gate.weight.any()
     assert all((p == 1).all() for name, p in decoder.named_parameters() if "norm" in name)
 
 

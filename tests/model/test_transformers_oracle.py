@@ -39,10 +39,10 @@ def host(model, moe):
 
 def absorbed(projection, mixer):
     """The projection weight with the shared matrix multiplied into every head; unchanged without one."""
-    if not hasattr(mixer, "transform"):
+    if mixer is None:
         return projection.weight
-    weight_HKD = projection.weight.view(-1, mixer.transform.shape[0], projection.weight.shape[1])
-    return torch.einsum("hkd,ke->hed", weight_HKD, mixer.transform).flatten(0, 1)
+    weight_HKD = projection.weight.view(-1, mixer.weight.shape[0], projection.weight.shape[1])
+    return torch.einsum("hkd,ke->hed", weight_HKD, mixer.weight).flatten(0, 1)
 
 
 def copy_weights(decoder, model):
@@ -50,7 +50,7 @@ def copy_weights(decoder, model):
     state["lm_head.weight"] = decoder.head.weight
     for i, block in enumerate(decoder.blocks):
         attention, experts, router = block.attention, block.moe.experts, block.moe.router
-        mixers = dict(attention.interaction.named_children())
+        mixers = dict(getattr(attention.interaction, "maps", {}))
         state |= {
             f"model.layers.{i}.{name}": value
             for name, value in {

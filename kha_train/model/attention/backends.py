@@ -1,85 +1,199 @@
-"""softmax(QK^T / sqrt(K)) V with causal order, grouped heads and document isolation: one signature, several backends.
+"""softmax(QK^T scale) V with causal order, grouped heads and document isolation: one signature, several backends.
 
 `eager` says what is computed; every other backend is its twin and is tested against it. Which documents a row holds is
 worked out once a forward (`lay_out_documents`) and shared by all layers. Nothing here waits for the device: whether a
-row is split is read from the *shape* of `cu_seqlens_S`.
+row is split is read from the *shape* of `cu_seqlens_S`. What each backend admits stands in `config/backends.py`, which
+needs no torch; `choice.py` takes one for a device.
 """
 
-# B batch   T tokens (U: attended tokens)   H query heads   G key/value heads   N = H / G
-# K, W key and value head width   S document borders: row and document starts and the end, over the flattened B*T tokens
+# B batch   T tokens (U: attended tokens)   H query heads   G key/value heads   N = H / G   J = 1 or H
+# K, W key and value head width   M = B * T
+# S document borders: row and document starts and the end, over the flattened B*T tokens
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class Documents(NamedTuple):
-    """Who may attend to whom. `mask_B1TU` (bool, True = may attend) is None when every row is one document: plain
-    causal order says it all. `cu_seqlens_S` (int32) and `max_seqlen` say the same for kernels of variable length."""
+    """Who may attend to whom. `mask_BJTU` is None when every row is one document: plain causal order says it all. It is
+    bool (True = may attend), or, where scores are biased, fp32 and added to them (-inf = may not attend).
+    `cu_seqlens_S` (int32) and `max_seqlen` say the same for kernels of variable length; `cu_seqlens_S` is None while
+    decoding, when there are fewer queries than keys."""
 
-    cu_seqlens_S: Tensor
+    cu_seqlens_S: Tensor | None
     max_seqlen: int
-    mask_B1TU: Tensor | None
+    mask_BJTU: Tensor | None
 
 
-Backend = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
+Backend = Callable[[Tensor, Tensor, Tensor, Documents, float], Tensor]
+"""(q_BTHK, k_BUGK, v_BUGW, documents, scale) -> [B, T, H, W] in the dtype of v."""
 
 
 def lay_out_documents(
-    batch: int, tokens: int, device: torch.device, cu_seqlens_S: Tensor | None = None, max_seqlen: int | None = None
+    batch: int,
+    tokens: int,
+    device: torch.device,
+    cu_seqlens_S: Tensor | None = None,
+    max_seqlen: int | None = None,
+    slopes_H: Tensor | None = None,
 ) -> Documents:
     """The documents of a batch of `batch` rows of `tokens`; without `cu_seqlens_S` each row is one document.
 
     `cu_seqlens_S` starts with 0, ends with B*T and holds every row start, so it has B + 1 entries exactly when no
-    document ends inside a row.
+    document ends inside a row. `slopes_H` biases the scores by ALiBi.
     """
     if cu_seqlens_S is None:
         cu_seqlens_S = torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=device)
     if max_seqlen is None:
         max_seqlen = tokens
-    if cu_seqlens_S.numel() == batch + 1:
+    split = cu_seqlens_S.numel() != batch + 1
+    if not split and slopes_H is None:
         return Documents(cu_seqlens_S, max_seqlen, None)
-    every_token = torch.arange(batch * tokens, dtype=torch.int32, device=device)
-    document_BT = torch.searchsorted(cu_seqlens_S, every_token, right=True).view(batch, tokens)
-    same_BTU = document_BT[:, :, None] == document_BT[:, None, :]
-    return Documents(cu_seqlens_S, max_seqlen, (same_BTU & _causal_TU(tokens, device)).unsqueeze(1))
+    mask_BJTU = _causal_TU(tokens, tokens, device)[None, None]
+    if split:
+        every_token = torch.arange(batch * tokens, dtype=torch.int32, device=device)
+        document_BT = torch.searchsorted(cu_seqlens_S, every_token, right=True).view(batch, tokens)
+        mask_BJTU = mask_BJTU & (document_BT[:, None, :, None] == document_BT[:, None, None, :])
+    return Documents(cu_seqlens_S, max_seqlen, _biased(mask_BJTU, slopes_H))
 
 
-def eager(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor, documents: Documents) -> Tensor:
+def lay_out_cached(tokens: int, seen: int, device: torch.device, slopes_H: Tensor | None = None) -> Documents:
+    """The documents of rows of one document each, of which `seen` tokens are cached and `tokens` are new."""
+    mask_BJTU = _causal_TU(tokens, seen + tokens, device)[None, None]
+    return Documents(None, seen + tokens, _biased(mask_BJTU, slopes_H))
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """The slope of each head (ALiBi, arXiv 2108.12409): 2^(-8 h / H) when H is a power of two; otherwise those of the
+    power below, and every other one of the power above."""
+    below = 2 ** (heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * (head + 1) / below) for head in range(below)]
+    return slopes + [2.0 ** (-4 * (2 * head + 1) / below) for head in range(heads - below)]
+
+
+def eager(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
     """The formula, with all scores held; softmax in at least fp32. Query head h reads key/value head h // N."""
-    batch, tokens, heads, width = q_BTHK.shape
-    groups = k_BTGK.shape[2]
-    mask = _causal_TU(tokens, q_BTHK.device) if documents.mask_B1TU is None else documents.mask_B1TU.unsqueeze(1)
-    q_BTGNK = q_BTHK.reshape(batch, tokens, groups, heads // groups, width)
-    scores_BGNTU = torch.einsum("btgnk,bugk->bgntu", q_BTGNK, k_BTGK) * width**-0.5
-    scores_BGNTU = scores_BGNTU.to(torch.promote_types(scores_BGNTU.dtype, torch.float32))
-    weights_BGNTU = scores_BGNTU.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(v_BTGW.dtype)
-    return torch.einsum("bgntu,bugw->btgnw", weights_BGNTU, v_BTGW).flatten(2, 3)
+    scores_BHTU = scores(q_BTHK, k_BUGK) * scale
+    return weighted_values(masked_softmax(scores_BHTU, documents).to(v_BUGW.dtype), v_BUGW)
 
 
-def sdpa(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor, documents: Documents) -> Tensor:
+def scores(q_BTHK: Tensor, k_BUGK: Tensor) -> Tensor:
+    """q . k of every pair of tokens, [B, H, T, U]."""
+    groups = k_BUGK.shape[2]
+    q_BTGNK = q_BTHK.unflatten(2, (groups, -1))
+    return torch.einsum("btgnk,bugk->bgntu", q_BTGNK, k_BUGK).flatten(1, 2)
+
+
+def masked_softmax(scores_BHTU: Tensor, documents: Documents) -> Tensor:
+    """Weights over the tokens that may be attended to, in at least fp32."""
+    wide_BHTU = scores_BHTU.to(torch.promote_types(scores_BHTU.dtype, torch.float32))
+    mask_BJTU = documents.mask_BJTU
+    if mask_BJTU is None:
+        mask_BJTU = _causal_TU(*scores_BHTU.shape[-2:], scores_BHTU.device)
+    if mask_BJTU.dtype == torch.bool:
+        return wide_BHTU.masked_fill(~mask_BJTU, float("-inf")).softmax(dim=-1)
+    return (wide_BHTU + mask_BJTU).softmax(dim=-1)
+
+
+def weighted_values(weights_BHTU: Tensor, v_BUGW: Tensor) -> Tensor:
+    """Every head's weighted sum of values, [B, T, H, W]."""
+    weights_BGNTU = weights_BHTU.unflatten(1, (v_BUGW.shape[2], -1))
+    return torch.einsum("bgntu,bugw->btgnw", weights_BGNTU, v_BUGW).flatten(2, 3)
+
+
+def sdpa(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
     """torch's scaled_dot_product_attention: its causal kernel for unsplit rows, a mask for rows of several documents.
 
     With a mask the key/value heads are repeated, because torch's masked CUDA kernel takes no grouped heads and would
     fall back to holding all scores.
     """
-    q_BHTK, k_BGUK, v_BGUW = q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGW.transpose(1, 2)
-    if documents.mask_B1TU is None:
-        out_BHTW = functional.scaled_dot_product_attention(q_BHTK, k_BGUK, v_BGUW, is_causal=True, enable_gqa=True)
-    else:
-        repeats = q_BTHK.shape[2] // k_BTGK.shape[2]
-        k_BHUK, v_BHUW = k_BGUK.repeat_interleave(repeats, dim=1), v_BGUW.repeat_interleave(repeats, dim=1)
-        out_BHTW = functional.scaled_dot_product_attention(q_BHTK, k_BHUK, v_BHUW, attn_mask=documents.mask_B1TU)
-    return out_BHTW.transpose(1, 2)
+    q_BHTK, k_BGUK, v_BGUW = q_BTHK.transpose(1, 2), k_BUGK.transpose(1, 2), v_BUGW.transpose(1, 2)
+    mask_BJTU = documents.mask_BJTU
+    if mask_BJTU is None:
+        attend = functional.scaled_dot_product_attention
+        return attend(q_BHTK, k_BGUK, v_BGUW, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+    repeats = q_BTHK.shape[2] // k_BUGK.shape[2]
+    k_BHUK, v_BHUW = k_BGUK.repeat_interleave(repeats, dim=1), v_BGUW.repeat_interleave(repeats, dim=1)
+    if mask_BJTU.dtype != torch.bool:
+        mask_BJTU = mask_BJTU.to(q_BTHK.dtype)
+    return functional.scaled_dot_product_attention(q_BHTK, k_BHUK, v_BHUW, attn_mask=mask_BJTU, scale=scale).transpose(
+        1, 2
+    )
 
 
-BACKENDS: dict[str, Backend] = {"eager": eager, "sdpa": sdpa}
+def cudnn(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
+    """cuDNN's kernel through torch: unsplit rows only (`config/backends.py` refuses others before)."""
+    assert documents.mask_BJTU is None, "cudnn admits only unsplit causal rows"
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+        return sdpa(q_BTHK, k_BUGK, v_BUGW, documents, scale)
 
 
-def _causal_TU(tokens: int, device: torch.device) -> Tensor:
-    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+def varlen(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
+    """torch's flash attention of variable length: documents are sequences, no mask is held."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    borders_S, longest = documents.cu_seqlens_S, documents.max_seqlen
+
+    def kernel(q_MHK: Tensor, k_MGK: Tensor, v_MGK: Tensor) -> Any:
+        grouped = q_MHK.shape[1] != k_MGK.shape[1]
+        return varlen_attn(
+            q_MHK, k_MGK, v_MGK, borders_S, borders_S, longest, longest,
+            scale=scale, window_size=(-1, 0), enable_gqa=grouped,
+        )  # fmt: skip
+
+    return _over_flat_tokens(kernel, q_BTHK, k_BUGK, v_BUGW)
+
+
+def flash_attn(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
+    """The flash-attn package's kernel of variable length."""
+    from flash_attn import flash_attn_varlen_func
+
+    borders_S, longest = documents.cu_seqlens_S, documents.max_seqlen
+
+    def kernel(q_MHK: Tensor, k_MGK: Tensor, v_MGK: Tensor) -> Any:
+        return flash_attn_varlen_func(
+            q_MHK, k_MGK, v_MGK, borders_S, borders_S, longest, longest, softmax_scale=scale, causal=True
+        )
+
+    return _over_flat_tokens(kernel, q_BTHK, k_BUGK, v_BUGW)
+
+
+BACKENDS: dict[str, Backend] = {
+    "eager": eager,
+    "sdpa": sdpa,
+    "cudnn": cudnn,
+    "varlen": varlen,
+    "flash_attn": flash_attn,
+}
+
+
+def _over_flat_tokens(kernel: Callable[..., Any], q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor) -> Tensor:
+    """Run a kernel over [B * T, heads, width]. These kernels take one width, so narrower values are padded."""
+    batch, tokens, _, width = q_BTHK.shape
+    value_width = v_BUGW.shape[-1]
+    v_BUGK = functional.pad(v_BUGW, (0, width - value_width))
+    out_MHK = kernel(q_BTHK.flatten(0, 1), k_BUGK.flatten(0, 1), v_BUGK.flatten(0, 1))
+    return out_MHK.unflatten(0, (batch, tokens))[..., :value_width]
+
+
+def _biased(mask_BJTU: Tensor, slopes_H: Tensor | None) -> Tensor:
+    """The mask as it is, or with ALiBi's -slope x distance where it admits."""
+    if slopes_H is None:
+        return mask_BJTU
+    queries, keys = mask_BJTU.shape[-2:]
+    places_U = torch.arange(keys, dtype=torch.float32, device=mask_BJTU.device)
+    distance_TU = places_U[keys - queries :, None] - places_U
+    bias_BHTU = -slopes_H[:, None, None] * distance_TU
+    return bias_BHTU.masked_fill(~mask_BJTU, float("-inf"))
+
+
+def _causal_TU(queries: int, keys: int, device: torch.device) -> Tensor:
+    """The queries are the last of the keys' tokens."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

@@ -1,41 +1,63 @@
 """The contract of an attention base: what a variant file has to provide, and what it is given."""
 
-# B batch   T tokens   D model width
+# B batch   T tokens (U: attended tokens)   D model width   H heads   K head width
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from kha_train.config.registry import BASES
 from kha_train.config.schema import RunConfig
 from kha_train.model.attention.backends import Documents
-from kha_train.model.rope import Rotary
+from kha_train.model.attention.cache import Cache
+from kha_train.model.attention.choice import backend_function
+from kha_train.model.attention.interaction import build_interaction
+from kha_train.model.rope import Rotary, rotate
 
 
 class RowContext(NamedTuple):
-    """What all layers of one forward share: the rotation of every token and the documents of every row."""
+    """What all layers of one forward share: the rotation of every token (None without rotary embedding), the documents
+    of every row, and, when decoding, the cache of the tokens before."""
 
-    rotary: Rotary
+    rotary: Rotary | None
     documents: Documents
+    cache: Cache | None = None
+
+    def turn(self, x_BTHK: Tensor) -> Tensor:
+        """Queries or keys, rotated by the token's position; as they are without rotary embedding."""
+        return x_BTHK if self.rotary is None else rotate(x_BTHK, self.rotary)
+
+    def with_past(self, layer: nn.Module, *new: Tensor) -> tuple[Tensor, ...]:
+        """What `layer` attends to, [B, U, ...]: the arguments themselves, or when decoding, after those it keeps."""
+        return new if self.cache is None else self.cache.extend(layer, *new)
 
 
 class Attention(nn.Module, ABC):
     """Turns a normalised hidden state into what is added to the residual stream.
 
-    A base builds its projections, its norms and (by `build_interaction`) its interaction from `config`. Its order is
-    fixed: projection -> interaction -> QK-norm -> RoPE -> backend -> output projection. Parameters that variants have
-    in common carry the same names in all of them, for the name decides the initial value.
+    A base builds its projections and norms from `config`; its interaction and backend are built here. Its order is
+    fixed: projection -> interaction -> QK-norm -> RoPE -> backend -> output projection. It hands
+    `interaction.folds()` to its projections and `folds().output` to its output, and passes head outputs through
+    `interaction.outputs`. Parameters that variants have in common carry the same names in all of them, for the name
+    decides the initial value. `folded` names the projection that makes each of q, k, v, for whoever multiplies an
+    interaction into the weights for good.
     """
+
+    folded: ClassVar[dict[str, str]]
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
+        self.heads = config.attention.base.heads()
+        self.attend = backend_function(config)
+        self.interaction = build_interaction(config)
 
     @abstractmethod
     def forward(self, x_BTD: Tensor, rows: RowContext) -> Tensor:
-        """[B, T, D] -> [B, T, D] in the same dtype; no token sees a later one, or one of another document."""
+        """[B, T, D] -> [B, T, D] in the same dtype; no token sees a later one, or one of another document. What later
+        tokens need of these goes through `rows.with_past`."""
 
 
 def build_attention(config: RunConfig) -> Attention:

@@ -1,44 +1,89 @@
 """How heads meet: the contract of a head interaction.
 
-An interaction may act at three places: on the projected q, k, v; on the head outputs before the output projection; and,
-where the mathematics allows, as a fold into the projection weights. So far every interaction acts at the first place
-alone, so that is all the contract asks. A second place is a child module of the interaction, called by the base: a
-parameter may be used only inside the forward of the module that owns it (sharded engines gather it there).
+An interaction acts at up to four places: on the projected q, k, v (`forward`); on keys after norm and rotation
+(`rotated_keys`); on the head outputs before the output projection (`outputs`); and, where the mathematics allows, as a
+fold into the weights beside it (`folds`). A base calls all of them; each does nothing unless a variant says otherwise.
+A parameter may be used only inside the forward of the module that owns it (sharded engines gather it there), so
+matrices are `Matrix` modules, which hand out copies.
 """
 
 # B batch   T tokens   H query heads   G key/value heads   K query/key head width   W value head width
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
+from typing import NamedTuple
 
 from torch import Tensor
 
-from kha_train.config.options import HeadShape, InteractionOptions
+from kha_train.config.interaction_options import MatrixInit
+from kha_train.config.options import FoldableOptions, HeadShape, InteractionOptions
 from kha_train.config.registry import INTERACTIONS
-from kha_train.model.init import DeclaredModule
+from kha_train.config.schema import RunConfig
+from kha_train.model.attention.projection import HeadMap
+from kha_train.model.init import DeclaredModule, Identity, Initial, Normal
+
+
+class Folds(NamedTuple):
+    """The maps that projections and output take upon their weights."""
+
+    q: HeadMap | None = None
+    k: HeadMap | None = None
+    v: HeadMap | None = None
+    output: HeadMap | None = None
 
 
 class Interaction(DeclaredModule, ABC):
-    """Called right after the projections, before QK-norm and RoPE. Starts as the exact identity where the mathematics
-    says so. `options` are those of its registry entry."""
+    """Starts as the exact identity where the mathematics says so. `options` are those of its registry entry. With
+    `folded` it leaves to `folds` what `linear_maps` holds, and `forward` does the rest."""
 
-    def __init__(self, options: InteractionOptions, heads: HeadShape) -> None:
+    def __init__(self, options: InteractionOptions, heads: HeadShape, folded: bool) -> None:
         super().__init__()
+        self.folded = folded
 
-    @abstractmethod
+    def folds(self) -> Folds:
+        """The maps for the weights in this forward: none unless folded."""
+        return self.linear_maps() if self.folded else Folds()
+
+    def linear_maps(self) -> Folds:
+        """All that can be multiplied into the weights."""
+        return Folds()
+
     def forward(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The projected queries, keys and values after the heads have met; same shapes and dtypes."""
+        """The projected queries, keys and values after the heads have met, before QK-norm and RoPE; same shapes and
+        dtypes."""
+        return q_BTHK, k_BTGK, v_BTGW
+
+    def rotated_keys(self, k_BTGK: Tensor) -> Tensor:
+        """Keys after QK-norm and RoPE."""
+        return k_BTGK
+
+    def outputs(self, out_BTHW: Tensor) -> Tensor:
+        """Head outputs before the output projection."""
+        return out_BTHW
 
 
 class NoInteraction(Interaction):
     """Heads never meet: the baseline."""
 
-    def forward(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Its arguments."""
-        return q_BTHK, k_BTGK, v_BTGW
+
+def build_interaction(config: RunConfig) -> Interaction:
+    """The interaction registered under `config.attention.interaction.name`, on the heads of the configured base."""
+    options, base = config.attention.interaction, config.attention.base
+    return INTERACTIONS[options.name].load()(options, base.heads(), implementation(config) == "folded")
 
 
-def build_interaction(options: InteractionOptions, heads: HeadShape) -> Interaction:
-    """The interaction registered under `options.name`, for heads of that shape."""
-    return INTERACTIONS[options.name].load()(options, heads)
+def implementation(config: RunConfig) -> str:
+    """`eager` or `folded`, for forwards of a micro-batch."""
+    options, base = config.attention.interaction, config.attention.base
+    if not isinstance(options, FoldableOptions):
+        return "eager"
+    tokens = config.engine.micro_batch_size * config.model.seq_len
+    return options.implementation(base.heads(), base.input_widths(config.model.hidden_size), tokens).name
+
+
+def starting_matrix(init: MatrixInit) -> Initial:
+    """The rule by which a square matrix starts."""
+    if init.kind == "random":
+        return Normal(init.scale)
+    return Identity(init.scale if init.kind == "scaled_identity" else 1.0)

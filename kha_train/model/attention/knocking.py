@@ -1,6 +1,7 @@
 """Knocking-heads (KHA, arXiv 2510.23052): matrices shared by all heads of a kind let heads meet before attention.
 
-Both forms start as the exact identity: diagonal matrices are the identity, the gate is zero and 2 * sigmoid(0) = 1.
+All forms start as the exact identity unless told otherwise: diagonal matrices are the identity, the gate is zero and
+2 * sigmoid(0) = 1.
 """
 
 # B batch   T tokens   H heads of one kind   G key/value heads   K head width   W value head width
@@ -10,62 +11,100 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kha_train.config.options import HeadShape, KnockingOptions
-from kha_train.model.attention.interaction import Interaction
-from kha_train.model.init import Constant, DeclaredModule, Identity
-
-
-class SharedLinear(DeclaredModule):
-    """x~ = x T for every head, one T [K, K] (KHA eq 5-7)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.declare_parameter("transform", (width, width), Identity())
-
-    def forward(self, x_BTHK: Tensor) -> Tensor:
-        """Every head times the same matrix."""
-        return x_BTHK @ self.transform
-
-
-class SharedMlp(DeclaredModule):
-    """x~ = 2 ((x W_up) * sigmoid(x W_gate)) W_down for every head, all matrices [K, K] (KHA eq 9)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.declare_parameter("up", (width, width), Identity())
-        self.declare_parameter("gate", (width, width), Constant(0.0))
-        self.declare_parameter("down", (width, width), Identity())
-
-    def forward(self, x_BTHK: Tensor) -> Tensor:
-        """Every head through the same gated perceptron."""
-        return (2.0 * (x_BTHK @ self.up) * torch.sigmoid(x_BTHK @ self.gate)) @ self.down
+from kha_train.config.interaction_options import KnockingOptions, MatrixInit
+from kha_train.config.options import HeadShape
+from kha_train.model.attention.interaction import Folds, Interaction, starting_matrix
+from kha_train.model.attention.projection import HeadMap, Matrix
+from kha_train.model.init import Constant, Identity, Normal
 
 
 class Knocking(Interaction):
     """One shared map for each projection named in `options.projections`; the others pass unchanged."""
 
-    shared: type[SharedLinear | SharedMlp]
+    def __init__(self, options: KnockingOptions, heads: HeadShape, folded: bool) -> None:
+        super().__init__(options, heads, folded)
+        self.maps = nn.ModuleDict({p: self.shared_map(heads.width(p), options.init) for p in options.projections})
 
-    def __init__(self, options: KnockingOptions, heads: HeadShape) -> None:
-        super().__init__(options, heads)
-        for projection in ("q", "k", "v"):
-            width = heads.width(projection)
-            self.add_module(
-                projection, self.shared(heads.width(projection)) if projection in options.projections else nn.Identity()
-            )
+    def shared_map(self, width: int, init: MatrixInit) -> nn.Module:
+        """The map [.., width] -> [.., width] that every head of one kind goes through."""
+        raise NotImplementedError
 
     def forward(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Interaction.forward`."""
-        return self.q(q_BTHK), self.k(k_BTGK), self.v(v_BTGW)
+        return self._map("q", q_BTHK), self._map("k", k_BTGK), self._map("v", v_BTGW)
+
+    def _map(self, projection: str, x_BTHK: Tensor) -> Tensor:
+        return self.maps[projection](x_BTHK) if projection in self.maps else x_BTHK
 
 
 class KnockingLinear(Knocking):
-    """KHA-Linear: can be absorbed into the projection weights after training (KHA eq 8)."""
+    """KHA-Linear, x~ = x T (eq 5-7): a part of the projection weights, in training when folded, and for good after it
+    (eq 8)."""
 
-    shared = SharedLinear
+    def shared_map(self, width: int, init: MatrixInit) -> nn.Module:
+        """T [K, K]."""
+        return Matrix(width, starting_matrix(init))
+
+    def linear_maps(self) -> Folds:
+        """All of it."""
+        return Folds(**{projection: HeadMap(within_KK=matrix()) for projection, matrix in self.maps.items()})
+
+    def _map(self, projection: str, x_BTHK: Tensor) -> Tensor:
+        return x_BTHK @ self.maps[projection]() if projection in self.maps and not self.folded else x_BTHK
+
+
+class SharedMlp(nn.Module):
+    """x~ = 2 ((x W_up) * sigmoid(x W_gate)) W_down for every head, all matrices [K, K] (KHA eq 9)."""
+
+    def __init__(self, width: int, init: MatrixInit) -> None:
+        super().__init__()
+        random = init.kind == "random"
+        self.up = Matrix(width, starting_matrix(init))
+        self.gate = Matrix(width, starting_matrix(init) if random else Constant(0.0))
+        self.down = Matrix(width, starting_matrix(init) if random else Identity())
+
+    def forward(self, x_BTHK: Tensor) -> Tensor:
+        """Every head through the same gated perceptron."""
+        return self.hidden(x_BTHK) @ self.down()
+
+    def hidden(self, x_BTHK: Tensor) -> Tensor:
+        """The perceptron up to its last matrix."""
+        return 2.0 * (x_BTHK @ self.up()) * torch.sigmoid(x_BTHK @ self.gate())
 
 
 class KnockingMlp(Knocking):
-    """KHA-MLP: the paper's default, on the values alone."""
+    """KHA-MLP: the paper's default, on the values alone. Attention is linear in the values, so folded the last matrix
+    of their map is a part of the output projection."""
 
-    shared = SharedMlp
+    def shared_map(self, width: int, init: MatrixInit) -> nn.Module:
+        """See `SharedMlp`."""
+        return SharedMlp(width, init)
+
+    def linear_maps(self) -> Folds:
+        """W_down of the values."""
+        return Folds(output=HeadMap(within_KK=self.maps["v"].down()))
+
+    def _map(self, projection: str, x_BTHK: Tensor) -> Tensor:
+        if self.folded and projection == "v":
+            return self.maps["v"].hidden(x_BTHK)
+        return super()._map(projection, x_BTHK)
+
+
+class SharedGate(nn.Module):
+    """x~ = 2 x * sigmoid(x W_gate) for every head (KHA table 2 names it without a formula; this is the natural one)."""
+
+    def __init__(self, width: int, init: MatrixInit) -> None:
+        super().__init__()
+        self.gate = Matrix(width, Normal(init.scale) if init.kind == "random" else Constant(0.0))
+
+    def forward(self, x_BTHK: Tensor) -> Tensor:
+        """Every head through the same gate."""
+        return 2.0 * x_BTHK * torch.sigmoid(x_BTHK @ self.gate())
+
+
+class KnockingGate(Knocking):
+    """The gate alone: the paper's failing ablation."""
+
+    def shared_map(self, width: int, init: MatrixInit) -> nn.Module:
+        """See `SharedGate`."""
+        return SharedGate(width, init)

@@ -36,10 +36,12 @@ def rows_of(tokens, head_dim):
 
 
 def knock(x, mixer):
-    if hasattr(mixer, "transform"):
-        return x @ mixer.transform
-    if hasattr(mixer, "up"):
-        return 2 * ((x @ mixer.up) * torch.sigmoid(x @ mixer.gate)) @ mixer.down
+    """KHA eq 5-9, from the matrices alone."""
+    match None if mixer is None else {name: parameter for name, parameter in mixer.named_parameters()}:
+        case {"weight": transform}:
+            return x @ transform
+        case {"up.weight": up, "gate.weight": gate, "down.weight": down}:
+            return 2 * ((x @ up) * torch.sigmoid(x @ gate)) @ down
     return x
 
 
@@ -53,18 +55,23 @@ def turn(x, rotary):
     return x * cos + torch.cat((-x[:, half:], x[:, :half]), -1) * sin
 
 
+def mixers_of(attention):
+    maps = dict(getattr(attention.interaction, "maps", {}))
+    return {projection: maps.get(projection) for projection in "qkv"}
+
+
 def by_hand(attention, x, rows, order=("knock", "norm", "turn")):
     """One head at a time, q and k going through `order`: KHA eq 1-9 when the order is the paper's."""
-    mixers, heads, groups, width = attention.interaction, 4, 2, 32
+    mixers, heads, groups, width = mixers_of(attention), 4, 2, 32
     outputs = []
     for head in range(heads):
         group = head // (heads // groups)
         part, shared = slice(head * width, (head + 1) * width), slice(group * width, (group + 1) * width)
         q, k = x @ attention.query.weight[part].T, x @ attention.key.weight[shared].T
-        v = knock(x @ attention.value.weight[shared].T, mixers.v)
+        v = knock(x @ attention.value.weight[shared].T, mixers["v"])
         for step in order:
             if step == "knock":
-                q, k = knock(q, mixers.q), knock(k, mixers.k)
+                q, k = knock(q, mixers["q"]), knock(k, mixers["k"])
             elif step == "norm":
                 q, k = normalise(q, attention.query_norm.weight), normalise(k, attention.key_norm.weight)
             else:
@@ -79,8 +86,6 @@ def test_attention_equals_the_formulas_one_head_at_a_time(variant, make_config):
     attention = built_attention(make_config(variant, model={"init_std": 0.2}))
     scramble(attention)
     rows, x = rows_of(9, 32), torch.randn(9, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    if variant == "gqa":
-        attention.interaction.q = attention.interaction.k = attention.interaction.v = torch.nn.Identity()
     torch.testing.assert_close(attention(x[None], rows)[0], by_hand(attention, x, rows))
 
 
@@ -111,14 +116,14 @@ def test_knocking_linear_is_absorbed_into_the_projections_exactly(qk_norm, make_
     before = plain(TOKENS).logits_BTV
     with torch.no_grad():
         for knocked, block in zip(knocking.blocks, plain.blocks, strict=True):
-            mixers, attention = knocked.attention.interaction, block.attention
+            mixers, attention = mixers_of(knocked.attention), block.attention
             for projection, mixer in (
-                (attention.query, mixers.q),
-                (attention.key, mixers.k),
-                (attention.value, mixers.v),
+                (attention.query, mixers["q"]),
+                (attention.key, mixers["k"]),
+                (attention.value, mixers["v"]),
             ):
                 weight_HKD = projection.weight.view(-1, 32, 64)
-                absorbed = torch.einsum("hkd,ke->hed", weight_HKD.double(), mixer.transform.double())
+                absorbed = torch.einsum("hkd,ke->hed", weight_HKD.double(), mixer.weight.double())
                 projection.weight.copy_(absorbed.flatten(0, 1))
     expected = knocking(TOKENS).logits_BTV
     torch.testing.assert_close(plain(TOKENS).logits_BTV, expected, rtol=1e-5, atol=1e-5)
@@ -139,7 +144,9 @@ def test_every_knocking_matrix_has_a_gradient_on_and_off_its_diagonal_from_the_s
 def test_one_set_of_matrices_per_layer_serves_all_heads(make_config):
     decoder = build_decoder(make_config("kha_mlp"))
     shapes = {n: tuple(p.shape) for n, p in decoder.named_parameters() if ".interaction." in n}
-    expected = {f"blocks.{i}.attention.interaction.v.{m}": (32, 32) for i in (0, 1) for m in ("up", "gate", "down")}
+    expected = {
+        f"blocks.{i}.attention.interaction.maps.v.{m}.weight": (32, 32) for i in (0, 1) for m in ("up", "gate", "down")
+    }
     assert shapes == expected
 
 

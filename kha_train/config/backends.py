@@ -1,0 +1,57 @@
+"""What each backend of softmax(QK)V can do, so that a configuration is judged without torch and without a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from kha_train.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kha_train.config.schema import RunConfig
+
+BackendName = Literal["auto", "sdpa", "eager", "cudnn", "varlen", "flash_attn"]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """`cuda`: runs on CUDA alone, in half precision; `splits`: keeps documents of one row apart; `biased`: adds a bias
+    to the scores, which ALiBi needs."""
+
+    cuda: bool = False
+    splits: bool = True
+    biased: bool = False
+
+
+TRAITS: dict[str, Traits] = {
+    "eager": Traits(biased=True),
+    "sdpa": Traits(biased=True),
+    "cudnn": Traits(cuda=True, splits=False),
+    "varlen": Traits(cuda=True),
+    "flash_attn": Traits(cuda=True),
+}
+
+
+def invalid_backend(config: RunConfig) -> ConfigError | None:
+    """Why the chosen backend cannot compute what the configuration asks for, or None."""
+    name = config.attention.backend
+    if name == "auto":
+        return None
+    traits = TRAITS[name]
+    if traits.cuda and config.engine.device == "cpu":
+        return _refused(name, "runs on CUDA alone, and engine.device=cpu", "sdpa")
+    if traits.cuda and config.engine.precision == "fp32":
+        return _refused(name, "computes in bf16, and engine.precision=fp32", "sdpa")
+    if not traits.splits and config.data.isolate_documents:
+        return _refused(
+            name,
+            "admits only unsplit causal rows, and data.isolate_documents=true splits rows into documents",
+            "sdpa, or data.isolate_documents=false (another experiment: tokens then see earlier documents)",
+        )
+    if not traits.biased and config.attention.positions == "alibi":
+        return _refused(name, "adds no bias to the scores, and attention.positions=alibi", "sdpa")
+    return None
+
+
+def _refused(name: str, reason: str, fix: str) -> ConfigError:
+    return ConfigError(reason, field="attention.backend", value=name, fix=f"attention.backend={fix}")

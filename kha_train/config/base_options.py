@@ -1,0 +1,221 @@
+"""Options of the attention bases that come with the package. Their counts are the formulas of docs/attention.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kha_train.config.options import BaseOptions, HeadShape, InputWidths, QkNorm
+from kha_train.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kha_train.config.schema import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedQueryOptions(BaseOptions):
+    """Grouped-query attention; `kv_heads` = `query_heads` is MHA, 1 is MQA."""
+
+    kv_heads: int
+
+    def invalid(self) -> ConfigError | None:
+        """Query heads must deal out evenly to the key/value heads."""
+        divisors = [n for n in range(1, self.query_heads + 1) if self.query_heads % n == 0]
+        if self.kv_heads not in divisors:
+            return ConfigError(
+                f"does not divide {self.query_heads} query heads",
+                field="model.kv_heads",
+                value=self.kv_heads,
+                allowed=", ".join(map(str, divisors)),
+                fix=f"model.kv_heads={max(n for n in divisors if n <= max(self.kv_heads, 1))}",
+            )
+        return super().invalid()
+
+    def heads(self) -> HeadShape:
+        """See `BaseOptions.heads`."""
+        return HeadShape(self.query_heads, self.kv_heads, self.head_dim, self.head_dim)
+
+    def parameters(self, hidden_size: int) -> int:
+        """Queries and output, keys and values."""
+        return 2 * hidden_size * self.head_dim * (self.query_heads + self.kv_heads)
+
+    def norm_parameters(self, qk_norm: QkNorm) -> int:
+        """One gain for all heads of a kind, or one for each."""
+        gains = {"per_head": 2, "full_width": self.query_heads + self.kv_heads, "none": 0}
+        return gains[qk_norm] * self.head_dim
+
+    def pair_flops(self) -> int:
+        """q . k and weight * v."""
+        return 4 * self.query_heads * self.head_dim
+
+    def cache_numbers(self) -> int:
+        """Keys and values."""
+        return 2 * self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedTiedOptions(GroupedQueryOptions):
+    """Grouped-tied attention (GTA): `kv_heads` states are values and the first half of the keys; the other half of the
+    keys is one rotary head, shared by all."""
+
+    def invalid(self) -> ConfigError | None:
+        """The rotary half must have pairs."""
+        if self.head_dim % 4:
+            return ConfigError(
+                "half of a key is turned in pairs",
+                field="model.head_dim",
+                value=self.head_dim,
+                allowed="multiples of 4",
+            )
+        return super().invalid()
+
+    def conflict(self, config: RunConfig) -> ConfigError | None:
+        """The rotary key has no meaning without rotation, and its norm is its own."""
+        attention = config.attention
+        if attention.qk_norm == "full_width":
+            return ConfigError(
+                "a tied key has no full width: half of it is shared by all heads",
+                field="attention.qk_norm",
+                value="full_width",
+                allowed="per_head, none",
+            )
+        return _needs_rotation(config, "gta")
+
+    def rotary_width(self) -> int:
+        """Half a head."""
+        return self.head_dim // 2
+
+    def heads(self) -> HeadShape:
+        """The tied states count as values."""
+        return HeadShape(self.query_heads, self.kv_heads, self.head_dim, self.head_dim, tied=True)
+
+    def parameters(self, hidden_size: int) -> int:
+        """Queries and output, tied states, rotary key."""
+        return hidden_size * (self.head_dim * (2 * self.query_heads + self.kv_heads) + self.rotary_width())
+
+    def norm_parameters(self, qk_norm: QkNorm) -> int:
+        """One gain for queries, one for the tied half of a key and one for its rotary half."""
+        return 0 if qk_norm == "none" else 2 * self.head_dim
+
+    def cache_numbers(self) -> int:
+        """The tied states and one rotary key."""
+        return self.kv_heads * self.head_dim + self.rotary_width()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentOptions(BaseOptions):
+    """Multi-head latent attention (MLA): keys and values are made from one latent of `latent_width`; beside it stands a
+    rotary key of `rotary_dim`, one for all heads. `query_latent_width` above 0 makes queries from a latent too."""
+
+    latent_width: int
+    rotary_dim: int
+    query_latent_width: int = 0
+
+    def invalid(self) -> ConfigError | None:
+        """Widths must be positive, the rotary one even."""
+        if self.latent_width < 1:
+            return ConfigError("must be at least 1", field="attention.base.latent_width", value=self.latent_width)
+        if self.query_latent_width < 0:
+            return ConfigError(
+                "must not be negative", field="attention.base.query_latent_width", value=self.query_latent_width
+            )
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            return ConfigError(
+                "rotary embedding turns pairs",
+                field="attention.base.rotary_dim",
+                value=self.rotary_dim,
+                allowed="even numbers",
+            )
+        return super().invalid()
+
+    def conflict(self, config: RunConfig) -> ConfigError | None:
+        """A norm between latent and score would keep decoding from attending to the latents themselves."""
+        if config.attention.qk_norm != "none":
+            return ConfigError(
+                "mla normalises its latents; a norm of its keys could not be absorbed when decoding",
+                field="attention.qk_norm",
+                value=config.attention.qk_norm,
+                fix="attention.qk_norm=none",
+            )
+        return _needs_rotation(config, "mla")
+
+    def rotary_width(self) -> int:
+        """The rotary key."""
+        return self.rotary_dim
+
+    def heads(self) -> HeadShape:
+        """The heads without their rotary part."""
+        return HeadShape(self.query_heads, self.query_heads, self.head_dim, self.head_dim, latent=True)
+
+    def input_widths(self, hidden_size: int) -> InputWidths:
+        """Keys and values are made from the latent, and queries may be."""
+        return InputWidths(self.query_latent_width or hidden_size, self.latent_width, self.latent_width, hidden_size)
+
+    def parameters(self, hidden_size: int) -> int:
+        """Queries (with their latent), latent, rotary key, keys and values, output."""
+        queries = self.query_heads * (self.head_dim + self.rotary_dim)
+        latent = self.query_latent_width
+        query = latent * (hidden_size + queries) if latent else hidden_size * queries
+        down = hidden_size * (self.latent_width + self.rotary_dim)
+        return query + down + self.query_heads * self.head_dim * (2 * self.latent_width + hidden_size)
+
+    def norm_parameters(self, qk_norm: QkNorm) -> int:
+        """The latents'."""
+        return self.latent_width + self.query_latent_width
+
+    def pair_flops(self) -> int:
+        """q . k with its rotary part, and weight * v."""
+        return 2 * self.query_heads * (2 * self.head_dim + self.rotary_dim)
+
+    def cache_numbers(self) -> int:
+        """The latent and the rotary key."""
+        return self.latent_width + self.rotary_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class TalkingHeadsOptions(GroupedQueryOptions):
+    """Talking-heads attention: scores and weights are mixed across heads. All scores are held, so rows are bounded by
+    `max_tokens`."""
+
+    max_tokens: int = 2048
+
+    def conflict(self, config: RunConfig) -> ConfigError | None:
+        """Only the formula itself can mix scores, and only for short rows."""
+        if config.attention.backend not in ("eager", "auto"):
+            return ConfigError(
+                "talking_heads mixes the scores, which only the formula itself holds",
+                field="attention.backend",
+                value=config.attention.backend,
+                allowed="eager, auto",
+            )
+        if config.model.seq_len > self.max_tokens:
+            return ConfigError(
+                f"talking_heads holds all scores of a row, and is kept to attention.base.max_tokens={self.max_tokens}",
+                field="model.seq_len",
+                value=config.model.seq_len,
+                fix="shorten the rows, or raise attention.base.max_tokens when the memory is there",
+            )
+        return None
+
+    def parameters(self, hidden_size: int) -> int:
+        """Those of the heads, and a mix of scores and one of weights."""
+        return super().parameters(hidden_size) + 2 * self.query_heads**2
+
+    def token_flops(self, hidden_size: int) -> int:
+        """The mixes cost by pairs of tokens."""
+        return 2 * super().parameters(hidden_size)
+
+    def pair_flops(self) -> int:
+        """q . k, weight * v, and both mixes."""
+        return super().pair_flops() + 4 * self.query_heads**2
+
+
+def _needs_rotation(config: RunConfig, name: str) -> ConfigError | None:
+    if config.attention.positions == "rope":
+        return None
+    return ConfigError(
+        f"{name} keeps its positions in a rotary key of its own",
+        field="attention.positions",
+        value=config.attention.positions,
+        fix="attention.positions=rope",
+    )

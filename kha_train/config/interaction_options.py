@@ -1,0 +1,219 @@
+"""Options of the head interactions that come with the package. Their counts are the formulas of docs/attention.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from kha_train.config.options import (
+    BaseOptions,
+    FoldableOptions,
+    HeadShape,
+    InputWidths,
+    InteractionOptions,
+    Projection,
+)
+from kha_train.errors import ConfigError
+
+TIED = "a tied base has no keys of its own (values and half of the keys are one state, reached as v)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixInit:
+    """How square matrices start: as the `identity`, as `scale` times it, or `random`, normal with deviation `scale`.
+
+    `scale` is not used by `identity`. Papers start from the identity; the others are for studies of it.
+    """
+
+    kind: Literal["identity", "scaled_identity", "random"] = "identity"
+    scale: float = 1.0
+
+    def invalid(self) -> ConfigError | None:
+        """A matrix of zeros would silence its heads."""
+        if self.scale <= 0:
+            return ConfigError("must be above 0", field="attention.interaction.init.scale", value=self.scale)
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnockingOptions(InteractionOptions):
+    """Knocking-heads: matrices shared by all heads of a kind, on any of the projections q, k, v (KHA eq 5-9)."""
+
+    matrices: ClassVar[int]
+    projections: tuple[Projection, ...] = ("v",)
+    init: MatrixInit = field(default_factory=MatrixInit)
+
+    def invalid(self) -> ConfigError | None:
+        """At least one projection, each once."""
+        return _each_once("projections", self.projections) or self.init.invalid() or super().invalid()
+
+    def refuses(self, base: BaseOptions) -> str | None:
+        """A tied base has no keys to act on."""
+        if base.heads().tied and "k" in self.projections:
+            return f"{TIED}; take attention.interaction.projections=[v] or [q,v]"
+        return super().refuses(base)
+
+    def parameters(self, heads: HeadShape) -> int:
+        """Square matrices, shared by the heads of a kind."""
+        return sum(self.matrices * heads.width(p) ** 2 for p in self.projections)
+
+    def flops(self, heads: HeadShape) -> int:
+        """Every head times every matrix."""
+        return sum(2 * self.matrices * heads.count(p) * heads.width(p) ** 2 for p in self.projections)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnockingLinearOptions(KnockingOptions, FoldableOptions):
+    """KHA-Linear: one matrix for each projection."""
+
+    matrices: ClassVar[int] = 1
+
+    def saved_flops(self, heads: HeadShape) -> int:
+        """All of it."""
+        return self.flops(heads)
+
+    def fold_flops(self, heads: HeadShape, inputs: InputWidths) -> int:
+        """Every head's columns of the projection times the matrix."""
+        return sum(2 * heads.count(p) * heads.width(p) ** 2 * getattr(inputs, p) for p in self.projections)
+
+    def absorbed(self) -> InteractionOptions | None:
+        """Nothing is left (KHA eq 8)."""
+        return InteractionOptions(name="none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _NonLinearOptions(KnockingOptions):
+    """Knocking that acts on activations between a projection and the scores, or between values and output."""
+
+    def refuses(self, base: BaseOptions) -> str | None:
+        """Latent attention never makes keys and values at inference."""
+        if base.heads().latent:
+            return (
+                "mla attends to its latent when decoding and never makes keys and values; a non-linear map between "
+                "them and the output could not be absorbed (KHA 4.2.3); take interaction knocking_linear"
+            )
+        return super().refuses(base)
+
+    def absorbed(self) -> InteractionOptions | None:
+        """Not possible: the gate acts on activations."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnockingMlpOptions(_NonLinearOptions, FoldableOptions):
+    """KHA-MLP: up, gate and down for each projection. Folded, the down of v is part of the output projection."""
+
+    matrices: ClassVar[int] = 3
+
+    def unfoldable(self, heads: HeadShape) -> str | None:
+        """Attention must be linear in what is folded."""
+        if "v" not in self.projections:
+            return "only the map of v reaches the output projection"
+        if heads.tied:
+            return "the tied state is key as well as value, and scores are not linear in it"
+        return None
+
+    def saved_flops(self, heads: HeadShape) -> int:
+        """The down product of v."""
+        return 2 * heads.count("v") * heads.value_width**2
+
+    def fold_flops(self, heads: HeadShape, inputs: InputWidths) -> int:
+        """The output projection's rows of every query head times the matrix."""
+        return 2 * heads.query_heads * heads.value_width**2 * inputs.output
+
+    def warnings(self) -> list[str]:
+        """The paper finds no gain on q and k."""
+        costly = [p for p in self.projections if p != "v"]
+        if not costly:
+            return []
+        return [f"knocking_mlp on {' and '.join(costly)} costs more and gains nothing over v alone (KHA table 2)"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnockingGateOptions(_NonLinearOptions):
+    """The paper's ablation without up and down, which harms (KHA table 2: +0.063): kept to study why."""
+
+    matrices: ClassVar[int] = 1
+
+    def invalid(self) -> ConfigError | None:
+        """Its matrix is a gate, which is the identity when zero."""
+        if self.init.kind == "scaled_identity":
+            return ConfigError(
+                "a gate starts as the identity map when its matrix is zero; there is nothing to scale",
+                field="attention.interaction.init.kind",
+                value="scaled_identity",
+                allowed="identity, random",
+            )
+        return super().invalid()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplicitOptions(FoldableOptions):
+    """Explicit multi-head attention (MEA eq 10-17): keys and values of all heads are composed by a G x G matrix, and
+    `head_norm` normalises each head's output. `mix_after_rope` composes keys after norm and rotation instead."""
+
+    compose: tuple[Projection, ...] = ("k", "v")
+    head_norm: bool = True
+    mix_after_rope: bool = False
+    init: MatrixInit = field(default_factory=MatrixInit)
+
+    def invalid(self) -> ConfigError | None:
+        """Keys and values are composed, queries are not; something must be done at all."""
+        if "q" in self.compose:
+            return ConfigError(
+                "queries are not composed (MEA eq 11)", field="attention.interaction.compose", allowed="k, v"
+            )
+        if self.mix_after_rope and "k" not in self.compose:
+            return ConfigError("keys are not composed", field="attention.interaction.mix_after_rope", value=True)
+        if not self.compose and self.head_norm:
+            return self.init.invalid() or super().invalid()
+        return _each_once("compose", self.compose) or self.init.invalid() or super().invalid()
+
+    def refuses(self, base: BaseOptions) -> str | None:
+        """Composing keys needs keys, and composing them after rotation needs rotated ones."""
+        heads = base.heads()
+        if heads.tied and "k" in self.compose:
+            return f"{TIED}; take attention.interaction.compose=[v]"
+        if heads.latent and self.mix_after_rope:
+            return "the keys mla makes from its latent are not rotated; take attention.interaction.mix_after_rope=false"
+        return super().refuses(base)
+
+    def parameters(self, heads: HeadShape) -> int:
+        """A G x G matrix for each kind, and the norm's gain."""
+        return len(self.compose) * heads.kv_heads**2 + (heads.value_width if self.head_norm else 0)
+
+    def flops(self, heads: HeadShape) -> int:
+        """Every dimension of a head times the matrix."""
+        return sum(2 * heads.kv_heads**2 * heads.width(p) for p in self.compose)
+
+    def unfoldable(self, heads: HeadShape) -> str | None:
+        """Norm and rotation stand between the projection and what is composed."""
+        return "keys are composed after norm and rotation" if self.mix_after_rope else None
+
+    def saved_flops(self, heads: HeadShape) -> int:
+        """All of it."""
+        return self.flops(heads)
+
+    def fold_flops(self, heads: HeadShape, inputs: InputWidths) -> int:
+        """Every row of the projection times the matrix."""
+        return sum(2 * heads.kv_heads**2 * heads.width(p) * getattr(inputs, p) for p in self.compose)
+
+    def absorbed(self) -> InteractionOptions | None:
+        """The norm of the outputs stays."""
+        if self.mix_after_rope:
+            return None
+        if self.head_norm:
+            return ExplicitOptions(name=self.name, compose=(), head_norm=True, impl="eager")
+        return InteractionOptions(name="none")
+
+
+def _each_once(field_name: str, chosen: tuple[Projection, ...]) -> ConfigError | None:
+    if chosen and len(set(chosen)) == len(chosen):
+        return None
+    return ConfigError(
+        "name each projection once",
+        field=f"attention.interaction.{field_name}",
+        value=list(chosen),
+        allowed="a non-empty choice",
+        fix=f"attention.interaction.{field_name}=[v]",
+    )

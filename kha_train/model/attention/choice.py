@@ -1,0 +1,124 @@
+"""Which backend computes attention on a device, whether it can, and what was taken: said once, when a run starts."""
+
+# B batch   T tokens (U: attended tokens)   H query heads   G key/value heads   K, W key and value head width
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kha_train.config.backends import TRAITS
+from kha_train.config.options import FoldableOptions
+from kha_train.config.schema import RunConfig
+from kha_train.errors import ConfigError
+from kha_train.model.attention.backends import BACKENDS, Backend, Documents, eager, lay_out_documents, sdpa, varlen
+
+CHECK_TOLERANCE = 3e-2
+"""Largest relative error (Frobenius) of half-precision outputs and gradients against fp32 maths in the first check."""
+
+
+class Choice(NamedTuple):
+    """A backend's name, and why it was taken."""
+
+    name: str
+    why: str
+
+
+def backend_function(config: RunConfig) -> Backend:
+    """What attention modules call. `auto` looks at the device of its arguments, by the rule of `choose`."""
+    name = config.attention.backend
+    if name != "auto":
+        return BACKENDS[name]
+    return automatic if _may_use_varlen(config) else sdpa
+
+
+def automatic(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
+    """`varlen` for rows of documents on CUDA in half precision, else `sdpa`: the same function."""
+    packed = documents.cu_seqlens_S is not None and documents.mask_BJTU is not None
+    takes = varlen if packed and q_BTHK.is_cuda and q_BTHK.dtype in (torch.bfloat16, torch.float16) else sdpa
+    return takes(q_BTHK, k_BUGK, v_BUGW, documents, scale)
+
+
+def choose(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Choice:
+    """The backend for this device. Raises ConfigError when the one named in the configuration cannot run here."""
+    name = config.attention.backend
+    if name != "auto":
+        missing = _missing(name, device, dtype)
+        if missing:
+            raise ConfigError(missing, field="attention.backend", value=name, fix="attention.backend=sdpa, or auto")
+        return Choice(name, "chosen by attention.backend")
+    if config.attention.base.name == "talking_heads":
+        return Choice("eager", "talking_heads mixes scores")
+    if config.attention.positions == "alibi":
+        return Choice("sdpa", "biased scores")
+    if not config.data.isolate_documents:
+        return Choice("sdpa", "rows are not split")
+    missing = _missing("varlen", device, dtype)
+    return Choice("sdpa", f"varlen {missing}") if missing else Choice("varlen", "documents without a mask")
+
+
+def announce(config: RunConfig, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """What a run says of its attention when it starts: backend, implementation, reasons, warnings. cuDNN is checked
+    first. Raises ConfigError when the choice cannot run here."""
+    options, base = config.attention.interaction, config.attention.base
+    backend = choose(config, device, dtype)
+    lines = [f"attention {base.name} x {options.name} | backend {backend.name} ({backend.why})"]
+    if isinstance(options, FoldableOptions):
+        tokens = config.engine.micro_batch_size * config.model.seq_len
+        taken = options.implementation(base.heads(), base.input_widths(config.model.hidden_size), tokens)
+        lines[0] += f" | interaction {taken.name} ({taken.why})"
+    if backend.name == "cudnn":
+        check_against_maths(config, device, dtype)
+    return lines + [f"warning: {text}" for text in options.warnings()]
+
+
+def check_against_maths(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Compare the chosen backend with the formula in fp32, forward and backward, on heads of the run's shape: some
+    releases of cuDNN computed wrong numbers without a word. Raises ConfigError when they disagree."""
+    shape, base = config.attention.base.heads(), config.attention.base
+    key_width = shape.key_width + (base.rotary_width() if shape.latent else 0)
+    sizes = [(shape.query_heads, key_width), (shape.kv_heads, key_width), (shape.kv_heads, shape.value_width)]
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 256, heads, width, generator=generator).to(device, dtype) for heads, width in sizes]
+    documents = lay_out_documents(2, 256, device)
+    results = [_outputs_and_gradients(BACKENDS[config.attention.backend], inputs, documents)]
+    results.append(_outputs_and_gradients(eager, [x.float() for x in inputs], documents))
+    for name, found, expected in zip(("output", "gradient of q", "of k", "of v"), *results, strict=True):
+        error = ((found.float() - expected).norm() / expected.norm()).item()
+        if not error < CHECK_TOLERANCE:
+            raise ConfigError(
+                f"computes wrong numbers on {torch.cuda.get_device_name(device)}: {name} is off by {error:.2g}",
+                field="attention.backend",
+                value=config.attention.backend,
+                fix="attention.backend=sdpa",
+            )
+
+
+def _outputs_and_gradients(backend: Backend, inputs: list[Tensor], documents: Documents) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = backend(*leaves, documents, leaves[0].shape[-1] ** -0.5)
+    return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+
+def _may_use_varlen(config: RunConfig) -> bool:
+    return config.data.isolate_documents and config.attention.positions != "alibi"
+
+
+def _missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps a backend from running here, or None."""
+    if not TRAITS[name].cuda:
+        return None
+    if device.type != "cuda":
+        return f"needs a CUDA device, and this is {device.type}"
+    if dtype == torch.float32:
+        return "computes in bf16, and parameters are fp32"
+    if name == "cudnn" and torch.cuda.get_device_capability(device) != (9, 0):
+        return "is used on sm_90 alone (Hopper): slower on older devices, and seen to corrupt on newer ones"
+    if name == "varlen" and find_spec("torch.nn.attention.varlen") is None:
+        return f"is not in torch {torch.__version__}"
+    if name == "flash_attn" and find_spec("flash_attn") is None:
+        return "needs the package flash-attn: pip install 'kha_train[gpu]'"
+    return None

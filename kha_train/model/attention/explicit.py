@@ -1,0 +1,55 @@
+"""Explicit multi-head attention (MEA, arXiv 2601.19611): heads of keys and of values are composed by learned matrices,
+and each head's output is normalised.
+
+Composition starts as the identity; the norm rescales outputs, so with it a fresh model is *not* the baseline.
+"""
+
+# B batch   T tokens   H query heads   G key/value heads   K query/key head width   W value head width
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kha_train.config.interaction_options import ExplicitOptions
+from kha_train.config.options import HeadShape
+from kha_train.model.attention.interaction import Folds, Interaction, starting_matrix
+from kha_train.model.attention.projection import HeadMap, Matrix
+from kha_train.model.norm import RmsNorm
+
+NORM_EPS = 1e-5
+"""That of the normalised heads which MEA takes its norm from (Differential Transformer, arXiv 2410.05258)."""
+
+
+class Explicit(Interaction):
+    """HLC(X)_o = sum_i X_i W[i, o] on keys and values (MEA eq 10-12, 14-17), before QK-norm and RoPE, or, for the
+    linearity ablation, on keys after them; then RMSNorm of each head's output, one gain for all heads."""
+
+    def __init__(self, options: ExplicitOptions, heads: HeadShape, folded: bool) -> None:
+        super().__init__(options, heads, folded)
+        self.after_rope = options.mix_after_rope
+        initial = starting_matrix(options.init)
+        self.compose = nn.ModuleDict({p: Matrix(heads.kv_heads, initial) for p in options.compose})
+        self.norm = RmsNorm(heads.value_width, NORM_EPS) if options.head_norm else nn.Identity()
+
+    def linear_maps(self) -> Folds:
+        """Both compositions (never asked for when keys are mixed after rotation)."""
+        return Folds(**{p: HeadMap(across_IO=matrix()) for p, matrix in self.compose.items()})
+
+    def forward(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Interaction.forward`."""
+        if self.folded:
+            return q_BTHK, k_BTGK, v_BTGW
+        return q_BTHK, k_BTGK if self.after_rope else self._mix("k", k_BTGK), self._mix("v", v_BTGW)
+
+    def rotated_keys(self, k_BTGK: Tensor) -> Tensor:
+        """See `Interaction.rotated_keys`."""
+        return self._mix("k", k_BTGK) if self.after_rope else k_BTGK
+
+    def outputs(self, out_BTHW: Tensor) -> Tensor:
+        """See `Interaction.outputs`."""
+        return self.norm(out_BTHW)
+
+    def _mix(self, projection: str, x_BTGK: Tensor) -> Tensor:
+        if projection not in self.compose:
+            return x_BTGK
+        return HeadMap(across_IO=self.compose[projection]()).apply(x_BTGK)

@@ -1,0 +1,56 @@
+"""Grouped-tied attention (GTA, arXiv 2505.21487): one state per group is the value, and its first half is half of the
+key; the other half of the key is one rotary head, shared by all.
+
+An interaction on v acts on the tied state before it is split, so that one state is cached and the keys see it too.
+"""
+
+# B batch   T tokens (U: attended tokens)   D model width   H query heads   G tied heads   K head width   R = K / 2
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kha_train.config.base_options import GroupedTiedOptions
+from kha_train.config.schema import RunConfig
+from kha_train.model.attention.base import Attention, RowContext
+from kha_train.model.attention.projection import OutputProjection, Projection
+from kha_train.model.init import Normal, residual_std
+from kha_train.model.norm import build_qk_norm
+
+
+class GroupedTiedAttention(Attention):
+    """H query heads share G tied states and one rotary key. QK-norm is per head, over the whole query and over each
+    half of the key by itself: the cached rotary half then stays one head."""
+
+    folded: ClassVar[dict[str, str]] = {"q": "query", "v": "tied"}
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        base = config.attention.base
+        assert isinstance(base, GroupedTiedOptions)
+        width, head_dim, normal = config.model.hidden_size, base.head_dim, Normal(config.model.init_std)
+        self.scale, self.turned = head_dim**-0.5, base.rotary_width()
+        self.query = Projection(width, base.query_heads, head_dim, normal)
+        self.tied = Projection(width, base.kv_heads, head_dim, normal)
+        self.rotary_key = Projection(width, 1, self.turned, normal)
+        self.output = OutputProjection(base.query_heads, head_dim, width, Normal(residual_std(config)))
+        self.query_norm = build_qk_norm(config, base.query_heads, head_dim)
+        self.key_norm = build_qk_norm(config, base.kv_heads, head_dim - self.turned)
+        self.rotary_key_norm = build_qk_norm(config, 1, self.turned)
+
+    def forward(self, x_BTD: Tensor, rows: RowContext) -> Tensor:
+        """See `Attention.forward`."""
+        folds, still = self.interaction.folds(), self.heads.key_width - self.turned
+        state_BUGK = self.tied(x_BTD, folds.v)
+        q_BTHK, _, state_BUGK = self.interaction(self.query(x_BTD, folds.q), state_BUGK, state_BUGK)
+        q_BTHK = self.query_norm(q_BTHK)
+        q_BTHK = torch.cat((q_BTHK[..., :still], rows.turn(q_BTHK[..., still:])), dim=-1)
+        turned_BU1R = rows.turn(self.rotary_key_norm(self.rotary_key(x_BTD)))
+        state_BUGK, turned_BU1R = rows.with_past(self, state_BUGK, turned_BU1R)
+        still_BUGR = self.key_norm(state_BUGK[..., :still])
+        k_BUGK = torch.cat((still_BUGR, turned_BU1R.expand(-1, -1, self.heads.kv_heads, -1)), dim=-1)
+        out_BTHK = self.attend(q_BTHK, k_BUGK, state_BUGK, rows.documents, self.scale)
+        return self.output(self.interaction.outputs(out_BTHK), folds.output)

@@ -1,0 +1,105 @@
+"""Projections whose weight can take a map of heads upon itself: (x W) M = x (W M), exactly, with exact gradients.
+
+Two modules own the factors of such a product, and a parameter may be used only inside the forward of the module that
+owns it (sharded engines gather it there). So `Matrix` hands out a copy of its small matrix, an ordinary activation
+that carries its gradient back, and the projection multiplies it into its weight inside its own forward.
+"""
+
+# B batch   T tokens   D input width   H heads   K, W head width   C latent width   I, O heads before and after
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kha_train.model.init import DeclaredModule, Initial, Linear
+
+
+class HeadMap(NamedTuple):
+    """A linear map of heads: `within_KK` multiplies every head from the right, `across_IO` composes heads: head o is
+    the sum over i of head i times across[i, o]."""
+
+    within_KK: Tensor | None = None
+    across_IO: Tensor | None = None
+
+    def apply(self, x_BTHK: Tensor) -> Tensor:
+        """The map on activations: the definition."""
+        if self.within_KK is not None:
+            x_BTHK = x_BTHK @ self.within_KK
+        if self.across_IO is not None:
+            x_BTHK = torch.einsum("btik,io->btok", x_BTHK, self.across_IO)
+        return x_BTHK
+
+
+class Matrix(DeclaredModule):
+    """One small square matrix, used by its neighbours."""
+
+    def __init__(self, width: int, initial: Initial) -> None:
+        super().__init__()
+        self.declare_parameter("weight", (width, width), initial)
+
+    def forward(self) -> Tensor:
+        """A copy: the parameter itself may be freed when this forward ends."""
+        return self.weight.clone()
+
+
+class Projection(Linear):
+    """x -> heads: [B, T, D] -> [B, T, H, K]. `weight` is [H * K, D]."""
+
+    def __init__(self, inputs: int, heads: int, width: int, initial: Initial) -> None:
+        super().__init__(inputs, heads * width, initial)
+        self.heads = heads
+
+    def forward(self, x_BTD: Tensor, fold: HeadMap | None = None) -> Tensor:
+        """The heads of every token, after the map `fold`."""
+        return torch.nn.functional.linear(x_BTD, self.folded(fold)).unflatten(-1, (self.heads, -1))
+
+    def folded(self, fold: HeadMap | None) -> Tensor:
+        """The weight [H * K, D] that makes the heads after the map; multiplied in at least fp32."""
+        if fold is None:
+            return self.weight
+        weight_HKD = _wide(self.weight).unflatten(0, (self.heads, -1))
+        if fold.within_KK is not None:
+            weight_HKD = torch.einsum("hkd,kw->hwd", weight_HKD, _wide(fold.within_KK))
+        if fold.across_IO is not None:
+            weight_HKD = torch.einsum("ikd,io->okd", weight_HKD, _wide(fold.across_IO))
+        return weight_HKD.flatten(0, 1).to(self.weight.dtype)
+
+
+class LatentProjection(Projection):
+    """A projection of a latent, which decoding goes through the other way: it attends to the latent itself, so queries
+    come down to it, and what was attended to goes up to the heads."""
+
+    def queries_to_latent(self, q_BTHK: Tensor, fold: HeadMap | None) -> Tensor:
+        """q . (c W) = (q W^T) . c: queries [B, T, H, K] -> [B, T, H, C]. Decoding only: no engine shards its weight."""
+        return torch.einsum("bthk,hkc->bthc", q_BTHK, self.folded(fold).unflatten(0, (self.heads, -1)))
+
+    def latent_to_heads(self, out_BTHC: Tensor, fold: HeadMap | None) -> Tensor:
+        """A weighted sum of latents [B, T, H, C] -> [B, T, H, W], each head by its own part. Decoding only."""
+        return torch.einsum("bthc,hwc->bthw", out_BTHC, self.folded(fold).unflatten(0, (self.heads, -1)))
+
+
+class OutputProjection(Linear):
+    """Head outputs -> residual stream: [B, T, H, W] -> [B, T, D]. `weight` is [D, H * W]."""
+
+    def __init__(self, heads: int, width: int, outputs: int, initial: Initial) -> None:
+        super().__init__(heads * width, outputs, initial)
+        self.heads = heads
+
+    def forward(self, out_BTHW: Tensor, fold: HeadMap | None = None) -> Tensor:
+        """The sum of all heads' contributions, after the map `fold` of each head's output."""
+        return torch.nn.functional.linear(out_BTHW.flatten(2), self.folded(fold))
+
+    def folded(self, fold: HeadMap | None) -> Tensor:
+        """The weight [D, H * W] that reads the heads before the map; multiplied in at least fp32."""
+        if fold is None:
+            return self.weight
+        assert fold.within_KK is not None and fold.across_IO is None, "no interaction composes the heads' outputs"
+        weight_DHK = _wide(self.weight).unflatten(1, (self.heads, -1))
+        return torch.einsum("dhk,wk->dhw", weight_DHK, _wide(fold.within_KK)).flatten(1).to(self.weight.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,35 @@
+"""Talking-heads attention (arXiv 2003.02436): heads meet in the scores and in the weights. A reference: it needs all
+scores, so it is eager and kept to short rows.
+
+    weights = softmax(sum_i scores_i L[i, h])      out_h = sum_i weights_i M[i, h] v_g      L, M start as the identity
+"""
+
+# B batch   T tokens (U: attended tokens)   G key/value heads   H, I heads   K, W key and value head width
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kha_train.config.schema import RunConfig
+from kha_train.model.attention.backends import Documents, masked_softmax, scores, weighted_values
+from kha_train.model.attention.grouped_query import GroupedQueryAttention
+from kha_train.model.attention.projection import Matrix
+from kha_train.model.init import Identity
+
+
+class TalkingHeadsAttention(GroupedQueryAttention):
+    """Grouped-query attention whose heads talk before and after the softmax."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        self.score_mix = Matrix(self.heads.query_heads, Identity())
+        self.weight_mix = Matrix(self.heads.query_heads, Identity())
+        self.attend = self._talk
+
+    def _talk(self, q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
+        """A backend's signature, with the two mixes inside."""
+        scores_BITU = scores(q_BTHK, k_BUGK) * scale
+        mixed_BHTU = torch.einsum("bitu,ih->bhtu", scores_BITU, self.score_mix())
+        weights_BITU = masked_softmax(mixed_BHTU, documents).to(v_BUGW.dtype)
+        return weighted_values(torch.einsum("bitu,ih->bhtu", weights_BITU, self.weight_mix()), v_BUGW)
