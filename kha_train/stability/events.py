@@ -1,11 +1,10 @@
 """The event detector: a spike is what rises out of the noise of its own curve, from its first step to its last.
 
 The baseline is the last 128 values that belong to no event: a spike neither hides the next one nor widens its own
-scale. With m their median and s = max(1.4826 MAD, 0.001), an event opens at z = (x - m) / s >= 7 (and clearly beyond
-the baseline's own extremes, see `TAIL`) or at a value that is not finite; m and s stand still while it is open; three
-consecutive z < 2 close it and join the baseline. After 2,000 steps it is given up as unrecovered (a level shift), and
-the baseline starts again from the last 128 values. A falling or slowly drifting loss opens nothing: the trend inside
-the window widens s.
+scale. With m their median and s = max(1.4826 MAD, standard deviation, 0.001), an event opens at z = (x - m) / s >= 7 or
+at a value that is not finite; m and s stand still while it is open; three consecutive z < 2 close it and join the
+baseline. After 2,000 steps it is given up as unrecovered (a level shift), and the baseline starts again from the last
+128 values. A falling or slowly drifting loss opens nothing: the trend inside the window widens s.
 """
 
 from __future__ import annotations
@@ -15,15 +14,12 @@ from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from kha_train.stability.baseline import MAD_TO_SIGMA, Baseline
+from kha_train.stability.baseline import Baseline
 from kha_train.stability.window import usable
 
 BASELINE, MIN_BASELINE = 128, 64
 SCALE_FLOOR = 1e-3
 OPEN_Z, CLOSE_Z, CLOSE_COUNT = 7.0, 2.0, 3
-TAIL = 1.5
-"""An event opens only this many times beyond the largest deviation in the baseline: noise with heavy tails raises its
-own threshold."""
 MAX_STEPS = 2000
 NARROW = 10
 """Events up to this width (steps) are narrow. The boundary is this project's own."""
@@ -129,17 +125,15 @@ class EventDetector:
             return Reading(math.nan, False, False, None)
         median, scale = self._normal()
         z = (seen.loss - median) / scale
-        if z >= OPEN_Z and seen.loss - median >= TAIL * self.baseline.largest_deviation():
+        if z >= OPEN_Z:
             self._open(seen, gnorm_before)
             return Reading(z, True, True, None)
         self.baseline.push(seen.loss)
         return Reading(z, False, False, None)
 
     def rebase(self) -> SpikeEvent | None:
-        """Forget what was normal, because a change is planned here (another data mixture, another rate).
-
-        Nothing finite opens an event before 64 further steps. Returns the event this closes, if one was open.
-        """
+        """Forget what was normal: nothing finite opens an event before 64 further steps. Returns the event this
+        closes, if one was open."""
         event, self.event = self.event, None
         self.baseline = Baseline(BASELINE)
         if event is not None:
@@ -169,7 +163,7 @@ class EventDetector:
         )
 
     def _normal(self) -> tuple[float, float]:
-        return self.baseline.median(), max(MAD_TO_SIGMA * self.baseline.median_deviation(), SCALE_FLOOR)
+        return self.baseline.median, max(self.baseline.spread, SCALE_FLOOR)
 
     def _open(self, seen: Observation, gnorm_before: float) -> None:
         median, scale = self._normal() if len(self.baseline) else (math.nan, SCALE_FLOOR)

@@ -17,7 +17,7 @@ class Verdict(NamedTuple):
     `flagged`: it stands out by itself (robust z of the loss, or not finite); `gnorm_z` its gradient norm over the last
     128; `opened`: an event begins here; `closed`: the event that ended here; `open_steps`: how long the open one has
     lasted, this step included (0: none); `diverged`: the loss guard fires here; `metrics`: the `spike/*` values of the
-    metrics line.
+    metrics line, without those that are not defined yet.
     """
 
     finite: bool
@@ -42,11 +42,17 @@ class Monitor:
     closed: dict[str, int] = field(default_factory=lambda: {"narrow": 0, "wide": 0, "unrecovered": 0})
     nonfinite_steps: int = 0
 
-    def update(self, seen: Observation) -> Verdict:
-        """Take in one step of the curve."""
+    def update(self, seen: Observation, planned_change: bool = False) -> Verdict:
+        """Take in one step of the curve.
+
+        `planned_change` says that something was meant to change with this step (the data mixture, the schedule): what
+        was normal before it is forgotten, so that the jump is no event, and an event that was open ends unrecovered.
+        """
+        cut_short = self.events.rebase() if planned_change else None
         reading = self.events.update(seen, self.grad_norm.short.mean)
-        if reading.closed is not None:
-            self.closed[reading.closed.kind] += 1
+        closed = cut_short or reading.closed
+        if closed is not None:
+            self.closed[closed.kind] += 1
         loss_z = self.loss.update(seen.loss)
         # A norm that is not known is no norm: a curve may come without one.
         gnorm_z = math.nan if math.isnan(seen.grad_norm) else self.grad_norm.update(seen.grad_norm)
@@ -76,11 +82,11 @@ class Monitor:
             flagged=reading.flagged,
             gnorm_z=gnorm_z,
             opened=reading.opened,
-            closed=reading.closed,
+            closed=closed,
             open_steps=self.events.open_steps if is_open else 0,
             diverged=diverged,
             nonfinite_in_a_row=self.guard.nonfinite_in_a_row,
-            metrics=metrics,
+            metrics={name: value for name, value in metrics.items() if not math.isnan(value)},
         )
 
     def state(self) -> dict[str, Any]:

@@ -63,6 +63,11 @@ class Policy:
             return self._skip(verdict)
         return Decision(True)
 
+    def without_rewind(self, verdict: Verdict) -> Decision:
+        """What to do instead when there is no checkpoint to go back to; the step has been discarded."""
+        ends = verdict.diverged or verdict.nonfinite_in_a_row >= self.max_nonfinite_steps
+        return Decision(False, "abort" if ends else "go on", self._lost(verdict))
+
     def state(self) -> dict[str, Any]:
         """The counters, as plain JSON values."""
         return {"skips_in_a_row": self.skips_in_a_row, "rewinds": self.rewinds}

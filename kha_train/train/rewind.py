@@ -1,0 +1,74 @@
+"""Going back before a spike and leaving its data out: what PaLM's authors did by hand, done by the run itself.
+
+The engine lives on: the checkpoint is read into it. Until the next save the way back is in no checkpoint, which is safe:
+a run that is killed in between starts from the same checkpoint, meets the same spike and takes the same decision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from kha_train.checkpoint import layout
+from kha_train.checkpoint.reader import Checkpoint, find_newest
+
+if TYPE_CHECKING:
+    from kha_train.train.session import Session
+
+
+def go_back(session: Session) -> bool:
+    """Return to the newest checkpoint at least `stability.rewind.margin` steps before the trouble, or else the newest
+    before it, and pass over `stability.rewind.window` batches from its first sample on. Collective.
+
+    The undone lines move to `metrics.discarded.jsonl`, newer checkpoints are removed. False, with a note in the record,
+    when no checkpoint is left to go to.
+    """
+    trouble = session.watch.trouble()
+    session.saver.wait()
+    checkpoint = _checkpoint_before(session, trouble.step)
+    if checkpoint is None:
+        session.happened("rewind_impossible", session.progress.step, reason=trouble.reason)
+        session.watch.go_on()
+        return False
+    options = session.config.stability.rewind
+    window = (trouble.sample, trouble.sample + options.window * session.config.data.global_batch_size)
+    undone_step, windows = session.progress.step, session.progress.skip_windows
+    _remove_newer(session, checkpoint.step)
+    session.restore(checkpoint)
+    session.progress = replace(session.progress, skip_windows=tuple(sorted({*windows, window})))
+    session.stream.skip_windows = session.progress.skip_windows
+    session.watch.restore(checkpoint.trainer_state["stability"], rewound=True)
+    note = f"rewind {session.watch.rewinds} from step {undone_step}: {trouble.reason}"
+    session.record.rewind_to(checkpoint.step, note)
+    where = {"to_step": checkpoint.step, "window": list(window), "trouble_step": trouble.step}
+    session.happened("rewind", undone_step, **where, reason=note)
+    return True
+
+
+def steps_to_keep(session: Session) -> tuple[int, ...]:
+    """The step of the checkpoint a rewind would go to if a spike began now; retention must not take it."""
+    if session.config.stability.policy != "rewind":
+        return ()
+    options = session.config.stability.rewind
+    horizon = session.progress.step - options.margin - options.after
+    steps = [step for step, _ in layout.candidates(session.run_dir / layout.FOLDER) if step <= horizon]
+    return tuple(steps[:1])
+
+
+def _checkpoint_before(session: Session, step: int) -> Checkpoint | None:
+    """Of the last finished step before `step`, less the margin where one is that old."""
+    margin = session.config.stability.rewind.margin
+    for at_most in (step - 1 - margin, step - 1):
+        checkpoint = find_newest(session.run_dir, session.world, session.console.warn, at_most)
+        if checkpoint is not None:
+            return checkpoint
+    return None
+
+
+def _remove_newer(session: Session, step: int) -> None:
+    """Checkpoints of a future that is undone: a restart must not find them."""
+    with session.world.agreed():
+        if session.world.is_main:
+            for newer, directory in layout.candidates(session.run_dir / layout.FOLDER):
+                if newer > step:
+                    layout.remove(directory, newer)

@@ -1,0 +1,167 @@
+"""The stability of a run while it trains: every step is judged before the optimiser sees it.
+
+All ranks hold the same loss and the same norm after the step's one agreement, and the same state here, so each decides
+for itself and all decide the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from kha_train.config.schema import RunConfig
+from kha_train.errors import DivergedError
+from kha_train.stability.events import Observation, SpikeEvent
+from kha_train.stability.monitor import Monitor, Verdict
+from kha_train.stability.policy import Decision, Policy
+from kha_train.stability.zclip import ZClip
+
+
+ANNOUNCED = ("spike_opened", "divergence", "rewind", "rewind_impossible")
+"""Kinds of events that the console tells at once."""
+
+
+class Ruling(NamedTuple):
+    """What a step is to do: apply the update, scaled to `max_norm` at most, or discard it; and whether to look first
+    at what caused it."""
+
+    apply: bool
+    max_norm: float = math.inf
+    probe: bool = False
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Where the data begins that a rewind leaves out, and why."""
+
+    step: int
+    sample: int
+    reason: str
+
+
+def crosses(phases: Sequence[int], before: int, now: int) -> bool:
+    """Whether one of the sample numbers `phases`, where the data mixture changes, lies in (`before`, `now`]."""
+    return any(before < start <= now for start in phases)
+
+
+class Watch:
+    """Detectors, policy and clipping of one run. Ask `judge` once a step; then read `verdict` and `decision`."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config.stability
+        self._phases = [phase.start_sample for phase in config.data.phases]
+        self._monitor, self._zclip = Monitor(), ZClip()
+        self._policy = Policy(
+            config.stability.policy,
+            max_nonfinite_steps=config.stability.max_nonfinite_steps,
+            max_skips=config.stability.max_skips,
+            rewind_after=config.stability.rewind.after,
+            max_rewinds=config.stability.rewind.at_most,
+        )
+        self.seen = Observation(0, math.nan)
+        self.verdict: Verdict | None = None
+        self.decision = Decision(True)
+
+    def judge(self, seen: Observation) -> Ruling:
+        """The ruling about a step, from what every rank knows of it."""
+        planned = crosses(self._phases, self.seen.samples_first, seen.samples_first)
+        self.seen, self.verdict = seen, self._monitor.update(seen, planned_change=planned)
+        self.decision = self._policy.decide(self.verdict)
+        max_norm = math.inf
+        if self._config.zclip and self.decision.apply:
+            limit = self._zclip.limit(seen.grad_norm)
+            max_norm = limit if limit < seen.grad_norm else math.inf
+        return Ruling(self.decision.apply, max_norm, self._wants_probe(seen.step))
+
+    def metrics(self) -> dict[str, float]:
+        """The `spike/*` entries of the step's metrics line."""
+        return self.verdict.metrics if self.verdict else {}
+
+    def happenings(self, evidence: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(kind, fields) of what the last step brought, for `events.jsonl`. `evidence` is what `probe` found."""
+        seen, verdict = self.seen, self.verdict
+        assert verdict is not None
+        samples = {"samples_first": seen.samples_first, "samples_last": seen.samples_last}
+        if not self.decision.apply:
+            yield "step_discarded", {"loss": seen.loss, "norm": seen.grad_norm, "reason": self.decision.reason}
+        if verdict.opened:
+            event = self.event
+            assert event is not None
+            z = verdict.metrics.get("spike/z", math.inf)
+            numbers = {"loss": seen.loss, "norm": seen.grad_norm, "z": z, "baseline": event.baseline}
+            yield "spike_opened", {**numbers, **samples, "evidence": evidence or {}}
+        if verdict.closed is not None:
+            yield "spike_closed", verdict.closed.to_dict()
+        if verdict.diverged:
+            yield "divergence", {"loss": seen.loss, "norm": seen.grad_norm}
+
+    def go_on(self) -> None:
+        """There is nothing to go back to: decide again, without rewinding."""
+        assert self.verdict is not None
+        self.decision = self._policy.without_rewind(self.verdict)
+
+    def check(self) -> None:
+        """Raises DivergedError when the last decision was to end the run."""
+        if self.decision.then == "abort":
+            raise DivergedError(
+                f"{self.decision.reason}, last at step {self.seen.step}",
+                field="stability.policy",
+                value=self._config.policy,
+                fix="lower optim.lr or lengthen optim.schedule.warmup; the last checkpoint is untouched",
+            )
+
+    @property
+    def event(self) -> SpikeEvent | None:
+        """The event that is open after the last step."""
+        return self._monitor.events.event
+
+    @property
+    def rewinds(self) -> int:
+        """How often the run has gone back so far."""
+        return self._policy.rewinds
+
+    def trouble(self) -> Trouble:
+        """What the last decision to rewind is about: the open event, or the last step when none is open."""
+        event = self.event
+        if event is None:
+            return Trouble(self.seen.step, self.seen.samples_first, self.decision.reason)
+        return Trouble(event.start_step, event.samples_first, self.decision.reason)
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as plain JSON values: what a checkpoint keeps."""
+        return {
+            "monitor": self._monitor.state(),
+            "policy": self._policy.state(),
+            "zclip": self._zclip.state(),
+            "samples_first": self.seen.samples_first,
+        }
+
+    def restore(self, state: dict[str, Any], rewound: bool = False) -> None:
+        """Take the `state` of a checkpoint. After a rewind the count of rewinds is not taken back, but goes on."""
+        rewinds = self._policy.rewinds + 1
+        self._monitor, self._zclip = Monitor.restore(state["monitor"]), ZClip.restore(state["zclip"])
+        self._policy.restore(state["policy"])
+        self.seen = Observation(0, math.nan, samples_first=state["samples_first"])
+        if rewound:
+            self._policy.rewinds = rewinds
+
+    def _wants_probe(self, step: int) -> bool:
+        assert self.verdict is not None
+        every = self._config.probe_every
+        return self.verdict.opened or (every > 0 and step % every == 0)
+
+
+def describe(kind: str, step: int, fields: dict[str, Any]) -> str:
+    """An announced event in one line."""
+    match kind:
+        case "spike_opened":
+            return f"loss spike at step {step}: {fields['loss']:.3f} against {fields['baseline']:.3f} before"
+        case "divergence":
+            return f"step {step}: the loss, {fields['loss']:.3f}, has been twice its mean for five steps"
+        case "rewind":
+            first, last = fields["window"]
+            return f"back from step {step} to step {fields['to_step']}, without samples {first}..{last - 1}"
+        case _:
+            return f"step {step}: {fields['reason']}, but no checkpoint before it is left; going on"
