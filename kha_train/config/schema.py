@@ -73,14 +73,41 @@ class MoeSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceSection:
+    """One dataset of a mixture: `weight` is its share of the samples, relative to the other sources."""
+
+    name: str
+    path: str
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseSection:
+    """From sample `start_sample` on the sources have these `weights`, in their order."""
+
+    start_sample: int
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSection:
-    """Tokenised shards and the batch made of them. `global_batch_size` counts rows of `model.seq_len` tokens."""
+    """Tokenised shards and the batch made of them. `global_batch_size` counts rows of `model.seq_len` tokens.
+
+    `train` is one dataset; for several leave it empty and list `sources`, whose weights `phases` may change later.
+    `reader` is how local files are read, `prefetch` how many steps a thread reads ahead.
+    """
 
     name: str
     train: str
     validation: str
     global_batch_size: int
+    sources: tuple[SourceSection, ...] = ()
+    phases: tuple[PhaseSection, ...] = ()
     isolate_documents: bool = True
+    packing: Literal["concat", "best_fit"] = "concat"
+    shuffle: Literal["global", "block"] = "global"
+    reader: Literal["pread", "memory_map"] = "pread"
+    prefetch: int = 0
     check_crc: bool = True
 
 

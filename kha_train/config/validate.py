@@ -14,6 +14,7 @@ def validate(config: RunConfig) -> None:
     _attention(config)
     _experts(config)
     _engine(config)
+    _data(config)
 
 
 def validate_batch(config: RunConfig, world_size: int) -> None:
@@ -73,6 +74,7 @@ def _positive(config: RunConfig) -> None:
         "optim.weight_decay": config.optim.weight_decay,
         "validation.every_steps": config.validation.every_steps,
         "validation.rows": config.validation.rows,
+        "data.prefetch": config.data.prefetch,
         "telemetry.peak_tflops": config.telemetry.peak_tflops,
     }
     for field, value in at_least_zero.items():
@@ -133,4 +135,32 @@ def _engine(config: RunConfig) -> None:
             field="engine.grad_accum_dtype",
             value="bf16",
             fix="engine.grad_accum_dtype=fp32 or engine.precision=bf16",
+        )
+
+
+def _data(config: RunConfig) -> None:
+    data = config.data
+    names = [source.name for source in data.sources]
+    if bool(data.train) == bool(names):
+        raise ConfigError(
+            "one dataset (data.train) or several (data.sources)",
+            field="data.train",
+            value=data.train,
+            fix="data.train=PATH without data.sources, or data.train='' with them",
+        )
+    if len(set(names)) != len(names):
+        raise ConfigError("two sources of one name", field="data.sources", value=names)
+    for index, phase in enumerate(data.phases):
+        if len(phase.weights) != len(names):
+            raise ConfigError(
+                f"one weight for each of {len(names)} sources",
+                field=f"data.phases[{index}].weights",
+                value=phase.weights,
+            )
+    if data.packing == "best_fit" and not data.isolate_documents:
+        raise ConfigError(
+            "rows of unrelated documents side by side",
+            field="data.packing",
+            value=data.packing,
+            fix="data.isolate_documents=true or data.packing=concat",
         )

@@ -22,6 +22,7 @@ MANIFEST_NAME = "manifest.json"
 FORMAT = "kha_train.shards"
 VERSION = 1
 CRC_BLOCK_BYTES = 65_536
+ENDS_PER_BLOCK = CRC_BLOCK_BYTES // 8
 DTYPE_BYTES = {"uint16": 2, "uint32": 4}
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
@@ -40,7 +41,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard: its three files and what they hold. `text_bytes` are the UTF-8 bytes its tokens stand for."""
+    """One shard: its three files and what they hold. `text_bytes` are the UTF-8 bytes its tokens stand for.
+
+    The ids are the last `tok.bytes` bytes of their file, `tok_offset` bytes of a foreign header standing before them.
+    """
 
     tokens: int
     documents: int
@@ -50,6 +54,7 @@ class ShardEntry:
     tok: FileEntry
     doc: FileEntry
     crc: FileEntry
+    tok_offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -270,14 +275,15 @@ def _shard(entry: _Object, dtype: str, vocab: int) -> ShardEntry:
         tok=_file(entry.child("tok")),
         doc=_file(entry.child("doc")),
         crc=_file(entry.child("crc")),
+        tok_offset=entry.number("tok_offset"),
     )
     if not shard.min_id <= shard.max_id < vocab:
         raise entry.fault("max_id", f"expected min_id <= max_id < vocabulary {vocab}", shard.max_id)
-    blocks = -(-shard.tok.bytes // CRC_BLOCK_BYTES)
+    blocks, ends_blocks = -(-shard.tok.bytes // CRC_BLOCK_BYTES), -(-shard.documents // ENDS_PER_BLOCK)
     sizes = {
         "tok": (shard.tok.bytes, shard.tokens * DTYPE_BYTES[dtype]),
         "doc": (shard.doc.bytes, shard.documents * 8),
-        "crc": (shard.crc.bytes, blocks * 4),
+        "crc": (shard.crc.bytes, blocks * 4 + ends_blocks * 12),
     }
     for key, (found, expected) in sizes.items():
         if found != expected:

@@ -22,6 +22,7 @@ from kha_train.errors import DataError
 ALGORITHM = "mixed-radix-feistel-1"
 ROUNDS = 6
 BLOCK = 4096
+SUPER_BLOCK = 256
 _CACHED_BLOCKS = 4
 _GOLDEN, _MIX_1, _MIX_2 = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _S30, _S27, _S31 = np.uint64(30), np.uint64(27), np.uint64(31)
@@ -102,13 +103,15 @@ class Permutation:
 class SampleOrder:
     """Sample number -> row, without end: sample g is position g mod n of epoch g // n, each epoch permuted anew.
 
-    A pure function of (n, seed, source name, g). Positions are computed in blocks of 4096, of which a few are kept,
-    because a call has a fixed price. Raises DataError when n < 1.
+    A pure function of (n, seed, source name, shuffle, g). `shuffle` is `global`, or `block` (see `BlockPermutation`).
+    Positions are computed in blocks of 4096, of which a few are kept, because a call has a fixed price. Raises
+    DataError when n < 1.
     """
 
-    def __init__(self, n: int, *, seed: int, source: str) -> None:
-        Permutation(n, seed=seed, source=source, epoch=0)
+    def __init__(self, n: int, *, seed: int, source: str, shuffle: str = "global") -> None:
         self.n, self._seed, self._source = operator.index(n), seed, source
+        self._permutation = {"global": Permutation, "block": BlockPermutation}[shuffle]
+        self._permutation(n, seed=seed, source=source, epoch=0)
         self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def rows(self, first: int, count: int) -> np.ndarray:
@@ -128,8 +131,46 @@ class SampleOrder:
             self._blocks.move_to_end((epoch, number))
             return self._blocks[epoch, number]
         positions = np.arange(number * BLOCK, min((number + 1) * BLOCK, self.n), dtype=np.int64)
-        permutation = Permutation(self.n, seed=self._seed, source=self._source, epoch=epoch)
+        permutation = self._permutation(self.n, seed=self._seed, source=self._source, epoch=epoch)
         self._blocks[epoch, number] = rows = permutation.forward(positions)
         if len(self._blocks) > _CACHED_BLOCKS:
             self._blocks.popitem(last=False)
         return rows
+
+
+class BlockPermutation:
+    """A permutation of [0, n) that reads far storage in runs. It is not a global shuffle.
+
+    Rows are grouped into super-blocks of 256 neighbours; the order of whole super-blocks is permuted, then the rows
+    inside each window of 16 super-blocks. The rows beyond the last whole super-block come last, permuted among
+    themselves. Raises DataError when n < 1.
+    """
+
+    def __init__(self, n: int, *, seed: int, source: str, epoch: int) -> None:
+        self.n = operator.index(n)
+        self._identity = {"seed": seed, "epoch": epoch}
+        self._source = source
+        self._whole = self.n // SUPER_BLOCK
+        size = self._whole or self.n
+        self._super_blocks = Permutation(size, seed=seed, source=f"{source}/super-blocks", epoch=epoch)
+
+    def forward(self, position: np.ndarray) -> np.ndarray:
+        """The row at each position; int64 arrays both. Raises DataError for a position outside [0, n)."""
+        position = np.atleast_1d(np.asarray(position, dtype=np.int64))
+        rows = np.empty_like(position)
+        windows = np.minimum(position, self._whole * SUPER_BLOCK) // BLOCK
+        tail = position >= self._whole * SUPER_BLOCK
+        for window in np.unique(windows[~tail]).tolist():
+            inside = (windows == window) & ~tail
+            first = window * BLOCK
+            size = min(BLOCK, self._whole * SUPER_BLOCK - first)
+            place = self._inner(size, f"window {window}").forward(position[inside] - first)
+            block = self._super_blocks.forward((first + place) // SUPER_BLOCK)
+            rows[inside] = block * SUPER_BLOCK + place % SUPER_BLOCK
+        if tail.any():
+            first = self._whole * SUPER_BLOCK
+            rows[tail] = first + self._inner(self.n - first, "tail").forward(position[tail] - first)
+        return rows
+
+    def _inner(self, size: int, name: str) -> Permutation:
+        return Permutation(size, source=f"{self._source}/{name}", **self._identity)

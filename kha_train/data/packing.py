@@ -1,10 +1,11 @@
 """Rows of equal length cut from shards, and the document borders inside them.
 
-Concatenate and chunk: rows have L + 1 tokens at stride L, so that row i's tokens are [iL, iL + L) and its labels
-[iL + 1, iL + L + 1). A row never crosses a shard; the tail lost is shorter than a row. No padding, nothing dropped.
+`concat`, concatenate and chunk: rows have L + 1 tokens at stride L, so that row i's tokens are [iL, iL + L) and its
+labels [iL + 1, iL + L + 1). A row never crosses a shard; the tail lost is shorter than a row. No padding.
 """
 
-# B rows of a batch  T tokens of a row (`seq_len`)  S segment borders of the flattened batch
+# T tokens of a row (`seq_len`)  W = T + 1, a row with the label of its last token
+# N rows of any number  S segment borders of the flattened rows  M masked places of the flattened rows
 
 from __future__ import annotations
 
@@ -13,7 +14,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kha_train.config.constants import IGNORE_LABEL
+from kha_train.data.shards import ShardSet
+
+
+class Layout(NamedTuple):
+    """Where documents lie in N rows laid end to end: `borders_S`, from 0 to N*T, every row start included, are the
+    ends of segments; `masked_M` the places whose label predicts nothing. Both ascending int64."""
+
+    borders_S: np.ndarray
+    masked_M: np.ndarray
+
+    def part(self, first: int, last: int, T: int) -> Layout:
+        """The layout of the rows [first, last) alone."""
+        low, high = np.searchsorted(self.borders_S, (first * T, last * T)).tolist()
+        start, stop = np.searchsorted(self.masked_M, (first * T, last * T)).tolist()
+        return Layout(self.borders_S[low : high + 1] - first * T, self.masked_M[start:stop] - first * T)
 
 
 class RowGrid:
@@ -23,41 +38,36 @@ class RowGrid:
         assert seq_len >= 1, seq_len
         self.seq_len = seq_len
         rows = [max(0, tokens - 1) // seq_len for tokens in tokens_of_shards]
-        self._ends = np.cumsum(np.asarray(rows, dtype=np.int64))
-        self.rows = int(self._ends[-1]) if rows else 0
+        self._starts = np.cumsum(np.asarray([0, *rows], dtype=np.int64))
+        self.rows = int(self._starts[-1])
 
-    def locate(self, row: int) -> tuple[int, int]:
-        """(shard, first token inside it) of a row."""
-        assert 0 <= row < self.rows, (row, self.rows)
-        shard = int(np.searchsorted(self._ends, row, side="right"))
-        before = int(self._ends[shard - 1]) if shard else 0
-        return shard, (row - before) * self.seq_len
+    def locate(self, rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, first token inside it) of rows, int64 all."""
+        shards_N = np.searchsorted(self._starts, rows_N, side="right") - 1
+        return shards_N, (rows_N - self._starts[shards_N]) * self.seq_len
 
 
-class PackedRows(NamedTuple):
-    """Rows with their borders: `labels_BT` and `positions_BT` int64, `cu_seqlens_S` int32 over the flattened B*T."""
+class ConcatRows:
+    """The rows of a dataset under `concat`, by number: `rows` of them, of `seq_len` tokens."""
 
-    tokens_BT: np.ndarray
-    labels_BT: np.ndarray
-    positions_BT: np.ndarray
-    cu_seqlens_S: np.ndarray
+    def __init__(self, shards: ShardSet, seq_len: int, isolate_documents: bool) -> None:
+        self.shards, self._isolate = shards, isolate_documents
+        self._grid = RowGrid([shard.tokens for shard in shards.manifest.shards], seq_len)
+        self.rows, self.seq_len = self._grid.rows, seq_len
 
+    def layout(self, rows_N: np.ndarray) -> Layout:
+        """Borders and masked labels of rows. Isolated: a segment is the part of one document inside one row, and the
+        last token of a document predicts nothing, also when the document ends exactly with the row. Otherwise the row
+        is one segment. Raises DataError when the document ends are damaged."""
+        T = self.seq_len
+        row_ends = np.arange(len(rows_N) + 1, dtype=np.int64) * T
+        if not self._isolate:
+            return Layout(row_ends, np.empty(0, dtype=np.int64))
+        ends = self.shards.ends_in_rows(*self._grid.locate(rows_N), T)
+        return Layout(np.union1d(row_ends, ends), ends - 1)
 
-def pack(rows: np.ndarray, ends: Sequence[np.ndarray], *, isolate_documents: bool) -> PackedRows:
-    """Labels, positions and segment borders of `rows` [B, T + 1] (int64).
-
-    `ends[j]` are row j's exclusive document ends relative to its first token, in (0, T]. Isolated: a segment is the
-    part of one document inside one row, positions count from its start, and the last token of a document predicts
-    nothing (IGNORE_LABEL), also when the document ends exactly with the row. Otherwise the row is one segment.
-    """
-    B, T = rows.shape[0], rows.shape[1] - 1
-    labels_BT = rows[:, 1:].copy()
-    borders = [np.arange(B + 1, dtype=np.int64) * T]
-    if isolate_documents and B:
-        flat_ends = np.concatenate([relative + j * T for j, relative in enumerate(ends)]).astype(np.int64)
-        labels_BT.reshape(-1)[flat_ends - 1] = IGNORE_LABEL
-        borders.append(flat_ends)
-    cu_seqlens_S = np.unique(np.concatenate(borders))
-    starts = np.repeat(cu_seqlens_S[:-1], np.diff(cu_seqlens_S))
-    positions_BT = (np.arange(B * T, dtype=np.int64) - starts).reshape(B, T)
-    return PackedRows(rows[:, :-1], labels_BT, positions_BT, cu_seqlens_S.astype(np.int32))
+    def read(self, rows_N: np.ndarray) -> np.ndarray:
+        """The ids of rows, [N, T + 1] in the dataset's dtype. Raises DataError when they are damaged."""
+        rows_NW = np.empty((len(rows_N), self.seq_len + 1), dtype=self.shards.dtype)
+        self.shards.gather(*self._grid.locate(rows_N), rows_NW)
+        return rows_NW

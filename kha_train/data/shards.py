@@ -1,19 +1,17 @@
 """Reading datasets of format version 1, and noticing when they are not what their manifest says.
 
-At open, cheap: the manifest and the size of every file. At the first touch of a shard: SHA-256 of its document ends and
-of its checksums. At the first touch of a 64 KiB block of tokens: its CRC-32; one bit a block remembers. At every read:
-the length, and the largest id. A fault is a DataError that names shard, offset, expected and found.
-
-Tokens are read by `pread`, not through a memory map: a file truncated under a map kills the process by SIGBUS, whereas
-a short read can be told.
+At open, cheap: the manifest and the size of every file. At the first touch of a shard: SHA-256 of its checksums. At the
+first touch of a 64 KiB block of tokens or document ends: its CRC-32; one bit a block of tokens remembers. At every
+read: the length, and the largest id. A fault is a DataError that names shard, offset, expected and found.
 """
+
+# N rows  L tokens of a row
 
 from __future__ import annotations
 
 import hashlib
 import os
 import stat
-import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -23,197 +21,192 @@ import numpy as np
 
 from kha_train.data import manifest as manifests
 from kha_train.data.canonical import sha256_of_file
-from kha_train.data.manifest import CRC_BLOCK_BYTES, DTYPE_BYTES, FileEntry, Manifest, ShardEntry
-from kha_train.errors import ConfigError, DataError
+from kha_train.data.files import READERS, RESTORE, Files
+from kha_train.data.manifest import CRC_BLOCK_BYTES, DTYPE_BYTES, ENDS_PER_BLOCK, FileEntry, Manifest, ShardEntry
+from kha_train.errors import DataError
 
-_OPEN_FILES = 128
+_BLOCK_SHIFT = CRC_BLOCK_BYTES.bit_length() - 1
 _CHUNK_BYTES = 1 << 20
-_ENDS_BLOCK = 512
-
-
-class _Files:
-    """Exact reads from many files with few descriptors open: the least recently used one is closed."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._open: OrderedDict[str, int] = OrderedDict()
-        weakref.finalize(self, _close_all, self._open)
-
-    def read(self, name: str, offset: int, count: int) -> bytes:
-        """`count` bytes of a file from `offset` on. Raises DataError when they are not there."""
-        try:
-            data = os.pread(self._descriptor(name), count, offset)
-        except OSError as error:
-            raise DataError(f"offset {offset}: cannot be read: {error.strerror}", field=self.path(name)) from error
-        if len(data) != count:
-            raise DataError(
-                f"offset {offset}: expected {count} bytes, found {len(data)}: the file was truncated",
-                field=self.path(name),
-                fix="restore the file, or write the dataset again",
-            )
-        return data
-
-    def path(self, name: str) -> str:
-        return str(self._directory / name)
-
-    def _descriptor(self, name: str) -> int:
-        if name in self._open:
-            self._open.move_to_end(name)
-            return self._open[name]
-        descriptor = os.open(self._directory / name, os.O_RDONLY | os.O_CLOEXEC)
-        self._open[name] = descriptor
-        if len(self._open) > _OPEN_FILES:
-            os.close(self._open.popitem(last=False)[1])
-        return descriptor
-
-
-def _close_all(descriptors: OrderedDict[str, int]) -> None:
-    while descriptors:
-        os.close(descriptors.popitem()[1])
+_CACHED_ENDS_BLOCKS = 64
 
 
 class _Shard:
-    """One shard that has been touched: which of its blocks are checked, and a coarse index of its document ends."""
+    """One shard that has been touched: its checksums, which of its blocks are checked, where its documents end."""
 
-    def __init__(self, entry: ShardEntry, files: _Files, dtype: np.dtype, check_crc: bool) -> None:
-        self._entry, self._files, self._dtype, self._check_crc = entry, files, dtype, check_crc
-        self._checked = bytearray(-(-entry.crc.bytes // 32))
-        self._last_end_of_block = self._index_ends()
-        self._check_digest(entry.crc)
+    def __init__(self, index: int, entry: ShardEntry, files: Files, dtype: np.dtype, check_crc: bool) -> None:
+        self.entry, self._index, self._files, self._check_crc = entry, index, files, check_crc
+        self._tok, self._width, self._dtype = entry.tok.file, dtype.itemsize, dtype
+        blocks = -(-entry.tok.bytes // CRC_BLOCK_BYTES)
+        self._checked = bytearray(-(-blocks // 8))
+        data = files.read(entry.crc.file, 0, entry.crc.bytes)
+        self._compare(entry.crc, hashlib.sha256(data).hexdigest())
+        ends_blocks = -(-entry.documents // ENDS_PER_BLOCK)
+        checksums = np.frombuffer(data, dtype="<u4", count=blocks + ends_blocks)
+        self._tok_checksums, self._doc_checksums = checksums[:blocks], checksums[blocks:]
+        self._last_ends = np.frombuffer(data, dtype="<i8", offset=checksums.nbytes).astype(np.int64)
+        if int(self._last_ends[-1]) != entry.tokens:
+            raise DataError(
+                f"the last document ends at token {self._last_ends[-1]}, the manifest has {entry.tokens} tokens",
+                field=files.path(entry.crc.file),
+            )
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Fill `out` with the ids from token `start` on, their blocks checked."""
+        first = start * self._width
+        if self._check_crc:
+            for block in range(first >> _BLOCK_SHIFT, (first + out.nbytes - 1 >> _BLOCK_SHIFT) + 1):
+                if not self._checked[block >> 3] >> (block & 7) & 1:
+                    self._check_block(block)
+        self._files.read_into(self._tok, self.entry.tok_offset + first, out)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Ids [start, start + count), checked."""
-        assert 0 <= start and count >= 0 and start + count <= self._entry.tokens, (start, count)
-        first, last = start * self._dtype.itemsize, (start + count) * self._dtype.itemsize
-        block, beyond = first // CRC_BLOCK_BYTES, -(-last // CRC_BLOCK_BYTES)
-        if self._check_crc and any(not self._is_checked(b) for b in range(block, beyond)):
-            origin = block * CRC_BLOCK_BYTES
-            end = min(beyond * CRC_BLOCK_BYTES, self._entry.tok.bytes)
-            data = self._files.read(self._entry.tok.file, origin, end - origin)
-            self._check_blocks(block, beyond, data)
-            data = data[first - origin : last - origin]
-        else:
-            data = self._files.read(self._entry.tok.file, first, last - first)
-        ids = np.frombuffer(data, dtype=self._dtype)
-        if count and int(ids.max()) > self._entry.max_id:
-            where = int(ids.argmax())
-            raise DataError(
-                f"token {start + where}: expected an id of at most {self._entry.max_id}, found {int(ids[where])}",
-                field=self._files.path(self._entry.tok.file),
-                fix="restore the file, or write the dataset again",
-            )
+        assert 0 <= start and count >= 0 and start + count <= self.entry.tokens, (start, count)
+        ids = np.empty(count, dtype=self._dtype)
+        if count:
+            self.read_into(start, ids)
+            self.check_largest(start, ids)
+        ids.flags.writeable = False
         return ids
 
-    def document_ends(self, start: int, stop: int) -> np.ndarray:
-        """The exclusive document ends e with start < e <= stop, int64, ascending."""
-        low = int(np.searchsorted(self._last_end_of_block, start, side="right")) * _ENDS_BLOCK
-        high = (int(np.searchsorted(self._last_end_of_block, stop, side="left")) + 1) * _ENDS_BLOCK
-        high = min(high, self._entry.documents)
-        if low >= high:
-            return np.empty(0, dtype=np.int64)
-        ends = np.frombuffer(self._files.read(self._entry.doc.file, low * 8, (high - low) * 8), dtype="<i8")
-        self._check_ascending(ends, low)
-        return ends[(ends > start) & (ends <= stop)].astype(np.int64)
-
-    def _is_checked(self, block: int) -> bool:
-        return bool(self._checked[block >> 3] & (1 << (block & 7)))
-
-    def _check_blocks(self, first: int, beyond: int, data: bytes) -> None:
-        expected = np.frombuffer(self._files.read(self._entry.crc.file, first * 4, (beyond - first) * 4), dtype="<u4")
-        view = memoryview(data)
-        for i, block in enumerate(range(first, beyond)):
-            found = zlib.crc32(view[i * CRC_BLOCK_BYTES : (i + 1) * CRC_BLOCK_BYTES])
-            if found != int(expected[i]):
-                raise DataError(
-                    f"offset {block * CRC_BLOCK_BYTES}: expected CRC-32 {int(expected[i]):08x}, found {found:08x}:"
-                    " the tokens of this block were changed",
-                    field=self._files.path(self._entry.tok.file),
-                    fix="restore the file, or write the dataset again",
-                )
-            self._checked[block >> 3] |= 1 << (block & 7)
-
-    def _index_ends(self) -> np.ndarray:
-        """Check the document ends against the manifest and keep every 512th: 8 bytes for 4 KiB of the file."""
-        digest, kept, previous = hashlib.sha256(), [], 0
-        for offset, data in self._chunks(self._entry.doc):
-            digest.update(data)
-            ends = np.frombuffer(data, dtype="<i8")
-            kept.append(ends[_ENDS_BLOCK - 1 :: _ENDS_BLOCK].astype(np.int64))
-            self._check_ascending(np.concatenate(([previous], ends)), offset // 8 - 1)
-            previous = int(ends[-1])
-        self._compare(self._entry.doc, digest.hexdigest())
-        if previous != self._entry.tokens:
+    def check_largest(self, start: int, ids: np.ndarray) -> None:
+        """Raises DataError when an id is above the largest of the shard."""
+        where = int(ids.argmax())
+        if int(ids[where]) > self.entry.max_id:
             raise DataError(
-                f"the last document ends at token {previous}, the manifest has {self._entry.tokens} tokens",
-                field=self._files.path(self._entry.doc.file),
-            )
-        return np.concatenate([*kept, [previous]] if self._entry.documents % _ENDS_BLOCK else kept)
-
-    def _check_ascending(self, ends: np.ndarray, first: int) -> None:
-        falls = np.flatnonzero(ends[1:] <= ends[:-1])
-        if falls.size:
-            where = int(falls[0])
-            raise DataError(
-                f"document {first + where + 1}: expected an end above {int(ends[where])}, found {int(ends[where + 1])}",
-                field=self._files.path(self._entry.doc.file),
-                fix="restore the file, or write the dataset again",
+                f"token {start + where}: expected an id of at most {self.entry.max_id}, found {int(ids[where])}",
+                field=self._files.path(self._tok),
+                fix=RESTORE,
             )
 
-    def _chunks(self, entry: FileEntry) -> Iterator[tuple[int, bytes]]:
-        for offset in range(0, entry.bytes, _CHUNK_BYTES):
-            yield offset, self._files.read(entry.file, offset, min(_CHUNK_BYTES, entry.bytes - offset))
+    def ends_in_rows(self, starts_N: np.ndarray, length: int, ends_of: _EndsCache) -> tuple[np.ndarray, np.ndarray]:
+        """The document ends e with start < e <= start + length of rows anywhere: (number of the row, e - start)."""
+        blocks_N = np.searchsorted(self._last_ends, starts_N, side="right")
+        numbers, ends = [], []
+        for block in np.unique(blocks_N).tolist():
+            inside = np.flatnonzero(blocks_N == block)
+            starts = starts_N[inside]
+            window = self._window(block, int(starts.max()) + length, ends_of)
+            low = np.searchsorted(window, starts, side="right")
+            counts = np.searchsorted(window, starts + length, side="right") - low
+            before = np.cumsum(counts) - counts
+            picked = np.arange(int(counts.sum())) + np.repeat(low - before, counts)
+            ends.append(window[picked] - np.repeat(starts, counts))
+            numbers.append(np.repeat(inside, counts))
+        return np.concatenate(numbers), np.concatenate(ends)
 
-    def _check_digest(self, entry: FileEntry) -> None:
+    def read_ends(self, block: int) -> np.ndarray:
+        """The document ends of one 64 KiB block of `.doc`, int64, checked."""
+        first = block * CRC_BLOCK_BYTES
+        data = self._files.read(self.entry.doc.file, first, min(CRC_BLOCK_BYTES, self.entry.doc.bytes - first))
+        if self._check_crc:
+            self._compare_crc(self.entry.doc, first, zlib.crc32(data), int(self._doc_checksums[block]))
+        ends = np.frombuffer(data, dtype="<i8").astype(np.int64)
+        previous = int(self._last_ends[block - 1]) if block else 0
+        falls = np.flatnonzero(np.diff(ends, prepend=previous) <= 0)
+        if falls.size or int(ends[-1]) != int(self._last_ends[block]):
+            where = int(falls[0]) if falls.size else len(ends) - 1
+            raise DataError(
+                f"document {block * ENDS_PER_BLOCK + where}: ends at token {int(ends[where])}, out of order",
+                field=self._files.path(self.entry.doc.file),
+                fix=RESTORE,
+            )
+        return ends
+
+    def verify(self) -> tuple[np.ndarray, int]:
+        """Read every byte: digests, checksums and document ends; returns the count of each id and the smallest id."""
+        counts, least = np.zeros(self.entry.max_id + 1, dtype=np.int64), self.entry.max_id
+        self._checked = bytearray(len(self._checked))
         digest = hashlib.sha256()
-        for _, data in self._chunks(entry):
-            digest.update(data)
-        self._compare(entry, digest.hexdigest())
+        step = _CHUNK_BYTES // self._width
+        for start in range(0, self.entry.tokens, step):
+            ids = self.read(start, min(step, self.entry.tokens - start))
+            digest.update(ids.tobytes())
+            counts += np.bincount(ids, minlength=len(counts))
+            least = min(least, int(ids.min()))
+        self._compare(self.entry.tok, digest.hexdigest())
+        digest = hashlib.sha256()
+        for block in range(len(self._last_ends)):
+            digest.update(self.read_ends(block).astype("<i8").tobytes())
+        self._compare(self.entry.doc, digest.hexdigest())
+        return counts, least
+
+    def _window(self, block: int, last: int, ends_of: _EndsCache) -> np.ndarray:
+        """The ends of `block` and of as many blocks after it as it takes to reach token `last`."""
+        beyond = block + 1
+        while beyond < len(self._last_ends) and self._last_ends[beyond - 1] < last:
+            beyond += 1
+        parts = [ends_of(self, self._index, number) for number in range(block, beyond)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _check_block(self, block: int) -> None:
+        first = block * CRC_BLOCK_BYTES
+        count = min(CRC_BLOCK_BYTES, self.entry.tok.bytes - first)
+        found = zlib.crc32(self._files.read(self._tok, self.entry.tok_offset + first, count))
+        self._compare_crc(self.entry.tok, first, found, int(self._tok_checksums[block]))
+        self._checked[block >> 3] |= 1 << (block & 7)
+
+    def _compare_crc(self, entry: FileEntry, offset: int, found: int, expected: int) -> None:
+        if found != expected:
+            raise DataError(
+                f"offset {offset}: expected CRC-32 {expected:08x}, found {found:08x}: this block was changed",
+                field=self._files.path(entry.file),
+                fix=RESTORE,
+            )
 
     def _compare(self, entry: FileEntry, found: str) -> None:
         if found != entry.sha256:
             raise DataError(
-                f"expected SHA-256 {entry.sha256}, found {found}",
-                field=self._files.path(entry.file),
-                fix="restore the file, or write the dataset again",
+                f"expected SHA-256 {entry.sha256}, found {found}", field=self._files.path(entry.file), fix=RESTORE
             )
 
-    def verify(self) -> tuple[np.ndarray, int]:
-        """Read every byte: SHA-256 and checksums of the tokens; returns the count of each id and the smallest id."""
-        digest, counts, least = hashlib.sha256(), np.zeros(self._entry.max_id + 1, dtype=np.int64), self._entry.max_id
-        self._checked = bytearray(len(self._checked))
-        for offset, data in self._chunks(self._entry.tok):
-            digest.update(data)
-            ids = self.read(offset // self._dtype.itemsize, len(data) // self._dtype.itemsize)
-            counts += np.bincount(ids, minlength=len(counts))
-            least = min(least, int(ids.min()))
-        self._compare(self._entry.tok, digest.hexdigest())
-        return counts, least
+
+class _EndsCache:
+    """A few blocks of document ends, the least recently used one forgotten."""
+
+    def __init__(self) -> None:
+        self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def __call__(self, shard: _Shard, index: int, block: int) -> np.ndarray:
+        key = (index, block)
+        if key in self._blocks:
+            self._blocks.move_to_end(key)
+            return self._blocks[key]
+        self._blocks[key] = ends = shard.read_ends(block)
+        if len(self._blocks) > _CACHED_ENDS_BLOCKS:
+            self._blocks.popitem(last=False)
+        return ends
 
 
 class ShardSet:
     """A dataset directory opened for reading. Ids come as little-endian uint16 or uint32 arrays.
 
-    `manifest` is the checked manifest, `directory` where it lies.
+    `manifest` is the checked manifest, `directory` where it lies, `dtype` the type of the ids.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, *, check_crc: bool, field: str) -> None:
-        self.directory, self.manifest, self._check_crc, self._field = directory, manifest, check_crc, field
-        self._files = _Files(directory)
-        self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        assert self._dtype.itemsize == DTYPE_BYTES[manifest.dtype]
+    def __init__(self, files: Files, manifest: Manifest, *, check_crc: bool = True, field: str = "dataset") -> None:
+        self.directory, self.manifest, self._check_crc, self._field = files.directory, manifest, check_crc, field
+        self._files = files
+        self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        assert self.dtype.itemsize == DTYPE_BYTES[manifest.dtype]
+        self._smallest_maximum = min(shard.max_id for shard in manifest.shards)
         self._shards: dict[int, _Shard] = {}
+        self._ends = _EndsCache()
 
     @classmethod
-    def open(cls, directory: str | Path, *, check_crc: bool = True, field: str = "dataset") -> ShardSet:
-        """Open a dataset; `field` is the configuration key that named it, for error messages.
+    def open(
+        cls, directory: str | Path, *, check_crc: bool = True, reader: str = "pread", field: str = "dataset"
+    ) -> ShardSet:
+        """Open a dataset; `reader` is a key of `files.READERS`, `field` the configuration key that named it.
 
         Raises ConfigError when there is no dataset there, DataError when the manifest or a file's size is wrong.
         """
         directory = Path(directory)
         manifest = manifests.load(directory, field=field)
-        for entry in (file for shard in manifest.shards for file in (shard.tok, shard.doc, shard.crc)):
-            _check_size(directory / entry.file, entry.bytes)
-        return cls(directory, manifest, check_crc=check_crc, field=field)
+        for shard in manifest.shards:
+            for entry, offset in ((shard.tok, shard.tok_offset), (shard.doc, 0), (shard.crc, 0)):
+                _check_size(directory / entry.file, offset + entry.bytes)
+        return cls(READERS[reader](directory), manifest, check_crc=check_crc, field=field)
 
     @property
     def content_id(self) -> str:
@@ -234,14 +227,41 @@ class ShardSet:
         """Ids [start, start + count) of a shard, read-only. Raises DataError when they are damaged."""
         return self._shard(shard).read(start, count)
 
+    def gather(self, shards_N: np.ndarray, starts_N: np.ndarray, out_NL: np.ndarray) -> None:
+        """Fill row j of `out_NL` (of this dataset's `dtype`) with ids of shard `shards_N[j]` from `starts_N[j]` on.
+
+        Raises DataError when they are damaged.
+        """
+        for row_L, shard, start in zip(out_NL, shards_N.tolist(), starts_N.tolist(), strict=True):
+            self._shard(shard).read_into(start, row_L)
+        if out_NL.size and int(out_NL.max()) > self._smallest_maximum:
+            for row_L, shard, start in zip(out_NL, shards_N.tolist(), starts_N.tolist(), strict=True):
+                self._shard(shard).check_largest(start, row_L)
+
     def document_ends(self, shard: int, start: int, stop: int) -> np.ndarray:
         """The exclusive document ends e of a shard with start < e <= stop, int64. Raises DataError when damaged."""
-        return self._shard(shard).document_ends(start, stop)
+        if stop <= start:
+            return np.empty(0, dtype=np.int64)
+        starts_N = np.asarray([start], dtype=np.int64)
+        return self._shard(shard).ends_in_rows(starts_N, stop - start, self._ends)[1] + start
+
+    def ends_in_rows(self, shards_N: np.ndarray, starts_N: np.ndarray, length: int) -> np.ndarray:
+        """Where documents end in rows of `length` tokens laid end to end: ascending int64 numbers j * length + e.
+
+        e in (0, length] is an exclusive document end relative to the first token of row j. Raises DataError when the
+        ends are damaged.
+        """
+        found = [np.empty(0, dtype=np.int64)]
+        for shard in np.unique(shards_N).tolist():
+            inside = np.flatnonzero(shards_N == shard)
+            numbers, ends = self._shard(shard).ends_in_rows(starts_N[inside], length, self._ends)
+            found.append(inside[numbers] * length + ends)
+        return np.sort(np.concatenate(found))
 
     def check_tokenizer(self) -> Path | None:
-        """The tokenizer file beside the manifest, or None when the dataset needs none (synthetic ids).
+        """The tokenizer file beside the manifest, or None when the dataset has none (synthetic or imported ids).
 
-        Raises ConfigError when it is missing or is not the one that made the ids.
+        Raises DataError when it is missing or is not the one that made the ids.
         """
         entry = self.manifest.tokenizer
         if entry.file is None:
@@ -249,11 +269,11 @@ class ShardSet:
         path = self.directory / entry.file
         fix = "put back the file that made the dataset, or tokenize again"
         if not path.is_file():
-            raise ConfigError("the tokenizer file is missing", field=self._field, value=str(path), fix=fix)
+            raise DataError("the tokenizer file is missing", field=self._field, value=str(path), fix=fix)
         found = sha256_of_file(path)
         if found != entry.sha256:
-            raise ConfigError(
-                f"not the tokenizer that made this dataset: its SHA-256 is {found}, the manifest has {entry.sha256}",
+            raise DataError(
+                f"not the tokenizer that made this dataset: expected SHA-256 {entry.sha256}, found {found}",
                 field=self._field,
                 value=str(path),
                 fix=fix,
@@ -281,14 +301,23 @@ class ShardSet:
                 progress(entry.tokens)
         return counts
 
+    def document_lengths(self) -> Iterator[np.ndarray]:
+        """The tokens of every document, int64, shard by shard. Raises DataError when the ends are damaged."""
+        for index, entry in enumerate(self.manifest.shards):
+            shard = self._shard(index)
+            blocks = range(-(-entry.documents // ENDS_PER_BLOCK))
+            yield np.diff(np.concatenate([shard.read_ends(block) for block in blocks]), prepend=0)
+
     def _shard(self, index: int) -> _Shard:
-        if index not in self._shards:
+        shard = self._shards.get(index)
+        if shard is None:
             entry = self.manifest.shards[index]
-            self._shards[index] = _Shard(entry, self._files, self._dtype, self._check_crc)
-        return self._shards[index]
+            shard = self._shards[index] = _Shard(index, entry, self._files, self.dtype, self._check_crc)
+        return shard
 
 
 def _check_size(path: Path, expected: int) -> None:
+    """Raises DataError unless `path` is a file of `expected` bytes."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -297,5 +326,5 @@ def _check_size(path: Path, expected: int) -> None:
         raise DataError(
             f"offset {min(status.st_size, expected)}: expected {expected} bytes, found {status.st_size}",
             field=str(path),
-            fix="restore the file, or write the dataset again",
+            fix=RESTORE,
         )

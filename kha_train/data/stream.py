@@ -1,140 +1,170 @@
-"""From a configuration to batches: shards -> sample order -> rows -> packed batches with document borders.
+"""From a configuration to batches: sources -> sample order -> rows -> packed batches with document borders.
 
-The samples of optimiser step s are the numbers s*B ... s*B + B - 1, B = `data.global_batch_size`; rank r of R takes the
-r-th of R contiguous slices. `order.SampleOrder` turns a sample number into a row of the dataset, `packing.RowGrid` into
-a place in a shard, `shards.ShardSet` reads it, `packing.pack` finds the borders. World size, micro-batch and
-accumulation change nothing about the samples of a step. The whole state of a stream is the count of samples seen.
+A step takes the next `data.global_batch_size` sample numbers that lie in no skip window; rank r of R takes the r-th of
+R contiguous slices. `sources.Samples` turns a number into a row of a dataset and reads it. World size, micro-batch and
+accumulation change nothing about the samples of a step. The whole state of a stream is the next sample number and the
+skip windows.
 """
 
-# B rows of this rank  T tokens of a row (`model.seq_len`)  S segment borders of the flattened B*T tokens  V vocabulary
+# B rows of this rank  T tokens of a row (`model.seq_len`)  W = T + 1  V vocabulary  N samples of a few steps
+# M masked places of the flattened rows
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from kha_train.config.constants import IGNORE_LABEL
 from kha_train.config.schema import RunConfig
-from kha_train.data.order import SampleOrder
-from kha_train.data.packing import RowGrid, pack
+from kha_train.data.batch import Batch
+from kha_train.data.packing import Layout
 from kha_train.data.shards import ShardSet
+from kha_train.data.sources import Rows, Samples, open_rows, open_samples, open_shards
 from kha_train.errors import ConfigError, DataError
 
-TRAIN_SOURCE = "train"
+_PLANNED_ROWS = 512
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Rows of one rank for one optimiser step, or a part of them.
+class _Plan(NamedTuple):
+    """One step of one rank, located but not read: it begins at sample `position`, the next one at `following`."""
 
-    `step` counts optimiser steps from 0. `samples_B` (NumPy int64) are global sample numbers; -1 is a filler row whose
-    labels are all masked. `tokens_BT`, `labels_BT` (IGNORE_LABEL where masked) and `positions_BT` are int64 tensors;
-    positions count from the start of the document's part inside the row, or of the row when documents are not
-    isolated. `cu_seqlens_S` (int32) are the segment borders over the flattened B*T tokens: from 0 to B*T, every row
-    start included. `max_seqlen` is the longest segment.
-    """
-
-    step: int
+    position: int
+    following: int
     samples_B: np.ndarray
-    tokens_BT: torch.Tensor
-    labels_BT: torch.Tensor
-    positions_BT: torch.Tensor
-    cu_seqlens_S: torch.Tensor
-    max_seqlen: int
-
-    @property
-    def label_count(self) -> int:
-        """The number of unmasked labels."""
-        return int((self.labels_BT != IGNORE_LABEL).sum())
-
-    def micro_batches(self, size: int) -> Iterator[Batch]:
-        """The batch in parts of `size` rows, in order; the last is smaller when `size` does not divide."""
-        B, T = self.tokens_BT.shape
-        for first in range(0, B, size):
-            last = min(first + size, B)
-            inside = (self.cu_seqlens_S >= first * T) & (self.cu_seqlens_S <= last * T)
-            cu_seqlens_S = self.cu_seqlens_S[inside] - first * T
-            yield Batch(
-                step=self.step,
-                samples_B=self.samples_B[first:last],
-                tokens_BT=self.tokens_BT[first:last],
-                labels_BT=self.labels_BT[first:last],
-                positions_BT=self.positions_BT[first:last],
-                cu_seqlens_S=cu_seqlens_S,
-                max_seqlen=int(cu_seqlens_S.diff().max()),
-            )
+    sources_B: np.ndarray
+    rows_B: np.ndarray
+    layout: Layout
 
 
 class TokenStream:
     """An endless iterator of one rank's `Batch` of each optimiser step, made by `open_stream`.
 
-    `samples_seen` is the state: the number of global samples consumed. `content_id` names the data, `samples_per_epoch`
-    and `tokens_per_epoch` are its size in rows and in tokens of those rows. All reads of a step happen inside `next()`,
-    which raises DataError and leaves `samples_seen` as it was when the data is damaged.
+    The state, the same on every rank: `samples_seen`, the next global sample number, and `skip_windows`, the numbers
+    [first, last) never to be trained on; both may be set at any time between steps. `content_id` names the data,
+    `samples_per_epoch` and `tokens_per_epoch` are its size in rows and in tokens of those rows. With `data.prefetch` a
+    thread reads so many steps ahead. A step that meets damage raises DataError from `next()` and leaves `samples_seen`
+    as it was.
     """
 
-    def __init__(self, rows: _Rows, order: SampleOrder, *, batch_size: int, rank: int, world_size: int) -> None:
-        self._rows, self._order = rows, order
-        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
-        self.samples_seen = 0
-        self.content_id = rows.shards.content_id
-        self.samples_per_epoch = rows.grid.rows
-        self.tokens_per_epoch = rows.grid.rows * rows.grid.seq_len
+    def __init__(self, samples: Samples, *, batch_size: int, rank: int, world_size: int, prefetch: int = 0) -> None:
+        self.samples, self.samples_seen = samples, 0
+        self._skip_windows: tuple[tuple[int, int], ...] = ()
+        self._batch_size, self._prefetch = batch_size, prefetch
+        size = batch_size // world_size
+        self._slice = slice(rank * size, (rank + 1) * size)
+        self._steps_planned = max(1, _PLANNED_ROWS // size)
+        self._plans: deque[_Plan] = deque()
+        self._ahead: deque[tuple[_Plan, Future[np.ndarray]]] = deque()
+        self._reader = ThreadPoolExecutor(1, "data-prefetch") if prefetch else None
+        self.content_id = samples.content_id
+        self.samples_per_epoch = samples.rows
+        self.tokens_per_epoch = samples.rows * samples.seq_len
+
+    @property
+    def skip_windows(self) -> tuple[tuple[int, int], ...]:
+        """Sample numbers [first, last) that are passed over, ascending and apart from each other."""
+        return self._skip_windows
+
+    @skip_windows.setter
+    def skip_windows(self, windows: Iterable[tuple[int, int]]) -> None:
+        self._skip_windows = _merged(windows)
+        self._plans.clear()
 
     def __iter__(self) -> TokenStream:
         return self
 
     def __next__(self) -> Batch:
-        size = self._batch_size // self._world_size
-        first = self.samples_seen + self._rank * size
-        batch = self._rows.batch(
-            step=self.samples_seen // self._batch_size,
-            samples_B=np.arange(first, first + size, dtype=np.int64),
-            rows_B=self._order.rows(first, size),
-        )
-        self.samples_seen += self._batch_size
-        return batch
+        plan, rows_BW = self._read_ahead() if self._reader else self._read_now()
+        step = self.samples_seen // self._batch_size
+        self.samples_seen = plan.following
+        return Batch(step, plan.samples_B, rows_BW, plan.layout)
 
+    def _read_now(self) -> tuple[_Plan, np.ndarray]:
+        plan = self._plan(self.samples_seen)
+        rows_BW = self.samples.read(plan.sources_B, plan.rows_B)
+        self._plans.popleft()
+        return plan, rows_BW
 
-class _Rows:
-    """Rows of a dataset by number, packed into batches."""
+    def _read_ahead(self) -> tuple[_Plan, np.ndarray]:
+        """The batch at `samples_seen`, and as many steps after it under way as `data.prefetch` says."""
+        if self._ahead and self._ahead[0][0].position != self.samples_seen:
+            self._ahead.clear()
+        position = self._ahead[-1][0].following if self._ahead else self.samples_seen
+        while len(self._ahead) <= self._prefetch:
+            plan = self._plan(position)
+            self._plans.popleft()
+            self._ahead.append((plan, self._reader.submit(self.samples.read, plan.sources_B, plan.rows_B)))
+            position = plan.following
+        plan, reading = self._ahead[0]
+        try:
+            rows_BW = reading.result()
+        except DataError:
+            self._ahead.clear()
+            raise
+        self._ahead.popleft()
+        return plan, rows_BW
 
-    def __init__(self, shards: ShardSet, seq_len: int, isolate_documents: bool) -> None:
-        self.shards, self._isolate = shards, isolate_documents
-        self.grid = RowGrid([shard.tokens for shard in shards.manifest.shards], seq_len)
+    def _plan(self, position: int) -> _Plan:
+        """The plan of the step that begins at `position`, at the head of `_plans`; several are made at once."""
+        if not self._plans or self._plans[0].position != position:
+            self._plans = deque(self._plan_from(position))
+        return self._plans[0]
 
-    def batch(self, *, step: int, samples_B: np.ndarray, rows_B: np.ndarray) -> Batch:
-        """The rows `rows_B`; a negative row number is a filler whose labels are all masked."""
-        T = self.grid.seq_len
-        rows = np.zeros((len(rows_B), T + 1), dtype=np.int64)
-        ends = [np.empty(0, dtype=np.int64)] * len(rows_B)
-        for j, row in enumerate(rows_B.tolist()):
-            if row < 0:
+    def _plan_from(self, position: int) -> Iterator[_Plan]:
+        steps = [(position, *self._numbers(position))]
+        while len(steps) < self._steps_planned:
+            steps.append((steps[-1][2], *self._numbers(steps[-1][2])))
+        samples = [numbers[self._slice] for _, numbers, _ in steps]
+        sources_N, rows_N = self.samples.locate(np.concatenate(samples))
+        layout = self.samples.layout(sources_N, rows_N)
+        size, T = len(samples[0]), self.samples.seq_len
+        for number, (begin, _, following) in enumerate(steps):
+            first, last = number * size, (number + 1) * size
+            part = layout.part(first, last, T)
+            yield _Plan(begin, following, samples[number], sources_N[first:last], rows_N[first:last], part)
+
+    def _numbers(self, position: int) -> tuple[np.ndarray, int]:
+        """The sample numbers of the global batch that begins at `position`, and where the next one begins."""
+        parts, missing = [], self._batch_size
+        for first, last in self._skip_windows:
+            if last <= position:
                 continue
-            shard, start = self.grid.locate(row)
-            rows[j] = self.shards.read(shard, start, T + 1)
-            if self._isolate:
-                ends[j] = self.shards.document_ends(shard, start, start + T) - start
-        packed = pack(rows, ends, isolate_documents=self._isolate)
-        packed.labels_BT[rows_B < 0] = IGNORE_LABEL
-        return Batch(
-            step=step,
-            samples_B=samples_B,
-            tokens_BT=torch.from_numpy(np.ascontiguousarray(packed.tokens_BT)),
-            labels_BT=torch.from_numpy(packed.labels_BT),
-            positions_BT=torch.from_numpy(packed.positions_BT),
-            cu_seqlens_S=torch.from_numpy(packed.cu_seqlens_S),
-            max_seqlen=int(np.diff(packed.cu_seqlens_S).max()),
-        )
+            count = min(missing, max(0, first - position))
+            parts.append(np.arange(position, position + count, dtype=np.int64))
+            missing -= count
+            if not missing:
+                return np.concatenate(parts), position + count
+            position = last
+        parts.append(np.arange(position, position + missing, dtype=np.int64))
+        return np.concatenate(parts), position + missing
 
 
-def open_stream(config: RunConfig, rank: int = 0, world_size: int = 1, *, samples_seen: int = 0) -> TokenStream:
-    """The training batches of `rank`, beginning after `samples_seen` global samples.
+def _merged(windows: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted((int(first), int(last)) for first, last in windows):
+        assert 0 <= first <= last, (first, last)
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+        elif first < last:
+            merged.append((first, last))
+    return tuple(merged)
 
-    Raises ConfigError when the dataset is missing, too small for one row, made by another tokenizer or vocabulary, or
+
+def open_stream(
+    config: RunConfig,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    samples_seen: int = 0,
+    skip_windows: Iterable[tuple[int, int]] = (),
+) -> TokenStream:
+    """The training batches of `rank`, beginning at global sample `samples_seen`, without the `skip_windows`.
+
+    Raises ConfigError when a dataset is missing, too small for one row, made by another tokenizer or vocabulary, or
     the global batch does not divide by `world_size`; DataError when it is damaged.
     """
     batch_size = config.data.global_batch_size
@@ -145,10 +175,11 @@ def open_stream(config: RunConfig, rank: int = 0, world_size: int = 1, *, sample
             value=batch_size,
             allowed=f"a multiple of {world_size}",
         )
-    rows = _open_rows(config, config.data.train, "data.train")
-    order = SampleOrder(rows.grid.rows, seed=config.run.seed, source=TRAIN_SOURCE)
-    stream = TokenStream(rows, order, batch_size=batch_size, rank=rank, world_size=world_size)
-    stream.samples_seen = samples_seen
+    samples = open_samples(config)
+    stream = TokenStream(
+        samples, batch_size=batch_size, rank=rank, world_size=world_size, prefetch=config.data.prefetch
+    )
+    stream.samples_seen, stream.skip_windows = samples_seen, skip_windows
     return stream
 
 
@@ -159,25 +190,32 @@ def validation_batches(config: RunConfig, rank: int = 0, world_size: int = 1) ->
     batches of the same shape; rows beyond n are fillers (sample -1, all labels masked). Raises as `open_stream`, at the
     call, and DataError while reading.
     """
-    rows = _open_rows(config, config.data.validation, "data.validation")
-    train = ShardSet.open(config.data.train, field="data.train").manifest.tokenizer
-    found = rows.shards.manifest.tokenizer
-    if found.sha256 != train.sha256:
+    rows = open_rows(config, config.data.validation, "data.validation")
+    directory = config.data.sources[0].path if config.data.sources else config.data.train
+    train = ShardSet.open(directory, field="data.train").manifest.tokenizer
+    if rows.shards.manifest.tokenizer.sha256 != train.sha256:
         raise ConfigError(
             "made by another tokenizer than data.train",
             field="data.validation",
             value=config.data.validation,
             fix="tokenize both with one tokenizer",
         )
-    n = min(config.validation.rows or rows.grid.rows, rows.grid.rows)
+    n = min(config.validation.rows or rows.rows, rows.rows)
     return _deal(rows, n, config.engine.micro_batch_size, rank, world_size)
 
 
-def _deal(rows: _Rows, n: int, size: int, rank: int, world_size: int) -> Iterator[Batch]:
+def _deal(rows: Rows, n: int, size: int, rank: int, world_size: int) -> Iterator[Batch]:
+    T = rows.seq_len
     for step, first in enumerate(range(0, n, size * world_size)):
         numbers = np.arange(first + rank * size, first + (rank + 1) * size, dtype=np.int64)
-        numbers[numbers >= n] = -1
-        yield rows.batch(step=step, samples_B=numbers, rows_B=numbers)
+        real = numbers[numbers < n]
+        rows_BW = np.zeros((size, T + 1), dtype=np.int64)
+        rows_BW[: len(real)] = rows.read(real)
+        layout = rows.layout(real)
+        filled = np.arange(len(real) + 1, size + 1, dtype=np.int64) * T
+        masked_M = np.concatenate((layout.masked_M, np.arange(len(real) * T, size * T, dtype=np.int64)))
+        samples_B = np.where(numbers < n, numbers, -1)
+        yield Batch(step, samples_B, rows_BW, Layout(np.concatenate((layout.borders_S, filled)), masked_M))
 
 
 def bytes_per_id(config: RunConfig) -> torch.Tensor:
@@ -185,7 +223,7 @@ def bytes_per_id(config: RunConfig) -> torch.Tensor:
 
     Raises ConfigError and DataError as `open_stream`.
     """
-    return torch.from_numpy(_open_shards(config, config.data.validation, "data.validation").bytes_per_id)
+    return torch.from_numpy(open_shards(config, config.data.validation, "data.validation").bytes_per_id)
 
 
 def unigram_bits_per_byte(config: RunConfig) -> float:
@@ -194,36 +232,10 @@ def unigram_bits_per_byte(config: RunConfig) -> float:
     Entropy of the counts c_v, sum of c_v log2(N / c_v), over the bytes of the text. Reads the whole validation set.
     Raises ConfigError and DataError as `open_stream`.
     """
-    shards = _open_shards(config, config.data.validation, "data.validation")
+    shards = open_shards(config, config.data.validation, "data.validation")
     if shards.manifest.text_bytes == 0:
         raise DataError("its tokens stand for no text", field="data.validation", value=config.data.validation)
     counts_V = shards.token_counts()
     used = counts_V[counts_V > 0].astype(np.float64)
     bits = float((used * np.log2(used.sum() / used)).sum())
     return bits / shards.manifest.text_bytes
-
-
-def _open_shards(config: RunConfig, directory: str, field: str) -> ShardSet:
-    shards = ShardSet.open(directory, check_crc=config.data.check_crc, field=field)
-    if shards.vocab_size != config.model.vocab_size:
-        raise ConfigError(
-            f"{field} ({directory}) was made with a vocabulary of {shards.vocab_size}",
-            field="model.vocab_size",
-            value=config.model.vocab_size,
-            fix=f"model.vocab_size={shards.vocab_size}, or other data",
-        )
-    shards.check_tokenizer()
-    return shards
-
-
-def _open_rows(config: RunConfig, directory: str, field: str) -> _Rows:
-    rows = _Rows(_open_shards(config, directory, field), config.model.seq_len, config.data.isolate_documents)
-    if rows.grid.rows == 0:
-        longest = max(shard.tokens for shard in rows.shards.manifest.shards)
-        raise ConfigError(
-            f"no row of this length in {field} ({directory})",
-            field="model.seq_len",
-            value=config.model.seq_len,
-            allowed=f"at most {longest - 1}, one less than the tokens of the largest shard",
-        )
-    return rows

@@ -18,7 +18,15 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kha_train.data import manifest as manifests
-from kha_train.data.manifest import CRC_BLOCK_BYTES, MANIFEST_NAME, FileEntry, Manifest, ShardEntry, TokenizerEntry
+from kha_train.data.manifest import (
+    CRC_BLOCK_BYTES,
+    ENDS_PER_BLOCK,
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    ShardEntry,
+    TokenizerEntry,
+)
 from kha_train.errors import ConfigError, DataError
 
 
@@ -55,6 +63,19 @@ class _BlockChecksums:
     def finish(self) -> bytes:
         last = [zlib.crc32(self._pending)] if self._pending else []
         return np.asarray(self._done + last, dtype="<u4").tobytes()
+
+
+def checksum_file(tok_checksums: bytes, ends: np.ndarray) -> bytes:
+    """The content of `.crc`: CRC-32 of the blocks of `.tok`, then of `.doc`, then the last end of each block of `.doc`.
+
+    `ends` are the document ends of the shard, int64.
+    """
+    doc_checksums = _BlockChecksums()
+    doc_checksums.feed(ends.astype("<i8").tobytes())
+    last_ends = ends[ENDS_PER_BLOCK - 1 :: ENDS_PER_BLOCK]
+    if len(ends) % ENDS_PER_BLOCK:
+        last_ends = np.append(last_ends, ends[-1])
+    return tok_checksums + doc_checksums.finish() + last_ends.astype("<i8").tobytes()
 
 
 def prepare(directory: Path, *, overwrite: bool = False) -> None:
@@ -104,8 +125,9 @@ def write_shard(
     if not ends:
         path.unlink()
         return None
-    doc_entry = _write_file(path.with_suffix(".doc"), np.asarray(ends, dtype="<i8").tobytes())
-    crc_entry = _write_file(path.with_suffix(".crc"), checksums.finish())
+    all_ends = np.asarray(ends, dtype="<i8")
+    doc_entry = _write_file(path.with_suffix(".doc"), all_ends.tobytes())
+    crc_entry = _write_file(path.with_suffix(".crc"), checksum_file(checksums.finish(), all_ends))
     return ShardEntry(tokens, len(ends), text_bytes, min_id, max_id, tok_entry, doc_entry, crc_entry)
 
 

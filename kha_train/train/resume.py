@@ -26,6 +26,8 @@ FREE_TO_CHANGE = (
     "data.name",
     "data.train",
     "data.validation",
+    "data.reader",
+    "data.prefetch",
     "data.check_crc",
     "engine.",
     "checkpoint.",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,6 +113,23 @@ def first_batch(config: RunConfig) -> Any:
     """Samples, tokens and borders of the first step."""
     batch = next(open_stream(config))
     return batch.samples_B.tolist(), batch.tokens_BT.tolist(), batch.cu_seqlens_S.tolist()
+
+
+def batch_after_2048_samples(config: RunConfig) -> Any:
+    """Tokens of the step that begins at sample 2048."""
+    return next(open_stream(config, samples_seen=2048)).tokens_BT.tolist()
+
+
+def file_reader(config: RunConfig) -> Any:
+    """How files are read: both ways give the same ids, so only the reader can tell."""
+    return type(open_stream(config).samples.sources[0].rows.shards._files).__name__
+
+
+def threads_reading_ahead(config: RunConfig) -> Any:
+    """How many threads read while the caller does something else."""
+    stream = open_stream(config)
+    next(stream)
+    return sum(thread.name.startswith("data-prefetch") for thread in threading.enumerate())
 
 
 def validation_samples(config: RunConfig) -> Any:
@@ -265,7 +283,23 @@ CHANGES: dict[str, Change] = {
     "data.train": ("{other}/train", first_batch),
     "data.validation": ("{other}/validation", validation_samples),
     "data.global_batch_size": (12, first_batch),
+    "data.sources": (
+        "[{name: b, path: {other}/train, weight: 1}]",
+        first_batch,
+        "data.train=''",
+        "data.sources=[{name: a, path: {other}/train, weight: 1}]",
+    ),
+    "data.phases": (
+        "[{start_sample: 2048, weights: [0, 1]}]",
+        batch_after_2048_samples,
+        "data.train=''",
+        "data.sources=[{name: a, path: {other}/train, weight: 1}, {name: b, path: {other}/train, weight: 1}]",
+    ),
     "data.isolate_documents": ("false", first_batch),
+    "data.packing": ("best_fit", first_batch),
+    "data.shuffle": ("block", first_batch),
+    "data.reader": ("memory_map", file_reader),
+    "data.prefetch": (2, threads_reading_ahead),
     "data.check_crc": ("false", damage_is_seen, "data.train={other}/train"),
     "optim.lr": (1e-4, learning_rates),
     "optim.betas": ("[0.8,0.99]", adamw),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from data_tools.encode import encode_corpus
 from data_tools.synthetic import write_dataset
 from data_tools.train_tokenizer import train_tokenizer
 from kha_train.config import schema
-from kha_train.config.options import GroupedQueryOptions, InteractionOptions
+from kha_train.config.compose import compose
 
 VOCAB = 97
 
@@ -28,7 +29,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_config() -> Callable[..., schema.RunConfig]:
-    """`make_config(directory, seq_len=..., batch=..., ...)`: what the data side needs of one."""
+    """`make_config(directory, seq_len=..., batch=..., ...)`: what the data side needs of one; further arguments are
+    fields of `DataSection`."""
+    base = compose()
 
     def make(
         directory: Path,
@@ -40,46 +43,19 @@ def make_config() -> Callable[..., schema.RunConfig]:
         rows: int = 0,
         vocab: int = VOCAB,
         isolate: bool = True,
-        check_crc: bool = True,
+        **data: Any,
     ) -> schema.RunConfig:
+        fields = {"train": str(directory / "train"), "validation": str(directory / "validation"), **data}
         return replace(
-            _BASE,
-            run=replace(_BASE.run, seed=seed),
-            model=replace(_BASE.model, vocab_size=vocab, seq_len=seq_len),
-            data=schema.DataSection(
-                name="shards",
-                train=str(directory / "train"),
-                validation=str(directory / "validation"),
-                global_batch_size=batch,
-                isolate_documents=isolate,
-                check_crc=check_crc,
-            ),
-            engine=replace(_BASE.engine, micro_batch_size=micro),
-            validation=replace(_BASE.validation, rows=rows),
+            base,
+            run=replace(base.run, seed=seed),
+            model=replace(base.model, vocab_size=vocab, seq_len=seq_len),
+            data=schema.DataSection(name="shards", global_batch_size=batch, isolate_documents=isolate, **fields),
+            engine=replace(base.engine, micro_batch_size=micro),
+            validation=replace(base.validation, rows=rows),
         )
 
     return make
-
-
-_BASE = schema.RunConfig(
-    run=schema.RunSection(dir="unused", name="test", steps=1),
-    model=schema.ModelSection(
-        name="tiny", layers=1, hidden_size=8, query_heads=2, kv_heads=1, head_dim=4, vocab_size=1, seq_len=1
-    ),
-    attention=schema.AttentionSection(
-        name="gqa",
-        base=GroupedQueryOptions(name="gqa", query_heads=2, head_dim=4, kv_heads=1),
-        interaction=InteractionOptions(name="none"),
-    ),
-    moe=schema.MoeSection(experts=2, top_k=1, expert_width=8),
-    data=schema.DataSection(name="shards", train="", validation="", global_batch_size=1),
-    optim=schema.OptimSection(lr=1e-3),
-    engine=schema.EngineSection(zero_stage=1, micro_batch_size=1),
-    checkpoint=schema.CheckpointSection(every_steps=1),
-    validation=schema.ValidationSection(every_steps=1),
-    stability=schema.StabilitySection(),
-    telemetry=schema.TelemetrySection(),
-)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,73 @@
+"""What a step is trained on: rows of ids, their labels and where documents begin."""
+
+# B rows  T tokens of a row (`model.seq_len`)  W = T + 1  S segment borders and M masked places of the flattened B*T
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from kha_train.config.constants import IGNORE_LABEL
+from kha_train.data.packing import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows of one rank for one optimiser step, or a part of them.
+
+    `step` counts optimiser steps from 0. `samples_B` (NumPy int64) are global sample numbers; -1 is a filler row whose
+    labels are all masked. `rows_BW` (NumPy int64) are the ids, each row with the one that follows its last token, and
+    `layout` says where segments end and which labels are masked. The tensors below are made when
+    first asked for.
+    """
+
+    step: int
+    samples_B: np.ndarray
+    rows_BW: np.ndarray
+    layout: Layout
+
+    @cached_property
+    def tokens_BT(self) -> torch.Tensor:
+        """The ids, int64; a view of the rows, so not contiguous."""
+        return torch.from_numpy(self.rows_BW[:, :-1])
+
+    @cached_property
+    def labels_BT(self) -> torch.Tensor:
+        """The id after each token, int64; IGNORE_LABEL where masked."""
+        labels_BT = self.rows_BW[:, 1:].copy()
+        labels_BT.reshape(-1)[self.layout.masked_M] = IGNORE_LABEL
+        return torch.from_numpy(labels_BT)
+
+    @cached_property
+    def positions_BT(self) -> torch.Tensor:
+        """int64: counted from the start of the segment."""
+        borders_S = self.layout.borders_S
+        starts = np.repeat(borders_S[:-1], np.diff(borders_S))
+        return torch.from_numpy((np.arange(len(starts)) - starts).reshape(len(self.rows_BW), -1))
+
+    @cached_property
+    def cu_seqlens_S(self) -> torch.Tensor:
+        """int32: the segment borders over the flattened B*T tokens, from 0 to B*T, every row start included."""
+        return torch.from_numpy(self.layout.borders_S.astype(np.int32))
+
+    @cached_property
+    def max_seqlen(self) -> int:
+        """The longest segment."""
+        return int(np.diff(self.layout.borders_S).max())
+
+    @property
+    def label_count(self) -> int:
+        """The number of unmasked labels."""
+        return int(self.layout.borders_S[-1]) - len(self.layout.masked_M)
+
+    def micro_batches(self, size: int) -> Iterator[Batch]:
+        """The batch in parts of `size` rows, in order; the last is smaller when `size` does not divide."""
+        B, T = self.tokens_BT.shape
+        for first in range(0, B, size):
+            last = min(first + size, B)
+            layout = self.layout.part(first, last, T)
+            yield Batch(self.step, self.samples_B[first:last], self.rows_BW[first:last], layout)

@@ -1,0 +1,110 @@
+"""Exact reads from the files of a dataset, by `pread` or through a memory map.
+
+`pread` is the default: a file truncated while it is read gives a short read, which can be told, on any file system. A
+memory map of a local file is about half as dear again, but a page that is no longer there kills the process by SIGBUS,
+which no program text can turn into an error: `ShardSet.open` checks the sizes, and nothing protects the time after.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import weakref
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+
+from kha_train.errors import DataError
+
+OPEN_FILES = 128
+RESTORE = "restore the file, or write the dataset again"
+
+
+class Files:
+    """Reads by `pread` from many files with few descriptors open: the least recently used one is closed."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._open: OrderedDict[str, int] = OrderedDict()
+        weakref.finalize(self, _close_all, self._open)
+
+    def read(self, name: str, offset: int, count: int) -> bytes:
+        """`count` bytes of a file from `offset` on. Raises DataError when they are not there."""
+        try:
+            data = os.pread(self._descriptor(name), count, offset)
+        except OSError as error:
+            raise self._unreadable(name, offset, error) from error
+        if len(data) != count:
+            raise self._truncated(name, offset, count, len(data))
+        return data
+
+    def read_into(self, name: str, offset: int, out: np.ndarray) -> None:
+        """Fill the contiguous array `out` with the bytes of a file from `offset` on. Raises DataError as `read`."""
+        try:
+            found = os.preadv(self._descriptor(name), (out,), offset)
+        except OSError as error:
+            raise self._unreadable(name, offset, error) from error
+        if found != out.nbytes:
+            raise self._truncated(name, offset, out.nbytes, found)
+
+    def path(self, name: str) -> str:
+        """The path of a file, for messages."""
+        return str(self.directory / name)
+
+    def _unreadable(self, name: str, offset: int, error: OSError) -> DataError:
+        """A DataError for a read that the system refused."""
+        return DataError(f"offset {offset}: cannot be read: {error.strerror}", field=self.path(name), fix=RESTORE)
+
+    def _truncated(self, name: str, offset: int, expected: int, found: int) -> DataError:
+        """A DataError for a read that came back short."""
+        return DataError(
+            f"offset {offset}: expected {expected} bytes, found {found}: the file was truncated",
+            field=self.path(name),
+            fix=RESTORE,
+        )
+
+    def _descriptor(self, name: str) -> int:
+        if name in self._open:
+            self._open.move_to_end(name)
+            return self._open[name]
+        descriptor = os.open(self.directory / name, os.O_RDONLY | os.O_CLOEXEC)
+        self._open[name] = descriptor
+        if len(self._open) > OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1])
+        return descriptor
+
+
+class MappedFiles(Files):
+    """`Files` whose `read_into` copies from a memory map; single small reads stay `pread`."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._maps: dict[str, np.ndarray] = {}
+
+    def read_into(self, name: str, offset: int, out: np.ndarray) -> None:
+        """As `Files.read_into`. Raises DataError when the file was too short when it was mapped."""
+        mapped = self._maps.get(name)
+        if mapped is None:
+            mapped = self._maps[name] = self._map(name)
+        part = mapped[offset : offset + out.nbytes]
+        if len(part) != out.nbytes:
+            raise self._truncated(name, offset, out.nbytes, len(part))
+        out.view(np.uint8)[:] = part
+
+    def _map(self, name: str) -> np.ndarray:
+        try:
+            mapped = mmap.mmap(self._descriptor(name), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot be mapped: {error}", field=self.path(name), fix="data.reader=pread") from error
+        # Rows are read in random order: reading ahead would fetch what nobody asked for.
+        mapped.madvise(mmap.MADV_RANDOM)
+        return np.frombuffer(mapped, dtype=np.uint8)
+
+
+READERS = {"pread": Files, "memory_map": MappedFiles}
+
+
+def _close_all(descriptors: OrderedDict[str, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])

@@ -1,0 +1,154 @@
+"""The datasets a run trains on, checked against its model, and the rows that sample numbers stand for.
+
+`data.train` names one dataset; `data.sources` several with their weights, mixed by `mixture.Mixture`.
+"""
+
+# N samples  W = T + 1, a row with the label of its last token
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from kha_train.config.schema import DataSection, RunConfig
+from kha_train.data.best_fit import BestFitRows
+from kha_train.data.canonical import canonical_json
+from kha_train.data.mixture import Mixture, Phase
+from kha_train.data.order import SampleOrder
+from kha_train.data.packing import ConcatRows, Layout
+from kha_train.data.shards import ShardSet
+from kha_train.errors import ConfigError
+
+TRAIN_SOURCE = "train"
+Rows = ConcatRows | BestFitRows
+_PACKINGS = {"concat": ConcatRows, "best_fit": BestFitRows}
+
+
+class Source(NamedTuple):
+    """One dataset of a run: its name (part of the key of its order), its rows, their order."""
+
+    name: str
+    rows: Rows
+    order: SampleOrder
+
+
+class Samples:
+    """Global sample number -> row of a source -> ids. `sources` in their given order; `mixture` is None for one."""
+
+    def __init__(self, sources: Sequence[Source], mixture: Mixture | None, seq_len: int) -> None:
+        self.sources, self.mixture, self.seq_len = tuple(sources), mixture, seq_len
+
+    @property
+    def content_id(self) -> str:
+        """The name of the data: that of the one dataset, or SHA-256 over names and content ids of all sources."""
+        if len(self.sources) == 1:
+            return self.sources[0].rows.shards.content_id
+        ids = [[source.name, source.rows.shards.content_id] for source in self.sources]
+        return hashlib.sha256(canonical_json(ids)).hexdigest()
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of all sources."""
+        return sum(source.rows.rows for source in self.sources)
+
+    def locate(self, samples_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(place of the source, row of it) of samples given in runs of neighbouring numbers, int64 both."""
+        breaks = np.flatnonzero(np.diff(samples_N) != 1) + 1
+        runs = [(int(run[0]), len(run)) for run in np.split(samples_N, breaks) if len(run)]
+        if self.mixture is None:
+            order = self.sources[0].order
+            rows_N = np.concatenate([order.rows(first, count) for first, count in runs])
+            return np.zeros(len(rows_N), dtype=np.int64), rows_N
+        dealt = [self.mixture.samples(first, count) for first, count in runs]
+        sources_N, numbers_N = (np.concatenate(column) for column in zip(*dealt, strict=True))
+        rows_N = np.empty_like(numbers_N)
+        for place, source in enumerate(self.sources):
+            inside = np.flatnonzero(sources_N == place)
+            if inside.size:
+                # A source's own numbers are neighbours, but not in ascending order of the mixture's slots.
+                low, high = int(numbers_N[inside].min()), int(numbers_N[inside].max())
+                rows_N[inside] = source.order.rows(low, high - low + 1)[numbers_N[inside] - low]
+        return sources_N, rows_N
+
+    def layout(self, sources_N: np.ndarray, rows_N: np.ndarray) -> Layout:
+        """Borders and masked labels of located rows. Raises DataError when document ends are damaged."""
+        if len(self.sources) == 1:
+            return self.sources[0].rows.layout(rows_N)
+        borders, masked = [np.arange(len(rows_N) + 1, dtype=np.int64) * self.seq_len], []
+        for place, source in enumerate(self.sources):
+            inside = np.flatnonzero(sources_N == place)
+            part = source.rows.layout(rows_N[inside])
+            shift = (inside - np.arange(len(inside))) * self.seq_len
+            borders.append(part.borders_S[:-1] + shift[part.borders_S[:-1] // self.seq_len])
+            masked.append(part.masked_M + shift[part.masked_M // self.seq_len])
+        return Layout(np.unique(np.concatenate(borders)), np.sort(np.concatenate(masked)))
+
+    def read(self, sources_N: np.ndarray, rows_N: np.ndarray) -> np.ndarray:
+        """The ids of located rows, int64 [N, T + 1]. Raises DataError when they are damaged."""
+        if len(self.sources) == 1:
+            return self.sources[0].rows.read(rows_N).astype(np.int64)
+        rows_NW = np.empty((len(rows_N), self.seq_len + 1), dtype=np.int64)
+        for place, source in enumerate(self.sources):
+            inside = np.flatnonzero(sources_N == place)
+            rows_NW[inside] = source.rows.read(rows_N[inside])
+        return rows_NW
+
+
+def open_samples(config: RunConfig) -> Samples:
+    """What `config` trains on. Raises ConfigError and DataError as `stream.open_stream`."""
+    named = _named(config.data)
+    opened = [(name, open_rows(config, path, field)) for name, path, field in named]
+    tokenizers = {rows.shards.manifest.tokenizer.sha256 for _, rows in opened}
+    if len(tokenizers) > 1:
+        raise ConfigError("made by different tokenizers", field="data.sources", value=[path for _, path, _ in named])
+    sources = [
+        Source(name, rows, SampleOrder(rows.rows, seed=config.run.seed, source=name, shuffle=config.data.shuffle))
+        for name, rows in opened
+    ]
+    mixture = None
+    if config.data.sources:
+        first = Phase(0, tuple(source.weight for source in config.data.sources))
+        later = [Phase(phase.start_sample, phase.weights) for phase in config.data.phases]
+        mixture = Mixture([first, *later], seed=config.run.seed)
+    return Samples(sources, mixture, config.model.seq_len)
+
+
+def open_rows(config: RunConfig, directory: str, field: str) -> Rows:
+    """The rows of one dataset; `field` is the key that named it. Raises ConfigError when none fits, and as
+    `open_shards`."""
+    shards = open_shards(config, directory, field)
+    rows = _PACKINGS[config.data.packing](shards, config.model.seq_len, config.data.isolate_documents)
+    if rows.rows == 0:
+        longest = max(shard.tokens for shard in shards.manifest.shards)
+        raise ConfigError(
+            f"no row of this length in {field} ({directory})",
+            field="model.seq_len",
+            value=config.model.seq_len,
+            allowed=f"at most {longest - 1}, one less than the tokens of the largest shard",
+        )
+    return rows
+
+
+def open_shards(config: RunConfig, directory: str, field: str) -> ShardSet:
+    """A dataset that fits the model. Raises ConfigError when it is missing or has another vocabulary, DataError when
+    it is damaged or its tokenizer is not the manifest's."""
+    shards = ShardSet.open(directory, check_crc=config.data.check_crc, reader=config.data.reader, field=field)
+    if shards.vocab_size != config.model.vocab_size:
+        raise ConfigError(
+            f"{field} ({directory}) was made with a vocabulary of {shards.vocab_size}",
+            field="model.vocab_size",
+            value=config.model.vocab_size,
+            fix=f"model.vocab_size={shards.vocab_size}, or other data",
+        )
+    shards.check_tokenizer()
+    return shards
+
+
+def _named(data: DataSection) -> list[tuple[str, str, str]]:
+    """(name, path, configuration key) of each source."""
+    if not data.sources:
+        return [(TRAIN_SOURCE, data.train, "data.train")]
+    return [(one.name, one.path, f"data.sources[{i}].path") for i, one in enumerate(data.sources)]
