@@ -137,7 +137,7 @@ conclude() {
         say "FATAL: $(head -c 1000 "$KHA_RUN_DIR/FATAL")"
         exit "${own:-1}"
     fi
-    if [[ -e $KHA_RUN_DIR/REQUEUE && -z ${KHA_STOPPING:-} ]] && grep -q 'STOP file' "$KHA_RUN_DIR/REQUEUE"; then
+    if [[ -e $KHA_RUN_DIR/REQUEUE && -z ${KHA_STOPPING:-} ]] && grep -q 'the STOP file' "$KHA_RUN_DIR/REQUEUE"; then
         say "stopped by the file STOP: submit the same command again to go on"
         exit 0
     fi
@@ -186,7 +186,7 @@ train_in_allocation() {
 read_arguments() {
     local answer code
     answer="$(mktemp)"
-    "$KHA_PYTHON" -m kha_train launch-arguments "$@" >"$answer" || {
+    "$KHA_PYTHON" -c 'from kha_train.cli.main import run; run()' launch-arguments "$@" >"$answer" || {
         code=$?
         rm -f "$answer"
         say "not started, not requeued"

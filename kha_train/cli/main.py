@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from kha_train.cli import compare, data, quickstart, train
+from kha_train.cli import compare, data, quickstart, status, sweep, train
 from kha_train.errors import KhaError
 
 HELP = "Pretraining of mixture-of-experts language models with cross-head attention."
@@ -17,6 +17,9 @@ app = typer.Typer(name="kha", help=HELP, no_args_is_help=True, add_completion=Fa
 app.command()(quickstart.quickstart)
 app.command()(train.train)
 app.command()(compare.compare)
+app.command("sweep")(sweep.sweep_command)
+app.command("launch-arguments", hidden=True)(sweep.launch_arguments)
+app.command()(status.status)
 app.add_typer(data.app)
 
 
@@ -35,9 +38,18 @@ def run(arguments: Sequence[str] | None = None) -> None:
         if rank == "0" or not error.agreed:
             where = "" if rank == "0" else f"rank {rank}: "
             print(f"{where}{error.line()}", file=sys.stderr, flush=True)
+        _leave_code(error.exit_code)
         sys.exit(error.exit_code)
     except OSError as error:
         if os.environ.get("KHA_DEBUG") == "1" or error.filename is None:
             raise
         print(f"file error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+def _leave_code(code: int) -> None:
+    """For the batch script: torchrun answers 1 whatever its workers ended with."""
+    path = os.environ.get("KHA_EXIT_FILE")
+    if path:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(f"{code}\n")

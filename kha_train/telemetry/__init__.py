@@ -1,19 +1,28 @@
-"""What is shown of a run beside its record: console line, W&B mirror, throughput, meters. Nothing here is fatal."""
+"""What is shown of a run beside its record: console line, W&B mirror, throughput, meters. Nothing here is fatal.
+
+Names resolve when they are first used: `kha status` formats figures and must not wait for torch.
+"""
 
 from __future__ import annotations
 
-from kha_train.telemetry.console import Console
-from kha_train.telemetry.meters import DataWait, MovingAverage, PeakMemory
-from kha_train.telemetry.throughput import Peak, Throughput, peak_flops
-from kha_train.telemetry.wandb import WandbMirror
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "Console",
-    "DataWait",
-    "MovingAverage",
-    "Peak",
-    "PeakMemory",
-    "Throughput",
-    "WandbMirror",
-    "peak_flops",
-]
+_MODULES = {
+    "Console": "console",
+    "DataWait": "meters",
+    "MovingAverage": "meters",
+    "Peak": "throughput",
+    "PeakMemory": "meters",
+    "Throughput": "throughput",
+    "WandbMirror": "wandb",
+    "peak_flops": "throughput",
+}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

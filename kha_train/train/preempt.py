@@ -16,9 +16,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequests:
-    """While entered, `pending()` tells whether this process was asked to stop. A second Ctrl-C interrupts at once."""
+    """While entered, `pending()` tells whether this process was asked to stop. A second Ctrl-C interrupts at once.
 
-    def __init__(self, run_dir: Path) -> None:
+    Only one rank need look for the file, at every step: `run_dir` is None on the others.
+    """
+
+    def __init__(self, run_dir: Path | None) -> None:
         self._run_dir = run_dir
         self._received = False
         self._previous: dict[int, object] = {}
@@ -35,7 +38,7 @@ class StopRequests:
 
     def pending(self) -> bool:
         """Whether to stop after this step."""
-        return self._received or has_marker(self._run_dir, Marker.STOP)
+        return self._received or (self._run_dir is not None and has_marker(self._run_dir, Marker.STOP))
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._received:

@@ -11,7 +11,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate_batch
 from kha_train.distributed import World
 from kha_train.optim import learning_rate
-from kha_train.record import Marker, clear_marker, set_marker
+from kha_train.record import Marker, clear_marker, has_marker, set_marker
 from kha_train.train.preempt import StopRequests
 from kha_train.train.session import Session
 from kha_train.train.step import next_batch, train_step
@@ -36,7 +36,7 @@ def train(config: RunConfig) -> Outcome:
     try:
         validate_batch(config, world.size)
         run_dir = Path(config.run.dir)
-        with StopRequests(run_dir) as stops, Session(config, world) as session:
+        with StopRequests(run_dir if world.is_main else None) as stops, Session(config, world) as session:
             finished = _train_to_the_end(session, stops)
             session.end_state = "done" if finished else "requeued"
             _mark_the_end(run_dir, world, finished, session.progress.step)
@@ -78,5 +78,7 @@ def _is_due(step: int, every: int, last: int) -> bool:
 def _mark_the_end(run_dir: Path, world: World, finished: bool, step: int) -> None:
     """Tell whoever started the job, through a file: exit codes do not pass through torchrun."""
     if world.is_main:
+        # A batch script requeues what SLURM interrupted, and leaves what its user stopped.
+        why = "the STOP file" if has_marker(run_dir, Marker.STOP) else "a signal"
         clear_marker(run_dir, Marker.STOP)
-        set_marker(run_dir, Marker.DONE if finished else Marker.REQUEUE, f"step {step}")
+        set_marker(run_dir, *((Marker.DONE, f"step {step}") if finished else (Marker.REQUEUE, f"step {step}, by {why}")))

@@ -62,7 +62,7 @@ SlurmctldLogFile={root}/slurmctld.log
 SlurmdLogFile={root}/slurmd.%n.log
 SlurmdParameters=config_overrides
 ReturnToService=2
-KillWait=20
+KillWait=8
 SlurmctldTimeout=10
 SlurmdTimeout=5
 MessageTimeout=10
@@ -93,7 +93,7 @@ def why_not_here() -> str | None:
         return f"no {', '.join(missing)} here (apt-get install slurmctld slurmd slurm-client munge iproute2)"
     if os.geteuid():
         return "a SLURM cluster in namespaces needs root"
-    probe = subprocess.run(["unshare", "--net", "--pid", "--fork", "--mount-proc", "true"], capture_output=True)
+    probe = subprocess.run(["unshare", "--net", "--pid", "--fork", "--mount-proc", "true"], check=False)
     return "no right to create namespaces" if probe.returncode else None
 
 
@@ -140,6 +140,7 @@ class Cluster:
         done = subprocess.run(
             ["nsenter", "-t", self._inner("ctl"), "--net", "--uts", "--mount", f"--wd={ROOT}", *map(str, argv)],
             env={**kept, "SLURM_CONF": f"{self.root}/slurm.conf", **(env or {})},
+            check=False,
             text=True,
             capture_output=True,
             timeout=300,
@@ -207,7 +208,7 @@ class Cluster:
 
     def _ip(self, *argv: str) -> str:
         inside = ["nsenter", "-t", self._inner("ctl"), "--net", "ip", *argv]
-        return subprocess.run(inside, text=True, capture_output=True, timeout=10).stdout
+        return subprocess.run(inside, check=False, text=True, capture_output=True, timeout=10).stdout
 
     def _until(self, ready: Callable[[], bool], what: str, timeout: float = 30) -> None:
         deadline = time.monotonic() + timeout
@@ -245,4 +246,10 @@ def cluster() -> Iterator[Cluster]:
 def job_environment(clean_environment: dict[str, str]) -> dict[str, str]:
     """What a user of the checkout would have set before sbatch: the interpreter, two ranks a job, one a node."""
     kept = {key: value for key, value in clean_environment.items() if not key.startswith(("SLURM", "SBATCH"))}
-    return {**kept, "KHA_PYTHON": sys.executable, "KHA_LAUNCH": f"{ROOT}/launch", "KHA_NPROC": "1", "PYTHONPATH": ROOT.as_posix()}
+    return {
+        **kept,
+        "KHA_PYTHON": sys.executable,
+        "KHA_LAUNCH": f"{ROOT}/launch",
+        "KHA_NPROC": "1",
+        "PYTHONPATH": ROOT.as_posix(),
+    }

@@ -1,0 +1,93 @@
+"""`kha status`: how runs and sweeps stand."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from kha_train.operate.slurm import waiting_elements
+from kha_train.operate.status import RunStatus, find_runs, run_status
+from kha_train.operate.sweep import load_sweep, queued_labels, statuses, sweep_points
+from kha_train.telemetry.format import duration, fixed, scaled
+
+COLORS = {"done": "green", "running": "cyan", "fatal": "red", "silent": "red", "ended": "yellow", "requeue": "yellow"}
+COLUMNS: dict[str, Callable[[RunStatus], str]] = {
+    "run": lambda run: run.name,
+    "state": lambda run: f"[{COLORS.get(run.state, 'default')}]{run.state}[/]",
+    "step": lambda run: f"{run.step}/{run.steps or '?'}",
+    "loss": lambda run: _or_dash(run.loss, lambda value: fixed(value, 3)),
+    "tok/s": lambda run: _or_dash(run.tokens_per_second, scaled),
+    "MFU": lambda run: _or_dash(run.mfu, lambda value: f"{value:.1%}"),
+    "ETA": lambda run: _or_dash(None if run.state == "done" else run.seconds_left, duration),
+    "spikes": lambda run: str(run.spikes),
+    "starts": lambda run: str(run.attempts),
+    "goodput": lambda run: _or_dash(run.goodput, lambda value: f"{value:.0%}"),
+    "checkpoint": lambda run: _or_dash(run.checkpoint, str),
+    "heartbeat": lambda run: _or_dash(run.heartbeat, duration),
+    "last step": lambda run: _or_dash(run.idle, lambda value: f"{duration(value)} ago"),
+}
+
+
+def status(
+    paths: Annotated[list[Path], typer.Argument(help="Run directories, sweeps, or folders of runs.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Stay and keep the table fresh, until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(min=0.5, help="Seconds between two looks with --watch.")] = 5.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
+) -> None:
+    """How runs stand: state, step, loss, speed, time left, spikes, goodput, last checkpoint, heartbeat."""
+    if as_json:
+        typer.echo(json.dumps({"runs": [run.to_dict() for run in _look(paths)]}))
+        return
+    console = Console()
+    if not watch:
+        _print(console, _look(paths))
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            runs = _look(paths)
+            live.update(status_table(runs), refresh=True)
+            if all(run.state in ("done", "fatal") for run in runs):
+                return
+            time.sleep(every)
+
+
+def status_table(runs: list[RunStatus]) -> Table:
+    """One row a run."""
+    table = Table(box=None, header_style="bold")
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name in ("run", "state") else "right", no_wrap=True)
+    for run in runs:
+        table.add_row(*(show(run) for show in COLUMNS.values()))
+    return table
+
+
+def _look(paths: list[Path]) -> list[RunStatus]:
+    runs: list[RunStatus] = []
+    for path in paths:
+        sweep = load_sweep(path)
+        if sweep is not None:
+            queued = queued_labels(sweep, waiting_elements() if sweep["submissions"] else ())
+            runs += statuses(sweep_points(sweep), queued)
+        else:
+            runs += [run_status(run) for run in find_runs([path])]
+    return runs
+
+
+def _print(console: Console, runs: list[RunStatus]) -> None:
+    wide = console if console.is_terminal else Console(width=200)
+    wide.print(status_table(runs))
+    for run in runs:
+        if run.note:
+            wide.print(f"{run.name}: {run.note}", markup=False, highlight=False)
+
+
+def _or_dash(value: float | None, show: Callable[[float], str]) -> str:
+    return "-" if value is None else show(value)

@@ -1,0 +1,121 @@
+"""`kha sweep`: a grid of runs. `kha launch-arguments`: what the batch scripts ask for."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from kha_train.cli.status import status_table
+from kha_train.cli.train import Overrides
+from kha_train.config.compose import compose, shipped
+from kha_train.errors import KhaError
+from kha_train.operate import slurm, sweep
+from kha_train.operate.local import run_points
+from kha_train.operate.slurm import JobOptions
+from kha_train.operate.sweep import Point
+
+Grid = Annotated[
+    list[str],
+    typer.Argument(help="Settings; commas make a grid: attention=gqa,kha_linear seed=0,1,2", metavar="KEY=VALUE[,..]"),
+]
+
+
+def sweep_command(
+    overrides: Grid,
+    name: Annotated[str | None, typer.Option(help="Name of the sweep; default: the keys it sweeps.")] = None,
+    parent: Annotated[Path, typer.Option("--dir", help="Where its directory NAME is made.")] = Path("runs"),
+    equal: Annotated[str, typer.Option(help="What the points have in common: steps, tokens or flops.")] = "steps",
+    local: Annotated[bool, typer.Option("--local", help="Train here, one after another.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Ranks of a point with --local.")] = 1,
+    show: Annotated[bool, typer.Option("--print", help="Show points, command and scripts; write nothing.")] = False,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of a point.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of a node; 0: as the site gives.")] = 0,
+    parallel: Annotated[int, typer.Option(min=0, help="Points that run at once; 0: no limit.")] = 0,
+    sbatch: Annotated[list[str] | None, typer.Option(help="More for sbatch: account=me, time=4:00:00")] = None,
+    site: Annotated[str, typer.Option(help="Site file, see launch/site/example.env.")] = "",
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Start also what ended FATAL.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
+) -> None:
+    """Train a grid of variants: validated whole, submitted as one job array; again for what is missing."""
+    if equal not in ("steps", "tokens", "flops"):
+        raise typer.BadParameter("steps, tokens or flops", param_hint="--equal")
+    directory = parent / (name or sweep.default_name(overrides))
+    points = sweep.plan_sweep(directory, overrides, equal)
+    options = JobOptions(nodes, gpus_per_node, parallel, slurm.parse_sbatch(sbatch or []), site)
+    if show:
+        _print_scripts(directory, points, options)
+        return
+    sweep.check_against_runs(points)
+    elements = set() if local else slurm.waiting_elements()
+    standing = sweep.statuses(points, sweep.queued_labels(sweep.load_sweep(directory), elements))
+    start = sweep.missing(points, standing, retry_failed)
+    sweep.save_sweep(directory, points, equal)
+    job = None
+    if start and local:
+        _run_here(directory, points, start, processes, quiet=as_json)
+    elif start:
+        job = slurm.submit(directory, start, options)
+    _answer(directory, points, start, standing, job, as_json)
+
+
+def launch_arguments(
+    overrides: Overrides = None,
+    points: Annotated[Path | None, typer.Option(help="points-N.json of a sweep.")] = None,
+    index: Annotated[int, typer.Option(help="Element of the job array.")] = 0,
+) -> None:
+    """The run directory and the overrides of a job, each ended by a NUL byte, once they are known to be valid."""
+    if points is not None:
+        run_dir, *overrides = slurm.read_point(points, index)
+        compose(overrides)
+    else:
+        overrides = overrides or []
+        run_dir = compose(overrides).run.dir
+    sys.stdout.write("".join(f"{text}\0" for text in (run_dir, *overrides)))
+
+
+def _print_scripts(directory: Path, points: list[Point], options: JobOptions) -> None:
+    command = slurm.sbatch_command(directory, directory / "points-0.json", len(points), options)
+    settings = shlex.join(f"{name}={value}" for name, value in slurm.job_environment(options).items())
+    typer.echo(f"# {len(points)} points: {', '.join(point.label for point in points)}")
+    typer.echo(f"# command\nenv {settings} {shlex.join(command)}\n")
+    typer.echo(f"# {directory}/points-0.json\n{json.dumps(slurm.points_document(points), indent=2)}")
+    for script in ("sweep.sbatch", "lib.sh"):
+        typer.echo(f"\n# {script}\n{(shipped('launch') / script).read_text(encoding='utf-8')}")
+
+
+def _run_here(directory: Path, points: list[Point], start: list[Point], processes: int, quiet: bool) -> None:
+    """Raises KhaError when a point failed; the others are trained all the same."""
+    console = Console(stderr=True)
+    with Live(console=console, auto_refresh=False, screen=False) as live:
+
+        def show(now: Point) -> None:
+            if console.is_terminal and not quiet:
+                live.update(status_table(sweep.statuses(points)), refresh=True)
+
+        failed = run_points(directory, start, processes, show)
+    if failed:
+        labels = ", ".join(point.label for point in failed)
+        raise KhaError(f"failed: {labels}", field="kha sweep", fix=f"see {directory}/logs; the same command goes on")
+
+
+def _answer(
+    directory: Path, points: list[Point], start: list[Point], before: list, job: str | None, as_json: bool
+) -> None:
+    left = {status.name: status.state for status in before if status.name not in {point.label for point in start}}
+    if as_json:
+        runs = [{"label": point.label, "run_dir": point.run_dir, "steps": point.steps} for point in points]
+        answer = {"directory": str(directory), "job": job, "started": [p.label for p in start], "left": left}
+        typer.echo(json.dumps({**answer, "points": runs}))
+        return
+    for label, state in left.items():
+        typer.echo(f"left as it is: {label} ({state})")
+    if job:
+        typer.echo(f"submitted {len(start)} points as job {job}")
+    typer.echo(f"watch:   kha status --watch {directory}\ncompare: kha compare {' '.join(p.run_dir for p in points)}")

@@ -1,0 +1,135 @@
+"""The one way to SLURM: `kha sweep` and the Hydra launcher submit through `submit`, one job array for all points.
+
+Options travel as arguments of a process, never through a shell, and their values are held to an alphabet in which no
+option can become two. Configurations travel in a JSON file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kha_train.config.compose import shipped
+from kha_train.errors import ConfigError, KhaError
+from kha_train.operate.sweep import Point, add_submission
+from kha_train.record.files import read_json, write_json
+
+VALUE = re.compile(r"[A-Za-z0-9_.:/=@,%+-]+")
+OPTION = re.compile(r"[a-z][a-z-]*")
+OURS = ("array", "job-name", "output", "error", "open-mode", "requeue", "no-requeue", "wrap", "parsable", "export")
+"""Options that a sweep's protocol stands on."""
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """Where the points run. `parallel` limits the elements that run at once (0: no limit); `sbatch` are further long
+    options of sbatch by name; `site` is sourced before sbatch and inside the job; `python` runs the job."""
+
+    nodes: int = 1
+    gpus_per_node: int = 0
+    parallel: int = 0
+    sbatch: Mapping[str, str] = field(default_factory=dict)
+    site: str = ""
+    python: str = sys.executable
+
+
+def parse_sbatch(settings: Sequence[str]) -> dict[str, str]:
+    """`["account=me", "time=1:00:00"]` as a dict. Raises ConfigError for what cannot be an option of sbatch."""
+    options = {}
+    for text in settings:
+        name, _, value = text.partition("=")
+        if not OPTION.fullmatch(name):
+            raise ConfigError("is no long option of sbatch", field="--sbatch", value=text, allowed="NAME=VALUE")
+        if name in OURS:
+            raise ConfigError("is set by the sweep itself", field="--sbatch", value=name)
+        options[name] = value
+    return options
+
+
+def sbatch_command(directory: Path, points_file: Path, count: int, options: JobOptions) -> list[str]:
+    """The arguments of the process that submits `count` points. Raises ConfigError for a value sbatch could misread."""
+    limit = f"%{options.parallel}" if options.parallel else ""
+    values = {
+        "job-name": f"kha-{directory.name}",
+        "array": f"0-{count - 1}{limit}",
+        "nodes": str(options.nodes),
+        "output": f"{directory.resolve()}/logs/%A_%a.out",
+        "export": "ALL",
+    }
+    values |= {"gpus-per-node": str(options.gpus_per_node)} if options.gpus_per_node else {}
+    values |= dict(options.sbatch)
+    for name, value in values.items():
+        if value and not VALUE.fullmatch(value):
+            problem = "holds what sbatch could misread"
+            allowed = "letters, digits and _.:/=@,%+-"
+            raise ConfigError(problem, field=f"sbatch --{name}", value=value, allowed=allowed)
+    flags = [f"--{name}={value}" if value else f"--{name}" for name, value in values.items()]
+    sbatch = ["sbatch", "--parsable", *flags, str(shipped("launch") / "sweep.sbatch"), str(points_file.resolve())]
+    if not options.site:
+        return sbatch
+    # The site file is shell by nature; it comes as an argument, and so does the rest.
+    return ["bash", "-c", 'set -a; source "$1"; shift; exec "$@"', "site", str(Path(options.site).resolve()), *sbatch]
+
+
+def job_environment(options: JobOptions) -> dict[str, str]:
+    """What sbatch hands on to the job beside the user's own environment."""
+    added = {"KHA_LAUNCH": str(shipped("launch").resolve()), "KHA_PYTHON": options.python}
+    return {**added, "KHA_SITE": str(Path(options.site).resolve())} if options.site else added
+
+
+def points_document(points: Sequence[Point]) -> dict[str, object]:
+    """What one job array reads: for every element its run directory and its overrides."""
+    return {"points": [{"run_dir": point.run_dir, "overrides": list(point.overrides)} for point in points]}
+
+
+def submit(directory: Path, points: Sequence[Point], options: JobOptions) -> str:
+    """Submit `points` of the sweep saved in `directory` as one job array; its job id.
+
+    Raises ConfigError when there is no sbatch or an option is refused here, KhaError with sbatch's words when SLURM
+    refuses.
+    """
+    if shutil.which("sbatch") is None:
+        raise ConfigError("no sbatch here", field="kha sweep", fix="--local runs the points here, --print shows them")
+    if options.site and not Path(options.site).is_file():
+        raise ConfigError("no such file", field="--site", value=options.site, fix="copy launch/site/example.env")
+    number = len(list(directory.glob("points-*.json")))
+    points_file = directory / f"points-{number}.json"
+    command = sbatch_command(directory, points_file, len(points), options)
+    (directory / "logs").mkdir(parents=True, exist_ok=True)
+    write_json(points_file, points_document(points))
+    environment = {**os.environ, **job_environment(options)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        points_file.unlink()
+        raise KhaError(f"sbatch refused: {' '.join(done.stderr.split())}", field="kha sweep")
+    job_id = done.stdout.strip().partition(";")[0]
+    add_submission(directory, job_id, points, command)
+    return job_id
+
+
+def waiting_elements() -> set[str]:
+    """The elements of job arrays (`41_0`) that SLURM holds for this user, waiting or running; empty without SLURM.
+
+    Raises KhaError when SLURM is there and does not answer: nobody could tell then what is missing.
+    """
+    if shutil.which("squeue") is None:
+        return set()
+    command = ["squeue", "--noheader", "--array", "--me", "--format=%F_%K"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise KhaError(f"squeue does not answer: {' '.join(done.stderr.split())}", field="kha sweep", fix="try again")
+    return set(done.stdout.split())
+
+
+def read_point(points_file: Path, index: int) -> list[str]:
+    """The run directory and the overrides of one element. Raises ConfigError when the file does not have it."""
+    points = (read_json(points_file) or {"points": []})["points"]
+    if not 0 <= index < len(points):
+        raise ConfigError(f"has {len(points)} points", field=str(points_file), value=index)
+    return [points[index]["run_dir"], *points[index]["overrides"]]

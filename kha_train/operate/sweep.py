@@ -1,0 +1,203 @@
+"""A sweep: points of a grid, each a run with its own stable directory; which are there already, which are missing.
+
+`<sweep>/sweep.json` names the points and the jobs they were submitted in; `<sweep>/points-<n>.json` is what one job
+array reads, and nothing of a configuration reaches a shell in any other way. `<sweep>/<label>` is a point's run
+directory. Its name follows from what the point is, never from its number or the clock: the same command finds the same
+runs, and submits only what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kha_train.config.build import flatten, to_plain
+from kha_train.config.compose import compose, expand, load_plain, quoted
+from kha_train.config.schema import RunConfig
+from kha_train.errors import ConfigError
+from kha_train.model.accounting import flops_per_token
+from kha_train.operate.status import RunStatus, run_status
+from kha_train.record.files import read_json, write_json
+
+SWEEP_FILE = "sweep.json"
+FORMAT = 1
+SHORTHANDS = {"seed": "run.seed", "steps": "run.steps"}
+NAMED_BY_RUN = ("attention", "run.seed")
+"""Keys that the run's own name tells already: `<variant>-s<seed>`."""
+SAFE_NAME = re.compile(r"[A-Za-z0-9_.+-]{1,80}")
+Equal = Literal["steps", "tokens", "flops"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep: `overrides` say all of it, `run.dir` included, and are what the job passes on untouched."""
+
+    label: str
+    run_dir: str
+    overrides: tuple[str, ...]
+    steps: int
+    tokens: int
+    flops: float
+
+
+def plan_sweep(directory: Path, overrides: Sequence[str], equal: Equal = "steps") -> list[Point]:
+    """The points of the grid `overrides` (`attention=gqa,kha_mlp seed=0,1`); see `plan_points`.
+
+    Raises ConfigError for an override that does not parse, and as `plan_points` does.
+    """
+    return plan_points(directory, expand([_spelled_out(text) for text in overrides]), equal)
+
+
+def plan_points(directory: Path, points: Sequence[Sequence[str]], equal: Equal = "steps") -> list[Point]:
+    """A `Point` for every list of overrides, each composed and validated; nothing is written.
+
+    `equal` gives every point the optimiser steps, the tokens or the training FLOPs (interaction included) of the first
+    one, by its `run.steps`. Raises ConfigError for a point that cannot run, names its own `run.dir`, or is there twice.
+    """
+    _check_name(directory.name)
+    differing = _differing_keys(points)
+    if equal != "steps" and "run.steps" in differing:
+        raise ConfigError(f"is swept, but set by --equal {equal}", field="run.steps", fix="leave one of them out")
+    made: list[Point] = []
+    for overrides in points:
+        if any(_key(text) == "run.dir" for text in overrides):
+            raise ConfigError("every point has its own", field="run.dir", fix="choose the sweep's with --dir")
+        config = compose(overrides)
+        label = _label(config, {_key(t): t.partition("=")[2] for t in overrides if _key(t) in differing})
+        steps = config.run.steps
+        if made and equal != "steps":
+            step_cost = _tokens(config) if equal == "tokens" else _tokens(config) * flops_per_token(config).training
+            steps = max(1, round((made[0].tokens if equal == "tokens" else made[0].flops) / step_cost))
+        made.append(_point(directory, label, overrides, config, steps))
+    labels = [point.label for point in made]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError("two points are the same run", field="sweep", value=label, fix="name every point once")
+    return made
+
+
+def check_against_runs(points: Iterable[Point]) -> None:
+    """Raises ConfigError when a point's directory holds a run of another configuration, which could not be resumed."""
+    for point in points:
+        saved = flatten(load_plain(Path(point.run_dir) / "config.yaml"))
+        now = flatten(to_plain(compose(point.overrides)))
+        changed = [key for key in sorted(saved.keys() & now.keys()) if saved[key] != now[key]]
+        if changed:
+            # Heavy, and needed only where something differs.
+            from kha_train.train.resume import FREE_TO_CHANGE
+
+            fixed = [f"{key}: {saved[key]!r} -> {now[key]!r}" for key in changed if not key.startswith(FREE_TO_CHANGE)]
+            if fixed:
+                raise ConfigError(
+                    f"the directory holds another run ({'; '.join(fixed)})",
+                    field="run.dir",
+                    value=point.run_dir,
+                    fix="choose another --name for the changed sweep",
+                )
+
+
+def statuses(points: Iterable[Point], queued: Iterable[str] = ()) -> list[RunStatus]:
+    """How every point stands; `queued` are the labels that SLURM holds a job for."""
+    held = set(queued)
+    return [run_status(Path(point.run_dir), point.label, point.label in held) for point in points]
+
+
+def missing(points: Sequence[Point], standing: Sequence[RunStatus], retry_failed: bool = False) -> list[Point]:
+    """The points to start: not done, not alive, not waiting; one that ended FATAL only with `retry_failed`."""
+    leave = {"done", "running", "queued"} | (set() if retry_failed else {"fatal"})
+    return [point for point, status in zip(points, standing, strict=True) if status.state not in leave]
+
+
+def save_sweep(directory: Path, points: Sequence[Point], equal: Equal) -> dict[str, Any]:
+    """Write (or widen) `sweep.json` and return its content."""
+    directory.mkdir(parents=True, exist_ok=True)
+    sweep = load_sweep(directory) or {"format": FORMAT, "created": time.time(), "points": [], "submissions": []}
+    known = {point["label"]: point for point in sweep["points"]} | {point.label: asdict(point) for point in points}
+    sweep |= {"name": directory.name, "equal": equal, "points": list(known.values())}
+    write_json(directory / SWEEP_FILE, sweep)
+    return sweep
+
+
+def load_sweep(directory: Path) -> dict[str, Any] | None:
+    """The content of `sweep.json`; None when `directory` is no sweep."""
+    return read_json(directory / SWEEP_FILE)
+
+
+def sweep_points(sweep: Mapping[str, Any]) -> list[Point]:
+    """The points of a loaded `sweep.json`."""
+    return [Point(**{**point, "overrides": tuple(point["overrides"])}) for point in sweep["points"]]
+
+
+def add_submission(directory: Path, job_id: str, points: Sequence[Point], command: Sequence[str]) -> None:
+    """Remember which points went into which job array, in the order of its elements."""
+    sweep = load_sweep(directory)
+    assert sweep is not None, "save_sweep comes first"
+    labels = [point.label for point in points]
+    sweep["submissions"].append({"job": job_id, "labels": labels, "time": time.time(), "command": list(command)})
+    write_json(directory / SWEEP_FILE, sweep)
+
+
+def queued_labels(sweep: Mapping[str, Any] | None, elements: Iterable[str]) -> set[str]:
+    """The labels behind array elements such as `41_0` that SLURM still holds."""
+    held = set(elements)
+    jobs = sweep["submissions"] if sweep else []
+    return {label for job in jobs for i, label in enumerate(job["labels"]) if f"{job['job']}_{i}" in held}
+
+
+def default_name(overrides: Sequence[str]) -> str:
+    """A sweep's name from the keys it sweeps: `attention-seed`; `sweep` where none is."""
+    keys = sorted(_differing_keys(expand([_spelled_out(text) for text in overrides])))
+    name = "-".join(key.rpartition(".")[2].rpartition("/")[2] for key in keys)
+    return name if SAFE_NAME.fullmatch(name) else "sweep"
+
+
+def _point(directory: Path, label: str, overrides: Sequence[str], config: RunConfig, steps: int) -> Point:
+    run_dir = directory / label
+    own = {"run.name": label, "run.dir": str(run_dir)}
+    if not config.telemetry.wandb.group:
+        own["telemetry.wandb.group"] = directory.name
+    extra = [f"run.steps={steps}"] if steps != config.run.steps else []
+    every = (*overrides, *extra, *(f"{key}={quoted(value)}" for key, value in own.items()))
+    tokens = steps * _tokens(config)
+    return Point(label, str(run_dir), every, steps, tokens, tokens * float(flops_per_token(config).training))
+
+
+def _label(config: RunConfig, swept: Mapping[str, str]) -> str:
+    """`<run.name>-<key><value>...`, cut to what is a plain file name, with a digest where something was cut."""
+    further = [f"{key.rpartition('.')[2]}{value}" for key, value in swept.items() if key not in NAMED_BY_RUN]
+    label = "-".join([config.run.name, *further])
+    plain = re.sub(r"[^A-Za-z0-9_.+-]", "_", label)[:60].lstrip(".-")
+    return plain if plain == label else f"{plain}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+
+
+def _tokens(config: RunConfig) -> int:
+    return config.data.global_batch_size * config.model.seq_len
+
+
+def _differing_keys(points: Sequence[Sequence[str]]) -> set[str]:
+    values: dict[str, set[str]] = {}
+    for overrides in points:
+        for text in overrides:
+            values.setdefault(_key(text), set()).add(text)
+    return {key for key, found in values.items() if len(found) > 1}
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _spelled_out(override: str) -> str:
+    key, equals, value = override.partition("=")
+    return f"{SHORTHANDS.get(key, key)}{equals}{value}"
+
+
+def _check_name(name: str) -> None:
+    """Raises ConfigError for a name that a scheduler or a file system might read otherwise."""
+    if not SAFE_NAME.fullmatch(name) or name.startswith((".", "-")):
+        allowed = "up to 80 letters, digits and _.+-"
+        raise ConfigError("is no name for a sweep", field="--name", value=name, allowed=allowed)
