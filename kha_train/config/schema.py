@@ -26,7 +26,10 @@ class RunSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
-    """The decoder's shape. `seq_len` is the number of tokens of one training row (T)."""
+    """The decoder's shape. `seq_len` is the number of tokens of one training row (T).
+
+    `partial_rotary_factor` is the share of a head's dimensions, the first ones, that rotary embedding turns.
+    """
 
     name: str
     layers: int
@@ -39,6 +42,7 @@ class ModelSection:
     tie_embeddings: bool = True
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
+    partial_rotary_factor: float = 1.0
     init_std: float = 0.02
     scale_residual_init: bool = True
     loss_chunk_tokens: int = 1024
@@ -61,15 +65,44 @@ class AttentionSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AuxiliaryLossSection:
+    """A loss that presses on the router towards even loads: `weight` times its value in every layer, 0 for none.
+
+    `scope` is where loads are counted: in each row (`sequence`), in the whole global batch of the step before
+    (`previous_step`), or in each micro-batch of each rank (`micro_batch`, which therefore depends on the split).
+    """
+
+    weight: float = 0.0
+    scope: Literal["sequence", "previous_step", "micro_batch"] = "sequence"
+
+
+@dataclass(frozen=True, kw_only=True)
 class MoeSection:
-    """Mixture of experts in every layer: sigmoid router, loss-free balancing, dropless SwiGLU experts."""
+    """Mixture of experts: a router, SwiGLU experts without capacity limit, balance without or with auxiliary losses.
+
+    The first `dense_layers` layers have one feed-forward of `dense_width` instead; when all have, `experts` is 0.
+    `shared_experts` always run, beside the routed ones, each of `expert_width`. With `expert_groups` above 1 a token
+    chooses among the experts of its best `top_groups` groups only. `renormalize` divides the chosen scores by their
+    sum. `routing_warmup_steps` blends random scores into the router's until so many steps are done.
+    """
 
     experts: int
     top_k: int
     expert_width: int
-    backend: Literal["grouped", "loop"] = "grouped"
+    backend: Literal["grouped", "loop", "megablocks"] = "grouped"
+    shared_experts: int = 0
+    dense_layers: int = 0
+    dense_width: int = 0
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    renormalize: bool = True
     routed_scaling: float = 2.5
+    expert_groups: int = 1
+    top_groups: int = 1
+    bias_update: Literal["rms", "sign", "sign_zero_mean"] = "rms"
     bias_update_rate: float = 1e-3
+    auxiliary_loss: AuxiliaryLossSection = field(default_factory=AuxiliaryLossSection)
+    z_loss_weight: float = 0.0
+    routing_warmup_steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,10 +185,19 @@ class EngineSection:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSection:
-    """When a checkpoint is written and how many are kept. The last step always writes one."""
+    """When a checkpoint is written, how, and which are kept. The last step always writes one.
+
+    Besides `every_steps`, one is written `every_minutes` (0: never) after the last. The `keep_last` newest stay, and
+    those of every `keep_every_steps` (0: none). `background` writes while training goes on, from a copy in host memory.
+    Training goes on after a save that failed; `max_failures` in a row end it.
+    """
 
     every_steps: int
+    every_minutes: float = 0.0
     keep_last: int = 2
+    keep_every_steps: int = 0
+    background: bool = True
+    max_failures: int = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,11 +209,31 @@ class ValidationSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StabilitySection:
-    """What to do about bad steps. A non-finite step is never applied; so many in a row end the run (exit 5)."""
+class RewindSection:
+    """How `stability.policy: rewind` goes back: when a spike has lasted `after` steps, to the newest checkpoint at
+    least `margin` steps before it, leaving out `window` batches from its first step on; `at_most` times a run."""
 
-    policy: Literal["observe"] = "observe"
+    after: int = 11
+    margin: int = 100
+    window: int = 200
+    at_most: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilitySection:
+    """What to do about bad steps. A non-finite step is never applied; so many in a row end the run (exit 5).
+
+    `policy` observe only measures; skip discards flagged steps, at most `max_skips` in a row; rewind goes back; abort
+    ends a run that diverges. `zclip` clips norms that stand out of their own statistics. Every `probe_every` steps
+    (0: only when a spike begins) attention logits and interaction matrices are looked at.
+    """
+
+    policy: Literal["observe", "skip", "rewind", "abort"] = "observe"
     max_nonfinite_steps: int = 10
+    max_skips: int = 10
+    rewind: RewindSection = field(default_factory=RewindSection)
+    zclip: bool = False
+    probe_every: int = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +257,31 @@ class TelemetrySection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClusterSection:
+    """The machine a run is planned for (`kha plan`); training itself asks the machine it is on.
+
+    Per device: dense peak in `peak_tflops`, `memory_gib` of which `reserved_gib` are not the model's, `price_per_hour`
+    (0: not known). Bandwidths are GB a second, one way: `node_bandwidth_gb` of a device to its node of
+    `devices_per_node`, `network_bandwidth_gb` of a device to other nodes, `storage_bandwidth_gb` of all writes together.
+    `mfu` and `hours_between_failures` (of one device) are assumptions, to be replaced by what was measured.
+    """
+
+    name: str
+    device: Literal["cpu", "cuda"]
+    devices: int
+    devices_per_node: int
+    memory_gib: float
+    reserved_gib: float
+    peak_tflops: float
+    mfu: float
+    node_bandwidth_gb: float
+    network_bandwidth_gb: float
+    storage_bandwidth_gb: float
+    price_per_hour: float
+    hours_between_failures: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything a run is made of; what `compose` returns and `<run.dir>/config.yaml` holds."""
 
@@ -209,3 +296,4 @@ class RunConfig:
     validation: ValidationSection
     stability: StabilitySection
     telemetry: TelemetrySection
+    cluster: ClusterSection

@@ -12,6 +12,8 @@ def validate(config: RunConfig) -> None:
     _positive(config)
     _shares(config)
     _attention(config)
+    _rotary(config)
+    _layers(config)
     _experts(config)
     _engine(config)
     _data(config)
@@ -43,15 +45,20 @@ def _positive(config: RunConfig) -> None:
         "model.vocab_size": model.vocab_size,
         "model.seq_len": model.seq_len,
         "model.loss_chunk_tokens": model.loss_chunk_tokens,
-        "moe.experts": moe.experts,
-        "moe.top_k": moe.top_k,
-        "moe.expert_width": moe.expert_width,
+        "moe.expert_groups": moe.expert_groups,
+        "moe.top_groups": moe.top_groups,
         "data.global_batch_size": config.data.global_batch_size,
         "engine.micro_batch_size": config.engine.micro_batch_size,
+        "cluster.devices": config.cluster.devices,
+        "cluster.devices_per_node": config.cluster.devices_per_node,
         "engine.reduce_bucket_elements": config.engine.reduce_bucket_elements,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep_last": config.checkpoint.keep_last,
+        "checkpoint.max_failures": config.checkpoint.max_failures,
         "stability.max_nonfinite_steps": config.stability.max_nonfinite_steps,
+        "stability.max_skips": config.stability.max_skips,
+        "stability.rewind.after": config.stability.rewind.after,
+        "stability.rewind.window": config.stability.rewind.window,
     }
     for field, value in counts.items():
         if value < 1:
@@ -63,6 +70,13 @@ def _positive(config: RunConfig) -> None:
         "optim.eps": config.optim.eps,
         "optim.grad_clip": config.optim.grad_clip,
         "engine.collective_timeout_seconds": config.engine.collective_timeout_seconds,
+        "cluster.memory_gib": config.cluster.memory_gib,
+        "cluster.peak_tflops": config.cluster.peak_tflops,
+        "cluster.mfu": config.cluster.mfu,
+        "cluster.node_bandwidth_gb": config.cluster.node_bandwidth_gb,
+        "cluster.network_bandwidth_gb": config.cluster.network_bandwidth_gb,
+        "cluster.storage_bandwidth_gb": config.cluster.storage_bandwidth_gb,
+        "cluster.hours_between_failures": config.cluster.hours_between_failures,
     }
     for field, value in amounts.items():
         if not value > 0:
@@ -70,11 +84,23 @@ def _positive(config: RunConfig) -> None:
     at_least_zero = {
         "run.seed": config.run.seed,
         "model.init_std": model.init_std,
+        "moe.shared_experts": moe.shared_experts,
+        "moe.dense_layers": moe.dense_layers,
         "moe.bias_update_rate": moe.bias_update_rate,
+        "moe.auxiliary_loss.weight": moe.auxiliary_loss.weight,
+        "moe.z_loss_weight": moe.z_loss_weight,
+        "moe.routing_warmup_steps": moe.routing_warmup_steps,
+        "cluster.reserved_gib": config.cluster.reserved_gib,
+        "cluster.price_per_hour": config.cluster.price_per_hour,
         "optim.weight_decay": config.optim.weight_decay,
+        "checkpoint.every_minutes": config.checkpoint.every_minutes,
+        "checkpoint.keep_every_steps": config.checkpoint.keep_every_steps,
         "validation.every_steps": config.validation.every_steps,
         "validation.rows": config.validation.rows,
         "data.prefetch": config.data.prefetch,
+        "stability.rewind.margin": config.stability.rewind.margin,
+        "stability.rewind.at_most": config.stability.rewind.at_most,
+        "stability.probe_every": config.stability.probe_every,
         "telemetry.peak_tflops": config.telemetry.peak_tflops,
     }
     for field, value in at_least_zero.items():
@@ -108,10 +134,36 @@ def _attention(config: RunConfig) -> None:
         raise ConfigError(reason, field="attention.interaction", value=f"{interaction.name} on {base.name}")
 
 
+def _layers(config: RunConfig) -> None:
+    """Dense layers need a width, the others experts."""
+    model, moe = config.model, config.moe
+    if moe.dense_layers > model.layers:
+        raise ConfigError(f"only {model.layers} layers", field="moe.dense_layers", value=moe.dense_layers)
+    if moe.dense_layers and moe.dense_width < 1:
+        raise ConfigError(
+            f"{moe.dense_layers} layers are dense", field="moe.dense_width", value=moe.dense_width, allowed="1 or more"
+        )
+    wanted = {"moe.experts": moe.experts, "moe.top_k": moe.top_k, "moe.expert_width": moe.expert_width}
+    for field, value in wanted.items():
+        if moe.dense_layers < model.layers and value < 1:
+            raise ConfigError(
+                f"{model.layers - moe.dense_layers} of {model.layers} layers have experts",
+                field=field,
+                value=value,
+                allowed="1 or more",
+                fix=f"raise it, or moe.dense_layers={model.layers}",
+            )
+        if moe.dense_layers == model.layers and value:
+            raise ConfigError("every layer is dense", field=field, value=value, allowed="0", fix=f"{field}=0")
+    if moe.dense_layers == model.layers and moe.shared_experts:
+        raise ConfigError("every layer is dense", field="moe.shared_experts", value=moe.shared_experts, allowed="0")
+
+
 def _experts(config: RunConfig) -> None:
     moe = config.moe
     if moe.top_k > moe.experts:
         raise ConfigError(f"only {moe.experts} experts", field="moe.top_k", value=moe.top_k, fix="lower it")
+    _groups(config)
     if moe.backend == "grouped":
         for field, value in {
             "model.hidden_size": config.model.hidden_size,
@@ -125,6 +177,42 @@ def _experts(config: RunConfig) -> None:
                     allowed="multiples of 8",
                     fix="moe.backend=loop",
                 )
+
+
+def _groups(config: RunConfig) -> None:
+    """Groups of equal size, and enough experts in those that are open."""
+    moe = config.moe
+    if moe.experts and moe.experts % moe.expert_groups:
+        divisors = [str(n) for n in range(1, moe.experts + 1) if moe.experts % n == 0]
+        raise ConfigError(
+            f"does not divide {moe.experts} experts",
+            field="moe.expert_groups",
+            value=moe.expert_groups,
+            allowed=", ".join(divisors),
+        )
+    if moe.top_groups > moe.expert_groups:
+        raise ConfigError(f"only {moe.expert_groups} groups", field="moe.top_groups", value=moe.top_groups)
+    in_reach = moe.experts // moe.expert_groups * moe.top_groups
+    if moe.top_k > in_reach:
+        raise ConfigError(
+            f"only {in_reach} experts in {moe.top_groups} of {moe.expert_groups} groups",
+            field="moe.top_k",
+            value=moe.top_k,
+            fix="raise moe.top_groups or lower it",
+        )
+
+
+def _rotary(config: RunConfig) -> None:
+    """The rotated part of a head is a whole number of pairs."""
+    factor, head_dim = config.model.partial_rotary_factor, config.attention.base.head_dim
+    if not 0 < factor <= 1 or head_dim * factor % 2:
+        raise ConfigError(
+            f"of a head of {head_dim} dimensions an even number turns",
+            field="model.partial_rotary_factor",
+            value=factor,
+            allowed="above 0 up to 1",
+            fix="model.partial_rotary_factor=1.0",
+        )
 
 
 def _engine(config: RunConfig) -> None:

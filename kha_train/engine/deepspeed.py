@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import sys
 import warnings
@@ -64,11 +65,12 @@ class Engine:
         for name, buffer in self.decoder.named_buffers():
             assert buffer.dtype != torch.bfloat16, f"{name} lost its precision: updates of 1e-3 vanish in bf16"
 
-    def accumulate(self, batch: Any, loss_scale: float, last: bool) -> DecoderOutput:
+    def accumulate(self, batch: Any, loss_scale: float, token_scale: float, last: bool) -> DecoderOutput:
         """Forward and backward of one micro-batch; `last` marks the last of the step.
 
         The gradient is that of `loss_sum * loss_scale`, averaged over ranks: with `loss_scale` = ranks / labels of the
-        global batch, a step is the mean over all its labels.
+        global batch, a step is the mean over all its labels. Auxiliary losses are sums over tokens, masked ones
+        included: `token_scale` = ranks / tokens of the global batch.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         output = self._engine(
@@ -77,8 +79,12 @@ class Engine:
             batch.positions_BT.to(self.world.device),
             batch.cu_seqlens_S.to(self.world.device),
             batch.max_seqlen,
+            torch.from_numpy(batch.samples_B).to(self.world.device),
         )
-        self._engine.backward(output.loss_sum * loss_scale, scale_wrt_gas=False)
+        loss = output.loss_sum * loss_scale
+        if output.auxiliary is not None:
+            loss = loss + output.auxiliary.total_sum * token_scale
+        self._engine.backward(loss, scale_wrt_gas=False)
         if last:
             self._norm = self._norm_before_step()
         return output
@@ -103,13 +109,27 @@ class Engine:
         assert self._norm is not None, "the step has no last micro-batch yet"
         return torch.where(self._norm < 0, torch.inf, self._norm)
 
-    def apply(self, lr: float) -> None:
-        """Clip, step every parameter at rate `lr`, clear the gradients."""
+    def gradient_norms(self) -> dict[str, float]:
+        """The norm before clipping of each parameter group (the matrices of one layer; all vectors), between the last
+        micro-batch and the step; inf when not finite. Collective, and it waits for the device: for rare questions."""
+        squares: dict[str, float] = {}
+        for number, norm in enumerate(self._group_norms()):
+            name = self._optimizer.param_groups[self._group_of(number)]["name"]
+            value = float(norm)
+            squares[name] = squares.get(name, 0.0) + (value * value if value >= 0 else math.inf)
+        return {name: math.sqrt(square) for name, square in squares.items()}
+
+    def apply(self, lr: float, max_norm: float = math.inf) -> None:
+        """Clip, step every parameter at rate `lr`, clear the gradients.
+
+        The gradient is scaled to `optim.grad_clip` or `max_norm`, whichever is less, when its norm is above that.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         assert self._norm is not None
         skipped = self._engine.skipped_steps
-        self._step_with_norm(self._norm)
+        # DeepSpeed scales by grad_clip / norm: a norm this much larger makes that max_norm / norm.
+        self._step_with_norm(self._norm * max(1.0, self.config.optim.grad_clip / max_norm))
         assert self._engine.skipped_steps == skipped, "DeepSpeed skipped a step that the gate had passed"
 
     def discard(self) -> None:
@@ -132,6 +152,17 @@ class Engine:
             for name, buffer in module.named_buffers(recurse=False)
             if name not in module._non_persistent_buffers_set
         }
+
+    def refresh_parameters(self) -> None:
+        """Copy the fp32 masters into the parameters, after they were written from outside. Collective."""
+        optimizer = self._optimizer
+        if self.config.engine.zero_stage < 3:
+            optimizer.update_lp_params()
+            return
+        for number in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
     @property
     def optimizer_steps(self) -> int:
@@ -204,6 +235,20 @@ class Engine:
         else:
             norm = get_global_norm_of_tensors(optimizer.get_grads_for_norm()[0], mpu=optimizer.mpu)
         return torch.as_tensor(norm, dtype=torch.float32, device=self.world.device)
+
+    def _group_norms(self) -> list[Tensor]:
+        """One norm a parameter group, or under ZeRO 3 one a sub-group."""
+        optimizer = self._optimizer
+        if self.config.engine.zero_stage == 3:
+            return optimizer._get_norm_groups()
+        if hasattr(optimizer, "scaled_global_norm"):
+            parts = enumerate(optimizer.params_in_partition)
+            return [optimizer.get_grad_norm_direct(optimizer.averaged_gradients[i], part) for i, part in parts]
+        return [torch.stack([g.float().norm() for g in group]).norm() for group in optimizer.fp32_groups_gradients]
+
+    def _group_of(self, number: int) -> int:
+        """The parameter group that the norm at `number` belongs to."""
+        return self._optimizer.sub_group_to_group_id[number] if self.config.engine.zero_stage == 3 else number
 
     def _step_with_norm(self, norm: Tensor) -> None:
         optimizer = self._optimizer

@@ -1,4 +1,4 @@
-"""One layer of the decoder: attention, then experts, each normalised and added to the residual stream."""
+"""One layer of the decoder: attention, then a feed-forward, each normalised and added to the residual stream."""
 
 # B batch   T tokens   D model width   E experts
 
@@ -10,29 +10,39 @@ from torch import Tensor, nn
 
 from kha_train.config.schema import RunConfig
 from kha_train.model.attention.base import RowContext, build_attention
+from kha_train.model.feed_forward import SwiGlu
 from kha_train.model.moe.layer import MoeLayer
 from kha_train.model.norm import RmsNorm
 
 
 class BlockStats(NamedTuple):
-    """What a block reports about its forward: returned, never counted on the side, for recomputation runs a forward
-    twice. `load_E` (int64, no gradient) is the tokens each expert received."""
+    """What a block with experts reports about its forward: returned, never counted on the side, for recomputation runs
+    a forward twice. `load_E` (int64, no gradient) is the tokens each expert received; the sums over tokens of the
+    auxiliary losses carry their gradient, and are None when not asked for (see `Routing`)."""
 
     load_E: Tensor
+    balance_sum: Tensor | None
+    z_sum: Tensor | None
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + experts(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)): experts, or one perceptron in the first
+    `moe.dense_layers`."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RmsNorm(config.model.hidden_size, config.model.norm_eps)
         self.attention = build_attention(config)
-        self.moe_norm = RmsNorm(config.model.hidden_size, config.model.norm_eps)
-        self.moe = MoeLayer(config)
+        self.feed_forward_norm = RmsNorm(config.model.hidden_size, config.model.norm_eps)
+        self.has_experts = layer >= config.moe.dense_layers
+        self.feed_forward = MoeLayer(config, layer) if self.has_experts else SwiGlu(config, config.moe.dense_width)
 
-    def forward(self, x_BTD: Tensor, rows: RowContext) -> tuple[Tensor, BlockStats]:
-        """The residual stream after this layer, and its statistics."""
+    def forward(self, x_BTD: Tensor, rows: RowContext, samples_B: Tensor) -> tuple[Tensor, BlockStats | None]:
+        """The residual stream after this layer, and its statistics (None without experts). `samples_B` (int64) are the
+        sample numbers of the rows."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rows)
-        y_BTD, load_E = self.moe(self.moe_norm(x_BTD))
-        return x_BTD + y_BTD, BlockStats(load_E)
+        normed_BTD = self.feed_forward_norm(x_BTD)
+        if not self.has_experts:
+            return x_BTD + self.feed_forward(normed_BTD), None
+        y_BTD, routing = self.feed_forward(normed_BTD, samples_B)
+        return x_BTD + y_BTD, BlockStats(routing.load_E, routing.balance_sum, routing.z_sum)

@@ -18,18 +18,30 @@ from kha_train.model.attention.cache import Cache
 from kha_train.model.block import Block, BlockStats
 from kha_train.model.init import DeclaredModule, Normal, initialise
 from kha_train.model.loss import chunked_cross_entropy
-from kha_train.model.moe.balance import rms_update
+from kha_train.model.moe.balance import BIAS_UPDATES, relative_load
+from kha_train.model.moe.router import Router
 from kha_train.model.norm import RmsNorm
 from kha_train.model.rope import RotaryTable
 
 
+class AuxiliaryLosses(NamedTuple):
+    """The router's own losses, summed over the tokens and the layers, scalars. `total_sum` is their weighted sum, the
+    only one with a gradient; `balance_sum` and `z_sum` are for the record, 0 when not asked for."""
+
+    total_sum: Tensor
+    balance_sum: Tensor
+    z_sum: Tensor
+
+
 class DecoderOutput(NamedTuple):
     """What a forward returns. `logits_BTV` (at least fp32) without labels, `loss_sum` (scalar, at least fp32) with
-    them; the other is None. `load_LE` (int64, no gradient) is the tokens routed to each expert of each layer."""
+    them; the other is None. `load_LE` (int64, no gradient) is the tokens routed to each expert of each of the L layers
+    that have experts. `auxiliary` is None outside training, and when no auxiliary loss is asked for."""
 
     logits_BTV: Tensor | None
     loss_sum: Tensor | None
     load_LE: Tensor
+    auxiliary: AuxiliaryLosses | None
 
 
 class Embedding(DeclaredModule):
@@ -77,7 +89,7 @@ class Decoder(nn.Module):
         model = config.model
         self.embedding = Embedding(config)
         self.rotary = build_rotary_table(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(model.layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(model.layers))
         self.norm = RmsNorm(model.hidden_size, model.norm_eps)
         self.head = Head(config)
         self.tie_weights()
@@ -95,12 +107,15 @@ class Decoder(nn.Module):
         positions_BT: Tensor | None = None,
         cu_seqlens_S: Tensor | None = None,
         max_seqlen: int | None = None,
+        samples_B: Tensor | None = None,
         cache: Cache | None = None,
     ) -> DecoderOutput:
         """Logits, or with `labels_BT` (int64, -100 where masked) the sum of cross-entropies over unmasked labels.
 
         `positions_BT` (int64) defaults to the place in the row, which is at most `model.seq_len` long. `cu_seqlens_S`
         (int32, over the flattened tokens, with every row start) isolates documents; without it a row is one document.
+        `samples_B` (int64) are the sample numbers of the rows, 0 .. B-1 by default: only the warm-up of the router
+        (`moe.routing_warmup_steps`) reads them.
         With a `cache` the tokens follow those it has seen, rows are one document each, and the cache goes on.
         """
         batch, tokens = tokens_BT.shape
@@ -108,17 +123,21 @@ class Decoder(nn.Module):
         if positions_BT is None:
             positions_BT = torch.arange(seen, seen + tokens, device=tokens_BT.device).expand(batch, tokens)
         rows = self._rows(batch, tokens, positions_BT, cu_seqlens_S, max_seqlen, cache)
+        if samples_B is None:
+            samples_B = torch.arange(batch, device=tokens_BT.device)
         x_BTD = self.embedding(tokens_BT, positions_BT)
-        loads: list[Tensor] = []
+        stats: list[BlockStats] = []
         for block in self.blocks:
-            x_BTD, stats = self._run(block, x_BTD, rows)
-            loads.append(stats.load_E)
+            x_BTD, reported = self._run(block, x_BTD, rows, samples_B)
+            stats += [reported] if reported else []
         if cache is not None:
             cache.seen += tokens
         x_BTD = self.norm(x_BTD)
+        loads = [reported.load_E for reported in stats]
+        load_LE = torch.stack(loads) if loads else torch.zeros(0, 0, dtype=torch.int64, device=x_BTD.device)
         if labels_BT is None:
-            return DecoderOutput(self.head(x_BTD), None, torch.stack(loads))
-        return DecoderOutput(None, self.head(x_BTD, labels_BT), torch.stack(loads))
+            return DecoderOutput(self.head(x_BTD), None, load_LE, self._auxiliary(stats))
+        return DecoderOutput(None, self.head(x_BTD, labels_BT), load_LE, self._auxiliary(stats))
 
     def _rows(
         self,
@@ -137,31 +156,54 @@ class Decoder(nn.Module):
             return RowContext(rotary, lay_out_documents(batch, tokens, device, cu_seqlens_S, max_seqlen, slopes_H))
         return RowContext(rotary, lay_out_cached(tokens, cache.seen, device, slopes_H), cache)
 
-    def _run(self, block: nn.Module, x_BTD: Tensor, rows: RowContext) -> tuple[Tensor, BlockStats]:
+    def _run(
+        self, block: nn.Module, x_BTD: Tensor, rows: RowContext, samples_B: Tensor
+    ) -> tuple[Tensor, BlockStats | None]:
         if self.config.engine.activation_checkpointing == "full" and torch.is_grad_enabled():
-            # No random numbers are drawn in a forward, so there is no generator state to keep.
-            return checkpoint(block, x_BTD, rows, use_reentrant=False, preserve_rng_state=False)
-        return block(x_BTD, rows)
+            # A forward draws from no generator, so there is no generator state to keep.
+            return checkpoint(block, x_BTD, rows, samples_B, use_reentrant=False, preserve_rng_state=False)
+        return block(x_BTD, rows, samples_B)
+
+    def _auxiliary(self, stats: list[BlockStats]) -> AuxiliaryLosses | None:
+        moe = self.config.moe
+        balance = [reported.balance_sum for reported in stats if reported.balance_sum is not None]
+        z = [reported.z_sum for reported in stats if reported.z_sum is not None]
+        if not balance and not z:
+            return None
+        zero = torch.zeros((), device=(balance or z)[0].device)
+        balance_sum, z_sum = sum(balance, zero), sum(z, zero)
+        total_sum = moe.auxiliary_loss.weight * balance_sum + moe.z_loss_weight * z_sum
+        return AuxiliaryLosses(total_sum, balance_sum.detach(), z_sum.detach())
+
+    def routers(self) -> list[Router]:
+        """The routers of the layers that have experts, in order."""
+        return [block.feed_forward.router for block in self.blocks if block.has_experts]
 
     def selection_bias_LE(self) -> Tensor:
         """A copy of the routers' selection biases, fp32 [L, E]."""
-        return torch.stack([block.moe.router.selection_bias for block in self.blocks])
+        biases = [router.selection_bias for router in self.routers()]
+        return torch.stack(biases) if biases else torch.zeros(0, 0)
 
     @torch.no_grad()
-    def update_selection_bias(self, load_LE: Tensor) -> None:
-        """Move the selection biases by the RMS rule. `load_LE` is the load of the whole global batch: all
-        micro-batches, summed over ranks. Call it after the optimiser step of that batch, and not when the step was
-        discarded."""
-        moved_LE = rms_update(self.selection_bias_LE(), load_LE, self.config.moe.bias_update_rate)
-        for block, moved_E in zip(self.blocks, moved_LE, strict=True):
-            block.moe.router.selection_bias.copy_(moved_E)
+    def finish_step(self, load_LE: Tensor) -> None:
+        """Move the selection biases by `moe.bias_update`, and tell the routers that a step was taken.
+
+        `load_LE` is the load of the whole global batch: all micro-batches, summed over ranks. Call it after the
+        optimiser step of that batch, and not when the step was discarded.
+        """
+        moe, share_LE = self.config.moe, relative_load(load_LE)
+        for router, load_E, share_E in zip(self.routers(), load_LE, share_LE, strict=True):
+            moved_E = BIAS_UPDATES[moe.bias_update](router.selection_bias, load_E, moe.bias_update_rate)
+            router.selection_bias.copy_(moved_E)
+            router.finish_step(share_E)
 
 
 def build_rotary_table(config: RunConfig) -> RotaryTable | None:
     """The rotation of the positions of a row; None without rotary embedding."""
     if config.attention.positions != "rope":
         return None
-    return RotaryTable(config.model.seq_len, config.attention.base.rotary_width(), config.model.rope_theta)
+    width = round(config.attention.base.rotary_width() * config.model.partial_rotary_factor)
+    return RotaryTable(config.model.seq_len, width, config.model.rope_theta)
 
 
 def build_decoder(config: RunConfig) -> Decoder:

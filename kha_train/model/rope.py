@@ -1,6 +1,6 @@
-"""Rotary position embedding over the full head width, rotate-half layout: dimension i turns with dimension i + K/2."""
+"""Rotary position embedding of the first 2R dimensions of a head, rotate-half layout: dimension i turns with i + R."""
 
-# B batch   T tokens   P positions in the table   H heads   K head width   R = K / 2 rotation planes
+# B batch   T tokens   P positions in the table   H heads   K head width   R rotation planes: at most K / 2
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def _table_part(positions: int, head_dim: int, theta: float, index: int) -> Tens
 
 
 def rotate(x_BTHK: Tensor, rotary: Rotary) -> Tensor:
-    """Turn every head by the token's angles; computed in at least fp32, returned in the dtype of `x_BTHK`."""
+    """Turn every head by the token's angles; computed in at least fp32, returned in the dtype of `x_BTHK`. Dimensions
+    beyond the tables' 2R pass as they are."""
     cos_BT1R, sin_BT1R = rotary.cos_BTR.unsqueeze(2), rotary.sin_BTR.unsqueeze(2)
-    first_BTHR, second_BTHR = x_BTHK.chunk(2, dim=-1)
-    turned_BTHK = torch.cat(
-        (first_BTHR * cos_BT1R - second_BTHR * sin_BT1R, second_BTHR * cos_BT1R + first_BTHR * sin_BT1R), dim=-1
-    )
-    return turned_BTHK.to(x_BTHK.dtype)
+    planes = rotary.cos_BTR.shape[-1]
+    first_BTHR, second_BTHR, rest_BTHK = x_BTHK.tensor_split((planes, 2 * planes), dim=-1)
+    turned_BTHR = first_BTHR * cos_BT1R - second_BTHR * sin_BT1R, second_BTHR * cos_BT1R + first_BTHR * sin_BT1R
+    return torch.cat((*turned_BTHR, rest_BTHK), dim=-1).to(x_BTHK.dtype)

@@ -29,7 +29,9 @@ METRICS: dict[str, Metric] = {
     ),
     "train/grad_norm": Metric("1", "L2 norm of the gradient over all parameters and ranks, before clipping"),
     "train/grad_clipped": Metric("0/1", "1 when the norm was above optim.grad_clip and the gradient was scaled down"),
-    "train/skipped": Metric("0/1", "1 when the update was not applied (a non-finite loss or norm)"),
+    "train/skipped": Metric("0/1", "1 when the update was not applied (not finite, or refused by stability.policy)"),
+    "train/skipped_steps": Metric("steps", "updates not applied since step 0"),
+    "train/nonfinite_steps": Metric("steps", "steps with a non-finite loss or norm since step 0"),
     "train/lr": Metric("1", "learning rate of the step"),
     "train/step_seconds": Metric("s", "wall time of the step, waiting for data included", timing=True),
     "train/tokens_per_second": Metric("tokens/s", "tokens of the global batch / train/step_seconds", timing=True),
@@ -40,6 +42,10 @@ METRICS: dict[str, Metric] = {
         timing=True,
     ),
     "data/wait_seconds": Metric("s", "part of the step spent waiting for the next batch (rank 0)", timing=True),
+    "checkpoint/stall_seconds": Metric(
+        "s", "time training stood still for checkpoints since the line before (rank 0)", timing=True
+    ),
+    "checkpoint/failures": Metric("count", "saves of this attempt that failed", timing=True),
     "memory/peak_gib": Metric(
         "GiB", "most memory of rank 0 since start: resident set on a CPU, allocated by torch on CUDA", timing=True
     ),
@@ -63,6 +69,26 @@ METRICS: dict[str, Metric] = {
     "moe/dead_fraction": Metric("fraction", "experts that received no token in the step, of all experts of all layers"),
     "moe/load_entropy": Metric("1", "entropy of the experts' load shares / log(experts); mean over layers (1: even)"),
     "moe/bias_range": Metric("1", "largest - smallest selection bias of a layer; largest over layers"),
+    "spike/z": Metric("1", "(loss - median) / spread of the last 128 losses outside events"),
+    "spike/open": Metric("0/1", "1 while an event is open after the step"),
+    "spike/events_total": Metric("count", "events so far, the open one included"),
+    "spike/narrow_total": Metric("count", "closed events of at most 10 steps"),
+    "spike/wide_total": Metric("count", "closed events of more than 10 steps"),
+    "spike/unrecovered_total": Metric("count", "events given up after 2,000 steps, or cut short by a planned change"),
+    "spike/olmo_loss_score": Metric(
+        "%", "steps whose loss is 7 sd or more from the mean of the previous 1,000, of those judged (OLMo 2)"
+    ),
+    "spike/olmo_loss_score_w10k": Metric("%", "the same over the last 10,000 judged steps"),
+    "spike/olmo_loss_up_score": Metric("%", "as spike/olmo_loss_score, upward only"),
+    "spike/olmo_gnorm_score": Metric("%", "as spike/olmo_loss_score, of train/grad_norm"),
+    "spike/olmo_gnorm_score_w10k": Metric("%", "the same over the last 10,000 judged steps"),
+    "spike/z128_loss": Metric("1", "(loss - mean) / sd of the previous 128"),
+    "spike/z128_gnorm": Metric("1", "(train/grad_norm - mean) / sd of the previous 128"),
+    "spike/z128_flag": Metric("0/1", "1 when either of the two is above 6 (OLMo-core's rule)"),
+    "attn/max_logit": Metric("1", "largest attention logit of all layers over sampled queries; on probed steps"),
+    "kha/from_identity": Metric(
+        "1", "largest Frobenius distance of an interaction's matrix (gates aside) from the identity; on probed steps"
+    ),
     "validation/loss": Metric("nats/token", "token cross-entropy on the validation rows / their unmasked labels"),
     "validation/bits_per_byte": Metric(
         "bits/byte", "validation cross-entropy in bits / bytes of text behind the unmasked labels"

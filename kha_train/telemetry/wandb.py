@@ -14,10 +14,18 @@ from typing import Any, Self
 
 from kha_train.config.build import to_plain
 from kha_train.config.schema import RunConfig
-from kha_train.record import Redactor
+from kha_train.record import RECORD_ONLY, Redactor
 
 MAX_KEYS = 200
 """Distinct metric keys sent; further ones stay in the record only."""
+MARKER = "train/loss_in_spike"
+"""The loss of the steps inside a spike: drawn over `train/loss`, it marks them."""
+SPIKE_COLUMNS = (
+    "start_step", "class", "width", "height", "area", "tokens", "lr", "gnorm_peak_ratio", "nonfinite_steps",
+    "recovered", "samples_first", "samples_last",
+)  # fmt: skip
+MAX_EVENTS = 1000
+"""Rows of a table; the record has all of them."""
 DEFAULT_HOST = "https://api.wandb.ai"
 CONNECT_SECONDS = 3.0
 INIT_SECONDS = 30.0
@@ -25,8 +33,10 @@ FINISH_SECONDS = 60.0
 
 
 class WandbMirror:
-    """Sends every metrics line to one W&B run that all attempts continue. Steps replayed after a restart are dropped
-    by W&B, which keeps the first value of a step; the record has the surviving one.
+    """Sends every metrics line to one W&B run that all attempts continue.
+
+    The x-axes are our own `step` and `tokens`, not W&B's count of calls, which cannot go back: steps computed again
+    after a restart or a rewind appear beside the ones they replace. The record has the surviving ones.
 
     `mode` is what it came to: online, offline (files under `<run_dir>/wandb`, to be sent by `wandb sync`), disabled.
     """
@@ -44,6 +54,7 @@ class WandbMirror:
         self._warn = warn
         self._redactor = Redactor.from_environment()
         self._keys: set[str] = set()
+        self._events: list[list[Any]] = []
         self._run: Any = None
         self.mode, reason = choose_mode(config.telemetry.wandb.mode) if rank == 0 else ("disabled", "")
         for mode in ("online", "offline"):
@@ -56,10 +67,34 @@ class WandbMirror:
             warn(f"W&B is {self.mode}: {self._redactor.text(reason)}")
 
     def step(self, line: dict[str, Any]) -> None:
-        """Mirrors a metrics line at its own step."""
-        self._keys |= set(sorted(line.keys() - self._keys)[: MAX_KEYS - len(self._keys)])
+        """Mirrors a metrics line at its own step; inside a spike its loss is sent once more, as a marker."""
+        if line.get("spike/open"):
+            line = {**line, MARKER: line["train/loss"]}
+        self._keys |= set(sorted(line.keys() - self._keys - RECORD_ONLY)[: MAX_KEYS - len(self._keys)])
         sent = {key: value for key, value in line.items() if key in self._keys}
-        self._attempt(lambda run: run.log(self._redactor.clean(sent), step=line["step"]))
+        self._attempt(lambda run: run.log(self._redactor.clean(sent)))
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Mirrors what was done about a spike: its kind and step become a row of the table `events` at the end."""
+        if event and len(self._events) < MAX_EVENTS:
+            self._events.append([event["step"], event["kind"], str(event.get("reason", ""))])
+
+    def spikes(self, events: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+        """The spikes of the whole run as a table, and their statistics in the summary."""
+
+        def send(run: Any) -> None:
+            import wandb
+
+            rows = [[event[name] for name in SPIKE_COLUMNS] for event in events[-MAX_EVENTS:]]
+            clean = self._redactor.clean
+            tables = {
+                "spike/events": wandb.Table(list(SPIKE_COLUMNS), clean(rows)),
+                "spike/actions": wandb.Table(["step", "kind", "reason"], clean(self._events)),
+            }
+            run.log(tables)
+            run.summary.update(clean({f"spike/{name}": value for name, value in summary.items()}))
+
+        self._attempt(send)
 
     def summary(self, values: dict[str, Any]) -> None:
         """Sets the run's summary values, such as the final validation result."""
@@ -183,6 +218,7 @@ def _open_run(config: RunConfig, run_dir: Path, wandb_id: str, mode: str, redact
     run.define_metric("step")
     run.define_metric("tokens")
     run.define_metric("train/*", step_metric="step")
-    run.define_metric("moe/*", step_metric="step")
+    for group in ("moe", "spike", "attn", "kha", "data", "memory"):
+        run.define_metric(f"{group}/*", step_metric="step")
     run.define_metric("validation/*", step_metric="tokens")
     return run

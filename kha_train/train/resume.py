@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import Checkpoint
@@ -34,6 +35,7 @@ FREE_TO_CHANGE = (
     "validation.",
     "stability.",
     "telemetry.",
+    "cluster.",
 )
 """Settings that may differ on resume: they change neither the model, nor the samples, nor the optimiser.
 
@@ -43,40 +45,63 @@ The paths of the data may change, its content may not: that is compared by conte
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: finished optimiser steps (skipped ones included), samples and tokens consumed."""
+    """How far a run is: finished optimiser steps (skipped ones included), samples passed and tokens trained on.
+
+    `samples_seen` is where the stream stands, `skip_windows` the sample numbers [first, last) it passes over.
+    """
 
     step: int = 0
     samples_seen: int = 0
     tokens: int = 0
     skipped_steps: int = 0
-    nonfinite_in_a_row: int = 0
+    skip_windows: tuple[tuple[int, int], ...] = ()
 
-    def after(self, rows: int, seq_len: int, applied: bool) -> Progress:
-        """The progress after one more step of `rows` samples of `seq_len` tokens."""
-        return Progress(
+    def after(self, samples_seen: int, tokens: int, applied: bool) -> Progress:
+        """The progress after one more step of `tokens` tokens, which left the stream at `samples_seen`."""
+        return replace(
+            self,
             step=self.step + 1,
-            samples_seen=self.samples_seen + rows,
-            tokens=self.tokens + rows * seq_len,
+            samples_seen=samples_seen,
+            tokens=self.tokens + tokens,
             skipped_steps=self.skipped_steps + (not applied),
-            nonfinite_in_a_row=0 if applied else self.nonfinite_in_a_row + 1,
         )
 
+    @property
+    def next_sample(self) -> int:
+        """The first sample of the next step: where the stream stands, or the end of the skip window it stands in."""
+        sample = self.samples_seen
+        for first, last in sorted(self.skip_windows):
+            sample = last if first <= sample < last else sample
+        return sample
 
-def trainer_state(config: RunConfig, engine: Engine, progress: Progress, content_id: str) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors."""
+    def to_plain(self) -> dict[str, Any]:
+        """As trainer state, which knows lists and no tuples."""
+        return {**asdict(self), "skip_windows": [list(window) for window in self.skip_windows]}
+
+    @staticmethod
+    def from_plain(values: dict[str, Any]) -> Progress:
+        """The inverse of `to_plain`."""
+        return Progress(**{**values, "skip_windows": tuple((first, last) for first, last in values["skip_windows"])})
+
+
+def trainer_state(
+    config: RunConfig, engine: Engine, progress: Progress, content_id: str, stability: dict[str, Any]
+) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors; `stability` is the state of the `Watch`."""
     return {
-        "progress": asdict(progress),
+        "progress": progress.to_plain(),
+        "stability": stability,
         "optimizer_steps": engine.optimizer_steps,
         "data_content_id": content_id,
         "config": to_plain(config),
     }
 
 
-def pieces(engine: Engine) -> Iterator[Piece]:
-    """This rank's share of masters and moments as a checkpoint stores it."""
+def pieces(engine: Engine, to_host: Callable[[Tensor], Tensor] = Tensor.cpu) -> Iterator[Piece]:
+    """This rank's share of masters and moments as a checkpoint stores it; `to_host` brings a 1-D view to the CPU."""
     for fragment in engine.fragments():
         for kind, view in fragment.views.items():
-            yield Piece(fragment.name, kind, fragment.shape, fragment.start, view.cpu())
+            yield Piece(fragment.name, kind, fragment.shape, fragment.start, to_host(view))
 
 
 def check_belongs(config: RunConfig, checkpoint: Checkpoint, content_id: str) -> None:
@@ -108,7 +133,7 @@ def initial_from(checkpoint: Checkpoint | None) -> InitialValue:
 
 
 def restore(engine: Engine, checkpoint: Checkpoint) -> Progress:
-    """Put masters, moments, buffers and step counters of `checkpoint` into `engine`, bit for bit."""
+    """Put masters, moments, buffers and step counters of `checkpoint` into `engine`, bit for bit. Collective."""
     with torch.no_grad():
         for fragment in engine.fragments():
             for kind, view in fragment.views.items():
@@ -116,6 +141,7 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> Progress:
         saved = checkpoint.buffers()
         for name, buffer in engine.buffers().items():
             buffer.copy_(saved[name])
+    engine.refresh_parameters()
     state = checkpoint.trainer_state
     engine.optimizer_steps = state["optimizer_steps"]
-    return Progress(**state["progress"])
+    return Progress.from_plain(state["progress"])

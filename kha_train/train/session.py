@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -11,8 +10,6 @@ from typing import Any, Self
 import yaml
 
 from kha_train.checkpoint.reader import Checkpoint, find_newest
-from kha_train.checkpoint.retention import prune
-from kha_train.checkpoint.writer import write
 from kha_train.config.build import to_plain
 from kha_train.config.schema import RunConfig
 from kha_train.data.stream import bytes_per_id, open_stream, validation_batches
@@ -20,16 +17,21 @@ from kha_train.distributed import World
 from kha_train.engine.deepspeed import Engine, leave_world
 from kha_train.errors import DivergedError, KhaError
 from kha_train.model.accounting import count_parameters, flops_per_token
-from kha_train.model.moe.balance import load_statistics
+from kha_train.model.moe.balance import balance_metrics
 from kha_train.record import Marker, Record, Redactor, set_marker
+from kha_train.stability.events import Observation
 from kha_train.telemetry.console import Console
 from kha_train.telemetry.meters import DataWait, PeakMemory
 from kha_train.telemetry.throughput import Throughput
 from kha_train.telemetry.wandb import WandbMirror
 from kha_train.train import resume
 from kha_train.train.evaluate import Validation, evaluate
+from kha_train.train.probe import probe_metrics
 from kha_train.train.resume import Progress
-from kha_train.train.step import StepResult
+from kha_train.train.rewind import go_back, steps_to_keep
+from kha_train.train.saving import Saver
+from kha_train.train.step import Judge, StepResult
+from kha_train.train.watch import ANNOUNCED, Ruling, Watch, describe
 
 
 class Session:
@@ -43,6 +45,7 @@ class Session:
         self.config, self.world = config, world
         self.run_dir = Path(config.run.dir)
         self.progress = Progress()
+        self.watch = Watch(config)
         self.data_wait = DataWait()
         self.end_state = "failed"
         self._resumed_from: tuple[int, ...] = ()
@@ -72,34 +75,74 @@ class Session:
     ) -> None:
         self._open.__exit__(kind, error, trace)
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a global batch."""
+        return self.config.data.global_batch_size * self.config.model.seq_len
+
+    def judge_at(self, lr: float) -> Judge:
+        """The judge of the step under way, whose batch has been read and whose rate is `lr`."""
+        before = self.progress
+
+        def judge(loss: float, grad_norm: float) -> Ruling:
+            seen = Observation(
+                step=before.step + 1,
+                loss=loss,
+                grad_norm=grad_norm,
+                tokens=before.tokens + self.tokens_per_step,
+                lr=lr,
+                samples_first=before.next_sample,
+                samples_last=self.stream.samples_seen - 1,
+            )
+            return self.watch.judge(seen)
+
+        return judge
+
     def metrics(self, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
         """The line of the record for the step just finished (definitions: `record.METRICS`)."""
-        rows, progress = self.config.data.global_batch_size, self.progress
-        balance = load_statistics(result.load_LE, self.engine.decoder.selection_bias_LE())._asdict()
+        seen, progress = self.watch.seen, self.progress
         return {
             "step": progress.step,
-            "samples_first": progress.samples_seen - rows,
-            "samples_last": progress.samples_seen - 1,
+            "samples_first": seen.samples_first,
+            "samples_last": seen.samples_last,
             "tokens": progress.tokens,
             "train/loss": result.loss,
-            "train/grad_norm": result.grad_norm,
+            "train/grad_norm": seen.grad_norm,
             "train/grad_clipped": int(result.applied and result.grad_norm > self.config.optim.grad_clip),
             "train/skipped": int(not result.applied),
+            "train/skipped_steps": progress.skipped_steps,
             "train/lr": lr,
             "train/step_seconds": seconds,
-            **self._throughput.rates(rows * self.config.model.seq_len, seconds),
+            **self._throughput.rates(self.tokens_per_step, seconds),
             "data/wait_seconds": self.data_wait.take(),
+            "checkpoint/stall_seconds": self.saver.take_stall(),
+            "checkpoint/failures": self.saver.failures,
             "memory/peak_gib": self._memory.gib(),
-            **{f"moe/{name}": value.item() for name, value in balance.items()},
+            **self._routing(result),
+            **self.watch.metrics(),
+            **(probe_metrics(result.evidence) if result.evidence else {}),
         }
 
-    def report(self, line: dict[str, Any]) -> None:
-        """Record the line, and show it to its mirrors."""
+    def _routing(self, result: StepResult) -> dict[str, Any]:
+        """The `moe/` entries of a line: balance, and the auxiliary losses that are on."""
+        moe = self.config.moe
+        metrics: dict[str, Any] = balance_metrics(result.load_LE, self.engine.decoder.selection_bias_LE())
+        metrics |= {"moe/auxiliary_loss": result.balance_loss} if moe.auxiliary_loss.weight else {}
+        return metrics | ({"moe/z_loss": result.z_loss} if moe.z_loss_weight else {})
+
+    def report(self, line: dict[str, Any], evidence: dict[str, Any] | None) -> None:
+        """Record the line and what happened in its step, and show it to the mirrors."""
         self.record.step(line)
-        if line["train/skipped"]:
-            self.record.event("step_discarded", line["step"], loss=line["train/loss"], norm=line["train/grad_norm"])
         self.console.step(line)
         self.wandb.step(line)
+        for kind, fields in self.watch.happenings(evidence):
+            self.happened(kind, line["step"], **fields)
+
+    def happened(self, kind: str, step: int, **fields: Any) -> None:
+        """Put an event of `step` into the record and into W&B; some are announced."""
+        self.wandb.event(self.record.event(kind, step, **fields))
+        if kind in ANNOUNCED:
+            self.console.warn(describe(kind, step, fields))
 
     def validate(self) -> Validation:
         """Score the validation rows with the weights as they are."""
@@ -107,37 +150,36 @@ class Session:
         return evaluate(self.engine, batches, self._bytes_per_id_V)
 
     def save(self) -> None:
-        """Publish a checkpoint of this moment, then let go of the oldest. Raises CheckpointError on all ranks."""
-        started = time.perf_counter()
-        with self.world.agreed():
-            self.record.sync()
-        step = self.progress.step
-        state = resume.trainer_state(self.config, self.engine, self.progress, self.stream.content_id)
-        buffers = {name: buffer.cpu() for name, buffer in self.engine.buffers().items()}
-        write(self.run_dir, step, self.world, resume.pieces(self.engine), buffers, state)
-        prune(self.run_dir, self.world, self.config.checkpoint.keep_last, protect=self._resumed_from)
-        self.record.event("checkpoint_saved", step, seconds=time.perf_counter() - started)
-        self.console.checkpoint_saved(step)
+        """Begin a checkpoint of this moment; `saver` tells when it stands, and what becomes of one that fails."""
+        content_id, stability = self.stream.content_id, self.watch.state()
+        state = resume.trainer_state(self.config, self.engine, self.progress, content_id, stability)
+        protect = (*self._resumed_from, *steps_to_keep(self))
+        self.saver.begin(self.progress.step, self.engine, state, protect)
 
-    def check_stability(self) -> None:
-        """Raises DivergedError when the last `stability.max_nonfinite_steps` steps were all discarded."""
-        limit = self.config.stability.max_nonfinite_steps
-        if self.progress.nonfinite_in_a_row >= limit:
-            raise DivergedError(
-                f"loss or gradient was not finite {limit} steps in a row, last at step {self.progress.step}",
-                field="stability.max_nonfinite_steps",
-                value=limit,
-                fix="lower optim.lr or lengthen optim.schedule.warmup; the last checkpoint is untouched",
-            )
+    def obey(self) -> bool:
+        """Do what was decided about the run in the step just finished; whether it went back to an earlier one.
+
+        Raises DivergedError on all ranks when the run is to end.
+        """
+        if self.watch.decision.then == "rewind" and go_back(self):
+            return True
+        self.watch.check()
+        return False
 
     def _build(self, checkpoint: Checkpoint | None) -> None:
         self.engine = Engine(self.config, self.world, resume.initial_from(checkpoint))
         self._open.callback(leave_world)
         self._open.callback(self.engine.close)
         if checkpoint:
-            self.progress = resume.restore(self.engine, checkpoint)
-            self.stream.samples_seen = self.progress.samples_seen
-            self._resumed_from = (checkpoint.step,)
+            self.restore(checkpoint)
+            self.watch.restore(checkpoint.trainer_state["stability"])
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Put the living engine and the stream where they stood at `checkpoint`."""
+        self.progress = resume.restore(self.engine, checkpoint)
+        self.stream.skip_windows = self.progress.skip_windows
+        self.stream.samples_seen = self.progress.samples_seen
+        self._resumed_from = (checkpoint.step,)
 
     def _open_mirrors(self) -> None:
         config, world = self.config, self.world
@@ -160,6 +202,14 @@ class Session:
         warn = self.console.warn
         self.wandb = WandbMirror(config, self.run_dir, self.record.wandb_id, rank=world.rank, warn=warn)
         self._open.callback(self.wandb.close)
+        self.saver = Saver(
+            config,
+            world,
+            self.run_dir,
+            sync=self.record.sync,
+            event=self._checkpoint_event,
+        )
+        self._open.push(self.saver.leave)
 
     def _begin_attempt(self, resumed: bool) -> None:
         parameters = count_parameters(self.config)
@@ -185,6 +235,13 @@ class Session:
         if self.world.is_main:
             print(f"warning: {text}", flush=True)
             self.record.event("checkpoint_refused", 0, text=text)
+
+    def _checkpoint_event(self, kind: str, step: int, **fields: Any) -> None:
+        self.record.event(kind, step, **fields)
+        if kind == "checkpoint_saved":
+            self.console.checkpoint_saved(step)
+        else:
+            self.console.warn(f"the checkpoint of step {step} failed, training goes on: {fields['problem']}")
 
     def _close_record(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

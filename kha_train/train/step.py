@@ -10,7 +10,9 @@ beside the gradient norm; every rank then takes the same decision.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from kha_train.data.stream import Batch, TokenStream
 from kha_train.distributed import World
 from kha_train.engine.deepspeed import Engine
 from kha_train.errors import DataError
+from kha_train.train.probe import probe
+from kha_train.train.watch import Ruling
 
 
 @dataclass(frozen=True)
@@ -26,15 +30,28 @@ class StepResult:
     """What a step came to, the same on every rank.
 
     `loss` is the mean cross-entropy in nats over the labels of the global batch, `grad_norm` the norm before clipping
-    (inf when not finite), `load_LE` the tokens each expert of each layer got in the global batch. When not `applied`,
-    the step left no trace in the model.
+    (inf when not finite), `load_LE` the tokens each expert of each layer got in the global batch, `balance_loss` and
+    `z_loss` the unweighted auxiliary losses, means over tokens and layers (0 when not asked for). When not `applied`,
+    the step left no trace in the model. `evidence` is what `probe` found, when the judge asked for it.
     """
 
     loss: float
     grad_norm: float
     applied: bool
     load_LE: Tensor
+    balance_loss: float
+    z_loss: float
     stop: bool
+    evidence: dict[str, Any] | None = None
+
+
+Judge = Callable[[float, float], Ruling]
+"""(loss, gradient norm before clipping) -> what to do; asked once a step, on every rank with the same numbers."""
+
+
+def only_finite(loss: float, grad_norm: float) -> Ruling:
+    """The plainest judge: a step is applied when it is finite."""
+    return Ruling(math.isfinite(loss) and math.isfinite(grad_norm))
 
 
 def next_batch(stream: TokenStream, world: World) -> tuple[Batch, int]:
@@ -55,31 +72,42 @@ def next_batch(stream: TokenStream, world: World) -> tuple[Batch, int]:
     return batch, labels
 
 
-def train_step(engine: Engine, batch: Batch, labels: int, lr: float, stop_requested: bool) -> StepResult:
+def train_step(
+    engine: Engine, batch: Batch, labels: int, lr: float, stop_requested: bool, judge: Judge = only_finite
+) -> StepResult:
     """Train on `batch`, this rank's part of a global batch with `labels` unmasked labels, at rate `lr`.
 
-    The step is applied when loss and gradient norm are finite, and discarded otherwise.
+    `judge` decides whether the update is applied or discarded. One that is not finite is never applied.
     """
     world, micro_size = engine.world, engine.config.engine.micro_batch_size
     micro_batches = list(batch.micro_batches(micro_size))
-    loss_scale = world.size / max(labels, 1)
-    loss_sum, load_LE = torch.zeros((), dtype=torch.float64, device=world.device), None
+    # All ranks hold equally many tokens.
+    tokens = batch.tokens_BT.numel() * world.size
+    scales = world.size / max(labels, 1), world.size / tokens
+    sums, load_LE = torch.zeros(3, dtype=torch.float64, device=world.device), None
     for number, micro_batch in enumerate(micro_batches, start=1):
-        output = engine.accumulate(micro_batch, loss_scale, last=number == len(micro_batches))
-        loss_sum += output.loss_sum.detach()
+        output = engine.accumulate(micro_batch, *scales, last=number == len(micro_batches))
+        sums[0] += output.loss_sum.detach()
+        if output.auxiliary is not None:
+            sums[1:] += torch.stack([output.auxiliary.balance_sum, output.auxiliary.z_sum])
         load_LE = output.load_LE.double() if load_LE is None else load_LE + output.load_LE
     assert load_LE is not None, "a step has at least one micro-batch"
 
     stop = torch.tensor(float(stop_requested), dtype=torch.float64, device=world.device)
-    agreed = world.sum_(torch.cat([loss_sum.view(1), stop.view(1), load_LE.flatten()]))
-    load_LE = agreed[2:].view_as(load_LE)
-    loss_total, stops, grad_norm = torch.stack([agreed[0], agreed[1], engine.gradient_norm.double()]).tolist()
+    agreed = world.sum_(torch.cat([sums, stop.view(1), load_LE.flatten()]))
+    load_LE = agreed[4:].view_as(load_LE)
+    totals = torch.cat([agreed[:4], engine.gradient_norm.double().view(1)])
+    loss_total, balance_total, z_total, stops, grad_norm = totals.tolist()
 
     loss = loss_total / max(labels, 1)
-    finite = math.isfinite(loss) and math.isfinite(grad_norm)
-    if finite:
-        engine.apply(lr)
-        engine.decoder.update_selection_bias(load_LE)
+    routed = tokens * max(load_LE.shape[0], 1)
+    ruling = judge(loss, math.inf if math.isnan(grad_norm) else grad_norm)
+    evidence = probe(engine, micro_batches[0], load_LE) if ruling.probe else None
+    applied = ruling.apply and only_finite(loss, grad_norm).apply
+    if applied:
+        engine.apply(lr, ruling.max_norm)
+        engine.decoder.finish_step(load_LE)
     else:
         engine.discard()
-    return StepResult(loss, grad_norm, finite, load_LE, stops > 0)
+    losses = balance_total / routed, z_total / routed
+    return StepResult(loss, grad_norm, applied, load_LE, *losses, stops > 0, evidence)

@@ -37,7 +37,7 @@ def refuse(engine: Engine, batch: Batch, labels: int, loss_scale: float) -> floa
     """Accumulate the step of `batch` and discard it; its gradient norm."""
     parts = list(batch.micro_batches(engine.config.engine.micro_batch_size))
     for number, part in enumerate(parts, start=1):
-        engine.accumulate(part, loss_scale * engine.world.size / labels, last=number == len(parts))
+        engine.accumulate(part, loss_scale * engine.world.size / labels, 0.0, last=number == len(parts))
     norm = engine.gradient_norm.item()
     engine.discard()
     return norm

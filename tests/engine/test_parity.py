@@ -57,7 +57,7 @@ def plain(cases: dict[str, Any]) -> dict[str, list[float]]:
         loss.backward()
         curve["norm"].append(torch.nn.utils.clip_grad_norm_(decoder.parameters(), optim.grad_clip).item())
         adamw.step()
-        decoder.update_selection_bias(output.load_LE)
+        decoder.finish_step(output.load_LE)
         curve["loss"].append(loss.item())
     return curve
 

@@ -15,6 +15,7 @@ from kha_train.config.options import BaseOptions, InteractionOptions
 from kha_train.config.schema import (
     AttentionSection,
     CheckpointSection,
+    ClusterSection,
     DataSection,
     EngineSection,
     ModelSection,
@@ -33,6 +34,22 @@ INTERACTIONS: dict[str, InteractionOptions] = {
     "kha_mlp": Mlp(name="knocking_mlp", impl="eager", projections=("v",)),
     "kha_mlp_qkv": Mlp(name="knocking_mlp", impl="eager", projections=("q", "k", "v")),
 }
+
+CLUSTER = ClusterSection(
+    name="laptop",
+    device="cpu",
+    devices=1,
+    devices_per_node=1,
+    memory_gib=16.0,
+    reserved_gib=1.0,
+    peak_tflops=0.1,
+    mfu=0.3,
+    node_bandwidth_gb=1.0,
+    network_bandwidth_gb=1.0,
+    storage_bandwidth_gb=1.0,
+    price_per_hour=0.0,
+    hours_between_failures=50_000.0,
+)
 
 TINY = RunConfig(
     run=RunSection(dir="unused", name="tiny", steps=1, seed=7),
@@ -60,6 +77,7 @@ TINY = RunConfig(
     validation=ValidationSection(every_steps=0),
     stability=StabilitySection(),
     telemetry=TelemetrySection(),
+    cluster=CLUSTER,
 )
 
 

@@ -176,7 +176,7 @@ def test_forward_and_backward_never_wait_for_the_device(mode, make_config):
     with NeverWait():
         out = decoder(TOKENS, LABELS, None, cu_seqlens_S, 64)
         out.loss_sum.backward()
-        decoder.update_selection_bias(out.load_LE)
+        decoder.finish_step(out.load_LE)
     looped = build_decoder(make_config(moe={"backend": "loop"}))
     with pytest.raises(AssertionError, match="nonzero"), NeverWait():
         looped(TOKENS)

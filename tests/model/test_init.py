@@ -55,7 +55,7 @@ def test_a_deeper_model_starts_with_the_same_first_layers_unless_the_residual_is
 def test_residual_writers_are_scaled_by_depth(scaled, make_config):
     decoder = build_decoder(make_config(model={"layers": 4, "scale_residual_init": scaled, "init_std": 0.1}))
     expected = {"query": 0.1, "output": 0.1 / math.sqrt(8) if scaled else 0.1}
-    attention, experts = decoder.blocks[3].attention, decoder.blocks[3].moe.experts
+    attention, experts = decoder.blocks[3].attention, decoder.blocks[3].feed_forward.experts
     assert attention.query.weight.std().item() == pytest.approx(expected["query"], rel=0.05)
     assert attention.output.weight.std().item() == pytest.approx(expected["output"], rel=0.05)
     assert experts.gate_up.std().item() == pytest.approx(expected["query"], rel=0.05)
@@ -112,7 +112,7 @@ def test_filling_an_emptied_decoder_equals_building(make_config):
 
 def test_selection_biases_and_rotary_tables_survive_a_cast_to_bf16_bit_for_bit(make_config):
     decoder = build_decoder(make_config())
-    decoder.blocks[0].moe.router.selection_bias.fill_(1.0 + 2.0**-20)
+    decoder.blocks[0].feed_forward.router.selection_bias.fill_(1.0 + 2.0**-20)
     before = {name: buffer.clone() for name, buffer in decoder.named_buffers()}
     decoder.to(torch.bfloat16)
     assert {p.dtype for p in decoder.parameters()} == {torch.bfloat16}

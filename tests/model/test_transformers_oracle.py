@@ -49,13 +49,13 @@ def copy_weights(decoder, model):
     state = {"model.embed_tokens.weight": decoder.embedding.weight, "model.norm.weight": decoder.norm.weight}
     state["lm_head.weight"] = decoder.head.weight
     for i, block in enumerate(decoder.blocks):
-        attention, experts, router = block.attention, block.moe.experts, block.moe.router
+        attention, experts, router = block.attention, block.feed_forward.experts, block.feed_forward.router
         mixers = dict(getattr(attention.interaction, "maps", {}))
         state |= {
             f"model.layers.{i}.{name}": value
             for name, value in {
                 "input_layernorm.weight": block.attention_norm.weight,
-                "post_attention_layernorm.weight": block.moe_norm.weight,
+                "post_attention_layernorm.weight": block.feed_forward_norm.weight,
                 "self_attn.q_proj.weight": absorbed(attention.query, mixers.get("q")),
                 "self_attn.k_proj.weight": absorbed(attention.key, mixers.get("k")),
                 "self_attn.v_proj.weight": absorbed(attention.value, mixers.get("v")),
@@ -83,7 +83,7 @@ def test_logits_equal_glm4_moe_with_the_same_weights(variant, tied, make_config)
         for parameter in decoder.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
         for block in decoder.blocks:
-            block.moe.router.selection_bias.normal_(0, 0.05, generator=generator)
+            block.feed_forward.router.selection_bias.normal_(0, 0.05, generator=generator)
         model = host(config.model, config.moe)
         copy_weights(decoder, model)
         torch.testing.assert_close(decoder(TOKENS).logits_BTV, model(TOKENS).logits, rtol=1e-5, atol=1e-5)

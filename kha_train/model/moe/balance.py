@@ -1,10 +1,17 @@
-"""Loss-free balancing of expert loads: the update of the selection bias, and figures of how balanced a step was."""
+"""Balance of expert loads: the moves of the selection bias, the auxiliary losses, and figures of how even a step was.
 
-# L layers   E experts   ... any leading dimensions
+Auxiliary losses are one formula, E * sum_i F_i P_i, with F_i the share of the choices that fell on expert i and P_i the
+mean share of its scores: 1 when all is even. They differ in where F is counted. All are returned summed over tokens, so
+that a step divides by the tokens of its global batch.
+"""
+
+# L layers   E experts   N tokens   B rows   T tokens of a row   J chosen experts per token   M = T * J
+# ... any leading dimensions
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,20 +24,74 @@ def rms_update(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
     `load_E` counts the tokens each expert received over the whole global batch; F is its share. A perfectly balanced
     (or empty) load leaves the bias as it is. The mean is a gauge: selection sees differences only. Works on [..., E].
     """
-    load_E = load_E.to(bias_E.dtype)
-    share_E = load_E / load_E.sum(dim=-1, keepdim=True).clamp(min=1.0)
-    excess_E = share_E - share_E.mean(dim=-1, keepdim=True)
+    excess_E = _excess(load_E, bias_E)
     rms = excess_E.square().mean(dim=-1, keepdim=True).sqrt()
     moved_E = bias_E - rate * torch.where(rms > 0, excess_E / rms, 0.0)
     return moved_E - moved_E.mean(dim=-1, keepdim=True)
 
 
+def sign_update(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
+    """b - rate * sign(F - 1/E) (Wang 2024): every expert above its share falls, every one below rises. [..., E]."""
+    return bias_E - rate * _excess(load_E, bias_E).sign()
+
+
+def sign_zero_mean_update(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
+    """b + rate * (sign(e) - mean(sign(e))), e = 1/E - F (Ling 2.0): as `sign_update`, and the mean stays. [..., E]."""
+    sign_E = -_excess(load_E, bias_E).sign()
+    return bias_E + rate * (sign_E - sign_E.mean(dim=-1, keepdim=True))
+
+
+BIAS_UPDATES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "rms": rms_update,
+    "sign": sign_update,
+    "sign_zero_mean": sign_zero_mean_update,
+}
+"""`moe.bias_update` -> (bias, load, rate) -> the bias after the step."""
+
+
+def _excess(load_E: Tensor, bias_E: Tensor) -> Tensor:
+    # Shares are compared in integers' own precision: a balanced load must give exactly 0, in fp32 too.
+    load_E = load_E.double()
+    total = load_E.sum(dim=-1, keepdim=True)
+    return ((load_E - total / load_E.shape[-1]) / total.clamp(min=1.0)).to(bias_E.dtype)
+
+
+def sequence_balance_loss(share_NE: Tensor, expert_NJ: Tensor, rows: int) -> Tensor:
+    """Summed over tokens, with F counted in each of `rows` rows (DeepSeek-V3, eq 17-20): no split changes it.
+
+    `share_NE` are a token's scores over their sum.
+    """
+    experts = share_NE.shape[-1]
+    expert_BM = expert_NJ.view(rows, -1)
+    load_BE = torch.zeros(rows, experts, dtype=share_NE.dtype, device=share_NE.device)
+    load_BE.scatter_add_(1, expert_BM, torch.ones_like(expert_BM, dtype=share_NE.dtype))
+    share_BE = share_NE.view(rows, -1, experts).sum(dim=1)
+    return experts / expert_BM.shape[1] * (load_BE * share_BE).sum()
+
+
+def batch_balance_loss(share_NE: Tensor, load_E: Tensor) -> Tensor:
+    """Summed over tokens, with F counted over these tokens (Switch Transformer, eq 4): another split, another value."""
+    relative_E = load_E.to(share_NE.dtype) * (load_E.numel() / load_E.sum())
+    return (share_NE.sum(dim=0) * relative_E).sum()
+
+
+def expected_balance_loss(share_NE: Tensor, relative_E: Tensor) -> Tensor:
+    """Summed over tokens, with F given: `relative_E` are loads over their mean, of tokens that are not these."""
+    return (share_NE.sum(dim=0) * relative_E).sum()
+
+
+def relative_load(load_E: Tensor) -> Tensor:
+    """Loads over their mean, 1 where nothing was routed, fp32 [..., E]."""
+    mean_E = load_E.double().mean(dim=-1, keepdim=True)
+    return torch.where(mean_E > 0, load_E.double() / mean_E, 1.0).float()
+
+
 class LoadStatistics(NamedTuple):
-    """Balance of one step, as 0-dim fp32 tensors: means over the layers, but for `bias_range`.
+    """Balance of one step, fp32 [L], a figure for each layer with experts.
 
     `maxvio` largest load / mean load (1 = balanced) · `load_cv` standard deviation / mean · `dead_fraction` experts
-    with no token · `load_entropy` entropy of the shares / log E (1 = balanced) · `bias_range` largest spread of a
-    layer's selection bias.
+    with no token · `load_entropy` entropy of the shares / log E (1 = balanced) · `bias_range` spread of the selection
+    bias.
     """
 
     maxvio: Tensor
@@ -47,9 +108,25 @@ def load_statistics(load_LE: Tensor, bias_LE: Tensor) -> LoadStatistics:
     share_LE = load_LE / load_LE.sum(dim=-1, keepdim=True).clamp(min=1.0)
     entropy_L = torch.special.entr(share_LE).sum(dim=-1)
     return LoadStatistics(
-        maxvio=(load_LE.amax(dim=-1) / mean_L).mean(),
-        load_cv=(load_LE.std(dim=-1, correction=0) / mean_L).mean(),
-        dead_fraction=(load_LE == 0).float().mean(),
-        load_entropy=entropy_L.mean() / math.log(max(load_LE.shape[-1], 2)),
-        bias_range=(bias_LE.amax(dim=-1) - bias_LE.amin(dim=-1)).amax(),
+        maxvio=load_LE.amax(dim=-1) / mean_L,
+        load_cv=load_LE.std(dim=-1, correction=0) / mean_L,
+        dead_fraction=(load_LE == 0).float().mean(dim=-1),
+        load_entropy=entropy_L / math.log(max(load_LE.shape[-1], 2)),
+        bias_range=bias_LE.amax(dim=-1) - bias_LE.amin(dim=-1),
     )
+
+
+def balance_metrics(load_LE: Tensor, bias_LE: Tensor) -> dict[str, float | list[float]]:
+    """The `moe/` entries of a step's record: one number for all layers and, under `_by_layer`, one for each.
+
+    Means over the layers, but for the largest spread of a bias. Empty for a model without experts.
+    """
+    if load_LE.shape[0] == 0:
+        return {}
+    by_layer = torch.stack(load_statistics(load_LE, bias_LE)).tolist()
+    metrics: dict[str, float | list[float]] = {}
+    for name, values in zip(LoadStatistics._fields, by_layer, strict=True):
+        metrics[f"moe/{name}"] = max(values) if name == "bias_range" else sum(values) / len(values)
+        metrics[f"moe/{name}_by_layer"] = values
+    metrics["moe/maxvio_worst"] = max(metrics["moe/maxvio_by_layer"])
+    return metrics

@@ -1,4 +1,5 @@
 """SwiGLU experts with fused weights, dropless. `loop` says what is computed, `grouped` does it in two grouped GEMMs.
+`megablocks` (in its own file) is a third way, where that package is installed.
 
 The routing weight is put on the width-F activation before the second GEMM: w (a W2) = (w a) W2, on a smaller tensor,
 and expert outputs need not be kept for the backward. Copies go out and come home by gathers in both directions, so the
@@ -20,14 +21,19 @@ from torch.nn import functional
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
 from kha_train.model.init import DeclaredModule, Normal, residual_std
+from kha_train.model.moe.megablocks import load_kernels, megablocks
 from kha_train.model.moe.router import Routing
+from kha_train.model.moe.swiglu import weighted_swiglu
 
 # torch publishes the operator in `functional`; older releases that are still admitted only have the private name.
 _grouped_mm = getattr(functional, "grouped_mm", None) or torch._grouped_mm
 
 
 class Experts(DeclaredModule):
-    """E SwiGLU experts: y = (silu(x W_gate) * (x W_up)) W_down, `gate_up` [E, D, 2F] and `down` [E, F, D]."""
+    """E SwiGLU experts: y = (silu(x W_gate) * (x W_up)) W_down, `gate_up` [E, D, 2F] and `down` [E, F, D].
+
+    Building it raises ConfigError when the backend cannot run: a size it cannot read, a package that is not there.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
@@ -35,6 +41,8 @@ class Experts(DeclaredModule):
         if config.moe.backend == "grouped":
             _require_aligned("model.hidden_size", width)
             _require_aligned("moe.expert_width", inner)
+        elif config.moe.backend == "megablocks":
+            load_kernels()
         self.run = BACKENDS[config.moe.backend]
         self.declare_parameter("gate_up", (experts, width, 2 * inner), Normal(config.model.init_std))
         self.declare_parameter("down", (experts, inner, width), Normal(residual_std(config)))
@@ -42,12 +50,6 @@ class Experts(DeclaredModule):
     def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """The weighted sum of every token's experts, [N, D] in the dtype of `x_ND`."""
         return self.run(x_ND, self.gate_up, self.down, routing)
-
-
-def weighted_swiglu(gate_up_MX: Tensor, weight_M: Tensor) -> Tensor:
-    """silu(gate) * up * routing weight, [M, 2F] -> [M, F] in the dtype of `gate_up_MX`."""
-    gate_MF, up_MF = gate_up_MX.chunk(2, dim=-1)
-    return (functional.silu(gate_MF) * up_MF * weight_M.unsqueeze(-1)).to(gate_up_MX.dtype)
 
 
 def loop(x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: Tensor, routing: Routing) -> Tensor:
@@ -108,7 +110,11 @@ class Combine(torch.autograd.Function):
         return grad_ND[token_M], None, None
 
 
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Routing], Tensor]] = {"grouped": grouped, "loop": loop}
+BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Routing], Tensor]] = {
+    "grouped": grouped,
+    "loop": loop,
+    "megablocks": megablocks,
+}
 
 
 def _require_aligned(field: str, size: int) -> None:

@@ -1,6 +1,7 @@
-"""The router: which experts a token goes to, and with which weights."""
+"""The router: which experts a token goes to, with which weights, and what that costs in auxiliary losses."""
 
-# N tokens (batch and row flattened)   D model width   E experts   J chosen experts per token (top_k)   M = N * J
+# B rows of a micro-batch   T tokens of a row   N = B * T tokens   D model width   E experts   R groups of experts
+# J chosen experts per token (top_k)   M = N * J   P = E / R experts of a group
 
 from __future__ import annotations
 
@@ -13,36 +14,112 @@ from torch.nn import functional
 
 from kha_train.config.schema import RunConfig
 from kha_train.model.init import DeclaredModule, Normal
+from kha_train.model.moe.balance import batch_balance_loss, expected_balance_loss, sequence_balance_loss
+from kha_train.model.moe.warmup import standard_normal
 
 
 class Routing(NamedTuple):
-    """The router's decision. `weight_NJ` (at least fp32) carries the gradient; `expert_NJ` and `load_E` are int64."""
+    """The router's decision. `weight_NJ` (at least fp32) carries the gradient; `expert_NJ` and `load_E` are int64.
+
+    `balance_sum` and `z_sum` are the auxiliary losses summed over the tokens, scalars with gradient: None where their
+    weight is 0, and outside training.
+    """
 
     expert_NJ: Tensor
     weight_NJ: Tensor
     load_E: Tensor
+    balance_sum: Tensor | None = None
+    z_sum: Tensor | None = None
 
 
 class Router(DeclaredModule):
-    """Sigmoid scores in at least fp32. Experts are chosen by score + selection bias; their weights come from the scores
-    alone, divided by their sum (+ 1e-20) and scaled. Dropless: every token keeps its top_k experts."""
+    """Sigmoid or softmax scores in at least fp32. Experts are chosen by score + selection bias, within the best groups;
+    their weights come from the scores alone. Dropless: every token keeps its top_k experts.
 
-    def __init__(self, config: RunConfig) -> None:
+    Buffers: `selection_bias` [E], moved after every step; `previous_share` [E], the loads of the last step over their
+    mean (1 before the first); `steps_done` [1], which the routing warm-up counts.
+    """
+
+    def __init__(self, config: RunConfig, layer: int) -> None:
         super().__init__()
-        self.top_k, self.scaling = config.moe.top_k, config.moe.routed_scaling
+        self.moe, self.layer, self.seed = config.moe, layer, config.run.seed
         experts = config.moe.experts
         self.declare_parameter("weight", (experts, config.model.hidden_size), Normal(config.model.init_std))
-        fresh = partial(torch.zeros, experts, dtype=torch.float32, device="cpu")
-        self.declare_buffer("selection_bias", (experts,), fresh, persistent=True)
+        self._declare_state("selection_bias", experts, 0.0)
+        if config.moe.auxiliary_loss.weight and config.moe.auxiliary_loss.scope == "previous_step":
+            self._declare_state("previous_share", experts, 1.0)
+        if config.moe.routing_warmup_steps:
+            self._declare_state("steps_done", 1, 0.0)
 
-    def forward(self, x_ND: Tensor) -> Routing:
-        """The experts of every token, their weights, and how many tokens each expert received."""
+    def forward(self, x_ND: Tensor, samples_B: Tensor | None = None) -> Routing:
+        """The experts of every token, their weights, and how many tokens each expert received.
+
+        `samples_B` (int64) are the sample numbers of the rows, which key the random scores of the warm-up; without it
+        all tokens are one row, number 0.
+        """
+        if samples_B is None:
+            samples_B = torch.zeros(1, dtype=torch.int64, device=x_ND.device)
         wide = torch.promote_types(x_ND.dtype, torch.float32)
-        score_NE = functional.linear(x_ND.to(wide), self.weight.to(wide)).sigmoid()
-        expert_NJ = (score_NE + self.selection_bias).topk(self.top_k, dim=-1).indices
-        chosen_NJ = score_NE.gather(-1, expert_NJ)
-        weight_NJ = chosen_NJ / (chosen_NJ.sum(dim=-1, keepdim=True) + 1e-20) * self.scaling
-        return Routing(expert_NJ, weight_NJ, count_experts(expert_NJ, self.selection_bias.numel()))
+        logit_NE = functional.linear(x_ND.to(wide), self.weight.to(wide))
+        score_NE = self._score(self._warmed_up(logit_NE, samples_B))
+        expert_NJ = self._choose(score_NE.detach() + self.selection_bias)
+        weight_NJ = score_NE.gather(-1, expert_NJ)
+        if self.moe.renormalize:
+            weight_NJ = weight_NJ / (weight_NJ.sum(dim=-1, keepdim=True) + 1e-20)
+        load_E = count_experts(expert_NJ, self.moe.experts)
+        balance_sum = z_sum = None
+        if self.training and self.moe.auxiliary_loss.weight:
+            balance_sum = self._balance_loss(score_NE, expert_NJ, load_E, samples_B.numel())
+        if self.training and self.moe.z_loss_weight:
+            z_sum = logit_NE.logsumexp(dim=-1).square().sum()
+        return Routing(expert_NJ, weight_NJ * self.moe.routed_scaling, load_E, balance_sum, z_sum)
+
+    def finish_step(self, share_E: Tensor) -> None:
+        """Remember the loads of the step just applied, each over their mean, and that it was applied."""
+        if hasattr(self, "previous_share"):
+            self.previous_share.copy_(share_E)
+        if hasattr(self, "steps_done"):
+            self.steps_done.add_(1.0)
+
+    def _declare_state(self, name: str, size: int, value: float) -> None:
+        fresh = partial(torch.full, (size,), value, dtype=torch.float32, device="cpu")
+        self.declare_buffer(name, (size,), fresh, persistent=True)
+
+    def _score(self, logit_NE: Tensor) -> Tensor:
+        return logit_NE.sigmoid() if self.moe.score == "sigmoid" else logit_NE.softmax(dim=-1)
+
+    def _warmed_up(self, logit_NE: Tensor, samples_B: Tensor) -> Tensor:
+        """a s + (1 - a) (mu + sigma eps), a = steps done / warm-up steps: at first chance alone chooses, at the same
+        mean and spread over the experts."""
+        if not (self.training and self.moe.routing_warmup_steps):
+            return logit_NE
+        blend = (self.steps_done / self.moe.routing_warmup_steps).clamp(max=1.0)
+        noise_NE = standard_normal(self.seed, self.layer, self.steps_done, samples_B, logit_NE.shape)
+        spread_N1, mean_N1 = torch.std_mean(logit_NE.detach(), dim=-1, keepdim=True, correction=0)
+        return blend * logit_NE + (1.0 - blend) * (mean_N1 + spread_N1 * noise_NE)
+
+    def _choose(self, choice_NE: Tensor) -> Tensor:
+        """The top_k experts of each token by score + bias. A group counts by the sum of its two best experts."""
+        groups = self.moe.expert_groups
+        if groups > 1:
+            choice_NRP = choice_NE.unflatten(-1, (groups, -1))
+            best_NR = choice_NRP.topk(min(2, choice_NRP.shape[-1]), dim=-1).values.sum(dim=-1)
+            open_NR = torch.zeros_like(best_NR, dtype=torch.bool)
+            open_NR.scatter_(-1, best_NR.topk(self.moe.top_groups, dim=-1).indices, True)
+            choice_NE = choice_NRP.masked_fill(~open_NR.unsqueeze(-1), float("-inf")).flatten(1)
+        return choice_NE.topk(self.moe.top_k, dim=-1).indices
+
+    def _balance_loss(self, score_NE: Tensor, expert_NJ: Tensor, load_E: Tensor, rows: int) -> Tensor:
+        share_NE = score_NE
+        if self.moe.score == "sigmoid":
+            share_NE = score_NE / (score_NE.sum(dim=-1, keepdim=True) + 1e-20)
+        match self.moe.auxiliary_loss.scope:
+            case "sequence":
+                return sequence_balance_loss(share_NE, expert_NJ, rows)
+            case "previous_step":
+                return expected_balance_loss(share_NE, self.previous_share)
+            case "micro_batch":
+                return batch_balance_loss(share_NE, load_E)
 
 
 def count_experts(expert_NJ: Tensor, experts: int) -> Tensor:

@@ -8,7 +8,7 @@ from kha_train.model.moe.router import count_experts
 
 
 def fresh_router(make_config, **moe):
-    router = build_decoder(make_config(moe=moe)).blocks[0].moe.router
+    router = build_decoder(make_config(moe=moe)).blocks[0].feed_forward.router
     with torch.no_grad():
         router.weight.normal_(generator=torch.Generator().manual_seed(0))
     return router

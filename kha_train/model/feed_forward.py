@@ -1,0 +1,25 @@
+"""The plain feed-forward of a dense layer, and of the experts that every token passes."""
+
+# ... leading dimensions   D model width   F inner width   X = 2F, gate and up side by side
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kha_train.config.schema import RunConfig
+from kha_train.model.init import Linear, Normal, residual_std
+
+
+class SwiGlu(nn.Module):
+    """y = (silu(x W_gate) * (x W_up)) W_down, of inner width `width`."""
+
+    def __init__(self, config: RunConfig, width: int) -> None:
+        super().__init__()
+        self.gate_up = Linear(config.model.hidden_size, 2 * width, Normal(config.model.init_std))
+        self.down = Linear(width, config.model.hidden_size, Normal(residual_std(config)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D] in the dtype of `x`."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(functional.silu(gate) * up)

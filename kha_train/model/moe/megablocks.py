@@ -1,0 +1,77 @@
+"""The `megablocks` expert backend: its permutations and the grouped GEMM of the `grouped_gemm` package, CUDA and bf16.
+
+The only user of megablocks. Nothing stands in for it: what is missing is named, with the command that installs it. The
+routing weight is put before the second GEMM, as in `experts.grouped`, so its `scatter` adds unweighted copies.
+"""
+
+# N tokens   D model width   F expert width   E experts   M routed copies, sorted by expert   X = 2F
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kha_train.errors import ConfigError
+from kha_train.model.moe.router import Routing
+from kha_train.model.moe.swiglu import weighted_swiglu
+
+NEEDED = ("megablocks", "stk", "triton", "megablocks_ops", "grouped_gemm")
+INSTALL = "pip install --no-deps --no-build-isolation megablocks==0.10.0 stanford-stk==0.7.1 grouped_gemm==0.3.0"
+
+
+class Kernels(NamedTuple):
+    """What is used of megablocks: `ops` (sort, inclusive_cumsum, gather, scatter) and `gmm` of grouped_gemm."""
+
+    ops: Any
+    gmm: Any
+
+
+def load_kernels() -> Kernels:
+    """The kernels. Raises ConfigError naming every package that is missing, or what broke at import."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise _unavailable(f"not installed: {', '.join(missing)}")
+    try:
+        # Imported by name: it pins another torch, so it can be no requirement of this package, not even an optional one.
+        ops, gemm = import_module("megablocks.ops"), import_module("megablocks.grouped_gemm_util")
+    except (ImportError, RuntimeError, AssertionError) as error:
+        raise _unavailable(f"its import failed: {error}") from error
+    return Kernels(ops, gemm.ops.gmm)
+
+
+def megablocks(x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: Tensor, routing: Routing) -> Tensor:
+    """The weighted sum of every token's experts, as `experts.grouped`. Waits for the device: the GEMM wants its counts
+    on the host.
+
+    Raises ConfigError when megablocks cannot be used here.
+    """
+    return run_kernels(load_kernels(), x_ND, gate_up_EDX, down_EFD, routing)
+
+
+def run_kernels(kernels: Kernels, x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: Tensor, routing: Routing) -> Tensor:
+    """The layer in terms of `kernels`, which are given so that the adapter can be tested without them."""
+    ops, top_k = kernels.ops, routing.expert_NJ.shape[1]
+    experts = gate_up_EDX.shape[0]
+    with torch.no_grad():
+        bin_ids_M, indices_M = ops.sort(routing.expert_NJ.flatten().int(), max(experts - 1, 1).bit_length())
+        bins_E = ops.inclusive_cumsum(routing.load_E.int(), 0)
+        counts_E = routing.load_E.cpu()
+    x_MD = ops.gather(x_ND, indices_M, bin_ids_M, bins_E, top_k)
+    weight_M = routing.weight_NJ.flatten()[indices_M.long()]
+    hidden_MF = weighted_swiglu(kernels.gmm(x_MD, gate_up_EDX, counts_E), weight_M)
+    return ops.scatter(kernels.gmm(hidden_MF, down_EFD, counts_E), indices_M, bin_ids_M, None, bins_E, top_k)
+
+
+def _unavailable(reason: str) -> ConfigError:
+    """The ConfigError of a machine without megablocks."""
+    return ConfigError(
+        f"megablocks cannot be used here ({reason})",
+        field="moe.backend",
+        value="megablocks",
+        allowed="grouped, loop",
+        fix=f"moe.backend=grouped, or on a CUDA machine: {INSTALL}",
+    )

@@ -1,0 +1,49 @@
+"""Random numbers that are a function of what they are for, for the stochastic warm-up of the router.
+
+A generator's state would make routing depend on micro-batches, ranks and recomputation. Here every number is a hash of
+(run seed, layer, step, sample, place in the row, expert): a resumed or differently split run draws the same ones.
+"""
+
+# B rows   T tokens of a row   N = B * T   E experts
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def standard_normal(seed: int, layer: int, step_1: Tensor, samples_B: Tensor, shape: torch.Size) -> Tensor:
+    """Standard normal numbers of `shape` (N, E), fp32 on the device of `samples_B` (int64, B divides N).
+
+    `step_1` is a tensor of one number: it is read on its device, without waiting for it.
+    """
+    tokens, experts = shape[0] // samples_B.numel(), shape[1]
+    device = samples_B.device
+    key_B = _mixed(samples_B + _mixed(step_1.long() + _mixed(torch.tensor([seed * 65_537 + layer], device=device))))
+    place_T = torch.arange(tokens, device=device)[:, None] * experts
+    place_TE = place_T + torch.arange(experts, device=device)
+    bits_BTE = _mixed(key_B[:, None, None] + place_TE)
+    # Box-Muller, from the upper and the lower half of 64 bits.
+    upper_BTE = ((bits_BTE >> 32) & 0xFFFFFFFF).add(0.5).mul(2.0**-32)
+    lower_BTE = (bits_BTE & 0xFFFFFFFF).mul(2.0**-32)
+    normal_BTE = (-2.0 * upper_BTE.log()).sqrt() * (2.0 * math.pi * lower_BTE).cos()
+    return normal_BTE.reshape(shape)
+
+
+def _mixed(number: Tensor) -> Tensor:
+    """The finaliser of splitmix64: each bit of the answer depends on every bit of `number` (int64, wrapping)."""
+    number = number + _signed(0x9E3779B97F4A7C15)
+    number = (number ^ _shifted(number, 30)) * _signed(0xBF58476D1CE4E5B9)
+    number = (number ^ _shifted(number, 27)) * _signed(0x94D049BB133111EB)
+    return number ^ _shifted(number, 31)
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64) if constant >> 63 else constant
+
+
+def _shifted(number: Tensor, bits: int) -> Tensor:
+    """A shift to the right that fills with zeros; torch's own repeats the sign."""
+    return (number >> bits) & ((1 << (64 - bits)) - 1)
