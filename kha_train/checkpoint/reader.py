@@ -89,8 +89,12 @@ class Checkpoint:
         return values_N
 
 
-def find_newest(run_dir: Path, world: World, report: Callable[[str], None]) -> Checkpoint | None:
+def find_newest(
+    run_dir: Path, world: World, report: Callable[[str], None], at_most: int | None = None
+) -> Checkpoint | None:
     """The newest checkpoint of `run_dir` that verifies, or None when there is none. Collective.
+
+    With `at_most`, of those that were made after so many steps or fewer.
 
     One that does not verify is reported in a plain sentence on every rank, renamed to `step-N.corrupt` by rank 0 (left
     in place when the directory cannot be written), and the next older one is tried. Raises, on all ranks, what one
@@ -102,7 +106,11 @@ def find_newest(run_dir: Path, world: World, report: Callable[[str], None]) -> C
         name, step = _NONE, -1
         with Agreed(world, "list"):
             if world.rank == 0:
-                left = [(step, path.name) for step, path in layout.candidates(folder) if path.name not in refused]
+                left = [
+                    (step, path.name)
+                    for step, path in layout.candidates(folder)
+                    if path.name not in refused and (at_most is None or step <= at_most)
+                ]
                 step, name = left[0] if left else (step, name)
         name = world.broadcast_text(name)
         if name == _NONE:

@@ -2,53 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from kha_train.checkpoint import layout
-from kha_train.checkpoint.agreement import Agreed
 from kha_train.checkpoint.manifest import Manifest
 from kha_train.checkpoint.reader import check_sizes
 from kha_train.checkpoint.writer import no_stage
-from kha_train.distributed import World
 from kha_train.errors import CheckpointError, ConfigError
+
+MARK_SUFFIX = ".keep"
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the `last` newest valid ones, those of every `every` steps (0: none), `steps` by name.
+
+    Marked ones (see `mark`) stay too. Raises ConfigError when `last` < 1.
+    """
+
+    last: int
+    every: int = 0
+    steps: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.last < 1:
+            raise ConfigError("at least one must stay", field="checkpoint.keep_last", value=self.last, allowed=">= 1")
+
+    def permanent(self, step: int, folder: Path) -> bool:
+        """Whether the checkpoint of `step` stays whatever its age."""
+        return step in self.steps or (self.every > 0 and step % self.every == 0) or is_marked(folder, step)
+
+
+def mark(folder: Path, step: int, keep: bool) -> None:
+    """Make the checkpoint of `step` in `folder` permanent, or no longer so. The mark lies beside it. Raises OSError."""
+    path = folder / f"{layout.step_name(step)}{MARK_SUFFIX}"
+    if keep:
+        path.touch()
+    else:
+        path.unlink(missing_ok=True)
+    layout.fsync_directory(folder)
+
+
+def is_marked(folder: Path, step: int) -> bool:
+    """Whether the checkpoint of `step` was made permanent by hand."""
+    return (folder / f"{layout.step_name(step)}{MARK_SUFFIX}").exists()
 
 
 def prune(
     run_dir: Path,
-    world: World,
-    keep_last: int,
+    keep: Keep,
     *,
-    protect: Collection[int] = (),
     check: Callable[[Path], Manifest] = check_sizes,
     stage: Callable[[str], None] = no_stage,
+    dry_run: bool = False,
 ) -> list[int]:
-    """Delete all but the `keep_last` newest valid checkpoints; returns the steps deleted (rank 0; empty elsewhere).
+    """Delete every valid checkpoint that `keep` does not hold; returns the steps deleted. Local: one process calls it.
 
-    Collective; rank 0 does the work. `protect` names steps that stay whatever their age (the resumed-from one,
-    permanent ones). `check` raises CheckpointError for an invalid directory: `check_sizes` is right after a save, whose
-    bytes were hashed on their way out; `reader.verify` reads every byte. Invalid directories are neither counted nor
-    deleted. `stage` is called with "before_prune" and, amid each deletion, "mid_prune": a fault test ends the process
-    there. Raises ConfigError when `keep_last` < 1, CheckpointError when a directory cannot be removed.
+    `check` raises CheckpointError for an invalid directory: `check_sizes` is right after a save, whose bytes were
+    hashed on their way out; `reader.verify` reads every byte. Invalid directories are neither counted nor deleted, so
+    the newest valid one always stays. With `dry_run` nothing is deleted. `stage` is called with "before_prune" and,
+    amid each deletion, "mid_prune": a fault test ends the process there. Raises OSError when a directory cannot be
+    removed.
     """
-    if keep_last < 1:
-        raise ConfigError("at least one must stay", field="checkpoint.keep_last", value=keep_last, allowed=">= 1")
-    deleted: list[int] = []
-    with Agreed(world, "prune"):
-        if world.rank == 0:
-            folder = Path(run_dir) / layout.FOLDER
-            surplus = _surplus(folder, keep_last, frozenset(protect), check)
-            stage("before_prune")
-            for step, directory in surplus:
-                layout.remove(directory, step, lambda: stage("mid_prune"))
-                deleted.append(step)
-            layout.clear_leftovers(folder)
-    return deleted
+    folder = Path(run_dir) / layout.FOLDER
+    surplus = _surplus(folder, keep, check)
+    if dry_run:
+        return [step for step, _ in surplus]
+    stage("before_prune")
+    for step, directory in surplus:
+        layout.remove(directory, step, lambda: stage("mid_prune"))
+    layout.clear_leftovers(folder)
+    return [step for step, _ in surplus]
 
 
-def _surplus(
-    folder: Path, keep_last: int, protect: frozenset[int], check: Callable[[Path], Manifest]
-) -> list[tuple[int, Path]]:
+def _surplus(folder: Path, keep: Keep, check: Callable[[Path], Manifest]) -> list[tuple[int, Path]]:
     """The valid directories that may go, oldest first."""
     kept: set[int] = set()
     newest = 0
@@ -58,8 +87,8 @@ def _surplus(
             check(directory)
         except (CheckpointError, OSError):
             continue
-        if step not in kept and (newest < keep_last or step in protect):
-            newest += newest < keep_last
+        if step not in kept and (newest < keep.last or keep.permanent(step, folder)):
+            newest += newest < keep.last
             kept.add(step)
         else:
             surplus.append((step, directory))

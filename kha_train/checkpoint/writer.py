@@ -72,30 +72,82 @@ def write(
     Raises CheckpointError on all ranks when a file cannot be written or the pieces do not cover every parameter. The
     half-written directory is then removed, and earlier checkpoints are as they were.
     """
-    folder = Path(run_dir) / layout.FOLDER
-    temporary = folder / world.broadcast_text(layout.temporary_name(step, "saving"))
+    save = Save(run_dir, step, world, encode_on_main(world, trainer_state), stage=stage, part_bytes=part_bytes)
     try:
         with Agreed(world, "prepare"):
-            if world.rank == 0:
-                folder.mkdir(parents=True, exist_ok=True)
-                layout.clear_leftovers(folder)
-                temporary.mkdir()
+            save.prepare()
         with Agreed(world, "write"):
-            share = _Share(temporary, world.rank, stage, part_bytes)
-            share.write(pieces, buffers if world.rank == 0 else {})
-            if world.rank == 0:
-                share.files[TRAINER_FILE] = write_bytes(temporary / TRAINER_FILE, encode_state(trainer_state))
-            write_bytes(temporary / _rank_file(world.rank), json.dumps(share.contents().sections()).encode())
-        with Agreed(world, "complete"):
-            if world.rank == 0:
-                _write_manifest(temporary, step, world.size, stage)
+            save.write_share(pieces, buffers)
         with Agreed(world, "publish"):
-            if world.rank == 0:
-                _publish(temporary, folder / layout.step_name(step), step, stage)
+            save.publish()
     finally:
-        if world.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return folder / layout.step_name(step)
+        save.clear()
+    return save.path
+
+
+def encode_on_main(world: World, trainer_state: dict[str, Any]) -> bytes:
+    """Rank 0's `trainer_state` as the bytes of trainer.json (empty elsewhere). Collective; raises CheckpointError."""
+    encoded = b""
+    with Agreed(world, "describe"):
+        if world.is_main:
+            encoded = encode_state(trainer_state)
+    return encoded
+
+
+class Save:
+    """One rank's part in writing one checkpoint: local work, between whose stages all ranks must agree.
+
+    `prepare`, `write_share`, `publish` and `clear` hold no collectives, so that they may run beside training in a
+    thread; whoever calls them sees to it that no rank begins a stage before all have ended the last (`write` here,
+    `background.BackgroundWriter`). Making the object is collective: the ranks agree on a random name.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        world: World,
+        trainer_state: bytes,
+        *,
+        stage: Callable[[str], None] = no_stage,
+        part_bytes: int = PART_BYTES,
+    ) -> None:
+        self.step = step
+        self._world, self._trainer_state, self._stage, self._part_bytes = world, trainer_state, stage, part_bytes
+        self._folder = Path(run_dir) / layout.FOLDER
+        self._temporary = self._folder / world.broadcast_text(layout.temporary_name(step, "saving"))
+
+    @property
+    def path(self) -> Path:
+        """Where the checkpoint lies once published."""
+        return self._folder / layout.step_name(self.step)
+
+    def prepare(self) -> None:
+        """Rank 0 clears what dead saves left and makes the hidden directory. Raises OSError."""
+        if self._world.is_main:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            layout.clear_leftovers(self._folder)
+            self._temporary.mkdir()
+
+    def write_share(self, pieces: Iterable[Piece], buffers: dict[str, Tensor]) -> None:
+        """Write this rank's files. Raises OSError, and CheckpointError for pieces that contradict each other."""
+        rank = self._world.rank
+        share = _Share(self._temporary, rank, self._stage, self._part_bytes)
+        share.write(pieces, buffers if rank == 0 else {})
+        if rank == 0:
+            share.files[TRAINER_FILE] = write_bytes(self._temporary / TRAINER_FILE, self._trainer_state)
+        write_bytes(self._temporary / _rank_file(rank), json.dumps(share.contents().sections()).encode())
+
+    def publish(self) -> None:
+        """Rank 0 joins the shares, writes the manifest and renames. Raises OSError, CheckpointError."""
+        if self._world.is_main:
+            _write_manifest(self._temporary, self.step, self._world.size, self._stage)
+            _publish(self._temporary, self.path, self.step, self._stage)
+
+    def clear(self) -> None:
+        """Rank 0 removes what a failed save left; nothing is there to remove after a good one."""
+        if self._world.is_main:
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 class _Share:

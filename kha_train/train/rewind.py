@@ -1,7 +1,7 @@
 """Going back before a spike and leaving its data out: what PaLM's authors did by hand, done by the run itself.
 
-The engine lives on: the checkpoint is read into it. Until the next save the way back is in no checkpoint, which is safe:
-a run that is killed in between starts from the same checkpoint, meets the same spike and takes the same decision.
+The engine lives on: the checkpoint is read into it. Until the next save the skip window is in no checkpoint, which is
+safe: a run that is killed in between starts from the same checkpoint, meets the same spike and decides the same.
 """
 
 from __future__ import annotations

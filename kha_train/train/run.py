@@ -38,6 +38,7 @@ def train(config: RunConfig) -> Outcome:
         run_dir = Path(config.run.dir)
         with StopRequests(run_dir if world.is_main else None) as stops, Session(config, world) as session:
             finished = _train_to_the_end(session, stops)
+            session.saver.finish()
             session.end_state = "done" if finished else "requeued"
             _mark_the_end(run_dir, world, finished, session.progress.step)
             return Outcome(finished, session.progress.step, run_dir)
@@ -46,7 +47,7 @@ def train(config: RunConfig) -> Outcome:
 
 
 def _train_to_the_end(session: Session, stops: StopRequests) -> bool:
-    """Train until `run.steps` steps are done (True) or a rank was asked to stop (False). A checkpoint stands after."""
+    """Train until `run.steps` steps are done (True) or a rank asks to stop (False), and save that moment."""
     config, world = session.config, session.world
     steps = config.run.steps
     while session.progress.step < steps:
@@ -54,17 +55,19 @@ def _train_to_the_end(session: Session, stops: StopRequests) -> bool:
         with session.data_wait.measured():
             batch, labels = next_batch(session.stream, world)
         lr = learning_rate(config.optim, session.progress.step + 1, steps)
-        result = train_step(session.engine, batch, labels, lr, stops.pending())
-        session.progress = session.progress.after(config.data.global_batch_size, config.model.seq_len, result.applied)
+        result = train_step(session.engine, batch, labels, lr, stops.pending(), session.judge_at(lr))
+        session.progress = session.progress.after(session.stream.samples_seen, session.tokens_per_step, result.applied)
         line = session.metrics(result, lr, time.perf_counter() - started)
 
         step = session.progress.step
         if _is_due(step, config.validation.every_steps, steps):
             validation = session.validate()
             line |= {"validation/loss": validation.loss, "validation/bits_per_byte": validation.bits_per_byte}
-        session.report(line)
-        session.check_stability()
-        if result.stop or _is_due(step, config.checkpoint.every_steps, steps):
+        session.report(line, result.evidence)
+        if session.obey():
+            continue
+        session.saver.poll()
+        if result.stop or session.saver.due(step):
             session.save()
         if result.stop and step < steps:
             return False

@@ -14,7 +14,7 @@ import pytest
 
 from kha_train.checkpoint.layout import candidates
 from kha_train.checkpoint.reader import find_newest, verify
-from kha_train.checkpoint.retention import prune
+from kha_train.checkpoint.retention import Keep, prune
 from kha_train.checkpoint.writer import STAGES, write
 from kha_train.distributed import World
 from kha_train.errors import CheckpointError
@@ -61,7 +61,7 @@ def test_a_kill_while_the_only_step_is_saved_again_leaves_the_old_or_the_new(tmp
     assert holds(find_newest(tmp_path, World.single(), pytest.fail), 2 if stage == "after_rename" else 1)
     save(tmp_path, 10, seed=3)
     assert holds(find_newest(tmp_path, World.single(), pytest.fail), 3)
-    prune(tmp_path, World.single(), 1)
+    prune(tmp_path, Keep(1))
     assert names(tmp_path) == ["step-00000010"]
     assert holds(find_newest(tmp_path, World.single(), pytest.fail), 3)
 
@@ -102,13 +102,13 @@ def test_a_kill_while_pruning_leaves_only_whole_checkpoints(tmp_path, save, hold
     def body() -> None:
         if moment == "amid the files":
             shutil.rmtree = die_after_one_file
-        prune(tmp_path, World.single(), 2, stage=die_at(moment))
+        prune(tmp_path, Keep(2), stage=die_at(moment))
 
     assert killed(body)
     for _, directory in candidates(tmp_path / "checkpoints"):
         verify(directory)
     assert holds(find_newest(tmp_path, World.single(), pytest.fail), 4)
-    prune(tmp_path, World.single(), 2)
+    prune(tmp_path, Keep(2))
     assert names(tmp_path) == ["step-00000003", "step-00000004"]
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kha_train.checkpoint.reader import find_newest, verify
-from kha_train.checkpoint.retention import prune
+from kha_train.checkpoint.retention import Keep, mark, prune
 from kha_train.distributed import World
 from kha_train.errors import ConfigError
 
@@ -30,11 +30,12 @@ def ten_steps(tmp_path_factory, save) -> Path:
     present=st.sets(st.integers(1, 10)),
     damaged=st.sets(st.integers(1, 10)),
     protect=st.sets(st.integers(1, 12)),
+    marked=st.sets(st.integers(1, 12), max_size=3),
     keep_last=st.integers(1, 5),
-    size=st.integers(1, 3),
+    every=st.sampled_from([0, 3, 4]),
 )
 def test_what_stays_is_the_newest_valid_the_protected_and_the_damaged(
-    ten_steps, run_ranks, present, damaged, protect, keep_last, size
+    ten_steps, present, damaged, protect, marked, keep_last, every
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_dir, checkpoints = Path(folder), Path(folder) / "checkpoints"
@@ -47,10 +48,15 @@ def test_what_stays_is_the_newest_valid_the_protected_and_the_damaged(
                     file.write(b"\x55")
         valid = present - damaged
         newest = set(sorted(valid)[-keep_last:])
-        stay = newest | (valid & protect) | (present & damaged)
-        outcomes = run_ranks(size, lambda world: prune(run_dir, world, keep_last, protect=protect, check=verify))
-        assert outcomes == [sorted(present - stay)] + [[]] * (size - 1)
-        assert {int(path.name[5:]) for path in checkpoints.iterdir()} == stay
+        stay = newest | (valid & (protect | marked | {step for step in valid if every and step % every == 0}))
+        stay |= present & damaged
+        for step in marked:
+            mark(checkpoints, step, keep=True)
+        keep = Keep(keep_last, every, frozenset(protect))
+        assert prune(run_dir, keep, check=verify, dry_run=True) == sorted(present - stay)
+        assert {int(path.name[5:]) for path in checkpoints.glob("*[0-9]")} == present
+        assert prune(run_dir, keep, check=verify) == sorted(present - stay)
+        assert {int(path.name[5:]) for path in checkpoints.glob("*[0-9]")} == stay
         found = find_newest(run_dir, World.single(), lambda line: None)
         assert (found.step if found else None) == max(valid, default=None)
 
@@ -63,7 +69,7 @@ def test_a_newer_directory_that_is_not_whole_does_not_count_as_kept(tmp_path, sa
         os.truncate(path / "model-00000.safetensors", 100)
     else:
         (path / {"missing": "trainer.json", "partial directory": "manifest.json"}[trouble]).unlink()
-    assert prune(tmp_path, World.single(), 1) == []
+    assert prune(tmp_path, Keep(1)) == []
     assert find_newest(tmp_path, World.single(), lambda line: None).step == 1
 
 
@@ -73,11 +79,11 @@ def test_pruning_removes_only_what_saves_and_prunings_left(tmp_path, save) -> No
     strangers = [".step-00000002.saving-mine", "notes", "step-2", "step-00000001.corrupt"]
     for name in leftovers + strangers:
         (folder / name).mkdir()
-    prune(tmp_path, World.single(), 1)
+    prune(tmp_path, Keep(1))
     assert {path.name for path in folder.iterdir()} == {"step-00000001", *strangers}
 
 
 def test_keeping_none_is_a_configuration_error(tmp_path) -> None:
     with pytest.raises(ConfigError, match="checkpoint.keep_last"):
-        prune(tmp_path, World.single(), 0)
-    assert prune(tmp_path, World.single(), 1) == []
+        prune(tmp_path, Keep(0))
+    assert prune(tmp_path, Keep(1)) == []

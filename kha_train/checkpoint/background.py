@@ -1,0 +1,161 @@
+"""Checkpoints written beside training: threads touch files only, the main threads agree.
+
+    begin      main threads: agree on a name, copy the state to host memory, start the thread
+    (thread)   every rank writes its own files
+    poll       main threads, once a step: has every rank written? did any fail?
+    (thread)   rank 0 joins, publishes, and prunes
+    poll       main threads: it stands
+
+A collective in a thread could meet training's own in another order on another rank, so no thread holds one. A save
+has one snapshot of this rank's share in memory, and only one save is in flight.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kha_train.checkpoint.agreement import Agreed
+from kha_train.checkpoint.pieces import Piece
+from kha_train.checkpoint.writer import PART_BYTES, Save, encode_on_main, no_stage
+from kha_train.distributed import World
+from kha_train.errors import CheckpointError, KhaError
+
+
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint that stands: its step, its directory, and the seconds from the snapshot until it stood."""
+
+    step: int
+    path: Path
+    seconds: float
+
+
+class BackgroundWriter:
+    """Writes one checkpoint at a time of `run_dir`, in a thread of each rank.
+
+    `around` are two local jobs of rank 0 that run in its thread: before publishing (make the record durable) and after
+    (prune). `stage` is called with the stages of `writer.STAGES`, for fault tests.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        world: World,
+        *,
+        before_publish: Callable[[], None] = lambda: None,
+        after_publish: Callable[[], None] = lambda: None,
+        stage: Callable[[str], None] = no_stage,
+        part_bytes: int = PART_BYTES,
+    ) -> None:
+        self._run_dir, self._world, self._stage, self._part_bytes = run_dir, world, stage, part_bytes
+        self._before_publish, self._after_publish = before_publish, after_publish
+        self._save: Save | None = None
+        self._job: _Job | None = None
+        self._publishing = False
+        self._started = 0.0
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a checkpoint is on its way; the same on every rank."""
+        return self._save is not None
+
+    def begin(
+        self, step: int, pieces: Iterable[Piece], buffers: dict[str, Tensor], trainer_state: dict[str, Any]
+    ) -> None:
+        """Start writing. Collective; none may be in flight.
+
+        `pieces` and `buffers` are drawn by the thread and must not change until `poll` or `wait` has returned the
+        checkpoint: bring copies of what training goes on with. Raises CheckpointError on all ranks.
+        """
+        assert self._save is None, "one save at a time"
+        self._started = time.perf_counter()
+        encoded = encode_on_main(self._world, trainer_state)
+        save = Save(self._run_dir, step, self._world, encoded, stage=self._stage, part_bytes=self._part_bytes)
+        with Agreed(self._world, "prepare"):
+            save.prepare()
+        self._save, self._publishing = save, False
+        self._job = _Job(lambda: save.write_share(pieces, buffers))
+
+    def poll(self) -> Published | None:
+        """Once a step: the checkpoint if it has come to stand, None while it is on its way or when there is none.
+
+        Collective. Raises CheckpointError on all ranks when the save failed; what it left is removed then.
+        """
+        if self._job is None:
+            return None
+        (running,) = self._world.max_ints(int(self._job.running))
+        return None if running else self._advance()
+
+    def wait(self) -> Published | None:
+        """The checkpoint in flight, once it stands; None when there is none. Collective; raises as `poll` does."""
+        published = None
+        while self._job is not None:
+            self._job.join()
+            published = self._advance()
+        return published
+
+    def abandon(self) -> None:
+        """Let this rank's thread end, without asking the others: they may be gone. Nothing is published any more."""
+        if self._job is not None:
+            self._job.join()
+        self._save = self._job = None
+
+    def _advance(self) -> Published | None:
+        """After this rank's job has ended: agree that all went well, then the next stage or the end."""
+        save, job = self._save, self._job
+        assert save is not None and job is not None
+        try:
+            with Agreed(self._world, "publish" if self._publishing else "write"):
+                if job.error is not None:
+                    raise job.error
+        except KhaError:
+            self._save = self._job = None
+            save.clear()
+            raise
+        if not self._publishing:
+            self._publishing, self._job = True, _Job(lambda: self._publish(save))
+            return None
+        self._save = self._job = None
+        return Published(save.step, save.path, time.perf_counter() - self._started)
+
+    def _publish(self, save: Save) -> None:
+        if self._world.is_main:
+            self._before_publish()
+            save.publish()
+            self._after_publish()
+
+
+class _Job:
+    """A thread around one function; keeps what it raised for the main thread to ask for."""
+
+    def __init__(self, body: Callable[[], None]) -> None:
+        self._body = body
+        self._error: KhaError | OSError | None = CheckpointError("the writing thread died; its traceback is above")
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def error(self) -> KhaError | OSError | None:
+        """What the body raised; None after a good end. Ask only once it has ended."""
+        return self._error
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._body()
+            self._error = None
+        except (KhaError, OSError) as error:
+            self._error = error

@@ -1,0 +1,37 @@
+"""Host memory that a snapshot is copied into, taken once and kept from save to save."""
+
+# P the elements of one piece
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class HostBuffers:
+    """Copies tensors to host memory, pinned when they come from a GPU. The n-th copy of every save reuses one buffer.
+
+    Memory is that of one snapshot of this rank's share: 12 bytes a parameter / ranks.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+        self._used = 0
+
+    def restart(self) -> None:
+        """Begin a new snapshot; the copies of the last one will be overwritten."""
+        self._used = 0
+
+    def copy(self, source_P: Tensor) -> Tensor:
+        """A host copy of a 1-D tensor; on a GPU it is only begun: call `synchronize` before reading it."""
+        if self._used == len(self._buffers) or self._buffers[self._used].shape != source_P.shape:
+            del self._buffers[self._used :]
+            self._buffers.append(torch.empty(source_P.shape, dtype=source_P.dtype, pin_memory=source_P.is_cuda))
+        target_P = self._buffers[self._used]
+        self._used += 1
+        return target_P.copy_(source_P, non_blocking=True)
+
+    def synchronize(self) -> None:
+        """Return when every copy is complete."""
+        if any(buffer.is_pinned() for buffer in self._buffers[:1]):
+            torch.cuda.synchronize()

@@ -1,0 +1,146 @@
+"""When checkpoints are written while training goes on, what training waits for them, what happens when one fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from kha_train.checkpoint.background import BackgroundWriter, Published
+from kha_train.checkpoint.host_buffers import HostBuffers
+from kha_train.checkpoint.retention import Keep, prune
+from kha_train.config.schema import RunConfig
+from kha_train.distributed import World
+from kha_train.engine.deepspeed import Engine
+from kha_train.errors import CheckpointError, KhaError
+from kha_train.train import resume
+
+
+class Saver:
+    """The checkpoints of one attempt. Every method is collective and does the same on every rank.
+
+    `sync` makes the record durable: rank 0 calls it before a checkpoint is published, so that none outlives its lines.
+    `event` gets a kind, a step and fields for the record.
+
+    A save that fails leaves training alone: it is recorded, and the next one is tried. `checkpoint.max_failures` in a
+    row end the run, and so does a failure of the last save, which `finish` raises: a CheckpointError on all ranks.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        run_dir: Path,
+        *,
+        sync: Callable[[], None],
+        event: Callable[..., Any],
+    ) -> None:
+        self._config, self._world, self._event = config.checkpoint, world, event
+        self._last_step = config.run.steps
+        self._keep = Keep(self._config.keep_last, self._config.keep_every_steps)
+        self._writer = BackgroundWriter(
+            run_dir, world, before_publish=sync, after_publish=lambda: _prune_quietly(run_dir, self._keep)
+        )
+        self._host = HostBuffers()
+        self._step = 0
+        self._stall = self._stall_of_save = 0.0
+        self._last_begun = time.monotonic()
+        self._error: CheckpointError | None = None
+        self.failures = self._failures_in_a_row = 0
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is to be written after `step`: by steps, by rank 0's clock, or as the last one."""
+        if step == self._last_step or step % self._config.every_steps == 0:
+            return True
+        if self._config.every_minutes == 0:
+            return False
+        elapsed = time.monotonic() - self._last_begun >= 60 * self._config.every_minutes
+        return bool(self._world.max_ints(int(self._world.is_main and elapsed))[0])
+
+    def begin(self, step: int, engine: Engine, trainer_state: dict[str, Any], protect: Collection[int]) -> None:
+        """Take a snapshot and start writing it, after waiting for the save before.
+
+        Retention leaves the steps in `protect`: the resumed-from one, and those a rewind may go back to.
+        """
+        started = time.perf_counter()
+        self._settle(self._writer.wait)
+        self._keep = replace(self._keep, steps=frozenset(protect))
+        self._step, self._last_begun, self._stall_of_save = step, time.monotonic(), 0.0
+        self._settle(lambda: self._begin(step, engine, trainer_state))
+        if not self._config.background:
+            self._settle(self._writer.wait)
+        self._waited(started)
+
+    def poll(self) -> None:
+        """Once a step: notice a save that has come to stand, or has failed."""
+        if self._writer.in_flight:
+            started = time.perf_counter()
+            self._settle(self._writer.poll)
+            self._waited(started)
+
+    def wait(self) -> None:
+        """Return when no save is in flight, before the run goes back to an older checkpoint."""
+        self._settle(self._writer.wait)
+
+    def finish(self) -> None:
+        """Wait for the save in flight. Raises CheckpointError when the last save that was begun failed."""
+        started = time.perf_counter()
+        self._settle(self._writer.wait)
+        self._waited(started)
+        if self._error is not None:
+            raise self._error
+
+    def leave(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """At the end of the attempt: no save is left half done. What all ranks raised together, all can wait after."""
+        if error is None or isinstance(error, KhaError):
+            self._settle(self._writer.wait, final=True)
+        else:
+            self._writer.abandon()
+
+    def take_stall(self) -> float:
+        """Seconds that training stood still for checkpoints since the last call."""
+        seconds, self._stall = self._stall, 0.0
+        return seconds
+
+    def _begin(self, step: int, engine: Engine, trainer_state: dict[str, Any]) -> None:
+        if self._config.background:
+            self._host.restart()
+            pieces = list(resume.pieces(engine, self._host.copy))
+            buffers = {name: self._host.copy(buffer) for name, buffer in engine.buffers().items()}
+            self._host.synchronize()
+        else:
+            pieces, buffers = resume.pieces(engine), {name: buffer.cpu() for name, buffer in engine.buffers().items()}
+        self._writer.begin(step, pieces, buffers, trainer_state)
+
+    def _settle(self, work: Callable[[], Published | None], final: bool = False) -> None:
+        try:
+            published = work()
+        except CheckpointError as error:
+            self._error = error
+            self.failures += 1
+            self._failures_in_a_row += 1
+            self._event("checkpoint_failed", self._step, problem=str(error), in_a_row=self._failures_in_a_row)
+            if self._failures_in_a_row >= self._config.max_failures and not final:
+                raise
+            return
+        if published is not None:
+            self._error, self._failures_in_a_row = None, 0
+            self._event(
+                "checkpoint_saved", published.step, seconds=published.seconds, stall_seconds=self._stall_of_save
+            )
+
+    def _waited(self, started: float) -> None:
+        seconds = time.perf_counter() - started
+        self._stall += seconds
+        self._stall_of_save += seconds
+
+
+def _prune_quietly(run_dir: Path, keep: Keep) -> None:
+    """Retention after a save. What cannot be deleted now is tried again after the next one: the save itself stands."""
+    try:
+        prune(run_dir, keep)
+    except OSError:
+        return
