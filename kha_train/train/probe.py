@@ -4,8 +4,8 @@ Collective, for every rank holds a part of the answer. It costs one forward of o
 was probed is bit-identical to one that was not.
 """
 
-# T tokens  U attended tokens  H query heads  G key/value heads  N = H / G  K head width  L layers  E experts
-# P parameters of interactions
+# B rows  T tokens  U attended tokens  H query heads  G key/value heads  N = H / G  K head width  L layers  E experts
+# P parameters of interactions  S document borders
 
 from __future__ import annotations
 
