@@ -12,6 +12,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ MAX_POINTS = 1500
 """A curve of more points is drawn by the smallest and largest value of so many stretches."""
 INK, GRID = "#0a01ff", "#0a02ff"
 SIZE_INCHES = (4.6, 2.8)
+SHADES = ("tab:orange", "tab:red", "tab:purple")
+"""Of stretches in a plot that stands alone."""
 
 
 @dataclass(frozen=True)
@@ -124,3 +127,24 @@ def _for_page(document: str, name: str) -> str:
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg).replace("xlink:href", "href")
     svg = svg.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
     return re.sub(r"#0a00([0-9a-f]{2})", lambda match: f"var(--series-{int(match[1], 16)})", svg)
+
+
+def save_shaded(
+    path: Path, curve: Curve, shades: Sequence[tuple[float, float, int]], *, x_label: str, y_label: str, title: str = ""
+) -> None:
+    """The curve as a file that stands alone (its suffix says which kind: .png, .svg, .pdf), with stretches
+    (first, last, colour) of the x axis shaded; gaps are values that are not finite."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for first, last, color in shades:
+        axes.axvspan(first - 0.5, last + 0.5, color=SHADES[color], alpha=0.3, lw=0)
+    assert curve.raw_N is not None
+    axes.plot(*thin(curve.x_N, _finite(curve.raw_N)), color="black", linewidth=0.7)
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    axes.grid(linewidth=0.4, alpha=0.5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,240 @@
+"""Spike statistics of a finished or living curve: a run directory, a `metrics.jsonl` or a CSV of any framework.
+
+The monitor that runs inside training runs here over what was recorded, so both say the same.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kha_train.errors import ConfigError, DataError
+from kha_train.record import read_discarded, read_events, read_metrics
+from kha_train.stability.events import Observation, SpikeEvent
+from kha_train.stability.monitor import Monitor
+from kha_train.stability.statistics import rate, shared_events, summarise, tail_gap
+
+SCORES = "spike/olmo"
+ACTIONS = ("step_discarded", "rewind", "rewind_impossible", "divergence")
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """A curve step by step. `planned` are steps at which something was meant to change; `repeated` counts steps that
+    the file held more than once (the last is taken). `run_dir` is None for a foreign curve."""
+
+    label: str
+    points: tuple[Observation, ...]
+    planned: frozenset[int]
+    repeated: int = 0
+    run_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class SpikeReport:
+    """What a curve comes to. `rewound` are events in lines that a rewind undid; they count unless told otherwise.
+    `scores` are the published rules' percentages at the end of the curve."""
+
+    curve: LossCurve
+    events: tuple[SpikeEvent, ...]
+    rewound: tuple[SpikeEvent, ...]
+    scores: dict[str, float]
+    summary: dict[str, Any]
+    actions: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; non-finite numbers become words in JSON."""
+        rewound = [{**event.to_dict(), "rewound": True} for event in self.rewound]
+        events = [{**event.to_dict(), "rewound": False} for event in self.events] + rewound
+        summary = dict(self.summary)
+        return {
+            "label": self.curve.label,
+            "events": sorted(events, key=lambda event: event["start_step"]),
+            "scores": self.scores,
+            "rates": summary.pop("rates"),
+            "summary": {**summary, "rewound_events": len(self.rewound), "repeated_steps": self.curve.repeated},
+            "actions": self.actions,
+        }
+
+
+def read_curve(path: Path, planned: Sequence[int] = ()) -> LossCurve:
+    """The curve of a run directory, a metrics file or a CSV with a header of `step,loss[,grad_norm]`.
+
+    Raises ConfigError when there is none or a column is missing, DataError when a value cannot be read.
+    """
+    if not path.exists():
+        raise ConfigError("there is no such file or run directory", field="curve", value=str(path))
+    if path.suffix.lower() == ".csv":
+        points, run_dir = _read_csv(path), None
+    else:
+        points = [_observation(line) for line in read_metrics(path) if "train/loss" in line]
+        run_dir = path if path.is_dir() else path.parent
+        run_dir = run_dir if (run_dir / "config.yaml").is_file() else None
+    if not points:
+        raise ConfigError("it holds no step", field="curve", value=str(path), fix="metrics.jsonl, or CSV: step,loss")
+    unique = {point.step: point for point in points}
+    ordered = tuple(unique[step] for step in sorted(unique))
+    changes = {*planned, *(_phase_steps(run_dir, ordered) if run_dir else ())}
+    label = path.name if path.name != "metrics.jsonl" else path.resolve().parent.name
+    return LossCurve(label, ordered, frozenset(changes), len(points) - len(unique), run_dir)
+
+
+def score_curve(curve: LossCurve, include_rewound: bool = True) -> SpikeReport:
+    """Run the monitor over `curve` and sum up."""
+    events, metrics = find_events(curve.points, curve.planned)
+    rewound = _rewound_events(curve) if curve.run_dir and include_rewound else []
+    first, last = curve.points[0], curve.points[-1]
+    summary = summarise([*events, *rewound], first_step=first.step, last_step=last.step, tokens=last.tokens)
+    return SpikeReport(
+        curve=curve,
+        events=tuple(events),
+        rewound=tuple(rewound),
+        scores={name: value for name, value in metrics.items() if name.startswith(SCORES)},
+        summary=summary,
+        actions=_actions(curve.run_dir),
+    )
+
+
+def find_events(points: Sequence[Observation], planned: frozenset[int]) -> tuple[list[SpikeEvent], dict[str, float]]:
+    """The events of a curve, one that is open at its end included, and the metrics of its last step."""
+    monitor, events, metrics = Monitor(), [], {}
+    for point in points:
+        verdict = monitor.update(point, planned_change=point.step in planned)
+        events += [verdict.closed] if verdict.closed else []
+        metrics = verdict.metrics
+    events += [monitor.events.event] if monitor.events.event else []
+    return events, metrics
+
+
+def across_runs(reports: Sequence[SpikeReport], reference: SpikeReport | None = None) -> dict[str, Any]:
+    """Several runs together: pooled rates, shared and private events, tail gaps against `reference` (the first run
+    when none is named)."""
+    reference = reference or reports[0]
+    shared = shared_events([report.events for report in reports])
+    totals = {name: sum(report.summary[name] for report in reports) for name in ("spikes", "steps", "tokens")}
+    curve = [(point.tokens, point.loss) for point in reference.curve.points]
+    gaps = {
+        report.curve.label: tail_gap([(point.tokens, point.loss) for point in report.curve.points], curve)
+        for report in reports
+        if report is not reference
+    }
+    return {
+        "runs": [report.to_dict() for report in reports],
+        "pooled": {
+            **totals,
+            "per_1k_steps": rate(totals["spikes"], totals["steps"] / 1000),
+            "per_billion_tokens": rate(totals["spikes"], totals["tokens"] / 1e9),
+        },
+        "shared": {
+            report.curve.label: {
+                "shared": [event.start_step for event, both in zip(report.events, flags, strict=True) if both],
+                "private": [event.start_step for event, both in zip(report.events, flags, strict=True) if not both],
+            }
+            for report, flags in zip(reports, shared, strict=True)
+        },
+        "reference": reference.curve.label,
+        "tail_gap": gaps,
+    }
+
+
+def evidence_of(report: SpikeReport, number: int) -> tuple[SpikeEvent, dict[str, Any]]:
+    """Event `number` (from 1, in order of steps) of a run, and what the record keeps of its opening (may be empty).
+
+    Raises ConfigError when there is no such event.
+    """
+    events = sorted([*report.events, *report.rewound], key=lambda event: event.start_step)
+    if not 1 <= number <= len(events):
+        raise ConfigError("no such event", field="--event", value=number, allowed=f"1 to {len(events)}")
+    event = events[number - 1]
+    kept = read_events(report.curve.run_dir) if report.curve.run_dir else []
+    opened = [entry for entry in kept if entry["kind"] == "spike_opened" and entry["step"] == event.start_step]
+    return event, opened[-1] if opened else {}
+
+
+def _observation(line: dict[str, Any]) -> Observation:
+    return Observation(
+        step=line["step"],
+        loss=float(line["train/loss"]),
+        grad_norm=float(line.get("train/grad_norm", math.nan)),
+        tokens=line.get("tokens", 0),
+        lr=line.get("train/lr", math.nan),
+        samples_first=line.get("samples_first", -1),
+        samples_last=line.get("samples_last", -1),
+    )
+
+
+def _read_csv(path: Path) -> list[Observation]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file, skipinitialspace=True)
+        columns = [name.strip() for name in rows.fieldnames or []]
+        rows.fieldnames = columns
+        missing = [name for name in ("step", "loss") if name not in columns]
+        if missing:
+            raise ConfigError(
+                f"no column {' and '.join(missing)}",
+                field=str(path),
+                value=",".join(columns),
+                allowed="a header of step,loss[,grad_norm][,tokens][,lr]",
+            )
+        return [_csv_row(row, f"{path}:{rows.line_num}") for row in rows if row["loss"]]
+
+
+def _csv_row(row: dict[str, str], where: str) -> Observation:
+    try:
+        return Observation(
+            step=int(float(row["step"])),
+            loss=float(row["loss"]),
+            grad_norm=float(row.get("grad_norm") or "nan"),
+            tokens=int(float(row.get("tokens") or 0)),
+            lr=float(row.get("lr") or "nan"),
+        )
+    except (ValueError, OverflowError) as error:
+        raise DataError(f"not a number: {error}", field=where) from error
+
+
+def _phase_steps(run_dir: Path, points: Sequence[Observation]) -> list[int]:
+    """The steps that begin a phase of the data mixture."""
+    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")) or {}
+    starts = [phase["start_sample"] for phase in config.get("data", {}).get("phases", [])]
+    before = [-1, *(point.samples_first for point in points)]
+    return [
+        point.step
+        for point, last in zip(points, before, strict=False)
+        if any(last < start <= point.samples_first for start in starts)
+    ]
+
+
+def _rewound_events(curve: LossCurve) -> list[SpikeEvent]:
+    """Events that began in lines which a rewind undid.
+
+    Each rewind is judged on the curve as it stood then: the lines that survived it up to where it went, then those it
+    undid. A rewind that was computed twice, because the run was killed after it, counts once.
+    """
+    assert curve.run_dir is not None
+    undone: dict[tuple[int, str], list[Observation]] = {}
+    for line in read_discarded(curve.run_dir):
+        if line["discarded_reason"].startswith("rewind "):
+            key = (line["discarded_by_attempt"], line["discarded_reason"])
+            undone.setdefault(key, []).append(_observation(line))
+    points, found = list(curve.points), {}
+    for group in reversed(list(undone.values())):
+        points = [point for point in points if point.step < group[0].step] + group
+        events, _ = find_events(points, curve.planned)
+        found |= {
+            (event.start_step, event.samples_first): event for event in events if event.start_step >= group[0].step
+        }
+    for event in found.values():
+        event.open = False
+    return sorted(found.values(), key=lambda event: event.start_step)
+
+
+def _actions(run_dir: Path | None) -> dict[str, int]:
+    """How often something was done about the run, for the honesty of a comparison."""
+    kinds = [event["kind"] for event in read_events(run_dir)] if run_dir else []
+    return {kind: kinds.count(kind) for kind in ACTIONS}

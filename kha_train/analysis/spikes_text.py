@@ -1,0 +1,62 @@
+"""The text of the batch in which an event began, read from the run's own data."""
+
+# N samples of the batch  W tokens of a row and the one after it
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kha_train.config.compose import load
+from kha_train.data.sources import Source, open_samples
+from kha_train.data.tokenizer import KIND, Tokenizer
+from kha_train.record import read_events
+
+
+def batch_texts(run_dir: Path, first_sample: int) -> list[dict[str, Any]]:
+    """`sample`, `source` and `text` of every row of the global batch that begins with `first_sample`.
+
+    Ids stand for themselves when the dataset brought no tokenizer. Raises ConfigError and DataError when the data is
+    no longer what the run was trained on.
+    """
+    config = load(run_dir / "config.yaml")
+    samples = open_samples(config)
+    windows = [tuple(event["window"]) for event in read_events(run_dir) if event["kind"] == "rewind"]
+    numbers_N = batch_numbers(first_sample, config.data.global_batch_size, windows)
+    sources_N, rows_N = samples.locate(numbers_N)
+    rows_NW = samples.read(sources_N, rows_N)
+    tokenizers = [_tokenizer(source) for source in samples.sources]
+    return [
+        {"sample": int(number), "source": samples.sources[place].name, "text": _decode(tokenizers[place], ids_W[:-1])}
+        for number, place, ids_W in zip(numbers_N, sources_N, rows_NW, strict=True)
+    ]
+
+
+def batch_numbers(first_sample: int, count: int, windows: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The sample numbers (int64) of the batch of `count` that begins with `first_sample`, past skip `windows`.
+
+    A window that holds the first sample was made later, because of this very batch, and does not count.
+    """
+    numbers: list[int] = []
+    number = first_sample
+    while len(numbers) < count:
+        ends = [last for first, last in windows if first <= number < last and not first <= first_sample < last]
+        if ends:
+            number = max(ends)
+            continue
+        numbers.append(number)
+        number += 1
+    return np.array(numbers, dtype=np.int64)
+
+
+def _tokenizer(source: Source) -> Tokenizer | None:
+    shards = source.rows.shards
+    path = shards.check_tokenizer()
+    return Tokenizer(path) if path is not None and shards.manifest.tokenizer.kind == KIND else None
+
+
+def _decode(tokenizer: Tokenizer | None, ids_W: np.ndarray) -> str:
+    return tokenizer.decode(ids_W) if tokenizer else " ".join(map(str, ids_W.tolist()))
