@@ -262,7 +262,7 @@ class ClusterSection:
 
     Per device: dense peak in `peak_tflops`, `memory_gib` of which `reserved_gib` are not the model's, `price_per_hour`
     (0: not known). Bandwidths are GB a second, one way: `node_bandwidth_gb` of a device to its node of
-    `devices_per_node`, `network_bandwidth_gb` of a device to other nodes, `storage_bandwidth_gb` of all writes together.
+    `devices_per_node`, `network_bandwidth_gb` of a device to other nodes, `storage_bandwidth_gb` of all writes.
     `mfu` and `hours_between_failures` (of one device) are assumptions, to be replaced by what was measured.
     """
 

@@ -17,8 +17,9 @@ TRAINING_FACTOR = 3
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """`total` counts a tied matrix once; `active` counts top_k of the experts. `by_component` sums to `total`; its keys
-    are embedding, attention, interaction, router, experts, norms, head (0 when tied)."""
+    """`total` counts a tied matrix once; `active` counts top_k of the routed experts. `by_component` sums to `total`; its keys
+    are embedding, attention, interaction, router, experts, shared_experts, dense (the plain feed-forwards), norms, head
+    (0 when tied)."""
 
     total: int
     active: int
@@ -29,8 +30,8 @@ class ParameterCount:
 class FlopCount:
     """Operations for one token of a row of `model.seq_len`.
 
-    `forward` sums `by_component` (attention, scores, interaction, router, experts, head); `training` is 3 x forward.
-    `mfu` is the numerator of MFU: 6 x active matrix parameters (attention projections, router, top_k experts, head) +
+    `forward` sums `by_component` (attention, scores, interaction, router, experts, shared_experts, dense, head);
+    `training` is 3 x forward. `mfu` is the numerator of MFU: 6 x active matrix parameters (all of those components) +
     6 S H K L for causal attention; nothing for an interaction, so that variants are compared by the work of the model
     they modify. `mfu_palm` counts attention without the causal half: 12 S H K L. Recomputation is in none of them.
     """
@@ -50,13 +51,15 @@ def count_parameters(config: RunConfig) -> ParameterCount:
         "embedding": (model.vocab_size + _learned_positions(config)) * model.hidden_size,
         "attention": model.layers * base.parameters(model.hidden_size),
         "interaction": model.layers * interaction.parameters(base.heads()),
-        "router": model.layers * moe.experts * model.hidden_size,
-        "experts": model.layers * moe.experts * _expert_parameters(config),
+        "router": moe_layers(config) * moe.experts * model.hidden_size,
+        "experts": moe_layers(config) * moe.experts * _expert_parameters(config),
+        "shared_experts": moe_layers(config) * moe.shared_experts * _expert_parameters(config),
+        "dense": moe.dense_layers * 3 * model.hidden_size * moe.dense_width,
         "norms": model.layers * (2 * model.hidden_size + base.norm_parameters(attention.qk_norm)) + model.hidden_size,
         "head": 0 if model.tie_embeddings else model.vocab_size * model.hidden_size,
     }
     total = sum(by_component.values())
-    idle = model.layers * (moe.experts - moe.top_k) * _expert_parameters(config)
+    idle = moe_layers(config) * (moe.experts - moe.top_k) * _expert_parameters(config)
     return ParameterCount(total, total - idle, by_component)
 
 
@@ -68,8 +71,10 @@ def flops_per_token(config: RunConfig) -> FlopCount:
         "attention": model.layers * base.token_flops(model.hidden_size),
         "scores": model.layers * model.seq_len * base.pair_flops() // 2,
         "interaction": model.layers * interaction.flops(base.heads()),
-        "router": 2 * model.layers * moe.experts * model.hidden_size,
-        "experts": 2 * model.layers * moe.top_k * _expert_parameters(config),
+        "router": 2 * moe_layers(config) * moe.experts * model.hidden_size,
+        "experts": 2 * moe_layers(config) * moe.top_k * _expert_parameters(config),
+        "shared_experts": 2 * moe_layers(config) * moe.shared_experts * _expert_parameters(config),
+        "dense": 2 * moe.dense_layers * 3 * model.hidden_size * moe.dense_width,
         "head": 2 * model.vocab_size * model.hidden_size,
     }
     forward = sum(by_component.values())
@@ -81,6 +86,37 @@ def flops_per_token(config: RunConfig) -> FlopCount:
         mfu_palm=mfu + TRAINING_FACTOR * by_component["scores"],
         by_component=by_component,
     )
+
+
+@dataclass(frozen=True)
+class InteractionOverhead:
+    """What the head interaction adds to the model without it, in percent. `cache` is that of the cache a token takes
+    while generating: interactions act before it, so none adds to it."""
+
+    parameters: float
+    flops: float
+    cache: float
+
+
+def interaction_overhead(config: RunConfig) -> InteractionOverhead:
+    """The share of the interaction in parameters and operations (unfolded: what it computes, not how), in percent."""
+    parameters, flops = count_parameters(config), flops_per_token(config)
+    extra, extra_flops = parameters.by_component["interaction"], flops.by_component["interaction"]
+    return InteractionOverhead(
+        parameters=100 * extra / (parameters.total - extra),
+        flops=100 * extra_flops / (flops.forward - extra_flops),
+        cache=0.0,
+    )
+
+
+def cache_bytes_per_token(config: RunConfig, bytes_per_number: int = 2) -> int:
+    """Bytes that one token of context takes in the key/value caches of all layers while generating."""
+    return config.model.layers * config.attention.base.cache_numbers() * bytes_per_number
+
+
+def moe_layers(config: RunConfig) -> int:
+    """How many layers have experts."""
+    return config.model.layers - config.moe.dense_layers
 
 
 def _learned_positions(config: RunConfig) -> int:

@@ -36,7 +36,7 @@ def load_kernels() -> Kernels:
     if missing:
         raise _unavailable(f"not installed: {', '.join(missing)}")
     try:
-        # Imported by name: it pins another torch, so it can be no requirement of this package, not even an optional one.
+        # By name: it pins another torch, so it can be no requirement of this package, not even an optional one.
         ops, gemm = import_module("megablocks.ops"), import_module("megablocks.grouped_gemm_util")
     except (ImportError, RuntimeError, AssertionError) as error:
         raise _unavailable(f"its import failed: {error}") from error
