@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kha_train.config.constants import IGNORE_LABEL
 from kha_train.data.stream import Batch
+from kha_train.distributed import World
 from kha_train.engine.deepspeed import Engine
 
 
@@ -25,11 +26,26 @@ class Validation:
 
 
 def evaluate(engine: Engine, batches: Iterable[Batch], bytes_per_id_V: Tensor) -> Validation:
-    """Score `batches` (this rank's part of the validation rows) and add up over ranks. Collective."""
+    """Score `batches` (this rank's part of the validation rows, equally many on every rank) and add up over ranks.
+
+    Collective. Raises DataError on all ranks when any rank could not read a batch.
+    """
     totals = torch.zeros(3, dtype=torch.float64)
-    for batch in batches:
+    for batch in _read_together(batches, engine.world):
         labels = batch.labels_BT[batch.labels_BT != IGNORE_LABEL]
         loss_sum = engine.evaluate(batch).loss_sum
         totals += torch.tensor([loss_sum.item(), labels.numel(), bytes_per_id_V[labels].sum().item()])
     loss_sum, labels, text_bytes = engine.world.sum_(totals.to(engine.world.device)).tolist()
     return Validation(loss_sum / max(labels, 1), loss_sum / math.log(2) / max(text_bytes, 1))
+
+
+def _read_together(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
+    """The batches; before each is used, all ranks know that all have read theirs."""
+    remaining = iter(batches)
+    while True:
+        batch = None
+        with world.agreed():
+            batch = next(remaining, None)
+        if batch is None:
+            return
+        yield batch
