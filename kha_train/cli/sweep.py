@@ -18,7 +18,7 @@ from kha_train.config.compose import compose, shipped
 from kha_train.errors import KhaError
 from kha_train.operate import slurm, sweep
 from kha_train.operate.local import run_points
-from kha_train.operate.slurm import JobOptions
+from kha_train.operate.slurm import JobOptions, Started
 from kha_train.operate.sweep import Point
 
 Grid = Annotated[
@@ -44,25 +44,17 @@ def sweep_command(
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
     """Train a grid of variants: validated whole, submitted as one job array; again for what is missing."""
-    if equal not in ("steps", "tokens", "flops"):
-        raise typer.BadParameter("steps, tokens or flops", param_hint="--equal")
     directory = parent / (name or sweep.default_name(overrides))
     points = sweep.plan_sweep(directory, overrides, equal)
     options = JobOptions(nodes, gpus_per_node, parallel, slurm.parse_sbatch(sbatch or []), site)
     if show:
         _print_scripts(directory, points, options)
         return
-    sweep.check_against_runs(points)
-    elements = set() if local else slurm.waiting_elements()
-    standing = sweep.statuses(points, sweep.queued_labels(sweep.load_sweep(directory), elements))
-    start = sweep.missing(points, standing, retry_failed)
-    sweep.save_sweep(directory, points, equal)
-    job = None
-    if start and local:
-        _run_here(directory, points, start, processes, quiet=as_json)
-    elif start:
-        job = slurm.submit(directory, start, options)
-    _answer(directory, points, start, standing, job, as_json)
+    if local:
+        started = _run_here(directory, points, equal, processes, retry_failed, quiet=as_json)
+    else:
+        started = slurm.start_missing(directory, points, options, equal=equal, retry_failed=retry_failed)
+    _answer(directory, points, started, as_json)
 
 
 def launch_arguments(
@@ -90,10 +82,16 @@ def _print_scripts(directory: Path, points: list[Point], options: JobOptions) ->
         typer.echo(f"\n# {script}\n{(shipped('launch') / script).read_text(encoding='utf-8')}")
 
 
-def _run_here(directory: Path, points: list[Point], start: list[Point], processes: int, quiet: bool) -> None:
+def _run_here(
+    directory: Path, points: list[Point], equal: sweep.Equal, processes: int, retry_failed: bool, quiet: bool
+) -> Started:
     """Raises KhaError when a point failed; the others are trained all the same."""
+    sweep.check_against_runs(points)
+    standing = sweep.statuses(points)
+    start = sweep.missing(points, standing, retry_failed)
+    sweep.save_sweep(directory, points, equal)
     console = Console(stderr=True)
-    with Live(console=console, auto_refresh=False, screen=False) as live:
+    with Live(console=console, auto_refresh=False) as live:
 
         def show(now: Point) -> None:
             if console.is_terminal and not quiet:
@@ -103,19 +101,20 @@ def _run_here(directory: Path, points: list[Point], start: list[Point], processe
     if failed:
         labels = ", ".join(point.label for point in failed)
         raise KhaError(f"failed: {labels}", field="kha sweep", fix=f"see {directory}/logs; the same command goes on")
+    return Started(None, start, standing)
 
 
-def _answer(
-    directory: Path, points: list[Point], start: list[Point], before: list, job: str | None, as_json: bool
-) -> None:
-    left = {status.name: status.state for status in before if status.name not in {point.label for point in start}}
+def _answer(directory: Path, points: list[Point], started: Started, as_json: bool) -> None:
+    labels = [point.label for point in started.points]
+    left = {status.name: status.state for status in started.before if status.name not in labels}
     if as_json:
         runs = [{"label": point.label, "run_dir": point.run_dir, "steps": point.steps} for point in points]
-        answer = {"directory": str(directory), "job": job, "started": [p.label for p in start], "left": left}
+        answer = {"directory": str(directory), "job": started.job, "started": labels, "left": left}
         typer.echo(json.dumps({**answer, "points": runs}))
         return
     for label, state in left.items():
         typer.echo(f"left as it is: {label} ({state})")
-    if job:
-        typer.echo(f"submitted {len(start)} points as job {job}")
-    typer.echo(f"watch:   kha status --watch {directory}\ncompare: kha compare {' '.join(p.run_dir for p in points)}")
+    if started.job:
+        typer.echo(f"submitted {len(labels)} points as job {started.job}")
+    typer.echo(f"watch:   kha status --watch {directory}")
+    typer.echo(f"compare: kha compare {shlex.join(point.run_dir for point in points)}")

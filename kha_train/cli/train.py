@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
 from kha_train.config.compose import compose
+from kha_train.errors import ConfigError
 
 Overrides = Annotated[
     list[str] | None,
@@ -14,15 +16,46 @@ Overrides = Annotated[
 ]
 
 
-def train(overrides: Overrides = None) -> None:
+def train(
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Rehearse the job in this one process; world_size=64 sets its ranks.")
+    ] = False,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="With --dry-run: GPUs of a node.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: answer with one JSON object.")] = False,
+) -> None:
     """Train one model; resumes by itself when run.dir holds a checkpoint.
 
     Under torchrun, or srun with one task a rank, every rank runs this: `torchrun --nproc-per-node 2 -m kha_train ...`
     """
-    config = compose(overrides or [])
+    overrides = overrides or []
+    if dry_run:
+        _rehearse(overrides, ranks_per_node, as_json)
+        return
+    config = compose(overrides)
     # Settings are judged before anything heavy is imported.
     from kha_train.train.run import train as train_run
 
     outcome = train_run(config)
     if not outcome.finished:
         typer.echo(f"stopped in good order after step {outcome.step}; the same command goes on from there", err=True)
+
+
+def _rehearse(overrides: list[str], ranks_per_node: int, as_json: bool) -> None:
+    """Raises ConfigError for a world size that is no number."""
+    ours = [text.partition("=")[2] for text in overrides if text.startswith("world_size=")]
+    settings = [text for text in overrides if not text.startswith("world_size=")]
+    if not all(text.isdecimal() and int(text) for text in ours):
+        raise ConfigError("is no number of ranks", field="world_size", value=ours[-1])
+    world_size = int(ours[-1]) if ours else 1
+    config = compose(settings)
+    from kha_train.operate.rehearse import Layout, rehearse
+
+    answer = rehearse(config, settings, Layout(world_size, min(ranks_per_node, world_size)))
+    if as_json:
+        typer.echo(json.dumps(answer, indent=2))
+        return
+    for section, values in answer.items():
+        shown = values if isinstance(values, dict) else {"": values}
+        for key, value in shown.items():
+            typer.echo(f"{section} {key}".strip() + f": {f'{value:,.4g}' if isinstance(value, float) else value}")

@@ -17,7 +17,18 @@ from pathlib import Path
 
 from kha_train.config.compose import shipped
 from kha_train.errors import ConfigError, KhaError
-from kha_train.operate.sweep import Point, add_submission
+from kha_train.operate.status import RunStatus
+from kha_train.operate.sweep import (
+    Equal,
+    Point,
+    add_submission,
+    check_against_runs,
+    load_sweep,
+    missing,
+    queued_labels,
+    save_sweep,
+    statuses,
+)
 from kha_train.record.files import read_json, write_json
 
 VALUE = re.compile(r"[A-Za-z0-9_.:/=@,%+-]+")
@@ -86,6 +97,29 @@ def job_environment(options: JobOptions) -> dict[str, str]:
 def points_document(points: Sequence[Point]) -> dict[str, object]:
     """What one job array reads: for every element its run directory and its overrides."""
     return {"points": [{"run_dir": point.run_dir, "overrides": list(point.overrides)} for point in points]}
+
+
+@dataclass(frozen=True)
+class Started:
+    """What a submission came to: the job array's id (None: nothing was missing), its points, and how all stood."""
+
+    job: str | None
+    points: list[Point]
+    before: list[RunStatus]
+
+
+def start_missing(
+    directory: Path, points: Sequence[Point], options: JobOptions, *, equal: Equal, retry_failed: bool
+) -> Started:
+    """Submit the points of a sweep that are neither done nor alive nor waiting.
+
+    Raises ConfigError for a point whose directory holds another run, and as `submit` does.
+    """
+    check_against_runs(points)
+    standing = statuses(points, queued_labels(load_sweep(directory), waiting_elements()))
+    start = missing(points, standing, retry_failed)
+    save_sweep(directory, points, equal)
+    return Started(submit(directory, start, options) if start else None, start, standing)
 
 
 def submit(directory: Path, points: Sequence[Point], options: JobOptions) -> str:

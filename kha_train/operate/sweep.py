@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from kha_train.config.build import flatten, to_plain
 from kha_train.config.compose import compose, expand, load_plain, quoted
@@ -60,6 +60,8 @@ def plan_points(directory: Path, points: Sequence[Sequence[str]], equal: Equal =
     one, by its `run.steps`. Raises ConfigError for a point that cannot run, names its own `run.dir`, or is there twice.
     """
     _check_name(directory.name)
+    if equal not in get_args(Equal):
+        raise ConfigError("is nothing to be equal in", field="--equal", value=equal, allowed=", ".join(get_args(Equal)))
     differing = _differing_keys(points)
     if equal != "steps" and "run.steps" in differing:
         raise ConfigError(f"is swept, but set by --equal {equal}", field="run.steps", fix="leave one of them out")

@@ -156,7 +156,7 @@ def test_what_would_fail_again_is_never_requeued(cluster, settings, job_environm
     assert (code, restarts) == ("2:0", "0") and "/nowhere" in said
     # A crash at once: no checkpoint came of it.
     code, restarts, said = end("crash", PYTHON_EXEC="/bin/false")
-    assert (code, restarts) == ("1:0", "0") and "no new checkpoint" in said
+    assert code != "0:0" and restarts == "0" and "no new checkpoint" in said
 
 
 def test_a_stop_file_ends_the_job_without_a_requeue(cluster, settings, slow, tmp_path: Path) -> None:

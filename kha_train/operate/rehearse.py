@@ -1,0 +1,200 @@
+"""A job of many ranks rehearsed in one process: what would be refused after hours in a queue is refused now.
+
+Batch arithmetic and data slices are those of the real job, for every rank. torch's fake process group lets rank 0 of
+any world be built in one process: its collectives return at once and exchange nothing. Where the model fits this
+machine, rank 0 is built by the real engine, takes a step and lists the pieces its checkpoint would hold; the numbers of
+that step mean nothing, its shapes, settings and memory do. A larger model is laid out on `meta` alone.
+"""
+
+# B rows of a rank
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from kha_train.config.compose import shipped
+from kha_train.config.schema import RunConfig
+from kha_train.config.validate import validate_batch
+from kha_train.data.stream import open_stream, validation_batches
+from kha_train.distributed import TORCHRUN, World
+from kha_train.engine.deepspeed import Engine, leave_world, resolve_dtype
+from kha_train.errors import ConfigError, DataError
+from kha_train.model.accounting import count_parameters
+from kha_train.model.decoder import build_decoder
+from kha_train.train import resume
+from kha_train.train.step import train_step
+
+GIB = 2**30
+MASTER_BYTES = 12
+"""A master weight and two moments in fp32: what a checkpoint holds of a parameter."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How `world_size` ranks lie on nodes."""
+
+    world_size: int
+    ranks_per_node: int
+
+    @property
+    def nodes(self) -> int:
+        """Nodes, all of them full."""
+        return self.world_size // self.ranks_per_node
+
+
+def rehearse(config: RunConfig, overrides: Sequence[str], layout: Layout) -> dict[str, Any]:
+    """What the job would do, as nested plain values: batch, data, model, memory, checkpoint, launch.
+
+    Raises ConfigError for what the job could not run with (missing data, a batch that does not divide, nodes that are
+    not full), and DataError when the data is damaged or its slices do not tile the batch.
+    """
+    if layout.world_size % layout.ranks_per_node:
+        raise ConfigError(
+            f"does not fill nodes of {layout.ranks_per_node} ranks",
+            field="world_size",
+            value=layout.world_size,
+            fix=f"a multiple of {layout.ranks_per_node}, or another --ranks-per-node",
+        )
+    validate_batch(config, layout.world_size)
+    parameters = count_parameters(config)
+    return {
+        "world_size": layout.world_size,
+        "batch": _batch(config, layout.world_size),
+        "data": _data(config, layout.world_size),
+        "model": {"parameters": parameters.total, "active": parameters.active, "tensors": _count_tensors(config)},
+        "memory": _memory(config, layout.world_size),
+        "checkpoint": _checkpoint(config, layout.world_size),
+        "rank_0": _rank_zero(config, layout.world_size),
+        "launch": _launch(overrides, layout),
+    }
+
+
+def _batch(config: RunConfig, world_size: int) -> dict[str, Any]:
+    rows, micro, length = config.data.global_batch_size, config.engine.micro_batch_size, config.model.seq_len
+    return {
+        "rows_a_step": rows,
+        "rows_a_rank": rows // world_size,
+        "micro_batches_a_step": rows // world_size // micro,
+        "tokens_a_step": rows * length,
+        "tokens": rows * length * config.run.steps,
+    }
+
+
+def _data(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """Read the first step of every rank. Raises DataError when a row is read by two ranks or by none."""
+    firsts = []
+    for rank in range(world_size):
+        stream = open_stream(config, rank, world_size)
+        firsts.append(next(stream))
+        validation_batches(config, rank, world_size)
+    samples = np.sort(np.concatenate([batch.samples_B for batch in firsts]))
+    if not np.array_equal(samples, np.arange(config.data.global_batch_size)):
+        raise DataError("the slices of the ranks do not tile the first step", field="data", value=samples.tolist())
+    return {
+        "content_id": stream.content_id,
+        "epochs": config.run.steps * config.data.global_batch_size / stream.samples_per_epoch,
+        "labels_first_step": sum(batch.label_count for batch in firsts),
+        "slices_first_step": [[int(batch.samples_B[0]), int(batch.samples_B[-1])] for batch in firsts],
+    }
+
+
+def _count_tensors(config: RunConfig) -> int:
+    """Lay the decoder out on `meta`, where its parameters must come to what the accounting says."""
+    with torch.device("meta"):
+        decoder = build_decoder(config)
+    held = sum(parameter.numel() for parameter in decoder.parameters())
+    assert held == count_parameters(config).total, f"the module has {held:,} parameters, the accounting another number"
+    return sum(1 for _ in decoder.parameters())
+
+
+def _memory(config: RunConfig, world_size: int) -> dict[str, float]:
+    """GiB a rank for weights, gradients and optimiser state; activations and buffers come on top."""
+    stage, total = config.engine.zero_stage, count_parameters(config).total
+    bf16 = config.engine.precision == "bf16" or (config.engine.precision == "auto" and config.engine.device != "cpu")
+    weight_bytes = 2 if bf16 else 4
+    gradient_bytes = 2 if bf16 and config.engine.grad_accum_dtype == "bf16" else 4
+    held = {
+        "weights": weight_bytes * total / (world_size if stage == 3 else 1),
+        "gradients": gradient_bytes * total / (world_size if stage >= 2 else 1),
+        "optimizer": MASTER_BYTES * total / world_size,
+    }
+    return {name: size / GIB for name, size in held.items()} | {"sum": sum(held.values()) / GIB}
+
+
+def _checkpoint(config: RunConfig, world_size: int) -> dict[str, Any]:
+    size = MASTER_BYTES * count_parameters(config).total
+    saves = math.ceil(config.run.steps / config.checkpoint.every_steps)
+    return {
+        "gib": size / GIB,
+        "gib_a_rank": size / world_size / GIB,
+        "gib_kept": size * min(saves, config.checkpoint.keep_last) / GIB,
+        "saves": saves,
+        "files": {
+            "model": [f"model-{rank:05d}.safetensors" for rank in (0, world_size - 1)],
+            "optimizer": [f"optimizer-{rank:05d}.safetensors" for rank in (0, world_size - 1)],
+        },
+    }
+
+
+def _rank_zero(config: RunConfig, world_size: int) -> dict[str, Any]:
+    need = _bytes_to_build(config, world_size)
+    have = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > have / 2:
+        return {"built": False, "why": f"needs some {need / GIB:.0f} GiB, {have / GIB:.0f} GiB are free here"}
+    with _fake_world(world_size) as world:
+        engine = Engine(config, world)
+        batch = next(open_stream(config, 0, world_size))
+        train_step(engine, batch, batch.label_count * world_size, config.optim.lr, stop_requested=False)
+        pieces = list(resume.pieces(engine))
+        engine.close()
+        leave_world()
+    return {
+        "built": True,
+        "dtype": str(resolve_dtype(config, world.device)).removeprefix("torch."),
+        "pieces": len(pieces),
+        "checkpoint_bytes": sum(piece.values.nbytes for piece in pieces),
+    }
+
+
+def _bytes_to_build(config: RunConfig, world_size: int) -> float:
+    total = count_parameters(config).total
+    return total * (8 + MASTER_BYTES / world_size)
+
+
+@contextmanager
+def _fake_world(world_size: int) -> Iterator[World]:
+    """Rank 0 of a world whose other ranks do not exist."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    before = {name: os.environ.get(name) for name in TORCHRUN}
+    os.environ.update(RANK="0", WORLD_SIZE=str(world_size), LOCAL_RANK="0")
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        yield World(0, world_size, 0)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _launch(overrides: Sequence[str], layout: Layout) -> dict[str, Any]:
+    script: Path = shipped("launch") / "train.sbatch"
+    command = ["sbatch", f"--nodes={layout.nodes}", f"--gpus-per-node={layout.ranks_per_node}", str(script), *overrides]
+    return {
+        "nodes": layout.nodes,
+        "ranks_per_node": layout.ranks_per_node,
+        "command": f"KHA_LAUNCH={shlex.quote(str(shipped('launch')))} {shlex.join(command)}",
+        "script": script.read_text(encoding="utf-8"),
+    }

@@ -1,0 +1,71 @@
+"""`hydra/launcher=kha_slurm`: plain Hydra's `--multirun` submitted as one SLURM job array, as `kha sweep` does it.
+
+Hydra imports every plugin at every start, so everything heavy is imported when jobs are launched. The submitter may log
+out: each point trains, is requeued and resumes by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra.plugins.launcher import Launcher
+
+
+@dataclass
+class KhaSlurmOptions:
+    """What may be set as `hydra.launcher.KEY`; the same as the options of `kha sweep`."""
+
+    _target_: str = "hydra_plugins.kha_slurm.KhaSlurmLauncher"
+    name: str = "sweep"
+    dir: str = "runs"
+    equal: str = "steps"
+    nodes: int = 1
+    gpus_per_node: int = 0
+    parallel: int = 0
+    sbatch: list[str] = field(default_factory=list)
+    site: str = ""
+    retry_failed: bool = False
+
+
+class KhaSlurmLauncher(Launcher):
+    """Validates every point, submits those that are missing, and returns without waiting for them."""
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        """Nothing is kept: a job composes its own configuration from its overrides."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """One answer a point, its job's id as the value (None where nothing had to be started)."""
+        from kha_train.operate.slurm import JobOptions, parse_sbatch, start_missing
+        from kha_train.operate.sweep import plan_points
+
+        chosen = self._options
+        directory = Path(chosen["dir"]) / chosen["name"]
+        overrides = [list(filter_overrides(point)) for point in job_overrides]
+        points = plan_points(directory, overrides, chosen["equal"])
+        options = JobOptions(
+            nodes=chosen["nodes"],
+            gpus_per_node=chosen["gpus_per_node"],
+            parallel=chosen["parallel"],
+            sbatch=parse_sbatch(list(chosen["sbatch"])),
+            site=chosen["site"],
+        )
+        started = start_missing(directory, points, options, equal=chosen["equal"], retry_failed=chosen["retry_failed"])
+        print(f"{directory}: job {started.job}, {len(started.points)} of {len(points)} points submitted", flush=True)
+        return [self._answer(point, number, started) for number, point in enumerate(points, start=initial_job_idx)]
+
+    def _answer(self, point: Any, number: int, started: Any) -> JobReturn:
+        answer = JobReturn(overrides=list(point.overrides), working_dir=point.run_dir, status=JobStatus.COMPLETED)
+        answer.task_name = f"{number}-{point.label}"
+        answer.return_value = started.job if point in started.points else None
+        return answer
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="kha_slurm", node=KhaSlurmOptions, provider="kha_train")
