@@ -92,7 +92,8 @@ class WandbMirror:
                 "spike/actions": wandb.Table(["step", "kind", "reason"], clean(self._events)),
             }
             run.log(tables)
-            run.summary.update(clean({f"spike/{name}": value for name, value in summary.items()}))
+            named = {name if "/" in name else f"spike/{name}": value for name, value in summary.items()}
+            run.summary.update(clean(named))
 
         self._attempt(send)
 
@@ -218,7 +219,7 @@ def _open_run(config: RunConfig, run_dir: Path, wandb_id: str, mode: str, redact
     run.define_metric("step")
     run.define_metric("tokens")
     run.define_metric("train/*", step_metric="step")
-    for group in ("moe", "spike", "attn", "kha", "data", "memory"):
+    for group in ("moe", "spike", "attn", "kha", "data", "memory", "checkpoint"):
         run.define_metric(f"{group}/*", step_metric="step")
     run.define_metric("validation/*", step_metric="tokens")
     return run

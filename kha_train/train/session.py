@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import yaml
 
+from kha_train.analysis.spikes import read_curve, score_curve
 from kha_train.checkpoint.reader import Checkpoint, find_newest
 from kha_train.config.build import to_plain
 from kha_train.config.schema import RunConfig
@@ -202,6 +203,7 @@ class Session:
         warn = self.console.warn
         self.wandb = WandbMirror(config, self.run_dir, self.record.wandb_id, rank=world.rank, warn=warn)
         self._open.callback(self.wandb.close)
+        self._open.callback(self._sum_up_spikes)
         self.saver = Saver(
             config,
             world,
@@ -210,6 +212,14 @@ class Session:
             event=self._checkpoint_event,
         )
         self._open.push(self.saver.leave)
+
+    def _sum_up_spikes(self) -> None:
+        """At the end of an attempt: the spikes of the whole run into `run.json` and W&B."""
+        if self.world.is_main and self.record.last_step:
+            report = score_curve(read_curve(self.run_dir))
+            self.record.update_run(spikes=report.summary)
+            answer = report.to_dict()
+            self.wandb.spikes(answer["events"], {**answer["summary"], **answer["scores"]})
 
     def _begin_attempt(self, resumed: bool) -> None:
         parameters = count_parameters(self.config)

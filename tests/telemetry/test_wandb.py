@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from kha_train.config.compose import compose
+from kha_train.stability.events import SpikeEvent
 from kha_train.telemetry import WandbMirror
 from kha_train.telemetry import wandb as mirror_module
-from kha_train.telemetry.wandb import MAX_KEYS, choose_mode, has_key, is_reachable
+from kha_train.telemetry.wandb import MARKER, MAX_KEYS, choose_mode, has_key, is_reachable
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,7 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 class FakeRun:
     def __init__(self) -> None:
-        self.logged: list[tuple[int, dict]] = []
+        self.logged: list[dict] = []
         self.axes: dict[str, str | None] = {}
         self.summary: dict = {}
         self.finished: list[int] = []
@@ -34,8 +35,8 @@ class FakeRun:
     def define_metric(self, name: str, step_metric: str | None = None) -> None:
         self.axes[name] = step_metric
 
-    def log(self, values: dict, step: int) -> None:
-        self.logged.append((step, values))
+    def log(self, values: dict) -> None:
+        self.logged.append(values)
 
     def finish(self, exit_code: int) -> None:
         self.finished.append(exit_code)
@@ -63,13 +64,12 @@ def test_every_line_is_sent_once_at_its_own_step_with_the_stable_id(monkeypatch,
     mirror.step({"step": 8})
     assert (seen["id"], seen["resume"], seen["mode"], seen["dir"]) == ("abc123", "allow", "offline", str(tmp_path))
     assert seen["config"]["run"]["seed"] == 0
-    assert [step for step, _ in run.logged] == [7]
-    assert run.logged[0][1]["tokens"] == 70
+    assert [(values["step"], values["tokens"]) for values in run.logged] == [(7, 70)]
     assert run.axes == {
         "step": None,
         "tokens": None,
         "train/*": "step",
-        "moe/*": "step",
+        **{f"{group}/*": "step" for group in ("moe", "spike", "attn", "kha", "data", "memory", "checkpoint")},
         "validation/*": "tokens",
     }
     assert (run.summary, run.finished, warnings) == ({"validation/loss": 1.5}, [5], [])
@@ -81,8 +81,8 @@ def test_the_number_of_keys_is_bounded(monkeypatch, tmp_path: Path) -> None:
     mirror = WandbMirror(config("telemetry.wandb.mode=offline"), tmp_path, "x")
     for step in range(50):
         mirror.step({"step": step, **{f"k/{step}/{i}": i for i in range(20)}})
-    assert len({key for _, values in run.logged for key in values}) == MAX_KEYS
-    assert all("step" in values for _, values in run.logged)
+    assert len({key for values in run.logged for key in values}) == MAX_KEYS
+    assert all("step" in values for values in run.logged)
 
 
 class StrangeError(Exception):
@@ -124,7 +124,7 @@ def test_a_mirror_that_fails_online_goes_on_offline(monkeypatch, tmp_path: Path)
 
 def test_a_mirror_that_breaks_in_the_middle_warns_once_and_training_goes_on(monkeypatch, tmp_path: Path) -> None:
     run = FakeRun()
-    run.log = lambda values, step: (_ for _ in ()).throw(BrokenPipeError("service died"))
+    run.log = lambda values: (_ for _ in ()).throw(BrokenPipeError("service died"))
     install(monkeypatch, lambda **options: run)
     warnings: list[str] = []
     mirror = WandbMirror(config("telemetry.wandb.mode=offline"), tmp_path, "x", warn=warnings.append)
@@ -194,3 +194,32 @@ def test_the_real_library_records_offline_inside_the_run_directory(tmp_path: Pat
     assert len(files) == 1
     assert b"train/loss" in files[0].read_bytes()
     assert json.dumps(done.stderr).count("wandb:") == 0
+
+
+def test_steps_computed_again_after_a_rewind_are_sent_too(monkeypatch, tmp_path: Path) -> None:
+    run = FakeRun()
+    install(monkeypatch, lambda **options: run)
+    mirror = WandbMirror(config("telemetry.wandb.mode=offline"), tmp_path, "id")
+    for step in (1, 2, 3, 2):
+        mirror.step({"step": step, "train/loss": 5.0})
+    assert [values["step"] for values in run.logged] == [1, 2, 3, 2]
+
+
+def test_spikes_are_marked_on_the_loss_and_listed_in_a_table(monkeypatch, tmp_path: Path) -> None:
+    run = FakeRun()
+    install(monkeypatch, lambda **options: run)
+    sys.modules["wandb"].Table = lambda columns, rows: (columns, rows)
+    mirror = WandbMirror(config("telemetry.wandb.mode=offline"), tmp_path, "id")
+    mirror.step({"step": 1, "train/loss": 3.0, "spike/open": 0})
+    mirror.step({"step": 2, "train/loss": 9.0, "spike/open": 1})
+    assert [values.get(MARKER) for values in run.logged] == [None, 9.0]
+    event = SpikeEvent(2, 4, 100, 1e-3, 8, 31, 3.0, 0.1, 1.0, height=math.inf, recovered=True, open=False)
+    mirror.event({"kind": "rewind", "step": 4, "reason": "a spike"})
+    mirror.event({})
+    mirror.spikes([event.to_dict()], {"spikes": 1, "spike/olmo_loss_score": 0.5})
+    columns, rows = run.logged[-1]["spike/events"]
+    assert dict(zip(columns, rows[0], strict=True)) | {"start_step": 2, "class": "narrow", "width": 3} == dict(
+        zip(columns, rows[0], strict=True)
+    )
+    assert run.logged[-1]["spike/actions"][1] == [[4, "rewind", "a spike"]]
+    assert run.summary == {"spike/spikes": 1, "spike/olmo_loss_score": 0.5}
