@@ -44,7 +44,7 @@ def sweep_command(
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
     """Train a grid of variants: validated whole, submitted as one job array; again for what is missing."""
-    directory = parent / (name or sweep.default_name(overrides))
+    directory = sweep.sweep_directory(parent, sweep.default_name(overrides) if name is None else name)
     points = sweep.plan_sweep(directory, overrides, equal)
     options = JobOptions(nodes, gpus_per_node, parallel, slurm.parse_sbatch(sbatch or []), site)
     if show:

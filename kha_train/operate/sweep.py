@@ -45,6 +45,14 @@ class Point:
     flops: float
 
 
+def sweep_directory(parent: Path, name: str) -> Path:
+    """`parent/name`. Raises ConfigError for a name that a scheduler or a file system might read otherwise."""
+    if not SAFE_NAME.fullmatch(name) or name.startswith((".", "-")):
+        allowed = "up to 80 letters, digits and _.+-"
+        raise ConfigError("is no name for a sweep", field="--name", value=name, allowed=allowed)
+    return parent / name
+
+
 def plan_sweep(directory: Path, overrides: Sequence[str], equal: Equal = "steps") -> list[Point]:
     """The points of the grid `overrides` (`attention=gqa,kha_mlp seed=0,1`); see `plan_points`.
 
@@ -59,7 +67,6 @@ def plan_points(directory: Path, points: Sequence[Sequence[str]], equal: Equal =
     `equal` gives every point the optimiser steps, the tokens or the training FLOPs (interaction included) of the first
     one, by its `run.steps`. Raises ConfigError for a point that cannot run, names its own `run.dir`, or is there twice.
     """
-    _check_name(directory.name)
     if equal not in get_args(Equal):
         raise ConfigError("is nothing to be equal in", field="--equal", value=equal, allowed=", ".join(get_args(Equal)))
     differing = _differing_keys(points)
@@ -87,6 +94,8 @@ def check_against_runs(points: Iterable[Point]) -> None:
     """Raises ConfigError when a point's directory holds a run of another configuration, which could not be resumed."""
     for point in points:
         saved = flatten(load_plain(Path(point.run_dir) / "config.yaml"))
+        if not saved:
+            continue
         now = flatten(to_plain(compose(point.overrides)))
         changed = [key for key in sorted(saved.keys() & now.keys()) if saved[key] != now[key]]
         if changed:
@@ -196,10 +205,3 @@ def _key(override: str) -> str:
 def _spelled_out(override: str) -> str:
     key, equals, value = override.partition("=")
     return f"{SHORTHANDS.get(key, key)}{equals}{value}"
-
-
-def _check_name(name: str) -> None:
-    """Raises ConfigError for a name that a scheduler or a file system might read otherwise."""
-    if not SAFE_NAME.fullmatch(name) or name.startswith((".", "-")):
-        allowed = "up to 80 letters, digits and _.+-"
-        raise ConfigError("is no name for a sweep", field="--name", value=name, allowed=allowed)

@@ -233,7 +233,7 @@ def cluster() -> Iterator[Cluster]:
     # A UNIX socket's path has 107 characters at most, so pytest's own long directories will not do.
     root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     root.chmod(0o755)
-    made = Cluster(root, cred_expire=15)
+    made = Cluster(root, cred_expire=6)
     try:
         made.start()
         yield made

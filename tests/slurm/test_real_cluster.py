@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -94,6 +95,7 @@ def test_a_run_survives_every_interruption_and_its_curve_is_that_of_a_run_never_
 
     # 1: the time limit.
     wait_for(trained_in(run_dir, 2), 150, "the start after the time limit")
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
     # 2: an operator's requeue.
     cluster.run("scontrol", "requeue", job)
     wait_for(trained_in(run_dir, 3), 90, "the start after scontrol requeue")
@@ -114,13 +116,17 @@ def test_a_run_survives_every_interruption_and_its_curve_is_that_of_a_run_never_
     ended = cluster.ended(job, 200)
     assert ended["JobState"] == "COMPLETED", output.read_text()[-3000:]
     lives = attempts(run_dir)
-    assert [life["state"] for life in lives] == ["requeued"] * 3 + ["lost"] * 2 + ["done"]
-    for life, following in zip(lives[:3], lives[1:4], strict=True):
-        assert following["start_step"] == life["end_step"], "resumed at the very step"
-    for life, following in zip(lives[3:5], lives[4:6], strict=True):
-        assert life["start_step"] < following["start_step"] <= life["end_step"]
-        assert following["start_step"] % EVERY == 0, "resumed at the last periodic checkpoint"
-    assert int(ended["Restarts"]) == 5
+    states = [life["state"] for life in lives]
+    # Cut off, the run may still save if the cable is back before SLURM loses patience; SLURM may also stop a node's
+    # first job after a crash once more. What holds for every life is what follows from how it ended.
+    assert states[:4] == ["requeued", "requeued", "requeued", "lost"] and states[-1] == "done", states
+    assert len(lives) >= 6 and int(ended["Restarts"]) >= 5
+    for life, following in itertools.pairwise(lives):
+        if life["state"] == "requeued":
+            assert following["start_step"] == life["end_step"], "resumed at the very step"
+        else:
+            assert following["start_step"] % EVERY == 0, "resumed at the last periodic checkpoint"
+            assert life["start_step"] < following["start_step"] <= life["end_step"]
     assert curve(run_dir) == reference
 
 

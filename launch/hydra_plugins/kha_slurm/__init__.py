@@ -44,10 +44,10 @@ class KhaSlurmLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """One answer a point, its job's id as the value (None where nothing had to be started)."""
         from kha_train.operate.slurm import JobOptions, parse_sbatch, start_missing
-        from kha_train.operate.sweep import plan_points
+        from kha_train.operate.sweep import plan_points, sweep_directory
 
         chosen = self._options
-        directory = Path(chosen["dir"]) / chosen["name"]
+        directory = sweep_directory(Path(chosen["dir"]), chosen["name"])
         overrides = [list(filter_overrides(point)) for point in job_overrides]
         points = plan_points(directory, overrides, chosen["equal"])
         options = JobOptions(

@@ -1,0 +1,272 @@
+"""Sweeps: which points a grid has, where they live, what is missing, what reaches SLURM and what never may."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kha_train.cli.main import run
+from kha_train.config.compose import compose, expand, quoted, shipped
+from kha_train.errors import ConfigError
+from kha_train.model.accounting import flops_per_token
+from kha_train.operate.slurm import (
+    VALUE,
+    JobOptions,
+    parse_sbatch,
+    points_document,
+    read_point,
+    sbatch_command,
+    start_missing,
+)
+from kha_train.operate.sweep import default_name, load_sweep, plan_sweep, queued_labels, statuses, sweep_directory
+from kha_train.record import Marker, Record, set_marker
+from kha_train.record.files import write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+WILD = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12) | st.text(
+    "ab'\"\\ \n$()`{}[],=~#%;&|<>*", max_size=8
+)
+
+FAKE_SBATCH = """#!/bin/bash
+printf '%s\\0' "$@" > "$FAKE/arguments"
+env -0 > "$FAKE/environment"
+[[ -z "$FAKE_REFUSES" ]] || { echo "no such account" >&2; exit 1; }
+echo "7;cluster"
+"""
+FAKE_SQUEUE = """#!/bin/bash
+cat "$FAKE/queue"
+"""
+
+
+@pytest.fixture
+def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which a stand-in for sbatch writes what it was given, and one for squeue reads what to answer."""
+    folder = tmp_path / "fake"
+    folder.mkdir()
+    (folder / "queue").touch()
+    for name, text in {"sbatch": FAKE_SBATCH, "squeue": FAKE_SQUEUE}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE", str(folder))
+    return folder
+
+
+def arguments(fake_slurm: Path) -> list[str]:
+    return (fake_slurm / "arguments").read_text().split("\0")[:-1]
+
+
+def start(directory: Path, overrides: list[str], retry_failed: bool = False) -> list[str]:
+    points = plan_sweep(directory, overrides)
+    started = start_missing(directory, points, JobOptions(), equal="steps", retry_failed=retry_failed)
+    return [point.label for point in started.points]
+
+
+def test_a_grid_is_the_product_of_its_choices_and_one_value_with_commas_is_one_value() -> None:
+    points = expand(["attention=gqa,kha_mlp", "run.seed=range(0,2)", "optim.betas=[0.9,0.95]", "run.name='a,b'"])
+    assert [point[:2] for point in points] == [
+        ["attention=gqa", "run.seed=0"],
+        ["attention=gqa", "run.seed=1"],
+        ["attention=kha_mlp", "run.seed=0"],
+        ["attention=kha_mlp", "run.seed=1"],
+    ]
+    assert all(point[2:] == ["optim.betas=[0.9,0.95]", "run.name='a,b'"] for point in points)
+
+
+def test_a_points_directory_follows_from_what_it_is_not_from_its_number(tmp_path: Path) -> None:
+    wide = plan_sweep(tmp_path / "s", ["attention=gqa,kha_mlp", "seed=0,1,2"])
+    narrow = plan_sweep(tmp_path / "s", ["seed=2,1", "attention=kha_mlp"])
+    assert len({point.run_dir for point in wide}) == 6
+    assert {point.run_dir for point in narrow} < {point.run_dir for point in wide}
+    assert [point.label for point in wide[:2]] == ["gqa-s0", "gqa-s1"]
+    rates = plan_sweep(tmp_path / "s", ["optim.lr=1e-3,3e-4"])
+    assert [point.label for point in rates] == ["gqa-s0-lr0.001", "gqa-s0-lr0.0003"]
+    for point in wide[-1:]:
+        config = compose(point.overrides)
+        assert (config.run.dir, config.run.name, config.telemetry.wandb.group) == (point.run_dir, point.label, "s")
+
+
+@pytest.mark.parametrize(
+    "overrides, word",
+    [
+        (["attention=gqa,kha_mpl"], "kha_mpl"),
+        (["attention=gqa", "model.kv_heads=2,3"], "kv_heads"),
+        (["attention=gqa,gqa"], "two points"),
+        (["run.dir=a,b"], "run.dir"),
+        (["attention=gqa,(kha"], "override"),
+    ],
+)
+def test_one_point_that_cannot_run_refuses_the_whole_sweep(tmp_path: Path, overrides: list[str], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        plan_sweep(tmp_path / "s", overrides)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_budgets_are_equal_in_what_was_asked_for(tmp_path: Path) -> None:
+    grid = ["attention=gqa,kha_mlp", "run.steps=1000"]
+    plain, knocking = plan_sweep(tmp_path / "s", grid, "flops")
+    assert plain.steps == 1000 > knocking.steps
+    for point in (plain, knocking):
+        config = compose(point.overrides)
+        spent = config.run.steps * config.data.global_batch_size * config.model.seq_len
+        spent *= flops_per_token(config).training
+        assert spent == pytest.approx(plain.flops, rel=1e-3)
+    small, large = plan_sweep(tmp_path / "s", ["data.global_batch_size=8,16", "run.steps=1000"], "tokens")
+    assert (small.steps, large.steps) == (1000, 500) and small.tokens == large.tokens
+    with pytest.raises(ConfigError, match="run.steps"):
+        plan_sweep(tmp_path / "s", ["run.steps=10,20"], "tokens")
+    with pytest.raises(ConfigError, match="steps, tokens, flops"):
+        plan_sweep(tmp_path / "s", grid, "hours")
+
+
+def test_only_what_is_missing_is_submitted(tmp_path: Path, fake_slurm: Path) -> None:
+    directory, grid = tmp_path / "s", ["attention=gqa,kha_linear,kha_mlp", "seed=0,1"]
+    assert len(start(directory, grid)) == 6
+    assert "--array=0-5" in arguments(fake_slurm)
+    (fake_slurm / "queue").write_text("7_1\n7_5\n9_0\n")
+    assert queued_labels(load_sweep(directory), {"7_1", "7_5", "9_0"}) == {"gqa-s1", "kha_mlp-s1"}
+    for label, marker in {
+        "gqa-s0": Marker.DONE,
+        "kha_linear-s0": Marker.FATAL,
+        "kha_linear-s1": Marker.REQUEUE,
+    }.items():
+        (directory / label).mkdir()
+        set_marker(directory / label, marker)
+    alive = Record.open(directory / "kha_mlp-s0")
+    try:
+        assert start(directory, grid) == ["kha_linear-s1"]
+        assert start(directory, grid, retry_failed=True) == ["kha_linear-s0", "kha_linear-s1"]
+    finally:
+        alive.close()
+    points = plan_sweep(directory, grid)
+    states = {status.name: status.state for status in statuses(points, {"gqa-s1"})}
+    assert states == {
+        "gqa-s0": "done",
+        "gqa-s1": "queued",
+        "kha_linear-s0": "fatal",
+        "kha_linear-s1": "requeue",
+        "kha_mlp-s0": "new",
+        "kha_mlp-s1": "new",
+    }
+
+
+def test_what_the_job_reads_is_what_was_planned(tmp_path: Path, fake_slurm: Path) -> None:
+    start(tmp_path / "s", ["attention=gqa,kha_mlp", "run.steps=5"])
+    script, points_file = arguments(fake_slurm)[-2:]
+    assert Path(script) == shipped("launch") / "sweep.sbatch"
+    for index, point in enumerate(plan_sweep(tmp_path / "s", ["attention=gqa,kha_mlp", "run.steps=5"])):
+        assert read_point(Path(points_file), index) == [point.run_dir, *point.overrides]
+    with pytest.raises(ConfigError, match="2 points"):
+        read_point(Path(points_file), 2)
+    given_environment = (fake_slurm / "environment").read_text().split("\0")
+    assert f"KHA_PYTHON={sys.executable}" in given_environment
+
+
+def test_a_refusal_of_sbatch_is_told_and_leaves_nothing_submitted(
+    tmp_path: Path, fake_slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAKE_REFUSES", "1")
+    with pytest.raises(SystemExit) as ended:
+        run(["sweep", "attention=gqa,kha_mlp", "--dir", str(tmp_path), "--name", "s"])
+    assert ended.value.code == 1
+    assert "no such account" in capsys.readouterr().err
+    assert load_sweep(tmp_path / "s")["submissions"] == []
+
+
+def test_a_directory_that_holds_another_run_is_not_submitted_into(tmp_path: Path, fake_slurm: Path) -> None:
+    from kha_train.config.compose import dump
+
+    (point,) = plan_sweep(tmp_path / "s", ["attention=gqa"])
+    Path(point.run_dir).mkdir(parents=True)
+    (Path(point.run_dir) / "config.yaml").write_text(dump(compose([*point.overrides, "engine.micro_batch_size=2"])))
+    assert start(tmp_path / "s", ["attention=gqa"]) == ["gqa-s0"], "how a step is executed may change"
+    with pytest.raises(ConfigError, match="optim.lr"):
+        start(tmp_path / "s", ["attention=gqa", "optim.lr=0.5"])
+
+
+@settings(max_examples=25, deadline=None)
+@given(WILD)
+def test_any_text_passes_through_an_override_exactly_or_is_refused(text: str) -> None:
+    try:
+        override = f"run.name={quoted(text)}"
+    except ConfigError:
+        assert "${" in text
+        return
+    assert compose([override]).run.name == text
+    assert expand([override]) == [[override]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(WILD, WILD)
+def test_no_text_becomes_a_second_option_of_sbatch(name: str, value: str) -> None:
+    try:
+        options = JobOptions(sbatch=parse_sbatch([f"{name}={value}"]))
+        command = sbatch_command(Path("runs/s"), Path("points.json"), 2, options)
+    except ConfigError:
+        return
+    plain = sbatch_command(Path("runs/s"), Path("points.json"), 2, JobOptions())
+    (added,) = [argument for argument in command if argument not in plain]
+    assert added == (f"--{name}={value}" if value else f"--{name}")
+    assert not value or VALUE.fullmatch(value)
+
+
+@pytest.mark.parametrize("name", ["a b", "$(id)", "x\n#SBATCH --wrap=id", "../up", "-n", "", "a'b", "`id`", "a%b"])
+def test_a_sweeps_name_is_a_plain_word(name: str) -> None:
+    with pytest.raises(ConfigError, match="name"):
+        sweep_directory(Path("runs"), name)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(WILD, max_size=4))
+def test_points_survive_their_file_exactly(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+    class Point:
+        run_dir = "a b\n'$(x)'"
+        overrides = tuple(texts)
+
+    file = tmp_path_factory.mktemp("points") / "points.json"
+    write_json(file, points_document([Point()]))
+    assert read_point(file, 0) == [Point.run_dir, *texts]
+
+
+def test_the_name_of_a_sweep_is_what_it_sweeps() -> None:
+    assert default_name(["attention=gqa,kha_mlp", "seed=0,1", "run.steps=5"]) == "attention-seed"
+    assert default_name(["attention=gqa"]) == "sweep"
+
+
+def test_printing_shows_command_points_and_scripts_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run(["sweep", "attention=gqa,kha_mlp", "--name", "s", "--nodes", "4", "--parallel", "1", "--print"])
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    for word in ("gqa-s0, kha_mlp-s0", "--array=0-1%1", "--nodes=4", "#SBATCH --requeue", "conclude()"):
+        assert word in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_local_sweep_trains_every_point_and_again_only_what_is_missing(
+    small: list[str], tmp_path: Path, clean_environment: dict[str, str]
+) -> None:
+    grid = ["attention=gqa,kha_mlp", *small, "model.layers=1", "run.steps=3"]
+    command = [sys.executable, "-c", "from kha_train.cli.main import run; run()", "sweep", *grid, "--name=s"]
+    command += [f"--dir={tmp_path}", "--local", "--json"]
+
+    def sweep() -> list[str]:
+        done = subprocess.run(command, env=clean_environment, capture_output=True, text=True, cwd=ROOT, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["started"]
+
+    assert sweep() == ["gqa-s0", "kha_mlp-s0"]
+    (tmp_path / "s" / "kha_mlp-s0" / "DONE").unlink()
+    assert sweep() == ["kha_mlp-s0"]
+    assert sweep() == []
