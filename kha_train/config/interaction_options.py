@@ -40,7 +40,7 @@ class KnockingOptions(InteractionOptions):
     """Knocking-heads: matrices shared by all heads of a kind, on any of the projections q, k, v (KHA eq 5-9)."""
 
     matrices: ClassVar[int]
-    projections: tuple[Projection, ...] = ("v",)
+    projections: tuple[Projection, ...]
     init: MatrixInit = field(default_factory=MatrixInit)
 
     def invalid(self) -> ConfigError | None:

@@ -2,14 +2,79 @@
 
 from __future__ import annotations
 
+import math
+
 from kha_train.config.backends import invalid_backend
+from kha_train.config.build import flatten, to_plain
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
+
+AT_LEAST_ONE = (
+    "run.steps",
+    "model.layers",
+    "model.hidden_size",
+    "model.query_heads",
+    "model.kv_heads",
+    "model.vocab_size",
+    "model.seq_len",
+    "model.loss_chunk_tokens",
+    "moe.expert_groups",
+    "moe.top_groups",
+    "data.global_batch_size",
+    "engine.micro_batch_size",
+    "cluster.devices",
+    "cluster.devices_per_node",
+    "engine.reduce_bucket_elements",
+    "checkpoint.every_steps",
+    "checkpoint.keep_last",
+    "checkpoint.max_failures",
+    "stability.max_nonfinite_steps",
+    "stability.max_skips",
+    "stability.rewind.after",
+    "stability.rewind.window",
+)
+ABOVE_ZERO = (
+    "model.norm_eps",
+    "model.rope_theta",
+    "optim.lr",
+    "optim.eps",
+    "optim.grad_clip",
+    "engine.collective_timeout_seconds",
+)
+NOT_NEGATIVE = (
+    "run.seed",
+    "model.init_std",
+    "moe.shared_experts",
+    "moe.dense_layers",
+    "moe.bias_update_rate",
+    "moe.auxiliary_loss.weight",
+    "moe.z_loss_weight",
+    "moe.routing_warmup_steps",
+    "cluster.memory_gib",
+    "cluster.peak_tflops",
+    "cluster.node_bandwidth_gb",
+    "cluster.network_bandwidth_gb",
+    "cluster.storage_bandwidth_gb",
+    "cluster.reserved_gib",
+    "cluster.mfu",
+    "cluster.hours_between_failures",
+    "cluster.price_per_hour",
+    "optim.weight_decay",
+    "checkpoint.every_minutes",
+    "checkpoint.keep_every_steps",
+    "validation.every_steps",
+    "validation.rows",
+    "data.prefetch",
+    "stability.rewind.margin",
+    "stability.rewind.at_most",
+    "stability.probe_every",
+    "telemetry.peak_tflops",
+)
 
 
 def validate(config: RunConfig) -> None:
     """Everything that can be judged from the configuration alone. Raises ConfigError."""
-    _positive(config)
+    _bounds(config)
     _shares(config)
     _attention(config)
     _rotary(config)
@@ -34,78 +99,23 @@ def validate_batch(config: RunConfig, world_size: int) -> None:
         )
 
 
-def _positive(config: RunConfig) -> None:
-    model, moe = config.model, config.moe
-    counts = {
-        "run.steps": config.run.steps,
-        "model.layers": model.layers,
-        "model.hidden_size": model.hidden_size,
-        "model.query_heads": model.query_heads,
-        "model.kv_heads": model.kv_heads,
-        "model.vocab_size": model.vocab_size,
-        "model.seq_len": model.seq_len,
-        "model.loss_chunk_tokens": model.loss_chunk_tokens,
-        "moe.expert_groups": moe.expert_groups,
-        "moe.top_groups": moe.top_groups,
-        "data.global_batch_size": config.data.global_batch_size,
-        "engine.micro_batch_size": config.engine.micro_batch_size,
-        "cluster.devices": config.cluster.devices,
-        "cluster.devices_per_node": config.cluster.devices_per_node,
-        "engine.reduce_bucket_elements": config.engine.reduce_bucket_elements,
-        "checkpoint.every_steps": config.checkpoint.every_steps,
-        "checkpoint.keep_last": config.checkpoint.keep_last,
-        "checkpoint.max_failures": config.checkpoint.max_failures,
-        "stability.max_nonfinite_steps": config.stability.max_nonfinite_steps,
-        "stability.max_skips": config.stability.max_skips,
-        "stability.rewind.after": config.stability.rewind.after,
-        "stability.rewind.window": config.stability.rewind.window,
-    }
-    for field, value in counts.items():
-        if value < 1:
-            raise ConfigError("must be at least 1", field=field, value=value)
-    amounts = {
-        "model.norm_eps": model.norm_eps,
-        "model.rope_theta": model.rope_theta,
-        "optim.lr": config.optim.lr,
-        "optim.eps": config.optim.eps,
-        "optim.grad_clip": config.optim.grad_clip,
-        "engine.collective_timeout_seconds": config.engine.collective_timeout_seconds,
-        "cluster.memory_gib": config.cluster.memory_gib,
-        "cluster.peak_tflops": config.cluster.peak_tflops,
-        "cluster.mfu": config.cluster.mfu,
-        "cluster.node_bandwidth_gb": config.cluster.node_bandwidth_gb,
-        "cluster.network_bandwidth_gb": config.cluster.network_bandwidth_gb,
-        "cluster.storage_bandwidth_gb": config.cluster.storage_bandwidth_gb,
-        "cluster.hours_between_failures": config.cluster.hours_between_failures,
-    }
-    for field, value in amounts.items():
-        if not value > 0:
-            raise ConfigError("must be above 0", field=field, value=value)
-    at_least_zero = {
-        "run.seed": config.run.seed,
-        "model.init_std": model.init_std,
-        "moe.shared_experts": moe.shared_experts,
-        "moe.dense_layers": moe.dense_layers,
-        "moe.bias_update_rate": moe.bias_update_rate,
-        "moe.auxiliary_loss.weight": moe.auxiliary_loss.weight,
-        "moe.z_loss_weight": moe.z_loss_weight,
-        "moe.routing_warmup_steps": moe.routing_warmup_steps,
-        "cluster.reserved_gib": config.cluster.reserved_gib,
-        "cluster.price_per_hour": config.cluster.price_per_hour,
-        "optim.weight_decay": config.optim.weight_decay,
-        "checkpoint.every_minutes": config.checkpoint.every_minutes,
-        "checkpoint.keep_every_steps": config.checkpoint.keep_every_steps,
-        "validation.every_steps": config.validation.every_steps,
-        "validation.rows": config.validation.rows,
-        "data.prefetch": config.data.prefetch,
-        "stability.rewind.margin": config.stability.rewind.margin,
-        "stability.rewind.at_most": config.stability.rewind.at_most,
-        "stability.probe_every": config.stability.probe_every,
-        "telemetry.peak_tflops": config.telemetry.peak_tflops,
-    }
-    for field, value in at_least_zero.items():
-        if not value >= 0:
-            raise ConfigError("must not be negative", field=field, value=value)
+def _bounds(config: RunConfig) -> None:
+    values = flatten(to_plain(config))
+    for field, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError("must be a finite number", field=field, value=value)
+    for fields, holds, allowed in (
+        (AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
+        (ABOVE_ZERO, lambda value: value > 0, "above 0"),
+        (NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+    ):
+        for field in fields:
+            if not holds(values[field]):
+                raise ConfigError("out of range", field=field, value=values[field], allowed=allowed)
+    if config.run.seed >= 2**63:
+        raise ConfigError("out of range", field="run.seed", value=config.run.seed, allowed="below 2^63")
+    if not config.run.dir.strip():
+        raise ConfigError("names no directory", field="run.dir", value=config.run.dir, fix="run.dir=runs/NAME")
 
 
 def _shares(config: RunConfig) -> None:
