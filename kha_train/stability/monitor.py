@@ -15,8 +15,8 @@ class Verdict(NamedTuple):
     """What a step is, before anything is done about it.
 
     `flagged`: it stands out by itself (robust z of the loss, or not finite); `gnorm_z` its gradient norm over the last
-    128; `opened`: an event begins here; `closed`: the event that ended here; `open_steps`: how long the open one has
-    lasted, this step included (0: none); `diverged`: the loss guard fires here; `metrics`: the `spike/*` values of the
+    128; `opened`: an event begins here; `closed`: the event that ended here; `width_before`, `width`: of the open event
+    before and after this step (0: none); `diverged`: the loss guard fires here; `metrics`: the `spike/*` values of the
     metrics line, without those that are not defined yet.
     """
 
@@ -25,7 +25,8 @@ class Verdict(NamedTuple):
     gnorm_z: float
     opened: bool
     closed: SpikeEvent | None
-    open_steps: int
+    width_before: int
+    width: int
     diverged: bool
     nonfinite_in_a_row: int
     metrics: dict[str, float]
@@ -48,6 +49,7 @@ class Monitor:
         `planned_change` says that something was meant to change with this step (the data mixture, the schedule): what
         was normal before it is forgotten, so that the jump is no event, and an event that was open ends unrecovered.
         """
+        width_before = self.events.event.width if self.events.event else 0
         cut_short = self.events.rebase() if planned_change else None
         reading = self.events.update(seen, self.grad_norm.short.mean)
         closed = cut_short or reading.closed
@@ -83,7 +85,8 @@ class Monitor:
             gnorm_z=gnorm_z,
             opened=reading.opened,
             closed=closed,
-            open_steps=self.events.open_steps if is_open else 0,
+            width_before=width_before,
+            width=self.events.event.width if self.events.event else 0,
             diverged=diverged,
             nonfinite_in_a_row=self.guard.nonfinite_in_a_row,
             metrics={name: value for name, value in metrics.items() if not math.isnan(value)},

@@ -82,7 +82,7 @@ class Policy:
             return f"loss or gradient was not finite {verdict.nonfinite_in_a_row} steps in a row"
         if verdict.diverged:
             return "the loss was at least twice its mean of the 100 steps before, 5 steps in a row"
-        if self.name == "rewind" and verdict.open_steps == self.rewind_after:
+        if self.name == "rewind" and verdict.width_before < self.rewind_after <= verdict.width:
             return f"a spike has not ended within {self.rewind_after} steps"
         return ""
 

@@ -1,0 +1,328 @@
+"""How well spikes are found: labelled synthetic curves, this project's detector, and the rules of others beside it.
+
+A curve is a power law with noise, into which spikes, level shifts, drifts and NaN are put at known steps. A spike is
+*found* when an alarm is raised within six steps of its start; it is *separable* when it starts at least twelve steps
+outside another one. An alarm in the noise between them is false. Synthetic curves say which rule sees more of what is
+known to be there; they are no proof about real ones.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from kha_train.stability.events import EventDetector, Observation
+from kha_train.stability.monitor import Monitor
+from kha_train.stability.scores import SignalScores
+from kha_train.stability.statistics import poisson_interval
+from kha_train.stability.window import Window, usable
+
+FOUND_WITHIN = 6
+SEPARATION = 12
+SETTLING = 200
+"""Steps after a planted disturbance has faded in which an alarm is neither right nor wrong."""
+CLEAN_UNIT = 50_000
+
+Noise = Callable[[random.Random], float]
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A disturbance: `kind` narrow, wide, overlapping, level_shift, drift or nan; its first step and its last."""
+
+    kind: str
+    start: int
+    end: int
+    separable: bool
+
+
+@dataclass
+class Curve:
+    """Losses by step, from 0, and what was put into them."""
+
+    losses: list[float]
+    planted: list[Planted] = field(default_factory=list)
+
+    def clean_steps(self) -> list[bool]:
+        """True where nothing was planted and nothing planted still settles."""
+        clean = [True] * len(self.losses)
+        for planted in self.planted:
+            for step in range(planted.start, min(planted.end + SETTLING, len(clean))):
+                clean[step] = False
+        return clean
+
+
+def normal(source: random.Random) -> float:
+    """Gaussian, unit scale."""
+    return source.gauss(0.0, 1.0)
+
+
+def student(source: random.Random) -> float:
+    """Student's t with 4 degrees of freedom, scaled to unit variance: single steps of 7 sigma are common."""
+    chi2 = sum(source.gauss(0.0, 1.0) ** 2 for _ in range(4))
+    return source.gauss(0.0, 1.0) / math.sqrt(chi2 / 4) / math.sqrt(2.0)
+
+
+def mixed(source: random.Random) -> float:
+    """Half Gaussian, half heavy-tailed: the noise of the reference table."""
+    return 0.7 * normal(source) + 0.7 * student(source)
+
+
+def laplace(source: random.Random) -> float:
+    """Double exponential, unit variance."""
+    return math.copysign(source.expovariate(1.0), source.random() - 0.5) / math.sqrt(2.0)
+
+
+def skewed(source: random.Random) -> float:
+    """Leaning upward (a shifted gamma of shape 4, unit variance): hard batches are commoner than easy ones."""
+    return (source.gammavariate(4.0, 1.0) - 4.0) / 2.0
+
+
+NOISES: dict[str, Noise] = {
+    "normal": normal, "mixed": mixed, "student": student, "laplace": laplace, "skewed": skewed
+}  # fmt: skip
+REFERENCE_NOISES = ("normal", "mixed")
+
+
+def base_curve(source: random.Random, steps: int, noise: Noise, sigma: float) -> list[float]:
+    """A loss falling as a power law from about 10 to about 2, with neighbouring steps slightly correlated."""
+    floor, drop, exponent = source.uniform(1.6, 2.2), source.uniform(7.0, 9.0), source.uniform(0.25, 0.45)
+    start = source.uniform(10.0, 60.0)
+    values, carried = [], 0.0
+    for step in range(steps):
+        carried = 0.2 * carried + 0.98 * sigma * noise(source)
+        values.append(floor + drop * (1 + step / start) ** -exponent + carried)
+    return values
+
+
+def clean_curve(seed: int, steps: int, noise: str) -> Curve:
+    """A curve in which every alarm is false."""
+    source = random.Random(f"clean {seed} {noise}")
+    return Curve(base_curve(source, steps, NOISES[noise], source.uniform(0.015, 0.04)))
+
+
+def spiky_curve(seed: int, steps: int, noise: str) -> Curve:
+    """A curve full of disturbances in random order: narrow and wide spikes of 0.25 to 6 nats, pairs that overlap, level
+    shifts, slow drifts and NaN. Half of them follow the one before closely, as spikes of real runs do."""
+    source = random.Random(f"spiky {seed} {noise}")
+    curve = Curve(base_curve(source, steps, NOISES[noise], source.uniform(0.015, 0.03)))
+    step = 600
+    while step < steps - 400:
+        kind = source.choices(
+            ("narrow", "wide", "overlapping", "nan", "drift", "level_shift"), (8, 6, 4, 2, 1, 0.4)
+        )[0]  # fmt: skip
+        PLANT[kind](source, curve, step)
+        pause = (15, 100) if source.random() < 0.5 else (300, 500)
+        step = curve.planted[-1].end + source.randint(*pause)
+    return curve
+
+
+def _height(source: random.Random) -> float:
+    return math.exp(source.uniform(math.log(0.25), math.log(6.0)))
+
+
+def _bump(losses: list[float], start: int, height: float, rise: int, decay: float) -> int:
+    """Add a rise over `rise` steps and an exponential fall; the last step above a hundredth of a nat."""
+    length = rise + math.ceil(decay * math.log(max(height / 0.01, 2.0)))
+    for offset in range(min(length, len(losses) - start)):
+        share = (offset + 1) / rise if offset < rise else math.exp(-(offset - rise + 1) / decay)
+        losses[start + offset] += height * share
+    return start + length
+
+
+def _narrow(source: random.Random, curve: Curve, start: int) -> None:
+    end = _bump(curve.losses, start, _height(source), 1, source.uniform(0.3, 2.0))
+    curve.planted.append(Planted("narrow", start, end, True))
+
+
+def _wide(source: random.Random, curve: Curve, start: int) -> None:
+    end = _bump(curve.losses, start, _height(source), source.randint(1, 3), source.uniform(8.0, 60.0))
+    curve.planted.append(Planted("wide", start, end, True))
+
+
+def _overlapping(source: random.Random, curve: Curve, start: int) -> None:
+    _wide(source, curve, start)
+    second = start + source.randint(3, SEPARATION - 1)
+    end = _bump(curve.losses, second, _height(source), 1, source.uniform(2.0, 10.0))
+    curve.planted.append(Planted("overlapping", second, max(end, curve.planted[-1].end), False))
+
+
+def _nan(source: random.Random, curve: Curve, start: int) -> None:
+    length = source.randint(1, 3)
+    for step in range(start, start + length):
+        curve.losses[step] = source.choice((math.nan, math.inf))
+    curve.planted.append(Planted("nan", start, start + length - 1, True))
+
+
+def _drift(source: random.Random, curve: Curve, start: int) -> None:
+    """A rise over hundreds of steps that stays: no spike."""
+    length, height = source.randint(400, 800), source.uniform(0.1, 0.5)
+    for step in range(start, len(curve.losses)):
+        curve.losses[step] += height * min(1.0, (step - start) / length)
+    curve.planted.append(Planted("drift", start, start + length, False))
+
+
+def _level_shift(source: random.Random, curve: Curve, start: int) -> None:
+    """A jump that stays: one event, unrecovered, and no spike."""
+    height = source.uniform(0.5, 1.0)
+    for step in range(start, len(curve.losses)):
+        curve.losses[step] += height
+    curve.planted.append(Planted("level_shift", start, start + 2200, False))
+
+
+PLANT: dict[str, Callable[[random.Random, Curve, int], None]] = {
+    "narrow": _narrow, "wide": _wide, "overlapping": _overlapping, "nan": _nan, "drift": _drift,
+    "level_shift": _level_shift,
+}  # fmt: skip
+
+
+# The rules. Each yields, step by step, whether it raises an alarm.
+
+
+def event_detector(losses: list[float]) -> Iterator[bool]:
+    """This project's: an alarm where an event opens."""
+    detector = EventDetector()
+    for step, loss in enumerate(losses):
+        yield detector.update(Observation(step, loss)).opened
+
+
+def olmo_paper(losses: list[float]) -> Iterator[bool]:
+    """OLMo 2, upward: x >= mean + 7 sd of the previous 1,000."""
+    scores = SignalScores()
+    for loss in losses:
+        before = scores.upward.flagged
+        scores.update(loss)
+        yield scores.upward.flagged > before
+
+
+def olmo_core(losses: list[float]) -> Iterator[bool]:
+    """OLMo-core's monitor: x > mean + 6 sd of the previous 128."""
+    scores = SignalScores()
+    for loss in losses:
+        yield scores.update(loss) > 6.0
+
+
+def llm_foundry(losses: list[float]) -> Iterator[bool]:
+    """llm-foundry: x >= 2 x the mean of the previous 100 (its window for runs up to 2,000 steps), 5 in a row."""
+    window, in_a_row = Window(100), 0
+    for loss in losses:
+        in_a_row = in_a_row + 1 if window.full and not loss < 2 * window.mean else 0
+        if usable(loss):
+            window.push(loss)
+        yield in_a_row >= 5
+
+
+def megatron(losses: list[float]) -> Iterator[bool]:
+    """Megatron: x >= 10 x the largest of the first 100, or not finite."""
+    largest, count = 0.0, 0
+    for loss in losses:
+        alarm = not usable(loss) or (count >= 100 and loss >= 10 * largest)
+        if usable(loss) and count < 100:
+            largest, count = max(largest, loss), count + 1
+        yield alarm
+
+
+RULES: dict[str, Callable[[list[float]], Iterator[bool]]] = {
+    "kha_train events": event_detector,
+    "OLMo-core 6 sd / 128": olmo_core,
+    "OLMo 2 7 sd / 1,000": olmo_paper,
+    "llm-foundry 2x, 5 in a row": llm_foundry,
+    "Megatron 10x": megatron,
+}
+
+
+@dataclass
+class Score:
+    """Of one rule: planted separable spikes by kind as [found, planted], false alarms and the clean steps they had."""
+
+    found: dict[str, list[int]] = field(default_factory=dict)
+    false_alarms: int = 0
+    clean_steps: int = 0
+
+    @property
+    def recall(self) -> float:
+        """Found / planted."""
+        planted = sum(total for _, total in self.found.values())
+        return sum(hits for hits, _ in self.found.values()) / planted if planted else math.nan
+
+    def false_per_unit(self) -> tuple[float, float, float]:
+        """False alarms per 50,000 clean steps, and the 95 % Poisson interval."""
+        scale = CLEAN_UNIT / max(self.clean_steps, 1)
+        low, high = poisson_interval(self.false_alarms)
+        return self.false_alarms * scale, low * scale, high * scale
+
+    def add(self, curve: Curve, alarms: list[int]) -> None:
+        """Count what `alarms` (steps) found in `curve`, and what they made up."""
+        for planted in curve.planted:
+            if planted.separable:
+                pair = self.found.setdefault(planted.kind, [0, 0])
+                pair[0] += any(planted.start <= alarm <= planted.start + FOUND_WITHIN for alarm in alarms)
+                pair[1] += 1
+        clean = curve.clean_steps()
+        self.clean_steps += sum(clean)
+        self.false_alarms += sum(clean[alarm] for alarm in alarms)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        value, low, high = self.false_per_unit()
+        return {
+            "recall": self.recall,
+            "found": {kind: list(pair) for kind, pair in self.found.items()},
+            "false_alarms": self.false_alarms,
+            "clean_steps": self.clean_steps,
+            "false_per_50k": {"value": value, "low": low, "high": high},
+        }
+
+
+def alarms_of(rule: Callable[[list[float]], Iterator[bool]], losses: list[float]) -> list[int]:
+    """The steps at which `rule` raises an alarm."""
+    return [step for step, alarm in enumerate(rule(losses)) if alarm]
+
+
+def score_rules(curves: list[Curve], rules: dict[str, Callable[[list[float]], Iterator[bool]]]) -> dict[str, Score]:
+    """Every rule over the same curves."""
+    scores = {name: Score() for name in rules}
+    for curve in curves:
+        for name, rule in rules.items():
+            scores[name].add(curve, alarms_of(rule, curve.losses))
+    return scores
+
+
+def format_table(scores: dict[str, Score]) -> str:
+    """The scores as a Markdown table."""
+    kinds = sorted({kind for score in scores.values() for kind in score.found})
+    lines = [
+        f"| rule | found | {' | '.join(kinds)} | false alarms per 50,000 clean steps (95 %) |",
+        "|---" * (len(kinds) + 3) + "|",
+    ]
+    for name, score in scores.items():
+        cells = [f"{hits} of {total}" for hits, total in (score.found[kind] for kind in kinds)]
+        value, low, high = score.false_per_unit()
+        lines.append(
+            f"| {name} | {100 * score.recall:.1f} % | {' | '.join(cells)} | {value:.1f} ({low:.1f} to {high:.1f}) |"
+        )
+    return "\n".join(lines)
+
+
+def run_bench(seed: int, spiky_steps: int, clean_steps: int, noises: list[str]) -> dict[str, dict[str, Score]]:
+    """Every rule over curves of each family of noise: one of `spiky_steps` and one of `clean_steps`, from `seed` on."""
+    return {
+        noise: score_rules([spiky_curve(seed, spiky_steps, noise), clean_curve(seed, clean_steps, noise)], RULES)
+        for noise in noises
+    }
+
+
+def monitor_cost(steps: int = 5000) -> float:
+    """Seconds that the whole monitor takes for one step, mean over `steps` with full windows."""
+    monitor = Monitor()
+    losses = clean_curve(0, steps + 2000, "normal").losses
+    for step, loss in enumerate(losses[:2000]):
+        monitor.update(Observation(step, loss, 1.0 + 0.1 * loss))
+    started = time.perf_counter()
+    for step, loss in enumerate(losses[2000:], start=2000):
+        monitor.update(Observation(step, loss, 1.0 + 0.1 * loss))
+    return (time.perf_counter() - started) / steps

@@ -1,0 +1,59 @@
+"""Rates, intervals, halves, shared events, tail gaps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from kha_train.stability.events import SpikeEvent
+from kha_train.stability.statistics import poisson_interval, rate, shared_events, summarise, tail_gap
+
+
+def event(start: int, end: int | None = None, recovered: bool = True, height: float = 1.0) -> SpikeEvent:
+    """An event of given place and height, of area 2."""
+    made = SpikeEvent(start, end or start, 0, 1e-3, -1, -1, 3.0, 0.1, 1.0, height=height, area=2.0, open=False)
+    made.recovered = recovered
+    return made
+
+
+@pytest.mark.parametrize(
+    ("count", "low", "high"),
+    [(0, 0.0, 3.6889), (1, 0.0253, 5.5716), (5, 1.6235, 11.6683), (20, 12.2165, 30.8884), (100, 81.3640, 121.6268)],
+)
+def test_the_interval_is_garwoods(count: int, low: float, high: float) -> None:
+    """Against published tables (half the chi-square quantiles)."""
+    assert poisson_interval(count) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_rates_are_per_exposure_and_unknown_without_one() -> None:
+    assert rate(5, 10.0)["value"] == 0.5
+    assert all(math.isnan(value) for value in rate(5, 0.0).values())
+
+
+def test_only_narrow_and_wide_events_are_spikes() -> None:
+    events = [event(10), event(600, 620, height=3.0), event(800, 1000, recovered=False, height=9.0)]
+    summary = summarise(events, first_step=1, last_step=1000, tokens=2_000_000_000)
+    assert (summary["spikes"], summary["events_total"]) == (2, 3)
+    assert (summary["narrow_total"], summary["wide_total"], summary["unrecovered_total"]) == (1, 1, 1)
+    assert (summary["first_half"], summary["second_half"]) == (1, 1)
+    assert summary["steps_in_spike_frac"] == 22 / 1000
+    assert (summary["area_total"], summary["max_height"]) == (4.0, 3.0)
+    assert summary["rates"]["per_1k_steps"]["value"] == 2.0
+    assert summary["rates"]["per_billion_tokens"]["value"] == 1.0
+
+
+def test_events_at_the_same_place_are_shared_and_others_private() -> None:
+    one = [event(100), event(500, 520), event(900)]
+    other = [event(102), event(530)]
+    assert shared_events([one, other, []]) == [[True, False, False], [True, False], []]
+
+
+def test_the_tail_gap_is_at_equal_tokens_over_the_second_half() -> None:
+    reference = [(100.0 * step, 5.0 - 0.01 * step) for step in range(1, 101)]
+    curve = [(250.0 * step, 5.0 - 0.01 * 2.5 * step + (0.3 if step <= 19 else 0.1)) for step in range(1, 41)]
+    gap = tail_gap(curve, reference)
+    assert gap["points"] == 21
+    assert gap["gap"] == pytest.approx(0.1)
+    assert math.isnan(tail_gap([], reference)["gap"])
+    assert tail_gap([*curve[:30], (7750.0, math.nan), *curve[31:]], reference)["points"] == 20
