@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from kha_train.cli import compare, data, quickstart, spikes, status, sweep, train
+from kha_train.cli import compare, data, generate, quickstart, spikes, status, sweep, train
 from kha_train.errors import KhaError
 
 HELP = "Pretraining of mixture-of-experts language models with cross-head attention."
@@ -17,6 +17,7 @@ app = typer.Typer(name="kha", help=HELP, no_args_is_help=True, add_completion=Fa
 app.command()(quickstart.quickstart)
 app.command()(train.train)
 app.command()(compare.compare)
+app.command()(generate.generate)
 app.command()(spikes.spikes)
 app.command("sweep")(sweep.sweep_command)
 app.command("launch-arguments", hidden=True)(sweep.launch_arguments)

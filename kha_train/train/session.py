@@ -15,9 +15,10 @@ from kha_train.config.build import to_plain
 from kha_train.config.schema import RunConfig
 from kha_train.data.stream import bytes_per_id, open_stream, validation_batches
 from kha_train.distributed import World
-from kha_train.engine.deepspeed import Engine, leave_world
+from kha_train.engine.deepspeed import Engine, leave_world, resolve_dtype
 from kha_train.errors import DivergedError, KhaError
 from kha_train.model.accounting import count_parameters, flops_per_token
+from kha_train.model.attention.choice import announce
 from kha_train.model.moe.balance import balance_metrics
 from kha_train.record import Marker, Record, Redactor, set_marker
 from kha_train.stability.events import Observation
@@ -63,6 +64,7 @@ class Session:
                 self.stream = open_stream(config, world.rank, world.size)
                 validation_batches(config, world.rank, world.size)
                 self._bytes_per_id_V = bytes_per_id(config)
+                self._choices = announce(config, world.device, resolve_dtype(config, world.device))
                 if checkpoint:
                     resume.check_belongs(config, checkpoint, self.stream.content_id)
             self._build(checkpoint)
@@ -234,6 +236,8 @@ class Session:
             text = yaml.safe_dump(Redactor.from_environment().clean(to_plain(self.config)), sort_keys=False)
             (self.run_dir / "config.yaml").write_text(text, encoding="utf-8")
         self.record.begin_attempt(self.progress.step, world_size=self.world.size, facts=facts)
+        for line in self._choices:
+            self.console.message(line)
         where = f"resumed after step {self.progress.step}" if resumed else "new run"
         self.console.message(
             f"{self.config.run.name}: {where} of {self.config.run.steps} in {self.run_dir} | "
