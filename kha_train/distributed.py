@@ -7,6 +7,7 @@ call it in the same order. No rank raises alone while others wait.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -132,6 +133,21 @@ class _Caught:
         return isinstance(error, Exception)
 
 
+def srun_meeting_point(environ: Mapping[str, str]) -> dict[str, str]:
+    """MASTER_ADDR and MASTER_PORT for ranks that srun started one by one: the first node of the step, a port that
+    follows from the job, its restarts and the step. Empty for all others.
+    """
+    nodes = environ.get("SLURM_STEP_NODELIST")
+    if not nodes or any(name in environ for name in TORCHRUN):
+        return {}
+    # Of r[01-04,7]n[2-3],x1 the first node is r01n2.
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    assert first is not None, nodes
+    numbers = [int(environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")]
+    port = 20_000 + (numbers[0] + numbers[1] * 7919 + numbers[2] * 101) % 10_000
+    return {"MASTER_ADDR": re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group()), "MASTER_PORT": str(port)}
+
+
 def start(device: str, timeout_seconds: float) -> World:
     """Join the process group this process was started for (a group of one when it was started alone).
 
@@ -149,6 +165,8 @@ def start(device: str, timeout_seconds: float) -> World:
             value=device,
             fix="start one rank a GPU, or engine.device=cpu",
         )
+    for name, value in srun_meeting_point(os.environ).items():
+        os.environ.setdefault(name, value)
     if world.size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise ConfigError(
             f"{world.size} ranks and no MASTER_ADDR and MASTER_PORT to meet at",

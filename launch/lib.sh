@@ -58,8 +58,8 @@ export_library_settings() {
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((${SLURM_CPUS_ON_NODE:-1} / $(ranks_per_node)))}"
     ((OMP_NUM_THREADS > 0)) || OMP_NUM_THREADS=1
     export NCCL_DEBUG="${NCCL_DEBUG:-WARN}" TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-3}"
-    # The flight recorder under its older and its newer names: the last collectives of every rank after a time-out.
-    export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_NCCL_TRACE_BUFFER_SIZE=20000 TORCH_FR_BUFFER_SIZE=20000
+    # The flight recorder: the last collectives of every rank, written after a time-out.
+    export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_BUFFER_SIZE=20000
     export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$1/flight_recorder/rank_" TORCH_FR_DUMP_TEMP_FILE="$1/flight_recorder/rank_"
     export TORCHELASTIC_ERROR_FILE="$1/error.json" KHA_EXIT_FILE="$1/exit_code"
     # Without it a restart inside the job reads the addresses of the dead workers out of the shared store.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kha_train.distributed import World
+from kha_train.distributed import World, srun_meeting_point
 from kha_train.errors import ConfigError
 
 WORKER = Path(__file__).with_name("agreement_worker.py")
@@ -30,6 +30,25 @@ def test_srun_variables_name_the_rank_where_torchruns_are_missing() -> None:
     assert World.from_environment(srun).rank == 3
     torchrun_inside_srun = {**srun, "RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}
     assert World.from_environment(torchrun_inside_srun).rank == 7
+
+
+@pytest.mark.parametrize(
+    "nodes, first",
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("node[001-004,007]", "node001"),
+        ("r[1-2]n[3,5]-gpu,x9", "r1n3-gpu"),
+        ("gpu-a[12]", "gpu-a12"),
+    ],
+)
+def test_ranks_of_srun_meet_at_the_first_node_of_their_step(nodes: str, first: str) -> None:
+    srun = {"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "41", "SLURM_STEP_ID": "0"}
+    point = srun_meeting_point(srun)
+    assert point == {"MASTER_ADDR": first, "MASTER_PORT": "20041"}
+    assert srun_meeting_point({**srun, "SLURM_RESTART_COUNT": "1"})["MASTER_PORT"] != point["MASTER_PORT"]
+    assert srun_meeting_point({**srun, "RANK": "0"}) == {}, "torchrun inside srun has its own"
+    assert srun_meeting_point({}) == {}
 
 
 def test_a_process_that_nobody_launched_is_a_world_of_its_own() -> None:

@@ -153,7 +153,7 @@ class Cluster:
         words = self.run("scontrol", "-o", "show", "job", job_id).splitlines()[0].split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def ended(self, job_id: str, timeout: float = 150) -> dict[str, str]:
+    def ended(self, job_id: str, timeout: float = 300) -> dict[str, str]:
         """The job, once it has ended for good."""
         self._until(lambda: self.job(job_id)["JobState"] in ENDED, f"the end of job {job_id}", timeout)
         return self.job(job_id)
