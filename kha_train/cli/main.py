@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from kha_train.cli import compare, data, generate, quickstart, spikes, status, sweep, train
+from kha_train.cli import compare, data, generate, plan, quickstart, spikes, status, sweep, train
 from kha_train.errors import KhaError
 
 HELP = "Pretraining of mixture-of-experts language models with cross-head attention."
@@ -16,6 +16,7 @@ HELP = "Pretraining of mixture-of-experts language models with cross-head attent
 app = typer.Typer(name="kha", help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(quickstart.quickstart)
 app.command()(train.train)
+app.command()(plan.plan)
 app.command()(compare.compare)
 app.command()(generate.generate)
 app.command()(spikes.spikes)

@@ -16,12 +16,18 @@ from kha_train.config.options import BaseOptions, InteractionOptions, Positions,
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
-    """What is run: where it is kept, for how many optimiser steps, from which seed."""
+    """What is run: where it is kept, for how many optimiser steps, from which seed.
+
+    `init_from` names another run's directory, or one of its checkpoints, whose weights a new run begins with.
+    `max_minutes` (0: none) stops a process in good order when it has run so long, to be started again.
+    """
 
     dir: str
     name: str
     steps: int
     seed: int = 0
+    init_from: str = ""
+    max_minutes: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +177,10 @@ class OptimSection:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSection:
-    """How the step is executed: ZeRO stage, precision, micro-batch, recomputation. Never what it computes."""
+    """How the step is executed: ZeRO stage, precision, micro-batch, recomputation. Never what it computes.
+
+    A rank that stands still for `hang_timeout_seconds` (after the first step) ends with its stacks and exit code 75.
+    """
 
     zero_stage: Literal[1, 2, 3]
     micro_batch_size: int
@@ -181,6 +190,7 @@ class EngineSection:
     activation_checkpointing: Literal["none", "full"] = "none"
     reduce_bucket_elements: int = 50_000_000
     collective_timeout_seconds: float = 1800.0
+    hang_timeout_seconds: float = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +208,18 @@ class CheckpointSection:
     keep_every_steps: int = 0
     background: bool = True
     max_failures: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeSection:
+    """What a run that finds its own checkpoint puts up with.
+
+    `allow_changes` names settings (or whole sections, or `data_content_id`) that may differ from the checkpoint's. With
+    `strict` a checkpoint that does not verify ends the run (exit 4) instead of being passed over for an older one.
+    """
+
+    allow_changes: tuple[str, ...] = ()
+    strict: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,10 +282,10 @@ class TelemetrySection:
 class ClusterSection:
     """The machine a run is planned for (`kha plan`); training itself asks the machine it is on.
 
-    Per device: dense peak in `peak_tflops`, `memory_gib` of which `reserved_gib` are not the model's, `price_per_hour`
-    (0: not known). Bandwidths are GB a second, one way: `node_bandwidth_gb` of a device to its node of
-    `devices_per_node`, `network_bandwidth_gb` of a device to other nodes, `storage_bandwidth_gb` of all writes.
-    `mfu` and `hours_between_failures` (of one device) are assumptions, to be replaced by what was measured.
+    Per device: dense peak in `peak_tflops`, `memory_gib` of which `reserved_gib` are not the model's, `price_per_hour`.
+    Bandwidths are GB a second, one way: `node_bandwidth_gb` of a device to its node of `devices_per_node`,
+    `network_bandwidth_gb` of a device to other nodes, `storage_bandwidth_gb` of all writes. 0 is not known, and judged
+    by nothing. `mfu` and `hours_between_failures` (of one device) are assumptions, to be replaced by what was measured.
     """
 
     name: str
@@ -293,6 +315,7 @@ class RunConfig:
     optim: OptimSection
     engine: EngineSection
     checkpoint: CheckpointSection
+    resume: ResumeSection
     validation: ValidationSection
     stability: StabilitySection
     telemetry: TelemetrySection

@@ -40,9 +40,11 @@ ABOVE_ZERO = (
     "optim.eps",
     "optim.grad_clip",
     "engine.collective_timeout_seconds",
+    "engine.hang_timeout_seconds",
 )
 NOT_NEGATIVE = (
     "run.seed",
+    "run.max_minutes",
     "model.init_std",
     "moe.shared_experts",
     "moe.dense_layers",

@@ -1,0 +1,152 @@
+"""`kha plan`: what a run will hold, cost and take."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kha_train.cli.train import Overrides
+from kha_train.config.compose import compose
+from kha_train.operate.plan import Plan, make_plan
+
+GIB = 1024**3
+
+
+def plan(
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
+) -> None:
+    """Reckon parameters, FLOPs, memory, time and cost of a run on cluster=...; ends with 2 when it cannot fit."""
+    answer = make_plan(compose(overrides or []))
+    if as_json:
+        typer.echo(json.dumps(answer.to_dict(), indent=2))
+    else:
+        show(answer, Console(width=120, highlight=False))
+    if answer.fits is False:
+        raise typer.Exit(2)
+
+
+def show(answer: Plan, console: Console) -> None:
+    """Print the plan as tables."""
+    for table in (_model(answer), _memory(answer), _stages(answer), _recipes(answer), _run(answer)):
+        caption, table.caption, title, table.title = table.caption, None, table.title, None
+        console.print(title, style="bold", markup=False)
+        console.print(table)
+        console.print(f"{caption}\n" if caption else "", style="dim", markup=False)
+    if answer.batch_problem:
+        console.print(f"cannot run yet: {answer.batch_problem}", markup=False)
+    console.print(_verdict(answer), markup=False)
+    for number, remedy in enumerate(answer.remedies, start=1):
+        enough = "fits" if remedy.fits else "not enough"
+        console.print(
+            f"  {number}. {remedy.overrides}: saves {_gib(remedy.saves_bytes)}, leaves {_gib(remedy.total_bytes)} "
+            f"({enough}); {remedy.price}",
+            markup=False,
+        )
+    if answer.fits is False:
+        console.print(f"  enough: {answer.together or 'no number of these devices is enough'}", markup=False)
+
+
+def _verdict(answer: Plan) -> str:
+    if answer.fits is None:
+        return "memory is not judged: name a machine with cluster=..."
+    devices, name = answer.config.cluster.devices, answer.config.cluster.name
+    size = f"{_gib(answer.memory.total)} of {_gib(answer.budget_bytes or 0)} a rank"
+    largest = max(answer.memory.terms, key=lambda name: answer.memory.terms[name])
+    verb = "fits" if answer.fits else "DOES NOT FIT"
+    return (
+        f"{verb} on {name} ({devices} ranks): {size}, most of it {largest} ({_gib(answer.memory.terms[largest])}); "
+        f"largest micro-batch {answer.largest_micro_batch}"
+    )
+
+
+def _model(answer: Plan) -> Table:
+    config, parameters, flops = answer.config, answer.parameters, answer.flops
+    table = _table(
+        f"{config.model.name}, attention {config.attention.name}", "component", "parameters", "GFLOP a token"
+    )
+    components = list(parameters.by_component) + [name for name in flops.by_component if name == "scores"]
+    for name in components:
+        held, done = parameters.by_component.get(name, 0), flops.by_component.get(name, 0)
+        if held or done:
+            table.add_row(name, f"{held:,}", f"{done / 1e9:.4f}")
+    table.add_row("total (forward)", f"{parameters.total:,}", f"{flops.forward / 1e9:.4f}", style="bold")
+    table.add_row("active (training)", f"{parameters.active:,}", f"{flops.training / 1e9:.4f}", style="bold")
+    overhead, cache = answer.overhead, answer.to_dict()["cache_bytes_per_token"]
+    table.caption = (
+        f"interaction: +{overhead.parameters:.4f} % parameters, +{overhead.flops:.3f} % FLOPs, +{overhead.cache:.0f} % "
+        f"cache | cache {cache:,} bytes a token in bf16 | causal attention counted once, training = 3 x forward"
+    )
+    return table
+
+
+def _memory(answer: Plan) -> Table:
+    engine = answer.config.engine
+    title = (
+        f"memory of a rank: ZeRO {engine.zero_stage}, micro-batch {engine.micro_batch_size}, "
+        f"activation checkpointing {engine.activation_checkpointing}"
+    )
+    table = _table(title, "term", "GiB")
+    for name, size in answer.memory.terms.items():
+        table.add_row(name, f"{size / GIB:.2f}")
+    table.add_row("total", f"{answer.memory.total / GIB:.2f}", style="bold")
+    table.caption = f"at the moment of a step that holds most: when {answer.memory.moment}"
+    return table
+
+
+def _stages(answer: Plan) -> Table:
+    table = _table("ZeRO stages", "stage", "memory of a rank", "sent by a rank and step", "which takes")
+    by_stage = answer.to_dict()["memory_per_rank"]["by_stage"]
+    for volume in answer.communication:
+        seconds = "not known" if volume.seconds_per_step is None else f"{volume.seconds_per_step:.2f} s"
+        sent = f"{volume.bytes_per_step / 1e9:.2f} GB"
+        table.add_row(str(volume.stage), _gib(by_stage[str(volume.stage)]), sent, seconds)
+    table.caption = "experts are sharded by ZeRO alone: ZeRO 3 gathers all of them for the few that are active"
+    return table
+
+
+def _recipes(answer: Plan) -> Table:
+    table = _table("model states of a rank", "recipe", "bytes a parameter", "ZeRO 1", "ZeRO 2", "ZeRO 3")
+    for recipe in answer.to_dict()["memory_per_rank"]["recipes"]:
+        name = recipe["name"] + ("" if recipe["offered"] else " (not offered here)")
+        table.add_row(name, str(recipe["bytes_per_parameter"]), *(_gib(size) for size in recipe["states"].values()))
+    return table
+
+
+def _run(answer: Plan) -> Table:
+    table, time, saved, data = _table("the run", "", ""), answer.time, answer.checkpoint, answer.data
+    table.add_row("tokens", f"{time['tokens']:,} in {answer.config.run.steps:,} steps of {time['tokens_per_step']:,}")
+    table.add_row("compute", f"{time['total_flops']:.3g} FLOP")
+    if time["hours"] is not None:
+        table.add_row(
+            f"time at {100 * time['mfu']:.0f} % MFU", f"{time['hours']:,.1f} h, {time['step_seconds']:.2f} s a step"
+        )
+        table.add_row("device hours", f"{time['device_hours']:,.0f}")
+        table.add_row("tokens/s", f"{time['tokens_per_second']:,.0f}")
+    if time["cost"] is not None:
+        table.add_row("cost", f"{time['cost']:,.0f}")
+    table.add_row("checkpoint", f"{saved['bytes'] / 1e9:.1f} GB, {saved['kept_bytes'] / 1e9:.1f} GB kept")
+    if saved["sensible_every_steps"] is not None:
+        every = f"{saved['sensible_every_steps']:,} steps ({saved['sensible_every_seconds'] / 60:.0f} min)"
+        table.add_row("sensible interval", f"{every}; checkpoint.every_steps is {saved['every_steps']:,}")
+    epochs = (
+        "the dataset is not here" if data["epochs"] is None else f"{data['epochs']:.2f} of {data['tokens']:,} tokens"
+    )
+    table.add_row("epochs", epochs)
+    return table
+
+
+def _table(title: str, first: str, *numbers: str) -> Table:
+    table = Table(title=title, box=None, padding=(0, 2, 0, 0))
+    table.add_column(first)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"

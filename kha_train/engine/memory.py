@@ -1,0 +1,231 @@
+"""Memory of one rank, from the configuration alone: no torch, nothing is built.
+
+Every term is a formula over counts, and follows what DeepSpeed 0.19 really holds: fp32 training keeps a second fp32
+copy as masters; ZeRO 1 with fp32 accumulation of bf16 gradients keeps a whole fp32 gradient on every rank; ZeRO 2 holds
+every gradient whole of which a part is this rank's. A step peaks either when the backward starts (activations and
+loss) or when it ends (gradients and their buckets). Measured peaks: docs/plan.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from kha_train.config.schema import RunConfig
+from kha_train.model.accounting import count_parameters, moe_layers
+
+GIB = 1024**3
+MAX_LIVE_PARAMETERS = 1_000_000_000
+"""ZeRO 3 keeps so many gathered parameters, as DeepSpeed's defaults have it."""
+RUNTIME_BYTES = {"cpu": 180_000_000, "cuda": 0}
+"""What DeepSpeed, its process groups and the allocator take beside tensors: measured on a CPU, on CUDA a part of
+`cluster.reserved_gib`."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one rank by term, at the moment of a step that holds most (`moment`).
+
+    `parameters` in the training dtype (its share of them under ZeRO 3) · `gathered` whole parameters that ZeRO 3 holds
+    for a while · `gradients` · `optimizer` fp32 masters and both moments · `buckets` of the gradient reduction ·
+    `activations` that wait for the backward · `loss` logits of a chunk and the fp32 gradient of the head · `runtime`.
+    """
+
+    moment: str
+    terms: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """The sum of the terms."""
+        return sum(self.terms.values())
+
+
+def uses_bf16(config: RunConfig) -> bool:
+    """Whether the training dtype is bf16 on the devices of `config.cluster`."""
+    precision = config.engine.precision
+    return precision == "bf16" or (precision == "auto" and config.cluster.device == "cuda")
+
+
+def micro_batches(config: RunConfig) -> int:
+    """Micro-batches of a rank in a step, at least 1."""
+    return max(config.data.global_batch_size // (config.engine.micro_batch_size * config.cluster.devices), 1)
+
+
+def plan_memory(config: RunConfig) -> MemoryPlan:
+    """The memory of one of `cluster.devices` ranks at the peak of a step of `config`."""
+    engine, ranks = config.engine, config.cluster.devices
+    total, width = count_parameters(config).total, 2 if uses_bf16(config) else 4
+    sharded = engine.zero_stage == 3
+    states = {
+        "parameters": width * total // (ranks if sharded else 1),
+        "gathered": width * min(total, MAX_LIVE_PARAMETERS) if sharded else 0,
+        "optimizer": 12 * total // ranks,
+        "runtime": RUNTIME_BYTES[config.cluster.device],
+    }
+    before, after = _gradients(config, total)
+    one_block = replace(config, engine=replace(engine, activation_checkpointing="full"))
+    loss, waiting, last = _loss(config, width), activation_bytes(config), activation_bytes(one_block)
+    # Under ZeRO 3 the bucket is there from the start, and its reduction makes a copy.
+    buckets = _buckets(config, total, width)
+    start = {"gradients": before, "buckets": buckets[0], "activations": waiting, "loss": loss}
+    end = {"gradients": after, "buckets": buckets[1], "activations": min(waiting, last), "loss": 0}
+    moments = MemoryPlan("the backward starts", states | start), MemoryPlan("the backward ends", states | end)
+    return max(moments, key=lambda moment: moment.total)
+
+
+def activation_bytes(config: RunConfig) -> int:
+    """Bytes of the activations of one micro-batch that are held at the start of the backward.
+
+    Without recomputation all that every block saves; with it the input of every block, and one block in full.
+    """
+    tokens = config.engine.micro_batch_size * config.model.seq_len
+    width = 2 if uses_bf16(config) else 4
+    moe, dense = block_activations(config)
+    # The residual stream enters and leaves, the final norm saves its input and hands the head another.
+    outside = 3 * config.model.hidden_size
+    if config.engine.activation_checkpointing == "none":
+        layers = moe_layers(config) * moe + config.moe.dense_layers * dense
+    else:
+        # The backward of the block that is recomputed holds gradients of what it saved, too.
+        layers = config.model.layers * config.model.hidden_size + max(moe, dense)
+    return tokens * width * (layers + outside)
+
+
+def block_activations(config: RunConfig) -> tuple[int, int]:
+    """Numbers that a block saves for its backward for every token: one with experts (0 if there is none), a dense one.
+
+    Attention: its input before and after the norm; q and k before QK-norm, before and after rotation; v; the output
+    of the heads. Experts: their input before and after the norm; for each of top_k the copied input and 5 tensors of
+    the expert's width (gate and up, silu of gate, its product with up, that times the weight).
+    """
+    model, moe = config.model, config.moe
+    heads = config.attention.base.heads()
+    queries = heads.query_heads * heads.key_width
+    keys, values = heads.kv_heads * heads.key_width, heads.kv_heads * heads.value_width
+    attention = 2 * model.hidden_size + 3 * (queries + keys) + values + heads.query_heads * heads.value_width
+    shared = 5 * moe.shared_experts * moe.expert_width
+    routed = moe.top_k * (model.hidden_size + 5 * moe.expert_width) + 2 * moe.experts
+    experts = attention + 2 * model.hidden_size + routed + shared
+    dense = attention + 2 * model.hidden_size + 5 * moe.dense_width
+    return (experts if moe_layers(config) else 0), (dense if moe.dense_layers else 0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to keep model states: bytes a parameter for parameters, gradients and optimiser. `offered` by this engine
+    or not (then it is listed for comparison, and costs an engine of one's own)."""
+
+    name: str
+    parameters: int
+    gradients: int
+    optimizer: int
+    offered: bool
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        """All of it, on one rank."""
+        return self.parameters + self.gradients + self.optimizer
+
+    def states(self, total: int, stage: int, ranks: int) -> int:
+        """Bytes of `total` parameters on one of `ranks`, each part whole or sharded as the ZeRO stage has it."""
+        parts = (self.parameters, 3), (self.gradients, 2), (self.optimizer, 1)
+        return sum(size * total // (ranks if stage >= sharded_from else 1) for size, sharded_from in parts)
+
+
+RECIPES = (
+    Recipe("fp32: parameters, gradients, masters, moments", 4, 4, 12, True),
+    Recipe("bf16, gradients accumulated in fp32", 2, 6, 12, True),
+    Recipe("bf16, gradients in bf16", 2, 2, 12, True),
+    Recipe("bf16 with bf16 moments", 2, 2, 8, False),
+    Recipe("bf16 throughout, no masters", 2, 2, 4, False),
+    Recipe("bf16, optimiser offloaded to the host", 2, 2, 0, False),
+)
+"""From 20 bytes a parameter down; what DeepSpeed offers more is in docs/plan.md."""
+
+
+def largest_micro_batch(config: RunConfig, budget: float) -> int:
+    """The most rows of a micro-batch with which a rank stays within `budget` bytes; 0 when even one does not fit."""
+
+    def fits(rows: int) -> bool:
+        engine = replace(config.engine, micro_batch_size=rows)
+        return plan_memory(replace(config, engine=engine)).total <= budget
+
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while fits(high) and high < 1 << 20:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _gradients(config: RunConfig, total: int) -> tuple[int, int]:
+    """Gradients held when the last backward of a step starts, and when it ends."""
+    engine, ranks, accumulates = config.engine, config.cluster.devices, micro_batches(config) > 1
+    wide = uses_bf16(config) and engine.grad_accum_dtype == "fp32"
+    width = 2 if uses_bf16(config) else 4
+    if engine.zero_stage == 3:
+        return ((4 if wide else width) * total // ranks,) * 2
+    if engine.zero_stage == 2 and wide:
+        return 4 * total // ranks if accumulates else 0, 4 * total // ranks
+    if engine.zero_stage == 2:
+        held = width * _touched(config)
+        return held if accumulates else 0, held * (2 if accumulates else 1)
+    # ZeRO 1; with fp32 accumulation the whole fp32 gradient stays, and the bf16 one is added to it at the end.
+    return (4 * total, 6 * total) if wide else (width * total if accumulates else 0, width * total)
+
+
+def _touched(config: RunConfig) -> int:
+    """Numbers of all matrices of which some part lies in a rank's share of its parameter group: the most of any rank.
+
+    A group is the matrices of one layer in the order of the module, cut into equal shares; ZeRO 2 keeps a gradient
+    whole when the share begins or ends inside it.
+    """
+    model, moe, ranks = config.model, config.moe, config.cluster.devices
+    attention = config.attention.base.parameters(model.hidden_size)
+    expert, vocabulary = model.hidden_size * moe.expert_width, model.vocab_size * model.hidden_size
+    groups = [
+        (1, [vocabulary] if model.tie_embeddings else [vocabulary, vocabulary]),
+        (
+            moe_layers(config),
+            [
+                *[attention // 4] * 4,
+                moe.experts * model.hidden_size,
+                2 * moe.experts * expert,
+                moe.experts * expert,
+                2 * moe.shared_experts * expert,
+                moe.shared_experts * expert,
+            ],
+        ),
+        (
+            moe.dense_layers,
+            [*[attention // 4] * 4, 2 * model.hidden_size * moe.dense_width, model.hidden_size * moe.dense_width],
+        ),
+    ]
+    return max(sum(times * _overlap(sizes, rank, ranks) for times, sizes in groups) for rank in range(ranks))
+
+
+def _overlap(sizes: list[int], rank: int, ranks: int) -> int:
+    """The sum of those `sizes`, laid end to end, that the share of `rank` touches."""
+    start, total, touched = 0, sum(sizes), 0
+    for size in sizes:
+        if start < (rank + 1) * total / ranks and start + size > rank * total / ranks:
+            touched += size
+        start += size
+    return touched
+
+
+def _buckets(config: RunConfig, total: int, width: int) -> tuple[int, int]:
+    """Buffers of the reduction when the backward starts, and when it ends."""
+    bucket = width * min(config.engine.reduce_bucket_elements, total)
+    if config.engine.zero_stage < 3:
+        return 0, bucket
+    return bucket, 2 * bucket + bucket // config.cluster.devices
+
+
+def _loss(config: RunConfig, width: int) -> int:
+    """Logits of a chunk and their gradient in fp32; the fp32 gradient of the head, and once more in its own dtype."""
+    model = config.model
+    chunk = min(model.loss_chunk_tokens, config.engine.micro_batch_size * model.seq_len)
+    return 2 * 4 * chunk * model.vocab_size + (4 + width) * model.vocab_size * model.hidden_size

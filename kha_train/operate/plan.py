@@ -1,0 +1,290 @@
+"""What a run will hold, cost and take, from its configuration alone: before a GPU is touched, and without torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kha_train.config.schema import EngineSection, RunConfig
+from kha_train.config.validate import validate_batch
+from kha_train.data import manifest
+from kha_train.engine.memory import GIB, RECIPES, MemoryPlan, largest_micro_batch, micro_batches, plan_memory, uses_bf16
+from kha_train.errors import ConfigError
+from kha_train.model.accounting import (
+    FlopCount,
+    InteractionOverhead,
+    ParameterCount,
+    cache_bytes_per_token,
+    count_parameters,
+    flops_per_token,
+    interaction_overhead,
+)
+
+STAGES = (1, 2, 3)
+CHECKPOINT_BYTES = 12
+"""A parameter in a checkpoint: fp32 master and both moments."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change that saves memory: the overrides, what a rank then needs, and what the change costs."""
+
+    overrides: str
+    saves_bytes: int
+    total_bytes: int
+    fits: bool
+    price: str
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Bytes one rank sends in a step under a ZeRO stage, and the seconds that takes at the slowest link it crosses
+    (None: not known). Nothing of it is assumed to overlap with computation."""
+
+    stage: int
+    bytes_per_step: int
+    seconds_per_step: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer of `kha plan`. `fits` is None when the memory of a device is not known."""
+
+    config: RunConfig
+    parameters: ParameterCount
+    flops: FlopCount
+    overhead: InteractionOverhead
+    memory: MemoryPlan
+    budget_bytes: int | None
+    fits: bool | None
+    largest_micro_batch: int | None
+    remedies: tuple[Remedy, ...]
+    together: str | None
+    communication: tuple[Communication, ...]
+    batch_problem: str | None
+    time: dict[str, float | None]
+    checkpoint: dict[str, float | None]
+    data: dict[str, float | None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON answer. Its keys are documented in docs/plan.md and do not change."""
+        config, cluster = self.config, self.config.cluster
+        stages = {stage: plan_memory(_with_engine(config, zero_stage=stage)) for stage in STAGES}
+        return {
+            "model": config.model.name,
+            "attention": config.attention.name,
+            "cluster": asdict(cluster),
+            "params": {
+                "total": self.parameters.total,
+                "active": self.parameters.active,
+                "by_component": self.parameters.by_component,
+            },
+            "flops_per_token": asdict(self.flops),
+            "interaction_overhead": {
+                "parameters_percent": self.overhead.parameters,
+                "flops_percent": self.overhead.flops,
+                "cache_percent": self.overhead.cache,
+            },
+            "cache_bytes_per_token": cache_bytes_per_token(config),
+            "memory_per_rank": {
+                "total_bytes": self.memory.total,
+                "moment": self.memory.moment,
+                "terms": self.memory.terms,
+                "budget_bytes": self.budget_bytes,
+                "fits": self.fits,
+                "micro_batch_size": config.engine.micro_batch_size,
+                "largest_micro_batch": self.largest_micro_batch,
+                "by_stage": {str(stage): memory.total for stage, memory in stages.items()},
+                "recipes": recipe_table(config, self.parameters.total),
+            },
+            "remedies": [asdict(remedy) for remedy in self.remedies],
+            "together": self.together,
+            "communication": [asdict(volume) for volume in self.communication],
+            "batch_problem": self.batch_problem,
+            "time": self.time,
+            "checkpoint": self.checkpoint,
+            "data": self.data,
+        }
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """The plan of `config` on `config.cluster`. Raises DataError when the dataset's manifest is damaged."""
+    parameters, flops = count_parameters(config), flops_per_token(config)
+    memory, cluster = plan_memory(config), config.cluster
+    budget = round((cluster.memory_gib - cluster.reserved_gib) * GIB) if cluster.memory_gib else None
+    fits = None if budget is None else memory.total <= budget
+    remedies, together = _remedies(config, budget) if fits is False else ((), None)
+    time = _time(config, flops)
+    return Plan(
+        config=config,
+        parameters=parameters,
+        flops=flops,
+        overhead=interaction_overhead(config),
+        memory=memory,
+        budget_bytes=budget,
+        fits=fits,
+        largest_micro_batch=None if budget is None else largest_micro_batch(config, budget),
+        remedies=remedies,
+        together=together,
+        communication=tuple(_communication(config, stage, parameters.total) for stage in STAGES),
+        batch_problem=_batch_problem(config),
+        time=time,
+        checkpoint=_checkpoint(config, parameters.total, time["step_seconds"]),
+        data=_data(config),
+    )
+
+
+def recipe_table(config: RunConfig, total: int) -> list[dict[str, Any]]:
+    """Model states of one rank by recipe and ZeRO stage, in bytes; `offered` says what this engine can do."""
+    ranks = config.cluster.devices
+    return [
+        {
+            "name": recipe.name,
+            "bytes_per_parameter": recipe.bytes_per_parameter,
+            "offered": recipe.offered,
+            "states": {str(stage): recipe.states(total, stage, ranks) for stage in STAGES},
+        }
+        for recipe in RECIPES
+    ]
+
+
+def _remedies(config: RunConfig, budget: int) -> tuple[tuple[Remedy, ...], str | None]:
+    """Each remedy alone, the cheapest first, and what is enough: one of them, or the first few together."""
+    now = plan_memory(config).total
+    found, overrides, changed = [], [], config
+    for override, section, price in _candidates(config):
+        alone = plan_memory(replace(config, **section)).total
+        if alone >= now:
+            continue
+        found.append(Remedy(override, now - alone, alone, alone <= budget, price))
+        if plan_memory(changed).total > budget:
+            changed = replace(changed, **_merged(changed, section))
+            overrides.append(override)
+    alone = next((remedy.overrides for remedy in found if remedy.fits), None)
+    if alone:
+        return tuple(found), alone
+    if plan_memory(changed).total > budget:
+        needed = _devices_needed(changed, budget)
+        if needed is None:
+            return tuple(found), None
+        overrides.append(f"cluster.devices={needed}")
+    return tuple(found), " ".join(overrides)
+
+
+def _candidates(config: RunConfig) -> list[tuple[str, dict[str, Any], str]]:
+    """(override, the section it changes, its price)."""
+    engine, found = config.engine, []
+
+    def offer(override: str, price: str, **changes: Any) -> None:
+        found.append((override, {"engine": replace(engine, **changes)}, price))
+
+    if engine.zero_stage == 1:
+        offer("engine.zero_stage=2", "gradients are reduced in every micro-batch", zero_stage=2)
+    if engine.activation_checkpointing == "none":
+        offer("engine.activation_checkpointing=full", "a third more computation", activation_checkpointing="full")
+    if engine.micro_batch_size > 1:
+        offer("engine.micro_batch_size=1", "smaller products: slower", micro_batch_size=1)
+    if engine.zero_stage < 3:
+        offer("engine.zero_stage=3", "parameters are gathered in every micro-batch", zero_stage=3)
+    if uses_bf16(config) and engine.grad_accum_dtype == "fp32":
+        offer("engine.grad_accum_dtype=bf16", "gradients are summed in bf16", grad_accum_dtype="bf16")
+    return found
+
+
+def _merged(config: RunConfig, section: dict[str, EngineSection]) -> dict[str, EngineSection]:
+    """`section` on top of what `config` has by now: of each field the one that saves more."""
+    before, after = config.engine, section["engine"]
+    merged = replace(
+        before,
+        zero_stage=max(before.zero_stage, after.zero_stage),
+        micro_batch_size=min(before.micro_batch_size, after.micro_batch_size),
+        activation_checkpointing=max(before.activation_checkpointing, after.activation_checkpointing, key=len),
+    )
+    return {"engine": replace(merged, grad_accum_dtype=min(before.grad_accum_dtype, after.grad_accum_dtype))}
+
+
+def _devices_needed(config: RunConfig, budget: int) -> int | None:
+    """The smallest number of whole nodes' devices on which `config` fits, up to 65,536; None when none does."""
+    cluster, devices = config.cluster, config.cluster.devices
+    while devices <= 65_536:
+        devices = devices + 1 if devices < cluster.devices_per_node else devices + cluster.devices_per_node
+        if plan_memory(replace(config, cluster=replace(cluster, devices=devices))).total <= budget:
+            return devices
+    return None
+
+
+def _communication(config: RunConfig, stage: int, total: int) -> Communication:
+    """Ring collectives: a reduce-scatter or all-gather of S bytes sends S (N - 1) / N from every rank.
+
+    ZeRO 1 reduces once a step, ZeRO 2 in every micro-batch; both then gather the updated parameters. ZeRO 3 gathers
+    them in every micro-batch, for the forward and again for the backward, and reduces.
+    """
+    cluster = config.cluster
+    ranks, width = cluster.devices, 2 if uses_bf16(config) else 4
+    passes = {1: 2, 2: micro_batches(config) + 1, 3: 3 * micro_batches(config)}[stage]
+    sent = passes * width * total * (ranks - 1) // ranks
+    link = cluster.node_bandwidth_gb if ranks <= cluster.devices_per_node else cluster.network_bandwidth_gb
+    return Communication(stage, sent, sent / (link * 1e9) if link else None)
+
+
+def _batch_problem(config: RunConfig) -> str | None:
+    try:
+        validate_batch(config, config.cluster.devices)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _time(config: RunConfig, flops: FlopCount) -> dict[str, float | None]:
+    """Computation alone, at the cluster's assumed MFU: tokens/s = devices x peak x MFU / FLOPs a token."""
+    cluster = config.cluster
+    tokens_per_step = config.data.global_batch_size * config.model.seq_len
+    tokens = config.run.steps * tokens_per_step
+    speed = cluster.devices * cluster.peak_tflops * 1e12 * cluster.mfu / flops.mfu
+    hours = tokens / speed / 3600 if speed else None
+    priced = hours is not None and cluster.price_per_hour > 0
+    return {
+        "tokens": tokens,
+        "tokens_per_step": tokens_per_step,
+        "total_flops": tokens * flops.mfu,
+        "mfu": cluster.mfu,
+        "tokens_per_second": speed or None,
+        "step_seconds": tokens_per_step / speed if speed else None,
+        "hours": hours,
+        "device_hours": hours * cluster.devices if hours is not None else None,
+        "cost": hours * cluster.devices * cluster.price_per_hour if priced else None,
+    }
+
+
+def _checkpoint(config: RunConfig, total: int, step_seconds: float | None) -> dict[str, float | None]:
+    """Size, time to write, and the interval that loses least: sqrt(2 x write x time between failures) (Young 1974)."""
+    cluster, size = config.cluster, CHECKPOINT_BYTES * total
+    write = size / (cluster.storage_bandwidth_gb * 1e9) if cluster.storage_bandwidth_gb else None
+    failures = cluster.hours_between_failures * 3600 / cluster.devices
+    interval = math.sqrt(2 * write * failures) if write is not None else None
+    steps = interval / step_seconds if interval is not None and step_seconds else None
+    return {
+        "bytes": size,
+        "kept_bytes": size * config.checkpoint.keep_last,
+        "write_seconds": write,
+        "sensible_every_seconds": interval,
+        "sensible_every_steps": max(round(steps), 1) if steps is not None else None,
+        "every_steps": config.checkpoint.every_steps,
+    }
+
+
+def _data(config: RunConfig) -> dict[str, float | None]:
+    """Epochs over the training data, where its manifests can be read here."""
+    wanted = config.run.steps * config.data.global_batch_size * config.model.seq_len
+    paths = [source.path for source in config.data.sources] or [config.data.train]
+    folders = [Path(path) for path in paths if (Path(path) / manifest.MANIFEST_NAME).is_file()]
+    if len(folders) < len(paths):
+        return {"tokens": None, "epochs": None}
+    tokens = sum(manifest.load(folder, field="data.train").tokens for folder in folders)
+    return {"tokens": tokens, "epochs": wanted / tokens if tokens else None}
+
+
+def _with_engine(config: RunConfig, **changes: Any) -> RunConfig:
+    return replace(config, engine=replace(config.engine, **changes))
