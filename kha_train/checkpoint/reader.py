@@ -124,6 +124,20 @@ def find_newest(
         report(f"checkpoint {name} does not verify and is not used: {reason}. {kept}. Trying the next older one.")
 
 
+def open_verified(path: Path, world: World) -> Checkpoint:
+    """The checkpoint in `path`, a step directory or a run directory (its newest). Collective; nothing is renamed.
+
+    Raises CheckpointError on all ranks when there is none, or it does not verify.
+    """
+    found = layout.candidates(path / layout.FOLDER)
+    directory = found[0][1] if found else path
+    directory = Path(world.broadcast_text(str(directory)))
+    checkpoint, reason = _verify_together(directory, world)
+    if checkpoint is None:
+        raise CheckpointError(f"cannot be used: {reason}", field=str(path))
+    return checkpoint
+
+
 def verify(directory: Path, rank: int = 0, size: int = 1) -> Manifest:
     """Check a checkpoint directory: manifest, names, sizes, and the SHA-256 of every `size`-th file from `rank` on.
 

@@ -5,7 +5,9 @@ The handler only sets a flag; the loop agrees on it with all ranks at the end of
 
 from __future__ import annotations
 
+import math
 import signal
+import time
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -18,11 +20,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 class StopRequests:
     """While entered, `pending()` tells whether this process was asked to stop. A second Ctrl-C interrupts at once.
 
-    Only one rank need look for the file, at every step: `run_dir` is None on the others.
+    Only one rank need look for the file, at every step: `run_dir` is None on the others. After `max_minutes` (0: never)
+    by a clock that nobody can set, the process asks by itself: for jobs with a time limit.
     """
 
-    def __init__(self, run_dir: Path | None) -> None:
+    def __init__(self, run_dir: Path | None, max_minutes: float = 0.0) -> None:
         self._run_dir = run_dir
+        self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
         self._received = False
         self._previous: dict[int, object] = {}
 
@@ -38,7 +42,9 @@ class StopRequests:
 
     def pending(self) -> bool:
         """Whether to stop after this step."""
-        return self._received or (self._run_dir is not None and has_marker(self._run_dir, Marker.STOP))
+        if self._received or time.monotonic() >= self._deadline:
+            return True
+        return self._run_dir is not None and has_marker(self._run_dir, Marker.STOP)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._received:

@@ -15,10 +15,13 @@ from kha_train.config.build import flatten, to_plain
 from kha_train.config.schema import RunConfig
 from kha_train.engine.deepspeed import Engine, InitialValue, seeded
 from kha_train.errors import ResumeError
+from kha_train.model.decoder import build_decoder
 
 FREE_TO_CHANGE = (
     "run.dir",
     "run.name",
+    "run.init_from",
+    "resume.",
     "attention.name",
     "attention.backend",
     "model.name",
@@ -105,31 +108,94 @@ def pieces(engine: Engine, to_host: Callable[[Tensor], Tensor] = Tensor.cpu) -> 
 
 
 def check_belongs(config: RunConfig, checkpoint: Checkpoint, content_id: str) -> None:
-    """Raises ResumeError when `checkpoint` was made by another model, other data or another schedule."""
-    state = checkpoint.trainer_state
-    saved, now = flatten(state["config"]), flatten(to_plain(config))
+    """Raises ResumeError, with a table of what differs, when `checkpoint` was made by another model, data or schedule.
+
+    A setting (or a whole section, or `data_content_id`) named in `resume.allow_changes` may differ. Parameters of other
+    names or shapes are refused whatever is allowed: the optimiser's state has no place for them.
+    """
     differing = [
-        f"{key}: {saved.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(saved.keys() | now.keys())
-        if saved.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
+        (key, before, now)
+        for key, before, now in differences(config, checkpoint, content_id)
+        if not any(key == name or key.startswith(f"{name}.") for name in config.resume.allow_changes)
     ]
-    if state["data_content_id"] != content_id:
-        differing.append(f"data content: {state['data_content_id'][:12]} -> {content_id[:12]}")
     if differing:
+        table = "\n".join(f"  {key:<40} {before!r:>24} -> {now!r}" for key, before, now in differing)
         raise ResumeError(
-            f"the checkpoint of step {checkpoint.step} belongs to another run ({'; '.join(differing)})",
+            f"the checkpoint of step {checkpoint.step} belongs to another run:\n{table}\n ",
             field="run.dir",
             value=config.run.dir,
-            fix="restore the old settings, or start a new run with another run.dir",
+            fix="restore the old settings; or start a new run: another run.dir, with "
+            f"run.init_from={checkpoint.path} to begin with these weights; or, where it does what you want, "
+            f"resume.allow_changes=[{','.join(key for key, _, _ in differing)}]",
+        )
+    _, new, left_out = _compare_parameters(config, checkpoint)
+    if new or left_out:
+        raise ResumeError(
+            f"the checkpoint of step {checkpoint.step} holds other parameters, such as {(new + left_out)[0]}",
+            field="run.dir",
+            value=config.run.dir,
+            fix=f"start a new run: another run.dir, with run.init_from={checkpoint.path}",
         )
 
 
-def initial_from(checkpoint: Checkpoint | None) -> InitialValue:
-    """Values to materialise the decoder with: the checkpoint's masters, or the seeded defaults without one."""
+def differences(config: RunConfig, checkpoint: Checkpoint, content_id: str) -> list[tuple[str, Any, Any]]:
+    """(setting, its value in the checkpoint, its value now) of all that a run may not change without being asked."""
+    state = checkpoint.trainer_state
+    saved, now = flatten(state["config"]), flatten(to_plain(config))
+    saved["data_content_id"], now["data_content_id"] = state["data_content_id"][:12], content_id[:12]
+    return [
+        (key, saved.get(key), now.get(key))
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
+    ]
+
+
+def resumed(checkpoint: Checkpoint | None) -> InitialValue:
+    """Initial values of the decoder: zeros when `checkpoint` will be restored into it, else the seeded defaults.
+
+    So a rank reads its own share of a checkpoint and nothing else; the others' weights reach it from their masters.
+    """
     if checkpoint is None:
         return seeded
     shapes = checkpoint.names()
-    return lambda name, default: checkpoint.read(name, "master").view(shapes[name])
+    return lambda name, default: torch.zeros(shapes[name])
+
+
+class Inherited:
+    """Initial values for a new run: the weights of another run's checkpoint where it has them, else the defaults.
+
+    `taken`, `new` and `left_out` name the parameters found in both, only in this model, only in the checkpoint. Raises
+    ResumeError when a parameter of both has two shapes.
+    """
+
+    def __init__(self, config: RunConfig, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.taken, self.new, self.left_out = _compare_parameters(config, checkpoint)
+
+    def __call__(self, name: str, default: Callable[[], Tensor]) -> Tensor:
+        shapes = self.checkpoint.names()
+        return self.checkpoint.read(name, "master").view(shapes[name]) if name in shapes else default()
+
+    def fill_buffers(self, engine: Engine) -> None:
+        """Selection biases and the like, of those the checkpoint has."""
+        saved = self.checkpoint.buffers()
+        for name, buffer in engine.buffers().items():
+            if name in saved:
+                buffer.copy_(saved[name])
+
+
+def _compare_parameters(config: RunConfig, checkpoint: Checkpoint) -> tuple[list[str], list[str], list[str]]:
+    """Names in both, only in the model, only in the checkpoint. Raises ResumeError for one name with two shapes."""
+    with torch.device("meta"):
+        model = {name: tuple(value.shape) for name, value in build_decoder(config).named_parameters()}
+    saved = checkpoint.names()
+    taken = [name for name in model if name in saved]
+    for name in taken:
+        if model[name] != saved[name]:
+            raise ResumeError(
+                "two shapes of one parameter", field=name, value=list(model[name]), allowed=f"{list(saved[name])}"
+            )
+    return taken, [name for name in model if name not in saved], [name for name in saved if name not in model]
 
 
 def restore(engine: Engine, checkpoint: Checkpoint) -> Progress:

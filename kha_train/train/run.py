@@ -12,9 +12,11 @@ from kha_train.config.validate import validate_batch
 from kha_train.distributed import World
 from kha_train.optim import learning_rate
 from kha_train.record import Marker, clear_marker, has_marker, set_marker
+from kha_train.train.failure import FailureFile
 from kha_train.train.preempt import StopRequests
 from kha_train.train.session import Session
 from kha_train.train.step import next_batch, train_step
+from kha_train.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,16 @@ def train(config: RunConfig) -> Outcome:
     """Run `config` from where its run directory stands. Called by every rank; returns or raises the same on each.
 
     Raises ConfigError (cannot run: exit 2), ResumeError (the checkpoint is another run's: 3), DataError or
-    CheckpointError (4), DivergedError (5), RunDirectoryInUse (6).
+    CheckpointError (4), DivergedError (5), RunDirectoryInUse (6). A hang ends the process itself (75).
     """
     world = distributed.start(config.engine.device, config.engine.collective_timeout_seconds)
     try:
         validate_batch(config, world.size)
         run_dir = Path(config.run.dir)
-        with StopRequests(run_dir if world.is_main else None) as stops, Session(config, world) as session:
-            finished = _train_to_the_end(session, stops)
+        stops = StopRequests(run_dir if world.is_main else None, config.run.max_minutes)
+        watchdog = Watchdog(run_dir, world, config.engine.hang_timeout_seconds)
+        with stops, Session(config, world) as session, FailureFile(run_dir, world), watchdog:
+            finished = _train_to_the_end(session, stops, watchdog)
             session.saver.finish()
             session.end_state = "done" if finished else "requeued"
             _mark_the_end(run_dir, world, finished, session.progress.step)
@@ -46,11 +50,12 @@ def train(config: RunConfig) -> Outcome:
         distributed.stop()
 
 
-def _train_to_the_end(session: Session, stops: StopRequests) -> bool:
+def _train_to_the_end(session: Session, stops: StopRequests, watchdog: Watchdog) -> bool:
     """Train until `run.steps` steps are done (True) or a rank asks to stop (False), and save that moment."""
     config, world = session.config, session.world
     steps = config.run.steps
     while session.progress.step < steps:
+        watchdog.beat(session.progress.step + 1, "training")
         started = time.perf_counter()
         with session.data_wait.measured():
             batch, labels = next_batch(session.stream, world)
@@ -60,6 +65,7 @@ def _train_to_the_end(session: Session, stops: StopRequests) -> bool:
         line = session.metrics(result, lr, time.perf_counter() - started)
 
         step = session.progress.step
+        watchdog.beat(step, "validating and saving")
         if _is_due(step, config.validation.every_steps, steps):
             validation = session.validate()
             line |= {"validation/loss": validation.loss, "validation/bits_per_byte": validation.bits_per_byte}
@@ -84,4 +90,6 @@ def _mark_the_end(run_dir: Path, world: World, finished: bool, step: int) -> Non
         # A batch script requeues what SLURM interrupted, and leaves what its user stopped.
         why = "the STOP file" if has_marker(run_dir, Marker.STOP) else "a signal"
         clear_marker(run_dir, Marker.STOP)
-        set_marker(run_dir, *((Marker.DONE, f"step {step}") if finished else (Marker.REQUEUE, f"step {step}, by {why}")))
+        set_marker(
+            run_dir, *((Marker.DONE, f"step {step}") if finished else (Marker.REQUEUE, f"step {step}, by {why}"))
+        )

@@ -10,17 +10,18 @@ from typing import Any, Self
 import yaml
 
 from kha_train.analysis.spikes import read_curve, score_curve
-from kha_train.checkpoint.reader import Checkpoint, find_newest
+from kha_train.checkpoint.reader import Checkpoint, find_newest, open_verified
 from kha_train.config.build import to_plain
 from kha_train.config.schema import RunConfig
 from kha_train.data.stream import bytes_per_id, open_stream, validation_batches
 from kha_train.distributed import World
-from kha_train.engine.deepspeed import Engine, leave_world, resolve_dtype
-from kha_train.errors import DivergedError, KhaError
+from kha_train.engine.deepspeed import Engine, InitialValue, leave_world, resolve_dtype
+from kha_train.errors import CheckpointError, DivergedError, KhaError
 from kha_train.model.accounting import count_parameters, flops_per_token
 from kha_train.model.attention.choice import announce
 from kha_train.model.moe.balance import balance_metrics
 from kha_train.record import Marker, Record, Redactor, set_marker
+from kha_train.record.goodput import goodput
 from kha_train.stability.events import Observation
 from kha_train.telemetry.console import Console
 from kha_train.telemetry.meters import DataWait, PeakMemory
@@ -51,6 +52,7 @@ class Session:
         self.data_wait = DataWait()
         self.end_state = "failed"
         self._resumed_from: tuple[int, ...] = ()
+        self._inherited: resume.Inherited | None = None
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
@@ -170,12 +172,24 @@ class Session:
         return False
 
     def _build(self, checkpoint: Checkpoint | None) -> None:
-        self.engine = Engine(self.config, self.world, resume.initial_from(checkpoint))
+        self.engine = Engine(self.config, self.world, self._initial(checkpoint))
         self._open.callback(leave_world)
         self._open.callback(self.engine.close)
         if checkpoint:
             self.restore(checkpoint)
             self.watch.restore(checkpoint.trainer_state["stability"])
+        elif self._inherited:
+            self._inherited.fill_buffers(self.engine)
+
+    def _initial(self, checkpoint: Checkpoint | None) -> InitialValue:
+        """A run's own checkpoint wins over the one it once began from."""
+        path = self.config.run.init_from
+        if checkpoint is None and path:
+            source = open_verified(Path(path), self.world)
+            with self.world.agreed():
+                self._inherited = resume.Inherited(self.config, source)
+            return self._inherited
+        return resume.resumed(checkpoint)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put the living engine and the stream where they stood at `checkpoint`."""
@@ -236,6 +250,10 @@ class Session:
             text = yaml.safe_dump(Redactor.from_environment().clean(to_plain(self.config)), sort_keys=False)
             (self.run_dir / "config.yaml").write_text(text, encoding="utf-8")
         self.record.begin_attempt(self.progress.step, world_size=self.world.size, facts=facts)
+        if self._inherited:
+            inherited = self._inherited
+            lists = {"taken": len(inherited.taken), "new": inherited.new, "left_out": inherited.left_out}
+            self.record.event("weights_inherited", 0, source=str(inherited.checkpoint.path), **lists)
         for line in self._choices:
             self.console.message(line)
         where = f"resumed after step {self.progress.step}" if resumed else "new run"
@@ -249,6 +267,8 @@ class Session:
         if self.world.is_main:
             print(f"warning: {text}", flush=True)
             self.record.event("checkpoint_refused", 0, text=text)
+        if self.config.resume.strict:
+            raise CheckpointError(text, field="resume.strict", value=True, fix="look at it, then start again")
 
     def _checkpoint_event(self, kind: str, step: int, **fields: Any) -> None:
         self.record.event(kind, step, **fields)
@@ -264,4 +284,6 @@ class Session:
             self.end_state = "diverged"
         if isinstance(error, KhaError) and self.world.is_main:
             set_marker(self.run_dir, Marker.FATAL, error.line())
+        if self.world.is_main and (summary := goodput(self.run_dir)):
+            self.record.update_run(goodput=summary.to_dict())
         self.record.close(self.end_state)

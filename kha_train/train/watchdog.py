@@ -1,0 +1,113 @@
+"""Finding a rank that hangs: every rank's main thread beats, a thread of each watches all beats through files.
+
+A rank whose main thread has not moved for too long writes the stacks of all its threads, raises the alarm for the
+others, which do the same, and ends with exit code 75: try again. A rank that is stopped or lost entirely cannot do so,
+but its neighbours hang in a collective with it, and their beats name it: its last beat is the oldest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from kha_train.distributed import World
+from kha_train.errors import HangError
+
+FOLDER = "hang"
+
+
+class Watchdog:
+    """While entered, ends this process with exit code 75 when `beat` has not been called for `timeout_seconds`.
+
+    The time counts from the second beat on: before it, compilers and caches may take what they need, which
+    `engine.collective_timeout_seconds` bounds. Beats are in `<run_dir>/hang/rank-RRRRR.json`, stacks beside them in
+    `rank-RRRRR.txt`; both are of the current attempt. Clocks are compared only with themselves: a rank is judged by how
+    long its own beat has stood still in the eyes of this one.
+    """
+
+    def __init__(self, run_dir: Path, world: World, timeout_seconds: float) -> None:
+        self._folder, self._world, self._timeout = run_dir / FOLDER, world, timeout_seconds
+        self._beats, self._step, self._doing = 0, 0, "starting"
+        self._last = time.monotonic()
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for leftover in (self._path("json"), self._path("txt"), self._alarm):
+            leftover.unlink(missing_ok=True)
+        # No rank may take the last attempt's alarm for one of this.
+        self._world.barrier()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._left.set()
+        self._thread.join()
+
+    def beat(self, step: int, doing: str) -> None:
+        """The main thread is alive and about to do what `doing` says at `step`."""
+        self._step, self._doing, self._last = step, doing, time.monotonic()
+        self._beats += 1
+
+    def _watch(self) -> None:
+        interval = min(5.0, self._timeout / 4)
+        while not self._left.wait(interval):
+            self._write_beat()
+            still = time.monotonic() - self._last
+            if self._beats > 1 and still > self._timeout:
+                self._end(f"rank {self._world.rank} has stood still for {still:.0f} s in: {self._where()}")
+            if self._alarm.exists():
+                self._end("another rank raised the alarm")
+
+    def _end(self, reason: str) -> None:
+        """Leave stacks and one line behind, and the process. It cannot be asked to end: its main thread hangs."""
+        with contextlib.suppress(OSError):
+            self._alarm.touch()
+            with self._path("txt").open("w", encoding="utf-8") as file:
+                file.write(f"{reason}\n\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        error = HangError(f"{reason}; {self._slowest()}", fix=f"start again; the stacks are in {self._folder}")
+        print(f"{error.line()}", file=sys.stderr, flush=True)
+        os._exit(HangError.exit_code)
+
+    def _slowest(self) -> str:
+        """Which rank is behind, by what all have written of themselves."""
+        beats = {}
+        for path in sorted(self._folder.glob("rank-*.json")):
+            with contextlib.suppress(OSError, ValueError):
+                beat = json.loads(path.read_text(encoding="utf-8"))
+                beats[beat["rank"]] = (beat["beats"], beat["where"])
+        if not beats:
+            return "no rank has left a beat"
+        rank = min(beats, key=lambda rank: beats[rank][0])
+        silent = sorted(set(range(self._world.size)) - beats.keys())
+        return f"furthest behind: rank {rank} in {beats[rank][1]}" + (f"; never seen: ranks {silent}" if silent else "")
+
+    def _write_beat(self) -> None:
+        beat = {"rank": self._world.rank, "beats": self._beats, "where": self._where(), "process": os.getpid()}
+        beside = self._path("json").with_suffix(".new")
+        with contextlib.suppress(OSError):
+            beside.write_text(json.dumps(beat), encoding="utf-8")
+            os.replace(beside, self._path("json"))
+
+    def _where(self) -> str:
+        return f"step {self._step}, {self._doing}"
+
+    def _path(self, suffix: str) -> Path:
+        return self._folder / f"rank-{self._world.rank:05d}.{suffix}"
+
+    @property
+    def _alarm(self) -> Path:
+        return self._folder / "ALARM"

@@ -1,0 +1,204 @@
+"""Imports torch and DeepSpeed once, then starts training processes by fork, with faults where a test wants them.
+
+Reads one JSON request a line: {"cwd", "overrides", "ranks", "faults", "log", "patience", "environment"}; answers one
+line: {"codes", "seconds"} of the ranks, a signal as a negative code, None for a rank that had to be killed because it
+was still there `patience` seconds after another had failed. All ranks of a request share one process group.
+
+A fault is {"at", "do"} and conditions; it happens once in a process:
+
+    at  step:N              before step N is trained
+        save:N:STAGE        at a stage of the writer (writer.STAGES, before_prune, mid_prune) while step N is saved
+        gradient:N          in the gradient of step N
+        batch:N             while the batch of step N is read
+    do  kill (this rank), kill_all (every rank), stop (SIGSTOP), sleep, term (SIGTERM), usr2, nan, enospc, erofs,
+        partial (a half-written directory under the final name), clock (set back by a day), data (a DataError),
+        file_limit (no file above 200 kB)
+    rank    only there (default: everywhere)
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import math
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - drags in the compiler, at every start but for this
+import torch
+
+from kha_train import compose
+from kha_train.engine.deepspeed import Engine, _import_deepspeed
+from kha_train.errors import DataError, KhaError
+from kha_train.train import run, saving, session
+
+torch.set_num_threads(1)
+_import_deepspeed(torch.device("cpu"))
+cached_compose = functools.cache(lambda overrides: compose(list(overrides)))
+
+
+class Faults:
+    """The faults of one process, and the seams of the trainer they enter by."""
+
+    def __init__(self, wanted: list[dict[str, Any]], rank: int) -> None:
+        self.waiting = [fault for fault in wanted if fault.get("rank", rank) == rank]
+        self.step = self.saving = 0
+        self.saver: Any = None
+
+    def install(self) -> None:
+        """Patch the named seams."""
+        train_step, next_batch = run.train_step, run.next_batch
+        accumulate, begin = Engine.accumulate, saving.Saver.begin
+
+        def at_step(*arguments: Any, **options: Any) -> Any:
+            self.happen(f"step:{self.step}")
+            return train_step(*arguments, **options)
+
+        def at_batch(stream: Any, world: Any) -> Any:
+            self.step = self.progress() + 1
+            if "data" in self.happen(f"batch:{self.step}"):
+                failing = type("Failing", (), {"__next__": lambda _: _raise(DataError("damaged", field="shard"))})()
+                return next_batch(failing, world)
+            return next_batch(stream, world)
+
+        def at_gradient(engine: Engine, batch: Any, loss_scale: float, *scales: float, last: bool) -> Any:
+            scale = math.nan if "nan" in self.happen(f"gradient:{self.step}") else loss_scale
+            return accumulate(engine, batch, scale, *scales, last=last)
+
+        def at_save(saver: Any, step: int, *arguments: Any) -> None:
+            self.saving = step
+            begin(saver, step, *arguments)
+
+        def stage(name: str) -> None:
+            self.happen(f"save:{self.saving}:{name}")
+
+        run.train_step, run.next_batch, Engine.accumulate, saving.Saver.begin = at_step, at_batch, at_gradient, at_save
+        saving.BackgroundWriter = functools.partial(saving.BackgroundWriter, stage=stage)
+        saving.prune = functools.partial(saving.prune, stage=stage)
+        opened = session.Session.__enter__
+
+        def remember(this: session.Session) -> session.Session:
+            self.progress = lambda: this.progress.step
+            return opened(this)
+
+        session.Session.__enter__ = remember
+
+    def happen(self, where: str) -> list[str]:
+        """Let what waits for `where` happen; what did."""
+        due = [fault for fault in self.waiting if fault["at"] == where]
+        self.waiting = [fault for fault in self.waiting if fault not in due]
+        for fault in due:
+            print(f"fault: {fault}", flush=True)
+            getattr(self, fault["do"])()
+        return [fault["do"] for fault in due]
+
+    def kill(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def kill_all(self) -> None:
+        os.killpg(0, signal.SIGKILL)
+        time.sleep(60)
+
+    def stop(self) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def sleep(self) -> None:
+        time.sleep(300)
+
+    def term(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def usr2(self) -> None:
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    def nan(self) -> None:
+        """The caller does it."""
+
+    def data(self) -> None:
+        """The caller does it."""
+
+    def enospc(self) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def erofs(self) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def partial(self) -> None:
+        directory = Path(f"runs/one/checkpoints/step-{self.saving:08d}")
+        directory.mkdir()
+        (directory / "model-00000.safetensors").write_bytes(b"half")
+
+    def clock(self) -> None:
+        now = time.time
+        time.time = lambda: now() - 86400
+
+    def file_limit(self) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _child(request: dict[str, Any], rank: int, port: int) -> None:
+    log = os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.chdir(request["cwd"])
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **request.get("environment", {})}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["ranks"])}
+    faults = Faults(request.get("faults", []), rank)
+    faults.install()
+    try:
+        run.train(cached_compose(tuple(request["overrides"])))
+    except KhaError as error:
+        print(f"rank {rank}: {error.line()}", flush=True)
+        sys.exit(error.exit_code)
+    sys.exit()
+
+
+def _serve(request: dict[str, Any]) -> dict[str, Any]:
+    started = time.monotonic()
+    cached_compose(tuple(request["overrides"]))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pids: list[int] = []
+    for rank in range(request["ranks"]):
+        pid = os.fork()
+        if pid == 0:
+            os.setpgid(0, pids[0] if pids else 0)
+            _child(request, rank, port)
+        os.setpgid(pid, pids[0] if pids else pid)
+        pids.append(pid)
+    codes: dict[int, int | None] = {}
+    deadline = started + 300
+    while len(codes) < len(pids) and time.monotonic() < deadline:
+        for pid in set(pids) - codes.keys():
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+                if codes[pid]:
+                    deadline = min(deadline, time.monotonic() + request.get("patience", 30))
+        time.sleep(0.005)
+    for pid in set(pids) - codes.keys():
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        codes[pid] = None
+    return {"codes": [codes[pid] for pid in pids], "seconds": time.monotonic() - started}
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        answer = _serve(json.loads(line))
+        sys.__stdout__.write(json.dumps(answer) + "\n")
+        sys.__stdout__.flush()

@@ -1,0 +1,73 @@
+"""F12: other world sizes and ZeRO stages go on with the same samples and the same fp32 state, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from kha_train.checkpoint.reader import open_verified
+from kha_train.distributed import World
+
+pytestmark = pytest.mark.slow
+
+STEPS = 21
+LAYOUTS = {
+    "1 -> 2 -> 1 ranks, ZeRO 1 -> 3 -> 2": [(1, 1), (2, 3), (1, 2)],
+    "2 -> 1 -> 2 ranks, ZeRO 3 -> 2 -> 1": [(2, 3), (1, 2), (2, 1)],
+}
+
+
+@pytest.mark.parametrize("variant", ["gqa", "kha_mlp"])
+@pytest.mark.parametrize("layouts", LAYOUTS)
+def test_a_run_that_changes_ranks_and_stage_follows_the_straight_curve(
+    layouts: str, variant: str, make_run: Callable, straight: Callable
+) -> None:
+    twin = straight(f"attention={variant}", steps=STEPS)
+    run = make_run(f"attention={variant}", steps=STEPS)
+    for number, (ranks, zero) in enumerate(LAYOUTS[layouts], start=1):
+        faults = [{"at": f"batch:{7 * number}", "do": "term", "rank": ranks - 1}] if number < 3 else []
+        codes = run.start(*faults, ranks=ranks, overrides=(f"engine=zero{zero}",))
+        assert codes == [0] * ranks, run.log.read_text()
+    assert run.starts() == [0, 7, 14]
+    moved, kept = run.curve(), twin.curve()
+    for key in ("step", "samples_first", "samples_last", "tokens", "train/lr"):
+        assert [line[key] for line in moved] == [line[key] for line in kept], key
+    assert max(abs(a["train/loss"] - b["train/loss"]) for a, b in zip(moved, kept, strict=True)) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def written(straight: Callable) -> Path:
+    """A run directory with a trained checkpoint."""
+    return straight("attention=kha_mlp", steps=6).run_dir
+
+
+@pytest.mark.parametrize(("ranks", "zero"), [(1, 3), (2, 1), (2, 2), (2, 3)])
+def test_every_layout_takes_over_the_same_state_bit_for_bit_and_reads_only_its_share(
+    written: Path, ranks: int, zero: int, run_ranks: Callable, small: list[str], tmp_path: Path
+) -> None:
+    overrides = [*small, "attention=kha_mlp", f"engine=zero{zero}", "run.dir=unused", "run.steps=6"]
+    worker = Path(__file__).parent / "elastic_worker.py"
+    answers = run_ranks(worker, ranks, source=str(written), target=str(tmp_path), overrides=overrides)
+    before, after = (open_verified(path, World.single()) for path in (written, tmp_path))
+    assert before.names() == after.names()
+    for name in before.names():
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(before.read(name, kind), after.read(name, kind)), (name, kind)
+    biases, again = before.buffers(), after.buffers()
+    assert biases.keys() == again.keys()
+    assert all(torch.equal(biases[name], again[name]) for name in biases)
+    assert any(bias.abs().max() > 0 for bias in biases.values())
+    for field in ("progress", "optimizer_steps"):
+        assert before.trainer_state[field] == after.trainer_state[field]
+
+    kept = sum(buffer.nbytes for buffer in biases.values())
+    assert sum(answer["owned"] for answer in answers) == 3 * sum(shape.numel() for shape in _shapes(before))
+    assert all(answer["read"] <= 1.1 * 4 * answer["owned"] + kept for answer in answers)
+    assert all(answer["largest"] <= 1024 for answer in answers)
+
+
+def _shapes(checkpoint) -> list[torch.Size]:
+    return [torch.Size(shape) for shape in checkpoint.names().values()]

@@ -1,0 +1,54 @@
+"""F1, F2: kill -9 between steps and at every stage of a save; the run that goes on equals one that was never hurt."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+
+from kha_train.checkpoint.writer import STAGES
+
+pytestmark = pytest.mark.slow
+
+VARIANTS = ("gqa", "kha_mlp", "mea")
+PAIRS = list(itertools.product(VARIANTS, (1, 2, 3)))
+POINTS = ("step", *STAGES, "before_prune", "mid_prune")
+
+
+def faults_at(point: str, step: int) -> list[dict]:
+    """Every rank dies at `point` of the save after `step`, or before the step after."""
+    if point == "step":
+        return [{"at": f"step:{step + 1}", "do": "kill_all"}]
+    # Only a directory that lies under the final name already lets the writer come between two renames.
+    obstacle = [{"at": f"save:{step}:before_rename", "do": "partial", "rank": 0}] if point == "between_renames" else []
+    return [*obstacle, {"at": f"save:{step}:{point}", "do": "kill_all"}]
+
+
+def killed_at(points: list[str], overrides: list[str], make_run: Callable, straight: Callable, ranks: int) -> None:
+    """A run killed at each of `points` in turn, each attempt at a later save, against its undisturbed twin."""
+    steps = 2 * (len(points) + 2)
+    twin, run = straight(*overrides, steps=steps, ranks=ranks), make_run(*overrides, steps=steps)
+    for number, point in enumerate(points, start=1):
+        codes = run.start(*faults_at(point, 2 * (number + 1)), ranks=ranks)
+        assert codes == [-9] * ranks, (point, codes, run.log.read_text())
+    run.to_the_end(ranks)
+    assert run.curve() == twin.curve()
+    assert len(run.curve()) == steps
+    assert run.final_state() == twin.final_state()
+    assert len(run.starts()) == len(points) + 1
+    assert all(start >= 2 * number for number, start in enumerate(run.starts()))
+
+
+@pytest.mark.parametrize(("variant", "zero"), PAIRS)
+def test_a_run_killed_at_several_stages_of_a_save_equals_one_that_never_was(variant, zero, make_run, straight) -> None:
+    """Over all cases every pair of point and variant, point and ZeRO stage, variant and ZeRO stage is met."""
+    column = VARIANTS.index(variant)
+    points = [point for row, point in enumerate(POINTS) if (row + column) % 3 == zero - 1]
+    killed_at(points, [f"attention={variant}", f"engine=zero{zero}"], make_run, straight, ranks=2)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("variant", "zero"), PAIRS)
+def test_the_full_grid(variant, zero, make_run, straight) -> None:
+    killed_at(list(POINTS), [f"attention={variant}", f"engine=zero{zero}"], make_run, straight, ranks=2)
