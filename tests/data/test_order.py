@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kha_train.data.order import Permutation, SampleOrder
+from kha_train.data.order import BLOCK, SUPER_BLOCK, BlockPermutation, Permutation, SampleOrder
 from kha_train.errors import DataError
 
 MASK = (1 << 64) - 1
@@ -113,3 +113,16 @@ def test_an_epoch_holds_every_row_once_and_the_next_one_is_another_order() -> No
     first, second = order.rows(0, 5000), order.rows(5000, 5000)
     assert sorted(first) == sorted(second) == list(range(5000))
     assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("n", [1, 255, 256, 257, 4095, 4096, 10_000, 50_001])
+def test_the_block_shuffle_gives_every_row_once_and_reads_in_runs(n: int) -> None:
+    rows = BlockPermutation(n, seed=1, source="far", epoch=0).forward(np.arange(n))
+    assert np.array_equal(np.sort(rows), np.arange(n))
+    whole = n // SUPER_BLOCK * SUPER_BLOCK
+    for first in range(0, whole, BLOCK):
+        window = rows[first : min(first + BLOCK, whole)]
+        assert len(np.unique(window // SUPER_BLOCK)) == len(window) // SUPER_BLOCK
+    assert set(rows[whole:]) == set(range(whole, n))
+    again = SampleOrder(n, seed=1, source="far", shuffle="block").rows(0, n)
+    assert np.array_equal(again, rows)

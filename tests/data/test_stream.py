@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data_tools.synthetic import write_dataset
+from kha_train.config import schema
 from kha_train.config.constants import IGNORE_LABEL
 from kha_train.data import stream
+from kha_train.data.order import Permutation
 from kha_train.data.shards import ShardSet
 from kha_train.errors import ConfigError, DataError
 
@@ -104,6 +109,123 @@ def test_without_isolation_a_row_is_one_segment_and_no_label_is_masked(dataset: 
     assert batch.cu_seqlens_S.tolist() == list(range(0, 24 * 32 + 1, 32)) and batch.max_seqlen == 32
     assert batch.label_count == 24 * 32
     assert torch.equal(batch.positions_BT, torch.arange(32).expand(24, 32))
+
+
+def trained_on(config, until: int, schedule: list[int], world_size: int, windows=()) -> list[int]:
+    """The samples of steps of the batch sizes in `schedule` in turn, every step read by a stream opened anew."""
+    seen, position = [], 0
+    for batch_size in schedule:
+        if position >= until:
+            return seen
+        resized = replace(config, data=replace(config.data, global_batch_size=batch_size))
+        for rank in range(world_size):
+            opened = stream.open_stream(resized, rank, world_size, samples_seen=position, skip_windows=windows)
+            seen += next(opened).samples_B.tolist()
+        position = opened.samples_seen
+    return seen
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_stops_world_sizes_and_batch_sizes_never_change_what_comes_next(dataset: Path, make_config, data) -> None:
+    config = make_config(dataset)
+    world_size = data.draw(st.sampled_from([1, 2, 3, 4, 8]))
+    schedule = data.draw(st.lists(st.sampled_from([24, 48, 72]), min_size=1, max_size=4))
+    windows = data.draw(st.lists(st.tuples(st.integers(0, 150), st.integers(0, 40)), max_size=3))
+    windows = [(first, first + length) for first, length in windows]
+    skipped = {number for first, last in windows for number in range(first, last)}
+    seen = trained_on(config, 10**9, schedule, world_size, windows)
+    assert seen == [number for number in range(1000) if number not in skipped][: len(seen)]
+    assert len(seen) == sum(schedule)
+
+
+def test_a_skip_window_is_jumped_and_the_rest_stays_as_it_was(dataset: Path, make_config) -> None:
+    config = make_config(dataset)
+    plain = take(config, 4)
+    opened = stream.open_stream(config)
+    next(opened)
+    opened.skip_windows = [(40, 60), (50, 72)]
+    batch = next(opened)
+    assert batch.samples_B.tolist() == [*range(24, 40), *range(72, 80)] and opened.samples_seen == 80
+    assert batch.tokens_BT[:16].tolist() == plain[1].tokens_BT[:16].tolist()
+    assert batch.tokens_BT[16:].tolist() == plain[3].tokens_BT[:8].tolist()
+    opened.samples_seen = 24
+    assert next(opened).samples_B.tolist() == batch.samples_B.tolist(), "a rewind jumps the window again"
+
+
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_reading_ahead_changes_no_batch(dataset: Path, make_config, prefetch: int) -> None:
+    plain, ahead = (stream.open_stream(make_config(dataset, prefetch=n)) for n in (0, prefetch))
+    for _ in range(5):
+        assert joined([next(plain)]) == joined([next(ahead)])
+    for opened in (plain, ahead):
+        opened.samples_seen, opened.skip_windows = 48, [(80, 100)]
+    for _ in range(4):
+        assert joined([next(plain)]) == joined([next(ahead)])
+        assert plain.samples_seen == ahead.samples_seen
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": "best_fit"}, {"shuffle": "block"}])
+def test_a_memory_map_reads_what_pread_reads(dataset: Path, make_config, options: dict) -> None:
+    first, second = (take(make_config(dataset, reader=reader, **options), 3) for reader in ("pread", "memory_map"))
+    assert [joined([batch]) for batch in first] == [joined([batch]) for batch in second]
+
+
+def mixture_of(make_config, dataset: Path, other: Path, **options):
+    sources = (
+        schema.SourceSection(name="old", path=str(dataset / "train"), weight=3.0),
+        schema.SourceSection(name="new", path=str(other / "train"), weight=1.0),
+    )
+    return make_config(dataset, train="", sources=sources, **options)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("other")
+    write_dataset(directory, vocab_size=97, documents=60, seed=8, max_length=300, documents_per_shard=40)
+    return directory
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_a_mixture_is_the_rows_of_its_sources_in_their_own_order(
+    dataset: Path, other: Path, make_config, packing: str
+) -> None:
+    batches = take(mixture_of(make_config, dataset, other, packing=packing, batch=64), 40)
+    samples = stream.open_stream(mixture_of(make_config, dataset, other, packing=packing)).samples
+    sources_N, _ = samples.mixture.samples(0, 40 * 64)
+    tokens = torch.cat([batch.tokens_BT for batch in batches])
+    labels = torch.cat([batch.labels_BT for batch in batches])
+    for place, source in enumerate(samples.sources):
+        own = np.flatnonzero(sources_N == place)
+        rows_N = source.order.rows(0, len(own))
+        assert np.array_equal(tokens[own].numpy(), source.rows.read(rows_N)[:, :-1])
+        masked = (labels[own] == IGNORE_LABEL).flatten().nonzero().flatten().tolist()
+        assert masked == sorted(source.rows.layout(rows_N).masked_M.tolist())
+    assert np.bincount(sources_N).tolist() == [40 * 48, 40 * 16]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+def test_a_mixture_is_the_same_for_every_world_size(dataset: Path, other: Path, make_config, world_size: int) -> None:
+    config = mixture_of(make_config, dataset, other)
+    alone = take(config, 3, samples_seen=1000 * 24)
+    ranks = [take(config, 3, rank, world_size, samples_seen=1000 * 24) for rank in range(world_size)]
+    for step in range(3):
+        assert joined([batches[step] for batches in ranks]) == joined([alone[step]])
+
+
+def test_the_content_id_of_a_mixture_covers_every_source(dataset: Path, other: Path, make_config) -> None:
+    both = stream.open_stream(mixture_of(make_config, dataset, other)).content_id
+    changed = stream.open_stream(mixture_of(make_config, dataset, dataset)).content_id
+    assert len({both, changed, stream.open_stream(make_config(dataset)).content_id}) == 3
+
+
+def test_the_trillionth_sample_is_found_like_the_first(dataset: Path, make_config) -> None:
+    opened = stream.open_stream(make_config(dataset, isolate=False))
+    opened.samples_seen = 10**12
+    batch = next(opened)
+    n = opened.samples_per_epoch
+    rows = Permutation(n, seed=0, source="train", epoch=10**12 // n).forward(np.arange(24) + 10**12 % n)
+    assert np.array_equal(batch.tokens_BT.numpy(), opened.samples.sources[0].rows.read(rows)[:, :-1])
 
 
 def test_seed_changes_the_order_and_nothing_else_in_the_set_of_rows(dataset: Path, make_config) -> None:
