@@ -19,6 +19,8 @@ from torch import Tensor
 from kha_train.data.stream import Batch
 from kha_train.engine.deepspeed import Engine
 
+IN_IT = ".interaction."
+"""In the name of every parameter through which heads meet."""
 SAMPLED_QUERIES = 64
 """Attention logits are taken for so many positions, evenly spread over the row, against all keys before them."""
 
@@ -28,7 +30,8 @@ def probe(engine: Engine, batch: Batch, load_LE: Tensor) -> dict[str, Any]:
 
     `grad_norms` by parameter group (one a layer), `max_logits` the largest attention logit of each layer over sampled
     queries of each rank's first row, `router` the load (of the global batch) and the selection bias of each layer with
-    experts, `interactions` the norm of each matrix through which heads meet, and its distance from the identity.
+    experts, `interactions` the norm of each parameter through which heads meet, and a square one's distance from the
+    identity.
     """
     return {
         "grad_norms": engine.gradient_norms(),
@@ -42,8 +45,8 @@ def probe_metrics(evidence: dict[str, Any]) -> dict[str, float]:
     """The few numbers of the evidence that go into a metrics line."""
     metrics = {"attn/max_logit": max(evidence["max_logits"])} if evidence["max_logits"] else {}
     # Gates start at zero and not at the identity.
-    matrices = {name: entry for name, entry in evidence["interactions"].items() if not name.endswith(".gate")}
-    distances = [entry["from_identity"] for entry in matrices.values()]
+    matrices = [entry for name, entry in evidence["interactions"].items() if "gate" not in name.split(".")]
+    distances = [entry["from_identity"] for entry in matrices if "from_identity" in entry]
     return metrics | ({"kha/from_identity": max(distances)} if distances else {})
 
 
@@ -115,7 +118,9 @@ def _router(load_LE: Tensor, bias_LE: Tensor) -> list[dict[str, float]]:
 
 def _interactions(engine: Engine) -> dict[str, dict[str, float]]:
     """Norms from the fp32 masters, of which each rank owns a part."""
-    names = [name for name, _ in engine.decoder.named_parameters() if ".interaction." in name]
+    parameters = engine.decoder.named_parameters()
+    shapes = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in parameters if IN_IT in name}
+    names = list(shapes)
     if not names:
         return {}
     squares_P2 = torch.zeros(len(names), 2, dtype=torch.float64, device=engine.world.device)
@@ -125,8 +130,11 @@ def _interactions(engine: Engine) -> dict[str, dict[str, float]]:
         values = fragment.views["master"].double()
         place = torch.arange(fragment.start, fragment.start + len(values), device=values.device)
         width = fragment.shape[-1]
-        identity = (place % width == place // width % fragment.shape[0]).double()
+        identity = (place % width == place // width % width).double()
         both = torch.stack([values.square().sum(), (values - identity).square().sum()])
         squares_P2[names.index(fragment.name)] += both
     norms = engine.world.sum_(squares_P2).sqrt().tolist()
-    return {name: {"norm": norm, "from_identity": far} for name, (norm, far) in zip(names, norms, strict=True)}
+    return {
+        name: {"norm": norm, "from_identity": far} if shapes[name][-1:] == shapes[name][-2:-1] else {"norm": norm}
+        for name, (norm, far) in zip(names, norms, strict=True)
+    }

@@ -18,7 +18,6 @@ from kha_train.stability.monitor import Monitor, Verdict
 from kha_train.stability.policy import Decision, Policy
 from kha_train.stability.zclip import ZClip
 
-
 ANNOUNCED = ("spike_opened", "divergence", "rewind", "rewind_impossible")
 """Kinds of events that the console tells at once."""
 

@@ -1,0 +1,171 @@
+"""Bad steps and bad data in real runs: nothing of them stays, and all ranks decide alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kha_train.analysis.spikes import read_curve, score_curve
+from kha_train.record import read_discarded, read_events, read_metrics
+from kha_train.stability.events import Observation
+from kha_train.stability.monitor import Monitor
+
+pytestmark = pytest.mark.slow
+
+WORKER = Path(__file__).with_name("stability_worker.py")
+ROWS = 8
+BAD = (101, 112)
+"""First and last step whose batches are bad."""
+
+
+@pytest.fixture(scope="module")
+def tiny(small: list[str]) -> list[str]:
+    """Overrides for steps of a few milliseconds."""
+    return [*small, "model.layers=1", "model.seq_len=32", "attention=kha_mlp", "engine.micro_batch_size=2"]
+
+
+@pytest.fixture(scope="module")
+def poisoned(tiny: list[str], run_ranks: Callable[..., list[Any]]) -> list[dict[str, Any]]:
+    """What two ranks answered about a NaN gradient on one of them, by stage and policy."""
+    cases = {
+        f"zero{stage} {policy}": [*tiny, f"engine=zero{stage}", f"stability={policy}"]
+        for stage in (1, 2, 3)
+        for policy in ("skip", "observe")
+    }
+    return run_ranks(WORKER, 2, act="poisoned", cases=cases)
+
+
+@pytest.mark.parametrize("policy", ["skip", "observe"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_nan_gradient_on_one_of_two_ranks_leaves_no_trace(
+    stage: int, policy: str, poisoned: list[dict[str, Any]]
+) -> None:
+    for answer in poisoned:
+        found = answer[f"zero{stage} {policy}"]
+        assert not found["applied"]
+        assert math.isfinite(found["loss"]) and not math.isfinite(found["norm"])
+        assert found["changed"] == []
+        assert found["losses equal"] and found["end states differ in"] == []
+        assert found["moved"]
+
+
+@pytest.fixture(scope="module")
+def probed(tiny: list[str], run_ranks: Callable[..., list[Any]]) -> list[dict[str, Any]]:
+    """What two ranks answered about probed steps, by stage and precision."""
+    cases = {f"zero{stage}": [*tiny, f"engine=zero{stage}"] for stage in (1, 2, 3)}
+    cases["bf16"] = [*tiny, "engine.precision=bf16"]
+    return run_ranks(WORKER, 2, act="probed", cases=cases)
+
+
+@pytest.mark.parametrize("case", ["zero1", "zero2", "zero3", "bf16"])
+def test_a_step_that_was_looked_into_is_bit_identical_to_one_that_was_not(
+    case: str, probed: list[dict[str, Any]]
+) -> None:
+    first, second = (answer[case] for answer in probed)
+    assert first["differ"] == second["differ"] == []
+    assert first["evidence"] == second["evidence"], "the evidence is the same on every rank"
+
+
+@pytest.mark.parametrize("case", ["zero1", "zero2", "zero3", "bf16"])
+def test_the_evidence_adds_up(case: str, probed: list[dict[str, Any]]) -> None:
+    evidence = probed[0][case]["evidence"]
+    total = math.sqrt(sum(norm**2 for norm in evidence["grad_norms"].values()))
+    assert total == pytest.approx(probed[0][case]["norm"], rel=1e-4)
+    assert set(evidence["grad_norms"]) == {"vectors", "blocks.0", "outside layers"}
+    assert len(evidence["max_logits"]) == len(evidence["router"]) == 1
+    assert evidence["max_logits"][0] > 0
+    matrices = {name.split(".")[-2]: entry for name, entry in evidence["interactions"].items()}
+    assert set(matrices) == {"up", "gate", "down"}
+    assert matrices["up"]["norm"] == pytest.approx(math.sqrt(32), rel=0.1)
+    assert 0 < matrices["up"]["from_identity"] < 1
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tiny: list[str], run_ranks: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Runs of 130 steps over data that is bad from step 101 to 112: rewinding, never having met it, only observing
+    (stopped inside the spike); their directory, and what the ranks answered."""
+    folder = tmp_path_factory.mktemp("rewind")
+    first, last = ROWS * (BAD[0] - 1), ROWS * BAD[1]
+    common = [*tiny, "run.steps=130", "checkpoint.every_steps=20", "validation.every_steps=0", "engine=zero2"]
+    rewinding = [
+        *common,
+        "stability=rewind",
+        "stability.rewind.after=4",
+        "stability.rewind.margin=10",
+        f"stability.rewind.window={BAD[1] - BAD[0] + 1}",
+    ]
+    cases = {
+        "rewinding": {"overrides": rewinding, "how": [[first, last], [], 0]},
+        "without": {"overrides": common, "how": [[], [first, last], 0]},
+        "observing": {"overrides": common, "how": [[first, last], [], 105]},
+    }
+    for name, case in cases.items():
+        case["overrides"] = [*case["overrides"], f"run.dir={folder}/{name}"]
+    return folder, run_ranks(WORKER, 2, runs=cases)
+
+
+def test_a_bad_data_window_is_rewound_and_exactly_that_window_left_out(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, answers = runs
+    lines = read_metrics(folder / "rewinding")
+    clean = [ROWS * step for step in range(BAD[0] - 1)] + [ROWS * step for step in range(BAD[1], 142)]
+    assert [line["step"] for line in lines] == list(range(1, 131))
+    assert [line["samples_first"] for line in lines] == clean
+    assert all(answer["rewinding"]["finished"] == [True] for answer in answers)
+
+
+def test_a_rewound_run_equals_one_that_never_met_the_window(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+    _, answers = runs
+    for answer in answers:
+        assert answer["rewinding"]["digest"] == answer["without"]["digest"]
+
+
+def test_the_record_shows_the_rewind_and_keeps_the_undone_lines(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, _ = runs
+    (event,) = (event for event in read_events(folder / "rewinding") if event["kind"] == "rewind")
+    assert (event["step"], event["to_step"], event["trouble_step"]) == (104, 80, 101)
+    assert event["window"] == [ROWS * (BAD[0] - 1), ROWS * BAD[1]]
+    undone = read_discarded(folder / "rewinding")
+    assert [line["step"] for line in undone] == list(range(81, 105))
+    assert all(line["discarded_reason"].startswith("rewind 1 from step 104") for line in undone)
+    survived = {line["step"]: line["train/loss"] for line in read_metrics(folder / "rewinding")}
+    assert all(line["train/loss"] == survived[line["step"]] for line in undone if line["step"] < BAD[0])
+
+
+def test_spike_counts_include_rewound_events_unless_told_otherwise(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+    curve = read_curve(runs[0] / "rewinding")
+    assert [event.start_step for event in score_curve(curve).rewound] == [BAD[0]]
+    assert score_curve(curve).to_dict()["summary"]["events_total"] == 1
+    assert score_curve(curve, include_rewound=False).to_dict()["summary"]["events_total"] == 0
+
+
+def test_observe_changes_nothing_and_sees_the_spike(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, answers = runs
+    lines = read_metrics(folder / "observing")
+    assert [line["samples_first"] for line in lines] == [ROWS * step for step in range(130)]
+    assert not any(line["train/skipped"] for line in lines)
+    events = score_curve(read_curve(folder / "observing")).events
+    assert events[0].start_step == BAD[0]
+    opened = [event for event in read_events(folder / "observing") if event["kind"] == "spike_opened"]
+    assert opened[0]["step"] == BAD[0] and set(opened[0]["evidence"]) >= {"grad_norms", "max_logits", "router"}
+    assert all(answer["observing"]["finished"] == [False, True] for answer in answers)
+
+
+@pytest.mark.parametrize("name", ["observing", "rewinding"])
+def test_online_equals_offline_exactly(name: str, runs: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Also over a stop inside an open event (`observing`) and after a rewind (`rewinding`)."""
+    monitor, events = Monitor(), []
+    for line in read_metrics(runs[0] / name):
+        place = (line["samples_first"], line["samples_last"])
+        numbers = (line["train/loss"], line["train/grad_norm"], line["tokens"], line["train/lr"])
+        verdict = monitor.update(Observation(line["step"], *numbers, *place))
+        told = {key: value for key, value in line.items() if key in verdict.metrics or key.startswith("spike/")}
+        assert told == verdict.metrics
+        events += [verdict.closed.to_dict()] if verdict.closed else []
+    closed = [event for event in read_events(runs[0] / name) if event["kind"] == "spike_closed"]
+    assert [{key: event[key] for key in events[0]} for event in closed] == events if events else not closed
