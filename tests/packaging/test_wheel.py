@@ -54,7 +54,9 @@ def test_the_wheel_holds_packages_configurations_and_launch_scripts(wheel: Path)
         room = name.partition("/")[0]
         if room in ("kha_train", "data_tools", "configs", "launch"):
             assert (name if room in ("kha_train", "data_tools") else f"kha_train/{name}") in names
-    assert {name.partition("/")[0] for name in names} == {"kha_train", "data_tools", "kha_train-0.1.0.dist-info"}
+    assert "hydra_plugins/kha_slurm/__init__.py" in names and "hydra_plugins/__init__.py" not in names
+    rooms = {"kha_train", "data_tools", "hydra_plugins", "kha_train-0.1.0.dist-info"}
+    assert {name.partition("/")[0] for name in names} == rooms
 
 
 def test_an_installed_wheel_finds_its_configurations_inside_itself(installed: Path, tmp_path: Path) -> None:
@@ -78,6 +80,31 @@ def test_an_installed_wheel_trains_outside_the_checkout(
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     assert (tmp_path / "run" / "checkpoints" / "step-00000002" / "manifest.json").is_file()
+
+
+def test_an_installed_wheel_prints_the_scripts_of_a_sweep(installed: Path, tmp_path: Path) -> None:
+    said = _run([installed, "sweep", "attention=gqa,kha_mlp", "seed=0,1", "--print"], cwd=tmp_path)
+    for word in ("# 4 points", "sbatch --parsable", "--array=0-3", "#SBATCH --requeue", "train_in_allocation()"):
+        assert word in said
+    assert f"{installed.parents[1]}" in said.partition("sweep.sbatch")[0] and list(tmp_path.iterdir()) == []
+
+
+def test_an_installed_wheel_gives_plain_hydra_its_launcher(installed: Path, tmp_path: Path) -> None:
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/sh\necho 7\n")
+    sbatch.chmod(0o755)
+    program = (
+        "import os, sys; from kha_train.config.compose import shipped; "
+        "os.environ['PATH'] = sys.argv.pop(1) + ':' + os.environ['PATH']; "
+        "script = sys.argv[0] = str(shipped('launch') / 'hydra_train.py'); "
+        "import runpy; runpy.run_path(script, run_name='__main__')"
+    )
+    sweep = ["-m", "attention=gqa,kha_mlp", "hydra/launcher=kha_slurm", "hydra.launcher.name=two"]
+    said = _run([installed.parent / "python", "-c", program, sbatch.parent, *sweep], cwd=tmp_path)
+    assert "job 7, 2 of 2 points submitted" in said
+    written = json.loads((tmp_path / "runs" / "two" / "points-0.json").read_text())
+    assert [point["run_dir"] for point in written["points"]] == ["runs/two/gqa-s0", "runs/two/kha_mlp-s0"]
 
 
 def _tracked() -> list[str]:

@@ -1,0 +1,53 @@
+"""Plain Hydra submits what `kha sweep` submits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SBATCH = '#!/bin/bash\nprintf \'%s\\n\' "$@" > "$FAKE/arguments"\necho 7\n'
+
+
+def test_the_launcher_and_the_command_submit_the_same_points_by_the_same_arguments(tmp_path: Path) -> None:
+    grid = ["attention=gqa,kha_mlp", "run.seed=0,1", "run.name='a b'"]
+    kha = [sys.executable, "-c", "from kha_train.cli.main import run; run()", "sweep", *grid, "--name=s", "--nodes=3"]
+    hydra = [sys.executable, str(ROOT / "launch" / "hydra_train.py"), "-m", *grid, "hydra/launcher=kha_slurm"]
+    hydra += ["hydra.launcher.name=s", "hydra.launcher.nodes=3"]
+    answers = [_submitted(command, tmp_path / name) for name, command in {"kha": kha, "hydra": hydra}.items()]
+    assert answers[0] == answers[1]
+    arguments, points = answers[0]
+    assert "--array=0-3" in arguments and "--nodes=3" in arguments
+    assert [point["run_dir"] for point in points] == sorted({point["run_dir"] for point in points})
+
+
+def test_the_launcher_refuses_a_point_that_cannot_run_and_submits_none(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "launch" / "hydra_train.py"), "-m", "model.kv_heads=2,3"]
+    ended = _run([*command, "hydra/launcher=kha_slurm"], tmp_path)
+    assert ended.returncode != 0 and "model.kv_heads" in ended.stderr
+    assert not (tmp_path / "arguments").exists()
+
+
+def _submitted(command: list[str], folder: Path) -> tuple[list[str], list[dict]]:
+    """What a stand-in for sbatch was given, without the folder's own name, and the points it was to read."""
+    folder.mkdir()
+    ended = _run(command, folder)
+    assert ended.returncode == 0, ended.stderr
+    arguments = (folder / "arguments").read_text().replace(str(folder), "").splitlines()
+    return arguments, json.loads((folder / "runs" / "s" / "points-0.json").read_text())["points"]
+
+
+def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    (folder / "sbatch").write_text(SBATCH)
+    (folder / "sbatch").chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "FAKE": str(folder),
+        "PYTHONPATH": f"{ROOT}:{ROOT}/launch",
+        "KHA_DEBUG": "",
+    }
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

@@ -1,0 +1,117 @@
+"""What `kha status` says of a run, from records written here with times of our choosing."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kha_train.cli.main import run
+from kha_train.config.compose import compose, dump
+from kha_train.errors import ConfigError
+from kha_train.operate.status import SILENT_AFTER, SPIKE_EVENT, find_runs, run_status
+from kha_train.operate.sweep import plan_sweep, save_sweep
+from kha_train.record import Marker, Record, set_marker
+from kha_train.record.files import write_json
+from kha_train.record.lock import OWNER_FILE
+
+
+def trained(run_dir: Path, steps: int, *, seconds_a_step: float = 2.0, end: str | None = "stopped") -> Record:
+    """A run of 100 steps that has made `steps`, one every 4 s, each taking `seconds_a_step`; begun 4 s before them."""
+    record = Record.open(run_dir)
+    (run_dir / "config.yaml").write_text(dump(compose(["run.steps=100", "run.name=one"])))
+    record.begin_attempt(record.last_step)
+    begun = time.time() - 4.0 * steps
+    for number in range(1, steps + 1):
+        line = {"step": number, "time": begun + 4.0 * number, "train/loss": 5.0 - number / 100, "train/mfu": 0.25}
+        record.step({**line, "train/step_seconds": seconds_a_step, "train/tokens_per_second": 1000.0 + number})
+    record._run["attempts"][0]["started"] = begun
+    record._write_run()
+    if end:
+        record.close(end)
+    return record
+
+
+def test_figures_follow_their_definitions(tmp_path: Path) -> None:
+    record = trained(tmp_path, 40, end=None)
+    record.event(SPIKE_EVENT, 7)
+    (tmp_path / "checkpoints" / "step-00000030").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".step-00000040.saving-0123456789ab").mkdir()
+    status = run_status(tmp_path)
+    record.close()
+    assert (status.name, status.state, status.step, status.steps) == ("one", "running", 40, 100)
+    assert status.loss == pytest.approx(5.0 - 30.5 / 100)
+    assert status.tokens_per_second == 1030.5 and status.mfu == 0.25
+    assert status.seconds_left == pytest.approx(60 * 4.0, rel=1e-6)
+    assert status.goodput == pytest.approx(0.5, rel=1e-6)
+    assert (status.spikes, status.attempts, status.checkpoint) == (1, 1, 30)
+    assert status.heartbeat is not None and status.heartbeat < SILENT_AFTER
+
+
+@pytest.mark.parametrize(
+    "marker, state", [(Marker.DONE, "done"), (Marker.FATAL, "fatal"), (Marker.REQUEUE, "requeue"), (None, "ended")]
+)
+def test_the_state_of_a_run_that_is_over_is_its_marker(tmp_path: Path, marker: Marker | None, state: str) -> None:
+    trained(tmp_path, 3)
+    if marker:
+        set_marker(tmp_path, marker, "why")
+    status = run_status(tmp_path)
+    assert status.state == state and status.heartbeat is None
+    assert status.note == ("why" if marker is Marker.FATAL else "")
+
+
+def test_a_run_that_was_killed_is_silent_once_its_heartbeat_is_old(tmp_path: Path) -> None:
+    trained(tmp_path, 3, end=None).close("stopped")
+    run = json.loads((tmp_path / "run.json").read_text())
+    run["attempts"][-1]["state"] = "running"
+    write_json(tmp_path / "run.json", run)
+    write_json(tmp_path / OWNER_FILE, {"host": "gone"})
+    assert run_status(tmp_path).state == "running"
+    old = time.time() - SILENT_AFTER - 60
+    os.utime(tmp_path / OWNER_FILE, (old, old))
+    status = run_status(tmp_path)
+    assert status.state == "silent" and status.heartbeat == pytest.approx(SILENT_AFTER + 60, abs=20)
+
+
+def test_figures_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+    record = Record.open(tmp_path)
+    record.begin_attempt(0)
+    for step, loss in enumerate((float("nan"), 2.0, float("inf")), start=1):
+        record.step({"step": step, "train/loss": loss})
+    record.close("stopped")
+    assert run_status(tmp_path).loss == 2.0
+
+
+def test_a_folder_is_searched_for_its_runs(tmp_path: Path) -> None:
+    for name in ("b", "a", "deep/c"):
+        trained(tmp_path / name, 1)
+    assert find_runs([tmp_path]) == [tmp_path / "a", tmp_path / "b", tmp_path / "deep" / "c"]
+    assert find_runs([tmp_path / "b", tmp_path]) == [tmp_path / "b", tmp_path / "a", tmp_path / "deep" / "c"]
+    with pytest.raises(ConfigError, match="no run here"):
+        find_runs([tmp_path / "nowhere"])
+
+
+def test_a_sweep_shows_also_the_points_that_have_not_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points = plan_sweep(tmp_path / "s", ["attention=gqa,kha_mlp"])
+    save_sweep(tmp_path / "s", points, "steps")
+    trained(Path(points[0].run_dir), 5, end="stopped")
+    set_marker(Path(points[0].run_dir), Marker.FATAL, "configuration error: [red]")
+
+    def status(*options: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            run(["status", str(tmp_path / "s"), *options])
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    runs: list[dict[str, Any]] = json.loads(status("--json"))["runs"]
+    assert [(run["name"], run["state"], run["step"]) for run in runs] == [
+        ("gqa-s0", "fatal", 5),
+        ("kha_mlp-s0", "new", 0),
+    ]
+    text = status()
+    for word in ("gqa-s0", "fatal", "5/100", "kha_mlp-s0", "new", "configuration error: [red]"):
+        assert word in text
