@@ -1,4 +1,4 @@
-# make quickstart | test | test-fast | lint. The first call makes .venv; later ones find it ready.
+# make quickstart | test | test-fast | soak | lint. The first call makes .venv; later ones find it ready.
 # PYTHON=... chooses the interpreter of .venv, ARGS=... goes on to the command, WORKERS=... is for the tests.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
@@ -7,16 +7,20 @@ BIN := .venv/bin
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: quickstart test test-fast lint
+.PHONY: quickstart test test-fast soak lint
 
 quickstart: .venv/.core
 	CUDA_VISIBLE_DEVICES= $(BIN)/kha quickstart $(ARGS)
 
 test: .venv/.dev
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -m 'not soak' $(ARGS)
 
 test-fast: .venv/.dev
-	$(PYTEST) -m 'not slow' $(ARGS)
+	$(PYTEST) -m 'not slow and not soak' $(ARGS)
+
+# The full grid of faults and a run of fifty of them: tens of minutes.
+soak: .venv/.dev
+	$(PYTEST) -m soak --timeout 7200 $(ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

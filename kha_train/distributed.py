@@ -152,10 +152,12 @@ def start(device: str, timeout_seconds: float) -> World:
     """Join the process group this process was started for (a group of one when it was started alone).
 
     `device` is `auto`, `cpu` (gloo) or `cuda` (nccl). Raises ConfigError when CUDA is asked for and absent, when there
-    are more ranks than GPUs on this host, or when nobody says where the ranks meet. Close with `stop()`.
+    are more ranks than GPUs on this host, when nobody says where the ranks meet, or when the environment would let
+    pickles run code, which no library in this process may from here on. Close with `stop()`.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("no CUDA device here", field="engine.device", value=device, fix="engine.device=cpu")
+    _refuse_pickles()
     world = World.from_environment()
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda and world.local_rank >= torch.cuda.device_count():
@@ -184,6 +186,14 @@ def start(device: str, timeout_seconds: float) -> World:
         backend = "nccl" if use_cuda else "gloo"
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout, **store)
     return replace(world, device=where)
+
+
+def _refuse_pickles() -> None:
+    """No library in this process may load a pickle that runs code, whatever it asks for. Raises ConfigError."""
+    twin = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    if os.environ.get(twin):
+        raise ConfigError("would let a checkpoint run code", field=twin, value=os.environ[twin], fix=f"unset {twin}")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 
 def stop() -> None:
