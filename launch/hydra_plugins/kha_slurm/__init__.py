@@ -7,7 +7,6 @@ out: each point trains, is requeued and resumes by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,20 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.plugins.launcher import Launcher
 
 
-@dataclass
-class KhaSlurmOptions:
-    """What may be set as `hydra.launcher.KEY`; the same as the options of `kha sweep`."""
-
-    _target_: str = "hydra_plugins.kha_slurm.KhaSlurmLauncher"
-    name: str = "sweep"
-    dir: str = "runs"
-    equal: str = "steps"
-    nodes: int = 1
-    gpus_per_node: int = 0
-    parallel: int = 0
-    sbatch: list[str] = field(default_factory=list)
-    site: str = ""
-    retry_failed: bool = False
+OPTIONS = {
+    "_target_": "hydra_plugins.kha_slurm.KhaSlurmLauncher",
+    "name": "sweep",
+    "dir": "runs",
+    "equal": "steps",
+    "nodes": 1,
+    "gpus_per_node": 0,
+    "parallel": 0,
+    "sbatch": [],
+    "site": "",
+    "retry_failed": False,
+}
+"""What may be set as `hydra.launcher.KEY`; the same as the options of `kha sweep`. No dataclass: Hydra runs this file
+without making it a module, where one could not be defined."""
 
 
 class KhaSlurmLauncher(Launcher):
@@ -68,4 +67,4 @@ class KhaSlurmLauncher(Launcher):
         return answer
 
 
-ConfigStore.instance().store(group="hydra/launcher", name="kha_slurm", node=KhaSlurmOptions, provider="kha_train")
+ConfigStore.instance().store(group="hydra/launcher", name="kha_slurm", node=OPTIONS, provider="kha_train")
