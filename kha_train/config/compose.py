@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,26 @@ def _merge(overrides: list[str]) -> dict[str, Any]:
 
     _check_presets(overrides)
     try:
-        with initialize_config_dir(str(shipped("configs")), version_base="1.3"):
+        with _own_hydra(), initialize_config_dir(str(shipped("configs")), version_base="1.3"):
             merged = hydra_compose("config", overrides=overrides)
         _refuse_code(OmegaConf.to_container(merged, resolve=False))
         return OmegaConf.to_container(merged, resolve=True, throw_on_missing=False)
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, overrides) from None
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Inside a Hydra application there is a Hydra already, and it knows of one only: put it aside meanwhile."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    one = GlobalHydra.instance()
+    outer = one.hydra
+    one.clear()
+    try:
+        yield
+    finally:
+        one.hydra = outer
 
 
 def _check_presets(overrides: list[str]) -> None:

@@ -14,7 +14,6 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.plugins.launcher import Launcher
 
-
 OPTIONS = {
     "_target_": "hydra_plugins.kha_slurm.KhaSlurmLauncher",
     "name": "sweep",
