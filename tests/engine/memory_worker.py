@@ -1,7 +1,7 @@
 """One step of two micro-batches on every rank; answers how far private memory grew, at most, since just before.
 
-Private memory is the resident set less file and shared pages. The kernel keeps its high-water mark exactly; writing 5 to
-clear_refs starts it afresh.
+Private memory is the resident set less file and shared pages. The kernel keeps its high-water mark exactly; writing 5
+to clear_refs starts it afresh.
 """
 
 from __future__ import annotations

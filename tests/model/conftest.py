@@ -21,6 +21,7 @@ from kha_train.config.schema import (
     ModelSection,
     MoeSection,
     OptimSection,
+    ResumeSection,
     RunConfig,
     RunSection,
     StabilitySection,
@@ -78,6 +79,7 @@ TINY = RunConfig(
     stability=StabilitySection(),
     telemetry=TelemetrySection(),
     cluster=CLUSTER,
+    resume=ResumeSection(),
 )
 
 

@@ -1,0 +1,137 @@
+"""`kha plan`: its stable keys, its arithmetic, when it fits and what it advises when it does not."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_tools.synthetic import write_dataset
+from kha_train import compose
+from kha_train.cli.main import run
+from kha_train.operate.plan import make_plan
+
+SIX_BILLION = ["model=moe_6b", "data.global_batch_size=512", "engine.micro_batch_size=1"]
+
+
+def answered(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict]:
+    """Exit code and JSON answer of `kha plan`."""
+    with pytest.raises(SystemExit) as ended:
+        run(["plan", *arguments, "--json"])
+    return ended.value.code or 0, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("attention", "total", "active"),
+    [("gqa", 6_102_268_416, 1_006_189_056), ("kha_mlp", 6_103_153_152, 1_007_073_792)],
+)
+def test_the_stable_keys_of_the_6b_model(attention: str, total: int, active: int, capsys) -> None:
+    code, answer = answered(capsys, "model=moe_6b", f"attention={attention}")
+    assert code == 0
+    assert (answer["params"]["total"], answer["params"]["active"]) == (total, active)
+    assert sum(answer["params"]["by_component"].values()) == total
+    assert answer["flops_per_token"]["training"] == 3 * answer["flops_per_token"]["forward"]
+    overhead = {"parameters_percent", "flops_percent", "cache_percent"}
+    assert answer["interaction_overhead"].keys() == overhead
+    assert (answer["interaction_overhead"]["parameters_percent"] > 0) is (attention != "gqa")
+    memory = answer["memory_per_rank"]
+    assert sum(memory["terms"].values()) == memory["total_bytes"] and memory["by_stage"].keys() == {"1", "2", "3"}
+    assert memory["fits"] is None, "no machine was named"
+
+
+def test_the_6b_model_does_not_fit_one_h100_and_fits_an_h200_when_recomputed(capsys) -> None:
+    code, answer = answered(capsys, *SIX_BILLION, "cluster=h100_1x1", "engine.activation_checkpointing=full")
+    assert code == 2 and answer["memory_per_rank"]["fits"] is False
+    assert "cluster.devices=" in answer["together"]
+    full = ("engine=zero2", "engine.activation_checkpointing=full")
+    code, answer = answered(capsys, *SIX_BILLION, "cluster=h200_1x1", *full, "engine.micro_batch_size=1")
+    assert code == 0 and answer["memory_per_rank"]["largest_micro_batch"] >= 1
+
+
+@pytest.mark.parametrize("cluster", ["h100_1x8", "h100_8x8", "h200_1x8", "a100_8x8", "h100_512x8"])
+def test_what_is_advised_is_enough(cluster: str) -> None:
+    """With rows for 8 micro-batches of 16: nothing fits that without recomputation."""
+    overrides = ["model=moe_6b", f"cluster={cluster}", "engine.micro_batch_size=16"]
+    plan = make_plan(compose(overrides))
+    assert plan.fits is False and plan.remedies and plan.together
+    assert [remedy.total_bytes + remedy.saves_bytes for remedy in plan.remedies] == [plan.memory.total] * len(
+        plan.remedies
+    )
+    assert make_plan(compose([*overrides, *plan.together.split()])).fits is True
+
+
+def test_time_and_cost_are_tokens_over_speed() -> None:
+    plan = make_plan(compose(["experiment=kha_paper_main", "data.train=x", "data.validation=y", "cluster=h100_8x8"]))
+    tokens = 238_419 * 512 * 8192
+    flops = 9.661e9
+    speed = 64 * 989e12 * 0.25 / flops
+    assert plan.time["tokens"] == tokens
+    assert plan.time["hours"] == pytest.approx(tokens / speed / 3600, rel=1e-3)
+    assert plan.time["cost"] == pytest.approx(plan.time["hours"] * 64 * 2.5)
+    assert plan.data == {"tokens": None, "epochs": None}
+
+
+def test_283_h100_days_at_40_percent_for_a_trillion_tokens() -> None:
+    overrides = ["experiment=kha_paper_main", "attention=gqa", "data.train=x", "data.validation=y"]
+    plan = make_plan(compose([*overrides, "cluster=h100_1x1", "cluster.mfu=0.4"]))
+    assert plan.time["device_hours"] / 24 == pytest.approx(283, abs=1)
+
+
+def test_traffic_by_stage_for_rings_and_its_slowest_link() -> None:
+    plan = make_plan(compose([*SIX_BILLION, "cluster=h100_8x8", "engine.micro_batch_size=2"]))
+    once = 2 * 6_102_268_416 * 63 // 64
+    assert [volume.bytes_per_step for volume in plan.communication] == pytest.approx([2 * once, 5 * once, 12 * once])
+    assert plan.communication[0].seconds_per_step == pytest.approx(2 * once / 50e9)
+    inside = make_plan(compose([*SIX_BILLION, "cluster=h100_1x8"])).communication[0]
+    assert inside.seconds_per_step == pytest.approx(inside.bytes_per_step / 450e9)
+
+
+def test_checkpoints_hold_12_bytes_a_parameter_at_young_s_interval() -> None:
+    saved = make_plan(compose([*SIX_BILLION, "cluster=h100_8x8", "checkpoint.keep_last=3"])).checkpoint
+    assert saved["bytes"] == 12 * 6_102_268_416 and saved["kept_bytes"] == 3 * saved["bytes"]
+    write = saved["bytes"] / 20e9
+    assert saved["sensible_every_seconds"] == pytest.approx(math.sqrt(2 * write * 50_000 * 3600 / 64))
+
+
+def test_epochs_are_counted_when_the_dataset_is_here(dataset: Path) -> None:
+    config = compose([f"data.train={dataset}/train", f"data.validation={dataset}/validation", "run.steps=100"])
+    data = make_plan(config).data
+    assert data["epochs"] == pytest.approx(100 * 8 * 256 / data["tokens"])
+
+
+def test_epochs_of_several_sources_count_all_their_tokens(dataset: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path, vocab_size=256, documents=100, seed=3)
+    paths = [f"{dataset}/train", f"{tmp_path}/train"]
+    sources = ",".join(f"{{name: s{i}, path: '{path}', weight: 1.0}}" for i, path in enumerate(paths))
+    both = make_plan(compose(["data.train=''", f"data.sources=[{sources}]", "data.validation=v"])).data["tokens"]
+    single = [make_plan(compose([f"data.train={path}"])).data["tokens"] for path in paths]
+    assert both == sum(single)
+
+
+def test_a_batch_that_does_not_deal_out_is_said() -> None:
+    plan = make_plan(compose(["model=moe_6b", "cluster=h100_8x8", "data.global_batch_size=100"]))
+    assert plan.batch_problem and "data.global_batch_size = 100" in plan.batch_problem
+    assert make_plan(compose([*SIX_BILLION, "cluster=h100_8x8"])).batch_problem is None
+
+
+def test_the_table_names_the_verdict_and_every_term(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(["plan", "model=moe_6b", "attention=kha_mlp", "cluster=h100_1x8"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 2
+    for word in ("6,103,153,152", "1,007,073,792", "DOES NOT FIT on h100_1x8", "optimizer", "1. engine.", "enough:"):
+        assert word in text
+
+
+def test_a_plan_needs_no_torch() -> None:
+    program = (
+        "import sys\nfrom kha_train.cli.main import run\n"
+        "try:\n    run(['plan', 'model=moe_6b', 'cluster=h100_8x8', 'engine.micro_batch_size=1'])\n"
+        "except SystemExit:\n    print('torch' in sys.modules)"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert answer.stdout.split()[-1] == "False"
