@@ -1,0 +1,115 @@
+"""The attention modules against transformers' own, weights copied, in fp32."""
+
+import pytest
+import torch
+
+from kha_train.config.compose import compose
+from kha_train.model.attention.backends import lay_out_documents
+from kha_train.model.attention.base import RowContext, build_attention
+from kha_train.model.init import initial_values
+from kha_train.model.rope import Rotary, rotary_table
+
+transformers = pytest.importorskip("transformers")
+
+B, T, D, H, K = 2, 24, 64, 4, 16
+SHAPE = (
+    f"model.hidden_size={D}",
+    f"model.query_heads={H}",
+    "model.kv_heads=2",
+    f"model.head_dim={K}",
+    f"model.seq_len={T}",
+    "attention.backend=eager",
+)
+
+
+def built(*overrides):
+    """An attention with random weights, its norms' gains included."""
+    attention = build_attention(compose([*SHAPE, *overrides])).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for owner, local, _, value in initial_values(attention, 0):
+        fresh = value()
+        getattr(owner, local).copy_(fresh + 0.2 * torch.randn(fresh.shape, generator=generator))
+    return attention
+
+
+def compare(ours, theirs, rotary_width):
+    """Outputs of both on the same hidden states."""
+    x = torch.randn(B, T, D, generator=torch.Generator().manual_seed(1))
+    cos, sin = rotary_table(T, rotary_width, 10_000.0)
+    rows = RowContext(Rotary(cos.expand(B, -1, -1), sin.expand(B, -1, -1)), lay_out_documents(B, T, x.device))
+    tables = tuple(torch.cat((table, table), dim=-1).expand(B, -1, -1) for table in (cos, sin))
+    mask = torch.full((T, T), float("-inf")).triu(1)[None, None]
+    with torch.no_grad():
+        expected, *_ = theirs(x, position_embeddings=tables, attention_mask=mask)
+    found = ours(x, rows)
+    assert expected.abs().mean() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["gqa", "mha", "mqa"])
+def test_grouped_query_attention_is_that_of_qwen3_moe(preset):
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
+
+    ours = built(f"attention={preset}")
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=D,
+        num_attention_heads=H,
+        num_key_value_heads={"gqa": 2, "mha": 4, "mqa": 1}[preset],
+        head_dim=K,
+        rms_norm_eps=1e-6,
+        attn_implementation="eager",
+    )
+    theirs = Qwen3MoeAttention(config, layer_idx=0).eval()
+    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+    names |= {"query_norm": "q_norm", "key_norm": "k_norm"}
+    theirs.load_state_dict({f"{name}.weight": getattr(ours, mine).weight for mine, name in names.items()})
+    compare(ours, theirs, K)
+
+
+@pytest.mark.parametrize("query_latent", [0, 40])
+def test_latent_attention_is_that_of_deepseek_v3(query_latent):
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+
+    latent, turned = 24, 8
+    widths = (f"latent_width={latent}", f"rotary_dim={turned}", f"query_latent_width={query_latent}")
+    ours = built("attention=mla", *(f"attention.base.{width}" for width in widths))
+    config = transformers.DeepseekV3Config(
+        hidden_size=D,
+        num_attention_heads=H,
+        num_key_value_heads=H,
+        q_lora_rank=query_latent or None,
+        kv_lora_rank=latent,
+        qk_rope_head_dim=turned,
+        qk_nope_head_dim=K,
+        v_head_dim=K,
+        rope_interleave=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        attn_implementation="eager",
+    )
+    theirs = DeepseekV3Attention(config, layer_idx=0).eval()
+
+    def side_by_side(first, second):
+        parts = [module.weight.unflatten(0, (H, -1)) for module in (first, second)]
+        return torch.cat(parts, dim=1).flatten(0, 1)
+
+    state = {
+        "q_b_proj.weight" if query_latent else "q_proj.weight": side_by_side(ours.query, ours.rotary_query),
+        "kv_a_proj_with_mqa.weight": torch.cat((ours.latent.weight, ours.rotary_key.weight)),
+        "kv_a_layernorm.weight": ours.latent_norm.weight,
+        "kv_b_proj.weight": side_by_side(ours.key_up, ours.value_up),
+        "o_proj.weight": ours.output.weight,
+    }
+    if query_latent:
+        state |= {"q_a_proj.weight": ours.query_down[0].weight, "q_a_layernorm.weight": ours.query_down[1].weight}
+    theirs.load_state_dict(state)
+    compare(ours, theirs, turned)
+
+
+@pytest.mark.parametrize("heads", [1, 4, 8, 12, 20])
+def test_alibi_has_the_slopes_of_bloom(heads):
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    from kha_train.model.attention.backends import alibi_slopes
+
+    theirs = build_alibi_tensor(torch.ones(1, 2), heads, torch.float64)
+    torch.testing.assert_close(torch.tensor(alibi_slopes(heads), dtype=torch.float64), theirs[:, 0, 1])
