@@ -1,4 +1,4 @@
-"""A tiny run configuration, built directly from the dataclasses."""
+"""A tiny run configuration, and variants of it."""
 
 from __future__ import annotations
 
@@ -9,25 +9,11 @@ from typing import Any
 import pytest
 
 from kha_train.config.base_options import GroupedQueryOptions
+from kha_train.config.compose import compose
 from kha_train.config.interaction_options import KnockingLinearOptions as Linear
 from kha_train.config.interaction_options import KnockingMlpOptions as Mlp
 from kha_train.config.options import BaseOptions, InteractionOptions
-from kha_train.config.schema import (
-    AttentionSection,
-    CheckpointSection,
-    ClusterSection,
-    DataSection,
-    EngineSection,
-    ModelSection,
-    MoeSection,
-    OptimSection,
-    ResumeSection,
-    RunConfig,
-    RunSection,
-    StabilitySection,
-    TelemetrySection,
-    ValidationSection,
-)
+from kha_train.config.schema import RunConfig
 
 INTERACTIONS: dict[str, InteractionOptions] = {
     "gqa": InteractionOptions(name="none"),
@@ -36,50 +22,18 @@ INTERACTIONS: dict[str, InteractionOptions] = {
     "kha_mlp_qkv": Mlp(name="knocking_mlp", impl="eager", projections=("q", "k", "v")),
 }
 
-CLUSTER = ClusterSection(
-    name="laptop",
-    device="cpu",
-    devices=1,
-    devices_per_node=1,
-    memory_gib=16.0,
-    reserved_gib=1.0,
-    peak_tflops=0.1,
-    mfu=0.3,
-    node_bandwidth_gb=1.0,
-    network_bandwidth_gb=1.0,
-    storage_bandwidth_gb=1.0,
-    price_per_hour=0.0,
-    hours_between_failures=50_000.0,
-)
-
-TINY = RunConfig(
-    run=RunSection(dir="unused", name="tiny", steps=1, seed=7),
-    model=ModelSection(
-        name="tiny",
-        layers=2,
-        hidden_size=64,
-        query_heads=4,
-        kv_heads=2,
-        head_dim=32,
-        vocab_size=256,
-        seq_len=64,
-        loss_chunk_tokens=48,
-    ),
-    attention=AttentionSection(
-        name="gqa",
-        base=GroupedQueryOptions(name="gqa", query_heads=4, head_dim=32, kv_heads=2),
-        interaction=INTERACTIONS["gqa"],
-    ),
-    moe=MoeSection(experts=8, top_k=2, expert_width=128),
-    data=DataSection(name="none", train="", validation="", global_batch_size=2),
-    optim=OptimSection(lr=1e-3),
-    engine=EngineSection(zero_stage=1, micro_batch_size=2),
-    checkpoint=CheckpointSection(every_steps=1),
-    validation=ValidationSection(every_steps=0),
-    stability=StabilitySection(),
-    telemetry=TelemetrySection(),
-    cluster=CLUSTER,
-    resume=ResumeSection(),
+TINY = compose(
+    [
+        "run.seed=7",
+        "model=tiny",
+        "model.layers=2",
+        "model.hidden_size=64",
+        "model.vocab_size=256",
+        "model.seq_len=64",
+        "model.loss_chunk_tokens=48",
+        "data.global_batch_size=2",
+        "engine.micro_batch_size=2",
+    ]
 )
 
 

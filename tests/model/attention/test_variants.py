@@ -66,11 +66,8 @@ def softmax(scores):
 X = torch.randn(9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("impl", ["eager", "folded"])
+@pytest.mark.parametrize(("impl", "after"), [("eager", False), ("folded", False), ("eager", True)])
 def test_explicit_attention_is_equations_10_to_17_one_head_at_a_time(impl, after):
-    if after and impl == "folded":
-        pytest.skip("refused: see test_combinations_that_cannot_be_are_refused_with_the_reason")
     settings = (f"attention.interaction.impl={impl}", f"attention.interaction.mix_after_rope={after}".lower())
     attention, rows = scrambled("attention=mea", *settings), rows_of(8)
     mix = {name: matrix.weight for name, matrix in attention.interaction.compose.items()}
