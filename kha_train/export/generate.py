@@ -15,7 +15,7 @@ from kha_train.checkpoint.reader import Checkpoint, find_newest
 from kha_train.config.compose import load
 from kha_train.config.options import FoldableOptions
 from kha_train.config.schema import RunConfig
-from kha_train.data.shards import ShardSet
+from kha_train.data.sources import open_shards
 from kha_train.data.tokenizer import Tokenizer
 from kha_train.distributed import World
 from kha_train.errors import ConfigError
@@ -152,7 +152,7 @@ def _materialise(config: RunConfig, checkpoint: Checkpoint, device: torch.device
 
 
 def _tokenizer(config: RunConfig) -> Tokenizer | None:
-    path = ShardSet(Path(config.data.validation)).check_tokenizer()
+    path = open_shards(config, config.data.validation, "data.validation").check_tokenizer()
     return None if path is None else Tokenizer(path)
 
 

@@ -24,6 +24,8 @@ class Explicit(Interaction):
     """HLC(X)_o = sum_i X_i W[i, o] on keys and values (MEA eq 10-12, 14-17), before QK-norm and RoPE, or, for the
     linearity ablation, on keys after them; then RMSNorm of each head's output, one gain for all heads."""
 
+    linear = True
+
     def __init__(self, options: ExplicitOptions, heads: HeadShape, folded: bool) -> None:
         super().__init__(options, heads, folded)
         self.after_rope = options.mix_after_rope

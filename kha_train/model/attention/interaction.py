@@ -12,7 +12,7 @@ matrices are `Matrix` modules, which hand out copies.
 from __future__ import annotations
 
 from abc import ABC
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -35,7 +35,10 @@ class Folds(NamedTuple):
 
 class Interaction(DeclaredModule, ABC):
     """Starts as the exact identity where the mathematics says so. `options` are those of its registry entry. With
-    `folded` it leaves to `folds` what `linear_maps` holds, and `forward` does the rest."""
+    `folded` it leaves to `folds` what `linear_maps` holds, and `forward` does the rest. `linear` says that there is no
+    rest: what `forward` does is `linear_maps` applied, so that latents may be attended to in place of keys."""
+
+    linear: ClassVar[bool] = False
 
     def __init__(self, options: InteractionOptions, heads: HeadShape, folded: bool) -> None:
         super().__init__()
@@ -65,6 +68,8 @@ class Interaction(DeclaredModule, ABC):
 
 class NoInteraction(Interaction):
     """Heads never meet: the baseline."""
+
+    linear = True
 
 
 def build_interaction(config: RunConfig) -> Interaction:

@@ -41,6 +41,8 @@ class KnockingLinear(Knocking):
     """KHA-Linear, x~ = x T (eq 5-7): a part of the projection weights, in training when folded, and for good after it
     (eq 8)."""
 
+    linear = True
+
     def shared_map(self, width: int, init: MatrixInit) -> nn.Module:
         """T [K, K]."""
         return Matrix(width, starting_matrix(init))

@@ -2,7 +2,8 @@
 small latent, which is all that decoding keeps beside a rotary key.
 
 Training makes keys and values; decoding attends to the latents themselves, with the up-projections absorbed into the
-queries and behind the weighted sum. An interaction acts on the parts without rotation and must be linear for that.
+queries and behind the weighted sum. An interaction acts on the parts without rotation and must be linear for that; with
+one that is not, decoding makes keys and values of all tokens anew.
 """
 
 # B batch   T tokens (U: attended tokens)   D model width   H heads   K head width   R rotary width   C latent width
@@ -52,8 +53,8 @@ class LatentAttention(Attention):
         query_input = self.query_down(x_BTD)
         turned_BTHR = rows.turn(self.rotary_query(query_input))
         latent_BUC, turned_BU1R = self.latent_norm(self.latent(x_BTD)), rows.turn(self.rotary_key(x_BTD))
-        if rows.cache is not None:
-            latent_BUC, turned_BU1R = rows.with_past(self, latent_BUC, turned_BU1R)
+        latent_BUC, turned_BU1R = rows.with_past(self, latent_BUC, turned_BU1R)
+        if rows.cache is not None and self.interaction.linear:
             return self._attend_to_latents(query_input, turned_BTHR, latent_BUC, turned_BU1R, rows)
         folds = self.interaction.folds()
         q_BTHK, k_BUHK, v_BUHK = self.interaction(
