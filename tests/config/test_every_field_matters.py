@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,17 +27,21 @@ from kha_train.config.compose import shipped
 from kha_train.data.stream import validation_batches
 from kha_train.distributed import World
 from kha_train.engine.deepspeed import Engine, _settings, resolve_dtype
-from kha_train.errors import DataError, DivergedError
+from kha_train.errors import CheckpointError, DataError, ResumeError
 from kha_train.model import loss as loss_module
 from kha_train.model.accounting import count_parameters, flops_per_token
+from kha_train.operate.plan import make_plan
 from kha_train.optim import learning_rate, parameter_groups
-from kha_train.record import read_metrics
+from kha_train.record import read_events, read_metrics
+from kha_train.stability.events import Observation
+from kha_train.stability.monitor import Verdict
+from kha_train.stability.policy import Decision, Policy
 from kha_train.telemetry.console import Console
 from kha_train.telemetry.throughput import peak_flops
 from kha_train.telemetry.wandb import WandbMirror
 from kha_train.train import run as train_run
-from kha_train.train.resume import Progress
-from kha_train.train.session import Session
+from kha_train.train.saving import Saver
+from kha_train.train.watch import Watch
 
 PRESETS = sorted(path.stem for path in (shipped("configs") / "attention").glob("*.yaml"))
 
@@ -90,6 +96,22 @@ def bias_after_a_step(config: RunConfig) -> Any:
     decoder = build_decoder(config)
     decoder.finish_step(torch.arange(config.model.layers * config.moe.experts).view(config.model.layers, -1))
     return decoder.selection_bias_LE().tolist()
+
+
+def forward_of_a_choice(config: RunConfig) -> Any:
+    """Loss and loads with the router far from indifferent, where its settings decide who is chosen."""
+    decoder = build_decoder(config)
+    with torch.no_grad():
+        for router in decoder.routers():
+            router.weight.mul_(50.0)
+    tokens = torch.arange(128).view(2, 64)
+    output = decoder(tokens, tokens)
+    return output.loss_sum.item(), output.load_LE.tolist(), output.auxiliary
+
+
+def planned(config: RunConfig) -> Any:
+    """What `kha plan` answers."""
+    return make_plan(config).to_dict()
 
 
 def loss_chunks(config: RunConfig, patch: pytest.MonkeyPatch) -> Any:
@@ -187,13 +209,79 @@ def process_group(config: RunConfig, patch: pytest.MonkeyPatch) -> Any:
     return call.value.args
 
 
-def patience(config: RunConfig) -> Any:
-    """Whether five bad steps in a row end the run."""
+def decisions(config: RunConfig) -> Any:
+    """What is decided, step by step, about a curve with NaN, a spike that lasts, and a loss twice its mean."""
+    watch, decided = Watch(config), []
+    calm = [2.0 + 0.01 * (step % 7) for step in range(200)]
+    for step, loss in enumerate([*calm, *[math.nan] * 5, *calm[:10], *[3.0] * 20, *calm, *[9.0] * 6], start=1):
+        norm = 3.0 if step == 150 else 1.0 + 0.01 * (step % 5)
+        ruling = watch.judge(Observation(step, loss, norm, samples_first=8 * step))
+        decided.append((*watch.decision, ruling.max_norm, ruling.probe))
+    return decided
+
+
+def rewind_of_a_run(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Where a run that is told to go back after step 5 goes to, and what it leaves out; None when it ends instead."""
+
+    def decide(policy: Policy, verdict: Verdict) -> Decision:
+        decided.append(verdict)
+        return Decision(False, "rewind", "told to") if len(decided) == 5 else Decision(True)
+
+    decided: list[Verdict] = []
+    patch.setattr(Policy, "decide", decide)
+    run_files(config, patch, tmp_path)
+    rewinds = [event for event in read_events(Path(config.run.dir)) if event["kind"] == "rewind"]
+    return [(event["to_step"], event["window"]) for event in rewinds]
+
+
+def failed_saves_until_the_end(config: RunConfig) -> Any:
+    """How many saves may fail in a row."""
+
+    def fail() -> None:
+        raise CheckpointError("no")
+
+    seen: list[Any] = []
+    saver = Saver(config, World.single(), Path(), sync=lambda: None, event=lambda *given, **_: seen.append(given))
+    with pytest.raises(CheckpointError):
+        for _ in range(100):
+            saver._settle(fail)
+    return len(seen)
+
+
+def watchdog_timeout(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The patience of the watchdog."""
+    asked: list[float] = []
+    original = train_run.Watchdog
+    patch.setattr(train_run, "Watchdog", lambda *given: asked.append(given[2]) or original(*given))
+    run_files(config, patch, tmp_path)
+    return asked
+
+
+def refusal(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Whether a start is refused, and why: a directory without a checkpoint cannot be begun from."""
     try:
-        Session.check_stability(SimpleNamespace(config=config, progress=Progress(step=9, nonfinite_in_a_row=5)))
-    except DivergedError:
-        return "ended"
+        run_files(config, patch, tmp_path)
+    except CheckpointError as error:
+        return error.problem
+    return None
+
+
+def refused_changes(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Whether a finished run may be resumed with another learning rate."""
+    run_files(config, patch, tmp_path)
+    try:
+        run_files(replace(config, optim=replace(config.optim, lr=1e-4)), patch, tmp_path)
+    except ResumeError:
+        return "refused"
     return "goes on"
+
+
+def damaged_checkpoint(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """What becomes of a run whose newest checkpoint is damaged."""
+    run_files(config, patch, tmp_path)
+    newest = max(Path(config.run.dir, "checkpoints").glob("step-*"))
+    (newest / "trainer.json").write_text("{}")
+    return refusal(config, patch, tmp_path) is None
 
 
 def console_mode(config: RunConfig) -> Any:
@@ -252,6 +340,7 @@ CHANGES: dict[str, Change] = {
     "model.tie_embeddings": ("false", plan),
     "model.norm_eps": (1e-2, first_loss),
     "model.rope_theta": (100.0, first_loss),
+    "model.partial_rotary_factor": (0.5, first_loss),
     "model.init_std": (0.05, initial_values),
     "model.scale_residual_init": ("false", initial_values),
     "model.loss_chunk_tokens": (7, loss_chunks),
@@ -278,6 +367,18 @@ CHANGES: dict[str, Change] = {
     "moe.top_k": (1, plan),
     "moe.expert_width": (32, shapes),
     "moe.backend": ("loop", kernels),
+    "moe.shared_experts": (1, shapes),
+    "moe.dense_layers": (1, shapes),
+    "moe.dense_width": (32, shapes, "moe.dense_layers=1"),
+    "moe.score": ("softmax", forward_of_a_choice),
+    "moe.renormalize": ("false", forward_of_a_choice),
+    "moe.expert_groups": (4, forward_of_a_choice),
+    "moe.top_groups": (2, forward_of_a_choice, "moe.expert_groups=4"),
+    "moe.bias_update": ("sign", bias_after_a_step),
+    "moe.auxiliary_loss.weight": (0.1, forward_of_a_choice),
+    "moe.auxiliary_loss.scope": ("micro_batch", forward_of_a_choice, "moe.auxiliary_loss.weight=0.1"),
+    "moe.z_loss_weight": (0.1, forward_of_a_choice),
+    "moe.routing_warmup_steps": (10, forward_of_a_choice),
     "moe.routed_scaling": (1.0, first_loss),
     "moe.bias_update_rate": (0.5, bias_after_a_step),
     "data.train": ("{other}/train", first_batch),
@@ -318,11 +419,27 @@ CHANGES: dict[str, Change] = {
     "engine.activation_checkpointing": ("full", forwards_of_a_block),
     "engine.reduce_bucket_elements": (1000, engine_settings),
     "engine.collective_timeout_seconds": (60.0, process_group),
+    "engine.hang_timeout_seconds": (60.0, watchdog_timeout),
+    "run.init_from": ("{other}", refusal),
+    "run.max_minutes": (1e-9, run_files),
+    "resume.allow_changes": ("[optim.lr]", refused_changes),
+    "resume.strict": ("true", damaged_checkpoint),
     "checkpoint.every_steps": (1, run_files),
+    "checkpoint.every_minutes": (1e-9, run_files),
     "checkpoint.keep_last": (1, run_files),
+    "checkpoint.keep_every_steps": (2, run_files, "checkpoint.keep_last=1"),
+    "checkpoint.max_failures": (1, failed_saves_until_the_end),
     "validation.every_steps": (1, run_files),
     "validation.rows": (3, validation_samples),
-    "stability.max_nonfinite_steps": (5, patience),
+    "stability.policy": ("abort", decisions),
+    "stability.max_nonfinite_steps": (5, decisions),
+    "stability.max_skips": (3, decisions, "stability.policy=skip"),
+    "stability.rewind.after": (5, decisions, "stability.policy=rewind"),
+    "stability.rewind.at_most": (0, decisions, "stability.policy=rewind"),
+    "stability.rewind.margin": (2, rewind_of_a_run, "run.steps=8"),
+    "stability.rewind.window": (3, rewind_of_a_run, "run.steps=8"),
+    "stability.zclip": ("true", decisions),
+    "stability.probe_every": (7, decisions),
     "telemetry.console": ("lines", console_mode),
     "telemetry.peak_tflops": (3.0, mfu_denominator),
     "telemetry.wandb.mode": ("disabled", wandb_run),
@@ -330,13 +447,26 @@ CHANGES: dict[str, Change] = {
     "telemetry.wandb.entity": ("another", wandb_run),
     "telemetry.wandb.group": ("another", wandb_run),
     "telemetry.wandb.tags": ("[another]", wandb_run),
+    "cluster.device": ("cuda", planned),
+    "cluster.devices": (4, planned),
+    "cluster.devices_per_node": (1, planned),
+    "cluster.memory_gib": (99.0, planned),
+    "cluster.reserved_gib": (1.25, planned),
+    "cluster.peak_tflops": (3.0, planned),
+    "cluster.mfu": (0.5, planned),
+    "cluster.node_bandwidth_gb": (3.0, planned),
+    "cluster.network_bandwidth_gb": (3.0, planned, "cluster.devices_per_node=1"),
+    "cluster.storage_bandwidth_gb": (3.0, planned),
+    "cluster.price_per_hour": (3.0, planned),
+    "cluster.hours_between_failures": (3.0, planned),
 }
 
 UNSEEN = {
+    "checkpoint.background": "changes when the files are written, never which",
     "model.name": "a label: says in the saved configuration which preset the numbers came from",
     "data.name": "a label, as model.name",
+    "cluster.name": "a label, as model.name",
     "attention.base.max_tokens": "a bound: rows beyond it are refused (tests/model/attention)",
-    "stability.policy": "one choice so far",
 }
 
 
