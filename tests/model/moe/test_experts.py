@@ -1,5 +1,8 @@
 """Experts: the loop against its formula, grouped against the loop, forward and backward."""
 
+from functools import partial
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch.nn import functional
@@ -7,6 +10,7 @@ from torch.nn import functional
 from kha_train.errors import ConfigError
 from kha_train.model.decoder import build_decoder
 from kha_train.model.moe.experts import Combine, Dispatch, grouped, loop
+from kha_train.model.moe.megablocks import NEEDED, Kernels, load_kernels, run_kernels
 from kha_train.model.moe.router import Routing, count_experts
 
 N, D, F, E, J = 24, 16, 8, 6, 2
@@ -93,3 +97,62 @@ def test_a_width_the_grouped_backend_cannot_read_is_a_configuration_error(sectio
     moe = {"backend": "loop"} | ({field: 100} if section == "moe" else {})
     model = {field: 100} if section == "model" else {}
     build_decoder(make_config(moe=moe, model=model))
+
+
+class TorchKernels:
+    """What megablocks' operations do, in torch: the adapter is tested without the package."""
+
+    @staticmethod
+    def sort(values, bits):
+        assert values.dtype == torch.int32 and int(values.max()) < 2**bits
+        return values.sort(stable=True)
+
+    @staticmethod
+    def inclusive_cumsum(values, dim):
+        return values.cumsum(dim)
+
+    @staticmethod
+    def gather(x, indices, bin_ids, bins, top_k):
+        assert torch.equal(torch.bincount(bin_ids, minlength=bins.numel()).cumsum(0), bins.long())
+        return x[indices // top_k]
+
+    @staticmethod
+    def scatter(x, indices, bin_ids, weights, bins, top_k):
+        assert weights is None
+        return torch.zeros(x.shape[0] // top_k, x.shape[1], dtype=x.dtype).index_add(0, indices // top_k, x)
+
+
+def gmm(x, weight, counts):
+    assert counts.device.type == "cpu" and counts.dtype == torch.int64
+    return torch.cat([part @ weight[i] for i, part in enumerate(x.split(counts.tolist()))])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_megablocks_adapter_equals_the_loop_forward_and_backward(kind):
+    results = []
+    for backend in (loop, partial(run_kernels, Kernels(TorchKernels, gmm))):
+        leaves, arguments = problem(kind, torch.float64)
+        out = backend(*arguments)
+        target = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        results.append((out.detach(), *torch.autograd.grad((out * target).sum(), leaves)))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_without_megablocks_the_missing_packages_and_the_command_are_named(make_config):
+    if all(find_spec(name) for name in NEEDED):
+        pytest.skip("megablocks is installed")
+    with pytest.raises(ConfigError, match="not installed: .*grouped_gemm.*moe.backend=grouped.*pip install --no-deps"):
+        build_decoder(make_config(moe={"backend": "megablocks"}))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_megablocks_itself_equals_the_loop(kind):
+    kernels = load_kernels()
+    _, (x_ND, gate_up, down, routing) = problem(kind, torch.bfloat16)
+    on_device = [tensor.detach().cuda() for tensor in (x_ND, gate_up, down)]
+    moved = Routing(routing.expert_NJ.cuda(), routing.weight_NJ.detach().cuda(), routing.load_E.cuda())
+    torch.testing.assert_close(
+        run_kernels(kernels, *on_device, moved).cpu(), loop(x_ND, gate_up, down, routing), rtol=2e-2, atol=2e-2
+    )
