@@ -37,3 +37,20 @@ def spikes(
     for noise, rules in scores.items():
         typer.echo(f"\n{noise}: {bench.NOISES[noise].__doc__}\n\n{bench.format_table(rules)}")
     typer.echo(f"\nwhole monitor, plain Python: {1e6 * seconds:.0f} microseconds of CPU time a step")
+
+
+@app.command()
+def checkpoint(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Of the configuration; model=small without any.")
+    ] = None,
+    every: Annotated[int, typer.Option(min=1, help="Steps between two saves that the cost is reckoned for.")] = 50,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds a mode.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Steps a round.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """What a checkpoint costs: written beside training and blocking it, in interleaved rounds of one run."""
+    from kha_train.bench import checkpoint as bench
+
+    found = bench.measure(overrides or ["model=small", "data.global_batch_size=8"], every, rounds, steps)
+    typer.echo(json.dumps(found.to_dict()) if as_json else bench.format_measured(found))

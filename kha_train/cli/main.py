@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from kha_train.cli import bench, compare, data, generate, plan, quickstart, spikes, status, sweep, train
+from kha_train.cli import bench, checkpoint, compare, data, generate, plan, quickstart, spikes, status, sweep, train
 from kha_train.errors import KhaError
 
 HELP = "Pretraining of mixture-of-experts language models with cross-head attention."
@@ -24,6 +24,7 @@ app.command("sweep")(sweep.sweep_command)
 app.command("launch-arguments", hidden=True)(sweep.launch_arguments)
 app.command()(status.status)
 app.add_typer(data.app)
+app.add_typer(checkpoint.app)
 app.add_typer(bench.app)
 
 

@@ -264,6 +264,7 @@ class Session:
         )
 
     def _report_checkpoint(self, text: str) -> None:
+        """A damaged checkpoint is passed over; with `resume.strict` it is a CheckpointError on all ranks."""
         if self.world.is_main:
             print(f"warning: {text}", flush=True)
             self.record.event("checkpoint_refused", 0, text=text)

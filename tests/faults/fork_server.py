@@ -37,6 +37,7 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - drags in the c
 import torch
 
 from kha_train import compose
+from kha_train.checkpoint.background import BackgroundWriter
 from kha_train.engine.deepspeed import Engine, _import_deepspeed
 from kha_train.errors import DataError, KhaError
 from kha_train.train import run, saving, session
@@ -57,7 +58,7 @@ class Faults:
     def install(self) -> None:
         """Patch the named seams."""
         train_step, next_batch = run.train_step, run.next_batch
-        accumulate, begin = Engine.accumulate, saving.Saver.begin
+        accumulate, begin = Engine.accumulate, BackgroundWriter.begin
 
         def at_step(*arguments: Any, **options: Any) -> Any:
             self.happen(f"step:{self.step}")
@@ -74,15 +75,20 @@ class Faults:
             scale = math.nan if "nan" in self.happen(f"gradient:{self.step}") else loss_scale
             return accumulate(engine, batch, scale, *scales, last=last)
 
-        def at_save(saver: Any, step: int, *arguments: Any) -> None:
+        def at_save(writer: BackgroundWriter, step: int, *arguments: Any) -> None:
             self.saving = step
-            begin(saver, step, *arguments)
+            begin(writer, step, *arguments)
 
         def stage(name: str) -> None:
             self.happen(f"save:{self.saving}:{name}")
 
-        run.train_step, run.next_batch, Engine.accumulate, saving.Saver.begin = at_step, at_batch, at_gradient, at_save
-        saving.BackgroundWriter = functools.partial(saving.BackgroundWriter, stage=stage)
+        run.train_step, run.next_batch, Engine.accumulate, BackgroundWriter.begin = (
+            at_step,
+            at_batch,
+            at_gradient,
+            at_save,
+        )
+        saving.BackgroundWriter = functools.partial(BackgroundWriter, stage=stage)
         saving.prune = functools.partial(saving.prune, stage=stage)
         opened = session.Session.__enter__
 

@@ -68,12 +68,12 @@ DAMAGE = {
 
 def test_f3_damage_to_any_file_is_found_and_the_checkpoint_before_is_used(make_run, straight, tmp_path) -> None:
     """Each file in turn is damaged after a stop; nothing in it is ever executed."""
-    twin, run, canary = straight(*TWO, steps=16, ranks=2), make_run(*TWO, steps=16), tmp_path / "canary"
-    for number, (file, damage) in enumerate(DAMAGE.items()):
-        run.start({"at": f"step:{2 * number + 5}", "do": "kill_all"}, ranks=2)
+    twin, run, canary = straight(*TWO, steps=40, ranks=2), make_run(*TWO, steps=40), tmp_path / "canary"
+    run.start({"at": "step:7", "do": "kill_all"}, ranks=2)
+    for file, damage in DAMAGE.items():
         found, before = (step for step, _ in candidates(run.run_dir / "checkpoints")[:2])
         damage(newest(run) / file, canary)
-        run.start({"at": f"step:{before + 2}", "do": "kill_all"}, ranks=2)
+        run.start({"at": f"step:{before + 7}", "do": "kill_all"}, ranks=2)
         assert run.starts()[-1] == before, (file, run.log.read_text())
         refused = run.events("checkpoint_refused")[-1]["text"]
         assert f"step-{found:08d} does not verify" in refused and (file in refused or damage is shorten)

@@ -1,0 +1,63 @@
+"""Two checkpoints side by side, whatever layouts they were written in; one parameter in memory at a time."""
+
+# P elements of one parameter
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kha_train.checkpoint.manifest import KINDS
+from kha_train.checkpoint.reader import Checkpoint
+from kha_train.config.build import flatten
+
+
+@dataclass
+class Differences:
+    """`settings` (of the trainer's state, by dotted name): both values. `tensors`: largest difference, and the norm of
+    the difference over the norm of the first. Parameters that only one has are in `only_first` and `only_second`."""
+
+    settings: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    tensors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    only_first: list[str] = field(default_factory=list)
+    only_second: list[str] = field(default_factory=list)
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs."""
+        return not (self.settings or self.tensors or self.only_first or self.only_second)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {"equal": self.equal, **vars(self)}
+
+
+def compare(first: Checkpoint, second: Checkpoint) -> Differences:
+    """Everything that differs between two checkpoints. Raises CheckpointError when a file is not what it should be."""
+    found = Differences()
+    left, right = flatten(first.trainer_state), flatten(second.trainer_state)
+    for key in sorted(left.keys() | right.keys()):
+        if left.get(key) != right.get(key):
+            found.settings[key] = (left.get(key), right.get(key))
+    shapes, others = first.names(), second.names()
+    found.only_first = [name for name in shapes if shapes[name] != others.get(name)]
+    found.only_second = [name for name in others if others[name] != shapes.get(name)]
+    for name in shapes.keys() & others.keys() - set(found.only_first):
+        for kind in KINDS:
+            _add(found, f"{name} {kind}", first.read(name, kind), second.read(name, kind))
+    buffers, more = first.buffers(), second.buffers()
+    for name in sorted(buffers.keys() & more.keys()):
+        _add(found, name, buffers[name].flatten(), more[name].flatten())
+    found.tensors = dict(sorted(found.tensors.items()))
+    return found
+
+
+def _add(found: Differences, name: str, first_P: Tensor, second_P: Tensor) -> None:
+    if torch.equal(first_P, second_P):
+        return
+    difference_P = (first_P.double() - second_P.double()).abs()
+    norm = first_P.double().norm().item()
+    found.tensors[name] = (difference_P.max().item(), difference_P.norm().item() / norm if norm else float("inf"))

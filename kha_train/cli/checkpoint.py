@@ -1,0 +1,135 @@
+"""`kha checkpoint list|verify|prune|keep|diff`: what a run has saved, whether it is whole, what may go."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kha_train.checkpoint.layout import FOLDER
+from kha_train.errors import CheckpointError, ConfigError
+
+app = typer.Typer(name="checkpoint", help="What a run has saved.", no_args_is_help=True)
+RunDir = Annotated[Path, typer.Argument(help="A run directory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")]
+
+
+@app.command("list")
+def list_(run: RunDir, as_json: AsJson = False) -> None:
+    """Steps, sizes, ages and marks, newest first; damage that shows without reading every byte."""
+    from kha_train.checkpoint.inventory import inventory
+
+    rows = inventory(_folder(run))
+    if as_json:
+        typer.echo(json.dumps([row.to_dict() for row in rows], indent=2))
+        return
+    table = Table("step", "size", "saved", "ranks", "kept", "state")
+    for row in rows:
+        table.add_row(str(row.step), f"{row.bytes / 2**20:,.1f} MiB", row.saved, str(row.ranks), row.kept, row.state)
+    Console().print(table)
+
+
+@app.command("verify")
+def verify_(
+    path: Annotated[Path, typer.Argument(help="A run directory (all its checkpoints) or one step directory.")],
+    as_json: AsJson = False,
+) -> None:
+    """Read every byte and compare it with its manifest. Raises CheckpointError (exit 4) when one does not verify."""
+    from kha_train.checkpoint.inventory import inventory
+    from kha_train.checkpoint.reader import verify
+
+    rows = inventory(path / FOLDER) if (path / FOLDER).is_dir() else []
+    directories = [row.path for row in rows] or [path]
+    problems: dict[str, str] = {}
+    for directory in directories:
+        try:
+            verify(directory)
+        except CheckpointError as error:
+            problems[directory.name] = str(error)
+        if not as_json:
+            typer.echo(f"{directory.name}: {problems.get(directory.name, 'whole')}")
+    if as_json:
+        typer.echo(json.dumps({directory.name: problems.get(directory.name) for directory in directories}, indent=2))
+    if problems:
+        raise CheckpointError(f"{len(problems)} of {len(directories)} do not verify", field=str(path))
+
+
+@app.command("prune")
+def prune_(
+    run: RunDir,
+    keep_last: Annotated[int, typer.Option(help="So many of the newest stay.")] = 2,
+    keep_every: Annotated[int, typer.Option(help="Those of every so many steps stay (0: none).")] = 0,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")] = False,
+) -> None:
+    """Delete old checkpoints. Marked ones and the newest that verifies always stay; every byte is read first."""
+    from kha_train.checkpoint.reader import verify
+    from kha_train.checkpoint.retention import Keep, prune
+
+    _folder(run)
+    gone = prune(run, Keep(keep_last, keep_every), check=verify, dry_run=not yes)
+    verb = "deleted" if yes else "would delete (say --yes)"
+    typer.echo(f"{verb}: {', '.join(f'step {step}' for step in gone) or 'nothing'}")
+
+
+@app.command("keep")
+def keep_(
+    run: RunDir,
+    step: Annotated[int, typer.Argument(help="The step of a checkpoint.")],
+    off: Annotated[bool, typer.Option("--off", help="Take the mark away.")] = False,
+) -> None:
+    """Mark a checkpoint, so that nothing deletes it. Raises ConfigError for a step that has none."""
+    from kha_train.checkpoint.inventory import inventory
+    from kha_train.checkpoint.retention import mark
+
+    folder = _folder(run)
+    if step not in {row.step for row in inventory(folder)}:
+        raise ConfigError("no such checkpoint", field="step", value=step, fix=f"kha checkpoint list {run}")
+    mark(folder, step, keep=not off)
+    typer.echo(f"step {step}: {'no longer marked' if off else 'stays'}")
+
+
+@app.command("diff")
+def diff_(
+    first: Annotated[Path, typer.Argument(help="A step directory, or a run directory (its newest).")],
+    second: Annotated[Path, typer.Argument(help="Another.")],
+    as_json: AsJson = False,
+) -> None:
+    """Settings, progress, parameters, moments and buffers that differ, by how much; layouts are not compared."""
+    from kha_train.checkpoint.compare import compare
+    from kha_train.checkpoint.reader import open_verified
+    from kha_train.distributed import World
+
+    world = World.single()
+    found = compare(open_verified(first, world), open_verified(second, world))
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+        return
+    if found.equal:
+        typer.echo("equal: every setting, count, master, moment and buffer, bit for bit")
+        return
+    _print_rows("setting", ("first", "second"), found.settings)
+    _print_rows("tensor", ("largest difference", "relative norm"), found.tensors)
+    for name in found.only_first:
+        typer.echo(f"only in the first: {name}")
+    for name in found.only_second:
+        typer.echo(f"only in the second: {name}")
+
+
+def _print_rows(title: str, columns: tuple[str, str], rows: dict[str, tuple[Any, Any]]) -> None:
+    if rows:
+        table = Table(title, *columns)
+        for name, (left, right) in rows.items():
+            table.add_row(name, str(left), str(right))
+        Console().print(table)
+
+
+def _folder(run: Path) -> Path:
+    """The checkpoints of a run. Raises ConfigError when there are none."""
+    folder = run / FOLDER
+    if not folder.is_dir():
+        raise ConfigError("holds no checkpoints", field="RUN", value=str(run), allowed="a run directory")
+    return folder
