@@ -116,7 +116,9 @@ def start_missing(
     Raises ConfigError for a point whose directory holds another run, and as `submit` does.
     """
     check_against_runs(points)
-    standing = statuses(points, queued_labels(load_sweep(directory), waiting_elements()))
+    before = load_sweep(directory)
+    elements = waiting_elements() if before and before["submissions"] else set()
+    standing = statuses(points, queued_labels(before, elements))
     start = missing(points, standing, retry_failed)
     save_sweep(directory, points, equal)
     return Started(submit(directory, start, options) if start else None, start, standing)

@@ -27,8 +27,8 @@ from kha_train.record.files import read_json, write_json
 SWEEP_FILE = "sweep.json"
 FORMAT = 1
 SHORTHANDS = {"seed": "run.seed", "steps": "run.steps"}
-NAMED_BY_RUN = ("attention", "run.seed")
-"""Keys that the run's own name tells already: `<variant>-s<seed>`."""
+TOLD_BY_RUN_NAME = ("attention", "run.seed")
+"""Keys that the name of a run tells already, unless it was given: `<variant>-s<seed>`."""
 SAFE_NAME = re.compile(r"[A-Za-z0-9_.+-]{1,80}")
 Equal = Literal["steps", "tokens", "flops"]
 
@@ -77,7 +77,9 @@ def plan_points(directory: Path, points: Sequence[Sequence[str]], equal: Equal =
         if any(_key(text) == "run.dir" for text in overrides):
             raise ConfigError("every point has its own", field="run.dir", fix="choose the sweep's with --dir")
         config = compose(overrides)
-        label = _label(config, {_key(text): text.partition("=")[2] for text in overrides if _key(text) in differing})
+        told = () if any(_key(text) == "run.name" for text in overrides) else TOLD_BY_RUN_NAME
+        swept = {_key(text): text.partition("=")[2] for text in overrides if _key(text) in differing.difference(told)}
+        label = _label(config, swept)
         steps = config.run.steps
         if made and equal != "steps":
             step_cost = _tokens(config) if equal == "tokens" else _tokens(config) * flops_per_token(config).training
@@ -180,7 +182,7 @@ def _point(directory: Path, label: str, overrides: Sequence[str], config: RunCon
 
 def _label(config: RunConfig, swept: Mapping[str, str]) -> str:
     """`<run.name>-<key><value>...`, cut to what is a plain file name, with a digest where something was cut."""
-    further = [f"{key.rpartition('.')[2]}{value}" for key, value in swept.items() if key not in NAMED_BY_RUN]
+    further = [f"{key.rpartition('.')[2]}{value}" for key, value in swept.items()]
     label = "-".join([config.run.name, *further])
     plain = re.sub(r"[^A-Za-z0-9_.+-]", "_", label)[:60].lstrip(".-")
     return plain if plain == label else f"{plain}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"

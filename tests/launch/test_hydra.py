@@ -21,7 +21,7 @@ def test_the_launcher_and_the_command_submit_the_same_points_by_the_same_argumen
     assert answers[0] == answers[1]
     arguments, points = answers[0]
     assert "--array=0-3" in arguments and "--nodes=3" in arguments
-    assert [point["run_dir"] for point in points] == sorted({point["run_dir"] for point in points})
+    assert len({point["run_dir"] for point in points}) == 4
 
 
 def test_the_launcher_refuses_a_point_that_cannot_run_and_submits_none(tmp_path: Path) -> None:
