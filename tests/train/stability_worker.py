@@ -96,9 +96,9 @@ def probed_steps(overrides: list[str], world: World) -> dict[str, Any]:
     return {"differ": differing(*ends), "evidence": found, "norm": norm}
 
 
-def whole_run(overrides: list[str], world: World, bad: list[int], skip: list[int], stop_at: int) -> dict[str, Any]:
-    """A run over data that is bad in the samples `bad`; over a stream that leaves out `skip`; stopped once after step
-    `stop_at` (0: never) and started again."""
+def whole_run(overrides: list[str], bad: list[int], skip: list[int], stop_at: int) -> dict[str, Any]:
+    """A run over data that is noise in the samples `bad`; over a stream that leaves out `skip`; stopped after step
+    `stop_at` (0: never)."""
     config = compose(overrides)
     original_next, original_open, original_step = TokenStream.__next__, session_module.open_stream, Record.step
 
@@ -106,7 +106,8 @@ def whole_run(overrides: list[str], world: World, bad: list[int], skip: list[int
         batch = original_next(stream)
         rows = np.isin(batch.samples_B, np.arange(*bad)) if bad else np.zeros(0, dtype=bool)
         if rows.any():
-            batch.rows_BW[rows] = 255
+            noise = np.random.default_rng(int(batch.samples_B[0]))
+            batch.rows_BW[rows] = noise.integers(0, 256, batch.rows_BW[rows].shape)
         return batch
 
     def opened(*arguments: Any, **more: Any) -> TokenStream:
@@ -134,18 +135,14 @@ def whole_run(overrides: list[str], world: World, bad: list[int], skip: list[int
         patch.object(Record, "step", stopping),
         patch.object(Engine, "close", closing),
     ):
-        outcomes = [train(config)]
-        if stop_at:
-            outcomes.append(train(config))
-    return {"finished": [outcome.finished for outcome in outcomes], "digest": ends[-1]}
+        outcome = train(config)
+    return {"finished": outcome.finished, "digest": ends[-1]}
 
 
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[1])
-    answers = {}
-    if "runs" in arguments:
-        for name, case in arguments["runs"].items():
-            answers[name] = whole_run(case["overrides"], World.from_environment(), *case["how"])
+    if "run" in arguments:
+        answers = whole_run(**arguments["run"])
     else:
         world = distributed.start("cpu", 60.0)
         act = {"poisoned": poisoned_steps, "probed": probed_steps}[arguments["act"]]

@@ -18,7 +18,10 @@ pytestmark = pytest.mark.slow
 
 WORKER = Path(__file__).with_name("stability_worker.py")
 ROWS = 8
-BAD = (101, 112)
+STEPS = 215
+Runs = tuple[Path, dict[str, list[Any]]]
+POISONED = [(1, "skip"), (2, "skip"), (3, "skip"), (1, "observe")]
+BAD = (191, 202)
 """First and last step whose batches are bad."""
 
 
@@ -32,15 +35,12 @@ def tiny(small: list[str]) -> list[str]:
 def poisoned(tiny: list[str], run_ranks: Callable[..., list[Any]]) -> list[dict[str, Any]]:
     """What two ranks answered about a NaN gradient on one of them, by stage and policy."""
     cases = {
-        f"zero{stage} {policy}": [*tiny, f"engine=zero{stage}", f"stability={policy}"]
-        for stage in (1, 2, 3)
-        for policy in ("skip", "observe")
+        f"zero{stage} {policy}": [*tiny, f"engine=zero{stage}", f"stability={policy}"] for stage, policy in POISONED
     }
     return run_ranks(WORKER, 2, act="poisoned", cases=cases)
 
 
-@pytest.mark.parametrize("policy", ["skip", "observe"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("stage", "policy"), POISONED)
 def test_a_nan_gradient_on_one_of_two_ranks_leaves_no_trace(
     stage: int, policy: str, poisoned: list[dict[str, Any]]
 ) -> None:
@@ -85,14 +85,12 @@ def test_the_evidence_adds_up(case: str, probed: list[dict[str, Any]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(
-    tiny: list[str], run_ranks: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[dict[str, Any]]]:
-    """Runs of 130 steps over data that is bad from step 101 to 112: rewinding, never having met it, only observing
+def runs(tiny: list[str], run_ranks: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Runs over data that is noise from step 191 to 202: rewinding, never having met it, only observing
     (stopped inside the spike); their directory, and what the ranks answered."""
     folder = tmp_path_factory.mktemp("rewind")
     first, last = ROWS * (BAD[0] - 1), ROWS * BAD[1]
-    common = [*tiny, "run.steps=130", "checkpoint.every_steps=20", "validation.every_steps=0", "engine=zero2"]
+    common = [*tiny, f"run.steps={STEPS}", "checkpoint.every_steps=60", "validation.every_steps=0", "engine=zero2"]
     rewinding = [
         *common,
         "stability=rewind",
@@ -100,64 +98,70 @@ def runs(
         "stability.rewind.margin=10",
         f"stability.rewind.window={BAD[1] - BAD[0] + 1}",
     ]
+    bad, nothing = [first, last], []
     cases = {
-        "rewinding": {"overrides": rewinding, "how": [[first, last], [], 0]},
-        "without": {"overrides": common, "how": [[], [first, last], 0]},
-        "observing": {"overrides": common, "how": [[first, last], [], 105]},
+        "rewinding": [(rewinding, bad, nothing, 0)],
+        "without": [(common, nothing, bad, 0)],
+        "observing": [(common, bad, nothing, 195), (common, bad, nothing, 0)],
     }
-    for name, case in cases.items():
-        case["overrides"] = [*case["overrides"], f"run.dir={folder}/{name}"]
-    return folder, run_ranks(WORKER, 2, runs=cases)
+    answers: dict[str, list[Any]] = {}
+    for name, starts in cases.items():
+        for overrides, bad_samples, skip, stop_at in starts:
+            there = [*overrides, f"run.dir={folder}/{name}"]
+            how = {"overrides": there, "bad": bad_samples, "skip": skip, "stop_at": stop_at}
+            answers.setdefault(name, []).append(run_ranks(WORKER, 2, run=how))
+    return folder, answers
 
 
-def test_a_bad_data_window_is_rewound_and_exactly_that_window_left_out(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_a_bad_data_window_is_rewound_and_exactly_that_window_left_out(runs: Runs) -> None:
     folder, answers = runs
     lines = read_metrics(folder / "rewinding")
-    clean = [ROWS * step for step in range(BAD[0] - 1)] + [ROWS * step for step in range(BAD[1], 142)]
-    assert [line["step"] for line in lines] == list(range(1, 131))
+    clean = [ROWS * step for step in range(BAD[0] - 1)] + [ROWS * step for step in range(BAD[1], STEPS + 12)]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["samples_first"] for line in lines] == clean
-    assert all(answer["rewinding"]["finished"] == [True] for answer in answers)
+    assert all(answer["finished"] for answer in answers["rewinding"][0])
 
 
-def test_a_rewound_run_equals_one_that_never_met_the_window(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_a_rewound_run_equals_one_that_never_met_the_window(runs: Runs) -> None:
     _, answers = runs
-    for answer in answers:
-        assert answer["rewinding"]["digest"] == answer["without"]["digest"]
+    for rewound, without in zip(answers["rewinding"][0], answers["without"][0], strict=True):
+        assert rewound["digest"] == without["digest"]
 
 
-def test_the_record_shows_the_rewind_and_keeps_the_undone_lines(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_the_record_shows_the_rewind_and_keeps_the_undone_lines(runs: Runs) -> None:
     folder, _ = runs
     (event,) = (event for event in read_events(folder / "rewinding") if event["kind"] == "rewind")
-    assert (event["step"], event["to_step"], event["trouble_step"]) == (104, 80, 101)
+    assert (event["step"], event["to_step"], event["trouble_step"]) == (194, 180, BAD[0])
     assert event["window"] == [ROWS * (BAD[0] - 1), ROWS * BAD[1]]
     undone = read_discarded(folder / "rewinding")
-    assert [line["step"] for line in undone] == list(range(81, 105))
-    assert all(line["discarded_reason"].startswith("rewind 1 from step 104") for line in undone)
+    assert [line["step"] for line in undone] == list(range(181, 195))
+    assert all(line["discarded_reason"].startswith("rewind 1 from step 194") for line in undone)
     survived = {line["step"]: line["train/loss"] for line in read_metrics(folder / "rewinding")}
     assert all(line["train/loss"] == survived[line["step"]] for line in undone if line["step"] < BAD[0])
 
 
-def test_spike_counts_include_rewound_events_unless_told_otherwise(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_spike_counts_include_rewound_events_unless_told_otherwise(runs: Runs) -> None:
     curve = read_curve(runs[0] / "rewinding")
     assert [event.start_step for event in score_curve(curve).rewound] == [BAD[0]]
     assert score_curve(curve).to_dict()["summary"]["events_total"] == 1
     assert score_curve(curve, include_rewound=False).to_dict()["summary"]["events_total"] == 0
 
 
-def test_observe_changes_nothing_and_sees_the_spike(runs: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_observe_changes_nothing_and_sees_the_spike(runs: Runs) -> None:
     folder, answers = runs
     lines = read_metrics(folder / "observing")
-    assert [line["samples_first"] for line in lines] == [ROWS * step for step in range(130)]
+    assert [line["samples_first"] for line in lines] == [ROWS * step for step in range(STEPS)]
     assert not any(line["train/skipped"] for line in lines)
     events = score_curve(read_curve(folder / "observing")).events
     assert events[0].start_step == BAD[0]
     opened = [event for event in read_events(folder / "observing") if event["kind"] == "spike_opened"]
     assert opened[0]["step"] == BAD[0] and set(opened[0]["evidence"]) >= {"grad_norms", "max_logits", "router"}
-    assert all(answer["observing"]["finished"] == [False, True] for answer in answers)
+    stopped, resumed = answers["observing"]
+    assert not any(answer["finished"] for answer in stopped) and all(answer["finished"] for answer in resumed)
 
 
 @pytest.mark.parametrize("name", ["observing", "rewinding"])
-def test_online_equals_offline_exactly(name: str, runs: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_online_equals_offline_exactly(name: str, runs: Runs) -> None:
     """Also over a stop inside an open event (`observing`) and after a rewind (`rewinding`)."""
     monitor, events = Monitor(), []
     for line in read_metrics(runs[0] / name):
