@@ -53,4 +53,17 @@ def checkpoint(
     from kha_train.bench import checkpoint as bench
 
     found = bench.measure(overrides or ["model=small", "data.global_batch_size=8"], every, rounds, steps)
+
+
+def attention(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Of the configuration: its model's shape and micro-batch are measured.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """What an interaction costs, eager and folded: one attention layer forward and backward, against plain gqa."""
+    from kha_train.bench import attention as bench
+
+    found = bench.measure(overrides or [], rounds)
     typer.echo(json.dumps(found.to_dict()) if as_json else bench.format_measured(found))
