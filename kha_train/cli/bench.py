@@ -53,8 +53,10 @@ def checkpoint(
     from kha_train.bench import checkpoint as bench
 
     found = bench.measure(overrides or ["model=small", "data.global_batch_size=8"], every, rounds, steps)
+    typer.echo(json.dumps(found.to_dict()) if as_json else bench.format_measured(found))
 
 
+@app.command()
 def attention(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Of the configuration: its model's shape and micro-batch are measured.")
