@@ -15,7 +15,7 @@ import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,13 @@ from kha_train.config.validate import validate_batch
 from kha_train.data.stream import open_stream, validation_batches
 from kha_train.distributed import TORCHRUN, World
 from kha_train.engine.deepspeed import Engine, leave_world, resolve_dtype
+from kha_train.engine.memory import GIB, plan_memory
 from kha_train.errors import ConfigError, DataError
 from kha_train.model.accounting import count_parameters
 from kha_train.model.decoder import build_decoder
 from kha_train.train import resume
 from kha_train.train.step import train_step
 
-GIB = 2**30
 MASTER_BYTES = 12
 """A master weight and two moments in fp32: what a checkpoint holds of a parameter."""
 
@@ -73,7 +73,7 @@ def rehearse(config: RunConfig, overrides: Sequence[str], layout: Layout) -> dic
         "batch": _batch(config, layout.world_size),
         "data": _data(config, layout.world_size),
         "model": {"parameters": parameters.total, "active": parameters.active, "tensors": _count_tensors(config)},
-        "memory": _memory(config, layout.world_size),
+        "memory": _memory(config, layout),
         "checkpoint": _checkpoint(config, layout.world_size),
         "rank_0": _rank_zero(config, layout.world_size),
         "launch": _launch(overrides, layout),
@@ -118,18 +118,12 @@ def _count_tensors(config: RunConfig) -> int:
     return sum(1 for _ in decoder.parameters())
 
 
-def _memory(config: RunConfig, world_size: int) -> dict[str, float]:
-    """GiB a rank for weights, gradients and optimiser state; activations and buffers come on top."""
-    stage, total = config.engine.zero_stage, count_parameters(config).total
-    bf16 = config.engine.precision == "bf16" or (config.engine.precision == "auto" and config.engine.device != "cpu")
-    weight_bytes = 2 if bf16 else 4
-    gradient_bytes = 2 if bf16 and config.engine.grad_accum_dtype == "bf16" else 4
-    held = {
-        "weights": weight_bytes * total / (world_size if stage == 3 else 1),
-        "gradients": gradient_bytes * total / (world_size if stage >= 2 else 1),
-        "optimizer": MASTER_BYTES * total / world_size,
-    }
-    return {name: size / GIB for name, size in held.items()} | {"sum": sum(held.values()) / GIB}
+def _memory(config: RunConfig, layout: Layout) -> dict[str, Any]:
+    """GiB of one rank by term, as `kha plan` has them, for so many ranks."""
+    cluster = replace(config.cluster, devices=layout.world_size, devices_per_node=layout.ranks_per_node)
+    plan = plan_memory(replace(config, cluster=cluster))
+    terms = {name: size / GIB for name, size in plan.terms.items()}
+    return {"moment": plan.moment, **terms, "total": plan.total / GIB}
 
 
 def _checkpoint(config: RunConfig, world_size: int) -> dict[str, Any]:

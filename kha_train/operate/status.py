@@ -13,7 +13,7 @@ from kha_train.checkpoint.layout import FOLDER
 from kha_train.config.build import flatten
 from kha_train.config.compose import load_plain
 from kha_train.errors import ConfigError
-from kha_train.record import Marker, has_marker, heartbeat_age, read_events, read_metrics, read_run
+from kha_train.record import Marker, has_marker, heartbeat_age, read_metrics, read_run
 
 State = Literal["done", "running", "silent", "requeue", "fatal", "ended", "queued", "new"]
 STATES: dict[str, str] = {
@@ -28,7 +28,6 @@ STATES: dict[str, str] = {
 }
 SILENT_AFTER = 30.0
 RECENT = 20
-SPIKE_EVENT = "spike"
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class RunStatus:
 
     `loss`, `tokens_per_second` and `mfu` are medians of the last 20 steps; `seconds_left` is the steps left times the
     mean wall time between those steps, saving and validating included; `goodput` the time spent in steps that still
-    count over the time since the first start; `spikes` the loss spikes in the record; `heartbeat` the seconds since the
-    process was heard of, `idle` the seconds since its last step.
+    count over the time since the first start; `spikes` the loss spikes counted so far; `heartbeat` the seconds since
+    the process was heard of, `idle` the seconds since its last step.
     """
 
     name: str
@@ -87,7 +86,7 @@ def run_status(path: Path, name: str | None = None, queued: bool = False) -> Run
         tokens_per_second=_median(recent, "train/tokens_per_second"),
         mfu=_median(recent, "train/mfu"),
         seconds_left=_seconds_left(recent, step, steps),
-        spikes=sum(event["kind"] == SPIKE_EVENT for event in read_events(path)),
+        spikes=int(lines[-1].get("spike/events_total", 0)) if lines else 0,
         attempts=len(attempts),
         goodput=sum(line.get("train/step_seconds", 0.0) for line in lines) / (last - begun) if last > begun else None,
         checkpoint=newest_checkpoint(path),

@@ -13,7 +13,7 @@ import pytest
 from kha_train.cli.main import run
 from kha_train.config.compose import compose, dump
 from kha_train.errors import ConfigError
-from kha_train.operate.status import SILENT_AFTER, SPIKE_EVENT, find_runs, run_status
+from kha_train.operate.status import SILENT_AFTER, find_runs, run_status
 from kha_train.operate.sweep import plan_sweep, save_sweep
 from kha_train.record import Marker, Record, set_marker
 from kha_train.record.files import write_json
@@ -28,6 +28,7 @@ def trained(run_dir: Path, steps: int, *, seconds_a_step: float = 2.0, end: str 
     begun = time.time() - 4.0 * steps
     for number in range(1, steps + 1):
         line = {"step": number, "time": begun + 4.0 * number, "train/loss": 5.0 - number / 100, "train/mfu": 0.25}
+        line["spike/events_total"] = int(number >= 7)
         record.step({**line, "train/step_seconds": seconds_a_step, "train/tokens_per_second": 1000.0 + number})
     record._run["attempts"][0]["started"] = begun
     record._write_run()
@@ -38,7 +39,6 @@ def trained(run_dir: Path, steps: int, *, seconds_a_step: float = 2.0, end: str 
 
 def test_figures_follow_their_definitions(tmp_path: Path) -> None:
     record = trained(tmp_path, 40, end=None)
-    record.event(SPIKE_EVENT, 7)
     (tmp_path / "checkpoints" / "step-00000030").mkdir(parents=True)
     (tmp_path / "checkpoints" / ".step-00000040.saving-0123456789ab").mkdir()
     status = run_status(tmp_path)

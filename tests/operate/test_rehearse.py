@@ -1,0 +1,73 @@
+"""A job of 64 ranks in one process: its arithmetic, data and checkpoint, and what would have failed in the queue."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kha_train.cli.main import run
+
+ROOT = Path(__file__).resolve().parents[2]
+RANKS = 64
+
+
+@pytest.fixture(scope="module")
+def job(small: list[str]) -> list[str]:
+    return [*small, "data.global_batch_size=128", "engine.micro_batch_size=1", "run.steps=300"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_rehearsal_of_64_ranks_is_the_arithmetic_of_the_job(
+    stage: int, job: list[str], clean_environment: dict[str, str], tmp_path: Path
+) -> None:
+    said = _rehearse([*job, f"engine=zero{stage}", f"world_size={RANKS}"], clean_environment, tmp_path)
+    rows, tokens = 128, 128 * 64
+    assert said["batch"] == {
+        "rows_a_step": rows,
+        "rows_a_rank": 2,
+        "micro_batches_a_step": 2,
+        "tokens_a_step": tokens,
+        "tokens": tokens * 300,
+    }
+    assert said["data"]["slices_first_step"] == [[2 * rank, 2 * rank + 1] for rank in range(RANKS)]
+    parameters = said["model"]["parameters"]
+    # A master and two moments in fp32 of every parameter, dealt out evenly but for what makes shares equally long.
+    assert said["checkpoint"]["gib"] * 2**30 == pytest.approx(12 * parameters)
+    assert said["rank_0"]["built"] is True
+    assert 0 <= said["rank_0"]["checkpoint_bytes"] - 12 * parameters / RANKS < 12 * RANKS * said["model"]["tensors"]
+    assert said["launch"]["nodes"] == 8 and "--nodes=8 --gpus-per-node=8" in said["launch"]["command"]
+    assert list(tmp_path.iterdir()) == [], "a rehearsal leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    "settings, word",
+    [
+        (["world_size=48"], "data.global_batch_size"),
+        (["world_size=4", "--ranks-per-node=3"], "ranks"),
+        (["world_size=many"], "world_size"),
+        (["world_size=64", "data.train=/nowhere"], "/nowhere"),
+    ],
+)
+def test_what_would_fail_after_the_queue_fails_now(
+    settings: list[str], word: str, job: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(["train", "--dry-run", *job, *settings])
+    assert ended.value.code == 2
+    assert word in capsys.readouterr().err
+
+
+def _rehearse(settings: list[str], environment: dict[str, str], folder: Path) -> dict[str, Any]:
+    command = [sys.executable, "-c", "from kha_train.cli.main import run; run()", "train", "--dry-run", "--json"]
+    environment = {**environment, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [*command, *settings], env=environment, capture_output=True, text=True, cwd=folder, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
