@@ -85,7 +85,6 @@ def activation_bytes(config: RunConfig) -> int:
     if config.engine.activation_checkpointing == "none":
         layers = moe_layers(config) * moe + config.moe.dense_layers * dense
     else:
-        # The backward of the block that is recomputed holds gradients of what it saved, too.
         layers = config.model.layers * config.model.hidden_size + max(moe, dense)
     return tokens * width * (layers + outside)
 

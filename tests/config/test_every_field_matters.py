@@ -368,8 +368,8 @@ CHANGES: dict[str, Change] = {
     "moe.expert_width": (32, shapes),
     "moe.backend": ("loop", kernels),
     "moe.shared_experts": (1, shapes),
-    "moe.dense_layers": (1, shapes),
-    "moe.dense_width": (32, shapes, "moe.dense_layers=1"),
+    "moe.dense_layers": (1, shapes, "moe.dense_width=64"),
+    "moe.dense_width": (32, shapes, "moe.dense_layers=1", "moe.dense_width=64"),
     "moe.score": ("softmax", forward_of_a_choice),
     "moe.renormalize": ("false", forward_of_a_choice),
     "moe.expert_groups": (4, forward_of_a_choice),
@@ -499,6 +499,7 @@ def configuration(small: list[str], dataset: Path, other_dataset: Path) -> Calla
     def make(*overrides: str) -> list[str]:
         base = [
             *small,
+            "cluster=cpu",
             "attention=kha_mlp",
             "telemetry.wandb.mode=offline",
             "run.steps=4",
