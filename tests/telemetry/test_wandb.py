@@ -15,6 +15,7 @@ from kha_train.config.compose import compose
 from kha_train.stability.events import SpikeEvent
 from kha_train.telemetry import WandbMirror
 from kha_train.telemetry import wandb as mirror_module
+from kha_train.record import METRICS
 from kha_train.telemetry.wandb import MARKER, MAX_KEYS, choose_mode, has_key, is_reachable
 
 
@@ -223,3 +224,12 @@ def test_spikes_are_marked_on_the_loss_and_listed_in_a_table(monkeypatch, tmp_pa
     )
     assert run.logged[-1]["spike/actions"][1] == [[4, "rewind", "a spike"]]
     assert run.summary == {"spike/spikes": 1, "spike/olmo_loss_score": 0.5}
+
+
+def test_figures_of_single_layers_stay_in_the_record(monkeypatch, tmp_path: Path) -> None:
+    run = FakeRun()
+    install(monkeypatch, lambda **options: run)
+    mirror = WandbMirror(config("telemetry.wandb.mode=offline"), tmp_path, "abc123")
+    by_layer = {name: [1.0, 2.0] for name in METRICS if name.endswith("_by_layer")}
+    mirror.step({"step": 1, "moe/maxvio": 1.5, **by_layer})
+    assert len(by_layer) == 5 and run.logged == [{"step": 1, "moe/maxvio": 1.5}]
