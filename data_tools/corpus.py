@@ -16,11 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_tools.importers import open_packed, read_parquet
 from kha_train.errors import ConfigError, DataError
 
 SPLITS = ("train", "validation")
 DESCRIPTION_NAME = "corpus.json"
-EXTRA_SUFFIXES = (".jsonl", ".md", ".py", ".rst", ".txt")
+EXTRA_SUFFIXES = tuple(
+    f"{kind}{packed}" for kind in (".jsonl", ".md", ".py", ".rst", ".txt") for packed in ("", ".gz", ".zst")
+) + (".parquet",)
 _VALIDATION_PERCENT = 2
 _SKIPPED_DIRECTORIES = {
     "__pycache__",
@@ -53,12 +56,14 @@ def build_corpus(
     *,
     standard_library: bool = True,
     extra_roots: Sequence[str | Path] = (),
+    keep_repeated: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Write a corpus and return its description (what `corpus.json` holds); `progress` gets bytes of text.
 
     `extra_roots` are files or directories of the user's own text: .txt, .md, .rst and .py files are one document each,
-    .jsonl files one document a line. Files that are not UTF-8 and exact repetitions are left out and counted.
+    .jsonl files one document a line, .parquet files one a row; all but Parquet also as .gz and .zst. Files that are not
+    UTF-8 are left out and counted, and so are exact repetitions unless `keep_repeated`.
     Raises ConfigError for a missing root or an empty corpus, DataError for a JSONL line without text.
     """
     directory = Path(directory)
@@ -72,8 +77,8 @@ def build_corpus(
         for document in _documents(standard_library, extra_roots, skipped):
             data = document.text.encode()
             fingerprint = hashlib.sha256(data).digest()
-            if fingerprint in seen:
-                repeated += 1
+            repeated += fingerprint in seen
+            if fingerprint in seen and not keep_repeated:
                 continue
             seen.add(fingerprint)
             digest.update(document.path.encode("utf-8", "surrogateescape") + b"\0" + fingerprint)
@@ -117,7 +122,7 @@ def split_path(directory: str | Path, split: str) -> Path:
 
 def read_jsonl(path: Path, name: str) -> Iterator[Document]:
     """The documents of a JSONL file; one without a "path" is called `name:line`. Raises DataError for a bad line."""
-    with open(path, "rb") as file:
+    with open_packed(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield parse_line(line, f"{name}:{number}", path)
@@ -165,12 +170,18 @@ def _read_tree(root: Path, prefix: str, suffixes: tuple[str, ...], skipped: list
 
 
 def _read_file(path: Path, name: str, skipped: list[str]) -> Iterator[Document]:
-    if path.suffix == ".jsonl":
+    inner = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+    if inner.suffix == ".jsonl":
         for document in read_jsonl(path, "line"):
             yield Document(f"{name}#{document.path}", document.text)
         return
+    if inner.suffix == ".parquet":
+        for number, text in enumerate(read_parquet(path), start=1):
+            yield Document(f"{name}#row:{number}", text)
+        return
     try:
-        text = path.read_bytes().decode("utf-8")
+        with open_packed(path) as file:
+            text = file.read().decode("utf-8")
     except UnicodeDecodeError:
         skipped.append(name)
         return

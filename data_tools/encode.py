@@ -7,6 +7,7 @@ tokenizer's end-of-sequence id.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,10 +19,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_tools.corpus import DESCRIPTION_NAME, SPLITS, parse_line, split_path
-from kha_train.data.canonical import sha256_of_file
+from kha_train.data.canonical import canonical_json, sha256_of_file
 from kha_train.data.manifest import Manifest, ShardEntry, dtype_for
 from kha_train.data.tokenizer import Tokenizer
-from kha_train.data.writer import prepare, publish_dataset, write_shard
+from kha_train.data.writer import (
+    finished_shards,
+    mark_finished,
+    prepare,
+    publish_dataset,
+    refuse_existing,
+    write_shard,
+)
 from kha_train.errors import ConfigError, DataError
 
 SHARD_BYTES = 512 << 20
@@ -37,6 +45,16 @@ class ShardPlan(NamedTuple):
     line: int
 
 
+class _Task(NamedTuple):
+    """What all shards of a split have in common."""
+
+    path: Path
+    tokenizer: Path
+    directory: Path
+    dtype: str
+    identity: str
+
+
 def encode_corpus(
     corpus: str | Path,
     tokenizer: str | Path,
@@ -50,8 +68,9 @@ def encode_corpus(
     """Write `out/train` and `out/validation` from a corpus directory; returns the manifest of each split.
 
     A shard holds the documents of about `shard_bytes` of JSONL, and always whole documents. `progress` gets bytes of
-    JSONL. Raises ConfigError for a missing corpus or tokenizer and for existing datasets unless `overwrite`; DataError
-    for a bad line or a split without text.
+    JSONL. An encoding that was interrupted goes on with the shards that are not finished. Raises ConfigError for a
+    missing corpus or tokenizer and for existing datasets unless `overwrite`; DataError for a bad line or a split
+    without text.
     """
     paths = {split: split_path(corpus, split) for split in SPLITS}
     loaded = Tokenizer(tokenizer)
@@ -66,10 +85,11 @@ def encode_corpus(
                 value=str(paths[split]),
                 fix="validation gets 2 % of the paths: add documents, or move lines between the two files yourself",
             )
-    for split in SPLITS:
-        prepare(Path(out) / split, overwrite=overwrite)
+    if not overwrite:
+        for split in SPLITS:
+            refuse_existing(Path(out) / split)
     return {
-        split: _encode_split(plans[split], path, loaded, Path(out) / split, workers, progress)
+        split: _encode_split(plans[split], path, loaded, Path(out) / split, workers, overwrite, progress)
         for split, path in paths.items()
     }
 
@@ -95,52 +115,57 @@ def _encode_split(
     tokenizer: Tokenizer,
     directory: Path,
     workers: int,
+    overwrite: bool,
     progress: Callable[[int], None] | None,
 ) -> Manifest:
-    dtype = dtype_for(tokenizer.vocab_size)
+    fingerprint = _fingerprint(path)
+    identity = _identity(fingerprint["sha256"], tokenizer, plans)
+    done = finished_shards(directory, identity)
+    prepare(directory, overwrite=overwrite, keep=done)
+    task = _Task(path, tokenizer.path, directory, dtype_for(tokenizer.vocab_size), identity)
+    todo = [plan for plan in plans if plan.index not in done]
+    if progress is not None:
+        progress(sum(plan.stop - plan.start for plan in plans if plan.index in done))
     if workers == 1:
-        shards = [_encode_shard(plan, path, tokenizer, directory, dtype, progress) for plan in plans]
+        done |= {plan.index: _encode_shard(plan, task, tokenizer, progress) for plan in todo}
     else:
-        shards = _encode_in_processes(plans, path, tokenizer.path, directory, dtype, workers, progress)
+        done |= _encode_in_processes(todo, task, workers, progress)
+    shards = [done[plan.index] for plan in plans]
     return publish_dataset(
-        directory, shards, tokenizer.entry(), dtype=dtype, corpus=_fingerprint(path), tokenizer_file=tokenizer.path
+        directory, shards, tokenizer.entry(), dtype=task.dtype, corpus=fingerprint, tokenizer_file=tokenizer.path
     )
 
 
+def _identity(text_sha256: str, tokenizer: Tokenizer, plans: list[ShardPlan]) -> str:
+    """What decides every byte of the shards: finished ones of the same identity need not be written again."""
+    parts = [text_sha256, tokenizer.sha256, [list(plan) for plan in plans]]
+    return hashlib.sha256(canonical_json(parts)).hexdigest()
+
+
 def _encode_in_processes(
-    plans: list[ShardPlan],
-    path: Path,
-    tokenizer: Path,
-    directory: Path,
-    dtype: str,
-    workers: int,
-    progress: Callable[[int], None] | None,
-) -> list[ShardEntry | None]:
-    task = partial(_encode_shard_alone, path=path, tokenizer=tokenizer, directory=directory, dtype=dtype)
-    shards = []
+    plans: list[ShardPlan], task: _Task, workers: int, progress: Callable[[int], None] | None
+) -> dict[int, ShardEntry | None]:
+    shards = {}
     # A forked child would inherit the threads of whatever the caller has loaded.
     with ProcessPoolExecutor(max_workers=workers, mp_context=get_context("spawn")) as pool:
-        for plan, shard in zip(plans, pool.map(task, plans), strict=True):
-            shards.append(shard)
+        for plan, shard in zip(plans, pool.map(partial(_encode_shard_alone, task=task), plans), strict=True):
+            shards[plan.index] = shard
             if progress is not None:
                 progress(plan.stop - plan.start)
     return shards
 
 
-def _encode_shard_alone(plan: ShardPlan, path: Path, tokenizer: Path, directory: Path, dtype: str) -> ShardEntry | None:
-    return _encode_shard(plan, path, Tokenizer(tokenizer), directory, dtype, None)
+def _encode_shard_alone(plan: ShardPlan, task: _Task) -> ShardEntry | None:
+    return _encode_shard(plan, task, Tokenizer(task.tokenizer), None)
 
 
 def _encode_shard(
-    plan: ShardPlan,
-    path: Path,
-    tokenizer: Tokenizer,
-    directory: Path,
-    dtype: str,
-    progress: Callable[[int], None] | None,
+    plan: ShardPlan, task: _Task, tokenizer: Tokenizer, progress: Callable[[int], None] | None
 ) -> ShardEntry | None:
-    documents = _encoded_documents(plan, path, tokenizer, progress)
-    return write_shard(directory, plan.index, documents, vocab_size=tokenizer.vocab_size, dtype=dtype)
+    documents = _encoded_documents(plan, task.path, tokenizer, progress)
+    shard = write_shard(task.directory, plan.index, documents, vocab_size=tokenizer.vocab_size, dtype=task.dtype)
+    mark_finished(task.directory, plan.index, shard, task.identity)
+    return shard
 
 
 def _encoded_documents(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from data_tools.corpus import build_corpus, split_path
 from data_tools.encode import SHARD_BYTES, encode_corpus
+from data_tools.importers import import_tokens, tokenizer_of
 from data_tools.train_tokenizer import train_tokenizer
 from kha_train.data.manifest import MANIFEST_NAME
 from kha_train.data.shards import ShardSet
@@ -34,14 +36,21 @@ _BORDER = "\u2016"
 @app.command()
 def corpus(
     out: Annotated[Path, typer.Option(help="Directory to write.")],
-    extra_root: Annotated[list[Path] | None, typer.Option(help="Your own text: .txt .md .rst .py .jsonl")] = None,
+    extra_root: Annotated[
+        list[Path] | None, typer.Option(help="Your own text: .txt .md .rst .py .jsonl .parquet, .gz .zst")
+    ] = None,
     standard_library: Annotated[bool, typer.Option(help="Take Python's own standard library.")] = True,
+    keep_repeated: Annotated[bool, typer.Option("--keep-repeated", help="Keep exact repetitions.")] = False,
     as_json: Json = False,
 ) -> None:
     """Collect text: the standard library's sources, and your own."""
     with _progress("reading", None) as advance:
         description = build_corpus(
-            out, standard_library=standard_library, extra_roots=extra_root or (), progress=advance
+            out,
+            standard_library=standard_library,
+            extra_roots=extra_root or (),
+            keep_repeated=keep_repeated,
+            progress=advance,
         )
     _answer({"directory": str(out), **description}, as_json)
 
@@ -72,8 +81,9 @@ def tokenize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace datasets that are there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Encode a corpus into shards."""
+    """Encode a corpus into shards; the same command goes on where an interrupted one stopped."""
     total = sum(split_path(corpus_dir, split).stat().st_size for split in ("train", "validation"))
+    started = time.perf_counter()
     with _progress("tokenizing", total) as advance:
         manifests = encode_corpus(
             corpus_dir,
@@ -95,7 +105,22 @@ def tokenize(
         }
         for split, made in manifests.items()
     }
-    _answer(answer, as_json)
+    _answer({**answer, "megabytes_per_second": round(total / 1e6 / (time.perf_counter() - started), 2)}, as_json)
+
+
+@app.command("import")
+def import_(
+    kind: Annotated[str, typer.Argument(help="megatron (.bin), datatrove (.ds) or numpy.")],
+    files: Annotated[list[Path], typer.Argument(help="Token files, one shard each; they stay where they are.")],
+    out: Annotated[Path, typer.Option(help="Dataset directory to write.")],
+    tokenizer_file: Annotated[Path | None, typer.Option("--tokenizer", help="The sentencepiece model.")] = None,
+    vocab_size: Annotated[int, typer.Option(min=0, help="Number of ids, when the tokenizer is not at hand.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a dataset that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Use token files of other trainers as a dataset, without copying them."""
+    made = import_tokens(kind, files, out, tokenizer_of(tokenizer_file, vocab_size), overwrite=overwrite)
+    _answer({"directory": str(out), "tokens": made.tokens, "documents": made.documents}, as_json)
 
 
 @app.command()

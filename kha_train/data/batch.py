@@ -66,8 +66,7 @@ class Batch:
 
     def micro_batches(self, size: int) -> Iterator[Batch]:
         """The batch in parts of `size` rows, in order; the last is smaller when `size` does not divide."""
-        B, T = self.tokens_BT.shape
-        for first in range(0, B, size):
-            last = min(first + size, B)
-            layout = self.layout.part(first, last, T)
-            yield Batch(self.step, self.samples_B[first:last], self.rows_BW[first:last], layout)
+        T = self.rows_BW.shape[1] - 1
+        for number, layout in enumerate(self.layout.parts(size, T)):
+            rows = slice(number * size, (number + 1) * size)
+            yield Batch(self.step, self.samples_B[rows], self.rows_BW[rows], layout)

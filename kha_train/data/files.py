@@ -97,8 +97,6 @@ class MappedFiles(Files):
             mapped = mmap.mmap(self._descriptor(name), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise DataError(f"cannot be mapped: {error}", field=self.path(name), fix="data.reader=pread") from error
-        # Rows are read in random order: reading ahead would fetch what nobody asked for.
-        mapped.madvise(mmap.MADV_RANDOM)
         return np.frombuffer(mapped, dtype=np.uint8)
 
 

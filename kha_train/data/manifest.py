@@ -115,6 +115,12 @@ def build(
     return {**raw, "content_id": content_id_of(raw)}
 
 
+def shard_entry(raw: dict[str, Any]) -> ShardEntry:
+    """The entry whose `asdict` is `raw`, a note of our own."""
+    files = {key: FileEntry(**raw[key]) for key in ("tok", "doc", "crc")}
+    return ShardEntry(**{**raw, **files})
+
+
 def publish(directory: Path, raw: dict[str, Any]) -> Manifest:
     """Write `raw` as the directory's manifest by atomic rename, after checking it as a reader would.
 

@@ -9,7 +9,7 @@ labels [iL + 1, iL + L + 1). A row never crosses a shard; the tail lost is short
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +24,16 @@ class Layout(NamedTuple):
     borders_S: np.ndarray
     masked_M: np.ndarray
 
-    def part(self, first: int, last: int, T: int) -> Layout:
-        """The layout of the rows [first, last) alone."""
-        low, high = np.searchsorted(self.borders_S, (first * T, last * T)).tolist()
-        start, stop = np.searchsorted(self.masked_M, (first * T, last * T)).tolist()
-        return Layout(self.borders_S[low : high + 1] - first * T, self.masked_M[start:stop] - first * T)
+    def parts(self, size: int, T: int) -> Iterator[Layout]:
+        """The layouts of `size` rows after `size` rows, each by itself; the last part may be smaller."""
+        places = np.append(np.arange(0, self.borders_S[-1], size * T), self.borders_S[-1])
+        starts = np.searchsorted(self.masked_M, places).tolist()
+        borders, places = np.searchsorted(self.borders_S, places).tolist(), places.tolist()
+        for i, place in enumerate(places[:-1]):
+            yield Layout(
+                self.borders_S[borders[i] : borders[i + 1] + 1] - place,
+                self.masked_M[starts[i] : starts[i + 1]] - place,
+            )
 
 
 class RowGrid:

@@ -41,9 +41,9 @@ class _Shard:
         data = files.read(entry.crc.file, 0, entry.crc.bytes)
         self._compare(entry.crc, hashlib.sha256(data).hexdigest())
         ends_blocks = -(-entry.documents // ENDS_PER_BLOCK)
-        checksums = np.frombuffer(data, dtype="<u4", count=blocks + ends_blocks)
-        self._tok_checksums, self._doc_checksums = checksums[:blocks], checksums[blocks:]
-        self._last_ends = np.frombuffer(data, dtype="<i8", offset=checksums.nbytes).astype(np.int64)
+        # The checksums themselves stay in their file: terabytes of tokens have hundreds of megabytes of them.
+        self._first_ends_block = blocks
+        self._last_ends = np.frombuffer(data, dtype="<i8", offset=4 * (blocks + ends_blocks)).astype(np.int64)
         if int(self._last_ends[-1]) != entry.tokens:
             raise DataError(
                 f"the last document ends at token {self._last_ends[-1]}, the manifest has {entry.tokens} tokens",
@@ -100,7 +100,7 @@ class _Shard:
         first = block * CRC_BLOCK_BYTES
         data = self._files.read(self.entry.doc.file, first, min(CRC_BLOCK_BYTES, self.entry.doc.bytes - first))
         if self._check_crc:
-            self._compare_crc(self.entry.doc, first, zlib.crc32(data), int(self._doc_checksums[block]))
+            self._compare_crc(self.entry.doc, first, zlib.crc32(data), self._first_ends_block + block)
         ends = np.frombuffer(data, dtype="<i8").astype(np.int64)
         previous = int(self._last_ends[block - 1]) if block else 0
         falls = np.flatnonzero(np.diff(ends, prepend=previous) <= 0)
@@ -143,10 +143,11 @@ class _Shard:
         first = block * CRC_BLOCK_BYTES
         count = min(CRC_BLOCK_BYTES, self.entry.tok.bytes - first)
         found = zlib.crc32(self._files.read(self._tok, self.entry.tok_offset + first, count))
-        self._compare_crc(self.entry.tok, first, found, int(self._tok_checksums[block]))
+        self._compare_crc(self.entry.tok, first, found, block)
         self._checked[block >> 3] |= 1 << (block & 7)
 
-    def _compare_crc(self, entry: FileEntry, offset: int, found: int, expected: int) -> None:
+    def _compare_crc(self, entry: FileEntry, offset: int, found: int, number: int) -> None:
+        expected = int.from_bytes(self._files.read(self.entry.crc.file, 4 * number, 4), "little")
         if found != expected:
             raise DataError(
                 f"offset {offset}: expected CRC-32 {expected:08x}, found {found:08x}: this block was changed",

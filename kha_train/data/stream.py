@@ -121,11 +121,11 @@ class TokenStream:
         samples = [numbers[self._slice] for _, numbers, _ in steps]
         sources_N, rows_N = self.samples.locate(np.concatenate(samples))
         layout = self.samples.layout(sources_N, rows_N)
-        size, T = len(samples[0]), self.samples.seq_len
-        for number, (begin, _, following) in enumerate(steps):
-            first, last = number * size, (number + 1) * size
-            part = layout.part(first, last, T)
-            yield _Plan(begin, following, samples[number], sources_N[first:last], rows_N[first:last], part)
+        size = len(samples[0])
+        parts = layout.parts(size, self.samples.seq_len)
+        for number, ((begin, _, following), part) in enumerate(zip(steps, parts, strict=True)):
+            rows = slice(number * size, (number + 1) * size)
+            yield _Plan(begin, following, samples[number], sources_N[rows], rows_N[rows], part)
 
     def _numbers(self, position: int) -> tuple[np.ndarray, int]:
         """The sample numbers of the global batch that begins at `position`, and where the next one begins."""

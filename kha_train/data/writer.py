@@ -7,10 +7,12 @@ one process gives.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kha_train.data import manifest as manifests
+from kha_train.data.canonical import sha256_of_file
 from kha_train.data.manifest import (
     CRC_BLOCK_BYTES,
     ENDS_PER_BLOCK,
@@ -78,21 +81,57 @@ def checksum_file(tok_checksums: bytes, ends: np.ndarray) -> bytes:
     return tok_checksums + doc_checksums.finish() + last_ends.astype("<i8").tobytes()
 
 
-def prepare(directory: Path, *, overwrite: bool = False) -> None:
-    """Make `directory` ready for shards: create it, and with `overwrite` unpublish the dataset in it.
-
-    Raises ConfigError when it already holds a dataset and `overwrite` is not asked for.
-    """
-    existing = directory / MANIFEST_NAME
-    if existing.exists() and not overwrite:
+def refuse_existing(directory: Path) -> None:
+    """Raises ConfigError when `directory` holds a dataset."""
+    if (directory / MANIFEST_NAME).exists():
         raise ConfigError(
             "already holds a dataset", field="output directory", value=str(directory), fix="pass --overwrite"
         )
+
+
+def prepare(directory: Path, *, overwrite: bool = False, keep: Collection[int] = ()) -> None:
+    """Make `directory` ready for shards: create it, and with `overwrite` unpublish the dataset in it.
+
+    Shards left by an interrupted writing go, but for those with a number in `keep`. Raises ConfigError when it already
+    holds a dataset and `overwrite` is not asked for.
+    """
+    if not overwrite:
+        refuse_existing(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    existing.unlink(missing_ok=True)
-    for pattern in ("shard-*.tok", "shard-*.doc", "shard-*.crc"):
-        for stale in directory.glob(pattern):
-            stale.unlink()
+    (directory / MANIFEST_NAME).unlink(missing_ok=True)
+    kept = {f"shard-{index:05d}" for index in keep}
+    for suffix in ("tok", "doc", "crc", "done"):
+        for stale in directory.glob(f"shard-*.{suffix}"):
+            if stale.stem not in kept:
+                stale.unlink()
+
+
+def mark_finished(directory: Path, index: int, entry: ShardEntry | None, identity: str) -> None:
+    """Note beside a finished shard what it is, so that an interrupted writing of the same `identity` can go on."""
+    path = directory / f"shard-{index:05d}.done"
+    temporary = path.with_suffix(f".{os.getpid()}")
+    note = {"identity": identity, "shard": None if entry is None else asdict(entry)}
+    temporary.write_text(json.dumps(note), encoding="ascii")
+    os.replace(temporary, path)
+
+
+def finished_shards(directory: Path, identity: str) -> dict[int, ShardEntry | None]:
+    """The shards an interrupted writing of the same `identity` left whole, by number."""
+    finished: dict[int, ShardEntry | None] = {}
+    for path in directory.glob("shard-*.done"):
+        try:
+            note = json.loads(path.read_bytes())
+        except ValueError:
+            continue
+        if note.get("identity") != identity:
+            continue
+        entry = None if note["shard"] is None else manifests.shard_entry(note["shard"])
+        files = (entry.tok, entry.doc, entry.crc) if entry else ()
+        if all(
+            (directory / file.file).is_file() and sha256_of_file(directory / file.file) == file.sha256 for file in files
+        ):
+            finished[int(path.stem.removeprefix("shard-"))] = entry
+    return finished
 
 
 def write_shard(
@@ -126,8 +165,8 @@ def write_shard(
         path.unlink()
         return None
     all_ends = np.asarray(ends, dtype="<i8")
-    doc_entry = _write_file(path.with_suffix(".doc"), all_ends.tobytes())
-    crc_entry = _write_file(path.with_suffix(".crc"), checksum_file(checksums.finish(), all_ends))
+    doc_entry = write_file(path.with_suffix(".doc"), all_ends.tobytes())
+    crc_entry = write_file(path.with_suffix(".crc"), checksum_file(checksums.finish(), all_ends))
     return ShardEntry(tokens, len(ends), text_bytes, min_id, max_id, tok_entry, doc_entry, crc_entry)
 
 
@@ -153,10 +192,14 @@ def publish_dataset(
             shutil.copyfileobj(source, target)
             _sync(target)
     raw = manifests.build(written, tokenizer, dtype=dtype, corpus=corpus, tool=_tool())
-    return manifests.publish(directory, raw)
+    manifest = manifests.publish(directory, raw)
+    for note in directory.glob("shard-*.done"):
+        note.unlink()
+    return manifest
 
 
-def _write_file(path: Path, data: bytes) -> FileEntry:
+def write_file(path: Path, data: bytes) -> FileEntry:
+    """Write a small file, its bytes then safely on disk."""
     with open(path, "wb") as file:
         hashed = _HashedFile(file)
         hashed.write(data)

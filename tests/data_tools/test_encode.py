@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from data_tools import encode
 from data_tools.corpus import build_corpus, read_split
 from data_tools.encode import encode_corpus, plan_shards
 from data_tools.train_tokenizer import train_tokenizer
@@ -36,6 +37,30 @@ def test_one_process_and_two_write_the_same_files(corpus: Path, tmp_path: Path) 
         encode_corpus(corpus, corpus / "tokenizer.model", tmp_path / str(workers), shard_bytes=2000, workers=workers)
     assert files(tmp_path / "1") == files(tmp_path / "2")
     assert "train/shard-00003.tok" in files(tmp_path / "1")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupted_encoding_goes_on_and_writes_the_same_files(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    encode_corpus(corpus, corpus / "tokenizer.model", tmp_path / "straight", shard_bytes=500)
+
+    def write_or_die(plan, *rest):
+        if plan.index == 3:
+            raise KeyboardInterrupt
+        return original(plan, *rest)
+
+    original = encode._encode_shard
+    with monkeypatch.context() as patched:
+        patched.setattr(encode, "_encode_shard", write_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            encode_corpus(corpus, corpus / "tokenizer.model", tmp_path / "stopped", shard_bytes=500)
+    assert not (tmp_path / "stopped" / "train" / "manifest.json").exists()
+    (tmp_path / "stopped" / "train" / "shard-00001.tok").write_bytes(b"damaged meanwhile")
+    kept = (tmp_path / "stopped" / "train" / "shard-00000.tok").stat().st_mtime_ns
+    encode_corpus(corpus, corpus / "tokenizer.model", tmp_path / "stopped", shard_bytes=500, workers=workers)
+    assert files(tmp_path / "stopped") == files(tmp_path / "straight")
+    assert (tmp_path / "stopped" / "train" / "shard-00000.tok").stat().st_mtime_ns == kept
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 2000, 10**9])

@@ -1,0 +1,109 @@
+"""Packed text and foreign token files: what comes in is what was there, and the tokens stay where they are."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools.corpus import build_corpus, read_split
+from data_tools.importers import import_tokens, unknown_tokenizer
+from kha_train.data.shards import ShardSet
+from kha_train.errors import ConfigError, DataError
+
+DOCUMENTS = [[5, 6, 7], [8], list(range(9, 60)), [1, 2]]
+IDS = np.concatenate([np.asarray(document) for document in DOCUMENTS])
+ENDS = np.cumsum([len(document) for document in DOCUMENTS])
+
+
+def megatron(directory: Path, dtype: str, code: int) -> Path:
+    """The .bin and .idx of Megatron's indexed dataset, byte by byte, with an empty document in the middle."""
+    IDS.astype(dtype).tofile(directory / "tokens.bin")
+    lengths = np.asarray([3, 0, 1, 51, 2], dtype="<i4")
+    pointers = np.concatenate(([0], np.cumsum(lengths)[:-1])).astype("<i8") * np.dtype(dtype).itemsize
+    header = b"MMIDIDX\x00\x00" + (1).to_bytes(8, "little") + bytes([code])
+    counts = (5).to_bytes(8, "little") + (6).to_bytes(8, "little")
+    borders = np.arange(6, dtype="<i8")
+    (directory / "tokens.idx").write_bytes(header + counts + lengths.tobytes() + pointers.tobytes() + borders.tobytes())
+    return directory / "tokens.bin"
+
+
+def datatrove(directory: Path) -> Path:
+    IDS.astype("<u2").tofile(directory / "000.ds")
+    ENDS.astype("<u8").tofile(directory / "000.ds.index")
+    return directory / "000.ds"
+
+
+@pytest.mark.parametrize("source", ["megatron uint16", "megatron int32", "datatrove"])
+def test_foreign_tokens_are_read_where_they_lie_with_their_documents(tmp_path: Path, source: str) -> None:
+    kind = source.split()[0]
+    path = {
+        "megatron uint16": lambda: megatron(tmp_path, "<u2", 8),
+        "megatron int32": lambda: megatron(tmp_path, "<i4", 4),
+        "datatrove": lambda: datatrove(tmp_path),
+    }[source]()
+    import_tokens(kind, [path], tmp_path / "out", unknown_tokenizer(100), overwrite=False)
+    opened = ShardSet.open(tmp_path / "out")
+    assert opened.read(0, 0, len(IDS)).tolist() == IDS.tolist()
+    assert opened.document_ends(0, 0, len(IDS)).tolist() == ENDS.tolist()
+    assert opened.token_counts().sum() == len(IDS)
+    assert (tmp_path / "out" / "shard-00000.tok").resolve() == path
+    damaged = bytearray(path.read_bytes())
+    damaged[0] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match="CRC-32"):
+        ShardSet.open(tmp_path / "out").read(0, 0, 1)
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_a_flat_array_is_one_document_with_or_without_a_header(tmp_path: Path, header: bool) -> None:
+    path = tmp_path / "tokens.npy"
+    if header:
+        np.save(path, IDS.astype("<u2"))
+    else:
+        IDS.astype("<u2").tofile(path)
+    import_tokens("numpy", [path], tmp_path / "out", unknown_tokenizer(100), overwrite=False)
+    opened = ShardSet.open(tmp_path / "out", reader="memory_map")
+    assert opened.read(0, 0, len(IDS)).tolist() == IDS.tolist()
+    assert opened.token_counts().sum() == len(IDS) and opened.manifest.documents == 1
+
+
+def test_ids_outside_the_vocabulary_and_other_types_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="outside the vocabulary of 50"):
+        import_tokens("datatrove", [datatrove(tmp_path)], tmp_path / "a", unknown_tokenizer(50), overwrite=False)
+    np.save(tmp_path / "wide.npy", IDS)
+    with pytest.raises(ConfigError, match="uint16, or 32 bits"):
+        import_tokens("numpy", [tmp_path / "wide.npy"], tmp_path / "b", unknown_tokenizer(100), overwrite=False)
+
+
+def test_packed_text_and_parquet_make_the_corpus_that_plain_text_makes(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = [f"text {i}: Grüße ▁\n" for i in range(40)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    for name in ("plain", "gz", "zst", "parquet"):
+        (tmp_path / name / "in").mkdir(parents=True)
+    (tmp_path / "plain/in/a.jsonl").write_bytes(lines)
+    (tmp_path / "gz/in/a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "zst/in/a.jsonl.zst").write_bytes(pyarrow.compress(lines, "zstd", asbytes=True))
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "parquet/in/a.parquet", row_group_size=7)
+    for name in ("plain", "gz", "zst", "parquet"):
+        root = tmp_path / name
+        build_corpus(root / "corpus", standard_library=False, extra_roots=[root / "in"])
+        found = [document.text for split in ("train", "validation") for document in read_split(root / "corpus", split)]
+        assert sorted(found) == sorted(texts)
+
+
+def test_repetitions_go_unless_they_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "once"}\n{"text": "twice"}\n{"text": "twice"}\n' * 2)
+    counts = {
+        keep: build_corpus(
+            tmp_path / str(keep), standard_library=False, extra_roots=[tmp_path / "a.jsonl"], keep_repeated=keep
+        )
+        for keep in (False, True)
+    }
+    assert (counts[False]["documents"], counts[False]["repeated"]) == (2, 4)
+    assert (counts[True]["documents"], counts[True]["repeated"]) == (6, 4)
