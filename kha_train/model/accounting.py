@@ -17,9 +17,9 @@ TRAINING_FACTOR = 3
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """`total` counts a tied matrix once; `active` counts top_k of the routed experts. `by_component` sums to `total`: its
-    keys are embedding, attention, interaction, router, experts, shared_experts, dense (the plain feed-forwards), norms,
-    head (0 when tied)."""
+    """`total` counts a tied matrix once; `active` counts top_k of the routed experts. `by_component` sums to `total`:
+    embedding, attention, interaction, router, experts, shared_experts, dense (the plain feed-forwards), norms, head (0
+    when tied)."""
 
     total: int
     active: int
