@@ -16,19 +16,20 @@ BackendName = Literal["auto", "sdpa", "eager", "cudnn", "varlen", "flash_attn"]
 @dataclass(frozen=True)
 class Traits:
     """`cuda`: runs on CUDA alone, in half precision; `splits`: keeps documents of one row apart; `biased`: adds a bias
-    to the scores, which ALiBi needs."""
+    to the scores, which ALiBi needs; `packed`: reads the borders of documents and needs no mask."""
 
     cuda: bool = False
     splits: bool = True
     biased: bool = False
+    packed: bool = False
 
 
 TRAITS: dict[str, Traits] = {
     "eager": Traits(biased=True),
     "sdpa": Traits(biased=True),
     "cudnn": Traits(cuda=True, splits=False),
-    "varlen": Traits(cuda=True),
-    "flash_attn": Traits(cuda=True),
+    "varlen": Traits(cuda=True, packed=True),
+    "flash_attn": Traits(cuda=True, packed=True),
 }
 
 

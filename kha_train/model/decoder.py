@@ -15,6 +15,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.model.attention.backends import alibi_slopes, lay_out_cached, lay_out_documents
 from kha_train.model.attention.base import RowContext
 from kha_train.model.attention.cache import Cache
+from kha_train.model.attention.choice import needs_mask
 from kha_train.model.block import Block, BlockStats
 from kha_train.model.init import DeclaredModule, Normal, initialise
 from kha_train.model.loss import chunked_cross_entropy
@@ -152,9 +153,11 @@ class Decoder(nn.Module):
         if self.config.attention.positions == "alibi":
             slopes_H = torch.tensor(alibi_slopes(self.config.attention.base.query_heads), device=device)
         rotary = None if self.rotary is None else self.rotary(positions_BT)
-        if cache is None:
-            return RowContext(rotary, lay_out_documents(batch, tokens, device, cu_seqlens_S, max_seqlen, slopes_H))
-        return RowContext(rotary, lay_out_cached(tokens, cache.seen, device, slopes_H), cache)
+        if cache is not None:
+            return RowContext(rotary, lay_out_cached(tokens, cache.seen, device, slopes_H), cache)
+        masked = needs_mask(self.config, device, self.embedding.weight.dtype)
+        documents = lay_out_documents(batch, tokens, device, cu_seqlens_S, max_seqlen, slopes_H, masked)
+        return RowContext(rotary, documents)
 
     def _run(
         self, block: nn.Module, x_BTD: Tensor, rows: RowContext, samples_B: Tensor

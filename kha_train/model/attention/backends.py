@@ -22,10 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class Documents(NamedTuple):
-    """Who may attend to whom. `mask_BJTU` is None when every row is one document: plain causal order says it all. It is
-    bool (True = may attend), or, where scores are biased, fp32 and added to them (-inf = may not attend).
-    `cu_seqlens_S` (int32) and `max_seqlen` say the same for kernels of variable length; `cu_seqlens_S` is None while
-    decoding, when there are fewer queries than keys."""
+    """Who may attend to whom. `mask_BJTU` is None when every row is one document, for plain causal order says it all,
+    and when the kernel reads `cu_seqlens_S`. It is bool (True = may attend), or, where scores are biased, fp32 and
+    added to them (-inf = may not attend). `cu_seqlens_S` (int32) and `max_seqlen` say the same for kernels of variable
+    length; `cu_seqlens_S` is None while decoding, when there are fewer queries than keys."""
 
     cu_seqlens_S: Tensor | None
     max_seqlen: int
@@ -43,18 +43,20 @@ def lay_out_documents(
     cu_seqlens_S: Tensor | None = None,
     max_seqlen: int | None = None,
     slopes_H: Tensor | None = None,
+    masked: bool = True,
 ) -> Documents:
     """The documents of a batch of `batch` rows of `tokens`; without `cu_seqlens_S` each row is one document.
 
     `cu_seqlens_S` starts with 0, ends with B*T and holds every row start, so it has B + 1 entries exactly when no
-    document ends inside a row. `slopes_H` biases the scores by ALiBi.
+    document ends inside a row. `slopes_H` biases the scores by ALiBi. Without `masked` no mask is made: the kernel
+    reads `cu_seqlens_S`.
     """
     if cu_seqlens_S is None:
         cu_seqlens_S = torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=device)
     if max_seqlen is None:
         max_seqlen = tokens
     split = cu_seqlens_S.numel() != batch + 1
-    if not split and slopes_H is None:
+    if not masked or (not split and slopes_H is None):
         return Documents(cu_seqlens_S, max_seqlen, None)
     mask_BJTU = _causal_TU(tokens, tokens, device)[None, None]
     if split:

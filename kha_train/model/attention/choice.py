@@ -28,7 +28,7 @@ class Choice(NamedTuple):
 
 
 def backend_function(config: RunConfig) -> Backend:
-    """What attention modules call. `auto` looks at the device of its arguments, by the rule of `choose`."""
+    """What attention modules call. `auto` sees from the documents what `choose` took."""
     name = config.attention.backend
     if name != "auto":
         return BACKENDS[name]
@@ -36,10 +36,16 @@ def backend_function(config: RunConfig) -> Backend:
 
 
 def automatic(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
-    """`varlen` for rows of documents on CUDA in half precision, else `sdpa`: the same function."""
-    packed = documents.cu_seqlens_S is not None and documents.mask_BJTU is not None
-    takes = varlen if packed and q_BTHK.is_cuda and q_BTHK.dtype in (torch.bfloat16, torch.float16) else sdpa
+    """`varlen` for rows of documents that have no mask (see `needs_mask`), else `sdpa`: the same function."""
+    borders_S = documents.cu_seqlens_S
+    split = borders_S is not None and borders_S.numel() != q_BTHK.shape[0] + 1
+    takes = varlen if split and documents.mask_BJTU is None else sdpa
     return takes(q_BTHK, k_BUGK, v_BUGW, documents, scale)
+
+
+def needs_mask(config: RunConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether rows of several documents need a mask here, or the kernel reads their borders. Raises as `choose`."""
+    return not TRAITS[choose(config, device, dtype).name].packed
 
 
 def choose(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Choice:

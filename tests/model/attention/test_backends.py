@@ -59,3 +59,5 @@ def test_no_mask_is_made_when_no_document_ends_inside_a_row():
     assert documents(None).mask_BJTU is None
     assert documents(BORDERS["split rows"]).mask_BJTU.shape == (2, 1, 12, 12)
     assert documents(None).cu_seqlens_S.tolist() == [0, 12, 24]
+    borders_S = torch.tensor(BORDERS["split rows"], dtype=torch.int32)
+    assert lay_out_documents(2, 12, borders_S.device, borders_S, 12, masked=False).mask_BJTU is None

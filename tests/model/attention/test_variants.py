@@ -9,6 +9,7 @@ import torch
 from kha_train.config.compose import compose
 from kha_train.errors import ConfigError
 from kha_train.model.accounting import count_parameters, flops_per_token
+from kha_train.model.attention import choice
 from kha_train.model.attention.backends import lay_out_documents
 from kha_train.model.attention.base import RowContext, build_attention
 from kha_train.model.attention.choice import announce, choose
@@ -172,6 +173,20 @@ def test_auto_names_what_it_takes_on_a_cpu(overrides, name):
     config = compose([*overrides, "attention.backend=auto"])
     line, *_ = announce(config, CPU, torch.float32)
     assert f"backend {name} (" in line and choose(config, CPU, torch.float32).why in line
+
+
+def test_auto_takes_the_kernel_that_reads_borders_only_for_split_rows_without_a_mask(monkeypatch):
+    taken = []
+    for name in ("varlen", "sdpa"):
+        monkeypatch.setattr(choice, name, lambda *given, name=name: taken.append(name))
+    split = torch.tensor([0, 4, 12, 24], dtype=torch.int32)
+    for borders, masked in ((split, False), (split, True), (None, False), (None, True)):
+        documents = lay_out_documents(2, 12, CPU, borders, masked=masked)
+        choice.automatic(*(torch.zeros(2, 12, 2, 4),) * 3, documents, 1.0)
+    assert taken == ["varlen", "sdpa", "sdpa", "sdpa"]
+    monkeypatch.setattr(choice, "_missing", lambda *given: None)
+    assert not choice.needs_mask(compose(["attention.backend=auto"]), CPU, torch.bfloat16)
+    assert choice.needs_mask(compose(["attention.backend=sdpa"]), CPU, torch.bfloat16)
 
 
 def test_auto_gives_the_numbers_of_what_it_takes():
