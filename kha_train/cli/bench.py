@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -69,3 +70,27 @@ def attention(
 
     found = bench.measure(overrides or [], rounds)
     typer.echo(json.dumps(found.to_dict()) if as_json else bench.format_measured(found))
+
+
+@app.command()
+def data(
+    cache: Annotated[Path, typer.Option(help="Where tokens and the peers' environment are kept (2 GB).")] = Path(
+        "~/.cache/kha_train/bench"
+    ),
+    tokens: Annotated[int, typer.Option(min=10_000_000, help="Tokens to read.")] = 200_000_000,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each loader runs, in turn.")] = 3,
+    cpu_seconds: Annotated[float, typer.Option(help="The most CPU time of one run, after warming up.")] = 3.0,
+    as_json: Json = False,
+) -> None:
+    """Token loaders, ours and the peers that install: tokens a CPU-second, start, memory, seek to step 3000 (ours: and
+    to sample 1e12)."""
+    from kha_train.bench import data as bench
+
+    result = bench.run_bench(
+        cache.expanduser(),
+        tokens=tokens,
+        rounds=rounds,
+        cpu_seconds=cpu_seconds,
+        say=lambda text: typer.echo(text, err=True),
+    )
+    typer.echo(json.dumps(result) if as_json else f"{bench.__doc__}\n{bench.format_table(result)}")

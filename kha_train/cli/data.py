@@ -20,17 +20,17 @@ from data_tools.corpus import build_corpus, split_path
 from data_tools.encode import SHARD_BYTES, encode_corpus
 from data_tools.importers import import_tokens, tokenizer_of
 from data_tools.train_tokenizer import train_tokenizer
+from kha_train.config.compose import load
+from kha_train.data.inspect import BORDER, decoder_of, digest, length_histogram, samples_of_step
 from kha_train.data.manifest import MANIFEST_NAME
 from kha_train.data.shards import ShardSet
-from kha_train.data.tokenizer import KIND, Tokenizer
+from kha_train.record import read_metrics, read_run
 
 app = typer.Typer(name="data", help="Corpus, tokenizer, shards.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")]
 CorpusDir = Annotated[Path, typer.Option("--corpus", help="A directory made by `kha data corpus`.")]
 DatasetDir = Annotated[Path, typer.Argument(help="A dataset, or the directory of several (train/, validation/).")]
-
-_BORDER = "\u2016"
 
 
 @app.command()
@@ -138,17 +138,35 @@ def verify(directory: DatasetDir, as_json: Json = False) -> None:
 
 @app.command()
 def inspect(
-    directory: DatasetDir,
+    directory: Annotated[Path | None, typer.Argument(help="A dataset, or the directory of several.")] = None,
     samples: Annotated[int, typer.Option(min=0, help="Pieces of text to show.")] = 2,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a piece.")] = 128,
+    run: Annotated[Path | None, typer.Option(help="Instead of a dataset: a run directory, with --step.")] = None,
+    step: Annotated[int, typer.Option(min=0, help="The step whose samples to show.")] = 0,
+    rank: Annotated[int, typer.Option(min=-1, help="Of this rank alone; -1: of all.")] = -1,
     as_json: Json = False,
 ) -> None:
-    """Statistics of a dataset, and pieces of it decoded, document borders shown as ‖."""
+    """Statistics of a dataset and pieces of it, or the very samples of a step; document borders are shown as ‖."""
+    if run is not None:
+        _answer({"step": step, "samples": list(_samples_of_run(run, step, rank))}, as_json)
+        return
+    if directory is None:
+        raise typer.BadParameter("name a dataset directory, or --run with --step")
     answer = {}
     for path in _datasets(directory):
         shards = ShardSet.open(path)
         answer[str(path)] = {**_statistics(shards), "samples": list(_samples(shards, samples, tokens))}
     _answer(answer, as_json)
+
+
+def _samples_of_run(run: Path, step: int, rank: int) -> Iterator[dict[str, Any]]:
+    line = next((line for line in read_metrics(run) if line["step"] == step), None)
+    if line is None:
+        raise typer.BadParameter(f"{run} has no record of step {step}")
+    attempts = {attempt["attempt"]: attempt for attempt in read_run(run)["attempts"]}
+    part = {"rank": rank, "world_size": attempts[line["attempt"]]["world_size"]} if rank >= 0 else {}
+    numbers = {"samples_first": line["samples_first"], "samples_last": line["samples_last"]}
+    return samples_of_step(load(run / "config.yaml"), **numbers, **part)
 
 
 def _datasets(directory: Path) -> list[Path]:
@@ -158,9 +176,7 @@ def _datasets(directory: Path) -> list[Path]:
 
 def _statistics(shards: ShardSet) -> dict[str, Any]:
     manifest = shards.manifest
-    lengths = np.concatenate(
-        [np.diff(shards.document_ends(i, 0, s.tokens), prepend=0) for i, s in enumerate(manifest.shards)]
-    )
+    lengths = np.concatenate(list(shards.document_lengths()))
     quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1], method="nearest").astype(int).tolist()
     return {
         "tokens": manifest.tokens,
@@ -168,6 +184,7 @@ def _statistics(shards: ShardSet) -> dict[str, Any]:
         "text_bytes": manifest.text_bytes,
         "bytes_per_token": round(manifest.text_bytes / manifest.tokens, 3),
         "document_tokens": dict(zip(("min", "p10", "median", "p90", "max"), quantiles, strict=True)),
+        "documents_by_tokens": length_histogram(shards),
         "shards": len(manifest.shards),
         "dtype": manifest.dtype,
         "tokenizer": f"{manifest.tokenizer.kind}, {manifest.tokenizer.vocab} ids, {manifest.tokenizer.sha256[:12]}",
@@ -178,8 +195,7 @@ def _statistics(shards: ShardSet) -> dict[str, Any]:
 
 def _samples(shards: ShardSet, count: int, tokens: int) -> Iterator[dict[str, Any]]:
     """Pieces at even distances over the dataset."""
-    path = shards.check_tokenizer()
-    tokenizer = Tokenizer(path) if path is not None and shards.manifest.tokenizer.kind == KIND else None
+    decode = decoder_of(shards)
     sizes = [shard.tokens for shard in shards.manifest.shards]
     starts_of_shards = np.cumsum([0, *sizes])
     for number in range(count):
@@ -189,8 +205,7 @@ def _samples(shards: ShardSet, count: int, tokens: int) -> Iterator[dict[str, An
         stop = min(start + tokens, sizes[shard])
         ids = shards.read(shard, start, stop - start)
         parts = np.split(ids, shards.document_ends(shard, start, stop) - start)
-        texts = [tokenizer.decode(part) if tokenizer else " ".join(map(str, part.tolist())) for part in parts]
-        yield {"shard": shard, "token": start, "text": _BORDER.join(texts)}
+        yield {"shard": shard, "token": start, "sha256": digest(ids), "text": BORDER.join(map(decode, parts))}
 
 
 @contextmanager

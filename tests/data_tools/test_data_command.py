@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from kha_train.cli.data import app
+from kha_train.config.compose import compose, dump
+from kha_train.data.stream import open_stream
 from kha_train.errors import ConfigError, DataError
 
 
@@ -60,3 +63,19 @@ def test_faults_leave_the_command_as_errors_with_their_exit_code(made: Path, tmp
     with pytest.raises(DataError):
         kha("verify", made / "shards")
     path.write_bytes(data)
+
+
+def test_inspect_shows_the_very_samples_of_a_step(made: Path, tmp_path: Path) -> None:
+    overrides = [f"data.train={made}/shards/train", f"data.validation={made}/shards/validation"]
+    config = compose([*overrides, "model.vocab_size=300", "model.seq_len=32", "data.global_batch_size=4"])
+    (tmp_path / "config.yaml").write_text(dump(config))
+    line = {"step": 3, "attempt": 1, "samples_first": 8, "samples_last": 11}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "run.json").write_text(json.dumps({"attempts": [{"attempt": 1, "world_size": 2}]}))
+    everything = kha("inspect", "--run", tmp_path, "--step", 3)["samples"]
+    assert [sample["sample"] for sample in everything] == [8, 9, 10, 11]
+    assert kha("inspect", "--run", tmp_path, "--step", 3, "--rank", 1)["samples"] == everything[2:]
+    batch = next(open_stream(config, samples_seen=8))
+    for sample, tokens in zip(everything, batch.tokens_BT, strict=True):
+        assert sample["sha256"] == hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
+        assert "Text" in sample["text"] and sample["source"] == "train"

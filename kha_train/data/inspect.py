@@ -1,0 +1,75 @@
+"""Looking at what a model is fed: lengths of documents, and the very samples of a step."""
+
+# B rows  W tokens of a row and the one after  S segment borders  N samples
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from kha_train.config.schema import RunConfig
+from kha_train.data.shards import ShardSet
+from kha_train.data.tokenizer import KIND, Tokenizer
+from kha_train.errors import ConfigError
+
+BORDER = "\u2016"
+
+
+def decoder_of(shards: ShardSet) -> Callable[[np.ndarray], str]:
+    """Ids -> text by the dataset's own tokenizer, or the ids themselves when it has none. Raises DataError as
+    `ShardSet.check_tokenizer`."""
+    path = shards.check_tokenizer()
+    if path is not None and shards.manifest.tokenizer.kind == KIND:
+        return Tokenizer(path).decode
+    return lambda ids: " ".join(map(str, ids.tolist()))
+
+
+def digest(ids: np.ndarray) -> str:
+    """SHA-256 of ids as little-endian int64: the same for every width they are stored in."""
+    return hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
+
+
+def length_histogram(shards: ShardSet) -> dict[str, int]:
+    """How many documents have 1, 2-3, 4-7, ... tokens. Raises DataError when the document ends are damaged."""
+    counts: dict[int, int] = {}
+    for lengths in shards.document_lengths():
+        powers, numbers = np.unique(np.floor(np.log2(lengths)).astype(int), return_counts=True)
+        for power, number in zip(powers.tolist(), numbers.tolist(), strict=True):
+            counts[power] = counts.get(power, 0) + number
+    return {f"{1 << power}-{(2 << power) - 1}": counts[power] for power in sorted(counts)}
+
+
+def samples_of_step(
+    config: RunConfig, *, samples_first: int, samples_last: int, rank: int = 0, world_size: int = 1
+) -> Iterator[dict[str, Any]]:
+    """The rows a step trained on (the part of `rank` of `world_size`): sample number, source, SHA-256 of its ids, text
+    with document borders. Raises ConfigError and DataError as `open_stream`, and ConfigError when a skip window lies
+    inside the step, whose samples are then not neighbours."""
+    from kha_train.data.stream import open_stream  # needs torch, which statistics of a dataset do not
+
+    if samples_last - samples_first + 1 != config.data.global_batch_size:
+        raise ConfigError(
+            "this step jumped a skip window: its samples are not neighbours",
+            field="step",
+            value=(samples_first, samples_last),
+        )
+    stream = open_stream(config, rank, world_size, samples_seen=samples_first)
+    batch = next(stream)
+    sources_N, rows_N = stream.samples.locate(batch.samples_B)
+    decoders = [decoder_of(source.rows.shards) for source in stream.samples.sources]
+    T = config.model.seq_len
+    for j, number in enumerate(batch.samples_B.tolist()):
+        source = int(sources_N[j])
+        ids = batch.rows_BW[j, :-1]
+        borders_S = batch.layout.borders_S
+        inside = borders_S[(borders_S > j * T) & (borders_S < (j + 1) * T)] - j * T
+        yield {
+            "sample": number,
+            "source": stream.samples.sources[source].name,
+            "row": int(rows_N[j]),
+            "sha256": digest(ids),
+            "text": BORDER.join(decoders[source](part) for part in np.split(ids, inside)),
+        }
