@@ -8,6 +8,8 @@ All forms start as the exact identity unless told otherwise: diagonal matrices a
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -25,9 +27,9 @@ class Knocking(Interaction):
         super().__init__(options, heads, folded)
         self.maps = nn.ModuleDict({p: self.shared_map(heads.width(p), options.init) for p in options.projections})
 
+    @abstractmethod
     def shared_map(self, width: int, init: MatrixInit) -> nn.Module:
         """The map [.., width] -> [.., width] that every head of one kind goes through."""
-        raise NotImplementedError
 
     def forward(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Interaction.forward`."""
