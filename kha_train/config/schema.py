@@ -180,6 +180,7 @@ class EngineSection:
     """How the step is executed: ZeRO stage, precision, micro-batch, recomputation. Never what it computes.
 
     A rank that stands still for `hang_timeout_seconds` (after the first step) ends with its stacks and exit code 75.
+    Under ZeRO 3, groups of `hpz_partition_size` ranks (the GPUs of a node) hold the weights whole a second time.
     """
 
     zero_stage: Literal[1, 2, 3]
@@ -189,6 +190,7 @@ class EngineSection:
     grad_accum_dtype: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: Literal["none", "full"] = "none"
     reduce_bucket_elements: int = 50_000_000
+    hpz_partition_size: int = 1
     collective_timeout_seconds: float = 1800.0
     hang_timeout_seconds: float = 600.0
 

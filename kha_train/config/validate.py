@@ -28,6 +28,7 @@ AT_LEAST_ONE = (
     "checkpoint.every_steps",
     "checkpoint.keep_last",
     "checkpoint.max_failures",
+    "engine.hpz_partition_size",
     "stability.max_nonfinite_steps",
     "stability.max_skips",
     "stability.rewind.after",
@@ -87,7 +88,15 @@ def validate(config: RunConfig) -> None:
 
 
 def validate_batch(config: RunConfig, world_size: int) -> None:
-    """The global batch must deal out evenly to the ranks and their micro-batches. Raises ConfigError."""
+    """The global batch must deal out evenly to the ranks and their micro-batches, and the ranks to groups that hold
+    the weights. Raises ConfigError."""
+    if world_size % config.engine.hpz_partition_size:
+        raise ConfigError(
+            f"{world_size} ranks do not divide into such groups",
+            field="engine.hpz_partition_size",
+            value=config.engine.hpz_partition_size,
+            fix="the number of ranks on a node",
+        )
     rows, micro = config.data.global_batch_size, config.engine.micro_batch_size
     unit = micro * world_size
     if rows % unit:
@@ -235,6 +244,13 @@ def _engine(config: RunConfig) -> None:
             field="engine.grad_accum_dtype",
             value="bf16",
             fix="engine.grad_accum_dtype=fp32 or engine.precision=bf16",
+        )
+    if engine.hpz_partition_size > 1 and engine.zero_stage != 3:
+        raise ConfigError(
+            "only ZeRO 3 partitions weights",
+            field="engine.hpz_partition_size",
+            value=engine.hpz_partition_size,
+            fix="engine.zero_stage=3 or engine.hpz_partition_size=1",
         )
 
 

@@ -203,7 +203,12 @@ class Engine:
         holder = nn.Module()
         holder.parameter = parameter
         self._deepspeed.zero.Init(
-            module=holder, config_dict_or_path=settings, dtype=self.dtype, mem_efficient_linear=False
+            module=holder,
+            config_dict_or_path=settings,
+            dtype=self.dtype,
+            mem_efficient_linear=False,
+            # The first parameter makes the groups of `hpz_partition_size` ranks, the others join theirs.
+            zero_param_parallel_group=self._deepspeed.utils.groups._get_zero_param_intra_parallel_group(),
         )
 
     def _flat_masters(self) -> list[Tensor]:
@@ -289,6 +294,7 @@ def _settings(config: RunConfig, world: World, dtype: torch.dtype) -> dict[str, 
         "allgather_bucket_size": engine.reduce_bucket_elements,
         "memory_efficient_linear": False,
         "sub_group_size": 500_000_000,
+        "zero_hpz_partition_size": engine.hpz_partition_size,
     }
     settings = {
         "train_batch_size": rows,

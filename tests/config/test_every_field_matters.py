@@ -418,6 +418,7 @@ CHANGES: dict[str, Change] = {
     "engine.grad_accum_dtype": ("bf16", engine_settings, "engine.precision=bf16"),
     "engine.activation_checkpointing": ("full", forwards_of_a_block),
     "engine.reduce_bucket_elements": (1000, engine_settings),
+    "engine.hpz_partition_size": (2, engine_settings, "engine.zero_stage=3"),
     "engine.collective_timeout_seconds": (60.0, process_group),
     "engine.hang_timeout_seconds": (60.0, watchdog_timeout),
     "run.init_from": ("{other}", refusal),

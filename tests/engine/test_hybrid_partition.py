@@ -1,0 +1,43 @@
+"""ZeRO 3 with the weights held once more by groups of ranks computes what ZeRO 3 computes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kha_train.config.compose import compose
+from kha_train.config.validate import validate_batch
+from kha_train.errors import ConfigError
+from kha_train.record import TIMING_KEYS, read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_groups_of_two_among_four_ranks_change_nothing(
+    small: list[str], clean_environment: dict[str, str], tmp_path: Path
+) -> None:
+    def curve(size: int) -> list[dict[str, Any]]:
+        run_dir = tmp_path / str(size)
+        settings = [*small, "model.layers=1", "engine=zero3", "engine.micro_batch_size=1", "run.steps=3"]
+        settings += ["data.global_batch_size=4", f"engine.hpz_partition_size={size}", f"run.dir={run_dir}"]
+        environment = {**clean_environment, "NPROC": "4", "KHA_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+        subprocess.run(["bash", str(ROOT / "launch" / "local.sh"), *settings], env=environment, check=True, cwd=ROOT)
+        lines = read_metrics(run_dir)
+        return [{key: value for key, value in line.items() if key not in TIMING_KEYS} for line in lines]
+
+    whole = curve(1)
+    assert len(whole) == 3 and curve(2) == whole
+
+
+def test_groups_need_zero_3_and_ranks_that_divide() -> None:
+    with pytest.raises(ConfigError, match="ZeRO 3"):
+        compose(["engine=zero2", "engine.hpz_partition_size=2"])
+    config = compose(["engine=zero3", "engine.hpz_partition_size=4", "engine.micro_batch_size=1"])
+    validate_batch(config, 8)
+    with pytest.raises(ConfigError, match="hpz_partition_size"):
+        validate_batch(config, 6)
