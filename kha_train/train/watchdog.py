@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from kha_train.distributed import World
 from kha_train.errors import HangError
@@ -37,6 +37,7 @@ class Watchdog:
         self._folder, self._world, self._timeout = run_dir / FOLDER, world, timeout_seconds
         self._beats, self._step, self._doing = 0, 0, "starting"
         self._last = time.monotonic()
+        self._written, self._seen = 0, dict[int, tuple[dict[str, Any], float]]()
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -65,6 +66,8 @@ class Watchdog:
         while not self._left.wait(interval):
             self._write_beat()
             still = time.monotonic() - self._last
+            if still > self._timeout / 2:
+                self._look()
             if self._beats > 1 and still > self._timeout:
                 self._end(f"rank {self._world.rank} has stood still for {still:.0f} s in: {self._where()}")
             if self._alarm.exists():
@@ -82,21 +85,32 @@ class Watchdog:
         print(f"{error.line()}", file=sys.stderr, flush=True)
         os._exit(HangError.exit_code)
 
-    def _slowest(self) -> str:
-        """Which rank is behind, by what all have written of themselves."""
-        beats = {}
+    def _look(self) -> None:
+        """Note what every rank has written of itself, and since when it has written nothing new."""
         for path in sorted(self._folder.glob("rank-*.json")):
             with contextlib.suppress(OSError, ValueError):
                 beat = json.loads(path.read_text(encoding="utf-8"))
-                beats[beat["rank"]] = (beat["beats"], beat["where"])
-        if not beats:
-            return "no rank has left a beat"
-        rank = min(beats, key=lambda rank: beats[rank][0])
-        silent = sorted(set(range(self._world.size)) - beats.keys())
-        return f"furthest behind: rank {rank} in {beats[rank][1]}" + (f"; never seen: ranks {silent}" if silent else "")
+                before = self._seen.get(beat["rank"])
+                if before is None or before[0]["written"] != beat["written"]:
+                    self._seen[beat["rank"]] = (beat, time.monotonic())
+
+    def _slowest(self) -> str:
+        """Which ranks are silent, or else which is behind, by what all have written of themselves."""
+        self._look()
+        silent = [
+            f"rank {rank} does not answer, last seen in {beat['where']}"
+            for rank, (beat, since) in self._seen.items()
+            if time.monotonic() - since > 0.4 * self._timeout
+        ]
+        silent += [f"rank {rank} was never seen" for rank in range(self._world.size) if rank not in self._seen]
+        if silent:
+            return "; ".join(silent)
+        beat, _ = min(self._seen.values(), key=lambda seen: seen[0]["beats"])
+        return f"furthest behind: rank {beat['rank']} in {beat['where']}"
 
     def _write_beat(self) -> None:
-        beat = {"rank": self._world.rank, "beats": self._beats, "where": self._where(), "process": os.getpid()}
+        self._written += 1
+        beat = {"rank": self._world.rank, "beats": self._beats, "where": self._where(), "written": self._written}
         beside = self._path("json").with_suffix(".new")
         with contextlib.suppress(OSError):
             beside.write_text(json.dumps(beat), encoding="utf-8")
