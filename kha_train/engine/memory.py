@@ -25,7 +25,7 @@ RUNTIME_BYTES = {"cpu": 180_000_000, "cuda": 0}
 class MemoryPlan:
     """Bytes of one rank by term, at the moment of a step that holds most (`moment`).
 
-    `parameters` in the training dtype (its share of them under ZeRO 3) · `gathered` whole parameters that ZeRO 3 holds
+    `parameters` in the training dtype (under ZeRO 3 its share, twice with a second sharding within the node) · `gathered` whole parameters that ZeRO 3 holds
     for a while · `gradients` · `optimizer` fp32 masters and both moments · `buckets` of the gradient reduction ·
     `activations` that wait for the backward · `loss` logits of a chunk and the fp32 gradient of the head · `runtime`.
     """
@@ -54,9 +54,9 @@ def plan_memory(config: RunConfig) -> MemoryPlan:
     """The memory of one of `cluster.devices` ranks at the peak of a step of `config`."""
     engine, ranks = config.engine, config.cluster.devices
     total, width = count_parameters(config).total, 2 if uses_bf16(config) else 4
-    sharded = engine.zero_stage == 3
+    sharded, second = engine.zero_stage == 3, engine.hpz_partition_size
     states = {
-        "parameters": width * total // (ranks if sharded else 1),
+        "parameters": width * total // (ranks if sharded else 1) + (width * total // second if second > 1 else 0),
         "gathered": width * min(total, MAX_LIVE_PARAMETERS) if sharded else 0,
         "optimizer": 12 * total // ranks,
         "runtime": RUNTIME_BYTES[config.cluster.device],

@@ -81,6 +81,13 @@ def test_the_terms_of_zero_1_in_bf16_by_hand() -> None:
     assert terms["gradients"] == 6 * total and terms["buckets"] == 2 * 50_000_000 and terms["gathered"] == 0
 
 
+def test_a_second_sharding_within_the_node_is_counted() -> None:
+    overrides = [*SIX_BILLION, "cluster=h100_8x8", "engine=zero3"]
+    plain, second = (plan_memory(compose([*overrides, f"engine.hpz_partition_size={size}"])).terms for size in (1, 8))
+    assert plain["parameters"] == 2 * 6_102_268_416 // 64
+    assert second["parameters"] - plain["parameters"] == 2 * 6_102_268_416 // 8
+
+
 @pytest.mark.parametrize("variant", ["gqa", "mha"])
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_block_saves_about_what_torch_keeps_for_its_backward(variant: str, dense: bool) -> None:
