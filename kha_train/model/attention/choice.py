@@ -1,6 +1,7 @@
 """Which backend computes attention on a device, whether it can, and what was taken: said once, when a run starts."""
 
 # B batch   T tokens (U: attended tokens)   H query heads   G key/value heads   K, W key and value head width
+# S document borders
 
 from __future__ import annotations
 
