@@ -26,7 +26,7 @@ class MemoryPlan:
     """Bytes of one rank by term, at the moment of a step that holds most (`moment`).
 
     `parameters` in the training dtype (under ZeRO 3 its share, and another with a second sharding within the node) ·
-    `gathered` whole parameters that ZeRO 3 holds for a while · `gradients` · `optimizer` fp32 masters and both moments ·
+    `gathered` whole parameters ZeRO 3 holds for a while · `gradients` · `optimizer` fp32 masters and both moments ·
     `buckets` of the gradient reduction · `activations` that wait for the backward · `loss` logits of a chunk and the
     fp32 gradient of the head · `runtime`.
     """
