@@ -15,7 +15,7 @@ from kha_train.checkpoint.retention import Keep, prune
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import World
 from kha_train.engine.deepspeed import Engine
-from kha_train.errors import CheckpointError, KhaError
+from kha_train.errors import CheckpointError, DivergedError, KhaError
 from kha_train.train import resume
 
 
@@ -94,8 +94,9 @@ class Saver:
             raise self._error
 
     def leave(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """At the end of the attempt: no save is left half done. What all ranks raised together, all can wait after."""
-        if error is None or isinstance(error, KhaError):
+        """At the end of the attempt: no save is left half done, unless this rank fails alone: others may be gone."""
+        together = isinstance(error, DivergedError) or (isinstance(error, KhaError) and error.agreed)
+        if error is None or together:
             self._settle(self._writer.wait, final=True)
         else:
             self._writer.abandon()

@@ -47,6 +47,7 @@ class Watchdog:
             leftover.unlink(missing_ok=True)
         # No rank may take the last attempt's alarm for one of this.
         self._world.barrier()
+        self._write_beat()
         self._thread.start()
         return self
 
