@@ -19,10 +19,20 @@ _MODULES = {
     "peak_flops": "throughput",
 }
 
-__all__ = sorted(_MODULES)
+__all__ = [
+    "Console",
+    "DataWait",
+    "MovingAverage",
+    "Peak",
+    "PeakMemory",
+    "Throughput",
+    "WandbMirror",
+    "peak_flops",
+]
 
 
 def __getattr__(name: str) -> Any:
+    """The public names, imported on first use (PEP 562)."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

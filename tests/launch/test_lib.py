@@ -83,7 +83,7 @@ class Job:
         return path.read_text().strip() if path.exists() else None
 
     def srun_arguments(self) -> list[str]:
-        return (self.folder / "srun.arguments").read_text().split("\0")[:-1]
+        return (self.folder / "srun.arguments").read_bytes().decode().split("\0")[:-1]
 
 
 @pytest.fixture
@@ -214,10 +214,10 @@ def test_the_agent_ignores_the_signal_that_its_workers_obey(tmp_path: Path) -> N
 )
 def test_overrides_reach_the_trainer_byte_for_byte(job: Job, overrides: list[str]) -> None:
     ended = job.run("touch $RUN/DONE", *overrides)
+    (job.run_dir / "DONE").unlink()
     assert ended.returncode == 0, ended.stdout
     given_to_srun = job.srun_arguments()
     assert given_to_srun[given_to_srun.index("kha_train") + 1 :] == overrides
-    (job.run_dir / "DONE").unlink()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
