@@ -37,7 +37,7 @@ class _Shard:
         self.entry, self._index, self._files, self._check_crc = entry, index, files, check_crc
         self._tok, self._width, self._dtype = entry.tok.file, dtype.itemsize, dtype
         blocks = -(-entry.tok.bytes // CRC_BLOCK_BYTES)
-        self._checked = bytearray(-(-blocks // 8))
+        self._checked = bytearray(-(-blocks // 8) if check_crc else 0)
         data = files.read(entry.crc.file, 0, entry.crc.bytes)
         self._compare(entry.crc, hashlib.sha256(data).hexdigest())
         ends_blocks = -(-entry.documents // ENDS_PER_BLOCK)

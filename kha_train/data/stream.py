@@ -56,7 +56,7 @@ class TokenStream:
         self._batch_size, self._prefetch = batch_size, prefetch
         size = batch_size // world_size
         self._slice = slice(rank * size, (rank + 1) * size)
-        self._steps_planned = max(1, _PLANNED_ROWS // size)
+        self._most_steps, self._steps_planned, self._planned_to = max(1, _PLANNED_ROWS // size), 1, -1
         self._plans: deque[_Plan] = deque()
         self._ahead: deque[tuple[_Plan, Future[np.ndarray]]] = deque()
         self._reader = ThreadPoolExecutor(1, "data-prefetch") if prefetch else None
@@ -109,9 +109,15 @@ class TokenStream:
         return plan, rows_BW
 
     def _plan(self, position: int) -> _Plan:
-        """The plan of the step that begins at `position`, at the head of `_plans`; several are made at once."""
+        """The plan of the step that begins at `position`, at the head of `_plans`; several are made at once.
+
+        After a jump the first plan is of one step, each later one of twice as many: a jump answers at once.
+        """
         if not self._plans or self._plans[0].position != position:
+            goes_on = position == self._planned_to
+            self._steps_planned = min(2 * self._steps_planned, self._most_steps) if goes_on else 1
             self._plans = deque(self._plan_from(position))
+            self._planned_to = self._plans[-1].following
         return self._plans[0]
 
     def _plan_from(self, position: int) -> Iterator[_Plan]:
