@@ -20,6 +20,8 @@ def faults_at(point: str, step: int) -> list[dict]:
     """Every rank dies at `point` of the save after `step`, or before the step after."""
     if point == "step":
         return [{"at": f"step:{step + 1}", "do": "kill_all"}]
+    # Nothing is pruned before the second save after a start: the one resumed from stays.
+    step += 2 * (point == "mid_prune")
     # Only a directory that lies under the final name already lets the writer come between two renames.
     obstacle = [{"at": f"save:{step}:before_rename", "do": "partial", "rank": 0}] if point == "between_renames" else []
     return [*obstacle, {"at": f"save:{step}:{point}", "do": "kill_all"}]
@@ -27,7 +29,7 @@ def faults_at(point: str, step: int) -> list[dict]:
 
 def killed_at(points: list[str], overrides: list[str], make_run: Callable, straight: Callable, ranks: int) -> None:
     """A run killed at each of `points` in turn, each attempt at a later save, against its undisturbed twin."""
-    steps = 2 * (len(points) + 2)
+    steps, overrides = 2 * (len(points) + 3), [*overrides, "checkpoint.keep_last=1"]
     twin, run = straight(*overrides, steps=steps, ranks=ranks), make_run(*overrides, steps=steps)
     for number, point in enumerate(points, start=1):
         codes = run.start(*faults_at(point, 2 * (number + 1)), ranks=ranks)
