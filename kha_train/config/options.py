@@ -128,6 +128,11 @@ class InteractionOptions:
         """Operations for one token, forward, as the definition computes it."""
         return 0
 
+    def cache_numbers(self, heads: HeadShape) -> int:
+        """Numbers that decoding keeps for every token seen beside those of the base: none where heads meet before keys
+        and values are kept, or after they are read."""
+        return 0
+
     def warnings(self) -> list[str]:
         """What is allowed but costs more than its user may expect."""
         return []

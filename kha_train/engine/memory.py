@@ -8,6 +8,7 @@ loss) or when it ends (gradients and their buckets). Measured peaks: docs/plan.m
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 from kha_train.config.schema import RunConfig
@@ -203,7 +204,10 @@ def _touched(config: RunConfig) -> int:
             [*[attention // 4] * 4, 2 * model.hidden_size * moe.dense_width, model.hidden_size * moe.dense_width],
         ),
     ]
-    return max(sum(times * _overlap(sizes, rank, ranks) for times, sizes in groups) for rank in range(ranks))
+    # What a share touches changes only from one that holds a border of a matrix to its neighbours.
+    borders = {int(end * ranks / sum(sizes)) for _, sizes in groups for end in itertools.accumulate(sizes)}
+    near = {rank + step for rank in borders | {0} for step in (-1, 0, 1)} & set(range(ranks))
+    return max(sum(times * _overlap(sizes, rank, ranks) for times, sizes in groups) for rank in near)
 
 
 def _overlap(sizes: list[int], rank: int, ranks: int) -> int:

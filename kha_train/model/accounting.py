@@ -91,7 +91,7 @@ def flops_per_token(config: RunConfig) -> FlopCount:
 @dataclass(frozen=True)
 class InteractionOverhead:
     """What the head interaction adds to the model without it, in percent. `cache` is that of the cache a token takes
-    while generating: interactions act before it, so none adds to it."""
+    while generating."""
 
     parameters: float
     flops: float
@@ -105,13 +105,18 @@ def interaction_overhead(config: RunConfig) -> InteractionOverhead:
     return InteractionOverhead(
         parameters=100 * extra / (parameters.total - extra),
         flops=100 * extra_flops / (flops.forward - extra_flops),
-        cache=0.0,
+        cache=100 * _interaction_cache(config) / config.attention.base.cache_numbers(),
     )
 
 
 def cache_bytes_per_token(config: RunConfig, bytes_per_number: int = 2) -> int:
     """Bytes that one token of context takes in the key/value caches of all layers while generating."""
-    return config.model.layers * config.attention.base.cache_numbers() * bytes_per_number
+    numbers = config.attention.base.cache_numbers() + _interaction_cache(config)
+    return config.model.layers * numbers * bytes_per_number
+
+
+def _interaction_cache(config: RunConfig) -> int:
+    return config.attention.interaction.cache_numbers(config.attention.base.heads())
 
 
 def moe_layers(config: RunConfig) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from kha_train.config.schema import EngineSection, RunConfig
+from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate_batch
 from kha_train.data import manifest
 from kha_train.engine.memory import GIB, RECIPES, MemoryPlan, largest_micro_batch, micro_batches, plan_memory, uses_bf16
@@ -35,6 +36,14 @@ class Remedy:
     saves_bytes: int
     total_bytes: int
     fits: bool
+    price: str
+
+
+class _Change(NamedTuple):
+    """A remedy that could be taken: its override, the field of the engine that it sets, and its price."""
+
+    override: str
+    fields: dict[str, Any]
     price: str
 
 
@@ -151,79 +160,89 @@ def recipe_table(config: RunConfig, total: int) -> list[dict[str, Any]]:
 
 
 def _remedies(config: RunConfig, budget: int) -> tuple[tuple[Remedy, ...], str | None]:
-    """Each remedy alone, the cheapest first, and what is enough: one of them, or the first few together."""
-    now = plan_memory(config).total
-    found, overrides, changed = [], [], config
-    for override, section, price in _candidates(config):
-        alone = plan_memory(replace(config, **section)).total
-        if alone >= now:
-            continue
-        found.append(Remedy(override, now - alone, alone, alone <= budget, price))
-        if plan_memory(changed).total > budget:
-            changed = replace(changed, **_merged(changed, section))
-            overrides.append(override)
-    alone = next((remedy.overrides for remedy in found if remedy.fits), None)
-    if alone:
-        return tuple(found), alone
-    if plan_memory(changed).total > budget:
-        needed = _devices_needed(changed, budget)
-        if needed is None:
-            return tuple(found), None
-        overrides.append(f"cluster.devices={needed}")
-    return tuple(found), " ".join(overrides)
-
-
-def _candidates(config: RunConfig) -> list[tuple[str, dict[str, Any], str]]:
-    """(override, the section it changes, its price)."""
-    engine, found = config.engine, []
-
-    def offer(override: str, price: str, **changes: Any) -> None:
-        found.append((override, {"engine": replace(engine, **changes)}, price))
-
-    if engine.zero_stage == 1:
-        offer("engine.zero_stage=2", "gradients are reduced in every micro-batch", zero_stage=2)
-    if engine.activation_checkpointing == "none":
-        offer("engine.activation_checkpointing=full", "a third more computation", activation_checkpointing="full")
-    if engine.micro_batch_size > 1:
-        offer("engine.micro_batch_size=1", "smaller products: slower", micro_batch_size=1)
-    if engine.zero_stage < 3:
-        offer("engine.zero_stage=3", "parameters are gathered in every micro-batch", zero_stage=3)
-    if uses_bf16(config) and engine.grad_accum_dtype == "fp32":
-        offer("engine.grad_accum_dtype=bf16", "gradients are summed in bf16", grad_accum_dtype="bf16")
-    return found
-
-
-def _merged(config: RunConfig, section: dict[str, EngineSection]) -> dict[str, EngineSection]:
-    """`section` on top of what `config` has by now: of each field the one that saves more."""
-    before, after = config.engine, section["engine"]
-    merged = replace(
-        before,
-        zero_stage=max(before.zero_stage, after.zero_stage),
-        micro_batch_size=min(before.micro_batch_size, after.micro_batch_size),
-        activation_checkpointing=max(before.activation_checkpointing, after.activation_checkpointing, key=len),
+    """Each remedy that saves by itself, the cheapest first, and what is enough: as few of them as possible together,
+    on as few devices as possible. A remedy may save only beside others, or on more devices."""
+    now, candidates = plan_memory(config).total, _candidates(config)
+    alone = [(change, plan_memory(_with_engine(config, **change.fields)).total) for change in candidates]
+    remedies = tuple(
+        Remedy(change.override, now - total, total, total <= budget, change.price)
+        for change, total in alone
+        if total < now
     )
-    return {"engine": replace(merged, grad_accum_dtype=min(before.grad_accum_dtype, after.grad_accum_dtype))}
+    chosen = _enough(config, candidates, budget)
+    if chosen is not None:
+        return remedies, " ".join(change.override for change in chosen)
+    devices = _devices_needed(config, candidates, budget)
+    if devices is None:
+        return remedies, None
+    chosen = _enough(_with_devices(config, devices), candidates, budget)
+    assert chosen is not None
+    return remedies, " ".join([*(change.override for change in chosen), f"cluster.devices={devices}"])
 
 
-def _devices_needed(config: RunConfig, budget: int) -> int | None:
-    """The smallest number of whole nodes' devices on which `config` fits, up to 65,536; None when none does."""
-    cluster, devices = config.cluster, config.cluster.devices
-    while devices <= 65_536:
-        devices = devices + 1 if devices < cluster.devices_per_node else devices + cluster.devices_per_node
-        if plan_memory(replace(config, cluster=replace(cluster, devices=devices))).total <= budget:
-            return devices
+def _enough(config: RunConfig, candidates: list[_Change], budget: int) -> tuple[_Change, ...] | None:
+    """The fewest, and of as many the cheapest, `candidates` with which `config` fits; None when none do."""
+    for count in range(len(candidates) + 1):
+        for chosen in itertools.combinations(candidates, count):
+            fields = {field: value for change in chosen for field, value in change.fields.items()}
+            if len(fields) == count and plan_memory(_with_engine(config, **fields)).total <= budget:
+                return chosen
     return None
 
 
-def _communication(config: RunConfig, stage: int, total: int) -> Communication:
-    """Ring collectives: a reduce-scatter or all-gather of S bytes sends S (N - 1) / N from every rank.
+def _candidates(config: RunConfig) -> list[_Change]:
+    """What can be changed, the cheapest first; two changes of one field exclude each other."""
+    engine, found = config.engine, []
 
-    ZeRO 1 reduces once a step, ZeRO 2 in every micro-batch; both then gather the updated parameters. ZeRO 3 gathers
-    them in every micro-batch, for the forward and again for the backward, and reduces.
+    def offer(field: str, value: int | str, price: str) -> None:
+        found.append(_Change(f"engine.{field}={value}", {field: value}, price))
+
+    if engine.zero_stage == 1:
+        offer("zero_stage", 2, "gradients are reduced in every micro-batch")
+    if engine.activation_checkpointing == "none":
+        offer("activation_checkpointing", "full", "a third more computation")
+    if engine.micro_batch_size > 1:
+        offer("micro_batch_size", 1, "smaller products: slower")
+    if engine.zero_stage < 3:
+        offer("zero_stage", 3, "parameters are gathered in every micro-batch")
+    if uses_bf16(config) and engine.grad_accum_dtype == "fp32":
+        offer("grad_accum_dtype", "bf16", "gradients are summed in bf16")
+    return found
+
+
+def _devices_needed(config: RunConfig, candidates: list[_Change], budget: int) -> int | None:
+    """A number of devices, whole nodes where one is not enough, up to 65,536, on which some of `candidates` are enough
+    while they are not on the next smaller one; None when there is none."""
+    devices, node = config.cluster.devices, config.cluster.devices_per_node
+    counts = [*range(devices, node), *range(max(devices, node), 65_537, node)]
+
+    def fits(place: int) -> bool:
+        return _enough(_with_devices(config, counts[place]), candidates, budget) is not None
+
+    low, high = 0, 1
+    while high < len(counts) and not fits(high):
+        low, high = high, 2 * high
+    if high >= len(counts):
+        high = len(counts) - 1
+        if high <= low or not fits(high):
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return counts[high]
+
+
+def _communication(config: RunConfig, stage: int, total: int) -> Communication:
+    """Ring collectives: a reduce-scatter or all-gather of S bytes sends S (N - 1) / N from every rank, an all-reduce
+    twice that.
+
+    DeepSpeed 0.19 all-reduces gradients, whole and in the training dtype, under ZeRO 1 once a step and under ZeRO 2 in
+    every micro-batch (`use_multi_rank_bucket_allreduce`); both then gather the updated parameters. ZeRO 3 gathers them
+    in every micro-batch, for the forward and again for the backward, and reduce-scatters.
     """
     cluster = config.cluster
     ranks, width = cluster.devices, 2 if uses_bf16(config) else 4
-    passes = {1: 2, 2: micro_batches(config) + 1, 3: 3 * micro_batches(config)}[stage]
+    passes = {1: 3, 2: 2 * micro_batches(config) + 1, 3: 3 * micro_batches(config)}[stage]
     sent = passes * width * total * (ranks - 1) // ranks
     link = cluster.node_bandwidth_gb if ranks <= cluster.devices_per_node else cluster.network_bandwidth_gb
     return Communication(stage, sent, sent / (link * 1e9) if link else None)
@@ -284,6 +303,10 @@ def _data(config: RunConfig) -> dict[str, float | None]:
         return {"tokens": None, "epochs": None}
     tokens = sum(manifest.load(folder, field="data.train").tokens for folder in folders)
     return {"tokens": tokens, "epochs": wanted / tokens if tokens else None}
+
+
+def _with_devices(config: RunConfig, devices: int) -> RunConfig:
+    return replace(config, cluster=replace(config.cluster, devices=devices))
 
 
 def _with_engine(config: RunConfig, **changes: Any) -> RunConfig:

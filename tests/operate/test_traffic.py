@@ -1,0 +1,37 @@
+"""Planned traffic against the bytes of the collectives that a real step calls, on two ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kha_train import compose
+from kha_train.model.accounting import count_parameters
+from kha_train.operate.plan import make_plan
+
+WORKER = Path(__file__).with_name("traffic_worker.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")])
+def test_planned_traffic_is_that_of_the_collectives_of_a_step(
+    stage: int, precision: str, run_ranks: Callable[..., list[Any]]
+) -> None:
+    """Two micro-batches. ZeRO 3 keeps small parameters and the last layers gathered: somewhat less than planned."""
+    overrides = [
+        *("model=tiny", "cluster=cpu", "cluster.devices=2", "engine.micro_batch_size=1", "data.global_batch_size=4"),
+        *(f"engine=zero{stage}", f"engine.precision={precision}"),
+    ]
+    config = compose(overrides)
+    planned = make_plan(config).communication[stage - 1].bytes_per_step
+    sent = run_ranks(WORKER, 2, overrides=overrides)[0]
+    print(f"ZeRO {stage} {precision}: planned {planned}, sent {sent}")
+    if stage < 3:
+        assert sum(sent.values()) == pytest.approx(planned, rel=0.01)
+        return
+    once = 4 * count_parameters(config).total // 2
+    assert sent["reduce_scatter_tensor"] == pytest.approx(2 * once, rel=0.01)
+    assert 3 * once < sent["all_gather_into_tensor"] <= 4 * once and sum(sent.values()) <= planned * 1.01
