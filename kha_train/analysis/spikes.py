@@ -9,6 +9,7 @@ import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from kha_train.errors import ConfigError, DataError
 from kha_train.record import read_discarded, read_events, read_metrics
 from kha_train.stability.events import Observation, SpikeEvent
 from kha_train.stability.monitor import Monitor
-from kha_train.stability.statistics import rate, shared_events, summarise, tail_gap
+from kha_train.stability.statistics import BILLION, rate, shared_events, summarise, tail_gap
 
 SCORES = "spike/olmo"
-ACTIONS = ("step_discarded", "rewind", "rewind_impossible", "divergence")
+ACTIONS = ("step_discarded", "rewind", "rewind_impossible", "divergence", "zclip")
+UNDONE = "rewind "
+"""How the reason begins that a rewind gives for the lines it undoes; other reasons are a restart's."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,35 @@ class LossCurve:
     repeated: int = 0
     run_dir: Path | None = None
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the curve says how many tokens each of its steps had read: a count that rises with every point."""
+        if len(self.points) == 1:
+            return self.points[0].step == 1 and self.points[0].tokens > 0
+        return all(now.tokens > before.tokens for before, now in pairwise(self.points))
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether the curve says which samples its steps read."""
+        return all(point.samples_first >= 0 for point in self.points)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the steps of this curve, the first one's included as an average one's; 0: unknown."""
+        first, last = self.points[0], self.points[-1]
+        if not self.has_tokens:
+            return 0
+        if last.step == first.step:
+            return last.tokens
+        between = last.step - first.step
+        return round((last.tokens - first.tokens) * (between + 1) / between)
+
 
 @dataclass(frozen=True)
 class SpikeReport:
     """What a curve comes to. `rewound` are events in lines that a rewind undid; they count unless told otherwise.
-    `scores` are the published rules' percentages at the end of the curve."""
+    `scores` are the published rules' percentages at the end of the curve; `steps` and `tokens` of the `summary` are
+    the exposure of its rates."""
 
     curve: LossCurve
     events: tuple[SpikeEvent, ...]
@@ -88,9 +115,17 @@ def read_curve(path: Path, planned: Sequence[int] = ()) -> LossCurve:
 def score_curve(curve: LossCurve, include_rewound: bool = True) -> SpikeReport:
     """Run the monitor over `curve` and sum up."""
     events, metrics = find_events(curve.points, curve.planned)
-    rewound = _rewound_events(curve) if curve.run_dir and include_rewound else []
-    first, last = curve.points[0], curve.points[-1]
-    summary = summarise([*events, *rewound], first_step=first.step, last_step=last.step, tokens=last.tokens)
+    undone = _undone_lines(curve) if include_rewound else []
+    rewound = _rewound_events(curve, undone)
+    survived = {(point.step, point.samples_first) for point in curve.points}
+    summary = summarise(
+        [*events, *rewound],
+        first_step=curve.points[0].step,
+        last_step=curve.points[-1].step,
+        tokens=curve.tokens,
+        # Steps that were replayed as they had been count once.
+        undone_steps=[step for step, _ in {(p.step, p.samples_first) for group in undone for p in group} - survived],
+    )
     return SpikeReport(
         curve=curve,
         events=tuple(events),
@@ -114,23 +149,23 @@ def find_events(points: Sequence[Observation], planned: frozenset[int]) -> tuple
 
 def across_runs(reports: Sequence[SpikeReport], reference: SpikeReport | None = None) -> dict[str, Any]:
     """Several runs together: pooled rates, shared and private events, tail gaps against `reference` (the first run
-    when none is named)."""
+    when none is named). Rates per token are those of the runs whose tokens are known."""
     reference = reference or reports[0]
     shared = shared_events([report.events for report in reports])
     totals = {name: sum(report.summary[name] for report in reports) for name in ("spikes", "steps", "tokens")}
-    curve = [(point.tokens, point.loss) for point in reference.curve.points]
-    gaps = {
-        report.curve.label: tail_gap([(point.tokens, point.loss) for point in report.curve.points], curve)
-        for report in reports
-        if report is not reference
-    }
+    with_tokens = [report for report in reports if report.summary["tokens"]]
+    gaps = {report.curve.label: _gap(report.curve, reference.curve) for report in reports if report is not reference}
     return {
         "runs": [report.to_dict() for report in reports],
         "pooled": {
             **totals,
             "per_1k_steps": rate(totals["spikes"], totals["steps"] / 1000),
-            "per_billion_tokens": rate(totals["spikes"], totals["tokens"] / 1e9),
+            "runs_with_tokens": len(with_tokens),
+            "per_billion_tokens": rate(
+                sum(report.summary["spikes"] for report in with_tokens), totals["tokens"] / BILLION
+            ),
         },
+        "shared_by": _shared_by(reports),
         "shared": {
             report.curve.label: {
                 "shared": [event.start_step for event, both in zip(report.events, flags, strict=True) if both],
@@ -153,8 +188,30 @@ def evidence_of(report: SpikeReport, number: int) -> tuple[SpikeEvent, dict[str,
         raise ConfigError("no such event", field="--event", value=number, allowed=f"1 to {len(events)}")
     event = events[number - 1]
     kept = read_events(report.curve.run_dir) if report.curve.run_dir else []
-    opened = [entry for entry in kept if entry["kind"] == "spike_opened" and entry["step"] == event.start_step]
+    opened = [
+        entry
+        for entry in kept
+        if entry["kind"] == "spike_opened"
+        and entry["step"] == event.start_step
+        # A rewound event and one that stands may begin at one step, never with the same samples.
+        and entry.get("samples_first", event.samples_first) == event.samples_first
+    ]
     return event, opened[-1] if opened else {}
+
+
+def _gap(curve: LossCurve, reference: LossCurve) -> dict[str, Any]:
+    """The tail gap `at` equal tokens, or at equal steps where one of the two does not know its tokens."""
+    at = "tokens" if curve.has_tokens and reference.has_tokens else "step"
+    one, other = ([(getattr(point, at), point.loss) for point in each.points] for each in (curve, reference))
+    return {**tail_gap(one, other), "at": at}
+
+
+def _shared_by(reports: Sequence[SpikeReport]) -> str:
+    """How the events of these runs were matched: see `shared_events`."""
+    knowing = sum(report.curve.has_samples for report in reports)
+    if knowing == len(reports):
+        return "samples"
+    return "samples where both runs know them, else step" if knowing > 1 else "step"
 
 
 def _observation(line: dict[str, Any]) -> Observation:
@@ -210,24 +267,31 @@ def _phase_steps(run_dir: Path, points: Sequence[Observation]) -> list[int]:
     ]
 
 
-def _rewound_events(curve: LossCurve) -> list[SpikeEvent]:
-    """Events that began in lines which a rewind undid.
+def _undone_lines(curve: LossCurve) -> list[list[Observation]]:
+    """The lines that each rewind undid, in the order of the rewinds."""
+    undone: dict[tuple[int, str], list[Observation]] = {}
+    for line in read_discarded(curve.run_dir) if curve.run_dir else ():
+        if line["discarded_reason"].startswith(UNDONE):
+            key = (line["discarded_by_attempt"], line["discarded_reason"])
+            undone.setdefault(key, []).append(_observation(line))
+    return list(undone.values())
+
+
+def _rewound_events(curve: LossCurve, undone: Sequence[list[Observation]]) -> list[SpikeEvent]:
+    """Events that began in the lines `undone` by rewinds, and not again when the step was replayed.
 
     Each rewind is judged on the curve as it stood then: the lines that survived it up to where it went, then those it
     undid. A rewind that was computed twice, because the run was killed after it, counts once.
     """
-    assert curve.run_dir is not None
-    undone: dict[tuple[int, str], list[Observation]] = {}
-    for line in read_discarded(curve.run_dir):
-        if line["discarded_reason"].startswith("rewind "):
-            key = (line["discarded_by_attempt"], line["discarded_reason"])
-            undone.setdefault(key, []).append(_observation(line))
     points, found = list(curve.points), {}
-    for group in reversed(list(undone.values())):
+    survived = {(point.step, point.samples_first) for point in curve.points}
+    for group in reversed(undone):
         points = [point for point in points if point.step < group[0].step] + group
         events, _ = find_events(points, curve.planned)
         found |= {
-            (event.start_step, event.samples_first): event for event in events if event.start_step >= group[0].step
+            place: event
+            for event in events
+            if event.start_step >= group[0].step and (place := (event.start_step, event.samples_first)) not in survived
         }
     for event in found.values():
         event.open = False
@@ -235,6 +299,22 @@ def _rewound_events(curve: LossCurve) -> list[SpikeEvent]:
 
 
 def _actions(run_dir: Path | None) -> dict[str, int]:
-    """How often something was done about the run, for the honesty of a comparison."""
-    kinds = [event["kind"] for event in read_events(run_dir)] if run_dir else []
+    """How often something was done about the run, for the honesty of a comparison.
+
+    The record of events only grows: what was done in steps that a restart undid does not count, and what is then done
+    again in the same step, over the same samples, counts once.
+    """
+    if run_dir is None:
+        return dict.fromkeys(ACTIONS, 0)
+    lost = {
+        (line["attempt"], line["step"], line["samples_first"])
+        for line in read_discarded(run_dir)
+        if "samples_first" in line and not line["discarded_reason"].startswith(UNDONE)
+    }
+    done = {
+        (event["kind"], event["step"], event.get("samples_first"), str(event.get("window")))
+        for event in read_events(run_dir)
+        if (event["attempt"], event["step"], event.get("samples_first")) not in lost
+    }
+    kinds = [kind for kind, *_ in done]
     return {kind: kinds.count(kind) for kind in ACTIONS}

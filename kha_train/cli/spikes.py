@@ -95,11 +95,14 @@ def _print_together(answer: dict[str, Any], console: Console) -> None:
     console.print(f"together: {pooled['spikes']} spikes, per 1k steps {_interval(pooled['per_1k_steps'])}")
     for label, events in answer["shared"].items():
         console.print(
-            f"  {label}: shared with another run {events['shared']}, private {events['private']}", markup=False
+            f"  {label}: shared with another run {events['shared']}, private {events['private']} "
+            f"(at the same {answer['shared_by']})",
+            markup=False,
         )
     for label, gap in answer["tail_gap"].items():
         console.print(
-            f"  {label}: tail gap to {answer['reference']} {_short(gap['gap'])} nats ({gap['points']} points)"
+            f"  {label}: tail gap to {answer['reference']} {_short(gap['gap'])} nats "
+            f"({gap['points']} points, at equal {gap['at']})"
         )
 
 

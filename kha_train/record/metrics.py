@@ -28,7 +28,10 @@ METRICS: dict[str, Metric] = {
         "nats/token", "token cross-entropy summed over the global batch / its unmasked labels; no auxiliary term"
     ),
     "train/grad_norm": Metric("1", "L2 norm of the gradient over all parameters and ranks, before clipping"),
-    "train/grad_clipped": Metric("0/1", "1 when the norm was above optim.grad_clip and the gradient was scaled down"),
+    "train/grad_clipped": Metric(
+        "0/1", "1 when the norm was above optim.grad_clip, or ZClip's limit, and the gradient was scaled down"
+    ),
+    "train/zclip_limit": Metric("1", "norm that ZClip let the gradient have: its own unless it stood out"),
     "train/skipped": Metric("0/1", "1 when the update was not applied (not finite, or refused by stability.policy)"),
     "train/skipped_steps": Metric("steps", "updates not applied since step 0"),
     "train/nonfinite_steps": Metric("steps", "steps with a non-finite loss or norm since step 0"),

@@ -39,6 +39,10 @@ class DivergenceGuard:
         self.in_a_row, self.held_back = 0, []
         return False
 
+    def rebase(self) -> None:
+        """Forget what was normal: the loss rule is silent for the next 100 finite steps."""
+        self.window, self.in_a_row, self.held_back = Window(WINDOW), 0, []
+
     def state(self) -> dict[str, Any]:
         """Everything, as plain JSON values."""
         return {

@@ -47,10 +47,13 @@ class Monitor:
         """Take in one step of the curve.
 
         `planned_change` says that something was meant to change with this step (the data mixture, the schedule): what
-        was normal before it is forgotten, so that the jump is no event, and an event that was open ends unrecovered.
+        was normal before it is forgotten, so that the jump is neither an event nor a divergence, and an event that
+        was open ends unrecovered.
         """
         width_before = self.events.event.width if self.events.event else 0
         cut_short = self.events.rebase() if planned_change else None
+        if planned_change:
+            self.guard.rebase()
         reading = self.events.update(seen, self.grad_norm.short.mean)
         closed = cut_short or reading.closed
         if closed is not None:

@@ -15,7 +15,7 @@ SPIKES = ("narrow", "wide")
 """The classes that count as spikes. An unrecovered event is a level shift or a divergence, and is told apart."""
 BILLION = 1e9
 NEIGHBOURHOOD = 2
-"""Events of two runs are the same when they touch within so many steps."""
+"""Events of two runs are the same when they touch within so many steps, or the samples of so many."""
 
 
 def poisson_interval(count: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -34,16 +34,22 @@ def rate(count: int, exposure: float) -> dict[str, float]:
     return {"value": count / exposure, "low": low / exposure, "high": high / exposure}
 
 
-def summarise(events: Sequence[SpikeEvent], *, first_step: int, last_step: int, tokens: int) -> dict[str, Any]:
-    """Counts, sizes and rates of a run's `events` over the steps `first_step` .. `last_step` and `tokens` (0: unknown).
+def summarise(
+    events: Sequence[SpikeEvent], *, first_step: int, last_step: int, tokens: int, undone_steps: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Counts, sizes and rates of a run's `events` over the steps `first_step` .. `last_step`.
 
-    `spikes` are narrow and wide events; `area_total` and `max_height` are theirs alone. The halves are halves of the
-    steps.
+    `tokens` are those of these steps alone (0: unknown). When `events` holds some that a rewind undid, `undone_steps`
+    are the steps it undid: they join the exposure, with as many tokens each. `spikes` are narrow and wide events;
+    `area_total` and `max_height` are theirs alone. The halves are halves of `first_step` .. `last_step`.
     """
-    steps = last_step - first_step + 1
+    surviving = last_step - first_step + 1
+    steps = surviving + len(undone_steps)
+    tokens = round(tokens * steps / surviving)
     spikes = [event for event in events if event.kind in SPIKES]
-    middle = first_step + steps / 2
+    middle = first_step + surviving / 2
     first_half = sum(event.start_step < middle for event in spikes)
+    first_half_steps = surviving / 2 + sum(step < middle for step in undone_steps)
     return {
         "steps": steps,
         "tokens": tokens,
@@ -60,8 +66,8 @@ def summarise(events: Sequence[SpikeEvent], *, first_step: int, last_step: int, 
             "per_1k_steps": rate(len(spikes), steps / 1000),
             "per_billion_tokens": rate(len(spikes), tokens / BILLION),
             "wide_per_1k_steps": rate(sum(event.kind == "wide" for event in spikes), steps / 1000),
-            "first_half_per_1k_steps": rate(first_half, steps / 2000),
-            "second_half_per_1k_steps": rate(len(spikes) - first_half, steps / 2000),
+            "first_half_per_1k_steps": rate(first_half, first_half_steps / 1000),
+            "second_half_per_1k_steps": rate(len(spikes) - first_half, (steps - first_half_steps) / 1000),
         },
     }
 
@@ -69,8 +75,8 @@ def summarise(events: Sequence[SpikeEvent], *, first_step: int, last_step: int, 
 def shared_events(runs: Sequence[Sequence[SpikeEvent]]) -> list[list[bool]]:
     """For every event of every run, whether another run has one at the same place.
 
-    Runs over the same data in the same order that spike at the same step were struck by that data; what only one of
-    them shows is its own.
+    The place is the data, by its sample numbers, where both runs know them: runs over the same data in the same order
+    that spike there were struck by it, at whatever step. Otherwise it is the step, which proves less.
     """
     return [
         [any(_touch(event, other) for i, others in enumerate(runs) if i != number for other in others) for event in run]
@@ -81,8 +87,9 @@ def shared_events(runs: Sequence[Sequence[SpikeEvent]]) -> list[list[bool]]:
 def tail_gap(curve: Sequence[tuple[float, float]], reference: Sequence[tuple[float, float]]) -> dict[str, float | int]:
     """Mean of loss - reference loss at equal tokens, over the last half of the tokens both have seen.
 
-    Points are (tokens, loss) in order of tokens; the reference is interpolated linearly. Non-finite losses are left
-    out. `points` is how many entered; the gap is nan when there is none.
+    Points are (tokens, loss) in order of tokens, which rise from point to point (steps may stand for them); the
+    reference is interpolated linearly. Non-finite losses are left out. `points` is how many entered; the gap is nan
+    when there is none.
     """
     curve = [point for point in curve if math.isfinite(point[1])]
     reference = [point for point in reference if math.isfinite(point[1])]
@@ -109,7 +116,15 @@ def _interpolated(points: Sequence[tuple[float, float]], place: int, tokens: flo
 
 
 def _touch(one: SpikeEvent, other: SpikeEvent) -> bool:
+    if one.samples_first >= 0 and other.samples_first >= 0:
+        near = NEIGHBOURHOOD * max(_batch(one), _batch(other))
+        return one.samples_first <= other.samples_last + near and other.samples_first <= one.samples_last + near
     return one.start_step <= other.end_step + NEIGHBOURHOOD and other.start_step <= one.end_step + NEIGHBOURHOOD
+
+
+def _batch(event: SpikeEvent) -> float:
+    """Samples of a step."""
+    return (event.samples_last - event.samples_first + 1) / event.width
 
 
 def _poisson_cdf(count: int, mean: float) -> float:

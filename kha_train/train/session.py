@@ -113,7 +113,7 @@ class Session:
             "tokens": progress.tokens,
             "train/loss": result.loss,
             "train/grad_norm": seen.grad_norm,
-            "train/grad_clipped": int(result.applied and result.grad_norm > self.config.optim.grad_clip),
+            "train/grad_clipped": int(result.applied and self.watch.clipped),
             "train/skipped": int(not result.applied),
             "train/skipped_steps": progress.skipped_steps,
             "train/lr": lr,
@@ -145,7 +145,10 @@ class Session:
 
     def happened(self, kind: str, step: int, **fields: Any) -> None:
         """Put an event of `step` into the record and into W&B; some are announced."""
-        self.wandb.event(self.record.event(kind, step, **fields))
+        event = self.record.event(kind, step, **fields)
+        # Clipping is frequent: in W&B it is a curve, and takes no row from the rare actions.
+        if kind != "zclip":
+            self.wandb.event(event)
         if kind in ANNOUNCED:
             self.console.warn(describe(kind, step, fields))
 

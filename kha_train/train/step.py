@@ -101,7 +101,8 @@ def train_step(
 
     loss = loss_total / max(labels, 1)
     routed = tokens * max(load_LE.shape[0], 1)
-    ruling = judge(loss, math.inf if math.isnan(grad_norm) else grad_norm)
+    grad_norm = grad_norm if math.isfinite(grad_norm) else math.inf
+    ruling = judge(loss, grad_norm)
     evidence = probe(engine, micro_batches[0], load_LE) if ruling.probe else None
     applied = ruling.apply and only_finite(loss, grad_norm).apply
     if applied:

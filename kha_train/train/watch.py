@@ -49,7 +49,7 @@ class Watch:
     """Detectors, policy and clipping of one run. Ask `judge` once a step; then read `verdict` and `decision`."""
 
     def __init__(self, config: RunConfig) -> None:
-        self._config = config.stability
+        self._config, self._grad_clip = config.stability, config.optim.grad_clip
         self._phases = [phase.start_sample for phase in config.data.phases]
         self._monitor, self._zclip = Monitor(), ZClip()
         self._policy = Policy(
@@ -62,21 +62,29 @@ class Watch:
         self.seen = Observation(0, math.nan)
         self.verdict: Verdict | None = None
         self.decision = Decision(True)
+        self._limit: float | None = None
 
     def judge(self, seen: Observation) -> Ruling:
         """The ruling about a step, from what every rank knows of it."""
         planned = crosses(self._phases, self.seen.samples_first, seen.samples_first)
         self.seen, self.verdict = seen, self._monitor.update(seen, planned_change=planned)
         self.decision = self._policy.decide(self.verdict)
-        max_norm = math.inf
-        if self._config.zclip and self.decision.apply:
-            limit = self._zclip.limit(seen.grad_norm)
-            max_norm = limit if limit < seen.grad_norm else math.inf
+        judged = self._config.zclip and self.decision.apply
+        self._limit = self._zclip.limit(seen.grad_norm) if judged else None
+        max_norm = math.inf if self._limit is None or self._limit >= seen.grad_norm else self._limit
         return Ruling(self.decision.apply, max_norm, self._wants_probe(seen.step))
 
+    @property
+    def clipped(self) -> bool:
+        """Whether the gradient of the last step was scaled down, by `optim.grad_clip` or by ZClip."""
+        norm = self.seen.grad_norm
+        limit = self._grad_clip if self._limit is None else min(self._grad_clip, self._limit)
+        return self.decision.apply and norm > limit
+
     def metrics(self) -> dict[str, float]:
-        """The `spike/*` entries of the step's metrics line."""
-        return self.verdict.metrics if self.verdict else {}
+        """The `spike/*` entries of the step's metrics line, and what ZClip allowed when it is on."""
+        limit = {} if self._limit is None else {"train/zclip_limit": self._limit}
+        return {**(self.verdict.metrics if self.verdict else {}), **limit}
 
     def happenings(self, evidence: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
         """(kind, fields) of what the last step brought, for `events.jsonl`. `evidence` is what `probe` found."""
@@ -84,7 +92,10 @@ class Watch:
         assert verdict is not None
         samples = {"samples_first": seen.samples_first, "samples_last": seen.samples_last}
         if not self.decision.apply:
-            yield "step_discarded", {"loss": seen.loss, "norm": seen.grad_norm, "reason": self.decision.reason}
+            why = {"loss": seen.loss, "norm": seen.grad_norm, "reason": self.decision.reason}
+            yield "step_discarded", {**why, **samples}
+        if self._limit is not None and self._limit < min(seen.grad_norm, self._grad_clip):
+            yield "zclip", {"norm": seen.grad_norm, "limit": self._limit, **samples}
         if verdict.opened:
             event = self.event
             assert event is not None
@@ -94,7 +105,7 @@ class Watch:
         if verdict.closed is not None:
             yield "spike_closed", verdict.closed.to_dict()
         if verdict.diverged:
-            yield "divergence", {"loss": seen.loss, "norm": seen.grad_norm}
+            yield "divergence", {"loss": seen.loss, "norm": seen.grad_norm, **samples}
 
     def go_on(self) -> None:
         """There is nothing to go back to: decide again, without rewinding."""

@@ -217,6 +217,7 @@ CHANGES = {
     "optim.lr=0.5": "optim.lr",
     "attention=kha_mlp": "attention.interaction.name",
     "run.steps=8": "run.steps",
+    "stability=skip": "stability.policy",
 }
 
 

@@ -77,7 +77,39 @@ def test_shared_events_are_told_from_private_ones(kha: Kha, csv_file: Path, tmp_
     answer = json.loads(kha(str(csv_file), str(other), "--json"))
     assert answer["shared"]["other.csv"] == {"shared": [202], "private": [351]}
     assert answer["shared"]["curve.csv"] == {"shared": [201], "private": [300]}
+    assert answer["shared_by"] == "step"
     assert answer["pooled"]["spikes"] == 4 and answer["pooled"]["steps"] == 800
+    assert (answer["pooled"]["tokens"], answer["pooled"]["runs_with_tokens"]) == (400, 1)
+    assert answer["pooled"]["per_billion_tokens"]["value"] == pytest.approx(2e9 / 400)
+    assert answer["tail_gap"]["other.csv"]["at"] == "step"
+    assert "at the same step" in kha(str(csv_file), str(other))
+
+
+@pytest.mark.parametrize("tokens", [None, 50])
+def test_the_tail_gap_is_at_equal_steps_where_tokens_are_absent(
+    tokens: int | None, kha: Kha, tmp_path: Path, calm
+) -> None:
+    first = tmp_path / "first.csv"
+    first.write_text("step,loss\n" + "\n".join(f"{s},{x!r}" for s, x in enumerate(calm(100), start=1)))
+    second = tmp_path / "second.csv"
+    header, end = ("step,loss,tokens", f",{tokens}") if tokens else ("step,loss", "")
+    rows = [f"{s},{x + 0.25!r}{end}" for s, x in enumerate(calm(100), start=1)]
+    second.write_text("\n".join([header, *rows]))
+    gaps = json.loads(kha(str(first), str(second), "--json"))["tail_gap"]
+    assert gaps["second.csv"] == {"gap": pytest.approx(0.25), "points": 51, "at": "step"}
+    same = json.loads(kha(str(second), str(first), "--reference", str(first), "--json"))["tail_gap"]
+    assert same["first.csv"] == {"gap": 0.0, "points": 51, "at": "step"}
+
+
+def test_a_curve_that_begins_late_is_not_charged_with_what_came_before(kha: Kha, tmp_path: Path, calm) -> None:
+    path = tmp_path / "late.csv"
+    losses = calm(200)
+    losses[150] = 5.0
+    rows = [f"{step},{loss!r},{step * 1000}" for step, loss in enumerate(losses, start=100_000)]
+    path.write_text("\n".join(["step,loss,tokens", *rows]))
+    answer = json.loads(kha(str(path), "--json"))
+    assert (answer["summary"]["steps"], answer["summary"]["tokens"]) == (200, 200_000)
+    assert answer["rates"]["per_billion_tokens"]["value"] == pytest.approx(1e9 / 200_000)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +158,65 @@ def test_an_event_is_shown_with_its_evidence_and_the_text_of_its_batch(kha: Kha,
     assert [text["sample"] for text in answer["texts"]] == list(range(8 * 149, 8 * 150))
     assert all(len(text["text"].split()) == 64 for text in answer["texts"]), "ids, for these shards have no tokenizer"
     assert "max_logits" in kha(str(run_dir), "--event", "1")
+
+
+def test_a_rewound_and_a_surviving_event_at_one_step_show_their_own(kha: Kha, tmp_path: Path, calm, observed) -> None:
+    record = Record.open(tmp_path / "run")
+    record.begin_attempt(0)
+    (tmp_path / "run" / "config.yaml").write_text("run: {}\n")
+    curve = observed(calm(220))
+    for seen in curve[:145]:
+        record.step({**_line(seen), "train/loss": seen.loss})
+    # Step 146 opens an event and closes it before the trouble of step 150; it is replayed as it was.
+    for shift in (0, 80):
+        for seen in curve[145 : 200 if shift else 152]:
+            moved = shift if seen.step >= 150 else 0
+            place = {name: getattr(seen, name) + moved for name in ("samples_first", "samples_last")}
+            loss = 5.0 if seen.step in (146, 150) else seen.loss
+            record.step({**_line(seen), **place, "train/loss": loss})
+            if seen.step in (146, 150):
+                record.event("spike_opened", seen.step, **place, evidence={"shift": moved})
+        if not shift:
+            record.rewind_to(140, "rewind 1 from step 152: a test")
+            for seen in curve[140:145]:
+                record.step({**_line(seen), "train/loss": seen.loss})
+    record.close()
+    run_dir = str(tmp_path / "run")
+    told = [json.loads(kha(run_dir, "--event", str(number), "--json")) for number in (1, 2, 3)]
+    assert [(one["event"]["start_step"], one["opened"]["evidence"]["shift"]) for one in told] == [
+        (146, 0),
+        (150, 80),
+        (150, 0),
+    ]
+    answer = json.loads(kha(run_dir, "--json"))
+    assert [event["rewound"] for event in answer["events"]] == [False, False, True]
+    assert (answer["summary"]["steps"], answer["summary"]["tokens"]) == (203, 203_000), "150..152 were done twice"
+    assert json.loads(kha(run_dir, "--no-rewound", "--json"))["summary"]["steps"] == 200
+
+
+def test_what_a_restart_redoes_or_undoes_is_no_second_action(kha: Kha, tmp_path: Path, calm, observed) -> None:
+    curve = observed(calm(30))
+
+    def steps(record: Record, numbers: range, discarded: tuple[int, ...]) -> None:
+        for seen in curve[numbers.start - 1 : numbers.stop - 1]:
+            record.step({**_line(seen), "train/loss": seen.loss})
+            if seen.step in discarded:
+                record.event("step_discarded", seen.step, samples_first=seen.samples_first)
+
+    record = Record.open(tmp_path / "run")
+    record.begin_attempt(0)
+    (tmp_path / "run" / "config.yaml").write_text("run: {}\n")
+    steps(record, range(1, 21), (5, 15, 18))
+    record.event("rewind", 20, window=[80, 96])
+    record.close()
+    record = Record.open(tmp_path / "run")
+    record.begin_attempt(10)
+    steps(record, range(11, 31), (15,))
+    record.event("rewind", 20, window=[80, 96])
+    record.event("rewind", 20, window=[96, 112])
+    record.close()
+    actions = json.loads(kha(str(tmp_path / "run"), "--json"))["actions"]
+    assert (actions["step_discarded"], actions["rewind"]) == (2, 2)
 
 
 def test_evidence_is_shown_even_when_the_data_is_gone(kha: Kha, run_dir: Path) -> None:

@@ -94,6 +94,24 @@ def test_abort_ends_a_run_whose_loss_is_twice_its_mean_five_times(decided, calm)
     assert [step for step, decision in enumerate(decisions) if decision.then == "abort"] == [209]
 
 
+@pytest.mark.parametrize("name", ["observe", "skip", "rewind", "abort"])
+@pytest.mark.parametrize("planned", [True, False])
+def test_a_planned_jump_of_the_loss_makes_no_policy_act(planned: bool, name: str, observed, calm) -> None:
+    monitor, which = Monitor(), policy(name, rewind_after=1000, max_skips=3)
+    losses = [*calm(200, level=1.4), *calm(200, seed=1, level=3.0)]
+    verdicts = [monitor.update(seen, planned and seen.step == 201) for seen in observed(losses)]
+    assert [step for step, verdict in enumerate(verdicts, 1) if verdict.diverged] == ([] if planned else [205])
+    acted = [decision for decision in map(which.decide, verdicts) if decision != Decision(True)]
+    assert bool(acted) == (not planned and name != "observe")
+
+
+def test_the_guard_watches_again_after_a_planned_jump(observed, calm) -> None:
+    monitor = Monitor()
+    losses = [*calm(200, level=1.4), *calm(150, seed=1, level=3.0), *[7.0] * 5]
+    verdicts = [monitor.update(seen, seen.step == 201) for seen in observed(losses)]
+    assert [step for step, verdict in enumerate(verdicts, 1) if verdict.diverged] == [355]
+
+
 def test_the_counters_come_back_from_a_checkpoint() -> None:
     one, other = policy("skip"), policy("skip")
     one.skips_in_a_row, one.rewinds = 2, 1

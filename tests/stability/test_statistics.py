@@ -10,9 +10,15 @@ from kha_train.stability.events import SpikeEvent
 from kha_train.stability.statistics import poisson_interval, rate, shared_events, summarise, tail_gap
 
 
-def event(start: int, end: int | None = None, recovered: bool = True, height: float = 1.0) -> SpikeEvent:
+def event(
+    start: int,
+    end: int | None = None,
+    recovered: bool = True,
+    height: float = 1.0,
+    samples: tuple[int, int] = (-1, -1),
+) -> SpikeEvent:
     """An event of given place and height, of area 2."""
-    made = SpikeEvent(start, end or start, 0, 1e-3, -1, -1, 3.0, 0.1, 1.0, height=height, area=2.0, open=False)
+    made = SpikeEvent(start, end or start, 0, 1e-3, *samples, 3.0, 0.1, 1.0, height=height, area=2.0, open=False)
     made.recovered = recovered
     return made
 
@@ -47,6 +53,28 @@ def test_events_at_the_same_place_are_shared_and_others_private() -> None:
     one = [event(100), event(500, 520), event(900)]
     other = [event(102), event(530)]
     assert shared_events([one, other, []]) == [[True, False, False], [True, False], []]
+
+
+def test_undone_steps_join_the_exposure_with_their_tokens() -> None:
+    events = [event(100_010), event(100_090)]
+    summary = summarise(events, first_step=100_001, last_step=100_100, tokens=1000, undone_steps=[100_020] * 25)
+    assert (summary["steps"], summary["tokens"]) == (125, 1250)
+    rates = {name: value["value"] for name, value in summary["rates"].items()}
+    assert rates["per_1k_steps"] == pytest.approx(16) and rates["per_billion_tokens"] == pytest.approx(2e9 / 1250)
+    assert rates["first_half_per_1k_steps"] == pytest.approx(1000 / 75)
+    assert rates["second_half_per_1k_steps"] == pytest.approx(1000 / 50)
+
+
+def test_events_are_matched_by_samples_where_both_runs_know_them() -> None:
+    one, other = [event(100, samples=(800, 807))], [event(140, samples=(816, 823))]
+    assert shared_events([one, other]) == [[True], [True]]
+    assert shared_events([one, [event(100, samples=(9000, 9007))]]) == [[False], [False]]
+    assert shared_events([one, [event(101)]]) == [[True], [True]]
+
+
+def test_a_curve_has_no_tail_gap_to_itself() -> None:
+    curve = [(100.0 * step, 5.0 - 0.01 * step + 0.3 * (step % 3)) for step in range(1, 101)]
+    assert tail_gap(curve, curve) == {"gap": 0.0, "points": 51}
 
 
 def test_the_tail_gap_is_at_equal_tokens_over_the_second_half() -> None:

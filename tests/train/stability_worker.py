@@ -76,7 +76,7 @@ def poisoned_steps(overrides: list[str], world: World) -> dict[str, Any]:
         engine.close()
     answer["losses equal"] = ends[0][0] == ends[1][0]
     answer["end states differ in"] = differing(ends[0][1], ends[1][1])
-    answer["moved"] = bool(differing(before, ends[1][1])) or len(losses)
+    answer["moved"] = bool(differing(before, ends[1][1]))
     return answer
 
 
