@@ -97,6 +97,13 @@ class GroupedTiedOptions(GroupedQueryOptions):
         """One gain for queries, one for the tied half of a key and one for its rotary half."""
         return 0 if qk_norm == "none" else 2 * self.head_dim
 
+    def saved_numbers(self, qk_norm: QkNorm) -> int:
+        """Norms of queries, of the rotary key and of the tied half, whose input is the state itself."""
+        if qk_norm == "none":
+            return 0
+        tied = self.kv_heads * (self.head_dim - self.rotary_width() + 1)
+        return self.query_heads * (2 * self.head_dim + 1) + 2 * self.rotary_width() + 1 + tied
+
     def cache_numbers(self) -> int:
         """The tied states and one rotary key."""
         return self.kv_heads * self.head_dim + self.rotary_width()
@@ -163,6 +170,10 @@ class LatentOptions(BaseOptions):
         """The latents'."""
         return self.latent_width + self.query_latent_width
 
+    def saved_numbers(self, qk_norm: QkNorm) -> int:
+        """Each latent before its norm, normalised, and as the projections read it."""
+        return sum(3 * width + 1 for width in (self.latent_width, self.query_latent_width) if width)
+
     def pair_flops(self) -> int:
         """q . k with its rotary part, and weight * v."""
         return 2 * self.query_heads * (2 * self.head_dim + self.rotary_dim)
@@ -204,6 +215,10 @@ class TalkingHeadsOptions(GroupedQueryOptions):
     def token_flops(self, hidden_size: int) -> int:
         """The mixes cost by pairs of tokens."""
         return 2 * super().parameters(hidden_size)
+
+    def saved_score_copies(self, width: int) -> int:
+        """The scores before they are mixed and, unless softmax's own copy serves, the weights before they are."""
+        return 1 if width == 4 else 2
 
     def pair_flops(self) -> int:
         """q . k, weight * v, and both mixes."""

@@ -40,6 +40,8 @@ class KnockingOptions(InteractionOptions):
     """Knocking-heads: matrices shared by all heads of a kind, on any of the projections q, k, v (KHA eq 5-9)."""
 
     matrices: ClassVar[int]
+    saved: ClassVar[int]
+    """Copies of a projection that the backward needs."""
     projections: tuple[Projection, ...]
     init: MatrixInit = field(default_factory=MatrixInit)
 
@@ -61,12 +63,25 @@ class KnockingOptions(InteractionOptions):
         """Every head times every matrix."""
         return sum(2 * self.matrices * heads.count(p) * heads.width(p) ** 2 for p in self.projections)
 
+    def saved_numbers(self, heads: HeadShape, folded: bool) -> int:
+        """What the maps read and make on the way."""
+        return sum(self.saved * heads.count(p) * heads.width(p) for p in self.projections)
+
 
 @dataclass(frozen=True, kw_only=True)
 class KnockingLinearOptions(KnockingOptions, FoldableOptions):
     """KHA-Linear: one matrix for each projection."""
 
     matrices: ClassVar[int] = 1
+    saved: ClassVar[int] = 1
+
+    def saved_numbers(self, heads: HeadShape, folded: bool) -> int:
+        """Nothing for a token when folded."""
+        return 0 if folded else super().saved_numbers(heads, folded)
+
+    def folded_numbers(self, heads: HeadShape, inputs: InputWidths) -> int:
+        """The projections' weights."""
+        return sum(heads.count(p) * heads.width(p) * getattr(inputs, p) for p in self.projections)
 
     def saved_flops(self, heads: HeadShape) -> int:
         """All of it."""
@@ -104,6 +119,16 @@ class KnockingMlpOptions(_NonLinearOptions, FoldableOptions):
     """KHA-MLP: up, gate and down for each projection. Folded, the down of v is part of the output projection."""
 
     matrices: ClassVar[int] = 3
+    saved: ClassVar[int] = 4
+
+    def saved_numbers(self, heads: HeadShape, folded: bool) -> int:
+        """Input, up, gate and what down reads; folded, that is the value itself."""
+        spared = heads.count("v") * heads.value_width if folded else 0
+        return super().saved_numbers(heads, folded) - spared
+
+    def folded_numbers(self, heads: HeadShape, inputs: InputWidths) -> int:
+        """The output projection's weight."""
+        return heads.query_heads * heads.value_width * inputs.output
 
     def unfoldable(self, heads: HeadShape) -> str | None:
         """Attention must be linear in what is folded."""
@@ -134,6 +159,7 @@ class KnockingGateOptions(_NonLinearOptions):
     """The paper's ablation without up and down, which harms (KHA table 2: +0.063): kept to study why."""
 
     matrices: ClassVar[int] = 1
+    saved: ClassVar[int] = 3
 
     def invalid(self) -> ConfigError | None:
         """Its matrix is a gate, which is the identity when zero."""
@@ -185,6 +211,19 @@ class ExplicitOptions(FoldableOptions):
     def flops(self, heads: HeadShape) -> int:
         """Every dimension of a head times the matrix."""
         return sum(2 * heads.kv_heads**2 * heads.width(p) for p in self.compose)
+
+    def saved_numbers(self, heads: HeadShape, folded: bool) -> int:
+        """What is composed, unless folded, and the norm's normalised input and output."""
+        composed = 0 if folded else sum(heads.kv_heads * heads.width(p) for p in self.compose)
+        return composed + (heads.query_heads * (2 * heads.value_width + 1) if self.head_norm else 0)
+
+    def strides_values(self) -> bool:
+        """A product over heads puts the heads last."""
+        return "v" in self.compose
+
+    def folded_numbers(self, heads: HeadShape, inputs: InputWidths) -> int:
+        """The projections' weights."""
+        return sum(heads.kv_heads * heads.width(p) * getattr(inputs, p) for p in self.compose)
 
     def unfoldable(self, heads: HeadShape) -> str | None:
         """Norm and rotation stand between the projection and what is composed."""

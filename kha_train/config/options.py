@@ -85,6 +85,19 @@ class BaseOptions(ABC):
         """Operations for one token, forward, without scores and weighted sum."""
         return 2 * self.parameters(hidden_size)
 
+    def saved_numbers(self, qk_norm: QkNorm) -> int:
+        """Numbers that the backward needs of every token between the projections and the kernel, an interaction's left
+        out: a norm keeps its input, the normalised input and a number for each head."""
+        heads = self.heads()
+        if qk_norm == "none":
+            return 0
+        scales = 2 if qk_norm == "full_width" else heads.query_heads + heads.kv_heads
+        return 2 * heads.key_width * (heads.query_heads + heads.kv_heads) + scales
+
+    def saved_score_copies(self, width: int) -> int:
+        """How often the backward needs all scores beside the weights of the softmax, in a dtype of `width` bytes."""
+        return 0
+
     @abstractmethod
     def heads(self) -> HeadShape:
         """The heads that an interaction meets."""
@@ -133,6 +146,14 @@ class InteractionOptions:
         and values are kept, or after they are read."""
         return 0
 
+    def saved_numbers(self, heads: HeadShape, folded: bool) -> int:
+        """Numbers that the backward needs of every token beside those of the base and its kernel."""
+        return 0
+
+    def strides_values(self) -> bool:
+        """Whether, unfolded, it leaves values in a layout that fused kernels do not take."""
+        return False
+
     def warnings(self) -> list[str]:
         """What is allowed but costs more than its user may expect."""
         return []
@@ -171,6 +192,10 @@ class FoldableOptions(InteractionOptions, ABC):
     @abstractmethod
     def fold_flops(self, heads: HeadShape, inputs: InputWidths) -> int:
         """Operations for one forward that folding costs."""
+
+    @abstractmethod
+    def folded_numbers(self, heads: HeadShape, inputs: InputWidths) -> int:
+        """Numbers of the weights that folding makes."""
 
     def refuses(self, base: BaseOptions) -> str | None:
         """An explicit `folded` must be possible."""

@@ -12,6 +12,7 @@ import itertools
 from dataclasses import dataclass, replace
 
 from kha_train.config.schema import RunConfig
+from kha_train.engine.activations import attention_activations, folded_bytes, shared_mask_bytes
 from kha_train.model.accounting import count_parameters, moe_layers
 
 GIB = 1024**3
@@ -85,24 +86,22 @@ def activation_bytes(config: RunConfig) -> int:
     # The residual stream enters and leaves, the final norm saves its input and hands the head another.
     outside = 3 * config.model.hidden_size
     if config.engine.activation_checkpointing == "none":
-        layers = moe_layers(config) * moe + config.moe.dense_layers * dense
+        layers, held = moe_layers(config) * moe + config.moe.dense_layers * dense, config.model.layers
     else:
-        layers = config.model.layers * config.model.hidden_size + max(moe, dense)
-    return tokens * width * (layers + outside)
+        layers, held = config.model.layers * config.model.hidden_size + max(moe, dense), 1
+    per_token = width * (layers + outside) + shared_mask_bytes(config)
+    return tokens * per_token + held * folded_bytes(config, width)
 
 
 def block_activations(config: RunConfig) -> tuple[int, int]:
     """Numbers that a block saves for its backward for every token: one with experts (0 if there is none), a dense one.
 
-    Attention: its input before and after the norm; q and k before QK-norm, before and after rotation; v; the output
-    of the heads. Experts: their input before and after the norm; for each of top_k the copied input and 5 tensors of
-    the expert's width (gate and up, silu of gate, its product with up, that times the weight).
+    Attention: its input before and after the norm, and what `engine/activations.py` counts. Experts: their input before
+    and after the norm; for each of top_k the copied input and 5 tensors of the expert's width (gate and up, silu of
+    gate, its product with up, that times the weight).
     """
     model, moe = config.model, config.moe
-    heads = config.attention.base.heads()
-    queries = heads.query_heads * heads.key_width
-    keys, values = heads.kv_heads * heads.key_width, heads.kv_heads * heads.value_width
-    attention = 2 * model.hidden_size + 3 * (queries + keys) + values + heads.query_heads * heads.value_width
+    attention = 2 * model.hidden_size + attention_activations(config, 2 if uses_bf16(config) else 4)
     shared = 5 * moe.shared_experts * moe.expert_width
     routed = moe.top_k * (model.hidden_size + 5 * moe.expert_width) + 2 * moe.experts
     experts = attention + 2 * model.hidden_size + routed + shared
