@@ -7,15 +7,17 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_tools.synthetic import write_dataset
 
 VOCAB_SIZE = 256
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(scope="session")
@@ -45,11 +47,26 @@ def small(dataset: Path) -> list[str]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No launcher's variables in this process: not from outside, and not from a test that trained inside it."""
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    yield
+    for name in LAUNCHER:
+        os.environ.pop(name, None)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What is marked `gpu` needs one."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def clean_environment() -> dict[str, str]:
     """The environment of a process that no launcher started, one thread."""
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in launcher}
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     return {**kept, "OMP_NUM_THREADS": "1"}
 
 

@@ -51,10 +51,11 @@ def candidates(folder: Path) -> list[tuple[int, Path]]:
     return [(step, folder / name) for step, name in found]
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Remove what interrupted saves and prunings left behind. Raises OSError when that fails."""
+def clear_leftovers(folder: Path, *purposes: str) -> None:
+    """Remove what interrupted saves ("saving") or prunings ("deleting") left behind. Raises OSError."""
     for name in os.listdir(folder) if folder.is_dir() else ():
-        if _LEFTOVER.fullmatch(name):
+        match = _LEFTOVER.fullmatch(name)
+        if match and match[1] in purposes:
             _erase(folder / name)
 
 

@@ -97,8 +97,8 @@ def find_newest(
     With `at_most`, of those that were made after so many steps or fewer.
 
     One that does not verify is reported in a plain sentence on every rank, renamed to `step-N.corrupt` by rank 0 (left
-    in place when the directory cannot be written), and the next older one is tried. Raises, on all ranks, what one
-    rank raised for another reason than a damaged checkpoint.
+    in place when the directory cannot be written), and the next older one is tried. Raises CheckpointError on all
+    ranks when one could not read the files at all: trouble with the disk is no reason to give a checkpoint up.
     """
     folder = Path(run_dir) / layout.FOLDER
     refused: set[str] = set()
@@ -141,14 +141,12 @@ def open_verified(path: Path, world: World) -> Checkpoint:
 def verify(directory: Path, rank: int = 0, size: int = 1) -> Manifest:
     """Check a checkpoint directory: manifest, names, sizes, and the SHA-256 of every `size`-th file from `rank` on.
 
-    Raises CheckpointError naming the file, what was expected and what was found.
+    Raises CheckpointError naming the file, what was expected and what was found; OSError when the files cannot be
+    read, which says nothing about what is in them.
     """
-    try:
-        manifest = check_sizes(directory)
-        for name in sorted(manifest.contents.files)[rank::size]:
-            _check_hash(directory / name, manifest.contents.files[name])
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error}", field=str(directory)) from error
+    manifest = check_sizes(directory)
+    for name in sorted(manifest.contents.files)[rank::size]:
+        _check_hash(directory / name, manifest.contents.files[name])
     return manifest
 
 

@@ -73,7 +73,7 @@ def prune(
     stage("before_prune")
     for step, directory in surplus:
         layout.remove(directory, step, lambda: stage("mid_prune"))
-    layout.clear_leftovers(folder)
+    layout.clear_leftovers(folder, "deleting")
     return [step for step, _ in surplus]
 
 

@@ -126,7 +126,7 @@ class Save:
         """Rank 0 clears what dead saves left and makes the hidden directory. Raises OSError."""
         if self._world.is_main:
             self._folder.mkdir(parents=True, exist_ok=True)
-            layout.clear_leftovers(self._folder)
+            layout.clear_leftovers(self._folder, "saving", "deleting")
             self._temporary.mkdir()
 
     def write_share(self, pieces: Iterable[Piece], buffers: dict[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from kha_train.checkpoint.layout import FOLDER
 from kha_train.errors import CheckpointError, ConfigError
+from kha_train.record.lock import RunLock
 
 app = typer.Typer(name="checkpoint", help="What a run has saved.", no_args_is_help=True)
 RunDir = Annotated[Path, typer.Argument(help="A run directory.")]
@@ -65,12 +67,16 @@ def prune_(
     keep_every: Annotated[int, typer.Option(help="Those of every so many steps stay (0: none).")] = 0,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")] = False,
 ) -> None:
-    """Delete old checkpoints. Marked ones and the newest that verifies always stay; every byte is read first."""
+    """Delete old checkpoints of a run that is not training. Marked ones and the newest that verifies always stay."""
     from kha_train.checkpoint.reader import verify
     from kha_train.checkpoint.retention import Keep, prune
 
     _folder(run)
-    gone = prune(run, Keep(keep_last, keep_every), check=verify, dry_run=not yes)
+    with ExitStack() as held:
+        if yes:
+            # A run that is alive keeps what it may go back to in its own mind.
+            held.callback(RunLock(run).close)
+        gone = prune(run, Keep(keep_last, keep_every), check=verify, dry_run=not yes)
     verb = "deleted" if yes else "would delete (say --yes)"
     typer.echo(f"{verb}: {', '.join(f'step {step}' for step in gone) or 'nothing'}")
 

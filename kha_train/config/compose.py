@@ -85,7 +85,7 @@ def quoted(value: str) -> str:
 
     Raises ConfigError for a text with an interpolation, which cannot be written as a plain value.
     """
-    if re.fullmatch(r"[A-Za-z_./][\w./-]*", value):
+    if re.fullmatch(r"[A-Za-z_./][\w./-]*", value, re.ASCII):
         return value
     if "${" in value:
         raise ConfigError("a plain value has no interpolation", field="override", value=value)

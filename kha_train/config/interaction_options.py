@@ -253,6 +253,6 @@ def _each_once(field_name: str, chosen: tuple[Projection, ...]) -> ConfigError |
         "name each projection once",
         field=f"attention.interaction.{field_name}",
         value=list(chosen),
-        allowed="a non-empty choice",
+        allowed="a non-empty choice of q, k, v",
         fix=f"attention.interaction.{field_name}=[v]",
     )

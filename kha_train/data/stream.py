@@ -73,6 +73,7 @@ class TokenStream:
     def skip_windows(self, windows: Iterable[tuple[int, int]]) -> None:
         self._skip_windows = _merged(windows)
         self._plans.clear()
+        self._ahead.clear()
 
     def __iter__(self) -> TokenStream:
         return self

@@ -6,6 +6,7 @@ these three words are reserved and cannot be recorded as text.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -108,8 +109,17 @@ class Appender:
         self._file = path.open("ab", buffering=0)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Writes one line; it is in the kernel's hands on return, on disk after `sync`."""
-        self._file.write(to_line(record))
+        """Writes one line; it is in the kernel's hands on return, on disk after `sync`.
+
+        Raises OSError when the whole line does not go in (a full disk); then nothing of it stays in the file.
+        """
+        line, before = to_line(record), os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        except OSError:
+            os.ftruncate(self._file.fileno(), before)
+            raise
 
     def sync(self) -> None:
         """Forces everything written so far onto the disk."""

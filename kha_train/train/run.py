@@ -42,6 +42,7 @@ def train(config: RunConfig) -> Outcome:
         watchdog = Watchdog(run_dir, world, config.engine.hang_timeout_seconds)
         with stops, Session(config, world) as session, FailureFile(run_dir, world), watchdog:
             finished = _train_to_the_end(session, stops, watchdog)
+            world.raise_together(session.trouble)
             session.saver.finish()
             session.end_state = "done" if finished else "requeued"
             _mark_the_end(run_dir, world, finished, session.progress.step)
@@ -58,7 +59,7 @@ def _train_to_the_end(session: Session, stops: StopRequests, watchdog: Watchdog)
         watchdog.beat(session.progress.step + 1, "training")
         started = time.perf_counter()
         with session.data_wait.measured():
-            batch, labels = next_batch(session.stream, world)
+            batch, labels = next_batch(session.stream, world, session.trouble)
         lr = learning_rate(config.optim, session.progress.step + 1, steps)
         result = train_step(session.engine, batch, labels, lr, stops.pending(), session.judge_at(lr))
         session.progress = session.progress.after(session.stream.samples_seen, session.tokens_per_step, result.applied)

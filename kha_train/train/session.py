@@ -51,6 +51,9 @@ class Session:
         self.watch = Watch(config)
         self.data_wait = DataWait()
         self.end_state = "failed"
+        self.trouble: KhaError | None = None
+        """Why rank 0 could not write the record; all ranks hear of it at the next agreement."""
+        self._refused: list[str] = []
         self._resumed_from: tuple[int, ...] = ()
         self._inherited: resume.Inherited | None = None
         self._open = ExitStack()
@@ -62,6 +65,13 @@ class Session:
                 self.record = Record.open(self.run_dir, world.rank)
             self._open.push(self._close_record)
             checkpoint = find_newest(self.run_dir, world, self._report_checkpoint)
+            if checkpoint is None and self._refused:
+                raise CheckpointError(
+                    f"none of its {len(self._refused)} checkpoints verifies, and a run does not start over unasked",
+                    field="run.dir",
+                    value=str(self.run_dir),
+                    fix="restore a step directory (they are set aside as .corrupt), or choose another run.dir",
+                )
             with world.agreed():
                 self.stream = open_stream(config, world.rank, world.size)
                 validation_batches(config, world.rank, world.size)
@@ -137,7 +147,12 @@ class Session:
 
     def report(self, line: dict[str, Any], evidence: dict[str, Any] | None) -> None:
         """Record the line and what happened in its step, and show it to the mirrors."""
-        self.record.step(line)
+        try:
+            self.record.step(line)
+        except OSError as error:
+            fix = "make room; the same command goes on from the last checkpoint"
+            self.trouble = KhaError(f"the record cannot be written: {error}", field=str(self.run_dir), fix=fix)
+            return
         self.console.step(line)
         self.wandb.step(line)
         for kind, fields in self.watch.happenings(evidence):
@@ -268,6 +283,7 @@ class Session:
 
     def _report_checkpoint(self, text: str) -> None:
         """A damaged checkpoint is passed over; with `resume.strict` it is a CheckpointError on all ranks."""
+        self._refused.append(text)
         if self.world.is_main:
             print(f"warning: {text}", flush=True)
             self.record.event("checkpoint_refused", 0, text=text)

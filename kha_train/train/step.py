@@ -20,7 +20,7 @@ from torch import Tensor
 from kha_train.data.stream import Batch, TokenStream
 from kha_train.distributed import World
 from kha_train.engine.deepspeed import Engine
-from kha_train.errors import DataError
+from kha_train.errors import DataError, KhaError
 from kha_train.train.probe import probe
 from kha_train.train.watch import Ruling
 
@@ -54,12 +54,12 @@ def only_finite(loss: float, grad_norm: float) -> Ruling:
     return Ruling(math.isfinite(loss) and math.isfinite(grad_norm))
 
 
-def next_batch(stream: TokenStream, world: World) -> tuple[Batch, int]:
+def next_batch(stream: TokenStream, world: World, trouble: KhaError | None = None) -> tuple[Batch, int]:
     """This rank's batch of the next step and the unmasked labels of the whole global batch.
 
-    Raises DataError on all ranks when any rank could not read its part.
+    Raises on all ranks when any rank could not read its part (DataError), or brings `trouble` from before.
     """
-    batch, error = None, None
+    batch, error = None, trouble
     try:
         batch = next(stream)
     except DataError as found:

@@ -73,11 +73,11 @@ def test_a_newer_directory_that_is_not_whole_does_not_count_as_kept(tmp_path, sa
     assert find_newest(tmp_path, World.single(), lambda line: None).step == 1
 
 
-def test_pruning_removes_only_what_saves_and_prunings_left(tmp_path, save) -> None:
+def test_pruning_removes_only_what_prunings_left(tmp_path, save) -> None:
     folder = save(tmp_path, 1).parent
-    leftovers = [".step-00000002.saving-0123456789ab", ".step-00000002.deleting-0123456789ab"]
-    strangers = [".step-00000002.saving-mine", "notes", "step-2", "step-00000001.corrupt"]
-    for name in leftovers + strangers:
+    leftover, being_written = ".step-00000002.deleting-0123456789ab", ".step-00000003.saving-0123456789ab"
+    strangers = [".step-00000002.deleting-mine", "notes", "step-2", "step-00000001.corrupt", being_written]
+    for name in [leftover, *strangers]:
         (folder / name).mkdir()
     prune(tmp_path, Keep(1))
     assert {path.name for path in folder.iterdir()} == {"step-00000001", *strangers}

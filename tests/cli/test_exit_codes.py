@@ -15,6 +15,7 @@ from data_tools.corpus import build_corpus
 from data_tools.encode import encode_corpus
 from data_tools.train_tokenizer import train_tokenizer
 from kha_train.cli.main import run
+from kha_train.record import Record, read_metrics
 
 Train = Callable[..., tuple[int, str]]
 
@@ -117,6 +118,37 @@ def test_a_checkpoint_of_another_model_ends_with_3_and_names_the_difference(trai
     assert code == 3, said
     assert re.search(r"model\.rope_theta +10000\.0 -> 500\.0", said), said
     assert train("engine.micro_batch_size=2", "engine=zero3")[0] == 0, "how a step is executed may change"
+
+
+def test_a_run_whose_every_checkpoint_is_damaged_does_not_start_over(train: Train, tmp_path: Path) -> None:
+    assert train()[0] == 0
+    for weights in (tmp_path / "run" / "checkpoints").glob("step-*/model-*.safetensors"):
+        damaged = bytearray(weights.read_bytes())
+        damaged[-1] ^= 1
+        weights.write_bytes(damaged)
+    code, said = train()
+    assert code == 4, said
+    assert "does not start over" in said
+    assert (tmp_path / "run" / "checkpoints" / "step-00000002.corrupt").is_dir()
+
+
+def test_a_record_that_cannot_be_written_ends_the_run_and_the_same_command_goes_on(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = Record.step
+
+    def full(record: Record, line: dict[str, object]) -> None:
+        if line["step"] == 2:
+            raise OSError(28, "No space left on device")
+        append(record, line)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Record, "step", full)
+        code, said = train("checkpoint.every_steps=1", "run.steps=4")
+    assert code == 1, said
+    assert "No space left on device" in said and "Traceback" not in said
+    assert train("checkpoint.every_steps=1", "run.steps=4")[0] == 0
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 4
 
 
 def test_a_run_that_leaves_the_finite_numbers_ends_with_5(train: Train) -> None:
