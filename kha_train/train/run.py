@@ -43,6 +43,7 @@ def train(config: RunConfig) -> Outcome:
         with stops, Session(config, world) as session, FailureFile(run_dir, world), watchdog:
             finished = _train_to_the_end(session, stops, watchdog)
             world.raise_together(session.trouble)
+            watchdog.beat(session.progress.step, "ending")
             session.saver.finish()
             session.end_state = "done" if finished else "requeued"
             _mark_the_end(run_dir, world, finished, session.progress.step)

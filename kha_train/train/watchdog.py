@@ -63,8 +63,7 @@ class Watchdog:
         self._beats += 1
 
     def _watch(self) -> None:
-        interval = min(5.0, self._timeout / 4)
-        while not self._left.wait(interval):
+        while not self._left.wait(self._interval):
             self._write_beat()
             still = time.monotonic() - self._last
             if still > self._timeout / 2:
@@ -76,6 +75,7 @@ class Watchdog:
 
     def _end(self, reason: str) -> None:
         """Leave stacks and one line behind, and the process. It cannot be asked to end: its main thread hangs."""
+        first = not self._alarm.exists()
         with contextlib.suppress(OSError):
             self._alarm.touch()
             with self._path("txt").open("w", encoding="utf-8") as file:
@@ -84,7 +84,14 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
         error = HangError(f"{reason}; {self._slowest()}", fix=f"start again; the stacks are in {self._folder}")
         print(f"{error.line()}", file=sys.stderr, flush=True)
+        if first:
+            # Its going breaks the others' connections: they are to read the alarm and leave their stacks before that.
+            time.sleep(2 * self._interval)
         os._exit(HangError.exit_code)
+
+    @property
+    def _interval(self) -> float:
+        return min(5.0, self._timeout / 4)
 
     def _look(self) -> None:
         """Note what every rank has written of itself, and since when it has written nothing new."""

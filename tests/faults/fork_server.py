@@ -64,12 +64,12 @@ class Faults:
             self.happen(f"step:{self.step}")
             return train_step(*arguments, **options)
 
-        def at_batch(stream: Any, world: Any) -> Any:
+        def at_batch(stream: Any, *others: Any) -> Any:
             self.step = self.progress() + 1
             if "data" in self.happen(f"batch:{self.step}"):
                 failing = type("Failing", (), {"__next__": lambda _: _raise(DataError("damaged", field="shard"))})()
-                return next_batch(failing, world)
-            return next_batch(stream, world)
+                return next_batch(failing, *others)
+            return next_batch(stream, *others)
 
         def at_gradient(engine: Engine, batch: Any, loss_scale: float, *scales: float, last: bool) -> Any:
             scale = math.nan if "nan" in self.happen(f"gradient:{self.step}") else loss_scale
