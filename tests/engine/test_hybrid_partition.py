@@ -17,7 +17,8 @@ from kha_train.record import TIMING_KEYS, read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
+# Four processes on a small machine: one of eight such starts was seen to abort inside gloo as it ended.
+@pytest.mark.soak
 def test_groups_of_two_among_four_ranks_change_nothing(
     small: list[str], clean_environment: dict[str, str], tmp_path: Path
 ) -> None:
