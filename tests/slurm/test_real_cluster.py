@@ -79,6 +79,8 @@ def submit(cluster: Any, output: Path, overrides: list[str], env: dict[str, str]
     return cluster.run("sbatch", "--parsable", *options, ROOT / "launch" / "train.sbatch", *overrides, env=env)
 
 
+# Eight minutes of real time limits and grace periods: too long for every run, so it is one of the long ones.
+@pytest.mark.soak
 def test_a_run_survives_every_interruption_and_its_curve_is_that_of_a_run_never_touched(
     cluster, settings, reference, slow, tmp_path: Path
 ) -> None:
