@@ -16,6 +16,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.engine.deepspeed import Engine, InitialValue, seeded
 from kha_train.errors import ResumeError
 from kha_train.model.decoder import build_decoder
+from kha_train.model.moe.router import RUN_STATE
 
 FREE_TO_CHANGE = (
     "run.dir",
@@ -185,10 +186,11 @@ class Inherited:
         return self.checkpoint.read(name, "master").view(shapes[name]) if name in shapes else default()
 
     def fill_buffers(self, engine: Engine) -> None:
-        """Selection biases and the like, of those the checkpoint has."""
+        """Selection biases, of those the checkpoint has: they choose experts as weights do. What counts the steps of
+        the other run is not taken, or this one would skip its routing warm-up."""
         saved = self.checkpoint.buffers()
         for name, buffer in engine.buffers().items():
-            if name in saved:
+            if name in saved and name.rpartition(".")[2] not in RUN_STATE:
                 buffer.copy_(saved[name])
 
 

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kha_train import compose
+from kha_train.checkpoint.reader import find_newest
+from kha_train.distributed import World
 from kha_train.record import TIMING_KEYS, read_metrics
 from kha_train.train.run import train
 
@@ -46,3 +49,20 @@ def test_a_run_stopped_after_every_step_goes_on_bit_for_bit(
     expected, found = curve(whole), curve(broken)
     assert found == expected and len(found) == STEPS
     assert all(line["moe/auxiliary_loss"] > 0.5 and len(line["moe/maxvio_by_layer"]) == 1 for line in found)
+
+
+def test_a_new_run_takes_the_selection_biases_of_another_but_begins_its_own_routing_warm_up(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    overrides = [*small, *ROUTING, "validation.every_steps=0"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(compose([*overrides, f"run.dir={first}", f"run.steps={STEPS}", "moe.bias_update_rate=0.1"]))
+    train(compose([*overrides, f"run.dir={second}", "run.steps=1", f"run.init_from={first}", "moe.bias_update_rate=0"]))
+    before, after = (find_newest(run_dir, World.single(), print).buffers() for run_dir in (first, second))
+    counters = [name for name in after if name.endswith("steps_done")]
+    biases = [name for name in after if name.endswith("selection_bias")]
+    assert counters and biases
+    assert all(before[name].item() == STEPS and after[name].item() == 1 for name in counters)
+    assert all(before[name].any() and torch.equal(before[name], after[name]) for name in biases)

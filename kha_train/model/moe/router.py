@@ -32,6 +32,10 @@ class Routing(NamedTuple):
     z_sum: Tensor | None = None
 
 
+RUN_STATE = ("previous_share", "steps_done")
+"""Buffers that tell of the run and not of the model: a new run that takes these weights begins them afresh."""
+
+
 class Router(DeclaredModule):
     """Sigmoid or softmax scores in at least fp32. Experts are chosen by score + selection bias, within the best groups;
     their weights come from the scores alone. Dropless: every token keeps its top_k experts.
