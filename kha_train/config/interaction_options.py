@@ -20,7 +20,8 @@ TIED = "a tied base has no keys of its own (values and half of the keys are one 
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixInit:
-    """How square matrices start: as the `identity`, as `scale` times it, or `random`, normal with deviation `scale`.
+    """How square matrices start: as the `identity`, as `scale` times it, or `random`, normal with deviation
+    `scale` / sqrt(width), so that a vector leaves such a matrix as large as it came, times `scale`.
 
     `scale` is not used by `identity`. Papers start from the identity; the others are for studies of it.
     """

@@ -42,6 +42,17 @@ class Normal:
 
 
 @dataclass(frozen=True)
+class SizeKeeping:
+    """For x M, M [inputs, outputs]: normal with deviation `scale` / sqrt(inputs), x M as large as x times `scale`."""
+
+    scale: float = 1.0
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """See `Initial.draw`."""
+        return Normal(self.scale / math.sqrt(shape[0])).draw(shape, generator)
+
+
+@dataclass(frozen=True)
 class Constant:
     """Every element the same."""
 

@@ -21,7 +21,7 @@ from kha_train.config.options import FoldableOptions, HeadShape, InteractionOpti
 from kha_train.config.registry import INTERACTIONS
 from kha_train.config.schema import RunConfig
 from kha_train.model.attention.projection import HeadMap
-from kha_train.model.init import DeclaredModule, Identity, Initial, Normal
+from kha_train.model.init import DeclaredModule, Identity, Initial, SizeKeeping
 
 
 class Folds(NamedTuple):
@@ -90,5 +90,5 @@ def implementation(config: RunConfig) -> str:
 def starting_matrix(init: MatrixInit) -> Initial:
     """The rule by which a square matrix starts."""
     if init.kind == "random":
-        return Normal(init.scale)
+        return SizeKeeping(init.scale)
     return Identity(init.scale if init.kind == "scaled_identity" else 1.0)

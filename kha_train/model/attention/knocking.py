@@ -17,7 +17,7 @@ from kha_train.config.interaction_options import KnockingOptions, MatrixInit
 from kha_train.config.options import HeadShape
 from kha_train.model.attention.interaction import Folds, Interaction, starting_matrix
 from kha_train.model.attention.projection import HeadMap, Matrix
-from kha_train.model.init import Constant, Identity, Normal
+from kha_train.model.init import Constant, Identity
 
 
 class Knocking(Interaction):
@@ -99,7 +99,7 @@ class SharedGate(nn.Module):
 
     def __init__(self, width: int, init: MatrixInit) -> None:
         super().__init__()
-        self.gate = Matrix(width, Normal(init.scale) if init.kind == "random" else Constant(0.0))
+        self.gate = Matrix(width, starting_matrix(init) if init.kind == "random" else Constant(0.0))
 
     def forward(self, x_BTHK: Tensor) -> Tensor:
         """Every head through the same gate."""

@@ -214,7 +214,7 @@ def test_knocking_on_queries_and_keys_warns_of_its_cost():
 @pytest.mark.parametrize("variant", ["kha_linear", "kha_mlp", "kha_gate", "mea"])
 def test_matrices_start_as_asked(variant):
     scale = ("attention.interaction.init.kind=scaled_identity", "attention.interaction.init.scale=0.5")
-    random = ("attention.interaction.init.kind=random", "attention.interaction.init.scale=0.02")
+    random = ("attention.interaction.init.kind=random",)
     small = (f"attention={variant}", "model.layers=1", "model.vocab_size=64", "model.seq_len=12")
     for overrides in (random,) if variant == "kha_gate" else (scale, random):
         decoder = build_decoder(compose([*small, *overrides]))
@@ -223,7 +223,8 @@ def test_matrices_start_as_asked(variant):
         if overrides is scale:
             assert torch.equal(first, 0.5 * torch.eye(len(first)))
         else:
-            assert all(0.005 < matrix.std() < 0.05 for matrix in matrices)
+            # Vectors leave such a matrix about as large as they came.
+            assert all(0.3 < matrix.square().sum(0).mean().sqrt() < 2.0 for matrix in matrices)
 
 
 def test_learned_positions_are_added_to_the_embedding_and_counted():
