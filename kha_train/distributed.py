@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+import secrets
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -19,21 +20,32 @@ import torch
 import torch.distributed as dist
 
 from kha_train import errors
-from kha_train.errors import ConfigError, KhaError
+from kha_train.errors import ConfigError, KhaError, MachineError, RankError
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+_MISTAKES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _KINDS = {kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type)}
+
+
+def _nobody_listens() -> None:
+    """The `alive` of a process that nobody watches."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` processes. `device` is where small agreements travel (cpu for gloo, cuda for nccl)."""
+    """This process among `size` processes. `device` is where small agreements travel (cpu for gloo, cuda for nccl).
+
+    `life` is a name that only the processes of this start share: what it is written on is not an earlier start's.
+    `alive` is called now and then by slow work that gets on, so that a watchdog does not take it for a hang.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    life: str = ""
+    alive: Callable[[], None] = _nobody_listens
 
     @staticmethod
     def single() -> World:
@@ -96,30 +108,48 @@ class World:
     def raise_together(self, error: BaseException | None) -> None:
         """Return on all ranks when none brings an error, else raise on all.
 
-        Every rank raises the kind of error of the first failing rank, with that rank's words; the failing rank itself
-        raises its own exception.
+        Every rank raises the kind of error of the first failing rank, with that rank's words. Of a defect (anything
+        but a KhaError, an OSError, a lack of memory) the failing rank raises what it brought, the others a RankError.
         """
         first_failing = self.size - self.max_ints(0 if error is None else self.size - self.rank)[0]
         if first_failing == self.size:
             return
-        kind = type(error).__name__ if isinstance(error, KhaError) else KhaError.__name__
-        kind, _, words = self.broadcast_text(f"{kind}\n{error}", first_failing).partition("\n")
-        agreed = error if self.rank == first_failing else _KINDS[kind](f"rank {first_failing}: {words}")
+        found = as_error(error, "go on") if error is not None else None
+        kind = type(found).__name__ if isinstance(found, KhaError) else RankError.__name__
+        words = str(found) if isinstance(found, KhaError) else f"{type(found).__name__}: {found}"
+        kind, _, words = self.broadcast_text(f"{kind}\n{words}", first_failing).partition("\n")
+        agreed = found if self.rank == first_failing else _KINDS[kind](f"rank {first_failing}: {words}")
         assert agreed is not None
         if isinstance(agreed, KhaError):
             agreed.agreed = True
         raise agreed
 
     @contextmanager
-    def agreed(self) -> Iterator[None]:
-        """Around local work without collectives: all ranks leave it together, well or with one and the same error."""
-        with _Caught() as caught:
+    def agreed(self, doing: str = "go on", kind: type[KhaError] = MachineError) -> Iterator[None]:
+        """Around local work without collectives: all ranks leave it together, well or with one and the same error.
+
+        An OSError or a lack of memory in it becomes `kind`: "cannot `doing`: ...".
+        """
+        with Caught() as caught:
             yield
-        self.raise_together(caught.error)
+        self.raise_together(as_error(caught.error, doing, kind) if caught.error else None)
 
 
-class _Caught:
-    """Keeps any exception of the block (a defect too: the other ranks must not wait for a rank that is gone)."""
+def as_error(error: BaseException, doing: str, kind: type[KhaError] = MachineError) -> BaseException:
+    """What the machine raised as an error that says "cannot `doing`"; anything else as it is.
+
+    A file that is missing or forbidden is no failing machine, so it is never a MachineError but a plain KhaError.
+    """
+    if not isinstance(error, OSError | MemoryError):
+        return error
+    kind = KhaError if kind is MachineError and isinstance(error, _MISTAKES) else kind
+    told = kind(f"cannot {doing}: {error}" if str(error) else f"cannot {doing}: {type(error).__name__}")
+    told.__cause__ = error
+    return told
+
+
+class Caught:
+    """Keeps any exception of the block in `error` (a defect too: others must not wait for one that is gone)."""
 
     error: BaseException | None = None
 
@@ -185,7 +215,8 @@ def start(device: str, timeout_seconds: float) -> World:
         timeout = timedelta(seconds=timeout_seconds)
         backend = "nccl" if use_cuda else "gloo"
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout, **store)
-    return replace(world, device=where)
+    world = replace(world, device=where)
+    return replace(world, life=world.broadcast_text(secrets.token_hex(6)))
 
 
 def _refuse_pickles() -> None:

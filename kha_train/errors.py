@@ -14,6 +14,8 @@ class KhaError(Exception):
 
     exit_code = 1
     kind = ""
+    fatal = True
+    """Whether the same command would end the same way: then the run is marked FATAL, and not started again unseen."""
     agreed = False
     """True when all ranks raise this error together, so that one of them is enough to tell it."""
 
@@ -66,6 +68,12 @@ class CheckpointError(KhaError):
     kind = "checkpoint"
 
 
+class FormatError(CheckpointError):
+    """A checkpoint of a format that this version does not know. It is not damaged, and nothing touches it."""
+
+    exit_code = 3
+
+
 class DivergedError(KhaError):
     """Training left the finite numbers, or the loss left all reason, for longer than the policy allows."""
 
@@ -85,3 +93,19 @@ class HangError(KhaError):
 
     exit_code = 75
     kind = "hang"
+    fatal = False
+
+
+class MachineError(KhaError):
+    """The machine failed and not the run (a full or unreadable disk, too little host memory): try again."""
+
+    exit_code = 75
+    kind = "machine"
+    fatal = False
+
+
+class RankError(KhaError):
+    """Another rank died of a defect, of which its own traceback tells."""
+
+    kind = "rank"
+    fatal = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ def caught(world: World, error: BaseException | None) -> list[Any]:
         world.raise_together(error)
     except KhaError as found:
         return [type(found).__name__, found.exit_code, str(found)]
-    except OSError as found:
+    except ZeroDivisionError as found:
         return [type(found).__name__, None, str(found)]
     return []
 
@@ -36,7 +38,10 @@ def main(answer_file: Path) -> None:
         "nothing": caught(world, None),
         "one": caught(world, DataError("broken shard") if rank == 1 else None),
         "two": caught(world, [None, ConfigError("b"), CheckpointError("c")][rank]),
-        "foreign": caught(world, OSError("disk on fire") if rank == 2 else None),
+        "defect": caught(world, ZeroDivisionError("by zero") if rank == 2 else None),
+        "machine": caught(world, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if rank == 2 else None),
+        "mistake": caught(world, PermissionError(errno.EACCES, os.strerror(errno.EACCES)) if rank == 0 else None),
+        "life": world.life,
     }
     try:
         with world.agreed():

@@ -83,8 +83,20 @@ def test_of_several_errors_the_first_ranks_is_everyones(answers: list[dict[str, 
 
 
 def test_an_error_that_is_not_ours_stops_the_others_too(answers: list[dict[str, Any]]) -> None:
-    assert answers[2]["foreign"] == ["OSError", None, "disk on fire"]
-    assert answers[0]["foreign"] == ["KhaError", 1, "rank 2: disk on fire"]
+    assert [answer["defect"][0] for answer in answers] == ["RankError", "RankError", "ZeroDivisionError"]
+    assert answers[0]["defect"][1:] == [1, "rank 2: ZeroDivisionError: by zero"]
+
+
+def test_a_failing_machine_is_told_from_a_mistake_by_all_ranks(answers: list[dict[str, Any]]) -> None:
+    told = ["MachineError", 75, "rank 2: cannot go on: [Errno 28] No space left on device"]
+    assert answers[0]["machine"] == answers[1]["machine"] == told
+    assert answers[2]["machine"] == [*told[:2], told[2].removeprefix("rank 2: ")]
+    assert answers[0]["mistake"][:2] == ["KhaError", 1] and "Permission denied" in answers[0]["mistake"][2]
+
+
+def test_all_ranks_of_a_start_share_a_name_that_no_other_start_has(answers: list[dict[str, Any]]) -> None:
+    lives = {answer["life"] for answer in answers}
+    assert len(lives) == 1 and len(lives.pop()) == 12
 
 
 def test_local_work_is_left_together(answers: list[dict[str, Any]]) -> None:

@@ -12,8 +12,10 @@ has one snapshot of this rank's share in memory, and only one save is in flight.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,9 @@ from typing import Any
 
 from torch import Tensor
 
-from kha_train.checkpoint.agreement import Agreed
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.writer import PART_BYTES, Save, encode_on_main, no_stage
-from kha_train.distributed import World
+from kha_train.distributed import Caught, World
 from kha_train.errors import CheckpointError, KhaError
 
 
@@ -78,7 +79,7 @@ class BackgroundWriter:
         self._started = time.perf_counter()
         encoded = encode_on_main(self._world, trainer_state)
         save = Save(self._run_dir, step, self._world, encoded, stage=self._stage, part_bytes=self._part_bytes)
-        with Agreed(self._world, "prepare"):
+        with self._world.agreed("prepare the checkpoint", CheckpointError):
             save.prepare()
         self._save, self._publishing = save, False
         self._job = _Job(lambda: save.write_share(pieces, buffers))
@@ -97,22 +98,33 @@ class BackgroundWriter:
         """The checkpoint in flight, once it stands; None when there is none. Collective; raises as `poll` does."""
         published = None
         while self._job is not None:
-            self._job.join()
+            self._join()
             published = self._advance()
         return published
 
     def abandon(self) -> None:
         """Let this rank's thread end, without asking the others: they may be gone. Nothing is published any more."""
         if self._job is not None:
-            self._job.join()
+            self._join()
         self._save = self._job = None
+
+    def _join(self) -> None:
+        """Wait for this rank's thread, and tell the watchdog as long as it gets on."""
+        assert self._save is not None and self._job is not None
+        moves = -1
+        while self._job.running:
+            if self._save.moves != moves:
+                moves = self._save.moves
+                self._world.alive()
+            self._job.join(1.0)
 
     def _advance(self) -> Published | None:
         """After this rank's job has ended: agree that all went well, then the next stage or the end."""
         save, job = self._save, self._job
         assert save is not None and job is not None
         try:
-            with Agreed(self._world, "publish" if self._publishing else "write"):
+            doing = "publish" if self._publishing else "write"
+            with self._world.agreed(f"{doing} the checkpoint", CheckpointError):
                 if job.error is not None:
                     raise job.error
         except KhaError:
@@ -132,12 +144,34 @@ class BackgroundWriter:
             self._after_publish()
 
 
+def write(
+    run_dir: Path,
+    step: int,
+    world: World,
+    pieces: Iterable[Piece],
+    buffers: dict[str, Tensor],
+    trainer_state: dict[str, Any],
+    *,
+    stage: Callable[[str], None] = no_stage,
+    part_bytes: int = PART_BYTES,
+) -> Path:
+    """Publish one checkpoint and wait until it stands; returns its directory.
+
+    Collective. Raises CheckpointError on all ranks; what the failed save left is removed, earlier ones are untouched.
+    """
+    writer = BackgroundWriter(run_dir, world, stage=stage, part_bytes=part_bytes)
+    writer.begin(step, pieces, buffers, trainer_state)
+    published = writer.wait()
+    assert published is not None
+    return published.path
+
+
 class _Job:
     """A thread around one function; keeps what it raised for the main thread to ask for."""
 
     def __init__(self, body: Callable[[], None]) -> None:
         self._body = body
-        self._error: KhaError | OSError | None = CheckpointError("the writing thread died; its traceback is above")
+        self._error: BaseException | None = CheckpointError("the writing thread died")
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -146,16 +180,18 @@ class _Job:
         return self._thread.is_alive()
 
     @property
-    def error(self) -> KhaError | OSError | None:
+    def error(self) -> BaseException | None:
         """What the body raised; None after a good end. Ask only once it has ended."""
         return self._error
 
-    def join(self) -> None:
-        self._thread.join()
+    def join(self, seconds: float) -> None:
+        self._thread.join(seconds)
 
     def _run(self) -> None:
-        try:
+        with Caught() as caught:
             self._body()
-            self._error = None
-        except (KhaError, OSError) as error:
-            self._error = error
+        self._error = caught.error
+        if caught.error is not None and not isinstance(caught.error, KhaError | OSError | MemoryError):
+            # A defect costs a checkpoint and not the run, but it must be seen.
+            traceback.print_exception(caught.error, file=sys.stderr)
+            self._error = CheckpointError(f"the writing thread died: {type(caught.error).__name__}: {caught.error}")

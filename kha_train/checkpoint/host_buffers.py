@@ -23,10 +23,13 @@ class HostBuffers:
         self._used = 0
 
     def copy(self, source_P: Tensor) -> Tensor:
-        """A host copy of a 1-D tensor; on a GPU it is only begun: call `synchronize` before reading it."""
+        """A host copy of a 1-D tensor; on a GPU it is only begun: call `synchronize` before reading it.
+
+        Raises MemoryError when the host has too little.
+        """
         if self._used == len(self._buffers) or self._buffers[self._used].shape != source_P.shape:
             del self._buffers[self._used :]
-            self._buffers.append(torch.empty(source_P.shape, dtype=source_P.dtype, pin_memory=source_P.is_cuda))
+            self._buffers.append(_taken(source_P))
         target_P = self._buffers[self._used]
         self._used += 1
         return target_P.copy_(source_P, non_blocking=True)
@@ -35,3 +38,10 @@ class HostBuffers:
         """Return when every copy is complete."""
         if any(buffer.is_pinned() for buffer in self._buffers[:1]):
             torch.cuda.synchronize()
+
+
+def _taken(like_P: Tensor) -> Tensor:
+    try:
+        return torch.empty(like_P.shape, dtype=like_P.dtype, pin_memory=like_P.is_cuda)
+    except RuntimeError as error:
+        raise MemoryError(f"{like_P.nbytes} bytes of host memory: {error}") from error

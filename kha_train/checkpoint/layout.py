@@ -2,6 +2,7 @@
 
     step-00001000                    published: holds a manifest, complete
     step-00001000.corrupt            was published, did not verify; kept for a person to look at, never read
+    step-00001000.undone             marked by a person, of a future that a rewind undid; kept, never read
     .step-00001000.saving-XXXX       being written; worthless until renamed
     .step-00001000.replaced-XXXX     the older checkpoint of that step, while a newer one takes its name; readable
     .step-00001000.deleting-XXXX     condemned by retention
@@ -17,6 +18,8 @@ import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+from kha_train.record.files import sync_directory
 
 FOLDER = "checkpoints"
 _READABLE = re.compile(r"step-([0-9]{8,15})|\.step-([0-9]{8,15})\.replaced-[0-9a-f]{12}")
@@ -66,20 +69,20 @@ def remove(directory: Path, step: int, renamed: Callable[[], None] = lambda: Non
     """
     condemned = directory.with_name(temporary_name(step, "deleting"))
     os.rename(directory, condemned)
-    fsync_directory(directory.parent)
+    sync_directory(directory.parent)
     renamed()
     _erase(condemned)
 
 
-def set_aside(directory: Path, step: int) -> Path:
-    """Rename a checkpoint that does not verify to `.corrupt` (`.corrupt-1`, ... when taken). Raises OSError."""
-    base = directory.with_name(f"{step_name(step)}.corrupt")
+def set_aside(directory: Path, step: int, why: str = "corrupt") -> Path:
+    """Rename a checkpoint to `.corrupt` (`.corrupt-1`, ... when taken), or what else `why` says. Raises OSError."""
+    base = directory.with_name(f"{step_name(step)}.{why}")
     target, number = base, 0
     while os.path.lexists(target):
         number += 1
         target = base.with_name(f"{base.name}-{number}")
     os.rename(directory, target)
-    fsync_directory(directory.parent)
+    sync_directory(directory.parent)
     return target
 
 
@@ -88,12 +91,3 @@ def _erase(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def fsync_directory(directory: Path) -> None:
-    """Make the names inside `directory` survive a power cut. Raises OSError."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

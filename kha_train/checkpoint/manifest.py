@@ -2,7 +2,8 @@
 
 A manifest is read as untrusted input: every type, name and count is checked, the pieces must tile every parameter of
 every kind exactly, and the bytes must be those this module would write, which leaves no room for repeated keys or
-hidden extras. Its own SHA-256 is its last entry, so a flipped bit in the manifest is found as in any other file.
+hidden extras. Its own SHA-256 is its last entry, so a flipped bit in the manifest is found as in any other file, and a
+manifest of another format (whose own SHA-256 is right) is told from a damaged one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from kha_train.errors import CheckpointError
+from kha_train.errors import CheckpointError, FormatError
 
 VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -109,15 +110,19 @@ class Manifest:
             rows = ",\n".join(f"  {_dumps(name)}: {_dumps(section[name])}" for name in sorted(section))
             lines.append(f"{_dumps(title)}: {{\n{rows}\n}}")
         body = "{\n" + ",\n".join(lines)
-        digest = hashlib.sha256(body.encode()).hexdigest()
-        return f'{body},\n"sha256": "{digest}"\n}}\n'.encode()
+        return _sealed(body.encode())
 
 
 def parse_manifest(raw: bytes, where: str = MANIFEST_FILE) -> Manifest:
-    """The manifest in `raw`. Raises CheckpointError naming `where`, expected and found for anything out of order."""
+    """The manifest in `raw`. Raises CheckpointError naming `where`, expected and found for anything out of order, and
+    FormatError when it is whole but of another format.
+    """
     check = _Check(where)
     top = check.mapping(_loads(raw, check), "top level")
     if top.get("format") != VERSION:
+        if _is_whole(raw):
+            problem, fix = "written by another version, in a format unknown here", "use the version that wrote it"
+            raise FormatError(problem, field=where, value=str(top.get("format"))[:80], allowed=f"{VERSION}", fix=fix)
         check.fail("unknown format version", f"{VERSION}", top.get("format"))
     check.keys(top, {"format", "step", "tool", "files", "parameters", "buffers", "sha256"}, "top level")
     contents = parse_contents({name: top[name] for name in ("files", "parameters", "buffers")}, where)
@@ -253,6 +258,16 @@ class _Check:
             self.fail(f"dtype of {name} is unknown", ", ".join(ELEMENT_BYTES), entry["dtype"])
         file, key = self.text(entry["file"], "a file name"), self.text(entry["key"], "a tensor key")
         return BufferEntry(file, key, entry["dtype"], self.shape(entry["shape"], name))
+
+
+def _sealed(body: bytes) -> bytes:
+    """The lines of a manifest with their SHA-256 as the last entry."""
+    return body + f',\n"sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
+
+
+def _is_whole(raw: bytes) -> bool:
+    """Whether `raw` ends with its own SHA-256, as manifests of every format do."""
+    return raw == _sealed(raw.rpartition(b',\n"sha256": ')[0])
 
 
 def _dumps(value: Any) -> str:

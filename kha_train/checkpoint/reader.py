@@ -13,6 +13,7 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kha_train.checkpoint import layout
-from kha_train.checkpoint.agreement import Agreed
 from kha_train.checkpoint.manifest import (
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
@@ -32,7 +32,7 @@ from kha_train.checkpoint.manifest import (
 )
 from kha_train.checkpoint.trainer_state import decode_state
 from kha_train.distributed import World
-from kha_train.errors import CheckpointError, KhaError
+from kha_train.errors import CheckpointError, FormatError, KhaError
 
 _CHUNK_BYTES = 16 * 2**20
 _NONE = "none"
@@ -50,7 +50,7 @@ class Checkpoint:
         """Finished optimiser steps at the time of the save."""
         return self.manifest.step
 
-    @property
+    @cached_property
     def trainer_state(self) -> dict[str, Any]:
         """What the writer was given as `trainer_state`, floats bit for bit. Raises CheckpointError, OSError."""
         path = self.path / TRAINER_FILE
@@ -97,14 +97,15 @@ def find_newest(
     With `at_most`, of those that were made after so many steps or fewer.
 
     One that does not verify is reported in a plain sentence on every rank, renamed to `step-N.corrupt` by rank 0 (left
-    in place when the directory cannot be written), and the next older one is tried. Raises CheckpointError on all
-    ranks when one could not read the files at all: trouble with the disk is no reason to give a checkpoint up.
+    in place when the directory cannot be written), and the next older one is tried. Raises on all ranks: MachineError
+    when one could not read the files at all (trouble with the disk is no reason to give a checkpoint up), FormatError
+    when the newest is of a format unknown here.
     """
     folder = Path(run_dir) / layout.FOLDER
     refused: set[str] = set()
     while True:
         name, step = _NONE, -1
-        with Agreed(world, "list"):
+        with world.agreed(f"list {folder}"):
             if world.rank == 0:
                 left = [
                     (step, path.name)
@@ -127,10 +128,12 @@ def find_newest(
 def open_verified(path: Path, world: World) -> Checkpoint:
     """The checkpoint in `path`, a step directory or a run directory (its newest). Collective; nothing is renamed.
 
-    Raises CheckpointError on all ranks when there is none, or it does not verify.
+    Raises CheckpointError on all ranks when there is none, or it does not verify; else as `find_newest`.
     """
-    found = layout.candidates(path / layout.FOLDER)
-    directory = found[0][1] if found else path
+    directory = path
+    with world.agreed(f"list {path}"):
+        if world.is_main and (found := layout.candidates(path / layout.FOLDER)):
+            directory = found[0][1]
     directory = Path(world.broadcast_text(str(directory)))
     checkpoint, reason = _verify_together(directory, world)
     if checkpoint is None:
@@ -138,15 +141,17 @@ def open_verified(path: Path, world: World) -> Checkpoint:
     return checkpoint
 
 
-def verify(directory: Path, rank: int = 0, size: int = 1) -> Manifest:
-    """Check a checkpoint directory: manifest, names, sizes, and the SHA-256 of every `size`-th file from `rank` on.
+def verify(directory: Path, world: World | None = None) -> Manifest:
+    """Check a checkpoint directory: manifest, names, sizes, and the SHA-256 of this rank's share of the files.
 
-    Raises CheckpointError naming the file, what was expected and what was found; OSError when the files cannot be
-    read, which says nothing about what is in them.
+    Local; without `world` all files are this process' share. Raises CheckpointError naming the file, what was expected
+    and what was found, FormatError for a format unknown here; OSError when the files cannot be read, which says nothing
+    about what is in them.
     """
+    world = world or World.single()
     manifest = check_sizes(directory)
-    for name in sorted(manifest.contents.files)[rank::size]:
-        _check_hash(directory / name, manifest.contents.files[name])
+    for name in sorted(manifest.contents.files)[world.rank :: world.size]:
+        _check_hash(directory / name, manifest.contents.files[name], world.alive)
     return manifest
 
 
@@ -183,18 +188,20 @@ def check_sizes(directory: Path) -> Manifest:
 def _verify_together(directory: Path, world: World) -> tuple[Checkpoint | None, str]:
     """The checkpoint, or None and the reason, the same on every rank."""
     damage: CheckpointError | None = None
-    manifest = None
-    with Agreed(world, "verify"):
+    checkpoint = None
+    with world.agreed(f"read {directory}"):
         try:
-            manifest = verify(directory, world.rank, world.size)
+            checkpoint = Checkpoint(directory, verify(directory, world))
+            assert checkpoint.trainer_state is not None, "read here, where all ranks hear of what is wrong with it"
+        except FormatError:
+            raise
         except CheckpointError as error:
             damage = error
     try:
         world.raise_together(damage)
     except KhaError as error:
         return None, str(error)
-    assert manifest is not None
-    return Checkpoint(directory, manifest), ""
+    return checkpoint, ""
 
 
 def _set_aside(directory: Path, step: int) -> str:
@@ -213,11 +220,12 @@ def _check_regular(path: Path, is_right: Callable[[int], bool], expected: str) -
     return found
 
 
-def _check_hash(path: Path, expected: FileEntry) -> None:
+def _check_hash(path: Path, expected: FileEntry, alive: Callable[[], None]) -> None:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
+            alive()
     if digest.hexdigest() != expected.sha256:
         raise CheckpointError("its content has changed", field=str(path), value=f"SHA-256 {digest.hexdigest()[:16]}...",
                               allowed=f"SHA-256 {expected.sha256[:16]}...")  # fmt: skip

@@ -11,6 +11,7 @@ from kha_train.checkpoint.manifest import Manifest
 from kha_train.checkpoint.reader import check_sizes
 from kha_train.checkpoint.writer import no_stage
 from kha_train.errors import CheckpointError, ConfigError
+from kha_train.record.files import sync_directory
 
 MARK_SUFFIX = ".keep"
 
@@ -42,7 +43,7 @@ def mark(folder: Path, step: int, keep: bool) -> None:
         path.touch()
     else:
         path.unlink(missing_ok=True)
-    layout.fsync_directory(folder)
+    sync_directory(folder)
 
 
 def is_marked(folder: Path, step: int) -> bool:

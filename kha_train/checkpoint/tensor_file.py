@@ -34,8 +34,12 @@ DTYPE_NAMES = {
 _CHUNK_BYTES = 16 * 2**20
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], half_way: Callable[[], None]) -> FileEntry:
-    """Write `tensors` (CPU) to the new file `path` and fsync it; `half_way` is called amid the bytes.
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], half_way: Callable[[], None], wrote: Callable[[], None]
+) -> FileEntry:
+    """Write `tensors` (CPU) to the new file `path` and fsync it.
+
+    `half_way` is called once, amid the bytes, `wrote` after every chunk of them.
 
     Returns size and SHA-256 of what was handed to the operating system. Raises OSError (FileExistsError included).
     """
@@ -53,6 +57,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], half_way: Callable[[],
                 chunk = memory[start : start + _CHUNK_BYTES]
                 file.write(chunk)
                 digest.update(chunk)
+                wrote()
                 if not half_done and file.tell() * 2 >= size:
                     half_done = True
                     file.flush()

@@ -5,8 +5,8 @@
     3. rank 0 joins the lists, checks that they cover every parameter, writes trainer.json, and the manifest last
     4. rank 0 renames the directory to `step-N`
 
-All ranks leave each stage together, with one error or none. Until the rename the previous checkpoint is untouched;
-a kill leaves only a hidden directory that the next save removes.
+All ranks leave each stage together, with one error or none (`background.py`). Until the rename the previous checkpoint
+is untouched; a kill leaves only a hidden directory that the next save removes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 from torch import Tensor
 
 from kha_train.checkpoint import layout
-from kha_train.checkpoint.agreement import Agreed
 from kha_train.checkpoint.manifest import (
     KINDS,
     MANIFEST_FILE,
@@ -41,6 +40,7 @@ from kha_train.checkpoint.tensor_file import DTYPE_NAMES, write_bytes, write_ten
 from kha_train.checkpoint.trainer_state import encode_state
 from kha_train.distributed import World
 from kha_train.errors import CheckpointError
+from kha_train.record.files import sync_directory
 
 PART_BYTES = 512 * 2**20
 STAGES = ("first_shard", "mid_shard", "before_manifest", "before_rename", "between_renames", "after_rename")
@@ -50,45 +50,10 @@ def no_stage(name: str) -> None:
     """The `stage` callable outside tests: nothing happens."""
 
 
-def write(
-    run_dir: Path,
-    step: int,
-    world: World,
-    pieces: Iterable[Piece],
-    buffers: dict[str, Tensor],
-    trainer_state: dict[str, Any],
-    *,
-    stage: Callable[[str], None] = no_stage,
-    part_bytes: int = PART_BYTES,
-) -> Path:
-    """Publish `<run_dir>/checkpoints/step-<step>` and return it. Collective: all ranks call it with the same step.
-
-    `pieces` are this rank's own; they are drawn one by one and their values must stay unchanged until this returns.
-    A rank holds at most about `part_bytes` of drawn pieces for each of weights and moments before they go to disk.
-    Only rank 0's `buffers` (CPU) and `trainer_state` (see trainer_state.py) are stored. `stage` is called with each of
-    STAGES as it is reached, so that a fault test can end the process there. A checkpoint of the same step is replaced;
-    at every moment the old or the new one is readable.
-
-    Raises CheckpointError on all ranks when a file cannot be written or the pieces do not cover every parameter. The
-    half-written directory is then removed, and earlier checkpoints are as they were.
-    """
-    save = Save(run_dir, step, world, encode_on_main(world, trainer_state), stage=stage, part_bytes=part_bytes)
-    try:
-        with Agreed(world, "prepare"):
-            save.prepare()
-        with Agreed(world, "write"):
-            save.write_share(pieces, buffers)
-        with Agreed(world, "publish"):
-            save.publish()
-    finally:
-        save.clear()
-    return save.path
-
-
 def encode_on_main(world: World, trainer_state: dict[str, Any]) -> bytes:
     """Rank 0's `trainer_state` as the bytes of trainer.json (empty elsewhere). Collective; raises CheckpointError."""
     encoded = b""
-    with Agreed(world, "describe"):
+    with world.agreed("describe the checkpoint", CheckpointError):
         if world.is_main:
             encoded = encode_state(trainer_state)
     return encoded
@@ -98,8 +63,9 @@ class Save:
     """One rank's part in writing one checkpoint: local work, between whose stages all ranks must agree.
 
     `prepare`, `write_share`, `publish` and `clear` hold no collectives, so that they may run beside training in a
-    thread; whoever calls them sees to it that no rank begins a stage before all have ended the last (`write` here,
-    `background.BackgroundWriter`). Making the object is collective: the ranks agree on a random name.
+    thread; whoever calls them sees to it that no rank begins a stage before all have ended the last
+    (`background.BackgroundWriter`). Making the object is collective: the ranks agree on a random name. `moves` counts
+    what has been done so far, in no unit: a save whose count rises gets on.
     """
 
     def __init__(
@@ -112,8 +78,9 @@ class Save:
         stage: Callable[[str], None] = no_stage,
         part_bytes: int = PART_BYTES,
     ) -> None:
-        self.step = step
-        self._world, self._trainer_state, self._stage, self._part_bytes = world, trainer_state, stage, part_bytes
+        self.step, self.moves = step, 0
+        self._world, self._trainer_state, self._part_bytes = world, trainer_state, part_bytes
+        self._told_stage = stage
         self._folder = Path(run_dir) / layout.FOLDER
         self._temporary = self._folder / world.broadcast_text(layout.temporary_name(step, "saving"))
 
@@ -132,7 +99,7 @@ class Save:
     def write_share(self, pieces: Iterable[Piece], buffers: dict[str, Tensor]) -> None:
         """Write this rank's files. Raises OSError, and CheckpointError for pieces that contradict each other."""
         rank = self._world.rank
-        share = _Share(self._temporary, rank, self._stage, self._part_bytes)
+        share = _Share(self._temporary, rank, self._stage, self._moved, self._part_bytes)
         share.write(pieces, buffers if rank == 0 else {})
         if rank == 0:
             share.files[TRAINER_FILE] = write_bytes(self._temporary / TRAINER_FILE, self._trainer_state)
@@ -149,13 +116,23 @@ class Save:
         if self._world.is_main:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
+    def _moved(self) -> None:
+        self.moves += 1
+
+    def _stage(self, name: str) -> None:
+        self._moved()
+        self._told_stage(name)
+
 
 class _Share:
     """The files of one rank: `model-RRRRR.safetensors` and `optimizer-RRRRR.safetensors`, and further parts of each."""
 
-    def __init__(self, directory: Path, rank: int, stage: Callable[[str], None], part_bytes: int) -> None:
+    def __init__(
+        self, directory: Path, rank: int, stage: Callable[[str], None], wrote: Callable[[], None], part_bytes: int
+    ) -> None:
         self.files: dict[str, FileEntry] = {}
         self._directory, self._rank, self._stage, self._part_bytes = directory, rank, stage, part_bytes
+        self._wrote = wrote
         self._waiting: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         self._waiting_bytes = {"model": 0, "optimizer": 0}
         self._parts = {"model": 0, "optimizer": 0}
@@ -205,7 +182,8 @@ class _Share:
             self._stage("first_shard")
         name = self._file_name(family)
         path = self._directory / name
-        self.files[name] = write_tensors(path, self._waiting[family], lambda: self._stage("mid_shard"))
+        tensors = self._waiting[family]
+        self.files[name] = write_tensors(path, tensors, lambda: self._stage("mid_shard"), self._wrote)
         self._waiting[family], self._waiting_bytes[family] = {}, 0
         self._parts[family] += 1
 
@@ -226,7 +204,7 @@ def _write_manifest(directory: Path, step: int, world_size: int, stage: Callable
     encoded = Manifest(step, _tool(), contents).encode()
     parse_manifest(encoded, "the pieces of all ranks")
     write_bytes(directory / MANIFEST_FILE, encoded)
-    layout.fsync_directory(directory)
+    sync_directory(directory)
 
 
 def _join(shares: list[Contents]) -> Contents:
@@ -256,7 +234,7 @@ def _publish(temporary: Path, final: Path, step: int, stage: Callable[[str], Non
         os.rename(final, replaced)
         stage("between_renames")
     os.rename(temporary, final)
-    layout.fsync_directory(final.parent)
+    sync_directory(final.parent)
     stage("after_rename")
     if replaced is not None:
         layout.remove(replaced, step)

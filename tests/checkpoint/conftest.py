@@ -105,7 +105,7 @@ def own_pieces() -> Callable:
 @pytest.fixture(scope="session")
 def save() -> Callable:
     """save(run_dir, step, seed=step, size=1, **options): write `make_state(seed)` from `size` ranks."""
-    from kha_train.checkpoint.writer import write
+    from kha_train.checkpoint.background import write
 
     def save(run_dir: Any, step: int, seed: int | None = None, size: int = 1, **options: Any) -> Any:
         seed = step if seed is None else seed

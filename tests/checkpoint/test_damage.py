@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import random
@@ -13,8 +14,9 @@ import torch
 
 from kha_train.checkpoint.manifest import parse_manifest
 from kha_train.checkpoint.reader import Checkpoint, check_sizes, find_newest, verify
+from kha_train.checkpoint.retention import Keep, prune
 from kha_train.distributed import World
-from kha_train.errors import CheckpointError
+from kha_train.errors import CheckpointError, FormatError
 
 FILES = ["manifest.json", "trainer.json", "model-00001.safetensors", "optimizer-00000.safetensors"]
 
@@ -50,8 +52,9 @@ def test_every_single_bit_of_a_manifest_matters(tmp_path, save) -> None:
     for position in range(len(raw)):
         flipped = bytearray(raw)
         flipped[position] ^= 1 << (position % 8)
-        with pytest.raises(CheckpointError):
+        with pytest.raises(CheckpointError) as raised:
             parse_manifest(bytes(flipped))
+        assert not isinstance(raised.value, FormatError), "damage is not another version"
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -184,3 +187,31 @@ def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path, save) -> None:
     for file in save(tmp_path, 1, size=2).iterdir():
         with pytest.raises((pickle.UnpicklingError, ValueError, EOFError, KeyError, IndexError, AttributeError)):
             pickle.loads(file.read_bytes())
+
+
+def of_another_format(manifest: Path) -> None:
+    """As a later version would write it: whole, its own SHA-256 right."""
+    body = manifest.read_bytes().rpartition(b',\n"sha256"')[0].replace(b'"format": 1', b'"format": 2')
+    manifest.write_bytes(body + f',\n"sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode())
+
+
+def test_a_checkpoint_of_an_unknown_format_is_refused_plainly_and_left_untouched(tmp_path, save) -> None:
+    for step in (10, 20):
+        save(tmp_path, step)
+    newest = tmp_path / "checkpoints" / "step-00000020"
+    of_another_format(newest / "manifest.json")
+    with pytest.raises(FormatError, match="another version.*use the version that wrote it"):
+        find_newest(tmp_path, World.single(), pytest.fail)
+    assert newest.is_dir() and FormatError.exit_code == 3
+    prune(tmp_path, Keep(1))
+    assert newest.is_dir(), "what is not understood is not deleted"
+
+
+def test_a_flipped_bit_in_the_format_is_damage_and_no_other_format(tmp_path, save, holds) -> None:
+    for step in (10, 20):
+        save(tmp_path, step)
+    manifest = tmp_path / "checkpoints" / "step-00000020" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"format": 1', b'"format": 3'))
+    told: list[str] = []
+    assert holds(find_newest(tmp_path, World.single(), told.append), 10)
+    assert "unknown format" in told[0]

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from kha_train.checkpoint.background import write
 from kha_train.checkpoint.layout import candidates
 from kha_train.checkpoint.reader import find_newest, verify
 from kha_train.checkpoint.retention import Keep, prune
-from kha_train.checkpoint.writer import STAGES, write
+from kha_train.checkpoint.writer import STAGES
 from kha_train.distributed import World
 from kha_train.errors import CheckpointError
 
@@ -155,7 +156,7 @@ import torch
 import torch.distributed as dist
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import find_newest
-from kha_train.checkpoint.writer import write
+from kha_train.checkpoint.background import write
 from kha_train.distributed import World
 
 run_dir, rank, rendezvous, stage = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]

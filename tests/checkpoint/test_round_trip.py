@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from kha_train.checkpoint.background import write
 from kha_train.checkpoint.manifest import ELEMENT_BYTES, KINDS
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import Checkpoint, find_newest, verify
-from kha_train.checkpoint.writer import write
 from kha_train.distributed import World
 from kha_train.errors import CheckpointError
 

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kha_train.checkpoint.background import write
 from kha_train.checkpoint.reader import find_newest
 from kha_train.checkpoint.trainer_state import decode_state, encode_state
-from kha_train.checkpoint.writer import write
 from kha_train.distributed import World
 from kha_train.errors import CheckpointError
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from kha_train.checkpoint.background import write
 from kha_train.checkpoint.pieces import Piece
-from kha_train.checkpoint.writer import write
 from kha_train.cli.checkpoint import app
 from kha_train.distributed import World
 from kha_train.errors import CheckpointError, ConfigError

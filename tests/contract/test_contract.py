@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from kha_train.checkpoint.background import write
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import find_newest
-from kha_train.checkpoint.writer import write
 from kha_train.config.backends import TRAITS, invalid_backend
 from kha_train.config.compose import compose, shipped
 from kha_train.config.interaction_options import ExplicitOptions
