@@ -2,18 +2,26 @@
 # What train.sbatch and sweep.sbatch share: from a job's allocation to one `srun torchrun` a node, and from how that
 # ended to "done", "again" or "never again". Sourced, never run.
 #
-# How a run ended is told by files in its directory, because exit codes do not pass through torchrun:
-#   DONE      all steps are trained             -> the job ends with 0
-#   REQUEUE   saved and stopped in good order   -> the job requeues itself (not when the user made the file STOP)
-#   FATAL     an error that would come back     -> the job ends with the trainer's code, and is never requeued
-#   none      a crash                           -> requeued while checkpoints advance, else ends with srun's code
-# The trainer's own exit code lies in the file $KHA_EXIT_FILE of the attempt.
+# Each start of a job has a directory of its own, RUN_DIR/launch/JOB.RESTART: the attempt. Until the trainer owns the run
+# directory nothing else in there is touched: another job may be training in it. Two files of the attempt are the
+# channel between this script and its trainer (exit codes do not pass through torchrun):
+#   STOP      made here on a signal: save, and leave
+#   outcome   made by the trainer, and only once the run directory is its own, or to say that it cannot be:
+#     training   it trains, or crashed while it did   -> requeued while checkpoints advance, else ends with srun's code
+#     requeue    saved and stopped in good order      -> the job requeues itself
+#     stopped    so too, because the user made the file STOP in the run directory -> the job ends with 0
+#     done       all steps are trained                -> the job ends with 0
+#     fatal N    an error that would come back        -> the job ends with the code N, and is never requeued
+#     failed N   one that need not (disk, another rank) -> as a crash
+#     (no file)  it never owned the run               -> requeued only if a signal interrupted the start
+# The markers DONE, REQUEUE, FATAL of the run directory say the same to people and to `kha status`.
 #
 # Settings (environment; see site/example.env):
 #   KHA_PYTHON             interpreter of the environment kha_train is installed in (default: python)
 #   KHA_SITE               file sourced at the job's start: modules, network, W&B
 #   KHA_NPROC              ranks a node (default: the node's GPUs, else 1)
 #   KHA_MAX_REQUEUES       restarts after which a job gives up (default: 100)
+#   KHA_MAX_IDLE_STARTS    starts in a row without a new checkpoint after which a job gives up (default: 3)
 #   KHA_MAX_RESTARTS       restarts of all workers inside a job before it counts as crashed (default: 0)
 
 KHA_REQUEUE_CODE=85
@@ -61,7 +69,7 @@ export_library_settings() {
     # The flight recorder: the last collectives of every rank, written after a time-out.
     export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_BUFFER_SIZE=20000
     export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$1/flight_recorder/rank_" TORCH_FR_DUMP_TEMP_FILE="$1/flight_recorder/rank_"
-    export TORCHELASTIC_ERROR_FILE="$1/error.json" KHA_EXIT_FILE="$1/exit_code"
+    export TORCHELASTIC_ERROR_FILE="$1/error.json" KHA_OUTCOME_FILE="$1/outcome" KHA_STOP_FILE="$1/STOP"
     # Without it a restart inside the job reads the addresses of the dead workers out of the shared store.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}"
@@ -78,12 +86,26 @@ newest_step() {
     printf '%s' "$newest"
 }
 
+# How many starts of this job in a row, this one included, began after step $1, the newest checkpoint now. It counts what
+# SLURM requeued by itself as well.
+idle_starts() {
+    local life file step count=0
+    for ((life = $(restarts); life >= 0; life--)); do
+        step=''
+        file="$KHA_RUN_DIR/launch/$SLURM_JOB_ID.$life/start_step"
+        [[ ! -s $file ]] || read -r step <"$file" || true
+        [[ $step == "$1" ]] || break
+        count=$((count + 1))
+    done
+    printf '%s' "$count"
+}
+
 # Called by the traps: the workers finish their step, save and leave; they also see the file if the signal came before
 # they could listen. srun passes the signal on to every process of the step.
 on_signal() {
     KHA_STOPPING=1
     say "asked to stop: saving, then requeue"
-    [[ -z ${KHA_RUN_DIR:-} ]] || : >"$KHA_RUN_DIR/STOP"
+    [[ -z ${KHA_ATTEMPT:-} ]] || : >"$KHA_ATTEMPT/STOP"
     [[ -z ${KHA_SRUN_PID:-} ]] || kill -USR2 "$KHA_SRUN_PID" 2>/dev/null || true
 }
 
@@ -101,11 +123,23 @@ wait_for() {
     ((last == 127)) || KHA_CODE=$last
 }
 
-# Give the job back to SLURM to be started again, or end with $1 where that is not possible.
+# Why this job is not to be started once more after $1 starts without a new checkpoint and $2 restarts; nothing when it
+# may be.
+given_up() {
+    local most_idle="${KHA_MAX_IDLE_STARTS:-3}" most="${KHA_MAX_REQUEUES:-100}"
+    if (($1 >= most_idle)); then
+        printf '%s starts in a row without a new checkpoint (KHA_MAX_IDLE_STARTS)' "$1"
+    elif (($2 >= most)); then
+        printf '%s restarts already (KHA_MAX_REQUEUES)' "$2"
+    fi
+}
+
+# Give the job back to SLURM to be started again, or end with $1 where that is not possible or leads nowhere.
 requeue() {
-    local code="$1"
-    if (($(restarts) >= ${KHA_MAX_REQUEUES:-100})); then
-        say "not requeued: $(restarts) restarts already (KHA_MAX_REQUEUES)"
+    local code="$1" why
+    why="$(given_up "$(idle_starts "$(newest_step "$KHA_RUN_DIR")")" "$(restarts)")"
+    if [[ -n $why ]]; then
+        say "not requeued: $why"
         exit "$((code ? code : 1))"
     fi
     if scontrol requeue "$(job_name)"; then
@@ -119,54 +153,59 @@ requeue() {
     exit "$((code ? code : 1))"
 }
 
-# What the end of srun (code KHA_CODE) means. $1: directory of the attempt, $2: newest checkpoint at its start.
+# What the end of srun (code KHA_CODE) means. $1: newest checkpoint at its start.
 conclude() {
-    local own='' newest
+    local outcome='' code='' newest
     newest="$(newest_step "$KHA_RUN_DIR")"
-    [[ -s $1/exit_code ]] && read -r own <"$1/exit_code"
-    [[ $own =~ ^[0-9]+$ ]] || own=''
-    if [[ $own =~ ^[2-6]$ ]]; then
-        say "ended with code $own: not requeued"
-        exit "$own"
-    fi
-    if [[ -e $KHA_RUN_DIR/DONE ]]; then
+    [[ ! -s $KHA_ATTEMPT/outcome ]] || read -r outcome code <"$KHA_ATTEMPT/outcome" || true
+    case "$outcome" in
+    done)
         say "done"
         exit 0
-    fi
-    if [[ -e $KHA_RUN_DIR/FATAL ]]; then
-        say "FATAL: $(head -c 1000 "$KHA_RUN_DIR/FATAL")"
-        exit "${own:-1}"
-    fi
-    if [[ -e $KHA_RUN_DIR/REQUEUE && -z ${KHA_STOPPING:-} ]] && grep -q 'the STOP file' "$KHA_RUN_DIR/REQUEUE"; then
+        ;;
+    stopped)
         say "stopped by the file STOP: submit the same command again to go on"
         exit 0
-    fi
-    if [[ -e $KHA_RUN_DIR/REQUEUE || -n ${KHA_STOPPING:-} ]]; then
+        ;;
+    fatal)
+        say "ended with code $code: not requeued"
+        exit "$code"
+        ;;
+    esac
+    if [[ $outcome == requeue || -n ${KHA_STOPPING:-} ]]; then
         requeue 0
     fi
-    if ((newest > $2)); then
-        say "crashed with code $KHA_CODE after new checkpoints (now step $newest)"
-        requeue "$((KHA_CODE ? KHA_CODE : 1))"
+    # Without an outcome the run was never ours, and its checkpoints may be another job's.
+    if [[ -n $outcome ]] && ((newest > $1)); then
+        say "crashed with code ${code:-$KHA_CODE} after new checkpoints (now step $newest)"
+        requeue "${code:-$((KHA_CODE ? KHA_CODE : 1))}"
     fi
-    say "crashed with code $KHA_CODE and no new checkpoint: not requeued"
-    exit "$((own ? own : KHA_CODE ? KHA_CODE : 1))"
+    say "crashed with code ${code:-$KHA_CODE} and no new checkpoint: not requeued"
+    exit "${code:-$((KHA_CODE ? KHA_CODE : 1))}"
 }
 
 # Train in the allocation of this job. $1: run directory, the rest: overrides. Never returns.
 train_in_allocation() {
-    local attempt before nodes
+    local before nodes why
     KHA_RUN_DIR="$1"
     shift
-    attempt="$KHA_RUN_DIR/launch/$SLURM_JOB_ID.$(restarts)"
     nodes="$SLURM_JOB_NUM_NODES"
-    mkdir -p "$attempt/flight_recorder"
     if [[ -e $KHA_RUN_DIR/DONE ]]; then
         say "$KHA_RUN_DIR is done already"
         exit 0
     fi
-    rm -f "$KHA_RUN_DIR/STOP" "$KHA_RUN_DIR/REQUEUE" "$KHA_RUN_DIR/FATAL"
     before="$(newest_step "$KHA_RUN_DIR")"
-    export_library_settings "$attempt"
+    KHA_ATTEMPT="$KHA_RUN_DIR/launch/$SLURM_JOB_ID.$(restarts)"
+    mkdir -p "$KHA_ATTEMPT/flight_recorder"
+    rm -f "$KHA_ATTEMPT/STOP" "$KHA_ATTEMPT/outcome"
+    echo "$before" >"$KHA_ATTEMPT/start_step"
+    export_library_settings "$KHA_ATTEMPT"
+    # What SLURM requeued by itself (after the loss of a node) never came through `requeue`.
+    why="$(given_up "$(($(idle_starts "$before") - 1))" "$(($(restarts) - 1))")"
+    if [[ -n $why ]]; then
+        say "not started again: $why"
+        exit 1
+    fi
     [[ -z ${KHA_STOPPING:-} ]] || requeue 0
     say "job $(job_name), start $(restarts) after step $before, $nodes nodes x $(ranks_per_node) ranks, $KHA_RUN_DIR"
     # In the background, because a trap waits for a foreground command.
@@ -174,11 +213,11 @@ train_in_allocation() {
         bash -c "$KHA_AGENT" agent "$KHA_PYTHON" -m torch.distributed.run \
         --nnodes="$nodes" --nproc-per-node="$(ranks_per_node)" --max-restarts="${KHA_MAX_RESTARTS:-0}" \
         --rdzv-backend=c10d --rdzv-endpoint="$(first_host):$(rendezvous_port)" \
-        --rdzv-id="$SLURM_JOB_ID.$(restarts)" --log-dir="$attempt/logs" --tee=3 \
+        --rdzv-id="$SLURM_JOB_ID.$(restarts)" --log-dir="$KHA_ATTEMPT/logs" --tee=3 \
         -m kha_train "$@" &
     KHA_SRUN_PID=$!
     wait_for "$KHA_SRUN_PID"
-    conclude "$attempt" "$before"
+    conclude "$before"
 }
 
 # Fill KHA_ARGUMENTS with the run directory and the overrides that `kha launch-arguments "$@"` answers: they travel

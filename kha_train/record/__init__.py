@@ -6,7 +6,7 @@ Console and W&B are mirrors of what is written here; comparison, resume and test
 from __future__ import annotations
 
 from kha_train.record.lock import heartbeat_age, read_owner
-from kha_train.record.markers import Marker, clear_marker, has_marker, set_marker
+from kha_train.record.markers import Marker, clear_marker, has_marker, leave_outcome, set_marker
 from kha_train.record.metrics import METRICS, RECORD_ONLY, TIMING_KEYS, Metric
 from kha_train.record.reader import read_discarded, read_events, read_metrics, read_run
 from kha_train.record.record import Record, SilentRecord
@@ -24,6 +24,7 @@ __all__ = [
     "clear_marker",
     "has_marker",
     "heartbeat_age",
+    "leave_outcome",
     "read_discarded",
     "read_events",
     "read_metrics",

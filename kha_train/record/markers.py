@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 
@@ -33,3 +34,13 @@ def has_marker(run_dir: Path, marker: Marker) -> bool:
 def clear_marker(run_dir: Path, marker: Marker) -> None:
     """Removes the marker if it exists."""
     (run_dir / marker.value).unlink(missing_ok=True)
+
+
+def leave_outcome(text: str) -> None:
+    """Tells the batch script that started this process, and no other, how the attempt stands: `training` once the run
+    directory is its own, then `done`, `requeue`, `stopped`, or an exit code after `fatal` or `failed`. Exit codes do not
+    pass through torchrun, and the markers of a run directory may be another job's.
+    """
+    path = os.environ.get("KHA_OUTCOME_FILE")
+    if path:
+        Path(path).write_text(f"{text}\n", encoding="utf-8")

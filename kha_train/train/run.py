@@ -11,7 +11,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate_batch
 from kha_train.distributed import World
 from kha_train.optim import learning_rate
-from kha_train.record import Marker, clear_marker, has_marker, set_marker
+from kha_train.record import Marker, clear_marker, has_marker, leave_outcome, set_marker
 from kha_train.train.failure import FailureFile
 from kha_train.train.preempt import StopRequests
 from kha_train.train.session import Session
@@ -87,11 +87,14 @@ def _is_due(step: int, every: int, last: int) -> bool:
 
 
 def _mark_the_end(run_dir: Path, world: World, finished: bool, step: int) -> None:
-    """Tell whoever started the job, through a file: exit codes do not pass through torchrun."""
-    if world.is_main:
-        # A batch script requeues what SLURM interrupted, and leaves what its user stopped.
-        why = "the STOP file" if has_marker(run_dir, Marker.STOP) else "a signal"
-        clear_marker(run_dir, Marker.STOP)
-        set_marker(
-            run_dir, *((Marker.DONE, f"step {step}") if finished else (Marker.REQUEUE, f"step {step}, by {why}"))
-        )
+    """Tell whoever started the job, and whoever looks at the run, how the attempt ended."""
+    if not world.is_main:
+        return
+    by_user = has_marker(run_dir, Marker.STOP)
+    clear_marker(run_dir, Marker.STOP)
+    if finished:
+        set_marker(run_dir, Marker.DONE, f"step {step}")
+    else:
+        set_marker(run_dir, Marker.REQUEUE, f"step {step}, by {'the STOP file' if by_user else 'a signal'}")
+    # A batch script requeues what SLURM interrupted, and leaves what its user stopped.
+    leave_outcome("done" if finished else "stopped" if by_user else "requeue")

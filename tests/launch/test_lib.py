@@ -92,22 +92,25 @@ def job(tmp_path: Path) -> Job:
 
 
 SAVED = 'mkdir -p "$RUN/checkpoints/step-00000010"; '
+OWNED = 'echo training > "$KHA_OUTCOME_FILE"; '
 
 
 @pytest.mark.parametrize(
     "training, code, requeued",
     [
-        ("touch $RUN/DONE", 0, None),
-        ("touch $RUN/DONE; exit 137", 0, None),
-        ("echo 'step 5, by a signal' > $RUN/REQUEUE", 0, "41"),
-        ("echo 'step 5, by the STOP file' > $RUN/REQUEUE", 0, None),
-        ("touch $RUN/FATAL; echo 4 > $KHA_EXIT_FILE; exit 1", 4, None),
-        ("echo 2 > $KHA_EXIT_FILE; exit 1", 2, None),
-        ("echo 6 > $KHA_EXIT_FILE; exit 1", 6, None),
+        ("echo done > $KHA_OUTCOME_FILE", 0, None),
+        ("echo done > $KHA_OUTCOME_FILE; exit 137", 0, None),
+        ("echo requeue > $KHA_OUTCOME_FILE", 0, "41"),
+        ("echo stopped > $KHA_OUTCOME_FILE", 0, None),
+        ("echo fatal 4 > $KHA_OUTCOME_FILE; exit 1", 4, None),
+        ("echo fatal 6 > $KHA_OUTCOME_FILE; exit 1", 6, None),
+        (SAVED + "echo fatal 5 > $KHA_OUTCOME_FILE; exit 1", 5, None),
+        (SAVED + "echo fatal 1 > $KHA_OUTCOME_FILE; exit 1", 1, None),
         ("exit 9", 9, None),
-        (SAVED + "exit 9", 0, "41"),
-        (SAVED + "echo 75 > $KHA_EXIT_FILE; exit 1", 0, "41"),
-        (SAVED + "echo 5 > $KHA_EXIT_FILE; exit 1", 5, None),
+        (OWNED + "exit 9", 9, None),
+        (OWNED + SAVED + "exit 9", 0, "41"),
+        (SAVED + "echo failed 75 > $KHA_OUTCOME_FILE; exit 1", 0, "41"),
+        ("echo failed 75 > $KHA_OUTCOME_FILE; exit 1", 75, None),
     ],
 )
 def test_the_end_of_training_decides_the_end_of_the_job(
@@ -118,25 +121,64 @@ def test_the_end_of_training_decides_the_end_of_the_job(
 
 
 def test_a_crash_is_requeued_only_while_checkpoints_advance(job: Job) -> None:
-    job.run(SAVED + "exit 9")
+    job.run(OWNED + SAVED + "exit 9")
     assert job.requeued == "41"
-    ended = job.run(SAVED + "exit 9", SLURM_RESTART_COUNT="1")
+    ended = job.run(OWNED + SAVED + "exit 9", SLURM_RESTART_COUNT="1")
     assert (ended.returncode, job.requeued) == (9, None), ended.stdout
 
 
-def test_the_number_of_restarts_has_a_cap(job: Job) -> None:
-    ended = job.run("touch $RUN/REQUEUE", SLURM_RESTART_COUNT="3", KHA_MAX_REQUEUES="3")
-    assert (ended.returncode, job.requeued) == (1, None), ended.stdout
-    assert "KHA_MAX_REQUEUES" in ended.stdout
-
-
-def test_marks_of_an_earlier_end_do_not_decide_this_one(job: Job) -> None:
+@pytest.mark.parametrize("seconds_job", ["fatal 6", "", "training"])
+def test_a_job_touches_nothing_in_the_run_directory_that_another_may_own(seconds_job: str, job: Job) -> None:
+    """Neither the owner's markers, nor a request to stop it, nor its progress are the second job's."""
     job.run_dir.mkdir()
-    for name in ("REQUEUE", "FATAL", "STOP"):
-        (job.run_dir / name).touch()
-    ended = job.run("exit 9")
-    assert (ended.returncode, job.requeued) == (9, None), ended.stdout
-    assert not (job.run_dir / "STOP").exists()
+    markers = {name: job.run_dir / name for name in ("REQUEUE", "FATAL", "STOP")}
+    for name, path in markers.items():
+        path.write_text(name)
+    process = job.start(
+        f'trap "" USR2; touch "$FAKE/up"; until [[ -e $KHA_STOP_FILE ]]; do sleep 0.1; done; {SAVED}'
+        f"[[ -z '{seconds_job}' ]] || echo {seconds_job} > $KHA_OUTCOME_FILE; exit 1"
+    )
+    _wait_for((job.folder / "up").exists)
+    process.send_signal(signal.SIGUSR2)
+    output, _ = process.communicate(timeout=60)
+    assert {name: path.read_text() for name, path in markers.items()} == {name: name for name in markers}, output
+    assert (process.returncode, job.requeued) == ((6, None) if seconds_job == "fatal 6" else (0, "41")), output
+
+
+def test_the_progress_of_another_job_is_no_reason_to_requeue_a_crash(job: Job) -> None:
+    assert (job.run(SAVED + "exit 9").returncode, job.requeued) == (9, None)
+
+
+def test_the_number_of_restarts_has_a_cap_at_the_end_and_at_the_start(job: Job) -> None:
+    requeue = "echo requeue > $KHA_OUTCOME_FILE"
+    assert job.run(requeue, SLURM_RESTART_COUNT="2", KHA_MAX_REQUEUES="3").returncode == 0
+    assert job.requeued == "41"
+    ended = job.run(requeue, SLURM_RESTART_COUNT="3", KHA_MAX_REQUEUES="3")
+    assert (ended.returncode, job.requeued) == (1, None) and "KHA_MAX_REQUEUES" in ended.stdout
+    # SLURM requeued it all the same, after the loss of a node.
+    (job.folder / "srun.arguments").unlink()
+    ended = job.run(requeue, SLURM_RESTART_COUNT="4", KHA_MAX_REQUEUES="3")
+    assert (ended.returncode, job.requeued) == (1, None) and "KHA_MAX_REQUEUES" in ended.stdout
+    assert not (job.folder / "srun.arguments").exists()
+
+
+def test_a_job_that_saves_nothing_new_gives_up_whoever_requeued_it(job: Job) -> None:
+    """Lives that end with REQUEUE and lives that SLURM ends without a word count alike; a checkpoint begins anew."""
+    requeue = "echo requeue > $KHA_OUTCOME_FILE"
+
+    def life(number: int, training: str) -> tuple[int, str | None, bool]:
+        (job.folder / "srun.arguments").unlink(missing_ok=True)
+        ended = job.run(training, SLURM_RESTART_COUNT=str(number))
+        return ended.returncode, job.requeued, (job.folder / "srun.arguments").exists()
+
+    assert life(0, requeue) == (0, "41", True)
+    assert life(1, requeue) == (0, "41", True)
+    assert life(2, SAVED + requeue) == (0, "41", True)
+    assert life(3, requeue) == (0, "41", True)
+    life(4, "exit 9")
+    # The third in a row after step 10 is the last, and a fourth is not even begun.
+    assert life(5, requeue) == (1, None, True)
+    assert life(6, requeue) == (1, None, False)
 
 
 def test_a_finished_run_is_not_started_again(job: Job) -> None:
@@ -154,33 +196,35 @@ def test_a_configuration_that_cannot_run_ends_the_job_before_any_node_is_used(jo
 
 def test_one_element_of_an_array_requeues_itself_alone(job: Job) -> None:
     """The last element's job id is the array's: scontrol would requeue them all."""
-    job.run("touch $RUN/REQUEUE", SLURM_ARRAY_JOB_ID="41", SLURM_ARRAY_TASK_ID="2")
+    job.run("echo requeue > $KHA_OUTCOME_FILE", SLURM_ARRAY_JOB_ID="41", SLURM_ARRAY_TASK_ID="2")
     assert job.requeued == "41_2"
 
 
 def test_where_a_job_may_not_requeue_itself_the_sites_code_does_or_the_user_is_told(job: Job) -> None:
-    ended = job.run("touch $RUN/REQUEUE", FAKE_REQUEUE_CODE="1")
+    ended = job.run("echo requeue > $KHA_OUTCOME_FILE", FAKE_REQUEUE_CODE="1")
     assert ended.returncode == 1 and "submit the same command again" in ended.stdout
     (job.folder / "config").write_text("RequeueExit             = 85,99\n")
-    assert job.run("touch $RUN/REQUEUE", FAKE_REQUEUE_CODE="1").returncode == 85
+    assert job.run("echo requeue > $KHA_OUTCOME_FILE", FAKE_REQUEUE_CODE="1").returncode == 85
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
 def test_a_signal_to_the_batch_shell_reaches_the_workers_and_the_shell_waits_for_their_save(
     number: int, job: Job
 ) -> None:
-    training = 'trap "touch $FAKE/signalled; sleep 0.5; touch $RUN/REQUEUE; exit 0" USR2; touch "$FAKE/up"\n'
+    training = (
+        'trap "touch $FAKE/signalled; sleep 0.5; echo requeue > $KHA_OUTCOME_FILE; exit 0" USR2; touch "$FAKE/up"\n'
+    )
     training += "for i in {1..300}; do sleep 0.1; done"
     process = job.start(training)
     _wait_for((job.folder / "up").exists)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert (job.folder / "signalled").exists() and (job.run_dir / "STOP").exists()
+    assert (job.folder / "signalled").exists() and not (job.run_dir / "STOP").exists()
     assert (process.returncode, job.requeued) == (0, "41"), output
 
 
 def test_a_signal_while_the_workers_still_start_is_not_lost(job: Job) -> None:
-    process = job.start('trap "" USR2; touch "$FAKE/up"; until [[ -e $RUN/STOP ]]; do sleep 0.1; done; exit 3')
+    process = job.start('trap "" USR2; touch "$FAKE/up"; until [[ -e $KHA_STOP_FILE ]]; do sleep 0.1; done; exit 3')
     _wait_for((job.folder / "up").exists)
     process.send_signal(signal.SIGUSR2)
     output, _ = process.communicate(timeout=60)
@@ -188,7 +232,7 @@ def test_a_signal_while_the_workers_still_start_is_not_lost(job: Job) -> None:
 
 
 def test_srun_starts_one_agent_a_node_at_the_first_nodes_name(job: Job) -> None:
-    job.run("touch $RUN/DONE", SLURM_GPUS_ON_NODE="8", SLURM_RESTART_COUNT="2")
+    job.run("echo done > $KHA_OUTCOME_FILE", SLURM_GPUS_ON_NODE="8", SLURM_RESTART_COUNT="2")
     given_to_srun = job.srun_arguments()
     for option in ("--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--nnodes=2", "--nproc-per-node=8"):
         assert option in given_to_srun
@@ -213,8 +257,7 @@ def test_the_agent_ignores_the_signal_that_its_workers_obey(tmp_path: Path) -> N
     )
 )
 def test_overrides_reach_the_trainer_byte_for_byte(job: Job, overrides: list[str]) -> None:
-    ended = job.run("touch $RUN/DONE", *overrides)
-    (job.run_dir / "DONE").unlink()
+    ended = job.run("echo done > $KHA_OUTCOME_FILE", *overrides)
     assert ended.returncode == 0, ended.stdout
     given_to_srun = job.srun_arguments()
     assert given_to_srun[given_to_srun.index("kha_train") + 1 :] == overrides

@@ -1,0 +1,55 @@
+"""A run is asked to stop, and tells its batch script how it ended, in files that are that job's alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kha_train.config.compose import compose
+from kha_train.record import Marker, Record, has_marker, set_marker
+from kha_train.train.run import train
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file in which a batch script would read the outcome; its STOP is beside it."""
+    monkeypatch.setenv("KHA_OUTCOME_FILE", str(tmp_path / "outcome"))
+    monkeypatch.setenv("KHA_STOP_FILE", str(tmp_path / "STOP"))
+    return tmp_path / "outcome"
+
+
+def test_who_asked_to_stop_decides_whether_the_job_is_to_be_requeued(
+    small: list[str], tmp_path: Path, told: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    config = compose([*small, "model.layers=1", "run.steps=3", "validation.every_steps=0", f"run.dir={run_dir}"])
+    (tmp_path / "STOP").touch()
+    assert train(config).step == 1 and told.read_text() == "requeue\n"
+    (tmp_path / "STOP").unlink()
+    set_marker(run_dir, Marker.STOP)
+    assert train(config).step == 2 and told.read_text() == "stopped\n"
+    assert not has_marker(run_dir, Marker.STOP) and has_marker(run_dir, Marker.REQUEUE)
+    assert train(config).finished and told.read_text() == "done\n"
+    assert [marker for marker in Marker if has_marker(run_dir, marker)] == [Marker.DONE]
+
+
+def test_a_second_process_says_that_it_never_owned_the_run_and_leaves_every_marker(
+    small: list[str], tmp_path: Path, told: Path, clean_environment: dict[str, str]
+) -> None:
+    run_dir = tmp_path / "run"
+    owner = Record.open(run_dir)
+    for marker in Marker:
+        set_marker(run_dir, marker, "the owner's")
+    try:
+        command = [sys.executable, "-m", "kha_train", *small, f"run.dir={run_dir}"]
+        environment = {**os.environ, **clean_environment}
+        second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    finally:
+        owner.close()
+    assert second.returncode == 6 and told.read_text() == "fatal 6\n", second.stderr
+    assert {(run_dir / marker.value).read_text() for marker in Marker} == {"the owner's\n"}
