@@ -14,6 +14,7 @@ from kha_train.config.build import flatten
 from kha_train.config.compose import load_plain
 from kha_train.errors import ConfigError
 from kha_train.record import Marker, has_marker, heartbeat_age, read_metrics, read_run
+from kha_train.record.goodput import goodput
 
 State = Literal["done", "running", "silent", "requeue", "fatal", "ended", "queued", "new"]
 STATES: dict[str, str] = {
@@ -35,8 +36,8 @@ class RunStatus:
     """One run. None where the run has not told it yet.
 
     `loss`, `tokens_per_second` and `mfu` are medians of the last 20 steps; `seconds_left` is the steps left times the
-    mean wall time between those steps, saving and validating included; `goodput` the time spent in steps that still
-    count over the time since the first start; `spikes` the loss spikes counted so far; `heartbeat` the seconds since
+    mean wall time between those steps, saving and validating included; `goodput` the share that `record.goodput`
+    calls productive; `spikes` the loss spikes counted so far; `heartbeat` the seconds since
     the process was heard of, `idle` the seconds since its last step.
     """
 
@@ -74,8 +75,8 @@ def run_status(path: Path, name: str | None = None, queued: bool = False) -> Run
     steps = config.get("run.steps")
     step = lines[-1]["step"] if lines else 0
     now = time.time()
-    begun = attempts[0]["started"] if attempts else now
     last = lines[-1]["time"] if lines else now
+    spent = goodput(path)
     return RunStatus(
         name=name or str(config.get("run.name") or path.name),
         path=str(path),
@@ -88,7 +89,7 @@ def run_status(path: Path, name: str | None = None, queued: bool = False) -> Run
         seconds_left=_seconds_left(recent, step, steps),
         spikes=int(lines[-1].get("spike/events_total", 0)) if lines else 0,
         attempts=len(attempts),
-        goodput=sum(line.get("train/step_seconds", 0.0) for line in lines) / (last - begun) if last > begun else None,
+        goodput=spent.share if spent else None,
         checkpoint=newest_checkpoint(path),
         heartbeat=heartbeat_age(path),
         idle=now - last if lines else None,

@@ -45,11 +45,11 @@ class Goodput:
 def goodput(run_dir: Path) -> Goodput | None:
     """The goodput of a run so far; None before its first step. Raises DataError for a damaged record."""
     lines, undone = read_metrics(run_dir), read_discarded(run_dir)
+    if not lines:
+        return None
     attempts, by_attempt = read_run(run_dir)["attempts"], {}
     for line in sorted([*lines, *undone], key=lambda line: line["time"]):
         by_attempt.setdefault(line["attempt"], []).append(line)
-    if not lines:
-        return None
     starting = down = 0.0
     last_sign = attempts[0]["started"]
     for attempt in attempts:

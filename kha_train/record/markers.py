@@ -37,9 +37,10 @@ def clear_marker(run_dir: Path, marker: Marker) -> None:
 
 
 def leave_outcome(text: str) -> None:
-    """Tells the batch script that started this process, and no other, how the attempt stands: `training` once the run
-    directory is its own, then `done`, `requeue`, `stopped`, or an exit code after `fatal` or `failed`. Exit codes do not
-    pass through torchrun, and the markers of a run directory may be another job's.
+    """Tells the batch script that started this process, and no other, how the attempt stands.
+
+    `training` once the run directory is its own, then `done`, `requeue`, `stopped`, or an exit code after `fatal` or
+    `failed`. Exit codes do not pass through torchrun, and the markers of a run directory may be another job's.
     """
     path = os.environ.get("KHA_OUTCOME_FILE")
     if path:

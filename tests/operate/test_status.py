@@ -19,9 +19,11 @@ from kha_train.record import Marker, Record, set_marker
 from kha_train.record.files import write_json
 from kha_train.record.lock import OWNER_FILE
 
+ON_TIME = {"train/step_seconds": 2.0, "train/skipped": 0, "data/wait_seconds": 0.0}
 
-def trained(run_dir: Path, steps: int, *, seconds_a_step: float = 2.0, end: str | None = "stopped") -> Record:
-    """A run of 100 steps that has made `steps`, one every 4 s, each taking `seconds_a_step`; begun 4 s before them."""
+
+def trained(run_dir: Path, steps: int, *, end: str | None = "stopped") -> Record:
+    """A run of 100 steps that has made `steps`, one every 4 s, each taking 2 s; begun 4 s before them."""
     record = Record.open(run_dir)
     (run_dir / "config.yaml").write_text(dump(compose(["run.steps=100", "run.name=one"])))
     record.begin_attempt(record.last_step)
@@ -29,7 +31,7 @@ def trained(run_dir: Path, steps: int, *, seconds_a_step: float = 2.0, end: str 
     for number in range(1, steps + 1):
         line = {"step": number, "time": begun + 4.0 * number, "train/loss": 5.0 - number / 100, "train/mfu": 0.25}
         line["spike/events_total"] = int(number >= 7)
-        record.step({**line, "train/step_seconds": seconds_a_step, "train/tokens_per_second": 1000.0 + number})
+        record.step({**line, **ON_TIME, "train/tokens_per_second": 1000.0 + number})
     record._run["attempts"][0]["started"] = begun
     record._write_run()
     if end:
@@ -81,7 +83,7 @@ def test_figures_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     record = Record.open(tmp_path)
     record.begin_attempt(0)
     for step, loss in enumerate((float("nan"), 2.0, float("inf")), start=1):
-        record.step({"step": step, "train/loss": loss})
+        record.step({"step": step, "train/loss": loss, **ON_TIME})
     record.close("stopped")
     assert run_status(tmp_path).loss == 2.0
 
