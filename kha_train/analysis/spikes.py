@@ -22,7 +22,7 @@ from kha_train.stability.monitor import Monitor
 from kha_train.stability.statistics import BILLION, rate, shared_events, summarise, tail_gap
 
 SCORES = "spike/olmo"
-ACTIONS = ("step_discarded", "rewind", "rewind_impossible", "divergence", "zclip")
+ACTIONS = ("step_discarded", "rewind", "rewind_impossible", "divergence", "abort", "zclip")
 UNDONE = "rewind "
 """How the reason begins that a rewind gives for the lines it undoes; other reasons are a restart's."""
 

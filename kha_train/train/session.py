@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import yaml
 
-from kha_train.analysis.spikes import read_curve, score_curve
+from kha_train.analysis.ending import end_of
 from kha_train.checkpoint.reader import Checkpoint, find_newest, open_verified
 from kha_train.config.build import to_plain
 from kha_train.config.schema import RunConfig
@@ -186,6 +186,8 @@ class Session:
         """
         if self.watch.decision.then == "rewind" and go_back(self):
             return True
+        if self.watch.decision.then == "abort":
+            self.happened("abort", self.progress.step, reason=self.watch.decision.reason)
         self.watch.check()
         return False
 
@@ -236,8 +238,8 @@ class Session:
         self._open.callback(self.console.close)
         warn = self.console.warn
         self.wandb = WandbMirror(config, self.run_dir, self.record.wandb_id, rank=world.rank, warn=warn)
-        self._open.callback(self.wandb.close)
-        self._open.callback(self._sum_up_spikes)
+        self._open.push(self._close_wandb)
+        self._open.push(self._sum_up)
         self.saver = Saver(
             config,
             world,
@@ -247,13 +249,27 @@ class Session:
         )
         self._open.push(self.saver.leave)
 
-    def _sum_up_spikes(self) -> None:
-        """At the end of an attempt: the spikes of the whole run into `run.json` and W&B."""
-        if self.world.is_main and self.record.last_step:
-            report = score_curve(read_curve(self.run_dir))
-            self.record.update_run(spikes=report.summary)
-            answer = report.to_dict()
-            self.wandb.spikes(answer["events"], {**answer["summary"], **answer["scores"]})
+    def _sum_up(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """At the end of an attempt: what the whole run came to, into `run.json`, W&B and the console."""
+        if not (self.world.is_main and self.record.last_step):
+            return
+        with _after(error):
+            ending = end_of(self.run_dir)
+            self.record.update_run(spikes=ending.report.summary)
+            losses = [(point.step, point.loss) for point in ending.report.curve.points]
+            self.wandb.spikes(ending.report.to_dict()["events"], ending.actions, losses)
+            self.wandb.summary(ending.summary())
+            if error is None:
+                finished = self.progress.step >= self.config.run.steps
+                self.console.final(ending.rows(self.config.run.steps), ending.next_command() if finished else "")
+
+    def _close_wandb(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """A run that failed is shown as failed."""
+        self.wandb.close(error.exit_code if isinstance(error, KhaError) else int(error is not None))
 
     def _begin_attempt(self, resumed: bool) -> None:
         parameters = count_parameters(self.config)
@@ -291,7 +307,7 @@ class Session:
             raise CheckpointError(text, field="resume.strict", value=True, fix="look at it, then start again")
 
     def _checkpoint_event(self, kind: str, step: int, **fields: Any) -> None:
-        self.record.event(kind, step, **fields)
+        self.wandb.event(self.record.event(kind, step, **fields))
         if kind == "checkpoint_saved":
             self.console.checkpoint_saved(step)
         else:

@@ -1,0 +1,62 @@
+"""What a run came to, told when an attempt ends: a few lines for the console, figures for W&B."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kha_train.analysis.runs import load_run
+from kha_train.analysis.spikes import SpikeReport, read_curve, score_curve
+from kha_train.analysis.summary import RESULTS, Summary, printed, summarise
+from kha_train.record import read_events
+
+NOT_ACTIONS = ("spike_opened", "spike_closed", "zclip")
+"""Kinds of events that are no actions, or too many of them to list."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The results and spikes of a whole run, over all its attempts. `actions` are what was done in it, as recorded."""
+
+    run_dir: Path
+    reached: Summary
+    report: SpikeReport
+    actions: list[dict[str, Any]]
+
+    def summary(self) -> dict[str, Any]:
+        """Figures by name: `final/*` those of `RESULTS`, `spike/*` the statistics of the spikes, published scores."""
+        spikes = self.report.to_dict()
+        reached = {f"final/{name}": value for name, value in self.reached.results.items() if value is not None}
+        statistics = {**spikes["summary"], "rates": spikes["rates"]}
+        return {**reached, **{f"spike/{name}": value for name, value in statistics.items()}, **spikes["scores"]}
+
+    def rows(self, steps: int) -> list[tuple[str, str]]:
+        """(name, words) for a reader at the terminal. `steps` is how many the run is meant to have."""
+
+        def words(name: str) -> str:
+            return printed(RESULTS[name], self.reached.results[name])
+
+        spikes, actions = self.report.summary, self.report.actions
+        kinds = ", ".join(f"{spikes[f'{kind}_total']} {kind}" for kind in ("narrow", "wide", "unrecovered"))
+        done = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in actions.items() if count)
+        validation = f"{words('validation_loss')} nats per token, {words('bits_per_byte')} bits per byte"
+        rows = [
+            ("steps", f"{words('steps')} of {steps:,}, {words('tokens')} tokens"),
+            ("train loss", f"{words('final_loss')} (mean of the last 10 % of the steps)"),
+            ("validation", validation if self.reached.results["validation_loss"] is not None else "none"),
+            ("speed", f"{words('tokens_per_second')} tokens per second, MFU {words('mfu')} (medians)"),
+            ("loss events", f"{kinds}{'; ' if done else ''}{done}"),
+        ]
+        return [*rows, ("record", str(self.run_dir))]
+
+    def next_command(self) -> str:
+        """What one would look at now."""
+        return f"kha compare {shlex.quote(str(self.run_dir))}"
+
+
+def end_of(run_dir: Path) -> Ending:
+    """Sum up the run in `run_dir`. Raises what reading its record raises."""
+    actions = [event for event in read_events(run_dir) if event["kind"] not in NOT_ACTIONS]
+    return Ending(run_dir, summarise(load_run(run_dir)), score_curve(read_curve(run_dir)), actions)
