@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import secrets
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from kha_train.errors import ConfigError
 
 app = typer.Typer(name="bench", help="Measured figures with their protocol.", no_args_is_help=True)
 
@@ -73,6 +75,74 @@ def attention(
 
 
 @app.command()
+def step(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Of the configuration; without any, model=small and the quickstart's.")
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="Settings on top, in one string; once an arm, the first is the base. gqa and KHA without."),
+    ] = None,
+    against: Annotated[str, typer.Option(help="Peers: transformers.")] = "",
+    blocks: Annotated[int, typer.Option(min=3, help="Interleaved blocks.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of an arm in a block.")] = 1,
+    warmup: Annotated[int, typer.Option(min=1, help="Steps of every arm before, which do not count.")] = 2,
+    clock: Annotated[str, typer.Option(help="On a CPU: wall, or process (its own CPU time).")] = "wall",
+    threads: Annotated[int, typer.Option(help="Of torch on a CPU; 0: as it is.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """The training step: attention variants, or any settings, in interleaved blocks; and transformers' Qwen3-MoE."""
+    from kha_train.bench import step as bench
+
+    known = _peers(against)
+    bench.use_threads(threads)
+    shapes = {"given": overrides} if overrides else bench.SHAPES
+    how = {"against": known, "blocks": blocks, "steps": steps, "warmup": warmup, "clock": _clock(clock)}
+    found = {name: bench.measure(shape, arm or bench.ARMS, **how) for name, shape in shapes.items()}
+    texts = [bench.format_measured(answer) for answer in found.values()]
+    typer.echo(json.dumps(found) if as_json else "\n\n".join(texts))
+
+
+@app.command()
+def tokenize(
+    processes: Annotated[int, typer.Option(min=1, help="Of the encoder; more than one is measured beside one.")] = 2,
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Encoding text into shards: bytes and tokens a second, by one process and by several."""
+    from kha_train.bench import tokenize as bench
+
+    found = bench.measure(processes, rounds)
+    typer.echo(json.dumps(found) if as_json else bench.format_measured(found))
+
+
+@app.command()
+def startup(
+    overrides: Annotated[list[str] | None, typer.Argument(help="Of the configuration.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Starts, one after the other.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """From the command to the end of the first step of `kha train`, and where that time goes."""
+    from kha_train.bench import startup as bench
+
+    found = bench.measure(overrides or [], rounds)
+    typer.echo(json.dumps(found) if as_json else bench.format_measured(found))
+
+
+@app.command("all")
+def everything(
+    quick: Annotated[bool, typer.Option("--quick", help="Few rounds: that each runs, not how fast it is.")] = False,
+    against: Annotated[str, typer.Option(help="Peers of the step: transformers.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Every benchmark in turn, but for that of data loaders, which needs a network. One JSON object."""
+    from kha_train.bench import everything as bench
+
+    found = bench.measure(quick=quick, against=_peers(against), say=lambda text: typer.echo(text, err=True))
+    typer.echo(json.dumps(found) if as_json else bench.format_measured(found))
+
+
+@app.command()
 def data(
     cache: Annotated[Path, typer.Option(help="Where tokens and the peers' environment are kept (2 GB).")] = Path(
         "~/.cache/kha_train/bench"
@@ -94,3 +164,19 @@ def data(
         say=lambda text: typer.echo(text, err=True),
     )
     typer.echo(json.dumps(result) if as_json else f"{bench.__doc__}\n{bench.format_table(result)}")
+
+
+def _peers(text: str) -> list[str]:
+    """Raises ConfigError for a peer that there is no adapter for."""
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name != "transformers":
+            raise ConfigError("no such peer", field="--against", value=name, allowed="transformers")
+    return names
+
+
+def _clock(text: str) -> Any:
+    """Raises ConfigError for a clock that is none."""
+    if text not in ("wall", "process"):
+        raise ConfigError("no such clock", field="--clock", value=text, allowed="wall, process")
+    return text

@@ -38,13 +38,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if keep_gradients else None
         for start in range(0, x_ND.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            logits_CV = (x_ND[chunk] @ weight_VD.T).to(wide)
-            chunk_loss, grad_CV = _loss_and_gradient(logits_CV, labels_N[chunk], keep_gradients)
-            loss += chunk_loss
+            x_CD, labels_C = x_ND[chunk], labels_N[chunk]
+            masked_C1 = (labels_C == IGNORE_LABEL).unsqueeze(-1)
+            label_C1 = labels_C.unsqueeze(-1).masked_fill(masked_C1, 0)
+            # One fused pass from logits to fp32; they themselves are freed before the gradient is made.
+            log_p_CV = (x_CD @ weight_VD.T).log_softmax(dim=-1, dtype=wide)
+            loss -= log_p_CV.gather(-1, label_C1).masked_fill(masked_C1, 0.0).sum()
             if keep_gradients:
-                grad_CV = grad_CV.to(x_ND.dtype)
-                grad_x_ND[chunk] = grad_CV @ weight_VD
-                grad_weight_VD += grad_CV.T @ x_ND[chunk]
+                grad_CV = _logit_gradient(log_p_CV, label_C1).to(x_ND.dtype)
+                # A masked row is left out of both products where it is narrow: never by a pass over the vocabulary.
+                grad_x_ND[chunk] = (grad_CV @ weight_VD).masked_fill_(masked_C1, 0.0)
+                grad_weight_VD += grad_CV.T @ x_CD.masked_fill(masked_C1, 0.0)
         ctx.weight_dtype = weight_VD.dtype
         ctx.save_for_backward(grad_x_ND, grad_weight_VD)
         return loss
@@ -59,14 +63,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_x_ND * grad, scaled_VD, None, None, None
 
 
-def _loss_and_gradient(logits_CV: Tensor, labels_C: Tensor, want_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Summed cross-entropy of a chunk and its gradient by the logits, softmax - onehot, made in the logits' memory."""
-    kept_C1 = (labels_C != IGNORE_LABEL).unsqueeze(-1)
-    label_C1 = labels_C.unsqueeze(-1).where(kept_C1, 0)
-    log_sum_C1 = logits_CV.logsumexp(dim=-1, keepdim=True)
-    loss = (log_sum_C1 - logits_CV.gather(-1, label_C1)).where(kept_C1, 0.0).sum()
-    if not want_gradient:
-        return loss, None
-    grad_CV = logits_CV.sub_(log_sum_C1).exp_()
-    grad_CV.scatter_add_(-1, label_C1, torch.full_like(log_sum_C1, -1.0))
-    return loss, grad_CV.masked_fill_(~kept_C1, 0.0)
+def _logit_gradient(log_p_CV: Tensor, label_C1: Tensor) -> Tensor:
+    """softmax - onehot, made in the memory of the logarithms."""
+    grad_CV = log_p_CV.exp_()
+    return grad_CV.scatter_add_(-1, label_C1, torch.full_like(log_p_CV[:, :1], -1.0))

@@ -1,0 +1,68 @@
+"""Every benchmark that needs no network, one after the other: what each found, or why it could not run.
+
+Each runs in a process of its own, through the very command a user would give: the group of processes of one, and what
+it left in memory, are not the next one's.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+FULL: dict[str, tuple[str, ...]] = {
+    "step": (),
+    "attention": (),
+    "tokenize": (),
+    "startup": (),
+    "checkpoint": (),
+    "spikes": (),
+}
+QUICK: dict[str, tuple[str, ...]] = {
+    "step": ("model.layers=2", "model.seq_len=64", "data.global_batch_size=4", "--blocks", "3"),
+    "attention": ("model.seq_len=64", "--rounds", "3"),
+    "tokenize": ("--rounds", "3"),
+    "startup": ("--rounds", "1"),
+    "checkpoint": ("model.layers=2", "data.global_batch_size=4", "--rounds", "1", "--steps", "2"),
+    "spikes": ("--spiky-steps", "2000", "--clean-steps", "1000"),
+}
+LIMIT_SECONDS = 1800
+
+
+def measure(*, quick: bool, against: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
+    """The answer of every benchmark under its name. One that fails leaves its last words instead, as `error`."""
+    found: dict[str, Any] = {}
+    for name, arguments in (QUICK if quick else FULL).items():
+        peers = ("--against", ",".join(against)) if name == "step" and against else ()
+        say(f"kha bench {name}")
+        found[name] = run_one([name, *arguments, *peers, "--json"])
+    return found
+
+
+def run_one(arguments: Sequence[str]) -> dict[str, Any]:
+    """What `kha bench ARGUMENTS` answers, and the seconds it took."""
+    program = "import sys; from kha_train.cli.main import run; run(['bench', *sys.argv[1:]])"
+    started = time.perf_counter()
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {LIMIT_SECONDS} s", "seconds": time.perf_counter() - started}
+    seconds = time.perf_counter() - started
+    if ended.returncode:
+        last = ended.stderr.strip().splitlines()[-1:] or [f"ended with {ended.returncode}"]
+        return {"error": last[0], "seconds": seconds}
+    return {"answer": json.loads(ended.stdout.strip().splitlines()[-1]), "seconds": seconds}
+
+
+def format_measured(found: dict[str, Any]) -> str:
+    """One line a benchmark: the figures themselves are in the JSON, or told by each command alone."""
+    return "\n".join(f"{name:<12} {one['seconds']:6.0f} s  {one.get('error', 'done')}" for name, one in found.items())

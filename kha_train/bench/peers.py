@@ -1,0 +1,156 @@
+"""Other trainers of the same shape, one step at a time: transformers' Qwen3-MoE.
+
+A peer is no dependency of this project: it is imported by name, and its absence is told. It gets every advantage it can
+be given without changing it: torch's fused attention, the fastest of its expert implementations by measurement, a plain
+fused AdamW without any engine around it, and the loss over the same labels.
+"""
+
+# N tokens of a micro-batch
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from kha_train.bench.protocol import interleave, timing
+from kha_train.config.base_options import GroupedQueryOptions
+from kha_train.config.schema import RunConfig
+from kha_train.data.batch import Batch
+from kha_train.errors import ConfigError
+from kha_train.optim import parameter_groups
+
+EXPERTS = ("grouped_mm", "eager", "batched_mm")
+GATHERED_LIMIT = 2 * 1024**3
+"""Bytes of expert weights that `batched_mm` may copy out, one copy for every routed token, before it is left out."""
+
+Say = Callable[[str], None]
+
+
+class Peer:
+    """Qwen3-MoE under plain torch: forward and backward of every micro-batch, clipping, AdamW.
+
+    On CUDA weights are bf16 with fp32 masters and moments, as ours; on a CPU all is fp32.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device, dtype: torch.dtype, experts: str) -> None:
+        self.config, self.device, self.experts = config, device, experts
+        self.model = _build(config, experts).to(device, dtype)
+        self.model.train()
+        self.parameters = list(self.model.parameters())
+        self.masters = self.parameters
+        if dtype != torch.float32:
+            self.masters = [nn.Parameter(parameter.detach().float()) for parameter in self.parameters]
+        names = [name for name, _ in self.model.named_parameters()]
+        groups = parameter_groups(zip(names, self.masters, strict=True), config.optim.weight_decay)
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+    def step(self, batch: Batch) -> float:
+        """One optimiser step; the mean loss of the batch, the one number that comes back to the host."""
+        total = torch.zeros((), device=self.device)
+        for micro_batch in batch.micro_batches(self.config.engine.micro_batch_size):
+            labels_BT = micro_batch.labels_BT.to(self.device)
+            loss = self.model(
+                input_ids=micro_batch.tokens_BT.to(self.device),
+                position_ids=micro_batch.positions_BT.to(self.device),
+                labels=labels_BT,
+                shift_labels=labels_BT,
+                num_items_in_batch=batch.label_count,
+                use_cache=False,
+            ).loss
+            loss.backward()
+            total += loss.detach()
+        nn.utils.clip_grad_norm_(self.parameters, self.config.optim.grad_clip)
+        self._update()
+        return total.item()
+
+    def _update(self) -> None:
+        if self.masters is not self.parameters:
+            for master, parameter in zip(self.masters, self.parameters, strict=True):
+                master.grad, parameter.grad = parameter.grad.float(), None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.masters is not self.parameters:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, self.masters)
+
+
+def fastest(config: RunConfig, batch: Batch, device: torch.device, dtype: torch.dtype) -> tuple[Peer, dict[str, Any]]:
+    """The peer with the fastest of its expert implementations, and the seconds of each (or why it was left out).
+
+    Raises ConfigError when transformers is not installed, or has no model of this shape.
+    """
+    check(config)
+    tried: dict[str, Any] = {}
+    peers: dict[str, Peer] = {}
+    for experts in EXPERTS:
+        gathered = _gathered_bytes(config, dtype)
+        if experts == "batched_mm" and gathered > GATHERED_LIMIT:
+            tried[experts] = f"left out: would copy {gathered / 2**30:.1f} GiB of weights a layer"
+            continue
+        peers = {name: peer for name, peer in peers.items() if tried[name] == min(tried[n] for n in peers)}
+        peer = Peer(config, device, dtype, experts)
+        seconds = interleave({experts: lambda peer=peer: peer.step(batch)}, blocks=3, warmup=1, device=device)
+        tried[experts] = timing(seconds[experts]).seconds
+        peers[experts] = peer
+    best = min(peers, key=lambda name: tried[name])
+    return peers[best], tried
+
+
+def check(config: RunConfig) -> None:
+    """Raises ConfigError when transformers is not installed, or when its Qwen3-MoE has no such shape."""
+    if find_spec("transformers") is None:
+        raise ConfigError("is not installed", field="--against", value="transformers", fix="pip install transformers")
+    if (
+        not isinstance(config.attention.base, GroupedQueryOptions)
+        or config.moe.shared_experts
+        or config.moe.dense_layers
+    ):
+        raise ConfigError(
+            "Qwen3-MoE has grouped-query attention, and experts in every layer, none of them shared",
+            field="--against",
+            value="transformers",
+            fix="model=small, tiny, moe_6b or qwen3_30b",
+        )
+
+
+def _build(config: RunConfig, experts: str) -> nn.Module:
+    transformers = import_module("transformers")
+    transformers.logging.set_verbosity_error()
+    model, moe = config.model, config.moe
+    base = config.attention.base
+    shape = transformers.Qwen3MoeConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        num_hidden_layers=model.layers,
+        num_attention_heads=base.query_heads,
+        num_key_value_heads=base.kv_heads,
+        head_dim=base.head_dim,
+        intermediate_size=moe.expert_width,
+        moe_intermediate_size=moe.expert_width,
+        num_experts=moe.experts,
+        num_experts_per_tok=moe.top_k,
+        norm_topk_prob=moe.renormalize,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        max_position_embeddings=model.seq_len,
+        rms_norm_eps=model.norm_eps,
+        tie_word_embeddings=model.tie_embeddings,
+        initializer_range=model.init_std,
+        attn_implementation="sdpa",
+        experts_implementation=experts,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(config.run.seed)
+        return transformers.Qwen3MoeForCausalLM(shape)
+
+
+def _gathered_bytes(config: RunConfig, dtype: torch.dtype) -> int:
+    """What `batched_mm` copies in one layer: the first expert matrix, once for every routed token."""
+    tokens = config.engine.micro_batch_size * config.model.seq_len
+    return tokens * config.moe.top_k * 2 * config.moe.expert_width * config.model.hidden_size * dtype.itemsize

@@ -1,0 +1,168 @@
+"""How everything here is timed: arms take turns, blocks are compared with the blocks beside them, and what ran is told.
+
+An arm is a function that does one step. In every block each arm does `steps` steps; the order of arms is turned round
+from block to block, so that neither a machine that warms up nor one that gets busy favours an arm. Ratios are of one
+block: their median, with a bootstrap interval over blocks. On CUDA the time of a block lies between two events, and the
+device is waited for at its end alone; on a CPU it is that of the wall, or of the process, which a busy machine disturbs
+less.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from kha_train.config.compose import dump
+from kha_train.config.schema import RunConfig
+from kha_train.record.provenance import collect_provenance
+
+Clock = Literal["wall", "process"]
+RESAMPLES = 10_000
+PEERS = ("triton", "transformers", "flash_attn", "megablocks")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one step: median, 10th and 90th percentile over blocks."""
+
+    seconds: float
+    p10: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Time over the time of the arm compared with: the median over blocks, and the 95 % interval of that median."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+def interleave(
+    arms: Mapping[str, Callable[[], Any]],
+    *,
+    blocks: int,
+    steps: int = 1,
+    warmup: int = 1,
+    device: torch.device,
+    clock: Clock = "wall",
+) -> dict[str, list[float]]:
+    """Seconds a step of every arm, one figure a block, after `warmup` steps of each that do not count."""
+    for step in arms.values():
+        for _ in range(warmup):
+            step()
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for block in range(blocks):
+        for name in list(arms)[:: -1 if block % 2 else 1]:
+            seconds[name].append(_timed(arms[name], steps, device, clock) / steps)
+    return seconds
+
+
+def timing(seconds: list[float]) -> Timing:
+    """The figures of one arm."""
+    p10, median, p90 = np.percentile(seconds, [10, 50, 90])
+    return Timing(float(median), float(p10), float(p90))
+
+
+def compare(seconds: list[float], base: list[float]) -> Ratio:
+    """`seconds` over `base`, block by block. The seed is fixed: the same times give the same interval."""
+    ratios = np.asarray(seconds) / np.asarray(base)
+    picks = np.random.default_rng(0).integers(0, len(ratios), size=(RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
+    return Ratio(float(np.median(ratios)), float(low), float(high))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """When, on what and with which versions a figure was measured: what stands beside it wherever it is told."""
+    known = collect_provenance()
+    versions = known["versions"] | {name: found for name in PEERS if (found := _version(name))}
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": _device(device),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "versions": {**versions, "python": known["python"], "torch": torch.__version__},
+        "git": known["git"],
+        "command": known["command"],
+    }
+
+
+def config_hash(config: RunConfig) -> str:
+    """Twelve digits that change whenever a setting does."""
+    return hashlib.sha256(dump(config).encode()).hexdigest()[:12]
+
+
+def told(about: dict[str, Any]) -> str:
+    """An `environment` in one line."""
+    device, versions = about["device"], about["versions"]
+    commit = (about["git"] or {}).get("commit") or "no checkout"
+    return (
+        f"{about['date']}, {device['name']}, {about['threads']} threads, load {about['load']}, "
+        f"torch {versions['torch']}, commit {commit[:10]}"
+    )
+
+
+def plain(figure: Timing | Ratio) -> dict[str, float]:
+    """A figure for JSON."""
+    return asdict(figure)
+
+
+def _timed(step: Callable[[], Any], steps: int, device: torch.device, clock: Clock) -> float:
+    if device.type == "cuda":
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(steps):
+            step()
+        last.record()
+        torch.cuda.synchronize(device)
+        return first.elapsed_time(last) / 1000
+    read = time.process_time if clock == "process" else time.perf_counter
+    started = read()
+    for _ in range(steps):
+        step()
+    return read() - started
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    """Its name, and on CUDA capability, driver, clocks and power, where the driver's tool tells them."""
+    if device.type != "cuda":
+        return {"name": _processor(), "cores": os.cpu_count()}
+    found: dict[str, Any] = {
+        "name": torch.cuda.get_device_name(device),
+        "capability": list(torch.cuda.get_device_capability(device)),
+        "cuda": torch.version.cuda,
+    }
+    fields = "driver_version,clocks.sm,clocks.max.sm,power.draw,power.limit,temperature.gpu"
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return found
+    return found | dict(zip(fields.split(","), answer.splitlines()[0].split(", "), strict=False))
+
+
+def _processor() -> str:
+    """The name of the processor; where the system does not tell it, its kind."""
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text().splitlines() if listed.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,238 @@
+"""The training step: variants of one configuration, and a peer, taking turns in one process.
+
+A step is all that training does between reading a batch and knowing its loss: forward and backward of every
+micro-batch, agreement, the gate, clipping, AdamW, the move of the selection biases. All arms see the same batches. An
+arm is a list of settings on top of those of the configuration; the first is what the others are compared with, so any
+setting can be weighed against another.
+
+MFU = (6 x active matrix parameters + 6 S H K L, causal attention once) x tokens/s / peak; `mfu_palm` counts attention
+whole, 12 S H K L. The peer is held to the same numerator. Recomputation is in neither.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_tools.synthetic import write_dataset
+from kha_train import distributed
+from kha_train.bench import peers, protocol
+from kha_train.config.compose import compose
+from kha_train.config.schema import RunConfig
+from kha_train.data.batch import Batch
+from kha_train.data.stream import open_stream
+from kha_train.distributed import World
+from kha_train.engine.deepspeed import Engine, leave_world, resolve_dtype
+from kha_train.model.accounting import count_parameters, flops_per_token
+from kha_train.model.attention.choice import announce
+from kha_train.telemetry.throughput import Peak, peak_flops
+from kha_train.train.step import train_step
+
+ARMS = ("attention=gqa", "attention=kha_linear", "attention=kha_mlp")
+SHAPES = {
+    "small": ("model=small", "data.global_batch_size=4"),
+    "quickstart": ("model=tiny", "data.global_batch_size=8"),
+}
+"""What is measured when no configuration is named: the yardstick, and what `kha quickstart` trains."""
+BATCHES = 8
+PEER = "transformers"
+
+
+@dataclass
+class Arm:
+    """One contender: what it does in a step, its settings, and what it was found to hold."""
+
+    step: Callable[[Batch], Any]
+    config: RunConfig
+    own_bytes: int
+    about: dict[str, Any]
+    peak_bytes: int = 0
+
+
+def measure(
+    overrides: Sequence[str],
+    arms: Sequence[str] = ARMS,
+    *,
+    against: Sequence[str] = (),
+    blocks: int = 20,
+    steps: int = 1,
+    warmup: int = 2,
+    clock: protocol.Clock = "wall",
+) -> dict[str, Any]:
+    """Every arm of `arms` (settings, with spaces between) on top of `overrides`, and the peers of `against`.
+
+    Data are those of `data.train` when it is set among the overrides, else synthetic. Raises as `compose`; ConfigError
+    for a peer that is not there, or has no such model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        settings = _with_data(list(overrides), Path(folder))
+        configs = {arm: compose([*settings, *arm.split()]) for arm in arms}
+        first = next(iter(configs.values()))
+        if against:
+            peers.check(first)
+        world = distributed.start(first.engine.device, first.engine.collective_timeout_seconds)
+        engines: list[Engine] = []
+        try:
+            batches = _batches(first)
+            contenders = {name: _ours(config, world, engines) for name, config in configs.items()}
+            if against:
+                contenders[PEER] = _peer(first, world, batches[0])
+            seconds = _take_turns(contenders, batches, world, blocks=blocks, steps=steps, warmup=warmup, clock=clock)
+        finally:
+            for engine in engines:
+                engine.close()
+            leave_world()
+    protocol_facts = {"blocks": blocks, "steps": steps, "warmup": warmup, "clock": clock}
+    return _answer(contenders, seconds, first, world.device, protocol_facts)
+
+
+def use_threads(count: int) -> None:
+    """Let torch compute with `count` threads; 0 leaves it as it is."""
+    if count:
+        torch.set_num_threads(count)
+
+
+def _with_data(overrides: list[str], folder: Path) -> list[str]:
+    """The overrides, with synthetic documents (mean length some 280 tokens) where they name no data."""
+    if any(text.startswith(("data.train=", "data.sources=")) for text in overrides):
+        return overrides
+    vocab_size = compose(overrides).model.vocab_size
+    write_dataset(folder, vocab_size=vocab_size, documents=800)
+    return [*overrides, f"data.train={folder}/train", f"data.validation={folder}/validation"]
+
+
+def _batches(config: RunConfig) -> list[Batch]:
+    return list(itertools.islice(open_stream(config), BATCHES))
+
+
+def _ours(config: RunConfig, world: World, engines: list[Engine]) -> Arm:
+    before = _allocated(world.device)
+    engine = Engine(config, world)
+    engines.append(engine)
+    lr = config.optim.lr * 0.1
+
+    def step(batch: Batch) -> None:
+        train_step(engine, batch, batch.label_count, lr, False)
+
+    about = {"chosen": announce(config, world.device, engine.dtype), "config": protocol.config_hash(config)}
+    return Arm(step, config, _allocated(world.device) - before, about)
+
+
+def _peer(config: RunConfig, world: World, batch: Batch) -> Arm:
+    before = _allocated(world.device)
+    peer, tried = peers.fastest(config, batch, world.device, resolve_dtype(config, world.device))
+    about = {"experts": peer.experts, "experts_tried": tried}
+    return Arm(peer.step, config, _allocated(world.device) - before, about)
+
+
+def _take_turns(contenders: dict[str, Arm], batches: list[Batch], world: World, **how: Any) -> dict[str, list[float]]:
+    """Every arm goes through the same batches in the same order. On CUDA the peak of an arm is what its step adds to
+    what lies there, and what it holds itself."""
+
+    def stepper(arm: Arm) -> Callable[[], None]:
+        turn: Iterator[Batch] = itertools.cycle(batches)
+
+        def step() -> None:
+            with _watched(arm, world.device):
+                arm.step(next(turn))
+
+        return step
+
+    arms = {name: stepper(arm) for name, arm in contenders.items()}
+    return protocol.interleave(arms, device=world.device, **how)
+
+
+@contextmanager
+def _watched(arm: Arm, device: torch.device) -> Iterator[None]:
+    before = _allocated(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    yield
+    if device.type == "cuda":
+        extra = torch.cuda.max_memory_allocated(device) - before
+        arm.peak_bytes = max(arm.peak_bytes, arm.own_bytes + extra)
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _answer(
+    contenders: dict[str, Arm],
+    seconds: dict[str, list[float]],
+    config: RunConfig,
+    device: torch.device,
+    protocol_facts: dict[str, Any],
+) -> dict[str, Any]:
+    dtype = resolve_dtype(config, device)
+    peak = peak_flops(config, device, dtype)
+    base = next(iter(contenders))
+    tokens = config.data.global_batch_size * config.model.seq_len
+    parameters = count_parameters(config)
+    return {
+        "shape": {
+            "model": config.model.name,
+            "parameters": parameters.total,
+            "active": parameters.active,
+            "tokens_per_step": tokens,
+            "seq_len": config.model.seq_len,
+            "micro_batch_size": config.engine.micro_batch_size,
+            "isolate_documents": config.data.isolate_documents,
+            "dtype": str(dtype).removeprefix("torch."),
+        },
+        "protocol": protocol_facts,
+        "environment": protocol.environment(device),
+        "peak": {"flops_per_second": peak.flops_per_second, "source": peak.source},
+        "base": base,
+        "arms": {
+            name: _figures(arm, seconds[name], seconds[base], tokens, peak) | arm.about
+            for name, arm in contenders.items()
+        },
+    }
+
+
+def _figures(arm: Arm, seconds: list[float], base: list[float], tokens: int, peak: Peak) -> dict[str, Any]:
+    taken = protocol.timing(seconds)
+    flops = flops_per_token(arm.config)
+    speed = tokens / taken.seconds
+    return {
+        **protocol.plain(taken),
+        "against_base": protocol.plain(protocol.compare(seconds, base)),
+        "tokens_per_second": speed,
+        "mfu": flops.mfu * speed / peak.flops_per_second,
+        "mfu_palm": flops.mfu_palm * speed / peak.flops_per_second,
+        "peak_gib": arm.peak_bytes / 2**30 if arm.peak_bytes else None,
+        "block_seconds": seconds,
+    }
+
+
+def format_measured(found: dict[str, Any]) -> str:
+    """The figures and how they came about."""
+    shape, how = found["shape"], found["protocol"]
+    rows = "isolated documents" if shape["isolate_documents"] else "unsplit rows"
+    what = (
+        f"{shape['model']}: {shape['parameters']:,} parameters, {shape['tokens_per_step']:,} tokens a step in rows of "
+        f"{shape['seq_len']}, micro-batches of {shape['micro_batch_size']}, {rows}, {shape['dtype']}"
+    )
+    protocol_line = (
+        f"{how['blocks']} interleaved blocks of {how['steps']} steps, {how['clock']} clock; medians, ratio to "
+        f"{found['base']} with its 95 % interval; {protocol.told(found['environment'])}"
+    )
+    lines = [what, protocol_line]
+    for name, arm in found["arms"].items():
+        ratio, memory = arm["against_base"], arm["peak_gib"]
+        held = "" if memory is None else f", peak {memory:.1f} GiB"
+        experts = f" (experts: {arm['experts']})" if "experts" in arm else ""
+        lines.append(
+            f"  {name:<28} {1000 * arm['seconds']:9.1f} ms  {ratio['ratio']:.3f} [{ratio['low']:.3f}, "
+            f"{ratio['high']:.3f}]  {arm['tokens_per_second']:,.0f} tokens/s, MFU {100 * arm['mfu']:.1f} % "
+            f"(PaLM's {100 * arm['mfu_palm']:.1f} %){held}{experts}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,96 @@
+"""The benchmark of the step measures what it says: the arms named, the same tokens, ratios block by block."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kha_train.bench import peers, protocol
+from kha_train.bench.step import measure
+from kha_train.cli.main import app
+from kha_train.config.compose import compose
+from kha_train.data.batch import Batch
+from kha_train.data.packing import Layout
+from kha_train.errors import ConfigError
+from kha_train.model.decoder import build_decoder
+
+SHAPE = [
+    "engine.device=cpu",
+    "model.layers=2",
+    "model.hidden_size=32",
+    "model.head_dim=8",
+    "model.seq_len=32",
+    "model.vocab_size=256",
+    "moe.expert_width=32",
+    "data.global_batch_size=4",
+    "engine.micro_batch_size=2",
+    "telemetry.peak_tflops=0.1",
+]
+
+
+def test_arms_take_turns_in_an_order_that_turns_round():
+    calls: list[str] = []
+    arms = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = protocol.interleave(arms, blocks=2, steps=2, warmup=1, device=torch.device("cpu"))
+    assert "".join(calls) == "ab" + "aabb" + "bbaa"
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_a_ratio_is_taken_within_each_block_and_its_interval_holds_it():
+    drift = np.linspace(1, 9, 40)
+    noise = np.random.default_rng(1).normal(1.02, 0.004, 40)
+    found = protocol.compare(list(drift * noise), list(drift))
+    assert found.low <= found.ratio <= found.high and found.high - found.low < 0.01
+    assert abs(found.ratio - 1.02) < 0.004
+    assert protocol.compare([2.0] * 5, [1.0] * 5) == protocol.Ratio(2.0, 2.0, 2.0)
+
+
+def test_the_command_tells_every_arm_with_versions_protocol_and_both_kinds_of_mfu():
+    arms = ["--arm", "attention=gqa", "--arm", "attention=kha_mlp engine.zero_stage=2"]
+    answer = CliRunner().invoke(app, ["bench", "step", *SHAPE, *arms, "--blocks", "3", "--json"])
+    assert answer.exit_code == 0, answer.output
+    found = json.loads(answer.stdout)["given"]
+    assert list(found["arms"]) == [arms[1], arms[3]] and found["base"] == arms[1]
+    assert found["environment"]["versions"]["torch"] == torch.__version__
+    assert found["protocol"] == {"blocks": 3, "steps": 1, "warmup": 2, "clock": "wall"}
+    base, other = found["arms"].values()
+    assert base["against_base"] == {"ratio": 1.0, "low": 1.0, "high": 1.0}
+    ratios = np.array(other["block_seconds"]) / np.array(base["block_seconds"])
+    assert other["against_base"]["ratio"] == pytest.approx(np.median(ratios))
+    assert other["mfu"] < other["mfu_palm"] and base["config"] != other["config"]
+    assert "knocking_mlp" in other["chosen"][0]
+
+
+def test_the_peer_is_the_fastest_of_its_implementations_and_trains_on_the_same_loss():
+    pytest.importorskip("transformers")
+    found = measure([*SHAPE, "data.isolate_documents=false"], ["attention=gqa"], against=["transformers"], blocks=3)
+    peer = found["arms"]["transformers"]
+    times = {name: time for name, time in peer["experts_tried"].items() if isinstance(time, float)}
+    assert set(times) == set(peers.EXPERTS) and peer["experts"] == min(times, key=times.get)
+    assert math.isfinite(peer["against_base"]["ratio"])
+
+
+def test_the_peer_has_our_parameters_and_starts_at_the_same_loss():
+    pytest.importorskip("transformers")
+    config = compose([*SHAPE, "moe.renormalize=true"])
+    rows_BW = np.random.default_rng(0).integers(0, 256, (4, 33))
+    layout = Layout(np.array([0, 32, 64, 80, 96, 128]), np.array([5, 79]))
+    batch = Batch(0, np.arange(4), rows_BW, layout)
+    peer = peers.Peer(config, torch.device("cpu"), torch.float32, "eager")
+    ours = build_decoder(config)
+    assert sum(p.numel() for p in peer.parameters) == sum(p.numel() for p in ours.parameters())
+    loss = ours(batch.tokens_BT, batch.labels_BT, batch.positions_BT, batch.cu_seqlens_S, batch.max_seqlen).loss_sum
+    # Both begin near the entropy of a uniform guess.
+    assert peer.step(batch) == pytest.approx(loss.item() / batch.label_count, rel=0.02)
+    losses = [peer.step(batch) for _ in range(5)]
+    assert losses[-1] < losses[0]
+
+
+def test_a_shape_the_peer_does_not_have_is_refused():
+    with pytest.raises(ConfigError, match="Qwen3-MoE"):
+        peers.check(compose([*SHAPE, "moe.shared_experts=1"]))
