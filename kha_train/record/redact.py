@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -32,6 +33,7 @@ _ASSIGNED_VALUE = re.compile(r"""(?P<quote>["'])(?P<quoted>.*?)(?P=quote)|(?P<pl
 _URL_PASSWORD = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^/\s@]+@", re.IGNORECASE)
 
 
+@lru_cache(maxsize=4096)
 def is_secret_name(name: str) -> bool:
     """Whether a configuration key, metric key, option or environment variable of this name holds a secret."""
     words = [word.lower() for word in _WORDS.findall(name)]
@@ -51,6 +53,8 @@ class Redactor:
         self._short = {value for value in secrets if len(value) < MIN_VALUE_LENGTH}
         long = sorted(secrets - self._short, key=len, reverse=True)
         self._values = re.compile("|".join(map(re.escape, long))) if long else None
+        # Every line of a run has the same few dozen keys.
+        self._keys: dict[str, str] = {}
 
     @classmethod
     def from_environment(cls) -> Redactor:
@@ -76,7 +80,11 @@ class Redactor:
         return value
 
     def _key(self, key: Any) -> Any:
-        return self.text(key) if isinstance(key, str) else key
+        if not isinstance(key, str):
+            return key
+        if key not in self._keys:
+            self._keys[key] = self.text(key)
+        return self._keys[key]
 
     def _clean_item(self, key: Any, item: Any) -> Any:
         return REDACTED if isinstance(key, str) and _is_secret_item(key, item) else self.clean(item)

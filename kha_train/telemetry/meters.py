@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import resource
 import sys
 import time
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 1024**3
+_HIGH_WATER = re.compile(rb"VmHWM:\s+(\d+) kB")
 
 
 class MovingAverage:
@@ -91,9 +93,7 @@ class PeakMemory:
 def _peak_resident_bytes() -> int:
     # Linux carries ru_maxrss over from the parent through exec; VmHWM is this program's own.
     status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if status.exists() and (found := _HIGH_WATER.search(status.read_bytes())):
+        return int(found[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
