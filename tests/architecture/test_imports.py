@@ -44,7 +44,7 @@ BEHIND_A_DOOR = {
     "pyarrow": ("data_tools/importers.py",),
     "sentencepiece": ("kha_train/data/tokenizer.py",),
     "transformers": ("kha_train/export/hugging_face.py",),
-    "triton": ("kha_train/model/kernels/",),
+    "triton": ("kha_train/model/kernels/language.py",),
     "wandb": ("kha_train/telemetry/wandb.py",),
 }
 """Imported inside a function, or guarded: none of them may be needed to import the package."""
@@ -95,6 +95,16 @@ def test_packages_behind_a_door_are_imported_inside_functions_or_guarded(sources
 def test_matplotlib_has_one_place(sources) -> None:
     places = {source.path for source in sources for name, _ in source.imports() if _third_party(name) == "matplotlib"}
     assert len(places) == 1
+
+
+def test_building_a_model_loads_no_kernel() -> None:
+    program = (
+        "import sys, kha_train.model.decoder\n"
+        "from kha_train.model.kernels import availability, compiler, knocking_mlp, launch\n"
+        "print('triton' in sys.modules)"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert answer.stdout.strip() == "False"
 
 
 def test_settings_records_and_the_command_line_do_not_import_torch(sources) -> None:

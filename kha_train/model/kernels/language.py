@@ -1,0 +1,45 @@
+"""The door to Triton: what kernels are written with. Raises ConfigError when it is imported without Triton.
+
+Two things that its interpreter (`TRITON_INTERPRET=1`, read when a kernel is defined) computes otherwise than a GPU are
+met here. Its `tl.dot` multiplies the bit patterns of bfloat16 as integers, so `dot` widens them first. And with numpy
+2.4 Triton 3.6 cannot loop over a `range` with bounds known at run time alone, so kernels loop with `while`, or over
+`constexpr` bounds.
+"""
+
+from __future__ import annotations
+
+import os
+
+from kha_train.errors import ConfigError
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as missing:
+    raise ConfigError(
+        "needs the package triton, which is not installed",
+        field="engine.kernels",
+        value="triton",
+        fix="pip install triton (Linux), or engine.kernels=torch and attention.interaction.impl=auto",
+    ) from missing
+
+__all__ = ["dot", "jit", "tl", "triton", "wide"]
+
+jit = triton.jit
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@jit
+def dot(a, b) -> tl.tensor:
+    """a @ b, summed in fp32 (float64 for float64); full precision for fp32 operands, as torch's default is."""
+    if a.dtype == tl.float64:
+        return tl.dot(a, b, out_dtype=tl.float64, input_precision="ieee")
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@jit
+def wide(x) -> tl.tensor:
+    """x in fp32, or as it is in float64."""
+    return x if x.dtype == tl.float64 else x.to(tl.float32)
