@@ -34,7 +34,8 @@ def _nobody_listens() -> None:
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` processes. `device` is where small agreements travel (cpu for gloo, cuda for nccl).
+    """This process among `size` processes. `device` is where tensors are (cpu for gloo, cuda for nccl); integers travel
+    by `host_group` (gloo), if there is one, so that agreeing on them never waits for the device.
 
     `life` is a name that only the processes of this start share: what it is written on is not an earlier start's.
     `alive` is called now and then by slow work that gets on, so that a watchdog does not take it for a hang.
@@ -46,6 +47,7 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     life: str = ""
     alive: Callable[[], None] = _nobody_listens
+    host_group: dist.ProcessGroup | None = None
 
     @staticmethod
     def single() -> World:
@@ -87,10 +89,18 @@ class World:
 
     def max_ints(self, *values: int) -> tuple[int, ...]:
         """The element-wise maximum over ranks, the same on every rank."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def sum_ints(self, *values: int) -> tuple[int, ...]:
+        """The element-wise sum over ranks, the same on every rank."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def _reduced(self, values: tuple[int, ...], how: dist.ReduceOp) -> tuple[int, ...]:
         if self.size == 1:
             return values
-        tensor = torch.tensor(values, dtype=torch.int64, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        device = torch.device("cpu") if self.host_group else self.device
+        tensor = torch.tensor(values, dtype=torch.int64, device=device)
+        dist.all_reduce(tensor, op=how, group=self.host_group)
         return tuple(tensor.tolist())
 
     def broadcast_text(self, text: str, source: int = 0) -> str:
@@ -210,12 +220,13 @@ def start(device: str, timeout_seconds: float) -> World:
         torch.cuda.set_device(where)
     # DeepSpeed reads torchrun's variables itself, also where srun or nobody set them.
     os.environ.update(zip(TORCHRUN, map(str, (world.rank, world.size, world.local_rank)), strict=True))
+    timeout = timedelta(seconds=timeout_seconds)
     if not dist.is_initialized():
         store = {"store": dist.HashStore()} if world.size == 1 else {"init_method": "env://"}
-        timeout = timedelta(seconds=timeout_seconds)
         backend = "nccl" if use_cuda else "gloo"
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout, **store)
-    world = replace(world, device=where)
+    host_group = dist.new_group(backend="gloo", timeout=timeout) if use_cuda and world.size > 1 else None
+    world = replace(world, device=where, host_group=host_group)
     return replace(world, life=world.broadcast_text(secrets.token_hex(6)))
 
 

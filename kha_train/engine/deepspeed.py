@@ -19,6 +19,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.distributed import World
 from kha_train.engine.state import Fragment, partitioned_fragments, replicated_fragments
 from kha_train.model.decoder import Decoder, DecoderOutput, build_decoder
+from kha_train.model.host import spare_the_compiler, to_device
 from kha_train.model.init import initial_values, reset_buffers
 from kha_train.optim import parameter_groups
 
@@ -73,14 +75,7 @@ class Engine:
         included: `token_scale` = ranks / tokens of the global batch.
         """
         self._engine.set_gradient_accumulation_boundary(last)
-        output = self._engine(
-            batch.tokens_BT.to(self.world.device),
-            batch.labels_BT.to(self.world.device),
-            batch.positions_BT.to(self.world.device),
-            batch.cu_seqlens_S.to(self.world.device),
-            batch.max_seqlen,
-            torch.from_numpy(batch.samples_B).to(self.world.device),
-        )
+        output = self._engine(*self._inputs(batch), to_device(torch.from_numpy(batch.samples_B), self.world.device))
         loss = output.loss_sum * loss_scale
         if output.auxiliary is not None:
             loss = loss + output.auxiliary.total_sum * token_scale
@@ -93,15 +88,14 @@ class Engine:
         """Forward alone, without gradient. Collective under ZeRO 3: every rank calls it equally often."""
         self._engine.eval()
         with torch.no_grad():
-            output = self._engine(
-                batch.tokens_BT.to(self.world.device),
-                batch.labels_BT.to(self.world.device),
-                batch.positions_BT.to(self.world.device),
-                batch.cu_seqlens_S.to(self.world.device),
-                batch.max_seqlen,
-            )
+            output = self._engine(*self._inputs(batch))
         self._engine.train()
         return output
+
+    def _inputs(self, batch: Any) -> tuple[Any, ...]:
+        """What the decoder reads of a batch, on the device."""
+        tensors = (batch.tokens_BT, batch.labels_BT, batch.positions_BT, batch.cu_seqlens_S)
+        return *(to_device(tensor, self.world.device) for tensor in tensors), batch.max_seqlen
 
     @property
     def gradient_norm(self) -> Tensor:
@@ -184,7 +178,9 @@ class Engine:
         with torch.device("meta"):
             decoder = build_decoder(self.config)
         for module, name, full_name, default in list(initial_values(decoder, self.config.run.seed)):
-            value = initial(full_name, default).to(self.world.device, self.dtype)
+            # Under ZeRO 3 each parameter is dealt out together: one that cannot be read must not leave a rank waiting.
+            with self.world.agreed(f"make {full_name}"):
+                value = initial(full_name, default).to(self.world.device, self.dtype)
             module._parameters[name] = parameter = nn.Parameter(value)
             if self.config.engine.zero_stage == 3:
                 self._partition(parameter, settings)
@@ -320,6 +316,12 @@ def _import_deepspeed(device: torch.device) -> Any:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Its Muon optimizer, which is not used here, asks for a compiler while it is imported.
+        with _replaced(torch, "compile", lambda function=None, **_: function or (lambda kept: kept)):
+            import deepspeed.runtime.zero.muon.muon_optimizer
+    for method in vars(torch.optim.Optimizer).values():
+        if isinstance(method, FunctionType) and method.__code__.co_filename.endswith("_compile.py"):
+            spare_the_compiler(method)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     return deepspeed

@@ -17,6 +17,7 @@ from kha_train.model.attention.base import RowContext
 from kha_train.model.attention.cache import Cache
 from kha_train.model.attention.choice import needs_mask
 from kha_train.model.block import Block, BlockStats
+from kha_train.model.host import to_device
 from kha_train.model.init import DeclaredModule, Normal, initialise
 from kha_train.model.loss import chunked_cross_entropy
 from kha_train.model.moe.balance import BIAS_UPDATES, relative_load
@@ -151,7 +152,7 @@ class Decoder(nn.Module):
     ) -> RowContext:
         device, slopes_H = positions_BT.device, None
         if self.config.attention.positions == "alibi":
-            slopes_H = torch.tensor(alibi_slopes(self.config.attention.base.query_heads), device=device)
+            slopes_H = to_device(torch.tensor(alibi_slopes(self.config.attention.base.query_heads)), device)
         rotary = None if self.rotary is None else self.rotary(positions_BT)
         if cache is not None:
             return RowContext(rotary, lay_out_cached(tokens, cache.seen, device, slopes_H), cache)
@@ -185,7 +186,7 @@ class Decoder(nn.Module):
     def selection_bias_LE(self) -> Tensor:
         """A copy of the routers' selection biases, fp32 [L, E]."""
         biases = [router.selection_bias for router in self.routers()]
-        return torch.stack(biases) if biases else torch.zeros(0, 0)
+        return torch.stack(biases) if biases else torch.zeros(0, 0, device=self.norm.weight.device)
 
     @torch.no_grad()
     def finish_step(self, load_LE: Tensor) -> None:

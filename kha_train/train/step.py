@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from kha_train.data.stream import Batch, TokenStream
-from kha_train.distributed import World
+from kha_train.distributed import Caught, World, as_error
 from kha_train.engine.deepspeed import Engine
-from kha_train.errors import DataError, KhaError
+from kha_train.errors import KhaError
 from kha_train.train.probe import probe
 from kha_train.train.watch import Ruling
 
@@ -30,7 +30,8 @@ class StepResult:
     """What a step came to, the same on every rank.
 
     `loss` is the mean cross-entropy in nats over the labels of the global batch, `grad_norm` the norm before clipping
-    (inf when not finite), `load_LE` the tokens each expert of each layer got in the global batch, `balance_loss` and
+    (inf when not finite), `load_LE` the tokens each expert of each layer got in the global batch and `bias_LE` the
+    selection biases they were routed with, both fp64 on the host, whatever the device, `balance_loss` and
     `z_loss` the unweighted auxiliary losses, means over tokens and layers (0 when not asked for). When not `applied`,
     the step left no trace in the model. `evidence` is what `probe` found, when the judge asked for it.
     """
@@ -39,6 +40,7 @@ class StepResult:
     grad_norm: float
     applied: bool
     load_LE: Tensor
+    bias_LE: Tensor
     balance_loss: float
     z_loss: float
     stop: bool
@@ -57,15 +59,13 @@ def only_finite(loss: float, grad_norm: float) -> Ruling:
 def next_batch(stream: TokenStream, world: World, trouble: KhaError | None = None) -> tuple[Batch, int]:
     """This rank's batch of the next step and the unmasked labels of the whole global batch.
 
-    Raises on all ranks when any rank could not read its part (DataError), or brings `trouble` from before.
+    Raises on all ranks when any rank could not read its part, or brings `trouble` from before.
     """
-    batch, error = None, trouble
-    try:
+    batch = None
+    with Caught() as caught:
         batch = next(stream)
-    except DataError as found:
-        error = found
-    counts = torch.tensor([batch.label_count if batch else 0, int(error is not None)], device=world.device)
-    labels, failures = world.sum_(counts).tolist()
+    error = trouble or (as_error(caught.error, "read the batch") if caught.error else None)
+    labels, failures = world.sum_ints(batch.label_count if batch else 0, int(error is not None))
     if failures:
         world.raise_together(error)
     assert batch is not None
@@ -93,17 +93,20 @@ def train_step(
         load_LE = output.load_LE.double() if load_LE is None else load_LE + output.load_LE
     assert load_LE is not None, "a step has at least one micro-batch"
 
-    stop = torch.tensor(float(stop_requested), dtype=torch.float64, device=world.device)
-    agreed = world.sum_(torch.cat([sums, stop.view(1), load_LE.flatten()]))
+    stop = torch.full_like(sums[:1], float(stop_requested))
+    agreed = world.sum_(torch.cat([sums, stop, load_LE.flatten()]))
     load_LE = agreed[4:].view_as(load_LE)
-    totals = torch.cat([agreed[:4], engine.gradient_norm.double().view(1)])
-    loss_total, balance_total, z_total, stops, grad_norm = totals.tolist()
+    bias_LE = engine.decoder.selection_bias_LE()
+    # All that the host wants to know of a step crosses at once: here, and nowhere else, it waits for the device.
+    known = torch.cat([engine.gradient_norm.double().view(1), agreed, bias_LE.double().flatten()]).cpu()
+    grad_norm, loss_total, balance_total, z_total, stops = known[:5].tolist()
+    seen_LE, routed_by_LE = known[5:].view(2, *load_LE.shape)
 
     loss = loss_total / max(labels, 1)
     routed = tokens * max(load_LE.shape[0], 1)
     grad_norm = grad_norm if math.isfinite(grad_norm) else math.inf
     ruling = judge(loss, grad_norm)
-    evidence = probe(engine, micro_batches[0], load_LE) if ruling.probe else None
+    evidence = probe(engine, micro_batches[0], seen_LE) if ruling.probe else None
     applied = ruling.apply and only_finite(loss, grad_norm).apply
     if applied:
         engine.apply(lr, ruling.max_norm)
@@ -111,4 +114,4 @@ def train_step(
     else:
         engine.discard()
     losses = balance_total / routed, z_total / routed
-    return StepResult(loss, grad_norm, applied, load_LE, *losses, stops > 0, evidence)
+    return StepResult(loss, grad_norm, applied, seen_LE, routed_by_LE, *losses, stops > 0, evidence)

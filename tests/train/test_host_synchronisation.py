@@ -1,0 +1,160 @@
+"""The host waits for the device once a step of ours: where the gate decides. On a CPU the calls that would wait are
+counted; on CUDA the driver itself refuses them inside a micro-batch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kha_train import distributed
+from kha_train.config.compose import compose
+from kha_train.data.stream import open_stream
+from kha_train.engine.deepspeed import Engine, leave_world
+from kha_train.train.session import Session
+from kha_train.train.step import next_batch, train_step
+
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount", "equal", "is_nonzero"}
+OURS = f"{Path(__file__).resolve().parents[2]}/kha_train/"
+
+
+class Waits(TorchDispatchMode):
+    """Counts calls whose answer the host needs, and copies of a tensor to the host, by the package that asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in WAITS:
+            self.count[self._asked()] += 1
+        return func(*args, **(kwargs or {}))
+
+    def _asked(self) -> str:
+        for frame in reversed(traceback.extract_stack()):
+            if frame.filename.startswith(OURS):
+                return f"{frame.filename.removeprefix(OURS)}:{frame.name}"
+            if "/deepspeed/" in frame.filename:
+                return "deepspeed"
+        return "elsewhere"
+
+
+@pytest.fixture
+def engine(small: list[str], request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """An engine of two micro-batches a step; the parameter names the attention and the ZeRO stage."""
+    attention, stage, *more = request.param
+    settings = ["data.global_batch_size=4", "engine.micro_batch_size=2", f"engine.zero_stage={stage}", *more]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = compose([*small, f"attention={attention}", f"engine.device={device}", *settings])
+    world = distributed.start(device, 60)
+    engine = Engine(config, world)
+    yield engine
+    engine.close()
+    leave_world()
+
+
+CASES = [
+    ("gqa", 1),
+    ("kha_mlp", 2, "engine.activation_checkpointing=full", "moe.z_loss_weight=0.001"),
+    ("kha_linear", 1, "attention.positions=alibi", "moe.routing_warmup_steps=5", "moe.auxiliary_loss.weight=0.01"),
+    ("gqa", 3),
+]
+
+
+@pytest.mark.parametrize("engine", CASES, ids=[str(case[:2]) for case in CASES], indirect=True)
+def test_a_micro_batch_asks_the_device_nothing(engine: Engine) -> None:
+    batch, labels = next_batch(open_stream(engine.config), engine.world)
+    train_step(engine, batch, labels, 1e-4, False)
+    first, last = batch.micro_batches(2)
+    with Waits() as waits:
+        engine.accumulate(first, 1.0, 1.0, last=False)
+    assert not {place: n for place, n in waits.count.items() if place != "deepspeed"}
+    engine.accumulate(last, 1.0, 1.0, last=True)
+    engine.discard()
+
+
+@pytest.mark.parametrize("engine", CASES, ids=[str(case[:2]) for case in CASES], indirect=True)
+def test_a_step_asks_the_device_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One transfer of a vector, by the gate; the record's figures of the routing are worked out from it."""
+    asked: list[str] = []
+    for name in ("cpu", "tolist", "numpy"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, _noted(asked, name, original))
+    stream = open_stream(engine.config)
+    batch, labels = next_batch(stream, engine.world)
+    train_step(engine, batch, labels, 1e-4, False)
+    batch, labels = next_batch(stream, engine.world)
+    asked.clear()
+    with Waits() as waits:
+        result = train_step(engine, batch, labels, 1e-4, False)
+    # The vector crosses by `cpu`, and five numbers are then read off it.
+    assert [one for one in asked if one != "deepspeed"] == [
+        "cpu train/step.py:train_step",
+        "tolist train/step.py:train_step",
+    ]
+    assert not {place: n for place, n in waits.count.items() if place != "deepspeed"}
+    host = (result.load_LE, result.bias_LE)
+    assert all(tensor.device.type == "cpu" for tensor in host)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", CASES[:2], ids=[str(case[:2]) for case in CASES[:2]], indirect=True)
+def test_on_cuda_nothing_waits_inside_a_micro_batch(engine: Engine) -> None:
+    batch, labels = next_batch(open_stream(engine.config), engine.world)
+    for _ in range(3):
+        train_step(engine, batch, labels, 1e-4, False)
+    first, last = batch.micro_batches(2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.accumulate(first, 1.0, 1.0, last=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    engine.accumulate(last, 1.0, 1.0, last=True)
+    engine.discard()
+
+
+def test_the_record_of_a_step_reads_only_what_has_crossed() -> None:
+    """`Session.metrics` gets the loads and biases of the gate's transfer."""
+    assert "selection_bias_LE" not in Session._routing.__code__.co_names
+    assert {"load_LE", "bias_LE"} <= set(Session._routing.__code__.co_names)
+
+
+def test_a_start_on_a_cpu_imports_no_compiler(small: list[str], clean_environment: dict[str, str]) -> None:
+    """torch's compiler takes seconds to import, and nothing here is compiled."""
+    program = (
+        "import sys\n"
+        "from kha_train import distributed\n"
+        "from kha_train.config.compose import compose\n"
+        "from kha_train.engine.deepspeed import Engine\n"
+        "config = compose(sys.argv[1:])\n"
+        "Engine(config, distributed.start('cpu', 60))\n"
+        "print('torch._dynamo' in sys.modules, 'torch._inductor' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, *small, "engine.device=cpu"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, env=clean_environment)
+    assert answer.stdout.split()[-2:] == ["False", "False"]
+
+
+def _noted(asked: list[str], name: str, original: Any) -> Any:
+    """`original`, which first notes who called it."""
+
+    def noted(tensor: torch.Tensor, *arguments: Any) -> Any:
+        frames = [frame.filename for frame in traceback.extract_stack()[-4:-1]]
+        caller = traceback.extract_stack(limit=2)[0]
+        ours = caller.filename.startswith(OURS)
+        theirs = any("/deepspeed/" in frame or "/torch/" in frame for frame in frames)
+        place = (
+            f"{name} {caller.filename.removeprefix(OURS)}:{caller.name}" if ours else "deepspeed" if theirs else name
+        )
+        asked.append(place)
+        return original(tensor, *arguments)
+
+    return noted
