@@ -10,6 +10,7 @@ import typer
 
 from kha_train.cli import bench, checkpoint, compare, data, generate, plan, quickstart, spikes, status, sweep, train
 from kha_train.errors import KhaError
+from kha_train.record.markers import leave_outcome
 
 HELP = "Pretraining of mixture-of-experts language models with cross-head attention."
 
@@ -43,18 +44,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
         if rank == "0" or not error.agreed:
             where = "" if rank == "0" else f"rank {rank}: "
             print(f"{where}{error.line()}", file=sys.stderr, flush=True)
-        _leave_code(error.exit_code)
+        leave_outcome(f"{'fatal' if error.fatal else 'failed'} {error.exit_code}")
         sys.exit(error.exit_code)
     except OSError as error:
         if os.environ.get("KHA_DEBUG") == "1" or error.filename is None:
             raise
         print(f"file error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         sys.exit(1)
-
-
-def _leave_code(code: int) -> None:
-    """For the batch script: torchrun answers 1 whatever its workers ended with."""
-    path = os.environ.get("KHA_EXIT_FILE")
-    if path:
-        with open(path, "w", encoding="ascii") as file:
-            file.write(f"{code}\n")
