@@ -23,6 +23,13 @@ from kha_train.stability.statistics import BILLION, rate, shared_events, summari
 
 SCORES = "spike/olmo"
 ACTIONS = ("step_discarded", "rewind", "rewind_impossible", "divergence", "abort", "zclip")
+AROUND = (
+    "step", "train/loss", "spike/z", "train/grad_norm", "train/lr", "train/skipped", "moe/maxvio", "attn/max_logit",
+    "kha/from_identity",
+)  # fmt: skip
+"""What is shown of the steps around an event."""
+MARGIN, SHOWN = 5, 10
+"""Steps shown before an event and after it, and at most so many of its own."""
 UNDONE = "rewind "
 """How the reason begins that a rewind gives for the lines it undoes; other reasons are a restart's."""
 
@@ -197,6 +204,31 @@ def evidence_of(report: SpikeReport, number: int) -> tuple[SpikeEvent, dict[str,
         and entry.get("samples_first", event.samples_first) == event.samples_first
     ]
     return event, opened[-1] if opened else {}
+
+
+def lines_around(report: SpikeReport, event: SpikeEvent) -> list[dict[str, Any]]:
+    """What the record holds of the steps around the beginning of `event`, of `AROUND` what is there; for a foreign
+    curve its own columns."""
+    last = min(event.end_step, event.start_step + SHOWN - 1) + MARGIN
+    if report.curve.run_dir is None:
+        names = {"step": "step", "train/loss": "loss", "train/grad_norm": "grad_norm", "train/lr": "lr"}
+        lines = [{key: getattr(point, name) for key, name in names.items()} for point in report.curve.points]
+    else:
+        lines = read_metrics(report.curve.run_dir)
+        if event in report.rewound:
+            undone = [line for line in read_discarded(report.curve.run_dir) if _is_of(line, event)]
+            first = min(line["step"] for line in undone)
+            lines = [line for line in lines if line["step"] < first] + undone
+    return [
+        {key: line[key] for key in AROUND if key in line}
+        for line in lines
+        if event.start_step - MARGIN <= line["step"] <= last
+    ]
+
+
+def _is_of(line: dict[str, Any], event: SpikeEvent) -> bool:
+    """Whether a line that a rewind undid is one of those in which `event` happened."""
+    return event.samples_first <= line["samples_first"] <= event.samples_last
 
 
 def _gap(curve: LossCurve, reference: LossCurve) -> dict[str, Any]:

@@ -11,12 +11,22 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kha_train.analysis.spikes import SpikeReport, across_runs, evidence_of, read_curve, score_curve
+from kha_train.analysis.spikes import SpikeReport, across_runs, evidence_of, lines_around, read_curve, score_curve
 from kha_train.analysis.spikes_plot import plot_spikes
 from kha_train.analysis.spikes_text import batch_texts
 from kha_train.errors import KhaError
 
-EVENT_COLUMNS = ("start_step", "class", "width", "height", "area", "gnorm_peak_ratio", "recovered", "samples_first")
+EVENT_COLUMNS = {
+    "step": "start_step", "class": "class", "width": "width", "height": "height", "area": "area",
+    "norm x": "gnorm_peak_ratio", "recovered": "recovered", "sample": "samples_first",
+}  # fmt: skip
+"""Heading of a column -> field of an event."""
+AROUND_COLUMNS = {
+    "step": "step", "train/loss": "loss", "spike/z": "z", "train/grad_norm": "norm", "train/lr": "lr",
+    "train/skipped": "skip", "moe/maxvio": "load", "attn/max_logit": "logit", "kha/from_identity": "kha",
+}  # fmt: skip
+"""Metric of a step -> its heading."""
+LAYER_COLUMNS = ("norm", "logit", "load", "busiest", "dead", "bias from", "to")
 TEXT_CHARACTERS = 600
 """Shown of each row; `--json` gives all of it."""
 
@@ -45,10 +55,7 @@ def spikes(
         return
     console = Console()
     if event is not None:
-        console.print_json(json.dumps(_plain({key: value for key, value in answer.items() if key != "texts"})))
-        for text in answer["texts"]:
-            console.print(f"--- sample {text['sample']} of {text['source']}", markup=False)
-            console.print(text["text"][:TEXT_CHARACTERS], markup=False, highlight=False)
+        _print_event(answer, console)
         return
     for report in reports:
         _print_report(report, console)
@@ -59,15 +66,67 @@ def spikes(
 
 
 def _event(report: SpikeReport, number: int) -> dict[str, Any]:
-    """One event, the evidence the record kept of its first step, and the text of that step's batch."""
+    """One event, the steps around it, the evidence the record kept of its first step, and the text of its batch."""
     event, opened = evidence_of(report, number)
-    answer: dict[str, Any] = {"event": event.to_dict(), "opened": opened, "texts": []}
+    answer: dict[str, Any] = {"event": event.to_dict(), "around": lines_around(report, event), "opened": opened}
+    answer["texts"] = []
     if report.curve.run_dir and event.samples_first >= 0:
         try:
             answer["texts"] = batch_texts(report.curve.run_dir, event.samples_first)
         except KhaError as error:
             answer["no_texts"] = str(error)
     return answer
+
+
+def _print_event(answer: dict[str, Any], console: Console) -> None:
+    event = answer["event"]
+    console.print(
+        f"{event['class']} event, steps {event['start_step']} to {event['end_step']}, "
+        f"{'recovered' if event['recovered'] else 'not recovered'}: {_short(event['height'])} nats above "
+        f"{_short(event['baseline'])}, area {_short(event['area'])}, "
+        f"gradient norm up to {_short(event['gnorm_peak_ratio'])} times the usual",
+        highlight=False,
+    )
+    names = [name for name in AROUND_COLUMNS if any(name in line for line in answer["around"])]
+    table = Table(*(AROUND_COLUMNS[name] for name in names), title="around its beginning", title_justify="left")
+    for line in answer["around"]:
+        style = "bold" if line["step"] == event["start_step"] else ""
+        table.add_row(*(_short(line.get(name, "")) for name in names), style=style)
+    console.print(table)
+    if answer["opened"]:
+        _print_evidence(answer["opened"]["evidence"], console)
+    else:
+        console.print("no evidence of it is recorded")
+    for text in answer["texts"]:
+        console.print(f"--- sample {text['sample']} of {text['source']}", markup=False)
+        console.print(text["text"][:TEXT_CHARACTERS], markup=False, highlight=False)
+    if "no_texts" in answer:
+        console.print(f"its text cannot be shown: {answer['no_texts']}", markup=False)
+
+
+def _print_evidence(evidence: dict[str, Any], console: Console) -> None:
+    """What was seen in the model before the update of the step in which an event began."""
+    logits, router = evidence.get("max_logits", []), evidence.get("router", [])
+    without_experts = len(logits) - len(router)
+    title = "gradients, attention and routing before its first update"
+    table = Table("", *LAYER_COLUMNS, title=title, title_justify="left")
+    for name, norm in evidence.get("grad_norms", {}).items():
+        head, _, number = name.rpartition(".")
+        layer = int(number) if head else -1
+        cells = [_short(logits[layer])] if 0 <= layer < len(logits) else [""]
+        if layer >= max(without_experts, 0) and router:
+            found = router[layer - without_experts]
+            cells += [_short(found[key]) for key in ("maxvio", "busiest", "dead", "bias_min", "bias_max")]
+        table.add_row(name, _short(norm), *cells)
+    console.print(table)
+    if evidence.get("interactions"):
+        table = Table("heads meet through", "norm", "from the identity")
+        for name, entry in evidence["interactions"].items():
+            far = "" if ".gate." in name else _short(entry.get("from_identity", ""))
+            table.add_row(
+                name.removesuffix(".weight").replace(".attention.interaction.", " "), _short(entry["norm"]), far
+            )
+        console.print(table)
 
 
 def _print_report(report: SpikeReport, console: Console) -> None:
@@ -77,7 +136,7 @@ def _print_report(report: SpikeReport, console: Console) -> None:
     for number, event in enumerate(events, start=1):
         fields = event.to_dict()
         mark = " (rewound)" if event in report.rewound else ""
-        table.add_row(f"{number}{mark}", *(_short(fields[name]) for name in EVENT_COLUMNS))
+        table.add_row(f"{number}{mark}", *(_short(fields[name]) for name in EVENT_COLUMNS.values()))
     console.print(table if events else f"{report.curve.label}: no event")
     for name, value in summary.items():
         if name != "rates":

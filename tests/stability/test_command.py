@@ -157,7 +157,9 @@ def test_an_event_is_shown_with_its_evidence_and_the_text_of_its_batch(kha: Kha,
     assert answer["opened"]["evidence"]["grad_norms"] == {"blocks.0": 7.0}
     assert [text["sample"] for text in answer["texts"]] == list(range(8 * 149, 8 * 150))
     assert all(len(text["text"].split()) == 64 for text in answer["texts"]), "ids, for these shards have no tokenizer"
-    assert "max_logits" in kha(str(run_dir), "--event", "1")
+    shown = kha(str(run_dir), "--event", "1")
+    assert "narrow event, steps 150 to 150" in shown and "blocks.0" in shown and "--- sample 1192" in shown
+    assert [line["step"] for line in answer["around"]] == list(range(145, 156))
 
 
 def test_a_rewound_and_a_surviving_event_at_one_step_show_their_own(kha: Kha, tmp_path: Path, calm, observed) -> None:
