@@ -19,6 +19,10 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
+# Its functions keep the world group of the moment of the import as a default, and with it the group's threads for ever:
+# there must not be one yet.
+import torch.distributed.nn.functional
+
 from kha_train import errors
 from kha_train.errors import ConfigError, KhaError, MachineError, RankError
 

@@ -11,6 +11,8 @@ The only user of DeepSpeed. What it adds to DeepSpeed 0.19:
 
 from __future__ import annotations
 
+import gc
+import inspect
 import io
 import logging
 import math
@@ -171,8 +173,18 @@ class Engine:
             state["step"].fill_(count)
 
     def close(self) -> None:
-        """Release hooks and communication buffers, so that another engine can be built in this process."""
+        """Release hooks and communication buffers, so that another engine can be built in this process.
+
+        Whoever holds a process group keeps its threads alive, and one that is still alive when the interpreter ends can
+        abort the process. DeepSpeed holds an engine under ZeRO 3 in a list and a cache of its modules.
+        """
         self._engine.destroy()
+        zero = self._deepspeed.runtime.zero
+        zero.parameter_offload.FWD_MODULE_STACK.clear()
+        coordinator = zero.partitioned_param_coordinator.PartitionedParameterCoordinator
+        released = coordinator._PartitionedParameterCoordinator__params_to_release
+        released.__closure__[0].cell_contents.cache_clear()
+        del self._engine, self._optimizer, self.decoder
 
     def _materialise(self, settings: dict[str, Any], initial: InitialValue) -> Decoder:
         with torch.device("meta"):
@@ -187,6 +199,9 @@ class Engine:
         decoder.tie_weights()
         with self.world.device:
             reset_buffers(decoder)
+        if self.config.engine.compile == "block":
+            for block in decoder.blocks:
+                block.compile()
         return decoder
 
     def _adamw(self) -> torch.optim.AdamW:
@@ -271,6 +286,8 @@ def leave_world() -> None:
     import deepspeed
 
     deepspeed.comm.destroy_process_group()
+    # An engine is full of cycles; the threads of a group end with the last reference to it.
+    gc.collect()
 
 
 def resolve_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
@@ -314,6 +331,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     with _silenced_stderr():
         import deepspeed
+        from deepspeed.comm.torch import TorchBackend
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Its Muon optimizer, which is not used here, asks for a compiler while it is imported.
@@ -322,6 +340,10 @@ def _import_deepspeed(device: torch.device) -> Any:
     for method in vars(torch.optim.Optimizer).values():
         if isinstance(method, FunctionType) and method.__code__.co_filename.endswith("_compile.py"):
             spare_the_compiler(method)
+    # Their defaults keep the world group of the moment of the import; None stands for the one that is there.
+    for name in ("barrier", "monitored_barrier"):
+        function = inspect.unwrap(vars(TorchBackend)[name])
+        function.__defaults__ = (None, *(function.__defaults__ or ())[1:])
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     return deepspeed

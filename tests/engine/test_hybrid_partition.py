@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from kha_train.errors import ConfigError
 from kha_train.record import TIMING_KEYS, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("threads_worker.py")
 
 
-# Four processes on a small machine: one of eight such starts was seen to abort inside gloo as it ended.
-@pytest.mark.soak
+@pytest.mark.slow
 def test_groups_of_two_among_four_ranks_change_nothing(
     small: list[str], clean_environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -33,6 +34,18 @@ def test_groups_of_two_among_four_ranks_change_nothing(
 
     whole = curve(1)
     assert len(whole) == 3 and curve(2) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [("engine=zero1",), ("engine=zero3", "engine.hpz_partition_size=2")])
+def test_no_thread_of_a_process_group_outlives_the_run(
+    engine: tuple[str, ...], small: list[str], run_ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    """One that is alive when the interpreter ends may abort the process: "terminate called without an exception"."""
+    settings = [*small, *engine, "model.layers=1", "engine.micro_batch_size=1", "data.global_batch_size=4"]
+    settings += ["run.steps=3", f"run.dir={tmp_path / 'run'}"]
+    answers = run_ranks(WORKER, 2, overrides=settings)
+    assert answers == [{"finished": True, "threads": []}] * 2
 
 
 def test_groups_need_zero_3_and_ranks_that_divide() -> None:
