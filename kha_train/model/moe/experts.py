@@ -1,32 +1,24 @@
-"""SwiGLU experts with fused weights, dropless. `loop` says what is computed, `grouped` does it in two grouped GEMMs.
-`megablocks` (in its own file) is a third way, where that package is installed.
-
-The routing weight is put on the width-F activation before the second GEMM: w (a W2) = (w a) W2, on a smaller tensor,
-and expert outputs need not be kept for the backward. Copies go out and come home by gathers in both directions, so the
-sum over a token's experts has a fixed order and needs no atomics.
+"""SwiGLU experts with fused weights, dropless. `loop` says what is computed; `grouped` and `megablocks`, each in a file
+of its own, compute it faster. All put the routing weight on the width-F activation before the second product.
 """
 
-# N tokens   D model width   F expert width   E experts   J experts per token
-# M = N * J routed copies, sorted by expert   X = 2F, gate and up side by side
+# N tokens   D model width   F expert width   E experts   J experts per token   M copies of one expert
+# X = 2F, gate and up side by side
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
 from kha_train.model.init import DeclaredModule, Normal, residual_std
+from kha_train.model.moe.grouped import grouped
 from kha_train.model.moe.megablocks import load_kernels, megablocks
 from kha_train.model.moe.router import Routing
 from kha_train.model.moe.swiglu import weighted_swiglu
-
-# torch publishes the operator in `functional`; older releases that are still admitted only have the private name.
-_grouped_mm = getattr(functional, "grouped_mm", None) or torch._grouped_mm
 
 
 class Experts(DeclaredModule):
@@ -60,54 +52,6 @@ def loop(x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: Tensor, routing: Routing) 
         hidden_MF = weighted_swiglu(x_ND[token_M] @ gate_up_EDX[expert], routing.weight_NJ[token_M, slot_M])
         out_ND = out_ND.index_add(0, token_M, hidden_MF @ down_EFD[expert])
     return out_ND
-
-
-def grouped(x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: Tensor, routing: Routing) -> Tensor:
-    """Copies sorted by expert, then one grouped GEMM in and one out. fp32 and bf16; counts stay on the device."""
-    order_M = routing.expert_NJ.flatten().argsort(stable=True)
-    home_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(order_M.numel(), device=order_M.device))
-    home_NJ = home_M.view_as(routing.expert_NJ)
-    ends_E = routing.load_E.cumsum(0).to(torch.int32)
-    token_M = order_M.div(routing.expert_NJ.shape[1], rounding_mode="floor")
-    weight_M = routing.weight_NJ.flatten()[order_M]
-    x_MD = Dispatch.apply(x_ND, token_M, home_NJ)
-    hidden_MF = weighted_swiglu(_grouped_mm(x_MD, gate_up_EDX, offs=ends_E), weight_M)
-    return Combine.apply(_grouped_mm(hidden_MF, down_EFD, offs=ends_E), token_M, home_NJ)
-
-
-class Dispatch(torch.autograd.Function):
-    """x_ND -> x_MD, a copy of its token for every routed place. The transpose of `Combine`.
-
-    torch's own backward of this gather would add with atomics, in an order that changes from run to run.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, token_M: Tensor, home_NJ: Tensor) -> Tensor:
-        """Gather by token."""
-        ctx.save_for_backward(home_NJ)
-        return x_ND[token_M]
-
-    @staticmethod
-    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:
-        """Sum of the gradients of a token's copies."""
-        (home_NJ,) = ctx.saved_tensors
-        return grad_MD[home_NJ].sum(dim=1), None, None
-
-
-class Combine(torch.autograd.Function):
-    """y_MD -> y_ND, the sum of a token's copies in the order of its experts. The transpose of `Dispatch`."""
-
-    @staticmethod
-    def forward(ctx: Any, y_MD: Tensor, token_M: Tensor, home_NJ: Tensor) -> Tensor:
-        """Gather the copies home and add them."""
-        ctx.save_for_backward(token_M)
-        return y_MD[home_NJ].sum(dim=1)
-
-    @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
-        """Every copy receives its token's gradient."""
-        (token_M,) = ctx.saved_tensors
-        return grad_ND[token_M], None, None
 
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Routing], Tensor]] = {

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from kha_train.errors import ConfigError
 from kha_train.model.decoder import build_decoder
-from kha_train.model.moe.experts import Combine, Dispatch, grouped, loop
+from kha_train.model.moe.experts import grouped, loop
 from kha_train.model.moe.megablocks import NEEDED, Kernels, load_kernels, run_kernels
 from kha_train.model.moe.router import Routing, count_experts
 
@@ -75,19 +75,6 @@ def test_the_loop_passes_gradcheck_in_float64():
         return loop(x_ND, gate_up, down, Routing(routing.expert_NJ, weight_NJ, routing.load_E))
 
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
-
-
-def test_dispatch_and_combine_are_each_others_transpose():
-    expert_NJ = choices("spread")
-    order_M = expert_NJ.flatten().argsort(stable=True)
-    home_NJ, token_M = order_M.argsort().view(N, J), order_M // J
-    x_ND = torch.randn(N, 3, dtype=torch.float64, requires_grad=True)
-    y_MD = torch.randn(N * J, 3, dtype=torch.float64, requires_grad=True)
-    left = (Dispatch.apply(x_ND, token_M, home_NJ) * y_MD).sum()
-    right = (x_ND * Combine.apply(y_MD, token_M, home_NJ)).sum()
-    torch.testing.assert_close(left, right)
-    assert torch.autograd.gradcheck(lambda x: Dispatch.apply(x, token_M, home_NJ), (x_ND,))
-    assert torch.autograd.gradcheck(lambda y: Combine.apply(y, token_M, home_NJ), (y_MD,))
 
 
 @pytest.mark.parametrize(("section", "field"), [("moe", "expert_width"), ("model", "hidden_size")])

@@ -1,0 +1,31 @@
+"""What the expert operator counts for in torch's FlopCounterMode. Import it before counting: nothing else does, for
+torch's counter loads Triton where that is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from kha_train.model.moe import grouped
+
+Shape = Sequence[int]
+OPERATORS = (grouped.grouped_experts, grouped.grouped_experts_backward)
+"""What is counted here; to be counted they must be registered, which importing their file does."""
+
+
+@register_flop_formula(torch.ops.kha_train.grouped_experts)
+def experts(x: Shape, gate_up: Shape, down: Shape, weight: Shape, *_: object, **__: object) -> int:
+    """Every copy (tokens times experts of each) through three matrices of one size."""
+    _, width, both = gate_up
+    return 3 * weight[0] * weight[1] * width * both
+
+
+@register_flop_formula(torch.ops.kha_train.grouped_experts_backward)
+def experts_backward(
+    grad: Shape, x: Shape, gate_up: Shape, down: Shape, weight: Shape, *_: object, **__: object
+) -> int:
+    """A product for the gradient of the copies and one for that of each matrix."""
+    return 2 * experts(x, gate_up, down, weight)

@@ -1,0 +1,180 @@
+"""The `grouped` expert backend as one operator: copies sorted by expert, one grouped GEMM in and one out, and around
+them one pass over memory each.
+
+Kept for the backward, besides what the caller has: the output [M, 2F] of the first product. Copies of the input and the
+activation are computed again, and expert outputs are never needed. Nothing waits for the device.
+"""
+
+# N tokens   D model width   F expert width   E experts   J experts per token
+# M = N * J routed copies, sorted by expert   X = 2F, gate and up side by side
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kha_train.model.kernels import movement, weighted_swiglu
+from kha_train.model.kernels.weighted_swiglu import Gradients
+from kha_train.model.moe.router import Routing
+
+# torch publishes the operator in `functional`; older releases that are still admitted only have the private name.
+_grouped_mm = getattr(functional, "grouped_mm", None) or torch._grouped_mm
+
+TILE_ROWS = 128
+"""Rows of an output tile of the grouped GEMM on Hopper: an expert's copies are rounded up to it."""
+
+
+class Kernels(NamedTuple):
+    """How what is not a product is computed."""
+
+    permute: Callable[[Tensor, Tensor, Tensor], Tensor]
+    combine: Callable[[Tensor, Tensor], Tensor]
+    activate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    activate_backward: Callable[[Tensor, Tensor, Tensor, Tensor], Gradients]
+
+
+KERNELS = {
+    "torch": Kernels(
+        movement.permute_torch,
+        movement.combine_torch,
+        weighted_swiglu.forward_torch,
+        weighted_swiglu.backward_torch,
+    ),
+    "triton": Kernels(
+        movement.permute_triton,
+        movement.combine_triton,
+        weighted_swiglu.forward_triton,
+        weighted_swiglu.backward_triton,
+    ),
+}
+
+
+class Placement(NamedTuple):
+    """Where copies go: `order_M` [M] the copy (token * J + choice) at each sorted place, `home_NJ` the sorted place of
+    each copy, both int64, and `ends_E` (int32) where each expert's copies end."""
+
+    order_M: Tensor
+    home_NJ: Tensor
+    ends_E: Tensor
+
+
+def place(expert_NJ: Tensor, load_E: Tensor) -> Placement:
+    """Sort copies by expert, a token's by its number: the same on every machine. Counts stay on the device."""
+    order_M = expert_NJ.flatten().argsort(stable=True)
+    numbers_M = torch.arange(order_M.numel(), device=order_M.device)
+    home_M = torch.empty_like(order_M).scatter_(0, order_M, numbers_M)
+    return Placement(order_M, home_M.view_as(expert_NJ), load_E.cumsum(0).to(torch.int32))
+
+
+def grouped(x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: Tensor, routing: Routing, kernels: str = "torch") -> Tensor:
+    """The weighted sum of every token's experts, [N, D]. fp32 and bf16. `kernels`: `torch` or `triton`."""
+    placement = place(routing.expert_NJ, routing.load_E)
+    out_ND, _ = grouped_experts(x_ND, gate_up_EDX, down_EFD, routing.weight_NJ, *placement, kernels)
+    return out_ND
+
+
+def run_forward(
+    x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: Tensor, weight_NJ: Tensor, placement: Placement, kernels: Kernels
+) -> tuple[Tensor, Tensor]:
+    """The output [N, D], and the first product [M, 2F] for `run_backward`."""
+    order_M, home_NJ, ends_E = placement
+    gate_up_MX = _grouped_mm(kernels.permute(x_ND, order_M, home_NJ), gate_up_EDX, offs=ends_E)
+    hidden_MF = kernels.activate(gate_up_MX, weight_NJ, order_M)
+    return kernels.combine(_grouped_mm(hidden_MF, down_EFD, offs=ends_E), home_NJ), gate_up_MX
+
+
+def run_backward(
+    grad_ND: Tensor,
+    x_ND: Tensor,
+    gate_up_EDX: Tensor,
+    down_EFD: Tensor,
+    weight_NJ: Tensor,
+    placement: Placement,
+    gate_up_MX: Tensor,
+    kernels: Kernels,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of input, both matrices and routing weights. Tensors of M rows are let go as soon as they are used."""
+    order_M, home_NJ, ends_E = placement
+    grad_MD = kernels.permute(grad_ND, order_M, home_NJ)
+    grad_MF = _grouped_mm(grad_MD, down_EFD.transpose(1, 2), offs=ends_E)
+    found = kernels.activate_backward(gate_up_MX, weight_NJ, order_M, grad_MF)
+    grad_down_EFD = _grouped_mm(found.hidden_MF.t(), grad_MD, offs=ends_E)
+    del grad_MD, grad_MF
+    x_MD = kernels.permute(x_ND, order_M, home_NJ)
+    grad_gate_up_EDX = _grouped_mm(x_MD.t(), found.gate_up_MX, offs=ends_E)
+    del x_MD
+    grad_MD = _grouped_mm(found.gate_up_MX, gate_up_EDX.transpose(1, 2), offs=ends_E)
+    return kernels.combine(grad_MD, home_NJ), grad_gate_up_EDX, grad_down_EFD, found.weight_NJ
+
+
+@torch.library.custom_op("kha_train::grouped_experts", mutates_args=())
+def grouped_experts(
+    x_ND: Tensor,
+    gate_up_EDX: Tensor,
+    down_EFD: Tensor,
+    weight_NJ: Tensor,
+    order_M: Tensor,
+    home_NJ: Tensor,
+    ends_E: Tensor,
+    kernels: str,
+) -> tuple[Tensor, Tensor]:
+    """`run_forward` as one node of a graph. The second output is for the backward alone and has no gradient."""
+    placement = Placement(order_M, home_NJ, ends_E)
+    return run_forward(x_ND, gate_up_EDX, down_EFD, weight_NJ, placement, KERNELS[kernels])
+
+
+@torch.library.custom_op("kha_train::grouped_experts_backward", mutates_args=())
+def grouped_experts_backward(
+    grad_ND: Tensor,
+    x_ND: Tensor,
+    gate_up_EDX: Tensor,
+    down_EFD: Tensor,
+    weight_NJ: Tensor,
+    order_M: Tensor,
+    home_NJ: Tensor,
+    ends_E: Tensor,
+    gate_up_MX: Tensor,
+    kernels: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`run_backward` as one node of a graph."""
+    placement = Placement(order_M, home_NJ, ends_E)
+    return run_backward(
+        grad_ND, x_ND, gate_up_EDX, down_EFD, weight_NJ, placement, gate_up_MX, KERNELS[kernels]
+    )  # fmt: skip
+
+
+@grouped_experts.register_fake
+def _(x_ND, gate_up_EDX, down_EFD, weight_NJ, order_M, home_NJ, ends_E, kernels) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_ND), x_ND.new_empty(order_M.shape[0], gate_up_EDX.shape[2])
+
+
+@grouped_experts_backward.register_fake
+def _(
+    grad_ND, x_ND, gate_up_EDX, down_EFD, weight_NJ, order_M, home_NJ, ends_E, gate_up_MX, kernels
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return tuple(torch.empty_like(tensor) for tensor in (x_ND, gate_up_EDX, down_EFD, weight_NJ))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.kernels = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_ND: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    grads = grouped_experts_backward(grad_ND, *ctx.saved_tensors, ctx.kernels)
+    return *grads, None, None, None, None
+
+
+torch.library.register_autograd("kha_train::grouped_experts", _backward, setup_context=_keep)
+
+
+def tile_padding(load_E: Tensor, tile_rows: int = TILE_ROWS) -> float:
+    """Rows that a grouped GEMM computes over rows there are: every expert's are rounded up to whole tiles."""
+    tiles_E = (load_E + tile_rows - 1) // tile_rows
+    return float(tiles_E.sum() * tile_rows / load_E.sum())
