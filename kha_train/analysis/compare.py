@@ -9,11 +9,21 @@ from typing import Any
 import numpy as np
 
 from kha_train.analysis.runs import RunData, load_runs
-from kha_train.analysis.statistics import Interval, block_bootstrap
+from kha_train.analysis.statistics import Interval, SeedInterval, block_bootstrap, over_seeds
 from kha_train.analysis.summary import Summary, summarise
 
 IDENTITY_KEYS = ("run.dir", "run.name")
 """Configuration keys that always differ and say nothing."""
+NEUTRAL_KEYS = (
+    "run.dir", "run.name", "run.seed", "run.max_minutes", "attention.", "telemetry.", "cluster.", "resume.",
+    "checkpoint.", "validation.", "data.name", "data.train", "data.validation", "data.reader", "data.prefetch",
+    "data.check_crc", "model.name", "model.loss_chunk_tokens", "moe.backend", "stability.probe_every",
+    "engine.zero_stage", "engine.micro_batch_size", "engine.device", "engine.kernels", "engine.compile",
+    "engine.activation_checkpointing", "engine.reduce_bucket_elements", "engine.hpz_partition_size",
+    "engine.collective_timeout_seconds", "engine.hang_timeout_seconds", "engine.audit_every",
+)  # fmt: skip
+"""Settings, or beginnings of settings, in which a fair pair may differ: the variant itself, and what changes a loss by
+rounding at most. The content of the data is compared by its id, the seed by itself."""
 ORDER_KEYS = ("run.seed", "model.seq_len", "data.isolate_documents")
 """Settings that, with the content of the shards and the sample numbers, fix which tokens a step reads."""
 
@@ -23,7 +33,10 @@ class Pair:
     """Train loss of `other` - `reference` at equal steps over the last half of the steps both have (nats per token).
 
     `interval` is None when fewer than 10 steps are finite in both. `same_data` says whether the two read the same
-    tokens at every common step, and `data_words` why that is known or not.
+    tokens at every common step, and `data_words` why that is known or not. `confounders` are settings beside the
+    variant in which the two differ: budget, schedule, initialisation, policy; any of them may be what is seen.
+    `first_gap` is the difference of the losses of step 1 (None where one is not known): before any update, so about 0
+    where both start as one function.
     """
 
     reference: int
@@ -34,6 +47,27 @@ class Pair:
     same_seed: bool
     same_data: bool
     data_words: str
+    confounders: tuple[str, ...]
+    first_gap: float | None
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """Why the difference may not be the variant's doing, in words."""
+        found = [] if self.same_seed else ["other seeds, so other initial values and another order of the data"]
+        found += [] if self.same_data or not self.same_seed else ["not proven to have read the same data"]
+        found += [f"they also differ in {', '.join(self.confounders)}"] if self.confounders else []
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class AcrossSeeds:
+    """The differences of all fair pairs (no caveat) of one variant and the reference, one a seed: `interval` over the
+    seeds, None for fewer than two."""
+
+    variant: str
+    reference: str
+    differences: tuple[float, ...]
+    interval: SeedInterval | None
 
 
 @dataclass(frozen=True)
@@ -44,6 +78,7 @@ class Comparison:
     summaries: tuple[Summary, ...]
     differences: dict[str, tuple[Any, ...]]
     pairs: tuple[Pair, ...]
+    across_seeds: tuple[AcrossSeeds, ...]
     evidence: str
 
     def sentence(self, pair: Pair) -> str:
@@ -52,7 +87,17 @@ class Comparison:
         if pair.interval is None:
             return f"{names}: too few common steps for a difference; {self.evidence}"
         found = f"{pair.interval.mean:+.4f} [{pair.interval.low:+.4f}, {pair.interval.high:+.4f}] nats per token"
-        return f"{names}: {found} over steps {pair.first_step}-{pair.last_step}; {self.evidence}"
+        warned = "".join(f"; NOT A FAIR PAIR: {caveat}" for caveat in pair.caveats)
+        return f"{names}: {found} over steps {pair.first_step}-{pair.last_step}{warned}; {self.evidence}"
+
+    @staticmethod
+    def seeds_sentence(found: AcrossSeeds) -> str:
+        """What all seeds together say of a variant, in one line."""
+        names = f"{found.variant} - {found.reference} over {len(found.differences)} seeds"
+        if found.interval is None:
+            return f"{names}: no interval"
+        interval = found.interval
+        return f"{names}: {interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}] nats per token (Student)"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; non-finite numbers do not occur, unknown ones are None."""
@@ -62,8 +107,10 @@ class Comparison:
             for run, summary in zip(self.runs, self.summaries, strict=True)
         ]
         differences = {key: list(values) for key, values in self.differences.items()}
-        pairs = [asdict(pair) | {"sentence": self.sentence(pair)} for pair in self.pairs]
-        return {"runs": runs, "config_differences": differences, "pairs": pairs, "evidence": self.evidence}
+        pairs = [asdict(pair) | {"caveats": list(pair.caveats), "sentence": self.sentence(pair)} for pair in self.pairs]
+        seeds = [asdict(found) | {"sentence": self.seeds_sentence(found)} for found in self.across_seeds]
+        answer = {"runs": runs, "config_differences": differences, "pairs": pairs, "across_seeds": seeds}
+        return answer | {"evidence": self.evidence}
 
 
 def compare_runs(run_dirs: list[Path]) -> Comparison:
@@ -72,11 +119,13 @@ def compare_runs(run_dirs: list[Path]) -> Comparison:
     Raises ConfigError for a directory that is missing, empty, not a run, or named twice; DataError for a damaged one.
     """
     runs = load_runs(run_dirs)
+    pairs = tuple(_pair(runs, reference, other) for reference, other in partners(runs))
     return Comparison(
         runs=runs,
         summaries=tuple(summarise(run) for run in runs),
         differences=config_differences(runs),
-        pairs=tuple(_pair(runs, reference, other) for reference, other in partners(runs)),
+        pairs=pairs,
+        across_seeds=across_seeds(runs, pairs),
         evidence=evidence(runs),
     )
 
@@ -96,6 +145,27 @@ def partners(runs: tuple[RunData, ...]) -> list[tuple[int, int]]:
     others = [index for index in range(len(runs)) if index not in reference] or reference[1:]
     same_seed = {runs[index].seed: index for index in reversed(reference)} if len(reference) < len(runs) else {}
     return [(same_seed.get(runs[other].seed, 0), other) for other in others]
+
+
+def confounders(reference: RunData, other: RunData) -> tuple[str, ...]:
+    """The settings that differ beside the variant, with both values, in order."""
+    keys = sorted(key for key in reference.config.keys() | other.config.keys() if not key.startswith(NEUTRAL_KEYS))
+    values = {key: (reference.config.get(key), other.config.get(key)) for key in keys}
+    return tuple(f"{key} ({one} and {two})" for key, (one, two) in values.items() if one != two)
+
+
+def across_seeds(runs: tuple[RunData, ...], pairs: tuple[Pair, ...]) -> tuple[AcrossSeeds, ...]:
+    """For every variant but the reference's, the differences of its fair pairs, the first of each seed."""
+    found: dict[str, dict[Any, float]] = {}
+    for pair in pairs:
+        if pair.interval is not None and not pair.caveats:
+            other = runs[pair.other]
+            found.setdefault(other.variant, {}).setdefault(other.seed, pair.interval.mean)
+    return tuple(
+        AcrossSeeds(variant, runs[0].variant, tuple(by_seed.values()), over_seeds(list(by_seed.values())))
+        for variant, by_seed in found.items()
+        if variant != runs[0].variant
+    )
 
 
 def evidence(runs: tuple[RunData, ...]) -> str:
@@ -124,7 +194,18 @@ def _pair(runs: tuple[RunData, ...], reference: int, other: int) -> Pair:
     same_data, words = data_proof(runs[reference], runs[other])
     first, last = (int(steps[half]), int(steps[-1])) if len(steps) else (0, 0)
     same_seed = runs[reference].seed == runs[other].seed
-    return Pair(reference, other, first, last, block_bootstrap(late[np.isfinite(late)]), same_seed, same_data, words)
+    return Pair(
+        reference,
+        other,
+        first,
+        last,
+        block_bootstrap(late[np.isfinite(late)]),
+        same_seed,
+        same_data,
+        words,
+        confounders(runs[reference], runs[other]),
+        float(difference[0]) if len(steps) and steps[0] == 1 and np.isfinite(difference[0]) else None,
+    )
 
 
 def data_proof(reference: RunData, other: RunData) -> tuple[bool, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kha_train.analysis.runs import load_run
-from kha_train.analysis.spikes import SpikeReport, read_curve, score_curve
+from kha_train.analysis.spikes import SpikeReport
 from kha_train.analysis.summary import RESULTS, Summary, printed, summarise
 from kha_train.record import read_events
 
@@ -22,8 +22,12 @@ class Ending:
 
     run_dir: Path
     reached: Summary
-    report: SpikeReport
     actions: list[dict[str, Any]]
+
+    @property
+    def report(self) -> SpikeReport:
+        """Its loss events."""
+        return self.reached.stability
 
     def summary(self) -> dict[str, Any]:
         """Figures by name: `final/*` those of `RESULTS`, `spike/*` the statistics of the spikes, published scores."""
@@ -59,4 +63,4 @@ class Ending:
 def end_of(run_dir: Path) -> Ending:
     """Sum up the run in `run_dir`. Raises what reading its record raises."""
     actions = [event for event in read_events(run_dir) if event["kind"] not in NOT_ACTIONS]
-    return Ending(run_dir, summarise(load_run(run_dir)), score_curve(read_curve(run_dir)), actions)
+    return Ending(run_dir, summarise(load_run(run_dir)), actions)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from kha_train.analysis import figures
-from kha_train.analysis.compare import Comparison, loss_difference
+from kha_train.analysis.compare import Comparison, Pair, loss_difference
 from kha_train.analysis.figures import Band, Curve
 from kha_train.analysis.statistics import display_decay, exponential_average
 from kha_train.analysis.summary import HONESTY, RESULTS, printed
@@ -75,7 +75,7 @@ def report_html(comparison: Comparison) -> str:
         "<h2>What differs in their settings</h2>",
         _settings(comparison),
         "<h2>Did they read the same data?</h2>",
-        *(f"<p>{escape(pair.data_words)}.</p>" for pair in comparison.pairs),
+        *(f"<p>{escape(pair.data_words)}. {_first_gap(pair)}</p>" for pair in comparison.pairs),
         "" if comparison.pairs else "<p>One run: there is nothing to compare.</p>",
         "<h2>What happened on the way</h2>",
         _quantities(comparison, HONESTY, [summary.honesty for summary in comparison.summaries], states=True),
@@ -103,6 +103,16 @@ def _color(number: int) -> int:
 
 def _results(comparison: Comparison) -> Iterable[str]:
     yield f'<p><span class="evidence">{escape(comparison.evidence)}</span></p>'
+    for found in comparison.across_seeds:
+        if found.interval is not None:
+            mean, low, high = found.interval.mean, found.interval.low, found.interval.high
+            singles = ", ".join(f"{one:+.4f}" for one in found.differences)
+            yield (
+                f'<div class="result">{escape(found.variant)} &minus; {escape(found.reference)}, '
+                f"{found.interval.seeds} seeds<br><b>{mean:+.4f}</b> nats per token "
+                f'<span class="soft">95 % interval {low:+.4f} to {high:+.4f}</span><p class="soft">Mean of the paired '
+                f"differences below, one a seed ({singles}); Student interval over the seeds.</p></div>"
+            )
     for pair in comparison.pairs:
         reference, other = comparison.runs[pair.reference].label, comparison.runs[pair.other].label
         names = f"{escape(other)} &minus; {escape(reference)}"
@@ -116,8 +126,19 @@ def _results(comparison: Comparison) -> Iterable[str]:
             f'<p class="soft">Difference of train loss at equal steps, mean over steps {pair.first_step} to '
             f"{pair.last_step} (the last half of the common steps, {found.count} finite pairs). Below zero: "
             f"{escape(other)} is better. Interval: moving-block bootstrap, block {found.block}, 2,000 resamples; it "
-            f"holds for this seed and this order of data only.</p></div>"
+            f"holds for this seed and this order of data only.</p>"
+            + "".join(f'<p class="evidence">not a fair pair: {escape(caveat)}</p>' for caveat in pair.caveats)
+            + "</div>"
         )
+
+
+def _first_gap(pair: Pair) -> str:
+    if pair.first_gap is None:
+        return ""
+    return (
+        f"Before any update, in step 1, their losses differ by {pair.first_gap:+.2g}: next to nothing where both start "
+        "as one function, as an interaction that begins as the identity does."
+    )
 
 
 def _legend(comparison: Comparison) -> str:

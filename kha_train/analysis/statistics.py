@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 MAX_BLOCK = 50
 RESAMPLES = 2000
 BOOTSTRAP_SEED = 0
+STUDENT_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""The 97.5 % point of Student's t with 1, 2, ... degrees of freedom; beyond ten the last one is used, which is wide."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,26 @@ class Interval:
     high: float
     count: int
     block: int
+
+
+@dataclass(frozen=True)
+class SeedInterval:
+    """The mean over `seeds` values, one a seed, with its 95 % Student interval."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+
+def over_seeds(values: Sequence[float]) -> SeedInterval | None:
+    """Mean of one value a seed, mean +- t sd / sqrt(n); None for fewer than two."""
+    count = len(values)
+    if count < 2:
+        return None
+    mean = float(np.mean(values))
+    half = STUDENT_975[min(count - 1, len(STUDENT_975)) - 1] * float(np.std(values, ddof=1)) / count**0.5
+    return SeedInterval(mean, mean - half, mean + half, count)
 
 
 def exponential_average(values: np.ndarray, decay: float) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from kha_train.analysis.runs import RunData
+from kha_train.analysis.spikes import SpikeReport, read_curve, score_curve
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,26 @@ RESULTS: dict[str, Quantity] = {
 HONESTY: dict[str, Quantity] = {
     "attempts": Quantity("attempts", ",.0f", "starts of the run directory"),
     "lost": Quantity("lost attempts", ",.0f", "attempts whose end is not recorded: killed, crashed, or running"),
-    "discarded": Quantity("discarded lines", ",.0f", "steps computed, then undone by a restart, and computed again"),
+    "discarded": Quantity("discarded lines", ",.0f", "steps computed, then undone by a restart or a rewind"),
     "missing": Quantity("missing lines", ",.0f", "steps up to the last that have no line"),
     "skipped": Quantity("skipped steps", ",.0f", "steps whose update was not applied"),
     "nonfinite": Quantity("non-finite losses", ",.0f", "steps whose loss was nan or infinite"),
+    "spikes": Quantity("loss spikes", ",.0f", "narrow and wide events, those included that a rewind undid"),
+    "unrecovered": Quantity("unrecovered events", ",.0f", "rises of the loss that did not end by themselves"),
+    "rewinds": Quantity("rewinds", ",.0f", "times the run went back and left data out"),
+    "zclip": Quantity("steps clipped by ZClip", ",.0f", "gradients it scaled down further than optim.grad_clip"),
 }
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The figures of one run, keyed as `RESULTS` and `HONESTY`; None where the run did not record it."""
+    """The figures of one run, keyed as `RESULTS` and `HONESTY`; None where the run did not record it. `stability` has
+    its loss events."""
 
     results: dict[str, float | None]
     honesty: dict[str, float | None]
     end_state: str
+    stability: SpikeReport
 
 
 def printed(quantity: Quantity, value: Any) -> str:
@@ -82,6 +89,7 @@ def summarise(run: RunData) -> Summary:
         "active_parameters": counts.get("active"),
     }
     attempts = run.run.get("attempts", [])
+    stability = score_curve(read_curve(run.path))
     honesty = {
         "attempts": float(len(attempts)) or None,
         "lost": float(sum(attempt["state"] in ("lost", "running") for attempt in attempts)),
@@ -89,8 +97,12 @@ def summarise(run: RunData) -> Summary:
         "missing": float(run.steps[-1] - len(run.lines)),
         "skipped": float(np.nansum(run.column("train/skipped"))),
         "nonfinite": float(sum("train/loss" in line and not np.isfinite(line["train/loss"]) for line in run.lines)),
+        "spikes": float(stability.summary["spikes"]),
+        "unrecovered": float(stability.summary["unrecovered_total"]),
+        "rewinds": float(stability.actions["rewind"]),
+        "zclip": float(stability.actions["zclip"]),
     }
-    return Summary(results, honesty, attempts[-1]["state"] if attempts else "unknown")
+    return Summary(results, honesty, attempts[-1]["state"] if attempts else "unknown", stability)
 
 
 def _last(values: np.ndarray) -> float | None:

@@ -11,10 +11,14 @@ from rich.text import Text
 from kha_train.analysis.compare import Comparison
 from kha_train.analysis.summary import HONESTY, RESULTS, printed
 
+NAME_WIDTH, DEFINITION_WIDTH = 26, 40
+"""Characters that the table needs for names, and for definitions to be readable; the report has them in any case."""
+
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """Prints figures with their definitions, configuration differences, the data proof and the paired results."""
-    parts: list[Any] = [_quantities(comparison)]
+    wide = console.width >= DEFINITION_WIDTH + NAME_WIDTH + sum(len(run.label) + 2 for run in comparison.runs)
+    parts: list[Any] = [_quantities(comparison, wide)]
     if comparison.differences:
         settings = _table("setting that differs", [run.label for run in comparison.runs])
         for key, values in comparison.differences.items():
@@ -22,20 +26,22 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         parts.append(settings)
     parts += [Text(pair.data_words) for pair in comparison.pairs]
     parts += [Text(comparison.sentence(pair), "bold") for pair in comparison.pairs]
+    parts += [Text(comparison.seeds_sentence(found), "bold") for found in comparison.across_seeds if found.interval]
     if not comparison.pairs:
         parts.append(Text(f"one run, nothing to compare it with; {comparison.evidence}", "bold"))
     console.print(Group(*parts))
 
 
-def _quantities(comparison: Comparison) -> Table:
-    table = _table("", [run.label for run in comparison.runs], "definition")
+def _quantities(comparison: Comparison, with_definitions: bool) -> Table:
+    table = _table("", [run.label for run in comparison.runs], "definition" if with_definitions else None)
     rows = [(quantity, [summary.results[key] for summary in comparison.summaries]) for key, quantity in RESULTS.items()]
     rows = [row for row in rows if any(value is not None for value in row[1])]
     rows += [
         (quantity, [summary.honesty[key] for summary in comparison.summaries]) for key, quantity in HONESTY.items()
     ]
     for quantity, values in rows:
-        table.add_row(quantity.name, *(printed(quantity, value) for value in values), Text(quantity.definition, "dim"))
+        definition = [Text(quantity.definition, "dim")] if with_definitions else []
+        table.add_row(quantity.name, *(printed(quantity, value) for value in values), *definition)
     return table
 
 

@@ -31,6 +31,7 @@ def make_run(path: Path, losses: list[float], *, variant: str = "gqa", seed: int
     record.begin_attempt(0, facts=facts)
     config = {"run": {"dir": str(path), "name": f"{variant}-s{seed}", "seed": seed}, "attention": {"name": variant}}
     config |= {"model": {"seq_len": changes.get("seq_len", 8)}, "data": {"isolate_documents": True}}
+    config |= {"optim": {"lr": changes.get("lr", 1e-3)}, "engine": {"zero_stage": changes.get("zero_stage", 1)}}
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     shift = changes.get("shift_from", len(losses))
     for step, loss in enumerate(losses, 1):
@@ -87,6 +88,51 @@ def test_every_run_is_paired_with_the_reference_run_of_its_seed(tmp_path: Path) 
     same_variant = compare_runs([paths[0], paths[2]])
     assert partners(same_variant.runs) == [(0, 1)]
     assert not same_variant.pairs[0].same_seed
+
+
+def test_a_pair_that_differs_in_more_than_its_variant_is_called_unfair(tmp_path: Path) -> None:
+    base = make_run(tmp_path / "base", falling(20))
+    fair = make_run(tmp_path / "fair", falling(20), variant="kha_mlp", zero_stage=2)
+    hotter = make_run(tmp_path / "hotter", falling(20), variant="kha_mlp", lr=2e-3)
+    reseeded = make_run(tmp_path / "reseeded", falling(20), variant="kha_mlp", seed=1)
+    comparison = compare_runs([base, fair, hotter, reseeded])
+    assert [pair.confounders for pair in comparison.pairs] == [(), ("optim.lr (0.001 and 0.002)",), ()]
+    caveats = [pair.caveats for pair in comparison.pairs]
+    assert [len(found) for found in caveats] == [0, 1, 1] and "other seeds" in caveats[2][0]
+    assert ["NOT A FAIR PAIR" in comparison.sentence(pair) for pair in comparison.pairs] == [False, True, True]
+    assert report_html(comparison).count("not a fair pair") == 2
+
+
+def test_seeds_together_have_a_student_interval_from_fair_pairs_alone(tmp_path: Path) -> None:
+    offsets = (-0.2, -0.1, 0.3)
+    runs = [make_run(tmp_path / f"a{seed}", falling(40), seed=seed) for seed in range(4)]
+    for seed, offset in enumerate(offsets):
+        runs.append(make_run(tmp_path / f"b{seed}", falling(40, offset), variant="kha_mlp", seed=seed))
+    runs.append(make_run(tmp_path / "b3", falling(40, 9.0), variant="kha_mlp", seed=3, lr=2e-3))
+    (found,) = compare_runs(runs).across_seeds
+    assert found.differences == pytest.approx(offsets) and found.interval is not None
+    # The t with 2 degrees of freedom has the closed form F^-1(p) = (2p - 1) sqrt(2 / (4 p (1 - p))).
+    t = 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025))
+    half = t * np.std(offsets, ddof=1) / math.sqrt(3)
+    assert (found.interval.low, found.interval.high) == pytest.approx((-half, half), rel=1e-3)
+
+
+def test_the_losses_before_any_update_are_compared(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a", falling(20)), make_run(tmp_path / "b", falling(20, 0.5), variant="kha_mlp")]
+    comparison = compare_runs(runs)
+    assert comparison.pairs[0].first_gap == pytest.approx(0.5)
+    assert "in step 1, their losses differ by +0.5" in report_html(comparison)
+
+
+def test_spikes_and_what_was_done_about_them_are_in_the_honesty_table(tmp_path: Path) -> None:
+    losses = [3.0 + 0.01 * (step % 3) for step in range(200)]
+    losses[150] = 9.0
+    run = make_run(tmp_path / "a", losses)
+    record = Record.open(run)
+    record.event("rewind", 150, to_step=100, window=[0, 4], reason="a spike")
+    record.close()
+    honesty = compare_runs([run]).summaries[0].honesty
+    assert (honesty["spikes"], honesty["unrecovered"], honesty["rewinds"], honesty["zclip"]) == (1, 0, 1, 0)
 
 
 def test_the_paired_difference_is_that_of_the_last_half_of_the_common_steps(tmp_path: Path) -> None:
