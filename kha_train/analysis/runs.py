@@ -11,13 +11,17 @@ import numpy as np
 import yaml
 
 from kha_train.config.build import flatten
+from kha_train.config.constants import FREE_TO_CHANGE
 from kha_train.errors import ConfigError
 from kha_train.record import read_discarded, read_events, read_metrics, read_run
 
 
 @dataclass(frozen=True)
 class RunData:
-    """One run: `lines` of metrics.jsonl (never empty), run.json as `run`, config.yaml flattened to dotted keys."""
+    """One run: `lines` of metrics.jsonl (never empty), run.json as `run`, config.yaml flattened to dotted keys.
+
+    `variant` is what is compared: `attention.name`, and whatever else tells runs of that attention apart but the seed.
+    """
 
     path: Path
     label: str
@@ -26,11 +30,7 @@ class RunData:
     lines: list[dict[str, Any]]
     discarded: int
     events: list[dict[str, Any]]
-
-    @property
-    def variant(self) -> str:
-        """What is compared: `attention.name`."""
-        return str(self.config.get("attention.name", "unknown"))
+    variant: str
 
     @property
     def seed(self) -> int | None:
@@ -80,7 +80,8 @@ def load_run(path: Path) -> RunData:
         )
     config = flatten(yaml.safe_load(config_file.read_text(encoding="utf-8")) or {})
     label = str(config.get("run.name") or path.resolve().name)
-    return RunData(path, label, config, read_run(path), lines, len(read_discarded(path)), read_events(path))
+    attention = str(config.get("attention.name", "unknown"))
+    return RunData(path, label, config, read_run(path), lines, len(read_discarded(path)), read_events(path), attention)
 
 
 def load_runs(paths: list[Path]) -> tuple[RunData, ...]:
@@ -93,7 +94,17 @@ def load_runs(paths: list[Path]) -> tuple[RunData, ...]:
     runs = [load_run(path) for path in paths]
     labels = [run.label for run in runs]
     named = [run.label if labels.count(run.label) == 1 else f"{run.label} ({run.path})" for run in runs]
-    return tuple(replace(run, label=label) for run, label in zip(runs, named, strict=True))
+    return tuple(
+        replace(run, label=label, variant=_variant(run, [other for other in runs if other.variant == run.variant]))
+        for run, label in zip(runs, named, strict=True)
+    )
+
+
+def _variant(run: RunData, alike: list[RunData]) -> str:
+    """The attention of `run` and the settings in which runs `alike` it differ, but those that change no result."""
+    keys = sorted({key for other in alike for key in other.config if not key.startswith(("run.seed", *FREE_TO_CHANGE))})
+    differing = [key for key in keys if any(other.config.get(key) != run.config.get(key) for other in alike)]
+    return " ".join([run.variant, *(f"{key}={run.config.get(key)}" for key in differing)])
 
 
 def _neighbours(path: Path) -> str:

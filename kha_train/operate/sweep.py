@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 from kha_train.config.build import flatten, to_plain
 from kha_train.config.compose import compose, expand, load_plain, quoted
+from kha_train.config.constants import FREE_TO_CHANGE
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
 from kha_train.model.accounting import flops_per_token
@@ -100,18 +101,14 @@ def check_against_runs(points: Iterable[Point]) -> None:
             continue
         now = flatten(to_plain(compose(point.overrides)))
         changed = [key for key in sorted(saved.keys() & now.keys()) if saved[key] != now[key]]
-        if changed:
-            # Heavy, and needed only where something differs.
-            from kha_train.train.resume import FREE_TO_CHANGE
-
-            fixed = [f"{key}: {saved[key]!r} -> {now[key]!r}" for key in changed if not key.startswith(FREE_TO_CHANGE)]
-            if fixed:
-                raise ConfigError(
-                    f"the directory holds another run ({'; '.join(fixed)})",
-                    field="run.dir",
-                    value=point.run_dir,
-                    fix="choose another --name for the changed sweep",
-                )
+        fixed = [f"{key}: {saved[key]!r} -> {now[key]!r}" for key in changed if not key.startswith(FREE_TO_CHANGE)]
+        if fixed:
+            raise ConfigError(
+                f"the directory holds another run ({'; '.join(fixed)})",
+                field="run.dir",
+                value=point.run_dir,
+                fix="choose another --name for the changed sweep",
+            )
 
 
 def statuses(points: Iterable[Point], queued: Iterable[str] = ()) -> list[RunStatus]:

@@ -90,6 +90,20 @@ def test_every_run_is_paired_with_the_reference_run_of_its_seed(tmp_path: Path) 
     assert not same_variant.pairs[0].same_seed
 
 
+def test_runs_of_one_attention_that_differ_otherwise_are_variants_of_their_own(tmp_path: Path) -> None:
+    """But not those that differ in the seed, or in how a step is executed."""
+    grid = [(variant, lr, seed) for variant, lr in (("gqa", 1e-3), ("gqa", 2e-3), ("mha", 1e-3)) for seed in (0, 1)]
+    paths = [
+        make_run(tmp_path / f"{variant}{lr}{seed}", falling(20), variant=variant, lr=lr, seed=seed, zero_stage=1 + seed)
+        for variant, lr, seed in grid
+    ]
+    comparison = compare_runs(paths)
+    slow, fast = "gqa optim.lr=0.001", "gqa optim.lr=0.002"
+    assert [run.variant for run in comparison.runs] == [slow, slow, fast, fast, "mha", "mha"]
+    assert [(pair.reference, pair.other) for pair in comparison.pairs] == [(0, 2), (1, 3), (0, 4), (1, 5)]
+    assert comparison.evidence == "fewer than 3 seeds: weak evidence"
+
+
 def test_a_pair_that_differs_in_more_than_its_variant_is_called_unfair(tmp_path: Path) -> None:
     base = make_run(tmp_path / "base", falling(20))
     fair = make_run(tmp_path / "fair", falling(20), variant="kha_mlp", zero_stage=2)
