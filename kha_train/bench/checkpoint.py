@@ -101,7 +101,7 @@ def _round(engine: Engine, stream: TokenStream, saver: Saver | None, number: int
     """Seconds of a round of `steps` steps, with the save `number` in it when there is a saver."""
     started = time.perf_counter()
     if saver:
-        saver.begin(number, engine, {"round": number}, ())
+        saver.begin(number, engine, {"round": number})
     for _ in range(steps):
         batch, labels = next_batch(stream, engine.world)
         train_step(engine, batch, labels, 1e-4, False, lambda loss, norm: Ruling(True))

@@ -132,6 +132,8 @@ def open_verified(path: Path, world: World) -> Checkpoint:
     """
     directory = path
     with world.agreed(f"list {path}"):
+        if world.is_main and not path.is_dir():
+            raise CheckpointError("no such directory", field=str(path), allowed="a checkpoint, or a run that has one")
         if world.is_main and (found := layout.candidates(path / layout.FOLDER)):
             directory = found[0][1]
     directory = Path(world.broadcast_text(str(directory)))

@@ -180,6 +180,7 @@ class EngineSection:
     """How the step is executed: ZeRO stage, precision, micro-batch, recomputation. Never what it computes.
 
     A rank that stands still for `hang_timeout_seconds` (after the first step) ends with its stacks and exit code 75.
+    Every `audit_every` steps (0: never) ranks compare what they hold in common, to find corrupted memory.
     Under ZeRO 3, groups of `hpz_partition_size` ranks (the GPUs of a node) hold the weights whole a second time.
     """
 
@@ -193,6 +194,7 @@ class EngineSection:
     hpz_partition_size: int = 1
     collective_timeout_seconds: float = 1800.0
     hang_timeout_seconds: float = 600.0
+    audit_every: int = 100
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,6 +71,7 @@ NOT_NEGATIVE = (
     "stability.rewind.margin",
     "stability.rewind.at_most",
     "stability.probe_every",
+    "engine.audit_every",
     "telemetry.peak_tflops",
 )
 

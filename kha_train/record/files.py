@@ -12,11 +12,15 @@ from kha_train.record.jsonl import decode, encode
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replaces `path` by `content` atomically and durably: written beside, synced, renamed."""
+    """Replaces `path` by `content` as `write_text` does."""
+    write_text(path, json.dumps(encode(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` by `text` atomically and durably: written beside, synced, renamed."""
     beside = path.with_name(f".{path.name}.new")
     with beside.open("w", encoding="utf-8") as file:
-        json.dump(encode(content), file, indent=2, allow_nan=False, ensure_ascii=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)

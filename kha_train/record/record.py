@@ -138,12 +138,14 @@ class Record:
     def close(self, state: str = "stopped") -> None:
         """Ends the attempt with `state` (done, stopped, requeued, failed, diverged) and closes the files."""
         # An attempt that another process left open is for `begin_attempt` to judge.
-        if self._in_attempt:
-            self._end_attempt(state)
-            self._in_attempt = False
-        self._metrics.close()
-        self._events.close()
-        self._lock.close()
+        try:
+            if self._in_attempt:
+                self._end_attempt(state)
+                self._in_attempt = False
+            self._metrics.close()
+            self._events.close()
+        finally:
+            self._lock.close()
 
     def _new_run(self) -> dict[str, Any]:
         alphabet = "abcdefghijklmnopqrstuvwxyz0123456789"

@@ -35,6 +35,7 @@ def evaluate(engine: Engine, batches: Iterable[Batch], bytes_per_id_V: Tensor) -
         labels = batch.labels_BT[batch.labels_BT != IGNORE_LABEL]
         loss_sum = engine.evaluate(batch).loss_sum
         totals += torch.tensor([loss_sum.item(), labels.numel(), bytes_per_id_V[labels].sum().item()])
+        engine.world.alive()
     loss_sum, labels, text_bytes = engine.world.sum_(totals.to(engine.world.device)).tolist()
     bits_per_byte = loss_sum / math.log(2) / text_bytes if text_bytes else math.nan  # imported ids without a tokenizer
     return Validation(loss_sum / max(labels, 1), bits_per_byte)

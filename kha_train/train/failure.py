@@ -11,39 +11,55 @@ from types import TracebackType
 from typing import Any, Self
 
 from kha_train.distributed import World
-from kha_train.errors import KhaError
+from kha_train.errors import KhaError, RunDirectoryInUse
+from kha_train.record import Marker, Redactor, set_marker
 
 FOLDER = "errors"
+LIFE_FILE = "life"
 
 
 class FailureFile:
     """While entered, an exception that passes through is written to `<run_dir>/errors/rank-RRRRR.json`.
 
-    When one rank dies, the others fail too, of its silence: `first_failure` finds the one that began. Files of the
-    last attempt are removed on entering.
+    When one rank dies, the others fail too, of its silence: `first_failure` finds the one that began. An error that
+    would come back and that other ranks do not know of marks the run FATAL, whichever rank it is.
     """
 
     def __init__(self, run_dir: Path, world: World) -> None:
-        self._path, self._rank = run_dir / FOLDER / f"rank-{world.rank:05d}.json", world.rank
+        self._run_dir, self._world = run_dir, world
 
     def __enter__(self) -> Self:
-        self._path.unlink(missing_ok=True)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or isinstance(error, SystemExit):
+        if error is None or isinstance(error, SystemExit | RunDirectoryInUse):
             return
-        line = error.line() if isinstance(error, KhaError) else f"{type(error).__name__}: {error}"
-        text = "".join(traceback.format_exception(error))
-        content = {"rank": self._rank, "time": time.time(), "error": line, "traceback": text}
+        clean = Redactor.from_environment().text
+        line = clean(error.line() if isinstance(error, KhaError) else f"{type(error).__name__}: {error}")
+        text = clean("".join(traceback.format_exception(error)))
+        content = {"rank": self._world.rank, "time": time.time(), "error": line, "traceback": text}
+        folder = self._run_dir / FOLDER
         with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            # A rank that dies late must not be taken for one of the start that came after it.
+            if (folder / LIFE_FILE).read_text(encoding="utf-8") != self._world.life:
+                return
+            (folder / f"rank-{self._world.rank:05d}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+            if isinstance(error, KhaError) and error.fatal and not error.agreed:
+                set_marker(self._run_dir, Marker.FATAL, line)
+
+
+def forget_failures(run_dir: Path, life: str) -> None:
+    """Remove what earlier starts left; from here on the ranks of the start named `life` may write. Raises OSError."""
+    folder = run_dir / FOLDER
+    folder.mkdir(exist_ok=True)
+    for leftover in folder.glob("rank-*.json"):
+        leftover.unlink()
+    (folder / LIFE_FILE).write_text(life, encoding="utf-8")
 
 
 def first_failure(run_dir: Path) -> dict[str, Any] | None:
-    """Of all ranks' failures in the last attempt the earliest: rank, time, error, traceback. None without any."""
+    """Of all ranks' failures since the last start the earliest: rank, time, error, traceback. None without any."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in (run_dir / FOLDER).glob("rank-*.json")]
     return min(found, key=lambda failure: failure["time"], default=None)

@@ -22,8 +22,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 class StopRequests:
     """While entered, `pending()` tells whether this process was asked to stop. A second Ctrl-C interrupts at once.
 
-    Only one rank need look for the files, at every step: `run_dir` is None on the others. After `max_minutes` (0: never)
-    by a clock that nobody can set, the process asks by itself: for jobs with a time limit.
+    Only one rank need look for the files, at every step: `run_dir` is None on the others. After `max_minutes` (0:
+    never) by a clock that nobody can set, the process asks by itself: for jobs with a time limit.
     """
 
     def __init__(self, run_dir: Path | None, max_minutes: float = 0.0) -> None:

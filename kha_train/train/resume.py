@@ -12,47 +12,14 @@ from torch import Tensor
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import Checkpoint
 from kha_train.config.build import flatten, to_plain
+from kha_train.config.constants import FREE_TO_CHANGE
 from kha_train.config.schema import RunConfig
 from kha_train.engine.deepspeed import Engine, InitialValue, seeded
 from kha_train.errors import ResumeError
 from kha_train.model.decoder import build_decoder
 from kha_train.model.moe.router import RUN_STATE
-
-FREE_TO_CHANGE = (
-    "run.dir",
-    "run.name",
-    "run.init_from",
-    "run.max_minutes",
-    "resume.",
-    "attention.name",
-    "attention.backend",
-    "model.name",
-    "model.loss_chunk_tokens",
-    "moe.backend",
-    "data.name",
-    "data.train",
-    "data.validation",
-    "data.reader",
-    "data.prefetch",
-    "data.check_crc",
-    "engine.zero_stage",
-    "engine.micro_batch_size",
-    "engine.device",
-    "engine.activation_checkpointing",
-    "engine.reduce_bucket_elements",
-    "engine.hpz_partition_size",
-    "engine.collective_timeout_seconds",
-    "engine.hang_timeout_seconds",
-    "checkpoint.",
-    "validation.",
-    "stability.probe_every",
-    "telemetry.",
-    "cluster.",
-)
-"""Settings that may differ on resume: they change neither the model, nor the samples, nor the optimiser.
-
-The paths of the data may change, its content may not: that is compared by content id.
-"""
+from kha_train.record import Redactor
+from kha_train.record.redact import REDACTED
 
 
 @dataclass(frozen=True)
@@ -97,15 +64,16 @@ class Progress:
 
 
 def trainer_state(
-    config: RunConfig, engine: Engine, progress: Progress, content_id: str, stability: dict[str, Any]
+    config: RunConfig, engine: Engine, progress: Progress, content_ids: dict[str, str], stability: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors; `stability` is the state of the `Watch`."""
+    """What a checkpoint holds beside tensors; `stability` is the state of the `Watch`, `content_ids` what names the
+    data (`data_content_id`, `validation_content_id`)."""
     return {
         "progress": progress.to_plain(),
         "stability": stability,
         "optimizer_steps": engine.optimizer_steps,
-        "data_content_id": content_id,
-        "config": to_plain(config),
+        **content_ids,
+        "config": Redactor.from_environment().clean(to_plain(config)),
     }
 
 
@@ -116,15 +84,15 @@ def pieces(engine: Engine, to_host: Callable[[Tensor], Tensor] = Tensor.cpu) -> 
             yield Piece(fragment.name, kind, fragment.shape, fragment.start, to_host(view))
 
 
-def check_belongs(config: RunConfig, checkpoint: Checkpoint, content_id: str) -> None:
+def check_belongs(config: RunConfig, checkpoint: Checkpoint, content_ids: dict[str, str]) -> None:
     """Raises ResumeError, with a table of what differs, when `checkpoint` was made by another model, data or schedule.
 
-    A setting (or a whole section, or `data_content_id`) named in `resume.allow_changes` may differ. Parameters of other
-    names or shapes are refused whatever is allowed: the optimiser's state has no place for them.
+    A setting (or a whole section, or one of `content_ids`) named in `resume.allow_changes` may differ. Parameters of
+    other names or shapes are refused whatever is allowed: the optimiser's state has no place for them.
     """
     differing = [
         (key, before, now)
-        for key, before, now in differences(config, checkpoint, content_id)
+        for key, before, now in differences(config, checkpoint, content_ids)
         if not any(key == name or key.startswith(f"{name}.") for name in config.resume.allow_changes)
     ]
     if differing:
@@ -147,16 +115,27 @@ def check_belongs(config: RunConfig, checkpoint: Checkpoint, content_id: str) ->
         )
 
 
-def differences(config: RunConfig, checkpoint: Checkpoint, content_id: str) -> list[tuple[str, Any, Any]]:
+def differences(config: RunConfig, checkpoint: Checkpoint, content_ids: dict[str, str]) -> list[tuple[str, Any, Any]]:
     """(setting, its value in the checkpoint, its value now) of all that a run may not change without being asked."""
-    state = checkpoint.trainer_state
-    saved, now = flatten(state["config"]), flatten(to_plain(config))
-    saved["data_content_id"], now["data_content_id"] = state["data_content_id"][:12], content_id[:12]
+    state, clean = checkpoint.trainer_state, Redactor.from_environment().clean
+    saved, now = _comparable(state["config"]), _comparable(to_plain(config))
+    for name, content_id in content_ids.items():
+        # A checkpoint that does not name its content is not held against it.
+        saved[name], now[name] = state.get(name, content_id)[:12], content_id[:12]
     return [
-        (key, saved.get(key), now.get(key))
+        (key, saved.get(key), clean(now.get(key)))
         for key in sorted(saved.keys() | now.keys())
-        if saved.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
+        if saved.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE) and REDACTED not in str(saved.get(key))
     ]
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings by dotted name, without the places where the sources of the data lie."""
+    flat = flatten(config)
+    flat["data.sources"] = [
+        {key: source[key] for key in source if key != "path"} for source in flat.get("data.sources", [])
+    ]
+    return flat
 
 
 def resumed(checkpoint: Checkpoint | None) -> InitialValue:
@@ -210,14 +189,15 @@ def _compare_parameters(config: RunConfig, checkpoint: Checkpoint) -> tuple[list
 
 def restore(engine: Engine, checkpoint: Checkpoint) -> Progress:
     """Put masters, moments, buffers and step counters of `checkpoint` into `engine`, bit for bit. Collective."""
-    with torch.no_grad():
+    with engine.world.agreed(f"read {checkpoint.path}"), torch.no_grad():
         for fragment in engine.fragments():
             for kind, view in fragment.views.items():
                 view.copy_(checkpoint.read(fragment.name, kind, fragment.start, view.numel()))
+            engine.world.alive()
         saved = checkpoint.buffers()
         for name, buffer in engine.buffers().items():
             buffer.copy_(saved[name])
+        state = checkpoint.trainer_state
+        engine.optimizer_steps, progress = state["optimizer_steps"], Progress.from_plain(state["progress"])
     engine.refresh_parameters()
-    state = checkpoint.trainer_state
-    engine.optimizer_steps = state["optimizer_steps"]
-    return Progress.from_plain(state["progress"])
+    return progress

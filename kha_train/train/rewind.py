@@ -7,10 +7,13 @@ safe: a run that is killed in between starts from the same checkpoint, meets the
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kha_train.checkpoint import layout
 from kha_train.checkpoint.reader import Checkpoint, find_newest
+from kha_train.checkpoint.retention import is_marked, mark
+from kha_train.config.schema import RunConfig
 
 if TYPE_CHECKING:
     from kha_train.train.session import Session
@@ -20,8 +23,8 @@ def go_back(session: Session) -> bool:
     """Return to the newest checkpoint at least `stability.rewind.margin` steps before the trouble, or else the newest
     before it, and pass over `stability.rewind.window` batches from its first sample on. Collective.
 
-    The undone lines move to `metrics.discarded.jsonl`, newer checkpoints are removed. False, with a note in the record,
-    when no checkpoint is left to go to.
+    The undone lines move to `metrics.discarded.jsonl`; newer checkpoints are removed, marked ones set aside. False,
+    with a note in the record, when no checkpoint is left to go to.
     """
     trouble = session.watch.trouble()
     session.saver.wait()
@@ -37,21 +40,24 @@ def go_back(session: Session) -> bool:
     session.restore(checkpoint)
     session.progress = replace(session.progress, skip_windows=tuple(sorted({*windows, window})))
     session.stream.skip_windows = session.progress.skip_windows
-    session.watch.restore(checkpoint.trainer_state["stability"], rewound=True)
-    note = f"rewind {session.watch.rewinds} from step {undone_step}: {trouble.reason}"
-    session.record.rewind_to(checkpoint.step, note)
+    with session.world.agreed("write the record"):
+        session.watch.restore(checkpoint.trainer_state["stability"], rewound=True)
+        note = f"rewind {session.watch.rewinds} from step {undone_step}: {trouble.reason}"
+        session.record.rewind_to(checkpoint.step, note)
     where = {"to_step": checkpoint.step, "window": list(window), "trouble_step": trouble.step}
     session.happened("rewind", undone_step, **where, reason=note)
     return True
 
 
-def steps_to_keep(session: Session) -> tuple[int, ...]:
-    """The step of the checkpoint a rewind would go to if a spike began now; retention must not take it."""
-    if session.config.stability.policy != "rewind":
+def steps_to_keep(config: RunConfig, run_dir: Path, now: int) -> tuple[int, ...]:
+    """The step of the checkpoint a rewind would go to if a spike began at step `now`; retention must not take it.
+
+    Raises OSError when the directory cannot be read.
+    """
+    if config.stability.policy != "rewind":
         return ()
-    options = session.config.stability.rewind
-    horizon = session.progress.step - options.margin - options.after
-    steps = [step for step, _ in layout.candidates(session.run_dir / layout.FOLDER) if step <= horizon]
+    horizon = now - config.stability.rewind.margin - config.stability.rewind.after
+    steps = [step for step, _ in layout.candidates(run_dir / layout.FOLDER) if step <= horizon]
     return tuple(steps[:1])
 
 
@@ -66,9 +72,13 @@ def _checkpoint_before(session: Session, step: int) -> Checkpoint | None:
 
 
 def _remove_newer(session: Session, step: int) -> None:
-    """Checkpoints of a future that is undone: a restart must not find them."""
-    with session.world.agreed():
-        if session.world.is_main:
-            for newer, directory in layout.candidates(session.run_dir / layout.FOLDER):
-                if newer > step:
-                    layout.remove(directory, newer)
+    """Checkpoints of a future that is undone: a restart must not find them, but what a person marked is kept."""
+    folder = session.run_dir / layout.FOLDER
+    with session.world.agreed("remove checkpoints that a rewind undoes"):
+        newer = [found for found in layout.candidates(folder) if found[0] > step] if session.world.is_main else []
+        for undone, directory in newer:
+            if is_marked(folder, undone):
+                layout.set_aside(directory, undone, "undone")
+                mark(folder, undone, keep=False)
+            else:
+                layout.remove(directory, undone)

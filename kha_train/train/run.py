@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kha_train import distributed
@@ -12,7 +12,9 @@ from kha_train.config.validate import validate_batch
 from kha_train.distributed import World
 from kha_train.optim import learning_rate
 from kha_train.record import Marker, clear_marker, has_marker, leave_outcome, set_marker
+from kha_train.telemetry.startup import Startup
 from kha_train.train.failure import FailureFile
+from kha_train.train.memory import told_when_out_of_memory
 from kha_train.train.preempt import StopRequests
 from kha_train.train.session import Session
 from kha_train.train.step import next_batch, train_step
@@ -28,23 +30,36 @@ class Outcome:
     run_dir: Path
 
 
-def train(config: RunConfig) -> Outcome:
+def train(config: RunConfig, startup: Startup | None = None) -> Outcome:
     """Run `config` from where its run directory stands. Called by every rank; returns or raises the same on each.
+    `startup` has what was done before, for the record.
 
     Raises ConfigError (cannot run: exit 2), ResumeError (the checkpoint is another run's: 3), DataError or
-    CheckpointError (4), DivergedError (5), RunDirectoryInUse (6). A hang ends the process itself (75).
+    CheckpointError (4), DivergedError (5), RunDirectoryInUse (6), MachineError (75: try again). A hang ends the process
+    itself (75).
     """
+    startup = startup or Startup()
+    startup.mark("torch and the trainer")
     world = distributed.start(config.engine.device, config.engine.collective_timeout_seconds)
+    startup.mark("process group")
     try:
         validate_batch(config, world.size)
         run_dir = Path(config.run.dir)
         stops = StopRequests(run_dir if world.is_main else None, config.run.max_minutes)
         watchdog = Watchdog(run_dir, world, config.engine.hang_timeout_seconds)
-        with stops, Session(config, world) as session, FailureFile(run_dir, world), watchdog:
+        world = replace(world, alive=watchdog.alive)
+        with (
+            stops,
+            FailureFile(run_dir, world),
+            told_when_out_of_memory(config, world),
+            Session(config, world, startup) as session,
+            watchdog,
+        ):
             finished = _train_to_the_end(session, stops, watchdog)
             world.raise_together(session.trouble)
             watchdog.beat(session.progress.step, "ending")
             session.saver.finish()
+            world.raise_together(session.trouble)
             session.end_state = "done" if finished else "requeued"
             _mark_the_end(run_dir, world, finished, session.progress.step)
             return Outcome(finished, session.progress.step, run_dir)
@@ -63,6 +78,7 @@ def _train_to_the_end(session: Session, stops: StopRequests, watchdog: Watchdog)
             batch, labels = next_batch(session.stream, world, session.trouble)
         lr = learning_rate(config.optim, session.progress.step + 1, steps)
         result = train_step(session.engine, batch, labels, lr, stops.pending(), session.judge_at(lr))
+        session.note_startup()
         session.progress = session.progress.after(session.stream.samples_seen, session.tokens_per_step, result.applied)
         line = session.metrics(result, lr, time.perf_counter() - started)
 

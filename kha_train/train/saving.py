@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -11,11 +12,12 @@ from typing import Any
 
 from kha_train.checkpoint.background import BackgroundWriter, Published
 from kha_train.checkpoint.host_buffers import HostBuffers
+from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.retention import Keep, prune
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import World
 from kha_train.engine.deepspeed import Engine
-from kha_train.errors import CheckpointError, DivergedError, KhaError
+from kha_train.errors import CheckpointError, DivergedError, KhaError, MachineError
 from kha_train.train import resume
 
 
@@ -26,7 +28,8 @@ class Saver:
     `event` gets a kind, a step and fields for the record.
 
     A save that fails leaves training alone: it is recorded, and the next one is tried. `checkpoint.max_failures` in a
-    row end the run, and so does a failure of the last save, which `finish` raises: a CheckpointError on all ranks.
+    row end the run with a CheckpointError. So does a failure of the last save, which `finish` raises on all ranks: a
+    MachineError where an earlier checkpoint `stands`, to go on from, else a CheckpointError.
     """
 
     def __init__(
@@ -37,13 +40,14 @@ class Saver:
         *,
         sync: Callable[[], None],
         event: Callable[..., Any],
+        stands: bool = False,
     ) -> None:
         self._config, self._world, self._event = config.checkpoint, world, event
         self._last_step = config.run.steps
         self._keep = Keep(self._config.keep_last, self._config.keep_every_steps)
-        self._writer = BackgroundWriter(
-            run_dir, world, before_publish=sync, after_publish=lambda: _prune_quietly(run_dir, self._keep)
-        )
+        self._protect: Callable[[], Collection[int]] = tuple
+        self._stands, self._run_dir = stands, run_dir
+        self._writer = BackgroundWriter(run_dir, world, before_publish=sync, after_publish=self._prune_quietly)
         self._host = HostBuffers()
         self._step = 0
         self._stall = self._stall_of_save = 0.0
@@ -60,14 +64,17 @@ class Saver:
         elapsed = time.monotonic() - self._last_begun >= 60 * self._config.every_minutes
         return bool(self._world.max_ints(int(self._world.is_main and elapsed))[0])
 
-    def begin(self, step: int, engine: Engine, trainer_state: dict[str, Any], protect: Collection[int]) -> None:
+    def begin(
+        self, step: int, engine: Engine, trainer_state: dict[str, Any], protect: Callable[[], Collection[int]] = tuple
+    ) -> None:
         """Take a snapshot and start writing it, after waiting for the save before.
 
-        Retention leaves the steps in `protect`: the resumed-from one, and those a rewind may go back to.
+        Retention leaves the steps that `protect` names when it comes to it, on rank 0 and beside training: the
+        resumed-from one, and those a rewind may go back to.
         """
         started = time.perf_counter()
         self._settle(self._writer.wait)
-        self._keep = replace(self._keep, steps=frozenset(protect))
+        self._protect = protect
         self._step, self._last_begun, self._stall_of_save = step, time.monotonic(), 0.0
         self._settle(lambda: self._begin(step, engine, trainer_state))
         if not self._config.background:
@@ -86,10 +93,15 @@ class Saver:
         self._settle(self._writer.wait)
 
     def finish(self) -> None:
-        """Wait for the save in flight. Raises CheckpointError when the last save that was begun failed."""
+        """Wait for the save in flight. Raises MachineError or CheckpointError when the last one begun failed."""
         started = time.perf_counter()
         self._settle(self._writer.wait)
         self._waited(started)
+        if self._error is not None and self._stands:
+            problem = f"the last checkpoint was not written, an earlier one stands: {self._error}"
+            error = MachineError(problem, fix="see to the disk; the same command goes on from there")
+            error.agreed = True
+            raise error from self._error
         if self._error is not None:
             raise self._error
 
@@ -107,13 +119,16 @@ class Saver:
         return seconds
 
     def _begin(self, step: int, engine: Engine, trainer_state: dict[str, Any]) -> None:
-        if self._config.background:
-            self._host.restart()
-            pieces = list(resume.pieces(engine, self._host.copy))
-            buffers = {name: self._host.copy(buffer) for name, buffer in engine.buffers().items()}
-            self._host.synchronize()
-        else:
-            pieces, buffers = resume.pieces(engine), {name: buffer.cpu() for name, buffer in engine.buffers().items()}
+        pieces: Iterable[Piece]
+        with self._world.agreed("copy the state to host memory", CheckpointError):
+            if self._config.background:
+                self._host.restart()
+                pieces = list(resume.pieces(engine, self._host.copy))
+                buffers = {name: self._host.copy(buffer) for name, buffer in engine.buffers().items()}
+                self._host.synchronize()
+            else:
+                pieces = resume.pieces(engine)
+                buffers = {name: buffer.cpu() for name, buffer in engine.buffers().items()}
         self._writer.begin(step, pieces, buffers, trainer_state)
 
     def _settle(self, work: Callable[[], Published | None], final: bool = False) -> None:
@@ -128,7 +143,7 @@ class Saver:
                 raise
             return
         if published is not None:
-            self._error, self._failures_in_a_row = None, 0
+            self._error, self._failures_in_a_row, self._stands = None, 0, True
             self._event(
                 "checkpoint_saved", published.step, seconds=published.seconds, stall_seconds=self._stall_of_save
             )
@@ -138,10 +153,7 @@ class Saver:
         self._stall += seconds
         self._stall_of_save += seconds
 
-
-def _prune_quietly(run_dir: Path, keep: Keep) -> None:
-    """Retention after a save. What cannot be deleted now is tried again after the next one: the save itself stands."""
-    try:
-        prune(run_dir, keep)
-    except OSError:
-        return
+    def _prune_quietly(self) -> None:
+        """Retention after a save. What cannot be deleted now is tried again after the next one: the save stands."""
+        with suppress(OSError):
+            prune(self._run_dir, replace(self._keep, steps=frozenset(self._protect())))

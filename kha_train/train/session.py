@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext, suppress
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import yaml
 
@@ -13,28 +15,35 @@ from kha_train.analysis.ending import end_of
 from kha_train.checkpoint.reader import Checkpoint, find_newest, open_verified
 from kha_train.config.build import to_plain
 from kha_train.config.schema import RunConfig
+from kha_train.data.sources import open_shards
 from kha_train.data.stream import bytes_per_id, open_stream, validation_batches
-from kha_train.distributed import World
+from kha_train.distributed import World, as_error
+from kha_train.engine.audit import audit
 from kha_train.engine.deepspeed import Engine, InitialValue, leave_world, resolve_dtype
-from kha_train.errors import CheckpointError, DivergedError, KhaError
+from kha_train.errors import CheckpointError, DivergedError, KhaError, MachineError
 from kha_train.model.accounting import count_parameters, flops_per_token
 from kha_train.model.attention.choice import announce
 from kha_train.model.moe.balance import balance_metrics
-from kha_train.record import Marker, Record, Redactor, set_marker
+from kha_train.record import Marker, Record, Redactor, leave_outcome, set_marker
+from kha_train.record.files import write_text
 from kha_train.record.goodput import goodput
 from kha_train.stability.events import Observation
 from kha_train.telemetry.console import Console
 from kha_train.telemetry.meters import DataWait, PeakMemory
+from kha_train.telemetry.startup import Startup
 from kha_train.telemetry.throughput import Throughput
 from kha_train.telemetry.wandb import WandbMirror
 from kha_train.train import resume
 from kha_train.train.evaluate import Validation, evaluate
+from kha_train.train.failure import forget_failures
 from kha_train.train.probe import probe_metrics
 from kha_train.train.resume import Progress
 from kha_train.train.rewind import go_back, steps_to_keep
 from kha_train.train.saving import Saver
 from kha_train.train.step import Judge, StepResult
 from kha_train.train.watch import ANNOUNCED, Ruling, Watch, describe
+
+T = TypeVar("T")
 
 
 class Session:
@@ -44,14 +53,15 @@ class Session:
     all of it and says in the record how the attempt ended. Raises what `train` documents.
     """
 
-    def __init__(self, config: RunConfig, world: World) -> None:
+    def __init__(self, config: RunConfig, world: World, startup: Startup) -> None:
         self.config, self.world = config, world
+        self._startup: Startup | None = startup
         self.run_dir = Path(config.run.dir)
         self.progress = Progress()
         self.watch = Watch(config)
         self.data_wait = DataWait()
         self.end_state = "failed"
-        self.trouble: KhaError | None = None
+        self.trouble: BaseException | None = None
         """Why rank 0 could not write the record; all ranks hear of it at the next agreement."""
         self._refused: list[str] = []
         self._resumed_from: tuple[int, ...] = ()
@@ -59,11 +69,16 @@ class Session:
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
-        config, world = self.config, self.world
+        config, world, startup = self.config, self.world, self._startup
+        assert startup is not None
         with self._open:
-            with world.agreed():
+            with world.agreed(f"write {self.run_dir}"):
                 self.record = Record.open(self.run_dir, world.rank)
-            self._open.push(self._close_record)
+                self._open.push(self._close_record)
+                if world.is_main:
+                    forget_failures(self.run_dir, world.life)
+            if world.is_main:
+                leave_outcome("training")
             checkpoint = find_newest(self.run_dir, world, self._report_checkpoint)
             if checkpoint is None and self._refused:
                 raise CheckpointError(
@@ -72,16 +87,25 @@ class Session:
                     value=str(self.run_dir),
                     fix="restore a step directory (they are set aside as .corrupt), or choose another run.dir",
                 )
+            startup.mark("run directory, newest checkpoint")
             with world.agreed():
                 self.stream = open_stream(config, world.rank, world.size)
                 validation_batches(config, world.rank, world.size)
+                self._content_ids = {
+                    "data_content_id": self.stream.content_id,
+                    "validation_content_id": open_shards(config, config.data.validation, "data.validation").content_id,
+                }
                 self._bytes_per_id_V = bytes_per_id(config)
                 self._choices = announce(config, world.device, resolve_dtype(config, world.device))
                 if checkpoint:
-                    resume.check_belongs(config, checkpoint, self.stream.content_id)
+                    resume.check_belongs(config, checkpoint, self._content_ids)
+            startup.mark("data")
             self._build(checkpoint)
-            self._open_mirrors()
-            self._begin_attempt(resumed=checkpoint is not None)
+            startup.mark("engine")
+            with world.agreed("begin the record"):
+                self._open_mirrors()
+                self._begin_attempt(resumed=checkpoint is not None)
+            startup.mark("record, console and W&B")
             self._open = self._open.pop_all()
         return self
 
@@ -96,7 +120,8 @@ class Session:
         return self.config.data.global_batch_size * self.config.model.seq_len
 
     def judge_at(self, lr: float) -> Judge:
-        """The judge of the step under way, whose batch has been read and whose rate is `lr`."""
+        """The judge of the step under way, whose batch has been read and whose rate is `lr`. It sees to the audit too:
+        when it is asked, what was computed is not applied yet."""
         before = self.progress
 
         def judge(loss: float, grad_norm: float) -> Ruling:
@@ -109,7 +134,11 @@ class Session:
                 samples_first=before.next_sample,
                 samples_last=self.stream.samples_seen - 1,
             )
-            return self.watch.judge(seen)
+            ruling = self.watch.judge(seen)
+            every = self.config.engine.audit_every
+            if every and seen.step % every == 0:
+                audit(self.engine, json.dumps([before.to_plain(), self.watch.state()]))
+            return ruling
 
         return judge
 
@@ -141,17 +170,21 @@ class Session:
     def _routing(self, result: StepResult) -> dict[str, Any]:
         """The `moe/` entries of a line: balance, and the auxiliary losses that are on."""
         moe = self.config.moe
-        metrics: dict[str, Any] = balance_metrics(result.load_LE, self.engine.decoder.selection_bias_LE())
+        metrics: dict[str, Any] = balance_metrics(result.load_LE, result.bias_LE)
         metrics |= {"moe/auxiliary_loss": result.balance_loss} if moe.auxiliary_loss.weight else {}
         return metrics | ({"moe/z_loss": result.z_loss} if moe.z_loss_weight else {})
 
+    def note_startup(self) -> None:
+        """After the first step: into `run.json`, where the time went since the process was started."""
+        if self._startup is not None:
+            self._startup.mark("first step")
+            seconds, self._startup = self._startup.seconds, None
+            self._write(lambda: self.record.update_run(startup_seconds=seconds), None)
+
     def report(self, line: dict[str, Any], evidence: dict[str, Any] | None) -> None:
         """Record the line and what happened in its step, and show it to the mirrors."""
-        try:
-            self.record.step(line)
-        except OSError as error:
-            fix = "make room; the same command goes on from the last checkpoint"
-            self.trouble = KhaError(f"the record cannot be written: {error}", field=str(self.run_dir), fix=fix)
+        self._write(lambda: self.record.step(line), None)
+        if self.trouble:
             return
         self.console.step(line)
         self.wandb.step(line)
@@ -160,7 +193,7 @@ class Session:
 
     def happened(self, kind: str, step: int, **fields: Any) -> None:
         """Put an event of `step` into the record and into W&B; some are announced."""
-        event = self.record.event(kind, step, **fields)
+        event = self._event(kind, step, **fields)
         # Clipping is frequent: in W&B it is a curve, and takes no row from the rare actions.
         if kind != "zclip":
             self.wandb.event(event)
@@ -169,15 +202,19 @@ class Session:
 
     def validate(self) -> Validation:
         """Score the validation rows with the weights as they are."""
-        batches = validation_batches(self.config, self.world.rank, self.world.size)
+        with self.world.agreed("open the validation set"):
+            batches = validation_batches(self.config, self.world.rank, self.world.size)
         return evaluate(self.engine, batches, self._bytes_per_id_V)
 
     def save(self) -> None:
         """Begin a checkpoint of this moment; `saver` tells when it stands, and what becomes of one that fails."""
-        content_id, stability = self.stream.content_id, self.watch.state()
-        state = resume.trainer_state(self.config, self.engine, self.progress, content_id, stability)
-        protect = (*self._resumed_from, *steps_to_keep(self))
-        self.saver.begin(self.progress.step, self.engine, state, protect)
+        step, resumed_from = self.progress.step, self._resumed_from
+        state = resume.trainer_state(self.config, self.engine, self.progress, self._content_ids, self.watch.state())
+
+        def protect() -> tuple[int, ...]:
+            return (*resumed_from, *steps_to_keep(self.config, self.run_dir, step))
+
+        self.saver.begin(step, self.engine, state, protect)
 
     def obey(self) -> bool:
         """Do what was decided about the run in the step just finished; whether it went back to an earlier one.
@@ -197,9 +234,11 @@ class Session:
         self._open.callback(self.engine.close)
         if checkpoint:
             self.restore(checkpoint)
-            self.watch.restore(checkpoint.trainer_state["stability"])
+            with self.world.agreed():
+                self.watch.restore(checkpoint.trainer_state["stability"])
         elif self._inherited:
-            self._inherited.fill_buffers(self.engine)
+            with self.world.agreed():
+                self._inherited.fill_buffers(self.engine)
 
     def _initial(self, checkpoint: Checkpoint | None) -> InitialValue:
         """A run's own checkpoint wins over the one it once began from."""
@@ -246,6 +285,7 @@ class Session:
             self.run_dir,
             sync=self.record.sync,
             event=self._checkpoint_event,
+            stands=bool(self._resumed_from),
         )
         self._open.push(self.saver.leave)
 
@@ -282,7 +322,7 @@ class Session:
         }
         if self.world.is_main:
             text = yaml.safe_dump(Redactor.from_environment().clean(to_plain(self.config)), sort_keys=False)
-            (self.run_dir / "config.yaml").write_text(text, encoding="utf-8")
+            write_text(self.run_dir / "config.yaml", text)
         self.record.begin_attempt(self.progress.step, world_size=self.world.size, facts=facts)
         if self._inherited:
             inherited = self._inherited
@@ -297,17 +337,28 @@ class Session:
             f"{facts['dtype']}, ZeRO {self.config.engine.zero_stage} | MFU of {facts['peak']}"
         )
 
+    def _event(self, kind: str, step: int, **fields: Any) -> dict[str, Any]:
+        return self._write(lambda: self.record.event(kind, step, **fields), {})
+
+    def _write(self, write: Callable[[], T], otherwise: T) -> T:
+        """What `write` returns. Where the record cannot be written, `otherwise`, and `trouble` for all ranks."""
+        try:
+            return write()
+        except OSError as error:
+            self.trouble = self.trouble or as_error(error, "write the record")
+            return otherwise
+
     def _report_checkpoint(self, text: str) -> None:
         """A damaged checkpoint is passed over; with `resume.strict` it is a CheckpointError on all ranks."""
         self._refused.append(text)
         if self.world.is_main:
             print(f"warning: {text}", flush=True)
-            self.record.event("checkpoint_refused", 0, text=text)
+            self._event("checkpoint_refused", 0, text=text)
         if self.config.resume.strict:
             raise CheckpointError(text, field="resume.strict", value=True, fix="look at it, then start again")
 
     def _checkpoint_event(self, kind: str, step: int, **fields: Any) -> None:
-        self.wandb.event(self.record.event(kind, step, **fields))
+        self.wandb.event(self._event(kind, step, **fields))
         if kind == "checkpoint_saved":
             self.console.checkpoint_saved(step)
         else:
@@ -318,8 +369,19 @@ class Session:
     ) -> None:
         if isinstance(error, DivergedError):
             self.end_state = "diverged"
-        if isinstance(error, KhaError) and self.world.is_main:
-            set_marker(self.run_dir, Marker.FATAL, error.line())
-        if self.world.is_main and (summary := goodput(self.run_dir)):
-            self.record.update_run(goodput=summary.to_dict())
-        self.record.close(self.end_state)
+        with _after(error):
+            line = Redactor.from_environment().text(error.line()) if isinstance(error, KhaError) else ""
+            if self.world.is_main and isinstance(error, KhaError) and error.fatal:
+                set_marker(self.run_dir, Marker.FATAL, line)
+            elif self.world.is_main and isinstance(error, MachineError):
+                set_marker(self.run_dir, Marker.REQUEUE, line)
+        with _after(error):
+            if self.world.is_main and (summary := goodput(self.run_dir)):
+                self.record.update_run(goodput=summary.to_dict())
+        with _after(error):
+            self.record.close(self.end_state)
+
+
+def _after(error: BaseException | None) -> AbstractContextManager[None]:
+    """Around what is done at the end of an attempt: where it fails too, `error`, which ended it, stays the news."""
+    return suppress(OSError, KhaError) if error else nullcontext()

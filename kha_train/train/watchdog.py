@@ -3,6 +3,8 @@
 A rank whose main thread has not moved for too long writes the stacks of all its threads, raises the alarm for the
 others, which do the same, and ends with exit code 75: try again. A rank that is stopped or lost entirely cannot do so,
 but its neighbours hang in a collective with it, and their beats name it: its last beat is the oldest.
+
+Slow work that gets on is no hang. A rank at such work says so (`alive`), and those that wait for it see it move.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from kha_train.distributed import World
 from kha_train.errors import HangError
@@ -24,30 +26,38 @@ from kha_train.errors import HangError
 FOLDER = "hang"
 
 
-class Watchdog:
-    """While entered, ends this process with exit code 75 when `beat` has not been called for `timeout_seconds`.
+class _Seen(NamedTuple):
+    """The last beat read of a rank, and since when it has been `written` and has `moved` no more."""
 
-    The time counts from the second beat on: before it, compilers and caches may take what they need, which
-    `engine.collective_timeout_seconds` bounds. Beats are in `<run_dir>/hang/rank-RRRRR.json`, stacks beside them in
-    `rank-RRRRR.txt`; both are of the current attempt. Clocks are compared only with themselves: a rank is judged by how
-    long its own beat has stood still in the eyes of this one.
+    beat: dict[str, Any]
+    written: float
+    moved: float
+
+
+class Watchdog:
+    """While entered, ends this process with exit code 75 when no rank has moved for `timeout_seconds`.
+
+    A rank moves by `beat` and `alive`. The time counts from the second beat on: before it, compilers and caches may
+    take what they need, which `engine.collective_timeout_seconds` bounds. Beats are in
+    `<run_dir>/hang/rank-RRRRR.json`, stacks beside them in `rank-RRRRR.txt`. Beats and the alarm carry the name of this
+    start: a rank of an earlier one may still be dying. Clocks are compared only with themselves: a rank is judged by
+    how long its own beat has stood still in the eyes of this one. Raises on all ranks, when entered, if a rank cannot
+    write there.
     """
 
     def __init__(self, run_dir: Path, world: World, timeout_seconds: float) -> None:
         self._folder, self._world, self._timeout = run_dir / FOLDER, world, timeout_seconds
-        self._beats, self._step, self._doing = 0, 0, "starting"
+        self._beats, self._moves, self._step, self._doing = 0, 0, 0, "starting"
         self._last = time.monotonic()
-        self._written, self._seen = 0, dict[int, tuple[dict[str, Any], float]]()
+        self._written, self._seen = 0, dict[int, _Seen]()
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for leftover in (self._path("json"), self._path("txt"), self._alarm):
-            leftover.unlink(missing_ok=True)
-        # No rank may take the last attempt's alarm for one of this.
-        self._world.barrier()
-        self._write_beat()
+        with self._world.agreed(f"write {self._folder}"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._clear_leftovers()
+            self._write_beat()
         self._thread.start()
         return self
 
@@ -59,8 +69,14 @@ class Watchdog:
 
     def beat(self, step: int, doing: str) -> None:
         """The main thread is alive and about to do what `doing` says at `step`."""
-        self._step, self._doing, self._last = step, doing, time.monotonic()
+        self._step, self._doing = step, doing
         self._beats += 1
+        self.alive()
+
+    def alive(self) -> None:
+        """What the main thread does takes long but gets on."""
+        self._last = time.monotonic()
+        self._moves += 1
 
     def _watch(self) -> None:
         while not self._left.wait(self._interval):
@@ -68,7 +84,7 @@ class Watchdog:
             still = time.monotonic() - self._last
             if still > self._timeout / 2:
                 self._look()
-            if self._beats > 1 and still > self._timeout:
+            if self._beats > 1 and still > self._timeout and not self._another_moves():
                 self._end(f"rank {self._world.rank} has stood still for {still:.0f} s in: {self._where()}")
             if self._alarm.exists():
                 self._end("another rank raised the alarm")
@@ -97,28 +113,37 @@ class Watchdog:
         """Note what every rank has written of itself, and since when it has written nothing new."""
         for path in sorted(self._folder.glob("rank-*.json")):
             with contextlib.suppress(OSError, ValueError):
-                beat = json.loads(path.read_text(encoding="utf-8"))
-                before = self._seen.get(beat["rank"])
-                if before is None or before[0]["written"] != beat["written"]:
-                    self._seen[beat["rank"]] = (beat, time.monotonic())
+                beat, now = json.loads(path.read_text(encoding="utf-8")), time.monotonic()
+                if beat.get("life") != self._world.life:
+                    continue
+                before = self._seen.get(beat["rank"], _Seen({}, now, now))
+                written = now if beat["written"] != before.beat.get("written") else before.written
+                moved = now if beat["moves"] != before.beat.get("moves") else before.moved
+                self._seen[beat["rank"]] = _Seen(beat, written, moved)
+
+    def _another_moves(self) -> bool:
+        """Whether a rank that this one may be waiting for gets on. They are looked at for half the patience only."""
+        now, others = time.monotonic(), [seen for rank, seen in self._seen.items() if rank != self._world.rank]
+        return any(now - other.moved < 0.4 * self._timeout for other in others)
 
     def _slowest(self) -> str:
         """Which ranks are silent, or else which is behind, by what all have written of themselves."""
         self._look()
         silent = [
-            f"rank {rank} does not answer, last seen in {beat['where']}"
-            for rank, (beat, since) in self._seen.items()
-            if time.monotonic() - since > 0.4 * self._timeout
+            f"rank {rank} does not answer, last seen in {seen.beat['where']}"
+            for rank, seen in self._seen.items()
+            if time.monotonic() - seen.written > 0.4 * self._timeout
         ]
         silent += [f"rank {rank} was never seen" for rank in range(self._world.size) if rank not in self._seen]
         if silent:
             return "; ".join(silent)
-        beat, _ = min(self._seen.values(), key=lambda seen: seen[0]["beats"])
+        beat = min((seen.beat for seen in self._seen.values()), key=lambda beat: beat["beats"])
         return f"furthest behind: rank {beat['rank']} in {beat['where']}"
 
     def _write_beat(self) -> None:
         self._written += 1
-        beat = {"rank": self._world.rank, "beats": self._beats, "where": self._where(), "written": self._written}
+        beat = {"rank": self._world.rank, "life": self._world.life, "beats": self._beats, "moves": self._moves}
+        beat |= {"where": self._where(), "written": self._written}
         beside = self._path("json").with_suffix(".new")
         with contextlib.suppress(OSError):
             beside.write_text(json.dumps(beat), encoding="utf-8")
@@ -127,9 +152,19 @@ class Watchdog:
     def _where(self) -> str:
         return f"step {self._step}, {self._doing}"
 
+    def _clear_leftovers(self) -> None:
+        """What an earlier start left: of this rank, and on rank 0 the alarms, and ranks that are no more."""
+        leftovers = [self._path("json"), self._path("txt")]
+        if self._world.is_main:
+            beyond = f"rank-{self._world.size:05d}"
+            leftovers += [path for path in self._folder.glob("rank-*") if path.name >= beyond]
+            leftovers += self._folder.glob("ALARM*")
+        for leftover in leftovers:
+            leftover.unlink(missing_ok=True)
+
     def _path(self, suffix: str) -> Path:
         return self._folder / f"rank-{self._world.rank:05d}.{suffix}"
 
     @property
     def _alarm(self) -> Path:
-        return self._folder / "ALARM"
+        return self._folder / f"ALARM-{self._world.life}"

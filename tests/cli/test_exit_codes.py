@@ -145,7 +145,7 @@ def test_a_record_that_cannot_be_written_ends_the_run_and_the_same_command_goes_
     with monkeypatch.context() as patched:
         patched.setattr(Record, "step", full)
         code, said = train("checkpoint.every_steps=1", "run.steps=4")
-    assert code == 1, said
+    assert code == 75, said
     assert "No space left on device" in said and "Traceback" not in said
     assert train("checkpoint.every_steps=1", "run.steps=4")[0] == 0
     assert read_metrics(tmp_path / "run")[-1]["step"] == 4

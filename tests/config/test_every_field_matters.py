@@ -40,6 +40,7 @@ from kha_train.telemetry.console import Console
 from kha_train.telemetry.throughput import peak_flops
 from kha_train.telemetry.wandb import WandbMirror
 from kha_train.train import run as train_run
+from kha_train.train import session as session_module
 from kha_train.train.saving import Saver
 from kha_train.train.watch import Watch
 
@@ -257,6 +258,14 @@ def watchdog_timeout(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Pat
     return asked
 
 
+def audited_steps(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """How often a short run compares what its ranks hold."""
+    asked: list[str] = []
+    patch.setattr(session_module, "audit", lambda engine, decisions: asked.append(decisions))
+    run_files(config, patch, tmp_path)
+    return len(asked)
+
+
 def refusal(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Whether a start is refused, and why: a directory without a checkpoint cannot be begun from."""
     try:
@@ -421,6 +430,7 @@ CHANGES: dict[str, Change] = {
     "engine.hpz_partition_size": (2, engine_settings, "engine.zero_stage=3"),
     "engine.collective_timeout_seconds": (60.0, process_group),
     "engine.hang_timeout_seconds": (60.0, watchdog_timeout),
+    "engine.audit_every": (1, audited_steps),
     "run.init_from": ("{other}", refusal),
     "run.max_minutes": (1e-9, run_files),
     "resume.allow_changes": ("[optim.lr]", refused_changes),

@@ -42,8 +42,15 @@ class Runs:
 
     def final_state(self) -> dict[str, str]:
         """File name -> SHA-256 of the newest checkpoint."""
-        path = candidates(self.run_dir / "checkpoints")[0][1]
-        return {name: entry.sha256 for name, entry in verify(path).contents.files.items()}
+        return {name: entry.sha256 for name, entry in verify(self.newest()).contents.files.items()}
+
+    def newest(self) -> Path:
+        """The directory of the newest checkpoint."""
+        return candidates(self.run_dir / "checkpoints")[0][1]
+
+    def equals(self, twin: Runs) -> bool:
+        """Equal curves and equal final states, bit for bit."""
+        return self.curve() == twin.curve() and self.final_state() == twin.final_state()
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """What happened of one kind."""

@@ -11,15 +11,18 @@ import torch
 
 from kha_train import compose, distributed
 from kha_train.checkpoint import reader
-from kha_train.checkpoint.writer import write
 from kha_train.engine.deepspeed import Engine
 from kha_train.train import resume
+from kha_train.train.saving import Saver
+
+GATHERS = ("all_gather", "all_gather_into_tensor", "all_to_all_single", "reduce", "reduce_scatter_tensor")
 
 torch.set_num_threads(1)
 
 
 def hand_over(source: Path, target: Path, overrides: list[str]) -> dict[str, Any]:
-    """Restore the checkpoint in `source`, write it to `target`; bytes read, elements owned, largest broadcast."""
+    """Restore the checkpoint in `source`, save it to `target` as a run does; bytes read, elements owned, and the bytes
+    of the largest tensor that any collective of the save took."""
     world = distributed.start("cpu", 60.0)
     read, original = [], reader._read_slice
 
@@ -35,25 +38,26 @@ def hand_over(source: Path, target: Path, overrides: list[str]) -> dict[str, Any
     progress = resume.restore(engine, checkpoint)
     owned = sum(view.numel() for fragment in engine.fragments() for view in fragment.views.values())
 
-    largest, all_reduce = [0], torch.distributed.all_reduce
+    largest = [0]
 
-    def measured(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        largest.append(tensor.nbytes)
-        return all_reduce(tensor, *arguments, **options)
+    def measured(name: str) -> None:
+        original = getattr(torch.distributed, name)
 
-    names = ("all_reduce", "broadcast", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor")
-    refused = {name: getattr(torch.distributed, name) for name in names[2:]}
-    torch.distributed.all_reduce = measured
-    for name in refused:
-        setattr(torch.distributed, name, lambda *given, **_: sys.exit("a gather during a save"))
-    broadcast = torch.distributed.broadcast
-    torch.distributed.broadcast = lambda tensor, *given: (largest.append(tensor.nbytes), broadcast(tensor, *given))
+        def collective(*arguments: Any, **options: Any) -> Any:
+            tensors = [one for one in [*arguments, *options.values()] if isinstance(one, torch.Tensor)]
+            largest.append(max(tensor.nbytes for tensor in tensors))
+            return original(*arguments, **options)
+
+        setattr(torch.distributed, name, collective)
+
+    for name in ("all_reduce", "broadcast", *GATHERS):
+        measured(name)
     state = {"progress": progress.to_plain(), "optimizer_steps": engine.optimizer_steps}
-    write(target, checkpoint.step, world, resume.pieces(engine), engine.buffers(), state)
+    saver = Saver(engine.config, world, target, sync=lambda: None, event=lambda *given, **_: None)
+    saver.begin(checkpoint.step, engine, state)
+    saver.finish()
+    assert world.size == 1 or len(largest) > 4, "the collectives of a save were seen"
     engine.close()
-    torch.distributed.all_reduce, torch.distributed.broadcast = all_reduce, broadcast
-    for name, function in refused.items():
-        setattr(torch.distributed, name, function)
     distributed.stop()
     return {"read": sum(read), "owned": owned, "largest": max(largest)}
 

@@ -10,9 +10,16 @@ A fault is {"at", "do"} and conditions; it happens once in a process:
         save:N:STAGE        at a stage of the writer (writer.STAGES, before_prune, mid_prune) while step N is saved
         gradient:N          in the gradient of step N
         batch:N             while the batch of step N is read
-    do  kill (this rank), kill_all (every rank), stop (SIGSTOP), sleep, term (SIGTERM), usr2, nan, enospc, erofs,
+        snapshot:N          while the state is copied to host memory for the save of step N
+        restore             while this rank's share of a checkpoint is read
+        inherit             while the weights of another run are read
+        event:KIND          while an event of this kind is recorded
+        rewind              amid a rewind: the newer checkpoints are gone, the record is not cut yet
+        wandb:N             while the line of step N is sent to W&B
+    do  kill (this rank), kill_all (every rank), stop (SIGSTOP), sleep, term (SIGTERM), usr2, nan, enospc, erofs, eio,
         partial (a half-written directory under the final name), clock (set back by a day), data (a DataError),
-        file_limit (no file above 200 kB)
+        file_limit (no file above 200 kB), noise (the batch is noise), memory (the host has none left), oom (the device
+        has none left), flip (a bit of this rank's copy of a weight), flip_bias (of a selection bias), defect
     rank    only there (default: everywhere)
 """
 
@@ -28,19 +35,25 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - drags in the compiler, at every start but for this
+import numpy as np
 import torch
 
 from kha_train import compose
 from kha_train.checkpoint.background import BackgroundWriter
+from kha_train.checkpoint.host_buffers import HostBuffers
+from kha_train.checkpoint.reader import Checkpoint
 from kha_train.engine.deepspeed import Engine, _import_deepspeed
 from kha_train.errors import DataError, KhaError
-from kha_train.train import run, saving, session
+from kha_train.record import Record
+from kha_train.telemetry.wandb import WandbMirror
+from kha_train.train import resume, run, saving, session
 
 torch.set_num_threads(1)
 _import_deepspeed(torch.device("cpu"))
@@ -66,13 +79,23 @@ class Faults:
 
         def at_batch(stream: Any, *others: Any) -> Any:
             self.step = self.progress() + 1
-            if "data" in self.happen(f"batch:{self.step}"):
+            happened = self.happen(f"batch:{self.step}")
+            if "data" in happened:
                 failing = type("Failing", (), {"__next__": lambda _: _raise(DataError("damaged", field="shard"))})()
                 return next_batch(failing, *others)
-            return next_batch(stream, *others)
+            batch, labels = next_batch(stream, *others)
+            if "noise" in happened:
+                noise = np.random.default_rng([self.step, int(os.environ["RANK"])])
+                batch.rows_BW[:] = noise.integers(0, 256, batch.rows_BW.shape)
+            return batch, labels
 
         def at_gradient(engine: Engine, batch: Any, loss_scale: float, *scales: float, last: bool) -> Any:
-            scale = math.nan if "nan" in self.happen(f"gradient:{self.step}") else loss_scale
+            happened = self.happen(f"gradient:{self.step}")
+            weight = next(engine.decoder.parameters())
+            for name, tensor in (("flip", getattr(weight, "ds_tensor", weight)), ("flip_bias", _first_bias(engine))):
+                if name in happened:
+                    tensor.data.view(torch.int32).view(-1)[3] ^= 1 << 12
+            scale = math.nan if "nan" in happened else loss_scale
             return accumulate(engine, batch, scale, *scales, last=last)
 
         def at_save(writer: BackgroundWriter, step: int, *arguments: Any) -> None:
@@ -88,6 +111,7 @@ class Faults:
             at_gradient,
             at_save,
         )
+        self._install_more()
         saving.BackgroundWriter = functools.partial(BackgroundWriter, stage=stage)
         saving.prune = functools.partial(saving.prune, stage=stage)
         opened = session.Session.__enter__
@@ -97,6 +121,25 @@ class Faults:
             return opened(this)
 
         session.Session.__enter__ = remember
+
+    def _install_more(self) -> None:
+        """The seams that few faults enter by."""
+
+        def before(owner: Any, name: str, where: Callable[..., str]) -> None:
+            original = getattr(owner, name)
+
+            def seam(*arguments: Any, **options: Any) -> Any:
+                self.happen(where(*arguments))
+                return original(*arguments, **options)
+
+            setattr(owner, name, seam)
+
+        before(HostBuffers, "restart", lambda *_: f"snapshot:{self.progress()}")
+        before(Checkpoint, "read", lambda *_: "restore")
+        before(resume.Inherited, "__call__", lambda *_: "inherit")
+        before(Record, "event", lambda record, kind, *_: f"event:{kind}")
+        before(Record, "rewind_to", lambda record, step, reason: "rewind" if reason.startswith("rewind") else "")
+        before(WandbMirror, "_send", lambda *_: f"wandb:{self.step}")
 
     def happen(self, where: str) -> list[str]:
         """Let what waits for `where` happen; what did."""
@@ -138,6 +181,27 @@ class Faults:
     def erofs(self) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
+    def eio(self) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def memory(self) -> None:
+        raise MemoryError
+
+    def oom(self) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+
+    def defect(self) -> None:
+        raise ZeroDivisionError("a defect")
+
+    def noise(self) -> None:
+        """The caller does it."""
+
+    def flip(self) -> None:
+        """The caller does it."""
+
+    def flip_bias(self) -> None:
+        """The caller does it."""
+
     def partial(self) -> None:
         directory = Path(f"runs/one/checkpoints/step-{self.saving:08d}")
         directory.mkdir()
@@ -149,6 +213,10 @@ class Faults:
 
     def file_limit(self) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+
+def _first_bias(engine: Engine) -> torch.Tensor:
+    return next(buffer for name, buffer in engine.buffers().items() if "bias" in name)
 
 
 def _raise(error: Exception) -> None:
@@ -164,6 +232,8 @@ def _child(request: dict[str, Any], rank: int, port: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["ranks"])}
     faults = Faults(request.get("faults", []), rank)
     faults.install()
+    for module in request.get("without", ()):
+        sys.modules[module] = None
     try:
         run.train(cached_compose(tuple(request["overrides"])))
     except KhaError as error:

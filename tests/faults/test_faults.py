@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kha_train.checkpoint.layout import candidates
-from kha_train.errors import ResumeError
+from kha_train.errors import MachineError, ResumeError
 from kha_train.record import read_discarded, read_metrics
 from kha_train.record.lock import RunLock
 from kha_train.train.failure import first_failure
@@ -17,16 +17,6 @@ from kha_train.train.failure import first_failure
 pytestmark = pytest.mark.slow
 
 TWO = ("attention=gqa", "engine=zero2")
-
-
-def newest(run) -> Path:
-    """The directory of the newest checkpoint."""
-    return candidates(run.run_dir / "checkpoints")[0][1]
-
-
-def same(run, twin) -> bool:
-    """Equal curves and equal final states, bit for bit."""
-    return run.curve() == twin.curve() and run.final_state() == twin.final_state()
 
 
 class Canary:
@@ -72,21 +62,21 @@ def test_f3_damage_to_any_file_is_found_and_the_checkpoint_before_is_used(make_r
     run.start({"at": "step:7", "do": "kill_all"}, ranks=2)
     for file, damage in DAMAGE.items():
         found, before = (step for step, _ in candidates(run.run_dir / "checkpoints")[:2])
-        damage(newest(run) / file, canary)
+        damage(run.newest() / file, canary)
         run.start({"at": f"step:{before + 7}", "do": "kill_all"}, ranks=2)
         assert run.starts()[-1] == before, (file, run.log.read_text())
         refused = run.events("checkpoint_refused")[-1]["text"]
         assert f"step-{found:08d} does not verify" in refused and (file in refused or damage is shorten)
         assert (run.run_dir / "checkpoints" / f"step-{found:08d}.corrupt").is_dir()
     run.to_the_end(ranks=2)
-    assert same(run, twin)
+    assert run.equals(twin)
     assert not canary.exists()
 
 
 def test_f3_a_strict_run_ends_at_a_damaged_checkpoint(make_run) -> None:
     run = make_run("resume.strict=true")
     run.start({"at": "step:5", "do": "kill_all"})
-    flip(newest(run) / "model-00000.safetensors", Path())
+    flip(run.newest() / "model-00000.safetensors", Path())
     assert run.start() == [4]
     assert "resume.strict" in run.log.read_text()
 
@@ -96,7 +86,7 @@ def test_f4_a_save_that_fails_on_one_rank_is_reported_and_training_goes_on(do, a
     rank = 0 if at == "before_rename" else 1
     run = make_run(*TWO)
     assert run.start({"at": f"save:2:{at}", "do": do, "rank": rank}, ranks=2) == [0, 0], run.log.read_text()
-    assert same(run, straight(*TWO, ranks=2))
+    assert run.equals(straight(*TWO, ranks=2))
     (failed,) = run.events("checkpoint_failed")
     assert failed["step"] == 2 and failed["in_a_row"] == 1
     assert [line["checkpoint/failures"] for line in read_metrics(run.run_dir)][-1] == 1
@@ -116,10 +106,28 @@ def test_f4_saves_that_keep_failing_end_the_run_and_leave_the_last_good_one(make
 def test_f4_the_kernel_refuses_the_bytes(make_run, straight) -> None:
     """A limit on file sizes, which neither the writer nor the trainer knows of."""
     run = make_run("checkpoint.max_failures=9")
-    assert run.start({"at": "save:4:first_shard", "do": "file_limit"}) == [4]
+    assert run.start({"at": "save:4:first_shard", "do": "file_limit"}) == [MachineError.exit_code]
     assert len(run.events("checkpoint_failed")) >= 1
     run.to_the_end()
-    assert same(run, straight("checkpoint.max_failures=9"))
+    assert run.equals(straight("checkpoint.max_failures=9"))
+
+
+def test_f4_a_last_save_that_fails_is_tried_again_from_the_checkpoint_before(make_run, straight) -> None:
+    """Asked to stop, and the disk is full: the job may be requeued, for an earlier checkpoint stands."""
+    run = make_run(*TWO)
+    faults = [{"at": "batch:3", "do": "term", "rank": 1}, {"at": "save:3:mid_shard", "do": "enospc", "rank": 1}]
+    assert run.start(*faults, ranks=2) == [75, 75], run.log.read_text()
+    assert "an earlier one stands" in (run.run_dir / "REQUEUE").read_text()
+    assert not (run.run_dir / "FATAL").exists() and run.newest().name == "step-00000002"
+    run.to_the_end(ranks=2)
+    assert run.starts() == [0, 2] and run.equals(straight(*TWO, ranks=2))
+
+
+def test_f4_where_no_checkpoint_stands_a_failed_last_save_is_not_tried_again_unseen(make_run) -> None:
+    run = make_run(*TWO, "checkpoint.every_steps=100")
+    faults = [{"at": "batch:3", "do": "term", "rank": 0}, {"at": "save:3:mid_shard", "do": "enospc", "rank": 0}]
+    assert run.start(*faults, ranks=2) == [4, 4], run.log.read_text()
+    assert (run.run_dir / "FATAL").exists()
 
 
 def test_f5_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(make_run) -> None:
@@ -158,7 +166,7 @@ def test_f8_a_rank_that_hangs_is_found_and_the_run_goes_on_exactly(do, make_run,
     if do == "sleep":
         assert "in sleep" in (run.run_dir / "hang" / "rank-00001.txt").read_text()
     run.to_the_end(ranks=2)
-    assert same(run, straight(*settings, ranks=2))
+    assert run.equals(straight(*settings, ranks=2))
 
 
 def test_f9_the_others_do_not_wait_for_a_rank_that_was_killed(make_run, straight) -> None:
@@ -168,7 +176,7 @@ def test_f9_the_others_do_not_wait_for_a_rank_that_was_killed(make_run, straight
     failure = first_failure(run.run_dir)
     assert failure is not None and failure["rank"] == 0 and "Connection" in failure["error"]
     run.to_the_end(ranks=2)
-    assert same(run, straight(*TWO, ranks=2))
+    assert run.equals(straight(*TWO, ranks=2))
 
 
 @pytest.mark.parametrize("do", ["term", "usr2"])
@@ -176,10 +184,10 @@ def test_f10_a_signal_to_one_rank_stops_all_after_the_step_with_a_checkpoint(do,
     run = make_run(*TWO)
     faults = [{"at": "batch:3", "do": do, "rank": 1}, {"at": "save:3:mid_shard", "do": do, "rank": 0}]
     assert run.start(*faults, ranks=2) == [0, 0], run.log.read_text()
-    assert (run.run_dir / "REQUEUE").exists() and newest(run).name == "step-00000003"
+    assert (run.run_dir / "REQUEUE").exists() and run.newest().name == "step-00000003"
     run.to_the_end(ranks=2)
     assert run.starts() == [0, 3] and read_discarded(run.run_dir) == []
-    assert same(run, straight(*TWO, ranks=2))
+    assert run.equals(straight(*TWO, ranks=2))
 
 
 def test_f11_a_clock_that_is_set_back_changes_nothing(make_run, straight) -> None:
@@ -188,13 +196,13 @@ def test_f11_a_clock_that_is_set_back_changes_nothing(make_run, straight) -> Non
     faults = [{"at": "step:3", "do": "clock"}, {"at": "step:5", "do": "kill_all"}]
     run.start(*faults, ranks=2)
     run.to_the_end(ranks=2)
-    assert same(run, straight(*settings, ranks=2))
+    assert run.equals(straight(*settings, ranks=2))
 
 
 def test_f11_a_run_with_a_time_limit_stops_in_good_order(make_run) -> None:
     run = make_run("run.max_minutes=0.000001")
     assert run.start() == [0]
-    assert (run.run_dir / "REQUEUE").exists() and newest(run).name == "step-00000001"
+    assert (run.run_dir / "REQUEUE").exists() and run.newest().name == "step-00000001"
 
 
 def test_f13_a_second_job_in_the_same_directory_is_refused_by_name_and_harms_nothing(make_run) -> None:

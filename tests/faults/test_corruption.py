@@ -1,0 +1,56 @@
+"""F16, F17: memory that lies, and memory that is not there."""
+
+from __future__ import annotations
+
+import pytest
+
+from kha_train.train.failure import first_failure
+
+pytestmark = pytest.mark.slow
+
+AUDITED = ("attention=kha_mlp", "engine.audit_every=1")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_f16_a_bit_that_flips_in_one_ranks_weights_is_found_before_the_step_and_the_rank_named(
+    rank, stage, make_run, straight
+) -> None:
+    settings = (*AUDITED, f"engine=zero{stage}")
+    run = make_run(*settings)
+    assert run.start({"at": "gradient:5", "do": "flip", "rank": rank}, ranks=2) == [75, 75], run.log.read_text()
+    assert f"silent corruption on rank {rank}: its copy of" in run.log.read_text()
+    assert len(run.curve()) == 4 and not (run.run_dir / "FATAL").exists()
+    run.to_the_end(ranks=2)
+    assert run.equals(straight(*settings, ranks=2))
+
+
+def test_f16_a_bit_that_flips_in_what_all_ranks_hold_alike_is_found(make_run) -> None:
+    run = make_run(*AUDITED, "engine=zero2")
+    assert run.start({"at": "gradient:5", "do": "flip_bias", "rank": 1}, ranks=2) == [75, 75], run.log.read_text()
+    assert "its buffers differs" in run.log.read_text()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_f16_an_audit_changes_nothing(stage, precision, make_run, straight) -> None:
+    settings = ("attention=kha_mlp", f"engine=zero{stage}", f"engine.precision={precision}")
+    run = make_run(*settings, "engine.audit_every=1")
+    run.to_the_end(ranks=2)
+    twin = straight(*settings, "engine.audit_every=0", ranks=2)
+    tensors = [{name: sha for name, sha in one.final_state().items() if "json" not in name} for one in (run, twin)]
+    assert run.curve() == twin.curve() and tensors[0] == tensors[1]
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_f17_out_of_memory_is_told_against_the_plan_and_leaves_the_checkpoint(step, make_run) -> None:
+    run = make_run("attention=gqa", "engine=zero1")
+    codes = run.start({"at": f"gradient:{step}", "do": "oom", "rank": 1}, ranks=2, patience=60)
+    assert codes[1] == 2 and codes[0] not in (0, None), run.log.read_text()
+    told = (run.run_dir / "FATAL").read_text()
+    assert "rank 1 is out of memory: planned" in told and "held at most" in told
+    assert "engine.micro_batch_size=2 (saves" in told and "engine.zero_stage=3 (saves" in told
+    failure = first_failure(run.run_dir)
+    assert failure is not None
+    run.to_the_end(ranks=2)
+    assert run.starts()[-1] == (0 if step == 1 else 4) and len(run.curve()) == 6
