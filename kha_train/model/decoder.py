@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from kha_train.config.schema import RunConfig
 from kha_train.model.attention.backends import alibi_slopes, lay_out_cached, lay_out_documents
@@ -23,6 +22,7 @@ from kha_train.model.loss import chunked_cross_entropy
 from kha_train.model.moe.balance import BIAS_UPDATES, relative_load
 from kha_train.model.moe.router import Router
 from kha_train.model.norm import RmsNorm
+from kha_train.model.recompute import runner
 from kha_train.model.rope import RotaryTable
 
 
@@ -94,6 +94,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(model.layers))
         self.norm = RmsNorm(model.hidden_size, model.norm_eps)
         self.head = Head(config)
+        self._run = runner(config)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -159,14 +160,6 @@ class Decoder(nn.Module):
         masked = needs_mask(self.config, device, self.embedding.weight.dtype)
         documents = lay_out_documents(batch, tokens, device, cu_seqlens_S, max_seqlen, slopes_H, masked)
         return RowContext(rotary, documents)
-
-    def _run(
-        self, block: nn.Module, x_BTD: Tensor, rows: RowContext, samples_B: Tensor
-    ) -> tuple[Tensor, BlockStats | None]:
-        if self.config.engine.activation_checkpointing == "full" and torch.is_grad_enabled():
-            # A forward draws from no generator, so there is no generator state to keep.
-            return checkpoint(block, x_BTD, rows, samples_B, use_reentrant=False, preserve_rng_state=False)
-        return block(x_BTD, rows, samples_B)
 
     def _auxiliary(self, stats: list[BlockStats]) -> AuxiliaryLosses | None:
         moe = self.config.moe

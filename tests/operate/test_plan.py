@@ -71,7 +71,7 @@ def test_what_is_advised_is_enough(cluster: str) -> None:
 
 CHANGES = {
     "zero_stage": (1, 2, 3),
-    "activation_checkpointing": ("none", "full"),
+    "activation_checkpointing": ("none", "selective", "full"),
     "grad_accum_dtype": ("fp32", "bf16"),
     "micro_batch_size": (1, 16),
 }

@@ -1,0 +1,70 @@
+"""What the backward finds saved, and what it computes again: `engine.activation_checkpointing`.
+
+`full` keeps the input of a block and runs its forward twice. `selective` keeps what is dear to compute for its size and
+computes the rest again: norms, rotations, gates, the router's choice, the small matrices of heads. Products are kept of
+which every number took at least as many multiplications as the model is wide, and attention and experts, which take
+thousands; all else takes one to a few. Measured: `pytest -s tests/model/test_recompute.py`.
+"""
+
+# B batch   T tokens   D model width
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from kha_train.config.schema import RunConfig
+
+ALWAYS_KEPT = frozenset(
+    {
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_flash_attention_forward",
+        "aten::_grouped_mm",
+        "flash_attn::_flash_attn_varlen_forward",
+        "torch_attn::_varlen_attn",
+        "kha_train::grouped_experts",
+    }
+)
+"""Operators whose results `selective` keeps whatever their size."""
+
+
+def runner(config: RunConfig) -> Callable[..., Any]:
+    """`run(block, x_BTD, *rest)`: the block as `engine.activation_checkpointing` says, when a backward will follow."""
+    how = config.engine.activation_checkpointing
+    if how == "none":
+        return _plainly
+    # A forward draws from no generator, so there is no generator state to keep.
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if how == "selective":
+        keep = partial(kept, config.model.hidden_size)
+        again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, partial(_policy, keep)))
+
+    def run(block: nn.Module, x_BTD: Tensor, *rest: Any) -> Any:
+        return again(block, x_BTD, *rest) if torch.is_grad_enabled() else block(x_BTD, *rest)
+
+    return run
+
+
+def kept(width: int, operator: Any, arguments: tuple[Any, ...]) -> bool:
+    """Whether `selective` keeps the result of `operator` in a model of `width`."""
+    name = operator._schema.name
+    if name in ("aten::mm", "aten::addmm"):
+        left = arguments[0] if name == "aten::mm" else arguments[1]
+        return left.shape[-1] >= width
+    return name in ALWAYS_KEPT
+
+
+def _plainly(block: nn.Module, x_BTD: Tensor, *rest: Any) -> Any:
+    return block(x_BTD, *rest)
+
+
+def _policy(keep: Callable[..., bool], context: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if keep(operator, arguments) else CheckpointPolicy.PREFER_RECOMPUTE

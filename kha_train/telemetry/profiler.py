@@ -1,0 +1,77 @@
+"""A profile of some steps, under `<run.dir>/profile/`: where their time went, and where their memory.
+
+`steps-A-B.trace.json.gz` opens in Perfetto or chrome://tracing; `steps-A-B.txt` lists operators by the time they took.
+With `profile.memory` the trace also follows memory, the list has what operators allocated, and on CUDA
+`steps-A-B.memory.pickle` holds every allocation with its stack, for pytorch.org/memory_viz. Rank 0 alone writes; a
+profiled step is slower than others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from kha_train.config.schema import RunConfig
+from kha_train.distributed import World
+
+ROWS = 60
+MAX_ALLOCATIONS = 200_000
+
+
+class Profiler:
+    """Follows the steps `profile.first_step` .. `profile.last_step` of a run; does nothing when the first is 0."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, world: World) -> None:
+        self._section, self._world, self._folder = config.profile, world, run_dir / "profile"
+        self._wanted = config.profile.first_step > 0 and world.is_main
+        self._running: Any = None
+        self._first = 0
+
+    @contextmanager
+    def over(self, step: int) -> Iterator[None]:
+        """Around optimiser step `step` (1-based): begins with the first one wanted, writes after the last."""
+        wanted = self._wanted and self._section.first_step <= step <= self._section.last_step
+        if wanted and self._running is None:
+            self._start(step)
+        yield
+        if self._running is not None and step >= self._section.last_step:
+            self._write(step)
+
+    def close(self) -> None:
+        """A run that ends before the last step wanted leaves no profile."""
+        if self._running is not None:
+            self._running.__exit__(None, None, None)
+            self._running = None
+
+    def _start(self, step: int) -> None:
+        self._first = step
+        cuda = self._world.device.type == "cuda"
+        if cuda and self._section.memory:
+            torch.cuda.memory._record_memory_history(max_entries=MAX_ALLOCATIONS)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+        self._running = profile(activities=activities, record_shapes=True, profile_memory=self._section.memory)
+        self._running.__enter__()
+
+    def _write(self, step: int) -> None:
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize(self._world.device)
+        found, self._running = self._running, None
+        found.__exit__(None, None, None)
+        self._folder.mkdir(exist_ok=True)
+        place = self._folder / f"steps-{self._first}-{step}"
+        found.export_chrome_trace(f"{place}.trace.json.gz")
+        order = "self_cuda_time_total" if self._world.device.type == "cuda" else "self_cpu_time_total"
+        averages = found.key_averages()
+        text = averages.table(sort_by=order, row_limit=ROWS, max_name_column_width=60)
+        if self._section.memory:
+            order = order.replace("time_total", "memory_usage")
+            text += "\n" + averages.table(sort_by=order, row_limit=ROWS, max_name_column_width=60)
+            if self._world.device.type == "cuda":
+                torch.cuda.memory._dump_snapshot(f"{place}.memory.pickle")
+                torch.cuda.memory._record_memory_history(enabled=None)
+        Path(f"{place}.txt").write_text(text, encoding="utf-8")
