@@ -1,4 +1,5 @@
-"""What tests of several rooms share: a small dataset, overrides for a smaller `tiny`, ranks as real processes."""
+"""What tests of several rooms share: a small dataset, overrides for a smaller `tiny`, ranks as real processes, what W&B
+wrote offline."""
 
 from __future__ import annotations
 
@@ -18,6 +19,9 @@ from data_tools.synthetic import write_dataset
 
 VOCAB_SIZE = 256
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+HEADER, BLOCK, CHUNK_HEADER = 7, 32768, 7
+"""Bytes of a `.wandb` file's own header, of a block of LevelDB's log format in it, of the header of a chunk."""
+WHOLE, LAST = 1, 4
 
 
 @pytest.fixture(scope="session")
@@ -103,3 +107,40 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[
         return [json.loads(answer.read_text()) for answer in answers]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def wandb_records() -> Callable[[Path], list[Any]]:
+    """`wandb_records(path)`: the records of a `.wandb` file, in order."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    def read(path: Path) -> list[Any]:
+        data, at, part, records = path.read_bytes(), HEADER, b"", []
+        while at + CHUNK_HEADER <= len(data):
+            left = BLOCK - at % BLOCK
+            length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+            if left < CHUNK_HEADER or kind == 0:
+                at += left
+                continue
+            part += data[at + CHUNK_HEADER : at + CHUNK_HEADER + length]
+            at += CHUNK_HEADER + length
+            if kind in (WHOLE, LAST):
+                records.append(Record.FromString(part))
+                part = b""
+        return records
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def wandb_rows(wandb_records: Callable[[Path], list[Any]]) -> Callable[[Path], list[dict[str, Any]]]:
+    """`wandb_rows(path)`: the rows of the history in a `.wandb` file, key to value."""
+
+    def read(path: Path) -> list[dict[str, Any]]:
+        return [
+            {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            for record in wandb_records(path)
+            if record.WhichOneof("record_type") == "history"
+        ]
+
+    return read

@@ -107,7 +107,7 @@ def runs(tiny: list[str], run_ranks: Callable[..., list[Any]], tmp_path_factory:
     answers: dict[str, list[Any]] = {}
     for name, starts in cases.items():
         for overrides, bad_samples, skip, stop_at in starts:
-            there = [*overrides, f"run.dir={folder}/{name}"]
+            there = [*overrides, f"run.dir={folder}/{name}", "telemetry.wandb.mode=offline"]
             how = {"overrides": there, "bad": bad_samples, "skip": skip, "stop_at": stop_at}
             answers.setdefault(name, []).append(run_ranks(WORKER, 2, run=how))
     return folder, answers
@@ -173,3 +173,28 @@ def test_online_equals_offline_exactly(name: str, runs: Runs) -> None:
         events += [verdict.closed.to_dict()] if verdict.closed else []
     closed = [event for event in read_events(runs[0] / name) if event["kind"] == "spike_closed"]
     assert [{key: event[key] for key in events[0]} for event in closed] == events if events else not closed
+
+
+def test_w_and_b_has_every_step_as_it_was_computed_and_what_was_done_about_it(
+    runs: Runs, wandb_rows: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    (path,) = (runs[0] / "rewinding" / "wandb").glob("offline-run-*/*.wandb")
+    rows = wandb_rows(path)
+    assert [row["step"] for row in rows] == [*range(1, 195), *range(181, STEPS + 1)]
+    assert [row["_step"] for row in rows] == list(range(1, len(rows) + 1))
+    for kind in ("rewind", "spike_opened", "checkpoint_saved"):
+        told = [event for event in read_events(runs[0] / "rewinding") if event["kind"] == kind]
+        marks = [row["step"] for row in rows if f"events/{kind}" in row]
+        # A save is told when it stands, some steps later.
+        assert marks == [event["step"] for event in told] or kind == "checkpoint_saved" and len(marks) == len(told)
+    marked = [row["train/loss_in_spike"] for row in rows if "train/loss_in_spike" in row]
+    assert marked == [row["train/loss"] for row in rows if row["spike/open"]] and len(marked) >= 4
+
+
+def test_a_resumed_run_goes_on_in_w_and_b_where_it_stopped(
+    runs: Runs, wandb_rows: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    first, second = sorted((runs[0] / "observing" / "wandb").glob("offline-run-*/*.wandb"))
+    assert first.name == second.name, "one id"
+    rows = wandb_rows(first) + wandb_rows(second)
+    assert [(row["step"], row["_step"]) for row in rows] == [(step, step) for step in range(1, STEPS + 1)]

@@ -1,0 +1,140 @@
+"""What it costs to watch a run: detectors, record, console, W&B and probes, against the bare training step.
+
+Three arms train one engine in interleaved blocks of a step: bare (no judge but that of finite steps, nothing written),
+watched (as `kha train` does it, W&B offline), probed (bare, and the evidence of a spike is gathered). The difference of
+watched and bare is far below the noise of a step on most machines, so the code around the step is timed by itself too:
+its wall time on the training thread, which is what training waits for. `every` is how often a probe is taken.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from data_tools.synthetic import write_dataset
+from kha_train import distributed
+from kha_train.bench.protocol import Ratio, compare, environment, interleave, told
+from kha_train.bench.spikes import clean_curve
+from kha_train.config.compose import compose
+from kha_train.stability.events import Observation
+from kha_train.telemetry.startup import Startup
+from kha_train.train.session import Session
+from kha_train.train.step import StepResult, next_batch, train_step
+from kha_train.train.watch import Ruling
+
+FULL_WINDOWS = 1100
+"""Steps that the detectors have seen before: their windows are full, as they are in a run of useful length."""
+RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds: of a bare step (median over blocks), of judging a step, of its metrics line, of recording and mirroring
+    it, of a probe (medians). `share` is all of it over the step, with a probe every `every` steps; `watched` and
+    `probed` are the interleaved ratios to a bare step; `about` says on what it was measured."""
+
+    step_seconds: float
+    judge_seconds: float
+    line_seconds: float
+    report_seconds: float
+    probe_seconds: float
+    every: int
+    share: float
+    watched: Ratio
+    probed: Ratio
+    about: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+
+class _Arms:
+    """The three kinds of step of one session, and the seconds that its telemetry took."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.seconds: dict[str, list[float]] = {"judge": [], "line": [], "report": []}
+
+    def bare(self) -> StepResult:
+        """Train, and look at nothing."""
+        return self._train(lambda loss, norm: Ruling(True))
+
+    def probed(self) -> StepResult:
+        """Train, and gather the evidence of a spike."""
+        return self._train(lambda loss, norm: Ruling(True, probe=True))
+
+    def watched(self) -> None:
+        """Train as the training loop does, without validation and saves."""
+        session, started = self._session, time.perf_counter()
+        judge = self._timed("judge", session.judge_at(RATE))
+        result = self._train(lambda loss, norm: judge(loss, norm)._replace(probe=False))
+        session.progress = session.progress.after(session.stream.samples_seen, session.tokens_per_step, result.applied)
+        line = self._timed("line", session.metrics)(result, RATE, time.perf_counter() - started)
+        self._timed("report", session.report)(line, None)
+
+    def _train(self, judge: Callable[[float, float], Ruling]) -> StepResult:
+        session = self._session
+        batch, labels = next_batch(session.stream, session.world)
+        return train_step(session.engine, batch, labels, RATE, False, judge)
+
+    def _timed(self, name: str, act: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            started = time.perf_counter()
+            answer = act(*given)
+            self.seconds[name].append(time.perf_counter() - started)
+            return answer
+
+        return call
+
+
+def measure(overrides: Sequence[str], blocks: int) -> Measured:
+    """Train the configuration of `overrides` on synthetic data in a temporary directory. One process, W&B offline."""
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        there = {"run.dir": "run", "data.train": "data/train", "data.validation": "data/validation"}
+        mirrors = ["telemetry.console=lines", "telemetry.wandb.mode=offline"]
+        config = compose([*overrides, *mirrors, *(f"{key}={folder}/{place}" for key, place in there.items())])
+        write_dataset(f"{folder}/data", vocab_size=config.model.vocab_size, documents=800)
+        world = distributed.start(config.engine.device, config.engine.collective_timeout_seconds)
+        with Session(config, world, Startup()) as session:
+            for step, loss in enumerate(clean_curve(0, FULL_WINDOWS, "normal").losses):
+                session.watch.judge(Observation(step, loss, 1.0 + 0.1 * loss))
+            arms = _Arms(session)
+            kinds = {"bare": arms.bare, "watched": arms.watched, "probed": arms.probed}
+            seconds = interleave(kinds, blocks=blocks, device=world.device)
+            about = environment(world.device)
+        distributed.stop()
+    every = config.stability.probe_every
+    step = statistics.median(seconds["bare"])
+    judge, line, report = (statistics.median(arms.seconds[name][1:]) for name in ("judge", "line", "report"))
+    pairs = zip(seconds["probed"], seconds["bare"], strict=True)
+    probe = statistics.median(probed - bare for probed, bare in pairs)
+    share = (judge + line + report + (probe / every if every else 0.0)) / step
+    ratios = {name: compare(seconds[name], seconds["bare"]) for name in ("watched", "probed")}
+    return Measured(step, judge, line, report, probe, every, share, ratios["watched"], ratios["probed"], about)
+
+
+def format_measured(found: Measured) -> str:
+    """The figures and how they came about."""
+
+    def interval(ratio: Ratio) -> str:
+        return f"{ratio.ratio:.4f} ({ratio.low:.4f} to {ratio.high:.4f})"
+
+    parts = {
+        "judge (detectors, policy)": found.judge_seconds,
+        "metrics line (balance among it)": found.line_seconds,
+        "record, console, W&B": found.report_seconds,
+        f"probe, one in {found.every} steps": found.probe_seconds / found.every if found.every else 0.0,
+    }
+    lines = [f"{told(found.about)}; medians over interleaved blocks of one step", ""]
+    lines += [f"  {name:<32} {1e6 * seconds:9.0f} us a step" for name, seconds in parts.items()]
+    lines.append(f"  together {100 * found.share:.3f} % of a bare step of {found.step_seconds:.3f} s")
+    watched, probed = interval(found.watched), interval(found.probed)
+    lines.append(f"  time of a watched step over a bare one {watched}, of a probed one {probed} (95 %)")
+    return "\n".join(lines)
