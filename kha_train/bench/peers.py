@@ -89,7 +89,7 @@ def fastest(config: RunConfig, batch: Batch, device: torch.device, dtype: torch.
     tried: dict[str, Any] = {}
     peers: dict[str, Peer] = {}
     for experts in EXPERTS:
-        gathered = _gathered_bytes(config, dtype)
+        gathered = gathered_bytes(config, dtype)
         if experts == "batched_mm" and gathered > GATHERED_LIMIT:
             tried[experts] = f"left out: would copy {gathered / 2**30:.1f} GiB of weights a layer"
             continue
@@ -150,7 +150,7 @@ def _build(config: RunConfig, experts: str) -> nn.Module:
         return transformers.Qwen3MoeForCausalLM(shape)
 
 
-def _gathered_bytes(config: RunConfig, dtype: torch.dtype) -> int:
+def gathered_bytes(config: RunConfig, dtype: torch.dtype) -> int:
     """What `batched_mm` copies in one layer: the first expert matrix, once for every routed token."""
     tokens = config.engine.micro_batch_size * config.model.seq_len
     return tokens * config.moe.top_k * 2 * config.moe.expert_width * config.model.hidden_size * dtype.itemsize

@@ -90,6 +90,25 @@ def attention(
 
 
 @app.command()
+def moe(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Of the configuration; model=small without any.")
+    ] = None,
+    against: Annotated[str, typer.Option(help="Peers: transformers.")] = "",
+    blocks: Annotated[int, typer.Option(min=3, help="Interleaved blocks.")] = 20,
+    warmup: Annotated[int, typer.Option(min=1, help="Rounds before, which do not count.")] = 3,
+    clock: Annotated[str, typer.Option(help="On a CPU: wall, or process (its own CPU time).")] = "wall",
+    as_json: Json = False,
+) -> None:
+    """The experts of one layer: every implementation that runs here, by even loads and by a router's."""
+    from kha_train.bench import moe as bench
+
+    how = {"against": _peers(against), "blocks": blocks, "warmup": warmup, "clock": _clock(clock)}
+    found = bench.measure(overrides or ["model=small"], **how)
+    typer.echo(json.dumps(found) if as_json else bench.format_measured(found))
+
+
+@app.command()
 def step(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Of the configuration; without any, model=small and the quickstart's.")
@@ -142,6 +161,20 @@ def startup(
 
     found = bench.measure(overrides or [], rounds)
     typer.echo(json.dumps(found) if as_json else bench.format_measured(found))
+
+
+@app.command()
+def gpu(
+    out: Annotated[Path, typer.Option(help="Where results.json and results.md are written.")] = Path("bench-gpu"),
+    minutes: Annotated[float, typer.Option(min=0.1, help="All of it; what does not fit is left out, and said.")] = 8.8,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="The same chain at tiny sizes on a CPU.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Every GPU test and benchmark in one short run without network; results as JSON and as a table."""
+    from kha_train.bench import gpu as bench
+
+    found = bench.measure(out, seconds=60 * minutes, rehearse=rehearse, say=lambda text: typer.echo(text, err=True))
+    typer.echo(json.dumps(found) if as_json else bench.as_markdown(found))
 
 
 @app.command("all")

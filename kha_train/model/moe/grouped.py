@@ -18,11 +18,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from kha_train.model.kernels import movement, weighted_swiglu
+from kha_train.model.kernels.availability import require
 from kha_train.model.kernels.weighted_swiglu import Gradients
 from kha_train.model.moe.router import Routing
 
 # torch publishes the operator in `functional`; older releases that are still admitted only have the private name.
-_grouped_mm = getattr(functional, "grouped_mm", None) or torch._grouped_mm
+grouped_product = getattr(functional, "grouped_mm", None) or torch._grouped_mm
+"""Rows of the left operand times the matrix of their group: `offs` (int32) are the ends of groups."""
 
 TILE_ROWS = 128
 """Rows of an output tile of the grouped GEMM on Hopper: an expert's copies are rounded up to it."""
@@ -82,9 +84,9 @@ def run_forward(
 ) -> tuple[Tensor, Tensor]:
     """The output [N, D], and the first product [M, 2F] for `run_backward`."""
     order_M, home_NJ, ends_E = placement
-    gate_up_MX = _grouped_mm(kernels.permute(x_ND, order_M, home_NJ), gate_up_EDX, offs=ends_E)
+    gate_up_MX = grouped_product(kernels.permute(x_ND, order_M, home_NJ), gate_up_EDX, offs=ends_E)
     hidden_MF = kernels.activate(gate_up_MX, weight_NJ, order_M)
-    return kernels.combine(_grouped_mm(hidden_MF, down_EFD, offs=ends_E), home_NJ), gate_up_MX
+    return kernels.combine(grouped_product(hidden_MF, down_EFD, offs=ends_E), home_NJ), gate_up_MX
 
 
 def run_backward(
@@ -100,14 +102,14 @@ def run_backward(
     """Gradients of input, both matrices and routing weights. Tensors of M rows are let go as soon as they are used."""
     order_M, home_NJ, ends_E = placement
     grad_MD = kernels.permute(grad_ND, order_M, home_NJ)
-    grad_MF = _grouped_mm(grad_MD, down_EFD.transpose(1, 2), offs=ends_E)
+    grad_MF = grouped_product(grad_MD, down_EFD.transpose(1, 2), offs=ends_E)
     found = kernels.activate_backward(gate_up_MX, weight_NJ, order_M, grad_MF)
-    grad_down_EFD = _grouped_mm(found.hidden_MF.t(), grad_MD, offs=ends_E)
+    grad_down_EFD = grouped_product(found.hidden_MF.t(), grad_MD, offs=ends_E)
     del grad_MD, grad_MF
     x_MD = kernels.permute(x_ND, order_M, home_NJ)
-    grad_gate_up_EDX = _grouped_mm(x_MD.t(), found.gate_up_MX, offs=ends_E)
+    grad_gate_up_EDX = grouped_product(x_MD.t(), found.gate_up_MX, offs=ends_E)
     del x_MD
-    grad_MD = _grouped_mm(found.gate_up_MX, gate_up_EDX.transpose(1, 2), offs=ends_E)
+    grad_MD = grouped_product(found.gate_up_MX, gate_up_EDX.transpose(1, 2), offs=ends_E)
     return kernels.combine(grad_MD, home_NJ), grad_gate_up_EDX, grad_down_EFD, found.weight_NJ
 
 
@@ -122,7 +124,10 @@ def grouped_experts(
     ends_E: Tensor,
     kernels: str,
 ) -> tuple[Tensor, Tensor]:
-    """`run_forward` as one node of a graph. The second output is for the backward alone and has no gradient."""
+    """`run_forward` as one node of a graph. The second output is for the backward alone and has no gradient. Raises as
+    `require` where Triton is asked for and cannot run."""
+    if kernels == "triton":
+        require(x_ND.device, x_ND.dtype)
     placement = Placement(order_M, home_NJ, ends_E)
     return run_forward(x_ND, gate_up_EDX, down_EFD, weight_NJ, placement, KERNELS[kernels])
 
