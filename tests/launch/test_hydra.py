@@ -43,11 +43,11 @@ def _submitted(command: list[str], folder: Path) -> tuple[list[str], list[dict]]
 def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     (folder / "sbatch").write_text(SBATCH)
     (folder / "sbatch").chmod(0o755)
+    # Hydra finds the plugin by the editable install alone.
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         "PATH": f"{folder}:{os.environ['PATH']}",
         "FAKE": str(folder),
-        "PYTHONPATH": f"{ROOT}:{ROOT}/launch",
         "KHA_DEBUG": "",
     }
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
