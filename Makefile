@@ -1,4 +1,4 @@
-# make quickstart | test | test-fast | soak | lint. The first call makes .venv; later ones find it ready.
+# make quickstart | test | test-fast | soak | lint | bench-gpu. The first call makes .venv; later ones find it ready.
 # PYTHON=... chooses the interpreter of .venv, ARGS=... goes on to the command, WORKERS=... is for the tests.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
@@ -7,7 +7,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: quickstart test test-fast soak lint
+.PHONY: quickstart test test-fast soak lint bench-gpu
 
 quickstart: .venv/.core
 	CUDA_VISIBLE_DEVICES= $(BIN)/kha quickstart $(ARGS)
@@ -25,6 +25,12 @@ soak: .venv/.dev
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Every GPU test and benchmark in under 9 minutes; results in bench-gpu/. Nothing is installed, for there may be no network:
+# GPU_PYTHON has torch for CUDA, the dependencies, pytest and (for the peer) transformers.
+GPU_PYTHON ?= python3
+bench-gpu:
+	$(GPU_PYTHON) -c "from kha_train.cli.main import run; run()" bench gpu $(ARGS)
 
 # A stamp is newer than what it was installed from.
 .venv/.core: pyproject.toml constraints.txt

@@ -16,6 +16,7 @@ from typing import Any
 FULL: dict[str, tuple[str, ...]] = {
     "step": (),
     "attention": (),
+    "moe": (),
     "tokenize": (),
     "startup": (),
     "checkpoint": (),
@@ -24,6 +25,7 @@ FULL: dict[str, tuple[str, ...]] = {
 QUICK: dict[str, tuple[str, ...]] = {
     "step": ("model.layers=2", "model.seq_len=64", "data.global_batch_size=4", "--blocks", "3"),
     "attention": ("model.seq_len=64", "--rounds", "3"),
+    "moe": ("model=tiny", "model.seq_len=64", "--blocks", "3"),
     "tokenize": ("--rounds", "3"),
     "startup": ("--rounds", "1"),
     "checkpoint": ("model.layers=2", "data.global_batch_size=4", "--rounds", "1", "--steps", "2"),
@@ -36,14 +38,14 @@ def measure(*, quick: bool, against: Sequence[str], say: Callable[[str], None]) 
     """The answer of every benchmark under its name. One that fails leaves its last words instead, as `error`."""
     found: dict[str, Any] = {}
     for name, arguments in (QUICK if quick else FULL).items():
-        peers = ("--against", ",".join(against)) if name == "step" and against else ()
+        peers = ("--against", ",".join(against)) if name in ("step", "moe") and against else ()
         say(f"kha bench {name}")
         found[name] = run_one([name, *arguments, *peers, "--json"])
     return found
 
 
-def run_one(arguments: Sequence[str]) -> dict[str, Any]:
-    """What `kha bench ARGUMENTS` answers, and the seconds it took."""
+def run_one(arguments: Sequence[str], limit: float = LIMIT_SECONDS) -> dict[str, Any]:
+    """What `kha bench ARGUMENTS` answers within `limit` seconds, and the seconds it took."""
     program = "import sys; from kha_train.cli.main import run; run(['bench', *sys.argv[1:]])"
     started = time.perf_counter()
     try:
@@ -52,10 +54,10 @@ def run_one(arguments: Sequence[str]) -> dict[str, Any]:
             check=False,
             capture_output=True,
             text=True,
-            timeout=LIMIT_SECONDS,
+            timeout=limit,
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"not done after {LIMIT_SECONDS} s", "seconds": time.perf_counter() - started}
+        return {"error": f"not done after {limit:.0f} s", "seconds": time.perf_counter() - started}
     seconds = time.perf_counter() - started
     if ended.returncode:
         last = ended.stderr.strip().splitlines()[-1:] or [f"ended with {ended.returncode}"]

@@ -133,7 +133,8 @@ class DataSection:
     """Tokenised shards and the batch made of them. `global_batch_size` counts rows of `model.seq_len` tokens.
 
     `train` is one dataset; for several leave it empty and list `sources`, whose weights `phases` may change later.
-    `reader` is how local files are read, `prefetch` how many steps a thread reads ahead.
+    `reader` is how local files are read, `prefetch` how many steps a thread reads ahead. Datasets may be URLs: blocks
+    of them are kept in `cache_dir`, `cache_gib` GiB at most, for all processes of a node.
     """
 
     name: str
@@ -148,6 +149,8 @@ class DataSection:
     reader: Literal["pread", "memory_map"] = "pread"
     prefetch: int = 0
     check_crc: bool = True
+    cache_dir: str = "~/.cache/kha_train/data"
+    cache_gib: float = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +185,7 @@ class EngineSection:
     A rank that stands still for `hang_timeout_seconds` (after the first step) ends with its stacks and exit code 75.
     Every `audit_every` steps (0: never) ranks compare what they hold in common, to find corrupted memory.
     Under ZeRO 3, groups of `hpz_partition_size` ranks (the GPUs of a node) hold the weights whole a second time.
+    `kernels` says who computes what both can, torch's operators or kernels written in Triton: `auto` is `torch`.
     """
 
     zero_stage: Literal[1, 2, 3]
@@ -189,7 +193,9 @@ class EngineSection:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     grad_accum_dtype: Literal["fp32", "bf16"] = "fp32"
-    activation_checkpointing: Literal["none", "full"] = "none"
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: Literal["none", "block"] = "none"
     reduce_bucket_elements: int = 50_000_000
     hpz_partition_size: int = 1
     collective_timeout_seconds: float = 1800.0
@@ -283,6 +289,16 @@ class TelemetrySection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileSection:
+    """Which steps are profiled into `<run.dir>/profile/`: `first_step` (0: none) to `last_step`; with `memory` also
+    what they allocate."""
+
+    first_step: int = 0
+    last_step: int = 0
+    memory: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterSection:
     """The machine a run is planned for (`kha plan`); training itself asks the machine it is on.
 
@@ -323,4 +339,5 @@ class RunConfig:
     validation: ValidationSection
     stability: StabilitySection
     telemetry: TelemetrySection
+    profile: ProfileSection
     cluster: ClusterSection

@@ -35,6 +35,7 @@ AT_LEAST_ONE = (
     "stability.rewind.window",
 )
 ABOVE_ZERO = (
+    "data.cache_gib",
     "model.norm_eps",
     "model.rope_theta",
     "optim.lr",
@@ -73,6 +74,8 @@ NOT_NEGATIVE = (
     "stability.probe_every",
     "engine.audit_every",
     "telemetry.peak_tflops",
+    "profile.first_step",
+    "profile.last_step",
 )
 
 
@@ -86,6 +89,7 @@ def validate(config: RunConfig) -> None:
     _experts(config)
     _engine(config)
     _data(config)
+    _profile(config)
 
 
 def validate_batch(config: RunConfig, world_size: int) -> None:
@@ -246,12 +250,38 @@ def _engine(config: RunConfig) -> None:
             value="bf16",
             fix="engine.grad_accum_dtype=fp32 or engine.precision=bf16",
         )
+    if engine.compile == "block" and engine.zero_stage == 3:
+        raise ConfigError(
+            "a compiled block does not see ZeRO 3 gather its weights",
+            field="engine.compile",
+            value=engine.compile,
+            fix="engine.compile=none, or engine.zero_stage=1 or 2",
+        )
+    if engine.compile == "block" and engine.activation_checkpointing == "selective":
+        raise ConfigError(
+            "a compiled block chooses by itself what it keeps",
+            field="engine.activation_checkpointing",
+            value="selective",
+            allowed="none, full",
+            fix="engine.activation_checkpointing=none, or engine.compile=none",
+        )
     if engine.hpz_partition_size > 1 and engine.zero_stage != 3:
         raise ConfigError(
             "only ZeRO 3 partitions weights",
             field="engine.hpz_partition_size",
             value=engine.hpz_partition_size,
             fix="engine.zero_stage=3 or engine.hpz_partition_size=1",
+        )
+
+
+def _profile(config: RunConfig) -> None:
+    profile = config.profile
+    if profile.first_step and profile.last_step < profile.first_step:
+        raise ConfigError(
+            "ends before it begins",
+            field="profile.last_step",
+            value=profile.last_step,
+            fix=f"profile.last_step={profile.first_step}",
         )
 
 

@@ -50,11 +50,13 @@ class _Change(NamedTuple):
 @dataclass(frozen=True)
 class Communication:
     """Bytes one rank sends in a step under a ZeRO stage, and the seconds that takes at the slowest link it crosses
-    (None: not known). Nothing of it is assumed to overlap with computation."""
+    (None: not known). Nothing of it is assumed to overlap with computation. `group_bytes_per_step` of those bytes stay
+    inside groups of `engine.hpz_partition_size` ranks."""
 
     stage: int
     bytes_per_step: int
     seconds_per_step: float | None
+    group_bytes_per_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,9 @@ def _candidates(config: RunConfig) -> list[_Change]:
 
     if engine.zero_stage == 1:
         offer("zero_stage", 2, "gradients are reduced in every micro-batch")
-    if engine.activation_checkpointing == "none":
+    if engine.activation_checkpointing == "none" and engine.compile == "none":
+        offer("activation_checkpointing", "selective", "norms, gates and routing are computed twice")
+    if engine.activation_checkpointing != "full":
         offer("activation_checkpointing", "full", "a third more computation")
     if engine.micro_batch_size > 1:
         offer("micro_batch_size", 1, "smaller products: slower")
@@ -238,14 +242,21 @@ def _communication(config: RunConfig, stage: int, total: int) -> Communication:
 
     DeepSpeed 0.19 all-reduces gradients, whole and in the training dtype, under ZeRO 1 once a step and under ZeRO 2 in
     every micro-batch (`use_multi_rank_bucket_allreduce`); both then gather the updated parameters. ZeRO 3 gathers them
-    in every micro-batch, for the forward and again for the backward, and reduce-scatters.
+    in every micro-batch, for the forward and again for the backward, and reduce-scatters. With `hpz_partition_size` only
+    the first gather of a step is one among all ranks; what each group then holds, it gathers by itself.
     """
-    cluster = config.cluster
-    ranks, width = cluster.devices, 2 if uses_bf16(config) else 4
-    passes = {1: 3, 2: 2 * micro_batches(config) + 1, 3: 3 * micro_batches(config)}[stage]
-    sent = passes * width * total * (ranks - 1) // ranks
-    link = cluster.node_bandwidth_gb if ranks <= cluster.devices_per_node else cluster.network_bandwidth_gb
-    return Communication(stage, sent, sent / (link * 1e9) if link else None)
+    cluster, group = config.cluster, config.engine.hpz_partition_size if stage == 3 else 1
+    ranks, width, micro = cluster.devices, 2 if uses_bf16(config) else 4, micro_batches(config)
+    passes = {1: 3, 2: 2 * micro + 1, 3: micro + 1 if group > 1 else 3 * micro}[stage]
+    among_all = passes * width * total * (ranks - 1) // ranks
+    in_groups = (2 * micro - 1) * width * total * (group - 1) // group
+
+    def link(size: int) -> float:
+        return cluster.node_bandwidth_gb if size <= cluster.devices_per_node else cluster.network_bandwidth_gb
+
+    seconds = [sent / (link(size) * 1e9) for sent, size in ((among_all, ranks), (in_groups, group)) if link(size)]
+    known = sum(seconds) if len(seconds) == 2 else None
+    return Communication(stage, among_all + in_groups, known, in_groups)
 
 
 def _batch_problem(config: RunConfig) -> str | None:

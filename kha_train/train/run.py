@@ -77,7 +77,8 @@ def _train_to_the_end(session: Session, stops: StopRequests, watchdog: Watchdog)
         with session.data_wait.measured():
             batch, labels = next_batch(session.stream, world, session.trouble)
         lr = learning_rate(config.optim, session.progress.step + 1, steps)
-        result = train_step(session.engine, batch, labels, lr, stops.pending(), session.judge_at(lr))
+        with session.profiler.over(session.progress.step + 1):
+            result = train_step(session.engine, batch, labels, lr, stops.pending(), session.judge_at(lr))
         session.note_startup()
         session.progress = session.progress.after(session.stream.samples_seen, session.tokens_per_step, result.applied)
         line = session.metrics(result, lr, time.perf_counter() - started)

@@ -30,6 +30,7 @@ from kha_train.record.goodput import goodput
 from kha_train.stability.events import Observation
 from kha_train.telemetry.console import Console
 from kha_train.telemetry.meters import DataWait, PeakMemory
+from kha_train.telemetry.profiler import Profiler
 from kha_train.telemetry.startup import Startup
 from kha_train.telemetry.throughput import Throughput
 from kha_train.telemetry.wandb import WandbMirror
@@ -267,6 +268,8 @@ class Session:
             device=world.device,
             dtype=self.engine.dtype,
         )
+        self.profiler = Profiler(config, self.run_dir, world)
+        self._open.callback(self.profiler.close)
         self.console = Console(
             config,
             config.run.steps,

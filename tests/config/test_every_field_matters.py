@@ -37,6 +37,7 @@ from kha_train.stability.events import Observation
 from kha_train.stability.monitor import Verdict
 from kha_train.stability.policy import Decision, Policy
 from kha_train.telemetry.console import Console
+from kha_train.telemetry.profiler import Profiler
 from kha_train.telemetry.throughput import peak_flops
 from kha_train.telemetry.wandb import WandbMirror
 from kha_train.train import run as train_run
@@ -90,6 +91,11 @@ def kernels(config: RunConfig) -> Any:
 def folding(config: RunConfig) -> Any:
     """Whether the interaction is computed on weights: results agree, so only it can tell."""
     return build_decoder(config).blocks[0].attention.interaction.folded
+
+
+def way_of_the_norm(config: RunConfig) -> Any:
+    """What normalises and turns the queries: kernels agree on results, so only it can tell."""
+    return type(build_decoder(config).blocks[0].attention.query_norm).__name__
 
 
 def bias_after_a_step(config: RunConfig) -> Any:
@@ -174,6 +180,26 @@ def damage_is_seen(config: RunConfig) -> Any:
     finally:
         shard.write_bytes(whole)
     return False
+
+
+def compiled_blocks(config: RunConfig, patch: pytest.MonkeyPatch) -> Any:
+    """How many blocks torch is asked to compile when the engine makes the decoder."""
+    asked: list[int] = []
+    patch.setattr(torch.nn.Module, "compile", lambda module: asked.append(1))
+    engine = object.__new__(Engine)
+    engine.config, engine.world, engine.dtype = config, World.single(), torch.float32
+    engine._materialise({}, lambda name, default: default())
+    return len(asked)
+
+
+def profiled(config: RunConfig, tmp_path: Path) -> Any:
+    """The files of a profile of three steps, and whether they tell of memory."""
+    profiler = Profiler(config, tmp_path, World.single())
+    for step in (1, 2, 3):
+        with profiler.over(step):
+            torch.ones(step).sum()
+    profiler.close()
+    return {path.name: "CPU Mem" in path.read_text() for path in (tmp_path / "profile").glob("*.txt")}
 
 
 def engine_settings(config: RunConfig) -> Any:
@@ -425,7 +451,12 @@ CHANGES: dict[str, Change] = {
     "engine.device": ("cuda", process_group),
     "engine.precision": ("bf16", engine_settings),
     "engine.grad_accum_dtype": ("bf16", engine_settings, "engine.precision=bf16"),
+    "engine.kernels": ("triton", way_of_the_norm),
     "engine.activation_checkpointing": ("full", forwards_of_a_block),
+    "engine.compile": ("block", compiled_blocks),
+    "profile.first_step": (1, profiled, "profile.last_step=2"),
+    "profile.last_step": (3, profiled, "profile.first_step=1", "profile.last_step=2"),
+    "profile.memory": ("true", profiled, "profile.first_step=1", "profile.last_step=1"),
     "engine.reduce_bucket_elements": (1000, engine_settings),
     "engine.hpz_partition_size": (2, engine_settings, "engine.zero_stage=3"),
     "engine.collective_timeout_seconds": (60.0, process_group),

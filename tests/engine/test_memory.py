@@ -118,7 +118,7 @@ def test_recomputation_leaves_one_block_and_the_inputs_of_all() -> None:
     config = compose([*SIX_BILLION, "cluster=h100_1x8"])
     full = replace(config, engine=replace(config.engine, activation_checkpointing="full"))
     expected = 8192 * 2 * (18 * 2048 + block_activations(config)[0] + 3 * 2048)
-    assert activation_bytes(full) == expected < activation_bytes(config) / 10
+    assert activation_bytes(full) == expected < activation_bytes(config) / 9
 
 
 def test_the_largest_micro_batch_fits_and_one_more_row_does_not() -> None:

@@ -1,0 +1,152 @@
+"""Everything that needs a GPU, in one short run: tests first, then benchmarks from the smallest to the largest.
+
+The order is that of doubt: a figure of a kernel that computes wrong numbers is worth nothing, so parity comes first;
+then one layer, a model of some billion parameters with GQA and KHA in turns, the whole 6.1B model, and the peer. Every
+stage is a command that can be given alone, has a limit of its own, and starts only while time is left. What each found
+is written at once, so a run that is cut short leaves what it had. Nothing reads the network.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kha_train.bench import protocol
+from kha_train.bench.everything import run_one
+from kha_train.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+GQA, KHA = ("--arm", "attention=gqa"), ("--arm", "attention=kha_mlp")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`command` are the arguments of `kha bench`, or of pytest; `limit` seconds at most."""
+
+    name: str
+    command: tuple[str, ...]
+    limit: float
+
+
+def stages(rehearse: bool) -> list[Stage]:
+    """What is run. A rehearsal is the same commands at sizes for a CPU, and says nothing of speed."""
+    if rehearse:
+        tiny = ("engine.device=cpu", "model.layers=1", "model.seq_len=32", "data.global_batch_size=2")
+        step = (*tiny, "engine.micro_batch_size=2", "--blocks", "3", "--warmup", "1")
+        return [
+            Stage("tests", ("pytest", "tests/gpu"), 120),
+            Stage("attention layer", ("attention", "engine.device=cpu", "model.seq_len=32", "--rounds", "3"), 60),
+            Stage("step, GQA and KHA", ("step", *step, *GQA, *KHA), 90),
+        ]
+    large = ("model=moe_6b", "engine.micro_batch_size=1")
+    middle = ("model=moe_2_3b", "engine.micro_batch_size=2", "data.global_batch_size=4")
+    whole = (*large, "data.global_batch_size=2", "engine=zero2", "engine.activation_checkpointing=full")
+    few = ("--blocks", "6", "--steps", "2")
+    return [
+        Stage("tests", ("pytest", "tests"), 150),
+        Stage("attention layer", ("attention", *large, "--rounds", "30"), 45),
+        Stage("experts", ("moe", *large), 45),
+        Stage("step, GQA and KHA", ("step", *middle, *GQA, *KHA, "--arm", "attention=kha_linear", *few), 120),
+        Stage(
+            "step, unsplit rows",
+            ("step", *middle, *KHA, "data.isolate_documents=false", "attention.backend=cudnn", *few),
+            60,
+        ),
+        Stage("the whole 6.1B model", ("step", *whole, *KHA, "--blocks", "3", "--warmup", "2"), 150),
+        Stage(
+            "beside transformers",
+            (
+                "step",
+                *middle,
+                "model.layers=8",
+                "data.isolate_documents=false",
+                *GQA,
+                "--against",
+                "transformers",
+                *few,
+            ),
+            100,
+        ),
+    ]
+
+
+def measure(out: Path, *, seconds: float, rehearse: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run all stages within `seconds`; write `results.json` and `results.md` to `out`, and return what they hold.
+
+    Raises ConfigError where there is no CUDA device, unless it is a rehearsal.
+    """
+    if not torch.cuda.is_available() and not rehearse:
+        raise ConfigError(
+            "no CUDA device here, so nothing was measured",
+            field="bench gpu",
+            fix="run it on a machine with one; --rehearse runs the same chain at tiny sizes on a CPU",
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cpu" if rehearse else "cuda")
+    ends = time.monotonic() + seconds
+    found: dict[str, Any] = {"rehearsal": rehearse, "environment": protocol.environment(device), "stages": {}}
+    for stage in stages(rehearse):
+        left = ends - time.monotonic()
+        if left < 5:
+            found["stages"][stage.name] = {"error": f"no time left of {seconds:.0f} s", "seconds": 0.0}
+        else:
+            say(f"{stage.name}: {' '.join(stage.command)}")
+            found["stages"][stage.name] = _run(stage, min(stage.limit, left))
+        found["stages"][stage.name]["command"] = " ".join(stage.command)
+        (out / "results.json").write_text(json.dumps(found, indent=1))
+        (out / "results.md").write_text(as_markdown(found))
+    return found
+
+
+def as_markdown(found: dict[str, Any]) -> str:
+    """The table for docs/performance.md, and a line for every stage that gave none."""
+    lines = ["REHEARSAL: says nothing of speed" if found["rehearsal"] else protocol.told(found["environment"]), ""]
+    lines += [
+        "| stage | arm | ms | ratio [95 %] | tokens/s | MFU | PaLM's | peak GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    others: list[str] = []
+    for name, stage in found["stages"].items():
+        for answer in _steps(stage):
+            lines += [_row(name, arm, figures) for arm, figures in answer["arms"].items()]
+        outcome = stage.get("error") or stage.get("summary") or "done"
+        others.append(f"- {name}, {stage['seconds']:.0f} s: {outcome}; `{stage['command']}`")
+    return "\n".join([*lines, "", *others, ""])
+
+
+def _steps(stage: dict[str, Any]) -> list[dict[str, Any]]:
+    answer = stage.get("answer", {})
+    return [one for one in answer.values() if isinstance(one, dict) and "arms" in one]
+
+
+def _row(stage: str, arm: str, figures: dict[str, Any]) -> str:
+    ratio, memory = figures["against_base"], figures["peak_gib"]
+    return (
+        f"| {stage} | `{arm}` | {1000 * figures['seconds']:.1f} | {ratio['ratio']:.4f} [{ratio['low']:.4f}, "
+        f"{ratio['high']:.4f}] | {figures['tokens_per_second']:,.0f} | {100 * figures['mfu']:.1f} % | "
+        f"{100 * figures['mfu_palm']:.1f} % | {'' if memory is None else f'{memory:.1f}'} |"
+    )
+
+
+def _run(stage: Stage, limit: float) -> dict[str, Any]:
+    if stage.command[0] != "pytest":
+        return run_one([*stage.command, "--json"], limit)
+    started = time.perf_counter()
+    if not (ROOT / "tests").is_dir():
+        return {"error": "no tests here: run it in a checkout", "seconds": 0.0}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *stage.command[1:]]
+    try:
+        ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=limit, cwd=ROOT)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {limit:.0f} s", "seconds": limit}
+    last = (ended.stdout.strip().splitlines() or ["no answer"])[-1]
+    result = {"seconds": time.perf_counter() - started, "summary": last, "output": ended.stdout[-4000:]}
+    return result | ({} if ended.returncode == 0 else {"error": last})
