@@ -30,29 +30,25 @@ class Gradients(NamedTuple):
 
 
 def forward_torch(gate_up_MX: Tensor, weight_NJ: Tensor, order_M: Tensor) -> Tensor:
-    """silu(gate) * up * weight [M, F], in at least fp32; row m has the weight `order_M[m]` of the flattened ones."""
-    gate_MF, up_MF = _wide(gate_up_MX).chunk(2, dim=-1)
-    hidden_MF = functional.silu(gate_MF).mul_(up_MF).mul_(_sorted(weight_NJ, order_M))
-    return hidden_MF.to(gate_up_MX.dtype)
+    """silu(gate) * up * weight, [M, F]; row m has the weight `order_M[m]` of the flattened ones."""
+    gate_MF, up_MF = gate_up_MX.chunk(2, dim=-1)
+    return functional.silu(gate_MF).mul_(up_MF).mul_(_sorted(weight_NJ, order_M))
 
 
 def backward_torch(gate_up_MX: Tensor, weight_NJ: Tensor, order_M: Tensor, grad_MF: Tensor) -> Gradients:
-    """All of `Gradients` for the gradient `grad_MF` of the activation."""
-    dtype = gate_up_MX.dtype
-    gate_MF, up_MF = _wide(gate_up_MX).chunk(2, dim=-1)
-    weight_M1, grad_MF = _sorted(weight_NJ, order_M), _wide(grad_MF)
-    silu_MF = functional.silu(gate_MF)
-    product_MF = silu_MF * up_MF
-    grad_weight_M = torch.linalg.vecdot(grad_MF, product_MF)
-    hidden_MF = product_MF.mul_(weight_M1)
-    weighted_MF = grad_MF * weight_M1
-    grad_gate_up_MX = torch.empty_like(gate_up_MX, dtype=gate_MF.dtype)
+    """All of `Gradients` for the gradient `grad_MF` of the activation. That of a weight is summed in its own dtype."""
+    gate_MF, up_MF = gate_up_MX.chunk(2, dim=-1)
+    weight_M1, silu_MF = _sorted(weight_NJ, order_M), functional.silu(gate_MF)
+    hidden_MF = silu_MF * up_MF
+    grad_weight_M = (grad_MF * hidden_MF).sum(dim=-1, dtype=weight_NJ.dtype)
+    hidden_MF.mul_(weight_M1)
+    weighted_MF = torch.mul(grad_MF, weight_M1, out=torch.empty_like(grad_MF))
+    grad_gate_up_MX = torch.empty_like(gate_up_MX)
     grad_gate_MF, grad_up_MF = grad_gate_up_MX.chunk(2, dim=-1)
     torch.mul(weighted_MF, silu_MF, out=grad_up_MF)
     torch.ops.aten.silu_backward(weighted_MF.mul_(up_MF), gate_MF, grad_input=grad_gate_MF)
-    grad_weight_NJ = torch.empty_like(weight_NJ)
-    grad_weight_NJ.view(-1).scatter_(0, order_M, grad_weight_M.to(weight_NJ.dtype))
-    return Gradients(hidden_MF.to(dtype), grad_gate_up_MX.to(dtype), grad_weight_NJ)
+    grad_weight_M = torch.empty_like(grad_weight_M).scatter_(0, order_M, grad_weight_M)
+    return Gradients(hidden_MF, grad_gate_up_MX, grad_weight_M.view_as(weight_NJ))
 
 
 def forward_triton(gate_up_MX: Tensor, weight_NJ: Tensor, order_M: Tensor) -> Tensor:
@@ -92,7 +88,3 @@ def _call(kernel: object, arguments: tuple[Tensor | int, ...], rows: int, width:
 
 def _sorted(weight_NJ: Tensor, order_M: Tensor) -> Tensor:
     return weight_NJ.flatten().index_select(0, order_M).unsqueeze(1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

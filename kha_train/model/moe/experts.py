@@ -8,6 +8,7 @@ of its own, compute it faster. All put the routing weight on the width-F activat
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class Experts(DeclaredModule):
         elif config.moe.backend == "megablocks":
             load_kernels()
         self.run = BACKENDS[config.moe.backend]
+        if config.moe.backend == "grouped" and config.engine.kernels == "triton":
+            self.run = partial(grouped, kernels="triton")
         self.declare_parameter("gate_up", (experts, width, 2 * inner), Normal(config.model.init_std))
         self.declare_parameter("down", (experts, inner, width), Normal(residual_std(config)))
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kha_train.model.host import spare_the_compiler
 from kha_train.model.kernels import movement, weighted_swiglu
 from kha_train.model.kernels.availability import require
 from kha_train.model.kernels.weighted_swiglu import Gradients
@@ -66,7 +67,8 @@ class Placement(NamedTuple):
 
 def place(expert_NJ: Tensor, load_E: Tensor) -> Placement:
     """Sort copies by expert, a token's by its number: the same on every machine. Counts stay on the device."""
-    order_M = expert_NJ.flatten().argsort(stable=True)
+    # A radix sort passes over every byte of its keys: two instead of eight.
+    order_M = expert_NJ.flatten().to(torch.int16).argsort(stable=True)
     numbers_M = torch.arange(order_M.numel(), device=order_M.device)
     home_M = torch.empty_like(order_M).scatter_(0, order_M, numbers_M)
     return Placement(order_M, home_M.view_as(expert_NJ), load_E.cumsum(0).to(torch.int32))
@@ -177,6 +179,9 @@ def _backward(ctx: Any, grad_ND: Tensor | None, _: None) -> tuple[Tensor | None,
 
 
 torch.library.register_autograd("kha_train::grouped_experts", _backward, setup_context=_keep)
+for _operator in (grouped_experts, grouped_experts_backward):
+    for _kernel in _operator._backend_fns.values():
+        spare_the_compiler(_kernel)
 
 
 def tile_padding(load_E: Tensor, tile_rows: int = TILE_ROWS) -> float:

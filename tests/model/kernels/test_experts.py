@@ -1,7 +1,8 @@
 """The experts' kernels against their plain twins: on a GPU, and without one in Triton's interpreter
 (`TRITON_INTERPRET=1`, set before Python starts)."""
 
-# N tokens   D model width   F expert width   E experts   J experts per token   M = N * J copies   X = 2F
+# B rows   T tokens of a row   N = B * T   D model width   F expert width   E experts   J experts per token
+# M = N * J copies   X = 2F
 
 from __future__ import annotations
 
@@ -13,10 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kha_train.config.compose import compose
+from kha_train.model.init import initialise
 from kha_train.model.kernels import movement, weighted_swiglu
 from kha_train.model.kernels.availability import interpreted
+from kha_train.model.kernels.launch import Call
 from kha_train.model.moe.experts import grouped, loop
 from kha_train.model.moe.grouped import Placement, grouped_experts, grouped_experts_backward, place
+from kha_train.model.moe.layer import MoeLayer
 from kha_train.model.moe.router import Routing, count_experts
 
 pytestmark = [
@@ -117,6 +122,19 @@ def test_experts_by_kernels_equal_the_loop_and_their_gradients_too(kind: str, to
         pytest.skip("torch's grouped product on CUDA is for bf16")
     for found, expected in zip(answers(fused, kind, top_k, dtype), answers(loop, kind, top_k, dtype), strict=True):
         assert_close(found, expected, dtype)
+
+
+@pytest.mark.parametrize(("kernels", "starts"), [("auto", 0), ("torch", 0), ("triton", 7)])
+def test_a_layer_starts_them_when_they_are_asked_for(kernels: str, starts: int, monkeypatch) -> None:
+    """Out, activation, home; then the gradient out, the activation's, tokens out again, and the gradient home."""
+    config = compose(["model=tiny", "model.hidden_size=32", "model.head_dim=8", f"engine.kernels={kernels}"])
+    layer, started, start = MoeLayer(config, 0), [], Call.start
+    initialise(layer, seed=1)
+    monkeypatch.setattr(Call, "start", lambda call: (started.append(call), start(call)))
+    x_BTD = numbers(2, 5, 32, dtype=torch.bfloat16).requires_grad_()
+    y_BTD, _ = layer.to(DEVICE, torch.bfloat16)(x_BTD, torch.arange(2, device=DEVICE))
+    y_BTD.sum().backward()
+    assert len(started) == starts and x_BTD.grad.isfinite().all()
 
 
 def test_twice_and_under_a_checkpoint_the_bits_are_the_same() -> None:
