@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from kha_train.config.options import BaseOptions, HeadShape, InputWidths, QkNorm
 from kha_train.errors import ConfigError
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class GroupedQueryOptions(BaseOptions):
     """Grouped-query attention; `kv_heads` = `query_heads` is MHA, 1 is MQA."""
 
+    turns_whole_heads: ClassVar[bool] = True
     kv_heads: int
 
     def invalid(self) -> ConfigError | None:
@@ -57,6 +58,8 @@ class GroupedQueryOptions(BaseOptions):
 class GroupedTiedOptions(GroupedQueryOptions):
     """Grouped-tied attention (GTA): `kv_heads` states are values and the first half of the keys; the other half of the
     keys is one rotary head, shared by all."""
+
+    turns_whole_heads: ClassVar[bool] = False
 
     def invalid(self) -> ConfigError | None:
         """The rotary half must have pairs."""

@@ -9,12 +9,15 @@ from kha_train.config.options import (
     BaseOptions,
     FoldableOptions,
     HeadShape,
+    Implementation,
     InputWidths,
     InteractionOptions,
     Projection,
 )
 from kha_train.errors import ConfigError
 
+KERNEL_WIDTHS = (16, 32, 64, 128)
+"""Widths of heads that kernels written in Triton take."""
 TIED = "a tied base has no keys of its own (values and half of the keys are one state, reached as v)"
 
 
@@ -64,7 +67,7 @@ class KnockingOptions(InteractionOptions):
         """Every head times every matrix."""
         return sum(2 * self.matrices * heads.count(p) * heads.width(p) ** 2 for p in self.projections)
 
-    def saved_numbers(self, heads: HeadShape, folded: bool) -> int:
+    def saved_numbers(self, heads: HeadShape, way: Implementation) -> int:
         """What the maps read and make on the way."""
         return sum(self.saved * heads.count(p) * heads.width(p) for p in self.projections)
 
@@ -76,9 +79,9 @@ class KnockingLinearOptions(KnockingOptions, FoldableOptions):
     matrices: ClassVar[int] = 1
     saved: ClassVar[int] = 1
 
-    def saved_numbers(self, heads: HeadShape, folded: bool) -> int:
+    def saved_numbers(self, heads: HeadShape, way: Implementation) -> int:
         """Nothing for a token when folded."""
-        return 0 if folded else super().saved_numbers(heads, folded)
+        return 0 if way.folded else super().saved_numbers(heads, way)
 
     def folded_numbers(self, heads: HeadShape, inputs: InputWidths) -> int:
         """The projections' weights."""
@@ -122,10 +125,12 @@ class KnockingMlpOptions(_NonLinearOptions, FoldableOptions):
     matrices: ClassVar[int] = 3
     saved: ClassVar[int] = 4
 
-    def saved_numbers(self, heads: HeadShape, folded: bool) -> int:
-        """Input, up, gate and what down reads; folded, that is the value itself."""
-        spared = heads.count("v") * heads.value_width if folded else 0
-        return super().saved_numbers(heads, folded) - spared
+    def saved_numbers(self, heads: HeadShape, way: Implementation) -> int:
+        """Input, up, gate and what down reads; folded, that is the value itself. The kernel keeps its input alone."""
+        if way.name == "triton":
+            return sum(heads.count(p) * heads.width(p) for p in self.projections)
+        spared = heads.count("v") * heads.value_width if way.folded else 0
+        return super().saved_numbers(heads, way) - spared
 
     def folded_numbers(self, heads: HeadShape, inputs: InputWidths) -> int:
         """The output projection's weight."""
@@ -138,6 +143,14 @@ class KnockingMlpOptions(_NonLinearOptions, FoldableOptions):
         if heads.tied:
             return "the tied state is key as well as value, and scores are not linear in it"
         return None
+
+    def without_kernel(self, heads: HeadShape) -> str | None:
+        """The kernel holds whole matrices on the chip, in tiles of the tensor cores."""
+        odd = sorted({heads.width(p) for p in self.projections} - set(KERNEL_WIDTHS))
+        if not odd:
+            return None
+        takes = ", ".join(map(str, KERNEL_WIDTHS))
+        return f"the kernel takes heads of {takes} dimensions, and these have {', '.join(map(str, odd))}"
 
     def saved_flops(self, heads: HeadShape) -> int:
         """The down product of v."""
@@ -213,9 +226,9 @@ class ExplicitOptions(FoldableOptions):
         """Every dimension of a head times the matrix."""
         return sum(2 * heads.kv_heads**2 * heads.width(p) for p in self.compose)
 
-    def saved_numbers(self, heads: HeadShape, folded: bool) -> int:
+    def saved_numbers(self, heads: HeadShape, way: Implementation) -> int:
         """What is composed, unless folded, and the norm's normalised input and output."""
-        composed = 0 if folded else sum(heads.kv_heads * heads.width(p) for p in self.compose)
+        composed = 0 if way.folded else sum(heads.kv_heads * heads.width(p) for p in self.compose)
         return composed + (heads.query_heads * (2 * heads.value_width + 1) if self.head_norm else 0)
 
     def strides_values(self) -> bool:

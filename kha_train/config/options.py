@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from kha_train.errors import ConfigError
 
@@ -55,6 +55,8 @@ class InputWidths(NamedTuple):
 class BaseOptions(ABC):
     """What every attention base has: its registry name and the shape of its queries. The counts are for one layer."""
 
+    turns_whole_heads: ClassVar[bool] = False
+    """Whether queries and keys are normalised and turned as they are: one kernel can do both."""
     name: str
     query_heads: int
     head_dim: int
@@ -119,6 +121,15 @@ class BaseOptions(ABC):
         """Numbers that decoding keeps for every token seen."""
 
 
+class Implementation(NamedTuple):
+    """How an interaction is computed, `eager`, `folded` or `triton`, and why that one was taken; `folded` says whether
+    a part of it is multiplied into the weights beside it."""
+
+    name: str
+    why: str
+    folded: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class InteractionOptions:
     """What every head interaction has: its registry name. `none` has nothing else. The counts are for one layer."""
@@ -146,7 +157,7 @@ class InteractionOptions:
         and values are kept, or after they are read."""
         return 0
 
-    def saved_numbers(self, heads: HeadShape, folded: bool) -> int:
+    def saved_numbers(self, heads: HeadShape, way: Implementation) -> int:
         """Numbers that the backward needs of every token beside those of the base and its kernel."""
         return 0
 
@@ -164,26 +175,25 @@ class InteractionOptions:
         return self
 
 
-class Implementation(NamedTuple):
-    """How an interaction is computed, `eager` or `folded`, and why that one was taken."""
-
-    name: str
-    why: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class FoldableOptions(InteractionOptions, ABC):
     """An interaction that may be multiplied into the weights of the projections beside it.
 
     `impl`: `eager` is the definition, on activations; `folded` is the same function with the same gradients, computed
-    on weights, whose cost does not depend on the number of tokens; `auto` takes the cheaper. Only the speed differs.
+    on weights, whose cost does not depend on the number of tokens; `triton` folds what can be folded and computes the
+    rest in one kernel, where there is one; `auto` takes the cheaper of the first two, or the kernel with
+    `engine.kernels: triton`. Only the speed differs.
     """
 
-    impl: Literal["auto", "eager", "folded"] = "auto"
+    impl: Literal["auto", "eager", "folded", "triton"] = "auto"
 
     def unfoldable(self, heads: HeadShape) -> str | None:
         """Why it cannot be folded on such heads, or None."""
         return None
+
+    def without_kernel(self, heads: HeadShape) -> str | None:
+        """Why there is no kernel for it on such heads, or None."""
+        return "nothing is left to compute once it is folded, so it has no kernel"
 
     @abstractmethod
     def saved_flops(self, heads: HeadShape) -> int:
@@ -198,19 +208,34 @@ class FoldableOptions(InteractionOptions, ABC):
         """Numbers of the weights that folding makes."""
 
     def refuses(self, base: BaseOptions) -> str | None:
-        """An explicit `folded` must be possible."""
-        reason = self.unfoldable(base.heads())
-        if self.impl == "folded" and reason:
-            return f"impl=folded is not possible: {reason}; take attention.interaction.impl=eager or auto"
+        """An explicit `folded` or `triton` must be possible."""
+        reasons = {"folded": self.unfoldable(base.heads()), "triton": self.without_kernel(base.heads())}
+        reason = reasons.get(self.impl)
+        if reason:
+            return f"impl={self.impl} is not possible: {reason}; take attention.interaction.impl=eager or auto"
         return super().refuses(base)
 
-    def implementation(self, heads: HeadShape, inputs: InputWidths, tokens: int) -> Implementation:
-        """The implementation for forwards of so many tokens."""
-        if self.impl != "auto":
-            return Implementation(self.impl, "chosen by attention.interaction.impl")
-        reason = self.unfoldable(heads)
-        if reason:
-            return Implementation("eager", reason)
+    def implementation(self, heads: HeadShape, inputs: InputWidths, tokens: int, kernels: str) -> Implementation:
+        """The implementation for forwards of so many tokens, under `engine.kernels`."""
+        unfoldable = self.unfoldable(heads)
+        if self.impl in ("eager", "folded"):
+            return Implementation(self.impl, "chosen by attention.interaction.impl", self.impl == "folded")
+        if self.impl == "triton":
+            return Implementation("triton", "chosen by attention.interaction.impl", not unfoldable)
+        if kernels == "triton" and not self.without_kernel(heads):
+            return Implementation("triton", "chosen by engine.kernels", not unfoldable)
+        if unfoldable:
+            return Implementation("eager", unfoldable)
         folding, spared = self.fold_flops(heads, inputs), tokens * self.saved_flops(heads)
-        name = "folded" if folding < spared else "eager"
-        return Implementation(name, f"folding a layer costs {folding:.3g} operations and spares {spared:.3g}")
+        why = f"folding a layer costs {folding:.3g} operations and spares {spared:.3g}"
+        return Implementation("folded", why, True) if folding < spared else Implementation("eager", why)
+
+
+def implementation(config: RunConfig) -> Implementation:
+    """How the interaction of `config` is computed, for forwards of a micro-batch."""
+    options, base = config.attention.interaction, config.attention.base
+    if not isinstance(options, FoldableOptions):
+        return Implementation("eager", "it has no other")
+    tokens = config.engine.micro_batch_size * config.model.seq_len
+    inputs = base.input_widths(config.model.hidden_size)
+    return options.implementation(base.heads(), inputs, tokens, config.engine.kernels)

@@ -7,7 +7,7 @@ Counts are numbers of the training dtype for every token, as torch's saved-tenso
 from __future__ import annotations
 
 from kha_train.config.backends import TRAITS
-from kha_train.config.options import FoldableOptions
+from kha_train.config.options import FoldableOptions, implementation
 from kha_train.config.schema import RunConfig
 
 
@@ -16,13 +16,13 @@ def attention_activations(config: RunConfig, width: int) -> int:
     left out: what its base and its interaction save, and what the kernel does."""
     base, interaction = config.attention.base, config.attention.interaction
     own = base.saved_numbers(config.attention.qk_norm)
-    return own + interaction.saved_numbers(base.heads(), _folded(config)) + _kernel(config, width)
+    return own + interaction.saved_numbers(base.heads(), implementation(config)) + _kernel(config, width)
 
 
 def folded_bytes(config: RunConfig, width: int) -> int:
     """Bytes of the weights that a layer makes when its interaction is folded: in fp32 and in the training dtype."""
     interaction, base = config.attention.interaction, config.attention.base
-    if not isinstance(interaction, FoldableOptions) or not _folded(config):
+    if not isinstance(interaction, FoldableOptions) or not implementation(config).folded:
         return 0
     return (4 + width) * interaction.folded_numbers(base.heads(), base.input_widths(config.model.hidden_size))
 
@@ -60,7 +60,7 @@ def _falls_back(config: RunConfig) -> bool:
     heads = config.attention.base.heads()
     if heads.latent and config.cluster.device == "cpu":
         return True
-    strided = config.attention.interaction.strides_values() and not _folded(config)
+    strided = config.attention.interaction.strides_values() and not implementation(config).folded
     return strided and not _masked(config)
 
 
@@ -81,13 +81,3 @@ def _biased(config: RunConfig) -> bool:
 
 def _masked(config: RunConfig) -> bool:
     return _biased(config) or (config.data.isolate_documents and not TRAITS[_backend(config)].packed)
-
-
-def _folded(config: RunConfig) -> bool:
-    interaction, base = config.attention.interaction, config.attention.base
-    if not isinstance(interaction, FoldableOptions):
-        return False
-    tokens = config.engine.micro_batch_size * config.model.seq_len
-    return (
-        interaction.implementation(base.heads(), base.input_widths(config.model.hidden_size), tokens).name == "folded"
-    )

@@ -9,6 +9,8 @@ from torch.nn import functional
 
 from kha_train.config.schema import RunConfig
 from kha_train.model.init import Constant, DeclaredModule
+from kha_train.model.kernels.norm_rotate import norm_rotate, takes
+from kha_train.model.rope import Rotary
 
 
 class RmsNorm(DeclaredModule):
@@ -30,6 +32,29 @@ class FullWidthNorm(RmsNorm):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, H, K] -> [B, T, H, K], normalised over H * K."""
         return super().forward(x.flatten(2)).view_as(x)
+
+
+class TurningNorm(RmsNorm):
+    """RMSNorm of every head and then its rotation, in one kernel."""
+
+    def forward(self, x_BTHK: Tensor, rotary: Rotary) -> Tensor:
+        """[B, T, H, K] -> [B, T, H, K], normalised over K and turned by the token's angles. Raises as `norm_rotate`."""
+        return norm_rotate(x_BTHK, self.weight, rotary.cos_BTR, rotary.sin_BTR, self.eps)
+
+
+def norm_turns(config: RunConfig) -> bool:
+    """Whether the norm of queries and keys is one kernel with their rotation: `engine.kernels: triton`, a norm of each
+    head, rotary positions, and heads of a width that the kernel takes."""
+    section = config.attention
+    wanted = config.engine.kernels == "triton" and section.qk_norm == "per_head" and section.positions == "rope"
+    return wanted and section.base.turns_whole_heads and takes(section.base.head_dim)
+
+
+def build_turning_norm(config: RunConfig, heads: int, head_dim: int) -> nn.Module:
+    """The norm of queries or keys that are turned whole, for `RowContext.norm_and_turn`."""
+    return (
+        TurningNorm(head_dim, config.model.norm_eps) if norm_turns(config) else build_qk_norm(config, heads, head_dim)
+    )
 
 
 def build_qk_norm(config: RunConfig, heads: int, head_dim: int) -> nn.Module:

@@ -1,7 +1,8 @@
 """What every attention promises: base x interaction x implementation x backend, on a CPU.
 
 The cases come from the registry and the presets: whatever is registered is covered. A pair that a variant refuses by
-default is tried with the settings of `ADMITTED`; what is refused then is listed by a test of its own.
+default is tried with the settings of `ADMITTED`; what is refused then is listed by a test of its own. Kernels in
+Triton are taken in where they can run, in its interpreter (`tests/model/kernels/test_interpreted.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from kha_train.checkpoint.reader import find_newest
 from kha_train.config.backends import TRAITS, invalid_backend
 from kha_train.config.compose import compose, shipped
 from kha_train.config.interaction_options import ExplicitOptions
-from kha_train.config.options import FoldableOptions
+from kha_train.config.options import FoldableOptions, implementation
 from kha_train.config.registry import BASES, INTERACTIONS
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import World
@@ -35,6 +36,8 @@ from kha_train.model.attention.base import Attention, RowContext, build_attentio
 from kha_train.model.attention.cache import Cache
 from kha_train.model.decoder import Decoder, build_decoder, build_rotary_table
 from kha_train.model.init import initial_value, initial_values, reset_buffers
+from kha_train.model.kernels import flops
+from kha_train.model.kernels.availability import interpreted
 
 SMALL = (
     "model=tiny",
@@ -69,6 +72,8 @@ FURTHER = (
     ("talking_heads", "none", ("attention.positions=alibi",)),
 )
 """Settings of the fields that the presets leave at one value."""
+ON_KERNELS = ("model.head_dim=16", "engine.kernels=triton")
+"""Heads that kernels take, and every kernel there is."""
 
 
 @dataclass(frozen=True)
@@ -128,19 +133,24 @@ def admitted_pairs() -> Iterator[tuple[str, str, tuple[str, ...]]]:
 def ways(base: str, interaction: str, settings: tuple[str, ...]) -> Iterator[Case]:
     """Every implementation and CPU backend of a pair."""
     config = pair_config(base, interaction, settings)
-    options = config.attention.interaction
-    foldable = isinstance(options, FoldableOptions) and options.unfoldable(config.attention.base.heads()) is None
-    for impl in ("eager", "folded") if foldable else ("eager",):
+    heads, options = config.attention.base.heads(), config.attention.interaction
+    impls = {"eager": settings}
+    if isinstance(options, FoldableOptions):
+        if options.unfoldable(heads) is None:
+            impls["folded"] = settings
+        if interpreted() and options.without_kernel(heads._replace(key_width=16, value_width=16)) is None:
+            impls["triton"] = (*settings, *ON_KERNELS)
+    for impl, chosen in impls.items():
         for backend in (name for name, traits in TRAITS.items() if not traits.cuda):
             there = replace(config, attention=replace(config.attention, backend=backend))
             if not (config.attention.base.conflict(there) or invalid_backend(there)):
-                yield Case(base, interaction, settings, impl, backend)
+                yield Case(base, interaction, chosen, impl, backend)
 
 
 PAIRS = [*admitted_pairs(), *FURTHER]
 CASES = [case for pair in PAIRS for case in ways(*pair)]
 DEFINITIONS = [case for case in CASES if case.impl == "eager" and case.backend == "eager"]
-FOLDED = [case for case in CASES if case.impl == "folded"]
+FASTER = [case for case in CASES if case.impl != "eager"]
 IMPLEMENTATIONS = [case for case in CASES if case.backend == "eager"]
 ABSORBED = [case for case in DEFINITIONS if absorbed_config(case.config) not in (None, case.config)]
 
@@ -308,14 +318,15 @@ def test_every_backend_gives_the_numbers_of_the_formula_forward_and_backward(cas
             torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("case", FOLDED, ids=str)
-def test_folded_equals_eager_in_outputs_and_gradients(case: Case) -> None:
+@pytest.mark.parametrize("case", FASTER, ids=str)
+def test_a_faster_way_equals_eager_in_outputs_and_gradients(case: Case) -> None:
     rows, x = rows_of(case.config, 2, 12), states(2, 12)
-    definition = replace(case, impl="eager").config
-    folded, eager = (attention_of(config, noise=0.3) for config in (case.config, definition))
-    assert folded.interaction.folded and not eager.interaction.folded
-    torch.testing.assert_close(folded(x, rows), eager(x, rows), rtol=1e-9, atol=1e-10)
-    for got, wanted in zip(gradients(folded, x, rows), gradients(eager, x, rows), strict=True):
+    plain = tuple(setting for setting in case.settings if setting != "engine.kernels=triton")
+    definition = replace(case, impl="eager", settings=plain).config
+    faster, eager = (attention_of(config, noise=0.3) for config in (case.config, definition))
+    assert faster.interaction.folded == implementation(case.config).folded and not eager.interaction.folded
+    torch.testing.assert_close(faster(x, rows), eager(x, rows), rtol=1e-9, atol=1e-10)
+    for got, wanted in zip(gradients(faster, x, rows), gradients(eager, x, rows), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10)
 
 
@@ -353,9 +364,10 @@ def test_parameters_and_operations_are_those_of_the_real_module(case: Case) -> N
     assert sum(n for name, n in outside.items() if "norm" in name or name == "query_down.1.weight") == norms
     assert sum(outside.values()) == base.parameters(hidden) + norms
     expected = tokens * (base.token_flops(hidden) + options.flops(heads) + 12 * base.pair_flops())
-    if case.impl == "folded":
+    if implementation(config).folded:
         expected += options.fold_flops(heads, base.input_widths(hidden)) - tokens * options.saved_flops(heads)
     # The formula computes the upper half of the scores as well, which is masked; the accounting counts the lower.
+    assert flops.OPERATORS
     with FlopCounterMode(display=False) as counter:
         attention(states(2, 12), rows_of(config, 2, 12))
     assert counter.get_total_flops() == expected

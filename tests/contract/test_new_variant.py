@@ -31,8 +31,8 @@ class TemperOptions(InteractionOptions):
 class Temper(Interaction):
     """Every head of the values times its own gain."""
 
-    def __init__(self, options, heads, folded):
-        super().__init__(options, heads, folded)
+    def __init__(self, options, heads, way):
+        super().__init__(options, heads, way)
         self.declare_parameter("gain", (heads.kv_heads,), Constant(1.0))
 
     def forward(self, q, k, v):

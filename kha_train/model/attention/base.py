@@ -15,6 +15,7 @@ from kha_train.model.attention.backends import Documents
 from kha_train.model.attention.cache import Cache
 from kha_train.model.attention.choice import backend_function
 from kha_train.model.attention.interaction import build_interaction
+from kha_train.model.norm import TurningNorm
 from kha_train.model.rope import Rotary, rotate
 
 
@@ -29,6 +30,13 @@ class RowContext(NamedTuple):
     def turn(self, x_BTHK: Tensor) -> Tensor:
         """Queries or keys, rotated by the token's position; as they are without rotary embedding."""
         return x_BTHK if self.rotary is None else rotate(x_BTHK, self.rotary)
+
+    def norm_and_turn(self, norm: nn.Module, x_BTHK: Tensor) -> Tensor:
+        """Queries or keys, normalised and then turned whole."""
+        if isinstance(norm, TurningNorm):
+            assert self.rotary is not None
+            return norm(x_BTHK, self.rotary)
+        return self.turn(norm(x_BTHK))
 
     def with_past(self, layer: nn.Module, *new: Tensor) -> tuple[Tensor, ...]:
         """What `layer` attends to, [B, U, ...]: the arguments themselves, or when decoding, after those it keeps."""

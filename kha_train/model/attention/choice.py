@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from kha_train.config.backends import TRAITS
-from kha_train.config.options import FoldableOptions
+from kha_train.config.options import FoldableOptions, implementation
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
 from kha_train.model.attention.backends import BACKENDS, Backend, Documents, eager, lay_out_documents, sdpa, varlen
+from kha_train.model.kernels.availability import require
+from kha_train.model.norm import norm_turns
 
 CHECK_TOLERANCE = 3e-2
 """Largest relative error (Frobenius) of half-precision outputs and gradients against fp32 maths in the first check."""
@@ -74,9 +76,13 @@ def announce(config: RunConfig, device: torch.device, dtype: torch.dtype) -> lis
     backend = choose(config, device, dtype)
     lines = [f"attention {base.name} x {options.name} | backend {backend.name} ({backend.why})"]
     if isinstance(options, FoldableOptions):
-        tokens = config.engine.micro_batch_size * config.model.seq_len
-        taken = options.implementation(base.heads(), base.input_widths(config.model.hidden_size), tokens)
+        taken = implementation(config)
         lines[0] += f" | interaction {taken.name} ({taken.why})"
+        if taken.name == "triton":
+            require(device, dtype, "attention.interaction.impl", "attention.interaction.impl=auto")
+    if config.engine.kernels == "triton":
+        require(device, dtype)
+        lines[0] += f" | norm and rotation {'triton' if norm_turns(config) else 'torch'} (chosen by engine.kernels)"
     if backend.name == "cudnn":
         check_against_maths(config, device, dtype)
     return lines + [f"warning: {text}" for text in options.warnings()]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kha_train.config.interaction_options import ExplicitOptions
-from kha_train.config.options import HeadShape
+from kha_train.config.options import HeadShape, Implementation
 from kha_train.model.attention.interaction import Folds, Interaction, starting_matrix
 from kha_train.model.attention.projection import HeadMap, Matrix
 from kha_train.model.norm import RmsNorm
@@ -26,8 +26,8 @@ class Explicit(Interaction):
 
     linear = True
 
-    def __init__(self, options: ExplicitOptions, heads: HeadShape, folded: bool) -> None:
-        super().__init__(options, heads, folded)
+    def __init__(self, options: ExplicitOptions, heads: HeadShape, way: Implementation) -> None:
+        super().__init__(options, heads, way)
         self.after_rope = options.mix_after_rope
         initial = starting_matrix(options.init)
         self.compose = nn.ModuleDict({p: Matrix(heads.kv_heads, initial) for p in options.compose})

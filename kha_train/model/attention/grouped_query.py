@@ -13,7 +13,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.model.attention.base import Attention, RowContext
 from kha_train.model.attention.projection import OutputProjection, Projection
 from kha_train.model.init import Normal, residual_std
-from kha_train.model.norm import build_qk_norm
+from kha_train.model.norm import build_turning_norm
 
 
 class GroupedQueryAttention(Attention):
@@ -31,8 +31,8 @@ class GroupedQueryAttention(Attention):
         self.key = Projection(width, base.kv_heads, head_dim, normal)
         self.value = Projection(width, base.kv_heads, head_dim, normal)
         self.output = OutputProjection(base.query_heads, head_dim, width, Normal(residual_std(config)))
-        self.query_norm = build_qk_norm(config, base.query_heads, head_dim)
-        self.key_norm = build_qk_norm(config, base.kv_heads, head_dim)
+        self.query_norm = build_turning_norm(config, base.query_heads, head_dim)
+        self.key_norm = build_turning_norm(config, base.kv_heads, head_dim)
 
     def forward(self, x_BTD: Tensor, rows: RowContext) -> Tensor:
         """See `Attention.forward`."""
@@ -40,8 +40,8 @@ class GroupedQueryAttention(Attention):
         q_BTHK, k_BUGK, v_BUGK = self.interaction(
             self.query(x_BTD, folds.q), self.key(x_BTD, folds.k), self.value(x_BTD, folds.v)
         )
-        q_BTHK = rows.turn(self.query_norm(q_BTHK))
-        k_BUGK = self.interaction.rotated_keys(rows.turn(self.key_norm(k_BUGK)))
+        q_BTHK = rows.norm_and_turn(self.query_norm, q_BTHK)
+        k_BUGK = self.interaction.rotated_keys(rows.norm_and_turn(self.key_norm, k_BUGK))
         k_BUGK, v_BUGK = rows.with_past(self, k_BUGK, v_BUGK)
         out_BTHK = self.attend(q_BTHK, k_BUGK, v_BUGK, rows.documents, self.scale)
         return self.output(self.interaction.outputs(out_BTHK), folds.output)

@@ -17,7 +17,7 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 
 from kha_train.config.interaction_options import MatrixInit
-from kha_train.config.options import FoldableOptions, HeadShape, InteractionOptions
+from kha_train.config.options import HeadShape, Implementation, InteractionOptions, implementation
 from kha_train.config.registry import INTERACTIONS
 from kha_train.config.schema import RunConfig
 from kha_train.model.attention.projection import HeadMap
@@ -34,15 +34,16 @@ class Folds(NamedTuple):
 
 
 class Interaction(DeclaredModule, ABC):
-    """Starts as the exact identity where the mathematics says so. `options` are those of its registry entry. With
-    `folded` it leaves to `folds` what `linear_maps` holds, and `forward` does the rest. `linear` says that there is no
-    rest: what `forward` does is `linear_maps` applied, so that latents may be attended to in place of keys."""
+    """Starts as the exact identity where the mathematics says so. `options` are those of its registry entry, `way` is
+    how it is to be computed. When folded it leaves to `folds` what `linear_maps` holds, and `forward` does the rest.
+    `linear` says that there is no rest: what `forward` does is `linear_maps` applied, so that latents may be attended
+    to in place of keys."""
 
     linear: ClassVar[bool] = False
 
-    def __init__(self, options: InteractionOptions, heads: HeadShape, folded: bool) -> None:
+    def __init__(self, options: InteractionOptions, heads: HeadShape, way: Implementation) -> None:
         super().__init__()
-        self.folded = folded
+        self.folded = way.folded
 
     def folds(self) -> Folds:
         """The maps for the weights in this forward: none unless folded."""
@@ -75,16 +76,7 @@ class NoInteraction(Interaction):
 def build_interaction(config: RunConfig) -> Interaction:
     """The interaction registered under `config.attention.interaction.name`, on the heads of the configured base."""
     options, base = config.attention.interaction, config.attention.base
-    return INTERACTIONS[options.name].load()(options, base.heads(), implementation(config) == "folded")
-
-
-def implementation(config: RunConfig) -> str:
-    """`eager` or `folded`, for forwards of a micro-batch."""
-    options, base = config.attention.interaction, config.attention.base
-    if not isinstance(options, FoldableOptions):
-        return "eager"
-    tokens = config.engine.micro_batch_size * config.model.seq_len
-    return options.implementation(base.heads(), base.input_widths(config.model.hidden_size), tokens).name
+    return INTERACTIONS[options.name].load()(options, base.heads(), implementation(config))
 
 
 def starting_matrix(init: MatrixInit) -> Initial:

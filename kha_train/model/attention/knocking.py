@@ -14,17 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from kha_train.config.interaction_options import KnockingOptions, MatrixInit
-from kha_train.config.options import HeadShape
+from kha_train.config.options import HeadShape, Implementation
 from kha_train.model.attention.interaction import Folds, Interaction, starting_matrix
 from kha_train.model.attention.projection import HeadMap, Matrix
 from kha_train.model.init import Constant, Identity
+from kha_train.model.kernels.knocking_mlp import knocking_mlp, plain_knocking_mlp
 
 
 class Knocking(Interaction):
     """One shared map for each projection named in `options.projections`; the others pass unchanged."""
 
-    def __init__(self, options: KnockingOptions, heads: HeadShape, folded: bool) -> None:
-        super().__init__(options, heads, folded)
+    def __init__(self, options: KnockingOptions, heads: HeadShape, way: Implementation) -> None:
+        super().__init__(options, heads, way)
+        self.fused = way.name == "triton"
         self.maps = nn.ModuleDict({p: self.shared_map(heads.width(p), options.init) for p in options.projections})
 
     @abstractmethod
@@ -60,20 +62,21 @@ class KnockingLinear(Knocking):
 class SharedMlp(nn.Module):
     """x~ = 2 ((x W_up) * sigmoid(x W_gate)) W_down for every head, all matrices [K, K] (KHA eq 9)."""
 
-    def __init__(self, width: int, init: MatrixInit) -> None:
+    def __init__(self, width: int, init: MatrixInit, fused: bool) -> None:
         super().__init__()
         random = init.kind == "random"
+        self.compute = knocking_mlp if fused else plain_knocking_mlp
         self.up = Matrix(width, starting_matrix(init))
         self.gate = Matrix(width, starting_matrix(init) if random else Constant(0.0))
         self.down = Matrix(width, starting_matrix(init) if random else Identity())
 
     def forward(self, x_BTHK: Tensor) -> Tensor:
         """Every head through the same gated perceptron."""
-        return self.hidden(x_BTHK) @ self.down()
+        return self.compute(x_BTHK, self.up(), self.gate(), self.down())
 
     def hidden(self, x_BTHK: Tensor) -> Tensor:
         """The perceptron up to its last matrix."""
-        return 2.0 * (x_BTHK @ self.up()) * torch.sigmoid(x_BTHK @ self.gate())
+        return self.compute(x_BTHK, self.up(), self.gate(), None)
 
 
 class KnockingMlp(Knocking):
@@ -82,7 +85,7 @@ class KnockingMlp(Knocking):
 
     def shared_map(self, width: int, init: MatrixInit) -> nn.Module:
         """See `SharedMlp`."""
-        return SharedMlp(width, init)
+        return SharedMlp(width, init, self.fused)
 
     def linear_maps(self) -> Folds:
         """W_down of the values."""

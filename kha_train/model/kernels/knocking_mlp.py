@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from kha_train.model.kernels.availability import require
-from kha_train.model.kernels.launch import Call, Launch, persistent_programs
+from kha_train.model.kernels.launch import Call, Launch, as_rows, persistent_programs
 
-WIDTHS = (16, 32, 64, 128)
-"""Head widths that the kernels take."""
 FORWARD = {16: Launch(64, 4, 1, 8), 32: Launch(64, 4, 1, 8), 64: Launch(64, 4, 1, 5), 128: Launch(64, 8, 1, 2)}
 BACKWARD = {16: Launch(64, 4, 1, 8), 32: Launch(64, 4, 1, 8), 64: Launch(64, 4, 1, 4), 128: Launch(64, 8, 1, 2)}
 """By head width, without W_down, which folded is a part of the output projection."""
@@ -85,12 +83,11 @@ def backward_call(
 
 
 def _call(kernel: object, table: dict[int, Launch], x_BTHK: Tensor, others: list, flags: dict[str, bool]) -> Call:
-    batch, tokens, heads, width = x_BTHK.shape
-    if x_BTHK.stride(3) != 1 or (batch > 1 and x_BTHK.stride(0) != tokens * x_BTHK.stride(1)):
-        x_BTHK = x_BTHK.contiguous()
-    launch, rows = table[width], batch * tokens * heads
+    x_BTHK = as_rows(x_BTHK)
+    *outer, heads, width = x_BTHK.shape
+    launch, rows = table[width], torch.Size(outer).numel() * heads
     programs = persistent_programs(x_BTHK.device, -(-rows // launch.rows), launch)
-    arguments = (x_BTHK, *others, rows, x_BTHK.stride(1), x_BTHK.stride(2))
+    arguments = (x_BTHK, *others, rows, *x_BTHK.stride()[1:3])
     return Call(kernel, programs, arguments, {"HEADS": heads, "K": width, "ROWS": launch.rows} | flags, launch)
 
 

@@ -4,21 +4,14 @@
     dU = 2 dA S    dG = dU U (1 - S)
 
 Programs load their matrices once and walk over tiles of rows; U and S are never stored, the backward computes them
-again. A row is one head of one token; it is read where the projection left it, by a token stride and a head stride.
+again. A row is one head of one token; it is read where the projection left it, by its strides.
 """
 
 # M rows: tokens x heads   K head width
 
 from __future__ import annotations
 
-from kha_train.model.kernels.language import dot, jit, tl, wide
-
-
-@jit
-def _rows_at(x, row, dim, token_stride, head_stride, rows, HEADS: tl.constexpr) -> tl.tensor:
-    """Rows of X [tokens, HEADS, K] as a tile; zero beyond the last."""
-    place = (row // HEADS).to(tl.int64) * token_stride + (row % HEADS) * head_stride
-    return tl.load(x + place[:, None] + dim[None, :], mask=(row < rows)[:, None], other=0.0)
+from kha_train.model.kernels.language import dot, jit, load_rows, tl, wide
 
 
 @jit
@@ -41,7 +34,7 @@ def forward(
     tile = tl.program_id(0)
     while tile * ROWS < rows:
         row = tile * ROWS + tl.arange(0, ROWS)
-        x_MK = _rows_at(x, row, dim, token_stride, head_stride, rows, HEADS)
+        x_MK = load_rows(x, row, dim, token_stride, head_stride, rows, HEADS)
         opened = tl.sigmoid(dot(x_MK, w_gate))
         y = 2.0 * dot(x_MK, w_up) * opened
         if DOWN:
@@ -63,7 +56,7 @@ def backward(
     while tile * ROWS < rows:
         row = tile * ROWS + tl.arange(0, ROWS)
         inside = (row < rows)[:, None]
-        x_MK = _rows_at(x, row, dim, token_stride, head_stride, rows, HEADS)
+        x_MK = load_rows(x, row, dim, token_stride, head_stride, rows, HEADS)
         opened = tl.sigmoid(dot(x_MK, w_gate))
         raised = dot(x_MK, w_up)
         start = row.to(tl.int64)[:, None]

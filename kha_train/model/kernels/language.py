@@ -6,6 +6,8 @@ met here. Its `tl.dot` multiplies the bit patterns of bfloat16 as integers, so `
 `constexpr` bounds.
 """
 
+# K head width
+
 from __future__ import annotations
 
 import os
@@ -23,7 +25,7 @@ except ImportError as missing:
         fix="pip install triton (Linux), or engine.kernels=torch and attention.interaction.impl=auto",
     ) from missing
 
-__all__ = ["dot", "jit", "tl", "triton", "wide"]
+__all__ = ["dot", "jit", "load_rows", "tl", "triton", "wide"]
 
 jit = triton.jit
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -43,3 +45,10 @@ def dot(a, b) -> tl.tensor:
 def wide(x) -> tl.tensor:
     """x in fp32, or as it is in float64."""
     return x if x.dtype == tl.float64 else x.to(tl.float32)
+
+
+@jit
+def load_rows(x, row, dim, token_stride, head_stride, rows, HEADS: tl.constexpr) -> tl.tensor:
+    """Rows of x [tokens, HEADS, K] by its strides: row = token * HEADS + head; zero from `rows` on."""
+    place = (row // HEADS).to(tl.int64) * token_stride + (row % HEADS) * head_stride
+    return tl.load(x + place[:, None] + dim[None, :], mask=(row < rows)[:, None], other=0.0)

@@ -1,5 +1,7 @@
 """How kernels are launched: one description of a call, which the launcher runs and the compile tests compile."""
 
+# B batch   T tokens   H heads   K head width
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -37,6 +39,14 @@ class Call(NamedTuple):
         """Run it on the device of its tensors."""
         options = {"num_warps": self.launch.warps, "num_stages": self.launch.stages}
         self.kernel[(self.programs,)](*self.arguments, **self.constants, **options)
+
+
+def as_rows(x_BTHK: Tensor) -> Tensor:
+    """The tensor itself where one stride leads from token to token and heads are dense, else a copy: what `load_rows`
+    of `language.py` reads with strides 1 and 2."""
+    batch, tokens = x_BTHK.shape[:2]
+    along = batch == 1 or x_BTHK.stride(0) == tokens * x_BTHK.stride(1)
+    return x_BTHK if along and x_BTHK.stride(3) == 1 else x_BTHK.contiguous()
 
 
 def persistent_programs(device: torch.device, tiles: int, launch: Launch) -> int:

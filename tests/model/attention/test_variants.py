@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from kha_train.config.compose import compose
+from kha_train.config.options import implementation
 from kha_train.errors import ConfigError
 from kha_train.model.accounting import count_parameters, flops_per_token
 from kha_train.model.attention import choice
 from kha_train.model.attention.backends import lay_out_documents
 from kha_train.model.attention.base import RowContext, build_attention
 from kha_train.model.attention.choice import announce, choose
-from kha_train.model.attention.interaction import implementation
 from kha_train.model.decoder import build_decoder
 from kha_train.model.init import initial_values
 from kha_train.model.rope import Rotary, rotary_table
@@ -138,6 +138,8 @@ def test_the_gate_is_twice_the_value_times_a_sigmoid():
             "reaches",
         ),
         (["attention=mea", "attention.interaction.mix_after_rope=true", "attention.interaction.impl=folded"], "after"),
+        (["attention=kha_linear", "attention.interaction.impl=triton"], "nothing is left to compute"),
+        (["attention=kha_mlp", "model.head_dim=24", "attention.interaction.impl=triton"], "16, 32, 64, 128"),
         (["attention=mea", "attention.interaction.compose=[q]"], "eq 11"),
         (["attention=kha_gate", "attention.interaction.init.kind=scaled_identity"], "nothing to scale"),
         (["attention.backend=varlen", "engine.device=cpu"], "CUDA alone"),
@@ -201,7 +203,7 @@ def test_auto_gives_the_numbers_of_what_it_takes():
 def test_folding_is_taken_when_the_tokens_of_a_forward_outweigh_the_weights():
     few = ("attention=kha_linear", "model.seq_len=64", "engine.micro_batch_size=1")
     many = ("attention=kha_linear", "model.seq_len=256", "engine.micro_batch_size=4")
-    assert implementation(compose(few)) == "eager" and implementation(compose(many)) == "folded"
+    assert implementation(compose(few)).name == "eager" and implementation(compose(many)).name == "folded"
     assert "interaction folded (folding" in announce(compose(many), CPU, torch.float32)[0]
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kha_train.model.kernels import knocking_mlp
+from kha_train.config.interaction_options import KERNEL_WIDTHS
+from kha_train.model.kernels import knocking_mlp, norm_rotate
 from kha_train.model.kernels.availability import interpreted
 from kha_train.model.kernels.compiler import SHARED_BYTES, compile_call, resident_programs
 from kha_train.model.kernels.launch import Call
@@ -25,8 +26,8 @@ pytestmark = [
 ]
 
 
-def like(*shape: int) -> Tensor:
-    return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+def like(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
 def perceptron_calls(width: int, down: bool) -> tuple[Call, Call]:
@@ -39,23 +40,43 @@ def perceptron_calls(width: int, down: bool) -> tuple[Call, Call]:
     )
 
 
+def norm_calls(width: int, planes: int) -> tuple[Call, Call]:
+    """Forward and backward of norm and rotation on 32 heads."""
+    x_BTHK, weight_K, table_BTR = like(2, 8192, 32, width), like(width), like(2, 8192, planes, dtype=torch.float32)
+    return (
+        norm_rotate.forward_call(x_BTHK, weight_K, table_BTR, table_BTR, x_BTHK, 1e-6),
+        norm_rotate.backward_call(x_BTHK, weight_K, table_BTR, table_BTR, x_BTHK, x_BTHK, 1e-6)[0],
+    )
+
+
 TENSOR_CORE_CALLS: dict[str, Callable[[], Call]] = {
     f"perceptron-{direction}-{width}{'-down' if down else ''}": (
         lambda width=width, down=down, place=place: perceptron_calls(width, down)[place]
     )
-    for width in knocking_mlp.WIDTHS
+    for width in KERNEL_WIDTHS
     for down in (False, True)
     for place, direction in enumerate(("forward", "backward"))
 }
 
 
-@pytest.mark.parametrize("name", TENSOR_CORE_CALLS)
+MEMORY_CALLS: dict[str, Callable[[], Call]] = {
+    f"norm-{direction}-{width}-{planes}": (
+        lambda width=width, planes=planes, place=place: norm_calls(width, planes)[place]
+    )
+    for width, planes in ((32, 16), (64, 16), (64, 32), (128, 64), (256, 128))
+    for place, direction in enumerate(("forward", "backward"))
+}
+CALLS = TENSOR_CORE_CALLS | MEMORY_CALLS
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_a_kernel_keeps_its_registers_uses_tensor_cores_and_fits_the_chip(name: str) -> None:
-    call = TENSOR_CORE_CALLS[name]()
+    call = CALLS[name]()
     found = compile_call(call)
     assert (found.spill_stores, found.spill_loads) == (0, 0), found
     assert found.shared_bytes <= SHARED_BYTES, found
-    assert found.warnings == () and found.wgmma > 0, found
+    assert found.warnings == (), found
+    assert (found.wgmma > 0) == (name in TENSOR_CORE_CALLS), found
     assert found.resident >= call.launch.resident, found
 
 

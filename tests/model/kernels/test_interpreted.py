@@ -1,0 +1,41 @@
+"""Kernels in Triton's interpreter: values against plain twins, and the contract of attention on kernels.
+
+The interpreter is chosen when a kernel's file is imported, so these suites run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+pytestmark = pytest.mark.skipif(
+    find_spec("triton") is None, reason="triton is not installed: it exists for Linux alone"
+)
+
+
+def run_interpreted(*arguments: str) -> int:
+    """Run tests with the interpreter on; the answer is how many passed."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stdout[-6000:] + answer.stderr[-2000:]
+    return int(answer.stdout.rpartition(" passed")[0].split()[-1])
+
+
+def test_kernels_give_the_values_and_gradients_of_their_plain_twins() -> None:
+    assert run_interpreted("tests/model/kernels/test_values.py") >= 60
+
+
+def test_kernels_of_the_experts_give_the_values_and_gradients_of_the_loop() -> None:
+    assert run_interpreted("tests/model/kernels/test_experts.py") >= 70
+
+
+@pytest.mark.slow
+def test_attention_on_kernels_keeps_the_contract() -> None:
+    assert run_interpreted("tests/contract/test_contract.py", "-k", "triton", "-m", "") >= 100
