@@ -18,14 +18,14 @@ from kha_train.record import TIMING_KEYS, read_metrics, read_owner, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 KHA = (sys.executable, "-c", "from kha_train.cli.main import run; run()")
-STEPS, EVERY = 320, 10
+STEPS, EVERY = 320, 5
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")
 def settings(small: list[str]) -> list[str]:
-    """A run of 320 small steps on two ranks with a checkpoint every ten."""
+    """A run of 320 small steps on two ranks with a checkpoint every five."""
     batch = ["data.global_batch_size=4", "engine.micro_batch_size=2", "model.layers=1"]
     return [*small, *batch, f"run.steps={STEPS}", f"checkpoint.every_steps={EVERY}", "validation.every_steps=0"]
 
@@ -44,13 +44,18 @@ def reference(
 
 @pytest.fixture
 def slow(job_environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    """A job's environment in which a step takes a fifth of a second and next to no CPU time."""
+    """A job's environment in which a step takes half a second and next to no CPU time, until `release` is called."""
     program = tmp_path / "slow_python"
     worker = Path(__file__).with_name("slow_worker.py")
     # torchrun calls it with -u -m kha_train and the overrides.
     program.write_text(f'#!/bin/bash\nexec "{sys.executable}" -u "{worker}" "${{@:4}}"\n')
     program.chmod(0o755)
-    return {**job_environment, "PYTHON_EXEC": str(program), "PAUSE": "0.2"}
+    return {**job_environment, "PYTHON_EXEC": str(program), "PAUSE": "0.5", "RELEASE": str(tmp_path / "release")}
+
+
+def release(slow: dict[str, str]) -> None:
+    """From here on its steps are as fast as they can be."""
+    Path(slow["RELEASE"]).touch()
 
 
 def curve(run_dir: Path) -> list[dict[str, Any]]:
@@ -79,34 +84,41 @@ def submit(cluster: Any, output: Path, overrides: list[str], env: dict[str, str]
     return cluster.run("sbatch", "--parsable", *options, ROOT / "launch" / "train.sbatch", *overrides, env=env)
 
 
-# Eight minutes of real time limits and grace periods: too long for every run, so it is one of the long ones.
-@pytest.mark.soak
+@pytest.mark.parametrize("limit", ["moved", pytest.param("as submitted", marks=pytest.mark.soak)])
 def test_a_run_survives_every_interruption_and_its_curve_is_that_of_a_run_never_touched(
-    cluster, settings, reference, slow, tmp_path: Path
+    limit: str, cluster, settings, reference, slow, tmp_path: Path
 ) -> None:
+    """One job, five interruptions. SLURM looks at time limits every half minute, and these are whole minutes: to wait
+    for one takes a minute or two, so mostly the limit is moved close to the job once it trains."""
     run_dir, output = tmp_path / "run", tmp_path / "job.out"
-    overrides = [*settings, f"run.dir={run_dir}"]
-    job = submit(cluster, output, overrides, slow, "--time=2", "--signal=B:USR2@45")
+    options = ("--time=60", "--signal=B:USR2@150") if limit == "moved" else ("--time=2", "--signal=B:USR2@45")
+    job = submit(cluster, output, [*settings, f"run.dir={run_dir}"], slow, *options)
 
     # 1: the time limit.
-    wait_for(trained_in(run_dir, 2), 240, "the start after the time limit")
+    wait_for(trained_in(run_dir, 1), 240, "the first steps")
+    if limit == "moved":
+        hours, minutes, _ = map(int, cluster.job(job)["RunTime"].split(":"))
+        cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 3}")
+    wait_for(lambda: attempts(run_dir)[0]["state"] == "requeued", 240, "the stop before the time limit")
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
     # 2: an operator's requeue.
+    wait_for(trained_in(run_dir, 2), 240, "the start after the time limit")
     cluster.run("scontrol", "requeue", job)
-    wait_for(trained_in(run_dir, 3), 240, "the start after scontrol requeue")
     # 3: a job of higher priority that wants the nodes.
+    wait_for(trained_in(run_dir, 3), 240, "the start after scontrol requeue")
     urgent = cluster.run("sbatch", "--parsable", "-purgent", "-N2", "--exclusive", "-o/dev/null", "--wrap=sleep 1")
     cluster.ended(urgent)
-    wait_for(trained_in(run_dir, 4, EVERY + 3), 240, "the start after preemption")
     # 4: the node of the batch script loses power.
+    wait_for(trained_in(run_dir, 4, EVERY + 3), 240, "the start after preemption")
     cluster.crash_node("n1")
     wait_for(lambda: cluster.node_states()["n1"].startswith("down"), 120, "SLURM to notice the crash")
     cluster.boot_node("n1")
-    wait_for(trained_in(run_dir, 5, EVERY + 3), 240, "the start after the crash")
     # 5: the other node's cable is pulled.
+    wait_for(trained_in(run_dir, 5, EVERY + 3), 240, "the start after the crash")
     cluster.set_cable("n2", plugged=False)
     wait_for(lambda: cluster.node_states()["n2"].startswith("down"), 120, "SLURM to notice the partition")
     cluster.set_cable("n2", plugged=True)
+    release(slow)
 
     ended = cluster.ended(job)
     assert ended["JobState"] == "COMPLETED", output.read_text()[-3000:]
@@ -143,21 +155,45 @@ def test_two_nodes_compute_what_torchrun_computes_and_take_any_text_as_it_is(
 
 
 def test_what_would_fail_again_is_never_requeued(cluster, settings, job_environment, tmp_path: Path) -> None:
-    def end(name: str, *overrides: str, **env: str) -> tuple[str, str, str]:
-        output = tmp_path / f"{name}.out"
+    def start(name: str, *overrides: str, **env: str) -> str:
         own = [*settings, f"run.dir={tmp_path}/{name}", *overrides]
-        job = cluster.ended(submit(cluster, output, own, {**job_environment, **env}))
-        return job["ExitCode"], job["Restarts"], output.read_text()
+        return submit(cluster, tmp_path / f"{name}.out", own, {**job_environment, **env})
 
+    def end(name: str) -> tuple[str, str, str]:
+        job = cluster.ended(jobs[name])
+        return job["ExitCode"], job["Restarts"], (tmp_path / f"{name}.out").read_text()
+
+    jobs = {
+        "typing": start("typing", "run.steps=many"),
+        "data": start("data", "data.train=/nowhere"),
+        "crash": start("crash", PYTHON_EXEC="/bin/false"),
+    }
     # Found by the batch script, before any node is used.
-    code, restarts, said = end("typing", "run.steps=many")
+    code, restarts, said = end("typing")
     assert (code, restarts) == ("2:0", "0") and "run.steps" in said
     # Found by the trainer, whose code torchrun turns into 1.
-    code, restarts, said = end("data", "data.train=/nowhere")
+    code, restarts, said = end("data")
     assert (code, restarts) == ("2:0", "0") and "/nowhere" in said
     # A crash at once: no checkpoint came of it.
-    code, restarts, said = end("crash", PYTHON_EXEC="/bin/false")
+    code, restarts, said = end("crash")
     assert code != "0:0" and restarts == "0" and "no new checkpoint" in said
+
+
+def test_a_run_without_progress_is_given_up_also_when_slurm_itself_requeues_it(
+    cluster, settings, job_environment, tmp_path: Path
+) -> None:
+    idle = tmp_path / "idle"
+    idle.write_text(f"#!/bin/bash\ntouch {tmp_path}/up\nexec sleep 600\n")
+    idle.chmod(0o755)
+    env = {**job_environment, "PYTHON_EXEC": str(idle), "KHA_MAX_IDLE_STARTS": "2"}
+    job = submit(cluster, tmp_path / "job.out", [*settings, f"run.dir={tmp_path}/run"], env)
+    for _ in range(2):
+        wait_for((tmp_path / "up").exists, 240, "a start")
+        (tmp_path / "up").unlink()
+        cluster.run("scontrol", "requeue", job)
+    ended, said = cluster.ended(job), (tmp_path / "job.out").read_text()
+    assert (ended["ExitCode"], ended["Restarts"]) == ("1:0", "2"), said
+    assert "not started again: 2 starts in a row without a new checkpoint" in said
 
 
 def test_ranks_that_srun_starts_one_by_one_find_each_other(cluster, settings, job_environment, tmp_path: Path) -> None:
@@ -173,10 +209,11 @@ def test_a_second_job_in_the_same_directory_is_turned_away_and_a_stop_file_ends_
     overrides = [*settings, f"run.dir={run_dir}"]
     job = submit(cluster, tmp_path / "job.out", overrides, {**slow, "PAUSE": "1"})
     wait_for(trained_in(run_dir, 1), 240, "the first steps")
+    (run_dir / "FATAL").write_text("a mark that only the owner may remove")
     second = cluster.ended(submit(cluster, tmp_path / "second.out", overrides, slow))
     assert (second["JobState"], second["ExitCode"], second["Restarts"]) == ("FAILED", "6:0", "0")
     assert f"another process is training here: {owner_of(run_dir)}" in (tmp_path / "second.out").read_text()
-    assert not (run_dir / "FATAL").exists()
+    assert (run_dir / "FATAL").exists() and not (run_dir / "STOP").exists()
 
     (run_dir / "STOP").touch()
     ended = cluster.ended(job)
