@@ -15,7 +15,7 @@ A fault is {"at", "do"} and conditions; it happens once in a process:
         inherit             while the weights of another run are read
         event:KIND          while an event of this kind is recorded
         rewind              amid a rewind: the newer checkpoints are gone, the record is not cut yet
-        wandb:N             while the line of step N is sent to W&B
+        wandb:N             while something of step N is sent to W&B
     do  kill (this rank), kill_all (every rank), stop (SIGSTOP), sleep, term (SIGTERM), usr2, nan, enospc, erofs, eio,
         partial (a half-written directory under the final name), clock (set back by a day), data (a DataError),
         file_limit (no file above 200 kB), noise (the batch is noise), memory (the host has none left), oom (the device
@@ -139,7 +139,12 @@ class Faults:
         before(resume.Inherited, "__call__", lambda *_: "inherit")
         before(Record, "event", lambda record, kind, *_: f"event:{kind}")
         before(Record, "rewind_to", lambda record, step, reason: "rewind" if reason.startswith("rewind") else "")
-        before(WandbMirror, "_send", lambda *_: f"wandb:{self.step}")
+        attempt = WandbMirror._attempt
+
+        def at_wandb(mirror: WandbMirror, act: Callable[[Any], Any]) -> None:
+            attempt(mirror, lambda sent: (self.happen(f"wandb:{self.step}"), act(sent)))
+
+        WandbMirror._attempt = at_wandb
 
     def happen(self, where: str) -> list[str]:
         """Let what waits for `where` happen; what did."""

@@ -1,6 +1,7 @@
-"""Writes the table of faults in docs/resume.md from a JUnit report: `python tests/faults/table.py REPORT.xml`.
+"""Writes the table of faults in docs/resume.md from JUnit reports: `python tests/faults/table.py TEST.xml SOAK.xml`.
 
-python -m pytest tests/faults tests/checkpoint tests/telemetry tests/data tests/train --junitxml REPORT.xml
+python -m pytest -m "not soak" tests/faults tests/checkpoint tests/train/test_resume.py --junitxml TEST.xml
+python -m pytest -m soak --timeout 7200 tests/faults --junitxml SOAK.xml
 """
 
 from __future__ import annotations
@@ -32,13 +33,23 @@ FAULTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "F4": (
         "disk full, read-only, file too large, on one rank",
-        "training goes on, the failure is recorded; `checkpoint.max_failures` in a row: exit 4",
-        ("test_f4", "test_a_save_that_fails_on_one_rank_fails"),
+        "training goes on, the failure is recorded; `checkpoint.max_failures` in a row: exit 4; the last save: exit 75",
+        ("test_f4", "test_a_save_that_fails_on_one_rank_fails", "test_a_snapshot_for_which"),
     ),
     "F5": ("NaN in one rank's gradient", "every rank skips the step; too many in a row: exit 5", ("test_f5",)),
+    "F6": (
+        "batches of noise, and a kill amid the rewind they cause",
+        "back before them, on without their samples; the same state with the kill and without",
+        ("test_f6",),
+    ),
     "F7": ("data one rank cannot read", "all ranks end with its words: exit 4", ("test_f7",)),
     "F8": ("a rank hangs, or is stopped", "stacks of all that can, exit 75, exact restart", ("test_f8",)),
     "F9": ("kill -9 of one rank", "the others end by themselves, exact restart", ("test_f9",)),
+    "alone": (
+        "one rank alone cannot read its share, copy its state, or write the record",
+        "all end together by its error (disk or memory: exit 75), exact restart",
+        ("test_a_rank_that_cannot", "test_a_defect_of_one", "test_an_event_that", "test_what_fails_at_the_end"),
+    ),
     "F10": ("SIGTERM or SIGUSR2 on one rank, and again", "step finished, saved, REQUEUE, exit 0", ("test_f10",)),
     "F11": ("time limit; clock set back", "stops in good order; nothing changes", ("test_f11",)),
     "F12": (
@@ -47,10 +58,25 @@ FAULTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("test_a_run_that_changes_ranks", "test_every_layout_takes_over"),
     ),
     "F13": ("a second job in the run directory", "exit 6 naming the owner, nothing touched", ("test_f13",)),
+    "F14": (
+        "W&B unreachable at the start, failing amid the run, not installed",
+        "training does not notice: every line is in the record, one W&B run for all attempts",
+        ("test_f14",),
+    ),
     "F15": (
         "changed settings",
         "exit 3 with a table, unless in `resume.allow_changes`",
-        ("test_f15",),
+        ("test_f15", "test_data_may_move"),
+    ),
+    "F16": (
+        "a bit flips in one rank's weights, or in what all ranks hold alike",
+        "found before the step is applied, the rank named, exit 75",
+        ("test_f16",),
+    ),
+    "F17": (
+        "a device runs out of memory, at the first step or later",
+        "told against the plan with what would help, exit 2; the checkpoint is untouched",
+        ("test_f17",),
     ),
     "F18": (
         "pruning",
@@ -62,10 +88,10 @@ FAULTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 
 
-def table(report: Path) -> str:
-    """The Markdown table of what `report` says of each fault."""
+def table(reports: list[Path]) -> str:
+    """The Markdown table of what `reports` say of each fault."""
     results: dict[str, Counter[str]] = {fault: Counter() for fault in FAULTS}
-    for case in ElementTree.parse(report).iter("testcase"):
+    for case in (case for report in reports for case in ElementTree.parse(report).iter("testcase")):
         for fault, (_, _, tests) in FAULTS.items():
             if case.get("name", "").startswith(tests):
                 states = {child.tag for child in case} & {"failure", "error", "skipped"}
@@ -84,4 +110,5 @@ def _told(result: Counter[str]) -> str:
 if __name__ == "__main__":
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}\n{table(Path(sys.argv[1]))}\n{END}{after}", encoding="utf-8")
+    written = table([Path(report) for report in sys.argv[1:]])
+    PAGE.write_text(f"{before}{BEGIN}\n{written}\n{END}{after}", encoding="utf-8")

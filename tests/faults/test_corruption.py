@@ -11,8 +11,7 @@ pytestmark = pytest.mark.slow
 AUDITED = ("attention=kha_mlp", "engine.audit_every=1")
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "stage"), [(0, 1), (1, 2), (1, 3)])
 def test_f16_a_bit_that_flips_in_one_ranks_weights_is_found_before_the_step_and_the_rank_named(
     rank, stage, make_run, straight
 ) -> None:
@@ -31,8 +30,7 @@ def test_f16_a_bit_that_flips_in_what_all_ranks_hold_alike_is_found(make_run) ->
     assert "its buffers differs" in run.log.read_text()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (3, "fp32")])
 def test_f16_an_audit_changes_nothing(stage, precision, make_run, straight) -> None:
     settings = ("attention=kha_mlp", f"engine=zero{stage}", f"engine.precision={precision}")
     run = make_run(*settings, "engine.audit_every=1")
@@ -49,7 +47,7 @@ def test_f17_out_of_memory_is_told_against_the_plan_and_leaves_the_checkpoint(st
     assert codes[1] == 2 and codes[0] not in (0, None), run.log.read_text()
     told = (run.run_dir / "FATAL").read_text()
     assert "rank 1 is out of memory: planned" in told and "held at most" in told
-    assert "engine.micro_batch_size=2 (saves" in told and "engine.zero_stage=3 (saves" in told
+    assert "fix: engine.micro_batch_size=2 (saves" in told
     failure = first_failure(run.run_dir)
     assert failure is not None
     run.to_the_end(ranks=2)
