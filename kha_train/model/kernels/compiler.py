@@ -37,7 +37,8 @@ TYPES = {
 @dataclass(frozen=True)
 class Compiled:
     """Of one kernel: registers a thread, bytes a thread stored to and loaded from spills, shared memory of a program,
-    wgmma (tensor-core) instructions, what the assembler warned of, and programs a multiprocessor can hold."""
+    wgmma (tensor-core) instructions, loads and stores of 16 bytes a thread, what the assembler warned of, and how many
+    programs a multiprocessor can hold."""
 
     name: str
     registers: int
@@ -45,6 +46,8 @@ class Compiled:
     spill_loads: int
     shared_bytes: int
     wgmma: int
+    wide_loads: int
+    wide_stores: int
     warnings: tuple[str, ...]
     resident: int
 
@@ -68,6 +71,8 @@ def compile_call(call: Call, capability: int = CAPABILITY) -> Compiled:
         spill_loads=_number(r"(\d+) bytes spill loads", told),
         shared_bytes=shared,
         wgmma=ptx.count("wgmma.mma_async"),
+        wide_loads=ptx.count("ld.global.v4.b32"),
+        wide_stores=ptx.count("st.global.v4.b32"),
         warnings=tuple(line.strip() for line in told.splitlines() if "warning" in line.lower() or "serializ" in line),
         resident=resident_programs(registers, shared, call.launch.warps),
     )

@@ -59,3 +59,4 @@ def test_a_kernel_of_the_experts_keeps_its_registers_and_leaves_room_for_others(
     assert (found.spill_stores, found.spill_loads, found.warnings) == (0, 0, ()), found
     assert found.shared_bytes <= SHARED_BYTES and found.wgmma == 0, found
     assert found.resident >= call.launch.resident, found
+    assert found.wide_loads > 0 and found.wide_stores > 0, found
