@@ -157,7 +157,7 @@ def operator_calls(dtype: torch.dtype) -> dict[str, tuple[Any, tuple]]:
     }
 
 
-@pytest.mark.parametrize("name", operator_calls(DTYPES[0]))
+@pytest.mark.parametrize("name", ["folded perceptron", "perceptron", "norm and rotation"])
 def test_an_operator_keeps_the_rules_of_torch(name: str) -> None:
     """Its schema, its autograd, and that its fake kernel gives the shapes and strides of the real one."""
     operator, arguments = operator_calls(DTYPES[0])[name]
