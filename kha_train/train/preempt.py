@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -47,9 +48,12 @@ class StopRequests:
         """Whether to stop after this step."""
         if self._received or time.monotonic() >= self._deadline:
             return True
-        if self._job_file is not None and self._job_file.exists():
-            return True
-        return self._run_dir is not None and has_marker(self._run_dir, Marker.STOP)
+        # Where files cannot be seen nobody has asked by one, and this rank must not end alone amid a step.
+        with suppress(OSError):
+            if self._job_file is not None and self._job_file.exists():
+                return True
+            return self._run_dir is not None and has_marker(self._run_dir, Marker.STOP)
+        return False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._received:
