@@ -33,7 +33,7 @@ from kha_train.engine.state import Fragment, partitioned_fragments, replicated_f
 from kha_train.model.decoder import Decoder, DecoderOutput, build_decoder
 from kha_train.model.host import spare_the_compiler, to_device
 from kha_train.model.init import initial_values, reset_buffers
-from kha_train.optim import parameter_groups
+from kha_train.optim import AdamW, parameter_groups
 
 INVALID_NORM = -1.0
 InitialValue = Callable[[str, Callable[[], Tensor]], Tensor]
@@ -204,10 +204,10 @@ class Engine:
                 block.compile()
         return decoder
 
-    def _adamw(self) -> torch.optim.AdamW:
+    def _adamw(self) -> AdamW:
         optim = self.config.optim
         groups = parameter_groups(self.decoder.named_parameters(), optim.weight_decay)
-        return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+        return AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
     def _partition(self, parameter: nn.Parameter, settings: dict[str, Any]) -> None:
         """Keep this rank's share of a ZeRO 3 parameter and free the rest. Buffers never come here: they stay fp32."""

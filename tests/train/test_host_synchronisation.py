@@ -135,7 +135,11 @@ def test_a_start_on_a_cpu_imports_no_compiler(small: list[str], clean_environmen
         "from kha_train.config.compose import compose\n"
         "from kha_train.engine.deepspeed import Engine\n"
         "config = compose(sys.argv[1:])\n"
-        "Engine(config, distributed.start('cpu', 60))\n"
+        "from kha_train.data.stream import open_stream\n"
+        "from kha_train.train.step import next_batch, train_step\n"
+        "world = distributed.start('cpu', 60)\n"
+        "engine = Engine(config, world)\n"
+        "train_step(engine, *next_batch(open_stream(config), world), 1e-4, False)\n"
         "print('torch._dynamo' in sys.modules, 'torch._inductor' in sys.modules)"
     )
     command = [sys.executable, "-c", program, *small, "engine.device=cpu"]
