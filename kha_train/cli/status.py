@@ -30,10 +30,12 @@ COLUMNS: dict[str, Callable[[RunStatus], str]] = {
     "spikes": lambda run: str(run.spikes),
     "starts": lambda run: str(run.attempts),
     "goodput": lambda run: _or_dash(run.goodput, lambda value: f"{value:.0%}"),
-    "checkpoint": lambda run: _or_dash(run.checkpoint, str),
-    "heartbeat": lambda run: _or_dash(run.heartbeat, duration),
-    "last step": lambda run: _or_dash(run.idle, lambda value: f"{duration(value)} ago"),
+    "saved": lambda run: _or_dash(run.checkpoint, str),
+    "heard": lambda run: _or_dash(run.heartbeat, duration),
+    "stepped": lambda run: _or_dash(run.idle, duration),
 }
+SPARE = ("starts", "stepped", "heard", "MFU", "goodput", "spikes", "saved", "tok/s")
+"""Columns that a narrow terminal goes without, the first of them first."""
 
 
 def status(
@@ -53,19 +55,28 @@ def status(
     with Live(console=console, auto_refresh=False) as live:
         while True:
             runs = _look(paths)
-            live.update(status_table(runs), refresh=True)
+            live.update(status_table(runs, console), refresh=True)
             if all(run.state in ("done", "fatal") for run in runs):
                 return
             time.sleep(every)
 
 
-def status_table(runs: list[RunStatus]) -> Table:
-    """One row a run."""
-    table = Table(box=None, header_style="bold")
-    for name in COLUMNS:
+def status_table(runs: list[RunStatus], console: Console) -> Table:
+    """One row a run, with as many columns as `console` is wide enough for."""
+    names, unlimited = list(COLUMNS), console.options.update(max_width=10_000)
+    for spare in SPARE:
+        if console.measure(_table(runs, names), options=unlimited).maximum <= console.width:
+            break
+        names.remove(spare)
+    return _table(runs, names)
+
+
+def _table(runs: list[RunStatus], names: list[str]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    for name in names:
         table.add_column(name, justify="left" if name in ("run", "state") else "right", no_wrap=True)
     for run in runs:
-        table.add_row(*(show(run) for show in COLUMNS.values()))
+        table.add_row(*(COLUMNS[name](run) for name in names))
     return table
 
 
@@ -83,7 +94,7 @@ def _look(paths: list[Path]) -> list[RunStatus]:
 
 def _print(console: Console, runs: list[RunStatus]) -> None:
     wide = console if console.is_terminal else Console(width=200)
-    wide.print(status_table(runs))
+    wide.print(status_table(runs, wide))
     for run in runs:
         if run.note:
             wide.print(f"{run.name}: {run.note}", markup=False, highlight=False)

@@ -95,7 +95,7 @@ def _run_here(
 
         def show(now: Point) -> None:
             if console.is_terminal and not quiet:
-                live.update(status_table(sweep.statuses(points)), refresh=True)
+                live.update(status_table(sweep.statuses(points), console), refresh=True)
 
         failed = run_points(directory, start, processes, show)
     if failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from kha_train.cli.main import run
+from kha_train.cli.status import COLUMNS, status_table
 from kha_train.config.compose import compose, dump
 from kha_train.errors import ConfigError
 from kha_train.operate.status import SILENT_AFTER, find_runs, run_status
@@ -117,3 +120,20 @@ def test_a_sweep_shows_also_the_points_that_have_not_begun(tmp_path: Path, capsy
     text = status()
     for word in ("gqa-s0", "fatal", "5/100", "kha_mlp-s0", "new", "configuration error: [red]"):
         assert word in text
+
+
+def test_a_narrow_terminal_loses_columns_and_not_their_content(tmp_path: Path) -> None:
+    trained(tmp_path / "run", 40)
+    runs = [run_status(tmp_path / "run", "kha_linear-s0")]
+
+    def shown(width: int) -> list[str]:
+        console = Console(width=width, file=io.StringIO())
+        console.print(status_table(runs, console))
+        return console.file.getvalue().splitlines()
+
+    assert set(COLUMNS) - set(" ".join(shown(160)[:1]).split()) == set()
+    for width in (80, 60):
+        head, row = shown(width)
+        assert "\N{HORIZONTAL ELLIPSIS}" not in head + row
+        for word in ("kha_linear-s0", "ended", "40/100", "4.695", "4:00"):
+            assert word in row
