@@ -19,6 +19,28 @@ def attention_activations(config: RunConfig, width: int) -> int:
     return own + interaction.saved_numbers(base.heads(), implementation(config)) + _kernel(config, width)
 
 
+def kept_block_numbers(config: RunConfig, width: int) -> tuple[int, int]:
+    """Numbers of `width` bytes that a block keeps for every token under `selective` checkpointing: one with experts (0
+    if there is none), a dense one. Its input, the projections of attention that are as deep as the model is wide, what
+    attention and the experts return, and the router's fp32 logits (`model/recompute.py`)."""
+    model, moe, base = config.model, config.moe, config.attention.base
+    heads, wide = base.heads(), model.hidden_size
+    output = heads.query_heads * heads.value_width
+    if heads.latent:
+        query_input = base.input_widths(wide).q
+        projected = base.cache_numbers() + (
+            query_input if query_input < wide else heads.query_heads * (heads.key_width + base.rotary_width())
+        )
+    else:
+        projected = base.parameters(wide) // wide - output
+    attention = projected + output + 4 * heads.query_heads // width + (wide if output >= wide else 0)
+    both = wide + attention
+    shared = 2 * moe.shared_experts * moe.expert_width
+    routed = model.hidden_size + 2 * moe.top_k * moe.expert_width + moe.experts * 4 // width
+    has_experts, has_dense = moe.dense_layers < model.layers, moe.dense_layers > 0
+    return (both + shared + routed if has_experts else 0), (both + 2 * moe.dense_width if has_dense else 0)
+
+
 def folded_bytes(config: RunConfig, width: int) -> int:
     """Bytes of the weights that a layer makes when its interaction is folded: in fp32 and in the training dtype."""
     interaction, base = config.attention.interaction, config.attention.base

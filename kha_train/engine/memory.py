@@ -12,7 +12,7 @@ import itertools
 from dataclasses import dataclass, replace
 
 from kha_train.config.schema import RunConfig
-from kha_train.engine.activations import attention_activations, folded_bytes, shared_mask_bytes
+from kha_train.engine.activations import attention_activations, folded_bytes, kept_block_numbers, shared_mask_bytes
 from kha_train.model.accounting import count_parameters, moe_layers
 
 GIB = 1024**3
@@ -78,7 +78,8 @@ def plan_memory(config: RunConfig) -> MemoryPlan:
 def activation_bytes(config: RunConfig) -> int:
     """Bytes of the activations of one micro-batch that are held at the start of the backward.
 
-    Without recomputation all that every block saves; with it the input of every block, and one block in full.
+    Without recomputation all that every block saves; with it the input of every block (`selective`: and the results
+    it keeps), and one block in full.
     """
     tokens = config.engine.micro_batch_size * config.model.seq_len
     width = 2 if uses_bf16(config) else 4
@@ -87,6 +88,11 @@ def activation_bytes(config: RunConfig) -> int:
     outside = 3 * config.model.hidden_size
     if config.engine.activation_checkpointing == "none":
         layers, held = moe_layers(config) * moe + config.moe.dense_layers * dense, config.model.layers
+    elif config.engine.activation_checkpointing == "selective":
+        kept_moe, kept_dense = kept_block_numbers(config, width)
+        kept = moe_layers(config) * kept_moe + config.moe.dense_layers * kept_dense
+        # Of the one block that is computed again, what it keeps is there already.
+        layers, held = kept + max(moe - kept_moe, dense - kept_dense, 0), 1
     else:
         layers, held = config.model.layers * config.model.hidden_size + max(moe, dense), 1
     per_token = width * (layers + outside) + shared_mask_bytes(config)
@@ -97,13 +103,15 @@ def block_activations(config: RunConfig) -> tuple[int, int]:
     """Numbers that a block saves for its backward for every token: one with experts (0 if there is none), a dense one.
 
     Attention: its input before and after the norm, and what `engine/activations.py` counts. Experts: their input before
-    and after the norm; for each of top_k the copied input and 5 tensors of the expert's width (gate and up, silu of
-    gate, its product with up, that times the weight).
+    and after the norm; for each of top_k gate and up, which is all that the grouped backend keeps. The others keep the
+    copied input as well, and 3 more tensors of the expert's width (silu of gate, its product with up, that times the
+    weight), as the experts that every token passes do.
     """
     model, moe = config.model, config.moe
     attention = 2 * model.hidden_size + attention_activations(config, 2 if uses_bf16(config) else 4)
     shared = 5 * moe.shared_experts * moe.expert_width
-    routed = moe.top_k * (model.hidden_size + 5 * moe.expert_width) + 2 * moe.experts
+    copy = 2 * moe.expert_width if moe.backend == "grouped" else model.hidden_size + 5 * moe.expert_width
+    routed = moe.top_k * copy + 2 * moe.experts
     experts = attention + 2 * model.hidden_size + routed + shared
     dense = attention + 2 * model.hidden_size + 5 * moe.dense_width
     return (experts if moe_layers(config) else 0), (dense if moe.dense_layers else 0)
