@@ -23,6 +23,7 @@ from kha_train.engine.deepspeed import Engine, InitialValue, leave_world, resolv
 from kha_train.errors import CheckpointError, DivergedError, KhaError, MachineError
 from kha_train.model.accounting import count_parameters, flops_per_token
 from kha_train.model.attention.choice import announce
+from kha_train.model.attention.measured import settle
 from kha_train.model.moe.balance import balance_metrics
 from kha_train.record import Marker, Record, Redactor, leave_outcome, set_marker
 from kha_train.record.files import write_text
@@ -97,7 +98,9 @@ class Session:
                     "validation_content_id": open_shards(config, config.data.validation, "data.validation").content_id,
                 }
                 self._bytes_per_id_V = bytes_per_id(config)
-                self._choices = announce(config, world.device, resolve_dtype(config, world.device))
+                dtype = resolve_dtype(config, world.device)
+                self._settled, measured = settle(config, world.device, dtype, world.broadcast_text)
+                self._choices = [*announce(self._settled, world.device, dtype), *([measured] if measured else [])]
                 if checkpoint:
                     resume.check_belongs(config, checkpoint, self._content_ids)
             startup.mark("data")
@@ -230,7 +233,7 @@ class Session:
         return False
 
     def _build(self, checkpoint: Checkpoint | None) -> None:
-        self.engine = Engine(self.config, self.world, self._initial(checkpoint))
+        self.engine = Engine(self._settled, self.world, self._initial(checkpoint))
         self._open.callback(leave_world)
         self._open.callback(self.engine.close)
         if checkpoint:
@@ -322,6 +325,7 @@ class Session:
             "device": str(self.world.device.type),
             "dtype": str(self.engine.dtype).removeprefix("torch."),
             "peak": str(self._throughput.peak),
+            "chosen": self._choices,
         }
         if self.world.is_main:
             text = yaml.safe_dump(Redactor.from_environment().clean(to_plain(self.config)), sort_keys=False)

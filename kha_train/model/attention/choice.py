@@ -91,11 +91,7 @@ def announce(config: RunConfig, device: torch.device, dtype: torch.dtype) -> lis
 def check_against_maths(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Compare the chosen backend with the formula in fp32, forward and backward, on heads of the run's shape: some
     releases of cuDNN computed wrong numbers without a word. Raises ConfigError when they disagree."""
-    shape, base = config.attention.base.heads(), config.attention.base
-    key_width = shape.key_width + (base.rotary_width() if shape.latent else 0)
-    sizes = [(shape.query_heads, key_width), (shape.kv_heads, key_width), (shape.kv_heads, shape.value_width)]
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(2, 256, heads, width, generator=generator).to(device, dtype) for heads, width in sizes]
+    inputs = attention_inputs(config, 2, 256, device, dtype)
     documents = lay_out_documents(2, 256, device)
     results = [_outputs_and_gradients(BACKENDS[config.attention.backend], inputs, documents)]
     results.append(_outputs_and_gradients(eager, [x.float() for x in inputs], documents))
@@ -103,11 +99,26 @@ def check_against_maths(config: RunConfig, device: torch.device, dtype: torch.dt
         error = ((found.float() - expected).norm() / expected.norm()).item()
         if not error < CHECK_TOLERANCE:
             raise ConfigError(
-                f"computes wrong numbers on {torch.cuda.get_device_name(device)}: {name} is off by {error:.2g}",
+                f"computes wrong numbers on {_name(device)}: {name} is off by {error:.2g}",
                 field="attention.backend",
                 value=config.attention.backend,
                 fix="attention.backend=sdpa",
             )
+
+
+def attention_inputs(
+    config: RunConfig, rows: int, tokens: int, device: torch.device, dtype: torch.dtype
+) -> list[Tensor]:
+    """Random queries, keys and values of the run's heads, [rows, tokens, heads, width]."""
+    shape, base = config.attention.base.heads(), config.attention.base
+    key_width = shape.key_width + (base.rotary_width() if shape.latent else 0)
+    sizes = [(shape.query_heads, key_width), (shape.kv_heads, key_width), (shape.kv_heads, shape.value_width)]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(rows, tokens, heads, width, generator=generator).to(device, dtype) for heads, width in sizes]
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _outputs_and_gradients(backend: Backend, inputs: list[Tensor], documents: Documents) -> list[Tensor]:

@@ -1,0 +1,115 @@
+"""`attention.backend=auto` on CUDA: backends that compute the same thing are tried when a run starts, and the fastest is
+taken. Each is compared with the formula first, so a fast one that computes wrong numbers is out.
+"""
+
+# B rows   T tokens   H heads
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+
+from kha_train.config.backends import TRAITS, invalid_backend
+from kha_train.config.schema import RunConfig
+from kha_train.errors import ConfigError
+from kha_train.model.attention.backends import BACKENDS, Documents, lay_out_documents
+from kha_train.model.attention.choice import attention_inputs, check_against_maths, choose
+
+WARM_UP, ROUNDS = 3, 7
+DOCUMENT_TOKENS = 835
+"""Mean length of the documents that isolated rows are cut into for the measurement."""
+
+Timer = Callable[[Callable[[], None], torch.device], float]
+
+
+def settle(
+    config: RunConfig, device: torch.device, dtype: torch.dtype, agree: Callable[[str], str]
+) -> tuple[RunConfig, str]:
+    """The configuration with `auto` replaced by what was measured, and how it came out; unchanged where nothing is to
+    be measured: a named backend, no CUDA, or only one backend that can.
+
+    `agree` gives all ranks the answer of the first: they must not compute by different kernels.
+    """
+    names = candidates(config, device, dtype) if device.type == "cuda" else []
+    if config.attention.backend != "auto" or len(names) < 2:
+        return config, ""
+    name, _, told = agree(" ".join(fastest(config, names, device, dtype, cuda_seconds))).partition(" ")
+    return _with_backend(config, name), told
+
+
+def candidates(config: RunConfig, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The backends that can run here and compute what the configuration asks for; the formula itself is none."""
+    if choose(_with_backend(config, "auto"), device, dtype).name == "eager":
+        return []
+    found = []
+    for name in TRAITS:
+        chosen = _with_backend(config, name)
+        if name == "eager" or invalid_backend(chosen):
+            continue
+        try:
+            choose(chosen, device, dtype)
+        except ConfigError:
+            continue
+        found.append(name)
+    return found
+
+
+def fastest(
+    config: RunConfig, names: list[str], device: torch.device, dtype: torch.dtype, seconds: Timer
+) -> tuple[str, str]:
+    """The fastest of `names` at the shape of a micro-batch, forward and backward, and what was measured in words. One
+    that computes wrong numbers, or fails, is left out; `sdpa` is what remains."""
+    taken: dict[str, float] = {}
+    refused: list[str] = []
+    for name in names:
+        chosen = _with_backend(config, name)
+        try:
+            check_against_maths(chosen, device, dtype)
+            taken[name] = seconds(_attention_of(chosen, name, device, dtype), device)
+        except (ConfigError, RuntimeError) as error:
+            refused.append(f"{name} failed: {str(error).splitlines()[0]}")
+    order = sorted(taken, key=lambda name: taken[name]) or ["sdpa"]
+    told = [f"{name} {1000 * taken[name]:.2f} ms" for name in order if name in taken]
+    return order[0], f"measured, forward and backward of a layer: {', '.join([*told, *refused])}"
+
+
+def cuda_seconds(run: Callable[[], None], device: torch.device) -> float:
+    """The median of some rounds between two events."""
+    for _ in range(WARM_UP):
+        run()
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(ROUNDS)]
+    for first, last in pairs:
+        first.record()
+        run()
+        last.record()
+    torch.cuda.synchronize(device)
+    return statistics.median(first.elapsed_time(last) for first, last in pairs) / 1000
+
+
+def _attention_of(config: RunConfig, name: str, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
+    rows, tokens = config.engine.micro_batch_size, config.model.seq_len
+    inputs = [x.requires_grad_() for x in attention_inputs(config, rows, tokens, device, dtype)]
+    documents = _documents(config, rows, tokens, device, masked=not TRAITS[name].packed)
+
+    def run() -> None:
+        out = BACKENDS[name](*inputs, documents, inputs[0].shape[-1] ** -0.5)
+        torch.autograd.grad(out, inputs, torch.ones_like(out))
+
+    return run
+
+
+def _documents(config: RunConfig, rows: int, tokens: int, device: torch.device, masked: bool) -> Documents:
+    """Rows as the run will see them: whole, or cut into documents of the usual length."""
+    if not config.data.isolate_documents:
+        return lay_out_documents(rows, tokens, device)
+    ends = sorted({*range(0, rows * tokens, tokens), *range(0, rows * tokens, DOCUMENT_TOKENS), rows * tokens})
+    borders_S = torch.tensor(ends, dtype=torch.int32, device=device)
+    return lay_out_documents(rows, tokens, device, borders_S, max(b - a for a, b in pairwise(ends)), masked=masked)
+
+
+def _with_backend(config: RunConfig, name: str) -> RunConfig:
+    return replace(config, attention=replace(config.attention, backend=name))
