@@ -1,4 +1,4 @@
-"""`attention.backend=auto` on CUDA: backends that compute the same thing are tried when a run starts, and the fastest is
+"""`attention.backend=auto` on CUDA: backends that compute the same thing are tried when a run starts, the fastest is
 taken. Each is compared with the formula first, so a fast one that computes wrong numbers is out.
 """
 
