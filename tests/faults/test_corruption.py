@@ -51,4 +51,5 @@ def test_f17_out_of_memory_is_told_against_the_plan_and_leaves_the_checkpoint(st
     failure = first_failure(run.run_dir)
     assert failure is not None
     run.to_the_end(ranks=2)
-    assert run.starts()[-1] == (0 if step == 1 else 4) and len(run.curve()) == 6
+    # The save after step 4 may not stand yet when the run dies in step 5.
+    assert run.starts()[-1] in ((0,) if step == 1 else (2, 4)) and len(run.curve()) == 6
