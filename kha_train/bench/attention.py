@@ -18,11 +18,13 @@ from typing import Any
 import torch
 
 from kha_train.config.compose import compose
+from kha_train.config.interaction_options import KERNEL_WIDTHS
 from kha_train.config.schema import RunConfig
 from kha_train.model.attention.backends import lay_out_documents
 from kha_train.model.attention.base import Attention, RowContext, build_attention
 from kha_train.model.decoder import build_rotary_table
 from kha_train.model.init import initialise, reset_buffers
+from kha_train.model.kernels.availability import missing
 
 VARIANTS = {
     "gqa": ("attention=gqa",),
@@ -33,6 +35,12 @@ VARIANTS = {
     "mea eager": ("attention=mea", "attention.interaction.impl=eager"),
     "mea folded": ("attention=mea", "attention.interaction.impl=folded"),
 }
+ON_KERNELS = {
+    "gqa kernels": ("attention=gqa", "engine.kernels=triton"),
+    "kha_mlp triton": ("attention=kha_mlp", "attention.interaction.impl=triton"),
+    "kha_mlp kernels": ("attention=kha_mlp", "engine.kernels=triton"),
+}
+"""Measured too where kernels written in Triton run: norm and rotation, the perceptron, both."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,8 @@ def measure(overrides: Sequence[str], rounds: int) -> Measured:
     config = compose(overrides)
     cuda = config.engine.device != "cpu" and torch.cuda.is_available()
     device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
-    layers = {name: _layer(compose([*overrides, *variant]), device, dtype) for name, variant in VARIANTS.items()}
+    variants = variants_for(config, device, dtype)
+    layers = {name: _layer(compose([*overrides, *variant]), device, dtype) for name, variant in variants.items()}
     batch, tokens, width = config.engine.micro_batch_size, config.model.seq_len, config.model.hidden_size
     x_BTD = torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     rows = _rows(config, batch, tokens, device)
@@ -83,6 +92,12 @@ def measure(overrides: Sequence[str], rounds: int) -> Measured:
         device=torch.cuda.get_device_name() if cuda else "cpu",
         dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def variants_for(config: RunConfig, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[str, ...]]:
+    """What can be measured here: kernels only where they run, on heads they take."""
+    runs = missing(device, dtype) is None and config.model.head_dim in KERNEL_WIDTHS
+    return VARIANTS | (ON_KERNELS if runs else {})
 
 
 def format_measured(found: Measured) -> str:

@@ -90,6 +90,15 @@ def attention(
 
 
 @app.command()
+def kernels(as_json: Json = False) -> None:
+    """What the compiler makes of every Triton kernel for Hopper: registers, spills, shared memory. Needs no GPU."""
+    from kha_train.bench import kernels as bench
+
+    found = bench.measure()
+    typer.echo(json.dumps(bench.to_dict(found)) if as_json else bench.format_measured(found))
+
+
+@app.command()
 def moe(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Of the configuration; model=small without any.")

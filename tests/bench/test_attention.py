@@ -2,17 +2,19 @@
 
 import json
 
+import torch
 from typer.testing import CliRunner
 
+from kha_train.bench import attention as bench
 from kha_train.bench.attention import VARIANTS
 from kha_train.cli.main import app
 from kha_train.config.compose import compose
-from kha_train.model.attention.interaction import implementation
+from kha_train.config.options import implementation
 
 
 def test_every_variant_runs_as_named_and_is_told_with_the_protocol():
     for name, overrides in VARIANTS.items():
-        assert implementation(compose(overrides)) == ("folded" if name.endswith("folded") else "eager")
+        assert implementation(compose(overrides)).name == ("folded" if name.endswith("folded") else "eager")
     shape = ["engine.device=cpu", "model.hidden_size=32", "model.head_dim=8", "model.seq_len=16"]
     answer = CliRunner().invoke(app, ["bench", "attention", *shape, "--rounds", "3", "--json"])
     assert answer.exit_code == 0, answer.output
@@ -20,3 +22,14 @@ def test_every_variant_runs_as_named_and_is_told_with_the_protocol():
     assert found["variants"].keys() == VARIANTS.keys() and found["rounds"] == 3 and found["hidden_size"] == 32
     assert found["variants"]["gqa"]["ratio"] == 1.0
     assert all(variant["seconds"] > 0 for variant in found["variants"].values())
+
+
+def test_kernels_are_measured_where_they_run_and_nowhere_else(monkeypatch):
+    config = compose(["model.head_dim=64"])
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    assert bench.variants_for(config, torch.device("cpu"), torch.float32) == VARIANTS
+    monkeypatch.setattr(bench, "missing", lambda device, dtype: None)
+    assert bench.variants_for(config, device, dtype) == VARIANTS | bench.ON_KERNELS
+    assert bench.variants_for(compose(["model.head_dim=24"]), device, dtype) == VARIANTS
+    ways = {name: implementation(compose(["model.head_dim=64", *chosen])) for name, chosen in bench.ON_KERNELS.items()}
+    assert [way.name for way in ways.values()] == ["eager", "triton", "triton"]

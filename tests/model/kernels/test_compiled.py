@@ -3,22 +3,23 @@
 Each kernel is compiled from the very call that its operator makes, with tensors on the meta device.
 """
 
-# B batch   T tokens   H heads   K head width
-
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import re
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
+from typer.testing import CliRunner
 
+from kha_train.bench import kernels as bench
+from kha_train.bench.kernels import norm_calls, perceptron_calls
+from kha_train.cli.main import app
 from kha_train.config.interaction_options import KERNEL_WIDTHS
-from kha_train.model.kernels import knocking_mlp, norm_rotate
+from kha_train.model.kernels import launch
 from kha_train.model.kernels.availability import interpreted
 from kha_train.model.kernels.compiler import SHARED_BYTES, compile_call, resident_programs
-from kha_train.model.kernels.launch import Call
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: it exists for Linux alone"),
@@ -26,63 +27,34 @@ pytestmark = [
 ]
 
 
-def like(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
-def perceptron_calls(width: int, down: bool) -> tuple[Call, Call]:
-    """Forward and backward of the shared perceptron on 4 heads."""
-    x_BTHK, matrix_KK, both = like(2, 8192, 4, width), like(width, width), like(2, 8192, 4, 2 * width)
-    optional = x_BTHK if down else None
-    return (
-        knocking_mlp.forward_call(x_BTHK, matrix_KK, matrix_KK, matrix_KK if down else None, x_BTHK),
-        knocking_mlp.backward_call(x_BTHK, matrix_KK, matrix_KK, x_BTHK, both, optional),
-    )
-
-
-def norm_calls(width: int, planes: int) -> tuple[Call, Call]:
-    """Forward and backward of norm and rotation on 32 heads."""
-    x_BTHK, weight_K, table_BTR = like(2, 8192, 32, width), like(width), like(2, 8192, planes, dtype=torch.float32)
-    return (
-        norm_rotate.forward_call(x_BTHK, weight_K, table_BTR, table_BTR, x_BTHK, 1e-6),
-        norm_rotate.backward_call(x_BTHK, weight_K, table_BTR, table_BTR, x_BTHK, x_BTHK, 1e-6)[0],
-    )
-
-
-TENSOR_CORE_CALLS: dict[str, Callable[[], Call]] = {
-    f"perceptron-{direction}-{width}{'-down' if down else ''}": (
-        lambda width=width, down=down, place=place: perceptron_calls(width, down)[place]
-    )
+TENSOR_CORES = {
+    name: call
     for width in KERNEL_WIDTHS
     for down in (False, True)
-    for place, direction in enumerate(("forward", "backward"))
+    for name, call in perceptron_calls(width, down).items()
 }
-
-
-MEMORY_CALLS: dict[str, Callable[[], Call]] = {
-    f"norm-{direction}-{width}-{planes}": (
-        lambda width=width, planes=planes, place=place: norm_calls(width, planes)[place]
-    )
+MEMORY = {
+    name: call
     for width, planes in ((32, 16), (64, 16), (64, 32), (128, 64), (256, 128))
-    for place, direction in enumerate(("forward", "backward"))
+    for name, call in norm_calls(width, planes).items()
 }
-CALLS = TENSOR_CORE_CALLS | MEMORY_CALLS
+CALLS = TENSOR_CORES | MEMORY
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_kernel_keeps_its_registers_uses_tensor_cores_and_fits_the_chip(name: str) -> None:
-    call = CALLS[name]()
+    call = CALLS[name]
     found = compile_call(call)
     assert (found.spill_stores, found.spill_loads) == (0, 0), found
     assert found.shared_bytes <= SHARED_BYTES, found
     assert found.warnings == (), found
-    assert (found.wgmma > 0) == (name in TENSOR_CORE_CALLS), found
+    assert (found.wgmma > 0) == (name in TENSOR_CORES), found
     assert found.resident >= call.launch.resident, found
 
 
 def test_a_kernel_that_spills_is_found_out() -> None:
     """The same kernel with all rows' accumulators in one warp group."""
-    call = perceptron_calls(128, True)[0]
+    call = CALLS["KHA-MLP with W_down, K = 128, forward"]
     crowded = call._replace(constants=dict(call.constants) | {"ROWS": 128}, launch=call.launch._replace(rows=128))
     assert compile_call(crowded).spill_stores > 0
 
@@ -92,3 +64,24 @@ def test_programs_of_a_multiprocessor_are_bound_by_registers_memory_and_warps() 
     assert resident_programs(registers=255, shared_bytes=0, warps=4) == 2
     assert resident_programs(registers=32, shared_bytes=0, warps=16) == 4
     assert resident_programs(registers=32, shared_bytes=228 * 1024, warps=4) == 0
+
+
+def test_the_table_of_kernels_is_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "KHA-MLP, K = 16, forward"
+    monkeypatch.setattr(bench, "all_calls", lambda: {name: CALLS[name]})
+    found = json.loads(CliRunner().invoke(app, ["bench", "kernels", "--json"]).stdout)["kernels"][name]
+    compiled = compile_call(CALLS[name])
+    assert (found["registers"], found["shared_bytes"]) == (compiled.registers, compiled.shared_bytes)
+    assert f"| {name} | {compiled.registers} | 0 |" in CliRunner().invoke(app, ["bench", "kernels"]).stdout
+
+
+def test_every_kernel_is_in_the_table() -> None:
+    """Each `@jit` kernel that stores something is compiled for at least one shape."""
+    kernels = {call.kernel.fn.__module__ + "." + call.kernel.__name__ for call in bench.all_calls().values()}
+    folder = Path(launch.__file__).parent
+    written = {
+        f"kha_train.model.kernels.{path.stem}.{name}"
+        for path in folder.glob("*_kernels.py")
+        for name in re.findall(r"@jit\ndef ([a-z]\w*)\(", path.read_text())
+    }
+    assert kernels == written
