@@ -242,8 +242,8 @@ def _communication(config: RunConfig, stage: int, total: int) -> Communication:
 
     DeepSpeed 0.19 all-reduces gradients, whole and in the training dtype, under ZeRO 1 once a step and under ZeRO 2 in
     every micro-batch (`use_multi_rank_bucket_allreduce`); both then gather the updated parameters. ZeRO 3 gathers them
-    in every micro-batch, for the forward and again for the backward, and reduce-scatters. With `hpz_partition_size` only
-    the first gather of a step is one among all ranks; what each group then holds, it gathers by itself.
+    in every micro-batch, for the forward and again for the backward, and reduce-scatters. With `hpz_partition_size`
+    only the first gather of a step is one among all ranks; what each group then holds, it gathers by itself.
     """
     cluster, group = config.cluster, config.engine.hpz_partition_size if stage == 3 else 1
     ranks, width, micro = cluster.devices, 2 if uses_bf16(config) else 4, micro_batches(config)
