@@ -5,28 +5,53 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 import typer
 
-from kha_train.cli import bench, checkpoint, compare, data, generate, plan, quickstart, spikes, status, sweep, train
 from kha_train.errors import KhaError
 from kha_train.record.markers import leave_outcome
 
 HELP = "Pretraining of mixture-of-experts language models with cross-head attention."
+COMMANDS = {
+    "quickstart": "quickstart:quickstart",
+    "train": "train:train",
+    "plan": "plan:plan",
+    "compare": "compare:compare",
+    "generate": "generate:generate",
+    "spikes": "spikes:spikes",
+    "sweep": "sweep:sweep_command",
+    "launch-arguments": "sweep:launch_arguments",
+    "status": "status:status",
+    "data": "data:app",
+    "checkpoint": "checkpoint:app",
+    "bench": "bench:app",
+}
+"""Name of a command -> the file of this folder and the function, or the group of commands, in it."""
+HIDDEN = ("launch-arguments",)
 
-app = typer.Typer(name="kha", help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.command()(quickstart.quickstart)
-app.command()(train.train)
-app.command()(plan.plan)
-app.command()(compare.compare)
-app.command()(generate.generate)
-app.command()(spikes.spikes)
-app.command("sweep")(sweep.sweep_command)
-app.command("launch-arguments", hidden=True)(sweep.launch_arguments)
-app.command()(status.status)
-app.add_typer(data.app)
-app.add_typer(checkpoint.app)
-app.add_typer(bench.app)
+
+def build(names: Sequence[str]) -> typer.Typer:
+    """The `kha` command with the sub-commands `names`: only their files are imported."""
+    app = typer.Typer(name="kha", help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    # With a callback a single sub-command keeps its name.
+    app.callback()(lambda: None)
+    for name in names:
+        file, _, member = COMMANDS[name].partition(":")
+        found = getattr(import_module(f"kha_train.cli.{file}"), member)
+        if isinstance(found, typer.Typer):
+            app.add_typer(found)
+        else:
+            app.command(name, hidden=name in HIDDEN)(found)
+    return app
+
+
+def __getattr__(name: str) -> Any:
+    """`app`: the whole command, made when it is first asked for (PEP 562)."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return build(list(COMMANDS))
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
@@ -36,7 +61,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """
     try:
         # Typer itself ends the process: 0, 2 after a usage error told in its own words, 130 after Ctrl-C.
-        app(args=arguments)
+        first = list(sys.argv[1:] if arguments is None else arguments)[:1]
+        build(first if first and first[0] in COMMANDS else list(COMMANDS))(args=arguments)
     except KhaError as error:
         if os.environ.get("KHA_DEBUG") == "1":
             raise

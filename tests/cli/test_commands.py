@@ -1,0 +1,37 @@
+"""The command imports what the sub-command needs, and nothing for the others."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from kha_train.cli.main import COMMANDS, HIDDEN, build
+
+
+def test_a_sub_command_imports_no_other() -> None:
+    program = (
+        "import sys\n"
+        "from kha_train.cli.main import run\n"
+        "try:\n    run(['plan', '--json'])\n"
+        "except SystemExit:\n    pass\n"
+        "found = [name for name in sys.modules if name.startswith('kha_train.cli.')]\n"
+        "print(*sorted(found), 'torch' in sys.modules, file=sys.stderr)"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert answer.stderr.split() == ["kha_train.cli.main", "kha_train.cli.plan", "kha_train.cli.train", "False"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_sub_command_keeps_its_name_alone_and_among_the_others(name: str) -> None:
+    alone = CliRunner().invoke(build([name]), [name, "--help"])
+    assert alone.exit_code == 0 and f"kha {name}" in alone.output
+
+
+def test_the_help_lists_all_but_the_hidden() -> None:
+    listed = typer.main.get_command(build(list(COMMANDS))).commands
+    assert list(listed) == list(COMMANDS)
+    assert {name for name, command in listed.items() if command.hidden} == set(HIDDEN)
