@@ -9,6 +9,7 @@ import typer
 
 from kha_train.config.compose import compose
 from kha_train.errors import ConfigError
+from kha_train.telemetry.startup import Startup
 
 Overrides = Annotated[
     list[str] | None,
@@ -32,11 +33,14 @@ def train(
     if dry_run:
         _rehearse(overrides, ranks_per_node, as_json)
         return
+    startup = Startup()
+    startup.mark("interpreter and command")
     config = compose(overrides)
+    startup.mark("configuration")
     # Settings are judged before anything heavy is imported.
     from kha_train.train.run import train as train_run
 
-    outcome = train_run(config)
+    outcome = train_run(config, startup)
     if not outcome.finished:
         typer.echo(f"stopped in good order after step {outcome.step}; the same command goes on from there", err=True)
 
