@@ -13,9 +13,10 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from kha_train.stability.events import EventDetector, Observation
+from kha_train.stability.events import OPEN_Z, EventDetector, Observation
 from kha_train.stability.monitor import Monitor
 from kha_train.stability.scores import SignalScores
 from kha_train.stability.statistics import poisson_interval
@@ -183,9 +184,9 @@ PLANT: dict[str, Callable[[random.Random, Curve, int], None]] = {
 # The rules. Each yields, step by step, whether it raises an alarm.
 
 
-def event_detector(losses: list[float]) -> Iterator[bool]:
+def event_detector(losses: list[float], open_z: float = OPEN_Z) -> Iterator[bool]:
     """This project's: an alarm where an event opens."""
-    detector = EventDetector()
+    detector = EventDetector(open_z=open_z)
     for step, loss in enumerate(losses):
         yield detector.update(Observation(step, loss)).opened
 
@@ -228,6 +229,7 @@ def megatron(losses: list[float]) -> Iterator[bool]:
 
 RULES: dict[str, Callable[[list[float]], Iterator[bool]]] = {
     "kha_train events": event_detector,
+    "the same, open at z 8": partial(event_detector, open_z=8.0),
     "OLMo-core 6 sd / 128": olmo_core,
     "OLMo 2 7 sd / 1,000": olmo_paper,
     "llm-foundry 2x, 5 in a row": llm_foundry,

@@ -2,8 +2,9 @@
 
 Three arms train one engine in interleaved blocks of a step: bare (no judge but that of finite steps, nothing written),
 watched (as `kha train` does it, W&B offline), probed (bare, and the evidence of a spike is gathered). The difference of
-watched and bare is far below the noise of a step on most machines, so the code around the step is timed by itself too:
-its wall time on the training thread, which is what training waits for. `every` is how often a probe is taken.
+watched and bare is far below the noise of a step on most machines, so the code around the step is timed by itself too,
+on the training thread: by the wall, which is what training waits for, or by the thread's CPU time, which a busy machine
+disturbs less. `every` is how often a probe is taken.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 from data_tools.synthetic import write_dataset
 from kha_train import distributed
-from kha_train.bench.protocol import Ratio, compare, environment, interleave, told
+from kha_train.bench.protocol import Clock, Ratio, compare, environment, interleave, told
 from kha_train.bench.spikes import clean_curve
 from kha_train.config.compose import compose
 from kha_train.stability.events import Observation
@@ -45,6 +46,7 @@ class Measured:
     report_seconds: float
     probe_seconds: float
     every: int
+    clock: Clock
     share: float
     watched: Ratio
     probed: Ratio
@@ -58,8 +60,9 @@ class Measured:
 class _Arms:
     """The three kinds of step of one session, and the seconds that its telemetry took."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, clock: Clock) -> None:
         self._session = session
+        self._read = time.thread_time if clock == "process" else time.perf_counter
         self.seconds: dict[str, list[float]] = {"judge": [], "line": [], "report": []}
 
     def bare(self) -> StepResult:
@@ -86,15 +89,15 @@ class _Arms:
 
     def _timed(self, name: str, act: Callable[..., Any]) -> Callable[..., Any]:
         def call(*given: Any) -> Any:
-            started = time.perf_counter()
+            started = self._read()
             answer = act(*given)
-            self.seconds[name].append(time.perf_counter() - started)
+            self.seconds[name].append(self._read() - started)
             return answer
 
         return call
 
 
-def measure(overrides: Sequence[str], blocks: int) -> Measured:
+def measure(overrides: Sequence[str], blocks: int, clock: Clock = "wall") -> Measured:
     """Train the configuration of `overrides` on synthetic data in a temporary directory. One process, W&B offline."""
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         there = {"run.dir": "run", "data.train": "data/train", "data.validation": "data/validation"}
@@ -105,9 +108,9 @@ def measure(overrides: Sequence[str], blocks: int) -> Measured:
         with Session(config, world, Startup()) as session:
             for step, loss in enumerate(clean_curve(0, FULL_WINDOWS, "normal").losses):
                 session.watch.judge(Observation(step, loss, 1.0 + 0.1 * loss))
-            arms = _Arms(session)
+            arms = _Arms(session, clock)
             kinds = {"bare": arms.bare, "watched": arms.watched, "probed": arms.probed}
-            seconds = interleave(kinds, blocks=blocks, device=world.device)
+            seconds = interleave(kinds, blocks=blocks, device=world.device, clock=clock)
             about = environment(world.device)
         distributed.stop()
     every = config.stability.probe_every
@@ -117,7 +120,7 @@ def measure(overrides: Sequence[str], blocks: int) -> Measured:
     probe = statistics.median(probed - bare for probed, bare in pairs)
     share = (judge + line + report + (probe / every if every else 0.0)) / step
     ratios = {name: compare(seconds[name], seconds["bare"]) for name in ("watched", "probed")}
-    return Measured(step, judge, line, report, probe, every, share, ratios["watched"], ratios["probed"], about)
+    return Measured(step, judge, line, report, probe, every, clock, share, ratios["watched"], ratios["probed"], about)
 
 
 def format_measured(found: Measured) -> str:
@@ -132,7 +135,7 @@ def format_measured(found: Measured) -> str:
         "record, console, W&B": found.report_seconds,
         f"probe, one in {found.every} steps": found.probe_seconds / found.every if found.every else 0.0,
     }
-    lines = [f"{told(found.about)}; medians over interleaved blocks of one step", ""]
+    lines = [f"{told(found.about)}; {found.clock} time, medians over blocks of one step", ""]
     lines += [f"  {name:<32} {1e6 * seconds:9.0f} us a step" for name, seconds in parts.items()]
     lines.append(f"  together {100 * found.share:.3f} % of a bare step of {found.step_seconds:.3f} s")
     watched, probed = interval(found.watched), interval(found.probed)

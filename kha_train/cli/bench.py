@@ -48,12 +48,14 @@ def telemetry(
         list[str] | None, typer.Argument(help="Of the configuration; model=small without any.")
     ] = None,
     blocks: Annotated[int, typer.Option(min=3, help="Interleaved blocks of a bare, a watched and a probed step.")] = 20,
+    clock: Annotated[str, typer.Option(help="On a CPU: wall, or process (its own CPU time).")] = "wall",
     as_json: Json = False,
 ) -> None:
     """What watching a run costs: detectors, record, console, W&B offline and probes, beside the bare step."""
     from kha_train.bench import telemetry as bench
 
-    found = bench.measure(overrides or ["model=small", "attention=kha_mlp", "data.global_batch_size=4"], blocks)
+    overrides = overrides or ["model=small", "attention=kha_mlp", "data.global_batch_size=4"]
+    found = bench.measure(overrides, blocks, _clock(clock))
     typer.echo(json.dumps(found.to_dict()) if as_json else bench.format_measured(found))
 
 

@@ -105,13 +105,15 @@ class Reading(NamedTuple):
 
 @dataclass
 class EventDetector:
-    """Feed every step to `update`; `event` is the one that is open. `state` and `restore` are a whole resume."""
+    """Feed every step to `update`; `event` is the one that is open. `state` and `restore` are a whole resume. Every run
+    and command opens events at `OPEN_Z`; another `open_z` is for comparing thresholds and is not in the state."""
 
     baseline: Baseline = field(default_factory=lambda: Baseline(BASELINE))
     event: SpikeEvent | None = None
     open_steps: int = 0
     _calm: list[float] = field(default_factory=list)
     _recent: deque[float] = field(default_factory=lambda: deque(maxlen=BASELINE))
+    open_z: float = OPEN_Z
 
     def update(self, seen: Observation, gnorm_before: float = math.nan) -> Reading:
         """Take in one step; `gnorm_before` is the usual gradient norm, kept when an event opens."""
@@ -125,7 +127,7 @@ class EventDetector:
             return Reading(math.nan, False, False, None)
         median, scale = self._normal()
         z = (seen.loss - median) / scale
-        if z >= OPEN_Z:
+        if z >= self.open_z:
             self._open(seen, gnorm_before)
             return Reading(z, True, True, None)
         self.baseline.push(seen.loss)
@@ -200,7 +202,7 @@ class EventDetector:
             event.end_step = seen.step
             self.baseline = Baseline(BASELINE, self._recent)
             closed = self._close(recovered=False)
-        return Reading(z if seen.finite else math.nan, not seen.finite or z >= OPEN_Z, False, closed)
+        return Reading(z if seen.finite else math.nan, not seen.finite or z >= self.open_z, False, closed)
 
     def _add(self, event: SpikeEvent, seen: Observation) -> None:
         """Count the step, and the calm ones before it that turned out to lie inside, to the event."""
