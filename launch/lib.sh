@@ -94,6 +94,7 @@ idle_starts() {
         step=''
         file="$KHA_RUN_DIR/launch/$SLURM_JOB_ID.$life/start_step"
         [[ ! -s $file ]] || read -r step <"$file" || true
+        [[ -n $step ]] || continue
         [[ $step == "$1" ]] || break
         count=$((count + 1))
     done
@@ -186,7 +187,7 @@ conclude() {
 
 # Train in the allocation of this job. $1: run directory, the rest: overrides. Never returns.
 train_in_allocation() {
-    local before nodes why
+    local attempt before nodes why
     KHA_RUN_DIR="$1"
     shift
     nodes="$SLURM_JOB_NUM_NODES"
@@ -195,15 +196,16 @@ train_in_allocation() {
         exit 0
     fi
     before="$(newest_step "$KHA_RUN_DIR")"
-    KHA_ATTEMPT="$KHA_RUN_DIR/launch/$SLURM_JOB_ID.$(restarts)"
-    mkdir -p "$KHA_ATTEMPT/flight_recorder"
-    rm -f "$KHA_ATTEMPT/STOP" "$KHA_ATTEMPT/outcome"
-    echo "$before" >"$KHA_ATTEMPT/start_step"
+    attempt="$KHA_RUN_DIR/launch/$SLURM_JOB_ID.$(restarts)"
+    mkdir -p "$attempt/flight_recorder"
+    rm -f "$attempt/STOP" "$attempt/outcome"
+    echo "$before" >"$attempt/start_step"
+    KHA_ATTEMPT="$attempt" # from here on a signal leaves its mark there
     export_library_settings "$KHA_ATTEMPT"
     # What SLURM requeued by itself (after the loss of a node) never came through `requeue`.
     why="$(given_up "$(($(idle_starts "$before") - 1))" "$(($(restarts) - 1))")"
     if [[ -n $why ]]; then
-        say "not started again: $why"
+        say "not started again: $why; submit it anew when the cause is mended"
         exit 1
     fi
     [[ -z ${KHA_STOPPING:-} ]] || requeue 0
