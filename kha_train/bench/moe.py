@@ -7,7 +7,8 @@ product rounds every expert's up to whole tiles, which `tile_padding` tells. Wha
 torch's saved-tensor hooks, each storage once, without what goes in.
 """
 
-# N tokens   D model width   F expert width   E experts   J experts per token   X = 2F, gate and up side by side
+# N tokens   D model width   F expert width   E experts   J experts per token   M = N * J routed copies
+# X = 2F, gate and up side by side
 
 from __future__ import annotations
 

@@ -55,6 +55,7 @@ def combine_call(y_MD: Tensor, home_NJ: Tensor, out_ND: Tensor) -> Call:
 
 
 def _call(kernel: object, source: Tensor, home_NJ: Tensor, out: Tensor) -> Call:
+    assert source.is_contiguous() and home_NJ.is_contiguous() and out.is_contiguous()
     tokens, copies = home_NJ.shape
     constants = {"D": source.shape[1], "J": copies, "ROWS": LAUNCH.rows, "COLUMNS": COLUMNS}
     return Call(kernel, -(-tokens // LAUNCH.rows), (source, home_NJ, out, tokens), constants, LAUNCH)

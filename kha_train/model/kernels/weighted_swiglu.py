@@ -82,6 +82,7 @@ def backward_call(gate_up_MX: Tensor, weight_NJ: Tensor, order_M: Tensor, grad_M
 
 
 def _call(kernel: object, arguments: tuple[Tensor | int, ...], rows: int, width: int) -> Call:
+    assert all(argument.is_contiguous() for argument in arguments if isinstance(argument, Tensor))
     constants = {"F": width, "ROWS": LAUNCH.rows, "COLUMNS": COLUMNS}
     return Call(kernel, -(-rows // LAUNCH.rows), arguments, constants, LAUNCH)
 

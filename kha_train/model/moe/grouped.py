@@ -77,7 +77,8 @@ def place(expert_NJ: Tensor, load_E: Tensor) -> Placement:
 def grouped(x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: Tensor, routing: Routing, kernels: str = "torch") -> Tensor:
     """The weighted sum of every token's experts, [N, D]. fp32 and bf16. `kernels`: `torch` or `triton`."""
     placement = place(routing.expert_NJ, routing.load_E)
-    out_ND, _ = grouped_experts(x_ND, gate_up_EDX, down_EFD, routing.weight_NJ, *placement, kernels)
+    x_ND, weight_NJ = x_ND.contiguous(), routing.weight_NJ.contiguous()
+    out_ND, _ = grouped_experts(x_ND, gate_up_EDX, down_EFD, weight_NJ, *placement, kernels)
     return out_ND
 
 

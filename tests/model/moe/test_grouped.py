@@ -102,6 +102,16 @@ def test_it_equals_the_loop_for_any_number_of_experts_a_token(top_k: int, tokens
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_tokens_and_weights_may_lie_anyhow_in_memory() -> None:
+    leaves, routing = problem()
+    lying = [leaf.detach().t().contiguous().t().requires_grad_() for leaf in (leaves[0], leaves[3])]
+    answers = []
+    for x_ND, weight_NJ in ((leaves[0], leaves[3]), lying):
+        out = grouped(x_ND, *leaves[1:3], routing._replace(weight_NJ=weight_NJ))
+        answers.append((out, *torch.autograd.grad(out.square().sum(), (x_ND, *leaves[1:3], weight_NJ))))
+    assert all(torch.equal(expected, found) for expected, found in zip(*answers, strict=True))
+
+
 def test_bf16_is_as_close_to_fp32_as_bf16_can_be() -> None:
     answers = []
     for dtype in (torch.float32, torch.bfloat16):
