@@ -227,8 +227,9 @@ def lines_around(report: SpikeReport, event: SpikeEvent) -> list[dict[str, Any]]
 
 
 def _is_of(line: dict[str, Any], event: SpikeEvent) -> bool:
-    """Whether a line that a rewind undid is one of those in which `event` happened."""
-    return event.samples_first <= line["samples_first"] <= event.samples_last
+    """Whether a discarded line is one of those in which `event` happened, undone by a rewind."""
+    inside = event.samples_first <= line["samples_first"] <= event.samples_last
+    return inside and line["discarded_reason"].startswith(UNDONE)
 
 
 def _gap(curve: LossCurve, reference: LossCurve) -> dict[str, Any]:

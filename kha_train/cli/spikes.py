@@ -14,7 +14,7 @@ from rich.table import Table
 from kha_train.analysis.spikes import SpikeReport, across_runs, evidence_of, lines_around, read_curve, score_curve
 from kha_train.analysis.spikes_plot import plot_spikes
 from kha_train.analysis.spikes_text import batch_texts
-from kha_train.errors import KhaError
+from kha_train.errors import ConfigError, KhaError
 
 EVENT_COLUMNS = {
     "step": "start_step", "class": "class", "width": "width", "height": "height", "area": "area",
@@ -41,6 +41,9 @@ def spikes(
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
     """Score curves for loss spikes: events, rates with intervals, published scores; several runs also together."""
+    if len(curves) > 1 and (event is not None or plot is not None):
+        field = "--event" if event is not None else "--plot"
+        raise ConfigError("takes one curve", field=field, value=len(curves), fix="name one curve at a time")
     reports = [score_curve(read_curve(path, planned or ()), rewound) for path in curves]
     if plot is not None:
         plot_spikes(reports[0], plot)

@@ -126,6 +126,15 @@ def test_a_file_that_is_no_curve_is_one_clear_line(
     assert ended.value.code == code and word in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("option", [("--plot", "p.png"), ("--event", "1")])
+def test_one_picture_or_event_of_several_curves_is_refused(
+    option: tuple[str, str], csv_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(["spikes", str(csv_file), str(csv_file), *option])
+    assert ended.value.code == 2 and "one curve at a time" in capsys.readouterr().err
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path, small: list[str], calm, observed) -> Path:
     """A run directory with one spike, at step 150, and the evidence of its opening."""
@@ -190,6 +199,11 @@ def test_a_rewound_and_a_surviving_event_at_one_step_show_their_own(kha: Kha, tm
         (150, 80),
         (150, 0),
     ]
+    steps = [[line["step"] for line in one["around"]] for one in told]
+    losses = [{line["step"]: line["train/loss"] for line in one["around"]} for one in told]
+    # Of the undone event the run had only three steps.
+    assert steps == [list(range(141, 152)), list(range(145, 156)), list(range(145, 151))]
+    assert [seen[150] for seen in losses[1:]] == [5.0, 5.0]
     answer = json.loads(kha(run_dir, "--json"))
     assert [event["rewound"] for event in answer["events"]] == [False, False, True]
     assert (answer["summary"]["steps"], answer["summary"]["tokens"]) == (203, 203_000), "150..152 were done twice"
