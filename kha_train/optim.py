@@ -4,21 +4,43 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from kha_train.config.schema import OptimSection
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class AdamW(torch.optim.AdamW):
-    """torch's, step for step, without the decorator that imports torch's compiler at the first step: seconds."""
+    """torch's, step for step, without the decorator that imports torch's compiler at the first step: seconds.
+
+    Moments that are kept in bf16 are widened for their step and rounded after it, one parameter group at a time.
+    """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: None = None) -> None:
         """One step of every parameter that has a gradient."""
-        return inspect.unwrap(torch.optim.AdamW.step)(self, closure)
+        assert closure is None, "a loss is never computed again here"
+        groups = self.param_groups
+        for group in groups:
+            self.param_groups = [group]
+            narrow = [
+                (self.state[parameter], name)
+                for parameter in group["params"]
+                if parameter.grad is not None
+                for name in MOMENTS
+                if name in self.state[parameter] and self.state[parameter][name].dtype == torch.bfloat16
+            ]
+            kept = [state[name] for state, name in narrow]
+            for state, name in narrow:
+                state[name] = state[name].float()
+            inspect.unwrap(torch.optim.AdamW.step)(self)
+            for (state, name), moment in zip(narrow, kept, strict=True):
+                state[name] = moment.copy_(state[name])
+        self.param_groups = groups
 
 
 def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:

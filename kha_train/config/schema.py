@@ -193,6 +193,7 @@ class EngineSection:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     grad_accum_dtype: Literal["fp32", "bf16"] = "fp32"
+    moment_dtype: Literal["fp32", "bf16"] = "fp32"
     kernels: Literal["auto", "torch", "triton"] = "auto"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: Literal["none", "block"] = "none"

@@ -78,6 +78,8 @@ NOT_NEGATIVE = (
     "profile.last_step",
 )
 
+MOST_BETA2_IN_BF16 = 0.99
+
 
 def validate(config: RunConfig) -> None:
     """Everything that can be judged from the configuration alone. Raises ConfigError."""
@@ -249,6 +251,14 @@ def _engine(config: RunConfig) -> None:
             field="engine.grad_accum_dtype",
             value="bf16",
             fix="engine.grad_accum_dtype=fp32 or engine.precision=bf16",
+        )
+    if engine.moment_dtype == "bf16" and config.optim.betas[1] > MOST_BETA2_IN_BF16:
+        raise ConfigError(
+            "a second moment that moves by less than 1/256 of itself a step stands still in bf16",
+            field="optim.betas",
+            value=list(config.optim.betas),
+            allowed=f"a second beta of at most {MOST_BETA2_IN_BF16}",
+            fix="optim.betas=[0.9,0.95] or engine.moment_dtype=fp32",
         )
     if engine.compile == "block" and engine.zero_stage == 3:
         raise ConfigError(

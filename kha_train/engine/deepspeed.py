@@ -233,11 +233,12 @@ class Engine:
 
     def _start_moments(self) -> None:
         """Zero moments from the start, so that a checkpoint of any step holds them and memory is taken once."""
+        dtype = torch.bfloat16 if self.config.engine.moment_dtype == "bf16" else torch.float32
         for master in self._flat_masters():
             self._optimizer.optimizer.state[master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                "exp_avg": torch.zeros_like(master, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
+                "exp_avg": torch.zeros_like(master, dtype=dtype, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(master, dtype=dtype, requires_grad=False),
             }
 
     def _norm_before_step(self) -> Tensor:

@@ -2,8 +2,9 @@
 
 Every term is a formula over counts, and follows what DeepSpeed 0.19 really holds: fp32 training keeps a second fp32
 copy as masters; ZeRO 1 with fp32 accumulation of bf16 gradients keeps a whole fp32 gradient on every rank; ZeRO 2 holds
-every gradient whole of which a part is this rank's. A step peaks either when the backward starts (activations and
-loss) or when it ends (gradients and their buckets). Measured peaks: docs/plan.md.
+every gradient whole of which a part is this rank's. A step peaks when the backward starts (activations and loss), when
+it ends (gradients and their buckets), or while the optimiser steps (fp32 copies of one group). Measured peaks:
+docs/plan.md.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class MemoryPlan:
     `parameters` in the training dtype (under ZeRO 3 its share, and another with a second sharding within the node) ·
     `gathered` whole parameters ZeRO 3 holds for a while · `gradients` · `optimizer` fp32 masters and both moments ·
     `buckets` of the gradient reduction · `activations` that wait for the backward · `loss` logits of a chunk and the
-    fp32 gradient of the head · `runtime`.
+    fp32 gradient of the head · `step` fp32 copies of one parameter group · `runtime`.
     """
 
     moment: str
@@ -61,7 +62,7 @@ def plan_memory(config: RunConfig) -> MemoryPlan:
     states = {
         "parameters": width * total // (ranks if sharded else 1) + (width * total // second if second > 1 else 0),
         "gathered": width * min(total, MAX_LIVE_PARAMETERS) if sharded else 0,
-        "optimizer": 12 * total // ranks,
+        "optimizer": (8 if engine.moment_dtype == "bf16" else 12) * total // ranks,
         "runtime": RUNTIME_BYTES[config.cluster.device],
     }
     before, after = _gradients(config, total)
@@ -71,7 +72,11 @@ def plan_memory(config: RunConfig) -> MemoryPlan:
     buckets = _buckets(config, total, width)
     start = {"gradients": before, "buckets": buckets[0], "activations": waiting, "loss": loss}
     end = {"gradients": after, "buckets": buckets[1], "activations": min(waiting, last), "loss": 0}
-    moments = MemoryPlan("the backward starts", states | start), MemoryPlan("the backward ends", states | end)
+    moments = (
+        MemoryPlan("the backward starts", states | start),
+        MemoryPlan("the backward ends", states | end),
+        MemoryPlan("the optimiser steps", states | {"gradients": after, "step": _step(config)}),
+    )
     return max(moments, key=lambda moment: moment.total)
 
 
@@ -143,7 +148,7 @@ RECIPES = (
     Recipe("fp32: parameters, gradients, masters, moments", 4, 4, 12, True),
     Recipe("bf16, gradients accumulated in fp32", 2, 6, 12, True),
     Recipe("bf16, gradients in bf16", 2, 2, 12, True),
-    Recipe("bf16 with bf16 moments", 2, 2, 8, False),
+    Recipe("bf16 with bf16 moments", 2, 2, 8, True),
     Recipe("bf16 throughout, no masters", 2, 2, 4, False),
     Recipe("bf16, optimiser offloaded to the host", 2, 2, 0, False),
 )
@@ -190,10 +195,19 @@ def _touched(config: RunConfig) -> int:
     A group is the matrices of one layer in the order of the module, cut into equal shares; ZeRO 2 keeps a gradient
     whole when the share begins or ends inside it.
     """
-    model, moe, ranks = config.model, config.moe, config.cluster.devices
+    groups, ranks = _groups(config), config.cluster.devices
+    # What a share touches changes only from one that holds a border of a matrix to its neighbours.
+    borders = {int(end * ranks / sum(sizes)) for _, sizes in groups for end in itertools.accumulate(sizes)}
+    near = {rank + step for rank in borders | {0} for step in (-1, 0, 1)} & set(range(ranks))
+    return max(sum(times * _overlap(sizes, rank, ranks) for times, sizes in groups) for rank in near)
+
+
+def _groups(config: RunConfig) -> list[tuple[int, list[int]]]:
+    """The parameter groups of matrices: how many there are of a kind, and the sizes of the matrices of one."""
+    model, moe = config.model, config.moe
     attention = config.attention.base.parameters(model.hidden_size)
     expert, vocabulary = model.hidden_size * moe.expert_width, model.vocab_size * model.hidden_size
-    groups = [
+    return [
         (1, [vocabulary] if model.tie_embeddings else [vocabulary, vocabulary]),
         (
             moe_layers(config),
@@ -211,10 +225,14 @@ def _touched(config: RunConfig) -> int:
             [*[attention // 4] * 4, 2 * model.hidden_size * moe.dense_width, model.hidden_size * moe.dense_width],
         ),
     ]
-    # What a share touches changes only from one that holds a border of a matrix to its neighbours.
-    borders = {int(end * ranks / sum(sizes)) for _, sizes in groups for end in itertools.accumulate(sizes)}
-    near = {rank + step for rank in borders | {0} for step in (-1, 0, 1)} & set(range(ranks))
-    return max(sum(times * _overlap(sizes, rank, ranks) for times, sizes in groups) for rank in near)
+
+
+def _step(config: RunConfig) -> int:
+    """What the optimiser holds while it steps, one group after another: its gradients in fp32, and its moments widened
+    when they are kept in bf16."""
+    largest = max(sum(sizes) for times, sizes in _groups(config) if times)
+    widened = 8 if config.engine.moment_dtype == "bf16" else 0
+    return (4 + widened) * largest // config.cluster.devices
 
 
 def _overlap(sizes: list[int], rank: int, ranks: int) -> int:

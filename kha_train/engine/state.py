@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from kha_train.optim import MOMENTS
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Fragment:
     """A contiguous run of one parameter: `views[kind]` are 1-D fp32 tensors that share memory with the optimizer.
 
     `start` counts elements of the flattened parameter of global `shape`; kinds are master, exp_avg, exp_avg_sq.
+    Where `engine.moment_dtype` says so, the views of the moments are bf16.
     """
 
     name: str

@@ -211,6 +211,8 @@ def _candidates(config: RunConfig) -> list[_Change]:
         offer("zero_stage", 3, "parameters are gathered in every micro-batch")
     if uses_bf16(config) and engine.grad_accum_dtype == "fp32":
         offer("grad_accum_dtype", "bf16", "gradients are summed in bf16")
+    if engine.moment_dtype == "fp32":
+        offer("moment_dtype", "bf16", "both moments are rounded to bf16 after every step")
     return found
 
 

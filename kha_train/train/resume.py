@@ -81,7 +81,8 @@ def pieces(engine: Engine, to_host: Callable[[Tensor], Tensor] = Tensor.cpu) -> 
     """This rank's share of masters and moments as a checkpoint stores it; `to_host` brings a 1-D view to the CPU."""
     for fragment in engine.fragments():
         for kind, view in fragment.views.items():
-            yield Piece(fragment.name, kind, fragment.shape, fragment.start, to_host(view))
+            # Moments kept in bf16 are stored as fp32, which holds them exactly.
+            yield Piece(fragment.name, kind, fragment.shape, fragment.start, to_host(view.float()))
 
 
 def check_belongs(config: RunConfig, checkpoint: Checkpoint, content_ids: dict[str, str]) -> None:

@@ -454,6 +454,7 @@ CHANGES: dict[str, Change] = {
     "engine.kernels": ("triton", way_of_the_norm),
     "engine.activation_checkpointing": ("full", forwards_of_a_block),
     "engine.compile": ("block", compiled_blocks),
+    "engine.moment_dtype": ("bf16", planned),
     "profile.first_step": (1, profiled, "profile.last_step=2"),
     "profile.last_step": (3, profiled, "profile.first_step=1", "profile.last_step=2"),
     "profile.memory": ("true", profiled, "profile.first_step=1", "profile.last_step=1"),
