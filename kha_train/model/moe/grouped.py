@@ -106,14 +106,14 @@ def run_backward(
     order_M, home_NJ, ends_E = placement
     grad_MD = kernels.permute(grad_ND, order_M, home_NJ)
     grad_MF = grouped_product(grad_MD, down_EFD.transpose(1, 2), offs=ends_E)
-    found = kernels.activate_backward(gate_up_MX, weight_NJ, order_M, grad_MF)
-    grad_down_EFD = grouped_product(found.hidden_MF.t(), grad_MD, offs=ends_E)
-    del grad_MD, grad_MF
+    hidden_MF, grad_MX, grad_weight_NJ = kernels.activate_backward(gate_up_MX, weight_NJ, order_M, grad_MF)
+    grad_down_EFD = grouped_product(hidden_MF.t(), grad_MD, offs=ends_E)
+    del grad_MD, grad_MF, hidden_MF
     x_MD = kernels.permute(x_ND, order_M, home_NJ)
-    grad_gate_up_EDX = grouped_product(x_MD.t(), found.gate_up_MX, offs=ends_E)
+    grad_gate_up_EDX = grouped_product(x_MD.t(), grad_MX, offs=ends_E)
     del x_MD
-    grad_MD = grouped_product(found.gate_up_MX, gate_up_EDX.transpose(1, 2), offs=ends_E)
-    return kernels.combine(grad_MD, home_NJ), grad_gate_up_EDX, grad_down_EFD, found.weight_NJ
+    grad_MD = grouped_product(grad_MX, gate_up_EDX.transpose(1, 2), offs=ends_E)
+    return kernels.combine(grad_MD, home_NJ), grad_gate_up_EDX, grad_down_EFD, grad_weight_NJ
 
 
 @torch.library.custom_op("kha_train::grouped_experts", mutates_args=())
@@ -150,9 +150,8 @@ def grouped_experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`run_backward` as one node of a graph."""
     placement = Placement(order_M, home_NJ, ends_E)
-    return run_backward(
-        grad_ND, x_ND, gate_up_EDX, down_EFD, weight_NJ, placement, gate_up_MX, KERNELS[kernels]
-    )  # fmt: skip
+    given = (x_ND, gate_up_EDX, down_EFD, weight_NJ, placement, gate_up_MX)
+    return run_backward(grad_ND, *given, KERNELS[kernels])
 
 
 @grouped_experts.register_fake
