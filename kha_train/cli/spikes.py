@@ -41,9 +41,8 @@ def spikes(
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
     """Score curves for loss spikes: events, rates with intervals, published scores; several runs also together."""
-    if len(curves) > 1 and (event is not None or plot is not None):
-        field = "--event" if event is not None else "--plot"
-        raise ConfigError("takes one curve", field=field, value=len(curves), fix="name one curve at a time")
+    if event is not None or plot is not None:
+        _refuse_several(curves, "--event" if event is not None else "--plot")
     reports = [score_curve(read_curve(path, planned or ()), rewound) for path in curves]
     if plot is not None:
         plot_spikes(reports[0], plot)
@@ -66,6 +65,12 @@ def spikes(
         _print_together(answer, console)
     if plot is not None:
         console.print(f"plot: {plot}", markup=False)
+
+
+def _refuse_several(curves: list[Path], option: str) -> None:
+    """Raises ConfigError when `option`, which is about one curve, is asked of several."""
+    if len(curves) > 1:
+        raise ConfigError("takes one curve", field=option, value=len(curves), fix="name one curve at a time")
 
 
 def _event(report: SpikeReport, number: int) -> dict[str, Any]:
