@@ -12,6 +12,7 @@ import io
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -38,8 +39,20 @@ class Foreign(NamedTuple):
     ends: np.ndarray | None
 
 
-def open_packed(path: Path) -> IO[bytes]:
-    """The bytes of a file, unpacked when its name ends with .gz or .zst. Raises ConfigError when .zst needs pyarrow."""
+@contextmanager
+def open_packed(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, unpacked when its name ends with .gz or .zst. Raises ConfigError when .zst needs pyarrow,
+    DataError when the file is damaged or cannot be read."""
+    try:
+        with _unpacked(path) as file:
+            yield file
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"cannot be read: {error}", field=str(path), fix="copy the file again, or leave it out"
+        ) from error
+
+
+def _unpacked(path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":

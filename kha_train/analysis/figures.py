@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,20 @@ def draw(name: str, curves: Sequence[Curve], *, x_label: str, y_label: str, band
         file = io.StringIO()
         FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
     return _for_page(file.getvalue(), name)
+
+
+def save_bars(path: Path, counts: Mapping[str, int], *, x_label: str, y_label: str) -> None:
+    """Draw one bar a class of `counts`, in order, into a PNG file. Raises OSError when it cannot be written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE_INCHES, layout="constrained", dpi=150)
+    axes = figure.add_subplot()
+    axes.bar(range(len(counts)), list(counts.values()), color="tab:blue")
+    axes.set_xticks(range(len(counts)), list(counts), rotation=45, ha="right")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    FigureCanvasAgg(figure).print_png(path)
 
 
 def thin(x_N: np.ndarray, y_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,8 +2,9 @@
 
 Peers live in an environment of their own, made once under a cache directory, its torch held to ours. All read the same
 200 M random uint16 tokens in lognormal documents (mean 835) from warm local files, one process, one thread, rows of
-4096, batches of 8, int64, globally shuffled. Loaders run one after another, `rounds` times over, so that a busy machine
-is busy for all. A figure is the median of the rounds. `cast` is no loader: it reads in order and widens.
+4096, batches of 8, int64, shuffled. Loaders run one after another, `rounds` times over, so that a busy machine is busy
+for all. A figure is the median of the rounds. `cast` is no loader: it reads in order and widens. The same work is:
+shuffled rows as int64 tensors, no document borders, no integrity checks; what ours does besides stands below it.
 """
 
 from __future__ import annotations
@@ -22,15 +23,25 @@ from typing import Any
 
 import numpy as np
 
-from kha_train.data.manifest import MANIFEST_NAME, TokenizerEntry
+from kha_train.bench.peer_loaders import PEERS
+from kha_train.data.manifest import TokenizerEntry
+from kha_train.data.shards import ShardSet
 from kha_train.data.writer import prepare, publish_dataset, write_shard
 from kha_train.errors import KhaError
 
 VOCAB, SHARDS, BATCH, SEQ_LEN = 50_304, 8, 8, 4096
 MEAN_DOCUMENT = 835
 TRILLIONTH = 10**12 // BATCH
-PEERS = ("datatrove", "grain")
-_WORKER = Path(__file__).with_name("loaders.py")
+_PACKAGES = (
+    ("datatrove",),
+    ("litdata",),
+    ("grain",),
+    ("ai2-olmo-core",),
+    ("megatron-core",),
+    ("mosaicml-streaming", "transformers<5"),
+)
+"""What makes the peers; one that does not install leaves the others alone."""
+_ROOT = Path(__file__).parents[2]
 _PLAIN = {"isolate_documents": False, "check_crc": False, "reader": "memory_map"}
 OURS: dict[str, dict[str, Any]] = {
     "ours": _PLAIN,
@@ -48,41 +59,65 @@ def run_bench(
     Raises KhaError when our own loader fails.
     """
     root = cache / f"tokens-{tokens}"
-    if not (root / "ours" / MANIFEST_NAME).exists():
+    if not _is_whole(root / "ours"):
         say(f"writing {tokens:,} tokens to {root}")
+        shutil.rmtree(root, ignore_errors=True)
         write_tokens(root, tokens)
-    say("installing peers into an environment of their own")
-    python = install_peers(cache / "peers")
+    say("installing peers into an environment of their own (once)")
+    python = install_peers(cache / "peers", say)
     found: dict[str, list[dict[str, Any]]] = {}
     missing: dict[str, str] = {}
-    loaders = {"cast": {}, **OURS, **{peer: {} for peer in (*PEERS, "datatrove_loader")}}
-    for _ in range(rounds):
-        for name, options in loaders.items():
-            ours = name in OURS or name == "cast"
-            request = {
-                "loader": "ours" if name in OURS else name,
-                "root": str(root),
-                "batch": BATCH,
-                "seq_len": SEQ_LEN,
-                "vocab": VOCAB,
-                "options": options,
-                "tokens": tokens,
-                "cpu_seconds": cpu_seconds,
-                "seek": [3000, TRILLIONTH] if name in OURS else [3000],
-                "started": time.time(),
-            }
-            ended = _run(sys.executable if ours else python, request)
-            if isinstance(ended, str):
-                if name in OURS:
-                    raise KhaError(f"the loader failed: {ended}", field=name)
-                missing[name] = ended
-            else:
+    ours, theirs = {"cast": {}, **OURS}, {peer: {} for peer in PEERS}
+    for peer in PEERS:
+        say(f"preparing {peer}")
+        ended = _run(python, _request(root, peer, {}, tokens, cpu_seconds, only_prepare=True))
+        if isinstance(ended, str):
+            missing[peer] = ended
+    for number in range(rounds):
+        for name, options in {**ours, **theirs}.items():
+            if name in missing:
+                continue
+            say(f"round {number + 1} of {rounds}: {name}")
+            loader = "ours" if name in OURS else name
+            ended = _run(
+                sys.executable if name in ours else python, _request(root, loader, options, tokens, cpu_seconds)
+            )
+            if not isinstance(ended, str):
                 found.setdefault(name, []).append(ended)
+            elif name in ours:
+                raise KhaError(f"the loader failed: {ended}", field=name)
+            else:
+                missing[name] = ended
     return {"loaders": {name: _median(figures) for name, figures in found.items()}, "missing": missing}
 
 
+def _is_whole(directory: Path) -> bool:
+    """Whether there are shards of today's format."""
+    try:
+        ShardSet.open(directory).document_ends(0, 0, 1)
+    except KhaError:
+        return False
+    return True
+
+
+def _request(
+    root: Path, loader: str, options: dict[str, Any], tokens: int, cpu_seconds: float, *, only_prepare: bool = False
+) -> dict[str, Any]:
+    return {
+        "loader": loader,
+        "root": str(root),
+        "shape": {"B": BATCH, "L": SEQ_LEN, "vocab": VOCAB},
+        "options": options,
+        "tokens": tokens,
+        "cpu_seconds": cpu_seconds,
+        "seek": [3000, TRILLIONTH] if loader == "ours" else [3000],
+        "only_prepare": only_prepare,
+        "started": time.time(),
+    }
+
+
 def write_tokens(root: Path, tokens: int) -> None:
-    """The common tokens: our shards, and datatrove's files beside them."""
+    """The common tokens: our shards, of which each peer makes its own format."""
     generator = np.random.default_rng(0)
     prepare(root / "ours", overwrite=True)
     size, entries = tokens // SHARDS, []
@@ -95,23 +130,22 @@ def write_tokens(root: Path, tokens: int) -> None:
         contents = ((part, len(part)) for part in documents)
         entries.append(write_shard(root / "ours", index, contents, vocab_size=VOCAB, dtype="uint16"))
     entry = TokenizerEntry("synthetic", VOCAB, "0" * 64, None, {}, (1,) * VOCAB)
-    (root / "datatrove").mkdir(exist_ok=True)
-    for path in sorted((root / "ours").glob("*.tok")):
-        shutil.copy(path, root / "datatrove" / f"{path.stem}.ds")
-        shutil.copy(path.with_suffix(".doc"), root / "datatrove" / f"{path.stem}.ds.index")
     publish_dataset(root / "ours", entries, entry, dtype="uint16", corpus={"source": "benchmark"})
 
 
-def install_peers(environment: Path) -> str:
+def install_peers(environment: Path, say: Callable[[str], None]) -> str:
     """The interpreter of an environment with the peers that install, torch held to ours; made once."""
     python = environment / "bin" / "python"
     if not (environment / "ready").exists():
         subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
         constraints = environment / "constraints.txt"
-        constraints.write_text(f"torch=={version('torch')}\n")
+        # mosaicml-streaming needs NumPy below 2.2; one environment serves all.
+        constraints.write_text(f"torch=={version('torch')}\nnumpy<2.2\n")
         pip = [str(python), "-m", "pip", "install", "-q", "-c", str(constraints)]
-        for package in ("torch", *PEERS):
-            subprocess.run([*pip, package], check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for packages in (("torch", "numpy"), *_PACKAGES):
+            ended = subprocess.run([*pip, *packages], capture_output=True, text=True, check=False)
+            if ended.returncode:
+                say(f"{packages[0]} does not install: {(ended.stderr.strip().splitlines() or ['?'])[-1]}")
         (environment / "ready").touch()
     return str(python)
 
@@ -119,28 +153,39 @@ def install_peers(environment: Path) -> str:
 def format_table(result: dict[str, Any]) -> str:
     """The figures as text, each loader's speed also as a multiple of the fastest peer's."""
     figures = result["loaders"]
-    fastest = max((f["million_tokens_per_cpu_second"] for n, f in figures.items() if n in PEERS), default=float("nan"))
-    lines = [f"{'loader':<42}{'M tok/CPU-s':>12}{'x peer':>8}{'M tok/s':>9}{'first s':>9}{'MB':>6}  seek ms"]
+    speeds = {name: f["million_tokens_per_cpu_second"] for name, f in figures.items()}
+    peers = {name: speed for name, speed in speeds.items() if name in PEERS}
+    fastest = max(peers.values(), default=float("nan"))
+    lines = [
+        f"{'loader':<42}{'M tok/CPU-s':>12}{'x peer':>8}{'CPU s':>8}{'M tok/s':>9}{'first s':>9}{'MB':>6}  seek ms"
+    ]
     for name, f in figures.items():
-        speed = f["million_tokens_per_cpu_second"]
         seek = " ".join(f"{ms:.2f}" for ms in f["seek_ms"]) or "-"
         lines.append(
-            f"{name:<42}{speed:>12.0f}{speed / fastest:>8.2f}{f['million_tokens_per_second']:>9.0f}"
-            f"{f['seconds_to_first_batch']:>9.1f}{f['private_mb']:>6.0f}  {seek}"
+            f"{name:<42}{speeds[name]:>12.0f}{speeds[name] / fastest:>8.2f}{f['cpu_seconds_for_all_tokens']:>8.2f}"
+            f"{f['million_tokens_per_second']:>9.0f}{f['seconds_to_first_batch']:>9.1f}{f['private_mb']:>6.0f}  {seek}"
         )
+    for name in [name for name in ("ours", "ours, pread") if name in speeds]:
+        ratios = "  ".join(f"{peer} {speeds[name] / speed:.1f}" for peer, speed in peers.items())
+        lines.append(f"{name}, times the speed of a peer at the same work:  {ratios}")
     return "\n".join([*lines, *(f"{name}: not measured: {why}" for name, why in result["missing"].items())])
 
 
 def _run(python: str, request: dict[str, Any]) -> dict[str, Any] | str:
     """The worker's answer, or the last line of its complaint."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    scratch = Path(request["root"]) / "scratch"
+    scratch.mkdir(exist_ok=True)
+    # Peers clean up where they think their temporary files lie: those are here. -P: no file of ours shadows a module.
+    places = dict.fromkeys(("HOME", "TMPDIR", "DATA_OPTIMIZER_CACHE_FOLDER"), str(scratch))
+    environment = {**os.environ, **places, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     try:
         ended = subprocess.run(
-            [python, str(_WORKER)],
+            [python, "-P", "-m", "kha_train.bench.loaders"],
             input=json.dumps(request),
             capture_output=True,
             text=True,
             env=environment,
+            cwd=scratch,
             timeout=300,
             check=False,
         )
@@ -151,6 +196,12 @@ def _run(python: str, request: dict[str, Any]) -> dict[str, Any] | str:
 
 
 def _median(figures: list[dict[str, Any]]) -> dict[str, Any]:
-    keys = ("million_tokens_per_cpu_second", "million_tokens_per_second", "seconds_to_first_batch", "private_mb")
+    keys = (
+        "million_tokens_per_cpu_second",
+        "million_tokens_per_second",
+        "cpu_seconds_for_all_tokens",
+        "seconds_to_first_batch",
+        "private_mb",
+    )
     seek = [statistics.median(column) for column in zip(*(one["seek_ms"] for one in figures), strict=True)]
     return {key: statistics.median(one[key] for one in figures) for key in keys} | {"seek_ms": seek}

@@ -1,11 +1,11 @@
-"""One data loader, measured in a process of its own: `python loaders.py NAME` with a JSON request on standard input.
+"""One data loader, measured in a process of its own: a JSON request on standard input, one JSON line as the answer.
 
-Runs under the project's interpreter for ours and under the peers' own environment for theirs; peers are imported by
-name, because they are no dependency of this project. Every loader yields batches of int64 ids, globally shuffled.
-Answers with one JSON line: tokens a CPU-second and a second, seconds to the first batch, private memory, time to seek.
+Runs under the project's interpreter for ours and under the peers' own environment for theirs (`peer_loaders.py`). The
+answer: CPU-seconds and seconds for the tokens read, seconds to the first batch, private memory over that of importing
+torch alone, time to seek.
 """
 
-# B rows  L tokens of a row  W = L + 1
+# B rows  L tokens of a row
 
 from __future__ import annotations
 
@@ -13,53 +13,32 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from importlib import import_module
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
+from kha_train.bench.peer_loaders import PEERS, Opened, Shape
+
 WARM_UP = 30
-SEED = 1
 
 
-class Opened(NamedTuple):
-    """A loader: `batches` from its beginning; `seek(step)` gives the batches from that step on, None where the loader
-    cannot."""
-
-    batches: Iterator[torch.Tensor]
-    seek: Callable[[int], Iterator[torch.Tensor]] | None
-
-
-def _map_style(dataset: Any, order: np.ndarray, B: int, row: Callable[[Any], Any]) -> Opened:
-    """Batches of a dataset that is indexed by row number."""
-
-    def batches(step: int) -> Iterator[torch.Tensor]:
-        while True:
-            for first in range(step * B % (len(order) - B), len(order) - B + 1, B):
-                yield torch.stack([torch.as_tensor(row(dataset[int(i)])) for i in order[first : first + B]]).long()
-            step = 0
-
-    return Opened(batches(0), batches)
-
-
-def _ours(root: Path, B: int, L: int, vocab: int, **options: Any) -> Opened:
-    from dataclasses import replace
-
+def _ours(directory: Path, shape: Shape, *, everything: bool = False, **options: Any) -> Opened:
+    # Not at the top: the peers' environment has neither Hydra nor anything else of ours.
     from kha_train.config.compose import compose
     from kha_train.data.stream import open_stream
 
     base = compose()
-    everything = options.pop("everything", False)
-    data = replace(base.data, train=str(root / "ours"), global_batch_size=B, **options)
-    config = replace(base, model=replace(base.model, vocab_size=vocab, seq_len=L), data=data)
-
+    data = replace(base.data, train=str(directory), global_batch_size=shape.B, **options)
+    config = replace(base, model=replace(base.model, vocab_size=shape.vocab, seq_len=shape.L), data=data)
     stream = open_stream(config)
 
     def batches(step: int) -> Iterator[torch.Tensor]:
-        stream.samples_seen = step * B
+        """From `step` on, without end."""
+        stream.samples_seen = step * shape.B
         for batch in stream:
             if everything:
                 _ = batch.labels_BT, batch.positions_BT, batch.cu_seqlens_S, batch.max_seqlen
@@ -68,76 +47,46 @@ def _ours(root: Path, B: int, L: int, vocab: int, **options: Any) -> Opened:
     return Opened(batches(0), batches)
 
 
-def _cast(root: Path, B: int, L: int, vocab: int) -> Opened:
+def _cast(directory: Path, shape: Shape) -> Opened:
     """No loader: reads in order and widens. The speed of light of this machine."""
-    files = [np.memmap(path, dtype="<u2", mode="r") for path in sorted((root / "ours").glob("*.tok"))]
+    files = [np.memmap(path, dtype="<u2", mode="r") for path in sorted(directory.glob("*.tok"))]
+    count = shape.B * shape.L
 
-    def batches(step: int) -> Iterator[torch.Tensor]:
+    def batches() -> Iterator[torch.Tensor]:
+        """In order, without end."""
         while True:
             for file in files:
-                for first in range(0, len(file) - B * L, B * L):
-                    yield torch.from_numpy(file[first : first + B * L].astype(np.int64)).view(B, L)
+                for first in range(0, len(file) - count, count):
+                    yield torch.from_numpy(file[first : first + count].astype(np.int64)).view(shape.B, shape.L)
 
-    return Opened(batches(0), None)
-
-
-def _datatrove(root: Path, B: int, L: int, vocab: int) -> Opened:
-    module = import_module("datatrove.utils.dataset")
-    dataset = module.DatatroveFolderDataset(str(root / "datatrove"), L, token_size=2, shuffle=True, seed=SEED)
-    return _map_style(dataset, np.arange(len(dataset)), B, lambda item: item["input_ids"])
+    return Opened(batches(), None)
 
 
-def _datatrove_loader(root: Path, B: int, L: int, vocab: int) -> Opened:
-    """The same dataset as its users read it, through torch's DataLoader."""
-    module = import_module("datatrove.utils.dataset")
-    dataset = module.DatatroveFolderDataset(str(root / "datatrove"), L, token_size=2, shuffle=True, seed=SEED)
-
-    def batches(step: int) -> Iterator[torch.Tensor]:
-        while True:
-            for batch in torch.utils.data.DataLoader(dataset, batch_size=B, drop_last=True):
-                yield batch["input_ids"]
-
-    return Opened(batches(0), None)
-
-
-def _grain(root: Path, B: int, L: int, vocab: int) -> Opened:
-    grain = import_module("grain")
-    files = [np.memmap(path, dtype="<u2", mode="r") for path in sorted((root / "ours").glob("*.tok"))]
-    rows = [(len(file) - 1) // L for file in files]
-    ends = np.cumsum(rows)
-
-    class Source:
-        def __len__(self) -> int:
-            return int(ends[-1])
-
-        def __getitem__(self, index: int) -> np.ndarray:
-            shard = int(np.searchsorted(ends, index, side="right"))
-            start = (index - int(ends[shard]) + rows[shard]) * L
-            return files[shard][start : start + L + 1].astype(np.int64)
-
-    def batches(step: int) -> Iterator[torch.Tensor]:
-        data = grain.MapDataset.source(Source()).seed(SEED).shuffle().repeat().batch(B)
-        for number in range(step, len(data)):
-            yield torch.from_numpy(data[number])
-
-    return Opened(batches(0), batches)
-
-
-LOADERS: dict[str, Callable[..., Opened]] = {
-    "cast": _cast,
-    "ours": _ours,
-    "datatrove": _datatrove,
-    "datatrove_loader": _datatrove_loader,
-    "grain": _grain,
-}
+def open_loader(name: str, root: Path, shape: Shape, options: dict[str, Any]) -> Opened:
+    """The loader `name` over the tokens in `root`; a peer's own format is made when it is not there yet."""
+    if name == "cast":
+        return _cast(root / "ours", shape)
+    if name == "ours":
+        return _ours(root / "ours", shape, **options)
+    directory = root / name
+    ready = directory / "ready"
+    if not ready.exists():
+        directory.mkdir(exist_ok=True)
+        PEERS[name].write(root / "ours", directory, shape)
+        ready.touch()
+    return PEERS[name].open(directory, shape)
 
 
 def measure(request: dict[str, Any], started: float) -> dict[str, Any]:
     """Run the loader of `request` and return its figures."""
-    shape = {"B": request["batch"], "L": request["seq_len"], "vocab": request["vocab"]}
-    opened = LOADERS[request["loader"]](Path(request["root"]), **shape, **request["options"])
+    torch_alone = _private_mb()
+    shape = Shape(**request["shape"])
+    opened = open_loader(request["loader"], Path(request["root"]), shape, request["options"])
     first = next(opened.batches)
+    assert first.shape == (shape.B, shape.L) and first.dtype == torch.int64, (first.shape, first.dtype)
     seconds_to_first = time.time() - started
+    if request["only_prepare"]:
+        return {}
     for _ in range(WARM_UP):
         next(opened.batches)
     steps, begin = 0, (time.process_time(), time.perf_counter())
@@ -145,7 +94,8 @@ def measure(request: dict[str, Any], started: float) -> dict[str, Any]:
         next(opened.batches)
         steps += 1
     cpu, wall = time.process_time() - begin[0], time.perf_counter() - begin[1]
-    tokens = steps * shape["B"] * shape["L"]
+    private = _private_mb() - torch_alone
+    tokens = steps * first.numel()
     seek = []
     for target in request["seek"] if opened.seek else []:
         begin_seek = time.perf_counter()
@@ -154,9 +104,10 @@ def measure(request: dict[str, Any], started: float) -> dict[str, Any]:
     return {
         "million_tokens_per_cpu_second": tokens / cpu / 1e6,
         "million_tokens_per_second": tokens / wall / 1e6,
+        "cpu_seconds_for_all_tokens": cpu * request["tokens"] / tokens,
         "tokens": tokens,
         "seconds_to_first_batch": seconds_to_first,
-        "private_mb": _private_mb(),
+        "private_mb": private,
         "seek_ms": seek,
     }
 

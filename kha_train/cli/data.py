@@ -24,13 +24,13 @@ from kha_train.config.compose import load
 from kha_train.data.inspect import BORDER, decoder_of, digest, length_histogram, samples_of_step
 from kha_train.data.manifest import MANIFEST_NAME
 from kha_train.data.shards import ShardSet
-from kha_train.record import read_metrics, read_run
+from kha_train.record import read_events, read_metrics, read_run
 
 app = typer.Typer(name="data", help="Corpus, tokenizer, shards.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")]
 CorpusDir = Annotated[Path, typer.Option("--corpus", help="A directory made by `kha data corpus`.")]
-DatasetDir = Annotated[Path, typer.Argument(help="A dataset, or the directory of several (train/, validation/).")]
+DatasetDir = Annotated[str, typer.Argument(help="A dataset (a URL too), or the directory of several.")]
 
 
 @app.command()
@@ -78,12 +78,15 @@ def tokenize(
     out: Annotated[Path, typer.Option(help="Directory to write train/ and validation/ in.")],
     shard_bytes: Annotated[int, typer.Option(min=1, help="Bytes of JSONL in a shard.")] = SHARD_BYTES,
     workers: Annotated[int, typer.Option(min=1, help="Processes; the files do not depend on it.")] = 1,
+    encoder: Annotated[
+        str, typer.Option(help="sentencepiece, or gigatoken: faster, proven to give its ids.")
+    ] = "sentencepiece",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace datasets that are there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Encode a corpus into shards; the same command goes on where an interrupted one stopped."""
     total = sum(split_path(corpus_dir, split).stat().st_size for split in ("train", "validation"))
-    started = time.perf_counter()
+    started, used = time.perf_counter(), [encoder]
     with _progress("tokenizing", total) as advance:
         manifests = encode_corpus(
             corpus_dir,
@@ -92,6 +95,8 @@ def tokenize(
             shard_bytes=shard_bytes,
             workers=workers,
             overwrite=overwrite,
+            encoder=encoder,
+            say=lambda text: used.append(text),
             progress=advance,
         )
     answer = {
@@ -105,7 +110,8 @@ def tokenize(
         }
         for split, made in manifests.items()
     }
-    _answer({**answer, "megabytes_per_second": round(total / 1e6 / (time.perf_counter() - started), 2)}, as_json)
+    speed = round(total / 1e6 / (time.perf_counter() - started), 2)
+    _answer({**answer, "encoder": used[-1], "megabytes_per_second": speed}, as_json)
 
 
 @app.command("import")
@@ -130,20 +136,21 @@ def verify(directory: DatasetDir, as_json: Json = False) -> None:
     for path in _datasets(directory):
         shards = ShardSet.open(path)
         shards.check_tokenizer()
-        with _progress(f"verifying {path.name}", shards.manifest.tokens) as advance:
+        with _progress(f"verifying {path}", shards.manifest.tokens) as advance:
             shards.token_counts(advance)
-        answer[str(path)] = {"ok": True, "tokens": shards.manifest.tokens, "content_id": shards.content_id}
+        answer[path] = {"ok": True, "tokens": shards.manifest.tokens, "content_id": shards.content_id}
     _answer(answer, as_json)
 
 
 @app.command()
 def inspect(
-    directory: Annotated[Path | None, typer.Argument(help="A dataset, or the directory of several.")] = None,
+    directory: Annotated[str | None, typer.Argument(help="A dataset (a URL too), or the directory of several.")] = None,
     samples: Annotated[int, typer.Option(min=0, help="Pieces of text to show.")] = 2,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a piece.")] = 128,
     run: Annotated[Path | None, typer.Option(help="Instead of a dataset: a run directory, with --step.")] = None,
     step: Annotated[int, typer.Option(min=0, help="The step whose samples to show.")] = 0,
     rank: Annotated[int, typer.Option(min=-1, help="Of this rank alone; -1: of all.")] = -1,
+    png: Annotated[Path | None, typer.Option(help="Draw the lengths of documents into this file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Statistics of a dataset and pieces of it, or the very samples of a step; document borders are shown as ‖."""
@@ -152,10 +159,18 @@ def inspect(
         return
     if directory is None:
         raise typer.BadParameter("name a dataset directory, or --run with --step")
-    answer = {}
-    for path in _datasets(directory):
+    answer, datasets = {}, _datasets(directory)
+    for path in datasets:
         shards = ShardSet.open(path)
-        answer[str(path)] = {**_statistics(shards), "samples": list(_samples(shards, samples, tokens))}
+        answer[path] = {**_statistics(shards), "samples": list(_samples(shards, samples, tokens))}
+        if png is not None:
+            from kha_train.analysis.figures import save_bars
+
+            name = path.rstrip("/").rpartition("/")[2]
+            target = png if len(datasets) == 1 else png.with_stem(f"{png.stem}-{name}")
+            counts = answer[path]["documents_by_tokens"]
+            save_bars(target, counts, x_label="tokens of a document", y_label=f"documents in {name}")
+            answer[path]["png"] = str(target)
     _answer(answer, as_json)
 
 
@@ -166,12 +181,14 @@ def _samples_of_run(run: Path, step: int, rank: int) -> Iterator[dict[str, Any]]
     attempts = {attempt["attempt"]: attempt for attempt in read_run(run)["attempts"]}
     part = {"rank": rank, "world_size": attempts[line["attempt"]]["world_size"]} if rank >= 0 else {}
     numbers = {"samples_first": line["samples_first"], "samples_last": line["samples_last"]}
-    return samples_of_step(load(run / "config.yaml"), **numbers, **part)
+    windows = [tuple(event["window"]) for event in read_events(run) if event["kind"] == "rewind"]
+    return samples_of_step(load(run / "config.yaml"), **numbers, **part, skip_windows=windows)
 
 
-def _datasets(directory: Path) -> list[Path]:
-    inside = sorted(path.parent for path in directory.glob(f"*/{MANIFEST_NAME}"))
-    return inside if inside and not (directory / MANIFEST_NAME).exists() else [directory]
+def _datasets(directory: str) -> list[str]:
+    local = Path(directory)
+    inside = sorted(str(path.parent) for path in local.glob(f"*/{MANIFEST_NAME}"))
+    return inside if inside and not (local / MANIFEST_NAME).exists() else [directory]
 
 
 def _statistics(shards: ShardSet) -> dict[str, Any]:

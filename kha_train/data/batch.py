@@ -20,9 +20,9 @@ class Batch:
     """Rows of one rank for one optimiser step, or a part of them.
 
     `step` counts optimiser steps from 0. `samples_B` (NumPy int64) are global sample numbers; -1 is a filler row whose
-    labels are all masked. `rows_BW` (NumPy int64) are the ids, each row with the one that follows its last token, and
-    `layout` says where segments end and which labels are masked. The tensors below are made when
-    first asked for.
+    labels are all masked. `rows_BW` are the ids as the dataset stores them (uint16 or uint32), each row with the one
+    that follows its last token, and `layout` says where segments end and which labels are masked. The tensors below are
+    made when first asked for.
     """
 
     step: int
@@ -32,13 +32,13 @@ class Batch:
 
     @cached_property
     def tokens_BT(self) -> torch.Tensor:
-        """The ids, int64; a view of the rows, so not contiguous."""
-        return torch.from_numpy(self.rows_BW[:, :-1])
+        """The ids, int64."""
+        return torch.from_numpy(self.rows_BW[:, :-1].astype(np.int64))
 
     @cached_property
     def labels_BT(self) -> torch.Tensor:
         """The id after each token, int64; IGNORE_LABEL where masked."""
-        labels_BT = self.rows_BW[:, 1:].copy()
+        labels_BT = self.rows_BW[:, 1:].astype(np.int64)
         labels_BT.reshape(-1)[self.layout.masked_M] = IGNORE_LABEL
         return torch.from_numpy(labels_BT)
 

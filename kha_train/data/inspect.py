@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -43,21 +43,31 @@ def length_histogram(shards: ShardSet) -> dict[str, int]:
 
 
 def samples_of_step(
-    config: RunConfig, *, samples_first: int, samples_last: int, rank: int = 0, world_size: int = 1
+    config: RunConfig,
+    *,
+    samples_first: int,
+    samples_last: int,
+    skip_windows: Iterable[tuple[int, int]] = (),
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[dict[str, Any]]:
     """The rows a step trained on (the part of `rank` of `world_size`): sample number, source, SHA-256 of its ids, text
-    with document borders. Raises ConfigError and DataError as `open_stream`, and ConfigError when a skip window lies
-    inside the step, whose samples are then not neighbours."""
+    with document borders. `skip_windows` are those the run knows of. Raises ConfigError when the step's numbers follow
+    neither from them nor without them, and ConfigError and DataError as `open_stream`."""
     from kha_train.data.stream import open_stream  # needs torch, which statistics of a dataset do not
 
-    if samples_last - samples_first + 1 != config.data.global_batch_size:
+    jumped = samples_last - samples_first + 1 != config.data.global_batch_size
+    stream = open_stream(
+        config, rank, world_size, samples_seen=samples_first, skip_windows=skip_windows if jumped else ()
+    )
+    batch = next(stream)
+    if stream.samples_seen - 1 != samples_last:
         raise ConfigError(
-            "this step jumped a skip window: its samples are not neighbours",
+            f"{config.data.global_batch_size} samples from there end at {stream.samples_seen - 1}",
             field="step",
             value=(samples_first, samples_last),
+            fix="config.yaml, metrics.jsonl and events.jsonl must be of one run",
         )
-    stream = open_stream(config, rank, world_size, samples_seen=samples_first)
-    batch = next(stream)
     sources_N, rows_N = stream.samples.locate(batch.samples_B)
     decoders = [decoder_of(source.rows.shards) for source in stream.samples.sources]
     T = config.model.seq_len

@@ -30,9 +30,9 @@ class Layout(NamedTuple):
         starts = np.searchsorted(self.masked_M, places).tolist()
         borders, places = np.searchsorted(self.borders_S, places).tolist(), places.tolist()
         for i, place in enumerate(places[:-1]):
+            masked_M = self.masked_M[starts[i] : starts[i + 1]]
             yield Layout(
-                self.borders_S[borders[i] : borders[i + 1] + 1] - place,
-                self.masked_M[starts[i] : starts[i + 1]] - place,
+                self.borders_S[borders[i] : borders[i + 1] + 1] - place, masked_M - place if len(masked_M) else masked_M
             )
 
 
@@ -70,6 +70,10 @@ class ConcatRows:
             return Layout(row_ends, np.empty(0, dtype=np.int64))
         ends = self.shards.ends_in_rows(*self._grid.locate(rows_N), T)
         return Layout(np.union1d(row_ends, ends), ends - 1)
+
+    def expect(self, rows_N: np.ndarray) -> None:
+        """All rows that are known to be read, in their order."""
+        self.shards.expect(*self._grid.locate(rows_N), np.full(len(rows_N), self.seq_len + 1))
 
     def read(self, rows_N: np.ndarray) -> np.ndarray:
         """The ids of rows, [N, T + 1] in the dataset's dtype. Raises DataError when they are damaged."""

@@ -23,8 +23,10 @@ from kha_train.data import manifest as manifests
 from kha_train.data.canonical import sha256_of_file
 from kha_train.data.files import READERS, RESTORE, Files
 from kha_train.data.manifest import CRC_BLOCK_BYTES, DTYPE_BYTES, ENDS_PER_BLOCK, FileEntry, Manifest, ShardEntry
+from kha_train.data.remote import is_remote, open_remote
 from kha_train.errors import DataError
 
+CACHE, CACHE_GIB = "~/.cache/kha_train/data", 100.0
 _BLOCK_SHIFT = CRC_BLOCK_BYTES.bit_length() - 1
 _CHUNK_BYTES = 1 << 20
 _CACHED_ENDS_BLOCKS = 64
@@ -35,7 +37,7 @@ class _Shard:
 
     def __init__(self, index: int, entry: ShardEntry, files: Files, dtype: np.dtype, check_crc: bool) -> None:
         self.entry, self._index, self._files, self._check_crc = entry, index, files, check_crc
-        self._tok, self._width, self._dtype = entry.tok.file, dtype.itemsize, dtype
+        self._tok, self._offset, self._width, self._dtype = entry.tok.file, entry.tok_offset, dtype.itemsize, dtype
         blocks = -(-entry.tok.bytes // CRC_BLOCK_BYTES)
         self._checked = bytearray(-(-blocks // 8) if check_crc else 0)
         data = files.read(entry.crc.file, 0, entry.crc.bytes)
@@ -50,21 +52,21 @@ class _Shard:
                 field=files.path(entry.crc.file),
             )
 
-    def read_into(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` with the ids from token `start` on, their blocks checked."""
+    def read_into(self, start: int, out: memoryview) -> None:
+        """Fill `out` (of bytes) with the ids from token `start` on, their blocks checked."""
         first = start * self._width
         if self._check_crc:
-            for block in range(first >> _BLOCK_SHIFT, (first + out.nbytes - 1 >> _BLOCK_SHIFT) + 1):
+            for block in range(first >> _BLOCK_SHIFT, (first + len(out) - 1 >> _BLOCK_SHIFT) + 1):
                 if not self._checked[block >> 3] >> (block & 7) & 1:
                     self._check_block(block)
-        self._files.read_into(self._tok, self.entry.tok_offset + first, out)
+        self._files.read_into(self._tok, self._offset + first, out)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Ids [start, start + count), checked."""
         assert 0 <= start and count >= 0 and start + count <= self.entry.tokens, (start, count)
         ids = np.empty(count, dtype=self._dtype)
         if count:
-            self.read_into(start, ids)
+            self.read_into(start, memoryview(ids).cast("B"))
             self.check_largest(start, ids)
         ids.flags.writeable = False
         return ids
@@ -142,7 +144,7 @@ class _Shard:
     def _check_block(self, block: int) -> None:
         first = block * CRC_BLOCK_BYTES
         count = min(CRC_BLOCK_BYTES, self.entry.tok.bytes - first)
-        found = zlib.crc32(self._files.read(self._tok, self.entry.tok_offset + first, count))
+        found = zlib.crc32(self._files.read(self._tok, self._offset + first, count))
         self._compare_crc(self.entry.tok, first, found, block)
         self._checked[block >> 3] |= 1 << (block & 7)
 
@@ -196,12 +198,23 @@ class ShardSet:
 
     @classmethod
     def open(
-        cls, directory: str | Path, *, check_crc: bool = True, reader: str = "pread", field: str = "dataset"
+        cls,
+        directory: str | Path,
+        *,
+        check_crc: bool = True,
+        reader: str = "pread",
+        field: str = "dataset",
+        cache: str = CACHE,
+        cache_gib: float = CACHE_GIB,
     ) -> ShardSet:
         """Open a dataset; `reader` is a key of `files.READERS`, `field` the configuration key that named it.
 
-        Raises ConfigError when there is no dataset there, DataError when the manifest or a file's size is wrong.
+        A URL is read through blocks kept in the directory `cache`, of `cache_gib` GiB. Raises ConfigError when there is
+        no dataset there, DataError when the manifest or a file's size is wrong, and for a URL as `remote.open_remote`.
         """
+        if is_remote(str(directory)):
+            files, manifest = open_remote(str(directory), Path(cache).expanduser(), int(cache_gib * 2**30), field=field)
+            return cls(files, manifest, check_crc=check_crc, field=field)
         directory = Path(directory)
         manifest = manifests.load(directory, field=field)
         for shard in manifest.shards:
@@ -229,15 +242,36 @@ class ShardSet:
         return self._shard(shard).read(start, count)
 
     def gather(self, shards_N: np.ndarray, starts_N: np.ndarray, out_NL: np.ndarray) -> None:
-        """Fill row j of `out_NL` (of this dataset's `dtype`) with ids of shard `shards_N[j]` from `starts_N[j]` on.
+        """Fill row j of `out_NL` with ids of shard `shards_N[j]` from `starts_N[j]` on.
 
-        Raises DataError when they are damaged.
+        `out_NL` is contiguous and of this dataset's `dtype`.         Raises DataError when they are damaged.
         """
-        for row_L, shard, start in zip(out_NL, shards_N.tolist(), starts_N.tolist(), strict=True):
-            self._shard(shard).read_into(start, row_L)
-        if out_NL.size and int(out_NL.max()) > self._smallest_maximum:
-            for row_L, shard, start in zip(out_NL, shards_N.tolist(), starts_N.tolist(), strict=True):
-                self._shard(shard).check_largest(start, row_L)
+        shards = [self._shards.get(index) or self._shard(index) for index in shards_N.tolist()]
+        starts = starts_N.tolist()
+        if not out_NL.size:
+            return
+        row_bytes, place = out_NL[0].nbytes, 0
+        flat = memoryview(out_NL).cast("B")
+        for shard, start in zip(shards, starts, strict=True):
+            shard.read_into(start, flat[place : place + row_bytes])
+            place += row_bytes
+        if np.maximum.reduce(out_NL, axis=None) > self._smallest_maximum:
+            for row_L, shard, start in zip(out_NL, shards, starts, strict=True):
+                shard.check_largest(start, row_L)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether `expect` is of any use."""
+        return self._files.looks_ahead
+
+    def expect(self, shards_N: np.ndarray, starts_N: np.ndarray, lengths_N: np.ndarray) -> None:
+        """All reads that are known to come, in their order: ids from `starts_N[j]` on in shard `shards_N[j]`."""
+        width = self.dtype.itemsize
+        shards = [self.manifest.shards[index] for index in shards_N.tolist()]
+        self._files.expect(
+            (shard.tok.file, shard.tok_offset + start * width, length * width)
+            for shard, start, length in zip(shards, starts_N.tolist(), lengths_N.tolist(), strict=True)
+        )
 
     def document_ends(self, shard: int, start: int, stop: int) -> np.ndarray:
         """The exclusive document ends e of a shard with start < e <= stop, int64. Raises DataError when damaged."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,6 @@ from kha_train.errors import ConfigError
 
 TRAIN_SOURCE = "train"
 Rows = ConcatRows | BestFitRows
-_PACKINGS = {"concat": ConcatRows, "best_fit": BestFitRows}
 
 
 class Source(NamedTuple):
@@ -73,6 +73,16 @@ class Samples:
                 rows_N[inside] = source.order.rows(low, high - low + 1)[numbers_N[inside] - low]
         return sources_N, rows_N
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether `expect` is of any use."""
+        return any(source.rows.shards.looks_ahead for source in self.sources)
+
+    def expect(self, sources_N: np.ndarray, rows_N: np.ndarray) -> None:
+        """All located rows that are known to be read, in their order."""
+        for place, source in enumerate(self.sources):
+            source.rows.expect(rows_N[sources_N == place])
+
     def layout(self, sources_N: np.ndarray, rows_N: np.ndarray) -> Layout:
         """Borders and masked labels of located rows. Raises DataError when document ends are damaged."""
         if len(self.sources) == 1:
@@ -87,10 +97,12 @@ class Samples:
         return Layout(np.unique(np.concatenate(borders)), np.sort(np.concatenate(masked)))
 
     def read(self, sources_N: np.ndarray, rows_N: np.ndarray) -> np.ndarray:
-        """The ids of located rows, int64 [N, T + 1]. Raises DataError when they are damaged."""
+        """The ids of located rows, [N, T + 1] as they are stored. Raises DataError when they are damaged."""
         if len(self.sources) == 1:
-            return self.sources[0].rows.read(rows_N).astype(np.int64)
-        rows_NW = np.empty((len(rows_N), self.seq_len + 1), dtype=np.int64)
+            return self.sources[0].rows.read(rows_N)
+        # One tokenizer, but not always one importer: the widest type holds the ids of every source.
+        dtype = np.result_type(*(source.rows.shards.dtype for source in self.sources))
+        rows_NW = np.empty((len(rows_N), self.seq_len + 1), dtype=dtype)
         for place, source in enumerate(self.sources):
             inside = np.flatnonzero(sources_N == place)
             rows_NW[inside] = source.rows.read(rows_N[inside])
@@ -120,7 +132,9 @@ def open_rows(config: RunConfig, directory: str, field: str) -> Rows:
     """The rows of one dataset; `field` is the key that named it. Raises ConfigError when none fits, and as
     `open_shards`."""
     shards = open_shards(config, directory, field)
-    rows = _PACKINGS[config.data.packing](shards, config.model.seq_len, config.data.isolate_documents)
+    shape = (shards, config.model.seq_len, config.data.isolate_documents)
+    cache = Path(config.data.cache_dir).expanduser()
+    rows: Rows = ConcatRows(*shape) if config.data.packing == "concat" else BestFitRows(*shape, cache)
     if rows.rows == 0:
         longest = max(shard.tokens for shard in shards.manifest.shards)
         raise ConfigError(
@@ -134,8 +148,16 @@ def open_rows(config: RunConfig, directory: str, field: str) -> Rows:
 
 def open_shards(config: RunConfig, directory: str, field: str) -> ShardSet:
     """A dataset that fits the model. Raises ConfigError when it is missing or has another vocabulary, DataError when
-    it is damaged or its tokenizer is not the manifest's."""
-    shards = ShardSet.open(directory, check_crc=config.data.check_crc, reader=config.data.reader, field=field)
+    it is damaged or its tokenizer is not the manifest's, and for a URL as `remote.open_remote`."""
+    data = config.data
+    shards = ShardSet.open(
+        directory,
+        check_crc=data.check_crc,
+        reader=data.reader,
+        field=field,
+        cache=data.cache_dir,
+        cache_gib=data.cache_gib,
+    )
     if shards.vocab_size != config.model.vocab_size:
         raise ConfigError(
             f"{field} ({directory}) was made with a vocabulary of {shards.vocab_size}",

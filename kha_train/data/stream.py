@@ -11,6 +11,7 @@ skip windows.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,9 +23,8 @@ import torch
 from kha_train.config.schema import RunConfig
 from kha_train.data.batch import Batch
 from kha_train.data.packing import Layout
-from kha_train.data.shards import ShardSet
 from kha_train.data.sources import Rows, Samples, open_rows, open_samples, open_shards
-from kha_train.errors import ConfigError, DataError
+from kha_train.errors import ConfigError, DataError, KhaError
 
 _PLANNED_ROWS = 512
 
@@ -60,6 +60,7 @@ class TokenStream:
         self._plans: deque[_Plan] = deque()
         self._ahead: deque[tuple[_Plan, Future[np.ndarray]]] = deque()
         self._reader = ThreadPoolExecutor(1, "data-prefetch") if prefetch else None
+        self._waited = 0.0
         self.content_id = samples.content_id
         self.samples_per_epoch = samples.rows
         self.tokens_per_epoch = samples.rows * samples.seq_len
@@ -78,8 +79,17 @@ class TokenStream:
     def __iter__(self) -> TokenStream:
         return self
 
+    def take_wait_seconds(self) -> float:
+        """Seconds spent inside `next()` since the last call; starts again from zero."""
+        seconds, self._waited = self._waited, 0.0
+        return seconds
+
     def __next__(self) -> Batch:
-        plan, rows_BW = self._read_ahead() if self._reader else self._read_now()
+        started = time.perf_counter()
+        try:
+            plan, rows_BW = self._read_ahead() if self._reader else self._read_now()
+        finally:
+            self._waited += time.perf_counter() - started
         step = self.samples_seen // self._batch_size
         self.samples_seen = plan.following
         return Batch(step, plan.samples_B, rows_BW, plan.layout)
@@ -103,7 +113,7 @@ class TokenStream:
         plan, reading = self._ahead[0]
         try:
             rows_BW = reading.result()
-        except DataError:
+        except KhaError:
             self._ahead.clear()
             raise
         self._ahead.popleft()
@@ -126,6 +136,8 @@ class TokenStream:
         while len(steps) < self._steps_planned:
             steps.append((steps[-1][2], *self._numbers(steps[-1][2])))
         samples = [numbers[self._slice] for _, numbers, _ in steps]
+        if self.samples.looks_ahead:
+            self._expect(samples, steps[-1][2])
         sources_N, rows_N = self.samples.locate(np.concatenate(samples))
         layout = self.samples.layout(sources_N, rows_N)
         size = len(samples[0])
@@ -134,9 +146,19 @@ class TokenStream:
             rows = slice(number * size, (number + 1) * size)
             yield _Plan(begin, following, samples[number], sources_N[rows], rows_N[rows], part)
 
+    def _expect(self, samples: list[np.ndarray], position: int) -> None:
+        """Tell the datasets the rows of these steps and of as many after `position`."""
+        later = []
+        for _ in samples:
+            numbers, position = self._numbers(position)
+            later.append(numbers[self._slice])
+        self.samples.expect(*self.samples.locate(np.concatenate([*samples, *later])))
+
     def _numbers(self, position: int) -> tuple[np.ndarray, int]:
         """The sample numbers of the global batch that begins at `position`, and where the next one begins."""
         parts, missing = [], self._batch_size
+        if not self._skip_windows or self._skip_windows[-1][1] <= position:
+            return np.arange(position, position + missing), position + missing
         for first, last in self._skip_windows:
             if last <= position:
                 continue
@@ -191,24 +213,45 @@ def open_stream(
 
 
 def validation_batches(config: RunConfig, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-    """Rows 0 ... n-1 of the validation set in order, n = `validation.rows` (0, or more than there are: all of them).
+    """The batches of a `ValidationSet` opened for this once. Raises as `ValidationSet`."""
+    return ValidationSet(config).batches(rank, world_size)
 
-    Micro-batches of `engine.micro_batch_size` rows are dealt to the ranks in turn. Every rank gets the same number of
-    batches of the same shape; rows beyond n are fillers (sample -1, all labels masked). Raises as `open_stream`, at the
-    call, and DataError while reading.
+
+class ValidationSet:
+    """The validation set, opened and checked once; `batches` reads it, as often as it is asked.
+
+    `shards` is the dataset, `bytes_per_id_V` (int64) the UTF-8 bytes each id stands for.
+
+    Raises ConfigError and DataError as `open_stream`, and ConfigError when another tokenizer made it than the training
+    data.
     """
-    rows = open_rows(config, config.data.validation, "data.validation")
-    directory = config.data.sources[0].path if config.data.sources else config.data.train
-    train = ShardSet.open(directory, field="data.train").manifest.tokenizer
-    if rows.shards.manifest.tokenizer.sha256 != train.sha256:
-        raise ConfigError(
-            "made by another tokenizer than data.train",
-            field="data.validation",
-            value=config.data.validation,
-            fix="tokenize both with one tokenizer",
-        )
-    n = min(config.validation.rows or rows.rows, rows.rows)
-    return _deal(rows, n, config.engine.micro_batch_size, rank, world_size)
+
+    def __init__(self, config: RunConfig) -> None:
+        self._rows = open_rows(config, config.data.validation, "data.validation")
+        directory, field = config.data.train, "data.train"
+        if config.data.sources:
+            directory, field = config.data.sources[0].path, "data.sources[0].path"
+        self.shards = self._rows.shards
+        train = open_shards(config, directory, field).manifest.tokenizer
+        if self._rows.shards.manifest.tokenizer.sha256 != train.sha256:
+            raise ConfigError(
+                "made by another tokenizer than data.train",
+                field="data.validation",
+                value=config.data.validation,
+                fix="tokenize both with one tokenizer",
+            )
+        self.bytes_per_id_V = torch.from_numpy(self.shards.bytes_per_id)
+        self._count = min(config.validation.rows or self._rows.rows, self._rows.rows)
+        self._size = config.engine.micro_batch_size
+
+    def batches(self, rank: int, world_size: int) -> Iterator[Batch]:
+        """Rows 0 ... n-1 in order, n = `validation.rows` (0, or more than there are: all of them).
+
+        Micro-batches of `engine.micro_batch_size` rows are dealt to the ranks in turn. Every rank gets the same number
+        of batches of the same shape; rows beyond n are fillers (sample -1, all labels masked). Raises DataError while
+        reading.
+        """
+        return _deal(self._rows, self._count, self._size, rank, world_size)
 
 
 def _deal(rows: Rows, n: int, size: int, rank: int, world_size: int) -> Iterator[Batch]:
@@ -216,7 +259,7 @@ def _deal(rows: Rows, n: int, size: int, rank: int, world_size: int) -> Iterator
     for step, first in enumerate(range(0, n, size * world_size)):
         numbers = np.arange(first + rank * size, first + (rank + 1) * size, dtype=np.int64)
         real = numbers[numbers < n]
-        rows_BW = np.zeros((size, T + 1), dtype=np.int64)
+        rows_BW = np.zeros((size, T + 1), dtype=rows.shards.dtype)
         rows_BW[: len(real)] = rows.read(real)
         layout = rows.layout(real)
         filled = np.arange(len(real) + 1, size + 1, dtype=np.int64) * T

@@ -44,7 +44,10 @@ METRICS: dict[str, Metric] = {
         "interactions are counted",
         timing=True,
     ),
-    "data/wait_seconds": Metric("s", "part of the step spent waiting for the next batch (rank 0)", timing=True),
+    "data/wait_seconds": Metric("s", "part of the step spent waiting for rank 0's own batch", timing=True),
+    "data/agreement_seconds": Metric(
+        "s", "part of the step in which rank 0, its batch at hand, waited for those of the other ranks", timing=True
+    ),
     "checkpoint/stall_seconds": Metric(
         "s", "time training stood still for checkpoints since the line before (rank 0)", timing=True
     ),

@@ -15,8 +15,7 @@ from kha_train.analysis.ending import end_of
 from kha_train.checkpoint.reader import Checkpoint, find_newest, open_verified
 from kha_train.config.build import to_plain
 from kha_train.config.schema import RunConfig
-from kha_train.data.sources import open_shards
-from kha_train.data.stream import bytes_per_id, open_stream, validation_batches
+from kha_train.data.stream import ValidationSet, open_stream
 from kha_train.distributed import World, as_error
 from kha_train.engine.audit import audit
 from kha_train.engine.deepspeed import Engine, InitialValue, leave_world, resolve_dtype
@@ -92,12 +91,12 @@ class Session:
             startup.mark("run directory, newest checkpoint")
             with world.agreed():
                 self.stream = open_stream(config, world.rank, world.size)
-                validation_batches(config, world.rank, world.size)
+                self._validation_set = ValidationSet(config)
                 self._content_ids = {
                     "data_content_id": self.stream.content_id,
-                    "validation_content_id": open_shards(config, config.data.validation, "data.validation").content_id,
+                    "validation_content_id": self._validation_set.shards.content_id,
                 }
-                self._bytes_per_id_V = bytes_per_id(config)
+                self._bytes_per_id_V = self._validation_set.bytes_per_id_V
                 dtype = resolve_dtype(config, world.device)
                 self._settled, measured = settle(config, world.device, dtype, world.broadcast_text)
                 self._choices = [*announce(self._settled, world.device, dtype), *([measured] if measured else [])]
@@ -162,7 +161,8 @@ class Session:
             "train/lr": lr,
             "train/step_seconds": seconds,
             **self._throughput.rates(self.tokens_per_step, seconds),
-            "data/wait_seconds": self.data_wait.take(),
+            "data/wait_seconds": (waited := self.stream.take_wait_seconds()),
+            "data/agreement_seconds": max(0.0, self.data_wait.take() - waited),
             "checkpoint/stall_seconds": self.saver.take_stall(),
             "checkpoint/failures": self.saver.failures,
             "memory/peak_gib": self._memory.gib(),
@@ -206,8 +206,7 @@ class Session:
 
     def validate(self) -> Validation:
         """Score the validation rows with the weights as they are."""
-        with self.world.agreed("open the validation set"):
-            batches = validation_batches(self.config, self.world.rank, self.world.size)
+        batches = self._validation_set.batches(self.world.rank, self.world.size)
         return evaluate(self.engine, batches, self._bytes_per_id_V)
 
     def save(self) -> None:

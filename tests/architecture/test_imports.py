@@ -37,6 +37,7 @@ BEHIND_A_DOOR = {
     "deepspeed": ("kha_train/engine/deepspeed.py",),
     "flash_attn": ("kha_train/model/attention/backends.py",),
     "fsspec": ("kha_train/data/remote.py",),
+    "gigatoken": ("kha_train/data/fast_encoder.py",),
     "hydra": ("kha_train/config/compose.py",),
     "matplotlib": ("kha_train/analysis/",),
     "megablocks": ("kha_train/model/moe/megablocks.py",),

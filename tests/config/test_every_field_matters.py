@@ -161,6 +161,13 @@ def threads_reading_ahead(config: RunConfig) -> Any:
     return sum(thread.name.startswith("data-prefetch") for thread in threading.enumerate())
 
 
+def cache_of_blocks(config: RunConfig) -> Any:
+    """Where blocks of a dataset at a URL are kept, and how many bytes of them."""
+    url = f"file://{config.data.train}"
+    files = open_stream(replace(config, data=replace(config.data, train=url))).samples.sources[0].rows.shards._files
+    return str(files._cache.directory), files._cache._limit
+
+
 def validation_samples(config: RunConfig) -> Any:
     """Rows and tokens of the validation."""
     return [(batch.samples_B.tolist(), batch.tokens_BT.sum().item()) for batch in validation_batches(config)]
@@ -436,6 +443,8 @@ CHANGES: dict[str, Change] = {
     "data.shuffle": ("block", first_batch),
     "data.reader": ("memory_map", file_reader),
     "data.prefetch": (2, threads_reading_ahead),
+    "data.cache_dir": ("{other}/cache", cache_of_blocks, "data.train={other}/train"),
+    "data.cache_gib": (0.5, cache_of_blocks, "data.train={other}/train", "data.cache_dir={other}/cache"),
     "data.check_crc": ("false", damage_is_seen, "data.train={other}/train"),
     "optim.lr": (1e-4, learning_rates),
     "optim.betas": ("[0.8,0.99]", adamw),

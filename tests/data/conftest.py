@@ -28,10 +28,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_config() -> Callable[..., schema.RunConfig]:
+def make_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., schema.RunConfig]:
     """`make_config(directory, seq_len=..., batch=..., ...)`: what the data side needs of one; further arguments are
     fields of `DataSection`."""
-    base = compose()
+    base, cache = compose(), str(tmp_path_factory.mktemp("cache"))
 
     def make(
         directory: Path,
@@ -45,7 +45,8 @@ def make_config() -> Callable[..., schema.RunConfig]:
         isolate: bool = True,
         **data: Any,
     ) -> schema.RunConfig:
-        fields = {"train": str(directory / "train"), "validation": str(directory / "validation"), **data}
+        fields = {"train": str(directory / "train"), "validation": str(directory / "validation")}
+        fields |= {"cache_dir": cache, **data}
         return replace(
             base,
             run=replace(base.run, seed=seed),

@@ -105,7 +105,7 @@ def test_every_token_but_the_tail_of_a_shard_is_in_exactly_one_row(tokens: list[
 @settings(max_examples=150, deadline=None)
 @given(lengths=LENGTHS, T=st.integers(1, 16))
 def test_best_fit_loses_no_token_and_no_label_and_keeps_documents_whole(scratch: Path, lengths, T: int) -> None:
-    rows = BestFitRows(write(scratch / "c", lengths), T, True)
+    rows = BestFitRows(write(scratch / "c", lengths), T, True, scratch / "tables")
     batch, owner = batch_of(rows, list(range(rows.rows))), document_of(lengths)
     borders = batch.cu_seqlens_S.tolist()
     tokens, labels = batch.tokens_BT.flatten().tolist(), batch.labels_BT.flatten().tolist()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from kha_train.data import tokenizer as tokenizers
 from kha_train.data.tokenizer import SPECIAL_IDS, Tokenizer, train
 from kha_train.errors import ConfigError, DataError
 
@@ -114,3 +117,59 @@ def test_a_model_that_loses_text_is_refused(tmp_path: Path, option: dict) -> Non
     )
     with pytest.raises(ConfigError, match="loses text"):
         Tokenizer(tmp_path / "t.model")
+
+
+class OtherIds:
+    """An encoder that is fast and wrong."""
+
+    version = "0"
+
+    def __init__(self, model: bytes) -> None:
+        self.asked: list[str] = []
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """One id for all."""
+        self.asked += texts
+        return [np.zeros(1, dtype=np.int32) for _ in texts]
+
+
+TRICKY = [
+    "",
+    " ",
+    "a\u2581b",
+    "<s>",
+    "x</s> y",
+    "<unk>",
+    "\x00",
+    "naïve  \t\n 12345 😀",
+    "<0x0A>",
+    "\ud7ff",
+    "word word",
+]
+
+
+def test_the_fast_encoder_gives_the_ids_of_sentencepiece(text_dataset: Path) -> None:
+    pytest.importorskip("gigatoken")
+    plain, fast = (Tokenizer(text_dataset / "tokenizer.model", fast=fast) for fast in (False, True))
+    assert "gigatoken" in fast.encoder
+    generator = random.Random(3)
+    texts = TRICKY + ["".join(generator.choices("ab c</s>\n\u2581é😀", k=200)) for _ in range(200)]
+    for part in (texts, texts[::-1], [], TRICKY):
+        assert [ids.tolist() for ids in fast.encode(part)] == [ids.tolist() for ids in plain.encode(part)]
+
+
+def test_a_fast_encoder_with_other_ids_is_found_out(text_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizers, "FastEncoder", OtherIds)
+    fast = Tokenizer(text_dataset / "tokenizer.model", fast=True)
+    with pytest.raises(DataError, match="other ids than sentencepiece"):
+        fast.encode(["word1 word2"])
+
+
+def test_text_that_spells_a_control_piece_never_reaches_the_fast_encoder(
+    text_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizers, "FastEncoder", OtherIds)
+    plain, fast = (Tokenizer(text_dataset / "tokenizer.model", fast=fast) for fast in (False, True))
+    texts = ["a </s> b", "<s>", "<pad>", "\u2581"]
+    assert [ids.tolist() for ids in fast.encode(texts)] == [ids.tolist() for ids in plain.encode(texts)]
+    assert fast._fast.asked == []

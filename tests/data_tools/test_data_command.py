@@ -52,6 +52,35 @@ def test_inspect_shows_statistics_and_text_with_document_borders(made: Path) -> 
     assert "[red]" in plain.stdout and str(entry["tokens"]) in plain.stdout
 
 
+def test_the_histogram_is_drawn_once_a_dataset(made: Path, tmp_path: Path) -> None:
+    answer = kha("inspect", made / "shards", "--png", tmp_path / "lengths.png")
+    drawn = [Path(entry["png"]) for entry in answer.values()]
+    assert [path.name for path in drawn] == ["lengths-train.png", "lengths-validation.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_a_dataset_may_be_named_by_a_url(made: Path) -> None:
+    pytest.importorskip("fsspec")
+    answer = kha("verify", f"file://{made}/shards/train")
+    assert [entry["ok"] for entry in answer.values()] == [True]
+
+
+def test_inspect_shows_a_step_that_jumped_a_skip_window(made: Path, tmp_path: Path) -> None:
+    overrides = [f"data.train={made}/shards/train", f"data.validation={made}/shards/validation"]
+    config = compose([*overrides, "model.vocab_size=300", "model.seq_len=32", "data.global_batch_size=4"])
+    (tmp_path / "config.yaml").write_text(dump(config))
+    (tmp_path / "run.json").write_text(json.dumps({"attempts": [{"attempt": 1, "world_size": 1}]}))
+    lines = [{"step": 3, "attempt": 1, "samples_first": 8, "samples_last": 16}]
+    lines.append({"step": 4, "attempt": 1, "samples_first": 17, "samples_last": 99})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    event = {"kind": "rewind", "step": 5, "window": [10, 15]}
+    (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
+    samples = kha("inspect", "--run", tmp_path, "--step", 3)["samples"]
+    assert [sample["sample"] for sample in samples] == [8, 9, 15, 16]
+    with pytest.raises(ConfigError, match="samples from there end at 20"):
+        kha("inspect", "--run", tmp_path, "--step", 4)
+
+
 def test_faults_leave_the_command_as_errors_with_their_exit_code(made: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         kha("verify", tmp_path / "nowhere")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_tools import encode
 from data_tools.corpus import build_corpus, read_split
 from data_tools.encode import encode_corpus, plan_shards
 from data_tools.train_tokenizer import train_tokenizer
+from kha_train.data import tokenizer as tokenizers
 from kha_train.data.shards import ShardSet
 from kha_train.data.tokenizer import Tokenizer
 from kha_train.errors import ConfigError, DataError
@@ -143,3 +145,40 @@ def text_dataset_description(tmp_path: Path) -> tuple[dict, dict]:
     train_tokenizer(tmp_path / "corpus", tmp_path / "t.model", vocab_size=275)
     encode_corpus(tmp_path / "corpus", tmp_path / "t.model", tmp_path / "out")
     return json.loads((tmp_path / "out" / "train" / "manifest.json").read_text()), description
+
+
+def test_an_encoder_that_fails_its_proof_is_not_used_and_that_is_said(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OtherIds:
+        version = "0"
+
+        def __init__(self, model: bytes) -> None:
+            pass
+
+        def encode(self, texts: list[str]) -> list[np.ndarray]:
+            return [np.zeros(1, dtype=np.int32) for _ in texts]
+
+    monkeypatch.setattr(tokenizers, "FastEncoder", OtherIds)
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text('{"text": "train 1"}\n' * 3)
+    said: list[str] = []
+    model = corpus / "tokenizer.model"
+    made = encode_corpus(tmp_path, model, tmp_path / "a", encoder="gigatoken", say=said.append)
+    assert said == ["sentencepiece, because gigatoken 0 gives other ids in the first documents"]
+    plain = encode_corpus(tmp_path, model, tmp_path / "b")
+    assert {split: one.content_id for split, one in made.items()} == {s: one.content_id for s, one in plain.items()}
+
+
+def test_the_fast_encoder_writes_the_same_datasets(corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gigatoken")
+    said: list[str] = []
+    fast = encode_corpus(corpus, corpus / "tokenizer.model", tmp_path / "a", encoder="gigatoken", say=said.append)
+    plain = encode_corpus(corpus, corpus / "tokenizer.model", tmp_path / "b")
+    assert "the same ids as sentencepiece" in said[0]
+    assert {split: one.content_id for split, one in fast.items()} == {s: one.content_id for s, one in plain.items()}
+
+
+def test_an_encoder_that_is_not_there_is_a_configuration_error(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such encoder"):
+        encode_corpus(corpus, corpus / "tokenizer.model", tmp_path, encoder="other")

@@ -107,3 +107,19 @@ def test_repetitions_go_unless_they_are_asked_for(tmp_path: Path) -> None:
     }
     assert (counts[False]["documents"], counts[False]["repeated"]) == (2, 4)
     assert (counts[True]["documents"], counts[True]["repeated"]) == (6, 4)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+@pytest.mark.parametrize("damage", ["truncated", "not packed", "changed"])
+def test_damaged_packed_text_is_a_data_error_that_names_the_file(tmp_path: Path, suffix: str, damage: str) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    lines = b"".join(json.dumps({"text": f"text {i * i * 7919}"}).encode() + b"\n" for i in range(5000))
+    packed = gzip.compress(lines) if suffix == "gz" else pyarrow.compress(lines, "zstd", asbytes=True)
+    changed = packed[: len(packed) // 2] + bytes([packed[len(packed) // 2] ^ 255]) + packed[len(packed) // 2 + 1 :]
+    data = {"truncated": packed[:-200], "not packed": lines, "changed": changed}[damage]
+    path = tmp_path / "in" / f"a.jsonl.{suffix}"
+    path.parent.mkdir()
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=rf"a\.jsonl\.{suffix}"):
+        build_corpus(tmp_path / "out", standard_library=False, extra_roots=[path.parent])
+    assert not (tmp_path / "out" / "corpus.json").exists()

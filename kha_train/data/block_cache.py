@@ -1,0 +1,143 @@
+"""A directory of checked blocks of remote files, bounded in size, shared by all processes of a node.
+
+A block gets its name by an atomic rename: nobody sees half of one. Of several processes that want a block one fetches
+it and the others wait, for as long as that process lives, and not for ever.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from kha_train.errors import MachineError
+
+READ_SECONDS = 120.0
+"""The longest that one read from a store may take."""
+ABANDONED_SECONDS = 1200.0
+"""A temporary file that nobody has touched for so long belongs to a process that is gone."""
+_POLL_SECONDS = 0.02
+
+
+class Cache:
+    """A directory of blocks shared by processes, at most `limit` bytes, the temporary files of writers aside.
+
+    Raises MachineError when the directory cannot be written.
+    """
+
+    def __init__(self, directory: Path, limit: int) -> None:
+        self.directory, self._limit = directory, limit
+        self._lock = threading.Lock()
+        self._upcoming: dict[str, int] = {}
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def has(self, name: str) -> bool:
+        """Whether the block is there now."""
+        return (self.directory / name).exists()
+
+    def read_into(self, name: str, offset: int, out: memoryview) -> bool:
+        """Fill `out` with the bytes of a block from `offset` on; False when it is not there. One too short goes."""
+        try:
+            with open(self.directory / name, "rb", buffering=0) as file:
+                if os.preadv(file.fileno(), (out,), offset) == len(out):
+                    return True
+        except FileNotFoundError:
+            return False
+        self.remove(name)
+        return False
+
+    def expect(self, names: Iterable[str]) -> None:
+        """All blocks that are known to be needed, the next one first; a touch tells other processes of this node."""
+        upcoming = {name: place for place, name in enumerate(names)}
+        known = list(upcoming)
+        with self._lock:
+            self._upcoming = upcoming
+        for name in known:
+            self._touch(name)
+
+    def is_wanted(self, name: str) -> bool:
+        """Whether an expected block has not been used yet."""
+        return name in self._upcoming
+
+    def used(self, name: str) -> None:
+        """A block was read."""
+        with self._lock:
+            self._upcoming.pop(name, None)
+        self._touch(name)
+
+    def remove(self, name: str) -> None:
+        """Forget a block; who reads it at this moment is not disturbed."""
+        (self.directory / name).unlink(missing_ok=True)
+
+    def put(self, name: str, get: Callable[[], bytes]) -> bool:
+        """Put the block that `get` gives into its place; False when another process was faster."""
+        part = self.directory / f"{name}.part"
+        try:
+            with open(part, "ab", buffering=0) as file:
+                deadline = time.monotonic() + READ_SECONDS
+                while not _locked(file.fileno()) and time.monotonic() < deadline and not self.has(name):
+                    time.sleep(_POLL_SECONDS)
+                if self.has(name):
+                    return False
+                data = get()
+                own = self.directory / f"{name}.{os.getpid()}-{threading.get_ident()}.part"
+                own.write_bytes(data)
+                with open(self.directory / ".lock", "ab") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    self._make_room(len(data), name)
+                    os.replace(own, self.directory / name)
+                part.unlink(missing_ok=True)
+                return True
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _make_room(self, size: int, coming: str) -> None:
+        """Blocks leave until `size` bytes fit: first those no known step needs, longest untouched first, then the one
+        needed last."""
+        present = []
+        for entry in os.scandir(self.directory):
+            try:
+                status = entry.stat()
+            except FileNotFoundError:
+                continue
+            if entry.name.endswith(".part"):
+                if time.time() - status.st_mtime > ABANDONED_SECONDS:
+                    self.remove(entry.name)
+            elif entry.name not in (".lock", coming):
+                present.append((entry.name, status.st_size, status.st_mtime_ns))
+        total = sum(bytes_ for _, bytes_, _ in present) + size
+        with self._lock:
+            upcoming = dict(self._upcoming)
+        present.sort(key=lambda one: (one[0] in upcoming, -upcoming.get(one[0], 0), one[2]))
+        for name, bytes_, _ in present:
+            if total <= self._limit:
+                return
+            self.remove(name)
+            total -= bytes_
+
+    def _touch(self, name: str) -> None:
+        try:
+            os.utime(self.directory / name)
+        except FileNotFoundError:
+            return
+
+    def _unwritable(self, error: OSError) -> MachineError:
+        return MachineError(
+            f"the cache of remote data cannot be used: {error.strerror or error}",
+            field=f"data.cache_dir = {self.directory}",
+            fix="free some space, lower data.cache_gib, or choose another data.cache_dir",
+        )
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

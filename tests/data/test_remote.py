@@ -1,0 +1,279 @@
+"""Datasets at a URL: the batches of local files, through a cache that is checked, bounded, shared, and filled ahead."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from kha_train.data import manifest as manifests
+from kha_train.data import remote, stream
+from kha_train.data.block_cache import Cache
+from kha_train.data.shards import ShardSet
+from kha_train.errors import ConfigError, DataError, MachineError
+
+fsspec = pytest.importorskip("fsspec")
+BLOCK = 1 << 16
+WORKER = Path(__file__).with_name("remote_worker.py")
+
+
+@pytest.fixture(autouse=True)
+def small_blocks_and_short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.001)
+
+
+@pytest.fixture
+def in_memory(dataset: Path) -> str:
+    """The dataset at memory://, train/ and validation/."""
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    for path in dataset.rglob("*.*"):
+        system.pipe_file(f"/set/{path.relative_to(dataset)}", path.read_bytes())
+    return "memory://set"
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of two shards of five blocks each, as large as a test may be."""
+    from kha_train.data.manifest import TokenizerEntry
+    from kha_train.data.writer import prepare, publish_dataset, write_shard
+
+    directory = tmp_path_factory.mktemp("large")
+    generator = np.random.default_rng(0)
+    prepare(directory)
+    entries = []
+    for index in range(2):
+        documents = [(generator.integers(0, 90, 1000), 1000) for _ in range(160)]
+        entries.append(write_shard(directory, index, documents, vocab_size=97, dtype="uint16"))
+    tokenizer = TokenizerEntry("test", 97, "0" * 64, None, {}, (1,) * 97)
+    publish_dataset(directory, entries, tokenizer, dtype="uint16", corpus={})
+    return directory
+
+
+class Flaky(fsspec.get_filesystem_class("file")):
+    """The local file system behind a bad line: `troubles` are met one by one, then reads go well."""
+
+    protocol = "flaky"
+    cachable = False
+    troubles: ClassVar[list] = []
+    reads: ClassVar[list[tuple[str, str]]] = []
+
+    def cat_file(self, path: str, start=None, end=None, **options) -> bytes:
+        """A read, or the next trouble."""
+        self.reads.append((path, threading.current_thread().name))
+        if self.troubles:
+            trouble = self.troubles.pop(0)
+            if isinstance(trouble, BaseException):
+                raise trouble
+            return trouble(super().cat_file(path, start=start, end=end, **options))
+        return super().cat_file(path, start=start, end=end, **options)
+
+
+@pytest.fixture
+def flaky() -> type[Flaky]:
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    Flaky.troubles, Flaky.reads = [], []
+    return Flaky
+
+
+def take(config, count: int, **options) -> list[tuple]:
+    batches = itertools.islice(stream.open_stream(config, **options), count)
+    return [(b.samples_B.tolist(), b.tokens_BT.tolist(), b.cu_seqlens_S.tolist()) for b in batches]
+
+
+def open_large(large: Path, cache: Path, protocol: str = "flaky", gib: float = 1.0) -> ShardSet:
+    return ShardSet.open(f"{protocol}://{large}", cache=str(cache), cache_gib=gib)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"packing": "best_fit"}, {"shuffle": "block"}, {"prefetch": 2}, {"isolate": False}]
+)
+def test_a_url_gives_the_batches_of_the_local_directory(
+    dataset: Path, in_memory: str, tmp_path: Path, make_config, options: dict
+) -> None:
+    there = {"train": f"{in_memory}/train", "validation": f"{in_memory}/validation", "cache_dir": str(tmp_path)}
+    assert take(make_config(dataset, **options, **there), 12) == take(make_config(dataset, **options), 12)
+    first, second = (
+        [batch.tokens_BT for batch in stream.validation_batches(make_config(dataset, **place))] for place in (there, {})
+    )
+    assert torch.equal(torch.cat(first), torch.cat(second))
+
+
+def test_the_manifest_and_the_tokenizer_lie_in_the_cache_by_content(text_dataset: Path, tmp_path: Path) -> None:
+    shards = ShardSet.open(f"file://{text_dataset}/train", cache=str(tmp_path))
+    assert shards.check_tokenizer().read_bytes() == (text_dataset / "train" / "tokenizer.model").read_bytes()
+    assert manifests.load(shards.directory, field="x").content_id == shards.content_id
+    assert shards.directory.parent == tmp_path / "datasets"
+
+
+def test_passing_troubles_are_passed_over(large: Path, tmp_path: Path, flaky: type[Flaky]) -> None:
+    shards = open_large(large, tmp_path)
+    local = ShardSet.open(large)
+    flaky.troubles = [
+        ConnectionError("reset"),
+        lambda data: data[:-1],
+        TimeoutError("slow"),
+        lambda data: bytes(len(data)),
+    ]
+    for shard in (0, 1):
+        assert np.array_equal(shards.read(shard, 0, 150_000), local.read(shard, 0, 150_000))
+    assert flaky.troubles == []
+
+
+def test_a_store_that_never_answers_ends_in_an_error_with_its_url(
+    large: Path, tmp_path: Path, flaky: type[Flaky]
+) -> None:
+    shards = open_large(large, tmp_path)
+    flaky.troubles = [ConnectionError("no route")] * 50
+    with pytest.raises(MachineError, match=r"flaky://.*shard-00000.*no route.*fix: check network"):
+        shards.read(0, 0, 10)
+    assert len(flaky.troubles) == 50 - remote.ATTEMPTS
+
+
+def test_a_store_that_hangs_hangs_nobody(
+    large: Path, tmp_path: Path, flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = open_large(large, tmp_path)
+    monkeypatch.setattr(remote, "READ_SECONDS", 0.05)
+    ended = threading.Event()
+    flaky.troubles = [lambda data: ended.wait(30) and data] * 10
+    with pytest.raises(MachineError, match="no answer in"):
+        shards.read(0, 0, 10)
+    ended.set()
+
+
+def test_damage_at_the_store_is_a_data_error_with_url_offset_expected_and_found(
+    large: Path, tmp_path: Path, flaky: type[Flaky]
+) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in large.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    tok = copy / "shard-00001.tok"
+    data = bytearray(tok.read_bytes())
+    data[3 * BLOCK + 5] ^= 1
+    tok.write_bytes(data)
+    shards = open_large(copy, tmp_path / "cache")
+    shards.read(1, 0, BLOCK)
+    with pytest.raises(DataError, match=rf"flaky://.*shard-00001.tok.*offset {3 * BLOCK}: expected CRC-32 .*, found"):
+        shards.read(1, 0, 150_000)
+
+
+@pytest.mark.parametrize("change", ["shorter", "gone"])
+def test_a_wrong_size_and_a_missing_file_are_found_at_the_opening(
+    large: Path, tmp_path: Path, flaky: type[Flaky], change: str
+) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in large.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    tok = copy / "shard-00001.tok"
+    tok.unlink() if change == "gone" else os.truncate(tok, 10)
+    with pytest.raises(DataError, match=r"shard-00001.tok: expected 320000 bytes, (found 10|cannot be read)"):
+        open_large(copy, tmp_path / "cache")
+
+
+def test_a_damaged_block_of_the_cache_is_fetched_again(large: Path, tmp_path: Path, flaky: type[Flaky]) -> None:
+    expected = open_large(large, tmp_path).read(0, 0, 150_000)
+    blocks = [path for path in (tmp_path / "blocks").iterdir() if path.stat().st_size >= BLOCK]
+    for path in blocks[::2]:
+        path.write_bytes(bytes(path.stat().st_size))
+    for path in blocks[1::2]:
+        os.truncate(path, 7)
+    assert np.array_equal(open_large(large, tmp_path).read(0, 0, 150_000), expected)
+
+
+def test_a_filled_cache_needs_no_store(large: Path, tmp_path: Path, flaky: type[Flaky]) -> None:
+    first = open_large(large, tmp_path).read(0, 0, 150_000)
+    again = open_large(large, tmp_path)
+    flaky.troubles = [ConnectionError("down")] * 50
+    assert np.array_equal(again.read(0, 0, 150_000), first)
+
+
+def test_the_cache_never_grows_beyond_its_bound_and_every_row_stays_right(
+    large: Path, tmp_path: Path, flaky: type[Flaky]
+) -> None:
+    limit = 3 * BLOCK + 5000
+    shards, local = open_large(large, tmp_path, gib=limit / 2**30), ShardSet.open(large)
+    for place in np.random.default_rng(1).integers(0, 150_000, 60).tolist():
+        shard = place % 2
+        assert np.array_equal(shards.read(shard, place, 5000), local.read(shard, place, 5000))
+        assert sum(p.stat().st_size for p in (tmp_path / "blocks").iterdir() if p.suffix != ".part") <= limit
+    assert not list((tmp_path / "blocks").glob("*.part"))
+
+
+def test_what_no_known_step_needs_leaves_first_and_then_what_is_needed_last(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 4 * 100)
+    for age, name in enumerate(["later", "sooner", "old", "young"]):
+        cache.put(name, lambda: bytes(100))
+        os.utime(tmp_path / name, (age, age))
+    cache.expect(["next", "soon", "then", "sooner", "later"])
+    left = []
+    for name in ["next", "soon", "then"]:
+        before = {path.name for path in tmp_path.iterdir()}
+        cache.put(name, lambda: bytes(100))
+        left += sorted(before - {path.name for path in tmp_path.iterdir()})
+    assert left == ["old", "young", "later"]
+
+
+def test_the_blocks_of_coming_steps_are_there_before_they_are_asked_for(
+    large: Path, tmp_path: Path, flaky: type[Flaky], make_config
+) -> None:
+    config = make_config(
+        large.parent, train=f"flaky://{large}", cache_dir=str(tmp_path), batch=4, shuffle="block", isolate=False
+    )
+    opened = stream.open_stream(config)
+    next(opened), next(opened)
+    files = opened.samples.sources[0].rows.shards._files
+    deadline = time.monotonic() + 20
+    while any(not files._cache.has(name) for name in list(files._cache._upcoming)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    flaky.troubles = [ConnectionError("down")] * 10_000
+    local = take(replace(config, data=replace(config.data, train=str(large))), 5)
+    assert [next(opened).tokens_BT.tolist() for _ in range(3)] == [tokens for _, tokens, _ in local[2:]]
+
+
+def test_processes_share_one_cache_and_fetch_each_block_once(large: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(WORKER), str(large), str(tmp_path / "cache"), str(tmp_path / "log")]
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    digests = {worker.communicate(timeout=120)[0] for worker in workers}
+    assert [worker.returncode for worker in workers] == [0, 0, 0] and len(digests) == 1
+    fetched = (tmp_path / "log").read_text().splitlines()
+    assert len(fetched) >= 10 and len(set(fetched)) == len(fetched)
+
+
+def test_a_process_killed_while_it_fetches_leaves_nothing_in_the_way(
+    large: Path, tmp_path: Path, flaky: type[Flaky]
+) -> None:
+    shards = open_large(large, tmp_path)
+    entry = shards.manifest.shards[0].tok
+    (tmp_path / "blocks" / f"{entry.sha256}-000000.part").write_bytes(b"")
+    (tmp_path / "blocks" / f"{entry.sha256}-000000.99-1.part").write_bytes(b"half a block")
+    assert np.array_equal(shards.read(0, 0, 10), ShardSet.open(large).read(0, 0, 10))
+
+
+@pytest.mark.parametrize(
+    "url, message",
+    [
+        ("memory://nowhere", "no such dataset directory"),
+        ("nosuchprotocol://bucket/set", "no way to read it"),
+        ("memory://set", "not a finished dataset"),
+    ],
+)
+def test_a_url_without_a_dataset_is_a_configuration_error(
+    in_memory: str, tmp_path: Path, url: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ShardSet.open(url, cache=str(tmp_path), field="data.train")
