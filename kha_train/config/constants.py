@@ -13,6 +13,7 @@ FREE_TO_CHANGE = (
     "resume.",
     "attention.name",
     "attention.backend",
+    "attention.interaction.impl",
     "model.name",
     "model.loss_chunk_tokens",
     "moe.backend",
