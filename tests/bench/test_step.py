@@ -94,3 +94,12 @@ def test_the_peer_has_our_parameters_and_starts_at_the_same_loss():
 def test_a_shape_the_peer_does_not_have_is_refused():
     with pytest.raises(ConfigError, match="Qwen3-MoE"):
         peers.check(compose([*SHAPE, "moe.shared_experts=1"]))
+
+
+@pytest.mark.gpu
+def test_on_cuda_arms_have_a_peak_of_their_own_and_the_peer_trains_in_bf16() -> None:
+    pytest.importorskip("transformers")
+    shape = [text for text in SHAPE if not text.startswith("engine.device")]
+    found = measure([*shape, "engine.device=cuda", "data.isolate_documents=false"], against=["transformers"], blocks=3)
+    assert found["shape"]["dtype"] == "bfloat16" and len(found["arms"]) == 4
+    assert all(arm["peak_gib"] > 0 and arm["seconds"] > 0 for arm in found["arms"].values())
