@@ -75,14 +75,14 @@ def announce(config: RunConfig, device: torch.device, dtype: torch.dtype) -> lis
     options, base = config.attention.interaction, config.attention.base
     backend = choose(config, device, dtype)
     lines = [f"attention {base.name} x {options.name} | backend {backend.name} ({backend.why})"]
+    if config.engine.kernels == "triton":
+        require(device, dtype)
+        lines[0] += f" | norm and rotation {'triton' if norm_turns(config) else 'torch'} (chosen by engine.kernels)"
     if isinstance(options, FoldableOptions):
         taken = implementation(config)
         lines[0] += f" | interaction {taken.name} ({taken.why})"
         if taken.name == "triton":
             require(device, dtype, "attention.interaction.impl", "attention.interaction.impl=auto")
-    if config.engine.kernels == "triton":
-        require(device, dtype)
-        lines[0] += f" | norm and rotation {'triton' if norm_turns(config) else 'torch'} (chosen by engine.kernels)"
     if backend.name == "cudnn":
         check_against_maths(config, device, dtype)
     return lines + [f"warning: {text}" for text in options.warnings()]

@@ -34,7 +34,8 @@ def plain_knocking_mlp(x_BTHK: Tensor, up_KK: Tensor, gate_KK: Tensor, down_KK: 
 def knocking_mlp(x_BTHK: Tensor, up_KK: Tensor, gate_KK: Tensor, down_KK: Tensor | None) -> Tensor:
     """`plain_knocking_mlp` in one kernel: [B, T, H, K] with any strides -> contiguous, in the same dtype. Raises as
     `require` where Triton cannot run."""
-    require(x_BTHK.device, x_BTHK.dtype, "attention.interaction.impl", "attention.interaction.impl=auto")
+    fix = "attention.interaction.impl=auto with engine.kernels=torch"
+    require(x_BTHK.device, x_BTHK.dtype, "attention.interaction.impl", fix)
     out_BTHK = _empty(x_BTHK, x_BTHK.shape[-1])
     forward_call(x_BTHK, up_KK, gate_KK, down_KK, out_BTHK).start()
     return out_BTHK

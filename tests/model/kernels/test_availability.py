@@ -27,17 +27,27 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "field"),
+    ("setting", "fix"),
     [
-        ("attention.interaction.impl=triton", "attention.interaction.impl"),
-        ("engine.kernels=triton", "attention.interaction.impl|engine.kernels"),
+        ("attention.interaction.impl=triton", "attention.interaction.impl=auto"),
+        ("engine.kernels=triton", "engine.kernels=torch"),
     ],
 )
-def test_a_run_on_a_cpu_is_refused_when_it_starts(setting: str, field: str) -> None:
-    config = compose([*SMALL, "attention=kha_mlp", setting])
+def test_a_run_on_a_cpu_is_refused_when_it_starts_and_the_fix_mends_it(setting: str, fix: str) -> None:
+    chosen = [*SMALL, "attention=kha_mlp", setting]
     with pytest.raises(ConfigError, match="needs a CUDA device, and this is cpu") as refused:
-        announce(config, CPU, torch.float32)
-    assert refused.value.field in field.split("|") and "=" in refused.value.fix
+        announce(compose(chosen), CPU, torch.float32)
+    assert refused.value.field == setting.partition("=")[0] and refused.value.fix == fix
+    announce(compose([*chosen, fix]), CPU, torch.float32)
+
+
+def test_a_run_says_which_kernels_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    kernels = [*SMALL, "attention=kha_mlp", "model.head_dim=16", "engine.kernels=triton"]
+    line = announce(compose(kernels), CPU, torch.float32)[0]
+    assert "norm and rotation triton" in line and "interaction triton (chosen by engine.kernels)" in line
+    line = announce(compose([*kernels, "attention.qk_norm=full_width"]), CPU, torch.float32)[0]
+    assert "norm and rotation torch" in line
 
 
 def test_a_kernel_called_on_a_cpu_names_the_fix() -> None:

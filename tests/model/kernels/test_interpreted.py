@@ -32,6 +32,5 @@ def test_kernels_give_the_values_and_gradients_of_their_plain_twins() -> None:
     assert run_interpreted("tests/model/kernels/test_values.py", "tests/model/kernels/test_experts.py") >= 100
 
 
-@pytest.mark.slow
 def test_attention_on_kernels_keeps_the_contract() -> None:
     assert run_interpreted("tests/contract/test_contract.py", "-k", "triton", "-m", "") >= 100
