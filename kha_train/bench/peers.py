@@ -5,7 +5,7 @@ be given without changing it: torch's fused attention, the fastest of its expert
 fused AdamW without any engine around it, and the loss over the same labels.
 """
 
-# N tokens of a micro-batch
+# B rows of a micro-batch   T tokens of a row
 
 from __future__ import annotations
 

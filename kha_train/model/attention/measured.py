@@ -2,7 +2,7 @@
 taken. Each is compared with the formula first, so a fast one that computes wrong numbers is out.
 """
 
-# B rows   T tokens   H heads
+# S document borders
 
 from __future__ import annotations
 
