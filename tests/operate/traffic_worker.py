@@ -1,4 +1,5 @@
-"""One step of two micro-batches on every rank; answers the bytes that its collectives would send through rings.
+"""Steps of two micro-batches on every rank; answers for each the bytes that its collectives would send through rings,
+by collective: among `all` ranks, and inside `groups` of them.
 
 The collectives of torch.distributed are counted from outside, whoever calls them: an all-reduce of S bytes sends
 2 S (N - 1) / N from every rank, a reduce-scatter, all-gather or broadcast of S bytes (all ranks' parts) S (N - 1) / N.
@@ -29,7 +30,7 @@ TIMES_SENT = {
     "reduce_scatter": 1,
     "reduce_scatter_tensor": 1,
 }
-sent: Counter[str] = Counter()
+sent: Counter[tuple[str, int]] = Counter()
 running = [False]
 
 
@@ -48,7 +49,9 @@ def counted(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
             return collective(*args, **kwargs)
         running[0] = True
         try:
-            sent[name] += TIMES_SENT[name] * max(size(argument) for argument in (*args, *kwargs.values()))
+            whole = max(size(argument) for argument in (*args, *kwargs.values()))
+            ranks = torch.distributed.get_world_size(kwargs.get("group"))
+            sent[name, ranks] += TIMES_SENT[name] * whole * (ranks - 1) // ranks
             return collective(*args, **kwargs)
         finally:
             running[0] = False
@@ -63,7 +66,8 @@ if __name__ == "__main__":
     from kha_train import compose, distributed
     from kha_train.engine.deepspeed import Engine
 
-    config = compose(json.loads(sys.argv[1])["overrides"])
+    arguments = json.loads(sys.argv[1])
+    config = compose(arguments["overrides"])
     world = distributed.start("cpu", 300.0)
     rows, tokens = config.engine.micro_batch_size, config.model.seq_len
     drawn = torch.randint(0, config.model.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(0))
@@ -76,11 +80,20 @@ if __name__ == "__main__":
         max_seqlen=tokens,
     )
     engine = Engine(config, world)
-    sent.clear()
-    for last in (False, True):
-        engine.accumulate(batch, 1.0, 0.0, last)
-    engine.apply(1e-4)
+    steps = []
+    for _ in range(arguments["steps"]):
+        sent.clear()
+        for last in (False, True):
+            engine.accumulate(batch, 1.0, 0.0, last)
+        engine.apply(1e-4)
+        steps.append(sent.copy())
     engine.close()
-    counts = {name: count * (world.size - 1) // world.size for name, count in sent.items()}
     distributed.stop()
-    Path(sys.argv[2]).write_text(json.dumps(counts))
+    answer = [
+        {
+            "all": {name: count for (name, ranks), count in step.items() if ranks == world.size},
+            "groups": {name: count for (name, ranks), count in step.items() if ranks < world.size},
+        }
+        for step in steps
+    ]
+    Path(sys.argv[2]).write_text(json.dumps(answer))
