@@ -84,6 +84,24 @@ CASES = {
 }
 
 
+AT_A_URL = {
+    swapped: "file://.*shard-00000.tok.*expected CRC-32 .*, found",
+    missing: "file://.*shard-00001.tok.*no such file",
+}
+
+
+@pytest.mark.parametrize("damage", AT_A_URL, ids=lambda damage: damage.__name__)
+def test_two_ranks_that_read_a_url_end_together_too(
+    damage: Callable[[Path], None], small: list[str], tmp_path: Path, run_ranks: Callable[..., list[int]]
+) -> None:
+    write_dataset(tmp_path / "data", vocab_size=256, documents=120, seed=1, documents_per_shard=60)
+    damage(tmp_path / "data" / "train")
+    overrides = [*small, f"run.dir={tmp_path}/run", "run.steps=200", f"data.train=file://{tmp_path}/data/train"]
+    overrides += [f"data.validation=file://{tmp_path}/data/validation", "data.global_batch_size=16"]
+    assert run_ranks(WORKER, 2, overrides=[*overrides, f"data.cache_dir={tmp_path}/cache"]) == [4, 4]
+    assert re.search(AT_A_URL[damage], (tmp_path / "run" / "FATAL").read_text(), flags=re.DOTALL)
+
+
 @pytest.mark.parametrize("damage", CASES, ids=lambda damage: damage.__name__)
 def test_two_ranks_end_together_with_exit_4_and_say_what_is_wrong(
     damage: Callable[[Path], None], small: list[str], tmp_path: Path, run_ranks: Callable[..., list[int]]
