@@ -24,6 +24,7 @@ def train_tokenizer(
     """
 
     def texts() -> Iterator[str]:
+        """The texts to train on."""
         total = 0
         for document in read_split(corpus, "train"):
             if max_bytes and total >= max_bytes:

@@ -212,39 +212,47 @@ class _Object:
         self.raw = raw
 
     def fault(self, key: str, problem: str, value: Any) -> DataError:
+        """An error that names the place of `key`."""
         return DataError(problem, field=f"{self.path} {self.place}{key}", value=value, fix="write the dataset again")
 
     def get(self, key: str, kind: type) -> Any:
+        """The value of `key`, of this kind."""
         value = self.raw.get(key)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise self.fault(key, f"expected {kind.__name__}", str(value)[:80])
         return value
 
     def text(self, key: str) -> str:
+        """A text."""
         return self.get(key, str)
 
     def number(self, key: str, least: int = 0) -> int:
+        """A whole number of at least `least`."""
         value = self.get(key, int)
         if value < least:
             raise self.fault(key, f"must be at least {least}", value)
         return value
 
     def digest(self, key: str) -> str:
+        """A SHA-256 in hexadecimal."""
         value = self.text(key)
         if not _SHA256.fullmatch(value):
             raise self.fault(key, "expected a SHA-256 in hexadecimal", value[:80])
         return value
 
     def file_name(self, key: str) -> str:
+        """A bare file name."""
         value = self.text(key)
         if not _FILE_NAME.fullmatch(value):
             raise self.fault(key, "expected a bare file name inside the dataset directory", value[:80])
         return value
 
     def child(self, key: str) -> _Object:
+        """The object inside."""
         return _Object(self.get(key, dict), self.path, f"{self.place}{key}.")
 
     def children(self, key: str) -> list[_Object]:
+        """The objects in a list."""
         return [_Object(v, self.path, f"{self.place}{key}[{i}].") for i, v in enumerate(self.get(key, list))]
 
 

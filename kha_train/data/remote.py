@@ -105,6 +105,7 @@ class _Attempt(threading.Thread):
         self.start()
 
     def run(self) -> None:
+        """Make the call."""
         with self._caught:
             self.answer = self._call()
 
@@ -124,6 +125,7 @@ class _Block(NamedTuple):
 
     @property
     def name(self) -> str:
+        """What it is called in the cache."""
         return f"{self.entry.sha256}-{self.number:06d}"
 
 

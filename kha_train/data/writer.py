@@ -40,11 +40,13 @@ class _HashedFile:
         self._file, self._digest, self._bytes = file, hashlib.sha256(), 0
 
     def write(self, data: bytes) -> None:
+        """Append bytes."""
         self._file.write(data)
         self._digest.update(data)
         self._bytes += len(data)
 
     def finish(self) -> FileEntry:
+        """What the manifest says of the file."""
         _sync(self._file)
         return FileEntry(Path(self._file.name).name, self._bytes, self._digest.hexdigest())
 
@@ -57,6 +59,7 @@ class _BlockChecksums:
         self._pending = bytearray()
 
     def feed(self, data: bytes) -> None:
+        """The next bytes of the file."""
         self._pending += data
         whole = len(self._pending) // CRC_BLOCK_BYTES * CRC_BLOCK_BYTES
         for start in range(0, whole, CRC_BLOCK_BYTES):
@@ -64,6 +67,7 @@ class _BlockChecksums:
         del self._pending[:whole]
 
     def finish(self) -> bytes:
+        """The checksums, as they stand in `.crc`."""
         last = [zlib.crc32(self._pending)] if self._pending else []
         return np.asarray(self._done + last, dtype="<u4").tobytes()
 
