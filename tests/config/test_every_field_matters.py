@@ -124,8 +124,8 @@ def planned(config: RunConfig) -> Any:
 def loss_chunks(config: RunConfig, patch: pytest.MonkeyPatch) -> Any:
     """How many pieces the loss is computed in."""
     calls = []
-    original = loss_module._loss_and_gradient
-    patch.setattr(loss_module, "_loss_and_gradient", lambda *given: calls.append(1) or original(*given))
+    original = loss_module._logit_gradient
+    patch.setattr(loss_module, "_logit_gradient", lambda *given: calls.append(1) or original(*given))
     first_loss(config)
     return len(calls)
 
