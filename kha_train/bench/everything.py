@@ -17,7 +17,6 @@ FULL: dict[str, tuple[str, ...]] = {
     "step": (),
     "attention": (),
     "moe": (),
-    "moe": (),
     "tokenize": (),
     "startup": (),
     "checkpoint": (),
@@ -26,7 +25,6 @@ FULL: dict[str, tuple[str, ...]] = {
 QUICK: dict[str, tuple[str, ...]] = {
     "step": ("model.layers=2", "model.seq_len=64", "data.global_batch_size=4", "--blocks", "3"),
     "attention": ("model.seq_len=64", "--rounds", "3"),
-    "moe": ("model=tiny", "model.seq_len=64", "--blocks", "3"),
     "moe": ("model.seq_len=64", "--blocks", "3", "--warmup", "1"),
     "tokenize": ("--rounds", "3"),
     "startup": ("--rounds", "1"),

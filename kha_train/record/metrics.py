@@ -74,7 +74,9 @@ METRICS: dict[str, Metric] = {
     "moe/load_cv": Metric("1", "standard deviation of the experts' loads / mean load; mean over layers"),
     "moe/dead_fraction": Metric("fraction", "experts that received no token in the step, of all experts of all layers"),
     "moe/load_entropy": Metric("1", "entropy of the experts' load shares / log(experts); mean over layers (1: even)"),
-    "moe/bias_range": Metric("1", "largest - smallest selection bias of a layer, as the step was routed; largest over layers"),
+    "moe/bias_range": Metric(
+        "1", "largest - smallest selection bias of a layer, as the step was routed; largest over layers"
+    ),
     "spike/z": Metric("1", "(loss - median) / spread of the last 128 losses outside events"),
     "spike/open": Metric("0/1", "1 while an event is open after the step"),
     "spike/events_total": Metric("count", "events so far, the open one included"),
