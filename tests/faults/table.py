@@ -19,7 +19,12 @@ FAULTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "F1": (
         "kill -9 of all ranks between steps",
         "curve and final checkpoint bit-equal to a run never hurt",
-        ("test_a_run_killed_at_several_stages", "test_a_run_killed_twice", "test_two_ranks_killed"),
+        (
+            "test_a_run_killed_at_several_stages",
+            "test_a_run_killed_twice",
+            "test_two_ranks_killed",
+            "test_the_full_grid",
+        ),
     ),
     "F2": (
         "kill -9 at every stage of a save or a pruning",
