@@ -13,12 +13,14 @@ needs no torch; `choice.py` takes one for a device.
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 
 class Documents(NamedTuple):
@@ -137,17 +139,24 @@ def cudnn(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, 
         return sdpa(q_BTHK, k_BUGK, v_BUGW, documents, scale)
 
 
+def grouped_words(kernel: Callable[..., Any]) -> dict[str, bool]:
+    """What `kernel` must be told to take fewer key/value heads: torch 2.11 has no word for it and takes them unasked,
+    later releases refuse them without."""
+    return {"enable_gqa": True} if "enable_gqa" in signature(kernel).parameters else {}
+
+
+GROUPED_WORDS = grouped_words(varlen_attn)
+
+
 def varlen(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
     """torch's flash attention of variable length: documents are sequences, no mask is held."""
-    from torch.nn.attention.varlen import varlen_attn
-
     borders_S, longest = documents.cu_seqlens_S, documents.max_seqlen
 
     def kernel(q_MHK: Tensor, k_MGK: Tensor, v_MGK: Tensor) -> Any:
-        grouped = q_MHK.shape[1] != k_MGK.shape[1]
+        words = GROUPED_WORDS if q_MHK.shape[1] != k_MGK.shape[1] else {}
         return varlen_attn(
             q_MHK, k_MGK, v_MGK, borders_S, borders_S, longest, longest,
-            scale=scale, window_size=(-1, 0), enable_gqa=grouped,
+            scale=scale, window_size=(-1, 0), **words,
         )  # fmt: skip
 
     return _over_flat_tokens(kernel, q_BTHK, k_BUGK, v_BUGW)

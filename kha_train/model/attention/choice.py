@@ -141,8 +141,6 @@ def _missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return "computes in bf16, and parameters are fp32"
     if name == "cudnn" and torch.cuda.get_device_capability(device) != (9, 0):
         return "is used on sm_90 alone (Hopper): slower on older devices, and seen to corrupt on newer ones"
-    if name == "varlen" and find_spec("torch.nn.attention.varlen") is None:
-        return f"is not in torch {torch.__version__}"
     if name == "flash_attn" and find_spec("flash_attn") is None:
         return "needs the package flash-attn: pip install 'kha_train[gpu]'"
     return None

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kha_train.config.backends import TRAITS
-from kha_train.model.attention.backends import BACKENDS, eager, lay_out_documents
+from kha_train.model.attention import backends
+from kha_train.model.attention.backends import BACKENDS, eager, grouped_words, lay_out_documents
 
 BORDERS = {"whole rows": None, "split rows": [0, 3, 12, 17, 23, 24], "only row starts": [0, 12, 24]}
 
@@ -61,3 +62,27 @@ def test_no_mask_is_made_when_no_document_ends_inside_a_row():
     assert documents(None).cu_seqlens_S.tolist() == [0, 12, 24]
     borders_S = torch.tensor(BORDERS["split rows"], dtype=torch.int32)
     assert lay_out_documents(2, 12, borders_S.device, borders_S, 12, masked=False).mask_BJTU is None
+
+
+def as_in_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size):
+    """The signature of torch 2.11's kernel of variable length, computed by the formula."""
+    assert (cu_seq_q is cu_seq_k, max_q, max_k, return_aux, window_size) == (True, 12, 12, None, (-1, 0))
+    rows = lay_out_documents(1, query.shape[0], query.device, cu_seq_q, max_q)
+    return eager(query[None], key[None], value[None], rows, scale)[0]
+
+
+def as_in_torch_2_12(*inputs, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False, seqused_k=None):
+    """That of later releases, which take fewer key/value heads only when told to."""
+    assert enable_gqa == (inputs[0].shape[1] != inputs[1].shape[1])
+    return as_in_torch_2_11(*inputs, return_aux=return_aux, scale=scale, window_size=window_size)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("kernel", [as_in_torch_2_11, as_in_torch_2_12])
+def test_varlen_calls_the_kernel_of_every_admitted_torch(monkeypatch, kernel, kv_heads):
+    monkeypatch.setattr(backends, "varlen_attn", kernel)
+    monkeypatch.setattr(backends, "GROUPED_WORDS", grouped_words(kernel))
+    q, k, v = inputs(torch.float64, kv_heads)
+    for borders in BORDERS.values():
+        got = backends.varlen(q, k, v, documents(borders), 8**-0.5)
+        torch.testing.assert_close(got, eager(q, k, v, documents(borders), 8**-0.5))
