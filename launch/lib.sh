@@ -27,8 +27,9 @@
 KHA_REQUEUE_CODE=85
 KHA_AGENT='trap "" USR1 USR2; exec "$@"' # an ignored signal stays ignored after exec: torchrun would die of it
 
+# Where it cannot be said (a full disk), what was to be done is still done.
 say() {
-    printf 'kha: %s\n' "$*" >&2
+    printf 'kha: %s\n' "$*" >&2 || true
 }
 
 restarts() {
@@ -106,7 +107,7 @@ idle_starts() {
 on_signal() {
     KHA_STOPPING=1
     say "asked to stop: saving, then requeue"
-    [[ -z ${KHA_ATTEMPT:-} ]] || : >"$KHA_ATTEMPT/STOP"
+    [[ -z ${KHA_ATTEMPT:-} ]] || : >"$KHA_ATTEMPT/STOP" || true
     [[ -z ${KHA_SRUN_PID:-} ]] || kill -USR2 "$KHA_SRUN_PID" 2>/dev/null || true
 }
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -61,13 +62,15 @@ class Job:
         """Run the script; `training` is what happens instead of training, in bash, with $RUN the run directory."""
         return self._ended(self.start(training, *overrides, **environment))
 
-    def start(self, training: str, *overrides: str, **environment: str) -> subprocess.Popen[str]:
+    def start(
+        self, training: str, *overrides: str, output: int | IO[str] = subprocess.PIPE, **environment: str
+    ) -> subprocess.Popen[str]:
         (self.folder / "training").write_text(f'RUN="{self.run_dir}"\n{training}\n')
         (self.folder / "requeued").unlink(missing_ok=True)
         return subprocess.Popen(
             ["bash", str(LAUNCH / "train.sbatch"), *overrides],
             env={**self.environment, **environment},
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
         )
@@ -221,6 +224,17 @@ def test_a_signal_to_the_batch_shell_reaches_the_workers_and_the_shell_waits_for
     output, _ = process.communicate(timeout=60)
     assert (job.folder / "signalled").exists() and not (job.run_dir / "STOP").exists()
     assert (process.returncode, job.requeued) == (0, "41"), output
+
+
+def test_a_disk_that_takes_nothing_more_does_not_keep_the_signal_from_the_workers(job: Job) -> None:
+    """Neither the file STOP nor a word of the script can be written."""
+    training = 'trap "echo requeue > $KHA_OUTCOME_FILE; exit 0" USR2; mkdir "$KHA_STOP_FILE"; touch "$FAKE/up"\n'
+    training += "for i in {1..300}; do sleep 0.1; done"
+    with open("/dev/full", "w") as full:
+        process = job.start(training, output=full)
+    _wait_for((job.folder / "up").exists)
+    process.send_signal(signal.SIGUSR2)
+    assert (process.wait(timeout=60), job.requeued) == (0, "41")
 
 
 def test_a_signal_while_the_workers_still_start_is_not_lost(job: Job) -> None:
