@@ -21,6 +21,8 @@ from kha_train.model.norm import norm_turns
 
 CHECK_TOLERANCE = 3e-2
 """Largest relative error (Frobenius) of half-precision outputs and gradients against fp32 maths in the first check."""
+CHECK_BORDERS = (0, 100, 256, 300, 512)
+"""Of documents in the two rows of 256 tokens of that check."""
 
 
 class Choice(NamedTuple):
@@ -90,20 +92,26 @@ def announce(config: RunConfig, device: torch.device, dtype: torch.dtype) -> lis
 
 def check_against_maths(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Compare the chosen backend with the formula in fp32, forward and backward, on heads of the run's shape: some
-    releases of cuDNN computed wrong numbers without a word. Raises ConfigError when they disagree."""
+    releases of cuDNN computed wrong numbers without a word. On whole rows, and on rows of documents if the run
+    isolates them. Raises ConfigError when they disagree."""
+    name = config.attention.backend
     inputs = attention_inputs(config, 2, 256, device, dtype)
-    documents = lay_out_documents(2, 256, device)
-    results = [_outputs_and_gradients(BACKENDS[config.attention.backend], inputs, documents)]
-    results.append(_outputs_and_gradients(eager, [x.float() for x in inputs], documents))
-    for name, found, expected in zip(("output", "gradient of q", "of k", "of v"), *results, strict=True):
-        error = ((found.float() - expected).norm() / expected.norm()).item()
-        if not error < CHECK_TOLERANCE:
-            raise ConfigError(
-                f"computes wrong numbers on {_name(device)}: {name} is off by {error:.2g}",
-                field="attention.backend",
-                value=config.attention.backend,
-                fix="attention.backend=sdpa",
-            )
+    for borders in (None, CHECK_BORDERS) if config.data.isolate_documents else (None,):
+        borders_S = None if borders is None else torch.tensor(borders, dtype=torch.int32, device=device)
+        documents = lay_out_documents(2, 256, device, borders_S, masked=not TRAITS[name].packed)
+        results = [_outputs_and_gradients(BACKENDS[name], inputs, documents)]
+        documents = lay_out_documents(2, 256, device, borders_S)
+        results.append(_outputs_and_gradients(eager, [x.float() for x in inputs], documents))
+        rows = "whole rows" if borders is None else "rows of documents"
+        for part, found, expected in zip(("output", "gradient of q", "of k", "of v"), *results, strict=True):
+            error = ((found.float() - expected).norm() / expected.norm()).item()
+            if not error < CHECK_TOLERANCE:
+                raise ConfigError(
+                    f"computes wrong numbers on {_name(device)}, {rows}: {part} is off by {error:.2g}",
+                    field="attention.backend",
+                    value=name,
+                    fix="attention.backend=sdpa",
+                )
 
 
 def attention_inputs(
