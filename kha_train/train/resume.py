@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,14 +12,14 @@ from torch import Tensor
 
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import Checkpoint
-from kha_train.config.build import flatten, to_plain
+from kha_train.config.build import to_plain, without_places
 from kha_train.config.constants import FREE_TO_CHANGE
 from kha_train.config.schema import RunConfig
 from kha_train.engine.deepspeed import Engine, InitialValue, seeded
 from kha_train.errors import ResumeError
 from kha_train.model.decoder import build_decoder
 from kha_train.model.moe.router import RUN_STATE
-from kha_train.record import Redactor
+from kha_train.record import Redactor, read_run
 from kha_train.record.redact import REDACTED
 
 
@@ -61,6 +62,13 @@ class Progress:
     def from_plain(values: dict[str, Any]) -> Progress:
         """The inverse of `to_plain`."""
         return Progress(**{**values, "skip_windows": tuple((first, last) for first, last in values["skip_windows"])})
+
+
+def attention_backend(run_dir: Path) -> str:
+    """What computed attention in the last attempt at the run, by its record; "" where that says nothing."""
+    run = read_run(run_dir)
+    told = [run.get("provenance") or {}, *(attempt["changed"] for attempt in run.get("attempts", [])[-1:])]
+    return next((facts["attention_backend"] for facts in reversed(told) if "attention_backend" in facts), "")
 
 
 def trainer_state(
@@ -119,7 +127,7 @@ def check_belongs(config: RunConfig, checkpoint: Checkpoint, content_ids: dict[s
 def differences(config: RunConfig, checkpoint: Checkpoint, content_ids: dict[str, str]) -> list[tuple[str, Any, Any]]:
     """(setting, its value in the checkpoint, its value now) of all that a run may not change without being asked."""
     state, clean = checkpoint.trainer_state, Redactor.from_environment().clean
-    saved, now = _comparable(state["config"]), _comparable(to_plain(config))
+    saved, now = without_places(state["config"]), without_places(to_plain(config))
     for name, content_id in content_ids.items():
         # A checkpoint that does not name its content is not held against it.
         saved[name], now[name] = state.get(name, content_id)[:12], content_id[:12]
@@ -128,15 +136,6 @@ def differences(config: RunConfig, checkpoint: Checkpoint, content_ids: dict[str
         for key in sorted(saved.keys() | now.keys())
         if saved.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE) and REDACTED not in str(saved.get(key))
     ]
-
-
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings by dotted name, without the places where the sources of the data lie."""
-    flat = flatten(config)
-    flat["data.sources"] = [
-        {key: source[key] for key in source if key != "path"} for source in flat.get("data.sources", [])
-    ]
-    return flat
 
 
 def resumed(checkpoint: Checkpoint | None) -> InitialValue:

@@ -21,8 +21,8 @@ from kha_train.engine.audit import audit
 from kha_train.engine.deepspeed import Engine, InitialValue, leave_world, resolve_dtype
 from kha_train.errors import CheckpointError, DivergedError, KhaError, MachineError
 from kha_train.model.accounting import count_parameters, flops_per_token
-from kha_train.model.attention.choice import announce
-from kha_train.model.attention.measured import settle
+from kha_train.model.attention.choice import announce, choose
+from kha_train.model.attention.measured import measure, settled
 from kha_train.model.moe.balance import balance_metrics
 from kha_train.record import Marker, Record, Redactor, leave_outcome, set_marker
 from kha_train.record.files import write_text
@@ -98,7 +98,11 @@ class Session:
                 }
                 self._bytes_per_id_V = self._validation_set.bytes_per_id_V
                 dtype = resolve_dtype(config, world.device)
-                self._settled, measured = settle(config, world.device, dtype, world.broadcast_text)
+                self._earlier_backend = resume.attention_backend(self.run_dir) if checkpoint else ""
+                answer = measure(config, world.device, dtype, self._earlier_backend)
+            self._settled, measured = settled(config, world.broadcast_text(answer))
+            with world.agreed():
+                self._backend = choose(self._settled, world.device, dtype).name
                 self._choices = [*announce(self._settled, world.device, dtype), *([measured] if measured else [])]
                 if checkpoint:
                     resume.check_belongs(config, checkpoint, self._content_ids)
@@ -324,6 +328,7 @@ class Session:
             "device": str(self.world.device.type),
             "dtype": str(self.engine.dtype).removeprefix("torch."),
             "peak": str(self._throughput.peak),
+            "attention_backend": self._backend,
             "chosen": self._choices,
         }
         if self.world.is_main:
@@ -334,6 +339,9 @@ class Session:
             inherited = self._inherited
             lists = {"taken": len(inherited.taken), "new": inherited.new, "left_out": inherited.left_out}
             self.record.event("weights_inherited", 0, source=str(inherited.checkpoint.path), **lists)
+        if self._earlier_backend not in ("", self._backend):
+            fields = {"before": self._earlier_backend, "now": self._backend}
+            self.record.event("attention_backend_changed", self.progress.step, **fields)
         for line in self._choices:
             self.console.message(line)
         where = f"resumed after step {self.progress.step}" if resumed else "new run"

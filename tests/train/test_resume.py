@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 
 from kha_train.checkpoint.layout import candidates
-from kha_train.record import TIMING_KEYS, read_discarded, read_metrics, read_run
+from kha_train.config.compose import compose
+from kha_train.record import TIMING_KEYS, Marker, read_discarded, read_events, read_metrics, read_run, set_marker
+from kha_train.train.resume import attention_backend
+from kha_train.train.run import train
 
 pytestmark = pytest.mark.slow
 
@@ -158,3 +161,14 @@ def test_a_finished_run_started_again_changes_nothing(runner: Callable[..., Runn
     run.to_the_end()
     assert (run.run_dir / "metrics.jsonl").read_bytes() == before
     assert (run.run_dir / "DONE").exists()
+
+
+def test_a_run_that_goes_on_with_another_attention_backend_says_so(small: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for backend, computing in (("eager", "eager"), ("eager", "eager"), ("sdpa", "sdpa"), ("auto", "sdpa")):
+        set_marker(run_dir, Marker.STOP)
+        train(compose([*small, "model.layers=1", "run.steps=9", f"run.dir={run_dir}", f"attention.backend={backend}"]))
+        assert attention_backend(run_dir) == computing
+    (event,) = [event for event in read_events(run_dir) if event["kind"] == "attention_backend_changed"]
+    assert (event["step"], event["before"], event["now"]) == (2, "eager", "sdpa")

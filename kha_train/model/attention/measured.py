@@ -15,6 +15,7 @@ import torch
 
 from kha_train.config.backends import TRAITS, invalid_backend
 from kha_train.config.schema import RunConfig
+from kha_train.distributed import Caught
 from kha_train.errors import ConfigError
 from kha_train.model.attention.backends import BACKENDS, Documents, lay_out_documents
 from kha_train.model.attention.choice import attention_inputs, check_against_maths, choose
@@ -26,18 +27,23 @@ DOCUMENT_TOKENS = 835
 Timer = Callable[[Callable[[], None], torch.device], float]
 
 
-def settle(
-    config: RunConfig, device: torch.device, dtype: torch.dtype, agree: Callable[[str], str]
-) -> tuple[RunConfig, str]:
-    """The configuration with `auto` replaced by what was measured, and how it came out; unchanged where nothing is to
-    be measured: a named backend, no CUDA, or only one backend that can.
+def measure(config: RunConfig, device: torch.device, dtype: torch.dtype, earlier: str = "") -> str:
+    """The backend to take, a space, and what was measured in words, of this rank alone and without collectives. It is
+    the configuration's where nothing is to be measured: a named backend, no CUDA, or only one backend that can. Of
+    `auto` it is `earlier` where that is still one of those that can: a run that goes on keeps its kernel.
 
-    `agree` gives all ranks the answer of the first: they must not compute by different kernels.
+    All ranks then take the answer of the first by `settled`: they must not compute by different kernels. Raises
+    ConfigError when none of several backends is fit.
     """
     names = candidates(config, device, dtype) if device.type == "cuda" else []
     if config.attention.backend != "auto" or len(names) < 2:
-        return config, ""
-    name, _, told = agree(" ".join(fastest(config, names, device, dtype, cuda_seconds))).partition(" ")
+        return f"{config.attention.backend} "
+    return " ".join(fastest(config, names, device, dtype, cuda_seconds, earlier))
+
+
+def settled(config: RunConfig, answer: str) -> tuple[RunConfig, str]:
+    """The configuration with the backend `measure` answered, and how it came out ("" where nothing was measured)."""
+    name, _, told = answer.partition(" ")
     return _with_backend(config, name), told
 
 
@@ -59,22 +65,34 @@ def candidates(config: RunConfig, device: torch.device, dtype: torch.dtype) -> l
 
 
 def fastest(
-    config: RunConfig, names: list[str], device: torch.device, dtype: torch.dtype, seconds: Timer
+    config: RunConfig, names: list[str], device: torch.device, dtype: torch.dtype, seconds: Timer, earlier: str = ""
 ) -> tuple[str, str]:
-    """The fastest of `names` at the shape of a micro-batch, forward and backward, and what was measured in words. One
-    that computes wrong numbers, or fails, is left out; `sdpa` is what remains."""
+    """The fastest of `names` at the shape of a micro-batch, forward and backward, or `earlier` if it is fit; and what
+    was measured in words. One that computes wrong numbers, or fails in whatever way, is left out. Raises ConfigError
+    when none remains."""
     taken: dict[str, float] = {}
     refused: list[str] = []
     for name in names:
         chosen = _with_backend(config, name)
-        try:
+        # Code of others, maybe built for another torch: there is no list of the errors it may raise.
+        with Caught() as caught:
             check_against_maths(chosen, device, dtype)
             taken[name] = seconds(_attention_of(chosen, name, device, dtype), device)
-        except (ConfigError, RuntimeError) as error:
-            refused.append(f"{name} failed: {str(error).splitlines()[0]}")
-    order = sorted(taken, key=lambda name: taken[name]) or ["sdpa"]
-    told = [f"{name} {1000 * taken[name]:.2f} ms" for name in order if name in taken]
-    return order[0], f"measured, forward and backward of a layer: {', '.join([*told, *refused])}"
+        if caught.error:
+            first, *_ = str(caught.error).splitlines() or [""]
+            refused.append(f"{name} failed: {type(caught.error).__name__}: {first}")
+    if not taken:
+        raise ConfigError(
+            f"no backend computes the formula here: {'; '.join(refused)}",
+            field="attention.backend",
+            value=config.attention.backend,
+            fix="another device; attention.backend=eager holds all scores, and is the formula",
+        )
+    order = sorted(taken, key=lambda name: taken[name])
+    told = [f"{name} {1000 * taken[name]:.2f} ms" for name in order]
+    kept = f"; {earlier} kept, the run began with it" if earlier in taken else ""
+    words = f"measured, forward and backward of a layer: {', '.join([*told, *refused])}{kept}"
+    return earlier if kept else order[0], words
 
 
 def cuda_seconds(run: Callable[[], None], device: torch.device) -> float:
