@@ -159,7 +159,11 @@ requeue() {
 conclude() {
     local outcome='' code='' newest
     newest="$(newest_step "$KHA_RUN_DIR")"
-    [[ ! -s $KHA_ATTEMPT/outcome ]] || read -r outcome code <"$KHA_ATTEMPT/outcome" || true
+    if [[ -e $KHA_ATTEMPT/outcome ]]; then
+        read -r outcome code <"$KHA_ATTEMPT/outcome" || true
+        # Whoever made the file owned the run; a machine that went down may have lost what was in it.
+        outcome="${outcome:-training}"
+    fi
     case "$outcome" in
     done)
         say "done"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 
@@ -40,8 +42,12 @@ def leave_outcome(text: str) -> None:
     """Tells the batch script that started this process, and no other, how the attempt stands.
 
     `training` once the run directory is its own, then `done`, `requeue`, `stopped`, or an exit code after `fatal` or
-    `failed`. Exit codes do not pass through torchrun, and the markers of a run directory may be another job's.
+    `failed`. Exit codes do not pass through torchrun, and the markers of a run directory may be another job's. Every
+    rank may call this, at any time: the file holds one whole answer, and the one before where it cannot be written.
     """
     path = os.environ.get("KHA_OUTCOME_FILE")
     if path:
-        Path(path).write_text(f"{text}\n", encoding="utf-8")
+        beside = Path(f"{path}.{socket.gethostname()}.{os.getpid()}")
+        with suppress(OSError):
+            beside.write_text(f"{text}\n", encoding="utf-8")
+            os.replace(beside, path)

@@ -111,6 +111,7 @@ OWNED = 'echo training > "$KHA_OUTCOME_FILE"; '
         (SAVED + "echo fatal 1 > $KHA_OUTCOME_FILE; exit 1", 1, None),
         ("exit 9", 9, None),
         (OWNED + "exit 9", 9, None),
+        (SAVED + ": > $KHA_OUTCOME_FILE; exit 9", 0, "41"),
         (OWNED + SAVED + "exit 9", 0, "41"),
         (SAVED + "echo failed 75 > $KHA_OUTCOME_FILE; exit 1", 0, "41"),
         ("echo failed 75 > $KHA_OUTCOME_FILE; exit 1", 75, None),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kha_train.config.compose import compose
-from kha_train.record import Marker, Record, has_marker, set_marker
+from kha_train.record import Marker, Record, has_marker, leave_outcome, set_marker
 from kha_train.train.run import train
 
 
@@ -36,6 +36,22 @@ def test_who_asked_to_stop_decides_whether_the_job_is_to_be_requeued(
     assert not has_marker(run_dir, Marker.STOP) and has_marker(run_dir, Marker.REQUEUE)
     assert train(config).finished and told.read_text() == "done\n"
     assert [marker for marker in Marker if has_marker(run_dir, marker)] == [Marker.DONE]
+
+
+def test_an_outcome_that_does_not_fit_on_the_disk_leaves_the_one_before_and_the_exit_code(
+    tmp_path: Path, told: Path, clean_environment: dict[str, str]
+) -> None:
+    leave_outcome("training")
+    assert [path.name for path in tmp_path.iterdir()] == ["outcome"]
+    ended = subprocess.run(
+        ["bash", "-c", 'ulimit -f 0; exec "$@"', "limited", sys.executable, "-m", "kha_train", "run.steps=many"],
+        env={**os.environ, **clean_environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2 and "run.steps" in ended.stderr, ended.stderr
+    assert told.read_text() == "training\n"
 
 
 def test_a_second_process_says_that_it_never_owned_the_run_and_leaves_every_marker(
