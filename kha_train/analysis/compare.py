@@ -24,7 +24,9 @@ NEUTRAL_KEYS = (
 )  # fmt: skip
 """Settings, or beginnings of settings, in which a fair pair may differ: the variant itself, and what changes a loss by
 rounding at most. The content of the data is compared by its id, the seed by itself."""
-ORDER_KEYS = ("run.seed", "model.seq_len", "data.isolate_documents")
+ORDER_KEYS = (
+    "run.seed", "model.seq_len", "data.isolate_documents", "data.packing", "data.shuffle", "data.sources", "data.phases",
+)  # fmt: skip
 """Settings that, with the content of the shards and the sample numbers, fix which tokens a step reads."""
 
 

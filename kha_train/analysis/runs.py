@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from kha_train.config.build import flatten
+from kha_train.config.build import without_places
 from kha_train.config.constants import FREE_TO_CHANGE
 from kha_train.errors import ConfigError
 from kha_train.record import read_discarded, read_events, read_metrics, read_run
@@ -18,7 +18,8 @@ from kha_train.record import read_discarded, read_events, read_metrics, read_run
 
 @dataclass(frozen=True)
 class RunData:
-    """One run: `lines` of metrics.jsonl (never empty), run.json as `run`, config.yaml flattened to dotted keys.
+    """One run: `lines` of metrics.jsonl (never empty), run.json as `run`, `config` the values of config.yaml by
+    dotted keys, the paths of its sources aside.
 
     `variant` is what is compared: `attention.name`, and whatever else tells runs of that attention apart but the seed.
     """
@@ -78,7 +79,7 @@ def load_run(path: Path) -> RunData:
             value=str(path),
             fix="name the run.dir that `kha train` wrote",
         )
-    config = flatten(yaml.safe_load(config_file.read_text(encoding="utf-8")) or {})
+    config = without_places(yaml.safe_load(config_file.read_text(encoding="utf-8")) or {})
     label = str(config.get("run.name") or path.resolve().name)
     attention = str(config.get("attention.name", "unknown"))
     return RunData(path, label, config, read_run(path), lines, len(read_discarded(path)), read_events(path), attention)

@@ -51,6 +51,13 @@ def flatten(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return flat
 
 
+def without_places(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`flatten`, without the paths in `data.sources`: where data lie says nothing about what they are."""
+    flat = flatten(values)
+    sources = flat.get("data.sources") or []
+    return flat | {"data.sources": [{key: source[key] for key in source if key != "path"} for source in sources]}
+
+
 def nearest(key: str, known: Iterable[str], path: str = "") -> dict[str, str]:
     """`allowed` and `fix` of an error about an unknown `key`."""
     known = list(known)

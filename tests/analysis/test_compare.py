@@ -30,7 +30,8 @@ def make_run(path: Path, losses: list[float], *, variant: str = "gqa", seed: int
     facts = {"data_content_id": changes.get("content", "c0ffee"), "parameters": {"total": 1000, "active": 300}}
     record.begin_attempt(0, facts=facts)
     config = {"run": {"dir": str(path), "name": f"{variant}-s{seed}", "seed": seed}, "attention": {"name": variant}}
-    config |= {"model": {"seq_len": changes.get("seq_len", 8)}, "data": {"isolate_documents": True}}
+    config |= {"model": {"seq_len": changes.get("seq_len", 8)}}
+    config |= {"data": {"isolate_documents": True, **changes.get("data", {})}}
     config |= {"optim": {"lr": changes.get("lr", 1e-3)}, "engine": {"zero_stage": changes.get("zero_stage", 1)}}
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     shift = changes.get("shift_from", len(losses))
@@ -194,6 +195,11 @@ def test_a_run_that_never_was_finite_is_reported_without_an_end(tmp_path: Path) 
         ({"content": None}, False, "not proven"),
         ({"seq_len": 16}, False, "model.seq_len is 8 and 16"),
         ({"shift_from": 12}, False, "other samples from step 13 on"),
+        ({"data": {"isolate_documents": False}}, False, "data.isolate_documents is True and False"),
+        ({"data": {"packing": "best_fit"}}, False, "data.packing is None and best_fit"),
+        ({"data": {"shuffle": "block"}}, False, "data.shuffle is None and block"),
+        ({"data": {"sources": [{"name": "a", "path": "x", "weight": 1.0}]}}, False, "data.sources is"),
+        ({"data": {"phases": [{"start_sample": 8, "weights": [1.0, 2.0]}]}}, False, "data.phases is"),
     ],
 )
 def test_the_same_data_are_claimed_only_when_proven(tmp_path: Path, changes: dict, same: bool, words: str) -> None:
@@ -202,6 +208,14 @@ def test_the_same_data_are_claimed_only_when_proven(tmp_path: Path, changes: dic
     found, text = data_proof(*compare_runs([reference, other]).runs)
     assert found is same
     assert words in text
+
+
+def test_a_source_that_lies_elsewhere_is_the_same_source(tmp_path: Path) -> None:
+    sources = [{"sources": [{"name": "a", "path": place, "weight": 1.0}]} for place in ("here", "there")]
+    paths = [make_run(tmp_path / "a", falling(40), data=sources[0])]
+    paths += [make_run(tmp_path / "b", falling(40), variant="kha_mlp", data=sources[1])]
+    (pair,) = compare_runs(paths).pairs
+    assert pair.same_data and pair.caveats == ()
 
 
 def test_only_settings_that_differ_are_listed(tmp_path: Path) -> None:
