@@ -46,7 +46,8 @@ def as_rows(x_BTHK: Tensor) -> Tensor:
     of `language.py` reads with strides 1 and 2."""
     batch, tokens = x_BTHK.shape[:2]
     along = batch == 1 or x_BTHK.stride(0) == tokens * x_BTHK.stride(1)
-    return x_BTHK if along and x_BTHK.stride(3) == 1 else x_BTHK.contiguous()
+    # `contiguous` does not look at the strides of dimensions of one.
+    return x_BTHK if along and x_BTHK.stride(3) == 1 else x_BTHK.clone(memory_format=torch.contiguous_format)
 
 
 def persistent_programs(device: torch.device, tiles: int, launch: Launch) -> int:

@@ -100,6 +100,7 @@ def backward_call(
 
 def _geometry(x_BTHK: Tensor, cos_BTR: Tensor, eps: float, direction: str) -> tuple[Launch, int, dict[str, float]]:
     heads, width = x_BTHK.shape[2:]
+    assert cos_BTR.shape[:2] == x_BTHK.shape[:2], "the tables have a row for every token"
     launch = Launch(TILE_NUMBERS[direction] // width, WARPS, STAGES, RESIDENT[direction])
     programs = persistent_programs(x_BTHK.device, -(-_rows(x_BTHK) // launch.rows), launch)
     planes = cos_BTR.shape[-1]

@@ -106,7 +106,15 @@ def test_the_perceptron_takes_any_number_of_rows(tokens: int) -> None:
     compare(perceptron(knocking_mlp), perceptron(plain_knocking_mlp), [x_BTHK, *matrices(dtype, 64, True)], grad_BTHK)
 
 
-@pytest.mark.parametrize("view", [lambda x: x[:, ::2], lambda x: x.transpose(1, 2), lambda x: x.transpose(2, 3)])
+LAYOUTS = {
+    "every other token": lambda x: x[:, ::2],
+    "heads first": lambda x: x.transpose(1, 2),
+    "width before heads": lambda x: x.transpose(2, 3),
+    "one token, heads first": lambda x: x[:, :, :1].contiguous().transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("view", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_the_perceptron_takes_layouts_that_no_projection_makes(view: Callable[[Tensor], Tensor]) -> None:
     x_BTHK = view(random(2, 16, 16, 16, dtype=DTYPES[-1]))
     grad_BTHK = random(*x_BTHK.shape, dtype=DTYPES[-1], seed=9)
