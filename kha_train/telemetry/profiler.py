@@ -2,13 +2,13 @@
 
 `steps-A-B.trace.json.gz` opens in Perfetto or chrome://tracing; `steps-A-B.txt` lists operators by the time they took.
 With `profile.memory` the trace also follows memory, the list has what operators allocated, and on CUDA
-`steps-A-B.memory.pickle` holds every allocation with its stack, for pytorch.org/memory_viz. Rank 0 alone writes; a
-profiled step is slower than others.
+`steps-A-B.memory.pickle` holds every allocation with its stack, for pytorch.org/memory_viz. Rank 0 alone writes, and
+where it cannot, it warns: training goes on. A profiled step is slower than others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,16 @@ MAX_ALLOCATIONS = 200_000
 
 
 class Profiler:
-    """Follows the steps `profile.first_step` .. `profile.last_step` of a run; does nothing when the first is 0."""
+    """Follows the steps `profile.first_step` .. `profile.last_step` of a run; does nothing when the first is 0.
 
-    def __init__(self, config: RunConfig, run_dir: Path, world: World) -> None:
+    `warn` is told of a profile that could not be written.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: Path, world: World, warn: Callable[[str], None]) -> None:
         self._section, self._world, self._folder = config.profile, world, run_dir / "profile"
         self._wanted = config.profile.first_step > 0 and world.is_main
         self._running: Any = None
-        self._first = 0
+        self._warn, self._first = warn, 0
 
     @contextmanager
     def over(self, step: int) -> Iterator[None]:
@@ -62,8 +65,16 @@ class Profiler:
             torch.cuda.synchronize(self._world.device)
         found, self._running = self._running, None
         found.__exit__(None, None, None)
-        self._folder.mkdir(exist_ok=True)
         place = self._folder / f"steps-{self._first}-{step}"
+        try:
+            self._export(found, place)
+        except OSError as error:
+            self._warn(f"the profile {place} is not written: {error}")
+        if self._world.device.type == "cuda" and self._section.memory:
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _export(self, found: Any, place: Path) -> None:
+        self._folder.mkdir(exist_ok=True)
         found.export_chrome_trace(f"{place}.trace.json.gz")
         order = "self_cuda_time_total" if self._world.device.type == "cuda" else "self_cpu_time_total"
         averages = found.key_averages()
@@ -73,5 +84,4 @@ class Profiler:
             text += "\n" + averages.table(sort_by=order, row_limit=ROWS, max_name_column_width=60)
             if self._world.device.type == "cuda":
                 torch.cuda.memory._dump_snapshot(f"{place}.memory.pickle")
-                torch.cuda.memory._record_memory_history(enabled=None)
         Path(f"{place}.txt").write_text(text, encoding="utf-8")

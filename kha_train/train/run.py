@@ -60,8 +60,9 @@ def train(config: RunConfig, startup: Startup | None = None) -> Outcome:
             watchdog.beat(session.progress.step, "ending")
             session.saver.finish()
             world.raise_together(session.trouble)
+            with world.agreed("mark the end"):
+                _mark_the_end(run_dir, world, finished, session.progress.step)
             session.end_state = "done" if finished else "requeued"
-            _mark_the_end(run_dir, world, finished, session.progress.step)
             return Outcome(finished, session.progress.step, run_dir)
     finally:
         distributed.stop()

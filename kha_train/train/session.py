@@ -274,8 +274,6 @@ class Session:
             device=world.device,
             dtype=self.engine.dtype,
         )
-        self.profiler = Profiler(config, self.run_dir, world)
-        self._open.callback(self.profiler.close)
         self.console = Console(
             config,
             config.run.steps,
@@ -285,6 +283,8 @@ class Session:
         )
         self._open.callback(self.console.close)
         warn = self.console.warn
+        self.profiler = Profiler(config, self.run_dir, world, warn)
+        self._open.callback(self.profiler.close)
         self.wandb = WandbMirror(config, self.run_dir, self.record.wandb_id, rank=world.rank, warn=warn)
         self._open.push(self._close_wandb)
         self._open.push(self._sum_up)

@@ -201,7 +201,7 @@ def compiled_blocks(config: RunConfig, patch: pytest.MonkeyPatch) -> Any:
 
 def profiled(config: RunConfig, tmp_path: Path) -> Any:
     """The files of a profile of three steps, and whether they tell of memory."""
-    profiler = Profiler(config, tmp_path, World.single())
+    profiler = Profiler(config, tmp_path, World.single(), print)
     for step in (1, 2, 3):
         with profiler.over(step):
             torch.ones(step).sum()

@@ -14,6 +14,7 @@ A fault is {"at", "do"} and conditions; it happens once in a process:
         restore             while this rank's share of a checkpoint is read
         inherit             while the weights of another run are read
         event:KIND          while an event of this kind is recorded
+        marker:NAME         while this marker is set at the end
         rewind              amid a rewind: the newer checkpoints are gone, the record is not cut yet
         wandb:N             while something of step N is sent to W&B
     do  kill (this rank), kill_all (every rank), stop (SIGSTOP), sleep, term (SIGTERM), usr2, nan, enospc, erofs, eio,
@@ -137,6 +138,7 @@ class Faults:
         before(HostBuffers, "restart", lambda *_: f"snapshot:{self.progress()}")
         before(Checkpoint, "read", lambda *_: "restore")
         before(resume.Inherited, "__call__", lambda *_: "inherit")
+        before(run, "set_marker", lambda run_dir, marker, *_: f"marker:{marker.value}")
         before(Record, "event", lambda record, kind, *_: f"event:{kind}")
         before(Record, "rewind_to", lambda record, step, reason: "rewind" if reason.startswith("rewind") else "")
         attempt = WandbMirror._attempt

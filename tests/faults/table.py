@@ -53,7 +53,7 @@ FAULTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "alone": (
         "one rank alone cannot read its share, copy its state, or write the record",
         "all end together by its error (disk or memory: exit 75), exact restart",
-        ("test_a_rank_that_cannot", "test_a_defect_of_one", "test_an_event_that", "test_what_fails_at_the_end"),
+        ("test_a_rank_that_cannot", "test_a_defect_of_one", "test_what_rank_0_alone", "test_what_fails_at_the_end"),
     ),
     "F10": ("SIGTERM or SIGUSR2 on one rank, and again", "step finished, saved, REQUEUE, exit 0", ("test_f10",)),
     "F11": ("time limit; clock set back", "stops in good order; nothing changes", ("test_f11",)),

@@ -52,10 +52,10 @@ def test_a_snapshot_for_which_one_rank_has_no_memory_is_a_failed_save_and_traini
     assert run.equals(straight(*TWO, ranks=2))
 
 
-@pytest.mark.parametrize("kind", ["checkpoint_saved", "attempt_started"])
-def test_an_event_that_cannot_be_recorded_ends_all_ranks_together(kind, make_run, straight) -> None:
+@pytest.mark.parametrize("at", ["event:checkpoint_saved", "event:attempt_started", "marker:DONE"])
+def test_what_rank_0_alone_cannot_write_ends_all_ranks_together(at, make_run, straight) -> None:
     run = make_run(*TWO)
-    codes = run.start({"at": f"event:{kind}", "do": "enospc", "rank": 0}, ranks=2)
+    codes = run.start({"at": at, "do": "enospc", "rank": 0}, ranks=2)
     assert codes == [MACHINE, MACHINE], run.log.read_text()
     run.to_the_end(ranks=2)
     assert run.equals(straight(*TWO, ranks=2))
