@@ -36,9 +36,10 @@ class Call(NamedTuple):
     launch: Launch
 
     def start(self) -> None:
-        """Run it on the device of its tensors."""
+        """Run it on the device of its tensors. Triton by itself takes the current one."""
         options = {"num_warps": self.launch.warps, "num_stages": self.launch.stages}
-        self.kernel[(self.programs,)](*self.arguments, **self.constants, **options)
+        with torch.cuda.device_of(self.arguments[0]):
+            self.kernel[(self.programs,)](*self.arguments, **self.constants, **options)
 
 
 def as_rows(x_BTHK: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
-"""What a kernel is handed: rows it can walk over."""
+"""What a kernel is handed: rows it can walk over, and the device they are on."""
 
 # B batch   T tokens   H heads   K head width
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
-from kha_train.model.kernels.launch import as_rows
+from kha_train.model.kernels.launch import Call, Launch, as_rows
 
 LAYOUTS = {
     "dense": (lambda: torch.rand(2, 3, 4, 16), True),
@@ -29,3 +31,21 @@ def test_one_stride_leads_from_token_to_token_across_rows_of_the_batch(make, as_
     walked = rows_BTHK.as_strided((batch * tokens, heads, width), strides)
     assert torch.equal(walked, x_BTHK.flatten(0, 1))
     assert (rows_BTHK is x_BTHK) == as_it_is
+
+
+def test_a_kernel_starts_on_the_device_of_its_tensors_whichever_is_current(monkeypatch) -> None:
+    x, current, started = torch.rand(2), ["another"], []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: started.append(current[-1])
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    Call(Kernel(), 1, (x, 2), {}, Launch(1, 1, 1, 1)).start()
+    assert started == [x] and current == ["another"]
