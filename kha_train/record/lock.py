@@ -5,8 +5,9 @@ however it ends; but some network file systems keep such locks to one machine, o
 its name and a beat into `owner.json` every few seconds. Whoever finds the lock free but another machine's name in that
 file watches it for three beats: if it moves, the owner lives. No two clocks are compared.
 
-A requeued SLURM job has the id it had before: it takes its directory back at once, and an owner that finds another
-name in the file has been replaced (its node was cut off, say) and ends at once, so that no two write.
+A requeued SLURM job has the id it had before, and has been restarted more often: it takes its directory back at once,
+and an owner that finds another name in the file has been replaced (its node was cut off, say) and ends at once, so that
+no two write. An earlier life of the job is turned away like anybody else.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class RunLock:
     def _take(self) -> None:
         locked, owner = _try_lock(self._file.fileno()), read_owner(self._run_dir)
         requeued = bool(self._me["job"]) and owner.get("job") == self._me["job"]
-        requeued = requeued and owner.get("restart") != self._me["restart"]
+        requeued = requeued and int(owner.get("restart", "0")) < int(self._me["restart"])
         if locked is False and not requeued:
             self._refuse(owner)
         elsewhere = owner and (locked is None or owner.get("host") != self._me["host"])

@@ -124,20 +124,20 @@ def test_a_heartbeat_from_another_machine_keeps_us_out_though_its_lock_does_not(
 def test_a_requeued_job_takes_its_directory_back_and_what_is_left_of_its_earlier_life_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with holder(tmp_path, SLURM_JOB_ID="41", SLURM_RESTART_COUNT="0") as process:
+    with holder(tmp_path, SLURM_JOB_ID="41", SLURM_RESTART_COUNT="9") as process:
         monkeypatch.setenv("SLURM_JOB_ID", "41")
-        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "10")
         ours = RunLock(tmp_path)
         assert process.wait(30) == RunDirectoryInUse.exit_code
         assert process.stderr is not None and "taken over" in process.stderr.read()
         ours.close()
 
 
-@pytest.mark.parametrize("job, restart", [("41", "0"), ("42", "1"), ("", "1")])
+@pytest.mark.parametrize("job, restart", [("41", "9"), ("41", "10"), ("42", "11"), ("", "11")])
 def test_nobody_else_takes_a_directory_from_a_living_owner(
     tmp_path: Path, job: str, restart: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with holder(tmp_path, SLURM_JOB_ID="41") as process:
+    with holder(tmp_path, SLURM_JOB_ID="41", SLURM_RESTART_COUNT="10") as process:
         monkeypatch.setenv("SLURM_JOB_ID", job)
         monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
         with pytest.raises(RunDirectoryInUse):
