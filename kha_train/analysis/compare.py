@@ -11,21 +11,16 @@ import numpy as np
 from kha_train.analysis.runs import RunData, load_runs
 from kha_train.analysis.statistics import Interval, SeedInterval, block_bootstrap, over_seeds
 from kha_train.analysis.summary import Summary, summarise
+from kha_train.config.constants import FREE_TO_CHANGE
 
 IDENTITY_KEYS = ("run.dir", "run.name")
 """Configuration keys that always differ and say nothing."""
-NEUTRAL_KEYS = (
-    "run.dir", "run.name", "run.seed", "run.max_minutes", "attention.", "telemetry.", "cluster.", "resume.",
-    "checkpoint.", "validation.", "data.name", "data.train", "data.validation", "data.reader", "data.prefetch",
-    "data.check_crc", "model.name", "model.loss_chunk_tokens", "moe.backend", "stability.probe_every",
-    "engine.zero_stage", "engine.micro_batch_size", "engine.device", "engine.kernels", "engine.compile",
-    "engine.activation_checkpointing", "engine.reduce_bucket_elements", "engine.hpz_partition_size",
-    "engine.collective_timeout_seconds", "engine.hang_timeout_seconds", "engine.audit_every",
-)  # fmt: skip
+NEUTRAL_KEYS = (*(key for key in FREE_TO_CHANGE if key != "run.init_from"), "run.seed", "attention.")
 """Settings, or beginnings of settings, in which a fair pair may differ: the variant itself, and what changes a loss by
 rounding at most. The content of the data is compared by its id, the seed by itself."""
 ORDER_KEYS = (
-    "run.seed", "model.seq_len", "data.isolate_documents", "data.packing", "data.shuffle", "data.sources", "data.phases",
+    "run.seed", "model.seq_len",
+    "data.isolate_documents", "data.packing", "data.shuffle", "data.sources", "data.phases",
 )  # fmt: skip
 """Settings that, with the content of the shards and the sample numbers, fix which tokens a step reads."""
 
@@ -122,13 +117,14 @@ def compare_runs(run_dirs: list[Path]) -> Comparison:
     """
     runs = load_runs(run_dirs)
     pairs = tuple(_pair(runs, reference, other) for reference, other in partners(runs))
+    seeds = across_seeds(runs, pairs)
     return Comparison(
         runs=runs,
         summaries=tuple(summarise(run) for run in runs),
         differences=config_differences(runs),
         pairs=pairs,
-        across_seeds=across_seeds(runs, pairs),
-        evidence=evidence(runs),
+        across_seeds=seeds,
+        evidence=evidence(runs, seeds),
     )
 
 
@@ -170,12 +166,12 @@ def across_seeds(runs: tuple[RunData, ...], pairs: tuple[Pair, ...]) -> tuple[Ac
     )
 
 
-def evidence(runs: tuple[RunData, ...]) -> str:
-    """What the number of seeds allows one to say."""
-    seeds = {run.variant: {other.seed for other in runs if other.variant == run.variant} for run in runs}
-    fewest = min(len(found) for found in seeds.values())
+def evidence(runs: tuple[RunData, ...], seeds: tuple[AcrossSeeds, ...]) -> str:
+    """What the number of seeds allows one to say: the seeds of fair pairs of the variant that has the fewest."""
+    counts = {run.variant: 0 for run in runs if run.variant != runs[0].variant}
+    fewest = min((counts | {found.variant: len(found.differences) for found in seeds}).values(), default=0)
     if fewest < 2:
-        return "1 seed: not evidence"
+        return "1 seed: not evidence" if fewest else "a variant without a fair pair: not evidence"
     return "fewer than 3 seeds: weak evidence" if fewest < 3 else f"{fewest} seeds of every variant"
 
 

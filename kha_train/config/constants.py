@@ -23,6 +23,8 @@ FREE_TO_CHANGE = (
     "data.reader",
     "data.prefetch",
     "data.check_crc",
+    "data.cache_dir",
+    "data.cache_gib",
     "engine.zero_stage",
     "engine.micro_batch_size",
     "engine.device",

@@ -74,12 +74,15 @@ def test_one_seed_is_called_no_evidence_and_two_are_called_weak(tmp_path: Path) 
     def said(*keys: tuple[str, int]) -> str:
         return compare_runs([runs[key] for key in keys]).evidence
 
-    assert said(("gqa", 0)) == "1 seed: not evidence"
+    assert said(("gqa", 0)) == "a variant without a fair pair: not evidence"
     assert said(("gqa", 0), ("kha_mlp", 0)) == "1 seed: not evidence"
     assert said(("gqa", 0), ("gqa", 1), ("kha_mlp", 0)) == "1 seed: not evidence"
     two = [(variant, seed) for variant in ("gqa", "kha_mlp") for seed in (0, 1)]
     assert said(*two) == "fewer than 3 seeds: weak evidence"
     assert said(*runs) == "3 seeds of every variant"
+    runs["kha_mlp", 2] = make_run(tmp_path / "unfair", falling(20), variant="kha_mlp", seed=2, content="other")
+    assert said(*runs) == "fewer than 3 seeds: weak evidence"
+    assert said(("gqa", 2), ("kha_mlp", 2)) == "a variant without a fair pair: not evidence"
 
 
 def test_every_run_is_paired_with_the_reference_run_of_its_seed(tmp_path: Path) -> None:
@@ -102,7 +105,7 @@ def test_runs_of_one_attention_that_differ_otherwise_are_variants_of_their_own(t
     slow, fast = "gqa optim.lr=0.001", "gqa optim.lr=0.002"
     assert [run.variant for run in comparison.runs] == [slow, slow, fast, fast, "mha", "mha"]
     assert [(pair.reference, pair.other) for pair in comparison.pairs] == [(0, 2), (1, 3), (0, 4), (1, 5)]
-    assert comparison.evidence == "fewer than 3 seeds: weak evidence"
+    assert comparison.evidence == "a variant without a fair pair: not evidence"
 
 
 def test_a_pair_that_differs_in_more_than_its_variant_is_called_unfair(tmp_path: Path) -> None:
@@ -216,6 +219,15 @@ def test_a_source_that_lies_elsewhere_is_the_same_source(tmp_path: Path) -> None
     paths += [make_run(tmp_path / "b", falling(40), variant="kha_mlp", data=sources[1])]
     (pair,) = compare_runs(paths).pairs
     assert pair.same_data and pair.caveats == ()
+
+
+def test_what_a_resume_may_change_is_no_confounder_but_another_start_is(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / "a", falling(40)), make_run(tmp_path / "b", falling(40), variant="kha_mlp")]
+    settings = yaml.safe_load((paths[1] / "config.yaml").read_text())
+    settings["data"] |= {"cache_dir": "/elsewhere", "cache_gib": 7.0}
+    settings |= {"profile": {"first_step": 3}, "run": settings["run"] | {"init_from": "runs/other/checkpoints/9"}}
+    (paths[1] / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert compare_runs(paths).pairs[0].confounders == ("run.init_from (None and runs/other/checkpoints/9)",)
 
 
 def test_only_settings_that_differ_are_listed(tmp_path: Path) -> None:
