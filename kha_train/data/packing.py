@@ -48,7 +48,7 @@ class RowGrid:
 
     def locate(self, rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(shard, first token inside it) of rows, int64 all."""
-        shards_N = np.searchsorted(self._starts, rows_N, side="right") - 1
+        shards_N = self._starts.searchsorted(rows_N, side="right") - 1
         return shards_N, (rows_N - self._starts[shards_N]) * self.seq_len
 
 
