@@ -97,11 +97,11 @@ class _Shard:
             numbers.append(np.repeat(inside, counts))
         return np.concatenate(numbers), np.concatenate(ends)
 
-    def read_ends(self, block: int) -> np.ndarray:
+    def read_ends(self, block: int, *, check_crc: bool) -> np.ndarray:
         """The document ends of one 64 KiB block of `.doc`, int64, checked."""
         first = block * CRC_BLOCK_BYTES
         data = self._files.read(self.entry.doc.file, first, min(CRC_BLOCK_BYTES, self.entry.doc.bytes - first))
-        if self._check_crc:
+        if check_crc:
             self._compare_crc(self.entry.doc, first, zlib.crc32(data), self._first_ends_block + block)
         ends = np.frombuffer(data, dtype="<i8").astype(np.int64)
         previous = int(self._last_ends[block - 1]) if block else 0
@@ -129,7 +129,7 @@ class _Shard:
         self._compare(self.entry.tok, digest.hexdigest())
         digest = hashlib.sha256()
         for block in range(len(self._last_ends)):
-            digest.update(self.read_ends(block).astype("<i8").tobytes())
+            digest.update(self.read_ends(block, check_crc=True).astype("<i8").tobytes())
         self._compare(self.entry.doc, digest.hexdigest())
         return counts, least
 
@@ -167,7 +167,8 @@ class _Shard:
 class _EndsCache:
     """A few blocks of document ends, the least recently used one forgotten."""
 
-    def __init__(self) -> None:
+    def __init__(self, check_crc: bool) -> None:
+        self._check_crc = check_crc
         self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def __call__(self, shard: _Shard, index: int, block: int) -> np.ndarray:
@@ -175,7 +176,7 @@ class _EndsCache:
         if key in self._blocks:
             self._blocks.move_to_end(key)
             return self._blocks[key]
-        self._blocks[key] = ends = shard.read_ends(block)
+        self._blocks[key] = ends = shard.read_ends(block, check_crc=self._check_crc)
         if len(self._blocks) > _CACHED_ENDS_BLOCKS:
             self._blocks.popitem(last=False)
         return ends
@@ -194,7 +195,7 @@ class ShardSet:
         assert self.dtype.itemsize == DTYPE_BYTES[manifest.dtype]
         self._smallest_maximum = min(shard.max_id for shard in manifest.shards)
         self._shards: dict[int, _Shard] = {}
-        self._ends = _EndsCache()
+        self._ends = _EndsCache(check_crc)
 
     @classmethod
     def open(
@@ -337,11 +338,12 @@ class ShardSet:
         return counts
 
     def document_lengths(self) -> Iterator[np.ndarray]:
-        """The tokens of every document, int64, shard by shard. Raises DataError when the ends are damaged."""
+        """The tokens of every document, int64, shard by shard: their checksums are compared whatever `check_crc` says,
+        because what is made of them is kept. Raises DataError when the ends are damaged."""
         for index, entry in enumerate(self.manifest.shards):
             shard = self._shard(index)
             blocks = range(-(-entry.documents // ENDS_PER_BLOCK))
-            yield np.diff(np.concatenate([shard.read_ends(block) for block in blocks]), prepend=0)
+            yield np.diff(np.concatenate([shard.read_ends(block, check_crc=True) for block in blocks]), prepend=0)
 
     def _shard(self, index: int) -> _Shard:
         shard = self._shards.get(index)

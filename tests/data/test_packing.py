@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from kha_train.data.manifest import TokenizerEntry
 from kha_train.data.packing import ConcatRows, RowGrid
 from kha_train.data.shards import ShardSet
 from kha_train.data.writer import prepare, publish_dataset, write_shard
+from kha_train.errors import DataError
 
 LENGTHS = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=12), min_size=1, max_size=3)
 
@@ -138,3 +140,15 @@ def test_best_fit_fills_rows_nearly_and_always_in_the_same_way(seed: int) -> Non
     assert np.array_equal(np.cumsum(sizes[order])[:-1], starts[order][1:]) and starts.min() == 0
     row_sums = np.add.reduceat(sizes, np.concatenate(([0], np.cumsum(counts)[:-1])))
     assert row_sums.max() <= 4096
+
+
+def test_damaged_ends_make_no_table_though_checksums_are_not_asked_for(dataset: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(dataset / "train", tmp_path / "copy"))
+    doc = copy / "shard-00000.doc"
+    ends = np.fromfile(doc, dtype="<i8")
+    longer = int(np.flatnonzero(np.diff(ends) > 1)[0])
+    ends[longer] += 1
+    ends.tofile(doc)
+    with pytest.raises(DataError, match="shard-00000.doc.*CRC-32"):
+        BestFitRows(ShardSet.open(copy, check_crc=False), 32, True, tmp_path / "tables")
+    assert not list((tmp_path / "tables").glob("*/"))
