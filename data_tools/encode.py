@@ -164,13 +164,19 @@ def _encode_split(
         done |= _encode_in_processes(todo, task, workers, progress)
     shards = [done[plan.index] for plan in plans]
     return publish_dataset(
-        directory, shards, tokenizer.entry(), dtype=task.dtype, corpus=fingerprint, tokenizer_file=tokenizer.path
+        directory,
+        shards,
+        tokenizer.entry(),
+        dtype=task.dtype,
+        corpus=fingerprint,
+        tokenizer_file=tokenizer.path,
+        encoder=tokenizer.encoder,
     )
 
 
 def _identity(text_sha256: str, tokenizer: Tokenizer, plans: list[ShardPlan]) -> str:
     """What decides every byte of the shards: finished ones of the same identity need not be written again."""
-    parts = [text_sha256, tokenizer.sha256, [list(plan) for plan in plans]]
+    parts = [text_sha256, tokenizer.sha256, tokenizer.encoder, [list(plan) for plan in plans]]
     return hashlib.sha256(canonical_json(parts)).hexdigest()
 
 

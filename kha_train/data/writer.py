@@ -182,9 +182,11 @@ def publish_dataset(
     dtype: str,
     corpus: dict[str, Any],
     tokenizer_file: Path | None = None,
+    encoder: str = "",
 ) -> Manifest:
     """Copy the tokenizer beside finished shards, then write the manifest: only now is the directory a dataset.
 
+    `encoder`, what made the ids, is named beside the tool: both are told, neither is part of the content id.
     Raises DataError when nothing was written or the entries do not make a valid manifest.
     """
     written = [shard for shard in shards if shard is not None]
@@ -195,7 +197,9 @@ def publish_dataset(
         with open(tokenizer_file, "rb") as source, open(directory / tokenizer.file, "wb") as target:
             shutil.copyfileobj(source, target)
             _sync(target)
-    raw = manifests.build(written, tokenizer, dtype=dtype, corpus=corpus, tool=_tool())
+    raw = manifests.build(
+        written, tokenizer, dtype=dtype, corpus=corpus, tool=f"{_tool()}, {encoder}" if encoder else _tool()
+    )
     manifest = manifests.publish(directory, raw)
     for note in directory.glob("shard-*.done"):
         note.unlink()

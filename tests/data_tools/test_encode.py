@@ -170,6 +170,34 @@ def test_an_encoder_that_fails_its_proof_is_not_used_and_that_is_said(
     assert {split: one.content_id for split, one in made.items()} == {s: one.content_id for s, one in plain.items()}
 
 
+def test_the_repair_of_a_failed_encoding_keeps_no_shard_of_the_suspected_encoder(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OtherIdsLater:
+        version = "0"
+
+        def __init__(self, model: bytes) -> None:
+            self.plain, self.calls = Tokenizer(corpus / "tokenizer.model"), 0
+
+        def encode(self, texts: list[str]) -> list[np.ndarray]:
+            self.calls += 1
+            if self.calls == 4:
+                raise DataError("other ids", field="encoder")
+            ids = self.plain.encode(texts)
+            return ids if self.calls == 1 else [one[::-1] for one in ids]
+
+    model, out = corpus / "tokenizer.model", tmp_path / "out"
+    monkeypatch.setattr(tokenizers, "FastEncoder", OtherIdsLater)
+    monkeypatch.setattr(tokenizers, "_COMPARED_BATCHES", 10**9)
+    with pytest.raises(DataError, match="other ids"):
+        encode_corpus(corpus, model, out, encoder="gigatoken", shard_bytes=500)
+    assert list((out / "train").glob("*.done"))
+    repaired = encode_corpus(corpus, model, out, shard_bytes=500, overwrite=True)
+    straight = encode_corpus(corpus, model, tmp_path / "straight", shard_bytes=500)
+    assert repaired["train"].content_id == straight["train"].content_id
+    assert repaired["train"].tool.endswith(", sentencepiece")
+
+
 def test_the_fast_encoder_writes_the_same_datasets(corpus: Path, tmp_path: Path) -> None:
     pytest.importorskip("gigatoken")
     said: list[str] = []
