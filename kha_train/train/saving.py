@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from kha_train.checkpoint.background import BackgroundWriter, Published
 from kha_train.checkpoint.host_buffers import HostBuffers
@@ -28,8 +28,8 @@ class Saver:
     `event` gets a kind, a step and fields for the record.
 
     A save that fails leaves training alone: it is recorded, and the next one is tried. `checkpoint.max_failures` in a
-    row end the run with a CheckpointError. So does a failure of the last save, which `finish` raises on all ranks: a
-    MachineError where an earlier checkpoint `stands`, to go on from, else a CheckpointError.
+    row end the run, and so does a failure of the last save, by one error on all ranks: a MachineError where an earlier
+    checkpoint `stands`, to go on from, else a CheckpointError.
     """
 
     def __init__(
@@ -97,13 +97,8 @@ class Saver:
         started = time.perf_counter()
         self._settle(self._writer.wait)
         self._waited(started)
-        if self._error is not None and self._stands:
-            problem = f"the last checkpoint was not written, an earlier one stands: {self._error}"
-            error = MachineError(problem, fix="see to the disk; the same command goes on from there")
-            error.agreed = True
-            raise error from self._error
         if self._error is not None:
-            raise self._error
+            self._give_up(self._error)
 
     def leave(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """At the end of the attempt: no save is left half done, unless this rank fails alone: others may be gone."""
@@ -140,13 +135,21 @@ class Saver:
             self._failures_in_a_row += 1
             self._event("checkpoint_failed", self._step, problem=str(error), in_a_row=self._failures_in_a_row)
             if self._failures_in_a_row >= self._config.max_failures and not final:
-                raise
+                self._give_up(error)
             return
         if published is not None:
             self._error, self._failures_in_a_row, self._stands = None, 0, True
             self._event(
                 "checkpoint_saved", published.step, seconds=published.seconds, stall_seconds=self._stall_of_save
             )
+
+    def _give_up(self, error: CheckpointError) -> NoReturn:
+        if not self._stands:
+            raise error
+        problem = f"the checkpoint of step {self._step} was not written, an earlier one stands: {error}"
+        told = MachineError(problem, fix="see to the disk; the same command goes on from there")
+        told.agreed = True
+        raise told from error
 
     def _waited(self, started: float) -> None:
         seconds = time.perf_counter() - started

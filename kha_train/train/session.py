@@ -19,7 +19,7 @@ from kha_train.data.stream import ValidationSet, open_stream
 from kha_train.distributed import World, as_error
 from kha_train.engine.audit import audit
 from kha_train.engine.deepspeed import Engine, InitialValue, leave_world, resolve_dtype
-from kha_train.errors import CheckpointError, DivergedError, KhaError, MachineError
+from kha_train.errors import CheckpointError, DivergedError, KhaError
 from kha_train.model.accounting import count_parameters, flops_per_token
 from kha_train.model.attention.choice import announce, choose
 from kha_train.model.attention.measured import measure, settled
@@ -387,8 +387,6 @@ class Session:
             line = Redactor.from_environment().text(error.line()) if isinstance(error, KhaError) else ""
             if self.world.is_main and isinstance(error, KhaError) and error.fatal:
                 set_marker(self.run_dir, Marker.FATAL, line)
-            elif self.world.is_main and isinstance(error, MachineError):
-                set_marker(self.run_dir, Marker.REQUEUE, line)
         with _after(error):
             if self.world.is_main and (summary := goodput(self.run_dir)):
                 self.record.update_run(goodput=summary.to_dict())

@@ -38,7 +38,7 @@ FAULTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "F4": (
         "disk full, read-only, file too large, on one rank",
-        "training goes on, the failure is recorded; `checkpoint.max_failures` in a row: exit 4; the last save: exit 75",
+        "training goes on; `checkpoint.max_failures` in a row, or the last save: 75 if an earlier one stands, else 4",
         ("test_f4", "test_a_save_that_fails_on_one_rank_fails", "test_a_snapshot_for_which"),
     ),
     "F5": ("NaN in one rank's gradient", "every rank skips the step; too many in a row: exit 5", ("test_f5",)),

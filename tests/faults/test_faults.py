@@ -10,6 +10,7 @@ import pytest
 
 from kha_train.checkpoint.layout import candidates
 from kha_train.errors import MachineError, ResumeError
+from kha_train.operate.status import run_status
 from kha_train.record import read_discarded, read_metrics
 from kha_train.record.lock import RunLock
 from kha_train.train.failure import first_failure
@@ -97,10 +98,18 @@ def test_f4_a_save_that_fails_on_one_rank_is_reported_and_training_goes_on(do, a
 def test_f4_saves_that_keep_failing_end_the_run_and_leave_the_last_good_one(make_run) -> None:
     run = make_run(*TWO, "checkpoint.max_failures=2", steps=10)
     faults = [{"at": f"save:{step}:mid_shard", "do": "enospc", "rank": 1} for step in (4, 6)]
-    assert run.start(*faults, ranks=2) == [4, 4]
+    assert run.start(*faults, ranks=2) == [75, 75], run.log.read_text()
     assert [path.name for path in (run.run_dir / "checkpoints").iterdir()] == ["step-00000002"]
+    assert not (run.run_dir / "FATAL").exists() and run_status(run.run_dir).state == "ended"
     run.to_the_end(ranks=2)
     assert run.starts() == [0, 2]
+
+
+def test_f4_saves_that_fail_from_the_first_on_are_not_tried_again_unseen(make_run) -> None:
+    run = make_run(*TWO, "checkpoint.max_failures=2")
+    faults = [{"at": f"save:{step}:mid_shard", "do": "enospc", "rank": 1} for step in (2, 4)]
+    assert run.start(*faults, ranks=2) == [4, 4], run.log.read_text()
+    assert (run.run_dir / "FATAL").exists()
 
 
 def test_f4_the_kernel_refuses_the_bytes(make_run, straight) -> None:
@@ -117,8 +126,8 @@ def test_f4_a_last_save_that_fails_is_tried_again_from_the_checkpoint_before(mak
     run = make_run(*TWO)
     faults = [{"at": "batch:3", "do": "term", "rank": 1}, {"at": "save:3:mid_shard", "do": "enospc", "rank": 1}]
     assert run.start(*faults, ranks=2) == [75, 75], run.log.read_text()
-    assert "an earlier one stands" in (run.run_dir / "REQUEUE").read_text()
-    assert not (run.run_dir / "FATAL").exists() and run.newest().name == "step-00000002"
+    assert "an earlier one stands" in run.log.read_text() and run.newest().name == "step-00000002"
+    assert not (run.run_dir / "FATAL").exists() and run_status(run.run_dir).state == "ended"
     run.to_the_end(ranks=2)
     assert run.starts() == [0, 2] and run.equals(straight(*TWO, ranks=2))
 
