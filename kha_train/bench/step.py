@@ -32,6 +32,7 @@ from kha_train.distributed import World
 from kha_train.engine.deepspeed import Engine, leave_world, resolve_dtype
 from kha_train.model.accounting import count_parameters, flops_per_token
 from kha_train.model.attention.choice import announce
+from kha_train.model.moe.experts import announce_experts
 from kha_train.telemetry.throughput import Peak, peak_flops
 from kha_train.train.step import train_step
 
@@ -121,7 +122,9 @@ def _ours(config: RunConfig, world: World, engines: list[Engine]) -> Arm:
     def step(batch: Batch) -> None:
         train_step(engine, batch, batch.label_count, lr, False)
 
-    about = {"chosen": announce(config, world.device, engine.dtype), "config": protocol.config_hash(config)}
+    place = (world.device, engine.dtype)
+    chosen = [*announce(config, *place), *announce_experts(config, *place)]
+    about = {"chosen": chosen, "config": protocol.config_hash(config)}
     return Arm(step, config, _allocated(world.device) - before, about)
 
 

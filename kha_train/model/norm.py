@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from kha_train.config.schema import RunConfig
 from kha_train.model.init import Constant, DeclaredModule
-from kha_train.model.kernels.norm_rotate import norm_rotate, takes
+from kha_train.model.kernels.norm_rotate import WIDEST, norm_rotate, takes
 from kha_train.model.rope import Rotary
 
 
@@ -43,11 +43,22 @@ class TurningNorm(RmsNorm):
 
 
 def norm_turns(config: RunConfig) -> bool:
-    """Whether the norm of queries and keys is one kernel with their rotation: `engine.kernels: triton`, a norm of each
-    head, rotary positions, and heads of a width that the kernel takes."""
+    """Whether the norm of queries and keys is one kernel with their rotation."""
+    return config.engine.kernels == "triton" and why_norm_stays(config) is None
+
+
+def why_norm_stays(config: RunConfig) -> str | None:
+    """What keeps the norm of queries and keys from being one kernel with their rotation under `engine.kernels: triton`,
+    or None: a norm of each head, rotary positions, and whole heads of a width that the kernel takes."""
     section = config.attention
-    wanted = config.engine.kernels == "triton" and section.qk_norm == "per_head" and section.positions == "rope"
-    return wanted and section.base.turns_whole_heads and takes(section.base.head_dim)
+    if section.qk_norm != "per_head":
+        return f"attention.qk_norm={section.qk_norm}"
+    if section.positions != "rope":
+        return f"attention.positions={section.positions}"
+    if not section.base.turns_whole_heads:
+        return f"{section.base.name} turns a part of each head"
+    width = section.base.head_dim
+    return None if takes(width) else f"heads of {width} are no power of two from 16 to {WIDEST}"
 
 
 def build_turning_norm(config: RunConfig, heads: int, head_dim: int) -> nn.Module:

@@ -17,7 +17,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
 from kha_train.model.attention.backends import BACKENDS, Backend, Documents, eager, lay_out_documents, sdpa, varlen
 from kha_train.model.kernels.availability import require
-from kha_train.model.norm import norm_turns
+from kha_train.model.norm import why_norm_stays
 
 CHECK_TOLERANCE = 3e-2
 """Largest relative error (Frobenius) of half-precision outputs and gradients against fp32 maths in the first check."""
@@ -79,7 +79,8 @@ def announce(config: RunConfig, device: torch.device, dtype: torch.dtype) -> lis
     lines = [f"attention {base.name} x {options.name} | backend {backend.name} ({backend.why})"]
     if config.engine.kernels == "triton":
         require(device, dtype)
-        lines[0] += f" | norm and rotation {'triton' if norm_turns(config) else 'torch'} (chosen by engine.kernels)"
+        stays = why_norm_stays(config)
+        lines[0] += f" | norm and rotation {f'torch ({stays})' if stays else 'triton (chosen by engine.kernels)'}"
     if isinstance(options, FoldableOptions):
         taken = implementation(config)
         lines[0] += f" | interaction {taken.name} ({taken.why})"

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
+from kha_train.model.accounting import moe_layers
 from kha_train.model.init import DeclaredModule, Normal, residual_std
-from kha_train.model.moe.grouped import grouped
+from kha_train.model.moe.grouped import check_empty_groups, grouped
 from kha_train.model.moe.megablocks import load_kernels, megablocks
 from kha_train.model.moe.router import Routing
 from kha_train.model.moe.swiglu import weighted_swiglu
@@ -45,6 +46,20 @@ class Experts(DeclaredModule):
     def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """The weighted sum of every token's experts, [N, D] in the dtype of `x_ND`."""
         return self.run(x_ND, self.gate_up, self.down, routing)
+
+
+def announce_experts(config: RunConfig, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """What a run says of its experts when it starts: backend and kernels, with reasons. `grouped` is checked first.
+    Raises ConfigError when it computes wrong numbers here."""
+    if not moe_layers(config):
+        return []
+    name, line = config.moe.backend, f"experts {config.moe.backend} (chosen by moe.backend)"
+    if config.engine.kernels == "triton":
+        why = "triton (chosen by engine.kernels)" if name == "grouped" else f"not triton (for grouped, not {name})"
+        line += f" | permute, SwiGLU and combine {why}"
+    if name == "grouped":
+        check_empty_groups(device, dtype)
+    return [line]
 
 
 def loop(x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: Tensor, routing: Routing) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kha_train.errors import ConfigError
 from kha_train.model.host import spare_the_compiler
 from kha_train.model.kernels import movement, weighted_swiglu
 from kha_train.model.kernels.availability import require
@@ -182,6 +183,23 @@ torch.library.register_autograd("kha_train::grouped_experts", _backward, setup_c
 for _operator in (grouped_experts, grouped_experts_backward):
     for _kernel in _operator._backend_fns.values():
         spare_the_compiler(_kernel)
+
+
+def check_empty_groups(device: torch.device, dtype: torch.dtype) -> None:
+    """An expert that no token chose has a gradient of zeros: torch's product gave others on some devices (pytorch issue
+    172439, B200). Raises ConfigError where it does."""
+    rows_MD = torch.ones(32, 64, device=device, dtype=dtype)
+    ends_E = torch.tensor([16, 16, 32], dtype=torch.int32, device=device)
+    expected_EDX = torch.tensor([16.0, 0.0, 16.0], device=device, dtype=dtype).view(3, 1, 1).expand(3, 64, 64)
+    # What is not written keeps what lay there: memory that was just let go is handed out again.
+    torch.full_like(expected_EDX, float("nan"), memory_format=torch.contiguous_format)
+    if not torch.equal(grouped_product(rows_MD.t(), rows_MD, offs=ends_E), expected_EDX):
+        raise ConfigError(
+            f"computes wrong gradients of experts without tokens with torch {torch.__version__} on this {device.type}",
+            field="moe.backend",
+            value="grouped",
+            fix="moe.backend=loop",
+        )
 
 
 def tile_padding(load_E: Tensor, tile_rows: int = TILE_ROWS) -> float:

@@ -15,6 +15,8 @@ from kha_train.model.attention.base import build_attention
 from kha_train.model.attention.choice import announce
 from kha_train.model.kernels import availability
 from kha_train.model.kernels.knocking_mlp import knocking_mlp
+from kha_train.model.moe.experts import announce_experts
+from kha_train.model.norm import norm_turns
 
 CPU, HOPPER = torch.device("cpu"), torch.device("cuda", 0)
 SMALL = ["model=tiny", "engine.device=cpu"]
@@ -46,8 +48,34 @@ def test_a_run_says_which_kernels_it_takes(monkeypatch: pytest.MonkeyPatch) -> N
     kernels = [*SMALL, "attention=kha_mlp", "model.head_dim=16", "engine.kernels=triton"]
     line = announce(compose(kernels), CPU, torch.float32)[0]
     assert "norm and rotation triton" in line and "interaction triton (chosen by engine.kernels)" in line
-    line = announce(compose([*kernels, "attention.qk_norm=full_width"]), CPU, torch.float32)[0]
-    assert "norm and rotation torch" in line
+    (line,) = announce_experts(compose(kernels), CPU, torch.float32)
+    assert (
+        line.startswith("experts grouped") and "permute, SwiGLU and combine triton (chosen by engine.kernels)" in line
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("attention.qk_norm=full_width", "attention.qk_norm=full_width"),
+        ("attention.positions=alibi", "attention.positions=alibi"),
+        ("model.head_dim=24", "heads of 24"),
+        ("attention=gta", "gta turns a part of each head"),
+    ],
+)
+def test_a_run_says_why_its_norms_stay_with_torch(monkeypatch: pytest.MonkeyPatch, setting: str, reason: str) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    config = compose([*SMALL, "model.head_dim=16", "engine.kernels=triton", setting])
+    assert f"norm and rotation torch ({reason}" in announce(config, CPU, torch.float32)[0]
+    assert not norm_turns(config)
+
+
+def test_a_run_says_that_other_experts_than_grouped_take_no_kernels() -> None:
+    (line,) = announce_experts(compose([*SMALL, "engine.kernels=triton", "moe.backend=loop"]), CPU, torch.float32)
+    assert "experts loop" in line and "for grouped, not loop" in line
+    assert announce_experts(compose([*SMALL, "engine.kernels=torch"]), CPU, torch.float32) == [
+        "experts grouped (chosen by moe.backend)"
+    ]
 
 
 def test_a_kernel_called_on_a_cpu_names_the_fix() -> None:

@@ -9,6 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from kha_train.errors import ConfigError
 from kha_train.model.kernels.movement import combine_torch, permute_torch
 from kha_train.model.kernels.weighted_swiglu import backward_torch, forward_torch
 from kha_train.model.moe.experts import grouped, loop
@@ -16,8 +17,10 @@ from kha_train.model.moe.flops import OPERATORS
 from kha_train.model.moe.grouped import (
     KERNELS,
     Placement,
+    check_empty_groups,
     grouped_experts,
     grouped_experts_backward,
+    grouped_product,
     place,
     run_backward,
     run_forward,
@@ -216,3 +219,16 @@ def test_weights_that_are_frozen_leave_the_rest_its_gradient() -> None:
     out = loop(*leaves[:3], routing)
     for wanted, grad in zip(torch.autograd.grad(out.square().sum(), (leaves[0], leaves[3])), found, strict=True):
         torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_device_that_gives_experts_without_tokens_a_gradient_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_empty_groups(torch.device("cpu"), torch.float32)
+
+    def leaves_what_lay_there(left, right, offs):
+        out = grouped_product(left, right, offs=offs)
+        return out.clone().index_fill_(0, torch.tensor([1]), 1e-3)
+
+    monkeypatch.setattr("kha_train.model.moe.grouped.grouped_product", leaves_what_lay_there)
+    with pytest.raises(ConfigError, match="of experts without tokens") as refused:
+        check_empty_groups(torch.device("cpu"), torch.float32)
+    assert refused.value.fix == "moe.backend=loop"
