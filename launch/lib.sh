@@ -8,7 +8,7 @@
 #   STOP      made here on a signal: save, and leave
 #   outcome   made by the trainer, and only once the run directory is its own, or to say that it cannot be:
 #     training   it trains, or crashed while it did   -> requeued while checkpoints advance, else ends with srun's code
-#     requeue    saved and stopped in good order      -> the job requeues itself
+#     requeue    saved and stopped in good order      -> the job requeues itself, unless SIGTERM was what stopped it
 #     stopped    so too, because the user made the file STOP in the run directory -> the job ends with 0
 #     done       all steps are trained                -> the job ends with 0
 #     fatal N    an error that would come back        -> the job ends with the code N, and is never requeued
@@ -102,11 +102,14 @@ idle_starts() {
     printf '%s' "$count"
 }
 
-# Called by the traps: the workers finish their step, save and leave; they also see the file if the signal came before
-# they could listen. srun passes the signal on to every process of the step.
+# Called by the traps, $1: "requeue", or "end" after SIGTERM, by which SLURM ends a job: one that was cancelled must not
+# come back, and what was preempted or requeued SLURM starts again by itself. Of two signals the first counts: SIGTERM
+# also comes at the time limit, to a job that is still saving after its warning.
+# The workers finish their step, save and leave; they also see the file if the signal came before they could listen.
+# srun passes the signal on to every process of the step.
 on_signal() {
-    KHA_STOPPING=1
-    say "asked to stop: saving, then requeue"
+    KHA_STOPPING="${KHA_STOPPING:-$1}"
+    say "asked to stop: saving, then $KHA_STOPPING"
     [[ -z ${KHA_ATTEMPT:-} ]] || : >"$KHA_ATTEMPT/STOP" || true
     [[ -z ${KHA_SRUN_PID:-} ]] || kill -USR2 "$KHA_SRUN_PID" 2>/dev/null || true
 }
@@ -178,6 +181,11 @@ conclude() {
         exit "$code"
         ;;
     esac
+    if [[ ${KHA_STOPPING:-} == end ]]; then
+        say "ended by SIGTERM: not requeued by itself; submit the same command again to go on"
+        [[ $outcome != requeue ]] || exit 0
+        exit "${code:-$((KHA_CODE ? KHA_CODE : 1))}"
+    fi
     if [[ $outcome == requeue || -n ${KHA_STOPPING:-} ]]; then
         requeue 0
     fi
@@ -213,7 +221,10 @@ train_in_allocation() {
         say "not started again: $why; submit it anew when the cause is mended"
         exit 1
     fi
-    [[ -z ${KHA_STOPPING:-} ]] || requeue 0
+    case "${KHA_STOPPING:-}" in
+    requeue) requeue 0 ;;
+    end) exit 0 ;;
+    esac
     say "job $(job_name), start $(restarts) after step $before, $nodes nodes x $(ranks_per_node) ranks, $KHA_RUN_DIR"
     # In the background, because a trap waits for a foreground command.
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 \
@@ -245,7 +256,8 @@ read_arguments() {
 
 # Listen to signals from here on; then modules, virtual environment, network: what python needs to start at this site.
 enter_site() {
-    trap on_signal USR1 USR2 TERM
+    trap 'on_signal requeue' USR1 USR2
+    trap 'on_signal end' TERM
     if [[ -n ${KHA_SITE:-} ]]; then
         # shellcheck disable=SC1090  # the user's own file
         source "$KHA_SITE"

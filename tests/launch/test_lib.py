@@ -211,20 +211,50 @@ def test_where_a_job_may_not_requeue_itself_the_sites_code_does_or_the_user_is_t
     assert job.run("echo requeue > $KHA_OUTCOME_FILE", FAKE_REQUEUE_CODE="1").returncode == 85
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
-def test_a_signal_to_the_batch_shell_reaches_the_workers_and_the_shell_waits_for_their_save(
-    number: int, job: Job
+@pytest.mark.parametrize(
+    "signals, requeued",
+    [
+        ([signal.SIGUSR1], "41"),
+        ([signal.SIGUSR2], "41"),
+        ([signal.SIGTERM], None),
+        ([signal.SIGUSR2, signal.SIGTERM], "41"),
+        ([signal.SIGTERM, signal.SIGUSR2], None),
+    ],
+)
+def test_a_signal_to_the_batch_shell_reaches_the_workers_whose_save_it_awaits_and_only_sigterm_ends_the_job(
+    signals: list[int], requeued: str | None, job: Job
 ) -> None:
+    """By SIGTERM SLURM ends what was cancelled; after the warning before the time limit it means nothing new."""
     training = (
         'trap "touch $FAKE/signalled; sleep 0.5; echo requeue > $KHA_OUTCOME_FILE; exit 0" USR2; touch "$FAKE/up"\n'
     )
     training += "for i in {1..300}; do sleep 0.1; done"
     process = job.start(training)
     _wait_for((job.folder / "up").exists)
-    process.send_signal(number)
+    for number in signals:
+        process.send_signal(number)
+        _wait_for((job.folder / "signalled").exists)
     output, _ = process.communicate(timeout=60)
     assert (job.folder / "signalled").exists() and not (job.run_dir / "STOP").exists()
-    assert (process.returncode, job.requeued) == (0, "41"), output
+    assert (process.returncode, job.requeued) == (0, requeued), output
+
+
+def test_a_cancelled_job_does_not_come_back_when_its_workers_die_of_it_either(job: Job) -> None:
+    process = job.start(
+        f"{OWNED}{SAVED}" + 'trap "exit 9" USR2; touch "$FAKE/up"; for i in {1..300}; do sleep 0.1; done'
+    )
+    _wait_for((job.folder / "up").exists)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, job.requeued) == (9, None), output
+
+
+def test_a_signal_while_the_job_is_prepared_decides_as_one_that_comes_later(job: Job) -> None:
+    for name, code in {"TERM": None, "USR2": "41"}.items():
+        (job.folder / "site").write_text(f"kill -{name} $$\n")
+        ended = job.run("exit 9", KHA_SITE=str(job.folder / "site"))
+        assert (ended.returncode, job.requeued) == (0, code), ended.stdout
+        assert not (job.folder / "srun.arguments").exists()
 
 
 def test_a_disk_that_takes_nothing_more_does_not_keep_the_signal_from_the_workers(job: Job) -> None:

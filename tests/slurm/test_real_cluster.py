@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from kha_train.operate.status import newest_checkpoint
 from kha_train.record import TIMING_KEYS, read_metrics, read_owner, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,6 +195,18 @@ def test_a_run_without_progress_is_given_up_also_when_slurm_itself_requeues_it(
     ended, said = cluster.ended(job), (tmp_path / "job.out").read_text()
     assert (ended["ExitCode"], ended["Restarts"]) == ("1:0", "2"), said
     assert "not started again: 2 starts in a row without a new checkpoint" in said
+
+
+def test_a_job_that_is_cancelled_saves_and_does_not_come_back(cluster, settings, slow, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    job = submit(cluster, tmp_path / "job.out", [*settings, f"run.dir={run_dir}"], slow)
+    wait_for(trained_in(run_dir, 1), 240, "the first steps")
+    cluster.run("scancel", job)
+    ended, said = cluster.ended(job), (tmp_path / "job.out").read_text()
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), said
+    assert "ended by SIGTERM: not requeued" in said
+    life = attempts(run_dir)[0]
+    assert life["state"] == "requeued" and newest_checkpoint(run_dir) == life["end_step"], "saved at the very step"
 
 
 def test_ranks_that_srun_starts_one_by_one_find_each_other(cluster, settings, job_environment, tmp_path: Path) -> None:
