@@ -190,8 +190,9 @@ conclude() {
         requeue 0
     fi
     # Without an outcome the run was never ours, and its checkpoints may be another job's.
-    if [[ -n $outcome ]] && ((newest > $1)); then
-        say "crashed with code ${code:-$KHA_CODE} after new checkpoints (now step $newest)"
+    # The newest may be older than the one at the start: that was damaged, or a rewind undid it.
+    if [[ -n $outcome ]] && ((newest != $1)); then
+        say "crashed with code ${code:-$KHA_CODE}; the newest checkpoint was step $1 and is step $newest"
         requeue "${code:-$((KHA_CODE ? KHA_CODE : 1))}"
     fi
     say "crashed with code ${code:-$KHA_CODE} and no new checkpoint: not requeued"

@@ -131,6 +131,18 @@ def test_a_crash_is_requeued_only_while_checkpoints_advance(job: Job) -> None:
     assert (ended.returncode, job.requeued) == (9, None), ended.stdout
 
 
+def test_a_checkpoint_of_an_earlier_step_is_progress_after_a_damaged_one_or_a_rewind(job: Job) -> None:
+    def life(number: int, training: str) -> tuple[int, str | None]:
+        return job.run(OWNED + training + "exit 9", SLURM_RESTART_COUNT=str(number)).returncode, job.requeued
+
+    def at(step: int) -> str:
+        return f'rm -rf "$RUN"/checkpoints; mkdir -p "$RUN"/checkpoints/step-{step:08d}; '
+
+    assert life(0, at(100)) == (0, "41")
+    assert life(1, at(95)) == (0, "41")
+    assert life(2, "") == (9, None)
+
+
 @pytest.mark.parametrize("seconds_job", ["fatal 6", "", "training"])
 def test_a_job_touches_nothing_in_the_run_directory_that_another_may_own(seconds_job: str, job: Job) -> None:
     """Neither the owner's markers, nor a request to stop it, nor its progress are the second job's."""
