@@ -104,6 +104,10 @@ class MachineError(KhaError):
     fatal = False
 
 
+class CorruptionError(MachineError):
+    """What all ranks hold in common differs: a machine computes or remembers wrongly."""
+
+
 class RankError(KhaError):
     """Another rank died of a defect, of which its own traceback tells."""
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from kha_train.engine.deepspeed import Engine
-from kha_train.errors import MachineError
+from kha_train.errors import CorruptionError
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def audit(engine: Engine, decisions: str) -> None:
-    """Raise MachineError on all ranks, naming one that does not hold what it should, and which part of it.
+    """Raise CorruptionError on all ranks, naming one that does not hold what it should, and which part of it.
 
     To be called between the last micro-batch and the step: the weights have gone through a forward and a backward, and
     what was computed from wrong ones has not been applied. Nothing is changed. `decisions` is this rank's own text of
@@ -36,7 +36,7 @@ def audit(engine: Engine, decisions: str) -> None:
     error = None
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        error = MachineError(
+        error = CorruptionError(
             f"silent corruption on rank {engine.world.rank}: {wrong[0]} differs from what the other ranks hold{more}",
             field="engine.audit_every",
             fix="take its device or host out; the same command goes on from the last checkpoint",

@@ -17,7 +17,7 @@ from kha_train.checkpoint.retention import Keep, prune
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import World
 from kha_train.engine.deepspeed import Engine
-from kha_train.errors import CheckpointError, DivergedError, KhaError, MachineError
+from kha_train.errors import CheckpointError, CorruptionError, DivergedError, KhaError, MachineError
 from kha_train.train import resume
 
 
@@ -101,9 +101,10 @@ class Saver:
             self._give_up(self._error)
 
     def leave(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """At the end of the attempt: no save is left half done, unless this rank fails alone: others may be gone."""
+        """At the end of the attempt: no save is left half done, unless this rank fails alone (others may be gone) or
+        what was saved is in doubt."""
         together = isinstance(error, DivergedError) or (isinstance(error, KhaError) and error.agreed)
-        if error is None or together:
+        if error is None or (together and not isinstance(error, CorruptionError)):
             self._settle(self._writer.wait, final=True)
         else:
             self._writer.abandon()

@@ -20,6 +20,7 @@ def test_f16_a_bit_that_flips_in_one_ranks_weights_is_found_before_the_step_and_
     assert run.start({"at": "gradient:5", "do": "flip", "rank": rank}, ranks=2) == [75, 75], run.log.read_text()
     assert f"silent corruption on rank {rank}: its copy of" in run.log.read_text()
     assert len(run.curve()) == 4 and not (run.run_dir / "FATAL").exists()
+    assert run.newest().name == "step-00000002", "the save begun after step 4 is in doubt"
     run.to_the_end(ranks=2)
     assert run.equals(straight(*settings, ranks=2))
 
