@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -11,31 +11,52 @@ import torch
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import World
 from kha_train.engine.memory import GIB, plan_memory
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, MachineError
 from kha_train.telemetry.meters import PeakMemory
 
 _ON_A_CPU = "DefaultCPUAllocator"
 
 
 @contextmanager
-def told_when_out_of_memory(config: RunConfig, world: World) -> Iterator[None]:
-    """Around a run. Raises ConfigError where torch found no memory: it would find none the next time either.
+def told_when_out_of_memory(config: RunConfig, world: World, has_fitted: Callable[[], bool]) -> Iterator[None]:
+    """Around a run. Where the device has no memory raises ConfigError, for it would have none the next time either;
+    MachineError once `has_fitted` says that a whole step found enough, or where it is the host that has none.
 
     Only the rank that ran out knows of it; the others end because it is gone.
     """
     memory = PeakMemory(world.device)
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and _ON_A_CPU not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
             raise
-        raise ConfigError(
-            f"rank {world.rank} is out of memory: {_planned(config, world)}; held at most {memory.gib():.2f} GiB"
-            f"{_of_total(memory)}; torch says: {str(error).splitlines()[0]}",
+        on_device = isinstance(error, torch.OutOfMemoryError)
+        kind = ConfigError if on_device and not has_fitted() else MachineError
+        raise kind(
+            f"rank {world.rank} is out of {'' if on_device else 'host '}memory: {_planned(config, world)}; held at "
+            f"most {memory.gib():.2f} GiB{_of_total(memory)}; it says: {(str(error) or repr(error)).splitlines()[0]}",
             field="engine.micro_batch_size",
             value=config.engine.micro_batch_size,
             fix=" or ".join(_remedies(config, world)) or "more devices, or a smaller model",
         ) from error
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether `error` is one of the ways in which Python and torch say that there is no memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _ON_A_CPU in str(error)
+
+
+@contextmanager
+def as_memory_error() -> Iterator[None]:
+    """Around what may fail for lack of memory and is not to end the run: raises MemoryError for all of them."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        raise MemoryError(str(error).splitlines()[0]) from error
 
 
 def _of_total(memory: PeakMemory) -> str:

@@ -48,22 +48,18 @@ def train(config: RunConfig, startup: Startup | None = None) -> Outcome:
         stops = StopRequests(run_dir if world.is_main else None, config.run.max_minutes)
         watchdog = Watchdog(run_dir, world, config.engine.hang_timeout_seconds)
         world = replace(world, alive=watchdog.alive)
-        with (
-            stops,
-            FailureFile(run_dir, world),
-            told_when_out_of_memory(config, world),
-            Session(config, world, startup) as session,
-            watchdog,
-        ):
-            finished = _train_to_the_end(session, stops, watchdog)
-            world.raise_together(session.trouble)
-            watchdog.beat(session.progress.step, "ending")
-            session.saver.finish()
-            world.raise_together(session.trouble)
-            with world.agreed("mark the end"):
-                _mark_the_end(run_dir, world, finished, session.progress.step)
-            session.end_state = "done" if finished else "requeued"
-            return Outcome(finished, session.progress.step, run_dir)
+        with stops, FailureFile(run_dir, world):
+            session = Session(config, world, startup)
+            with told_when_out_of_memory(config, world, lambda: session.has_updated), session, watchdog:
+                finished = _train_to_the_end(session, stops, watchdog)
+                world.raise_together(session.trouble)
+                watchdog.beat(session.progress.step, "ending")
+                session.saver.finish()
+                world.raise_together(session.trouble)
+                with world.agreed("mark the end"):
+                    _mark_the_end(run_dir, world, finished, session.progress.step)
+                session.end_state = "done" if finished else "requeued"
+                return Outcome(finished, session.progress.step, run_dir)
     finally:
         distributed.stop()
 
@@ -80,6 +76,7 @@ def _train_to_the_end(session: Session, stops: StopRequests, watchdog: Watchdog)
         lr = learning_rate(config.optim, session.progress.step + 1, steps)
         with session.profiler.over(session.progress.step + 1):
             result = train_step(session.engine, batch, labels, lr, stops.pending(), session.judge_at(lr))
+        session.has_updated |= result.applied
         session.note_startup()
         session.progress = session.progress.after(session.stream.samples_seen, session.tokens_per_step, result.applied)
         line = session.metrics(result, lr, time.perf_counter() - started)

@@ -19,6 +19,7 @@ from kha_train.distributed import World
 from kha_train.engine.deepspeed import Engine
 from kha_train.errors import CheckpointError, CorruptionError, DivergedError, KhaError, MachineError
 from kha_train.train import resume
+from kha_train.train.memory import as_memory_error
 
 
 class Saver:
@@ -116,7 +117,7 @@ class Saver:
 
     def _begin(self, step: int, engine: Engine, trainer_state: dict[str, Any]) -> None:
         pieces: Iterable[Piece]
-        with self._world.agreed("copy the state to host memory", CheckpointError):
+        with self._world.agreed("copy the state to host memory", CheckpointError), as_memory_error():
             if self._config.background:
                 self._host.restart()
                 pieces = list(resume.pieces(engine, self._host.copy))

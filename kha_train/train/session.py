@@ -62,6 +62,8 @@ class Session:
         self.watch = Watch(config)
         self.data_wait = DataWait()
         self.end_state = "failed"
+        self.has_updated = False
+        """Whether this attempt has applied a step: all that a step needs found room."""
         self.trouble: BaseException | None = None
         """Why rank 0 could not write the record; all ranks hear of it at the next agreement."""
         self._refused: list[str] = []

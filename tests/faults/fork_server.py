@@ -20,7 +20,8 @@ A fault is {"at", "do"} and conditions; it happens once in a process:
     do  kill (this rank), kill_all (every rank), stop (SIGSTOP), sleep, term (SIGTERM), usr2, nan, enospc, erofs, eio,
         partial (a half-written directory under the final name), clock (set back by a day), data (a DataError),
         file_limit (no file above 200 kB), noise (the batch is noise), memory (the host has none left), oom (the device
-        has none left), flip (a bit of this rank's copy of a weight), flip_bias (of a selection bias), defect
+        has none left), host_oom (the host, in torch's words), flip (a bit of this rank's copy of a weight), flip_bias
+        (of a selection bias), defect
     rank    only there (default: everywhere)
 """
 
@@ -196,6 +197,9 @@ class Faults:
 
     def oom(self) -> None:
         raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+
+    def host_oom(self) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 20 bytes")
 
     def defect(self) -> None:
         raise ZeroDivisionError("a defect")

@@ -80,7 +80,7 @@ FAULTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "F17": (
         "a device runs out of memory, at the first step or later",
-        "told against the plan with what would help, exit 2; the checkpoint is untouched",
+        "told against the plan with what would help, exit 2 before the first update, later 75; the checkpoint is whole",
         ("test_f17",),
     ),
     "F18": (

@@ -44,9 +44,12 @@ def test_a_defect_of_one_rank_stops_all_and_is_not_taken_for_a_mistake(make_run)
     assert not (run.run_dir / "FATAL").exists()
 
 
-def test_a_snapshot_for_which_one_rank_has_no_memory_is_a_failed_save_and_training_goes_on(make_run, straight) -> None:
+@pytest.mark.parametrize("do", ["memory", "oom", "host_oom"])
+def test_a_snapshot_for_which_one_rank_has_no_memory_is_a_failed_save_and_training_goes_on(
+    do, make_run, straight
+) -> None:
     run = make_run(*TWO)
-    assert run.start({"at": "snapshot:2", "do": "memory", "rank": 1}, ranks=2) == [0, 0], run.log.read_text()
+    assert run.start({"at": "snapshot:2", "do": do, "rank": 1}, ranks=2) == [0, 0], run.log.read_text()
     (failed,) = run.events("checkpoint_failed")
     assert failed["step"] == 2 and "copy the state to host memory" in failed["problem"]
     assert run.equals(straight(*TWO, ranks=2))

@@ -41,13 +41,15 @@ def test_f16_an_audit_changes_nothing(stage, precision, make_run, straight) -> N
     assert run.curve() == twin.curve() and tensors[0] == tensors[1]
 
 
-@pytest.mark.parametrize("step", [1, 5])
-def test_f17_out_of_memory_is_told_against_the_plan_and_leaves_the_checkpoint(step, make_run) -> None:
+@pytest.mark.parametrize(("do", "step", "code"), [("oom", 1, 2), ("oom", 5, 75), ("host_oom", 1, 75)])
+def test_f17_out_of_memory_is_told_against_the_plan_and_leaves_the_checkpoint(do, step, code, make_run) -> None:
+    """What a step once had room for is worth another start, and so is a host that others use too."""
     run = make_run("attention=gqa", "engine=zero1")
-    codes = run.start({"at": f"gradient:{step}", "do": "oom", "rank": 1}, ranks=2, patience=60)
-    assert codes[1] == 2 and codes[0] not in (0, None), run.log.read_text()
-    told = (run.run_dir / "FATAL").read_text()
-    assert "rank 1 is out of memory: planned" in told and "held at most" in told
+    codes = run.start({"at": f"gradient:{step}", "do": do, "rank": 1}, ranks=2, patience=60)
+    assert codes[1] == code and codes[0] not in (0, None), run.log.read_text()
+    assert (run.run_dir / "FATAL").exists() == (code == 2)
+    told = run.log.read_text()
+    assert "memory: planned" in told and "held at most" in told
     assert "fix: engine.micro_batch_size=2 (saves" in told
     failure = first_failure(run.run_dir)
     assert failure is not None
