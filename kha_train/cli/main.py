@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from types import TracebackType
 from typing import Any
 
 import typer
 
 from kha_train.errors import KhaError
 from kha_train.record.markers import leave_outcome
+from kha_train.record.redact import Redactor
 
 HELP = "Pretraining of mixture-of-experts language models with cross-head attention."
 COMMANDS = {
@@ -57,7 +60,8 @@ def __getattr__(name: str) -> Any:
 def run(arguments: Sequence[str] | None = None) -> None:
     """Entry point. A KhaError ends as one line on standard error and its exit code (0-6, 75: see docs).
 
-    KHA_DEBUG=1 adds the traceback. With several ranks only rank 0 prints what all of them agreed on.
+    KHA_DEBUG=1 adds the traceback. With several ranks only rank 0 prints what all of them agreed on. Launch logs keep
+    what is printed here, so no secret is in it.
     """
     try:
         # Typer itself ends the process: 0, 2 after a usage error told in its own words, 130 after Ctrl-C.
@@ -69,11 +73,22 @@ def run(arguments: Sequence[str] | None = None) -> None:
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         if rank == "0" or not error.agreed:
             where = "" if rank == "0" else f"rank {rank}: "
-            print(f"{where}{error.line()}", file=sys.stderr, flush=True)
+            _complain(f"{where}{error.line()}")
         leave_outcome(f"{'fatal' if error.fatal else 'failed'} {error.exit_code}")
         sys.exit(error.exit_code)
     except OSError as error:
         if os.environ.get("KHA_DEBUG") == "1" or error.filename is None:
             raise
-        print(f"file error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        _complain(f"file error: {error.filename}: {error.strerror}")
         sys.exit(1)
+    finally:
+        # Here and not before: Typer sets a hook of its own.
+        sys.excepthook = _print_traceback
+
+
+def _complain(text: str) -> None:
+    print(Redactor.from_environment().text(text), file=sys.stderr, flush=True)
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    _complain("".join(traceback.format_exception(kind, error, trace)).rstrip())

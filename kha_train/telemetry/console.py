@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from rich.text import Text
 
 from kha_train.config.schema import RunConfig
+from kha_train.record import Redactor
 from kha_train.telemetry.format import step_line
 from kha_train.telemetry.meters import MovingAverage
 
@@ -53,6 +54,7 @@ class Console:
     ) -> None:
         """`start_step` is the number of steps finished before; `file` defaults to standard output."""
         self.total_steps = total_steps
+        self._clean = Redactor.from_environment().text
         self._rich = _PatientConsole(file=file or sys.stdout, highlight=False, quiet=rank != 0)
         mode = config.telemetry.console
         self.mode = ("progress" if self._rich.is_terminal else "sparse") if mode == "auto" else mode
@@ -92,11 +94,11 @@ class Console:
 
     def message(self, text: str) -> None:
         """Prints a line of text, above the bar if there is one."""
-        self._rich.print(text, markup=False, soft_wrap=True)
+        self._rich.print(self._clean(text), markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Prints a line that should be read."""
-        self._rich.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
+        self._rich.print(Text(f"warning: {self._clean(text)}", style="yellow"), soft_wrap=True)
 
     def checkpoint_saved(self, step: int) -> None:
         """Remembers the newest checkpoint for the lines that follow."""
@@ -129,7 +131,7 @@ class Console:
         name_column, bar = TextColumn("{task.description}"), BarColumn(bar_width=None)
         columns = (name_column, bar, TaskProgressColumn(), MofNCompleteColumn())
         self._progress = Progress(*columns, console=self._rich, expand=True)
-        self._task = self._progress.add_task(name, total=self.total_steps, completed=start_step)
+        self._task = self._progress.add_task(self._clean(name), total=self.total_steps, completed=start_step)
         self._live = Live(self._progress, console=self._rich, refresh_per_second=4)
         self._live.start()
 

@@ -151,6 +151,30 @@ def test_a_record_that_cannot_be_written_ends_the_run_and_the_same_command_goes_
     assert read_metrics(tmp_path / "run")[-1]["step"] == 4
 
 
+def test_a_secret_is_in_nothing_that_a_run_prints(
+    small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launch logs keep it: messages of a run that bears the secret's name, a mistake, a defect with its traceback."""
+    canary = "hunter2-canary-value"
+    monkeypatch.setenv("SOME_API_KEY", canary)
+    code, said = train(f"data.train=/nowhere/{canary}")
+    assert code == 2 and "/nowhere/[redacted]" in said and canary not in said
+    with pytest.raises(SystemExit):
+        run(["train", *small, "model.layers=1", "run.steps=1", f"run.dir={tmp_path}/named", f"run.name={canary}"])
+    printed = capfd.readouterr().out
+    assert "[redacted]: new run of 1" in printed and canary not in printed
+
+    def broken(names: object) -> None:
+        raise ZeroDivisionError(f"a defect with {canary}")
+
+    monkeypatch.setattr("kha_train.cli.main.build", broken)
+    with pytest.raises(ZeroDivisionError) as defect:
+        run(["train"])
+    sys.excepthook(defect.type, defect.value, defect.tb)
+    said = capfd.readouterr().err
+    assert "Traceback" in said and "a defect with [redacted]" in said and canary not in said
+
+
 def test_a_run_that_leaves_the_finite_numbers_ends_with_5(train: Train) -> None:
     code, said = train("model.init_std=1e38", "run.steps=20", "stability.max_nonfinite_steps=3")
     assert code == 5, said
