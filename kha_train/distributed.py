@@ -139,17 +139,21 @@ class World:
         raise agreed
 
     @contextmanager
-    def agreed(self, doing: str = "go on", kind: type[KhaError] = MachineError) -> Iterator[None]:
+    def agreed(
+        self, doing: str = "go on", kind: type[KhaError] = MachineError, fix: str | None = None
+    ) -> Iterator[None]:
         """Around local work without collectives: all ranks leave it together, well or with one and the same error.
 
-        An OSError or a lack of memory in it becomes `kind`: "cannot `doing`: ...".
+        An OSError or a lack of memory in it becomes `kind`: "cannot `doing`: ...; fix: `fix`".
         """
         with Caught() as caught:
             yield
-        self.raise_together(as_error(caught.error, doing, kind) if caught.error else None)
+        self.raise_together(as_error(caught.error, doing, kind, fix) if caught.error else None)
 
 
-def as_error(error: BaseException, doing: str, kind: type[KhaError] = MachineError) -> BaseException:
+def as_error(
+    error: BaseException, doing: str, kind: type[KhaError] = MachineError, fix: str | None = None
+) -> BaseException:
     """What the machine raised as an error that says "cannot `doing`"; anything else as it is.
 
     A file that is missing or forbidden is no failing machine, so it is never a MachineError but a plain KhaError.
@@ -157,7 +161,7 @@ def as_error(error: BaseException, doing: str, kind: type[KhaError] = MachineErr
     if not isinstance(error, OSError | MemoryError):
         return error
     kind = KhaError if kind is MachineError and isinstance(error, _MISTAKES) else kind
-    told = kind(f"cannot {doing}: {error}" if str(error) else f"cannot {doing}: {type(error).__name__}")
+    told = kind(f"cannot {doing}: {error}" if str(error) else f"cannot {doing}: {type(error).__name__}", fix=fix)
     told.__cause__ = error
     return told
 

@@ -116,7 +116,8 @@ def find_newest(
         name = world.broadcast_text(name)
         if name == _NONE:
             return None
-        checkpoint, reason = _verify_together(folder / name, world)
+        fix = f"if it stays unreadable, move {folder / name} aside: the one before is used then"
+        checkpoint, reason = _verify_together(folder / name, world, fix)
         if checkpoint is not None:
             return checkpoint
         refused.add(name)
@@ -187,11 +188,11 @@ def check_sizes(directory: Path) -> Manifest:
     return manifest
 
 
-def _verify_together(directory: Path, world: World) -> tuple[Checkpoint | None, str]:
+def _verify_together(directory: Path, world: World, fix: str | None = None) -> tuple[Checkpoint | None, str]:
     """The checkpoint, or None and the reason, the same on every rank."""
     damage: CheckpointError | None = None
     checkpoint = None
-    with world.agreed(f"read {directory}"):
+    with world.agreed(f"read {directory}", fix=fix):
         try:
             checkpoint = Checkpoint(directory, verify(directory, world))
             assert checkpoint.trainer_state is not None, "read here, where all ranks hear of what is wrong with it"

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from kha_train.checkpoint.manifest import parse_manifest
+from kha_train.checkpoint import reader
+from kha_train.checkpoint.manifest import Manifest, parse_manifest
 from kha_train.checkpoint.reader import Checkpoint, check_sizes, find_newest, verify
 from kha_train.checkpoint.retention import Keep, prune
 from kha_train.distributed import World
-from kha_train.errors import CheckpointError, FormatError
+from kha_train.errors import CheckpointError, FormatError, MachineError
 
 FILES = ["manifest.json", "trainer.json", "model-00001.safetensors", "optimizer-00000.safetensors"]
 
@@ -127,6 +128,25 @@ def test_a_damaged_checkpoint_that_cannot_be_renamed_is_passed_over(tmp_path, sa
     reports: list[str] = []
     assert find_newest(tmp_path, World.single(), reports.append).step == 1
     assert "Read-only file system" in reports[0]
+
+
+def test_a_checkpoint_that_the_disk_does_not_give_is_not_given_up_and_the_error_says_how_to_go_on(
+    tmp_path, save, monkeypatch
+) -> None:
+    save(tmp_path, 1)
+    lost = save(tmp_path, 2)
+    verify = reader.verify
+
+    def unreadable(directory: Path, world: World) -> Manifest:
+        if directory == lost:
+            raise OSError(5, "Input/output error")
+        return verify(directory, world)
+
+    monkeypatch.setattr(reader, "verify", unreadable)
+    with pytest.raises(MachineError, match=f"Input/output error; fix: .*move {lost} aside"):
+        find_newest(tmp_path, World.single(), pytest.fail)
+    lost.rename(tmp_path / "aside")
+    assert find_newest(tmp_path, World.single(), pytest.fail).step == 1
 
 
 def test_a_run_without_checkpoints_has_none(tmp_path) -> None:
