@@ -16,7 +16,7 @@ from kha_train.config.build import to_plain, without_places
 from kha_train.config.constants import FREE_TO_CHANGE
 from kha_train.config.schema import RunConfig
 from kha_train.engine.deepspeed import Engine, InitialValue, seeded
-from kha_train.errors import ResumeError
+from kha_train.errors import DataError, ResumeError
 from kha_train.model.decoder import build_decoder
 from kha_train.model.moe.router import RUN_STATE
 from kha_train.record import Redactor, read_run
@@ -122,6 +122,17 @@ def check_belongs(config: RunConfig, checkpoint: Checkpoint, content_ids: dict[s
             value=config.run.dir,
             fix=f"start a new run: another run.dir, with run.init_from={checkpoint.path}",
         )
+
+
+def check_same_data(first: dict[str, str], content_ids: dict[str, str]) -> None:
+    """Raises DataError when this rank's datasets are not those of the first rank."""
+    for name, content_id in content_ids.items():
+        if content_id != first[name]:
+            raise DataError(
+                f"this rank reads other data than rank 0: expected {name} {first[name][:12]}, found {content_id[:12]}",
+                field="data.validation" if name.startswith("validation") else "data.train, data.sources",
+                fix="give every node the same copy of the dataset",
+            )
 
 
 def differences(config: RunConfig, checkpoint: Checkpoint, content_ids: dict[str, str]) -> list[tuple[str, Any, Any]]:

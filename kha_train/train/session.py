@@ -103,7 +103,9 @@ class Session:
                 self._earlier_backend = resume.attention_backend(self.run_dir) if checkpoint else ""
                 answer = measure(config, world.device, dtype, self._earlier_backend)
             self._settled, measured = settled(config, world.broadcast_text(answer))
+            first = world.broadcast_text(json.dumps(self._content_ids))
             with world.agreed():
+                resume.check_same_data(json.loads(first), self._content_ids)
                 self._backend = choose(self._settled, world.device, dtype).name
                 self._choices = [*announce(self._settled, world.device, dtype), *([measured] if measured else [])]
                 if checkpoint:

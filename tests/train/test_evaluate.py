@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from kha_train import build_decoder, compose
+from kha_train.data.manifest import content_id_of
 from kha_train.data.shards import ShardSet
 from kha_train.distributed import World
 from kha_train.model.decoder import Decoder
@@ -84,3 +86,23 @@ def test_a_damaged_row_that_one_rank_reads_stops_all_ranks(
     assert "60000" in told[1]
     assert told[0] == f"rank 1: {told[1]}"
     assert (tmp_path / "run" / "FATAL").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_ranks_whose_copies_of_the_data_differ_do_not_begin(
+    small: list[str], dataset: Path, tmp_path: Path, run_ranks: Callable[..., list[Any]], split: str
+) -> None:
+    other = shutil.copytree(dataset / split, tmp_path / "other")
+    raw = json.loads((other / "manifest.json").read_text())
+    raw["corpus"]["made"] = "yesterday"
+    (other / "manifest.json").write_text(json.dumps(raw | {"content_id": content_id_of(raw)}))
+    overrides = [*small, f"run.dir={tmp_path}/run", "run.steps=2"]
+    told = run_ranks(
+        Path(__file__).with_name("validation_worker.py"),
+        2,
+        overrides=overrides,
+        of_rank={"1": [f"data.{split}={other}"]},
+    )
+    assert "reads other data than rank 0" in told[1] and f"data.{split}" in told[1]
+    assert told[0] == f"rank 1: {told[1]}"
