@@ -18,7 +18,7 @@
 #
 # Settings (environment; see site/example.env):
 #   KHA_PYTHON             interpreter of the environment kha_train is installed in (default: python)
-#   KHA_SITE               file sourced at the job's start: modules, network, W&B
+#   KHA_SITE               file sourced at the job's start: modules, network, W&B; what it sets is exported
 #   KHA_NPROC              ranks a node (default: the node's GPUs, else 1)
 #   KHA_MAX_REQUEUES       restarts after which a job gives up (default: 100)
 #   KHA_MAX_IDLE_STARTS    starts in a row without a new checkpoint after which a job gives up (default: 3)
@@ -260,8 +260,17 @@ enter_site() {
     trap 'on_signal requeue' USR1 USR2
     trap 'on_signal end' TERM
     if [[ -n ${KHA_SITE:-} ]]; then
+        [[ -r $KHA_SITE ]] || {
+            say "cannot read KHA_SITE: $KHA_SITE"
+            exit 2
+        }
+        # As in a user's own shell, for which modules and conda are written; what it sets is for the ranks as well.
+        set +euo pipefail
+        set -a
         # shellcheck disable=SC1090  # the user's own file
         source "$KHA_SITE"
+        set +a
+        set -euo pipefail
     fi
     KHA_PYTHON="${KHA_PYTHON:-python}"
     [[ -n ${SLURM_JOB_ID:-} ]] || {

@@ -128,7 +128,7 @@ def submit(directory: Path, points: Sequence[Point], options: JobOptions) -> str
     """Submit `points` of the sweep saved in `directory` as one job array; its job id.
 
     Raises ConfigError when there is no sbatch or an option is refused here, KhaError with sbatch's words when SLURM
-    refuses.
+    refuses or does not name the job.
     """
     if shutil.which("sbatch") is None:
         raise ConfigError("no sbatch here", field="kha sweep", fix="--local runs the points here, --print shows them")
@@ -144,7 +144,11 @@ def submit(directory: Path, points: Sequence[Point], options: JobOptions) -> str
     if done.returncode:
         points_file.unlink()
         raise KhaError(f"sbatch refused: {' '.join(done.stderr.split())}", field="kha sweep")
-    job_id = done.stdout.strip().partition(";")[0]
+    # What the site file or a plug-in prints comes before it.
+    job_id = done.stdout.strip().rpartition("\n")[2].partition(";")[0]
+    if not job_id.isdecimal():
+        fix = "look with squeue; cancel the job before you submit again"
+        raise KhaError(f"sbatch did not end with a job's number: {done.stdout.strip()!r}", field="kha sweep", fix=fix)
     add_submission(directory, job_id, points, command)
     return job_id
 

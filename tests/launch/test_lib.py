@@ -330,6 +330,17 @@ def test_every_script_is_clean_by_bash_and_shellcheck(script: Path) -> None:
     assert found.returncode == 0, found.stdout
 
 
+def test_a_site_file_runs_as_in_a_users_shell_and_what_it_sets_reaches_the_ranks(job: Job) -> None:
+    site = job.folder / "site"
+    site.write_text("false\n[[ -n $NOWHERE_SET ]]\nfalse | true\nNCCL_SOCKET_IFNAME=ib0\nfalse\n")
+    training = '/usr/bin/env > "$FAKE/environment"; echo done > "$KHA_OUTCOME_FILE"'
+    ended = job.run(training, KHA_SITE=str(site))
+    assert ended.returncode == 0, ended.stdout
+    assert "NCCL_SOCKET_IFNAME=ib0" in (job.folder / "environment").read_text().splitlines()
+    ended = job.run(training, KHA_SITE=str(job.folder / "elsewhere"))
+    assert ended.returncode == 2 and "elsewhere" in ended.stdout
+
+
 def test_the_example_of_a_site_file_is_plain_shell() -> None:
     subprocess.run(["bash", "-eu", str(LAUNCH / "site" / "example.env")], check=True)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kha_train.cli.main import run
 from kha_train.config.compose import compose, expand, quoted, shipped
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, KhaError
 from kha_train.model.accounting import flops_per_token
 from kha_train.operate.slurm import (
     VALUE,
@@ -24,6 +24,7 @@ from kha_train.operate.slurm import (
     read_point,
     sbatch_command,
     start_missing,
+    submit,
 )
 from kha_train.operate.sweep import default_name, load_sweep, plan_sweep, queued_labels, statuses, sweep_directory
 from kha_train.record import Marker, Record, set_marker
@@ -178,6 +179,17 @@ def test_a_refusal_of_sbatch_is_told_and_leaves_nothing_submitted(
     assert ended.value.code == 1
     assert "no such account" in capsys.readouterr().err
     assert load_sweep(tmp_path / "s")["submissions"] == []
+
+
+def test_what_the_site_file_prints_is_not_taken_for_the_jobs_number(tmp_path: Path, fake_slurm: Path) -> None:
+    site = tmp_path / "site.env"
+    site.write_text("echo Loading cuda/13; echo 41\n")
+    points = plan_sweep(tmp_path / "s", ["attention=gqa"])
+    options = JobOptions(site=str(site))
+    assert start_missing(tmp_path / "s", points, options, equal="steps", retry_failed=False).job == "7"
+    (fake_slurm / "sbatch").write_text("#!/bin/bash\necho welcome\n")
+    with pytest.raises(KhaError, match="'Loading cuda/13\\\\n41\\\\nwelcome'.*squeue"):
+        submit(tmp_path / "s", points, options)
 
 
 def test_a_directory_that_holds_another_run_is_not_submitted_into(tmp_path: Path, fake_slurm: Path) -> None:
