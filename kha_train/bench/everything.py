@@ -65,6 +65,11 @@ def run_one(arguments: Sequence[str], limit: float = LIMIT_SECONDS) -> dict[str,
     return {"answer": json.loads(ended.stdout.strip().splitlines()[-1]), "seconds": seconds}
 
 
+def failed(stages: dict[str, Any]) -> list[str]:
+    """The names of those that left an error."""
+    return [name for name, one in stages.items() if "error" in one]
+
+
 def format_measured(found: dict[str, Any]) -> str:
     """One line a benchmark: the figures themselves are in the JSON, or told by each command alone."""
     return "\n".join(f"{name:<12} {one['seconds']:6.0f} s  {one.get('error', 'done')}" for name, one in found.items())

@@ -181,11 +181,14 @@ def gpu(
     rehearse: Annotated[bool, typer.Option("--rehearse", help="The same chain at tiny sizes on a CPU.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Every GPU test and benchmark in one short run without network; results as JSON and as a table."""
+    """Every GPU test and benchmark in one short run without network; results as JSON and as a table.
+
+    Ends with 1 when a stage failed or had no time left; what the others found is there all the same."""
     from kha_train.bench import gpu as bench
 
     found = bench.measure(out, seconds=60 * minutes, rehearse=rehearse, say=lambda text: typer.echo(text, err=True))
     typer.echo(json.dumps(found) if as_json else bench.as_markdown(found))
+    _fail_if_any(found["stages"])
 
 
 @app.command("all")
@@ -194,11 +197,14 @@ def everything(
     against: Annotated[str, typer.Option(help="Peers of the step: transformers.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Every benchmark in turn, but for that of data loaders, which needs a network. One JSON object."""
+    """Every benchmark in turn, but for that of data loaders, which needs a network. One JSON object.
+
+    Ends with 1 when one failed; what the others found is there all the same."""
     from kha_train.bench import everything as bench
 
     found = bench.measure(quick=quick, against=_peers(against), say=lambda text: typer.echo(text, err=True))
     typer.echo(json.dumps(found) if as_json else bench.format_measured(found))
+    _fail_if_any(found)
 
 
 @app.command()
@@ -223,6 +229,15 @@ def data(
         say=lambda text: typer.echo(text, err=True),
     )
     typer.echo(json.dumps(result) if as_json else f"{bench.__doc__}\n{bench.format_table(result)}")
+
+
+def _fail_if_any(stages: dict[str, Any]) -> None:
+    """Raises typer.Exit, so that a script sees what a table says."""
+    from kha_train.bench.everything import failed
+
+    if names := failed(stages):
+        typer.echo(f"failed: {', '.join(names)}", err=True)
+        raise typer.Exit(1)
 
 
 def _peers(text: str) -> list[str]:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from kha_train.bench import gpu
+from kha_train.bench import everything, gpu
 from kha_train.bench.gpu import Stage, as_markdown, measure, stages
 from kha_train.cli.bench import gpu as command
+from kha_train.cli.main import app
 from kha_train.config.compose import compose
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
@@ -34,6 +36,41 @@ def test_every_stage_leaves_its_outcome_also_one_that_fails(tmp_path: Path, monk
     assert "no such preset" in found["stages"]["fails"]["error"] and "skipped" in found["stages"]["tests"]["summary"]
     table = (tmp_path / "results.md").read_text()
     assert "REHEARSAL" in table and "| works | `attention=gqa` |" in table and "no such preset" in table
+
+
+def outcome_of(monkeypatch: pytest.MonkeyPatch, folder: Path, answers: dict[str, dict]) -> tuple[int, dict, str]:
+    """Exit code, results and table of a run whose stages leave `answers`; a name is the first word of the command."""
+    monkeypatch.setattr(gpu, "stages", lambda rehearse: [Stage(name, (name,), 60) for name in answers])
+    monkeypatch.setattr(gpu, "_run", lambda stage, limit: {"seconds": 1.0} | answers[stage.name])
+    ended = CliRunner().invoke(app, ["bench", "gpu", "--rehearse", "--out", str(folder)])
+    return ended.exit_code, json.loads((folder / "results.json").read_text()), (folder / "results.md").read_text()
+
+
+FIGURES = {"seconds": 1.0, "against_base": {"ratio": 1.0, "low": 1.0, "high": 1.0}, "tokens_per_second": 1.0}
+STEP = {"answer": {"given": {"arms": {"gqa": FIGURES | {"mfu": 0.1, "mfu_palm": 0.2, "peak_gib": None}}}}}
+
+
+def test_figures_after_a_failed_parity_are_unproven_and_the_command_fails(tmp_path, monkeypatch) -> None:
+    code, found, table = outcome_of(monkeypatch, tmp_path, {"pytest": {"error": "1 failed"}, "step": STEP})
+    assert code == 1 and gpu.unproven(found)
+    assert "UNPROVEN" in table and "| step (unproven) | `gqa` |" in table
+
+
+def test_a_stage_that_fails_fails_the_command_but_proves_nothing_wrong(tmp_path, monkeypatch) -> None:
+    answers = {"pytest": {"summary": "5 passed"}, "step": STEP}
+    code, found, table = outcome_of(monkeypatch, tmp_path, answers)
+    assert code == 0 and "unproven" not in table.lower()
+    code, found, table = outcome_of(monkeypatch, tmp_path, answers | {"moe": {"error": "no memory"}})
+    assert code == 1 and "| step | `gqa` |" in table and found["stages"]["moe"]["error"] == "no memory"
+
+
+def test_the_command_of_all_benchmarks_fails_with_any_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = {"moe": {"error": "no memory"}}
+    monkeypatch.setattr(everything, "run_one", lambda arguments: {"seconds": 1.0} | ended.get(arguments[0], {}))
+    answer = CliRunner().invoke(app, ["bench", "all", "--quick"])
+    assert answer.exit_code == 1 and "no memory" in answer.stdout
+    ended.clear()
+    assert CliRunner().invoke(app, ["bench", "all", "--quick"]).exit_code == 0
 
 
 def test_what_there_is_no_time_for_is_left_out_and_said(tmp_path: Path) -> None:
