@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 import zlib
@@ -32,6 +33,7 @@ ATTEMPTS = 5
 DELIVERIES = 3
 FIRST_PAUSE_SECONDS = 0.5
 _FETCHERS = 4
+_CREDENTIALS = re.compile(r"://[^@]*:[^@]*@|[?]")
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -41,9 +43,19 @@ def is_remote(directory: str) -> bool:
 
 
 class Store:
-    """A directory at a URL. Reads are tried `ATTEMPTS` times with growing pauses, and none lasts for ever."""
+    """A directory at a URL. Reads are tried `ATTEMPTS` times with growing pauses, and none lasts for ever.
+
+    Raises ConfigError for a URL that holds credentials.
+    """
 
     def __init__(self, url: str, *, field: str) -> None:
+        if _CREDENTIALS.search(url):
+            raise ConfigError(
+                "a URL is written into logs and records, and this one holds a password or a query",
+                field=field,
+                value=f"{url.partition('://')[0]}://...",
+                fix="give the credentials by the store's own environment variables or profile",
+            )
         self.url, self._field = url.rstrip("/"), field
         self._system, self._path = self._patiently(self._connect, self.url)
 

@@ -20,7 +20,7 @@ MIN_VALUE_LENGTH = 8
 """Shorter values of secret variables are replaced only where they are the whole string: "test" is in too many words."""
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_SECRET_WORD = re.compile(r"(?:secrets?|passw\w*|passphrase|credentials?|apikeys?)", re.IGNORECASE)
+_SECRET_WORD = re.compile(r"(?:secrets?|passw\w*|passphrase|credentials?|apikeys?|signatures?|sig)", re.IGNORECASE)
 _TOKEN_OWNERS = {"access", "api", "auth", "bearer", "csrf", "id", "identity", "jwt", "oauth", "refresh", "session"}
 _VOCABULARY_WORDS = {
     "bos", "cls", "count", "dtype", "eos", "eot", "first", "ids", "index", "last", "length", "mask", "max", "min",

@@ -277,3 +277,18 @@ def test_a_url_without_a_dataset_is_a_configuration_error(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         ShardSet.open(url, cache=str(tmp_path), field="data.train")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "memory://user:hunter2@host/set",
+        "memory://user:hun/hunter2@host/set",
+        "memory://set?sig=hunter2",
+        "memory://set?X-Amz-Signature=hunter2",
+    ],
+)
+def test_a_url_with_credentials_is_refused_without_repeating_them(tmp_path: Path, url: str) -> None:
+    with pytest.raises(ConfigError, match="password or a query") as refused:
+        ShardSet.open(url, cache=str(tmp_path), field="data.train")
+    assert "hunter2" not in refused.value.line()

@@ -15,7 +15,8 @@ CANARY = "canary-4f1e9a7c"
 SECRET_NAMES = [
     "api_key", "apikey", "API-KEY", "wandb.api_key", "WANDB_API_KEY", "openaiApiKey", "token", "HF_TOKEN", "authToken",
     "GITHUB_TOKEN", "access_tokens", "id_token", "secret", "AWS_SECRET_ACCESS_KEY", "client-secret", "password",
-    "passwd", "PASSWORD", "db_passwords", "credential", "credentials", "GOOGLE_APPLICATION_CREDENTIALS", "--api-key",
+    "passwd", "PASSWORD", "db_passwords", "sig", "X-Amz-Signature", "credential", "credentials",
+    "GOOGLE_APPLICATION_CREDENTIALS", "--api-key",
 ]  # fmt: skip
 PLAIN_NAMES = [
     "tokens", "tokenizer", "tokenizer_sha256", "train/tokens_per_second", "loss_chunk_tokens", "tokens_per_epoch",
