@@ -15,8 +15,9 @@ from pathlib import Path
 
 from kha_train.errors import MachineError
 
-READ_SECONDS = 120.0
-"""The longest that one read from a store may take."""
+READ_SECONDS = 60.0
+"""The longest that one attempt to read from a store, or the wait for another process that reads the same, may take: all
+attempts together end well before a watchdog takes the process for hung."""
 ABANDONED_SECONDS = 1200.0
 """A temporary file that nobody has touched for so long belongs to a process that is gone."""
 _POLL_SECONDS = 0.02
@@ -25,7 +26,7 @@ _POLL_SECONDS = 0.02
 class Cache:
     """A directory of blocks shared by processes, at most `limit` bytes, the temporary files of writers aside.
 
-    Raises MachineError when the directory cannot be written.
+    Every method raises MachineError when the directory cannot be used.
     """
 
     def __init__(self, directory: Path, limit: int) -> None:
@@ -49,6 +50,8 @@ class Cache:
                     return True
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise self._unwritable(error) from error
         self.remove(name)
         return False
 
@@ -73,7 +76,10 @@ class Cache:
 
     def remove(self, name: str) -> None:
         """Forget a block; who reads it at this moment is not disturbed."""
-        (self.directory / name).unlink(missing_ok=True)
+        try:
+            (self.directory / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def put(self, name: str, get: Callable[[], bytes]) -> bool:
         """Put the block that `get` gives into its place; False when another process was faster."""
@@ -124,7 +130,8 @@ class Cache:
     def _touch(self, name: str) -> None:
         try:
             os.utime(self.directory / name)
-        except FileNotFoundError:
+        except OSError:
+            # A block of another user can be read though not touched; at worst it leaves early.
             return
 
     def _unwritable(self, error: OSError) -> MachineError:

@@ -153,6 +153,31 @@ def test_a_store_that_hangs_hangs_nobody(
     ended.set()
 
 
+def test_a_store_that_hangs_ends_in_its_own_error_before_the_watchdog(make_config, tmp_path: Path) -> None:
+    pauses = sum(remote.FIRST_PAUSE_SECONDS * 2**number for number in range(remote.ATTEMPTS - 1))
+    waiting_for_another, own = remote.READ_SECONDS, remote.ATTEMPTS * remote.READ_SECONDS + pauses
+    assert waiting_for_another + own < 2 / 3 * make_config(tmp_path).engine.hang_timeout_seconds
+
+
+def test_a_block_that_cannot_be_touched_is_read_all_the_same(
+    large: Path, tmp_path: Path, flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_yours(path: Path, *rest: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", not_yours)
+    assert np.array_equal(open_large(large, tmp_path).read(0, 0, 10), ShardSet.open(large).read(0, 0, 10))
+
+
+@pytest.mark.parametrize("action", ["read_into", "remove"])
+def test_a_cache_that_fails_is_told_by_its_setting(tmp_path: Path, action: str) -> None:
+    cache = Cache(tmp_path, 100)
+    (tmp_path / "block").mkdir()
+    arguments = (0, memoryview(bytearray(1))) if action == "read_into" else ()
+    with pytest.raises(MachineError, match="data.cache_dir"):
+        getattr(cache, action)("block", *arguments)
+
+
 def test_damage_at_the_store_is_a_data_error_with_url_offset_expected_and_found(
     large: Path, tmp_path: Path, flaky: type[Flaky]
 ) -> None:
