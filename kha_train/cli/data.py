@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from kha_train.data.inspect import BORDER, decoder_of, digest, length_histogram,
 from kha_train.data.manifest import MANIFEST_NAME
 from kha_train.data.shards import ShardSet
 from kha_train.record import read_events, read_metrics, read_run
+
+VERIFY_GIB = 1.0
 
 app = typer.Typer(name="data", help="Corpus, tokenizer, shards.", no_args_is_help=True)
 
@@ -131,13 +134,14 @@ def import_(
 
 @app.command()
 def verify(directory: DatasetDir, as_json: Json = False) -> None:
-    """Read every byte of a dataset and compare it with its manifest."""
+    """Read every byte of a dataset and compare it with its manifest; of a URL, what the store holds now."""
     answer = {}
     for path in _datasets(directory):
-        shards = ShardSet.open(path)
-        shards.check_tokenizer()
-        with _progress(f"verifying {path}", shards.manifest.tokens) as advance:
-            shards.token_counts(advance)
+        with TemporaryDirectory() as cache:
+            shards = ShardSet.open(path, cache=cache, cache_gib=VERIFY_GIB)
+            shards.check_tokenizer()
+            with _progress(f"verifying {path}", shards.manifest.tokens) as advance:
+                shards.token_counts(advance)
         answer[path] = {"ok": True, "tokens": shards.manifest.tokens, "content_id": shards.content_id}
     _answer(answer, as_json)
 

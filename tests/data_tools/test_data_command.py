@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from kha_train.cli.data import app
 from kha_train.config.compose import compose, dump
+from kha_train.data.shards import ShardSet
 from kha_train.data.stream import open_stream
 from kha_train.errors import ConfigError, DataError
 
@@ -40,6 +42,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_verify_reads_both_datasets(made: Path) -> None:
     answer = kha("verify", made / "shards")
     assert [entry["ok"] for entry in answer.values()] == [True, True]
+
+
+def test_verify_of_a_url_sees_damage_that_came_after_its_blocks_were_cached(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    store = Path(shutil.copytree(made / "shards" / "train", tmp_path / "store"))
+    ShardSet.open(f"file://{store}").token_counts()
+    assert kha("verify", f"file://{store}")[f"file://{store}"]["ok"]
+    tok = store / "shard-00000.tok"
+    tok.write_bytes(bytes([tok.read_bytes()[0] ^ 1]) + tok.read_bytes()[1:])
+    with pytest.raises(DataError, match="shard-00000.tok"):
+        kha("verify", f"file://{store}")
 
 
 def test_inspect_shows_statistics_and_text_with_document_borders(made: Path) -> None:
