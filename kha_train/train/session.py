@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import yaml
 
-from kha_train.analysis.ending import end_of
 from kha_train.checkpoint.reader import Checkpoint, find_newest, open_verified
 from kha_train.config.build import to_plain
 from kha_train.config.schema import RunConfig
@@ -19,14 +19,13 @@ from kha_train.data.stream import ValidationSet, open_stream
 from kha_train.distributed import World, as_error
 from kha_train.engine.audit import audit
 from kha_train.engine.deepspeed import Engine, InitialValue, leave_world, resolve_dtype
-from kha_train.errors import CheckpointError, DivergedError, KhaError
+from kha_train.errors import CheckpointError, KhaError
 from kha_train.model.accounting import count_parameters, flops_per_token
 from kha_train.model.attention.choice import announce, choose
 from kha_train.model.attention.measured import measure, settled
 from kha_train.model.moe.balance import balance_metrics
-from kha_train.record import Marker, Record, Redactor, leave_outcome, set_marker
+from kha_train.record import Record, Redactor, leave_outcome
 from kha_train.record.files import write_text
-from kha_train.record.goodput import goodput
 from kha_train.stability.events import Observation
 from kha_train.telemetry.console import Console
 from kha_train.telemetry.meters import DataWait, PeakMemory
@@ -35,6 +34,7 @@ from kha_train.telemetry.startup import Startup
 from kha_train.telemetry.throughput import Throughput
 from kha_train.telemetry.wandb import WandbMirror
 from kha_train.train import resume
+from kha_train.train.ending import close_record, sum_up
 from kha_train.train.evaluate import Validation, evaluate
 from kha_train.train.failure import forget_failures
 from kha_train.train.probe import probe_metrics
@@ -77,7 +77,7 @@ class Session:
         with self._open:
             with world.agreed(f"write {self.run_dir}"):
                 self.record = Record.open(self.run_dir, world.rank)
-                self._open.push(self._close_record)
+                self._open.push(partial(close_record, self))
                 if world.is_main:
                     forget_failures(self.run_dir, world.life)
             if world.is_main:
@@ -291,7 +291,7 @@ class Session:
         self._open.callback(self.profiler.close)
         self.wandb = WandbMirror(config, self.run_dir, self.record.wandb_id, rank=world.rank, warn=warn)
         self._open.push(self._close_wandb)
-        self._open.push(self._sum_up)
+        self._open.push(partial(sum_up, self))
         self.saver = Saver(
             config,
             world,
@@ -301,22 +301,6 @@ class Session:
             stands=bool(self._resumed_from),
         )
         self._open.push(self.saver.leave)
-
-    def _sum_up(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """At the end of an attempt: what the whole run came to, into `run.json`, W&B and the console."""
-        if not (self.world.is_main and self.record.last_step):
-            return
-        with _after(error):
-            ending = end_of(self.run_dir)
-            self.record.update_run(spikes=ending.report.summary)
-            losses = [(point.step, point.loss) for point in ending.report.curve.points]
-            self.wandb.spikes(ending.report.to_dict()["events"], ending.actions, losses)
-            self.wandb.summary(ending.summary())
-            if error is None:
-                finished = self.progress.step >= self.config.run.steps
-                self.console.final(ending.rows(self.config.run.steps), ending.next_command() if finished else "")
 
     def _close_wandb(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -381,23 +365,3 @@ class Session:
             self.console.checkpoint_saved(step)
         else:
             self.console.warn(f"the checkpoint of step {step} failed, training goes on: {fields['problem']}")
-
-    def _close_record(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, DivergedError):
-            self.end_state = "diverged"
-        with _after(error):
-            line = Redactor.from_environment().text(error.line()) if isinstance(error, KhaError) else ""
-            if self.world.is_main and isinstance(error, KhaError) and error.fatal:
-                set_marker(self.run_dir, Marker.FATAL, line)
-        with _after(error):
-            if self.world.is_main and (summary := goodput(self.run_dir)):
-                self.record.update_run(goodput=summary.to_dict())
-        with _after(error):
-            self.record.close(self.end_state)
-
-
-def _after(error: BaseException | None) -> AbstractContextManager[None]:
-    """Around what is done at the end of an attempt: where it fails too, `error`, which ended it, stays the news."""
-    return suppress(OSError, KhaError) if error else nullcontext()

@@ -1,0 +1,54 @@
+"""What is written when an attempt ends, well or by an error: the sum of the run, the marker, the end of the record."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext, suppress
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from kha_train.analysis.ending import end_of
+from kha_train.errors import DivergedError, KhaError
+from kha_train.record import Marker, Redactor, set_marker
+from kha_train.record.goodput import goodput
+
+if TYPE_CHECKING:
+    from kha_train.train.session import Session
+
+
+def sum_up(
+    session: Session, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+) -> None:
+    """What the whole run came to, into `run.json`, W&B and the console."""
+    if not (session.world.is_main and session.record.last_step):
+        return
+    with _after(error):
+        ending = end_of(session.run_dir)
+        session.record.update_run(spikes=ending.report.summary)
+        losses = [(point.step, point.loss) for point in ending.report.curve.points]
+        session.wandb.spikes(ending.report.to_dict()["events"], ending.actions, losses)
+        session.wandb.summary(ending.summary())
+        if error is None:
+            steps = session.config.run.steps
+            finished = session.progress.step >= steps
+            session.console.final(ending.rows(steps), ending.next_command() if finished else "")
+
+
+def close_record(
+    session: Session, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+) -> None:
+    """FATAL where `error` would come back, the share of productive time, how the attempt ended."""
+    if isinstance(error, DivergedError):
+        session.end_state = "diverged"
+    with _after(error):
+        if session.world.is_main and isinstance(error, KhaError) and error.fatal:
+            set_marker(session.run_dir, Marker.FATAL, Redactor.from_environment().text(error.line()))
+    with _after(error):
+        if session.world.is_main and (summary := goodput(session.run_dir)):
+            session.record.update_run(goodput=summary.to_dict())
+    with _after(error):
+        session.record.close(session.end_state)
+
+
+def _after(error: BaseException | None) -> AbstractContextManager[None]:
+    """Around what is done at the end of an attempt: where it fails too, `error`, which ended it, stays the news."""
+    return suppress(OSError, KhaError) if error else nullcontext()
