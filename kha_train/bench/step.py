@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,8 @@ from kha_train.data.stream import open_stream
 from kha_train.distributed import World
 from kha_train.engine.deepspeed import Engine, leave_world, resolve_dtype
 from kha_train.model.accounting import count_parameters, flops_per_token
-from kha_train.model.attention.choice import announce
+from kha_train.model.attention import measured
+from kha_train.model.attention.choice import announce, choose
 from kha_train.model.moe.experts import announce_experts
 from kha_train.telemetry.throughput import Peak, peak_flops
 from kha_train.train.step import train_step
@@ -82,7 +83,9 @@ def measure(
         engines: list[Engine] = []
         try:
             batches = _batches(first)
-            contenders = {name: _ours(config, world, engines) for name, config in configs.items()}
+            contenders = {
+                name: _ours(config, world, engines) for name, config in _settled(configs, world.device).items()
+            }
             if against:
                 contenders[PEER] = _peer(first, world, batches[0])
             seconds = _take_turns(contenders, batches, world, blocks=blocks, steps=steps, warmup=warmup, clock=clock)
@@ -113,6 +116,18 @@ def _batches(config: RunConfig) -> list[Batch]:
     return list(itertools.islice(open_stream(config), BATCHES))
 
 
+def _settled(configs: Mapping[str, RunConfig], device: torch.device) -> dict[str, RunConfig]:
+    """Every arm with the backend of attention that training would take. Arms of `auto` share that of the first one, if
+    it is fit for them: a ratio of two backends would be no ratio of two arms."""
+    found, earlier = {}, ""
+    for name, config in configs.items():
+        answer = measured.measure(config, device, resolve_dtype(config, device), earlier)
+        found[name], _ = measured.settled(config, answer)
+        if config.attention.backend == "auto":
+            earlier = earlier or found[name].attention.backend
+    return found
+
+
 def _ours(config: RunConfig, world: World, engines: list[Engine]) -> Arm:
     before = _allocated(world.device)
     engine = Engine(config, world)
@@ -124,7 +139,8 @@ def _ours(config: RunConfig, world: World, engines: list[Engine]) -> Arm:
 
     place = (world.device, engine.dtype)
     chosen = [*announce(config, *place), *announce_experts(config, *place)]
-    about = {"chosen": chosen, "config": protocol.config_hash(config)}
+    backend = choose(config, world.device, engine.dtype).name
+    about = {"backend": backend, "chosen": chosen, "config": protocol.config_hash(config)}
     return Arm(step, config, _allocated(world.device) - before, about)
 
 
@@ -232,10 +248,10 @@ def format_measured(found: dict[str, Any]) -> str:
     for name, arm in found["arms"].items():
         ratio, memory = arm["against_base"], arm["peak_gib"]
         held = "" if memory is None else f", peak {memory:.1f} GiB"
-        experts = f" (experts: {arm['experts']})" if "experts" in arm else ""
+        taken = f" (experts: {arm['experts']})" if "experts" in arm else f" ({arm['backend']})"
         lines.append(
             f"  {name:<28} {1000 * arm['seconds']:9.1f} ms  {ratio['ratio']:.3f} [{ratio['low']:.3f}, "
             f"{ratio['high']:.3f}]  {arm['tokens_per_second']:,.0f} tokens/s, MFU {100 * arm['mfu']:.1f} % "
-            f"(PaLM's {100 * arm['mfu_palm']:.1f} %){held}{experts}"
+            f"(PaLM's {100 * arm['mfu_palm']:.1f} %){held}{taken}"
         )
     return "\n".join(lines)

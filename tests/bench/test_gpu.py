@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from inspect import signature
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,9 @@ from kha_train.cli.bench import gpu as command
 from kha_train.cli.main import app
 from kha_train.config.compose import compose
 from kha_train.config.schema import RunConfig
+from kha_train.engine.memory import plan_memory
 from kha_train.errors import ConfigError
+from kha_train.model.accounting import count_parameters
 
 
 def test_without_a_device_it_says_so_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +107,32 @@ def arms_of(stage: Stage) -> list[RunConfig]:
         else:
             settings.append(word)
     return [compose([*settings, *arm]) for arm in arms]
+
+
+def test_steps_are_timed_as_the_protocol_asks_at_the_shape_of_6b_both_ways() -> None:
+    rows = {"step, GQA and KHA": True, "step, unsplit rows": False}
+    rows |= {"the whole 6.1B model": True, "the whole, unsplit rows": False}
+    whole = compose(["model=moe_6b"]).model
+    for stage in (stage for stage in stages(False) if stage.command[0] == "step"):
+        told = dict(pairwise(stage.command))
+        assert int(told["--warmup"]) >= 10 and int(told["--blocks"]) >= 15
+        assert int(told["--blocks"]) * int(told["--steps"]) >= 30
+        arms = arms_of(stage)
+        assert all(arm.model.layers == (whole.layers if "whole" in stage.name else 3) for arm in arms)
+        assert rows.pop(stage.name, arms[0].data.isolate_documents) == arms[0].data.isolate_documents
+    assert not rows
+
+
+def test_arms_that_are_held_at_once_fit_in_80_gb() -> None:
+    for stage in (stage for stage in stages(False) if stage.command[0] == "step" and "whole" not in stage.name):
+        plans = [plan_memory(replace(arm, cluster=replace(arm.cluster, devices=1))) for arm in arms_of(stage)]
+        # Models, gradients and optimisers of all lie there at once; what a step needs besides, of one at a time.
+        kept = [sum(plan.terms[term] for term in ("parameters", "gradients", "optimizer")) for plan in plans]
+        if "--against" in stage.command:
+            # Two of its expert implementations are tried side by side, with fp32 gradients beside the bf16 ones.
+            kept += 2 * [kept[0] + 4 * count_parameters(arms_of(stage)[0]).total]
+        peak = sum(kept) + max(plan.total - own for plan, own in zip(plans, kept, strict=False))
+        assert peak < 0.95 * 80e9
 
 
 def test_the_steps_are_those_that_decide_what_runs_by_default() -> None:

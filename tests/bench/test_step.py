@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kha_train.bench import peers, protocol
+from kha_train.bench import peers, protocol, step
 from kha_train.bench.step import measure
 from kha_train.cli.main import app
 from kha_train.config.compose import compose
@@ -65,6 +65,20 @@ def test_the_command_tells_every_arm_with_versions_protocol_and_both_kinds_of_mf
     assert other["against_base"]["ratio"] == pytest.approx(np.median(ratios))
     assert other["mfu"] < other["mfu_palm"] and base["config"] != other["config"]
     assert "knocking_mlp" in other["chosen"][0]
+
+
+def test_arms_run_on_the_backend_that_training_would_take_and_auto_is_settled_once(monkeypatch):
+    asked: list[str] = []
+
+    def answer(config, device, dtype, earlier=""):
+        asked.append(earlier)
+        return ("eager " if config.attention.backend == "auto" else f"{config.attention.backend} ") + "measured"
+
+    monkeypatch.setattr(step.measured, "measure", answer)
+    arms = ["attention=gqa", "attention.backend=sdpa", "attention=kha_mlp"]
+    found = measure([*SHAPE, "attention.backend=auto"], arms, blocks=3, warmup=1)["arms"]
+    assert [arm["backend"] for arm in found.values()] == ["eager", "sdpa", "eager"]
+    assert asked == ["", "eager", "eager"] and "backend eager" in found["attention=gqa"]["chosen"][0]
 
 
 def test_the_peer_is_the_fastest_of_its_implementations_and_trains_on_the_same_loss():
