@@ -245,7 +245,7 @@ class ShardSet:
     def gather(self, shards_N: np.ndarray, starts_N: np.ndarray, out_NL: np.ndarray) -> None:
         """Fill row j of `out_NL` with ids of shard `shards_N[j]` from `starts_N[j]` on.
 
-        `out_NL` is contiguous and of this dataset's `dtype`.         Raises DataError when they are damaged.
+        `out_NL` is contiguous and of this dataset's `dtype`. Raises DataError when they are damaged.
         """
         shards = [self._shards.get(index) or self._shard(index) for index in shards_N.tolist()]
         starts = starts_N.tolist()
