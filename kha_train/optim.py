@@ -12,6 +12,8 @@ import torch
 from kha_train.config.schema import OptimSection
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ALIGNED_NUMBERS = 8
+"""Of bf16 in 16 bytes."""
 
 
 class AdamW(torch.optim.AdamW):
@@ -48,12 +50,17 @@ def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], weight_dec
 
     Matrices decay, vectors (norm gains) do not. A group a layer, because ZeRO 1 and 2 copy the gradients of one whole
     group to fp32 inside the step: a single group would copy the whole model at once.
+
+    ZeRO 1 and 2 lay a group's parameters end to end in one tensor, and a grouped GEMM on CUDA takes matrices at
+    multiples of 16 bytes alone: small matrices of an odd size come last, so that they shift no other.
     """
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in named:
         key = "vectors" if len(_shape(parameter)) < 2 else _layer(name)
         decay = 0.0 if key == "vectors" else weight_decay
         groups.setdefault(key, {"name": key, "params": [], "weight_decay": decay})["params"].append(parameter)
+    for group in groups.values():
+        group["params"].sort(key=lambda parameter: _shape(parameter).numel() % ALIGNED_NUMBERS != 0)
     return list(groups.values())
 
 

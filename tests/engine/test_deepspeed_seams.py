@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 from importlib import import_module
 
+import pytest
 import torch
 
-from kha_train.engine.deepspeed import _import_deepspeed
+from kha_train import distributed
+from kha_train.config.compose import compose
+from kha_train.engine.deepspeed import Engine, _import_deepspeed, leave_world
 
 
 def source_of(member: object) -> str:
@@ -35,3 +38,20 @@ def test_each_optimizer_class_still_takes_its_norm_where_the_gate_replaces_it() 
     assert "self.scaled_global_norm(" in source_of(DeepSpeedZeroOptimizer.step)
     assert "self._get_norm_groups(" in source_of(DeepSpeedZeroOptimizer_Stage3.step)
     assert "get_global_norm_of_tensors(" in source_of(bf16_optimizer.BF16_Optimizer.step)
+
+
+@pytest.mark.parametrize("settings", [(1, "bf16"), (2, "bf16"), (2, "fp32")], ids=str)
+def test_matrices_of_experts_lie_at_multiples_of_16_bytes_beside_small_odd_ones(settings, small: list[str]) -> None:
+    """Each optimizer class packs a group in its own way; a grouped GEMM on CUDA takes nothing else."""
+    stage, precision = settings
+    heads = ["attention=mea", "model.query_heads=6", "model.kv_heads=3"]
+    engine_settings = ["engine.device=cpu", f"engine.zero_stage={stage}", f"engine.precision={precision}"]
+    engine = Engine(compose([*small, *heads, *engine_settings]), distributed.start("cpu", 60))
+    try:
+        named = dict(engine.decoder.named_parameters())
+        assert any(matrix.numel() % 8 for matrix in named.values())
+        experts = [matrix for name, matrix in named.items() if name.endswith(("gate_up", "down"))]
+        assert experts and all(matrix.data_ptr() % 16 == 0 for matrix in experts)
+    finally:
+        engine.close()
+        leave_world()
