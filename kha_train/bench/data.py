@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from kha_train.bench.peer_loaders import PEERS
+from kha_train.bench.protocol import environment, told
 from kha_train.data.manifest import TokenizerEntry
 from kha_train.data.shards import ShardSet
 from kha_train.data.writer import prepare, publish_dataset, write_shard
@@ -66,7 +68,9 @@ def run_bench(
         shutil.rmtree(root, ignore_errors=True)
         write_tokens(root, tokens)
     say("installing peers into an environment of their own (once)")
-    python = install_peers(cache / "peers", say)
+    python = install_peers(cache / f"peers-torch-{version('torch')}", say)
+    protocol = environment(torch.device("cpu"))
+    protocol |= {"tokens": tokens, "rounds": rounds, "cpu_seconds": cpu_seconds, "peers": _peer_versions(python)}
     found: dict[str, list[dict[str, Any]]] = {}
     missing: dict[str, str] = {}
     ours, theirs = {"cast": {}, **OURS}, {peer: {} for peer in PEERS}
@@ -90,7 +94,8 @@ def run_bench(
                 raise KhaError(f"the loader failed: {ended}", field=name)
             else:
                 missing[name] = ended
-    return {"loaders": {name: _median(figures) for name, figures in found.items()}, "missing": missing}
+    figures = {name: _median(runs) for name, runs in found.items()}
+    return {"loaders": figures, "missing": missing, "protocol": protocol}
 
 
 def _is_whole(directory: Path) -> bool:
@@ -135,21 +140,32 @@ def write_tokens(root: Path, tokens: int) -> None:
     publish_dataset(root / "ours", entries, entry, dtype="uint16", corpus={"source": "benchmark"})
 
 
-def install_peers(environment: Path, say: Callable[[str], None]) -> str:
-    """The interpreter of an environment with the peers that install, torch held to ours; made once."""
-    python = environment / "bin" / "python"
-    if not (environment / "ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
-        constraints = environment / "constraints.txt"
+def install_peers(directory: Path, say: Callable[[str], None]) -> str:
+    """The interpreter of an environment with the peers that install, torch held to ours; made once, but
+    what failed is tried again at the next call."""
+    python = directory / "bin" / "python"
+    if not (directory / "ready").exists():
+        subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
+        constraints = directory / "constraints.txt"
         # mosaicml-streaming needs NumPy below 2.2; one environment serves all.
         constraints.write_text(f"torch=={version('torch')}\nnumpy<2.2\n")
         pip = [str(python), "-m", "pip", "install", "-q", "-c", str(constraints)]
+        failed = False
         for packages in (("torch", "numpy"), *_PACKAGES):
             ended = subprocess.run([*pip, *packages], capture_output=True, text=True, check=False)
             if ended.returncode:
+                failed = True
                 say(f"{packages[0]} does not install: {(ended.stderr.strip().splitlines() or ['?'])[-1]}")
-        (environment / "ready").touch()
+        if not failed:
+            (directory / "ready").touch()
     return str(python)
+
+
+def _peer_versions(python: str) -> dict[str, str]:
+    ended = subprocess.run([python, "-m", "pip", "list", "--format=json"], capture_output=True, text=True, check=False)
+    found = {one["name"]: one["version"] for one in json.loads(ended.stdout or "[]")}
+    names = ["torch", "numpy", *(packages[0] for packages in _PACKAGES)]
+    return {name: found[name] for name in names if name in found}
 
 
 def format_table(result: dict[str, Any]) -> str:
@@ -172,6 +188,9 @@ def format_table(result: dict[str, Any]) -> str:
     for name in [name for name in ("ours", "ours, pread") if name in speeds]:
         ratios = "  ".join(f"{peer} {speeds[name] / speed:.1f}" for peer, speed in peers.items())
         lines.append(f"{name}, times the speed of a peer at the same work:  {ratios}")
+    about = result["protocol"]
+    lines.append(f"{told(about)}; {about['rounds']} rounds of at most {about['cpu_seconds']} CPU seconds")
+    lines.append("peers: " + ", ".join(f"{name} {found}" for name, found in about["peers"].items()))
     return "\n".join([*lines, *(f"{name}: not measured: {why}" for name, why in result["missing"].items())])
 
 

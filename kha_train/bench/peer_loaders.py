@@ -179,24 +179,18 @@ def _open_mosaic(directory: Path, shape: Shape) -> Opened:
     streaming = _streaming()
     import_module("streaming.base.util").clean_stale_shared_memory()
 
-    def loader(step: int) -> Any:
-        """A loader that begins at `step`."""
-        dataset = streaming.StreamingDataset(
-            local=str(directory), shuffle=True, shuffle_seed=SEED, batch_size=shape.B, num_canonical_nodes=1
-        )
-        made = streaming.StreamingDataLoader(dataset, batch_size=shape.B, num_workers=0, drop_last=True)
-        if step:
-            made.load_state_dict(dataset.state_dict(step * shape.B, False))
-        return made
+    dataset = streaming.StreamingDataset(
+        local=str(directory), shuffle=True, shuffle_seed=SEED, batch_size=shape.B, num_canonical_nodes=1
+    )
+    loader = streaming.StreamingDataLoader(dataset, batch_size=shape.B, num_workers=0, drop_last=True)
 
-    def batches(step: int) -> Iterator[torch.Tensor]:
-        """From `step` on, without end."""
-        made = loader(step)
+    def batches() -> Iterator[torch.Tensor]:
+        """Without end."""
         while True:
-            for batch in made:
+            for batch in loader:
                 yield batch["tokens"].long()
 
-    return Opened(batches(0), None)
+    return Opened(batches(), None)
 
 
 def _open_olmo(directory: Path, shape: Shape) -> Opened:
