@@ -158,6 +158,21 @@ requeue() {
     exit "$((code ? code : 1))"
 }
 
+# Of all ranks that failed the one that began, in the words of its error, if it left any.
+say_who_failed_first() {
+    local line
+    line="$("$KHA_PYTHON" - "$KHA_RUN_DIR" <<'PYTHON'
+import sys
+from pathlib import Path
+
+from kha_train.record import first_failure_line
+
+print(first_failure_line(Path(sys.argv[1])))
+PYTHON
+)" || true
+    [[ -z $line ]] || say "$line"
+}
+
 # What the end of srun (code KHA_CODE) means. $1: newest checkpoint at its start.
 conclude() {
     local outcome='' code='' newest
@@ -189,7 +204,8 @@ conclude() {
     if [[ $outcome == requeue || -n ${KHA_STOPPING:-} ]]; then
         requeue 0
     fi
-    # Without an outcome the run was never ours, and its checkpoints may be another job's.
+    # Without an outcome the run was never ours, and its checkpoints and errors may be another job's.
+    [[ -z $outcome ]] || say_who_failed_first
     # The newest may be older than the one at the start: that was damaged, or a rewind undid it.
     if [[ -n $outcome ]] && ((newest != $1)); then
         say "crashed with code ${code:-$KHA_CODE}; the newest checkpoint was step $1 and is step $newest"

@@ -13,7 +13,7 @@ from kha_train.checkpoint.layout import FOLDER
 from kha_train.config.build import flatten
 from kha_train.config.compose import load_plain
 from kha_train.errors import ConfigError
-from kha_train.record import Marker, has_marker, heartbeat_age, read_metrics, read_run
+from kha_train.record import Marker, first_failure_line, has_marker, heartbeat_age, read_metrics, read_run
 from kha_train.record.goodput import goodput
 
 State = Literal["done", "running", "silent", "requeue", "fatal", "ended", "queued", "new"]
@@ -21,9 +21,9 @@ STATES: dict[str, str] = {
     "done": "all steps are trained",
     "running": "its process was heard of in the last 30 seconds",
     "silent": "started, not ended, not heard of for 30 seconds: killed, or its machine is gone",
-    "requeue": "saved and stopped in good order, to be started again",
+    "requeue": "stopped and saved in good order: the same command goes on",
     "fatal": "ended by an error that would come back",
-    "ended": "ended before the last step without a checkpoint's good order",
+    "ended": "ended by an error that need not come back: the same command goes on from the newest checkpoint",
     "queued": "waits in SLURM's queue",
     "new": "not started",
 }
@@ -38,7 +38,7 @@ class RunStatus:
     `loss`, `tokens_per_second` and `mfu` are medians of the last 20 steps; `seconds_left` is the steps left times the
     mean wall time between those steps, saving and validating included; `goodput` the share that `record.goodput`
     calls productive; `spikes` the loss spikes counted so far; `heartbeat` the seconds since
-    the process was heard of, `idle` the seconds since its last step.
+    the process was heard of, `idle` the seconds since its last step; `note` why it ended and which rank failed first.
     """
 
     name: str
@@ -135,7 +135,10 @@ def _state(path: Path, attempts: list[dict[str, Any]], queued: bool) -> State:
 
 def _note(path: Path) -> str:
     fatal = path / Marker.FATAL.value
-    return fatal.read_text(encoding="utf-8").strip() if fatal.is_file() else ""
+    said = fatal.read_text(encoding="utf-8").strip() if fatal.is_file() else ""
+    first = first_failure_line(path)
+    # Mostly it is the one that marked the run.
+    return "; ".join(filter(None, ["" if said in first else said, first]))
 
 
 def _median(lines: list[dict[str, Any]], key: str) -> float | None:

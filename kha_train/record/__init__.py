@@ -5,6 +5,7 @@ Console and W&B are mirrors of what is written here; comparison, resume and test
 
 from __future__ import annotations
 
+from kha_train.record.failures import first_failure, first_failure_line
 from kha_train.record.lock import heartbeat_age, read_owner
 from kha_train.record.markers import Marker, clear_marker, has_marker, leave_outcome, set_marker
 from kha_train.record.metrics import METRICS, RECORD_ONLY, TIMING_KEYS, Metric
@@ -22,6 +23,8 @@ __all__ = [
     "Redactor",
     "SilentRecord",
     "clear_marker",
+    "first_failure",
+    "first_failure_line",
     "has_marker",
     "heartbeat_age",
     "leave_outcome",

@@ -12,8 +12,8 @@ from kha_train.record.files import sync_directory
 
 
 class Marker(Enum):
-    """DONE: all steps are trained. REQUEUE: stopped in good order, start it again. FATAL: do not start it again
-    without looking. STOP: written by a user; the run saves a checkpoint and stops after the current step.
+    """DONE: all steps are trained. REQUEUE: stopped and saved in good order, start it again. FATAL: do not start it
+    again without looking. STOP: written by a user; the run saves a checkpoint and stops after the current step.
     """
 
     DONE = "DONE"

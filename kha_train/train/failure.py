@@ -8,21 +8,21 @@ import time
 import traceback
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from kha_train.distributed import World
 from kha_train.errors import KhaError, RunDirectoryInUse
 from kha_train.record import Marker, Redactor, set_marker
+from kha_train.record.failures import FAILURES
 
-FOLDER = "errors"
 LIFE_FILE = "life"
 
 
 class FailureFile:
     """While entered, an exception that passes through is written to `<run_dir>/errors/rank-RRRRR.json`.
 
-    When one rank dies, the others fail too, of its silence: `first_failure` finds the one that began. An error that
-    would come back and that other ranks do not know of marks the run FATAL, whichever rank it is.
+    When one rank dies, the others fail too, of its silence: `record.first_failure` finds the one that began. An error
+    that would come back and that other ranks do not know of marks the run FATAL, whichever rank it is.
     """
 
     def __init__(self, run_dir: Path, world: World) -> None:
@@ -40,7 +40,7 @@ class FailureFile:
         line = clean(error.line() if isinstance(error, KhaError) else f"{type(error).__name__}: {error}")
         text = clean("".join(traceback.format_exception(error)))
         content = {"rank": self._world.rank, "time": time.time(), "error": line, "traceback": text}
-        folder = self._run_dir / FOLDER
+        folder = self._run_dir / FAILURES
         with contextlib.suppress(OSError):
             # A rank that dies late must not be taken for one of the start that came after it.
             if (folder / LIFE_FILE).read_text(encoding="utf-8") != self._world.life:
@@ -52,14 +52,8 @@ class FailureFile:
 
 def forget_failures(run_dir: Path, life: str) -> None:
     """Remove what earlier starts left; from here on the ranks of the start named `life` may write. Raises OSError."""
-    folder = run_dir / FOLDER
+    folder = run_dir / FAILURES
     folder.mkdir(exist_ok=True)
     for leftover in folder.glob("rank-*.json"):
         leftover.unlink()
     (folder / LIFE_FILE).write_text(life, encoding="utf-8")
-
-
-def first_failure(run_dir: Path) -> dict[str, Any] | None:
-    """Of all ranks' failures since the last start the earliest: rank, time, error, traceback. None without any."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in (run_dir / FOLDER).glob("rank-*.json")]
-    return min(found, key=lambda failure: failure["time"], default=None)

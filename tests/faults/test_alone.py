@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from kha_train.train.failure import first_failure
+from kha_train.record import first_failure
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kha_train.train.failure import first_failure
+from kha_train.record import first_failure
 
 pytestmark = pytest.mark.slow
 

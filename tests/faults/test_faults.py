@@ -11,9 +11,8 @@ import pytest
 from kha_train.checkpoint.layout import candidates
 from kha_train.errors import MachineError, ResumeError
 from kha_train.operate.status import run_status
-from kha_train.record import read_discarded, read_metrics
+from kha_train.record import first_failure, read_discarded, read_metrics
 from kha_train.record.lock import RunLock
-from kha_train.train.failure import first_failure
 
 pytestmark = pytest.mark.slow
 

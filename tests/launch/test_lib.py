@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -32,6 +33,7 @@ requeue*) echo "$2" > "$FAKE/requeued"; exit "${FAKE_REQUEUE_CODE:-0}" ;;
 esac
 """
 PYTHON = """#!/bin/bash
+[[ "$1" == - ]] && exec "$FAKE_INTERPRETER" "$@"
 # what `kha launch-arguments` answers
 [[ -e "$FAKE/refused" ]] && exit 2
 printf '%s\\0' "$FAKE/run" "${@:5}"
@@ -50,6 +52,8 @@ class Job:
         self.environment = {
             "PATH": f"{folder}:{os.environ['PATH']}",
             "FAKE": str(folder),
+            "FAKE_INTERPRETER": sys.executable,
+            "PYTHONPATH": str(ROOT),
             "TMPDIR": str(folder),
             "KHA_LAUNCH": str(LAUNCH),
             "SLURM_JOB_ID": "41",
@@ -159,6 +163,20 @@ def test_a_job_touches_nothing_in_the_run_directory_that_another_may_own(seconds
     output, _ = process.communicate(timeout=60)
     assert {name: path.read_text() for name, path in markers.items()} == {name: name for name in markers}, output
     assert (process.returncode, job.requeued) == ((6, None) if seconds_job == "fatal 6" else (0, "41")), output
+
+
+def test_a_crash_names_the_rank_that_failed_first_unless_the_run_is_another_jobs(job: Job) -> None:
+    errors = job.run_dir / "errors"
+    errors.mkdir(parents=True)
+    for rank, at in {0: 9.0, 3: 7.5, 5: 8.0}.items():
+        text = json.dumps({"rank": rank, "time": at, "error": f"error of {rank}", "traceback": ""})
+        (errors / f"rank-{rank:05d}.json").write_text(text)
+    (errors / "rank-00006.json").write_text("")
+    assert "kha: rank 3 failed first: error of 3\n" in job.run(OWNED + "exit 9").stdout
+    assert "failed first" not in job.run("exit 9").stdout
+    shutil.rmtree(errors)
+    ended = job.run(OWNED + "exit 9")
+    assert ended.returncode == 9 and "failed first" not in ended.stdout
 
 
 def test_the_progress_of_another_job_is_no_reason_to_requeue_a_crash(job: Job) -> None:

@@ -69,6 +69,19 @@ def test_the_state_of_a_run_that_is_over_is_its_marker(tmp_path: Path, marker: M
     assert status.note == ("why" if marker is Marker.FATAL else "")
 
 
+def test_the_note_names_the_rank_that_failed_first(tmp_path: Path) -> None:
+    trained(tmp_path, 3)
+    (tmp_path / "errors").mkdir()
+    for rank, at in {0: 2.0, 3: 1.0}.items():
+        failure = {"rank": rank, "time": at, "error": f"error of {rank}", "traceback": ""}
+        write_json(tmp_path / "errors" / f"rank-{rank:05d}.json", failure)
+    assert run_status(tmp_path).note == "rank 3 failed first: error of 3"
+    set_marker(tmp_path, Marker.FATAL, "error of 3")
+    assert run_status(tmp_path).note == "rank 3 failed first: error of 3"
+    set_marker(tmp_path, Marker.FATAL, "error of 0")
+    assert run_status(tmp_path).note == "error of 0; rank 3 failed first: error of 3"
+
+
 def test_a_run_that_was_killed_is_silent_once_its_heartbeat_is_old(tmp_path: Path) -> None:
     trained(tmp_path, 3, end=None).close("stopped")
     run = json.loads((tmp_path / "run.json").read_text())
