@@ -6,7 +6,8 @@ arm is a list of settings on top of those of the configuration; the first is wha
 setting can be weighed against another.
 
 MFU = (6 x active matrix parameters + 6 S H K L, causal attention once) x tokens/s / peak; `mfu_palm` counts attention
-whole, 12 S H K L. The peer is held to the same numerator. Recomputation is in neither.
+whole, 12 S H K L; `mfu_documents` counts the attention that rows of these batches ask for, the squares of their
+documents' lengths in place of the row's. The peer is held to the same numerators. Recomputation is in none.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from data_tools.synthetic import write_dataset
@@ -94,7 +96,13 @@ def measure(
                 engine.close()
             leave_world()
     protocol_facts = {"blocks": blocks, "steps": steps, "warmup": warmup, "clock": clock}
-    return _answer(contenders, seconds, first, world.device, protocol_facts)
+    return _answer(contenders, seconds, first, world.device, protocol_facts, attended_share(batches))
+
+
+def attended_share(batches: Sequence[Batch]) -> float:
+    """Pairs of tokens that the documents of `batches` have, over those of whole rows: sum of len^2 / (rows x T^2)."""
+    pairs = sum(int(np.square(np.diff(batch.layout.borders_S.astype(np.int64))).sum()) for batch in batches)
+    return pairs / sum(batch.rows_BW.shape[0] * (batch.rows_BW.shape[1] - 1) ** 2 for batch in batches)
 
 
 def use_threads(count: int) -> None:
@@ -189,6 +197,7 @@ def _answer(
     config: RunConfig,
     device: torch.device,
     protocol_facts: dict[str, Any],
+    attended: float,
 ) -> dict[str, Any]:
     dtype = resolve_dtype(config, device)
     peak = peak_flops(config, device, dtype)
@@ -204,6 +213,7 @@ def _answer(
             "seq_len": config.model.seq_len,
             "micro_batch_size": config.engine.micro_batch_size,
             "isolate_documents": config.data.isolate_documents,
+            "attended_share": attended,
             "dtype": str(dtype).removeprefix("torch."),
         },
         "protocol": protocol_facts,
@@ -211,13 +221,15 @@ def _answer(
         "peak": {"flops_per_second": peak.flops_per_second, "source": peak.source},
         "base": base,
         "arms": {
-            name: _figures(arm, seconds[name], seconds[base], tokens, peak) | arm.about
+            name: _figures(arm, seconds[name], seconds[base], tokens, peak, attended) | arm.about
             for name, arm in contenders.items()
         },
     }
 
 
-def _figures(arm: Arm, seconds: list[float], base: list[float], tokens: int, peak: Peak) -> dict[str, Any]:
+def _figures(
+    arm: Arm, seconds: list[float], base: list[float], tokens: int, peak: Peak, attended: float
+) -> dict[str, Any]:
     taken = protocol.timing(seconds)
     flops = flops_per_token(arm.config)
     speed = tokens / taken.seconds
@@ -226,6 +238,7 @@ def _figures(arm: Arm, seconds: list[float], base: list[float], tokens: int, pea
         "against_base": protocol.plain(protocol.compare(seconds, base)),
         "tokens_per_second": speed,
         "mfu": flops.mfu * speed / peak.flops_per_second,
+        "mfu_documents": (flops.mfu - (1 - attended) * (flops.mfu_palm - flops.mfu)) * speed / peak.flops_per_second,
         "mfu_palm": flops.mfu_palm * speed / peak.flops_per_second,
         "peak_gib": arm.peak_bytes / 2**30 if arm.peak_bytes else None,
         "block_seconds": seconds,
@@ -252,6 +265,6 @@ def format_measured(found: dict[str, Any]) -> str:
         lines.append(
             f"  {name:<28} {1000 * arm['seconds']:9.1f} ms  {ratio['ratio']:.3f} [{ratio['low']:.3f}, "
             f"{ratio['high']:.3f}]  {arm['tokens_per_second']:,.0f} tokens/s, MFU {100 * arm['mfu']:.1f} % "
-            f"(PaLM's {100 * arm['mfu_palm']:.1f} %){held}{taken}"
+            f"(by documents {100 * arm['mfu_documents']:.1f} %, PaLM's {100 * arm['mfu_palm']:.1f} %){held}{taken}"
         )
     return "\n".join(lines)

@@ -18,7 +18,9 @@ from kha_train.config.compose import compose
 from kha_train.data.batch import Batch
 from kha_train.data.packing import Layout
 from kha_train.errors import ConfigError
+from kha_train.model.accounting import flops_per_token
 from kha_train.model.decoder import build_decoder
+from kha_train.telemetry.throughput import Peak
 
 SHAPE = [
     "engine.device=cpu",
@@ -79,6 +81,21 @@ def test_arms_run_on_the_backend_that_training_would_take_and_auto_is_settled_on
     found = measure([*SHAPE, "attention.backend=auto"], arms, blocks=3, warmup=1)["arms"]
     assert [arm["backend"] for arm in found.values()] == ["eager", "sdpa", "eager"]
     assert asked == ["", "eager", "eager"] and "backend eager" in found["attention=gqa"]["chosen"][0]
+
+
+def test_attention_by_documents_counts_the_pairs_they_have():
+    rows_BW = np.zeros((2, 33), dtype=np.int64)
+    whole = Batch(0, np.arange(2), rows_BW, Layout(np.array([0, 32, 64]), np.array([], dtype=int)))
+    cut = Batch(0, np.arange(2), rows_BW, Layout(np.array([0, 8, 32, 64]), np.array([], dtype=int)))
+    assert step.attended_share([whole]) == 1
+    assert step.attended_share([whole, cut]) == (3 * 32**2 + 8**2 + 24**2) / (4 * 32**2)
+    config = compose(SHAPE)
+    flops = flops_per_token(config)
+    seconds, peak = [32 * 4 / 1e6] * 3, Peak(1e12, "a test")
+    arm = step.Arm(lambda batch: None, config, 0, {})
+    found = step._figures(arm, seconds, seconds, 32 * 4, peak, 0.25)
+    without = flops.mfu - 3 * flops.by_component["scores"]
+    assert found["mfu_documents"] == pytest.approx((without + 0.25 * 3 * flops.by_component["scores"]) * 1e6 / 1e12)
 
 
 def test_the_peer_is_the_fastest_of_its_implementations_and_trains_on_the_same_loss():
