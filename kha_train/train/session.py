@@ -24,6 +24,7 @@ from kha_train.model.accounting import count_parameters, flops_per_token
 from kha_train.model.attention.choice import announce, choose
 from kha_train.model.attention.measured import measure, settled
 from kha_train.model.moe.balance import balance_metrics
+from kha_train.model.moe.experts import announce_experts
 from kha_train.record import Record, Redactor, leave_outcome
 from kha_train.record.files import write_text
 from kha_train.stability.events import Observation
@@ -107,7 +108,11 @@ class Session:
             with world.agreed():
                 resume.check_same_data(json.loads(first), self._content_ids)
                 self._backend = choose(self._settled, world.device, dtype).name
-                self._choices = [*announce(self._settled, world.device, dtype), *([measured] if measured else [])]
+                self._choices = [
+                    *announce(self._settled, world.device, dtype),
+                    *([measured] if measured else []),
+                    *announce_experts(config, world.device, dtype),
+                ]
                 if checkpoint:
                     resume.check_belongs(config, checkpoint, self._content_ids)
             startup.mark("data")

@@ -163,12 +163,16 @@ def test_a_finished_run_started_again_changes_nothing(runner: Callable[..., Runn
     assert (run.run_dir / "DONE").exists()
 
 
-def test_a_run_that_goes_on_with_another_attention_backend_says_so(small: list[str], tmp_path: Path) -> None:
+def test_a_run_says_what_computes_it_and_when_it_goes_on_with_another_backend_of_attention(
+    small: list[str], tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     for backend, computing in (("eager", "eager"), ("eager", "eager"), ("sdpa", "sdpa"), ("auto", "sdpa")):
         set_marker(run_dir, Marker.STOP)
         train(compose([*small, "model.layers=1", "run.steps=9", f"run.dir={run_dir}", f"attention.backend={backend}"]))
         assert attention_backend(run_dir) == computing
+    chosen = read_run(run_dir)["provenance"]["chosen"]
+    assert chosen[0].startswith("attention ") and "experts grouped (chosen by moe.backend)" in chosen
     (event,) = [event for event in read_events(run_dir) if event["kind"] == "attention_backend_changed"]
     assert (event["step"], event["before"], event["now"]) == (2, "eager", "sdpa")
