@@ -1,4 +1,4 @@
-# make quickstart | test | test-fast | soak | lint | bench-gpu. The first call makes .venv; later ones find it ready.
+# make quickstart | test | test-fast | soak | lint | bench-gpu | gpu-wheels. The first call makes .venv; later ones find it ready.
 # PYTHON=... chooses the interpreter of .venv, ARGS=... goes on to the command, WORKERS=... is for the tests.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
@@ -7,7 +7,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: quickstart test test-fast soak lint bench-gpu
+.PHONY: quickstart test test-fast soak lint bench-gpu gpu-wheels
 
 quickstart: .venv/.core
 	CUDA_VISIBLE_DEVICES= $(BIN)/kha quickstart $(ARGS)
@@ -31,6 +31,17 @@ lint: .venv/.dev
 GPU_PYTHON ?= python3
 bench-gpu:
 	$(GPU_PYTHON) -c "from kha_train.cli.main import run; run()" bench gpu $(ARGS)
+
+# What a machine with torch, triton, transformers, typer and pytest alone lacks, 53 MB, for GPU_VERSION of Python on x86-64: to be
+# carried there and named in PYTHONPATH. Torch is never among it.
+GPU_VERSION ?= 3.12
+GPU_PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-deps --upgrade --target gpu-wheels -c constraints.txt
+gpu-wheels: .venv/.dev
+	$(GPU_PIP) --no-build-isolation deepspeed hydra-core omegaconf antlr4-python3-runtime hjson einops py-cpuinfo \
+		hypothesis sortedcontainers pytest-timeout
+	$(GPU_PIP) --only-binary=:all: --python-version $(GPU_VERSION) --platform manylinux_2_28_x86_64 \
+		--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+		sentencepiece psutil msgpack pydantic pydantic-core annotated-types typing-inspection
 
 # A stamp is newer than what it was installed from.
 .venv/.core: pyproject.toml constraints.txt

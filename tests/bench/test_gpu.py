@@ -30,6 +30,14 @@ def test_without_a_device_it_says_so_and_writes_nothing(tmp_path: Path, monkeypa
     assert not (tmp_path / "out").exists()
 
 
+def test_all_missing_packages_are_named_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = gpu.find_spec
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None if name in ("hydra", "deepspeed") else found(name))
+    with pytest.raises(ConfigError, match="packages are missing: deepspeed, hydra"):
+        measure(tmp_path / "out", seconds=500, rehearse=True, say=print)
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_stage_leaves_its_outcome_also_one_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = ("engine.device=cpu", "model.layers=1", "model.seq_len=16", "model.vocab_size=64", "telemetry.peak_tflops=1")
     works = Stage("works", ("step", *tiny, "--blocks", "3", "--warmup", "1", "--arm", "attention=gqa"), 100)
@@ -51,7 +59,11 @@ def outcome_of(monkeypatch: pytest.MonkeyPatch, folder: Path, answers: dict[str,
 
 
 FIGURES = {"seconds": 1.0, "against_base": {"ratio": 1.0, "low": 1.0, "high": 1.0}, "tokens_per_second": 1.0}
-STEP = {"answer": {"given": {"arms": {"gqa": FIGURES | {"mfu": 0.1, "mfu_palm": 0.2, "peak_gib": None}}}}}
+STEP = {
+    "answer": {
+        "given": {"arms": {"gqa": FIGURES | {"mfu": 0.1, "mfu_documents": 0.1, "mfu_palm": 0.2, "peak_gib": None}}}
+    }
+}
 
 
 def test_figures_after_a_failed_parity_are_unproven_and_the_command_fails(tmp_path, monkeypatch) -> None:
