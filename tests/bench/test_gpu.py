@@ -89,6 +89,12 @@ def test_the_command_of_all_benchmarks_fails_with_any_of_them(monkeypatch: pytes
     assert CliRunner().invoke(app, ["bench", "all", "--quick"]).exit_code == 0
 
 
+def test_only_files_with_tests_for_a_gpu_are_collected() -> None:
+    files = {Path(name).relative_to(gpu.ROOT).as_posix() for name in gpu.gpu_tests(stages(False)[0])}
+    assert {"tests/gpu/test_attention_backends.py", "tests/model/kernels/test_values.py"} <= files
+    assert "tests/cli/test_commands.py" not in files
+
+
 def test_what_there_is_no_time_for_is_left_out_and_said(tmp_path: Path) -> None:
     found = measure(tmp_path, seconds=1, rehearse=True, say=lambda text: None)
     assert all("no time left" in stage["error"] for stage in found["stages"].values())
