@@ -13,14 +13,13 @@ needs no torch; `choice.py` takes one for a device.
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
+from torch.torch_version import TorchVersion
 
 
 class Documents(NamedTuple):
@@ -139,17 +138,20 @@ def cudnn(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, 
         return sdpa(q_BTHK, k_BUGK, v_BUGW, documents, scale)
 
 
-def grouped_words(kernel: Callable[..., Any]) -> dict[str, bool]:
-    """What `kernel` must be told to take fewer key/value heads: torch 2.11 has no word for it and takes them unasked,
-    later releases refuse them without."""
-    return {"enable_gqa": True} if "enable_gqa" in signature(kernel).parameters else {}
+def grouped_words(release: TorchVersion) -> dict[str, bool]:
+    """What the kernel of variable length must be told to take fewer key/value heads: torch 2.11 has no word for it
+    and takes them unasked, later ones refuse them without."""
+    return {"enable_gqa": True} if release >= (2, 12) else {}
 
 
-GROUPED_WORDS = grouped_words(varlen_attn)
+GROUPED_WORDS = grouped_words(torch.__version__)
 
 
 def varlen(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
     """torch's flash attention of variable length: documents are sequences, no mask is held."""
+    # Its file loads Triton.
+    from torch.nn.attention.varlen import varlen_attn
+
     borders_S, longest = documents.cu_seqlens_S, documents.max_seqlen
 
     def kernel(q_MHK: Tensor, k_MGK: Tensor, v_MGK: Tensor) -> Any:

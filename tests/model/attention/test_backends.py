@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from kha_train.config.backends import TRAITS
 from kha_train.model.attention import backends
@@ -78,10 +79,10 @@ def as_in_torch_2_12(*inputs, return_aux=None, scale=None, window_size=(-1, -1),
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
-@pytest.mark.parametrize("kernel", [as_in_torch_2_11, as_in_torch_2_12])
-def test_varlen_calls_the_kernel_of_every_admitted_torch(monkeypatch, kernel, kv_heads):
-    monkeypatch.setattr(backends, "varlen_attn", kernel)
-    monkeypatch.setattr(backends, "GROUPED_WORDS", grouped_words(kernel))
+@pytest.mark.parametrize(("release", "kernel"), [("2.11.0+cu128", as_in_torch_2_11), ("2.12.0", as_in_torch_2_12)])
+def test_varlen_calls_the_kernel_of_every_admitted_torch(monkeypatch, release, kernel, kv_heads):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    monkeypatch.setattr(backends, "GROUPED_WORDS", grouped_words(TorchVersion(release)))
     q, k, v = inputs(torch.float64, kv_heads)
     for borders in BORDERS.values():
         got = backends.varlen(q, k, v, documents(borders), 8**-0.5)
