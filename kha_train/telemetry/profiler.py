@@ -50,6 +50,7 @@ class Profiler:
         if self._running is not None:
             self._running.__exit__(None, None, None)
             self._running = None
+            self._forget_allocations()
 
     def _start(self, step: int) -> None:
         self._first = step
@@ -70,6 +71,9 @@ class Profiler:
             self._export(found, place)
         except OSError as error:
             self._warn(f"the profile {place} is not written: {error}")
+        self._forget_allocations()
+
+    def _forget_allocations(self) -> None:
         if self._world.device.type == "cuda" and self._section.memory:
             torch.cuda.memory._record_memory_history(enabled=None)
 
