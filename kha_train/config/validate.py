@@ -79,6 +79,7 @@ NOT_NEGATIVE = (
 )
 
 MOST_BETA2_IN_BF16 = 0.99
+MOST_PROFILED_STEPS = 50
 
 
 def validate(config: RunConfig) -> None:
@@ -292,6 +293,14 @@ def _profile(config: RunConfig) -> None:
             field="profile.last_step",
             value=profile.last_step,
             fix=f"profile.last_step={profile.first_step}",
+        )
+    if profile.first_step and profile.last_step - profile.first_step >= MOST_PROFILED_STEPS:
+        raise ConfigError(
+            "too many steps: a profile stays in memory until its last one",
+            field="profile.last_step",
+            value=profile.last_step,
+            allowed=f"at most {MOST_PROFILED_STEPS} steps",
+            fix=f"profile.last_step={profile.first_step + MOST_PROFILED_STEPS - 1}",
         )
 
 

@@ -33,20 +33,26 @@ class Profiler:
         self._section, self._world, self._folder = config.profile, world, run_dir / "profile"
         self._wanted = config.profile.first_step > 0 and world.is_main
         self._running: Any = None
-        self._warn, self._first = warn, 0
+        self._warn, self._first, self._next = warn, 0, 0
 
     @contextmanager
     def over(self, step: int) -> Iterator[None]:
-        """Around optimiser step `step` (1-based): begins with the first one wanted, writes after the last."""
+        """Around optimiser step `step` (1-based): begins with the first one wanted, writes after the last.
+
+        A profile that a rewind cuts short is dropped; it begins anew when its steps come again.
+        """
         wanted = self._wanted and self._section.first_step <= step <= self._section.last_step
+        if self._running is not None and step != self._next:
+            self.close()
         if wanted and self._running is None:
             self._start(step)
+        self._next = step + 1
         yield
         if self._running is not None and step >= self._section.last_step:
             self._write(step)
 
     def close(self) -> None:
-        """A run that ends before the last step wanted leaves no profile."""
+        """Drop what has not come to its last step: a run that ends before it leaves no profile."""
         if self._running is not None:
             self._running.__exit__(None, None, None)
             self._running = None

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from kha_train import compose
+from kha_train.config.validate import validate
 from kha_train.distributed import World
+from kha_train.errors import ConfigError
 from kha_train.telemetry.profiler import Profiler
 
 
@@ -22,3 +25,20 @@ def test_a_profile_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     profiler.close()
     (told,) = warnings
     assert "profile/steps-1-2" in told and "File exists" in told
+
+
+def test_a_profile_that_a_rewind_cuts_short_begins_anew(tmp_path: Path) -> None:
+    profiler = Profiler(compose(["profile.first_step=3", "profile.last_step=4"]), tmp_path, World.single(), print)
+    for step in (1, 2, 3, 2, 3, 4, 5):
+        with profiler.over(step):
+            torch.ones(2).sum() if step != 2 else torch.ones(2).prod()
+    profiler.close()
+    (listed,) = (tmp_path / "profile").glob("*.txt")
+    assert listed.name == "steps-3-4.txt"
+    assert "aten::sum" in listed.read_text() and "aten::prod" not in listed.read_text()
+
+
+def test_a_profile_of_more_steps_than_memory_holds_is_refused() -> None:
+    with pytest.raises(ConfigError, match="too many steps") as refused:
+        validate(compose(["profile.first_step=10", "profile.last_step=100"]))
+    assert refused.value.fix == "profile.last_step=59"
