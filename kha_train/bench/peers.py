@@ -22,6 +22,7 @@ from kha_train.config.base_options import GroupedQueryOptions
 from kha_train.config.schema import RunConfig
 from kha_train.data.batch import Batch
 from kha_train.errors import ConfigError
+from kha_train.model.host import to_device
 from kha_train.optim import parameter_groups
 
 EXPERTS = ("grouped_mm", "eager", "batched_mm")
@@ -54,10 +55,10 @@ class Peer:
         """One optimiser step; the mean loss of the batch, the one number that comes back to the host."""
         total = torch.zeros((), device=self.device)
         for micro_batch in batch.micro_batches(self.config.engine.micro_batch_size):
-            labels_BT = micro_batch.labels_BT.to(self.device)
+            labels_BT = to_device(micro_batch.labels_BT, self.device)
             loss = self.model(
-                input_ids=micro_batch.tokens_BT.to(self.device),
-                position_ids=micro_batch.positions_BT.to(self.device),
+                input_ids=to_device(micro_batch.tokens_BT, self.device),
+                position_ids=to_device(micro_batch.positions_BT, self.device),
                 labels=labels_BT,
                 shift_labels=labels_BT,
                 num_items_in_batch=batch.label_count,
@@ -66,8 +67,9 @@ class Peer:
             loss.backward()
             total += loss.detach()
         nn.utils.clip_grad_norm_(self.parameters, self.config.optim.grad_clip)
+        mean = total.item()  # before the update, as our gate: the host does not wait for AdamW
         self._update()
-        return total.item()
+        return mean
 
     def _update(self) -> None:
         if self.masters is not self.parameters:
@@ -83,7 +85,7 @@ class Peer:
 def fastest(config: RunConfig, batch: Batch, device: torch.device, dtype: torch.dtype) -> tuple[Peer, dict[str, Any]]:
     """The peer with the fastest of its expert implementations, and the seconds of each (or why it was left out).
 
-    Raises ConfigError when transformers is not installed, or has no model of this shape.
+    Raises ConfigError when transformers is not installed, has no model of this shape, or none that fits the device.
     """
     check(config)
     tried: dict[str, Any] = {}
@@ -94,10 +96,16 @@ def fastest(config: RunConfig, batch: Batch, device: torch.device, dtype: torch.
             tried[experts] = f"left out: would copy {gathered / 2**30:.1f} GiB of weights a layer"
             continue
         peers = {name: peer for name, peer in peers.items() if tried[name] == min(tried[n] for n in peers)}
-        peer = Peer(config, device, dtype, experts)
-        seconds = interleave({experts: lambda peer=peer: peer.step(batch)}, blocks=3, warmup=1, device=device)
+        try:
+            peer = Peer(config, device, dtype, experts)
+            seconds = interleave({experts: lambda peer=peer: peer.step(batch)}, blocks=3, warmup=1, device=device)
+        except torch.OutOfMemoryError:
+            tried[experts] = "left out: the device's memory is not enough"
+            continue
         tried[experts] = timing(seconds[experts]).seconds
         peers[experts] = peer
+    if not peers:
+        raise ConfigError("no implementation of its experts fits", field="--against", value=tried, fix="fewer layers")
     best = min(peers, key=lambda name: tried[name])
     return peers[best], tried
 

@@ -107,6 +107,25 @@ def test_the_peer_is_the_fastest_of_its_implementations_and_trains_on_the_same_l
     assert math.isfinite(peer["against_base"]["ratio"])
 
 
+def test_experts_of_the_peer_that_do_not_fit_the_device_are_left_out(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("transformers")
+    train, lacking = peers.Peer.step, {"grouped_mm", "eager"}
+
+    def step_or_not(peer: peers.Peer, batch: Batch) -> float:
+        if peer.experts in lacking:
+            raise torch.OutOfMemoryError
+        return train(peer, batch)
+
+    monkeypatch.setattr(peers.Peer, "step", step_or_not)
+    config = compose(SHAPE)
+    batch = Batch(0, np.arange(4), np.ones((4, 33), dtype=np.uint16), Layout(np.arange(5) * 32, np.empty(0, np.int64)))
+    peer, tried = peers.fastest(config, batch, torch.device("cpu"), torch.float32)
+    assert peer.experts == "batched_mm" and "memory" in tried["eager"]
+    lacking.add("batched_mm")
+    with pytest.raises(ConfigError, match="fits"):
+        peers.fastest(config, batch, torch.device("cpu"), torch.float32)
+
+
 def theirs(name: str) -> str:
     """What Qwen3-MoE calls a parameter of ours."""
     words = {
