@@ -80,12 +80,16 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     return [list(point) for point in itertools.product(*choices)]
 
 
+_NOT_TEXT = ("true", "false", "null", "nan", "inf")
+"""Words that Hydra reads as something else than text, in capitals too."""
+
+
 def quoted(value: str) -> str:
     """`value` as the right side of an override that Hydra reads back to exactly this text.
 
     Raises ConfigError for a text with an interpolation, which cannot be written as a plain value.
     """
-    if re.fullmatch(r"[A-Za-z_./][\w./-]*", value, re.ASCII):
+    if re.fullmatch(r"[A-Za-z_/][\w./-]*", value, re.ASCII) and value.lower() not in _NOT_TEXT:
         return value
     if "${" in value:
         raise ConfigError("a plain value has no interpolation", field="override", value=value)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kha_train.cli.main import run
@@ -205,6 +205,11 @@ def test_a_directory_that_holds_another_run_is_not_submitted_into(tmp_path: Path
 
 @settings(max_examples=25, deadline=None)
 @given(WILD)
+@example("TRUE")
+@example("null")
+@example("NaN")
+@example("inf")
+@example(".5")
 def test_any_text_passes_through_an_override_exactly_or_is_refused(text: str) -> None:
     try:
         override = f"run.name={quoted(text)}"
