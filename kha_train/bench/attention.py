@@ -1,22 +1,16 @@
-"""What an interaction costs: forward and backward of one attention layer, every variant against plain `gqa`.
-
-The variants take turns, one forward and backward each a round, so that a busy machine slows all of them alike; the
-ratio of each round to `gqa` of the same round is kept, and the median and the quartiles over rounds are told. On a CPU
-the time is that of the process, not of the wall.
-"""
+"""What an interaction costs: forward and backward of one attention layer, every variant against plain `gqa`."""
 
 # B rows   T tokens   D model width
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from kha_train.bench.protocol import Clock, Ratio, Timing, compare, environment, interleave, timing, told
 from kha_train.config.compose import compose
 from kha_train.config.interaction_options import KERNEL_WIDTHS
 from kha_train.config.schema import RunConfig
@@ -44,53 +38,45 @@ ON_KERNELS = {
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """Seconds of a forward and backward, and its ratio to `gqa`: median and quartiles over rounds."""
-
-    seconds: float
-    ratio: float
-    lower: float
-    upper: float
-
-
-@dataclass(frozen=True)
 class Measured:
-    """The ratios by variant, and the protocol."""
+    """Seconds of a forward and backward and the ratio to `gqa`, by variant; and how they were measured."""
 
-    variants: dict[str, Ratio]
-    rounds: int
+    seconds: dict[str, Timing]
+    against_gqa: dict[str, Ratio]
+    blocks: int
+    clock: Clock
     tokens: int
     hidden_size: int
-    device: str
     dtype: str
+    about: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         return asdict(self)
 
 
-def measure(overrides: Sequence[str], rounds: int) -> Measured:
+def measure(overrides: Sequence[str], blocks: int, clock: Clock = "wall") -> Measured:
     """One layer of the configuration of `overrides`, a micro-batch of whole rows at a time. Raises as `compose`."""
     config = compose(overrides)
     cuda = config.engine.device != "cpu" and torch.cuda.is_available()
     device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
-    variants = variants_for(config, device, dtype)
-    layers = {name: _layer(compose([*overrides, *variant]), device, dtype) for name, variant in variants.items()}
     batch, tokens, width = config.engine.micro_batch_size, config.model.seq_len, config.model.hidden_size
     x_BTD = torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     rows = _rows(config, batch, tokens, device)
-    seconds: dict[str, list[float]] = {name: [] for name in layers}
-    for number in range(rounds + 1):
-        for name, layer in layers.items():
-            taken = _seconds(layer, x_BTD, rows)
-            seconds[name] += [taken] if number else []
+    arms = {
+        name: _pass(_layer(compose([*overrides, *variant]), device, dtype), x_BTD, rows)
+        for name, variant in variants_for(config, device, dtype).items()
+    }
+    seconds = interleave(arms, blocks=blocks, device=device, clock=clock)
     return Measured(
-        variants={name: _ratio(times, seconds["gqa"]) for name, times in seconds.items()},
-        rounds=rounds,
+        seconds={name: timing(taken) for name, taken in seconds.items()},
+        against_gqa={name: compare(taken, seconds["gqa"]) for name, taken in seconds.items()},
+        blocks=blocks,
+        clock=clock,
         tokens=batch * tokens,
         hidden_size=width,
-        device=torch.cuda.get_device_name() if cuda else "cpu",
         dtype=str(dtype).removeprefix("torch."),
+        about=environment(device),
     )
 
 
@@ -103,13 +89,14 @@ def variants_for(config: RunConfig, device: torch.device, dtype: torch.dtype) ->
 def format_measured(found: Measured) -> str:
     """The figures and how they came about."""
     lines = [
-        f"forward and backward of one layer, {found.tokens} tokens of width {found.hidden_size}, "
-        + f"{found.device}, {found.dtype}; {found.rounds} interleaved rounds, medians (quartiles):"
+        f"forward and backward of one layer, {found.tokens} tokens of width {found.hidden_size}, {found.dtype}",
+        f"{found.blocks} interleaved blocks, {found.clock} clock; medians, ratio to gqa with its 95 % interval; "
+        + told(found.about),
     ]
-    for name, ratio in found.variants.items():
+    for name, taken in found.seconds.items():
+        ratio = found.against_gqa[name]
         lines.append(
-            f"  {name:<18} {1000 * ratio.seconds:9.2f} ms   {ratio.ratio:.3f} of gqa "
-            f"({ratio.lower:.3f} to {ratio.upper:.3f})"
+            f"  {name:<18} {1000 * taken.seconds:9.2f} ms  {ratio.ratio:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
         )
     return "\n".join(lines)
 
@@ -129,18 +116,8 @@ def _rows(config: RunConfig, batch: int, tokens: int, device: torch.device) -> R
     return RowContext(None if table is None else table(positions_BT), lay_out_documents(batch, tokens, device))
 
 
-def _seconds(layer: Attention, x_BTD: torch.Tensor, rows: RowContext) -> float:
-    clock = time.process_time
-    if x_BTD.is_cuda:
-        torch.cuda.synchronize()
-        clock = time.perf_counter
-    started = clock()
-    layer(x_BTD.requires_grad_(), rows).sum().backward()
-    if x_BTD.is_cuda:
-        torch.cuda.synchronize()
-    return clock() - started
+def _pass(layer: Attention, x_BTD: torch.Tensor, rows: RowContext) -> Callable[[], None]:
+    def forward_and_backward() -> None:
+        layer(x_BTD.requires_grad_(), rows).sum().backward()
 
-
-def _ratio(times: list[float], plain: list[float]) -> Ratio:
-    lower, ratio, upper = statistics.quantiles([own / base for own, base in zip(times, plain, strict=True)], n=4)
-    return Ratio(statistics.median(times), ratio, lower, upper)
+    return forward_and_backward

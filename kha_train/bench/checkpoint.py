@@ -1,23 +1,24 @@
 """What a checkpoint costs training: written beside it, and blocking it, against steps without any.
 
-One engine trains on; rounds of a few steps follow each other in turn: none, background, blocking. A round with a save
-begins it before its first step and waits for it after its last, so all it costs lies inside the round; the steps are
-enough for the writer to end by itself. The cost of a mode is its round's extra time over that of the round without,
-as a share of `every` steps: the price of one save every so many steps. Medians over rounds.
+One engine trains on; rounds of a few steps take turns: none, background, blocking. A round with a save begins it before
+its first step and waits for it after its last, so all it costs lies inside the round; the steps are enough for the
+writer to end by itself. The cost of a mode is its round's extra time over that of the round without, as a share of
+`every` steps: the price of one save every so many steps.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data_tools.synthetic import write_dataset
 from kha_train import distributed
+from kha_train.bench.protocol import environment, interleave, told
 from kha_train.config.compose import compose
 from kha_train.config.schema import RunConfig
 from kha_train.data.stream import TokenStream, open_stream
@@ -52,10 +53,34 @@ class Measured:
     every: int
     rounds: int
     steps: int
+    about: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         return asdict(self)
+
+
+class _Mode:
+    """Rounds of `steps` steps, with one save in each when there is a saver; and how long training stood still."""
+
+    def __init__(self, engine: Engine, stream: TokenStream, steps: int, saver: Saver | None) -> None:
+        self._engine, self._stream, self._steps, self._saver = engine, stream, steps, saver
+        self._numbers = itertools.count(1)
+        self.stalls: list[float] = []
+
+    def round(self) -> None:
+        """Begin a save, train, wait for the save."""
+        if self._saver:
+            number = next(self._numbers)
+            self._saver.begin(number, self._engine, {"round": number})
+        for _ in range(self._steps):
+            batch, labels = next_batch(self._stream, self._engine.world)
+            train_step(self._engine, batch, labels, 1e-4, False, lambda loss, norm: Ruling(True))
+            if self._saver:
+                self._saver.poll()
+        if self._saver:
+            self._saver.finish()
+            self.stalls.append(self._saver.take_stall())
 
 
 def measure(overrides: Sequence[str], every: int, rounds: int, steps: int) -> Measured:
@@ -66,28 +91,25 @@ def measure(overrides: Sequence[str], every: int, rounds: int, steps: int) -> Me
         world = distributed.start(config.engine.device, config.engine.collective_timeout_seconds)
         engine = Engine(config, world)
         stream = open_stream(config)
-        _round(engine, stream, None, 0, steps=2)
-        times: dict[str, list[float]] = {mode: [] for mode in MODES}
-        stalls: dict[str, list[float]] = {mode: [] for mode in MODES}
-        savers = {mode: _saver(config, world, Path(folder) / mode, mode) for mode in MODES[1:]}
-        for number in range(1, rounds + 1):
-            for mode in MODES:
-                saver = savers.get(mode)
-                times[mode].append(_round(engine, stream, saver, number, steps))
-                stalls[mode].append(saver.take_stall() if saver else 0.0)
+        savers = {mode: _saver(config, world, Path(folder) / mode, mode) if mode != "none" else None for mode in MODES}
+        modes = {mode: _Mode(engine, stream, steps, saver) for mode, saver in savers.items()}
+        arms: dict[str, Callable[[], None]] = {name: mode.round for name, mode in modes.items()}
+        seconds = interleave(arms, blocks=rounds, device=world.device)
+        about = environment(world.device)
         save_bytes = sum(path.stat().st_size for path in (Path(folder) / "blocking").rglob("*.safetensors"))
         parameters = sum(parameter.numel() for parameter in engine.decoder.parameters())
         engine.close()
         leave_world()
-    step = statistics.median(times["none"]) / steps
-    pairs = {mode: [with_save - without for with_save, without in zip(times[mode], times["none"], strict=True)]
-             for mode in MODES[1:]}  # fmt: skip
-    costs = {
-        mode: Cost(stall := statistics.median(stalls[mode]), stall / (every * step),
-                   statistics.median(pairs[mode]) / (every * step))
-        for mode in MODES[1:]
-    }  # fmt: skip
-    return Measured(parameters, save_bytes, step, costs, every, rounds, steps)
+    step = statistics.median(seconds["none"]) / steps
+    costs = {name: _cost(seconds[name], seconds["none"], modes[name].stalls[1:], every * step) for name in MODES[1:]}
+    return Measured(parameters, save_bytes, step, costs, every, rounds, steps, about)
+
+
+def _cost(with_saves: list[float], without: list[float], stalls: list[float], between_saves: float) -> Cost:
+    """Medians over rounds; shares are of the seconds `between_saves`."""
+    stall = statistics.median(stalls)
+    extra = statistics.median(one - other for one, other in zip(with_saves, without, strict=True))
+    return Cost(stall, stall / between_saves, extra / between_saves)
 
 
 def _saver(config: RunConfig, world: distributed.World, run_dir: Path, mode: str) -> Saver:
@@ -97,25 +119,11 @@ def _saver(config: RunConfig, world: distributed.World, run_dir: Path, mode: str
     )
 
 
-def _round(engine: Engine, stream: TokenStream, saver: Saver | None, number: int, steps: int) -> float:
-    """Seconds of a round of `steps` steps, with the save `number` in it when there is a saver."""
-    started = time.perf_counter()
-    if saver:
-        saver.begin(number, engine, {"round": number})
-    for _ in range(steps):
-        batch, labels = next_batch(stream, engine.world)
-        train_step(engine, batch, labels, 1e-4, False, lambda loss, norm: Ruling(True))
-        if saver:
-            saver.poll()
-    if saver:
-        saver.finish()
-    return time.perf_counter() - started
-
-
 def format_measured(found: Measured) -> str:
     """The figures and how they came about."""
     size = f"{found.parameters:,} parameters, {found.save_bytes / 2**20:,.0f} MiB a save"
     lines = [
+        told(found.about),
         f"{size}, {found.step_seconds:.3f} s a step; {found.rounds} interleaved rounds of {found.steps} steps a mode,",
         f"medians; one save every {found.every} steps:",
     ]

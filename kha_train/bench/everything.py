@@ -24,7 +24,7 @@ FULL: dict[str, tuple[str, ...]] = {
 }
 QUICK: dict[str, tuple[str, ...]] = {
     "step": ("model.layers=2", "model.seq_len=64", "data.global_batch_size=4", "--blocks", "3"),
-    "attention": ("model.seq_len=64", "--rounds", "3"),
+    "attention": ("model.seq_len=64", "--blocks", "3"),
     "moe": ("model.seq_len=64", "--blocks", "3", "--warmup", "1"),
     "tokenize": ("--rounds", "3"),
     "startup": ("--rounds", "1"),

@@ -47,7 +47,7 @@ def stages(rehearse: bool) -> list[Stage]:
         step = (*tiny, "engine.micro_batch_size=2", "--blocks", "3", "--warmup", "1")
         return [
             Stage("tests", ("pytest", "tests/gpu"), 120),
-            Stage("attention layer", ("attention", "engine.device=cpu", "model.seq_len=32", "--rounds", "3"), 60),
+            Stage("attention layer", ("attention", "engine.device=cpu", "model.seq_len=32", "--blocks", "3"), 60),
             Stage("step, GQA and KHA", ("step", *step, *GQA, *KHA), 90),
         ]
     one = ("model=moe_6b", "engine.micro_batch_size=1", "data.global_batch_size=2")
@@ -66,7 +66,7 @@ def stages(rehearse: bool) -> list[Stage]:
         Stage("the whole, unsplit rows", ("step", *whole, *unsplit, *KHA, *timed), 85),
         Stage("step, kernels", ("step", *layers, *isolated, *KHA, *kernels, *timed), 50),
         Stage("step, unsplit rows", ("step", *layers, *unsplit, *GQA, *KHA, *timed), 50),
-        Stage("attention layer", ("attention", *one, "--rounds", "30"), 16),
+        Stage("attention layer", ("attention", *one, "--blocks", "30"), 16),
         Stage("experts", ("moe", *one), 16),
     ]
 

@@ -81,13 +81,14 @@ def attention(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Of the configuration: its model's shape and micro-batch are measured.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds.")] = 20,
+    blocks: Annotated[int, typer.Option(min=3, help="Interleaved blocks.")] = 20,
+    clock: Annotated[str, typer.Option(help="On a CPU: wall, or process (its own CPU time).")] = "wall",
     as_json: Json = False,
 ) -> None:
     """What an interaction costs, eager and folded: one attention layer forward and backward, against plain gqa."""
     from kha_train.bench import attention as bench
 
-    found = bench.measure(overrides or [], rounds)
+    found = bench.measure(overrides or [], blocks, _clock(clock))
     typer.echo(json.dumps(found.to_dict()) if as_json else bench.format_measured(found))
 
 

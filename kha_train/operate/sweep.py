@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from kha_train.config.build import flatten, to_plain
+from kha_train.config.build import to_plain, without_places
 from kha_train.config.compose import compose, expand, load_plain, quoted
 from kha_train.config.constants import FREE_TO_CHANGE
 from kha_train.config.schema import RunConfig
@@ -96,10 +96,10 @@ def plan_points(directory: Path, points: Sequence[Sequence[str]], equal: Equal =
 def check_against_runs(points: Iterable[Point]) -> None:
     """Raises ConfigError when a point's directory holds a run of another configuration, which could not be resumed."""
     for point in points:
-        saved = flatten(load_plain(Path(point.run_dir) / "config.yaml"))
-        if not saved:
+        found = load_plain(Path(point.run_dir) / "config.yaml")
+        if not found:
             continue
-        now = flatten(to_plain(compose(point.overrides)))
+        saved, now = without_places(found), without_places(to_plain(compose(point.overrides)))
         changed = [key for key in sorted(saved.keys() & now.keys()) if saved[key] != now[key]]
         fixed = [f"{key}: {saved[key]!r} -> {now[key]!r}" for key in changed if not key.startswith(FREE_TO_CHANGE)]
         if fixed:

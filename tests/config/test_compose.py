@@ -43,7 +43,7 @@ def test_the_promised_presets_are_there(group: str) -> None:
     assert set(PROMISED[group]) <= set(PRESETS[group])
 
 
-@pytest.mark.parametrize(("model", "attention"), product(PRESETS["model"], PRESETS["attention"]))
+@pytest.mark.parametrize(("model", "attention"), list(product(PRESETS["model"], PRESETS["attention"])))
 def test_every_model_composes_with_every_attention_but_those_that_cannot_be(model: str, attention: str) -> None:
     """Talking heads hold all scores, so long rows are refused; tied and latent keys have no full-width norm."""
     overrides = [f"model={model}", f"attention={attention}"]
@@ -55,7 +55,7 @@ def test_every_model_composes_with_every_attention_but_those_that_cannot_be(mode
     assert (config.model.name, config.attention.name) == (model, attention)
 
 
-@pytest.mark.parametrize(("model", "attention"), product(PROMISED["model"], PROMISED["attention"]))
+@pytest.mark.parametrize(("model", "attention"), list(product(PROMISED["model"], PROMISED["attention"])))
 def test_the_heads_of_the_model_are_those_of_its_attention(model: str, attention: str) -> None:
     config = compose([f"model={model}", f"attention={attention}"])
     base, heads = config.attention.base, config.model.query_heads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -181,10 +182,7 @@ def test_a_cache_that_fails_is_told_by_its_setting(tmp_path: Path, action: str) 
 def test_damage_at_the_store_is_a_data_error_with_url_offset_expected_and_found(
     large: Path, tmp_path: Path, flaky: type[Flaky]
 ) -> None:
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in large.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
+    copy = shutil.copytree(large, tmp_path / "copy")
     tok = copy / "shard-00001.tok"
     data = bytearray(tok.read_bytes())
     data[3 * BLOCK + 5] ^= 1
@@ -199,10 +197,7 @@ def test_damage_at_the_store_is_a_data_error_with_url_offset_expected_and_found(
 def test_a_wrong_size_and_a_missing_file_are_found_at_the_opening(
     large: Path, tmp_path: Path, flaky: type[Flaky], change: str
 ) -> None:
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in large.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
+    copy = shutil.copytree(large, tmp_path / "copy")
     tok = copy / "shard-00001.tok"
     tok.unlink() if change == "gone" else os.truncate(tok, 10)
     with pytest.raises(DataError, match=r"shard-00001.tok: expected 320000 bytes, (found 10|cannot be read)"):

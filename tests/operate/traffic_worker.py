@@ -12,7 +12,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -64,21 +63,17 @@ if __name__ == "__main__":
     for name in TIMES_SENT:
         setattr(torch.distributed, name, counted(name, getattr(torch.distributed, name)))
     from kha_train import compose, distributed
+    from kha_train.data.batch import Batch
+    from kha_train.data.packing import Layout
     from kha_train.engine.deepspeed import Engine
 
     arguments = json.loads(sys.argv[1])
     config = compose(arguments["overrides"])
     world = distributed.start("cpu", 300.0)
     rows, tokens = config.engine.micro_batch_size, config.model.seq_len
-    drawn = torch.randint(0, config.model.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(0))
-    batch = SimpleNamespace(
-        samples_B=np.arange(rows),
-        tokens_BT=drawn,
-        labels_BT=drawn,
-        positions_BT=torch.arange(tokens).expand(rows, tokens),
-        cu_seqlens_S=torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32),
-        max_seqlen=tokens,
-    )
+    drawn_BW = np.random.default_rng(0).integers(0, config.model.vocab_size, (rows, tokens + 1)).astype(np.uint16)
+    layout = Layout(np.arange(rows + 1) * tokens, np.empty(0, dtype=np.int64))
+    batch = Batch(0, np.arange(rows), drawn_BW, layout)
     engine = Engine(config, world)
     steps = []
     for _ in range(arguments["steps"]):

@@ -69,6 +69,7 @@ class Placement(NamedTuple):
 def place(expert_NJ: Tensor, load_E: Tensor) -> Placement:
     """Sort copies by expert, a token's by its number: the same on every machine. Counts stay on the device."""
     # A radix sort passes over every byte of its keys: two instead of eight.
+    assert len(load_E) <= 2**15, len(load_E)
     order_M = expert_NJ.flatten().to(torch.int16).argsort(stable=True)
     numbers_M = torch.arange(order_M.numel(), device=order_M.device)
     home_M = torch.empty_like(order_M).scatter_(0, order_M, numbers_M)
