@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kha_train.config.compose import load
+from kha_train.data.skipping import Window, merged, numbers_past
 from kha_train.data.sources import Source, open_samples
 from kha_train.data.tokenizer import KIND, Tokenizer
 from kha_train.record import read_events
@@ -35,21 +36,13 @@ def batch_texts(run_dir: Path, first_sample: int) -> list[dict[str, Any]]:
     ]
 
 
-def batch_numbers(first_sample: int, count: int, windows: Sequence[tuple[int, int]]) -> np.ndarray:
+def batch_numbers(first_sample: int, count: int, windows: Iterable[Window]) -> np.ndarray:
     """The sample numbers (int64) of the batch of `count` that begins with `first_sample`, past skip `windows`.
 
     A window that holds the first sample was made later, because of this very batch, and does not count.
     """
-    numbers: list[int] = []
-    number = first_sample
-    while len(numbers) < count:
-        ends = [last for first, last in windows if first <= number < last and not first <= first_sample < last]
-        if ends:
-            number = max(ends)
-            continue
-        numbers.append(number)
-        number += 1
-    return np.array(numbers, dtype=np.int64)
+    earlier = merged((first, last) for first, last in windows if not first <= first_sample < last)
+    return numbers_past(earlier, first_sample, count)
 
 
 def _tokenizer(source: Source) -> Tokenizer | None:

@@ -52,21 +52,25 @@ class _Shard:
                 field=files.path(entry.crc.file),
             )
 
-    def read_into(self, start: int, out: memoryview) -> None:
-        """Fill `out` (of bytes) with the ids from token `start` on, their blocks checked."""
-        first = start * self._width
-        if self._check_crc:
-            for block in range(first >> _BLOCK_SHIFT, (first + len(out) - 1 >> _BLOCK_SHIFT) + 1):
-                if not self._checked[block >> 3] >> (block & 7) & 1:
-                    self._check_block(block)
-        self._files.read_into(self._tok, self._offset + first, out)
+    def check_blocks(self, start: int, count: int) -> None:
+        """Compare the blocks of ids [start, start + count) that nobody has compared yet with their checksums."""
+        first, last = start * self._width, (start + count) * self._width - 1
+        for block in range(first >> _BLOCK_SHIFT, (last >> _BLOCK_SHIFT) + 1):
+            if not self._checked[block >> 3] >> (block & 7) & 1:
+                self._check_block(block)
+
+    def place(self, start: int) -> tuple[str, int]:
+        """File and offset of the ids from token `start` on."""
+        return self._tok, self._offset + start * self._width
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Ids [start, start + count), checked."""
         assert 0 <= start and count >= 0 and start + count <= self.entry.tokens, (start, count)
         ids = np.empty(count, dtype=self._dtype)
         if count:
-            self.read_into(start, memoryview(ids).cast("B"))
+            if self._check_crc:
+                self.check_blocks(start, count)
+            self._files.read_into(*self.place(start), memoryview(ids).cast("B"))
             self.check_largest(start, ids)
         ids.flags.writeable = False
         return ids
@@ -251,11 +255,11 @@ class ShardSet:
         starts = starts_N.tolist()
         if not out_NL.size:
             return
-        row_bytes, place = out_NL[0].nbytes, 0
-        flat = memoryview(out_NL).cast("B")
-        for shard, start in zip(shards, starts, strict=True):
-            shard.read_into(start, flat[place : place + row_bytes])
-            place += row_bytes
+        if self._check_crc:
+            for shard, start in zip(shards, starts, strict=True):
+                shard.check_blocks(start, out_NL.shape[1])
+        places = [shard.place(start) for shard, start in zip(shards, starts, strict=True)]
+        self._files.read_rows(places, out_NL[0].nbytes, memoryview(out_NL).cast("B"))
         if np.maximum.reduce(out_NL, axis=None) > self._smallest_maximum:
             for row_L, shard, start in zip(out_NL, shards, starts, strict=True):
                 shard.check_largest(start, row_L)

@@ -6,7 +6,8 @@ accumulation change nothing about the samples of a step. The whole state of a st
 skip windows.
 """
 
-# B rows of this rank  T tokens of a row (`model.seq_len`)  W = T + 1  V vocabulary  N samples of a few steps
+# B rows of this rank  G rows of all ranks  T tokens of a row (`model.seq_len`)  W = T + 1  V vocabulary
+# S steps  N samples of a few steps
 # M masked places of the flattened rows
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -23,10 +25,12 @@ import torch
 from kha_train.config.schema import RunConfig
 from kha_train.data.batch import Batch
 from kha_train.data.packing import Layout
+from kha_train.data.skipping import Window, merged, numbers_past
 from kha_train.data.sources import Rows, Samples, open_rows, open_samples, open_shards
 from kha_train.errors import ConfigError, DataError, KhaError
 
-_PLANNED_ROWS = 512
+_PLANNED_ROWS, _READ_ROWS = 512, 32
+"""So many rows are planned, and so many read at once where steps are small: a call has a fixed price."""
 
 
 class _Plan(NamedTuple):
@@ -46,18 +50,19 @@ class TokenStream:
     The state, the same on every rank: `samples_seen`, the next global sample number, and `skip_windows`, the numbers
     [first, last) never to be trained on; both may be set at any time between steps. `content_id` names the data,
     `samples_per_epoch` and `tokens_per_epoch` are its size in rows and in tokens of those rows. With `data.prefetch` a
-    thread reads so many steps ahead. A step that meets damage raises DataError from `next()` and leaves `samples_seen`
-    as it was.
+    thread reads so many steps ahead. A step that meets damage, its own or that of one planned and read with it, raises
+    DataError from `next()` and leaves `samples_seen` as it was.
     """
 
     def __init__(self, samples: Samples, *, batch_size: int, rank: int, world_size: int, prefetch: int = 0) -> None:
         self.samples, self.samples_seen = samples, 0
-        self._skip_windows: tuple[tuple[int, int], ...] = ()
+        self._skip_windows: tuple[Window, ...] = ()
         self._batch_size, self._prefetch = batch_size, prefetch
         size = batch_size // world_size
         self._slice = slice(rank * size, (rank + 1) * size)
         self._most_steps, self._steps_planned, self._planned_to = max(1, _PLANNED_ROWS // size), 1, -1
         self._plans: deque[_Plan] = deque()
+        self._read: deque[tuple[_Plan, np.ndarray]] = deque()
         self._ahead: deque[tuple[_Plan, Future[np.ndarray]]] = deque()
         self._reader = ThreadPoolExecutor(1, "data-prefetch") if prefetch else None
         self._waited = 0.0
@@ -66,14 +71,15 @@ class TokenStream:
         self.tokens_per_epoch = samples.rows * samples.seq_len
 
     @property
-    def skip_windows(self) -> tuple[tuple[int, int], ...]:
+    def skip_windows(self) -> tuple[Window, ...]:
         """Sample numbers [first, last) that are passed over, ascending and apart from each other."""
         return self._skip_windows
 
     @skip_windows.setter
-    def skip_windows(self, windows: Iterable[tuple[int, int]]) -> None:
-        self._skip_windows = _merged(windows)
+    def skip_windows(self, windows: Iterable[Window]) -> None:
+        self._skip_windows = merged(windows)
         self._plans.clear()
+        self._read.clear()
         self._ahead.clear()
 
     def __iter__(self) -> TokenStream:
@@ -95,10 +101,19 @@ class TokenStream:
         return Batch(step, plan.samples_B, rows_BW, plan.layout)
 
     def _read_now(self) -> tuple[_Plan, np.ndarray]:
-        plan = self._plan(self.samples_seen)
-        rows_BW = self.samples.read(plan.sources_B, plan.rows_B)
-        self._plans.popleft()
-        return plan, rows_BW
+        if not self._read or self._read[0][0].position != self.samples_seen:
+            self._read = deque(self._read_some())
+        return self._read.popleft()
+
+    def _read_some(self) -> Iterator[tuple[_Plan, np.ndarray]]:
+        """The step at `samples_seen`, and steps after it where they are small."""
+        size = len(self._plan(self.samples_seen).rows_B)
+        plans = list(islice(self._plans, max(1, _READ_ROWS // size)))
+        sources_N = np.concatenate([plan.sources_B for plan in plans])
+        rows_NW = self.samples.read(sources_N, np.concatenate([plan.rows_B for plan in plans]))
+        for number, plan in enumerate(plans):
+            self._plans.popleft()
+            yield plan, rows_NW[number * size : (number + 1) * size]
 
     def _read_ahead(self) -> tuple[_Plan, np.ndarray]:
         """The batch at `samples_seen`, and as many steps after it under way as `data.prefetch` says."""
@@ -132,55 +147,28 @@ class TokenStream:
         return self._plans[0]
 
     def _plan_from(self, position: int) -> Iterator[_Plan]:
-        steps = [(position, *self._numbers(position))]
-        while len(steps) < self._steps_planned:
-            steps.append((steps[-1][2], *self._numbers(steps[-1][2])))
-        samples = [numbers[self._slice] for _, numbers, _ in steps]
+        numbers_SG = self._numbers(position, self._steps_planned)
+        samples_SB = numbers_SG[:, self._slice]
+        following_S = (numbers_SG[:, -1] + 1).tolist()
         if self.samples.looks_ahead:
-            self._expect(samples, steps[-1][2])
-        sources_N, rows_N = self.samples.locate(np.concatenate(samples))
+            self._expect(samples_SB, following_S[-1])
+        sources_N, rows_N = self.samples.locate(samples_SB.reshape(-1))
         layout = self.samples.layout(sources_N, rows_N)
-        size = len(samples[0])
+        size = samples_SB.shape[1]
         parts = layout.parts(size, self.samples.seq_len)
-        for number, ((begin, _, following), part) in enumerate(zip(steps, parts, strict=True)):
+        for number, (samples_B, following, part) in enumerate(zip(samples_SB, following_S, parts, strict=True)):
             rows = slice(number * size, (number + 1) * size)
-            yield _Plan(begin, following, samples[number], sources_N[rows], rows_N[rows], part)
+            yield _Plan(position, following, samples_B, sources_N[rows], rows_N[rows], part)
+            position = following
 
-    def _expect(self, samples: list[np.ndarray], position: int) -> None:
+    def _expect(self, samples_SB: np.ndarray, position: int) -> None:
         """Tell the datasets the rows of these steps and of as many after `position`."""
-        later = []
-        for _ in samples:
-            numbers, position = self._numbers(position)
-            later.append(numbers[self._slice])
-        self.samples.expect(*self.samples.locate(np.concatenate([*samples, *later])))
+        later_SB = self._numbers(position, len(samples_SB))[:, self._slice]
+        self.samples.expect(*self.samples.locate(np.concatenate((samples_SB, later_SB), axis=None)))
 
-    def _numbers(self, position: int) -> tuple[np.ndarray, int]:
-        """The sample numbers of the global batch that begins at `position`, and where the next one begins."""
-        parts, missing = [], self._batch_size
-        if not self._skip_windows or self._skip_windows[-1][1] <= position:
-            return np.arange(position, position + missing), position + missing
-        for first, last in self._skip_windows:
-            if last <= position:
-                continue
-            count = min(missing, max(0, first - position))
-            parts.append(np.arange(position, position + count, dtype=np.int64))
-            missing -= count
-            if not missing:
-                return np.concatenate(parts), position + count
-            position = last
-        parts.append(np.arange(position, position + missing, dtype=np.int64))
-        return np.concatenate(parts), position + missing
-
-
-def _merged(windows: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    merged: list[tuple[int, int]] = []
-    for first, last in sorted((int(first), int(last)) for first, last in windows):
-        assert 0 <= first <= last, (first, last)
-        if merged and first <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
-        elif first < last:
-            merged.append((first, last))
-    return tuple(merged)
+    def _numbers(self, position: int, steps: int) -> np.ndarray:
+        """The sample numbers of so many global batches, the first of which begins at `position`: [steps, G]."""
+        return numbers_past(self._skip_windows, position, steps * self._batch_size).reshape(steps, -1)
 
 
 def open_stream(
@@ -189,7 +177,7 @@ def open_stream(
     world_size: int = 1,
     *,
     samples_seen: int = 0,
-    skip_windows: Iterable[tuple[int, int]] = (),
+    skip_windows: Iterable[Window] = (),
 ) -> TokenStream:
     """The training batches of `rank`, beginning at global sample `samples_seen`, without the `skip_windows`.
 
