@@ -8,16 +8,15 @@ The table of pieces is a pure function of the document lengths and T: seconds fo
 It is made once, by one process, kept in a directory named by the content it was made of, and memory-mapped.
 """
 
-# N rows  T tokens of a row  W = T + 1, a row with the label of its last token  M masked places
+# N rows  P pieces of those rows  T tokens of a row  W = T + 1, a row with the label of its last token  M masked places
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 
-from kha_train.data.canonical import canonical_json
+from kha_train.data.canonical import canonical_sha256
 from kha_train.data.kept import kept_arrays
 from kha_train.data.packing import Layout
 from kha_train.data.shards import ShardSet
@@ -36,9 +35,7 @@ class BestFitRows:
         assert isolate_documents, "best_fit rows hold unrelated documents side by side"
         self.shards, self.seq_len = shards, seq_len
         identity = [ALGORITHM, shards.content_id, seq_len]
-        kept = kept_arrays(
-            cache / f"best-fit-{hashlib.sha256(canonical_json(identity)).hexdigest()}", lambda: _table(shards, seq_len)
-        )
+        kept = kept_arrays(cache / f"best-fit-{canonical_sha256(identity)}", lambda: _table(shards, seq_len))
         self._starts, self._lengths, self._closed = kept["pieces"]
         self._offsets, self._shard_of_row = kept["offsets"], kept["shards"]
         self.rows = len(self._offsets) - 1
@@ -61,7 +58,8 @@ class BestFitRows:
         """All rows that are known to be read, in their order."""
         counts = self._offsets[rows_N + 1] - self._offsets[rows_N]
         pieces = np.arange(int(counts.sum())) + np.repeat(self._offsets[rows_N] - np.cumsum(counts) + counts, counts)
-        self.shards.expect(np.repeat(self._shard_of_row[rows_N], counts), self._starts[pieces], self._lengths[pieces])
+        shards_P = np.repeat(self._shard_of_row[rows_N], counts)
+        self.shards.expect(shards_P, self._starts[pieces], self._lengths[pieces], ends=False)
 
     def read(self, rows_N: np.ndarray) -> np.ndarray:
         """The ids of rows, [N, T + 1] in the dataset's dtype, padding 0. Raises DataError when they are damaged."""

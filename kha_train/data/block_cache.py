@@ -10,8 +10,10 @@ import fcntl
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 from kha_train.errors import MachineError
 
@@ -20,6 +22,8 @@ READ_SECONDS = 60.0
 attempts together end well before a watchdog takes the process for hung."""
 ABANDONED_SECONDS = 1200.0
 """A temporary file that nobody has touched for so long belongs to a process that is gone."""
+SPARE_SHARE = 20
+"""One part in so many of a full cache is freed at once."""
 _POLL_SECONDS = 0.02
 
 
@@ -32,7 +36,7 @@ class Cache:
     def __init__(self, directory: Path, limit: int) -> None:
         self.directory, self._limit = directory, limit
         self._lock = threading.Lock()
-        self._upcoming: dict[str, int] = {}
+        self._upcoming: Counter[str] = Counter()
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -55,23 +59,38 @@ class Cache:
         self.remove(name)
         return False
 
-    def expect(self, names: Iterable[str]) -> None:
-        """All blocks that are known to be needed, the next one first; a touch tells other processes of this node."""
-        upcoming = {name: place for place, name in enumerate(names)}
-        known = list(upcoming)
+    def expect(self, reads: Iterable[tuple[str, int]]) -> list[str]:
+        """All reads (block, bytes of the block) that are known to come, in their order.
+
+        Returns the blocks to fetch ahead, the next one first: as many as fill half of the cache, so that none drives
+        out one that is needed sooner. A touch tells other processes of this node.
+        """
+        upcoming: Counter[str] = Counter()
+        room = self._limit // 2
+        for name, size in reads:
+            if name not in upcoming:
+                room -= size
+                if room < 0:
+                    continue
+            upcoming[name] += 1
+        ahead = list(upcoming)
         with self._lock:
             self._upcoming = upcoming
-        for name in known:
+        for name in ahead:
             self._touch(name)
+        return ahead
 
     def is_wanted(self, name: str) -> bool:
-        """Whether an expected block has not been used yet."""
+        """Whether a read of the block is still to come."""
         return name in self._upcoming
 
     def used(self, name: str) -> None:
         """A block was read."""
         with self._lock:
-            self._upcoming.pop(name, None)
+            if self._upcoming[name] > 1:
+                self._upcoming[name] -= 1
+            else:
+                self._upcoming.pop(name, None)
         self._touch(name)
 
     def remove(self, name: str) -> None:
@@ -94,18 +113,37 @@ class Cache:
                 data = get()
                 own = self.directory / f"{name}.{os.getpid()}-{threading.get_ident()}.part"
                 own.write_bytes(data)
-                with open(self.directory / ".lock", "ab") as lock:
+                with open(self.directory / ".lock", "a+b") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX)
-                    self._make_room(len(data), name)
+                    held = self._make_room(len(data), name, _recorded(lock))
                     os.replace(own, self.directory / name)
+                    _record(lock, held + len(data))
                 part.unlink(missing_ok=True)
                 return True
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def _make_room(self, size: int, coming: str) -> None:
-        """Blocks leave until `size` bytes fit: first those no known step needs, longest untouched first, then the one
-        needed last."""
+    def _make_room(self, size: int, coming: str, held: int | None) -> int:
+        """Blocks leave until `size` bytes fit: first those no known step needs, longest untouched first, and some more
+        of them, for looking at every block takes long. `held` is how many bytes the cache held, as far as is known;
+        returns how many it holds now."""
+        if held is not None and held + size <= self._limit:
+            return held
+        present = self._present(coming)
+        held = sum(bytes_ for _, bytes_, _ in present)
+        with self._lock:
+            upcoming = set(self._upcoming)
+        present.sort(key=lambda one: (one[0] in upcoming, one[2]))
+        for name, bytes_, _ in present:
+            spare = 0 if name in upcoming else self._limit // SPARE_SHARE
+            if held + size + spare <= self._limit:
+                break
+            self.remove(name)
+            held -= bytes_
+        return held
+
+    def _present(self, coming: str) -> list[tuple[str, int, int]]:
+        """Name, bytes and time of the last touch of every block but `coming`; what dead processes left goes."""
         present = []
         for entry in os.scandir(self.directory):
             try:
@@ -117,15 +155,7 @@ class Cache:
                     self.remove(entry.name)
             elif entry.name not in (".lock", coming):
                 present.append((entry.name, status.st_size, status.st_mtime_ns))
-        total = sum(bytes_ for _, bytes_, _ in present) + size
-        with self._lock:
-            upcoming = dict(self._upcoming)
-        present.sort(key=lambda one: (one[0] in upcoming, -upcoming.get(one[0], 0), one[2]))
-        for name, bytes_, _ in present:
-            if total <= self._limit:
-                return
-            self.remove(name)
-            total -= bytes_
+        return present
 
     def _touch(self, name: str) -> None:
         try:
@@ -140,6 +170,18 @@ class Cache:
             field=f"data.cache_dir = {self.directory}",
             fix="free some space, lower data.cache_gib, or choose another data.cache_dir",
         )
+
+
+def _recorded(lock: BinaryIO) -> int | None:
+    """The bytes that the cache held when a process last wrote so; None where none ever did."""
+    lock.seek(0)
+    text = lock.read()
+    return int(text) if text.isdigit() else None
+
+
+def _record(lock: BinaryIO, held: int) -> None:
+    lock.truncate(0)
+    lock.write(str(held).encode())
 
 
 def _locked(descriptor: int) -> bool:

@@ -10,13 +10,25 @@ from typing import Any
 _CHUNK_BYTES = 1 << 20
 
 
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
 def canonical_json(value: Any) -> bytes:
     """`value` as JSON with sorted keys, no blanks, ASCII only. Plain ints, strings, lists and dicts only.
 
     Raises TypeError for anything else (a NumPy integer too: its spelling differs between versions) and ValueError for
     non-finite numbers.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
+    return _ENCODER.encode(value).encode("ascii")
+
+
+def canonical_sha256(value: Any) -> str:
+    """SHA-256 of `canonical_json(value)` in hexadecimal, without the megabytes that a long table takes when it is
+    spelled at once. Raises as `canonical_json`."""
+    digest = hashlib.sha256()
+    for part in _ENCODER.iterencode(value):
+        digest.update(part.encode("ascii"))
+    return digest.hexdigest()
 
 
 def sha256_of_file(path: Path) -> str:

@@ -7,7 +7,6 @@ docs/data.md describes every field.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kha_train.data.canonical import canonical_json
+from kha_train.data.canonical import canonical_sha256
 from kha_train.errors import ConfigError, DataError
 
 MANIFEST_NAME = "manifest.json"
@@ -91,7 +90,7 @@ def dtype_for(vocab_size: int) -> str:
 
 def content_id_of(raw: dict[str, Any]) -> str:
     """The content id of a manifest given as the JSON object that is (or will be) in the file."""
-    return hashlib.sha256(canonical_json({k: v for k, v in raw.items() if k not in _NOT_CONTENT})).hexdigest()
+    return canonical_sha256({k: v for k, v in raw.items() if k not in _NOT_CONTENT})
 
 
 def build(

@@ -73,7 +73,7 @@ class ConcatRows:
 
     def expect(self, rows_N: np.ndarray) -> None:
         """All rows that are known to be read, in their order."""
-        self.shards.expect(*self._grid.locate(rows_N), np.full(len(rows_N), self.seq_len + 1))
+        self.shards.expect(*self._grid.locate(rows_N), np.full(len(rows_N), self.seq_len + 1), ends=self._isolate)
 
     def read(self, rows_N: np.ndarray) -> np.ndarray:
         """The ids of rows, [N, T + 1] in the dataset's dtype. Raises DataError when they are damaged."""

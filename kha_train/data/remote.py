@@ -5,7 +5,7 @@ compared with the checksums of the dataset before it gets its name, by an atomic
 any number of processes share one directory. One of them fetches a block, the others wait for it.
 
 The order of samples is known, so the blocks of the steps to come are fetched before they are asked for. When the cache
-is full, blocks that no known step needs go first, the longest untouched before the others; then the one needed last.
+is full, the blocks that no known step needs leave, the longest untouched before the others.
 """
 
 from __future__ import annotations
@@ -35,11 +35,6 @@ FIRST_PAUSE_SECONDS = 0.5
 _FETCHERS = 4
 _CREDENTIALS = re.compile(r"://[^@]*:[^@]*@|[?]")
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-
-
-def is_remote(directory: str) -> bool:
-    """Whether a dataset is named by a URL."""
-    return "://" in directory
 
 
 class Store:
@@ -187,13 +182,13 @@ class RemoteFiles(Files):
         """Fetch what reads of (name, offset, bytes) will ask for, in that order, beside the work of the caller.
 
         `places` are all reads that are known to come, those told before included."""
-        blocks: dict[str, _Block] = {}
+        reads: list[_Block] = []
         for name, offset, count in places:
             entry, begin = self._entries[name]
-            blocks |= {block.name: block for block in _blocks(entry, offset - begin, count)}
-        self._cache.expect(blocks)
-        for block in blocks.values():
-            self._expected.put(block)
+            reads += _blocks(entry, offset - begin, count)
+        blocks = {block.name: block for block in reads}
+        for name in self._cache.expect((block.name, block.size) for block in reads):
+            self._expected.put(blocks[name])
         if not self._fetchers:
             self._fetchers = [threading.Thread(target=self._work, daemon=True) for _ in range(_FETCHERS)]
             for thread in self._fetchers:

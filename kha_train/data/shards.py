@@ -23,7 +23,6 @@ from kha_train.data import manifest as manifests
 from kha_train.data.canonical import sha256_of_file
 from kha_train.data.files import READERS, RESTORE, Files
 from kha_train.data.manifest import CRC_BLOCK_BYTES, DTYPE_BYTES, ENDS_PER_BLOCK, FileEntry, Manifest, ShardEntry
-from kha_train.data.remote import is_remote, open_remote
 from kha_train.errors import DataError
 
 CACHE, CACHE_GIB = "~/.cache/kha_train/data", 100.0
@@ -101,10 +100,18 @@ class _Shard:
             numbers.append(np.repeat(inside, counts))
         return np.concatenate(numbers), np.concatenate(ends)
 
+    def ends_place(self, start: int) -> tuple[str, int, int]:
+        """File, offset and bytes of the document ends that begin with the first one after token `start`."""
+        return self._ends_block(int(self._last_ends.searchsorted(start, side="right")))
+
+    def _ends_block(self, block: int) -> tuple[str, int, int]:
+        first = block * CRC_BLOCK_BYTES
+        return self.entry.doc.file, first, min(CRC_BLOCK_BYTES, self.entry.doc.bytes - first)
+
     def read_ends(self, block: int, *, check_crc: bool) -> np.ndarray:
         """The document ends of one 64 KiB block of `.doc`, int64, checked."""
-        first = block * CRC_BLOCK_BYTES
-        data = self._files.read(self.entry.doc.file, first, min(CRC_BLOCK_BYTES, self.entry.doc.bytes - first))
+        _, first, _ = place = self._ends_block(block)
+        data = self._files.read(*place)
         if check_crc:
             self._compare_crc(self.entry.doc, first, zlib.crc32(data), self._first_ends_block + block)
         ends = np.frombuffer(data, dtype="<i8").astype(np.int64)
@@ -217,7 +224,10 @@ class ShardSet:
         A URL is read through blocks kept in the directory `cache`, of `cache_gib` GiB. Raises ConfigError when there is
         no dataset there, DataError when the manifest or a file's size is wrong, and for a URL as `remote.open_remote`.
         """
-        if is_remote(str(directory)):
+        if "://" in str(directory):
+            # Only here: whoever reads local files needs neither its memory nor its time.
+            from kha_train.data.remote import open_remote
+
             files, manifest = open_remote(str(directory), Path(cache).expanduser(), int(cache_gib * 2**30), field=field)
             return cls(files, manifest, check_crc=check_crc, field=field)
         directory = Path(directory)
@@ -269,14 +279,17 @@ class ShardSet:
         """Whether `expect` is of any use."""
         return self._files.looks_ahead
 
-    def expect(self, shards_N: np.ndarray, starts_N: np.ndarray, lengths_N: np.ndarray) -> None:
-        """All reads that are known to come, in their order: ids from `starts_N[j]` on in shard `shards_N[j]`."""
-        width = self.dtype.itemsize
-        shards = [self.manifest.shards[index] for index in shards_N.tolist()]
-        self._files.expect(
-            (shard.tok.file, shard.tok_offset + start * width, length * width)
-            for shard, start, length in zip(shards, starts_N.tolist(), lengths_N.tolist(), strict=True)
-        )
+    def expect(self, shards_N: np.ndarray, starts_N: np.ndarray, lengths_N: np.ndarray, *, ends: bool) -> None:
+        """All reads that are known to come, in their order: ids from `starts_N[j]` on in shard `shards_N[j]`, and with
+        `ends` the document ends among them before. Raises DataError when checksums are damaged."""
+        entries = self.manifest.shards
+        fresh = [entries[index].crc for index in np.unique(shards_N).tolist() if index not in self._shards]
+        self._files.expect((entry.file, 0, entry.bytes) for entry in fresh)
+        shards = [self._shard(index) for index in shards_N.tolist()]
+        rows = list(zip(shards, starts_N.tolist(), lengths_N.tolist(), strict=True))
+        places = dict.fromkeys(shard.ends_place(start) for shard, start, _ in rows) if ends else ()
+        reads = ((*shard.place(start), length * self.dtype.itemsize) for shard, start, length in rows)
+        self._files.expect((*places, *reads))
 
     def document_ends(self, shard: int, start: int, stop: int) -> np.ndarray:
         """The exclusive document ends e of a shard with start < e <= stop, int64. Raises DataError when damaged."""

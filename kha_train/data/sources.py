@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,7 @@ import numpy as np
 
 from kha_train.config.schema import DataSection, RunConfig
 from kha_train.data.best_fit import BestFitRows
-from kha_train.data.canonical import canonical_json
+from kha_train.data.canonical import canonical_sha256
 from kha_train.data.mixture import Mixture, Phase
 from kha_train.data.order import SampleOrder
 from kha_train.data.packing import ConcatRows, Layout
@@ -47,7 +46,7 @@ class Samples:
         if len(self.sources) == 1:
             return self.sources[0].rows.shards.content_id
         ids = [[source.name, source.rows.shards.content_id] for source in self.sources]
-        return hashlib.sha256(canonical_json(ids)).hexdigest()
+        return canonical_sha256(ids)
 
     @property
     def rows(self) -> int:

@@ -26,6 +26,7 @@ from kha_train.errors import ConfigError, DataError, MachineError
 fsspec = pytest.importorskip("fsspec")
 BLOCK = 1 << 16
 WORKER = Path(__file__).with_name("remote_worker.py")
+present = Cache._present
 
 
 @pytest.fixture(autouse=True)
@@ -233,18 +234,60 @@ def test_the_cache_never_grows_beyond_its_bound_and_every_row_stays_right(
     assert not list((tmp_path / "blocks").glob("*.part"))
 
 
-def test_what_no_known_step_needs_leaves_first_and_then_what_is_needed_last(tmp_path: Path) -> None:
-    cache = Cache(tmp_path, 4 * 100)
-    for age, name in enumerate(["later", "sooner", "old", "young"]):
-        cache.put(name, lambda: bytes(100))
-        os.utime(tmp_path / name, (age, age))
-    cache.expect(["next", "soon", "then", "sooner", "later"])
-    left = []
-    for name in ["next", "soon", "then"]:
-        before = {path.name for path in tmp_path.iterdir()}
-        cache.put(name, lambda: bytes(100))
-        left += sorted(before - {path.name for path in tmp_path.iterdir()})
-    assert left == ["old", "young", "later"]
+def put(cache: Cache, name: str) -> set[str]:
+    """Put a block of 100 bytes; returns what left for it."""
+    before = {path.name for path in cache.directory.iterdir()}
+    cache.put(name, lambda: bytes(100))
+    return before - {path.name for path in cache.directory.iterdir()}
+
+
+def age(cache: Cache, *names: str) -> None:
+    """Touch blocks so that each is younger than the one before."""
+    for seconds, name in enumerate(names):
+        os.utime(cache.directory / name, (seconds, seconds))
+
+
+def test_what_no_known_step_needs_leaves_first_the_longest_untouched_before_others(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 4 * 100 + 30)
+    for name in ["sooner", "later", "young", "old"]:
+        put(cache, name)
+    age(cache, "later", "sooner", "old", "young")
+    cache.expect((name, 100) for name in ["sooner", "later"])
+    age(cache, "later", "sooner", "old", "young")
+    assert [put(cache, name) for name in ["next", "after"]] == [{"old"}, {"young"}]
+
+
+def test_a_block_is_kept_for_all_its_reads_to_come(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 4 * 100 + 30)
+    for name in ["twice", "once", "other"]:
+        put(cache, name)
+    assert cache.expect((name, 100) for name in ["twice", "once", "twice"]) == ["twice", "once"]
+    for name in ["twice", "once", "other"]:
+        cache.used(name)
+    assert cache.is_wanted("twice") and not cache.is_wanted("once")
+    age(cache, "twice", "once", "other")
+    assert [put(cache, name) for name in "ab"] == [set(), {"once"}]
+    cache.used("twice")
+    assert not cache.is_wanted("twice")
+
+
+def test_looking_ahead_takes_half_of_the_cache_at_most(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 6 * 100 + 30)
+    assert cache.expect((name, 100) for name in "aabcdeab") == ["a", "b", "c"]
+    for name in "aab":
+        cache.used(name)
+    assert [name for name in "abcde" if cache.is_wanted(name)] == ["a", "b", "c"]
+
+
+def test_only_a_full_cache_is_looked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path, 40 * 100)
+    put(cache, "first")
+    looks = []
+    monkeypatch.setattr(Cache, "_present", lambda *given: looks.append(1) or present(*given))
+    for number in range(60):
+        Cache(tmp_path, 40 * 100).put(str(number), lambda: bytes(100))
+        assert len(list(tmp_path.iterdir())) <= 41
+    assert 1 <= len(looks) <= 11
 
 
 def test_the_blocks_of_coming_steps_are_there_before_they_are_asked_for(
@@ -263,6 +306,18 @@ def test_the_blocks_of_coming_steps_are_there_before_they_are_asked_for(
     flaky.troubles = [ConnectionError("down")] * 10_000
     local = take(replace(config, data=replace(config.data, train=str(large))), 5)
     assert [next(opened).tokens_BT.tolist() for _ in range(3)] == [tokens for _, tokens, _ in local[2:]]
+
+
+def test_checksums_and_document_ends_of_coming_rows_are_fetched_ahead_too(
+    large: Path, tmp_path: Path, flaky: type[Flaky]
+) -> None:
+    shards = open_large(large, tmp_path)
+    shards.expect(np.array([0, 1]), np.array([0, 5]), np.array([10, 10]), ends=True)
+    names = {f"shard-0000{index}.{suffix}" for index in range(2) for suffix in ("crc", "tok")} | {"shard-00000.doc"}
+    deadline = time.monotonic() + 20
+    while not names <= {path.rpartition("/")[2] for path, _ in flaky.reads}:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_processes_share_one_cache_and_fetch_each_block_once(large: Path, tmp_path: Path) -> None:
