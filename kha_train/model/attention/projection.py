@@ -62,7 +62,8 @@ class Projection(Linear):
             return self.weight
         weight_HKD = _wide(self.weight).unflatten(0, (self.heads, -1))
         if fold.within_KK is not None:
-            weight_HKD = torch.einsum("hkd,kw->hwd", weight_HKD, _wide(fold.within_KK))
+            # Head by head, the heads outermost: an einsum makes two transposed copies of the weight.
+            weight_HKD = torch.bmm(_wide(fold.within_KK).t().expand(self.heads, -1, -1), weight_HKD)
         if fold.across_IO is not None:
             weight_HKD = torch.einsum("ikd,io->okd", weight_HKD, _wide(fold.across_IO))
         return weight_HKD.flatten(0, 1).to(self.weight.dtype)
@@ -98,7 +99,7 @@ class OutputProjection(Linear):
             return self.weight
         assert fold.within_KK is not None and fold.across_IO is None, "no interaction composes the heads' outputs"
         weight_DHK = _wide(self.weight).unflatten(1, (self.heads, -1))
-        return torch.einsum("dhk,wk->dhw", weight_DHK, _wide(fold.within_KK)).flatten(1).to(self.weight.dtype)
+        return torch.nn.functional.linear(weight_DHK, _wide(fold.within_KK)).flatten(1).to(self.weight.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
