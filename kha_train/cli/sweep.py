@@ -15,6 +15,7 @@ from rich.live import Live
 from kha_train.cli.status import status_table
 from kha_train.cli.train import Overrides
 from kha_train.config.compose import compose, shipped
+from kha_train.config.validate import validate_batch
 from kha_train.errors import KhaError
 from kha_train.operate import slurm, sweep
 from kha_train.operate.local import run_points
@@ -48,6 +49,7 @@ def sweep_command(
     points = sweep.plan_sweep(directory, overrides, equal)
     options = JobOptions(nodes, gpus_per_node, parallel, slurm.parse_sbatch(sbatch or []), site)
     if show:
+        slurm.check_batches(points, options)
         _print_scripts(directory, points, options)
         return
     if local:
@@ -86,6 +88,8 @@ def _run_here(
     directory: Path, points: list[Point], equal: sweep.Equal, processes: int, retry_failed: bool, quiet: bool
 ) -> Started:
     """Raises KhaError when a point failed; the others are trained all the same."""
+    for point in points:
+        validate_batch(compose(point.overrides), processes)
     sweep.check_against_runs(points)
     standing = sweep.statuses(points)
     start = sweep.missing(points, standing, retry_failed)

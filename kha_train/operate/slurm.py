@@ -12,10 +12,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from kha_train.config.compose import shipped
+from kha_train.config.compose import compose, shipped
+from kha_train.config.validate import validate_batch
 from kha_train.errors import ConfigError, KhaError
 from kha_train.operate.status import RunStatus
 from kha_train.operate.sweep import (
@@ -35,6 +36,7 @@ VALUE = re.compile(r"[A-Za-z0-9_.:/=@,%+-]+")
 OPTION = re.compile(r"[a-z][a-z-]*")
 OURS = ("array", "job-name", "output", "error", "open-mode", "requeue", "no-requeue", "wrap", "parsable", "export")
 """Options that a sweep's protocol stands on."""
+SITE_NPROC = re.compile(r"^\s*(?:export\s+)?KHA_NPROC=(\S*)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,29 @@ def job_environment(options: JobOptions) -> dict[str, str]:
     return {**added, "KHA_SITE": str(Path(options.site).resolve())} if options.site else added
 
 
+def check_batches(points: Sequence[Point], options: JobOptions) -> None:
+    """Raises ConfigError for a point whose batch does not deal out to the ranks that its job will have.
+
+    Where only the node will know how many it starts, there is one at least, so the batch must divide by the nodes.
+    """
+    per_node = _ranks_per_node(options)
+    for point in points:
+        config = compose(point.overrides)
+        if per_node is None:
+            config = replace(config, engine=replace(config.engine, hpz_partition_size=1))
+        validate_batch(config, options.nodes * (per_node or 1))
+
+
+def _ranks_per_node(options: JobOptions) -> int | None:
+    """As `ranks_per_node` of lib.sh: KHA_NPROC, else the GPUs; None where neither is known before the job starts."""
+    told = os.environ.get("KHA_NPROC", "")
+    if options.site and Path(options.site).is_file():
+        told = ([told] + SITE_NPROC.findall(Path(options.site).read_text(encoding="utf-8")))[-1]
+    if told:
+        return int(told) if told.isdecimal() and int(told) else None
+    return options.gpus_per_node or None
+
+
 def points_document(points: Sequence[Point]) -> dict[str, object]:
     """What one job array reads: for every element its run directory and its overrides."""
     return {"points": [{"run_dir": point.run_dir, "overrides": list(point.overrides)} for point in points]}
@@ -113,8 +138,9 @@ def start_missing(
 ) -> Started:
     """Submit the points of a sweep that are neither done nor alive nor waiting.
 
-    Raises ConfigError for a point whose directory holds another run, and as `submit` does.
+    Raises ConfigError for a point whose directory holds another run, and as `check_batches` and `submit` do.
     """
+    check_batches(points, options)
     check_against_runs(points)
     before = load_sweep(directory)
     elements = waiting_elements() if before and before["submissions"] else set()

@@ -13,7 +13,7 @@ SBATCH = '#!/bin/bash\nprintf \'%s\\n\' "$@" > "$FAKE/arguments"\necho 7\n'
 
 
 def test_the_launcher_and_the_command_submit_the_same_points_by_the_same_arguments(tmp_path: Path) -> None:
-    grid = ["attention=gqa,kha_mlp", "run.seed=0,1", "run.name='a b'"]
+    grid = ["attention=gqa,kha_mlp", "run.seed=0,1", "run.name='a b'", "data.global_batch_size=12"]
     kha = [sys.executable, "-c", "from kha_train.cli.main import run; run()", "sweep", *grid, "--name=s", "--nodes=3"]
     hydra = [sys.executable, str(ROOT / "launch" / "hydra_train.py"), "-m", *grid, "hydra/launcher=kha_slurm"]
     hydra += ["hydra.launcher.name=s", "hydra.launcher.nodes=3"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -181,6 +182,42 @@ def test_a_refusal_of_sbatch_is_told_and_leaves_nothing_submitted(
     assert load_sweep(tmp_path / "s")["submissions"] == []
 
 
+def test_a_batch_that_does_not_deal_out_to_the_ranks_of_a_job_is_refused_before_anything_is_submitted(
+    tmp_path: Path, fake_slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default batch is 8 rows, in micro-batches of 4."""
+
+    def refused(*grid: str, **options: object) -> bool:
+        points = plan_sweep(tmp_path / "s", grid)
+        try:
+            start_missing(tmp_path / "s", points, JobOptions(**options), equal="steps", retry_failed=False)
+        except ConfigError as error:
+            assert error.field == "data.global_batch_size"
+            assert not (fake_slurm / "arguments").exists() and not (tmp_path / "s").exists()
+            return True
+        shutil.rmtree(tmp_path / "s")
+        (fake_slurm / "arguments").unlink()
+        return False
+
+    site = tmp_path / "site.env"
+    site.write_text("# KHA_NPROC=1\nexport KHA_NPROC=2\n")
+    assert refused("attention=gqa", nodes=8, gpus_per_node=8)
+    assert refused("data.global_batch_size=256,100", nodes=8, gpus_per_node=8), "one of two points"
+    assert not refused("data.global_batch_size=256", nodes=8, gpus_per_node=8)
+    assert refused("attention=gqa", nodes=3) and not refused("attention=gqa", nodes=2), "a node has one rank at least"
+    assert not refused("attention=gqa", gpus_per_node=8, site=str(site)), "what the site sets counts, as in the job"
+    assert not refused("engine=zero3", "engine.hpz_partition_size=8", nodes=2), "nobody knows how large a node is"
+    monkeypatch.setenv("KHA_NPROC", "8")
+    assert refused("attention=gqa")
+
+
+def test_a_local_sweep_is_checked_for_its_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(["sweep", "attention=gqa", "--dir", str(tmp_path), "--local", "--processes", "4"])
+    assert ended.value.code == 2 and "data.global_batch_size" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_the_site_file_prints_is_not_taken_for_the_jobs_number(tmp_path: Path, fake_slurm: Path) -> None:
     site = tmp_path / "site.env"
     site.write_text("echo Loading cuda/13; echo 41\n")
@@ -262,7 +299,8 @@ def test_printing_shows_command_points_and_scripts_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        run(["sweep", "attention=gqa,kha_mlp", "--name", "s", "--nodes", "4", "--parallel", "1", "--print"])
+        grid = ["attention=gqa,kha_mlp", "data.global_batch_size=16"]
+        run(["sweep", *grid, "--name", "s", "--nodes", "4", "--parallel", "1", "--print"])
     assert not ended.value.code
     said = capsys.readouterr().out
     for word in ("gqa-s0, kha_mlp-s0", "--array=0-1%1", "--nodes=4", "#SBATCH --requeue", "conclude()"):
