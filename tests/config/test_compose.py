@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kha_train import RunConfig, compose
 from kha_train.cli.main import run
 from kha_train.config.build import build, flatten, to_plain
-from kha_train.config.compose import dump, load, shipped
+from kha_train.config.compose import dump, load, quoted, shipped
 from kha_train.config.validate import validate_batch
 from kha_train.errors import ConfigError, KhaError
 from kha_train.model.accounting import count_parameters
@@ -35,6 +35,10 @@ PROMISED = {
 }
 
 
+EVERY_PRESET = [
+    f"{'interaction@attention.interaction' if path.parent.name == 'interaction' else path.parent.name}={path.stem}"
+    for path in sorted(shipped("configs").glob("*/*.yaml"))
+]
 FULL_WIDTH_MISFITS = {("olmoe", "gta"), ("olmoe", "mla")}
 
 
@@ -53,6 +57,14 @@ def test_every_model_composes_with_every_attention_but_those_that_cannot_be(mode
         return
     config = compose(overrides)
     assert (config.model.name, config.attention.name) == (model, attention)
+
+
+@pytest.mark.parametrize("preset", EVERY_PRESET)
+def test_every_field_can_be_typed_beside_every_preset(preset: str) -> None:
+    config = compose([preset, *DATA])
+    values = flatten(to_plain(config)).items()
+    typed = [f"{key}={quoted(value) if isinstance(value, str) else json.dumps(value)}" for key, value in values]
+    assert compose([preset, *typed]) == config
 
 
 @pytest.mark.parametrize(("model", "attention"), list(product(PROMISED["model"], PROMISED["attention"])))
