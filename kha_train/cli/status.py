@@ -40,7 +40,9 @@ SPARE = ("starts", "stepped", "heard", "MFU", "goodput", "spikes", "saved", "tok
 
 def status(
     paths: Annotated[list[Path], typer.Argument(help="Run directories, sweeps, or folders of runs.")],
-    watch: Annotated[bool, typer.Option("--watch", help="Stay and keep the table fresh, until Ctrl-C.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Keep the table fresh until every run is done or fatal, or Ctrl-C.")
+    ] = False,
     every: Annotated[float, typer.Option(min=0.5, help="Seconds between two looks with --watch.")] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
