@@ -38,10 +38,10 @@ GPU_VERSION ?= 3.12
 GPU_PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-deps --upgrade --target gpu-wheels -c constraints.txt
 gpu-wheels: .venv/.dev
 	$(GPU_PIP) --no-build-isolation deepspeed hydra-core omegaconf antlr4-python3-runtime hjson einops py-cpuinfo \
-		hypothesis sortedcontainers pytest-timeout
+		sortedcontainers pytest-timeout
 	$(GPU_PIP) --only-binary=:all: --python-version $(GPU_VERSION) --platform manylinux_2_28_x86_64 \
 		--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
-		sentencepiece psutil msgpack pydantic pydantic-core annotated-types typing-inspection
+		hypothesis sentencepiece psutil msgpack pydantic pydantic-core annotated-types typing-inspection
 
 # A stamp is newer than what it was installed from.
 .venv/.core: pyproject.toml constraints.txt

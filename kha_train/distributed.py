@@ -38,8 +38,8 @@ def _nobody_listens() -> None:
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` processes. `device` is where tensors are (cpu for gloo, cuda for nccl); integers travel
-    by `host_group` (gloo), if there is one, so that agreeing on them never waits for the device.
+    """This process among `size` processes. `device` is where tensors are (cpu for gloo, cuda for nccl); integers and
+    texts travel by `host_group` (gloo), if there is one, so that agreeing never waits for the device.
 
     `life` is a name that only the processes of this start share: what it is written on is not an earlier start's.
     `alive` is called now and then by slow work that gets on, so that a watchdog does not take it for a hang.
@@ -102,10 +102,14 @@ class World:
     def _reduced(self, values: tuple[int, ...], how: dist.ReduceOp) -> tuple[int, ...]:
         if self.size == 1:
             return values
-        device = torch.device("cpu") if self.host_group else self.device
-        tensor = torch.tensor(values, dtype=torch.int64, device=device)
+        tensor = torch.tensor(values, dtype=torch.int64, device=self._talking_device)
         dist.all_reduce(tensor, op=how, group=self.host_group)
         return tuple(tensor.tolist())
+
+    @property
+    def _talking_device(self) -> torch.device:
+        """Where what is agreed on lies: beside a host group, a device that has failed is not even asked."""
+        return torch.device("cpu") if self.host_group else self.device
 
     def broadcast_text(self, text: str, source: int = 0) -> str:
         """The `text` of rank `source`, on every rank. Bytes travel, never pickles."""
@@ -113,10 +117,10 @@ class World:
             return text
         payload = text.encode()
         (length,) = self.max_ints(len(payload) if self.rank == source else 0)
-        buffer = torch.zeros(length, dtype=torch.uint8, device=self.device)
+        buffer = torch.zeros(length, dtype=torch.uint8, device=self._talking_device)
         if self.rank == source:
             buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-        dist.broadcast(buffer, source)
+        dist.broadcast(buffer, source, group=self.host_group)
         return bytes(buffer.tolist()).decode()
 
     def raise_together(self, error: BaseException | None) -> None:
@@ -213,7 +217,7 @@ def start(device: str, timeout_seconds: float) -> World:
             f"local rank {world.local_rank} has no GPU of its own, there are {torch.cuda.device_count()}",
             field="engine.device",
             value=device,
-            fix="start one rank a GPU, or engine.device=cpu",
+            fix="start one rank a GPU, all GPUs of the host in sight (srun: no --gpus-per-task), or engine.device=cpu",
         )
     for name, value in srun_meeting_point(os.environ).items():
         os.environ.setdefault(name, value)
@@ -246,7 +250,16 @@ def _refuse_pickles() -> None:
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 
-def stop() -> None:
-    """Leave the process group, so that no agent waits for this process."""
-    if dist.is_initialized():
+def stop(error: BaseException | None = None) -> None:
+    """Leave the process group, so that no agent waits for this process.
+
+    NCCL waits for the others when a group is destroyed. After an `error` that they do not know of it would do so in
+    vain, and nobody would hear of the error: then the group is aborted.
+    """
+    if not dist.is_initialized():
+        return
+    is_alone = error is not None and not getattr(error, "agreed", False) and dist.get_world_size() > 1
+    if is_alone and dist.get_backend() == "nccl":
+        dist.distributed_c10d._abort_process_group()
+    else:
         dist.destroy_process_group()

@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
-from kha_train.distributed import World, srun_meeting_point
+from kha_train.distributed import World, srun_meeting_point, stop
 from kha_train.errors import ConfigError
 
 WORKER = Path(__file__).with_name("agreement_worker.py")
+
+
+def agreed_error() -> ConfigError:
+    """One that all ranks raise together."""
+    error = ConfigError("known to all")
+    error.agreed = True
+    return error
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +109,31 @@ def test_all_ranks_of_a_start_share_a_name_that_no_other_start_has(answers: list
 
 def test_local_work_is_left_together(answers: list[dict[str, Any]]) -> None:
     assert [answer["agreed"] for answer in answers] == ["only here", "rank 0: only here", "rank 0: only here"]
+
+
+def test_texts_and_numbers_travel_by_the_group_of_the_hosts_where_there_is_one(answers: list[dict[str, Any]]) -> None:
+    """The device named beside it is not there: nobody may ask it for anything."""
+    assert [answer["by_host_group"] for answer in answers] == [["from rank 1", 3]] * 3
+
+
+@pytest.mark.parametrize(
+    "error, ranks, backend, how",
+    [
+        (None, 2, "nccl", "destroy"),
+        (ValueError("of this rank alone"), 2, "nccl", "abort"),
+        (ValueError("of this rank alone"), 2, "gloo", "destroy"),
+        (ValueError("nobody else is there"), 1, "nccl", "destroy"),
+        (agreed_error(), 2, "nccl", "destroy"),
+    ],
+)
+def test_a_rank_that_fails_alone_does_not_wait_for_the_others_to_leave(
+    error: BaseException | None, ranks: int, backend: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroy"))
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: done.append("abort"))
+    stop(error)
+    assert done == [how]

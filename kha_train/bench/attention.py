@@ -17,6 +17,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.model.attention.backends import lay_out_documents
 from kha_train.model.attention.base import Attention, RowContext, build_attention
 from kha_train.model.decoder import build_rotary_table
+from kha_train.model.host import use_tensor_cores
 from kha_train.model.init import initialise, reset_buffers
 from kha_train.model.kernels.availability import missing
 
@@ -60,6 +61,8 @@ def measure(overrides: Sequence[str], blocks: int, clock: Clock = "wall") -> Mea
     config = compose(overrides)
     cuda = config.engine.device != "cpu" and torch.cuda.is_available()
     device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
+    if cuda:
+        use_tensor_cores(dtype)
     batch, tokens, width = config.engine.micro_batch_size, config.model.seq_len, config.model.hidden_size
     x_BTD = torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     rows = _rows(config, batch, tokens, device)

@@ -1,4 +1,4 @@
-"""Every benchmark that needs no network, one after the other: what each found, or why it could not run.
+"""Every benchmark that measures time and needs no network, one after the other: what each found, or why it could not.
 
 Each runs in a process of its own, through the very command a user would give: the group of processes of one, and what
 it left in memory, are not the next one's.
@@ -19,6 +19,7 @@ FULL: dict[str, tuple[str, ...]] = {
     "moe": (),
     "tokenize": (),
     "startup": (),
+    "telemetry": (),
     "checkpoint": (),
     "spikes": (),
 }
@@ -28,6 +29,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "moe": ("model.seq_len=64", "--blocks", "3", "--warmup", "1"),
     "tokenize": ("--rounds", "3"),
     "startup": ("--rounds", "1"),
+    "telemetry": ("model.layers=2", "data.global_batch_size=4", "--blocks", "3"),
     "checkpoint": ("model.layers=2", "data.global_batch_size=4", "--rounds", "1", "--steps", "2"),
     "spikes": ("--spiky-steps", "2000", "--clean-steps", "1000"),
 }
@@ -61,8 +63,11 @@ def run_one(arguments: Sequence[str], limit: float = LIMIT_SECONDS) -> dict[str,
     seconds = time.perf_counter() - started
     if ended.returncode:
         last = ended.stderr.strip().splitlines()[-1:] or [f"ended with {ended.returncode}"]
-        return {"error": last[0], "seconds": seconds}
-    return {"answer": json.loads(ended.stdout.strip().splitlines()[-1]), "seconds": seconds}
+        return {"error": last[0], "seconds": seconds, "output": ended.stderr[-4000:]}
+    answers = [line for line in ended.stdout.splitlines() if line.startswith("{")]
+    if not answers:
+        return {"error": "gave no answer", "seconds": seconds, "output": ended.stdout[-4000:]}
+    return {"answer": json.loads(answers[-1]), "seconds": seconds}
 
 
 def failed(stages: dict[str, Any]) -> list[str]:

@@ -198,7 +198,7 @@ def everything(
     against: Annotated[str, typer.Option(help="Peers of the step: transformers.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Every benchmark in turn, but for that of data loaders, which needs a network. One JSON object.
+    """Every benchmark of time in turn, but for that of data loaders, which needs a network, and `gpu`. One JSON object.
 
     Ends with 1 when one failed; what the others found is there all the same."""
     from kha_train.bench import everything as bench

@@ -18,6 +18,7 @@ from torch import Tensor
 from kha_train.engine.deepspeed import Engine
 from kha_train.errors import CorruptionError
 
+_SUMMED_AT_ONCE = 1 << 24
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -52,7 +53,9 @@ def _checksums(engine: Engine) -> dict[str, int]:
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:
-    return tensor.detach().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64)
+    bits = tensor.detach().view(_BITS[tensor.element_size()]).flatten()
+    # A sum in int64 makes a copy in int64: of a part at a time.
+    return torch.stack([part.sum(dtype=torch.int64) for part in bits.split(_SUMMED_AT_ONCE)]).sum()
 
 
 def _outvoted(engine: Engine, decisions: str) -> list[str]:

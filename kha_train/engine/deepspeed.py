@@ -21,6 +21,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
 from types import FunctionType
 from typing import Any
 
@@ -28,10 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from kha_train.config.schema import RunConfig
-from kha_train.distributed import World
+from kha_train.distributed import World, stop
 from kha_train.engine.state import Fragment, partitioned_fragments, replicated_fragments
 from kha_train.model.decoder import Decoder, DecoderOutput, build_decoder
-from kha_train.model.host import spare_the_compiler, to_device
+from kha_train.model.host import spare_the_compiler, to_device, use_tensor_cores
 from kha_train.model.init import initial_values, reset_buffers
 from kha_train.optim import AdamW, parameter_groups
 
@@ -54,13 +55,15 @@ class Engine:
     def __init__(self, config: RunConfig, world: World, initial: InitialValue = seeded) -> None:
         self.config, self.world = config, world
         self.dtype = resolve_dtype(config, world.device)
+        if world.device.type == "cuda":
+            use_tensor_cores(self.dtype)
         self._deepspeed = _import_deepspeed(world.device)
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         self._deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
         self._norm: Tensor | None = None
         settings = _settings(config, world, self.dtype)
         # BF16_Optimizer prints its memory use line by line while it is built.
-        with redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()), _patient_groups(config.engine.collective_timeout_seconds):
             self.decoder = self._materialise(settings, initial)
             self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
                 model=self.decoder, optimizer=self._adamw(), config=settings, dist_init_required=False
@@ -282,11 +285,13 @@ class Engine:
         self._norm = None
 
 
-def leave_world() -> None:
-    """Leave the process group and the subgroups DeepSpeed keeps of it, so that this process can join another later."""
+def leave_world(error: BaseException | None = None) -> None:
+    """Leave the process group and the subgroups DeepSpeed keeps of it, so that this process can join another later;
+    after an `error` as `distributed.stop`."""
     import deepspeed
 
-    deepspeed.comm.destroy_process_group()
+    stop(error)
+    deepspeed.utils.groups._release_process_group_references(group=None)
     # An engine is full of cycles; the threads of a group end with the last reference to it.
     gc.collect()
 
@@ -303,7 +308,9 @@ def _settings(config: RunConfig, world: World, dtype: torch.dtype) -> dict[str, 
     engine, rows = config.engine, config.data.global_batch_size
     stage = {
         "stage": engine.zero_stage,
-        "overlap_comm": world.device.type == "cuda",
+        # Stages 1 and 2 reduce gradients above the bucket's size on a stream of their own, and free them before it is
+        # done (`extra_large_param_to_reduce`): the next kernel may take their memory.
+        "overlap_comm": world.device.type == "cuda" and engine.zero_stage == 3,
         "reduce_bucket_size": engine.reduce_bucket_elements,
         "allgather_bucket_size": engine.reduce_bucket_elements,
         "memory_efficient_linear": False,
@@ -326,7 +333,7 @@ def _settings(config: RunConfig, world: World, dtype: torch.dtype) -> dict[str, 
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed without its chatter, and without compiling a shared-memory extension at the first start on a CPU."""
+    """DeepSpeed without its chatter and its own operators, which are compiled at the first start."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
@@ -334,7 +341,8 @@ def _import_deepspeed(device: torch.device) -> Any:
         import deepspeed
         from deepspeed.comm.torch import TorchBackend
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Otherwise its own operators, of which none is used, are probed one by one by a compiler.
+        deepspeed.ops.__compatible_ops__ = {}
         # Its Muon optimizer, which is not used here, asks for a compiler while it is imported.
         with _replaced(torch, "compile", lambda function=None, **_: function or (lambda kept: kept)):
             import deepspeed.runtime.zero.muon.muon_optimizer
@@ -348,6 +356,19 @@ def _import_deepspeed(device: torch.device) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     return deepspeed
+
+
+@contextmanager
+def _patient_groups(seconds: float) -> Iterator[None]:
+    """While DeepSpeed makes its groups: it gives them torch's own timeout, which may end a process before the watchdog
+    has told what it waits for."""
+    from deepspeed.comm.torch import TorchBackend
+
+    def new_group(_: Any, ranks: list[int]) -> Any:
+        return torch.distributed.new_group(ranks, timeout=timedelta(seconds=seconds))
+
+    with _replaced(TorchBackend, "new_group", new_group):
+        yield
 
 
 @contextmanager

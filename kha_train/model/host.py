@@ -1,4 +1,4 @@
-"""Between host and device without waiting for either."""
+"""What the process is told of its device, and how tensors reach it without waiting."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -13,6 +14,13 @@ def to_device(tensor: Tensor, device: Any) -> Tensor:
     """`tensor` on `device`. A plain copy to CUDA waits until all that was asked of the device is done; from pinned
     memory it takes its place in the queue."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def use_tensor_cores(dtype: torch.dtype) -> None:
+    """Let a process whose parameters are bf16 multiply in TF32 where it multiplies in fp32: folds and router scores are
+    products of bf16 numbers, which TF32 holds whole, with sums in fp32."""
+    if dtype == torch.bfloat16:
+        torch.set_float32_matmul_precision("high")
 
 
 def spare_the_compiler(function: Callable[..., Any]) -> None:

@@ -41,8 +41,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             x_CD, labels_C = x_ND[chunk], labels_N[chunk]
             masked_C1 = (labels_C == IGNORE_LABEL).unsqueeze(-1)
             label_C1 = labels_C.unsqueeze(-1).masked_fill(masked_C1, 0)
-            # One fused pass from logits to fp32; they themselves are freed before the gradient is made.
-            log_p_CV = (x_CD @ weight_VD.T).log_softmax(dim=-1, dtype=wide)
+            # Logits are freed before the gradient is made.
+            log_p_CV = _logits(x_CD, weight_VD, wide).log_softmax(dim=-1, dtype=wide)
             loss -= log_p_CV.gather(-1, label_C1).masked_fill(masked_C1, 0.0).sum()
             if keep_gradients:
                 grad_CV = _logit_gradient(log_p_CV, label_C1).to(x_ND.dtype)
@@ -61,6 +61,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scaled_VD = torch.empty_like(grad_weight_VD, dtype=ctx.weight_dtype)
         torch.mul(grad_weight_VD, grad, out=scaled_VD)
         return grad_x_ND * grad, scaled_VD, None, None, None
+
+
+def _logits(x_CD: Tensor, weight_VD: Tensor, wide: torch.dtype) -> Tensor:
+    """On CUDA written as they are summed, in `wide`: a log-softmax of bf16 begins with such a copy there."""
+    if x_CD.is_cuda and x_CD.dtype != wide:
+        return torch.mm(x_CD, weight_VD.T, out_dtype=wide)
+    return x_CD @ weight_VD.T
 
 
 def _logit_gradient(log_p_CV: Tensor, label_C1: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from kha_train.config.schema import RunConfig
 
 BF16_PEAKS = {
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "GH200": 989e12,
     "H100 PCIe": 756e12,

@@ -15,6 +15,8 @@ from kha_train.errors import ConfigError, MachineError
 from kha_train.telemetry.meters import PeakMemory
 
 _ON_A_CPU = "DefaultCPUAllocator"
+_ON_A_DEVICE = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "Cuda failure 'out of memory'")
+"""What libraries say that take memory past torch's allocator: cuBLAS, the driver, NCCL."""
 
 
 @contextmanager
@@ -30,7 +32,7 @@ def told_when_out_of_memory(config: RunConfig, world: World, has_fitted: Callabl
     except (RuntimeError, MemoryError) as error:
         if not lacks_memory(error):
             raise
-        on_device = isinstance(error, torch.OutOfMemoryError)
+        on_device = _lacks_device_memory(error)
         kind = ConfigError if on_device and not has_fitted() else MachineError
         raise kind(
             f"rank {world.rank} is out of {'' if on_device else 'host '}memory: {_planned(config, world)}; held at "
@@ -43,9 +45,14 @@ def told_when_out_of_memory(config: RunConfig, world: World, has_fitted: Callabl
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether `error` is one of the ways in which Python and torch say that there is no memory left."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    on_host = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _ON_A_CPU in str(error))
+    return on_host or _lacks_device_memory(error)
+
+
+def _lacks_device_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and _ON_A_CPU in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _ON_A_DEVICE)
 
 
 @contextmanager

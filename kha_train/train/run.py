@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def train(config: RunConfig, startup: Startup | None = None) -> Outcome:
     startup.mark("torch and the trainer")
     world = distributed.start(config.engine.device, config.engine.collective_timeout_seconds)
     startup.mark("process group")
-    try:
+    with ExitStack() as left_last:
+        left_last.push(lambda kind, error, trace: distributed.stop(error))
         validate_batch(config, world.size)
         run_dir = Path(config.run.dir)
         stops = StopRequests(run_dir if world.is_main else None, config.run.max_minutes)
@@ -60,8 +62,6 @@ def train(config: RunConfig, startup: Startup | None = None) -> Outcome:
                     _mark_the_end(run_dir, world, finished, session.progress.step)
                 session.end_state = "done" if finished else "requeued"
                 return Outcome(finished, session.progress.step, run_dir)
-    finally:
-        distributed.stop()
 
 
 def _train_to_the_end(session: Session, stops: StopRequests, watchdog: Watchdog) -> bool:

@@ -246,7 +246,7 @@ class Session:
 
     def _build(self, checkpoint: Checkpoint | None) -> None:
         self.engine = Engine(self._settled, self.world, self._initial(checkpoint))
-        self._open.callback(leave_world)
+        self._open.push(lambda kind, error, trace: leave_world(error))
         self._open.callback(self.engine.close)
         if checkpoint:
             self.restore(checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from datetime import timedelta
 from importlib import import_module
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from kha_train import distributed
 from kha_train.config.compose import compose
-from kha_train.engine.deepspeed import Engine, _import_deepspeed, leave_world
+from kha_train.distributed import World
+from kha_train.engine.deepspeed import Engine, _import_deepspeed, _settings, leave_world
 
 
 def source_of(member: object) -> str:
@@ -20,13 +22,32 @@ def source_of(member: object) -> str:
     return inspect.getsource(wrapped[0] if wrapped else member).replace("'", '"')
 
 
-def test_the_switch_that_avoids_compiling_a_shared_memory_extension_is_still_read() -> None:
+def test_the_switch_that_avoids_compiling_its_own_operators_is_still_read() -> None:
     deepspeed = _import_deepspeed(torch.device("cpu"))
     torch_backend = import_module("deepspeed.comm.torch")
 
-    assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+    assert deepspeed.ops.__compatible_ops__ == {}
     assert "deepspeed.ops.__compatible_ops__.get(" in source_of(torch_backend.build_shm_op)
     assert torch_backend.build_shm_op() is None
+
+
+def test_its_groups_wait_as_long_as_the_settings_say(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    given, new_group = [], torch.distributed.new_group
+    monkeypatch.setattr(
+        torch.distributed, "new_group", lambda *a, **k: given.append(k.get("timeout")) or new_group(*a, **k)
+    )
+    world = distributed.start("cpu", 60.0)
+    engine = Engine(compose([*small, "engine.collective_timeout_seconds=77"]), world)
+    assert given and set(given) == {timedelta(seconds=77)}
+    engine.close()
+    leave_world()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_are_reduced_on_another_stream_under_stage_3_alone(stage: int, small: list[str]) -> None:
+    world = World(device=torch.device("cuda"))
+    settings = _settings(compose([*small, f"engine.zero_stage={stage}"]), world, torch.bfloat16)
+    assert settings["zero_optimization"]["overlap_comm"] is (stage == 3)
 
 
 def test_each_optimizer_class_still_takes_its_norm_where_the_gate_replaces_it() -> None:

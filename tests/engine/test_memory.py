@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,8 @@ import pytest
 import torch
 
 from kha_train import build_decoder, compose
+from kha_train.data.batch import Batch
+from kha_train.data.packing import Layout
 from kha_train.engine.memory import (
     GIB,
     RECIPES,
@@ -135,25 +136,19 @@ def test_the_largest_micro_batch_fits_and_one_more_row_does_not() -> None:
 @pytest.mark.gpu
 def test_planned_memory_of_cuda_is_within_15_percent_of_the_allocated_peak() -> None:
     from kha_train import distributed
-    from kha_train.engine.deepspeed import Engine
+    from kha_train.engine.deepspeed import Engine, leave_world
 
     config = compose(["model=moe_2_3b", "model.layers=4", "cluster=h100_1x1", "data.global_batch_size=2"])
     config = replace(config, engine=replace(config.engine, micro_batch_size=1, device="cuda"))
     engine = Engine(config, distributed.start("cuda", 300.0))
     device = engine.world.device
     torch.cuda.reset_peak_memory_stats(device)
-    tokens = torch.zeros(1, config.model.seq_len, dtype=torch.int64)
-    batch = SimpleNamespace(
-        samples_B=np.arange(1),
-        tokens_BT=tokens,
-        labels_BT=tokens,
-        positions_BT=torch.arange(config.model.seq_len)[None],
-        cu_seqlens_S=torch.tensor([0, config.model.seq_len], dtype=torch.int32),
-        max_seqlen=config.model.seq_len,
-    )
+    rows_BW = np.zeros((1, config.model.seq_len + 1), dtype=np.uint16)
+    layout = Layout(np.array([0, config.model.seq_len]), np.empty(0, dtype=np.int64))
+    batch = Batch(0, np.arange(1), rows_BW, layout)
     for last in (False, True):
         engine.accumulate(batch, 1.0, 0.0, last)
     engine.apply(1e-4)
     assert plan_memory(config).total == pytest.approx(torch.cuda.max_memory_allocated(device), rel=0.15)
     engine.close()
-    distributed.stop()
+    leave_world()

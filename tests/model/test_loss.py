@@ -58,6 +58,21 @@ def test_bf16_weights_get_bf16_gradients_near_the_fp32_ones():
         assert (narrow.float() - exact).norm() < 1e-2 * exact.norm()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens, width, vocab", [(64, 128, 1000), (300, 256, 4096)])
+def test_on_a_gpu_in_bf16_it_is_near_the_fp32_one(tokens, width, vocab):
+    generator = torch.Generator().manual_seed(0)
+    x_ND = torch.randn(tokens, width, generator=generator).cuda().to(torch.bfloat16).requires_grad_()
+    weight_VD = (torch.randn(vocab, width, generator=generator) / 16).cuda().to(torch.bfloat16).requires_grad_()
+    labels_N = torch.randint(0, vocab, (tokens,), generator=generator).cuda()
+    wide = [t.detach().double().requires_grad_() for t in (x_ND, weight_VD)]
+    loss, expected = chunked_cross_entropy(x_ND, weight_VD, labels_N, 100), outside(*wide, labels_N)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
+    got = torch.autograd.grad(loss / tokens, (x_ND, weight_VD))
+    for narrow, exact in zip(got, torch.autograd.grad(expected / tokens, wide), strict=True):
+        assert (narrow.double() - exact).norm() < 1e-2 * exact.norm()
+
+
 def test_large_logits_neither_overflow_nor_lose_the_loss():
     x_ND, weight_VD, labels_N = problem(9, 1, torch.float32)
     loss = chunked_cross_entropy(x_ND * 1e4, weight_VD, labels_N, 4)

@@ -13,6 +13,7 @@ needs no torch; `choice.py` takes one for a device.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -114,28 +115,31 @@ def weighted_values(weights_BHTU: Tensor, v_BUGW: Tensor) -> Tensor:
 def sdpa(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
     """torch's scaled_dot_product_attention: its causal kernel for unsplit rows, a mask for rows of several documents.
 
-    With a mask the key/value heads are repeated, because torch's masked CUDA kernel takes no grouped heads and would
-    fall back to holding all scores.
+    Never by cuDNN, which newer releases of torch prefer on Hopper: that is a backend of its own, checked before use.
     """
-    q_BHTK, k_BGUK, v_BGUW = q_BTHK.transpose(1, 2), k_BUGK.transpose(1, 2), v_BUGW.transpose(1, 2)
-    mask_BJTU = documents.mask_BJTU
-    if mask_BJTU is None:
-        attend = functional.scaled_dot_product_attention
-        return attend(q_BHTK, k_BGUK, v_BGUW, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
-    repeats = q_BTHK.shape[2] // k_BUGK.shape[2]
-    k_BHUK, v_BHUW = k_BGUK.repeat_interleave(repeats, dim=1), v_BGUW.repeat_interleave(repeats, dim=1)
-    if mask_BJTU.dtype != torch.bool:
-        mask_BJTU = mask_BJTU.to(q_BTHK.dtype)
-    return functional.scaled_dot_product_attention(q_BHTK, k_BHUK, v_BHUW, attn_mask=mask_BJTU, scale=scale).transpose(
-        1, 2
-    )
+    with sdpa_kernel(_TORCH_KERNELS) if q_BTHK.is_cuda else nullcontext():
+        return _scaled_dot_product(q_BTHK, k_BUGK, v_BUGW, documents, scale)
 
 
 def cudnn(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
     """cuDNN's kernel through torch: unsplit rows only (`config/backends.py` refuses others before)."""
     assert documents.mask_BJTU is None, "cudnn admits only unsplit causal rows"
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
-        return sdpa(q_BTHK, k_BUGK, v_BUGW, documents, scale)
+        return _scaled_dot_product(q_BTHK, k_BUGK, v_BUGW, documents, scale)
+
+
+def _scaled_dot_product(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
+    """By the kernel that is admitted. With a mask the key/value heads are repeated, because torch's masked CUDA kernel
+    takes no grouped heads and would fall back to holding all scores."""
+    q_BHTK, k_BGUK, v_BGUW = q_BTHK.transpose(1, 2), k_BUGK.transpose(1, 2), v_BUGW.transpose(1, 2)
+    attend, mask_BJTU = functional.scaled_dot_product_attention, documents.mask_BJTU
+    if mask_BJTU is None:
+        return attend(q_BHTK, k_BGUK, v_BGUW, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+    repeats = q_BTHK.shape[2] // k_BUGK.shape[2]
+    k_BHUK, v_BHUW = k_BGUK.repeat_interleave(repeats, dim=1), v_BGUW.repeat_interleave(repeats, dim=1)
+    if mask_BJTU.dtype != torch.bool:
+        mask_BJTU = mask_BJTU.to(q_BTHK.dtype)
+    return attend(q_BHTK, k_BHUK, v_BHUW, attn_mask=mask_BJTU, scale=scale).transpose(1, 2)
 
 
 def grouped_words(release: TorchVersion) -> dict[str, bool]:
@@ -177,6 +181,8 @@ def flash_attn(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Docume
 
     return _over_flat_tokens(kernel, q_BTHK, k_BUGK, v_BUGW)
 
+
+_TORCH_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 BACKENDS: dict[str, Backend] = {
     "eager": eager,
