@@ -84,6 +84,7 @@ def test_mfu_is_flops_needed_over_flops_possible_on_all_ranks() -> None:
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA H100 NVL", 835),
         ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA GeForce RTX 4090", None),
         ("NVIDIA H1000", None),

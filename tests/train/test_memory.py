@@ -1,0 +1,43 @@
+"""Every way in which a library says that there is no memory is told as one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kha_train.config.compose import compose
+from kha_train.distributed import World
+from kha_train.errors import ConfigError, MachineError
+from kha_train.train.memory import told_when_out_of_memory
+
+ON_A_DEVICE = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("NCCL error: unhandled cuda error\nCuda failure 'out of memory'"),
+]
+ON_THE_HOST = [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")]
+
+
+def run_into(error: BaseException, small: list[str], has_fitted: bool = False) -> None:
+    """A run in which `error` comes up."""
+    with told_when_out_of_memory(compose(small), World.single(), lambda: has_fitted):
+        raise error
+
+
+@pytest.mark.parametrize("error", ON_A_DEVICE, ids=lambda error: str(error)[:40])
+@pytest.mark.parametrize(("has_fitted", "kind"), [(False, ConfigError), (True, MachineError)])
+def test_a_device_that_never_had_enough_is_a_matter_of_the_settings(error, has_fitted, kind, small) -> None:
+    with pytest.raises(kind, match="rank 0 is out of memory: planned"):
+        run_into(error, small, has_fitted)
+
+
+@pytest.mark.parametrize("error", ON_THE_HOST, ids=lambda error: type(error).__name__)
+def test_a_host_without_memory_may_have_some_the_next_time(error, small) -> None:
+    with pytest.raises(MachineError, match="rank 0 is out of host memory"):
+        run_into(error, small)
+
+
+def test_any_other_error_goes_on_as_it_is(small) -> None:
+    with pytest.raises(RuntimeError, match="a shape does not fit"):
+        run_into(RuntimeError("a shape does not fit"), small)
