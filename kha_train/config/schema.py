@@ -180,8 +180,10 @@ class OptimSection:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSection:
-    """How the step is executed: ZeRO stage, precision, micro-batch, recomputation. Never what it computes.
+    """How the step is executed: ZeRO stage, precision, micro-batch, recomputation.
 
+    Of these `precision`, `grad_accum_dtype` and `moment_dtype` change results, for they round, and the micro-batch does
+    under `moe.auxiliary_loss.scope: micro_batch`; the others change no more than the last bits of a sum.
     A rank that stands still for `hang_timeout_seconds` (after the first step) ends with its stacks and exit code 75.
     Every `audit_every` steps (0: never) ranks compare what they hold in common, to find corrupted memory.
     Under ZeRO 3, groups of `hpz_partition_size` ranks (the GPUs of a node) hold the weights whole a second time.

@@ -26,19 +26,23 @@ class Validation:
 
 
 def evaluate(engine: Engine, batches: Iterable[Batch], bytes_per_id_V: Tensor) -> Validation:
-    """Score `batches` (this rank's part of the validation rows, equally many on every rank) and add up over ranks.
+    """Score `batches` (this rank's part of the validation rows, equally many on every rank) and add up over ranks. Waits
+    for the device once, at the end.
 
     Collective. Raises DataError on all ranks when any rank could not read a batch.
     """
-    totals = torch.zeros(3, dtype=torch.float64)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=engine.world.device)
+    label_count, text_bytes = 0, 0
     for batch in _read_together(batches, engine.world):
         labels = batch.labels_BT[batch.labels_BT != IGNORE_LABEL]
-        loss_sum = engine.evaluate(batch).loss_sum
-        totals += torch.tensor([loss_sum.item(), labels.numel(), bytes_per_id_V[labels].sum().item()])
+        loss_sum += engine.evaluate(batch).loss_sum
+        label_count += labels.numel()
+        text_bytes += int(bytes_per_id_V[labels].sum())
         engine.world.alive()
-    loss_sum, labels, text_bytes = engine.world.sum_(totals.to(engine.world.device)).tolist()
-    bits_per_byte = loss_sum / math.log(2) / text_bytes if text_bytes else math.nan  # imported ids without a tokenizer
-    return Validation(loss_sum / max(labels, 1), bits_per_byte)
+    counts = torch.tensor([label_count, text_bytes], dtype=torch.float64, device=engine.world.device)
+    loss, labels, text_bytes = engine.world.sum_(torch.cat((loss_sum.view(1), counts))).tolist()
+    bits_per_byte = loss / math.log(2) / text_bytes if text_bytes else math.nan  # imported ids without a tokenizer
+    return Validation(loss / max(labels, 1), bits_per_byte)
 
 
 def _read_together(batches: Iterable[Batch], world: World) -> Iterator[Batch]:

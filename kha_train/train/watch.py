@@ -174,4 +174,4 @@ def describe(kind: str, step: int, fields: dict[str, Any]) -> str:
             first, last = fields["window"]
             return f"back from step {step} to step {fields['to_step']}, without samples {first}..{last - 1}"
         case _:
-            return f"step {step}: {fields['reason']}, but no checkpoint before it is left; going on"
+            return f"step {step}: {fields['reason']}, but no checkpoint before it is left"

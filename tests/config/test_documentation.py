@@ -35,7 +35,7 @@ def test_no_field_is_described_that_is_not_there() -> None:
     assert described - leaves == set()
 
 
-@pytest.mark.parametrize("group", ["model", "attention", "data", "engine", "optim", "stability", "telemetry"])
+@pytest.mark.parametrize("group", PRESETS)
 def test_every_preset_is_listed(group: str) -> None:
     (row,) = re.findall(rf"^\| `{group}` \| (.*?) \|", PAGE, flags=re.MULTILINE)
     assert re.findall(r"`([^`]+)`", row) and set(re.findall(r"`([^`]+)`", row)) == set(PRESETS[group])
