@@ -58,7 +58,7 @@ def __getattr__(name: str) -> Any:
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. A KhaError ends as its line on standard error (exit 3: a table) and its exit code (1-6, 75: see docs).
+    """Entry point. A KhaError ends as its line (exit 3: a table) on standard error and its exit code (1-6, 75: docs).
 
     KHA_DEBUG=1 adds the traceback. With several ranks only rank 0 prints what all of them agreed on. Launch logs keep
     what is printed here, so no secret is in it.
