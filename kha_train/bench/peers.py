@@ -26,7 +26,7 @@ from kha_train.model.host import to_device
 from kha_train.optim import parameter_groups
 
 EXPERTS = ("grouped_mm", "eager", "batched_mm")
-GATHERED_LIMIT = 2 * 1024**3
+GATHERED_LIMIT = 2**30
 """Bytes of expert weights that `batched_mm` may copy out, one copy for every routed token, before it is left out."""
 
 Say = Callable[[str], None]
