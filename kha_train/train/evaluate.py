@@ -26,10 +26,10 @@ class Validation:
 
 
 def evaluate(engine: Engine, batches: Iterable[Batch], bytes_per_id_V: Tensor) -> Validation:
-    """Score `batches` (this rank's part of the validation rows, equally many on every rank) and add up over ranks. Waits
-    for the device once, at the end.
+    """Score `batches` (this rank's part of the validation rows, equally many on every rank) and add up over ranks.
 
-    Collective. Raises DataError on all ranks when any rank could not read a batch.
+    Collective; waits for the device once, at the end. Raises DataError on all ranks when any rank could not read a
+    batch.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.world.device)
     label_count, text_bytes = 0, 0
