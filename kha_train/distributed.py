@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 
 from kha_train import errors
-from kha_train.errors import ConfigError, KhaError, MachineError, RankError
+from kha_train.errors import ConfigError, DivergedError, KhaError, MachineError, RankError
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
@@ -138,8 +138,7 @@ class World:
         kind, _, words = self.broadcast_text(f"{kind}\n{words}", first_failing).partition("\n")
         agreed = found if self.rank == first_failing else _KINDS[kind](f"rank {first_failing}: {words}")
         assert agreed is not None
-        if isinstance(agreed, KhaError):
-            agreed.agreed = True
+        agreed.agreed = True
         raise agreed
 
     @contextmanager
@@ -168,6 +167,11 @@ def as_error(
     told = kind(f"cannot {doing}: {error}" if str(error) else f"cannot {doing}: {type(error).__name__}", fix=fix)
     told.__cause__ = error
     return told
+
+
+def is_known_to_all(error: BaseException) -> bool:
+    """Whether all ranks raise `error` together. That a run diverged follows from figures that all have."""
+    return isinstance(error, DivergedError) or getattr(error, "agreed", False)
 
 
 class Caught:
@@ -258,7 +262,7 @@ def stop(error: BaseException | None = None) -> None:
     """
     if not dist.is_initialized():
         return
-    is_alone = error is not None and not getattr(error, "agreed", False) and dist.get_world_size() > 1
+    is_alone = error is not None and not is_known_to_all(error) and dist.get_world_size() > 1
     if is_alone and dist.get_backend() == "nccl":
         dist.distributed_c10d._abort_process_group()
     else:

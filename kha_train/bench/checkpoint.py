@@ -12,6 +12,7 @@ import itertools
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,21 +86,21 @@ class _Mode:
 
 def measure(overrides: Sequence[str], every: int, rounds: int, steps: int) -> Measured:
     """Train the configuration of `overrides` on synthetic data in a temporary directory. One process."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as left_last:
         config = compose([*overrides, f"data.train={folder}/data/train", f"data.validation={folder}/data/validation"])
         write_dataset(f"{folder}/data", vocab_size=config.model.vocab_size, documents=800)
         world = distributed.start(config.engine.device, config.engine.collective_timeout_seconds)
+        left_last.push(lambda kind, error, trace: leave_world(error))
         engine = Engine(config, world)
         stream = open_stream(config)
         savers = {mode: _saver(config, world, Path(folder) / mode, mode) if mode != "none" else None for mode in MODES}
         modes = {mode: _Mode(engine, stream, steps, saver) for mode, saver in savers.items()}
         arms: dict[str, Callable[[], None]] = {name: mode.round for name, mode in modes.items()}
-        seconds = interleave(arms, blocks=rounds, device=world.device)
+        seconds = interleave(arms, blocks=rounds, warmup=1, device=world.device)
         about = environment(world.device)
         save_bytes = sum(path.stat().st_size for path in (Path(folder) / "blocking").rglob("*.safetensors"))
         parameters = sum(parameter.numel() for parameter in engine.decoder.parameters())
         engine.close()
-        leave_world()
     step = statistics.median(seconds["none"]) / steps
     costs = {name: _cost(seconds[name], seconds["none"], modes[name].stalls[1:], every * step) for name in MODES[1:]}
     return Measured(parameters, save_bytes, step, costs, every, rounds, steps, about)

@@ -6,11 +6,12 @@ Peers live in an environment of their own, made once under a cache directory, it
 for all. A figure is the median of the rounds; speeds are of the second pass over the tokens, and of the first one, when
 a process meets each page of a mapped file for the first time. `cast` is no loader: it reads in order and widens. The
 same work is: shuffled rows as int64 tensors, no document borders, no integrity checks; what ours does besides stands
-below it.
+below it. Memory and seeking of ours are also told at a billion rows, of sparse files that hold zeros.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -28,14 +30,14 @@ import torch
 
 from kha_train.bench.peer_loaders import PEERS
 from kha_train.bench.protocol import environment, told
-from kha_train.data.manifest import TokenizerEntry
+from kha_train.data.manifest import CRC_BLOCK_BYTES, FileEntry, ShardEntry, TokenizerEntry
 from kha_train.data.shards import ShardSet
 from kha_train.data.writer import prepare, publish_dataset, write_shard
 from kha_train.errors import KhaError
 
 VOCAB, SHARDS, BATCH, SEQ_LEN = 50_304, 8, 8, 4096
 MEAN_DOCUMENT = 835
-TRILLIONTH = 10**12 // BATCH
+HUGE_ROWS, TRILLIONTH = 10**9, 10**12 // BATCH
 _PACKAGES = (
     ("datatrove",),
     ("litdata",),
@@ -95,7 +97,23 @@ def run_bench(
             else:
                 missing[name] = ended
     figures = {name: _median(runs) for name, runs in found.items()}
-    return {"loaders": figures, "missing": missing, "protocol": protocol}
+    return {"loaders": figures, "huge": _at_a_billion_rows(cache, rounds), "missing": missing, "protocol": protocol}
+
+
+def _at_a_billion_rows(cache: Path, rounds: int) -> dict[str, Any]:
+    """Private memory and time to seek of ours. Raises KhaError when it fails."""
+    root = cache / "sparse"
+    if not _is_whole(root / "ours"):
+        shutil.rmtree(root, ignore_errors=True)
+        write_sparse(root)
+    found = []
+    for _ in range(rounds):
+        ended = _run(sys.executable, _request(root, "ours", _PLAIN, HUGE_ROWS * SEQ_LEN, 0.05))
+        if isinstance(ended, str):
+            raise KhaError(f"the loader failed: {ended}", field="a billion rows")
+        found.append(ended)
+    figures = _median(found)
+    return {"rows": HUGE_ROWS, "private_mb": figures["private_mb"], "seek_ms": figures["seek_ms"]}
 
 
 def _is_whole(directory: Path) -> bool:
@@ -138,6 +156,31 @@ def write_tokens(root: Path, tokens: int) -> None:
         entries.append(write_shard(root / "ours", index, contents, vocab_size=VOCAB, dtype="uint16"))
     entry = TokenizerEntry("synthetic", VOCAB, "0" * 64, None, {}, (1,) * VOCAB)
     publish_dataset(root / "ours", entries, entry, dtype="uint16", corpus={"source": "benchmark"})
+
+
+def write_sparse(root: Path) -> None:
+    """A dataset of `HUGE_ROWS` rows that takes next to no disk: files of zeros, one document a shard; the sums of
+    tokens are none."""
+    directory, shards = root / "ours", 1000
+    prepare(directory, overwrite=True)
+    tokens = HUGE_ROWS // shards * SEQ_LEN + 1
+    ends = np.asarray([tokens], dtype="<i8").tobytes()
+    sums = bytes(4 * -(-2 * tokens // CRC_BLOCK_BYTES)) + zlib.crc32(ends).to_bytes(4, "little") + ends
+    written, entries = {"doc": ends, "crc": sums}, []
+    for index in range(shards):
+        name = f"shard-{index:05d}"
+        with open(directory / f"{name}.tok", "wb") as file:
+            file.truncate(2 * tokens)
+        for suffix, data in written.items():
+            first = directory / f"shard-00000.{suffix}"
+            first.write_bytes(data) if index == 0 else os.link(first, directory / f"{name}.{suffix}")
+        doc, crc = (
+            FileEntry(f"{name}.{suffix}", len(data), hashlib.sha256(data).hexdigest())
+            for suffix, data in written.items()
+        )
+        entries.append(ShardEntry(tokens, 1, 0, 0, 0, FileEntry(f"{name}.tok", 2 * tokens, "0" * 64), doc, crc))
+    entry = TokenizerEntry("synthetic", VOCAB, "0" * 64, None, {}, (1,) * VOCAB)
+    publish_dataset(directory, entries, entry, dtype="uint16", corpus={"source": "benchmark"})
 
 
 def install_peers(directory: Path, say: Callable[[str], None]) -> str:
@@ -188,6 +231,12 @@ def format_table(result: dict[str, Any]) -> str:
     for name in [name for name in ("ours", "ours, pread") if name in speeds]:
         ratios = "  ".join(f"{peer} {speeds[name] / speed:.1f}" for peer, speed in peers.items())
         lines.append(f"{name}, times the speed of a peer at the same work:  {ratios}")
+    huge = result["huge"]
+    seek = " and ".join(f"{ms:.2f}" for ms in huge["seek_ms"])
+    lines.append(
+        f"ours at {huge['rows']:,} rows: {huge['private_mb']:.1f} MB over importing torch, "
+        f"{seek} ms to seek to step 3000 and to sample 1e12"
+    )
     about = result["protocol"]
     lines.append(f"{told(about)}; {about['rounds']} rounds of at most {about['cpu_seconds']} CPU seconds")
     lines.append("peers: " + ", ".join(f"{name} {found}" for name, found in about["peers"].items()))

@@ -88,7 +88,8 @@ def _is_importable(name: str) -> bool:
     """DeepSpeed is not tried: an import of seconds, and it has nothing built."""
     if name == "deepspeed" or find_spec(name) is None:
         return find_spec(name) is not None
-    return subprocess.run([sys.executable, "-c", f"import {name}"], check=False, capture_output=True).returncode == 0
+    tried = subprocess.run([sys.executable, "-c", f"import {name}"], check=False, capture_output=True)
+    return tried.returncode == 0
 
 
 def measure(out: Path, *, seconds: float, rehearse: bool, say: Callable[[str], None]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,26 +75,20 @@ def measure(
     Data are those of `data.train` when it is set among the overrides, else synthetic. Raises as `compose`; ConfigError
     for a peer that is not there, or has no such model.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as left_last:
         settings = _with_data(list(overrides), Path(folder))
         configs = {arm: compose([*settings, *arm.split()]) for arm in arms}
         first = next(iter(configs.values()))
         if against:
             peers.check(first)
         world = distributed.start(first.engine.device, first.engine.collective_timeout_seconds)
-        engines: list[Engine] = []
-        try:
-            batches = _batches(first)
-            contenders = {
-                name: _ours(config, world, engines) for name, config in _settled(configs, world.device).items()
-            }
-            if against:
-                contenders[PEER] = _peer(first, world, batches[0])
-            seconds = _take_turns(contenders, batches, world, blocks=blocks, steps=steps, warmup=warmup, clock=clock)
-        finally:
-            for engine in engines:
-                engine.close()
-            leave_world()
+        left_last.push(lambda kind, error, trace: leave_world(error))
+        batches = _batches(first)
+        settled = _settled(configs, world.device)
+        contenders = {name: _ours(config, world, left_last) for name, config in settled.items()}
+        if against:
+            contenders[PEER] = _peer(first, world, batches[0])
+        seconds = _take_turns(contenders, batches, world, blocks=blocks, steps=steps, warmup=warmup, clock=clock)
     protocol_facts = {"blocks": blocks, "steps": steps, "warmup": warmup, "clock": clock}
     return _answer(contenders, seconds, first, world.device, protocol_facts, attended_share(batches))
 
@@ -136,10 +130,10 @@ def _settled(configs: Mapping[str, RunConfig], device: torch.device) -> dict[str
     return found
 
 
-def _ours(config: RunConfig, world: World, engines: list[Engine]) -> Arm:
+def _ours(config: RunConfig, world: World, left_last: ExitStack) -> Arm:
     before = _allocated(world.device)
     engine = Engine(config, world)
-    engines.append(engine)
+    left_last.callback(engine.close)
     lr = config.optim.lr * 0.1
 
     def step(batch: Batch) -> None:

@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -99,12 +99,13 @@ class _Arms:
 
 def measure(overrides: Sequence[str], blocks: int, clock: Clock = "wall") -> Measured:
     """Train the configuration of `overrides` on synthetic data in a temporary directory. One process, W&B offline."""
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), ExitStack() as left_last:
         there = {"run.dir": "run", "data.train": "data/train", "data.validation": "data/validation"}
         mirrors = ["telemetry.console=lines", "telemetry.wandb.mode=offline"]
         config = compose([*overrides, *mirrors, *(f"{key}={folder}/{place}" for key, place in there.items())])
         write_dataset(f"{folder}/data", vocab_size=config.model.vocab_size, documents=800)
         world = distributed.start(config.engine.device, config.engine.collective_timeout_seconds)
+        left_last.push(lambda kind, error, trace: distributed.stop(error))
         with Session(config, world, Startup()) as session:
             for step, loss in enumerate(clean_curve(0, FULL_WINDOWS, "normal").losses):
                 session.watch.judge(Observation(step, loss, 1.0 + 0.1 * loss))
@@ -112,7 +113,6 @@ def measure(overrides: Sequence[str], blocks: int, clock: Clock = "wall") -> Mea
             kinds = {"bare": arms.bare, "watched": arms.watched, "probed": arms.probed}
             seconds = interleave(kinds, blocks=blocks, device=world.device, clock=clock)
             about = environment(world.device)
-        distributed.stop()
     every = config.stability.probe_every
     step = statistics.median(seconds["bare"])
     judge, line, report = (statistics.median(arms.seconds[name][1:]) for name in ("judge", "line", "report"))

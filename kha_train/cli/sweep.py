@@ -88,11 +88,11 @@ def _run_here(
     directory: Path, points: list[Point], equal: sweep.Equal, processes: int, retry_failed: bool, quiet: bool
 ) -> Started:
     """Raises KhaError when a point failed; the others are trained all the same."""
-    for point in points:
-        validate_batch(compose(point.overrides), processes)
     sweep.check_against_runs(points)
     standing = sweep.statuses(points)
     start = sweep.missing(points, standing, retry_failed)
+    for point in start:
+        validate_batch(compose(point.overrides), processes)
     sweep.save_sweep(directory, points, equal)
     console = Console(stderr=True)
     with Live(console=console, auto_refresh=False) as live:

@@ -62,8 +62,8 @@ class Cache:
     def expect(self, reads: Iterable[tuple[str, int]]) -> list[str]:
         """All reads (block, bytes of the block) that are known to come, in their order.
 
-        Returns the blocks to fetch ahead, the next one first: as many as fill half of the cache, so that none drives
-        out one that is needed sooner. A touch tells other processes of this node.
+        Returns the blocks to fetch ahead, the next one first: as many as fill half of the cache, so that this reader's
+        own drive out none that it needs sooner. A touch tells other readers of this node.
         """
         upcoming: Counter[str] = Counter()
         room = self._limit // 2
@@ -116,8 +116,8 @@ class Cache:
                 with open(self.directory / ".lock", "a+b") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX)
                     held = self._make_room(len(data), name, _recorded(lock))
-                    os.replace(own, self.directory / name)
                     _record(lock, held + len(data))
+                    os.replace(own, self.directory / name)
                 part.unlink(missing_ok=True)
                 return True
         except OSError as error:

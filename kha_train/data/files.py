@@ -114,7 +114,8 @@ class MappedFiles(Files):
 
     def _map(self, name: str) -> memoryview:
         try:
-            self._maps[name] = memoryview(mmap.mmap(self._descriptor(name), 0, access=mmap.ACCESS_READ))
+            with self._lock:
+                self._maps[name] = memoryview(mmap.mmap(self._descriptor(name), 0, access=mmap.ACCESS_READ))
         except (OSError, ValueError) as error:
             raise DataError(f"cannot be mapped: {error}", field=self.path(name), fix="data.reader=pread") from error
         return self._maps[name]

@@ -29,8 +29,10 @@ from kha_train.data.skipping import Window, merged, numbers_past
 from kha_train.data.sources import Rows, Samples, open_rows, open_samples, open_shards
 from kha_train.errors import ConfigError, DataError, KhaError
 
-_PLANNED_ROWS, _READ_ROWS = 512, 32
-"""So many rows are planned, and so many read at once where steps are small: a call has a fixed price."""
+_PLANNED_ROWS = 512
+"""So many rows are planned at once, for a call has a fixed price."""
+_READ_ROWS = 32
+"""So many rows are read at once where steps are small."""
 
 
 class _Plan(NamedTuple):

@@ -17,10 +17,10 @@ def to_device(tensor: Tensor, device: Any) -> Tensor:
 
 
 def use_tensor_cores(dtype: torch.dtype) -> None:
-    """Let a process whose parameters are bf16 multiply in TF32 where it multiplies in fp32: folds and router scores are
-    products of bf16 numbers, which TF32 holds whole, with sums in fp32."""
-    if dtype == torch.bfloat16:
-        torch.set_float32_matmul_precision("high")
+    """Let a process whose parameters are bf16, and no other, multiply in TF32 where it multiplies in fp32: folds and
+    router scores are products of bf16 numbers, which TF32 holds whole, with sums in fp32. The gradient of router scores
+    is rounded."""
+    torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else "highest")
 
 
 def spare_the_compiler(function: Callable[..., Any]) -> None:

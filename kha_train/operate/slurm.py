@@ -34,9 +34,9 @@ from kha_train.record.files import read_json, write_json
 
 VALUE = re.compile(r"[A-Za-z0-9_.:/=@,%+-]+")
 OPTION = re.compile(r"[a-z][a-z-]*")
-OURS = ("array", "job-name", "output", "error", "open-mode", "requeue", "no-requeue", "wrap", "parsable", "export")
+OURS = ("array", "nodes", "gpus-per-node", "job-name", "output", "error", "open-mode", "requeue", "no-requeue", "wrap")
+OURS += ("parsable", "export")
 """Options that a sweep's protocol stands on."""
-SITE_NPROC = re.compile(r"^\s*(?:export\s+)?KHA_NPROC=(\S*)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,10 @@ def check_batches(points: Sequence[Point], options: JobOptions) -> None:
 def _ranks_per_node(options: JobOptions) -> int | None:
     """As `ranks_per_node` of lib.sh: KHA_NPROC, else the GPUs; None where neither is known before the job starts."""
     told = os.environ.get("KHA_NPROC", "")
-    if options.site and Path(options.site).is_file():
-        told = ([told] + SITE_NPROC.findall(Path(options.site).read_text(encoding="utf-8")))[-1]
-    if told:
-        return int(told) if told.isdecimal() and int(told) else None
-    return options.gpus_per_node or None
+    if options.site:
+        ask = ["bash", "-c", 'source "$1" >&2; printf %s "${KHA_NPROC:-}"', "site", str(Path(options.site).resolve())]
+        told = subprocess.run(ask, capture_output=True, text=True, check=False).stdout
+    return int(told) if told.isdecimal() and int(told) else options.gpus_per_node or None
 
 
 def points_document(points: Sequence[Point]) -> dict[str, object]:
@@ -140,12 +139,12 @@ def start_missing(
 
     Raises ConfigError for a point whose directory holds another run, and as `check_batches` and `submit` do.
     """
-    check_batches(points, options)
     check_against_runs(points)
     before = load_sweep(directory)
     elements = waiting_elements() if before and before["submissions"] else set()
     standing = statuses(points, queued_labels(before, elements))
     start = missing(points, standing, retry_failed)
+    check_batches(start, options)
     save_sweep(directory, points, equal)
     return Started(submit(directory, start, options) if start else None, start, standing)
 

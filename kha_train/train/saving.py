@@ -15,9 +15,9 @@ from kha_train.checkpoint.host_buffers import HostBuffers
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.retention import Keep, prune
 from kha_train.config.schema import RunConfig
-from kha_train.distributed import World
+from kha_train.distributed import World, is_known_to_all
 from kha_train.engine.deepspeed import Engine
-from kha_train.errors import CheckpointError, CorruptionError, DivergedError, KhaError, MachineError
+from kha_train.errors import CheckpointError, CorruptionError, MachineError
 from kha_train.train import resume
 from kha_train.train.memory import as_memory_error
 
@@ -104,8 +104,7 @@ class Saver:
     def leave(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """At the end of the attempt: no save is left half done, unless this rank fails alone (others may be gone) or
         what was saved is in doubt."""
-        together = isinstance(error, DivergedError) or (isinstance(error, KhaError) and error.agreed)
-        if error is None or (together and not isinstance(error, CorruptionError)):
+        if error is None or (is_known_to_all(error) and not isinstance(error, CorruptionError)):
             self._settle(self._writer.wait, final=True)
         else:
             self._writer.abandon()

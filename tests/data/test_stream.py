@@ -153,6 +153,19 @@ def test_a_skip_window_is_jumped_and_the_rest_stays_as_it_was(dataset: Path, mak
     assert next(opened).samples_B.tolist() == batch.samples_B.tolist(), "a rewind jumps the window again"
 
 
+def test_small_steps_that_are_read_together_are_those_read_alone(dataset: Path, make_config) -> None:
+    config = make_config(dataset, batch=2)
+    opened = stream.open_stream(config)
+    for number in range(40):
+        if number == 18:
+            opened.samples_seen = 6
+        if number == 29:
+            opened.skip_windows = [(opened.samples_seen + 1, opened.samples_seen + 5)]
+        alone = stream.open_stream(config, samples_seen=opened.samples_seen, skip_windows=opened.skip_windows)
+        assert joined([next(opened)]) == joined([next(alone)])
+        assert opened.samples_seen == alone.samples_seen
+
+
 @pytest.mark.parametrize("prefetch", [1, 3])
 def test_reading_ahead_changes_no_batch(dataset: Path, make_config, prefetch: int) -> None:
     plain, ahead = (stream.open_stream(make_config(dataset, prefetch=n)) for n in (0, prefetch))

@@ -38,9 +38,9 @@ def test_its_groups_wait_as_long_as_the_settings_say(small: list[str], monkeypat
     )
     world = distributed.start("cpu", 60.0)
     engine = Engine(compose([*small, "engine.collective_timeout_seconds=77"]), world)
-    assert given and set(given) == {timedelta(seconds=77)}
     engine.close()
     leave_world()
+    assert given and set(given) == {timedelta(seconds=77)}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

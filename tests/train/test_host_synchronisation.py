@@ -19,6 +19,7 @@ from kha_train import distributed
 from kha_train.config.compose import compose
 from kha_train.data.stream import open_stream
 from kha_train.engine.deepspeed import Engine, leave_world
+from kha_train.train.evaluate import evaluate
 from kha_train.train.session import Session
 from kha_train.train.step import next_batch, train_step
 
@@ -103,6 +104,24 @@ def test_a_step_asks_the_device_once(engine: Engine, monkeypatch: pytest.MonkeyP
     assert not {place: n for place, n in waits.count.items() if place != "deepspeed"}
     host = (result.load_LE, result.bias_LE)
     assert all(tensor.device.type == "cpu" for tensor in host)
+
+
+@pytest.mark.parametrize("engine", CASES[:1], ids=["gqa"], indirect=True)
+def test_validation_reads_no_loss_before_its_end(engine: Engine) -> None:
+    """Labels and bytes are the host's own; a loss is the device's, and is read with the sum of all."""
+    read: list[torch.dtype] = []
+
+    class Numbers(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ == "_local_scalar_dense":
+                read.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    batch, _ = next_batch(open_stream(engine.config), engine.world)
+    sizes_V = torch.ones(engine.config.model.vocab_size, dtype=torch.int64)
+    with Numbers():
+        found = evaluate(engine, batch.micro_batches(2), sizes_V)
+    assert found.loss > 0 and not [dtype for dtype in read if dtype.is_floating_point]
 
 
 @pytest.mark.gpu
