@@ -29,7 +29,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NOT_CONTENT = ("content_id", "tool")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileEntry:
     """One file beside the manifest: its bare name, size in bytes and SHA-256."""
 
@@ -38,7 +38,7 @@ class FileEntry:
     sha256: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardEntry:
     """One shard: its three files and what they hold. `text_bytes` are the UTF-8 bytes its tokens stand for.
 

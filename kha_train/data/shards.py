@@ -1,8 +1,9 @@
 """Reading datasets of format version 1, and noticing when they are not what their manifest says.
 
-At open, cheap: the manifest and the size of every file. At the first touch of a shard: SHA-256 of its checksums. At the
-first touch of a 64 KiB block of tokens or document ends: its CRC-32; one bit a block of tokens remembers. At every
-read: the length, and the largest id. A fault is a DataError that names shard, offset, expected and found.
+At open, cheap: the manifest and the size of every file. At the first need of a shard's checksums or document ends: the
+SHA-256 of its checksums. At the first touch of a 64 KiB block of either: its CRC-32; one bit a block of tokens
+remembers. At every read: the length, and the largest id. A fault is a DataError that names shard, offset, expected and
+found.
 """
 
 # N rows  L tokens of a row
@@ -15,6 +16,7 @@ import stat
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -37,19 +39,29 @@ class _Shard:
     def __init__(self, index: int, entry: ShardEntry, files: Files, dtype: np.dtype, check_crc: bool) -> None:
         self.entry, self._index, self._files, self._check_crc = entry, index, files, check_crc
         self._tok, self._offset, self._width, self._dtype = entry.tok.file, entry.tok_offset, dtype.itemsize, dtype
-        blocks = -(-entry.tok.bytes // CRC_BLOCK_BYTES)
-        self._checked = bytearray(-(-blocks // 8) if check_crc else 0)
-        data = files.read(entry.crc.file, 0, entry.crc.bytes)
-        self._compare(entry.crc, hashlib.sha256(data).hexdigest())
-        ends_blocks = -(-entry.documents // ENDS_PER_BLOCK)
-        # The checksums themselves stay in their file: terabytes of tokens have hundreds of megabytes of them.
-        self._first_ends_block = blocks
-        self._last_ends = np.frombuffer(data, dtype="<i8", offset=4 * (blocks + ends_blocks)).astype(np.int64)
-        if int(self._last_ends[-1]) != entry.tokens:
+        self._blocks = -(-entry.tok.bytes // CRC_BLOCK_BYTES)
+        self._checked = bytearray(-(-self._blocks // 8) if check_crc else 0)
+
+    @cached_property
+    def _checksums(self) -> tuple[str, np.ndarray]:
+        """The file of checksums, found to be what the manifest says, and the last document end of each block of ends.
+
+        The checksums themselves stay in their file: terabytes of tokens have hundreds of megabytes of them.
+        """
+        crc, ends_blocks = self.entry.crc, -(-self.entry.documents // ENDS_PER_BLOCK)
+        data = self._files.read(crc.file, 0, crc.bytes)
+        self._compare(crc, hashlib.sha256(data).hexdigest())
+        last_ends = np.frombuffer(data, dtype="<i8", offset=4 * (self._blocks + ends_blocks)).astype(np.int64)
+        if int(last_ends[-1]) != self.entry.tokens:
             raise DataError(
-                f"the last document ends at token {self._last_ends[-1]}, the manifest has {entry.tokens} tokens",
-                field=files.path(entry.crc.file),
+                f"the last document ends at token {last_ends[-1]}, the manifest has {self.entry.tokens} tokens",
+                field=self._files.path(crc.file),
             )
+        return crc.file, last_ends
+
+    @property
+    def _last_ends(self) -> np.ndarray:
+        return self._checksums[1]
 
     def check_blocks(self, start: int, count: int) -> None:
         """Compare the blocks of ids [start, start + count) that nobody has compared yet with their checksums."""
@@ -113,7 +125,7 @@ class _Shard:
         _, first, _ = place = self._ends_block(block)
         data = self._files.read(*place)
         if check_crc:
-            self._compare_crc(self.entry.doc, first, zlib.crc32(data), self._first_ends_block + block)
+            self._compare_crc(self.entry.doc, first, zlib.crc32(data), self._blocks + block)
         ends = np.frombuffer(data, dtype="<i8").astype(np.int64)
         previous = int(self._last_ends[block - 1]) if block else 0
         falls = np.flatnonzero(np.diff(ends, prepend=previous) <= 0)
@@ -160,7 +172,8 @@ class _Shard:
         self._checked[block >> 3] |= 1 << (block & 7)
 
     def _compare_crc(self, entry: FileEntry, offset: int, found: int, number: int) -> None:
-        expected = int.from_bytes(self._files.read(self.entry.crc.file, 4 * number, 4), "little")
+        checksums, _ = self._checksums
+        expected = int.from_bytes(self._files.read(checksums, 4 * number, 4), "little")
         if found != expected:
             raise DataError(
                 f"offset {offset}: expected CRC-32 {expected:08x}, found {found:08x}: this block was changed",
@@ -284,8 +297,7 @@ class ShardSet:
     def expect(self, shards_N: np.ndarray, starts_N: np.ndarray, lengths_N: np.ndarray, *, ends: bool) -> None:
         """All reads that are known to come, in their order: ids from `starts_N[j]` on in shard `shards_N[j]`, and with
         `ends` the document ends among them before. Raises DataError when checksums are damaged."""
-        entries = self.manifest.shards
-        fresh = [entries[index].crc for index in np.unique(shards_N).tolist() if index not in self._shards]
+        fresh = [self.manifest.shards[i].crc for i in np.unique(shards_N).tolist() if i not in self._shards]
         if fresh:
             self._files.expect((*((entry.file, 0, entry.bytes) for entry in fresh), *self._expected))
         shards = [self._shard(index) for index in shards_N.tolist()]
