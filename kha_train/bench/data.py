@@ -2,11 +2,11 @@
 
 Peers live in an environment of their own, made once under a cache directory, its torch held to ours. All read the same
 200 M random uint16 tokens in lognormal documents (mean 835) from warm local files, one process, one thread, rows of
-4096, batches of 8, int64, shuffled. Loaders run one after another, `rounds` times over, so that a busy machine is busy
-for all. A figure is the median of the rounds; speeds are of the second pass over the tokens, and of the first one, when
-a process meets each page of a mapped file for the first time. `cast` is no loader: it reads in order and widens. The
-same work is: shuffled rows as int64 tensors, no document borders, no integrity checks; what ours does besides stands
-below it. Memory and seeking of ours are also told at a billion rows, of sparse files that hold zeros.
+4096, batches of a few rows, int64, shuffled. Loaders run one after another, `rounds` times over, so that a busy machine
+is busy for all. A figure is the median of the rounds; speeds are of the second pass over the tokens, and of the first
+one, when a process meets each page of a mapped file for the first time. `cast` is no loader: it reads in order and
+widens. The same work is: shuffled rows as int64 tensors, no document borders, no integrity checks; what ours does
+besides stands below it. Memory and seeking of ours are also told at a billion rows, of sparse files that hold zeros.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from kha_train.data.shards import ShardSet
 from kha_train.data.writer import prepare, publish_dataset, write_shard
 from kha_train.errors import KhaError
 
-VOCAB, SHARDS, BATCH, SEQ_LEN = 50_304, 8, 8, 4096
+VOCAB, SHARDS, SEQ_LEN = 50_304, 8, 4096
 MEAN_DOCUMENT = 835
-HUGE_ROWS, TRILLIONTH = 10**9, 10**12 // BATCH
+HUGE_ROWS, NEAR, FAR = 10**9, 24_000, 10**12
 _PACKAGES = (
     ("datatrove",),
     ("litdata",),
@@ -58,11 +58,10 @@ OURS: dict[str, dict[str, Any]] = {
 
 
 def run_bench(
-    cache: Path, *, tokens: int, rounds: int, cpu_seconds: float, say: Callable[[str], None]
+    cache: Path, *, tokens: int, batch: int, rounds: int, cpu_seconds: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Measure every loader; returns the median figures by loader, and why a peer is missing where one is.
-
-    Raises KhaError when our own loader fails.
+    """Measure every loader by batches of `batch` rows; returns the median figures by loader, and why a peer is missing
+    where one is. Raises KhaError when our own loader fails.
     """
     root = cache / f"tokens-{tokens}"
     if not _is_whole(root / "ours"):
@@ -71,14 +70,14 @@ def run_bench(
         write_tokens(root, tokens)
     say("installing peers into an environment of their own (once)")
     python = install_peers(cache / f"peers-torch-{version('torch')}", say)
-    protocol = environment(torch.device("cpu"))
-    protocol |= {"tokens": tokens, "rounds": rounds, "cpu_seconds": cpu_seconds, "peers": _peer_versions(python)}
+    amount = {"tokens": tokens, "batch": batch, "cpu_seconds": cpu_seconds}
+    protocol = environment(torch.device("cpu")) | amount | {"rounds": rounds, "peers": _peer_versions(python)}
     found: dict[str, list[dict[str, Any]]] = {}
     missing: dict[str, str] = {}
     ours, theirs = {"cast": {}, **OURS}, {peer: {} for peer in PEERS}
     for peer in PEERS:
         say(f"preparing {peer}")
-        ended = _run(python, _request(root, peer, {}, tokens, cpu_seconds, only_prepare=True))
+        ended = _run(python, _request(root, peer, {}, **amount, only_prepare=True))
         if isinstance(ended, str):
             missing[peer] = ended
     for number in range(rounds):
@@ -87,9 +86,7 @@ def run_bench(
                 continue
             say(f"round {number + 1} of {rounds}: {name}")
             loader = "ours" if name in OURS else name
-            ended = _run(
-                sys.executable if name in ours else python, _request(root, loader, options, tokens, cpu_seconds)
-            )
+            ended = _run(sys.executable if name in ours else python, _request(root, loader, options, **amount))
             if not isinstance(ended, str):
                 found.setdefault(name, []).append(ended)
             elif name in ours:
@@ -97,10 +94,15 @@ def run_bench(
             else:
                 missing[name] = ended
     figures = {name: _median(runs) for name, runs in found.items()}
-    return {"loaders": figures, "huge": _at_a_billion_rows(cache, rounds), "missing": missing, "protocol": protocol}
+    return {
+        "loaders": figures,
+        "huge": _at_a_billion_rows(cache, batch, rounds),
+        "missing": missing,
+        "protocol": protocol,
+    }
 
 
-def _at_a_billion_rows(cache: Path, rounds: int) -> dict[str, Any]:
+def _at_a_billion_rows(cache: Path, batch: int, rounds: int) -> dict[str, Any]:
     """Private memory and time to seek of ours. Raises KhaError when it fails."""
     root = cache / "sparse"
     if not _is_whole(root / "ours"):
@@ -108,7 +110,8 @@ def _at_a_billion_rows(cache: Path, rounds: int) -> dict[str, Any]:
         write_sparse(root)
     found = []
     for _ in range(rounds):
-        ended = _run(sys.executable, _request(root, "ours", _PLAIN, HUGE_ROWS * SEQ_LEN, 0.05))
+        amount = {"tokens": HUGE_ROWS * SEQ_LEN, "batch": batch, "cpu_seconds": 0.05}
+        ended = _run(sys.executable, _request(root, "ours", _PLAIN, **amount))
         if isinstance(ended, str):
             raise KhaError(f"the loader failed: {ended}", field="a billion rows")
         found.append(ended)
@@ -126,16 +129,23 @@ def _is_whole(directory: Path) -> bool:
 
 
 def _request(
-    root: Path, loader: str, options: dict[str, Any], tokens: int, cpu_seconds: float, *, only_prepare: bool = False
+    root: Path,
+    loader: str,
+    options: dict[str, Any],
+    *,
+    tokens: int,
+    batch: int,
+    cpu_seconds: float,
+    only_prepare: bool = False,
 ) -> dict[str, Any]:
     return {
         "loader": loader,
         "root": str(root),
-        "shape": {"B": BATCH, "L": SEQ_LEN, "vocab": VOCAB},
+        "shape": {"B": batch, "L": SEQ_LEN, "vocab": VOCAB},
         "options": options,
         "tokens": tokens,
         "cpu_seconds": cpu_seconds,
-        "seek": [3000, TRILLIONTH] if loader == "ours" else [3000],
+        "seek": [sample // batch for sample in ((NEAR, FAR) if loader == "ours" else (NEAR,))],
         "only_prepare": only_prepare,
         "started": time.time(),
     }
@@ -235,10 +245,11 @@ def format_table(result: dict[str, Any]) -> str:
     seek = " and ".join(f"{ms:.2f}" for ms in huge["seek_ms"])
     lines.append(
         f"ours at {huge['rows']:,} rows: {huge['private_mb']:.1f} MB over importing torch, "
-        f"{seek} ms to seek to step 3000 and to sample 1e12"
+        f"{seek} ms to seek to samples {NEAR:,} and {FAR:,}"
     )
     about = result["protocol"]
-    lines.append(f"{told(about)}; {about['rounds']} rounds of at most {about['cpu_seconds']} CPU seconds")
+    how = f"batches of {about['batch']} rows, {about['rounds']} rounds of at most {about['cpu_seconds']} CPU seconds"
+    lines.append(f"{told(about)}; {how}")
     lines.append("peers: " + ", ".join(f"{name} {found}" for name, found in about["peers"].items()))
     return "\n".join([*lines, *(f"{name}: not measured: {why}" for name, why in result["missing"].items())])
 

@@ -214,17 +214,19 @@ def data(
         "~/.cache/kha_train/bench"
     ),
     tokens: Annotated[int, typer.Option(min=10_000_000, help="Tokens to read.")] = 200_000_000,
+    batch: Annotated[int, typer.Option(min=1, max=256, help="Rows of a batch.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, help="How often each loader runs, in turn.")] = 3,
     cpu_seconds: Annotated[float, typer.Option(help="The most CPU time of one run, after warming up.")] = 3.0,
     as_json: Json = False,
 ) -> None:
-    """Token loaders, ours and the peers that install: tokens a CPU-second, start, memory, seek to step 3000 (ours: and
-    to sample 1e12)."""
+    """Token loaders, ours and the peers that install: tokens a CPU-second, start, memory, seek to sample 24,000 (ours:
+    and to 1e12)."""
     from kha_train.bench import data as bench
 
     result = bench.run_bench(
         cache.expanduser(),
         tokens=tokens,
+        batch=batch,
         rounds=rounds,
         cpu_seconds=cpu_seconds,
         say=lambda text: typer.echo(text, err=True),
