@@ -17,11 +17,11 @@ from kha_train.train.watchdog import Watchdog
 
 folder, beats, others, alive = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]
 world = World(0, 1, life="now")
-with Watchdog(folder, world, 0.8) as watchdog:
+with Watchdog(folder, world, 3.0) as watchdog:
     object.__setattr__(world, "size", 1 + len(others))
     for step in range(beats):
         watchdog.beat(step + 1, "training")
-    for moment in range(40):
+    for moment in range(70):
         for number, beat in enumerate(others, start=1):
             moves = {"moves": moment if alive == "neighbour" else 7}
             text = json.dumps({"rank": number, "life": "now", **moves, **beat})
@@ -33,8 +33,8 @@ with Watchdog(folder, world, 0.8) as watchdog:
 
 
 def watched(folder: Path, beats: int, *others: dict, alive: str = "nobody") -> subprocess.CompletedProcess:
-    """A process that beats so often and then does nothing for four seconds, `alive` or not, beside ranks that have
-    written `others`; its patience is 0.8 s."""
+    """A process that beats so often and then does nothing for seven seconds, `alive` or not, beside ranks that have
+    written `others`. Its patience is 3 s: a busy machine may well keep a process waiting for one."""
     command = [sys.executable, "-c", PROGRAM, str(folder), str(beats), json.dumps(others), alive]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
 
