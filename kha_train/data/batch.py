@@ -47,7 +47,8 @@ class Batch:
         """int64: counted from the start of the segment."""
         borders_S = self.layout.borders_S
         starts = np.repeat(borders_S[:-1], np.diff(borders_S))
-        return torch.from_numpy((np.arange(len(starts)) - starts).reshape(len(self.rows_BW), -1))
+        positions = np.subtract(np.arange(len(starts)), starts, out=starts)
+        return torch.from_numpy(positions.reshape(len(self.rows_BW), -1))
 
     @cached_property
     def cu_seqlens_S(self) -> torch.Tensor:

@@ -19,6 +19,7 @@ import numpy as np
 from kha_train.data.canonical import canonical_sha256
 from kha_train.data.kept import kept_arrays
 from kha_train.data.packing import Layout
+from kha_train.data.ragged import runs, sums_before
 from kha_train.data.shards import ShardSet
 
 ALGORITHM = "best-fit-decreasing-1"
@@ -44,34 +45,44 @@ class BestFitRows:
     def layout(self, rows_N: np.ndarray) -> Layout:
         """Borders and masked labels: the last token of a document and padding predict nothing."""
         T = self.seq_len
-        row_ends = np.arange(len(rows_N) + 1, dtype=np.int64) * T
-        borders, masked = [row_ends], []
-        for j, row in enumerate(rows_N.tolist()):
-            pieces = slice(self._offsets[row], self._offsets[row + 1])
-            ends = j * T + np.cumsum(self._lengths[pieces])
-            borders.append(ends)
-            masked += [ends[self._closed[pieces] == 1] - 1, np.arange(ends[-1], (j + 1) * T)]
-        masked_M = np.concatenate(masked) if masked else np.empty(0, dtype=np.int64)
-        return Layout(np.unique(np.concatenate(borders)), masked_M)
+        pieces_P, counts_N = self._pieces_of(rows_N)
+        row_starts = np.arange(len(rows_N) + 1, dtype=np.int64) * T
+        ends_P, filled_N = self._laid_out(pieces_P, counts_N)
+        ends_P += np.repeat(row_starts[:-1], counts_N)
+        padding_M = runs(row_starts[:-1] + filled_N, T - filled_N)
+        masked_M = np.concatenate((ends_P[self._closed[pieces_P] == 1] - 1, padding_M))
+        return Layout(np.unique(np.concatenate((row_starts, ends_P))), np.sort(masked_M, kind="stable"))
 
     def expect(self, rows_N: np.ndarray) -> None:
         """All rows that are known to be read, in their order."""
-        counts = self._offsets[rows_N + 1] - self._offsets[rows_N]
-        pieces = np.arange(int(counts.sum())) + np.repeat(self._offsets[rows_N] - np.cumsum(counts) + counts, counts)
-        shards_P = np.repeat(self._shard_of_row[rows_N], counts)
-        self.shards.expect(shards_P, self._starts[pieces], self._lengths[pieces], ends=False)
+        pieces_P, counts_N = self._pieces_of(rows_N)
+        shards_P = np.repeat(self._shard_of_row[rows_N], counts_N)
+        self.shards.expect(shards_P, self._starts[pieces_P], self._lengths[pieces_P], ends=False)
 
     def read(self, rows_N: np.ndarray) -> np.ndarray:
         """The ids of rows, [N, T + 1] in the dataset's dtype, padding 0. Raises DataError when they are damaged."""
+        pieces_P, counts_N = self._pieces_of(rows_N)
+        # A document that goes on fills its row, and brings the label of its last token.
+        lengths_P = self._lengths[pieces_P] + (1 - self._closed[pieces_P])
+        shards_P = np.repeat(self._shard_of_row[rows_N], counts_N)
+        ids = self.shards.gather(shards_P, self._starts[pieces_P], lengths_P)
         rows_NW = np.zeros((len(rows_N), self.seq_len + 1), dtype=self.shards.dtype)
-        for row_W, row in zip(rows_NW, rows_N.tolist(), strict=True):
-            at, shard = 0, int(self._shard_of_row[row])
-            for piece in range(self._offsets[row], self._offsets[row + 1]):
-                # A piece of a document that goes on brings the label of its last token.
-                count = int(self._lengths[piece]) + (0 if self._closed[piece] else 1)
-                row_W[at : at + count] = self.shards.read(shard, int(self._starts[piece]), count)
-                at += int(self._lengths[piece])
+        bounds = sums_before(lengths_P)[sums_before(counts_N)].tolist()
+        for row_W, first, last in zip(rows_NW, bounds, bounds[1:], strict=False):
+            row_W[: last - first] = ids[first:last]
         return rows_NW
+
+    def _pieces_of(self, rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The pieces of rows, row by row, and how many each has."""
+        first_N = self._offsets[rows_N]
+        counts_N = self._offsets[rows_N + 1] - first_N
+        return runs(first_N, counts_N), counts_N
+
+    def _laid_out(self, pieces_P: np.ndarray, counts_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where each piece ends in its row, and how many tokens each row holds."""
+        sums = sums_before(self._lengths[pieces_P])
+        before_N = sums[sums_before(counts_N)]
+        return sums[1:] - np.repeat(before_N[:-1], counts_N), np.diff(before_N)
 
 
 def _table(shards: ShardSet, T: int) -> dict[str, np.ndarray]:
@@ -111,22 +122,39 @@ def _cut(lengths: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 def _fill(sizes: np.ndarray, T: int) -> np.ndarray:
     """The row of each piece, sizes descending: the row with the least sufficient room, the one that got it
-    last among equals, a new one when none has room."""
+    last among equals, a new one when none has room.
+
+    Pieces of one size are laid together. The row with the least sufficient room takes as many of them as fit, for what
+    it has left then is less than any other row that still holds one; so the work grows with the number of sizes.
+    """
     room: list[list[int]] = [[] for _ in range(T + 1)]
     has_room = 0  # bit r: a row with exactly r places left
-    rows = np.empty(len(sizes), dtype=np.int64)
-    opened = 0
-    for piece, size in enumerate(sizes.tolist()):
-        fitting = has_room >> size
-        if fitting:
-            left = size + (fitting & -fitting).bit_length() - 1
-            row = room[left].pop()
-            if not room[left]:
-                has_room &= ~(1 << left)
-        else:
-            row, left, opened = opened, T, opened + 1
-        rows[piece] = row
-        if left > size:
-            room[left - size].append(row)
-            has_room |= 1 << (left - size)
-    return rows
+    parts, opened = [np.empty(0, dtype=np.int64)], 0
+    for size, count in zip(*_counted(sizes), strict=True):
+        while count:
+            fitting = has_room >> size
+            left = size + (fitting & -fitting).bit_length() - 1 if fitting else T
+            each = left // size
+            wanted = -(-count // each)
+            if fitting:
+                taken = room[left][: -wanted - 1 : -1]
+                del room[left][-wanted:]
+                has_room &= ~(0 if room[left] else 1 << left)
+            else:
+                taken = list(range(opened, opened + wanted))
+                opened += wanted
+            laid = min(count, each * len(taken))
+            parts.append(np.repeat(taken, each)[:laid])
+            count -= laid
+            in_last = laid - each * (len(taken) - 1)
+            for rows, rest in ((taken[:-1], left - each * size), (taken[-1:], left - in_last * size)):
+                if rows and rest:
+                    room[rest] += rows
+                    has_room |= 1 << rest
+    return np.concatenate(parts)
+
+
+def _counted(sizes: np.ndarray) -> tuple[list[int], list[int]]:
+    """The sizes of descending `sizes`, each once, and how often each comes."""
+    values, counts = np.unique(sizes, return_counts=True)
+    return values[::-1].tolist(), counts[::-1].tolist()

@@ -26,14 +26,18 @@ class Layout(NamedTuple):
 
     def parts(self, size: int, T: int) -> Iterator[Layout]:
         """The layouts of `size` rows after `size` rows, each by itself; the last part may be smaller."""
-        places = np.append(np.arange(0, self.borders_S[-1], size * T), self.borders_S[-1])
+        total = int(self.borders_S[-1])
+        if (len(self.borders_S) - 1) * T == total and not len(self.masked_M):
+            # Rows that are one segment each: every part looks like the beginning.
+            for first in range(0, total, size * T):
+                yield Layout(self.borders_S[: min(size * T, total - first) // T + 1], self.masked_M)
+            return
+        places = np.append(np.arange(0, total, size * T), total)
         starts = np.searchsorted(self.masked_M, places).tolist()
         borders, places = np.searchsorted(self.borders_S, places).tolist(), places.tolist()
         for i, place in enumerate(places[:-1]):
             masked_M = self.masked_M[starts[i] : starts[i + 1]]
-            yield Layout(
-                self.borders_S[borders[i] : borders[i + 1] + 1] - place, masked_M - place if len(masked_M) else masked_M
-            )
+            yield Layout(self.borders_S[borders[i] : borders[i + 1] + 1] - place, masked_M - place)
 
 
 class RowGrid:
@@ -69,7 +73,9 @@ class ConcatRows:
         if not self._isolate:
             return Layout(row_ends, np.empty(0, dtype=np.int64))
         ends = self.shards.ends_in_rows(*self._grid.locate(rows_N), T)
-        return Layout(np.union1d(row_ends, ends), ends - 1)
+        # Two ascending runs: a stable sort merges them.
+        borders = np.sort(np.concatenate((row_ends, ends)), kind="stable")
+        return Layout(borders[np.diff(borders, prepend=-1) > 0], ends - 1)
 
     def expect(self, rows_N: np.ndarray) -> None:
         """All rows that are known to be read, in their order."""
@@ -77,6 +83,5 @@ class ConcatRows:
 
     def read(self, rows_N: np.ndarray) -> np.ndarray:
         """The ids of rows, [N, T + 1] in the dataset's dtype. Raises DataError when they are damaged."""
-        rows_NW = np.empty((len(rows_N), self.seq_len + 1), dtype=self.shards.dtype)
-        self.shards.gather(*self._grid.locate(rows_N), rows_NW)
-        return rows_NW
+        W = self.seq_len + 1
+        return self.shards.gather(*self._grid.locate(rows_N), np.full(len(rows_N), W)).reshape(-1, W)

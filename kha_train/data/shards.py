@@ -6,17 +6,14 @@ remembers. At every read: the length, and the largest id. A fault is a DataError
 found.
 """
 
-# N rows  L tokens of a row
+# N rows  P pieces of any lengths
 
 from __future__ import annotations
 
 import hashlib
 import os
 import stat
-import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,186 +21,14 @@ import numpy as np
 from kha_train.data import manifest as manifests
 from kha_train.data.canonical import sha256_of_file
 from kha_train.data.files import READERS, RESTORE, Files
-from kha_train.data.manifest import CRC_BLOCK_BYTES, DTYPE_BYTES, ENDS_PER_BLOCK, FileEntry, Manifest, ShardEntry
+from kha_train.data.manifest import CRC_BLOCK_BYTES, DTYPE_BYTES, ENDS_PER_BLOCK, Manifest
+from kha_train.data.ragged import runs, sums_before
+from kha_train.data.shard import EndsCache, Shard, blocks_of
 from kha_train.errors import DataError
 
 CACHE, CACHE_GIB = "~/.cache/kha_train/data", 100.0
 _BLOCK_SHIFT = CRC_BLOCK_BYTES.bit_length() - 1
 _CHUNK_BYTES = 1 << 20
-_CACHED_ENDS_BLOCKS = 64
-
-
-class _Shard:
-    """One shard that has been touched: its checksums, which of its blocks are checked, where its documents end."""
-
-    def __init__(self, index: int, entry: ShardEntry, files: Files, dtype: np.dtype, check_crc: bool) -> None:
-        self.entry, self._index, self._files, self._check_crc = entry, index, files, check_crc
-        self._tok, self._offset, self._width, self._dtype = entry.tok.file, entry.tok_offset, dtype.itemsize, dtype
-        self._blocks = -(-entry.tok.bytes // CRC_BLOCK_BYTES)
-        self._checked = bytearray(-(-self._blocks // 8) if check_crc else 0)
-
-    @cached_property
-    def _checksums(self) -> tuple[str, np.ndarray]:
-        """The file of checksums, found to be what the manifest says, and the last document end of each block of ends.
-
-        The checksums themselves stay in their file: terabytes of tokens have hundreds of megabytes of them.
-        """
-        crc, ends_blocks = self.entry.crc, -(-self.entry.documents // ENDS_PER_BLOCK)
-        data = self._files.read(crc.file, 0, crc.bytes)
-        self._compare(crc, hashlib.sha256(data).hexdigest())
-        last_ends = np.frombuffer(data, dtype="<i8", offset=4 * (self._blocks + ends_blocks)).astype(np.int64)
-        if int(last_ends[-1]) != self.entry.tokens:
-            raise DataError(
-                f"the last document ends at token {last_ends[-1]}, the manifest has {self.entry.tokens} tokens",
-                field=self._files.path(crc.file),
-            )
-        return crc.file, last_ends
-
-    @property
-    def _last_ends(self) -> np.ndarray:
-        return self._checksums[1]
-
-    def check_blocks(self, start: int, count: int) -> None:
-        """Compare the blocks of ids [start, start + count) that nobody has compared yet with their checksums."""
-        first, last = start * self._width, (start + count) * self._width - 1
-        for block in range(first >> _BLOCK_SHIFT, (last >> _BLOCK_SHIFT) + 1):
-            if not self._checked[block >> 3] >> (block & 7) & 1:
-                self._check_block(block)
-
-    def place(self, start: int) -> tuple[str, int]:
-        """File and offset of the ids from token `start` on."""
-        return self._tok, self._offset + start * self._width
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Ids [start, start + count), checked."""
-        assert 0 <= start and count >= 0 and start + count <= self.entry.tokens, (start, count)
-        ids = np.empty(count, dtype=self._dtype)
-        if count:
-            if self._check_crc:
-                self.check_blocks(start, count)
-            self._files.read_into(*self.place(start), memoryview(ids).cast("B"))
-            self.check_largest(start, ids)
-        ids.flags.writeable = False
-        return ids
-
-    def check_largest(self, start: int, ids: np.ndarray) -> None:
-        """Raises DataError when an id is above the largest of the shard."""
-        where = int(ids.argmax())
-        if int(ids[where]) > self.entry.max_id:
-            raise DataError(
-                f"token {start + where}: expected an id of at most {self.entry.max_id}, found {int(ids[where])}",
-                field=self._files.path(self._tok),
-                fix=RESTORE,
-            )
-
-    def ends_in_rows(self, starts_N: np.ndarray, length: int, ends_of: _EndsCache) -> tuple[np.ndarray, np.ndarray]:
-        """The document ends e with start < e <= start + length of rows anywhere: (number of the row, e - start)."""
-        blocks_N = np.searchsorted(self._last_ends, starts_N, side="right")
-        numbers, ends = [], []
-        for block in np.unique(blocks_N).tolist():
-            inside = np.flatnonzero(blocks_N == block)
-            starts = starts_N[inside]
-            window = self._window(block, int(starts.max()) + length, ends_of)
-            low = np.searchsorted(window, starts, side="right")
-            counts = np.searchsorted(window, starts + length, side="right") - low
-            before = np.cumsum(counts) - counts
-            picked = np.arange(int(counts.sum())) + np.repeat(low - before, counts)
-            ends.append(window[picked] - np.repeat(starts, counts))
-            numbers.append(np.repeat(inside, counts))
-        return np.concatenate(numbers), np.concatenate(ends)
-
-    def ends_place(self, start: int) -> tuple[str, int, int]:
-        """File, offset and bytes of the document ends that begin with the first one after token `start`."""
-        return self._ends_block(int(self._last_ends.searchsorted(start, side="right")))
-
-    def _ends_block(self, block: int) -> tuple[str, int, int]:
-        first = block * CRC_BLOCK_BYTES
-        return self.entry.doc.file, first, min(CRC_BLOCK_BYTES, self.entry.doc.bytes - first)
-
-    def read_ends(self, block: int, *, check_crc: bool) -> np.ndarray:
-        """The document ends of one 64 KiB block of `.doc`, int64, checked."""
-        _, first, _ = place = self._ends_block(block)
-        data = self._files.read(*place)
-        if check_crc:
-            self._compare_crc(self.entry.doc, first, zlib.crc32(data), self._blocks + block)
-        ends = np.frombuffer(data, dtype="<i8").astype(np.int64)
-        previous = int(self._last_ends[block - 1]) if block else 0
-        falls = np.flatnonzero(np.diff(ends, prepend=previous) <= 0)
-        if falls.size or int(ends[-1]) != int(self._last_ends[block]):
-            where = int(falls[0]) if falls.size else len(ends) - 1
-            raise DataError(
-                f"document {block * ENDS_PER_BLOCK + where}: ends at token {int(ends[where])}, out of order",
-                field=self._files.path(self.entry.doc.file),
-                fix=RESTORE,
-            )
-        return ends
-
-    def verify(self) -> tuple[np.ndarray, int]:
-        """Read every byte: digests, checksums and document ends; returns the count of each id and the smallest id."""
-        counts, least = np.zeros(self.entry.max_id + 1, dtype=np.int64), self.entry.max_id
-        self._checked = bytearray(len(self._checked))
-        digest = hashlib.sha256()
-        step = _CHUNK_BYTES // self._width
-        for start in range(0, self.entry.tokens, step):
-            ids = self.read(start, min(step, self.entry.tokens - start))
-            digest.update(ids.tobytes())
-            counts += np.bincount(ids, minlength=len(counts))
-            least = min(least, int(ids.min()))
-        self._compare(self.entry.tok, digest.hexdigest())
-        digest = hashlib.sha256()
-        for block in range(len(self._last_ends)):
-            digest.update(self.read_ends(block, check_crc=True).astype("<i8").tobytes())
-        self._compare(self.entry.doc, digest.hexdigest())
-        return counts, least
-
-    def _window(self, block: int, last: int, ends_of: _EndsCache) -> np.ndarray:
-        """The ends of `block` and of as many blocks after it as it takes to reach token `last`."""
-        beyond = block + 1
-        while beyond < len(self._last_ends) and self._last_ends[beyond - 1] < last:
-            beyond += 1
-        parts = [ends_of(self, self._index, number) for number in range(block, beyond)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def _check_block(self, block: int) -> None:
-        first = block * CRC_BLOCK_BYTES
-        count = min(CRC_BLOCK_BYTES, self.entry.tok.bytes - first)
-        found = zlib.crc32(self._files.read(self._tok, self._offset + first, count))
-        self._compare_crc(self.entry.tok, first, found, block)
-        self._checked[block >> 3] |= 1 << (block & 7)
-
-    def _compare_crc(self, entry: FileEntry, offset: int, found: int, number: int) -> None:
-        checksums, _ = self._checksums
-        expected = int.from_bytes(self._files.read(checksums, 4 * number, 4), "little")
-        if found != expected:
-            raise DataError(
-                f"offset {offset}: expected CRC-32 {expected:08x}, found {found:08x}: this block was changed",
-                field=self._files.path(entry.file),
-                fix=RESTORE,
-            )
-
-    def _compare(self, entry: FileEntry, found: str) -> None:
-        if found != entry.sha256:
-            raise DataError(
-                f"expected SHA-256 {entry.sha256}, found {found}", field=self._files.path(entry.file), fix=RESTORE
-            )
-
-
-class _EndsCache:
-    """A few blocks of document ends, the least recently used one forgotten."""
-
-    def __init__(self, check_crc: bool) -> None:
-        self._check_crc = check_crc
-        self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
-
-    def __call__(self, shard: _Shard, index: int, block: int) -> np.ndarray:
-        key = (index, block)
-        if key in self._blocks:
-            self._blocks.move_to_end(key)
-            return self._blocks[key]
-        self._blocks[key] = ends = shard.read_ends(block, check_crc=self._check_crc)
-        if len(self._blocks) > _CACHED_ENDS_BLOCKS:
-            self._blocks.popitem(last=False)
-        return ends
 
 
 class ShardSet:
@@ -217,9 +42,15 @@ class ShardSet:
         self._files = files
         self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
         assert self.dtype.itemsize == DTYPE_BYTES[manifest.dtype]
-        self._smallest_maximum = min(shard.max_id for shard in manifest.shards)
-        self._shards: dict[int, _Shard] = {}
-        self._ends = _EndsCache(check_crc)
+        self._names = [shard.tok.file for shard in manifest.shards]
+        self._offsets = np.asarray([shard.tok_offset for shard in manifest.shards], dtype=np.int64)
+        self._maxima = np.asarray([shard.max_id for shard in manifest.shards], dtype=np.int64)
+        self._smallest_maximum = int(self._maxima.min())
+        self._first_tokens = sums_before(np.asarray([shard.tokens for shard in manifest.shards]))
+        self._first_blocks = sums_before(np.asarray([blocks_of(shard) for shard in manifest.shards]))
+        self._checked = _BlockBits(int(self._first_blocks[-1]) if check_crc else 0)
+        self._shards: dict[int, Shard] = {}
+        self._ends = EndsCache(check_crc)
         self._expected: tuple[tuple[str, int, int], ...] = ()
 
     @classmethod
@@ -269,25 +100,25 @@ class ShardSet:
 
     def read(self, shard: int, start: int, count: int) -> np.ndarray:
         """Ids [start, start + count) of a shard, read-only. Raises DataError when they are damaged."""
-        return self._shard(shard).read(start, count)
+        assert 0 <= start and count >= 0 and start + count <= self.manifest.shards[shard].tokens, (start, count)
+        if not count:
+            return np.empty(0, dtype=self.dtype)
+        ids = self.gather(*(np.asarray([number]) for number in (shard, start, count)))
+        ids.flags.writeable = False
+        return ids
 
-    def gather(self, shards_N: np.ndarray, starts_N: np.ndarray, out_NL: np.ndarray) -> None:
-        """Fill row j of `out_NL` with ids of shard `shards_N[j]` from `starts_N[j]` on.
+    def gather(self, shards_P: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray) -> np.ndarray:
+        """Pieces laid end to end: `lengths_P[j]` ids, at least one, of shard `shards_P[j]` from `starts_P[j]` on.
 
-        `out_NL` is contiguous and of this dataset's `dtype`. Raises DataError when they are damaged.
-        """
-        shards = [self._shards.get(index) or self._shard(index) for index in shards_N.tolist()]
-        starts = starts_N.tolist()
-        if not out_NL.size:
-            return
-        if self._check_crc:
-            for shard, start in zip(shards, starts, strict=True):
-                shard.check_blocks(start, out_NL.shape[1])
-        places = [shard.place(start) for shard, start in zip(shards, starts, strict=True)]
-        self._files.read_rows(places, out_NL[0].nbytes, memoryview(out_NL).cast("B"))
-        if np.maximum.reduce(out_NL, axis=None) > self._smallest_maximum:
-            for row_L, shard, start in zip(out_NL, shards, starts, strict=True):
-                shard.check_largest(start, row_L)
+        Raises DataError when they are damaged."""
+        width = self.dtype.itemsize
+        self._check_blocks(shards_P, starts_P, lengths_P)
+        names = [self._names[shard] for shard in shards_P.tolist()]
+        offsets = (self._offsets[shards_P] + starts_P * width).tolist()
+        ids = np.frombuffer(self._files.read_pieces(names, offsets, (lengths_P * width).tolist()), dtype=self.dtype)
+        if np.maximum.reduce(ids, initial=0) > self._smallest_maximum:
+            self._check_largest(ids, shards_P, starts_P, lengths_P)
+        return ids
 
     @property
     def looks_ahead(self) -> bool:
@@ -300,10 +131,11 @@ class ShardSet:
         fresh = [self.manifest.shards[i].crc for i in np.unique(shards_N).tolist() if i not in self._shards]
         if fresh:
             self._files.expect((*((entry.file, 0, entry.bytes) for entry in fresh), *self._expected))
-        shards = [self._shard(index) for index in shards_N.tolist()]
-        rows = list(zip(shards, starts_N.tolist(), lengths_N.tolist(), strict=True))
-        places = dict.fromkeys(shard.ends_place(start) for shard, start, _ in rows) if ends else ()
-        reads = ((*shard.place(start), length * self.dtype.itemsize) for shard, start, length in rows)
+        rows = list(zip(shards_N.tolist(), starts_N.tolist(), strict=True))
+        places = dict.fromkeys(self._shard(shard).ends_place(start) for shard, start in rows) if ends else ()
+        names = [self._names[shard] for shard, _ in rows]
+        offsets, bytes_N = self._offsets[shards_N] + starts_N * self.dtype.itemsize, lengths_N * self.dtype.itemsize
+        reads = zip(names, offsets.tolist(), bytes_N.tolist(), strict=True)
         self._expected = (*places, *reads)
         self._files.expect(self._expected)
 
@@ -311,8 +143,7 @@ class ShardSet:
         """The exclusive document ends e of a shard with start < e <= stop, int64. Raises DataError when damaged."""
         if stop <= start:
             return np.empty(0, dtype=np.int64)
-        starts_N = np.asarray([start], dtype=np.int64)
-        return self._shard(shard).ends_in_rows(starts_N, stop - start, self._ends)[1] + start
+        return self.ends_in_rows(np.asarray([shard]), np.asarray([start]), stop - start) + start
 
     def ends_in_rows(self, shards_N: np.ndarray, starts_N: np.ndarray, length: int) -> np.ndarray:
         """Where documents end in rows of `length` tokens laid end to end: ascending int64 numbers j * length + e.
@@ -320,12 +151,17 @@ class ShardSet:
         e in (0, length] is an exclusive document end relative to the first token of row j. Raises DataError when the
         ends are damaged.
         """
-        found = [np.empty(0, dtype=np.int64)]
+        near = [np.empty(0, dtype=np.int64)]
         for shard in np.unique(shards_N).tolist():
-            inside = np.flatnonzero(shards_N == shard)
-            numbers, ends = self._shard(shard).ends_in_rows(starts_N[inside], length, self._ends)
-            found.append(inside[numbers] * length + ends)
-        return np.sort(np.concatenate(found))
+            starts = np.sort(starts_N[shards_N == shard])
+            before = self._first_tokens[shard]
+            near += [ends + before for ends in self._shard(shard).ends_near(starts, length, self._ends)]
+        # Tokens counted through all shards: one search serves all rows.
+        near_ends = np.concatenate(near)
+        first_N = self._first_tokens[shards_N] + starts_N
+        low_N, high_N = (near_ends.searchsorted(places, side="right") for places in (first_N, first_N + length))
+        counts_N = high_N - low_N
+        return near_ends[runs(low_N, counts_N)] + np.repeat(np.arange(len(first_N)) * length - first_N, counts_N)
 
     def check_tokenizer(self) -> Path | None:
         """The tokenizer file beside the manifest, or None when the dataset has none (synthetic or imported ids).
@@ -355,8 +191,9 @@ class ShardSet:
         Raises DataError for any fault, the totals of the manifest included.
         """
         counts = np.zeros(self.vocab_size, dtype=np.int64)
+        self._checked = _BlockBits(int(self._first_blocks[-1]))
         for index, entry in enumerate(self.manifest.shards):
-            found, least = self._shard(index).verify()
+            found, least = self._verify(index)
             text_bytes = int(found @ self.bytes_per_id[: len(found)])
             largest = int(np.flatnonzero(found)[-1])
             expected = (entry.min_id, entry.max_id, entry.text_bytes)
@@ -378,12 +215,68 @@ class ShardSet:
             blocks = range(-(-entry.documents // ENDS_PER_BLOCK))
             yield np.diff(np.concatenate([shard.read_ends(block, check_crc=True) for block in blocks]), prepend=0)
 
-    def _shard(self, index: int) -> _Shard:
+    def _verify(self, index: int) -> tuple[np.ndarray, int]:
+        """Read every byte of a shard: checksums, digests; returns the count of each id and the smallest id."""
+        entry, shard = self.manifest.shards[index], self._shard(index)
+        counts, least = np.zeros(entry.max_id + 1, dtype=np.int64), entry.max_id
+        digest = hashlib.sha256()
+        step = _CHUNK_BYTES // self.dtype.itemsize
+        for start in range(0, entry.tokens, step):
+            ids = self.read(index, start, min(step, entry.tokens - start))
+            digest.update(ids.tobytes())
+            counts += np.bincount(ids, minlength=len(counts))
+            least = min(least, int(ids.min()))
+        shard.compare_digest(entry.tok, digest.hexdigest())
+        shard.check_ends()
+        return counts, least
+
+    def _shard(self, index: int) -> Shard:
         shard = self._shards.get(index)
         if shard is None:
-            entry = self.manifest.shards[index]
-            shard = self._shards[index] = _Shard(index, entry, self._files, self.dtype, self._check_crc)
+            shard = self._shards[index] = Shard(self.manifest.shards[index], self._files)
         return shard
+
+    def _check_blocks(self, shards_P: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray) -> None:
+        """Compare the blocks of pieces that nobody has compared yet with their checksums."""
+        if not self._check_crc:
+            return
+        before_P, width = self._first_blocks[shards_P], self.dtype.itemsize
+        first_P = before_P + (starts_P * width >> _BLOCK_SHIFT)
+        last_P = before_P + ((starts_P + lengths_P) * width - 1 >> _BLOCK_SHIFT)
+        for block in self._checked.missing(runs(first_P, last_P - first_P + 1)):
+            index = int(self._first_blocks.searchsorted(block, side="right")) - 1
+            self._shard(index).check_block(block - int(self._first_blocks[index]))
+            self._checked.add(block)
+
+    def _check_largest(
+        self, ids: np.ndarray, shards_P: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray
+    ) -> None:
+        """Raises DataError when an id is above the largest of its shard."""
+        places_P = np.cumsum(lengths_P) - lengths_P
+        largest_P, expected_P = np.maximum.reduceat(ids, places_P), self._maxima[shards_P]
+        for j in np.flatnonzero(largest_P > expected_P).tolist():
+            where = int(ids[places_P[j] : places_P[j] + lengths_P[j]].argmax())
+            raise DataError(
+                f"token {starts_P[j] + where}: expected an id of at most {expected_P[j]}, found {largest_P[j]}",
+                field=self._files.path(self._names[shards_P[j]]),
+                fix=RESTORE,
+            )
+
+
+class _BlockBits:
+    """A set of block numbers below `count`, one bit each; memory is taken as bits are set, by whole pages."""
+
+    def __init__(self, count: int) -> None:
+        self._bits = np.zeros(-(-count // 8), dtype=np.uint8)
+
+    def add(self, block: int) -> None:
+        """Put one into the set."""
+        self._bits[block >> 3] |= 1 << (block & 7)
+
+    def missing(self, blocks: np.ndarray) -> list[int]:
+        """Those that are not in the set, each once, ascending."""
+        bits = self._bits[blocks >> 3] >> (blocks & 7).astype(np.uint8) & 1
+        return np.unique(blocks[bits == 0]).tolist()
 
 
 def _check_size(path: Path, expected: int) -> None:

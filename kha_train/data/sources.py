@@ -39,6 +39,8 @@ class Samples:
 
     def __init__(self, sources: Sequence[Source], mixture: Mixture | None, seq_len: int) -> None:
         self.sources, self.mixture, self.seq_len = tuple(sources), mixture, seq_len
+        # One tokenizer, but not always one importer: the widest type holds the ids of every source.
+        self._dtype = np.result_type(*(source.rows.shards.dtype for source in self.sources))
 
     @property
     def content_id(self) -> str:
@@ -52,6 +54,11 @@ class Samples:
     def rows(self) -> int:
         """The number of rows of all sources."""
         return sum(source.rows.rows for source in self.sources)
+
+    @property
+    def row_bytes(self) -> int:
+        """What a row that was read takes."""
+        return (self.seq_len + 1) * self._dtype.itemsize
 
     def locate(self, samples_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(place of the source, row of it) of samples given in runs of neighbouring numbers, int64 both."""
@@ -99,9 +106,7 @@ class Samples:
         """The ids of located rows, [N, T + 1] as they are stored. Raises DataError when they are damaged."""
         if len(self.sources) == 1:
             return self.sources[0].rows.read(rows_N)
-        # One tokenizer, but not always one importer: the widest type holds the ids of every source.
-        dtype = np.result_type(*(source.rows.shards.dtype for source in self.sources))
-        rows_NW = np.empty((len(rows_N), self.seq_len + 1), dtype=dtype)
+        rows_NW = np.empty((len(rows_N), self.seq_len + 1), dtype=self._dtype)
         for place, source in enumerate(self.sources):
             inside = np.flatnonzero(sources_N == place)
             rows_NW[inside] = source.rows.read(rows_N[inside])

@@ -16,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -27,23 +26,25 @@ from kha_train.data.batch import Batch
 from kha_train.data.packing import Layout
 from kha_train.data.skipping import Window, merged, numbers_past
 from kha_train.data.sources import Rows, Samples, open_rows, open_samples, open_shards
-from kha_train.errors import ConfigError, DataError, KhaError
+from kha_train.errors import ConfigError, DataError
 
 _PLANNED_ROWS = 512
 """So many rows are planned at once, for a call has a fixed price."""
-_READ_ROWS = 32
-"""So many rows are read at once where steps are small."""
+_READ_BYTES = 1 << 19
+"""Small steps are read together, as many as this holds: a call has a fixed price here too, and more would not stay in
+a core's second cache until it is widened."""
 
 
-class _Plan(NamedTuple):
-    """One step of one rank, located but not read: it begins at sample `position`, the next one at `following`."""
+class _Steps(NamedTuple):
+    """Neighbouring steps of one rank that are read at once, located but not read.
 
-    position: int
-    following: int
-    samples_B: np.ndarray
-    sources_B: np.ndarray
-    rows_B: np.ndarray
-    layout: Layout
+    Step s takes samples from `positions[s]` on and ends before `positions[s + 1]`."""
+
+    positions: list[int]
+    samples_SB: np.ndarray
+    sources_SB: np.ndarray
+    rows_SB: np.ndarray
+    layouts: list[Layout]
 
 
 class TokenStream:
@@ -57,20 +58,29 @@ class TokenStream:
     """
 
     def __init__(self, samples: Samples, *, batch_size: int, rank: int, world_size: int, prefetch: int = 0) -> None:
-        self.samples, self.samples_seen = samples, 0
-        self._skip_windows: tuple[Window, ...] = ()
-        self._batch_size, self._prefetch = batch_size, prefetch
-        size = batch_size // world_size
-        self._slice = slice(rank * size, (rank + 1) * size)
-        self._most_steps, self._steps_planned, self._planned_to = max(1, _PLANNED_ROWS // size), 1, -1
-        self._plans: deque[_Plan] = deque()
-        self._read: deque[tuple[_Plan, np.ndarray]] = deque()
-        self._ahead: deque[tuple[_Plan, Future[np.ndarray]]] = deque()
-        self._reader = ThreadPoolExecutor(1, "data-prefetch") if prefetch else None
-        self._waited = 0.0
+        self.samples = samples
         self.content_id = samples.content_id
         self.samples_per_epoch = samples.rows
         self.tokens_per_epoch = samples.rows * samples.seq_len
+        self._batch_size, self._prefetch = batch_size, prefetch
+        size = batch_size // world_size
+        self._slice = slice(rank * size, (rank + 1) * size)
+        self._most_planned = max(1, _PLANNED_ROWS // size)
+        self._most_read = max(1, _READ_BYTES // (size * samples.row_bytes))
+        self._reader = ThreadPoolExecutor(1, "data-prefetch") if prefetch else None
+        self._waited = 0.0
+        self._skip_windows: tuple[Window, ...] = ()
+        self.samples_seen = 0
+
+    @property
+    def samples_seen(self) -> int:
+        """The global sample number that the next step begins with."""
+        return self._samples_seen
+
+    @samples_seen.setter
+    def samples_seen(self, number: int) -> None:
+        self._samples_seen = number
+        self._begin()
 
     @property
     def skip_windows(self) -> tuple[Window, ...]:
@@ -80,9 +90,7 @@ class TokenStream:
     @skip_windows.setter
     def skip_windows(self, windows: Iterable[Window]) -> None:
         self._skip_windows = merged(windows)
-        self._plans.clear()
-        self._read.clear()
-        self._ahead.clear()
+        self._begin()
 
     def __iter__(self) -> TokenStream:
         return self
@@ -93,75 +101,65 @@ class TokenStream:
         return seconds
 
     def __next__(self) -> Batch:
+        if not self._batches:
+            self._refill()
+        self._samples_seen, batch = self._batches.popleft()
+        return batch
+
+    def _refill(self) -> None:
         started = time.perf_counter()
         try:
-            plan, rows_BW = self._read_ahead() if self._reader else self._read_now()
+            self._batches = self._read_ahead() if self._reader else self._read(next(self._steps))
         finally:
             self._waited += time.perf_counter() - started
-        step = self.samples_seen // self._batch_size
-        self.samples_seen = plan.following
-        return Batch(step, plan.samples_B, rows_BW, plan.layout)
+            if not self._batches:
+                # A generator that was interrupted is at its end, and this stream has none.
+                self._begin()
 
-    def _read_now(self) -> tuple[_Plan, np.ndarray]:
-        if not self._read or self._read[0][0].position != self.samples_seen:
-            self._read = deque(self._read_some())
-        return self._read.popleft()
+    def _begin(self) -> None:
+        """Forget what was planned and read: the next step begins at `samples_seen`."""
+        self._steps = self._steps_from(self._samples_seen)
+        self._batches: deque[tuple[int, Batch]] = deque()
+        self._ahead: deque[tuple[int, Future[deque[tuple[int, Batch]]]]] = deque()
 
-    def _read_some(self) -> Iterator[tuple[_Plan, np.ndarray]]:
-        """The step at `samples_seen`, and steps after it where they are small."""
-        size = len(self._plan(self.samples_seen).rows_B)
-        plans = list(islice(self._plans, max(1, _READ_ROWS // size)))
-        sources_N = np.concatenate([plan.sources_B for plan in plans])
-        rows_NW = self.samples.read(sources_N, np.concatenate([plan.rows_B for plan in plans]))
-        for number, plan in enumerate(plans):
-            self._plans.popleft()
-            yield plan, rows_NW[number * size : (number + 1) * size]
+    def _read_ahead(self) -> deque[tuple[int, Batch]]:
+        """What `_read` gave for the next steps, and at least `data.prefetch` steps after them under way."""
+        while not self._ahead or sum(count for count, _ in self._ahead) - self._ahead[0][0] < self._prefetch:
+            steps = next(self._steps)
+            self._ahead.append((len(steps.layouts), self._reader.submit(self._read, steps)))
+        return self._ahead.popleft()[1].result()
 
-    def _read_ahead(self) -> tuple[_Plan, np.ndarray]:
-        """The batch at `samples_seen`, and as many steps after it under way as `data.prefetch` says."""
-        if self._ahead and self._ahead[0][0].position != self.samples_seen:
-            self._ahead.clear()
-        position = self._ahead[-1][0].following if self._ahead else self.samples_seen
-        while len(self._ahead) <= self._prefetch:
-            plan = self._plan(position)
-            self._plans.popleft()
-            self._ahead.append((plan, self._reader.submit(self.samples.read, plan.sources_B, plan.rows_B)))
-            position = plan.following
-        plan, reading = self._ahead[0]
-        try:
-            rows_BW = reading.result()
-        except KhaError:
-            self._ahead.clear()
-            raise
-        self._ahead.popleft()
-        return plan, rows_BW
+    def _read(self, steps: _Steps) -> deque[tuple[int, Batch]]:
+        """The batch of each step, and the sample number that the step after it begins with."""
+        rows_NW = self.samples.read(steps.sources_SB.reshape(-1), steps.rows_SB.reshape(-1))
+        rows_SBW = rows_NW.reshape(*steps.rows_SB.shape, -1)
+        numbers = [position // self._batch_size for position in steps.positions[:-1]]
+        batches = map(Batch, numbers, steps.samples_SB, rows_SBW, steps.layouts)
+        return deque(zip(steps.positions[1:], batches, strict=True))
 
-    def _plan(self, position: int) -> _Plan:
-        """The plan of the step that begins at `position`, at the head of `_plans`; several are made at once.
+    def _steps_from(self, position: int) -> Iterator[_Steps]:
+        """All steps from sample `position` on, for ever. The first plan is of one step, each later one of twice as
+        many: a jump answers at once."""
+        count = 1
+        while True:
+            plan = self._plan(position, count)
+            for first in range(0, count, self._most_read):
+                some = slice(first, first + self._most_read)
+                yield _Steps(plan.positions[first : some.stop + 1], *(column[some] for column in plan[1:]))
+            position, count = plan.positions[-1], min(2 * count, self._most_planned)
 
-        After a jump the first plan is of one step, each later one of twice as many: a jump answers at once.
-        """
-        if not self._plans or self._plans[0].position != position:
-            goes_on = position == self._planned_to
-            self._steps_planned = min(2 * self._steps_planned, self._most_steps) if goes_on else 1
-            self._plans = deque(self._plan_from(position))
-            self._planned_to = self._plans[-1].following
-        return self._plans[0]
-
-    def _plan_from(self, position: int) -> Iterator[_Plan]:
-        numbers_SG = self._numbers(position, self._steps_planned)
+    def _plan(self, position: int, count: int) -> _Steps:
+        """`count` steps from sample `position` on."""
+        numbers_SG = self._numbers(position, count)
+        positions = [position, *(numbers_SG[:, -1] + 1).tolist()]
         samples_SB = numbers_SG[:, self._slice]
-        following_S = (numbers_SG[:, -1] + 1).tolist()
         if self.samples.looks_ahead:
-            self._expect(samples_SB, following_S[-1])
+            self._expect(samples_SB, positions[-1])
         sources_N, rows_N = self.samples.locate(samples_SB.reshape(-1))
         layout = self.samples.layout(sources_N, rows_N)
-        size = samples_SB.shape[1]
-        parts = layout.parts(size, self.samples.seq_len)
-        for number, (samples_B, following, part) in enumerate(zip(samples_SB, following_S, parts, strict=True)):
-            rows = slice(number * size, (number + 1) * size)
-            yield _Plan(position, following, samples_B, sources_N[rows], rows_N[rows], part)
-            position = following
+        layouts = list(layout.parts(samples_SB.shape[1], self.samples.seq_len))
+        shape = samples_SB.shape
+        return _Steps(positions, samples_SB, sources_N.reshape(shape), rows_N.reshape(shape), layouts)
 
     def _expect(self, samples_SB: np.ndarray, position: int) -> None:
         """Tell the datasets the rows of these steps and of as many after `position`."""

@@ -142,6 +142,32 @@ def test_best_fit_fills_rows_nearly_and_always_in_the_same_way(seed: int) -> Non
     assert row_sums.max() <= 4096
 
 
+def rows_piece_by_piece(sizes: list[int], T: int) -> list[int]:
+    """Best-fit decreasing in its plainest form: the tightest row, the one that was filled last among equals."""
+    room, rows = [], []
+    last_use: list[int] = []
+    for number, size in enumerate(sizes):
+        fitting = [row for row, left in enumerate(room) if left >= size]
+        row = min(fitting, key=lambda row: (room[row], -last_use[row]), default=len(room))
+        if row == len(room):
+            room.append(T)
+            last_use.append(number)
+        room[row] -= size
+        last_use[row] = number
+        rows.append(row)
+    return rows
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=60), T=st.integers(1, 40))
+def test_pieces_of_one_size_laid_together_go_where_each_alone_would(lengths: list[int], T: int) -> None:
+    starts, sizes, _, counts = pack_pieces(np.array(lengths), T)
+    rows = np.repeat(np.arange(len(counts)), counts)
+    # The order in which pieces are laid: descending, and as the documents come among equals.
+    laid = sorted(range(len(sizes)), key=lambda piece: (-sizes[piece], starts[piece]))
+    assert rows[laid].tolist() == rows_piece_by_piece(sizes[laid].tolist(), T)
+
+
 def test_damaged_ends_make_no_table_though_checksums_are_not_asked_for(dataset: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(dataset / "train", tmp_path / "copy"))
     doc = copy / "shard-00000.doc"

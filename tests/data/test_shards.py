@@ -44,12 +44,19 @@ def rewrite(directory: Path, change) -> None:
     path.write_text(json.dumps(raw))
 
 
-@pytest.fixture
-def big(tmp_path: Path) -> Path:
-    """Two shards of 100,000 tokens (four blocks of 64 KiB each) in documents of 1000."""
+@pytest.fixture(scope="module")
+def big_shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shards of 100,000 tokens (four blocks of 64 KiB each) in documents of 1000; do not change it."""
+    directory = tmp_path_factory.mktemp("big")
     ids = [[(7 * i + d) % 90 for i in range(1000)] for d in range(100)]
-    write(tmp_path / "big", [ids, ids[::-1]])
-    return tmp_path / "big"
+    write(directory, [ids, ids[::-1]])
+    return directory
+
+
+@pytest.fixture
+def big(big_shared: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(big_shared, tmp_path / "big"))
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -156,6 +163,30 @@ def test_an_id_beyond_the_manifests_maximum_stops_the_reader_even_with_right_che
     with pytest.raises(DataError, match="token 12345: expected an id of at most 89, found 90") as caught:
         opened.read(0, 12_000, 1000)
     assert caught.value.exit_code == 4 and "shard-00000.tok" in str(caught.value)
+
+
+def test_each_piece_is_held_against_the_largest_id_of_its_own_shard(tmp_path: Path) -> None:
+    write(tmp_path, [[[1, 2, 3, 4]], [[7, 8, 9, 90]]])
+    path = tmp_path / "shard-00000.tok"
+    ids = np.fromfile(path, dtype="<u2")
+    ids[3] = 50  # less than the other shard holds
+    ids.tofile(path)
+    opened = ShardSet.open(tmp_path, check_crc=False)
+    pieces = (np.array([1, 0, 1]), np.array([2, 0, 0]), np.array([2, 3, 1]))
+    assert opened.gather(*pieces).tolist() == [9, 90, 1, 2, 3, 7]
+    with pytest.raises(DataError, match="shard-00000.tok.*token 3: expected an id of at most 4, found 50"):
+        opened.gather(np.array([1, 0]), np.array([2, 1]), np.array([2, 3]))
+
+
+@pytest.mark.parametrize("reader", ["pread", "memory_map"])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pieces=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 90_000), st.integers(1, 10_000)), max_size=8))
+def test_pieces_of_any_shards_and_lengths_are_read_as_each_alone(big_shared: Path, reader: str, pieces) -> None:
+    opened = ShardSet.open(big_shared, reader=reader)
+    columns = [np.array(column, dtype=np.int64) for column in (zip(*pieces, strict=True) if pieces else ([], [], []))]
+    files = [np.fromfile(big_shared / f"shard-0000{shard}.tok", dtype="<u2") for shard in (0, 1)]
+    expected = [files[shard][start : start + length] for shard, start, length in pieces]
+    assert opened.gather(*columns).tolist() == [number for piece in expected for number in piece.tolist()]
 
 
 @pytest.mark.parametrize("suffix", ["tok", "doc", "crc"])

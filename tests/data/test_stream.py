@@ -318,3 +318,22 @@ def test_a_damaged_row_stops_the_step_and_leaves_the_count(dataset: Path, tmp_pa
     with pytest.raises(DataError, match="CRC-32"):
         next(opened)
     assert opened.samples_seen == 48
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_stream_that_was_interrupted_goes_on_where_it_was(
+    dataset: Path, make_config, monkeypatch: pytest.MonkeyPatch, prefetch: int
+) -> None:
+    """An interrupt may end the generator that plans: that must not look like the end of the data."""
+    opened = stream.open_stream(make_config(dataset, prefetch=prefetch))
+    next(opened)
+    opened.samples_seen = 24
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(opened.samples, "layout", interrupted)
+        next(opened)
+    assert opened.samples_seen == 24
+    assert joined([next(opened)]) == joined([take(make_config(dataset), 2)[1]])

@@ -1,0 +1,147 @@
+"""One shard of a dataset: what its checksums say, and where its documents end. `shards.ShardSet` reads its ids."""
+
+# N rows  E document ends
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+
+from kha_train.data.files import RESTORE, Files
+from kha_train.data.manifest import CRC_BLOCK_BYTES, ENDS_PER_BLOCK, FileEntry, ShardEntry
+from kha_train.data.ragged import spanned
+from kha_train.errors import DataError
+
+_CACHED_ENDS_BLOCKS = 64
+
+
+class Shard:
+    """Checks blocks of 64 KiB and finds document ends; `entry` is the manifest's. Every method raises DataError when
+    what it reads is not what the manifest says."""
+
+    def __init__(self, entry: ShardEntry, files: Files) -> None:
+        self.entry, self._files = entry, files
+
+    @cached_property
+    def _checksums(self) -> tuple[str, np.ndarray]:
+        """The file of checksums, found to be what the manifest says, and the last document end of each block of ends.
+
+        The checksums themselves stay in their file: terabytes of tokens have hundreds of megabytes of them.
+        """
+        crc, ends_blocks = self.entry.crc, -(-self.entry.documents // ENDS_PER_BLOCK)
+        data = self._files.read(crc.file, 0, crc.bytes)
+        self.compare_digest(crc, hashlib.sha256(data).hexdigest())
+        last_ends = np.frombuffer(data, dtype="<i8", offset=4 * (self.blocks + ends_blocks)).astype(np.int64)
+        if int(last_ends[-1]) != self.entry.tokens:
+            raise DataError(
+                f"the last document ends at token {last_ends[-1]}, the manifest has {self.entry.tokens} tokens",
+                field=self._files.path(crc.file),
+            )
+        return crc.file, last_ends
+
+    @property
+    def _last_ends(self) -> np.ndarray:
+        return self._checksums[1]
+
+    @property
+    def blocks(self) -> int:
+        """How many checksum blocks the ids have."""
+        return blocks_of(self.entry)
+
+    def check_block(self, block: int) -> None:
+        """Compare a block of ids with its checksum."""
+        first = block * CRC_BLOCK_BYTES
+        count = min(CRC_BLOCK_BYTES, self.entry.tok.bytes - first)
+        found = zlib.crc32(self._files.read(self.entry.tok.file, self.entry.tok_offset + first, count))
+        self._compare_crc(self.entry.tok, first, found, block)
+
+    def ends_near(self, starts_N: np.ndarray, length: int, ends_of: EndsCache) -> Iterator[np.ndarray]:
+        """Ascending runs of document ends: all e with start < e <= start + length for one of the ascending `starts_N`,
+        and others. One block is held at a time, for rows may lie in any number of them."""
+        first_N = self._last_ends.searchsorted(starts_N, side="right")
+        last_N = self._last_ends.searchsorted(starts_N + length)
+        blocks = spanned(first_N, last_N)
+        lows = starts_N[last_N.searchsorted(blocks)].tolist()
+        highs = (starts_N[first_N.searchsorted(blocks, side="right") - 1] + length).tolist()
+        for block, low, high in zip(blocks.tolist(), lows, highs, strict=True):
+            ends = ends_of(self, block)
+            yield ends[ends.searchsorted(low, side="right") : ends.searchsorted(high, side="right")]
+
+    def ends_place(self, start: int) -> tuple[str, int, int]:
+        """File, offset and bytes of the document ends that begin with the first one after token `start`."""
+        return self._ends_block(int(self._last_ends.searchsorted(start, side="right")))
+
+    def _ends_block(self, block: int) -> tuple[str, int, int]:
+        first = block * CRC_BLOCK_BYTES
+        return self.entry.doc.file, first, min(CRC_BLOCK_BYTES, self.entry.doc.bytes - first)
+
+    def read_ends(self, block: int, *, check_crc: bool) -> np.ndarray:
+        """The document ends of one 64 KiB block of `.doc`, int64, checked."""
+        _, first, _ = place = self._ends_block(block)
+        data = self._files.read(*place)
+        if check_crc:
+            self._compare_crc(self.entry.doc, first, zlib.crc32(data), self.blocks + block)
+        ends = np.frombuffer(data, dtype="<i8").astype(np.int64)
+        previous = int(self._last_ends[block - 1]) if block else 0
+        falls = np.flatnonzero(np.diff(ends, prepend=previous) <= 0)
+        if falls.size or int(ends[-1]) != int(self._last_ends[block]):
+            where = int(falls[0]) if falls.size else len(ends) - 1
+            raise DataError(
+                f"document {block * ENDS_PER_BLOCK + where}: ends at token {int(ends[where])}, out of order",
+                field=self._files.path(self.entry.doc.file),
+                fix=RESTORE,
+            )
+        return ends
+
+    def check_ends(self) -> None:
+        """Compare all document ends with their digest, and each block with its checksum."""
+        digest = hashlib.sha256()
+        for block in range(len(self._last_ends)):
+            digest.update(self.read_ends(block, check_crc=True).astype("<i8").tobytes())
+        self.compare_digest(self.entry.doc, digest.hexdigest())
+
+    def compare_digest(self, entry: FileEntry, found: str) -> None:
+        """Compare the SHA-256 of a file with the manifest's."""
+        if found != entry.sha256:
+            raise DataError(
+                f"expected SHA-256 {entry.sha256}, found {found}", field=self._files.path(entry.file), fix=RESTORE
+            )
+
+    def _compare_crc(self, entry: FileEntry, offset: int, found: int, number: int) -> None:
+        checksums, _ = self._checksums
+        expected = int.from_bytes(self._files.read(checksums, 4 * number, 4), "little")
+        if found != expected:
+            raise DataError(
+                f"offset {offset}: expected CRC-32 {expected:08x}, found {found:08x}: this block was changed",
+                field=self._files.path(entry.file),
+                fix=RESTORE,
+            )
+
+
+class EndsCache:
+    """A few blocks of document ends, the least recently used one forgotten."""
+
+    def __init__(self, check_crc: bool) -> None:
+        self._check_crc = check_crc
+        self._blocks: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+
+    def __call__(self, shard: Shard, block: int) -> np.ndarray:
+        """The document ends of a block, int64."""
+        key = (shard.entry.doc.file, block)
+        if key in self._blocks:
+            self._blocks.move_to_end(key)
+            return self._blocks[key]
+        self._blocks[key] = ends = shard.read_ends(block, check_crc=self._check_crc)
+        if len(self._blocks) > _CACHED_ENDS_BLOCKS:
+            self._blocks.popitem(last=False)
+        return ends
+
+
+def blocks_of(entry: ShardEntry) -> int:
+    """How many checksum blocks the ids of a shard have."""
+    return -(-entry.tok.bytes // CRC_BLOCK_BYTES)
