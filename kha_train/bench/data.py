@@ -6,7 +6,11 @@ Peers live in an environment of their own, made once under a cache directory, it
 is busy for all. A figure is the median of the rounds; speeds are of the second pass over the tokens, and of the first
 one, when a process meets each page of a mapped file for the first time. `cast` is no loader: it reads in order and
 widens. The same work is: shuffled rows as int64 tensors, no document borders, no integrity checks; what ours does
-besides stands below it. Memory and seeking of ours are also told at a billion rows, of sparse files that hold zeros.
+besides stands below it. Memory and seeking of ours are also told at a billion rows, of sparse files that hold zeros:
+of a process that reads a run's saved configuration, and of one that has Hydra compose it.
+
+With `--cold` files are dropped from the page cache before each loader starts: told are seconds of the wall and bytes
+from the disk of the first 31 batches. (Later the files, small as they are, are in memory again.)
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,8 +33,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from kha_train.bench.loaders import CONFIG
 from kha_train.bench.peer_loaders import PEERS
 from kha_train.bench.protocol import environment, told
+from kha_train.config.compose import compose, dump
 from kha_train.data.manifest import CRC_BLOCK_BYTES, FileEntry, ShardEntry, TokenizerEntry
 from kha_train.data.shards import ShardSet
 from kha_train.data.writer import prepare, publish_dataset, write_shard
@@ -53,12 +60,20 @@ OURS: dict[str, dict[str, Any]] = {
     "ours": _PLAIN,
     "ours, pread": {**_PLAIN, "reader": "pread"},
     "ours, documents": {**_PLAIN, "isolate_documents": True},
-    "ours, documents, CRC, all tensors, pread": {"everything": True},
+    "ours, documents, CRC, all tensors, pread": {},
 }
+"""What differs from the defaults of `data`; the last one also makes every tensor of a batch."""
 
 
 def run_bench(
-    cache: Path, *, tokens: int, batch: int, rounds: int, cpu_seconds: float, say: Callable[[str], None]
+    cache: Path,
+    *,
+    tokens: int,
+    batch: int,
+    rounds: int,
+    cpu_seconds: float,
+    cold: bool = False,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measure every loader by batches of `batch` rows; returns the median figures by loader, and why a peer is missing
     where one is. Raises KhaError when our own loader fails.
@@ -71,35 +86,36 @@ def run_bench(
     say("installing peers into an environment of their own (once)")
     python = install_peers(cache / f"peers-torch-{version('torch')}", say)
     amount = {"tokens": tokens, "batch": batch, "cpu_seconds": cpu_seconds}
-    protocol = environment(torch.device("cpu")) | amount | {"rounds": rounds, "peers": _peer_versions(python)}
-    found: dict[str, list[dict[str, Any]]] = {}
+    about = amount | {"rounds": rounds, "cold": cold, "peers": _peer_versions(python)}
+    protocol = environment(torch.device("cpu")) | about
     missing: dict[str, str] = {}
-    ours, theirs = {"cast": {}, **OURS}, {peer: {} for peer in PEERS}
     for peer in PEERS:
         say(f"preparing {peer}")
-        ended = _run(python, _request(root, peer, {}, **amount, only_prepare=True))
+        ended = _run(python, _request(root, peer, **amount, only_prepare=True))
         if isinstance(ended, str):
             missing[peer] = ended
+    found: dict[str, list[dict[str, Any]]] = {}
     for number in range(rounds):
-        for name, options in {**ours, **theirs}.items():
-            if name in missing:
-                continue
+        for name in [name for name in ("cast", *OURS, *PEERS) if name not in missing]:
             say(f"round {number + 1} of {rounds}: {name}")
-            loader = "ours" if name in OURS else name
-            ended = _run(sys.executable if name in ours else python, _request(root, loader, options, **amount))
+            if cold:
+                _drop_from_page_cache(root)
+            if name in PEERS:
+                ended = _run(python, _request(root, name, **amount))
+            elif name in OURS:
+                ended = _run_ours(root, OURS[name], everything=not OURS[name], **amount)
+            else:
+                ended = _run(sys.executable, _request(root, name, **amount))
             if not isinstance(ended, str):
                 found.setdefault(name, []).append(ended)
-            elif name in ours:
-                raise KhaError(f"the loader failed: {ended}", field=name)
-            else:
+            elif name in PEERS:
                 missing[name] = ended
-    figures = {name: _median(runs) for name, runs in found.items()}
-    return {
-        "loaders": figures,
-        "huge": _at_a_billion_rows(cache, batch, rounds),
-        "missing": missing,
-        "protocol": protocol,
-    }
+            else:
+                raise KhaError(f"the loader failed: {ended}", field=name)
+    result = {"loaders": {name: _median(runs) for name, runs in found.items()}}
+    if not cold:
+        result["huge"] = _at_a_billion_rows(cache, batch, rounds)
+    return result | {"missing": missing, "protocol": protocol}
 
 
 def _at_a_billion_rows(cache: Path, batch: int, rounds: int) -> dict[str, Any]:
@@ -108,15 +124,30 @@ def _at_a_billion_rows(cache: Path, batch: int, rounds: int) -> dict[str, Any]:
     if not _is_whole(root / "ours"):
         shutil.rmtree(root, ignore_errors=True)
         write_sparse(root)
-    found = []
+    amount = {"tokens": HUGE_ROWS * SEQ_LEN, "batch": batch, "cpu_seconds": 0.05}
+    found: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
     for _ in range(rounds):
-        amount = {"tokens": HUGE_ROWS * SEQ_LEN, "batch": batch, "cpu_seconds": 0.05}
-        ended = _run(sys.executable, _request(root, "ours", _PLAIN, **amount))
-        if isinstance(ended, str):
-            raise KhaError(f"the loader failed: {ended}", field="a billion rows")
-        found.append(ended)
-    figures = _median(found)
-    return {"rows": HUGE_ROWS, "private_mb": figures["private_mb"], "seek_ms": figures["seek_ms"]}
+        for composed, answers in found.items():
+            ended = _run_ours(root, _PLAIN, composed=composed, **amount)
+            if isinstance(ended, str):
+                raise KhaError(f"the loader failed: {ended}", field="a billion rows")
+            answers.append(ended)
+    loaded, composed = (_median(answers) for answers in found.values())
+    return {
+        "rows": HUGE_ROWS,
+        "private_mb": loaded["private_mb"],
+        "private_mb_composed": composed["private_mb"],
+        "seek_ms": loaded["seek_ms"],
+    }
+
+
+def _drop_from_page_cache(root: Path) -> None:
+    """As far as the system does so: whoever reads next reads from the disk."""
+    os.sync()
+    for path in root.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _is_whole(directory: Path) -> bool:
@@ -128,15 +159,31 @@ def _is_whole(directory: Path) -> bool:
     return True
 
 
+def _run_ours(
+    root: Path, data: dict[str, Any], *, batch: int, everything: bool = False, composed: bool = False, **amount: Any
+) -> dict[str, Any] | str:
+    """Our loader with these settings of `data`, its configuration read from a file, as a run saves it."""
+    base = compose()
+    config = replace(
+        base,
+        model=replace(base.model, vocab_size=VOCAB, seq_len=SEQ_LEN),
+        data=replace(base.data, train=str(root / "ours"), global_batch_size=batch, **data),
+        engine=replace(base.engine, micro_batch_size=1),
+    )
+    request = _request(root, "ours", batch=batch, **amount, everything=everything, composed=composed)
+    (_scratch(root) / CONFIG).write_text(dump(config), encoding="utf-8")
+    return _run(sys.executable, request | {"started": time.time()})
+
+
 def _request(
     root: Path,
     loader: str,
-    options: dict[str, Any],
     *,
     tokens: int,
     batch: int,
     cpu_seconds: float,
     only_prepare: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     return {
         "loader": loader,
@@ -222,8 +269,17 @@ def _peer_versions(python: str) -> dict[str, str]:
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """The figures as text, each loader's speed also as a multiple of the fastest peer's."""
-    figures = result["loaders"]
+    """The figures as text."""
+    about = result["protocol"]
+    lines = _cold_lines(result["loaders"]) if about["cold"] else _warm_lines(result["loaders"], result["huge"])
+    how = f"batches of {about['batch']} rows, {about['rounds']} rounds of at most {about['cpu_seconds']} CPU seconds"
+    lines.append(f"{told(about)}; {how}")
+    lines.append("peers: " + ", ".join(f"{name} {found}" for name, found in about["peers"].items()))
+    return "\n".join([*lines, *(f"{name}: not measured: {why}" for name, why in result["missing"].items())])
+
+
+def _warm_lines(figures: dict[str, dict[str, Any]], huge: dict[str, Any]) -> list[str]:
+    """Each loader's speed also as a multiple of the fastest peer's."""
     speeds = {name: f["million_tokens_per_cpu_second"] for name, f in figures.items()}
     fresh = {name: f["million_tokens_per_cpu_second_first_pass"] for name, f in figures.items()}
     peers = {name: speed for name, speed in speeds.items() if name in PEERS}
@@ -239,25 +295,30 @@ def format_table(result: dict[str, Any]) -> str:
             f"{f['million_tokens_per_second']:>9.0f}{f['seconds_to_first_batch']:>9.1f}{f['private_mb']:>6.0f}  {seek}"
         )
     for name in [name for name in ("ours", "ours, pread") if name in speeds]:
-        ratios = "  ".join(f"{peer} {speeds[name] / speed:.1f}" for peer, speed in peers.items())
-        lines.append(f"{name}, times the speed of a peer at the same work:  {ratios}")
-    huge = result["huge"]
+        ratios = "; ".join(f"{peer} {speeds[name] / speed:.1f}" for peer, speed in peers.items())
+        lines.append(f"{name}, times the speed of a peer at the same work: {ratios}")
     seek = " and ".join(f"{ms:.2f}" for ms in huge["seek_ms"])
     lines.append(
-        f"ours at {huge['rows']:,} rows: {huge['private_mb']:.1f} MB over importing torch, "
+        f"ours at {huge['rows']:,} rows: {huge['private_mb']:.1f} MB over importing torch "
+        f"({huge['private_mb_composed']:.1f} where Hydra composes the configuration), "
         f"{seek} ms to seek to samples {NEAR:,} and {FAR:,}"
     )
-    about = result["protocol"]
-    how = f"batches of {about['batch']} rows, {about['rounds']} rounds of at most {about['cpu_seconds']} CPU seconds"
-    lines.append(f"{told(about)}; {how}")
-    lines.append("peers: " + ", ".join(f"{name} {found}" for name, found in about["peers"].items()))
-    return "\n".join([*lines, *(f"{name}: not measured: {why}" for name, why in result["missing"].items())])
+    return lines
+
+
+def _cold_lines(figures: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [f"{'loader':<42}{'M tok/s':>9}{'bytes from disk a token':>26}{'first s':>9}"]
+    for name, f in figures.items():
+        lines.append(
+            f"{name:<42}{f['million_tokens_per_second_at_start']:>9.1f}{f['disk_bytes_per_token_at_start']:>26.1f}"
+            f"{f['seconds_to_first_batch']:>9.1f}"
+        )
+    return lines
 
 
 def _run(python: str, request: dict[str, Any]) -> dict[str, Any] | str:
     """The worker's answer, or the last line of its complaint."""
-    scratch = Path(request["root"]) / "scratch"
-    scratch.mkdir(exist_ok=True)
+    scratch = _scratch(Path(request["root"]))
     # Peers clean up where they think their temporary files lie: those are here. -P: no file of ours shadows a module.
     places = dict.fromkeys(("HOME", "TMPDIR", "DATA_OPTIMIZER_CACHE_FOLDER"), str(scratch))
     environment = {**os.environ, **places, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -278,11 +339,19 @@ def _run(python: str, request: dict[str, Any]) -> dict[str, Any] | str:
     return json.loads(ended.stdout) if ended.stdout else (lines[-1] if lines else f"exit {ended.returncode}")
 
 
+def _scratch(root: Path) -> Path:
+    directory = root / "scratch"
+    directory.mkdir(exist_ok=True)
+    return directory
+
+
 def _median(figures: list[dict[str, Any]]) -> dict[str, Any]:
     keys = (
         "million_tokens_per_cpu_second",
         "million_tokens_per_cpu_second_first_pass",
         "million_tokens_per_second",
+        "million_tokens_per_second_at_start",
+        "disk_bytes_per_token_at_start",
         "cpu_seconds_for_all_tokens",
         "seconds_to_first_batch",
         "private_mb",

@@ -9,12 +9,12 @@ time, and on the next; seconds to the first batch, private memory over that of i
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,20 +23,24 @@ import torch
 
 from kha_train.bench.peer_loaders import PEERS, Opened, Shape
 
+CONFIG = "config.yaml"
+"""Where our loader finds its configuration in its working directory."""
 WARM_UP = 30
+BETWEEN_LOOKS = 16
+"""So many batches are read between two looks at the clock, which takes a microsecond."""
 MOST_BETWEEN = 3.0
 """CPU-seconds for the rest of the first pass: the slowest loaders do not reach its end."""
 
 
-def _ours(directory: Path, shape: Shape, *, everything: bool = False, **options: Any) -> Opened:
-    # Not at the top: the peers' environment has neither Hydra nor anything else of ours.
-    from kha_train.config.compose import compose
+def _ours(config_file: Path, shape: Shape, *, everything: bool = False, composed: bool = False) -> Opened:
+    # Not at the top: the peers' environment has nothing of ours.
+    from kha_train.config.compose import compose, load
     from kha_train.data.stream import open_stream
 
-    base = compose()
-    data = replace(base.data, train=str(directory), global_batch_size=shape.B, **options)
-    config = replace(base, model=replace(base.model, vocab_size=shape.vocab, seq_len=shape.L), data=data)
-    stream = open_stream(config)
+    if composed:
+        # What Hydra leaves in the memory of a process that trains.
+        compose()
+    stream = open_stream(load(config_file))
 
     def batches(step: int) -> Iterator[torch.Tensor]:
         """From `step` on, without end."""
@@ -69,7 +73,7 @@ def open_loader(name: str, root: Path, shape: Shape, options: dict[str, Any]) ->
     if name == "cast":
         return _cast(root / "ours", shape)
     if name == "ours":
-        return _ours(root / "ours", shape, **options)
+        return _ours(Path(CONFIG), shape, **options)
     directory = root / name
     ready = directory / "ready"
     if not ready.exists():
@@ -84,13 +88,14 @@ def measure(request: dict[str, Any], started: float) -> dict[str, Any]:
     torch_alone = _private_mb()
     shape = Shape(**request["shape"])
     opened = open_loader(request["loader"], Path(request["root"]), shape, request["options"])
+    begun, from_disk = time.perf_counter(), _from_disk()
     first = next(opened.batches)
     assert first.shape == (shape.B, shape.L) and first.dtype == torch.int64, (first.shape, first.dtype)
     seconds_to_first = time.time() - started
     if request["only_prepare"]:
         return {}
-    for _ in range(WARM_UP):
-        next(opened.batches)
+    at_start = first.numel() + sum(batch.numel() for batch in itertools.islice(opened.batches, WARM_UP))
+    seconds_at_start, from_disk = time.perf_counter() - begun, _from_disk() - from_disk
     fresh = _speed(opened.batches, request["tokens"], request["cpu_seconds"])
     _speed(opened.batches, request["tokens"] - fresh.tokens, MOST_BETWEEN)
     warm = _speed(opened.batches, request["tokens"], request["cpu_seconds"])
@@ -104,6 +109,8 @@ def measure(request: dict[str, Any], started: float) -> dict[str, Any]:
         "million_tokens_per_cpu_second": warm.tokens / warm.cpu / 1e6,
         "million_tokens_per_cpu_second_first_pass": fresh.tokens / fresh.cpu / 1e6,
         "million_tokens_per_second": warm.tokens / warm.wall / 1e6,
+        "million_tokens_per_second_at_start": at_start / seconds_at_start / 1e6,
+        "disk_bytes_per_token_at_start": from_disk / at_start,
         "cpu_seconds_for_all_tokens": warm.cpu * request["tokens"] / warm.tokens,
         "seconds_to_first_batch": seconds_to_first,
         "private_mb": private,
@@ -123,8 +130,15 @@ def _speed(batches: Iterator[torch.Tensor], tokens: int, cpu_seconds: float) -> 
     """Read `tokens`, or for `cpu_seconds` of this process's time when they end sooner."""
     read, cpu, wall = 0, time.process_time(), time.perf_counter()
     while read < tokens and time.process_time() - cpu < cpu_seconds:
-        read += next(batches).numel()
+        read += sum(batch.numel() for batch in itertools.islice(batches, BETWEEN_LOOKS))
     return _Read(read, time.process_time() - cpu, time.perf_counter() - wall)
+
+
+def _from_disk() -> int:
+    """Bytes that this process had read from disks (Linux)."""
+    return next(
+        int(line.split()[1]) for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("read_bytes")
+    )
 
 
 def _private_mb() -> float:

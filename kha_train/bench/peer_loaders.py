@@ -3,7 +3,8 @@
 Runs under the peers' own environment, by `loaders.py`; peers are imported by name, because they are no dependency of
 this project. A peer's format is made once from our shards and kept beside them. Every loader yields batches of int64
 ids in one process, in an order as random as the peer offers: a global shuffle, but for litdata (chunks, and inside
-chunks) and mosaicml-streaming (windows of 2^18 samples).
+chunks) and mosaicml-streaming (windows of 2^18 samples). None uses threads, but for OLMo-core as it comes, which starts
+four.
 """
 
 # B rows  L tokens of a row
@@ -14,6 +15,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -193,7 +195,8 @@ def _open_mosaic(directory: Path, shape: Shape) -> Opened:
     return Opened(batches(), None)
 
 
-def _open_olmo(directory: Path, shape: Shape) -> Opened:
+def _open_olmo(directory: Path, shape: Shape, *, threads: int | None) -> Opened:
+    """`threads` None: as many as it chooses, which is four."""
     data = import_module("olmo_core.data")
     loaders = import_module("olmo_core.data.data_loader")
     dataset = data.NumpyFSLDataset(
@@ -214,7 +217,7 @@ def _open_olmo(directory: Path, shape: Shape) -> Opened:
             collator=data.DataCollator(pad_token_id=PAD),
             work_dir=directory,
             seed=SEED,
-            num_threads=0,
+            num_threads=threads,
         )
         for epoch in itertools.count(1):
             loader.reshuffle(epoch=epoch)
@@ -275,7 +278,8 @@ PEERS: dict[str, Peer] = {
     "datatrove": Peer(_write_datatrove, _open_datatrove),
     "litdata": Peer(_write_litdata, _open_litdata),
     "grain": Peer(_write_nothing, _open_grain),
-    "olmo-core": Peer(_write_nothing, _open_olmo),
+    "olmo-core": Peer(_write_nothing, partial(_open_olmo, threads=0)),
+    "olmo-core, as it comes": Peer(_write_nothing, partial(_open_olmo, threads=None)),
     "megatron-core": Peer(_write_megatron, _open_megatron),
     "mosaicml-streaming": Peer(_write_mosaic, _open_mosaic),
 }

@@ -217,6 +217,7 @@ def data(
     batch: Annotated[int, typer.Option(min=1, max=256, help="Rows of a batch.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, help="How often each loader runs, in turn.")] = 3,
     cpu_seconds: Annotated[float, typer.Option(help="The most CPU time of one run, after warming up.")] = 3.0,
+    cold: Annotated[bool, typer.Option("--cold", help="Drop the files from the page cache before each run.")] = False,
     as_json: Json = False,
 ) -> None:
     """Token loaders, ours and the peers that install: tokens a CPU-second, start, memory, seek to sample 24,000 (ours:
@@ -229,6 +230,7 @@ def data(
         batch=batch,
         rounds=rounds,
         cpu_seconds=cpu_seconds,
+        cold=cold,
         say=lambda text: typer.echo(text, err=True),
     )
     typer.echo(json.dumps(result) if as_json else f"{bench.__doc__}\n{bench.format_table(result)}")

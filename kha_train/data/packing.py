@@ -10,6 +10,7 @@ labels [iL + 1, iL + L + 1). A row never crosses a shard; the tail lost is short
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -29,8 +30,10 @@ class Layout(NamedTuple):
         total = int(self.borders_S[-1])
         if (len(self.borders_S) - 1) * T == total and not len(self.masked_M):
             # Rows that are one segment each: every part looks like the beginning.
-            for first in range(0, total, size * T):
-                yield Layout(self.borders_S[: min(size * T, total - first) // T + 1], self.masked_M)
+            rows = total // T
+            yield from repeat(Layout(self.borders_S[: size + 1], self.masked_M), rows // size)
+            if rows % size:
+                yield Layout(self.borders_S[: rows % size + 1], self.masked_M)
             return
         places = np.append(np.arange(0, total, size * T), total)
         starts = np.searchsorted(self.masked_M, places).tolist()

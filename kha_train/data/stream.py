@@ -28,9 +28,9 @@ from kha_train.data.skipping import Window, merged, numbers_past
 from kha_train.data.sources import Rows, Samples, open_rows, open_samples, open_shards
 from kha_train.errors import ConfigError, DataError
 
-_PLANNED_ROWS = 512
+_PLANNED_ROWS = 1024
 """So many rows are planned at once, for a call has a fixed price."""
-_READ_BYTES = 1 << 19
+_READ_BYTES = 3 << 18
 """Small steps are read together, as many as this holds: a call has a fixed price here too, and more would not stay in
 a core's second cache until it is widened."""
 
