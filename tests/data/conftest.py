@@ -20,7 +20,7 @@ VOCAB = 97
 
 
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train/ (several shards) and validation/ of documents of 1 to 600 tokens; do not change it."""
     directory = tmp_path_factory.mktemp("dataset")
     write_dataset(directory, vocab_size=VOCAB, documents=150, seed=4, max_length=600, documents_per_shard=40)

@@ -36,12 +36,12 @@ def small_blocks_and_short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def in_memory(dataset: Path) -> str:
+def in_memory(small_dataset: Path) -> str:
     """The dataset at memory://, train/ and validation/."""
     system = fsspec.filesystem("memory")
     system.store.clear()
-    for path in dataset.rglob("*.*"):
-        system.pipe_file(f"/set/{path.relative_to(dataset)}", path.read_bytes())
+    for path in small_dataset.rglob("*.*"):
+        system.pipe_file(f"/set/{path.relative_to(small_dataset)}", path.read_bytes())
     return "memory://set"
 
 
@@ -102,12 +102,13 @@ def open_large(large: Path, cache: Path, protocol: str = "flaky", gib: float = 1
     "options", [{}, {"packing": "best_fit"}, {"shuffle": "block"}, {"prefetch": 2}, {"isolate": False}]
 )
 def test_a_url_gives_the_batches_of_the_local_directory(
-    dataset: Path, in_memory: str, tmp_path: Path, make_config, options: dict
+    small_dataset: Path, in_memory: str, tmp_path: Path, make_config, options: dict
 ) -> None:
     there = {"train": f"{in_memory}/train", "validation": f"{in_memory}/validation", "cache_dir": str(tmp_path)}
-    assert take(make_config(dataset, **options, **there), 12) == take(make_config(dataset, **options), 12)
+    assert take(make_config(small_dataset, **options, **there), 12) == take(make_config(small_dataset, **options), 12)
     first, second = (
-        [batch.tokens_BT for batch in stream.validation_batches(make_config(dataset, **place))] for place in (there, {})
+        [batch.tokens_BT for batch in stream.validation_batches(make_config(small_dataset, **place))]
+        for place in (there, {})
     )
     assert torch.equal(torch.cat(first), torch.cat(second))
 

@@ -40,8 +40,10 @@ def joined(batches: list[stream.Batch]) -> tuple:
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 8])
-def test_the_samples_of_a_step_are_the_same_for_every_world_size(dataset: Path, make_config, world_size: int) -> None:
-    config = make_config(dataset)
+def test_the_samples_of_a_step_are_the_same_for_every_world_size(
+    small_dataset: Path, make_config, world_size: int
+) -> None:
+    config = make_config(small_dataset)
     alone = take(config, 6)
     ranks = [take(config, 6, rank, world_size) for rank in range(world_size)]
     for step in range(6):
@@ -50,8 +52,8 @@ def test_the_samples_of_a_step_are_the_same_for_every_world_size(dataset: Path, 
 
 
 @pytest.mark.parametrize("size", [1, 5, 8, 24, 100])
-def test_micro_batches_are_the_batch_in_parts(dataset: Path, make_config, size: int) -> None:
-    (batch,) = take(make_config(dataset), 1)
+def test_micro_batches_are_the_batch_in_parts(small_dataset: Path, make_config, size: int) -> None:
+    (batch,) = take(make_config(small_dataset), 1)
     parts = list(batch.micro_batches(size))
     assert joined(parts) == joined([batch])
     for part in parts:
@@ -62,8 +64,8 @@ def test_micro_batches_are_the_batch_in_parts(dataset: Path, make_config, size: 
 
 
 @pytest.mark.parametrize("samples_seen", [0, 24, 240, 24_000_000])
-def test_a_stream_opened_later_goes_on_as_if_never_stopped(dataset: Path, make_config, samples_seen: int) -> None:
-    config = make_config(dataset)
+def test_a_stream_opened_later_goes_on_as_if_never_stopped(small_dataset: Path, make_config, samples_seen: int) -> None:
+    config = make_config(small_dataset)
     resumed = stream.open_stream(config, samples_seen=samples_seen)
     batch = next(resumed)
     assert batch.samples_B[0] == samples_seen and batch.step == samples_seen // 24
@@ -72,15 +74,15 @@ def test_a_stream_opened_later_goes_on_as_if_never_stopped(dataset: Path, make_c
         assert joined([batch]) == joined([take(config, samples_seen // 24 + 1)[-1]])
 
 
-def test_another_batch_size_after_a_resume_takes_up_the_next_sample(dataset: Path, make_config) -> None:
-    (first,) = take(make_config(dataset, batch=24), 1)
-    (second,) = take(make_config(dataset, batch=6), 1, samples_seen=24)
-    small = take(make_config(dataset, batch=6), 5)
+def test_another_batch_size_after_a_resume_takes_up_the_next_sample(small_dataset: Path, make_config) -> None:
+    (first,) = take(make_config(small_dataset, batch=24), 1)
+    (second,) = take(make_config(small_dataset, batch=6), 1, samples_seen=24)
+    small = take(make_config(small_dataset, batch=6), 5)
     assert joined([first, second]) == joined(small)
 
 
-def test_an_epoch_reads_every_row_once_as_it_stands_in_the_shards(dataset: Path, make_config) -> None:
-    config = make_config(dataset, batch=1)
+def test_an_epoch_reads_every_row_once_as_it_stands_in_the_shards(small_dataset: Path, make_config) -> None:
+    config = make_config(small_dataset, batch=1)
     opened = stream.open_stream(config)
     assert opened.tokens_per_epoch == opened.samples_per_epoch * 32
     rows = sorted(tuple(next(opened).tokens_BT[0].tolist()) for _ in range(opened.samples_per_epoch))
@@ -92,8 +94,8 @@ def test_an_epoch_reads_every_row_once_as_it_stands_in_the_shards(dataset: Path,
     assert rows == sorted(expected)
 
 
-def test_labels_are_the_next_tokens_and_never_cross_a_document(dataset: Path, make_config) -> None:
-    for batch in take(make_config(dataset), 5):
+def test_labels_are_the_next_tokens_and_never_cross_a_document(small_dataset: Path, make_config) -> None:
+    for batch in take(make_config(small_dataset), 5):
         labels, tokens = batch.labels_BT, batch.tokens_BT
         # every document of this source ends with id 0, and 0 occurs nowhere else
         assert torch.equal(labels == IGNORE_LABEL, tokens == 0)
@@ -104,8 +106,8 @@ def test_labels_are_the_next_tokens_and_never_cross_a_document(dataset: Path, ma
         assert torch.equal(starts.view_as(tokens).bool(), batch.positions_BT == 0)
 
 
-def test_without_isolation_a_row_is_one_segment_and_no_label_is_masked(dataset: Path, make_config) -> None:
-    (batch,) = take(make_config(dataset, isolate=False), 1)
+def test_without_isolation_a_row_is_one_segment_and_no_label_is_masked(small_dataset: Path, make_config) -> None:
+    (batch,) = take(make_config(small_dataset, isolate=False), 1)
     assert batch.cu_seqlens_S.tolist() == list(range(0, 24 * 32 + 1, 32)) and batch.max_seqlen == 32
     assert batch.label_count == 24 * 32
     assert torch.equal(batch.positions_BT, torch.arange(32).expand(24, 32))
@@ -127,8 +129,8 @@ def trained_on(config, until: int, schedule: list[int], world_size: int, windows
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_stops_world_sizes_and_batch_sizes_never_change_what_comes_next(dataset: Path, make_config, data) -> None:
-    config = make_config(dataset)
+def test_stops_world_sizes_and_batch_sizes_never_change_what_comes_next(small_dataset: Path, make_config, data) -> None:
+    config = make_config(small_dataset)
     world_size = data.draw(st.sampled_from([1, 2, 3, 4, 8]))
     schedule = data.draw(st.lists(st.sampled_from([24, 48, 72]), min_size=1, max_size=4))
     windows = data.draw(st.lists(st.tuples(st.integers(0, 150), st.integers(0, 40)), max_size=3))
@@ -139,8 +141,8 @@ def test_stops_world_sizes_and_batch_sizes_never_change_what_comes_next(dataset:
     assert len(seen) == sum(schedule)
 
 
-def test_a_skip_window_is_jumped_and_the_rest_stays_as_it_was(dataset: Path, make_config) -> None:
-    config = make_config(dataset)
+def test_a_skip_window_is_jumped_and_the_rest_stays_as_it_was(small_dataset: Path, make_config) -> None:
+    config = make_config(small_dataset)
     plain = take(config, 4)
     opened = stream.open_stream(config)
     next(opened)
@@ -153,8 +155,8 @@ def test_a_skip_window_is_jumped_and_the_rest_stays_as_it_was(dataset: Path, mak
     assert next(opened).samples_B.tolist() == batch.samples_B.tolist(), "a rewind jumps the window again"
 
 
-def test_small_steps_that_are_read_together_are_those_read_alone(dataset: Path, make_config) -> None:
-    config = make_config(dataset, batch=2)
+def test_small_steps_that_are_read_together_are_those_read_alone(small_dataset: Path, make_config) -> None:
+    config = make_config(small_dataset, batch=2)
     opened = stream.open_stream(config)
     for number in range(40):
         if number == 18:
@@ -167,8 +169,8 @@ def test_small_steps_that_are_read_together_are_those_read_alone(dataset: Path, 
 
 
 @pytest.mark.parametrize("prefetch", [1, 3])
-def test_reading_ahead_changes_no_batch(dataset: Path, make_config, prefetch: int) -> None:
-    plain, ahead = (stream.open_stream(make_config(dataset, prefetch=n)) for n in (0, prefetch))
+def test_reading_ahead_changes_no_batch(small_dataset: Path, make_config, prefetch: int) -> None:
+    plain, ahead = (stream.open_stream(make_config(small_dataset, prefetch=n)) for n in (0, prefetch))
     for _ in range(5):
         assert joined([next(plain)]) == joined([next(ahead)])
     for opened in (plain, ahead):
@@ -179,17 +181,19 @@ def test_reading_ahead_changes_no_batch(dataset: Path, make_config, prefetch: in
 
 
 @pytest.mark.parametrize("options", [{}, {"packing": "best_fit"}, {"shuffle": "block"}])
-def test_a_memory_map_reads_what_pread_reads(dataset: Path, make_config, options: dict) -> None:
-    first, second = (take(make_config(dataset, reader=reader, **options), 3) for reader in ("pread", "memory_map"))
+def test_a_memory_map_reads_what_pread_reads(small_dataset: Path, make_config, options: dict) -> None:
+    first, second = (
+        take(make_config(small_dataset, reader=reader, **options), 3) for reader in ("pread", "memory_map")
+    )
     assert [joined([batch]) for batch in first] == [joined([batch]) for batch in second]
 
 
-def mixture_of(make_config, dataset: Path, other: Path, **options):
+def mixture_of(make_config, small_dataset: Path, other: Path, **options):
     sources = (
-        schema.SourceSection(name="old", path=str(dataset / "train"), weight=3.0),
+        schema.SourceSection(name="old", path=str(small_dataset / "train"), weight=3.0),
         schema.SourceSection(name="new", path=str(other / "train"), weight=1.0),
     )
-    return make_config(dataset, train="", sources=sources, **options)
+    return make_config(small_dataset, train="", sources=sources, **options)
 
 
 @pytest.fixture(scope="module")
@@ -201,10 +205,10 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
 def test_a_mixture_is_the_rows_of_its_sources_in_their_own_order(
-    dataset: Path, other: Path, make_config, packing: str
+    small_dataset: Path, other: Path, make_config, packing: str
 ) -> None:
-    batches = take(mixture_of(make_config, dataset, other, packing=packing, batch=64), 40)
-    samples = stream.open_stream(mixture_of(make_config, dataset, other, packing=packing)).samples
+    batches = take(mixture_of(make_config, small_dataset, other, packing=packing, batch=64), 40)
+    samples = stream.open_stream(mixture_of(make_config, small_dataset, other, packing=packing)).samples
     sources_N, _ = samples.mixture.samples(0, 40 * 64)
     tokens = torch.cat([batch.tokens_BT for batch in batches])
     labels = torch.cat([batch.labels_BT for batch in batches])
@@ -218,22 +222,24 @@ def test_a_mixture_is_the_rows_of_its_sources_in_their_own_order(
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 8])
-def test_a_mixture_is_the_same_for_every_world_size(dataset: Path, other: Path, make_config, world_size: int) -> None:
-    config = mixture_of(make_config, dataset, other)
+def test_a_mixture_is_the_same_for_every_world_size(
+    small_dataset: Path, other: Path, make_config, world_size: int
+) -> None:
+    config = mixture_of(make_config, small_dataset, other)
     alone = take(config, 3, samples_seen=1000 * 24)
     ranks = [take(config, 3, rank, world_size, samples_seen=1000 * 24) for rank in range(world_size)]
     for step in range(3):
         assert joined([batches[step] for batches in ranks]) == joined([alone[step]])
 
 
-def test_the_content_id_of_a_mixture_covers_every_source(dataset: Path, other: Path, make_config) -> None:
-    both = stream.open_stream(mixture_of(make_config, dataset, other)).content_id
-    changed = stream.open_stream(mixture_of(make_config, dataset, dataset)).content_id
-    assert len({both, changed, stream.open_stream(make_config(dataset)).content_id}) == 3
+def test_the_content_id_of_a_mixture_covers_every_source(small_dataset: Path, other: Path, make_config) -> None:
+    both = stream.open_stream(mixture_of(make_config, small_dataset, other)).content_id
+    changed = stream.open_stream(mixture_of(make_config, small_dataset, small_dataset)).content_id
+    assert len({both, changed, stream.open_stream(make_config(small_dataset)).content_id}) == 3
 
 
-def test_the_trillionth_sample_is_found_like_the_first(dataset: Path, make_config) -> None:
-    opened = stream.open_stream(make_config(dataset, isolate=False))
+def test_the_trillionth_sample_is_found_like_the_first(small_dataset: Path, make_config) -> None:
+    opened = stream.open_stream(make_config(small_dataset, isolate=False))
     opened.samples_seen = 10**12
     batch = next(opened)
     n = opened.samples_per_epoch
@@ -241,17 +247,17 @@ def test_the_trillionth_sample_is_found_like_the_first(dataset: Path, make_confi
     assert np.array_equal(batch.tokens_BT.numpy(), opened.samples.sources[0].rows.read(rows)[:, :-1])
 
 
-def test_seed_changes_the_order_and_nothing_else_in_the_set_of_rows(dataset: Path, make_config) -> None:
-    first, second = (take(make_config(dataset, seed=seed), 1)[0].tokens_BT.tolist() for seed in (0, 1))
+def test_seed_changes_the_order_and_nothing_else_in_the_set_of_rows(small_dataset: Path, make_config) -> None:
+    first, second = (take(make_config(small_dataset, seed=seed), 1)[0].tokens_BT.tolist() for seed in (0, 1))
     assert first != second
 
 
 @pytest.mark.parametrize("rows", [0, 7, 8])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_is_the_first_rows_in_order_for_every_world_size(
-    dataset: Path, make_config, world_size: int, rows: int
+    small_dataset: Path, make_config, world_size: int, rows: int
 ) -> None:
-    config = make_config(dataset, rows=rows, micro=2)
+    config = make_config(small_dataset, rows=rows, micro=2)
     ranks = [list(stream.validation_batches(config, rank, world_size)) for rank in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     assert {batch.tokens_BT.shape for batches in ranks for batch in batches} == {(2, 32)}
@@ -260,15 +266,15 @@ def test_validation_is_the_first_rows_in_order_for_every_world_size(
         numbers += [n for batch in step for n in batch.samples_B.tolist()]
         labels += sum(batch.label_count for batch in step)
     kept = [n for n in numbers if n >= 0]
-    everything = make_config(dataset, rows=rows, micro=1)
+    everything = make_config(small_dataset, rows=rows, micro=1)
     alone = list(stream.validation_batches(everything))
     assert kept == list(range(len(alone))) and (rows == 0 or len(kept) == rows)
     assert numbers[: len(kept)] == kept
     assert labels == sum(batch.label_count for batch in alone)
 
 
-def test_unigram_entropy_is_that_of_the_counted_tokens(dataset: Path, make_config) -> None:
-    config = make_config(dataset)
+def test_unigram_entropy_is_that_of_the_counted_tokens(small_dataset: Path, make_config) -> None:
+    config = make_config(small_dataset)
     shards = ShardSet.open(config.data.validation)
     ids = np.concatenate([shards.read(i, 0, s.tokens) for i, s in enumerate(shards.manifest.shards)]).tolist()
     bits = -sum(np.log2(ids.count(one) / len(ids)) for one in ids)
@@ -285,23 +291,25 @@ def test_a_missing_dataset_and_an_unfinished_one_are_configuration_errors(tmp_pa
         stream.open_stream(make_config(tmp_path))
 
 
-def test_another_vocabulary_size_is_a_configuration_error_that_says_which(dataset: Path, make_config) -> None:
+def test_another_vocabulary_size_is_a_configuration_error_that_says_which(small_dataset: Path, make_config) -> None:
     for open_it in (stream.open_stream, stream.validation_batches, stream.bytes_per_id, stream.unigram_bits_per_byte):
         with pytest.raises(ConfigError, match="model.vocab_size = 98.*97"):
-            open_it(make_config(dataset, vocab=98))
+            open_it(make_config(small_dataset, vocab=98))
 
 
-def test_a_row_longer_than_every_shard_is_refused(dataset: Path, make_config) -> None:
+def test_a_row_longer_than_every_shard_is_refused(small_dataset: Path, make_config) -> None:
     with pytest.raises(ConfigError, match="model.seq_len"):
-        stream.open_stream(make_config(dataset, seq_len=1_000_000))
+        stream.open_stream(make_config(small_dataset, seq_len=1_000_000))
 
 
-def test_a_global_batch_that_does_not_divide_by_the_ranks_is_refused(dataset: Path, make_config) -> None:
+def test_a_global_batch_that_does_not_divide_by_the_ranks_is_refused(small_dataset: Path, make_config) -> None:
     with pytest.raises(ConfigError, match="data.global_batch_size = 24"):
-        stream.open_stream(make_config(dataset), 0, 5)
+        stream.open_stream(make_config(small_dataset), 0, 5)
 
 
-def test_validation_of_another_tokenizer_is_refused(dataset: Path, tmp_path: Path, make_config, text_dataset) -> None:
+def test_validation_of_another_tokenizer_is_refused(
+    small_dataset: Path, tmp_path: Path, make_config, text_dataset
+) -> None:
     shutil.copytree(text_dataset / "train", tmp_path / "train")
     vocab = ShardSet.open(tmp_path / "train").vocab_size
     write_dataset(tmp_path / "other", vocab_size=vocab, documents=30)
@@ -310,8 +318,8 @@ def test_validation_of_another_tokenizer_is_refused(dataset: Path, tmp_path: Pat
         stream.validation_batches(make_config(tmp_path, vocab=vocab))
 
 
-def test_a_damaged_row_stops_the_step_and_leaves_the_count(dataset: Path, tmp_path: Path, make_config) -> None:
-    shutil.copytree(dataset, tmp_path / "copy")
+def test_a_damaged_row_stops_the_step_and_leaves_the_count(small_dataset: Path, tmp_path: Path, make_config) -> None:
+    shutil.copytree(small_dataset, tmp_path / "copy")
     for path in (tmp_path / "copy" / "train").glob("*.tok"):
         path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
     opened = stream.open_stream(make_config(tmp_path / "copy"), samples_seen=48)
@@ -322,10 +330,10 @@ def test_a_damaged_row_stops_the_step_and_leaves_the_count(dataset: Path, tmp_pa
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_a_stream_that_was_interrupted_goes_on_where_it_was(
-    dataset: Path, make_config, monkeypatch: pytest.MonkeyPatch, prefetch: int
+    small_dataset: Path, make_config, monkeypatch: pytest.MonkeyPatch, prefetch: int
 ) -> None:
     """An interrupt may end the generator that plans: that must not look like the end of the data."""
-    opened = stream.open_stream(make_config(dataset, prefetch=prefetch))
+    opened = stream.open_stream(make_config(small_dataset, prefetch=prefetch))
     next(opened)
     opened.samples_seen = 24
 
@@ -336,4 +344,4 @@ def test_a_stream_that_was_interrupted_goes_on_where_it_was(
         patch.setattr(opened.samples, "layout", interrupted)
         next(opened)
     assert opened.samples_seen == 24
-    assert joined([next(opened)]) == joined([take(make_config(dataset), 2)[1]])
+    assert joined([next(opened)]) == joined([take(make_config(small_dataset), 2)[1]])
