@@ -36,6 +36,15 @@ def _nobody_listens() -> None:
     """The `alive` of a process that nobody watches."""
 
 
+def ranks_of_node(environ: Mapping[str, str] = os.environ) -> int:
+    """How many ranks share a node, the fullest one where nodes differ: as torchrun or srun say, 1 when neither does."""
+    if "LOCAL_WORLD_SIZE" in environ:
+        return int(environ["LOCAL_WORLD_SIZE"])
+    # As in 8(x2),4: eight on two nodes, four on the third.
+    tasks = re.findall(r"(\d+)(?:\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return max(map(int, tasks), default=1)
+
+
 @dataclass(frozen=True)
 class World:
     """This process among `size` processes. `device` is where tensors are (cpu for gloo, cuda for nccl); integers and

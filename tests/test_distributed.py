@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from kha_train.distributed import World, srun_meeting_point, stop
+from kha_train.distributed import World, ranks_of_node, srun_meeting_point, stop
 from kha_train.errors import ConfigError
 
 WORKER = Path(__file__).with_name("agreement_worker.py")
@@ -68,6 +68,20 @@ def test_a_process_that_nobody_launched_is_a_world_of_its_own() -> None:
 def test_half_of_torchruns_variables_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match="LOCAL_RANK"):
         World.from_environment({"RANK": "0", "WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, 1),
+        ({"LOCAL_WORLD_SIZE": "8"}, 8),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4"}, 4),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x3),8(x2),1"}, 8),
+        ({"LOCAL_WORLD_SIZE": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x16)"}, 2),
+    ],
+)
+def test_the_ranks_of_a_node_are_counted_as_the_launcher_says(environ: dict[str, str], expected: int) -> None:
+    assert ranks_of_node(environ) == expected
 
 
 def test_all_ranks_learn_the_same_maximum_sum_and_text(answers: list[dict[str, Any]]) -> None:

@@ -30,11 +30,12 @@ _POLL_SECONDS = 0.02
 class Cache:
     """A directory of blocks shared by processes, at most `limit` bytes, the temporary files of writers aside.
 
-    Every method raises MachineError when the directory cannot be used.
+    `readers` is how many of these there are in all processes that share it: what they fetch ahead is at most half of
+    it, all together. Every method raises MachineError when the directory cannot be used.
     """
 
-    def __init__(self, directory: Path, limit: int) -> None:
-        self.directory, self._limit = directory, limit
+    def __init__(self, directory: Path, limit: int, readers: int = 1) -> None:
+        self.directory, self._limit, self._limit_ahead = directory, limit, limit // (2 * readers)
         self._lock = threading.Lock()
         self._upcoming: Counter[str] = Counter()
         try:
@@ -62,11 +63,11 @@ class Cache:
     def expect(self, reads: Iterable[tuple[str, int]]) -> list[str]:
         """All reads (block, bytes of the block) that are known to come, in their order.
 
-        Returns the blocks to fetch ahead, the next one first: as many as fill half of the cache, so that this reader's
-        own drive out none that it needs sooner. A touch tells other readers of this node.
+        Returns the blocks to fetch ahead, the next one first: as many as fill this reader's share, so that none is
+        driven out that is needed sooner. A touch tells other readers of this node.
         """
         upcoming: Counter[str] = Counter()
-        room = self._limit // 2
+        room = self._limit_ahead
         for name, size in reads:
             if name not in upcoming:
                 room -= size

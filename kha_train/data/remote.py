@@ -137,13 +137,13 @@ class _Block(NamedTuple):
 
 
 class RemoteFiles(Files):
-    """`Files` of a dataset at a URL, read through the cache in `cache`, which is kept below `cache_bytes`."""
+    """`Files` of a dataset at a URL, read through `cache`."""
 
     looks_ahead = True
 
-    def __init__(self, store: Store, manifest: Manifest, directory: Path, cache: Path, cache_bytes: int) -> None:
+    def __init__(self, store: Store, manifest: Manifest, directory: Path, cache: Cache) -> None:
         super().__init__(directory)
-        self._store, self._cache = store, Cache(cache, cache_bytes)
+        self._store, self._cache = store, cache
         entries = [(entry, 0) for shard in manifest.shards for entry in (shard.doc, shard.crc)]
         entries += [(shard.tok, shard.tok_offset) for shard in manifest.shards]
         self._entries = {entry.file: (entry, offset) for entry, offset in entries}
@@ -252,8 +252,9 @@ class RemoteFiles(Files):
         return DataError(problem, field=self.path(name), fix=RESTORE)
 
 
-def open_remote(url: str, cache: Path, cache_bytes: int, *, field: str) -> tuple[RemoteFiles, Manifest]:
-    """The files of the dataset at `url` and its manifest, both checked; manifest and tokenizer are copied into `cache`.
+def open_remote(url: str, cache: Path, cache_bytes: int, *, readers: int, field: str) -> tuple[RemoteFiles, Manifest]:
+    """The files of the dataset at `url` and its manifest, both checked; manifest and tokenizer are copied into `cache`,
+    which `readers` datasets of all processes of this node read through.
 
     Raises ConfigError when there is no dataset, or no library for such a URL, DataError when the manifest or the size
     of a file is wrong, MachineError when the store does not answer or the cache cannot be written.
@@ -274,9 +275,8 @@ def open_remote(url: str, cache: Path, cache_bytes: int, *, field: str) -> tuple
                 found = f"found {sizes[entry.file]}" if entry.file in sizes else "cannot be read: no such file"
                 problem = f"expected {offset + entry.bytes} bytes, {found}"
                 raise DataError(problem, field=f"{store.url}/{entry.file}", fix=RESTORE)
-    files = RemoteFiles(
-        store, manifest, cache / "datasets" / hashlib.sha256(text).hexdigest(), cache / "blocks", cache_bytes
-    )
+    blocks = Cache(cache / "blocks", cache_bytes, readers)
+    files = RemoteFiles(store, manifest, cache / "datasets" / hashlib.sha256(text).hexdigest(), blocks)
     _keep(files.directory, MANIFEST_NAME, text)
     if manifest.tokenizer.file is not None:
         _keep(files.directory, manifest.tokenizer.file, store.read(manifest.tokenizer.file))

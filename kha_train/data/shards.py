@@ -63,17 +63,22 @@ class ShardSet:
         field: str = "dataset",
         cache: str = CACHE,
         cache_gib: float = CACHE_GIB,
+        cache_readers: int = 1,
     ) -> ShardSet:
         """Open a dataset; `reader` is a key of `files.READERS`, `field` the configuration key that named it.
 
-        A URL is read through blocks kept in the directory `cache`, of `cache_gib` GiB. Raises ConfigError when there is
-        no dataset there, DataError when the manifest or a file's size is wrong, and for a URL as `remote.open_remote`.
+        A URL is read through blocks kept in the directory `cache`, of `cache_gib` GiB, shared by `cache_readers` such
+        datasets in all processes of this node. Raises ConfigError when there is no dataset there, DataError when the
+        manifest or a file's size is wrong, and for a URL as `remote.open_remote`.
         """
         if "://" in str(directory):
             # Only here: whoever reads local files needs neither its memory nor its time.
             from kha_train.data.remote import open_remote
 
-            files, manifest = open_remote(str(directory), Path(cache).expanduser(), int(cache_gib * 2**30), field=field)
+            size = int(cache_gib * 2**30)
+            files, manifest = open_remote(
+                str(directory), Path(cache).expanduser(), size, readers=cache_readers, field=field
+            )
             # Its files compare every block with its checksum themselves.
             return cls(files, manifest, check_crc=False, field=field)
         directory = Path(directory)

@@ -20,6 +20,7 @@ from kha_train.data.mixture import Mixture, Phase
 from kha_train.data.order import SampleOrder
 from kha_train.data.packing import ConcatRows, Layout
 from kha_train.data.shards import ShardSet
+from kha_train.distributed import ranks_of_node
 from kha_train.errors import ConfigError
 
 TRAIN_SOURCE = "train"
@@ -161,6 +162,7 @@ def open_shards(config: RunConfig, directory: str, field: str) -> ShardSet:
         field=field,
         cache=data.cache_dir,
         cache_gib=data.cache_gib,
+        cache_readers=ranks_of_node() * max(1, len(data.sources)),
     )
     if shards.vocab_size != config.model.vocab_size:
         raise ConfigError(

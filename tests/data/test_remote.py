@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from kha_train.config.schema import SourceSection
 from kha_train.data import manifest as manifests
 from kha_train.data import remote, stream
 from kha_train.data.block_cache import Cache
@@ -278,6 +279,23 @@ def test_looking_ahead_takes_half_of_the_cache_at_most(tmp_path: Path) -> None:
     for name in "aab":
         cache.used(name)
     assert [name for name in "abcde" if cache.is_wanted(name)] == ["a", "b", "c"]
+
+
+def test_readers_that_share_a_cache_look_half_of_it_ahead_all_together(
+    large: Path, tmp_path: Path, flaky: type[Flaky], make_config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sources on two ranks of a node: each of the four has an eighth of the cache."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    sources = tuple(SourceSection(name=name, path=f"flaky://{large}", weight=1.0) for name in ("a", "b"))
+    room = 24 * BLOCK
+    config = make_config(
+        large.parent, train="", sources=sources, cache_dir=str(tmp_path), cache_gib=room / 2**30, isolate=False
+    )
+    opened = stream.open_stream(config)
+    next(opened)
+    for source in opened.samples.sources:
+        ahead = source.rows.shards._files._cache._upcoming
+        assert 1 <= len(ahead) <= 3, "three blocks of an eighth of 24; there are ten to read"
 
 
 def test_only_a_full_cache_is_looked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
