@@ -14,16 +14,13 @@ import platform
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from data_tools.importers import open_packed, read_parquet
-from kha_train.errors import ConfigError, DataError
+from data_tools.texts import Document, TextFile, find_files, read_jsonl, read_parquet, read_text
+from kha_train.errors import ConfigError
 
 SPLITS = ("train", "validation")
 DESCRIPTION_NAME = "corpus.json"
-EXTRA_SUFFIXES = tuple(
-    f"{kind}{packed}" for kind in (".jsonl", ".md", ".py", ".rst", ".txt") for packed in ("", ".gz", ".zst")
-) + (".parquet",)
 _VALIDATION_PERCENT = 2
 _SKIPPED_DIRECTORIES = {
     "__pycache__",
@@ -36,13 +33,6 @@ _SKIPPED_DIRECTORIES = {
     "tests",
     "turtledemo",
 }
-
-
-class Document(NamedTuple):
-    """One text, named by a POSIX path that is the same on every machine."""
-
-    path: str
-    text: str
 
 
 def split_of(path: str) -> str:
@@ -120,73 +110,36 @@ def split_path(directory: str | Path, split: str) -> Path:
     return path
 
 
-def read_jsonl(path: Path, name: str) -> Iterator[Document]:
-    """The documents of a JSONL file; one without a "path" is called `name:line`. Raises DataError for a bad line."""
-    with open_packed(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield parse_line(line, f"{name}:{number}", path)
-
-
-def parse_line(line: bytes, name: str, path: Path) -> Document:
-    """The document in one line of JSONL. Raises DataError when it is not an object with a UTF-8 "text"."""
-    try:
-        value = json.loads(line)
-        text = value["text"]
-        text.encode()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f'{name}: not a JSON object with a "text": {error}', field=str(path)) from error
-    given = value.get("path")
-    return Document(given if isinstance(given, str) else name, text)
-
-
 def _documents(standard_library: bool, extra_roots: Sequence[str | Path], skipped: list[str]) -> Iterator[Document]:
-    if standard_library:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        yield from _read_tree(root, "", (".py",), skipped)
-    names: set[str] = set()
-    for given in extra_roots:
-        root = Path(given).resolve()
-        if root.name in names:
-            raise ConfigError("two roots of one name", field="extra_root", value=root.name, fix="rename one")
-        names.add(root.name)
-        if not root.exists():
-            raise ConfigError("no such file or directory", field="extra_root", value=str(given))
-        if root.is_dir():
-            yield from _read_tree(root, f"{root.name}/", EXTRA_SUFFIXES, skipped)
-        else:
-            yield from _read_file(root, root.name, skipped)
+    own = find_files(extra_roots, "extra_root")
+    for file in (*(_standard_library() if standard_library else ()), *own):
+        yield from _read_file(file, skipped)
 
 
-def _read_tree(root: Path, prefix: str, suffixes: tuple[str, ...], skipped: list[str]) -> Iterator[Document]:
-    paths = []
+def _standard_library() -> list[TextFile]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
     for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if prefix or name not in _SKIPPED_DIRECTORIES]
-        paths += [Path(folder, name) for name in files if name.endswith(suffixes)]
-    named = sorted((prefix + path.relative_to(root).as_posix(), path) for path in paths)
-    for name, path in named:
-        if prefix or not path.name.startswith("_sysconfigdata"):
-            yield from _read_file(path, name, skipped)
+        folders[:] = [name for name in folders if name not in _SKIPPED_DIRECTORIES]
+        found += [
+            Path(folder, name) for name in files if name.endswith(".py") and not name.startswith("_sysconfigdata")
+        ]
+    return sorted(TextFile(path.relative_to(root).as_posix(), path) for path in found)
 
 
-def _read_file(path: Path, name: str, skipped: list[str]) -> Iterator[Document]:
-    inner = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
-    if inner.suffix == ".jsonl":
-        for document in read_jsonl(path, "line"):
-            yield Document(f"{name}#{document.path}", document.text)
-        return
-    if inner.suffix == ".parquet":
-        for number, text in enumerate(read_parquet(path), start=1):
-            yield Document(f"{name}#row:{number}", text)
-        return
-    try:
-        with open_packed(path) as file:
-            text = file.read().decode("utf-8")
-    except UnicodeDecodeError:
-        skipped.append(name)
-        return
-    if text:
-        yield Document(name, text)
+def _read_file(file: TextFile, skipped: list[str]) -> Iterator[Document]:
+    if file.kind == ".jsonl":
+        for document in read_jsonl(file.path, "line"):
+            yield Document(f"{file.name}#{document.path}", document.text)
+    elif file.kind == ".parquet":
+        texts = (text for group in read_parquet(file.path) for text in group if text)
+        yield from (Document(f"{file.name}#row:{number}", text) for number, text in enumerate(texts, start=1))
+    else:
+        text = read_text(file.path)
+        if text is None:
+            skipped.append(file.name)
+        elif text:
+            yield Document(file.name, text)
 
 
 def _sources(standard_library: bool, extra_roots: Sequence[str | Path]) -> list[str]:

@@ -1,61 +1,73 @@
-"""Tokenizing a corpus into the datasets `train/` and `validation/` of one directory.
+"""Text into the datasets `train/` and `validation/` of one directory, by many processes.
 
-The plan comes first: a split's file is cut at line ends into byte ranges, one a shard, without looking at tokens. Each
-range is then encoded on its own, so any number of processes writes the same files. Every document ends with the
-tokenizer's end-of-sequence id.
+The plan comes first: files are cut into units, one a shard, by their sizes alone. Each unit is read and encoded by
+itself, so any number of processes writes the same files. Every document ends with the tokenizer's end-of-sequence id.
+`encode_corpus` takes a corpus directory, whose files are the splits; `encode_files.py` the user's own files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
-from multiprocessing import get_context
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_tools.corpus import DESCRIPTION_NAME, SPLITS, parse_line, split_path
+from data_tools.corpus import DESCRIPTION_NAME, SPLITS, split_path
+from data_tools.texts import Piece, TextFile, cut, texts
+from data_tools.workers import Advance, each
 from kha_train.data.canonical import canonical_json, sha256_of_file
 from kha_train.data.manifest import Manifest, ShardEntry, dtype_for
 from kha_train.data.tokenizer import Tokenizer
-from kha_train.data.writer import (
-    finished_shards,
-    mark_finished,
-    prepare,
-    publish_dataset,
-    refuse_existing,
-    write_shard,
-)
+from kha_train.data.writer import ShardWriter, finished_shards, mark_finished, prepare, publish_dataset, refuse_existing
 from kha_train.errors import ConfigError, DataError
 
 SHARD_BYTES = 512 << 20
 ENCODERS = ("sentencepiece", "gigatoken")
-SAMPLE_BYTES = 2 << 20
+SAMPLE_CHARACTERS = 2 << 20
 _BATCH_CHARACTERS = 1 << 20
 
+Say = Callable[[str], None]
 
-class ShardPlan(NamedTuple):
-    """Which lines make a shard: the bytes [start, stop) of a JSONL file, whose first line has number `line`."""
+
+class Unit(NamedTuple):
+    """What makes shard number `index` of every split: pieces of files. `repeated` is true for each text that is left
+    out (None: none is). Two units of one `identity` give the same shards under one tokenizer and encoder."""
 
     index: int
-    start: int
-    stop: int
-    line: int
-
-
-class _Task(NamedTuple):
-    """What all shards of a split have in common."""
-
-    path: Path
-    tokenizer: Path
-    directory: Path
-    dtype: str
+    pieces: tuple[Piece, ...]
     identity: str
+    repeated: np.ndarray | None = None
+
+
+class Job(NamedTuple):
+    """What the units of one encoding have in common: where the splits go, and which text goes to validation (the
+    first 64 bits of its SHA-256 are below `validation_below`) when there is more than one."""
+
+    tokenizer: Path
     fast: bool
+    dtype: str
+    directories: dict[str, Path]
+    validation_below: int = 0
+
+    def split_of(self, text: bytes) -> str:
+        """The split a text belongs to."""
+        if len(self.directories) == 1:
+            return next(iter(self.directories))
+        number = int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
+        return "validation" if number < self.validation_below else "train"
+
+
+class Encoded(NamedTuple):
+    """The shard of each split that a unit gave (None: no document), and the files left out as not UTF-8."""
+
+    shards: dict[str, ShardEntry | None]
+    left_out: list[str]
 
 
 def encode_corpus(
@@ -67,176 +79,200 @@ def encode_corpus(
     workers: int = 1,
     overwrite: bool = False,
     encoder: str = ENCODERS[0],
-    say: Callable[[str], None] | None = None,
-    progress: Callable[[int], None] | None = None,
+    say: Say | None = None,
+    progress: Advance | None = None,
+    finished: Advance | None = None,
 ) -> dict[str, Manifest]:
     """Write `out/train` and `out/validation` from a corpus directory; returns the manifest of each split.
 
     A shard holds the documents of about `shard_bytes` of JSONL, and always whole documents. `progress` gets bytes of
-    JSONL. `encoder` is one of `ENCODERS`; gigatoken is used once its ids were proven equal to sentencepiece's on the
-    first documents, and `say` is told what is used and why. An encoding that was interrupted goes on with the shards
-    that are not finished. Raises ConfigError for a missing corpus or tokenizer, an encoder that is not there and for
-    existing datasets unless `overwrite`; DataError for a bad line or a split without text.
+    JSONL, `finished` bytes of text that this call encoded. `encoder` is one of `ENCODERS`; gigatoken is used once its
+    ids were proven equal to sentencepiece's on the first documents, and `say` is told what is used and why. An encoding
+    that was interrupted goes on with the shards that are not finished. Raises ConfigError for a missing corpus or
+    tokenizer, an encoder that is not there and for existing datasets unless `overwrite`; DataError for a bad line or a
+    split without text.
     """
-    paths = {split: split_path(corpus, split) for split in SPLITS}
-    loaded = choose_encoder(Tokenizer(tokenizer), encoder, paths["train"], say or (lambda text: None))
-    if "eos" not in loaded.special_ids:
-        raise ConfigError("has no end-of-sequence id", field="tokenizer", value=str(tokenizer))
-    plans = {split: plan_shards(path, shard_bytes) for split, path in paths.items()}
+    files = {split: TextFile(f"{split}.jsonl", split_path(corpus, split)) for split in SPLITS}
+    pieces = {split: list(cut(file, shard_bytes)) for split, file in files.items()}
+    say = say or (lambda text: None)
+    loaded = choose_encoder(Tokenizer(tokenizer), encoder, texts_of(pieces["train"]), say)
     for split in SPLITS:
-        if not plans[split]:
+        if not pieces[split]:
             raise ConfigError(
                 "has no document",
                 field="corpus",
-                value=str(paths[split]),
+                value=str(files[split].path),
                 fix="validation gets 2 % of the paths: add documents, or move lines between the two files yourself",
             )
     if not overwrite:
         for split in SPLITS:
             refuse_existing(Path(out) / split)
-    return {
-        split: _encode_split(plans[split], path, loaded, Path(out) / split, workers, overwrite, progress)
-        for split, path in paths.items()
-    }
+    made = {}
+    for split, file in files.items():
+        about = _fingerprint(file.path)
+        units = [
+            Unit(i, (piece,), identity_of([about["sha256"], i, *piece[1:3]])) for i, piece in enumerate(pieces[split])
+        ]
+        how = {"say": say, "workers": workers, "overwrite": overwrite, "progress": progress, "finished": finished}
+        made |= encode_units(units, loaded, {split: Path(out) / split}, {split: about}, **how)
+    return made
 
 
-def choose_encoder(tokenizer: Tokenizer, encoder: str, path: Path, say: Callable[[str], None]) -> Tokenizer:
-    """`tokenizer`, or one that gives the same ids faster, proven on the first `SAMPLE_BYTES` of the JSONL file `path`.
+def choose_encoder(tokenizer: Tokenizer, encoder: str, sample: Iterable[str], say: Say) -> Tokenizer:
+    """`tokenizer`, or one that gives the same ids faster, proven on the first `SAMPLE_CHARACTERS` of `sample`.
 
-    `say` is told which, and why. Raises ConfigError for an unknown encoder or one that is not installed.
+    `say` is told which, and why. Raises ConfigError for an unknown encoder or one that is not installed, and for a
+    tokenizer without an end of sequence.
     """
+    if "eos" not in tokenizer.special_ids:
+        raise ConfigError("has no end-of-sequence id", field="tokenizer", value=str(tokenizer.path))
     if encoder not in ENCODERS:
         raise ConfigError("no such encoder", field="encoder", value=encoder, allowed=", ".join(ENCODERS))
     if encoder == ENCODERS[0]:
         return tokenizer
     fast = Tokenizer(tokenizer.path, fast=True)
-    documents, size = 0, path.stat().st_size
-    sample = ShardPlan(0, 0, min(SAMPLE_BYTES, size), 1)
-    for texts, _ in _batches(sample, path):
+    documents = 0
+    for batch in batches(_first(sample, SAMPLE_CHARACTERS)):
         try:
-            same = all(map(np.array_equal, fast.encode(texts), tokenizer.encode(texts)))
+            same = all(map(np.array_equal, fast.encode(batch), tokenizer.encode(batch)))
         except DataError:
             same = False
         if not same:
             say(f"sentencepiece, because {fast.encoder} gives other ids in the first documents")
             return tokenizer
-        documents += len(texts)
+        documents += len(batch)
     say(f"{fast.encoder}: the same ids as sentencepiece in the first {documents} documents")
     return fast
 
 
-def plan_shards(path: Path, shard_bytes: int) -> list[ShardPlan]:
-    """Cut a JSONL file into shards of about `shard_bytes`, each closed at the first line end at or after that size."""
-    plans: list[ShardPlan] = []
-    start, line, position = 0, 1, 0
-    with open(path, "rb") as file:
-        for number, text in enumerate(file, start=1):
-            position += len(text)
-            if position - start >= shard_bytes:
-                plans.append(ShardPlan(len(plans), start, position, line))
-                start, line = position, number + 1
-    if position > start:
-        plans.append(ShardPlan(len(plans), start, position, line))
-    return plans
-
-
-def _encode_split(
-    plans: list[ShardPlan],
-    path: Path,
+def encode_units(
+    units: Sequence[Unit],
     tokenizer: Tokenizer,
-    directory: Path,
+    directories: dict[str, Path],
+    about: dict[str, dict[str, Any]],
+    *,
+    validation_below: int = 0,
     workers: int,
     overwrite: bool,
-    progress: Callable[[int], None] | None,
-) -> Manifest:
-    fingerprint = _fingerprint(path)
-    identity = _identity(fingerprint["sha256"], tokenizer, plans)
-    done = finished_shards(directory, identity)
-    prepare(directory, overwrite=overwrite, keep=done)
+    progress: Advance | None,
+    finished: Advance | None,
+    say: Say,
+) -> dict[str, Manifest]:
+    """Encode the units that are not finished and publish a dataset of each split; `about` goes into its manifest, and
+    `say` is told what was there already and what is left out. Raises as `encode_corpus`."""
     fast = tokenizer.encoder != ENCODERS[0]
-    task = _Task(path, tokenizer.path, directory, dtype_for(tokenizer.vocab_size), identity, fast)
-    todo = [plan for plan in plans if plan.index not in done]
+    job = Job(tokenizer.path, fast, dtype_for(tokenizer.vocab_size), directories, validation_below)
+    units = [unit._replace(identity=_full_identity(unit, tokenizer, job)) for unit in units]
+    identities = {unit.index: unit.identity for unit in units}
+    found = {split: finished_shards(directory, identities) for split, directory in directories.items()}
+    done = {
+        index: {split: one[index] for split, one in found.items()}
+        for index in set.intersection(*map(set, found.values()))
+    }
+    for directory in directories.values():
+        prepare(directory, overwrite=overwrite, keep=done)
+    todo = [unit for unit in units if unit.index not in done]
+    if done:
+        say(f"{len(done)} of {len(units)} shards were finished before")
     if progress is not None:
-        progress(sum(plan.stop - plan.start for plan in plans if plan.index in done))
-    if workers == 1:
-        done |= {plan.index: _encode_shard(plan, task, tokenizer, progress) for plan in todo}
-    else:
-        done |= _encode_in_processes(todo, task, workers, progress)
-    shards = [done[plan.index] for plan in plans]
-    return publish_dataset(
-        directory,
-        shards,
-        tokenizer.entry(),
-        dtype=task.dtype,
-        corpus=fingerprint,
-        tokenizer_file=tokenizer.path,
-        encoder=tokenizer.encoder,
-    )
+        progress(sum(piece.bytes for unit in units if unit.index in done for piece in unit.pieces))
+    work = partial(encode_unit, job=job)
+    for unit, encoded in zip(todo, each(work, todo, workers, progress), strict=True):
+        done[unit.index] = encoded.shards
+        if finished is not None:
+            finished(sum(shard.text_bytes for shard in encoded.shards.values() if shard))
+        for name in encoded.left_out:
+            say(f"left out, not UTF-8: {name}")
+    for split in directories:
+        if not any(shards[split] for shards in done.values()):
+            fix = "more text" if len(directories) == 1 else "more text, or another --validation-percent"
+            raise DataError(f"no text for {split}", field=str(directories[split]), fix=fix)
+    return {
+        split: publish_dataset(
+            directory,
+            [done[unit.index][split] for unit in units],
+            tokenizer.entry(),
+            dtype=job.dtype,
+            corpus=about[split],
+            tokenizer_file=tokenizer.path,
+            encoder=tokenizer.encoder,
+        )
+        for split, directory in directories.items()
+    }
 
 
-def _identity(text_sha256: str, tokenizer: Tokenizer, plans: list[ShardPlan]) -> str:
-    """What decides every byte of the shards: finished ones of the same identity need not be written again."""
-    parts = [text_sha256, tokenizer.sha256, tokenizer.encoder, [list(plan) for plan in plans]]
+def encode_unit(unit: Unit, advance: Advance, job: Job) -> Encoded:
+    """Write the shards of a unit, one a split, and note that they are finished."""
+    tokenizer = Tokenizer(job.tokenizer, fast=job.fast)
+    end = np.asarray([tokenizer.special_ids["eos"]], dtype=np.int32)
+    left_out: list[str] = []
+    kept = kept_texts(unit, left_out, advance)
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(
+                ShardWriter(directory, unit.index, vocab_size=tokenizer.vocab_size, dtype=job.dtype)
+            )
+            for split, directory in job.directories.items()
+        }
+        for batch in batches(kept):
+            for text, ids in zip(batch, tokenizer.encode(batch), strict=True):
+                data = text.encode()
+                writers[job.split_of(data)].add(np.concatenate((ids, end)), len(data))
+        shards = {split: writer.finish() for split, writer in writers.items()}
+    for split, directory in job.directories.items():
+        mark_finished(directory, unit.index, shards[split], unit.identity)
+    return Encoded(shards, left_out)
+
+
+def kept_texts(unit: Unit, left_out: list[str], advance: Advance) -> Iterator[str]:
+    """The texts of a unit that are not repeated, in order."""
+    every = chain.from_iterable(texts(piece, left_out, advance) for piece in unit.pieces)
+    if unit.repeated is None:
+        return every
+    return (text for text, repeated in zip(every, unit.repeated.tolist(), strict=True) if not repeated)
+
+
+def texts_of(pieces: Iterable[Piece]) -> Iterator[str]:
+    """The texts of pieces, nothing told of what is left out."""
+    return chain.from_iterable(texts(piece, [], lambda amount: None) for piece in pieces)
+
+
+def batches(every: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in lists of about a million characters."""
+    batch: list[str] = []
+    characters = 0
+    for text in every:
+        batch.append(text)
+        characters += len(text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def identity_of(parts: list[Any]) -> str:
+    """A name for values that decide what is written."""
     return hashlib.sha256(canonical_json(parts)).hexdigest()
 
 
-def _encode_in_processes(
-    plans: list[ShardPlan], task: _Task, workers: int, progress: Callable[[int], None] | None
-) -> dict[int, ShardEntry | None]:
-    shards = {}
-    # A forked child would inherit the threads of whatever the caller has loaded.
-    with ProcessPoolExecutor(max_workers=workers, mp_context=get_context("spawn")) as pool:
-        for plan, shard in zip(plans, pool.map(partial(_encode_shard_alone, task=task), plans), strict=True):
-            shards[plan.index] = shard
-            if progress is not None:
-                progress(plan.stop - plan.start)
-    return shards
+def _first(every: Iterable[str], characters: int) -> Iterator[str]:
+    """The first texts, so many characters or one more text."""
+    seen = 0
+
+    def more(text: str) -> bool:
+        """Whether there were fewer characters before this text."""
+        nonlocal seen
+        seen += len(text)
+        return seen - len(text) < characters
+
+    return takewhile(more, every)
 
 
-def _encode_shard_alone(plan: ShardPlan, task: _Task) -> ShardEntry | None:
-    return _encode_shard(plan, task, Tokenizer(task.tokenizer, fast=task.fast), None)
-
-
-def _encode_shard(
-    plan: ShardPlan, task: _Task, tokenizer: Tokenizer, progress: Callable[[int], None] | None
-) -> ShardEntry | None:
-    documents = _encoded_documents(plan, task.path, tokenizer, progress)
-    shard = write_shard(task.directory, plan.index, documents, vocab_size=tokenizer.vocab_size, dtype=task.dtype)
-    mark_finished(task.directory, plan.index, shard, task.identity)
-    return shard
-
-
-def _encoded_documents(
-    plan: ShardPlan, path: Path, tokenizer: Tokenizer, progress: Callable[[int], None] | None
-) -> Iterator[tuple[np.ndarray, int]]:
-    end = np.asarray([tokenizer.special_ids["eos"]], dtype=np.int32)
-    for texts, line_bytes in _batches(plan, path):
-        for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
-            yield np.concatenate((ids, end)), len(text.encode())
-        if progress is not None:
-            progress(line_bytes)
-
-
-def _batches(plan: ShardPlan, path: Path) -> Iterator[tuple[list[str], int]]:
-    """The texts of the plan's lines in batches of about a million characters, with the bytes of their lines."""
-    texts: list[str] = []
-    characters, line_bytes = 0, 0
-    with open(path, "rb") as file:
-        file.seek(plan.start)
-        number = plan.line
-        while file.tell() < plan.stop:
-            line = file.readline()
-            line_bytes += len(line)
-            if line.strip():
-                text = parse_line(line, f"{path.name}:{number}", path).text
-                if text:
-                    texts.append(text)
-                    characters += len(text)
-            number += 1
-            if characters >= _BATCH_CHARACTERS:
-                yield texts, line_bytes
-                texts, characters, line_bytes = [], 0, 0
-    yield texts, line_bytes
+def _full_identity(unit: Unit, tokenizer: Tokenizer, job: Job) -> str:
+    repeated = None if unit.repeated is None else hashlib.sha256(np.packbits(unit.repeated).tobytes()).hexdigest()
+    splits = [sorted(job.directories), job.validation_below]
+    return identity_of([unit.identity, tokenizer.sha256, tokenizer.encoder, splits, repeated])
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Doors to foreign files: packed text, Parquet, and token files of other trainers taken over without copying.
+"""Token files of other trainers, taken over without copying.
 
 An imported dataset is a directory of links to the foreign token files with our document ends, checksums and manifest
 beside them; the ids themselves are read once, to check and sum them, and stay where they are.
@@ -6,17 +6,13 @@ beside them; the ids themselves are read once, to check and sum them, and stay w
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,43 +33,6 @@ class Foreign(NamedTuple):
     offset: int
     dtype: np.dtype
     ends: np.ndarray | None
-
-
-@contextmanager
-def open_packed(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file, unpacked when its name ends with .gz or .zst. Raises ConfigError when .zst needs pyarrow,
-    DataError when the file is damaged or cannot be read."""
-    try:
-        with _unpacked(path) as file:
-            yield file
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"cannot be read: {error}", field=str(path), fix="copy the file again, or leave it out"
-        ) from error
-
-
-def _unpacked(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".zst":
-        return io.BufferedReader(_pyarrow(path).input_stream(str(path), compression="zstd"))
-    return open(path, "rb")
-
-
-def read_parquet(path: Path) -> Iterator[str]:
-    """The column `text` of a Parquet file, row group by row group. Raises ConfigError without pyarrow, DataError for a
-    file without that column or one that is damaged."""
-    arrow = _pyarrow(path)
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-        if "text" not in file.schema_arrow.names:
-            raise DataError("has no column `text`", field=str(path), allowed=", ".join(file.schema_arrow.names))
-        for group in range(file.num_row_groups):
-            yield from (text for text in file.read_row_group(group, columns=["text"])["text"].to_pylist() if text)
-    except (arrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"cannot be read: {error}", field=str(path)) from error
 
 
 def import_tokens(
@@ -163,13 +122,3 @@ def _numpy(path: Path, vocab: int) -> Foreign:
 
 
 KINDS: dict[str, Callable[[Path, int], Foreign]] = {"megatron": _megatron, "datatrove": _datatrove, "numpy": _numpy}
-
-
-def _pyarrow(path: Path) -> ModuleType:
-    try:
-        import pyarrow
-    except ImportError:
-        raise ConfigError(
-            "needs pyarrow", field="extra_root", value=str(path), fix="pip install 'kha_train[data]'"
-        ) from None
-    return pyarrow

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -17,14 +18,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from data_tools.corpus import build_corpus, split_path
+from data_tools.corpus import SPLITS, build_corpus, split_path
 from data_tools.encode import SHARD_BYTES, encode_corpus
+from data_tools.encode_files import VALIDATION_PERCENT, encode_files
 from data_tools.importers import import_tokens, tokenizer_of
+from data_tools.texts import find_files
 from data_tools.train_tokenizer import train_tokenizer
 from kha_train.config.compose import load
 from kha_train.data.inspect import BORDER, decoder_of, digest, length_histogram, samples_of_step
 from kha_train.data.manifest import MANIFEST_NAME
 from kha_train.data.shards import ShardSet
+from kha_train.errors import ConfigError
 from kha_train.record import read_events, read_metrics, read_run
 
 VERIFY_GIB = 1.0
@@ -76,10 +80,20 @@ def tokenizer(
 
 @app.command()
 def tokenize(
-    corpus_dir: CorpusDir,
     tokenizer_file: Annotated[Path, typer.Option("--tokenizer", help="Model file of `kha data tokenizer`.")],
     out: Annotated[Path, typer.Option(help="Directory to write train/ and validation/ in.")],
-    shard_bytes: Annotated[int, typer.Option(min=1, help="Bytes of JSONL in a shard.")] = SHARD_BYTES,
+    corpus_dir: Annotated[Path | None, typer.Option("--corpus", help="A directory made by `kha data corpus`.")] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Instead: files and directories of .txt .md .rst .py .jsonl .parquet, .gz .zst, as they lie."
+        ),
+    ] = None,
+    validation_percent: Annotated[
+        float | None, typer.Option(help=f"Of --text, by the hash of each text; {VALIDATION_PERCENT} unless set.")
+    ] = None,
+    drop_repeated: Annotated[bool, typer.Option("--drop-repeated", help="Of --text: exact repetitions go.")] = False,
+    shard_bytes: Annotated[int, typer.Option(min=1, help="Bytes of text in a shard.")] = SHARD_BYTES,
     workers: Annotated[int, typer.Option(min=1, help="Processes; the files do not depend on it.")] = 1,
     encoder: Annotated[
         str, typer.Option(help="sentencepiece, or gigatoken: faster, proven to give its ids.")
@@ -87,21 +101,28 @@ def tokenize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace datasets that are there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Encode a corpus into shards; the same command goes on where an interrupted one stopped."""
-    total = sum(split_path(corpus_dir, split).stat().st_size for split in ("train", "validation"))
-    started, used = time.perf_counter(), [encoder]
-    with _progress("tokenizing", total) as advance:
-        manifests = encode_corpus(
-            corpus_dir,
-            tokenizer_file,
-            out,
-            shard_bytes=shard_bytes,
-            workers=workers,
-            overwrite=overwrite,
-            encoder=encoder,
-            say=lambda text: used.append(text),
-            progress=advance,
+    """Encode text into shards; the same command goes on where an interrupted one stopped.
+
+    Raises ConfigError unless it is told of one kind of text."""
+    if (corpus_dir is None) == (not text):
+        raise ConfigError("one of --corpus and --text", field="tokenize")
+    if corpus_dir and (drop_repeated or validation_percent is not None):
+        raise ConfigError(
+            "a corpus is split and has no repetitions", field="--drop-repeated, --validation-percent", fix="--text"
         )
+    said: list[str] = []
+    encoded: list[int] = []
+    how = {"shard_bytes": shard_bytes, "workers": workers, "overwrite": overwrite, "encoder": encoder}
+    started = time.perf_counter()
+    if corpus_dir:
+        total = sum(split_path(corpus_dir, split).stat().st_size for split in SPLITS)
+        encode = partial(encode_corpus, corpus_dir)
+    else:
+        total = sum(file.path.stat().st_size for file in find_files(text, "text")) * (2 if drop_repeated else 1)
+        share = VALIDATION_PERCENT if validation_percent is None else validation_percent
+        encode = partial(encode_files, text, validation_percent=share, drop_repeated=drop_repeated)
+    with _progress("tokenizing", total) as advance:
+        manifests = encode(tokenizer_file, out, **how, say=said.append, progress=advance, finished=encoded.append)
     answer = {
         split: {
             "directory": str(out / split),
@@ -113,8 +134,9 @@ def tokenize(
         }
         for split, made in manifests.items()
     }
-    speed = round(total / 1e6 / (time.perf_counter() - started), 2)
-    _answer({**answer, "encoder": used[-1], "megabytes_per_second": speed}, as_json)
+    speed = round(sum(encoded) / 1e6 / (time.perf_counter() - started), 2)
+    used = manifests["train"].tool.rpartition(", ")[2]
+    _answer({**answer, "encoder": used, "notes": said, "megabytes_per_second": speed}, as_json)
 
 
 @app.command("import")

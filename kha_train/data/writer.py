@@ -11,11 +11,11 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
@@ -119,59 +119,84 @@ def mark_finished(directory: Path, index: int, entry: ShardEntry | None, identit
     os.replace(temporary, path)
 
 
-def finished_shards(directory: Path, identity: str) -> dict[int, ShardEntry | None]:
-    """The shards an interrupted writing of the same `identity` left whole, by number."""
+def finished_shards(directory: Path, identities: Mapping[int, str]) -> dict[int, ShardEntry | None]:
+    """The shards that an interrupted writing left whole, by number: those noted with the identity of their number."""
     finished: dict[int, ShardEntry | None] = {}
     for path in directory.glob("shard-*.done"):
         try:
             note = json.loads(path.read_bytes())
         except ValueError:
             continue
-        if note.get("identity") != identity:
+        index = int(path.stem.removeprefix("shard-"))
+        if note.get("identity") != identities.get(index):
             continue
         entry = None if note["shard"] is None else manifests.shard_entry(note["shard"])
         files = (entry.tok, entry.doc, entry.crc) if entry else ()
         if all(
             (directory / file.file).is_file() and sha256_of_file(directory / file.file) == file.sha256 for file in files
         ):
-            finished[int(path.stem.removeprefix("shard-"))] = entry
+            finished[index] = entry
     return finished
+
+
+class ShardWriter:
+    """Shard number `index` of `directory`, written document by document. Empty documents are left out: a document
+    border is unique."""
+
+    def __init__(self, directory: Path, index: int, *, vocab_size: int, dtype: str) -> None:
+        self._path = directory / f"shard-{index:05d}.tok"
+        self._vocab_size, self._dtype = vocab_size, np.dtype(dtype).newbyteorder("<")
+        self._file = self._path.open("wb")
+        self._tok, self._checksums = _HashedFile(self._file), _BlockChecksums()
+        self._ends: list[int] = []
+        self._tokens, self._text_bytes, self._min_id, self._max_id = 0, 0, vocab_size, -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, ids: np.ndarray, text_bytes: int) -> None:
+        """Append a document that stands for so many UTF-8 bytes of text. Raises DataError for an id outside the
+        vocabulary."""
+        if len(ids) == 0:
+            return
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self._vocab_size:
+            problem = f"an id outside the vocabulary of {self._vocab_size}"
+            raise DataError(problem, field=str(self._path), value=(low, high))
+        self._min_id, self._max_id = min(self._min_id, low), max(self._max_id, high)
+        self._tokens, self._text_bytes = self._tokens + len(ids), self._text_bytes + text_bytes
+        self._ends.append(self._tokens)
+        data = ids.astype(self._dtype).tobytes()
+        self._tok.write(data)
+        self._checksums.feed(data)
+
+    def finish(self) -> ShardEntry | None:
+        """What the manifest says of the shard; None, and no file, when no document had any id."""
+        tok = self._tok.finish()
+        self._file.close()
+        if not self._ends:
+            self._path.unlink()
+            return None
+        ends = np.asarray(self._ends, dtype="<i8")
+        doc = write_file(self._path.with_suffix(".doc"), ends.tobytes())
+        crc = write_file(self._path.with_suffix(".crc"), checksum_file(self._checksums.finish(), ends))
+        return ShardEntry(
+            self._tokens, len(ends), self._text_bytes, self._min_id, self._max_id, tok=tok, doc=doc, crc=crc
+        )
 
 
 def write_shard(
     directory: Path, index: int, documents: Iterable[tuple[np.ndarray, int]], *, vocab_size: int, dtype: str
 ) -> ShardEntry | None:
-    """Write shard number `index` from documents, each (ids, UTF-8 bytes of its text), and return its manifest entry.
-
-    Empty documents are left out: a document border is unique. Returns None, leaving no file, when nothing remains.
-    Raises DataError for an id outside the vocabulary.
-    """
-    path = directory / f"shard-{index:05d}.tok"
-    ends: list[int] = []
-    checksums = _BlockChecksums()
-    tokens, text_bytes, min_id, max_id = 0, 0, vocab_size, -1
-    with open(path, "wb") as file:
-        tok = _HashedFile(file)
-        for ids, document_bytes in documents:
-            if len(ids) == 0:
-                continue
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= vocab_size:
-                raise DataError(f"an id outside the vocabulary of {vocab_size}", field=str(path), value=(low, high))
-            min_id, max_id = min(min_id, low), max(max_id, high)
-            tokens, text_bytes = tokens + len(ids), text_bytes + document_bytes
-            ends.append(tokens)
-            data = ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
-            tok.write(data)
-            checksums.feed(data)
-        tok_entry = tok.finish()
-    if not ends:
-        path.unlink()
-        return None
-    all_ends = np.asarray(ends, dtype="<i8")
-    doc_entry = write_file(path.with_suffix(".doc"), all_ends.tobytes())
-    crc_entry = write_file(path.with_suffix(".crc"), checksum_file(checksums.finish(), all_ends))
-    return ShardEntry(tokens, len(ends), text_bytes, min_id, max_id, tok_entry, doc_entry, crc_entry)
+    """Write shard number `index` from documents, each (ids, UTF-8 bytes of its text), and return what `ShardWriter`
+    says of it at the end. Raises DataError as that."""
+    with ShardWriter(directory, index, vocab_size=vocab_size, dtype=dtype) as writer:
+        for ids, text_bytes in documents:
+            writer.add(ids, text_bytes)
+        return writer.finish()
 
 
 def publish_dataset(

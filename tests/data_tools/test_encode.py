@@ -10,7 +10,8 @@ import pytest
 
 from data_tools import encode
 from data_tools.corpus import build_corpus, read_split
-from data_tools.encode import encode_corpus, plan_shards
+from data_tools.encode import encode_corpus
+from data_tools.texts import TextFile, cut
 from data_tools.train_tokenizer import train_tokenizer
 from kha_train.data import tokenizer as tokenizers
 from kha_train.data.shards import ShardSet
@@ -47,14 +48,14 @@ def test_an_interrupted_encoding_goes_on_and_writes_the_same_files(
 ) -> None:
     encode_corpus(corpus, corpus / "tokenizer.model", tmp_path / "straight", shard_bytes=500)
 
-    def write_or_die(plan, *rest):
-        if plan.index == 3:
+    def write_or_die(unit, *rest, **more):
+        if unit.index == 3:
             raise KeyboardInterrupt
-        return original(plan, *rest)
+        return original(unit, *rest, **more)
 
-    original = encode._encode_shard
+    original = encode.encode_unit
     with monkeypatch.context() as patched:
-        patched.setattr(encode, "_encode_shard", write_or_die)
+        patched.setattr(encode, "encode_unit", write_or_die)
         with pytest.raises(KeyboardInterrupt):
             encode_corpus(corpus, corpus / "tokenizer.model", tmp_path / "stopped", shard_bytes=500)
     assert not (tmp_path / "stopped" / "train" / "manifest.json").exists()
@@ -89,12 +90,13 @@ def test_every_document_decodes_to_its_text_and_ends_with_eos(corpus: Path, tmp_
 def test_a_plan_covers_the_file_in_whole_lines(corpus: Path, shard_bytes: int) -> None:
     path = corpus / "train.jsonl"
     data = path.read_bytes()
-    plans = plan_shards(path, shard_bytes)
-    assert [plan.index for plan in plans] == list(range(len(plans)))
-    assert [plan.start for plan in plans] == [0, *(plan.stop for plan in plans[:-1])] and plans[-1].stop == len(data)
-    for plan in plans:
-        assert data[plan.stop - 1 : plan.stop] == b"\n"
-        assert plan.line == 1 + data[: plan.start].count(b"\n")
+    pieces = list(cut(TextFile("train.jsonl", path), shard_bytes))
+    assert [piece.first for piece in pieces] == [0, *(piece.last for piece in pieces[:-1])]
+    assert pieces[-1].last == len(data)
+    for piece in pieces:
+        # Closed at the first line end at or after that size.
+        wanted = min(piece.first + shard_bytes, len(data)) - 1
+        assert piece.last == data.index(b"\n", wanted) + 1
 
 
 def test_progress_counts_every_byte_of_the_corpus(corpus: Path, tmp_path: Path) -> None:
@@ -177,14 +179,16 @@ def test_the_repair_of_a_failed_encoding_keeps_no_shard_of_the_suspected_encoder
         version = "0"
 
         def __init__(self, model: bytes) -> None:
-            self.plain, self.calls = Tokenizer(corpus / "tokenizer.model"), 0
+            self.plain = Tokenizer(corpus / "tokenizer.model")
 
         def encode(self, texts: list[str]) -> list[np.ndarray]:
-            self.calls += 1
-            if self.calls == 4:
+            calls.append(len(texts))
+            if len(calls) == 4:
                 raise DataError("other ids", field="encoder")
             ids = self.plain.encode(texts)
-            return ids if self.calls == 1 else [one[::-1] for one in ids]
+            return ids if len(calls) == 1 else [one[::-1] for one in ids]
+
+    calls: list[int] = []
 
     model, out = corpus / "tokenizer.model", tmp_path / "out"
     monkeypatch.setattr(tokenizers, "FastEncoder", OtherIdsLater)

@@ -1,0 +1,137 @@
+"""The user's own files encoded as they lie: no copy of the text is made, and every process reads what it encodes.
+
+A text goes to validation by its own hash, so that it stays there wherever it comes from, and no text is in both.
+Exact repetitions are found beforehand, by all processes, from 128 bits of each text's SHA-256.
+"""
+
+# N texts
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.corpus import SPLITS
+from data_tools.encode import (
+    ENCODERS,
+    SHARD_BYTES,
+    Say,
+    Unit,
+    choose_encoder,
+    encode_units,
+    identity_of,
+    kept_texts,
+    texts_of,
+)
+from data_tools.texts import Piece, TextFile, cut, find_files
+from data_tools.workers import Advance, each
+from kha_train.data.manifest import Manifest
+from kha_train.data.tokenizer import Tokenizer
+from kha_train.data.writer import refuse_existing
+from kha_train.errors import ConfigError
+
+VALIDATION_PERCENT = 2.0
+_HASH_BYTES = 16
+
+
+def encode_files(
+    roots: Sequence[str | Path],
+    tokenizer: str | Path,
+    out: str | Path,
+    *,
+    validation_percent: float = VALIDATION_PERCENT,
+    drop_repeated: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    workers: int = 1,
+    overwrite: bool = False,
+    encoder: str = ENCODERS[0],
+    say: Say | None = None,
+    progress: Advance | None = None,
+    finished: Advance | None = None,
+) -> dict[str, Manifest]:
+    """Write `out/train` and `out/validation` from files and directories of text (see `texts.py`); returns the manifest
+    of each split.
+
+    A unit of work, and with it a shard of each split, has about `shard_bytes` of text; a packed file is never cut.
+    `progress` gets bytes of the files, twice those with `drop_repeated`. The rest is as for `encode_corpus`. Raises
+    ConfigError and DataError as that and as `texts.find_files`, ConfigError too when a split gets no text.
+    """
+    if not 0 < validation_percent < 100:
+        raise ConfigError(
+            "a share of the texts", field="validation_percent", value=validation_percent, allowed="0..100"
+        )
+    say = say or (lambda text: None)
+    files = find_files(roots, "text")
+    units = plan_units(files, shard_bytes)
+    if not units:
+        raise ConfigError("no text found", field="text", value=[str(root) for root in roots])
+    if not overwrite:
+        for split in SPLITS:
+            refuse_existing(Path(out) / split)
+    pieces = (piece for unit in units for piece in unit.pieces)
+    loaded = choose_encoder(Tokenizer(tokenizer), encoder, texts_of(pieces), say)
+    about: dict[str, Any] = {"files": len(files), "bytes": sum(file.path.stat().st_size for file in files)}
+    about |= {"roots": [Path(root).resolve().name for root in roots], "validation_percent": validation_percent}
+    if drop_repeated:
+        units = without_repeated(units, workers, progress)
+        about["repeated"] = int(sum(unit.repeated.sum() for unit in units))
+        say(f"{about['repeated']} texts left out, because they stand before")
+    return encode_units(
+        units,
+        loaded,
+        {split: Path(out) / split for split in SPLITS},
+        {split: {"split": split, **about} for split in SPLITS},
+        validation_below=int(validation_percent / 100 * 2**64),
+        workers=workers,
+        overwrite=overwrite,
+        progress=progress,
+        finished=finished,
+        say=say,
+    )
+
+
+def plan_units(files: Iterable[TextFile], shard_bytes: int) -> list[Unit]:
+    """Pieces in the order of the files, so many together as make about `shard_bytes` of text. Raises DataError for a
+    file that cannot be read."""
+    units: list[Unit] = []
+    together: list[Piece] = []
+    taken = 0
+    for piece in (piece for file in files for piece in cut(file, shard_bytes)):
+        together.append(piece)
+        taken += piece.text_bytes
+        if taken >= shard_bytes:
+            units.append(_unit(len(units), together))
+            together, taken = [], 0
+    return [*units, _unit(len(units), together)] if together else units
+
+
+def without_repeated(units: Sequence[Unit], workers: int, progress: Advance | None) -> list[Unit]:
+    """The same units, each text after the first of its kind marked as repeated."""
+    hashes = list(each(text_hashes, units, workers, progress))
+    keys_N2 = np.frombuffer(b"".join(hashes), dtype="<u8").reshape(-1, 2)
+    # Stable: among equal ones the first text stays first.
+    order_N = np.lexsort((keys_N2[:, 1], keys_N2[:, 0]))
+    same = (keys_N2[order_N[1:]] == keys_N2[order_N[:-1]]).all(axis=1)
+    repeated_N = np.zeros(len(keys_N2), dtype=bool)
+    repeated_N[order_N[1:][same]] = True
+    ends = np.cumsum([len(one) // _HASH_BYTES for one in hashes])
+    parts = np.split(repeated_N, ends[:-1])
+    return [unit._replace(repeated=part) for unit, part in zip(units, parts, strict=True)]
+
+
+def text_hashes(unit: Unit, advance: Advance) -> bytes:
+    """The first 128 bits of the SHA-256 of every text of a unit, end to end."""
+    every = kept_texts(unit, [], advance)
+    return b"".join(hashlib.sha256(text.encode()).digest()[:_HASH_BYTES] for text in every)
+
+
+def _unit(index: int, pieces: Sequence[Piece]) -> Unit:
+    stamps = []
+    for piece in pieces:
+        status = piece.file.path.stat()
+        stamps.append([piece.file.name, status.st_size, status.st_mtime_ns, piece.first, piece.last])
+    return Unit(index, tuple(pieces), identity_of(stamps))
