@@ -12,8 +12,10 @@ import json
 import os
 import platform
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from data_tools.texts import Document, TextFile, find_files, read_jsonl, read_parquet, read_text
@@ -46,25 +48,60 @@ def build_corpus(
     *,
     standard_library: bool = True,
     extra_roots: Sequence[str | Path] = (),
+    field: str = "text",
     keep_repeated: bool = False,
+    overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Write a corpus and return its description (what `corpus.json` holds); `progress` gets bytes of text.
 
-    `extra_roots` are files or directories of the user's own text: .txt, .md, .rst and .py files are one document each,
-    .jsonl files one document a line, .parquet files one a row; all but Parquet also as .gz and .zst. Files that are not
-    UTF-8 are left out and counted, and so are exact repetitions unless `keep_repeated`.
-    Raises ConfigError for a missing root or an empty corpus, DataError for a JSONL line without text.
+    `extra_roots` are files or directories of the user's own text, as `texts.py` tells, `field` where it is in JSONL and
+    Parquet. Files that are not UTF-8 are left out and told, and so are exact repetitions unless `keep_repeated`. Files
+    get their names when the corpus is whole. Raises ConfigError for a root that is missing or is a file of the corpus
+    itself, for an empty corpus, and for one that is there unless `overwrite`; DataError for a line without text.
     """
     directory = Path(directory)
+    found = find_files(extra_roots, "extra_root", field)
+    _refuse(directory, found.files, overwrite)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / DESCRIPTION_NAME).unlink(missing_ok=True)
+    with TemporaryDirectory(prefix=".collecting-", dir=directory) as beside:
+        description = _collect(Path(beside), _documents(standard_library, found.files), keep_repeated, progress)
+        if not description["splits"]["train"]["documents"]:
+            raise ConfigError("no text found", field="corpus", value=[str(root) for root in extra_roots])
+        description |= {"sources": _sources(standard_library, extra_roots), "other_kinds": found.others}
+        (Path(beside) / DESCRIPTION_NAME).write_text(json.dumps(description, indent=1), encoding="ascii")
+        (directory / DESCRIPTION_NAME).unlink(missing_ok=True)
+        for name in (*(f"{split}.jsonl" for split in SPLITS), DESCRIPTION_NAME):
+            os.replace(Path(beside) / name, directory / name)
+    return description
+
+
+def _refuse(directory: Path, files: Sequence[TextFile], overwrite: bool) -> None:
+    """Raises ConfigError when writing a corpus there would lose something."""
+    names = (*(f"{split}.jsonl" for split in SPLITS), DESCRIPTION_NAME)
+    if not overwrite and any((directory / name).exists() for name in names):
+        raise ConfigError("a corpus is there already", field="out", value=str(directory), fix="pass --overwrite")
+    for file in files:
+        if file.path.parent == directory.resolve() and file.path.name in names:
+            raise ConfigError("is what would be written", field="extra_root", value=str(file.path), fix="another --out")
+
+
+def _collect(
+    directory: Path,
+    documents: Iterable[Document | str],
+    keep_repeated: bool,
+    progress: Callable[[int], None] | None,
+) -> dict[str, Any]:
+    """Write both splits; `documents` are told by their name alone where they are not UTF-8."""
     counts = {name: {"documents": 0, "bytes": 0} for name in SPLITS}
     seen: set[bytes] = set()
     digest, repeated, skipped = hashlib.sha256(), 0, []
-    with open(directory / "train.jsonl", "wb") as train, open(directory / "validation.jsonl", "wb") as validation:
-        files = dict(zip(SPLITS, (train, validation), strict=True))
-        for document in _documents(standard_library, extra_roots, skipped):
+    with ExitStack() as stack:
+        files = {split: stack.enter_context(open(directory / f"{split}.jsonl", "wb")) for split in SPLITS}
+        for document in documents:
+            if isinstance(document, str):
+                skipped.append(document)
+                continue
             data = document.text.encode()
             fingerprint = hashlib.sha256(data).digest()
             repeated += fingerprint in seen
@@ -78,26 +115,19 @@ def build_corpus(
             counts[split]["bytes"] += len(data)
             if progress is not None:
                 progress(len(data))
-    if not counts["train"]["documents"]:
-        raise ConfigError("no text found", field="corpus", value=[str(root) for root in extra_roots])
-    description = {
-        "sources": _sources(standard_library, extra_roots),
+    return {
         "documents": sum(count["documents"] for count in counts.values()),
         "bytes": sum(count["bytes"] for count in counts.values()),
         "sha256": digest.hexdigest(),
         "splits": counts,
         "repeated": repeated,
-        "not_utf8": len(skipped),
+        "not_utf8": skipped,
     }
-    temporary = directory / f".{DESCRIPTION_NAME}.{os.getpid()}"
-    temporary.write_text(json.dumps(description, indent=1), encoding="ascii")
-    os.replace(temporary, directory / DESCRIPTION_NAME)
-    return description
 
 
 def read_split(directory: str | Path, split: str) -> Iterator[Document]:
     """The documents of one split of a corpus, in order. Raises ConfigError when missing, DataError for a bad line."""
-    yield from read_jsonl(split_path(directory, split), split)
+    yield from read_jsonl(TextFile(f"{split}.jsonl", split_path(directory, split)))
 
 
 def split_path(directory: str | Path, split: str) -> Path:
@@ -110,10 +140,9 @@ def split_path(directory: str | Path, split: str) -> Path:
     return path
 
 
-def _documents(standard_library: bool, extra_roots: Sequence[str | Path], skipped: list[str]) -> Iterator[Document]:
-    own = find_files(extra_roots, "extra_root")
+def _documents(standard_library: bool, own: Sequence[TextFile]) -> Iterator[Document | str]:
     for file in (*(_standard_library() if standard_library else ()), *own):
-        yield from _read_file(file, skipped)
+        yield from _read_file(file)
 
 
 def _standard_library() -> list[TextFile]:
@@ -127,19 +156,22 @@ def _standard_library() -> list[TextFile]:
     return sorted(TextFile(path.relative_to(root).as_posix(), path) for path in found)
 
 
-def _read_file(file: TextFile, skipped: list[str]) -> Iterator[Document]:
+def _read_file(file: TextFile) -> Iterator[Document | str]:
+    """The documents of a file, or its name when it is not UTF-8."""
     if file.kind == ".jsonl":
-        for document in read_jsonl(file.path, "line"):
-            yield Document(f"{file.name}#{document.path}", document.text)
+        for path, text in read_jsonl(file):
+            yield Document(f"{file.name}#{path}" if path else _name_of(text), text)
     elif file.kind == ".parquet":
-        texts = (text for group in read_parquet(file.path) for text in group if text)
-        yield from (Document(f"{file.name}#row:{number}", text) for number, text in enumerate(texts, start=1))
+        yield from (Document(_name_of(text), text) for group in read_parquet(file) for text in group if text)
     else:
         text = read_text(file.path)
-        if text is None:
-            skipped.append(file.name)
-        elif text:
-            yield Document(file.name, text)
+        if text != "":
+            yield file.name if text is None else Document(file.name, text)
+
+
+def _name_of(text: str) -> str:
+    """For a text that has no name of its own: wherever it stands, and whatever stands beside it, it has this one."""
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _sources(standard_library: bool, extra_roots: Sequence[str | Path]) -> list[str]:

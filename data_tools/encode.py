@@ -8,10 +8,9 @@ itself, so any number of processes writes the same files. Every document ends wi
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_tools.corpus import DESCRIPTION_NAME, SPLITS, split_path
+from data_tools.staging import refuse_existing, replaced
 from data_tools.texts import Piece, TextFile, cut, texts
 from data_tools.workers import Advance, each
-from kha_train.data.canonical import canonical_json, sha256_of_file
+from kha_train.data.canonical import canonical_json, parse_json, sha256_of_file
 from kha_train.data.manifest import Manifest, ShardEntry, dtype_for
 from kha_train.data.tokenizer import Tokenizer
-from kha_train.data.writer import ShardWriter, finished_shards, mark_finished, prepare, publish_dataset, refuse_existing
+from kha_train.data.writer import ShardWriter, finished_shards, mark_finished, prepare, publish_dataset
 from kha_train.errors import ConfigError, DataError
 
 SHARD_BYTES = 512 << 20
@@ -50,7 +50,9 @@ class Job(NamedTuple):
     first 64 bits of its SHA-256 are below `validation_below`) when there is more than one."""
 
     tokenizer: Path
+    tokenizer_sha256: str
     fast: bool
+    workers: int
     dtype: str
     directories: dict[str, Path]
     validation_below: int = 0
@@ -94,27 +96,29 @@ def encode_corpus(
     """
     files = {split: TextFile(f"{split}.jsonl", split_path(corpus, split)) for split in SPLITS}
     pieces = {split: list(cut(file, shard_bytes)) for split, file in files.items()}
-    say = say or (lambda text: None)
-    loaded = choose_encoder(Tokenizer(tokenizer), encoder, texts_of(pieces["train"]), say)
     for split in SPLITS:
         if not pieces[split]:
-            raise ConfigError(
-                "has no document",
-                field="corpus",
-                value=str(files[split].path),
-                fix="validation gets 2 % of the paths: add documents, or move lines between the two files yourself",
-            )
-    if not overwrite:
-        for split in SPLITS:
-            refuse_existing(Path(out) / split)
-    made = {}
-    for split, file in files.items():
-        about = _fingerprint(file.path)
-        units = [
-            Unit(i, (piece,), identity_of([about["sha256"], i, *piece[1:3]])) for i, piece in enumerate(pieces[split])
+            fix = "add documents, or move lines between the two files; --text lets you choose the share of validation"
+            raise ConfigError("has no document", field="corpus", value=str(files[split].path), fix=fix)
+    for split in SPLITS:
+        refuse_existing(Path(out) / split, overwrite=overwrite)
+    say = say or (lambda text: None)
+    loaded = choose_encoder(Tokenizer(tokenizer), encoder, texts_of(pieces["train"]), say)
+    about = {split: _fingerprint(file.path) for split, file in files.items()}
+    units = {
+        split: [
+            Unit(i, (piece,), identity_of([about[split]["sha256"], *piece[1:3]])) for i, piece in enumerate(each_piece)
         ]
-        how = {"say": say, "workers": workers, "overwrite": overwrite, "progress": progress, "finished": finished}
-        made |= encode_units(units, loaded, {split: Path(out) / split}, {split: about}, **how)
+        for split, each_piece in pieces.items()
+    }
+    how = {"say": say, "workers": workers, "progress": progress, "finished": finished}
+    places = {split: Path(out) / split for split in SPLITS}
+    with replaced(
+        places, identity_of_all(chain.from_iterable(units.values()), loaded), overwrite=overwrite, keep=True
+    ) as beside:
+        made = {}
+        for split in SPLITS:
+            made |= encode_units(units[split], loaded, {split: beside[split]}, {split: about[split]}, **how)
     return made
 
 
@@ -153,7 +157,6 @@ def encode_units(
     *,
     validation_below: int = 0,
     workers: int,
-    overwrite: bool,
     progress: Advance | None,
     finished: Advance | None,
     say: Say,
@@ -161,7 +164,8 @@ def encode_units(
     """Encode the units that are not finished and publish a dataset of each split; `about` goes into its manifest, and
     `say` is told what was there already and what is left out. Raises as `encode_corpus`."""
     fast = tokenizer.encoder != ENCODERS[0]
-    job = Job(tokenizer.path, fast, dtype_for(tokenizer.vocab_size), directories, validation_below)
+    dtype = dtype_for(tokenizer.vocab_size)
+    job = Job(tokenizer.path, tokenizer.sha256, fast, workers, dtype, directories, validation_below)
     units = [unit._replace(identity=_full_identity(unit, tokenizer, job)) for unit in units]
     identities = {unit.index: unit.identity for unit in units}
     found = {split: finished_shards(directory, identities) for split, directory in directories.items()}
@@ -170,7 +174,7 @@ def encode_units(
         for index in set.intersection(*map(set, found.values()))
     }
     for directory in directories.values():
-        prepare(directory, overwrite=overwrite, keep=done)
+        prepare(directory, keep=done)
     todo = [unit for unit in units if unit.index not in done]
     if done:
         say(f"{len(done)} of {len(units)} shards were finished before")
@@ -183,10 +187,10 @@ def encode_units(
             finished(sum(shard.text_bytes for shard in encoded.shards.values() if shard))
         for name in encoded.left_out:
             say(f"left out, not UTF-8: {name}")
-    for split in directories:
+    for split, directory in directories.items():
         if not any(shards[split] for shards in done.values()):
             fix = "more text" if len(directories) == 1 else "more text, or another --validation-percent"
-            raise DataError(f"no text for {split}", field=str(directories[split]), fix=fix)
+            raise DataError(f"no text for {split}", field=str(directory), fix=fix)
     return {
         split: publish_dataset(
             directory,
@@ -203,7 +207,7 @@ def encode_units(
 
 def encode_unit(unit: Unit, advance: Advance, job: Job) -> Encoded:
     """Write the shards of a unit, one a split, and note that they are finished."""
-    tokenizer = Tokenizer(job.tokenizer, fast=job.fast)
+    tokenizer = _loaded(job.tokenizer, job.tokenizer_sha256, job.fast, 1 if job.workers > 1 else None)
     end = np.asarray([tokenizer.special_ids["eos"]], dtype=np.int32)
     left_out: list[str] = []
     kept = kept_texts(unit, left_out, advance)
@@ -222,6 +226,14 @@ def encode_unit(unit: Unit, advance: Advance, job: Job) -> Encoded:
     for split, directory in job.directories.items():
         mark_finished(directory, unit.index, shards[split], unit.identity)
     return Encoded(shards, left_out)
+
+
+@lru_cache(maxsize=1)
+def _loaded(path: Path, sha256: str, fast: bool, threads: int | None) -> Tokenizer:
+    """The tokenizer of this process: a model of many ids takes longer to load than a small unit to encode."""
+    tokenizer = Tokenizer(path, fast=fast, threads=threads)
+    assert tokenizer.sha256 == sha256, "the model file was replaced meanwhile"
+    return tokenizer
 
 
 def kept_texts(unit: Unit, left_out: list[str], advance: Advance) -> Iterator[str]:
@@ -256,6 +268,11 @@ def identity_of(parts: list[Any]) -> str:
     return hashlib.sha256(canonical_json(parts)).hexdigest()
 
 
+def identity_of_all(units: Iterable[Unit], tokenizer: Tokenizer) -> str:
+    """A name for everything that an encoding writes."""
+    return identity_of([tokenizer.sha256, tokenizer.encoder, [unit.identity for unit in units]])
+
+
 def _first(every: Iterable[str], characters: int) -> Iterator[str]:
     """The first texts, so many characters or one more text."""
     seen = 0
@@ -279,7 +296,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     """What the manifest says about the text: the hash of the file encoded, and the corpus's own description."""
     description = path.with_name(DESCRIPTION_NAME)
     try:
-        own = json.loads(description.read_bytes()) if description.is_file() else {}
+        own = parse_json(description.read_bytes()) if description.is_file() else {}
     except ValueError as error:
         raise DataError(
             f"is not JSON: {error}", field=str(description), fix="delete it, or build the corpus"

@@ -24,14 +24,15 @@ from data_tools.encode import (
     choose_encoder,
     encode_units,
     identity_of,
+    identity_of_all,
     kept_texts,
     texts_of,
 )
+from data_tools.staging import refuse_existing, replaced
 from data_tools.texts import Piece, TextFile, cut, find_files
 from data_tools.workers import Advance, each
 from kha_train.data.manifest import Manifest
 from kha_train.data.tokenizer import Tokenizer
-from kha_train.data.writer import refuse_existing
 from kha_train.errors import ConfigError
 
 VALIDATION_PERCENT = 2.0
@@ -43,6 +44,7 @@ def encode_files(
     tokenizer: str | Path,
     out: str | Path,
     *,
+    field: str = "text",
     validation_percent: float = VALIDATION_PERCENT,
     drop_repeated: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -54,7 +56,7 @@ def encode_files(
     finished: Advance | None = None,
 ) -> dict[str, Manifest]:
     """Write `out/train` and `out/validation` from files and directories of text (see `texts.py`); returns the manifest
-    of each split.
+    of each split. `field` is where the texts are in JSONL and Parquet.
 
     A unit of work, and with it a shard of each split, has about `shard_bytes` of text; a packed file is never cut.
     `progress` gets bytes of the files, twice those with `drop_repeated`. The rest is as for `encode_corpus`. Raises
@@ -65,33 +67,37 @@ def encode_files(
             "a share of the texts", field="validation_percent", value=validation_percent, allowed="0..100"
         )
     say = say or (lambda text: None)
-    files = find_files(roots, "text")
+    files, others = find_files(roots, "text", field)
     units = plan_units(files, shard_bytes)
     if not units:
         raise ConfigError("no text found", field="text", value=[str(root) for root in roots])
-    if not overwrite:
-        for split in SPLITS:
-            refuse_existing(Path(out) / split)
+    places = {split: Path(out) / split for split in SPLITS}
+    for place in places.values():
+        refuse_existing(place, overwrite=overwrite)
     pieces = (piece for unit in units for piece in unit.pieces)
     loaded = choose_encoder(Tokenizer(tokenizer), encoder, texts_of(pieces), say)
+    if others:
+        say(f"{others} files of other kinds left out")
     about: dict[str, Any] = {"files": len(files), "bytes": sum(file.path.stat().st_size for file in files)}
     about |= {"roots": [Path(root).resolve().name for root in roots], "validation_percent": validation_percent}
     if drop_repeated:
         units = without_repeated(units, workers, progress)
         about["repeated"] = int(sum(unit.repeated.sum() for unit in units))
         say(f"{about['repeated']} texts left out, because they stand before")
-    return encode_units(
-        units,
-        loaded,
-        {split: Path(out) / split for split in SPLITS},
-        {split: {"split": split, **about} for split in SPLITS},
-        validation_below=int(validation_percent / 100 * 2**64),
-        workers=workers,
-        overwrite=overwrite,
-        progress=progress,
-        finished=finished,
-        say=say,
-    )
+    below = int(validation_percent / 100 * 2**64)
+    identity = identity_of([identity_of_all(units, loaded), below, drop_repeated])
+    with replaced(places, identity, overwrite=overwrite, keep=True) as beside:
+        return encode_units(
+            units,
+            loaded,
+            beside,
+            {split: {"split": split, **about} for split in SPLITS},
+            validation_below=below,
+            workers=workers,
+            progress=progress,
+            finished=finished,
+            say=say,
+        )
 
 
 def plan_units(files: Iterable[TextFile], shard_bytes: int) -> list[Unit]:
@@ -133,5 +139,5 @@ def _unit(index: int, pieces: Sequence[Piece]) -> Unit:
     stamps = []
     for piece in pieces:
         status = piece.file.path.stat()
-        stamps.append([piece.file.name, status.st_size, status.st_mtime_ns, piece.first, piece.last])
+        stamps.append([piece.file.name, piece.file.field, status.st_size, status.st_mtime_ns, piece.first, piece.last])
     return Unit(index, tuple(pieces), identity_of(stamps))

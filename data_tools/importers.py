@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from data_tools.staging import refuse_existing, replaced
 from kha_train.data.canonical import canonical_json
-from kha_train.data.manifest import CRC_BLOCK_BYTES, FileEntry, Manifest, ShardEntry, TokenizerEntry
+from kha_train.data.manifest import FileEntry, Manifest, ShardEntry, TokenizerEntry
 from kha_train.data.tokenizer import Tokenizer
-from kha_train.data.writer import checksum_file, prepare, publish_dataset, write_file
+from kha_train.data.writer import BlockChecksums, checksum_file, prepare, publish_dataset, write_file
 from kha_train.errors import ConfigError, DataError
 
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
-_MEGATRON_DTYPES = {4: "<i4", 8: "<u2", 5: "<i8"}
+_MEGATRON_DTYPES = {4: "<i4", 8: "<u2"}
+DTYPES = {"uint16": "<u2", "uint32": "<u4", "int32": "<i4"}
+"""The type of ids in files without a header."""
+_CHUNK = 1 << 20
 
 
 class Foreign(NamedTuple):
@@ -36,24 +38,43 @@ class Foreign(NamedTuple):
 
 
 def import_tokens(
-    kind: str, paths: Sequence[Path], out: Path, tokenizer: TokenizerEntry, *, overwrite: bool
+    kind: str,
+    paths: Sequence[Path],
+    out: Path,
+    tokenizer: TokenizerEntry,
+    *,
+    overwrite: bool,
+    tokenizer_file: Path | None = None,
+    dtype: str = "",
 ) -> Manifest:
-    """Make `out` a dataset over foreign token files, one shard a file; `kind` is a key of `KINDS`.
+    """Make `out` a dataset over foreign token files, one shard a file; `kind` is a key of `KINDS`, `dtype` (a key of
+    `DTYPES`) that of files that do not tell. The tokenizer's file, when given, is copied beside.
 
-    Raises ConfigError for another kind and for ids that are neither uint16 nor 32 bits wide, DataError for files that
-    contradict themselves or hold ids outside the vocabulary.
+    Raises ConfigError for another kind or dtype, for ids of unlike types and for files in `out` itself; DataError for
+    files that contradict themselves or hold ids outside the vocabulary.
     """
     if kind not in KINDS:
         raise ConfigError("no such format", field="kind", value=kind, allowed=", ".join(KINDS))
-    prepare(out, overwrite=overwrite)
-    foreign = [KINDS[kind](Path(path), tokenizer.vocab) for path in paths]
+    if dtype and dtype not in DTYPES:
+        raise ConfigError("no such type", field="dtype", value=dtype, allowed=", ".join(DTYPES))
+    refuse_existing(out, overwrite=overwrite)
+    for path in paths:
+        if out.resolve() in (Path(os.path.abspath(path)).parent.resolve(), path.resolve().parent):
+            raise ConfigError("lies in the output directory", field="import", value=str(path), fix="another --out")
+    foreign = [_checked(KINDS[kind], path, dtype) for path in map(Path, paths)]
     widths = {one.dtype.itemsize for one in foreign}
-    if widths not in ({2}, {4}):
-        raise ConfigError("ids are uint16, or 32 bits wide, in all files alike", field="import", value=sorted(widths))
-    dtype = "uint16" if widths == {2} else "uint32"
-    shards = [_link_shard(out, index, one, tokenizer, np.dtype(dtype)) for index, one in enumerate(foreign)]
-    origin = {"imported": kind, "files": [str(one.path) for one in foreign]}
-    return publish_dataset(out, shards, tokenizer, dtype=dtype, corpus=origin)
+    if len(widths) > 1:
+        found = ", ".join(f"{one.path}: {one.dtype}" for one in foreign)
+        raise ConfigError("ids of one width in all files", field="import", value=found, fix="import them apart")
+    stored = "uint16" if widths == {2} else "uint32"
+    if stored == "uint16" and tokenizer.vocab > 65_536:
+        raise ConfigError("16 bits are too few for it", field="vocab_size", value=tokenizer.vocab, allowed="..65536")
+    origin = {"imported": kind, "files": [one.path.name for one in foreign]}
+    with replaced({"dataset": out}, "import", overwrite=overwrite, keep=False) as beside:
+        directory = beside["dataset"]
+        prepare(directory)
+        shards = [_link_shard(directory, index, one, tokenizer, np.dtype(stored)) for index, one in enumerate(foreign)]
+        return publish_dataset(directory, shards, tokenizer, dtype=stored, corpus=origin, tokenizer_file=tokenizer_file)
 
 
 def tokenizer_of(path: Path | None, vocab_size: int) -> TokenizerEntry:
@@ -61,7 +82,7 @@ def tokenizer_of(path: Path | None, vocab_size: int) -> TokenizerEntry:
     exactly one of the two is given, and as `Tokenizer`."""
     if (path is None) == (vocab_size == 0):
         raise ConfigError("one of --tokenizer and --vocab-size", field="import")
-    return unknown_tokenizer(vocab_size) if path is None else replace(Tokenizer(path).entry(), file=None)
+    return unknown_tokenizer(vocab_size) if path is None else Tokenizer(path).entry()
 
 
 def unknown_tokenizer(vocab_size: int) -> TokenizerEntry:
@@ -70,55 +91,102 @@ def unknown_tokenizer(vocab_size: int) -> TokenizerEntry:
     return TokenizerEntry("unknown", vocab_size, hashlib.sha256(identity).hexdigest(), None, {}, (0,) * vocab_size)
 
 
+def _checked(read: Callable[[Path, str], Foreign], path: Path, dtype: str) -> Foreign:
+    """What `read` says of a file, its ids and document ends found to be some. Raises ConfigError when it is missing,
+    DataError when it contradicts itself."""
+    try:
+        foreign = read(path, dtype)
+        kind = foreign.dtype
+        if kind.kind not in "ui" or kind.itemsize not in (2, 4) or kind.newbyteorder("<") != kind:
+            problem = f"ids of type {kind}"
+            raise DataError(problem, field=str(path), allowed="little-endian whole numbers of 16 or 32 bits")
+        count, rest = divmod(path.stat().st_size - foreign.offset, kind.itemsize)
+        ends = np.asarray([count]) if foreign.ends is None else foreign.ends.astype(np.int64)
+    except FileNotFoundError as error:
+        raise ConfigError("no such file", field="import", value=str(error.filename)) from error
+    except (ValueError, IndexError, EOFError) as error:
+        raise DataError(f"cannot be understood: {error}", field=str(path)) from error
+    if rest or not count:
+        raise DataError(f"{count} ids of {kind.itemsize} bytes, and {rest} bytes more", field=str(path))
+    if not len(ends) or ends[0] < 0 or (np.diff(ends) < 0).any() or int(ends[-1]) != count:
+        problem = f"its document ends do not ascend to its number of tokens, {count}"
+        raise DataError(problem, field=str(path), value=ends[-1:].tolist())
+    # Empty documents are left out: a document border is unique.
+    return foreign._replace(ends=np.unique(ends[ends > 0]))
+
+
 def _link_shard(out: Path, index: int, foreign: Foreign, tokenizer: TokenizerEntry, dtype: np.dtype) -> ShardEntry:
-    ids = np.memmap(foreign.path, dtype=dtype.newbyteorder("<"), mode="r", offset=foreign.offset)
-    ends = np.asarray([len(ids)], dtype=np.int64) if foreign.ends is None else np.unique(foreign.ends.astype(np.int64))
-    ends = ends[ends > 0]
-    if not len(ids) or not len(ends) or int(ends[-1]) != len(ids):
-        raise DataError(f"its documents do not end at its last token, {len(ids)}", field=str(foreign.path))
-    low, high = int(ids.min()), int(ids.max())
-    if high >= tokenizer.vocab:
-        raise DataError(f"an id outside the vocabulary of {tokenizer.vocab}", field=str(foreign.path), value=high)
-    text_bytes = int(np.bincount(ids, minlength=tokenizer.vocab) @ np.asarray(tokenizer.bytes_per_id))
+    """Raises DataError for ids outside the vocabulary."""
+    ids = np.memmap(foreign.path, dtype=foreign.dtype, mode="r", offset=foreign.offset)
+    counts, digest, checksums = np.zeros(tokenizer.vocab, dtype=np.int64), hashlib.sha256(), BlockChecksums()
+    low, high = tokenizer.vocab, -1
+    for start in range(0, len(ids), _CHUNK):
+        part = ids[start : start + _CHUNK]
+        low, high = min(low, int(part.min())), max(high, int(part.max()))
+        if low < 0 or high >= tokenizer.vocab:
+            problem = f"an id outside the vocabulary of {tokenizer.vocab}"
+            raise DataError(problem, field=str(foreign.path), value=low if low < 0 else high)
+        counts += np.bincount(part, minlength=tokenizer.vocab)
+        data = part.tobytes()
+        digest.update(data)
+        checksums.feed(data)
     link = out / f"shard-{index:05d}.tok"
     link.symlink_to(os.path.abspath(foreign.path))
-    data = ids.view(np.uint8)
-    blocks = [zlib.crc32(data[start : start + CRC_BLOCK_BYTES]) for start in range(0, len(data), CRC_BLOCK_BYTES)]
-    tok = FileEntry(link.name, len(data), hashlib.sha256(data).hexdigest())
-    doc = write_file(link.with_suffix(".doc"), ends.astype("<i8").tobytes())
-    crc = write_file(link.with_suffix(".crc"), checksum_file(np.asarray(blocks, dtype="<u4").tobytes(), ends))
-    return ShardEntry(len(ids), len(ends), text_bytes, low, high, tok, doc, crc, foreign.offset)
+    text_bytes = int(counts @ np.asarray(tokenizer.bytes_per_id))
+    tok = FileEntry(link.name, ids.nbytes, digest.hexdigest())
+    doc = write_file(link.with_suffix(".doc"), foreign.ends.astype("<i8").tobytes())
+    crc = write_file(link.with_suffix(".crc"), checksum_file(checksums.finish(), foreign.ends))
+    return ShardEntry(len(ids), len(foreign.ends), text_bytes, low, high, tok, doc, crc, foreign.offset)
 
 
-def _megatron(path: Path, vocab: int) -> Foreign:
-    """`path` is the .bin; the .idx beside it gives type, sequence lengths and document borders."""
-    raw = path.with_suffix(".idx").read_bytes()
-    version, code = int.from_bytes(raw[9:17], "little"), raw[17]
+def _megatron(path: Path, dtype: str) -> Foreign:
+    """`path` is the .bin; the .idx beside it gives type, sequence lengths and document borders. Raises DataError when
+    it is no such index."""
+    index = path.with_suffix(".idx")
+    raw = index.read_bytes()
+    version, code = int.from_bytes(raw[9:17], "little"), raw[17] if len(raw) > 17 else 0
     if raw[:9] != _MEGATRON_MAGIC or version != 1 or code not in _MEGATRON_DTYPES:
-        raise DataError("not a Megatron index of version 1 with ids", field=str(path.with_suffix(".idx")))
+        raise DataError("not a Megatron index of version 1 with ids", field=str(index))
     sequences, documents = (int.from_bytes(raw[at : at + 8], "little") for at in (18, 26))
     lengths = np.frombuffer(raw, dtype="<i4", count=sequences, offset=34)
+    pointers = np.frombuffer(raw, dtype="<i8", count=sequences, offset=34 + 4 * sequences)
     borders = np.frombuffer(raw, dtype="<i8", count=documents, offset=34 + 12 * sequences)
-    ends = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))[borders]
-    return Foreign(path, 0, np.dtype(_MEGATRON_DTYPES[code]), ends)
+    starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+    width = np.dtype(_MEGATRON_DTYPES[code]).itemsize
+    if (lengths < 0).any() or not np.array_equal(pointers, starts[:-1] * width):
+        raise DataError("its sequences do not lie end to end", field=str(index))
+    if (borders < 0).any() or (borders > sequences).any():
+        raise DataError("its documents are not made of its sequences", field=str(index))
+    return Foreign(path, 0, np.dtype(_MEGATRON_DTYPES[code]), starts[borders])
 
 
-def _datatrove(path: Path, vocab: int) -> Foreign:
-    """`path` is the .ds; the .ds.index beside it holds uint64 document ends."""
-    width = 2 if vocab <= 65_536 else 4
-    return Foreign(path, 0, np.dtype(f"<u{width}"), np.fromfile(f"{path}.index", dtype="<u8"))
+def _datatrove(path: Path, dtype: str) -> Foreign:
+    """`path` is the .ds; the .ds.index beside it holds uint64 document ends, the last of which tells the width."""
+    index = Path(f"{path}.index")
+    raw, size = index.read_bytes(), path.stat().st_size
+    ends = np.frombuffer(raw, dtype="<u8")
+    if not len(ends) or int(ends[-1]) == 0 or size % int(ends[-1]) or size // int(ends[-1]) not in (2, 4):
+        raise DataError(f"its last end does not fit a file of {size} bytes", field=str(index), value=ends[-1:].tolist())
+    return Foreign(path, 0, np.dtype(f"<u{size // int(ends[-1])}"), ends)
 
 
-def _numpy(path: Path, vocab: int) -> Foreign:
-    """A flat array of ids: .npy, or without a header, then uint16 when the vocabulary fits."""
+def _numpy(path: Path, dtype: str) -> Foreign:
+    """A flat array of ids: .npy, or without a header and then of `dtype`. Raises ConfigError when that is missing,
+    DataError for an array that is not flat."""
     with open(path, "rb") as file:
         magic = file.read(6)
     if magic == b"\x93NUMPY":
-        array = np.load(path, mmap_mode="r")
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
         if array.ndim != 1:
             raise DataError("not a flat array", field=str(path), value=array.shape)
         return Foreign(path, array.offset, array.dtype, None)
-    return Foreign(path, 0, np.dtype("<u2" if vocab <= 65_536 else "<u4"), None)
+    if magic.startswith(b"PK"):
+        raise DataError("an archive, not a flat array", field=str(path), fix="take the arrays out of it")
+    if not dtype:
+        raise ConfigError(
+            "has no header that tells the type of its ids", field="dtype", allowed=", ".join(DTYPES), value=str(path)
+        )
+    return Foreign(path, 0, np.dtype(DTYPES[dtype]), None)
 
 
-KINDS: dict[str, Callable[[Path, int], Foreign]] = {"megatron": _megatron, "datatrove": _datatrove, "numpy": _numpy}
+KINDS: dict[str, Callable[[Path, str], Foreign]] = {"megatron": _megatron, "datatrove": _datatrove, "numpy": _numpy}

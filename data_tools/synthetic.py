@@ -52,7 +52,7 @@ def write_dataset(
 def _write_split(
     directory: Path, vocab_size: int, documents: int, key: int, max_length: int, documents_per_shard: int
 ) -> Manifest:
-    prepare(directory, overwrite=True)
+    prepare(directory)
     dtype = dtype_for(vocab_size)
     shards = []
     for index, first in enumerate(range(0, documents, documents_per_shard)):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from kha_train.errors import ConfigError, DataError
 
@@ -28,17 +28,19 @@ UNPACKED_TIMES = 4
 
 
 class Document(NamedTuple):
-    """One text, named by a POSIX path that is the same on every machine."""
+    """One text, named by a path that is the same on every machine."""
 
     path: str
     text: str
 
 
 class TextFile(NamedTuple):
-    """A file, and its name: its POSIX path from the name of its root on."""
+    """A file, its name (its POSIX path from the name of its root on), and where its texts are (`field`: the field of a
+    line of JSONL, the column of Parquet)."""
 
     name: str
     path: Path
+    field: str = "text"
 
     @property
     def kind(self) -> str:
@@ -57,28 +59,40 @@ class Piece(NamedTuple):
     text_bytes: int
 
 
-def find_files(roots: Sequence[str | Path], field: str) -> list[TextFile]:
-    """The files of `roots`, files or directories, each directory's by name; in a directory those of `SUFFIXES`.
-    `field` is the option that named them.
+class Found(NamedTuple):
+    """Files of text, and how many files of other kinds lie beside them."""
 
-    Raises ConfigError for a root that is missing, and for two of one name.
+    files: list[TextFile]
+    others: int
+
+
+def find_files(roots: Sequence[str | Path], option: str, field: str = "text") -> Found:
+    """The files of `roots`, files or directories, each directory's by name; in a directory those of `SUFFIXES`. No link
+    to a directory is followed. `option` is the one that named them, `field` that of the text in a file.
+
+    Raises ConfigError for a root that is missing or is a file of another kind, and for two of one name.
     """
     found: list[TextFile] = []
+    others = 0
     names: set[str] = set()
     for given in roots:
         root = Path(given).resolve()
         if root.name in names:
-            raise ConfigError("two roots of one name", field=field, value=root.name, fix="rename one")
+            raise ConfigError("two roots of one name", field=option, value=root.name, fix="rename one")
         names.add(root.name)
         if root.is_dir():
-            inside = (Path(folder, name) for folder, _, files in os.walk(root) for name in files)
+            inside = [Path(folder, name) for folder, _, files in os.walk(root) for name in files]
             named = ((f"{root.name}/{path.relative_to(root).as_posix()}", path) for path in inside)
-            found += [TextFile(*one) for one in sorted(named) if one[1].name.endswith(SUFFIXES)]
-        elif root.exists():
-            found.append(TextFile(root.name, root))
+            texts = [TextFile(*one, field) for one in sorted(named) if one[1].name.endswith(SUFFIXES)]
+            found += texts
+            others += len(inside) - len(texts)
+        elif not root.exists():
+            raise ConfigError("no such file or directory", field=option, value=str(given))
+        elif root.name.endswith(SUFFIXES):
+            found.append(TextFile(root.name, root, field))
         else:
-            raise ConfigError("no such file or directory", field=field, value=str(given))
-    return found
+            raise ConfigError("a file of another kind", field=option, value=str(given), allowed=" ".join(SUFFIXES))
+    return Found(found, others)
 
 
 def cut(file: TextFile, text_bytes: int) -> Iterator[Piece]:
@@ -123,7 +137,7 @@ def _texts(piece: Piece, left_out: list[str]) -> Iterator[tuple[str, int]]:
     file = piece.file
     if file.kind == ".parquet":
         groups = piece.last - piece.first
-        for number, group in enumerate(read_parquet(file.path, range(piece.first, piece.last)), start=1):
+        for number, group in enumerate(read_parquet(file, range(piece.first, piece.last)), start=1):
             yield from ((text, piece.bytes * (number - 1) // groups) for text in group)
     elif file.kind == ".jsonl":
         with open_packed(file.path) as (lines, raw):
@@ -146,12 +160,11 @@ def _texts(piece: Piece, left_out: list[str]) -> Iterator[tuple[str, int]]:
 
 def _text_of(line: bytes, number: int, piece: Piece) -> str:
     """The text of line `number` of a piece; its number in the file is counted only where it is told."""
-    name, path = piece.file
     try:
-        return parse_line(line, name, path).text
+        return parse_line(line, number, piece.file).text
     except DataError:
         number += _lines_before(piece)
-    return parse_line(line, f"{name}:{number}", path).text
+    return parse_line(line, number, piece.file).text
 
 
 def _lines_before(piece: Piece) -> int:
@@ -172,37 +185,50 @@ def read_text(path: Path) -> str | None:
             return None
 
 
-def read_jsonl(path: Path, name: str) -> Iterator[Document]:
-    """The documents of a JSONL file; one without a "path" is called `name:line`. Raises DataError for a bad line."""
-    with open_packed(path) as (file, _):
-        for number, line in enumerate(file, start=1):
+def read_jsonl(file: TextFile) -> Iterator[Document]:
+    """The documents of a JSONL file. Raises DataError for a bad line."""
+    with open_packed(file.path) as (lines, _):
+        for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield parse_line(line, f"{name}:{number}", path)
+                yield parse_line(line, number, file)
 
 
-def parse_line(line: bytes, name: str, path: Path) -> Document:
-    """The document in one line of JSONL. Raises DataError when it is not an object with a UTF-8 "text"."""
+def parse_line(line: bytes, number: int, file: TextFile) -> Document:
+    """The document in line `number` of JSONL, its path that of its field "path", or empty; null is an empty text.
+    Raises DataError when the line is not an object with a text that UTF-8 can express."""
+    where = f"line {number}"
     try:
         value = json.loads(line)
-        text = value["text"]
+    except (ValueError, RecursionError) as error:
+        raise _bad(file, f"{where} is not JSON: {error}") from error
+    text = value.get(file.field, 0) if isinstance(value, dict) else 0
+    if text is None:
+        text = ""
+    if not isinstance(text, str):
+        raise _bad(file, f"{where} is not an object with a text in the field {file.field!r}")
+    path = value.get("path")
+    try:
         text.encode()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f'{name}: not a JSON object with a "text": {error}', field=str(path)) from error
-    given = value.get("path")
-    return Document(given if isinstance(given, str) else name, text)
+        return Document(path if isinstance(path, str) and path.encode() else "", text)
+    except UnicodeEncodeError as error:
+        raise _bad(file, f"{where} holds what UTF-8 cannot express: {error.reason}") from error
 
 
-def read_parquet(path: Path, groups: range | None = None) -> Iterator[list[str | None]]:
-    """The column `text` of row groups of a Parquet file, of all without `groups`. Raises ConfigError without pyarrow,
-    DataError for a file without that column, one in which it holds no text, or one that is damaged."""
-    arrow = _pyarrow(path)
+def _bad(file: TextFile, problem: str) -> DataError:
+    return DataError(f"{file.name}: {problem}", field=str(file.path), fix="mend the line, or leave the file out")
+
+
+def read_parquet(file: TextFile, groups: range | None = None) -> Iterator[list[str | None]]:
+    """The texts of row groups of a Parquet file, of all without `groups`. Raises ConfigError without pyarrow, DataError
+    for a file without their column, one in which it holds no text, or one that is damaged."""
+    arrow = _pyarrow(file.path)
     from pyarrow import parquet
 
-    with _reading(path, arrow.ArrowInvalid):
-        file = parquet.ParquetFile(path)
-        _check_column(arrow, file, path)
-        for group in groups or range(file.num_row_groups):
-            yield file.read_row_group(group, columns=["text"])["text"].to_pylist()
+    with _reading(file.path, ValueError):
+        opened = parquet.ParquetFile(file.path)
+        _check_column(arrow, opened, file)
+        for group in groups or range(opened.num_row_groups):
+            yield opened.read_row_group(group, columns=[file.field])[file.field].to_pylist()
 
 
 @contextmanager
@@ -223,9 +249,9 @@ def _cut_row_groups(file: TextFile, size: int, text_bytes: int) -> Iterator[Piec
     arrow = _pyarrow(file.path)
     from pyarrow import parquet
 
-    with _reading(file.path, arrow.ArrowInvalid):
+    with _reading(file.path, ValueError):
         opened = parquet.ParquetFile(file.path)
-        _check_column(arrow, opened, file.path)
+        _check_column(arrow, opened, file)
         sizes = [opened.metadata.row_group(group).total_byte_size for group in range(opened.num_row_groups)]
     first, taken = 0, 0
     for group, one in enumerate(sizes, start=1):
@@ -235,13 +261,14 @@ def _cut_row_groups(file: TextFile, size: int, text_bytes: int) -> Iterator[Piec
             first, taken = group, 0
 
 
-def _check_column(arrow: ModuleType, file: object, path: Path) -> None:
-    schema = file.schema_arrow
-    if "text" not in schema.names:
-        raise DataError("has no column `text`", field=str(path), allowed=", ".join(schema.names))
-    kind = schema.field("text").type
+def _check_column(arrow: ModuleType, opened: Any, file: TextFile) -> None:
+    schema = opened.schema_arrow
+    if schema.names.count(file.field) != 1:
+        problem = f"has not one column {file.field!r}"
+        raise DataError(problem, field=str(file.path), allowed=", ".join(schema.names))
+    kind = schema.field(file.field).type
     if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
-        raise DataError("its column `text` holds no text", field=str(path), value=str(kind), allowed="string")
+        raise DataError(f"its column {file.field!r} holds no text", field=str(file.path), value=str(kind))
 
 
 @contextmanager
@@ -250,9 +277,8 @@ def _reading(path: Path, *kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error, *kinds) as error:
-        raise DataError(
-            f"cannot be read: {error}", field=str(path), fix="copy the file again, or leave it out"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise DataError(f"cannot be read: {reason}", field=str(path), fix="copy it again, or leave it out") from error
 
 
 def _pyarrow(path: Path) -> ModuleType:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_tools.corpus import read_split
 from kha_train.data import tokenizer
+from kha_train.errors import ConfigError
 
 
 def train_tokenizer(
@@ -15,13 +16,17 @@ def train_tokenizer(
     *,
     vocab_size: int,
     max_bytes: int = 0,
+    overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> tokenizer.Tokenizer:
     """Train on the corpus directory's training documents and write the model file `out`.
 
     `max_bytes` ends the reading after so much text (0: all of it); `progress` gets bytes of text as they are read.
-    Raises ConfigError when there is no corpus, or when its text cannot give exactly `vocab_size` pieces.
+    Raises ConfigError when there is no corpus, when its text cannot give exactly `vocab_size` pieces, and for a file
+    that is there unless `overwrite`.
     """
+    if Path(out).exists() and not overwrite:
+        raise ConfigError("is there already", field="out", value=str(out), fix="pass --overwrite")
 
     def texts() -> Iterator[str]:
         """The texts to train on."""

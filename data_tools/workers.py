@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
 from queue import Empty, Queue
 from typing import TypeVar
+
+from kha_train.errors import MachineError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -19,16 +26,19 @@ def each(
 ) -> Iterator[Result]:
     """`work(item, advance)` of every item, in order; what `advance` is told goes to `progress`.
 
-    One worker is this process itself, several are processes of their own: `work` and its items must pickle then. The
-    first error ends it all.
+    One worker is this process itself, several are processes of their own, which end when this one is killed: `work` and
+    its items must pickle then. The first error ends it all. Raises MachineError when a process is killed.
     """
     advance = progress or (lambda amount: None)
     if workers == 1:
         yield from (work(item, advance) for item in items)
         return
     # A forked child would inherit the threads of whatever the caller has loaded.
-    context = get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
+    context, mine = get_context("spawn"), (os.getpid(),)
+    manager = SyncManager(ctx=context)
+    manager.start(_end_with, mine)
+    pool = ProcessPoolExecutor(max_workers=workers, mp_context=context, initializer=_end_with, initargs=mine)
+    with manager, pool:
         told = manager.Queue()
         futures = [pool.submit(work, item, told.put) for item in items]
         try:
@@ -37,6 +47,13 @@ def each(
                     _pass_on(told, advance, _LOOK_SECONDS)
                 yield future.result()
             _pass_on(told, advance, 0)
+        except BrokenProcessPool as error:
+            raise MachineError(
+                "a process was killed; was there too little memory?",
+                field="workers",
+                value=workers,
+                fix="start again, with fewer of them: what is finished is kept",
+            ) from error
         finally:
             for future in futures:
                 future.cancel()
@@ -50,3 +67,15 @@ def _pass_on(told: Queue[int], advance: Advance, seconds: float) -> None:
             seconds = 0
     except Empty:
         return
+
+
+def _end_with(parent: int) -> None:
+    """This process ends soon after `parent`, however that ends."""
+
+    def watch() -> None:
+        """An orphan has another parent."""
+        while os.getppid() == parent:
+            time.sleep(_LOOK_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

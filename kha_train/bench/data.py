@@ -201,7 +201,7 @@ def _request(
 def write_tokens(root: Path, tokens: int) -> None:
     """The common tokens: our shards, of which each peer makes its own format."""
     generator = np.random.default_rng(0)
-    prepare(root / "ours", overwrite=True)
+    prepare(root / "ours")
     size, entries = tokens // SHARDS, []
     for index in range(SHARDS):
         ids = generator.integers(0, 50_000, size, dtype=np.uint16)
@@ -219,7 +219,7 @@ def write_sparse(root: Path) -> None:
     """A dataset of `HUGE_ROWS` rows that takes next to no disk: files of zeros, one document a shard; the sums of
     tokens are none."""
     directory, shards = root / "ours", 1000
-    prepare(directory, overwrite=True)
+    prepare(directory)
     tokens = HUGE_ROWS // shards * SEQ_LEN + 1
     ends = np.asarray([tokens], dtype="<i8").tobytes()
     sums = bytes(4 * -(-2 * tokens // CRC_BLOCK_BYTES)) + zlib.crc32(ends).to_bytes(4, "little") + ends

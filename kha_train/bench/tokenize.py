@@ -45,7 +45,7 @@ def measure(processes: int, rounds: int) -> dict[str, Any]:
         seconds = protocol.interleave(arms, blocks=rounds, device=device)
         environment = protocol.environment(device)
     return {
-        "text": {"bytes": size, "tokens": tokens, "documents": len(texts), "skipped": about.get("skipped", [])},
+        "text": {"bytes": size, "tokens": tokens, "documents": len(texts), "skipped": about["not_utf8"]},
         "protocol": {"blocks": rounds, "clock": "wall"},
         "environment": environment,
         "arms": {name: _figures(taken, seconds["1 process"], size, tokens) for name, taken in seconds.items()},

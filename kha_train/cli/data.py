@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,22 +18,24 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from data_tools.corpus import SPLITS, build_corpus, split_path
 from data_tools.encode import SHARD_BYTES, encode_corpus
 from data_tools.encode_files import VALIDATION_PERCENT, encode_files
-from data_tools.importers import import_tokens, tokenizer_of
+from data_tools.importers import DTYPES, import_tokens, tokenizer_of
 from data_tools.texts import find_files
 from data_tools.train_tokenizer import train_tokenizer
 from kha_train.config.compose import load
 from kha_train.data.inspect import BORDER, decoder_of, digest, length_histogram, samples_of_step
 from kha_train.data.manifest import MANIFEST_NAME
 from kha_train.data.shards import ShardSet
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, DataError
 from kha_train.record import read_events, read_metrics, read_run
 
 VERIFY_GIB = 1.0
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Text that was trained on must not steer the terminal that shows it."""
 
 app = typer.Typer(name="data", help="Corpus, tokenizer, shards.", no_args_is_help=True)
 
@@ -47,7 +51,9 @@ def corpus(
         list[Path] | None, typer.Option(help="Your own text: .txt .md .rst .py .jsonl .parquet, .gz .zst")
     ] = None,
     standard_library: Annotated[bool, typer.Option(help="Take Python's own standard library.")] = True,
+    field: Annotated[str, typer.Option(help="Of JSONL lines and Parquet rows: where the text is.")] = "text",
     keep_repeated: Annotated[bool, typer.Option("--keep-repeated", help="Keep exact repetitions.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a corpus that is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Collect text: the standard library's sources, and your own."""
@@ -56,7 +62,9 @@ def corpus(
             out,
             standard_library=standard_library,
             extra_roots=extra_root or (),
+            field=field,
             keep_repeated=keep_repeated,
+            overwrite=overwrite,
             progress=advance,
         )
     _answer({"directory": str(out), **description}, as_json)
@@ -68,12 +76,14 @@ def tokenizer(
     out: Annotated[Path, typer.Option(help="Model file to write.")],
     vocab_size: Annotated[int, typer.Option(min=1, help="Number of ids, special ones included.")],
     max_bytes: Annotated[int, typer.Option(min=0, help="Train on so much text only; 0: all.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a BPE tokenizer on the training split."""
     total = split_path(corpus_dir, "train").stat().st_size
     with _progress("reading, then merging", min(total, max_bytes or total)) as advance:
-        made = train_tokenizer(corpus_dir, out, vocab_size=vocab_size, max_bytes=max_bytes, progress=advance)
+        how = {"vocab_size": vocab_size, "max_bytes": max_bytes, "overwrite": overwrite}
+        made = train_tokenizer(corpus_dir, out, **how, progress=advance)
     answer = {"file": str(out), "vocab_size": made.vocab_size, "sha256": made.sha256, "special_ids": made.special_ids}
     _answer(answer, as_json)
 
@@ -89,6 +99,7 @@ def tokenize(
             help="Instead: files and directories of .txt .md .rst .py .jsonl .parquet, .gz .zst, as they lie."
         ),
     ] = None,
+    field: Annotated[str, typer.Option(help="Of --text, JSONL lines and Parquet rows: where the text is.")] = "text",
     validation_percent: Annotated[
         float | None, typer.Option(help=f"Of --text, by the hash of each text; {VALIDATION_PERCENT} unless set.")
     ] = None,
@@ -118,9 +129,10 @@ def tokenize(
         total = sum(split_path(corpus_dir, split).stat().st_size for split in SPLITS)
         encode = partial(encode_corpus, corpus_dir)
     else:
-        total = sum(file.path.stat().st_size for file in find_files(text, "text")) * (2 if drop_repeated else 1)
+        size = sum(file.path.stat().st_size for file in find_files(text, "text").files)
+        total = size * (2 if drop_repeated else 1)
         share = VALIDATION_PERCENT if validation_percent is None else validation_percent
-        encode = partial(encode_files, text, validation_percent=share, drop_repeated=drop_repeated)
+        encode = partial(encode_files, text, field=field, validation_percent=share, drop_repeated=drop_repeated)
     with _progress("tokenizing", total) as advance:
         manifests = encode(tokenizer_file, out, **how, say=said.append, progress=advance, finished=encoded.append)
     answer = {
@@ -146,26 +158,45 @@ def import_(
     out: Annotated[Path, typer.Option(help="Dataset directory to write.")],
     tokenizer_file: Annotated[Path | None, typer.Option("--tokenizer", help="The sentencepiece model.")] = None,
     vocab_size: Annotated[int, typer.Option(min=0, help="Number of ids, when the tokenizer is not at hand.")] = 0,
+    dtype: Annotated[str, typer.Option(help=f"Of arrays without a header: {', '.join(DTYPES)}.")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a dataset that is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Use token files of other trainers as a dataset, without copying them."""
-    made = import_tokens(kind, files, out, tokenizer_of(tokenizer_file, vocab_size), overwrite=overwrite)
+    entry = tokenizer_of(tokenizer_file, vocab_size)
+    made = import_tokens(kind, files, out, entry, overwrite=overwrite, tokenizer_file=tokenizer_file, dtype=dtype)
     _answer({"directory": str(out), "tokens": made.tokens, "documents": made.documents}, as_json)
 
 
 @app.command()
 def verify(directory: DatasetDir, as_json: Json = False) -> None:
-    """Read every byte of a dataset and compare it with its manifest; of a URL, what the store holds now."""
-    answer = {}
+    """Read every byte of a dataset and compare it with its manifest; of a URL, what the store holds now.
+
+    Raises DataError, after all was read, when a shard is damaged: each is told by its first fault."""
+    answer, faults = {}, []
     for path in _datasets(directory):
         with TemporaryDirectory() as cache:
             shards = ShardSet.open(path, cache=cache, cache_gib=VERIFY_GIB)
             shards.check_tokenizer()
             with _progress(f"verifying {path}", shards.manifest.tokens) as advance:
-                shards.token_counts(advance)
+                faults += _faults(shards, advance)
         answer[path] = {"ok": True, "tokens": shards.manifest.tokens, "content_id": shards.content_id}
+    if len(faults) > 1:
+        for fault in faults:
+            typer.echo(fault.line(), err=True)
+        raise DataError(f"{len(faults)} shards are damaged, see above", field=directory)
+    if faults:
+        raise faults[0]
     _answer(answer, as_json)
+
+
+def _faults(shards: ShardSet, advance: Callable[[int], None]) -> Iterator[DataError]:
+    for index, entry in enumerate(shards.manifest.shards):
+        try:
+            shards.verify(index)
+        except DataError as error:
+            yield error
+        advance(entry.tokens)
 
 
 @app.command()
@@ -179,12 +210,16 @@ def inspect(
     png: Annotated[Path | None, typer.Option(help="Draw the lengths of documents into this file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Statistics of a dataset and pieces of it, or the very samples of a step; document borders are shown as ‖."""
+    """Statistics of a dataset and pieces of it, or the very samples of a step; document borders are shown as ‖.
+
+    Raises ConfigError unless it is told of a dataset or of a step of a run."""
+    if (run is None) == (directory is None):
+        raise ConfigError("a dataset directory, or --run with --step", field="inspect")
     if run is not None:
+        if png is not None:
+            raise ConfigError("draws the documents of a dataset", field="--png", fix="name a dataset, not a run")
         _answer({"step": step, "samples": list(_samples_of_run(run, step, rank))}, as_json)
         return
-    if directory is None:
-        raise typer.BadParameter("name a dataset directory, or --run with --step")
     answer, datasets = {}, _datasets(directory)
     for path in datasets:
         shards = ShardSet.open(path)
@@ -197,24 +232,46 @@ def inspect(
             counts = answer[path]["documents_by_tokens"]
             save_bars(target, counts, x_label="tokens of a document", y_label=f"documents in {name}")
             answer[path]["png"] = str(target)
+        if not as_json:
+            answer[path]["documents_by_tokens"] = _bars(answer[path]["documents_by_tokens"])
     _answer(answer, as_json)
 
 
 def _samples_of_run(run: Path, step: int, rank: int) -> Iterator[dict[str, Any]]:
+    """Raises ConfigError for a run, a step or a rank that is not there, and when the data are not the run's."""
+    config = load(run / "config.yaml")
     line = next((line for line in read_metrics(run) if line["step"] == step), None)
     if line is None:
-        raise typer.BadParameter(f"{run} has no record of step {step}")
-    attempts = {attempt["attempt"]: attempt for attempt in read_run(run)["attempts"]}
-    part = {"rank": rank, "world_size": attempts[line["attempt"]]["world_size"]} if rank >= 0 else {}
-    numbers = {"samples_first": line["samples_first"], "samples_last": line["samples_last"]}
-    windows = [tuple(event["window"]) for event in read_events(run) if event["kind"] == "rewind"]
-    return samples_of_step(load(run / "config.yaml"), **numbers, **part, skip_windows=windows)
+        raise ConfigError("the run has no record of it", field="step", value=step, fix=f"see {run}/metrics.jsonl")
+    record = read_run(run)
+    attempts = [attempt for attempt in record["attempts"] if attempt["attempt"] <= line["attempt"]]
+    ranks = attempts[-1]["world_size"]
+    if rank >= ranks:
+        raise ConfigError("the run had no such rank then", field="rank", value=rank, allowed=f"0..{ranks - 1}")
+    return samples_of_step(
+        config,
+        samples_first=line["samples_first"],
+        samples_last=line["samples_last"],
+        skip_windows=[tuple(event["window"]) for event in read_events(run) if event["kind"] == "rewind"],
+        content_id=_known(record.get("provenance", {}), attempts).get("data_content_id"),
+        **({"rank": rank, "world_size": ranks} if rank >= 0 else {}),
+    )
+
+
+def _known(provenance: dict[str, Any], attempts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What was known of a run at the last of these attempts: the first one's facts, and what changed later."""
+    return dict(ChainMap(*(attempt.get("changed", {}) for attempt in reversed(attempts)), provenance))
 
 
 def _datasets(directory: str) -> list[str]:
+    """Raises ConfigError for shards without a manifest: they are no dataset, but may have been one."""
     local = Path(directory)
-    inside = sorted(str(path.parent) for path in local.glob(f"*/{MANIFEST_NAME}"))
-    return inside if inside and not (local / MANIFEST_NAME).exists() else [directory]
+    if "://" in directory or (local / MANIFEST_NAME).exists():
+        return [directory]
+    for path in sorted(local.glob("*/shard-*.tok")):
+        if not (path.parent / MANIFEST_NAME).exists():
+            raise ConfigError(f"shards, but no {MANIFEST_NAME}", field="dataset", value=str(path.parent))
+    return sorted(str(path.parent) for path in local.glob(f"*/{MANIFEST_NAME}")) or [directory]
 
 
 def _statistics(shards: ShardSet) -> dict[str, Any]:
@@ -248,7 +305,13 @@ def _samples(shards: ShardSet, count: int, tokens: int) -> Iterator[dict[str, An
         stop = min(start + tokens, sizes[shard])
         ids = shards.read(shard, start, stop - start)
         parts = np.split(ids, shards.document_ends(shard, start, stop) - start)
-        yield {"shard": shard, "token": start, "sha256": digest(ids), "text": BORDER.join(map(decode, parts))}
+        yield {
+            "sample": number,
+            "shard": shard,
+            "token": start,
+            "sha256": digest(ids),
+            "text": BORDER.join(map(decode, parts)),
+        }
 
 
 @contextmanager
@@ -264,11 +327,17 @@ def _answer(answer: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(answer))
         return
-    table = Table(show_header=False, box=None)
+    table = Table("", Column("", overflow="fold"), show_header=False, box=None)
     for key, value in _flat(answer, ""):
-        table.add_row(key, value)
+        table.add_row(key, _UNPRINTABLE.sub(lambda found: f"\\x{ord(found[0]):02x}", value))
     width = None if "COLUMNS" in os.environ or Console().is_terminal else 200
     Console(width=width, markup=False, highlight=False).print(table)
+
+
+def _bars(counts: dict[str, int]) -> dict[str, str]:
+    """A histogram in lines of text."""
+    most = max(counts.values())
+    return {name: f"{count:>9} {'#' * round(40 * count / most)}".rstrip() for name, count in counts.items()}
 
 
 def _flat(value: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -12,7 +13,7 @@ from typing import Any
 
 import typer
 
-from kha_train.errors import KhaError
+from kha_train.errors import ConfigError, KhaError, MachineError
 from kha_train.record.markers import leave_outcome
 from kha_train.record.redact import Redactor
 
@@ -67,23 +68,29 @@ def run(arguments: Sequence[str] | None = None) -> None:
         # Typer itself ends the process: 0, 2 after a usage error told in its own words, 130 after Ctrl-C.
         first = list(sys.argv[1:] if arguments is None else arguments)[:1]
         build(first if first and first[0] in COMMANDS else list(COMMANDS))(args=arguments)
-    except KhaError as error:
-        if os.environ.get("KHA_DEBUG") == "1":
+    except (KhaError, OSError) as caught:
+        error = caught if isinstance(caught, KhaError) else _as_own(caught)
+        if error is None or os.environ.get("KHA_DEBUG") == "1":
             raise
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         if rank == "0" or not error.agreed:
             where = "" if rank == "0" else f"rank {rank}: "
             _complain(f"{where}{error.line()}")
-        leave_outcome(f"{'fatal' if error.fatal else 'failed'} {error.exit_code}")
+        if error is caught:
+            leave_outcome(f"{'fatal' if error.fatal else 'failed'} {error.exit_code}")
         sys.exit(error.exit_code)
-    except OSError as error:
-        if os.environ.get("KHA_DEBUG") == "1" or error.filename is None:
-            raise
-        _complain(f"file error: {error.filename}: {error.strerror}")
-        sys.exit(1)
     finally:
         # Here and not before: Typer sets a hook of its own.
         sys.excepthook = _print_traceback
+
+
+def _as_own(error: OSError) -> KhaError | None:
+    """A full or failing disk is the machine's trouble, a path that cannot be used the user's; None for all else."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        return MachineError(
+            f"{error.strerror}", field=error.filename, fix="free some space, or mend it, and start again"
+        )
+    return None if error.filename is None else ConfigError(f"{error.strerror}", field=str(error.filename))
 
 
 def _complain(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,24 @@ _CHUNK_BYTES = 1 << 20
 
 
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def parse_json(text: bytes) -> Any:
+    """The value that JSON text spells. Raises ValueError for what is not JSON: NaN and infinities too."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    def finite(text: str) -> float:
+        """1e999 is a number that no float holds."""
+        if math.isinf(number := float(text)):
+            refuse(text)
+        return number
+
+    try:
+        return json.loads(text, parse_constant=refuse, parse_float=finite)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def canonical_json(value: Any) -> bytes:

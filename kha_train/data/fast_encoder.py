@@ -25,7 +25,11 @@ class FastEncoder:
         except ImportError as error:
             raise ConfigError(f"cannot be imported: {error}", field="encoder", value="gigatoken", fix=fix) from error
         from importlib.metadata import version
+        from importlib.util import find_spec
 
+        if find_spec("awkward") is None:
+            # Without it the library answers with lists, and slowly.
+            raise ConfigError("needs the package awkward", field="encoder", value="gigatoken", fix=fix)
         self.version = version("gigatoken")
         try:
             self._tokenizer = gigatoken.Tokenizer.from_sentencepiece(model)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from kha_train.config.schema import RunConfig
 from kha_train.data.shards import ShardSet
 from kha_train.data.tokenizer import KIND, Tokenizer
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, DataError
 
 BORDER = "\u2016"
 
@@ -39,7 +40,8 @@ def length_histogram(shards: ShardSet) -> dict[str, int]:
         powers, numbers = np.unique(np.floor(np.log2(lengths)).astype(int), return_counts=True)
         for power, number in zip(powers.tolist(), numbers.tolist(), strict=True):
             counts[power] = counts.get(power, 0) + number
-    return {f"{1 << power}-{(2 << power) - 1}": counts[power] for power in sorted(counts)}
+    powers = range(min(counts), max(counts) + 1)
+    return {f"{1 << power}-{(2 << power) - 1}": counts.get(power, 0) for power in powers}
 
 
 def samples_of_step(
@@ -48,18 +50,27 @@ def samples_of_step(
     samples_first: int,
     samples_last: int,
     skip_windows: Iterable[tuple[int, int]] = (),
+    content_id: str | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[dict[str, Any]]:
     """The rows a step trained on (the part of `rank` of `world_size`): sample number, source, SHA-256 of its ids, text
-    with document borders. `skip_windows` are those the run knows of. Raises ConfigError when the step's numbers follow
-    neither from them nor without them, and ConfigError and DataError as `open_stream`."""
+    with document borders. `skip_windows` are those the run knows of, `content_id` names the data it read. Raises
+    ConfigError when the step's numbers follow neither from them nor without them, DataError when the data are others
+    now, and both as `open_stream`."""
     from kha_train.data.stream import open_stream  # needs torch, which statistics of a dataset do not
 
+    # Borders are shown whatever the model was told of them; the rows are the same.
+    config = replace(config, data=replace(config.data, isolate_documents=True))
     jumped = samples_last - samples_first + 1 != config.data.global_batch_size
     stream = open_stream(
         config, rank, world_size, samples_seen=samples_first, skip_windows=skip_windows if jumped else ()
     )
+    if content_id is not None and stream.content_id != content_id:
+        problem = f"not the data that the run read: expected content id {content_id}, found {stream.content_id}"
+        raise DataError(
+            problem, field="data.train", value=config.data.train, fix="put back what the run was trained on"
+        )
     batch = next(stream)
     if stream.samples_seen - 1 != samples_last:
         raise ConfigError(

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kha_train.data.canonical import canonical_sha256
+from kha_train.data.canonical import canonical_sha256, parse_json
 from kha_train.errors import ConfigError, DataError
 
 MANIFEST_NAME = "manifest.json"
@@ -142,7 +142,8 @@ def load(directory: Path, *, field: str) -> Manifest:
     Raises ConfigError when there is no dataset, DataError when the manifest is damaged or edited.
     """
     path = directory / MANIFEST_NAME
-    fix = "`kha data tokenize` makes one"
+    inside = [one.parent.name for one in sorted(directory.glob(f"*/{MANIFEST_NAME}"))]
+    fix = f"name one of those in it: {', '.join(inside)}" if inside else "`kha data tokenize` makes one"
     if not directory.is_dir():
         raise ConfigError("no such dataset directory", field=field, value=str(directory), fix=fix)
     try:
@@ -154,8 +155,8 @@ def load(directory: Path, *, field: str) -> Manifest:
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", field=str(path)) from error
     try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        raw = parse_json(text)
+    except ValueError as error:
         raise DataError(f"is not JSON: {error}", field=str(path), fix="write the dataset again") from error
     return parse(raw, path)
 

@@ -11,7 +11,6 @@ is full, the blocks that no known step needs leave, the longest untouched before
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import threading
@@ -23,6 +22,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from kha_train.data.block_cache import READ_SECONDS, Cache
+from kha_train.data.canonical import parse_json
 from kha_train.data.files import RESTORE, Files
 from kha_train.data.manifest import CRC_BLOCK_BYTES, MANIFEST_NAME, FileEntry, Manifest, parse
 from kha_train.distributed import Caught
@@ -266,8 +266,8 @@ def open_remote(url: str, cache: Path, cache_bytes: int, *, readers: int, field:
     text = store.read(MANIFEST_NAME)
     place = f"{store.url}/{MANIFEST_NAME}"
     try:
-        manifest = parse(json.loads(text), place)
-    except (ValueError, RecursionError) as error:
+        manifest = parse(parse_json(text), place)
+    except ValueError as error:
         raise DataError(f"is not JSON: {error}", field=place, fix="write the dataset again") from error
     for shard in manifest.shards:
         for entry, offset in ((shard.tok, shard.tok_offset), (shard.doc, 0), (shard.crc, 0)):

@@ -176,18 +176,14 @@ class ShardSet:
         entry = self.manifest.tokenizer
         if entry.file is None:
             return None
-        path = self.directory / entry.file
+        path, where = self.directory / entry.file, self._files.path(entry.file)
         fix = "put back the file that made the dataset, or tokenize again"
         if not path.is_file():
-            raise DataError("the tokenizer file is missing", field=self._field, value=str(path), fix=fix)
+            raise DataError("the tokenizer file is missing", field=self._field, value=where, fix=fix)
         found = sha256_of_file(path)
         if found != entry.sha256:
-            raise DataError(
-                f"not the tokenizer that made this dataset: expected SHA-256 {entry.sha256}, found {found}",
-                field=self._field,
-                value=str(path),
-                fix=fix,
-            )
+            problem = f"not the tokenizer that made this dataset: expected SHA-256 {entry.sha256}, found {found}"
+            raise DataError(problem, field=self._field, value=where, fix=fix)
         return path
 
     def token_counts(self, progress: Callable[[int], None] | None = None) -> np.ndarray:
@@ -196,20 +192,34 @@ class ShardSet:
         Raises DataError for any fault, the totals of the manifest included.
         """
         counts = np.zeros(self.vocab_size, dtype=np.int64)
-        self._checked = _BlockBits(int(self._first_blocks[-1]))
         for index, entry in enumerate(self.manifest.shards):
-            found, least = self._verify(index)
-            text_bytes = int(found @ self.bytes_per_id[: len(found)])
-            largest = int(np.flatnonzero(found)[-1])
-            expected = (entry.min_id, entry.max_id, entry.text_bytes)
-            if (least, largest, text_bytes) != expected:
-                raise DataError(
-                    f"expected (min id, max id, text bytes) {expected}, found {(least, largest, text_bytes)}",
-                    field=self._files.path(entry.tok.file),
-                )
+            found = self.verify(index)
             counts[: len(found)] += found
             if progress is not None:
                 progress(entry.tokens)
+        return counts
+
+    def verify(self, index: int) -> np.ndarray:
+        """int64 [max_id + 1]: how often each id occurs in shard `index`. Reads every byte of it and compares with
+        checksums, digests and the manifest's figures. Raises DataError for the first fault."""
+        entry, shard = self.manifest.shards[index], self._shard(index)
+        for block in range(shard.blocks if self._check_crc else 0):
+            shard.check_block(block)
+            self._checked.add(int(self._first_blocks[index]) + block)
+        counts, least, digest = np.zeros(entry.max_id + 1, dtype=np.int64), entry.max_id, hashlib.sha256()
+        step = _CHUNK_BYTES // self.dtype.itemsize
+        for start in range(0, entry.tokens, step):
+            ids = self.read(index, start, min(step, entry.tokens - start))
+            digest.update(ids.tobytes())
+            counts += np.bincount(ids, minlength=len(counts))
+            least = min(least, int(ids.min()))
+        shard.compare_digest(entry.tok, digest.hexdigest())
+        shard.check_ends()
+        found = (least, int(np.flatnonzero(counts)[-1]), int(counts @ self.bytes_per_id[: len(counts)]))
+        expected = (entry.min_id, entry.max_id, entry.text_bytes)
+        if found != expected:
+            problem = f"expected (min id, max id, text bytes) {expected}, found {found}"
+            raise DataError(problem, field=self._files.path(entry.tok.file))
         return counts
 
     def document_lengths(self) -> Iterator[np.ndarray]:
@@ -219,21 +229,6 @@ class ShardSet:
             shard = self._shard(index)
             blocks = range(-(-entry.documents // ENDS_PER_BLOCK))
             yield np.diff(np.concatenate([shard.read_ends(block, check_crc=True) for block in blocks]), prepend=0)
-
-    def _verify(self, index: int) -> tuple[np.ndarray, int]:
-        """Read every byte of a shard: checksums, digests; returns the count of each id and the smallest id."""
-        entry, shard = self.manifest.shards[index], self._shard(index)
-        counts, least = np.zeros(entry.max_id + 1, dtype=np.int64), entry.max_id
-        digest = hashlib.sha256()
-        step = _CHUNK_BYTES // self.dtype.itemsize
-        for start in range(0, entry.tokens, step):
-            ids = self.read(index, start, min(step, entry.tokens - start))
-            digest.update(ids.tobytes())
-            counts += np.bincount(ids, minlength=len(counts))
-            least = min(least, int(ids.min()))
-        shard.compare_digest(entry.tok, digest.hexdigest())
-        shard.check_ends()
-        return counts, least
 
     def _shard(self, index: int) -> Shard:
         shard = self._shards.get(index)

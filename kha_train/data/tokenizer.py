@@ -7,8 +7,9 @@ of the text itself would come back as a blank; it is therefore encoded as its by
 from __future__ import annotations
 
 import io
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from kha_train.data.canonical import sha256_of_file
 from kha_train.data.fast_encoder import FastEncoder
 from kha_train.data.manifest import TokenizerEntry
-from kha_train.errors import ConfigError, DataError
+from kha_train.errors import ConfigError, DataError, KhaError
 
 KIND = "sentencepiece-bpe"
 MODEL_NAME = "tokenizer.model"
@@ -37,10 +38,10 @@ def train(texts: Iterable[str], path: Path, *, vocab_size: int) -> Tokenizer:
     """
     import sentencepiece
 
-    model = io.BytesIO()
+    model, watched = io.BytesIO(), _Watched(texts)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_pieces(texts),
+            sentence_iterator=iter(watched),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -50,42 +51,63 @@ def train(texts: Iterable[str], path: Path, *, vocab_size: int) -> Tokenizer:
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
+            required_chars=_BLANK,  # or else a blank that is rare in the text would be lost
             max_sentence_length=8 * PIECE_CHARACTERS,
             num_threads=1,  # recorded in the model file: another count is another hash
             minloglevel=2,
             **{f"{name}_id": number for name, number in SPECIAL_IDS.items()},
         )
     except RuntimeError as error:
+        if watched.error is not None:
+            raise watched.error from None
         reason = str(error).rpartition("] ")[2].strip() or "there is no text"
+        reason = reason.replace(" or decrease character_coverage with --character_coverage option", "")
         raise ConfigError(f"cannot be trained: {reason}", field="vocab_size", value=vocab_size) from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(model.getvalue())
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(model.getvalue())
+    os.replace(beside, path)
     return Tokenizer(path)
 
 
-def _pieces(texts: Iterable[str]) -> Iterable[str]:
-    for text in texts:
-        for start in range(0, len(text), PIECE_CHARACTERS):
-            yield text[start : start + PIECE_CHARACTERS]
+class _Watched:
+    """Texts in pieces of 2000 characters; the library forgets with what `error` reading them ended."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.error: KhaError | None = None
+        self._texts = texts
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for text in self._texts:
+                for start in range(0, len(text), PIECE_CHARACTERS):
+                    yield text[start : start + PIECE_CHARACTERS]
+        except KhaError as error:
+            self.error = error
+            raise
 
 
 class Tokenizer:
     """A model file, loaded. `path`, `sha256`, `vocab_size`, and `special_ids` by name (only those the model has).
 
-    `fast` encodes by gigatoken where that gives the same ids, and compares every 32nd batch. Raises ConfigError when
-    the file is missing, is not a sentencepiece model, or would lose text, and as `FastEncoder`.
+    `fast` encodes by gigatoken where that gives the same ids, and compares every 32nd batch. `threads` are those of
+    sentencepiece (None: as many as there are cores). Raises ConfigError when the file is missing, is not a model of
+    sentencepiece, or would lose text, and as `FastEncoder`.
     """
 
-    def __init__(self, path: str | Path, *, fast: bool = False) -> None:
+    def __init__(self, path: str | Path, *, fast: bool = False, threads: int | None = None) -> None:
         import sentencepiece
 
         self.path = Path(path)
         if not self.path.is_file():
             raise ConfigError("no such file", field="tokenizer", value=str(path), fix="`kha data tokenizer` trains one")
+        model = self.path.read_bytes()
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
+            # Of no bytes the library makes a processor that fails later.
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model or b"none")
         except RuntimeError as error:
             raise ConfigError("not a sentencepiece model", field="tokenizer", value=str(path)) from error
+        self._threads = threads
         self.sha256 = sha256_of_file(self.path)
         self.vocab_size = self._processor.vocab_size()
         numbers = {name: getattr(self._processor, f"{name}_id")() for name in SPECIAL_IDS}
@@ -94,7 +116,8 @@ class Tokenizer:
         self._fast: FastEncoder | None = None
         self._batches = 0
         self._id_of_byte = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
-        if not all(map(self._processor.is_byte, self._id_of_byte)) or self.decode(self.encode([_PROBE])[0]) != _PROBE:
+        keeps_bytes = all(map(self._processor.is_byte, self._id_of_byte))
+        if not keeps_bytes or _rewrites(model) or self.decode(self.encode([_PROBE])[0]) != _PROBE:
             raise ConfigError(
                 "this model loses text",
                 field="tokenizer",
@@ -104,7 +127,7 @@ class Tokenizer:
             )
         spelled = [self._processor.id_to_piece(number) for number, data in enumerate(self._bytes) if not data]
         self._special = re.compile("|".join(map(re.escape, spelled)) or r"(?!)")
-        self._fast = FastEncoder(self.path.read_bytes()) if fast else None
+        self._fast = FastEncoder(model) if fast else None
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids (int32) of each text, without any special id. Raises DataError for text that UTF-8 cannot express, and
@@ -149,7 +172,7 @@ class Tokenizer:
     def _encode_plain(self, texts: list[str]) -> list[Any]:
         """Ids of texts that hold neither U+2581 nor surrogates."""
         if self._fast is None:
-            return self._processor.encode(texts)
+            return self._processor.encode(texts, num_threads=self._threads)
         special = [index for index, text in enumerate(texts) if self._special.search(text)]
         kept = set(special)
         found: dict[int, Any] = dict(
@@ -190,3 +213,10 @@ class Tokenizer:
         if self._processor.is_byte(number):
             return bytes([int(piece[3:5], 16)])
         return piece.replace(_BLANK, " ").encode()
+
+
+def _rewrites(model: bytes) -> bool:
+    """Whether a model has rules that change characters before they are encoded."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    return bool(sentencepiece_model_pb2.ModelProto.FromString(model).normalizer_spec.precompiled_charsmap)

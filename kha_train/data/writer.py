@@ -30,14 +30,19 @@ from kha_train.data.manifest import (
     ShardEntry,
     TokenizerEntry,
 )
-from kha_train.errors import ConfigError, DataError
+from kha_train.errors import DataError
+
+PART = ".part"
+"""How the name of a file ends that is being written."""
 
 
 class _HashedFile:
-    """A file being written whose size and SHA-256 are known at the end, its bytes then safely on disk."""
+    """A file being written whose size and SHA-256 are known at the end; it gets its name then, its bytes safely on
+    disk. Two processes that write one file do not meet in it."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._digest, self._bytes = file, hashlib.sha256(), 0
+    def __init__(self, path: Path) -> None:
+        self._path, self._beside = path, path.with_name(f"{path.name}.{os.getpid()}{PART}")
+        self._file, self._digest, self._bytes = self._beside.open("wb"), hashlib.sha256(), 0
 
     def write(self, data: bytes) -> None:
         """Append bytes."""
@@ -48,10 +53,17 @@ class _HashedFile:
     def finish(self) -> FileEntry:
         """What the manifest says of the file."""
         _sync(self._file)
-        return FileEntry(Path(self._file.name).name, self._bytes, self._digest.hexdigest())
+        self._file.close()
+        os.replace(self._beside, self._path)
+        return FileEntry(self._path.name, self._bytes, self._digest.hexdigest())
+
+    def drop(self) -> None:
+        """Leave no file, unless it is finished."""
+        self._file.close()
+        self._beside.unlink(missing_ok=True)
 
 
-class _BlockChecksums:
+class BlockChecksums:
     """CRC-32 of each 64 KiB block of the bytes fed to it, the last block shorter."""
 
     def __init__(self) -> None:
@@ -77,7 +89,7 @@ def checksum_file(tok_checksums: bytes, ends: np.ndarray) -> bytes:
 
     `ends` are the document ends of the shard, int64.
     """
-    doc_checksums = _BlockChecksums()
+    doc_checksums = BlockChecksums()
     doc_checksums.feed(ends.astype("<i8").tobytes())
     last_ends = ends[ENDS_PER_BLOCK - 1 :: ENDS_PER_BLOCK]
     if len(ends) % ENDS_PER_BLOCK:
@@ -85,29 +97,19 @@ def checksum_file(tok_checksums: bytes, ends: np.ndarray) -> bytes:
     return tok_checksums + doc_checksums.finish() + last_ends.astype("<i8").tobytes()
 
 
-def refuse_existing(directory: Path) -> None:
-    """Raises ConfigError when `directory` holds a dataset."""
-    if (directory / MANIFEST_NAME).exists():
-        raise ConfigError(
-            "already holds a dataset", field="output directory", value=str(directory), fix="pass --overwrite"
-        )
+def prepare(directory: Path, *, keep: Collection[int] = ()) -> None:
+    """Make `directory` ready for shards: create it, and unpublish the dataset in it.
 
-
-def prepare(directory: Path, *, overwrite: bool = False, keep: Collection[int] = ()) -> None:
-    """Make `directory` ready for shards: create it, and with `overwrite` unpublish the dataset in it.
-
-    Shards left by an interrupted writing go, but for those with a number in `keep`. Raises ConfigError when it already
-    holds a dataset and `overwrite` is not asked for.
+    Shards that are there go, but for those with a number in `keep`.
     """
-    if not overwrite:
-        refuse_existing(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MANIFEST_NAME).unlink(missing_ok=True)
     kept = {f"shard-{index:05d}" for index in keep}
-    for suffix in ("tok", "doc", "crc", "done"):
-        for stale in directory.glob(f"shard-*.{suffix}"):
-            if stale.stem not in kept:
-                stale.unlink()
+    for stale in [path for suffix in ("tok", "doc", "crc", "done") for path in directory.glob(f"shard-*.{suffix}")]:
+        if stale.stem not in kept:
+            stale.unlink()
+    for stale in directory.glob(f"*{PART}"):
+        stale.unlink()
 
 
 def mark_finished(directory: Path, index: int, entry: ShardEntry | None, identity: str) -> None:
@@ -128,7 +130,7 @@ def finished_shards(directory: Path, identities: Mapping[int, str]) -> dict[int,
         except ValueError:
             continue
         index = int(path.stem.removeprefix("shard-"))
-        if note.get("identity") != identities.get(index):
+        if not isinstance(note, dict) or note.get("identity") != identities.get(index):
             continue
         entry = None if note["shard"] is None else manifests.shard_entry(note["shard"])
         files = (entry.tok, entry.doc, entry.crc) if entry else ()
@@ -146,8 +148,7 @@ class ShardWriter:
     def __init__(self, directory: Path, index: int, *, vocab_size: int, dtype: str) -> None:
         self._path = directory / f"shard-{index:05d}.tok"
         self._vocab_size, self._dtype = vocab_size, np.dtype(dtype).newbyteorder("<")
-        self._file = self._path.open("wb")
-        self._tok, self._checksums = _HashedFile(self._file), _BlockChecksums()
+        self._tok, self._checksums = _HashedFile(self._path), BlockChecksums()
         self._ends: list[int] = []
         self._tokens, self._text_bytes, self._min_id, self._max_id = 0, 0, vocab_size, -1
 
@@ -155,7 +156,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._tok.drop()
 
     def add(self, ids: np.ndarray, text_bytes: int) -> None:
         """Append a document that stands for so many UTF-8 bytes of text. Raises DataError for an id outside the
@@ -175,11 +176,9 @@ class ShardWriter:
 
     def finish(self) -> ShardEntry | None:
         """What the manifest says of the shard; None, and no file, when no document had any id."""
-        tok = self._tok.finish()
-        self._file.close()
         if not self._ends:
-            self._path.unlink()
             return None
+        tok = self._tok.finish()
         ends = np.asarray(self._ends, dtype="<i8")
         doc = write_file(self._path.with_suffix(".doc"), ends.tobytes())
         crc = write_file(self._path.with_suffix(".crc"), checksum_file(self._checksums.finish(), ends))
@@ -216,7 +215,7 @@ def publish_dataset(
     """
     written = [shard for shard in shards if shard is not None]
     if not written:
-        raise DataError("no document with any token: nothing to train on", field=str(directory))
+        raise DataError("no document holds any token", field=str(directory))
     if tokenizer_file is not None:
         assert tokenizer.file is not None
         with open(tokenizer_file, "rb") as source, open(directory / tokenizer.file, "wb") as target:
@@ -233,10 +232,9 @@ def publish_dataset(
 
 def write_file(path: Path, data: bytes) -> FileEntry:
     """Write a small file, its bytes then safely on disk."""
-    with open(path, "wb") as file:
-        hashed = _HashedFile(file)
-        hashed.write(data)
-        return hashed.finish()
+    file = _HashedFile(path)
+    file.write(data)
+    return file.finish()
 
 
 def _sync(file: BinaryIO) -> None:

@@ -42,7 +42,7 @@ def run_quickstart(out: Path, *, steps: int, processes: int, say: Say) -> dict[s
     seconds: dict[str, float] = {}
     with _timed("corpus: source code of Python's standard library", seconds, say):
         if not (out / "corpus" / "corpus.json").exists():
-            build_corpus(out / "corpus")
+            build_corpus(out / "corpus", overwrite=True)
     with _timed("tokenizer: BPE trained on it", seconds, say):
         if not (out / "tokenizer.model").exists():
             train_tokenizer(out / "corpus", out / "tokenizer.model", vocab_size=compose().model.vocab_size)

@@ -26,7 +26,7 @@ LENGTHS = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=12), min_si
 
 def write(directory: Path, lengths: list[list[int]]) -> ShardSet:
     """Shards of documents of the given lengths; the ids number the tokens through all shards, from 1."""
-    prepare(directory, overwrite=True)
+    prepare(directory)
     first, entries, vocab = 1, [], sum(map(sum, lengths)) + 1
     for index, shard in enumerate(lengths):
         ends = first + np.cumsum([0, *shard])

@@ -24,7 +24,7 @@ from kha_train.errors import ConfigError, DataError
 
 def write(directory: Path, shards: list[list[list[int]]], vocab: int = 100) -> ShardSet:
     """Write shards of documents of ids, one byte of text an id, and open them."""
-    prepare(directory, overwrite=True)
+    prepare(directory)
     dtype = dtype_for(vocab)
     entries = []
     for index, documents in enumerate(shards):
@@ -327,10 +327,9 @@ def test_verification_finds_figures_that_do_not_fit_the_tokens(big: Path) -> Non
         ShardSet.open(big).token_counts()
 
 
-def test_writing_over_a_dataset_must_be_asked_for_and_leaves_nothing_of_the_old_one(tmp_path: Path) -> None:
+def test_writing_anew_leaves_nothing_of_the_old_dataset(tmp_path: Path) -> None:
     write(tmp_path, [[[1]], [[2]], [[3]]])
-    with pytest.raises(ConfigError, match="--overwrite"):
-        prepare(tmp_path)
+    (tmp_path / "shard-00007.tok.123.part").write_bytes(b"of a process that was killed")
     write(tmp_path, [[[4]]])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "manifest.json",

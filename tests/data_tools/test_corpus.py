@@ -63,11 +63,12 @@ def test_own_text_is_taken_once_as_it_is_and_what_is_left_out_is_counted(notes: 
     assert {d.path: d.text for d in documents} == {
         "notes/a.md": "eins",
         "notes/b.txt": "zwei\r\n",
-        "notes/rows.jsonl#line:1": "vier",
+        f"sha256:{hashlib.sha256(b'vier').hexdigest()}": "vier",
         "notes/rows.jsonl#named": "fünf",
         "notes/tests/kept.txt": "drei",
     }
-    assert (description["repeated"], description["not_utf8"]) == (1, 1)
+    assert (description["repeated"], description["not_utf8"]) == (1, ["notes/latin.txt"])
+    assert description["other_kinds"] == 1, "the picture"
     assert description["bytes"] == sum(len(d.text.encode()) for d in documents)
     assert json.loads((tmp_path / "c" / "corpus.json").read_text()) == description
 
@@ -88,7 +89,7 @@ def test_one_changed_letter_changes_the_hash_and_no_other_documents_split(notes:
 @pytest.mark.parametrize("line", ["{", "[]", '"text"', '{"txt": "a"}', '{"text": 3}', '{"text": "\\ud800"}', "null"])
 def test_a_line_without_text_is_a_data_error_that_names_it(tmp_path: Path, line: str) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(DataError, match="line:2"):
+    with pytest.raises(DataError, match="rows.jsonl: line 2 "):
         build_corpus(tmp_path / "c", standard_library=False, extra_roots=[tmp_path / "rows.jsonl"])
     assert not (tmp_path / "c" / "corpus.json").exists()
 
@@ -102,3 +103,45 @@ def test_missing_equal_and_empty_roots_are_configuration_errors(notes: Path, tmp
         build_corpus(tmp_path / "c", standard_library=False)
     with pytest.raises(ConfigError, match="kha data corpus"):
         list(read_split(tmp_path / "nowhere", "train"))
+
+
+def test_a_line_put_before_others_moves_none_of_them(tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(400)]
+    splits = []
+    for name, lines in (("a", texts), ("b", ["one more", *texts])):
+        root = tmp_path / name / "rows.jsonl"
+        root.parent.mkdir()
+        root.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
+        build_corpus(tmp_path / name / "c", standard_library=False, extra_roots=[root])
+        splits.append({d.text: split for split in SPLITS for d in read_split(tmp_path / name / "c", split)})
+    assert all(splits[1][text] == split for text, split in splits[0].items())
+    assert set(splits[0].values()) == set(SPLITS)
+
+
+def test_a_corpus_that_is_there_is_never_lost_by_a_mistake(notes: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "train.jsonl").write_text('{"text": "mine"}\n')
+    before = contents(own)
+    with pytest.raises(ConfigError, match="--overwrite"):
+        build_corpus(own, standard_library=False, extra_roots=[notes])
+    with pytest.raises(ConfigError, match="no such"):
+        build_corpus(own, standard_library=False, extra_roots=[tmp_path / "nowhere"], overwrite=True)
+    with pytest.raises(ConfigError, match="what would be written"):
+        build_corpus(own, standard_library=False, extra_roots=[own], overwrite=True)
+    (notes / "z.jsonl").write_text("{\n")
+    with pytest.raises(DataError, match="z.jsonl: line 1 is not JSON"):
+        build_corpus(own, standard_library=False, extra_roots=[notes], overwrite=True)
+    assert contents(own) == before, "a collecting that failed leaves what was there"
+
+
+def test_a_file_of_another_kind_is_refused_when_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.ndjson").write_text('{"text": "a"}\n')
+    with pytest.raises(ConfigError, match=r"another kind.*\.jsonl"):
+        build_corpus(tmp_path / "c", standard_library=False, extra_roots=[tmp_path / "rows.ndjson"])
+
+
+def test_the_text_may_be_in_another_field(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"content": "here", "text": 3}\n{"content": null}\n')
+    build_corpus(tmp_path / "c", standard_library=False, extra_roots=[tmp_path / "rows.jsonl"], field="content")
+    assert [d.text for d in read_split(tmp_path / "c", "train") if d.text] == ["here"]

@@ -58,12 +58,14 @@ def test_an_interrupted_encoding_goes_on_and_writes_the_same_files(
         patched.setattr(encode, "encode_unit", write_or_die)
         with pytest.raises(KeyboardInterrupt):
             encode_corpus(corpus, corpus / "tokenizer.model", tmp_path / "stopped", shard_bytes=500)
-    assert not (tmp_path / "stopped" / "train" / "manifest.json").exists()
-    (tmp_path / "stopped" / "train" / "shard-00001.tok").write_bytes(b"damaged meanwhile")
-    kept = (tmp_path / "stopped" / "train" / "shard-00000.tok").stat().st_mtime_ns
+    assert not (tmp_path / "stopped" / "train").exists()
+    (beside,) = (tmp_path / "stopped").glob(".train-validation.writing-*/train")
+    (beside / "shard-00001.tok").write_bytes(b"damaged meanwhile")
+    (beside / "shard-00002.done").write_text("[]")
+    kept = (beside / "shard-00000.tok").stat().st_ino
     encode_corpus(corpus, corpus / "tokenizer.model", tmp_path / "stopped", shard_bytes=500, workers=workers)
     assert files(tmp_path / "stopped") == files(tmp_path / "straight")
-    assert (tmp_path / "stopped" / "train" / "shard-00000.tok").stat().st_mtime_ns == kept
+    assert (tmp_path / "stopped" / "train" / "shard-00000.tok").stat().st_ino == kept
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 2000, 10**9])
@@ -117,7 +119,7 @@ def test_a_bad_line_stops_with_its_number_and_leaves_no_dataset(corpus: Path, tm
     bad.mkdir()
     (bad / "train.jsonl").write_text('{"text": "a"}\n\n{"text": 3}\n')
     (bad / "validation.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(DataError, match="train.jsonl:3"):
+    with pytest.raises(DataError, match="train.jsonl: line 3 "):
         encode_corpus(bad, corpus / "tokenizer.model", tmp_path / "out")
     assert not (tmp_path / "out" / "train" / "manifest.json").exists()
 
@@ -195,7 +197,7 @@ def test_the_repair_of_a_failed_encoding_keeps_no_shard_of_the_suspected_encoder
     monkeypatch.setattr(tokenizers, "_COMPARED_BATCHES", 10**9)
     with pytest.raises(DataError, match="other ids"):
         encode_corpus(corpus, model, out, encoder="gigatoken", shard_bytes=500)
-    assert list((out / "train").glob("*.done"))
+    assert list(out.glob(".train-validation.writing-*/train/*.done"))
     repaired = encode_corpus(corpus, model, out, shard_bytes=500, overwrite=True)
     straight = encode_corpus(corpus, model, tmp_path / "straight", shard_bytes=500)
     assert repaired["train"].content_id == straight["train"].content_id

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from data_tools.corpus import build_corpus, read_split
-from data_tools.importers import import_tokens, unknown_tokenizer
+from data_tools.importers import import_tokens, tokenizer_of, unknown_tokenizer
+from kha_train.data.inspect import decoder_of
 from kha_train.data.shards import ShardSet
+from kha_train.data.tokenizer import Tokenizer, train
 from kha_train.errors import ConfigError, DataError
 
 DOCUMENTS = [[5, 6, 7], [8], list(range(9, 60)), [1, 2]]
@@ -65,7 +67,8 @@ def test_a_flat_array_is_one_document_with_or_without_a_header(tmp_path: Path, h
         np.save(path, IDS.astype("<u2"))
     else:
         IDS.astype("<u2").tofile(path)
-    import_tokens("numpy", [path], tmp_path / "out", unknown_tokenizer(100), overwrite=False)
+    dtype = "" if header else "uint16"
+    import_tokens("numpy", [path], tmp_path / "out", unknown_tokenizer(100), overwrite=False, dtype=dtype)
     opened = ShardSet.open(tmp_path / "out", reader="memory_map")
     assert opened.read(0, 0, len(IDS)).tolist() == IDS.tolist()
     assert opened.token_counts().sum() == len(IDS) and opened.manifest.documents == 1
@@ -74,9 +77,104 @@ def test_a_flat_array_is_one_document_with_or_without_a_header(tmp_path: Path, h
 def test_ids_outside_the_vocabulary_and_other_types_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="outside the vocabulary of 50"):
         import_tokens("datatrove", [datatrove(tmp_path)], tmp_path / "a", unknown_tokenizer(50), overwrite=False)
-    np.save(tmp_path / "wide.npy", IDS)
-    with pytest.raises(ConfigError, match="uint16, or 32 bits"):
-        import_tokens("numpy", [tmp_path / "wide.npy"], tmp_path / "b", unknown_tokenizer(100), overwrite=False)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "ids", [IDS, IDS.astype(">u2"), IDS.astype("<f2"), IDS.astype("U1"), IDS.reshape(3, -1), (IDS - 9).astype("<i4")]
+)
+def test_arrays_that_are_no_ids_are_refused(tmp_path: Path, ids: np.ndarray) -> None:
+    np.save(tmp_path / "a.npy", ids)
+    with pytest.raises(DataError, match=r"a\.npy"):
+        import_tokens("numpy", [tmp_path / "a.npy"], tmp_path / "out", unknown_tokenizer(65_536), overwrite=False)
+
+
+def test_an_array_without_a_header_needs_its_type_and_an_archive_is_none(tmp_path: Path) -> None:
+    IDS.astype("<i4").tofile(tmp_path / "raw")
+    with pytest.raises(ConfigError, match="no header.*uint16"):
+        import_tokens("numpy", [tmp_path / "raw"], tmp_path / "out", unknown_tokenizer(100), overwrite=False)
+    np.savez(tmp_path / "a.npz", IDS)
+    with pytest.raises(DataError, match="archive"):
+        import_tokens("numpy", [tmp_path / "a.npz"], tmp_path / "out", unknown_tokenizer(100), overwrite=False)
+    import_tokens("numpy", [tmp_path / "raw"], tmp_path / "out", unknown_tokenizer(100), overwrite=False, dtype="int32")
+    assert ShardSet.open(tmp_path / "out").read(0, 0, len(IDS)).tolist() == IDS.tolist()
+
+
+def changed(path: Path, place: int, value: int, width: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place : place + width] = value.to_bytes(width, "little", signed=True)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda root: (root / "tokens.idx").write_bytes(b""),
+        lambda root: (root / "tokens.idx").write_bytes((root / "tokens.idx").read_bytes()[:-5]),
+        lambda root: changed(root / "tokens.idx", 18, 10**12, 8),
+        lambda root: changed(root / "tokens.idx", 34 + 5 * 4, 4, 8),
+        lambda root: changed(root / "tokens.idx", 34 + 5 * 12 + 8, 3, 8),
+        lambda root: changed(root / "tokens.idx", 34 + 5 * 12 + 8, -1, 8),
+        lambda root: changed(root / "tokens.idx", 34 + 5 * 12 + 40, 60, 8),
+        lambda root: (root / "tokens.bin").write_bytes(b""),
+        lambda root: (root / "tokens.bin").write_bytes(b"123"),
+    ],
+    ids=["empty", "cut", "count", "pointer", "not ascending", "negative", "beyond", "no ids", "odd"],
+)
+def test_a_megatron_index_that_contradicts_itself_or_its_tokens_is_refused(tmp_path: Path, damage) -> None:
+    path = megatron(tmp_path, "<u2", 8)
+    damage(tmp_path)
+    with pytest.raises(DataError, match="tokens"):
+        import_tokens("megatron", [path], tmp_path / "out", unknown_tokenizer(100), overwrite=False)
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+@pytest.mark.parametrize("ends", [ENDS[::-1], ENDS[:-1], [*ENDS, 10**6], []], ids=repr)
+def test_datatrove_ends_that_do_not_fit_are_refused(tmp_path: Path, ends) -> None:
+    path = datatrove(tmp_path)
+    np.asarray(ends).astype("<u8").tofile(tmp_path / "000.ds.index")
+    with pytest.raises(DataError, match=r"000\.ds"):
+        import_tokens("datatrove", [path], tmp_path / "out", unknown_tokenizer(100), overwrite=False)
+
+
+def test_an_import_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    path = datatrove(tmp_path)
+    import_tokens("datatrove", [path], tmp_path / "out", unknown_tokenizer(100), overwrite=False)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    with pytest.raises(ConfigError, match="no such file"):
+        import_tokens("datatrove", [tmp_path / "nowhere"], tmp_path / "out", unknown_tokenizer(100), overwrite=True)
+    with pytest.raises(DataError, match="outside the vocabulary"):
+        import_tokens("datatrove", [path], tmp_path / "out", unknown_tokenizer(50), overwrite=True)
+    with pytest.raises(ConfigError, match="lies in the output directory"):
+        import_tokens(
+            "numpy", [tmp_path / "out" / "shard-00000.tok"], tmp_path / "out", unknown_tokenizer(100), overwrite=True
+        )
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000.ds", "000.ds.index", "out"]
+
+
+def test_an_import_with_its_tokenizer_decodes_by_itself(text_tokenizer: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(text_tokenizer)
+    (ids,) = tokenizer.encode(["Grüße, world"])
+    np.save(tmp_path / "a.npy", ids.astype("<u2"))
+    import_tokens(
+        "numpy",
+        [tmp_path / "a.npy"],
+        tmp_path / "out",
+        tokenizer_of(text_tokenizer, 0),
+        overwrite=False,
+        tokenizer_file=text_tokenizer,
+    )
+    opened = ShardSet.open(tmp_path / "out")
+    assert decoder_of(opened)(opened.read(0, 0, len(ids))) == "Grüße, world"
+    assert opened.manifest.text_bytes == len("Grüße, world".encode())
+
+
+@pytest.fixture(scope="module")
+def text_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "t.model"
+    train((f"some words {i} Grüße" for i in range(300)), path, vocab_size=300)
+    return path
 
 
 def test_packed_text_and_parquet_make_the_corpus_that_plain_text_makes(tmp_path: Path) -> None:

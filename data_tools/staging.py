@@ -1,0 +1,87 @@
+"""A dataset is replaced whole or not at all: it is written beside its place, and put there when it is finished.
+
+`.NAMES.writing-IDENTITY` beside the datasets holds what is not finished; what is written by another identity (other
+text, tokenizer, plan) has another directory. Files of the user's own that lie in a dataset's directory stay in it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from kha_train.data.manifest import MANIFEST_NAME
+from kha_train.data.tokenizer import MODEL_NAME
+from kha_train.errors import ConfigError
+
+_OURS = ("shard-*.tok", "shard-*.doc", "shard-*.crc", "shard-*.done", MANIFEST_NAME, MODEL_NAME)
+
+
+@contextmanager
+def replaced(places: Mapping[str, Path], identity: str, *, overwrite: bool, keep: bool) -> Iterator[dict[str, Path]]:
+    """Directories to write the datasets of `places` in, all beside each other; they are put into place when all went
+    well. Otherwise they stay, with `keep`, for the next writing of the same `identity`.
+
+    Raises ConfigError when another process writes there, for a directory that cannot be written, and, unless
+    `overwrite`, when shards are there.
+    """
+    for place in places.values():
+        refuse_existing(place, overwrite=overwrite)
+    home = next(iter(places.values())).parent
+    names = "-".join(place.name for place in places.values())
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        lock = (home / f".{names}.lock").open("ab")
+    except OSError as error:
+        raise ConfigError(f"cannot be written: {error.strerror}", field="output directory", value=str(home)) from error
+    with lock:
+        _take(lock.fileno(), home)
+        root = home / f".{names}.writing-{identity[:16]}"
+        finished = False
+        try:
+            yield {name: root / place.name for name, place in places.items()}
+            for place in places.values():
+                _put(root / place.name, place)
+            finished = True
+        finally:
+            if finished or not keep:
+                for left in home.glob(f".{names}.writing-*"):
+                    shutil.rmtree(left, ignore_errors=True)
+            (home / f".{names}.lock").unlink(missing_ok=True)
+
+
+def refuse_existing(directory: Path, *, overwrite: bool) -> None:
+    """Raises ConfigError when `directory` holds shards and that is not asked for, or is no directory."""
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError("is not a directory", field="output directory", value=str(directory))
+    if overwrite or not (list(directory.glob("shard-*.tok")) or (directory / MANIFEST_NAME).exists()):
+        return
+    what = "a dataset" if (directory / MANIFEST_NAME).exists() else f"shards, though no {MANIFEST_NAME}"
+    raise ConfigError(f"already holds {what}", field="output directory", value=str(directory), fix="pass --overwrite")
+
+
+def _take(descriptor: int, home: Path) -> None:
+    """Raises ConfigError when another process has it. The lock goes with the process, however that ends."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ConfigError(
+            "another process is writing there", field="output directory", value=str(home), fix="wait for it"
+        ) from error
+
+
+def _put(made: Path, place: Path) -> None:
+    """Move the directory `made` to `place`; what is there goes, but for the user's own files."""
+    old = place.with_name(f".{place.name}.old")
+    if place.exists():
+        ours = {path.name for pattern in _OURS for path in place.glob(pattern)}
+        for path in place.iterdir():
+            if path.name not in ours:
+                os.rename(path, made / path.name)
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(place, old)
+    os.rename(made, place)
+    shutil.rmtree(old, ignore_errors=True)
