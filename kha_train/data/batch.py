@@ -19,13 +19,11 @@ from kha_train.data.packing import Layout
 class Batch:
     """Rows of one rank for one optimiser step, or a part of them.
 
-    `step` counts optimiser steps from 0. `samples_B` (NumPy int64) are global sample numbers; -1 is a filler row whose
-    labels are all masked. `rows_BW` are the ids as the dataset stores them (uint16 or uint32), each row with the one
-    that follows its last token, and `layout` says where segments end and which labels are masked. The tensors below are
-    made when first asked for.
+    `samples_B` (NumPy int64) are global sample numbers; -1 is a filler row whose labels are all masked. `rows_BW` are
+    the ids as the dataset stores them (uint16 or uint32), each row with the one that follows its last token, and
+    `layout` says where segments end and which labels are masked. The tensors below are made when first asked for.
     """
 
-    step: int
     samples_B: np.ndarray
     rows_BW: np.ndarray
     layout: Layout
@@ -70,4 +68,4 @@ class Batch:
         T = self.rows_BW.shape[1] - 1
         for number, layout in enumerate(self.layout.parts(size, T)):
             rows = slice(number * size, (number + 1) * size)
-            yield Batch(self.step, self.samples_B[rows], self.rows_BW[rows], layout)
+            yield Batch(self.samples_B[rows], self.rows_BW[rows], layout)

@@ -12,6 +12,7 @@ It is made once, by one process, kept in a directory named by the content it was
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +54,14 @@ class BestFitRows:
         masked_M = np.concatenate((ends_P[self._closed[pieces_P] == 1] - 1, padding_M))
         return Layout(np.unique(np.concatenate((row_starts, ends_P))), np.sort(masked_M, kind="stable"))
 
-    def expect(self, rows_N: np.ndarray) -> None:
-        """All rows that are known to be read, in their order."""
-        pieces_P, counts_N = self._pieces_of(rows_N)
-        shards_P = np.repeat(self._shard_of_row[rows_N], counts_N)
-        self.shards.expect(shards_P, self._starts[pieces_P], self._lengths[pieces_P], ends=False)
+    def expect(self, plans: Sequence[np.ndarray]) -> None:
+        """All rows that are known to be read, plan by plan, in their order."""
+        pieces = []
+        for rows_N in plans:
+            pieces_P, counts_N = self._pieces_of(rows_N)
+            shards_P = np.repeat(self._shard_of_row[rows_N], counts_N)
+            pieces.append((shards_P, self._starts[pieces_P], self._lengths[pieces_P]))
+        self.shards.expect(pieces, ends=False)
 
     def read(self, rows_N: np.ndarray) -> np.ndarray:
         """The ids of rows, [N, T + 1] in the dataset's dtype, padding 0. Raises DataError when they are damaged."""

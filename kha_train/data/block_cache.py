@@ -70,9 +70,9 @@ class Cache:
         room = self._limit_ahead
         for name, size in reads:
             if name not in upcoming:
-                room -= size
-                if room < 0:
+                if size > room:
                     continue
+                room -= size
             upcoming[name] += 1
         ahead = list(upcoming)
         with self._lock:
@@ -104,6 +104,7 @@ class Cache:
     def put(self, name: str, get: Callable[[], bytes]) -> bool:
         """Put the block that `get` gives into its place; False when another process was faster."""
         part = self.directory / f"{name}.part"
+        own = self.directory / f"{name}.{os.getpid()}-{threading.get_ident()}.part"
         try:
             with open(part, "ab", buffering=0) as file:
                 deadline = time.monotonic() + READ_SECONDS
@@ -112,17 +113,18 @@ class Cache:
                 if self.has(name):
                     return False
                 data = get()
-                own = self.directory / f"{name}.{os.getpid()}-{threading.get_ident()}.part"
                 own.write_bytes(data)
                 with open(self.directory / ".lock", "a+b") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX)
                     held = self._make_room(len(data), name, _recorded(lock))
                     _record(lock, held + len(data))
                     os.replace(own, self.directory / name)
-                part.unlink(missing_ok=True)
                 return True
         except OSError as error:
             raise self._unwritable(error) from error
+        finally:
+            for left in (own, part):
+                self.remove(left.name)
 
     def _make_room(self, size: int, coming: str, held: int | None) -> int:
         """Blocks leave until `size` bytes fit: first those no known step needs, longest untouched first, and some more

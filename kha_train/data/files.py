@@ -1,65 +1,64 @@
 """Exact reads from the files of a dataset, by `pread` or through a memory map.
 
 `pread` is the default: a file truncated while it is read gives a short read, which can be told, on any file system. A
-memory map of a local file is cheaper, but a page that is no longer there kills the process by SIGBUS,
-which no program text can turn into an error: `ShardSet.open` checks the sizes, and nothing protects the time after.
+memory map of a local file is cheaper, but a page that is no longer there kills the process by SIGBUS, which no program
+text can turn into an error: `ShardSet.open` checks the sizes, and nothing protects the time after.
 """
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import resource
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from kha_train.errors import DataError
+from kha_train.errors import DataError, KhaError, MachineError
 
-OPEN_FILES = 128
 RESTORE = "restore the file, or write the dataset again"
+_MOST_LIMIT = 65_536
+_THREAD = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
+_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
 
 
 class Files:
-    """Reads by `pread` from many files with few descriptors open: the least recently used one is closed.
+    """Reads by `pread` from many files with a bounded number of descriptors: the least recently used one is closed.
 
-    Threads may read at once. `looks_ahead` tells whether `expect` is of any use.
+    Threads may read at once. `looks_ahead` tells whether `expect` is of any use. What reads raises DataError when the
+    bytes are not there, MachineError when the machine cannot give them.
     """
 
     looks_ahead = False
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._most_open = _most_open()
         # A descriptor must not be closed, and its number given to another file, between look-up and read.
         self._lock = threading.Lock()
         self._open: OrderedDict[str, int] = OrderedDict()
         weakref.finalize(self, _close_all, self._open)
 
     def read(self, name: str, offset: int, count: int) -> bytes:
-        """`count` bytes of a file from `offset` on. Raises DataError when they are not there."""
-        try:
-            with self._lock:
-                data = os.pread(self._descriptor(name), count, offset)
-        except OSError as error:
-            raise self._unreadable(name, offset, error) from error
+        """`count` bytes of a file from `offset` on."""
+        data = self._pread(name, offset, count)
+        # One call gives 2 GiB at most.
+        while len(data) < count and (more := self._pread(name, offset + len(data), count - len(data))):
+            data += more
         if len(data) != count:
             raise self._truncated(name, offset, count, len(data))
         return data
 
-    def read_into(self, name: str, offset: int, out: memoryview) -> None:
-        """Fill `out` (of bytes) with the bytes of a file from `offset` on. Raises DataError as `read`."""
-        try:
-            with self._lock:
-                found = os.preadv(self._descriptor(name), (out,), offset)
-        except OSError as error:
-            raise self._unreadable(name, offset, error) from error
-        if found != len(out):
-            raise self._truncated(name, offset, len(out), found)
+    def look(self, name: str, offset: int, count: int) -> bytes | memoryview:
+        """As `read`, for bytes of which few are looked at."""
+        return self.read(name, offset, count)
 
     def read_pieces(self, names: Sequence[str], offsets: Sequence[int], sizes: Sequence[int]) -> bytearray:
-        """Pieces laid end to end: `sizes[j]` bytes from `offsets[j]` on in file `names[j]`. Raises DataError as
-        `read`."""
+        """Pieces laid end to end: `sizes[j]` bytes from `offsets[j]` on in file `names[j]`."""
         # Joining pieces is the cheapest way there is in Python to copy many small ones.
         return bytearray().join([self.read(*place) for place in zip(names, offsets, sizes, strict=True)])
 
@@ -70,9 +69,21 @@ class Files:
         """The path of a file, for messages."""
         return str(self.directory / name)
 
-    def _unreadable(self, name: str, offset: int, error: OSError) -> DataError:
-        """A DataError for a read that the system refused."""
-        return DataError(f"offset {offset}: cannot be read: {error.strerror}", field=self.path(name), fix=RESTORE)
+    def _pread(self, name: str, offset: int, count: int) -> bytes:
+        try:
+            with self._lock:
+                return os.pread(self._descriptor(name), count, offset)
+        except OSError as error:
+            raise self._unreadable(name, offset, error) from error
+
+    def _unreadable(self, name: str, offset: int, error: OSError) -> KhaError:
+        """For a read that the system refused: the machine's trouble, or the file's."""
+        problem = f"offset {offset}: cannot be read: {error.strerror}"
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return MachineError(problem, field=self.path(name), fix="allow more open files: ulimit -n")
+        if error.errno in _MACHINE:
+            return MachineError(problem, field=self.path(name))
+        return DataError(problem, field=self.path(name), fix=RESTORE)
 
     def _truncated(self, name: str, offset: int, expected: int, found: int) -> DataError:
         """A DataError for a read that came back short."""
@@ -88,41 +99,90 @@ class Files:
             return self._open[name]
         descriptor = os.open(self.directory / name, os.O_RDONLY | os.O_CLOEXEC)
         self._open[name] = descriptor
-        if len(self._open) > OPEN_FILES:
+        if len(self._open) > self._most_open:
             os.close(self._open.popitem(last=False)[1])
         return descriptor
 
 
+class _Map(NamedTuple):
+    """A file in memory, and all of its bytes as a view that is cheap to cut."""
+
+    file: mmap.mmap
+    bytes: memoryview
+
+
 class MappedFiles(Files):
-    """`Files` whose `read_pieces` copies from memory maps; single small reads stay `pread`."""
+    """`Files` that copies from memory maps, as few of them as descriptors; a few small reads stay `pread`.
+
+    The kernel is told that reads are random: or else the first touch of a page reads megabytes around it from a disk.
+    It then fetches page after page, each by itself; where that happens, the next pieces are asked for beforehand.
+    """
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        self._maps: dict[str, memoryview] = {}
+        self._maps: OrderedDict[str, _Map] = OrderedDict()
+        self._from_disk = False
+
+    def look(self, name: str, offset: int, count: int) -> bytes | memoryview:
+        """As `Files.look`, without a copy."""
+        piece = self._map(name).bytes[offset : offset + count]
+        if len(piece) != count:
+            raise self._truncated(name, offset, count, len(piece))
+        return piece
 
     def read_pieces(self, names: Sequence[str], offsets: Sequence[int], sizes: Sequence[int]) -> bytearray:
-        """As `Files.read_pieces`. Raises DataError when a file was too short when it was mapped."""
+        """As `Files.read_pieces`; of a file too short when it was mapped, too."""
         maps = [self._maps.get(name) or self._map(name) for name in names]
-        pieces = [mapped[first : first + size] for mapped, first, size in zip(maps, offsets, sizes, strict=True)]
+        before = _major_faults()
+        if self._from_disk:
+            for one, first, size in zip(maps, offsets, sizes, strict=True):
+                page = first & -mmap.PAGESIZE
+                one.file.madvise(mmap.MADV_WILLNEED, page, first + size - page)
+        pieces = [one.bytes[first : first + size] for one, first, size in zip(maps, offsets, sizes, strict=True)]
         data = bytearray().join(pieces)
+        self._from_disk = _major_faults() > before
         if len(data) != sum(sizes):
             j = next(j for j, size in enumerate(sizes) if len(pieces[j]) != size)
             raise self._truncated(names[j], offsets[j], sizes[j], len(pieces[j]))
         return data
 
-    def _map(self, name: str) -> memoryview:
-        try:
-            with self._lock:
-                mapped = mmap.mmap(self._descriptor(name), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot be mapped: {error}", field=self.path(name), fix="data.reader=pread") from error
-        # Or else the first touch of a page reads megabytes around it from the disk.
-        mapped.madvise(mmap.MADV_RANDOM)
-        self._maps[name] = memoryview(mapped)
-        return self._maps[name]
+    def _map(self, name: str) -> _Map:
+        with self._lock:
+            if name in self._maps:
+                self._maps.move_to_end(name)
+                return self._maps[name]
+            try:
+                descriptor = os.open(self.directory / name, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    file = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+                finally:
+                    os.close(descriptor)
+            except OSError as error:
+                raise self._unreadable(name, 0, error) from error
+            except ValueError as error:
+                raise DataError(f"cannot be mapped: {error}", field=self.path(name), fix=RESTORE) from error
+            file.madvise(mmap.MADV_RANDOM)
+            self._maps[name] = mapped = _Map(file, memoryview(file))
+            if len(self._maps) > self._most_open:
+                self._maps.popitem(last=False)
+            return mapped
 
 
 READERS = {"pread": Files, "memory_map": MappedFiles}
+
+
+def _most_open() -> int:
+    """A part of what this process may have open; it allows itself as much as it is allowed to."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_LIMIT if hard == resource.RLIM_INFINITY else min(hard, _MOST_LIMIT)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return max(64, most // 8)
+
+
+def _major_faults() -> int:
+    """How often this thread waited for a page to come from a disk."""
+    return resource.getrusage(_THREAD).ru_majflt
 
 
 def _close_all(descriptors: OrderedDict[str, int]) -> None:

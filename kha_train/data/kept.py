@@ -41,9 +41,10 @@ def kept_arrays(directory: Path, make: Callable[[], dict[str, np.ndarray]]) -> d
 def _is_whole(directory: Path) -> bool:
     try:
         digests = json.loads((directory / DIGESTS).read_bytes())
-        return all(sha256_of_file(directory / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError):
+        found = {name: sha256_of_file(directory / name) for name in digests}
+    except (OSError, ValueError, TypeError):
         return False
+    return bool(found) and found == digests
 
 
 def _write(directory: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -80,9 +80,10 @@ class ConcatRows:
         borders = np.sort(np.concatenate((row_ends, ends)), kind="stable")
         return Layout(borders[np.diff(borders, prepend=-1) > 0], ends - 1)
 
-    def expect(self, rows_N: np.ndarray) -> None:
-        """All rows that are known to be read, in their order."""
-        self.shards.expect(*self._grid.locate(rows_N), np.full(len(rows_N), self.seq_len + 1), ends=self._isolate)
+    def expect(self, plans: Sequence[np.ndarray]) -> None:
+        """All rows that are known to be read, plan by plan, in their order."""
+        pieces = [(*self._grid.locate(rows_N), np.full(len(rows_N), self.seq_len + 1)) for rows_N in plans]
+        self.shards.expect(pieces, ends=self._isolate)
 
     def read(self, rows_N: np.ndarray) -> np.ndarray:
         """The ids of rows, [N, T + 1] in the dataset's dtype. Raises DataError when they are damaged."""

@@ -15,6 +15,7 @@ import os
 import re
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,6 +26,7 @@ from kha_train.data.block_cache import READ_SECONDS, Cache
 from kha_train.data.canonical import parse_json
 from kha_train.data.files import RESTORE, Files
 from kha_train.data.manifest import CRC_BLOCK_BYTES, MANIFEST_NAME, FileEntry, Manifest, parse
+from kha_train.data.shard import BlockBits
 from kha_train.distributed import Caught
 from kha_train.errors import ConfigError, DataError, KhaError, MachineError
 
@@ -151,9 +153,10 @@ class RemoteFiles(Files):
         self._checksums = {shard.tok.file: (shard.crc, 0) for shard in manifest.shards}
         for shard in manifest.shards:
             self._checksums[shard.doc.file] = (shard.crc, 4 * -(-shard.tok.bytes // CRC_BLOCK_BYTES))
-        self._seen: set[str] = set()
-        self._expected: SimpleQueue[_Block] = SimpleQueue()
-        self._fetchers: list[threading.Thread] = []
+        self._first_blocks = _numbered(entry for entry, _ in entries)
+        self._seen = BlockBits(self._first_blocks.pop(""))
+        self._expected: SimpleQueue[_Block | None] = SimpleQueue()
+        self._fetching = False
 
     def read(self, name: str, offset: int, count: int) -> bytes:
         """As `Files.read`; MachineError when the store does not answer."""
@@ -162,7 +165,7 @@ class RemoteFiles(Files):
         return bytes(out)
 
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
-        """As `Files.read_into`; raises MachineError when the store does not answer."""
+        """Fill `out` (of bytes) with the bytes of a file from `offset` on. Raises as `read`."""
         entry, begin = self._entries[name]
         first = offset - begin
         if first < 0 or first + len(out) > entry.bytes:
@@ -189,27 +192,26 @@ class RemoteFiles(Files):
         blocks = {block.name: block for block in reads}
         for name in self._cache.expect((block.name, block.size) for block in reads):
             self._expected.put(blocks[name])
-        if not self._fetchers:
-            self._fetchers = [threading.Thread(target=self._work, daemon=True) for _ in range(_FETCHERS)]
-            for thread in self._fetchers:
-                thread.start()
+        if not self._fetching:
+            self._fetching = True
+            for _ in range(_FETCHERS):
+                threading.Thread(target=_fetch_ahead, args=(weakref.ref(self), self._expected), daemon=True).start()
+                # The threads end with this object.
+                weakref.finalize(self, self._expected.put, None)
 
-    def _work(self) -> None:
-        while True:
-            block = self._expected.get()
-            # Whatever is wrong is met again, and told, by the read that needs the block.
-            with Caught():
-                if self._cache.is_wanted(block.name) and not self._cache.has(block.name):
-                    self._fetch(block)
+    def _fetch_if_wanted(self, block: _Block) -> None:
+        if self._cache.is_wanted(block.name) and not self._cache.has(block.name):
+            self._fetch(block)
 
     def _is_good(self, block: _Block) -> bool:
         """Whether a block found in the cache is what it was when it was put there; looked at once by each process."""
-        if block.name not in self._seen:
+        number = self._first_blocks[block.entry.file] + block.number
+        if number not in self._seen:
             data = bytearray(block.size)
             if not self._cache.read_into(block.name, 0, memoryview(data)) or self._fault(block, data) is not None:
                 self._cache.remove(block.name)
                 return False
-            self._seen.add(block.name)
+            self._seen.add(number)
         return True
 
     def _fetch(self, block: _Block) -> None:
@@ -226,7 +228,7 @@ class RemoteFiles(Files):
             raise fault
 
         if self._cache.put(block.name, get):
-            self._seen.add(block.name)
+            self._seen.add(self._first_blocks[block.entry.file] + block.number)
 
     def _fault(self, block: _Block, data: bytes | bytearray) -> DataError | None:
         """What is wrong with the bytes of a block, if anything."""
@@ -250,6 +252,17 @@ class RemoteFiles(Files):
             return None
         problem = f"offset {offset}: expected {what} {expected}, found {found}: this block was changed"
         return DataError(problem, field=self.path(name), fix=RESTORE)
+
+
+def _fetch_ahead(files: weakref.ref[RemoteFiles], expected: SimpleQueue[_Block | None]) -> None:
+    while (block := expected.get()) is not None:
+        alive = files()
+        if alive is None:
+            return
+        # Whatever is wrong is met again, and told, by the read that needs the block.
+        with Caught():
+            alive._fetch_if_wanted(block)
+        del alive
 
 
 def open_remote(url: str, cache: Path, cache_bytes: int, *, readers: int, field: str) -> tuple[RemoteFiles, Manifest]:
@@ -296,8 +309,22 @@ def _keep(directory: Path, name: str, data: bytes) -> None:
         ) from error
 
 
+def _size(entry: FileEntry) -> int:
+    """The bytes of a block of a file. Checksum files are one block."""
+    return entry.bytes if entry.file.endswith(".crc") else BLOCK_BYTES
+
+
+def _numbered(entries: Iterable[FileEntry]) -> dict[str, int]:
+    """The number of the first block of each file when all blocks are counted; under no name the number of all."""
+    first, count = {}, 0
+    for entry in entries:
+        first[entry.file] = count
+        count += -(-entry.bytes // _size(entry))
+    return {**first, "": count}
+
+
 def _blocks(entry: FileEntry, first: int, count: int) -> Iterable[_Block]:
-    """The blocks that hold bytes [first, first + count) of a file's content. Checksum files are one block."""
-    size = entry.bytes if entry.file.endswith(".crc") else BLOCK_BYTES
+    """The blocks that hold bytes [first, first + count) of a file's content."""
+    size = _size(entry)
     for number in range(first // size, -(-(first + count) // size)):
         yield _Block(entry, number, number * size, min(size, entry.bytes - number * size))

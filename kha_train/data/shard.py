@@ -7,25 +7,25 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
 
 from kha_train.data.files import RESTORE, Files
 from kha_train.data.manifest import CRC_BLOCK_BYTES, ENDS_PER_BLOCK, FileEntry, ShardEntry
-from kha_train.data.ragged import spanned
+from kha_train.data.ragged import spanned, sums_before
 from kha_train.errors import DataError
 
 _CACHED_ENDS_BLOCKS = 64
 
 
 class Shard:
-    """Checks blocks of 64 KiB and finds document ends; `entry` is the manifest's. Every method raises DataError when
-    what it reads is not what the manifest says."""
+    """Shard number `index`: checks blocks of 64 KiB and finds document ends; `entry` is the manifest's. Every method
+    raises DataError when what it reads is not what the manifest says."""
 
-    def __init__(self, entry: ShardEntry, files: Files) -> None:
-        self.entry, self._files = entry, files
+    def __init__(self, index: int, entry: ShardEntry, files: Files) -> None:
+        self.index, self.entry, self._files = index, entry, files
 
     @cached_property
     def _checksums(self) -> tuple[str, np.ndarray]:
@@ -80,13 +80,17 @@ class Shard:
         first = block * CRC_BLOCK_BYTES
         return self.entry.doc.file, first, min(CRC_BLOCK_BYTES, self.entry.doc.bytes - first)
 
-    def read_ends(self, block: int, *, check_crc: bool) -> np.ndarray:
-        """The document ends of one 64 KiB block of `.doc`, int64, checked."""
+    def ends(self, block: int) -> np.ndarray:
+        """The document ends of one 64 KiB block of `.doc`, as they are there: int64, to look at now."""
+        return np.frombuffer(self._files.look(*self._ends_block(block)), dtype="<i8")
+
+    def check_ends_of(self, block: int, *, check_crc: bool) -> np.ndarray:
+        """`ends`, found to ascend and with `check_crc` to have their checksum."""
         _, first, _ = place = self._ends_block(block)
         data = self._files.read(*place)
         if check_crc:
             self._compare_crc(self.entry.doc, first, zlib.crc32(data), self.blocks + block)
-        ends = np.frombuffer(data, dtype="<i8").astype(np.int64)
+        ends = np.frombuffer(data, dtype="<i8")
         previous = int(self._last_ends[block - 1]) if block else 0
         falls = np.flatnonzero(np.diff(ends, prepend=previous) <= 0)
         if falls.size or int(ends[-1]) != int(self._last_ends[block]):
@@ -98,11 +102,13 @@ class Shard:
             )
         return ends
 
-    def check_ends(self) -> None:
-        """Compare all document ends with their digest, and each block with its checksum."""
+    def check_ends(self) -> Iterator[np.ndarray]:
+        """The document ends block by block, each compared with its checksum, all of them at last with their digest."""
         digest = hashlib.sha256()
         for block in range(len(self._last_ends)):
-            digest.update(self.read_ends(block, check_crc=True).astype("<i8").tobytes())
+            ends = self.check_ends_of(block, check_crc=True)
+            digest.update(ends.tobytes())
+            yield ends
         self.compare_digest(self.entry.doc, digest.hexdigest())
 
     def compare_digest(self, entry: FileEntry, found: str) -> None:
@@ -123,20 +129,44 @@ class Shard:
             )
 
 
-class EndsCache:
-    """A few blocks of document ends, the least recently used one forgotten."""
+class BlockBits:
+    """A set of block numbers below `count`, one bit each; memory is taken as bits are set, by whole pages."""
 
-    def __init__(self, check_crc: bool) -> None:
-        self._check_crc = check_crc
-        self._blocks: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+    def __init__(self, count: int) -> None:
+        self._bits = np.zeros(-(-count // 8), dtype=np.uint8)
+
+    def add(self, block: int) -> None:
+        """Put one into the set."""
+        self._bits[block >> 3] |= 1 << (block & 7)
+
+    def __contains__(self, block: int) -> bool:
+        return bool(self._bits[block >> 3] >> (block & 7) & 1)
+
+    def missing(self, blocks: np.ndarray) -> list[int]:
+        """Those that are not in the set, each once, ascending."""
+        bits = self._bits[blocks >> 3] >> (blocks & 7).astype(np.uint8) & 1
+        return np.unique(blocks[bits == 0]).tolist()
+
+
+class EndsCache:
+    """The document ends of shards of so many `documents`, block by block: each checked at its first touch, and the last
+    few kept."""
+
+    def __init__(self, documents: Sequence[int], check_crc: bool) -> None:
+        self._first_blocks = sums_before(-(-np.asarray(documents) // ENDS_PER_BLOCK)).tolist()
+        self._checked, self._check_crc = BlockBits(self._first_blocks[-1]), check_crc
+        self._blocks: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def __call__(self, shard: Shard, block: int) -> np.ndarray:
-        """The document ends of a block, int64."""
-        key = (shard.entry.doc.file, block)
-        if key in self._blocks:
-            self._blocks.move_to_end(key)
-            return self._blocks[key]
-        self._blocks[key] = ends = shard.read_ends(block, check_crc=self._check_crc)
+        """The document ends of a block, int64. Raises DataError when they are damaged."""
+        number = self._first_blocks[shard.index] + block
+        if number in self._blocks:
+            self._blocks.move_to_end(number)
+            return self._blocks[number]
+        if number not in self._checked:
+            shard.check_ends_of(block, check_crc=self._check_crc)
+            self._checked.add(number)
+        self._blocks[number] = ends = shard.ends(block)
         if len(self._blocks) > _CACHED_ENDS_BLOCKS:
             self._blocks.popitem(last=False)
         return ends

@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,9 @@ import numpy as np
 from kha_train.data import manifest as manifests
 from kha_train.data.canonical import sha256_of_file
 from kha_train.data.files import READERS, RESTORE, Files
-from kha_train.data.manifest import CRC_BLOCK_BYTES, DTYPE_BYTES, ENDS_PER_BLOCK, Manifest
+from kha_train.data.manifest import CRC_BLOCK_BYTES, DTYPE_BYTES, Manifest
 from kha_train.data.ragged import runs, sums_before
-from kha_train.data.shard import EndsCache, Shard, blocks_of
+from kha_train.data.shard import BlockBits, EndsCache, Shard, blocks_of
 from kha_train.errors import DataError
 
 CACHE, CACHE_GIB = "~/.cache/kha_train/data", 100.0
@@ -48,9 +49,9 @@ class ShardSet:
         self._smallest_maximum = int(self._maxima.min())
         self._first_tokens = sums_before(np.asarray([shard.tokens for shard in manifest.shards]))
         self._first_blocks = sums_before(np.asarray([blocks_of(shard) for shard in manifest.shards]))
-        self._checked = _BlockBits(int(self._first_blocks[-1]) if check_crc else 0)
+        self._checked = BlockBits(int(self._first_blocks[-1]) if check_crc else 0)
         self._shards: dict[int, Shard] = {}
-        self._ends = EndsCache(check_crc)
+        self._ends = EndsCache([shard.documents for shard in manifest.shards], check_crc)
         self._expected: tuple[tuple[str, int, int], ...] = ()
 
     @classmethod
@@ -130,22 +131,31 @@ class ShardSet:
         """Whether `expect` is of any use."""
         return self._files.looks_ahead
 
-    def expect(self, shards_N: np.ndarray, starts_N: np.ndarray, lengths_N: np.ndarray, *, ends: bool) -> None:
-        """All reads that are known to come, in their order: ids from `starts_N[j]` on in shard `shards_N[j]`, and with
-        `ends` the document ends among them before. Raises DataError when checksums are damaged."""
-        fresh = [self.manifest.shards[i].crc for i in np.unique(shards_N).tolist() if i not in self._shards]
+    def expect(self, plans: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], *, ends: bool) -> None:
+        """All reads that are known to come, plan by plan: of each, with `ends`, the document ends among its pieces,
+        then the pieces (shards, first tokens, lengths) in their order. Raises DataError when checksums are damaged."""
+        shards = np.unique(np.concatenate([shards_P for shards_P, _, _ in plans])).tolist()
+        fresh = [self.manifest.shards[index].crc for index in shards if index not in self._shards]
         if fresh:
             self._files.expect((*((entry.file, 0, entry.bytes) for entry in fresh), *self._expected))
-        rows = list(zip(shards_N.tolist(), starts_N.tolist(), strict=True))
-        places = dict.fromkeys(self._shard(shard).ends_place(start) for shard, start in rows) if ends else ()
-        names = [self._names[shard] for shard, _ in rows]
-        offsets, bytes_N = self._offsets[shards_N] + starts_N * self.dtype.itemsize, lengths_N * self.dtype.itemsize
-        reads = zip(names, offsets.tolist(), bytes_N.tolist(), strict=True)
-        self._expected = (*places, *reads)
+        self._expected = tuple(chain.from_iterable(self._reads(*plan, ends=ends) for plan in plans))
         self._files.expect(self._expected)
+
+    def _reads(
+        self, shards_P: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray, *, ends: bool
+    ) -> Iterator[tuple[str, int, int]]:
+        """(file, offset, bytes) of what a plan reads: one that needs document ends needs all of them before a row."""
+        if ends:
+            rows = zip(shards_P.tolist(), starts_P.tolist(), strict=True)
+            yield from dict.fromkeys(self._shard(shard).ends_place(start) for shard, start in rows)
+        width = self.dtype.itemsize
+        names = [self._names[shard] for shard in shards_P.tolist()]
+        offsets = (self._offsets[shards_P] + starts_P * width).tolist()
+        yield from zip(names, offsets, (lengths_P * width).tolist(), strict=True)
 
     def document_ends(self, shard: int, start: int, stop: int) -> np.ndarray:
         """The exclusive document ends e of a shard with start < e <= stop, int64. Raises DataError when damaged."""
+        assert stop <= self.manifest.shards[shard].tokens, stop
         if stop <= start:
             return np.empty(0, dtype=np.int64)
         return self.ends_in_rows(np.asarray([shard]), np.asarray([start]), stop - start) + start
@@ -214,7 +224,8 @@ class ShardSet:
             counts += np.bincount(ids, minlength=len(counts))
             least = min(least, int(ids.min()))
         shard.compare_digest(entry.tok, digest.hexdigest())
-        shard.check_ends()
+        for _ in shard.check_ends():
+            pass
         found = (least, int(np.flatnonzero(counts)[-1]), int(counts @ self.bytes_per_id[: len(counts)]))
         expected = (entry.min_id, entry.max_id, entry.text_bytes)
         if found != expected:
@@ -225,15 +236,13 @@ class ShardSet:
     def document_lengths(self) -> Iterator[np.ndarray]:
         """The tokens of every document, int64, shard by shard: their checksums are compared whatever `check_crc` says,
         because what is made of them is kept. Raises DataError when the ends are damaged."""
-        for index, entry in enumerate(self.manifest.shards):
-            shard = self._shard(index)
-            blocks = range(-(-entry.documents // ENDS_PER_BLOCK))
-            yield np.diff(np.concatenate([shard.read_ends(block, check_crc=True) for block in blocks]), prepend=0)
+        for index in range(len(self.manifest.shards)):
+            yield np.diff(np.concatenate(list(self._shard(index).check_ends())), prepend=0)
 
     def _shard(self, index: int) -> Shard:
         shard = self._shards.get(index)
         if shard is None:
-            shard = self._shards[index] = Shard(self.manifest.shards[index], self._files)
+            shard = self._shards[index] = Shard(index, self.manifest.shards[index], self._files)
         return shard
 
     def _check_blocks(self, shards_P: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray) -> None:
@@ -261,22 +270,6 @@ class ShardSet:
                 field=self._files.path(self._names[shards_P[j]]),
                 fix=RESTORE,
             )
-
-
-class _BlockBits:
-    """A set of block numbers below `count`, one bit each; memory is taken as bits are set, by whole pages."""
-
-    def __init__(self, count: int) -> None:
-        self._bits = np.zeros(-(-count // 8), dtype=np.uint8)
-
-    def add(self, block: int) -> None:
-        """Put one into the set."""
-        self._bits[block >> 3] |= 1 << (block & 7)
-
-    def missing(self, blocks: np.ndarray) -> list[int]:
-        """Those that are not in the set, each once, ascending."""
-        bits = self._bits[blocks >> 3] >> (blocks & 7).astype(np.uint8) & 1
-        return np.unique(blocks[bits == 0]).tolist()
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -85,10 +85,10 @@ class Samples:
         """Whether `expect` is of any use."""
         return any(source.rows.shards.looks_ahead for source in self.sources)
 
-    def expect(self, sources_N: np.ndarray, rows_N: np.ndarray) -> None:
-        """All located rows that are known to be read, in their order."""
+    def expect(self, plans: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        """All located rows that are known to be read, plan by plan, in their order."""
         for place, source in enumerate(self.sources):
-            source.rows.expect(rows_N[sources_N == place])
+            source.rows.expect([rows_N[sources_N == place] for sources_N, rows_N in plans])
 
     def layout(self, sources_N: np.ndarray, rows_N: np.ndarray) -> Layout:
         """Borders and masked labels of located rows. Raises DataError when document ends are damaged."""
@@ -162,7 +162,7 @@ def open_shards(config: RunConfig, directory: str, field: str) -> ShardSet:
         field=field,
         cache=data.cache_dir,
         cache_gib=data.cache_gib,
-        cache_readers=ranks_of_node() * max(1, len(data.sources)),
+        cache_readers=ranks_of_node() * max(1, sum("://" in source.path for source in data.sources)),
     )
     if shards.vocab_size != config.model.vocab_size:
         raise ConfigError(

@@ -15,13 +15,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from kha_train.config.schema import RunConfig
+from kha_train.data.ahead import InOrder
 from kha_train.data.batch import Batch
 from kha_train.data.packing import Layout
 from kha_train.data.skipping import Window, merged, numbers_past
@@ -47,6 +48,10 @@ class _Steps(NamedTuple):
     layouts: list[Layout]
 
 
+_Ready = tuple[int, int, Batch]
+"""The sample number a step begins with, the one that the step after it begins with, and what it is trained on."""
+
+
 class TokenStream:
     """An endless iterator of one rank's `Batch` of each optimiser step, made by `open_stream`.
 
@@ -67,7 +72,8 @@ class TokenStream:
         self._slice = slice(rank * size, (rank + 1) * size)
         self._most_planned = max(1, _PLANNED_ROWS // size)
         self._most_read = max(1, _READ_BYTES // (size * samples.row_bytes))
-        self._reader = ThreadPoolExecutor(1, "data-prefetch") if prefetch else None
+        self._reader = InOrder("data-prefetch") if prefetch else None
+        self._ahead: deque[Future[deque[_Ready]]] = deque()
         self._waited = 0.0
         self._skip_windows: tuple[Window, ...] = ()
         self.samples_seen = 0
@@ -101,13 +107,17 @@ class TokenStream:
         return seconds
 
     def __next__(self) -> Batch:
-        if not self._batches:
+        if not self._batches or self._batches[0][0] != self._samples_seen:
             self._refill()
-        self._samples_seen, batch = self._batches.popleft()
+        _, following, batch = self._batches.popleft()
+        self._samples_seen = following
         return batch
 
     def _refill(self) -> None:
         started = time.perf_counter()
+        if self._batches:
+            # An interrupt came between the taking of a batch and its counting.
+            self._begin()
         try:
             self._batches = self._read_ahead() if self._reader else self._read(next(self._steps))
         finally:
@@ -118,24 +128,25 @@ class TokenStream:
 
     def _begin(self) -> None:
         """Forget what was planned and read: the next step begins at `samples_seen`."""
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
         self._steps = self._steps_from(self._samples_seen)
-        self._batches: deque[tuple[int, Batch]] = deque()
-        self._ahead: deque[tuple[int, Future[deque[tuple[int, Batch]]]]] = deque()
+        self._batches: deque[_Ready] = deque()
 
-    def _read_ahead(self) -> deque[tuple[int, Batch]]:
-        """What `_read` gave for the next steps, and at least `data.prefetch` steps after them under way."""
-        while not self._ahead or sum(count for count, _ in self._ahead) - self._ahead[0][0] < self._prefetch:
-            steps = next(self._steps)
-            self._ahead.append((len(steps.layouts), self._reader.submit(self._read, steps)))
-        return self._ahead.popleft()[1].result()
+    def _read_ahead(self) -> deque[_Ready]:
+        """What `_read` gave for the next steps, planned and read in the thread; at least `data.prefetch` steps after
+        them are under way."""
+        steps = self._steps
+        while len(self._ahead) <= self._prefetch:
+            self._ahead.append(self._reader.submit(lambda: self._read(next(steps))))
+        return self._ahead.popleft().result()
 
-    def _read(self, steps: _Steps) -> deque[tuple[int, Batch]]:
-        """The batch of each step, and the sample number that the step after it begins with."""
+    def _read(self, steps: _Steps) -> deque[_Ready]:
         rows_NW = self.samples.read(steps.sources_SB.reshape(-1), steps.rows_SB.reshape(-1))
         rows_SBW = rows_NW.reshape(*steps.rows_SB.shape, -1)
-        numbers = [position // self._batch_size for position in steps.positions[:-1]]
-        batches = map(Batch, numbers, steps.samples_SB, rows_SBW, steps.layouts)
-        return deque(zip(steps.positions[1:], batches, strict=True))
+        batches = map(Batch, steps.samples_SB, rows_SBW, steps.layouts)
+        return deque(zip(steps.positions, steps.positions[1:], batches, strict=False))
 
     def _steps_from(self, position: int) -> Iterator[_Steps]:
         """All steps from sample `position` on, for ever. The first plan is of one step, each later one of twice as
@@ -154,17 +165,13 @@ class TokenStream:
         positions = [position, *(numbers_SG[:, -1] + 1).tolist()]
         samples_SB = numbers_SG[:, self._slice]
         if self.samples.looks_ahead:
-            self._expect(samples_SB, positions[-1])
+            later_SB = self._numbers(positions[-1], count)[:, self._slice]
+            self.samples.expect([self.samples.locate(some.reshape(-1)) for some in (samples_SB, later_SB)])
         sources_N, rows_N = self.samples.locate(samples_SB.reshape(-1))
         layout = self.samples.layout(sources_N, rows_N)
         layouts = list(layout.parts(samples_SB.shape[1], self.samples.seq_len))
         shape = samples_SB.shape
         return _Steps(positions, samples_SB, sources_N.reshape(shape), rows_N.reshape(shape), layouts)
-
-    def _expect(self, samples_SB: np.ndarray, position: int) -> None:
-        """Tell the datasets the rows of these steps and of as many after `position`."""
-        later_SB = self._numbers(position, len(samples_SB))[:, self._slice]
-        self.samples.expect(*self.samples.locate(np.concatenate((samples_SB, later_SB), axis=None)))
 
     def _numbers(self, position: int, steps: int) -> np.ndarray:
         """The sample numbers of so many global batches, the first of which begins at `position`: [steps, G]."""
@@ -244,7 +251,7 @@ class ValidationSet:
 
 def _deal(rows: Rows, n: int, size: int, rank: int, world_size: int) -> Iterator[Batch]:
     T = rows.seq_len
-    for step, first in enumerate(range(0, n, size * world_size)):
+    for first in range(0, n, size * world_size):
         numbers = np.arange(first + rank * size, first + (rank + 1) * size, dtype=np.int64)
         real = numbers[numbers < n]
         rows_BW = np.zeros((size, T + 1), dtype=rows.shards.dtype)
@@ -253,7 +260,7 @@ def _deal(rows: Rows, n: int, size: int, rank: int, world_size: int) -> Iterator
         filled = np.arange(len(real) + 1, size + 1, dtype=np.int64) * T
         masked_M = np.concatenate((layout.masked_M, np.arange(len(real) * T, size * T, dtype=np.int64)))
         samples_B = np.where(numbers < n, numbers, -1)
-        yield Batch(step, samples_B, rows_BW, Layout(np.concatenate((layout.borders_S, filled)), masked_M))
+        yield Batch(samples_B, rows_BW, Layout(np.concatenate((layout.borders_S, filled)), masked_M))
 
 
 def bytes_per_id(config: RunConfig) -> torch.Tensor:

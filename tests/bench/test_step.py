@@ -85,8 +85,8 @@ def test_arms_run_on_the_backend_that_training_would_take_and_auto_is_settled_on
 
 def test_attention_by_documents_counts_the_pairs_they_have():
     rows_BW = np.zeros((2, 33), dtype=np.int64)
-    whole = Batch(0, np.arange(2), rows_BW, Layout(np.array([0, 32, 64]), np.array([], dtype=int)))
-    cut = Batch(0, np.arange(2), rows_BW, Layout(np.array([0, 8, 32, 64]), np.array([], dtype=int)))
+    whole = Batch(np.arange(2), rows_BW, Layout(np.array([0, 32, 64]), np.array([], dtype=int)))
+    cut = Batch(np.arange(2), rows_BW, Layout(np.array([0, 8, 32, 64]), np.array([], dtype=int)))
     assert step.attended_share([whole]) == 1
     assert step.attended_share([whole, cut]) == (3 * 32**2 + 8**2 + 24**2) / (4 * 32**2)
     config = compose(SHAPE)
@@ -118,7 +118,7 @@ def test_experts_of_the_peer_that_do_not_fit_the_device_are_left_out(monkeypatch
 
     monkeypatch.setattr(peers.Peer, "step", step_or_not)
     config = compose(SHAPE)
-    batch = Batch(0, np.arange(4), np.ones((4, 33), dtype=np.uint16), Layout(np.arange(5) * 32, np.empty(0, np.int64)))
+    batch = Batch(np.arange(4), np.ones((4, 33), dtype=np.uint16), Layout(np.arange(5) * 32, np.empty(0, np.int64)))
     peer, tried = peers.fastest(config, batch, torch.device("cpu"), torch.float32)
     assert peer.experts == "batched_mm" and "memory" in tried["eager"]
     lacking.add("batched_mm")
@@ -154,7 +154,7 @@ def test_the_peer_of_our_weights_has_our_loss_on_rows_of_documents_and_then_trai
     config = compose([*SHAPE, "moe.renormalize=true", "moe.score=softmax", "moe.routed_scaling=1"])
     rows_BW = np.random.default_rng(0).integers(0, 256, (4, 33))
     layout = Layout(np.array([0, 32, 64, 80, 96, 128]), np.array([5, 79]))
-    batch = Batch(0, np.arange(4), rows_BW, layout)
+    batch = Batch(np.arange(4), rows_BW, layout)
     peer = peers.Peer(config, torch.device("cpu"), torch.float32, "eager")
     ours = build_decoder(config)
     with torch.no_grad():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,7 +51,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def batch_of(rows: ConcatRows | BestFitRows, numbers: list[int]) -> Batch:
     rows_N = np.asarray(numbers, dtype=np.int64)
-    return Batch(0, rows_N, rows.read(rows_N).astype(np.int64), rows.layout(rows_N))
+    return Batch(rows_N, rows.read(rows_N).astype(np.int64), rows.layout(rows_N))
 
 
 def document_of(lengths: list[list[int]]) -> list[int]:
@@ -82,6 +83,20 @@ def test_borders_labels_and_positions_equal_brute_force(scratch: Path, lengths, 
     assert batch.cu_seqlens_S.tolist() == sorted(borders | {len(chosen) * T})
     assert batch.max_seqlen == batch.cu_seqlens_S.diff().max()
     assert batch.label_count == (batch.labels_BT != IGNORE_LABEL).sum()
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=LENGTHS, T=st.integers(1, 5), isolate=st.booleans(), size=st.integers(1, 4), data=st.data())
+def test_parts_of_a_batch_are_the_batch(scratch: Path, lengths, T: int, isolate: bool, size: int, data) -> None:
+    """Also where every row is one segment and yet some labels are masked, as in rows of one token."""
+    rows = ConcatRows(write(scratch / "d", lengths), T, isolate)
+    if rows.rows == 0:
+        return
+    batch = batch_of(rows, data.draw(st.lists(st.integers(0, rows.rows - 1), min_size=1, max_size=6)))
+    parts = list(batch.micro_batches(size))
+    for name in ("tokens_BT", "labels_BT", "positions_BT"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+    assert sum(part.label_count for part in parts) == batch.label_count == (batch.labels_BT != IGNORE_LABEL).sum()
 
 
 def test_the_label_is_masked_when_a_document_ends_exactly_with_the_row(scratch: Path) -> None:

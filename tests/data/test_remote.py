@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -333,7 +335,7 @@ def test_checksums_and_document_ends_of_coming_rows_are_fetched_ahead_too(
     shards = open_large(large, tmp_path)
     both, opening = threading.Barrier(2, timeout=10), len(flaky.reads)
     flaky.troubles = [lambda data: (both.wait(), data)[1]] * 2
-    shards.expect(np.array([0, 1]), np.array([0, 5]), np.array([10, 10]), ends=True)
+    shards.expect([(np.array([0, 1]), np.array([0, 5]), np.array([10, 10]))], ends=True)
     first = [path for path, _ in flaky.reads[opening : opening + 2]]
     assert not both.broken and all(path.endswith(".crc") for path in first)
     files = [file for shard in shards.manifest.shards for file in (shard.doc, shard.tok)]
@@ -346,7 +348,7 @@ def test_checksums_and_document_ends_of_coming_rows_are_fetched_ahead_too(
 def test_reading_through_a_dataset_counts_each_read_once(large: Path, tmp_path: Path, flaky: type[Flaky]) -> None:
     shards = open_large(large, tmp_path)
     starts_N = np.array([0, 100, 200])
-    shards.expect(np.zeros(3, dtype=np.int64), starts_N, np.full(3, 50), ends=False)
+    shards.expect([(np.zeros(3, dtype=np.int64), starts_N, np.full(3, 50))], ends=False)
     name, wanted = f"{shards.manifest.shards[0].tok.sha256}-000000", []
     for start in starts_N:
         shards.gather(np.array([0]), np.array([start]), np.array([50]))
@@ -401,3 +403,62 @@ def test_a_url_with_credentials_is_refused_without_repeating_them(tmp_path: Path
     with pytest.raises(ConfigError, match="password or a query") as refused:
         ShardSet.open(url, cache=str(tmp_path), field="data.train")
     assert "hunter2" not in refused.value.line()
+
+
+@pytest.mark.parametrize("offset", [0, 1, 128])
+@pytest.mark.parametrize("place", [0, 70_000, 199_999])
+def test_every_checksum_of_a_fetched_block_is_compared(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: int, place: int
+) -> None:
+    """A block has 64 of them; and the ids of another trainer may begin after a header."""
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 4 * BLOCK)
+    store = Path(shutil.copytree(large, tmp_path / "store"))
+    tok = store / "shard-00000.tok"
+    tok.write_bytes(bytes(offset) + tok.read_bytes())
+    raw = json.loads((store / "manifest.json").read_text())
+    raw["shards"][0]["tok_offset"] = offset
+    raw["content_id"] = manifests.content_id_of(raw)
+    (store / "manifest.json").write_text(json.dumps(raw))
+    opened = ShardSet.open(f"file://{store}", cache=str(tmp_path / "a"))
+    assert np.array_equal(opened.read(0, 0, 150_000), ShardSet.open(large).read(0, 0, 150_000))
+    data = bytearray(tok.read_bytes())
+    data[offset + place] ^= 1
+    tok.write_bytes(data)
+    first = place // BLOCK * BLOCK
+    with pytest.raises(DataError, match=rf"shard-00000.tok.*offset {first}: expected CRC-32"):
+        ShardSet.open(f"file://{store}", cache=str(tmp_path / "b")).read(0, 0, 10)
+
+
+def test_a_dropped_dataset_ends_its_fetchers(large: Path, tmp_path: Path) -> None:
+    before = threading.active_count()
+    shards = ShardSet.open(f"file://{large}", cache=str(tmp_path))
+    shards.expect([(np.array([0]), np.array([0]), np.array([10]))], ends=True)
+    assert threading.active_count() > before
+    del shards
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_a_plan_needs_comes_before_what_the_next_one_needs(large: Path, tmp_path: Path) -> None:
+    shards = ShardSet.open(f"file://{large}", cache=str(tmp_path))
+    told: list[list[str]] = []
+    shards._files.expect = lambda places: told.append([name for name, _, _ in places])
+    plans = [(np.array([0]), np.array([0]), np.array([10])), (np.array([1]), np.array([0]), np.array([10]))]
+    shards.expect(plans, ends=True)
+    assert told[-1] == [f"shard-0000{shard}.{kind}" for shard in (0, 1) for kind in ("doc", "tok")]
+
+
+def test_no_half_written_block_stays_behind(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 1000)
+
+    def fails() -> bytes:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(MachineError):
+        cache.put("a", fails)
+    put(cache, "b")
+    assert cache.put("b", lambda: bytes(100)) is False
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "b"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import json
@@ -15,11 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kha_train.data import files, shard
 from kha_train.data import manifest as manifests
 from kha_train.data.manifest import TokenizerEntry, dtype_for
 from kha_train.data.shards import ShardSet
 from kha_train.data.writer import prepare, publish_dataset, write_shard
-from kha_train.errors import ConfigError, DataError
+from kha_train.errors import ConfigError, DataError, MachineError
 
 
 def write(directory: Path, shards: list[list[list[int]]], vocab: int = 100) -> ShardSet:
@@ -234,18 +236,93 @@ def test_truncation_while_running_is_an_error_and_not_the_death_of_the_process(b
         opened.document_ends(0, 50_000, 50_010)
 
 
-def test_many_shards_are_read_with_few_open_files_which_are_closed_at_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reader", ["pread", "memory_map"])
+def test_many_shards_are_read_with_few_open_files_which_are_closed_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
     def open_files() -> int:
         links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
         return sum(os.readlink(link).startswith(f"{tmp_path}/") for link in links if os.path.islink(link))
 
-    opened = write(tmp_path, [[[index % 100, 5]] for index in range(150)])
+    monkeypatch.setattr(files, "_most_open", lambda: 20)
+    write(tmp_path, [[[index % 100, 5]] for index in range(150)])
+    opened = ShardSet.open(tmp_path, reader=reader)
     for _ in range(2):
         assert [opened.read(index, 0, 1)[0] for index in range(150)] == [index % 100 for index in range(150)]
-    assert 0 < open_files() <= 128
+        assert [opened.document_ends(index, 0, 2).tolist() for index in range(0, 150, 7)] == [[2]] * 22
+    assert 0 < open_files() <= 20 * (1 if reader == "pread" else 2) + 22
     del opened
     gc.collect()
     assert open_files() == 0
+
+
+def test_no_more_open_files_is_the_machines_trouble_and_not_damage(big: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    for reader in ("pread", "memory_map"):
+        opened = ShardSet.open(big, reader=reader, check_crc=False)
+        with monkeypatch.context() as patch, pytest.raises(MachineError, match="ulimit -n") as caught:
+            patch.setattr(files.os, "open", refused)
+            opened.read(0, 0, 10)
+        assert caught.value.exit_code == 75
+
+
+def test_a_file_cut_off_before_it_is_mapped_is_a_data_error(big: Path) -> None:
+    opened = ShardSet.open(big, reader="memory_map", check_crc=False)
+    os.truncate(big / "shard-00001.tok", 100_000)
+    assert len(opened.read(1, 0, 50_000)) == 50_000
+    with pytest.raises(DataError, match=r"shard-00001.tok.*expected 2000 bytes, found 1000: the file was truncated"):
+        opened.gather(np.array([0, 1]), np.array([0, 49_500]), np.array([1000, 1000]))
+
+
+def test_a_block_that_was_checked_is_not_read_whole_again(big: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = ShardSet.open(big)
+    opened.read(0, 40_000, 10)
+    opened.document_ends(0, 0, 10)
+    sums = []
+    monkeypatch.setattr(shard.zlib, "crc32", lambda data: sums.append(len(data)) or 0)
+    opened.read(0, 33_000, 20_000)
+    opened.document_ends(0, 50_000, 60_000)
+    assert sums == []
+    with pytest.raises(DataError, match="CRC-32"):
+        opened.read(0, 0, 10)
+
+
+def test_the_checksum_of_wide_ids_is_that_of_their_bytes(tmp_path: Path) -> None:
+    opened = write(tmp_path, [[[i % 70_000 for i in range(50_000)]]], vocab=70_000)
+    assert opened.dtype == np.dtype("<u4")
+    path = tmp_path / "shard-00000.tok"
+    data = bytearray(path.read_bytes())
+    data[4 * 40_000] ^= 1
+    path.write_bytes(data)
+    opened = ShardSet.open(tmp_path)
+    assert len(opened.read(0, 0, 32_768)) == 32_768, "two blocks of 64 KiB before it"
+    with pytest.raises(DataError, match="offset 131072: expected CRC-32"):
+        opened.read(0, 32_768, 1)
+
+
+@pytest.mark.parametrize(("place", "value"), [(0, 2000), (5, 5000), (99, 99_999)])
+def test_document_ends_out_of_order_are_found_though_their_checksums_are_right(
+    big: Path, place: int, value: int
+) -> None:
+    """A forger's work again: only the order tells."""
+    ends = np.fromfile(big / "shard-00000.doc", dtype="<i8")
+    ends[place] = value
+    ends.tofile(big / "shard-00000.doc")
+    crc = bytearray((big / "shard-00000.crc").read_bytes())
+    crc[16:20] = zlib.crc32(ends.tobytes()).to_bytes(4, "little")
+    if place == 99:
+        crc[20:28] = int(value).to_bytes(8, "little")
+    (big / "shard-00000.crc").write_bytes(crc)
+
+    def forge(raw: dict) -> None:
+        for kind in ("doc", "crc"):
+            raw["shards"][0][kind]["sha256"] = hashlib.sha256((big / f"shard-00000.{kind}").read_bytes()).hexdigest()
+
+    rewrite(big, forge)
+    with pytest.raises(DataError, match="out of order|the last document ends at token 99999"):
+        ShardSet.open(big).document_ends(0, 0, 10)
 
 
 @pytest.mark.parametrize("name", ["../escape.tok", "/etc/passwd", "a/b.tok", "..", ".hidden", "", "a\x00b", "a\nb"])

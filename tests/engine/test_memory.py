@@ -145,7 +145,7 @@ def test_planned_memory_of_cuda_is_within_15_percent_of_the_allocated_peak() -> 
     torch.cuda.reset_peak_memory_stats(device)
     rows_BW = np.zeros((1, config.model.seq_len + 1), dtype=np.uint16)
     layout = Layout(np.array([0, config.model.seq_len]), np.empty(0, dtype=np.int64))
-    batch = Batch(0, np.arange(1), rows_BW, layout)
+    batch = Batch(np.arange(1), rows_BW, layout)
     for last in (False, True):
         engine.accumulate(batch, 1.0, 0.0, last)
     engine.apply(1e-4)

@@ -73,7 +73,7 @@ if __name__ == "__main__":
     rows, tokens = config.engine.micro_batch_size, config.model.seq_len
     drawn_BW = np.random.default_rng(0).integers(0, config.model.vocab_size, (rows, tokens + 1)).astype(np.uint16)
     layout = Layout(np.arange(rows + 1) * tokens, np.empty(0, dtype=np.int64))
-    batch = Batch(0, np.arange(rows), drawn_BW, layout)
+    batch = Batch(np.arange(rows), drawn_BW, layout)
     engine = Engine(config, world)
     steps = []
     for _ in range(arguments["steps"]):
