@@ -73,20 +73,26 @@ def run_bench(
     rounds: int,
     cpu_seconds: float,
     cold: bool = False,
+    document_tokens: int = MEAN_DOCUMENT,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measure every loader by batches of `batch` rows; returns the median figures by loader, and why a peer is missing
-    where one is. Raises KhaError when our own loader fails.
+    """Measure every loader by batches of `batch` rows on documents of so many tokens in the mean; returns the median
+    figures by loader, and why a peer is missing where one is. Raises KhaError when our own loader fails.
     """
-    root = cache / f"tokens-{tokens}"
+    root = cache / (f"tokens-{tokens}" if document_tokens == MEAN_DOCUMENT else f"tokens-{tokens}-{document_tokens}")
     if not _is_whole(root / "ours"):
         say(f"writing {tokens:,} tokens to {root}")
         shutil.rmtree(root, ignore_errors=True)
-        write_tokens(root, tokens)
+        write_tokens(root, tokens, document_tokens)
     say("installing peers into an environment of their own (once)")
     python = install_peers(cache / f"peers-torch-{version('torch')}", say)
     amount = {"tokens": tokens, "batch": batch, "cpu_seconds": cpu_seconds}
-    about = amount | {"rounds": rounds, "cold": cold, "peers": _peer_versions(python)}
+    about = amount | {
+        "rounds": rounds,
+        "cold": cold,
+        "document_tokens": document_tokens,
+        "peers": _peer_versions(python),
+    }
     protocol = environment(torch.device("cpu")) | about
     missing: dict[str, str] = {}
     for peer in PEERS:
@@ -198,15 +204,15 @@ def _request(
     }
 
 
-def write_tokens(root: Path, tokens: int) -> None:
+def write_tokens(root: Path, tokens: int, document_tokens: int) -> None:
     """The common tokens: our shards, of which each peer makes its own format."""
     generator = np.random.default_rng(0)
     prepare(root / "ours")
     size, entries = tokens // SHARDS, []
     for index in range(SHARDS):
         ids = generator.integers(0, 50_000, size, dtype=np.uint16)
-        mean = np.log(MEAN_DOCUMENT) - 0.5 * 1.2**2
-        lengths = np.maximum(1, generator.lognormal(mean, 1.2, 3 * size // MEAN_DOCUMENT + 16)).astype(np.int64)
+        mean, count = np.log(document_tokens) - 0.5 * 1.2**2, 3 * size // document_tokens + 16
+        lengths = np.maximum(1, generator.lognormal(mean, 1.2, count)).astype(np.int64)
         ends = np.cumsum(lengths)
         documents = np.split(ids, ends[ends < size])
         contents = ((part, len(part)) for part in documents)
@@ -272,7 +278,7 @@ def format_table(result: dict[str, Any]) -> str:
     """The figures as text."""
     about = result["protocol"]
     lines = _cold_lines(result["loaders"]) if about["cold"] else _warm_lines(result["loaders"], result["huge"])
-    how = f"batches of {about['batch']} rows, {about['rounds']} rounds of at most {about['cpu_seconds']} CPU seconds"
+    how = f"documents of {about['document_tokens']} tokens, batches of {about['batch']} rows, {about['rounds']} rounds of at most {about['cpu_seconds']} CPU seconds"
     lines.append(f"{told(about)}; {how}")
     lines.append("peers: " + ", ".join(f"{name} {found}" for name, found in about["peers"].items()))
     return "\n".join([*lines, *(f"{name}: not measured: {why}" for name, why in result["missing"].items())])

@@ -218,6 +218,7 @@ def data(
     rounds: Annotated[int, typer.Option(min=1, help="How often each loader runs, in turn.")] = 3,
     cpu_seconds: Annotated[float, typer.Option(help="The most CPU time of one run, after warming up.")] = 3.0,
     cold: Annotated[bool, typer.Option("--cold", help="Drop the files from the page cache before each run.")] = False,
+    document_tokens: Annotated[int, typer.Option(min=1, help="Mean tokens of a document.")] = 835,
     as_json: Json = False,
 ) -> None:
     """Token loaders, ours and the peers that install: tokens a CPU-second, start, memory, seek to sample 24,000 (ours:
@@ -231,6 +232,7 @@ def data(
         rounds=rounds,
         cpu_seconds=cpu_seconds,
         cold=cold,
+        document_tokens=document_tokens,
         say=lambda text: typer.echo(text, err=True),
     )
     typer.echo(json.dumps(result) if as_json else f"{bench.__doc__}\n{bench.format_table(result)}")
