@@ -278,7 +278,10 @@ def format_table(result: dict[str, Any]) -> str:
     """The figures as text."""
     about = result["protocol"]
     lines = _cold_lines(result["loaders"]) if about["cold"] else _warm_lines(result["loaders"], result["huge"])
-    how = f"documents of {about['document_tokens']} tokens, batches of {about['batch']} rows, {about['rounds']} rounds of at most {about['cpu_seconds']} CPU seconds"
+    how = (
+        f"documents of {about['document_tokens']} tokens, batches of {about['batch']} rows, "
+        f"{about['rounds']} rounds of at most {about['cpu_seconds']} CPU seconds"
+    )
     lines.append(f"{told(about)}; {how}")
     lines.append("peers: " + ", ".join(f"{name} {found}" for name, found in about["peers"].items()))
     return "\n".join([*lines, *(f"{name}: not measured: {why}" for name, why in result["missing"].items())])
