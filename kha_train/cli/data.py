@@ -41,7 +41,7 @@ app = typer.Typer(name="data", help="Corpus, tokenizer, shards.", no_args_is_hel
 
 Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")]
 CorpusDir = Annotated[Path, typer.Option("--corpus", help="A directory made by `kha data corpus`.")]
-DatasetDir = Annotated[str, typer.Argument(help="A dataset (a URL too), or the directory of several.")]
+DatasetDir = Annotated[str, typer.Argument(help="A dataset, at a URL too, or a local directory of several.")]
 
 
 @app.command()
@@ -201,7 +201,7 @@ def _faults(shards: ShardSet, advance: Callable[[int], None]) -> Iterator[DataEr
 
 @app.command()
 def inspect(
-    directory: Annotated[str | None, typer.Argument(help="A dataset (a URL too), or the directory of several.")] = None,
+    directory: Annotated[str | None, typer.Argument(help="A dataset, at a URL too, or a local directory of several.")] = None,
     samples: Annotated[int, typer.Option(min=0, help="Pieces of text to show.")] = 2,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a piece.")] = 128,
     run: Annotated[Path | None, typer.Option(help="Instead of a dataset: a run directory, with --step.")] = None,
