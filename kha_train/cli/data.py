@@ -201,7 +201,9 @@ def _faults(shards: ShardSet, advance: Callable[[int], None]) -> Iterator[DataEr
 
 @app.command()
 def inspect(
-    directory: Annotated[str | None, typer.Argument(help="A dataset, at a URL too, or a local directory of several.")] = None,
+    directory: Annotated[
+        str | None, typer.Argument(help="A dataset, at a URL too, or a local directory of several.")
+    ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Pieces of text to show.")] = 2,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a piece.")] = 128,
     run: Annotated[Path | None, typer.Option(help="Instead of a dataset: a run directory, with --step.")] = None,
