@@ -187,10 +187,10 @@ def encode_units(
             finished(sum(shard.text_bytes for shard in encoded.shards.values() if shard))
         for name in encoded.left_out:
             say(f"left out, not UTF-8: {name}")
-    for split, directory in directories.items():
+    for split in directories:
         if not any(shards[split] for shards in done.values()):
             fix = "more text" if len(directories) == 1 else "more text, or another --validation-percent"
-            raise DataError(f"no text for {split}", field=str(directory), fix=fix)
+            raise DataError(f"no text for {split}", field="text", fix=fix)
     return {
         split: publish_dataset(
             directory,

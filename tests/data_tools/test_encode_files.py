@@ -235,7 +235,7 @@ def test_a_corpus_and_its_files_give_the_same_ids(notes: Path, model: Path, tmp_
     ("how", "message"),
     [
         ({"validation_percent": 0}, "validation_percent = 0"),
-        ({"validation_percent": 1e-9}, "validation: no text for validation"),
+        ({"validation_percent": 1e-9}, "no text for validation"),
         ({"encoder": "other"}, "no such encoder"),
     ],
 )
