@@ -12,7 +12,8 @@ It is made once, by one process, kept in a directory named by the content it was
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -65,16 +66,24 @@ class BestFitRows:
 
     def read(self, rows_N: np.ndarray) -> np.ndarray:
         """The ids of rows, [N, T + 1] in the dataset's dtype, padding 0. Raises DataError when they are damaged."""
+        return next(self.read_in_parts(rows_N, (0, len(rows_N))))
+
+    def read_in_parts(self, rows_N: np.ndarray, bounds: Sequence[int]) -> Iterator[np.ndarray]:
+        """As `read`, each part when it is asked for: part k has rows [bounds[k], bounds[k + 1])."""
         pieces_P, counts_N = self._pieces_of(rows_N)
         # A document that goes on fills its row, and brings the label of its last token.
         lengths_P = self._lengths[pieces_P] + (1 - self._closed[pieces_P])
-        shards_P = np.repeat(self._shard_of_row[rows_N], counts_N)
-        ids = self.shards.gather(shards_P, self._starts[pieces_P], lengths_P)
-        rows_NW = np.zeros((len(rows_N), self.seq_len + 1), dtype=self.shards.dtype)
-        bounds = sums_before(lengths_P)[sums_before(counts_N)].tolist()
-        for row_W, first, last in zip(rows_NW, bounds, bounds[1:], strict=False):
-            row_W[: last - first] = ids[first:last]
-        return rows_NW
+        shards_P, first_pieces = np.repeat(self._shard_of_row[rows_N], counts_N), sums_before(counts_N)
+        held_N = np.diff(sums_before(lengths_P)[first_pieces])
+        parts = self.shards.gather_in_parts(
+            shards_P, self._starts[pieces_P], lengths_P, first_pieces[np.asarray(bounds)].tolist()
+        )
+        for (first, last), ids in zip(pairwise(bounds), parts, strict=True):
+            rows_NW = np.zeros((last - first, self.seq_len + 1), dtype=self.shards.dtype)
+            ends = np.cumsum(held_N[first:last]).tolist()
+            for row_W, begin, end in zip(rows_NW, [0, *ends], ends, strict=False):
+                row_W[: end - begin] = ids[begin:end]
+            yield rows_NW
 
     def _pieces_of(self, rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The pieces of rows, row by row, and how many each has."""

@@ -87,5 +87,10 @@ class ConcatRows:
 
     def read(self, rows_N: np.ndarray) -> np.ndarray:
         """The ids of rows, [N, T + 1] in the dataset's dtype. Raises DataError when they are damaged."""
+        return next(self.read_in_parts(rows_N, (0, len(rows_N))))
+
+    def read_in_parts(self, rows_N: np.ndarray, bounds: Sequence[int]) -> Iterator[np.ndarray]:
+        """As `read`, each part when it is asked for: part k has rows [bounds[k], bounds[k + 1])."""
         W = self.seq_len + 1
-        return self.shards.gather(*self._grid.locate(rows_N), np.full(len(rows_N), W)).reshape(-1, W)
+        for ids in self.shards.gather_in_parts(*self._grid.locate(rows_N), np.full(len(rows_N), W), bounds):
+            yield ids.reshape(-1, W)

@@ -14,7 +14,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -117,14 +117,22 @@ class ShardSet:
         """Pieces laid end to end: `lengths_P[j]` ids, at least one, of shard `shards_P[j]` from `starts_P[j]` on.
 
         Raises DataError when they are damaged."""
-        width = self.dtype.itemsize
-        self._check_blocks(shards_P, starts_P, lengths_P)
-        names = [self._names[shard] for shard in shards_P.tolist()]
-        offsets = (self._offsets[shards_P] + starts_P * width).tolist()
-        ids = np.frombuffer(self._files.read_pieces(names, offsets, (lengths_P * width).tolist()), dtype=self.dtype)
-        if np.maximum.reduce(ids, initial=0) > self._smallest_maximum:
-            self._check_largest(ids, shards_P, starts_P, lengths_P)
-        return ids
+        return next(self.gather_in_parts(shards_P, starts_P, lengths_P, (0, len(shards_P))))
+
+    def gather_in_parts(
+        self, shards_P: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray, bounds: Sequence[int]
+    ) -> Iterator[np.ndarray]:
+        """As `gather`, each part when it is asked for: part k has pieces [bounds[k], bounds[k + 1])."""
+        names, offsets, sizes = self._places(shards_P, starts_P, lengths_P)
+        unchecked = self._unchecked_blocks(shards_P, starts_P, lengths_P)
+        for first, last in pairwise(bounds):
+            part = slice(first, last)
+            if unchecked:
+                self._check_blocks(self._unchecked_blocks(shards_P[part], starts_P[part], lengths_P[part]))
+            ids = np.frombuffer(self._files.read_pieces(names[part], offsets[part], sizes[part]), dtype=self.dtype)
+            if np.maximum.reduce(ids, initial=0) > self._smallest_maximum:
+                self._check_largest(ids, shards_P[part], starts_P[part], lengths_P[part])
+            yield ids
 
     @property
     def looks_ahead(self) -> bool:
@@ -148,10 +156,15 @@ class ShardSet:
         if ends:
             rows = zip(shards_P.tolist(), starts_P.tolist(), strict=True)
             yield from dict.fromkeys(self._shard(shard).ends_place(start) for shard, start in rows)
+        yield from zip(*self._places(shards_P, starts_P, lengths_P), strict=True)
+
+    def _places(
+        self, shards_P: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray
+    ) -> tuple[list[str], list[int], list[int]]:
+        """The files of pieces, where they begin there, and their bytes."""
         width = self.dtype.itemsize
         names = [self._names[shard] for shard in shards_P.tolist()]
-        offsets = (self._offsets[shards_P] + starts_P * width).tolist()
-        yield from zip(names, offsets, (lengths_P * width).tolist(), strict=True)
+        return names, (self._offsets[shards_P] + starts_P * width).tolist(), (lengths_P * width).tolist()
 
     def document_ends(self, shard: int, start: int, stop: int) -> np.ndarray:
         """The exclusive document ends e of a shard with start < e <= stop, int64. Raises DataError when damaged."""
@@ -245,14 +258,18 @@ class ShardSet:
             shard = self._shards[index] = Shard(index, self.manifest.shards[index], self._files)
         return shard
 
-    def _check_blocks(self, shards_P: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray) -> None:
-        """Compare the blocks of pieces that nobody has compared yet with their checksums."""
+    def _unchecked_blocks(self, shards_P: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray) -> list[int]:
+        """The blocks of pieces, counted through all shards, that are still to be compared with their checksums."""
         if not self._check_crc:
-            return
+            return []
         before_P, width = self._first_blocks[shards_P], self.dtype.itemsize
         first_P = before_P + (starts_P * width >> _BLOCK_SHIFT)
         last_P = before_P + ((starts_P + lengths_P) * width - 1 >> _BLOCK_SHIFT)
-        for block in self._checked.missing(runs(first_P, last_P - first_P + 1)):
+        return self._checked.missing(runs(first_P, last_P - first_P + 1))
+
+    def _check_blocks(self, blocks: Sequence[int]) -> None:
+        """Compare blocks with their checksums."""
+        for block in blocks:
             index = int(self._first_blocks.searchsorted(block, side="right")) - 1
             self._shard(index).check_block(block - int(self._first_blocks[index]))
             self._checked.add(block)

@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,13 +106,26 @@ class Samples:
 
     def read(self, sources_N: np.ndarray, rows_N: np.ndarray) -> np.ndarray:
         """The ids of located rows, [N, T + 1] as they are stored. Raises DataError when they are damaged."""
+        return next(self.read_in_parts(sources_N, rows_N, (0, len(rows_N))))
+
+    def read_in_parts(self, sources_N: np.ndarray, rows_N: np.ndarray, bounds: Sequence[int]) -> Iterator[np.ndarray]:
+        """As `read`, each part when it is asked for: part k has rows [bounds[k], bounds[k + 1])."""
         if len(self.sources) == 1:
-            return self.sources[0].rows.read(rows_N)
-        rows_NW = np.empty((len(rows_N), self.seq_len + 1), dtype=self._dtype)
+            return self.sources[0].rows.read_in_parts(rows_N, bounds)
+        return self._mixed_in_parts(sources_N, rows_N, bounds)
+
+    def _mixed_in_parts(self, sources_N: np.ndarray, rows_N: np.ndarray, bounds: Sequence[int]) -> Iterator[np.ndarray]:
+        own = []
         for place, source in enumerate(self.sources):
             inside = np.flatnonzero(sources_N == place)
-            rows_NW[inside] = source.rows.read(rows_N[inside])
-        return rows_NW
+            own_bounds = inside.searchsorted(bounds)
+            parts = source.rows.read_in_parts(rows_N[inside], own_bounds.tolist())
+            own.append((np.split(inside, own_bounds[1:-1]), parts))
+        for k, (first, last) in enumerate(pairwise(bounds)):
+            rows_NW = np.empty((last - first, self.seq_len + 1), dtype=self._dtype)
+            for inside, parts in own:
+                rows_NW[inside[k] - first] = next(parts)
+            yield rows_NW
 
 
 def open_samples(config: RunConfig) -> Samples:

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -31,20 +32,20 @@ from kha_train.errors import ConfigError, DataError
 
 _PLANNED_ROWS = 1024
 """So many rows are planned at once, for a call has a fixed price."""
-_READ_BYTES = 3 << 18
+_READ_BYTES = 3 << 17
 """Small steps are read together, as many as this holds: a call has a fixed price here too, and more would not stay in
 a core's second cache until it is widened."""
 
 
-class _Steps(NamedTuple):
-    """Neighbouring steps of one rank that are read at once, located but not read.
+class _Plan(NamedTuple):
+    """Neighbouring steps of one rank, located but not read.
 
     Step s takes samples from `positions[s]` on and ends before `positions[s + 1]`."""
 
     positions: list[int]
     samples_SB: np.ndarray
-    sources_SB: np.ndarray
-    rows_SB: np.ndarray
+    sources_N: np.ndarray
+    rows_N: np.ndarray
     layouts: list[Layout]
 
 
@@ -119,7 +120,7 @@ class TokenStream:
             # An interrupt came between the taking of a batch and its counting.
             self._begin()
         try:
-            self._batches = self._read_ahead() if self._reader else self._read(next(self._steps))
+            self._batches = self._read_ahead() if self._reader else next(self._groups)
         finally:
             self._waited += time.perf_counter() - started
             if not self._batches:
@@ -131,35 +132,32 @@ class TokenStream:
         for future in self._ahead:
             future.cancel()
         self._ahead.clear()
-        self._steps = self._steps_from(self._samples_seen)
+        self._groups = self._groups_from(self._samples_seen)
         self._batches: deque[_Ready] = deque()
 
     def _read_ahead(self) -> deque[_Ready]:
-        """What `_read` gave for the next steps, planned and read in the thread; at least `data.prefetch` steps after
-        them are under way."""
-        steps = self._steps
+        """The next steps, planned and read in the thread; at least `data.prefetch` steps after them are under way."""
+        groups = self._groups
         while len(self._ahead) <= self._prefetch:
-            self._ahead.append(self._reader.submit(lambda: self._read(next(steps))))
+            self._ahead.append(self._reader.submit(lambda: next(groups)))
         return self._ahead.popleft().result()
 
-    def _read(self, steps: _Steps) -> deque[_Ready]:
-        rows_NW = self.samples.read(steps.sources_SB.reshape(-1), steps.rows_SB.reshape(-1))
-        rows_SBW = rows_NW.reshape(*steps.rows_SB.shape, -1)
-        batches = map(Batch, steps.samples_SB, rows_SBW, steps.layouts)
-        return deque(zip(steps.positions, steps.positions[1:], batches, strict=False))
-
-    def _steps_from(self, position: int) -> Iterator[_Steps]:
-        """All steps from sample `position` on, for ever. The first plan is of one step, each later one of twice as
-        many: a jump answers at once."""
+    def _groups_from(self, position: int) -> Iterator[deque[_Ready]]:
+        """All steps from sample `position` on, for ever, some neighbours read at a time. The first plan is of one step,
+        each later one of twice as many: a jump answers at once."""
         count = 1
         while True:
             plan = self._plan(position, count)
-            for first in range(0, count, self._most_read):
-                some = slice(first, first + self._most_read)
-                yield _Steps(plan.positions[first : some.stop + 1], *(column[some] for column in plan[1:]))
+            B = plan.samples_SB.shape[1]
+            firsts = [*range(0, count, self._most_read), count]
+            parts = self.samples.read_in_parts(plan.sources_N, plan.rows_N, [B * first for first in firsts])
+            for (first, last), rows_NW in zip(pairwise(firsts), parts, strict=True):
+                rows_SBW = rows_NW.reshape(last - first, B, -1)
+                batches = map(Batch, plan.samples_SB[first:last], rows_SBW, plan.layouts[first:last])
+                yield deque(zip(plan.positions[first:last], plan.positions[first + 1 :], batches, strict=False))
             position, count = plan.positions[-1], min(2 * count, self._most_planned)
 
-    def _plan(self, position: int, count: int) -> _Steps:
+    def _plan(self, position: int, count: int) -> _Plan:
         """`count` steps from sample `position` on."""
         numbers_SG = self._numbers(position, count)
         positions = [position, *(numbers_SG[:, -1] + 1).tolist()]
@@ -168,10 +166,8 @@ class TokenStream:
             later_SB = self._numbers(positions[-1], count)[:, self._slice]
             self.samples.expect([self.samples.locate(some.reshape(-1)) for some in (samples_SB, later_SB)])
         sources_N, rows_N = self.samples.locate(samples_SB.reshape(-1))
-        layout = self.samples.layout(sources_N, rows_N)
-        layouts = list(layout.parts(samples_SB.shape[1], self.samples.seq_len))
-        shape = samples_SB.shape
-        return _Steps(positions, samples_SB, sources_N.reshape(shape), rows_N.reshape(shape), layouts)
+        layouts = self.samples.layout(sources_N, rows_N).parts(samples_SB.shape[1], self.samples.seq_len)
+        return _Plan(positions, samples_SB, sources_N, rows_N, list(layouts))
 
     def _numbers(self, position: int, steps: int) -> np.ndarray:
         """The sample numbers of so many global batches, the first of which begins at `position`: [steps, G]."""
