@@ -65,12 +65,14 @@ def refuse_existing(directory: Path, *, overwrite: bool) -> None:
 
 def _take(descriptor: int, home: Path) -> None:
     """Raises ConfigError when another process has it. The lock goes with the process, however that ends."""
+    taken = ConfigError("another process is writing there", field="output directory", value=str(home), fix="wait for it")
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise ConfigError(
-            "another process is writing there", field="output directory", value=str(home), fix="wait for it"
-        ) from error
+        raise taken from error
+    # The one that had it may have deleted it since it was opened here: then a third one could lock another file.
+    if not os.fstat(descriptor).st_nlink:
+        raise taken
 
 
 def _put(made: Path, place: Path) -> None:

@@ -69,6 +69,20 @@ def test_two_cannot_write_in_one_place(tmp_path: Path) -> None:
     assert (tmp_path / "a").is_dir()
 
 
+def test_a_lock_that_its_owner_deleted_before_it_was_taken_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deleted_meanwhile(*_: int) -> None:
+        (tmp_path / ".a.lock").unlink()
+
+    monkeypatch.setattr("data_tools.staging.fcntl.lockf", deleted_meanwhile)
+    with (
+        pytest.raises(ConfigError, match="another process is writing there"),
+        replaced({"a": tmp_path / "a"}, "x", overwrite=False, keep=False),
+    ):
+        pass
+
+
 def test_shards_whose_manifest_is_lost_are_not_written_over_unasked(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "shard-00000.tok").write_bytes(b"12")
