@@ -65,7 +65,9 @@ def refuse_existing(directory: Path, *, overwrite: bool) -> None:
 
 def _take(descriptor: int, home: Path) -> None:
     """Raises ConfigError when another process has it. The lock goes with the process, however that ends."""
-    taken = ConfigError("another process is writing there", field="output directory", value=str(home), fix="wait for it")
+    taken = ConfigError(
+        "another process is writing there", field="output directory", value=str(home), fix="wait for it"
+    )
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -15,7 +15,7 @@ from kha_train.config.constants import IGNORE_LABEL
 from kha_train.data.packing import Layout
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Batch:
     """Rows of one rank for one optimiser step, or a part of them.
 

@@ -74,16 +74,7 @@ class Files:
             with self._lock:
                 return os.pread(self._descriptor(name), count, offset)
         except OSError as error:
-            raise self._unreadable(name, offset, error) from error
-
-    def _unreadable(self, name: str, offset: int, error: OSError) -> KhaError:
-        """For a read that the system refused: the machine's trouble, or the file's."""
-        problem = f"offset {offset}: cannot be read: {error.strerror}"
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            return MachineError(problem, field=self.path(name), fix="allow more open files: ulimit -n")
-        if error.errno in _MACHINE:
-            return MachineError(problem, field=self.path(name))
-        return DataError(problem, field=self.path(name), fix=RESTORE)
+            raise _unreadable(self.path(name), offset, error) from error
 
     def _truncated(self, name: str, offset: int, expected: int, found: int) -> DataError:
         """A DataError for a read that came back short."""
@@ -111,6 +102,38 @@ class _Map(NamedTuple):
     bytes: memoryview
 
 
+class _Maps(dict[str, _Map]):
+    """Maps of the files of a directory by name, each made when it is first asked for; of more than `most` the oldest
+    goes. Raises DataError and MachineError when there is none."""
+
+    def __init__(self, directory: Path, most: int) -> None:
+        super().__init__()
+        self._directory, self._most, self._lock = directory, most, threading.Lock()
+
+    def __missing__(self, name: str) -> _Map:
+        with self._lock:
+            if name in self:
+                return self[name]
+            if len(self) >= self._most:
+                del self[next(iter(self))]
+            self[name] = mapped = self._mapped(self._directory / name)
+            return mapped
+
+    def _mapped(self, path: Path) -> _Map:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                file = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise _unreadable(str(path), 0, error) from error
+        except ValueError as error:
+            raise DataError(f"cannot be mapped: {error}", field=str(path), fix=RESTORE) from error
+        file.madvise(mmap.MADV_RANDOM)
+        return _Map(file, memoryview(file))
+
+
 class MappedFiles(Files):
     """`Files` that copies from memory maps, as few of them as descriptors; a few small reads stay `pread`.
 
@@ -120,55 +143,46 @@ class MappedFiles(Files):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        self._maps: OrderedDict[str, _Map] = OrderedDict()
-        self._from_disk = False
+        self._maps = _Maps(directory, self._most_open)
+        self._faults, self._from_disk = _major_faults(), False
 
     def look(self, name: str, offset: int, count: int) -> bytes | memoryview:
         """As `Files.look`, without a copy."""
-        piece = self._map(name).bytes[offset : offset + count]
+        piece = self._maps[name].bytes[offset : offset + count]
         if len(piece) != count:
             raise self._truncated(name, offset, count, len(piece))
         return piece
 
     def read_pieces(self, names: Sequence[str], offsets: Sequence[int], sizes: Sequence[int]) -> bytearray:
         """As `Files.read_pieces`; of a file too short when it was mapped, too."""
-        maps = [self._maps.get(name) or self._map(name) for name in names]
-        before = _major_faults()
+        maps, places = self._maps, zip(names, offsets, sizes, strict=True)
         if self._from_disk:
-            for one, first, size in zip(maps, offsets, sizes, strict=True):
-                page = first & -mmap.PAGESIZE
-                one.file.madvise(mmap.MADV_WILLNEED, page, first + size - page)
-        pieces = [one.bytes[first : first + size] for one, first, size in zip(maps, offsets, sizes, strict=True)]
+            places = list(places)
+            for name, first, size in places:
+                file, page = maps[name].file, first & -mmap.PAGESIZE
+                if page < len(file):
+                    file.madvise(mmap.MADV_WILLNEED, page, first + size - page)
+        pieces = [maps[name].bytes[first : first + size] for name, first, size in places]
         data = bytearray().join(pieces)
-        self._from_disk = _major_faults() > before
+        faults = _major_faults()
+        self._faults, self._from_disk = faults, faults > self._faults
         if len(data) != sum(sizes):
             j = next(j for j, size in enumerate(sizes) if len(pieces[j]) != size)
             raise self._truncated(names[j], offsets[j], sizes[j], len(pieces[j]))
         return data
 
-    def _map(self, name: str) -> _Map:
-        with self._lock:
-            if name in self._maps:
-                self._maps.move_to_end(name)
-                return self._maps[name]
-            try:
-                descriptor = os.open(self.directory / name, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    file = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-                finally:
-                    os.close(descriptor)
-            except OSError as error:
-                raise self._unreadable(name, 0, error) from error
-            except ValueError as error:
-                raise DataError(f"cannot be mapped: {error}", field=self.path(name), fix=RESTORE) from error
-            file.madvise(mmap.MADV_RANDOM)
-            self._maps[name] = mapped = _Map(file, memoryview(file))
-            if len(self._maps) > self._most_open:
-                self._maps.popitem(last=False)
-            return mapped
-
 
 READERS = {"pread": Files, "memory_map": MappedFiles}
+
+
+def _unreadable(path: str, offset: int, error: OSError) -> KhaError:
+    """For a read that the system refused: the machine's trouble, or the file's."""
+    problem = f"offset {offset}: cannot be read: {error.strerror}"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return MachineError(problem, field=path, fix="allow more open files: ulimit -n")
+    if error.errno in _MACHINE:
+        return MachineError(problem, field=path)
+    return DataError(problem, field=path, fix=RESTORE)
 
 
 def _most_open() -> int:

@@ -32,7 +32,7 @@ from kha_train.errors import ConfigError, DataError
 
 _PLANNED_ROWS = 1024
 """So many rows are planned at once, for a call has a fixed price."""
-_READ_BYTES = 3 << 17
+_READ_BYTES = 5 << 16
 """Small steps are read together, as many as this holds: a call has a fixed price here too, and more would not stay in
 a core's second cache until it is widened."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import hashlib
 import json
 import os
@@ -268,12 +269,17 @@ def test_no_more_open_files_is_the_machines_trouble_and_not_damage(big: Path, mo
         assert caught.value.exit_code == 75
 
 
-def test_a_file_cut_off_before_it_is_mapped_is_a_data_error(big: Path) -> None:
+def test_a_file_cut_off_before_it_is_mapped_is_a_data_error(big: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = ShardSet.open(big, reader="memory_map", check_crc=False)
     os.truncate(big / "shard-00001.tok", 100_000)
     assert len(opened.read(1, 0, 50_000)) == 50_000
     with pytest.raises(DataError, match=r"shard-00001.tok.*expected 2000 bytes, found 1000: the file was truncated"):
         opened.gather(np.array([0, 1]), np.array([0, 49_500]), np.array([1000, 1000]))
+    # Pages that come from a disk are asked for beforehand: not those that are not there.
+    monkeypatch.setattr(files, "_major_faults", itertools.count().__next__)
+    for _ in range(2):
+        with pytest.raises(DataError, match="expected 2000 bytes, found 0: the file was truncated"):
+            opened.gather(np.array([1]), np.array([90_000]), np.array([1000]))
 
 
 def test_a_block_that_was_checked_is_not_read_whole_again(big: Path, monkeypatch: pytest.MonkeyPatch) -> None:
