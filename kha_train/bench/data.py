@@ -5,9 +5,10 @@ Peers live in an environment of their own, made once under a cache directory, it
 4096, batches of a few rows, int64, shuffled. Loaders run one after another, `rounds` times over, so that a busy machine
 is busy for all. A figure is the median of the rounds; speeds are of the second pass over the tokens, and of the first
 one, when a process meets each page of a mapped file for the first time. `cast` is no loader: it reads in order and
-widens. The same work is: shuffled rows as int64 tensors, no document borders, no integrity checks; what ours does
-besides stands below it. Memory and seeking of ours are also told at a billion rows, of sparse files that hold zeros:
-of a process that reads a run's saved configuration, and of one that has Hydra compose it.
+widens, or copies shuffled rows and widens them. The same work is: shuffled rows as int64 tensors, no document borders,
+no integrity checks; what ours does besides stands below it. Memory and seeking of ours are also told at a billion rows,
+of sparse files that hold zeros: of a process that reads a run's saved configuration, and of one that has Hydra compose
+it.
 
 With `--cold` files are dropped from the page cache before each loader starts: told are seconds of the wall and bytes
 from the disk of the first 31 batches. (Later the files, small as they are, are in memory again.)
@@ -33,7 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kha_train.bench.loaders import CONFIG
+from kha_train.bench.loaders import CONFIG, NO_LOADERS
 from kha_train.bench.peer_loaders import PEERS
 from kha_train.bench.protocol import environment, told
 from kha_train.config.compose import compose, dump
@@ -102,7 +103,7 @@ def run_bench(
             missing[peer] = ended
     found: dict[str, list[dict[str, Any]]] = {}
     for number in range(rounds):
-        for name in [name for name in ("cast", *OURS, *PEERS) if name not in missing]:
+        for name in [name for name in (*NO_LOADERS, *OURS, *PEERS) if name not in missing]:
             say(f"round {number + 1} of {rounds}: {name}")
             if cold:
                 _drop_from_page_cache(root)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import gc
-import itertools
 import hashlib
+import itertools
 import json
 import os
 import shutil
