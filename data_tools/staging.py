@@ -28,8 +28,6 @@ def replaced(places: Mapping[str, Path], identity: str, *, overwrite: bool, keep
     Raises ConfigError when another process writes there, for a directory that cannot be written, and, unless
     `overwrite`, when shards are there.
     """
-    for place in places.values():
-        refuse_existing(place, overwrite=overwrite)
     home = next(iter(places.values())).parent
     names = "-".join(place.name for place in places.values())
     try:
@@ -38,18 +36,22 @@ def replaced(places: Mapping[str, Path], identity: str, *, overwrite: bool, keep
     except OSError as error:
         raise ConfigError(f"cannot be written: {error.strerror}", field="output directory", value=str(home)) from error
     with lock:
-        _take(lock.fileno(), home)
+        _take(lock.fileno(), Path(lock.name))
         root = home / f".{names}.writing-{identity[:16]}"
         finished = False
         try:
+            for place in places.values():
+                refuse_existing(place, overwrite=overwrite)
             yield {name: root / place.name for name, place in places.items()}
             for place in places.values():
                 _put(root / place.name, place)
             finished = True
         finally:
-            if finished or not keep:
+            if finished:
                 for left in home.glob(f".{names}.writing-*"):
                     shutil.rmtree(left, ignore_errors=True)
+            elif not keep:
+                shutil.rmtree(root, ignore_errors=True)
             (home / f".{names}.lock").unlink(missing_ok=True)
 
 
@@ -63,18 +65,18 @@ def refuse_existing(directory: Path, *, overwrite: bool) -> None:
     raise ConfigError(f"already holds {what}", field="output directory", value=str(directory), fix="pass --overwrite")
 
 
-def _take(descriptor: int, home: Path) -> None:
-    """Raises ConfigError when another process has it. The lock goes with the process, however that ends."""
-    taken = ConfigError(
-        "another process is writing there", field="output directory", value=str(home), fix="wait for it"
-    )
+def _take(descriptor: int, path: Path) -> None:
+    """Take the lock, which goes with this process, however that ends. Raises ConfigError when another one has it."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise taken from error
-    # The one that had it may have deleted it since it was opened here: then a third one could lock another file.
-    if not os.fstat(descriptor).st_nlink:
-        raise taken
+        # Whoever had it may have deleted it since it was opened here: a third one would lock another file.
+        taken = os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        taken = False
+    if not taken:
+        raise ConfigError(
+            "another process is writing there", field="output directory", value=str(path.parent), fix="wait for it"
+        )
 
 
 def _put(made: Path, place: Path) -> None:

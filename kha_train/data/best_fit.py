@@ -78,12 +78,16 @@ class BestFitRows:
         parts = self.shards.gather_in_parts(
             shards_P, self._starts[pieces_P], lengths_P, first_pieces[np.asarray(bounds)].tolist()
         )
-        for (first, last), ids in zip(pairwise(bounds), parts, strict=True):
-            rows_NW = np.zeros((last - first, self.seq_len + 1), dtype=self.shards.dtype)
-            ends = np.cumsum(held_N[first:last]).tolist()
-            for row_W, begin, end in zip(rows_NW, [0, *ends], ends, strict=False):
-                row_W[: end - begin] = ids[begin:end]
-            yield rows_NW
+        for first, last in pairwise(bounds):
+            yield self._padded(next(parts), held_N[first:last])
+
+    def _padded(self, ids: np.ndarray, held_N: np.ndarray) -> np.ndarray:
+        """Rows of which row j holds the next `held_N[j]` of the ids."""
+        rows_NW = np.zeros((len(held_N), self.seq_len + 1), dtype=self.shards.dtype)
+        ends = np.cumsum(held_N).tolist()
+        for row_W, begin, end in zip(rows_NW, [0, *ends], ends, strict=False):
+            row_W[: end - begin] = ids[begin:end]
+        return rows_NW
 
     def _pieces_of(self, rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The pieces of rows, row by row, and how many each has."""

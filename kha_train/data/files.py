@@ -22,6 +22,7 @@ from kha_train.errors import DataError, KhaError, MachineError
 
 RESTORE = "restore the file, or write the dataset again"
 _MOST_LIMIT = 65_536
+_READS_ASKED_FOR = 16
 _THREAD = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
 _MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
 
@@ -138,13 +139,14 @@ class MappedFiles(Files):
     """`Files` that copies from memory maps, as few of them as descriptors; a few small reads stay `pread`.
 
     The kernel is told that reads are random: or else the first touch of a page reads megabytes around it from a disk.
-    It then fetches page after page, each by itself; where that happens, the next pieces are asked for beforehand.
+    It then fetches page after page, each by itself; where that happens, the pieces of the next reads are asked for
+    before they are touched.
     """
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self._maps = _Maps(directory, self._most_open)
-        self._faults, self._from_disk = _major_faults(), False
+        self._reads_to_ask_for = 0
 
     def look(self, name: str, offset: int, count: int) -> bytes | memoryview:
         """As `Files.look`, without a copy."""
@@ -156,7 +158,9 @@ class MappedFiles(Files):
     def read_pieces(self, names: Sequence[str], offsets: Sequence[int], sizes: Sequence[int]) -> bytearray:
         """As `Files.read_pieces`; of a file too short when it was mapped, too."""
         maps, places = self._maps, zip(names, offsets, sizes, strict=True)
-        if self._from_disk:
+        before = _major_faults()
+        if self._reads_to_ask_for:
+            self._reads_to_ask_for -= 1
             places = list(places)
             for name, first, size in places:
                 file, page = maps[name].file, first & -mmap.PAGESIZE
@@ -164,8 +168,8 @@ class MappedFiles(Files):
                     file.madvise(mmap.MADV_WILLNEED, page, first + size - page)
         pieces = [maps[name].bytes[first : first + size] for name, first, size in places]
         data = bytearray().join(pieces)
-        faults = _major_faults()
-        self._faults, self._from_disk = faults, faults > self._faults
+        if _major_faults() > before:
+            self._reads_to_ask_for = _READS_ASKED_FOR
         if len(data) != sum(sizes):
             j = next(j for j, size in enumerate(sizes) if len(pieces[j]) != size)
             raise self._truncated(names[j], offsets[j], sizes[j], len(pieces[j]))

@@ -91,6 +91,8 @@ class ConcatRows:
 
     def read_in_parts(self, rows_N: np.ndarray, bounds: Sequence[int]) -> Iterator[np.ndarray]:
         """As `read`, each part when it is asked for: part k has rows [bounds[k], bounds[k + 1])."""
-        W = self.seq_len + 1
-        for ids in self.shards.gather_in_parts(*self._grid.locate(rows_N), np.full(len(rows_N), W), bounds):
-            yield ids.reshape(-1, W)
+        lengths_N = np.full(len(rows_N), self.seq_len + 1)
+        return map(self._as_rows, self.shards.gather_in_parts(*self._grid.locate(rows_N), lengths_N, bounds))
+
+    def _as_rows(self, ids: np.ndarray) -> np.ndarray:
+        return ids.reshape(-1, self.seq_len + 1)

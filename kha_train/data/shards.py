@@ -124,15 +124,21 @@ class ShardSet:
     ) -> Iterator[np.ndarray]:
         """As `gather`, each part when it is asked for: part k has pieces [bounds[k], bounds[k + 1])."""
         names, offsets, sizes = self._places(shards_P, starts_P, lengths_P)
-        unchecked = self._unchecked_blocks(shards_P, starts_P, lengths_P)
+        all_checked = not self._unchecked_blocks(shards_P, starts_P, lengths_P)
         for first, last in pairwise(bounds):
             part = slice(first, last)
-            if unchecked:
-                self._check_blocks(self._unchecked_blocks(shards_P[part], starts_P[part], lengths_P[part]))
-            ids = np.frombuffer(self._files.read_pieces(names[part], offsets[part], sizes[part]), dtype=self.dtype)
-            if np.maximum.reduce(ids, initial=0) > self._smallest_maximum:
-                self._check_largest(ids, shards_P[part], starts_P[part], lengths_P[part])
-            yield ids
+            pieces = shards_P[part], starts_P[part], lengths_P[part]
+            if not all_checked:
+                self._check_blocks(self._unchecked_blocks(*pieces))
+            # Without a name here: a generator that waits keeps what it has names for.
+            yield self._ids(self._files.read_pieces(names[part], offsets[part], sizes[part]), *pieces)
+
+    def _ids(self, data: bytearray, shards_P: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray) -> np.ndarray:
+        """The ids of pieces that were read. Raises DataError when one is above the largest of its shard."""
+        ids = np.frombuffer(data, dtype=self.dtype)
+        if np.maximum.reduce(ids, initial=0) > self._smallest_maximum:
+            self._check_largest(ids, shards_P, starts_P, lengths_P)
+        return ids
 
     @property
     def looks_ahead(self) -> bool:

@@ -118,14 +118,20 @@ class Samples:
         own = []
         for place, source in enumerate(self.sources):
             inside = np.flatnonzero(sources_N == place)
-            own_bounds = inside.searchsorted(bounds)
-            parts = source.rows.read_in_parts(rows_N[inside], own_bounds.tolist())
-            own.append((np.split(inside, own_bounds[1:-1]), parts))
+            own_bounds = inside.searchsorted(bounds).tolist()
+            own.append((inside, own_bounds, source.rows.read_in_parts(rows_N[inside], own_bounds)))
         for k, (first, last) in enumerate(pairwise(bounds)):
-            rows_NW = np.empty((last - first, self.seq_len + 1), dtype=self._dtype)
-            for inside, parts in own:
-                rows_NW[inside[k] - first] = next(parts)
-            yield rows_NW
+            yield self._put_together(
+                last - first,
+                [(inside[at[k] : at[k + 1]] - first, next(parts)) for inside, at, parts in own],
+            )
+
+    def _put_together(self, count: int, of_sources: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """`count` rows from (their places, their ids) of each source."""
+        rows_NW = np.empty((count, self.seq_len + 1), dtype=self._dtype)
+        for places, ids_NW in of_sources:
+            rows_NW[places] = ids_NW
+        return rows_NW
 
 
 def open_samples(config: RunConfig) -> Samples:

@@ -7,7 +7,7 @@ skip windows.
 """
 
 # B rows of this rank  G rows of all ranks  T tokens of a row (`model.seq_len`)  W = T + 1  V vocabulary
-# S steps  N samples of a few steps
+# S steps  N samples of a plan
 # M masked places of the flattened rows
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class TokenStream:
         return seconds
 
     def __next__(self) -> Batch:
-        if not self._batches or self._batches[0][0] != self._samples_seen:
+        while not self._batches or self._batches[0][0] != self._samples_seen:
             self._refill()
         _, following, batch = self._batches.popleft()
         self._samples_seen = following
@@ -117,7 +117,7 @@ class TokenStream:
     def _refill(self) -> None:
         started = time.perf_counter()
         if self._batches:
-            # An interrupt came between the taking of a batch and its counting.
+            # An interrupt came between the taking of a batch and its counting; it may have been the last of its group.
             self._begin()
         try:
             self._batches = self._read_ahead() if self._reader else next(self._groups)
@@ -151,11 +151,15 @@ class TokenStream:
             B = plan.samples_SB.shape[1]
             firsts = [*range(0, count, self._most_read), count]
             parts = self.samples.read_in_parts(plan.sources_N, plan.rows_N, [B * first for first in firsts])
-            for (first, last), rows_NW in zip(pairwise(firsts), parts, strict=True):
-                rows_SBW = rows_NW.reshape(last - first, B, -1)
-                batches = map(Batch, plan.samples_SB[first:last], rows_SBW, plan.layouts[first:last])
-                yield deque(zip(plan.positions[first:last], plan.positions[first + 1 :], batches, strict=False))
+            for first, last in pairwise(firsts):
+                yield self._group(plan, first, last, next(parts))
             position, count = plan.positions[-1], min(2 * count, self._most_planned)
+
+    def _group(self, plan: _Plan, first: int, last: int, rows_NW: np.ndarray) -> deque[_Ready]:
+        """Steps [first, last) of a plan, whose rows were read."""
+        rows_SBW = rows_NW.reshape(last - first, -1, rows_NW.shape[1])
+        batches = map(Batch, plan.samples_SB[first:last], rows_SBW, plan.layouts[first:last])
+        return deque(zip(plan.positions[first:last], plan.positions[first + 1 :], batches, strict=False))
 
     def _plan(self, position: int, count: int) -> _Plan:
         """`count` steps from sample `position` on."""

@@ -277,9 +277,23 @@ def test_a_file_cut_off_before_it_is_mapped_is_a_data_error(big: Path, monkeypat
         opened.gather(np.array([0, 1]), np.array([0, 49_500]), np.array([1000, 1000]))
     # Pages that come from a disk are asked for beforehand: not those that are not there.
     monkeypatch.setattr(files, "_major_faults", itertools.count().__next__)
+    opened.read(0, 0, 1)
     for _ in range(2):
         with pytest.raises(DataError, match="expected 2000 bytes, found 0: the file was truncated"):
             opened.gather(np.array([1]), np.array([90_000]), np.array([1000]))
+
+
+@pytest.mark.parametrize("reader", ["pread", "memory_map"])
+def test_the_parts_before_damage_are_given(big: Path, reader: str) -> None:
+    ids = np.fromfile(big / "shard-00001.tok", dtype="<u2")
+    ids[70_000] = 96
+    ids.tofile(big / "shard-00001.tok")
+    pieces = (np.array([0, 1, 0, 1]), np.array([10, 20, 40_000, 69_000]), np.array([5, 6, 7, 2000]))
+    for check_crc, message in ((True, "CRC-32"), (False, "token 70000: expected an id of at most 89, found 96")):
+        parts = ShardSet.open(big, reader=reader, check_crc=check_crc).gather_in_parts(*pieces, (0, 2, 2, 3, 4))
+        assert [len(next(parts)) for _ in range(3)] == [11, 0, 7]
+        with pytest.raises(DataError, match=message):
+            next(parts)
 
 
 def test_a_block_that_was_checked_is_not_read_whole_again(big: Path, monkeypatch: pytest.MonkeyPatch) -> None:

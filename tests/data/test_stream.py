@@ -24,6 +24,7 @@ from kha_train.config import schema
 from kha_train.config.compose import dump
 from kha_train.config.constants import IGNORE_LABEL
 from kha_train.data import stream
+from kha_train.data.files import Files
 from kha_train.data.order import Permutation
 from kha_train.data.shards import ShardSet
 from kha_train.data.writer import publish_dataset, write_shard
@@ -195,10 +196,10 @@ def test_a_memory_map_reads_what_pread_reads(small_dataset: Path, make_config, o
     assert [joined([batch]) for batch in first] == [joined([batch]) for batch in second]
 
 
-def mixture_of(make_config, small_dataset: Path, other: Path, **options):
+def mixture_of(make_config, small_dataset: Path, other: Path, weights: tuple[float, float] = (3.0, 1.0), **options):
     sources = (
-        schema.SourceSection(name="old", path=str(small_dataset / "train"), weight=3.0),
-        schema.SourceSection(name="new", path=str(other / "train"), weight=1.0),
+        schema.SourceSection(name="old", path=str(small_dataset / "train"), weight=weights[0]),
+        schema.SourceSection(name="new", path=str(other / "train"), weight=weights[1]),
     )
     return make_config(small_dataset, train="", sources=sources, **options)
 
@@ -386,26 +387,72 @@ def test_a_stream_whose_planning_broke_off_goes_on_where_it_was(
     assert joined([next(opened)]) == joined([take(make_config(small_dataset), 2)[1]])
 
 
-def test_an_interrupt_between_taking_a_batch_and_counting_it_loses_no_step(small_dataset: Path, make_config) -> None:
-    opened = stream.open_stream(make_config(small_dataset, batch=2))
-    for _ in range(40):
-        next(opened)
-    assert len(opened._batches) > 1, "steps that were read together"
-    opened._batches.popleft()
-    assert next(opened).samples_B.tolist() == [80, 81]
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("read_bytes", [1, 1 << 20])
+def test_an_interrupt_between_taking_a_batch_and_counting_it_loses_no_step(
+    small_dataset: Path, make_config, monkeypatch: pytest.MonkeyPatch, prefetch: int, read_bytes: int
+) -> None:
+    """Be it the last one of those that were read together, or not."""
+    monkeypatch.setattr(stream, "_READ_BYTES", read_bytes)
+    opened = stream.open_stream(make_config(small_dataset, batch=2, prefetch=prefetch))
+    left = []
+    for number in range(40):
+        if number % 5 == 4:
+            if not opened._batches:
+                opened._refill()
+            opened._batches.popleft()
+            left.append(len(opened._batches))
+        assert next(opened).samples_B.tolist() == [2 * number, 2 * number + 1]
+    assert set(left) == {0} if read_bytes == 1 else min(left) > 0
 
 
+@pytest.mark.parametrize("sources", [1, 2])
 @pytest.mark.parametrize("options", [{}, {"prefetch": 2}, {"isolate": False}, {"packing": "best_fit"}])
 @pytest.mark.parametrize("read_bytes", [1, 200, 500])
 def test_every_step_of_a_plan_is_given_once_however_few_are_read_together(
-    small_dataset: Path, make_config, monkeypatch: pytest.MonkeyPatch, options: dict, read_bytes: int
+    small_dataset: Path,
+    other: Path,
+    make_config,
+    monkeypatch: pytest.MonkeyPatch,
+    sources: int,
+    options: dict,
+    read_bytes: int,
 ) -> None:
-    """Rows of a real run are so long that a plan is read in many parts."""
-    whole = take(make_config(small_dataset, batch=2, **options), 60)
+    """Rows of a real run are so long that a plan is read in many parts, in most of which a light source has no row."""
+    config = make_config(small_dataset, batch=2, **options)
+    if sources == 2:
+        config = mixture_of(make_config, small_dataset, other, weights=(30.0, 1.0), batch=2, **options)
+    whole = take(config, 60)
     monkeypatch.setattr(stream, "_READ_BYTES", read_bytes)
-    parts = take(make_config(small_dataset, batch=2, **options), 60)
+    parts = take(config, 60)
     assert [joined([one]) for one in parts] == [joined([one]) for one in whole]
     assert [n for one in parts for n in one.samples_B.tolist()] == list(range(120))
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_a_read_that_fails_amid_a_plan_loses_no_step(
+    small_dataset: Path, other: Path, make_config, monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    config = mixture_of(make_config, small_dataset, other, batch=2, packing=packing)
+    expected = take(config, 30)
+    monkeypatch.setattr(stream, "_READ_BYTES", 1)
+    opened = stream.open_stream(config)
+    read_pieces, reads = Files.read_pieces, itertools.count(1)
+
+    def sometimes(*arguments: object) -> bytearray:
+        if next(reads) % 5 == 0:
+            raise MemoryError
+        return read_pieces(*arguments)
+
+    monkeypatch.setattr(Files, "read_pieces", sometimes)
+    given, failed = [], 0
+    while len(given) < 30:
+        try:
+            given.append(next(opened))
+        except MemoryError:
+            failed += 1
+    assert failed > 5
+    assert [joined([one]) for one in given] == [joined([one]) for one in expected]
 
 
 def test_what_is_read_ahead_keeps_no_process_alive(small_dataset: Path, make_config, tmp_path: Path) -> None:
@@ -417,9 +464,8 @@ from kha_train.config.compose import load
 from kha_train.data.stream import open_stream
 stream = open_stream(load(Path("{tmp_path}/config.yaml")))
 next(stream)
-stream.samples.read = lambda *_: time.sleep(60)
 stream.samples_seen = 480
-stream._reader.submit(lambda: stream.samples.read())
+stream._reader.submit(lambda: time.sleep(60))
 """
     (tmp_path / "config.yaml").write_text(dump(make_config(small_dataset, prefetch=4)))
     started = time.monotonic()

@@ -69,18 +69,34 @@ def test_two_cannot_write_in_one_place(tmp_path: Path) -> None:
     assert (tmp_path / "a").is_dir()
 
 
+@pytest.mark.parametrize(("meanwhile", "message"), [("deleted", "another process"), ("replaced", "another process")])
 def test_a_lock_that_its_owner_deleted_before_it_was_taken_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: str, message: str
+) -> None:
+    def take(*_: int) -> None:
+        (tmp_path / ".a.lock").unlink()
+        if meanwhile == "replaced":
+            (tmp_path / ".a.lock").touch()
+
+    monkeypatch.setattr("data_tools.staging.fcntl.lockf", take)
+    with pytest.raises(ConfigError, match=message), replaced({"a": tmp_path / "a"}, "x", overwrite=False, keep=False):
+        pass
+
+
+def test_a_dataset_that_was_finished_before_the_lock_was_taken_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def deleted_meanwhile(*_: int) -> None:
-        (tmp_path / ".a.lock").unlink()
+    def finished_meanwhile(*_: int) -> None:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "manifest.json").write_text("{}")
 
-    monkeypatch.setattr("data_tools.staging.fcntl.lockf", deleted_meanwhile)
+    monkeypatch.setattr("data_tools.staging.fcntl.lockf", finished_meanwhile)
     with (
-        pytest.raises(ConfigError, match="another process is writing there"),
+        pytest.raises(ConfigError, match="already holds a dataset"),
         replaced({"a": tmp_path / "a"}, "x", overwrite=False, keep=False),
     ):
         pass
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_shards_whose_manifest_is_lost_are_not_written_over_unasked(tmp_path: Path) -> None:
