@@ -38,8 +38,9 @@ def _nobody_listens() -> None:
 
 def ranks_of_node(environ: Mapping[str, str] = os.environ) -> int:
     """How many ranks share a node, the fullest one where nodes differ: as torchrun or srun say, 1 when neither does."""
-    if environ.get("LOCAL_WORLD_SIZE", "0").isdigit() and int(environ.get("LOCAL_WORLD_SIZE", "0")):
-        return int(environ["LOCAL_WORLD_SIZE"])
+    told = environ.get("LOCAL_WORLD_SIZE", "")
+    if told.isdigit() and int(told):
+        return int(told)
     # As in 8(x2),4: eight on two nodes, four on the third.
     tasks = re.findall(r"(\d+)(?:\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     return max(map(int, tasks), default=1)

@@ -232,12 +232,13 @@ class ShardSet:
         """int64 [max_id + 1]: how often each id occurs in shard `index`. Reads every byte of it and compares with
         checksums, digests and the manifest's figures. Raises DataError for the first fault."""
         entry, shard = self.manifest.shards[index], self._shard(index)
-        for block in range(shard.blocks if self._check_crc else 0):
-            shard.check_block(block)
-            self._checked.add(int(self._first_blocks[index]) + block)
         counts, least, digest = np.zeros(entry.max_id + 1, dtype=np.int64), entry.max_id, hashlib.sha256()
-        step = _CHUNK_BYTES // self.dtype.itemsize
-        for start in range(0, entry.tokens, step):
+        step, blocks = _CHUNK_BYTES // self.dtype.itemsize, _CHUNK_BYTES // CRC_BLOCK_BYTES
+        first, last = self._first_blocks[index : index + 2].tolist()
+        for number, start in enumerate(range(0, entry.tokens, step)):
+            if self._check_crc:
+                # Those that were compared before, too. Together with what is read next: a disk gives it once.
+                self._check_blocks(range(first + number * blocks, min(first + (number + 1) * blocks, last)))
             ids = self.read(index, start, min(step, entry.tokens - start))
             digest.update(ids.tobytes())
             counts += np.bincount(ids, minlength=len(counts))

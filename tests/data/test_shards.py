@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from kha_train.data import files, shard
 from kha_train.data import manifest as manifests
+from kha_train.data import shards as shards_module
 from kha_train.data.manifest import TokenizerEntry, dtype_for
 from kha_train.data.shards import ShardSet
 from kha_train.data.writer import prepare, publish_dataset, write_shard
@@ -281,6 +282,29 @@ def test_a_file_cut_off_before_it_is_mapped_is_a_data_error(big: Path, monkeypat
     for _ in range(2):
         with pytest.raises(DataError, match="expected 2000 bytes, found 0: the file was truncated"):
             opened.gather(np.array([1]), np.array([90_000]), np.array([1000]))
+
+
+def test_a_verification_takes_what_it_reads_twice_from_the_disk_once(
+    big: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard may be larger than memory: checksums and digest go through it side by side, and all blocks are compared
+    also where some were before."""
+    monkeypatch.setattr(shards_module, "_CHUNK_BYTES", 2 * 65_536)
+    opened = ShardSet.open(big)
+    opened.read(1, 0, 60_000)
+    read, places = files.Files.read, []
+
+    def recorded(self: files.Files, name: str, offset: int, count: int) -> bytes:
+        if name == "shard-00001.tok":
+            places.append((offset, count))
+        return read(self, name, offset, count)
+
+    monkeypatch.setattr(files.Files, "read", recorded)
+    opened.verify(1)
+    assert places == [
+        *((0, 65_536), (65_536, 65_536), (0, 131_072)),
+        *((131_072, 65_536), (196_608, 3392), (131_072, 68_928)),
+    ]
 
 
 @pytest.mark.parametrize("reader", ["pread", "memory_map"])
