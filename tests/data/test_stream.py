@@ -468,9 +468,7 @@ stream.samples_seen = 480
 stream._reader.submit(lambda: time.sleep(60))
 """
     (tmp_path / "config.yaml").write_text(dump(make_config(small_dataset, prefetch=4)))
-    started = time.monotonic()
     subprocess.run([sys.executable, "-c", program], check=True, timeout=40)
-    assert time.monotonic() - started < 40
 
 
 def test_a_dropped_stream_ends_its_thread(small_dataset: Path, make_config) -> None:
