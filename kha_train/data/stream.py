@@ -217,8 +217,8 @@ class ValidationSet:
 
     `shards` is the dataset, `bytes_per_id_V` (int64) the UTF-8 bytes each id stands for.
 
-    Raises ConfigError and DataError as `open_stream`, and ConfigError when another tokenizer made it than the training
-    data.
+    Raises ConfigError and DataError as `open_stream`, ConfigError when another tokenizer made it than the training
+    data, and DataError when no row has a label.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -238,6 +238,14 @@ class ValidationSet:
         self.bytes_per_id_V = torch.from_numpy(self.shards.bytes_per_id)
         self._count = min(config.validation.rows or self._rows.rows, self._rows.rows)
         self._size = config.engine.micro_batch_size
+        self._check_labels()
+
+    def _check_labels(self) -> None:
+        for first in range(0, self._count, _PLANNED_ROWS):
+            numbers = np.arange(first, min(first + _PLANNED_ROWS, self._count), dtype=np.int64)
+            if len(self._rows.layout(numbers).masked_M) < len(numbers) * self._rows.seq_len:
+                return
+        raise without_labels("data.validation", f"none of its {self._count} rows")
 
     def batches(self, rank: int, world_size: int) -> Iterator[Batch]:
         """Rows 0 ... n-1 in order, n = `validation.rows` (0, or more than there are: all of them).
@@ -247,6 +255,15 @@ class ValidationSet:
         reading.
         """
         return _deal(self._rows, self._count, self._size, rank, world_size)
+
+
+def without_labels(field: str, rows: str) -> DataError:
+    """The error about `rows` (in words) of the dataset at `field` in which there is nothing to predict."""
+    return DataError(
+        f"{rows} has a label: each token is the last of its document, and no document predicts the next one's first",
+        field=field,
+        fix="use documents of two tokens or more, or set data.isolate_documents=false",
+    )
 
 
 def _deal(rows: Rows, n: int, size: int, rank: int, world_size: int) -> Iterator[Batch]:

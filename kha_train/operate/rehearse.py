@@ -26,7 +26,7 @@ import torch.distributed as dist
 from kha_train.config.compose import shipped
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate_batch
-from kha_train.data.stream import open_stream, validation_batches
+from kha_train.data.stream import open_stream, validation_batches, without_labels
 from kha_train.distributed import TORCHRUN, World
 from kha_train.engine.deepspeed import Engine, leave_world, resolve_dtype
 from kha_train.engine.memory import GIB, plan_memory
@@ -67,15 +67,15 @@ def rehearse(config: RunConfig, overrides: Sequence[str], layout: Layout) -> dic
             fix=f"a multiple of {layout.ranks_per_node}, or another --ranks-per-node",
         )
     validate_batch(config, layout.world_size)
-    parameters = count_parameters(config)
+    parameters, data = count_parameters(config), _data(config, layout.world_size)
     return {
         "world_size": layout.world_size,
         "batch": _batch(config, layout.world_size),
-        "data": _data(config, layout.world_size),
+        "data": data,
         "model": {"parameters": parameters.total, "active": parameters.active, "tensors": _count_tensors(config)},
         "memory": _memory(config, layout),
         "checkpoint": _checkpoint(config, layout.world_size),
-        "rank_0": _rank_zero(config, layout.world_size),
+        "rank_0": _rank_zero(config, layout.world_size, data["labels_first_step"]),
         "launch": _launch(overrides, layout),
     }
 
@@ -92,7 +92,8 @@ def _batch(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 def _data(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """Read the first step of every rank. Raises DataError when a row is read by two ranks or by none."""
+    """Read the first step of every rank. Raises DataError when a row is read by two ranks or by none, or no token has
+    a label."""
     firsts = []
     for rank in range(world_size):
         stream = open_stream(config, rank, world_size)
@@ -101,10 +102,13 @@ def _data(config: RunConfig, world_size: int) -> dict[str, Any]:
     samples = np.sort(np.concatenate([batch.samples_B for batch in firsts]))
     if not np.array_equal(samples, np.arange(config.data.global_batch_size)):
         raise DataError("the slices of the ranks do not tile the first step", field="data", value=samples.tolist())
+    labels = sum(batch.label_count for batch in firsts)
+    if not labels:
+        raise without_labels("data", "no token of the first step")
     return {
         "content_id": stream.content_id,
         "epochs": config.run.steps * config.data.global_batch_size / stream.samples_per_epoch,
-        "labels_first_step": sum(batch.label_count for batch in firsts),
+        "labels_first_step": labels,
         "slices_first_step": [[int(batch.samples_B[0]), int(batch.samples_B[-1])] for batch in firsts],
     }
 
@@ -141,7 +145,7 @@ def _checkpoint(config: RunConfig, world_size: int) -> dict[str, Any]:
     }
 
 
-def _rank_zero(config: RunConfig, world_size: int) -> dict[str, Any]:
+def _rank_zero(config: RunConfig, world_size: int, labels: int) -> dict[str, Any]:
     need = _bytes_to_build(config, world_size)
     have = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > have / 2:
@@ -149,7 +153,7 @@ def _rank_zero(config: RunConfig, world_size: int) -> dict[str, Any]:
     with _fake_world(world_size) as world:
         engine = Engine(config, world)
         batch = next(open_stream(config, 0, world_size))
-        train_step(engine, batch, batch.label_count * world_size, config.optim.lr, stop_requested=False)
+        train_step(engine, batch, labels, config.optim.lr, stop_requested=False)
         pieces = list(resume.pieces(engine))
         engine.close()
         leave_world()

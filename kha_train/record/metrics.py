@@ -99,7 +99,9 @@ METRICS: dict[str, Metric] = {
     ),
     "validation/loss": Metric("nats/token", "token cross-entropy on the validation rows / their unmasked labels"),
     "validation/bits_per_byte": Metric(
-        "bits/byte", "validation cross-entropy in bits / bytes of text behind the unmasked labels"
+        "bits/byte",
+        "validation cross-entropy in bits / bytes of text behind the unmasked labels; absent for ids imported without "
+        "a tokenizer",
     ),
 }
 """Keys of a metrics line. Other keys are recorded too, but have no definition to print."""

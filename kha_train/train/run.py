@@ -85,7 +85,7 @@ def _train_to_the_end(session: Session, stops: StopRequests, watchdog: Watchdog)
         watchdog.beat(step, "validating and saving")
         if _is_due(step, config.validation.every_steps, steps):
             validation = session.validate()
-            line |= {"validation/loss": validation.loss, "validation/bits_per_byte": validation.bits_per_byte}
+            line |= validation.metrics()
         session.report(line, result.evidence)
         if session.obey():
             continue

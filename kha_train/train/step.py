@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kha_train.data.stream import Batch, TokenStream
+from kha_train.data.stream import Batch, TokenStream, without_labels
 from kha_train.distributed import Caught, World, as_error
 from kha_train.engine.deepspeed import Engine
 from kha_train.errors import KhaError
@@ -59,9 +59,10 @@ def only_finite(loss: float, grad_norm: float) -> Ruling:
 def next_batch(stream: TokenStream, world: World, trouble: KhaError | None = None) -> tuple[Batch, int]:
     """This rank's batch of the next step and the unmasked labels of the whole global batch.
 
-    Raises on all ranks when any rank could not read its part, or brings `trouble` from before.
+    Raises on all ranks when any rank could not read its part, or brings `trouble` from before, and DataError when the
+    global batch has no label; the part of one rank may have none.
     """
-    batch = None
+    batch, first = None, stream.samples_seen
     with Caught() as caught:
         batch = next(stream)
     error = trouble or (as_error(caught.error, "read the batch") if caught.error else None)
@@ -69,13 +70,18 @@ def next_batch(stream: TokenStream, world: World, trouble: KhaError | None = Non
     if failures:
         world.raise_together(error)
     assert batch is not None
+    if not labels:
+        # All ranks know the sum, so all of them raise this.
+        error = without_labels("data", f"no token of samples {first} to {stream.samples_seen - 1}")
+        error.agreed = True
+        raise error
     return batch, labels
 
 
 def train_step(
     engine: Engine, batch: Batch, labels: int, lr: float, stop_requested: bool, judge: Judge = only_finite
 ) -> StepResult:
-    """Train on `batch`, this rank's part of a global batch with `labels` unmasked labels, at rate `lr`.
+    """Train on `batch`, this rank's part of a global batch with `labels` (at least 1) unmasked labels, at rate `lr`.
 
     `judge` decides whether the update is applied or discarded. One that is not finite is never applied.
     """
@@ -83,7 +89,8 @@ def train_step(
     micro_batches = list(batch.micro_batches(micro_size))
     # All ranks hold equally many tokens.
     tokens = batch.tokens_BT.numel() * world.size
-    scales = world.size / max(labels, 1), world.size / tokens
+    assert labels >= 1, "a step has something to predict"
+    scales = world.size / labels, world.size / tokens
     sums, load_LE = torch.zeros(3, dtype=torch.float64, device=world.device), None
     for number, micro_batch in enumerate(micro_batches, start=1):
         output = engine.accumulate(micro_batch, *scales, last=number == len(micro_batches))
@@ -102,7 +109,7 @@ def train_step(
     grad_norm, loss_total, balance_total, z_total, stops = known[:5].tolist()
     seen_LE, routed_by_LE = known[5:].view(2, *load_LE.shape)
 
-    loss = loss_total / max(labels, 1)
+    loss = loss_total / labels
     routed = tokens * max(load_LE.shape[0], 1)
     grad_norm = grad_norm if math.isfinite(grad_norm) else math.inf
     ruling = judge(loss, grad_norm)
