@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from kha_train.literal import visible
+
 
 class KhaError(Exception):
     """A mistake outside the program, told in one line: what is wrong, what is allowed, how to mend it.
 
     `field` names the configuration key or the file, `value` what was found there, `allowed` what would have been
-    accepted, `fix` what to type or change. `str(error)` is the line a user sees; only the parts given are shown.
+    accepted, `fix` what to type or change. `str(error)` is the line a user sees; only the parts given are shown, and
+    none of them can steer a terminal.
     """
 
     exit_code = 1
@@ -29,11 +32,12 @@ class KhaError(Exception):
         fix: str | None = None,
     ) -> None:
         self.problem, self.field, self.value, self.allowed, self.fix = problem, field, value, allowed, fix
-        where = "" if field is None else f"{field}: " if value is None else f"{field} = {value!r}: "
+        name = None if field is None else visible(field)
+        where = "" if name is None else f"{name}: " if value is None else f"{name} = {value!r}: "
         text = f"{where}{problem}"
         text += f"; allowed: {allowed}" if allowed else ""
         text += f"; fix: {fix}" if fix else ""
-        super().__init__(text)
+        super().__init__(visible(text, keep="\n"))
 
     def line(self) -> str:
         """The one line printed before the command ends with `exit_code`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
+from html import escape as html_escape
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from kha_train.analysis.compare import Comparison, Pair, loss_difference
 from kha_train.analysis.figures import Band, Curve
 from kha_train.analysis.statistics import display_decay, exponential_average
 from kha_train.analysis.summary import HONESTY, RESULTS, printed
+from kha_train.literal import visible
 
 LIGHT = ("#1261b5", "#c4501b", "#0f7d5c", "#9a3a96", "#8a6d00", "#b3274a", "#3f6f8f", "#6a6a6a")
 DARK = ("#6cb2ff", "#ff9a62", "#4fd3a5", "#e08bdb", "#e0c04a", "#ff7f9d", "#9cc6e0", "#b5b5b5")
@@ -235,3 +236,8 @@ def _table(comparison: Comparison, rows: list[tuple[str, list[str]]]) -> str:
         f"<tr><th>{name}</th>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>" for name, values in rows
     )
     return f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def escape(text: str) -> str:
+    """`text` as the page shows it: no markup, and what would steer the eye or the page made visible."""
+    return html_escape(visible(text))

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from kha_train.analysis.compare import Comparison
 from kha_train.analysis.summary import HONESTY, RESULTS, printed
+from kha_train.literal import visible
 
 NAME_WIDTH, DEFINITION_WIDTH = 26, 40
 """Characters that the table needs for names, and for definitions to be readable; the report has them in any case."""
@@ -22,13 +23,13 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     if comparison.differences:
         settings = _table("setting that differs", [run.label for run in comparison.runs])
         for key, values in comparison.differences.items():
-            settings.add_row(key, *(str(value) for value in values))
+            settings.add_row(*map(_text, (key, *values)))
         parts.append(settings)
-    parts += [Text(pair.data_words) for pair in comparison.pairs]
-    parts += [Text(comparison.sentence(pair), "bold") for pair in comparison.pairs]
-    parts += [Text(comparison.seeds_sentence(found), "bold") for found in comparison.across_seeds if found.interval]
+    parts += [_text(pair.data_words) for pair in comparison.pairs]
+    parts += [_text(comparison.sentence(pair), "bold") for pair in comparison.pairs]
+    parts += [_text(comparison.seeds_sentence(found), "bold") for found in comparison.across_seeds if found.interval]
     if not comparison.pairs:
-        parts.append(Text(f"one run, nothing to compare it with; {comparison.evidence}", "bold"))
+        parts.append(_text(f"one run, nothing to compare it with; {comparison.evidence}", "bold"))
     console.print(Group(*parts))
 
 
@@ -49,7 +50,12 @@ def _table(first: str, labels: list[str], last: str | None = None) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column(first)
     for label in labels:
-        table.add_column(Text(label), justify="right")
+        table.add_column(_text(label), justify="right")
     if last:
         table.add_column(last)
     return table
+
+
+def _text(value: Any, style: str = "") -> Text:
+    """A foreign name or value, to be printed as it is."""
+    return Text(visible(str(value)), style)

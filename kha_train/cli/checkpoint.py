@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from kha_train.checkpoint.layout import FOLDER
 from kha_train.errors import CheckpointError, ConfigError
+from kha_train.literal import say
 from kha_train.record.lock import RunLock
+from kha_train.telemetry.terminal import LiteralConsole
 
 app = typer.Typer(name="checkpoint", help="What a run has saved.", no_args_is_help=True)
 RunDir = Annotated[Path, typer.Argument(help="A run directory.")]
@@ -32,7 +33,7 @@ def list_(run: RunDir, as_json: AsJson = False) -> None:
     table = Table("step", "size", "saved", "ranks", "kept", "state")
     for row in rows:
         table.add_row(str(row.step), f"{row.bytes / 2**20:,.1f} MiB", row.saved, str(row.ranks), row.kept, row.state)
-    Console().print(table)
+    LiteralConsole().print(table)
 
 
 @app.command("verify")
@@ -53,7 +54,7 @@ def verify_(
         except CheckpointError as error:
             problems[directory.name] = str(error)
         if not as_json:
-            typer.echo(f"{directory.name}: {problems.get(directory.name, 'whole')}")
+            say(f"{directory.name}: {problems.get(directory.name, 'whole')}")
     if as_json:
         typer.echo(json.dumps({directory.name: problems.get(directory.name) for directory in directories}, indent=2))
     if problems:
@@ -78,7 +79,7 @@ def prune_(
             held.callback(RunLock(run).close)
         gone = prune(run, Keep(keep_last, keep_every), check=verify, dry_run=not yes)
     verb = "deleted" if yes else "would delete (say --yes)"
-    typer.echo(f"{verb}: {', '.join(f'step {step}' for step in gone) or 'nothing'}")
+    say(f"{verb}: {', '.join(f'step {step}' for step in gone) or 'nothing'}")
 
 
 @app.command("keep")
@@ -95,7 +96,7 @@ def keep_(
     if step not in {row.step for row in inventory(folder)}:
         raise ConfigError("no such checkpoint", field="step", value=step, fix=f"kha checkpoint list {run}")
     mark(folder, step, keep=not off)
-    typer.echo(f"step {step}: {'no longer marked' if off else 'stays'}")
+    say(f"step {step}: {'no longer marked' if off else 'stays'}")
 
 
 @app.command("diff")
@@ -115,14 +116,14 @@ def diff_(
         typer.echo(json.dumps(found.to_dict(), indent=2))
         return
     if found.equal:
-        typer.echo("equal: every setting, count, master, moment and buffer, bit for bit")
+        say("equal: every setting, count, master, moment and buffer, bit for bit")
         return
     _print_rows("setting", ("first", "second"), found.settings)
     _print_rows("tensor", ("largest difference", "relative norm"), found.tensors)
     for name in found.only_first:
-        typer.echo(f"only in the first: {name}")
+        say(f"only in the first: {name}")
     for name in found.only_second:
-        typer.echo(f"only in the second: {name}")
+        say(f"only in the second: {name}")
 
 
 def _print_rows(title: str, columns: tuple[str, str], rows: dict[str, tuple[Any, Any]]) -> None:
@@ -130,7 +131,7 @@ def _print_rows(title: str, columns: tuple[str, str], rows: dict[str, tuple[Any,
         table = Table(title, *columns)
         for name, (left, right) in rows.items():
             table.add_row(name, str(left), str(right))
-        Console().print(table)
+        LiteralConsole().print(table)
 
 
 def _folder(run: Path) -> Path:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from kha_train.analysis.compare import compare_runs
 from kha_train.analysis.report import write_report
 from kha_train.analysis.table import print_comparison
+from kha_train.literal import say
+from kha_train.telemetry.terminal import LiteralConsole
 
 
 def compare(
@@ -25,5 +26,5 @@ def compare(
     if as_json:
         typer.echo(json.dumps({**comparison.to_dict(), "report": str(page)}, indent=2))
         return
-    print_comparison(comparison, Console())
-    typer.echo(f"report: {page}")
+    print_comparison(comparison, LiteralConsole())
+    say(f"report: {page}")

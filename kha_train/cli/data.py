@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
@@ -31,10 +29,11 @@ from kha_train.data.inspect import BORDER, decoder_of, digest, length_histogram,
 from kha_train.data.manifest import MANIFEST_NAME
 from kha_train.data.shards import ShardSet
 from kha_train.errors import ConfigError, DataError
+from kha_train.literal import say, visible
 from kha_train.record import read_events, read_metrics, read_run
+from kha_train.telemetry.terminal import LiteralConsole
 
 VERIFY_GIB = 1.0
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Text that was trained on must not steer the terminal that shows it."""
 
 app = typer.Typer(name="data", help="Corpus, tokenizer, shards.", no_args_is_help=True)
@@ -183,7 +182,7 @@ def verify(directory: DatasetDir, as_json: Json = False) -> None:
         answer[path] = {"ok": True, "tokens": shards.manifest.tokens, "content_id": shards.content_id}
     if len(faults) > 1:
         for fault in faults:
-            typer.echo(fault.line(), err=True)
+            say(fault.line(), err=True)
         raise DataError(f"{len(faults)} shards are damaged, see above", field=directory)
     if faults:
         raise faults[0]
@@ -318,10 +317,10 @@ def _samples(shards: ShardSet, count: int, tokens: int) -> Iterator[dict[str, An
 
 @contextmanager
 def _progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    console = LiteralConsole(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
+        task = progress.add_task(visible(what), total=total)
         yield lambda amount: progress.advance(task, amount)
 
 
@@ -331,9 +330,9 @@ def _answer(answer: dict[str, Any], as_json: bool) -> None:
         return
     table = Table("", Column("", overflow="fold"), show_header=False, box=None)
     for key, value in _flat(answer, ""):
-        table.add_row(key, _UNPRINTABLE.sub(lambda found: f"\\x{ord(found[0]):02x}", value))
-    width = None if "COLUMNS" in os.environ or Console().is_terminal else 200
-    Console(width=width, markup=False, highlight=False).print(table)
+        table.add_row(key, value)
+    width = None if "COLUMNS" in os.environ or LiteralConsole().is_terminal else 200
+    LiteralConsole(width=width).print(table)
 
 
 def _bars(counts: dict[str, int]) -> dict[str, str]:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from kha_train.literal import say
+
 
 def generate(
     run: Annotated[Path, typer.Argument(help="A run directory with a checkpoint.")],
@@ -24,7 +26,7 @@ def generate(
     from kha_train.export.generate import Sampling, encode_prompt, load_run
     from kha_train.export.generate import generate as draw_tokens
 
-    model = load_run(run, report=lambda text: typer.echo(f"warning: {text}", err=True))
+    model = load_run(run, report=lambda text: say(f"warning: {text}", err=True))
     prompt_ids = encode_prompt(model, prompt, _numbers(ids), samples)
     stop = None if model.tokenizer is None else model.tokenizer.special_ids.get("eos")
     drawn = draw_tokens(model.decoder, prompt_ids, Sampling(tokens, temperature, top_p, seed), stop)
@@ -36,7 +38,7 @@ def generate(
         typer.echo(json.dumps(answer))
         return
     for row, text in zip(rows, texts, strict=True):
-        typer.echo(",".join(map(str, row)) if text is None else prompt + text)
+        say(",".join(map(str, row)) if text is None else prompt + text)
 
 
 def _numbers(ids: str) -> list[int]:

@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from kha_train.errors import ConfigError, KhaError, MachineError
+from kha_train.literal import say
 from kha_train.record.markers import leave_outcome
 from kha_train.record.redact import Redactor
 
@@ -94,7 +95,7 @@ def _as_own(error: OSError) -> KhaError | None:
 
 
 def _complain(text: str) -> None:
-    print(Redactor.from_environment().text(text), file=sys.stderr, flush=True)
+    say(Redactor.from_environment().text(text), err=True)
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

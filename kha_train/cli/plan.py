@@ -12,6 +12,7 @@ from rich.table import Table
 from kha_train.cli.train import Overrides
 from kha_train.config.compose import compose
 from kha_train.operate.plan import Plan, make_plan
+from kha_train.telemetry.terminal import LiteralConsole
 
 GIB = 1024**3
 
@@ -25,7 +26,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(answer.to_dict(), indent=2))
     else:
-        show(answer, Console(width=120, highlight=False))
+        show(answer, LiteralConsole(width=120))
     if answer.fits is False:
         raise typer.Exit(2)
 
@@ -34,21 +35,20 @@ def show(answer: Plan, console: Console) -> None:
     """Print the plan as tables."""
     for table in (_model(answer), _memory(answer), _stages(answer), _recipes(answer), _run(answer)):
         caption, table.caption, title, table.title = table.caption, None, table.title, None
-        console.print(title, style="bold", markup=False)
+        console.print(title, style="bold")
         console.print(table)
-        console.print(f"{caption}\n" if caption else "", style="dim", markup=False)
+        console.print(f"{caption}\n" if caption else "", style="dim")
     if answer.batch_problem:
-        console.print(f"cannot run yet: {answer.batch_problem}", markup=False)
-    console.print(_verdict(answer), markup=False)
+        console.print(f"cannot run yet: {answer.batch_problem}")
+    console.print(_verdict(answer))
     for number, remedy in enumerate(answer.remedies, start=1):
         enough = "fits" if remedy.fits else "not enough"
         console.print(
             f"  {number}. {remedy.overrides}: saves {_gib(remedy.saves_bytes)}, leaves {_gib(remedy.total_bytes)} "
             f"({enough}); {remedy.price}",
-            markup=False,
         )
     if answer.fits is False:
-        console.print(f"  enough: {answer.together or 'no number of these devices is enough'}", markup=False)
+        console.print(f"  enough: {answer.together or 'no number of these devices is enough'}")
 
 
 def _verdict(answer: Plan) -> str:

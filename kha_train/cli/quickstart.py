@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from kha_train.literal import say
+
 
 def quickstart(
     out: Annotated[Path, typer.Option(help="Directory for corpus, tokenizer, shards, runs and report.")] = Path(
@@ -21,6 +23,6 @@ def quickstart(
     """Corpus -> tokenizer -> shards -> a GQA and a KHA model -> comparison; offline, on a CPU, in minutes."""
     from kha_train.operate.quickstart import run_quickstart
 
-    result = run_quickstart(out, steps=steps, processes=processes, say=(lambda text: None) if json else typer.echo)
+    result = run_quickstart(out, steps=steps, processes=processes, say=(lambda text: None) if json else say)
     if json:
         typer.echo(json_text.dumps(result))

@@ -15,6 +15,7 @@ from kha_train.analysis.spikes import SpikeReport, across_runs, evidence_of, lin
 from kha_train.analysis.spikes_plot import plot_spikes
 from kha_train.analysis.spikes_text import batch_texts
 from kha_train.errors import ConfigError, KhaError
+from kha_train.telemetry.terminal import LiteralConsole
 
 EVENT_COLUMNS = {
     "step": "start_step", "class": "class", "width": "width", "height": "height", "area": "area",
@@ -55,7 +56,7 @@ def spikes(
     if as_json:
         typer.echo(json.dumps(_plain(answer), indent=2, allow_nan=False))
         return
-    console = Console()
+    console = LiteralConsole()
     if event is not None:
         _print_event(answer, console)
         return
@@ -64,7 +65,7 @@ def spikes(
     if "pooled" in answer:
         _print_together(answer, console)
     if plot is not None:
-        console.print(f"plot: {plot}", markup=False)
+        console.print(f"plot: {plot}")
 
 
 def _refuse_several(curves: list[Path], option: str) -> None:
@@ -93,7 +94,6 @@ def _print_event(answer: dict[str, Any], console: Console) -> None:
         f"{'recovered' if event['recovered'] else 'not recovered'}: {_short(event['height'])} nats above "
         f"{_short(event['baseline'])}, area {_short(event['area'])}, "
         f"gradient norm up to {_short(event['gnorm_peak_ratio'])} times the usual",
-        highlight=False,
     )
     names = [name for name in AROUND_COLUMNS if any(name in line for line in answer["around"])]
     table = Table(*(AROUND_COLUMNS[name] for name in names), title="around its beginning", title_justify="left")
@@ -106,10 +106,10 @@ def _print_event(answer: dict[str, Any], console: Console) -> None:
     else:
         console.print("no evidence of it is recorded")
     for text in answer["texts"]:
-        console.print(f"--- sample {text['sample']} of {text['source']}", markup=False)
-        console.print(text["text"][:TEXT_CHARACTERS], markup=False, highlight=False)
+        console.print(f"--- sample {text['sample']} of {text['source']}")
+        console.print(text["text"][:TEXT_CHARACTERS])
     if "no_texts" in answer:
-        console.print(f"its text cannot be shown: {answer['no_texts']}", markup=False)
+        console.print(f"its text cannot be shown: {answer['no_texts']}")
 
 
 def _print_evidence(evidence: dict[str, Any], console: Console) -> None:
@@ -148,11 +148,11 @@ def _print_report(report: SpikeReport, console: Console) -> None:
     console.print(table if events else f"{report.curve.label}: no event")
     for name, value in summary.items():
         if name != "rates":
-            console.print(f"  {name:<22} {_short(value)}", highlight=False)
+            console.print(f"  {name:<22} {_short(value)}")
     for name, value in summary["rates"].items():
-        console.print(f"  {name:<28} {_interval(value)}", highlight=False)
+        console.print(f"  {name:<28} {_interval(value)}")
     for name, value in {**report.scores, **report.actions}.items():
-        console.print(f"  {name:<28} {_short(value)}", highlight=False)
+        console.print(f"  {name:<28} {_short(value)}")
     if report.curve.repeated:
         console.print(f"  {report.curve.repeated} repeated steps: the last line of each was taken")
 
@@ -164,7 +164,6 @@ def _print_together(answer: dict[str, Any], console: Console) -> None:
         console.print(
             f"  {label}: shared with another run {events['shared']}, private {events['private']} "
             f"(at the same {answer['shared_by']})",
-            markup=False,
         )
     for label, gap in answer["tail_gap"].items():
         console.print(

@@ -12,16 +12,18 @@ import typer
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from kha_train.operate.slurm import waiting_elements
 from kha_train.operate.status import RunStatus, find_runs, run_status
 from kha_train.operate.sweep import load_sweep, queued_labels, statuses, sweep_points
 from kha_train.telemetry.format import duration, fixed, scaled
+from kha_train.telemetry.terminal import LiteralConsole, literal
 
 COLORS = {"done": "green", "running": "cyan", "fatal": "red", "silent": "red", "ended": "yellow", "requeue": "yellow"}
-COLUMNS: dict[str, Callable[[RunStatus], str]] = {
+COLUMNS: dict[str, Callable[[RunStatus], str | Text]] = {
     "run": lambda run: run.name,
-    "state": lambda run: f"[{COLORS.get(run.state, 'default')}]{run.state}[/]",
+    "state": lambda run: literal(run.state, COLORS.get(run.state, "default")),
     "step": lambda run: f"{run.step}/{run.steps or '?'}",
     "loss": lambda run: _or_dash(run.loss, lambda value: fixed(value, 3)),
     "tok/s": lambda run: _or_dash(run.tokens_per_second, scaled),
@@ -50,7 +52,7 @@ def status(
     if as_json:
         typer.echo(json.dumps({"runs": [run.to_dict() for run in _look(paths)]}))
         return
-    console = Console()
+    console = LiteralConsole()
     if not watch:
         _print(console, _look(paths))
         return
@@ -78,7 +80,8 @@ def _table(runs: list[RunStatus], names: list[str]) -> Table:
     for name in names:
         table.add_column(name, justify="left" if name in ("run", "state") else "right", no_wrap=True)
     for run in runs:
-        table.add_row(*(COLUMNS[name](run) for name in names))
+        cells = (COLUMNS[name](run) for name in names)
+        table.add_row(*(literal(cell) if isinstance(cell, str) else cell for cell in cells))
     return table
 
 
@@ -95,11 +98,11 @@ def _look(paths: list[Path]) -> list[RunStatus]:
 
 
 def _print(console: Console, runs: list[RunStatus]) -> None:
-    wide = console if console.is_terminal else Console(width=200)
+    wide = console if console.is_terminal else LiteralConsole(width=200)
     wide.print(status_table(runs, wide))
     for run in runs:
         if run.note:
-            wide.print(f"{run.name}: {run.note}", markup=False, highlight=False)
+            wide.print(f"{run.name}: {run.note}")
 
 
 def _or_dash(value: float | None, show: Callable[[float], str]) -> str:

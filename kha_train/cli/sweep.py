@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.live import Live
 
 from kha_train.cli.status import status_table
@@ -17,10 +16,12 @@ from kha_train.cli.train import Overrides
 from kha_train.config.compose import compose, shipped
 from kha_train.config.validate import validate_batch
 from kha_train.errors import KhaError
+from kha_train.literal import say
 from kha_train.operate import slurm, sweep
 from kha_train.operate.local import run_points
 from kha_train.operate.slurm import JobOptions, Started
 from kha_train.operate.sweep import Point
+from kha_train.telemetry.terminal import LiteralConsole
 
 Grid = Annotated[
     list[str],
@@ -77,11 +78,11 @@ def launch_arguments(
 def _print_scripts(directory: Path, points: list[Point], options: JobOptions) -> None:
     command = slurm.sbatch_command(directory, directory / "points-0.json", len(points), options)
     settings = shlex.join(f"{name}={value}" for name, value in slurm.job_environment(options).items())
-    typer.echo(f"# {len(points)} points: {', '.join(point.label for point in points)}")
-    typer.echo(f"# command\nenv {settings} {shlex.join(command)}\n")
-    typer.echo(f"# {directory}/points-0.json\n{json.dumps(slurm.points_document(points), indent=2)}")
+    say(f"# {len(points)} points: {', '.join(point.label for point in points)}")
+    say(f"# command\nenv {settings} {shlex.join(command)}\n")
+    say(f"# {directory}/points-0.json\n{json.dumps(slurm.points_document(points), indent=2)}")
     for script in ("sweep.sbatch", "lib.sh"):
-        typer.echo(f"\n# {script}\n{(shipped('launch') / script).read_text(encoding='utf-8')}")
+        say(f"\n# {script}\n{(shipped('launch') / script).read_text(encoding='utf-8')}")
 
 
 def _run_here(
@@ -94,7 +95,7 @@ def _run_here(
     for point in start:
         validate_batch(compose(point.overrides), processes)
     sweep.save_sweep(directory, points, equal)
-    console = Console(stderr=True)
+    console = LiteralConsole(stderr=True)
     with Live(console=console, auto_refresh=False) as live:
 
         def show(now: Point) -> None:
@@ -117,8 +118,8 @@ def _answer(directory: Path, points: list[Point], started: Started, as_json: boo
         typer.echo(json.dumps({**answer, "points": runs}))
         return
     for label, state in left.items():
-        typer.echo(f"left as it is: {label} ({state})")
+        say(f"left as it is: {label} ({state})")
     if started.job:
-        typer.echo(f"submitted {len(labels)} points as job {started.job}")
-    typer.echo(f"watch:   kha status --watch {directory}")
-    typer.echo(f"compare: kha compare {shlex.join(point.run_dir for point in points)}")
+        say(f"submitted {len(labels)} points as job {started.job}")
+    say(f"watch:   kha status --watch {directory}")
+    say(f"compare: kha compare {shlex.join(point.run_dir for point in points)}")

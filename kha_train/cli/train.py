@@ -9,6 +9,7 @@ import typer
 
 from kha_train.config.compose import compose
 from kha_train.errors import ConfigError
+from kha_train.literal import say
 from kha_train.telemetry.startup import Startup
 
 Overrides = Annotated[
@@ -42,7 +43,7 @@ def train(
 
     outcome = train_run(config, startup)
     if not outcome.finished:
-        typer.echo(f"stopped in good order after step {outcome.step}; the same command goes on from there", err=True)
+        say(f"stopped in good order after step {outcome.step}; the same command goes on from there", err=True)
 
 
 def _rehearse(overrides: list[str], ranks_per_node: int, as_json: bool) -> None:
@@ -62,4 +63,4 @@ def _rehearse(overrides: list[str], ranks_per_node: int, as_json: bool) -> None:
     for section, values in answer.items():
         shown = values if isinstance(values, dict) else {"": values}
         for key, value in shown.items():
-            typer.echo(f"{section} {key}".strip() + f": {f'{value:,.4g}' if isinstance(value, float) else value}")
+            say(f"{section} {key}".strip() + f": {f'{value:,.4g}' if isinstance(value, float) else value}")

@@ -135,7 +135,7 @@ def _state(path: Path, attempts: list[dict[str, Any]], queued: bool) -> State:
 
 def _note(path: Path) -> str:
     fatal = path / Marker.FATAL.value
-    said = fatal.read_text(encoding="utf-8").strip() if fatal.is_file() else ""
+    said = fatal.read_bytes().decode(errors="replace").strip() if fatal.is_file() else ""
     first = first_failure_line(path)
     # Mostly it is the one that marked the run.
     return "; ".join(filter(None, ["" if said in first else said, first]))

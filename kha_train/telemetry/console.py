@@ -9,23 +9,24 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from rich.console import Console as RichConsole
 from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
 from kha_train.config.schema import RunConfig
+from kha_train.literal import visible
 from kha_train.record import Redactor
 from kha_train.telemetry.format import step_line
 from kha_train.telemetry.meters import MovingAverage
+from kha_train.telemetry.terminal import LiteralConsole, literal
 
 SECONDS_BETWEEN_LINES = 10.0
 """In mode `auto` away from a terminal, a line is printed at most this often."""
 
 
-class _PatientConsole(RichConsole):
-    """A rich console that falls silent, instead of ending the process, when nobody reads it any more."""
+class _PatientConsole(LiteralConsole):
+    """A literal console that falls silent, instead of ending the process, when nobody reads it any more."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -55,7 +56,7 @@ class Console:
         """`start_step` is the number of steps finished before; `file` defaults to standard output."""
         self.total_steps = total_steps
         self._clean = Redactor.from_environment().text
-        self._rich = _PatientConsole(file=file or sys.stdout, highlight=False, quiet=rank != 0)
+        self._rich = _PatientConsole(file=file or sys.stdout, quiet=rank != 0)
         mode = config.telemetry.console
         self.mode = ("progress" if self._rich.is_terminal else "sparse") if mode == "auto" else mode
         self._clock = clock
@@ -94,11 +95,11 @@ class Console:
 
     def message(self, text: str) -> None:
         """Prints a line of text, above the bar if there is one."""
-        self._rich.print(self._clean(text), markup=False, soft_wrap=True)
+        self._rich.print(self._clean(text), soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Prints a line that should be read."""
-        self._rich.print(Text(f"warning: {self._clean(text)}", style="yellow"), soft_wrap=True)
+        self._rich.print(literal(f"warning: {self._clean(text)}", "yellow"), soft_wrap=True)
 
     def checkpoint_saved(self, step: int) -> None:
         """Remembers the newest checkpoint for the lines that follow."""
@@ -128,10 +129,10 @@ class Console:
         self.close()
 
     def _start_bar(self, name: str, start_step: int) -> None:
-        name_column, bar = TextColumn("{task.description}"), BarColumn(bar_width=None)
+        name_column, bar = TextColumn("{task.description}", markup=False), BarColumn(bar_width=None)
         columns = (name_column, bar, TaskProgressColumn(), MofNCompleteColumn())
         self._progress = Progress(*columns, console=self._rich, expand=True)
-        self._task = self._progress.add_task(self._clean(name), total=self.total_steps, completed=start_step)
+        self._task = self._progress.add_task(visible(self._clean(name)), total=self.total_steps, completed=start_step)
         self._live = Live(self._progress, console=self._rich, refresh_per_second=4)
         self._live.start()
 

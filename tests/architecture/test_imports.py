@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (
+    {"literal"},
     {"errors", "stability"},
     {"config", "distributed"},
     {"data", "model", "optim", "record"},

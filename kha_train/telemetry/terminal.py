@@ -1,0 +1,26 @@
+"""Terminals that print every text literally: no markup, no emoji codes, nothing that a terminal would obey."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from kha_train.literal import LINES, visible
+
+
+class LiteralConsole(Console):
+    """A rich console to which `[/red]`, `:smile:` and escape sequences are text, in cells of tables too."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        """As rich's, of the text with everything visible."""
+        return super().render_str(visible(text, LINES), **options)
+
+
+def literal(text: Any, style: str = "") -> Text:
+    """`text` in a style, to be printed as it is by any console."""
+    return Text(visible(str(text), LINES), style)
