@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from kha_train.config.build import without_places
+from kha_train.config.compose import load_plain
 from kha_train.config.constants import FREE_TO_CHANGE
 from kha_train.errors import ConfigError
 from kha_train.record import read_discarded, read_events, read_metrics, read_run
@@ -79,7 +79,7 @@ def load_run(path: Path) -> RunData:
             value=str(path),
             fix="name the run.dir that `kha train` wrote",
         )
-    config = without_places(yaml.safe_load(config_file.read_text(encoding="utf-8")) or {})
+    config = without_places(load_plain(config_file))
     label = str(config.get("run.name") or path.resolve().name)
     attention = str(config.get("attention.name", "unknown"))
     return RunData(path, label, config, read_run(path), lines, len(read_discarded(path)), read_events(path), attention)

@@ -21,7 +21,7 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
     """
     if not isinstance(values, Mapping):
         raise ConfigError("expected a group of settings", field=path or "config", value=values)
-    cls = _variant_class(cls, values, path)
+    cls = variant_class(cls, values, path)
     hints = get_type_hints(cls)
     known = [field.name for field in fields(cls)]
     for key in values:
@@ -39,7 +39,7 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
 
 def to_plain(config: Any) -> dict[str, Any]:
     """The tree as nested dicts, lists, strings and numbers: what is written to `<run.dir>/config.yaml`."""
-    return {key: _plain(value) for key, value in asdict(config).items()}
+    return {key: plain(value) for key, value in asdict(config).items()}
 
 
 def flatten(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -66,7 +66,11 @@ def nearest(key: str, known: Iterable[str], path: str = "") -> dict[str, str]:
     return {"allowed": ", ".join(known), **hint}
 
 
-def _variant_class(cls: type, values: Mapping[str, Any], path: str) -> type:
+def variant_class(cls: type, values: Mapping[str, Any], path: str) -> type:
+    """The options dataclass that `values` names where `cls` is a base or an interaction, else `cls` itself.
+
+    Raises ConfigError for a name that is not registered.
+    """
     registry = {BaseOptions: BASES, InteractionOptions: INTERACTIONS}.get(cls)
     if registry is None:
         return cls
@@ -103,10 +107,11 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[
     return tuple(_convert(hint, item, where) for hint, item in zip(arguments, value, strict=True))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """`value` with mappings as dicts and tuples as lists, as YAML and JSON hold it."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _join(path: str, key: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from kha_train.config.build import build, flatten, nearest, to_plain
+from kha_train.config.saved import completed
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate
 from kha_train.errors import ConfigError
@@ -43,14 +44,18 @@ def load(path: Path) -> RunConfig:
     """The configuration saved in a run directory. Raises ConfigError when it is missing or not ours."""
     if not path.is_file():
         raise ConfigError("no such file", field="config", value=str(path), fix="name a run directory of `kha train`")
-    config = build(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
+    config = build(RunConfig, load_plain(path))
     validate(config)
     return config
 
 
 def load_plain(path: Path) -> dict[str, Any]:
-    """The values saved in a run directory as they are, of whatever version; empty when there is no such file."""
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+    """The values saved in a run directory, of whatever version, completed with the settings that came later.
+
+    Empty when there is no such file.
+    """
+    values = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+    return completed(values) if values and isinstance(values, dict) else values
 
 
 def dump(config: RunConfig) -> str:

@@ -100,8 +100,10 @@ def check_against_runs(points: Iterable[Point]) -> None:
         if not found:
             continue
         saved, now = without_places(found), without_places(to_plain(compose(point.overrides)))
-        changed = [key for key in sorted(saved.keys() & now.keys()) if saved[key] != now[key]]
-        fixed = [f"{key}: {saved[key]!r} -> {now[key]!r}" for key in changed if not key.startswith(FREE_TO_CHANGE)]
+        changed = [key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key)]
+        fixed = [
+            f"{key}: {saved.get(key)!r} -> {now.get(key)!r}" for key in changed if not key.startswith(FREE_TO_CHANGE)
+        ]
         if fixed:
             raise ConfigError(
                 f"the directory holds another run ({'; '.join(fixed)})",

@@ -14,6 +14,7 @@ from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import Checkpoint
 from kha_train.config.build import to_plain, without_places
 from kha_train.config.constants import FREE_TO_CHANGE
+from kha_train.config.saved import completed
 from kha_train.config.schema import RunConfig
 from kha_train.engine.deepspeed import Engine, InitialValue, seeded
 from kha_train.errors import DataError, ResumeError
@@ -136,9 +137,12 @@ def check_same_data(first: dict[str, str], content_ids: dict[str, str]) -> None:
 
 
 def differences(config: RunConfig, checkpoint: Checkpoint, content_ids: dict[str, str]) -> list[tuple[str, Any, Any]]:
-    """(setting, its value in the checkpoint, its value now) of all that a run may not change without being asked."""
+    """(setting, its value in the checkpoint, its value now) of all that a run may not change without being asked.
+
+    A setting that the checkpoint's release did not have counts as its declared earlier value.
+    """
     state, clean = checkpoint.trainer_state, Redactor.from_environment().clean
-    saved, now = without_places(state["config"]), without_places(to_plain(config))
+    saved, now = without_places(completed(state["config"])), without_places(to_plain(config))
     for name, content_id in content_ids.items():
         # A checkpoint that does not name its content is not held against it.
         saved[name], now[name] = state.get(name, content_id)[:12], content_id[:12]

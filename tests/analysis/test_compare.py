@@ -199,8 +199,8 @@ def test_a_run_that_never_was_finite_is_reported_without_an_end(tmp_path: Path) 
         ({"seq_len": 16}, False, "model.seq_len is 8 and 16"),
         ({"shift_from": 12}, False, "other samples from step 13 on"),
         ({"data": {"isolate_documents": False}}, False, "data.isolate_documents is True and False"),
-        ({"data": {"packing": "best_fit"}}, False, "data.packing is None and best_fit"),
-        ({"data": {"shuffle": "block"}}, False, "data.shuffle is None and block"),
+        ({"data": {"packing": "best_fit"}}, False, "data.packing is concat and best_fit"),
+        ({"data": {"shuffle": "block"}}, False, "data.shuffle is global and block"),
         ({"data": {"sources": [{"name": "a", "path": "x", "weight": 1.0}]}}, False, "data.sources is"),
         ({"data": {"phases": [{"start_sample": 8, "weights": [1.0, 2.0]}]}}, False, "data.phases is"),
     ],
@@ -227,7 +227,7 @@ def test_what_a_resume_may_change_is_no_confounder_but_another_start_is(tmp_path
     settings["data"] |= {"cache_dir": "/elsewhere", "cache_gib": 7.0}
     settings |= {"profile": {"first_step": 3}, "run": settings["run"] | {"init_from": "runs/other/checkpoints/9"}}
     (paths[1] / "config.yaml").write_text(yaml.safe_dump(settings))
-    assert compare_runs(paths).pairs[0].confounders == ("run.init_from (None and runs/other/checkpoints/9)",)
+    assert compare_runs(paths).pairs[0].confounders == ("run.init_from ( and runs/other/checkpoints/9)",)
 
 
 def test_only_settings_that_differ_are_listed(tmp_path: Path) -> None:

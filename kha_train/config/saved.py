@@ -1,0 +1,76 @@
+"""A configuration that an older release saved, completed with the settings it could not know.
+
+A field that is added to the schema counts, in a configuration saved before it existed, as its declared earlier value:
+the field's default, or what its metadata names as `before` where the default of today behaves differently:
+
+    warmth: float = field(default=1.0, metadata={"before": 0.0})
+
+So every older checkpoint resumes and every older run compares. A field without a default needs a `before`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
+
+from kha_train.config.build import plain, to_plain, variant_class
+from kha_train.config.schema import RunConfig
+from kha_train.errors import ConfigError
+
+BEFORE = "before"
+"""The metadata key that names a field's value from before the field existed, where its default is another."""
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved configuration `values`, with each setting it lacks at its declared earlier value.
+
+    What it holds stays as it is, unknown keys and wrong types included: readers judge those. A setting without a
+    declared earlier value stays absent.
+    """
+    return _complete(RunConfig, values)
+
+
+def _complete(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        cls = variant_class(cls, values, "")
+    except ConfigError:
+        # A variant that this release does not know: nothing is known of its settings.
+        return dict(values)
+    filled = dict(values)
+    hints = get_type_hints(cls)
+    for entry in fields(cls):
+        if entry.name not in filled:
+            filled |= _earlier(entry, hints[entry.name])
+        elif (section := _section(hints[entry.name])) is not None:
+            filled[entry.name] = _descend(section, filled[entry.name])
+    return filled
+
+
+def _descend(section: type, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _complete(section, value)
+    if isinstance(value, list):
+        return [_descend(section, item) for item in value]
+    return value
+
+
+def _earlier(entry: Field[Any], hint: Any) -> dict[str, Any]:
+    """{name: the declared earlier value}; empty where none is declared."""
+    if BEFORE in entry.metadata:
+        return {entry.name: plain(entry.metadata[BEFORE])}
+    if entry.default is not MISSING:
+        return {entry.name: _as_saved(entry.default)}
+    if entry.default_factory is not MISSING:
+        return {entry.name: _as_saved(entry.default_factory())}
+    return {entry.name: _complete(hint, {})} if is_dataclass(hint) and isinstance(hint, type) else {}
+
+
+def _as_saved(value: Any) -> Any:
+    return to_plain(value) if is_dataclass(value) else plain(value)
+
+
+def _section(hint: Any) -> type | None:
+    """The dataclass that a field holds, alone or as the items of a tuple; None for plain values."""
+    candidates = [hint, *(get_args(hint) if get_origin(hint) is tuple else ())]
+    return next((one for one in candidates if isinstance(one, type) and is_dataclass(one)), None)
