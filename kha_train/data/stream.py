@@ -215,7 +215,8 @@ def validation_batches(config: RunConfig, rank: int = 0, world_size: int = 1) ->
 class ValidationSet:
     """The validation set, opened and checked once; `batches` reads it, as often as it is asked.
 
-    `shards` is the dataset, `bytes_per_id_V` (int64) the UTF-8 bytes each id stands for.
+    `shards` is the dataset, `bytes_per_id_V` (int64) the UTF-8 bytes each id stands for, `scored_rows` the number of its
+    rows that a validation scores, the first ones.
 
     Raises ConfigError and DataError as `open_stream`, ConfigError when another tokenizer made it than the training
     data, and DataError when no row has a label.
@@ -236,16 +237,16 @@ class ValidationSet:
                 fix="tokenize both with one tokenizer",
             )
         self.bytes_per_id_V = torch.from_numpy(self.shards.bytes_per_id)
-        self._count = min(config.validation.rows or self._rows.rows, self._rows.rows)
+        self.scored_rows = min(config.validation.rows or self._rows.rows, self._rows.rows)
         self._size = config.engine.micro_batch_size
         self._check_labels()
 
     def _check_labels(self) -> None:
-        for first in range(0, self._count, _PLANNED_ROWS):
-            numbers = np.arange(first, min(first + _PLANNED_ROWS, self._count), dtype=np.int64)
+        for first in range(0, self.scored_rows, _PLANNED_ROWS):
+            numbers = np.arange(first, min(first + _PLANNED_ROWS, self.scored_rows), dtype=np.int64)
             if len(self._rows.layout(numbers).masked_M) < len(numbers) * self._rows.seq_len:
                 return
-        raise without_labels("data.validation", f"none of its {self._count} rows")
+        raise without_labels("data.validation", f"none of its {self.scored_rows} rows")
 
     def batches(self, rank: int, world_size: int) -> Iterator[Batch]:
         """Rows 0 ... n-1 in order, n = `validation.rows` (0, or more than there are: all of them).
@@ -254,7 +255,7 @@ class ValidationSet:
         of batches of the same shape; rows beyond n are fillers (sample -1, all labels masked). Raises DataError while
         reading.
         """
-        return _deal(self._rows, self._count, self._size, rank, world_size)
+        return _deal(self._rows, self.scored_rows, self._size, rank, world_size)
 
 
 def without_labels(field: str, rows: str) -> DataError:

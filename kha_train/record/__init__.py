@@ -5,6 +5,7 @@ Console and W&B are mirrors of what is written here; comparison, resume and test
 
 from __future__ import annotations
 
+from kha_train.record.attempts import Attempt, read_attempts
 from kha_train.record.failures import first_failure, first_failure_line
 from kha_train.record.lock import heartbeat_age, read_owner
 from kha_train.record.markers import Marker, clear_marker, has_marker, leave_outcome, set_marker
@@ -17,6 +18,7 @@ __all__ = [
     "METRICS",
     "RECORD_ONLY",
     "TIMING_KEYS",
+    "Attempt",
     "Marker",
     "Metric",
     "Record",
@@ -28,6 +30,7 @@ __all__ = [
     "has_marker",
     "heartbeat_age",
     "leave_outcome",
+    "read_attempts",
     "read_discarded",
     "read_events",
     "read_metrics",

@@ -8,6 +8,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from kha_train.config.compose import load_plain
+from kha_train.record.attempts import CONFIG, CONFIG_FILE, config_entry
 from kha_train.record.files import write_json
 from kha_train.record.jsonl import Appender, repair
 from kha_train.record.lock import RunLock
@@ -68,14 +70,23 @@ class Record:
         """Number of the current attempt; 0 before the first `begin_attempt`."""
         return len(self._run["attempts"])
 
-    def begin_attempt(self, start_step: int, *, world_size: int = 1, facts: dict[str, Any] | None = None) -> int:
+    def begin_attempt(
+        self,
+        start_step: int,
+        *,
+        world_size: int = 1,
+        facts: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> int:
         """Starts or resumes the run after `start_step` finished steps; returns the attempt's number (from 1).
 
         Lines after `start_step` are moved to `metrics.discarded.jsonl`, marker files of the last end are removed. The
         first attempt's `facts` (such as `data_content_id`, `parameters`) join the provenance of `run.json`; of later
-        ones, what differs is kept under the attempt's `changed`.
+        ones, what differs is kept under the attempt's `changed`. `config` is kept with the attempt. Call this before
+        `config.yaml` is replaced: an attempt of an older release has its configuration nowhere else.
         """
         self._end_attempt("lost")
+        self._keep_last_config()
         now = self._redactor.clean({**collect_provenance(), **(facts or {})})
         first = self._run["provenance"]
         attempt = {
@@ -85,6 +96,8 @@ class Record:
             "started": time.time(),
         }
         attempt["changed"] = {key: value for key, value in now.items() if first and first.get(key) != value}
+        if config is not None:
+            attempt[CONFIG] = config_entry(self._run["attempts"], self._redactor.clean(config))
         self._run["provenance"] = first or now
         self._run["attempts"].append({**attempt, "state": "running"})
         self._in_attempt = True
@@ -163,6 +176,15 @@ class Record:
     def _write_run(self) -> None:
         write_json(self.run_dir / RUN_FILE, self._run)
 
+    def _keep_last_config(self) -> None:
+        """Move the configuration of an attempt of an older release from `config.yaml` to where it outlives this one."""
+        attempts = self._run["attempts"]
+        if not attempts or CONFIG in attempts[-1]:
+            return
+        saved = load_plain(self.run_dir / CONFIG_FILE)
+        if saved:
+            attempts[-1][CONFIG] = config_entry(attempts[:-1], self._redactor.clean(saved))
+
     def _recover(self) -> None:
         """Finishes a rewind that a crash interrupted and reports what was cut off the files."""
         intent = pending_rewind(self.run_dir)
@@ -196,7 +218,14 @@ class SilentRecord(Record):
         self.run_dir, self.last_step = run_dir, 0
         self._run = {"run_id": "", "wandb_id": "", "attempts": []}
 
-    def begin_attempt(self, start_step: int, *, world_size: int = 1, facts: dict[str, Any] | None = None) -> int:
+    def begin_attempt(
+        self,
+        start_step: int,
+        *,
+        world_size: int = 1,
+        facts: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> int:
         """Nothing; returns 0."""
         return 0
 

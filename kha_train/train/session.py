@@ -26,6 +26,7 @@ from kha_train.model.attention.measured import measure, settled
 from kha_train.model.moe.balance import balance_metrics
 from kha_train.model.moe.experts import announce_experts
 from kha_train.record import Record, Redactor, leave_outcome
+from kha_train.record.attempts import CONFIG_FILE
 from kha_train.record.files import write_text
 from kha_train.stability.events import Observation
 from kha_train.telemetry.console import Console
@@ -316,7 +317,8 @@ class Session:
     def _begin_attempt(self, resumed: bool) -> None:
         parameters = count_parameters(self.config)
         facts = {
-            "data_content_id": self.stream.content_id,
+            **self._content_ids,
+            "validation_rows": self._validation_set.scored_rows,
             "parameters": {"total": parameters.total, "active": parameters.active},
             "device": str(self.world.device.type),
             "dtype": str(self.engine.dtype).removeprefix("torch."),
@@ -324,10 +326,10 @@ class Session:
             "attention_backend": self._backend,
             "chosen": self._choices,
         }
+        plain = Redactor.from_environment().clean(to_plain(self.config))
+        self.record.begin_attempt(self.progress.step, world_size=self.world.size, facts=facts, config=plain)
         if self.world.is_main:
-            text = yaml.safe_dump(Redactor.from_environment().clean(to_plain(self.config)), sort_keys=False)
-            write_text(self.run_dir / "config.yaml", text)
-        self.record.begin_attempt(self.progress.step, world_size=self.world.size, facts=facts)
+            write_text(self.run_dir / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False))
         if self._inherited:
             inherited = self._inherited
             lists = {"taken": len(inherited.taken), "new": inherited.new, "left_out": inherited.left_out}

@@ -1,0 +1,100 @@
+"""What each start of a run was configured with and what it found, so that every line of a curve can be judged by its
+own attempt.
+
+`run.json` holds it. Facts: the first start's are the `provenance`, each later attempt lists what differs as `changed`.
+Configurations: one attempt holds its own whole, later ones hold what differs from it, so hundreds of restarts of one
+command stay a small file. Attempts of older releases hold none. `config.yaml` still has that of the last of them, and
+the next start moves it into `run.json` before it overwrites the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kha_train.config.build import flatten
+from kha_train.config.compose import load_plain
+from kha_train.record.reader import read_run
+
+CONFIG_FILE = "config.yaml"
+CONFIG = "config"
+"""The field of an attempt in `run.json` that holds its configuration."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run directory.
+
+    `facts` is its provenance (`data_content_id`, `dtype`, ...). `config` is its configuration as nested plain values,
+    or None where it was not recorded: an older release kept that of the last start alone.
+    """
+
+    number: int
+    start_step: int
+    world_size: int | None
+    facts: dict[str, Any]
+    config: dict[str, Any] | None
+
+
+def read_attempts(run_dir: Path) -> dict[int, Attempt]:
+    """Every start of the run in `run_dir`, by its number. Raises DataError when `run.json` is damaged."""
+    run = read_run(run_dir)
+    entries = run.get("attempts", [])
+    configs = recorded_configs(entries)
+    if entries and entries[-1]["attempt"] not in configs:
+        last = load_plain(run_dir / CONFIG_FILE)
+        configs |= {entries[-1]["attempt"]: last} if last else {}
+    provenance = run.get("provenance", {})
+    return {
+        entry["attempt"]: Attempt(
+            number=entry["attempt"],
+            start_step=entry["start_step"],
+            world_size=entry.get("world_size"),
+            facts={**provenance, **entry.get("changed", {})},
+            config=configs.get(entry["attempt"]),
+        )
+        for entry in entries
+    }
+
+
+def recorded_configs(entries: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The configuration of each attempt of `run.json` that holds one, by the attempt's number."""
+    configs: dict[int, dict[str, Any]] = {}
+    for entry in entries:
+        kept = entry.get(CONFIG, {})
+        if "whole" in kept:
+            configs[entry["attempt"]] = kept["whole"]
+        elif kept.get("like") in configs:
+            values = {key: value for key, value in flatten(configs[kept["like"]]).items() if key not in kept["without"]}
+            configs[entry["attempt"]] = _nested({**values, **kept["changed"]})
+    return configs
+
+
+def config_entry(entries: Sequence[Mapping[str, Any]], config: dict[str, Any]) -> dict[str, Any]:
+    """How the next attempt keeps `config`, free of secrets: whole, or as its difference from an attempt's of `entries`.
+
+    The difference is always from an attempt that holds its configuration whole, so no chain of differences grows.
+    """
+    whole = [entry for entry in entries if "whole" in entry.get(CONFIG, {})]
+    if not whole:
+        return {"whole": config}
+    before, now = flatten(whole[-1][CONFIG]["whole"]), flatten(config)
+    changed = {key: value for key, value in now.items() if key not in before or before[key] != value}
+    without = sorted(before.keys() - now.keys())
+    if len(changed) + len(without) > len(now) // 2:
+        return {"whole": config}
+    return {"like": whole[-1]["attempt"], "changed": changed, "without": without}
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, name = key.split(".")
+        inner = nested
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
+    return nested
