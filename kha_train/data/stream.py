@@ -215,8 +215,8 @@ def validation_batches(config: RunConfig, rank: int = 0, world_size: int = 1) ->
 class ValidationSet:
     """The validation set, opened and checked once; `batches` reads it, as often as it is asked.
 
-    `shards` is the dataset, `bytes_per_id_V` (int64) the UTF-8 bytes each id stands for, `scored_rows` the number of its
-    rows that a validation scores, the first ones.
+    `shards` is the dataset, `bytes_per_id_V` (int64) the UTF-8 bytes each id stands for. A validation scores the first
+    `scored_rows` rows.
 
     Raises ConfigError and DataError as `open_stream`, ConfigError when another tokenizer made it than the training
     data, and DataError when no row has a label.
