@@ -73,16 +73,21 @@ def run(arguments: Sequence[str] | None = None) -> None:
         error = caught if isinstance(caught, KhaError) else _as_own(caught)
         if error is None or os.environ.get("KHA_DEBUG") == "1":
             raise
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        if rank == "0" or not error.agreed:
-            where = "" if rank == "0" else f"rank {rank}: "
-            _complain(f"{where}{error.line()}")
+        complain_of(error)
         if error is caught:
             leave_outcome(f"{'fatal' if error.fatal else 'failed'} {error.exit_code}")
         sys.exit(error.exit_code)
     finally:
         # Here and not before: Typer sets a hook of its own.
         sys.excepthook = _print_traceback
+
+
+def complain_of(error: KhaError) -> None:
+    """Print the line of `error` on standard error; of what all ranks agreed on, only rank 0 does."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if rank == "0" or not error.agreed:
+        where = "" if rank == "0" else f"rank {rank}: "
+        _complain(f"{where}{error.line()}")
 
 
 def _as_own(error: OSError) -> KhaError | None:

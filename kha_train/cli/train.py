@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kha_train.config.compose import compose
+from kha_train.config.compose import compose, sweep_command
 from kha_train.errors import ConfigError
 from kha_train.literal import say
 from kha_train.telemetry.startup import Startup
@@ -25,12 +25,15 @@ def train(
     ] = False,
     ranks_per_node: Annotated[int, typer.Option(min=1, help="With --dry-run: GPUs of a node.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: answer with one JSON object.")] = False,
+    multirun: Annotated[bool, typer.Option("--multirun", "-m", hidden=True)] = False,
 ) -> None:
     """Train one model; resumes by itself when run.dir holds a checkpoint.
 
     Under torchrun, or srun with one task a rank, every rank runs this: `torchrun --nproc-per-node 2 -m kha_train ...`
     """
     overrides = overrides or []
+    if multirun:
+        _refuse_multirun(overrides)
     if dry_run:
         _rehearse(overrides, ranks_per_node, as_json)
         return
@@ -44,6 +47,12 @@ def train(
     outcome = train_run(config, startup)
     if not outcome.finished:
         say(f"stopped in good order after step {outcome.step}; the same command goes on from there", err=True)
+
+
+def _refuse_multirun(overrides: list[str]) -> None:
+    """Raises ConfigError: `-m` is a habit of other Hydra applications."""
+    problem = "one command trains one run; a sweep trains several, here or (without --local) on SLURM"
+    raise ConfigError(problem, field="--multirun", fix=sweep_command(overrides))
 
 
 def _rehearse(overrides: list[str], ranks_per_node: int, as_json: bool) -> None:

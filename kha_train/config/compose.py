@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +86,32 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     return [list(point) for point in itertools.product(*choices)]
 
 
+def sweep_command(overrides: Sequence[str]) -> str:
+    """The `kha sweep` command that trains the grid `overrides` here. Every point has its own run directory, so a given
+    `run.dir` becomes the sweep's."""
+    places = [text.partition("=")[2] for text in overrides if text.startswith("run.dir=")]
+    kept = [text for text in overrides if not text.startswith("run.dir=")]
+    return shlex.join(["kha", "sweep", *kept, *(f"--dir={place}" for place in places[-1:]), "--local"])
+
+
+def _refuse_grids(overrides: list[str]) -> None:
+    """A run takes one value of each setting. Raises ConfigError, with the sweep that takes several."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    # Only these characters can make a list of choices, and the parser is slow.
+    for text in (text for text in overrides if re.search(r"=.*[,(]", text)):
+        parsed = OverridesParser.create().parse_override(text)
+        if not parsed.is_sweep_override():
+            continue
+        listed = parsed.is_discrete_sweep() and str(parsed.value_type.name) != "GLOB_CHOICE_SWEEP"
+        raise ConfigError(
+            "a run takes one value",
+            field=parsed.get_key_element(),
+            value=text.partition("=")[2],
+            fix=sweep_command(overrides) if listed else "name the values, as in a,b, and train them by `kha sweep`",
+        )
+
+
 _NOT_TEXT = ("true", "false", "null", "nan", "inf")
 """Words that Hydra reads as something else than text, in capitals too."""
 
@@ -110,8 +137,9 @@ def _merge(overrides: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    _check_presets(overrides)
     try:
+        _refuse_grids(overrides)
+        _check_presets(overrides)
         with _own_hydra(), initialize_config_dir(str(shipped("configs")), version_base="1.3"):
             merged = hydra_compose("config", overrides=overrides)
         _refuse_code(OmegaConf.to_container(merged, resolve=False))

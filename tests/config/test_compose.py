@@ -186,7 +186,10 @@ MISTAKES = {
     "two presets": (["model=[tiny,moe_6b]"], "model", "[tiny,moe_6b]", "tiny", None),
     "a group taken away": (["~engine"], "engine", "", "zero1", None),
     "Hydra's own settings": (["hydra.run.dir=/elsewhere"], "hydra.run.dir", None, None, None),
-    "a sweep": (["run.steps=1,2"], "override", None, None, None),
+    "a sweep": (["run.steps=1,2"], "run.steps", "1,2", None, "kha sweep run.steps=1,2 --local"),
+    "presets of a sweep": (["attention=gqa,mha"], "attention", "gqa,mha", None, "kha sweep attention=gqa,mha --local"),
+    "values without a list": (["optim.lr=interval(0,1)"], "optim.lr", "interval(0,1)", None, "name the values"),
+    "presets without a list": (["attention=glob(*)"], "attention", "glob(*)", None, "name the values"),
 }
 
 

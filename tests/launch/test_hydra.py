@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from kha_train.cli.main import run
 
 ROOT = Path(__file__).resolve().parents[2]
 SBATCH = '#!/bin/bash\nprintf \'%s\\n\' "$@" > "$FAKE/arguments"\necho 7\n'
@@ -27,8 +32,46 @@ def test_the_launcher_and_the_command_submit_the_same_points_by_the_same_argumen
 def test_the_launcher_refuses_a_point_that_cannot_run_and_submits_none(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "launch" / "hydra_train.py"), "-m", "model.kv_heads=2,3"]
     ended = _run([*command, "hydra/launcher=kha_slurm"], tmp_path)
-    assert ended.returncode != 0 and "model.kv_heads" in ended.stderr
+    assert ended.returncode == 2 and "model.kv_heads" in ended.stderr
     assert not (tmp_path / "arguments").exists()
+
+
+REFUSED = {
+    "a grid": ("-m attention=gqa,kha_mlp", "kha sweep attention=gqa,kha_mlp --local"),
+    "the long option": ("--multirun run.seed=0,1 hydra/launcher=basic", "kha sweep run.seed=0,1 --local"),
+    "Hydra's own switch": ("hydra.mode=MULTIRUN run.seed=0,1", "kha sweep run.seed=0,1 --local"),
+    "a directory for all": ("-m run.seed=0,1 run.dir=here", "kha sweep run.seed=0,1 --dir=here --local"),
+    "a grid that is not called one": ("attention=gqa,kha_mlp", "kha sweep attention=gqa,kha_mlp --local"),
+    "a launcher without -m": ("hydra/launcher=kha_slurm", "add -m"),
+    "settings of a launcher without -m": ("hydra.launcher.nodes=2", "add -m"),
+    "another configuration": ("--config-name other", "--config-name"),
+    "what kha train refuses": ("attention=kha_mpl", "did you mean kha_mlp"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_hydra_takes_and_a_run_would_not_see_ends_with_2_and_the_command_to_type(
+    case: str, tmp_path: Path
+) -> None:
+    arguments, word = REFUSED[case]
+    ended = _run([sys.executable, str(ROOT / "launch" / "hydra_train.py"), *arguments.split()], tmp_path)
+    assert ended.returncode == 2 and word in ended.stderr, ended.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_suggested_sweep_trains_every_point(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = ["attention=gqa,kha_mlp", "run.steps=1", "model.layers=1", *small]
+    with pytest.raises(SystemExit) as ended:
+        run(["train", "-m", *settings])
+    assert ended.value.code == 2
+    command = shlex.split(capfd.readouterr().err.partition("; fix: ")[2])
+    with pytest.raises(SystemExit) as ended:
+        run(command[1:])
+    assert ended.value.code == 0, capfd.readouterr().err
+    assert sorted(path.parent.name for path in Path("runs/attention").glob("*/DONE")) == ["gqa-s0", "kha_mlp-s0"]
 
 
 def _submitted(command: list[str], folder: Path) -> tuple[list[str], list[dict]]:

@@ -6,6 +6,7 @@ out: each point trains, is requeued and resumes by itself.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,19 @@ class KhaSlurmLauncher(Launcher):
         """Nothing is kept: a job composes its own configuration from its overrides."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """One answer a point, its job's id as the value (None where nothing had to be started)."""
+        """One answer a point, its job's id as the value (None where nothing had to be started). A mistake ends the
+        process with its line and exit code, as `kha sweep` ends."""
+        from kha_train.cli.main import complain_of
+        from kha_train.errors import KhaError
+
+        try:
+            return self._submit(job_overrides, initial_job_idx)
+        except KhaError as error:
+            complain_of(error)
+            # Hydra would end with 1, whatever it was.
+            sys.exit(error.exit_code)
+
+    def _submit(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from kha_train.operate.slurm import JobOptions, parse_sbatch, start_missing
         from kha_train.operate.sweep import plan_points, sweep_directory
 
