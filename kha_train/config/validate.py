@@ -38,6 +38,7 @@ ABOVE_ZERO = (
     "data.cache_gib",
     "model.norm_eps",
     "model.rope_theta",
+    "model.init_std",
     "optim.lr",
     "optim.eps",
     "optim.grad_clip",
@@ -47,7 +48,6 @@ ABOVE_ZERO = (
 NOT_NEGATIVE = (
     "run.seed",
     "run.max_minutes",
-    "model.init_std",
     "moe.shared_experts",
     "moe.dense_layers",
     "moe.bias_update_rate",
@@ -80,6 +80,8 @@ NOT_NEGATIVE = (
 
 MOST_BETA2_IN_BF16 = 0.99
 MOST_PROFILED_STEPS = 50
+LEAST_FP32 = 2.0**-126
+"""The smallest normal number of fp32: what is smaller counts as 0 in a model."""
 
 
 def validate(config: RunConfig) -> None:
@@ -193,6 +195,7 @@ def _experts(config: RunConfig) -> None:
     if moe.top_k > moe.experts:
         raise ConfigError(f"only {moe.experts} experts", field="moe.top_k", value=moe.top_k, fix="lower it")
     _groups(config)
+    _router_learns(config)
     if moe.backend == "grouped":
         for field, value in {
             "model.hidden_size": config.model.hidden_size,
@@ -228,6 +231,32 @@ def _groups(config: RunConfig) -> None:
             field="moe.top_k",
             value=moe.top_k,
             fix="raise moe.top_groups or lower it",
+        )
+
+
+def _router_learns(config: RunConfig) -> None:
+    """The loss of the language model must reach the router through its weights w: where dw/ds is 0 it never learns to
+    choose. An auxiliary or z-loss is no substitute, for it knows loads and logits and no text. One expert needs no
+    choice."""
+    moe = config.moe
+    if moe.experts < 2:
+        return
+    if moe.top_k == 1 and moe.renormalize:
+        several = moe.experts // moe.expert_groups * moe.top_groups > 1
+        raise ConfigError(
+            "one chosen score over itself is always 1, so the router gets no gradient and never learns",
+            field="moe.renormalize",
+            value=True,
+            allowed="false with moe.top_k=1; true with more",
+            fix="moe.renormalize=false" + (" or moe.top_k=2" if several else ""),
+        )
+    if abs(moe.routed_scaling) < LEAST_FP32:
+        raise ConfigError(
+            "routed experts times 0 add nothing, so neither they nor the router get a gradient",
+            field="moe.routed_scaling",
+            value=moe.routed_scaling,
+            allowed="any number but 0",
+            fix="moe.routed_scaling=1.0",
         )
 
 

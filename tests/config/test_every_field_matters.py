@@ -406,7 +406,7 @@ CHANGES: dict[str, Change] = {
     "attention.qk_norm": ("full_width", shapes),
     "attention.backend": ("eager", kernels),
     "moe.experts": (16, shapes),
-    "moe.top_k": (1, plan),
+    "moe.top_k": (3, plan),
     "moe.expert_width": (32, shapes),
     "moe.backend": ("loop", kernels),
     "moe.shared_experts": (1, shapes),

@@ -59,7 +59,11 @@ def announce_experts(config: RunConfig, device: torch.device, dtype: torch.dtype
         line += f" | permute, SwiGLU and combine {why}"
     if name == "grouped":
         check_empty_groups(device, dtype)
-    return [line]
+    warmup, steps = config.moe.routing_warmup_steps, config.run.steps
+    if warmup < steps:
+        return [line]
+    blends = f"moe.routing_warmup_steps={warmup} does not end within run.steps={steps}"
+    return [line, f"warning: {blends}: chance helps to choose experts, and thins the router's gradient, to the last"]
 
 
 def loop(x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: Tensor, routing: Routing) -> Tensor:
