@@ -61,17 +61,6 @@ class GroupedTiedOptions(GroupedQueryOptions):
 
     turns_whole_heads: ClassVar[bool] = False
 
-    def invalid(self) -> ConfigError | None:
-        """The rotary half must have pairs."""
-        if self.head_dim % 4:
-            return ConfigError(
-                "half of a key is turned in pairs",
-                field="model.head_dim",
-                value=self.head_dim,
-                allowed="multiples of 4",
-            )
-        return super().invalid()
-
     def conflict(self, config: RunConfig) -> ConfigError | None:
         """The rotary key has no meaning without rotation, and its norm is its own."""
         attention = config.attention
@@ -87,6 +76,10 @@ class GroupedTiedOptions(GroupedQueryOptions):
     def rotary_width(self) -> int:
         """Half a head."""
         return self.head_dim // 2
+
+    def rotary_setting(self, width: int) -> tuple[str, int]:
+        """See `BaseOptions.rotary_setting`."""
+        return "head_dim", 2 * width
 
     def heads(self) -> HeadShape:
         """The tied states count as values."""
@@ -122,19 +115,12 @@ class LatentOptions(BaseOptions):
     query_latent_width: int = 0
 
     def invalid(self) -> ConfigError | None:
-        """Widths must be positive, the rotary one even."""
+        """The widths of latents must be positive."""
         if self.latent_width < 1:
             return ConfigError("must be at least 1", field="attention.base.latent_width", value=self.latent_width)
         if self.query_latent_width < 0:
             return ConfigError(
                 "must not be negative", field="attention.base.query_latent_width", value=self.query_latent_width
-            )
-        if self.rotary_dim < 2 or self.rotary_dim % 2:
-            return ConfigError(
-                "rotary embedding turns pairs",
-                field="attention.base.rotary_dim",
-                value=self.rotary_dim,
-                allowed="even numbers",
             )
         return super().invalid()
 
@@ -152,6 +138,10 @@ class LatentOptions(BaseOptions):
     def rotary_width(self) -> int:
         """The rotary key."""
         return self.rotary_dim
+
+    def rotary_setting(self, width: int) -> tuple[str, int]:
+        """See `BaseOptions.rotary_setting`."""
+        return "rotary_dim", width
 
     def heads(self) -> HeadShape:
         """The heads without their rotary part."""

@@ -65,10 +65,8 @@ class BaseOptions(ABC):
         """What is wrong with these options, or None."""
         if self.query_heads < 1:
             return ConfigError("must be at least 1", field="attention.base.query_heads", value=self.query_heads)
-        if self.head_dim < 2 or self.head_dim % 2:
-            return ConfigError(
-                "rotary embedding turns pairs", field="model.head_dim", value=self.head_dim, allowed="even numbers"
-            )
+        if self.head_dim < 1:
+            return ConfigError("must be at least 1", field="model.head_dim", value=self.head_dim)
         return None
 
     def conflict(self, config: RunConfig) -> ConfigError | None:
@@ -76,8 +74,12 @@ class BaseOptions(ABC):
         return None
 
     def rotary_width(self) -> int:
-        """How many dimensions of a query or key the rotary embedding turns."""
+        """The width of the part of a query or key that rotary embedding acts on. `turned_dimensions` is what turns."""
         return self.head_dim
+
+    def rotary_setting(self, width: int) -> tuple[str, int]:
+        """The field of these options that sets `rotary_width`, and the value that makes it `width`."""
+        return "head_dim", width
 
     def input_widths(self, hidden_size: int) -> InputWidths:
         """See `InputWidths`."""
@@ -119,6 +121,16 @@ class BaseOptions(ABC):
     @abstractmethod
     def cache_numbers(self) -> int:
         """Numbers that decoding keeps for every token seen."""
+
+
+def turned_dimensions(config: RunConfig) -> int:
+    """How many dimensions of a query or key rotary embedding turns, the first ones of `BaseOptions.rotary_width`.
+
+    The only rule there is: validation, the rotary table and its shape all ask here. 0 without rotary embedding.
+    """
+    if config.attention.positions != "rope":
+        return 0
+    return round(config.attention.base.rotary_width() * config.model.partial_rotary_factor)
 
 
 class Implementation(NamedTuple):

@@ -34,7 +34,8 @@ class RunSection:
 class ModelSection:
     """The decoder's shape. `seq_len` is the number of tokens of one training row (T).
 
-    `partial_rotary_factor` is the share of a head's dimensions, the first ones, that rotary embedding turns.
+    `partial_rotary_factor` is the share that rotary embedding turns, the first dimensions, of the part of a head that
+    it acts on: of the whole head, of the rotary half (`gta`) or of the rotary part (`mla`).
     """
 
     name: str

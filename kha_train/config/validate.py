@@ -6,6 +6,7 @@ import math
 
 from kha_train.config.backends import invalid_backend
 from kha_train.config.build import flatten, to_plain
+from kha_train.config.options import turned_dimensions
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
 
@@ -261,16 +262,36 @@ def _router_learns(config: RunConfig) -> None:
 
 
 def _rotary(config: RunConfig) -> None:
-    """The rotated part of a head is a whole number of pairs."""
-    factor, head_dim = config.model.partial_rotary_factor, config.attention.base.head_dim
-    if not 0 < factor <= 1 or head_dim * factor % 2:
+    """What rotary embedding turns is a whole number of pairs, at least one, of the part of a head that it acts on."""
+    factor, base = config.model.partial_rotary_factor, config.attention.base
+    if not 0 < factor <= 1 and config.attention.positions != "rope":
         raise ConfigError(
-            f"of a head of {head_dim} dimensions an even number turns",
+            "is a share",
             field="model.partial_rotary_factor",
             value=factor,
             allowed="above 0 up to 1",
             fix="model.partial_rotary_factor=1.0",
         )
+    width, turned = base.rotary_width(), turned_dimensions(config)
+    exact = math.isclose(turned, width * factor, rel_tol=1e-9)
+    if config.attention.positions != "rope" or (exact and turned % 2 == 0 and 2 <= turned <= width):
+        return
+    name, value = base.rotary_setting(max(width + width % 2, 2))
+    section = "model" if name == "head_dim" and config.model.head_dim == base.head_dim else "attention.base"
+    wider = f"{section}.{name}={value}"
+    if width >= 2 and factor != 1:
+        nearest = min(max(2 * round(width * factor / 2), 2), width - width % 2)
+        field, given, fix = "model.partial_rotary_factor", factor, f"model.partial_rotary_factor={nearest / width}"
+    else:
+        field, given = f"{section}.{name}", getattr(base, name)
+        fix = wider if factor == 1 else f"{wider} model.partial_rotary_factor=1.0"
+    raise ConfigError(
+        f"rotary embedding turns pairs of dimensions, and {base.name} would turn {width * factor:g} of {width}",
+        field=field,
+        value=given,
+        allowed=f"an even number of turned dimensions, from 2 to {max(width, 2)}",
+        fix=fix,
+    )
 
 
 def _engine(config: RunConfig) -> None:

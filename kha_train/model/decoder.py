@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kha_train.config.options import turned_dimensions
 from kha_train.config.schema import RunConfig
 from kha_train.model.attention.backends import alibi_slopes, lay_out_cached, lay_out_documents
 from kha_train.model.attention.base import RowContext
@@ -197,10 +198,8 @@ class Decoder(nn.Module):
 
 def build_rotary_table(config: RunConfig) -> RotaryTable | None:
     """The rotation of the positions of a row; None without rotary embedding."""
-    if config.attention.positions != "rope":
-        return None
-    width = round(config.attention.base.rotary_width() * config.model.partial_rotary_factor)
-    return RotaryTable(config.model.seq_len, width, config.model.rope_theta)
+    turned = turned_dimensions(config)
+    return RotaryTable(config.model.seq_len, turned, config.model.rope_theta) if turned else None
 
 
 def build_decoder(config: RunConfig) -> Decoder:

@@ -20,10 +20,11 @@ class Rotary(NamedTuple):
     sin_BTR: Tensor
 
 
-def rotary_table(positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [positions, head_dim / 2] of position * theta^(-2 i / head_dim): computed in fp64 on the CPU, so that
-    every device holds the same fp32 values."""
-    exponent_R = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
+def rotary_table(positions: int, turned: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [positions, turned / 2] of position * theta^(-2 i / turned), for an even number of `turned`
+    dimensions: computed in fp64 on the CPU, so that every device holds the same fp32 values."""
+    assert turned % 2 == 0 and turned >= 2, f"{turned} dimensions are no pairs"
+    exponent_R = torch.arange(0, turned, 2, dtype=torch.float64, device="cpu") / turned
     position_P = torch.arange(positions, dtype=torch.float64, device="cpu")
     angle_PR = torch.outer(position_P, theta**-exponent_R)
     return angle_PR.cos().float(), angle_PR.sin().float()
@@ -32,19 +33,19 @@ def rotary_table(positions: int, head_dim: int, theta: float) -> tuple[Tensor, T
 class RotaryTable(DeclaredModule):
     """The fp32 tables for positions below `positions`, and the look-up by the position of each token."""
 
-    def __init__(self, positions: int, head_dim: int, theta: float) -> None:
+    def __init__(self, positions: int, turned: int, theta: float) -> None:
         super().__init__()
         for index, name in enumerate(("cos_PR", "sin_PR")):
-            fresh = partial(_table_part, positions, head_dim, theta, index)
-            self.declare_buffer(name, (positions, head_dim // 2), fresh, persistent=False)
+            fresh = partial(_table_part, positions, turned, theta, index)
+            self.declare_buffer(name, (positions, turned // 2), fresh, persistent=False)
 
     def forward(self, positions_BT: Tensor) -> Rotary:
         """The rotation of each token, from its position (int64) inside its document or row."""
         return Rotary(self.cos_PR[positions_BT], self.sin_PR[positions_BT])
 
 
-def _table_part(positions: int, head_dim: int, theta: float, index: int) -> Tensor:
-    return rotary_table(positions, head_dim, theta)[index]
+def _table_part(positions: int, turned: int, theta: float, index: int) -> Tensor:
+    return rotary_table(positions, turned, theta)[index]
 
 
 def rotate(x_BTHK: Tensor, rotary: Rotary) -> Tensor:

@@ -69,6 +69,8 @@ FURTHER = (
     ("gqa", "none", ("attention.positions=alibi",)),
     ("gqa", "none", ("attention.positions=none",)),
     ("mla", "knocking_linear", ("attention.base.query_latent_width=20",)),
+    ("mla", "none", ("model.partial_rotary_factor=0.5",)),
+    ("gta", "none", ("model.partial_rotary_factor=0.5",)),
     ("talking_heads", "none", ("attention.positions=alibi",)),
 )
 """Settings of the fields that the presets leave at one value."""
