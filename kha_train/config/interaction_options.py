@@ -23,8 +23,11 @@ TIED = "a tied base has no keys of its own (values and half of the keys are one 
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixInit:
-    """How square matrices start: as the `identity`, as `scale` times it, or `random`, normal with deviation
-    `scale` / sqrt(width), so that a vector leaves such a matrix as large as it came, times `scale`.
+    """How the square matrices of an interaction start.
+
+    `identity`: at the values that leave heads unchanged. `scaled_identity`: at `scale` times these, so that the
+    diagonal of every matrix but a gate is `scale`. `random`: normal with deviation `scale` / sqrt(width), so that a
+    vector leaves such a matrix as large as it came, times `scale`.
 
     `scale` is not used by `identity`. Papers start from the identity; the others are for studies of it.
     """
@@ -43,7 +46,8 @@ class MatrixInit:
 class KnockingOptions(InteractionOptions):
     """Knocking-heads: matrices shared by all heads of a kind, on any of the projections q, k, v (KHA eq 5-9)."""
 
-    matrices: ClassVar[int]
+    matrices: ClassVar[dict[str, float]]
+    """The matrices of one projection, by name, each with its diagonal where heads pass unchanged (0 for a gate)."""
     saved: ClassVar[int]
     """Copies of a projection that the backward needs."""
     projections: tuple[Projection, ...]
@@ -61,11 +65,11 @@ class KnockingOptions(InteractionOptions):
 
     def parameters(self, heads: HeadShape) -> int:
         """Square matrices, shared by the heads of a kind."""
-        return sum(self.matrices * heads.width(p) ** 2 for p in self.projections)
+        return sum(len(self.matrices) * heads.width(p) ** 2 for p in self.projections)
 
     def flops(self, heads: HeadShape) -> int:
         """Every head times every matrix."""
-        return sum(2 * self.matrices * heads.count(p) * heads.width(p) ** 2 for p in self.projections)
+        return sum(2 * len(self.matrices) * heads.count(p) * heads.width(p) ** 2 for p in self.projections)
 
     def saved_numbers(self, heads: HeadShape, way: Implementation) -> int:
         """What the maps read and make on the way."""
@@ -76,7 +80,7 @@ class KnockingOptions(InteractionOptions):
 class KnockingLinearOptions(KnockingOptions, FoldableOptions):
     """KHA-Linear: one matrix for each projection."""
 
-    matrices: ClassVar[int] = 1
+    matrices: ClassVar[dict[str, float]] = {"map": 1.0}
     saved: ClassVar[int] = 1
 
     def saved_numbers(self, heads: HeadShape, way: Implementation) -> int:
@@ -122,7 +126,7 @@ class _NonLinearOptions(KnockingOptions):
 class KnockingMlpOptions(_NonLinearOptions, FoldableOptions):
     """KHA-MLP: up, gate and down for each projection. Folded, the down of v is part of the output projection."""
 
-    matrices: ClassVar[int] = 3
+    matrices: ClassVar[dict[str, float]] = {"up": 1.0, "gate": 0.0, "down": 1.0}
     saved: ClassVar[int] = 4
 
     def saved_numbers(self, heads: HeadShape, way: Implementation) -> int:
@@ -172,7 +176,7 @@ class KnockingMlpOptions(_NonLinearOptions, FoldableOptions):
 class KnockingGateOptions(_NonLinearOptions):
     """The paper's ablation without up and down, which harms (KHA table 2: +0.063): kept to study why."""
 
-    matrices: ClassVar[int] = 1
+    matrices: ClassVar[dict[str, float]] = {"gate": 0.0}
     saved: ClassVar[int] = 3
 
     def invalid(self) -> ConfigError | None:

@@ -29,7 +29,7 @@ class Explicit(Interaction):
     def __init__(self, options: ExplicitOptions, heads: HeadShape, way: Implementation) -> None:
         super().__init__(options, heads, way)
         self.after_rope = options.mix_after_rope
-        initial = starting_matrix(options.init)
+        initial = starting_matrix(options.init, 1.0)
         self.compose = nn.ModuleDict({p: Matrix(heads.kv_heads, initial) for p in options.compose})
         self.norm = RmsNorm(heads.value_width, NORM_EPS) if options.head_norm else nn.Identity()
 

@@ -79,8 +79,8 @@ def build_interaction(config: RunConfig) -> Interaction:
     return INTERACTIONS[options.name].load()(options, base.heads(), implementation(config))
 
 
-def starting_matrix(init: MatrixInit) -> Initial:
-    """The rule by which a square matrix starts."""
+def starting_matrix(init: MatrixInit, diagonal: float) -> Initial:
+    """The rule by which a square matrix starts that leaves heads unchanged when it is diagonal, with `diagonal`."""
     if init.kind == "random":
         return SizeKeeping(init.scale)
-    return Identity(init.scale if init.kind == "scaled_identity" else 1.0)
+    return Identity(diagonal * init.scale if init.kind == "scaled_identity" else diagonal)

@@ -13,12 +13,16 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from kha_train.config.interaction_options import KnockingOptions, MatrixInit
+from kha_train.config.interaction_options import KnockingOptions
 from kha_train.config.options import HeadShape, Implementation
 from kha_train.model.attention.interaction import Folds, Interaction, starting_matrix
 from kha_train.model.attention.projection import HeadMap, Matrix
-from kha_train.model.init import Constant, Identity
 from kha_train.model.kernels.knocking_mlp import knocking_mlp, plain_knocking_mlp
+
+
+def shared_matrix(name: str, width: int, options: KnockingOptions) -> Matrix:
+    """The matrix [width, width] that `options.matrices` names, as `options.init` starts it."""
+    return Matrix(width, starting_matrix(options.init, options.matrices[name]))
 
 
 class Knocking(Interaction):
@@ -27,10 +31,10 @@ class Knocking(Interaction):
     def __init__(self, options: KnockingOptions, heads: HeadShape, way: Implementation) -> None:
         super().__init__(options, heads, way)
         self.fused = way.name == "triton"
-        self.maps = nn.ModuleDict({p: self.shared_map(heads.width(p), options.init) for p in options.projections})
+        self.maps = nn.ModuleDict({p: self.shared_map(heads.width(p), options) for p in options.projections})
 
     @abstractmethod
-    def shared_map(self, width: int, init: MatrixInit) -> nn.Module:
+    def shared_map(self, width: int, options: KnockingOptions) -> nn.Module:
         """The map [.., width] -> [.., width] that every head of one kind goes through."""
 
     def forward(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,9 +51,9 @@ class KnockingLinear(Knocking):
 
     linear = True
 
-    def shared_map(self, width: int, init: MatrixInit) -> nn.Module:
+    def shared_map(self, width: int, options: KnockingOptions) -> nn.Module:
         """T [K, K]."""
-        return Matrix(width, starting_matrix(init))
+        return shared_matrix("map", width, options)
 
     def linear_maps(self) -> Folds:
         """All of it."""
@@ -62,13 +66,10 @@ class KnockingLinear(Knocking):
 class SharedMlp(nn.Module):
     """x~ = 2 ((x W_up) * sigmoid(x W_gate)) W_down for every head, all matrices [K, K] (KHA eq 9)."""
 
-    def __init__(self, width: int, init: MatrixInit, fused: bool) -> None:
+    def __init__(self, width: int, options: KnockingOptions, fused: bool) -> None:
         super().__init__()
-        random = init.kind == "random"
         self.compute = knocking_mlp if fused else plain_knocking_mlp
-        self.up = Matrix(width, starting_matrix(init))
-        self.gate = Matrix(width, starting_matrix(init) if random else Constant(0.0))
-        self.down = Matrix(width, starting_matrix(init) if random else Identity())
+        self.up, self.gate, self.down = (shared_matrix(name, width, options) for name in ("up", "gate", "down"))
 
     def forward(self, x_BTHK: Tensor) -> Tensor:
         """Every head through the same gated perceptron."""
@@ -83,9 +84,9 @@ class KnockingMlp(Knocking):
     """KHA-MLP: the paper's default, on the values alone. Attention is linear in the values, so folded the last matrix
     of their map is a part of the output projection."""
 
-    def shared_map(self, width: int, init: MatrixInit) -> nn.Module:
+    def shared_map(self, width: int, options: KnockingOptions) -> nn.Module:
         """See `SharedMlp`."""
-        return SharedMlp(width, init, self.fused)
+        return SharedMlp(width, options, self.fused)
 
     def linear_maps(self) -> Folds:
         """W_down of the values."""
@@ -100,9 +101,9 @@ class KnockingMlp(Knocking):
 class SharedGate(nn.Module):
     """x~ = 2 x * sigmoid(x W_gate) for every head (KHA table 2 names it without a formula; this is the natural one)."""
 
-    def __init__(self, width: int, init: MatrixInit) -> None:
+    def __init__(self, width: int, options: KnockingOptions) -> None:
         super().__init__()
-        self.gate = Matrix(width, starting_matrix(init) if init.kind == "random" else Constant(0.0))
+        self.gate = shared_matrix("gate", width, options)
 
     def forward(self, x_BTHK: Tensor) -> Tensor:
         """Every head through the same gate."""
@@ -112,6 +113,6 @@ class SharedGate(nn.Module):
 class KnockingGate(Knocking):
     """The gate alone: the paper's failing ablation."""
 
-    def shared_map(self, width: int, init: MatrixInit) -> nn.Module:
+    def shared_map(self, width: int, options: KnockingOptions) -> nn.Module:
         """See `SharedGate`."""
-        return SharedGate(width, init)
+        return SharedGate(width, options)

@@ -309,3 +309,33 @@ def test_a_whole_block_with_grouped_experts_compiles_in_bf16(variant):
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
     found.sum().backward()
     assert all(p.grad.isfinite().all() for p in block.attention.parameters())
+
+
+@pytest.mark.parametrize("impl", ["eager", "folded"])
+@pytest.mark.parametrize(
+    ("variant", "factor"), [("kha_linear", 0.5), ("kha_mlp", 0.5**2), ("mea", 0.5)], ids=lambda value: str(value)
+)
+def test_a_scaled_identity_scales_every_diagonal_but_a_gates(variant, factor, impl):
+    """KHA-MLP: 2 ((x s) sigmoid(0)) s = s^2 x, for W_up and W_down both start as s I. Linear and composition: s x.
+
+    Seen on values alone, of which attention is linear, so that the whole layer is scaled.
+    """
+    scaled = ["attention.interaction.init.kind=scaled_identity", "attention.interaction.init.scale=0.5"]
+    settings = [
+        f"attention={variant}",
+        f"attention.interaction.impl={impl}",
+        "model.hidden_size=32",
+        "model.head_dim=8",
+    ]
+    mea = ["attention.interaction.compose=[v]", "attention.interaction.head_norm=false"]
+    settings += mea if variant == "mea" else ["attention.interaction.projections=[v]"]
+    outputs = []
+    for extra in ([], scaled):
+        attention = build_attention(compose([*settings, *extra]))
+        for owner, local, _, value in initial_values(attention, 0):
+            getattr(owner, local).data.copy_(value())
+        outputs.append(attention.double()(X[None], rows_of(8)))
+    torch.testing.assert_close(outputs[1], factor * outputs[0], rtol=1e-6, atol=0)
+    starts = {name: value() for _, _, name, value in initial_values(attention, 0) if ".interaction." in f".{name}"}
+    for name, start in starts.items():
+        assert torch.equal(start, (0.0 if "gate" in name else 0.5) * torch.eye(len(start))), name
