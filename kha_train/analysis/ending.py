@@ -11,6 +11,7 @@ from kha_train.analysis.runs import load_run
 from kha_train.analysis.spikes import SpikeReport
 from kha_train.analysis.summary import RESULTS, Summary, printed, summarise
 from kha_train.record import read_events
+from kha_train.stability.events import CLASSES
 
 NOT_ACTIONS = ("spike_opened", "spike_closed", "zclip")
 """Kinds of events that are no actions, or too many of them to list."""
@@ -43,7 +44,7 @@ class Ending:
             return printed(RESULTS[name], self.reached.results[name])
 
         spikes, actions = self.report.summary, self.report.actions
-        kinds = ", ".join(f"{spikes[f'{kind}_total']} {kind}" for kind in ("narrow", "wide", "unrecovered"))
+        kinds = ", ".join(f"{spikes[f'{kind}_total']} {kind}" for kind in CLASSES)
         done = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in actions.items() if count)
         validation = f"{words('validation_loss')} nats per token, {words('bits_per_byte')} bits per byte"
         rows = [
@@ -51,7 +52,8 @@ class Ending:
             ("train loss", f"{words('final_loss')} (mean of the last 10 % of the steps)"),
             ("validation", validation if self.reached.results["validation_loss"] is not None else "none"),
             ("speed", f"{words('tokens_per_second')} tokens per second, MFU {words('mfu')} (medians)"),
-            ("loss events", f"{kinds}{'; ' if done else ''}{done}"),
+            ("loss events", f"{kinds} at the end{'; ' if done else ''}{done}"),
+            ("diverged", "yes" if spikes["diverged"] else "no"),
         ]
         return [*rows, ("record", str(self.run_dir))]
 
@@ -60,7 +62,8 @@ class Ending:
         return f"kha compare {shlex.quote(str(self.run_dir))}"
 
 
-def end_of(run_dir: Path) -> Ending:
-    """Sum up the run in `run_dir`. Raises what reading its record raises."""
+def end_of(run_dir: Path, diverged: bool = False) -> Ending:
+    """Sum up the run in `run_dir`. `diverged` says that it is about to end with exit code 5, which its record does not
+    hold yet. Raises what reading its record raises."""
     actions = [event for event in read_events(run_dir) if event["kind"] not in NOT_ACTIONS]
-    return Ending(run_dir, summarise(load_run(run_dir)), actions)
+    return Ending(run_dir, summarise(load_run(run_dir), diverged), actions)

@@ -21,7 +21,7 @@ MAX_POINTS = 1500
 """A curve of more points is drawn by the smallest and largest value of so many stretches."""
 INK, GRID = "#0a01ff", "#0a02ff"
 SIZE_INCHES = (4.6, 2.8)
-SHADES = ("tab:orange", "tab:red", "tab:purple")
+SHADES = ("tab:orange", "tab:red", "tab:purple", "tab:brown")
 """Of stretches in a plot that stands alone."""
 
 

@@ -14,6 +14,7 @@ from kha_train.config.compose import load_plain
 from kha_train.config.constants import FREE_TO_CHANGE
 from kha_train.errors import ConfigError
 from kha_train.record import read_discarded, read_events, read_metrics, read_run
+from kha_train.record.labels import distinct
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,7 @@ def load_runs(paths: list[Path]) -> tuple[RunData, ...]:
     if twice:
         raise ConfigError("this run is named twice", field="runs", value=min(twice), fix="name every run once")
     runs = [load_run(path) for path in paths]
-    labels = [run.label for run in runs]
-    named = [run.label if labels.count(run.label) == 1 else f"{run.label} ({run.path})" for run in runs]
+    named = distinct([run.label for run in runs], [str(run.path) for run in runs])
     return tuple(
         replace(run, label=label, variant=_variant(run, [other for other in runs if other.variant == run.variant]))
         for run, label in zip(runs, named, strict=True)

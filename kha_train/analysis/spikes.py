@@ -8,21 +8,23 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from kha_train.errors import ConfigError, DataError
-from kha_train.record import read_discarded, read_events, read_metrics
+from kha_train.record import read_discarded, read_events, read_metrics, read_run
+from kha_train.record.actions import UNDONE, count_actions
+from kha_train.record.labels import distinct
+from kha_train.record.rewind import METRICS_FILE
 from kha_train.stability.events import Observation, SpikeEvent
 from kha_train.stability.monitor import Monitor
 from kha_train.stability.statistics import BILLION, rate, shared_events, summarise, tail_gap
 
 SCORES = "spike/olmo"
-ACTIONS = ("step_discarded", "rewind", "rewind_impossible", "divergence", "abort", "zclip")
 AROUND = (
     "step", "train/loss", "spike/z", "train/grad_norm", "train/lr", "train/skipped", "moe/maxvio", "attn/max_logit",
     "kha/from_identity",
@@ -30,20 +32,28 @@ AROUND = (
 """What is shown of the steps around an event."""
 MARGIN, SHOWN = 5, 10
 """Steps shown before an event and after it, and at most so many of its own."""
-UNDONE = "rewind "
-"""How the reason begins that a rewind gives for the lines it undoes; other reasons are a restart's."""
 
 
 @dataclass(frozen=True)
 class LossCurve:
     """A curve step by step. `planned` are steps at which something was meant to change; `repeated` counts steps that
-    the file held more than once (the last is taken). `run_dir` is None for a foreign curve."""
+    the file held more than once (the last is taken). `run_dir` is None for a foreign curve; `path` is where the curve
+    was read, as it was named."""
 
     label: str
     points: tuple[Observation, ...]
     planned: frozenset[int]
     repeated: int = 0
     run_dir: Path | None = None
+    path: Path | None = None
+
+    @property
+    def place(self) -> Path | None:
+        """The run directory or file, resolved: equal for two names of one curve. None for a curve of no file."""
+        if self.path is None:
+            return None
+        place = self.path.resolve()
+        return place.parent if self.path.name == METRICS_FILE else place
 
     @property
     def has_tokens(self) -> bool:
@@ -67,6 +77,15 @@ class LossCurve:
             return last.tokens
         between = last.step - first.step
         return round((last.tokens - first.tokens) * (between + 1) / between)
+
+
+class Found(NamedTuple):
+    """What the monitor found in a curve: its `events`, one that is open at its end included, the steps at which the
+    divergence guard fired, and the metrics of the last step."""
+
+    events: list[SpikeEvent]
+    diverged_at: list[int]
+    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -115,57 +134,88 @@ def read_curve(path: Path, planned: Sequence[int] = ()) -> LossCurve:
     unique = {point.step: point for point in points}
     ordered = tuple(unique[step] for step in sorted(unique))
     changes = {*planned, *(_phase_steps(run_dir, ordered) if run_dir else ())}
-    label = path.name if path.name != "metrics.jsonl" else path.resolve().parent.name
-    return LossCurve(label, ordered, frozenset(changes), len(points) - len(unique), run_dir)
+    label = path.resolve().parent.name if path.name == METRICS_FILE else path.name or path.resolve().name
+    return LossCurve(label, ordered, frozenset(changes), len(points) - len(unique), run_dir, path)
 
 
-def score_curve(curve: LossCurve, include_rewound: bool = True) -> SpikeReport:
-    """Run the monitor over `curve` and sum up."""
-    events, metrics = find_events(curve.points, curve.planned)
+def read_curves(paths: Sequence[Path], planned: Sequence[int] = ()) -> list[LossCurve]:
+    """The curve of every path. Raises as `read_curve`, and ConfigError for a curve that is named twice."""
+    curves = [read_curve(path, planned) for path in paths]
+    places = [curve.place for curve in curves]
+    twice = [str(path) for path, place in zip(paths, places, strict=True) if places.count(place) > 1]
+    if twice:
+        raise ConfigError("this curve is named twice", field="curves", value=twice[-1], fix="name every curve once")
+    return curves
+
+
+def score_curve(curve: LossCurve, include_rewound: bool = True, diverged: bool = False) -> SpikeReport:
+    """Run the monitor over `curve` and sum up. `diverged` says that the run is about to end with exit code 5, which
+    its record does not hold yet."""
+    found = find_events(curve.points, curve.planned)
     undone = _undone_lines(curve) if include_rewound else []
-    rewound = _rewound_events(curve, undone)
+    rewound = _rewound(curve, undone)
     survived = {(point.step, point.samples_first) for point in curve.points}
     summary = summarise(
-        [*events, *rewound],
+        [*found.events, *rewound.events],
         first_step=curve.points[0].step,
         last_step=curve.points[-1].step,
         tokens=curve.tokens,
         # Steps that were replayed as they had been count once.
         undone_steps=[step for step, _ in {(p.step, p.samples_first) for group in undone for p in group} - survived],
+        diverged=diverged or bool(found.diverged_at or rewound.diverged_at) or _ended_diverged(curve.run_dir),
     )
     return SpikeReport(
         curve=curve,
-        events=tuple(events),
-        rewound=tuple(rewound),
-        scores={name: value for name, value in metrics.items() if name.startswith(SCORES)},
+        events=tuple(found.events),
+        rewound=tuple(rewound.events),
+        scores={name: value for name, value in found.metrics.items() if name.startswith(SCORES)},
         summary=summary,
-        actions=_actions(curve.run_dir),
+        actions=count_actions(curve.run_dir),
     )
 
 
-def find_events(points: Sequence[Observation], planned: frozenset[int]) -> tuple[list[SpikeEvent], dict[str, float]]:
-    """The events of a curve, one that is open at its end included, and the metrics of its last step."""
-    monitor, events, metrics = Monitor(), [], {}
+def find_events(points: Sequence[Observation], planned: frozenset[int]) -> Found:
+    """What the monitor finds in `points`; see `Found`."""
+    monitor, found = Monitor(), Found([], [], {})
     for point in points:
         verdict = monitor.update(point, planned_change=point.step in planned)
-        events += [verdict.closed] if verdict.closed else []
-        metrics = verdict.metrics
-    events += [monitor.events.event] if monitor.events.event else []
-    return events, metrics
+        found.events.extend([verdict.closed] if verdict.closed else [])
+        found.diverged_at.extend([point.step] if verdict.diverged else [])
+        found = found._replace(metrics=verdict.metrics)
+    found.events.extend([monitor.events.event] if monitor.events.event else [])
+    return found
+
+
+def tell_apart(reports: Sequence[SpikeReport]) -> list[SpikeReport]:
+    """The reports, in order, under labels that are equal only for the same curve."""
+    keys = [report.curve.place or id(report.curve) for report in reports]
+    curves: dict[Path | int, LossCurve] = {}
+    for key, report in zip(keys, reports, strict=True):
+        curves.setdefault(key, report.curve)
+    distinct_labels = distinct([each.label for each in curves.values()], [str(each.path) for each in curves.values()])
+    labels = dict(zip(curves, distinct_labels, strict=True))
+    return [
+        replace(report, curve=replace(report.curve, label=labels[key]))
+        for key, report in zip(keys, reports, strict=True)
+    ]
 
 
 def across_runs(reports: Sequence[SpikeReport], reference: SpikeReport | None = None) -> dict[str, Any]:
     """Several runs together: pooled rates, shared and private events, tail gaps against `reference` (the first run
-    when none is named). Rates per token are those of the runs whose tokens are known."""
+    when none is named). Rates per token are those of the runs whose tokens are known. Labels are made distinct."""
     reference = reference or reports[0]
+    others = [number for number, report in enumerate(reports) if report is not reference]
+    *reports, reference = tell_apart([*reports, reference])
     shared = shared_events([report.events for report in reports])
     totals = {name: sum(report.summary[name] for report in reports) for name in ("spikes", "steps", "tokens")}
     with_tokens = [report for report in reports if report.summary["tokens"]]
-    gaps = {report.curve.label: _gap(report.curve, reference.curve) for report in reports if report is not reference}
+    gaps = {reports[number].curve.label: _gap(reports[number].curve, reference.curve) for number in others}
     return {
         "runs": [report.to_dict() for report in reports],
         "pooled": {
             **totals,
+            "diverged": any(report.summary["diverged"] for report in reports),
+            "diverged_runs": [report.curve.label for report in reports if report.summary["diverged"]],
             "per_1k_steps": rate(totals["spikes"], totals["steps"] / 1000),
             "runs_with_tokens": len(with_tokens),
             "per_billion_tokens": rate(
@@ -310,44 +360,30 @@ def _undone_lines(curve: LossCurve) -> list[list[Observation]]:
     return list(undone.values())
 
 
-def _rewound_events(curve: LossCurve, undone: Sequence[list[Observation]]) -> list[SpikeEvent]:
-    """Events that began in the lines `undone` by rewinds, and not again when the step was replayed.
+def _rewound(curve: LossCurve, undone: Sequence[list[Observation]]) -> Found:
+    """Events that began in the lines `undone` by rewinds, and not again when the step was replayed; and the steps of
+    these lines at which the divergence guard fired.
 
     Each rewind is judged on the curve as it stood then: the lines that survived it up to where it went, then those it
     undid. A rewind that was computed twice, because the run was killed after it, counts once.
     """
-    points, found = list(curve.points), {}
+    points, events, diverged_at = list(curve.points), {}, []
     survived = {(point.step, point.samples_first) for point in curve.points}
     for group in reversed(undone):
         points = [point for point in points if point.step < group[0].step] + group
-        events, _ = find_events(points, curve.planned)
-        found |= {
+        found = find_events(points, curve.planned)
+        diverged_at += [step for step in found.diverged_at if step >= group[0].step]
+        events |= {
             place: event
-            for event in events
+            for event in found.events
             if event.start_step >= group[0].step and (place := (event.start_step, event.samples_first)) not in survived
         }
-    for event in found.values():
+    for event in events.values():
         event.open = False
-    return sorted(found.values(), key=lambda event: event.start_step)
+    return Found(sorted(events.values(), key=lambda event: event.start_step), diverged_at, {})
 
 
-def _actions(run_dir: Path | None) -> dict[str, int]:
-    """How often something was done about the run, for the honesty of a comparison.
-
-    The record of events only grows: what was done in steps that a restart undid does not count, and what is then done
-    again in the same step, over the same samples, counts once.
-    """
-    if run_dir is None:
-        return dict.fromkeys(ACTIONS, 0)
-    lost = {
-        (line["attempt"], line["step"], line["samples_first"])
-        for line in read_discarded(run_dir)
-        if "samples_first" in line and not line["discarded_reason"].startswith(UNDONE)
-    }
-    done = {
-        (event["kind"], event["step"], event.get("samples_first"), str(event.get("window")))
-        for event in read_events(run_dir)
-        if (event["attempt"], event["step"], event.get("samples_first")) not in lost
-    }
-    kinds = [kind for kind, *_ in done]
-    return {kind: kinds.count(kind) for kind in ACTIONS}
+def _ended_diverged(run_dir: Path | None) -> bool:
+    """Whether the last attempt of the run ended with exit code 5."""
+    attempts = read_run(run_dir).get("attempts", []) if run_dir else []
+    return bool(attempts) and attempts[-1]["state"] == "diverged"

@@ -9,8 +9,8 @@ import numpy as np
 from kha_train.analysis.figures import Curve, save_shaded
 from kha_train.analysis.spikes import SpikeReport
 from kha_train.errors import ConfigError
+from kha_train.stability.events import CLASSES
 
-KINDS = ("narrow", "wide", "unrecovered")
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -21,8 +21,8 @@ def plot_spikes(report: SpikeReport, path: Path) -> Path:
     points = report.curve.points
     steps = np.array([point.step for point in points], dtype=np.float64)
     losses = np.array([point.loss for point in points], dtype=np.float64)
-    shades = [(event.start_step, event.end_step, KINDS.index(event.kind)) for event in report.events]
-    counts = ", ".join(f"{report.summary[f'{kind}_total']} {kind}" for kind in KINDS)
-    title = f"{report.curve.label}: {counts} (orange, red, purple)"
+    shades = [(event.start_step, event.end_step, CLASSES.index(event.kind)) for event in report.events]
+    counts = ", ".join(f"{report.summary[f'{kind}_total']} {kind}" for kind in CLASSES)
+    title = f"{report.curve.label}: {counts} (orange, red, purple, brown){'; DIVERGED' * report.summary['diverged']}"
     save_shaded(path, Curve(steps, 0, raw_N=losses), shades, x_label="step", y_label="loss (nats/token)", title=title)
     return path

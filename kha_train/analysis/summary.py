@@ -13,7 +13,7 @@ from kha_train.analysis.spikes import SpikeReport, read_curve, score_curve
 
 @dataclass(frozen=True)
 class Quantity:
-    """One number of a run: its name, how it is printed, and its definition."""
+    """One figure of a run: its name, how a number is printed (a boolean is `yes` or `no`), and its definition."""
 
     name: str
     style: str
@@ -48,7 +48,9 @@ HONESTY: dict[str, Quantity] = {
     "skipped": Quantity("skipped steps", ",.0f", "steps whose update was not applied"),
     "nonfinite": Quantity("non-finite losses", ",.0f", "steps whose loss was nan or infinite"),
     "spikes": Quantity("loss spikes", ",.0f", "narrow and wide events, those included that a rewind undid"),
+    "diverged": Quantity("diverged", "", "an event is open at the end, the divergence guard fired, or exit code 5"),
     "unrecovered": Quantity("unrecovered events", ",.0f", "rises of the loss that did not end by themselves"),
+    "open": Quantity("events open at the end", ",.0f", "rises of the loss that had not ended at the last step"),
     "rewinds": Quantity("rewinds", ",.0f", "times the run went back and left data out"),
     "zclip": Quantity("steps clipped by ZClip", ",.0f", "gradients it scaled down further than optim.grad_clip"),
 }
@@ -60,18 +62,20 @@ class Summary:
     its loss events."""
 
     results: dict[str, float | None]
-    honesty: dict[str, float | None]
+    honesty: dict[str, float | bool | None]
     end_state: str
     stability: SpikeReport
 
 
 def printed(quantity: Quantity, value: Any) -> str:
     """A quantity's value as it is printed everywhere; a dash when it is unknown."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return "-" if value is None else format(value, quantity.style)
 
 
-def summarise(run: RunData) -> Summary:
-    """The figures of one run."""
+def summarise(run: RunData, diverged: bool = False) -> Summary:
+    """The figures of one run. `diverged`: it is about to end with exit code 5; see `score_curve`."""
     tail = run.column("train/loss")[-max(1, len(run.lines) // 10) :]
     parameters = run.provenance("parameters")
     counts = parameters if isinstance(parameters, dict) else {"total": parameters}
@@ -89,7 +93,7 @@ def summarise(run: RunData) -> Summary:
         "active_parameters": counts.get("active"),
     }
     attempts = run.run.get("attempts", [])
-    stability = score_curve(read_curve(run.path))
+    stability = score_curve(read_curve(run.path), diverged=diverged)
     honesty = {
         "attempts": float(len(attempts)) or None,
         "lost": float(sum(attempt["state"] in ("lost", "running") for attempt in attempts)),
@@ -98,7 +102,9 @@ def summarise(run: RunData) -> Summary:
         "skipped": float(np.nansum(run.column("train/skipped"))),
         "nonfinite": float(sum("train/loss" in line and not np.isfinite(line["train/loss"]) for line in run.lines)),
         "spikes": float(stability.summary["spikes"]),
+        "diverged": stability.summary["diverged"],
         "unrecovered": float(stability.summary["unrecovered_total"]),
+        "open": float(stability.summary["open_total"]),
         "rewinds": float(stability.actions["rewind"]),
         "zclip": float(stability.actions["zclip"]),
     }

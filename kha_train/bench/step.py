@@ -36,6 +36,7 @@ from kha_train.model.accounting import count_parameters, flops_per_token
 from kha_train.model.attention import measured
 from kha_train.model.attention.choice import announce, choose
 from kha_train.model.moe.experts import announce_experts
+from kha_train.record.labels import distinct
 from kha_train.telemetry.throughput import Peak, peak_flops
 from kha_train.train.step import train_step
 
@@ -77,7 +78,9 @@ def measure(
     """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as left_last:
         settings = _with_data(list(overrides), Path(folder))
-        configs = {arm: compose([*settings, *arm.split()]) for arm in arms}
+        # An arm may be measured against itself.
+        labels = distinct(arms, [f"arm {number}" for number, _ in enumerate(arms, start=1)])
+        configs = {label: compose([*settings, *arm.split()]) for label, arm in zip(labels, arms, strict=True)}
         first = next(iter(configs.values()))
         if against:
             peers.check(first)

@@ -11,7 +11,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kha_train.analysis.spikes import SpikeReport, across_runs, evidence_of, lines_around, read_curve, score_curve
+from kha_train.analysis.spikes import (
+    SpikeReport,
+    across_runs,
+    evidence_of,
+    lines_around,
+    read_curve,
+    read_curves,
+    score_curve,
+    tell_apart,
+)
 from kha_train.analysis.spikes_plot import plot_spikes
 from kha_train.analysis.spikes_text import batch_texts
 from kha_train.errors import ConfigError, KhaError
@@ -27,6 +36,8 @@ AROUND_COLUMNS = {
     "train/skipped": "skip", "moe/maxvio": "load", "attn/max_logit": "logit", "kha/from_identity": "kha",
 }  # fmt: skip
 """Metric of a step -> its heading."""
+ENDINGS = {"unrecovered": "not recovered", "open": "open at the end"}
+"""Class of an event that did not end by itself -> how it stands."""
 LAYER_COLUMNS = ("norm", "logit", "load", "busiest", "dead", "bias from", "to")
 TEXT_CHARACTERS = 600
 """Shown of each row; `--json` gives all of it."""
@@ -44,15 +55,18 @@ def spikes(
     """Score curves for loss spikes: events, rates with intervals, published scores; several runs also together."""
     if event is not None or plot is not None:
         _refuse_several(curves, "--event" if event is not None else "--plot")
-    reports = [score_curve(read_curve(path, planned or ()), rewound) for path in curves]
+    reports = [score_curve(curve, rewound) for curve in read_curves(curves, planned or ())]
+    against = [score_curve(read_curve(reference), rewound)] if reference else []
+    told = tell_apart([*reports, *against])
+    reports, against = told[: len(curves)], told[len(curves) :]
     if plot is not None:
         plot_spikes(reports[0], plot)
     if event is not None:
         answer = _event(reports[0], event)
-    elif len(reports) == 1 and reference is None:
+    elif len(reports) == 1 and not against:
         answer = reports[0].to_dict()
     else:
-        answer = across_runs(reports, score_curve(read_curve(reference), rewound) if reference else None)
+        answer = across_runs(reports, *against)
     if as_json:
         typer.echo(json.dumps(_plain(answer), indent=2, allow_nan=False))
         return
@@ -91,7 +105,7 @@ def _print_event(answer: dict[str, Any], console: Console) -> None:
     event = answer["event"]
     console.print(
         f"{event['class']} event, steps {event['start_step']} to {event['end_step']}, "
-        f"{'recovered' if event['recovered'] else 'not recovered'}: {_short(event['height'])} nats above "
+        f"{ENDINGS.get(event['class'], 'recovered')}: {_short(event['height'])} nats above "
         f"{_short(event['baseline'])}, area {_short(event['area'])}, "
         f"gradient norm up to {_short(event['gnorm_peak_ratio'])} times the usual",
     )
@@ -147,8 +161,11 @@ def _print_report(report: SpikeReport, console: Console) -> None:
         table.add_row(f"{number}{mark}", *(_short(fields[name]) for name in EVENT_COLUMNS.values()))
     console.print(table if events else f"{report.curve.label}: no event")
     for name, value in summary.items():
-        if name != "rates":
+        if name not in ("rates", "by_class"):
             console.print(f"  {name:<22} {_short(value)}")
+    for kind, sizes in summary["by_class"].items():
+        words = ", ".join(f"{name} {_short(value)}" for name, value in sizes.items())
+        console.print(f"  {kind:<22} {words}")
     for name, value in summary["rates"].items():
         console.print(f"  {name:<28} {_interval(value)}")
     for name, value in {**report.scores, **report.actions}.items():
@@ -159,7 +176,9 @@ def _print_report(report: SpikeReport, console: Console) -> None:
 
 def _print_together(answer: dict[str, Any], console: Console) -> None:
     pooled = answer["pooled"]
-    console.print(f"together: {pooled['spikes']} spikes, per 1k steps {_interval(pooled['per_1k_steps'])}")
+    diverged = ", ".join(pooled["diverged_runs"]) or "none"
+    spikes_words = f"{pooled['spikes']} spikes, per 1k steps {_interval(pooled['per_1k_steps'])}"
+    console.print(f"together: {spikes_words}; diverged: {diverged}")
     for label, events in answer["shared"].items():
         console.print(
             f"  {label}: shared with another run {events['shared']}, private {events['private']} "
@@ -177,6 +196,8 @@ def _interval(value: dict[str, float]) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

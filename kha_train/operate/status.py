@@ -14,6 +14,7 @@ from kha_train.config.build import flatten
 from kha_train.config.compose import load_plain
 from kha_train.errors import ConfigError
 from kha_train.record import Marker, first_failure_line, has_marker, heartbeat_age, read_metrics, read_run
+from kha_train.record.actions import count_actions
 from kha_train.record.goodput import goodput
 
 State = Literal["done", "running", "silent", "requeue", "fatal", "ended", "queued", "new"]
@@ -37,7 +38,8 @@ class RunStatus:
 
     `loss`, `tokens_per_second` and `mfu` are medians of the last 20 steps; `seconds_left` is the steps left times the
     mean wall time between those steps, saving and validating included; `goodput` the share that `record.goodput`
-    calls productive; `spikes` the loss spikes counted so far; `heartbeat` the seconds since
+    calls productive; `spikes` the narrow and wide loss spikes so far; `diverged` whether the divergence guard fired,
+    the last attempt ended with exit code 5, or a loss event was open when the run ended; `heartbeat` the seconds since
     the process was heard of, `idle` the seconds since its last step; `note` why it ended and which rank failed first.
     """
 
@@ -51,6 +53,7 @@ class RunStatus:
     mfu: float | None = None
     seconds_left: float | None = None
     spikes: int = 0
+    diverged: bool = False
     attempts: int = 0
     goodput: float | None = None
     checkpoint: int | None = None
@@ -80,14 +83,15 @@ def run_status(path: Path, name: str | None = None, queued: bool = False) -> Run
     return RunStatus(
         name=name or str(config.get("run.name") or path.name),
         path=str(path),
-        state=_state(path, attempts, queued),
+        state=(state := _state(path, attempts, queued)),
         step=step,
         steps=steps,
         loss=_median(recent, "train/loss"),
         tokens_per_second=_median(recent, "train/tokens_per_second"),
         mfu=_median(recent, "train/mfu"),
         seconds_left=_seconds_left(recent, step, steps),
-        spikes=int(lines[-1].get("spike/events_total", 0)) if lines else 0,
+        spikes=_spikes(lines[-1]) if lines else 0,
+        diverged=_diverged(path, lines, attempts, state),
         attempts=len(attempts),
         goodput=spent.share if spent else None,
         checkpoint=newest_checkpoint(path),
@@ -131,6 +135,20 @@ def _state(path: Path, attempts: list[dict[str, Any]], queued: bool) -> State:
     if not attempts:
         return "new"
     return "silent" if attempts[-1]["state"] == "running" else "ended"
+
+
+def _spikes(line: dict[str, Any]) -> int:
+    """Narrow and wide events up to a metrics line; all events where it does not tell them apart."""
+    if "spike/narrow_total" not in line:
+        return int(line.get("spike/events_total", 0))
+    return int(line["spike/narrow_total"] + line.get("spike/wide_total", 0))
+
+
+def _diverged(path: Path, lines: list[dict[str, Any]], attempts: list[dict[str, Any]], state: State) -> bool:
+    """An event that is open while the run is running may still end, so it counts only once the run has ended."""
+    is_open = bool(lines) and state != "running" and bool(lines[-1].get("spike/open"))
+    ended_so = bool(attempts) and attempts[-1]["state"] == "diverged"
+    return is_open or ended_so or count_actions(path)["divergence"] > 0
 
 
 def _note(path: Path) -> str:

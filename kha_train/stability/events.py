@@ -23,6 +23,8 @@ OPEN_Z, CLOSE_Z, CLOSE_COUNT = 7.0, 2.0, 3
 MAX_STEPS = 2000
 NARROW = 10
 """Events up to this width (steps) are narrow. The boundary is this project's own."""
+CLASSES = ("narrow", "wide", "unrecovered", "open")
+"""What an event can be: see `SpikeEvent.kind`."""
 
 
 class Observation(NamedTuple):
@@ -72,7 +74,10 @@ class SpikeEvent:
 
     @property
     def kind(self) -> str:
-        """narrow, wide or unrecovered; one that is open at the end of the curve has not recovered either."""
+        """One of `CLASSES`: `open` at the end of the curve, `unrecovered` when it was given up or cut short, and by
+        its width `narrow` or `wide` when it recovered."""
+        if self.open:
+            return "open"
         if not self.recovered:
             return "unrecovered"
         return "narrow" if self.width <= NARROW else "wide"

@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from kha_train.stability.events import SpikeEvent
+from kha_train.stability.events import CLASSES, SpikeEvent
 
 SPIKES = ("narrow", "wide")
-"""The classes that count as spikes. An unrecovered event is a level shift or a divergence, and is told apart."""
+"""The classes that count as spikes. Other events are level shifts or divergences, or have not ended."""
 BILLION = 1e9
 NEIGHBOURHOOD = 2
 """Events of two runs are the same when they touch within so many steps, or the samples of so many."""
@@ -35,40 +35,62 @@ def rate(count: int, exposure: float) -> dict[str, float]:
 
 
 def summarise(
-    events: Sequence[SpikeEvent], *, first_step: int, last_step: int, tokens: int, undone_steps: Sequence[int] = ()
+    events: Sequence[SpikeEvent],
+    *,
+    first_step: int,
+    last_step: int,
+    tokens: int,
+    undone_steps: Sequence[int] = (),
+    diverged: bool = False,
 ) -> dict[str, Any]:
     """Counts, sizes and rates of a run's `events` over the steps `first_step` .. `last_step`.
 
     `tokens` are those of these steps alone (0: unknown). When `events` holds some that a rewind undid, `undone_steps`
-    are the steps it undid: they join the exposure, with as many tokens each. `spikes` are narrow and wide events;
-    `area_total` and `max_height` are theirs alone. The halves are halves of `first_step` .. `last_step`.
+    are the steps it undid: they join the exposure, with as many tokens each. `spikes` and their rates are narrow and
+    wide events. `area_total`, `max_height` and `steps_in_spike_frac` are over events of every class, so that a run that
+    blows up and never recovers has them too. `diverged` is true when an event is open at the end, or when the caller
+    says so. The halves are halves of `first_step` .. `last_step`.
     """
     surviving = last_step - first_step + 1
     steps = surviving + len(undone_steps)
     tokens = round(tokens * steps / surviving)
+    by_class = {kind: _sizes([event for event in events if event.kind == kind]) for kind in CLASSES}
     spikes = [event for event in events if event.kind in SPIKES]
     middle = first_step + surviving / 2
     first_half = sum(event.start_step < middle for event in spikes)
     first_half_steps = surviving / 2 + sum(step < middle for step in undone_steps)
+    total = _sizes(events)
     return {
         "steps": steps,
         "tokens": tokens,
         "events_total": len(events),
         "spikes": len(spikes),
-        **{f"{kind}_total": sum(event.kind == kind for event in events) for kind in (*SPIKES, "unrecovered")},
+        "diverged": diverged or any(event.open for event in events),
+        **{f"{kind}_total": sizes["events"] for kind, sizes in by_class.items()},
         "nonfinite_steps": sum(event.nonfinite_steps for event in events),
         "first_half": first_half,
         "second_half": len(spikes) - first_half,
-        "steps_in_spike_frac": sum(event.width for event in spikes) / max(steps, 1),
-        "area_total": math.fsum(event.area for event in spikes),
-        "max_height": max((event.height for event in spikes), default=0.0),
+        "steps_in_spike_frac": total["steps"] / max(steps, 1),
+        "area_total": total["area"],
+        "max_height": total["max_height"],
+        "by_class": by_class,
         "rates": {
             "per_1k_steps": rate(len(spikes), steps / 1000),
             "per_billion_tokens": rate(len(spikes), tokens / BILLION),
-            "wide_per_1k_steps": rate(sum(event.kind == "wide" for event in spikes), steps / 1000),
+            "wide_per_1k_steps": rate(by_class["wide"]["events"], steps / 1000),
             "first_half_per_1k_steps": rate(first_half, first_half_steps / 1000),
             "second_half_per_1k_steps": rate(len(spikes) - first_half, (steps - first_half_steps) / 1000),
         },
+    }
+
+
+def _sizes(events: Sequence[SpikeEvent]) -> dict[str, Any]:
+    """How many `events`, the steps inside them, the sum of their areas and the largest of their heights."""
+    return {
+        "events": len(events),
+        "steps": sum(event.width for event in events),
+        "area": math.fsum(event.area for event in events),
+        "max_height": max((event.height for event in events), default=0.0),
     }
 
 

@@ -16,6 +16,7 @@ from typing import Any, Self
 from kha_train.config.build import to_plain
 from kha_train.config.schema import RunConfig
 from kha_train.record import RECORD_ONLY, Redactor, read_discarded, read_metrics
+from kha_train.record.labels import distinct
 
 MAX_KEYS = 200
 """Distinct metric keys sent; further ones stay in the record only."""
@@ -180,13 +181,15 @@ def _chart(
 ) -> tuple[list[str], list[list[tuple[int, float]]]]:
     """Names and points of the lines of a loss chart: the loss, thinned out, and each of the highest spikes in full."""
     finite = [(step, loss) for step, loss in losses if math.isfinite(loss)]
-    names, lines = ["train/loss"], [finite[:: -(-len(finite) // CHART_POINTS) or 1]]
+    names, details, lines = ["train/loss"], [""], [finite[:: -(-len(finite) // CHART_POINTS) or 1]]
     highest = sorted(events, key=lambda event: event["height"], reverse=True)[:CHART_SPIKES]
     for event in sorted(highest, key=lambda event: event["start_step"]):
         inside = [point for point in finite if event["start_step"] <= point[0] <= event["end_step"]]
         names.append(f"{event['class']} at step {event['start_step']}")
+        details.append("rewound" if event.get("rewound") else "kept")
         lines.append(inside[:: -(-len(inside) // CHART_POINTS) or 1])
-    return names, lines
+    # Two events may begin at one step, one of them undone by a rewind; lines of one name would be drawn as one.
+    return distinct(names, details), lines
 
 
 def choose_mode(asked: str) -> tuple[str, str]:

@@ -22,7 +22,7 @@ def sum_up(
     if not (session.world.is_main and session.record.last_step):
         return
     with _after(error):
-        ending = end_of(session.run_dir)
+        ending = end_of(session.run_dir, diverged=isinstance(error, DivergedError))
         session.record.update_run(spikes=ending.report.summary)
         losses = [(point.step, point.loss) for point in ending.report.curve.points]
         session.wandb.spikes(ending.report.to_dict()["events"], ending.actions, losses)

@@ -153,6 +153,34 @@ def test_spikes_and_what_was_done_about_them_are_in_the_honesty_table(tmp_path: 
     assert (honesty["spikes"], honesty["unrecovered"], honesty["rewinds"], honesty["zclip"]) == (1, 0, 1, 0)
 
 
+def test_a_run_that_diverged_says_so_beside_its_spikes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calm = make_run(tmp_path / "a", [3.0] * 120)
+    lost = make_run(tmp_path / "b", [3.0] * 100 + [13.0, 103.0] + [390.0] * 18, variant="kha_mlp")
+    ended = make_run(tmp_path / "c", [3.0] * 120, seed=1)
+    record = Record.open(ended)
+    record.begin_attempt(120)
+    record.close("diverged")
+    compare([calm, lost, ended], out=tmp_path / "report", as_json=True)
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [(run["spikes"], run["diverged"], run["open"], run["unrecovered"]) for run in runs] == [
+        (0, False, 0, 0),
+        (0, True, 1, 0),
+        (0, True, 0, 0),
+    ]
+    compare([calm, lost, ended], out=tmp_path / "report")
+    assert re.search(r"diverged +no +yes +yes", capsys.readouterr().out)
+    assert "<td>no</td><td>yes</td><td>yes</td>" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_a_name_that_looks_like_a_label_with_its_path_collides_with_none(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / name, falling(20)) for name in "abc"]
+    config = yaml.safe_load((paths[2] / "config.yaml").read_text())
+    config["run"]["name"] = f"gqa-s0 ({paths[0]})"
+    (paths[2] / "config.yaml").write_text(yaml.safe_dump(config))
+    labels = [run.label for run in compare_runs(paths).runs]
+    assert labels == [f"gqa-s0 ({paths[0]}) 2", f"gqa-s0 ({paths[1]})", f"gqa-s0 ({paths[0]})"]
+
+
 def test_the_paired_difference_is_that_of_the_last_half_of_the_common_steps(tmp_path: Path) -> None:
     reference = make_run(tmp_path / "a", falling(60))
     other = make_run(tmp_path / "b", falling(40, offset=-0.25), variant="kha_mlp")

@@ -77,10 +77,11 @@ def test_arms_run_on_the_backend_that_training_would_take_and_auto_is_settled_on
         return ("eager " if config.attention.backend == "auto" else f"{config.attention.backend} ") + "measured"
 
     monkeypatch.setattr(step.measured, "measure", answer)
-    arms = ["attention=gqa", "attention.backend=sdpa", "attention=kha_mlp"]
+    arms = ["attention=gqa", "attention.backend=sdpa", "attention=kha_mlp", "attention=gqa"]
     found = measure([*SHAPE, "attention.backend=auto"], arms, blocks=3, warmup=1)["arms"]
-    assert [arm["backend"] for arm in found.values()] == ["eager", "sdpa", "eager"]
-    assert asked == ["", "eager", "eager"] and "backend eager" in found["attention=gqa"]["chosen"][0]
+    assert list(found) == ["attention=gqa (arm 1)", *arms[1:3], "attention=gqa (arm 4)"], "measured against itself"
+    assert [arm["backend"] for arm in found.values()] == ["eager", "sdpa", "eager", "eager"]
+    assert asked == ["", *["eager"] * 3] and "backend eager" in found["attention=gqa (arm 1)"]["chosen"][0]
 
 
 def test_attention_by_documents_counts_the_pairs_they_have():

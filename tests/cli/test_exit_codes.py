@@ -15,7 +15,7 @@ from data_tools.corpus import build_corpus
 from data_tools.encode import encode_corpus
 from data_tools.train_tokenizer import train_tokenizer
 from kha_train.cli.main import run
-from kha_train.record import Record, read_metrics
+from kha_train.record import Record, read_metrics, read_run
 
 Train = Callable[..., tuple[int, str]]
 
@@ -175,10 +175,12 @@ def test_a_secret_is_in_nothing_that_a_run_prints(
     assert "Traceback" in said and "a defect with [redacted]" in said and canary not in said
 
 
-def test_a_run_that_leaves_the_finite_numbers_ends_with_5(train: Train) -> None:
+def test_a_run_that_leaves_the_finite_numbers_ends_with_5(train: Train, tmp_path: Path) -> None:
     code, said = train("model.init_std=1e38", "run.steps=20", "stability.max_nonfinite_steps=3")
     assert code == 5, said
     assert "3 steps in a row" in said
+    spikes = read_run(tmp_path / "run")["spikes"]
+    assert (spikes["spikes"], spikes["diverged"], spikes["open_total"]) == (0, True, 1)
 
 
 def test_a_run_directory_in_use_ends_with_6(train: Train, tmp_path: Path) -> None:

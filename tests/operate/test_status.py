@@ -57,6 +57,32 @@ def test_figures_follow_their_definitions(tmp_path: Path) -> None:
     assert status.heartbeat is not None and status.heartbeat < SILENT_AFTER
 
 
+def test_spikes_are_narrow_and_wide_events_and_divergence_stands_beside_them(tmp_path: Path) -> None:
+    counts = {"spike/narrow_total": 2, "spike/wide_total": 1, "spike/unrecovered_total": 4, "spike/events_total": 8}
+    for is_open, end, fired, diverged in (
+        (0, "done", False, False),
+        (1, "done", False, True),
+        (0, "diverged", False, True),
+        (0, "done", True, True),
+        # It is running, so the event may still end.
+        (1, None, False, False),
+    ):
+        run_dir = tmp_path / f"{is_open} {end} {fired}"
+        record = trained(run_dir, 3, end=None)
+        record.step({"step": 4, "time": time.time(), "train/loss": 4.0, **ON_TIME, **counts, "spike/open": is_open})
+        if fired:
+            record.event("divergence", 4, loss=9.0)
+        if end:
+            record.close(end)
+        status = run_status(run_dir)
+        if not end:
+            record.close("done")
+        assert (status.spikes, status.diverged) == (3, diverged)
+        table = Console(file=io.StringIO(), width=200)
+        table.print(status_table([status], table))
+        assert ("3 diverged" in table.file.getvalue()) is diverged
+
+
 @pytest.mark.parametrize(
     "marker, state", [(Marker.DONE, "done"), (Marker.FATAL, "fatal"), (Marker.REQUEUE, "requeue"), (None, "ended")]
 )

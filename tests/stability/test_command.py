@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_tools.synthetic import write_dataset
+from kha_train.analysis.spikes import LossCurve, across_runs, score_curve
 from kha_train.analysis.spikes_text import batch_numbers
 from kha_train.cli.main import run
 from kha_train.config.build import to_plain
 from kha_train.config.compose import compose, dump
 from kha_train.record import Record
+from kha_train.stability.events import Observation
 
 Kha = Callable[..., str]
 
@@ -83,6 +87,122 @@ def test_shared_events_are_told_from_private_ones(kha: Kha, csv_file: Path, tmp_
     assert answer["pooled"]["per_billion_tokens"]["value"] == pytest.approx(2e9 / 400)
     assert answer["tail_gap"]["other.csv"]["at"] == "step"
     assert "at the same step" in kha(str(csv_file), str(other))
+
+
+@pytest.fixture
+def alike(tmp_path: Path, calm) -> list[Path]:
+    """Three curves of one file name, each with a spike of its own."""
+    paths = [tmp_path / folder / "loss.csv" for folder in "abc"]
+    for number, path in enumerate(paths):
+        losses = calm(200, seed=number)
+        losses[100 + 20 * number] += 2.0
+        path.parent.mkdir()
+        path.write_text("step,loss\n" + "\n".join(f"{s},{x!r}" for s, x in enumerate(losses, start=1)))
+    return paths
+
+
+def test_curves_of_one_file_name_all_stay_in_the_answer(kha: Kha, alike: list[Path]) -> None:
+    answer = json.loads(kha(*map(str, alike), "--json"))
+    labels = [f"loss.csv ({path})" for path in alike]
+    assert [run["label"] for run in answer["runs"]] == labels
+    assert [answer["shared"][label]["private"] for label in labels] == [[101], [121], [141]]
+    assert answer["reference"] == labels[0] and list(answer["tail_gap"]) == labels[1:]
+    said = kha(*map(str, alike))
+    assert all("".join(label.split()) in "".join(said.split()) for label in labels)
+
+
+def test_a_reference_is_told_from_curves_of_its_name_and_is_itself_where_it_is_one_of_them(
+    kha: Kha, alike: list[Path]
+) -> None:
+    first, second, third = alike
+    answer = json.loads(kha(str(first), "--reference", str(third), "--json"))
+    assert answer["reference"] == f"loss.csv ({third})" and list(answer["tail_gap"]) == [f"loss.csv ({first})"]
+    answer = json.loads(kha(str(first), str(second), "--reference", f"{first.parent}/../a/loss.csv", "--json"))
+    assert answer["reference"] == f"loss.csv ({first})"
+    assert answer["tail_gap"][f"loss.csv ({first})"]["gap"] == 0.0
+
+
+@pytest.mark.parametrize("again", ["a/loss.csv", "b/../a/loss.csv"])
+def test_a_curve_named_twice_is_refused(
+    again: str, alike: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(["spikes", str(alike[0]), f"{tmp_path}/{again}"])
+    assert ended.value.code == 2 and "named twice" in capsys.readouterr().err
+
+
+POINTS = tuple(Observation(step, 3.0) for step in range(1, 11))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["x", "x (p)", "x (q)"]), st.sampled_from("pqr")), min_size=2, max_size=6))
+def test_nothing_across_runs_is_keyed_by_a_label_that_collides(named: list[tuple[str, str]]) -> None:
+    reports = [score_curve(LossCurve(label, POINTS, frozenset(), path=Path(path))) for label, path in named]
+    answer = across_runs(reports)
+    labels = [run["label"] for run in answer["runs"]]
+    distinct_curves = len({report.curve.place for report in reports})
+    assert len(set(labels)) == len(answer["shared"]) == distinct_curves
+    assert set(answer["shared"]) == set(labels) and set(answer["tail_gap"]) == set(labels[1:])
+
+
+def blown_up() -> list[float]:
+    """100 calm steps at 3, then 13, 103 and eighteen steps of 390."""
+    return [3.0] * 100 + [13.0, 103.0] + [390.0] * 18
+
+
+def write_curve(path: Path, losses: list[float]) -> str:
+    path.write_text("step,loss\n" + "\n".join(f"{step},{loss!r}" for step, loss in enumerate(losses, start=1)))
+    return str(path)
+
+
+def test_a_run_that_blows_up_has_its_height_area_and_share_and_has_diverged(kha: Kha, tmp_path: Path) -> None:
+    path = write_curve(tmp_path / "curve.csv", blown_up())
+    answer = json.loads(kha(path, "--json"))
+    (event,) = answer["events"]
+    assert (event["start_step"], event["width"], event["class"], event["recovered"]) == (101, 20, "open", False)
+    summary = answer["summary"]
+    assert (summary["spikes"], summary["events_total"], summary["diverged"]) == (0, 1, True)
+    assert answer["rates"]["per_1k_steps"]["value"] == 0.0
+    # 390 - 3; (13 - 3) + (103 - 3) + 18 (390 - 3); 20 of 120 steps.
+    assert (summary["max_height"], summary["area_total"]) == (387.0, 7076.0)
+    assert summary["steps_in_spike_frac"] == 20 / 120
+    assert summary["by_class"]["open"] == {"events": 1, "steps": 20, "area": 7076.0, "max_height": 387.0}
+    assert [summary["by_class"][kind]["events"] for kind in ("narrow", "wide", "unrecovered")] == [0, 0, 0]
+    assert "open at the end: 387 nats above 3" in kha(path, "--event", "1")
+    said = kha(path)
+    assert "diverged               yes" in said and "unrecovered_total      0" in said
+
+
+HEALTHY = [3.0] * 150
+
+
+@pytest.mark.parametrize(
+    ("losses", "diverged", "classes"),
+    [
+        ([*HEALTHY, 4.0, *HEALTHY], False, ["narrow"]),
+        # Twice the mean five steps in a row, then back: the guard has fired.
+        ([*HEALTHY, *[6.5] * 5, *HEALTHY], True, ["narrow"]),
+        ([*HEALTHY, *[6.5] * 4, *HEALTHY], False, ["narrow"]),
+        # The last step, and nobody knows whether it would have recovered.
+        ([*HEALTHY, 4.0], True, ["open"]),
+        ([*HEALTHY, 4.0, 3.0, 3.0], True, ["open"]),
+        ([*HEALTHY, 4.0, 3.0, 3.0, 3.0], False, ["narrow"]),
+        ([*HEALTHY, *[5.0] * 2010], False, ["unrecovered"]),
+        ([*HEALTHY, math.nan, math.nan], True, ["open"]),
+    ],
+)
+def test_diverged_is_an_event_open_at_the_end_or_a_guard_that_fired(
+    losses: list[float], diverged: bool, classes: list[str], kha: Kha, tmp_path: Path
+) -> None:
+    answer = json.loads(kha(write_curve(tmp_path / "curve.csv", losses), "--json"))
+    assert answer["summary"]["diverged"] is diverged
+    assert [event["class"] for event in answer["events"]] == classes
+
+
+def test_curves_together_say_which_of_them_diverged(kha: Kha, tmp_path: Path) -> None:
+    paths = [write_curve(tmp_path / "calm.csv", HEALTHY), write_curve(tmp_path / "lost.csv", blown_up())]
+    pooled = json.loads(kha(*paths, "--json"))["pooled"]
+    assert (pooled["spikes"], pooled["diverged"], pooled["diverged_runs"]) == (0, True, ["lost.csv"])
+    assert "diverged: lost.csv" in kha(*paths)
 
 
 @pytest.mark.parametrize("tokens", [None, 50])
@@ -208,6 +328,35 @@ def test_a_rewound_and_a_surviving_event_at_one_step_show_their_own(kha: Kha, tm
     assert [event["rewound"] for event in answer["events"]] == [False, False, True]
     assert (answer["summary"]["steps"], answer["summary"]["tokens"]) == (203, 203_000), "150..152 were done twice"
     assert json.loads(kha(run_dir, "--no-rewound", "--json"))["summary"]["steps"] == 200
+
+
+@pytest.mark.parametrize(("state", "diverged"), [("diverged", True), ("done", False)])
+def test_a_run_that_ended_with_exit_code_5_has_diverged(
+    state: str, diverged: bool, kha: Kha, tmp_path: Path, calm, observed
+) -> None:
+    record = Record.open(tmp_path / "run")
+    record.begin_attempt(0)
+    (tmp_path / "run" / "config.yaml").write_text("run: {}\n")
+    for seen in observed(calm(80)):
+        record.step({**_line(seen), "train/loss": seen.loss})
+    record.close(state)
+    assert json.loads(kha(str(tmp_path / "run"), "--json"))["summary"]["diverged"] is diverged
+
+
+def test_a_divergence_that_a_rewind_undid_counts_as_its_events_do(kha: Kha, tmp_path: Path, observed) -> None:
+    record = Record.open(tmp_path / "run")
+    record.begin_attempt(0)
+    (tmp_path / "run" / "config.yaml").write_text("run: {}\n")
+    for seen in observed([3.0] * 150 + [9.0] * 5):
+        record.step({**_line(seen), "train/loss": seen.loss})
+    record.rewind_to(140, "rewind 1 from step 155: a test")
+    for seen in observed([3.0] * 200)[140:]:
+        place = {"samples_first": seen.samples_first + 800, "samples_last": seen.samples_last + 800}
+        record.step({**_line(seen), **place, "train/loss": seen.loss})
+    record.close()
+    told = [json.loads(kha(str(tmp_path / "run"), *options, "--json")) for options in ((), ("--no-rewound",))]
+    assert [(one["summary"]["diverged"], one["summary"]["max_height"]) for one in told] == [(True, 6.0), (False, 0.0)]
+    assert told[0]["summary"]["spikes"] == 0 and told[0]["events"][0]["class"] == "unrecovered"
 
 
 def test_what_a_restart_redoes_or_undoes_is_no_second_action(kha: Kha, tmp_path: Path, calm, observed) -> None:

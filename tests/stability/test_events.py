@@ -95,11 +95,12 @@ def test_an_infinite_norm_alone_is_an_event(calm, observed) -> None:
     assert opened == [151]
 
 
-def test_an_event_open_at_the_end_has_not_recovered(events_of, calm) -> None:
+def test_an_event_open_at_the_end_is_called_that(events_of, calm) -> None:
     losses = calm(300)
     losses[-2] += 3.0
     (event,) = events_of(losses)
-    assert event.open and not event.recovered and event.kind == "unrecovered"
+    assert event.open and not event.recovered
+    assert event.kind == event.to_dict()["class"] == "open"
 
 
 def test_a_planned_jump_is_no_event(calm, observed) -> None:

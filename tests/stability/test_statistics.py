@@ -37,16 +37,32 @@ def test_rates_are_per_exposure_and_unknown_without_one() -> None:
     assert all(math.isnan(value) for value in rate(5, 0.0).values())
 
 
-def test_only_narrow_and_wide_events_are_spikes() -> None:
-    events = [event(10), event(600, 620, height=3.0), event(800, 1000, recovered=False, height=9.0)]
+def test_only_narrow_and_wide_events_are_spikes_and_sizes_cover_every_class() -> None:
+    last = event(950, 969, recovered=False, height=5.0)
+    last.open = True
+    events = [event(10), event(600, 620, height=3.0), event(700, 800, recovered=False, height=9.0), last]
     summary = summarise(events, first_step=1, last_step=1000, tokens=2_000_000_000)
-    assert (summary["spikes"], summary["events_total"]) == (2, 3)
-    assert (summary["narrow_total"], summary["wide_total"], summary["unrecovered_total"]) == (1, 1, 1)
+    assert (summary["spikes"], summary["events_total"], summary["diverged"]) == (2, 4, True)
+    assert [summary[f"{kind}_total"] for kind in ("narrow", "wide", "unrecovered", "open")] == [1, 1, 1, 1]
     assert (summary["first_half"], summary["second_half"]) == (1, 1)
-    assert summary["steps_in_spike_frac"] == 22 / 1000
-    assert (summary["area_total"], summary["max_height"]) == (4.0, 3.0)
+    # Widths 1 + 21 + 101 + 20, areas of 2 each.
+    assert summary["steps_in_spike_frac"] == 143 / 1000
+    assert (summary["area_total"], summary["max_height"]) == (8.0, 9.0)
+    assert summary["by_class"] == {
+        "narrow": {"events": 1, "steps": 1, "area": 2.0, "max_height": 1.0},
+        "wide": {"events": 1, "steps": 21, "area": 2.0, "max_height": 3.0},
+        "unrecovered": {"events": 1, "steps": 101, "area": 2.0, "max_height": 9.0},
+        "open": {"events": 1, "steps": 20, "area": 2.0, "max_height": 5.0},
+    }
     assert summary["rates"]["per_1k_steps"]["value"] == 2.0
+    assert summary["rates"]["wide_per_1k_steps"]["value"] == 1.0
     assert summary["rates"]["per_billion_tokens"]["value"] == 1.0
+
+
+def test_a_run_without_an_open_event_has_diverged_only_when_told_so() -> None:
+    events = [event(700, 800, recovered=False)]
+    for told in (False, True):
+        assert summarise(events, first_step=1, last_step=1000, tokens=0, diverged=told)["diverged"] is told
 
 
 def test_events_at_the_same_place_are_shared_and_others_private() -> None:

@@ -295,6 +295,9 @@ def test_spikes_are_marked_on_the_loss_and_listed_in_a_table(monkeypatch, tmp_pa
     xs, ys, names = run.logged[-1]["spike/on_loss"]
     assert names == ["train/loss", "narrow at step 2"]
     assert (xs, ys) == ([[1, 2, 4, 5], [2, 4]], [[3.0, 9.0, 6.0, 3.0], [9.0, 6.0]])
+    undone = {**event.to_dict(), "rewound": True}
+    mirror.spikes([event.to_dict(), undone, undone], [], losses)
+    assert len(set(run.logged[-1]["spike/on_loss"][2])) == 4, "lines of one name are drawn as one"
 
 
 def test_figures_of_single_layers_stay_in_the_record(monkeypatch, tmp_path: Path) -> None:

@@ -1,0 +1,34 @@
+"""How often something was done about a run, read from its record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kha_train.record.reader import read_discarded, read_events
+
+ACTIONS = ("step_discarded", "rewind", "rewind_impossible", "divergence", "abort", "zclip")
+UNDONE = "rewind "
+"""How the reason begins that a rewind gives for the lines it undoes; other reasons are a restart's."""
+
+
+def count_actions(run_dir: Path | None) -> dict[str, int]:
+    """How often each of `ACTIONS` happened in the run; zeros for None. Raises DataError when the record is damaged.
+
+    The record of events only grows: what was done in steps that a restart undid does not count, and what is then done
+    again in the same step, over the same samples, counts once.
+    """
+    if run_dir is None:
+        return dict.fromkeys(ACTIONS, 0)
+    events = [event for event in read_events(run_dir) if event["kind"] in ACTIONS]
+    lost = {
+        (line["attempt"], line["step"], line["samples_first"])
+        for line in (read_discarded(run_dir) if events else ())
+        if "samples_first" in line and not line["discarded_reason"].startswith(UNDONE)
+    }
+    done = {
+        (event["kind"], event["step"], event.get("samples_first"), str(event.get("window")))
+        for event in events
+        if (event["attempt"], event["step"], event.get("samples_first")) not in lost
+    }
+    kinds = [kind for kind, *_ in done]
+    return {kind: kinds.count(kind) for kind in ACTIONS}
