@@ -11,7 +11,7 @@ import numpy as np
 from kha_train.analysis.runs import RunData, load_runs
 from kha_train.analysis.statistics import Interval, SeedInterval, block_bootstrap, over_seeds
 from kha_train.analysis.summary import Summary, summarise
-from kha_train.config.constants import FREE_TO_CHANGE
+from kha_train.config.constants import FREE_TO_CHANGE, may_differ
 
 IDENTITY_KEYS = ("run.dir", "run.name")
 """Configuration keys that always differ and say nothing."""
@@ -147,8 +147,9 @@ def partners(runs: tuple[RunData, ...]) -> list[tuple[int, int]]:
 
 def confounders(reference: RunData, other: RunData) -> tuple[str, ...]:
     """The settings that differ beside the variant, with both values, in order."""
-    keys = sorted(key for key in reference.config.keys() | other.config.keys() if not key.startswith(NEUTRAL_KEYS))
-    values = {key: (reference.config.get(key), other.config.get(key)) for key in keys}
+    both = reference.config, other.config
+    keys = sorted(key for key in both[0].keys() | both[1].keys() if not may_differ(key, NEUTRAL_KEYS, *both))
+    values = {key: (both[0].get(key), both[1].get(key)) for key in keys}
     return tuple(f"{key} ({one} and {two})" for key, (one, two) in values.items() if one != two)
 
 

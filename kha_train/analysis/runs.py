@@ -11,7 +11,7 @@ import numpy as np
 
 from kha_train.config.build import without_places
 from kha_train.config.compose import load_plain
-from kha_train.config.constants import FREE_TO_CHANGE
+from kha_train.config.constants import FREE_TO_CHANGE, PRECISION_OF, may_differ
 from kha_train.errors import ConfigError
 from kha_train.record import read_discarded, read_events, read_metrics, read_run
 from kha_train.record.labels import distinct
@@ -83,7 +83,12 @@ def load_run(path: Path) -> RunData:
     config = without_places(load_plain(config_file))
     label = str(config.get("run.name") or path.resolve().name)
     attention = str(config.get("attention.name", "unknown"))
-    return RunData(path, label, config, read_run(path), lines, len(read_discarded(path)), read_events(path), attention)
+    run = read_run(path)
+    dtype = (run.get("provenance") or {}).get("dtype")
+    if config.get("engine.precision") == "auto" and dtype in PRECISION_OF:
+        # Free settings, such as the device, decide what `auto` stands for.
+        config["engine.precision"] = PRECISION_OF[dtype]
+    return RunData(path, label, config, run, lines, len(read_discarded(path)), read_events(path), attention)
 
 
 def load_runs(paths: list[Path]) -> tuple[RunData, ...]:
@@ -103,7 +108,8 @@ def load_runs(paths: list[Path]) -> tuple[RunData, ...]:
 
 def _variant(run: RunData, alike: list[RunData]) -> str:
     """The attention of `run` and the settings in which runs `alike` it differ, but those that change no result."""
-    keys = sorted({key for other in alike for key in other.config if not key.startswith(("run.seed", *FREE_TO_CHANGE))})
+    neutral, configs = ("run.seed", *FREE_TO_CHANGE), [other.config for other in alike]
+    keys = sorted({key for config in configs for key in config if not may_differ(key, neutral, *configs)})
     differing = [key for key in keys if any(other.config.get(key) != run.config.get(key) for other in alike)]
     return " ".join([run.variant, *(f"{key}={run.config.get(key)}" for key in differing)])
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
 IGNORE_LABEL = -100
 """The label of a token that is not predicted: the data side writes it, the loss and the validation leave it out."""
 
-FREE_TO_CHANGE = (
+PRECISION_OF = {"float32": "fp32", "bfloat16": "bf16"}
+"""The `dtype` in a run's record -> what `engine.precision` was, or `auto` stood for."""
+
+WITHOUT_EFFECT = (
     "run.dir",
     "run.name",
     "run.init_from",
     "run.max_minutes",
     "resume.",
     "attention.name",
-    "attention.backend",
-    "attention.interaction.impl",
     "model.name",
-    "model.loss_chunk_tokens",
-    "moe.backend",
     "data.name",
     "data.train",
     "data.validation",
@@ -25,14 +27,6 @@ FREE_TO_CHANGE = (
     "data.check_crc",
     "data.cache_dir",
     "data.cache_gib",
-    "engine.zero_stage",
-    "engine.micro_batch_size",
-    "engine.device",
-    "engine.kernels",
-    "engine.activation_checkpointing",
-    "engine.compile",
-    "engine.reduce_bucket_elements",
-    "engine.hpz_partition_size",
     "engine.collective_timeout_seconds",
     "engine.hang_timeout_seconds",
     "engine.audit_every",
@@ -43,7 +37,60 @@ FREE_TO_CHANGE = (
     "telemetry.",
     "cluster.",
 )
-"""Settings that may differ on resume: they change neither the model, nor the samples, nor the optimiser.
+"""Settings, or sections (with a dot at the end), that leave every number of a resumed training as it is.
 
-The paths of the data may change (those of `data.sources` too), its content may not: that is compared by content id.
+`run.init_from` is read by a run without a checkpoint alone. The paths of the data may change (those of `data.sources`
+too), its content may not: that is compared by content id.
 """
+
+ROUNDING = (
+    "attention.backend",
+    "attention.interaction.impl",
+    "model.loss_chunk_tokens",
+    "moe.backend",
+    "engine.zero_stage",
+    "engine.micro_batch_size",
+    "engine.device",
+    "engine.kernels",
+    "engine.activation_checkpointing",
+    "engine.compile",
+    "engine.reduce_bucket_elements",
+    "engine.hpz_partition_size",
+)
+"""Settings that change the order of sums, or the kernel that computes them: the last bits of a number, and no formula.
+
+`engine.device` also decides what `engine.precision: auto` means: a resumed run is held to the precision it had.
+"""
+
+FREE_TO_CHANGE = (*WITHOUT_EFFECT, *ROUNDING)
+"""Settings that may differ on resume: they change neither the model, nor the samples, nor the optimiser. What `BOUND`
+says of some of them comes first."""
+
+
+def _counts_by_micro_batch(values: Mapping[str, Any]) -> bool:
+    weight, scope = values.get("moe.auxiliary_loss.weight"), values.get("moe.auxiliary_loss.scope")
+    return bool(weight) and scope == "micro_batch"
+
+
+def _rewinds(values: Mapping[str, Any]) -> bool:
+    return values.get("stability.policy") == "rewind"
+
+
+BOUND: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    # The auxiliary loss of a micro-batch is another objective for other micro-batches. The number of ranks is none of
+    # it: rows are dealt out in order, so every split makes the same micro-batches.
+    "engine.micro_batch_size": _counts_by_micro_batch,
+    # A rewind goes back to one of the checkpoints that are there.
+    "checkpoint.every_steps": _rewinds,
+    "checkpoint.every_minutes": _rewinds,
+    "checkpoint.keep_last": _rewinds,
+    "checkpoint.keep_every_steps": _rewinds,
+}
+"""Settings that are free only in company, each with what makes it change results in a configuration by dotted keys."""
+
+
+def may_differ(key: str, allowed: Iterable[str], *configurations: Mapping[str, Any]) -> bool:
+    """Whether the setting `key` is one of `allowed` (or lies in one of its sections), and none of `configurations`
+    (values by dotted keys) has something that binds it."""
+    listed = any(key == name or (name.endswith(".") and key.startswith(name)) for name in allowed)
+    return listed and not (key in BOUND and any(BOUND[key](values) for values in configurations))

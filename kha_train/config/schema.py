@@ -76,7 +76,7 @@ class AuxiliaryLossSection:
     """A loss that presses on the router towards even loads: `weight` times its value in every layer, 0 for none.
 
     `scope` is where loads are counted: in each row (`sequence`), in the whole global batch of the step before
-    (`previous_step`), or in each micro-batch of each rank (`micro_batch`, which therefore depends on the split).
+    (`previous_step`), or in each micro-batch (`micro_batch`, which therefore depends on `engine.micro_batch_size`).
     """
 
     weight: float = 0.0
@@ -184,7 +184,8 @@ class EngineSection:
     """How the step is executed: ZeRO stage, precision, micro-batch, recomputation.
 
     Of these `precision`, `grad_accum_dtype` and `moment_dtype` change results, for they round, and the micro-batch does
-    under `moe.auxiliary_loss.scope: micro_batch`; the others change no more than the last bits of a sum.
+    under `moe.auxiliary_loss.scope: micro_batch` (a resumed run may not change it then). The others change no more than
+    the last bits of a sum.
     A rank that stands still for `hang_timeout_seconds` (after the first step) ends with its stacks and exit code 75.
     Every `audit_every` steps (0: never) ranks compare what they hold in common, to find corrupted memory.
     Under ZeRO 3, groups of `hpz_partition_size` ranks (the GPUs of a node) hold the weights whole a second time.

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from kha_train.config.build import to_plain, without_places
 from kha_train.config.compose import compose, expand, load_plain, quoted
-from kha_train.config.constants import FREE_TO_CHANGE
+from kha_train.config.constants import FREE_TO_CHANGE, may_differ
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
 from kha_train.model.accounting import flops_per_token
@@ -102,7 +102,9 @@ def check_against_runs(points: Iterable[Point]) -> None:
         saved, now = without_places(found), without_places(to_plain(compose(point.overrides)))
         changed = [key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key)]
         fixed = [
-            f"{key}: {saved.get(key)!r} -> {now.get(key)!r}" for key in changed if not key.startswith(FREE_TO_CHANGE)
+            f"{key}: {saved.get(key)!r} -> {now.get(key)!r}"
+            for key in changed
+            if not may_differ(key, FREE_TO_CHANGE, saved, now)
         ]
         if fixed:
             raise ConfigError(

@@ -13,7 +13,7 @@ from torch import Tensor
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import Checkpoint
 from kha_train.config.build import to_plain, without_places
-from kha_train.config.constants import FREE_TO_CHANGE
+from kha_train.config.constants import FREE_TO_CHANGE, PRECISION_OF, may_differ
 from kha_train.config.saved import completed
 from kha_train.config.schema import RunConfig
 from kha_train.engine.deepspeed import Engine, InitialValue, seeded
@@ -67,9 +67,19 @@ class Progress:
 
 def attention_backend(run_dir: Path) -> str:
     """What computed attention in the last attempt at the run, by its record; "" where that says nothing."""
+    return _last_recorded(run_dir, "attention_backend")
+
+
+def precision(run_dir: Path) -> str:
+    """The `engine.precision` of the last attempt at the run with `auto` resolved, by its record; "" where that says
+    nothing."""
+    return PRECISION_OF.get(_last_recorded(run_dir, "dtype"), "")
+
+
+def _last_recorded(run_dir: Path, fact: str) -> str:
     run = read_run(run_dir)
     told = [run.get("provenance") or {}, *(attempt["changed"] for attempt in run.get("attempts", [])[-1:])]
-    return next((facts["attention_backend"] for facts in reversed(told) if "attention_backend" in facts), "")
+    return next((facts[fact] for facts in reversed(told) if fact in facts), "")
 
 
 def trainer_state(
@@ -94,15 +104,18 @@ def pieces(engine: Engine, to_host: Callable[[Tensor], Tensor] = Tensor.cpu) -> 
             yield Piece(fragment.name, kind, fragment.shape, fragment.start, to_host(view.float()))
 
 
-def check_belongs(config: RunConfig, checkpoint: Checkpoint, content_ids: dict[str, str]) -> None:
+def check_belongs(
+    config: RunConfig, checkpoint: Checkpoint, content_ids: dict[str, str], precisions: tuple[str, str] = ("", "")
+) -> None:
     """Raises ResumeError, with a table of what differs, when `checkpoint` was made by another model, data or schedule.
 
+    `precisions` are what the last attempt and this one resolve `engine.precision` to, each "" where it is not known.
     A setting (or a whole section, or one of `content_ids`) named in `resume.allow_changes` may differ. Parameters of
     other names or shapes are refused whatever is allowed: the optimiser's state has no place for them.
     """
     differing = [
         (key, before, now)
-        for key, before, now in differences(config, checkpoint, content_ids)
+        for key, before, now in differences(config, checkpoint, content_ids, precisions)
         if not any(key == name or key.startswith(f"{name}.") for name in config.resume.allow_changes)
     ]
     if differing:
@@ -136,8 +149,11 @@ def check_same_data(first: dict[str, str], content_ids: dict[str, str]) -> None:
             )
 
 
-def differences(config: RunConfig, checkpoint: Checkpoint, content_ids: dict[str, str]) -> list[tuple[str, Any, Any]]:
+def differences(
+    config: RunConfig, checkpoint: Checkpoint, content_ids: dict[str, str], precisions: tuple[str, str] = ("", "")
+) -> list[tuple[str, Any, Any]]:
     """(setting, its value in the checkpoint, its value now) of all that a run may not change without being asked.
+    Arguments as `check_belongs`.
 
     A setting that the checkpoint's release did not have counts as its declared earlier value.
     """
@@ -146,10 +162,15 @@ def differences(config: RunConfig, checkpoint: Checkpoint, content_ids: dict[str
     for name, content_id in content_ids.items():
         # A checkpoint that does not name its content is not held against it.
         saved[name], now[name] = state.get(name, content_id)[:12], content_id[:12]
+    if all(precisions):
+        # `auto` is another precision on another device, and the same as its name on this one.
+        saved["engine.precision"], now["engine.precision"] = precisions
     return [
         (key, saved.get(key), clean(now.get(key)))
         for key in sorted(saved.keys() | now.keys())
-        if saved.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE) and REDACTED not in str(saved.get(key))
+        if saved.get(key) != now.get(key)
+        and not may_differ(key, FREE_TO_CHANGE, saved, now)
+        and REDACTED not in str(saved.get(key))
     ]
 
 

@@ -14,6 +14,7 @@ import yaml
 
 from kha_train.checkpoint.reader import Checkpoint, find_newest, open_verified
 from kha_train.config.build import to_plain
+from kha_train.config.constants import PRECISION_OF
 from kha_train.config.schema import RunConfig
 from kha_train.data.stream import ValidationSet, open_stream
 from kha_train.distributed import World, as_error
@@ -115,7 +116,8 @@ class Session:
                     *announce_experts(config, world.device, dtype),
                 ]
                 if checkpoint:
-                    resume.check_belongs(config, checkpoint, self._content_ids)
+                    precisions = resume.precision(self.run_dir), PRECISION_OF[str(dtype).removeprefix("torch.")]
+                    resume.check_belongs(config, checkpoint, self._content_ids, precisions)
             startup.mark("data")
             self._build(checkpoint)
             startup.mark("engine")
