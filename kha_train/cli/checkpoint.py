@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from kha_train.checkpoint.layout import FOLDER
+from kha_train.checkpoint.loss import check_not_lost
 from kha_train.errors import CheckpointError, ConfigError
 from kha_train.literal import say
 from kha_train.record.lock import RunLock
@@ -45,6 +46,7 @@ def verify_(
     from kha_train.checkpoint.inventory import inventory
     from kha_train.checkpoint.reader import verify
 
+    check_not_lost(path)
     rows = inventory(path / FOLDER) if (path / FOLDER).is_dir() else []
     directories = [row.path for row in rows] or [path]
     problems: dict[str, str] = {}
@@ -135,7 +137,8 @@ def _print_rows(title: str, columns: tuple[str, str], rows: dict[str, tuple[Any,
 
 
 def _folder(run: Path) -> Path:
-    """The checkpoints of a run. Raises ConfigError when there are none."""
+    """The checkpoints of a run. Raises ConfigError when it has made none, CheckpointError when they are lost."""
+    check_not_lost(run)
     folder = run / FOLDER
     if not folder.is_dir():
         raise ConfigError("holds no checkpoints", field="RUN", value=str(run), allowed="a run directory")

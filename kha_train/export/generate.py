@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kha_train.checkpoint.loss import check_not_lost
 from kha_train.checkpoint.reader import Checkpoint, find_newest
 from kha_train.config.compose import load
 from kha_train.config.options import FoldableOptions
@@ -59,9 +60,10 @@ class TrainedModel:
 def load_run(run_dir: Path, report: Callable[[str], None], device: torch.device | None = None) -> TrainedModel:
     """The newest checkpoint of a run that verifies, its interaction absorbed when it can be, in fp32.
 
-    Raises ConfigError (no run, no checkpoint), CheckpointError or DataError (what is there is damaged).
+    Raises ConfigError (no run, no checkpoint), CheckpointError or DataError (what is there is damaged or lost).
     """
     config = decoding_config(load(run_dir / "config.yaml"))
+    check_not_lost(run_dir)
     checkpoint = find_newest(run_dir, World.single(), report)
     if checkpoint is None:
         raise ConfigError("the run has no checkpoint yet", field="run", value=str(run_dir))

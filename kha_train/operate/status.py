@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kha_train.checkpoint.layout import FOLDER
+from kha_train.checkpoint.loss import lost_checkpoints
 from kha_train.config.build import flatten
 from kha_train.config.compose import load_plain
 from kha_train.errors import ConfigError
@@ -156,7 +157,12 @@ def _note(path: Path) -> str:
     said = fatal.read_bytes().decode(errors="replace").strip() if fatal.is_file() else ""
     first = first_failure_line(path)
     # Mostly it is the one that marked the run.
-    return "; ".join(filter(None, ["" if said in first else said, first]))
+    return "; ".join(filter(None, ["" if said in first else said, first, _lost(path)]))
+
+
+def _lost(path: Path) -> str:
+    """What a run that is not over would be refused for."""
+    return "" if has_marker(path, Marker.DONE) else lost_checkpoints(path)
 
 
 def _median(lines: list[dict[str, Any]], key: str) -> float | None:

@@ -28,6 +28,12 @@ def set_marker(run_dir: Path, marker: Marker, text: str = "") -> None:
     sync_directory(run_dir)
 
 
+def mark_fatal(run_dir: Path, text: str) -> None:
+    """Sets FATAL, unless the run is DONE: an attempt that never began takes nothing from a finished run."""
+    if not has_marker(run_dir, Marker.DONE):
+        set_marker(run_dir, Marker.FATAL, text)
+
+
 def has_marker(run_dir: Path, marker: Marker) -> bool:
     """Whether the marker file exists."""
     return (run_dir / marker.value).exists()

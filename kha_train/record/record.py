@@ -70,6 +70,11 @@ class Record:
         """Number of the current attempt; 0 before the first `begin_attempt`."""
         return len(self._run["attempts"])
 
+    @property
+    def in_attempt(self) -> bool:
+        """Whether an attempt has begun here and not ended."""
+        return self._in_attempt
+
     def begin_attempt(
         self,
         start_step: int,
@@ -215,7 +220,7 @@ class SilentRecord(Record):
     """What the ranks other than 0 hold: the same methods, no files."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.run_dir, self.last_step = run_dir, 0
+        self.run_dir, self.last_step, self._in_attempt = run_dir, 0, False
         self._run = {"run_id": "", "wandb_id": "", "attempts": []}
 
     def begin_attempt(

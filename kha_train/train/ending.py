@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kha_train.analysis.ending import end_of
 from kha_train.errors import DivergedError, KhaError
-from kha_train.record import Marker, Redactor, set_marker
+from kha_train.record import Redactor, mark_fatal
 from kha_train.record.goodput import goodput
 
 if TYPE_CHECKING:
@@ -36,14 +36,17 @@ def sum_up(
 def close_record(
     session: Session, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
 ) -> None:
-    """FATAL where `error` would come back, the share of productive time, how the attempt ended."""
+    """FATAL where `error` would come back, the share of productive time, how the attempt ended.
+
+    A finished run stays DONE, whatever kept another attempt at it from beginning.
+    """
     if isinstance(error, DivergedError):
         session.end_state = "diverged"
     with _after(error):
         if session.world.is_main and isinstance(error, KhaError) and error.fatal:
-            set_marker(session.run_dir, Marker.FATAL, Redactor.from_environment().text(error.line()))
+            mark_fatal(session.run_dir, Redactor.from_environment().text(error.line()))
     with _after(error):
-        if session.world.is_main and (summary := goodput(session.run_dir)):
+        if session.record.in_attempt and (summary := goodput(session.run_dir)):
             session.record.update_run(goodput=summary.to_dict())
     with _after(error):
         session.record.close(session.end_state)

@@ -12,7 +12,7 @@ from typing import Self
 
 from kha_train.distributed import World
 from kha_train.errors import KhaError, RunDirectoryInUse
-from kha_train.record import Marker, Redactor, set_marker
+from kha_train.record import Redactor, mark_fatal
 from kha_train.record.failures import FAILURES
 
 LIFE_FILE = "life"
@@ -47,7 +47,7 @@ class FailureFile:
                 return
             (folder / f"rank-{self._world.rank:05d}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
             if isinstance(error, KhaError) and error.fatal and not error.agreed:
-                set_marker(self._run_dir, Marker.FATAL, line)
+                mark_fatal(self._run_dir, line)
 
 
 def forget_failures(run_dir: Path, life: str) -> None:

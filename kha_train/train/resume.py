@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,19 +105,19 @@ def pieces(engine: Engine, to_host: Callable[[Tensor], Tensor] = Tensor.cpu) -> 
 
 
 def check_belongs(
-    config: RunConfig, checkpoint: Checkpoint, content_ids: dict[str, str], precisions: tuple[str, str] = ("", "")
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    content_ids: dict[str, str],
+    precisions: tuple[str, str] = ("", ""),
+    *free: str,
 ) -> None:
     """Raises ResumeError, with a table of what differs, when `checkpoint` was made by another model, data or schedule.
 
     `precisions` are what the last attempt and this one resolve `engine.precision` to, each "" where it is not known.
-    A setting (or a whole section, or one of `content_ids`) named in `resume.allow_changes` may differ. Parameters of
-    other names or shapes are refused whatever is allowed: the optimiser's state has no place for them.
+    A setting (or a whole section, or one of `content_ids`) named in `resume.allow_changes` or `free` may differ.
+    Parameters of other names or shapes are refused whatever is allowed: the optimiser's state has no place for them.
     """
-    differing = [
-        (key, before, now)
-        for key, before, now in differences(config, checkpoint, content_ids, precisions)
-        if not any(key == name or key.startswith(f"{name}.") for name in config.resume.allow_changes)
-    ]
+    differing = not_allowed(config, differences(config, checkpoint, content_ids, precisions), *free)
     if differing:
         table = "\n".join(f"  {key:<40} {before!r:>24} -> {now!r}" for key, before, now in differing)
         raise ResumeError(
@@ -136,6 +136,12 @@ def check_belongs(
             value=config.run.dir,
             fix=f"start a new run: another run.dir, with run.init_from={checkpoint.path}",
         )
+
+
+def not_allowed(config: RunConfig, changes: list[tuple[str, Any, Any]], *free: str) -> list[tuple[str, Any, Any]]:
+    """Of `changes` (setting, before, now) those that neither `resume.allow_changes` nor `free` names."""
+    names = (*config.resume.allow_changes, *free)
+    return [change for change in changes if not any(f"{change[0]}.".startswith(f"{name}.") for name in names)]
 
 
 def check_same_data(first: dict[str, str], content_ids: dict[str, str]) -> None:
@@ -157,14 +163,25 @@ def differences(
 
     A setting that the checkpoint's release did not have counts as its declared earlier value.
     """
-    state, clean = checkpoint.trainer_state, Redactor.from_environment().clean
-    saved, now = without_places(completed(state["config"])), without_places(to_plain(config))
-    for name, content_id in content_ids.items():
-        # A checkpoint that does not name its content is not held against it.
-        saved[name], now[name] = state.get(name, content_id)[:12], content_id[:12]
+    state = checkpoint.trainer_state
+    # A checkpoint that does not name its content is not held against it.
+    before = {name: state.get(name, content_id)[:12] for name, content_id in content_ids.items()}
+    now: dict[str, Any] = {name: content_id[:12] for name, content_id in content_ids.items()}
     if all(precisions):
         # `auto` is another precision on another device, and the same as its name on this one.
-        saved["engine.precision"], now["engine.precision"] = precisions
+        before["engine.precision"], now["engine.precision"] = precisions
+    return changed_settings(config, state["config"], before, now)
+
+
+def changed_settings(
+    config: RunConfig, saved_config: Mapping[str, Any], before: Mapping[str, Any] = {}, after: Mapping[str, Any] = {}
+) -> list[tuple[str, Any, Any]]:
+    """(setting, its value in `saved_config`, its value now) of all that a run may not change without being asked.
+    `before` and `after` replace or add values.
+    """
+    clean = Redactor.from_environment().clean
+    saved = without_places(completed(saved_config)) | dict(before)
+    now = without_places(to_plain(config)) | dict(after)
     return [
         (key, saved.get(key), clean(now.get(key)))
         for key in sorted(saved.keys() | now.keys())

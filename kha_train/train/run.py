@@ -52,16 +52,32 @@ def train(config: RunConfig, startup: Startup | None = None) -> Outcome:
         world = replace(world, alive=watchdog.alive)
         with stops, FailureFile(run_dir, world):
             session = Session(config, world, startup)
-            with told_when_out_of_memory(config, world, lambda: session.has_updated), session, watchdog:
-                finished = _train_to_the_end(session, stops, watchdog)
-                world.raise_together(session.trouble)
-                watchdog.beat(session.progress.step, "ending")
-                session.saver.finish()
-                world.raise_together(session.trouble)
-                with world.agreed("mark the end"):
-                    _mark_the_end(run_dir, world, finished, session.progress.step)
-                session.end_state = "done" if finished else "requeued"
-                return Outcome(finished, session.progress.step, run_dir)
+            with told_when_out_of_memory(config, world, lambda: session.has_updated), session:
+                return _already_over(session) if session.is_over else _attempt(session, stops, watchdog)
+
+
+def _already_over(session: Session) -> Outcome:
+    """All steps were trained before: say so, and change nothing."""
+    if session.world.is_main:
+        name, steps = session.config.run.name, session.finished_at
+        print(f"{name}: all {steps} steps are trained already, nothing to do in {session.run_dir}", flush=True)
+        leave_outcome("done")
+    return Outcome(True, session.finished_at, session.run_dir)
+
+
+def _attempt(session: Session, stops: StopRequests, watchdog: Watchdog) -> Outcome:
+    """Train, wait for the last save, and mark the end."""
+    world = session.world
+    with watchdog:
+        finished = _train_to_the_end(session, stops, watchdog)
+        world.raise_together(session.trouble)
+        watchdog.beat(session.progress.step, "ending")
+        session.saver.finish()
+        world.raise_together(session.trouble)
+        with world.agreed("mark the end"):
+            _mark_the_end(session.run_dir, world, finished, session.progress.step)
+        session.end_state = "done" if finished else "requeued"
+        return Outcome(finished, session.progress.step, session.run_dir)
 
 
 def _train_to_the_end(session: Session, stops: StopRequests, watchdog: Watchdog) -> bool:

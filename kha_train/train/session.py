@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 import yaml
 
-from kha_train.checkpoint.reader import Checkpoint, find_newest, open_verified
+from kha_train.checkpoint.reader import Checkpoint, open_verified
 from kha_train.config.build import to_plain
 from kha_train.config.constants import PRECISION_OF
 from kha_train.config.schema import RunConfig
@@ -40,6 +40,7 @@ from kha_train.train import resume
 from kha_train.train.ending import close_record, sum_up
 from kha_train.train.evaluate import Validation, evaluate
 from kha_train.train.failure import forget_failures
+from kha_train.train.opening import NOT_FINISHED, find_own_checkpoint, finished_at, needs_no_checkpoint
 from kha_train.train.probe import probe_metrics
 from kha_train.train.resume import Progress
 from kha_train.train.rewind import go_back, steps_to_keep
@@ -54,7 +55,8 @@ class Session:
     """Everything open between the first and the last step of one attempt, on one rank.
 
     Entering takes the run directory, finds the newest checkpoint, builds the engine and restores it; leaving closes
-    all of it and says in the record how the attempt ended. Raises what `train` documents.
+    all of it and says in the record how the attempt ended. A run that finished before `is_over`, and entering ends
+    early. Raises what `train` documents.
     """
 
     def __init__(self, config: RunConfig, world: World, startup: Startup) -> None:
@@ -69,7 +71,10 @@ class Session:
         """Whether this attempt has applied a step: all that a step needs found room."""
         self.trouble: BaseException | None = None
         """Why rank 0 could not write the record; all ranks hear of it at the next agreement."""
-        self._refused: list[str] = []
+        self.finished_at = NOT_FINISHED
+        """The step at which the run finished before; only where `run.steps` asks for no more."""
+        self.is_over = False
+        """Whether nothing is left to train: then nothing was built, and no attempt begins."""
         self._resumed_from: tuple[int, ...] = ()
         self._inherited: resume.Inherited | None = None
         self._open = ExitStack()
@@ -78,46 +83,28 @@ class Session:
         config, world, startup = self.config, self.world, self._startup
         assert startup is not None
         with self._open:
-            with world.agreed(f"write {self.run_dir}"):
-                self.record = Record.open(self.run_dir, world.rank)
-                self._open.push(partial(close_record, self))
-                if world.is_main:
-                    forget_failures(self.run_dir, world.life)
-            if world.is_main:
-                leave_outcome("training")
-            checkpoint = find_newest(self.run_dir, world, self._report_checkpoint)
-            if checkpoint is None and self._refused:
-                raise CheckpointError(
-                    f"none of its {len(self._refused)} checkpoints verifies, and a run does not start over unasked",
-                    field="run.dir",
-                    value=str(self.run_dir),
-                    fix="restore a step directory (they are set aside as .corrupt), or choose another run.dir",
-                )
-            startup.mark("run directory, newest checkpoint")
+            self._take_directory()
+            checkpoint = None
+            if not self.is_over:
+                checkpoint = find_own_checkpoint(self.run_dir, world, self._report_checkpoint)
+                startup.mark("run directory, newest checkpoint")
+                self._open_data(checkpoint)
+                self.is_over = checkpoint is not None and checkpoint.step >= config.run.steps <= self.finished_at
+            if self.is_over:
+                self._open = self._open.pop_all()
+                return self
             with world.agreed():
-                self.stream = open_stream(config, world.rank, world.size)
-                self._validation_set = ValidationSet(config)
-                self._content_ids = {
-                    "data_content_id": self.stream.content_id,
-                    "validation_content_id": self._validation_set.shards.content_id,
-                }
-                self._bytes_per_id_V = self._validation_set.bytes_per_id_V
                 dtype = resolve_dtype(config, world.device)
                 self._earlier_backend = resume.attention_backend(self.run_dir) if checkpoint else ""
                 answer = measure(config, world.device, dtype, self._earlier_backend)
             self._settled, measured = settled(config, world.broadcast_text(answer))
-            first = world.broadcast_text(json.dumps(self._content_ids))
             with world.agreed():
-                resume.check_same_data(json.loads(first), self._content_ids)
                 self._backend = choose(self._settled, world.device, dtype).name
                 self._choices = [
                     *announce(self._settled, world.device, dtype),
                     *([measured] if measured else []),
                     *announce_experts(config, world.device, dtype),
                 ]
-                if checkpoint:
-                    precisions = resume.precision(self.run_dir), PRECISION_OF[str(dtype).removeprefix("torch.")]
-                    resume.check_belongs(config, checkpoint, self._content_ids, precisions)
             startup.mark("data")
             self._build(checkpoint)
             startup.mark("engine")
@@ -247,6 +234,46 @@ class Session:
         self.watch.check()
         return False
 
+    def _take_directory(self) -> None:
+        """Own the run directory. Of a run that is over, or whose checkpoints are lost, nothing else is touched."""
+        world = self.world
+        with world.agreed(f"write {self.run_dir}"):
+            self.record = Record.open(self.run_dir, world.rank)
+            self._open.callback(self.record.close)
+            if world.is_main:
+                self.finished_at = finished_at(self.config, self.run_dir)
+                self.is_over = needs_no_checkpoint(self.config, self.run_dir, self.finished_at)
+        self.finished_at, is_over = world.max_ints(self.finished_at, int(self.is_over))
+        self.is_over = bool(is_over)
+        if self.is_over:
+            return
+        self._open.push(partial(close_record, self))
+        with world.agreed(f"write {self.run_dir}"):
+            if world.is_main:
+                forget_failures(self.run_dir, world.life)
+        if world.is_main:
+            leave_outcome("training")
+
+    def _open_data(self, checkpoint: Checkpoint | None) -> None:
+        """Open what is trained and validated on, the same on every rank and what `checkpoint` was trained on."""
+        config, world = self.config, self.world
+        with world.agreed():
+            self.stream = open_stream(config, world.rank, world.size)
+            self._validation_set = ValidationSet(config)
+            self._content_ids = {
+                "data_content_id": self.stream.content_id,
+                "validation_content_id": self._validation_set.shards.content_id,
+            }
+            self._bytes_per_id_V = self._validation_set.bytes_per_id_V
+        first = world.broadcast_text(json.dumps(self._content_ids))
+        with world.agreed():
+            resume.check_same_data(json.loads(first), self._content_ids)
+            if checkpoint:
+                dtype = resolve_dtype(config, world.device)
+                precisions = resume.precision(self.run_dir), PRECISION_OF[str(dtype).removeprefix("torch.")]
+                free = ("run.steps",) if self.finished_at >= config.run.steps else ()
+                resume.check_belongs(config, checkpoint, self._content_ids, precisions, *free)
+
     def _build(self, checkpoint: Checkpoint | None) -> None:
         self.engine = Engine(self._settled, self.world, self._initial(checkpoint))
         self._open.push(lambda kind, error, trace: leave_world(error))
@@ -361,7 +388,6 @@ class Session:
 
     def _report_checkpoint(self, text: str) -> None:
         """A damaged checkpoint is passed over; with `resume.strict` it is a CheckpointError on all ranks."""
-        self._refused.append(text)
         if self.world.is_main:
             print(f"warning: {text}", flush=True)
             self._event("checkpoint_refused", 0, text=text)

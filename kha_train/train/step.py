@@ -62,7 +62,7 @@ def next_batch(stream: TokenStream, world: World, trouble: KhaError | None = Non
     Raises on all ranks when any rank could not read its part, or brings `trouble` from before, and DataError when the
     global batch has no label; the part of one rank may have none.
     """
-    batch, first = None, stream.samples_seen
+    batch = None
     with Caught() as caught:
         batch = next(stream)
     error = trouble or (as_error(caught.error, "read the batch") if caught.error else None)
@@ -72,6 +72,7 @@ def next_batch(stream: TokenStream, world: World, trouble: KhaError | None = Non
     assert batch is not None
     if not labels:
         # All ranks know the sum, so all of them raise this.
+        first = stream.samples_seen - world.size * len(batch.tokens_BT)
         error = without_labels("data", f"no token of samples {first} to {stream.samples_seen - 1}")
         error.agreed = True
         raise error

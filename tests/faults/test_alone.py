@@ -114,3 +114,14 @@ def test_data_may_move_but_not_change(make_run, dataset, tmp_path) -> None:
     assert "validation_content_id" in run.log.read_text()
     swapped = run.overrides[1].replace("name: a", "name: c")
     assert run.start(overrides=(swapped,)) == [3]
+
+
+def test_checkpoints_that_rank_0_cannot_find_stop_all_ranks_and_a_finished_run_ends_well_on_all(make_run) -> None:
+    run = make_run(*TWO)
+    run.to_the_end(ranks=2)
+    curve = run.curve()
+    shutil.rmtree(run.run_dir / "checkpoints")
+    assert run.start(ranks=2) == [0, 0], run.log.read_text()
+    (run.run_dir / "DONE").unlink()
+    assert run.start(ranks=2) == [4, 4], run.log.read_text()
+    assert run.starts() == [0] and run.curve() == curve and not (run.run_dir / "FATAL").exists()

@@ -1,0 +1,81 @@
+"""Noticing that a run's checkpoints are gone, so that it does not start over unasked."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+from kha_train.checkpoint import layout
+from kha_train.errors import CheckpointError
+from kha_train.record import read_events
+
+
+def check_not_lost(run_dir: Path) -> None:
+    """Raises CheckpointError when `run_dir` has saved a checkpoint, by its events, and none can be found there now.
+
+    The fix it names starts the run over. Also raises when `checkpoints` is in the way of every save: a link that leads
+    nowhere, or a file. Raises DataError when the events are damaged, OSError when the disk fails.
+    """
+    problem = lost_checkpoints(run_dir)
+    if problem:
+        raise CheckpointError(
+            f"{problem}; a run does not start over unasked",
+            field="run.dir",
+            value=str(run_dir),
+            fix=f"mount or restore {run_dir / layout.FOLDER}; to start over, move the run aside, "
+            f"`mv {shlex.quote(str(run_dir))} {shlex.quote(str(_free_name(run_dir)))}`, or choose another run.dir",
+        )
+
+
+def lost_checkpoints(run_dir: Path) -> str:
+    """What happened to the checkpoints that the run has saved; empty while one is left, or before the first save.
+
+    Raises DataError when the events are damaged, OSError when the disk fails.
+    """
+    folder = run_dir / layout.FOLDER
+    try:
+        if layout.candidates(folder):
+            return ""
+        where = _why_empty(folder)
+    except PermissionError as error:
+        where = f"cannot be read ({error.strerror})"
+    saved = newest_saved(run_dir)
+    if saved is not None:
+        return f"it has saved checkpoints, the last one of step {saved}, but {folder} {where}"
+    return f"{folder} {where}" if os.path.lexists(folder) and not folder.is_dir() else ""
+
+
+def newest_saved(run_dir: Path) -> int | None:
+    """The step of the last checkpoint that the events name since the run last began at its first step; None without.
+
+    An attempt that began at the first step stands on no checkpoint: what was saved before it is not missed.
+    """
+    newest = None
+    for event in read_events(run_dir):
+        if event["kind"] == "attempt_started" and event["step"] == 0:
+            newest = None
+        elif event["kind"] == "checkpoint_saved":
+            newest = event["step"]
+    return newest
+
+
+def _why_empty(folder: Path) -> str:
+    """Why no checkpoint is found in `folder`. Raises OSError."""
+    if folder.is_symlink() and not folder.exists():
+        return f"is a link to {os.readlink(folder)}, which is not there"
+    if not os.path.lexists(folder):
+        return "is missing"
+    if not folder.is_dir():
+        return "is not a directory"
+    aside = sorted(name for name in os.listdir(folder) if ".corrupt" in name)
+    return f"holds only damaged ones, set aside as {', '.join(aside)}" if aside else "holds none"
+
+
+def _free_name(run_dir: Path) -> Path:
+    """A name beside `run_dir` that nothing has."""
+    name, number = run_dir.with_name(f"{run_dir.name}.before"), 1
+    while os.path.lexists(name):
+        number += 1
+        name = run_dir.with_name(f"{run_dir.name}.before-{number}")
+    return name

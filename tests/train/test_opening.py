@@ -1,0 +1,159 @@
+"""What a start does with a run that is finished, and with one whose checkpoints are gone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kha_train.cli.main import run as kha
+from kha_train.config.compose import compose
+from kha_train.errors import CheckpointError, ResumeError
+from kha_train.export.generate import load_run
+from kha_train.operate.status import run_status
+from kha_train.record import Marker, has_marker, read_run, set_marker
+from kha_train.train.run import Outcome, train
+
+Train = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def finished(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """Settings, and the directory of a run of six steps that saved after 2, 4 and 6."""
+    settings = [*small, "model.layers=1", "run.steps=6", "checkpoint.every_steps=2", "checkpoint.keep_last=3"]
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    assert train(compose([*settings, f"run.dir={run_dir}"])).finished
+    return settings, run_dir
+
+
+@pytest.fixture
+def run_dir(finished: tuple[list[str], Path], tmp_path: Path) -> Path:
+    """A copy of the finished run that a test may hurt."""
+    shutil.copytree(finished[1], tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def again(finished: tuple[list[str], Path], run_dir: Path) -> Train:
+    """`again(*overrides)`: the same command once more."""
+    return lambda *overrides: train(compose([*finished[0], f"run.dir={run_dir}", *overrides]))
+
+
+def content(run_dir: Path) -> dict[str, bytes]:
+    """All that is in the directory, but for the file that a lock needs and the heartbeats of the watchdog."""
+    files = [path for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(run_dir)): path.read_bytes() for path in files}
+
+
+def unmount(run_dir: Path) -> None:
+    """As where scratch is not there: the link leads nowhere."""
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "checkpoints").symlink_to("/nowhere/scratch/checkpoints")
+
+
+def empty(run_dir: Path) -> None:
+    """As a mount point without its file system."""
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "checkpoints").mkdir()
+
+
+def remove(run_dir: Path) -> None:
+    """The directory is gone."""
+    shutil.rmtree(run_dir / "checkpoints")
+
+
+LOST = pytest.mark.parametrize("lose", [unmount, empty, remove], ids=lambda lose: lose.__name__)
+
+
+@LOST
+def test_a_run_whose_checkpoints_are_gone_is_refused_and_nothing_of_it_changes(
+    lose, run_dir: Path, again: Train
+) -> None:
+    (run_dir / "DONE").unlink()
+    set_marker(run_dir, Marker.REQUEUE, "step 6, by a signal")
+    lose(run_dir)
+    before = content(run_dir)
+    with pytest.raises(CheckpointError, match="has saved checkpoints, the last one of step 6") as error:
+        again()
+    assert error.value.exit_code == 4 and content(run_dir) == before
+    assert "step 6" in run_status(run_dir).note and run_status(run_dir).state == "requeue"
+
+
+@LOST
+def test_a_finished_run_ends_at_once_although_its_checkpoints_are_gone(lose, run_dir: Path, again: Train) -> None:
+    lose(run_dir)
+    before = content(run_dir)
+    assert again() == again("run.steps=4") == Outcome(True, 6, run_dir)
+    assert content(run_dir) == before
+
+
+def test_a_finished_run_that_is_asked_for_more_is_refused_where_its_checkpoints_are_gone(
+    run_dir: Path, again: Train
+) -> None:
+    unmount(run_dir)
+    before = content(run_dir)
+    for overrides in (("run.steps=8", "resume.allow_changes=[run.steps]"), ("optim.lr=0.5",)):
+        with pytest.raises(CheckpointError, match="does not start over unasked"):
+            again(*overrides)
+    assert content(run_dir) == before and has_marker(run_dir, Marker.DONE)
+
+
+def test_a_finished_run_begins_no_attempt_and_says_so(
+    run_dir: Path, again: Train, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KHA_OUTCOME_FILE", str(tmp_path / "outcome"))
+    before = content(run_dir)
+    assert again() == Outcome(True, 6, run_dir)
+    assert "all 6 steps are trained already" in capfd.readouterr().out
+    after = content(run_dir)
+    assert {name for name in before | after if before.get(name) != after.get(name)} <= {"errors/life"}
+    assert (tmp_path / "outcome").read_text() == "done\n"
+
+
+def test_a_finished_run_with_other_settings_is_refused_and_stays_done(run_dir: Path, again: Train) -> None:
+    with pytest.raises(ResumeError, match="optim.lr"):
+        again("optim.lr=0.5")
+    assert has_marker(run_dir, Marker.DONE) and not has_marker(run_dir, Marker.FATAL)
+
+
+def test_a_run_with_an_older_checkpoint_left_goes_on_from_it(run_dir: Path, again: Train) -> None:
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000006")
+    assert again().finished
+    assert [attempt["start_step"] for attempt in read_run(run_dir)["attempts"]] == [0, 4]
+
+
+def test_a_run_killed_before_its_first_save_starts_from_its_beginning(run_dir: Path, again: Train) -> None:
+    remove(run_dir)
+    (run_dir / "DONE").unlink()
+    lines = (run_dir / "events.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["kind"] != "checkpoint_saved"]
+    (run_dir / "events.jsonl").write_text("".join(kept))
+    assert again().finished
+    assert [attempt["start_step"] for attempt in read_run(run_dir)["attempts"]] == [0, 0]
+
+
+def test_the_command_that_the_refusal_names_starts_the_run_over(run_dir: Path, again: Train) -> None:
+    (run_dir / "DONE").unlink()
+    empty(run_dir)
+    with pytest.raises(CheckpointError) as error:
+        again()
+    subprocess.run(str(error.value).split("`")[1], shell=True, check=True)
+    assert again().finished and len(read_run(run_dir)["attempts"]) == 1
+
+
+@pytest.mark.parametrize("command", [["checkpoint", "list"], ["checkpoint", "verify"], ["generate", "--prompt", "a"]])
+def test_the_other_commands_say_so_too(command: list[str], run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    unmount(run_dir)
+    with pytest.raises(SystemExit) as ended:
+        kha([*command, str(run_dir)])
+    assert ended.value.code == 4 and "is a link to /nowhere/scratch" in capfd.readouterr().err
+
+
+def test_a_model_is_not_loaded_from_a_run_whose_checkpoints_are_gone(run_dir: Path) -> None:
+    empty(run_dir)
+    with pytest.raises(CheckpointError, match="step 6"):
+        load_run(run_dir, print)
