@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from kha_train.train.session import Session
 
 
+def check_end(session: Session) -> None:
+    """Before the last step is saved: raises DivergedError on all ranks when the run must not count as done."""
+    try:
+        session.watch.check_end(session.progress.step, session.progress.skipped_steps)
+    except DivergedError as error:
+        session.happened("abort", session.progress.step, reason=error.problem)
+        raise
+
+
 def sum_up(
     session: Session, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
 ) -> None:

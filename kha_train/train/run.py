@@ -14,6 +14,7 @@ from kha_train.distributed import World
 from kha_train.optim import learning_rate
 from kha_train.record import Marker, clear_marker, has_marker, leave_outcome, set_marker
 from kha_train.telemetry.startup import Startup
+from kha_train.train.ending import check_end
 from kha_train.train.failure import FailureFile
 from kha_train.train.memory import told_when_out_of_memory
 from kha_train.train.preempt import StopRequests
@@ -105,11 +106,15 @@ def _train_to_the_end(session: Session, stops: StopRequests, watchdog: Watchdog)
         session.report(line, result.evidence)
         if session.obey():
             continue
+        if step == steps:
+            check_end(session)
         session.saver.poll()
         if result.stop or session.saver.due(step):
             session.save()
         if result.stop and step < steps:
             return False
+    # Also of a run that was killed between its last save and its end.
+    check_end(session)
     return True
 
 

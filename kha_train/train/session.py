@@ -74,7 +74,7 @@ class Session:
         self.finished_at = NOT_FINISHED
         """The step at which the run finished before; only where `run.steps` asks for no more."""
         self.is_over = False
-        """Whether nothing is left to train: then nothing was built, and no attempt begins."""
+        """Whether nothing is left to train: then no attempt begins."""
         self._resumed_from: tuple[int, ...] = ()
         self._inherited: resume.Inherited | None = None
         self._open = ExitStack()
@@ -93,18 +93,15 @@ class Session:
             if self.is_over:
                 self._open = self._open.pop_all()
                 return self
+            dtype = self._dtype
             with world.agreed():
-                dtype = resolve_dtype(config, world.device)
                 self._earlier_backend = resume.attention_backend(self.run_dir) if checkpoint else ""
                 answer = measure(config, world.device, dtype, self._earlier_backend)
             self._settled, measured = settled(config, world.broadcast_text(answer))
             with world.agreed():
                 self._backend = choose(self._settled, world.device, dtype).name
-                self._choices = [
-                    *announce(self._settled, world.device, dtype),
-                    *([measured] if measured else []),
-                    *announce_experts(config, world.device, dtype),
-                ]
+                self._choices = [*announce(self._settled, world.device, dtype), *filter(None, [measured])]
+                self._choices += announce_experts(config, world.device, dtype)
             startup.mark("data")
             self._build(checkpoint)
             startup.mark("engine")
@@ -265,12 +262,12 @@ class Session:
                 "validation_content_id": self._validation_set.shards.content_id,
             }
             self._bytes_per_id_V = self._validation_set.bytes_per_id_V
+            self._dtype = resolve_dtype(config, world.device)
         first = world.broadcast_text(json.dumps(self._content_ids))
         with world.agreed():
             resume.check_same_data(json.loads(first), self._content_ids)
             if checkpoint:
-                dtype = resolve_dtype(config, world.device)
-                precisions = resume.precision(self.run_dir), PRECISION_OF[str(dtype).removeprefix("torch.")]
+                precisions = resume.precision(self.run_dir), PRECISION_OF[str(self._dtype).removeprefix("torch.")]
                 free = ("run.steps",) if self.finished_at >= config.run.steps else ()
                 resume.check_belongs(config, checkpoint, self._content_ids, precisions, *free)
 

@@ -122,6 +122,23 @@ class Watch:
                 fix="lower optim.lr or lengthen optim.schedule.warmup; the last checkpoint is untouched",
             )
 
+    def check_end(self, steps: int, skipped: int) -> None:
+        """Raises DivergedError when a run of `steps` steps, `skipped` of which were not applied, ends in no state that
+        training led to: its last step was not finite, or no step was applied at all."""
+        in_a_row = self._monitor.guard.nonfinite_in_a_row
+        if in_a_row:
+            problem = f"the run ends with {in_a_row} steps in a row that were not finite, the last one at step {steps}"
+        elif steps and skipped == steps:
+            problem = f"none of the {steps} steps could be applied"
+        else:
+            return
+        raise DivergedError(
+            problem,
+            field="run.steps",
+            value=steps,
+            fix="lower optim.lr, model.init_std or lengthen optim.schedule.warmup; the last checkpoint is untouched",
+        )
+
     @property
     def event(self) -> SpikeEvent | None:
         """The event that is open after the last step."""
