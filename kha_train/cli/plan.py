@@ -21,13 +21,13 @@ def plan(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
-    """Reckon parameters, FLOPs, memory, time and cost of a run on cluster=...; ends with 2 when it cannot fit."""
+    """Estimate parameters, FLOPs, memory, time and cost of a run on cluster=...; exit 2 if it cannot start there."""
     answer = make_plan(compose(overrides or []))
     if as_json:
         typer.echo(json.dumps(answer.to_dict(), indent=2))
     else:
         show(answer, LiteralConsole(width=120))
-    if answer.fits is False:
+    if not answer.accepted:
         raise typer.Exit(2)
 
 
@@ -38,8 +38,9 @@ def show(answer: Plan, console: Console) -> None:
         console.print(title, style="bold")
         console.print(table)
         console.print(f"{caption}\n" if caption else "", style="dim")
-    if answer.batch_problem:
-        console.print(f"cannot run yet: {answer.batch_problem}")
+    for problem in (answer.batch_problem, answer.data_problem):
+        if problem:
+            console.print(f"cannot run yet: {problem}")
     console.print(_verdict(answer))
     for number, remedy in enumerate(answer.remedies, start=1):
         enough = "fits" if remedy.fits else "not enough"

@@ -307,10 +307,11 @@ class ProfileSection:
 class ClusterSection:
     """The machine a run is planned for (`kha plan`); training itself asks the machine it is on.
 
-    Per device: dense peak in `peak_tflops`, `memory_gib` of which `reserved_gib` are not the model's, `price_per_hour`.
-    Bandwidths are GB a second, one way: `node_bandwidth_gb` of a device to its node of `devices_per_node`,
-    `network_bandwidth_gb` of a device to other nodes, `storage_bandwidth_gb` of all writes. 0 is not known, and judged
-    by nothing. `mfu` and `hours_between_failures` (of one device) are assumptions, to be replaced by what was measured.
+    Per device: dense peak in `peak_tflops`, `memory_gib` of which `reserved_gib` are not the model's, `price_per_hour`,
+    and the compute `capability` of CUDA, such as 9.0, which decides what kernels can run. Bandwidths are GB a second,
+    one way: `node_bandwidth_gb` of a device to its node of `devices_per_node`, `network_bandwidth_gb` of a device to
+    other nodes, `storage_bandwidth_gb` of all writes. 0 is not known, and judged by nothing. `mfu` and
+    `hours_between_failures` (of one device) are assumptions, to be replaced by what was measured.
     """
 
     name: str
@@ -326,6 +327,7 @@ class ClusterSection:
     storage_bandwidth_gb: float
     price_per_hour: float
     hours_between_failures: float
+    capability: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

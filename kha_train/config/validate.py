@@ -56,6 +56,7 @@ NOT_NEGATIVE = (
     "moe.z_loss_weight",
     "moe.routing_warmup_steps",
     "cluster.memory_gib",
+    "cluster.capability",
     "cluster.peak_tflops",
     "cluster.node_bandwidth_gb",
     "cluster.network_bandwidth_gb",

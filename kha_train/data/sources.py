@@ -21,10 +21,11 @@ from kha_train.data.mixture import Mixture, Phase
 from kha_train.data.order import SampleOrder
 from kha_train.data.packing import ConcatRows, Layout
 from kha_train.data.shards import ShardSet
-from kha_train.distributed import ranks_of_node
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, DataError
 
 TRAIN_SOURCE = "train"
+_ROWS_AT_ONCE = 1024
+"""Of the validation set, when a label is looked for."""
 Rows = ConcatRows | BestFitRows
 
 
@@ -153,6 +154,46 @@ def open_samples(config: RunConfig) -> Samples:
     return Samples(sources, mixture, config.model.seq_len)
 
 
+def open_validation(config: RunConfig) -> tuple[Rows, int]:
+    """The validation rows, and how many of them are scored, the first ones.
+
+    Raises ConfigError and DataError as `stream.open_stream`, ConfigError when another tokenizer made them than the
+    training data, and DataError when no scored row has a label.
+    """
+    rows = open_rows(config, config.data.validation, "data.validation")
+    _, directory, field = _named(config.data)[0]
+    train = open_shards(config, directory, field).manifest.tokenizer
+    if rows.shards.manifest.tokenizer.sha256 != train.sha256:
+        raise ConfigError(
+            "made by another tokenizer than data.train",
+            field="data.validation",
+            value=config.data.validation,
+            fix="tokenize both with one tokenizer",
+        )
+    count = min(config.validation.rows or rows.rows, rows.rows)
+    for first in range(0, count, _ROWS_AT_ONCE):
+        numbers = np.arange(first, min(first + _ROWS_AT_ONCE, count), dtype=np.int64)
+        if len(rows.layout(numbers).masked_M) < len(numbers) * rows.seq_len:
+            return rows, count
+    raise without_labels("data.validation", f"none of its {count} rows")
+
+
+def first_step_labels(config: RunConfig, samples: Samples) -> int:
+    """Unmasked labels of the global batch that the first step is trained on. Raises DataError when document ends are
+    damaged."""
+    located = samples.locate(np.arange(config.data.global_batch_size, dtype=np.int64))
+    return config.data.global_batch_size * samples.seq_len - len(samples.layout(*located).masked_M)
+
+
+def without_labels(field: str, rows: str) -> DataError:
+    """The error about `rows` (in words) of the dataset at `field` in which there is nothing to predict."""
+    return DataError(
+        f"{rows} has a label: each token is the last of its document, and no document predicts the next one's first",
+        field=field,
+        fix="use documents of two tokens or more, or set data.isolate_documents=false",
+    )
+
+
 def open_rows(config: RunConfig, directory: str, field: str) -> Rows:
     """The rows of one dataset; `field` is the key that named it. Raises ConfigError when none fits, and as
     `open_shards`."""
@@ -182,7 +223,7 @@ def open_shards(config: RunConfig, directory: str, field: str) -> ShardSet:
         field=field,
         cache=data.cache_dir,
         cache_gib=data.cache_gib,
-        cache_readers=ranks_of_node() * max(1, sum("://" in source.path for source in data.sources)),
+        cache_readers=_cache_readers(data) if "://" in directory else 1,
     )
     if shards.vocab_size != config.model.vocab_size:
         raise ConfigError(
@@ -200,3 +241,10 @@ def _named(data: DataSection) -> list[tuple[str, str, str]]:
     if not data.sources:
         return [(TRAIN_SOURCE, data.train, "data.train")]
     return [(one.name, one.path, f"data.sources[{i}].path") for i, one in enumerate(data.sources)]
+
+
+def _cache_readers(data: DataSection) -> int:
+    """How many readers share the block cache of this node. A plan reads no URL, and needs no torch."""
+    from kha_train.distributed import ranks_of_node
+
+    return ranks_of_node() * max(1, sum("://" in source.path for source in data.sources))

@@ -27,7 +27,7 @@ from kha_train.data.ahead import InOrder
 from kha_train.data.batch import Batch
 from kha_train.data.packing import Layout
 from kha_train.data.skipping import Window, merged, numbers_past
-from kha_train.data.sources import Rows, Samples, open_rows, open_samples, open_shards
+from kha_train.data.sources import Rows, Samples, open_samples, open_shards, open_validation
 from kha_train.errors import ConfigError, DataError
 
 _PLANNED_ROWS = 1024
@@ -223,30 +223,10 @@ class ValidationSet:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        self._rows = open_rows(config, config.data.validation, "data.validation")
-        directory, field = config.data.train, "data.train"
-        if config.data.sources:
-            directory, field = config.data.sources[0].path, "data.sources[0].path"
+        self._rows, self.scored_rows = open_validation(config)
         self.shards = self._rows.shards
-        train = open_shards(config, directory, field).manifest.tokenizer
-        if self._rows.shards.manifest.tokenizer.sha256 != train.sha256:
-            raise ConfigError(
-                "made by another tokenizer than data.train",
-                field="data.validation",
-                value=config.data.validation,
-                fix="tokenize both with one tokenizer",
-            )
         self.bytes_per_id_V = torch.from_numpy(self.shards.bytes_per_id)
-        self.scored_rows = min(config.validation.rows or self._rows.rows, self._rows.rows)
         self._size = config.engine.micro_batch_size
-        self._check_labels()
-
-    def _check_labels(self) -> None:
-        for first in range(0, self.scored_rows, _PLANNED_ROWS):
-            numbers = np.arange(first, min(first + _PLANNED_ROWS, self.scored_rows), dtype=np.int64)
-            if len(self._rows.layout(numbers).masked_M) < len(numbers) * self._rows.seq_len:
-                return
-        raise without_labels("data.validation", f"none of its {self.scored_rows} rows")
 
     def batches(self, rank: int, world_size: int) -> Iterator[Batch]:
         """Rows 0 ... n-1 in order, n = `validation.rows` (0, or more than there are: all of them).
@@ -256,15 +236,6 @@ class ValidationSet:
         reading.
         """
         return _deal(self._rows, self.scored_rows, self._size, rank, world_size)
-
-
-def without_labels(field: str, rows: str) -> DataError:
-    """The error about `rows` (in words) of the dataset at `field` in which there is nothing to predict."""
-    return DataError(
-        f"{rows} has a label: each token is the last of its document, and no document predicts the next one's first",
-        field=field,
-        fix="use documents of two tokens or more, or set data.isolate_documents=false",
-    )
 
 
 def _deal(rows: Rows, n: int, size: int, rank: int, world_size: int) -> Iterator[Batch]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from kha_train.config.backends import TRAITS
 from kha_train.config.options import FoldableOptions, implementation
+from kha_train.config.resolve import backend_on, planned_device, precision_on
 from kha_train.config.schema import RunConfig
 
 
@@ -80,21 +81,16 @@ def _falls_back(config: RunConfig) -> bool:
     """Whether `sdpa` holds all scores: on a CPU for values that are not as wide as keys, and wherever values come from
     a product over heads, whose strides no kernel takes (a mask's repeated copy mends them)."""
     heads = config.attention.base.heads()
-    if heads.latent and config.cluster.device == "cpu":
+    if heads.latent and planned_device(config).kind == "cpu":
         return True
     strided = config.attention.interaction.strides_values() and not implementation(config).folded
     return strided and not _masked(config)
 
 
 def _backend(config: RunConfig) -> str:
-    """The backend that `attention.backend` means on the devices of the cluster."""
-    name = config.attention.backend
-    if config.attention.base.name == "talking_heads":
-        return "eager"
-    if name != "auto":
-        return name
-    packed = config.cluster.device == "cuda" and config.data.isolate_documents and not _biased(config)
-    return "varlen" if packed else "sdpa"
+    """The backend that `attention.backend` means where the run is planned for."""
+    device = planned_device(config)
+    return backend_on(config, device, precision_on(config, device.kind)).name
 
 
 def _biased(config: RunConfig) -> bool:

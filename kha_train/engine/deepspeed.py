@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kha_train.config.resolve import precision_on
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import World, stop
 from kha_train.engine.state import Fragment, partitioned_fragments, replicated_fragments
@@ -297,11 +298,8 @@ def leave_world(error: BaseException | None = None) -> None:
 
 
 def resolve_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """The dtype of parameters and activations: `auto` is bf16 on CUDA and fp32 on a CPU, where bf16 is far slower."""
-    precision = config.engine.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    """The dtype of parameters and activations on `device`, see `precision_on`."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision_on(config, device.type)]
 
 
 def _settings(config: RunConfig, world: World, dtype: torch.dtype) -> dict[str, Any]:

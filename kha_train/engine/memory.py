@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 
+from kha_train.config.resolve import planned_device, precision_on
 from kha_train.config.schema import RunConfig
 from kha_train.engine.activations import attention_activations, folded_bytes, kept_block_numbers, shared_mask_bytes
 from kha_train.model.accounting import count_parameters, moe_layers
@@ -44,9 +45,8 @@ class MemoryPlan:
 
 
 def uses_bf16(config: RunConfig) -> bool:
-    """Whether the training dtype is bf16 on the devices of `config.cluster`."""
-    precision = config.engine.precision
-    return precision == "bf16" or (precision == "auto" and config.cluster.device == "cuda")
+    """Whether the training dtype is bf16 where the run is planned for."""
+    return precision_on(config, planned_device(config).kind) == "bf16"
 
 
 def micro_batches(config: RunConfig) -> int:
@@ -63,7 +63,7 @@ def plan_memory(config: RunConfig) -> MemoryPlan:
         "parameters": width * total // (ranks if sharded else 1) + (width * total // second if second > 1 else 0),
         "gathered": width * min(total, MAX_LIVE_PARAMETERS) if sharded else 0,
         "optimizer": (8 if engine.moment_dtype == "bf16" else 12) * total // ranks,
-        "runtime": RUNTIME_BYTES[config.cluster.device],
+        "runtime": RUNTIME_BYTES[planned_device(config).kind],
     }
     before, after = _gradients(config, total)
     one_block = replace(config, engine=replace(engine, activation_checkpointing="full"))

@@ -75,13 +75,15 @@ def load_run(run_dir: Path, report: Callable[[str], None], device: torch.device 
 
 def decoding_config(config: RunConfig) -> RunConfig:
     """The same function, computed as decoding needs it: an attention backend that takes fewer queries than keys, and no
-    fold, whose cost would be paid again for every token; torch's operators, which run on every device."""
-    attention = config.attention
+    fold, whose cost would be paid again for every token; torch's operators and experts that run on every device."""
+    attention, moe = config.attention, config.moe
+    if moe.backend == "megablocks":
+        moe = replace(moe, backend="loop")
     if attention.backend not in ("eager", "sdpa"):
         attention = replace(attention, backend="sdpa" if attention.base.name != "talking_heads" else "eager")
     if isinstance(attention.interaction, FoldableOptions):
         attention = replace(attention, interaction=replace(attention.interaction, impl="eager"))
-    return replace(config, attention=attention, engine=replace(config.engine, kernels="torch"))
+    return replace(config, attention=attention, moe=moe, engine=replace(config.engine, kernels="torch"))
 
 
 @torch.no_grad()

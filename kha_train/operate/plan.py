@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kha_train.config.resolve import Resolved, resolve_plan
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate_batch
 from kha_train.data import manifest
+from kha_train.data.sources import first_step_labels, open_samples, open_validation, without_labels
 from kha_train.engine.memory import GIB, RECIPES, MemoryPlan, largest_micro_batch, micro_batches, plan_memory, uses_bf16
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, DataError
 from kha_train.model.accounting import (
     FlopCount,
     InteractionOverhead,
@@ -61,7 +63,8 @@ class Communication:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer of `kha plan`. `fits` is None when the memory of a device is not known."""
+    """The answer of `kha plan`. `fits` is None when the memory of a device is not known; `batch_problem` and
+    `data_problem` are what a run would end with before its first step."""
 
     config: RunConfig
     parameters: ParameterCount
@@ -75,9 +78,16 @@ class Plan:
     together: str | None
     communication: tuple[Communication, ...]
     batch_problem: str | None
+    data_problem: str | None
     time: dict[str, float | None]
     checkpoint: dict[str, float | None]
     data: dict[str, float | None]
+    resolved: Resolved
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the run could begin there, as far as it is known."""
+        return self.fits is not False and self.batch_problem is None and self.data_problem is None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON answer. Its keys are documented in docs/plan.md and do not change."""
@@ -87,6 +97,8 @@ class Plan:
             "model": config.model.name,
             "attention": config.attention.name,
             "cluster": asdict(cluster),
+            "precision": self.resolved.precision,
+            "attention_backend": self.resolved.backend._asdict(),
             "params": {
                 "total": self.parameters.total,
                 "active": self.parameters.active,
@@ -114,6 +126,7 @@ class Plan:
             "together": self.together,
             "communication": [asdict(volume) for volume in self.communication],
             "batch_problem": self.batch_problem,
+            "data_problem": self.data_problem,
             "time": self.time,
             "checkpoint": self.checkpoint,
             "data": self.data,
@@ -121,7 +134,9 @@ class Plan:
 
 
 def make_plan(config: RunConfig) -> Plan:
-    """The plan of `config` on `config.cluster`. Raises DataError when the dataset's manifest is damaged."""
+    """The plan of `config` on `config.cluster`. Raises ConfigError when something that it names cannot run there, and
+    DataError when the dataset's manifest is damaged."""
+    resolved = resolve_plan(config)
     parameters, flops = count_parameters(config), flops_per_token(config)
     memory, cluster = plan_memory(config), config.cluster
     budget = round((cluster.memory_gib - cluster.reserved_gib) * GIB) if cluster.memory_gib else None
@@ -141,9 +156,11 @@ def make_plan(config: RunConfig) -> Plan:
         together=together,
         communication=tuple(_communication(config, stage, parameters.total) for stage in STAGES),
         batch_problem=_batch_problem(config),
+        data_problem=_data_problem(config),
         time=time,
         checkpoint=_checkpoint(config, parameters.total, time["step_seconds"]),
         data=_data(config),
+        resolved=resolved,
     )
 
 
@@ -310,12 +327,30 @@ def _checkpoint(config: RunConfig, total: int, step_seconds: float | None) -> di
 def _data(config: RunConfig) -> dict[str, float | None]:
     """Epochs over the training data, where its manifests can be read here."""
     wanted = config.run.steps * config.data.global_batch_size * config.model.seq_len
-    paths = [source.path for source in config.data.sources] or [config.data.train]
-    folders = [Path(path) for path in paths if (Path(path) / manifest.MANIFEST_NAME).is_file()]
-    if len(folders) < len(paths):
+    if not _is_here(*_training_data(config)):
         return {"tokens": None, "epochs": None}
-    tokens = sum(manifest.load(folder, field="data.train").tokens for folder in folders)
+    tokens = sum(manifest.load(Path(path), field="data.train").tokens for path in _training_data(config))
     return {"tokens": tokens, "epochs": wanted / tokens if tokens else None}
+
+
+def _data_problem(config: RunConfig) -> str | None:
+    """Why a run could not begin with its data, where all of them are here."""
+    if not _is_here(*_training_data(config), config.data.validation):
+        return None
+    try:
+        labels = first_step_labels(config, open_samples(config))
+        open_validation(config)
+        return None if labels else str(without_labels("data", "no token of the first step"))
+    except (ConfigError, DataError) as error:
+        return str(error)
+
+
+def _training_data(config: RunConfig) -> list[str]:
+    return [source.path for source in config.data.sources] or [config.data.train]
+
+
+def _is_here(*paths: str) -> bool:
+    return all((Path(path) / manifest.MANIFEST_NAME).is_file() for path in paths)
 
 
 def _with_devices(config: RunConfig, devices: int) -> RunConfig:

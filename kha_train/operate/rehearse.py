@@ -26,7 +26,8 @@ import torch.distributed as dist
 from kha_train.config.compose import shipped
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate_batch
-from kha_train.data.stream import open_stream, validation_batches, without_labels
+from kha_train.data.sources import without_labels
+from kha_train.data.stream import open_stream, validation_batches
 from kha_train.distributed import TORCHRUN, World
 from kha_train.engine.deepspeed import Engine, leave_world, resolve_dtype
 from kha_train.engine.memory import GIB, plan_memory

@@ -72,8 +72,9 @@ def _of_total(memory: PeakMemory) -> str:
 
 
 def _here(config: RunConfig, world: World) -> RunConfig:
+    # What can run here was settled when the run started, so the capability is not judged again.
     device = "cuda" if world.device.type == "cuda" else "cpu"
-    return replace(config, cluster=replace(config.cluster, devices=world.size, device=device))
+    return replace(config, cluster=replace(config.cluster, devices=world.size, device=device, capability=0.0))
 
 
 def _planned(config: RunConfig, world: World) -> str:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kha_train.data.stream import Batch, TokenStream, without_labels
+from kha_train.data.sources import without_labels
+from kha_train.data.stream import Batch, TokenStream
 from kha_train.distributed import Caught, World, as_error
 from kha_train.engine.deepspeed import Engine
 from kha_train.errors import KhaError

@@ -511,6 +511,7 @@ CHANGES: dict[str, Change] = {
     "cluster.storage_bandwidth_gb": (3.0, planned),
     "cluster.price_per_hour": (3.0, planned),
     "cluster.hours_between_failures": (3.0, planned),
+    "cluster.capability": (7.5, planned, "cluster.device=cuda", "attention.backend=auto"),
 }
 
 UNSEEN = {

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 
 from kha_train.config.backends import TRAITS
 from kha_train.config.compose import compose
-from kha_train.model.attention.backends import BACKENDS, eager, lay_out_documents
+from kha_train.model.attention.backends import BACKENDS, eager, flash_attn_problem, lay_out_documents
 from kha_train.model.attention.choice import check_against_maths, choose
 
 pytestmark = [
@@ -22,7 +20,7 @@ TOLERANCE = 2e-2
 
 
 def skip_what_is_missing(name: str) -> None:
-    if name == "flash_attn" and find_spec("flash_attn") is None:
+    if name == "flash_attn" and flash_attn_problem():
         pytest.skip("flash-attn is not installed")
     if name == "cudnn" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("cudnn is used on sm_90 alone")

@@ -168,6 +168,18 @@ def varlen(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents,
     return _over_flat_tokens(kernel, q_BTHK, k_BUGK, v_BUGW)
 
 
+def flash_attn_problem() -> str | None:
+    """What keeps the kernel of `flash_attn` from being called here, or None. Asked by importing it: other releases of
+    the package (flash-attn-4) have the same name and not this function, and one built for another torch fails."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed"
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"its import failed: {error}"
+    return None if callable(flash_attn_varlen_func) else "flash_attn_varlen_func is no function"
+
+
 def flash_attn(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
     """The flash-attn package's kernel of variable length."""
     from flash_attn import flash_attn_varlen_func

@@ -5,31 +5,23 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from kha_train.config.backends import TRAITS
 from kha_train.config.options import FoldableOptions, implementation
+from kha_train.config.resolve import Choice, backend_on, resolve
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
 from kha_train.model.attention.backends import BACKENDS, Backend, Documents, eager, lay_out_documents, sdpa, varlen
-from kha_train.model.kernels.availability import require
+from kha_train.model.device import device_facts
+from kha_train.model.kernels.availability import precision_of
 from kha_train.model.norm import why_norm_stays
 
 CHECK_TOLERANCE = 3e-2
 """Largest relative error (Frobenius) of half-precision outputs and gradients against fp32 maths in the first check."""
 CHECK_BORDERS = (0, 100, 256, 300, 512)
 """Of documents in the two rows of 256 tokens of that check."""
-
-
-class Choice(NamedTuple):
-    """A backend's name, and why it was taken."""
-
-    name: str
-    why: str
 
 
 def backend_function(config: RunConfig) -> Backend:
@@ -55,37 +47,21 @@ def needs_mask(config: RunConfig, device: torch.device, dtype: torch.dtype) -> b
 
 def choose(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Choice:
     """The backend for this device. Raises ConfigError when the one named in the configuration cannot run here."""
-    name = config.attention.backend
-    if name != "auto":
-        missing = _missing(name, device, dtype)
-        if missing:
-            raise ConfigError(missing, field="attention.backend", value=name, fix="attention.backend=sdpa, or auto")
-        return Choice(name, "chosen by attention.backend")
-    if config.attention.base.name == "talking_heads":
-        return Choice("eager", "talking_heads mixes scores")
-    if config.attention.positions == "alibi":
-        return Choice("sdpa", "biased scores")
-    if not config.data.isolate_documents:
-        return Choice("sdpa", "rows are not split")
-    missing = _missing("varlen", device, dtype)
-    return Choice("sdpa", f"varlen {missing}") if missing else Choice("varlen", "documents without a mask")
+    return backend_on(config, device_facts(device), precision_of(dtype))
 
 
 def announce(config: RunConfig, device: torch.device, dtype: torch.dtype) -> list[str]:
     """What a run says of its attention when it starts: backend, implementation, reasons, warnings. cuDNN is checked
-    first. Raises ConfigError when the choice cannot run here."""
+    first. Raises ConfigError when something that the configuration names cannot run here."""
     options, base = config.attention.interaction, config.attention.base
-    backend = choose(config, device, dtype)
+    backend = resolve(config, device_facts(device), precision_of(dtype)).backend
     lines = [f"attention {base.name} x {options.name} | backend {backend.name} ({backend.why})"]
     if config.engine.kernels == "triton":
-        require(device, dtype)
         stays = why_norm_stays(config)
         lines[0] += f" | norm and rotation {f'torch ({stays})' if stays else 'triton (chosen by engine.kernels)'}"
     if isinstance(options, FoldableOptions):
         taken = implementation(config)
         lines[0] += f" | interaction {taken.name} ({taken.why})"
-        if taken.name == "triton":
-            require(device, dtype, "attention.interaction.impl", "attention.interaction.impl=auto")
     if backend.name == "cudnn":
         check_against_maths(config, device, dtype)
     return lines + [f"warning: {text}" for text in options.warnings()]
@@ -138,18 +114,3 @@ def _outputs_and_gradients(backend: Backend, inputs: list[Tensor], documents: Do
 
 def _may_use_varlen(config: RunConfig) -> bool:
     return config.data.isolate_documents and config.attention.positions != "alibi"
-
-
-def _missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What keeps a backend from running here, or None."""
-    if not TRAITS[name].cuda:
-        return None
-    if device.type != "cuda":
-        return f"needs a CUDA device, and this is {device.type}"
-    if dtype == torch.float32:
-        return "computes in bf16, and parameters are fp32"
-    if name == "cudnn" and torch.cuda.get_device_capability(device) != (9, 0):
-        return "is used on sm_90 alone (Hopper): slower on older devices, and seen to corrupt on newer ones"
-    if name == "flash_attn" and find_spec("flash_attn") is None:
-        return "needs the package flash-attn: pip install 'kha_train[gpu]'"
-    return None

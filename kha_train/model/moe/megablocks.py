@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kha_train.errors import ConfigError
+from kha_train.config.resolve import megablocks_unavailable
 from kha_train.model.moe.router import Routing
 from kha_train.model.moe.swiglu import weighted_swiglu
 
 NEEDED = ("megablocks", "stk", "triton", "megablocks_ops", "grouped_gemm")
-INSTALL = "pip install --no-deps --no-build-isolation megablocks==0.10.0 stanford-stk==0.7.1 grouped_gemm==0.3.0"
 
 
 class Kernels(NamedTuple):
@@ -30,16 +29,21 @@ class Kernels(NamedTuple):
     gmm: Any
 
 
+def missing_packages() -> list[str]:
+    """The packages that are needed and not installed."""
+    return [name for name in NEEDED if find_spec(name) is None]
+
+
 def load_kernels() -> Kernels:
     """The kernels. Raises ConfigError naming every package that is missing, or what broke at import."""
-    missing = [name for name in NEEDED if find_spec(name) is None]
+    missing = missing_packages()
     if missing:
-        raise _unavailable(f"not installed: {', '.join(missing)}")
+        raise megablocks_unavailable(f"not installed: {', '.join(missing)}")
     try:
         # By name: it pins another torch, so it can be no requirement of this package, not even an optional one.
         ops, gemm = import_module("megablocks.ops"), import_module("megablocks.grouped_gemm_util")
     except (ImportError, RuntimeError, AssertionError) as error:
-        raise _unavailable(f"its import failed: {error}") from error
+        raise megablocks_unavailable(f"its import failed: {error}") from error
     return Kernels(ops, gemm.ops.gmm)
 
 
@@ -64,14 +68,3 @@ def run_kernels(kernels: Kernels, x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: T
     weight_M = routing.weight_NJ.flatten()[indices_M.long()]
     hidden_MF = weighted_swiglu(kernels.gmm(x_MD, gate_up_EDX, counts_E), weight_M)
     return ops.scatter(kernels.gmm(hidden_MF, down_EFD, counts_E), indices_M, bin_ids_M, None, bins_E, top_k)
-
-
-def _unavailable(reason: str) -> ConfigError:
-    """The ConfigError of a machine without megablocks."""
-    return ConfigError(
-        f"megablocks cannot be used here ({reason})",
-        field="moe.backend",
-        value="megablocks",
-        allowed="grouped, loop",
-        fix=f"moe.backend=grouped, or on a CUDA machine: {INSTALL}",
-    )

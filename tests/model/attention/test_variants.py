@@ -8,6 +8,7 @@ import torch
 
 from kha_train.config.compose import compose
 from kha_train.config.options import implementation
+from kha_train.config.resolve import Device
 from kha_train.errors import ConfigError
 from kha_train.model.accounting import count_parameters, flops_per_token
 from kha_train.model.attention import choice
@@ -186,7 +187,7 @@ def test_auto_takes_the_kernel_that_reads_borders_only_for_split_rows_without_a_
         documents = lay_out_documents(2, 12, CPU, borders, masked=masked)
         choice.automatic(*(torch.zeros(2, 12, 2, 4),) * 3, documents, 1.0)
     assert taken == ["varlen", "sdpa", "sdpa", "sdpa"]
-    monkeypatch.setattr(choice, "_missing", lambda *given: None)
+    monkeypatch.setattr(choice, "device_facts", lambda device: Device("cuda", (9, 0)))
     assert not choice.needs_mask(compose(["attention.backend=auto"]), CPU, torch.bfloat16)
     assert choice.needs_mask(compose(["attention.backend=sdpa"]), CPU, torch.bfloat16)
 
