@@ -18,11 +18,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from data_tools.texts import Document, TextFile, find_files, read_jsonl, read_parquet, read_text
+from data_tools.files import LINES, PARQUET, TextFile, as_text, find_files
+from data_tools.parquet import read_parquet
+from data_tools.texts import Document, LeftOut, read_jsonl, read_text
 from kha_train.errors import ConfigError
 
 SPLITS = ("train", "validation")
 DESCRIPTION_NAME = "corpus.json"
+LISTED_HIDDEN = 20
+"""So many hidden files and directories are named in the description; the others are only counted."""
 _VALIDATION_PERCENT = 2
 _SKIPPED_DIRECTORIES = {
     "__pycache__",
@@ -39,7 +43,7 @@ _SKIPPED_DIRECTORIES = {
 
 def split_of(path: str) -> str:
     """The split a document belongs to: SHA-256 of its path, as a number, modulo 100 below 2 is validation."""
-    number = int(hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest(), 16)
+    number = int(hashlib.sha256(path.encode()).hexdigest(), 16)
     return "validation" if number % 100 < _VALIDATION_PERCENT else "train"
 
 
@@ -50,25 +54,36 @@ def build_corpus(
     extra_roots: Sequence[str | Path] = (),
     field: str = "text",
     keep_repeated: bool = False,
+    skip_bad_lines: bool = False,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Write a corpus and return its description (what `corpus.json` holds); `progress` gets bytes of text.
 
-    `extra_roots` are files or directories of the user's own text, as `texts.py` tells, `field` where it is in JSONL and
-    Parquet. Files that are not UTF-8 are left out and told, and so are exact repetitions unless `keep_repeated`. Files
-    get their names when the corpus is whole. Raises ConfigError for a root that is missing or is a file of the corpus
-    itself, for an empty corpus, and for one that is there unless `overwrite`; DataError for a line without text.
+    `extra_roots` are files or directories of the user's own text (see `files.py`), `field` where it is in JSONL and
+    Parquet. Files that are not UTF-8 are left out and named, and so are exact repetitions unless `keep_repeated`, and
+    bad lines of JSONL with `skip_bad_lines`. Files get their names when the corpus is whole.
+
+    Raises ConfigError for a root that is missing or is a file of the corpus itself, for an empty corpus, and for one
+    that is there unless `overwrite`; DataError for a line without text.
     """
     directory = Path(directory)
     found = find_files(extra_roots, "extra_root", field)
     _refuse(directory, found.files, overwrite)
     directory.mkdir(parents=True, exist_ok=True)
+    left_out = LeftOut(skip_bad_lines)
     with TemporaryDirectory(prefix=".collecting-", dir=directory) as beside:
-        description = _collect(Path(beside), _documents(standard_library, found.files), keep_repeated, progress)
+        documents = _documents(standard_library, found.files, left_out)
+        description = _collect(Path(beside), documents, keep_repeated, progress)
         if not description["splits"]["train"]["documents"]:
             raise ConfigError("no text found", field="corpus", value=[str(root) for root in extra_roots])
-        description |= {"sources": _sources(standard_library, extra_roots), "other_kinds": found.others}
+        description |= {
+            "not_utf8": left_out.files,
+            "bad_lines": {"count": left_out.bad_lines, "first": left_out.listed},
+            "sources": _sources(standard_library, extra_roots),
+            "other_kinds": found.others.total(),
+            "hidden": {"count": len(found.hidden), "first": found.hidden[:LISTED_HIDDEN]},
+        }
         (Path(beside) / DESCRIPTION_NAME).write_text(json.dumps(description, indent=1), encoding="ascii")
         (directory / DESCRIPTION_NAME).unlink(missing_ok=True)
         for name in (*(f"{split}.jsonl" for split in SPLITS), DESCRIPTION_NAME):
@@ -88,27 +103,24 @@ def _refuse(directory: Path, files: Sequence[TextFile], overwrite: bool) -> None
 
 def _collect(
     directory: Path,
-    documents: Iterable[Document | str],
+    documents: Iterable[Document],
     keep_repeated: bool,
     progress: Callable[[int], None] | None,
 ) -> dict[str, Any]:
-    """Write both splits; `documents` are told by their name alone where they are not UTF-8."""
+    """Write both splits, and count them."""
     counts = {name: {"documents": 0, "bytes": 0} for name in SPLITS}
     seen: set[bytes] = set()
-    digest, repeated, skipped = hashlib.sha256(), 0, []
+    digest, repeated = hashlib.sha256(), 0
     with ExitStack() as stack:
         files = {split: stack.enter_context(open(directory / f"{split}.jsonl", "wb")) for split in SPLITS}
         for document in documents:
-            if isinstance(document, str):
-                skipped.append(document)
-                continue
             data = document.text.encode()
             fingerprint = hashlib.sha256(data).digest()
             repeated += fingerprint in seen
             if fingerprint in seen and not keep_repeated:
                 continue
             seen.add(fingerprint)
-            digest.update(document.path.encode("utf-8", "surrogateescape") + b"\0" + fingerprint)
+            digest.update(document.path.encode() + b"\0" + fingerprint)
             split = split_of(document.path)
             files[split].write(json.dumps(document._asdict()).encode() + b"\n")
             counts[split]["documents"] += 1
@@ -121,13 +133,12 @@ def _collect(
         "sha256": digest.hexdigest(),
         "splits": counts,
         "repeated": repeated,
-        "not_utf8": skipped,
     }
 
 
 def read_split(directory: str | Path, split: str) -> Iterator[Document]:
     """The documents of one split of a corpus, in order. Raises ConfigError when missing, DataError for a bad line."""
-    yield from read_jsonl(TextFile(f"{split}.jsonl", split_path(directory, split)))
+    yield from read_jsonl(TextFile(f"{split}.jsonl", split_path(directory, split)), LeftOut())
 
 
 def split_path(directory: str | Path, split: str) -> Path:
@@ -140,9 +151,9 @@ def split_path(directory: str | Path, split: str) -> Path:
     return path
 
 
-def _documents(standard_library: bool, own: Sequence[TextFile]) -> Iterator[Document | str]:
+def _documents(standard_library: bool, own: Sequence[TextFile], left_out: LeftOut) -> Iterator[Document]:
     for file in (*(_standard_library() if standard_library else ()), *own):
-        yield from _read_file(file)
+        yield from _read_file(file, left_out)
 
 
 def _standard_library() -> list[TextFile]:
@@ -156,17 +167,19 @@ def _standard_library() -> list[TextFile]:
     return sorted(TextFile(path.relative_to(root).as_posix(), path) for path in found)
 
 
-def _read_file(file: TextFile) -> Iterator[Document | str]:
-    """The documents of a file, or its name when it is not UTF-8."""
-    if file.kind == ".jsonl":
-        for path, text in read_jsonl(file):
+def _read_file(file: TextFile, left_out: LeftOut) -> Iterator[Document]:
+    """The documents of a file; `left_out` learns of one that is not UTF-8 and of bad lines."""
+    if file.kind == LINES[0]:
+        for path, text in read_jsonl(file, left_out):
             yield Document(f"{file.name}#{path}" if path else _name_of(text), text)
-    elif file.kind == ".parquet":
-        yield from (Document(_name_of(text), text) for group in read_parquet(file) for text in group if text)
+    elif file.kind == PARQUET:
+        yield from (Document(_name_of(text), text) for _, some in read_parquet(file) for text in some if text)
     else:
         text = read_text(file.path)
-        if text != "":
-            yield file.name if text is None else Document(file.name, text)
+        if text is None:
+            left_out.files.append(file.name)
+        if text:
+            yield Document(file.name, text)
 
 
 def _name_of(text: str) -> str:
@@ -176,4 +189,4 @@ def _name_of(text: str) -> str:
 
 def _sources(standard_library: bool, extra_roots: Sequence[str | Path]) -> list[str]:
     own = [f"the standard library of {platform.python_implementation()} {platform.python_version()} (PSF-2.0)"]
-    return (own if standard_library else []) + [Path(root).resolve().name for root in extra_roots]
+    return (own if standard_library else []) + [as_text(Path(os.path.abspath(root)).name) for root in extra_roots]

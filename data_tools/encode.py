@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_tools.corpus import DESCRIPTION_NAME, SPLITS, split_path
+from data_tools.files import TextFile
 from data_tools.staging import refuse_existing, replaced
-from data_tools.texts import Piece, TextFile, cut, texts
+from data_tools.texts import LeftOut, Piece, cut, texts
 from data_tools.workers import Advance, each
 from kha_train.data.canonical import canonical_json, parse_json, sha256_of_file
 from kha_train.data.manifest import Manifest, ShardEntry, dtype_for
@@ -47,7 +48,8 @@ class Unit(NamedTuple):
 
 class Job(NamedTuple):
     """What the units of one encoding have in common: where the splits go, and which text goes to validation (the
-    first 64 bits of its SHA-256 are below `validation_below`) when there is more than one."""
+    first 64 bits of its SHA-256 are below `validation_below`) when there is more than one. With `skip_bad_lines` a line
+    without a text is passed over instead of ending the encoding."""
 
     tokenizer: Path
     tokenizer_sha256: str
@@ -56,6 +58,7 @@ class Job(NamedTuple):
     dtype: str
     directories: dict[str, Path]
     validation_below: int = 0
+    skip_bad_lines: bool = False
 
     def split_of(self, text: bytes) -> str:
         """The split a text belongs to."""
@@ -66,10 +69,10 @@ class Job(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """The shard of each split that a unit gave (None: no document), and the files left out as not UTF-8."""
+    """The shard of each split that a unit gave (None: no document), and what its reading passed over."""
 
     shards: dict[str, ShardEntry | None]
-    left_out: list[str]
+    left_out: LeftOut
 
 
 def encode_corpus(
@@ -77,6 +80,7 @@ def encode_corpus(
     tokenizer: str | Path,
     out: str | Path,
     *,
+    skip_bad_lines: bool = False,
     shard_bytes: int = SHARD_BYTES,
     workers: int = 1,
     overwrite: bool = False,
@@ -91,8 +95,8 @@ def encode_corpus(
     JSONL, `finished` bytes of text that this call encoded. `encoder` is one of `ENCODERS`; gigatoken is used once its
     ids were proven equal to sentencepiece's on the first documents, and `say` is told what is used and why. An encoding
     that was interrupted goes on with the shards that are not finished. Raises ConfigError for a missing corpus or
-    tokenizer, an encoder that is not there and for existing datasets unless `overwrite`; DataError for a bad line or a
-    split without text.
+    tokenizer, an encoder that is not there and for existing datasets unless `overwrite`; DataError for a split without
+    text and, unless `skip_bad_lines`, for a bad line.
     """
     files = {split: TextFile(f"{split}.jsonl", split_path(corpus, split)) for split in SPLITS}
     pieces = {split: list(cut(file, shard_bytes)) for split, file in files.items()}
@@ -103,7 +107,7 @@ def encode_corpus(
     for split in SPLITS:
         refuse_existing(Path(out) / split, overwrite=overwrite)
     say = say or (lambda text: None)
-    loaded = choose_encoder(Tokenizer(tokenizer), encoder, texts_of(pieces["train"]), say)
+    loaded = choose_encoder(Tokenizer(tokenizer), encoder, texts_of(pieces["train"], skip_bad_lines), say)
     about = {split: _fingerprint(file.path) for split, file in files.items()}
     units = {
         split: [
@@ -156,6 +160,7 @@ def encode_units(
     about: dict[str, dict[str, Any]],
     *,
     validation_below: int = 0,
+    skip_bad_lines: bool = False,
     workers: int,
     progress: Advance | None,
     finished: Advance | None,
@@ -165,7 +170,7 @@ def encode_units(
     `say` is told what was there already and what is left out. Raises as `encode_corpus`."""
     fast = tokenizer.encoder != ENCODERS[0]
     dtype = dtype_for(tokenizer.vocab_size)
-    job = Job(tokenizer.path, tokenizer.sha256, fast, workers, dtype, directories, validation_below)
+    job = Job(tokenizer.path, tokenizer.sha256, fast, workers, dtype, directories, validation_below, skip_bad_lines)
     units = [unit._replace(identity=_full_identity(unit, tokenizer, job)) for unit in units]
     identities = {unit.index: unit.identity for unit in units}
     found = {split: finished_shards(directory, identities) for split, directory in directories.items()}
@@ -180,13 +185,14 @@ def encode_units(
         say(f"{len(done)} of {len(units)} shards were finished before")
     if progress is not None:
         progress(sum(piece.bytes for unit in units if unit.index in done for piece in unit.pieces))
-    work = partial(encode_unit, job=job)
+    work, left_out = partial(encode_unit, job=job), LeftOut()
     for unit, encoded in zip(todo, each(work, todo, workers, progress), strict=True):
         done[unit.index] = encoded.shards
         if finished is not None:
             finished(sum(shard.text_bytes for shard in encoded.shards.values() if shard))
-        for name in encoded.left_out:
-            say(f"left out, not UTF-8: {name}")
+        left_out.add(encoded.left_out)
+    for note in left_out.notes():
+        say(note)
     for split in directories:
         if not any(shards[split] for shards in done.values()):
             fix = "more text" if len(directories) == 1 else "more text, or another --validation-percent"
@@ -209,7 +215,7 @@ def encode_unit(unit: Unit, advance: Advance, job: Job) -> Encoded:
     """Write the shards of a unit, one a split, and note that they are finished."""
     tokenizer = _loaded(job.tokenizer, job.tokenizer_sha256, job.fast, 1 if job.workers > 1 else None)
     end = np.asarray([tokenizer.special_ids["eos"]], dtype=np.int32)
-    left_out: list[str] = []
+    left_out = LeftOut(job.skip_bad_lines)
     kept = kept_texts(unit, left_out, advance)
     with ExitStack() as stack:
         writers = {
@@ -236,7 +242,7 @@ def _loaded(path: Path, sha256: str, fast: bool, threads: int | None) -> Tokeniz
     return tokenizer
 
 
-def kept_texts(unit: Unit, left_out: list[str], advance: Advance) -> Iterator[str]:
+def kept_texts(unit: Unit, left_out: LeftOut, advance: Advance) -> Iterator[str]:
     """The texts of a unit that are not repeated, in order."""
     every = chain.from_iterable(texts(piece, left_out, advance) for piece in unit.pieces)
     if unit.repeated is None:
@@ -244,9 +250,9 @@ def kept_texts(unit: Unit, left_out: list[str], advance: Advance) -> Iterator[st
     return (text for text, repeated in zip(every, unit.repeated.tolist(), strict=True) if not repeated)
 
 
-def texts_of(pieces: Iterable[Piece]) -> Iterator[str]:
+def texts_of(pieces: Iterable[Piece], skip_bad_lines: bool = False) -> Iterator[str]:
     """The texts of pieces, nothing told of what is left out."""
-    return chain.from_iterable(texts(piece, [], lambda amount: None) for piece in pieces)
+    return chain.from_iterable(texts(piece, LeftOut(skip_bad_lines), lambda amount: None) for piece in pieces)
 
 
 def batches(every: Iterable[str]) -> Iterator[list[str]]:

@@ -9,7 +9,9 @@ Exact repetitions are found beforehand, by all processes, from 128 bits of each 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,9 @@ from data_tools.encode import (
     kept_texts,
     texts_of,
 )
+from data_tools.files import TextFile, as_text, find_files
 from data_tools.staging import refuse_existing, replaced
-from data_tools.texts import Piece, TextFile, cut, find_files
+from data_tools.texts import LeftOut, Piece, cut
 from data_tools.workers import Advance, each
 from kha_train.data.manifest import Manifest
 from kha_train.data.tokenizer import Tokenizer
@@ -47,6 +50,7 @@ def encode_files(
     field: str = "text",
     validation_percent: float = VALIDATION_PERCENT,
     drop_repeated: bool = False,
+    skip_bad_lines: bool = False,
     shard_bytes: int = SHARD_BYTES,
     workers: int = 1,
     overwrite: bool = False,
@@ -55,33 +59,37 @@ def encode_files(
     progress: Advance | None = None,
     finished: Advance | None = None,
 ) -> dict[str, Manifest]:
-    """Write `out/train` and `out/validation` from files and directories of text (see `texts.py`); returns the manifest
-    of each split. `field` is where the texts are in JSONL and Parquet.
+    """Write `out/train` and `out/validation` from files and directories of text (see `files.py`); returns the manifest
+    of each split. `field` is where the texts are in JSONL and Parquet. With `skip_bad_lines` lines of JSONL without a
+    text are left out, counted and listed.
 
     A unit of work, and with it a shard of each split, has about `shard_bytes` of text; a packed file is never cut.
     `progress` gets bytes of the files, twice those with `drop_repeated`. The rest is as for `encode_corpus`. Raises
-    ConfigError and DataError as that and as `texts.find_files`, ConfigError too when a split gets no text.
+    ConfigError and DataError as that and as `files.find_files`, ConfigError too when a split gets no text.
     """
     if not 0 < validation_percent < 100:
         raise ConfigError(
             "a share of the texts", field="validation_percent", value=validation_percent, allowed="0..100"
         )
     say = say or (lambda text: None)
-    files, others = find_files(roots, "text", field)
-    units = plan_units(files, shard_bytes)
+    found = find_files(roots, "text", field)
+    units = plan_units(found.files, shard_bytes)
     if not units:
-        raise ConfigError("no text found", field="text", value=[str(root) for root in roots])
+        raise ConfigError("the files hold no text", field="text", value=[str(root) for root in roots])
     places = {split: Path(out) / split for split in SPLITS}
     for place in places.values():
         refuse_existing(place, overwrite=overwrite)
     pieces = (piece for unit in units for piece in unit.pieces)
-    loaded = choose_encoder(Tokenizer(tokenizer), encoder, texts_of(pieces), say)
-    if others:
-        say(f"{others} files of other kinds left out")
-    about: dict[str, Any] = {"files": len(files), "bytes": sum(file.path.stat().st_size for file in files)}
-    about |= {"roots": [Path(root).resolve().name for root in roots], "validation_percent": validation_percent}
+    loaded = choose_encoder(Tokenizer(tokenizer), encoder, texts_of(pieces, skip_bad_lines), say)
+    for note in found.passed_over():
+        say(note)
+    about: dict[str, Any] = {"files": len(found.files), "bytes": sum(file.path.stat().st_size for file in found.files)}
+    about |= {
+        "roots": [as_text(Path(os.path.abspath(root)).name) for root in roots],
+        "validation_percent": validation_percent,
+    }
     if drop_repeated:
-        units = without_repeated(units, workers, progress)
+        units = without_repeated(units, workers, progress, skip_bad_lines)
         about["repeated"] = int(sum(unit.repeated.sum() for unit in units))
         say(f"{about['repeated']} texts left out, because they stand before")
     below = int(validation_percent / 100 * 2**64)
@@ -93,6 +101,7 @@ def encode_files(
             beside,
             {split: {"split": split, **about} for split in SPLITS},
             validation_below=below,
+            skip_bad_lines=skip_bad_lines,
             workers=workers,
             progress=progress,
             finished=finished,
@@ -115,9 +124,11 @@ def plan_units(files: Iterable[TextFile], shard_bytes: int) -> list[Unit]:
     return [*units, _unit(len(units), together)] if together else units
 
 
-def without_repeated(units: Sequence[Unit], workers: int, progress: Advance | None) -> list[Unit]:
+def without_repeated(
+    units: Sequence[Unit], workers: int, progress: Advance | None, skip_bad_lines: bool = False
+) -> list[Unit]:
     """The same units, each text after the first of its kind marked as repeated."""
-    hashes = list(each(text_hashes, units, workers, progress))
+    hashes = list(each(partial(text_hashes, skip_bad_lines=skip_bad_lines), units, workers, progress))
     keys_N2 = np.frombuffer(b"".join(hashes), dtype="<u8").reshape(-1, 2)
     # Stable: among equal ones the first text stays first.
     order_N = np.lexsort((keys_N2[:, 1], keys_N2[:, 0]))
@@ -129,9 +140,9 @@ def without_repeated(units: Sequence[Unit], workers: int, progress: Advance | No
     return [unit._replace(repeated=part) for unit, part in zip(units, parts, strict=True)]
 
 
-def text_hashes(unit: Unit, advance: Advance) -> bytes:
+def text_hashes(unit: Unit, advance: Advance, skip_bad_lines: bool = False) -> bytes:
     """The first 128 bits of the SHA-256 of every text of a unit, end to end."""
-    every = kept_texts(unit, [], advance)
+    every = kept_texts(unit, LeftOut(skip_bad_lines), advance)
     return b"".join(hashlib.sha256(text.encode()).digest()[:_HASH_BYTES] for text in every)
 
 

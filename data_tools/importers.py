@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -180,13 +181,22 @@ def _numpy(path: Path, dtype: str) -> Foreign:
         if array.ndim != 1:
             raise DataError("not a flat array", field=str(path), value=array.shape)
         return Foreign(path, array.offset, array.dtype, None)
-    if magic.startswith(b"PK"):
+    if _is_archive(path):
         raise DataError("an archive, not a flat array", field=str(path), fix="take the arrays out of it")
     if not dtype:
         raise ConfigError(
             "has no header that tells the type of its ids", field="dtype", allowed=", ".join(DTYPES), value=str(path)
         )
     return Foreign(path, 0, np.dtype(DTYPES[dtype]), None)
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file holds others, as .npz does. Ids may begin with any bytes, an archive's too, but list no files."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return bool(archive.namelist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        return False
 
 
 KINDS: dict[str, Callable[[Path, str], Foreign]] = {"megatron": _megatron, "datatrove": _datatrove, "numpy": _numpy}

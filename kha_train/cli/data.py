@@ -21,8 +21,8 @@ from rich.table import Column, Table
 from data_tools.corpus import SPLITS, build_corpus, split_path
 from data_tools.encode import SHARD_BYTES, encode_corpus
 from data_tools.encode_files import VALIDATION_PERCENT, encode_files
+from data_tools.files import find_files
 from data_tools.importers import DTYPES, import_tokens, tokenizer_of
-from data_tools.texts import find_files
 from data_tools.train_tokenizer import train_tokenizer
 from kha_train.config.compose import load
 from kha_train.data.inspect import BORDER, decoder_of, digest, length_histogram, samples_of_step
@@ -39,6 +39,12 @@ VERIFY_GIB = 1.0
 app = typer.Typer(name="data", help="Corpus, tokenizer, shards.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")]
+Field = Annotated[
+    str, typer.Option(help="Where the text is in JSONL lines and Parquet rows; meta.text is a field inside a field.")
+]
+SkipBadLines = Annotated[
+    bool, typer.Option("--skip-bad-lines", help="Leave out JSONL lines without a text; they are counted and listed.")
+]
 CorpusDir = Annotated[Path, typer.Option("--corpus", help="A directory made by `kha data corpus`.")]
 DatasetDir = Annotated[str, typer.Argument(help="A dataset, at a URL too, or a local directory of several.")]
 
@@ -47,11 +53,12 @@ DatasetDir = Annotated[str, typer.Argument(help="A dataset, at a URL too, or a l
 def corpus(
     out: Annotated[Path, typer.Option(help="Directory to write.")],
     extra_root: Annotated[
-        list[Path] | None, typer.Option(help="Your own text: .txt .md .rst .py .jsonl .parquet, .gz .zst")
+        list[Path] | None, typer.Option(help="Your own text: .txt .md .rst .py .jsonl .json .parquet, .gz .zst")
     ] = None,
     standard_library: Annotated[bool, typer.Option(help="Take Python's own standard library.")] = True,
-    field: Annotated[str, typer.Option(help="Of JSONL lines and Parquet rows: where the text is.")] = "text",
+    field: Field = "text",
     keep_repeated: Annotated[bool, typer.Option("--keep-repeated", help="Keep exact repetitions.")] = False,
+    skip_bad_lines: SkipBadLines = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a corpus that is there.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -63,6 +70,7 @@ def corpus(
             extra_roots=extra_root or (),
             field=field,
             keep_repeated=keep_repeated,
+            skip_bad_lines=skip_bad_lines,
             overwrite=overwrite,
             progress=advance,
         )
@@ -95,14 +103,15 @@ def tokenize(
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Instead: files and directories of .txt .md .rst .py .jsonl .parquet, .gz .zst, as they lie."
+            help="Instead: files and directories of .txt .md .rst .py .jsonl .json .parquet, .gz .zst, as they lie."
         ),
     ] = None,
-    field: Annotated[str, typer.Option(help="Of --text, JSONL lines and Parquet rows: where the text is.")] = "text",
+    field: Field = "text",
     validation_percent: Annotated[
         float | None, typer.Option(help=f"Of --text, by the hash of each text; {VALIDATION_PERCENT} unless set.")
     ] = None,
     drop_repeated: Annotated[bool, typer.Option("--drop-repeated", help="Of --text: exact repetitions go.")] = False,
+    skip_bad_lines: SkipBadLines = False,
     shard_bytes: Annotated[int, typer.Option(min=1, help="Bytes of text in a shard.")] = SHARD_BYTES,
     workers: Annotated[int, typer.Option(min=1, help="Processes; the files do not depend on it.")] = 1,
     encoder: Annotated[
@@ -123,12 +132,13 @@ def tokenize(
     said: list[str] = []
     encoded: list[int] = []
     how = {"shard_bytes": shard_bytes, "workers": workers, "overwrite": overwrite, "encoder": encoder}
+    how["skip_bad_lines"] = skip_bad_lines
     started = time.perf_counter()
     if corpus_dir:
         total = sum(split_path(corpus_dir, split).stat().st_size for split in SPLITS)
         encode = partial(encode_corpus, corpus_dir)
     else:
-        size = sum(file.path.stat().st_size for file in find_files(text, "text").files)
+        size = sum(file.path.stat().st_size for file in find_files(text, "text", field).files)
         total = size * (2 if drop_repeated else 1)
         share = VALIDATION_PERCENT if validation_percent is None else validation_percent
         encode = partial(encode_files, text, field=field, validation_percent=share, drop_repeated=drop_repeated)

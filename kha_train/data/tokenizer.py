@@ -10,6 +10,8 @@ import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ KIND = "sentencepiece-bpe"
 MODEL_NAME = "tokenizer.model"
 SPECIAL_IDS = {"pad": 0, "bos": 1, "eos": 2, "unk": 3}
 PIECE_CHARACTERS = 2000
+LONG_CHARACTERS = 1 << 18
+"""A longer text is encoded part by part: the library takes some fifty bytes a character at a time."""
 _COMPARED_BATCHES = 32
 
 _BLANK = "\u2581"
@@ -116,6 +120,7 @@ class Tokenizer:
         self._fast: FastEncoder | None = None
         self._batches = 0
         self._id_of_byte = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        self._is_bpe = _is_bpe(model)
         keeps_bytes = all(map(self._processor.is_byte, self._id_of_byte))
         if not keeps_bytes or _rewrites(model) or self.decode(self.encode([_PROBE])[0]) != _PROBE:
             raise ConfigError(
@@ -132,8 +137,8 @@ class Tokenizer:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids (int32) of each text, without any special id. Raises DataError for text that UTF-8 cannot express, and
         when gigatoken's ids are other ones."""
-        plain = [index for index, text in enumerate(texts) if not _AS_BYTES.search(text)]
-        encoded = dict(zip(plain, self._encode_plain([texts[i] for i in plain]), strict=True))
+        whole = [i for i, text in enumerate(texts) if len(text) <= LONG_CHARACTERS and not _AS_BYTES.search(text)]
+        encoded = dict(zip(whole, self._encode_plain([texts[i] for i in whole]), strict=True))
         ids = (encoded[i] if i in encoded else self._encode_in_parts(text) for i, text in enumerate(texts))
         return [np.asarray(one, dtype=np.int32) for one in ids]
 
@@ -194,17 +199,39 @@ class Tokenizer:
         found |= zip(others, ids, strict=True)
         return [found[index] for index in range(len(texts))]
 
-    def _encode_in_parts(self, text: str) -> list[int]:
-        ids: list[int] = []
+    def _encode_in_parts(self, text: str) -> np.ndarray:
+        """Ids of a text that is long, or holds U+2581 or surrogates."""
+        is_plain = not _AS_BYTES.search(text)
+        encode = (lambda one: self._encode_plain([one])[0]) if is_plain else self._processor.encode
+        ids = [np.empty(0, dtype=np.int32)]
         for part in _AS_BYTES.split(text):
             if not _AS_BYTES.match(part):
-                ids += self._processor.encode(part)
+                ids += [np.asarray(encode(one), dtype=np.int32) for one in self._short_parts(part)]
                 continue
             try:
-                ids += [self._id_of_byte[byte] for byte in part.encode("utf-8", "surrogateescape")]
+                numbers = [self._id_of_byte[byte] for byte in part.encode("utf-8", "surrogateescape")]
             except UnicodeEncodeError as error:
                 raise DataError(f"text that UTF-8 cannot express: {error.reason}", value=part[:20]) from error
-        return ids
+            ids.append(np.asarray(numbers, dtype=np.int32))
+        return np.concatenate(ids)
+
+    def _short_parts(self, text: str) -> Iterator[str]:
+        """`text` cut where that changes no id: between two characters that stand side by side in no piece, so that no
+        merge can join them. A stretch without such a place stays whole."""
+        start = 0
+        while len(text) - start > LONG_CHARACTERS and self._is_bpe:
+            places = range(start + LONG_CHARACTERS, len(text))
+            end = next((at for at in places if text[at - 1 : at + 1] not in self._neighbours), len(text))
+            yield text[start:end]
+            start = end
+        if start < len(text):
+            yield text[start:]
+
+    @cached_property
+    def _neighbours(self) -> frozenset[str]:
+        """Every two characters that stand side by side in a piece, as they are in the text."""
+        pieces = (self._processor.id_to_piece(number).replace(_BLANK, " ") for number in range(self.vocab_size))
+        return frozenset(pair for piece in pieces for pair in map("".join, pairwise(piece)))
 
     def _bytes_of(self, number: int) -> bytes:
         if self._processor.is_control(number) or self._processor.is_unknown(number):
@@ -217,6 +244,16 @@ class Tokenizer:
 
 def _rewrites(model: bytes) -> bool:
     """Whether a model has rules that change characters before they are encoded."""
+    return bool(_specification(model).normalizer_spec.precompiled_charsmap)
+
+
+def _is_bpe(model: bytes) -> bool:
+    """Whether a model merges pieces; a unigram model weighs a whole text at once."""
+    trainer = _specification(model).trainer_spec
+    return trainer.model_type == trainer.BPE
+
+
+def _specification(model: bytes) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
-    return bool(sentencepiece_model_pb2.ModelProto.FromString(model).normalizer_spec.precompiled_charsmap)
+    return sentencepiece_model_pb2.ModelProto.FromString(model)

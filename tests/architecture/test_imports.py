@@ -43,7 +43,7 @@ BEHIND_A_DOOR = {
     "matplotlib": ("kha_train/analysis/",),
     "megablocks": ("kha_train/model/moe/megablocks.py",),
     "omegaconf": ("kha_train/config/compose.py",),
-    "pyarrow": ("data_tools/texts.py",),
+    "pyarrow": ("data_tools/packed.py", "data_tools/parquet.py"),
     "sentencepiece": ("kha_train/data/tokenizer.py",),
     "transformers": ("kha_train/export/hugging_face.py",),
     "triton": ("kha_train/model/kernels/language.py",),

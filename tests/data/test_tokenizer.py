@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -173,3 +175,42 @@ def test_text_that_spells_a_control_piece_never_reaches_the_fast_encoder(
     texts = ["a </s> b", "<s>", "<pad>", "\u2581"]
     assert [ids.tolist() for ids in fast.encode(texts)] == [ids.tolist() for ids in plain.encode(texts)]
     assert fast._fast.asked == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    words=st.lists(
+        st.sampled_from([*NAMES[:20], "def ", "return x + ", "Grüße, ", "\n    ", "世界", "\U0001f600"]), max_size=60
+    ),
+    between=st.text("dert xGrü:\n7", max_size=8),
+    longest=st.integers(1, 40),
+)
+def test_a_long_text_encoded_in_parts_has_the_ids_of_the_whole(
+    tokenizer: Tokenizer, words: list[str], between: str, longest: int
+) -> None:
+    text = between.join(words)
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tokenizers, "LONG_CHARACTERS", longest)
+        parts = list(tokenizer._short_parts(text))
+        assert tokenizer.encode([text])[0].tolist() == plain.encode(text)
+    assert "".join(parts) == text
+
+
+MEMORY = """
+import resource, sys
+from kha_train.data.tokenizer import Tokenizer
+tokenizer = Tokenizer(sys.argv[1])
+tokenizer.encode(["warm up"])
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+text = "def name(x):\\n    return x + 1\\n" * 200_000
+before = peak()
+print(len(text), len(tokenizer.encode([text])[0]), peak() - before)
+"""
+
+
+def test_one_long_document_takes_at_most_ten_times_its_size(tokenizer: Tokenizer) -> None:
+    command = [sys.executable, "-c", MEMORY, str(tokenizer.path)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    size, ids, added = map(int, answer.split())
+    assert ids > size / 20 and added < 10 * size

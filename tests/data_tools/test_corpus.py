@@ -136,9 +136,9 @@ def test_a_corpus_that_is_there_is_never_lost_by_a_mistake(notes: Path, tmp_path
 
 
 def test_a_file_of_another_kind_is_refused_when_it_is_named(tmp_path: Path) -> None:
-    (tmp_path / "rows.ndjson").write_text('{"text": "a"}\n')
+    (tmp_path / "rows.csv").write_text("text\na\n")
     with pytest.raises(ConfigError, match=r"another kind.*\.jsonl"):
-        build_corpus(tmp_path / "c", standard_library=False, extra_roots=[tmp_path / "rows.ndjson"])
+        build_corpus(tmp_path / "c", standard_library=False, extra_roots=[tmp_path / "rows.csv"])
 
 
 def test_the_text_may_be_in_another_field(tmp_path: Path) -> None:

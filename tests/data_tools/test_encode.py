@@ -11,7 +11,8 @@ import pytest
 from data_tools import encode
 from data_tools.corpus import build_corpus, read_split
 from data_tools.encode import encode_corpus
-from data_tools.texts import TextFile, cut
+from data_tools.files import TextFile
+from data_tools.texts import cut
 from data_tools.train_tokenizer import train_tokenizer
 from kha_train.data import tokenizer as tokenizers
 from kha_train.data.shards import ShardSet

@@ -16,7 +16,8 @@ from data_tools import encode, texts
 from data_tools.corpus import build_corpus
 from data_tools.encode import encode_corpus
 from data_tools.encode_files import encode_files, plan_units
-from data_tools.texts import TextFile, cut, find_files
+from data_tools.files import TextFile, find_files
+from data_tools.texts import LeftOut, cut
 from data_tools.train_tokenizer import train_tokenizer
 from kha_train.data.shards import ShardSet
 from kha_train.data.tokenizer import Tokenizer
@@ -100,7 +101,7 @@ def test_every_text_of_every_kind_of_file_is_there_once_and_in_order(
     train, validation = (documents(tmp_path / split) for split in SPLITS)
     assert validation == [text for text in EXPECTED if is_validation(text, 20)] and len(validation) > 5
     assert train == [text for text in EXPECTED if not is_validation(text, 20)]
-    assert said == ["1 files of other kinds left out", "left out, not UTF-8: notes/deep/latin.txt"]
+    assert said == ["1 files of other kinds left out: 1 .png", "left out, not UTF-8: notes/deep/latin.txt"]
     assert made["train"].text_bytes == sum(len(text.encode()) for text in train)
 
 
@@ -176,12 +177,12 @@ def test_progress_counts_every_byte_of_the_files(
 def test_lines_cut_anywhere_are_each_read_once(tmp_path: Path, lines: list[str], size: int, ending: bytes) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_bytes(as_jsonl(lines).removesuffix(b"\n") + ending)
-    left_out: list[str] = []
+    left_out = LeftOut()
     pieces = list(cut(TextFile("lines.jsonl", path), size))
     assert sum(piece.bytes for piece in pieces) == path.stat().st_size
     told: list[int] = []
     found = [text for piece in pieces for text in texts.texts(piece, left_out, told.append)]
-    assert found == [text for text in lines if text] and not left_out and sum(told) == path.stat().st_size
+    assert found == [text for text in lines if text] and left_out == LeftOut() and sum(told) == path.stat().st_size
 
 
 def test_a_bad_line_is_named_by_its_number_in_the_file_wherever_it_was_cut(model: Path, tmp_path: Path) -> None:

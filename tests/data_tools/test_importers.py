@@ -100,6 +100,17 @@ def test_an_array_without_a_header_needs_its_type_and_an_archive_is_none(tmp_pat
     assert ShardSet.open(tmp_path / "out").read(0, 0, len(IDS)).tolist() == IDS.tolist()
 
 
+def test_raw_ids_that_begin_like_an_archive_are_ids(tmp_path: Path) -> None:
+    for number, magic in enumerate((b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b\x08\x00", b"\x28\xb5\x2f\xfd")):
+        data = magic + IDS.astype("<u2").tobytes()
+        (tmp_path / f"raw-{number}").write_bytes(data)
+        out = tmp_path / f"out-{number}"
+        import_tokens(
+            "numpy", [tmp_path / f"raw-{number}"], out, unknown_tokenizer(65_536), overwrite=False, dtype="uint16"
+        )
+        assert ShardSet.open(out).read(0, 0, len(data) // 2).tolist() == np.frombuffer(data, "<u2").tolist()
+
+
 def changed(path: Path, place: int, value: int, width: int) -> None:
     data = bytearray(path.read_bytes())
     data[place : place + width] = value.to_bytes(width, "little", signed=True)

@@ -1,0 +1,177 @@
+"""The user's own files of text: which there are, what each is called, and what was passed over.
+
+Text files (.txt, .md, .rst, .py) are one document each. JSON Lines (.jsonl, .ndjson, and .json that holds them) are one
+document a line. All of these may be packed as .gz or .zst. Parquet files are one document a row. The case of a suffix
+does not matter, and a link counts by its own name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_tools.packed import PACKED, open_packed
+from kha_train.errors import ConfigError
+
+LINES = (".jsonl", ".ndjson")
+WHOLE = (".md", ".py", ".rst", ".txt")
+PARQUET = ".parquet"
+READ = f"{' '.join((*WHOLE, *LINES, '.json'))} (also with {' or '.join(PACKED)}), {PARQUET}"
+"""What is read, in words for people."""
+_JSON = ".json"
+_FIRST_LINE_BYTES = 16 << 20
+_APPLE_DOUBLE = "__MACOSX"
+_EXAMPLES = 5
+
+
+class TextFile(NamedTuple):
+    """A file, its name (its POSIX path from the name of its root on), and where its texts are (`field`: the field of a
+    line of JSONL, the column of Parquet; `meta.text` is the field `text` inside the field `meta`)."""
+
+    name: str
+    path: Path
+    field: str = "text"
+
+    @property
+    def packed(self) -> bool:
+        """Whether the file can only be read from its beginning."""
+        return self.path.suffix.lower() in PACKED
+
+    @property
+    def kind(self) -> str:
+        """`.jsonl`, `.parquet`, or what else stands before .gz and .zst, in lower case. Other names of JSON Lines are
+        `.jsonl` too."""
+        kind = (self.path.with_suffix("") if self.packed else self.path).suffix.lower()
+        return LINES[0] if kind in (*LINES, _JSON) else kind
+
+
+class Found(NamedTuple):
+    """The files of text; how many files of other kinds lie beside them, by suffix; and the names of hidden files and
+    directories, which are not looked into."""
+
+    files: list[TextFile]
+    others: Counter[str]
+    hidden: list[str]
+
+    def passed_over(self) -> list[str]:
+        """What was passed over, in lines for people."""
+        lines = []
+        if self.others:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in self.others.most_common(_EXAMPLES))
+            lines.append(f"{self.others.total()} files of other kinds left out: {_shortened(kinds, len(self.others))}")
+        if self.hidden:
+            names = ", ".join(self.hidden[:_EXAMPLES])
+            count = len(self.hidden)
+            lines.append(f"{count} hidden files and directories left out: {_shortened(names, count)}")
+        return lines
+
+
+def find_files(roots: Sequence[str | Path], option: str, field: str = "text") -> Found:
+    """The files of text in `roots`, files or directories, each directory's by name.
+
+    In a directory, hidden entries (a name that begins with a dot, and the `__MACOSX` of archives) are passed over, and
+    no link to a directory is followed; a root is taken whatever its name. `option` is the one that named the roots,
+    `field` that of the text in a file.
+
+    Raises ConfigError for a root that is missing or a file of another kind, for two roots of one name, and when there
+    is no text, naming what was seen and what is read.
+    """
+    found = Found([], Counter(), [])
+    names: set[str] = set()
+    for given in roots:
+        # A link is called by its own name: the name of its target may say nothing, as in a cache of downloads.
+        root = Path(os.path.abspath(given))
+        if root.name in names:
+            raise ConfigError("two roots of one name", field=option, value=root.name, fix="rename one")
+        names.add(root.name)
+        if root.is_dir():
+            _search(root, field, found)
+        elif not root.exists():
+            raise ConfigError("no such file or directory", field=option, value=str(given))
+        elif is_text(root, field):
+            found.files.append(TextFile(as_text(root.name), root, field))
+        else:
+            raise ConfigError("a file of another kind", field=option, value=str(given), allowed=READ)
+    if roots and not found.files:
+        raise ConfigError(
+            "; ".join(["no text found", *found.passed_over()]),
+            field=option,
+            value=[str(root) for root in roots],
+            allowed=READ,
+        )
+    return found
+
+
+def is_text(path: Path, field: str) -> bool:
+    """Whether a file's name, and for .json its first line, says that it is text of a kind that is read."""
+    packed = path.suffix.lower() in PACKED
+    kind = (path.with_suffix("") if packed else path).suffix.lower()
+    if kind == _JSON:
+        return _begins_with_a_line(path, field)
+    return kind in (*WHOLE, *LINES) or (kind == PARQUET and not packed)
+
+
+def as_text(name: str) -> str:
+    """A name that UTF-8 can express: other bytes and lone surrogates are written as escapes such as `\\xe9`."""
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "backslashreplace").decode()
+
+
+def value_of(item: Any, field: str, absent: Any = None) -> Any:
+    """The value of `field` in an object: under this very name, or else each part between dots inside the one before.
+    None where it, or what it would be in, is null; `absent` where there is none."""
+    if isinstance(item, dict) and field in item:
+        return item[field]
+    for part in field.split("."):
+        if item is None:
+            return None
+        if not isinstance(item, dict) or part not in item:
+            return absent
+        item = item[part]
+    return item
+
+
+def _search(root: Path, field: str, found: Found) -> None:
+    inside = []
+    for folder, folders, files in os.walk(root):
+        for name in sorted(entry for entry in (*folders, *files) if _is_hidden(entry)):
+            found.hidden.append(_name_in(root, Path(folder, name)))
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        inside += [(_name_in(root, path), path) for path in _visible(folder, files)]
+    for name, path in sorted(inside):
+        if is_text(path, field):
+            found.files.append(TextFile(name, path, field))
+        else:
+            found.others["".join(path.suffixes[-2:]).lower() or "without a suffix"] += 1
+
+
+def _visible(folder: str, files: Sequence[str]) -> Iterator[Path]:
+    return (Path(folder, name) for name in files if not _is_hidden(name))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == _APPLE_DOUBLE
+
+
+def _name_in(root: Path, path: Path) -> str:
+    return as_text(f"{root.name}/{path.relative_to(root).as_posix()}")
+
+
+def _begins_with_a_line(path: Path, field: str) -> bool:
+    """Whether the first line is an object with a text in `field`: JSON Lines, not one value over many lines."""
+    with open_packed(path) as (lines, _):
+        first = lines.readline(_FIRST_LINE_BYTES)
+    try:
+        return isinstance(value_of(json.loads(first), field), str)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _shortened(examples: str, count: int) -> str:
+    return examples if count <= _EXAMPLES else f"{examples}, ..."

@@ -1,0 +1,55 @@
+"""The bytes of a file that may be packed, and what reading it can meet as one error."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import IO
+
+from kha_train.errors import ConfigError, DataError
+
+PACKED = (".gz", ".zst")
+_TOO_LARGE_A_WINDOW = "too much memory"
+"""What zstd says of a frame packed with `--long` above 27."""
+
+
+@contextmanager
+def open_packed(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """The bytes of a file, unpacked when its name ends with .gz or .zst; and the file they come from, which is read
+    ahead. Raises ConfigError when .zst needs pyarrow, DataError when the file is damaged or cannot be read."""
+    with reading(path), open(path, "rb") as raw:
+        if path.suffix.lower() == ".gz":
+            yield gzip.GzipFile(fileobj=raw), raw
+        elif path.suffix.lower() == ".zst":
+            arrow = pyarrow(path)
+            yield io.BufferedReader(arrow.CompressedInputStream(arrow.PythonFile(raw), "zstd")), raw
+        else:
+            yield raw, raw
+
+
+@contextmanager
+def reading(path: Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Raises DataError for what reading a file can meet; `kinds` are errors of its format besides."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, *kinds) as error:
+        reason = " ".join(str(error).split())
+        fix = "copy it again, or leave it out"
+        if path.suffix.lower() == ".zst" and _TOO_LARGE_A_WINDOW in reason:
+            reason = "its zstd window is above 128 MiB (it was packed with --long=28 or more)"
+            fix = "pack it again: zstd -d --long=31 -c FILE | zstd --long=27 -o NEW.zst"
+        raise DataError(f"cannot be read: {reason}", field=str(path), fix=fix) from error
+
+
+def pyarrow(path: Path) -> ModuleType:
+    """The library that reads .zst and .parquet. Raises ConfigError when it is missing."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise ConfigError("needs pyarrow", field="text", value=str(path), fix="pip install 'kha_train[data]'") from None
+    return pyarrow
