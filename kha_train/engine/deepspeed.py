@@ -161,6 +161,8 @@ class Engine:
             return
         for number in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        # With `hpz_partition_size` forwards gather from a second copy of the weights, made from what they were.
+        optimizer.invalidate_secondary_tensor()
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 

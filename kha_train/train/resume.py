@@ -17,6 +17,7 @@ from kha_train.config.constants import FREE_TO_CHANGE, PRECISION_OF, may_differ
 from kha_train.config.saved import completed
 from kha_train.config.schema import RunConfig
 from kha_train.engine.deepspeed import Engine, InitialValue, seeded
+from kha_train.engine.state import Fragment
 from kha_train.errors import DataError, ResumeError
 from kha_train.model.decoder import build_decoder
 from kha_train.model.moe.router import RUN_STATE
@@ -205,8 +206,9 @@ def resumed(checkpoint: Checkpoint | None) -> InitialValue:
 class Inherited:
     """Initial values for a new run: the weights of another run's checkpoint where it has them, else the defaults.
 
-    `taken`, `new` and `left_out` name the parameters found in both, only in this model, only in the checkpoint. Raises
-    ResumeError when a parameter of both has two shapes.
+    As on a resume, a parameter of both starts as zeros, and `fill` writes its fp32 master, so that the masters are
+    those of the checkpoint in every precision. `taken`, `new` and `left_out` name the parameters found in both, only in
+    this model, only in the checkpoint. Raises ResumeError when a parameter of both has two shapes.
     """
 
     def __init__(self, config: RunConfig, checkpoint: Checkpoint) -> None:
@@ -215,15 +217,26 @@ class Inherited:
 
     def __call__(self, name: str, default: Callable[[], Tensor]) -> Tensor:
         shapes = self.checkpoint.names()
-        return self.checkpoint.read(name, "master").view(shapes[name]) if name in shapes else default()
+        return torch.zeros(shapes[name]) if name in shapes else default()
 
-    def fill_buffers(self, engine: Engine) -> None:
-        """Selection biases, of those the checkpoint has: they choose experts as weights do. What counts the steps of
-        the other run is not taken, or this one would skip its routing warm-up."""
-        saved = self.checkpoint.buffers()
-        for name, buffer in engine.buffers().items():
-            if name in saved and name.rpartition(".")[2] not in RUN_STATE:
-                buffer.copy_(saved[name])
+    def fill(self, engine: Engine) -> None:
+        """Put masters and selection biases of the checkpoint into `engine`, bit for bit; weights are the masters,
+        rounded. Collective.
+
+        Selection biases choose experts as weights do. What counts the steps of the other run is not taken, or this one
+        would skip its routing warm-up.
+        """
+        taken = set(self.taken)
+        with engine.world.agreed(f"read {self.checkpoint.path}"), torch.no_grad():
+            for fragment in engine.fragments():
+                if fragment.name in taken:
+                    _read_into({"master": fragment.views["master"]}, fragment, self.checkpoint)
+                engine.world.alive()
+            saved = self.checkpoint.buffers()
+            for name, buffer in engine.buffers().items():
+                if name in saved and name.rpartition(".")[2] not in RUN_STATE:
+                    buffer.copy_(saved[name])
+        engine.refresh_parameters()
 
 
 def _compare_parameters(config: RunConfig, checkpoint: Checkpoint) -> tuple[list[str], list[str], list[str]]:
@@ -240,12 +253,17 @@ def _compare_parameters(config: RunConfig, checkpoint: Checkpoint) -> tuple[list
     return taken, [name for name in model if name not in saved], [name for name in saved if name not in model]
 
 
+def _read_into(views: dict[str, Tensor], fragment: Fragment, checkpoint: Checkpoint) -> None:
+    """Fill views of `fragment`, by kind, with what the checkpoint holds of that stretch of the parameter."""
+    for kind, view in views.items():
+        view.copy_(checkpoint.read(fragment.name, kind, fragment.start, view.numel()))
+
+
 def restore(engine: Engine, checkpoint: Checkpoint) -> Progress:
     """Put masters, moments, buffers and step counters of `checkpoint` into `engine`, bit for bit. Collective."""
     with engine.world.agreed(f"read {checkpoint.path}"), torch.no_grad():
         for fragment in engine.fragments():
-            for kind, view in fragment.views.items():
-                view.copy_(checkpoint.read(fragment.name, kind, fragment.start, view.numel()))
+            _read_into(fragment.views, fragment, checkpoint)
             engine.world.alive()
         saved = checkpoint.buffers()
         for name, buffer in engine.buffers().items():

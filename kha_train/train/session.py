@@ -280,8 +280,7 @@ class Session:
             with self.world.agreed():
                 self.watch.restore(checkpoint.trainer_state["stability"])
         elif self._inherited:
-            with self.world.agreed():
-                self._inherited.fill_buffers(self.engine)
+            self._inherited.fill(self.engine)
 
     def _initial(self, checkpoint: Checkpoint | None) -> InitialValue:
         """A run's own checkpoint wins over the one it once began from."""

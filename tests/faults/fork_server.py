@@ -11,8 +11,7 @@ A fault is {"at", "do"} and conditions; it happens once in a process:
         gradient:N          in the gradient of step N
         batch:N             while the batch of step N is read
         snapshot:N          while the state is copied to host memory for the save of step N
-        restore             while this rank's share of a checkpoint is read
-        inherit             while the weights of another run are read
+        restore             while this rank's share of a checkpoint is read, its own or another run's
         event:KIND          while an event of this kind is recorded
         marker:NAME         while this marker is set at the end
         rewind              amid a rewind: the newer checkpoints are gone, the record is not cut yet
@@ -55,7 +54,7 @@ from kha_train.engine.deepspeed import Engine, _import_deepspeed
 from kha_train.errors import DataError, KhaError
 from kha_train.record import Record
 from kha_train.telemetry.wandb import WandbMirror
-from kha_train.train import resume, run, saving, session
+from kha_train.train import run, saving, session
 
 torch.set_num_threads(1)
 _import_deepspeed(torch.device("cpu"))
@@ -138,7 +137,6 @@ class Faults:
 
         before(HostBuffers, "restart", lambda *_: f"snapshot:{self.progress()}")
         before(Checkpoint, "read", lambda *_: "restore")
-        before(resume.Inherited, "__call__", lambda *_: "inherit")
         before(run, "set_marker", lambda run_dir, marker, *_: f"marker:{marker.value}")
         before(Record, "event", lambda record, kind, *_: f"event:{kind}")
         before(Record, "rewind_to", lambda record, step, reason: "rewind" if reason.startswith("rewind") else "")

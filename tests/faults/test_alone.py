@@ -32,7 +32,7 @@ def test_a_rank_that_cannot_read_its_share_stops_all_and_the_next_start_goes_on(
 def test_a_rank_that_cannot_read_what_it_inherits_stops_all(stage, make_run, straight) -> None:
     source = straight(*TWO, ranks=2)
     run = make_run("attention=gqa", f"engine=zero{stage}", f"run.init_from={source.run_dir}", steps=2)
-    assert run.start({"at": "inherit", "do": "eio", "rank": 1}, ranks=2) == [MACHINE, MACHINE], run.log.read_text()
+    assert run.start({"at": "restore", "do": "eio", "rank": 1}, ranks=2) == [MACHINE, MACHINE], run.log.read_text()
     run.to_the_end(ranks=2)
 
 
