@@ -8,32 +8,36 @@ from typing import Any
 
 import numpy as np
 
-from kha_train.analysis.runs import RunData, load_runs
+from kha_train.analysis.runs import IDENTITY_KEYS, RunData, load_runs
+from kha_train.analysis.sameness import (
+    common_steps,
+    confounders,
+    data_difference,
+    data_proof,
+    notes,
+    unknown_settings,
+)
 from kha_train.analysis.statistics import Interval, SeedInterval, block_bootstrap, over_seeds
-from kha_train.analysis.summary import Summary, summarise
-from kha_train.config.constants import FREE_TO_CHANGE, may_differ
+from kha_train.analysis.summary import HONESTY, RESULTS, TOLD, UNKNOWN_FIGURE, Quantity, Summary, printed, summarise
+from kha_train.analysis.validation_sets import marks, set_difference, sets_sentence
+from kha_train.record.jsonl import encode
 
-IDENTITY_KEYS = ("run.dir", "run.name")
-"""Configuration keys that always differ and say nothing."""
-NEUTRAL_KEYS = (*(key for key in FREE_TO_CHANGE if key != "run.init_from"), "run.seed", "attention.")
-"""Settings, or beginnings of settings, in which a fair pair may differ: the variant itself, and what changes a loss by
-rounding at most. The content of the data is compared by its id, the seed by itself."""
-ORDER_KEYS = (
-    "run.seed", "model.seq_len",
-    "data.isolate_documents", "data.packing", "data.shuffle", "data.sources", "data.phases",
-)  # fmt: skip
-"""Settings that, with the content of the shards and the sample numbers, fix which tokens a step reads."""
+OF_A_VALIDATION_SET = ("validation_loss", "bits_per_byte")
+"""Results that do not compare with those of another validation set."""
 
 
 @dataclass(frozen=True)
 class Pair:
     """Train loss of `other` - `reference` at equal steps over the last half of the steps both have (nats per token).
 
-    `interval` is None when fewer than 10 steps are finite in both. `same_data` says whether the two read the same
-    tokens at every common step, and `data_words` why that is known or not. `confounders` are settings beside the
-    variant in which the two differ: budget, schedule, initialisation, policy; any of them may be what is seen.
-    `first_gap` is the difference of the losses of step 1 (None where one is not known): before any update, so about 0
-    where both start as one function.
+    `interval` is None when fewer than 10 steps are finite in both, or when the two are known to have read different
+    data: losses of different tokens are no pair. `same_data` says whether the two read the same tokens at every common
+    step, `data_words` why that is known or not, `different_from` the first step of which they are known not to have.
+    `confounders` are settings beside the variant in which the two differ at the same step: budget, schedule,
+    initialisation, policy; any of them may be what is seen. `unknown` names steps whose settings were not recorded,
+    `validation` says how the validation sets differ ("": they are not known to). `notes` are no caveats: ranks, ZeRO
+    stage and other settings that are free, and what both changed at the same step. `first_gap` is the difference of the
+    losses of step 1 (None where one is not known): before any update, so about 0 where both start as one function.
     """
 
     reference: int
@@ -46,14 +50,21 @@ class Pair:
     data_words: str
     confounders: tuple[str, ...]
     first_gap: float | None
+    different_from: int | None
+    unknown: tuple[str, ...]
+    validation: str
+    notes: tuple[str, ...]
 
     @property
     def caveats(self) -> tuple[str, ...]:
         """Why the difference may not be the variant's doing, in words."""
-        found = [] if self.same_seed else ["other seeds, so other initial values and another order of the data"]
-        found += [] if self.same_data or not self.same_seed else ["not proven to have read the same data"]
+        since = "" if self.different_from is None else f" from step {self.different_from} on"
+        found = [] if self.same_seed else [f"other seeds, so other initial values and another order of the data{since}"]
+        if self.same_seed and not self.same_data:
+            found.append(f"they read different data{since}" if since else "not proven to have read the same data")
+        found += self.unknown
         found += [f"they also differ in {', '.join(self.confounders)}"] if self.confounders else []
-        return tuple(found)
+        return tuple([*found, self.validation] if self.validation else found)
 
 
 @dataclass(frozen=True)
@@ -77,14 +88,23 @@ class Comparison:
     pairs: tuple[Pair, ...]
     across_seeds: tuple[AcrossSeeds, ...]
     evidence: str
+    validation_marks: tuple[str, ...]
+    validation_words: str
+
+    def notes(self) -> list[str]:
+        """The notes of each pair that has any, in a line."""
+        named = [(self.runs[pair.other].label, self.runs[pair.reference].label, pair) for pair in self.pairs]
+        return [
+            f"{other} beside {reference}: {'; '.join(pair.notes)}" for other, reference, pair in named if pair.notes
+        ]
 
     def sentence(self, pair: Pair) -> str:
         """The result of a pair in one line, with what it is worth."""
         names = f"{self.runs[pair.other].label} - {self.runs[pair.reference].label}"
-        if pair.interval is None:
-            return f"{names}: too few common steps for a difference; {self.evidence}"
-        found = f"{pair.interval.mean:+.4f} [{pair.interval.low:+.4f}, {pair.interval.high:+.4f}] nats per token"
         warned = "".join(f"; NOT A FAIR PAIR: {caveat}" for caveat in pair.caveats)
+        if pair.interval is None:
+            return f"{names}: {no_difference(pair)}{warned}; {self.evidence}"
+        found = f"{pair.interval.mean:+.4f} [{pair.interval.low:+.4f}, {pair.interval.high:+.4f}] nats per token"
         return f"{names}: {found} over steps {pair.first_step}-{pair.last_step}{warned}; {self.evidence}"
 
     @staticmethod
@@ -97,17 +117,18 @@ class Comparison:
         return f"{names}: {interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}] nats per token (Student)"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; non-finite numbers do not occur, unknown ones are None."""
+        """Plain values for strict JSON; unknown ones are None, an infinite setting is a word."""
         runs = [
             {"label": run.label, "path": str(run.path), "variant": run.variant, "seed": run.seed}
-            | {**summary.results, **summary.honesty, "end_state": summary.end_state}
-            for run, summary in zip(self.runs, self.summaries, strict=True)
+            | {**summary.results, **summary.honesty, **summary.told, "end_state": summary.end_state}
+            | {"validation_mark": mark}
+            for run, summary, mark in zip(self.runs, self.summaries, self.validation_marks, strict=True)
         ]
         differences = {key: list(values) for key, values in self.differences.items()}
         pairs = [asdict(pair) | {"caveats": list(pair.caveats), "sentence": self.sentence(pair)} for pair in self.pairs]
         seeds = [asdict(found) | {"sentence": self.seeds_sentence(found)} for found in self.across_seeds]
         answer = {"runs": runs, "config_differences": differences, "pairs": pairs, "across_seeds": seeds}
-        return answer | {"evidence": self.evidence}
+        return encode(answer | {"evidence": self.evidence, "validation_sets": self.validation_words})
 
 
 def compare_runs(run_dirs: list[Path]) -> Comparison:
@@ -125,13 +146,17 @@ def compare_runs(run_dirs: list[Path]) -> Comparison:
         pairs=pairs,
         across_seeds=seeds,
         evidence=evidence(runs, seeds),
+        validation_marks=tuple(marks(runs)),
+        validation_words=sets_sentence(runs),
     )
 
 
 def config_differences(runs: tuple[RunData, ...]) -> dict[str, tuple[Any, ...]]:
-    """Flattened configuration keys that are not equal in all runs -> the value in each (None where it is absent)."""
-    keys = sorted({key for run in runs for key in run.config} - set(IDENTITY_KEYS))
-    values = {key: tuple(run.config.get(key) for run in runs) for key in keys}
+    """Flattened configuration keys that are not equal in all runs -> the value in each (None where it is absent; in
+    words where it changed on the way)."""
+    settings = [stretch.settings or run.config for run in runs for stretch in run.stretches]
+    keys = sorted({key for one in settings for key in one} - set(IDENTITY_KEYS))
+    values = {key: tuple(run.shown(key) for run in runs) for key in keys}
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
 
 
@@ -143,14 +168,6 @@ def partners(runs: tuple[RunData, ...]) -> list[tuple[int, int]]:
     others = [index for index in range(len(runs)) if index not in reference] or reference[1:]
     same_seed = {runs[index].seed: index for index in reversed(reference)} if len(reference) < len(runs) else {}
     return [(same_seed.get(runs[other].seed, 0), other) for other in others]
-
-
-def confounders(reference: RunData, other: RunData) -> tuple[str, ...]:
-    """The settings that differ beside the variant, with both values, in order."""
-    both = reference.config, other.config
-    keys = sorted(key for key in both[0].keys() | both[1].keys() if not may_differ(key, NEUTRAL_KEYS, *both))
-    values = {key: (both[0].get(key), both[1].get(key)) for key in keys}
-    return tuple(f"{key} ({one} and {two})" for key, (one, two) in values.items() if one != two)
 
 
 def across_seeds(runs: tuple[RunData, ...], pairs: tuple[Pair, ...]) -> tuple[AcrossSeeds, ...]:
@@ -178,7 +195,7 @@ def evidence(runs: tuple[RunData, ...], seeds: tuple[AcrossSeeds, ...]) -> str:
 
 def loss_difference(reference: RunData, other: RunData) -> tuple[np.ndarray, np.ndarray]:
     """(steps [N], train loss of `other` - `reference` [N]) at the steps both have; nan where either is not finite."""
-    steps, left, right = np.intersect1d(reference.steps, other.steps, return_indices=True)
+    steps, left, right = common_steps(reference, other)
     reference_loss, other_loss = reference.column("train/loss")[left], other.column("train/loss")[right]
     finite = np.isfinite(reference_loss) & np.isfinite(other_loss)
     difference = np.full(len(steps), np.nan)
@@ -186,51 +203,57 @@ def loss_difference(reference: RunData, other: RunData) -> tuple[np.ndarray, np.
     return steps, difference
 
 
+def result_rows(comparison: Comparison) -> list[tuple[Quantity, list[str]]]:
+    """Each quantity of `RESULTS` with its value in every run as it is printed. Of validations, the mark of the set that
+    was scored stands behind each figure where the sets are not all the same."""
+    rows = []
+    for name, quantity in RESULTS.items():
+        values = [printed(quantity, summary.results[name]) for summary in comparison.summaries]
+        if name in OF_A_VALIDATION_SET:
+            marked = zip(values, comparison.validation_marks, strict=True)
+            values = [f"{value} [{mark}]" if mark and value != UNKNOWN_FIGURE else value for value, mark in marked]
+        rows.append((quantity, values))
+    return rows
+
+
+def honesty_rows(comparison: Comparison) -> list[tuple[Quantity, list[str]]]:
+    """Each quantity of `HONESTY` and `TOLD` with its value in every run as it is printed."""
+    counted = [
+        (one, [printed(one, summary.honesty[name]) for summary in comparison.summaries])
+        for name, one in HONESTY.items()
+    ]
+    told = [(one, [printed(one, summary.told[name]) for summary in comparison.summaries]) for name, one in TOLD.items()]
+    return [*counted, *told]
+
+
+def no_difference(pair: Pair) -> str:
+    """Why a pair has no interval, in words."""
+    if pair.different_from is not None:
+        return f"no paired difference, for they read different data from step {pair.different_from} on"
+    return "too few common steps for a difference"
+
+
 def _pair(runs: tuple[RunData, ...], reference: int, other: int) -> Pair:
-    steps, difference = loss_difference(runs[reference], runs[other])
+    one, two = runs[reference], runs[other]
+    steps, difference = loss_difference(one, two)
     half = len(steps) // 2
     late = difference[half:]
-    same_data, words = data_proof(runs[reference], runs[other])
-    first, last = (int(steps[half]), int(steps[-1])) if len(steps) else (0, 0)
-    same_seed = runs[reference].seed == runs[other].seed
+    same_data, words = data_proof(one, two)
+    different = data_difference(one, two)
+    begins_alike = len(steps) and steps[0] == 1 and np.isfinite(difference[0]) and (not different or different[0] > 1)
     return Pair(
         reference,
         other,
-        first,
-        last,
-        block_bootstrap(late[np.isfinite(late)]),
-        same_seed,
-        same_data,
-        words,
-        confounders(runs[reference], runs[other]),
-        float(difference[0]) if len(steps) and steps[0] == 1 and np.isfinite(difference[0]) else None,
+        first_step=int(steps[half]) if len(steps) else 0,
+        last_step=int(steps[-1]) if len(steps) else 0,
+        interval=None if different else block_bootstrap(late[np.isfinite(late)]),
+        same_seed=one.seed == two.seed,
+        same_data=same_data,
+        data_words=words,
+        confounders=confounders(one, two),
+        first_gap=float(difference[0]) if begins_alike else None,
+        different_from=different[0] if different else None,
+        unknown=unknown_settings(one, two),
+        validation=set_difference(one, two),
+        notes=notes(one, two),
     )
-
-
-def data_proof(reference: RunData, other: RunData) -> tuple[bool, str]:
-    """Whether both runs read the same tokens at every common step, and the reason in words."""
-    names = f"{reference.label} and {other.label}"
-    contents = reference.provenance("data_content_id"), other.provenance("data_content_id")
-    if None in contents:
-        return False, f"{names}: not proven to have read the same data (a run recorded no data content id)"
-    if contents[0] != contents[1]:
-        return False, f"{names} read different data: content ids {contents[0]} and {contents[1]}"
-    for key in ORDER_KEYS:
-        if reference.config.get(key) != other.config.get(key):
-            values = f"{reference.config.get(key)} and {other.config.get(key)}"
-            return False, f"{names} read the same shards differently: {key} is {values}"
-    steps, left, right = np.intersect1d(reference.steps, other.steps, return_indices=True)
-    ranges = [_sample_ranges(run)[index] for run, index in ((reference, left), (other, right))]
-    if not len(steps) or np.isnan(ranges).any():
-        return False, f"{names}: not proven to have read the same data (sample numbers are missing)"
-    unequal = np.flatnonzero((ranges[0] != ranges[1]).any(axis=1))
-    if len(unequal):
-        return False, f"{names} read the same shards, but other samples from step {steps[unequal[0]]} on"
-    return True, (
-        f"{names} read the same data: content id {contents[0]}, seed {reference.seed}, and equal sample numbers at "
-        f"each of the {len(steps)} common steps up to step {steps[-1]}"
-    )
-
-
-def _sample_ranges(run: RunData) -> np.ndarray:
-    return np.stack([run.column("samples_first"), run.column("samples_last")], axis=1)

@@ -9,15 +9,19 @@ from pathlib import Path
 import numpy as np
 
 from kha_train.analysis import figures
-from kha_train.analysis.compare import Comparison, Pair, loss_difference
+from kha_train.analysis.compare import Comparison, Pair, honesty_rows, loss_difference, no_difference, result_rows
 from kha_train.analysis.figures import Band, Curve
 from kha_train.analysis.statistics import display_decay, exponential_average
-from kha_train.analysis.summary import HONESTY, RESULTS, printed
+from kha_train.analysis.summary import Quantity
+from kha_train.analysis.validation_sets import ScoredSet, validations
 from kha_train.literal import visible
 
 LIGHT = ("#1261b5", "#c4501b", "#0f7d5c", "#9a3a96", "#8a6d00", "#b3274a", "#3f6f8f", "#6a6a6a")
 DARK = ("#6cb2ff", "#ff9a62", "#4fd3a5", "#e08bdb", "#e0c04a", "#ff7f9d", "#9cc6e0", "#b5b5b5")
 
+NOT_KNOWN_TO_BE_EQUAL = (
+    "Which rows these are was not recorded: the runs are of an older release, and may have scored different rows."
+)
 STYLE = """
 :root { color-scheme: light dark; --page: #fdfdfc; --card: #ffffff; --ink: #22262b; --soft: #626a73; --grid: #e3e5e8;
   --note: #fff6dd; %(light)s }
@@ -72,14 +76,16 @@ def report_html(comparison: Comparison) -> str:
         *_difference_figure(comparison),
         *_validation_figure(comparison),
         "<h2>What the runs reached</h2>",
-        _quantities(comparison, RESULTS, [summary.results for summary in comparison.summaries]),
+        _results_table(comparison),
+        f"<p>{escape(comparison.validation_words)}</p>" if comparison.validation_words else "",
         "<h2>What differs in their settings</h2>",
         _settings(comparison),
         "<h2>Did they read the same data?</h2>",
         *(f"<p>{escape(pair.data_words)}. {_first_gap(pair)}</p>" for pair in comparison.pairs),
         "" if comparison.pairs else "<p>One run: there is nothing to compare.</p>",
         "<h2>What happened on the way</h2>",
-        _quantities(comparison, HONESTY, [summary.honesty for summary in comparison.summaries], states=True),
+        _honesty_table(comparison),
+        *(f"<p>{escape(words)}.</p>" for words in comparison.notes()),
         "<h2>Where they are</h2>",
         *(f"<p>{escape(run.label)}: <code>{escape(str(run.path))}</code></p>" for run in comparison.runs),
     ]
@@ -118,7 +124,7 @@ def _results(comparison: Comparison) -> Iterable[str]:
         reference, other = comparison.runs[pair.reference].label, comparison.runs[pair.other].label
         names = f"{escape(other)} &minus; {escape(reference)}"
         if pair.interval is None:
-            yield f'<div class="result">{names}: too few common steps for a difference</div>'
+            yield f'<div class="result">{names}: {escape(no_difference(pair))}{_caveats(pair)}</div>'
             continue
         found = pair.interval
         yield (
@@ -128,9 +134,12 @@ def _results(comparison: Comparison) -> Iterable[str]:
             f"{pair.last_step} (the last half of the common steps, {found.count} finite pairs). Below zero: "
             f"{escape(other)} is better. Interval: moving-block bootstrap, block {found.block}, 2,000 resamples; it "
             f"holds for this seed and this order of data only.</p>"
-            + "".join(f'<p class="evidence">not a fair pair: {escape(caveat)}</p>' for caveat in pair.caveats)
-            + "</div>"
+            f"{_caveats(pair)}</div>"
         )
+
+
+def _caveats(pair: Pair) -> str:
+    return "".join(f'<p class="evidence">not a fair pair: {escape(caveat)}</p>' for caveat in pair.caveats)
 
 
 def _first_gap(pair: Pair) -> str:
@@ -174,7 +183,7 @@ def _difference_figure(comparison: Comparison) -> Iterable[str]:
     for pair in comparison.pairs:
         steps, difference = loss_difference(comparison.runs[pair.reference], comparison.runs[pair.other])
         color = _color(pair.other)
-        if not np.isfinite(difference).any():
+        if pair.different_from is not None or not np.isfinite(difference).any():
             continue
         smooth = exponential_average(difference, _shared_decay(comparison))
         curves.append(Curve(steps, color, raw_N=difference, smooth_N=smooth))
@@ -191,18 +200,24 @@ def _difference_figure(comparison: Comparison) -> Iterable[str]:
 
 
 def _validation_figure(comparison: Comparison) -> Iterable[str]:
-    curves = []
+    """A figure for each set of rows that was scored: curves of different sets do not stand in one."""
+    by_set: dict[ScoredSet | None, list[Curve]] = {}
     for number, run in enumerate(comparison.runs):
-        bits = run.column("validation/bits_per_byte")
-        seen = np.isfinite(bits)
-        if seen.any():
-            curves.append(Curve(run.steps[seen], _color(number), smooth_N=bits[seen], marker=True))
-    if curves:
+        scored = [one for one in validations(run) if np.isfinite(one.bits_per_byte)]
+        for scored_set in dict.fromkeys(one.scored_set for one in scored):
+            points = [one for one in scored if one.scored_set == scored_set]
+            steps, bits = (
+                np.array(values) for values in zip(*((p.step, p.bits_per_byte) for p in points), strict=True)
+            )
+            curve = Curve(steps, _color(number), smooth_N=bits, marker=True)
+            by_set.setdefault(scored_set, []).append(curve)
+    if by_set:
         yield "<h2>Validation</h2>"
+    for number, (scored_set, curves) in enumerate(by_set.items()):
+        rows = f"All points are of the same rows: {scored_set}." if scored_set else NOT_KNOWN_TO_BE_EQUAL
         yield _figure(
-            figures.draw("validation", curves, x_label="optimiser step", y_label="bits per byte"),
-            "Cross-entropy on held-out rows in bits, divided by the bytes of the text that was predicted. The same "
-            "rows for every run with the same validation settings.",
+            figures.draw(f"validation{number}", curves, x_label="optimiser step", y_label="bits per byte"),
+            f"Cross-entropy on held-out rows in bits, divided by the bytes of the text that was predicted. {rows}",
         )
 
 
@@ -210,16 +225,18 @@ def _figure(svg: str, caption: str) -> str:
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _quantities(comparison: Comparison, quantities: dict, columns: list[dict], *, states: bool = False) -> str:
-    rows = []
-    for key, quantity in quantities.items():
-        values = [column[key] for column in columns]
-        name = f"{escape(quantity.name)}<small>{escape(quantity.definition)}</small>"
-        rows.append((name, [printed(quantity, value) for value in values]))
-    if states:
-        name = "end of the last attempt<small>running: still training, or killed without a word</small>"
-        rows.append((name, [summary.end_state for summary in comparison.summaries]))
-    return _table(comparison, rows)
+def _results_table(comparison: Comparison) -> str:
+    return _table(comparison, [(_named(one), values) for one, values in result_rows(comparison)])
+
+
+def _honesty_table(comparison: Comparison) -> str:
+    rows = [(_named(one), values) for one, values in honesty_rows(comparison)]
+    name = "end of the last attempt<small>running: still training, or killed without a word</small>"
+    return _table(comparison, [*rows, (name, [summary.end_state for summary in comparison.summaries])])
+
+
+def _named(quantity: Quantity) -> str:
+    return f"{escape(quantity.name)}<small>{escape(quantity.definition)}</small>"
 
 
 def _settings(comparison: Comparison) -> str:

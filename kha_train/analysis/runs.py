@@ -9,20 +9,25 @@ from typing import Any
 
 import numpy as np
 
+from kha_train.analysis.history import UNKNOWN, Stretch, history, shown, stretches_of
 from kha_train.config.build import without_places
 from kha_train.config.compose import load_plain
-from kha_train.config.constants import FREE_TO_CHANGE, PRECISION_OF, may_differ
+from kha_train.config.constants import FREE_TO_CHANGE, may_differ
 from kha_train.errors import ConfigError
-from kha_train.record import read_discarded, read_events, read_metrics, read_run
+from kha_train.record import Attempt, read_attempts, read_discarded, read_events, read_metrics, read_run
 from kha_train.record.labels import distinct
+
+IDENTITY_KEYS = ("run.dir", "run.name")
+"""Configuration keys that always differ and say nothing."""
 
 
 @dataclass(frozen=True)
 class RunData:
-    """One run: `lines` of metrics.jsonl (never empty), run.json as `run`, `config` the values of config.yaml by
-    dotted keys, the paths of its sources aside.
+    """One run: `lines` of metrics.jsonl (never empty), run.json as `run`, `stretches` the attempts that made the lines.
 
-    `variant` is what is compared: `attention.name`, and whatever else tells runs of that attention apart but the seed.
+    `config` are the settings of the last line by dotted keys, the paths of its sources aside; where its attempt did not
+    record them, those of config.yaml. `variant` is what is compared: `attention.name`, and whatever else tells runs of
+    that attention apart but the seed.
     """
 
     path: Path
@@ -30,14 +35,24 @@ class RunData:
     config: dict[str, Any]
     run: dict[str, Any]
     lines: list[dict[str, Any]]
+    stretches: tuple[Stretch, ...]
     discarded: int
     events: list[dict[str, Any]]
     variant: str
 
     @property
     def seed(self) -> int | None:
-        """`run.seed`; None when the configuration has none."""
-        return self.config.get("run.seed")
+        """`run.seed` of the first step, so of the initial values; None when the configuration has none."""
+        return self.history("run.seed")[0][1]
+
+    def history(self, key: str) -> list[tuple[int, Any]]:
+        """(step from which it held, value) of a setting, as far as that was recorded; where nothing was, its value in
+        `config`, from the first step on."""
+        return history(self.stretches, key) or [(self.lines[0]["step"], self.config.get(key))]
+
+    def shown(self, key: str) -> Any:
+        """A setting as the run had it: its value or, where it changed on the way, its values in words."""
+        return shown(self.history(key))
 
     @cached_property
     def steps(self) -> np.ndarray:
@@ -53,9 +68,9 @@ class RunData:
         values = self.column(key)
         return values[np.isfinite(values)]
 
-    def provenance(self, key: str) -> Any:
-        """A fact that the run recorded about itself at its start; None when it did not."""
-        return self.run.get("provenance", {}).get(key)
+    def fact(self, key: str) -> Any:
+        """What the attempt that made the last line found, by its dotted key; None when that was not recorded."""
+        return self.stretches[-1].facts.get(key)
 
 
 def load_run(path: Path) -> RunData:
@@ -80,15 +95,14 @@ def load_run(path: Path) -> RunData:
             value=str(path),
             fix="name the run.dir that `kha train` wrote",
         )
-    config = without_places(load_plain(config_file))
+    saved, run = load_plain(config_file), read_run(path)
+    stretches = stretches_of(lines, read_attempts(path) or _one_attempt(lines, saved, run))
+    config = stretches[-1].settings or without_places(saved)
+    config = {key: value for key, value in config.items() if value is not UNKNOWN}
     label = str(config.get("run.name") or path.resolve().name)
     attention = str(config.get("attention.name", "unknown"))
-    run = read_run(path)
-    dtype = (run.get("provenance") or {}).get("dtype")
-    if config.get("engine.precision") == "auto" and dtype in PRECISION_OF:
-        # Free settings, such as the device, decide what `auto` stands for.
-        config["engine.precision"] = PRECISION_OF[dtype]
-    return RunData(path, label, config, run, lines, len(read_discarded(path)), read_events(path), attention)
+    discarded, events = len(read_discarded(path)), read_events(path)
+    return RunData(path, label, config, run, lines, stretches, discarded, events, attention)
 
 
 def load_runs(paths: list[Path]) -> tuple[RunData, ...]:
@@ -106,12 +120,19 @@ def load_runs(paths: list[Path]) -> tuple[RunData, ...]:
     )
 
 
+def _one_attempt(lines: list[dict[str, Any]], saved: dict[str, Any], run: dict[str, Any]) -> dict[int, Attempt]:
+    """The attempts of a run whose run.json lists none: config.yaml is that of the last line's."""
+    number = lines[-1].get("attempt", 1)
+    return {number: Attempt(number, 0, None, run.get("provenance", {}), saved)}
+
+
 def _variant(run: RunData, alike: list[RunData]) -> str:
     """The attention of `run` and the settings in which runs `alike` it differ, but those that change no result."""
-    neutral, configs = ("run.seed", *FREE_TO_CHANGE), [other.config for other in alike]
-    keys = sorted({key for config in configs for key in config if not may_differ(key, neutral, *configs)})
-    differing = [key for key in keys if any(other.config.get(key) != run.config.get(key) for other in alike)]
-    return " ".join([run.variant, *(f"{key}={run.config.get(key)}" for key in differing)])
+    configs = [stretch.settings or other.config for other in alike for stretch in other.stretches]
+    neutral = ("run.seed", *FREE_TO_CHANGE)
+    judged = sorted({key for config in configs for key in config if not may_differ(key, neutral, *configs)})
+    differing = [key for key in judged if any(other.shown(key) != run.shown(key) for other in alike)]
+    return " ".join([run.variant, *(f"{key}={run.shown(key)}" for key in differing)])
 
 
 def _neighbours(path: Path) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from kha_train.analysis.runs import RunData
+from kha_train.analysis.history import DATA_ID, VALIDATION_ID, changes, history, shown, steps_words
+from kha_train.analysis.runs import IDENTITY_KEYS, RunData
 from kha_train.analysis.spikes import SpikeReport, read_curve, score_curve
 
 
@@ -55,14 +56,27 @@ HONESTY: dict[str, Quantity] = {
     "zclip": Quantity("steps clipped by ZClip", ",.0f", "gradients it scaled down further than optim.grad_clip"),
 }
 
+TOLD: dict[str, Quantity] = {
+    "world_size": Quantity("ranks", "", "processes that trained together"),
+    "zero_stage": Quantity("ZeRO stage", "", "engine.zero_stage"),
+    "data_content_id": Quantity("data", "", "content id of the training data"),
+    "validation_content_id": Quantity("validation data", "", "content id of the validation set"),
+    "changes": Quantity("changed on the way", "", "settings and facts, from one start to the next"),
+    "unknown": Quantity("not recorded", "", "steps whose settings an older release did not keep"),
+}
+"""What starts of a run were told or found, in words: the honesty table's last rows."""
+UNKNOWN_FIGURE = "-"
+"""What is printed where a run did not record something."""
+
 
 @dataclass(frozen=True)
 class Summary:
-    """The figures of one run, keyed as `RESULTS` and `HONESTY`; None where the run did not record it. `stability` has
-    its loss events."""
+    """The figures of one run, keyed as `RESULTS` and `HONESTY`; None where the run did not record it. `told` has what
+    `TOLD` names: a value, words where it changed on the way, or a list of words. `stability` has its loss events."""
 
     results: dict[str, float | None]
     honesty: dict[str, float | bool | None]
+    told: dict[str, Any]
     end_state: str
     stability: SpikeReport
 
@@ -71,14 +85,14 @@ def printed(quantity: Quantity, value: Any) -> str:
     """A quantity's value as it is printed everywhere; a dash when it is unknown."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "-" if value is None else format(value, quantity.style)
+    if isinstance(value, list):
+        return "; ".join(value) or UNKNOWN_FIGURE
+    return UNKNOWN_FIGURE if value is None else format(value, quantity.style)
 
 
 def summarise(run: RunData, diverged: bool = False) -> Summary:
     """The figures of one run. `diverged`: it is about to end with exit code 5; see `score_curve`."""
     tail = run.column("train/loss")[-max(1, len(run.lines) // 10) :]
-    parameters = run.provenance("parameters")
-    counts = parameters if isinstance(parameters, dict) else {"total": parameters}
     results = {
         "steps": float(run.steps[-1]),
         "tokens": _last(run.finite("tokens")),
@@ -89,8 +103,8 @@ def summarise(run: RunData, diverged: bool = False) -> Summary:
         "step_seconds": _median(run.finite("train/step_seconds")),
         "mfu": _median(run.finite("train/mfu")),
         "peak_memory": _largest(run.finite("memory/peak_gib")),
-        "parameters": counts.get("total"),
-        "active_parameters": counts.get("active"),
+        "parameters": run.fact("parameters.total") or run.fact("parameters"),
+        "active_parameters": run.fact("parameters.active"),
     }
     attempts = run.run.get("attempts", [])
     stability = score_curve(read_curve(run.path), diverged=diverged)
@@ -108,7 +122,20 @@ def summarise(run: RunData, diverged: bool = False) -> Summary:
         "rewinds": float(stability.actions["rewind"]),
         "zclip": float(stability.actions["zclip"]),
     }
-    return Summary(results, honesty, attempts[-1]["state"] if attempts else "unknown", stability)
+    return Summary(results, honesty, _told(run), attempts[-1]["state"] if attempts else "unknown", stability)
+
+
+def _told(run: RunData) -> dict[str, Any]:
+    """The values of `TOLD`."""
+    unknown = [steps_words(one.first, one.last) for one in run.stretches if one.settings is None]
+    return {
+        "world_size": shown(history(run.stretches, "world_size")),
+        "zero_stage": run.shown("engine.zero_stage"),
+        "data_content_id": shown(history(run.stretches, DATA_ID)),
+        "validation_content_id": shown(history(run.stretches, VALIDATION_ID)),
+        "changes": [str(change) for change in changes(run.stretches) if change.key not in IDENTITY_KEYS],
+        "unknown": [f"settings {steps}" for steps in unknown],
+    }
 
 
 def _last(values: np.ndarray) -> float | None:

@@ -8,8 +8,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from kha_train.analysis.compare import Comparison
-from kha_train.analysis.summary import HONESTY, RESULTS, printed
+from kha_train.analysis.compare import Comparison, honesty_rows, result_rows
+from kha_train.analysis.summary import RESULTS, TOLD, UNKNOWN_FIGURE
 from kha_train.literal import visible
 
 NAME_WIDTH, DEFINITION_WIDTH = 26, 40
@@ -25,7 +25,9 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         for key, values in comparison.differences.items():
             settings.add_row(*map(_text, (key, *values)))
         parts.append(settings)
+    parts += [_text(comparison.validation_words)] if comparison.validation_words else []
     parts += [_text(pair.data_words) for pair in comparison.pairs]
+    parts += [_text(words) for words in comparison.notes()]
     parts += [_text(comparison.sentence(pair), "bold") for pair in comparison.pairs]
     parts += [_text(comparison.seeds_sentence(found), "bold") for found in comparison.across_seeds if found.interval]
     if not comparison.pairs:
@@ -35,14 +37,13 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 def _quantities(comparison: Comparison, with_definitions: bool) -> Table:
     table = _table("", [run.label for run in comparison.runs], "definition" if with_definitions else None)
-    rows = [(quantity, [summary.results[key] for summary in comparison.summaries]) for key, quantity in RESULTS.items()]
-    rows = [row for row in rows if any(value is not None for value in row[1])]
-    rows += [
-        (quantity, [summary.honesty[key] for summary in comparison.summaries]) for key, quantity in HONESTY.items()
-    ]
+    rows = [*result_rows(comparison), *honesty_rows(comparison)]
+    optional = {id(quantity) for quantity in (*RESULTS.values(), *TOLD.values())}
     for quantity, values in rows:
+        if id(quantity) in optional and set(values) == {UNKNOWN_FIGURE}:
+            continue
         definition = [Text(quantity.definition, "dim")] if with_definitions else []
-        table.add_row(quantity.name, *(printed(quantity, value) for value in values), *definition)
+        table.add_row(quantity.name, *map(_text, values), *definition)
     return table
 
 

@@ -24,7 +24,7 @@ def compare(
     comparison = compare_runs(runs)
     page = write_report(comparison, out)
     if as_json:
-        typer.echo(json.dumps({**comparison.to_dict(), "report": str(page)}, indent=2))
+        typer.echo(json.dumps({**comparison.to_dict(), "report": str(page)}, indent=2, allow_nan=False))
         return
     print_comparison(comparison, LiteralConsole())
     say(f"report: {page}")

@@ -1,4 +1,4 @@
-"""Validation: cross-entropy and bits per byte on held-out text, the same rows in every run."""
+"""Validation: cross-entropy and bits per byte on the first rows of the held-out text."""
 
 # B batch  T tokens  V vocabulary
 

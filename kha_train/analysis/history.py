@@ -1,0 +1,187 @@
+"""What a run was told at each of its steps: settings and facts of the attempts that made the lines of its curve.
+
+A run directory may be started again with other settings or data, and only the lines that survive are compared. So
+every line is judged by its own attempt, and attempts whose lines were all discarded do not matter.
+"""
+
+# N common steps
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import Any
+
+import numpy as np
+
+from kha_train.config.build import flatten, without_places
+from kha_train.config.constants import PRECISION_OF
+from kha_train.record import Attempt
+
+UNKNOWN = object()
+"""The value of a setting or a fact that was not recorded."""
+DATA_ID, VALIDATION_ID, VALIDATION_ROWS = "data_content_id", "validation_content_id", "validation_rows"
+NOTED_FACTS = ("world_size", "device", "attention_backend", "git.", "versions.")
+"""Facts, or beginnings of facts, that change a loss by rounding at most."""
+FACTS = (DATA_ID, VALIDATION_ID, VALIDATION_ROWS, *NOTED_FACTS)
+"""The facts of an attempt that matter beside its settings."""
+PRECISION = "engine.precision"
+ORIGIN = "run.init_from"
+"""A setting that acts on the first start alone: a resumed attempt begins from the run's own checkpoint."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbouring lines of a surviving curve, steps `first` to `last`, made by one attempt.
+
+    `settings` are its configuration by dotted keys, None where that was not recorded; `facts` what it found, by dotted
+    keys, the number of ranks as `world_size` among them.
+    """
+
+    first: int
+    last: int
+    settings: Mapping[str, Any] | None
+    facts: Mapping[str, Any]
+
+    def value(self, key: str) -> Any:
+        """A setting (None where the configuration has no such key) or a fact; `UNKNOWN` where it was not recorded."""
+        if key.startswith(FACTS):
+            found = self.facts.get(key)
+            return UNKNOWN if found is None else found
+        return UNKNOWN if self.settings is None else self.settings.get(key)
+
+    def keys(self) -> set[str]:
+        """Every setting and every fact that matters."""
+        return {*(self.settings or {}), *(key for key in self.facts if key.startswith(FACTS))}
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Neighbouring common steps of two runs, `first` to `last`, each of them made by one attempt of either run."""
+
+    first: int
+    last: int
+    reference: Stretch
+    other: Stretch
+
+    def values(self, key: str) -> tuple[Any, Any]:
+        """The value of `key` in the two runs."""
+        return self.reference.value(key), self.other.value(key)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting or fact that had two `values` at the common steps `first` to `last` (`to_the_end`: the last one)."""
+
+    key: str
+    first: int
+    last: int
+    values: tuple[Any, Any]
+    everywhere: bool
+    to_the_end: bool
+
+    def __str__(self) -> str:
+        where = "" if self.everywhere else f" {steps_words(self.first, self.last, self.to_the_end)}"
+        return f"{self.key} ({self.values[0]} and {self.values[1]}{where})"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting or fact in which an attempt, whose first line is of `step`, differs from the one before."""
+
+    step: int
+    key: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} {brief(self.before)} -> {brief(self.now)} from step {self.step} on"
+
+
+def stretches_of(lines: Sequence[Mapping[str, Any]], attempts: Mapping[int, Attempt]) -> tuple[Stretch, ...]:
+    """The stretches of the curve `lines`, which is not empty, in order."""
+    only = next(iter(attempts)) if len(attempts) == 1 else None
+    found: list[Stretch] = []
+    for number, group in groupby(lines, lambda line: line.get("attempt", only)):
+        steps = [line["step"] for line in group]
+        attempt = attempts.get(number)
+        facts = {**flatten(attempt.facts), "world_size": attempt.world_size} if attempt else {}
+        settings = _settings(attempt, found) if attempt and attempt.config is not None else None
+        found.append(Stretch(steps[0], steps[-1], settings, facts))
+    return tuple(found)
+
+
+def history(stretches: Sequence[Stretch], key: str) -> list[tuple[int, Any]]:
+    """(step from which it held, value) of a setting or fact, equal neighbours as one; stretches that do not know it
+    are passed over."""
+    known = [(stretch.first, value) for stretch in stretches if (value := stretch.value(key)) is not UNKNOWN]
+    return [known[index] for index in range(len(known)) if index == 0 or known[index][1] != known[index - 1][1]]
+
+
+def shown(values: Sequence[tuple[int, Any]]) -> Any:
+    """A `history` for people: the value itself where there is one, None where there is none."""
+    if len(values) < 2:
+        return values[0][1] if values else None
+    return ", then ".join([str(values[0][1]), *(f"{value} from step {step} on" for step, value in values[1:])])
+
+
+def changes(stretches: Sequence[Stretch]) -> list[Change]:
+    """Everything in which an attempt is known to differ from the one before, in order."""
+    return [
+        Change(now.first, key, before.value(key), now.value(key))
+        for before, now in pairwise(stretches)
+        for key in sorted(before.keys() | now.keys())
+        if UNKNOWN not in (before.value(key), now.value(key)) and before.value(key) != now.value(key)
+    ]
+
+
+def meetings_of(steps_N: np.ndarray, reference: Sequence[Stretch], other: Sequence[Stretch]) -> list[Meeting]:
+    """The meetings of two runs over their common steps, int64 in order."""
+    left_N, right_N = _places(steps_N, reference), _places(steps_N, other)
+    cuts = np.flatnonzero((np.diff(left_N) != 0) | (np.diff(right_N) != 0)) + 1
+    starts = [0, *cuts.tolist()] if len(steps_N) else []
+    return [
+        Meeting(int(steps_N[start]), int(steps_N[end - 1]), reference[left_N[start]], other[right_N[start]])
+        for start, end in zip(starts, [*cuts.tolist(), len(steps_N)], strict=False)
+    ]
+
+
+def differences(meetings: Sequence[Meeting], wanted: Callable[[str, Meeting], bool]) -> list[Difference]:
+    """Where the settings and facts are known to differ that are `wanted` in a meeting, by key and then by step."""
+    keys = {key for meeting in meetings for key in meeting.reference.keys() | meeting.other.keys()}
+    found = []
+    for key in sorted(keys):
+        for values, group in groupby(meetings, lambda one, key=key: one.values(key) if wanted(key, one) else None):
+            if values is not None and UNKNOWN not in values and values[0] != values[1]:
+                inside = list(group)
+                everywhere, to_the_end = len(inside) == len(meetings), inside[-1] is meetings[-1]
+                found.append(Difference(key, inside[0].first, inside[-1].last, values, everywhere, to_the_end))
+    return found
+
+
+def steps_words(first: int, last: int, to_the_end: bool = False) -> str:
+    """Steps `first` to `last` in words."""
+    if to_the_end:
+        return f"from step {first} on"
+    return f"at step {first}" if first == last else f"at steps {first} to {last}"
+
+
+def brief(value: Any) -> str:
+    """`value` in few characters: a content id by its beginning."""
+    text = str(value)
+    return text[:12] if len(text) == 64 and all(digit in "0123456789abcdef" for digit in text) else text
+
+
+def _settings(attempt: Attempt, earlier: Sequence[Stretch]) -> dict[str, Any]:
+    """The configuration of an attempt as it acted: free settings such as the device decide what `auto` stands for."""
+    settings = without_places(attempt.config or {})
+    dtype = attempt.facts.get("dtype")
+    if settings.get(PRECISION) == "auto" and dtype in PRECISION_OF:
+        settings[PRECISION] = PRECISION_OF[dtype]
+    return {**settings, ORIGIN: earlier[0].value(ORIGIN)} if earlier else settings
+
+
+def _places(steps_N: np.ndarray, stretches: Sequence[Stretch]) -> np.ndarray:
+    """The place of the stretch of every step."""
+    return np.searchsorted([stretch.first for stretch in stretches], steps_N, side="right") - 1

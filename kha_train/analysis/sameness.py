@@ -1,0 +1,177 @@
+"""Whether two runs differ in what is compared alone: their data and their settings, step by step.
+
+Each common step is judged by the attempts that made it. What an attempt of an older release did not record is called
+unknown, never equal.
+"""
+
+# N common steps
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kha_train.analysis.history import (
+    DATA_ID,
+    FACTS,
+    NOTED_FACTS,
+    UNKNOWN,
+    Difference,
+    Meeting,
+    brief,
+    changes,
+    differences,
+    meetings_of,
+    shown,
+    steps_words,
+)
+from kha_train.analysis.runs import IDENTITY_KEYS, RunData
+from kha_train.config.constants import FREE_TO_CHANGE, may_differ
+
+NEUTRAL_KEYS = (*(key for key in FREE_TO_CHANGE if key != "run.init_from"), "run.seed", "attention.")
+"""Settings, or beginnings of settings, in which a fair pair may differ: the variant itself, and what changes a loss by
+rounding at most. The content of the data is compared by its id, the seed by itself."""
+ORDER_KEYS = (
+    "run.seed", "model.seq_len",
+    "data.isolate_documents", "data.packing", "data.shuffle", "data.sources", "data.phases",
+)  # fmt: skip
+"""Settings that, with the content of the shards and the sample numbers, fix which tokens a step reads."""
+RATE = "train/lr"
+
+
+def common_steps(reference: RunData, other: RunData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(steps that both runs have, places of their lines in `reference`, in `other`), int64 [N] each."""
+    return np.intersect1d(reference.steps, other.steps, return_indices=True)
+
+
+def meetings(reference: RunData, other: RunData) -> list[Meeting]:
+    """The common steps of two runs, cut where either goes on in another attempt."""
+    return meetings_of(common_steps(reference, other)[0], reference.stretches, other.stretches)
+
+
+def confounders(reference: RunData, other: RunData) -> tuple[str, ...]:
+    """The settings that differ beside the variant, with both values, in order, and the steps where not all.
+
+    Where the settings of a step were not recorded, its learning rate still was, and is compared.
+    """
+    met = meetings(reference, other)
+    found = differences(met, lambda key, one: not key.startswith(FACTS) and not _is_free(key, NEUTRAL_KEYS, one))
+    return tuple(map(str, [*found, *_other_rates(reference, other, met)]))
+
+
+def unknown_settings(reference: RunData, other: RunData) -> tuple[str, ...]:
+    """Of which common steps the settings were not recorded, in words, for each run of the two that has such steps."""
+    met = meetings(reference, other)
+    found = []
+    for run, of_run in ((reference, [one.reference for one in met]), (other, [one.other for one in met])):
+        parts = [
+            steps_words(one.first, one.last) for one, part in zip(met, of_run, strict=True) if part.settings is None
+        ]
+        found += [f"the settings of {run.label} {', '.join(parts)} were not recorded"] if parts else []
+    return tuple(found)
+
+
+def notes(reference: RunData, other: RunData) -> tuple[str, ...]:
+    """What two runs may differ in (ranks, ZeRO stage, other settings that are free), and what both changed alike."""
+    met = meetings(reference, other)
+    free = differences(
+        met,
+        lambda key, one: key.startswith(NOTED_FACTS) or (_is_free(key, FREE_TO_CHANGE, one) and not _is_named(key)),
+    )
+    theirs = {(change.step, change.key, str(change.now)) for change in changes(other.stretches)}
+    both = [
+        f"both changed {change.key} to {brief(change.now)} from step {change.step} on"
+        for change in changes(reference.stretches)
+        if (change.step, change.key, str(change.now)) in theirs and change.key not in IDENTITY_KEYS
+    ]
+    return (*both, *map(str, free))
+
+
+def data_difference(reference: RunData, other: RunData) -> tuple[int, str] | None:
+    """The first common step at which two runs are known to have read different tokens, and how; None for no step."""
+    by_attempt = next((found for meeting in meetings(reference, other) if (found := _told_apart(meeting))), None)
+    steps, left, right = common_steps(reference, other)
+    ranges = [_sample_ranges(run)[places] for run, places in ((reference, left), (other, right))]
+    known = ~np.isnan(np.concatenate(ranges, axis=1)).any(axis=1)
+    unequal = steps[known & (ranges[0] != ranges[1]).any(axis=1)]
+    if len(unequal) and (by_attempt is None or unequal[0] < by_attempt[0]):
+        return int(unequal[0]), "read the same shards, but other samples"
+    return by_attempt
+
+
+def data_proof(reference: RunData, other: RunData) -> tuple[bool, str]:
+    """Whether both runs read the same tokens at every common step, and the reason in words."""
+    names = f"{reference.label} and {other.label}"
+    different = data_difference(reference, other)
+    if different is not None:
+        step, how = different
+        return False, f"{names} {how} from step {step} on"
+    missing = _missing_proof(reference, other)
+    if missing:
+        return False, f"{names}: not proven to have read the same data ({'; '.join(missing)})"
+    steps = common_steps(reference, other)[0]
+    return True, (
+        f"{names} read the same data: content id {shown(reference.history(DATA_ID))}, seed "
+        f"{reference.shown('run.seed')}, and equal sample numbers at each of the {len(steps)} common steps up to step "
+        f"{steps[-1]}"
+    )
+
+
+def _is_free(key: str, allowed: Sequence[str], meeting: Meeting) -> bool:
+    return may_differ(key, allowed, meeting.reference.settings or {}, meeting.other.settings or {})
+
+
+def _is_named(key: str) -> bool:
+    """Whether the comparison tells of a free setting elsewhere: the run's own name, its variant, where it began."""
+    return key in IDENTITY_KEYS or key.startswith(("attention.", "run.init_from"))
+
+
+def _other_rates(reference: RunData, other: RunData, met: Sequence[Meeting]) -> list[Difference]:
+    """Where the recorded learning rates differ at steps whose settings are unknown."""
+    steps, left, right = common_steps(reference, other)
+    rates_N = [run.column(RATE)[places] for run, places in ((reference, left), (other, right))]
+    found = []
+    for meeting in met:
+        if None not in (meeting.reference.settings, meeting.other.settings):
+            continue
+        inside = (steps >= meeting.first) & (steps <= meeting.last)
+        unequal = np.flatnonzero(inside & np.isfinite(rates_N[0] + rates_N[1]) & (rates_N[0] != rates_N[1]))
+        if len(unequal):
+            values = tuple(float(rates[unequal[0]]) for rates in rates_N)
+            first, last = int(steps[unequal[0]]), int(steps[unequal[-1]])
+            found.append(Difference(f"the recorded {RATE}", first, last, values, False, last == steps[-1]))
+    return found
+
+
+def _told_apart(meeting: Meeting) -> tuple[int, str] | None:
+    """The first step of `meeting`, and by what its attempts are known to have read different tokens; None: nothing."""
+    contents = meeting.values(DATA_ID)
+    if UNKNOWN not in contents and contents[0] != contents[1]:
+        return meeting.first, f"read different data: content ids {contents[0]} and {contents[1]}"
+    for key in ORDER_KEYS:
+        values = meeting.values(key)
+        if UNKNOWN not in values and values[0] != values[1]:
+            shards = "their shards" if UNKNOWN in contents else "the same shards"
+            return meeting.first, f"read {shards} differently: {key} is {values[0]} and {values[1]}"
+    return None
+
+
+def _missing_proof(reference: RunData, other: RunData) -> list[str]:
+    """What is not recorded of two runs that a proof of their data needs, in words."""
+    steps, left, right = common_steps(reference, other)
+    met = meetings(reference, other)
+    found = [*unknown_settings(reference, other)]
+    if any(UNKNOWN in meeting.values(DATA_ID) for meeting in met):
+        found.append("a run recorded no data content id")
+    ranges = [_sample_ranges(run)[places] for run, places in ((reference, left), (other, right))]
+    if not len(steps) or np.isnan(ranges).any():
+        found.append("sample numbers are missing")
+    elif len(steps) < steps[-1]:
+        absent = int(np.setdiff1d(np.arange(1, steps[-1]), steps)[0])
+        found.append(f"a run has no line of step {absent}")
+    return found
+
+
+def _sample_ranges(run: RunData) -> np.ndarray:
+    return np.stack([run.column("samples_first"), run.column("samples_last")], axis=1)
