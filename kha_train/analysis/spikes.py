@@ -6,6 +6,7 @@ The monitor that runs inside training runs here over what was recorded, so both 
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from kha_train.config.compose import load_plain
 from kha_train.errors import ConfigError, DataError
+from kha_train.foreign.files import read_regular
+from kha_train.foreign.typed import LARGEST
 from kha_train.record import read_discarded, read_events, read_metrics, read_run
 from kha_train.record.actions import UNDONE, count_actions
 from kha_train.record.labels import distinct
@@ -278,7 +280,7 @@ def lines_around(report: SpikeReport, event: SpikeEvent) -> list[dict[str, Any]]
 
 def _is_of(line: dict[str, Any], event: SpikeEvent) -> bool:
     """Whether a discarded line is one of those in which `event` happened, undone by a rewind."""
-    inside = event.samples_first <= line["samples_first"] <= event.samples_last
+    inside = event.samples_first <= line.get("samples_first", -1) <= event.samples_last
     return inside and line["discarded_reason"].startswith(UNDONE)
 
 
@@ -310,8 +312,9 @@ def _observation(line: dict[str, Any]) -> Observation:
 
 
 def _read_csv(path: Path) -> list[Observation]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file, skipinitialspace=True)
+    raw = read_regular(path) or b""
+    try:
+        rows = csv.DictReader(io.StringIO(raw.decode("utf-8-sig"), newline=""), skipinitialspace=True)
         columns = [name.strip() for name in rows.fieldnames or []]
         rows.fieldnames = columns
         missing = [name for name in ("step", "loss") if name not in columns]
@@ -319,29 +322,34 @@ def _read_csv(path: Path) -> list[Observation]:
             raise ConfigError(
                 f"no column {' and '.join(missing)}",
                 field=str(path),
-                value=",".join(columns),
+                value=",".join(columns)[:200],
                 allowed="a header of step,loss[,grad_norm][,tokens][,lr]",
             )
         return [_csv_row(row, f"{path}:{rows.line_num}") for row in rows if row["loss"]]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"is no CSV in UTF-8: {error}", field=str(path)) from error
 
 
 def _csv_row(row: dict[str, str], where: str) -> Observation:
     try:
-        return Observation(
+        seen = Observation(
             step=int(float(row["step"])),
             loss=float(row["loss"]),
             grad_norm=float(row.get("grad_norm") or "nan"),
             tokens=int(float(row.get("tokens") or 0)),
             lr=float(row.get("lr") or "nan"),
         )
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, TypeError) as error:
         raise DataError(f"not a number: {error}", field=where) from error
+    if not (abs(seen.step) <= LARGEST and abs(seen.tokens) <= LARGEST):
+        raise DataError("no step or no count of tokens", field=where, value=f"{seen.step:.3g}, {seen.tokens:.3g}")
+    return seen
 
 
 def _phase_steps(run_dir: Path, points: Sequence[Observation]) -> list[int]:
     """The steps that begin a phase of the data mixture."""
-    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")) or {}
-    starts = [phase["start_sample"] for phase in config.get("data", {}).get("phases", [])]
+    data = load_plain(run_dir / "config.yaml").get("data", {})
+    starts = [phase["start_sample"] for phase in data.get("phases", [])]
     before = [-1, *(point.samples_first for point in points)]
     return [
         point.step
@@ -354,7 +362,7 @@ def _undone_lines(curve: LossCurve) -> list[list[Observation]]:
     """The lines that each rewind undid, in the order of the rewinds."""
     undone: dict[tuple[int, str], list[Observation]] = {}
     for line in read_discarded(curve.run_dir) if curve.run_dir else ():
-        if line["discarded_reason"].startswith(UNDONE):
+        if "train/loss" in line and line["discarded_reason"].startswith(UNDONE):
             key = (line["discarded_by_attempt"], line["discarded_reason"])
             undone.setdefault(key, []).append(_observation(line))
     return list(undone.values())

@@ -255,8 +255,8 @@ def _samples_of_run(run: Path, step: int, rank: int) -> Iterator[dict[str, Any]]
     if line is None:
         raise ConfigError("the run has no record of it", field="step", value=step, fix=f"see {run}/metrics.jsonl")
     record = read_run(run)
-    attempts = [attempt for attempt in record["attempts"] if attempt["attempt"] <= line["attempt"]]
-    ranks = attempts[-1]["world_size"]
+    attempts = [attempt for attempt in record.get("attempts", []) if attempt["attempt"] <= line.get("attempt", 1)]
+    ranks = attempts[-1].get("world_size", 1) if attempts else 1
     if rank >= ranks:
         raise ConfigError("the run had no such rank then", field="rank", value=rank, allowed=f"0..{ranks - 1}")
     return samples_of_step(

@@ -134,7 +134,7 @@ def _print_evidence(evidence: dict[str, Any], console: Console) -> None:
     table = Table("", *LAYER_COLUMNS, title=title, title_justify="left")
     for name, norm in evidence.get("grad_norms", {}).items():
         head, _, number = name.rpartition(".")
-        layer = int(number) if head else -1
+        layer = int(number) if head and number.isdecimal() else -1
         cells = [_short(logits[layer])] if 0 <= layer < len(logits) else [""]
         if layer >= max(without_experts, 0) and router:
             found = router[layer - without_experts]

@@ -14,13 +14,22 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from kha_train.errors import KhaError
 from kha_train.operate.slurm import waiting_elements
-from kha_train.operate.status import RunStatus, find_runs, run_status
-from kha_train.operate.sweep import load_sweep, queued_labels, statuses, sweep_points
+from kha_train.operate.status import RunStatus, find_runs, status_or_fault
+from kha_train.operate.sweep import load_sweep, queued_labels, sweep_points
 from kha_train.telemetry.format import duration, fixed, scaled
 from kha_train.telemetry.terminal import LiteralConsole, literal
 
-COLORS = {"done": "green", "running": "cyan", "fatal": "red", "silent": "red", "ended": "yellow", "requeue": "yellow"}
+COLORS = {
+    "done": "green",
+    "running": "cyan",
+    "fatal": "red",
+    "silent": "red",
+    "unreadable": "red",
+    "ended": "yellow",
+    "requeue": "yellow",
+}
 COLUMNS: dict[str, Callable[[RunStatus], str | Text]] = {
     "run": lambda run: run.name,
     "state": lambda run: literal(run.state, COLORS.get(run.state, "default")),
@@ -48,19 +57,24 @@ def status(
     every: Annotated[float, typer.Option(min=0.5, help="Seconds between two looks with --watch.")] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
-    """How runs stand: state, step, loss, speed, time left, spikes, goodput, last checkpoint, heartbeat."""
-    if as_json:
-        typer.echo(json.dumps({"runs": [run.to_dict() for run in _look(paths)]}))
-        return
+    """How runs stand: state, step, loss, speed, time left, spikes, goodput, last checkpoint, heartbeat.
+
+    A run whose record is damaged is shown as unreadable, and the command ends with its error when all are shown."""
     console = LiteralConsole()
     if not watch:
-        _print(console, _look(paths))
+        runs, fault = _look(paths)
+        if as_json:
+            typer.echo(json.dumps({"runs": [run.to_dict() for run in runs]}))
+        else:
+            _print(console, runs)
+        if fault is not None:
+            raise fault
         return
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            runs = _look(paths)
+            runs, _ = _look(paths)
             live.update(status_table(runs, console), refresh=True)
-            if all(run.state in ("done", "fatal") for run in runs):
+            if all(run.state in ("done", "fatal", "unreadable") for run in runs):
                 return
             time.sleep(every)
 
@@ -85,16 +99,18 @@ def _table(runs: list[RunStatus], names: list[str]) -> Table:
     return table
 
 
-def _look(paths: list[Path]) -> list[RunStatus]:
-    runs: list[RunStatus] = []
+def _look(paths: list[Path]) -> tuple[list[RunStatus], KhaError | OSError | None]:
+    """How all stand, and the first error of those that cannot be read."""
+    found: list[tuple[RunStatus, KhaError | OSError | None]] = []
     for path in paths:
         sweep = load_sweep(path)
         if sweep is not None:
             queued = queued_labels(sweep, waiting_elements() if sweep["submissions"] else ())
-            runs += statuses(sweep_points(sweep), queued)
+            points = sweep_points(sweep)
+            found += [status_or_fault(Path(point.run_dir), point.label, point.label in queued) for point in points]
         else:
-            runs += [run_status(run) for run in find_runs([path])]
-    return runs
+            found += [status_or_fault(run) for run in find_runs([path])]
+    return [run for run, _ in found], next((fault for _, fault in found if fault is not None), None)
 
 
 def _print(console: Console, runs: list[RunStatus]) -> None:

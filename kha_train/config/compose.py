@@ -16,10 +16,13 @@ from typing import Any
 import yaml
 
 from kha_train.config.build import build, flatten, nearest, to_plain
-from kha_train.config.saved import completed
+from kha_train.config.saved import SavedConfig, completed
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate
 from kha_train.errors import ConfigError
+from kha_train.foreign.documents import parse_yaml
+from kha_train.foreign.files import SMALL, read_regular
+from kha_train.foreign.typed import Source
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -42,7 +45,8 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load(path: Path) -> RunConfig:
-    """The configuration saved in a run directory. Raises ConfigError when it is missing or not ours."""
+    """The configuration saved in a run directory. Raises ConfigError when it is missing or not ours, DataError as
+    `load_plain`."""
     if not path.is_file():
         raise ConfigError("no such file", field="config", value=str(path), fix="name a run directory of `kha train`")
     config = build(RunConfig, load_plain(path))
@@ -53,10 +57,14 @@ def load(path: Path) -> RunConfig:
 def load_plain(path: Path) -> dict[str, Any]:
     """The values saved in a run directory, of whatever version, completed with the settings that came later.
 
-    Empty when there is no such file.
+    Empty when there is no such file. Raises DataError when it is damaged, or no configuration.
     """
-    values = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
-    return completed(values) if values and isinstance(values, dict) else values
+    raw, source = read_regular(path, SMALL), Source(str(path), fix="restore it from a copy")
+    try:
+        values = parse_yaml(raw or b"")
+    except ValueError as error:
+        raise source.fault("", f"cannot be read: {error}") from error
+    return completed(source.read(SavedConfig, values)) if values is not None else {}
 
 
 def dump(config: RunConfig) -> str:

@@ -12,14 +12,58 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypedDict, get_args, get_origin, get_type_hints
 
 from kha_train.config.build import plain, to_plain, variant_class
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
+from kha_train.foreign.typed import Count
 
 BEFORE = "before"
 """The metadata key that names a field's value from before the field existed, where its default is another."""
+
+
+class SavedRun(TypedDict, total=False):
+    """What is read of `run` without building the configuration."""
+
+    name: str
+    seed: int | None
+    steps: Count
+
+
+class SavedVariant(TypedDict, total=False):
+    """The name that chooses the settings of a base or an interaction."""
+
+    name: str
+
+
+class SavedAttention(TypedDict, total=False):
+    """What is read of `attention`."""
+
+    name: str
+    base: SavedVariant
+    interaction: SavedVariant
+
+
+class SavedPhase(TypedDict):
+    """A phase of the data mixture."""
+
+    start_sample: Count
+
+
+class SavedData(TypedDict, total=False):
+    """What is read of `data`."""
+
+    sources: list[dict[str, Any]] | None
+    phases: list[SavedPhase]
+
+
+class SavedConfig(TypedDict, total=False):
+    """A saved configuration of whatever release, as far as it is read as plain values; all else may be anything."""
+
+    run: SavedRun
+    attention: SavedAttention
+    data: SavedData
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:

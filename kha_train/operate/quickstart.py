@@ -27,7 +27,7 @@ from kha_train.config.compose import compose
 from kha_train.data.manifest import MANIFEST_NAME
 from kha_train.data.stream import unigram_bits_per_byte
 from kha_train.errors import KhaError
-from kha_train.record import Marker
+from kha_train.record import Marker, read_marker
 
 VARIANTS = ("gqa", "kha_mlp")
 STAGES = 4 + len(VARIANTS)
@@ -112,8 +112,7 @@ def _train(run_dir: Path, overrides: list[str], processes: int) -> None:
 
 def _explained(run_dir: Path, code: int) -> KhaError:
     """Exit codes do not pass through torchrun: the run's FATAL marker holds the line, which names the kind."""
-    marker = run_dir / Marker.FATAL.value
-    line = marker.read_text(encoding="utf-8").strip() if marker.exists() else ""
+    line = read_marker(run_dir, Marker.FATAL)
     for kind in KhaError.__subclasses__():
         if line.startswith(f"{kind.kind} error: "):
             return kind(line.partition(": ")[2])

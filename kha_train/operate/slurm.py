@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypedDict
 
 from kha_train.config.compose import compose, shipped
 from kha_train.config.validate import validate_batch
@@ -123,6 +124,19 @@ def points_document(points: Sequence[Point]) -> dict[str, object]:
     return {"points": [{"run_dir": point.run_dir, "overrides": list(point.overrides)} for point in points]}
 
 
+class JobPoint(TypedDict):
+    """What one element of a job array trains."""
+
+    run_dir: str
+    overrides: list[str]
+
+
+class PointsFile(TypedDict):
+    """What one job array reads."""
+
+    points: list[JobPoint]
+
+
 @dataclass(frozen=True)
 class Started:
     """What a submission came to: the job array's id (None: nothing was missing), its points, and how all stood."""
@@ -193,8 +207,9 @@ def waiting_elements() -> set[str]:
 
 
 def read_point(points_file: Path, index: int) -> list[str]:
-    """The run directory and the overrides of one element. Raises ConfigError when the file does not have it."""
-    points = (read_json(points_file) or {"points": []})["points"]
+    """The run directory and the overrides of one element. Raises ConfigError when the file does not have it, DataError
+    when it is damaged."""
+    points = (read_json(points_file, PointsFile) or {"points": []})["points"]
     if not 0 <= index < len(points):
         raise ConfigError(f"has {len(points)} points", field=str(points_file), value=index)
     return [points[index]["run_dir"], *points[index]["overrides"]]

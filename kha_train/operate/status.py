@@ -13,12 +13,12 @@ from kha_train.checkpoint.layout import FOLDER
 from kha_train.checkpoint.loss import lost_checkpoints
 from kha_train.config.build import flatten
 from kha_train.config.compose import load_plain
-from kha_train.errors import ConfigError
-from kha_train.record import Marker, first_failure_line, has_marker, heartbeat_age, read_metrics, read_run
+from kha_train.errors import ConfigError, KhaError
+from kha_train.record import Marker, first_failure_line, has_marker, heartbeat_age, read_marker, read_metrics, read_run
 from kha_train.record.actions import count_actions
 from kha_train.record.goodput import goodput
 
-State = Literal["done", "running", "silent", "requeue", "fatal", "ended", "queued", "new"]
+State = Literal["done", "running", "silent", "requeue", "fatal", "ended", "queued", "new", "unreadable"]
 STATES: dict[str, str] = {
     "done": "all steps are trained",
     "running": "its process was heard of in the last 30 seconds",
@@ -28,6 +28,7 @@ STATES: dict[str, str] = {
     "ended": "ended by an error that need not come back: the same command goes on from the newest checkpoint",
     "queued": "waits in SLURM's queue",
     "new": "not started",
+    "unreadable": "a file of its record is damaged, as its note says",
 }
 SILENT_AFTER = 30.0
 RECENT = 20
@@ -79,7 +80,7 @@ def run_status(path: Path, name: str | None = None, queued: bool = False) -> Run
     steps = config.get("run.steps")
     step = lines[-1]["step"] if lines else 0
     now = time.time()
-    last = lines[-1]["time"] if lines else now
+    last = lines[-1].get("time") if lines else None
     spent = goodput(path)
     return RunStatus(
         name=name or str(config.get("run.name") or path.name),
@@ -97,9 +98,20 @@ def run_status(path: Path, name: str | None = None, queued: bool = False) -> Run
         goodput=spent.share if spent else None,
         checkpoint=newest_checkpoint(path),
         heartbeat=heartbeat_age(path),
-        idle=now - last if lines else None,
+        idle=None if last is None else now - last,
         note=_note(path),
     )
+
+
+def status_or_fault(
+    path: Path, name: str | None = None, queued: bool = False
+) -> tuple[RunStatus, KhaError | OSError | None]:
+    """As `run_status`, for a table that one damaged run must not take down: that one is `unreadable`, and why."""
+    try:
+        return run_status(path, name, queued), None
+    except (KhaError, OSError) as error:
+        text = error.line() if isinstance(error, KhaError) else str(error)
+        return RunStatus(name=name or path.name, path=str(path), state="unreadable", note=text), error
 
 
 def newest_checkpoint(run_dir: Path) -> int | None:
@@ -153,8 +165,7 @@ def _diverged(path: Path, lines: list[dict[str, Any]], attempts: list[dict[str, 
 
 
 def _note(path: Path) -> str:
-    fatal = path / Marker.FATAL.value
-    said = fatal.read_bytes().decode(errors="replace").strip() if fatal.is_file() else ""
+    said = read_marker(path, Marker.FATAL)
     first = first_failure_line(path)
     # Mostly it is the one that marked the run.
     return "; ".join(filter(None, ["" if said in first else said, first, _lost(path)]))
@@ -171,6 +182,6 @@ def _median(lines: list[dict[str, Any]], key: str) -> float | None:
 
 
 def _seconds_left(recent: list[dict[str, Any]], step: int, steps: int | None) -> float | None:
-    if steps is None or len(recent) < 2:
+    if steps is None or len(recent) < 2 or any("time" not in line for line in recent):
         return None
     return (steps - step) * max(0.0, recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])

@@ -12,15 +12,16 @@ import hashlib
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 from kha_train.config.build import to_plain, without_places
 from kha_train.config.compose import compose, expand, load_plain, quoted
 from kha_train.config.constants import FREE_TO_CHANGE, may_differ
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
+from kha_train.foreign.typed import Absent, Count, Range, Source
 from kha_train.model.accounting import flops_per_token
 from kha_train.operate.status import RunStatus, run_status
 from kha_train.record.files import read_json, write_json
@@ -44,6 +45,32 @@ class Point:
     steps: int
     tokens: int
     flops: float
+
+
+class PointEntry(TypedDict):
+    """A point in `sweep.json` and in the file of a job array."""
+
+    label: str
+    run_dir: str
+    overrides: list[str]
+    steps: Count
+    tokens: Annotated[int, Range(0, 2**63)]
+    flops: float
+
+
+class Submission(TypedDict):
+    """A job array: the labels of its elements, in order."""
+
+    job: str
+    labels: list[str]
+
+
+class SweepFile(TypedDict):
+    """`sweep.json`."""
+
+    format: Annotated[int, Absent(1)]
+    points: list[PointEntry]
+    submissions: Annotated[list[Submission], Absent([])]
 
 
 def sweep_directory(parent: Path, name: str) -> Path:
@@ -128,9 +155,10 @@ def missing(points: Sequence[Point], standing: Sequence[RunStatus], retry_failed
 
 
 def save_sweep(directory: Path, points: Sequence[Point], equal: Equal) -> dict[str, Any]:
-    """Write (or widen) `sweep.json` and return its content."""
+    """Write (or widen) `sweep.json` and return its content. Raises DataError as `load_sweep`."""
     directory.mkdir(parents=True, exist_ok=True)
-    sweep = load_sweep(directory) or {"format": FORMAT, "created": time.time(), "points": [], "submissions": []}
+    new: dict[str, Any] = {"format": FORMAT, "created": time.time(), "points": [], "submissions": []}
+    sweep = load_sweep(directory) or new
     known = {point["label"]: point for point in sweep["points"]} | {point.label: asdict(point) for point in points}
     sweep |= {"name": directory.name, "equal": equal, "points": list(known.values())}
     write_json(directory / SWEEP_FILE, sweep)
@@ -138,13 +166,22 @@ def save_sweep(directory: Path, points: Sequence[Point], equal: Equal) -> dict[s
 
 
 def load_sweep(directory: Path) -> dict[str, Any] | None:
-    """The content of `sweep.json`; None when `directory` is no sweep."""
-    return read_json(directory / SWEEP_FILE)
+    """The content of `sweep.json`; None when `directory` is no sweep. Raises DataError when it is damaged or of a later
+    format."""
+    found = read_json(directory / SWEEP_FILE, SweepFile)
+    if found is not None and found["format"] > FORMAT:
+        source = Source(str(directory / SWEEP_FILE), fix="use the version that wrote it")
+        raise source.fault("format", "is of a later version", found["format"], f"up to {FORMAT}")
+    return None if found is None else dict(found)
 
 
 def sweep_points(sweep: Mapping[str, Any]) -> list[Point]:
     """The points of a loaded `sweep.json`."""
-    return [Point(**{**point, "overrides": tuple(point["overrides"])}) for point in sweep["points"]]
+    names = [field.name for field in fields(Point)]
+    return [
+        Point(**{name: point[name] for name in names} | {"overrides": tuple(point["overrides"])})
+        for point in sweep["points"]
+    ]
 
 
 def add_submission(directory: Path, job_id: str, points: Sequence[Point], command: Sequence[str]) -> None:

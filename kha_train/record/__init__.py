@@ -8,7 +8,15 @@ from __future__ import annotations
 from kha_train.record.attempts import Attempt, read_attempts
 from kha_train.record.failures import first_failure, first_failure_line
 from kha_train.record.lock import heartbeat_age, read_owner
-from kha_train.record.markers import Marker, clear_marker, has_marker, leave_outcome, mark_fatal, set_marker
+from kha_train.record.markers import (
+    Marker,
+    clear_marker,
+    has_marker,
+    leave_outcome,
+    mark_fatal,
+    read_marker,
+    set_marker,
+)
 from kha_train.record.metrics import METRICS, RECORD_ONLY, TIMING_KEYS, Metric
 from kha_train.record.reader import read_discarded, read_events, read_metrics, read_run
 from kha_train.record.record import Record, SilentRecord
@@ -34,6 +42,7 @@ __all__ = [
     "read_attempts",
     "read_discarded",
     "read_events",
+    "read_marker",
     "read_metrics",
     "read_owner",
     "read_run",

@@ -95,6 +95,8 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
         *sections, name = key.split(".")
         inner = nested
         for section in sections:
-            inner = inner.setdefault(section, {})
+            if not isinstance(inner.get(section), dict):
+                inner[section] = {}
+            inner = inner[section]
         inner[name] = value
     return nested

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from kha_train.errors import DataError
-from kha_train.record.jsonl import decode, encode
+from kha_train.foreign.documents import parse_json
+from kha_train.foreign.files import SMALL, read_regular
+from kha_train.foreign.typed import Source
+from kha_train.record.jsonl import LONE_SURROGATES, decode, encode
+
+T = TypeVar("T")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -19,7 +23,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` by `text` atomically and durably: written beside, synced, renamed."""
     beside = path.with_name(f".{path.name}.new")
-    with beside.open("w", encoding="utf-8") as file:
+    with beside.open("w", encoding="utf-8", errors=LONE_SURROGATES) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -27,14 +31,20 @@ def write_text(path: Path, text: str) -> None:
     sync_directory(path.parent)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in `path`, or None when there is no such file. Raises DataError when it is not JSON."""
-    if not path.exists():
+def read_json(path: Path, schema: type[T], fix: str = "restore it from a copy, or move it away") -> T | None:
+    """The object in `path` as `schema` says, or None when there is no such file.
+
+    Raises DataError, with `fix`, when it is not JSON or not that object.
+    """
+    raw = read_regular(path, SMALL)
+    if raw is None:
         return None
+    source = Source(str(path), fix=fix)
     try:
-        return decode(json.loads(path.read_text(encoding="utf-8")))
+        found = decode(parse_json(raw))
     except ValueError as error:
-        raise DataError(f"is damaged: {error}", field=str(path), fix="restore it, or choose another run.dir") from error
+        raise source.fault("", f"is damaged: {error}") from error
+    return source.read(schema, found)
 
 
 def sync_directory(path: Path) -> None:

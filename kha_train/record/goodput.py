@@ -7,6 +7,9 @@ from pathlib import Path
 
 from kha_train.record.reader import read_discarded, read_events, read_metrics, read_run
 
+TIMED = frozenset(("time", "attempt", "train/step_seconds", "data/wait_seconds", "train/skipped"))
+"""What a line must tell for its time to be accounted for."""
+
 
 @dataclass(frozen=True)
 class Goodput:
@@ -43,11 +46,12 @@ class Goodput:
 
 
 def goodput(run_dir: Path) -> Goodput | None:
-    """The goodput of a run so far; None before its first step. Raises DataError for a damaged record."""
+    """The goodput of a run so far; None before its first step, and where the record does not tell how long its steps
+    took. Raises DataError for a damaged record."""
     lines, undone = read_metrics(run_dir), read_discarded(run_dir)
-    if not lines:
+    attempts, by_attempt = read_run(run_dir).get("attempts"), {}
+    if not lines or not attempts or not all(line.keys() >= TIMED for line in [*lines, *undone]):
         return None
-    attempts, by_attempt = read_run(run_dir)["attempts"], {}
     for line in sorted([*lines, *undone], key=lambda line: line["time"]):
         by_attempt.setdefault(line["attempt"], []).append(line)
     starting = down = 0.0

@@ -15,8 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from kha_train.errors import DataError
+from kha_train.foreign.documents import parse_json
+from kha_train.foreign.files import read_regular
 
 NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_WORDS = (b'"nan"', b'"inf"', b'"-inf"')
+LONE_SURROGATES = "backslashreplace"
+"""How text is encoded: half of a surrogate pair, which UTF-8 cannot hold, becomes the escape that JSON has for it."""
 
 
 def encode(value: Any) -> Any:
@@ -43,26 +48,27 @@ def decode(value: Any) -> Any:
 
 def to_line(record: dict[str, Any]) -> bytes:
     """One line of the file, newline included. Finite floats are written so that they read back bit for bit."""
-    return (json.dumps(encode(record), allow_nan=False, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(encode(record), allow_nan=False, ensure_ascii=False) + "\n").encode(errors=LONE_SURROGATES)
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
     """The object on a line, or None when the line is not a whole JSON object."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
-    return decode(record) if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        return None
+    # Few lines have a word, and none may spell its letters as escapes.
+    return decode(record) if any(word in line for word in _WORDS) or b"\\" in line else record
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a file that may be growing; a torn last line is left out, a missing file is empty.
 
-    Raises DataError for a damaged line that is not the last.
+    Raises DataError for a damaged line that is not the last, and when `path` is no file.
     """
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
+    lines = (read_regular(path) or b"").split(b"\n")
     records = [parse(line) for line in lines[:-1]]
     if records and records[-1] is None:
         records.pop()
@@ -88,10 +94,11 @@ def whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def repair(path: Path) -> int:
-    """Cuts off what a dying process left unfinished at the end of `path`; returns the number of bytes removed."""
-    if not path.exists():
-        return 0
-    content = path.read_bytes()
+    """Cuts off what a dying process left unfinished at the end of `path`; returns the number of bytes removed.
+
+    Raises DataError when it is no file.
+    """
+    content = read_regular(path) or b""
     end = content.rfind(b"\n") + 1
     while end and parse(content[content.rfind(b"\n", 0, end - 1) + 1 : end]) is None:
         end = content.rfind(b"\n", 0, end - 1) + 1

@@ -24,7 +24,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from kha_train.errors import RunDirectoryInUse
+from kha_train.errors import DataError, RunDirectoryInUse
+from kha_train.foreign.documents import parse_json
+from kha_train.foreign.files import SMALL, check_regular, read_regular
+from kha_train.foreign.typed import Source
+from kha_train.record.schema import Owner
 
 LOCK_FILE = ".lock"
 OWNER_FILE = "owner.json"
@@ -35,7 +39,8 @@ class RunLock:
     """The ownership of `run_dir` from construction to `close()`.
 
     The POSIX lock is not inherited by forked children (unlike `flock`), so an orphaned worker of a killed run cannot
-    keep its successor out; two of one process do not exclude each other. Raises RunDirectoryInUse, naming the owner.
+    keep its successor out; two of one process do not exclude each other. Raises RunDirectoryInUse, naming the owner,
+    and DataError when `owner.json` names none.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -47,10 +52,11 @@ class RunLock:
             "job": os.environ.get("SLURM_JOB_ID", ""),
             "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
         }
+        check_regular(run_dir / LOCK_FILE)
         self._file = (run_dir / LOCK_FILE).open("a")
         try:
             self._take()
-        except RunDirectoryInUse:
+        except (RunDirectoryInUse, DataError):
             self._file.close()
             raise
         self._thread = threading.Thread(target=self._beat, name="run directory owner", daemon=True)
@@ -109,7 +115,7 @@ class RunLock:
                 self._write(beat)
             except FileNotFoundError:
                 return
-            except OSError:
+            except (OSError, DataError):
                 # A full or unreachable disk: training itself will say so.
                 continue
 
@@ -122,11 +128,16 @@ class RunLock:
 
 
 def read_owner(run_dir: Path) -> dict[str, Any]:
-    """Who owns `run_dir`: `process`, `host`, `job`, `restart`, `beat`; empty when nobody does, or did not say."""
+    """Who owns `run_dir`: `process`, `host`, `job`, `restart`, `beat`; empty when nobody does, or did not say.
+
+    Raises DataError when the file is whole and no owner.
+    """
+    path = run_dir / OWNER_FILE
     try:
-        return json.loads((run_dir / OWNER_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        content = parse_json(read_regular(path, SMALL) or b"")
+    except ValueError:
         return {}
+    return dict(Source(str(path), fix="remove it if no process is training here").read(Owner, content))
 
 
 def heartbeat_age(run_dir: Path) -> float | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 
+from kha_train.foreign.files import SMALL, read_regular
 from kha_train.record.files import sync_directory
 
 
@@ -24,7 +26,10 @@ class Marker(Enum):
 
 def set_marker(run_dir: Path, marker: Marker, text: str = "") -> None:
     """Creates the marker durably; `text` is its content, for a human to read."""
-    (run_dir / marker.value).write_text(f"{text}\n" if text else "", encoding="utf-8")
+    path = run_dir / marker.value
+    if os.path.lexists(path) and not path.is_file():
+        clear_marker(run_dir, marker)
+    path.write_text(f"{text}\n" if text else "", encoding="utf-8", errors="backslashreplace")
     sync_directory(run_dir)
 
 
@@ -34,14 +39,29 @@ def mark_fatal(run_dir: Path, text: str) -> None:
         set_marker(run_dir, Marker.FATAL, text)
 
 
+def read_marker(run_dir: Path, marker: Marker) -> str:
+    """What the marker says; empty without one. Raises DataError when it is larger than any marker."""
+    if not has_marker(run_dir, marker) or not (run_dir / marker.value).is_file():
+        return ""
+    return (read_regular(run_dir / marker.value, SMALL) or b"").decode(errors="replace").strip()
+
+
 def has_marker(run_dir: Path, marker: Marker) -> bool:
-    """Whether the marker file exists."""
-    return (run_dir / marker.value).exists()
+    """Whether the marker file exists. To stop a run anything of that name will do; the others are files."""
+    path = run_dir / marker.value
+    return path.exists() if marker is Marker.STOP else path.is_file()
 
 
 def clear_marker(run_dir: Path, marker: Marker) -> None:
-    """Removes the marker if it exists."""
-    (run_dir / marker.value).unlink(missing_ok=True)
+    """Removes the marker if it exists. A directory of its name that holds something is moved aside."""
+    path = run_dir / marker.value
+    if path.is_dir() and not path.is_symlink():
+        aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+        path.rename(aside)
+        with suppress(OSError):
+            aside.rmdir()
+    else:
+        path.unlink(missing_ok=True)
 
 
 def leave_outcome(text: str) -> None:

@@ -5,28 +5,33 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from kha_train.config.compose import load_plain
+from kha_train.foreign.files import check_regular
 from kha_train.record.attempts import CONFIG, CONFIG_FILE, config_entry
 from kha_train.record.files import write_json
 from kha_train.record.jsonl import Appender, repair
-from kha_train.record.lock import RunLock
+from kha_train.record.lock import OWNER_FILE, RunLock
 from kha_train.record.markers import Marker, clear_marker
 from kha_train.record.provenance import collect_provenance
 from kha_train.record.reader import EVENTS_FILE, RUN_FILE, read_events, read_metrics, read_run
 from kha_train.record.redact import Redactor
 from kha_train.record.rewind import (
     DISCARDED_FILE,
+    INTENT_FILE,
     METRICS_FILE,
     finish_rewind,
     forget_rewind,
     pending_rewind,
     plan_rewind,
 )
+from kha_train.record.schema import RUN_FORMAT, OwnRunFile
 
-FORMAT = 1
+NAMES = (CONFIG_FILE, RUN_FILE, METRICS_FILE, DISCARDED_FILE, EVENTS_FILE, INTENT_FILE, OWNER_FILE)
+"""Names in a run directory that only a file may have."""
 END_MARKERS = (Marker.DONE, Marker.REQUEUE, Marker.FATAL)
 
 
@@ -37,21 +42,28 @@ class Record:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.run_dir = run_dir
         self._redactor = Redactor.from_environment()
-        self._lock = RunLock(run_dir)
-        self._run = read_run(run_dir) or self._new_run()
-        self._metrics = Appender(run_dir / METRICS_FILE)
-        self._events = Appender(run_dir / EVENTS_FILE)
+        for name in NAMES:
+            check_regular(run_dir / name)
         self._in_attempt = False
-        self._recover()
-        lines = read_metrics(run_dir)
-        self.last_step: int = lines[-1]["step"] if lines else 0
+        with ExitStack() as opened:
+            self._lock = RunLock(run_dir)
+            opened.callback(self._lock.close)
+            self._run = read_run(run_dir, OwnRunFile) or self._new_run()
+            self._metrics = Appender(run_dir / METRICS_FILE)
+            opened.callback(self._metrics.close)
+            self._events = Appender(run_dir / EVENTS_FILE)
+            opened.callback(self._events.close)
+            self._recover()
+            lines = read_metrics(run_dir)
+            self.last_step: int = lines[-1]["step"] if lines else 0
+            opened.pop_all()
 
     @classmethod
     def open(cls, run_dir: Path, rank: int = 0) -> Record:
         """The record of `run_dir`, created if need be, repaired if its last process was killed.
 
         On other ranks than 0 it is a `SilentRecord`. Raises RunDirectoryInUse when another process has it open, and
-        DataError when a line other than the last is damaged.
+        DataError when a file in it is damaged, or something else has its name.
         """
         return cls(Path(run_dir)) if rank == 0 else SilentRecord(Path(run_dir))
 
@@ -168,7 +180,7 @@ class Record:
     def _new_run(self) -> dict[str, Any]:
         alphabet = "abcdefghijklmnopqrstuvwxyz0123456789"
         run = {
-            "format": FORMAT,
+            "format": RUN_FORMAT,
             "run_id": uuid.uuid4().hex,
             "wandb_id": "".join(secrets.choice(alphabet) for _ in range(10)),
             "created": time.time(),

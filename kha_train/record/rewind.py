@@ -12,8 +12,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from kha_train.foreign.files import read_regular
+from kha_train.foreign.typed import Source
 from kha_train.record.files import read_json, sync_directory, write_json
-from kha_train.record.jsonl import to_line, whole_lines
+from kha_train.record.jsonl import parse, to_line, whole_lines
+from kha_train.record.schema import Rewind
 
 METRICS_FILE = "metrics.jsonl"
 DISCARDED_FILE = "metrics.discarded.jsonl"
@@ -37,18 +40,24 @@ def plan_rewind(run_dir: Path, step: int, **note: Any) -> dict[str, Any] | None:
 
 
 def pending_rewind(run_dir: Path) -> dict[str, Any] | None:
-    """The intent a dead process left behind, if any."""
-    return read_json(run_dir / INTENT_FILE)
+    """The intent a dead process left behind, if any. Raises DataError when it is none."""
+    found = read_json(run_dir / INTENT_FILE, Rewind, "look at both files, then remove it")
+    return None if found is None else dict(found)
 
 
 def finish_rewind(run_dir: Path, intent: dict[str, Any]) -> None:
-    """Carries out an intent; safe to repeat after a crash anywhere inside it. The intent file stays."""
+    """Carries out an intent; safe to repeat after a crash anywhere inside it. The intent file stays.
+
+    Raises DataError, and changes nothing, when the intent is not about these two files.
+    """
     metrics, discarded = run_dir / METRICS_FILE, run_dir / DISCARDED_FILE
     if metrics.stat().st_size > intent["metrics_size"]:
-        undone = [line for offset, line in whole_lines(metrics) if offset >= intent["metrics_size"]]
+        lines = list(whole_lines(metrics))
+        undone = [to_line({**line, **intent["note"]}) for offset, line in lines if offset >= intent["metrics_size"]]
+        _check_fits(run_dir, intent, lines, undone)
         with discarded.open("ab") as file:
             file.truncate(intent["discarded_size"])
-            file.write(b"".join(to_line({**line, **intent["note"]}) for line in undone))
+            file.write(b"".join(undone))
             file.flush()
             os.fsync(file.fileno())
         sync_directory(run_dir)
@@ -65,3 +74,22 @@ def forget_rewind(run_dir: Path) -> None:
 def _sync(path: Path) -> None:
     with path.open("ab") as file:
         os.fsync(file.fileno())
+
+
+def _check_fits(
+    run_dir: Path, intent: dict[str, Any], lines: list[tuple[int, dict[str, Any]]], undone: list[bytes]
+) -> None:
+    """Raises DataError unless the intent cuts off exactly the lines after its step, and in the other file nothing but
+    what it has put there itself."""
+    source = Source(str(run_dir / INTENT_FILE), fix="look at both files, then remove it")
+    first = next((offset for offset, line in lines if line["step"] > intent["step"]), None)
+    if first != intent["metrics_size"] or len(undone) != intent["lines"]:
+        allowed = f"where the lines after step {intent['step']} begin, {first}"
+        raise source.fault("metrics_size", f"is not what it says of {METRICS_FILE}", intent["metrics_size"], allowed)
+    discarded = read_regular(run_dir / DISCARDED_FILE) or b""
+    size = intent["discarded_size"]
+    began_here = {line.rstrip(b"\n") for line in undone}
+    foreign = [line for line in discarded[size:].split(b"\n") if parse(line) is not None and line not in began_here]
+    if size > len(discarded) or (size and discarded[size - 1 : size] != b"\n") or foreign:
+        allowed = "the end of its lines before the rewind"
+        raise source.fault("discarded_size", f"is not what it says of {DISCARDED_FILE}", size, allowed)

@@ -12,7 +12,7 @@ from kha_train.config.compose import load_plain
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import World
 from kha_train.errors import CheckpointError
-from kha_train.record import Marker, has_marker, read_metrics
+from kha_train.record import Marker, has_marker, read_marker, read_metrics
 from kha_train.train import resume
 
 NOT_FINISHED = -1
@@ -25,7 +25,7 @@ def finished_at(config: RunConfig, run_dir: Path) -> int:
     """
     if not has_marker(run_dir, Marker.DONE):
         return NOT_FINISHED
-    said = re.fullmatch(r"step (\d+)\s*", (run_dir / Marker.DONE.value).read_text(encoding="utf-8"))
+    said = re.fullmatch(r"step ([0-9]{1,15})", read_marker(run_dir, Marker.DONE))
     lines = [] if said else read_metrics(run_dir)
     step = int(said[1]) if said else lines[-1]["step"] if lines else NOT_FINISHED
     return step if step >= config.run.steps else NOT_FINISHED

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     {"literal"},
     {"errors", "stability"},
+    {"foreign"},
     {"config", "distributed"},
     {"data", "model", "optim", "record"},
     {"engine", "checkpoint", "telemetry", "export", "analysis", "data_tools"},
@@ -31,7 +32,7 @@ WITHOUT_TORCH = {"kha_train", "errors", "stability", "config", "record", "cli"}
 AT_THE_TOP = {
     "typer": ("kha_train/cli/",),
     "rich": ("kha_train/cli/", "kha_train/telemetry/", "kha_train/analysis/"),
-    "yaml": ("kha_train/config/compose.py", "kha_train/train/", "kha_train/analysis/"),
+    "yaml": ("kha_train/foreign/documents.py", "kha_train/config/compose.py", "kha_train/train/"),
     "safetensors": ("kha_train/checkpoint/", "kha_train/export/"),
 }
 BEHIND_A_DOOR = {

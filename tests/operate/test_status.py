@@ -176,3 +176,19 @@ def test_a_narrow_terminal_loses_columns_and_not_their_content(tmp_path: Path) -
         assert "\N{HORIZONTAL ELLIPSIS}" not in head + row
         for word in ("kha_linear-s0", "ended", "40/100", "4.695", "4:00"):
             assert word in row
+
+
+def test_a_run_whose_record_is_damaged_is_one_row_and_the_error_of_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(tmp_path / "whole", 3)
+    trained(tmp_path / "torn", 3)
+    (tmp_path / "torn" / "run.json").write_text("[1]")
+    for arguments in (["status", str(tmp_path)], ["status", str(tmp_path), "--json"]):
+        with pytest.raises(SystemExit) as ended:
+            run(arguments)
+        shown = capsys.readouterr()
+        assert ended.value.code == 4 and "torn/run.json" in shown.err
+        assert "unreadable" in shown.out and ("whole" in shown.out or "one" in shown.out)
+    states = {one["path"]: one["state"] for one in json.loads(shown.out)["runs"]}
+    assert states == {str(tmp_path / "torn"): "unreadable", str(tmp_path / "whole"): "ended"}

@@ -1,0 +1,87 @@
+"""JSON and YAML of other minds -> plain values: text keys, bounded depth, no aliases, nothing that makes objects."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+MAX_DEPTH = 64
+"""Containers inside containers: ours have fewer than ten."""
+_YAML_TROUBLE = (ValueError, OverflowError, RecursionError, LookupError, TypeError, AttributeError)
+"""What PyYAML raises beside its own errors for tags such as `!!int ''`."""
+
+
+def parse_json(raw: bytes) -> Any:
+    """The value that JSON text spells, NaN and infinities included. Raises ValueError for anything else, and for what
+    is nested too deeply."""
+    try:
+        value = json.loads(raw.decode())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    # Only what has many brackets can be deep; lines of a record have few.
+    if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH:
+        check_depth(value)
+    return value
+
+
+def parse_yaml(raw: bytes) -> Any:
+    """The value that YAML text spells: mappings with text keys, lists, text, numbers, true, false, null.
+
+    Raises ValueError for anything else. Aliases are refused: a few lines of them stand for gigabytes.
+    """
+    import yaml
+
+    try:
+        value = yaml.load(raw, Loader=_plain_loader())
+    except (yaml.YAMLError, *_YAML_TROUBLE) as error:
+        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from error
+    check_depth(value)
+    _check_plain(value)
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """Raises ValueError when containers are nested more than `MAX_DEPTH` deep."""
+    level, depth = [value], 0
+    while level := [one for one in level if isinstance(one, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError("nested too deeply")
+        level = [item for one in level for item in (one.values() if isinstance(one, dict) else one)]
+
+
+def _check_plain(value: Any) -> None:
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            if strange := [key for key in one if type(key) is not str]:
+                raise ValueError(f"a key that is not text: {str(strange[0])[:80]}")
+            left += one.values()
+        elif isinstance(one, list):
+            left += one
+        elif one is not None and type(one) not in (str, int, float, bool):
+            raise ValueError(f"a value of a kind that settings do not have: {type(one).__name__}")
+
+
+@cache
+def _plain_loader() -> type:
+    import yaml
+
+    class PlainLoader(yaml.SafeLoader):
+        """Python's safe loader, without aliases."""
+
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError(f"it has an alias, *{self.peek_event().anchor[:80]}")
+            self.depth += 1
+            if self.depth > MAX_DEPTH:
+                raise ValueError("nested too deeply")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+    return PlainLoader

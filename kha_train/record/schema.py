@@ -1,0 +1,259 @@
+"""What the files of a run directory hold, as far as the code reads it. What a later release adds to them stays."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from kha_train.config.saved import SavedConfig
+from kha_train.foreign.typed import LARGEST, Absent, Count, Match, Range, Source
+from kha_train.record.metrics import METRICS
+
+RUN_FORMAT = 1
+"""The version of run.json that this code writes; it reads no later one."""
+HEAD = ("step", "attempt", "time")
+COUNTS = frozenset(
+    name for name, metric in METRICS.items() if metric.unit in ("count", "row", "steps", "tokens", "0/1")
+)
+"""Keys of a metrics line whose values are counted."""
+WHOLE = ("step", "attempt", "tokens", "samples_first", "samples_last")
+"""Those that are reckoned with as whole numbers."""
+
+Ranks = Annotated[int, Range(1, 2**31)]
+Steps = tuple[Count, Count]
+
+
+class Parameters(TypedDict, total=False):
+    """How many numbers are trained, and how many of them a token passes through."""
+
+    total: float
+    active: float
+
+
+class Provenance(TypedDict, total=False):
+    """Facts of the first start that comparison and resume read; there are more, for people."""
+
+    command: str
+    data_content_id: str | None
+    validation_content_id: str | None
+    attention_backend: str
+    parameters: Parameters | float | None
+
+
+class Whole(TypedDict):
+    """A configuration as it was saved."""
+
+    whole: SavedConfig
+
+
+class Like(TypedDict):
+    """A configuration by its difference from that of attempt `like`, by dotted keys."""
+
+    like: Count
+    changed: dict[str, Any]
+    without: list[str]
+
+
+class AttemptEntry(TypedDict):
+    """One start of the run. `ended` and `end_step` are absent while it runs, `config` in older releases."""
+
+    attempt: Count
+    start_step: Annotated[Count, Absent(0)]
+    world_size: NotRequired[Ranks]
+    started: float
+    state: str
+    changed: Annotated[Provenance, Absent({})]
+    ended: NotRequired[float]
+    end_step: NotRequired[Count]
+    config: NotRequired[Whole | Like]
+
+
+class RunFile(TypedDict):
+    """`run.json`, as far as readers need it."""
+
+    format: Annotated[int, Absent(1)]
+    created: NotRequired[float]
+    provenance: Annotated[Provenance, Absent({})]
+    attempts: list[AttemptEntry]
+    startup_seconds: NotRequired[dict[str, Any]]
+    spikes: NotRequired[dict[str, Any]]
+    goodput: NotRequired[dict[str, Any]]
+
+
+class OwnRunFile(RunFile):
+    """`run.json`, as a start needs it that goes on with the run."""
+
+    run_id: str
+    wandb_id: str
+
+
+class Owner(TypedDict, total=False):
+    """`owner.json`: all of it may be absent, for an owner may not have said."""
+
+    token: str
+    process: int
+    host: str
+    job: str
+    restart: Annotated[str, Match(r"[0-9]{0,9}")]
+    beat: int
+
+
+class Failure(TypedDict):
+    """`errors/rank-RRRRR.json`."""
+
+    rank: Count
+    time: float
+    error: str
+    traceback: Annotated[str, Absent("")]
+
+
+class Rewind(TypedDict):
+    """`.metrics.rewind.json`."""
+
+    id: str
+    step: Count
+    lines: Count
+    metrics_size: Count
+    discarded_size: Count
+    note: dict[str, Any]
+
+
+class Happening(TypedDict):
+    """A line of `events.jsonl`; the fields that single kinds have are below."""
+
+    id: Annotated[str, Absent("")]
+    kind: str
+    step: Annotated[Count, Absent(0)]
+    attempt: Annotated[Count, Absent(0)]
+    time: Annotated[float, Absent(0.0)]
+    samples_first: NotRequired[Annotated[int, Range(-1, LARGEST)]]
+
+
+class Save(TypedDict):
+    """Of `checkpoint_saved`."""
+
+    stall_seconds: Annotated[float, Absent(0.0)]
+
+
+class Back(TypedDict):
+    """Of `rewind`."""
+
+    window: Steps
+
+
+class Routed(TypedDict):
+    """What a layer's router did."""
+
+    maxvio: float
+    busiest: float
+    dead: float
+    bias_min: float
+    bias_max: float
+
+
+class Met(TypedDict):
+    """A parameter through which heads meet."""
+
+    norm: float
+    from_identity: NotRequired[float]
+
+
+class Evidence(TypedDict, total=False):
+    """What was seen in the model when a spike opened."""
+
+    grad_norms: dict[str, float]
+    max_logits: list[float]
+    router: list[Routed]
+    interactions: dict[str, Met]
+
+
+class Opened(TypedDict):
+    """Of `spike_opened`."""
+
+    evidence: Annotated[Evidence, Absent({})]
+
+
+FURTHER: dict[str, Any] = {"checkpoint_saved": Save, "rewind": Back, "spike_opened": Opened}
+"""Kind of an event -> what the code reads of it beside its head."""
+
+
+def check_metrics(lines: list[dict[str, Any]], path: str) -> None:
+    """Raises DataError when a line has no step, steps do not increase, or a metric is no number.
+
+    Every value of every line is looked at once; what this release does not know may be anything.
+    """
+    before = 0
+    for number, line in enumerate(lines, start=1):
+        step = line.get("step")
+        if type(step) is not int or not before < step <= LARGEST:
+            allowed = f"a whole number above {before}, the step of the line before"
+            shown = "missing" if step is None else "is no step" if type(step) is not int else "does not increase"
+            raise Source(f"{path}:{number}").fault("step", shown, step, allowed)
+        before = step
+        check_numbers(line, path, number)
+
+
+def check_numbers(line: dict[str, Any], path: str, number: int) -> None:
+    """Raises DataError when a metric that this release knows is no number in line `number` of the file `path`."""
+    for key, value in line.items():
+        kind = type(value)
+        # The difference is not 0 where the value is no finite number.
+        if (kind is float and value - value == 0.0) or (kind is int and -LARGEST <= value <= LARGEST):
+            continue
+        if kind is float and key not in COUNTS:
+            continue
+        if (key in METRICS or key in HEAD) and not _is_list_of_numbers(key, value):
+            allowed = "a list of numbers" if key.endswith("_by_layer") else 'a number, or "nan", "inf", "-inf"'
+            shown = "null" if value is None else value
+            raise Source(f"{path}:{number}").fault(
+                key, "is no number", shown, "a finite one" if kind is float else allowed
+            )
+    for key in WHOLE:
+        if type(line.get(key, 0)) is not int:
+            raise Source(f"{path}:{number}").fault(key, "is no whole number", line[key])
+
+
+def check_events(events: list[dict[str, Any]], path: str) -> list[dict[str, Any]]:
+    """The events with what older releases left out. Raises DataError for one that lacks what every event has."""
+    checked = []
+    for number, event in enumerate(events, start=1):
+        # A record has few kinds of events, and may have very many of one: what is common is judged at once.
+        kind, samples = event.get("kind"), event.get("samples_first", 0)
+        further = FURTHER.get(kind) if type(kind) is str else None
+        types = tuple(map(type, (kind, samples, *map(event.get, _EVENT_HEAD))))
+        if further is None and types == _EVENT_TYPES and _in_range(event["step"], event["attempt"], samples):
+            checked.append(event)
+            continue
+        source = Source(f"{path}:{number}")
+        found = source.read(Happening, event)
+        checked.append(source.read(further, found) if further else found)
+    return checked
+
+
+def _in_range(step: int, attempt: int, samples: int) -> bool:
+    return 0 <= step <= LARGEST and 0 <= attempt <= LARGEST and -1 <= samples <= LARGEST
+
+
+_NUMBERS = frozenset((int, float))
+_EVENT_HEAD = ("id", "step", "attempt", "time")
+_EVENT_TYPES = (str, int, str, int, int, float)
+
+
+class Undone(TypedDict):
+    """A line of `metrics.discarded.jsonl`, beside its metrics."""
+
+    step: Count
+    attempt: Annotated[Count, Absent(0)]
+    discarded_reason: Annotated[str, Absent("")]
+    discarded_by_attempt: Annotated[Count, Absent(0)]
+
+
+def check_discarded(lines: list[dict[str, Any]], path: str) -> list[dict[str, Any]]:
+    """The lines with what older releases left out. Raises DataError for one without a step, or a metric that is no
+    number."""
+    for number, line in enumerate(lines, start=1):
+        check_numbers(line, path, number)
+    return [Source(f"{path}:{number}").read(Undone, line) for number, line in enumerate(lines, start=1)]
+
+
+def _is_list_of_numbers(key: str, value: Any) -> bool:
+    return key[-9:] == "_by_layer" and isinstance(value, list) and _NUMBERS.issuperset(map(type, value))
