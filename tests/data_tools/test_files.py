@@ -216,3 +216,19 @@ def test_a_field_inside_a_field_is_named_with_dots_and_a_name_with_a_dot_wins(tm
     (tmp_path / "a.jsonl").write_text('{"meta": {"other": 1}}\n')
     with pytest.raises(DataError, match=r"line 1 is not an object with a text in the field 'meta\.text'"):
         read_all(tmp_path, "meta.text")
+
+
+@pytest.mark.parametrize(("window_log", "read"), [(27, True), (28, False), (31, False)])
+def test_a_zstd_frame_packed_with_a_long_window_gets_advice_that_works(
+    tmp_path: Path, window_log: int, read: bool
+) -> None:
+    pytest.importorskip("pyarrow")
+    # RFC 8878: magic, frame header without flags, window descriptor, header of one raw last block, its bytes.
+    window = bytes([(window_log - 10) << 3])
+    frame = b"\x28\xb5\x2f\xfd\x00" + window + (1 | len(LINE) << 3).to_bytes(3, "little") + LINE
+    (tmp_path / "a.jsonl.zst").write_bytes(frame)
+    if read:
+        assert read_all(tmp_path)[0] == ["one"]
+    else:
+        with pytest.raises(DataError, match=r"window is above 128 MiB.*zstd -d --long=31"):
+            read_all(tmp_path)
