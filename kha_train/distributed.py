@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -25,9 +27,12 @@ import torch.distributed.nn.functional
 
 from kha_train import errors
 from kha_train.errors import ConfigError, DivergedError, KhaError, MachineError, RankError
+from kha_train.literal import say
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+PATIENCE_SECONDS = 5.0
+"""So long ranks wait for each other before they say so."""
 _MISTAKES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _KINDS = {kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type)}
 
@@ -70,7 +75,7 @@ class World:
 
     @staticmethod
     def from_environment(environ: Mapping[str, str] = os.environ) -> World:
-        """Rank and size as torchrun or srun set them; a single process when neither did.
+        """Rank and size as torchrun or srun set them; a single process when neither did, or in a shell of `srun --pty`.
 
         Raises ConfigError when only some of torchrun's variables are set.
         """
@@ -81,6 +86,8 @@ class World:
                 f"{', '.join(present)} set but not {missing}", field="environment", fix="start by torchrun"
             )
         names = TORCHRUN if present else SRUN
+        if not present and is_interactive_step(environ):
+            return World()
         if not all(name in environ for name in names) or ("SLURM_STEP_ID" not in environ and not present):
             return World()
         rank, size, local_rank = (int(environ[name]) for name in names)
@@ -199,6 +206,40 @@ class Caught:
         return isinstance(error, Exception)
 
 
+def is_interactive_step(environ: Mapping[str, str], processes: Path = Path("/proc")) -> bool:
+    """Whether this is a command typed in a shell that `srun --pty` opened: its step has tasks, but nobody starts ranks.
+
+    Steps that are started from such a shell inherit its variables, but their tasks have no terminal.
+    """
+    if "SLURM_PTY_PORT" not in environ and "SLURM_PTY_WIN_COL" not in environ:
+        return False
+    if "SLURM_TASK_PID" not in environ:
+        return True
+    task = processes / environ["SLURM_TASK_PID"] / "stat"
+    # In a container the task may be out of sight; this process has the same terminal.
+    stat = task if task.exists() else processes / "self" / "stat"
+    # proc(5): the name may hold blanks and brackets; the terminal is the fifth field after it, 0 for none.
+    return stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[4] != "0"
+
+
+@contextmanager
+def _said_when_it_takes_long(world: World) -> Iterator[None]:
+    """Says on standard error what is waited for, when ranks do not meet within `PATIENCE_SECONDS`."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    text = f"rank {world.rank} waits at {where} until all {world.size} ranks are there"
+    if "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        text += (
+            " (SLURM_NTASKS); in a shell of a job type `srun kha train ...`, or `unset SLURM_PROCID` for one process"
+        )
+    timer = threading.Timer(PATIENCE_SECONDS, say, (text,), {"err": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def srun_meeting_point(environ: Mapping[str, str]) -> dict[str, str]:
     """MASTER_ADDR and MASTER_PORT for ranks that srun started one by one: the first node of the step, a port that
     follows from the job, its restarts and the step. Empty for all others.
@@ -250,7 +291,9 @@ def start(device: str, timeout_seconds: float) -> World:
     if not dist.is_initialized():
         store = {"store": dist.HashStore()} if world.size == 1 else {"init_method": "env://"}
         backend = "nccl" if use_cuda else "gloo"
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout, **store)
+        # One rank a node is enough to say it.
+        with _said_when_it_takes_long(world) if world.size > 1 and not world.local_rank else nullcontext():
+            dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout, **store)
     host_group = dist.new_group(backend="gloo", timeout=timeout) if use_cuda and world.size > 1 else None
     world = replace(world, device=where, host_group=host_group)
     return replace(world, life=world.broadcast_text(secrets.token_hex(6)))

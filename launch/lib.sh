@@ -58,14 +58,39 @@ rendezvous_port() {
 }
 
 ranks_per_node() {
-    printf '%s' "${KHA_NPROC:-${SLURM_GPUS_ON_NODE:-1}}"
+    if [[ -n ${KHA_NPROC:-} ]]; then
+        printf '%s' "$KHA_NPROC"
+    else
+        at_least_one "${SLURM_GPUS_ON_NODE:-1}"
+    fi
+}
+
+# $1 where it is a whole number above 0, else 1: a node without GPUs has one rank.
+at_least_one() {
+    if [[ $1 =~ ^[0-9]{1,9}$ ]] && ((10#$1 > 0)); then
+        printf '%s' "$((10#$1))"
+    else
+        printf 1
+    fi
+}
+
+# Holds the setting named $1, if there is one, to a whole number from $2 on. Without this, arithmetic would evaluate any
+# text in it, commands too.
+check_number() {
+    local value="${!1:-}"
+    [[ -n $value ]] || return 0
+    if [[ ! $value =~ ^[0-9]{1,9}$ ]] || ((10#$value < $2)); then
+        say "$1 = '$value': allowed: whole numbers from $2 on"
+        exit 2
+    fi
+    export "$1=$((10#$value))"
 }
 
 # Settings of the libraries, unless the site file made them. $1: the directory of this attempt.
 export_library_settings() {
     export PYTHONFAULTHANDLER=1 TORCH_FORCE_WEIGHTS_ONLY_LOAD=1
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((${SLURM_CPUS_ON_NODE:-1} / $(ranks_per_node)))}"
-    ((OMP_NUM_THREADS > 0)) || OMP_NUM_THREADS=1
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(at_least_one "${SLURM_CPUS_ON_NODE:-1}") / $(ranks_per_node)))}"
+    [[ $OMP_NUM_THREADS != 0 ]] || OMP_NUM_THREADS=1
     export NCCL_DEBUG="${NCCL_DEBUG:-WARN}" TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-3}"
     # The flight recorder: the last collectives of every rank, written after a time-out.
     export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_BUFFER_SIZE=20000
@@ -271,23 +296,61 @@ read_arguments() {
     rm -f "$answer"
 }
 
+# Called when a command fails while the site file is read. $1: its code, $2: its line, $3: the command, $4: the file.
+# A condition that does not hold is no failure; anything else means that a setting is missing.
+note_site_failure() {
+    [[ $4 == "$KHA_SITE" ]] || return 0
+    case "$3" in
+    '[['* | '['* | '(('* | test\ * | let\ * | grep\ * | false) KHA_SITE_CONDITION="$1" ;;
+    *)
+        say "KHA_SITE $KHA_SITE, line $2: a command failed with code $1; where that is meant, end the line with || true"
+        KHA_SITE_FAILED=yes
+        ;;
+    esac
+}
+
+# Sources the file KHA_SITE, as in a user's own shell, for which modules and conda are written; what it sets is exported.
+# Ends with 2 when the file cannot be read or parsed, or when a command in it fails: its settings would be missing.
+source_site() {
+    local code=0
+    KHA_SITE_FAILED='' KHA_SITE_CONDITION='' KHA_SITE_BEFORE_RETURN=''
+    [[ -r $KHA_SITE && ! -d $KHA_SITE ]] || {
+        say "cannot read KHA_SITE: $KHA_SITE"
+        exit 2
+    }
+    bash -n -- "$KHA_SITE" || {
+        say "KHA_SITE $KHA_SITE is not valid bash: nothing was started"
+        exit 2
+    }
+    set +euo pipefail
+    set -a
+    trap 'note_site_failure "$?" "$LINENO" "$BASH_COMMAND" "${BASH_SOURCE[0]}"' ERR
+    trap 'KHA_SITE_BEFORE_RETURN=$?' RETURN
+    # shellcheck disable=SC1090  # the user's own file
+    source "$KHA_SITE"
+    code=$?
+    trap - ERR RETURN
+    set +a
+    set -euo pipefail
+    # The last command may be a condition that does not hold. A `return` of the file itself is told by the code before it.
+    if ((code != 0)) && [[ "$code $code" != "$KHA_SITE_CONDITION $KHA_SITE_BEFORE_RETURN" ]]; then
+        KHA_SITE_FAILED=yes
+    fi
+    [[ -z $KHA_SITE_FAILED ]] || {
+        say "KHA_SITE $KHA_SITE ended with code $code: nothing was started"
+        exit 2
+    }
+}
+
 # Listen to signals from here on; then modules, virtual environment, network: what python needs to start at this site.
 enter_site() {
     trap 'on_signal requeue' USR1 USR2
     trap 'on_signal end' TERM
-    if [[ -n ${KHA_SITE:-} ]]; then
-        [[ -r $KHA_SITE ]] || {
-            say "cannot read KHA_SITE: $KHA_SITE"
-            exit 2
-        }
-        # As in a user's own shell, for which modules and conda are written; what it sets is for the ranks as well.
-        set +euo pipefail
-        set -a
-        # shellcheck disable=SC1090  # the user's own file
-        source "$KHA_SITE"
-        set +a
-        set -euo pipefail
-    fi
+    [[ -z ${KHA_SITE:-} ]] || source_site
+    check_number KHA_NPROC 1
+    check_number KHA_MAX_REQUEUES 0
+    check_number KHA_MAX_IDLE_STARTS 1
+    check_number KHA_MAX_RESTARTS 0
     KHA_PYTHON="${KHA_PYTHON:-python}"
     [[ -n ${SLURM_JOB_ID:-} ]] || {
         say "no SLURM job: submit this with sbatch, or use launch/local.sh"

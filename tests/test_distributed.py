@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from kha_train.distributed import World, ranks_of_node, srun_meeting_point, stop
+from kha_train.distributed import World, is_interactive_step, ranks_of_node, srun_meeting_point, stop
 from kha_train.errors import ConfigError
 
 WORKER = Path(__file__).with_name("agreement_worker.py")
@@ -38,6 +41,49 @@ def test_srun_variables_name_the_rank_where_torchruns_are_missing() -> None:
     assert World.from_environment(srun).rank == 3
     torchrun_inside_srun = {**srun, "RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}
     assert World.from_environment(torchrun_inside_srun).rank == 7
+
+
+PTY = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0", "SLURM_PTY_PORT": "4711"}
+
+
+def test_a_shell_that_srun_opened_is_one_process_and_a_step_started_from_it_is_not(tmp_path: Path) -> None:
+    assert World.from_environment(PTY).size == 1
+    assert World.from_environment({**PTY, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}).size == 2, (
+        "torchrun inside"
+    )
+    for task, terminal in (("7", 34816), ("8", 0)):
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "stat").write_text(f"{task} (a) b) S 1 {task} {task} {terminal} {task} 4194560 1 2 3")
+    (tmp_path / "self").symlink_to(tmp_path / "7")
+    assert is_interactive_step({**PTY, "SLURM_TASK_PID": "7"}, tmp_path)
+    assert not is_interactive_step({**PTY, "SLURM_TASK_PID": "8"}, tmp_path), "srun inside the shell"
+    assert is_interactive_step({**PTY, "SLURM_TASK_PID": "9"}, tmp_path), "a container: this process is asked"
+    assert not is_interactive_step({"SLURM_TASK_PID": "7"}, tmp_path)
+
+
+WAITING = """
+from kha_train import distributed
+distributed.PATIENCE_SECONDS = 0.2
+try:
+    distributed.start("cpu", 2.0)
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+def test_a_rank_that_waits_for_others_says_for_whom_and_how_to_go_on(clean_environment: dict[str, str]) -> None:
+    alone = {**clean_environment, **PTY, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    del alone["SLURM_PTY_PORT"]
+    ended = subprocess.run([sys.executable, "-c", WAITING], env=alone, capture_output=True, text=True, check=True)
+    where = f"127.0.0.1:{alone['MASTER_PORT']}"
+    assert f"rank 0 waits at {where} until all 2 ranks are there (SLURM_NTASKS)" in ended.stderr
+    assert "unset SLURM_PROCID" in ended.stderr and "Dist" in ended.stdout
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,10 @@ def _bounds(config: RunConfig) -> None:
         raise ConfigError("out of range", field="run.seed", value=config.run.seed, allowed="below 2^63")
     if not config.run.dir.strip():
         raise ConfigError("names no directory", field="run.dir", value=config.run.dir, fix="run.dir=runs/NAME")
+    if config.run.dir.startswith("-"):
+        # Every command that is given this directory would take it for an option.
+        fix = f"run.dir=./{config.run.dir}"
+        raise ConfigError("begins with a dash, like an option", field="run.dir", value=config.run.dir, fix=fix)
 
 
 def _shares(config: RunConfig) -> None:

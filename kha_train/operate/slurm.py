@@ -1,7 +1,7 @@
 """The one way to SLURM: `kha sweep` and the Hydra launcher submit through `submit`, one job array for all points.
 
-Options travel as arguments of a process, never through a shell, and their values are held to an alphabet in which no
-option can become two. Configurations travel in a JSON file.
+Options travel as arguments of a process, never through a shell, so their values may hold any printable character.
+Configurations travel in a JSON file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from kha_train.operate.sweep import (
 )
 from kha_train.record.files import read_json, write_json
 
-VALUE = re.compile(r"[A-Za-z0-9_.:/=@,%+-]+")
+VALUE = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
+"""No control characters, no line breaks, nothing that UTF-8 cannot express."""
 OPTION = re.compile(r"[a-z][a-z-]*")
 OURS = ("array", "nodes", "gpus-per-node", "job-name", "output", "error", "open-mode", "requeue", "no-requeue", "wrap")
 OURS += ("parsable", "export")
@@ -67,34 +68,40 @@ def parse_sbatch(settings: Sequence[str]) -> dict[str, str]:
 
 
 def sbatch_command(directory: Path, points_file: Path, count: int, options: JobOptions) -> list[str]:
-    """The arguments of the process that submits `count` points. Raises ConfigError for a value sbatch could misread."""
+    """The arguments of the process that submits `count` points. Raises ConfigError for a value with line breaks."""
     limit = f"%{options.parallel}" if options.parallel else ""
     values = {
         "job-name": f"kha-{directory.name}",
         "array": f"0-{count - 1}{limit}",
         "nodes": str(options.nodes),
-        "output": f"{directory.resolve()}/logs/%A_%a.out",
+        # SLURM replaces what follows a % sign.
+        "output": f"{str(directory.resolve()).replace('%', '%%')}/logs/%A_%a.out",
         "export": "ALL",
     }
     values |= {"gpus-per-node": str(options.gpus_per_node)} if options.gpus_per_node else {}
     values |= dict(options.sbatch)
     for name, value in values.items():
         if value and not VALUE.fullmatch(value):
-            problem = "holds what sbatch could misread"
-            allowed = "letters, digits and _.:/=@,%+-"
-            raise ConfigError(problem, field=f"sbatch --{name}", value=value, allowed=allowed)
+            problem = "holds a control character"
+            raise ConfigError(problem, field=f"sbatch --{name}", value=value, allowed="printable text on one line")
     flags = [f"--{name}={value}" if value else f"--{name}" for name, value in values.items()]
     sbatch = ["sbatch", "--parsable", *flags, str(shipped("launch") / "sweep.sbatch"), str(points_file.resolve())]
     if not options.site:
         return sbatch
-    # The site file is shell by nature; it comes as an argument, and so does the rest.
-    return ["bash", "-c", 'set -a; source "$1"; shift; exec "$@"', "site", str(Path(options.site).resolve()), *sbatch]
+    return [*_in_site(options, 'exec "$@"'), *sbatch]
 
 
 def job_environment(options: JobOptions) -> dict[str, str]:
     """What sbatch hands on to the job beside the user's own environment."""
     added = {"KHA_LAUNCH": str(shipped("launch").resolve()), "KHA_PYTHON": options.python}
     return {**added, "KHA_SITE": str(Path(options.site).resolve())} if options.site else added
+
+
+def _in_site(options: JobOptions, then: str) -> list[str]:
+    """Bash that sources the site file as a job does, and ends with 2 where that fails; `then` runs afterwards. The file
+    is shell by nature; its path comes as an argument, and so does what follows."""
+    library, site = shipped("launch") / "lib.sh", Path(options.site).resolve()
+    return ["bash", "-c", f'source "$1"; KHA_SITE=$2; shift 2; source_site; {then}', "site", str(library), str(site)]
 
 
 def check_batches(points: Sequence[Point], options: JobOptions) -> None:
@@ -114,9 +121,22 @@ def _ranks_per_node(options: JobOptions) -> int | None:
     """As `ranks_per_node` of lib.sh: KHA_NPROC, else the GPUs; None where neither is known before the job starts."""
     told = os.environ.get("KHA_NPROC", "")
     if options.site:
-        ask = ["bash", "-c", 'source "$1" >&2; printf %s "${KHA_NPROC:-}"', "site", str(Path(options.site).resolve())]
-        told = subprocess.run(ask, capture_output=True, text=True, check=False).stdout
-    return int(told) if told.isdecimal() and int(told) else options.gpus_per_node or None
+        _check_site(options)
+        ask = _in_site(options, 'printf "\\n%s" "${KHA_NPROC:-}"')
+        asked = subprocess.run(ask, capture_output=True, text=True, check=False)
+        if asked.returncode:
+            raise ConfigError(f"fails: {asked.stderr.strip()}", field="--site", value=options.site)
+        # What the site file itself prints comes before it.
+        told = asked.stdout.rpartition("\n")[2]
+    if told and not (told.isascii() and told.isdecimal() and int(told)):
+        raise ConfigError("is no number of ranks", field="KHA_NPROC", value=told, allowed="whole numbers from 1 on")
+    return int(told) if told else options.gpus_per_node or None
+
+
+def _check_site(options: JobOptions) -> None:
+    """Raises ConfigError for a site file that is not there."""
+    if options.site and not Path(options.site).is_file():
+        raise ConfigError("no such file", field="--site", value=options.site, fix="copy launch/site/example.env")
 
 
 def points_document(points: Sequence[Point]) -> dict[str, object]:
@@ -171,8 +191,7 @@ def submit(directory: Path, points: Sequence[Point], options: JobOptions) -> str
     """
     if shutil.which("sbatch") is None:
         raise ConfigError("no sbatch here", field="kha sweep", fix="--local runs the points here, --print shows them")
-    if options.site and not Path(options.site).is_file():
-        raise ConfigError("no such file", field="--site", value=options.site, fix="copy launch/site/example.env")
+    _check_site(options)
     number = len(list(directory.glob("points-*.json")))
     points_file = directory / f"points-{number}.json"
     command = sbatch_command(directory, points_file, len(points), options)
@@ -182,7 +201,8 @@ def submit(directory: Path, points: Sequence[Point], options: JobOptions) -> str
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         points_file.unlink()
-        raise KhaError(f"sbatch refused: {' '.join(done.stderr.split())}", field="kha sweep")
+        said = " ".join(done.stderr.split()) or f"code {done.returncode}"
+        raise KhaError(f"sbatch refused: {said}", field="kha sweep")
     # What the site file or a plug-in prints comes before it.
     job_id = done.stdout.strip().rpartition("\n")[2].partition(";")[0]
     if not job_id.isdecimal():

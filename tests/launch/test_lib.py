@@ -359,6 +359,56 @@ def test_a_site_file_runs_as_in_a_users_shell_and_what_it_sets_reaches_the_ranks
     assert ended.returncode == 2 and "elsewhere" in ended.stdout
 
 
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("if then\nA=1", None),
+        ("A='open", None),
+        ("cd /nowhere\nA=1", 1),
+        ("A=1\nmodule_that_is_missing load x\nB=1", 2),
+        ("source /nowhere", 1),
+        ("A=$(exit 3)", 1),
+        ("helper() { return 3; }\nhelper", None),
+        ("return 4", None),
+        ("grep -q x /dev/null || return 1", None),
+        ("A=1; cp /nowhere /tmp\nfalse", 1),
+    ],
+)
+def test_a_site_file_that_fails_starts_nothing_and_names_the_line(job: Job, text: str, line: int | None) -> None:
+    (job.folder / "site").write_text(f"{text}\n")
+    ended = job.run("echo done > $KHA_OUTCOME_FILE", KHA_SITE=str(job.folder / "site"))
+    assert ended.returncode == 2 and "nothing was started" in ended.stdout, ended.stdout
+    assert line is None or f"site, line {line}: a command failed" in ended.stdout
+    assert not (job.folder / "srun.arguments").exists() and not job.run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["cd /nowhere || true", "return 0", "return", "[[ a == b ]]", "if false; then A=1; fi"]
+)
+def test_what_a_site_file_allows_to_fail_may_fail(job: Job, text: str) -> None:
+    (job.folder / "site").write_text(f"{text}\n")
+    ended = job.run("echo done > $KHA_OUTCOME_FILE", KHA_SITE=str(job.folder / "site"))
+    assert ended.returncode == 0, ended.stdout
+
+
+@pytest.mark.parametrize("name", ["KHA_NPROC", "KHA_MAX_REQUEUES", "KHA_MAX_IDLE_STARTS", "KHA_MAX_RESTARTS"])
+@pytest.mark.parametrize("value", ["x[$(touch $FAKE/evaluated)]", "-1", "1e3", "0x10", " 1", "9999999999", "1 2"])
+def test_a_setting_that_is_no_number_is_refused_and_never_evaluated(job: Job, name: str, value: str) -> None:
+    ended = job.run("echo done > $KHA_OUTCOME_FILE", **{name: value})
+    assert ended.returncode == 2 and f"{name} = " in ended.stdout, ended.stdout
+    assert not (job.folder / "evaluated").exists() and not (job.folder / "srun.arguments").exists()
+
+
+def test_no_rank_is_refused_and_a_node_without_gpus_has_one(job: Job) -> None:
+    assert job.run("echo done > $KHA_OUTCOME_FILE", KHA_NPROC="0").returncode == 2
+    for told, ranks in {"0": 1, "08": 8, "": 1, "none": 1, "4": 4}.items():
+        ended = job.run("echo done > $KHA_OUTCOME_FILE", SLURM_GPUS_ON_NODE=told)
+        assert ended.returncode == 0, ended.stdout
+        assert f"--nproc-per-node={ranks}" in job.srun_arguments()
+    assert job.run("echo done > $KHA_OUTCOME_FILE", KHA_NPROC="08").returncode == 0
+    assert "--nproc-per-node=8" in job.srun_arguments()
+
+
 def test_the_example_of_a_site_file_is_plain_shell() -> None:
     subprocess.run(["bash", "-eu", str(LAUNCH / "site" / "example.env")], check=True)
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -65,9 +66,9 @@ def arguments(fake_slurm: Path) -> list[str]:
     return (fake_slurm / "arguments").read_text().split("\0")[:-1]
 
 
-def start(directory: Path, overrides: list[str], retry_failed: bool = False) -> list[str]:
+def start(directory: Path, overrides: list[str], retry_failed: bool = False, **options: Any) -> list[str]:
     points = plan_sweep(directory, overrides)
-    started = start_missing(directory, points, JobOptions(), equal="steps", retry_failed=retry_failed)
+    started = start_missing(directory, points, JobOptions(**options), equal="steps", retry_failed=retry_failed)
     return [point.label for point in started.points]
 
 
@@ -269,6 +270,23 @@ def test_no_text_becomes_a_second_option_of_sbatch(name: str, value: str) -> Non
     (added,) = [argument for argument in command if argument not in plain]
     assert added == (f"--{name}={value}" if value else f"--{name}")
     assert not value or VALUE.fullmatch(value)
+
+
+@pytest.mark.parametrize(
+    "text", ["exclude=node[01-03]", "constraint=a100|h100", "comment=two words", "comment=a'\"$(id)`"]
+)
+def test_options_travel_to_sbatch_as_they_are(tmp_path: Path, fake_slurm: Path, text: str) -> None:
+    start(tmp_path / "50% done", ["attention=gqa", "run.steps=5"], sbatch=parse_sbatch([text]))
+    assert f"--{text}" in arguments(fake_slurm)
+    assert f"--output={tmp_path}/50%% done/logs/%A_%a.out" in arguments(fake_slurm), "SLURM reads %% as %"
+
+
+@pytest.mark.parametrize("text", ["if then", "cd /nowhere", "return 4", "KHA_NPROC=0", "KHA_NPROC='x[$(id)]'"])
+def test_a_site_file_that_fails_submits_nothing(tmp_path: Path, fake_slurm: Path, text: str) -> None:
+    (tmp_path / "site").write_text(f"{text}\n")
+    with pytest.raises(ConfigError, match=r"--site|KHA_NPROC"):
+        start(tmp_path / "s", ["attention=gqa", "run.steps=5"], site=str(tmp_path / "site"))
+    assert not (fake_slurm / "arguments").exists() and not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize("name", ["a b", "$(id)", "x\n#SBATCH --wrap=id", "../up", "-n", "", "a'b", "`id`", "a%b"])
