@@ -22,6 +22,7 @@ from data_tools.files import LINES, PARQUET, TextFile, as_text, find_files
 from data_tools.parquet import read_parquet
 from data_tools.texts import Document, LeftOut, read_jsonl, read_text
 from kha_train.errors import ConfigError
+from kha_train.record.redact import Redactor
 
 SPLITS = ("train", "validation")
 DESCRIPTION_NAME = "corpus.json"
@@ -77,13 +78,14 @@ def build_corpus(
         description = _collect(Path(beside), documents, keep_repeated, progress)
         if not description["splits"]["train"]["documents"]:
             raise ConfigError("no text found", field="corpus", value=[str(root) for root in extra_roots])
-        description |= {
+        found_beside = {
             "not_utf8": left_out.files,
             "bad_lines": {"count": left_out.bad_lines, "first": left_out.listed},
             "sources": _sources(standard_library, extra_roots),
             "other_kinds": found.others.total(),
             "hidden": {"count": len(found.hidden), "first": found.hidden[:LISTED_HIDDEN]},
         }
+        description |= Redactor.from_environment().clean(found_beside)
         (Path(beside) / DESCRIPTION_NAME).write_text(json.dumps(description, indent=1), encoding="ascii")
         (directory / DESCRIPTION_NAME).unlink(missing_ok=True)
         for name in (*(f"{split}.jsonl" for split in SPLITS), DESCRIPTION_NAME):

@@ -15,6 +15,7 @@ from kha_train.analysis.statistics import display_decay, exponential_average
 from kha_train.analysis.summary import Quantity
 from kha_train.analysis.validation_sets import ScoredSet, validations
 from kha_train.literal import visible
+from kha_train.record.redact import Redactor
 
 LIGHT = ("#1261b5", "#c4501b", "#0f7d5c", "#9a3a96", "#8a6d00", "#b3274a", "#3f6f8f", "#6a6a6a")
 DARK = ("#6cb2ff", "#ff9a62", "#4fd3a5", "#e08bdb", "#e0c04a", "#ff7f9d", "#9cc6e0", "#b5b5b5")
@@ -60,7 +61,7 @@ def write_report(comparison: Comparison, out: Path) -> Path:
     """Writes `out/index.html` and returns its path; the directory is made if need be."""
     out.mkdir(parents=True, exist_ok=True)
     page = out / "index.html"
-    page.write_text(report_html(comparison), encoding="utf-8")
+    page.write_text(Redactor.from_environment().text(report_html(comparison)), encoding="utf-8")
     return page
 
 

@@ -17,6 +17,7 @@ from kha_train.errors import ConfigError, KhaError, MachineError
 from kha_train.literal import say
 from kha_train.record.markers import leave_outcome
 from kha_train.record.redact import Redactor
+from kha_train.record.streams import redacted_streams
 
 HELP = "Pretraining of mixture-of-experts language models with cross-head attention."
 COMMANDS = {
@@ -35,6 +36,8 @@ COMMANDS = {
 }
 """Name of a command -> the file of this folder and the function, or the group of commands, in it."""
 HIDDEN = ("launch-arguments",)
+SHOWING_DATA = (("generate",), ("data", "inspect"))
+"""Commands that print text of the data or of a model."""
 
 
 def build(names: Sequence[str]) -> typer.Typer:
@@ -67,8 +70,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """
     try:
         # Typer itself ends the process: 0, 2 after a usage error told in its own words, 130 after Ctrl-C.
-        first = list(sys.argv[1:] if arguments is None else arguments)[:1]
-        build(first if first and first[0] in COMMANDS else list(COMMANDS))(args=arguments)
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        with redacted_streams(verbatim=any(given[: len(command)] == list(command) for command in SHOWING_DATA)):
+            build(given[:1] if given and given[0] in COMMANDS else list(COMMANDS))(args=arguments)
     except (KhaError, OSError) as caught:
         error = caught if isinstance(caught, KhaError) else _as_own(caught)
         if error is None or os.environ.get("KHA_DEBUG") == "1":

@@ -21,6 +21,7 @@ from kha_train.operate import slurm, sweep
 from kha_train.operate.local import run_points
 from kha_train.operate.slurm import JobOptions, Started
 from kha_train.operate.sweep import Point
+from kha_train.record.streams import RedactedStream
 from kha_train.telemetry.terminal import LiteralConsole
 
 Grid = Annotated[
@@ -72,7 +73,9 @@ def launch_arguments(
     else:
         overrides = overrides or []
         run_dir = compose(overrides).run.dir
-    sys.stdout.write("".join(f"{text}\0" for text in (run_dir, *overrides)))
+    # Read by a script, which must get them as they are.
+    out = sys.stdout.behind if isinstance(sys.stdout, RedactedStream) else sys.stdout
+    out.write("".join(f"{text}\0" for text in (run_dir, *overrides)))
 
 
 def _print_scripts(directory: Path, points: list[Point], options: JobOptions) -> None:

@@ -90,7 +90,7 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
             for one, text in zip(parsed, overrides, strict=True)
         ]
     except HydraException as error:
-        raise ConfigError(" ".join(str(error).split()), field="override", value=" ".join(overrides)) from None
+        raise _explain(error, list(overrides)) from None
     return [list(point) for point in itertools.product(*choices)]
 
 
@@ -199,15 +199,36 @@ def _refuse_code(values: Any, path: str = "config") -> None:
 
 
 def _explain(error: Exception, overrides: list[str]) -> ConfigError:
-    """Hydra's own words, cut to one line; an unknown key is told with what stands beside it."""
-    message = " ".join(str(error).split())
+    """Hydra's own words, cut to one line and without the values given, which may hold a secret. An unknown key is named
+    with what stands beside it."""
+    message, named = " ".join(str(error).split()), []
     for override in overrides:
-        key, equals, _ = override.lstrip("+~").partition("=")
+        key, equals, value = override.lstrip("+~").partition("=")
         if not equals:
             return ConfigError("an override is KEY=VALUE", field="override", value=override)
         if f"'{key}'" in message and ("not in struct" in message or "Could not override" in message):
             return _unknown_key(key)
-    return ConfigError(message, field="override", value=" ".join(overrides))
+        if not _parses(override):
+            return ConfigError(
+                "its value cannot be parsed",
+                field="override",
+                value=f"{key}=...",
+                fix=f"put the value in quotes: {key}='...'; lists are [a,b], groups {{key: value}}",
+            )
+        named += [f"{key}=..."] if key in message else []
+        message = message.replace(override, f"{key}=...").replace(value, "...") if len(value) > 1 else message
+    return ConfigError(message, field="override", value=" ".join(named) or None)
+
+
+def _parses(override: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
 
 
 def _unknown_key(key: str) -> ConfigError:

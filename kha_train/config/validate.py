@@ -8,6 +8,7 @@ from kha_train.config.backends import invalid_backend
 from kha_train.config.build import flatten, to_plain
 from kha_train.config.options import turned_dimensions
 from kha_train.config.schema import RunConfig
+from kha_train.config.urls import refuse_credentials_in
 from kha_train.errors import ConfigError
 
 AT_LEAST_ONE = (
@@ -88,6 +89,7 @@ LEAST_FP32 = 2.0**-126
 
 def validate(config: RunConfig) -> None:
     """Everything that can be judged from the configuration alone. Raises ConfigError."""
+    refuse_credentials_in(to_plain(config))
     _bounds(config)
     _shares(config)
     _attention(config)

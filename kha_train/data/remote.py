@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import threading
 import time
 import weakref
@@ -22,6 +21,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
+from kha_train.config.urls import refuse_credentials
 from kha_train.data.block_cache import READ_SECONDS, Cache
 from kha_train.data.canonical import parse_json
 from kha_train.data.files import RESTORE, Files
@@ -35,7 +35,6 @@ ATTEMPTS = 5
 DELIVERIES = 3
 FIRST_PAUSE_SECONDS = 0.5
 _FETCHERS = 4
-_CREDENTIALS = re.compile(r"://[^@]*:[^@]*@|[?]")
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -46,13 +45,7 @@ class Store:
     """
 
     def __init__(self, url: str, *, field: str) -> None:
-        if _CREDENTIALS.search(url):
-            raise ConfigError(
-                "a URL is written into logs and records, and this one holds a password or a query",
-                field=field,
-                value=f"{url.partition('://')[0]}://...",
-                fix="give the credentials by the store's own environment variables or profile",
-            )
+        refuse_credentials(url, field)
         self.url, self._field = url.rstrip("/"), field
         self._system, self._path = self._patiently(self._connect, self.url)
 

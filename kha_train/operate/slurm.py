@@ -32,6 +32,7 @@ from kha_train.operate.sweep import (
     statuses,
 )
 from kha_train.record.files import read_json, write_json
+from kha_train.record.redact import REDACTED, Redactor
 
 VALUE = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 """No control characters, no line breaks, nothing that UTF-8 cannot express."""
@@ -84,6 +85,9 @@ def sbatch_command(directory: Path, points_file: Path, count: int, options: JobO
         if value and not VALUE.fullmatch(value):
             problem = "holds a control character"
             raise ConfigError(problem, field=f"sbatch --{name}", value=value, allowed="printable text on one line")
+        if Redactor.from_environment().clean({name: value})[name] != value:
+            fix = "give credentials by environment variables or a profile"
+            raise ConfigError("holds a secret", field=f"sbatch --{name}", value=REDACTED, fix=fix)
     flags = [f"--{name}={value}" if value else f"--{name}" for name, value in values.items()]
     sbatch = ["sbatch", "--parsable", *flags, str(shipped("launch") / "sweep.sbatch"), str(points_file.resolve())]
     if not options.site:

@@ -25,6 +25,7 @@ from kha_train.foreign.typed import Absent, Count, Range, Source
 from kha_train.model.accounting import flops_per_token
 from kha_train.operate.status import RunStatus, run_status
 from kha_train.record.files import read_json, write_json
+from kha_train.record.redact import REDACTED, Redactor
 
 SWEEP_FILE = "sweep.json"
 FORMAT = 1
@@ -93,7 +94,8 @@ def plan_points(directory: Path, points: Sequence[Sequence[str]], equal: Equal =
     """A `Point` for every list of overrides, each composed and validated; nothing is written.
 
     `equal` gives every point the optimiser steps, the tokens or the training FLOPs (interaction included) of the first
-    one, by its `run.steps`. Raises ConfigError for a point that cannot run, names its own `run.dir`, or is there twice.
+    one, by its `run.steps`. Raises ConfigError for a point that cannot run, names its own `run.dir`, holds a secret, or
+    is there twice.
     """
     if equal not in get_args(Equal):
         raise ConfigError("is nothing to be equal in", field="--equal", value=equal, allowed=", ".join(get_args(Equal)))
@@ -113,6 +115,7 @@ def plan_points(directory: Path, points: Sequence[Sequence[str]], equal: Equal =
             step_cost = _tokens(config) if equal == "tokens" else _tokens(config) * flops_per_token(config).training
             steps = max(1, round((made[0].tokens if equal == "tokens" else made[0].flops) / step_cost))
         made.append(_point(directory, label, overrides, config, steps))
+    _refuse_secrets(made)
     labels = [point.label for point in made]
     for label in labels:
         if labels.count(label) > 1:
@@ -216,6 +219,20 @@ def _point(directory: Path, label: str, overrides: Sequence[str], config: RunCon
     every = (*overrides, *extra, *(f"{key}={quoted(value)}" for key, value in own.items()))
     tokens = steps * _tokens(config)
     return Point(label, str(run_dir), every, steps, tokens, tokens * float(flops_per_token(config).training))
+
+
+def _refuse_secrets(points: Iterable[Point]) -> None:
+    """A sweep writes its points down and must hand them on as they are. Raises ConfigError for one with a secret."""
+    redactor = Redactor.from_environment()
+    for point in points:
+        for text in (point.run_dir, *point.overrides):
+            if redactor.text(text) != text:
+                raise ConfigError(
+                    "holds a secret, and a sweep writes its settings into files and job scripts",
+                    field=_key(text) if "=" in text else "--dir",
+                    value=REDACTED,
+                    fix="give credentials by environment variables or a profile",
+                )
 
 
 def _label(config: RunConfig, swept: Mapping[str, str]) -> str:

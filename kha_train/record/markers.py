@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kha_train.foreign.files import SMALL, read_regular
 from kha_train.record.files import sync_directory
+from kha_train.record.redact import Redactor
 
 
 class Marker(Enum):
@@ -29,7 +30,8 @@ def set_marker(run_dir: Path, marker: Marker, text: str = "") -> None:
     path = run_dir / marker.value
     if os.path.lexists(path) and not path.is_file():
         clear_marker(run_dir, marker)
-    path.write_text(f"{text}\n" if text else "", encoding="utf-8", errors="backslashreplace")
+    clean = Redactor.from_environment().text(text)
+    path.write_text(f"{clean}\n" if text else "", encoding="utf-8", errors="backslashreplace")
     sync_directory(run_dir)
 
 

@@ -8,6 +8,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,11 @@ def _git_state() -> dict[str, Any] | None:
     return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
 
 
-def collect_provenance() -> dict[str, Any]:
-    """What can be known of this process without importing anything heavy. The caller redacts it."""
+def collect_provenance(clean: Callable[[list[str]], list[str]] = list) -> dict[str, Any]:
+    """What can be known of this process without importing anything heavy. `clean` takes secrets out of the command's
+    arguments before they are quoted; the caller redacts the rest."""
     return {
-        "command": shlex.join(sys.orig_argv),
+        "command": shlex.join(clean(sys.orig_argv)),
         "git": _git_state(),
         "versions": {package: found for package in PACKAGES if (found := _version(package))},
         "python": platform.python_version(),

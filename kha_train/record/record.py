@@ -104,7 +104,7 @@ class Record:
         """
         self._end_attempt("lost")
         self._keep_last_config()
-        now = self._redactor.clean({**collect_provenance(), **(facts or {})})
+        now = self._redactor.clean({**collect_provenance(self._redactor.clean), **(facts or {})})
         first = self._run["provenance"]
         attempt = {
             "attempt": self.attempt + 1,

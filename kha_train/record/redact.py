@@ -1,9 +1,7 @@
-"""Keeps secrets out of everything a run writes: by the name of a key, and by the value of the environment's secrets.
+"""Keeps secrets out of everything a run writes or prints: one `Redactor` before every file, mirror and stream.
 
-The words that betray a secret (api key, token, secret, password, credential) are also the daily words of language
-models: `tokens`, `tokenizer`, `eos_token_id`. A key is therefore cut into words first, and only whole words count:
-`hf_token` and `authToken` name a secret, `tokens_per_second` and `tokenizer` do not. A number is never taken for a
-token, and the special tokens of a vocabulary (`eos_token`, `pad_token`) are not secrets.
+A secret is known by the name it stands under (`secret_names`), by its value, where the environment holds it
+(`secret_values`), or by the form of the text it stands in (`secret_text`).
 """
 
 from __future__ import annotations
@@ -11,48 +9,23 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
-REDACTED = "[redacted]"
-MIN_VALUE_LENGTH = 8
-"""Shorter values of secret variables are replaced only where they are the whole string: "test" is in too many words."""
+from kha_train.record.secret_names import is_secret_item, is_secret_name
+from kha_train.record.secret_text import REDACTED, hide
+from kha_train.record.secret_values import MIN_LENGTH, forms, secrets_of
 
-_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_SECRET_WORD = re.compile(r"(?:secrets?|passw\w*|passphrase|credentials?|apikeys?|signatures?|sig)", re.IGNORECASE)
-_TOKEN_OWNERS = {"access", "api", "auth", "bearer", "csrf", "id", "identity", "jwt", "oauth", "refresh", "session"}
-_VOCABULARY_WORDS = {
-    "bos", "cls", "count", "dtype", "eos", "eot", "first", "ids", "index", "last", "length", "mask", "max", "min",
-    "next", "num", "pad", "per", "sep", "size", "special", "text", "type", "unk",
-}  # fmt: skip
-_ASSIGNED_KEY = re.compile(
-    r"""(?P<key>[\w./+-]*[A-Za-z])["']?\s*[=:]\s*|(?<!\S)(?P<option>--?[\w-]+)\s+(?!-)""",
-)
-_ASSIGNED_VALUE = re.compile(r"""(?P<quote>["'])(?P<quoted>.*?)(?P=quote)|(?P<plain>[^\s,;&"']+)""")
-_URL_PASSWORD = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^/\s@]+@", re.IGNORECASE)
-
-
-@lru_cache(maxsize=4096)
-def is_secret_name(name: str) -> bool:
-    """Whether a configuration key, metric key, option or environment variable of this name holds a secret."""
-    words = [word.lower() for word in _WORDS.findall(name)]
-    pairs = set(pairwise(words))
-    if any(_SECRET_WORD.fullmatch(word) for word in words) or ("api", "key") in pairs or ("api", "keys") in pairs:
-        return True
-    if "token" in words:
-        return not _VOCABULARY_WORDS & set(words)
-    return any((owner, "tokens") in pairs for owner in _TOKEN_OWNERS)
+__all__ = ["REDACTED", "Redactor", "is_secret_name"]
 
 
 class Redactor:
     """Replaces secrets in text and in trees of plain values; `environ` supplies the values to look for."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        secrets = {value.strip() for name, value in environ.items() if is_secret_name(name)} - {""}
-        self._short = {value for value in secrets if len(value) < MIN_VALUE_LENGTH}
-        long = sorted(secrets - self._short, key=len, reverse=True)
-        self._values = re.compile("|".join(map(re.escape, long))) if long else None
+        secrets = secrets_of(environ)
+        self._short = {secret for secret in secrets if len(secret) < MIN_LENGTH}
+        long = {form for secret in secrets - self._short for form in forms(secret)}
+        self._values = re.compile("|".join(map(re.escape, sorted(long, key=len, reverse=True)))) if long else None
         # Every line of a run has the same few dozen keys.
         self._keys: dict[str, str] = {}
 
@@ -61,23 +34,38 @@ class Redactor:
         """A redactor that knows the secrets of this process' environment."""
         return cls(os.environ)
 
-    def text(self, text: str) -> str:
-        """`text` without the environment's secrets, `key=value` pairs of secret keys, and passwords inside URLs."""
+    def values(self, text: str) -> str:
+        """`text` without the environment's secrets; nothing else of it changes."""
         if text in self._short:
             return REDACTED
-        if self._values:
-            text = self._values.sub(REDACTED, text)
-        return _hide_assignments(_URL_PASSWORD.sub(rf"\g<scheme>{REDACTED}@", text))
+        return self._values.sub(REDACTED, text) if self._values else text
+
+    def text(self, text: str) -> str:
+        """`text` without the environment's secrets, and without those that its own form betrays: `key=value` pairs of
+        secret keys, passwords inside URLs, headers of authentication."""
+        return hide(self.values(text))
 
     def clean(self, value: Any) -> Any:
         """A copy of a tree of dicts, lists and plain values in which every secret is the text "[redacted]"."""
+        if isinstance(value, float | int) or value is None:
+            return value
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, Mapping):
             return {self._key(key): self._clean_item(key, item) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [self.clean(item) for item in value]
-        return value
+            return self._clean_list(value)
+        return self.text(str(value)) if isinstance(value, os.PathLike) else value
+
+    def _clean_list(self, values: list[Any] | tuple[Any, ...]) -> list[Any]:
+        """The value of an option of a command line stands behind its name."""
+        cleaned, before = [], None
+        for value in values:
+            named = isinstance(before, str) and before.startswith("-") and isinstance(value, str)
+            hidden = named and not value.startswith("-") and is_secret_item(before, value)  # type: ignore[arg-type]
+            cleaned.append(REDACTED if hidden else self.clean(value))
+            before = value
+        return cleaned
 
     def _key(self, key: Any) -> Any:
         if not isinstance(key, str):
@@ -87,34 +75,4 @@ class Redactor:
         return self._keys[key]
 
     def _clean_item(self, key: Any, item: Any) -> Any:
-        return REDACTED if isinstance(key, str) and _is_secret_item(key, item) else self.clean(item)
-
-
-def _is_secret_item(key: str, item: Any) -> bool:
-    if item is None or item == "" or isinstance(item, bool) or not is_secret_name(key):
-        return False
-    # Numbers under a `token` key count or index tokens; under `password` even a number is a secret.
-    counts_tokens = bool({"token", "tokens"} & {word.lower() for word in _WORDS.findall(key)})
-    return not (counts_tokens and isinstance(item, int | float))
-
-
-def _hide_assignments(text: str) -> str:
-    """`text` with the values of `api_key=...`, `"password": "..."` and `--token ...` replaced."""
-    parts, end = [], 0
-    for match in _ASSIGNED_KEY.finditer(text):
-        value = _ASSIGNED_VALUE.match(text, match.end())
-        if match.start() < end or value is None:
-            continue
-        content = value["quoted"] if value["quote"] else value["plain"]
-        number = _number(content)
-        if _is_secret_item(match["key"] or match["option"], content if number is None else number):
-            parts += [text[end : match.end()], REDACTED]
-            end = value.end()
-    return "".join([*parts, text[end:]])
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+        return REDACTED if isinstance(key, str) and is_secret_item(key, item) else self.clean(item)

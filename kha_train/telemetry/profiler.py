@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import World
+from kha_train.record import Redactor
 
 ROWS = 60
 MAX_ALLOCATIONS = 200_000
@@ -94,4 +95,4 @@ class Profiler:
             text += "\n" + averages.table(sort_by=order, row_limit=ROWS, max_name_column_width=60)
             if self._world.device.type == "cuda":
                 torch.cuda.memory._dump_snapshot(f"{place}.memory.pickle")
-        Path(f"{place}.txt").write_text(text, encoding="utf-8")
+        Path(f"{place}.txt").write_text(Redactor.from_environment().text(text), encoding="utf-8")

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Self
 
 from kha_train.distributed import World
 from kha_train.errors import HangError
+from kha_train.record.redact import Redactor
 
 FOLDER = "hang"
 
@@ -98,6 +99,7 @@ class Watchdog:
                 file.write(f"{reason}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
+            _redact(self._path("txt"))
         error = HangError(f"{reason}; {self._slowest()}", fix=f"start again; the stacks are in {self._folder}")
         print(f"{error.line()}", file=sys.stderr, flush=True)
         if first:
@@ -168,3 +170,11 @@ class Watchdog:
     @property
     def _alarm(self) -> Path:
         return self._folder / f"ALARM-{self._world.life}"
+
+
+def _redact(path: Path) -> None:
+    """Stacks name paths, and faulthandler writes them itself."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    clean = Redactor.from_environment().text(text)
+    if clean != text:
+        path.write_text(clean, encoding="utf-8")

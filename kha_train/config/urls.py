@@ -1,0 +1,84 @@
+"""Credentials inside URLs: what is refused in a configuration and hidden in a text is found by one rule.
+
+Passwords come as people type them, with the characters that a URL would have to quote: `https://u:pw/x@host`,
+`postgres://u:p@ss@host`. Where a colon stands before the first slash and no port follows it, everything up to the last
+`@` is taken for credentials.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from kha_train.errors import ConfigError
+
+_START = re.compile(r"(?<=[A-Za-z0-9+.-]):/{2,}")
+# A quote inside a word ends nothing: it belongs to the password.
+_END = re.compile(r"""[\s<>]|["'](?=[\s,;:)\]}]|$)|$""")
+_AUTHORITY = re.compile(r"[^/?#]*")
+_PORT = re.compile(r":\d{1,5}$")
+_NAMED = ("abfs:", "abfss:", "git:", "sftp:", "ssh:", "wasb:", "wasbs:")
+"""Schemes where a single word before the `@` is a container or a user."""
+_QUERY = re.compile(r"://[^\s?]*\?")
+
+
+class Credentials(NamedTuple):
+    """`text[start:end]` is the part of a URL between `//` and `@`: `user:password`, or one word that may be a token."""
+
+    start: int
+    end: int
+    has_password: bool
+
+
+def find_credentials(text: str) -> Iterator[Credentials]:
+    """The credentials of every URL in `text`, from left to right."""
+    stop = last = -1
+    done = 0
+    for match in _START.finditer(text) if "@" in text else ():
+        start = match.end()
+        if start < done:
+            continue
+        if start > stop:
+            stop = _END.search(text, start).start()  # type: ignore[union-attr]
+            last = text.rfind("@", start, stop)
+        authority = _AUTHORITY.match(text, start, stop).end()  # type: ignore[union-attr]
+        colon = text.find(":", start, authority)
+        at = text.rfind("@", start, authority)
+        if last < start or (at < 0 and (colon < 0 or _PORT.search(text, colon, authority))):
+            continue
+        has_password = 0 <= colon and (at < 0 or colon < at)
+        if not has_password and text[: match.start() + 1].endswith(_NAMED):
+            continue
+        done = last if has_password else at
+        yield Credentials(start, done, has_password)
+
+
+def holds_password(text: str) -> bool:
+    """Whether a URL in `text` has a password."""
+    return any(found.has_password for found in find_credentials(text))
+
+
+def refuse_credentials(text: str, field: str, *, query: bool = True) -> None:
+    """Raises ConfigError for a URL with a password in the setting `field`, or, with `query`, for one with a query,
+    where signatures and tokens stand."""
+    if holds_password(text) or (query and _QUERY.search(text)):
+        raise ConfigError(
+            "a URL is written into logs and records, and this one holds a password or a query",
+            field=field,
+            value=f"{text.partition('://')[0][-12:]}://...",
+            fix="give the credentials by the store's own environment variables or profile",
+        )
+
+
+def refuse_credentials_in(values: Any, field: str = "") -> None:
+    """`refuse_credentials` for every text in nested plain values, such as a whole configuration; the query of a URL is
+    refused where the URL names data. Raises ConfigError."""
+    if isinstance(values, str):
+        refuse_credentials(values, field, query=field.startswith("data."))
+    elif isinstance(values, dict):
+        for key, value in values.items():
+            refuse_credentials_in(value, f"{field}.{key}" if field else str(key))
+    elif isinstance(values, list):
+        for number, value in enumerate(values):
+            refuse_credentials_in(value, f"{field}[{number}]")

@@ -1,0 +1,59 @@
+"""Which names hold secrets: of configuration keys, options, headers and environment variables.
+
+The words that betray a secret (api key, token, secret, password, credential) are also the daily words of language
+models: `tokens`, `tokenizer`, `eos_token_id`, `key_norm`. A name is therefore cut into words first, and only whole
+words count: `hf_token` and `authToken` name a secret, `tokens_per_second` and `tokenizer` do not; a key is one where it
+opens something (`api_key`, `AccountKey`). A number is never taken for a token, and the special tokens of a vocabulary
+(`eos_token`, `pad_token`) are not secrets.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_SECRET_WORD = re.compile(
+    r"secrets?|[a-z]*passw(?:or)?ds?|[a-z]*passphrase|credentials?|[a-z]*apikeys?|(?:account|access)keys?|signatures?"
+    r"|sig|authorization|cookies?|dsn"
+)
+_OPENERS = {
+    "access", "account", "api", "auth", "client", "deploy", "encryption", "license", "private", "signing", "ssh",
+    "storage", "subscription", "webhook",
+}  # fmt: skip
+"""Before `key`: what such a key opens."""
+_PAIRS = {("connection", "string"), ("connection", "strings"), ("conn", "str")}
+_TOKEN_OWNERS = {"access", "api", "auth", "bearer", "csrf", "id", "identity", "jwt", "oauth", "refresh", "session"}
+_VOCABULARY_WORDS = {
+    "bos", "cls", "count", "dtype", "eos", "eot", "first", "ids", "index", "last", "length", "mask", "max", "min",
+    "next", "num", "pad", "per", "sep", "size", "special", "text", "type", "unk",
+}  # fmt: skip
+_DIRECTORIES = {"old", "init", "work", "project"}
+"""Before `pwd`: the working directory of something."""
+
+
+@lru_cache(maxsize=4096)
+def is_secret_name(name: str) -> bool:
+    """Whether a configuration key, metric key, option, header or environment variable of this name holds a secret."""
+    words = [word.lower() for word in _WORDS.findall(name)]
+    pairs = set(pairwise(words))
+    if any(_SECRET_WORD.fullmatch(word) for word in words) or _PAIRS & pairs:
+        return True
+    if any(second in ("key", "keys") and first in _OPENERS for first, second in pairs):
+        return True
+    if any(second == "pwd" and first not in _DIRECTORIES for first, second in pairs):
+        return True
+    if "token" in words:
+        return not _VOCABULARY_WORDS & set(words)
+    return any((owner, "tokens") in pairs for owner in _TOKEN_OWNERS)
+
+
+def is_secret_item(name: str, value: Any) -> bool:
+    """Whether `value` under `name` is a secret: empty values, switches and counts of tokens are none."""
+    if value is None or value == "" or isinstance(value, bool) or not is_secret_name(name):
+        return False
+    # Numbers under a `token` key count or index tokens; under `password` even a number is a secret.
+    counts_tokens = bool({"token", "tokens"} & {word.lower() for word in _WORDS.findall(name)})
+    return not (counts_tokens and isinstance(value, int | float))

@@ -1,0 +1,115 @@
+"""Secrets that a text shows by its own form: passwords in URLs, `key=value` pairs, headers, keys of known shapes.
+
+Every rule reads a text once from left to right, so that a text of any length costs time in proportion.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+
+from kha_train.config.urls import find_credentials
+from kha_train.record.secret_names import is_secret_item, is_secret_name
+
+REDACTED = "[redacted]"
+
+_KEY = re.compile(
+    r"""(?<![\w./+-])(?P<key>(?:(?:api|access|account|auth|private|client|connection)[ ])?[\w./+-]*\w)
+        (?P<joint>\\*["']?\]?\s*(?:=>|[=:])\s*)
+      | (?<!\S)(?P<option>--?[\w-]+)\s+(?!-)""",
+    re.VERBOSE | re.IGNORECASE,
+)
+# A separator belongs to the value unless something else begins behind it: an end, a space, another `key=`.
+_PLAIN = r"""(?:[^\s,;&"']|[,;&](?!\s|$|["']|[\w./+-]+\s*[=:])|(?<=\w)["'](?=\w))+"""
+_VALUE = re.compile(
+    rf"""(?P<open>\\+["'])(?P<escaped>.*?)(?:(?P=open)|$)
+      | "(?P<double>(?:[^"\\\n]|\\.)*)(?:"|$|(?=\n))
+      | '(?P<single>(?:[^'\\\n]|\\.|'')*)(?:'|$|(?=\n))
+      | (?P<plain>{_PLAIN})""",
+    re.VERBOSE,
+)
+_SCHEME = re.compile(r"(?<![\w-])(?P<scheme>bearer|basic|sharedkey|aws4-hmac-sha256)[ \t]+", re.IGNORECASE)
+_WORD = re.compile(r"""[^\s,;"'<>\\]+""")
+_HEADER_VALUE = re.compile(r"""[^\n"'\\]*""")
+_HEADERS = ("authorization", "cookie")
+_SHAPES = re.compile(
+    r"""(?<![A-Za-z0-9])(?:
+        gh[pousr]_[A-Za-z0-9]{30,} | github_pat_\w{30,} | glpat-[\w-]{20,} | hf_[A-Za-z0-9]{30,}
+      | sk-[A-Za-z0-9_-]{20,} | xox[abprs]-[A-Za-z0-9-]{10,} | (?:AKIA|ASIA)[A-Z0-9]{16} | AIza[\w-]{35}
+      | wandb_v1_\w{30,} | eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+
+      )
+      | (?<=-----BEGIN[ ]PRIVATE[ ]KEY-----)[^-]+ | (?<=[A-Z][ ]PRIVATE[ ]KEY-----)[^-]+(?=-----END)""",
+    re.VERBOSE,
+)
+"""Keys whose makers gave them a form of their own."""
+
+
+def hide(text: str) -> str:
+    """`text` with every secret replaced that its form betrays."""
+    if "://" in text and "@" in text:
+        text = _hide_credentials(text)
+    text = _SHAPES.sub(REDACTED, text)
+    text = _hide_pairs(text)
+    return _hide_headers(text)
+
+
+def _hide_credentials(text: str) -> str:
+    parts, end = [], 0
+    for found in find_credentials(text):
+        parts += [text[end : found.start], REDACTED]
+        end = found.end
+    return "".join([*parts, text[end:]])
+
+
+def _hide_pairs(text: str) -> str:
+    """The values of `api_key=...`, `"password": "..."`, `--token ...` and `Authorization: ...`; quotes stay."""
+    parts, end = [], 0
+    for match in _KEY.finditer(text):
+        if match.start() < end:
+            continue
+        name = match["key"] or match["option"]
+        value = _VALUE.match(text, match.end()) if is_secret_name(name) else None
+        if value is None:
+            continue
+        group = value.lastgroup if value.lastgroup != "open" else "escaped"
+        start, stop = value.span(group or 0)
+        if group == "plain" and name.lower().endswith(_HEADERS):
+            stop = _HEADER_VALUE.match(text, start).end()  # type: ignore[union-attr]
+        content = text[start:stop]
+        number = _number(content)
+        if is_secret_item(name, content if number is None else number):
+            parts += [text[end:start], REDACTED]
+            end = stop
+    return "".join([*parts, text[end:]])
+
+
+def _hide_headers(text: str) -> str:
+    """What follows `Bearer`, `Basic` and other schemes of authentication."""
+    parts, end = [], 0
+    for match in _SCHEME.finditer(text):
+        word = _WORD.match(text, match.end())
+        if match.start() < end or word is None or not _is_credential(match["scheme"].lower(), word[0]):
+            continue
+        parts += [text[end : word.start()], REDACTED]
+        end = word.end()
+    return "".join([*parts, text[end:]])
+
+
+def _is_credential(scheme: str, word: str) -> bool:
+    """`Basic` is a word of English too: what follows it must look like no word."""
+    if scheme != "basic":
+        return True
+    try:
+        if ":" in base64.b64decode(word, validate=True).decode(errors="replace"):
+            return True
+    except (binascii.Error, ValueError):
+        pass
+    return len(word) >= 8 and not word.isalpha() and any(character.isdigit() for character in word)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

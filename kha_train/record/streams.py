@@ -1,0 +1,75 @@
+"""Standard output and error of the command, with a redactor before them: launch logs keep what is printed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+from kha_train.record.redact import Redactor
+
+
+class RedactedStream:
+    """A text stream that hides secrets line by line, whoever prints: this program, rich, a library.
+
+    A line that is not ended waits for its end or a flush, because a secret may come in parts. Everything else is the
+    stream behind it.
+    """
+
+    def __init__(self, stream: TextIO, hide: Callable[[str], str]) -> None:
+        self._stream, self._hide, self._waiting = stream, hide, ""
+
+    def write(self, text: str) -> int:
+        """Takes `text`; whole lines go on at once."""
+        if not isinstance(text, str):
+            raise TypeError("a text is expected")
+        lines, end, rest = f"{self._waiting}{text}".rpartition("\n")
+        self._waiting = rest
+        if end:
+            self._stream.write(self._hide(lines + end))
+        return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        """Takes every line as `write` does."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Sends on what waits for the end of its line."""
+        waiting, self._waiting = self._waiting, ""
+        if waiting:
+            self._stream.write(self._hide(waiting))
+        self._stream.flush()
+
+    @property
+    def behind(self) -> TextIO:
+        """The stream itself, for an answer to a program."""
+        return self._stream
+
+    def __getattr__(self, name: str) -> Any:
+        # Whoever asks for the bytes below would write past the redactor.
+        if name == "buffer":
+            raise AttributeError(name)
+        return getattr(self._stream, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stream)
+
+
+@contextmanager
+def redacted_streams(verbatim: bool) -> Iterator[None]:
+    """While entered, standard output and error hide secrets. With `verbatim` output is text of the data: only the
+    environment's own secrets are hidden in it."""
+    redactor, before = Redactor.from_environment(), (sys.stdout, sys.stderr)
+    hiders = (redactor.values if verbatim else redactor.text, redactor.text)
+    # Python has no stream where the descriptor was closed before it started.
+    streams = [stream and RedactedStream(stream, hide) for stream, hide in zip(before, hiders, strict=True)]
+    sys.stdout, sys.stderr = streams  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for stream in filter(None, streams):
+            with suppress(OSError, ValueError):
+                stream.flush()
