@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from data_tools.synthetic import write_dataset
+from kha_train.data.manifest import TokenizerEntry
+from kha_train.data.writer import prepare, publish_dataset, write_shard
 
 VOCAB_SIZE = 256
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -49,6 +52,24 @@ def small(dataset: Path) -> list[str]:
         "telemetry.peak_tflops=0.1",
         "telemetry.console=quiet",
     ]
+
+
+@pytest.fixture(scope="session")
+def padded(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> list[str]:
+    """`small` on documents of 40, 60, 33 and 64 tokens, of which `best_fit` puts one into a row of 64."""
+    directory = tmp_path_factory.mktemp("padded")
+    for split, count in (("train", 64), ("validation", 16)):
+        folder = directory / split
+        prepare(folder)
+        drawn = np.random.default_rng(count)
+        lengths = [(40, 60, 33, 64)[number % 4] for number in range(count)]
+        documents = [(np.append(drawn.integers(1, VOCAB_SIZE, length - 1), 0), length - 1) for length in lengths]
+        shard = write_shard(folder, 0, documents, vocab_size=VOCAB_SIZE, dtype="uint16")
+        tokenizer = TokenizerEntry("padded", VOCAB_SIZE, "0" * 64, None, {"eos": 0}, (0, *[1] * (VOCAB_SIZE - 1)))
+        publish_dataset(folder, [shard], tokenizer, dtype="uint16", corpus={})
+    cache = f"data.cache_dir={directory / 'cache'}"
+    data = [f"data.train={directory}/train", f"data.validation={directory}/validation", cache]
+    return [*small, *data, "data.packing=best_fit"]
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ It is made once, by one process, kept in a directory named by the content it was
 """
 
 # N rows  P pieces of those rows  T tokens of a row  W = T + 1, a row with the label of its last token  M masked places
+# S borders of segments
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ class BestFitRows:
         self.padding = self.rows * seq_len - shards.manifest.tokens
 
     def layout(self, rows_N: np.ndarray) -> Layout:
-        """Borders and masked labels: the last token of a document and padding predict nothing."""
+        """Borders, masked labels and filled places: the last token of a document and padding predict nothing."""
         T = self.seq_len
         pieces_P, counts_N = self._pieces_of(rows_N)
         row_starts = np.arange(len(rows_N) + 1, dtype=np.int64) * T
@@ -53,7 +54,8 @@ class BestFitRows:
         ends_P += np.repeat(row_starts[:-1], counts_N)
         padding_M = runs(row_starts[:-1] + filled_N, T - filled_N)
         masked_M = np.concatenate((ends_P[self._closed[pieces_P] == 1] - 1, padding_M))
-        return Layout(np.unique(np.concatenate((row_starts, ends_P))), np.sort(masked_M, kind="stable"))
+        borders_S = np.unique(np.concatenate((row_starts, ends_P)))
+        return Layout(borders_S, np.sort(masked_M, kind="stable"), filled_N if self.padding else None)
 
     def expect(self, plans: Sequence[np.ndarray]) -> None:
         """All rows that are known to be read, plan by plan, in their order."""

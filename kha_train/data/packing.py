@@ -20,10 +20,13 @@ from kha_train.data.shards import ShardSet
 
 class Layout(NamedTuple):
     """Where documents lie in N rows laid end to end: `borders_S`, from 0 to N*T, every row start included, are the
-    ends of segments; `masked_M` the places whose label predicts nothing. Both ascending int64."""
+    ends of segments; `masked_M` the places whose label predicts nothing. Both ascending int64. `filled_N` (int64) is
+    how many tokens each row holds: the rest of it is padding, which belongs to nobody. None: no row has padding, nor
+    has one of any other rank's."""
 
     borders_S: np.ndarray
     masked_M: np.ndarray
+    filled_N: np.ndarray | None = None
 
     def parts(self, size: int, T: int) -> Iterator[Layout]:
         """The layouts of `size` rows after `size` rows, each by itself; the last part may be smaller."""
@@ -31,16 +34,21 @@ class Layout(NamedTuple):
         if (len(self.borders_S) - 1) * T == total and not len(self.masked_M):
             # Rows that are one segment each: every part looks like the beginning.
             rows = total // T
-            yield from repeat(Layout(self.borders_S[: size + 1], self.masked_M), rows // size)
+            yield from repeat(self._beginning(size), rows // size)
             if rows % size:
-                yield Layout(self.borders_S[: rows % size + 1], self.masked_M)
+                yield self._beginning(rows % size)
             return
         places = np.append(np.arange(0, total, size * T), total)
         starts = np.searchsorted(self.masked_M, places).tolist()
         borders, places = np.searchsorted(self.borders_S, places).tolist(), places.tolist()
         for i, place in enumerate(places[:-1]):
             masked_M = self.masked_M[starts[i] : starts[i + 1]]
-            yield Layout(self.borders_S[borders[i] : borders[i + 1] + 1] - place, masked_M - place)
+            filled_N = None if self.filled_N is None else self.filled_N[i * size : (i + 1) * size]
+            yield Layout(self.borders_S[borders[i] : borders[i + 1] + 1] - place, masked_M - place, filled_N)
+
+    def _beginning(self, rows: int) -> Layout:
+        filled_N = None if self.filled_N is None else self.filled_N[:rows]
+        return Layout(self.borders_S[: rows + 1], self.masked_M, filled_N)
 
 
 class RowGrid:

@@ -97,13 +97,17 @@ class Samples:
         if len(self.sources) == 1:
             return self.sources[0].rows.layout(rows_N)
         borders, masked = [np.arange(len(rows_N) + 1, dtype=np.int64) * self.seq_len], []
+        filled_N = None
         for place, source in enumerate(self.sources):
             inside = np.flatnonzero(sources_N == place)
             part = source.rows.layout(rows_N[inside])
             shift = (inside - np.arange(len(inside))) * self.seq_len
             borders.append(part.borders_S[:-1] + shift[part.borders_S[:-1] // self.seq_len])
             masked.append(part.masked_M + shift[part.masked_M // self.seq_len])
-        return Layout(np.unique(np.concatenate(borders)), np.sort(np.concatenate(masked)))
+            if part.filled_N is not None:
+                filled_N = np.full(len(rows_N), self.seq_len) if filled_N is None else filled_N
+                filled_N[inside] = part.filled_N
+        return Layout(np.unique(np.concatenate(borders)), np.sort(np.concatenate(masked)), filled_N)
 
     def read(self, sources_N: np.ndarray, rows_N: np.ndarray) -> np.ndarray:
         """The ids of located rows, [N, T + 1] as they are stored. Raises DataError when they are damaged."""

@@ -248,8 +248,12 @@ def _deal(rows: Rows, n: int, size: int, rank: int, world_size: int) -> Iterator
         layout = rows.layout(real)
         filled = np.arange(len(real) + 1, size + 1, dtype=np.int64) * T
         masked_M = np.concatenate((layout.masked_M, np.arange(len(real) * T, size * T, dtype=np.int64)))
+        filled_B = None
+        if len(real) < size or layout.filled_N is not None:
+            filled_B = np.zeros(size, dtype=np.int64)
+            filled_B[: len(real)] = T if layout.filled_N is None else layout.filled_N
         samples_B = np.where(numbers < n, numbers, -1)
-        yield Batch(samples_B, rows_BW, Layout(np.concatenate((layout.borders_S, filled)), masked_M))
+        yield Batch(samples_B, rows_BW, Layout(np.concatenate((layout.borders_S, filled)), masked_M, filled_B))
 
 
 def bytes_per_id(config: RunConfig) -> torch.Tensor:

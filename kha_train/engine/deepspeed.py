@@ -33,7 +33,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.distributed import World, stop
 from kha_train.engine.state import Fragment, partitioned_fragments, replicated_fragments
 from kha_train.model.decoder import Decoder, DecoderOutput, build_decoder
-from kha_train.model.host import spare_the_compiler, to_device, use_tensor_cores
+from kha_train.model.host import inputs_of, spare_the_compiler, use_tensor_cores
 from kha_train.model.init import initial_values, reset_buffers
 from kha_train.optim import AdamW, parameter_groups
 
@@ -77,11 +77,11 @@ class Engine:
         """Forward and backward of one micro-batch; `last` marks the last of the step.
 
         The gradient is that of `loss_sum * loss_scale`, averaged over ranks: with `loss_scale` = ranks / labels of the
-        global batch, a step is the mean over all its labels. Auxiliary losses are sums over tokens, masked ones
-        included: `token_scale` = ranks / tokens of the global batch.
+        global batch, a step is the mean over all its labels. Auxiliary losses are sums over tokens, those with a masked
+        label included and padding not: `token_scale` = ranks / tokens of the global batch.
         """
         self._engine.set_gradient_accumulation_boundary(last)
-        output = self._engine(*self._inputs(batch), to_device(torch.from_numpy(batch.samples_B), self.world.device))
+        output = self._engine(*inputs_of(batch, self.world.device))
         loss = output.loss_sum * loss_scale
         if output.auxiliary is not None:
             loss = loss + output.auxiliary.total_sum * token_scale
@@ -94,14 +94,9 @@ class Engine:
         """Forward alone, without gradient. Collective under ZeRO 3: every rank calls it equally often."""
         self._engine.eval()
         with torch.no_grad():
-            output = self._engine(*self._inputs(batch))
+            output = self._engine(*inputs_of(batch, self.world.device))
         self._engine.train()
         return output
-
-    def _inputs(self, batch: Any) -> tuple[Any, ...]:
-        """What the decoder reads of a batch, on the device."""
-        tensors = (batch.tokens_BT, batch.labels_BT, batch.positions_BT, batch.cu_seqlens_S)
-        return *(to_device(tensor, self.world.device) for tensor in tensors), batch.max_seqlen
 
     @property
     def gradient_norm(self) -> Tensor:

@@ -1,6 +1,6 @@
 """One layer of the decoder: attention, then a feed-forward, each normalised and added to the residual stream."""
 
-# B batch   T tokens   D model width   E experts
+# B batch   T places of a row   D model width   E experts   R places that hold a token
 
 from __future__ import annotations
 
@@ -37,12 +37,14 @@ class Block(nn.Module):
         self.has_experts = layer >= config.moe.dense_layers
         self.feed_forward = MoeLayer(config, layer) if self.has_experts else SwiGlu(config, config.moe.dense_width)
 
-    def forward(self, x_BTD: Tensor, rows: RowContext, samples_B: Tensor) -> tuple[Tensor, BlockStats | None]:
+    def forward(
+        self, x_BTD: Tensor, rows: RowContext, samples_B: Tensor, real_R: Tensor | None = None
+    ) -> tuple[Tensor, BlockStats | None]:
         """The residual stream after this layer, and its statistics (None without experts). `samples_B` (int64) are the
-        sample numbers of the rows."""
+        sample numbers of the rows, `real_R` (int64) the places of the flattened B*T that hold a token (None: all)."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rows)
         normed_BTD = self.feed_forward_norm(x_BTD)
         if not self.has_experts:
             return x_BTD + self.feed_forward(normed_BTD), None
-        y_BTD, routing = self.feed_forward(normed_BTD, samples_B)
+        y_BTD, routing = self.feed_forward(normed_BTD, samples_B, real_R)
         return x_BTD + y_BTD, BlockStats(routing.load_E, routing.balance_sum, routing.z_sum)

@@ -1,6 +1,7 @@
 """The whole model: tokens -> embedding -> blocks -> norm -> head -> logits, or the summed loss."""
 
 # B batch   T tokens   D model width   V vocabulary   L layers   E experts   S document borders   H query heads
+# R places of the flattened B * T that hold a token
 
 from __future__ import annotations
 
@@ -112,6 +113,7 @@ class Decoder(nn.Module):
         cu_seqlens_S: Tensor | None = None,
         max_seqlen: int | None = None,
         samples_B: Tensor | None = None,
+        real_R: Tensor | None = None,
         cache: Cache | None = None,
     ) -> DecoderOutput:
         """Logits, or with `labels_BT` (int64, -100 where masked) the sum of cross-entropies over unmasked labels.
@@ -120,6 +122,8 @@ class Decoder(nn.Module):
         (int32, over the flattened tokens, with every row start) isolates documents; without it a row is one document.
         `samples_B` (int64) are the sample numbers of the rows, 0 .. B-1 by default: only the warm-up of the router
         (`moe.routing_warmup_steps`) reads them.
+        `real_R` (int64, ascending) are the places of the flattened B*T that hold a token (None: all). The rest is
+        padding: it is not routed, counts in no load and no auxiliary loss, and its labels are masked.
         With a `cache` the tokens follow those it has seen, rows are one document each, and the cache goes on.
         """
         batch, tokens = tokens_BT.shape
@@ -132,7 +136,7 @@ class Decoder(nn.Module):
         x_BTD = self.embedding(tokens_BT, positions_BT)
         stats: list[BlockStats] = []
         for block in self.blocks:
-            x_BTD, reported = self._run(block, x_BTD, rows, samples_B)
+            x_BTD, reported = self._run(block, x_BTD, rows, samples_B, real_R)
             stats += [reported] if reported else []
         if cache is not None:
             cache.seen += tokens

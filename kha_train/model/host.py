@@ -1,5 +1,7 @@
 """What the process is told of its device, and how tensors reach it without waiting."""
 
+# B rows   T places of a row   S document borders   R places of the flattened B * T that hold a token
+
 from __future__ import annotations
 
 import sys
@@ -14,6 +16,14 @@ def to_device(tensor: Tensor, device: Any) -> Tensor:
     """`tensor` on `device`. A plain copy to CUDA waits until all that was asked of the device is done; from pinned
     memory it takes its place in the queue."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def inputs_of(batch: Any, device: Any) -> tuple[Any, ...]:
+    """What `Decoder.forward` reads of a batch, on the device and in its order. One without `real_R` has no padding."""
+    samples_B, real_R = torch.from_numpy(batch.samples_B), getattr(batch, "real_R", None)
+    tensors = (batch.tokens_BT, batch.labels_BT, batch.positions_BT, batch.cu_seqlens_S, samples_B, real_R)
+    *first, samples_B, real_R = (None if tensor is None else to_device(tensor, device) for tensor in tensors)
+    return *first, batch.max_seqlen, samples_B, real_R
 
 
 def use_tensor_cores(dtype: torch.dtype) -> None:

@@ -154,6 +154,7 @@ def _rank_zero(config: RunConfig, world_size: int, labels: int) -> dict[str, Any
     with _fake_world(world_size) as world:
         engine = Engine(config, world)
         batch = next(open_stream(config, 0, world_size))
+        batch.step_tokens = batch.token_count * world_size
         train_step(engine, batch, labels, config.optim.lr, stop_requested=False)
         pieces = list(resume.pieces(engine))
         engine.close()

@@ -23,7 +23,9 @@ METRICS: dict[str, Metric] = {
     "time": Metric("s", "seconds since 1970-01-01 UTC when the line was written", timing=True),
     "samples_first": Metric("row", "first global sample number of the step's batch"),
     "samples_last": Metric("row", "last global sample number of the step's batch"),
-    "tokens": Metric("tokens", "tokens read since step 0: rows of the global batch x sequence length, summed"),
+    "tokens": Metric(
+        "tokens", "places read since step 0: rows of the global batch x sequence length, padding included"
+    ),
     "train/loss": Metric(
         "nats/token", "token cross-entropy summed over the global batch / its unmasked labels; no auxiliary term"
     ),
@@ -37,12 +39,17 @@ METRICS: dict[str, Metric] = {
     "train/nonfinite_steps": Metric("steps", "steps with a non-finite loss or norm since step 0"),
     "train/lr": Metric("1", "learning rate of the step"),
     "train/step_seconds": Metric("s", "wall time of the step, waiting for data included", timing=True),
-    "train/tokens_per_second": Metric("tokens/s", "tokens of the global batch / train/step_seconds", timing=True),
+    "train/tokens_per_second": Metric(
+        "tokens/s", "places of the global batch (`tokens` of the step) / train/step_seconds", timing=True
+    ),
     "train/mfu": Metric(
         "fraction",
         "training FLOPs per token x tokens/s / (peak FLOP/s of one rank x ranks); neither recomputation nor head "
         "interactions are counted",
         timing=True,
+    ),
+    "data/padding": Metric(
+        "fraction", "places of the global batch that hold no token (packing=best_fit, where there is any)"
     ),
     "data/wait_seconds": Metric("s", "part of the step spent waiting for rank 0's own batch", timing=True),
     "data/agreement_seconds": Metric(

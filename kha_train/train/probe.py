@@ -53,7 +53,8 @@ def probe_metrics(evidence: dict[str, Any]) -> dict[str, float]:
 def _largest_logits(engine: Engine, batch: Batch) -> list[float]:
     found: list[Tensor] = []
     first_row = next(batch.micro_batches(1))
-    with _watched(engine.decoder, found.append, first_row.cu_seqlens_S.to(engine.world.device)):
+    borders_S = first_row.cu_seqlens_S.to(engine.world.device)
+    with _watched(engine.decoder, found.append, borders_S, first_row.token_count):
         engine.evaluate(first_row)
     if not found:
         return []
@@ -65,15 +66,18 @@ def _largest_logits(engine: Engine, batch: Batch) -> list[float]:
 
 
 @contextmanager
-def _watched(decoder: torch.nn.Module, report: Callable[[Tensor], None], cu_seqlens_S: Tensor) -> Iterator[None]:
-    """While inside, every call of an attention's backend reports its largest logit first."""
+def _watched(
+    decoder: torch.nn.Module, report: Callable[[Tensor], None], cu_seqlens_S: Tensor, tokens: int
+) -> Iterator[None]:
+    """While inside, every call of an attention's backend first reports its largest logit among the `tokens` at the
+    beginning of the row; what follows them is padding."""
     watched = [module for module in decoder.modules() if "attend" in vars(module)]
     before = [module.attend for module in watched]
 
     def watching(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(q_BTHK: Tensor, k_BUGK: Tensor, *rest: Any) -> Tensor:
             scale = next((value for value in rest if isinstance(value, float)), q_BTHK.shape[-1] ** -0.5)
-            report(_largest_logit(q_BTHK[0], k_BUGK[0], cu_seqlens_S, scale))
+            report(_largest_logit(q_BTHK[0, :tokens], k_BUGK[0, :tokens], cu_seqlens_S, scale))
             return attend(q_BTHK, k_BUGK, *rest)
 
         return call

@@ -166,6 +166,7 @@ class Session:
             "checkpoint/stall_seconds": self.saver.take_stall(),
             "checkpoint/failures": self.saver.failures,
             "memory/peak_gib": self._memory.gib(),
+            **({} if result.padding is None else {"data/padding": result.padding}),
             **self._routing(result),
             **self.watch.metrics(),
             **(probe_metrics(result.evidence) if result.evidence else {}),

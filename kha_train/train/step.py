@@ -34,7 +34,9 @@ class StepResult:
     (inf when not finite), `load_LE` the tokens each expert of each layer got in the global batch and `bias_LE` the
     selection biases they were routed with, both fp64 on the host, whatever the device, `balance_loss` and
     `z_loss` the unweighted auxiliary losses, means over tokens and layers (0 when not asked for). When not `applied`,
-    the step left no trace in the model. `evidence` is what `probe` found, when the judge asked for it.
+    the step left no trace in the model. `evidence` is what `probe` found, when the judge asked for it. `tokens` are
+    those of the global batch, without padding, and `padding` its share of places without one: None where no row of the
+    data can have any.
     """
 
     loss: float
@@ -46,6 +48,8 @@ class StepResult:
     z_loss: float
     stop: bool
     evidence: dict[str, Any] | None = None
+    tokens: int = 0
+    padding: float | None = None
 
 
 Judge = Callable[[float, float], Ruling]
@@ -58,7 +62,8 @@ def only_finite(loss: float, grad_norm: float) -> Ruling:
 
 
 def next_batch(stream: TokenStream, world: World, trouble: KhaError | None = None) -> tuple[Batch, int]:
-    """This rank's batch of the next step and the unmasked labels of the whole global batch.
+    """This rank's batch of the next step, which knows the tokens of the whole global batch, and the unmasked labels
+    of that.
 
     Raises on all ranks when any rank could not read its part, or brings `trouble` from before, and DataError when the
     global batch has no label; the part of one rank may have none.
@@ -67,10 +72,12 @@ def next_batch(stream: TokenStream, world: World, trouble: KhaError | None = Non
     with Caught() as caught:
         batch = next(stream)
     error = trouble or (as_error(caught.error, "read the batch") if caught.error else None)
-    labels, failures = world.sum_ints(batch.label_count if batch else 0, int(error is not None))
+    counts = (batch.label_count, batch.token_count) if batch else (0, 0)
+    labels, tokens, failures = world.sum_ints(*counts, int(error is not None))
     if failures:
         world.raise_together(error)
     assert batch is not None
+    batch.step_tokens = tokens
     if not labels:
         # All ranks know the sum, so all of them raise this.
         first = stream.samples_seen - world.size * len(batch.tokens_BT)
@@ -89,8 +96,10 @@ def train_step(
     """
     world, micro_size = engine.world, engine.config.engine.micro_batch_size
     micro_batches = list(batch.micro_batches(micro_size))
-    # All ranks hold equally many tokens.
-    tokens = batch.tokens_BT.numel() * world.size
+    tokens = batch.step_tokens
+    if tokens is None:
+        assert batch.real_R is None or world.size == 1, "ranks hold unequal numbers of tokens: they have to agree"
+        tokens = batch.token_count * world.size
     assert labels >= 1, "a step has something to predict"
     scales = world.size / labels, world.size / tokens
     sums, load_LE = torch.zeros(3, dtype=torch.float64, device=world.device), None
@@ -123,4 +132,5 @@ def train_step(
     else:
         engine.discard()
     losses = balance_total / routed, z_total / routed
-    return StepResult(loss, grad_norm, applied, seen_LE, routed_by_LE, *losses, stops > 0, evidence)
+    padding = None if batch.real_R is None else 1 - tokens / (batch.tokens_BT.numel() * world.size)
+    return StepResult(loss, grad_norm, applied, seen_LE, routed_by_LE, *losses, stops > 0, evidence, tokens, padding)

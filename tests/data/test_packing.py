@@ -142,6 +142,18 @@ def test_best_fit_loses_no_token_and_no_label_and_keeps_documents_whole(scratch:
         assert labels[first:last] == [*segment[1:], segment[-1] + 1 if goes_on else IGNORE_LABEL]
     assert seen == Counter(range(1, len(owner) - 1))
     assert rows.padding == tokens.count(0)
+    real = [place for place, token in enumerate(tokens) if token]
+    assert batch.token_count == len(real)
+    assert batch.real_R is None if len(real) == len(tokens) else batch.real_R.tolist() == real
+    assert (batch.real_R is None) is (rows.padding == 0)
+    for size in (1, 2):
+        parts = list(batch.micro_batches(size))
+        assert sum(part.token_count for part in parts) == len(real)
+        for number, part in enumerate(parts):
+            own = range(number * size * T, number * size * T + part.tokens_BT.numel())
+            assert (part.real_R is None) is (rows.padding == 0), "ranks compute one graph"
+            found = range(len(own)) if part.real_R is None else part.real_R.tolist()
+            assert [own[place] for place in found] == [place for place in real if place in own]
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -204,6 +204,30 @@ def mixture_of(make_config, small_dataset: Path, other: Path, weights: tuple[flo
     return make_config(small_dataset, train="", sources=sources, **options)
 
 
+def tokens_of_rows(batch: stream.Batch) -> np.ndarray:
+    """How many tokens each row holds, by the places that the model is told of."""
+    rows, T = batch.tokens_BT.shape
+    return np.full(rows, T) if batch.real_R is None else np.bincount(batch.real_R // T, minlength=rows)
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_rows_that_fill_up_a_validation_hold_no_token(
+    small_dataset: Path, make_config, packing: str, world_size: int
+) -> None:
+    config = make_config(small_dataset, packing=packing)
+    config = replace(config, validation=replace(config.validation, rows=5))
+    found = {}
+    for rank in range(world_size):
+        for batch in stream.validation_batches(config, rank, world_size):
+            for sample, tokens in zip(batch.samples_B.tolist(), tokens_of_rows(batch).tolist(), strict=True):
+                assert (tokens == 0) is (sample == -1)
+                found[sample] = tokens
+    assert sorted(found)[-5:] == [0, 1, 2, 3, 4]
+    if packing == "concat":
+        assert {found[sample] for sample in range(5)} == {config.model.seq_len}
+
+
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("other")
@@ -220,12 +244,17 @@ def test_a_mixture_is_the_rows_of_its_sources_in_their_own_order(
     sources_N, _ = samples.mixture.samples(0, 40 * 64)
     tokens = torch.cat([batch.tokens_BT for batch in batches])
     labels = torch.cat([batch.labels_BT for batch in batches])
+    filled = np.concatenate([tokens_of_rows(batch) for batch in batches])
     for place, source in enumerate(samples.sources):
         own = np.flatnonzero(sources_N == place)
         rows_N = source.order.rows(0, len(own))
         assert np.array_equal(tokens[own].numpy(), source.rows.read(rows_N)[:, :-1])
         masked = (labels[own] == IGNORE_LABEL).flatten().nonzero().flatten().tolist()
         assert masked == sorted(source.rows.layout(rows_N).masked_M.tolist())
+        assert packing == "concat" or all(batch.real_R is not None for batch in batches), "ranks compute one graph"
+        filled_N = source.rows.layout(rows_N).filled_N
+        full_N = np.full(len(own), tokens.shape[1])
+        assert np.array_equal(filled[own], full_N if filled_N is None else filled_N)
     assert np.bincount(sources_N).tolist() == [40 * 48, 40 * 16]
 
 

@@ -36,7 +36,7 @@ def run_case(overrides: list[str], steps: int) -> dict[str, Any]:
     engine = Engine(config, world)
     stream = open_stream(config, world.rank, world.size)
     answer: dict[str, Any] = {"initial": whole_weights(engine), "loss": [], "norm": [], "labels": [], "samples": []}
-    answer |= {"auxiliary": [], "load": []}
+    answer |= {"auxiliary": [], "load": [], "tokens": []}
     for _ in range(steps):
         batch, labels = next_batch(stream, world)
         result = train_step(engine, batch, labels, config.optim.lr, stop_requested=False)
@@ -45,6 +45,7 @@ def run_case(overrides: list[str], steps: int) -> dict[str, Any]:
         answer["norm"].append(result.grad_norm)
         answer["auxiliary"].append([result.balance_loss, result.z_loss])
         answer["load"].append(result.load_LE.tolist())
+        answer["tokens"].append(result.tokens)
         answer["labels"].append(batch.label_count)
         answer["samples"].append(batch.samples_B.tolist())
     answer["buffer_dtypes"] = sorted({str(buffer.dtype) for buffer in engine.buffers().values()})

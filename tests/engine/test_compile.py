@@ -54,6 +54,18 @@ def test_tracing_blocks_changes_nothing(
         assert torch.equal(one, other)
 
 
+def test_a_compiled_block_takes_ever_other_numbers_of_tokens(
+    padded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [*padded, "moe.auxiliary_loss.weight=0.1", "moe.z_loss_weight=0.01"]
+    plain, _ = losses(settings)
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: original(module, backend="aot_eager"))
+    torch._dynamo.reset()
+    compiled, _ = losses([*settings, "engine.compile=block"])
+    assert compiled == pytest.approx(plain, abs=1e-5)
+
+
 @pytest.mark.slow
 def test_compiled_code_gives_the_same_losses(small: list[str]) -> None:
     plain, _ = losses([*small, "attention=kha_mlp"])

@@ -28,7 +28,7 @@ SPLITS = {
 
 
 @pytest.fixture(scope="module")
-def answers(small: list[str], run_ranks: Callable[..., list[Any]]) -> dict[int, dict[str, Any]]:
+def answers(small: list[str], padded: list[str], run_ranks: Callable[..., list[Any]]) -> dict[int, dict[str, Any]]:
     """World size -> "form, split" -> what rank 0 answered."""
     common = [*small, "optim.lr=3e-3", "moe.z_loss_weight=0.01", "moe.dense_width=64"]
     cases = {
@@ -36,12 +36,14 @@ def answers(small: list[str], run_ranks: Callable[..., list[Any]]) -> dict[int, 
         for form, overrides in FORMS.items()
         for split, changes in SPLITS.items()
     }
+    for split, changes in SPLITS.items():
+        cases[f"padding, {split}"] = ([*padded, *common[len(small) :], *FORMS["sequence"], *changes], STEPS)
     plain = [*small, "optim.lr=3e-3", "engine.micro_batch_size=4"]
     cases["no auxiliary loss, micro 4"] = (plain, STEPS)
     return {ranks: run_ranks(WORKER, ranks, cases=cases)[0] for ranks in (1, 2)}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "padding"])
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("split", SPLITS)
 def test_losses_norms_and_loads_do_not_depend_on_the_split(
@@ -67,3 +69,14 @@ def test_the_auxiliary_losses_are_on_and_change_the_gradient_but_not_the_reporte
     assert with_losses["norm"][1:] != pytest.approx(without["norm"][1:], rel=1e-4)
     if form != "warm-up":
         assert with_losses["loss"][0] == pytest.approx(without["loss"][0], abs=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_loads_count_every_token_of_all_ranks_and_no_padding(ranks: int, answers: dict[int, dict[str, Any]]) -> None:
+    """Two layers choose two experts for each token; rows hold 40, 60, 33 or 64 of 64 places."""
+    for split in SPLITS:
+        found = answers[ranks][f"padding, {split}"]
+        for step in range(STEPS):
+            assert {sum(load_E) for load_E in found["load"][step]} == {2 * found["tokens"][step]}
+        assert found["tokens"] == answers[1]["padding, micro 4"]["tokens"]
+        assert all(8 * 33 < tokens < 8 * 64 for tokens in found["tokens"])

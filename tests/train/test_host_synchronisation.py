@@ -49,12 +49,13 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.fixture
-def engine(small: list[str], request: pytest.FixtureRequest) -> Iterator[Engine]:
+def engine(small: list[str], padded: list[str], request: pytest.FixtureRequest) -> Iterator[Engine]:
     """An engine of two micro-batches a step; the parameter names the attention and the ZeRO stage."""
     attention, stage, *more = request.param
     settings = ["data.global_batch_size=4", "engine.micro_batch_size=2", f"engine.zero_stage={stage}", *more]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = compose([*small, f"attention={attention}", f"engine.device={device}", *settings])
+    shards = padded if "data.packing=best_fit" in more else small
+    config = compose([*shards, f"attention={attention}", f"engine.device={device}", *settings])
     world = distributed.start(device, 60)
     engine = Engine(config, world)
     yield engine
@@ -66,7 +67,7 @@ CASES = [
     ("gqa", 1),
     ("kha_mlp", 2, "engine.activation_checkpointing=full", "moe.z_loss_weight=0.001"),
     ("kha_linear", 1, "attention.positions=alibi", "moe.routing_warmup_steps=5", "moe.auxiliary_loss.weight=0.01"),
-    ("gqa", 3),
+    ("gqa", 3, "data.packing=best_fit", "moe.z_loss_weight=0.001", "moe.auxiliary_loss.weight=0.01"),
 ]
 
 

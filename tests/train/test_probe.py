@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kha_train.train.probe import _largest_logit
+from kha_train.train.probe import _largest_logit, _watched
 
 
 @pytest.mark.parametrize("starts", [[0, 48], [0, 5, 20, 48]])
@@ -30,3 +30,14 @@ def test_long_rows_are_sampled_over_their_whole_length() -> None:
     q_THK, k_UGK = torch.zeros(1000, 1, 2), torch.ones(1000, 1, 2)
     q_THK[-1] = 7.0
     assert _largest_logit(q_THK, k_UGK, torch.tensor([0, 1000], dtype=torch.int32), 1.0).item() == 14.0
+
+
+def test_padding_is_not_looked_at() -> None:
+    q_BTHK, k_BUGK = torch.ones(1, 10, 1, 2), torch.ones(1, 10, 1, 2)
+    q_BTHK[0, 7:] = k_BUGK[0, 7:] = 100.0
+    module, found = torch.nn.Module(), []
+    module.attend = lambda *given: given[0]
+    for tokens in (7, 10):
+        with _watched(module, found.append, torch.tensor([0, 3, 7, 10]), tokens):
+            module.attend(q_BTHK, k_BUGK, 1.0)
+    assert [logit.item() for logit in found] == [2.0, 20_000.0]

@@ -56,12 +56,16 @@ def _excess(load_E: Tensor, bias_E: Tensor) -> Tensor:
     return ((load_E - total / load_E.shape[-1]) / total.clamp(min=1.0)).to(bias_E.dtype)
 
 
-def sequence_balance_loss(share_NE: Tensor, expert_NJ: Tensor, rows: int) -> Tensor:
+def sequence_balance_loss(
+    share_NE: Tensor, expert_NJ: Tensor, rows: int, real_N: Tensor | None = None, places: int = 0
+) -> Tensor:
     """Summed over tokens, with F counted in each of `rows` rows (DeepSeek-V3, eq 17-20): no split changes it.
 
-    `share_NE` are a token's scores over their sum.
+    `share_NE` are a token's scores over their sum. Tokens fill the rows, or lie at `real_N` of their `places`.
     """
     experts = share_NE.shape[-1]
+    if real_N is not None:
+        return _sequence_balance_loss_of_some(share_NE, expert_NJ, rows, real_N, places)
     expert_BM = expert_NJ.view(rows, -1)
     load_BE = torch.zeros(rows, experts, dtype=share_NE.dtype, device=share_NE.device)
     load_BE.scatter_add_(1, expert_BM, torch.ones_like(expert_BM, dtype=share_NE.dtype))
@@ -69,9 +73,23 @@ def sequence_balance_loss(share_NE: Tensor, expert_NJ: Tensor, rows: int) -> Ten
     return experts / expert_BM.shape[1] * (load_BE * share_BE).sum()
 
 
+def _sequence_balance_loss_of_some(
+    share_NE: Tensor, expert_NJ: Tensor, rows: int, real_N: Tensor, places: int
+) -> Tensor:
+    """Rows hold unequal numbers of tokens, or none. What is added up by index are whole numbers, so no order counts."""
+    experts, row_N = share_NE.shape[-1], real_N.div(places // rows, rounding_mode="floor")
+    load_M = share_NE.new_zeros(rows * experts)
+    place_NJ = row_N.unsqueeze(-1) * experts + expert_NJ
+    load_BE = load_M.scatter_add_(0, place_NJ.flatten(), torch.ones_like(expert_NJ, dtype=share_NE.dtype).flatten())
+    load_BE = load_BE.view(rows, experts)
+    choices_B = load_BE.sum(dim=1).clamp(min=1.0)
+    spread_BTE = share_NE.new_zeros(places, experts).index_copy(0, real_N, share_NE).view(rows, -1, experts)
+    return (experts / choices_B * (load_BE * spread_BTE.sum(dim=1)).sum(dim=1)).sum()
+
+
 def batch_balance_loss(share_NE: Tensor, load_E: Tensor) -> Tensor:
     """Summed over tokens, with F counted over these tokens (Switch Transformer, eq 4): another split, another value."""
-    relative_E = load_E.to(share_NE.dtype) * (load_E.numel() / load_E.sum())
+    relative_E = load_E.to(share_NE.dtype) * (load_E.numel() / load_E.sum().clamp(min=1))
     return (share_NE.sum(dim=0) * relative_E).sum()
 
 

@@ -89,6 +89,9 @@ def run_forward(
 ) -> tuple[Tensor, Tensor]:
     """The output [N, D], and the first product [M, 2F] for `run_backward`."""
     order_M, home_NJ, ends_E = placement
+    if not order_M.numel():
+        # A micro-batch of nothing but padding: kernels are not asked for products of no rows.
+        return torch.zeros_like(x_ND), x_ND.new_empty(0, gate_up_EDX.shape[2])
     gate_up_MX = grouped_product(kernels.permute(x_ND, order_M, home_NJ), gate_up_EDX, offs=ends_E)
     hidden_MF = kernels.activate(gate_up_MX, weight_NJ, order_M)
     return kernels.combine(grouped_product(hidden_MF, down_EFD, offs=ends_E), home_NJ), gate_up_MX
@@ -106,6 +109,8 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, both matrices and routing weights. Tensors of M rows are let go as soon as they are used."""
     order_M, home_NJ, ends_E = placement
+    if not order_M.numel():
+        return tuple(torch.zeros_like(tensor) for tensor in (x_ND, gate_up_EDX, down_EFD, weight_NJ))
     grad_MD = kernels.permute(grad_ND, order_M, home_NJ)
     grad_MF = grouped_product(grad_MD, down_EFD.transpose(1, 2), offs=ends_E)
     hidden_MF, grad_MX, grad_weight_NJ = kernels.activate_backward(gate_up_MX, weight_NJ, order_M, grad_MF)

@@ -1,9 +1,10 @@
 """The mixture-of-experts layer of a block: router, routed experts, experts that every token passes."""
 
-# B batch   T tokens   D model width   N = B * T   E experts
+# B batch   T places of a row   D model width   N = B * T   R places that hold a token
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from kha_train.config.schema import RunConfig
@@ -13,7 +14,7 @@ from kha_train.model.moe.router import Router, Routing
 
 
 class MoeLayer(nn.Module):
-    """Each token through its top_k experts, and through the shared ones if there are any."""
+    """Each token through its top_k experts, and through the shared ones if there are any. Padding goes through none."""
 
     def __init__(self, config: RunConfig, layer: int) -> None:
         super().__init__()
@@ -22,9 +23,19 @@ class MoeLayer(nn.Module):
         shared_width = config.moe.shared_experts * config.moe.expert_width
         self.shared = SwiGlu(config, shared_width) if shared_width else None
 
-    def forward(self, x_BTD: Tensor, samples_B: Tensor) -> tuple[Tensor, Routing]:
-        """The layer's output [B, T, D], and what the router decided for the rows `samples_B`."""
+    def forward(self, x_BTD: Tensor, samples_B: Tensor, real_R: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """The layer's output [B, T, D], and what the router decided for the rows `samples_B`.
+
+        With `real_R` (int64, ascending, of the flattened B*T places) only the tokens there are routed and computed, in
+        this order; the output is 0 elsewhere.
+        """
         x_ND = x_BTD.flatten(0, 1)
-        routing = self.router(x_ND, samples_B)
-        y_BTD = self.experts(x_ND, routing).view_as(x_BTD)
-        return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), routing
+        if real_R is None:
+            routing = self.router(x_ND, samples_B)
+            y_BTD = self.experts(x_ND, routing).view_as(x_BTD)
+            return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), routing
+        x_RD = x_ND.index_select(0, real_R)
+        routing = self.router(x_RD, samples_B, real_R, x_ND.shape[0])
+        y_RD = self.experts(x_RD, routing)
+        y_RD = y_RD if self.shared is None else y_RD + self.shared(x_RD)
+        return torch.zeros_like(x_ND).index_copy(0, real_R, y_RD).view_as(x_BTD), routing

@@ -60,6 +60,9 @@ def run_kernels(kernels: Kernels, x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: T
     """The layer in terms of `kernels`, which are given so that the adapter can be tested without them."""
     ops, top_k = kernels.ops, routing.expert_NJ.shape[1]
     experts = gate_up_EDX.shape[0]
+    if not x_ND.shape[0]:
+        # A micro-batch of nothing but padding: kernels are not asked for products of no rows.
+        return x_ND + 0 * (gate_up_EDX.sum() + down_EFD.sum() + routing.weight_NJ.sum())
     with torch.no_grad():
         bin_ids_M, indices_M = ops.sort(routing.expert_NJ.flatten().int(), max(experts - 1, 1).bit_length())
         bins_E = ops.inclusive_cumsum(routing.load_E.int(), 0)

@@ -55,17 +55,19 @@ class Router(DeclaredModule):
         if config.moe.routing_warmup_steps:
             self._declare_state("steps_done", 1, 0.0)
 
-    def forward(self, x_ND: Tensor, samples_B: Tensor | None = None) -> Routing:
+    def forward(
+        self, x_ND: Tensor, samples_B: Tensor | None = None, real_N: Tensor | None = None, places: int = 0
+    ) -> Routing:
         """The experts of every token, their weights, and how many tokens each expert received.
 
         `samples_B` (int64) are the sample numbers of the rows, which key the random scores of the warm-up; without it
-        all tokens are one row, number 0.
+        all tokens are one row, number 0. The tokens fill the rows, or lie at `real_N` (int64) of the rows' `places`.
         """
         if samples_B is None:
             samples_B = torch.zeros(1, dtype=torch.int64, device=x_ND.device)
         wide = torch.promote_types(x_ND.dtype, torch.float32)
         logit_NE = functional.linear(x_ND.to(wide), self.weight.to(wide))
-        score_NE = self._score(self._warmed_up(logit_NE, samples_B))
+        score_NE = self._score(self._warmed_up(logit_NE, samples_B, real_N, places))
         expert_NJ = self._choose(score_NE.detach() + self.selection_bias)
         weight_NJ = score_NE.gather(-1, expert_NJ)
         if self.moe.renormalize:
@@ -73,7 +75,7 @@ class Router(DeclaredModule):
         load_E = count_experts(expert_NJ, self.moe.experts)
         balance_sum = z_sum = None
         if self.training and self.moe.auxiliary_loss.weight:
-            balance_sum = self._balance_loss(score_NE, expert_NJ, load_E, samples_B.numel())
+            balance_sum = self._balance_loss(score_NE, expert_NJ, load_E, samples_B.numel(), real_N, places)
         if self.training and self.moe.z_loss_weight:
             z_sum = logit_NE.logsumexp(dim=-1).square().sum()
         return Routing(expert_NJ, weight_NJ * self.moe.routed_scaling, load_E, balance_sum, z_sum)
@@ -92,13 +94,15 @@ class Router(DeclaredModule):
     def _score(self, logit_NE: Tensor) -> Tensor:
         return logit_NE.sigmoid() if self.moe.score == "sigmoid" else logit_NE.softmax(dim=-1)
 
-    def _warmed_up(self, logit_NE: Tensor, samples_B: Tensor) -> Tensor:
+    def _warmed_up(self, logit_NE: Tensor, samples_B: Tensor, real_N: Tensor | None, places: int) -> Tensor:
         """a s + (1 - a) (mu + sigma eps), a = steps done / warm-up steps: at first chance alone chooses, at the same
         mean and spread over the experts."""
         if not (self.training and self.moe.routing_warmup_steps):
             return logit_NE
         blend = (self.steps_done / self.moe.routing_warmup_steps).clamp(max=1.0)
-        noise_NE = standard_normal(self.seed, self.layer, self.steps_done, samples_B, logit_NE.shape)
+        shape = logit_NE.shape if real_N is None else torch.Size((places, logit_NE.shape[1]))
+        noise_NE = standard_normal(self.seed, self.layer, self.steps_done, samples_B, shape)
+        noise_NE = noise_NE if real_N is None else noise_NE.index_select(0, real_N)
         spread_N1, mean_N1 = torch.std_mean(logit_NE.detach(), dim=-1, keepdim=True, correction=0)
         return blend * logit_NE + (1.0 - blend) * (mean_N1 + spread_N1 * noise_NE)
 
@@ -113,13 +117,15 @@ class Router(DeclaredModule):
             choice_NE = choice_NRP.masked_fill(~open_NR.unsqueeze(-1), float("-inf")).flatten(1)
         return choice_NE.topk(self.moe.top_k, dim=-1).indices
 
-    def _balance_loss(self, score_NE: Tensor, expert_NJ: Tensor, load_E: Tensor, rows: int) -> Tensor:
+    def _balance_loss(
+        self, score_NE: Tensor, expert_NJ: Tensor, load_E: Tensor, rows: int, real_N: Tensor | None, places: int
+    ) -> Tensor:
         share_NE = score_NE
         if self.moe.score == "sigmoid":
             share_NE = score_NE / (score_NE.sum(dim=-1, keepdim=True) + 1e-20)
         match self.moe.auxiliary_loss.scope:
             case "sequence":
-                return sequence_balance_loss(share_NE, expert_NJ, rows)
+                return sequence_balance_loss(share_NE, expert_NJ, rows, real_N, places)
             case "previous_step":
                 return expected_balance_loss(share_NE, self.previous_share)
             case "micro_batch":
