@@ -50,7 +50,7 @@ def load(path: Path) -> RunConfig:
     if not path.is_file():
         raise ConfigError("no such file", field="config", value=str(path), fix="name a run directory of `kha train`")
     config = build(RunConfig, load_plain(path))
-    validate(config)
+    validate(config, to_train=False)
     return config
 
 

@@ -87,8 +87,9 @@ LEAST_FP32 = 2.0**-126
 """The smallest normal number of fp32: what is smaller counts as 0 in a model."""
 
 
-def validate(config: RunConfig) -> None:
-    """Everything that can be judged from the configuration alone. Raises ConfigError."""
+def validate(config: RunConfig, *, to_train: bool = True) -> None:
+    """Everything that can be judged from the configuration alone; without `to_train`, what it takes to read a run that
+    was trained with it, maybe by a release that refused less. Raises ConfigError."""
     refuse_credentials_in(to_plain(config))
     _bounds(config)
     _shares(config)
@@ -96,6 +97,8 @@ def validate(config: RunConfig) -> None:
     _rotary(config)
     _layers(config)
     _experts(config)
+    if to_train:
+        _router_learns(config)
     _engine(config)
     _data(config)
     _profile(config)
@@ -203,7 +206,6 @@ def _experts(config: RunConfig) -> None:
     if moe.top_k > moe.experts:
         raise ConfigError(f"only {moe.experts} experts", field="moe.top_k", value=moe.top_k, fix="lower it")
     _groups(config)
-    _router_learns(config)
     if moe.backend == "grouped":
         for field, value in {
             "model.hidden_size": config.model.hidden_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kha_train.config.compose import compose
+from kha_train.config.compose import compose, dump, load
 from kha_train.config.schema import AuxiliaryLossSection, RunConfig
 from kha_train.config.validate import validate
 from kha_train.errors import ConfigError
@@ -127,3 +128,10 @@ def test_a_warm_up_that_outlasts_the_run_is_announced() -> None:
     for steps in (10, 1000):
         (_, warning) = said(f"moe.routing_warmup_steps={steps}")
         assert warning.startswith(f"warning: moe.routing_warmup_steps={steps} does not end within run.steps=10")
+
+
+def test_a_run_that_was_trained_so_can_still_be_read(tmp_path: Path) -> None:
+    config = compose(SMALL)
+    saved = replace(config, moe=replace(config.moe, top_k=1))
+    (tmp_path / "config.yaml").write_text(dump(saved))
+    assert load(tmp_path / "config.yaml") == saved
