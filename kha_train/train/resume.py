@@ -80,7 +80,7 @@ def precision(run_dir: Path) -> str:
 def _last_recorded(run_dir: Path, fact: str) -> str:
     run = read_run(run_dir)
     told = [run.get("provenance") or {}, *(attempt["changed"] for attempt in run.get("attempts", [])[-1:])]
-    return next((facts[fact] for facts in reversed(told) if fact in facts), "")
+    return next((str(facts[fact]) for facts in reversed(told) if fact in facts), "")
 
 
 def trainer_state(
