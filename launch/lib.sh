@@ -183,7 +183,7 @@ requeue() {
     exit "$((code ? code : 1))"
 }
 
-# Of all ranks that failed the one that began, in the words of its error, if it left any.
+# Of all ranks that failed the one that began, in the words of its error; a rank that left none is named as that.
 say_who_failed_first() {
     local line
     line="$("$KHA_PYTHON" - "$KHA_RUN_DIR" <<'PYTHON'
@@ -192,7 +192,7 @@ from pathlib import Path
 
 from kha_train.record import first_failure_line
 
-print(first_failure_line(Path(sys.argv[1])))
+print(first_failure_line(Path(sys.argv[1]), ended=True))
 PYTHON
 )" || true
     [[ -z $line ]] || say "$line"

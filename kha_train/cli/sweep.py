@@ -21,6 +21,7 @@ from kha_train.operate import slurm, sweep
 from kha_train.operate.local import run_points
 from kha_train.operate.slurm import JobOptions, Started
 from kha_train.operate.sweep import Point
+from kha_train.record import first_failure_line
 from kha_train.record.streams import RedactedStream
 from kha_train.telemetry.terminal import LiteralConsole
 
@@ -107,7 +108,8 @@ def _run_here(
 
         failed = run_points(directory, start, processes, show)
     if failed:
-        labels = ", ".join(point.label for point in failed)
+        told = {point.label: first_failure_line(Path(point.run_dir)) for point in failed}
+        labels = ", ".join(f"{label} ({line})" if line else label for label, line in told.items())
         raise KhaError(f"failed: {labels}", field="kha sweep", fix=f"see {directory}/logs; the same command goes on")
     return Started(None, start, standing)
 

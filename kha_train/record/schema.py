@@ -98,12 +98,13 @@ class Owner(TypedDict, total=False):
 
 
 class Failure(TypedDict):
-    """`errors/rank-RRRRR.json`."""
+    """`errors/rank-RRRRR.json`. `about` is the rank that is to blame, where that is another one."""
 
     rank: Count
     time: float
     error: str
     traceback: Annotated[str, Absent("")]
+    about: NotRequired[Count]
 
 
 class Rewind(TypedDict):

@@ -8,20 +8,18 @@ import time
 import traceback
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from kha_train.distributed import World
 from kha_train.errors import KhaError, RunDirectoryInUse
 from kha_train.record import Redactor, mark_fatal
-from kha_train.record.failures import FAILURES
-
-LIFE_FILE = "life"
+from kha_train.record.failures import FAILURES, LIFE_FILE
 
 
 class FailureFile:
     """While entered, an exception that passes through is written to `<run_dir>/errors/rank-RRRRR.json`.
 
-    When one rank dies, the others fail too, of its silence: `record.first_failure` finds the one that began. An error
+    When one rank dies, the others fail too, of its silence: `record.blame` finds the one that began. An error
     that would come back and that other ranks do not know of marks the run FATAL, whichever rank it is.
     """
 
@@ -39,21 +37,37 @@ class FailureFile:
         clean = Redactor.from_environment().text
         line = clean(error.line() if isinstance(error, KhaError) else f"{type(error).__name__}: {error}")
         text = clean("".join(traceback.format_exception(error)))
-        content = {"rank": self._world.rank, "time": time.time(), "error": line, "traceback": text}
-        folder = self._run_dir / FAILURES
-        with contextlib.suppress(OSError):
-            # A rank that dies late must not be taken for one of the start that came after it.
-            if (folder / LIFE_FILE).read_text(encoding="utf-8") != self._world.life:
-                return
-            (folder / f"rank-{self._world.rank:05d}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-            if isinstance(error, KhaError) and error.fatal and not error.agreed:
-                mark_fatal(self._run_dir, line)
+        if leave_failure(self._run_dir, self._world, {"error": line, "traceback": text}):
+            with contextlib.suppress(OSError):
+                if isinstance(error, KhaError) and error.fatal and not error.agreed:
+                    mark_fatal(self._run_dir, line)
 
 
-def forget_failures(run_dir: Path, life: str) -> None:
-    """Remove what earlier starts left; from here on the ranks of the start named `life` may write. Raises OSError."""
+def leave_failure(run_dir: Path, world: World, told: dict[str, Any]) -> bool:
+    """Write what this rank tells of its end: whether it did, and not before, and no later start owns the directory.
+
+    `told` has `error` and `traceback` without secrets, and `about` where another rank than this one is to blame.
+    """
+    folder, content = run_dir / FAILURES, {"rank": world.rank, "time": time.time(), **told}
+    with contextlib.suppress(OSError):
+        # A rank that dies late must not be taken for one of the start that came after it.
+        if (folder / LIFE_FILE).read_text(encoding="utf-8") != _name(world):
+            return False
+        # What it told first is the cause: a rank that hangs may lose its connections before it is gone.
+        with (folder / f"rank-{world.rank:05d}.json").open("x", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+        return True
+    return False
+
+
+def forget_failures(run_dir: Path, world: World) -> None:
+    """Remove what earlier starts left; from here on the ranks of this start may write. Raises OSError."""
     folder = run_dir / FAILURES
     folder.mkdir(exist_ok=True)
     for leftover in folder.glob("rank-*.json"):
         leftover.unlink()
-    (folder / LIFE_FILE).write_text(life, encoding="utf-8")
+    (folder / LIFE_FILE).write_text(_name(world), encoding="utf-8")
+
+
+def _name(world: World) -> str:
+    return f"{world.life} {world.size}"

@@ -248,7 +248,7 @@ class Session:
         self._open.push(partial(close_record, self))
         with world.agreed(f"write {self.run_dir}"):
             if world.is_main:
-                forget_failures(self.run_dir, world.life)
+                forget_failures(self.run_dir, world)
         if world.is_main:
             leave_outcome("training")
 

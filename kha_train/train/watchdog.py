@@ -4,7 +4,8 @@ A rank whose main thread has not moved for too long writes the stacks of all its
 others, which do the same, and ends with exit code 75: try again. A rank that is stopped or lost entirely cannot do so,
 but its neighbours hang in a collective with it, and their beats name it: its last beat is the oldest.
 
-Slow work that gets on is no hang. A rank at such work says so (`alive`), and those that wait for it see it move.
+Slow work that gets on is no hang. A rank at such work says so (`alive`), and those that wait for it see it move. A
+process that was suspended has not hung either: time counts only while the watching thread itself is awake.
 """
 
 from __future__ import annotations
@@ -22,9 +23,26 @@ from typing import Any, NamedTuple, Self
 
 from kha_train.distributed import World
 from kha_train.errors import HangError
+from kha_train.record.failures import HEARTBEATS
 from kha_train.record.redact import Redactor
+from kha_train.train.failure import leave_failure
 
-FOLDER = "hang"
+_COLLECTIVES = str(Path("torch", "distributed", "distributed_c10d.py"))
+
+
+class _AwakeClock:
+    """Seconds in which this process ran. `tick` is called every `interval` seconds: where much more has passed, the
+    process stood still (SIGSTOP, `scontrol suspend`, `docker pause`, a sleeping laptop), and only `interval` counts.
+    """
+
+    def __init__(self, interval: float) -> None:
+        self._interval, self._last_tick, self.now = interval, time.monotonic(), 0.0
+
+    def tick(self) -> None:
+        """Another interval has passed, or more."""
+        now = time.monotonic()
+        passed, self._last_tick = now - self._last_tick, now
+        self.now += passed if passed < 2 * self._interval else self._interval
 
 
 class _Seen(NamedTuple):
@@ -47,9 +65,10 @@ class Watchdog:
     """
 
     def __init__(self, run_dir: Path, world: World, timeout_seconds: float) -> None:
-        self._folder, self._world, self._timeout = run_dir / FOLDER, world, timeout_seconds
+        self._folder, self._world, self._timeout = run_dir / HEARTBEATS, world, timeout_seconds
         self._beats, self._moves, self._step, self._doing = 0, 0, 0, "starting"
-        self._last = time.monotonic()
+        self._clock = _AwakeClock(self._interval)
+        self._moves_seen, self._moved_at = 0, 0.0
         self._written, self._seen = 0, dict[int, _Seen]()
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -76,13 +95,15 @@ class Watchdog:
 
     def alive(self) -> None:
         """What the main thread does takes long but gets on."""
-        self._last = time.monotonic()
         self._moves += 1
 
     def _watch(self) -> None:
         while not self._left.wait(self._interval):
             self._write_beat()
-            still = time.monotonic() - self._last
+            self._clock.tick()
+            if self._moves != self._moves_seen:
+                self._moves_seen, self._moved_at = self._moves, self._clock.now
+            still = self._clock.now - self._moved_at
             if still > self._timeout / 2:
                 self._look()
             if self._beats > 1 and still > self._timeout and not self._another_moves():
@@ -100,7 +121,10 @@ class Watchdog:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             _redact(self._path("txt"))
-        error = HangError(f"{reason}; {self._slowest()}", fix=f"start again; the stacks are in {self._folder}")
+        slowest, about = self._slowest()
+        error = HangError(f"{reason}; {slowest}", fix=f"start again; the stacks are in {self._folder}")
+        told = {"error": Redactor.from_environment().text(error.line()), "traceback": "", "about": about}
+        leave_failure(self._folder.parent, self._world, told)
         print(f"{error.line()}", file=sys.stderr, flush=True)
         if first:
             # Its going breaks the others' connections: they are to read the alarm and leave their stacks before that.
@@ -115,7 +139,7 @@ class Watchdog:
         """Note what every rank has written of itself, and since when it has written nothing new."""
         for path in sorted(self._folder.glob("rank-*.json")):
             with contextlib.suppress(OSError, ValueError):
-                beat, now = json.loads(path.read_text(encoding="utf-8")), time.monotonic()
+                beat, now = json.loads(path.read_text(encoding="utf-8")), self._clock.now
                 if beat.get("life") != self._world.life:
                     continue
                 before = self._seen.get(beat["rank"], _Seen({}, now, now))
@@ -125,27 +149,29 @@ class Watchdog:
 
     def _another_moves(self) -> bool:
         """Whether a rank that this one may be waiting for gets on. They are looked at for half the patience only."""
-        now, others = time.monotonic(), [seen for rank, seen in self._seen.items() if rank != self._world.rank]
+        now, others = self._clock.now, [seen for rank, seen in self._seen.items() if rank != self._world.rank]
         return any(now - other.moved < 0.4 * self._timeout for other in others)
 
-    def _slowest(self) -> str:
-        """Which ranks are silent, or else which is behind, by what all have written of themselves."""
+    def _slowest(self) -> tuple[str, int]:
+        """Which ranks are silent, or else which is behind, by what all have written of themselves; and the first."""
         self._look()
-        silent = [
-            f"rank {rank} does not answer, last seen in {seen.beat['where']}"
+        silent = {
+            rank: f"rank {rank} does not answer, last seen in {seen.beat['where']}"
             for rank, seen in self._seen.items()
-            if time.monotonic() - seen.written > 0.4 * self._timeout
-        ]
-        silent += [f"rank {rank} was never seen" for rank in range(self._world.size) if rank not in self._seen]
+            if self._clock.now - seen.written > 0.4 * self._timeout
+        }
+        silent |= {rank: f"rank {rank} was never seen" for rank in range(self._world.size) if rank not in self._seen}
         if silent:
-            return "; ".join(silent)
-        beat = min((seen.beat for seen in self._seen.values()), key=lambda beat: beat["beats"])
-        return f"furthest behind: rank {beat['rank']} in {beat['where']}"
+            return "; ".join(silent.values()), next(iter(silent))
+        # Of those at one place the one that does not wait for another.
+        beats = (seen.beat for seen in self._seen.values())
+        beat = min(beats, key=lambda beat: (beat["beats"], beat.get("waits", False)))
+        return f"furthest behind: rank {beat['rank']} in {beat['where']}", beat["rank"]
 
     def _write_beat(self) -> None:
         self._written += 1
         beat = {"rank": self._world.rank, "life": self._world.life, "beats": self._beats, "moves": self._moves}
-        beat |= {"where": self._where(), "written": self._written}
+        beat |= {"where": self._where(), "written": self._written, "waits": _main_thread_waits()}
         beside = self._path("json").with_suffix(".new")
         with contextlib.suppress(OSError):
             beside.write_text(json.dumps(beat), encoding="utf-8")
@@ -178,3 +204,13 @@ def _redact(path: Path) -> None:
     clean = Redactor.from_environment().text(text)
     if clean != text:
         path.write_text(clean, encoding="utf-8")
+
+
+def _main_thread_waits() -> bool:
+    """Whether the main thread is in a collective, by its stack."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        if _COLLECTIVES in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import pytest
 from kha_train.checkpoint.layout import candidates
 from kha_train.errors import MachineError, ResumeError
 from kha_train.operate.status import run_status
-from kha_train.record import first_failure, read_discarded, read_metrics
+from kha_train.record import first_failure, first_failure_line, read_discarded, read_metrics, read_owner
 from kha_train.record.lock import RunLock
 
 pytestmark = pytest.mark.slow
@@ -167,6 +170,8 @@ def test_f8_a_rank_that_hangs_is_found_and_the_run_goes_on_exactly(do, make_run,
     run = make_run(*settings)
     codes = run.start({"at": "step:4", "do": do, "rank": 1}, ranks=2, patience=40)
     assert codes == ([75, 75] if do == "sleep" else [75, None]), run.log.read_text()
+    told = first_failure_line(run.run_dir)
+    assert told.startswith("rank 1 failed first: ") and "hang error: " in told
     if do == "stop":
         assert "rank 1 does not answer, last seen in step" in run.log.read_text()
     stacks = (run.run_dir / "hang" / "rank-00000.txt").read_text()
@@ -177,12 +182,35 @@ def test_f8_a_rank_that_hangs_is_found_and_the_run_goes_on_exactly(do, make_run,
     assert run.equals(straight(*settings, ranks=2))
 
 
-def test_f9_the_others_do_not_wait_for_a_rank_that_was_killed(make_run, straight) -> None:
-    run = make_run(*TWO)
-    codes = run.start({"at": "step:4", "do": "kill", "rank": 1}, ranks=2, patience=60)
-    assert codes[1] == -9 and codes[0] not in (0, None), codes
-    failure = first_failure(run.run_dir)
-    assert failure is not None and failure["rank"] == 0 and "Connection" in failure["error"]
+def test_f8_all_ranks_suspended_longer_than_the_watchdogs_patience_go_on_exactly(make_run, straight) -> None:
+    """As by `scontrol suspend` or `docker pause`: every rank at once, by signals that no process can notice."""
+    settings = (*TWO, "engine.hang_timeout_seconds=8", "checkpoint.every_steps=100")
+    run = make_run(*settings, steps=150)
+    with ThreadPoolExecutor(1) as pool:
+        codes = pool.submit(run.start, ranks=2)
+        while not (run.run_dir / "metrics.jsonl").exists() or len(run.curve()) < 5:
+            assert not codes.done(), run.log.read_text()
+            time.sleep(0.02)
+        group = os.getpgid(read_owner(run.run_dir)["process"])
+        os.killpg(group, signal.SIGSTOP)
+        before = len(run.curve())
+        time.sleep(12)
+        assert len(run.curve()) == before < 150, "it stands still"
+        os.killpg(group, signal.SIGCONT)
+        assert codes.result() == [0, 0], run.log.read_text()
+    assert run.starts() == [0] and run.equals(straight(*settings, steps=150, ranks=2))
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_f9_the_others_do_not_wait_for_a_rank_that_was_killed_and_it_is_named(killed, make_run, straight) -> None:
+    run, other = make_run(*TWO), 1 - killed
+    codes = run.start({"at": "step:4", "do": "kill", "rank": killed}, ranks=2, patience=60)
+    assert codes[killed] == -9 and codes[other] not in (0, None), codes
+    assert [path.name for path in (run.run_dir / "errors").glob("rank-*")] == [f"rank-{other:05d}.json"]
+    line = first_failure_line(run.run_dir)
+    assert line.startswith(f"rank {killed} failed first: died without a word")
+    assert f"rank {other} lost its connection: RuntimeError" in line
+    assert line in run_status(run.run_dir).note
     run.to_the_end(ranks=2)
     assert run.equals(straight(*TWO, ranks=2))
 

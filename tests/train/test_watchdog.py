@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from kha_train.record import first_failure_line
+from kha_train.train import watchdog
 
 PROGRAM = """
 import json, sys, time
@@ -50,8 +55,11 @@ def test_a_main_thread_that_stands_still_ends_with_its_stacks_and_75(tmp_path) -
 
 def test_a_rank_that_writes_nothing_new_is_named(tmp_path) -> None:
     silent = {"beats": 9, "where": "step 2, training", "written": 4}
+    (tmp_path / "errors").mkdir()
+    (tmp_path / "errors" / "life").write_text("now 2")
     ended = watched(tmp_path, 3, silent)
     assert ended.returncode == 75
+    assert first_failure_line(tmp_path).startswith("rank 1 failed first: rank 0 tells: hang error: rank 0 has stood")
     assert "rank 1 does not answer, last seen in step 2, training" in ended.stderr
 
 
@@ -80,3 +88,56 @@ def test_what_an_earlier_start_left_raises_no_alarm_and_is_removed(tmp_path) -> 
 
 def test_the_first_step_may_take_its_time(tmp_path) -> None:
     assert watched(tmp_path, 1).returncode == 0
+
+
+SUSPENDED = """
+import sys, time
+from pathlib import Path
+from kha_train.distributed import World
+from kha_train.train.watchdog import Watchdog
+
+def work(seconds):
+    # Counts what this process computes, which stands still while it is suspended.
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        pass
+
+with Watchdog(Path(sys.argv[1]), World(0, 1, life="now"), 8.0) as watchdog:
+    for step in range(3):
+        watchdog.beat(step + 1, "training")
+    print("working", flush=True)
+    work(1.0)
+    print("done", flush=True)
+    if sys.argv[2] == "hang":
+        time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", ["end", "hang"])
+def test_a_process_that_was_suspended_goes_on_and_a_hang_after_it_is_found(then: str, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SUSPENDED, str(tmp_path), then],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "working\n"
+    process.send_signal(signal.SIGSTOP)
+    # Longer than its patience: this is the time that must not count.
+    time.sleep(10)
+    process.send_signal(signal.SIGCONT)
+    said, complaint = process.communicate(timeout=120)
+    assert said == "done\n", complaint
+    assert process.returncode == (75 if then == "hang" else 0), complaint
+    assert ("rank 0 has stood still" in complaint) == (then == "hang")
+
+
+def test_only_the_time_of_a_running_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ticks a second apart, then a suspension of 1,000 seconds, then ticks again: 3 + 1 + 2 seconds."""
+    moments = iter([0.0, 1.0, 2.0, 3.0, 1003.0, 1004.0, 1005.0])
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: next(moments))
+    clock = watchdog._AwakeClock(1.0)
+    for _ in range(6):
+        clock.tick()
+    assert clock.now == 6.0
