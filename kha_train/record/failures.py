@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -55,7 +56,7 @@ def _start(run_dir: Path) -> tuple[str, int]:
         if content is None:
             return "", 0
         life, _, ranks = content.decode(errors="replace").partition(" ")
-        if ranks.isdecimal():
+        if re.fullmatch(r"[1-9][0-9]{0,6}", ranks):
             return life, int(ranks)
         attempts = read_run(run_dir).get("attempts") or [{}]
         return life, attempts[-1].get("world_size", 0)

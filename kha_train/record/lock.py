@@ -2,8 +2,13 @@
 
 Two witnesses, because neither is enough alone. A POSIX lock on `.lock` is dropped by the kernel when its process ends,
 however it ends; but some network file systems keep such locks to one machine, or have none. So the owner also writes
-its name and a beat into `owner.json` every few seconds. Whoever finds the lock free but another machine's name in that
-file watches it for three beats: if it moves, the owner lives. No two clocks are compared.
+its name and a beat into `owner.json` every few seconds. Whoever finds the lock free but an owner from another place in
+that file watches it for three beats: if it moves, the owner lives. No two clocks are compared.
+
+A place is one boot of one machine and one PID namespace in it. Host names do not tell places apart: containers and
+cloned machines share them, and all containers of a host share its boot. Only within a place does a free lock prove that
+the owner is gone, and only there does a process number name one process. Owners of earlier releases do not tell their
+place, so theirs is taken for another one.
 
 A requeued SLURM job has the id it had before, and has been restarted more often: it takes its directory back at once,
 and an owner that finds another name in the file has been replaced (its node was cut off, say) and ends at once, so that
@@ -21,6 +26,7 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +39,10 @@ from kha_train.record.schema import Owner
 LOCK_FILE = ".lock"
 OWNER_FILE = "owner.json"
 BEAT_SECONDS = 5.0
+PLACE = ("host", "boot", "pids")
+"""Keys of an owner that together name the place its process runs in."""
+_TOKENS: set[str] = set()
+"""Of all owners that this process has been."""
 
 
 class RunLock:
@@ -49,10 +59,13 @@ class RunLock:
             "token": uuid.uuid4().hex,
             "process": os.getpid(),
             "host": socket.gethostname(),
+            **_place(),
             "job": os.environ.get("SLURM_JOB_ID", ""),
             "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
         }
         check_regular(run_dir / LOCK_FILE)
+        _TOKENS.add(self._me["token"])
+        self._confirmed = time.monotonic()
         self._file = (run_dir / LOCK_FILE).open("a")
         try:
             self._take()
@@ -61,6 +74,12 @@ class RunLock:
             raise
         self._thread = threading.Thread(target=self._beat, name="run directory owner", daemon=True)
         self._thread.start()
+
+    def confirm(self) -> None:
+        """Before something is written: a process that was suspended may have been replaced meanwhile, and ends then."""
+        if time.monotonic() - self._confirmed > 3 * BEAT_SECONDS:
+            with suppress(OSError, DataError):
+                self._is_ours()
 
     def close(self) -> None:
         """Give the directory free."""
@@ -78,7 +97,8 @@ class RunLock:
         requeued = requeued and int(owner.get("restart", "0")) < int(self._me["restart"])
         if locked is False and not requeued:
             self._refuse(owner)
-        elsewhere = owner and (locked is None or owner.get("host") != self._me["host"])
+        here = all(self._me[key] and owner.get(key) == self._me[key] for key in PLACE)
+        elsewhere = owner and (locked is None or not here)
         if elsewhere and not requeued and _moves(self._run_dir, owner):
             self._refuse(owner)
         self._write(0)
@@ -108,9 +128,7 @@ class RunLock:
         while not self._closed.wait(BEAT_SECONDS):
             beat += 1
             try:
-                owner = read_owner(self._run_dir)
-                if owner and owner.get("token") != self._me["token"]:
-                    self._replaced_by(owner)
+                if not self._is_ours():
                     return
                 self._write(beat)
             except FileNotFoundError:
@@ -119,16 +137,32 @@ class RunLock:
                 # A full or unreachable disk: training itself will say so.
                 continue
 
-    def _replaced_by(self, owner: dict[str, Any]) -> None:
-        """End this process, whatever it is doing, unless it replaced itself."""
-        if all(owner.get(key) == self._me[key] for key in ("process", "host")):
-            return
-        print(f"{self._run_dir} was taken over by SLURM job {owner.get('job')}: ending", file=sys.stderr, flush=True)
+    def _is_ours(self) -> bool:
+        """False where this process has replaced itself; where another one has, it ends, whatever it is doing. Raises
+        OSError, and DataError where the file is no owner."""
+        owner = read_owner(self._run_dir)
+        self._confirmed = time.monotonic()
+        if not owner or owner.get("token") in _TOKENS:
+            return not owner or owner["token"] == self._me["token"]
+        job = f"SLURM job {owner['job']}" if owner.get("job") else f"process {owner.get('process')}"
+        taken = f"{self._run_dir} was taken over by {job} on {owner.get('host')}: ending"
+        print(taken, file=sys.stderr, flush=True)
         os._exit(RunDirectoryInUse.exit_code)
 
 
+def _place() -> dict[str, str]:
+    """This boot of this machine and this PID namespace; "" where the system does not tell."""
+    boot, pids = "", ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    with suppress(OSError):
+        pids = os.readlink("/proc/self/ns/pid")
+    return {"boot": boot, "pids": pids}
+
+
 def read_owner(run_dir: Path) -> dict[str, Any]:
-    """Who owns `run_dir`: `process`, `host`, `job`, `restart`, `beat`; empty when nobody does, or did not say.
+    """Who owns `run_dir`: `process`, its place (`host`, `boot`, `pids`), `job`, `restart`, `beat`; empty when nobody
+    does, or did not say.
 
     Raises DataError when the file is whole and no owner.
     """

@@ -135,6 +135,7 @@ class Record:
         """
         assert line["step"] > self.last_step, f"step {line['step']} is recorded already (last: {self.last_step})"
         head = {"step": line["step"], "attempt": self.attempt, "time": time.time()}
+        self._lock.confirm()
         self._metrics.append(self._redactor.clean({**head, **line}))
         self.last_step = line["step"]
 
@@ -142,6 +143,7 @@ class Record:
         """Appends something that happened at `step` (a save, a restart, a skipped update); returns what was written."""
         head = {"id": uuid.uuid4().hex, "kind": kind, "step": step, "attempt": self.attempt, "time": time.time()}
         event = self._redactor.clean({**head, **fields})
+        self._lock.confirm()
         self._events.append(event)
         return event
 
@@ -162,6 +164,7 @@ class Record:
 
     def sync(self) -> None:
         """Forces all lines onto the disk; call it before a checkpoint is published, so that none outlives its lines."""
+        self._lock.confirm()
         self._metrics.sync()
         self._events.sync()
 

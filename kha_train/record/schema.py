@@ -92,6 +92,8 @@ class Owner(TypedDict, total=False):
     token: str
     process: int
     host: str
+    boot: str
+    pids: str
     job: str
     restart: Annotated[str, Match(r"[0-9]{0,9}")]
     beat: int

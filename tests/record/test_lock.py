@@ -6,12 +6,14 @@ import errno
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +24,7 @@ from kha_train.record.lock import OWNER_FILE, RunLock
 HOLDER = """
 import sys; from pathlib import Path; import kha_train.record.lock as lock
 lock.BEAT_SECONDS = 0.1
+exec(sys.argv[2])
 held = lock.RunLock(Path(sys.argv[1])); print("held", flush=True); sys.stdin.read()
 """
 ELSEWHERE = {"token": "theirs", "process": 7, "host": "another", "job": "40", "restart": "0", "beat": 3}
@@ -35,10 +38,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def holder(run_dir: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """Another process that owns `run_dir`."""
+def holder(
+    run_dir: Path, before: Sequence[str] = (), locks: str = "", **environment: str
+) -> Iterator[subprocess.Popen[str]]:
+    """Another process that owns `run_dir`, started by the command `before`; `locks` is a statement of its own."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(run_dir)],
+        [*before, sys.executable, "-c", HOLDER, str(run_dir), locks],
         env={**os.environ, **environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -54,14 +59,14 @@ def holder(run_dir: Path, **environment: str) -> Iterator[subprocess.Popen[str]]
 
 
 @contextmanager
-def beating(run_dir: Path) -> Iterator[None]:
-    """An owner on another machine, alive."""
+def beating(run_dir: Path, owner: dict[str, Any] = ELSEWHERE) -> Iterator[None]:
+    """An owner on another machine, alive, of which no lock tells."""
     begun, stop = threading.Event(), threading.Event()
 
     def beat() -> None:
         for number in itertools.count():
             beside = run_dir / "beside"
-            beside.write_text(json.dumps({**ELSEWHERE, "beat": number}))
+            beside.write_text(json.dumps({**owner, "beat": number}))
             os.replace(beside, run_dir / OWNER_FILE)
             begun.set()
             if stop.wait(0.05):
@@ -124,6 +129,53 @@ def test_a_heartbeat_from_another_machine_keeps_us_out_though_its_lock_does_not(
     ours.close()
 
 
+OURS = {"host": socket.gethostname(), **lock._place()}
+OTHER_PLACES = {
+    "another machine of the same name": {"boot": "another-boot"},
+    "another container of this host": {"pids": "pid:[1]"},
+    "an owner of an earlier release": {"boot": None, "pids": None},
+    "a system that does not tell": {"boot": "", "pids": ""},
+}
+
+
+@pytest.mark.parametrize("case", OTHER_PLACES)
+def test_a_heartbeat_from_another_place_of_the_same_host_name_and_process_keeps_us_out(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {**ELSEWHERE, "process": os.getpid(), **OURS, **OTHER_PLACES[case]}
+    if "" in told.values():
+        monkeypatch.setattr(lock, "_place", lambda: {"boot": "", "pids": ""})
+    owner = {key: value for key, value in told.items() if value is not None}
+    with monkeypatch.context() as patient, beating(tmp_path, owner):
+        patient.setattr(lock, "BEAT_SECONDS", 3.0)
+        with pytest.raises(RunDirectoryInUse, match=f"process {os.getpid()} on {OURS['host']}"):
+            RunLock(tmp_path)
+    RunLock(tmp_path).close()
+
+
+def test_an_owner_that_finds_the_name_of_its_own_process_number_elsewhere_ends(tmp_path: Path) -> None:
+    """Two containers: both trainers are process 1 on a host of the same name."""
+    with holder(tmp_path) as process:
+        taker = {**read_owner(tmp_path), "token": "theirs", "pids": "pid:[1]"}
+        (tmp_path / "theirs").write_text(json.dumps(taker))
+        os.replace(tmp_path / "theirs", tmp_path / OWNER_FILE)
+        assert process.wait(30) == RunDirectoryInUse.exit_code
+
+
+def test_a_trainer_in_another_pid_namespace_is_believed_where_locks_end_at_the_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart = ["unshare", "--pid", "--fork", "--kill-child=KILL"]
+    if subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("making a PID namespace is not permitted here")
+    monkeypatch.setattr(lock.fcntl, "lockf", lambda descriptor, operation: None)
+    with holder(tmp_path, before=apart, locks="lock.fcntl.lockf = lambda *_: None"):
+        assert read_owner(tmp_path)["host"] == socket.gethostname()
+        monkeypatch.setattr(lock, "BEAT_SECONDS", 3.0)
+        with pytest.raises(RunDirectoryInUse):
+            RunLock(tmp_path)
+
+
 def test_a_requeued_job_takes_its_directory_back_and_what_is_left_of_its_earlier_life_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +198,33 @@ def test_nobody_else_takes_a_directory_from_a_living_owner(
         with pytest.raises(RunDirectoryInUse):
             RunLock(tmp_path)
         assert process.poll() is None
+
+
+def test_an_owner_that_was_suspended_while_another_took_over_ends_before_it_writes(tmp_path: Path) -> None:
+    """Its beating thread may come too late: here it does not beat at all."""
+    program = (
+        "lock.BEAT_SECONDS = 1000.0",
+        "record = Record.open(Path(sys.argv[1]))",
+        "record.begin_attempt(0)",
+        "print('held', flush=True)",
+        "sys.stdin.readline()",
+        "lock.BEAT_SECONDS = 0.01",
+        "record.step({'step': 1})",
+    )
+    imports = "import sys; from pathlib import Path; from kha_train.record import Record, lock"
+    process = subprocess.Popen(
+        [sys.executable, "-c", "\n".join([imports, *program]), str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    (tmp_path / OWNER_FILE).write_text(json.dumps(ELSEWHERE))
+    _, complaint = process.communicate("go on\n", timeout=60)
+    assert process.returncode == RunDirectoryInUse.exit_code, complaint
+    assert "was taken over by SLURM job 40 on another" in complaint
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_the_owner_is_heard_of_again_and_again_until_it_lets_go(tmp_path: Path) -> None:
