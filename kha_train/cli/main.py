@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ import typer
 
 from kha_train.errors import ConfigError, KhaError, MachineError
 from kha_train.literal import say
+from kha_train.output import harmless_output, hold_standard_descriptors
 from kha_train.record.markers import leave_outcome
 from kha_train.record.redact import Redactor
 from kha_train.record.streams import redacted_streams
@@ -68,9 +70,17 @@ def run(arguments: Sequence[str] | None = None) -> None:
     KHA_DEBUG=1 adds the traceback. With several ranks only rank 0 prints what all of them agreed on. Launch logs keep
     what is printed here, so no secret is in it.
     """
+    hold_standard_descriptors()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # A run is its record, and what it prints is a mirror. Of the other commands the output is the answer.
+    trains = given[:1] == ["train"] and not {"--dry-run", "--help"} & set(given)
+    with harmless_output() if trains else nullcontext():
+        _run(arguments, given)
+
+
+def _run(arguments: Sequence[str] | None, given: list[str]) -> None:
     try:
         # Typer itself ends the process: 0, 2 after a usage error told in its own words, 130 after Ctrl-C.
-        given = list(sys.argv[1:] if arguments is None else arguments)
         with redacted_streams(verbatim=any(given[: len(command)] == list(command) for command in SHOWING_DATA)):
             build(given[:1] if given and given[0] in COMMANDS else list(COMMANDS))(args=arguments)
     except (KhaError, OSError) as caught:

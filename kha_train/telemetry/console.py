@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from kha_train.config.schema import RunConfig
 from kha_train.literal import visible
+from kha_train.output import HarmlessStream
 from kha_train.record import Redactor
 from kha_train.telemetry.format import step_line
 from kha_train.telemetry.meters import MovingAverage
@@ -23,16 +23,6 @@ from kha_train.telemetry.terminal import LiteralConsole, literal
 
 SECONDS_BETWEEN_LINES = 10.0
 """In mode `auto` away from a terminal, a line is printed at most this often."""
-
-
-class _PatientConsole(LiteralConsole):
-    """A literal console that falls silent, instead of ending the process, when nobody reads it any more."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.file.fileno())
-        os.close(nowhere)
 
 
 class Console:
@@ -56,7 +46,7 @@ class Console:
         """`start_step` is the number of steps finished before; `file` defaults to standard output."""
         self.total_steps = total_steps
         self._clean = Redactor.from_environment().text
-        self._rich = _PatientConsole(file=file or sys.stdout, quiet=rank != 0)
+        self._rich = LiteralConsole(file=HarmlessStream(file or sys.stdout), quiet=rank != 0)
         mode = config.telemetry.console
         self.mode = ("progress" if self._rich.is_terminal else "sparse") if mode == "auto" else mode
         self._clock = clock

@@ -12,6 +12,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate_batch
 from kha_train.distributed import World
 from kha_train.optim import learning_rate
+from kha_train.output import harmless_output
 from kha_train.record import Marker, clear_marker, has_marker, leave_outcome, set_marker
 from kha_train.telemetry.startup import Startup
 from kha_train.train.ending import check_end
@@ -45,6 +46,7 @@ def train(config: RunConfig, startup: Startup | None = None) -> Outcome:
     world = distributed.start(config.engine.device, config.engine.collective_timeout_seconds)
     startup.mark("process group")
     with ExitStack() as left_last:
+        left_last.enter_context(harmless_output())
         left_last.push(lambda kind, error, trace: distributed.stop(error))
         validate_batch(config, world.size)
         run_dir = Path(config.run.dir)

@@ -123,7 +123,8 @@ def test_a_killed_rank_is_named_from_the_files_of_its_start(tmp_path: Path) -> N
 
 def test_a_run_of_an_earlier_release_tells_its_ranks_in_run_json(tmp_path: Path) -> None:
     write(tmp_path, failure(1, 5.0, RESET), life="an older name")
-    (tmp_path / "run.json").write_text(json.dumps({"attempts": [{"attempt": 1, "world_size": 2}]}))
+    attempt = {"attempt": 1, "world_size": 2, "started": 1.0, "state": "failed"}
+    (tmp_path / "run.json").write_text(json.dumps({"attempts": [attempt]}))
     found = first_failure(tmp_path)
     assert found is not None and found["rank"] == 0
 
