@@ -25,7 +25,7 @@ def batch_texts(run_dir: Path, first_sample: int) -> list[dict[str, Any]]:
     """
     config = load(run_dir / "config.yaml")
     samples = open_samples(config)
-    windows = [tuple(event["window"]) for event in read_events(run_dir) if event["kind"] == "rewind"]
+    windows = [tuple(e["window"]) for e in read_events(run_dir) if e["kind"] == "rewind" and "window" in e]
     numbers_N = batch_numbers(first_sample, config.data.global_batch_size, windows)
     sources_N, rows_N = samples.locate(numbers_N)
     rows_NW = samples.read(sources_N, rows_N)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kha_train.config.home import in_home
 from kha_train.errors import ConfigError
 
 app = typer.Typer(name="bench", help="Measured figures with their protocol.", no_args_is_help=True)
@@ -226,7 +227,7 @@ def data(
     from kha_train.bench import data as bench
 
     result = bench.run_bench(
-        cache.expanduser(),
+        in_home(str(cache)),
         tokens=tokens,
         batch=batch,
         rounds=rounds,

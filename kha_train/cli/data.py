@@ -263,7 +263,7 @@ def _samples_of_run(run: Path, step: int, rank: int) -> Iterator[dict[str, Any]]
         config,
         samples_first=line["samples_first"],
         samples_last=line["samples_last"],
-        skip_windows=[tuple(event["window"]) for event in read_events(run) if event["kind"] == "rewind"],
+        skip_windows=[tuple(one["window"]) for one in read_events(run) if one["kind"] == "rewind" and "window" in one],
         content_id=_known(record.get("provenance", {}), attempts).get("data_content_id"),
         **({"rank": rank, "world_size": ranks} if rank >= 0 else {}),
     )

@@ -7,13 +7,14 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from types import TracebackType
 from typing import Any
 
 import typer
 
+from kha_train.config.home import provide_home
 from kha_train.errors import ConfigError, KhaError, MachineError
 from kha_train.literal import say
 from kha_train.output import harmless_output, hold_standard_descriptors
@@ -75,12 +76,16 @@ def run(arguments: Sequence[str] | None = None) -> None:
     # A run is its record, and what it prints is a mirror. Of the other commands the output is the answer.
     trains = given[:1] == ["train"] and not {"--dry-run", "--help"} & set(given)
     with harmless_output() if trains else nullcontext():
-        _run(arguments, given)
+        _run(arguments, given, trains)
 
 
-def _run(arguments: Sequence[str] | None, given: list[str]) -> None:
+def _run(arguments: Sequence[str] | None, given: list[str], trains: bool) -> None:
     try:
         # Typer itself ends the process: 0, 2 after a usage error told in its own words, 130 after Ctrl-C.
+        if not trains:
+            # A run has a home in its directory. Where there is no room for one, most commands do without.
+            with suppress(OSError):
+                provide_home()
         with redacted_streams(verbatim=any(given[: len(command)] == list(command) for command in SHOWING_DATA)):
             build(given[:1] if given and given[0] in COMMANDS else list(COMMANDS))(args=arguments)
     except (KhaError, OSError) as caught:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kha_train.config.compose import compose, sweep_command
+from kha_train.config.home import provide_home
 from kha_train.errors import ConfigError
 from kha_train.literal import say
 from kha_train.telemetry.startup import Startup
@@ -40,6 +42,7 @@ def train(
     startup = Startup()
     startup.mark("interpreter and command")
     config = compose(overrides)
+    provide_home(Path(config.run.dir))
     startup.mark("configuration")
     # Settings are judged before anything heavy is imported.
     from kha_train.train.run import train as train_run

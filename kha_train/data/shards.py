@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kha_train.config.home import in_home
 from kha_train.data import manifest as manifests
 from kha_train.data.canonical import sha256_of_file
 from kha_train.data.files import READERS, RESTORE, Files
@@ -77,9 +78,7 @@ class ShardSet:
             from kha_train.data.remote import open_remote
 
             size = int(cache_gib * 2**30)
-            files, manifest = open_remote(
-                str(directory), Path(cache).expanduser(), size, readers=cache_readers, field=field
-            )
+            files, manifest = open_remote(str(directory), in_home(str(cache)), size, readers=cache_readers, field=field)
             # Its files compare every block with its checksum themselves.
             return cls(files, manifest, check_crc=False, field=field)
         directory = Path(directory)

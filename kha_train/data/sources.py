@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from kha_train.config.home import in_home
 from kha_train.config.schema import DataSection, RunConfig
 from kha_train.data.best_fit import BestFitRows
 from kha_train.data.canonical import canonical_sha256
@@ -203,7 +203,7 @@ def open_rows(config: RunConfig, directory: str, field: str) -> Rows:
     `open_shards`."""
     shards = open_shards(config, directory, field)
     shape = (shards, config.model.seq_len, config.data.isolate_documents)
-    cache = Path(config.data.cache_dir).expanduser()
+    cache = in_home(config.data.cache_dir)
     rows: Rows = ConcatRows(*shape) if config.data.packing == "concat" else BestFitRows(*shape, cache)
     if rows.rows == 0:
         longest = max(shard.tokens for shard in shards.manifest.shards)

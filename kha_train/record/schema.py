@@ -140,7 +140,7 @@ class Save(TypedDict):
 class Back(TypedDict):
     """Of `rewind`."""
 
-    window: Steps
+    window: NotRequired[Steps]
 
 
 class Routed(TypedDict):

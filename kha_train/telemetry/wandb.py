@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import netrc
 import os
+import re
 import socket
+import threading
 import urllib.parse
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +19,9 @@ from typing import Any, Self
 
 from kha_train.config.build import to_plain
 from kha_train.config.schema import RunConfig
-from kha_train.record import RECORD_ONLY, Redactor, read_discarded, read_metrics
-from kha_train.record.labels import distinct
+from kha_train.record import RECORD_ONLY, Redactor
+from kha_train.telemetry import backlog
+from kha_train.telemetry.spike_chart import spike_chart
 
 MAX_KEYS = 200
 """Distinct metric keys sent; further ones stay in the record only."""
@@ -30,12 +35,18 @@ SPIKE_COLUMNS = (
 )  # fmt: skip
 MAX_EVENTS = 1000
 """Rows of a table; the record has all of them."""
-CHART_POINTS, CHART_SPIKES = 2000, 50
-"""Points of the loss in the chart of spikes, and spikes in it, the highest."""
 DEFAULT_HOST = "https://api.wandb.ai"
 CONNECT_SECONDS = 3.0
 INIT_SECONDS = 30.0
 FINISH_SECONDS = 60.0
+TEARDOWN_SECONDS = 5.0
+CATCH_UP_ROWS = 20
+"""Rows of earlier attempts sent in a step, before the step's own."""
+DEFAULT_PROJECT = "kha_train"
+OWN_PLACES = {"WANDB_ARTIFACT_DIR": ".artifacts", "WANDB_CACHE_DIR": ".cache", "WANDB_DATA_DIR": ".data"}
+OFFLINE, DISABLED = ("offline", "dryrun"), ("disabled", "off", "false", "no", "none", "0")
+ONLINE = ("", "auto", "online", "run", "shared", "on", "true", "yes", "1")
+"""What people write as WANDB_MODE, in any case."""
 
 
 class WandbMirror:
@@ -43,9 +54,12 @@ class WandbMirror:
 
     The x-axes are our own `step` and `tokens`. W&B's own count cannot go back: steps computed again after a restart or
     a rewind appear beside the ones they replace. The record has the surviving ones. That count goes on from the lines
-    that the record holds of earlier attempts, so that no attempt overwrites another's rows when they are synced.
+    that the record holds of earlier attempts, so that no attempt overwrites another's rows when they are synced. Rows
+    that W&B lacks because an attempt was killed are sent first, some with every step.
 
     `mode` is what it came to: online, offline (files under `<run_dir>/wandb`, to be sent by `wandb sync`), disabled.
+    The run waits for W&B at its start (`CONNECT_SECONDS`, `INIT_SECONDS` and `TEARDOWN_SECONDS` at most) and at its end
+    (`FINISH_SECONDS`), never between.
     """
 
     def __init__(
@@ -63,24 +77,27 @@ class WandbMirror:
         self._keys: set[str] = set()
         self._row, self._loss = 0, math.nan
         self._run: Any = None
+        if rank == 0:
+            _keep_under(run_dir)
         self.mode, reason = _safely_chosen_mode(config.telemetry.wandb.mode) if rank == 0 else ("disabled", "")
+        self._run_dir = run_dir
+        self._queue: deque[tuple[int, dict[str, Any]]] = deque()
         if self.mode != "disabled":
-            self._row = len(read_metrics(run_dir)) + len(read_discarded(run_dir))
+            self._row = backlog.rows_recorded(run_dir)
         for mode in ("online", "offline"):
             if self._run is None and self.mode == mode:
                 failure = self._start(config, run_dir, wandb_id)
                 if failure:
                     self.mode = "offline" if mode == "online" else "disabled"
-                    reason = failure
+                    reason = f"{reason}; then {failure}" if reason and mode == "offline" else failure
+        self._catch_up(wandb_id)
         if reason and rank == 0:
             warn(f"W&B is {self.mode}: {self._redactor.text(reason)}")
 
     def step(self, line: dict[str, Any]) -> None:
         """Mirrors a metrics line at its own step; inside a spike its loss is sent once more, as a marker."""
-        if line.get("spike/open"):
-            line = {**line, MARKER: line["train/loss"]}
         self._row, self._loss = self._row + 1, line.get("train/loss", math.nan)
-        self._send(line)
+        self._send(_marked(line))
 
     def event(self, event: dict[str, Any]) -> None:
         """Mirrors an event of the record: a mark on the loss chart at the last step (a save is told when it stands)."""
@@ -101,7 +118,7 @@ class WandbMirror:
                 [one["step"], one["attempt"], one["kind"], str(one.get("reason", one.get("problem", "")))]
                 for one in actions[-MAX_EVENTS:]
             ]
-            names, lines = _chart(events, losses)
+            names, lines = spike_chart(events, losses)
             xs, ys = ([[point[axis] for point in line] for line in lines] for axis in (0, 1))
             clean = self._redactor.clean
             shown = {
@@ -111,6 +128,7 @@ class WandbMirror:
             }
             run.log(shown, step=self._row)
 
+        self._drain(len(self._queue))
         self._attempt(send)
 
     def summary(self, values: dict[str, Any]) -> None:
@@ -120,7 +138,11 @@ class WandbMirror:
     def close(self, exit_code: int = 0) -> None:
         """Ends the W&B run, waiting at most `FINISH_SECONDS` for uploads; what is left can be synced later. With
         another `exit_code` than 0 W&B shows it as failed."""
+        self._drain(len(self._queue))
         self._attempt(lambda run: run.finish(exit_code=exit_code))
+        if self._run is not None:
+            with _Guard():
+                backlog.note_rows(self._run_dir, self._row)
         self._run = None
 
     def _start(self, config: RunConfig, run_dir: Path, wandb_id: str) -> str:
@@ -128,13 +150,42 @@ class WandbMirror:
         guard = _Guard()
         with guard:
             self._run = _open_run(config, run_dir, wandb_id, self.mode, self._redactor)
+        if guard.reason:
+            _tear_down()
         return guard.reason
 
+    def _catch_up(self, wandb_id: str) -> None:
+        """Queue the rows of earlier attempts that W&B lacks: online by the server's count, offline by what the files
+        hold. Where neither can be told, nothing is sent twice."""
+        if self._run is None:
+            return
+        guard = _Guard()
+        with guard:
+            held, server_row = backlog.rows_noted(self._run_dir), getattr(self._run, "starting_step", None)
+            if self.mode == "offline":
+                held = max(held, backlog.rows_in_files(self._run_dir, wandb_id, _row_of))
+            elif server_row is not None:
+                held = max(0, server_row - 1)
+            for row, line, events in backlog.missing_rows(self._run_dir, held, self._row):
+                marks = {f"{HAPPENED}{event.get('kind')}": line.get("train/loss", math.nan) for event in events}
+                self._queue.append((row, {**_marked(line), **marks}))
+        if guard.reason:
+            self._warn(f"W&B: rows of earlier attempts are not sent again: {self._redactor.text(guard.reason)}")
+
     def _send(self, values: dict[str, Any]) -> None:
-        """Log `values` in the row of the last step; keys beyond `MAX_KEYS` stay in the record."""
+        """Log `values` in the row of the last step, after what waits before it."""
+        self._queue.append((self._row, values))
+        self._drain(1 + CATCH_UP_ROWS)
+
+    def _drain(self, most: int) -> None:
+        for _ in range(min(most, len(self._queue))):
+            self._log(*self._queue.popleft())
+
+    def _log(self, row: int, values: dict[str, Any]) -> None:
+        """Keys beyond `MAX_KEYS` stay in the record."""
         self._keys |= set(sorted(values.keys() - self._keys - RECORD_ONLY)[: MAX_KEYS - len(self._keys)])
         sent = {key: value for key, value in values.items() if key in self._keys}
-        self._attempt(lambda run: run.log(self._redactor.clean(sent), step=self._row))
+        self._attempt(lambda run: run.log(self._redactor.clean(sent), step=row))
 
     def _attempt(self, act: Callable[[Any], Any]) -> None:
         if self._run is None:
@@ -163,9 +214,44 @@ class _Guard:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         if isinstance(error, Exception):
-            self.reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+            text = str(error)
+            # wandb tells what the server answered in a second line.
+            cause = re.search(r"while retrying: (.*)", text)
+            first = text.splitlines()[0] if text else "no message"
+            self.reason = f"{type(error).__name__}: {first}" + (f" ({cause[1]})" if cause else "")
             return True
         return False
+
+
+def _marked(line: dict[str, Any]) -> dict[str, Any]:
+    """`line`, inside a spike with its loss once more."""
+    return {**line, MARKER: line["train/loss"]} if line.get("spike/open") else line
+
+
+def _tear_down() -> None:
+    """End wandb's service after a failed start: it still holds the run's id, and a second start would be refused for
+    that. It is given `TEARDOWN_SECONDS`."""
+
+    def act() -> None:
+        with _Guard():
+            import wandb
+
+            wandb.teardown()
+
+    thread = threading.Thread(target=act, name="wandb teardown", daemon=True)
+    thread.start()
+    thread.join(TEARDOWN_SECONDS)
+
+
+def _row_of(record: bytes) -> int | None:
+    """The row of a record of a `.wandb` file; None when it is none of the history. Raises what protobuf raises."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content = Record.FromString(record)
+    if content.WhichOneof("record_type") != "history":
+        return None
+    named = {item.key or "/".join(item.nested_key): item.value_json for item in content.history.item}
+    return json.loads(named["_step"]) if "_step" in named else None
 
 
 def _safely_chosen_mode(asked: str) -> tuple[str, str]:
@@ -176,29 +262,16 @@ def _safely_chosen_mode(asked: str) -> tuple[str, str]:
     return "offline", guard.reason
 
 
-def _chart(
-    events: list[dict[str, Any]], losses: Sequence[tuple[int, float]]
-) -> tuple[list[str], list[list[tuple[int, float]]]]:
-    """Names and points of the lines of a loss chart: the loss, thinned out, and each of the highest spikes in full."""
-    finite = [(step, loss) for step, loss in losses if math.isfinite(loss)]
-    names, details, lines = ["train/loss"], [""], [finite[:: -(-len(finite) // CHART_POINTS) or 1]]
-    highest = sorted(events, key=lambda event: event["height"], reverse=True)[:CHART_SPIKES]
-    for event in sorted(highest, key=lambda event: event["start_step"]):
-        inside = [point for point in finite if event["start_step"] <= point[0] <= event["end_step"]]
-        names.append(f"{event['class']} at step {event['start_step']}")
-        details.append("rewound" if event.get("rewound") else "kept")
-        lines.append(inside[:: -(-len(inside) // CHART_POINTS) or 1])
-    # Two events may begin at one step, one of them undone by a rewind; lines of one name would be drawn as one.
-    return distinct(names, details), lines
-
-
 def choose_mode(asked: str) -> tuple[str, str]:
-    """(mode, why it is not what was asked) from the configured mode, WANDB_MODE, the key and the network."""
+    """(mode, why it is not what was asked) from the configured mode, what the user asked wandb for, the key and the
+    network. A configured mode other than auto wins over the user's settings of wandb, as in `wandb.init(mode=...)`."""
+    reason = ""
+    wanted, unknown = _mode_of_environment()
     if asked == "auto":
-        asked = os.environ.get("WANDB_MODE", "auto")
+        asked, reason = wanted or _mode_of_settings(), unknown
     if asked in ("offline", "disabled"):
-        return asked, ""
-    address = os.environ.get("WANDB_BASE_URL", DEFAULT_HOST)
+        return asked, reason
+    address = os.environ.get("WANDB_BASE_URL") or getattr(_user_settings(), "base_url", None) or DEFAULT_HOST
     if not has_key(address):
         return "offline", "there is no API key (`wandb login` makes one); `wandb sync` sends the files later"
     if not is_reachable(address):
@@ -206,11 +279,41 @@ def choose_mode(asked: str) -> tuple[str, str]:
     return "online", ""
 
 
+def _mode_of_environment() -> tuple[str, str]:
+    """What WANDB_MODE and WANDB_DISABLED ask for: offline, disabled or "" (they do not say), and what is wrong with
+    them. A word that is no mode means offline. WANDB_MODE is left as wandb itself knows it."""
+    word = os.environ.get("WANDB_MODE", "").strip().lower()
+    disabled = os.environ.get("WANDB_DISABLED", "").strip().lower() not in ("", "0", "false", "no", "off")
+    unknown = word not in (*OFFLINE, *DISABLED, *ONLINE)
+    mode = "disabled" if disabled or word in DISABLED else "offline" if unknown or word in OFFLINE else ""
+    if "WANDB_MODE" in os.environ:
+        os.environ["WANDB_MODE"] = mode or "online"
+    return mode, f"WANDB_MODE={word} is no mode" if unknown else ""
+
+
+def _mode_of_settings() -> str:
+    """What `wandb offline` and `wandb disabled` left for this user and directory; "auto" where they left nothing."""
+    settings = _user_settings()
+    mode = "auto" if settings is None else str(settings.mode).lower()
+    return "offline" if mode in OFFLINE else "disabled" if mode in DISABLED else "auto"
+
+
+def _user_settings() -> Any:
+    """wandb's own settings, from its files and variables; None where this wandb does not tell them. Raises what wandb
+    raises when it cannot read them."""
+    # wandb's reports on itself would hold the process's end for 20 seconds where the server says nothing.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    setup = getattr(wandb, "setup", None)
+    return setup(settings=wandb.Settings(silent=True)).settings if setup else None
+
+
 def has_key(address: str) -> bool:
-    """Whether WANDB_API_KEY or the netrc file holds a key for the server at `address`."""
-    if os.environ.get("WANDB_API_KEY"):
+    """Whether the environment or the netrc file holds a key for the server at `address`."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    path = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    path = Path(os.environ.get("NETRC") or os.path.expanduser("~/.netrc"))
     try:
         return netrc.netrc(path).authenticators(urllib.parse.urlsplit(address).hostname or "") is not None
     except (OSError, netrc.NetrcParseError):
@@ -231,6 +334,15 @@ def is_reachable(address: str) -> bool:
     return True
 
 
+def _keep_under(run_dir: Path) -> None:
+    """Have wandb stage its tables and keep its caches in the run directory, unless the user chose other places: in the
+    home they would be lost where that cannot be written."""
+    for name, folder in OWN_PLACES.items():
+        given = os.environ.get(name, "")
+        if not given or given.endswith(f"/wandb/{folder}"):
+            os.environ[name] = str(run_dir.resolve() / "wandb" / folder)
+
+
 def _open_run(config: RunConfig, run_dir: Path, wandb_id: str, mode: str, redactor: Redactor) -> Any:
     import wandb
 
@@ -249,12 +361,14 @@ def _open_run(config: RunConfig, run_dir: Path, wandb_id: str, mode: str, redact
     # Settings come and go between versions of wandb; an unknown one would be an error.
     known = {name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}
     section = config.telemetry.wandb
+    # WANDB_PROJECT, or that of `wandb init`, unless the configuration says more than its default.
+    theirs = getattr(_user_settings(), "project", None)
     run = wandb.init(
         id=wandb_id,
         resume="allow",
         mode=mode,
         dir=str(run_dir),
-        project=section.project,
+        project=section.project if section.project != DEFAULT_PROJECT or not theirs else theirs,
         entity=section.entity or None,
         group=redactor.text(section.group) or None,
         job_type="train",

@@ -1,0 +1,147 @@
+"""What W&B lacks of the record when a killed attempt is started again.
+
+A row is a line ever recorded, in the order of recording, counted from 1: the same count that the mirror sends as W&B's
+own. Files are read from their ends, so that the time does not grow with the run. What an offline attempt holds is in
+the last blocks of its file (LevelDB's log format, private to wandb); where that cannot be read, the note of the last
+orderly end counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from kha_train.record.files import write_json
+from kha_train.record.jsonl import parse
+from kha_train.record.reader import EVENTS_FILE
+from kha_train.record.rewind import DISCARDED_FILE, METRICS_FILE
+
+NOTE_FILE = "mirrored.json"
+MAX_ROWS = 50_000
+"""Rows sent again at most, the newest: what lies before them is in the record only."""
+NOT_MIRRORED = (
+    "attempt_started", "attempt_ended", "lines_discarded", "lines_missing", "torn_line_removed", "weights_inherited",
+    "checkpoint_refused", "attention_backend_changed", "zclip",
+)  # fmt: skip
+"""Kinds of events that are no marks in W&B."""
+_PIECE = 1 << 20
+_HEADER, _BLOCK, _CHUNK_HEADER = 7, 32768, 7
+_WHOLE, _FIRST, _LAST = 1, 2, 4
+_BLOCKS_AT_ONCE, _BLOCKS_BACK = 8, 256
+
+Row = tuple[int, dict[str, Any], list[dict[str, Any]]]
+"""Its number, its line, the events that happened in its step."""
+
+
+def rows_recorded(run_dir: Path) -> int:
+    """How many lines the run has ever recorded, undone ones included."""
+    return sum(_count_lines(run_dir / name) for name in (METRICS_FILE, DISCARDED_FILE))
+
+
+def rows_noted(run_dir: Path) -> int:
+    """How many rows the last attempt that ended in good order had sent; 0 without a readable note."""
+    path = run_dir / "wandb" / NOTE_FILE
+    rows = (parse(path.read_bytes()) or {}).get("rows") if path.is_file() else 0
+    return rows if isinstance(rows, int) else 0
+
+
+def note_rows(run_dir: Path, rows: int) -> None:
+    """Remember that W&B holds `rows` rows. Raises OSError."""
+    (run_dir / "wandb").mkdir(exist_ok=True)
+    write_json(run_dir / "wandb" / NOTE_FILE, {"rows": rows})
+
+
+def rows_in_files(run_dir: Path, wandb_id: str, row_of: Callable[[bytes], int | None]) -> int:
+    """The highest row in the files of offline attempts; `row_of` reads it from a record, None for other records."""
+    paths = run_dir.glob(f"wandb/offline-run-*-{wandb_id}/run-{wandb_id}.wandb")
+    return max((_last_row(path, row_of) for path in paths), default=0)
+
+
+def missing_rows(run_dir: Path, held: int, total: int) -> list[Row]:
+    """The rows above `held` of the `total` recorded, oldest first; damaged lines are left out."""
+    count = min(total - held, MAX_ROWS)
+    if count <= 0:
+        return []
+    tails = _last_lines(run_dir / METRICS_FILE, count) + _last_lines(run_dir / DISCARDED_FILE, total)
+    lines = sorted(tails, key=lambda line: (line.get("attempt", 0), line.get("time", 0.0)))[-count:]
+    since = lines[0].get("time", 0.0) if lines else 0.0
+    events = [event for event in _events_since(run_dir / EVENTS_FILE, since) if event.get("kind") not in NOT_MIRRORED]
+    return list(_with_events(lines, events, total - len(lines) + 1))
+
+
+def _events_since(path: Path, since: float) -> list[dict[str, Any]]:
+    count, events = 64, []
+    while not events or (len(events) == count // 8 and events[0].get("time", 0.0) >= since):
+        events, count = _last_lines(path, count), 8 * count
+        if not events:
+            break
+    return [event for event in events if event.get("time", 0.0) >= since]
+
+
+def _with_events(lines: list[dict[str, Any]], events: list[dict[str, Any]], first_row: int) -> Iterable[Row]:
+    """An event belongs to the line recorded last before it."""
+    at = 0
+    for index, line in enumerate(lines):
+        until = lines[index + 1].get("time", 0.0) if index + 1 < len(lines) else float("inf")
+        start = at
+        while at < len(events) and events[at].get("time", 0.0) < until:
+            at += 1
+        yield first_row + index, line, events[start:at]
+
+
+def _count_lines(path: Path) -> int:
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(piece.count(b"\n") for piece in iter(lambda: file.read(_PIECE), b""))
+
+
+def _last_lines(path: Path, count: int) -> list[dict[str, Any]]:
+    """The last `count` whole lines, read from the end of the file backwards."""
+    if count <= 0 or not path.is_file():
+        return []
+    with path.open("rb") as file:
+        at, tail = file.seek(0, 2), b""
+        while at > 0 and tail.count(b"\n") <= count:
+            start = max(0, at - _PIECE)
+            file.seek(start)
+            tail, at = file.read(at - start) + tail, start
+    lines = tail.split(b"\n")[:-1][-count:]
+    return [line for line in map(parse, lines) if line is not None]
+
+
+def _last_row(path: Path, row_of: Callable[[bytes], int | None]) -> int:
+    """The row of the last whole record of the history in a `.wandb` file; 0 where there is none."""
+    size = path.stat().st_size
+    last_block = max(0, size - 1) // _BLOCK
+    with path.open("rb") as file:
+        for block in range(last_block, max(-1, last_block - _BLOCKS_BACK), -1):
+            file.seek(block * _BLOCK)
+            for record in reversed(_records(file.read(_BLOCKS_AT_ONCE * _BLOCK), block == 0)):
+                row = row_of(record)
+                if row is not None:
+                    return row
+    return 0
+
+
+def _records(data: bytes, from_start: bool) -> list[bytes]:
+    """The whole records that begin in `data`, which begins with a block."""
+    at, part, inside, records = _HEADER if from_start else 0, b"", False, []
+    while at + _CHUNK_HEADER <= len(data):
+        left = _BLOCK - at % _BLOCK
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if left < _CHUNK_HEADER or kind == 0:
+            at += left
+            continue
+        piece = data[at + _CHUNK_HEADER : at + _CHUNK_HEADER + length]
+        at += _CHUNK_HEADER + length
+        if len(piece) < length:
+            break
+        if kind in (_WHOLE, _FIRST):
+            part, inside = b"", True
+        part += piece
+        if inside and kind in (_WHOLE, _LAST):
+            records.append(part)
+            inside = False
+    return records

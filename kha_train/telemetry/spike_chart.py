@@ -1,0 +1,28 @@
+"""The loss of a run with its spikes drawn in, as the lines of a chart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from kha_train.record.labels import distinct
+
+CHART_POINTS, CHART_SPIKES = 2000, 50
+"""Points of the loss in the chart of spikes, and spikes in it, the highest."""
+
+
+def spike_chart(
+    events: list[dict[str, Any]], losses: Sequence[tuple[int, float]]
+) -> tuple[list[str], list[list[tuple[int, float]]]]:
+    """Names and points of the lines of a loss chart: the loss, thinned out, and each of the highest spikes in full."""
+    finite = [(step, loss) for step, loss in losses if math.isfinite(loss)]
+    names, details, lines = ["train/loss"], [""], [finite[:: -(-len(finite) // CHART_POINTS) or 1]]
+    highest = sorted(events, key=lambda event: event["height"], reverse=True)[:CHART_SPIKES]
+    for event in sorted(highest, key=lambda event: event["start_step"]):
+        inside = [point for point in finite if event["start_step"] <= point[0] <= event["end_step"]]
+        names.append(f"{event['class']} at step {event['start_step']}")
+        details.append("rewound" if event.get("rewound") else "kept")
+        lines.append(inside[:: -(-len(inside) // CHART_POINTS) or 1])
+    # Two events may begin at one step, one of them undone by a rewind; lines of one name would be drawn as one.
+    return distinct(names, details), lines
