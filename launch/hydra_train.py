@@ -33,7 +33,7 @@ def main(config: Any) -> None:
 
 def check(arguments: Sequence[str]) -> None:
     """Refuse what Hydra would take and the run would not see. Raises ConfigError for other configuration files, what
-    `kha train` refuses, settings of a multirun without one, and a multirun without the SLURM launcher."""
+    `kha train` refuses, settings of a multirun without one, a multirun without the SLURM launcher or with a secret."""
     asked = get_args_parser().parse_args(arguments)
     if asked.help or asked.hydra_help or asked.cfg or asked.info or asked.shell_completion:
         return
@@ -46,6 +46,10 @@ def check(arguments: Sequence[str]) -> None:
     if asked.multirun or "hydra.mode=MULTIRUN" in hydras:
         if SLURM not in hydras:
             run(["train", "--multirun", *own])
+        from kha_train.operate.sweep import refuse_secrets
+
+        # Hydra writes them into a file of its own before it launches anything.
+        refuse_secrets(asked.overrides)
         return
     for text in hydras:
         if text.lstrip("+~").startswith(OF_MULTIRUN):

@@ -7,6 +7,7 @@ import html
 import json
 import re
 import shlex
+import subprocess
 import sys
 import urllib.parse
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kha_train.cli.main import run
-from kha_train.config.compose import compose, expand
+from kha_train.config.compose import compose, expand, shipped
 from kha_train.errors import ConfigError
 from kha_train.operate.slurm import JobOptions, parse_sbatch, sbatch_command
 from kha_train.operate.sweep import plan_sweep
@@ -231,6 +232,15 @@ def test_a_sweep_with_a_secret_in_a_setting_is_refused(
     assert CANARY not in str(refused.value)
     with pytest.raises(ConfigError, match="holds a secret"):
         plan_sweep(tmp_path / CANARY, ["seed=0,1"])
+
+
+def test_hydras_own_multirun_writes_no_secret(tmp_path: Path) -> None:
+    command = [sys.executable, str(shipped("launch") / "hydra_train.py"), "-m", "hydra/launcher=kha_slurm"]
+    settings = [f"data.train='s3://key:{CANARY}@bucket/x'", "run.seed=0,1"]
+    told = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 120}
+    done = subprocess.run([*command, *settings], check=False, **told)
+    assert done.returncode == 2 and "data.train" in done.stderr and CANARY not in done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("option", [f"comment={CANARY}", f"comment=AccountKey={CANARY}x"])

@@ -115,12 +115,26 @@ def plan_points(directory: Path, points: Sequence[Sequence[str]], equal: Equal =
             step_cost = _tokens(config) if equal == "tokens" else _tokens(config) * flops_per_token(config).training
             steps = max(1, round((made[0].tokens if equal == "tokens" else made[0].flops) / step_cost))
         made.append(_point(directory, label, overrides, config, steps))
-    _refuse_secrets(made)
+    refuse_secrets(text for point in made for text in (point.run_dir, *point.overrides))
     labels = [point.label for point in made]
     for label in labels:
         if labels.count(label) > 1:
             raise ConfigError("two points are the same run", field="sweep", value=label, fix="name every point once")
     return made
+
+
+def refuse_secrets(settings: Iterable[str]) -> None:
+    """A sweep writes its settings and its directory down and must hand them on as they are. Raises ConfigError for one
+    with a secret."""
+    redactor = Redactor.from_environment()
+    for text in settings:
+        if redactor.text(text) != text:
+            raise ConfigError(
+                "holds a secret, and a sweep writes its settings into files and job scripts",
+                field=_key(text) if "=" in text else "--dir",
+                value=REDACTED,
+                fix="give credentials by environment variables or a profile",
+            )
 
 
 def check_against_runs(points: Iterable[Point]) -> None:
@@ -219,20 +233,6 @@ def _point(directory: Path, label: str, overrides: Sequence[str], config: RunCon
     every = (*overrides, *extra, *(f"{key}={quoted(value)}" for key, value in own.items()))
     tokens = steps * _tokens(config)
     return Point(label, str(run_dir), every, steps, tokens, tokens * float(flops_per_token(config).training))
-
-
-def _refuse_secrets(points: Iterable[Point]) -> None:
-    """A sweep writes its points down and must hand them on as they are. Raises ConfigError for one with a secret."""
-    redactor = Redactor.from_environment()
-    for point in points:
-        for text in (point.run_dir, *point.overrides):
-            if redactor.text(text) != text:
-                raise ConfigError(
-                    "holds a secret, and a sweep writes its settings into files and job scripts",
-                    field=_key(text) if "=" in text else "--dir",
-                    value=REDACTED,
-                    fix="give credentials by environment variables or a profile",
-                )
 
 
 def _label(config: RunConfig, swept: Mapping[str, str]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from kha_train.config.compose import compose
 from kha_train.telemetry import backlog
 
 INIT_SECONDS = 3
@@ -203,6 +204,41 @@ def test_a_long_record_is_read_from_its_end_alone(recorded: Path, monkeypatch: p
     monkeypatch.setattr(backlog, "_PIECE", 4096)
     rows = backlog.missing_rows(recorded, backlog.rows_recorded(recorded) - 2, backlog.rows_recorded(recorded))
     assert [(line["step"]) for _, line, _ in rows] == [4, 5]
+
+
+class Sent:
+    """A run of W&B of which the server holds the rows before `starting_step`."""
+
+    def __init__(self, starting_step: int) -> None:
+        self.starting_step, self.rows = starting_step, list[tuple[int, int]]()
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.rows.append((step, values["step"]))
+
+    def finish(self, exit_code: int) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize("starting_step, first", [(0, 1), (4, 4), (8, 8), (20, 8)])
+def test_online_the_servers_count_says_what_it_lacks_and_a_step_sends_a_few_rows_at_most(
+    starting_step: int, first: int, recorded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kha_train.telemetry import wandb as mirror
+
+    run = Sent(starting_step)
+    monkeypatch.setattr(mirror, "choose_mode", lambda asked: ("online", ""))
+    monkeypatch.setattr(mirror, "_open_run", lambda *given: run)
+    monkeypatch.setattr(mirror, "CATCH_UP_ROWS", 2)
+    for name in mirror.OWN_PLACES:
+        monkeypatch.setenv(name, "/mine")
+    sent = mirror.WandbMirror(compose([f"run.dir={recorded}"]), recorded, "abc123")
+    assert run.rows == [], "the start waits for none of them"
+    sent.step({"step": 6, "train/loss": 1.0})
+    assert len(run.rows) == min(3, 9 - first)
+    sent.close()
+    expected = [(1, 1), (2, 2), (3, 3), (4, 4), (5, 3), (6, 4), (7, 5), (8, 6)]
+    assert run.rows == expected[first - 1 :]
+    assert backlog.rows_noted(recorded) == 8
 
 
 KILLED = """
