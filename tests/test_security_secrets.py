@@ -130,6 +130,30 @@ def test_a_secret_is_hidden_by_the_form_it_stands_in(text: str) -> None:
     assert CANARY not in shown and CANARY.replace("-", "") not in shown and REDACTED in shown
 
 
+SHOWN = [
+    f"s3://k:{CANARY}@b/x", f"https://u:p/{CANARY}@h", f"postgres://u:p@{CANARY}@h", f"api_key={CANARY}",
+    f"Authorization: Bearer {CANARY}", f"Authorization: Basic {CANARY}", f"AccountKey={CANARY}", f"password: {CANARY}",
+    f"--token {CANARY}", f"token='{CANARY}'", f'secret="{CANARY}"', f"data.train=s3://k:{CANARY}@b/x",
+    f"Bearer {CANARY}", f"HF_TOKEN={CANARY}", f"aws_secret_access_key = {CANARY}", f"{{'token': '{CANARY}'}}",
+    f"?token={CANARY}",
+]  # fmt: skip
+INSIDE = {
+    **{name: way for name, way in WAYS_INTO_A_TEXT.items() if name not in ("a URL's path", "a page", "a form")},
+    "an error": lambda text: f"ValueError: cannot open {text}: no (such) file",
+    "a call": lambda text: f"call({text})",
+    "a tag": lambda text: f"<td>{text}</td>",
+    "a list of settings": lambda text: f"a=1,{text},b=2",
+    "a line": lambda text: f"x\n{text}\ny",
+    "a query": lambda text: f"https://h/x?next={urllib.parse.quote(text, safe='')}&n=1",
+}
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("text", SHOWN)
+def test_a_form_is_seen_inside_every_other(text: str, inside: str) -> None:
+    assert CANARY not in Redactor({}).text(INSIDE[inside](text))
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -146,7 +170,9 @@ def test_the_words_of_language_models_stay(text: str) -> None:
     assert Redactor({}).text(text) == text
 
 
-@pytest.mark.parametrize("unit", ["a", "a://", "http://u:", "password=", "x'", '"', "Bearer ", "a=b@", "\\", "key: "])
+@pytest.mark.parametrize(
+    "unit", ["a", "a://", "http://u:", "password=", "x'", '"', "Bearer ", "a=b@", "\\", "key: ", "%3A"]
+)
 def test_a_long_text_costs_time_in_proportion(unit: str) -> None:
     """Each of these took minutes, or would, where a rule begins anew at every character."""
     assert len(Redactor({"X_TOKEN": CANARY}).text(unit * (200_000 // len(unit)))) > 0

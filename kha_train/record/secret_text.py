@@ -8,22 +8,26 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from urllib.parse import unquote
 
 from kha_train.config.urls import find_credentials
 from kha_train.record.secret_names import is_secret_item, is_secret_name
 
 REDACTED = "[redacted]"
+QUOTED_TIMES = 3
+"""How often a text inside a URL may have been quoted."""
 
 _KEY = re.compile(
     r"""(?<![\w./+-])(?P<key>(?:(?:api|access|account|auth|private|client|connection)[ ])?[\w./+-]*\w)
-        (?P<joint>\\*["']?\]?\s*(?:=>|[=:])\s*)
-      | (?<!\S)(?P<option>--?[\w-]+)\s+(?!-)""",
+        (?:'"'"'|\\*["'])?\]?\s*(?:=>|[=:])\s*
+      | (?<![\w./+-])(?P<option>--?[\w-]+)\s+(?!-)""",
     re.VERBOSE | re.IGNORECASE,
 )
+# A quote inside quotes is \" in JSON and '"'"' in a shell.
 # A separator belongs to the value unless something else begins behind it: an end, a space, another `key=`.
 _PLAIN = r"""(?:[^\s,;&"']|[,;&](?!\s|$|["']|[\w./+-]+\s*[=:])|(?<=\w)["'](?=\w))+"""
 _VALUE = re.compile(
-    rf"""(?P<open>\\+["'])(?P<escaped>.*?)(?:(?P=open)|$)
+    rf"""(?P<open>\\+["']|'"'"')(?P<escaped>.*?)(?:(?P=open)|$)
       | "(?P<double>(?:[^"\\\n]|\\.)*)(?:"|$|(?=\n))
       | '(?P<single>(?:[^'\\\n]|\\.|'')*)(?:'|$|(?=\n))
       | (?P<plain>{_PLAIN})""",
@@ -31,6 +35,7 @@ _VALUE = re.compile(
 )
 _SCHEME = re.compile(r"(?<![\w-])(?P<scheme>bearer|basic|sharedkey|aws4-hmac-sha256)[ \t]+", re.IGNORECASE)
 _WORD = re.compile(r"""[^\s,;"'<>\\]+""")
+_QUOTED = re.compile(r"""[^\s"'<>&=?]*%(?:3[ADad]|20)[^\s"'<>&]*""")
 _HEADER_VALUE = re.compile(r"""[^\n"'\\]*""")
 _HEADERS = ("authorization", "cookie")
 _SHAPES = re.compile(
@@ -47,11 +52,24 @@ _SHAPES = re.compile(
 
 def hide(text: str) -> str:
     """`text` with every secret replaced that its form betrays."""
+    text = _hide_by_form(text)
+    return _QUOTED.sub(_hide_quoted, text) if "%3" in text or "%20" in text else text
+
+
+def _hide_by_form(text: str) -> str:
     if "://" in text and "@" in text:
         text = _hide_credentials(text)
-    text = _SHAPES.sub(REDACTED, text)
-    text = _hide_pairs(text)
-    return _hide_headers(text)
+    return _hide_headers(_hide_pairs(_SHAPES.sub(REDACTED, text)))
+
+
+def _hide_quoted(match: re.Match[str]) -> str:
+    """A text inside a URL goes as a whole where it shows a secret once it is decoded."""
+    decoded = match[0]
+    for _ in range(QUOTED_TIMES):
+        decoded = unquote(decoded)
+        if _hide_by_form(decoded) != decoded:
+            return REDACTED
+    return match[0]
 
 
 def _hide_credentials(text: str) -> str:
