@@ -31,7 +31,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "startup": ("--rounds", "1"),
     "telemetry": ("model.layers=2", "data.global_batch_size=4", "--blocks", "3"),
     "checkpoint": ("model.layers=2", "data.global_batch_size=4", "--rounds", "1", "--steps", "2"),
-    "spikes": ("--spiky-steps", "2000", "--clean-steps", "1000"),
+    "spikes": ("--spiky-steps", "2000", "--clean-steps", "1000", "--early-curves", "2"),
 }
 LIMIT_SECONDS = 1800
 

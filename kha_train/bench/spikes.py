@@ -1,9 +1,10 @@
 """How well spikes are found: labelled synthetic curves, this project's detector, and the rules of others beside it.
 
-A curve is a power law with noise, into which spikes, level shifts, drifts and NaN are put at known steps. A spike is
-*found* when an alarm is raised within six steps of its start; it is *separable* when it starts at least twelve steps
-outside another one. An alarm in the noise between them is false. Synthetic curves say which rule sees more of what is
-known to be there; they are no proof about real ones.
+A curve is a power law with noise, into which spikes, level shifts, drifts and NaN are put at known steps. An *early*
+curve is the beginning of a run, where the loss falls fast, with narrow and wide spikes. A spike is *found* when an
+alarm is raised within six steps of its start; it is *separable* when it starts at least twelve steps outside another
+one. An alarm in the noise between them is false. Synthetic curves say which rule sees more of what is known to be
+there; they are no proof about real ones.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from kha_train.stability.events import OPEN_Z, EventDetector, Observation
@@ -27,6 +27,8 @@ SEPARATION = 12
 SETTLING = 200
 """Steps after a planted disturbance has faded in which an alarm is neither right nor wrong."""
 CLEAN_UNIT = 50_000
+EARLY_STEPS, EARLY_FIRST, EARLY_SIGMA = 1500, 200, 0.03
+"""Steps of an early curve, the first that a spike may begin at, and the noise in nats."""
 
 Noise = Callable[[random.Random], float]
 
@@ -122,8 +124,25 @@ def spiky_curve(seed: int, steps: int, noise: str) -> Curve:
     return curve
 
 
-def _height(source: random.Random) -> float:
-    return math.exp(source.uniform(math.log(0.25), math.log(6.0)))
+def early_curve(seed: int, noise: str, spikes: bool = True) -> Curve:
+    """The first 1,500 steps of a run, 2.2 + 6.5 exp(-t / tau) + 1.2 (t + 50)^-0.25 with tau of 300 to 900 steps, and
+    narrow and wide spikes of 0.35 to 2.5 nats from step 200 on; none without `spikes`."""
+    source = random.Random(f"early {seed} {noise}")
+    tau, draw = source.uniform(300.0, 900.0), NOISES[noise]
+    steps = range(EARLY_STEPS)
+    trend = (2.2 + 6.5 * math.exp(-step / tau) + 1.2 * (step + 50) ** -0.25 for step in steps)
+    curve = Curve([value + EARLY_SIGMA * draw(source) for value in trend])
+    step = EARLY_FIRST + source.randint(0, 100)
+    while spikes and step < EARLY_STEPS - 100:
+        plant = source.choices((_narrow, _wide), (8, 6))[0]
+        plant(source, curve, step, _height(source, 0.35, 2.5))
+        pause = (15, 100) if source.random() < 0.5 else (100, 300)
+        step = curve.planted[-1].end + source.randint(*pause)
+    return curve
+
+
+def _height(source: random.Random, low: float = 0.25, high: float = 6.0) -> float:
+    return math.exp(source.uniform(math.log(low), math.log(high)))
 
 
 def _bump(losses: list[float], start: int, height: float, rise: int, decay: float) -> int:
@@ -135,13 +154,13 @@ def _bump(losses: list[float], start: int, height: float, rise: int, decay: floa
     return start + length
 
 
-def _narrow(source: random.Random, curve: Curve, start: int) -> None:
-    end = _bump(curve.losses, start, _height(source), 1, source.uniform(0.3, 2.0))
+def _narrow(source: random.Random, curve: Curve, start: int, height: float | None = None) -> None:
+    end = _bump(curve.losses, start, height or _height(source), 1, source.uniform(0.3, 2.0))
     curve.planted.append(Planted("narrow", start, end, True))
 
 
-def _wide(source: random.Random, curve: Curve, start: int) -> None:
-    end = _bump(curve.losses, start, _height(source), source.randint(1, 3), source.uniform(8.0, 60.0))
+def _wide(source: random.Random, curve: Curve, start: int, height: float | None = None) -> None:
+    end = _bump(curve.losses, start, height or _height(source), source.randint(1, 3), source.uniform(8.0, 60.0))
     curve.planted.append(Planted("wide", start, end, True))
 
 
@@ -229,7 +248,6 @@ def megatron(losses: list[float]) -> Iterator[bool]:
 
 RULES: dict[str, Callable[[list[float]], Iterator[bool]]] = {
     "kha_train events": event_detector,
-    "the same, open at z 8": partial(event_detector, open_z=8.0),
     "OLMo-core 6 sd / 128": olmo_core,
     "OLMo 2 7 sd / 1,000": olmo_paper,
     "llm-foundry 2x, 5 in a row": llm_foundry,
@@ -316,6 +334,11 @@ def run_bench(seed: int, spiky_steps: int, clean_steps: int, noises: list[str]) 
         noise: score_rules([spiky_curve(seed, spiky_steps, noise), clean_curve(seed, clean_steps, noise)], RULES)
         for noise in noises
     }
+
+
+def run_early(seed: int, curves: int) -> dict[str, Score]:
+    """Every rule over `curves` early curves of each reference noise, from `seed` on."""
+    return score_rules([early_curve(seed + n, noise) for n in range(curves) for noise in REFERENCE_NOISES], RULES)
 
 
 def monitor_cost(steps: int = 5000) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,17 +23,27 @@ def spikes(
     seed: Annotated[int | None, typer.Option(help="Of the curves; fresh ones each time unless set.")] = None,
     spiky_steps: Annotated[int, typer.Option(min=2000, help="Steps of the curve full of spikes, per noise.")] = 60_000,
     clean_steps: Annotated[int, typer.Option(min=1000, help="Steps of the curve without any, per noise.")] = 100_000,
+    early_curves: Annotated[int, typer.Option(min=1, help="Early curves of 1,500 steps, per noise of two.")] = 40,
     as_json: Json = False,
 ) -> None:
     """Spike rules on labelled synthetic curves: what each finds, what it makes up; and the monitor's cost per step."""
     from kha_train.bench import spikes as bench
+    from kha_train.bench.spike_thresholds import format_thresholds, run_thresholds
 
     seed = secrets.randbelow(10**6) if seed is None else seed
     scores = bench.run_bench(seed, spiky_steps, clean_steps, list(bench.NOISES))
+    early = bench.run_early(seed, early_curves)
+    thresholds = run_thresholds(seed, spiky_steps, clean_steps, early_curves)
     seconds = bench.monitor_cost()
     if as_json:
-        plain = {noise: {rule: score.to_dict() for rule, score in rules.items()} for noise, rules in scores.items()}
-        typer.echo(json.dumps({"seed": seed, "noises": plain, "monitor_seconds_per_step": seconds}))
+        answer = {
+            "seed": seed,
+            "noises": {noise: _plain(rules) for noise, rules in scores.items()},
+            "early": _plain(early),
+            "thresholds": {rule: _plain(groups) for rule, groups in thresholds.items()},
+            "monitor_seconds_per_step": seconds,
+        }
+        typer.echo(json.dumps(answer))
         return
     typer.echo(
         f"labelled synthetic curves, seed {seed}: per noise {spiky_steps} steps full of spikes, {clean_steps} clean; "
@@ -40,7 +51,13 @@ def spikes(
     )
     for noise, rules in scores.items():
         typer.echo(f"\n{noise}: {bench.NOISES[noise].__doc__}\n\n{bench.format_table(rules)}")
+    typer.echo(f"\nearly: {early_curves} beginnings of runs per noise\n\n{bench.format_table(early)}")
+    typer.echo(f"\nthe event detector by its threshold\n\n{format_thresholds(thresholds)}")
     typer.echo(f"\nwhole monitor, plain Python: {1e6 * seconds:.0f} microseconds of CPU time a step")
+
+
+def _plain(scores: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: score.to_dict() for name, score in scores.items()}
 
 
 @app.command()

@@ -84,7 +84,7 @@ METRICS: dict[str, Metric] = {
     "moe/bias_range": Metric(
         "1", "largest - smallest selection bias of a layer, as the step was routed; largest over layers"
     ),
-    "spike/z": Metric("1", "(loss - median) / spread of the last 128 losses outside events"),
+    "spike/z": Metric("1", "(loss - m) / s; m: what the trend of the last 128 losses outside events expects"),
     "spike/open": Metric("0/1", "1 while an event is open after the step"),
     "spike/events_total": Metric("count", "events so far, the open one included"),
     "spike/narrow_total": Metric("count", "closed events of at most 10 steps"),

@@ -12,7 +12,7 @@ MAD_TO_SIGMA = 1.4826
 
 
 class Baseline(Window):
-    """The last `size` values that belong to no event, kept sorted as they come and go."""
+    """The last `size` values, kept sorted as they come and go."""
 
     def __init__(self, size: int, values: Iterable[float] = ()) -> None:
         self._sorted: list[float] = []

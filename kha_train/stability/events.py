@@ -1,10 +1,16 @@
 """The event detector: a spike is what rises out of the noise of its own curve, from its first step to its last.
 
-The baseline is the last 128 values that belong to no event: a spike neither hides the next one nor widens its own
-scale. With m their median and s = max(1.4826 MAD, standard deviation, 0.001), an event opens at z = (x - m) / s >= 7 or
-at a value that is not finite; m and s stand still while it is open; three consecutive z < 2 close it and join the
+The baseline is the last 128 values that belong to no event, at least 64: a spike neither hides the next one nor widens
+its own scale. A line through the medians of its older and its newer half follows the trend. m, what is expected next,
+is where this line will be or, where that is more, the smaller of two medians: of the newer half and of the last 8
+values. s = max(1.4826 MAD, standard deviation, 0.001) of x - m over 128 judged values, of which the last 8 do not count
+yet; at first, of the baseline's distances from its line.
+
+An event opens at z = (x - m) / s >= 8 or at a value that is not finite, and the 8 deviations that did not count yet are
+discarded: they may be its rise. m and s stand still while it is open. Three consecutive z < 2 close it and join the
 baseline. After 2,000 steps it is given up as unrecovered (a level shift), and the baseline starts again from the last
-128 values. A falling or slowly drifting loss opens nothing: the trend inside the window widens s.
+128 values. A falling or slowly drifting loss opens nothing, and one that stops falling does not either: it leaves the
+line, but not the last 8 values.
 """
 
 from __future__ import annotations
@@ -14,12 +20,10 @@ from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from kha_train.stability.baseline import Baseline
+from kha_train.stability.trend import SCALE_FLOOR, SIZE, Trend
 from kha_train.stability.window import usable
 
-BASELINE, MIN_BASELINE = 128, 64
-SCALE_FLOOR = 1e-3
-OPEN_Z, CLOSE_Z, CLOSE_COUNT = 7.0, 2.0, 3
+OPEN_Z, CLOSE_Z, CLOSE_COUNT = 8.0, 2.0, 3
 MAX_STEPS = 2000
 NARROW = 10
 """Events up to this width (steps) are narrow. The boundary is this project's own."""
@@ -113,11 +117,11 @@ class EventDetector:
     """Feed every step to `update`; `event` is the one that is open. `state` and `restore` are a whole resume. Every run
     and command opens events at `OPEN_Z`; another `open_z` is for comparing thresholds and is not in the state."""
 
-    baseline: Baseline = field(default_factory=lambda: Baseline(BASELINE))
+    baseline: Trend = field(default_factory=Trend)
     event: SpikeEvent | None = None
     open_steps: int = 0
     _calm: list[float] = field(default_factory=list)
-    _recent: deque[float] = field(default_factory=lambda: deque(maxlen=BASELINE))
+    _recent: deque[float] = field(default_factory=lambda: deque(maxlen=SIZE))
     open_z: float = OPEN_Z
 
     def update(self, seen: Observation, gnorm_before: float = math.nan) -> Reading:
@@ -127,22 +131,22 @@ class EventDetector:
         if not seen.finite:
             self._open(seen, gnorm_before)
             return Reading(math.nan, True, True, None)
-        if len(self.baseline) < MIN_BASELINE:
+        if not self.baseline.ready:
             self.baseline.push(seen.loss)
             return Reading(math.nan, False, False, None)
-        median, scale = self._normal()
-        z = (seen.loss - median) / scale
+        deviation = seen.loss - self.baseline.expected
+        z = deviation / self.baseline.scale
         if z >= self.open_z:
             self._open(seen, gnorm_before)
             return Reading(z, True, True, None)
-        self.baseline.push(seen.loss)
+        self.baseline.push(seen.loss, deviation)
         return Reading(z, False, False, None)
 
     def rebase(self) -> SpikeEvent | None:
         """Forget what was normal: nothing finite opens an event before 64 further steps. Returns the event this
         closes, if one was open."""
         event, self.event = self.event, None
-        self.baseline = Baseline(BASELINE)
+        self.baseline = Trend()
         if event is not None:
             event.open = False
         return event
@@ -151,6 +155,8 @@ class EventDetector:
         """Everything, as plain JSON values."""
         return {
             "baseline": self.baseline.values,
+            "deviations": self.baseline.deviations,
+            "waiting": self.baseline.waiting,
             "event": None if self.event is None else asdict(self.event),
             "open_steps": self.open_steps,
             "calm": list(self._calm),
@@ -159,21 +165,18 @@ class EventDetector:
 
     @staticmethod
     def restore(state: dict[str, Any]) -> EventDetector:
-        """The detector that gave `state`."""
+        """The detector that gave `state`. One from before the trend was followed has no `deviations`."""
         event = state["event"]
         return EventDetector(
-            Baseline(BASELINE, state["baseline"]),
+            Trend(state["baseline"], state.get("deviations", ()), state.get("waiting", ())),
             None if event is None else SpikeEvent(**event),
             state["open_steps"],
             list(state["calm"]),
-            deque(state["recent"], maxlen=BASELINE),
+            deque(state["recent"], maxlen=SIZE),
         )
 
-    def _normal(self) -> tuple[float, float]:
-        return self.baseline.median, max(self.baseline.spread, SCALE_FLOOR)
-
     def _open(self, seen: Observation, gnorm_before: float) -> None:
-        median, scale = self._normal() if len(self.baseline) else (math.nan, SCALE_FLOOR)
+        known = len(self.baseline) > 0
         self.event = SpikeEvent(
             start_step=seen.step,
             end_step=seen.step,
@@ -181,10 +184,11 @@ class EventDetector:
             lr=seen.lr,
             samples_first=seen.samples_first,
             samples_last=seen.samples_last,
-            baseline=median,
-            scale=scale,
+            baseline=self.baseline.expected if known else math.nan,
+            scale=self.baseline.scale if known else SCALE_FLOOR,
             gnorm_before=gnorm_before,
         )
+        self.baseline.discard_waiting()
         self.open_steps, self._calm = 1, []
         self._recent.clear()
         self._add(self.event, seen)
@@ -205,7 +209,7 @@ class EventDetector:
         closed = None
         if self.open_steps >= MAX_STEPS:
             event.end_step = seen.step
-            self.baseline = Baseline(BASELINE, self._recent)
+            self.baseline = Trend(self._recent)
             closed = self._close(recovered=False)
         return Reading(z if seen.finite else math.nan, not seen.finite or z >= self.open_z, False, closed)
 

@@ -1,0 +1,115 @@
+"""What the next value of a curve is expected to be, and how far its values usually lie from that.
+
+A loss falls fastest where it spikes most, early in training. The spread of its last values is then the fall and not the
+noise, so a spike must be taller than the fall of a whole window to stand out. Here a line follows the fall, and the
+spread is that of the distances from what was expected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from statistics import median
+
+from kha_train.stability.baseline import Baseline
+from kha_train.stability.window import LIMIT, usable
+
+SIZE, AT_LEAST = 128, 64
+NEWEST = 8
+SCALE_FLOOR = 1e-3
+
+
+class Trend:
+    """The last 128 values that belong to no event, and the deviations of the last 128 that were judged.
+
+    A line goes through the medians of the older and of the newer half of the values. A median ignores what a few
+    values do, so neither end of the line follows a spike. Values are counted, not steps: an event leaves no gap.
+
+    A deviation counts once 8 further values were judged. A spike that rises over several steps would otherwise widen
+    its own scale. An event that opens meanwhile discards those that wait.
+    """
+
+    def __init__(
+        self, values: Iterable[float] = (), deviations: Iterable[float] = (), waiting: Iterable[float] = ()
+    ) -> None:
+        """Without `deviations`, those of the values from their own line are taken, once there are 64 values."""
+        self._values = deque(values, maxlen=SIZE)
+        self._deviations, self._waiting = Baseline(SIZE, deviations), deque(waiting)
+        self._seed()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are enough values, 64, to judge the next one."""
+        return len(self._values) >= AT_LEAST
+
+    @property
+    def values(self) -> list[float]:
+        """The values, oldest first: with `deviations` the whole state."""
+        return list(self._values)
+
+    @property
+    def deviations(self) -> list[float]:
+        """value - expected of the judged values that count, oldest first."""
+        return self._deviations.values
+
+    @property
+    def waiting(self) -> list[float]:
+        """value - expected of the last judged values, which do not count yet, oldest first."""
+        return list(self._waiting)
+
+    @property
+    def expected(self) -> float:
+        """The next value: where the line will be, or, where that is more, the smaller of the medians of the newer half
+        and of the last 8 values. Needs a value.
+
+        A curve that stops falling leaves its line upward, without a spike. It does not leave its last values.
+        """
+        values = self.values
+        newer, slope, centre = _line(values)
+        return max(newer + slope * (len(values) - centre), min(newer, median(values[-NEWEST:])))
+
+    @property
+    def scale(self) -> float:
+        """The spread of the deviations that count, at least 0.001. Needs a value."""
+        deviations = self._deviations if len(self._deviations) else Baseline(SIZE, self._residuals())
+        return max(deviations.spread, SCALE_FLOOR)
+
+    def push(self, value: float, deviation: float | None = None) -> None:
+        """Take in a usable value, and its deviation when it was judged; the oldest of each leaves."""
+        self._values.append(value)
+        if deviation is not None:
+            self._waiting.append(_bounded(deviation))
+            if len(self._waiting) > NEWEST:
+                self._deviations.push(self._waiting.popleft())
+        self._seed()
+
+    def discard_waiting(self) -> None:
+        """An event opens: the last deviations may be its rise."""
+        self._waiting.clear()
+
+    def _seed(self) -> None:
+        if self.ready and not len(self._deviations):
+            self._deviations = Baseline(SIZE, self._residuals())
+
+    def _residuals(self) -> list[float]:
+        values = self.values
+        newer, slope, centre = _line(values)
+        return [_bounded(value - newer - slope * (number - centre)) for number, value in enumerate(values)]
+
+
+def _line(values: list[float]) -> tuple[float, float, float]:
+    """(value, slope, number) of the line at the middle of the newer half of `values`, which are numbered from 0."""
+    count, half = len(values), len(values) // 2
+    if not half:
+        return values[0], 0.0, 0.0
+    older, newer = median(values[:half]), median(values[-half:])
+    return newer, (newer - older) / (count - half), count - (half + 1) / 2
+
+
+def _bounded(deviation: float) -> float:
+    """The deviation, small enough for a window: that of two usable values may not be."""
+    return deviation if usable(deviation) else math.copysign(LIMIT / 2, deviation)
