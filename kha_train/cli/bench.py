@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kha_train.cli.output import print_json
 from kha_train.config.home import in_home
 from kha_train.errors import ConfigError
 
@@ -43,7 +43,7 @@ def spikes(
             "thresholds": {rule: _plain(groups) for rule, groups in thresholds.items()},
             "monitor_seconds_per_step": seconds,
         }
-        typer.echo(json.dumps(answer))
+        print_json(answer)
         return
     typer.echo(
         f"labelled synthetic curves, seed {seed}: per noise {spiky_steps} steps full of spikes, {clean_steps} clean; "
@@ -74,7 +74,7 @@ def telemetry(
 
     overrides = overrides or ["model=small", "attention=kha_mlp", "data.global_batch_size=4"]
     found = bench.measure(overrides, blocks, _clock(clock))
-    typer.echo(json.dumps(found.to_dict()) if as_json else bench.format_measured(found))
+    _answer(found.to_dict(), bench.format_measured(found), as_json)
 
 
 @app.command()
@@ -91,7 +91,7 @@ def checkpoint(
     from kha_train.bench import checkpoint as bench
 
     found = bench.measure(overrides or ["model=small", "data.global_batch_size=8"], every, rounds, steps)
-    typer.echo(json.dumps(found.to_dict()) if as_json else bench.format_measured(found))
+    _answer(found.to_dict(), bench.format_measured(found), as_json)
 
 
 @app.command()
@@ -107,7 +107,7 @@ def attention(
     from kha_train.bench import attention as bench
 
     found = bench.measure(overrides or [], blocks, _clock(clock))
-    typer.echo(json.dumps(found.to_dict()) if as_json else bench.format_measured(found))
+    _answer(found.to_dict(), bench.format_measured(found), as_json)
 
 
 @app.command()
@@ -116,7 +116,7 @@ def kernels(as_json: Json = False) -> None:
     from kha_train.bench import kernels as bench
 
     found = bench.measure()
-    typer.echo(json.dumps(bench.to_dict(found)) if as_json else bench.format_measured(found))
+    _answer(bench.to_dict(found), bench.format_measured(found), as_json)
 
 
 @app.command()
@@ -135,7 +135,7 @@ def moe(
 
     how = {"against": _peers(against), "blocks": blocks, "warmup": warmup, "clock": _clock(clock)}
     found = bench.measure(overrides or ["model=small"], **how)
-    typer.echo(json.dumps(found) if as_json else bench.format_measured(found))
+    _answer(found, bench.format_measured(found), as_json)
 
 
 @app.command()
@@ -164,7 +164,7 @@ def step(
     how = {"against": known, "blocks": blocks, "steps": steps, "warmup": warmup, "clock": _clock(clock)}
     found = {name: bench.measure(shape, arm or bench.ARMS, **how) for name, shape in shapes.items()}
     texts = [bench.format_measured(answer) for answer in found.values()]
-    typer.echo(json.dumps(found) if as_json else "\n\n".join(texts))
+    _answer(found, "\n\n".join(texts), as_json)
 
 
 @app.command()
@@ -177,7 +177,7 @@ def tokenize(
     from kha_train.bench import tokenize as bench
 
     found = bench.measure(processes, rounds)
-    typer.echo(json.dumps(found) if as_json else bench.format_measured(found))
+    _answer(found, bench.format_measured(found), as_json)
 
 
 @app.command()
@@ -190,7 +190,7 @@ def startup(
     from kha_train.bench import startup as bench
 
     found = bench.measure(overrides or [], rounds)
-    typer.echo(json.dumps(found) if as_json else bench.format_measured(found))
+    _answer(found, bench.format_measured(found), as_json)
 
 
 @app.command()
@@ -206,7 +206,7 @@ def gpu(
     from kha_train.bench import gpu as bench
 
     found = bench.measure(out, seconds=60 * minutes, rehearse=rehearse, say=lambda text: typer.echo(text, err=True))
-    typer.echo(json.dumps(found) if as_json else bench.as_markdown(found))
+    _answer(found, bench.as_markdown(found), as_json)
     _fail_if_any(found["stages"])
 
 
@@ -222,7 +222,7 @@ def everything(
     from kha_train.bench import everything as bench
 
     found = bench.measure(quick=quick, against=_peers(against), say=lambda text: typer.echo(text, err=True))
-    typer.echo(json.dumps(found) if as_json else bench.format_measured(found))
+    _answer(found, bench.format_measured(found), as_json)
     _fail_if_any(found)
 
 
@@ -253,7 +253,14 @@ def data(
         document_tokens=document_tokens,
         say=lambda text: typer.echo(text, err=True),
     )
-    typer.echo(json.dumps(result) if as_json else f"{bench.__doc__}\n{bench.format_table(result)}")
+    _answer(result, f"{bench.__doc__}\n{bench.format_table(result)}", as_json)
+
+
+def _answer(found: Any, text: str, as_json: bool) -> None:
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo(text)
 
 
 def _fail_if_any(stages: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from kha_train.checkpoint.layout import FOLDER
 from kha_train.checkpoint.loss import check_not_lost
+from kha_train.cli.output import print_json
 from kha_train.errors import CheckpointError, ConfigError
 from kha_train.literal import say
 from kha_train.record.lock import RunLock
@@ -29,7 +29,7 @@ def list_(run: RunDir, as_json: AsJson = False) -> None:
 
     rows = inventory(_folder(run))
     if as_json:
-        typer.echo(json.dumps([row.to_dict() for row in rows], indent=2))
+        print_json([row.to_dict() for row in rows], indent=2)
         return
     table = Table("step", "size", "saved", "ranks", "kept", "state")
     for row in rows:
@@ -58,7 +58,7 @@ def verify_(
         if not as_json:
             say(f"{directory.name}: {problems.get(directory.name, 'whole')}")
     if as_json:
-        typer.echo(json.dumps({directory.name: problems.get(directory.name) for directory in directories}, indent=2))
+        print_json({directory.name: problems.get(directory.name) for directory in directories}, indent=2)
     if problems:
         raise CheckpointError(f"{len(problems)} of {len(directories)} do not verify", field=str(path))
 
@@ -115,7 +115,7 @@ def diff_(
     world = World.single()
     found = compare(open_verified(first, world), open_verified(second, world))
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2))
+        print_json(found.to_dict(), indent=2)
         return
     if found.equal:
         say("equal: every setting, count, master, moment and buffer, bit for bit")

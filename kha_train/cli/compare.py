@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 from kha_train.analysis.compare import compare_runs
 from kha_train.analysis.report import write_report
 from kha_train.analysis.table import print_comparison
+from kha_train.cli.output import print_json
 from kha_train.literal import say
 from kha_train.telemetry.terminal import LiteralConsole
 
@@ -24,7 +24,7 @@ def compare(
     comparison = compare_runs(runs)
     page = write_report(comparison, out)
     if as_json:
-        typer.echo(json.dumps({**comparison.to_dict(), "report": str(page)}, indent=2, allow_nan=False))
+        print_json({**comparison.to_dict(), "report": str(page)}, indent=2)
         return
     print_comparison(comparison, LiteralConsole())
     say(f"report: {page}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import ChainMap
@@ -24,6 +23,7 @@ from data_tools.encode_files import VALIDATION_PERCENT, encode_files
 from data_tools.files import find_files
 from data_tools.importers import DTYPES, import_tokens, tokenizer_of
 from data_tools.train_tokenizer import train_tokenizer
+from kha_train.cli.output import print_json
 from kha_train.config.compose import load
 from kha_train.data.inspect import BORDER, decoder_of, digest, length_histogram, samples_of_step
 from kha_train.data.manifest import MANIFEST_NAME
@@ -336,7 +336,7 @@ def _progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
 
 def _answer(answer: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(answer))
+        print_json(answer)
         return
     table = Table("", Column("", overflow="fold"), show_header=False, box=None)
     for key, value in _flat(answer, ""):

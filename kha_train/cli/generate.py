@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from kha_train.cli.output import print_json
 from kha_train.literal import say
 
 
@@ -35,7 +35,7 @@ def generate(
     texts = [None if model.tokenizer is None else model.tokenizer.decode(row) for row in rows]
     if as_json:
         answer = {"run": str(run), "step": model.step, "prompt": prompt_ids[0].tolist(), "ids": rows, "texts": texts}
-        typer.echo(json.dumps(answer))
+        print_json(answer)
         return
     for row, text in zip(rows, texts, strict=True):
         say(",".join(map(str, row)) if text is None else prompt + text)

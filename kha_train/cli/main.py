@@ -9,8 +9,9 @@ import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from importlib import import_module
+from importlib.metadata import version
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -43,11 +44,20 @@ SHOWING_DATA = (("generate",), ("data", "inspect"))
 """Commands that print text of the data or of a model."""
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        say(", ".join(f"{name} {version(name)}" for name in ("kha_train", "torch", "deepspeed")))
+        raise typer.Exit
+
+
 def build(names: Sequence[str]) -> typer.Typer:
     """The `kha` command with the sub-commands `names`: only their files are imported."""
-    app = typer.Typer(name="kha", help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    settings = {"help_option_names": ["-h", "--help"]}
+    app = typer.Typer(
+        name="kha", help=HELP, no_args_is_help=True, context_settings=settings, pretty_exceptions_enable=False
+    )
     # With a callback a single sub-command keeps its name.
-    app.callback()(lambda: None)
+    app.callback()(_options)
     for name in names:
         file, _, member = COMMANDS[name].partition(":")
         found = getattr(import_module(f"kha_train.cli.{file}"), member)
@@ -56,6 +66,14 @@ def build(names: Sequence[str]) -> typer.Typer:
         else:
             app.command(name, hidden=name in HIDDEN)(found)
     return app
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    """Options of `kha` itself; its help is `HELP`."""
 
 
 def __getattr__(name: str) -> Any:
@@ -90,8 +108,10 @@ def _run(arguments: Sequence[str] | None, given: list[str], trains: bool) -> Non
             build(given[:1] if given and given[0] in COMMANDS else list(COMMANDS))(args=arguments)
     except (KhaError, OSError) as caught:
         error = caught if isinstance(caught, KhaError) else _as_own(caught)
-        if error is None or os.environ.get("KHA_DEBUG") == "1":
+        if error is None:
             raise
+        if os.environ.get("KHA_DEBUG") == "1":
+            _print_traceback(type(caught), caught, caught.__traceback__)
         complain_of(error)
         if error is caught:
             leave_outcome(f"{'fatal' if error.fatal else 'failed'} {error.exit_code}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from kha_train.cli.output import print_json
 from kha_train.cli.train import Overrides
 from kha_train.config.compose import compose
 from kha_train.operate.plan import Plan, make_plan
@@ -24,7 +24,7 @@ def plan(
     """Estimate parameters, FLOPs, memory, time and cost of a run on cluster=...; exit 2 if it cannot start there."""
     answer = make_plan(compose(overrides or []))
     if as_json:
-        typer.echo(json.dumps(answer.to_dict(), indent=2))
+        print_json(answer.to_dict(), indent=2)
     else:
         show(answer, LiteralConsole(width=120))
     if not answer.accepted:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +21,7 @@ from kha_train.analysis.spikes import (
 )
 from kha_train.analysis.spikes_plot import plot_spikes
 from kha_train.analysis.spikes_text import batch_texts
+from kha_train.cli.output import print_json
 from kha_train.errors import ConfigError, KhaError
 from kha_train.telemetry.terminal import LiteralConsole
 
@@ -68,7 +67,7 @@ def spikes(
     else:
         answer = across_runs(reports, *against)
     if as_json:
-        typer.echo(json.dumps(_plain(answer), indent=2, allow_nan=False))
+        print_json(answer, indent=2)
         return
     console = LiteralConsole()
     if event is not None:
@@ -199,12 +198,3 @@ def _short(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become null and words."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else "inf" if value > 0 else "-inf"
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from kha_train.cli.output import print_json
 from kha_train.errors import KhaError
 from kha_train.operate.slurm import waiting_elements
 from kha_train.operate.status import RunStatus, find_runs, status_or_fault
@@ -64,7 +64,7 @@ def status(
     if not watch:
         runs, fault = _look(paths)
         if as_json:
-            typer.echo(json.dumps({"runs": [run.to_dict() for run in runs]}))
+            print_json({"runs": [run.to_dict() for run in runs]})
         else:
             _print(console, runs)
         if fault is not None:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.live import Live
 
+from kha_train.cli.output import print_json
 from kha_train.cli.status import status_table
 from kha_train.cli.train import Overrides
 from kha_train.config.compose import compose, shipped
@@ -120,7 +121,7 @@ def _answer(directory: Path, points: list[Point], started: Started, as_json: boo
     if as_json:
         runs = [{"label": point.label, "run_dir": point.run_dir, "steps": point.steps} for point in points]
         answer = {"directory": str(directory), "job": started.job, "started": labels, "left": left}
-        typer.echo(json.dumps({**answer, "points": runs}))
+        print_json({**answer, "points": runs})
         return
     for label, state in left.items():
         say(f"left as it is: {label} ({state})")

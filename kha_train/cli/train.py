@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from kha_train.cli.output import print_json
 from kha_train.config.compose import compose, sweep_command
 from kha_train.config.home import provide_home
 from kha_train.errors import ConfigError
@@ -70,7 +70,7 @@ def _rehearse(overrides: list[str], ranks_per_node: int, as_json: bool) -> None:
 
     answer = rehearse(config, settings, Layout(world_size, min(ranks_per_node, world_size)))
     if as_json:
-        typer.echo(json.dumps(answer, indent=2))
+        print_json(answer, indent=2)
         return
     for section, values in answer.items():
         shown = values if isinstance(values, dict) else {"": values}
