@@ -38,7 +38,9 @@ def provide_home(place: Path | None = None) -> None:
 
 
 def in_home(path: str) -> Path:
-    """`path`, in which a leading `~` is the home, or the one provided instead."""
+    """`path`, in which a leading `~` is the home, or the one provided instead. Raises OSError where none can be."""
+    if os.path.expanduser("~") == "~":
+        provide_home()
     instead = os.environ.get(INSTEAD)
     if instead and (path == "~" or path.startswith("~/")):
         return Path(instead, path[2:])

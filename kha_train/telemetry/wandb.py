@@ -44,6 +44,7 @@ CATCH_UP_ROWS = 20
 """Rows of earlier attempts sent in a step, before the step's own."""
 DEFAULT_PROJECT = "kha_train"
 OWN_PLACES = {"WANDB_ARTIFACT_DIR": ".artifacts", "WANDB_CACHE_DIR": ".cache", "WANDB_DATA_DIR": ".data"}
+OTHER_RUN = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM")
 OFFLINE, DISABLED = ("offline", "dryrun"), ("disabled", "off", "false", "no", "none", "0")
 ONLINE = ("", "auto", "online", "run", "shared", "on", "true", "yes", "1")
 """What people write as WANDB_MODE, in any case."""
@@ -215,10 +216,11 @@ class _Guard:
     ) -> bool:
         if isinstance(error, Exception):
             text = str(error)
-            # wandb tells what the server answered in a second line.
-            cause = re.search(r"while retrying: (.*)", text)
+            # In a second line wandb tells what the server answered, and which of its settings is wrong.
+            cause = re.search(r"while retrying: (.*)|validation errors? for .*\n([\s\S]*?)(?: \[type|$)", text)
             first = text.splitlines()[0] if text else "no message"
-            self.reason = f"{type(error).__name__}: {first}" + (f" ({cause[1]})" if cause else "")
+            more = " ".join((cause[1] or cause[2] or "").split()) if cause else ""
+            self.reason = f"{type(error).__name__}: {first}" + (f" ({more})" if more else "")
             return True
         return False
 
@@ -336,7 +338,10 @@ def is_reachable(address: str) -> bool:
 
 def _keep_under(run_dir: Path) -> None:
     """Have wandb stage its tables and keep its caches in the run directory, unless the user chose other places: in the
-    home they would be lost where that cannot be written."""
+    home they would be lost where that cannot be written. Which run it is, the record says: variables for another one,
+    such as a shell that once resumed something else may have, are put aside."""
+    for name in OTHER_RUN:
+        os.environ.pop(name, None)
     for name, folder in OWN_PLACES.items():
         given = os.environ.get(name, "")
         if not given or given.endswith(f"/wandb/{folder}"):

@@ -162,6 +162,30 @@ def test_wandb_offline_in_the_directory_is_obeyed(
     assert (told["mode"], told["warnings"]) == (mode, [])
 
 
+def test_id_directory_and_resuming_are_the_runs_own_and_project_and_entity_the_users(
+    tmp_path: Path, environment: dict[str, str], wandb_records
+) -> None:
+    theirs = {"RUN_ID": "other", "RESUME": "never", "DIR": str(tmp_path / "elsewhere"), "NAME": "theirs"}
+    theirs |= {"PROJECT": "their_project", "ENTITY": "their_team", "RESUME_FROM": "other?_step=5", "SILENT": "false"}
+    environment |= {f"WANDB_{name}": value for name, value in theirs.items()} | {"WANDB_MODE": "DryRun"}
+    told = mirrored(tmp_path, environment)
+    assert (told["mode"], told["warnings"]) == ("offline", [])
+    (file,) = (tmp_path / "run/wandb").glob("offline-run-*-abc123/run-abc123.wandb")
+    (run,) = (record.run for record in wandb_records(file) if record.WhichOneof("record_type") == "run")
+    assert (run.run_id, run.display_name, run.project, run.entity) == (
+        "abc123",
+        "gqa-s0",
+        "their_project",
+        "their_team",
+    )
+
+
+def test_a_setting_that_wandb_refuses_is_named_in_the_one_line(tmp_path: Path, environment: dict[str, str]) -> None:
+    told = mirrored(tmp_path, environment | {"WANDB_INIT_TIMEOUT": "soon"}, "telemetry.wandb.mode=offline")
+    assert told["mode"] == "disabled" and len(told["warnings"]) == 1
+    assert "init_timeout" in told["warnings"][0] and "\n" not in told["warnings"][0]
+
+
 @pytest.fixture
 def recorded(tmp_path: Path) -> Path:
     """A record in which the steps 3 and 4 of the first attempt were undone: seven lines in all."""
