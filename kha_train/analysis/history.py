@@ -176,7 +176,7 @@ def brief(value: Any) -> str:
 def _settings(attempt: Attempt, earlier: Sequence[Stretch]) -> dict[str, Any]:
     """The configuration of an attempt as it acted: free settings such as the device decide what `auto` stands for."""
     settings = without_places(attempt.config or {})
-    dtype = str(attempt.facts.get("dtype"))
+    dtype = attempt.facts.get("dtype")
     if settings.get(PRECISION) == "auto" and dtype in PRECISION_OF:
         settings[PRECISION] = PRECISION_OF[dtype]
     return {**settings, ORIGIN: earlier[0].value(ORIGIN)} if earlier else settings

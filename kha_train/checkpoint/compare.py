@@ -18,7 +18,8 @@ from kha_train.config.build import flatten
 @dataclass
 class Differences:
     """`settings` (of the trainer's state, by dotted name): both values. `tensors`: largest difference, and the norm of
-    the difference over the norm of the first. Parameters that only one has are in `only_first` and `only_second`."""
+    the difference over the norm of the first; infinite for buffers of two shapes. Parameters that only one has are in
+    `only_first` and `only_second`."""
 
     settings: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     tensors: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -50,7 +51,10 @@ def compare(first: Checkpoint, second: Checkpoint) -> Differences:
             _add(found, f"{name} {kind}", first.read(name, kind), second.read(name, kind))
     buffers, more = first.buffers(), second.buffers()
     for name in sorted(buffers.keys() & more.keys()):
-        _add(found, name, buffers[name].flatten(), more[name].flatten())
+        if buffers[name].shape != more[name].shape:
+            found.tensors[name] = (float("inf"), float("inf"))
+        else:
+            _add(found, name, buffers[name].flatten(), more[name].flatten())
     found.tensors = dict(sorted(found.tensors.items()))
     return found
 

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 from kha_train.errors import CheckpointError
+from kha_train.foreign.documents import check_depth
 
 _MARK = "$float"
 _SPECIAL = ("nan", "inf", "-inf")
@@ -29,6 +30,7 @@ def decode_state(raw: bytes, where: str = "trainer.json") -> dict[str, Any]:
     """The inverse of `encode_state`. Raises CheckpointError naming `where` for anything else."""
     try:
         state = json.loads(raw.decode(), object_hook=_from_json, parse_constant=_refuse)
+        check_depth(state)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"not trainer state: {error}", field=where) from error
     if type(state) is not dict:

@@ -26,6 +26,8 @@ from kha_train.data.ragged import runs, sums_before
 from kha_train.data.shards import ShardSet
 
 ALGORITHM = "best-fit-decreasing-1"
+ARRAYS = ("pieces", "offsets", "shards")
+"""What the kept table is made of."""
 
 
 class BestFitRows:
@@ -39,7 +41,7 @@ class BestFitRows:
         assert isolate_documents, "best_fit rows hold unrelated documents side by side"
         self.shards, self.seq_len = shards, seq_len
         identity = [ALGORITHM, shards.content_id, seq_len]
-        kept = kept_arrays(cache / f"best-fit-{canonical_sha256(identity)}", lambda: _table(shards, seq_len))
+        kept = kept_arrays(cache / f"best-fit-{canonical_sha256(identity)}", lambda: _table(shards, seq_len), ARRAYS)
         self._starts, self._lengths, self._closed = kept["pieces"]
         self._offsets, self._shard_of_row = kept["offsets"], kept["shards"]
         self.rows = len(self._offsets) - 1

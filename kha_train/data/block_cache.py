@@ -6,8 +6,11 @@ it and the others wait, for as long as that process lives, and not for ever.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import shutil
+import stat
 import threading
 import time
 from collections import Counter
@@ -15,7 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from kha_train.errors import MachineError
+from kha_train.errors import ConfigError, KhaError, MachineError
 
 READ_SECONDS = 60.0
 """The longest that one attempt to read from a store, or the wait for another process that reads the same, may take: all
@@ -25,13 +28,16 @@ ABANDONED_SECONDS = 1200.0
 SPARE_SHARE = 20
 """One part in so many of a full cache is freed at once."""
 _POLL_SECONDS = 0.02
+_BLOCK = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_NO_BLOCK = (errno.EISDIR, errno.ELOOP, errno.ESPIPE, errno.ENXIO)
+"""What opening or reading says of a directory, a link, a FIFO and a socket."""
 
 
 class Cache:
     """A directory of blocks shared by processes, at most `limit` bytes, the temporary files of writers aside.
 
     `readers` is how many of these there are in all processes that share it: what they fetch ahead is at most half of
-    it, all together. Every method raises MachineError when the directory cannot be used.
+    it, all together. Every method raises MachineError when the directory cannot be used, ConfigError when it is none.
     """
 
     def __init__(self, directory: Path, limit: int, readers: int = 1) -> None:
@@ -45,18 +51,23 @@ class Cache:
 
     def has(self, name: str) -> bool:
         """Whether the block is there now."""
-        return (self.directory / name).exists()
+        return _is_block(self.directory / name)
 
     def read_into(self, name: str, offset: int, out: memoryview) -> bool:
-        """Fill `out` with the bytes of a block from `offset` on; False when it is not there. One too short goes."""
+        """Fill `out` with the bytes of a block from `offset` on; False when it is not there. One too short goes, and so
+        does what is no block: a directory, a link."""
         try:
-            with open(self.directory / name, "rb", buffering=0) as file:
-                if os.preadv(file.fileno(), (out,), offset) == len(out):
+            descriptor = os.open(self.directory / name, _BLOCK)
+            try:
+                if os.preadv(descriptor, (out,), offset) == len(out):
                     return True
+            finally:
+                os.close(descriptor)
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise self._unwritable(error) from error
+            if error.errno not in _NO_BLOCK:
+                raise self._unwritable(error) from error
         self.remove(name)
         return False
 
@@ -95,9 +106,13 @@ class Cache:
         self._touch(name)
 
     def remove(self, name: str) -> None:
-        """Forget a block; who reads it at this moment is not disturbed."""
+        """Forget a block, or what else has its name; who reads it at this moment is not disturbed."""
+        path = self.directory / name
         try:
-            (self.directory / name).unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -105,6 +120,9 @@ class Cache:
         """Put the block that `get` gives into its place; False when another process was faster."""
         part = self.directory / f"{name}.part"
         own = self.directory / f"{name}.{os.getpid()}-{threading.get_ident()}.part"
+        for other in (part, own, self.directory / name, self.directory / ".lock"):
+            if os.path.lexists(other) and not _is_block(other):
+                self.remove(other.name)
         try:
             with open(part, "ab", buffering=0) as file:
                 deadline = time.monotonic() + READ_SECONDS
@@ -150,7 +168,7 @@ class Cache:
         present = []
         for entry in os.scandir(self.directory):
             try:
-                status = entry.stat()
+                status = entry.stat(follow_symlinks=False)
             except FileNotFoundError:
                 continue
             if entry.name.endswith(".part"):
@@ -167,12 +185,22 @@ class Cache:
             # A block of another user can be read though not touched; at worst it leaves early.
             return
 
-    def _unwritable(self, error: OSError) -> MachineError:
-        return MachineError(
+    def _unwritable(self, error: OSError) -> KhaError:
+        # What has the directory's own name does not go away by trying again.
+        kind = ConfigError if error.errno in (errno.EEXIST, errno.ENOTDIR) else MachineError
+        return kind(
             f"the cache of remote data cannot be used: {error.strerror or error}",
             field=f"data.cache_dir = {self.directory}",
             fix="free some space, lower data.cache_gib, or choose another data.cache_dir",
         )
+
+
+def _is_block(path: Path) -> bool:
+    """Whether a plain file has the name: no link, no directory."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _recorded(lock: BinaryIO) -> int | None:

@@ -8,6 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from kha_train.foreign.documents import check_depth
+
 _CHUNK_BYTES = 1 << 20
 
 
@@ -27,9 +29,11 @@ def parse_json(text: bytes) -> Any:
         return number
 
     try:
-        return json.loads(text, parse_constant=refuse, parse_float=finite)
+        value = json.loads(text, parse_constant=refuse, parse_float=finite)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    check_depth(value)
+    return value
 
 
 def canonical_json(value: Any) -> bytes:

@@ -5,46 +5,71 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
 
 from kha_train.data.canonical import sha256_of_file
-from kha_train.errors import MachineError
+from kha_train.errors import KhaError, MachineError
+from kha_train.foreign.documents import parse_json
+from kha_train.foreign.files import SMALL, read_regular
+from kha_train.foreign.typed import Source
 
 DIGESTS = "digests.json"
+SUFFIX = ".npy"
 
 
-def kept_arrays(directory: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The arrays in `directory`, read-only, by name; what is missing or damaged there is made again.
+def kept_arrays(
+    directory: Path, make: Callable[[], dict[str, np.ndarray]], names: Collection[str] = ()
+) -> dict[str, np.ndarray]:
+    """The arrays in `directory`, read-only, by name; what is missing or damaged there is made again, and so is what
+    does not hold the `names` that are asked for.
 
     Of several processes one makes them and the others wait; a process that dies lets the next one begin. Raises
     MachineError when the directory cannot be written.
     """
-    if not _is_whole(directory):
+    if not _is_whole(directory, names):
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
             with open(directory.with_suffix(".lock"), "ab") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if not _is_whole(directory):
+                if not _is_whole(directory, names):
                     _write(directory, make())
         except OSError as error:
             raise MachineError(
                 f"cannot be written: {error.strerror}", field=str(directory), fix="free some space, or data.cache_dir"
             ) from error
-    names = json.loads((directory / DIGESTS).read_bytes())
-    return {Path(name).stem: np.load(directory / name, mmap_mode="r") for name in names}
+    return {name.removesuffix(SUFFIX): _mapped(directory / name) for name in _digests(directory)}
 
 
-def _is_whole(directory: Path) -> bool:
+def _is_whole(directory: Path, names: Collection[str]) -> bool:
+    """Whether every array is there, plain, and what was written."""
     try:
-        digests = json.loads((directory / DIGESTS).read_bytes())
-        found = {name: sha256_of_file(directory / name) for name in digests}
-    except (OSError, ValueError, TypeError):
+        digests = _digests(directory)
+        if directory.is_symlink() or not digests or not {f"{name}{SUFFIX}" for name in names} <= digests.keys():
+            return False
+        for name, digest in digests.items():
+            if not stat.S_ISREG(os.lstat(directory / name).st_mode) or sha256_of_file(directory / name) != digest:
+                return False
+            _mapped(directory / name)
+    except (OSError, ValueError, KhaError):
         return False
-    return bool(found) and found == digests
+    return True
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """Name of an array's file -> SHA-256. Raises ValueError, and DataError for anything else."""
+    path = directory / DIGESTS
+    found = Source(str(path)).read(dict[str, str], parse_json(read_regular(path, SMALL) or b""))
+    return {name: digest for name, digest in found.items() if re.fullmatch(rf"[A-Za-z0-9_-]+\{SUFFIX}", name)}
+
+
+def _mapped(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _write(directory: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -54,5 +79,7 @@ def _write(directory: Path, arrays: dict[str, np.ndarray]) -> None:
     for name, array in arrays.items():
         np.save(made / f"{name}.npy", array)
     (made / DIGESTS).write_text(json.dumps({path.name: sha256_of_file(path) for path in sorted(made.glob("*.npy"))}))
+    if directory.is_symlink() or not directory.is_dir():
+        directory.unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(made, directory)

@@ -16,10 +16,13 @@ from typing import Any
 
 from kha_train.data.canonical import canonical_sha256, parse_json
 from kha_train.errors import ConfigError, DataError
+from kha_train.foreign.files import read_regular
+from kha_train.foreign.typed import LARGEST, short
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "kha_train.shards"
 VERSION = 1
+MAX_BYTES = 2**30
 CRC_BLOCK_BYTES = 65_536
 ENDS_PER_BLOCK = CRC_BLOCK_BYTES // 8
 DTYPE_BYTES = {"uint16": 2, "uint32": 4}
@@ -147,13 +150,13 @@ def load(directory: Path, *, field: str) -> Manifest:
     if not directory.is_dir():
         raise ConfigError("no such dataset directory", field=field, value=str(directory), fix=fix)
     try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise ConfigError(
-            f"not a finished dataset: it has no {MANIFEST_NAME}", field=field, value=str(directory), fix=fix
-        ) from None
+        text = read_regular(path, MAX_BYTES)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", field=str(path)) from error
+    if text is None:
+        raise ConfigError(
+            f"not a finished dataset: it has no {MANIFEST_NAME}", field=field, value=str(directory), fix=fix
+        )
     try:
         raw = parse_json(text)
     except ValueError as error:
@@ -231,6 +234,8 @@ class _Object:
         value = self.get(key, int)
         if value < least:
             raise self.fault(key, f"must be at least {least}", value)
+        if value > LARGEST:
+            raise self.fault(key, f"must be at most {LARGEST}", short(value))
         return value
 
     def digest(self, key: str) -> str:
@@ -259,7 +264,7 @@ class _Object:
 def _tokenizer(entry: _Object) -> TokenizerEntry:
     vocab = entry.number("vocab", 1)
     bytes_per_id = tuple(entry.get("bytes_per_id", list))
-    if len(bytes_per_id) != vocab or not all(type(n) is int and n >= 0 for n in bytes_per_id):
+    if len(bytes_per_id) != vocab or not all(type(n) is int and 0 <= n <= LARGEST for n in bytes_per_id):
         raise entry.fault("bytes_per_id", f"expected {vocab} counts of bytes", None)
     special = entry.child("special_ids")
     special_ids = {name: special.number(name) for name in special.raw}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import threading
 import time
 import weakref
@@ -295,6 +296,8 @@ def _keep(directory: Path, name: str, data: bytes) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         temporary = directory / f".{name}.{os.getpid()}-{threading.get_ident()}"
         temporary.write_bytes(data)
+        if (directory / name).is_dir():
+            shutil.rmtree(directory / name)
         os.replace(temporary, directory / name)
     except OSError as error:
         raise MachineError(

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kha_train.checkpoint.fit import check_buffers, check_parameters
 from kha_train.checkpoint.loss import check_not_lost
 from kha_train.checkpoint.reader import Checkpoint, find_newest
 from kha_train.config.compose import load
@@ -145,7 +146,9 @@ def encode_prompt(model: TrainedModel, text: str, ids: list[int], rows: int) -> 
 def _materialise(config: RunConfig, checkpoint: Checkpoint, device: torch.device) -> Decoder:
     with torch.device("meta"):
         decoder = build_decoder(config)
-    shapes = checkpoint.names()
+    shapes = {name: tuple(value.shape) for name, value in decoder.named_parameters()}
+    check_parameters(checkpoint, shapes)
+    check_buffers(checkpoint, {name: tuple(buffer.shape) for name, buffer in _persistent_buffers(decoder)})
     for module, name, full_name, _ in list(initial_values(decoder, config.run.seed)):
         value = checkpoint.read(full_name, "master").view(shapes[full_name])
         module._parameters[name] = nn.Parameter(value.to(device), requires_grad=False)
@@ -153,6 +156,11 @@ def _materialise(config: RunConfig, checkpoint: Checkpoint, device: torch.device
     reset_buffers(decoder, device)
     decoder.load_state_dict({name: value.to(device) for name, value in checkpoint.buffers().items()}, strict=False)
     return decoder
+
+
+def _persistent_buffers(decoder: Decoder) -> list[tuple[str, Tensor]]:
+    kept = decoder.state_dict(keep_vars=True)
+    return [(name, buffer) for name, buffer in decoder.named_buffers() if name in kept]
 
 
 def _tokenizer(config: RunConfig) -> Tokenizer | None:

@@ -2,8 +2,8 @@
 
 A schema is a `TypedDict` (the result is a dict, and what a later release added stays in it), a dataclass (built; a
 further field is an error), or any of: int, float, str, bool, None, Any, Literal, unions with None, `list[X]`,
-`dict[str, X]`, `tuple[X, Y]`, `tuple[X, ...]`. `Annotated[X, ...]` adds a `Range`, a `Match`, or an `Absent` value for
-files from before the field existed.
+`dict[str, X]`, `tuple[X, Y]`, `tuple[X, ...]`. `Annotated[X, ...]` adds `Range`, `Length`, `Match`, or an `Absent`
+value for files from before the field existed.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ class Range:
 
     least: float
     most: float
+
+
+@dataclass(frozen=True)
+class Length:
+    """A list of so many `entries`."""
+
+    entries: int
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,8 @@ class Source:
         for rule in arguments[1:]:
             if isinstance(rule, Range) and not rule.least <= found <= rule.most:
                 raise self.fault(place, "out of range", found, f"{rule.least} to {rule.most}")
+            if isinstance(rule, Length) and len(found) != rule.entries:
+                raise self.fault(place, f"has {len(found)} entries", allowed=f"{rule.entries}")
             if isinstance(rule, Match) and not re.fullmatch(rule.pattern, found):
                 raise self.fault(place, "wrong form", found, rule.pattern)
         return found

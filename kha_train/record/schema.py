@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from kha_train.config.saved import SavedConfig
-from kha_train.foreign.typed import LARGEST, Absent, Count, Match, Range, Source
+from kha_train.foreign.typed import LARGEST, Absent, Count, Length, Match, Range, Source
 from kha_train.record.metrics import METRICS
 
 RUN_FORMAT = 1
@@ -19,7 +19,7 @@ WHOLE = ("step", "attempt", "tokens", "samples_first", "samples_last")
 """Those that are reckoned with as whole numbers."""
 
 Ranks = Annotated[int, Range(1, 2**31)]
-Steps = tuple[Count, Count]
+Window = Annotated[list[Count], Length(2)]
 
 
 class Parameters(TypedDict, total=False):
@@ -140,7 +140,7 @@ class Save(TypedDict):
 class Back(TypedDict):
     """Of `rewind`."""
 
-    window: NotRequired[Steps]
+    window: NotRequired[Window]
 
 
 class Routed(TypedDict):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kha_train.checkpoint.fit import check_buffers
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import Checkpoint
 from kha_train.config.build import to_plain, without_places
@@ -23,47 +23,7 @@ from kha_train.model.decoder import build_decoder
 from kha_train.model.moe.router import RUN_STATE
 from kha_train.record import Redactor, read_run
 from kha_train.record.redact import REDACTED
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is: finished optimiser steps (skipped ones included), samples passed and tokens trained on.
-
-    `samples_seen` is where the stream stands, `skip_windows` the sample numbers [first, last) it passes over.
-    """
-
-    step: int = 0
-    samples_seen: int = 0
-    tokens: int = 0
-    skipped_steps: int = 0
-    skip_windows: tuple[tuple[int, int], ...] = ()
-
-    def after(self, samples_seen: int, tokens: int, applied: bool) -> Progress:
-        """The progress after one more step of `tokens` tokens, which left the stream at `samples_seen`."""
-        return replace(
-            self,
-            step=self.step + 1,
-            samples_seen=samples_seen,
-            tokens=self.tokens + tokens,
-            skipped_steps=self.skipped_steps + (not applied),
-        )
-
-    @property
-    def next_sample(self) -> int:
-        """The first sample of the next step: where the stream stands, or the end of the skip window it stands in."""
-        sample = self.samples_seen
-        for first, last in sorted(self.skip_windows):
-            sample = last if first <= sample < last else sample
-        return sample
-
-    def to_plain(self) -> dict[str, Any]:
-        """As trainer state, which knows lists and no tuples."""
-        return {**asdict(self), "skip_windows": [list(window) for window in self.skip_windows]}
-
-    @staticmethod
-    def from_plain(values: dict[str, Any]) -> Progress:
-        """The inverse of `to_plain`."""
-        return Progress(**{**values, "skip_windows": tuple((first, last) for first, last in values["skip_windows"])})
+from kha_train.train.progress import Progress, read_state
 
 
 def attention_backend(run_dir: Path) -> str:
@@ -80,7 +40,7 @@ def precision(run_dir: Path) -> str:
 def _last_recorded(run_dir: Path, fact: str) -> str:
     run = read_run(run_dir)
     told = [run.get("provenance") or {}, *(attempt["changed"] for attempt in run.get("attempts", [])[-1:])]
-    return next((str(facts[fact]) for facts in reversed(told) if fact in facts), "")
+    return next((facts[fact] for facts in reversed(told) if fact in facts), "")
 
 
 def trainer_state(
@@ -164,14 +124,14 @@ def differences(
 
     A setting that the checkpoint's release did not have counts as its declared earlier value.
     """
-    state = checkpoint.trainer_state
+    state = read_state(checkpoint, _row_may_change(config))
     # A checkpoint that does not name its content is not held against it.
-    before = {name: state.get(name, content_id)[:12] for name, content_id in content_ids.items()}
+    before = {name: state.content_ids.get(name, content_id)[:12] for name, content_id in content_ids.items()}
     now: dict[str, Any] = {name: content_id[:12] for name, content_id in content_ids.items()}
     if all(precisions):
         # `auto` is another precision on another device, and the same as its name on this one.
         before["engine.precision"], now["engine.precision"] = precisions
-    return changed_settings(config, state["config"], before, now)
+    return changed_settings(config, state.config, before, now)
 
 
 def changed_settings(
@@ -232,8 +192,10 @@ class Inherited:
                 if fragment.name in taken:
                     _read_into({"master": fragment.views["master"]}, fragment, self.checkpoint)
                 engine.world.alive()
-            saved = self.checkpoint.buffers()
-            for name, buffer in engine.buffers().items():
+            saved, buffers = self.checkpoint.buffers(), engine.buffers()
+            shared = {name: tuple(buffer.shape) for name, buffer in buffers.items() if name in saved}
+            check_buffers(self.checkpoint, shared)
+            for name, buffer in buffers.items():
                 if name in saved and name.rpartition(".")[2] not in RUN_STATE:
                     buffer.copy_(saved[name])
         engine.refresh_parameters()
@@ -265,10 +227,16 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> Progress:
         for fragment in engine.fragments():
             _read_into(fragment.views, fragment, checkpoint)
             engine.world.alive()
+        state, buffers = read_state(checkpoint, _row_may_change(engine.config)), engine.buffers()
+        check_buffers(checkpoint, {name: tuple(buffer.shape) for name, buffer in buffers.items()})
         saved = checkpoint.buffers()
-        for name, buffer in engine.buffers().items():
+        for name, buffer in buffers.items():
             buffer.copy_(saved[name])
-        state = checkpoint.trainer_state
-        engine.optimizer_steps, progress = state["optimizer_steps"], Progress.from_plain(state["progress"])
+        engine.optimizer_steps = state.optimizer_steps
     engine.refresh_parameters()
-    return progress
+    return state.progress
+
+
+def _row_may_change(config: RunConfig) -> bool:
+    """Whether rows of another length may have been read before: then tokens do not follow from samples."""
+    return any(name in ("model", "model.seq_len") for name in config.resume.allow_changes)

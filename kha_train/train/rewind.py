@@ -14,6 +14,7 @@ from kha_train.checkpoint import layout
 from kha_train.checkpoint.reader import Checkpoint, find_newest
 from kha_train.checkpoint.retention import is_marked, mark
 from kha_train.config.schema import RunConfig
+from kha_train.train.progress import restore_watch
 
 if TYPE_CHECKING:
     from kha_train.train.session import Session
@@ -41,7 +42,7 @@ def go_back(session: Session) -> bool:
     session.progress = replace(session.progress, skip_windows=tuple(sorted({*windows, window})))
     session.stream.skip_windows = session.progress.skip_windows
     with session.world.agreed("write the record"):
-        session.watch.restore(checkpoint.trainer_state["stability"], rewound=True)
+        restore_watch(session.watch, checkpoint, rewound=True)
         note = f"rewind {session.watch.rewinds} from step {undone_step}: {trouble.reason}"
         session.record.rewind_to(checkpoint.step, note)
     where = {"to_step": checkpoint.step, "window": list(window), "trouble_step": trouble.step}

@@ -42,7 +42,7 @@ from kha_train.train.evaluate import Validation, evaluate
 from kha_train.train.failure import forget_failures
 from kha_train.train.opening import NOT_FINISHED, find_own_checkpoint, finished_at, needs_no_checkpoint
 from kha_train.train.probe import probe_metrics
-from kha_train.train.resume import Progress
+from kha_train.train.progress import Progress, restore_watch
 from kha_train.train.rewind import go_back, steps_to_keep
 from kha_train.train.saving import Saver
 from kha_train.train.step import Judge, StepResult
@@ -279,7 +279,7 @@ class Session:
         if checkpoint:
             self.restore(checkpoint)
             with self.world.agreed():
-                self.watch.restore(checkpoint.trainer_state["stability"])
+                restore_watch(self.watch, checkpoint)
         elif self._inherited:
             self._inherited.fill(self.engine)
 

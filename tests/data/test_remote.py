@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import itertools
 import json
@@ -176,12 +177,45 @@ def test_a_block_that_cannot_be_touched_is_read_all_the_same(
 
 
 @pytest.mark.parametrize("action", ["read_into", "remove"])
-def test_a_cache_that_fails_is_told_by_its_setting(tmp_path: Path, action: str) -> None:
+def test_a_cache_that_fails_is_told_by_its_setting(
+    tmp_path: Path, action: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = Cache(tmp_path, 100)
-    (tmp_path / "block").mkdir()
+    (tmp_path / "block").write_bytes(b"x")
+
+    def fails(*_: object, **__: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fails)
+    monkeypatch.setattr(Path, "unlink", fails)
     arguments = (0, memoryview(bytearray(1))) if action == "read_into" else ()
     with pytest.raises(MachineError, match="data.cache_dir"):
         getattr(cache, action)("block", *arguments)
+
+
+@pytest.mark.parametrize("name", ["block", "block.part", ".lock"])
+@pytest.mark.parametrize("make", ["directory", "full directory", "link", "dangling link", "fifo"])
+def test_what_is_no_block_is_replaced_by_the_block(tmp_path: Path, name: str, make: str) -> None:
+    cache, path, other = Cache(tmp_path / "cache", 1000), tmp_path / "cache" / name, tmp_path / "other"
+    other.write_bytes(b"other" * 20)
+    if make == "fifo":
+        os.mkfifo(path)
+    elif "link" in make:
+        path.symlink_to(other if make == "link" else tmp_path / "nowhere")
+    else:
+        (path / "inside" if make == "full directory" else path).mkdir(parents=True)
+    out = bytearray(10)
+    assert not cache.has("block") and not cache.read_into("block", 0, memoryview(out))
+    assert cache.put("block", lambda: b"b" * 10)
+    assert cache.has("block") and cache.read_into("block", 0, memoryview(out)) and out == b"b" * 10
+    assert other.read_bytes() == b"other" * 20
+
+
+def test_a_cache_whose_own_name_is_taken_is_a_mistake_and_no_failing_machine(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for directory in (tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(ConfigError, match=r"data\.cache_dir = .*file"):
+            Cache(directory, 100)
 
 
 def test_damage_at_the_store_is_a_data_error_with_url_offset_expected_and_found(

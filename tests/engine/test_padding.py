@@ -17,7 +17,6 @@ CASES = {
     "ZeRO 1, each row": ["engine.zero_stage=1", *COUNTED],
     "ZeRO 2, each micro-batch": ["engine.zero_stage=2", *COUNTED, "moe.auxiliary_loss.scope=micro_batch"],
     "ZeRO 3, the step before": ["engine.zero_stage=3", *COUNTED, "moe.auxiliary_loss.scope=previous_step"],
-    "ZeRO 3, selective": ["engine.zero_stage=3", *COUNTED, "engine.activation_checkpointing=selective"],
     "ZeRO 3, recomputed": ["engine.zero_stage=3", *COUNTED, "engine.activation_checkpointing=full"],
 }
 

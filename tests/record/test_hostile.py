@@ -81,6 +81,8 @@ def test_what_a_later_release_adds_is_kept_and_its_words_for_numbers_are_floats(
     assert second["train/loss"] == -math.inf
     lines(tmp_path / "events.jsonl", {"kind": "later", "id": "a", "step": 1, "attempt": 1, "time": 2.0, "more": [1]})
     assert read_events(tmp_path)[0]["more"] == [1]
+    lines(tmp_path / "events.jsonl", {"kind": "rewind", "window": [1, 2]})
+    assert read_events(tmp_path)[0]["window"] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -90,8 +92,8 @@ def test_what_a_later_release_adds_is_kept_and_its_words_for_numbers_are_floats(
         ({"kind": ["x"]}, "kind"),
         ({"kind": "x", "step": -1}, "step"),
         ({"kind": "x", "step": "1"}, "step"),
-        ({"kind": "rewind", "step": 3}, "window"),
         ({"kind": "rewind", "window": [1, "2"]}, "window[1]"),
+        ({"kind": "rewind", "window": [1, 2, 3]}, "window"),
         ({"kind": "checkpoint_saved", "stall_seconds": "1"}, "stall_seconds"),
         ({"kind": "spike_opened", "evidence": {"router": 5}}, "evidence.router"),
     ],

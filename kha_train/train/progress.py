@@ -1,0 +1,212 @@
+"""How far a run is, and what the trainer reads of its own state in a checkpoint: typed, consistent, and all of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NotRequired, TypedDict
+
+from kha_train.checkpoint.fit import refuse_unknown, source_of
+from kha_train.checkpoint.reader import Checkpoint
+from kha_train.config.saved import SavedConfig
+from kha_train.data.skipping import merged
+from kha_train.foreign.typed import Count, Source
+from kha_train.stability.events import SpikeEvent
+from kha_train.train.watch import Watch
+
+CONTENT_IDS = ("data_content_id", "validation_content_id")
+_NO_STATE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, AssertionError)
+"""What detectors raise of a state that none of them wrote."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: finished optimiser steps (skipped ones included), samples passed and tokens trained on.
+
+    `samples_seen` is where the stream stands, `skip_windows` the sample numbers [first, last) it passes over.
+    """
+
+    step: int = 0
+    samples_seen: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    skip_windows: tuple[tuple[int, int], ...] = ()
+
+    def after(self, samples_seen: int, tokens: int, applied: bool) -> Progress:
+        """The progress after one more step of `tokens` tokens, which left the stream at `samples_seen`."""
+        return replace(
+            self,
+            step=self.step + 1,
+            samples_seen=samples_seen,
+            tokens=self.tokens + tokens,
+            skipped_steps=self.skipped_steps + (not applied),
+        )
+
+    @property
+    def next_sample(self) -> int:
+        """The first sample of the next step: where the stream stands, or the end of the skip window it stands in."""
+        sample = self.samples_seen
+        for first, last in sorted(self.skip_windows):
+            sample = last if first <= sample < last else sample
+        return sample
+
+    @property
+    def trained_samples(self) -> int:
+        """Samples passed and not skipped."""
+        skipped = sum(max(0, min(last, self.samples_seen) - first) for first, last in merged(self.skip_windows))
+        return self.samples_seen - skipped
+
+    def to_plain(self) -> dict[str, Any]:
+        """As trainer state, which knows lists and no tuples."""
+        return {**asdict(self), "skip_windows": [list(window) for window in self.skip_windows]}
+
+    @staticmethod
+    def from_plain(values: dict[str, Any]) -> Progress:
+        """The inverse of `to_plain`."""
+        return Progress(**{**values, "skip_windows": tuple((first, last) for first, last in values["skip_windows"])})
+
+
+class SavedProgress(TypedDict):
+    """`progress` of trainer.json."""
+
+    step: Count
+    samples_seen: Count
+    tokens: Count
+    skipped_steps: Count
+    skip_windows: list[tuple[Count, Count]]
+
+
+class SavedState(TypedDict):
+    """`trainer.json`."""
+
+    progress: SavedProgress
+    stability: dict[str, Any]
+    optimizer_steps: Count
+    data_content_id: NotRequired[str]
+    validation_content_id: NotRequired[str]
+    config: SavedConfig
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What a checkpoint holds beside tensors. `content_ids` are empty in checkpoints that do not name their data."""
+
+    progress: Progress
+    stability: dict[str, Any]
+    optimizer_steps: int
+    content_ids: dict[str, str]
+    config: dict[str, Any]
+
+
+def read_state(checkpoint: Checkpoint, row_may_change: bool = False) -> TrainerState:
+    """The trainer's state in `checkpoint`; `row_may_change` says that rows of another length may have been read.
+
+    Raises CheckpointError for a field that is missing, of another kind, or contradicts the others, FormatError for one
+    that this release would drop.
+    """
+    source = source_of(checkpoint)
+    plain = checkpoint.trainer_state
+    progress = plain.get("progress")
+    refuse_unknown(checkpoint, plain, SavedState.__annotations__, "")
+    refuse_unknown(
+        checkpoint, progress if isinstance(progress, dict) else {}, SavedProgress.__annotations__, "progress."
+    )
+    found = source.read(SavedState, plain)
+    state = TrainerState(
+        Progress.from_plain(dict(found["progress"])),
+        found["stability"],
+        found["optimizer_steps"],
+        {name: plain[name] for name in CONTENT_IDS if name in plain},
+        dict(found["config"]),
+    )
+    for place, problem, value in _contradictions(state, checkpoint.step, row_may_change):
+        raise source.fault(place, problem, value)
+    return state
+
+
+def restore_watch(watch: Watch, checkpoint: Checkpoint, rewound: bool = False) -> None:
+    """Give the detectors of `watch` their state in `checkpoint`; `rewound` as in `Watch.restore`.
+
+    Raises CheckpointError when it is no state of them, FormatError when they would drop a part of it.
+    """
+    source, expected = source_of(checkpoint), watch.state()
+    saved = checkpoint.trainer_state["stability"]
+    _check_numbers(source, saved, "stability")
+    event = _inside(saved, "monitor", "events", "event")
+    source.read(SpikeEvent | None, event, "stability.monitor.events.event")
+    try:
+        watch.restore(saved, rewound)
+        now = watch.state()
+    except _NO_STATE as error:
+        words = f"is no state of the detectors: {type(error).__name__}: {error}"
+        raise source.fault("stability", words) from error
+    _check_alike(source, now, expected, "stability")
+    _check_kept(checkpoint, saved, now, "stability.")
+
+
+def _contradictions(state: TrainerState, step: int, row_may_change: bool) -> list[tuple[str, str, Any]]:
+    """(field, what is wrong with it, its value) of what the counts say against the manifest and each other."""
+    progress, found = state.progress, []
+    if progress.step != step:
+        found.append(("progress.step", f"the manifest says step {step}", progress.step))
+    if progress.skipped_steps > progress.step:
+        found.append(("progress.skipped_steps", f"of {progress.step} steps", progress.skipped_steps))
+    if state.optimizer_steps != progress.step - progress.skipped_steps:
+        words = f"{progress.step} steps less {progress.skipped_steps} skipped ones are expected"
+        found.append(("optimizer_steps", words, state.optimizer_steps))
+    if any(first >= last for first, last in progress.skip_windows):
+        found.append(("progress.skip_windows", "a window ends before it begins", str(progress.skip_windows)))
+        return found
+    trained = progress.trained_samples
+    if trained < progress.step or (progress.step == 0) != (trained == 0):
+        words = f"{trained} samples outside skip windows in {progress.step} steps"
+        found.append(("progress.samples_seen", words, progress.samples_seen))
+    row = state.config.get("model", {}).get("seq_len") if isinstance(state.config.get("model"), dict) else None
+    if type(row) is int and not row_may_change and progress.tokens != trained * row:
+        words = f"{trained} samples of {row} tokens are expected"
+        found.append(("progress.tokens", words, progress.tokens))
+    return found
+
+
+def _check_numbers(source: Source, value: Any, place: str) -> None:
+    """Raises CheckpointError for anything but numbers, true, false and null in the state of detectors."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_numbers(source, item, f"{place}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            if isinstance(item, str | dict | list) or item is None:
+                raise source.fault(f"{place}[{index}]", "wrong type", item, "a number")
+    elif isinstance(value, str):
+        raise source.fault(place, "wrong type", value, "a number")
+
+
+def _inside(state: Any, *keys: str) -> Any:
+    """What stands at `keys` in nested dicts; None where they lead nowhere."""
+    for key in keys:
+        state = state.get(key) if isinstance(state, dict) else None
+    return state
+
+
+def _check_alike(source: Source, found: Any, expected: Any, place: str) -> None:
+    """Raises CheckpointError where the restored state is of another kind than a state of these detectors."""
+    if isinstance(expected, dict):
+        if not isinstance(found, dict):
+            # An event is open, or none is.
+            if found is not None:
+                raise source.fault(place, "wrong type", found, "an object")
+            return
+        for key in expected:
+            if key not in found:
+                raise source.fault(f"{place}.{key}", "missing")
+            _check_alike(source, found[key], expected[key], f"{place}.{key}")
+    elif type(expected) is int and (type(found) is not int or found < -(place == "stability.samples_first")):
+        raise source.fault(place, "is no count", found)
+    elif type(expected) is float and type(found) not in (int, float):
+        raise source.fault(place, "is no number", found)
+
+
+def _check_kept(checkpoint: Checkpoint, saved: Any, now: Any, place: str) -> None:
+    if isinstance(saved, dict) and isinstance(now, dict):
+        refuse_unknown(checkpoint, saved, now, place)
+        for key in saved:
+            _check_kept(checkpoint, saved[key], now[key], f"{place}{key}.")
