@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kha_train.checkpoint import layout
+from kha_train.checkpoint.loss import lost_checkpoints
 from kha_train.checkpoint.manifest import (
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
@@ -135,6 +136,8 @@ def open_verified(path: Path, world: World) -> Checkpoint:
     with world.agreed(f"list {path}"):
         if world.is_main and not path.is_dir():
             raise CheckpointError("no such directory", field=str(path), allowed="a checkpoint, or a run that has one")
+        if world.is_main and (problem := lost_checkpoints(path)):
+            raise CheckpointError(problem, field=str(path), fix=f"mount or restore {path / layout.FOLDER}")
         if world.is_main and (found := layout.candidates(path / layout.FOLDER)):
             directory = found[0][1]
     directory = Path(world.broadcast_text(str(directory)))

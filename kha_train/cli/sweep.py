@@ -22,6 +22,7 @@ from kha_train.operate import slurm, sweep
 from kha_train.operate.local import run_points
 from kha_train.operate.slurm import JobOptions, Started
 from kha_train.operate.sweep import Point
+from kha_train.output import harmless_output
 from kha_train.record import first_failure_line
 from kha_train.record.streams import RedactedStream
 from kha_train.telemetry.terminal import LiteralConsole
@@ -101,7 +102,8 @@ def _run_here(
         validate_batch(compose(point.overrides), processes)
     sweep.save_sweep(directory, points, equal)
     console = LiteralConsole(stderr=True)
-    with Live(console=console, auto_refresh=False) as live:
+    # The table is a mirror: where it cannot be shown the runs are trained all the same.
+    with harmless_output(), Live(console=console, auto_refresh=False) as live:
 
         def show(now: Point) -> None:
             if console.is_terminal and not quiet:

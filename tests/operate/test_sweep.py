@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 from hypothesis import example, given, settings
@@ -334,12 +334,14 @@ def test_a_local_sweep_trains_every_point_and_again_only_what_is_missing(
     command = [sys.executable, "-c", "from kha_train.cli.main import run; run()", "sweep", *grid, "--name=s"]
     command += [f"--dir={tmp_path}", "--local", "--json"]
 
-    def sweep() -> list[str]:
-        done = subprocess.run(command, env=clean_environment, capture_output=True, text=True, cwd=ROOT, check=False)
+    def sweep(stderr: int | TextIO = subprocess.PIPE) -> list[str]:
+        streams = {"stdout": subprocess.PIPE, "stderr": stderr}
+        done = subprocess.run(command, env=clean_environment, text=True, cwd=ROOT, check=False, **streams)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)["started"]
 
     assert sweep() == ["gqa-s0", "kha_mlp-s0"]
     (tmp_path / "s" / "kha_mlp-s0" / "DONE").unlink()
-    assert sweep() == ["kha_mlp-s0"]
+    with open("/dev/full", "w") as full:
+        assert sweep(full) == ["kha_mlp-s0"], "a table that cannot be shown ends nothing"
     assert sweep() == []

@@ -153,6 +153,14 @@ def test_the_other_commands_say_so_too(command: list[str], run_dir: Path, capfd:
     assert ended.value.code == 4 and "is a link to /nowhere/scratch" in capfd.readouterr().err
 
 
+def test_a_run_does_not_inherit_from_one_whose_checkpoints_are_gone(
+    run_dir: Path, finished: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    unmount(run_dir)
+    with pytest.raises(CheckpointError, match="has saved checkpoints, the last one of step 6, but .* is a link to"):
+        train(compose([*finished[0], f"run.dir={tmp_path}/new", f"run.init_from={run_dir}"]))
+
+
 def test_a_model_is_not_loaded_from_a_run_whose_checkpoints_are_gone(run_dir: Path) -> None:
     empty(run_dir)
     with pytest.raises(CheckpointError, match="step 6"):
