@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kha_train.analysis.history import DATA_ID, VALIDATION_ID
 from kha_train.analysis.runs import load_run
 from kha_train.analysis.spikes import SpikeReport
 from kha_train.analysis.summary import RESULTS, Summary, printed, summarise
@@ -31,9 +32,12 @@ class Ending:
         return self.reached.stability
 
     def summary(self) -> dict[str, Any]:
-        """Figures by name: `final/*` those of `RESULTS`, `spike/*` the statistics of the spikes, published scores."""
+        """Figures by name: `final/*` those of `RESULTS`, and the content ids of the data they are of; `spike/*` the
+        statistics of the spikes; published scores."""
         spikes = self.report.to_dict()
-        reached = {f"final/{name}": value for name, value in self.reached.results.items() if value is not None}
+        contents = {name: self.reached.told[name] for name in (DATA_ID, VALIDATION_ID)}
+        figures = {**self.reached.results, **contents}
+        reached = {f"final/{name}": value for name, value in figures.items() if value is not None}
         statistics = {**spikes["summary"], "rates": spikes["rates"]}
         return {**reached, **{f"spike/{name}": value for name, value in statistics.items()}, **spikes["scores"]}
 

@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kha_train.config.build import flatten, without_places
+from kha_train.config.compose import load_plain
 from kha_train.config.constants import PRECISION_OF
-from kha_train.record import Attempt
+from kha_train.record import Attempt, read_attempts
+from kha_train.record.attempts import CONFIG_FILE
 
 UNKNOWN = object()
 """The value of a setting or a fact that was not recorded."""
@@ -157,6 +160,20 @@ def differences(meetings: Sequence[Meeting], wanted: Callable[[str, Meeting], bo
                 inside = list(group)
                 everywhere, to_the_end = len(inside) == len(meetings), inside[-1] is meetings[-1]
                 found.append(Difference(key, inside[0].first, inside[-1].last, values, everywhere, to_the_end))
+    return found
+
+
+def phase_steps(run_dir: Path, lines: Sequence[Mapping[str, Any]]) -> set[int]:
+    """The steps of the curve `lines` that begin a phase of the data mixture, each by the settings of its own attempt;
+    where those were not recorded, by the last start's."""
+    last = load_plain(run_dir / CONFIG_FILE)
+    configs = {number: attempt.config or last for number, attempt in read_attempts(run_dir).items()}
+    found, before = set(), -1
+    for line in lines:
+        data, now = configs.get(line.get("attempt"), last).get("data", {}), line.get("samples_first", -1)
+        if any(before < phase["start_sample"] <= now for phase in data.get("phases", [])):
+            found.add(line["step"])
+        before = now
     return found
 
 

@@ -215,7 +215,8 @@ def _validation_figure(comparison: Comparison) -> Iterable[str]:
     if by_set:
         yield "<h2>Validation</h2>"
     for number, (scored_set, curves) in enumerate(by_set.items()):
-        rows = f"All points are of the same rows: {scored_set}." if scored_set else NOT_KNOWN_TO_BE_EQUAL
+        rows = NOT_KNOWN_TO_BE_EQUAL if scored_set is None else f"Scored here: {scored_set}."
+        rows = f"The same rows at every point: {scored_set}." if scored_set and len(by_set) == 1 else rows
         yield _figure(
             figures.draw(f"validation{number}", curves, x_label="optimiser step", y_label="bits per byte"),
             f"Cross-entropy on held-out rows in bits, divided by the bytes of the text that was predicted. {rows}",

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kha_train.config.compose import load_plain
+from kha_train.analysis.history import phase_steps
 from kha_train.errors import ConfigError, DataError
 from kha_train.foreign.files import read_regular
 from kha_train.foreign.typed import LARGEST
@@ -126,16 +126,17 @@ def read_curve(path: Path, planned: Sequence[int] = ()) -> LossCurve:
     if not path.exists():
         raise ConfigError("there is no such file or run directory", field="curve", value=str(path))
     if path.suffix.lower() == ".csv":
-        points, run_dir = _read_csv(path), None
+        points, run_dir, lines = _read_csv(path), None, []
     else:
-        points = [_observation(line) for line in read_metrics(path) if "train/loss" in line]
+        lines = [line for line in read_metrics(path) if "train/loss" in line]
+        points = [_observation(line) for line in lines]
         run_dir = path if path.is_dir() else path.parent
         run_dir = run_dir if (run_dir / "config.yaml").is_file() else None
     if not points:
         raise ConfigError("it holds no step", field="curve", value=str(path), fix="metrics.jsonl, or CSV: step,loss")
     unique = {point.step: point for point in points}
     ordered = tuple(unique[step] for step in sorted(unique))
-    changes = {*planned, *(_phase_steps(run_dir, ordered) if run_dir else ())}
+    changes = {*planned, *(phase_steps(run_dir, lines) if run_dir else ())}
     label = path.resolve().parent.name if path.name == METRICS_FILE else path.name or path.resolve().name
     return LossCurve(label, ordered, frozenset(changes), len(points) - len(unique), run_dir, path)
 
@@ -344,18 +345,6 @@ def _csv_row(row: dict[str, str], where: str) -> Observation:
     if not (abs(seen.step) <= LARGEST and abs(seen.tokens) <= LARGEST):
         raise DataError("no step or no count of tokens", field=where, value=f"{seen.step:.3g}, {seen.tokens:.3g}")
     return seen
-
-
-def _phase_steps(run_dir: Path, points: Sequence[Observation]) -> list[int]:
-    """The steps that begin a phase of the data mixture."""
-    data = load_plain(run_dir / "config.yaml").get("data", {})
-    starts = [phase["start_sample"] for phase in data.get("phases", [])]
-    before = [-1, *(point.samples_first for point in points)]
-    return [
-        point.step
-        for point, last in zip(points, before, strict=False)
-        if any(last < start <= point.samples_first for start in starts)
-    ]
 
 
 def _undone_lines(curve: LossCurve) -> list[list[Observation]]:

@@ -10,21 +10,30 @@ from typing import Any
 
 import numpy as np
 
-from kha_train.config.compose import load
+from kha_train.config.compose import from_plain, load
 from kha_train.data.skipping import Window, merged, numbers_past
 from kha_train.data.sources import Source, open_samples
 from kha_train.data.tokenizer import KIND, Tokenizer
-from kha_train.record import read_events
+from kha_train.errors import DataError
+from kha_train.record import config_of, read_attempts, read_discarded, read_events, read_metrics
 
 
-def batch_texts(run_dir: Path, first_sample: int) -> list[dict[str, Any]]:
-    """`sample`, `source` and `text` of every row of the global batch that begins with `first_sample`.
+def batch_texts(run_dir: Path, first_sample: int, attempt: int | None = None) -> list[dict[str, Any]]:
+    """`sample`, `source` and `text` of every row of the global batch that begins with `first_sample`, as `attempt` read
+    it; unless given, the attempt of the last line that begins so.
 
     Ids stand for themselves when the dataset brought no tokenizer. Raises ConfigError and DataError when the data is
     no longer what the run was trained on.
     """
-    config = load(run_dir / "config.yaml")
+    attempts = read_attempts(run_dir)
+    number = _attempt_of(run_dir, first_sample) if attempt is None else attempt
+    saved = config_of(attempts, number)
+    config = from_plain(saved) if saved else load(run_dir / "config.yaml")
     samples = open_samples(config)
+    content_id = attempts[number].facts.get("data_content_id") if number in attempts else None
+    if content_id not in (None, samples.content_id):
+        problem = f"not the data that the step read: expected content id {content_id}, found {samples.content_id}"
+        raise DataError(problem, field="data.train", value=config.data.train, fix="put back what the run trained on")
     windows = [tuple(e["window"]) for e in read_events(run_dir) if e["kind"] == "rewind" and "window" in e]
     numbers_N = batch_numbers(first_sample, config.data.global_batch_size, windows)
     sources_N, rows_N = samples.locate(numbers_N)
@@ -43,6 +52,12 @@ def batch_numbers(first_sample: int, count: int, windows: Iterable[Window]) -> n
     """
     earlier = merged((first, last) for first, last in windows if not first <= first_sample < last)
     return numbers_past(earlier, first_sample, count)
+
+
+def _attempt_of(run_dir: Path, first_sample: int) -> int | None:
+    lines = [*read_discarded(run_dir), *read_metrics(run_dir)]
+    numbers = [line.get("attempt") for line in lines if line.get("samples_first") == first_sample]
+    return numbers[-1] if numbers else None
 
 
 def _tokenizer(source: Source) -> Tokenizer | None:

@@ -18,17 +18,18 @@ NOT_RECORDED = "?"
 
 
 class ScoredSet(NamedTuple):
-    """What a validation scored: the first `rows` rows of the dataset `content_id`, cut as `cut` says."""
+    """What a validation scored, in words: the first `rows` rows of the dataset `content_id`, cut as `cut` says."""
 
     content_id: str
-    rows: int | None
-    cut: tuple[object, ...]
+    rows: str
+    cut: tuple[str, ...]
 
     def __str__(self) -> str:
-        rows = "all" if self.rows is None else f"{self.rows:,}"
         length, packing, isolated = self.cut
-        documents = "isolated documents" if isolated else "documents not isolated"
-        return f"content id {brief(self.content_id)}, {rows} rows of {length} tokens, packing {packing}, {documents}"
+        documents = "documents not isolated" if isolated == str(False) else "isolated documents"
+        return (
+            f"content id {brief(self.content_id)}, {self.rows} rows of {length} tokens, packing {packing}, {documents}"
+        )
 
 
 class Scored(NamedTuple):
@@ -108,4 +109,4 @@ def _set_of(stretch: Stretch) -> ScoredSet | None:
     content_id, rows = stretch.value(VALIDATION_ID), stretch.value(VALIDATION_ROWS)
     if UNKNOWN in (content_id, rows) or stretch.settings is None:
         return None
-    return ScoredSet(content_id, rows, tuple(stretch.settings.get(key) for key in CUT_BY))
+    return ScoredSet(str(content_id), str(rows), tuple(str(stretch.settings.get(key)) for key in CUT_BY))

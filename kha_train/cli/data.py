@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import ChainMap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,13 +23,13 @@ from data_tools.files import find_files
 from data_tools.importers import DTYPES, import_tokens, tokenizer_of
 from data_tools.train_tokenizer import train_tokenizer
 from kha_train.cli.output import print_json
-from kha_train.config.compose import load
+from kha_train.config.compose import from_plain, load
 from kha_train.data.inspect import BORDER, decoder_of, digest, length_histogram, samples_of_step
 from kha_train.data.manifest import MANIFEST_NAME
 from kha_train.data.shards import ShardSet
 from kha_train.errors import ConfigError, DataError
 from kha_train.literal import say, visible
-from kha_train.record import read_events, read_metrics, read_run
+from kha_train.record import config_of, read_attempts, read_events, read_metrics
 from kha_train.telemetry.terminal import LiteralConsole
 
 VERIFY_GIB = 1.0
@@ -229,7 +228,7 @@ def inspect(
     if run is not None:
         if png is not None:
             raise ConfigError("draws the documents of a dataset", field="--png", fix="name a dataset, not a run")
-        _answer({"step": step, "samples": list(_samples_of_run(run, step, rank))}, as_json)
+        _answer(_samples_of_run(run, step, rank), as_json)
         return
     answer, datasets = {}, _datasets(directory)
     for path in datasets:
@@ -248,30 +247,26 @@ def inspect(
     _answer(answer, as_json)
 
 
-def _samples_of_run(run: Path, step: int, rank: int) -> Iterator[dict[str, Any]]:
+def _samples_of_run(run: Path, step: int, rank: int) -> dict[str, Any]:
     """Raises ConfigError for a run, a step or a rank that is not there, and when the data are not the run's."""
-    config = load(run / "config.yaml")
     line = next((line for line in read_metrics(run) if line["step"] == step), None)
     if line is None:
         raise ConfigError("the run has no record of it", field="step", value=step, fix=f"see {run}/metrics.jsonl")
-    record = read_run(run)
-    attempts = [attempt for attempt in record.get("attempts", []) if attempt["attempt"] <= line.get("attempt", 1)]
-    ranks = attempts[-1].get("world_size", 1) if attempts else 1
+    attempts, number = read_attempts(run), line.get("attempt", 1)
+    saved, attempt = config_of(attempts, number), attempts.get(number)
+    ranks = attempt.world_size or 1 if attempt else 1
     if rank >= ranks:
         raise ConfigError("the run had no such rank then", field="rank", value=rank, allowed=f"0..{ranks - 1}")
-    return samples_of_step(
-        config,
+    samples = samples_of_step(
+        from_plain(saved) if saved else load(run / "config.yaml"),
         samples_first=line["samples_first"],
         samples_last=line["samples_last"],
         skip_windows=[tuple(one["window"]) for one in read_events(run) if one["kind"] == "rewind" and "window" in one],
-        content_id=_known(record.get("provenance", {}), attempts).get("data_content_id"),
+        content_id=attempt.facts.get("data_content_id") if attempt else None,
         **({"rank": rank, "world_size": ranks} if rank >= 0 else {}),
     )
-
-
-def _known(provenance: dict[str, Any], attempts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What was known of a run at the last of these attempts: the first one's facts, and what changed later."""
-    return dict(ChainMap(*(attempt.get("changed", {}) for attempt in reversed(attempts)), provenance))
+    unknown = {} if saved else {"note": f"the settings of start {number} were not recorded: those of the last are used"}
+    return {"step": step, "samples": list(samples), **unknown}
 
 
 def _datasets(directory: str) -> list[str]:

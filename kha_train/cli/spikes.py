@@ -94,7 +94,7 @@ def _event(report: SpikeReport, number: int) -> dict[str, Any]:
     answer["texts"] = []
     if report.curve.run_dir and event.samples_first >= 0:
         try:
-            answer["texts"] = batch_texts(report.curve.run_dir, event.samples_first)
+            answer["texts"] = batch_texts(report.curve.run_dir, event.samples_first, opened.get("attempt"))
         except KhaError as error:
             answer["no_texts"] = str(error)
     return answer

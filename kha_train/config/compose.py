@@ -49,7 +49,13 @@ def load(path: Path) -> RunConfig:
     `load_plain`."""
     if not path.is_file():
         raise ConfigError("no such file", field="config", value=str(path), fix="name a run directory of `kha train`")
-    config = build(RunConfig, load_plain(path))
+    return from_plain(load_plain(path))
+
+
+def from_plain(values: dict[str, Any]) -> RunConfig:
+    """The configuration of saved nested `values`, to look at what was trained. Raises ConfigError when they are not
+    ours."""
+    config = build(RunConfig, values)
     validate(config, to_train=False)
     return config
 

@@ -61,6 +61,8 @@ def run_quickstart(out: Path, *, steps: int, processes: int, say: Say) -> dict[s
         "unigram_bits_per_byte": unigram,
         "bits_per_byte": {run["variant"]: run["bits_per_byte"] for run in comparison.to_dict()["runs"]},
         "evidence": comparison.evidence,
+        "caveats": [caveat for pair in comparison.pairs for caveat in pair.caveats],
+        "validation_sets": comparison.validation_words,
         "report": str(report),
     }
     _close(result, out, steps, say)
@@ -125,6 +127,8 @@ def _close(result: dict[str, Any], out: Path, steps: int, say: Say) -> None:
     say(f"validation bits per byte (unigram entropy of the text: {result['unigram_bits_per_byte']:.3f})")
     for variant, bits in result["bits_per_byte"].items():
         say(f"  {variant:<10} {bits:.4f}")
+    for words in (*(f"not a fair pair: {caveat}" for caveat in result["caveats"]), result["validation_sets"]):
+        say(words)
     say(f"{result['evidence']}; total {sum(result['seconds'].values()):.0f} s")
     say(f"report: {result['report']}")
     say(f"next:   {command} train {shlex.join(_overrides(out, 'kha_linear', steps))}")

@@ -5,7 +5,7 @@ Console and W&B are mirrors of what is written here; comparison, resume and test
 
 from __future__ import annotations
 
-from kha_train.record.attempts import Attempt, read_attempts
+from kha_train.record.attempts import Attempt, config_of, read_attempts
 from kha_train.record.failures import first_failure, first_failure_line
 from kha_train.record.lock import heartbeat_age, read_owner
 from kha_train.record.markers import (
@@ -33,6 +33,7 @@ __all__ = [
     "Redactor",
     "SilentRecord",
     "clear_marker",
+    "config_of",
     "first_failure",
     "first_failure_line",
     "has_marker",

@@ -16,7 +16,9 @@ from typing import Any
 
 from kha_train.config.build import flatten
 from kha_train.config.compose import load_plain
-from kha_train.record.reader import read_run
+from kha_train.config.saved import SavedConfig, completed
+from kha_train.foreign.typed import Source
+from kha_train.record.reader import RUN_FILE, read_run
 
 CONFIG_FILE = "config.yaml"
 CONFIG = "config"
@@ -39,10 +41,14 @@ class Attempt:
 
 
 def read_attempts(run_dir: Path) -> dict[int, Attempt]:
-    """Every start of the run in `run_dir`, by its number. Raises DataError when `run.json` is damaged."""
-    run = read_run(run_dir)
+    """Every start of the run in `run_dir`, by its number. Raises DataError when `run.json` or `config.yaml` is
+    damaged."""
+    run, source = read_run(run_dir), Source(str(run_dir / RUN_FILE))
     entries = run.get("attempts", [])
-    configs = recorded_configs(entries)
+    configs = {
+        number: completed(source.read(SavedConfig, config, f"attempts[{number - 1}].{CONFIG}"))
+        for number, config in recorded_configs(entries).items()
+    }
     if entries and entries[-1]["attempt"] not in configs:
         last = load_plain(run_dir / CONFIG_FILE)
         configs |= {entries[-1]["attempt"]: last} if last else {}
@@ -57,6 +63,18 @@ def read_attempts(run_dir: Path) -> dict[int, Attempt]:
         )
         for entry in entries
     }
+
+
+def config_of(attempts: Mapping[int, Attempt], number: int | None) -> dict[str, Any] | None:
+    """The configuration of attempt `number`, with the paths of its data as the last start named them that read the same
+    data: data may have moved since. None where it was not recorded."""
+    attempt = attempts.get(number) if number is not None else None
+    if attempt is None or attempt.config is None:
+        return None
+    content_id = attempt.facts.get("data_content_id")
+    alike = [one for one in attempts.values() if one.config and one.facts.get("data_content_id") == content_id]
+    newest = alike[-1].config or {}
+    return {**attempt.config, "data": _moved(attempt.config.get("data", {}), newest.get("data", {}))}
 
 
 def recorded_configs(entries: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
@@ -86,6 +104,16 @@ def config_entry(entries: Sequence[Mapping[str, Any]], config: dict[str, Any]) -
     if len(changed) + len(without) > len(now) // 2:
         return {"whole": config}
     return {"like": whole[-1]["attempt"], "changed": changed, "without": without}
+
+
+def _moved(data: Mapping[str, Any], newest: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings `data` with the paths of the `newest`, where both name one dataset, or sources of the same names."""
+    own, later = data.get("sources") or [], newest.get("sources") or []
+    if bool(own) != bool(later):
+        return dict(data)
+    paths = {source.get("name"): source.get("path") for source in later}
+    moved = [{**source, "path": paths.get(source.get("name"), source.get("path"))} for source in own]
+    return {**data, **{key: newest[key] for key in ("train",) if key in newest}, "sources": moved}
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

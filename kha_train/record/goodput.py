@@ -46,11 +46,12 @@ class Goodput:
 
 
 def goodput(run_dir: Path) -> Goodput | None:
-    """The goodput of a run so far; None before its first step, and where the record does not tell how long its steps
-    took. Raises DataError for a damaged record."""
+    """The goodput of a run so far; None before its first step, and where the record does not tell when its attempts
+    began or how long its steps took. Raises DataError for a damaged record."""
     lines, undone = read_metrics(run_dir), read_discarded(run_dir)
     attempts, by_attempt = read_run(run_dir).get("attempts"), {}
-    if not lines or not attempts or not all(line.keys() >= TIMED for line in [*lines, *undone]):
+    timed = all(line.keys() >= TIMED for line in [*lines, *undone])
+    if not (lines and attempts and timed and all("started" in attempt for attempt in attempts)):
         return None
     for line in sorted([*lines, *undone], key=lambda line: line["time"]):
         by_attempt.setdefault(line["attempt"], []).append(line)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kha_train.config.compose import load_plain
+from kha_train.errors import KhaError
 from kha_train.foreign.files import check_regular
 from kha_train.record.attempts import CONFIG, CONFIG_FILE, config_entry
 from kha_train.record.files import write_json
@@ -201,7 +202,11 @@ class Record:
         attempts = self._run["attempts"]
         if not attempts or CONFIG in attempts[-1]:
             return
-        saved = load_plain(self.run_dir / CONFIG_FILE)
+        try:
+            saved = load_plain(self.run_dir / CONFIG_FILE)
+        except KhaError:
+            # A damaged file says nothing of that attempt, and keeps nobody from going on with the run.
+            return
         if saved:
             attempts[-1][CONFIG] = config_entry(attempts[:-1], self._redactor.clean(saved))
 

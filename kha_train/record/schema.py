@@ -35,6 +35,7 @@ class Provenance(TypedDict, total=False):
     command: str
     data_content_id: str | None
     validation_content_id: str | None
+    validation_rows: Count | None
     attention_backend: str
     parameters: Parameters | float | None
 
@@ -54,13 +55,14 @@ class Like(TypedDict):
 
 
 class AttemptEntry(TypedDict):
-    """One start of the run. `ended` and `end_step` are absent while it runs, `config` in older releases."""
+    """One start of the run. `ended` and `end_step` are absent while it runs, `config` in older releases. One that does
+    not say how it stands is lost."""
 
     attempt: Count
     start_step: Annotated[Count, Absent(0)]
     world_size: NotRequired[Ranks]
-    started: float
-    state: str
+    started: NotRequired[float]
+    state: Annotated[str, Absent("lost")]
     changed: Annotated[Provenance, Absent({})]
     ended: NotRequired[float]
     end_step: NotRequired[Count]

@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from kha_train.analysis.spikes_text import batch_texts
 from kha_train.cli.data import app
+from kha_train.config.build import to_plain
 from kha_train.config.compose import compose, dump
+from kha_train.data.inspect import BORDER, digest
 from kha_train.data.shards import ShardSet
 from kha_train.data.stream import open_stream
 from kha_train.errors import ConfigError, DataError
+from kha_train.record import Record
 
 
 def kha(*arguments: object) -> dict:
@@ -123,3 +127,30 @@ def test_inspect_shows_the_very_samples_of_a_step(made: Path, tmp_path: Path) ->
     for sample, tokens in zip(everything, batch.tokens_BT, strict=True):
         assert sample["sha256"] == hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
         assert "Text" in sample["text"] and sample["source"] == "train"
+
+
+def test_inspect_shows_a_step_as_its_own_start_read_it(made: Path, tmp_path: Path) -> None:
+    """Not as the last one would; of its data the path that the last start with the same data named."""
+    moved = tmp_path / "moved"
+    moved.symlink_to(made / "shards" / "train")
+    common = ["model.vocab_size=300", "model.seq_len=32", "data.global_batch_size=4"]
+    common.append(f"data.validation={made}/shards/validation")
+    content_id = ShardSet.open(made / "shards" / "train").content_id
+    starts = [("gone", 5, content_id), ("elsewhere", 6, "00" * 32), (str(moved), 7, content_id)]
+    run = tmp_path / "run"
+    for path, seed, found in starts:
+        record = Record.open(run)
+        config = to_plain(compose([*common, f"data.train={path}", f"run.seed={seed}"]))
+        record.begin_attempt(record.last_step, facts={"data_content_id": found}, config=config)
+        step = record.last_step + 1
+        record.step({"step": step, "samples_first": 4 * step, "samples_last": 4 * step + 3})
+        record.close()
+    for step, seed in ((1, 5), (3, 7)):
+        found = kha("inspect", "--run", run, "--step", step)["samples"]
+        config = compose([*common, f"data.train={moved}", f"run.seed={seed}"])
+        batch = next(open_stream(config, samples_seen=4 * step))
+        assert [sample["sha256"] for sample in found] == [digest(row) for row in batch.tokens_BT.numpy()]
+        assert [text["sample"] for text in batch_texts(run, 4 * step)] == [sample["sample"] for sample in found]
+        assert batch_texts(run, 4 * step)[0]["text"] == found[0]["text"].replace(BORDER, "")
+    with pytest.raises(ConfigError, match="elsewhere"):
+        kha("inspect", "--run", run, "--step", 2)

@@ -98,3 +98,11 @@ def test_a_start_that_ends_before_it_replaces_config_yaml_is_not_confused_with_t
     start(tmp_path, second)
     start(tmp_path, first)
     assert [attempt.config for attempt in read_attempts(tmp_path).values()] == [first, second, first]
+
+
+def test_a_damaged_config_yaml_of_an_older_release_keeps_nobody_from_going_on(tmp_path: Path) -> None:
+    old_run(tmp_path, 1, {})
+    (tmp_path / "config.yaml").write_bytes(b"run: [\xff")
+    now = configuration()
+    start(tmp_path, now)
+    assert [attempt.config for attempt in read_attempts(tmp_path).values()] == [None, now]
