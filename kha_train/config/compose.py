@@ -179,7 +179,7 @@ def _own_hydra() -> Iterator[None]:
 def _check_presets(overrides: list[str]) -> None:
     """Hydra takes other things than names for a preset, and then fails in its own ways; its own settings it takes in
     silence although nothing here reads them."""
-    presets = {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in shipped("configs").iterdir()}
+    presets = _groups()
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         name = value.strip("'\"")
@@ -213,7 +213,7 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
         if not equals:
             return ConfigError("an override is KEY=VALUE", field="override", value=override)
         if f"'{key}'" in message and ("not in struct" in message or "Could not override" in message):
-            return _unknown_key(key)
+            return _unknown_key(key, overrides)
         if not _parses(override):
             return ConfigError(
                 "its value cannot be parsed",
@@ -237,11 +237,22 @@ def _parses(override: str) -> bool:
     return True
 
 
-def _unknown_key(key: str) -> ConfigError:
-    """Names the keys of the group that `key` was looked for in, and the nearest of all keys."""
-    known = list(flatten(_merge([])))
-    parent = key.rpartition(".")[0]
-    siblings = [name for name in known if name.startswith(f"{parent}.")] if parent else []
-    groups = sorted({name.partition(".")[0] for name in known})
-    fix = nearest(key, known + groups).get("fix")
-    return ConfigError("unknown key", field=key, allowed=", ".join(siblings or groups), fix=fix)
+def _unknown_key(key: str, overrides: list[str]) -> ConfigError:
+    """Names the keys of the group that `key` was looked for in, and the nearest one: of that group by its own name,
+    else of all by the whole key. Keys are those of the presets chosen in `overrides`."""
+    chosen = [text for text in overrides if text.partition("=")[0].partition("@")[0] in _groups()]
+    known = list(flatten(_merge(chosen)))
+    parent, _, name = key.rpartition(".")
+    siblings = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == parent}
+    groups = sorted({other.partition(".")[0] for other in known})
+    if parent and siblings:
+        fix = nearest(name, siblings, parent).get("fix")
+        return ConfigError("unknown key", field=key, allowed=", ".join(siblings.values()), fix=fix)
+    same = [other for other in known if other.rpartition(".")[2] == name]
+    fix = f"did you mean {same[0]}?" if len(same) == 1 else nearest(key, known + groups).get("fix")
+    return ConfigError("unknown key", field=key, allowed=", ".join(groups), fix=fix)
+
+
+def _groups() -> dict[str, list[str]]:
+    """The names of the presets of every group."""
+    return {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in shipped("configs").iterdir()}

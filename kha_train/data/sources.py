@@ -182,11 +182,14 @@ def open_validation(config: RunConfig) -> tuple[Rows, int]:
     raise without_labels("data.validation", f"none of its {count} rows")
 
 
-def first_step_labels(config: RunConfig, samples: Samples) -> int:
-    """Unmasked labels of the global batch that the first step is trained on. Raises DataError when document ends are
-    damaged."""
-    located = samples.locate(np.arange(config.data.global_batch_size, dtype=np.int64))
-    return config.data.global_batch_size * samples.seq_len - len(samples.layout(*located).masked_M)
+def begins_with_labels(config: RunConfig, samples: Samples) -> bool:
+    """Whether the global batch of the first step has a label. Raises DataError when document ends are damaged."""
+    size = config.data.global_batch_size
+    for first in range(0, size, _ROWS_AT_ONCE):
+        numbers = np.arange(first, min(first + _ROWS_AT_ONCE, size), dtype=np.int64)
+        if len(samples.layout(*samples.locate(numbers)).masked_M) < len(numbers) * samples.seq_len:
+            return True
+    return False
 
 
 def without_labels(field: str, rows: str) -> DataError:

@@ -307,7 +307,8 @@ def _settings(config: RunConfig, world: World, dtype: torch.dtype) -> dict[str, 
         # done (`extra_large_param_to_reduce`): the next kernel may take their memory.
         "overlap_comm": world.device.type == "cuda" and engine.zero_stage == 3,
         "reduce_bucket_size": engine.reduce_bucket_elements,
-        "allgather_bucket_size": engine.reduce_bucket_elements,
+        # ZeRO 1 and 2 deal it out in pairs of numbers, and take no odd size.
+        "allgather_bucket_size": engine.reduce_bucket_elements + engine.reduce_bucket_elements % 2,
         "memory_efficient_linear": False,
         "sub_group_size": 500_000_000,
         "zero_hpz_partition_size": engine.hpz_partition_size,

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,8 +42,10 @@ class Sampling:
         """What is wrong with these settings, or None."""
         if self.tokens < 1:
             return ConfigError("must be at least 1", field="tokens", value=self.tokens)
-        if self.temperature < 0:
-            return ConfigError("must not be negative", field="temperature", value=self.temperature)
+        if not 0 <= self.temperature < math.inf:
+            return ConfigError("is no temperature", field="temperature", value=self.temperature, allowed="0 or more")
+        if not -(2**63) <= self.seed < 2**63:
+            return ConfigError("out of range", field="seed", value=self.seed, allowed="64 bits")
         if not 0 < self.top_p <= 1:
             return ConfigError("is a share", field="top_p", value=self.top_p, allowed="above 0, up to 1")
         return None
@@ -117,7 +120,9 @@ def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> T
     """One token of each row, int64 [B], by `sampling`."""
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
-    probability_BV, token_BV = (logits_BV / sampling.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    # The largest is 0 whatever it is divided by, so that the smallest temperature has a softmax too.
+    below_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)).double() / sampling.temperature
+    probability_BV, token_BV = below_BV.to(logits_BV.dtype).softmax(dim=-1).sort(dim=-1, descending=True)
     before_BV = probability_BV.cumsum(dim=-1) - probability_BV
     kept_BV = probability_BV.masked_fill(before_BV >= sampling.top_p, 0.0)
     chosen_B1 = torch.multinomial(kept_BV, 1, generator=generator)

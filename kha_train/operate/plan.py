@@ -12,7 +12,7 @@ from kha_train.config.resolve import Resolved, resolve_plan
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate_batch
 from kha_train.data import manifest
-from kha_train.data.sources import first_step_labels, open_samples, open_validation, without_labels
+from kha_train.data.sources import begins_with_labels, open_samples, open_validation, without_labels
 from kha_train.engine.memory import GIB, RECIPES, MemoryPlan, largest_micro_batch, micro_batches, plan_memory, uses_bf16
 from kha_train.errors import ConfigError, DataError
 from kha_train.model.accounting import (
@@ -338,7 +338,7 @@ def _data_problem(config: RunConfig) -> str | None:
     if not _is_here(*_training_data(config), config.data.validation):
         return None
     try:
-        labels = first_step_labels(config, open_samples(config))
+        labels = begins_with_labels(config, open_samples(config))
         open_validation(config)
         return None if labels else str(without_labels("data", "no token of the first step"))
     except (ConfigError, DataError) as error:

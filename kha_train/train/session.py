@@ -273,8 +273,9 @@ class Session:
                 resume.check_belongs(config, checkpoint, self._content_ids, precisions, *free)
 
     def _build(self, checkpoint: Checkpoint | None) -> None:
-        self.engine = Engine(self._settled, self.world, self._initial(checkpoint))
+        # Also after an engine that could not be built: DeepSpeed may hold its groups by then.
         self._open.push(lambda kind, error, trace: leave_world(error))
+        self.engine = Engine(self._settled, self.world, self._initial(checkpoint))
         self._open.callback(self.engine.close)
         if checkpoint:
             self.restore(checkpoint)

@@ -73,6 +73,18 @@ def test_draws_follow_the_probabilities_and_top_p_leaves_out_the_tail() -> None:
         torch.testing.assert_close(counts, expected, atol=0.015, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 1e-300, 5e-324])
+def test_the_smallest_temperatures_draw_the_likeliest_token(temperature: float) -> None:
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(3)) * 1e-3
+    drawn_B = draw(logits, Sampling(tokens=1, temperature=temperature), torch.Generator().manual_seed(0))
+    assert torch.equal(drawn_B, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("settings", [{"temperature": float("nan")}, {"temperature": float("inf")}, {"seed": 2**63}])
+def test_sampling_that_cannot_be_is_refused(settings: dict[str, float]) -> None:
+    assert Sampling(tokens=1, **settings).invalid() is not None
+
+
 def test_a_row_that_has_stopped_stays_stopped_and_all_stopped_rows_end_it() -> None:
     decoder = decoder_of("gqa")
     free = drawn(decoder, Sampling(tokens=12, temperature=3.0))

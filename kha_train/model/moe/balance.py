@@ -108,8 +108,8 @@ class LoadStatistics(NamedTuple):
     """Balance of one step, fp32 [L], a figure for each layer with experts.
 
     `maxvio` largest load / mean load (1 = balanced) · `load_cv` standard deviation / mean · `dead_fraction` experts
-    with no token · `load_entropy` entropy of the shares / log E (1 = balanced) · `bias_range` spread of the selection
-    bias.
+    with no token · `load_entropy` entropy of the shares / log E (1 = balanced, and of one expert) · `bias_range`
+    spread of the selection bias.
     """
 
     maxvio: Tensor
@@ -129,7 +129,8 @@ def load_statistics(load_LE: Tensor, bias_LE: Tensor) -> LoadStatistics:
         maxvio=load_LE.amax(dim=-1) / mean_L,
         load_cv=load_LE.std(dim=-1, correction=0) / mean_L,
         dead_fraction=(load_LE == 0).float().mean(dim=-1),
-        load_entropy=entropy_L / math.log(max(load_LE.shape[-1], 2)),
+        # The share of a single expert is even, whatever it is.
+        load_entropy=entropy_L / math.log(load_LE.shape[-1]) if load_LE.shape[-1] > 1 else torch.ones_like(entropy_L),
         bias_range=bias_LE.amax(dim=-1) - bias_LE.amin(dim=-1),
     )
 

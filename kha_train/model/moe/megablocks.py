@@ -65,7 +65,8 @@ def run_kernels(kernels: Kernels, x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: T
         return x_ND + 0 * (gate_up_EDX.sum() + down_EFD.sum() + routing.weight_NJ.sum())
     with torch.no_grad():
         bin_ids_M, indices_M = ops.sort(routing.expert_NJ.flatten().int(), max(experts - 1, 1).bit_length())
-        bins_E = ops.inclusive_cumsum(routing.load_E.int(), 0)
+        # Of a single expert it returns a number without a dimension.
+        bins_E = ops.inclusive_cumsum(routing.load_E.int(), 0).view(experts)
         counts_E = routing.load_E.cpu()
     x_MD = ops.gather(x_ND, indices_M, bin_ids_M, bins_E, top_k)
     weight_M = routing.weight_NJ.flatten()[indices_M.long()]

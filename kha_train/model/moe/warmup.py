@@ -21,7 +21,8 @@ def standard_normal(seed: int, layer: int, step_1: Tensor, samples_B: Tensor, sh
     """
     tokens, experts = shape[0] // samples_B.numel(), shape[1]
     device = samples_B.device
-    key_B = _mixed(samples_B + _mixed(step_1.long() + _mixed(torch.full_like(samples_B[:1], seed * 65_537 + layer))))
+    start = _signed((seed * 65_537 + layer) % (1 << 64))
+    key_B = _mixed(samples_B + _mixed(step_1.long() + _mixed(torch.full_like(samples_B[:1], start))))
     place_T = torch.arange(tokens, device=device)[:, None] * experts
     place_TE = place_T + torch.arange(experts, device=device)
     bits_BTE = _mixed(key_B[:, None, None] + place_TE)

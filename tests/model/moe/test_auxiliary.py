@@ -179,3 +179,13 @@ def test_the_warm_up_starts_with_chance_and_ends_with_the_router(make_config):
     assert agreement[0] < 0.25 and agreement == sorted(agreement) and agreement[-1] == 1.0
     decoder.eval()
     assert torch.equal(router(x_ND).expert_NJ, plain.routers()[0](x_ND).expert_NJ)
+
+
+@pytest.mark.parametrize("seed", [150_000_000_000_000, 2**63 - 1])
+def test_the_warm_up_takes_every_seed_and_hashes_it_modulo_64_bits(seed):
+    step, shape = torch.tensor([3]), torch.Size((8, 16))
+    drawn = standard_normal(seed, 1, step, torch.tensor([7]), shape)
+    wrapped = (seed * 65_537 + 1) % 2**64
+    small = standard_normal(0, wrapped - 2**64 if wrapped >= 2**63 else wrapped, step, torch.tensor([7]), shape)
+    assert torch.equal(drawn, small) and drawn.std().item() > 0.5
+    assert not torch.equal(drawn, standard_normal(seed - 1, 1, step, torch.tensor([7]), shape))

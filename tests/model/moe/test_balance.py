@@ -103,6 +103,11 @@ def test_statistics_by_hand():
     assert balance_metrics(torch.zeros(0, 0), torch.zeros(0, 0)) == {}
 
 
+def test_a_single_expert_has_an_even_load_and_not_a_collapsed_one():
+    metrics = balance_metrics(torch.tensor([[512], [0]]), torch.zeros(2, 1))
+    assert metrics["moe/load_entropy"] == 1 and metrics["moe/maxvio_by_layer"][0] == 1
+
+
 def test_the_bias_is_updated_in_every_layer_and_carries_no_gradient(make_config):
     decoder = build_decoder(make_config())
     load_LE = torch.tensor([[9, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 9]])
