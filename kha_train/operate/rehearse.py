@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from kha_train.config.compose import shipped
+from kha_train.config.resolve import resolve, resolve_plan
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate_batch
 from kha_train.data.sources import without_labels
@@ -34,6 +35,7 @@ from kha_train.engine.memory import GIB, plan_memory
 from kha_train.errors import ConfigError, DataError
 from kha_train.model.accounting import count_parameters
 from kha_train.model.decoder import build_decoder
+from kha_train.model.device import device_facts
 from kha_train.train import resume
 from kha_train.train.step import train_step
 
@@ -58,7 +60,8 @@ def rehearse(config: RunConfig, overrides: Sequence[str], layout: Layout) -> dic
     """What the job would do, as nested plain values: batch, data, model, memory, checkpoint, launch.
 
     Raises ConfigError for what the job could not run with (missing data, a batch that does not divide, nodes that are
-    not full), and DataError when the data is damaged or its slices do not tile the batch.
+    not full, a backend that cannot run on the devices of `cluster`), and DataError when the data is damaged, has
+    nothing to predict or its slices do not tile the batch.
     """
     if layout.world_size % layout.ranks_per_node:
         raise ConfigError(
@@ -68,6 +71,7 @@ def rehearse(config: RunConfig, overrides: Sequence[str], layout: Layout) -> dic
             fix=f"a multiple of {layout.ranks_per_node}, or another --ranks-per-node",
         )
     validate_batch(config, layout.world_size)
+    resolve_plan(config)
     parameters, data = count_parameters(config), _data(config, layout.world_size)
     return {
         "world_size": layout.world_size,
@@ -151,6 +155,10 @@ def _rank_zero(config: RunConfig, world_size: int, labels: int) -> dict[str, Any
     have = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > have / 2:
         return {"built": False, "why": f"needs some {need / GIB:.0f} GiB, {have / GIB:.0f} GiB are free here"}
+    try:
+        resolve(config, device_facts(torch.device("cpu")))
+    except ConfigError as error:
+        return {"built": False, "why": f"runs on the devices of the job and not on this CPU: {error}"}
     with _fake_world(world_size) as world:
         engine = Engine(config, world)
         batch = next(open_stream(config, 0, world_size))

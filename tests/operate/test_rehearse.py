@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+from kha_train import compose
 from kha_train.cli.main import run
+from kha_train.errors import ConfigError
+from kha_train.operate.rehearse import Layout, rehearse
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 64
@@ -71,3 +74,12 @@ def _rehearse(settings: list[str], environment: dict[str, str], folder: Path) ->
     )
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout)
+
+
+def test_a_backend_of_the_job_that_this_cpu_lacks_is_no_mistake_and_one_that_the_job_lacks_is(job: list[str]) -> None:
+    overrides = [*job, "attention.backend=varlen"]
+    layout = Layout(2, 2)
+    said = rehearse(compose([*overrides, "cluster=h100_1x8"]), overrides, layout)
+    assert said["rank_0"]["built"] is False and "needs a CUDA device" in said["rank_0"]["why"]
+    with pytest.raises(ConfigError, match="needs a CUDA device"):
+        rehearse(compose([*overrides, "cluster=cpu"]), overrides, layout)

@@ -191,6 +191,7 @@ def check(count: int, first: int, tiny: Path, folder: Path, monkeypatch: pytest.
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_what_is_accepted_trains_two_steps_and_the_plan_says_so_before(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
