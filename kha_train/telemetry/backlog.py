@@ -8,7 +8,8 @@ orderly end counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ NOT_MIRRORED = (
     "checkpoint_refused", "attention_backend_changed", "zclip",
 )  # fmt: skip
 """Kinds of events that are no marks in W&B."""
+_HEAD = re.compile(rb'"attempt": (\d+), "time": ([\d.e+]+)')
 _PIECE = 1 << 20
 _HEADER, _BLOCK, _CHUNK_HEADER = 7, 32768, 7
 _WHOLE, _FIRST, _LAST = 1, 2, 4
@@ -58,36 +60,46 @@ def rows_in_files(run_dir: Path, wandb_id: str, row_of: Callable[[bytes], int | 
     return max((_last_row(path, row_of) for path in paths), default=0)
 
 
-def missing_rows(run_dir: Path, held: int, total: int) -> list[Row]:
-    """The rows above `held` of the `total` recorded, oldest first; damaged lines are left out."""
+def missing_rows(run_dir: Path, held: int, total: int) -> Iterator[Row]:
+    """The rows above `held` of the `total` recorded, oldest first, as the files are now; damaged lines are left out.
+    Lines are parsed when they are asked for."""
     count = min(total - held, MAX_ROWS)
     if count <= 0:
-        return []
-    tails = _last_lines(run_dir / METRICS_FILE, count) + _last_lines(run_dir / DISCARDED_FILE, total)
-    lines = sorted(tails, key=lambda line: (line.get("attempt", 0), line.get("time", 0.0)))[-count:]
-    since = lines[0].get("time", 0.0) if lines else 0.0
+        return iter(())
+    lines, undone = _last_lines(run_dir / METRICS_FILE, count), _last_lines(run_dir / DISCARDED_FILE, total)
+    if undone:
+        lines = sorted([*lines, *undone], key=_when)[-count:]
+    since = _when(lines[0])[1] if lines else 0.0
     events = [event for event in _events_since(run_dir / EVENTS_FILE, since) if event.get("kind") not in NOT_MIRRORED]
-    return list(_with_events(lines, events, total - len(lines) + 1))
+    return _with_events(lines, events, total - len(lines) + 1)
+
+
+def _when(line: bytes) -> tuple[int, float]:
+    """The attempt and the time of a line of the metrics, which stand at its head."""
+    found = _HEAD.search(line)
+    return (int(found[1]), float(found[2])) if found else (0, 0.0)
 
 
 def _events_since(path: Path, since: float) -> list[dict[str, Any]]:
     count, events = 64, []
     while not events or (len(events) == count // 8 and events[0].get("time", 0.0) >= since):
-        events, count = _last_lines(path, count), 8 * count
+        events, count = [event for event in map(parse, _last_lines(path, count)) if event is not None], 8 * count
         if not events:
             break
     return [event for event in events if event.get("time", 0.0) >= since]
 
 
-def _with_events(lines: list[dict[str, Any]], events: list[dict[str, Any]], first_row: int) -> Iterable[Row]:
+def _with_events(lines: list[bytes], events: list[dict[str, Any]], first_row: int) -> Iterator[Row]:
     """An event belongs to the line recorded last before it."""
     at = 0
-    for index, line in enumerate(lines):
-        until = lines[index + 1].get("time", 0.0) if index + 1 < len(lines) else float("inf")
+    for index, text in enumerate(lines):
+        until = _when(lines[index + 1])[1] if index + 1 < len(lines) else float("inf")
         start = at
         while at < len(events) and events[at].get("time", 0.0) < until:
             at += 1
-        yield first_row + index, line, events[start:at]
+        line = parse(text)
+        if line is not None:
+            yield first_row + index, line, events[start:at]
 
 
 def _count_lines(path: Path) -> int:
@@ -97,18 +109,19 @@ def _count_lines(path: Path) -> int:
         return sum(piece.count(b"\n") for piece in iter(lambda: file.read(_PIECE), b""))
 
 
-def _last_lines(path: Path, count: int) -> list[dict[str, Any]]:
-    """The last `count` whole lines, read from the end of the file backwards."""
+def _last_lines(path: Path, count: int) -> list[bytes]:
+    """The last `count` lines that are ended, read from the end of the file backwards."""
     if count <= 0 or not path.is_file():
         return []
+    pieces: list[bytes] = []
     with path.open("rb") as file:
-        at, tail = file.seek(0, 2), b""
-        while at > 0 and tail.count(b"\n") <= count:
+        at, ends = file.seek(0, 2), 0
+        while at > 0 and ends <= count:
             start = max(0, at - _PIECE)
             file.seek(start)
-            tail, at = file.read(at - start) + tail, start
-    lines = tail.split(b"\n")[:-1][-count:]
-    return [line for line in map(parse, lines) if line is not None]
+            pieces.append(file.read(at - start))
+            at, ends = start, ends + pieces[-1].count(b"\n")
+    return b"".join(reversed(pieces)).split(b"\n")[:-1][-count:]
 
 
 def _last_row(path: Path, row_of: Callable[[bytes], int | None]) -> int:

@@ -1,4 +1,4 @@
-"""The loss of a run with its spikes drawn in, as the lines of a chart."""
+"""The spikes of a run as they are shown: columns of a table, and the lines of a chart of the loss."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import Any
 
 from kha_train.record.labels import distinct
 
+SPIKE_COLUMNS = (
+    "start_step", "class", "width", "height", "area", "tokens", "lr", "gnorm_peak_ratio", "nonfinite_steps",
+    "recovered", "samples_first", "samples_last",
+)  # fmt: skip
+"""Of the table of spikes."""
 CHART_POINTS, CHART_SPIKES = 2000, 50
 """Points of the loss in the chart of spikes, and spikes in it, the highest."""
 

@@ -12,7 +12,7 @@ import threading
 import urllib.parse
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +21,7 @@ from kha_train.config.build import to_plain
 from kha_train.config.schema import RunConfig
 from kha_train.record import RECORD_ONLY, Redactor
 from kha_train.telemetry import backlog
-from kha_train.telemetry.spike_chart import spike_chart
+from kha_train.telemetry.spike_chart import SPIKE_COLUMNS, spike_chart
 
 MAX_KEYS = 200
 """Distinct metric keys sent; further ones stay in the record only."""
@@ -29,10 +29,6 @@ MARKER = "train/loss_in_spike"
 """The loss of the steps inside a spike: drawn over `train/loss`, it marks them."""
 HAPPENED = "events/"
 """Before the kind of an event: the loss of the step at which it happened, a mark on the loss chart."""
-SPIKE_COLUMNS = (
-    "start_step", "class", "width", "height", "area", "tokens", "lr", "gnorm_peak_ratio", "nonfinite_steps",
-    "recovered", "samples_first", "samples_last",
-)  # fmt: skip
 MAX_EVENTS = 1000
 """Rows of a table; the record has all of them."""
 DEFAULT_HOST = "https://api.wandb.ai"
@@ -48,6 +44,10 @@ OTHER_RUN = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FR
 OFFLINE, DISABLED = ("offline", "dryrun"), ("disabled", "off", "false", "no", "none", "0")
 ONLINE = ("", "auto", "online", "run", "shared", "on", "true", "yes", "1")
 """What people write as WANDB_MODE, in any case."""
+
+
+Sent = tuple[int, dict[str, Any]]
+"""A row's number and its values."""
 
 
 class WandbMirror:
@@ -82,7 +82,8 @@ class WandbMirror:
             _keep_under(run_dir)
         self.mode, reason = _safely_chosen_mode(config.telemetry.wandb.mode) if rank == 0 else ("disabled", "")
         self._run_dir = run_dir
-        self._queue: deque[tuple[int, dict[str, Any]]] = deque()
+        self._queue: deque[Sent] = deque()
+        self._backlog: Iterator[Sent] = iter(())
         if self.mode != "disabled":
             self._row = backlog.rows_recorded(run_dir)
         for mode in ("online", "offline"):
@@ -129,7 +130,7 @@ class WandbMirror:
             }
             run.log(shown, step=self._row)
 
-        self._drain(len(self._queue))
+        self._drain(backlog.MAX_ROWS + len(self._queue))
         self._attempt(send)
 
     def summary(self, values: dict[str, Any]) -> None:
@@ -139,7 +140,7 @@ class WandbMirror:
     def close(self, exit_code: int = 0) -> None:
         """Ends the W&B run, waiting at most `FINISH_SECONDS` for uploads; what is left can be synced later. With
         another `exit_code` than 0 W&B shows it as failed."""
-        self._drain(len(self._queue))
+        self._drain(backlog.MAX_ROWS + len(self._queue))
         self._attempt(lambda run: run.finish(exit_code=exit_code))
         if self._run is not None:
             with _Guard():
@@ -156,7 +157,7 @@ class WandbMirror:
         return guard.reason
 
     def _catch_up(self, wandb_id: str) -> None:
-        """Queue the rows of earlier attempts that W&B lacks: online by the server's count, offline by what the files
+        """Find the rows of earlier attempts that W&B lacks: online by the server's count, offline by what the files
         hold. Where neither can be told, nothing is sent twice."""
         if self._run is None:
             return
@@ -167,9 +168,7 @@ class WandbMirror:
                 held = max(held, backlog.rows_in_files(self._run_dir, wandb_id, _row_of))
             elif server_row is not None:
                 held = max(0, server_row - 1)
-            for row, line, events in backlog.missing_rows(self._run_dir, held, self._row):
-                marks = {f"{HAPPENED}{event.get('kind')}": line.get("train/loss", math.nan) for event in events}
-                self._queue.append((row, {**_marked(line), **marks}))
+            self._backlog = map(_as_sent, backlog.missing_rows(self._run_dir, held, self._row))
         if guard.reason:
             self._warn(f"W&B: rows of earlier attempts are not sent again: {self._redactor.text(guard.reason)}")
 
@@ -179,8 +178,12 @@ class WandbMirror:
         self._drain(1 + CATCH_UP_ROWS)
 
     def _drain(self, most: int) -> None:
-        for _ in range(min(most, len(self._queue))):
-            self._log(*self._queue.popleft())
+        """Send up to `most` of what waits: rows of earlier attempts, then this one's."""
+        for _ in range(most):
+            sent = next(self._backlog, None) or (self._queue.popleft() if self._queue else None)
+            if sent is None:
+                return
+            self._log(*sent)
 
     def _log(self, row: int, values: dict[str, Any]) -> None:
         """Keys beyond `MAX_KEYS` stay in the record."""
@@ -223,6 +226,12 @@ class _Guard:
             self.reason = f"{type(error).__name__}: {first}" + (f" ({more})" if more else "")
             return True
         return False
+
+
+def _as_sent(row: backlog.Row) -> Sent:
+    number, line, events = row
+    marks = {f"{HAPPENED}{event.get('kind')}": line.get("train/loss", math.nan) for event in events}
+    return number, {**_marked(line), **marks}
 
 
 def _marked(line: dict[str, Any]) -> dict[str, Any]:
