@@ -10,6 +10,7 @@ import pytest
 
 from data_tools.synthetic import write_dataset
 from kha_train.analysis.compare import Comparison, compare_runs
+from kha_train.analysis.ending import end_of
 from kha_train.analysis.report import report_html
 from kha_train.cli.compare import compare
 from kha_train.config.compose import compose
@@ -163,6 +164,7 @@ def test_validation_data_overwritten_between_two_runs_are_told_apart(
     kha = place.run("after", "attention=kha_mlp", data="third")
     ids = [read_run(run)["provenance"]["validation_content_id"] for run in (gqa, kha)]
     assert ids[0] != ids[1]
+    assert [end_of(run).summary()["final/validation_content_id"] for run in (gqa, kha)] == ids, "W&B shows it too"
 
     comparison, answer = answered(gqa, kha)
     (pair,) = answer["pairs"]
