@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +21,13 @@ class AdamW(torch.optim.AdamW):
     """torch's, step for step, without the decorator that imports torch's compiler at the first step: seconds.
 
     Moments that are kept in bf16 are widened for their step and rounded after it, one parameter group at a time.
+    Where a group has an `identity_decay` d, its parameters p decay towards their values in `identities` (of the same
+    shape, by parameter): p <- p - lr d (p - identity), before the step, as torch's own decay towards zero is.
     """
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+        super().__init__(groups, **options)
+        self.identities: dict[torch.Tensor, torch.Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -29,6 +36,7 @@ class AdamW(torch.optim.AdamW):
         groups = self.param_groups
         for group in groups:
             self.param_groups = [group]
+            self._decay_to_identity(group)
             narrow = [
                 (self.state[parameter], name)
                 for parameter in group["params"]
@@ -44,9 +52,32 @@ class AdamW(torch.optim.AdamW):
                 state[name] = moment.copy_(state[name])
         self.param_groups = groups
 
+    def _decay_to_identity(self, group: dict[str, Any]) -> None:
+        decay = group.get("identity_decay", 0.0)
+        for parameter in group["params"] if decay else ():
+            if parameter.grad is not None and parameter in self.identities:
+                parameter.lerp_(self.identities[parameter], group["lr"] * decay)
 
-def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """One group for the matrices of each layer, one for those outside layers, one for all vectors.
+
+def interaction_settings(optim: OptimSection) -> dict[str, Any]:
+    """What the groups of the parameters through which heads exchange information differ by: the factor on the learning
+    rate, and the decay towards zero and towards the identity. Empty when by nothing: then they have no groups."""
+    if optim.interaction_decay == "zero" and optim.interaction_lr_scale == 1.0:
+        return {}
+    decays = {aim: optim.weight_decay if optim.interaction_decay == aim else 0.0 for aim in ("zero", "identity")}
+    scale = optim.interaction_lr_scale
+    return {"lr_scale": scale, "weight_decay": decays["zero"], "identity_decay": decays["identity"]}
+
+
+def parameter_groups(
+    named: Iterable[tuple[str, torch.nn.Parameter]],
+    weight_decay: float,
+    apart: Collection[str] = (),
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
+    """One group for the matrices of each layer, one for those outside layers, one for all vectors. The parameters named
+    in `apart` have a second group of their layer, with other `settings` (see `interaction_settings`), unless there are
+    none.
 
     Matrices decay, vectors (norm gains) do not. A group a layer, because ZeRO 1 and 2 copy the gradients of one whole
     group to fp32 inside the step: a single group would copy the whole model at once.
@@ -57,8 +88,11 @@ def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], weight_dec
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in named:
         key = "vectors" if len(_shape(parameter)) < 2 else _layer(name)
-        decay = 0.0 if key == "vectors" else weight_decay
-        groups.setdefault(key, {"name": key, "params": [], "weight_decay": decay})["params"].append(parameter)
+        group = {"name": key, "params": [], "weight_decay": 0.0 if key == "vectors" else weight_decay}
+        if settings and name in apart:
+            changed = {"lr_scale": settings["lr_scale"]} if key == "vectors" else settings
+            key, group = f"{key} apart", {**group, **changed}
+        groups.setdefault(key, group)["params"].append(parameter)
     for group in groups.values():
         group["params"].sort(key=lambda parameter: _shape(parameter).numel() % ALIGNED_NUMBERS != 0)
     return list(groups.values())

@@ -10,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kha_train import build_decoder, compose
+from kha_train.config.interaction_options import KnockingLinearOptions
 from kha_train.config.schema import OptimSection, ScheduleSection
-from kha_train.optim import learning_rate, parameter_groups
+from kha_train.errors import ConfigError
+from kha_train.model.init import interaction_identities
+from kha_train.optim import AdamW, interaction_settings, learning_rate, parameter_groups
 
 COSINE = OptimSection(lr=1.0, schedule=ScheduleSection(name="cosine", warmup=0.1, final=0.1))
 WSD = OptimSection(lr=1.0, schedule=ScheduleSection(name="wsd", warmup=0.1, decay=0.2, final=0.1))
@@ -65,6 +68,58 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
     for group in groups:
         dimensions = {parameter.dim() for parameter in group["params"]}
         assert (group["weight_decay"] == 0.0) == (dimensions == {1})
+
+
+@pytest.mark.parametrize("variant", ["kha_mlp", "mea", "talking_heads"])
+def test_interaction_parameters_have_groups_of_their_own_only_when_they_are_treated_apart(variant: str) -> None:
+    """The groups decide how ZeRO lays parameters out and in which order norms are summed: by default as ever."""
+    decoder = build_decoder(compose(["model.layers=2", "model.vocab_size=64", f"attention={variant}"]))
+    named, apart = list(decoder.named_parameters()), interaction_identities(decoder)
+    plain = [{**group, "params": [id(p) for p in group["params"]]} for group in parameter_groups(named, 0.1)]
+    by_default = parameter_groups(named, 0.1, apart, interaction_settings(OptimSection(lr=1.0)))
+    assert [{**group, "params": [id(p) for p in group["params"]]} for group in by_default] == plain
+    settings = interaction_settings(OptimSection(lr=1.0, interaction_decay="identity", interaction_lr_scale=0.5))
+    groups = [group for group in parameter_groups(named, 0.1, apart, settings) if "lr_scale" in group]
+    mixes = {id(p) for name, p in named if ".maps." in name or ".compose." in name or "_mix." in name}
+    assert {id(p) for group in groups for p in group["params"]} == mixes
+    assert [group["name"] for group in groups] == ["blocks.0", "blocks.1"]
+    for group in groups:
+        assert (group["weight_decay"], group["identity_decay"], group["lr_scale"]) == (0.0, 0.1, 0.5)
+
+
+def test_decay_to_the_identity_leaves_what_is_there_bit_for_bit() -> None:
+    """p (1 - r) + r p rounds; what stands at its aim stays, however small the rate."""
+    parameter = torch.nn.Parameter(torch.eye(5))
+    adamw = AdamW([{"params": [parameter], "identity_decay": 0.1}], lr=3e-7, weight_decay=0.0)
+    adamw.identities[parameter] = torch.eye(5)
+    for _ in range(50):
+        parameter.grad = torch.zeros(5, 5)
+        adamw.step()
+    assert torch.equal(parameter, torch.eye(5))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [("attention=gqa",), ("attention=mla",), ("attention=mea", "attention.interaction.compose=[]")],
+    ids=["gqa", "mla", "mea without composition"],
+)
+def test_decay_to_the_identity_is_refused_where_there_is_none_with_a_fix_that_works(settings: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose([*settings, "optim.interaction_decay=identity"])
+    assert caught.value.field == "optim.interaction_decay"
+    assert compose([*settings, caught.value.fix]).optim.interaction_decay == "zero"
+    compose([*settings, "optim.interaction_decay=none", "optim.interaction_lr_scale=0"])
+
+
+def test_a_variant_that_knows_no_identity_of_a_matrix_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KnockingLinearOptions, "matrices", {"map": None})
+    with pytest.raises(ConfigError, match="no value of q map leaves heads unchanged"):
+        compose(["attention=kha_linear", "optim.interaction_decay=identity"])
+
+
+def test_a_negative_scale_of_the_rate_is_refused() -> None:
+    with pytest.raises(ConfigError, match="interaction_lr_scale"):
+        compose(["attention=kha_mlp", "optim.interaction_lr_scale=-1"])
 
 
 def test_each_layer_has_a_group_of_its_own() -> None:

@@ -201,6 +201,10 @@ class TalkingHeadsOptions(GroupedQueryOptions):
             )
         return None
 
+    def identities(self) -> dict[str, float | None]:
+        """The mixes of scores and of weights."""
+        return {"score_mix": 1.0, "weight_mix": 1.0}
+
     def parameters(self, hidden_size: int) -> int:
         """Those of the heads, and a mix of scores and one of weights."""
         return super().parameters(hidden_size) + 2 * self.query_heads**2

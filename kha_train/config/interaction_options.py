@@ -63,6 +63,10 @@ class KnockingOptions(InteractionOptions):
             return f"{TIED}; take attention.interaction.projections=[v] or [q,v]"
         return super().refuses(base)
 
+    def identities(self) -> dict[str, float | None]:
+        """`matrices`, for each projection."""
+        return {f"{p} {name}": diagonal for p in self.projections for name, diagonal in self.matrices.items()}
+
     def parameters(self, heads: HeadShape) -> int:
         """Square matrices, shared by the heads of a kind."""
         return sum(len(self.matrices) * heads.width(p) ** 2 for p in self.projections)
@@ -221,6 +225,10 @@ class ExplicitOptions(FoldableOptions):
         if heads.latent and self.mix_after_rope:
             return "the keys mla makes from its latent are not rotated; take attention.interaction.mix_after_rope=false"
         return super().refuses(base)
+
+    def identities(self) -> dict[str, float | None]:
+        """The compositions; the norm of the outputs is not among them, for heads do not exchange information in it."""
+        return dict.fromkeys(self.compose, 1.0)
 
     def parameters(self, heads: HeadShape) -> int:
         """A G x G matrix for each kind, and the norm's gain."""

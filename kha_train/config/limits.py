@@ -84,6 +84,7 @@ LIMITS: dict[str, Limit] = {
     "optim.lr": POSITIVE,
     "optim.eps": POSITIVE,
     "optim.weight_decay": NOT_NEGATIVE,
+    "optim.interaction_lr_scale": NOT_NEGATIVE,
     "optim.grad_clip": POSITIVE,
     "engine.micro_batch_size": Limit(1, LARGEST_INDEX),
     "engine.reduce_bucket_elements": AT_LEAST_ONE,

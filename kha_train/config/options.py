@@ -81,6 +81,10 @@ class BaseOptions(ABC):
         """The field of these options that sets `rotary_width`, and the value that makes it `width`."""
         return "head_dim", width
 
+    def identities(self) -> dict[str, float | None]:
+        """The matrices by which this base lets heads exchange information, by name, as in `InteractionOptions`."""
+        return {}
+
     def input_widths(self, hidden_size: int) -> InputWidths:
         """See `InputWidths`."""
         return InputWidths(hidden_size, hidden_size, hidden_size, hidden_size)
@@ -155,6 +159,12 @@ class InteractionOptions:
     def refuses(self, base: BaseOptions) -> str | None:
         """Why this interaction cannot sit on `base`, in words a user can act on; None when it can."""
         return None
+
+    def identities(self) -> dict[str, float | None]:
+        """The matrices through which heads exchange information, by name: the diagonal with which each, zero elsewhere,
+        leaves heads unchanged, or None where there is no such value. The module that owns one declares it with
+        `DeclaredModule.declare_interaction`."""
+        return {}
 
     def parameters(self, heads: HeadShape) -> int:
         """Its parameters."""
@@ -241,6 +251,23 @@ class FoldableOptions(InteractionOptions, ABC):
         folding, spared = self.fold_flops(heads, inputs), tokens * self.saved_flops(heads)
         why = f"folding a layer costs {folding:.3g} operations and spares {spared:.3g}"
         return Implementation("folded", why, True) if folding < spared else Implementation("eager", why)
+
+
+def without_identity(config: RunConfig) -> ConfigError | None:
+    """Why `optim.interaction_decay=identity` has nothing to decay towards, or None."""
+    attention = config.attention
+    values = {**attention.base.identities(), **attention.interaction.identities()}
+    if config.optim.interaction_decay != "identity" or (values and None not in values.values()):
+        return None
+    unknown = [name for name, value in values.items() if value is None]
+    what = f"no value of {unknown[0]} leaves" if unknown else "there are no matrices whose values could leave"
+    return ConfigError(
+        f"{what} heads unchanged in interaction {attention.interaction.name} on {attention.base.name}",
+        field="optim.interaction_decay",
+        value="identity",
+        allowed="zero, none",
+        fix="optim.interaction_decay=zero",
+    )
 
 
 def implementation(config: RunConfig) -> Implementation:

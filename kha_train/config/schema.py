@@ -169,12 +169,19 @@ class ScheduleSection:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSection:
-    """AdamW with decoupled weight decay on matrices, and clipping of the global gradient norm."""
+    """AdamW with decoupled weight decay on matrices, and clipping of the global gradient norm.
+
+    The matrices through which heads exchange information (of an interaction, the mixes of `talking_heads`) decay by
+    `weight_decay` towards `zero` or towards the `identity`, the values that leave heads unchanged (0 for a gate), or do
+    not decay (`none`). Their learning rate is `interaction_lr_scale` times that of the others.
+    """
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
+    interaction_decay: Literal["zero", "identity", "none"] = "zero"
+    interaction_lr_scale: float = 1.0
     grad_clip: float = 1.0
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
 

@@ -7,7 +7,7 @@ import math
 from kha_train.config.backends import invalid_backend
 from kha_train.config.build import to_plain
 from kha_train.config.limits import check_limits
-from kha_train.config.options import turned_dimensions
+from kha_train.config.options import turned_dimensions, without_identity
 from kha_train.config.schema import RunConfig
 from kha_train.config.urls import refuse_credentials_in
 from kha_train.errors import ConfigError
@@ -88,6 +88,7 @@ def _shares(config: RunConfig) -> None:
 def _attention(config: RunConfig) -> None:
     base, interaction = config.attention.base, config.attention.interaction
     problem = base.invalid() or interaction.invalid() or base.conflict(config) or invalid_backend(config)
+    problem = problem or without_identity(config)
     if problem:
         raise problem
     reason = interaction.refuses(base)

@@ -31,11 +31,12 @@ from torch import Tensor, nn
 from kha_train.config.resolve import precision_on
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import World, stop
+from kha_train.engine.settings import deepspeed_settings as _settings
 from kha_train.engine.state import Fragment, partitioned_fragments, replicated_fragments
 from kha_train.model.decoder import Decoder, DecoderOutput, build_decoder
 from kha_train.model.host import inputs_of, spare_the_compiler, use_tensor_cores
-from kha_train.model.init import initial_values, reset_buffers
-from kha_train.optim import AdamW, parameter_groups
+from kha_train.model.init import initial_value, initial_values, interaction_identities, reset_buffers
+from kha_train.optim import AdamW, interaction_settings, parameter_groups
 
 INVALID_NORM = -1.0
 InitialValue = Callable[[str, Callable[[], Tensor]], Tensor]
@@ -70,6 +71,8 @@ class Engine:
                 model=self.decoder, optimizer=self._adamw(), config=settings, dist_init_required=False
             )
         self._start_moments()
+        if config.optim.interaction_decay == "identity":
+            self._share_identities()
         for name, buffer in self.decoder.named_buffers():
             assert buffer.dtype != torch.bfloat16, f"{name} lost its precision: updates of 1e-3 vanish in bf16"
 
@@ -115,12 +118,12 @@ class Engine:
         return {name: math.sqrt(square) for name, square in squares.items()}
 
     def apply(self, lr: float, max_norm: float = math.inf) -> None:
-        """Clip, step every parameter at rate `lr`, clear the gradients.
+        """Clip, step every parameter at rate `lr` (times the `lr_scale` of its group), clear the gradients.
 
         The gradient is scaled to `optim.grad_clip` or `max_norm`, whichever is less, when its norm is above that.
         """
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         assert self._norm is not None
         skipped = self._engine.skipped_steps
         # DeepSpeed scales by grad_clip / norm: a norm this much larger makes that max_norm / norm.
@@ -207,8 +210,21 @@ class Engine:
 
     def _adamw(self) -> AdamW:
         optim = self.config.optim
-        groups = parameter_groups(self.decoder.named_parameters(), optim.weight_decay)
+        apart, settings = interaction_identities(self.decoder), interaction_settings(optim)
+        groups = parameter_groups(self.decoder.named_parameters(), optim.weight_decay, apart, settings)
         return AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+    def _share_identities(self) -> None:
+        """Give the optimiser what `optim.interaction_decay` aims at, cut as the masters are."""
+        rules, shared = interaction_identities(self.decoder), self._optimizer.optimizer.identities
+        for fragment in self.fragments():
+            if fragment.name in rules:
+                if fragment.flat not in shared:
+                    shared[fragment.flat] = torch.zeros_like(fragment.flat, requires_grad=False)
+                length = fragment.views["master"].numel()
+                whole = initial_value(rules[fragment.name], 0, fragment.name, fragment.shape).flatten()
+                part = whole[fragment.start : fragment.start + length]
+                shared[fragment.flat].narrow(0, fragment.offset, length).copy_(part)
 
     def _partition(self, parameter: nn.Parameter, settings: dict[str, Any]) -> None:
         """Keep this rank's share of a ZeRO 3 parameter and free the rest. Buffers never come here: they stay fp32."""
@@ -297,35 +313,6 @@ def leave_world(error: BaseException | None = None) -> None:
 def resolve_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     """The dtype of parameters and activations on `device`, see `precision_on`."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision_on(config, device.type)]
-
-
-def _settings(config: RunConfig, world: World, dtype: torch.dtype) -> dict[str, Any]:
-    engine, rows = config.engine, config.data.global_batch_size
-    stage = {
-        "stage": engine.zero_stage,
-        # Stages 1 and 2 reduce gradients above the bucket's size on a stream of their own, and free them before it is
-        # done (`extra_large_param_to_reduce`): the next kernel may take their memory.
-        "overlap_comm": world.device.type == "cuda" and engine.zero_stage == 3,
-        "reduce_bucket_size": engine.reduce_bucket_elements,
-        # ZeRO 1 and 2 deal it out in pairs of numbers, and take no odd size.
-        "allgather_bucket_size": engine.reduce_bucket_elements + engine.reduce_bucket_elements % 2,
-        "memory_efficient_linear": False,
-        "sub_group_size": 500_000_000,
-        "zero_hpz_partition_size": engine.hpz_partition_size,
-    }
-    settings = {
-        "train_batch_size": rows,
-        "train_micro_batch_size_per_gpu": engine.micro_batch_size,
-        "gradient_accumulation_steps": rows // (engine.micro_batch_size * world.size),
-        "gradient_clipping": config.optim.grad_clip,
-        "zero_optimization": stage,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-    }
-    if dtype == torch.bfloat16:
-        settings["bf16"] = {"enabled": True}
-        settings["data_types"] = {"grad_accum_dtype": engine.grad_accum_dtype, "keep_in_fp32_modules": ["*"]}
-    return settings
 
 
 def _import_deepspeed(device: torch.device) -> Any:

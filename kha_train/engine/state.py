@@ -19,13 +19,16 @@ class Fragment:
     """A contiguous run of one parameter: `views[kind]` are 1-D fp32 tensors that share memory with the optimizer.
 
     `start` counts elements of the flattened parameter of global `shape`; kinds are master, exp_avg, exp_avg_sq.
-    Where `engine.moment_dtype` says so, the views of the moments are bf16.
+    Where `engine.moment_dtype` says so, the views of the moments are bf16. The master begins at `offset` of `flat`, the
+    tensor that the optimizer steps.
     """
 
     name: str
     shape: tuple[int, ...]
     start: int
     views: dict[str, Tensor]
+    flat: Tensor
+    offset: int
 
 
 def replicated_fragments(optimizer: Any, module: nn.Module, flat_masters: list[Tensor]) -> Iterator[Fragment]:
@@ -41,6 +44,8 @@ def replicated_fragments(optimizer: Any, module: nn.Module, flat_masters: list[T
             tuple(parameter.shape),
             mapping.lp_fragment_address.start,
             _views(optimizer, flat, address.start, address.numel),
+            flat,
+            address.start,
         )
 
 
@@ -52,7 +57,8 @@ def partitioned_fragments(optimizer: Any, module: nn.Module, rank: int) -> Itera
         length = min(share, parameter.ds_numel - start)
         if length > 0:
             flat = optimizer.fp32_partitioned_groups_flat[group]
-            yield Fragment(name, tuple(parameter.ds_shape), start, _views(optimizer, flat, offset, length))
+            views = _views(optimizer, flat, offset, length)
+            yield Fragment(name, tuple(parameter.ds_shape), start, views, flat, offset)
 
 
 def _views(optimizer: Any, flat: Tensor, start: int, length: int) -> dict[str, Tensor]:

@@ -85,12 +85,18 @@ class DeclaredModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.initial: dict[str, Initial] = {}
+        self.identities: dict[str, Initial | None] = {}
         self.fresh_buffers: dict[str, Callable[[], Tensor]] = {}
 
     def declare_parameter(self, name: str, shape: tuple[int, ...], initial: Initial) -> None:
         """Register the parameter `name`, uninitialised, and remember its rule."""
         self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.initial[name] = initial
+
+    def declare_interaction(self, name: str, identity: Initial | None) -> None:
+        """Heads exchange information through the parameter `name`; with the value `identity` they pass unchanged (None:
+        there is no such value). The optimiser may treat such parameters apart (`optim.interaction_decay`)."""
+        self.identities[name] = identity
 
     def declare_buffer(
         self, name: str, shape: tuple[int, ...], fresh: Callable[[], Tensor], *, persistent: bool
@@ -153,6 +159,16 @@ def initial_values(decoder: nn.Module, seed: int) -> Iterator[tuple[nn.Module, s
             assert isinstance(module, DeclaredModule), f"{prefix} owns {local} without declaring its initial value"
             name = f"{prefix}.{local}" if prefix else local
             yield module, local, name, partial(initial_value, module.initial[local], seed, name, tuple(parameter.shape))
+
+
+def interaction_identities(decoder: nn.Module) -> dict[str, Initial | None]:
+    """The parameters through which heads exchange information, by full name, each with the rule of its identity."""
+    return {
+        f"{prefix}.{name}" if prefix else name: identity
+        for prefix, module in decoder.named_modules()
+        if isinstance(module, DeclaredModule)
+        for name, identity in module.identities.items()
+    }
 
 
 def initialise(decoder: nn.Module, seed: int) -> None:

@@ -450,6 +450,8 @@ CHANGES: dict[str, Change] = {
     "optim.betas": ("[0.8,0.99]", adamw),
     "optim.eps": (1e-6, adamw),
     "optim.weight_decay": (0.5, weight_decays),
+    "optim.interaction_decay": ("identity", adamw),
+    "optim.interaction_lr_scale": (0.5, adamw),
     "optim.grad_clip": (0.5, engine_settings),
     "optim.schedule.name": ("wsd", learning_rates),
     "optim.schedule.warmup": (0.5, learning_rates),

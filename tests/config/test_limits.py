@@ -39,7 +39,7 @@ def _numbers(cls: type, path: str = "") -> Iterator[tuple[str, type]]:
 
 def test_every_number_of_the_schema_has_a_declared_range_or_a_reason() -> None:
     undeclared = {path for path, kind in _numbers(RunConfig) if limit_of(path, kind) == OF_TYPE[kind]}
-    assert undeclared <= FREE.keys() | {"optim.interaction_lr_scale"}
+    assert undeclared <= FREE.keys()
     known = {path for path, _ in _numbers(RunConfig)}
     assert {key for key in LIMITS if not key.endswith("*")} <= known, "no range of a number that is gone"
 

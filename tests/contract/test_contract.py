@@ -35,7 +35,7 @@ from kha_train.model.attention.backends import lay_out_cached, lay_out_documents
 from kha_train.model.attention.base import Attention, RowContext, build_attention
 from kha_train.model.attention.cache import Cache
 from kha_train.model.decoder import Decoder, build_decoder, build_rotary_table
-from kha_train.model.init import initial_value, initial_values, reset_buffers
+from kha_train.model.init import initial_value, initial_values, interaction_identities, reset_buffers
 from kha_train.model.kernels import flops
 from kha_train.model.kernels.availability import interpreted
 
@@ -244,6 +244,34 @@ def test_a_fresh_interaction_is_the_identity_but_for_a_norm_of_the_outputs(case:
         torch.testing.assert_close(found, expected, **tolerance)
     else:
         assert torch.equal(found, expected)
+
+
+@every_pair
+def test_at_the_declared_identity_heads_pass_unchanged_and_every_matrix_of_an_interaction_declares_it(
+    case: Case,
+) -> None:
+    config, options = case.config, case.config.attention.interaction
+    attention = attention_of(config, noise=0.3)
+    declared = interaction_identities(attention)
+    promised = {**config.attention.base.identities(), **options.identities()}
+    named = dict(attention.named_parameters())
+    assert {name for name in named if name.startswith("interaction.") and named[name].ndim > 1} <= declared.keys()
+    assert len(declared) == len(promised)
+    if None in promised.values():
+        return
+    with torch.no_grad():
+        for name, identity in declared.items():
+            named[name].copy_(initial_value(identity, 0, name, tuple(named[name].shape)))
+    assert sorted(promised.values()) == sorted(named[name].diagonal().mean().item() for name in declared)
+    # Without exchange: the same base, of what the interaction holds only the norm of each head's output.
+    base = "gqa" if case.base == "talking_heads" else case.base
+    alone = pair_config(base, "none", tuple(each for each in case.settings if "interaction" not in each))
+    if isinstance(options, ExplicitOptions) and options.head_norm:
+        alone = replace(alone, attention=replace(alone.attention, interaction=replace(options, compose=())))
+    expected = attention_of(replace(alone, attention=replace(alone.attention, backend="eager")))
+    expected.load_state_dict({name: value for name, value in named.items() if name not in declared})
+    x, rows = states(2, 12), rows_of(config, 2, 12)
+    torch.testing.assert_close(attention(x, rows), expected(x, rows), rtol=1e-9, atol=1e-12)
 
 
 @every_case

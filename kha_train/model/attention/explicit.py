@@ -29,8 +29,11 @@ class Explicit(Interaction):
     def __init__(self, options: ExplicitOptions, heads: HeadShape, way: Implementation) -> None:
         super().__init__(options, heads, way)
         self.after_rope = options.mix_after_rope
-        initial = starting_matrix(options.init, 1.0)
-        self.compose = nn.ModuleDict({p: Matrix(heads.kv_heads, initial) for p in options.compose})
+        matrices = {
+            p: Matrix(heads.kv_heads, starting_matrix(options.init, diagonal), diagonal)
+            for p, diagonal in options.identities().items()
+        }
+        self.compose = nn.ModuleDict(matrices)
         self.norm = RmsNorm(heads.value_width, NORM_EPS) if options.head_norm else nn.Identity()
 
     def linear_maps(self) -> Folds:

@@ -22,7 +22,8 @@ from kha_train.model.kernels.knocking_mlp import knocking_mlp, plain_knocking_ml
 
 def shared_matrix(name: str, width: int, options: KnockingOptions) -> Matrix:
     """The matrix [width, width] that `options.matrices` names, as `options.init` starts it."""
-    return Matrix(width, starting_matrix(options.init, options.matrices[name]))
+    diagonal = options.matrices[name]
+    return Matrix(width, starting_matrix(options.init, diagonal), diagonal)
 
 
 class Knocking(Interaction):

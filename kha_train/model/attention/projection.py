@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kha_train.model.init import DeclaredModule, Initial, Linear
+from kha_train.model.init import DeclaredModule, Identity, Initial, Linear
 
 
 class HeadMap(NamedTuple):
@@ -34,11 +34,13 @@ class HeadMap(NamedTuple):
 
 
 class Matrix(DeclaredModule):
-    """One small square matrix, used by its neighbours."""
+    """One small square matrix through which heads exchange information, used by its neighbours. With `diagonal` times
+    the identity heads pass unchanged; None: with no value."""
 
-    def __init__(self, width: int, initial: Initial) -> None:
+    def __init__(self, width: int, initial: Initial, diagonal: float | None) -> None:
         super().__init__()
         self.declare_parameter("weight", (width, width), initial)
+        self.declare_interaction("weight", None if diagonal is None else Identity(diagonal))
 
     def forward(self) -> Tensor:
         """A copy: the parameter itself may be freed when this forward ends."""

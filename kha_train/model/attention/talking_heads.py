@@ -23,8 +23,8 @@ class TalkingHeadsAttention(GroupedQueryAttention):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
-        self.score_mix = Matrix(self.heads.query_heads, Identity())
-        self.weight_mix = Matrix(self.heads.query_heads, Identity())
+        for name, diagonal in config.attention.base.identities().items():
+            setattr(self, name, Matrix(self.heads.query_heads, Identity(diagonal), diagonal))
         self.attend = self._talk
 
     def _talk(self, q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
