@@ -45,10 +45,12 @@ def read_attempts(run_dir: Path) -> dict[int, Attempt]:
     damaged."""
     run, source = read_run(run_dir), Source(str(run_dir / RUN_FILE))
     entries = run.get("attempts", [])
-    configs = {
-        number: completed(source.read(SavedConfig, config, f"attempts[{number - 1}].{CONFIG}"))
-        for number, config in recorded_configs(entries).items()
-    }
+    configs, finished = {}, {}
+    for number, config in recorded_configs(entries).items():
+        # Restarts of one command share one configuration, and completing it takes milliseconds.
+        if id(config) not in finished:
+            finished[id(config)] = completed(source.read(SavedConfig, config, f"attempts[{number - 1}].{CONFIG}"))
+        configs[number] = finished[id(config)]
     if entries and entries[-1]["attempt"] not in configs:
         last = load_plain(run_dir / CONFIG_FILE)
         configs |= {entries[-1]["attempt"]: last} if last else {}
@@ -78,12 +80,15 @@ def config_of(attempts: Mapping[int, Attempt], number: int | None) -> dict[str, 
 
 
 def recorded_configs(entries: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The configuration of each attempt of `run.json` that holds one, by the attempt's number."""
+    """The configuration of each attempt of `run.json` that holds one, by the attempt's number; one object for all that
+    have the same."""
     configs: dict[int, dict[str, Any]] = {}
     for entry in entries:
         kept = entry.get(CONFIG, {})
         if "whole" in kept:
             configs[entry["attempt"]] = kept["whole"]
+        elif kept.get("like") in configs and not (kept["changed"] or kept["without"]):
+            configs[entry["attempt"]] = configs[kept["like"]]
         elif kept.get("like") in configs:
             values = {key: value for key, value in flatten(configs[kept["like"]]).items() if key not in kept["without"]}
             configs[entry["attempt"]] = _nested({**values, **kept["changed"]})
