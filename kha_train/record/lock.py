@@ -22,7 +22,6 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -34,6 +33,7 @@ from kha_train.errors import DataError, RunDirectoryInUse
 from kha_train.foreign.documents import parse_json
 from kha_train.foreign.files import SMALL, check_regular, read_regular
 from kha_train.foreign.typed import Source
+from kha_train.literal import say
 from kha_train.record.schema import Owner
 
 LOCK_FILE = ".lock"
@@ -146,7 +146,7 @@ class RunLock:
             return not owner or owner["token"] == self._me["token"]
         job = f"SLURM job {owner['job']}" if owner.get("job") else f"process {owner.get('process')}"
         taken = f"{self._run_dir} was taken over by {job} on {owner.get('host')}: ending"
-        print(taken, file=sys.stderr, flush=True)
+        say(taken, err=True)
         os._exit(RunDirectoryInUse.exit_code)
 
 

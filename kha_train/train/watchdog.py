@@ -19,10 +19,13 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypedDict
 
 from kha_train.distributed import World
-from kha_train.errors import HangError
+from kha_train.errors import DataError, HangError
+from kha_train.foreign.documents import parse_json
+from kha_train.foreign.files import SMALL, read_regular
+from kha_train.foreign.typed import Count, Source
 from kha_train.record.failures import HEARTBEATS
 from kha_train.record.redact import Redactor
 from kha_train.train.failure import leave_failure
@@ -43,6 +46,18 @@ class _AwakeClock:
         now = time.monotonic()
         passed, self._last_tick = now - self._last_tick, now
         self.now += passed if passed < 2 * self._interval else self._interval
+
+
+class Beat(TypedDict):
+    """`hang/rank-RRRRR.json`, as far as it is read: whose it is, how often that rank began something, moved and wrote,
+    and where it is."""
+
+    rank: Count
+    life: str
+    beats: Count
+    moves: Count
+    written: Count
+    where: str
 
 
 class _Seen(NamedTuple):
@@ -138,9 +153,10 @@ class Watchdog:
     def _look(self) -> None:
         """Note what every rank has written of itself, and since when it has written nothing new."""
         for path in sorted(self._folder.glob("rank-*.json")):
-            with contextlib.suppress(OSError, ValueError):
-                beat, now = json.loads(path.read_text(encoding="utf-8")), self._clock.now
-                if beat.get("life") != self._world.life:
+            with contextlib.suppress(OSError, ValueError, DataError):
+                content, now = parse_json(read_regular(path, SMALL) or b""), self._clock.now
+                beat = dict(Source(str(path)).read(Beat, content))
+                if beat["life"] != self._world.life:
                     continue
                 before = self._seen.get(beat["rank"], _Seen({}, now, now))
                 written = now if beat["written"] != before.beat.get("written") else before.written
