@@ -14,11 +14,12 @@ from kha_train.checkpoint.loss import check_not_lost
 from kha_train.cli.output import print_json
 from kha_train.errors import CheckpointError, ConfigError
 from kha_train.literal import say
+from kha_train.record.finding import find_run
 from kha_train.record.lock import RunLock
 from kha_train.telemetry.terminal import LiteralConsole
 
 app = typer.Typer(name="checkpoint", help="What a run has saved.", no_args_is_help=True)
-RunDir = Annotated[Path, typer.Argument(help="A run directory.")]
+RunDir = Annotated[Path, typer.Argument(help="A run directory, or a folder that holds one run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")]
 
 
@@ -27,7 +28,7 @@ def list_(run: RunDir, as_json: AsJson = False) -> None:
     """Steps, sizes, ages and marks, newest first; damage that shows without reading every byte."""
     from kha_train.checkpoint.inventory import inventory
 
-    rows = inventory(_folder(run))
+    rows = inventory(_folder(find_run(run)))
     if as_json:
         print_json([row.to_dict() for row in rows], indent=2)
         return
@@ -46,6 +47,7 @@ def verify_(
     from kha_train.checkpoint.inventory import inventory
     from kha_train.checkpoint.reader import verify
 
+    path = find_run(path)
     check_not_lost(path)
     rows = inventory(path / FOLDER) if (path / FOLDER).is_dir() else []
     directories = [row.path for row in rows] or [path]
@@ -74,6 +76,7 @@ def prune_(
     from kha_train.checkpoint.reader import verify
     from kha_train.checkpoint.retention import Keep, prune
 
+    run = find_run(run)
     _folder(run)
     with ExitStack() as held:
         if yes:
@@ -94,6 +97,7 @@ def keep_(
     from kha_train.checkpoint.inventory import inventory
     from kha_train.checkpoint.retention import mark
 
+    run = find_run(run)
     folder = _folder(run)
     if step not in {row.step for row in inventory(folder)}:
         raise ConfigError("no such checkpoint", field="step", value=step, fix=f"kha checkpoint list {run}")
@@ -113,7 +117,7 @@ def diff_(
     from kha_train.distributed import World
 
     world = World.single()
-    found = compare(open_verified(first, world), open_verified(second, world))
+    found = compare(open_verified(find_run(first), world), open_verified(find_run(second), world))
     if as_json:
         print_json(found.to_dict(), indent=2)
         return

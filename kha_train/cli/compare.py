@@ -10,18 +10,21 @@ import typer
 from kha_train.analysis.compare import compare_runs
 from kha_train.analysis.report import write_report
 from kha_train.analysis.table import print_comparison
-from kha_train.cli.output import print_json
+from kha_train.cli.output import note, print_json
 from kha_train.literal import say
+from kha_train.record.finding import find_runs
 from kha_train.telemetry.terminal import LiteralConsole
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories; the first one's variant is the reference.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Runs, sweeps, folders of runs; the first run's variant is the reference.")
+    ],
     out: Annotated[Path, typer.Option(help="Directory to write index.html in.")] = Path("report"),
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
     """Compare finished or living runs: what they reached, how they differ, and what that is worth."""
-    comparison = compare_runs(runs)
+    comparison = compare_runs(find_runs(runs, note, trained=True))
     page = write_report(comparison, out)
     if as_json:
         print_json({**comparison.to_dict(), "report": str(page)}, indent=2)

@@ -9,6 +9,7 @@ import typer
 
 from kha_train.cli.output import print_json
 from kha_train.literal import say
+from kha_train.record.finding import find_run
 
 
 def generate(
@@ -26,6 +27,7 @@ def generate(
     from kha_train.export.generate import Sampling, encode_prompt, load_run
     from kha_train.export.generate import generate as draw_tokens
 
+    run = find_run(run)
     model = load_run(run, report=lambda text: say(f"warning: {text}", err=True))
     prompt_ids = encode_prompt(model, prompt, _numbers(ids), samples)
     stop = None if model.tokenizer is None else model.tokenizer.special_ids.get("eos")

@@ -8,6 +8,8 @@ from typing import Any
 
 import typer
 
+from kha_train.literal import say
+
 
 def print_json(answer: Any, indent: int | None = None) -> None:
     """Print `answer` (plain values, nested) as JSON that any parser takes; `indent` as for `json.dumps`.
@@ -15,6 +17,11 @@ def print_json(answer: Any, indent: int | None = None) -> None:
     JSON has no NaN and no infinity: they become null, and the words "inf" and "-inf".
     """
     typer.echo(json.dumps(strict(answer), indent=indent, allow_nan=False))
+
+
+def note(text: str) -> None:
+    """A remark beside the answer, on standard error."""
+    say(f"note: {text}", err=True)
 
 
 def strict(value: Any) -> Any:

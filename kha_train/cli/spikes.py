@@ -21,8 +21,9 @@ from kha_train.analysis.spikes import (
 )
 from kha_train.analysis.spikes_plot import plot_spikes
 from kha_train.analysis.spikes_text import batch_texts
-from kha_train.cli.output import print_json
+from kha_train.cli.output import note, print_json
 from kha_train.errors import ConfigError, KhaError
+from kha_train.record.finding import find_run, find_runs
 from kha_train.telemetry.terminal import LiteralConsole
 
 EVENT_COLUMNS = {
@@ -43,7 +44,9 @@ TEXT_CHARACTERS = 600
 
 
 def spikes(
-    curves: Annotated[list[Path], typer.Argument(help="Run directories, metrics.jsonl, or CSV step,loss[,grad_norm].")],
+    curves: Annotated[
+        list[Path], typer.Argument(help="Runs, sweeps, folders; metrics.jsonl; CSV step,loss[,grad_norm].")
+    ],
     event: Annotated[int | None, typer.Option(help="Show event number K: evidence, and text of its batch.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the curve with its events shaded: .png, .svg, .pdf.")] = None,
     reference: Annotated[Path | None, typer.Option(help="Run that tail gaps are measured against.")] = None,
@@ -52,10 +55,11 @@ def spikes(
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
     """Score curves for loss spikes: events, rates with intervals, published scores; several runs also together."""
+    curves = find_runs(curves, note, files=True, trained=True)
     if event is not None or plot is not None:
         _refuse_several(curves, "--event" if event is not None else "--plot")
     reports = [score_curve(curve, rewound) for curve in read_curves(curves, planned or ())]
-    against = [score_curve(read_curve(reference), rewound)] if reference else []
+    against = [score_curve(read_curve(find_run(reference)), rewound)] if reference else []
     told = tell_apart([*reports, *against])
     reports, against = told[: len(curves)], told[len(curves) :]
     if plot is not None:

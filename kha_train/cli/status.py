@@ -13,11 +13,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kha_train.cli.output import print_json
+from kha_train.cli.output import note, print_json
 from kha_train.errors import KhaError
 from kha_train.operate.slurm import waiting_elements
-from kha_train.operate.status import RunStatus, find_runs, status_or_fault
-from kha_train.operate.sweep import load_sweep, queued_labels, sweep_points
+from kha_train.operate.status import RunStatus, status_or_fault
+from kha_train.operate.sweep import queued_labels, sweep_points
+from kha_train.record.finding import none_found, runs_at, spelled_out
+from kha_train.record.sweeps import load_sweep
 from kha_train.telemetry.format import duration, fixed, scaled
 from kha_train.telemetry.terminal import LiteralConsole, literal
 
@@ -62,7 +64,7 @@ def status(
     A run whose record is damaged is shown as unreadable, and the command ends with its error when all are shown."""
     console = LiteralConsole()
     if not watch:
-        runs, fault = _look(paths)
+        runs, fault = _look(paths, note)
         if as_json:
             print_json({"runs": [run.to_dict() for run in runs]})
         else:
@@ -72,7 +74,7 @@ def status(
         return
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            runs, _ = _look(paths)
+            runs, _ = _look(paths, lambda text: None)
             live.update(status_table(runs, console), refresh=True)
             if all(run.state in ("done", "fatal", "unreadable") for run in runs):
                 return
@@ -99,17 +101,25 @@ def _table(runs: list[RunStatus], names: list[str]) -> Table:
     return table
 
 
-def _look(paths: list[Path]) -> tuple[list[RunStatus], KhaError | OSError | None]:
-    """How all stand, and the first error of those that cannot be read."""
+def _look(paths: list[Path], note: Callable[[str], None]) -> tuple[list[RunStatus], KhaError | OSError | None]:
+    """How all stand, and the first error of those that cannot be read. `note` hears of what holds no run. Raises
+    ConfigError where nothing does."""
     found: list[tuple[RunStatus, KhaError | OSError | None]] = []
-    for path in paths:
+    without: list[Path] = []
+    for path in spelled_out(paths):
         sweep = load_sweep(path)
         if sweep is not None:
             queued = queued_labels(sweep, waiting_elements() if sweep["submissions"] else ())
             points = sweep_points(sweep)
             found += [status_or_fault(Path(point.run_dir), point.label, point.label in queued) for point in points]
-        else:
-            found += [status_or_fault(run) for run in find_runs([path])]
+            continue
+        runs = runs_at(path)
+        without += [] if runs else [path]
+        found += [status_or_fault(run) for run in runs]
+    if not found:
+        raise none_found(paths)
+    for path in without:
+        note(f"passed over: {path}: no run here")
     return [run for run, _ in found], next((fault for _, fault in found if fault is not None), None)
 
 

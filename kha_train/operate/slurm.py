@@ -25,7 +25,6 @@ from kha_train.operate.sweep import (
     Point,
     add_submission,
     check_against_runs,
-    load_sweep,
     missing,
     queued_labels,
     save_sweep,
@@ -33,6 +32,7 @@ from kha_train.operate.sweep import (
 )
 from kha_train.record.files import read_json, write_json
 from kha_train.record.redact import REDACTED, Redactor
+from kha_train.record.sweeps import load_sweep
 
 VALUE = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 """No control characters, no line breaks, nothing that UTF-8 cannot express."""

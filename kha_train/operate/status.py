@@ -13,7 +13,7 @@ from kha_train.checkpoint.layout import FOLDER
 from kha_train.checkpoint.loss import lost_checkpoints
 from kha_train.config.build import flatten
 from kha_train.config.compose import load_plain
-from kha_train.errors import ConfigError, KhaError
+from kha_train.errors import KhaError
 from kha_train.record import Marker, first_failure_line, has_marker, heartbeat_age, read_marker, read_metrics, read_run
 from kha_train.record.actions import count_actions
 from kha_train.record.goodput import goodput
@@ -118,19 +118,6 @@ def newest_checkpoint(run_dir: Path) -> int | None:
     """The step of the newest published checkpoint, not verified; None without one."""
     names = [path.name.removeprefix("step-") for path in (run_dir / FOLDER).glob("step-*")]
     return max((int(name) for name in names if name.isdecimal()), default=None)
-
-
-def find_runs(paths: list[Path]) -> list[Path]:
-    """Run directories among and below `paths` (a sweep's or a folder of runs), sorted. Raises ConfigError for a path
-    that holds none.
-    """
-    found: list[Path] = []
-    for path in paths:
-        runs = [path] if (path / "run.json").is_file() else sorted(file.parent for file in path.glob("**/run.json"))
-        if not runs:
-            raise ConfigError("no run here", field="run", value=str(path), fix="name a run.dir, or a sweep's directory")
-        found += [run for run in runs if run not in found]
-    return found
 
 
 def _state(path: Path, attempts: list[dict[str, Any]], queued: bool) -> State:

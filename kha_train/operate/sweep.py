@@ -14,21 +14,19 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, get_args
+from typing import Any, Literal, get_args
 
 from kha_train.config.build import to_plain, without_places
 from kha_train.config.compose import compose, expand, load_plain, quoted
 from kha_train.config.constants import FREE_TO_CHANGE, may_differ
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
-from kha_train.foreign.typed import Absent, Count, Range, Source
 from kha_train.model.accounting import flops_per_token
 from kha_train.operate.status import RunStatus, run_status
-from kha_train.record.files import read_json, write_json
+from kha_train.record.files import write_json
 from kha_train.record.redact import REDACTED, Redactor
+from kha_train.record.sweeps import FORMAT, SWEEP_FILE, load_sweep
 
-SWEEP_FILE = "sweep.json"
-FORMAT = 1
 SHORTHANDS = {"seed": "run.seed", "steps": "run.steps"}
 TOLD_BY_RUN_NAME = ("attention", "run.seed")
 """Keys that the name of a run tells already, unless it was given: `<variant>-s<seed>`."""
@@ -46,32 +44,6 @@ class Point:
     steps: int
     tokens: int
     flops: float
-
-
-class PointEntry(TypedDict):
-    """A point in `sweep.json` and in the file of a job array."""
-
-    label: str
-    run_dir: str
-    overrides: list[str]
-    steps: Count
-    tokens: Annotated[int, Range(0, 2**63)]
-    flops: float
-
-
-class Submission(TypedDict):
-    """A job array: the labels of its elements, in order."""
-
-    job: str
-    labels: list[str]
-
-
-class SweepFile(TypedDict):
-    """`sweep.json`."""
-
-    format: Annotated[int, Absent(1)]
-    points: list[PointEntry]
-    submissions: Annotated[list[Submission], Absent([])]
 
 
 def sweep_directory(parent: Path, name: str) -> Path:
@@ -180,16 +152,6 @@ def save_sweep(directory: Path, points: Sequence[Point], equal: Equal) -> dict[s
     sweep |= {"name": directory.name, "equal": equal, "points": list(known.values())}
     write_json(directory / SWEEP_FILE, sweep)
     return sweep
-
-
-def load_sweep(directory: Path) -> dict[str, Any] | None:
-    """The content of `sweep.json`; None when `directory` is no sweep. Raises DataError when it is damaged or of a later
-    format."""
-    found = read_json(directory / SWEEP_FILE, SweepFile)
-    if found is not None and found["format"] > FORMAT:
-        source = Source(str(directory / SWEEP_FILE), fix="use the version that wrote it")
-        raise source.fault("format", "is of a later version", found["format"], f"up to {FORMAT}")
-    return None if found is None else dict(found)
 
 
 def sweep_points(sweep: Mapping[str, Any]) -> list[Point]:

@@ -15,8 +15,7 @@ from rich.console import Console
 from kha_train.cli.main import run
 from kha_train.cli.status import COLUMNS, status_table
 from kha_train.config.compose import compose, dump
-from kha_train.errors import ConfigError
-from kha_train.operate.status import SILENT_AFTER, find_runs, run_status
+from kha_train.operate.status import SILENT_AFTER, run_status
 from kha_train.operate.sweep import plan_sweep, save_sweep
 from kha_train.record import Marker, Record, set_marker
 from kha_train.record.files import write_json
@@ -128,15 +127,6 @@ def test_figures_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
         record.step({"step": step, "train/loss": loss, **ON_TIME})
     record.close("stopped")
     assert run_status(tmp_path).loss == 2.0
-
-
-def test_a_folder_is_searched_for_its_runs(tmp_path: Path) -> None:
-    for name in ("b", "a", "deep/c"):
-        trained(tmp_path / name, 1)
-    assert find_runs([tmp_path]) == [tmp_path / "a", tmp_path / "b", tmp_path / "deep" / "c"]
-    assert find_runs([tmp_path / "b", tmp_path]) == [tmp_path / "b", tmp_path / "a", tmp_path / "deep" / "c"]
-    with pytest.raises(ConfigError, match="no run here"):
-        find_runs([tmp_path / "nowhere"])
 
 
 def test_a_sweep_shows_also_the_points_that_have_not_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
