@@ -1,12 +1,10 @@
-"""Spike statistics of a finished or living curve: a run directory, a `metrics.jsonl` or a CSV of any framework.
+"""Spike statistics of a finished or living curve: a run directory, or a file of any framework.
 
 The monitor that runs inside training runs here over what was recorded, so both say the same.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +12,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kha_train.analysis.curve_columns import READ
+from kha_train.analysis.curve_files import read_curve_file
 from kha_train.analysis.history import phase_steps
-from kha_train.errors import ConfigError, DataError
-from kha_train.foreign.files import read_regular
-from kha_train.foreign.typed import LARGEST
+from kha_train.errors import ConfigError
 from kha_train.record import read_discarded, read_events, read_metrics, read_run
 from kha_train.record.actions import UNDONE, count_actions
 from kha_train.record.labels import distinct
@@ -119,21 +117,24 @@ class SpikeReport:
 
 
 def read_curve(path: Path, planned: Sequence[int] = ()) -> LossCurve:
-    """The curve of a run directory, a metrics file or a CSV with a header of `step,loss[,grad_norm]`.
+    """The curve of a run directory, of its metrics file, or of a file of any framework: see `curve_files`.
 
-    Raises ConfigError when there is none or a column is missing, DataError when a value cannot be read.
+    Raises ConfigError when there is none or it is of another kind, DataError when a value cannot be read.
     """
     if not path.exists():
         raise ConfigError("there is no such file or run directory", field="curve", value=str(path))
-    if path.suffix.lower() == ".csv":
-        points, run_dir, lines = _read_csv(path), None, []
-    else:
-        lines = [line for line in read_metrics(path) if "train/loss" in line]
+    file = path / METRICS_FILE if path.is_dir() else path
+    own = file.name == METRICS_FILE and (file.parent / "config.yaml").is_file()
+    run_dir, lines = file.parent if own else None, []
+    if run_dir:
+        lines = [line for line in read_metrics(run_dir) if "train/loss" in line]
         points = [_observation(line) for line in lines]
-        run_dir = path if path.is_dir() else path.parent
-        run_dir = run_dir if (run_dir / "config.yaml").is_file() else None
+    elif file.exists():
+        points = read_curve_file(file)
+    else:
+        raise ConfigError(f"it holds no {METRICS_FILE}, so no step", field="curve", value=str(path), allowed=READ)
     if not points:
-        raise ConfigError("it holds no step", field="curve", value=str(path), fix="metrics.jsonl, or CSV: step,loss")
+        raise ConfigError("it holds no step with a loss", field="curve", value=str(path), allowed=READ)
     unique = {point.step: point for point in points}
     ordered = tuple(unique[step] for step in sorted(unique))
     changes = {*planned, *(phase_steps(run_dir, lines) if run_dir else ())}
@@ -310,41 +311,6 @@ def _observation(line: dict[str, Any]) -> Observation:
         samples_first=line.get("samples_first", -1),
         samples_last=line.get("samples_last", -1),
     )
-
-
-def _read_csv(path: Path) -> list[Observation]:
-    raw = read_regular(path) or b""
-    try:
-        rows = csv.DictReader(io.StringIO(raw.decode("utf-8-sig"), newline=""), skipinitialspace=True)
-        columns = [name.strip() for name in rows.fieldnames or []]
-        rows.fieldnames = columns
-        missing = [name for name in ("step", "loss") if name not in columns]
-        if missing:
-            raise ConfigError(
-                f"no column {' and '.join(missing)}",
-                field=str(path),
-                value=",".join(columns)[:200],
-                allowed="a header of step,loss[,grad_norm][,tokens][,lr]",
-            )
-        return [_csv_row(row, f"{path}:{rows.line_num}") for row in rows if row["loss"]]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"is no CSV in UTF-8: {error}", field=str(path)) from error
-
-
-def _csv_row(row: dict[str, str], where: str) -> Observation:
-    try:
-        seen = Observation(
-            step=int(float(row["step"])),
-            loss=float(row["loss"]),
-            grad_norm=float(row.get("grad_norm") or "nan"),
-            tokens=int(float(row.get("tokens") or 0)),
-            lr=float(row.get("lr") or "nan"),
-        )
-    except (ValueError, OverflowError, TypeError) as error:
-        raise DataError(f"not a number: {error}", field=where) from error
-    if not (abs(seen.step) <= LARGEST and abs(seen.tokens) <= LARGEST):
-        raise DataError("no step or no count of tokens", field=where, value=f"{seen.step:.3g}, {seen.tokens:.3g}")
-    return seen
 
 
 def _undone_lines(curve: LossCurve) -> list[list[Observation]]:

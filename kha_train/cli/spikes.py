@@ -39,14 +39,17 @@ AROUND_COLUMNS = {
 ENDINGS = {"unrecovered": "not recovered", "open": "open at the end"}
 """Class of an event that did not end by itself -> how it stands."""
 LAYER_COLUMNS = ("norm", "logit", "load", "busiest", "dead", "bias from", "to")
+CURVES = (
+    "Runs, sweeps, folders, or files with step and loss: metrics.jsonl, CSV or TSV with a heading, JSON lines, W&B "
+    "history or CSV export, Hugging Face's trainer_state.json, Megatron's log. Content decides, not the suffix."
+)
+"""Help of the argument."""
 TEXT_CHARACTERS = 600
 """Shown of each row; `--json` gives all of it."""
 
 
 def spikes(
-    curves: Annotated[
-        list[Path], typer.Argument(help="Runs, sweeps, folders; metrics.jsonl; CSV step,loss[,grad_norm].")
-    ],
+    curves: Annotated[list[Path], typer.Argument(help=CURVES)],
     event: Annotated[int | None, typer.Option(help="Show event number K: evidence, and text of its batch.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the curve with its events shaded: .png, .svg, .pdf.")] = None,
     reference: Annotated[Path | None, typer.Option(help="Run that tail gaps are measured against.")] = None,

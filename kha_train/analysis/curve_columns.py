@@ -1,0 +1,188 @@
+"""Rows of any framework's log -> observations: which column holds the step and which the loss, and what they say.
+
+A row is where it stands (for errors) and its cells by name. A cell is what JSON holds, or text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from kha_train.errors import ConfigError, DataError
+from kha_train.foreign.typed import LARGEST
+from kha_train.stability.events import Observation
+
+Row = tuple[str, Mapping[str, Any]]
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "loss": (
+        "train/loss", "loss", "lm_loss", "train/lm_loss", "training_loss", "training/loss", "train_loss_step",
+        "train_loss", "reduced_train_loss", "train/ce_loss", "loss/train/total", "loss_metrics/global_avg_loss",
+    ),
+    "step": (
+        "step", "train/global_step", "trainer/global_step", "global_step", "train/step", "iteration", "train/iteration",
+        "_step",
+    ),
+    "grad_norm": (
+        "train/grad_norm", "grad_norm", "gradient_norm", "train/gradient_norm", "optim/total_grad_norm",
+        "total_grad_norm",
+    ),
+    "tokens": (
+        "tokens", "train/tokens", "num_input_tokens_seen", "train/num_input_tokens_seen", "consumed_tokens",
+        "throughput/total_tokens",
+    ),
+    "lr": ("train/lr", "lr", "learning_rate", "train/learning_rate"),
+    "samples_first": ("samples_first",),
+    "samples_last": ("samples_last",),
+}  # fmt: skip
+"""Field of an observation -> the names it is logged under, preferred ones first. W&B's own `_step` counts rows, so an
+optimiser step beside it comes first."""
+KNOWN = {alias: field for field, aliases in NAMES.items() for alias in aliases}
+READ = (
+    "a run directory, or a file: metrics.jsonl, W&B history rows or CSV export, trainer_state.json, a Megatron log, "
+    "or CSV, TSV or JSON lines with step and loss"
+)
+"""What `kha spikes` reads, in the words of its errors."""
+MISSING = frozenset(("", "null", "none", "na", "n/a", "-"))
+"""Text that stands for no value. `nan` is a value: the loss was not a number."""
+SHOWN = 200
+"""Characters of a foreign file that an error shows."""
+
+
+def alias_of(name: str) -> str:
+    """`name` without the run that W&B puts before it, in the spelling of `NAMES`: "my run - Train/Loss" is train/loss.
+
+    Other names come back in that spelling too.
+    """
+    return _spelled(_split(name)[1])
+
+
+@lru_cache(maxsize=4096)
+def is_known(name: str) -> bool:
+    """Whether something is read from a column of this name."""
+    return alias_of(name) in KNOWN
+
+
+def names_both(names: Iterable[str]) -> bool:
+    """Whether `names` have a step and a loss among them."""
+    return {"step", "loss"} <= {KNOWN.get(alias_of(name)) for name in names}
+
+
+def is_given(value: Any) -> bool:
+    """Whether a cell holds a value."""
+    return value is not None and not (isinstance(value, str) and value.strip().lower() in MISSING)
+
+
+def observations(rows: Sequence[Row], path: str) -> list[Observation]:
+    """An observation for each row that has a loss, in their order.
+
+    Raises ConfigError when no column is a step or a loss, when several are, and when steps are fractions; DataError for
+    a value that is no number and a loss without a step.
+    """
+    if not rows:
+        return []
+    seen = dict.fromkeys(name for _, cells in rows for name in cells)
+    known = [name for name in seen if is_known(name)]
+    missing = [field for field in ("step", "loss") if field not in {KNOWN[alias_of(name)] for name in known}]
+    if missing:
+        raise ConfigError(
+            f"it names no {' and '.join(missing)}", field=path, value=",".join(seen)[:SHOWN], allowed=READ
+        )
+    loss = _column("loss", known, rows, path)
+    if loss is None:
+        return []
+    rows = [(where, cells) for where, cells in rows if is_given(cells.get(loss))]
+    run = _split(loss)[0]
+    beside = [name for name in known if _split(name)[0] in ("", run)]
+    columns = {field: _column(field, beside, rows, path) for field in NAMES} | {"loss": loss}
+    return [_observation(cells, columns, where) for where, cells in rows]
+
+
+def _column(field: str, known: Sequence[str], rows: Sequence[Row], path: str) -> str | None:
+    """The preferred name of `field` that has a value in a row, for steps in every row if there is one; None: none has.
+    Raises as `observations`."""
+    named = sorted((name for name in known if KNOWN[alias_of(name)] == field), key=_preference)
+    count = {name: sum(is_given(cells.get(name)) for _, cells in rows) for name in named}
+    used = [name for name in named if count[name]]
+    if not used:
+        return None
+    runs = list(dict.fromkeys(_split(name)[0] for name in used))
+    if field == "loss" and len(runs) > 1:
+        shown = ", ".join(run or "(no run)" for run in runs)[:SHOWN]
+        raise ConfigError("it holds the loss of several runs", field=path, value=shown, fix="keep one run a file")
+    chosen = next((name for name in used if count[name] == len(rows)), used[0]) if field == "step" else used[0]
+    alike = [name for name in used if _preference(name) == _preference(chosen)]
+    if len(alike) > 1:
+        raise ConfigError(f"two columns are the {field}", field=path, value=",".join(alike)[:SHOWN], fix="keep one")
+    return chosen
+
+
+def _preference(name: str) -> tuple[int, bool]:
+    """Sorts names of one field. A run's own step comes before W&B's heading "Step", which counts rows."""
+    run, _ = _split(name)
+    alias = alias_of(name)
+    return NAMES[KNOWN[alias]].index(alias), not run
+
+
+def _observation(cells: Mapping[str, Any], columns: Mapping[str, str | None], where: str) -> Observation:
+    def cell(field: str) -> Any:
+        name = columns[field]
+        value = cells.get(name) if name is not None else None
+        return value if is_given(value) else None
+
+    if cell("step") is None:
+        raise DataError("a loss without a step", field=where)
+    counts = {"step": None, "tokens": 0, "samples_first": -1, "samples_last": -1}
+    floats = ("loss", "grad_norm", "lr")
+    return Observation(
+        **{name: value if cell(name) is None else _whole(cell(name), name, where) for name, value in counts.items()},
+        **{name: math.nan if cell(name) is None else _float(cell(name), name, where) for name in floats},
+    )
+
+
+def _float(value: Any, name: str, where: str) -> float:
+    try:
+        return float(_number(value, name, where))
+    except OverflowError as error:
+        raise DataError(f"{name} is not a number that a float can hold", field=where) from error
+
+
+def _whole(value: Any, name: str, where: str) -> int:
+    """Raises ConfigError for a fraction: a file whose axis is something else is sound, and none of its rows may
+    be counted as another's."""
+    number = _number(value, name, where)
+    if not abs(number) <= LARGEST:
+        raise DataError(f"{name} is no count", field=where, value=str(number)[:40], allowed=f"at most {LARGEST}")
+    if number != int(number):
+        raise ConfigError(
+            f"{name} is a fraction",
+            field=where,
+            value=number,
+            allowed="whole numbers",
+            fix="export the curve over optimiser steps, not over epochs or time" if name == "step" else None,
+        )
+    return int(number)
+
+
+def _number(value: Any, name: str, where: str) -> int | float:
+    if type(value) in (int, float):
+        return value
+    if isinstance(value, str) and "_" not in value:
+        for kind in (int, float):
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+    raise DataError(f"{name} is not a number", field=where, value=value if type(value) is bool else str(value)[:40])
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The run and the metric of a heading of W&B's export; other names have no run."""
+    run, dash, metric = name.rpartition(" - ")
+    return (run.strip(), metric) if dash and _spelled(metric) in KNOWN else ("", name)
+
+
+def _spelled(name: str) -> str:
+    return name.strip().lower().replace(" ", "_").replace("-", "_").replace(".", "/")

@@ -1,0 +1,301 @@
+"""Curves as other frameworks leave them on disk. The content of a file decides how it is read, never its suffix.
+
+1. Bytes become text: UTF-8, UTF-16, UTF-32, else Latin-1. Archives and other binary files are refused by their kind.
+2. The first format in `FORMATS` that recognises the text turns it into rows.
+3. `curve_columns` finds step and loss among the names of the rows.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kha_train.analysis.curve_columns import KNOWN, READ, SHOWN, Row, alias_of, is_known, names_both, observations
+from kha_train.errors import ConfigError, DataError
+from kha_train.foreign.documents import parse_json
+from kha_train.foreign.files import read_regular
+from kha_train.stability.events import Observation
+
+BINARY = (
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"PK\x03\x04", "a zip archive"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive"),
+    (b"\xfd7zXZ\x00", "an xz archive"),
+    (b"BZh", "a bzip2 archive"),
+    (b"PAR1", "a Parquet file"),
+    (b":W&B", "W&B's own binary log"),
+    (b"SQLite format 3\x00", "an SQLite database"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x93NUMPY", "a NumPy file"),
+    (b"%PDF", "a PDF"),
+)
+"""First bytes -> what such a file is."""
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+"""Byte order mark -> encoding. UTF-32's begins with UTF-16's, so it comes first."""
+LOOKED_AT = 4096
+"""Bytes from which the kind of a file without a mark is judged."""
+DELIMITERS = ",\t; "
+MEGATRON_LINE = re.compile(r'^[^{"\n]*\biteration\s+(\d+)/\s*\d+\s*\|(.*)$', re.MULTILINE)
+TRAINER_STATE = re.compile(r'"log_history"\s*:\s*\[')
+DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+([eE][+-]?\d+)?")
+OTHER_RECORDS = {
+    "kind": "it holds the events of a run, not its curve",
+    "discarded_reason": "it holds steps that restarts undid, not a curve",
+}
+"""Key that the rows of another file of a run directory have -> what that file is."""
+
+
+class Format(NamedTuple):
+    """A kind of file: whether a text is one, and its rows. `rows(text, path)` raises ConfigError and DataError."""
+
+    recognises: Callable[[str], bool]
+    rows: Callable[[str, str], Sequence[Row]]
+
+
+def read_curve_file(path: Path) -> list[Observation]:
+    """What a file of any of the formats says, row by row; a row without a loss is left out.
+
+    Raises ConfigError for a file of another kind, naming what was seen and what is read; DataError for a damaged one.
+    """
+    text = _decode(read_regular(path) or b"", str(path))
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if not text.strip():
+        raise ConfigError("it is empty, and holds no step", field="curve", value=str(path), allowed=READ)
+    rows = next(each for each in FORMATS if each.recognises(text)).rows(text, str(path))
+    return observations(rows, str(path))
+
+
+def _decode(raw: bytes, path: str) -> str:
+    """The text of a file. Raises ConfigError when it is none, DataError when it breaks off inside a character."""
+    kind = next((kind for start, kind in BINARY if raw.startswith(start)), None)
+    kind = "a TensorBoard event file" if b"brain.Event:" in raw[:64] else kind
+    if kind:
+        raise ConfigError(f"it is {kind}, not text", field="curve", value=path, allowed=READ)
+    mark, encoding = next((each for each in MARKS if raw.startswith(each[0])), (b"", _unmarked(raw[:LOOKED_AT])))
+    try:
+        text = raw[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as error:
+        if mark:
+            raise DataError(f"it is no whole text in {encoding}: {error.reason}", field=path) from error
+        text = raw.decode("latin-1")
+    if "\0" in text:
+        raise ConfigError("it is binary, not text", field="curve", value=path, allowed=READ)
+    return text
+
+
+def _unmarked(start: bytes) -> str:
+    """The encoding of a file without a mark: where text is mostly ASCII, every second byte of UTF-16 is zero."""
+    zeros = [start[offset::2].count(0) for offset in (0, 1)]
+    if max(zeros) > len(start) // 4:
+        return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
+    return "utf-8"
+
+
+def _is_megatron(text: str) -> bool:
+    return MEGATRON_LINE.search(text) is not None
+
+
+def _megatron_rows(text: str, path: str) -> list[Row]:
+    """The iterations of a Megatron log, whatever stands between them. Only fields that their "|" ends are read, so a
+    line that broke off says nothing false.
+
+    Megatron prints no loss for an iteration in which it was not finite, but counts it.
+    """
+    rows = []
+    line, reached = 1, 0
+    for match in MEGATRON_LINE.finditer(text):
+        line += text.count("\n", reached, match.start())
+        reached = match.start()
+        fields = (field.partition(":") for field in match[2].split("|")[:-1])
+        cells: dict[str, Any] = {name.strip(): value.strip() for name, _, value in fields}
+        if not any(KNOWN.get(alias_of(name)) == "loss" for name in cells):
+            not_finite = cells.get("number of nan iterations", "0")
+            cells |= {"lm loss": "nan" if not_finite.isdigit() and int(not_finite) else None}
+        rows.append((f"{path}:{line}", {"iteration": match[1], **cells}))
+    return rows
+
+
+def _is_trainer_state(text: str) -> bool:
+    return text.lstrip().startswith("{") and TRAINER_STATE.search(text) is not None
+
+
+def _trainer_state_rows(text: str, path: str) -> list[Row]:
+    """What Hugging Face's Trainer logged. Its `train_loss` is the mean of the whole run, and no step's."""
+    document = _json(text, path)
+    history = document.get("log_history") if isinstance(document, dict) else None
+    rows = _list_rows(history, f"{path}: log_history")
+    return [(where, {name: cell for name, cell in cells.items() if name != "train_loss"}) for where, cells in rows]
+
+
+def _is_json_list(text: str) -> bool:
+    return re.match(r"\s*\[\s*\{", text) is not None
+
+
+def _json_list_rows(text: str, path: str) -> list[Row]:
+    return _list_rows(_json(text, path), path)
+
+
+def _list_rows(items: Any, where: str) -> list[Row]:
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise ConfigError("it is no list of JSON objects", field=where, allowed=READ)
+    return [(f"{where}[{number}]", item) for number, item in enumerate(items)]
+
+
+def _is_json_lines(text: str) -> bool:
+    # Python's own spelling of a dictionary, which Trainers print, begins with {'.
+    return re.match(r'\s*\{\s*["}]', text) is not None
+
+
+def _json_lines_rows(text: str, path: str) -> list[Row]:
+    """One object a line, W&B's history and our own metrics.jsonl among them. A last line that broke off, because the
+    file is being written, is left out."""
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    rows: list[Row] = []
+    for number, line in lines:
+        try:
+            cells = parse_json(line.encode())
+        except ValueError as error:
+            if not rows:
+                _refuse_one_object(text, path)
+            if number == lines[-1][0] and not text.endswith("\n"):
+                break
+            raise DataError(f"it is no JSON: {error}", field=f"{path}:{number}", value=line[:40]) from error
+        if not isinstance(cells, dict):
+            raise DataError("it is no JSON object", field=f"{path}:{number}", value=line[:40])
+        if not rows:
+            _refuse_other_records(cells, path)
+        # The first row stays whole, so that an error can say what such rows hold.
+        kept = {name: cell for name, cell in cells.items() if is_known(name)} if rows else cells
+        rows.append((f"{path}:{number}", kept))
+    return rows
+
+
+def _refuse_other_records(first: dict[str, Any], path: str) -> None:
+    """Raises ConfigError when the first row is one of another file of a run directory."""
+    for key, problem in OTHER_RECORDS.items():
+        if key in first and "attempt" in first:
+            raise ConfigError(problem, field="curve", value=path, fix="name the run directory")
+
+
+def _refuse_one_object(text: str, path: str) -> None:
+    """Raises ConfigError for a document that is one JSON object over several lines, DataError for no JSON at all."""
+    document = _json(text, path)
+    raise ConfigError(
+        "it is one JSON object without log_history, not one a line",
+        field=path,
+        value=",".join(document)[:SHOWN],
+        allowed=READ,
+    )
+
+
+def _json(text: str, path: str) -> Any:
+    try:
+        return parse_json(text.encode())
+    except ValueError as error:
+        raise DataError(f"it begins as JSON and is none: {error}", field=path) from error
+
+
+def _table_rows(text: str, path: str) -> list[Row]:
+    """CSV with a heading, and the same with tabs, semicolons or spaces. Only columns that are understood are kept."""
+    lines = text.split("\n")
+    with _cells_of_any_size():
+        first, delimiter = _heading(lines, path)
+        names = _cells(lines[first], delimiter)
+        wanted = [(place, name) for place, name in enumerate(names) if is_known(name)]
+        below = (line + "\n" for line in lines[first + 1 :])
+        table = csv.reader(below, delimiter=delimiter, skipinitialspace=True, strict=True)
+        rows: list[Row] = []
+        begins = first + 2
+        try:
+            for cells in table:
+                where, begins = f"{path}:{begins}", first + 2 + table.line_num
+                if any(cell.strip() for cell in cells[len(names) :]):
+                    problem = f"{len(cells)} cells under {len(names)} headings"
+                    raise DataError(problem, field=where, value=delimiter.join(cells)[:40])
+                if cells:
+                    rows.append((where, {name: cells[place] for place, name in wanted if place < len(cells)}))
+        except csv.Error as error:
+            problem = f"it is no CSV: {error}, in the row that begins here"
+            raise DataError(problem, field=f"{path}:{begins}") from error
+    return _with_points(rows) if delimiter in ";\t" else rows
+
+
+def _heading(lines: Sequence[str], path: str) -> tuple[int, str]:
+    """The number of the line that names the columns, and what delimits them. Raises ConfigError when there is none."""
+    for number, line in enumerate(lines):
+        content = line.strip()
+        if not content or content.lower().startswith("sep="):
+            continue
+        for delimiter in DELIMITERS:
+            if names_both(_cells(line, delimiter)):
+                return number, delimiter
+        if not content.startswith("#"):
+            break
+    if re.fullmatch(r"[-+0-9.eE,;\s]+", content):
+        raise ConfigError(
+            "its first line holds numbers, not the names of columns",
+            field="curve",
+            value=path,
+            fix="put a line before it that names them: step,loss",
+        )
+    missing = {"step", "loss"} - {KNOWN.get(alias_of(cell)) for each in DELIMITERS for cell in _cells(line, each)}
+    raise ConfigError(
+        f"its first line names no {' and no '.join(sorted(missing, reverse=True))}",
+        field=path,
+        value=content[:SHOWN],
+        allowed=READ,
+    )
+
+
+def _cells(line: str, delimiter: str) -> list[str]:
+    """The cells of a heading; NumPy puts a "#" before it."""
+    return [cell.strip() for cell in next(csv.reader([line.lstrip("# ")], delimiter=delimiter, skipinitialspace=True))]
+
+
+@contextmanager
+def _cells_of_any_size() -> Iterator[None]:
+    """Lift the limit of Python's reader, 131,072 characters a cell, which is one for the whole process."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _with_points(rows: list[Row]) -> list[Row]:
+    """Semicolons or tabs delimit where the comma is the decimal mark: then 2,5 is 2.5. Where a number has a point,
+    commas may group its digits, and nothing is changed. A step with a comma stays one that is refused."""
+    if any("." in cell for _, cells in rows for cell in cells.values()):
+        return rows
+
+    def pointed(name: str, cell: str) -> str:
+        known = KNOWN[alias_of(name)] in ("loss", "grad_norm", "lr")
+        return cell.replace(",", ".") if known and DECIMAL_COMMA.fullmatch(cell.strip()) else cell
+
+    return [(where, {name: pointed(name, cell) for name, cell in cells.items()}) for where, cells in rows]
+
+
+def _is_any(text: str) -> bool:
+    return True
+
+
+FORMATS = (
+    Format(_is_megatron, _megatron_rows),
+    Format(_is_trainer_state, _trainer_state_rows),
+    Format(_is_json_list, _json_list_rows),
+    Format(_is_json_lines, _json_lines_rows),
+    Format(_is_any, _table_rows),
+)
+"""In the order in which they are tried; the last one takes every text, and refuses those without a heading."""
