@@ -61,7 +61,10 @@ def sweep_command(
         started = _run_here(directory, points, equal, processes, retry_failed, quiet=as_json)
     else:
         started = slurm.start_missing(directory, points, options, equal=equal, retry_failed=retry_failed)
-    _answer(directory, points, started, as_json)
+    lacking = _lacking(points, started, local)
+    _answer(directory, points, started, lacking, as_json)
+    if lacking:
+        _refuse_as_whole(directory, points, lacking)
 
 
 def launch_arguments(
@@ -94,7 +97,7 @@ def _print_scripts(directory: Path, points: list[Point], options: JobOptions) ->
 def _run_here(
     directory: Path, points: list[Point], equal: sweep.Equal, processes: int, retry_failed: bool, quiet: bool
 ) -> Started:
-    """Raises KhaError when a point failed; the others are trained all the same."""
+    """Train what is missing, one point after another; one that fails keeps no other from training."""
     sweep.check_against_runs(points)
     standing = sweep.statuses(points)
     start = sweep.missing(points, standing, retry_failed)
@@ -109,20 +112,33 @@ def _run_here(
             if console.is_terminal and not quiet:
                 live.update(status_table(sweep.statuses(points), console), refresh=True)
 
-        failed = run_points(directory, start, processes, show)
-    if failed:
-        told = {point.label: first_failure_line(Path(point.run_dir)) for point in failed}
-        labels = ", ".join(f"{label} ({line})" if line else label for label, line in told.items())
-        raise KhaError(f"failed: {labels}", field="kha sweep", fix=f"see {directory}/logs; the same command goes on")
+        run_points(directory, start, processes, show)
     return Started(None, start, standing)
 
 
-def _answer(directory: Path, points: list[Point], started: Started, as_json: bool) -> None:
+def _lacking(points: list[Point], started: Started, local: bool) -> dict[str, str]:
+    """The points that this command leaves without a result, none training or waiting for one: label -> state."""
+    now = sweep.statuses(points) if local else started.before
+    begun = set() if local else {point.label for point in started.points}
+    states = {status.name: status.state for status in now if status.name not in begun}
+    return {label: state for label, state in states.items() if state not in ("done", "running", "queued")}
+
+
+def _refuse_as_whole(directory: Path, points: list[Point], lacking: dict[str, str]) -> None:
+    """Raises KhaError, which names the points that are `lacking` and why."""
+    told = {point.label: first_failure_line(Path(point.run_dir)) for point in points if point.label in lacking}
+    labels = ", ".join(f"{label} ({line or lacking[label]})" for label, line in told.items())
+    fix = f"see {directory}/logs; the same command goes on"
+    fix += ", with --retry-failed from what is fatal" if "fatal" in lacking.values() else ""
+    raise KhaError(f"{len(lacking)} of {len(points)} points are missing: {labels}", field="kha sweep", fix=fix)
+
+
+def _answer(directory: Path, points: list[Point], started: Started, lacking: dict[str, str], as_json: bool) -> None:
     labels = [point.label for point in started.points]
     left = {status.name: status.state for status in started.before if status.name not in labels}
     if as_json:
         runs = [{"label": point.label, "run_dir": point.run_dir, "steps": point.steps} for point in points]
-        answer = {"directory": str(directory), "job": started.job, "started": labels, "left": left}
+        answer = {"directory": str(directory), "job": started.job, "started": labels, "left": left, "missing": lacking}
         print_json({**answer, "points": runs})
         return
     for label, state in left.items():

@@ -36,8 +36,10 @@ def set_marker(run_dir: Path, marker: Marker, text: str = "") -> None:
 
 
 def mark_fatal(run_dir: Path, text: str) -> None:
-    """Sets FATAL, unless the run is DONE: an attempt that never began takes nothing from a finished run."""
-    if not has_marker(run_dir, Marker.DONE):
+    """Sets FATAL, unless the run is DONE or REQUEUE. An attempt that begins removes these two, so they stand only where
+    none began, and that takes nothing from a run that ended in good order.
+    """
+    if not (has_marker(run_dir, Marker.DONE) or has_marker(run_dir, Marker.REQUEUE)):
         set_marker(run_dir, Marker.FATAL, text)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import shutil
 import time
 import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from kha_train.config.compose import load_plain
 from kha_train.errors import KhaError
 from kha_train.foreign.files import check_regular
 from kha_train.record.attempts import CONFIG, CONFIG_FILE, config_entry
+from kha_train.record.failures import FAILURES
 from kha_train.record.files import write_json
 from kha_train.record.jsonl import Appender, repair
-from kha_train.record.lock import OWNER_FILE, RunLock
+from kha_train.record.lock import LOCK_FILE, OWNER_FILE, RunLock
 from kha_train.record.markers import Marker, clear_marker
 from kha_train.record.provenance import collect_provenance
 from kha_train.record.reader import EVENTS_FILE, RUN_FILE, read_events, read_metrics, read_run
@@ -40,6 +43,7 @@ class Record:
     """The files of one run directory, open for writing: `open`, `begin_attempt`, `step`s and `event`s, `close`."""
 
     def __init__(self, run_dir: Path) -> None:
+        self._new = _missing(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self.run_dir = run_dir
         self._redactor = Redactor.from_environment()
@@ -181,6 +185,25 @@ class Record:
         finally:
             self._lock.close()
 
+    def withdraw(self) -> None:
+        """Close, and remove what was not there before the record was opened: files and directories.
+
+        For a start that is refused before its attempt begins.
+        """
+        assert not self._in_attempt, "an attempt leaves its record"
+        with suppress(OSError):
+            for path in self._new:
+                if path == self.run_dir / FAILURES:
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.parent == self.run_dir:
+                    path.unlink(missing_ok=True)
+        self.close()
+        # Innermost first; one that somebody else has used meanwhile is not empty.
+        with suppress(OSError):
+            for path in self._new:
+                if path == self.run_dir or path in self.run_dir.parents:
+                    path.rmdir()
+
     def _new_run(self) -> dict[str, Any]:
         alphabet = "abcdefghijklmnopqrstuvwxyz0123456789"
         run = {
@@ -236,6 +259,12 @@ class Record:
         self._write_run()
 
 
+def _missing(run_dir: Path) -> list[Path]:
+    """What a start may make and is not there yet: in `run_dir`, then `run_dir` itself and the directories above it."""
+    inside = [run_dir / name for name in (*NAMES, LOCK_FILE, FAILURES)]
+    return [path for path in (*inside, run_dir, *run_dir.parents) if not os.path.lexists(path)]
+
+
 class SilentRecord(Record):
     """What the ranks other than 0 hold: the same methods, no files."""
 
@@ -269,6 +298,9 @@ class SilentRecord(Record):
         """Nothing."""
 
     def sync(self) -> None:
+        """Nothing."""
+
+    def withdraw(self) -> None:
         """Nothing."""
 
     def close(self, state: str = "stopped") -> None:

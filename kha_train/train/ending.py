@@ -7,9 +7,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from kha_train.analysis.ending import end_of
-from kha_train.errors import DivergedError, KhaError
+from kha_train.errors import DataError, DivergedError, KhaError
 from kha_train.record import Redactor, mark_fatal
 from kha_train.record.goodput import goodput
+from kha_train.train.failure import forget_failures
 
 if TYPE_CHECKING:
     from kha_train.train.session import Session
@@ -47,8 +48,16 @@ def close_record(
 ) -> None:
     """FATAL where `error` would come back, the share of productive time, how the attempt ended.
 
-    A finished run stays DONE, whatever kept another attempt at it from beginning.
+    A command that is refused for its settings before an attempt begins changes nothing of the run, and leaves no
+    directory that it made. That is the command's error, not the run's.
     """
+    if not session.record.in_attempt and _is_refusal(error):
+        session.record.withdraw()
+        return
+    with _after(error):
+        if session.world.is_main and error and not session.is_accepted:
+            # Those of an earlier start would be taken for the cause of this end.
+            forget_failures(session.run_dir, session.world)
     if isinstance(error, DivergedError):
         session.end_state = "diverged"
     with _after(error):
@@ -59,6 +68,11 @@ def close_record(
             session.record.update_run(goodput=summary.to_dict())
     with _after(error):
         session.record.close(session.end_state)
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """Whether `error` judges the command. Damaged data and checkpoints (exit 4) would fail any command."""
+    return isinstance(error, KhaError) and error.fatal and error.exit_code != DataError.exit_code
 
 
 def _after(error: BaseException | None) -> AbstractContextManager[None]:

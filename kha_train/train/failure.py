@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from kha_train.distributed import World
 from kha_train.errors import KhaError, RunDirectoryInUse
-from kha_train.record import Redactor, mark_fatal
+from kha_train.record import Redactor, leave_outcome, mark_fatal
 from kha_train.record.failures import FAILURES, LIFE_FILE
 
 
@@ -58,6 +58,18 @@ def leave_failure(run_dir: Path, world: World, told: dict[str, Any]) -> bool:
             json.dump(content, file, indent=1)
         return True
     return False
+
+
+def accept(run_dir: Path, world: World) -> None:
+    """The settings fit the run: from here on its failures are those of this start. Collective.
+
+    Raises MachineError on all ranks where rank 0 cannot write.
+    """
+    with world.agreed(f"write {run_dir}"):
+        if world.is_main:
+            forget_failures(run_dir, world)
+    if world.is_main:
+        leave_outcome("training")
 
 
 def forget_failures(run_dir: Path, world: World) -> None:

@@ -26,7 +26,7 @@ from kha_train.model.attention.choice import announce, choose
 from kha_train.model.attention.measured import measure, settled
 from kha_train.model.moe.balance import balance_metrics
 from kha_train.model.moe.experts import announce_experts
-from kha_train.record import Record, Redactor, leave_outcome
+from kha_train.record import Record, Redactor
 from kha_train.record.attempts import CONFIG_FILE
 from kha_train.record.files import write_text
 from kha_train.stability.events import Observation
@@ -39,7 +39,7 @@ from kha_train.telemetry.wandb import WandbMirror
 from kha_train.train import resume
 from kha_train.train.ending import close_record, sum_up
 from kha_train.train.evaluate import Validation, evaluate
-from kha_train.train.failure import forget_failures
+from kha_train.train.failure import accept
 from kha_train.train.opening import NOT_FINISHED, find_own_checkpoint, finished_at, needs_no_checkpoint
 from kha_train.train.probe import probe_metrics
 from kha_train.train.progress import Progress, restore_watch
@@ -73,6 +73,8 @@ class Session:
         """Why rank 0 could not write the record; all ranks hear of it at the next agreement."""
         self.finished_at = NOT_FINISHED
         """The step at which the run finished before; only where `run.steps` asks for no more."""
+        self.is_accepted = False
+        """Whether the settings fit the data and the run; before that a start changes nothing of the run."""
         self.is_over = False
         """Whether nothing is left to train: then no attempt begins."""
         self._resumed_from: tuple[int, ...] = ()
@@ -246,11 +248,6 @@ class Session:
         if self.is_over:
             return
         self._open.push(partial(close_record, self))
-        with world.agreed(f"write {self.run_dir}"):
-            if world.is_main:
-                forget_failures(self.run_dir, world)
-        if world.is_main:
-            leave_outcome("training")
 
     def _open_data(self, checkpoint: Checkpoint | None) -> None:
         """Open what is trained and validated on, the same on every rank and what `checkpoint` was trained on."""
@@ -273,9 +270,12 @@ class Session:
                 resume.check_belongs(config, checkpoint, self._content_ids, precisions, *free)
 
     def _build(self, checkpoint: Checkpoint | None) -> None:
+        initial = self._initial(checkpoint)
+        accept(self.run_dir, self.world)
+        self.is_accepted = True
         # Also after an engine that could not be built: DeepSpeed may hold its groups by then.
         self._open.push(lambda kind, error, trace: leave_world(error))
-        self.engine = Engine(self._settled, self.world, self._initial(checkpoint))
+        self.engine = Engine(self._settled, self.world, initial)
         self._open.callback(self.engine.close)
         if checkpoint:
             self.restore(checkpoint)

@@ -189,9 +189,12 @@ def test_a_run_directory_in_use_ends_with_6(train: Train, tmp_path: Path) -> Non
     process = subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
+        before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != "owner.json"}
         code, said = train()
+        after = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != "owner.json"}
     finally:
         process.kill()
         process.wait()
     assert code == 6, said
     assert str(process.pid) in said
+    assert after == before

@@ -28,6 +28,7 @@ from kha_train.operate.slurm import (
     start_missing,
     submit,
 )
+from kha_train.operate.status import run_status
 from kha_train.operate.sweep import default_name, load_sweep, plan_sweep, queued_labels, statuses, sweep_directory
 from kha_train.record import Marker, Record, set_marker
 from kha_train.record.files import write_json
@@ -345,3 +346,37 @@ def test_a_local_sweep_trains_every_point_and_again_only_what_is_missing(
     with open("/dev/full", "w") as full:
         assert sweep(full) == ["kha_mlp-s0"], "a table that cannot be shown ends nothing"
     assert sweep() == []
+
+
+def test_a_sweep_that_lacks_a_point_says_so_and_ends_with_an_error(
+    tmp_path: Path, fake_slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sweep(*options: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            run(["sweep", "attention=gqa,kha_mlp", "--name=s", f"--dir={tmp_path}", *options])
+        return ended.value.code or 0, *capsys.readouterr()
+
+    for label, marker in (("gqa-s0", Marker.DONE), ("kha_mlp-s0", Marker.FATAL)):
+        (tmp_path / "s" / label).mkdir(parents=True)
+        set_marker(tmp_path / "s" / label, marker)
+    for local in ([], ["--local"]):
+        code, out, err = sweep(*local, "--json")
+        answer = json.loads(out)
+        assert code == 1 and answer["missing"] == {"kha_mlp-s0": "fatal"} and answer["started"] == []
+        assert "1 of 2 points are missing: kha_mlp-s0 (fatal)" in err and "--retry-failed" in err
+    assert sweep("--retry-failed")[0] == 0, "what waits in the queue is not missing"
+
+
+@pytest.mark.slow
+def test_a_point_that_fails_is_named_and_the_others_are_trained(
+    small: list[str], tmp_path: Path, clean_environment: dict[str, str]
+) -> None:
+    grid = ["run.seed=0,1", *small, "model.layers=1", "run.steps=2", "run.name=r"]
+    command = [sys.executable, "-c", "from kha_train.cli.main import run; run()", "sweep", *grid, "--name=s"]
+    command += [f"--dir={tmp_path}", "--local", "--json"]
+    point = tmp_path / "s" / plan_sweep(tmp_path / "s", grid)[0].label
+    (point / "checkpoints" / "step-00000002").mkdir(parents=True)
+    done = subprocess.run(command, env=clean_environment, text=True, cwd=ROOT, check=False, capture_output=True)
+    assert done.returncode == 1 and point.name in done.stderr, done.stderr
+    assert list(json.loads(done.stdout)["missing"]) == [point.name]
+    assert run_status(point.with_name(point.name.replace("seed0", "seed1"))).state == "done"

@@ -12,7 +12,7 @@ import pytest
 
 from kha_train.cli.main import run as kha
 from kha_train.config.compose import compose
-from kha_train.errors import CheckpointError, ResumeError
+from kha_train.errors import CheckpointError, DataError, ResumeError
 from kha_train.export.generate import load_run
 from kha_train.operate.status import run_status
 from kha_train.record import Marker, has_marker, read_run, set_marker
@@ -165,3 +165,75 @@ def test_a_model_is_not_loaded_from_a_run_whose_checkpoints_are_gone(run_dir: Pa
     empty(run_dir)
     with pytest.raises(CheckpointError, match="step 6"):
         load_run(run_dir, print)
+
+
+REFUSALS = {
+    "more steps than the schedule had": (["run.steps=3001"], 3),
+    "another rate": (["optim.lr=0.5"], 3),
+    "another vocabulary": (["model.vocab_size=512"], 2),
+    "no such data": (["data.train=/nowhere"], 2),
+    "other shapes": (["model.layers=2"], 3),
+    "an unknown setting": (["model.kvheads=2"], 2),
+}
+
+
+@pytest.fixture
+def command(
+    finished: tuple[list[str], Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str]]:
+    """`command(*overrides)`: `kha train ...`; its exit code and standard error."""
+
+    def call(*overrides: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as ended:
+            kha(["train", *finished[0], *overrides])
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        return ended.value.code or 0, capfd.readouterr().err
+
+    return call
+
+
+@pytest.mark.parametrize("marker", [Marker.DONE, Marker.REQUEUE, None], ids=["done", "requeue", "killed"])
+def test_a_refused_command_changes_nothing_of_a_run(
+    marker: Marker | None, run_dir: Path, command: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KHA_OUTCOME_FILE", str(tmp_path / "outcome"))
+    (run_dir / "DONE").unlink()
+    if marker:
+        set_marker(run_dir, marker, "step 6")
+    before, state = content(run_dir), run_status(run_dir).state
+    for overrides, code in REFUSALS.values():
+        ended, said = command(f"run.dir={run_dir}", *overrides)
+        assert ended == code, said
+        assert content(run_dir) == before and run_status(run_dir).state == state
+        # The batch script must not start it again either.
+        assert (tmp_path / "outcome").read_text() == f"fatal {code}\n"
+
+
+@pytest.mark.parametrize("made", ["", "there"], ids=["new", "existing"])
+def test_a_refused_command_leaves_no_directory_and_no_file(
+    made: str, command: Callable, finished: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    if made:
+        (tmp_path / "deep" / "run").mkdir(parents=True)
+    refusals = [*REFUSALS.values()][2:4]
+    refusals.append(([f"run.init_from={finished[1]}", "moe.expert_width=32"], 3))
+    for overrides, code in refusals:
+        ended, said = command(f"run.dir={tmp_path}/deep/run", *overrides)
+        assert ended == code, said
+        assert not made or list((tmp_path / "deep" / "run").iterdir()) == []
+        assert bool(made) == (tmp_path / "deep").exists()
+
+
+def test_damaged_data_mark_a_new_run_fatal_and_no_run_that_ended_in_good_order(
+    run_dir: Path, again: Train, dataset: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(dataset / "train", tmp_path / "damaged")
+    (tmp_path / "damaged" / "manifest.json").write_text("{")
+    (run_dir / "DONE").unlink()
+    set_marker(run_dir, Marker.REQUEUE, "step 6, by a signal")
+    for place, fatal in ((run_dir, False), (tmp_path / "fresh", True)):
+        with pytest.raises(DataError):
+            again(f"data.train={tmp_path}/damaged", f"run.dir={place}")
+        assert has_marker(place, Marker.FATAL) == fatal
+    assert run_status(run_dir).state == "requeue"
