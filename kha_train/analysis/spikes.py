@@ -22,9 +22,12 @@ from kha_train.record.labels import distinct
 from kha_train.record.rewind import METRICS_FILE
 from kha_train.stability.events import Observation, SpikeEvent
 from kha_train.stability.monitor import Monitor
-from kha_train.stability.statistics import BILLION, rate, shared_events, summarise, tail_gap
+from kha_train.stability.statistics import BILLION, reported_rate, shared_events, summarise, tail_gap
 
 SCORES = "spike/olmo"
+SCORE_NAMES = tuple(f"{SCORES}_{name}" for name in (
+    "loss_score", "loss_score_w10k", "loss_up_score", "gnorm_score", "gnorm_score_w10k",
+))  # fmt: skip
 AROUND = (
     "step", "train/loss", "spike/z", "train/grad_norm", "train/lr", "train/skipped", "moe/maxvio", "attn/max_logit",
     "kha/from_identity",
@@ -85,19 +88,20 @@ class Found(NamedTuple):
 
     events: list[SpikeEvent]
     diverged_at: list[int]
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
 
 
 @dataclass(frozen=True)
 class SpikeReport:
     """What a curve comes to. `rewound` are events in lines that a rewind undid; they count unless told otherwise.
-    `scores` are the published rules' percentages at the end of the curve; `steps` and `tokens` of the `summary` are
+    `scores` are the published rules' percentages at the end of the curve, None where it was too short to be judged;
+    `steps` and `tokens` of the `summary` are
     the exposure of its rates."""
 
     curve: LossCurve
     events: tuple[SpikeEvent, ...]
     rewound: tuple[SpikeEvent, ...]
-    scores: dict[str, float]
+    scores: dict[str, float | None]
     summary: dict[str, Any]
     actions: dict[str, int]
 
@@ -187,7 +191,14 @@ def find_events(points: Sequence[Observation], planned: frozenset[int]) -> Found
         found.diverged_at.extend([point.step] if verdict.diverged else [])
         found = found._replace(metrics=verdict.metrics)
     found.events.extend([monitor.events.event] if monitor.events.event else [])
-    return found
+    return found._replace(metrics=found.metrics | dict.fromkeys(_not_judged(monitor)))
+
+
+def _not_judged(monitor: Monitor) -> list[str]:
+    """The scores whose window never was full: of these curves 0 % is no finding."""
+    signals = {"loss": monitor.loss, "gnorm": monitor.grad_norm}
+    shares = {f"{SCORES}_{name}_": signal.both_sides.judged for name, signal in signals.items()}
+    return [key for key in SCORE_NAMES if not shares[next(head for head in shares if key.startswith(head))]]
 
 
 def tell_apart(reports: Sequence[SpikeReport]) -> list[SpikeReport]:
@@ -220,9 +231,9 @@ def across_runs(reports: Sequence[SpikeReport], reference: SpikeReport | None = 
             **totals,
             "diverged": any(report.summary["diverged"] for report in reports),
             "diverged_runs": [report.curve.label for report in reports if report.summary["diverged"]],
-            "per_1k_steps": rate(totals["spikes"], totals["steps"] / 1000),
+            "per_1k_steps": reported_rate(totals["spikes"], totals["steps"] / 1000),
             "runs_with_tokens": len(with_tokens),
-            "per_billion_tokens": rate(
+            "per_billion_tokens": reported_rate(
                 sum(report.summary["spikes"] for report in with_tokens), totals["tokens"] / BILLION
             ),
         },

@@ -197,11 +197,15 @@ def _print_together(answer: dict[str, Any], console: Console) -> None:
         )
 
 
-def _interval(value: dict[str, float]) -> str:
+def _interval(value: dict[str, float | None]) -> str:
+    if value["value"] is None:
+        return "-"
     return f"{_short(value['value'])} (95 % {_short(value['low'])} to {_short(value['high'])})"
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -34,6 +34,11 @@ def rate(count: int, exposure: float) -> dict[str, float]:
     return {"value": count / exposure, "low": low / exposure, "high": high / exposure}
 
 
+def reported_rate(count: int, exposure: float) -> dict[str, float | None]:
+    """As `rate`, for a report: None without exposure."""
+    return {name: None if math.isnan(value) else value for name, value in rate(count, exposure).items()}
+
+
 def summarise(
     events: Sequence[SpikeEvent],
     *,
@@ -75,11 +80,11 @@ def summarise(
         "max_height": total["max_height"],
         "by_class": by_class,
         "rates": {
-            "per_1k_steps": rate(len(spikes), steps / 1000),
-            "per_billion_tokens": rate(len(spikes), tokens / BILLION),
-            "wide_per_1k_steps": rate(by_class["wide"]["events"], steps / 1000),
-            "first_half_per_1k_steps": rate(first_half, first_half_steps / 1000),
-            "second_half_per_1k_steps": rate(len(spikes) - first_half, (steps - first_half_steps) / 1000),
+            "per_1k_steps": reported_rate(len(spikes), steps / 1000),
+            "per_billion_tokens": reported_rate(len(spikes), tokens / BILLION),
+            "wide_per_1k_steps": reported_rate(by_class["wide"]["events"], steps / 1000),
+            "first_half_per_1k_steps": reported_rate(first_half, first_half_steps / 1000),
+            "second_half_per_1k_steps": reported_rate(len(spikes) - first_half, (steps - first_half_steps) / 1000),
         },
     }
 

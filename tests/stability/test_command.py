@@ -410,3 +410,25 @@ def test_nothing_in_the_json_is_beyond_json(kha: Kha, csv_file: Path) -> None:
 
     answer = json.loads(kha(str(csv_file), "--json"), parse_constant=refuse)
     assert not math.isnan(answer["summary"]["max_height"])
+
+
+def test_what_a_short_curve_cannot_tell_is_null_and_a_dash_and_no_zero(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "curve.csv"
+    for steps, judged in ((1000, False), (1001, True)):
+        path.write_text("step,loss\n" + "\n".join(f"{s},{3 + s % 7 / 100}" for s in range(1, steps + 1)))
+        for as_json in (True, False):
+            with pytest.raises(SystemExit):
+                run(["spikes", str(path), *(["--json"] if as_json else [])])
+            said = capsys.readouterr().out
+            if as_json:
+                answer = json.loads(said)
+                assert answer["scores"]["spike/olmo_loss_score"] == (0.0 if judged else None)
+                assert answer["scores"]["spike/olmo_loss_up_score"] == (0.0 if judged else None)
+                assert answer["scores"]["spike/olmo_gnorm_score"] is None, "the curve has no norms"
+                assert answer["rates"]["per_billion_tokens"] == {"value": None, "low": None, "high": None}
+            else:
+                lines = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.strip()}
+                assert lines["spike/olmo_loss_score"] == ["0" if judged else "-"]
+                assert lines["per_billion_tokens"] == ["-"] and "nan" not in said
