@@ -20,7 +20,7 @@ from kha_train.analysis.sameness import (
 from kha_train.analysis.statistics import Interval, SeedInterval, block_bootstrap, over_seeds
 from kha_train.analysis.summary import HONESTY, RESULTS, TOLD, UNKNOWN_FIGURE, Quantity, Summary, printed, summarise
 from kha_train.analysis.validation_sets import marks, set_difference, sets_sentence
-from kha_train.record.jsonl import encode
+from kha_train.record.jsonl import words
 
 OF_A_VALIDATION_SET = ("validation_loss", "bits_per_byte")
 """Results that do not compare with those of another validation set."""
@@ -128,7 +128,7 @@ class Comparison:
         pairs = [asdict(pair) | {"caveats": list(pair.caveats), "sentence": self.sentence(pair)} for pair in self.pairs]
         seeds = [asdict(found) | {"sentence": self.seeds_sentence(found)} for found in self.across_seeds]
         answer = {"runs": runs, "config_differences": differences, "pairs": pairs, "across_seeds": seeds}
-        return encode(answer | {"evidence": self.evidence, "validation_sets": self.validation_words})
+        return words(answer | {"evidence": self.evidence, "validation_sets": self.validation_words})
 
 
 def compare_runs(run_dirs: list[Path]) -> Comparison:

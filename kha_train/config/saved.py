@@ -10,6 +10,7 @@ So every older checkpoint resumes and every older run compares. A field without 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, TypedDict, get_args, get_origin, get_type_hints
@@ -24,9 +25,9 @@ BEFORE = "before"
 
 
 class SavedRun(TypedDict, total=False):
-    """What is read of `run` without building the configuration."""
+    """What is read of `run` without building the configuration. `completed` makes the name text again."""
 
-    name: str
+    name: str | float
     seed: int | None
     steps: Count
 
@@ -38,9 +39,9 @@ class SavedVariant(TypedDict, total=False):
 
 
 class SavedAttention(TypedDict, total=False):
-    """What is read of `attention`."""
+    """What is read of `attention`. `completed` makes the name text again."""
 
-    name: str
+    name: str | float
     base: SavedVariant
     interaction: SavedVariant
 
@@ -86,9 +87,20 @@ def _complete(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     for entry in fields(cls):
         if entry.name not in filled:
             filled |= _earlier(entry, hints[entry.name])
+        elif (text := _text_again(hints[entry.name], filled[entry.name])) is not None:
+            filled[entry.name] = text
         elif (section := _section(hints[entry.name])) is not None:
             filled[entry.name] = _descend(section, filled[entry.name])
     return filled
+
+
+def _text_again(hint: Any, value: Any) -> Any:
+    """The text "nan", "inf" or "-inf", which older releases read back as numbers, where the schema has text."""
+    if hint == str and isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if hint == tuple[str, ...] and isinstance(value, list) and any(isinstance(item, float) for item in value):
+        return [item if (text := _text_again(str, item)) is None else text for item in value]
+    return None
 
 
 def _descend(section: type, value: Any) -> Any:

@@ -146,6 +146,9 @@ class Source:
         return found
 
     def _one_of(self, kinds: list[Any], value: Any, place: str) -> Any:
+        # Where its fields tell which of several objects it is, an error is about that one.
+        if isinstance(value, Mapping):
+            kinds = [kind for kind in kinds if is_typeddict(kind) and _needed(kind) <= value.keys()] or kinds
         for kind in kinds[:-1]:
             try:
                 return self._convert(kind, value, place)
@@ -211,6 +214,10 @@ def _entries(schema: type) -> dict[str, tuple[Any, bool, Absent | None]]:
         needed = not optional and getattr(schema, "__total__", True)
         entries[name] = (hint, needed, absent)
     return entries
+
+
+def _needed(schema: type) -> set[str]:
+    return {name for name, (_, needed, absent) in _entries(schema).items() if needed and absent is None}
 
 
 def _join(place: str, name: str) -> str:

@@ -1,7 +1,7 @@
 """Files of one JSON object a line that survive `kill -9`: appended with single writes, repaired when opened.
 
-JSON has no NaN or infinity: such floats are written as the strings "nan", "inf", "-inf" and read back as floats, so
-these three words are reserved and cannot be recorded as text.
+JSON has no NaN or infinity: such floats are written as the strings "nan", "inf", "-inf" and read back as floats. Text
+that spells one of these words is written with a backslash before it and read back without, so it stays text.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,25 +21,39 @@ from kha_train.foreign.files import read_regular
 
 NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _WORDS = (b'"nan"', b'"inf"', b'"-inf"')
+_SPELLED = re.compile(r"\\*(?:nan|inf|-inf)")
+"""Text that is told from a number, or from other such text, by one more backslash."""
 LONE_SURROGATES = "backslashreplace"
 """How text is encoded: half of a surrogate pair, which UTF-8 cannot hold, becomes the escape that JSON has for it."""
 
 
-def encode(value: Any) -> Any:
-    """`value` with every non-finite float, at any depth, replaced by its word."""
+def words(value: Any) -> Any:
+    """`value` with every non-finite float, at any depth, replaced by its word, for readers who take it as a word."""
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    if isinstance(value, dict):
+        return {key: words(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [words(item) for item in value]
+    return value
+
+
+def encode(value: Any) -> Any:
+    """`value` as files hold it, so that `decode` gives it back: non-finite floats as words, the same words as text
+    behind a backslash. Tuples become lists."""
+    if isinstance(value, str):
+        return f"\\{value}" if _SPELLED.fullmatch(value) else value
     if isinstance(value, dict):
         return {key: encode(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [encode(item) for item in value]
-    return value
+    return words(value)
 
 
 def decode(value: Any) -> Any:
     """The inverse of `encode`: the words nan, inf and -inf, at any depth, become floats again."""
     if isinstance(value, str):
-        return NONFINITE.get(value, value)
+        return NONFINITE[value] if value in NONFINITE else value[1:] if _SPELLED.fullmatch(value) else value
     if isinstance(value, dict):
         return {key: decode(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from kha_train.config.build import to_plain
 from kha_train.config.compose import compose
+from kha_train.errors import DataError
 from kha_train.record import Record, read_attempts, read_run
 
 
@@ -106,3 +111,54 @@ def test_a_damaged_config_yaml_of_an_older_release_keeps_nobody_from_going_on(tm
     now = configuration()
     start(tmp_path, now)
     assert [attempt.config for attempt in read_attempts(tmp_path).values()] == [None, now]
+
+
+plain_configuration = cache(configuration)
+WORDS = st.sampled_from(["nan", "inf", "-inf", "\\nan", "\\\\inf", "NaN", "Infinity"])
+TEXT = WORDS | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@example("nan", ["inf"], float("-inf"), "-inf")
+@settings(max_examples=25, deadline=None)
+@given(TEXT, st.lists(TEXT, max_size=3), st.floats(), TEXT)
+def test_any_text_and_any_number_of_a_configuration_read_back_as_they_were(
+    name: str, tags: list[str], number: float, source: str
+) -> None:
+    def with_values(base: dict[str, Any], name: str) -> dict[str, Any]:
+        sources = [{"name": source, "path": "x", "weight": number}]
+        return {
+            **base,
+            "run": {**base["run"], "name": name},
+            "optim": {**base["optim"], "lr": number},
+            "data": {**base["data"], "sources": sources},
+            "telemetry": {**base["telemetry"], "wandb": {**base["telemetry"]["wandb"], "tags": tags, "group": source}},
+        }
+
+    base = plain_configuration()
+    given_configs = [with_values(base, "first"), with_values(base, name)]
+    with tempfile.TemporaryDirectory() as directory:
+        for config in given_configs:
+            start(Path(directory), config, command=name)
+        found = read_attempts(Path(directory))
+    assert [repr(attempt.config) for attempt in found.values()] == [repr(config) for config in given_configs]
+    assert {attempt.facts["command"] for attempt in found.values()} == {name}
+
+
+@pytest.mark.parametrize("word", ["nan", "inf", "-inf"])
+def test_a_record_that_kept_a_name_as_a_bare_word_reads_as_that_name(word: str, tmp_path: Path) -> None:
+    config = configuration()
+    config["run"]["name"] = word
+    start(tmp_path, config)
+    file = tmp_path / "run.json"
+    file.write_text(file.read_text().replace(f'"\\\\{word}"', f'"{word}"'))
+    assert f'"name": "{word}"' in file.read_text()
+    (attempt,) = read_attempts(tmp_path).values()
+    assert attempt.config["run"]["name"] == word
+    start(tmp_path, config)
+    assert [one.config["run"]["name"] for one in read_attempts(tmp_path).values()] == [word, word]
+
+
+def test_an_error_about_a_configuration_names_the_field_that_is_wrong(tmp_path: Path) -> None:
+    start(tmp_path, {**configuration(), "attention": []})
+    with pytest.raises(DataError, match=r"attempts\[0\]\.config\.whole\.attention"):
+        read_attempts(tmp_path)
