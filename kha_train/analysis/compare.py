@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +92,16 @@ class Comparison:
     validation_words: str
 
     def notes(self) -> list[str]:
-        """The notes of each pair that has any, in a line."""
+        """The notes of each pair that has any, in a line, and why there is no MFU."""
         named = [(self.runs[pair.other].label, self.runs[pair.reference].label, pair) for pair in self.pairs]
-        return [
+        noted = [
             f"{other} beside {reference}: {'; '.join(pair.notes)}" for other, reference, pair in named if pair.notes
         ]
+        differing = peaks(self.runs)
+        if len(set(differing)) < 2:
+            return noted
+        told = "; ".join(f"{run.label}: {peak}" for run, peak in zip(self.runs, differing, strict=True))
+        return [*noted, f"MFU is not shown, for its peak is not the same in all runs ({told})"]
 
     def sentence(self, pair: Pair) -> str:
         """The result of a pair in one line, with what it is worth."""
@@ -141,7 +146,7 @@ def compare_runs(run_dirs: list[Path]) -> Comparison:
     seeds = across_seeds(runs, pairs)
     return Comparison(
         runs=runs,
-        summaries=tuple(summarise(run) for run in runs),
+        summaries=_summaries(runs),
         differences=config_differences(runs),
         pairs=pairs,
         across_seeds=seeds,
@@ -149,6 +154,20 @@ def compare_runs(run_dirs: list[Path]) -> Comparison:
         validation_marks=tuple(marks(runs)),
         validation_words=sets_sentence(runs),
     )
+
+
+def peaks(runs: tuple[RunData, ...]) -> list[str]:
+    """For each run the peaks that its MFU is a share of, in words: starts that measure it find different ones."""
+    found = [dict.fromkeys(str(stretch.facts.get("peak", "not recorded")) for stretch in run.stretches) for run in runs]
+    return [", then ".join(each) for each in found]
+
+
+def _summaries(runs: tuple[RunData, ...]) -> tuple[Summary, ...]:
+    """The figures of all runs. Shares of different peaks do not compare, and may rank the runs the wrong way round."""
+    found = [summarise(run) for run in runs]
+    if len(set(peaks(runs))) > 1:
+        found = [replace(summary, results=summary.results | {"mfu": None}) for summary in found]
+    return tuple(found)
 
 
 def config_differences(runs: tuple[RunData, ...]) -> dict[str, tuple[Any, ...]]:

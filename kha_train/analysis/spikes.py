@@ -95,8 +95,7 @@ class Found(NamedTuple):
 class SpikeReport:
     """What a curve comes to. `rewound` are events in lines that a rewind undid; they count unless told otherwise.
     `scores` are the published rules' percentages at the end of the curve, None where it was too short to be judged;
-    `steps` and `tokens` of the `summary` are
-    the exposure of its rates."""
+    `steps` and `tokens` of the `summary` are the exposure of its rates."""
 
     curve: LossCurve
     events: tuple[SpikeEvent, ...]

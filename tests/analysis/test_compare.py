@@ -28,7 +28,7 @@ def make_run(path: Path, losses: list[float], *, variant: str = "gqa", seed: int
     """A run directory as training leaves it, with the given train loss at every step."""
     record = Record.open(path)
     facts = {"data_content_id": changes.get("content", "c0ffee"), "parameters": {"total": 1000, "active": 300}}
-    record.begin_attempt(0, facts=facts)
+    record.begin_attempt(0, facts=facts | ({"peak": changes["peak"]} if "peak" in changes else {}))
     config = {"run": {"dir": str(path), "name": f"{variant}-s{seed}", "seed": seed}, "attention": {"name": variant}}
     config |= {"model": {"seq_len": changes.get("seq_len", 8)}}
     config |= {"data": {"isolate_documents": True, **changes.get("data", {})}}
@@ -38,6 +38,7 @@ def make_run(path: Path, losses: list[float], *, variant: str = "gqa", seed: int
     for step, loss in enumerate(losses, 1):
         first = 4 * (step - 1) + (100 if step > shift else 0)
         line = {"step": step, "samples_first": first, "samples_last": first + 3, "tokens": 32 * step}
+        line |= {"train/mfu": 0.1} if "peak" in changes else {}
         line |= {"train/loss": loss, "train/skipped": int(not math.isfinite(loss)), "train/step_seconds": step / 10}
         if changes.get("validate", True) and step % 10 == 0:
             line |= {"validation/loss": loss + 0.1, "validation/bits_per_byte": (loss + 0.1) / 2}
@@ -428,3 +429,12 @@ def test_the_command_prints_the_table_and_writes_the_report(tmp_path: Path, caps
     answer = json.loads(capsys.readouterr().out)
     assert answer["pairs"][0]["interval"]["mean"] == pytest.approx(-0.1)
     assert [run["label"] for run in answer["runs"]] == ["gqa-s0", "kha_mlp-s0"]
+
+
+def test_shares_of_different_peaks_are_not_compared(tmp_path: Path) -> None:
+    names = {"a": "2 TFLOP/s a rank (measured)", "b": "3 TFLOP/s a rank (measured)", "c": "2 TFLOP/s a rank (measured)"}
+    a, b, c = (make_run(tmp_path / name, falling(20), peak=peak) for name, peak in names.items())
+    same, other = compare_runs([a, c]), compare_runs([a, b])
+    assert [summary.results["mfu"] for summary in same.summaries] == [0.1, 0.1] and not same.notes()
+    assert [run["mfu"] for run in other.to_dict()["runs"]] == [None, None]
+    assert "MFU is not shown" in other.notes()[-1] and "3 TFLOP/s" in report_html(other)
