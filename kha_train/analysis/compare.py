@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kha_train.analysis.runs import IDENTITY_KEYS, RunData, load_runs
+from kha_train.analysis.runs import IDENTITY_KEYS, RunData, load_run, load_runs
 from kha_train.analysis.sameness import (
     common_steps,
     confounders,
@@ -136,12 +137,12 @@ class Comparison:
         return words(answer | {"evidence": self.evidence, "validation_sets": self.validation_words})
 
 
-def compare_runs(run_dirs: list[Path]) -> Comparison:
-    """Compares the runs in `run_dirs`; the variant of the first is the reference.
+def compare_runs(run_dirs: list[Path], read: Callable[[Path], RunData] = load_run) -> Comparison:
+    """Compares the runs in `run_dirs`, each as `read` reads it; the variant of the first is the reference.
 
     Raises ConfigError for a directory that is missing, empty, not a run, or named twice; DataError for a damaged one.
     """
-    runs = load_runs(run_dirs)
+    runs = load_runs(run_dirs, read)
     pairs = tuple(_pair(runs, reference, other) for reference, other in partners(runs))
     seeds = across_seeds(runs, pairs)
     return Comparison(
@@ -205,6 +206,8 @@ def across_seeds(runs: tuple[RunData, ...], pairs: tuple[Pair, ...]) -> tuple[Ac
 
 def evidence(runs: tuple[RunData, ...], seeds: tuple[AcrossSeeds, ...]) -> str:
     """What the number of seeds allows one to say: the seeds of fair pairs of the variant that has the fewest."""
+    if len(runs) == 1:
+        return "one run: nothing to compare"
     counts = {run.variant: 0 for run in runs if run.variant != runs[0].variant}
     fewest = min((counts | {found.variant: len(found.differences) for found in seeds}).values(), default=0)
     if fewest < 2:

@@ -177,6 +177,13 @@ def phase_steps(run_dir: Path, lines: Sequence[Mapping[str, Any]]) -> set[int]:
     return found
 
 
+def unrecorded(spans: Sequence[Stretch | Meeting], parts: Sequence[Stretch]) -> list[str]:
+    """The steps whose settings were not recorded, in words, neighbours as one; `parts` are the stretches of `spans`."""
+    told = groupby(zip(spans, parts, strict=True), lambda one: one[1].settings is None)
+    blind = [[span for span, _ in group] for unknown, group in told if unknown]
+    return [steps_words(group[0].first, group[-1].last) for group in blind]
+
+
 def steps_words(first: int, last: int, to_the_end: bool = False) -> str:
     """Steps `first` to `last` in words."""
     if to_the_end:

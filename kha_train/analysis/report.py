@@ -83,7 +83,6 @@ def report_html(comparison: Comparison) -> str:
         _settings(comparison),
         "<h2>Did they read the same data?</h2>",
         *(f"<p>{escape(pair.data_words)}. {_first_gap(pair)}</p>" for pair in comparison.pairs),
-        "" if comparison.pairs else "<p>One run: there is nothing to compare.</p>",
         "<h2>What happened on the way</h2>",
         _honesty_table(comparison),
         *(f"<p>{escape(words)}.</p>" for words in comparison.notes()),

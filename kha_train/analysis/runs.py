@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -105,14 +106,15 @@ def load_run(path: Path) -> RunData:
     return RunData(path, label, config, run, lines, stretches, discarded, events, attention)
 
 
-def load_runs(paths: list[Path]) -> tuple[RunData, ...]:
-    """All runs, labels made distinct. Raises ConfigError when there is none or one is named twice."""
+def load_runs(paths: list[Path], read: Callable[[Path], RunData] = load_run) -> tuple[RunData, ...]:
+    """All runs, each as `read` reads it, labels made distinct. Raises ConfigError when there is none or one is named
+    twice."""
     if not paths:
         raise ConfigError("no run directory is named", field="runs", fix="kha compare RUN_DIR [RUN_DIR ...]")
     twice = {str(path) for path in paths if [other.resolve() for other in paths].count(path.resolve()) > 1}
     if twice:
         raise ConfigError("this run is named twice", field="runs", value=min(twice), fix="name every run once")
-    runs = [load_run(path) for path in paths]
+    runs = [read(path) for path in paths]
     named = distinct([run.label for run in runs], [str(run.path) for run in runs])
     return tuple(
         replace(run, label=label, variant=_variant(run, [other for other in runs if other.variant == run.variant]))

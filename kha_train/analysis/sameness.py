@@ -9,6 +9,7 @@ unknown, never equal.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from kha_train.analysis.history import (
     differences,
     meetings_of,
     shown,
-    steps_words,
+    unrecorded,
 )
 from kha_train.analysis.runs import IDENTITY_KEYS, RunData
 from kha_train.config.constants import FREE_TO_CHANGE, may_differ
@@ -65,9 +66,7 @@ def unknown_settings(reference: RunData, other: RunData) -> tuple[str, ...]:
     met = meetings(reference, other)
     found = []
     for run, of_run in ((reference, [one.reference for one in met]), (other, [one.other for one in met])):
-        parts = [
-            steps_words(one.first, one.last) for one, part in zip(met, of_run, strict=True) if part.settings is None
-        ]
+        parts = unrecorded(met, of_run)
         found += [f"the settings of {run.label} {', '.join(parts)} were not recorded"] if parts else []
     return tuple(found)
 
@@ -132,10 +131,11 @@ def _other_rates(reference: RunData, other: RunData, met: Sequence[Meeting]) -> 
     steps, left, right = common_steps(reference, other)
     rates_N = [run.column(RATE)[places] for run, places in ((reference, left), (other, right))]
     found = []
-    for meeting in met:
-        if None not in (meeting.reference.settings, meeting.other.settings):
+    for unknown, group in groupby(met, lambda one: None in (one.reference.settings, one.other.settings)):
+        if not unknown:
             continue
-        inside = (steps >= meeting.first) & (steps <= meeting.last)
+        blind = list(group)
+        inside = (steps >= blind[0].first) & (steps <= blind[-1].last)
         unequal = np.flatnonzero(inside & np.isfinite(rates_N[0] + rates_N[1]) & (rates_N[0] != rates_N[1]))
         if len(unequal):
             values = tuple(float(rates[unequal[0]]) for rates in rates_N)

@@ -6,7 +6,7 @@ The monitor that runs inside training runs here over what was recorded, so both 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -145,9 +145,9 @@ def read_curve(path: Path, planned: Sequence[int] = ()) -> LossCurve:
     return LossCurve(label, ordered, frozenset(changes), len(points) - len(unique), run_dir, path)
 
 
-def read_curves(paths: Sequence[Path], planned: Sequence[int] = ()) -> list[LossCurve]:
-    """The curve of every path. Raises as `read_curve`, and ConfigError for a curve that is named twice."""
-    curves = [read_curve(path, planned) for path in paths]
+def read_curves(paths: Sequence[Path], read: Callable[[Path], LossCurve] = read_curve) -> list[LossCurve]:
+    """The curve of every path, as `read` reads it. Raises as `read`, and ConfigError for one that is named twice."""
+    curves = [read(path) for path in paths]
     places = [curve.place for curve in curves]
     twice = [str(path) for path, place in zip(paths, places, strict=True) if places.count(place) > 1]
     if twice:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kha_train.analysis.history import DATA_ID, VALIDATION_ID, changes, history, shown, steps_words
+from kha_train.analysis.history import DATA_ID, VALIDATION_ID, changes, history, shown, unrecorded
 from kha_train.analysis.runs import IDENTITY_KEYS, RunData
 from kha_train.analysis.spikes import SpikeReport, read_curve, score_curve
 
@@ -127,14 +127,13 @@ def summarise(run: RunData, diverged: bool = False) -> Summary:
 
 def _told(run: RunData) -> dict[str, Any]:
     """The values of `TOLD`."""
-    unknown = [steps_words(one.first, one.last) for one in run.stretches if one.settings is None]
     return {
         "world_size": shown(history(run.stretches, "world_size")),
         "zero_stage": run.shown("engine.zero_stage"),
         "data_content_id": shown(history(run.stretches, DATA_ID)),
         "validation_content_id": shown(history(run.stretches, VALIDATION_ID)),
         "changes": [str(change) for change in changes(run.stretches) if change.key not in IDENTITY_KEYS],
-        "unknown": [f"settings {steps}" for steps in unknown],
+        "unknown": [f"settings {steps}" for steps in unrecorded(run.stretches, run.stretches)],
     }
 
 

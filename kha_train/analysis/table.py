@@ -31,7 +31,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     parts += [_text(comparison.sentence(pair), "bold") for pair in comparison.pairs]
     parts += [_text(comparison.seeds_sentence(found), "bold") for found in comparison.across_seeds if found.interval]
     if not comparison.pairs:
-        parts.append(_text(f"one run, nothing to compare it with; {comparison.evidence}", "bold"))
+        parts.append(_text(comparison.evidence, "bold"))
     console.print(Group(*parts))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from kha_train.analysis.compare import compare_runs
 from kha_train.analysis.report import write_report
+from kha_train.analysis.runs import load_run
 from kha_train.analysis.table import print_comparison
 from kha_train.cli.output import note, print_json
 from kha_train.literal import say
@@ -24,7 +26,8 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
     """Compare finished or living runs: what they reached, how they differ, and what that is worth."""
-    comparison = compare_runs(find_runs(runs, note, trained=True))
+    read = cache(load_run)
+    comparison = compare_runs(find_runs(runs, note, trained=True, read=read), read)
     page = write_report(comparison, out)
     if as_json:
         print_json({**comparison.to_dict(), "report": str(page)}, indent=2)

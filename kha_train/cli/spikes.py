@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,10 +59,11 @@ def spikes(
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
     """Score curves for loss spikes: events, rates with intervals, published scores; several runs also together."""
-    curves = find_runs(curves, note, files=True, trained=True)
+    read = cache(partial(read_curve, planned=planned or ()))
+    curves = find_runs(curves, note, files=True, trained=True, read=read)
     if event is not None or plot is not None:
         _refuse_several(curves, "--event" if event is not None else "--plot")
-    reports = [score_curve(curve, rewound) for curve in read_curves(curves, planned or ())]
+    reports = [score_curve(curve, rewound) for curve in read_curves(curves, read)]
     against = [score_curve(read_curve(find_run(reference)), rewound)] if reference else []
     told = tell_apart([*reports, *against])
     reports, against = told[: len(curves)], told[len(curves) :]

@@ -18,7 +18,7 @@ from kha_train.errors import KhaError
 from kha_train.operate.slurm import waiting_elements
 from kha_train.operate.status import RunStatus, status_or_fault
 from kha_train.operate.sweep import queued_labels, sweep_points
-from kha_train.record.finding import none_found, runs_at, spelled_out
+from kha_train.record.finding import none_found, refuse_missing, runs_at, spelled_out
 from kha_train.record.sweeps import load_sweep
 from kha_train.telemetry.format import duration, fixed, scaled
 from kha_train.telemetry.terminal import LiteralConsole, literal
@@ -106,7 +106,9 @@ def _look(paths: list[Path], note: Callable[[str], None]) -> tuple[list[RunStatu
     ConfigError where nothing does."""
     found: list[tuple[RunStatus, KhaError | OSError | None]] = []
     without: list[Path] = []
-    for path in spelled_out(paths):
+    places = spelled_out(paths)
+    refuse_missing(places)
+    for path in places:
         sweep = load_sweep(path)
         if sweep is not None:
             queued = queued_labels(sweep, waiting_elements() if sweep["submissions"] else ())

@@ -6,7 +6,7 @@ import glob
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, KhaError
 from kha_train.record.reader import RUN_FILE
 from kha_train.record.rewind import METRICS_FILE
 from kha_train.record.sweeps import load_sweep
@@ -36,18 +36,25 @@ def runs_at(path: Path) -> list[Path]:
 
 
 def find_runs(
-    named: Sequence[Path], note: Callable[[str], None], *, files: bool = False, trained: bool = False
+    named: Sequence[Path],
+    note: Callable[[str], None],
+    *,
+    files: bool = False,
+    trained: bool = False,
+    read: Callable[[Path], object] | None = None,
 ) -> list[Path]:
     """The runs among and below `named`, in that order, each once, but for a run that is itself named twice.
 
     `files`: a file counts, as a curve. `trained`: a run counts once it has recorded a step. What holds no run is
-    passed over, and `note` gets a line about it. Raises ConfigError where nothing at all is found.
+    passed over, and so is what a folder or a glob holds and `read` fails on; `note` gets a line about it. Raises
+    ConfigError where nothing at all is found, and for a path that does not exist.
     """
     found: list[Path] = []
     below: set[Path] = set()
     passed_over: list[str] = []
     typed = {path.resolve() for path in named if is_run(path)}
     places = spelled_out(named)
+    refuse_missing(places)
     # `*/` arrives here as `*`. Where a glob matches folders too, it is their runs that are meant.
     matched_runs = any(path not in named and path.is_dir() for path in places)
     for path in places:
@@ -65,6 +72,8 @@ def find_runs(
                 below.add(run.resolve())
             if trained and not _has_steps(run):
                 passed_over.append(f"{run}: it has no recorded step yet")
+            elif read is not None and run not in named and (fault := _fault(read, run)):
+                passed_over.append(f"{run}: {fault}")
             else:
                 found.append(run)
     if not found:
@@ -85,6 +94,14 @@ def find_run(path: Path) -> Path:
         names = ", ".join(str(run) for run in runs[:8])
         raise ConfigError(f"holds {len(runs)} runs", field="run", value=str(path), fix=f"name one of them: {names}")
     return runs[0] if runs else path
+
+
+def refuse_missing(places: Sequence[Path]) -> None:
+    """Raises ConfigError for the first of `places` that does not exist: a name that is misspelt, a glob without a
+    match."""
+    missing = [path for path in places if not path.exists()]
+    if missing:
+        raise none_found(missing[:1], _why_none(missing[0]))
 
 
 def none_found(named: Sequence[Path], why: str = "") -> ConfigError:
@@ -115,6 +132,14 @@ def _below(path: Path, follow: bool) -> Iterator[Path]:
 def _has_steps(run: Path) -> bool:
     lines = run / METRICS_FILE
     return lines.exists() and not (lines.is_file() and lines.stat().st_size == 0)
+
+
+def _fault(read: Callable[[Path], object], run: Path) -> KhaError | OSError | None:
+    try:
+        read(run)
+    except (KhaError, OSError) as error:
+        return error
+    return None
 
 
 def _why_none(path: Path) -> str:

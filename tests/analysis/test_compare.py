@@ -75,7 +75,8 @@ def test_one_seed_is_called_no_evidence_and_two_are_called_weak(tmp_path: Path) 
     def said(*keys: tuple[str, int]) -> str:
         return compare_runs([runs[key] for key in keys]).evidence
 
-    assert said(("gqa", 0)) == "a variant without a fair pair: not evidence"
+    assert said(("gqa", 0)) == "one run: nothing to compare"
+    assert said(("gqa", 0), ("gqa", 1)) == "a variant without a fair pair: not evidence"
     assert said(("gqa", 0), ("kha_mlp", 0)) == "1 seed: not evidence"
     assert said(("gqa", 0), ("gqa", 1), ("kha_mlp", 0)) == "1 seed: not evidence"
     two = [(variant, seed) for variant in ("gqa", "kha_mlp") for seed in (0, 1)]

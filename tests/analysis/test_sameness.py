@@ -186,6 +186,15 @@ def test_the_learning_rates_that_an_old_run_recorded_are_compared(tmp_path: Path
     assert pair.confounders == ("the recorded train/lr (0.5 and 0.001 at steps 1 to 10)",)
 
 
+def test_neighbouring_starts_that_recorded_nothing_are_told_as_one(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "a", *(Start(last, ("optim.lr=0.5",)) for last in (6, 12)), Start(20), old=True)
+    pair, comparison = pair_of(one, write_run(tmp_path / "b", Start(9), Start(20), variant="kha_mlp"))
+    told = f"the settings of {comparison.runs[0].label} at steps 1 to 12 were not recorded"
+    assert pair.unknown == (told,)
+    assert pair.confounders == ("the recorded train/lr (0.5 and 0.001 at steps 1 to 12)",)
+    assert comparison.summaries[0].told["unknown"] == ["settings at steps 1 to 12"]
+
+
 def test_a_step_without_a_line_proves_nothing(tmp_path: Path) -> None:
     one = write_run(tmp_path / "a", Start(10), Start(30, at=12))
     pair, _ = pair_of(one, write_run(tmp_path / "b", Start(30), variant="kha_mlp"))

@@ -142,3 +142,26 @@ def test_a_curve_in_a_file_stands_beside_runs(runs: Path, command: Callable) -> 
     curve.write_text("step,loss\n1,3.0\n2,2.9\n")
     code, out, _ = command("spikes", curve, runs / "deep", "--reference", runs / "deep", "--json")
     assert code == 0 and [run["label"] for run in json.loads(out)["runs"]] == ["curve.csv", "c"]
+
+
+@pytest.mark.parametrize("name", ["compare", "spikes", "status"])
+def test_a_path_that_does_not_exist_is_refused_though_others_do(name: str, runs: Path, command: Callable) -> None:
+    for missing in (runs / "aa", runs / "x*"):
+        code, out, err = command(name, runs / "a", missing, "--json")
+        assert code == 2 and not out and str(missing) in err and "no such run directory" in err
+
+
+@pytest.mark.parametrize("name", ["compare", "spikes"])
+@pytest.mark.parametrize("damage", ["metrics.jsonl", "run.json"])
+def test_a_run_that_cannot_be_read_is_passed_over_unless_it_was_named(
+    damage: str, name: str, runs: Path, command: Callable
+) -> None:
+    (runs / "a" / damage).write_text("[]\n{}\n")
+    for named in (runs, f"{runs}/*"):
+        code, out, err = command(name, named, "--json")
+        assert code == 0, err
+        assert "a" not in {run["label"] for run in json.loads(out)["runs"]}
+        assert f"note: passed over: {runs / 'a'}: " in err and damage in err
+    code, out, err = command(name, runs / "a", runs, "--json")
+    assert code == 4 and not out and damage in err
+    assert command(name, runs / "b", runs / "deep", "--json")[0] == 0
