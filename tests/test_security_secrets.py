@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import json
 import re
 import shlex
 import subprocess
 import sys
 import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kha_train.cli.main import run
+from kha_train.cli.main import COMMANDS, build, run
 from kha_train.config.compose import compose, expand, shipped
 from kha_train.errors import ConfigError
 from kha_train.operate.slurm import JobOptions, parse_sbatch, sbatch_command
@@ -30,6 +33,12 @@ from kha_train.record.streams import RedactedStream
 CANARY = "canary-4f1e9a7c"
 WRAPPED = st.text("\"'\\ /@:;,&%$\n\tab\u00fc", max_size=6)
 """What makes a secret look different once it is quoted."""
+
+NAMES_OF_VARIABLES = [
+    "DB_PASS", "SSHPASS", "KRB5_PASS", "LDAP_PW", "OPENAI_KEY", "GPG_KEY", "B2_APPLICATION_KEY", "REDISCLI_AUTH",
+    "NPM_CONFIG__AUTH", "GITHUB_PAT",
+]  # fmt: skip
+"""Names that betray a secret in an environment, though no configuration key of this kind does."""
 
 WAYS_INTO_A_TEXT = {
     "as it is": str,
@@ -73,12 +82,33 @@ def test_a_known_secret_is_found_however_it_is_quoted(way: str, before: str, aft
         ("ANY_NAME", f"https://me:{CANARY}@host/x@y"),
         ("PIP_INDEX_URL", f"https://{CANARY}@pypi.example.org/simple"),
         ("DSN", f"user=me password={CANARY} host=db"),
+        *((name, CANARY) for name in NAMES_OF_VARIABLES),
+        ("SLACK_WEBHOOK_URL", f"https://hooks.example.org/services/{CANARY}"),
     ],
 )
 def test_the_secret_part_of_a_variable_is_found_wherever_it_stands_alone(name: str, value: str) -> None:
     redactor = Redactor({name: value})
-    assert CANARY not in redactor.text(f"403 for {CANARY}== of the account")
+    if name != "SLACK_WEBHOOK_URL":
+        assert CANARY not in redactor.text(f"403 for {CANARY}== of the account")
+    assert CANARY not in Redactor({}).text(f"export {name}={value}") + str(Redactor({}).clean({name: value}))
     assert CANARY not in redactor.text(f"cannot connect to {value}")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("GPG_KEY", "/keys/of/training"),
+        ("API_PASS", "12345678.5"),
+        ("SORT_KEY", "attention"),
+        ("PREFERRED_AUTH", "publickey"),
+        ("DB_PASS", "short"),
+        ("KV_HEADS", "attention-heads"),
+        ("key_norm", "rms-attention"),
+    ],
+)
+def test_a_variable_that_names_a_path_a_number_or_a_word_is_no_secret(name: str, value: str) -> None:
+    text = f"{name}={value} went on with {value}"
+    assert Redactor({name: value}).text(text) == text
 
 
 def test_a_password_of_a_url_is_found_decoded_and_in_the_header_made_of_it() -> None:
@@ -114,6 +144,20 @@ def test_what_urls_of_the_environment_name_besides_passwords_is_no_secret() -> N
         f"password='a, {CANARY}'",
         f"password=a,{CANARY}",
         f"password=a;{CANARY}",
+        f'"password": ["{CANARY}"]',
+        f'"password": ["a]", {{"b": "{CANARY}"}}], "n": 1',
+        f"passwords=[a, {CANARY}",
+        json.dumps(json.dumps({"password": ["a]", CANARY]})),
+        f"curl -u user:{CANARY} https://h",
+        f"curl --user 'me:a b {CANARY}' https://h",
+        f'curl -s -uuser:"{CANARY}" https://h',
+        json.dumps(f'curl -u "me:{CANARY}" https://h'),
+        f'Authorization: Digest username="me", nonce="a", response="{CANARY}"',
+        f'curl -H \'Authorization: Digest username="me", response="{CANARY}"\' https://h',
+        json.dumps(f'Authorization: Digest username="me", response="{CANARY}"'),
+        f"https:/u:{CANARY}@h/x",
+        f"https:\\/\\/u:{CANARY}@h\\/x",
+        f"https:\\/\\/u:p\\/{CANARY}@h",
         f"PGPASSWORD={CANARY} psql",
         f"X-Api-Key: {CANARY}",
         f"API key: {CANARY}",
@@ -162,6 +206,8 @@ def test_a_form_is_seen_inside_every_other(text: str, inside: str) -> None:
         "basic block of 12 layers, Basic training; the digest 4f1e9a7c99 differs",
         "http://localhost:8080/x@2x and https://example.org/a@b, git@github.com:x/y.git",
         "abfss://data@account.dfs.core.windows.net/x",
+        "-v /host/a:/data:ro curl -u and C:/a@b, see https:\\/\\/h:8080\\/x@2x",
+        "docker run -u me:group image",
         '{"tokens": 8192, "tokenizer": "/a/b", "key_heads": 4}',
         "PWD=/work OLDPWD=/old",
     ],
@@ -171,7 +217,9 @@ def test_the_words_of_language_models_stay(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "unit", ["a", "a://", "http://u:", "password=", "x'", '"', "Bearer ", "a=b@", "\\", "key: ", "%3A"]
+    "unit",
+    ["a", "a://", "http://u:", "password=", "x'", '"', "Bearer ", "a=b@", "\\", "key: ", "%3A", "a:\\/", 'password=["']
+    + ['password=[\\"', "password=[", "curl (-u", "curl -u a:'", 'authorization: x="', "authorization: a"],
 )
 def test_a_long_text_costs_time_in_proportion(unit: str) -> None:
     """Each of these took minutes, or would, where a rule begins anew at every character."""
@@ -187,6 +235,7 @@ def test_hiding_twice_changes_nothing_more(text: str) -> None:
 
 def test_json_stays_json_where_a_secret_is_hidden_in_it() -> None:
     tree = {"api_key": CANARY, "a": [f"https://u:{CANARY}@h", {"token": f"x\n{CANARY}"}], "tokens": 5}
+    tree["passwords"] = [CANARY, [CANARY]]
     shown = Redactor({}).text(json.dumps(tree))
     assert CANARY not in shown and json.loads(shown)["tokens"] == 5
 
@@ -201,6 +250,41 @@ def test_a_stream_hides_what_comes_in_pieces_and_keeps_everything_else(capsys: p
     assert stream.isatty() is sys.stdout.isatty() and not hasattr(stream, "buffer")
     with pytest.raises(TypeError):
         stream.write(b"bytes")  # type: ignore[arg-type]
+
+
+def _leaves(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    if not hasattr(command, "commands"):
+        yield words
+    for name, child in getattr(command, "commands", {}).items():
+        yield from _leaves(child, (*words, name))
+
+
+LEAVES = sorted(_leaves(typer.main.get_command(build(list(COMMANDS)))))
+
+
+@pytest.mark.parametrize("words", LEAVES, ids=" ".join)
+def test_no_command_shows_the_password_of_a_url_that_is_given_as_a_path(
+    words: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        with pytest.raises(SystemExit) as ended:
+            run([*words, *[f"https://u:{CANARY}@h/x"] * number])
+        said = capfd.readouterr()
+        assert ended.value.code and CANARY not in said.out + said.err and CANARY[:7] not in said.out + said.err
+
+
+def test_what_a_stream_cannot_encode_is_written_as_escapes_and_a_full_disk_stays_an_error() -> None:
+    behind = io.TextIOWrapper(io.BytesIO(), "ascii", errors="strict")
+    stream = RedactedStream(behind, Redactor({}).text)
+    print("run grüße \ud800", file=stream, flush=True)
+    stream.write("ü")
+    stream.flush()
+    assert behind.buffer.getvalue() == b"run gr\\xfc\\xdfe \\ud800\n\\xfc"
+    full = io.TextIOWrapper(io.FileIO("/dev/full", "w"), "ascii")
+    with pytest.raises(OSError, match="No space"):
+        print("grüße", file=RedactedStream(full, str), flush=True)
+    full.detach()
 
 
 CREDENTIALS = [
@@ -239,6 +323,14 @@ def test_an_override_that_does_not_parse_is_named_and_its_value_is_not_repeated(
         with pytest.raises(ConfigError) as refused:
             read(["run.seed=1", override, f"telemetry.wandb.group={CANARY}"])
         assert CANARY not in str(refused.value) and f"{key}=..." in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["grüße", "läuft gut", "Ä.b/c-d"])
+def test_the_override_that_is_suggested_for_one_that_does_not_parse_composes_as_it_stands(name: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        compose([f"run.name={name}"])
+    suggested = re.search(r'in quotes: ("run.name=.*"); lists', str(refused.value))
+    assert suggested and compose(shlex.split(suggested[1])).run.name == name
 
 
 @pytest.mark.parametrize(

@@ -219,11 +219,17 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
                 "its value cannot be parsed",
                 field="override",
                 value=f"{key}=...",
-                fix=f"put the value in quotes: {key}='...'; lists are [a,b], groups {{key: value}}",
+                fix=f"put the value in quotes: {_example(key, value)}; lists are [a,b], groups {{key: value}}",
             )
         named += [f"{key}=..."] if key in message else []
         message = message.replace(override, f"{key}=...").replace(value, "...") if len(value) > 1 else message
     return ConfigError(message, field="override", value=" ".join(named) or None)
+
+
+def _example(key: str, value: str) -> str:
+    """The override as it had to be typed, in the shell's quotes too. Only words are repeated: what has brackets, quotes
+    or a URL in it may be meant otherwise, or hold a secret."""
+    return f'"{key}={quoted(value)}"' if re.fullmatch(r"[\w ./+-]+", value) else f"{key}='...'"
 
 
 def _parses(override: str) -> bool:

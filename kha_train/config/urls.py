@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 from kha_train.errors import ConfigError
 
-_START = re.compile(r"(?<=[A-Za-z0-9+.-]):/{2,}")
+# JSON may write a slash as \/. A path drops the second slash, as in https:/u:pw@host.
+_START = re.compile(r"(?<=[A-Za-z0-9+.-]):(?:\\*/)+")
 # A quote inside a word ends nothing: it belongs to the password.
 _END = re.compile(r"""[\s<>]|["'](?=[\s,;:)\]}]|$)|$""")
 _AUTHORITY = re.compile(r"[^/?#]*")
-_PORT = re.compile(r":\d{1,5}$")
+_PORT = re.compile(r":\d{1,5}\\*$")
 _NAMED = ("abfs:", "abfss:", "git:", "sftp:", "ssh:", "wasb:", "wasbs:")
 """Schemes where a single word before the `@` is a container or a user."""
 _QUERY = re.compile(r"://[^\s?]*\?")
@@ -48,7 +49,8 @@ def find_credentials(text: str) -> Iterator[Credentials]:
         if last < start or (at < 0 and (colon < 0 or _PORT.search(text, colon, authority))):
             continue
         has_password = 0 <= colon and (at < 0 or colon < at)
-        if not has_password and text[: match.start() + 1].endswith(_NAMED):
+        one_slash = match[0].count("/") == 1
+        if not has_password and (one_slash or text.endswith(_NAMED, 0, match.start() + 1)):
             continue
         done = last if has_password else at
         yield Credentials(start, done, has_password)
@@ -66,7 +68,7 @@ def refuse_credentials(text: str, field: str, *, query: bool = True) -> None:
         raise ConfigError(
             "a URL is written into logs and records, and this one holds a password or a query",
             field=field,
-            value=f"{text.partition('://')[0][-12:]}://...",
+            value=f"{text.partition(':')[0][-12:]}://...",
             fix="give the credentials by the store's own environment variables or profile",
         )
 

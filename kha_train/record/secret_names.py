@@ -5,6 +5,8 @@ models: `tokens`, `tokenizer`, `eos_token_id`, `key_norm`. A name is therefore c
 words count: `hf_token` and `authToken` name a secret, `tokens_per_second` and `tokenizer` do not; a key is one where it
 opens something (`api_key`, `AccountKey`). A number is never taken for a token, and the special tokens of a vocabulary
 (`eos_token`, `pad_token`) are not secrets.
+
+Names of environment variables say less and are judged more generously, together with the value: `DB_PASS`, `GPG_KEY`.
 """
 
 from __future__ import annotations
@@ -33,6 +35,12 @@ _VOCABULARY_WORDS = {
 _DIRECTORIES = {"old", "init", "work", "project"}
 """Before `pwd`: the working directory of something."""
 
+_LAST_OF_VARIABLES = {"auth", "key", "keys", "pass", "pat", "pw", "webhook", "webhooks"}
+_VARIABLE_LENGTH = 8
+_PATH = re.compile(r"[/~.\\]|[A-Za-z]:[/\\]")
+_NO_SECRET = re.compile(r"[a-z]+|[-+]?[\d.]+(?:e[-+]?\d+)?")
+"""A word such as `publickey`, which a `key` or `auth` may name, or a number."""
+
 
 @lru_cache(maxsize=4096)
 def is_secret_name(name: str) -> bool:
@@ -50,10 +58,40 @@ def is_secret_name(name: str) -> bool:
     return any((owner, "tokens") in pairs for owner in _TOKEN_OWNERS)
 
 
+@lru_cache(maxsize=4096)
+def is_variable_name(name: str) -> bool:
+    """Whether an environment variable of this name, in capitals as usual, may hold a secret: see
+    `is_secret_variable`."""
+    return name.isupper() and _may_open(name)
+
+
+def is_secret_variable(name: str, value: str) -> bool:
+    """Whether `value` of the environment variable `name` is a secret: `SSHPASS`, `GITHUB_PAT`, `SLACK_WEBHOOK_URL`
+    are, unless they hold a path, a number or a few letters."""
+    if is_secret_name(name):
+        return True
+    value = value.strip()
+    if len(value) < _VARIABLE_LENGTH or _PATH.match(value) or not _may_open(name):
+        return False
+    return not (_NO_SECRET.fullmatch(value) and (not value.isalpha() or name.lower().endswith(("key", "keys", "auth"))))
+
+
+def _may_open(name: str) -> bool:
+    words = [word.lower() for word in _WORDS.findall(name)]
+    if len(words) > 1 and words[-1] in ("url", "urls"):
+        words.pop()
+        return words[-1] in ("webhook", "webhooks")
+    return bool(words) and (
+        (len(words) > 1 and words[-1] in _LAST_OF_VARIABLES) or (words[-1].endswith("pass") and words[-1] != "pass")
+    )
+
+
 def is_secret_item(name: str, value: Any) -> bool:
     """Whether `value` under `name` is a secret: empty values, switches and counts of tokens are none."""
-    if value is None or value == "" or isinstance(value, bool) or not is_secret_name(name):
+    if value is None or value == "" or isinstance(value, bool):
         return False
+    if not is_secret_name(name):
+        return isinstance(value, str) and is_variable_name(name) and is_secret_variable(name, value)
     # Numbers under a `token` key count or index tokens; under `password` even a number is a secret.
     counts_tokens = bool({"token", "tokens"} & {word.lower() for word in _WORDS.findall(name)})
     return not (counts_tokens and isinstance(value, int | float))

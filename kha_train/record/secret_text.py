@@ -11,7 +11,7 @@ import re
 from urllib.parse import unquote
 
 from kha_train.config.urls import find_credentials
-from kha_train.record.secret_names import is_secret_item, is_secret_name
+from kha_train.record.secret_names import is_secret_item, is_secret_name, is_variable_name
 
 REDACTED = "[redacted]"
 QUOTED_TIMES = 3
@@ -36,7 +36,19 @@ _VALUE = re.compile(
 _SCHEME = re.compile(r"(?<![\w-])(?P<scheme>bearer|basic|sharedkey|aws4-hmac-sha256)[ \t]+", re.IGNORECASE)
 _WORD = re.compile(r"""[^\s,;"'<>\\]+""")
 _QUOTED = re.compile(r"""[^\s"'<>&=?]*%(?:3[ADad]|20)[^\s"'<>&]*""")
-_HEADER_VALUE = re.compile(r"""[^\n"'\\]*""")
+# Quotes right after = belong to the header, as in Digest username="me", response="...".
+_HEADER_VALUE = re.compile(r"""(?:[^\n"'\\]+|(?<==)\\*["'][^\n"'\\]*(?:\\*["'])?)*""")
+_BRACKET = re.compile(
+    r"""(?P<quote>\\+["']).*?(?:(?P=quote)|\Z)
+      | "(?:[^"\\]|\\.)*(?:"|\\?\Z) | '(?:[^'\\]|\\.)*(?:'|\\?\Z) | [\[\]{}]""",
+    re.VERBOSE | re.DOTALL,
+)
+"""A bracket, or a quoted text, in which brackets do not count. What is not closed goes to the end."""
+_FIRST_QUOTE = re.compile(r"""[^"'\\]*(\\*["'])""")
+_LOGIN = re.compile(
+    r"""(?<![\w-])(?:-[uU]\s*|--(?:proxy-)?user[\s=]+)(?:\\*(?P<quote>["']))?[^\s:"'\\]{1,100}:(?P<inner>["'])?"""
+)
+_LOGIN_END = {"": re.compile(r"""[^\s"']*"""), '"': re.compile(r"""[^"\n]*"""), "'": re.compile(r"""[^'\n]*""")}
 _HEADERS = ("authorization", "cookie")
 _SHAPES = re.compile(
     r"""(?<![A-Za-z0-9])(?:
@@ -57,8 +69,10 @@ def hide(text: str) -> str:
 
 
 def _hide_by_form(text: str) -> str:
-    if "://" in text and "@" in text:
+    if "@" in text and ":" in text:
         text = _hide_credentials(text)
+    if "curl" in text:
+        text = _hide_logins(text)
     return _hide_headers(_hide_pairs(_SHAPES.sub(REDACTED, text)))
 
 
@@ -87,18 +101,44 @@ def _hide_pairs(text: str) -> str:
         if match.start() < end:
             continue
         name = match["key"] or match["option"]
-        value = _VALUE.match(text, match.end()) if is_secret_name(name) else None
+        value = _VALUE.match(text, match.end()) if is_secret_name(name) or is_variable_name(name) else None
         if value is None:
             continue
         group = value.lastgroup if value.lastgroup != "open" else "escaped"
         start, stop = value.span(group or 0)
         if group == "plain" and name.lower().endswith(_HEADERS):
             stop = _HEADER_VALUE.match(text, start).end()  # type: ignore[union-attr]
+        elif group == "plain" and text[start] in "[{":
+            stop = _end_of_brackets(text, start)
         content = text[start:stop]
         number = _number(content)
         if is_secret_item(name, content if number is None else number):
-            parts += [text[end:start], REDACTED]
+            quote = _FIRST_QUOTE.match(content) if group == "plain" and content[0] in "[{" else None
+            parts += [text[end:start], f"{quote[1]}{REDACTED}{quote[1]}" if quote else REDACTED]
             end = stop
+    return "".join([*parts, text[end:]])
+
+
+def _end_of_brackets(text: str, start: int) -> int:
+    """Where the bracket at `start` is closed; the end of `text` where it is not."""
+    depth = 0
+    for match in _BRACKET.finditer(text, start):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.end()
+    return len(text)
+
+
+def _hide_logins(text: str) -> str:
+    """The password of `curl -u user:password`."""
+    parts, end = [], 0
+    for match in _LOGIN.finditer(text):
+        if match.start() < end:
+            continue
+        stop = _LOGIN_END[match["inner"] or match["quote"] or ""].match(text, match.end()).end()  # type: ignore[union-attr]
+        secret = text[match.end() : stop].rstrip("\\")
+        parts += [text[end : match.end()], REDACTED if secret else ""]
+        end = match.end() + len(secret)
     return "".join([*parts, text[end:]])
 
 

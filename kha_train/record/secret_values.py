@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from urllib.parse import quote, quote_plus, unquote
 
 from kha_train.config.urls import find_credentials
-from kha_train.record.secret_names import is_secret_name
+from kha_train.record.secret_names import is_secret_name, is_secret_variable
 
 MIN_LENGTH = 8
 """Shorter values are hidden only where they are the whole text: "test" is in too many words."""
@@ -28,7 +28,7 @@ def secrets_of(environ: Mapping[str, str]) -> set[str]:
     of URLs in any variable."""
     found: set[str] = set()
     for name, value in environ.items():
-        if is_secret_name(name):
+        if is_secret_variable(name, value):
             found |= {value.strip(), *(line.strip() for line in value.splitlines() if len(line.strip()) >= MIN_WORD)}
         if "=" in value:
             found |= {text for field, text in _FIELD.findall(value) if is_secret_name(field)}

@@ -13,8 +13,8 @@ from kha_train.record.redact import Redactor
 class RedactedStream:
     """A text stream that hides secrets line by line, whoever prints: this program, rich, a library.
 
-    A line that is not ended waits for its end or a flush, because a secret may come in parts. Everything else is the
-    stream behind it.
+    A line that is not ended waits for its end or a flush, because a secret may come in parts. Letters that the encoding
+    lacks are written as escapes. Everything else is the stream behind it.
     """
 
     def __init__(self, stream: TextIO, hide: Callable[[str], str]) -> None:
@@ -27,7 +27,7 @@ class RedactedStream:
         lines, end, rest = f"{self._waiting}{text}".rpartition("\n")
         self._waiting = rest
         if end:
-            self._stream.write(self._hide(lines + end))
+            self._send(lines + end)
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:
@@ -39,13 +39,21 @@ class RedactedStream:
         """Sends on what waits for the end of its line."""
         waiting, self._waiting = self._waiting, ""
         if waiting:
-            self._stream.write(self._hide(waiting))
+            self._send(waiting)
         self._stream.flush()
 
     @property
     def behind(self) -> TextIO:
         """The stream itself, for an answer to a program."""
         return self._stream
+
+    def _send(self, text: str) -> None:
+        hidden = self._hide(text)
+        try:
+            self._stream.write(hidden)
+        except UnicodeEncodeError as error:
+            # The stream has taken nothing of a text that it cannot encode.
+            self._stream.write(hidden.encode(error.encoding, "backslashreplace").decode(error.encoding))
 
     def __getattr__(self, name: str) -> Any:
         # Whoever asks for the bytes below would write past the redactor.
