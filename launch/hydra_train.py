@@ -15,12 +15,17 @@ from typing import Any
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 
 from kha_train.cli.main import complain_of, run
 from kha_train.config.compose import compose, shipped
 from kha_train.errors import ConfigError
+from kha_train.operate.sweep import refuse_secrets
 
 SLURM = "hydra/launcher=kha_slurm"
+PARAMS = "hydra.sweeper.params"
+QUOTES = "'\""
 OF_MULTIRUN = ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweep")
 """Settings of Hydra that act on a multirun alone."""
 
@@ -28,33 +33,57 @@ OF_MULTIRUN = ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweep
 @hydra.main(config_path=str(shipped("configs")), config_name="config", version_base="1.3")
 def main(config: Any) -> None:
     """Train what Hydra composed, from the overrides it was composed of."""
+    # The SLURM launcher trains no point in this process: here another one was chosen, however that was written.
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        _refuse_multirun(get_args_parser().parse_args(sys.argv[1:]).overrides)
     run(["train", *HydraConfig.get().overrides.task])
 
 
 def check(arguments: Sequence[str]) -> None:
     """Refuse what Hydra would take and the run would not see. Raises ConfigError for other configuration files, what
-    `kha train` refuses, settings of a multirun without one, a multirun without the SLURM launcher or with a secret."""
+    `kha train` refuses, settings of a multirun without one, a multirun without the SLURM launcher, a secret."""
     asked = get_args_parser().parse_args(arguments)
     if asked.help or asked.hydra_help or asked.cfg or asked.info or asked.shell_completion:
         return
-    own = [text for text in asked.overrides if not text.lstrip("+~").startswith("hydra")]
-    hydras = [text for text in asked.overrides if text not in own]
+    # Hydra writes all of them into files of its own before it starts anything.
+    refuse_secrets(asked.overrides)
+    own = [text for text in asked.overrides if not _is_hydras(text)]
+    hydras = [text for text in asked.overrides if _is_hydras(text)]
     for flag in ("config_path", "config_name", "config_dir", "experimental_rerun"):
         if getattr(asked, flag):
             name = f"--{flag.replace('_', '-')}"
             raise ConfigError("the run is composed of its own files", field=name, fix="name all settings as KEY=VALUE")
     if asked.multirun or "hydra.mode=MULTIRUN" in hydras:
-        if SLURM not in hydras:
-            run(["train", "--multirun", *own])
-        from kha_train.operate.sweep import refuse_secrets
-
-        # Hydra writes them into a file of its own before it launches anything.
-        refuse_secrets(asked.overrides)
+        # Of several, Hydra takes the last.
+        launchers = [text for text in hydras if text.lstrip("+~").startswith("hydra/launcher")]
+        if launchers[-1:] != [SLURM]:
+            _refuse_multirun(asked.overrides)
         return
     for text in hydras:
         if text.lstrip("+~").startswith(OF_MULTIRUN):
             raise ConfigError("acts on a multirun alone", field=text, fix="add -m, or leave it out")
     compose(own)
+
+
+def _refuse_multirun(overrides: Sequence[str]) -> None:
+    """End with the `kha sweep` command that trains all points, those of `hydra.sweeper.params` too."""
+    axes = [axis for text in overrides for axis in (_axes(text) if _is_hydras(text) else [text])]
+    run(["train", "--multirun", *axes])
+
+
+def _axes(text: str) -> list[str]:
+    """What `hydra.sweeper.params.KEY=A,B`, or a whole mapping of them, sweeps over, as `KEY=A,B`; no other setting."""
+    key, _, value = text.lstrip("+~").partition("=")
+    if not key.startswith(PARAMS):
+        return []
+    if key != PARAMS:
+        return [f"{key.removeprefix(PARAMS + '.')}={value.strip(QUOTES)}"]
+    mapping = OverridesParser.create().parse_override(text).value()
+    return [f"{name}={getattr(one, 'text', one)}" for name, one in mapping.items()] if isinstance(mapping, dict) else []
+
+
+def _is_hydras(text: str) -> bool:
+    return text.lstrip("+~").startswith("hydra")
 
 
 if __name__ == "__main__":

@@ -96,13 +96,13 @@ def plan_points(directory: Path, points: Sequence[Sequence[str]], equal: Equal =
 
 
 def refuse_secrets(settings: Iterable[str]) -> None:
-    """A sweep writes its settings and its directory down and must hand them on as they are. Raises ConfigError for one
-    with a secret."""
+    """A sweep, or Hydra, writes its settings and its directory down and must hand them on as they are. Raises
+    ConfigError for one with a secret."""
     redactor = Redactor.from_environment()
     for text in settings:
         if redactor.text(text) != text:
             raise ConfigError(
-                "holds a secret, and a sweep writes its settings into files and job scripts",
+                "holds a secret, and what is set here is written into files and job scripts",
                 field=_key(text) if "=" in text else "--dir",
                 value=REDACTED,
                 fix="give credentials by environment variables or a profile",

@@ -42,6 +42,17 @@ REFUSED = {
     "Hydra's own switch": ("hydra.mode=MULTIRUN run.seed=0,1", "kha sweep run.seed=0,1 --local"),
     "a directory for all": ("-m run.seed=0,1 run.dir=here", "kha sweep run.seed=0,1 --dir=here --local"),
     "a grid that is not called one": ("attention=gqa,kha_mlp", "kha sweep attention=gqa,kha_mlp --local"),
+    "another launcher behind ours": (
+        "-m hydra/launcher=kha_slurm hydra/launcher=basic run.seed=0,1",
+        "kha sweep run.seed=0,1 --local",
+    ),
+    "a multirun in another spelling": ("hydra.mode='MULTIRUN' run.seed=3", "kha sweep run.seed=3 --local"),
+    "axes of the sweeper": (
+        "-m +hydra.sweeper.params.attention='gqa,kha_mlp' +hydra.sweeper.params={run.seed:'0,1'} run.steps=2",
+        "kha sweep attention=gqa,kha_mlp run.seed=0,1 run.steps=2 --local",
+    ),
+    "a secret": ("run.name='api_key=canSECRETxyz123'", "holds a secret"),
+    "a secret in Hydra's settings": ("hydra.job.name=https://u:canSECRETxyz123@h", "holds a secret"),
     "a launcher without -m": ("hydra/launcher=kha_slurm", "add -m"),
     "settings of a launcher without -m": ("hydra.launcher.nodes=2", "add -m"),
     "another configuration": ("--config-name other", "--config-name"),
@@ -57,6 +68,9 @@ def test_what_hydra_takes_and_a_run_would_not_see_ends_with_2_and_the_command_to
     ended = _run([sys.executable, str(ROOT / "launch" / "hydra_train.py"), *arguments.split()], tmp_path)
     assert ended.returncode == 2 and word in ended.stderr, ended.stderr
     assert not (tmp_path / "runs").exists()
+    assert "canSECRETxyz123" not in ended.stderr + "".join(
+        path.read_text() for path in tmp_path.rglob("*") if path.is_file()
+    )
 
 
 def test_the_suggested_sweep_trains_every_point(
