@@ -28,10 +28,11 @@ from kha_train.analysis.history import (
     unrecorded,
 )
 from kha_train.analysis.runs import IDENTITY_KEYS, RunData
+from kha_train.analysis.variant import is_variant
 from kha_train.config.constants import FREE_TO_CHANGE, may_differ
 
-NEUTRAL_KEYS = (*(key for key in FREE_TO_CHANGE if key != "run.init_from"), "run.seed", "attention.")
-"""Settings, or beginnings of settings, in which a fair pair may differ: the variant itself, and what changes a loss by
+NEUTRAL_KEYS = (*(key for key in FREE_TO_CHANGE if key != "run.init_from"), "run.seed")
+"""Settings, or beginnings of settings, in which a fair pair may differ beside the variant: what changes a loss by
 rounding at most. The content of the data is compared by its id, the seed by itself."""
 ORDER_KEYS = (
     "run.seed", "model.seq_len",
@@ -57,7 +58,13 @@ def confounders(reference: RunData, other: RunData) -> tuple[str, ...]:
     Where the settings of a step were not recorded, its learning rate still was, and is compared.
     """
     met = meetings(reference, other)
-    found = differences(met, lambda key, one: not key.startswith(FACTS) and not _is_free(key, NEUTRAL_KEYS, one))
+    changed = {change.key for run in (reference, other) for change in changes(run.stretches)}
+    found = differences(
+        met,
+        lambda key, one: (
+            not (key.startswith(FACTS) or _is_free(key, NEUTRAL_KEYS, one) or is_variant(key, one, changed))
+        ),
+    )
     return tuple(map(str, [*found, *_other_rates(reference, other, met)]))
 
 

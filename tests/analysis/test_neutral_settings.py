@@ -54,3 +54,34 @@ def test_precision_is_compared_by_what_auto_stood_for(tmp_path: Path) -> None:
     gpu = make_run(tmp_path / "gpu", "attention=kha_mlp", dtype="bfloat16")
     assert compare_runs([cpu, named]).pairs[0].confounders == ()
     assert compare_runs([cpu, gpu]).pairs[0].confounders == ("engine.precision (fp32 and bf16)",)
+
+
+@pytest.mark.parametrize("preset", ["mha", "mqa", "gta", "mla", "talking_heads", "kha_gate", "kha_linear", "mea"])
+def test_what_a_preset_says_is_the_variant(preset: str, tmp_path: Path) -> None:
+    reference = make_run(tmp_path / "gqa", "model.kv_heads=2")
+    other = make_run(tmp_path / "other", "model.kv_heads=2", f"attention={preset}")
+    assert compare_runs([reference, other]).pairs[0].caveats == ()
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("attention.qk_norm=none", "attention.qk_norm (per_head and none)"),
+        ("attention.positions=none", "attention.positions (rope and none)"),
+        ("attention.base.kv_heads=1", "attention.base.kv_heads (2 and 1)"),
+        ("attention.interaction.projections=[q]", ""),
+        ("attention.interaction.impl=eager", ""),
+        ("attention.backend=eager", ""),
+    ],
+)
+def test_an_attention_setting_beside_the_variant_is_named(override: str, named: str, tmp_path: Path) -> None:
+    reference = make_run(tmp_path / "gqa", "model.kv_heads=2")
+    other = make_run(tmp_path / "other", "model.kv_heads=2", "attention=kha_mlp", override)
+    assert compare_runs([reference, other]).pairs[0].confounders == ((named,) if named else ())
+
+
+def test_an_attention_setting_that_both_runs_override_alike_is_none(tmp_path: Path) -> None:
+    shared = ("model.kv_heads=2", "attention.qk_norm=none")
+    one, other = make_run(tmp_path / "a", *shared), make_run(tmp_path / "b", *shared, "attention=kha_mlp")
+    assert compare_runs([one, other]).pairs[0].caveats == ()
+    assert compare_runs([one, make_run(tmp_path / "c", "model.kv_heads=2", "attention=mla")]).pairs[0].caveats == ()

@@ -186,6 +186,18 @@ def test_the_learning_rates_that_an_old_run_recorded_are_compared(tmp_path: Path
     assert pair.confounders == ("the recorded train/lr (0.5 and 0.001 at steps 1 to 10)",)
 
 
+def test_an_attention_that_changes_on_the_way_is_named_with_its_steps(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "a", Start(20))
+    turned = Start(20, ("attention.positions=none", "attention.backend=eager"))
+    pair, _ = pair_of(one, write_run(tmp_path / "b", Start(10), turned, variant="kha_mlp"))
+    assert pair.confounders == ("attention.positions (rope and none from step 11 on)",)
+    mixed = Start(20, ("attention.interaction.projections=[q]",))
+    pair, _ = pair_of(one, write_run(tmp_path / "c", Start(10), mixed, variant="kha_mlp"))
+    assert any(
+        text.startswith("attention.interaction.projections (None and ['q'] from step 11") for text in pair.confounders
+    )
+
+
 def test_neighbouring_starts_that_recorded_nothing_are_told_as_one(tmp_path: Path) -> None:
     one = write_run(tmp_path / "a", *(Start(last, ("optim.lr=0.5",)) for last in (6, 12)), Start(20), old=True)
     pair, comparison = pair_of(one, write_run(tmp_path / "b", Start(9), Start(20), variant="kha_mlp"))
