@@ -155,6 +155,7 @@ def test_what_urls_of_the_environment_name_besides_passwords_is_no_secret() -> N
         f'Authorization: Digest username="me", nonce="a", response="{CANARY}"',
         f'curl -H \'Authorization: Digest username="me", response="{CANARY}"\' https://h',
         json.dumps(f'Authorization: Digest username="me", response="{CANARY}"'),
+        json.dumps(json.dumps({"Authorization": f'Digest username="me", response="{CANARY}"'})),
         f"https:/u:{CANARY}@h/x",
         f"https:\\/\\/u:{CANARY}@h\\/x",
         f"https:\\/\\/u:p\\/{CANARY}@h",

@@ -27,7 +27,7 @@ _KEY = re.compile(
 # A separator belongs to the value unless something else begins behind it: an end, a space, another `key=`.
 _PLAIN = r"""(?:[^\s,;&"']|[,;&](?!\s|$|["']|[\w./+-]+\s*[=:])|(?<=\w)["'](?=\w))+"""
 _VALUE = re.compile(
-    rf"""(?P<open>\\+["']|'"'"')(?P<escaped>.*?)(?:(?P=open)|$)
+    rf"""(?P<open>\\+["']|'"'"')(?P<escaped>.*?)(?:(?<!\\)(?P=open)|$|(?=\n))
       | "(?P<double>(?:[^"\\\n]|\\.)*)(?:"|$|(?=\n))
       | '(?P<single>(?:[^'\\\n]|\\.|'')*)(?:'|$|(?=\n))
       | (?P<plain>{_PLAIN})""",
