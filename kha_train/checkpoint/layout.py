@@ -12,6 +12,7 @@ XXXX is a random number, so that a rank left over from a dead attempt can never 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -24,6 +25,7 @@ from kha_train.record.files import sync_directory
 FOLDER = "checkpoints"
 _READABLE = re.compile(r"step-([0-9]{8,15})|\.step-([0-9]{8,15})\.replaced-[0-9a-f]{12}")
 _LEFTOVER = re.compile(r"\.step-[0-9]{8,15}\.(saving|deleting)-[0-9a-f]{12}")
+_AWAY = (errno.ENOENT, errno.ENOTCONN, errno.ESTALE)
 
 
 def step_name(step: int) -> str:
@@ -46,12 +48,23 @@ def step_of(name: str) -> int | None:
 def candidates(folder: Path) -> list[tuple[int, Path]]:
     """(step, directory) of everything that may hold a checkpoint, newest step first, published before replaced.
 
-    `folder` may be missing. Nothing is opened or verified here.
+    `folder` may be missing. Nothing is opened or verified here. What `is_away` is absent, and so left out.
     """
     names = os.listdir(folder) if folder.is_dir() else []
-    found = [(step, name) for name in names if (step := step_of(name)) is not None]
+    found = [(step, name) for name in names if (step := step_of(name)) is not None and not is_away(folder / name)]
     found.sort(key=lambda entry: (-entry[0], entry[1].startswith("."), entry[1]))
     return [(step, folder / name) for step, name in found]
+
+
+def is_away(path: Path) -> bool:
+    """Whether `path` leads to a file system that is not mounted or has gone. Raises OSError for any other trouble."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno in _AWAY:
+            return True
+        raise
+    return False
 
 
 def clear_leftovers(folder: Path, *purposes: str) -> None:

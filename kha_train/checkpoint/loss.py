@@ -43,7 +43,8 @@ def lost_checkpoints(run_dir: Path) -> str:
     saved = newest_saved(run_dir)
     if saved is not None:
         return f"it has saved checkpoints, the last one of step {saved}, but {folder} {where}"
-    return f"{folder} {where}" if os.path.lexists(folder) and not folder.is_dir() else ""
+    is_blocked = os.path.lexists(folder) and not folder.is_dir()
+    return f"{folder} {where}" if is_blocked or _links_away(folder) else ""
 
 
 def newest_saved(run_dir: Path) -> int | None:
@@ -68,8 +69,17 @@ def _why_empty(folder: Path) -> str:
         return "is missing"
     if not folder.is_dir():
         return "is not a directory"
+    if away := _links_away(folder):
+        return f"holds only links to what is not there, such as {away[0]} to {os.readlink(folder / away[0])}"
     aside = sorted(name for name in os.listdir(folder) if ".corrupt" in name)
     return f"holds only damaged ones, set aside as {', '.join(aside)}" if aside else "holds none"
+
+
+def _links_away(folder: Path) -> list[str]:
+    """The names of checkpoints in `folder` that are links to a place that cannot be reached. Raises OSError."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    paths = [folder / name for name in names if layout.step_of(name) is not None]
+    return [path.name for path in paths if path.is_symlink() and layout.is_away(path)]
 
 
 def _free_name(run_dir: Path) -> Path:

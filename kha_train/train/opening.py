@@ -1,4 +1,4 @@
-"""What a run stands on, and whether it has anything left to do, found out before an attempt at it begins."""
+"""Checks before an attempt: the checkpoint to start from, and whether any steps remain."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from kha_train.checkpoint import layout
 from kha_train.checkpoint.loss import check_not_lost, lost_checkpoints
 from kha_train.checkpoint.reader import Checkpoint, find_newest
 from kha_train.config.compose import load_plain
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import World
-from kha_train.errors import CheckpointError
+from kha_train.errors import CheckpointError, KhaError
 from kha_train.record import Marker, has_marker, read_marker, read_metrics
+from kha_train.record.attempts import CONFIG_FILE
 from kha_train.train import resume
 
 NOT_FINISHED = -1
@@ -34,15 +36,21 @@ def finished_at(config: RunConfig, run_dir: Path) -> int:
 def needs_no_checkpoint(config: RunConfig, run_dir: Path, finished: int) -> bool:
     """Whether the run ends at once although no checkpoint of it is left: it `finished`, with these very settings.
 
-    Raises CheckpointError when the checkpoints of any other run are lost.
+    That holds whatever its events say. Raises CheckpointError when the checkpoints of any other run are lost.
     """
-    if finished == NOT_FINISHED or not lost_checkpoints(run_dir):
-        check_not_lost(run_dir)
+    if finished != NOT_FINISHED and _has_same_settings(config, run_dir):
+        return bool(lost_checkpoints(run_dir)) or not layout.candidates(run_dir / layout.FOLDER)
+    check_not_lost(run_dir)
+    return False
+
+
+def _has_same_settings(config: RunConfig, run_dir: Path) -> bool:
+    """Whether the last attempt had the settings of `config`; False where that cannot be read."""
+    try:
+        saved = load_plain(run_dir / CONFIG_FILE)
+    except KhaError:
         return False
-    changed = resume.changed_settings(config, load_plain(run_dir / "config.yaml"))
-    if resume.not_allowed(config, changed, "run.steps"):
-        check_not_lost(run_dir)
-    return True
+    return bool(saved) and not resume.not_allowed(config, resume.changed_settings(config, saved), "run.steps")
 
 
 def find_own_checkpoint(run_dir: Path, world: World, report: Callable[[str], None]) -> Checkpoint | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,12 @@ def dangling(folder: Path) -> None:
     folder.symlink_to(folder.parent / "scratch" / "checkpoints")
 
 
+def steps_dangling(folder: Path) -> None:
+    """Scratch, where the step directories are, is not mounted."""
+    folder.mkdir()
+    (folder / "step-00000010").symlink_to(folder.parent / "scratch" / "step-00000010")
+
+
 def a_file(folder: Path) -> None:
     """Something else has the name."""
     folder.write_text("")
@@ -53,6 +61,7 @@ def unfinished(folder: Path) -> None:
 LOSSES = {
     missing: "is missing",
     dangling: "is a link to .*scratch/checkpoints, which is not there",
+    steps_dangling: "holds only links to what is not there, such as step-00000010 to .*scratch/step-00000010",
     a_file: "is not a directory",
     all_damaged: "holds only damaged ones, set aside as step-00000010.corrupt",
     unfinished: "holds none",
@@ -100,12 +109,31 @@ def test_nothing_is_lost_before_the_first_save(lose, tmp_path: Path) -> None:
     assert lost_checkpoints(run_dir) == ""
 
 
-@pytest.mark.parametrize("lose", [dangling, a_file])
+@pytest.mark.parametrize("lose", [dangling, steps_dangling, a_file])
 def test_what_is_in_the_way_of_every_save_is_named_before_the_first_one_is_due(lose, tmp_path: Path) -> None:
     run_dir = run_with(tmp_path)
     lose(run_dir / "checkpoints")
-    with pytest.raises(CheckpointError, match="checkpoints is "):
+    with pytest.raises(CheckpointError, match=f"checkpoints {LOSSES[lose]}"):
         check_not_lost(run_dir)
+
+
+@pytest.mark.parametrize("code", [errno.ENOTCONN, errno.ESTALE])
+def test_a_step_on_a_file_system_that_has_gone_is_absent(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = run_with(tmp_path, STARTED, SAVED)
+    (run_dir / "checkpoints" / "step-00000010").mkdir(parents=True)
+    stat = os.stat
+
+    def gone(path: Path, **options: Any) -> os.stat_result:
+        if Path(path).name == "step-00000010" and options.get("follow_symlinks", True):
+            raise OSError(code, os.strerror(code), str(path))
+        return stat(path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("kha_train.checkpoint.layout.os.stat", gone)
+        assert "step 10" in lost_checkpoints(run_dir)
+    assert lost_checkpoints(run_dir) == ""
 
 
 @pytest.mark.parametrize("name", ["step-00000004", ".step-00000010.replaced-0123456789ab"])

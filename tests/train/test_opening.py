@@ -66,7 +66,14 @@ def remove(run_dir: Path) -> None:
     shutil.rmtree(run_dir / "checkpoints")
 
 
-LOST = pytest.mark.parametrize("lose", [unmount, empty, remove], ids=lambda lose: lose.__name__)
+def unmount_steps(run_dir: Path) -> None:
+    """As where only the step directories are links to scratch."""
+    for step in sorted((run_dir / "checkpoints").glob("step-*")):
+        shutil.rmtree(step)
+        step.symlink_to(f"/nowhere/scratch/{step.name}")
+
+
+LOST = pytest.mark.parametrize("lose", [unmount, unmount_steps, empty, remove], ids=lambda lose: lose.__name__)
 
 
 @LOST
@@ -76,10 +83,11 @@ def test_a_run_whose_checkpoints_are_gone_is_refused_and_nothing_of_it_changes(
     (run_dir / "DONE").unlink()
     set_marker(run_dir, Marker.REQUEUE, "step 6, by a signal")
     lose(run_dir)
-    before = content(run_dir)
+    before, names = content(run_dir), sorted(run_dir.glob("checkpoints/*"))
     with pytest.raises(CheckpointError, match="has saved checkpoints, the last one of step 6") as error:
         again()
     assert error.value.exit_code == 4 and content(run_dir) == before
+    assert sorted(run_dir.glob("checkpoints/*")) == names and not has_marker(run_dir, Marker.FATAL)
     assert "step 6" in run_status(run_dir).note and run_status(run_dir).state == "requeue"
 
 
@@ -89,6 +97,14 @@ def test_a_finished_run_ends_at_once_although_its_checkpoints_are_gone(lose, run
     before = content(run_dir)
     assert again() == again("run.steps=4") == Outcome(True, 6, run_dir)
     assert content(run_dir) == before
+
+
+def test_a_finished_run_ends_at_once_although_its_events_are_gone_too(run_dir: Path, again: Train) -> None:
+    remove(run_dir)
+    (run_dir / "events.jsonl").unlink()
+    before = content(run_dir)
+    assert again() == Outcome(True, 6, run_dir)
+    assert content(run_dir) == {**before, "events.jsonl": b""}
 
 
 def test_a_finished_run_that_is_asked_for_more_is_refused_where_its_checkpoints_are_gone(
