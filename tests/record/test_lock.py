@@ -208,7 +208,7 @@ def test_an_owner_that_was_suspended_while_another_took_over_ends_before_it_writ
         "record.begin_attempt(0)",
         "print('held', flush=True)",
         "sys.stdin.readline()",
-        "lock.BEAT_SECONDS = 0.01",
+        "lock.BEAT_SECONDS = 0.0",
         "record.step({'step': 1})",
     )
     imports = "import sys; from pathlib import Path; from kha_train.record import Record, lock"
