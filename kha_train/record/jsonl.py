@@ -79,14 +79,18 @@ def parse(line: bytes) -> dict[str, Any] | None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a file that may be growing; a torn last line is left out, a missing file is empty.
+    """All whole lines of a file that may be growing; an unfinished last line is left out, a missing file is empty.
 
-    Raises DataError for a damaged line that is not the last, and when `path` is no file.
+    Raises DataError for any other line that is not a JSON object, and when `path` is no file.
     """
-    lines = (read_regular(path) or b"").split(b"\n")
-    records = [parse(line) for line in lines[:-1]]
-    if records and records[-1] is None:
-        records.pop()
+    content = read_regular(path) or b""
+    return _objects(path, content[: _whole_until(content)])
+
+
+def _objects(path: Path, content: bytes) -> list[dict[str, Any]]:
+    """What is on the lines of `content`. Raises DataError naming the first that is not a JSON object."""
+    lines = content.removesuffix(b"\n").split(b"\n") if content else []
+    records = [parse(line) for line in lines]
     if None in records:
         raise DataError(
             "this line is not a JSON object",
@@ -95,6 +99,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             fix="delete the line, or restore the file from a copy",
         )
     return [record for record in records if record is not None]
+
+
+def _whole_until(content: bytes) -> int:
+    """Where the one line begins that a crash left unfinished, or a run of NUL bytes; else the end of `content`.
+
+    A torn line is not JSON, or is an object without its newline: any other JSON was written by somebody else.
+    """
+    written = content.rstrip(b"\0\n")
+    last = written[written.rfind(b"\n") + 1 :]
+    ends_in_newline = content[len(written) : len(written) + 1] == b"\n"
+    try:
+        is_torn = isinstance(parse_json(last), dict) and not ends_in_newline
+    except ValueError:
+        is_torn = True
+    return len(written) - len(last) if is_torn else len(written) + ends_in_newline
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -109,14 +128,14 @@ def whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def repair(path: Path) -> int:
-    """Cuts off what a dying process left unfinished at the end of `path`; returns the number of bytes removed.
+    """Cuts off the line that a dying process left unfinished at the end of `path`; returns the bytes removed.
 
-    Raises DataError when it is no file.
+    Raises DataError, and cuts nothing, when the line before it is not a JSON object either, or `path` is no file.
     """
     content = read_regular(path) or b""
-    end = content.rfind(b"\n") + 1
-    while end and parse(content[content.rfind(b"\n", 0, end - 1) + 1 : end]) is None:
-        end = content.rfind(b"\n", 0, end - 1) + 1
+    end = _whole_until(content)
+    if end and parse(content[content.rfind(b"\n", 0, end - 1) + 1 : end]) is None:
+        _objects(path, content[:end])
     if end < len(content):
         os.truncate(path, end)
     return len(content) - end

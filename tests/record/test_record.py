@@ -82,6 +82,28 @@ def test_zero_bytes_left_by_a_power_cut_are_cut_off(tmp_path: Path) -> None:
     assert path.read_bytes() == to_line(line(1))
 
 
+@pytest.mark.parametrize(
+    ("end", "number"),
+    [(b"2\n3\n", 2), (b"[1]\n", 2), (b"[1]", 2), (b"null\n\0\0", 2), (b"{torn\n{torn", 2), (b"x\ny\nz\n", 2)],
+)
+def test_no_more_than_one_torn_line_is_cut_off(end: bytes, number: int, tmp_path: Path) -> None:
+    """What no dying process leaves is somebody's: it is named, by whoever reads or repairs, and stays."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(to_line(line(1)) + end)
+    for use in (repair, read_metrics, lambda path: Record.open(path.parent)):
+        with pytest.raises(DataError, match=rf"metrics.jsonl:{number} "):
+            use(path)
+    assert path.read_bytes() == to_line(line(1)) + end
+
+
+@pytest.mark.parametrize("end", [b"", b"{torn\n", b"{torn", b"\0\0", b"{torn\0\0", b"\n", to_line({"step": 2})[:-1]])
+def test_one_torn_line_is_neither_read_nor_kept(end: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(to_line(line(1)) + end)
+    assert [entry["step"] for entry in read_metrics(path)] == [1]
+    assert repair(path) == len(end) and path.read_bytes() == to_line(line(1))
+
+
 def test_a_damaged_line_in_the_middle_is_a_data_error_naming_it(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(to_line(line(1)) + b"{garbage\n" + to_line(line(2)))
     with pytest.raises(DataError, match=r"metrics.jsonl:2"):
