@@ -57,7 +57,7 @@ class World:
     texts travel by `host_group` (gloo), if there is one, so that agreeing never waits for the device.
 
     `life` is a name that only the processes of this start share: what it is written on is not an earlier start's.
-    `alive` is called now and then by slow work that gets on, so that a watchdog does not take it for a hang.
+    `alive` is called now and then by slow work that advances, so that a watchdog does not take it for a hang.
     """
 
     rank: int = 0

@@ -109,7 +109,7 @@ class BackgroundWriter:
         self._save = self._job = None
 
     def _join(self) -> None:
-        """Wait for this rank's thread, and tell the watchdog as long as it gets on."""
+        """Wait for this rank's thread, and tell the watchdog as long as it advances."""
         assert self._save is not None and self._job is not None
         moves = -1
         while self._job.running:

@@ -65,7 +65,7 @@ class Save:
     `prepare`, `write_share`, `publish` and `clear` hold no collectives, so that they may run beside training in a
     thread; whoever calls them sees to it that no rank begins a stage before all have ended the last
     (`background.BackgroundWriter`). Making the object is collective: the ranks agree on a random name. `moves` counts
-    what has been done so far, in no unit: a save whose count rises gets on.
+    what has been done so far, in no unit: a save whose count rises advances.
     """
 
     def __init__(

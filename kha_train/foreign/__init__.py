@@ -1,1 +1,1 @@
-"""Files of other minds: opened, parsed and typed in one way, so that each gives what the code expects or one error."""
+"""Files written by other programs or releases, read in one way: each gives what the code expects, or one error."""

@@ -56,5 +56,5 @@ def check_regular(path: Path, error: type[KhaError] = DataError) -> None:
 
 def _check_kind(path: Path, mode: int, error: type[KhaError]) -> None:
     if not stat.S_ISREG(mode):
-        kind = _KINDS.get(stat.S_IFMT(mode), "no file")
+        kind = _KINDS.get(stat.S_IFMT(mode), "of an unknown kind")
         raise error(f"is {kind} where a file is expected", field=str(path), fix="move it away")

@@ -1,8 +1,8 @@
 """Who failed first, judged from what the ranks of a start left behind.
 
 When one rank dies, the connections of the others break, and they fail of that: a broken connection is a consequence and
-never the cause. So the cause is, in this order: a rank that tells its own error; a rank that another one tells of; a
-rank that left nothing at all, where others lost their connection to it.
+never the cause. So the cause is, in this order: a rank that reported its own error; a rank that another rank
+reported; a rank that left no file, where others lost their connection to it.
 """
 
 from __future__ import annotations
@@ -65,12 +65,19 @@ def _about(failure: Mapping[str, Any]) -> int:
     return int(told[1]) if told else failure.get("about", failure["rank"])
 
 
+def _first_clause(error: str) -> str:
+    """What a library said first, without its advice and the place in its source; no longer than a note may be."""
+    text = re.sub(r"\[\S*\.(cc|cpp|h):\d+\] *", "", error.partition("\n")[0])
+    clause = re.split(r"(?<=\w)[.;!?](?: |$)", text, maxsplit=1)[0].strip()
+    return clause if len(clause) <= 160 else f"{clause[:157]}..."
+
+
 def _silent(silent: Sequence[int], lost: Sequence[Mapping[str, Any]], last_seen: Mapping[int, float]) -> dict[str, Any]:
     """What is known of ranks that wrote nothing, the one heard of least recently first."""
     error = "died without a word: killed from outside (out of memory, kill -9) or crashed below Python"
     others = ", ".join(map(str, silent[1:9])) + (", ..." if len(silent) > 9 else "")
     error += f"; nothing was heard from rank {others} either" if others else ""
     if lost:
-        error += f"; rank {lost[0]['rank']} lost its connection: {lost[0]['error']}"
+        error += f"; rank {lost[0]['rank']} lost its connection: {_first_clause(lost[0]['error'])}"
     time = lost[0]["time"] if lost else last_seen.get(silent[0], 0.0)
     return {"rank": silent[0], "time": time, "error": error, "traceback": ""}

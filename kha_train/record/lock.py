@@ -82,7 +82,7 @@ class RunLock:
                 self._is_ours()
 
     def close(self) -> None:
-        """Give the directory free."""
+        """Release the directory."""
         if self._closed.is_set():
             return
         self._closed.set()

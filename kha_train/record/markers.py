@@ -58,14 +58,31 @@ def has_marker(run_dir: Path, marker: Marker) -> bool:
 
 def clear_marker(run_dir: Path, marker: Marker) -> None:
     """Removes the marker if it exists. A directory of its name that holds something is moved aside."""
-    path = run_dir / marker.value
+    clear_path(run_dir / marker.value)
+
+
+def clear_path(path: Path) -> None:
+    """Removes the file `path` if it exists. A directory of its name that holds something is moved aside."""
     if path.is_dir() and not path.is_symlink():
-        aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-        path.rename(aside)
+        aside = _move_aside(path)
         with suppress(OSError):
             aside.rmdir()
     else:
         path.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Makes the directory `path` and those above it. What else has its name is moved aside."""
+    if os.path.lexists(path) and not path.is_dir():
+        _move_aside(path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def _move_aside(path: Path) -> Path:
+    """Renames `path` to a name that nothing else has, and that is none of a family of names such as `rank-*.json`."""
+    aside = path.with_name(f"aside-{path.name}.{secrets.token_hex(4)}")
+    path.rename(aside)
+    return aside
 
 
 def leave_outcome(text: str) -> None:

@@ -14,6 +14,7 @@ from kha_train.distributed import World
 from kha_train.errors import KhaError, RunDirectoryInUse
 from kha_train.record import Redactor, leave_outcome, mark_fatal
 from kha_train.record.failures import FAILURES, LIFE_FILE
+from kha_train.record.markers import clear_path, make_folder
 
 
 class FailureFile:
@@ -75,9 +76,9 @@ def accept(run_dir: Path, world: World) -> None:
 def forget_failures(run_dir: Path, world: World) -> None:
     """Remove what earlier starts left; from here on the ranks of this start may write. Raises OSError."""
     folder = run_dir / FAILURES
-    folder.mkdir(exist_ok=True)
-    for leftover in folder.glob("rank-*.json"):
-        leftover.unlink()
+    make_folder(folder)
+    for leftover in (*folder.glob("rank-*.json"), folder / LIFE_FILE):
+        clear_path(leftover)
     (folder / LIFE_FILE).write_text(_name(world), encoding="utf-8")
 
 

@@ -4,7 +4,7 @@ A rank whose main thread has not moved for too long writes the stacks of all its
 others, which do the same, and ends with exit code 75: try again. A rank that is stopped or lost entirely cannot do so,
 but its neighbours hang in a collective with it, and their beats name it: its last beat is the oldest.
 
-Slow work that gets on is no hang. A rank at such work says so (`alive`), and those that wait for it see it move. A
+Slow work that advances is not a hang. A rank at such work says so (`alive`), and those that wait for it see it move. A
 process that was suspended has not hung either: time counts only while the watching thread itself is awake.
 """
 
@@ -27,6 +27,7 @@ from kha_train.foreign.documents import parse_json
 from kha_train.foreign.files import SMALL, read_regular
 from kha_train.foreign.typed import Count, Source
 from kha_train.record.failures import HEARTBEATS
+from kha_train.record.markers import clear_path, make_folder
 from kha_train.record.redact import Redactor
 from kha_train.train.failure import leave_failure
 
@@ -90,6 +91,9 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         with self._world.agreed(f"write {self._folder}"):
+            if self._world.is_main:
+                make_folder(self._folder)
+        with self._world.agreed(f"write {self._folder}"):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._clear_leftovers()
             self._write_beat()
@@ -109,7 +113,7 @@ class Watchdog:
         self.alive()
 
     def alive(self) -> None:
-        """What the main thread does takes long but gets on."""
+        """What the main thread does takes long but advances."""
         self._moves += 1
 
     def _watch(self) -> None:
@@ -164,7 +168,7 @@ class Watchdog:
                 self._seen[beat["rank"]] = _Seen(beat, written, moved)
 
     def _another_moves(self) -> bool:
-        """Whether a rank that this one may be waiting for gets on. They are looked at for half the patience only."""
+        """Whether a rank that this one may be waiting for advances. They are looked at for half the patience only."""
         now, others = self._clock.now, [seen for rank, seen in self._seen.items() if rank != self._world.rank]
         return any(now - other.moved < 0.4 * self._timeout for other in others)
 
@@ -204,7 +208,7 @@ class Watchdog:
             leftovers += [path for path in self._folder.glob("rank-*") if path.name >= beyond]
             leftovers += self._folder.glob("ALARM*")
         for leftover in leftovers:
-            leftover.unlink(missing_ok=True)
+            clear_path(leftover)
 
     def _path(self, suffix: str) -> Path:
         return self._folder / f"rank-{self._world.rank:05d}.{suffix}"
