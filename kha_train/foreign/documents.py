@@ -1,4 +1,4 @@
-"""JSON and YAML written by other programs or releases -> plain values: text keys, bounded depth, no aliases, nothing that makes objects."""
+"""JSON and YAML of other programs -> plain values: text keys, bounded depth, no aliases, nothing that makes objects."""
 
 from __future__ import annotations
 
