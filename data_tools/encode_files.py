@@ -30,7 +30,7 @@ from data_tools.encode import (
     kept_texts,
     texts_of,
 )
-from data_tools.files import TextFile, as_text, find_files
+from data_tools.files import Found, TextFile, as_text, find_files
 from data_tools.staging import refuse_existing, replaced
 from data_tools.texts import LeftOut, Piece, cut
 from data_tools.workers import Advance, each
@@ -83,11 +83,7 @@ def encode_files(
     loaded = choose_encoder(Tokenizer(tokenizer), encoder, texts_of(pieces, skip_bad_lines), say)
     for note in found.passed_over():
         say(note)
-    about: dict[str, Any] = {"files": len(found.files), "bytes": sum(file.path.stat().st_size for file in found.files)}
-    about |= {
-        "roots": [as_text(Path(os.path.abspath(root)).name) for root in roots],
-        "validation_percent": validation_percent,
-    }
+    about = _about(found, roots, validation_percent)
     if drop_repeated:
         units = without_repeated(units, workers, progress, skip_bad_lines)
         about["repeated"] = int(sum(unit.repeated.sum() for unit in units))
@@ -107,6 +103,16 @@ def encode_files(
             finished=finished,
             say=say,
         )
+
+
+def _about(found: Found, roots: Sequence[str | Path], validation_percent: float) -> dict[str, Any]:
+    """What the manifests say of the text."""
+    return {
+        "files": len(found.files),
+        "bytes": sum(file.path.stat().st_size for file in found.files),
+        "roots": [as_text(Path(os.path.abspath(root)).name) for root in roots],
+        "validation_percent": validation_percent,
+    }
 
 
 def plan_units(files: Iterable[TextFile], shard_bytes: int) -> list[Unit]:

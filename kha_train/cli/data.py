@@ -25,7 +25,7 @@ from data_tools.train_tokenizer import train_tokenizer
 from kha_train.cli.output import print_json
 from kha_train.config.compose import from_plain, load
 from kha_train.data.inspect import BORDER, decoder_of, digest, length_histogram, samples_of_step
-from kha_train.data.manifest import MANIFEST_NAME
+from kha_train.data.manifest import MANIFEST_NAME, Manifest
 from kha_train.data.shards import ShardSet
 from kha_train.errors import ConfigError, DataError
 from kha_train.literal import say, visible
@@ -143,20 +143,21 @@ def tokenize(
         encode = partial(encode_files, text, field=field, validation_percent=share, drop_repeated=drop_repeated)
     with _progress("tokenizing", total) as advance:
         manifests = encode(tokenizer_file, out, **how, say=said.append, progress=advance, finished=encoded.append)
-    answer = {
-        split: {
-            "directory": str(out / split),
-            "tokens": made.tokens,
-            "documents": made.documents,
-            "text_bytes": made.text_bytes,
-            "shards": len(made.shards),
-            "content_id": made.content_id,
-        }
-        for split, made in manifests.items()
-    }
+    answer = {split: _dataset(out / split, made) for split, made in manifests.items()}
     speed = round(sum(encoded) / 1e6 / (time.perf_counter() - started), 2)
     used = manifests["train"].tool.rpartition(", ")[2]
     _answer({**answer, "encoder": used, "notes": said, "megabytes_per_second": speed}, as_json)
+
+
+def _dataset(directory: Path, made: Manifest) -> dict[str, Any]:
+    return {
+        "directory": str(directory),
+        "tokens": made.tokens,
+        "documents": made.documents,
+        "text_bytes": made.text_bytes,
+        "shards": len(made.shards),
+        "content_id": made.content_id,
+    }
 
 
 @app.command("import")
