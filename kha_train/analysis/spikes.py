@@ -93,7 +93,7 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class SpikeReport:
-    """What a curve comes to. `rewound` are events in lines that a rewind undid; they count unless told otherwise.
+    """The score of a curve. `rewound` are events in lines that a rewind undid; they count unless told otherwise.
     `scores` are the published rules' percentages at the end of the curve, None where it was too short to be judged;
     `steps` and `tokens` of the `summary` are the exposure of its rates."""
 

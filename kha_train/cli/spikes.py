@@ -150,7 +150,7 @@ def _print_evidence(evidence: dict[str, Any], console: Console) -> None:
         table.add_row(name, _short(norm), *cells)
     console.print(table)
     if evidence.get("interactions"):
-        table = Table("heads meet through", "norm", "from the identity")
+        table = Table("interaction", "norm", "from the identity")
         for name, entry in evidence["interactions"].items():
             far = "" if ".gate." in name else _short(entry.get("from_identity", ""))
             table.add_row(

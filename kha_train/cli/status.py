@@ -40,7 +40,7 @@ COLUMNS: dict[str, Callable[[RunStatus], str | Text]] = {
     "tok/s": lambda run: _or_dash(run.tokens_per_second, scaled),
     "MFU": lambda run: _or_dash(run.mfu, lambda value: f"{value:.1%}"),
     "ETA": lambda run: _or_dash(None if run.state == "done" else run.seconds_left, duration),
-    "spikes": lambda run: literal(f"{run.spikes} diverged", "red") if run.diverged else str(run.spikes),
+    "spikes": lambda run: literal(f"{run.spikes}, diverged", "red") if run.diverged else str(run.spikes),
     "starts": lambda run: str(run.attempts),
     "goodput": lambda run: _or_dash(run.goodput, lambda value: f"{value:.0%}"),
     "saved": lambda run: _or_dash(run.checkpoint, str),

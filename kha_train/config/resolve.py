@@ -52,7 +52,7 @@ class Choice(NamedTuple):
 
 
 class Resolved(NamedTuple):
-    """What a configuration comes to on a device. A measurement may replace a backend that `auto` took."""
+    """What a configuration resolves to on a device. A measurement may replace a backend that `auto` took."""
 
     precision: Precision
     backend: Choice
@@ -86,7 +86,7 @@ def precision_on(config: RunConfig, kind: str) -> Precision:
 
 
 def resolve(config: RunConfig, device: Device, precision: Precision | None = None) -> Resolved:
-    """What `config` comes to on `device`. Raises ConfigError when something that it names cannot run there."""
+    """What `config` resolves to on `device`. Raises ConfigError when something that it names cannot run there."""
     precision = precision or precision_on(config, device.kind)
     backend = backend_on(config, device, precision)
     interaction, moe = config.attention.interaction, config.moe
@@ -102,7 +102,7 @@ def resolve(config: RunConfig, device: Device, precision: Precision | None = Non
 
 
 def resolve_plan(config: RunConfig) -> Resolved:
-    """What `config` comes to on the devices of `cluster`. Raises ConfigError as `resolve`, and when `engine.device`
+    """What `config` resolves to on the devices of `cluster`. Raises ConfigError as `resolve`, and when `engine.device`
     asks for CUDA on a cluster of CPUs."""
     if config.engine.device == "cuda" and config.cluster.device == "cpu":
         problem = "cluster.device=cpu has none"

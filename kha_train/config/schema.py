@@ -196,7 +196,7 @@ class EngineSection:
     A rank that stands still for `hang_timeout_seconds` (after the first step) ends with its stacks and exit code 75.
     Every `audit_every` steps (0: never) ranks compare what they hold in common, to find corrupted memory.
     Under ZeRO 3, groups of `hpz_partition_size` ranks (the GPUs of a node) hold the weights whole a second time.
-    `kernels` says who computes what both can, torch's operators or kernels written in Triton: `auto` is `torch`.
+    `kernels` selects torch's operators or kernels written in Triton where both exist: `auto` is `torch`.
     """
 
     zero_stage: Literal[1, 2, 3]
@@ -234,7 +234,7 @@ class CheckpointSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeSection:
-    """What a run that finds its own checkpoint puts up with.
+    """How strictly a resumed run is checked against its checkpoint.
 
     `allow_changes` names settings (or whole sections, or `data_content_id`) that may differ from the checkpoint's. With
     `strict` a checkpoint that does not verify ends the run (exit 4) instead of being passed over for an older one.

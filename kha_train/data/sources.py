@@ -3,7 +3,7 @@
 `data.train` names one dataset; `data.sources` several with their weights, mixed by `mixture.Mixture`.
 """
 
-# N samples  W = T + 1, a row with the label of its last token
+# N samples  W = T + 1, a row with the label of its last token  M unmasked labels  V ids of the vocabulary
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from kha_train.errors import ConfigError, DataError
 
 TRAIN_SOURCE = "train"
 _ROWS_AT_ONCE = 1024
+_FEW_ROWS = 8
 """Of the validation set, when a label is looked for."""
 Rows = ConcatRows | BestFitRows
 
@@ -162,7 +163,7 @@ def open_validation(config: RunConfig) -> tuple[Rows, int]:
     """The validation rows, and how many of them are scored, the first ones.
 
     Raises ConfigError and DataError as `stream.open_stream`, ConfigError when another tokenizer made them than the
-    training data, and DataError when no scored row has a label.
+    training data, and DataError when no scored row has a label, or none whose label stands for text.
     """
     rows = open_rows(config, config.data.validation, "data.validation")
     _, directory, field = _named(config.data)[0]
@@ -175,11 +176,31 @@ def open_validation(config: RunConfig) -> tuple[Rows, int]:
             fix="tokenize both with one tokenizer",
         )
     count = min(config.validation.rows or rows.rows, rows.rows)
+    has_text_V = np.asarray(train.bytes_per_id) > 0
+    labelled = False
     for first in range(0, count, _ROWS_AT_ONCE):
         numbers = np.arange(first, min(first + _ROWS_AT_ONCE, count), dtype=np.int64)
-        if len(rows.layout(numbers).masked_M) < len(numbers) * rows.seq_len:
+        if len(rows.layout(numbers).masked_M) == len(numbers) * rows.seq_len:
+            continue
+        labelled = True
+        # Ids without any table of bytes are scored by their loss alone.
+        if not has_text_V.any() or any(has_text_V[_labels(rows, few)].any() for few in _few_by_few(numbers)):
             return rows, count
+    if labelled:
+        problem = f"the labels of its {count} rows stand for no text: all are control ids"
+        raise DataError(problem, field="data.validation", fix="validate on text")
     raise without_labels("data.validation", f"none of its {count} rows")
+
+
+def _few_by_few(numbers: np.ndarray) -> list[np.ndarray]:
+    """Row numbers in parts: the first few rows mostly answer what is asked of all."""
+    return np.split(numbers, range(_FEW_ROWS, len(numbers), _FEW_ROWS))
+
+
+def _labels(rows: Rows, numbers: np.ndarray) -> np.ndarray:
+    """The unmasked labels of some rows."""
+    labels_M = rows.read(numbers)[:, 1:].reshape(-1)
+    return np.delete(labels_M, rows.layout(numbers).masked_M)
 
 
 def begins_with_labels(config: RunConfig, samples: Samples) -> bool:

@@ -145,8 +145,8 @@ def _spikes(line: dict[str, Any]) -> int:
 
 
 def _diverged(path: Path, lines: list[dict[str, Any]], attempts: list[dict[str, Any]], state: State) -> bool:
-    """An event that is open while the run is running may still end, so it counts only once the run has ended."""
-    is_open = bool(lines) and state != "running" and bool(lines[-1].get("spike/open"))
+    """An event that is open while the run may still go on may still end, so it counts only once the run has ended."""
+    is_open = bool(lines) and state in ("done", "fatal", "ended") and bool(lines[-1].get("spike/open"))
     ended_so = bool(attempts) and attempts[-1]["state"] == "diverged"
     return is_open or ended_so or count_actions(path)["divergence"] > 0
 

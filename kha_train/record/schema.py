@@ -156,7 +156,7 @@ class Routed(TypedDict):
 
 
 class Met(TypedDict):
-    """A parameter through which heads meet."""
+    """A parameter of an interaction."""
 
     norm: float
     from_identity: NotRequired[float]

@@ -108,7 +108,7 @@ class Monitor:
 
     @staticmethod
     def restore(state: dict[str, Any]) -> Monitor:
-        """The monitor that gave `state`; from here on it says what that one would have said."""
+        """The monitor that gave `state`; it continues exactly as the original would."""
         return Monitor(
             EventDetector.restore(state["events"]),
             SignalScores.restore(state["loss"]),

@@ -1,4 +1,4 @@
-"""Out of memory, told as what was planned against what was there, and what would help."""
+"""Explains an out-of-memory error: planned against available memory, and what would help."""
 
 from __future__ import annotations
 

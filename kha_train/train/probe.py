@@ -20,7 +20,7 @@ from kha_train.data.stream import Batch
 from kha_train.engine.deepspeed import Engine
 
 IN_IT = ".interaction."
-"""In the name of every parameter through which heads meet."""
+"""In the name of every parameter of an interaction."""
 SAMPLED_QUERIES = 64
 """Attention logits are taken for so many positions, evenly spread over the row, against all keys before them."""
 
@@ -30,7 +30,7 @@ def probe(engine: Engine, batch: Batch, load_LE: Tensor) -> dict[str, Any]:
 
     `grad_norms` by parameter group (one a layer), `max_logits` the largest attention logit of each layer over sampled
     queries of each rank's first row, `router` the load (of the global batch) and the selection bias of each layer with
-    experts, `interactions` the norm of each parameter through which heads meet, and a square one's distance from the
+    experts, `interactions` the norm of each parameter of an interaction, and a square one's distance from the
     identity.
     """
     return {

@@ -119,7 +119,7 @@ class Watch:
                 f"{self.decision.reason}, last at step {self.seen.step}",
                 field="stability.policy",
                 value=self._config.policy,
-                fix="lower optim.lr or lengthen optim.schedule.warmup; the last checkpoint is untouched",
+                fix="lower optim.lr or lengthen optim.schedule.warmup; earlier checkpoints stay as they are",
             )
 
     def check_end(self, steps: int, skipped: int) -> None:
@@ -136,7 +136,7 @@ class Watch:
             problem,
             field="run.steps",
             value=steps,
-            fix="lower optim.lr, model.init_std or lengthen optim.schedule.warmup; the last checkpoint is untouched",
+            fix="lower optim.lr or model.init_std, or lengthen optim.schedule.warmup; earlier checkpoints stay",
         )
 
     @property

@@ -63,8 +63,9 @@ def test_spikes_are_narrow_and_wide_events_and_divergence_stands_beside_them(tmp
         (1, "done", False, True),
         (0, "diverged", False, True),
         (0, "done", True, True),
-        # It is running, so the event may still end.
+        # It is running, or waits to go on, so the event may still end.
         (1, None, False, False),
+        (1, "requeued", False, False),
     ):
         run_dir = tmp_path / f"{is_open} {end} {fired}"
         record = trained(run_dir, 3, end=None)
@@ -73,13 +74,15 @@ def test_spikes_are_narrow_and_wide_events_and_divergence_stands_beside_them(tmp
             record.event("divergence", 4, loss=9.0)
         if end:
             record.close(end)
+        if end == "requeued":
+            set_marker(run_dir, Marker.REQUEUE, "a signal")
         status = run_status(run_dir)
         if not end:
             record.close("done")
         assert (status.spikes, status.diverged) == (3, diverged)
         table = Console(file=io.StringIO(), width=200)
         table.print(status_table([status], table))
-        assert ("3 diverged" in table.file.getvalue()) is diverged
+        assert ("3, diverged" in table.file.getvalue()) is diverged
 
 
 @pytest.mark.parametrize(

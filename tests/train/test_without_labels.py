@@ -105,11 +105,20 @@ def test_only_the_rows_that_are_scored_count_as_the_validation_set(
     assert _end_of([*overrides, "validation.rows=0"], capfd)[0] == 0
 
 
-def test_validation_text_of_control_ids_alone_ends_the_run_with_4(
+def test_validation_text_of_control_ids_alone_is_refused_before_the_first_step(
+    data: Callable[..., list[str]], settings: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, said = _end_of([*settings, *data(LONG, [[0] * 65 for _ in range(80)]), "validation.rows=0"], capfd)
+    assert code == 4 and "stand for no text" in said
+    assert not list(read_metrics(tmp_path / "run"))
+
+
+def test_one_label_that_stands_for_text_is_enough_wherever_it_is(
     data: Callable[..., list[str]], settings: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    code, said = _end_of([*settings, *data(LONG, [[0] * 65 for _ in range(8)])], capfd)
-    assert code == 4 and "stand for no text" in said
+    control = [[0] * 65 for _ in range(30)]
+    mostly_control = [*control, [*[0] * 60, 7, *[0] * 4], *control]
+    assert _end_of([*settings, *data(LONG, mostly_control), "validation.rows=0"], capfd)[0] == 0
 
 
 def test_ids_without_a_table_of_bytes_have_a_loss_and_no_bits_per_byte(

@@ -1,4 +1,5 @@
-"""Knocking-heads (KHA, arXiv 2510.23052): matrices shared by all heads of a kind let heads meet before attention.
+"""Knocking-heads (KHA, arXiv 2510.23052): heads exchange information before attention,
+through matrices shared by all heads of a kind.
 
 All forms start as the exact identity unless told otherwise: diagonal matrices are the identity, the gate is zero and
 2 * sigmoid(0) = 1.
