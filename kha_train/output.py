@@ -27,7 +27,9 @@ class HarmlessStream(io.TextIOBase):
     """
 
     def __init__(self, stream: TextIO | None) -> None:
-        self._stream, self._pending = stream, b""
+        self._stream = stream
+        # `print` writes a text and its line break apart, so each thread completes a line of its own.
+        self._pending: dict[int, bytes] = {}
         self._lock = threading.RLock()
         self._descriptor = _descriptor(stream)
         with suppress(OSError, ValueError):
@@ -51,9 +53,12 @@ class HarmlessStream(io.TextIOBase):
         # A thread that was stopped amid a write, or lost by a fork, must not silence the others.
         held = self._lock.acquire(timeout=_PATIENCE_SECONDS)
         try:
-            self._pending += text.encode(self.encoding, "backslashreplace")
-            if "\n" in text or len(self._pending) > _LONGEST_BYTES:
-                self._send()
+            thread = threading.get_ident()
+            line = self._pending.pop(thread, b"") + text.encode(self.encoding, "backslashreplace")
+            if "\n" in text or len(line) > _LONGEST_BYTES:
+                self._send(line)
+            else:
+                self._pending[thread] = line
         finally:
             if held:
                 self._lock.release()
@@ -62,7 +67,8 @@ class HarmlessStream(io.TextIOBase):
     def flush(self) -> None:
         """Pass on what is no whole line yet."""
         if self._descriptor is not None:
-            self._send()
+            while self._pending:
+                self._send(self._pending.popitem()[1])
         elif self._stream is not None:
             with suppress(OSError, ValueError):
                 self._stream.flush()
@@ -83,9 +89,8 @@ class HarmlessStream(io.TextIOBase):
         """True."""
         return True
 
-    def _send(self) -> None:
+    def _send(self, rest: bytes) -> None:
         assert self._descriptor is not None
-        rest, self._pending = self._pending, b""
         with suppress(OSError):
             while rest:
                 rest = rest[os.write(self._descriptor, rest) :]

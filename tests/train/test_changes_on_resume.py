@@ -9,12 +9,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from safetensors.torch import load_file
 
+from kha_train.checkpoint.reader import Checkpoint
 from kha_train.config.build import build, flatten, to_plain
 from kha_train.config.compose import compose, shipped
 from kha_train.config.constants import BOUND, FREE_TO_CHANGE, ROUNDING, WITHOUT_EFFECT, may_differ
@@ -22,6 +22,8 @@ from kha_train.config.schema import RunConfig
 from kha_train.data.stream import open_stream
 from kha_train.errors import ConfigError, ResumeError
 from kha_train.record import TIMING_KEYS, Marker, read_metrics, set_marker
+from kha_train.train import resume
+from kha_train.train.progress import Progress, TrainerState
 from kha_train.train.resume import differences
 from kha_train.train.run import train
 
@@ -123,14 +125,21 @@ def _changed(config: RunConfig, key: str) -> RunConfig:
     return build(RunConfig, plain)
 
 
+def _refused(saved: RunConfig, now: RunConfig, precisions: tuple[str, str] = ("", "")) -> list[tuple[str, Any, Any]]:
+    """What a checkpoint of the configuration `saved` is refused for under `now`."""
+    state = TrainerState(Progress(), {}, [], {}, to_plain(saved))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(resume, "read_state", lambda checkpoint, row_may_change=False: state)
+        return differences(now, cast(Checkpoint, None), {}, precisions)
+
+
 @pytest.mark.parametrize("attention", PRESETS)
 def test_a_changed_setting_is_refused_or_declared_to_change_nothing_but_rounding(attention: str) -> None:
     config = compose([f"attention={attention}"])
-    saved = SimpleNamespace(trainer_state={"config": to_plain(config)})
     for key in flatten(to_plain(config)):
         if key in ("attention.base.name", "attention.interaction.name"):
             continue
-        refused = key in {name for name, _, _ in differences(_changed(config, key), saved, {})}
+        refused = key in {name for name, _, _ in _refused(config, _changed(config, key))}
         free = [listed for listed in (WITHOUT_EFFECT, ROUNDING) if may_differ(key, listed)]
         assert len(free) == (0 if refused else 1), key
 
@@ -243,16 +252,14 @@ def test_another_micro_batch_is_refused_where_the_auxiliary_loss_counts_by_it(
 )
 def test_another_micro_batch_is_free_where_no_loss_counts_by_it(free: list[str]) -> None:
     config = compose([*free, "engine.micro_batch_size=4"])
-    saved = SimpleNamespace(trainer_state={"config": to_plain(config)})
-    assert differences(compose([*free, "engine.micro_batch_size=2"]), saved, {}) == []
+    assert _refused(config, compose([*free, "engine.micro_batch_size=2"])) == []
 
 
 @pytest.mark.parametrize("key", sorted(key for key in BOUND if key.startswith("checkpoint.")))
 def test_the_checkpoints_a_rewind_may_go_back_to_are_fixed(key: str) -> None:
     for policy, refused in (("rewind", True), ("observe", False), ("skip", False)):
         config = compose([f"stability.policy={policy}"])
-        saved = SimpleNamespace(trainer_state={"config": to_plain(config)})
-        found = [name for name, _, _ in differences(compose([f"stability.policy={policy}", f"{key}=7"]), saved, {})]
+        found = [name for name, _, _ in _refused(config, compose([f"stability.policy={policy}", f"{key}=7"]))]
         assert found == ([key] if refused else [])
 
 
@@ -271,8 +278,7 @@ def test_any_number_of_ranks_makes_the_same_micro_batches(small: list[str]) -> N
 
 def test_auto_precision_that_means_another_dtype_here_is_refused_and_its_name_is_not() -> None:
     def found(before: str, now: str, resolved: tuple[str, str]) -> list[tuple[str, Any, Any]]:
-        saved = SimpleNamespace(trainer_state={"config": to_plain(compose([f"engine.precision={before}"]))})
-        return differences(compose([f"engine.precision={now}"]), saved, {}, resolved)
+        return _refused(compose([f"engine.precision={before}"]), compose([f"engine.precision={now}"]), resolved)
 
     assert found("auto", "auto", ("bf16", "fp32")) == [("engine.precision", "bf16", "fp32")]
     assert found("auto", "auto", ("fp32", "fp32")) == []
