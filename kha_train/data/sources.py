@@ -25,7 +25,7 @@ from kha_train.errors import ConfigError, DataError
 
 TRAIN_SOURCE = "train"
 _ROWS_AT_ONCE = 1024
-_FEW_ROWS = 8
+_FEW_ROWS = 64
 """Of the validation set, when a label is looked for."""
 Rows = ConcatRows | BestFitRows
 
@@ -193,8 +193,8 @@ def open_validation(config: RunConfig) -> tuple[Rows, int]:
 
 
 def _few_by_few(numbers: np.ndarray) -> list[np.ndarray]:
-    """Row numbers in parts: the first few rows mostly answer what is asked of all."""
-    return np.split(numbers, range(_FEW_ROWS, len(numbers), _FEW_ROWS))
+    """Row numbers in parts, the first one alone: it mostly answers what is asked of all."""
+    return np.split(numbers, range(1, len(numbers), _FEW_ROWS))
 
 
 def _labels(rows: Rows, numbers: np.ndarray) -> np.ndarray:
