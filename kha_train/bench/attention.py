@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kha_train.bench.protocol import Clock, Ratio, Timing, compare, environment, interleave, timing, told
+from kha_train.bench.protocol import Clock, Ratio, Timing, compare, environment, interleave, plain, shown, timing, told
 from kha_train.config.compose import compose
 from kha_train.config.interaction_options import KERNEL_WIDTHS
 from kha_train.config.schema import RunConfig
@@ -98,9 +98,7 @@ def format_measured(found: Measured) -> str:
     ]
     for name, taken in found.seconds.items():
         ratio = found.against_gqa[name]
-        lines.append(
-            f"  {name:<18} {1000 * taken.seconds:9.2f} ms  {ratio.ratio:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
-        )
+        lines.append(f"  {name:<18} {1000 * taken.seconds:9.2f} ms  {shown(plain(ratio), found.blocks)}")
     return "\n".join(lines)
 
 

@@ -152,11 +152,11 @@ def _steps(stage: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _row(stage: str, arm: str, figures: dict[str, Any]) -> str:
-    ratio, memory = figures["against_base"], figures["peak_gib"]
+    memory, blocks = figures["peak_gib"], len(figures.get("block_seconds", ()))
     ways = " | ".join(f"{100 * figures[name]:.1f} %" for name in ("mfu", "mfu_documents", "mfu_palm"))
     return (
-        f"| {stage} | `{arm}` | {1000 * figures['seconds']:.1f} | {ratio['ratio']:.4f} [{ratio['low']:.4f}, "
-        f"{ratio['high']:.4f}] | {figures['tokens_per_second']:,.0f} | {ways} | "
+        f"| {stage} | `{arm}` | {1000 * figures['seconds']:.1f} | "
+        f"{protocol.shown(figures['against_base'], blocks, digits=4)} | {figures['tokens_per_second']:,.0f} | {ways} | "
         f"{'' if memory is None else f'{memory:.1f}'} |"
     )
 

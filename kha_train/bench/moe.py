@@ -285,8 +285,8 @@ def format_measured(found: dict[str, Any]) -> str:
         for name, arm in figures["arms"].items():
             ratio = arm["against_base"]
             lines.append(
-                f"  {name:<24} {1000 * arm['seconds']:9.2f} ms  {ratio['ratio']:.3f} [{ratio['low']:.3f}, "
-                f"{ratio['high']:.3f}]  {arm['flops_per_second'] / 1e12:7.3f} TF/s, "
+                f"  {name:<24} {1000 * arm['seconds']:9.2f} ms  {protocol.shown(ratio, how['blocks'])}  "
+                f"{arm['flops_per_second'] / 1e12:7.3f} TF/s, "
                 f"{arm['kept_bytes_per_token'] / 1024:7.1f} KiB kept a token"
             )
     lines += [f"  {name:<24} not measured: {reason}" for name, reason in found["missing"].items()]

@@ -57,8 +57,7 @@ def format_thresholds(found: dict[str, dict[str, Score]]) -> str:
     """A Markdown table, a threshold a row; false alarms with 95 % Poisson intervals."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for rule, scores in found.items():
-        rates = [scores[group].false_per_unit() for group in ("reference", "mixed", "student")]
-        cells = [f"{100 * scores[group].recall:.1f} %" for group in ("early", "reference")]
-        cells += [f"{value:.1f} ({low:.1f} to {high:.1f})" for value, low, high in rates]
+        cells = [scores[group].in_text()[0] for group in ("early", "reference")]
+        cells += [scores[group].in_text()[1] for group in ("reference", "mixed", "student")]
         lines.append(f"| {rule} | {' | '.join(cells)} |")
     return "\n".join(lines)

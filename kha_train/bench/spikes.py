@@ -19,7 +19,7 @@ from typing import Any
 from kha_train.stability.events import OPEN_Z, EventDetector, Observation
 from kha_train.stability.monitor import Monitor
 from kha_train.stability.scores import SignalScores
-from kha_train.stability.statistics import poisson_interval
+from kha_train.stability.statistics import rate
 from kha_train.stability.window import Window, usable
 
 FOUND_WITHIN = 6
@@ -270,10 +270,15 @@ class Score:
         return sum(hits for hits, _ in self.found.values()) / planted if planted else math.nan
 
     def false_per_unit(self) -> tuple[float, float, float]:
-        """False alarms per 50,000 clean steps, and the 95 % Poisson interval."""
-        scale = CLEAN_UNIT / max(self.clean_steps, 1)
-        low, high = poisson_interval(self.false_alarms)
-        return self.false_alarms * scale, low * scale, high * scale
+        """False alarms per 50,000 clean steps, and the 95 % Poisson interval; all nan without a clean step."""
+        found = rate(self.false_alarms, self.clean_steps / CLEAN_UNIT)
+        return found["value"], found["low"], found["high"]
+
+    def in_text(self) -> tuple[str, str]:
+        """Recall and false alarms; a dash where nothing was planted, or no step was clean."""
+        value, low, high = self.false_per_unit()
+        recall = "-" if math.isnan(self.recall) else f"{100 * self.recall:.1f} %"
+        return recall, "-" if math.isnan(value) else f"{value:.1f} ({low:.1f} to {high:.1f})"
 
     def add(self, curve: Curve, alarms: list[int]) -> None:
         """Count what `alarms` (steps) found in `curve`, and what they made up."""
@@ -321,10 +326,8 @@ def format_table(scores: dict[str, Score]) -> str:
     ]
     for name, score in scores.items():
         cells = [f"{hits} of {total}" for hits, total in (score.found[kind] for kind in kinds)]
-        value, low, high = score.false_per_unit()
-        lines.append(
-            f"| {name} | {100 * score.recall:.1f} % | {' | '.join(cells)} | {value:.1f} ({low:.1f} to {high:.1f}) |"
-        )
+        recall, false_alarms = score.in_text()
+        lines.append(f"| {name} | {recall} | {' | '.join(cells)} | {false_alarms} |")
     return "\n".join(lines)
 
 

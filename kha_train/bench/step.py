@@ -260,8 +260,8 @@ def format_measured(found: dict[str, Any]) -> str:
         held = "" if memory is None else f", peak {memory:.1f} GiB"
         taken = f" (experts: {arm['experts']})" if "experts" in arm else f" ({arm['backend']})"
         lines.append(
-            f"  {name:<28} {1000 * arm['seconds']:9.1f} ms  {ratio['ratio']:.3f} [{ratio['low']:.3f}, "
-            f"{ratio['high']:.3f}]  {arm['tokens_per_second']:,.0f} tokens/s, MFU {100 * arm['mfu']:.1f} % "
+            f"  {name:<28} {1000 * arm['seconds']:9.1f} ms  {protocol.shown(ratio, how['blocks'])}  "
+            f"{arm['tokens_per_second']:,.0f} tokens/s, MFU {100 * arm['mfu']:.1f} % "
             f"(by documents {100 * arm['mfu_documents']:.1f} %, PaLM's {100 * arm['mfu_palm']:.1f} %){held}{taken}"
         )
     return "\n".join(lines)

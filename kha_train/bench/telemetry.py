@@ -20,7 +20,7 @@ from typing import Any
 
 from data_tools.synthetic import write_dataset
 from kha_train import distributed
-from kha_train.bench.protocol import Clock, Ratio, compare, environment, interleave, told
+from kha_train.bench.protocol import Clock, Ratio, compare, environment, interleave, plain, shown, told
 from kha_train.bench.spikes import clean_curve
 from kha_train.config.compose import compose
 from kha_train.stability.events import Observation
@@ -51,6 +51,7 @@ class Measured:
     watched: Ratio
     probed: Ratio
     about: dict[str, Any]
+    blocks: int
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -119,16 +120,12 @@ def measure(overrides: Sequence[str], blocks: int, clock: Clock = "wall") -> Mea
     pairs = zip(seconds["probed"], seconds["bare"], strict=True)
     probe = statistics.median(probed - bare for probed, bare in pairs)
     share = (judge + line + report + (probe / every if every else 0.0)) / step
-    ratios = {name: compare(seconds[name], seconds["bare"]) for name in ("watched", "probed")}
-    return Measured(step, judge, line, report, probe, every, clock, share, ratios["watched"], ratios["probed"], about)
+    watched, probed = (compare(seconds[name], seconds["bare"]) for name in ("watched", "probed"))
+    return Measured(step, judge, line, report, probe, every, clock, share, watched, probed, about, blocks)
 
 
 def format_measured(found: Measured) -> str:
     """The figures and how they came about."""
-
-    def interval(ratio: Ratio) -> str:
-        return f"{ratio.ratio:.4f} ({ratio.low:.4f} to {ratio.high:.4f})"
-
     parts = {
         "judge (detectors, policy)": found.judge_seconds,
         "metrics line (balance among it)": found.line_seconds,
@@ -138,6 +135,6 @@ def format_measured(found: Measured) -> str:
     lines = [f"{told(found.about)}; {found.clock} time, medians over blocks of one step", ""]
     lines += [f"  {name:<32} {1e6 * seconds:9.0f} us a step" for name, seconds in parts.items()]
     lines.append(f"  together {100 * found.share:.3f} % of a bare step of {found.step_seconds:.3f} s")
-    watched, probed = interval(found.watched), interval(found.probed)
+    watched, probed = (shown(plain(ratio), found.blocks, digits=4) for ratio in (found.watched, found.probed))
     lines.append(f"  time of a watched step over a bare one {watched}, of a probed one {probed} (95 %)")
     return "\n".join(lines)

@@ -63,7 +63,7 @@ def format_measured(found: dict[str, Any]) -> str:
         ratio = arm["against_base"]
         lines.append(
             f"  {name:<12} {arm['seconds']:7.2f} s  {arm['bytes_per_second'] / 1e6:6.2f} MB/s  "
-            f"{arm['tokens_per_second']:,.0f} tokens/s  {ratio['ratio']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+            f"{arm['tokens_per_second']:,.0f} tokens/s  {protocol.shown(ratio, found['protocol']['blocks'])}"
         )
     return "\n".join(lines)
 

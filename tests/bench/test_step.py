@@ -50,7 +50,20 @@ def test_a_ratio_is_taken_within_each_block_and_its_interval_holds_it():
     found = protocol.compare(list(drift * noise), list(drift))
     assert found.low <= found.ratio <= found.high and found.high - found.low < 0.01
     assert abs(found.ratio - 1.02) < 0.004
-    assert protocol.compare([2.0] * 5, [1.0] * 5) == protocol.Ratio(2.0, 2.0, 2.0)
+    assert protocol.compare([2.0] * 6, [1.0] * 6) == protocol.Ratio(2.0, 2.0, 2.0)
+
+
+def test_a_ratio_of_few_blocks_has_no_interval():
+    found = protocol.compare([2.0, 3.0, 4.0, 5.0, 6.0], [1.0] * 5)
+    assert found == protocol.Ratio(4.0, None, None)
+    assert protocol.shown(protocol.plain(found), 5) == "4.000 (no interval: 5 blocks, 6 needed)"
+    assert protocol.compare([3.0], [3.0]) == protocol.Ratio(1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(("blocks", "low", "high"), [(6, 1, 6), (8, 1, 8), (9, 2, 8), (20, 6, 15), (50, 18, 33)])
+def test_the_interval_of_a_median_ratio_is_that_of_the_tables_of_the_sign_test(blocks, low, high):
+    found = protocol.compare([float(number) for number in range(1, blocks + 1)], [1.0] * blocks)
+    assert (found.low, found.high) == (low, high)
 
 
 def test_the_command_tells_every_arm_with_versions_protocol_and_both_kinds_of_mfu():
