@@ -18,7 +18,7 @@ from kha_train.analysis.sameness import (
     notes,
     unknown_settings,
 )
-from kha_train.analysis.statistics import Interval, SeedInterval, block_bootstrap, over_seeds
+from kha_train.analysis.statistics import Interval, SeedInterval, StepMean, mean_of_steps, over_seeds
 from kha_train.analysis.summary import HONESTY, RESULTS, TOLD, UNKNOWN_FIGURE, Quantity, Summary, printed, summarise
 from kha_train.analysis.validation_sets import marks, set_difference, sets_sentence
 from kha_train.record.jsonl import words
@@ -31,8 +31,8 @@ OF_A_VALIDATION_SET = ("validation_loss", "bits_per_byte")
 class Pair:
     """Train loss of `other` - `reference` at equal steps over the last half of the steps both have (nats per token).
 
-    `interval` is None when fewer than 10 steps are finite in both, or when the two are known to have read different
-    data: losses of different tokens are no pair. `same_data` says whether the two read the same tokens at every common
+    `difference` is None when no step is finite in both, or when the two are known to have read different data: losses
+    of different tokens are no pair. `same_data` says whether the two read the same tokens at every common
     step, `data_words` why that is known or not, `different_from` the first step of which they are known not to have.
     `confounders` are settings beside the variant in which the two differ at the same step: budget, schedule,
     initialisation, policy; any of them may be what is seen. `unknown` names steps whose settings were not recorded,
@@ -45,7 +45,7 @@ class Pair:
     other: int
     first_step: int
     last_step: int
-    interval: Interval | None
+    difference: StepMean | None
     same_seed: bool
     same_data: bool
     data_words: str
@@ -55,6 +55,11 @@ class Pair:
     unknown: tuple[str, ...]
     validation: str
     notes: tuple[str, ...]
+
+    @property
+    def interval(self) -> Interval | None:
+        """The interval of the difference, where there are enough blocks of steps for one."""
+        return self.difference.interval if self.difference else None
 
     @property
     def caveats(self) -> tuple[str, ...]:
@@ -108,17 +113,22 @@ class Comparison:
         """The result of a pair in one line, with what it is worth."""
         names = f"{self.runs[pair.other].label} - {self.runs[pair.reference].label}"
         warned = "".join(f"; NOT A FAIR PAIR: {caveat}" for caveat in pair.caveats)
-        if pair.interval is None:
-            return f"{names}: {no_difference(pair)}{warned}; {self.evidence}"
-        found = f"{pair.interval.mean:+.4f} [{pair.interval.low:+.4f}, {pair.interval.high:+.4f}] nats per token"
-        return f"{names}: {found} over steps {pair.first_step}-{pair.last_step}{warned}; {self.evidence}"
+        difference, interval, steps = pair.difference, pair.interval, f"steps {pair.first_step}-{pair.last_step}"
+        if difference is None:
+            said = no_difference(pair)
+        elif interval is None:
+            said = f"no claim from {steps} (mean {difference.mean:+.4f} nats per token; {difference.no_interval})"
+        else:
+            said = f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}] nats per token over {steps}"
+        return f"{names}: {said}{warned}; {self.evidence}"
 
     @staticmethod
     def seeds_sentence(found: AcrossSeeds) -> str:
         """What all seeds together say of a variant, in one line."""
-        names = f"{found.variant} - {found.reference} over {len(found.differences)} seeds"
+        count = len(found.differences)
+        names = f"{found.variant} - {found.reference} over {count} seed{'s' * (count != 1)}"
         if found.interval is None:
-            return f"{names}: no interval"
+            return f"{names}: no interval: {count} seed{'s' * (count != 1)}, 2 needed"
         interval = found.interval
         return f"{names}: {interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}] nats per token (Student)"
 
@@ -131,10 +141,21 @@ class Comparison:
             for run, summary, mark in zip(self.runs, self.summaries, self.validation_marks, strict=True)
         ]
         differences = {key: list(values) for key, values in self.differences.items()}
-        pairs = [asdict(pair) | {"caveats": list(pair.caveats), "sentence": self.sentence(pair)} for pair in self.pairs]
+        pairs = [self._pair_to_dict(pair) for pair in self.pairs]
         seeds = [asdict(found) | {"sentence": self.seeds_sentence(found)} for found in self.across_seeds]
         answer = {"runs": runs, "config_differences": differences, "pairs": pairs, "across_seeds": seeds}
         return words(answer | {"evidence": self.evidence, "validation_sets": self.validation_words})
+
+    def _pair_to_dict(self, pair: Pair) -> dict[str, Any]:
+        """`interval` is null where there are too few blocks for one, and `no_interval` says so."""
+        found = pair.difference
+        return asdict(pair) | {
+            "difference": asdict(replace(found, interval=None)) if found else None,
+            "interval": asdict(pair.interval) if pair.interval else None,
+            "no_interval": found.no_interval if found else no_difference(pair),
+            "caveats": list(pair.caveats),
+            "sentence": self.sentence(pair),
+        }
 
 
 def compare_runs(run_dirs: list[Path], read: Callable[[Path], RunData] = load_run) -> Comparison:
@@ -194,9 +215,9 @@ def across_seeds(runs: tuple[RunData, ...], pairs: tuple[Pair, ...]) -> tuple[Ac
     """For every variant but the reference's, the differences of its fair pairs, the first of each seed."""
     found: dict[str, dict[Any, float]] = {}
     for pair in pairs:
-        if pair.interval is not None and not pair.caveats:
+        if pair.difference is not None and not pair.caveats:
             other = runs[pair.other]
-            found.setdefault(other.variant, {}).setdefault(other.seed, pair.interval.mean)
+            found.setdefault(other.variant, {}).setdefault(other.seed, pair.difference.mean)
     return tuple(
         AcrossSeeds(variant, runs[0].variant, tuple(by_seed.values()), over_seeds(list(by_seed.values())))
         for variant, by_seed in found.items()
@@ -249,7 +270,7 @@ def honesty_rows(comparison: Comparison) -> list[tuple[Quantity, list[str]]]:
 
 
 def no_difference(pair: Pair) -> str:
-    """Why a pair has no interval, in words."""
+    """Why a pair has no difference, in words."""
     if pair.different_from is not None:
         return f"no paired difference, for they read different data from step {pair.different_from} on"
     return "too few common steps for a difference"
@@ -268,7 +289,7 @@ def _pair(runs: tuple[RunData, ...], reference: int, other: int) -> Pair:
         other,
         first_step=int(steps[half]) if len(steps) else 0,
         last_step=int(steps[-1]) if len(steps) else 0,
-        interval=None if different else block_bootstrap(late[np.isfinite(late)]),
+        difference=None if different else mean_of_steps(late[np.isfinite(late)]),
         same_seed=one.seed == two.seed,
         same_data=same_data,
         data_words=words,

@@ -123,17 +123,26 @@ def _results(comparison: Comparison) -> Iterable[str]:
     for pair in comparison.pairs:
         reference, other = comparison.runs[pair.reference].label, comparison.runs[pair.other].label
         names = f"{escape(other)} &minus; {escape(reference)}"
-        if pair.interval is None:
+        if pair.difference is None:
             yield f'<div class="result">{names}: {escape(no_difference(pair))}{_caveats(pair)}</div>'
             continue
+        over = f"{pair.first_step} to {pair.last_step} (the last half of the common steps, "
+        over += f"{pair.difference.count} finite pairs)"
         found = pair.interval
+        if found is None:
+            yield (
+                f'<div class="result">{names}: no claim<p class="soft">The difference of train loss at equal steps is '
+                f"{pair.difference.mean:+.4f} nats per token, mean over steps {over}; {pair.difference.no_interval}. "
+                f"A block has {pair.difference.block} steps, as their autocorrelation asks.</p>{_caveats(pair)}</div>"
+            )
+            continue
         yield (
             f'<div class="result">{names}<br><b>{found.mean:+.4f}</b> nats per token '
             f'<span class="soft">95 % interval {found.low:+.4f} to {found.high:+.4f}</span>'
-            f'<p class="soft">Difference of train loss at equal steps, mean over steps {pair.first_step} to '
-            f"{pair.last_step} (the last half of the common steps, {found.count} finite pairs). Below zero: "
-            f"{escape(other)} is better. Interval: moving-block bootstrap, block {found.block}, 2,000 resamples; it "
-            f"holds for this seed and this order of data only.</p>"
+            f'<p class="soft">Difference of train loss at equal steps, mean over steps {over}. Below zero: '
+            f"{escape(other)} has the lower loss. Interval: Student's t over {found.count // found.block} blocks of "
+            f"{found.block} steps, a length that follows their autocorrelation; it holds for this seed and this order "
+            f"of data only.</p>"
             f"{_caveats(pair)}</div>"
         )
 
@@ -194,8 +203,8 @@ def _difference_figure(comparison: Comparison) -> Iterable[str]:
         yield "<h2>Paired difference of train loss</h2>"
         yield _figure(
             figures.draw("difference", curves, x_label="optimiser step", y_label="nats per token", bands=bands),
-            "Loss of the coloured run minus loss of its reference at the same step; below zero the coloured run is "
-            "better. Dashed with a band: the mean over the last half and its 95 % interval.",
+            "Loss of the coloured run minus loss of its reference at the same step; below zero the coloured run has "
+            "the lower loss. Dashed with a band, where there is an interval: the mean over the last half and its 95 %.",
         )
 
 

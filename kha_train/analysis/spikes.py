@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from kha_train.analysis.curve_columns import READ
 from kha_train.analysis.curve_files import read_curve_file
 from kha_train.analysis.history import phase_steps
+from kha_train.analysis.statistics import pooled_rate
 from kha_train.errors import ConfigError
 from kha_train.record import read_discarded, read_events, read_metrics, read_run
 from kha_train.record.actions import UNDONE, count_actions
@@ -22,7 +23,7 @@ from kha_train.record.labels import distinct
 from kha_train.record.rewind import METRICS_FILE
 from kha_train.stability.events import Observation, SpikeEvent
 from kha_train.stability.monitor import Monitor
-from kha_train.stability.statistics import BILLION, reported_rate, shared_events, summarise, tail_gap
+from kha_train.stability.statistics import BILLION, shared_events, summarise, tail_gap
 
 SCORES = "spike/olmo"
 SCORE_NAMES = tuple(f"{SCORES}_{name}" for name in (
@@ -84,18 +85,20 @@ class LossCurve:
 
 class Found(NamedTuple):
     """What the monitor found in a curve: its `events`, one that is open at its end included, the steps at which the
-    divergence guard fired, and the metrics of the last step."""
+    divergence guard fired, the metrics of the last step, and of how many steps it could say whether they are normal."""
 
     events: list[SpikeEvent]
     diverged_at: list[int]
     metrics: dict[str, float | None]
+    judged: int = 0
 
 
 @dataclass(frozen=True)
 class SpikeReport:
     """The score of a curve. `rewound` are events in lines that a rewind undid; they count unless told otherwise.
     `scores` are the published rules' percentages at the end of the curve, None where it was too short to be judged;
-    `steps` and `tokens` of the `summary` are the exposure of its rates."""
+    `steps` and `tokens` of the `summary` are the exposure of its rates. `judged`: the curve was long enough for the
+    detector to judge a step, or it has an event. Where it was not, its rates are None."""
 
     curve: LossCurve
     events: tuple[SpikeEvent, ...]
@@ -103,6 +106,7 @@ class SpikeReport:
     scores: dict[str, float | None]
     summary: dict[str, Any]
     actions: dict[str, int]
+    judged: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; non-finite numbers become words in JSON."""
@@ -171,6 +175,10 @@ def score_curve(curve: LossCurve, include_rewound: bool = True, diverged: bool =
         undone_steps=[step for step, _ in {(p.step, p.samples_first) for group in undone for p in group} - survived],
         diverged=diverged or bool(found.diverged_at or rewound.diverged_at) or _ended_diverged(curve.run_dir),
     )
+    judged = bool(found.judged or found.events or rewound.events)
+    if not judged:
+        unknown = {name: dict.fromkeys(rate) for name, rate in summary["rates"].items()}
+        summary |= {"steps_in_spike_frac": None, "rates": unknown}
     return SpikeReport(
         curve=curve,
         events=tuple(found.events),
@@ -178,6 +186,7 @@ def score_curve(curve: LossCurve, include_rewound: bool = True, diverged: bool =
         scores={name: value for name, value in found.metrics.items() if name.startswith(SCORES)},
         summary=summary,
         actions=count_actions(curve.run_dir),
+        judged=judged,
     )
 
 
@@ -188,7 +197,7 @@ def find_events(points: Sequence[Observation], planned: frozenset[int]) -> Found
         verdict = monitor.update(point, planned_change=point.step in planned)
         found.events.extend([verdict.closed] if verdict.closed else [])
         found.diverged_at.extend([point.step] if verdict.diverged else [])
-        found = found._replace(metrics=verdict.metrics)
+        found = found._replace(metrics=verdict.metrics, judged=found.judged + ("spike/z" in verdict.metrics))
     found.events.extend([monitor.events.event] if monitor.events.event else [])
     return found._replace(metrics=found.metrics | dict.fromkeys(_not_judged(monitor)))
 
@@ -230,11 +239,9 @@ def across_runs(reports: Sequence[SpikeReport], reference: SpikeReport | None = 
             **totals,
             "diverged": any(report.summary["diverged"] for report in reports),
             "diverged_runs": [report.curve.label for report in reports if report.summary["diverged"]],
-            "per_1k_steps": reported_rate(totals["spikes"], totals["steps"] / 1000),
+            "per_1k_steps": _pooled([report for report in reports if report.judged], "steps", 1000),
             "runs_with_tokens": len(with_tokens),
-            "per_billion_tokens": reported_rate(
-                sum(report.summary["spikes"] for report in with_tokens), totals["tokens"] / BILLION
-            ),
+            "per_billion_tokens": _pooled([report for report in with_tokens if report.judged], "tokens", BILLION),
         },
         "shared_by": _shared_by(reports),
         "shared": {
@@ -247,6 +254,12 @@ def across_runs(reports: Sequence[SpikeReport], reference: SpikeReport | None = 
         "reference": reference.curve.label,
         "tail_gap": gaps,
     }
+
+
+def _pooled(reports: Sequence[SpikeReport], exposure: str, unit: float) -> dict[str, float | None]:
+    """The spikes of all `reports` per `unit` of the `exposure` in their summaries."""
+    counts, exposures = ([report.summary[name] for report in reports] for name in ("spikes", exposure))
+    return pooled_rate(counts, [steps / unit for steps in exposures])
 
 
 def evidence_of(report: SpikeReport, number: int) -> tuple[SpikeEvent, dict[str, Any]]:
@@ -300,7 +313,8 @@ def _gap(curve: LossCurve, reference: LossCurve) -> dict[str, Any]:
     """The tail gap `at` equal tokens, or at equal steps where one of the two does not know its tokens."""
     at = "tokens" if curve.has_tokens and reference.has_tokens else "step"
     one, other = ([(getattr(point, at), point.loss) for point in each.points] for each in (curve, reference))
-    return {**tail_gap(one, other), "at": at}
+    found = tail_gap(one, other)
+    return {**found, "gap": found["gap"] if found["points"] else None, "at": at}
 
 
 def _shared_by(reports: Sequence[SpikeReport]) -> str:

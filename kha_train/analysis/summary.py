@@ -115,7 +115,7 @@ def summarise(run: RunData, diverged: bool = False) -> Summary:
         "missing": float(run.steps[-1] - len(run.lines)),
         "skipped": float(np.nansum(run.column("train/skipped"))),
         "nonfinite": float(sum("train/loss" in line and not np.isfinite(line["train/loss"]) for line in run.lines)),
-        "spikes": float(stability.summary["spikes"]),
+        "spikes": float(stability.summary["spikes"]) if stability.judged else None,
         "diverged": stability.summary["diverged"],
         "unrecovered": float(stability.summary["unrecovered_total"]),
         "open": float(stability.summary["open_total"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -121,7 +122,7 @@ def _print_event(answer: dict[str, Any], console: Console) -> None:
     table = Table(*(AROUND_COLUMNS[name] for name in names), title="around its beginning", title_justify="left")
     for line in answer["around"]:
         style = "bold" if line["step"] == event["start_step"] else ""
-        table.add_row(*(_short(line.get(name, "")) for name in names), style=style)
+        table.add_row(*(_recorded(line.get(name, "")) for name in names), style=style)
     console.print(table)
     if answer["opened"]:
         _print_evidence(answer["opened"]["evidence"], console)
@@ -205,8 +206,13 @@ def _interval(value: dict[str, float | None]) -> str:
     return f"{_short(value['value'])} (95 % {_short(value['low'])} to {_short(value['high'])})"
 
 
+def _recorded(value: Any) -> str:
+    """What a line of the record holds: a loss may have been nan."""
+    return "nan" if isinstance(value, float) and math.isnan(value) else _short(value)
+
+
 def _short(value: Any) -> str:
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from kha_train.analysis.compare import compare_runs, data_proof, loss_difference, partners
 from kha_train.analysis.figures import MAX_POINTS, thin
 from kha_train.analysis.report import report_html
-from kha_train.analysis.statistics import block_bootstrap, exponential_average
+from kha_train.analysis.statistics import MIN_BLOCKS
 from kha_train.cli.compare import compare
 from kha_train.errors import ConfigError
 from kha_train.record import Record
@@ -205,8 +205,9 @@ def test_nan_losses_are_counted_and_kept_out_of_every_mean(tmp_path: Path) -> No
     assert comparison.summaries[1].results["final_loss"] == pytest.approx(sum(losses[37:]) / 3)
     steps, difference = loss_difference(*comparison.runs)
     assert list(steps[np.isnan(difference)]) == [36, 37]
-    assert comparison.pairs[0].interval is not None
-    assert comparison.pairs[0].interval.count == 18
+    (pair,) = comparison.pairs
+    assert pair.difference is not None and pair.difference.count == 18
+    assert pair.difference.mean == pytest.approx(0.0)
     json.dumps(comparison.to_dict(), allow_nan=False)
 
 
@@ -214,7 +215,7 @@ def test_a_run_that_never_was_finite_is_reported_without_an_end(tmp_path: Path) 
     nothing = make_run(tmp_path / "b", [math.nan] * 30, variant="kha_mlp", validate=False)
     comparison = compare_runs([make_run(tmp_path / "a", falling(30)), nothing])
     assert comparison.summaries[1].results["final_loss"] is None
-    assert comparison.pairs[0].interval is None
+    assert comparison.pairs[0].difference is None and comparison.pairs[0].interval is None
     assert "too few common steps" in comparison.sentence(comparison.pairs[0])
     assert "<svg" in report_html(comparison)
 
@@ -299,61 +300,6 @@ def test_runs_of_one_name_are_told_apart_by_their_directory(tmp_path: Path) -> N
     assert len({run.label for run in comparison.runs}) == 2
 
 
-@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.floats(0.0, 0.99))
-def test_the_exponential_average_is_its_recursion(values: list[float], decay: float) -> None:
-    total = weight = 0.0
-    expected = []
-    for value in values:
-        total, weight = decay * total + value, decay * weight + 1
-        expected.append(total / weight)
-    np.testing.assert_allclose(exponential_average(np.array(values), decay), expected, atol=1e-12)
-
-
-def test_the_exponential_average_repeats_itself_over_a_gap() -> None:
-    average = exponential_average(np.array([math.nan, 1.0, math.nan, math.inf, 3.0]), 0.5)
-    np.testing.assert_allclose(average, [math.nan, 1.0, 1.0, 1.0, (0.5 + 3.0) / 1.5])
-
-
-def test_the_block_bootstrap_agrees_with_resampling_by_index() -> None:
-    values = np.random.default_rng(3).normal(size=203).cumsum() * 0.1
-    found = block_bootstrap(values)
-    assert found is not None
-    assert found.block == 20
-    generator = np.random.default_rng(11)
-    means = []
-    for _ in range(4000):
-        starts = generator.integers(0, len(values) - 20 + 1, size=11)
-        means.append(np.concatenate([values[start : start + 20] for start in starts]).mean())
-    low, high = np.percentile(means, [2.5, 97.5])
-    width = high - low
-    assert found.mean == pytest.approx(values.mean())
-    assert found.low == pytest.approx(low, abs=0.08 * width)
-    assert found.high == pytest.approx(high, abs=0.08 * width)
-
-
-def test_the_interval_covers_the_truth_of_correlated_steps_where_a_naive_one_does_not() -> None:
-    generator = np.random.default_rng(5)
-    covered = naive = 0
-    for _ in range(200):
-        noise = generator.normal(size=1000)
-        values = np.empty(1000)
-        values[0] = noise[0]
-        for index in range(1, 1000):
-            values[index] = 0.8 * values[index - 1] + 0.6 * noise[index]
-        found = block_bootstrap(values)
-        assert found is not None
-        covered += found.low <= 0 <= found.high
-        naive += abs(values.mean()) <= 1.96 * values.std() / math.sqrt(1000)
-    # Over 1,000 such curves 92 % and 49 % were covered; the bounds are four standard errors of 200 away.
-    assert covered > 170
-    assert naive < 128
-
-
-def test_too_few_values_have_no_interval() -> None:
-    assert block_bootstrap(np.zeros(9)) is None
-    assert block_bootstrap(np.zeros(10)) is not None
-
-
 @given(st.integers(1, 6000), st.integers(0, 100))
 def test_thinning_a_curve_keeps_its_extremes_and_its_order(count: int, seed: int) -> None:
     values = np.random.default_rng(seed).normal(size=count)
@@ -430,6 +376,57 @@ def test_the_command_prints_the_table_and_writes_the_report(tmp_path: Path, caps
     answer = json.loads(capsys.readouterr().out)
     assert answer["pairs"][0]["interval"]["mean"] == pytest.approx(-0.1)
     assert [run["label"] for run in answer["runs"]] == ["gqa-s0", "kha_mlp-s0"]
+
+
+@pytest.mark.parametrize(("steps", "blocks"), [(2, "1 block"), (20, "10 blocks")])
+def test_a_short_pair_has_a_mean_and_no_interval_and_nothing_is_claimed_of_it(
+    steps: int, blocks: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [
+        make_run(tmp_path / "a", falling(steps)),
+        make_run(tmp_path / "b", falling(steps, -1.0), variant="kha_mlp"),
+    ]
+    compare(paths, tmp_path / "out", as_json=True)
+    (pair,) = json.loads(capsys.readouterr().out)["pairs"]
+    words = f"no interval: {blocks}, {MIN_BLOCKS} needed"
+    assert pair["interval"] is None and pair["no_interval"] == words
+    assert pair["difference"]["mean"] == pytest.approx(-1.0)
+    compare(paths, tmp_path / "out")
+    shown = " ".join(capsys.readouterr().out.split())
+    page = (tmp_path / "out" / "index.html").read_text()
+    for text in (shown, pair["sentence"], page):
+        assert "no claim" in text and words in text and "-1.0000" in text
+        assert "95 % interval" not in text and "kha_mlp-s0 has the lower loss" not in text
+
+
+def test_a_pair_whose_difference_wanders_has_no_interval_however_many_its_steps(tmp_path: Path) -> None:
+    wandering = np.cumsum(np.random.default_rng(0).normal(scale=0.01, size=800))
+    base = falling(800)
+    paths = [make_run(tmp_path / "a", base), make_run(tmp_path / "b", list(base + wandering), variant="kha_mlp")]
+    comparison = compare_runs(paths)
+    (pair,) = comparison.pairs
+    assert pair.interval is None and pair.difference is not None and pair.difference.block > 20
+    assert "no claim" in comparison.sentence(pair) and f"{MIN_BLOCKS} needed" in report_html(comparison)
+
+
+def test_pairs_without_an_interval_count_for_the_interval_over_seeds(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / f"{name}{seed}", falling(8, offset * seed), variant=name, seed=seed)
+        for name, offset in (("gqa", 0.0), ("kha_mlp", 0.1))
+        for seed in (1, 2, 3)
+    ]
+    comparison = compare_runs(runs)
+    (found,) = comparison.across_seeds
+    assert found.differences == pytest.approx((0.1, 0.2, 0.3)) and found.interval is not None
+    assert all(pair.interval is None for pair in comparison.pairs)
+    alone = compare_runs([runs[0], runs[3]])
+    assert alone.seeds_sentence(alone.across_seeds[0]).endswith("over 1 seed: no interval: 1 seed, 2 needed")
+
+
+def test_a_run_too_short_for_the_detector_has_no_number_of_spikes(tmp_path: Path) -> None:
+    short, long = (make_run(tmp_path / str(steps), falling(steps)) for steps in (20, 200))
+    comparison = compare_runs([short, long])
+    assert [summary.honesty["spikes"] for summary in comparison.summaries] == [None, 0]
 
 
 def test_shares_of_different_peaks_are_not_compared(tmp_path: Path) -> None:

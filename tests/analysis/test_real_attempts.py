@@ -135,7 +135,7 @@ def test_what_both_runs_changed_at_the_same_step_is_a_note_and_no_caveat(
     twin = place.run("twin_resumed", "attention=kha_mlp", "optim.lr=0.02", "engine=zero2", CHANGED, data="other")
     _, answer = answered(resumed, twin)
     (pair,) = answer["pairs"]
-    assert pair["caveats"] == [] and pair["same_data"] and pair["interval"] is not None
+    assert pair["caveats"] == [] and pair["same_data"] and pair["difference"] is not None
     assert answer["evidence"] == "1 seed: not evidence"
     notes = " | ".join(pair["notes"])
     assert "both changed optim.lr to 0.02 from step 11 on" in notes

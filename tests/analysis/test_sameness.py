@@ -77,7 +77,7 @@ def test_a_setting_that_differs_for_some_steps_alone_is_named_with_them(tmp_path
     one = write_run(tmp_path / "a", Start(10), Start(15, ("optim.lr=0.5",)), Start(30))
     pair, _ = pair_of(one, write_run(tmp_path / "b", Start(30), variant="kha_mlp"))
     assert pair.confounders == ("optim.lr (0.5 and 0.001 at steps 11 to 15)",)
-    assert pair.same_data and pair.interval is not None
+    assert pair.same_data and pair.difference is not None
 
 
 def test_ranks_stage_and_versions_are_notes_of_a_fair_pair(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_an_old_run_that_was_started_once_is_known_from_its_config_yaml(tmp_path
 def test_the_earlier_starts_of_an_old_run_cannot_be_known(tmp_path: Path) -> None:
     one = write_run(tmp_path / "a", Start(10), Start(20), old=True)
     pair, comparison = pair_of(one, write_run(tmp_path / "b", Start(20), variant="kha_mlp"))
-    assert not pair.same_data and pair.different_from is None and pair.interval is not None
+    assert not pair.same_data and pair.different_from is None and pair.difference is not None
     name = comparison.runs[0].label
     told = f"the settings of {name} at steps 1 to 10 were not recorded"
     assert pair.caveats == ("not proven to have read the same data", told) and told in pair.data_words

@@ -172,6 +172,31 @@ def test_a_run_that_blows_up_has_its_height_area_and_share_and_has_diverged(kha:
     assert "diverged               yes" in said and "unrecovered_total      0" in said
 
 
+def test_of_a_curve_too_short_for_the_detector_no_rate_is_told(kha: Kha, tmp_path: Path) -> None:
+    """The detector judges from step 65 on: before, no spike is no finding, but a loss of nan is."""
+    short, long = (write_curve(tmp_path / f"{steps}.csv", [3.0] * steps) for steps in (64, 65))
+    broken = write_curve(tmp_path / "broken.csv", [3.0, math.nan, 3.0])
+    answers = {path: json.loads(kha(path, "--json")) for path in (short, long, broken)}
+    unknown = {"value": None, "low": None, "high": None}
+    assert set(map(str, answers[short]["rates"].values())) == {str(unknown)}
+    assert answers[short]["summary"]["steps_in_spike_frac"] is None
+    for judged in (long, broken):
+        assert answers[judged]["rates"]["per_1k_steps"]["value"] is not None
+        assert answers[judged]["summary"]["steps_in_spike_frac"] is not None
+    said = kha(short)
+    assert "per_1k_steps                 -" in said and "nan" not in said
+    pooled = json.loads(kha(short, long, "--json"))["pooled"]["per_1k_steps"]
+    assert pooled["high"] == pytest.approx(3.689 / 0.065, rel=1e-3), "the steps nobody judged are no exposure"
+
+
+def test_curves_without_a_common_step_have_no_tail_gap(kha: Kha, tmp_path: Path) -> None:
+    one = write_curve(tmp_path / "one.csv", [3.0] * 3)
+    other = write_curve(tmp_path / "other.csv", [math.nan] * 3)
+    gap = json.loads(kha(one, other, "--json"))["tail_gap"]["other.csv"]
+    assert gap == {"gap": None, "points": 0, "at": "step"}
+    assert "tail gap to one.csv - nats" in kha(one, other)
+
+
 HEALTHY = [3.0] * 150
 
 

@@ -63,10 +63,10 @@ def test_a_setting_changed_on_an_old_run_is_still_refused(old_runs: Path) -> Non
 def test_old_runs_compare_as_one_pair_of_the_same_data(old_runs: Path) -> None:
     comparison = compare_runs([old_runs / "gqa", old_runs / "kha_mlp"])
     (pair,) = comparison.pairs
-    assert pair.same_seed and pair.interval is not None
+    assert pair.same_seed and pair.difference is not None
     losses = [{line["step"]: line["train/loss"] for line in read_metrics(old_runs / run)} for run in ("gqa", "kha_mlp")]
     late = [losses[1][step] - losses[0][step] for step in range(pair.first_step, pair.last_step + 1)]
-    assert pair.interval.mean == pytest.approx(math.fsum(late) / len(late))
+    assert pair.difference.mean == pytest.approx(math.fsum(late) / len(late))
     assert pair.last_step == STOPPED
 
 
