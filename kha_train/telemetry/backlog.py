@@ -23,7 +23,7 @@ MAX_ROWS = 50_000
 """Rows sent again at most, the newest: what lies before them is in the record only."""
 NOT_MIRRORED = (
     "attempt_started", "attempt_ended", "lines_discarded", "lines_missing", "torn_line_removed", "weights_inherited",
-    "checkpoint_refused", "attention_backend_changed", "zclip",
+    "checkpoint_refused", "attention_backend_changed", "learning_rate_changed", "zclip",
 )  # fmt: skip
 """Kinds of events that are no marks in W&B."""
 _HEAD = re.compile(rb'"attempt": (\d+), "time": ([\d.e+]+)')

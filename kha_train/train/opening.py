@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from kha_train.checkpoint import layout
 from kha_train.checkpoint.loss import check_not_lost, lost_checkpoints
@@ -73,3 +74,13 @@ def find_own_checkpoint(run_dir: Path, world: World, report: Callable[[str], Non
             fix="restore a step directory (they are set aside as .corrupt), or choose another run.dir",
         )
     return checkpoint
+
+
+def headline(config: RunConfig, world_size: int, where: str, facts: dict[str, Any]) -> str:
+    """The line that a start prints: run, `where` it goes on, and what the record's `facts` say of model and machine."""
+    parameters = facts["parameters"]
+    return (
+        f"{config.run.name}: {where} of {config.run.steps} in {config.run.dir} | "
+        f"{parameters['total']:,} parameters, {parameters['active']:,} active | {world_size} x {facts['device']}, "
+        f"{facts['dtype']}, ZeRO {config.engine.zero_stage} | MFU of {facts['peak']}"
+    )

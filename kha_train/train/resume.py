@@ -24,6 +24,7 @@ from kha_train.model.moe.router import RUN_STATE
 from kha_train.record import Redactor, read_run
 from kha_train.record.redact import REDACTED
 from kha_train.train.progress import Progress, read_state
+from kha_train.train.rate_change import RateChange, check_rate, rate_change, ways
 
 
 def attention_backend(run_dir: Path) -> str:
@@ -71,23 +72,28 @@ def check_belongs(
     content_ids: dict[str, str],
     precisions: tuple[str, str] = ("", ""),
     *free: str,
-) -> None:
-    """Raises ResumeError, with a table of what differs, when `checkpoint` was made by another model, data or schedule.
+) -> RateChange | None:
+    """How the learning rate changes where the run goes on, None where it does not. Raises ResumeError, with a table of
+    what differs, when `checkpoint` was made by another model, data or schedule, and for a jump of the rate.
 
     `precisions` are what the last attempt and this one resolve `engine.precision` to, each "" where it is not known.
     A setting (or a whole section, or one of `content_ids`) named in `resume.allow_changes` or `free` may differ.
     Parameters of other names or shapes are refused whatever is allowed: the optimiser's state has no place for them.
     """
     differing = not_allowed(config, differences(config, checkpoint, content_ids, precisions), *free)
+    state = read_state(checkpoint, _row_may_change(config))
+    change = rate_change(config, state.config, state.progress.step)
     if differing:
+        names = [key for key, _, _ in differing]
         table = "\n".join(f"  {key:<40} {before!r:>24} -> {now!r}" for key, before, now in differing)
+        table += f"\n  {change}" if change else ""
         raise ResumeError(
             f"the checkpoint of step {checkpoint.step} belongs to another run:\n{table}\n ",
             field="run.dir",
             value=config.run.dir,
             fix="restore the old settings; or start a new run: another run.dir, with "
             f"run.init_from={checkpoint.path} to begin with these weights; or, where it does what you want, "
-            f"resume.allow_changes=[{','.join(key for key, _, _ in differing)}]",
+            + ways(config, change, names),
         )
     _, new, left_out = _compare_parameters(config, checkpoint)
     if new or left_out:
@@ -97,6 +103,8 @@ def check_belongs(
             value=config.run.dir,
             fix=f"start a new run: another run.dir, with run.init_from={checkpoint.path}",
         )
+    check_rate(config, change)
+    return change
 
 
 def not_allowed(config: RunConfig, changes: list[tuple[str, Any, Any]], *free: str) -> list[tuple[str, Any, Any]]:

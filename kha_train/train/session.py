@@ -40,9 +40,10 @@ from kha_train.train import resume
 from kha_train.train.ending import close_record, sum_up
 from kha_train.train.evaluate import Validation, evaluate
 from kha_train.train.failure import accept
-from kha_train.train.opening import NOT_FINISHED, find_own_checkpoint, finished_at, needs_no_checkpoint
+from kha_train.train.opening import NOT_FINISHED, find_own_checkpoint, finished_at, headline, needs_no_checkpoint
 from kha_train.train.probe import probe_metrics
 from kha_train.train.progress import Progress, restore_watch
+from kha_train.train.rate_change import tell_rate_change
 from kha_train.train.rewind import go_back, steps_to_keep
 from kha_train.train.saving import Saver
 from kha_train.train.step import Judge, StepResult
@@ -79,6 +80,7 @@ class Session:
         """Whether nothing is left to train: then no attempt begins."""
         self._resumed_from: tuple[int, ...] = ()
         self._inherited: resume.Inherited | None = None
+        self._rate_change: dict[str, float] = {}
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
@@ -267,7 +269,8 @@ class Session:
             if checkpoint:
                 precisions = resume.precision(self.run_dir), PRECISION_OF[str(self._dtype).removeprefix("torch.")]
                 free = ("run.steps",) if self.finished_at >= config.run.steps else ()
-                resume.check_belongs(config, checkpoint, self._content_ids, precisions, *free)
+                change = resume.check_belongs(config, checkpoint, self._content_ids, precisions, *free)
+                self._rate_change = tell_rate_change(change, world.is_main)
 
     def _build(self, checkpoint: Checkpoint | None) -> None:
         initial = self._initial(checkpoint)
@@ -364,14 +367,11 @@ class Session:
         if self._earlier_backend not in ("", self._backend):
             fields = {"before": self._earlier_backend, "now": self._backend}
             self.record.event("attention_backend_changed", self.progress.step, **fields)
-        for line in self._choices:
-            self.console.message(line)
+        if self._rate_change:
+            self.record.event("learning_rate_changed", self.progress.step, **self._rate_change)
         where = f"resumed after step {self.progress.step}" if resumed else "new run"
-        self.console.message(
-            f"{self.config.run.name}: {where} of {self.config.run.steps} in {self.run_dir} | "
-            f"{parameters.total:,} parameters, {parameters.active:,} active | {self.world.size} x {facts['device']}, "
-            f"{facts['dtype']}, ZeRO {self.config.engine.zero_stage} | MFU of {facts['peak']}"
-        )
+        for line in [*self._choices, headline(self.config, self.world.size, where, facts)]:
+            self.console.message(line)
 
     def _event(self, kind: str, step: int, **fields: Any) -> dict[str, Any]:
         return self._write(lambda: self.record.event(kind, step, **fields), {})

@@ -1,0 +1,121 @@
+"""What another schedule does to the learning rate of a run that is resumed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kha_train.config.build import build
+from kha_train.config.saved import completed
+from kha_train.config.schema import OptimSection, RunConfig
+from kha_train.errors import ConfigError, ResumeError
+from kha_train.optim import learning_rate
+
+LARGEST_JUMP = 1.5
+"""By this factor, up or down, the rate may change between two steps of a resumed run without being asked for."""
+SAME = 1e-5
+"""Rates that differ by less, relative to the larger, count as equal: an override holds six digits."""
+ACCEPTED_BY = ("optim", "optim.lr", "optim.schedule")
+"""What `resume.allow_changes` names when a jump of the rate is meant."""
+
+
+@dataclass(frozen=True)
+class RateChange:
+    """The learning rate `now` of `step`, the first after a resume, where the checkpoint's schedule `planned` another;
+    the step before had the rate `before`."""
+
+    step: int
+    before: float
+    planned: float
+    now: float
+
+    @property
+    def nearest(self) -> float:
+        """What the new rate is measured against: neither a rate that stays nor one that follows the plan jumps."""
+        return min(self.before, self.planned, key=lambda rate: _factor(rate, self.now))
+
+    @property
+    def is_jump(self) -> bool:
+        """Whether the rate changes by more than `LARGEST_JUMP`."""
+        return _factor(self.nearest, self.now) > LARGEST_JUMP
+
+    def __str__(self) -> str:
+        return (
+            f"the learning rate of step {self.step}: {self.now:.3g} now, "
+            f"{self.planned:.3g} by the checkpoint's schedule; step {self.step - 1} had {self.before:.3g}"
+        )
+
+
+def rate_change(config: RunConfig, saved: Mapping[str, Any], step: int) -> RateChange | None:
+    """How the rate changes when a run of the `saved` configuration goes on after `step` under `config`.
+
+    None where it does not change, no step is left, or the saved schedule is not one of this release.
+    """
+    following = step + 1
+    if following > config.run.steps:
+        return None
+    values = completed(saved)
+    try:
+        optim, steps = build(OptimSection, values.get("optim"), "optim"), int(values["run"]["steps"])
+        before, planned = (learning_rate(optim, min(number, steps), steps) for number in (step, following))
+    except (ConfigError, KeyError, TypeError, ArithmeticError):
+        return None
+    now = learning_rate(config.optim, following, config.run.steps)
+    return None if math.isclose(planned, now, rel_tol=SAME) else RateChange(following, before, planned, now)
+
+
+def check_rate(config: RunConfig, change: RateChange | None) -> None:
+    """Raises ResumeError for a jump of the rate that `resume.allow_changes` does not ask for."""
+    names = config.resume.allow_changes
+    if change and change.is_jump and not any(name in ACCEPTED_BY for name in names):
+        raise ResumeError(
+            f"{change}; without being asked a resumed run changes it by a factor of {LARGEST_JUMP} at most",
+            field="run.dir",
+            value=config.run.dir,
+            fix=ways(config, change, names),
+        )
+
+
+def tell_rate_change(change: RateChange | None, is_main: bool) -> dict[str, float]:
+    """The fields of the event `learning_rate_changed`, empty where it does not change; rank 0 says so now."""
+    if change is None:
+        return {}
+    if is_main:
+        print(f"note: {change}", flush=True)
+    return {"before": change.before, "planned": change.planned, "now": change.now}
+
+
+def ways(config: RunConfig, change: RateChange | None, names: Sequence[str]) -> str:
+    """What to type so that the settings `names` may change: one way, or two where the rate would jump."""
+    if change is None or not change.is_jump or any(name in ACCEPTED_BY for name in names):
+        return _allowing(config, *names)
+    keep = f"{_keeping(config, change)} {_allowing(config, *names, 'optim')} keeps the rate, to decay anew; "
+    jump = f"{_allowing(config, *names, 'optim.schedule')} lets it jump (docs/resume.md, 'Train longer')"
+    return (keep if change.nearest else "") + jump
+
+
+def _factor(one: float, other: float) -> float:
+    small, large = sorted((one, other))
+    return large / small if small else 1.0 if large == small else math.inf
+
+
+def _keeping(config: RunConfig, change: RateChange) -> str:
+    """Overrides under which the rate stays as it was, and decays over the second half of what is left, at most."""
+    left = config.run.steps - change.step + 1
+    decay = min(config.optim.schedule.decay, left / 2 / config.run.steps)
+    settings = {
+        "optim.lr": f"{change.nearest:.6g}",
+        "optim.schedule.name": "wsd",
+        "optim.schedule.warmup": "0",
+        "optim.schedule.decay": f"{math.floor(decay * 1e6) / 1e6:g}",
+    }
+    return " ".join(f"{key}={value}" for key, value in settings.items())
+
+
+def _allowing(config: RunConfig, *names: str) -> str:
+    """`resume.allow_changes` with what it names already and `names`, without those that lie in a section of it."""
+    every = dict.fromkeys((*config.resume.allow_changes, *names))
+    kept = [name for name in every if not any(name.startswith(f"{other}.") for other in every)]
+    return f"resume.allow_changes=[{','.join(kept)}]"
