@@ -25,6 +25,7 @@ soak: .venv/.dev
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Every GPU test and benchmark in under 9 minutes; results in bench-gpu/. Nothing is installed, for there may be no network:
 # GPU_PYTHON has torch for CUDA, the dependencies, pytest and (for the peer) transformers.

@@ -177,11 +177,11 @@ def _read_file(file: TextFile, left_out: LeftOut) -> Iterator[Document]:
     elif file.kind == PARQUET:
         yield from (Document(_name_of(text), text) for _, some in read_parquet(file) for text in some if text)
     else:
-        text = read_text(file.path)
-        if text is None:
+        whole = read_text(file.path)
+        if whole is None:
             left_out.files.append(file.name)
-        if text:
-            yield Document(file.name, text)
+        if whole:
+            yield Document(file.name, whole)
 
 
 def _name_of(text: str) -> str:

@@ -37,10 +37,10 @@ Say = Callable[[str], None]
 
 
 class Unit(NamedTuple):
-    """What makes shard number `index` of every split: pieces of files. `repeated` is true for each text that is left
+    """What makes shard `number` of every split: pieces of files. `repeated` is true for each text that is left
     out (None: none is). Two units of one `identity` give the same shards under one tokenizer and encoder."""
 
-    index: int
+    number: int
     pieces: tuple[Piece, ...]
     identity: str
     repeated: np.ndarray | None = None
@@ -115,14 +115,22 @@ def encode_corpus(
         ]
         for split, each_piece in pieces.items()
     }
-    how = {"say": say, "workers": workers, "progress": progress, "finished": finished}
     places = {split: Path(out) / split for split in SPLITS}
     with replaced(
         places, identity_of_all(chain.from_iterable(units.values()), loaded), overwrite=overwrite, keep=True
     ) as beside:
-        made = {}
+        made: dict[str, Manifest] = {}
         for split in SPLITS:
-            made |= encode_units(units[split], loaded, {split: beside[split]}, {split: about[split]}, **how)
+            made |= encode_units(
+                units[split],
+                loaded,
+                {split: beside[split]},
+                {split: about[split]},
+                say=say,
+                workers=workers,
+                progress=progress,
+                finished=finished,
+            )
     return made
 
 
@@ -172,7 +180,7 @@ def encode_units(
     dtype = dtype_for(tokenizer.vocab_size)
     job = Job(tokenizer.path, tokenizer.sha256, fast, workers, dtype, directories, validation_below, skip_bad_lines)
     units = [unit._replace(identity=_full_identity(unit, tokenizer, job)) for unit in units]
-    identities = {unit.index: unit.identity for unit in units}
+    identities = {unit.number: unit.identity for unit in units}
     found = {split: finished_shards(directory, identities) for split, directory in directories.items()}
     done = {
         index: {split: one[index] for split, one in found.items()}
@@ -180,14 +188,14 @@ def encode_units(
     }
     for directory in directories.values():
         prepare(directory, keep=done)
-    todo = [unit for unit in units if unit.index not in done]
+    todo = [unit for unit in units if unit.number not in done]
     if done:
         say(f"{len(done)} of {len(units)} shards were finished before")
     if progress is not None:
-        progress(sum(piece.bytes for unit in units if unit.index in done for piece in unit.pieces))
+        progress(sum(piece.bytes for unit in units if unit.number in done for piece in unit.pieces))
     work, left_out = partial(encode_unit, job=job), LeftOut()
     for unit, encoded in zip(todo, each(work, todo, workers, progress), strict=True):
-        done[unit.index] = encoded.shards
+        done[unit.number] = encoded.shards
         if finished is not None:
             finished(sum(shard.text_bytes for shard in encoded.shards.values() if shard))
         left_out.add(encoded.left_out)
@@ -200,7 +208,7 @@ def encode_units(
     return {
         split: publish_dataset(
             directory,
-            [done[unit.index][split] for unit in units],
+            [done[unit.number][split] for unit in units],
             tokenizer.entry(),
             dtype=job.dtype,
             corpus=about[split],
@@ -220,7 +228,7 @@ def encode_unit(unit: Unit, advance: Advance, job: Job) -> Encoded:
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(
-                ShardWriter(directory, unit.index, vocab_size=tokenizer.vocab_size, dtype=job.dtype)
+                ShardWriter(directory, unit.number, vocab_size=tokenizer.vocab_size, dtype=job.dtype)
             )
             for split, directory in job.directories.items()
         }
@@ -230,7 +238,7 @@ def encode_unit(unit: Unit, advance: Advance, job: Job) -> Encoded:
                 writers[job.split_of(data)].add(np.concatenate((ids, end)), len(data))
         shards = {split: writer.finish() for split, writer in writers.items()}
     for split, directory in job.directories.items():
-        mark_finished(directory, unit.index, shards[split], unit.identity)
+        mark_finished(directory, unit.number, shards[split], unit.identity)
     return Encoded(shards, left_out)
 
 

@@ -86,7 +86,7 @@ def encode_files(
     about = _about(found, roots, validation_percent)
     if drop_repeated:
         units = without_repeated(units, workers, progress, skip_bad_lines)
-        about["repeated"] = int(sum(unit.repeated.sum() for unit in units))
+        about["repeated"] = int(sum(unit.repeated.sum() for unit in units if unit.repeated is not None))
         say(f"{about['repeated']} texts left out, because they stand before")
     below = int(validation_percent / 100 * 2**64)
     identity = identity_of([identity_of_all(units, loaded), below, drop_repeated])

@@ -118,6 +118,7 @@ def _checked(read: Callable[[Path, str], Foreign], path: Path, dtype: str) -> Fo
 
 def _link_shard(out: Path, index: int, foreign: Foreign, tokenizer: TokenizerEntry, dtype: np.dtype) -> ShardEntry:
     """Raises DataError for ids outside the vocabulary."""
+    assert foreign.ends is not None, "`checked` filled them in"
     ids = np.memmap(foreign.path, dtype=foreign.dtype, mode="r", offset=foreign.offset)
     counts, digest, checksums = np.zeros(tokenizer.vocab, dtype=np.int64), hashlib.sha256(), BlockChecksums()
     low, high = tokenizer.vocab, -1

@@ -19,7 +19,7 @@ _TOO_LARGE_A_WINDOW = "too much memory"
 
 
 @contextmanager
-def open_packed(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+def open_packed(path: Path) -> Iterator[tuple[io.BufferedIOBase, IO[bytes]]]:
     """The bytes of a file, unpacked when its name ends with .gz or .zst; and the file they come from, which is read
     ahead. Raises ConfigError when .zst needs pyarrow, DataError when the file is damaged or cannot be read."""
     with reading(path), open(path, "rb") as raw:
@@ -35,9 +35,10 @@ def open_packed(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 @contextmanager
 def reading(path: Path, *kinds: type[Exception]) -> Iterator[None]:
     """Raises DataError for what reading a file can meet; `kinds` are errors of its format besides."""
+    expected: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, *kinds)
     try:
         yield
-    except (OSError, EOFError, zlib.error, *kinds) as error:
+    except expected as error:
         reason = " ".join(str(error).split())
         fix = "copy it again, or leave it out"
         if path.suffix.lower() == ".zst" and _TOO_LARGE_A_WINDOW in reason:
@@ -52,4 +53,5 @@ def pyarrow(path: Path) -> ModuleType:
         import pyarrow
     except ImportError:
         raise ConfigError("needs pyarrow", field="text", value=str(path), fix="pip install 'kha_train[data]'") from None
-    return pyarrow
+    library: ModuleType = pyarrow
+    return library

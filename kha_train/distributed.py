@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -116,7 +116,7 @@ class World:
         """The element-wise sum over ranks, the same on every rank."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
-    def _reduced(self, values: tuple[int, ...], how: dist.ReduceOp) -> tuple[int, ...]:
+    def _reduced(self, values: tuple[int, ...], how: dist.ReduceOp.RedOpType) -> tuple[int, ...]:
         if self.size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.int64, device=self._talking_device)
@@ -153,9 +153,11 @@ class World:
         kind = type(found).__name__ if isinstance(found, KhaError) else RankError.__name__
         words = str(found) if isinstance(found, KhaError) else f"{type(found).__name__}: {found}"
         kind, _, words = self.broadcast_text(f"{kind}\n{words}", first_failing).partition("\n")
-        agreed = found if self.rank == first_failing else _KINDS[kind](f"rank {first_failing}: {words}")
+        agreed: BaseException | None = (
+            found if self.rank == first_failing else _KINDS[kind](f"rank {first_failing}: {words}")
+        )
         assert agreed is not None
-        agreed.agreed = True
+        vars(agreed)["agreed"] = True  # a defect's class has no such field
         raise agreed
 
     @contextmanager
@@ -289,7 +291,9 @@ def start(device: str, timeout_seconds: float) -> World:
     os.environ.update(zip(TORCHRUN, map(str, (world.rank, world.size, world.local_rank)), strict=True))
     timeout = timedelta(seconds=timeout_seconds)
     if not dist.is_initialized():
-        store = {"store": dist.HashStore()} if world.size == 1 else {"init_method": "env://"}
+        store: dict[str, Any] = {"init_method": "env://"}
+        if world.size == 1:
+            store = {"store": dist.HashStore()}  # type: ignore[attr-defined]  # torch exports it without saying so
         backend = "nccl" if use_cuda else "gloo"
         # One rank a node is enough to say it.
         with _said_when_it_takes_long(world) if world.size > 1 and not world.local_rank else nullcontext():

@@ -37,6 +37,7 @@ class HarmlessStream(io.TextIOBase):
                 stream.flush()
 
     @property
+    # A property here, an attribute to be written there; nobody writes it.
     def encoding(self) -> str:  # type: ignore[override]
         """Of the stream below."""
         return getattr(self._stream, "encoding", None) or "utf-8"

@@ -87,7 +87,7 @@ def run_bench(
         write_tokens(root, tokens, document_tokens)
     say("installing peers into an environment of their own (once)")
     python = install_peers(cache / f"peers-torch-{version('torch')}", say)
-    amount = {"tokens": tokens, "batch": batch, "cpu_seconds": cpu_seconds}
+    amount: dict[str, Any] = {"tokens": tokens, "batch": batch, "cpu_seconds": cpu_seconds}
     about = amount | {
         "rounds": rounds,
         "cold": cold,
@@ -131,11 +131,11 @@ def _at_a_billion_rows(cache: Path, batch: int, rounds: int) -> dict[str, Any]:
     if not _is_whole(root / "ours"):
         shutil.rmtree(root, ignore_errors=True)
         write_sparse(root)
-    amount = {"tokens": HUGE_ROWS * SEQ_LEN, "batch": batch, "cpu_seconds": 0.05}
+    amount: dict[str, Any] = {"tokens": HUGE_ROWS * SEQ_LEN, "batch": batch, "cpu_seconds": 0.05}
     found: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
     for _ in range(rounds):
-        for composed, answers in found.items():
-            ended = _run_ours(root, _PLAIN, composed=composed, **amount)
+        for whole, answers in found.items():
+            ended = _run_ours(root, _PLAIN, composed=whole, **amount)
             if isinstance(ended, str):
                 raise KhaError(f"the loader failed: {ended}", field="a billion rows")
             answers.append(ended)

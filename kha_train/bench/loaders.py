@@ -72,7 +72,7 @@ def _cast(directory: Path, shape: Shape) -> Opened:
 
 def _cast_shuffled(directory: Path, shape: Shape) -> Opened:
     """No loader: copies shuffled rows, each with the id that follows it, and widens them. What is left to a loader."""
-    files = [memoryview(np.memmap(path, dtype="<u2", mode="r")) for path in sorted(directory.glob("*.tok"))]
+    files = [np.memmap(path, dtype="<u2", mode="r").data for path in sorted(directory.glob("*.tok"))]
     places = [(file, first) for file in files for first in range(0, len(file) - shape.L, shape.L)]
     order = np.random.default_rng(0).permutation(len(places))
     together = max(shape.B, ROWS_TOGETHER // shape.B * shape.B)
@@ -125,10 +125,11 @@ def measure(request: dict[str, Any], started: float) -> dict[str, Any]:
     warm = _speed(opened.batches, request["tokens"], request["cpu_seconds"])
     private = _private_mb() - torch_alone
     seek = []
-    for target in request["seek"] if opened.seek else []:
-        begin_seek = time.perf_counter()
-        next(opened.seek(target))
-        seek.append(1e3 * (time.perf_counter() - begin_seek))
+    if opened.seek is not None:
+        for target in request["seek"]:
+            begin_seek = time.perf_counter()
+            next(opened.seek(target))
+            seek.append(1e3 * (time.perf_counter() - begin_seek))
     return {
         "million_tokens_per_cpu_second": warm.tokens / warm.cpu / 1e6,
         "million_tokens_per_cpu_second_first_pass": fresh.tokens / fresh.cpu / 1e6,

@@ -28,8 +28,8 @@ from kha_train.engine.deepspeed import resolve_dtype
 from kha_train.errors import ConfigError
 from kha_train.model.init import initialise
 from kha_train.model.kernels import availability
-from kha_train.model.moe.experts import grouped, loop
-from kha_train.model.moe.grouped import grouped_product, place, tile_padding
+from kha_train.model.moe.experts import loop
+from kha_train.model.moe.grouped import grouped, grouped_product, place, tile_padding
 from kha_train.model.moe.megablocks import load_kernels, run_kernels
 from kha_train.model.moe.router import Router, Routing, count_experts
 
@@ -167,7 +167,8 @@ def transformers_experts(config: RunConfig, kind: str, problem: Problem) -> Cont
     experts.down_proj = nn.Parameter(_leaf(down_EFD.transpose(1, 2)))
 
     def forward() -> Tensor:
-        return experts(x_ND, problem.routing.expert_NJ, weight_NJ.to(x_ND.dtype))
+        out_ND: Tensor = experts(x_ND, problem.routing.expert_NJ, weight_NJ.to(x_ND.dtype))
+        return out_ND
 
     return Contender(forward, (x_ND, experts.gate_up_proj, experts.down_proj, weight_NJ))
 

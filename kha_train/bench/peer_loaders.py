@@ -165,7 +165,8 @@ def _streaming() -> ModuleType:
     for name in ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional"):
         stub = ModuleType(name)
         stub.__spec__ = ModuleSpec(name, None)
-        stub.VisionDataset, stub.CIFAR10, stub.to_tensor, stub.__path__ = object, object, None, []
+        stub.__path__ = []
+        stub.__dict__.update(VisionDataset=object, CIFAR10=object, to_tensor=None)
         sys.modules[name] = stub
     return import_module("streaming")
 

@@ -10,6 +10,7 @@ fused AdamW without any engine around it, and the loss over the same labels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -74,12 +75,13 @@ class Peer:
     def _update(self) -> None:
         if self.masters is not self.parameters:
             for master, parameter in zip(self.masters, self.parameters, strict=True):
+                assert parameter.grad is not None
                 master.grad, parameter.grad = parameter.grad.float(), None
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.masters is not self.parameters:
             with torch.no_grad():
-                torch._foreach_copy_(self.parameters, self.masters)
+                torch._foreach_copy_(tuple(self.parameters), tuple(self.masters))
 
 
 def fastest(config: RunConfig, batch: Batch, device: torch.device, dtype: torch.dtype) -> tuple[Peer, dict[str, Any]]:
@@ -98,7 +100,7 @@ def fastest(config: RunConfig, batch: Batch, device: torch.device, dtype: torch.
         peers = {name: peer for name, peer in peers.items() if tried[name] == min(tried[n] for n in peers)}
         try:
             peer = Peer(config, device, dtype, experts)
-            seconds = interleave({experts: lambda peer=peer: peer.step(batch)}, blocks=3, warmup=1, device=device)
+            seconds = interleave({experts: partial(peer.step, batch)}, blocks=3, warmup=1, device=device)
         except torch.OutOfMemoryError:
             tried[experts] = "left out: the device's memory is not enough"
             continue
@@ -132,6 +134,7 @@ def _build(config: RunConfig, experts: str) -> nn.Module:
     transformers.logging.set_verbosity_error()
     model, moe = config.model, config.moe
     base = config.attention.base
+    assert isinstance(base, GroupedQueryOptions), "`check` was asked"
     shape = transformers.Qwen3MoeConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
@@ -155,7 +158,8 @@ def _build(config: RunConfig, experts: str) -> nn.Module:
     )
     with torch.random.fork_rng():
         torch.manual_seed(config.run.seed)
-        return transformers.Qwen3MoeForCausalLM(shape)
+        built: nn.Module = transformers.Qwen3MoeForCausalLM(shape)
+        return built
 
 
 def gathered_bytes(config: RunConfig, dtype: torch.dtype) -> int:

@@ -150,7 +150,8 @@ def _timed(step: Callable[[], Any], steps: int, device: torch.device, clock: Clo
             step()
         last.record()
         torch.cuda.synchronize(device)
-        return first.elapsed_time(last) / 1000
+        milliseconds: float = first.elapsed_time(last)
+        return milliseconds / 1000
     read = time.process_time if clock == "process" else time.perf_counter
     started = read()
     for _ in range(steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from kha_train.bench.spikes import (
@@ -31,7 +32,9 @@ COLUMNS = (
 def run_thresholds(seed: int, spiky_steps: int, clean_steps: int, early_curves: int) -> dict[str, dict[str, Score]]:
     """Scores by threshold and group: `early` curves, curves of both `reference` noises, those of `mixed` noise alone,
     and those of `student`. The curves are those of `run_early` and `run_bench` of `kha_train.bench.spikes`."""
-    rules = {f"z {z:g}": partial(event_detector, open_z=z) for z in THRESHOLDS}
+    rules: dict[str, Callable[[list[float]], Iterator[bool]]] = {
+        f"z {z:g}": partial(event_detector, open_z=z) for z in THRESHOLDS
+    }
     early = [early_curve(seed + n, noise) for n in range(early_curves) for noise in REFERENCE_NOISES]
     scores = {"early": score_rules(early, rules)}
     for noise in (*REFERENCE_NOISES, "student"):

@@ -99,7 +99,8 @@ def measure(
 def attended_share(batches: Sequence[Batch]) -> float:
     """Pairs of tokens that the documents of `batches` have, over those of whole rows: sum of len^2 / (rows x T^2)."""
     pairs = sum(int(np.square(np.diff(batch.layout.borders_S.astype(np.int64))).sum()) for batch in batches)
-    return pairs / sum(batch.rows_BW.shape[0] * (batch.rows_BW.shape[1] - 1) ** 2 for batch in batches)
+    whole: int = sum(batch.rows_BW.shape[0] * (batch.rows_BW.shape[1] - 1) ** 2 for batch in batches)
+    return pairs / whole
 
 
 def use_threads(count: int) -> None:

@@ -115,13 +115,13 @@ def measure(overrides: Sequence[str], blocks: int, clock: Clock = "wall") -> Mea
             seconds = interleave(kinds, blocks=blocks, device=world.device, clock=clock)
             about = environment(world.device)
     every = config.stability.probe_every
-    step = statistics.median(seconds["bare"])
+    bare = statistics.median(seconds["bare"])
     judge, line, report = (statistics.median(arms.seconds[name][1:]) for name in ("judge", "line", "report"))
     pairs = zip(seconds["probed"], seconds["bare"], strict=True)
     probe = statistics.median(probed - bare for probed, bare in pairs)
-    share = (judge + line + report + (probe / every if every else 0.0)) / step
+    share = (judge + line + report + (probe / every if every else 0.0)) / bare
     watched, probed = (compare(seconds[name], seconds["bare"]) for name in ("watched", "probed"))
-    return Measured(step, judge, line, report, probe, every, clock, share, watched, probed, about, blocks)
+    return Measured(bare, judge, line, report, probe, every, clock, share, watched, probed, about, blocks)
 
 
 def format_measured(found: Measured) -> str:

@@ -245,6 +245,7 @@ def _read_slice(path: Path, key: str, dtype: str, shape: tuple[int, ...], wanted
             if stored.get_dtype() != dtype or tuple(stored.get_shape()) != shape:
                 found = f"{stored.get_dtype()} {stored.get_shape()}"
                 raise CheckpointError(f"tensor {key!r}", field=str(path), value=found, allowed=f"{dtype} {list(shape)}")
-            return stored[wanted] if wanted is not None else file.get_tensor(key)
+            tensor: Tensor = stored[wanted] if wanted is not None else file.get_tensor(key)
+            return tensor
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"tensor {key!r} cannot be read: {error}", field=str(path)) from error

@@ -52,7 +52,7 @@ def write_tensors(
         file.write(header)
         half_done = False
         for _, tensor in ordered:
-            memory = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            memory = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
             for start in range(0, len(memory), _CHUNK_BYTES):
                 chunk = memory[start : start + _CHUNK_BYTES]
                 file.write(chunk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -201,7 +202,7 @@ class TalkingHeadsOptions(GroupedQueryOptions):
             )
         return None
 
-    def identities(self) -> dict[str, float | None]:
+    def identities(self) -> Mapping[str, float]:
         """The mixes of scores and of weights."""
         return {"score_mix": 1.0, "weight_mix": 1.0}
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from kha_train.config.options import BaseOptions, InteractionOptions
 from kha_train.config.registry import BASES, INTERACTIONS
 from kha_train.errors import ConfigError
 
-T = TypeVar("T")
+
+class Dataclass(Protocol):
+    """An instance of any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+T = TypeVar("T", bound=Dataclass)
 
 
 def build(cls: type[T], values: Any, path: str = "") -> T:
@@ -21,30 +28,30 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
     """
     if not isinstance(values, Mapping):
         raise ConfigError("expected a group of settings", field=path or "config", value=values)
-    cls = variant_class(cls, values, path)
-    hints = get_type_hints(cls)
-    known = [field.name for field in fields(cls)]
+    chosen: type[T] = variant_class(cls, values, path)
+    hints = get_type_hints(chosen)
+    known = [field.name for field in fields(chosen)]
     for key in values:
         if key not in known:
             raise ConfigError("unknown key", field=_join(path, str(key)), **nearest(str(key), known, path))
     arguments = {}
-    for field in fields(cls):
+    for field in fields(chosen):
         where = _join(path, field.name)
         if field.name in values and values[field.name] != "???":
             arguments[field.name] = _convert(hints[field.name], values[field.name], where)
         elif field.default is MISSING and field.default_factory is MISSING:
             raise ConfigError("not set", field=where, fix=f"add {where}=VALUE")
-    return cls(**arguments)
+    return chosen(**arguments)
 
 
-def to_plain(config: Any) -> dict[str, Any]:
+def to_plain(config: Dataclass) -> dict[str, Any]:
     """The tree as nested dicts, lists, strings and numbers: what is written to `<run.dir>/config.yaml`."""
     return {key: plain(value) for key, value in asdict(config).items()}
 
 
 def flatten(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Nested plain values as one level of dotted keys."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         where = _join(path, key)
         flat |= flatten(value, where) if isinstance(value, Mapping) else {where: value}
@@ -66,7 +73,7 @@ def nearest(key: str, known: Iterable[str], path: str = "") -> dict[str, str]:
     return {"allowed": ", ".join(known), **hint}
 
 
-def variant_class(cls: type, values: Mapping[str, Any], path: str) -> type:
+def variant_class(cls: type[Any], values: Mapping[str, Any], path: str) -> type[Any]:
     """The options dataclass that `values` names where `cls` is a base or an interaction, else `cls` itself.
 
     Raises ConfigError for a name that is not registered.
@@ -81,7 +88,7 @@ def variant_class(cls: type, values: Mapping[str, Any], path: str) -> type:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return build(hint, value, where)
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:

@@ -121,7 +121,8 @@ def _refuse_grids(overrides: list[str]) -> None:
         parsed = OverridesParser.create().parse_override(text)
         if not parsed.is_sweep_override():
             continue
-        listed = parsed.is_discrete_sweep() and str(parsed.value_type.name) != "GLOB_CHOICE_SWEEP"
+        kind = parsed.value_type
+        listed = parsed.is_discrete_sweep() and kind is not None and kind.name != "GLOB_CHOICE_SWEEP"
         raise ConfigError(
             "a run takes one value",
             field=parsed.get_key_element(),
@@ -158,7 +159,9 @@ def _merge(overrides: list[str]) -> dict[str, Any]:
         _check_presets(overrides)
         merged = _merged(overrides)
         _refuse_code(OmegaConf.to_container(merged, resolve=False))
-        return OmegaConf.to_container(merged, resolve=True, throw_on_missing=False)
+        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=False)
+        assert isinstance(values, dict)
+        return {str(key): value for key, value in values.items()}
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, overrides) from None
 

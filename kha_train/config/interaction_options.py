@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -63,7 +64,7 @@ class KnockingOptions(InteractionOptions):
             return f"{TIED}; take attention.interaction.projections=[v] or [q,v]"
         return super().refuses(base)
 
-    def identities(self) -> dict[str, float | None]:
+    def identities(self) -> Mapping[str, float]:
         """`matrices`, for each projection."""
         return {f"{p} {name}": diagonal for p in self.projections for name, diagonal in self.matrices.items()}
 
@@ -226,7 +227,7 @@ class ExplicitOptions(FoldableOptions):
             return "the keys mla makes from its latent are not rotated; take attention.interaction.mix_after_rope=false"
         return super().refuses(base)
 
-    def identities(self) -> dict[str, float | None]:
+    def identities(self) -> Mapping[str, float]:
         """The compositions; the norm of the outputs is not among them, for heads do not exchange information in it."""
         return dict.fromkeys(self.compose, 1.0)
 

@@ -8,6 +8,7 @@ The variants that come with the package have theirs in `base_options.py` and `in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
@@ -81,7 +82,7 @@ class BaseOptions(ABC):
         """The field of these options that sets `rotary_width`, and the value that makes it `width`."""
         return "head_dim", width
 
-    def identities(self) -> dict[str, float | None]:
+    def identities(self) -> Mapping[str, float | None]:
         """The matrices by which this base lets heads exchange information, by name, as in `InteractionOptions`."""
         return {}
 
@@ -160,7 +161,7 @@ class InteractionOptions:
         """Why this interaction cannot sit on `base`, in words a user can act on; None when it can."""
         return None
 
-    def identities(self) -> dict[str, float | None]:
+    def identities(self) -> Mapping[str, float | None]:
         """The matrices through which heads exchange information, by name: the diagonal with which each, zero elsewhere,
         leaves heads unchanged, or None where there is no such value. The module that owns one declares it with
         `DeclaredModule.declare_interaction`."""

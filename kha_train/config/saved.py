@@ -123,7 +123,7 @@ def _earlier(entry: Field[Any], hint: Any) -> dict[str, Any]:
 
 
 def _as_saved(value: Any) -> Any:
-    return to_plain(value) if is_dataclass(value) else plain(value)
+    return to_plain(value) if is_dataclass(value) and not isinstance(value, type) else plain(value)
 
 
 def _section(hint: Any) -> type | None:

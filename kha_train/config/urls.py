@@ -41,9 +41,13 @@ def find_credentials(text: str) -> Iterator[Credentials]:
         if start < done:
             continue
         if start > stop:
-            stop = _END.search(text, start).start()  # type: ignore[union-attr]
+            ending = _END.search(text, start)
+            assert ending is not None, "it matches the end of the text at the latest"
+            stop = ending.start()
             last = text.rfind("@", start, stop)
-        authority = _AUTHORITY.match(text, start, stop).end()  # type: ignore[union-attr]
+        found = _AUTHORITY.match(text, start, stop)
+        assert found is not None, "it matches no characters at the least"
+        authority = found.end()
         colon = text.find(":", start, authority)
         at = text.rfind("@", start, authority)
         if last < start or (at < 0 and (colon < 0 or _PORT.search(text, colon, authority))):

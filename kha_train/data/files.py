@@ -157,11 +157,10 @@ class MappedFiles(Files):
 
     def read_pieces(self, names: Sequence[str], offsets: Sequence[int], sizes: Sequence[int]) -> bytearray:
         """As `Files.read_pieces`; of a file too short when it was mapped, too."""
-        maps, places = self._maps, zip(names, offsets, sizes, strict=True)
+        maps, places = self._maps, list(zip(names, offsets, sizes, strict=True))
         before = _major_faults()
         if self._reads_to_ask_for:
             self._reads_to_ask_for -= 1
-            places = list(places)
             for name, first, size in places:
                 file, page = maps[name].file, first & -mmap.PAGESIZE
                 if page < len(file):

@@ -37,8 +37,8 @@ def length_histogram(shards: ShardSet) -> dict[str, int]:
     """How many documents have 1, 2-3, 4-7, ... tokens. Raises DataError when the document ends are damaged."""
     counts: dict[int, int] = {}
     for lengths in shards.document_lengths():
-        powers, numbers = np.unique(np.floor(np.log2(lengths)).astype(int), return_counts=True)
-        for power, number in zip(powers.tolist(), numbers.tolist(), strict=True):
+        found, numbers = np.unique(np.floor(np.log2(lengths)).astype(int), return_counts=True)
+        for power, number in zip(found.tolist(), numbers.tolist(), strict=True):
             counts[power] = counts.get(power, 0) + number
     powers = range(min(counts), max(counts) + 1)
     return {f"{1 << power}-{(2 << power) - 1}": counts.get(power, 0) for power in powers}

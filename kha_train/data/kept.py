@@ -69,7 +69,8 @@ def _digests(directory: Path) -> dict[str, str]:
 
 
 def _mapped(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array
 
 
 def _write(directory: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -12,12 +12,14 @@ import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kha_train.data.canonical import canonical_sha256, parse_json
 from kha_train.errors import ConfigError, DataError
 from kha_train.foreign.files import read_regular
 from kha_train.foreign.typed import LARGEST, short
+
+T = TypeVar("T")
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "kha_train.shards"
@@ -164,7 +166,7 @@ def load(directory: Path, *, field: str) -> Manifest:
     return parse(raw, path)
 
 
-def parse(raw: Any, path: Path) -> Manifest:
+def parse(raw: Any, path: Path | str) -> Manifest:
     """The manifest in the JSON value `raw`; `path` is named in errors. Raises DataError for every inconsistency."""
     top = _Object(raw, str(path), "")
     if top.text("format") != FORMAT:
@@ -218,7 +220,7 @@ class _Object:
         """An error that names the place of `key`."""
         return DataError(problem, field=f"{self.path} {self.place}{key}", value=value, fix="write the dataset again")
 
-    def get(self, key: str, kind: type) -> Any:
+    def get(self, key: str, kind: type[T]) -> T:
         """The value of `key`, of this kind."""
         value = self.raw.get(key)
         if not isinstance(value, kind) or isinstance(value, bool):

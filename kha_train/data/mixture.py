@@ -70,9 +70,9 @@ class Mixture:
         parts = [(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))]
         while count > 0:
             number, offset = divmod(first, self.slots)
-            part = tuple(column[offset : offset + count] for column in self._block(number))
-            parts.append(part)
-            first, count = first + len(part[0]), count - len(part[0])
+            sources, numbers = (column[offset : offset + count] for column in self._block(number))
+            parts.append((sources, numbers))
+            first, count = first + len(sources), count - len(sources)
         sources_N, numbers_N = (np.concatenate(column) for column in zip(*parts, strict=True))
         return sources_N, numbers_N
 
@@ -127,8 +127,8 @@ def _cumulate(weights: Sequence[float], field: str) -> tuple[int, ...]:
     """Cumulated shares in units of 1/D. Raises ConfigError for weights that cannot be dealt."""
     if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
         raise ConfigError("weights are not negative, and one is above 0", field=field, value=tuple(weights))
-    total = sum(map(Fraction, weights))
-    sums = [0, *accumulate(Fraction(weight) for weight in weights)]
+    total = sum(map(Fraction, weights), Fraction(0))
+    sums = [Fraction(0), *accumulate(Fraction(weight) for weight in weights)]
     cumulated = tuple(int(part * UNITS / total) for part in sums)
     for weight in weights:
         if weight and Fraction(weight) / total < LEAST_SHARE:

@@ -82,6 +82,8 @@ class Permutation:
         return x.astype(np.int64)
 
     def _pass_forward(self, x: np.ndarray) -> np.ndarray:
+        left: np.ndarray
+        right: np.ndarray
         left, right = x // self._b, x % self._b
         for i, key in enumerate(self._keys):
             if i % 2 == 0:
@@ -91,6 +93,8 @@ class Permutation:
         return left * self._b + right
 
     def _pass_inverse(self, x: np.ndarray) -> np.ndarray:
+        left: np.ndarray
+        right: np.ndarray
         left, right = x // self._b, x % self._b
         for i, key in reversed(list(enumerate(self._keys))):
             if i % 2 == 0:
@@ -110,7 +114,11 @@ class SampleOrder:
 
     def __init__(self, n: int, *, seed: int, source: str, shuffle: str = "global") -> None:
         self.n, self._seed, self._source = operator.index(n), seed, source
-        self._permutation = {"global": Permutation, "block": BlockPermutation}[shuffle]
+        kinds: dict[str, type[Permutation | BlockPermutation]] = {
+            "global": Permutation,
+            "block": BlockPermutation,
+        }
+        self._permutation = kinds[shuffle]
         self._permutation(n, seed=seed, source=source, epoch=0)
         self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 

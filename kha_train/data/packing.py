@@ -38,9 +38,9 @@ class Layout(NamedTuple):
             if rows % size:
                 yield self._beginning(rows % size)
             return
-        places = np.append(np.arange(0, total, size * T), total)
-        starts = np.searchsorted(self.masked_M, places).tolist()
-        borders, places = np.searchsorted(self.borders_S, places).tolist(), places.tolist()
+        cuts = np.append(np.arange(0, total, size * T), total)
+        starts = np.searchsorted(self.masked_M, cuts).tolist()
+        borders, places = np.searchsorted(self.borders_S, cuts).tolist(), cuts.tolist()
         for i, place in enumerate(places[:-1]):
             masked_M = self.masked_M[starts[i] : starts[i + 1]]
             filled_N = None if self.filled_N is None else self.filled_N[i * size : (i + 1) * size]

@@ -10,7 +10,8 @@ import numpy as np
 def runs(starts_N: np.ndarray, counts_N: np.ndarray) -> np.ndarray:
     """The numbers start, start + 1, ... (`count` of them) of every run, laid end to end: int64."""
     before_N = np.cumsum(counts_N) - counts_N
-    return np.arange(int(counts_N.sum())) + np.repeat(starts_N - before_N, counts_N)
+    numbers: np.ndarray = np.arange(int(counts_N.sum())) + np.repeat(starts_N - before_N, counts_N)
+    return numbers
 
 
 def spanned(first_N: np.ndarray, last_N: np.ndarray) -> np.ndarray:

@@ -55,7 +55,8 @@ class Store:
         not answer."""
         path, where = f"{self._path}/{name}", f"{self.url}/{name}"
         try:
-            return self._patiently(lambda: self._system.cat_file(path, start=start, end=stop), where)
+            data: bytes = self._patiently(lambda: self._system.cat_file(path, start=start, end=stop), where)
+            return data
         except _ABSENT:
             raise DataError("cannot be read: no such file", field=where, fix=RESTORE) from None
 
@@ -74,7 +75,8 @@ class Store:
         try:
             from fsspec.core import url_to_fs
 
-            return url_to_fs(self.url)
+            system, path = url_to_fs(self.url)
+            return system, path
         except (ImportError, ValueError) as error:
             raise ConfigError(f"no way to read it: {error}", field=self._field, value=self.url, fix=fix) from error
 
@@ -219,6 +221,7 @@ class RemoteFiles(Files):
                 fault = self._fault(block, data)
                 if fault is None:
                     return data
+            assert fault is not None
             raise fault
 
         if self._cache.put(block.name, get):

@@ -145,7 +145,8 @@ class BlockBits:
     def missing(self, blocks: np.ndarray) -> list[int]:
         """Those that are not in the set, each once, ascending."""
         bits = self._bits[blocks >> 3] >> (blocks & 7).astype(np.uint8) & 1
-        return np.unique(blocks[bits == 0]).tolist()
+        missing: list[int] = np.unique(blocks[bits == 0]).tolist()
+        return missing
 
 
 class EndsCache:

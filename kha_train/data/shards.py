@@ -194,7 +194,9 @@ class ShardSet:
         first_N = self._first_tokens[shards_N] + starts_N
         low_N, high_N = (near_ends.searchsorted(places, side="right") for places in (first_N, first_N + length))
         counts_N = high_N - low_N
-        return near_ends[runs(low_N, counts_N)] + np.repeat(np.arange(len(first_N)) * length - first_N, counts_N)
+        shifts = np.repeat(np.arange(len(first_N)) * length - first_N, counts_N)
+        document_ends: np.ndarray = near_ends[runs(low_N, counts_N)] + shifts
+        return document_ends
 
     def check_tokenizer(self) -> Path | None:
         """The tokenizer file beside the manifest, or None when the dataset has none (synthetic or imported ids).

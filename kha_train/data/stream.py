@@ -75,6 +75,7 @@ class TokenStream:
         self._most_read = max(1, _READ_BYTES // (size * samples.row_bytes))
         self._reader = InOrder("data-prefetch") if prefetch else None
         self._ahead: deque[Future[deque[_Ready]]] = deque()
+        self._batches: deque[_Ready] = deque()
         self._waited = 0.0
         self._skip_windows: tuple[Window, ...] = ()
         self.samples_seen = 0
@@ -120,7 +121,7 @@ class TokenStream:
             # An interrupt came between the taking of a batch and its counting; it may have been the last of its group.
             self._begin()
         try:
-            self._batches = self._read_ahead() if self._reader else next(self._groups)
+            self._batches = self._read_ahead(self._reader) if self._reader else next(self._groups)
         finally:
             self._waited += time.perf_counter() - started
             if not self._batches:
@@ -133,13 +134,13 @@ class TokenStream:
             future.cancel()
         self._ahead.clear()
         self._groups = self._groups_from(self._samples_seen)
-        self._batches: deque[_Ready] = deque()
+        self._batches = deque()
 
-    def _read_ahead(self) -> deque[_Ready]:
+    def _read_ahead(self, reader: InOrder) -> deque[_Ready]:
         """The next steps, planned and read in the thread; at least `data.prefetch` steps after them are under way."""
         groups = self._groups
         while len(self._ahead) <= self._prefetch:
-            self._ahead.append(self._reader.submit(lambda: next(groups)))
+            self._ahead.append(reader.submit(lambda: next(groups)))
         return self._ahead.popleft().result()
 
     def _groups_from(self, position: int) -> Iterator[deque[_Ready]]:

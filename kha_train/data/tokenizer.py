@@ -59,7 +59,10 @@ def train(texts: Iterable[str], path: Path, *, vocab_size: int) -> Tokenizer:
             max_sentence_length=8 * PIECE_CHARACTERS,
             num_threads=1,  # recorded in the model file: another count is another hash
             minloglevel=2,
-            **{f"{name}_id": number for name, number in SPECIAL_IDS.items()},
+            pad_id=SPECIAL_IDS["pad"],
+            bos_id=SPECIAL_IDS["bos"],
+            eos_id=SPECIAL_IDS["eos"],
+            unk_id=SPECIAL_IDS["unk"],
         )
     except RuntimeError as error:
         if watched.error is not None:
@@ -177,7 +180,8 @@ class Tokenizer:
     def _encode_plain(self, texts: list[str]) -> list[Any]:
         """Ids of texts that hold neither U+2581 nor surrogates."""
         if self._fast is None:
-            return self._processor.encode(texts, num_threads=self._threads)
+            encoded: list[Any] = self._processor.encode(texts, num_threads=self._threads)
+            return encoded
         special = [index for index, text in enumerate(texts) if self._special.search(text)]
         kept = set(special)
         found: dict[int, Any] = dict(
@@ -250,10 +254,11 @@ def _rewrites(model: bytes) -> bool:
 def _is_bpe(model: bytes) -> bool:
     """Whether a model merges pieces; a unigram model weighs a whole text at once."""
     trainer = _specification(model).trainer_spec
-    return trainer.model_type == trainer.BPE
+    return bool(trainer.model_type == trainer.BPE)
 
 
 def _specification(model: bytes) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
-    return sentencepiece_model_pb2.ModelProto.FromString(model)
+    # protobuf makes the class when the module is imported: no checker sees it.
+    return sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]

@@ -76,7 +76,8 @@ def _plain_loader() -> type:
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
-                raise ValueError(f"it has an alias, *{self.peek_event().anchor[:80]}")
+                event = self.peek_event()  # type: ignore[no-untyped-call]  # yaml's, without annotations
+                raise ValueError(f"it has an alias, *{event.anchor[:80]}")
             self.depth += 1
             if self.depth > MAX_DEPTH:
                 raise ValueError("nested too deeply")

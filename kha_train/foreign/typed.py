@@ -80,7 +80,8 @@ class Source:
 
     def read(self, schema: type[T], value: Any, place: str = "") -> T:
         """`value` as `schema` says. Raises `error` naming the first field that is missing or of another kind."""
-        return self._convert(schema, value, place)
+        converted: T = self._convert(schema, value, place)
+        return converted
 
     def _convert(self, hint: Any, value: Any, place: str) -> Any:
         origin, arguments = get_origin(hint), get_args(hint)

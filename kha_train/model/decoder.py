@@ -22,6 +22,7 @@ from kha_train.model.host import to_device
 from kha_train.model.init import DeclaredModule, Normal, initialise
 from kha_train.model.loss import chunked_cross_entropy
 from kha_train.model.moe.balance import BIAS_UPDATES, relative_load
+from kha_train.model.moe.layer import MoeLayer
 from kha_train.model.moe.router import Router
 from kha_train.model.norm import RmsNorm
 from kha_train.model.recompute import runner
@@ -51,6 +52,9 @@ class DecoderOutput(NamedTuple):
 class Embedding(DeclaredModule):
     """One vector of width D for each of V tokens, and, with learned positions, one for each place."""
 
+    weight: nn.Parameter
+    positions: nn.Parameter
+
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         shape = (config.model.vocab_size, config.model.hidden_size)
@@ -69,6 +73,8 @@ class Embedding(DeclaredModule):
 class Head(DeclaredModule):
     """The output layer. Registers its `weight` [V, D] even when it is the embedding's: a sharded engine gathers a
     parameter around the forward of each module that registers it, and both use it."""
+
+    weight: nn.Parameter
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
@@ -179,7 +185,8 @@ class Decoder(nn.Module):
 
     def routers(self) -> list[Router]:
         """The routers of the layers that have experts, in order."""
-        return [block.feed_forward.router for block in self.blocks if block.has_experts]
+        layers = (block.get_submodule("feed_forward") for block in self.blocks)
+        return [layer.router for layer in layers if isinstance(layer, MoeLayer)]
 
     def selection_bias_LE(self) -> Tensor:
         """A copy of the routers' selection biases, fp32 [L, E]."""

@@ -22,4 +22,5 @@ class SwiGlu(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D] in the dtype of `x`."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(functional.silu(gate) * up)
+        y: Tensor = self.down(functional.silu(gate) * up)
+        return y

@@ -6,24 +6,55 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def to_device(tensor: Tensor, device: Any) -> Tensor:
+class HostBatch(Protocol):
+    """What the decoder needs of a batch on the CPU: int64 tensors, `cu_seqlens_S` int32, `samples_B` int64 of numpy."""
+
+    tokens_BT: Tensor
+    labels_BT: Tensor
+    positions_BT: Tensor
+    cu_seqlens_S: Tensor
+    max_seqlen: int
+    samples_B: np.ndarray
+    real_R: Tensor | None
+
+
+class DecoderInputs(NamedTuple):
+    """The first arguments of `Decoder.forward`, in its order and on its device."""
+
+    tokens_BT: Tensor
+    labels_BT: Tensor
+    positions_BT: Tensor
+    cu_seqlens_S: Tensor
+    max_seqlen: int
+    samples_B: Tensor
+    real_R: Tensor | None
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`. A plain copy to CUDA waits until all that was asked of the device is done; from pinned
     memory it takes its place in the queue."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def inputs_of(batch: Any, device: Any) -> tuple[Any, ...]:
+def inputs_of(batch: HostBatch, device: torch.device) -> DecoderInputs:
     """What `Decoder.forward` reads of a batch, on the device and in its order. One without `real_R` has no padding."""
-    samples_B, real_R = torch.from_numpy(batch.samples_B), getattr(batch, "real_R", None)
-    tensors = (batch.tokens_BT, batch.labels_BT, batch.positions_BT, batch.cu_seqlens_S, samples_B, real_R)
-    *first, samples_B, real_R = (None if tensor is None else to_device(tensor, device) for tensor in tensors)
-    return *first, batch.max_seqlen, samples_B, real_R
+    real_R: Tensor | None = getattr(batch, "real_R", None)
+    return DecoderInputs(
+        to_device(batch.tokens_BT, device),
+        to_device(batch.labels_BT, device),
+        to_device(batch.positions_BT, device),
+        to_device(batch.cu_seqlens_S, device),
+        batch.max_seqlen,
+        to_device(torch.from_numpy(batch.samples_B), device),
+        None if real_R is None else to_device(real_R, device),
+    )
 
 
 def use_tensor_cores(dtype: torch.dtype) -> None:
@@ -39,7 +70,7 @@ def spare_the_compiler(function: Callable[..., Any]) -> None:
     torch imports it at the first call of such a function, only to say that it is not to be compiled. Where nobody else
     has imported it, nothing is compiled.
     """
-    plain: Any = function.__wrapped__  # type: ignore[attr-defined]
+    plain: Any = function.__wrapped__  # type: ignore[attr-defined]  # functools.wraps sets it
 
     def call(*arguments: Any, **named: Any) -> Any:
         if "torch._dynamo" not in sys.modules:

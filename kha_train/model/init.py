@@ -107,10 +107,10 @@ class DeclaredModule(nn.Module):
         self.fresh_buffers[name] = fresh
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeclaredModule:
-        declared = {name: self._buffers[name] for name in self.fresh_buffers}
-        super()._apply(fn, recurse)
+        declared = {name: self.get_buffer(name) for name in self.fresh_buffers}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's, without annotations
         for name, buffer in declared.items():
-            moved = self._buffers[name]
+            moved = self.get_buffer(name)
             if moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
         return self
@@ -118,6 +118,8 @@ class DeclaredModule(nn.Module):
 
 class Linear(DeclaredModule):
     """y = x W^T without bias; `weight` is [outputs, inputs]."""
+
+    weight: nn.Parameter
 
     def __init__(self, inputs: int, outputs: int, initial: Initial) -> None:
         super().__init__()
@@ -188,6 +190,6 @@ def reset_buffers(decoder: nn.Module, device: torch.device | str | None = None) 
         if not isinstance(module, DeclaredModule):
             continue
         for name, fresh in module.fresh_buffers.items():
-            here = module._buffers[name].device
+            here = module.get_buffer(name).device
             target = device or (torch.get_default_device() if here.type == "meta" else here)
             module._buffers[name] = fresh().to(target)

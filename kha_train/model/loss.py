@@ -24,7 +24,11 @@ def chunked_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chu
     weight's is accumulated over chunks in at least fp32.
     """
     keep_gradients = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
-    return _ChunkedCrossEntropy.apply(x_ND, weight_VD, labels_N, chunk_tokens, keep_gradients)
+    # `apply` is torch's, and has no annotations.
+    loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        x_ND, weight_VD, labels_N, chunk_tokens, keep_gradients
+    )
+    return loss
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -44,7 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # Logits are freed before the gradient is made.
             log_p_CV = _logits(x_CD, weight_VD, wide).log_softmax(dim=-1, dtype=wide)
             loss -= log_p_CV.gather(-1, label_C1).masked_fill(masked_C1, 0.0).sum()
-            if keep_gradients:
+            if grad_x_ND is not None and grad_weight_VD is not None:
                 grad_CV = _logit_gradient(log_p_CV, label_C1).to(x_ND.dtype)
                 # A masked row is left out of both products where it is narrow: never by a pass over the vocabulary.
                 grad_x_ND[chunk] = (grad_CV @ weight_VD).masked_fill_(masked_C1, 0.0)

@@ -13,13 +13,19 @@ from kha_train.model.kernels.norm_rotate import WIDEST, norm_rotate, takes
 from kha_train.model.rope import Rotary
 
 
-class RmsNorm(DeclaredModule):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; the mean is taken in at least fp32."""
+class _Gain(DeclaredModule):
+    """What RMSNorms own: one weight for each of `width` numbers."""
+
+    weight: nn.Parameter
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.width, self.eps = width, eps
         self.declare_parameter("weight", (width,), Constant(1.0))
+
+
+class RmsNorm(_Gain):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; the mean is taken in at least fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D] in the dtype of `x`."""
@@ -34,12 +40,13 @@ class FullWidthNorm(RmsNorm):
         return super().forward(x.flatten(2)).view_as(x)
 
 
-class TurningNorm(RmsNorm):
+class TurningNorm(_Gain):
     """RMSNorm of every head and then its rotation, in one kernel."""
 
     def forward(self, x_BTHK: Tensor, rotary: Rotary) -> Tensor:
         """[B, T, H, K] -> [B, T, H, K], normalised over K and turned by the token's angles. Raises as `norm_rotate`."""
-        return norm_rotate(x_BTHK, self.weight, rotary.cos_BTR, rotary.sin_BTR, self.eps)
+        turned_BTHK: Tensor = norm_rotate(x_BTHK, self.weight, rotary.cos_BTR, rotary.sin_BTR, self.eps)
+        return turned_BTHK
 
 
 def norm_turns(config: RunConfig) -> bool:

@@ -57,7 +57,7 @@ def kept(width: int, operator: Any, arguments: tuple[Any, ...]) -> bool:
     """Whether `selective` keeps the result of `operator` in a model of `width`."""
     name = operator._schema.name
     if name in ("aten::mm", "aten::addmm"):
-        left = arguments[0] if name == "aten::mm" else arguments[1]
+        left: Tensor = arguments[0] if name == "aten::mm" else arguments[1]
         return left.shape[-1] >= width
     return name in ALWAYS_KEPT
 

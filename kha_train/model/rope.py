@@ -33,6 +33,9 @@ def rotary_table(positions: int, turned: int, theta: float) -> tuple[Tensor, Ten
 class RotaryTable(DeclaredModule):
     """The fp32 tables for positions below `positions`, and the look-up by the position of each token."""
 
+    cos_PR: Tensor
+    sin_PR: Tensor
+
     def __init__(self, positions: int, turned: int, theta: float) -> None:
         super().__init__()
         for index, name in enumerate(("cos_PR", "sin_PR")):

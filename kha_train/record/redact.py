@@ -59,10 +59,11 @@ class Redactor:
 
     def _clean_list(self, values: list[Any] | tuple[Any, ...]) -> list[Any]:
         """The value of an option of a command line stands behind its name."""
-        cleaned, before = [], None
+        cleaned: list[Any] = []
+        before: Any = None
         for value in values:
             named = isinstance(before, str) and before.startswith("-") and isinstance(value, str)
-            hidden = named and not value.startswith("-") and is_secret_item(before, value)  # type: ignore[arg-type]
+            hidden = named and not value.startswith("-") and is_secret_item(before, value)
             cleaned.append(REDACTED if hidden else self.clean(value))
             before = value
         return cleaned

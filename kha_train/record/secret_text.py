@@ -107,7 +107,7 @@ def _hide_pairs(text: str) -> str:
         group = value.lastgroup if value.lastgroup != "open" else "escaped"
         start, stop = value.span(group or 0)
         if group == "plain" and name.lower().endswith(_HEADERS):
-            stop = _HEADER_VALUE.match(text, start).end()  # type: ignore[union-attr]
+            stop = _end_of(_HEADER_VALUE, text, start)
         elif group == "plain" and text[start] in "[{":
             stop = _end_of_brackets(text, start)
         content = text[start:stop]
@@ -117,6 +117,13 @@ def _hide_pairs(text: str) -> str:
             parts += [text[end:start], f"{quote[1]}{REDACTED}{quote[1]}" if quote else REDACTED]
             end = stop
     return "".join([*parts, text[end:]])
+
+
+def _end_of(pattern: re.Pattern[str], text: str, start: int) -> int:
+    """Where what `pattern` matches at `start` ends; it may match nothing at all."""
+    found = pattern.match(text, start)
+    assert found is not None
+    return found.end()
 
 
 def _end_of_brackets(text: str, start: int) -> int:
@@ -135,7 +142,7 @@ def _hide_logins(text: str) -> str:
     for match in _LOGIN.finditer(text):
         if match.start() < end:
             continue
-        stop = _LOGIN_END[match["inner"] or match["quote"] or ""].match(text, match.end()).end()  # type: ignore[union-attr]
+        stop = _end_of(_LOGIN_END[match["inner"] or match["quote"] or ""], text, match.end())
         secret = text[match.end() : stop].rstrip("\\")
         parts += [text[end : match.end()], REDACTED if secret else ""]
         end = match.end() + len(secret)

@@ -72,12 +72,13 @@ def redacted_streams(verbatim: bool) -> Iterator[None]:
     redactor, before = Redactor.from_environment(), (sys.stdout, sys.stderr)
     hiders = (redactor.values if verbatim else redactor.text, redactor.text)
     # Python has no stream where the descriptor was closed before it started.
-    streams = [stream and RedactedStream(stream, hide) for stream, hide in zip(before, hiders, strict=True)]
-    sys.stdout, sys.stderr = streams  # type: ignore[assignment]
+    output, errors = (stream and RedactedStream(stream, hide) for stream, hide in zip(before, hiders, strict=True))
+    # It does what the program asks of a stream, and is no TextIO.
+    sys.stdout, sys.stderr = output, errors  # type: ignore[assignment]
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
-        for stream in filter(None, streams):
+        for stream in filter(None, (output, errors)):
             with suppress(OSError, ValueError):
                 stream.flush()

@@ -81,7 +81,8 @@ def _when(line: bytes) -> tuple[int, float]:
 
 
 def _events_since(path: Path, since: float) -> list[dict[str, Any]]:
-    count, events = 64, []
+    count = 64
+    events: list[dict[str, Any]] = []
     while not events or (len(events) == count // 8 and events[0].get("time", 0.0) >= since):
         events, count = [event for event in map(parse, _last_lines(path, count)) if event is not None], 8 * count
         if not events:

@@ -16,7 +16,7 @@ class LiteralConsole(Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         """As rich's, of the text with everything visible."""
         return super().render_str(visible(text, LINES), **options)
 

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import netrc
 import os
 import re
-import socket
 import threading
-import urllib.parse
-import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from kha_train.config.build import to_plain
 from kha_train.config.schema import RunConfig
 from kha_train.record import RECORD_ONLY, Redactor
 from kha_train.telemetry import backlog
+from kha_train.telemetry.server import has_key, is_reachable
 from kha_train.telemetry.spike_chart import SPIKE_COLUMNS, spike_chart
 
 MAX_KEYS = 200
@@ -32,7 +28,6 @@ HAPPENED = "events/"
 MAX_EVENTS = 1000
 """Rows of a table; the record has all of them."""
 DEFAULT_HOST = "https://api.wandb.ai"
-CONNECT_SECONDS = 3.0
 INIT_SECONDS = 30.0
 FINISH_SECONDS = 60.0
 TEARDOWN_SECONDS = 5.0
@@ -41,10 +36,12 @@ CATCH_UP_ROWS = 20
 DEFAULT_PROJECT = "kha_train"
 OWN_PLACES = {"WANDB_ARTIFACT_DIR": ".artifacts", "WANDB_CACHE_DIR": ".cache", "WANDB_DATA_DIR": ".data"}
 OTHER_RUN = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM")
+Asked = Literal["auto", "online", "offline", "disabled"]
+Mode = Literal["online", "offline", "disabled"]
+NO_MIRROR: tuple[Mode, str] = ("disabled", "")
 OFFLINE, DISABLED = ("offline", "dryrun"), ("disabled", "off", "false", "no", "none", "0")
 ONLINE = ("", "auto", "online", "run", "shared", "on", "true", "yes", "1")
 """What people write as WANDB_MODE, in any case."""
-
 
 Sent = tuple[int, dict[str, Any]]
 """A row's number and its values."""
@@ -80,7 +77,7 @@ class WandbMirror:
         self._run: Any = None
         if rank == 0:
             _keep_under(run_dir)
-        self.mode, reason = _safely_chosen_mode(config.telemetry.wandb.mode) if rank == 0 else ("disabled", "")
+        self.mode, reason = _safely_chosen_mode(config.telemetry.wandb.mode) if rank == 0 else NO_MIRROR
         self._run_dir = run_dir
         self._queue: deque[Sent] = deque()
         self._backlog: Iterator[Sent] = iter(())
@@ -214,9 +211,7 @@ class _Guard:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> bool:
         if isinstance(error, Exception):
             text = str(error)
             # In a second line wandb tells what the server answered, and which of its settings is wrong.
@@ -256,16 +251,16 @@ def _tear_down() -> None:
 
 def _row_of(record: bytes) -> int | None:
     """The row of a record of a `.wandb` file; None when it is none of the history. Raises what protobuf raises."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made when it is imported
 
     content = Record.FromString(record)
     if content.WhichOneof("record_type") != "history":
         return None
     named = {item.key or "/".join(item.nested_key): item.value_json for item in content.history.item}
-    return json.loads(named["_step"]) if "_step" in named else None
+    return int(json.loads(named["_step"])) if "_step" in named else None
 
 
-def _safely_chosen_mode(asked: str) -> tuple[str, str]:
+def _safely_chosen_mode(asked: Asked) -> tuple[Mode, str]:
     """`choose_mode`, or offline where it cannot tell: a strange address, a home or netrc file that cannot be read."""
     guard = _Guard()
     with guard:
@@ -273,14 +268,14 @@ def _safely_chosen_mode(asked: str) -> tuple[str, str]:
     return "offline", guard.reason
 
 
-def choose_mode(asked: str) -> tuple[str, str]:
+def choose_mode(asked: Asked) -> tuple[Mode, str]:
     """(mode, why it is not what was asked) from the configured mode, what the user asked wandb for, the key and the
     network. A configured mode other than auto wins over the user's settings of wandb, as in `wandb.init(mode=...)`."""
     reason = ""
     wanted, unknown = _mode_of_environment()
     if asked == "auto":
         asked, reason = wanted or _mode_of_settings(), unknown
-    if asked in ("offline", "disabled"):
+    if asked == "offline" or asked == "disabled":
         return asked, reason
     address = os.environ.get("WANDB_BASE_URL") or getattr(_user_settings(), "base_url", None) or DEFAULT_HOST
     if not has_key(address):
@@ -290,19 +285,22 @@ def choose_mode(asked: str) -> tuple[str, str]:
     return "online", ""
 
 
-def _mode_of_environment() -> tuple[str, str]:
+def _mode_of_environment() -> tuple[Literal["offline", "disabled", ""], str]:
     """What WANDB_MODE and WANDB_DISABLED ask for: offline, disabled or "" (they do not say), and what is wrong with
     them. A word that is no mode means offline. WANDB_MODE is left as wandb itself knows it."""
     word = os.environ.get("WANDB_MODE", "").strip().lower()
-    disabled = os.environ.get("WANDB_DISABLED", "").strip().lower() not in ("", "0", "false", "no", "off")
+    denied = os.environ.get("WANDB_DISABLED", "").strip().lower() not in ("", "0", "false", "no", "off")
+    disabled = denied or word in DISABLED
     unknown = word not in (*OFFLINE, *DISABLED, *ONLINE)
-    mode = "disabled" if disabled or word in DISABLED else "offline" if unknown or word in OFFLINE else ""
+    mode: Literal["offline", "disabled", ""] = (
+        "disabled" if disabled else "offline" if unknown or word in OFFLINE else ""
+    )
     if "WANDB_MODE" in os.environ:
         os.environ["WANDB_MODE"] = mode or "online"
     return mode, f"WANDB_MODE={word} is no mode" if unknown else ""
 
 
-def _mode_of_settings() -> str:
+def _mode_of_settings() -> Asked:
     """What `wandb offline` and `wandb disabled` left for this user and directory; "auto" where they left nothing."""
     settings = _user_settings()
     mode = "auto" if settings is None else str(settings.mode).lower()
@@ -320,31 +318,6 @@ def _user_settings() -> Any:
     return setup(settings=wandb.Settings(silent=True)).settings if setup else None
 
 
-def has_key(address: str) -> bool:
-    """Whether the environment or the netrc file holds a key for the server at `address`."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    path = Path(os.environ.get("NETRC") or os.path.expanduser("~/.netrc"))
-    try:
-        return netrc.netrc(path).authenticators(urllib.parse.urlsplit(address).hostname or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def is_reachable(address: str) -> bool:
-    """Whether a connection to `address`, or to the proxy that leads there, opens within three seconds."""
-    server = urllib.parse.urlsplit(address)
-    proxy = urllib.request.getproxies().get(server.scheme)
-    if proxy and not urllib.request.proxy_bypass(server.hostname or ""):
-        server = urllib.parse.urlsplit(proxy)
-    port = server.port or (443 if server.scheme == "https" else 80)
-    try:
-        socket.create_connection((server.hostname, port), timeout=CONNECT_SECONDS).close()
-    except OSError:
-        return False
-    return True
-
-
 def _keep_under(run_dir: Path) -> None:
     """Have wandb stage its tables and keep its caches in the run directory, unless the user chose other places: in the
     home they would be lost where that cannot be written. Which run it is, the record says: variables for another one,
@@ -357,10 +330,10 @@ def _keep_under(run_dir: Path) -> None:
             os.environ[name] = str(run_dir.resolve() / "wandb" / folder)
 
 
-def _open_run(config: RunConfig, run_dir: Path, wandb_id: str, mode: str, redactor: Redactor) -> Any:
+def _open_run(config: RunConfig, run_dir: Path, wandb_id: str, mode: Mode, redactor: Redactor) -> Any:
     import wandb
 
-    wanted = {
+    wanted: dict[str, Any] = {
         "silent": True,
         "console": "off",
         "save_code": False,

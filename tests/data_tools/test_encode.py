@@ -50,7 +50,7 @@ def test_an_interrupted_encoding_goes_on_and_writes_the_same_files(
     encode_corpus(corpus, corpus / "tokenizer.model", tmp_path / "straight", shard_bytes=500)
 
     def write_or_die(unit, *rest, **more):
-        if unit.index == 3:
+        if unit.number == 3:
             raise KeyboardInterrupt
         return original(unit, *rest, **more)
 

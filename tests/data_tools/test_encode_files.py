@@ -138,7 +138,7 @@ def test_an_interrupted_encoding_goes_on_and_writes_the_same_files(
     encode_files([notes], model, tmp_path / "straight", **how)
 
     def write_or_die(unit, *rest, **more):
-        if unit.index == 3:
+        if unit.number == 3:
             raise KeyboardInterrupt
         return original(unit, *rest, **more)
 

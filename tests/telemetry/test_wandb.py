@@ -16,7 +16,8 @@ from kha_train.record import METRICS
 from kha_train.stability.events import SpikeEvent
 from kha_train.telemetry import WandbMirror
 from kha_train.telemetry import wandb as mirror_module
-from kha_train.telemetry.wandb import MARKER, MAX_KEYS, choose_mode, has_key, is_reachable
+from kha_train.telemetry.server import has_key, is_reachable
+from kha_train.telemetry.wandb import MARKER, MAX_KEYS, choose_mode
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -100,7 +100,8 @@ def masked_softmax(scores_BHTU: Tensor, documents: Documents) -> Tensor:
     wide_BHTU = scores_BHTU.to(torch.promote_types(scores_BHTU.dtype, torch.float32))
     mask_BJTU = documents.mask_BJTU
     if mask_BJTU is None:
-        mask_BJTU = _causal_TU(*scores_BHTU.shape[-2:], scores_BHTU.device)
+        queries, attended = scores_BHTU.shape[-2:]
+        mask_BJTU = _causal_TU(queries, attended, scores_BHTU.device)
     if mask_BJTU.dtype == torch.bool:
         return wide_BHTU.masked_fill(~mask_BJTU, float("-inf")).softmax(dim=-1)
     return (wide_BHTU + mask_BJTU).softmax(dim=-1)
@@ -142,10 +143,16 @@ def _scaled_dot_product(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, document
     return attend(q_BHTK, k_BHUK, v_BHUW, attn_mask=mask_BJTU, scale=scale).transpose(1, 2)
 
 
-def grouped_words(release: TorchVersion) -> dict[str, bool]:
+class GroupedWords(TypedDict, total=False):
+    """Named arguments of torch's kernel of variable length."""
+
+    enable_gqa: bool
+
+
+def grouped_words(release: TorchVersion) -> GroupedWords:
     """What the kernel of variable length must be told to take fewer key/value heads: torch 2.11 has no word for it
     and takes them unasked, later ones refuse them without."""
-    return {"enable_gqa": True} if release >= (2, 12) else {}
+    return {"enable_gqa": True} if release >= "2.12" else {}
 
 
 GROUPED_WORDS = grouped_words(torch.__version__)
@@ -157,9 +164,10 @@ def varlen(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents,
     from torch.nn.attention.varlen import varlen_attn
 
     borders_S, longest = documents.cu_seqlens_S, documents.max_seqlen
+    assert borders_S is not None, "decoding runs on a backend that reads the mask"
 
     def kernel(q_MHK: Tensor, k_MGK: Tensor, v_MGK: Tensor) -> Any:
-        words = GROUPED_WORDS if q_MHK.shape[1] != k_MGK.shape[1] else {}
+        words: GroupedWords = GROUPED_WORDS if q_MHK.shape[1] != k_MGK.shape[1] else {}
         return varlen_attn(
             q_MHK, k_MGK, v_MGK, borders_S, borders_S, longest, longest,
             scale=scale, window_size=(-1, 0), **words,
@@ -210,8 +218,9 @@ def _over_flat_tokens(kernel: Callable[..., Any], q_BTHK: Tensor, k_BUGK: Tensor
     batch, tokens, _, width = q_BTHK.shape
     value_width = v_BUGW.shape[-1]
     v_BUGK = functional.pad(v_BUGW, (0, width - value_width))
-    out_MHK = kernel(q_BTHK.flatten(0, 1), k_BUGK.flatten(0, 1), v_BUGK.flatten(0, 1))
-    return out_MHK.unflatten(0, (batch, tokens))[..., :value_width]
+    out_MHK: Tensor = kernel(q_BTHK.flatten(0, 1), k_BUGK.flatten(0, 1), v_BUGK.flatten(0, 1))
+    out_BTHK: Tensor = out_MHK.unflatten(0, (batch, tokens))
+    return out_BTHK[..., :value_width]
 
 
 def _biased(mask_BJTU: Tensor, slopes_H: Tensor | None) -> Tensor:

@@ -35,7 +35,8 @@ class RowContext(NamedTuple):
         """Queries or keys, normalised and then turned whole."""
         if isinstance(norm, TurningNorm):
             assert self.rotary is not None
-            return norm(x_BTHK, self.rotary)
+            turned_BTHK: Tensor = norm(x_BTHK, self.rotary)
+            return turned_BTHK
         return self.turn(norm(x_BTHK))
 
     def with_past(self, layer: nn.Module, *new: Tensor) -> tuple[Tensor, ...]:
@@ -70,4 +71,5 @@ class Attention(nn.Module, ABC):
 
 def build_attention(config: RunConfig) -> Attention:
     """The base registered under `config.attention.base.name`."""
-    return BASES[config.attention.base.name].load()(config)
+    attention: Attention = BASES[config.attention.base.name].load()(config)
+    return attention

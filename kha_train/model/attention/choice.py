@@ -72,13 +72,13 @@ def check_against_maths(config: RunConfig, device: torch.device, dtype: torch.dt
     releases of cuDNN computed wrong numbers without a word. On whole rows, and on rows of documents if the run
     isolates them. Raises ConfigError when they disagree."""
     name = config.attention.backend
-    inputs = attention_inputs(config, 2, 256, device, dtype)
+    q_BTHK, k_BTGK, v_BTGW = inputs = attention_inputs(config, 2, 256, device, dtype)
     for borders in (None, CHECK_BORDERS) if config.data.isolate_documents else (None,):
         borders_S = None if borders is None else torch.tensor(borders, dtype=torch.int32, device=device)
         documents = lay_out_documents(2, 256, device, borders_S, masked=not TRAITS[name].packed)
         results = [_outputs_and_gradients(BACKENDS[name], inputs, documents)]
         documents = lay_out_documents(2, 256, device, borders_S)
-        results.append(_outputs_and_gradients(eager, [x.float() for x in inputs], documents))
+        results.append(_outputs_and_gradients(eager, (q_BTHK.float(), k_BTGK.float(), v_BTGW.float()), documents))
         rows = "whole rows" if borders is None else "rows of documents"
         for part, found, expected in zip(("output", "gradient of q", "of k", "of v"), *results, strict=True):
             error = ((found.float() - expected).norm() / expected.norm()).item()
@@ -93,23 +93,28 @@ def check_against_maths(config: RunConfig, device: torch.device, dtype: torch.dt
 
 def attention_inputs(
     config: RunConfig, rows: int, tokens: int, device: torch.device, dtype: torch.dtype
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Random queries, keys and values of the run's heads, [rows, tokens, heads, width]."""
     shape, base = config.attention.base.heads(), config.attention.base
     key_width = shape.key_width + (base.rotary_width() if shape.latent else 0)
     sizes = [(shape.query_heads, key_width), (shape.kv_heads, key_width), (shape.kv_heads, shape.value_width)]
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(rows, tokens, heads, width, generator=generator).to(device, dtype) for heads, width in sizes]
+    q_BTHK, k_BTGK, v_BTGW = (
+        torch.randn(rows, tokens, heads, width, generator=generator).to(device, dtype) for heads, width in sizes
+    )
+    return q_BTHK, k_BTGK, v_BTGW
 
 
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _outputs_and_gradients(backend: Backend, inputs: list[Tensor], documents: Documents) -> list[Tensor]:
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    out = backend(*leaves, documents, leaves[0].shape[-1] ** -0.5)
-    return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+def _outputs_and_gradients(
+    backend: Backend, inputs: tuple[Tensor, Tensor, Tensor], documents: Documents
+) -> list[Tensor]:
+    q, k, v = (x.detach().requires_grad_() for x in inputs)
+    out = backend(q, k, v, documents, q.shape[-1] ** -0.5)
+    return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
 
 
 def _may_use_varlen(config: RunConfig) -> bool:

@@ -52,7 +52,8 @@ class Explicit(Interaction):
 
     def outputs(self, out_BTHW: Tensor) -> Tensor:
         """See `Interaction.outputs`."""
-        return self.norm(out_BTHW)
+        normed_BTHW: Tensor = self.norm(out_BTHW)
+        return normed_BTHW
 
     def _mix(self, projection: str, x_BTGK: Tensor) -> Tensor:
         if projection not in self.compose:

@@ -44,4 +44,5 @@ class GroupedQueryAttention(Attention):
         k_BUGK = self.interaction.rotated_keys(rows.norm_and_turn(self.key_norm, k_BUGK))
         k_BUGK, v_BUGK = rows.with_past(self, k_BUGK, v_BUGK)
         out_BTHK = self.attend(q_BTHK, k_BUGK, v_BUGK, rows.documents, self.scale)
-        return self.output(self.interaction.outputs(out_BTHK), folds.output)
+        out_BTD: Tensor = self.output(self.interaction.outputs(out_BTHK), folds.output)
+        return out_BTD

@@ -53,4 +53,5 @@ class GroupedTiedAttention(Attention):
         still_BUGR = self.key_norm(state_BUGK[..., :still])
         k_BUGK = torch.cat((still_BUGR, turned_BU1R.expand(-1, -1, self.heads.kv_heads, -1)), dim=-1)
         out_BTHK = self.attend(q_BTHK, k_BUGK, state_BUGK, rows.documents, self.scale)
-        return self.output(self.interaction.outputs(out_BTHK), folds.output)
+        out_BTD: Tensor = self.output(self.interaction.outputs(out_BTHK), folds.output)
+        return out_BTD

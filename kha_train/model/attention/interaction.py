@@ -76,7 +76,8 @@ class NoInteraction(Interaction):
 def build_interaction(config: RunConfig) -> Interaction:
     """The interaction registered under `config.attention.interaction.name`, on the heads of the configured base."""
     options, base = config.attention.interaction, config.attention.base
-    return INTERACTIONS[options.name].load()(options, base.heads(), implementation(config))
+    interaction: Interaction = INTERACTIONS[options.name].load()(options, base.heads(), implementation(config))
+    return interaction
 
 
 def starting_matrix(init: MatrixInit, diagonal: float) -> Initial:

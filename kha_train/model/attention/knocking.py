@@ -75,11 +75,13 @@ class SharedMlp(nn.Module):
 
     def forward(self, x_BTHK: Tensor) -> Tensor:
         """Every head through the same gated perceptron."""
-        return self.compute(x_BTHK, self.up(), self.gate(), self.down())
+        mixed_BTHK: Tensor = self.compute(x_BTHK, self.up(), self.gate(), self.down())
+        return mixed_BTHK
 
     def hidden(self, x_BTHK: Tensor) -> Tensor:
         """The perceptron up to its last matrix."""
-        return self.compute(x_BTHK, self.up(), self.gate(), None)
+        hidden_BTHK: Tensor = self.compute(x_BTHK, self.up(), self.gate(), None)
+        return hidden_BTHK
 
 
 class KnockingMlp(Knocking):
@@ -92,12 +94,17 @@ class KnockingMlp(Knocking):
 
     def linear_maps(self) -> Folds:
         """W_down of the values."""
-        return Folds(output=HeadMap(within_KK=self.maps["v"].down()))
+        return Folds(output=HeadMap(within_KK=self._value_map().down()))
 
     def _map(self, projection: str, x_BTHK: Tensor) -> Tensor:
         if self.folded and projection == "v":
-            return self.maps["v"].hidden(x_BTHK)
+            return self._value_map().hidden(x_BTHK)
         return super()._map(projection, x_BTHK)
+
+    def _value_map(self) -> SharedMlp:
+        value_map = self.maps["v"]
+        assert isinstance(value_map, SharedMlp)
+        return value_map
 
 
 class SharedGate(nn.Module):

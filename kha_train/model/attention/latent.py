@@ -63,7 +63,8 @@ class LatentAttention(Attention):
         query = torch.cat((q_BTHK, turned_BTHR), dim=-1)
         key = torch.cat((k_BUHK, turned_BU1R.expand(-1, -1, self.heads.kv_heads, -1)), dim=-1)
         out_BTHK = self.attend(query, key, v_BUHK, rows.documents, self.scale)
-        return self.output(self.interaction.outputs(out_BTHK))
+        out_BTD: Tensor = self.output(self.interaction.outputs(out_BTHK))
+        return out_BTD
 
     def _attend_to_latents(
         self, query_input: Tensor, turned_BTHR: Tensor, latent_BUC: Tensor, turned_BU1R: Tensor, rows: RowContext
@@ -75,4 +76,5 @@ class LatentAttention(Attention):
         query, key = torch.cat((q_BTHC, turned_BTHR), dim=-1), torch.cat((latent_BU1C, turned_BU1R), dim=-1)
         out_BTHC = self.attend(query, key, latent_BU1C, rows.documents, self.scale)
         out_BTHK = self.value_up.latent_to_heads(out_BTHC, maps.v)
-        return self.output(self.interaction.outputs(out_BTHK))
+        out_BTD: Tensor = self.output(self.interaction.outputs(out_BTHK))
+        return out_BTD

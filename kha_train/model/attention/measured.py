@@ -10,10 +10,11 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import get_args
 
 import torch
 
-from kha_train.config.backends import TRAITS, invalid_backend
+from kha_train.config.backends import TRAITS, BackendName, invalid_backend
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import Caught
 from kha_train.errors import ConfigError
@@ -105,17 +106,18 @@ def cuda_seconds(run: Callable[[], None], device: torch.device) -> float:
         run()
         last.record()
     torch.cuda.synchronize(device)
-    return statistics.median(first.elapsed_time(last) for first, last in pairs) / 1000
+    milliseconds: list[float] = [first.elapsed_time(last) for first, last in pairs]
+    return statistics.median(milliseconds) / 1000
 
 
 def _attention_of(config: RunConfig, name: str, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
     rows, tokens = config.engine.micro_batch_size, config.model.seq_len
-    inputs = [x.requires_grad_() for x in attention_inputs(config, rows, tokens, device, dtype)]
+    q, k, v = (x.requires_grad_() for x in attention_inputs(config, rows, tokens, device, dtype))
     documents = _documents(config, rows, tokens, device, masked=not TRAITS[name].packed)
 
     def run() -> None:
-        out = BACKENDS[name](*inputs, documents, inputs[0].shape[-1] ** -0.5)
-        torch.autograd.grad(out, inputs, torch.ones_like(out))
+        out = BACKENDS[name](q, k, v, documents, q.shape[-1] ** -0.5)
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
     return run
 
@@ -130,4 +132,6 @@ def _documents(config: RunConfig, rows: int, tokens: int, device: torch.device, 
 
 
 def _with_backend(config: RunConfig, name: str) -> RunConfig:
-    return replace(config, attention=replace(config.attention, backend=name))
+    names = get_args(BackendName)
+    backend: BackendName = names[names.index(name)]
+    return replace(config, attention=replace(config.attention, backend=backend))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kha_train.model.init import DeclaredModule, Identity, Initial, Linear
 
@@ -37,6 +37,8 @@ class Matrix(DeclaredModule):
     """One small square matrix through which heads exchange information, used by its neighbours. With `diagonal` times
     the identity heads pass unchanged; None: with no value."""
 
+    weight: nn.Parameter
+
     def __init__(self, width: int, initial: Initial, diagonal: float | None) -> None:
         super().__init__()
         self.declare_parameter("weight", (width, width), initial)
@@ -56,13 +58,14 @@ class Projection(Linear):
 
     def forward(self, x_BTD: Tensor, fold: HeadMap | None = None) -> Tensor:
         """The heads of every token, after the map `fold`."""
-        return torch.nn.functional.linear(x_BTD, self.folded(fold)).unflatten(-1, (self.heads, -1))
+        x_BTHK: Tensor = torch.nn.functional.linear(x_BTD, self.folded(fold)).unflatten(-1, (self.heads, -1))
+        return x_BTHK
 
     def folded(self, fold: HeadMap | None) -> Tensor:
         """The weight [H * K, D] that makes the heads after the map; multiplied in at least fp32."""
         if fold is None:
             return self.weight
-        weight_HKD = _wide(self.weight).unflatten(0, (self.heads, -1))
+        weight_HKD: Tensor = _wide(self.weight).unflatten(0, (self.heads, -1))
         if fold.within_KK is not None:
             # Head by head, the heads outermost: an einsum makes two transposed copies of the weight.
             weight_HKD = torch.bmm(_wide(fold.within_KK).t().expand(self.heads, -1, -1), weight_HKD)

@@ -21,9 +21,13 @@ from kha_train.model.init import Identity
 class TalkingHeadsAttention(GroupedQueryAttention):
     """Grouped-query attention whose heads talk before and after the softmax."""
 
+    score_mix: Matrix
+    weight_mix: Matrix
+
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
         for name, diagonal in config.attention.base.identities().items():
+            assert diagonal is not None
             setattr(self, name, Matrix(self.heads.query_heads, Identity(diagonal), diagonal))
         self.attend = self._talk
 

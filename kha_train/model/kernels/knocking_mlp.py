@@ -9,6 +9,8 @@ order that could change.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -83,7 +85,9 @@ def backward_call(
     return _call(backward, table, x_BTHK, others, {"HIDDEN": hidden_BTHK is not None})
 
 
-def _call(kernel: object, table: dict[int, Launch], x_BTHK: Tensor, others: list, flags: dict[str, bool]) -> Call:
+def _call(
+    kernel: object, table: dict[int, Launch], x_BTHK: Tensor, others: list[Tensor | None], flags: dict[str, bool]
+) -> Call:
     x_BTHK = as_rows(x_BTHK)
     *outer, heads, width = x_BTHK.shape
     launch, rows = table[width], torch.Size(outer).numel() * heads
@@ -118,11 +122,11 @@ def _(x_BTHK: Tensor, up_KK: Tensor, gate_KK: Tensor, down_KK: Tensor | None, gr
     ]
 
 
-def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad_BTHK: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_BTHK: Tensor) -> tuple[Tensor | None, ...]:
     grads = knocking_mlp_backward(*ctx.saved_tensors, grad_BTHK)
     return (*grads, None) if len(grads) == 3 else tuple(grads)
 

@@ -31,7 +31,7 @@ class Call(NamedTuple):
 
     kernel: Any
     programs: int
-    arguments: tuple[Tensor | int | float, ...]
+    arguments: tuple[Tensor | int | float | None, ...]
     constants: Mapping[str, Any]
     launch: Launch
 

@@ -8,6 +8,8 @@ over programs in their order: the same bits every time on one kind of device.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -71,7 +73,8 @@ def forward_call(
     x_BTHK = as_rows(x_BTHK)
     launch, programs, constants = _geometry(x_BTHK, cos_BTR, eps, "forward")
     tables = (weight_K.contiguous(), cos_BTR.contiguous(), sin_BTR.contiguous())
-    arguments = (x_BTHK, *tables, out_BTHK, _rows(x_BTHK), *x_BTHK.stride()[1:3])
+    token_stride, head_stride = x_BTHK.stride()[1:3]
+    arguments = (x_BTHK, *tables, out_BTHK, _rows(x_BTHK), token_stride, head_stride)
     return Call(forward, programs, arguments, constants, launch)
 
 
@@ -93,8 +96,8 @@ def backward_call(
     shares_PK = x_BTHK.new_empty((programs, x_BTHK.shape[-1]), dtype=torch.promote_types(x_BTHK.dtype, torch.float32))
     tables = (weight_K.contiguous(), cos_BTR.contiguous(), sin_BTR.contiguous())
     results = (grad_BTHK, grad_x_BTHK, shares_PK, _rows(x_BTHK))
-    strides = (*x_BTHK.stride()[1:3], x_BTHK.shape[1], *grad_BTHK.stride()[:3])
-    arguments = (x_BTHK, *tables, *results, *strides)
+    strides: tuple[int, ...] = (*x_BTHK.stride()[1:3], x_BTHK.shape[1], *grad_BTHK.stride()[:3])
+    arguments: tuple[Tensor | int, ...] = (x_BTHK, *tables, *results, *strides)
     return Call(backward, programs, arguments, constants, launch), shares_PK
 
 
@@ -123,12 +126,12 @@ def _(
     return x_BTHK.new_empty(x_BTHK.shape), weight_K.new_empty(weight_K.shape)
 
 
-def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad_BTHK: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_BTHK: Tensor) -> tuple[Tensor | None, ...]:
     return *norm_rotate_backward(*ctx.saved_tensors, grad_BTHK, ctx.eps), None, None, None
 
 

@@ -147,5 +147,5 @@ def balance_metrics(load_LE: Tensor, bias_LE: Tensor) -> dict[str, float | list[
     for name, values in zip(LoadStatistics._fields, by_layer, strict=True):
         metrics[f"moe/{name}"] = max(values) if name == "bias_range" else sum(values) / len(values)
         metrics[f"moe/{name}_by_layer"] = values
-    metrics["moe/maxvio_worst"] = max(metrics["moe/maxvio_by_layer"])
+    metrics["moe/maxvio_worst"] = max(by_layer[LoadStatistics._fields.index("maxvio")])
     return metrics

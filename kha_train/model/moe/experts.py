@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
@@ -28,6 +28,9 @@ class Experts(DeclaredModule):
 
     Building it raises ConfigError when the backend cannot run: a size it cannot read, a package that is not there.
     """
+
+    gate_up: nn.Parameter
+    down: nn.Parameter
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ OPERATORS = (grouped.grouped_experts, grouped.grouped_experts_backward)
 @register_flop_formula(torch.ops.kha_train.grouped_experts)
 def experts(x: Shape, gate_up: Shape, down: Shape, weight: Shape, *_: object, **__: object) -> int:
     """Every copy (tokens times experts of each) through three matrices of one size."""
-    _, width, both = gate_up
+    _experts, width, both = gate_up
     return 3 * weight[0] * weight[1] * width * both
 
 

@@ -80,7 +80,7 @@ def grouped(x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: Tensor, routing: Routin
     """The weighted sum of every token's experts, [N, D]. fp32 and bf16. `kernels`: `torch` or `triton`."""
     placement = place(routing.expert_NJ, routing.load_E)
     x_ND, weight_NJ = x_ND.contiguous(), routing.weight_NJ.contiguous()
-    out_ND, _ = grouped_experts(x_ND, gate_up_EDX, down_EFD, weight_NJ, *placement, kernels)
+    out_ND: Tensor = grouped_experts(x_ND, gate_up_EDX, down_EFD, weight_NJ, *placement, kernels)[0]
     return out_ND
 
 
@@ -110,7 +110,10 @@ def run_backward(
     """Gradients of input, both matrices and routing weights. Tensors of M rows are let go as soon as they are used."""
     order_M, home_NJ, ends_E = placement
     if not order_M.numel():
-        return tuple(torch.zeros_like(tensor) for tensor in (x_ND, gate_up_EDX, down_EFD, weight_NJ))
+        grad_x_ND, grad_gate_up_EDX, grad_down_EFD, grad_weight_NJ = map(
+            torch.zeros_like, (x_ND, gate_up_EDX, down_EFD, weight_NJ)
+        )
+        return grad_x_ND, grad_gate_up_EDX, grad_down_EFD, grad_weight_NJ
     grad_MD = kernels.permute(grad_ND, order_M, home_NJ)
     grad_MF = grouped_product(grad_MD, down_EFD.transpose(1, 2), offs=ends_E)
     hidden_MF, grad_MX, grad_weight_NJ = kernels.activate_backward(gate_up_MX, weight_NJ, order_M, grad_MF)
@@ -162,15 +165,18 @@ def grouped_experts_backward(
 
 
 @grouped_experts.register_fake
-def _(x_ND, gate_up_EDX, down_EFD, weight_NJ, order_M, home_NJ, ends_E, kernels) -> tuple[Tensor, Tensor]:
+def _(
+    x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: Tensor, weight_NJ: Tensor, order_M: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x_ND), x_ND.new_empty(order_M.shape[0], gate_up_EDX.shape[2])
 
 
 @grouped_experts_backward.register_fake
 def _(
-    grad_ND, x_ND, gate_up_EDX, down_EFD, weight_NJ, order_M, home_NJ, ends_E, gate_up_MX, kernels
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return tuple(torch.empty_like(tensor) for tensor in (x_ND, gate_up_EDX, down_EFD, weight_NJ))
+    grad_ND: Tensor, x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: Tensor, weight_NJ: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    empty = torch.empty_like
+    return empty(x_ND), empty(gate_up_EDX), empty(down_EFD), empty(weight_NJ)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

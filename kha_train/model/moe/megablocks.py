@@ -71,4 +71,6 @@ def run_kernels(kernels: Kernels, x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: T
     x_MD = ops.gather(x_ND, indices_M, bin_ids_M, bins_E, top_k)
     weight_M = routing.weight_NJ.flatten()[indices_M.long()]
     hidden_MF = weighted_swiglu(kernels.gmm(x_MD, gate_up_EDX, counts_E), weight_M)
-    return ops.scatter(kernels.gmm(hidden_MF, down_EFD, counts_E), indices_M, bin_ids_M, None, bins_E, top_k)
+    out_MD = kernels.gmm(hidden_MF, down_EFD, counts_E)
+    out_ND: Tensor = ops.scatter(out_MD, indices_M, bin_ids_M, None, bins_E, top_k)
+    return out_ND

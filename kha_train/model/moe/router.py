@@ -9,7 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from kha_train.config.schema import RunConfig
@@ -43,6 +43,11 @@ class Router(DeclaredModule):
     Buffers: `selection_bias` [E], moved after every step; `previous_share` [E], the loads of the last step over their
     mean (1 before the first); `steps_done` [1], which the routing warm-up counts.
     """
+
+    weight: nn.Parameter
+    selection_bias: Tensor
+    previous_share: Tensor
+    steps_done: Tensor
 
     def __init__(self, config: RunConfig, layer: int) -> None:
         super().__init__()
