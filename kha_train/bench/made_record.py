@@ -172,7 +172,8 @@ class _Curve:
             yield line, events
 
     def _time(self, step: int) -> float:
-        return self._begun + step * self._seconds
+        when: float = self._begun + step * self._seconds
+        return when
 
     def _event(self, kind: str, step: int, **fields: Any) -> bytes:
         head = {"id": uuid.uuid4().hex, "kind": kind, "step": step, "attempt": len(self.attempts)}
