@@ -29,6 +29,26 @@ class AdamW(torch.optim.AdamW):
         super().__init__(groups, **options)
         self.identities: dict[torch.Tensor, torch.Tensor] = {}
 
+    def start(self, shares: Iterable[torch.Tensor], dtype: torch.dtype) -> None:
+        """Zero moments in `dtype` from the start, so that a checkpoint of any step holds them and memory is taken
+        once."""
+        for share in shares:
+            self.state[share] = {"step": torch.zeros((), dtype=torch.float32, device=share.device)} | {
+                name: torch.zeros_like(share, dtype=dtype, requires_grad=False) for name in MOMENTS
+            }
+
+    @property
+    def steps(self) -> int:
+        """How many steps were taken: the bias correction depends on it."""
+        counts = {int(state["step"]) for state in self.state.values()}
+        assert len(counts) == 1, f"parameter groups disagree about the step: {counts}"
+        return counts.pop()
+
+    @steps.setter
+    def steps(self, count: int) -> None:
+        for state in self.state.values():
+            state["step"].fill_(count)
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One step of every parameter that has a gradient."""
@@ -74,10 +94,11 @@ def parameter_groups(
     weight_decay: float,
     apart: Collection[str] = (),
     settings: Mapping[str, Any] = MappingProxyType({}),
+    shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """One group for the matrices of each layer, one for those outside layers, one for all vectors. The parameters named
     in `apart` have a second group of their layer, with other `settings` (see `interaction_settings`), unless there are
-    none.
+    none. `shapes` has the global shape of a parameter by name, where an engine keeps it in another form.
 
     Matrices decay, vectors (norm gains) do not. A group a layer, because ZeRO 1 and 2 copy the gradients of one whole
     group to fp32 inside the step: a single group would copy the whole model at once.
@@ -86,15 +107,18 @@ def parameter_groups(
     multiples of 16 bytes alone: small matrices of an odd size come last, so that they shift no other.
     """
     groups: dict[str, dict[str, Any]] = {}
+    odd: dict[int, bool] = {}
     for name, parameter in named:
-        key = "vectors" if len(_shape(parameter)) < 2 else _layer(name)
+        shape = shapes.get(name, tuple(parameter.shape))
+        odd[id(parameter)] = math.prod(shape) % ALIGNED_NUMBERS != 0
+        key = "vectors" if len(shape) < 2 else _layer(name)
         group = {"name": key, "params": [], "weight_decay": 0.0 if key == "vectors" else weight_decay}
         if settings and name in apart:
             changed = {"lr_scale": settings["lr_scale"]} if key == "vectors" else settings
             key, group = f"{key} apart", {**group, **changed}
         groups.setdefault(key, group)["params"].append(parameter)
     for group in groups.values():
-        group["params"].sort(key=lambda parameter: _shape(parameter).numel() % ALIGNED_NUMBERS != 0)
+        group["params"].sort(key=lambda parameter: odd[id(parameter)])
     return list(groups.values())
 
 
@@ -114,11 +138,6 @@ def learning_rate(optim: OptimSection, step: int, steps: int) -> float:
     decay_steps = round(schedule.decay * steps)
     remaining = min(max(steps - step, 0), decay_steps)
     return floor + (optim.lr - floor) * (remaining / decay_steps if decay_steps else 1.0)
-
-
-def _shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """The global shape, also of a parameter that ZeRO 3 has partitioned."""
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _layer(name: str) -> str:

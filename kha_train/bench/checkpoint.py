@@ -9,6 +9,7 @@ writer to end by itself. The cost of a mode is its round's extra time over that 
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -23,7 +24,8 @@ from kha_train.bench.protocol import environment, interleave, told
 from kha_train.config.compose import compose
 from kha_train.config.schema import RunConfig
 from kha_train.data.stream import TokenStream, open_stream
-from kha_train.engine.deepspeed import Engine, leave_world
+from kha_train.engine.contract import Engine
+from kha_train.engine.default import DefaultEngine
 from kha_train.train.saving import Saver
 from kha_train.train.step import next_batch, train_step
 from kha_train.train.watch import Ruling
@@ -90,8 +92,8 @@ def measure(overrides: Sequence[str], every: int, rounds: int, steps: int) -> Me
         config = compose([*overrides, f"data.train={folder}/data/train", f"data.validation={folder}/data/validation"])
         write_dataset(f"{folder}/data", vocab_size=config.model.vocab_size, documents=800)
         world = distributed.start(config.engine.device, config.engine.collective_timeout_seconds)
-        left_last.push(lambda kind, error, trace: leave_world(error))
-        engine = Engine(config, world)
+        left_last.push(lambda kind, error, trace: DefaultEngine.leave_world(error))
+        engine = DefaultEngine(config, world)
         stream = open_stream(config)
         savers = {mode: _saver(config, world, Path(folder) / mode, mode) if mode != "none" else None for mode in MODES}
         modes = {mode: _Mode(engine, stream, steps, saver) for mode, saver in savers.items()}
@@ -99,7 +101,7 @@ def measure(overrides: Sequence[str], every: int, rounds: int, steps: int) -> Me
         seconds = interleave(arms, blocks=rounds, warmup=1, device=world.device)
         about = environment(world.device)
         save_bytes = sum(path.stat().st_size for path in (Path(folder) / "blocking").rglob("*.safetensors"))
-        parameters = sum(parameter.numel() for parameter in engine.decoder.parameters())
+        parameters = sum(math.prod(shape) for shape in engine.shapes.values())
         engine.close()
     step = statistics.median(seconds["none"]) / steps
     costs = {name: _cost(seconds[name], seconds["none"], modes[name].stalls[1:], every * step) for name in MODES[1:]}

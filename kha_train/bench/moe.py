@@ -24,7 +24,7 @@ from torch.nn import functional
 from kha_train.bench import peers, protocol
 from kha_train.config.compose import compose
 from kha_train.config.schema import RunConfig
-from kha_train.engine.deepspeed import resolve_dtype
+from kha_train.engine.building import resolve_dtype
 from kha_train.errors import ConfigError
 from kha_train.model.init import initialise
 from kha_train.model.kernels import availability

@@ -31,7 +31,8 @@ from kha_train.config.schema import RunConfig
 from kha_train.data.batch import Batch
 from kha_train.data.stream import open_stream
 from kha_train.distributed import World
-from kha_train.engine.deepspeed import Engine, leave_world, resolve_dtype
+from kha_train.engine.building import resolve_dtype
+from kha_train.engine.default import DefaultEngine
 from kha_train.model.accounting import count_parameters, flops_per_token
 from kha_train.model.attention import measured
 from kha_train.model.attention.choice import announce, choose
@@ -85,7 +86,7 @@ def measure(
         if against:
             peers.check(first)
         world = distributed.start(first.engine.device, first.engine.collective_timeout_seconds)
-        left_last.push(lambda kind, error, trace: leave_world(error))
+        left_last.push(lambda kind, error, trace: DefaultEngine.leave_world(error))
         batches = _batches(first)
         settled = _settled(configs, world.device)
         contenders = {name: _ours(config, world, left_last) for name, config in settled.items()}
@@ -136,7 +137,7 @@ def _settled(configs: Mapping[str, RunConfig], device: torch.device) -> dict[str
 
 def _ours(config: RunConfig, world: World, left_last: ExitStack) -> Arm:
     before = _allocated(world.device)
-    engine = Engine(config, world)
+    engine = DefaultEngine(config, world)
     left_last.callback(engine.close)
     lr = config.optim.lr * 0.1
 

@@ -23,6 +23,7 @@ from kha_train import distributed
 from kha_train.bench.protocol import Clock, Ratio, compare, environment, interleave, plain, shown, told
 from kha_train.bench.spikes import clean_curve
 from kha_train.config.compose import compose
+from kha_train.engine.default import DefaultEngine
 from kha_train.stability.events import Observation
 from kha_train.telemetry.startup import Startup
 from kha_train.train.session import Session
@@ -107,7 +108,7 @@ def measure(overrides: Sequence[str], blocks: int, clock: Clock = "wall") -> Mea
         write_dataset(f"{folder}/data", vocab_size=config.model.vocab_size, documents=800)
         world = distributed.start(config.engine.device, config.engine.collective_timeout_seconds)
         left_last.push(lambda kind, error, trace: distributed.stop(error))
-        with Session(config, world, Startup()) as session:
+        with Session(config, world, Startup(), DefaultEngine) as session:
             for step, loss in enumerate(clean_curve(0, FULL_WINDOWS, "normal").losses):
                 session.watch.judge(Observation(step, loss, 1.0 + 0.1 * loss))
             arms = _Arms(session, clock)

@@ -15,7 +15,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from kha_train.engine.deepspeed import Engine
+from kha_train.engine.contract import Engine
 from kha_train.errors import CorruptionError
 
 _SUMMED_AT_ONCE = 1 << 24
@@ -48,7 +48,7 @@ def audit(engine: Engine, decisions: str) -> None:
 def _checksums(engine: Engine) -> dict[str, int]:
     """A sum over the bits of what this rank keeps of each parameter: the whole, or under ZeRO 3 its share. No single
     flipped bit leaves it as it was."""
-    held = {name: getattr(parameter, "ds_tensor", parameter) for name, parameter in engine.decoder.named_parameters()}
+    held = engine.held_weights()
     return dict(zip(held, torch.stack([_bit_sum(tensor) for tensor in held.values()]).tolist(), strict=True))
 
 

@@ -19,70 +19,79 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kha_train.config.resolve import precision_on
 from kha_train.config.schema import RunConfig
+from kha_train.data.batch import Batch
 from kha_train.distributed import World, stop
+from kha_train.engine.building import (
+    build_optimizer,
+    check_buffers_are_wide,
+    materialise,
+    moment_dtype,
+    persistent_buffers,
+    prepare_device,
+    resolve_dtype,
+    share_identities,
+    spare_optimizers_the_compiler,
+)
+from kha_train.engine.contract import Fragment, InitialValue, seeded
 from kha_train.engine.settings import deepspeed_settings as _settings
-from kha_train.engine.state import Fragment, partitioned_fragments, replicated_fragments
-from kha_train.model.decoder import Decoder, DecoderOutput, build_decoder
-from kha_train.model.host import inputs_of, spare_the_compiler, use_tensor_cores
-from kha_train.model.init import initial_value, initial_values, interaction_identities, reset_buffers
-from kha_train.optim import AdamW, interaction_settings, parameter_groups
+from kha_train.engine.zero_state import partitioned_fragments, replicated_fragments
+from kha_train.model.decoder import DecoderOutput
+from kha_train.model.host import inputs_of
+from kha_train.optim import AdamW
 
 INVALID_NORM = -1.0
-InitialValue = Callable[[str, Callable[[], Tensor]], Tensor]
-
-
-def seeded(name: str, default: Callable[[], Tensor]) -> Tensor:
-    """The initial value that the run's seed gives to the parameter `name`."""
-    return default()
 
 
 class Engine:
-    """A decoder under ZeRO: accumulate micro-batches, learn the norm, then `apply` or `discard`.
-
-    `decoder` is the module (partitioned under ZeRO 3), `dtype` that of its parameters. `initial` may replace the
-    initial value of a parameter, given its name and the thunk of its default (used to start from a checkpoint).
-    """
+    """A decoder under ZeRO, see `contract.Engine`. `decoder` is partitioned under ZeRO 3."""
 
     def __init__(self, config: RunConfig, world: World, initial: InitialValue = seeded) -> None:
         self.config, self.world = config, world
         self.dtype = resolve_dtype(config, world.device)
-        if world.device.type == "cuda":
-            use_tensor_cores(self.dtype)
+        prepare_device(world, self.dtype)
         self._deepspeed = _import_deepspeed(world.device)
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         self._deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
         self._norm: Tensor | None = None
         settings = _settings(config, world, self.dtype)
+
+        def keep(parameter: nn.Parameter) -> None:
+            if config.engine.zero_stage == 3:
+                self._partition(parameter, settings)
+
         # BF16_Optimizer prints its memory use line by line while it is built.
         with redirect_stdout(io.StringIO()), _patient_groups(config.engine.collective_timeout_seconds):
-            self.decoder = self._materialise(settings, initial)
+            self.decoder, self.shapes = materialise(config, world, self.dtype, initial, keep)
+            adamw = build_optimizer(config, self.decoder, self.decoder.named_parameters(), self.shapes)
             self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
-                model=self.decoder, optimizer=self._adamw(), config=settings, dist_init_required=False
+                model=self.decoder, optimizer=adamw, config=settings, dist_init_required=False
             )
-        self._start_moments()
-        if config.optim.interaction_decay == "identity":
-            self._share_identities()
-        for name, buffer in self.decoder.named_buffers():
-            assert buffer.dtype != torch.bfloat16, f"{name} lost its precision: updates of 1e-3 vanish in bf16"
+        self._stepper.start(self._flat_masters(), moment_dtype(config))
+        share_identities(config, self.decoder, self._stepper, self.fragments())
+        check_buffers_are_wide(self.decoder)
 
-    def accumulate(self, batch: Any, loss_scale: float, token_scale: float, last: bool) -> DecoderOutput:
-        """Forward and backward of one micro-batch; `last` marks the last of the step.
+    @staticmethod
+    def leave_world(error: BaseException | None = None) -> None:
+        """Leave the process group and the subgroups DeepSpeed keeps of it, so that this process can join another
+        later; after an `error` as `distributed.stop`."""
+        import deepspeed
 
-        The gradient is that of `loss_sum * loss_scale`, averaged over ranks: with `loss_scale` = ranks / labels of the
-        global batch, a step is the mean over all its labels. Auxiliary losses are sums over tokens, those with a masked
-        label included and padding not: `token_scale` = ranks / tokens of the global batch.
-        """
+        stop(error)
+        deepspeed.utils.groups._release_process_group_references(group=None)
+        # An engine is full of cycles; the threads of a group end with the last reference to it.
+        gc.collect()
+
+    def accumulate(self, batch: Batch, loss_scale: float, token_scale: float, last: bool) -> DecoderOutput:
+        """See `contract.Engine.accumulate`."""
         self._engine.set_gradient_accumulation_boundary(last)
         output = self._engine(*inputs_of(batch, self.world.device))
         loss = output.loss_sum * loss_scale
@@ -93,8 +102,8 @@ class Engine:
             self._norm = self._norm_before_step()
         return output
 
-    def evaluate(self, batch: Any) -> DecoderOutput:
-        """Forward alone, without gradient. Collective under ZeRO 3: every rank calls it equally often."""
+    def evaluate(self, batch: Batch) -> DecoderOutput:
+        """See `contract.Engine.evaluate`. Only ZeRO 3 makes it collective."""
         self._engine.eval()
         with torch.no_grad():
             output = self._engine(*inputs_of(batch, self.world.device))
@@ -103,13 +112,12 @@ class Engine:
 
     @property
     def gradient_norm(self) -> Tensor:
-        """L2 norm of the step's whole gradient before clipping, after the last micro-batch; inf when not finite."""
+        """See `contract.Engine.gradient_norm`."""
         assert self._norm is not None, "the step has no last micro-batch yet"
         return torch.where(self._norm < 0, torch.inf, self._norm)
 
     def gradient_norms(self) -> dict[str, float]:
-        """The norm before clipping of each parameter group (the matrices of one layer; all vectors), between the last
-        micro-batch and the step; inf when not finite. Collective, and it waits for the device: for rare questions."""
+        """See `contract.Engine.gradient_norms`."""
         squares: dict[str, float] = {}
         for number, norm in enumerate(self._group_norms()):
             name = self._optimizer.param_groups[self._group_of(number)]["name"]
@@ -118,10 +126,7 @@ class Engine:
         return {name: math.sqrt(square) for name, square in squares.items()}
 
     def apply(self, lr: float, max_norm: float = math.inf) -> None:
-        """Clip, step every parameter at rate `lr` (times the `lr_scale` of its group), clear the gradients.
-
-        The gradient is scaled to `optim.grad_clip` or `max_norm`, whichever is less, when its norm is above that.
-        """
+        """See `contract.Engine.apply`."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         assert self._norm is not None
@@ -131,28 +136,27 @@ class Engine:
         assert self._engine.skipped_steps == skipped, "DeepSpeed skipped a step that the gate had passed"
 
     def discard(self) -> None:
-        """Forget the step: masters, moments and all later steps are bit-identical to never having seen it."""
+        """See `contract.Engine.discard`."""
         skipped = self._engine.skipped_steps
         self._step_with_norm(torch.full_like(self._norm, INVALID_NORM))
         assert self._engine.skipped_steps == skipped + 1, "DeepSpeed applied a step that the gate had refused"
 
     def fragments(self) -> Iterator[Fragment]:
-        """The fp32 state this rank owns: live views of masters and moments, see `state.Fragment`."""
+        """See `contract.Engine.fragments`."""
         if self.config.engine.zero_stage == 3:
-            return partitioned_fragments(self._optimizer, self.decoder, self.world.rank)
-        return replicated_fragments(self._optimizer, self.decoder, self._flat_masters())
+            return partitioned_fragments(self._optimizer, self.decoder, self.shapes, self.world.rank)
+        return replicated_fragments(self._optimizer, self.decoder, self.shapes, self._flat_masters())
 
     def buffers(self) -> dict[str, Tensor]:
-        """The persistent buffers by name, live: selection biases and the like, equal on all ranks."""
-        return {
-            f"{prefix}.{name}" if prefix else name: buffer
-            for prefix, module in self.decoder.named_modules()
-            for name, buffer in module.named_buffers(recurse=False)
-            if name not in module._non_persistent_buffers_set
-        }
+        """See `contract.Engine.buffers`."""
+        return persistent_buffers(self.decoder)
+
+    def held_weights(self) -> dict[str, Tensor]:
+        """See `contract.Engine.held_weights`: under ZeRO 3 this rank's share."""
+        return {name: getattr(parameter, "ds_tensor", parameter) for name, parameter in self.decoder.named_parameters()}
 
     def refresh_parameters(self) -> None:
-        """Copy the fp32 masters into the parameters, after they were written from outside. Collective."""
+        """See `contract.Engine.refresh_parameters`."""
         optimizer = self._optimizer
         if self.config.engine.zero_stage < 3:
             optimizer.update_lp_params()
@@ -166,15 +170,12 @@ class Engine:
 
     @property
     def optimizer_steps(self) -> int:
-        """How many steps AdamW has taken: its bias correction depends on it, and skipped steps do not count."""
-        counts = {int(state["step"]) for state in self._optimizer.optimizer.state.values()}
-        assert len(counts) == 1, f"parameter groups disagree about the step: {counts}"
-        return counts.pop()
+        """See `contract.Engine.optimizer_steps`."""
+        return self._stepper.steps
 
     @optimizer_steps.setter
     def optimizer_steps(self, count: int) -> None:
-        for state in self._optimizer.optimizer.state.values():
-            state["step"].fill_(count)
+        self._stepper.steps = count
 
     def close(self) -> None:
         """Release hooks and communication buffers, so that another engine can be built in this process.
@@ -190,41 +191,11 @@ class Engine:
         released.__closure__[0].cell_contents.cache_clear()
         del self._engine, self._optimizer, self.decoder
 
-    def _materialise(self, settings: dict[str, Any], initial: InitialValue) -> Decoder:
-        with torch.device("meta"):
-            decoder = build_decoder(self.config)
-        for module, name, full_name, default in list(initial_values(decoder, self.config.run.seed)):
-            # Under ZeRO 3 each parameter is dealt out together: one that cannot be read must not leave a rank waiting.
-            with self.world.agreed(f"make {full_name}"):
-                value = initial(full_name, default).to(self.world.device, self.dtype)
-            module._parameters[name] = parameter = nn.Parameter(value)
-            if self.config.engine.zero_stage == 3:
-                self._partition(parameter, settings)
-        decoder.tie_weights()
-        with self.world.device:
-            reset_buffers(decoder)
-        if self.config.engine.compile == "block":
-            for block in decoder.blocks:
-                block.compile()
-        return decoder
-
-    def _adamw(self) -> AdamW:
-        optim = self.config.optim
-        apart, settings = interaction_identities(self.decoder), interaction_settings(optim)
-        groups = parameter_groups(self.decoder.named_parameters(), optim.weight_decay, apart, settings)
-        return AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
-
-    def _share_identities(self) -> None:
-        """Give the optimiser what `optim.interaction_decay` aims at, cut as the masters are."""
-        rules, shared = interaction_identities(self.decoder), self._optimizer.optimizer.identities
-        for fragment in self.fragments():
-            if fragment.name in rules:
-                if fragment.flat not in shared:
-                    shared[fragment.flat] = torch.zeros_like(fragment.flat, requires_grad=False)
-                length = fragment.views["master"].numel()
-                whole = initial_value(rules[fragment.name], 0, fragment.name, fragment.shape).flatten()
-                part = whole[fragment.start : fragment.start + length]
-                shared[fragment.flat].narrow(0, fragment.offset, length).copy_(part)
+    @property
+    def _stepper(self) -> AdamW:
+        """Our optimiser, which DeepSpeed's has inside."""
+        stepper: AdamW = self._optimizer.optimizer
+        return stepper
 
     def _partition(self, parameter: nn.Parameter, settings: dict[str, Any]) -> None:
         """Keep this rank's share of a ZeRO 3 parameter and free the rest. Buffers never come here: they stay fp32."""
@@ -247,16 +218,6 @@ class Engine:
         if hasattr(optimizer, "fp32_groups_flat_partition"):
             return list(optimizer.fp32_groups_flat_partition)
         return list(optimizer.single_partition_of_fp32_groups)
-
-    def _start_moments(self) -> None:
-        """Zero moments from the start, so that a checkpoint of any step holds them and memory is taken once."""
-        dtype = torch.bfloat16 if self.config.engine.moment_dtype == "bf16" else torch.float32
-        for master in self._flat_masters():
-            self._optimizer.optimizer.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                "exp_avg": torch.zeros_like(master, dtype=dtype, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(master, dtype=dtype, requires_grad=False),
-            }
 
     def _norm_before_step(self) -> Tensor:
         from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
@@ -299,20 +260,7 @@ class Engine:
         self._norm = None
 
 
-def leave_world(error: BaseException | None = None) -> None:
-    """Leave the process group and the subgroups DeepSpeed keeps of it, so that this process can join another later;
-    after an `error` as `distributed.stop`."""
-    import deepspeed
-
-    stop(error)
-    deepspeed.utils.groups._release_process_group_references(group=None)
-    # An engine is full of cycles; the threads of a group end with the last reference to it.
-    gc.collect()
-
-
-def resolve_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """The dtype of parameters and activations on `device`, see `precision_on`."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision_on(config, device.type)]
+leave_world = Engine.leave_world
 
 
 def _import_deepspeed(device: torch.device) -> Any:
@@ -329,9 +277,7 @@ def _import_deepspeed(device: torch.device) -> Any:
         # Its Muon optimizer, which is not used here, asks for a compiler while it is imported.
         with _replaced(torch, "compile", lambda function=None, **_: function or (lambda kept: kept)):
             import deepspeed.runtime.zero.muon.muon_optimizer
-    for method in vars(torch.optim.Optimizer).values():
-        if isinstance(method, FunctionType) and method.__code__.co_filename.endswith("_compile.py"):
-            spare_the_compiler(method)
+    spare_optimizers_the_compiler()
     # Their defaults keep the world group of the moment of the import; None stands for the one that is there.
     for name in ("barrier", "monitored_barrier"):
         function = inspect.unwrap(vars(TorchBackend)[name])

@@ -30,7 +30,8 @@ from kha_train.config.validate import validate_batch
 from kha_train.data.sources import without_labels
 from kha_train.data.stream import open_stream, validation_batches
 from kha_train.distributed import TORCHRUN, World
-from kha_train.engine.deepspeed import Engine, leave_world, resolve_dtype
+from kha_train.engine.building import resolve_dtype
+from kha_train.engine.default import DefaultEngine
 from kha_train.engine.memory import GIB, plan_memory
 from kha_train.errors import ConfigError, DataError
 from kha_train.model.accounting import count_parameters
@@ -160,13 +161,13 @@ def _rank_zero(config: RunConfig, world_size: int, labels: int) -> dict[str, Any
     except ConfigError as error:
         return {"built": False, "why": f"runs on the devices of the job and not on this CPU: {error}"}
     with _fake_world(world_size) as world:
-        engine = Engine(config, world)
+        engine = DefaultEngine(config, world)
         batch = next(open_stream(config, 0, world_size))
         batch.step_tokens = batch.token_count * world_size
         train_step(engine, batch, labels, config.optim.lr, stop_requested=False)
         pieces = list(resume.pieces(engine))
         engine.close()
-        leave_world()
+        DefaultEngine.leave_world()
     return {
         "built": True,
         "dtype": str(resolve_dtype(config, world.device)).removeprefix("torch."),

@@ -15,7 +15,7 @@ from kha_train.config.constants import IGNORE_LABEL
 from kha_train.data.sources import without_labels
 from kha_train.data.stream import Batch
 from kha_train.distributed import World
-from kha_train.engine.deepspeed import Engine
+from kha_train.engine.contract import Engine
 from kha_train.errors import DataError
 
 

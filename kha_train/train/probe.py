@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kha_train.data.stream import Batch
-from kha_train.engine.deepspeed import Engine
+from kha_train.engine.contract import Engine
 
 IN_IT = ".interaction."
 """In the name of every parameter of an interaction."""
@@ -122,8 +122,7 @@ def _router(load_LE: Tensor, bias_LE: Tensor) -> list[dict[str, float]]:
 
 def _interactions(engine: Engine) -> dict[str, dict[str, float]]:
     """Norms from the fp32 masters, of which each rank owns a part."""
-    parameters = engine.decoder.named_parameters()
-    shapes = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in parameters if IN_IT in name}
+    shapes = {name: shape for name, shape in engine.shapes.items() if IN_IT in name}
     names = list(shapes)
     if not names:
         return {}

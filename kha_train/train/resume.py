@@ -16,8 +16,7 @@ from kha_train.config.build import to_plain, without_places
 from kha_train.config.constants import FREE_TO_CHANGE, PRECISION_OF, may_differ
 from kha_train.config.saved import completed
 from kha_train.config.schema import RunConfig
-from kha_train.engine.deepspeed import Engine, InitialValue, seeded
-from kha_train.engine.state import Fragment
+from kha_train.engine.contract import Engine, Fragment, InitialValue, seeded
 from kha_train.errors import DataError, ResumeError
 from kha_train.model.decoder import build_decoder
 from kha_train.model.moe.router import RUN_STATE

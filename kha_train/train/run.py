@@ -11,6 +11,8 @@ from kha_train import distributed
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate_batch
 from kha_train.distributed import World
+from kha_train.engine.contract import Engine
+from kha_train.engine.default import DefaultEngine
 from kha_train.optim import learning_rate
 from kha_train.output import harmless_output
 from kha_train.record import Marker, clear_marker, has_marker, leave_outcome, set_marker
@@ -33,9 +35,9 @@ class Outcome:
     run_dir: Path
 
 
-def train(config: RunConfig, startup: Startup | None = None) -> Outcome:
+def train(config: RunConfig, startup: Startup | None = None, engine_class: type[Engine] = DefaultEngine) -> Outcome:
     """Run `config` from where its run directory stands. Called by every rank; returns or raises the same on each.
-    `startup` has what was done before, for the record.
+    `startup` has what was done before, for the record. `engine_class` builds the engine.
 
     Raises ConfigError (cannot run: exit 2), ResumeError (the checkpoint is another run's: 3), DataError or
     CheckpointError (4), DivergedError (5), RunDirectoryInUse (6), MachineError (75: try again). A hang ends the process
@@ -54,7 +56,7 @@ def train(config: RunConfig, startup: Startup | None = None) -> Outcome:
         watchdog = Watchdog(run_dir, world, config.engine.hang_timeout_seconds)
         world = replace(world, alive=watchdog.alive)
         with stops, FailureFile(run_dir, world):
-            session = Session(config, world, startup)
+            session = Session(config, world, startup, engine_class)
             with told_when_out_of_memory(config, world, lambda: session.has_updated), session:
                 return _already_over(session) if session.is_over else _attempt(session, stops, watchdog)
 

@@ -16,7 +16,7 @@ from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.retention import Keep, prune
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import World, is_known_to_all
-from kha_train.engine.deepspeed import Engine
+from kha_train.engine.contract import Engine
 from kha_train.errors import CheckpointError, CorruptionError, MachineError
 from kha_train.train import resume
 from kha_train.train.memory import as_memory_error

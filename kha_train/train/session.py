@@ -19,7 +19,8 @@ from kha_train.config.schema import RunConfig
 from kha_train.data.stream import ValidationSet, open_stream
 from kha_train.distributed import World, as_error
 from kha_train.engine.audit import audit
-from kha_train.engine.deepspeed import Engine, InitialValue, leave_world, resolve_dtype
+from kha_train.engine.building import resolve_dtype
+from kha_train.engine.contract import Engine, InitialValue
 from kha_train.errors import CheckpointError, KhaError
 from kha_train.model.accounting import count_parameters, flops_per_token
 from kha_train.model.attention.choice import announce, choose
@@ -60,8 +61,8 @@ class Session:
     early. Raises what `train` documents.
     """
 
-    def __init__(self, config: RunConfig, world: World, startup: Startup) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: RunConfig, world: World, startup: Startup, engine_class: type[Engine]) -> None:
+        self.config, self.world, self._engine_class = config, world, engine_class
         self._startup: Startup | None = startup
         self.run_dir = Path(config.run.dir)
         self.progress = Progress()
@@ -97,15 +98,14 @@ class Session:
             if self.is_over:
                 self._open = self._open.pop_all()
                 return self
-            dtype = self._dtype
             with world.agreed():
                 self._earlier_backend = resume.attention_backend(self.run_dir) if checkpoint else ""
-                answer = measure(config, world.device, dtype, self._earlier_backend)
+                answer = measure(config, world.device, self._dtype, self._earlier_backend)
             self._settled, measured = settled(config, world.broadcast_text(answer))
             with world.agreed():
-                self._backend = choose(self._settled, world.device, dtype).name
-                self._choices = [*announce(self._settled, world.device, dtype), *filter(None, [measured])]
-                self._choices += announce_experts(config, world.device, dtype)
+                self._backend = choose(self._settled, world.device, self._dtype).name
+                self._choices = [*announce(self._settled, world.device, self._dtype), *filter(None, [measured])]
+                self._choices += announce_experts(config, world.device, self._dtype)
             startup.mark("data")
             self._build(checkpoint)
             startup.mark("engine")
@@ -276,9 +276,9 @@ class Session:
         initial = self._initial(checkpoint)
         accept(self.run_dir, self.world)
         self.is_accepted = True
-        # Also after an engine that could not be built: DeepSpeed may hold its groups by then.
-        self._open.push(lambda kind, error, trace: leave_world(error))
-        self.engine = Engine(self._settled, self.world, initial)
+        # Also after an engine that could not be built: it may hold groups by then.
+        self._open.push(lambda kind, error, trace: self._engine_class.leave_world(error))
+        self.engine = self._engine_class(self._settled, self.world, initial)
         self._open.callback(self.engine.close)
         if checkpoint:
             self.restore(checkpoint)

@@ -20,7 +20,7 @@ from torch import Tensor
 from kha_train.data.sources import without_labels
 from kha_train.data.stream import Batch, TokenStream
 from kha_train.distributed import Caught, World, as_error
-from kha_train.engine.deepspeed import Engine
+from kha_train.engine.contract import Engine
 from kha_train.errors import KhaError
 from kha_train.train.probe import probe
 from kha_train.train.watch import Ruling

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +25,9 @@ from kha_train.config.build import flatten, to_plain
 from kha_train.config.compose import shipped
 from kha_train.data.stream import validation_batches
 from kha_train.distributed import World
-from kha_train.engine.deepspeed import Engine, _settings, resolve_dtype
+from kha_train.engine.building import build_optimizer, materialise, resolve_dtype
+from kha_train.engine.contract import seeded
+from kha_train.engine.settings import deepspeed_settings
 from kha_train.errors import CheckpointError, DataError, ResumeError
 from kha_train.model import loss as loss_module
 from kha_train.model.accounting import count_parameters, flops_per_token
@@ -193,9 +194,7 @@ def compiled_blocks(config: RunConfig, patch: pytest.MonkeyPatch) -> Any:
     """How many blocks torch is asked to compile when the engine makes the decoder."""
     asked: list[int] = []
     patch.setattr(torch.nn.Module, "compile", lambda module: asked.append(1))
-    engine = object.__new__(Engine)
-    engine.config, engine.world, engine.dtype = config, World.single(), torch.float32
-    engine._materialise({}, lambda name, default: default())
+    materialise(config, World.single(), torch.float32, seeded)
     return len(asked)
 
 
@@ -211,7 +210,7 @@ def profiled(config: RunConfig, tmp_path: Path) -> Any:
 
 def engine_settings(config: RunConfig) -> Any:
     """What DeepSpeed is told."""
-    return _settings(config, World.single(), resolve_dtype(config, torch.device("cpu")))
+    return deepspeed_settings(config, World.single(), resolve_dtype(config, torch.device("cpu")))
 
 
 def learning_rates(config: RunConfig) -> Any:
@@ -221,7 +220,8 @@ def learning_rates(config: RunConfig) -> Any:
 
 def adamw(config: RunConfig) -> Any:
     """The optimiser's own settings by parameter group."""
-    optimizer = Engine._adamw(SimpleNamespace(config=config, decoder=build_decoder(config)))
+    decoder = build_decoder(config)
+    optimizer = build_optimizer(config, decoder, decoder.named_parameters(), {})
     return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
 
 

@@ -5,33 +5,22 @@ Needs no DeepSpeed import: it reads the layout that DeepSpeed left on its optimi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from kha_train.engine.contract import Fragment
 from kha_train.optim import MOMENTS
 
-
-@dataclass(frozen=True)
-class Fragment:
-    """A contiguous run of one parameter: `views[kind]` are 1-D fp32 tensors that share memory with the optimizer.
-
-    `start` counts elements of the flattened parameter of global `shape`; kinds are master, exp_avg, exp_avg_sq.
-    Where `engine.moment_dtype` says so, the views of the moments are bf16. The master begins at `offset` of `flat`, the
-    tensor that the optimizer steps.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    views: dict[str, Tensor]
-    flat: Tensor
-    offset: int
+Shapes = Mapping[str, tuple[int, ...]]
+"""The global shape of every parameter by name."""
 
 
-def replicated_fragments(optimizer: Any, module: nn.Module, flat_masters: list[Tensor]) -> Iterator[Fragment]:
+def replicated_fragments(
+    optimizer: Any, module: nn.Module, shapes: Shapes, flat_masters: list[Tensor]
+) -> Iterator[Fragment]:
     """Fragments under ZeRO 1 and 2 (and BF16_Optimizer), where a group is one flat tensor cut into equal shares."""
     for name, parameter in module.named_parameters():
         mapping = parameter._hp_mapping
@@ -39,26 +28,20 @@ def replicated_fragments(optimizer: Any, module: nn.Module, flat_masters: list[T
             continue
         address = mapping.get_hp_fragment_address()
         flat = flat_masters[mapping.param_group_index]
-        yield Fragment(
-            name,
-            tuple(parameter.shape),
-            mapping.lp_fragment_address.start,
-            _views(optimizer, flat, address.start, address.numel),
-            flat,
-            address.start,
-        )
+        views = _views(optimizer, flat, address.start, address.numel)
+        yield Fragment(name, shapes[name], mapping.lp_fragment_address.start, views, flat, address.start)
 
 
-def partitioned_fragments(optimizer: Any, module: nn.Module, rank: int) -> Iterator[Fragment]:
+def partitioned_fragments(optimizer: Any, module: nn.Module, shapes: Shapes, rank: int) -> Iterator[Fragment]:
     """Fragments under ZeRO 3, where each parameter is cut into equal shares, the last one padded."""
     for name, parameter in module.named_parameters():
         group, offset, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = rank * share
-        length = min(share, parameter.ds_numel - start)
+        length = min(share, math.prod(shapes[name]) - start)
         if length > 0:
             flat = optimizer.fp32_partitioned_groups_flat[group]
             views = _views(optimizer, flat, offset, length)
-            yield Fragment(name, tuple(parameter.ds_shape), start, views, flat, offset)
+            yield Fragment(name, shapes[name], start, views, flat, offset)
 
 
 def _views(optimizer: Any, flat: Tensor, start: int, length: int) -> dict[str, Tensor]:

@@ -1,0 +1,117 @@
+"""What every engine does alike: make the decoder and its optimiser, and find what is saved beside parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import FunctionType
+
+import torch
+from torch import Tensor, nn
+
+from kha_train.config.resolve import precision_on
+from kha_train.config.schema import RunConfig
+from kha_train.distributed import World
+from kha_train.engine.contract import Fragment, InitialValue
+from kha_train.model.decoder import Decoder, build_decoder
+from kha_train.model.host import spare_the_compiler, use_tensor_cores
+from kha_train.model.init import initial_value, initial_values, interaction_identities, reset_buffers
+from kha_train.optim import AdamW, interaction_settings, parameter_groups
+
+
+def resolve_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    """The dtype of parameters and activations on `device`, see `precision_on`."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision_on(config, device.type)]
+
+
+def prepare_device(world: World, dtype: torch.dtype) -> None:
+    """Set what torch keeps for the whole process, for parameters of `dtype`."""
+    if world.device.type == "cuda":
+        use_tensor_cores(dtype)
+
+
+def materialise(
+    config: RunConfig,
+    world: World,
+    dtype: torch.dtype,
+    initial: InitialValue,
+    keep: Callable[[nn.Parameter], None] = lambda parameter: None,
+) -> tuple[Decoder, dict[str, tuple[int, ...]]]:
+    """The decoder in `dtype` on the device of `world`, and the global shape of each of its parameters by name.
+
+    It is built on `meta` and filled one parameter at a time; each is given to `keep`, which may free a part of it, so
+    that no rank holds the whole model in fp32. Buffers stay fp32. Collective.
+    """
+    with torch.device("meta"):
+        decoder = build_decoder(config)
+    shapes = {}
+    for module, name, full_name, default in list(initial_values(decoder, config.run.seed)):
+        # An engine may deal out each parameter together: one that cannot be read must not leave a rank waiting.
+        with world.agreed(f"make {full_name}"):
+            value = initial(full_name, default).to(world.device, dtype)
+        shapes[full_name] = tuple(value.shape)
+        module._parameters[name] = parameter = nn.Parameter(value)
+        keep(parameter)
+    decoder.tie_weights()
+    with world.device:
+        reset_buffers(decoder)
+    if config.engine.compile == "block":
+        for block in decoder.blocks:
+            block.compile()
+    return decoder, shapes
+
+
+def build_optimizer(
+    config: RunConfig,
+    decoder: Decoder,
+    named: Iterable[tuple[str, nn.Parameter]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> AdamW:
+    """The optimiser of `config` for the `named` parameters of `decoder`, or what stands for each of them."""
+    optim = config.optim
+    apart, settings = interaction_identities(decoder), interaction_settings(optim)
+    groups = parameter_groups(named, optim.weight_decay, apart, settings, shapes)
+    return AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def share_identities(config: RunConfig, decoder: Decoder, optimizer: AdamW, fragments: Iterable[Fragment]) -> None:
+    """Give the optimiser what `optim.interaction_decay` aims at, cut as the masters are."""
+    if config.optim.interaction_decay != "identity":
+        return
+    rules, shared = interaction_identities(decoder), optimizer.identities
+    for fragment in fragments:
+        rule = rules.get(fragment.name)
+        if rule is not None:
+            if fragment.flat not in shared:
+                shared[fragment.flat] = torch.zeros_like(fragment.flat, requires_grad=False)
+            length = fragment.views["master"].numel()
+            whole = initial_value(rule, 0, fragment.name, fragment.shape).flatten()
+            part = whole[fragment.start : fragment.start + length]
+            shared[fragment.flat].narrow(0, fragment.offset, length).copy_(part)
+
+
+def moment_dtype(config: RunConfig) -> torch.dtype:
+    """The dtype in which the optimiser keeps its states."""
+    return torch.bfloat16 if config.engine.moment_dtype == "bf16" else torch.float32
+
+
+def persistent_buffers(decoder: Decoder) -> dict[str, Tensor]:
+    """The buffers that a checkpoint holds, by name, live."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in decoder.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+
+
+def check_buffers_are_wide(decoder: Decoder) -> None:
+    """No buffer may be bf16: updates of 1e-3 vanish there."""
+    for name, buffer in decoder.named_buffers():
+        assert buffer.dtype != torch.bfloat16, f"{name} lost its precision"
+
+
+def spare_optimizers_the_compiler() -> None:
+    """Let torch's optimizers step without importing torch's compiler, which takes seconds."""
+    for method in vars(torch.optim.Optimizer).values():
+        if isinstance(method, FunctionType) and method.__code__.co_filename.endswith("_compile.py"):
+            spare_the_compiler(method)

@@ -1,0 +1,144 @@
+"""The contract between an engine and those who use it: the loop, saving, the probe, the audit, resume and evaluation.
+
+An engine holds a decoder, its fp32 master weights and the optimiser's state, cut over ranks as it likes. A step is
+`accumulate` for each micro-batch, then `apply` or `discard`. Checkpoints are made of `fragments` and `buffers`, and
+written back into them. Nothing else of an engine is used outside this room.
+
+`deepspeed.Engine` trains; `plain.Engine` is one process without DeepSpeed, for tests and as an oracle. `default.py`
+selects the one that runs use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kha_train.config.schema import RunConfig
+from kha_train.data.batch import Batch
+from kha_train.distributed import World
+from kha_train.model.decoder import Decoder, DecoderOutput
+
+InitialValue = Callable[[str, Callable[[], Tensor]], Tensor]
+"""The initial value of a parameter, from its name and a function that makes its default."""
+
+
+def seeded(name: str, default: Callable[[], Tensor]) -> Tensor:
+    """The initial value that the run's seed gives to the parameter `name`."""
+    return default()
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous part of one parameter that this rank owns, as live 1-D views of the engine's state by kind.
+
+    `start` counts elements of the flattened parameter of global `shape`. `views["master"]` is fp32; the others are the
+    optimiser's states, fp32 or bf16 (`engine.moment_dtype`). The master begins at `offset` of `flat`, the tensor that
+    the optimiser steps.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    views: dict[str, Tensor]
+    flat: Tensor
+    offset: int
+
+
+class Engine(Protocol):
+    """A decoder that is trained step by step: accumulate micro-batches, read the norm, then `apply` or `discard`.
+
+    Methods marked collective must be called by every rank in the same order.
+    """
+
+    config: RunConfig
+    world: World
+    decoder: Decoder
+    """The module itself. Its parameters may be empty between calls (ZeRO 3): read values from `fragments`."""
+
+    def __init__(self, config: RunConfig, world: World, initial: InitialValue = seeded) -> None:
+        """Build the decoder with the values of `initial`, and zero optimiser states. Collective."""
+        ...
+
+    @staticmethod
+    def leave_world(error: BaseException | None = None) -> None:
+        """Leave the process group after the last engine of this process, or one that could not be built; after an
+        `error` as `distributed.stop`."""
+        ...
+
+    def accumulate(self, batch: Batch, loss_scale: float, token_scale: float, last: bool) -> DecoderOutput:
+        """Forward and backward of one micro-batch; `last` marks the last of the step. Collective.
+
+        The gradient is that of `loss_sum * loss_scale`, averaged over ranks: with `loss_scale` = ranks / labels of the
+        global batch, a step is the mean over all its labels. Auxiliary losses are sums over tokens, those with a masked
+        label included and padding not: `token_scale` = ranks / tokens of the global batch.
+        """
+        ...
+
+    def evaluate(self, batch: Batch) -> DecoderOutput:
+        """Forward without gradient. Collective: every rank calls it equally often."""
+        ...
+
+    @property
+    def gradient_norm(self) -> Tensor:
+        """L2 norm of the step's whole gradient before clipping, after the last micro-batch; inf when not finite."""
+        ...
+
+    def gradient_norms(self) -> dict[str, float]:
+        """The norm before clipping of each parameter group (the matrices of one layer; all vectors), between the last
+        micro-batch and the step; inf when not finite. Collective, and it waits for the device."""
+        ...
+
+    def apply(self, lr: float, max_norm: float = math.inf) -> None:
+        """Clip, step every parameter at rate `lr` (times the `lr_scale` of its group), clear the gradients. Collective.
+
+        The gradient is scaled to `optim.grad_clip` or `max_norm`, whichever is less, when its norm is above that.
+        """
+        ...
+
+    def discard(self) -> None:
+        """Forget the step: masters, states and all later steps are bit-identical to never having seen it.
+        Collective."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of parameters and activations."""
+        ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The global shape of every parameter by name, a tied one once, in the order of the decoder."""
+        ...
+
+    def fragments(self) -> Iterator[Fragment]:
+        """The fp32 state this rank owns: over all ranks, each element of each parameter once."""
+        ...
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The persistent buffers by name, live: selection biases and the like, equal on all ranks."""
+        ...
+
+    def held_weights(self) -> dict[str, Tensor]:
+        """What this rank keeps of each parameter between steps: the whole, or its share."""
+        ...
+
+    def refresh_parameters(self) -> None:
+        """Copy the fp32 masters into the parameters, after they were written from outside. Collective."""
+        ...
+
+    @property
+    def optimizer_steps(self) -> int:
+        """How many steps the optimiser has taken: skipped steps do not count. Set when a checkpoint is restored."""
+        ...
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, count: int) -> None: ...
+
+    def close(self) -> None:
+        """Release what the engine holds, so that another one can be built in this process."""
+        ...

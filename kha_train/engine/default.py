@@ -1,0 +1,8 @@
+"""The engine that runs use. Everything outside this room constructs it through `DefaultEngine`."""
+
+from __future__ import annotations
+
+from kha_train.engine import deepspeed
+from kha_train.engine.contract import Engine
+
+DefaultEngine: type[Engine] = deepspeed.Engine
