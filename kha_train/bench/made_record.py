@@ -33,8 +33,8 @@ from kha_train.record import Marker, read_metrics, read_run, set_marker
 from kha_train.record.attempts import CONFIG_FILE
 from kha_train.record.files import write_json
 from kha_train.record.jsonl import to_line
-from kha_train.record.reader import EVENTS_FILE, RUN_FILE
-from kha_train.record.rewind import DISCARDED_FILE, METRICS_FILE
+from kha_train.record.reader import DISCARDED_FILE, EVENTS_FILE, METRICS_FILE, RUN_FILE
+from kha_train.record.totals import Totals, save_totals
 from kha_train.stability.events import Observation
 from kha_train.train.watch import Watch
 
@@ -100,6 +100,7 @@ class Template:
         attempts = [{**entry, **attempt} for attempt in curve.attempts]
         attempts[0]["config"] = {"whole": plain}
         write_json(run_dir / RUN_FILE, {**run, "run_id": uuid.uuid4().hex, "attempts": attempts})
+        save_totals(run_dir, curve.totals)
         self._save_checkpoint(made, steps, watch, plain)
         set_marker(run_dir, Marker.REQUEUE, f"step {steps}, by a signal")
         return made
@@ -139,6 +140,7 @@ class _Curve:
         self._seconds = float(np.mean([line["train/step_seconds"] for line in template]))
         self.attempts: list[dict[str, Any]] = [{"attempt": 1, "start_step": 0, "started": read_time}]
         self.undone: list[bytes] = []
+        self.totals = Totals()
 
     def lines(self, watch: Watch) -> Iterator[tuple[bytes, list[bytes]]]:
         """(line of metrics.jsonl, lines of events.jsonl) of every step."""
@@ -149,7 +151,7 @@ class _Curve:
         for step, (loss, norm) in enumerate(zip(self._loss, self._norm, strict=True), start=1):
             first, tokens = (step - 1) * batch, step * self._tokens
             watch.judge(Observation(step, loss, norm, tokens, 1e-3, first, first + batch - 1))
-            head = {
+            head: dict[str, Any] = {
                 "step": step,
                 "attempt": len(self.attempts),
                 "time": self._time(step),
@@ -161,6 +163,7 @@ class _Curve:
                 **watch.metrics(),
             }
             line = json.dumps(head)[:-1].encode() + rests[(step - 1) % len(rests)]
+            self.totals.add({**self._template[(step - 1) % len(rests)], **head})
             events = opening + [self._event(kind, step, **fields) for kind, fields in watch.happenings(None)]
             opening = []
             if step == self._steps:
@@ -180,7 +183,8 @@ class _Curve:
         return to_line({**head, "time": self._time(step), **fields})
 
     def _save(self, step: int) -> bytes:
-        return self._event("checkpoint_saved", step, seconds=0.02, stall_seconds=0.005)
+        self.totals.happened(saved := {"kind": "checkpoint_saved", "stall_seconds": 0.005})
+        return self._event(**saved, step=step, seconds=0.02)
 
     def _ended(self, state: str, step: int) -> list[bytes]:
         self.attempts[-1] |= {"state": state, "end_step": step, "ended": self._time(step)}
@@ -194,6 +198,8 @@ class _Curve:
             "discarded_by_attempt": len(self.attempts) + 1,
         }
         whole = json.loads(line)
+        for extra in range(1, UNDONE + 1):
+            self.totals.add_undone({**whole, "step": step + extra, **reason})
         self.undone += [to_line({**whole, "step": step + extra, **reason}) for extra in range(1, UNDONE + 1)]
         number = len(self.attempts) + 1
         self.attempts.append({"attempt": number, "start_step": step, "started": self._time(step)})

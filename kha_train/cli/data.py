@@ -29,7 +29,7 @@ from kha_train.data.manifest import MANIFEST_NAME, Manifest
 from kha_train.data.shards import ShardSet
 from kha_train.errors import ConfigError, DataError
 from kha_train.literal import say, visible
-from kha_train.record import config_of, read_attempts, read_events, read_metrics
+from kha_train.record import config_of, read_attempts, read_events, read_metrics_at
 from kha_train.telemetry.terminal import LiteralConsole
 
 VERIFY_GIB = 1.0
@@ -250,7 +250,7 @@ def inspect(
 
 def _samples_of_run(run: Path, step: int, rank: int) -> dict[str, Any]:
     """Raises ConfigError for a run, a step or a rank that is not there, and when the data are not the run's."""
-    line = next((line for line in read_metrics(run) if line["step"] == step), None)
+    line = read_metrics_at(run, step)
     if line is None:
         raise ConfigError("the run has no record of it", field="step", value=step, fix=f"see {run}/metrics.jsonl")
     attempts, number = read_attempts(run), line.get("attempt", 1)

@@ -14,9 +14,18 @@ from kha_train.checkpoint.loss import lost_checkpoints
 from kha_train.config.build import flatten
 from kha_train.config.compose import load_plain
 from kha_train.errors import KhaError
-from kha_train.record import Marker, first_failure_line, has_marker, heartbeat_age, read_marker, read_metrics, read_run
+from kha_train.record import (
+    Marker,
+    first_failure_line,
+    has_marker,
+    heartbeat_age,
+    read_last_metrics,
+    read_marker,
+    read_run,
+)
 from kha_train.record.actions import count_actions
-from kha_train.record.goodput import goodput
+from kha_train.record.goodput import goodput_of
+from kha_train.record.totals import Totals, known_totals
 
 State = Literal["done", "running", "silent", "requeue", "fatal", "ended", "queued", "new", "unreadable"]
 STATES: dict[str, str] = {
@@ -74,28 +83,27 @@ def run_status(path: Path, name: str | None = None, queued: bool = False) -> Run
     Raises DataError when its record is damaged.
     """
     config = flatten(load_plain(path / "config.yaml"))
-    lines, run = read_metrics(path), read_run(path)
+    lines, run = read_last_metrics(path, RECENT), read_run(path)
     attempts = run.get("attempts", [])
-    recent = lines[-RECENT:]
+    totals = known_totals(path)
     steps = config.get("run.steps")
     step = lines[-1]["step"] if lines else 0
     now = time.time()
     last = lines[-1].get("time") if lines else None
-    spent = goodput(path)
     return RunStatus(
         name=name or str(config.get("run.name") or path.name),
         path=str(path),
         state=(state := _state(path, attempts, queued)),
         step=step,
         steps=steps,
-        loss=_median(recent, "train/loss"),
-        tokens_per_second=_median(recent, "train/tokens_per_second"),
-        mfu=_median(recent, "train/mfu"),
-        seconds_left=_seconds_left(recent, step, steps),
+        loss=_median(lines, "train/loss"),
+        tokens_per_second=_median(lines, "train/tokens_per_second"),
+        mfu=_median(lines, "train/mfu"),
+        seconds_left=_seconds_left(lines, step, steps),
         spikes=_spikes(lines[-1]) if lines else 0,
-        diverged=_diverged(path, lines, attempts, state),
+        diverged=_diverged(path, lines, attempts, state, totals),
         attempts=len(attempts),
-        goodput=spent.share if spent else None,
+        goodput=_goodput(totals, run),
         checkpoint=newest_checkpoint(path),
         heartbeat=heartbeat_age(path),
         idle=None if last is None else now - last,
@@ -144,11 +152,28 @@ def _spikes(line: dict[str, Any]) -> int:
     return int(line["spike/narrow_total"] + line.get("spike/wide_total", 0))
 
 
-def _diverged(path: Path, lines: list[dict[str, Any]], attempts: list[dict[str, Any]], state: State) -> bool:
+def _goodput(totals: Totals | None, run: dict[str, Any]) -> float | None:
+    """Of a long record whose totals were not kept up, what the last end said, where that is the last word."""
+    attempts = run.get("attempts", [])
+    if totals is not None:
+        spent = goodput_of(totals, attempts)
+        return spent.share if spent else None
+    said = run.get("goodput", {}).get("goodput") if attempts and attempts[-1]["state"] != "running" else None
+    return said if isinstance(said, float) else None
+
+
+def _diverged(
+    path: Path,
+    lines: list[dict[str, Any]],
+    attempts: list[dict[str, Any]],
+    state: State,
+    totals: Totals | None,
+) -> bool:
     """An event that is open while the run may still go on may still end, so it counts only once the run has ended."""
     is_open = bool(lines) and state in ("done", "fatal", "ended") and bool(lines[-1].get("spike/open"))
     ended_so = bool(attempts) and attempts[-1]["state"] == "diverged"
-    return is_open or ended_so or count_actions(path)["divergence"] > 0
+    fired = bool(totals.diverged) if totals is not None else count_actions(path, ("divergence",))["divergence"] > 0
+    return is_open or ended_so or fired
 
 
 def _note(path: Path) -> str:

@@ -18,7 +18,14 @@ from kha_train.record.markers import (
     set_marker,
 )
 from kha_train.record.metrics import METRICS, RECORD_ONLY, TIMING_KEYS, Metric
-from kha_train.record.reader import read_discarded, read_events, read_metrics, read_run
+from kha_train.record.reader import (
+    read_discarded,
+    read_events,
+    read_last_metrics,
+    read_metrics,
+    read_metrics_at,
+    read_run,
+)
 from kha_train.record.record import Record, SilentRecord
 from kha_train.record.redact import Redactor
 
@@ -43,8 +50,10 @@ __all__ = [
     "read_attempts",
     "read_discarded",
     "read_events",
+    "read_last_metrics",
     "read_marker",
     "read_metrics",
+    "read_metrics_at",
     "read_owner",
     "read_run",
     "set_marker",

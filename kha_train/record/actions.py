@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from kha_train.record.reader import read_discarded, read_events
@@ -11,15 +12,15 @@ UNDONE = "rewind "
 """How the reason begins that a rewind gives for the lines it undoes; other reasons are a restart's."""
 
 
-def count_actions(run_dir: Path | None) -> dict[str, int]:
-    """How often each of `ACTIONS` happened in the run; zeros for None. Raises DataError when the record is damaged.
+def count_actions(run_dir: Path | None, actions: Sequence[str] = ACTIONS) -> dict[str, int]:
+    """How often each of `actions` happened in the run; zeros for None. Raises DataError when the record is damaged.
 
     The record of events only grows: what was done in steps that a restart undid does not count, and what is then done
     again in the same step, over the same samples, counts once.
     """
     if run_dir is None:
-        return dict.fromkeys(ACTIONS, 0)
-    events = [event for event in read_events(run_dir) if event["kind"] in ACTIONS]
+        return dict.fromkeys(actions, 0)
+    events = [event for event in read_events(run_dir) if event["kind"] in actions]
     lost = {
         (line["attempt"], line["step"], line["samples_first"])
         for line in (read_discarded(run_dir) if events else ())
@@ -31,4 +32,4 @@ def count_actions(run_dir: Path | None) -> dict[str, int]:
         if (event["attempt"], event["step"], event.get("samples_first")) not in lost
     }
     kinds = [kind for kind, *_ in done]
-    return {kind: kinds.count(kind) for kind in ACTIONS}
+    return {kind: kinds.count(kind) for kind in actions}

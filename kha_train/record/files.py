@@ -20,6 +20,16 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(encode(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
+def replace_json(path: Path, content: dict[str, Any]) -> None:
+    """As `write_json`, without waiting for the disk: for what can be made again. Raises OSError."""
+    beside = path.with_name(f"{path.name}.new")
+    # Whatever has this name is no file of ours to write into.
+    beside.unlink(missing_ok=True)
+    with beside.open("x", encoding="utf-8", errors=LONE_SURROGATES) as file:
+        file.write(json.dumps(encode(content), allow_nan=False) + "\n")
+    os.replace(beside, path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` by `text` atomically and durably: written beside, synced, renamed."""
     beside = path.with_name(f".{path.name}.new")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from kha_train.record.reader import read_discarded, read_events, read_metrics, read_run
-
-TIMED = frozenset(("time", "attempt", "train/step_seconds", "data/wait_seconds", "train/skipped"))
-"""What a line must tell for its time to be accounted for."""
+from kha_train.record.reader import read_run
+from kha_train.record.totals import Totals, known_totals, totals_of
 
 
 @dataclass(frozen=True)
@@ -47,36 +47,28 @@ class Goodput:
 
 def goodput(run_dir: Path) -> Goodput | None:
     """The goodput of a run so far; None before its first step, and where the record does not tell when its attempts
-    began or how long its steps took. Raises DataError for a damaged record."""
-    lines, undone = read_metrics(run_dir), read_discarded(run_dir)
-    attempts, by_attempt = read_run(run_dir).get("attempts"), {}
-    timed = all(line.keys() >= TIMED for line in [*lines, *undone])
-    if not (lines and attempts and timed and all("started" in attempt for attempt in attempts)):
+    began or how long its steps took. A record whose totals were not kept up is read whole. Raises DataError for a
+    damaged record."""
+    return goodput_of(known_totals(run_dir) or totals_of(run_dir), read_run(run_dir).get("attempts") or [])
+
+
+def goodput_of(totals: Totals, attempts: Sequence[Mapping[str, Any]]) -> Goodput | None:
+    """As `goodput`, of the `totals` of a record and the `attempts` of its run.json."""
+    if not (totals.lines and attempts) or totals.untimed or any("started" not in attempt for attempt in attempts):
         return None
-    for line in sorted([*lines, *undone], key=lambda line: line["time"]):
-        by_attempt.setdefault(line["attempt"], []).append(line)
     starting = down = 0.0
     last_sign = attempts[0]["started"]
     for attempt in attempts:
-        steps = by_attempt.get(attempt["attempt"], [])
+        signs = totals.attempts.get(attempt["attempt"])
         began, ended = attempt["started"], attempt.get("ended", attempt["started"])
-        first = steps[0]["time"] - steps[0]["train/step_seconds"] if steps else ended
         down += max(0.0, began - last_sign)
-        starting += max(0.0, first - began)
-        last_sign = max(last_sign, ended if attempt["state"] != "lost" else began, *(step["time"] for step in steps))
-    saves = [event for event in read_events(run_dir) if event["kind"] == "checkpoint_saved"]
+        starting += max(0.0, (signs["began"] if signs else ended) - began)
+        seen = [signs["last"]] if signs else []
+        last_sign = max(last_sign, ended if attempt["state"] != "lost" else began, *seen)
+    buckets = ("productive", "skipped", "lost", "data_wait", "checkpoint")
     return Goodput(
         wall=last_sign - attempts[0]["started"],
-        productive=sum(_busy(line) for line in lines if not line["train/skipped"]),
-        skipped=sum(_busy(line) for line in lines if line["train/skipped"]),
-        lost=sum(_busy(line) for line in undone),
-        data_wait=sum(line["data/wait_seconds"] for line in [*lines, *undone]),
-        checkpoint=sum(save["stall_seconds"] for save in saves),
         starting=starting,
         down=down,
+        **{name: totals.seconds(name) for name in buckets},
     )
-
-
-def _busy(line: dict[str, float]) -> float:
-    """Seconds of a step without its wait for data."""
-    return line["train/step_seconds"] - line["data/wait_seconds"]

@@ -11,13 +11,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kha_train.errors import DataError
 from kha_train.foreign.documents import parse_json
 from kha_train.foreign.files import read_regular
+from kha_train.record.end import read_end
 
 NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _WORDS = (b'"nan"', b'"inf"', b'"-inf"')
@@ -84,24 +84,26 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises DataError for any other line that is not a JSON object, and when `path` is no file.
     """
     content = read_regular(path) or b""
-    return _objects(path, content[: _whole_until(content)])
+    return objects(path, content[: whole_until(content)])
 
 
-def _objects(path: Path, content: bytes) -> list[dict[str, Any]]:
-    """What is on the lines of `content`. Raises DataError naming the first that is not a JSON object."""
+def objects(path: Path, content: bytes, number: int = 1) -> list[dict[str, Any]]:
+    """What is on the lines of `content`, the first of which is line `number` of the file `path`. Raises DataError
+    naming the first that is not a JSON object."""
     lines = content.removesuffix(b"\n").split(b"\n") if content else []
     records = [parse(line) for line in lines]
     if None in records:
+        place = records.index(None)
         raise DataError(
             "this line is not a JSON object",
-            field=f"{path}:{records.index(None) + 1}",
-            value=lines[records.index(None)][:80].decode(errors="replace"),
+            field=f"{path}:{number + place}",
+            value=lines[place][:80].decode(errors="replace"),
             fix="delete the line, or restore the file from a copy",
         )
     return [record for record in records if record is not None]
 
 
-def _whole_until(content: bytes) -> int:
+def whole_until(content: bytes) -> int:
     """Where the one line begins that a crash left unfinished, or a run of NUL bytes; else the end of `content`.
 
     A torn line is not JSON, or is an object without its newline: any other JSON was written by somebody else.
@@ -116,28 +118,18 @@ def _whole_until(content: bytes) -> int:
     return len(written) - len(last) if is_torn else len(written) + ends_in_newline
 
 
-def whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(byte offset, object) of every whole line of a repaired file."""
-    offset = 0
-    with path.open("rb") as file:
-        for line in file:
-            record = parse(line)
-            if record is not None:
-                yield offset, record
-            offset += len(line)
-
-
 def repair(path: Path) -> int:
     """Cuts off the line that a dying process left unfinished at the end of `path`; returns the bytes removed.
 
     Raises DataError, and cuts nothing, when the line before it is not a JSON object either, or `path` is no file.
     """
-    content = read_regular(path) or b""
-    end = _whole_until(content)
+    start, content = read_end(path)
+    end = whole_until(content)
     if end and parse(content[content.rfind(b"\n", 0, end - 1) + 1 : end]) is None:
-        _objects(path, content[:end])
+        # There may be worse before it, and the first such line is named.
+        objects(path, (read_regular(path) or b"")[: start + end])
     if end < len(content):
-        os.truncate(path, end)
+        os.truncate(path, start + end)
     return len(content) - end
 
 

@@ -8,9 +8,11 @@ from typing import Any
 from kha_train.foreign.typed import Source
 from kha_train.record.files import read_json
 from kha_train.record.jsonl import read_lines
-from kha_train.record.rewind import DISCARDED_FILE, METRICS_FILE
 from kha_train.record.schema import RUN_FORMAT, RunFile, check_discarded, check_events, check_metrics
+from kha_train.record.tail import line_at, read_tail
 
+METRICS_FILE = "metrics.jsonl"
+DISCARDED_FILE = "metrics.discarded.jsonl"
 EVENTS_FILE = "events.jsonl"
 RUN_FILE = "run.json"
 
@@ -29,6 +31,43 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = read_lines(file)
     check_metrics(lines, str(file))
     return lines
+
+
+def read_last_metrics(path: Path, count: int = 1) -> list[dict[str, Any]]:
+    """The last `count` lines of the surviving curve, or all where there are fewer, read from the end of the file.
+
+    Raises DataError as `read_metrics`, of what was read: damage before it is not seen.
+    """
+    tail = read_tail(_inside(path, METRICS_FILE), count)
+    lines = tail.lines()
+    tail.numbered(lambda first: check_metrics(lines, str(tail.path), first))
+    return lines[-count:]
+
+
+def read_metrics_after(path: Path, step: int) -> tuple[int, list[dict[str, Any]]]:
+    """(byte offset of the first, lines) of the surviving curve after `step`, read from the end of the file; the offset
+    is the end of the whole lines where there is none. Raises as `read_last_metrics`."""
+    file, count = _inside(path, METRICS_FILE), 1
+    while True:
+        tail = read_tail(file, count)
+        lines = tail.lines()
+        tail.numbered(lambda first, tail=tail, lines=lines: check_metrics(lines, str(tail.path), first))
+        if tail.start == 0 or lines[0]["step"] <= step:
+            break
+        count = 4 * len(lines)
+    kept = sum(line["step"] <= step for line in lines)
+    ends = [*tail.offsets(), tail.start + tail.whole]
+    return ends[kept], lines[kept:]
+
+
+def read_metrics_at(path: Path, step: int) -> dict[str, Any] | None:
+    """The line of `step` of the surviving curve, found by bisection; None where there is none. Raises DataError for a
+    damaged line that it meets."""
+    file = _inside(path, METRICS_FILE)
+    line = line_at(file, step)
+    if line is not None:
+        check_metrics([line], str(file))
+    return line
 
 
 def read_discarded(path: Path) -> list[dict[str, Any]]:

@@ -17,25 +17,35 @@ from kha_train.foreign.files import check_regular
 from kha_train.record.attempts import CONFIG, CONFIG_FILE, config_entry
 from kha_train.record.failures import FAILURES
 from kha_train.record.files import write_json
+from kha_train.record.goodput import Goodput, goodput_of
 from kha_train.record.jsonl import Appender, repair
 from kha_train.record.lock import LOCK_FILE, OWNER_FILE, RunLock
 from kha_train.record.markers import Marker, clear_marker
 from kha_train.record.provenance import collect_provenance
-from kha_train.record.reader import EVENTS_FILE, RUN_FILE, read_events, read_metrics, read_run
+from kha_train.record.reader import (
+    DISCARDED_FILE,
+    EVENTS_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    read_last_metrics,
+    read_run,
+)
 from kha_train.record.redact import Redactor
 from kha_train.record.rewind import (
-    DISCARDED_FILE,
     INTENT_FILE,
-    METRICS_FILE,
     finish_rewind,
     forget_rewind,
     pending_rewind,
     plan_rewind,
 )
 from kha_train.record.schema import RUN_FORMAT, OwnRunFile
+from kha_train.record.tail import read_tail
+from kha_train.record.totals import Totals, known_totals, save_totals, totals_of
 
 NAMES = (CONFIG_FILE, RUN_FILE, METRICS_FILE, DISCARDED_FILE, EVENTS_FILE, INTENT_FILE, OWNER_FILE)
 """Names in a run directory that only a file may have."""
+SAVE_EVERY = 50
+"""Lines after which the totals are kept again."""
 END_MARKERS = (Marker.DONE, Marker.REQUEUE, Marker.FATAL)
 
 
@@ -50,6 +60,7 @@ class Record:
         for name in NAMES:
             check_regular(run_dir / name)
         self._in_attempt = False
+        self._totals: Totals | None = None
         with ExitStack() as opened:
             self._lock = RunLock(run_dir)
             opened.callback(self._lock.close)
@@ -59,8 +70,8 @@ class Record:
             self._events = Appender(run_dir / EVENTS_FILE)
             opened.callback(self._events.close)
             self._recover()
-            lines = read_metrics(run_dir)
-            self.last_step: int = lines[-1]["step"] if lines else 0
+            self.last_step = _last_step(run_dir)
+            self._totals = known_totals(run_dir)
             opened.pop_all()
 
     @classmethod
@@ -141,8 +152,13 @@ class Record:
         assert line["step"] > self.last_step, f"step {line['step']} is recorded already (last: {self.last_step})"
         head = {"step": line["step"], "attempt": self.attempt, "time": time.time()}
         self._lock.confirm()
-        self._metrics.append(self._redactor.clean({**head, **line}))
+        clean = self._redactor.clean({**head, **line})
+        self._metrics.append(clean)
         self.last_step = line["step"]
+        if self._totals is not None:
+            self._totals.add(clean)
+            if self._totals.lines % SAVE_EVERY == 0:
+                save_totals(self.run_dir, self._totals)
 
     def event(self, kind: str, step: int, **fields: Any) -> dict[str, Any]:
         """Appends something that happened at `step` (a save, a restart, a skipped update); returns what was written."""
@@ -150,6 +166,8 @@ class Record:
         event = self._redactor.clean({**head, **fields})
         self._lock.confirm()
         self._events.append(event)
+        if self._totals is not None:
+            self._totals.happened(event)
         return event
 
     def rewind_to(self, step: int, reason: str) -> int:
@@ -158,9 +176,19 @@ class Record:
         intent = plan_rewind(self.run_dir, step, **note)
         if intent is None:
             return 0
-        self._finish(intent)
+        moved = self._finish(intent)
         self.last_step = step
+        if self._totals is not None:
+            for line in moved:
+                self._totals.undo(line, note["discarded_reason"])
+            save_totals(self.run_dir, self._totals)
         return intent["lines"]
+
+    def goodput(self) -> Goodput | None:
+        """The goodput of the run so far, see `record.goodput`. A long record whose totals were not kept up, one of an
+        older release, is read whole, once. Raises DataError for a damaged one."""
+        self._totals = self._totals or totals_of(self.run_dir)
+        return goodput_of(self._totals, self._run["attempts"])
 
     def update_run(self, **fields: Any) -> None:
         """Sets top-level fields of `run.json`, such as the final result."""
@@ -180,6 +208,8 @@ class Record:
             if self._in_attempt:
                 self._end_attempt(state)
                 self._in_attempt = False
+                if self._totals is not None:
+                    save_totals(self.run_dir, self._totals)
             self._metrics.close()
             self._events.close()
         finally:
@@ -240,16 +270,16 @@ class Record:
             self._finish(intent)
         torn = repair(self.run_dir / DISCARDED_FILE) + self._metrics.repaired_bytes + self._events.repaired_bytes
         if torn:
-            lines = read_metrics(self.run_dir)
-            self.event("torn_line_removed", lines[-1]["step"] if lines else 0, bytes=torn)
+            self.event("torn_line_removed", _last_step(self.run_dir), bytes=torn)
 
-    def _finish(self, intent: dict[str, Any]) -> None:
-        finish_rewind(self.run_dir, intent)
-        # A crash may have come after the event was written; it is known by its id.
-        if not any(event["id"] == intent["id"] for event in read_events(self.run_dir)):
+    def _finish(self, intent: dict[str, Any]) -> list[dict[str, Any]]:
+        moved = finish_rewind(self.run_dir, intent)
+        # A crash may have come after the event was written; it is known by its id, and little can follow it.
+        if not any(event.get("id") == intent["id"] for event in read_tail(self.run_dir / EVENTS_FILE).lines()):
             self.event("lines_discarded", intent["step"], id=intent["id"], lines=intent["lines"], **intent["note"])
             self._events.sync()
         forget_rewind(self.run_dir)
+        return moved
 
     def _end_attempt(self, state: str) -> None:
         if not self._run["attempts"] or self._run["attempts"][-1]["state"] != "running":
@@ -257,6 +287,11 @@ class Record:
         self.event("attempt_ended", self.last_step, state=state)
         self._run["attempts"][-1] |= {"state": state, "end_step": self.last_step, "ended": time.time()}
         self._write_run()
+
+
+def _last_step(run_dir: Path) -> int:
+    lines = read_last_metrics(run_dir)
+    return int(lines[-1]["step"]) if lines else 0
 
 
 def _missing(run_dir: Path) -> list[Path]:
@@ -293,6 +328,10 @@ class SilentRecord(Record):
     def rewind_to(self, step: int, reason: str) -> int:
         """Nothing; returns 0."""
         return 0
+
+    def goodput(self) -> Goodput | None:
+        """None."""
+        return None
 
     def update_run(self, **fields: Any) -> None:
         """Nothing."""

@@ -12,14 +12,13 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from kha_train.foreign.files import read_regular
+from kha_train.foreign.files import check_regular
 from kha_train.foreign.typed import Source
 from kha_train.record.files import read_json, sync_directory, write_json
-from kha_train.record.jsonl import parse, to_line, whole_lines
+from kha_train.record.jsonl import parse, to_line
+from kha_train.record.reader import DISCARDED_FILE, METRICS_FILE, read_metrics_after
 from kha_train.record.schema import Rewind
 
-METRICS_FILE = "metrics.jsonl"
-DISCARDED_FILE = "metrics.discarded.jsonl"
 INTENT_FILE = ".metrics.rewind.json"
 
 
@@ -29,11 +28,11 @@ def plan_rewind(run_dir: Path, step: int, **note: Any) -> dict[str, Any] | None:
     `note` (reason, the attempt that discards) is added to every discarded line. The files must have been repaired.
     """
     metrics, discarded = run_dir / METRICS_FILE, run_dir / DISCARDED_FILE
-    undone = [offset for offset, line in whole_lines(metrics) if line["step"] > step]
+    offset, undone = read_metrics_after(metrics, step)
     if not undone:
         return None
     discarded_size = discarded.stat().st_size if discarded.exists() else 0
-    sizes = {"metrics_size": undone[0], "discarded_size": discarded_size}
+    sizes = {"metrics_size": offset, "discarded_size": discarded_size}
     intent = {"id": uuid.uuid4().hex, "step": step, "lines": len(undone), **sizes, "note": note}
     write_json(run_dir / INTENT_FILE, intent)
     return intent
@@ -45,16 +44,18 @@ def pending_rewind(run_dir: Path) -> dict[str, Any] | None:
     return None if found is None else dict(found)
 
 
-def finish_rewind(run_dir: Path, intent: dict[str, Any]) -> None:
-    """Carries out an intent; safe to repeat after a crash anywhere inside it. The intent file stays.
+def finish_rewind(run_dir: Path, intent: dict[str, Any]) -> list[dict[str, Any]]:
+    """Carries out an intent; safe to repeat after a crash anywhere inside it. The intent file stays. Returns the lines
+    that were moved now. Only what the intent is about is read.
 
     Raises DataError, and changes nothing, when the intent is not about these two files.
     """
     metrics, discarded = run_dir / METRICS_FILE, run_dir / DISCARDED_FILE
+    lines: list[dict[str, Any]] = []
     if metrics.stat().st_size > intent["metrics_size"]:
-        lines = list(whole_lines(metrics))
-        undone = [to_line({**line, **intent["note"]}) for offset, line in lines if offset >= intent["metrics_size"]]
-        _check_fits(run_dir, intent, lines, undone)
+        first, lines = read_metrics_after(metrics, intent["step"])
+        undone = [to_line({**line, **intent["note"]}) for line in lines]
+        _check_fits(run_dir, intent, first if lines else None, undone)
         with discarded.open("ab") as file:
             file.truncate(intent["discarded_size"])
             file.write(b"".join(undone))
@@ -63,6 +64,7 @@ def finish_rewind(run_dir: Path, intent: dict[str, Any]) -> None:
         sync_directory(run_dir)
         os.truncate(metrics, intent["metrics_size"])
     _sync(metrics)
+    return lines
 
 
 def forget_rewind(run_dir: Path) -> None:
@@ -76,20 +78,27 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _check_fits(
-    run_dir: Path, intent: dict[str, Any], lines: list[tuple[int, dict[str, Any]]], undone: list[bytes]
-) -> None:
-    """Raises DataError unless the intent cuts off exactly the lines after its step, and in the other file nothing but
-    what it has put there itself."""
+def _check_fits(run_dir: Path, intent: dict[str, Any], first: int | None, undone: list[bytes]) -> None:
+    """Raises DataError unless the intent cuts off exactly the lines after its step, of which the `first` begins there,
+    and in the other file nothing but what it has put there itself."""
     source = Source(str(run_dir / INTENT_FILE), fix="look at both files, then remove it")
-    first = next((offset for offset, line in lines if line["step"] > intent["step"]), None)
     if first != intent["metrics_size"] or len(undone) != intent["lines"]:
         allowed = f"where the lines after step {intent['step']} begin, {first}"
         raise source.fault("metrics_size", f"is not what it says of {METRICS_FILE}", intent["metrics_size"], allowed)
-    discarded = read_regular(run_dir / DISCARDED_FILE) or b""
-    size = intent["discarded_size"]
+    size, length, before, written = _written(run_dir / DISCARDED_FILE, intent["discarded_size"])
     began_here = {line.rstrip(b"\n") for line in undone}
-    foreign = [line for line in discarded[size:].split(b"\n") if parse(line) is not None and line not in began_here]
-    if size > len(discarded) or (size and discarded[size - 1 : size] != b"\n") or foreign:
+    foreign = [line for line in written.split(b"\n") if parse(line) is not None and line not in began_here]
+    if size > length or before not in (b"", b"\n") or foreign:
         allowed = "the end of its lines before the rewind"
         raise source.fault("discarded_size", f"is not what it says of {DISCARDED_FILE}", size, allowed)
+
+
+def _written(path: Path, size: int) -> tuple[int, int, bytes, bytes]:
+    """(`size`, how long the file is, the byte before `size`, what follows it)."""
+    check_regular(path)
+    if not path.exists():
+        return size, 0, b"", b""
+    with path.open("rb") as file:
+        length = file.seek(0, 2)
+        file.seek(max(0, size - 1))
+        return size, length, file.read(min(size, 1)), file.read()

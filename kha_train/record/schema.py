@@ -181,13 +181,13 @@ FURTHER: dict[str, Any] = {"checkpoint_saved": Save, "rewind": Back, "spike_open
 """Kind of an event -> what the code reads of it beside its head."""
 
 
-def check_metrics(lines: list[dict[str, Any]], path: str) -> None:
+def check_metrics(lines: list[dict[str, Any]], path: str, first: int = 1, before: int = 0) -> None:
     """Raises DataError when a line has no step, steps do not increase, or a metric is no number.
 
-    Every value of every line is looked at once; what this release does not know may be anything.
+    Every value of every line is looked at once; what this release does not know may be anything. The first of `lines`
+    is line `first` of the file, and the line above it is of step `before`.
     """
-    before = 0
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines, start=first):
         step = line.get("step")
         if type(step) is not int or not before < step <= LARGEST:
             allowed = f"a whole number above {before}, the step of the line before"

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from kha_train.analysis.ending import end_of
 from kha_train.errors import DataError, DivergedError, KhaError
 from kha_train.record import Redactor, mark_fatal
-from kha_train.record.goodput import goodput
 from kha_train.train.failure import forget_failures
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def close_record(
         if session.world.is_main and isinstance(error, KhaError) and error.fatal:
             mark_fatal(session.run_dir, Redactor.from_environment().text(error.line()))
     with _after(error):
-        if session.record.in_attempt and (summary := goodput(session.run_dir)):
+        if session.record.in_attempt and (summary := session.record.goodput()):
             session.record.update_run(goodput=summary.to_dict())
     with _after(error):
         session.record.close(session.end_state)

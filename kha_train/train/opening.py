@@ -14,7 +14,7 @@ from kha_train.config.compose import load_plain
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import World
 from kha_train.errors import CheckpointError, KhaError
-from kha_train.record import Marker, has_marker, read_marker, read_metrics
+from kha_train.record import Marker, has_marker, read_last_metrics, read_marker
 from kha_train.record.attempts import CONFIG_FILE
 from kha_train.train import resume
 
@@ -29,7 +29,7 @@ def finished_at(config: RunConfig, run_dir: Path) -> int:
     if not has_marker(run_dir, Marker.DONE):
         return NOT_FINISHED
     said = re.fullmatch(r"step ([0-9]{1,15})", read_marker(run_dir, Marker.DONE))
-    lines = [] if said else read_metrics(run_dir)
+    lines = [] if said else read_last_metrics(run_dir)
     step = int(said[1]) if said else lines[-1]["step"] if lines else NOT_FINISHED
     return step if step >= config.run.steps else NOT_FINISHED
 

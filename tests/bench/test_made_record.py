@@ -12,6 +12,7 @@ from kha_train.bench.made_record import MORE, RESTART_EVERY, UNDONE, Template
 from kha_train.config.compose import compose
 from kha_train.operate.status import run_status
 from kha_train.record import read_discarded, read_events, read_metrics
+from kha_train.record.totals import load_totals, totals_of
 from kha_train.train.run import train
 
 STEPS = 7010
@@ -45,6 +46,7 @@ def test_a_long_made_run_was_killed_and_has_undone_lines(
     made = template.make(tmp_path / "run", 250)
     assert [line["attempt"] for line in read_metrics(made.run_dir)] == [1] * 100 + [2] * 100 + [3] * 50
     assert [line["step"] for line in read_discarded(made.run_dir)][: UNDONE + 1] == [*range(101, 101 + UNDONE), 201]
+    assert load_totals(made.run_dir) == totals_of(made.run_dir)
     status = run_status(made.run_dir)
     assert (status.step, status.state, status.attempts, status.checkpoint) == (250, "requeue", 3, 250)
     assert [attempt["state"] for attempt in json.loads((made.run_dir / "run.json").read_text())["attempts"]] == [

@@ -1,0 +1,32 @@
+"""The end of a file of lines, so that what is asked of a long file costs what a short one costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kha_train.foreign.files import check_regular
+
+PIECE = 128 * 2**10
+"""Bytes that are read at once, at least."""
+
+
+def read_end(path: Path, lines: int = 1) -> tuple[int, bytes]:
+    """(byte offset, bytes) of the end of the file `path`, which begins with a line and holds its last `lines` whole
+    lines or more, and what a crash left unfinished behind them; all of a file that has fewer.
+
+    A missing file is empty. Raises DataError when `path` is no file.
+    """
+    check_regular(path)
+    try:
+        file = path.open("rb")
+    except (FileNotFoundError, NotADirectoryError):
+        return 0, b""
+    with file:
+        start, content = file.seek(0, 2), b""
+        # Of n newlines one ends a line that begins before the piece, and the last line may be torn.
+        while start and content.rstrip(b"\0\n").count(b"\n") <= lines:
+            begin = max(0, start - max(PIECE, len(content)))
+            file.seek(begin)
+            content, start = file.read(start - begin) + content, begin
+    first = content.find(b"\n") + 1 if start else 0
+    return start + first, content[first:]

@@ -1,0 +1,256 @@
+"""What a run adds up to, kept up line by line, so that nobody adds a long record up again.
+
+`.totals.json` holds the sums and how far into each file they go. It is a help, never the truth: where it does not fit
+the files it is passed over, and lines that came after it are added. Sums are exact: whole multiples of 2^-1074, the
+smallest float. So lines can be taken out again, and the order of adding does not matter. The sums kept up by a run that
+was killed, resumed and rewound are those of its files, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+from kha_train.errors import DataError
+from kha_train.foreign.typed import LARGEST, Count, Length, Match, Range
+from kha_train.record.actions import UNDONE
+from kha_train.record.files import read_json, replace_json
+from kha_train.record.jsonl import objects, whole_until
+from kha_train.record.reader import DISCARDED_FILE, EVENTS_FILE, METRICS_FILE, read_discarded, read_events, read_metrics
+from kha_train.record.schema import check_discarded, check_events, check_metrics
+
+TOTALS_FILE = ".totals.json"
+FORMAT = 1
+FILES = (METRICS_FILE, DISCARDED_FILE, EVENTS_FILE)
+TIMED = frozenset(("time", "attempt", "train/step_seconds", "data/wait_seconds", "train/skipped"))
+"""What a line must tell for its time to be accounted for."""
+SHORT = 8 * 2**20
+"""Bytes of lines that may be added up on the way."""
+_NEIGHBOURHOOD = 512
+"""Bytes before a mark by which it is known again."""
+_SUMS = ("productive", "skipped", "lost", "data_wait", "checkpoint")
+_DIGITS = 1074
+
+Sum = Annotated[str, Match(r"-?[0-9a-f]{1,600}")]
+Whole = Annotated[int, Range(-LARGEST, LARGEST)]
+
+
+class Signs(TypedDict):
+    """Of an attempt: when its first step ended and began, and when its last one ended, by the clock in s."""
+
+    first: float
+    began: float
+    last: float
+
+
+class TotalsFile(TypedDict):
+    """`.totals.json`."""
+
+    format: int
+    marks: Annotated[list[Annotated[list[Count], Length(2)]], Length(len(FILES))]
+    lines: Count
+    undone: Count
+    untimed: Count
+    sums: dict[str, Sum]
+    attempts: dict[Annotated[str, Match("[0-9]{1,16}")], Signs]
+    diverged: list[Annotated[list[Whole | None], Length(3)]]
+
+
+@dataclass
+class Totals:
+    """Sums over the record. `lines` survive, `undone` ones were discarded, `untimed` of both do not say where their
+    time went. `sums` are exact seconds, see `seconds`. `attempts` are the signs of life by number. `diverged` are
+    attempt, step and first sample of each time the divergence guard fired in a step that no restart undid."""
+
+    lines: int = 0
+    undone: int = 0
+    untimed: int = 0
+    sums: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0))
+    attempts: dict[int, Signs] = field(default_factory=dict)
+    diverged: list[tuple[int | None, ...]] = field(default_factory=list)
+
+    def seconds(self, name: str) -> float:
+        """One of the sums, rounded once: `productive`, `skipped` and `lost` steps without their wait for data,
+        `data_wait` of all steps, `checkpoint` for which training stood still."""
+        return self.sums[name] / (1 << _DIGITS)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """A line of the surviving curve."""
+        self.lines += 1
+        if self._seen(line):
+            self.sums[_kind(line)] += _busy(line)
+
+    def undo(self, line: Mapping[str, Any], reason: str) -> None:
+        """A line that was added before is discarded for `reason`."""
+        self.lines -= 1
+        self.undone += 1
+        if _is_timed(line):
+            self.sums[_kind(line)] -= _busy(line)
+            self.sums["lost"] += _busy(line)
+        self._forget(line, reason)
+
+    def add_undone(self, line: Mapping[str, Any]) -> None:
+        """A discarded line that was not added before. Events of its step come first."""
+        self.undone += 1
+        if self._seen(line):
+            self.sums["lost"] += _busy(line)
+        self._forget(line, line["discarded_reason"])
+
+    def happened(self, event: Mapping[str, Any]) -> None:
+        """A line of the events."""
+        if event["kind"] == "checkpoint_saved":
+            self.sums["checkpoint"] += _exact(event.get("stall_seconds", 0.0))
+        elif event["kind"] == "divergence":
+            self.diverged.append(_place(event))
+
+    def _seen(self, line: Mapping[str, Any]) -> bool:
+        """Takes note of a line that is new; whether its time is known."""
+        if not _is_timed(line):
+            self.untimed += 1
+            return False
+        self.sums["data_wait"] += _exact(line["data/wait_seconds"])
+        time, began = line["time"], line["time"] - line["train/step_seconds"]
+        signs = self.attempts.setdefault(line["attempt"], Signs(first=time, began=began, last=time))
+        if (time, began) < (signs["first"], signs["began"]):
+            signs |= {"first": time, "began": began}
+        signs["last"] = max(signs["last"], time)
+        return True
+
+    def _forget(self, line: Mapping[str, Any], reason: str) -> None:
+        if self.diverged and "samples_first" in line and not reason.startswith(UNDONE):
+            self.diverged = [place for place in self.diverged if place != _place(line)]
+
+
+def totals_of(run_dir: Path) -> Totals:
+    """The totals of the files of `run_dir`, all of which are read. Raises DataError for a damaged record."""
+    totals = Totals()
+    _add_all(totals, read_metrics(run_dir), read_discarded(run_dir), read_events(run_dir))
+    return totals
+
+
+def known_totals(run_dir: Path) -> Totals | None:
+    """The totals of `run_dir` without reading a long record: what the run has kept up, and the lines since; None where
+    it has kept nothing that fits. Raises DataError as `totals_of` does, where it is called."""
+    kept = load_totals(run_dir)
+    if kept is not None:
+        return kept
+    return totals_of(run_dir) if sum(_size(run_dir / name) for name in FILES) <= SHORT else None
+
+
+def load_totals(run_dir: Path) -> Totals | None:
+    """The totals that the run has kept up, with the lines since; None where there are none that fit its files."""
+    try:
+        kept = read_json(run_dir / TOTALS_FILE, TotalsFile)
+        if kept is None or kept["format"] != FORMAT or set(kept["sums"]) != set(_SUMS):
+            return None
+        paths = [run_dir / name for name in FILES]
+        ends = [_since(path, *mark) for path, mark in zip(paths, kept["marks"], strict=True)]
+        if any(end is None for end in ends):
+            return None
+        lines, undone, events = (objects(path, end or b"") for path, end in zip(paths, ends, strict=True))
+        check_metrics(lines, METRICS_FILE)
+        totals = _from_file(kept)
+        _add_all(totals, lines, check_discarded(undone, DISCARDED_FILE), check_events(events, EVENTS_FILE))
+    except (DataError, OSError):
+        return None
+    return totals
+
+
+def save_totals(run_dir: Path, totals: Totals) -> None:
+    """Keep `totals`, which are those of the files as they are now. Where the disk does not take
+    them, the next reader adds up more lines."""
+    kept: TotalsFile = {
+        "format": FORMAT,
+        "marks": [list(_mark(run_dir / name)) for name in FILES],
+        "lines": totals.lines,
+        "undone": totals.undone,
+        "untimed": totals.untimed,
+        "sums": {name: format(value, "x") for name, value in totals.sums.items()},
+        "attempts": {str(number): signs for number, signs in totals.attempts.items()},
+        "diverged": [list(place) for place in totals.diverged],
+    }
+    with suppress(OSError):
+        replace_json(run_dir / TOTALS_FILE, dict(kept))
+
+
+def _from_file(kept: TotalsFile) -> Totals:
+    return Totals(
+        lines=kept["lines"],
+        undone=kept["undone"],
+        untimed=kept["untimed"],
+        sums={name: int(value, 16) for name, value in kept["sums"].items()},
+        attempts={int(number): signs for number, signs in kept["attempts"].items()},
+        diverged=[tuple(place) for place in kept["diverged"]],
+    )
+
+
+def _add_all(
+    totals: Totals,
+    lines: Iterable[Mapping[str, Any]],
+    undone: Iterable[Mapping[str, Any]],
+    events: Iterable[Mapping[str, Any]],
+) -> None:
+    for line in lines:
+        totals.add(line)
+    for event in events:
+        totals.happened(event)
+    for line in undone:
+        totals.add_undone(line)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _mark(path: Path) -> tuple[int, int]:
+    """(the end of the file, a checksum of what is before it). Raises OSError."""
+    if not path.is_file():
+        return 0, 0
+    with path.open("rb") as file:
+        end = file.seek(0, 2)
+        file.seek(max(0, end - _NEIGHBOURHOOD))
+        return end, zlib.crc32(file.read(end - file.tell()))
+
+
+def _since(path: Path, end: int, checksum: int) -> bytes | None:
+    """The whole lines after the mark; None where the file is another one, or has too much to add."""
+    if not path.is_file():
+        return b"" if end == 0 else None
+    with path.open("rb") as file:
+        if not end <= file.seek(0, 2) <= end + SHORT:
+            return None
+        file.seek(max(0, end - _NEIGHBOURHOOD))
+        before = file.read(end - file.tell())
+        if zlib.crc32(before) != checksum or before[-1:] not in (b"", b"\n"):
+            return None
+        content = file.read()
+    return content[: whole_until(content)]
+
+
+def _place(line: Mapping[str, Any]) -> tuple[int | None, ...]:
+    return line["attempt"], line["step"], line.get("samples_first")
+
+
+def _is_timed(line: Mapping[str, Any]) -> bool:
+    return line.keys() >= TIMED and all(math.isfinite(line[key]) for key in TIMED)
+
+
+def _kind(line: Mapping[str, Any]) -> str:
+    return "skipped" if line["train/skipped"] else "productive"
+
+
+def _busy(line: Mapping[str, Any]) -> int:
+    """A step without its wait for data."""
+    return _exact(line["train/step_seconds"]) - _exact(line["data/wait_seconds"])
+
+
+def _exact(seconds: float) -> int:
+    if not math.isfinite(seconds):
+        return 0
+    numerator, denominator = float(seconds).as_integer_ratio()
+    return numerator << (_DIGITS + 1 - denominator.bit_length())
