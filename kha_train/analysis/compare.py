@@ -144,7 +144,8 @@ class Comparison:
         pairs = [self._pair_to_dict(pair) for pair in self.pairs]
         seeds = [asdict(found) | {"sentence": self.seeds_sentence(found)} for found in self.across_seeds]
         answer = {"runs": runs, "config_differences": differences, "pairs": pairs, "across_seeds": seeds}
-        return words(answer | {"evidence": self.evidence, "validation_sets": self.validation_words})
+        plain: dict[str, Any] = words(answer | {"evidence": self.evidence, "validation_sets": self.validation_words})
+        return plain
 
     def _pair_to_dict(self, pair: Pair) -> dict[str, Any]:
         """`interval` is null where there are too few blocks for one, and `no_interval` says so."""

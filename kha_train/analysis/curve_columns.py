@@ -134,11 +134,21 @@ def _observation(cells: Mapping[str, Any], columns: Mapping[str, str | None], wh
 
     if cell("step") is None:
         raise DataError("a loss without a step", field=where)
-    counts = {"step": None, "tokens": 0, "samples_first": -1, "samples_last": -1}
-    floats = ("loss", "grad_norm", "lr")
+
+    def whole(name: str, absent: int) -> int:
+        return absent if cell(name) is None else _whole(cell(name), name, where)
+
+    def number(name: str) -> float:
+        return math.nan if cell(name) is None else _float(cell(name), name, where)
+
     return Observation(
-        **{name: value if cell(name) is None else _whole(cell(name), name, where) for name, value in counts.items()},
-        **{name: math.nan if cell(name) is None else _float(cell(name), name, where) for name in floats},
+        step=_whole(cell("step"), "step", where),
+        tokens=whole("tokens", 0),
+        samples_first=whole("samples_first", -1),
+        samples_last=whole("samples_last", -1),
+        loss=number("loss"),
+        grad_norm=number("grad_norm"),
+        lr=number("lr"),
     )
 
 
@@ -167,7 +177,7 @@ def _whole(value: Any, name: str, where: str) -> int:
 
 
 def _number(value: Any, name: str, where: str) -> int | float:
-    if type(value) in (int, float):
+    if type(value) is int or type(value) is float:
         return value
     if isinstance(value, str) and "_" not in value:
         for kind in (int, float):

@@ -113,7 +113,7 @@ def _megatron_rows(text: str, path: str) -> list[Row]:
 
     Megatron prints no loss for an iteration in which it was not finite, but counts it.
     """
-    rows = []
+    rows: list[Row] = []
     line, reached = 1, 0
     for match in MEGATRON_LINE.finditer(text):
         line += text.count("\n", reached, match.start())

@@ -54,7 +54,8 @@ def draw(name: str, curves: Sequence[Curve], *, x_label: str, y_label: str, band
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "axes.linewidth": 0.6, "path.simplify": True}
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": name}
+    style |= {"font.size": 9, "axes.linewidth": 0.6, "path.simplify": True}
     with rc_context(style):
         figure = Figure(figsize=SIZE_INCHES, layout="constrained")
         axes = figure.add_subplot()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -155,12 +156,16 @@ def differences(meetings: Sequence[Meeting], wanted: Callable[[str, Meeting], bo
     keys = {key for meeting in meetings for key in meeting.reference.keys() | meeting.other.keys()}
     found = []
     for key in sorted(keys):
-        for values, group in groupby(meetings, lambda one, key=key: one.values(key) if wanted(key, one) else None):
+        for values, group in groupby(meetings, partial(_values_if, wanted, key)):
             if values is not None and UNKNOWN not in values and values[0] != values[1]:
                 inside = list(group)
                 everywhere, to_the_end = len(inside) == len(meetings), inside[-1] is meetings[-1]
                 found.append(Difference(key, inside[0].first, inside[-1].last, values, everywhere, to_the_end))
     return found
+
+
+def _values_if(wanted: Callable[[str, Meeting], bool], key: str, meeting: Meeting) -> tuple[Any, Any] | None:
+    return meeting.values(key) if wanted(key, meeting) else None
 
 
 def phase_steps(run_dir: Path, lines: Sequence[Mapping[str, Any]]) -> set[int]:
@@ -170,7 +175,7 @@ def phase_steps(run_dir: Path, lines: Sequence[Mapping[str, Any]]) -> set[int]:
     configs = {number: attempt.config or last for number, attempt in read_attempts(run_dir).items()}
     found, before = set(), -1
     for line in lines:
-        data, now = configs.get(line.get("attempt"), last).get("data", {}), line.get("samples_first", -1)
+        data, now = configs.get(line.get("attempt", -1), last).get("data", {}), line.get("samples_first", -1)
         if any(before < phase["start_sample"] <= now for phase in data.get("phases", [])):
             found.add(line["step"])
         before = now

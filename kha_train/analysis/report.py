@@ -128,8 +128,8 @@ def _results(comparison: Comparison) -> Iterable[str]:
             continue
         over = f"{pair.first_step} to {pair.last_step} (the last half of the common steps, "
         over += f"{pair.difference.count} finite pairs)"
-        found = pair.interval
-        if found is None:
+        interval = pair.interval
+        if interval is None:
             yield (
                 f'<div class="result">{names}: no claim<p class="soft">The difference of train loss at equal steps is '
                 f"{pair.difference.mean:+.4f} nats per token, mean over steps {over}; {pair.difference.no_interval}. "
@@ -137,12 +137,12 @@ def _results(comparison: Comparison) -> Iterable[str]:
             )
             continue
         yield (
-            f'<div class="result">{names}<br><b>{found.mean:+.4f}</b> nats per token '
-            f'<span class="soft">95 % interval {found.low:+.4f} to {found.high:+.4f}</span>'
+            f'<div class="result">{names}<br><b>{interval.mean:+.4f}</b> nats per token '
+            f'<span class="soft">95 % interval {interval.low:+.4f} to {interval.high:+.4f}</span>'
             f'<p class="soft">Difference of train loss at equal steps, mean over steps {over}. Below zero: '
-            f"{escape(other)} has the lower loss. Interval: Student's t over {found.count // found.block} blocks of "
-            f"{found.block} steps, a length that follows their autocorrelation; it holds for this seed and this order "
-            f"of data only.</p>"
+            f"{escape(other)} has the lower loss. Interval: Student's t over {interval.count // interval.block} blocks "
+            f"of {interval.block} steps, a length that follows their autocorrelation; it holds for this seed and this "
+            f"order of data only.</p>"
             f"{_caveats(pair)}</div>"
         )
 

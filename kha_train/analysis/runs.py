@@ -44,7 +44,8 @@ class RunData:
     @property
     def seed(self) -> int | None:
         """`run.seed` of the first step, so of the initial values; None when the configuration has none."""
-        return self.history("run.seed")[0][1]
+        seed: int | None = self.history("run.seed")[0][1]
+        return seed
 
     def history(self, key: str) -> list[tuple[int, Any]]:
         """(step from which it held, value) of a setting, as far as that was recorded; where nothing was, its value in
@@ -67,7 +68,8 @@ class RunData:
     def finite(self, key: str) -> np.ndarray:
         """The finite values of the metric `key`, in order."""
         values = self.column(key)
-        return values[np.isfinite(values)]
+        finite: np.ndarray = values[np.isfinite(values)]
+        return finite
 
     def fact(self, key: str) -> Any:
         """What the attempt that made the last line found, by its dotted key; None when that was not recorded."""

@@ -145,9 +145,9 @@ def _other_rates(reference: RunData, other: RunData, met: Sequence[Meeting]) -> 
         inside = (steps >= blind[0].first) & (steps <= blind[-1].last)
         unequal = np.flatnonzero(inside & np.isfinite(rates_N[0] + rates_N[1]) & (rates_N[0] != rates_N[1]))
         if len(unequal):
-            values = tuple(float(rates[unequal[0]]) for rates in rates_N)
+            before, after = (float(rates[unequal[0]]) for rates in rates_N)
             first, last = int(steps[unequal[0]]), int(steps[unequal[-1]])
-            found.append(Difference(f"the recorded {RATE}", first, last, values, False, last == steps[-1]))
+            found.append(Difference(f"the recorded {RATE}", first, last, (before, after), False, last == steps[-1]))
     return found
 
 

@@ -197,7 +197,7 @@ def find_events(points: Sequence[Observation], planned: frozenset[int]) -> Found
         verdict = monitor.update(point, planned_change=point.step in planned)
         found.events.extend([verdict.closed] if verdict.closed else [])
         found.diverged_at.extend([point.step] if verdict.diverged else [])
-        found = found._replace(metrics=verdict.metrics, judged=found.judged + ("spike/z" in verdict.metrics))
+        found = found._replace(metrics={**verdict.metrics}, judged=found.judged + ("spike/z" in verdict.metrics))
     found.events.extend([monitor.events.event] if monitor.events.event else [])
     return found._replace(metrics=found.metrics | dict.fromkeys(_not_judged(monitor)))
 
@@ -306,7 +306,7 @@ def lines_around(report: SpikeReport, event: SpikeEvent) -> list[dict[str, Any]]
 def _is_of(line: dict[str, Any], event: SpikeEvent) -> bool:
     """Whether a discarded line is one of those in which `event` happened, undone by a rewind."""
     inside = event.samples_first <= line.get("samples_first", -1) <= event.samples_last
-    return inside and line["discarded_reason"].startswith(UNDONE)
+    return inside and str(line["discarded_reason"]).startswith(UNDONE)
 
 
 def _gap(curve: LossCurve, reference: LossCurve) -> dict[str, Any]:
@@ -354,7 +354,9 @@ def _rewound(curve: LossCurve, undone: Sequence[list[Observation]]) -> Found:
     Each rewind is judged on the curve as it stood then: the lines that survived it up to where it went, then those it
     undid. A rewind that was computed twice, because the run was killed after it, counts once.
     """
-    points, events, diverged_at = list(curve.points), {}, []
+    points = list(curve.points)
+    events: dict[tuple[int, int], SpikeEvent] = {}
+    diverged_at: list[int] = []
     survived = {(point.step, point.samples_first) for point in curve.points}
     for group in reversed(undone):
         points = [point for point in points if point.step < group[0].step] + group

@@ -74,7 +74,8 @@ def student_975(freedom: int) -> float:
         return STUDENT_975[freedom - 1]
     z, terms = NORMAL_975, ((1, 1, 4), (3, 16, 5, 96), (-15, 17, 19, 3, 384))
     powers = [sum(c * z ** (2 * i + 1) for i, c in enumerate(factors)) / below for *factors, below in terms]
-    return z + sum(term / freedom**order for order, term in enumerate(powers, start=1))
+    terms_left: float = sum(term / freedom**order for order, term in enumerate(powers, start=1))
+    return z + terms_left
 
 
 def pooled_rate(counts: Sequence[int], exposures: Sequence[float]) -> dict[str, float | None]:
@@ -151,7 +152,7 @@ def block_length(values: np.ndarray) -> int:
     spectrum = covariance[0] + 2 * weighted.sum()
     if spectrum <= 0:
         return 1
-    best = (1.5 * (2 * (lags * weighted).sum() / spectrum) ** 2 * count) ** (1 / 3)
+    best: float = (1.5 * (2 * (lags * weighted).sum() / spectrum) ** 2 * count) ** (1 / 3)
     return max(1, min(count, math.ceil(best)))
 
 

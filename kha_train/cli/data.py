@@ -88,8 +88,9 @@ def tokenizer(
     """Train a BPE tokenizer on the training split."""
     total = split_path(corpus_dir, "train").stat().st_size
     with _progress("reading, then merging", min(total, max_bytes or total)) as advance:
-        how = {"vocab_size": vocab_size, "max_bytes": max_bytes, "overwrite": overwrite}
-        made = train_tokenizer(corpus_dir, out, **how, progress=advance)
+        made = train_tokenizer(
+            corpus_dir, out, vocab_size=vocab_size, max_bytes=max_bytes, overwrite=overwrite, progress=advance
+        )
     answer = {"file": str(out), "vocab_size": made.vocab_size, "sha256": made.sha256, "special_ids": made.special_ids}
     _answer(answer, as_json)
 
@@ -130,19 +131,30 @@ def tokenize(
         )
     said: list[str] = []
     encoded: list[int] = []
-    how = {"shard_bytes": shard_bytes, "workers": workers, "overwrite": overwrite, "encoder": encoder}
-    how["skip_bad_lines"] = skip_bad_lines
+    encode: Callable[..., dict[str, Manifest]]
     started = time.perf_counter()
     if corpus_dir:
         total = sum(split_path(corpus_dir, split).stat().st_size for split in SPLITS)
         encode = partial(encode_corpus, corpus_dir)
     else:
+        assert text is not None, "one of the two was asked for"
         size = sum(file.path.stat().st_size for file in find_files(text, "text", field).files)
         total = size * (2 if drop_repeated else 1)
         share = VALIDATION_PERCENT if validation_percent is None else validation_percent
         encode = partial(encode_files, text, field=field, validation_percent=share, drop_repeated=drop_repeated)
     with _progress("tokenizing", total) as advance:
-        manifests = encode(tokenizer_file, out, **how, say=said.append, progress=advance, finished=encoded.append)
+        manifests = encode(
+            tokenizer_file,
+            out,
+            shard_bytes=shard_bytes,
+            workers=workers,
+            overwrite=overwrite,
+            encoder=encoder,
+            skip_bad_lines=skip_bad_lines,
+            say=said.append,
+            progress=advance,
+            finished=encoded.append,
+        )
     answer = {split: _dataset(out / split, made) for split, made in manifests.items()}
     speed = round(sum(encoded) / 1e6 / (time.perf_counter() - started), 2)
     used = manifests["train"].tool.rpartition(", ")[2]
@@ -182,7 +194,8 @@ def verify(directory: DatasetDir, as_json: Json = False) -> None:
     """Read every byte of a dataset and compare it with its manifest; of a URL, what the store holds now.
 
     Raises DataError, after all was read, when a shard is damaged: each is told by its first fault."""
-    answer, faults = {}, []
+    answer: dict[str, dict[str, Any]] = {}
+    faults: list[DataError] = []
     for path in _datasets(directory):
         with TemporaryDirectory() as cache:
             shards = ShardSet.open(path, cache=cache, cache_gib=VERIFY_GIB)
@@ -231,6 +244,7 @@ def inspect(
             raise ConfigError("draws the documents of a dataset", field="--png", fix="name a dataset, not a run")
         _answer(_samples_of_run(run, step, rank), as_json)
         return
+    assert directory is not None, "one of the two was asked for"
     answer, datasets = {}, _datasets(directory)
     for path in datasets:
         shards = ShardSet.open(path)

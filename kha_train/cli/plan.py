@@ -131,8 +131,9 @@ def _run(answer: Plan) -> Table:
     if time["cost"] is not None:
         table.add_row("cost", f"{time['cost']:,.0f}")
     table.add_row("checkpoint", f"{saved['bytes'] / 1e9:.1f} GB, {saved['kept_bytes'] / 1e9:.1f} GB kept")
-    if saved["sensible_every_steps"] is not None:
-        every = f"{saved['sensible_every_steps']:,} steps ({saved['sensible_every_seconds'] / 60:.0f} min)"
+    seconds = saved["sensible_every_seconds"]
+    if saved["sensible_every_steps"] is not None and seconds is not None:
+        every = f"{saved['sensible_every_steps']:,} steps ({seconds / 60:.0f} min)"
         table.add_row("sensible interval", f"{every}; checkpoint.every_steps is {saved['every_steps']:,}")
     epochs = (
         "the dataset is not here" if data["epochs"] is None else f"{data['epochs']:.2f} of {data['tokens']:,} tokens"

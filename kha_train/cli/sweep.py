@@ -51,16 +51,17 @@ def sweep_command(
 ) -> None:
     """Train a grid of variants: validated whole, submitted as one job array; again for what is missing."""
     directory = sweep.sweep_directory(parent, sweep.default_name(overrides) if name is None else name)
-    points = sweep.plan_sweep(directory, overrides, equal)
+    common = sweep.checked_equal(equal)
+    points = sweep.plan_sweep(directory, overrides, common)
     options = JobOptions(nodes, gpus_per_node, parallel, slurm.parse_sbatch(sbatch or []), site)
     if show:
         slurm.check_batches(points, options)
         _print_scripts(directory, points, options)
         return
     if local:
-        started = _run_here(directory, points, equal, processes, retry_failed, quiet=as_json)
+        started = _run_here(directory, points, common, processes, retry_failed, quiet=as_json)
     else:
-        started = slurm.start_missing(directory, points, options, equal=equal, retry_failed=retry_failed)
+        started = slurm.start_missing(directory, points, options, equal=common, retry_failed=retry_failed)
     lacking = _lacking(points, started, local)
     _answer(directory, points, started, lacking, as_json)
     if lacking:

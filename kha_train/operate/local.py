@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from kha_train.config.compose import shipped
@@ -27,7 +28,7 @@ def run_points(directory: Path, points: Sequence[Point], processes: int, watch: 
         with (directory / "logs" / f"{point.label}.out").open("ab") as log:
             command = ["bash", str(shipped("launch") / "local.sh"), *point.overrides]
             training = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        code = _wait(training, lambda point=point: watch(point))
+        code = _wait(training, partial(watch, point))
         if code:
             failed.append(point)
     return failed

@@ -6,7 +6,7 @@ import itertools
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from kha_train.config.resolve import Resolved, resolve_plan
 from kha_train.config.schema import RunConfig
@@ -61,6 +61,38 @@ class Communication:
     group_bytes_per_step: int = 0
 
 
+class RunTime(TypedDict):
+    """A run's work, and how long it takes at the assumed MFU; None where the peak or the price is not known."""
+
+    tokens: int
+    tokens_per_step: int
+    total_flops: float
+    mfu: float
+    tokens_per_second: float | None
+    step_seconds: float | None
+    hours: float | None
+    device_hours: float | None
+    cost: float | None
+
+
+class SavedSize(TypedDict):
+    """A checkpoint's bytes, and how often to save; None where the storage's speed or the step's time is not known."""
+
+    bytes: int
+    kept_bytes: int
+    write_seconds: float | None
+    sensible_every_seconds: float | None
+    sensible_every_steps: int | None
+    every_steps: int
+
+
+class DataUse(TypedDict):
+    """The tokens of the training data, and how often the run reads them; None where the data are not here."""
+
+    tokens: int | None
+    epochs: float | None
+
+
 @dataclass(frozen=True)
 class Plan:
     """The answer of `kha plan`. `fits` is None when the memory of a device is not known; `batch_problem` and
@@ -79,9 +111,9 @@ class Plan:
     communication: tuple[Communication, ...]
     batch_problem: str | None
     data_problem: str | None
-    time: dict[str, float | None]
-    checkpoint: dict[str, float | None]
-    data: dict[str, float | None]
+    time: RunTime
+    checkpoint: SavedSize
+    data: DataUse
     resolved: Resolved
 
     @property
@@ -141,7 +173,7 @@ def make_plan(config: RunConfig) -> Plan:
     memory, cluster = plan_memory(config), config.cluster
     budget = round((cluster.memory_gib - cluster.reserved_gib) * GIB) if cluster.memory_gib else None
     fits = None if budget is None else memory.total <= budget
-    remedies, together = _remedies(config, budget) if fits is False else ((), None)
+    remedies, together = _remedies(config, budget) if budget is not None and not fits else ((), None)
     time = _time(config, flops)
     return Plan(
         config=config,
@@ -237,7 +269,7 @@ def _devices_needed(config: RunConfig, candidates: list[_Change], budget: int) -
     """A number of devices, whole nodes where one is not enough, up to 65,536, on which some of `candidates` are enough
     while they are not on the next smaller one; None when there is none."""
     devices, node = config.cluster.devices, config.cluster.devices_per_node
-    counts = [*range(devices, node), *range(max(devices, node), 65_537, node)]
+    counts: list[int] = [*range(devices, node), *range(max(devices, node), 65_537, node)]
 
     def fits(place: int) -> bool:
         return _enough(_with_devices(config, counts[place]), candidates, budget) is not None
@@ -286,7 +318,7 @@ def _batch_problem(config: RunConfig) -> str | None:
     return None
 
 
-def _time(config: RunConfig, flops: FlopCount) -> dict[str, float | None]:
+def _time(config: RunConfig, flops: FlopCount) -> RunTime:
     """Computation alone, at the cluster's assumed MFU: tokens/s = devices x peak x MFU / FLOPs a token."""
     cluster = config.cluster
     tokens_per_step = config.data.global_batch_size * config.model.seq_len
@@ -303,11 +335,11 @@ def _time(config: RunConfig, flops: FlopCount) -> dict[str, float | None]:
         "step_seconds": tokens_per_step / speed if speed else None,
         "hours": hours,
         "device_hours": hours * cluster.devices if hours is not None else None,
-        "cost": hours * cluster.devices * cluster.price_per_hour if priced else None,
+        "cost": hours * cluster.devices * cluster.price_per_hour if hours is not None and priced else None,
     }
 
 
-def _checkpoint(config: RunConfig, total: int, step_seconds: float | None) -> dict[str, float | None]:
+def _checkpoint(config: RunConfig, total: int, step_seconds: float | None) -> SavedSize:
     """Size, time to write, and the interval that loses least: sqrt(2 x write x time between failures) (Young 1974)."""
     cluster, size = config.cluster, CHECKPOINT_BYTES * total
     write = size / (cluster.storage_bandwidth_gb * 1e9) if cluster.storage_bandwidth_gb else None
@@ -324,7 +356,7 @@ def _checkpoint(config: RunConfig, total: int, step_seconds: float | None) -> di
     }
 
 
-def _data(config: RunConfig) -> dict[str, float | None]:
+def _data(config: RunConfig) -> DataUse:
     """Epochs over the training data, where its manifests can be read here."""
     wanted = config.run.steps * config.data.global_batch_size * config.model.seq_len
     if not _is_here(*_training_data(config)):

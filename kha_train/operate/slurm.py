@@ -37,8 +37,10 @@ from kha_train.record.sweeps import load_sweep
 VALUE = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 """No control characters, no line breaks, nothing that UTF-8 cannot express."""
 OPTION = re.compile(r"[a-z][a-z-]*")
-OURS = ("array", "nodes", "gpus-per-node", "job-name", "output", "error", "open-mode", "requeue", "no-requeue", "wrap")
-OURS += ("parsable", "export")
+OURS = (
+    *("array", "nodes", "gpus-per-node", "job-name", "output", "error", "open-mode", "requeue", "no-requeue", "wrap"),
+    *("parsable", "export"),
+)
 """Options that a sweep's protocol stands on."""
 
 

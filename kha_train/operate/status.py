@@ -196,4 +196,5 @@ def _median(lines: list[dict[str, Any]], key: str) -> float | None:
 def _seconds_left(recent: list[dict[str, Any]], step: int, steps: int | None) -> float | None:
     if steps is None or len(recent) < 2 or any("time" not in line for line in recent):
         return None
-    return (steps - step) * max(0.0, recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
+    seconds: float = max(0.0, recent[-1]["time"] - recent[0]["time"])
+    return (steps - step) * seconds / int(recent[-1]["step"] - recent[0]["step"])

@@ -62,6 +62,15 @@ def plan_sweep(directory: Path, overrides: Sequence[str], equal: Equal = "steps"
     return plan_points(directory, expand([_spelled_out(text) for text in overrides]), equal)
 
 
+def checked_equal(text: str) -> Equal:
+    """`text` as what points may have in common. Raises ConfigError when it is none of it."""
+    choices = get_args(Equal)
+    if text not in choices:
+        raise ConfigError("is nothing to be equal in", field="--equal", value=text, allowed=", ".join(choices))
+    equal: Equal = choices[choices.index(text)]
+    return equal
+
+
 def plan_points(directory: Path, points: Sequence[Sequence[str]], equal: Equal = "steps") -> list[Point]:
     """A `Point` for every list of overrides, each composed and validated; nothing is written.
 
@@ -69,8 +78,7 @@ def plan_points(directory: Path, points: Sequence[Sequence[str]], equal: Equal =
     one, by its `run.steps`. Raises ConfigError for a point that cannot run, names its own `run.dir`, holds a secret, or
     is there twice.
     """
-    if equal not in get_args(Equal):
-        raise ConfigError("is nothing to be equal in", field="--equal", value=equal, allowed=", ".join(get_args(Equal)))
+    checked_equal(equal)
     differing = _differing_keys(points)
     if equal != "steps" and "run.steps" in differing:
         raise ConfigError(f"is swept, but set by --equal {equal}", field="run.steps", fix="leave one of them out")

@@ -33,7 +33,8 @@ class Goodput:
     @property
     def other(self) -> float:
         """What no bucket claims."""
-        return self.wall - sum(seconds for name, seconds in asdict(self).items() if name != "wall")
+        claimed: float = sum(seconds for name, seconds in asdict(self).items() if name != "wall")
+        return self.wall - claimed
 
     @property
     def share(self) -> float:

@@ -55,7 +55,7 @@ class RunLock:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir, self._closed = run_dir, threading.Event()
-        self._me = {
+        self._me: dict[str, Any] = {
             "token": uuid.uuid4().hex,
             "process": os.getpid(),
             "host": socket.gethostname(),

@@ -86,12 +86,12 @@ class Record:
     @property
     def run_id(self) -> str:
         """The run's own id, made once for the directory."""
-        return self._run["run_id"]
+        return str(self._run["run_id"])
 
     @property
     def wandb_id(self) -> str:
         """The W&B run id, made once for the directory, so that every attempt continues the same W&B run."""
-        return self._run["wandb_id"]
+        return str(self._run["wandb_id"])
 
     @property
     def attempt(self) -> int:
@@ -122,7 +122,7 @@ class Record:
         self._keep_last_config()
         now = self._redactor.clean({**collect_provenance(self._redactor.clean), **(facts or {})})
         first = self._run["provenance"]
-        attempt = {
+        attempt: dict[str, Any] = {
             "attempt": self.attempt + 1,
             "start_step": start_step,
             "world_size": world_size,
@@ -163,7 +163,7 @@ class Record:
     def event(self, kind: str, step: int, **fields: Any) -> dict[str, Any]:
         """Appends something that happened at `step` (a save, a restart, a skipped update); returns what was written."""
         head = {"id": uuid.uuid4().hex, "kind": kind, "step": step, "attempt": self.attempt, "time": time.time()}
-        event = self._redactor.clean({**head, **fields})
+        event: dict[str, Any] = self._redactor.clean({**head, **fields})
         self._lock.confirm()
         self._events.append(event)
         if self._totals is not None:
@@ -182,7 +182,7 @@ class Record:
             for line in moved:
                 self._totals.undo(line, note["discarded_reason"])
             save_totals(self.run_dir, self._totals)
-        return intent["lines"]
+        return int(intent["lines"])
 
     def goodput(self) -> Goodput | None:
         """The goodput of the run so far, see `record.goodput`. A long record whose totals were not kept up, one of an

@@ -229,7 +229,7 @@ def check_events(events: list[dict[str, Any]], path: str) -> list[dict[str, Any]
             checked.append(event)
             continue
         source = Source(f"{path}:{number}")
-        found = source.read(Happening, event)
+        found: dict[str, Any] = {**source.read(Happening, event)}
         checked.append(source.read(further, found) if further else found)
     return checked
 
@@ -257,7 +257,7 @@ def check_discarded(lines: list[dict[str, Any]], path: str) -> list[dict[str, An
     number."""
     for number, line in enumerate(lines, start=1):
         check_numbers(line, path, number)
-    return [Source(f"{path}:{number}").read(Undone, line) for number, line in enumerate(lines, start=1)]
+    return [{**Source(f"{path}:{number}").read(Undone, line)} for number, line in enumerate(lines, start=1)]
 
 
 def _is_list_of_numbers(key: str, value: Any) -> bool:

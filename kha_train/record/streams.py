@@ -73,8 +73,7 @@ def redacted_streams(verbatim: bool) -> Iterator[None]:
     hiders = (redactor.values if verbatim else redactor.text, redactor.text)
     # Python has no stream where the descriptor was closed before it started.
     output, errors = (stream and RedactedStream(stream, hide) for stream, hide in zip(before, hiders, strict=True))
-    # It does what the program asks of a stream, and is no TextIO.
-    sys.stdout, sys.stderr = output, errors  # type: ignore[assignment]
+    sys.stdout, sys.stderr = output, errors
     try:
         yield
     finally:

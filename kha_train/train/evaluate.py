@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kha_train.config.constants import IGNORE_LABEL
+from kha_train.data.batch import Batch
 from kha_train.data.sources import without_labels
-from kha_train.data.stream import Batch
 from kha_train.distributed import World
 from kha_train.engine.contract import Engine
 from kha_train.errors import DataError
@@ -43,7 +43,9 @@ def evaluate(engine: Engine, batches: Iterable[Batch], bytes_per_id_V: Tensor) -
     label_count, text_bytes = 0, 0
     for batch in _read_together(batches, engine.world):
         labels = batch.labels_BT[batch.labels_BT != IGNORE_LABEL]
-        loss_sum += engine.evaluate(batch).loss_sum
+        batch_loss = engine.evaluate(batch).loss_sum
+        assert batch_loss is not None, "the batch has labels"
+        loss_sum += batch_loss
         label_count += labels.numel()
         text_bytes += int(bytes_per_id_V[labels].sum())
         engine.world.alive()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 
@@ -73,7 +74,7 @@ def _of_total(memory: PeakMemory) -> str:
 
 def _here(config: RunConfig, world: World) -> RunConfig:
     # What can run here was settled when the run started, so the capability is not judged again.
-    device = "cuda" if world.device.type == "cuda" else "cpu"
+    device: Literal["cpu", "cuda"] = "cuda" if world.device.type == "cuda" else "cpu"
     return replace(config, cluster=replace(config.cluster, devices=world.size, device=device, capability=0.0))
 
 
@@ -87,7 +88,7 @@ def _planned(config: RunConfig, world: World) -> str:
 def _remedies(config: RunConfig, world: World) -> list[str]:
     """Settings that the plan says save memory, the one that saves most first, with how much."""
     engine, now = config.engine, plan_memory(_here(config, world)).total
-    asked = {
+    asked: dict[str, dict[str, Any]] = {
         f"engine.micro_batch_size={engine.micro_batch_size // 2}": {"micro_batch_size": engine.micro_batch_size // 2},
         "engine.activation_checkpointing=full": {"activation_checkpointing": "full"},
         "engine.zero_stage=3": {"zero_stage": 3},

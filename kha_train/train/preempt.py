@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 from kha_train.record.markers import Marker, has_marker
 
@@ -32,7 +32,7 @@ class StopRequests:
         self._job_file = Path(os.environ["KHA_STOP_FILE"]) if run_dir and "KHA_STOP_FILE" in os.environ else None
         self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
         self._received = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kha_train.data.stream import Batch
+from kha_train.data.batch import Batch
 from kha_train.engine.contract import Engine
 
 IN_IT = ".interaction."
@@ -72,7 +72,7 @@ def _watched(
     """While inside, every call of an attention's backend first reports its largest logit among the `tokens` at the
     beginning of the row; what follows them is padding."""
     watched = [module for module in decoder.modules() if "attend" in vars(module)]
-    before = [module.attend for module in watched]
+    before: list[Callable[..., Tensor]] = [vars(module)["attend"] for module in watched]
 
     def watching(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(q_BTHK: Tensor, k_BUGK: Tensor, *rest: Any) -> Tensor:
@@ -83,12 +83,12 @@ def _watched(
         return call
 
     for module, attend in zip(watched, before, strict=True):
-        module.attend = watching(attend)
+        vars(module)["attend"] = watching(attend)
     try:
         yield
     finally:
         for module, attend in zip(watched, before, strict=True):
-            module.attend = attend
+            vars(module)["attend"] = attend
 
 
 def _largest_logit(q_THK: Tensor, k_UGK: Tensor, cu_seqlens_S: Tensor, scale: float) -> Tensor:

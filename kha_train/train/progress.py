@@ -132,7 +132,8 @@ def restore_watch(watch: Watch, checkpoint: Checkpoint, rewound: bool = False) -
     saved = checkpoint.trainer_state["stability"]
     _check_numbers(source, saved, "stability")
     event = _inside(saved, "monitor", "events", "event")
-    source.read(SpikeEvent | None, event, "stability.monitor.events.event")
+    if event is not None:
+        source.read(SpikeEvent, event, "stability.monitor.events.event")
     try:
         watch.restore(saved, rewound)
         now = watch.state()
@@ -145,7 +146,8 @@ def restore_watch(watch: Watch, checkpoint: Checkpoint, rewound: bool = False) -
 
 def _contradictions(state: TrainerState, step: int, row_may_change: bool) -> list[tuple[str, str, Any]]:
     """(field, what is wrong with it, its value) of what the counts say against the manifest and each other."""
-    progress, found = state.progress, []
+    progress = state.progress
+    found: list[tuple[str, str, Any]] = []
     if progress.step != step:
         found.append(("progress.step", f"the manifest says step {step}", progress.step))
     if progress.skipped_steps > progress.step:

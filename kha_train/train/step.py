@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kha_train.data.batch import Batch
 from kha_train.data.sources import without_labels
-from kha_train.data.stream import Batch, TokenStream
+from kha_train.data.stream import TokenStream
 from kha_train.distributed import Caught, World, as_error
 from kha_train.engine.contract import Engine
-from kha_train.errors import KhaError
 from kha_train.train.probe import probe
 from kha_train.train.watch import Ruling
 
@@ -61,7 +61,7 @@ def only_finite(loss: float, grad_norm: float) -> Ruling:
     return Ruling(math.isfinite(loss) and math.isfinite(grad_norm))
 
 
-def next_batch(stream: TokenStream, world: World, trouble: KhaError | None = None) -> tuple[Batch, int]:
+def next_batch(stream: TokenStream, world: World, trouble: BaseException | None = None) -> tuple[Batch, int]:
     """This rank's batch of the next step, which knows the tokens of the whole global batch, and the unmasked labels
     of that.
 
@@ -105,6 +105,7 @@ def train_step(
     sums, load_LE = torch.zeros(3, dtype=torch.float64, device=world.device), None
     for number, micro_batch in enumerate(micro_batches, start=1):
         output = engine.accumulate(micro_batch, *scales, last=number == len(micro_batches))
+        assert output.loss_sum is not None, "the batch has labels"
         sums[0] += output.loss_sum.detach()
         if output.auxiliary is not None:
             sums[1:] += torch.stack([output.auxiliary.balance_sum, output.auxiliary.z_sum])

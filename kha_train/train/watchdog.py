@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypedDict
@@ -64,7 +65,7 @@ class Beat(TypedDict):
 class _Seen(NamedTuple):
     """The last beat read of a rank, and since when it has been `written` and has `moved` no more."""
 
-    beat: dict[str, Any]
+    beat: Mapping[str, Any]
     written: float
     moved: float
 
@@ -159,7 +160,7 @@ class Watchdog:
         for path in sorted(self._folder.glob("rank-*.json")):
             with contextlib.suppress(OSError, ValueError, DataError):
                 content, now = parse_json(read_regular(path, SMALL) or b""), self._clock.now
-                beat = dict(Source(str(path)).read(Beat, content))
+                beat = Source(str(path)).read(Beat, content)
                 if beat["life"] != self._world.life:
                     continue
                 before = self._seen.get(beat["rank"], _Seen({}, now, now))
