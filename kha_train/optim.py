@@ -50,7 +50,8 @@ class AdamW(torch.optim.AdamW):
             state["step"].fill_(count)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    # torch's also takes a closure, which this one refuses.
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step of every parameter that has a gradient."""
         assert closure is None, "a loss is never computed again here"
         groups = self.param_groups
@@ -112,7 +113,7 @@ def parameter_groups(
         shape = shapes.get(name, tuple(parameter.shape))
         odd[id(parameter)] = math.prod(shape) % ALIGNED_NUMBERS != 0
         key = "vectors" if len(shape) < 2 else _layer(name)
-        group = {"name": key, "params": [], "weight_decay": 0.0 if key == "vectors" else weight_decay}
+        group: dict[str, Any] = {"name": key, "params": [], "weight_decay": 0.0 if key == "vectors" else weight_decay}
         if settings and name in apart:
             changed = {"lr_scale": settings["lr_scale"]} if key == "vectors" else settings
             key, group = f"{key} apart", {**group, **changed}

@@ -19,7 +19,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import Any
@@ -93,7 +93,8 @@ class Engine:
     def accumulate(self, batch: Batch, loss_scale: float, token_scale: float, last: bool) -> DecoderOutput:
         """See `contract.Engine.accumulate`."""
         self._engine.set_gradient_accumulation_boundary(last)
-        output = self._engine(*inputs_of(batch, self.world.device))
+        output: DecoderOutput = self._engine(*inputs_of(batch, self.world.device))
+        assert output.loss_sum is not None, "the batch has labels"
         loss = output.loss_sum * loss_scale
         if output.auxiliary is not None:
             loss = loss + output.auxiliary.total_sum * token_scale
@@ -106,7 +107,7 @@ class Engine:
         """See `contract.Engine.evaluate`. Only ZeRO 3 makes it collective."""
         self._engine.eval()
         with torch.no_grad():
-            output = self._engine(*inputs_of(batch, self.world.device))
+            output: DecoderOutput = self._engine(*inputs_of(batch, self.world.device))
         self._engine.train()
         return output
 
@@ -138,6 +139,7 @@ class Engine:
     def discard(self) -> None:
         """See `contract.Engine.discard`."""
         skipped = self._engine.skipped_steps
+        assert self._norm is not None, "the step has no last micro-batch yet"
         self._step_with_norm(torch.full_like(self._norm, INVALID_NORM))
         assert self._engine.skipped_steps == skipped + 1, "DeepSpeed applied a step that the gate had refused"
 
@@ -235,7 +237,8 @@ class Engine:
         """One norm a parameter group, or under ZeRO 3 one a sub-group."""
         optimizer = self._optimizer
         if self.config.engine.zero_stage == 3:
-            return optimizer._get_norm_groups()
+            norms: list[Tensor] = optimizer._get_norm_groups()
+            return norms
         if hasattr(optimizer, "scaled_global_norm"):
             parts = enumerate(optimizer.params_in_partition)
             return [optimizer.get_grad_norm_direct(optimizer.averaged_gradients[i], part) for i, part in parts]
@@ -247,6 +250,8 @@ class Engine:
 
     def _step_with_norm(self, norm: Tensor) -> None:
         optimizer = self._optimizer
+        place: Any
+        replacement: Callable[..., Tensor | list[Tensor]]
         if self.config.engine.zero_stage == 3:
             place, name, replacement = optimizer, "_get_norm_groups", lambda: [norm]
         elif hasattr(optimizer, "scaled_global_norm"):

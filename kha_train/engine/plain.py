@@ -60,7 +60,8 @@ class Engine:
 
     def accumulate(self, batch: Batch, loss_scale: float, token_scale: float, last: bool) -> DecoderOutput:
         """See `contract.Engine.accumulate`."""
-        output = self.decoder(*inputs_of(batch, self.world.device))
+        output: DecoderOutput = self.decoder(*inputs_of(batch, self.world.device))
+        assert output.loss_sum is not None, "the batch has labels"
         loss = output.loss_sum * loss_scale
         if output.auxiliary is not None:
             loss = loss + output.auxiliary.total_sum * token_scale

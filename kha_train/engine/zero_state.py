@@ -22,7 +22,9 @@ def replicated_fragments(
     optimizer: Any, module: nn.Module, shapes: Shapes, flat_masters: list[Tensor]
 ) -> Iterator[Fragment]:
     """Fragments under ZeRO 1 and 2 (and BF16_Optimizer), where a group is one flat tensor cut into equal shares."""
-    for name, parameter in module.named_parameters():
+    # DeepSpeed hangs its bookkeeping on each of them.
+    parameters: Iterator[tuple[str, Any]] = module.named_parameters()
+    for name, parameter in parameters:
         mapping = parameter._hp_mapping
         if mapping is None:
             continue

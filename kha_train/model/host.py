@@ -16,13 +16,31 @@ from torch import Tensor
 class HostBatch(Protocol):
     """What the decoder needs of a batch on the CPU: int64 tensors, `cu_seqlens_S` int32, `samples_B` int64 of numpy."""
 
-    tokens_BT: Tensor
-    labels_BT: Tensor
-    positions_BT: Tensor
-    cu_seqlens_S: Tensor
-    max_seqlen: int
     samples_B: np.ndarray
-    real_R: Tensor | None
+
+    @property
+    def tokens_BT(self) -> Tensor:
+        """The ids."""
+
+    @property
+    def labels_BT(self) -> Tensor:
+        """The id after each token."""
+
+    @property
+    def positions_BT(self) -> Tensor:
+        """The place of each token in its document or row."""
+
+    @property
+    def cu_seqlens_S(self) -> Tensor:
+        """The borders of documents and rows."""
+
+    @property
+    def max_seqlen(self) -> int:
+        """The length of the longest document."""
+
+    @property
+    def real_R(self) -> Tensor | None:
+        """The places that hold a token; None when all do."""
 
 
 class DecoderInputs(NamedTuple):
