@@ -20,7 +20,7 @@ from kha_train.errors import ConfigError
 from kha_train.record import read_discarded, read_events, read_metrics, read_run
 from kha_train.record.actions import UNDONE, count_actions
 from kha_train.record.labels import distinct
-from kha_train.record.rewind import METRICS_FILE
+from kha_train.record.reader import METRICS_FILE
 from kha_train.stability.events import Observation, SpikeEvent
 from kha_train.stability.monitor import Monitor
 from kha_train.stability.statistics import BILLION, shared_events, summarise, tail_gap

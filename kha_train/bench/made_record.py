@@ -183,8 +183,9 @@ class _Curve:
         return to_line({**head, "time": self._time(step), **fields})
 
     def _save(self, step: int) -> bytes:
-        self.totals.happened(saved := {"kind": "checkpoint_saved", "stall_seconds": 0.005})
-        return self._event(**saved, step=step, seconds=0.02)
+        kind, stall = "checkpoint_saved", 0.005
+        self.totals.happened({"kind": kind, "stall_seconds": stall})
+        return self._event(kind, step, stall_seconds=stall, seconds=0.02)
 
     def _ended(self, state: str, step: int) -> list[bytes]:
         self.attempts[-1] |= {"state": state, "end_step": step, "ended": self._time(step)}

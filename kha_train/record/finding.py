@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from kha_train.errors import ConfigError, KhaError
-from kha_train.record.reader import RUN_FILE
-from kha_train.record.rewind import METRICS_FILE
+from kha_train.record.reader import METRICS_FILE, RUN_FILE
 from kha_train.record.sweeps import load_sweep
 
 

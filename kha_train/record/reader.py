@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def read_metrics_after(path: Path, step: int) -> tuple[int, list[dict[str, Any]]
     while True:
         tail = read_tail(file, count)
         lines = tail.lines()
-        tail.numbered(lambda first, tail=tail, lines=lines: check_metrics(lines, str(tail.path), first))
+        tail.numbered(partial(check_metrics, lines, str(tail.path)))
         if tail.start == 0 or lines[0]["step"] <= step:
             break
         count = 4 * len(lines)

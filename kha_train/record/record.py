@@ -172,15 +172,15 @@ class Record:
 
     def rewind_to(self, step: int, reason: str) -> int:
         """Discards every line after `step`, with `reason`; returns how many. A crash neither loses nor doubles one."""
-        note = {"discarded_reason": self._redactor.text(reason), "discarded_by_attempt": self.attempt}
-        intent = plan_rewind(self.run_dir, step, **note)
+        told = self._redactor.text(reason)
+        intent = plan_rewind(self.run_dir, step, discarded_reason=told, discarded_by_attempt=self.attempt)
         if intent is None:
             return 0
         moved = self._finish(intent)
         self.last_step = step
         if self._totals is not None:
             for line in moved:
-                self._totals.undo(line, note["discarded_reason"])
+                self._totals.undo(line, told)
             save_totals(self.run_dir, self._totals)
         return int(intent["lines"])
 

@@ -15,8 +15,7 @@ from typing import Any
 
 from kha_train.record.files import write_json
 from kha_train.record.jsonl import parse
-from kha_train.record.reader import EVENTS_FILE
-from kha_train.record.rewind import DISCARDED_FILE, METRICS_FILE
+from kha_train.record.reader import DISCARDED_FILE, EVENTS_FILE, METRICS_FILE
 
 NOTE_FILE = "mirrored.json"
 MAX_ROWS = 50_000
