@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from kha_train.errors import DataError
 from kha_train.record.files import write_json
 from kha_train.record.jsonl import parse
 from kha_train.record.reader import DISCARDED_FILE, EVENTS_FILE, METRICS_FILE
+from kha_train.record.totals import known_totals
 
 NOTE_FILE = "mirrored.json"
 MAX_ROWS = 50_000
@@ -36,7 +39,12 @@ Row = tuple[int, dict[str, Any], list[dict[str, Any]]]
 
 
 def rows_recorded(run_dir: Path) -> int:
-    """How many lines the run has ever recorded, undone ones included."""
+    """How many lines the run has ever recorded, undone ones included. Those of a long record of an older release are
+    counted."""
+    with suppress(DataError):
+        totals = known_totals(run_dir)
+        if totals is not None:
+            return totals.lines + totals.undone
     return sum(_count_lines(run_dir / name) for name in (METRICS_FILE, DISCARDED_FILE))
 
 
