@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from typing import Any
 
-import typer
-
 from kha_train.literal import say
+from kha_train.record.streams import RedactedStream
 
 
 def print_json(answer: Any, indent: int | None = None) -> None:
     """Print `answer` (plain values, nested) as JSON that any parser takes; `indent` as for `json.dumps`.
 
-    JSON has no NaN and no infinity: they become null, and the words "inf" and "-inf".
+    JSON has no NaN and no infinity: they become null, and the words "inf" and "-inf". Secrets are hidden in the answer
+    before it becomes text: to hide them in the text could take a quote or a bracket with them.
     """
-    typer.echo(json.dumps(strict(answer), indent=indent, allow_nan=False))
+    out = sys.stdout
+    if isinstance(out, RedactedStream) and out.clean:
+        out.flush()
+        answer, out = out.clean(answer), out.behind
+    print(json.dumps(strict(answer), indent=indent, allow_nan=False), file=out, flush=True)
 
 
 def note(text: str) -> None:
@@ -25,9 +30,24 @@ def note(text: str) -> None:
 
 
 def strict(value: Any) -> Any:
-    """`value` with every number that JSON does not have replaced, at any depth."""
+    r"""`value` with everything replaced that strict JSON does not have, at any depth: numbers that are not finite, half
+    of a surrogate pair (it becomes its escape, such as \udcff, in text), keys that are equal once they are text."""
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else "inf" if value > 0 else "-inf"
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
     if isinstance(value, dict):
-        return {key: strict(item) for key, item in value.items()}
+        return _strict_object(value)
     return [strict(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _strict_object(value: dict[Any, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        name = written = strict(key if isinstance(key, str) else json.dumps(key))
+        number = 1
+        while name in found:
+            number += 1
+            name = f"{written} {number}"
+        found[name] = strict(item)
+    return found

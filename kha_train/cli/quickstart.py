@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json as json_text
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from kha_train.cli.output import print_json
 from kha_train.literal import say
 
 
@@ -25,4 +25,4 @@ def quickstart(
 
     result = run_quickstart(out, steps=steps, processes=processes, say=(lambda text: None) if json else say)
     if json:
-        typer.echo(json_text.dumps(result))
+        print_json(result)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kha_train.cli.output import note, print_json
-from kha_train.errors import KhaError
+from kha_train.errors import ConfigError, KhaError
 from kha_train.operate.slurm import waiting_elements
 from kha_train.operate.status import RunStatus, status_or_fault
 from kha_train.operate.sweep import queued_labels, sweep_points
@@ -62,6 +62,8 @@ def status(
     """How runs stand: state, step, loss, speed, time left, spikes, goodput, last checkpoint, heartbeat.
 
     A run whose record is damaged is shown as unreadable, and the command ends with its error when all are shown."""
+    if watch and as_json:
+        raise ConfigError("one answer, or a table that stays", field="--watch, --json", fix="give one of the two")
     console = LiteralConsole()
     if not watch:
         runs, fault = _look(paths, note)

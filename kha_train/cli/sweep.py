@@ -56,7 +56,7 @@ def sweep_command(
     options = JobOptions(nodes, gpus_per_node, parallel, slurm.parse_sbatch(sbatch or []), site)
     if show:
         slurm.check_batches(points, options)
-        _print_scripts(directory, points, options)
+        _show(directory, points, options, as_json)
         return
     if local:
         started = _run_here(directory, points, common, processes, retry_failed, quiet=as_json)
@@ -85,9 +85,14 @@ def launch_arguments(
     out.write("".join(f"{text}\0" for text in (run_dir, *overrides)))
 
 
-def _print_scripts(directory: Path, points: list[Point], options: JobOptions) -> None:
+def _show(directory: Path, points: list[Point], options: JobOptions, as_json: bool) -> None:
+    """What would be submitted: the points, the command with its environment, and as text the scripts too."""
     command = slurm.sbatch_command(directory, directory / "points-0.json", len(points), options)
-    settings = shlex.join(f"{name}={value}" for name, value in slurm.job_environment(options).items())
+    environment = slurm.job_environment(options)
+    if as_json:
+        print_json({"points": slurm.points_document(points), "command": command, "environment": environment})
+        return
+    settings = shlex.join(f"{name}={value}" for name, value in environment.items())
     say(f"# {len(points)} points: {', '.join(point.label for point in points)}")
     say(f"# command\nenv {settings} {shlex.join(command)}\n")
     say(f"# {directory}/points-0.json\n{json.dumps(slurm.points_document(points), indent=2)}")

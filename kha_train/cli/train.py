@@ -36,6 +36,10 @@ def train(
     overrides = overrides or []
     if multirun:
         _refuse_multirun(overrides)
+    if as_json and not dry_run:
+        raise ConfigError(
+            "a run answers through its record", field="--json", fix="--dry-run --json, or kha status --json"
+        )
     if dry_run:
         _rehearse(overrides, ranks_per_node, as_json)
         return

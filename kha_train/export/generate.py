@@ -21,7 +21,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.data.sources import open_shards
 from kha_train.data.tokenizer import Tokenizer
 from kha_train.distributed import World
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, DivergedError
 from kha_train.export.absorb import absorb, absorbed_config
 from kha_train.model.attention.cache import Cache
 from kha_train.model.decoder import Decoder, build_decoder
@@ -117,7 +117,11 @@ def generate(decoder: Decoder, prompt_BT: Tensor, sampling: Sampling, stop: int 
 
 
 def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """One token of each row, int64 [B], by `sampling`."""
+    """One token of each row, int64 [B], by `sampling`. Raises DivergedError where the model has lost its numbers."""
+    # An infinite logit below is a token that is never drawn.
+    if not torch.isfinite(logits_BV.amax(dim=-1)).all():
+        fix = "an older checkpoint may be sound: `kha checkpoint list`, `kha spikes`"
+        raise DivergedError("the model's logits are not finite numbers", field="checkpoint", fix=fix)
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
     # The largest is 0 whatever it is divided by, so that the smallest temperature has a softmax too.

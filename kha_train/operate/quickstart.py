@@ -126,7 +126,7 @@ def _close(result: dict[str, Any], out: Path, steps: int, say: Say) -> None:
     say("")
     say(f"validation bits per byte (unigram entropy of the text: {result['unigram_bits_per_byte']:.3f})")
     for variant, bits in result["bits_per_byte"].items():
-        say(f"  {variant:<10} {bits:.4f}")
+        say(f"  {variant:<10} {'-' if bits is None else format(bits, '.4f')}")
     for words in (*(f"not a fair pair: {caveat}" for caveat in result["caveats"]), result["validation_sets"]):
         say(words)
     say(f"{result['evidence']}; total {sum(result['seconds'].values()):.0f} s")

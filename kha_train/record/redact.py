@@ -57,6 +57,15 @@ class Redactor:
             return self._clean_list(value)
         return self.text(str(value)) if isinstance(value, os.PathLike) else value
 
+    def clean_values(self, value: Any) -> Any:
+        """A copy of a tree of dicts, lists and plain values without the environment's secrets, keys included; nothing
+        else of it changes."""
+        if isinstance(value, str):
+            return self.values(value)
+        if isinstance(value, Mapping):
+            return {self.clean_values(key): self.clean_values(item) for key, item in value.items()}
+        return [self.clean_values(item) for item in value] if isinstance(value, list | tuple) else value
+
     def _clean_list(self, values: list[Any] | tuple[Any, ...]) -> list[Any]:
         """The value of an option of a command line stands behind its name."""
         cleaned: list[Any] = []

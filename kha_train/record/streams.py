@@ -14,11 +14,13 @@ class RedactedStream:
     """A text stream that hides secrets line by line, whoever prints: this program, rich, a library.
 
     A line that is not ended waits for its end or a flush, because a secret may come in parts. Letters that the encoding
-    lacks are written as escapes. Everything else is the stream behind it.
+    lacks are written as escapes. Everything else is the stream behind it. `clean` hides the same in a tree of plain
+    values, for an answer that is to be written to the stream `behind`.
     """
 
-    def __init__(self, stream: TextIO, hide: Callable[[str], str]) -> None:
+    def __init__(self, stream: TextIO, hide: Callable[[str], str], clean: Callable[[Any], Any] | None = None) -> None:
         self._stream, self._hide, self._waiting = stream, hide, ""
+        self.clean = clean
 
     def write(self, text: str) -> int:
         """Takes `text`; whole lines go on at once."""
@@ -70,9 +72,10 @@ def redacted_streams(verbatim: bool) -> Iterator[None]:
     """While entered, standard output and error hide secrets. With `verbatim` output is text of the data: only the
     environment's own secrets are hidden in it."""
     redactor, before = Redactor.from_environment(), (sys.stdout, sys.stderr)
-    hiders = (redactor.values if verbatim else redactor.text, redactor.text)
+    hidden = (redactor.text, redactor.clean)
+    hiders = ((redactor.values, redactor.clean_values) if verbatim else hidden, hidden)
     # Python has no stream where the descriptor was closed before it started.
-    output, errors = (stream and RedactedStream(stream, hide) for stream, hide in zip(before, hiders, strict=True))
+    output, errors = (stream and RedactedStream(stream, *how) for stream, how in zip(before, hiders, strict=True))
     sys.stdout, sys.stderr = output, errors
     try:
         yield
