@@ -14,7 +14,7 @@ from rich.live import Live
 from kha_train.cli.output import print_json
 from kha_train.cli.status import status_table
 from kha_train.cli.train import Overrides
-from kha_train.config.compose import compose, shipped
+from kha_train.config.compose import compose, compose_at_home, shipped
 from kha_train.config.validate import validate_batch
 from kha_train.errors import KhaError
 from kha_train.literal import say
@@ -79,7 +79,7 @@ def launch_arguments(
         compose(overrides)
     else:
         overrides = overrides or []
-        run_dir = compose(overrides).run.dir
+        run_dir = compose_at_home(overrides).run.dir
     # Read by a script, which must get them as they are.
     out = sys.stdout.behind if isinstance(sys.stdout, RedactedStream) else sys.stdout
     out.write("".join(f"{text}\0" for text in (run_dir, *overrides)))

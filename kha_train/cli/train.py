@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kha_train.cli.output import print_json
-from kha_train.config.compose import compose, sweep_command
+from kha_train.config.compose import compose, compose_at_home, sweep_command
 from kha_train.config.home import provide_home
 from kha_train.errors import ConfigError
 from kha_train.literal import say
@@ -45,7 +45,7 @@ def train(
         return
     startup = Startup()
     startup.mark("interpreter and command")
-    config = compose(overrides)
+    config = compose_at_home(overrides)
     provide_home(Path(config.run.dir))
     startup.mark("configuration")
     # Settings are judged before anything heavy is imported.

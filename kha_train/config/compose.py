@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from kha_train.config.build import build, flatten, nearest, to_plain
+from kha_train.config.naming import AUTO, at_home, run_name
 from kha_train.config.saved import SavedConfig, completed
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate
@@ -43,9 +44,18 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError for an override that does not parse, an unknown key or group, a wrong type, a setting left
     open, or a combination that cannot run.
     """
-    config = build(RunConfig, _merge(list(overrides)))
+    values = _merge(list(overrides))
+    config = build(RunConfig, values)
+    if config.run.name == AUTO:
+        name = run_name(overrides, _groups(), values, _merge)
+        config = build(RunConfig, _merge(list(overrides), name))
     validate(config)
     return config
+
+
+def compose_at_home(overrides: Sequence[str]) -> RunConfig:
+    """`compose`, for a run that is to be trained: one that an older release began stays where it lies."""
+    return at_home(compose(overrides), overrides, load_plain)
 
 
 def load(path: Path) -> RunConfig:
@@ -149,7 +159,8 @@ def quoted(value: str) -> str:
     return "'" + re.sub(r"(\\+)$", r"\1\1", inside) + "'"
 
 
-def _merge(overrides: list[str]) -> dict[str, Any]:
+def _merge(overrides: list[str], name: str = "") -> dict[str, Any]:
+    """`overrides` as plain values, interpolations resolved; `name`, if any, is the run's."""
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -159,6 +170,12 @@ def _merge(overrides: list[str]) -> dict[str, Any]:
         _check_presets(overrides)
         merged = _merged(overrides)
         _refuse_code(OmegaConf.to_container(merged, resolve=False))
+        typed = {text.partition("=")[0].lstrip("+"): text.partition("=")[2] for text in overrides}
+        if "attention" in typed and "attention.name" not in typed:
+            # A preset is called as its file is, whatever it was copied from.
+            merged.attention.name = typed["attention"].strip("'\"")
+        if name:
+            merged.run.name = name
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=False)
         assert isinstance(values, dict)
         return {str(key): value for key, value in values.items()}

@@ -18,6 +18,7 @@ from kha_train.config.options import BaseOptions, InteractionOptions, Positions,
 class RunSection:
     """What is run: where it is kept, for how many optimiser steps, from which seed.
 
+    The `name` `auto` stands for one that tells what was chosen (`naming.py`), and `dir` follows the name.
     `init_from` names another run's directory, or one of its checkpoints, whose weights a new run begins with.
     `max_minutes` (0: none) stops a process in good order when it has run so long, to be started again.
     """

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 from kha_train.config.build import to_plain, without_places
 from kha_train.config.compose import compose, expand, load_plain, quoted
 from kha_train.config.constants import FREE_TO_CHANGE, may_differ
+from kha_train.config.naming import old_name
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
 from kha_train.model.accounting import flops_per_token
@@ -28,8 +29,8 @@ from kha_train.record.redact import REDACTED, Redactor
 from kha_train.record.sweeps import FORMAT, SWEEP_FILE, load_sweep
 
 SHORTHANDS = {"seed": "run.seed", "steps": "run.steps"}
-TOLD_BY_RUN_NAME = ("attention", "run.seed")
-"""Keys that the name of a run tells already, unless it was given: `<variant>-s<seed>`."""
+TOLD_BY_NAME = ("attention", "run.seed")
+"""Keys that the label of a point tells already, unless `run.name` was given: `<variant>-s<seed>`."""
 SAFE_NAME = re.compile(r"[A-Za-z0-9_.+-]{1,80}")
 Equal = Literal["steps", "tokens", "flops"]
 
@@ -87,9 +88,10 @@ def plan_points(directory: Path, points: Sequence[Sequence[str]], equal: Equal =
         if any(_key(text) == "run.dir" for text in overrides):
             raise ConfigError("every point has its own", field="run.dir", fix="choose the sweep's with --dir")
         config = compose(overrides)
-        told = () if any(_key(text) == "run.name" for text in overrides) else TOLD_BY_RUN_NAME
+        is_named = any(_key(text) == "run.name" for text in overrides)
+        told = () if is_named else TOLD_BY_NAME
         swept = {_key(text): text.partition("=")[2] for text in overrides if _key(text) in differing.difference(told)}
-        label = _label(config, swept)
+        label = _label(config.run.name if is_named else old_name(config), swept)
         steps = config.run.steps
         if made and equal != "steps":
             step_cost = _tokens(config) if equal == "tokens" else _tokens(config) * flops_per_token(config).training
@@ -205,10 +207,10 @@ def _point(directory: Path, label: str, overrides: Sequence[str], config: RunCon
     return Point(label, str(run_dir), every, steps, tokens, tokens * float(flops_per_token(config).training))
 
 
-def _label(config: RunConfig, swept: Mapping[str, str]) -> str:
-    """`<run.name>-<key><value>...`, cut to what is a plain file name, with a digest where something was cut."""
+def _label(name: str, swept: Mapping[str, str]) -> str:
+    """`<name>-<key><value>...`, cut to what is a plain file name, with a digest where something was cut."""
     further = [f"{key.rpartition('.')[2]}{value}" for key, value in swept.items()]
-    label = "-".join([config.run.name, *further])
+    label = "-".join([name, *further])
     plain = re.sub(r"[^A-Za-z0-9_.+-]", "_", label)[:60].lstrip(".-")
     return plain if plain == label else f"{plain}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
 

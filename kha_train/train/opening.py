@@ -76,9 +76,13 @@ def find_own_checkpoint(run_dir: Path, world: World, report: Callable[[str], Non
     return checkpoint
 
 
-def headline(config: RunConfig, world_size: int, where: str, facts: dict[str, Any]) -> str:
-    """The line that a start prints: run, `where` it goes on, and what the record's `facts` say of model and machine."""
+def headline(config: RunConfig, world_size: int, resumed_after: int | None, facts: dict[str, Any]) -> str:
+    """The line that a start prints: run, after which step it goes on (None: a new one), and what the record's `facts`
+    say of model and machine."""
     parameters = facts["parameters"]
+    # Whoever allows changes may have meant another directory.
+    new = "new run (nothing to resume)" if config.resume.allow_changes else "new run"
+    where = new if resumed_after is None else f"resumed after step {resumed_after}"
     return (
         f"{config.run.name}: {where} of {config.run.steps} in {config.run.dir} | "
         f"{parameters['total']:,} parameters, {parameters['active']:,} active | {world_size} x {facts['device']}, "

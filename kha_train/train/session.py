@@ -369,8 +369,8 @@ class Session:
             self.record.event("attention_backend_changed", self.progress.step, **fields)
         if self._rate_change:
             self.record.event("learning_rate_changed", self.progress.step, **self._rate_change)
-        where = f"resumed after step {self.progress.step}" if resumed else "new run"
-        for line in [*self._choices, headline(self.config, self.world.size, where, facts)]:
+        resumed_after = self.progress.step if resumed else None
+        for line in [*self._choices, headline(self.config, self.world.size, resumed_after, facts)]:
             self.console.message(line)
 
     def _event(self, kind: str, step: int, **fields: Any) -> dict[str, Any]:

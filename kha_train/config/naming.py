@@ -1,0 +1,160 @@
+"""The name of a run that was given none, which its directory and W&B take over: what was chosen, never the clock.
+
+    gqa-s0    kha_mlp-s3-small    mla-knocking_linear-s0    gqa-s0-lr0.001-steps400    kha_mlp-s0-shards-5f1c09ab
+
+Attention, seed, presets, then each setting that differs from its presets and that a resumed run may not change. So a
+command that may go on with a run finds it, and a command that may not has a directory of its own. A digest of all of it
+follows where the text alone does not say everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from kha_train.config.build import flatten, to_plain, without_places
+from kha_train.config.constants import FREE_TO_CHANGE, may_differ
+from kha_train.config.schema import RunConfig
+from kha_train.errors import KhaError
+
+AUTO = "auto"
+"""The `run.name` that stands for this."""
+MAX_LENGTH = 60
+PLACES = ("data.train", "data.validation", "data.sources", "run.init_from")
+"""Paths that a run may change, because data are compared by their content: other paths are other runs until then."""
+UNTOLD = ("run.seed", "run.name", "run.dir", "attention.name")
+PLAIN = re.compile(r"[a-z0-9_.+]+|[0-9.]+e-[0-9]+")
+"""Values that stay distinct as part of a file name, on file systems that ignore the case too."""
+
+Composed = Callable[[list[str]], Mapping[str, Any]]
+
+
+def run_name(overrides: Sequence[str], groups: Container[str], values: Mapping[str, Any], composed: Composed) -> str:
+    """The name of the run of `overrides`, whose nested `values` they compose to; `groups` are those of presets, and
+    `composed` gives the values of the presets among `overrides`, or of fewer."""
+    typed = {_key(text): text for text in overrides}
+    presets = {key: text for key, text in typed.items() if key.partition("@")[0] in groups}
+    settings = typed.keys() - presets.keys()
+    now = flatten(values)
+    before = flatten(composed(list(presets.values()))) if settings else now
+    allowed = tuple(values["resume"]["allow_changes"] or ())
+    told = {
+        key: now[key]
+        for key in now
+        if any(_within(key, name) for name in settings)
+        and _counts(key, before, now)
+        and not any(_within(key, name) for name in allowed)
+    }
+    chosen = {key: text.partition("=")[2] for key, text in presets.items() if _distinguishes(key, presets, composed)}
+    head = [values["attention"]["name"], *(name for key, name in chosen.items() if key.startswith("interaction"))]
+    further = [chosen[key] for key in sorted(chosen) if not key.startswith(("attention", "interaction"))]
+    parts = [*head, f"s{values['run']['seed']}", *further, *(_told(key, told[key], now) for key in sorted(told))]
+    parts = list(filter(None, dict.fromkeys(parts)))
+    plain = re.sub(r"[^A-Za-z0-9_.+-]", "_", _shortened(parts))
+    if plain == "-".join(parts) and all(key not in PLACES and PLAIN.fullmatch(_text(told[key])) for key in told):
+        return plain
+    digest = hashlib.sha256(json.dumps([parts, told], sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return f"{plain}-{digest}"
+
+
+def old_name(config: RunConfig) -> str:
+    """What releases before names told of settings called every run."""
+    return f"{config.attention.name}-s{config.run.seed}"
+
+
+def at_home(config: RunConfig, overrides: Sequence[str], load: Callable[[Path], Mapping[str, Any]]) -> RunConfig:
+    """`config`, composed of `overrides`, with the name that its run began with, and, where no directory was given, in
+    that of an older release, whose names did not tell of settings, if this very run is there. `load` reads a saved
+    configuration."""
+    keys, run = {_key(text) for text in overrides}, config.run
+    if "run.name" in keys:
+        return config
+    place = run.dir
+    if "run.dir" not in keys and not Path(run.dir).exists() and run.dir.endswith(run.name):
+        place = run.dir.removesuffix(run.name) + old_name(config)
+    try:
+        saved = load(Path(place) / "config.yaml")
+    except KhaError:
+        return config
+    name = saved.get("run", {}).get("name")
+    if not isinstance(name, str) or not name or (place != run.dir and differing(saved, config)):
+        return config
+    return replace(config, run=replace(run, dir=place, name=name))
+
+
+def differing(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """The settings in which `config` is another run than the `saved` one, by its own account and before its data are
+    looked at."""
+    before, now = without_places(saved), without_places(to_plain(config))
+    allowed = config.resume.allow_changes
+    return [
+        key
+        for key in sorted(before.keys() | now.keys())
+        if _counts(key, before, now) and not any(_within(key, name) for name in allowed)
+    ]
+
+
+def _counts(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether the setting `key` differs and tells runs apart."""
+    if key in UNTOLD or before.get(key) == now.get(key):
+        return False
+    return key in PLACES or not may_differ(key, FREE_TO_CHANGE, before, now)
+
+
+def _distinguishes(key: str, presets: Mapping[str, str], composed: Composed) -> bool:
+    """Whether the preset of the group `key` changes what the name does not tell without it."""
+    group = key.partition("@")[0]
+    if group in ("attention", "experiment"):
+        return group == "experiment"
+    # The default of a group is what the other presets, or none of them, make of it.
+    is_alone = group != "interaction" and "experiment" not in presets
+    before = flatten(composed([] if is_alone else [text for name, text in presets.items() if name != key]))
+    now = flatten(composed(list(presets.values())))
+    section = {"interaction": "attention.interaction"}.get(group, group)
+    return any(_within(name, section) and _counts(name, before, now) for name in now)
+
+
+def _shortened(parts: Sequence[str]) -> str:
+    """As many of `parts` as fit into a name, joined."""
+    fitting = max(
+        count for count in range(1, len(parts) + 1) if count == 1 or len("-".join(parts[:count])) <= MAX_LENGTH
+    )
+    return "-".join(parts[:fitting])[:MAX_LENGTH].strip(".-")
+
+
+def _told(key: str, value: Any, now: Mapping[str, Any]) -> str:
+    """A setting as part of a name: the last words of its key that name it alone, and its value. Of a path its last
+    folder that says something; nothing of validation data, which the digest tells apart."""
+    if key in PLACES:
+        folders = [part for part in PurePosixPath(str(value)).parts if part not in ("train", "/")]
+        return {"data.train": "".join(folders[-1:]), "data.validation": ""}.get(key, key.rpartition(".")[2])
+    words = key.split(".")
+    if words[-1] == "name":
+        words.pop()
+    ending = next(
+        (end for count in range(1, len(words)) if _is_alone(end := ".".join(words[-count:]), now)), ".".join(words)
+    )
+    return f"{ending}{_text(value)}"
+
+
+def _is_alone(ending: str, now: Mapping[str, Any]) -> bool:
+    return sum(f".{name.removesuffix('.name')}".endswith(f".{ending}") for name in now) == 1
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return "_".join(map(_text, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _within(key: str, section: str) -> bool:
+    return not section or f"{key}.".startswith(f"{section}.")
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
