@@ -1,0 +1,181 @@
+"""The commands of README and docs run as they stand, typed in order from an empty directory.
+
+The info string of a block says what it is:
+
+    ```sh                  typed; every command ends with 0
+    ```sh exit=2           typed; the last command ends with 2
+    ```sh needs=slurm      shown; cannot run without what it names, see `NEEDS`
+    ```text                what the block before it prints, in order among its output; `...` stands for anything
+
+Blocks of a page share one shell: a variable or a directory that one sets is there for the next.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TYPED = ("README.md", "docs/launch.md", "docs/resume.md")
+"""In this order, in one directory: later pages use the data that the first one makes."""
+LANGUAGES = ("sh", "text", "python")
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "KHA_LAUNCH")
+
+NEEDS = {
+    "checkout": "files of a checkout, or an installation",
+    "gpu": "a CUDA device",
+    "network": "a download",
+    "slurm": "a cluster",
+    "corpus": "text of your own, and hours",
+}
+FENCE = re.compile(r"^(```+)([^\n`]*)\n(.*?)^\1[ ]*$", re.MULTILINE | re.DOTALL)
+MARK = "### "
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: where it begins in its page, the words of its info string, and its text."""
+
+    line: int
+    info: tuple[str, ...]
+    text: str
+
+    @property
+    def language(self) -> str:
+        """The first word of the info string."""
+        return self.info[0] if self.info else ""
+
+    def option(self, name: str) -> str:
+        """The value of `name=VALUE` in the info string; "" without."""
+        return next((word.partition("=")[2] for word in self.info if word.startswith(f"{name}=")), "")
+
+
+def blocks(page: str) -> list[Block]:
+    """The fenced blocks of a page's text, in order."""
+    return [
+        Block(page.count("\n", 0, found.start()) + 1, tuple(found[2].split()), found[3])
+        for found in FENCE.finditer(page)
+    ]
+
+
+def script(page: Path, text: str) -> str:
+    """The bash script that types the commands of the page's `text`. Before each block it prints `MARK` and the place,
+    and it ends with the code of the first command that breaks, or 1 where a block should have ended otherwise."""
+    lines = ["set -eo pipefail", "export COLUMNS=120"]
+    for block in blocks(text):
+        if block.language != "sh" or block.option("needs"):
+            continue
+        lines.append(f"echo {shlex.quote(f'{MARK}{page.name}:{block.line}')}")
+        expected = block.option("exit")
+        if expected:
+            lines += ["set +e", "(", block.text.rstrip(), ")", "ended=$?", "set -e"]
+            lines.append(f'[ "$ended" = {expected} ] || {{ echo "ended with $ended, not {expected}"; exit 1; }}')
+        else:
+            lines.append(block.text.rstrip())
+    return "\n".join([*lines, f"echo '{MARK}end'", ""])
+
+
+def unmet(text: str, output: str) -> list[str]:
+    """The lines of `text` blocks that the output of `script` lacks, each with its place. A line may break anywhere, and
+    others may stand between."""
+    parts = dict(re.findall(rf"^{MARK}\S+?:(\d+)\n(.*?)(?=^{MARK})", output, re.MULTILINE | re.DOTALL))
+    lacking, said = [], ""
+    for block in blocks(text):
+        if block.language == "sh":
+            said = re.sub(r"\s+", " ", parts.get(str(block.line), ""))
+        elif block.language == "text" and said:
+            at = 0
+            for line in filter(None, map(str.strip, block.text.splitlines())):
+                pattern = ".*?".join(map(re.escape, re.sub(r"\s+", " ", line).split("...")))
+                found = re.compile(pattern).search(said, at)
+                if found is None:
+                    lacking.append(f"line {block.line}: {line}")
+                at = found.end() if found else at
+    return lacking
+
+
+def _type(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Type the commands of `page` in `folder`, with this interpreter's environment first in PATH and no terminal."""
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHERS and "WANDB" not in name}
+    environment = {
+        **kept,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "launch")]),
+        "HOME": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "WANDB_MODE": "offline",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    return subprocess.run(
+        ["bash", "-c", script(page, page.read_text())],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_the_commands_of_readme_and_docs_run_in_order_from_an_empty_directory(tmp_path: Path) -> None:
+    """As far as a machine without GPU and SLURM can: other blocks say what they need."""
+    for name in TYPED:
+        page = ROOT / name
+        ended = _type(page, tmp_path)
+        place = re.findall(f"^{MARK}(.*)$", ended.stdout, re.MULTILINE)[-1:]
+        assert ended.returncode == 0, f"{name}, block at {place}:\n{ended.stdout[-4000:]}"
+        assert unmet(page.read_text(), ended.stdout) == []
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_every_block_says_what_it_is_and_what_it_needs(name: str) -> None:
+    found = blocks((ROOT / name).read_text())
+    assert any(block.language == "sh" and not block.option("needs") for block in found)
+    for block in found:
+        assert block.language in LANGUAGES, f"{name}:{block.line}"
+        options = {word.partition("=")[0] for word in block.info[1:]}
+        assert options <= {"needs", "exit"}, f"{name}:{block.line}"
+        assert block.option("needs") in ("", *NEEDS), f"{name}:{block.line}"
+
+
+def _page(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
+    page = folder / "page.md"
+    page.write_text(text)
+    return _type(page, folder)
+
+
+def test_a_command_that_breaks_ends_the_page_at_its_block(tmp_path: Path) -> None:
+    text = "```sh\nmkdir a\n```\nThen\n```sh\ncd a\nkha_no_such_command\ntouch after\n```\n```sh\ntouch later\n```\n"
+    ended = _page(tmp_path, text)
+    assert ended.returncode == 127 and ended.stdout.count(MARK) == 2
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "page.md"]
+
+
+@pytest.mark.parametrize(("code", "expected"), [(2, 0), (3, 1), (0, 1)])
+def test_a_block_must_end_with_the_code_that_its_page_names(tmp_path: Path, code: int, expected: int) -> None:
+    assert _page(tmp_path, f"```sh exit=2\nexit {code}\n```\n").returncode == expected
+
+
+def test_what_cannot_run_here_is_left_out_and_blocks_share_a_shell(tmp_path: Path) -> None:
+    ended = _page(
+        tmp_path, "```sh\nA=1\n```\n```sh needs=gpu\nfalse\n```\n```python\nfalse\n```\n```sh\necho $A\n```\n"
+    )
+    assert ended.returncode == 0 and "\n1\n" in ended.stdout
+
+
+def test_a_text_block_is_held_against_what_was_printed(tmp_path: Path) -> None:
+    text = "```sh\nprintf 'one 1.25\\nother\\ntwo\\n'\n```\n```text\none ...\ntwo\n```\n"
+    ended = _page(tmp_path, text)
+    assert unmet(text, ended.stdout) == []
+    assert unmet(text.replace("two\n```", "three\n```"), ended.stdout) == ["line 4: three"]
