@@ -100,9 +100,10 @@ def _submitted(command: list[str], folder: Path) -> tuple[list[str], list[dict]]
 def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     (folder / "sbatch").write_text(SBATCH)
     (folder / "sbatch").chmod(0o755)
-    # Hydra finds the plugin by the editable install alone.
+    # This tree before any that is installed, with Hydra's plugin in it.
     environment = {
-        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "launch")]),
         "PATH": f"{folder}:{os.environ['PATH']}",
         "FAKE": str(folder),
         "KHA_DEBUG": "",
