@@ -6,6 +6,8 @@ The info string of a block says what it is:
     ```sh exit=2           typed; the last command ends with 2
     ```sh needs=slurm      shown; cannot run without what it names, see `NEEDS`
     ```text                what the block before it prints, in order among its output; `...` stands for anything
+    ```console exit=2      both: each line after `$ ` is typed and ends with 2 (0 unless named), the others are printed
+    ```python              typed at an interpreter, as `sh` is at a shell
 
 Blocks of a page share one shell: a variable or a directory that one sets is there for the next.
 """
@@ -23,9 +25,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TYPED = ("README.md", "docs/launch.md", "docs/resume.md")
+TYPED = ("README.md", "docs/launch.md", "docs/configuration.md", "docs/resume.md")
 """In this order, in one directory: later pages use the data that the first one makes."""
-LANGUAGES = ("sh", "text", "python")
+LANGUAGES = ("sh", "text", "console", "python")
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "KHA_LAUNCH")
 
 NEEDS = {
@@ -67,19 +69,25 @@ def blocks(page: str) -> list[Block]:
 
 def script(page: Path, text: str) -> str:
     """The bash script that types the commands of the page's `text`. Before each block it prints `MARK` and the place,
-    and it ends with the code of the first command that breaks, or 1 where a block should have ended otherwise."""
+    and it ends with the code of the first command that breaks, or 1 where one should have ended otherwise."""
     lines = ["set -eo pipefail", "export COLUMNS=120"]
     for block in blocks(text):
-        if block.language != "sh" or block.option("needs"):
+        if block.language == "text" or block.option("needs"):
             continue
         lines.append(f"echo {shlex.quote(f'{MARK}{page.name}:{block.line}')}")
         expected = block.option("exit")
-        if expected:
-            lines += ["set +e", "(", block.text.rstrip(), ")", "ended=$?", "set -e"]
-            lines.append(f'[ "$ended" = {expected} ] || {{ echo "ended with $ended, not {expected}"; exit 1; }}')
-        else:
-            lines.append(block.text.rstrip())
+        for command in _typed(block):
+            lines += [command] if not expected else ["set +e", f"(\n{command}\n)", "ended=$?", "set -e"]
+            if expected:
+                lines.append(f'[ "$ended" = {expected} ] || {{ echo "ended with $ended, not {expected}"; exit 1; }}')
     return "\n".join([*lines, f"echo '{MARK}end'", ""])
+
+
+def _typed(block: Block) -> list[str]:
+    """What is typed of a block, in parts that end one by one."""
+    if block.language == "console":
+        return [line.removeprefix("$ ") for line in block.text.splitlines() if line.startswith("$ ")]
+    return [f"python - <<'END'\n{block.text}END" if block.language == "python" else block.text.rstrip()]
 
 
 def unmet(text: str, output: str) -> list[str]:
@@ -88,16 +96,19 @@ def unmet(text: str, output: str) -> list[str]:
     parts = dict(re.findall(rf"^{MARK}\S+?:(\d+)\n(.*?)(?=^{MARK})", output, re.MULTILINE | re.DOTALL))
     lacking, said = [], ""
     for block in blocks(text):
-        if block.language == "sh":
+        if block.language != "text":
             said = re.sub(r"\s+", " ", parts.get(str(block.line), ""))
-        elif block.language == "text" and said:
-            at = 0
-            for line in filter(None, map(str.strip, block.text.splitlines())):
-                pattern = ".*?".join(map(re.escape, re.sub(r"\s+", " ", line).split("...")))
-                found = re.compile(pattern).search(said, at)
-                if found is None:
-                    lacking.append(f"line {block.line}: {line}")
-                at = found.end() if found else at
+        if block.language not in ("text", "console") or not said:
+            continue
+        at = 0
+        for line in block.text.splitlines():
+            if line.startswith("$ ") or not line.strip():
+                continue
+            pattern = ".*?".join(map(re.escape, re.sub(r"\s+", " ", line.strip()).split("...")))
+            found = re.compile(pattern).search(said, at)
+            if found is None:
+                lacking.append(f"line {block.line}: {line.strip()}")
+            at = found.end() if found else at
     return lacking
 
 
@@ -141,7 +152,7 @@ def test_the_commands_of_readme_and_docs_run_in_order_from_an_empty_directory(tm
 @pytest.mark.parametrize("name", TYPED)
 def test_every_block_says_what_it_is_and_what_it_needs(name: str) -> None:
     found = blocks((ROOT / name).read_text())
-    assert any(block.language == "sh" and not block.option("needs") for block in found)
+    assert any(block.language in ("sh", "console") and not block.option("needs") for block in found)
     for block in found:
         assert block.language in LANGUAGES, f"{name}:{block.line}"
         options = {word.partition("=")[0] for word in block.info[1:]}
@@ -168,9 +179,8 @@ def test_a_block_must_end_with_the_code_that_its_page_names(tmp_path: Path, code
 
 
 def test_what_cannot_run_here_is_left_out_and_blocks_share_a_shell(tmp_path: Path) -> None:
-    ended = _page(
-        tmp_path, "```sh\nA=1\n```\n```sh needs=gpu\nfalse\n```\n```python\nfalse\n```\n```sh\necho $A\n```\n"
-    )
+    left_out = "```sh needs=gpu\nfalse\n```\n```text\nfalse\n```\n"
+    ended = _page(tmp_path, f"```sh\nA=1\n```\n{left_out}```sh\necho $A\n```\n")
     assert ended.returncode == 0 and "\n1\n" in ended.stdout
 
 
@@ -179,3 +189,11 @@ def test_a_text_block_is_held_against_what_was_printed(tmp_path: Path) -> None:
     ended = _page(tmp_path, text)
     assert unmet(text, ended.stdout) == []
     assert unmet(text.replace("two\n```", "three\n```"), ended.stdout) == ["line 4: three"]
+
+
+def test_each_line_of_a_console_block_ends_with_its_code_and_prints_what_follows(tmp_path: Path) -> None:
+    text = "```console exit=3\n$ echo one; exit 3\none\n$ echo two; exit 3\nt...o\n```\n"
+    ended = _page(tmp_path, text)
+    assert ended.returncode == 0 and unmet(text, ended.stdout) == []
+    assert unmet(text.replace("\none", "\nother"), ended.stdout) == ["line 1: other"]
+    assert _page(tmp_path, text.replace("two; exit 3", "two")).returncode == 1
