@@ -277,7 +277,7 @@ def batches(every: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def identity_of(parts: list[Any]) -> str:
+def identity_of(parts: Sequence[object]) -> str:
     """A name for values that decide what is written."""
     return hashlib.sha256(canonical_json(parts)).hexdigest()
 

@@ -12,10 +12,11 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from data_tools.packed import PACKED, open_packed
 from kha_train.errors import ConfigError
+from kha_train.foreign.documents import Json
 
 LINES = (".jsonl", ".ndjson")
 WHOLE = (".md", ".py", ".rst", ".txt")
@@ -123,7 +124,7 @@ def as_text(name: str) -> str:
         return name.encode("utf-8", "backslashreplace").decode()
 
 
-def value_of(item: Any, field: str, absent: Any = None) -> Any:
+def value_of(item: Json, field: str, absent: Json = None) -> Json:
     """The value of `field` in an object: under this very name, or else each part between dots inside the one before.
     None where it, or what it would be in, is null; `absent` where there is none."""
     if isinstance(item, dict) and field in item:

@@ -9,6 +9,7 @@ from typing import Any
 from data_tools.files import TextFile, value_of
 from data_tools.packed import pyarrow, reading
 from kha_train.errors import DataError
+from kha_train.foreign.documents import Json
 
 _BATCH_BYTES = 4 << 20
 _BATCH_ROWS = 1024
@@ -21,7 +22,7 @@ def row_group_bytes(file: TextFile) -> list[int]:
         return [opened.metadata.row_group(group).total_byte_size for group in range(opened.num_row_groups)]
 
 
-def read_parquet(file: TextFile, groups: range | None = None) -> Iterator[tuple[int, list[Any]]]:
+def read_parquet(file: TextFile, groups: range | None = None) -> Iterator[tuple[int, list[Json]]]:
     """(row group, some of its texts, None for null) over `groups`, over all without them.
 
     Raises ConfigError without pyarrow, DataError for a file without the column, one in which it holds no text, or one

@@ -21,6 +21,7 @@ from kha_train.analysis.sameness import (
 from kha_train.analysis.statistics import Interval, SeedInterval, StepMean, mean_of_steps, over_seeds
 from kha_train.analysis.summary import HONESTY, RESULTS, TOLD, UNKNOWN_FIGURE, Quantity, Summary, printed, summarise
 from kha_train.analysis.validation_sets import marks, set_difference, sets_sentence
+from kha_train.foreign.documents import Json
 from kha_train.record.jsonl import words
 
 OF_A_VALIDATION_SET = ("validation_loss", "bits_per_byte")
@@ -90,7 +91,7 @@ class Comparison:
 
     runs: tuple[RunData, ...]
     summaries: tuple[Summary, ...]
-    differences: dict[str, tuple[Any, ...]]
+    differences: dict[str, tuple[Json, ...]]
     pairs: tuple[Pair, ...]
     across_seeds: tuple[AcrossSeeds, ...]
     evidence: str
@@ -193,7 +194,7 @@ def _summaries(runs: tuple[RunData, ...]) -> tuple[Summary, ...]:
     return tuple(found)
 
 
-def config_differences(runs: tuple[RunData, ...]) -> dict[str, tuple[Any, ...]]:
+def config_differences(runs: tuple[RunData, ...]) -> dict[str, tuple[Json, ...]]:
     """Flattened configuration keys that are not equal in all runs -> the value in each (None where it is absent; in
     words where it changed on the way)."""
     settings = [stretch.settings or run.config for run in runs for stretch in run.stretches]

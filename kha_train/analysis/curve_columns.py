@@ -70,7 +70,7 @@ def names_both(names: Iterable[str]) -> bool:
     return {"step", "loss"} <= {KNOWN.get(alias_of(name)) for name in names}
 
 
-def is_given(value: Any) -> bool:
+def is_given(value: object) -> bool:
     """Whether a cell holds a value."""
     return value is not None and not (isinstance(value, str) and value.strip().lower() in MISSING)
 

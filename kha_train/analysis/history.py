@@ -20,6 +20,7 @@ import numpy as np
 from kha_train.config.build import flatten, without_places
 from kha_train.config.compose import load_plain
 from kha_train.config.constants import PRECISION_OF
+from kha_train.foreign.documents import Json
 from kha_train.record import Attempt, read_attempts
 from kha_train.record.attempts import CONFIG_FILE
 
@@ -48,7 +49,7 @@ class Stretch:
     settings: Mapping[str, Any] | None
     facts: Mapping[str, Any]
 
-    def value(self, key: str) -> Any:
+    def value(self, key: str) -> Json:
         """A setting (None where the configuration has no such key) or a fact; `UNKNOWN` where it was not recorded."""
         if key.startswith(FACTS):
             found = self.facts.get(key)
@@ -69,7 +70,7 @@ class Meeting:
     reference: Stretch
     other: Stretch
 
-    def values(self, key: str) -> tuple[Any, Any]:
+    def values(self, key: str) -> tuple[Json, Json]:
         """The value of `key` in the two runs."""
         return self.reference.value(key), self.other.value(key)
 
@@ -81,7 +82,7 @@ class Difference:
     key: str
     first: int
     last: int
-    values: tuple[Any, Any]
+    values: tuple[Json, Json]
     everywhere: bool
     to_the_end: bool
 
@@ -96,8 +97,8 @@ class Change:
 
     step: int
     key: str
-    before: Any
-    now: Any
+    before: Json
+    now: Json
 
     def __str__(self) -> str:
         return f"{self.key} {brief(self.before)} -> {brief(self.now)} from step {self.step} on"
@@ -116,14 +117,14 @@ def stretches_of(lines: Sequence[Mapping[str, Any]], attempts: Mapping[int, Atte
     return tuple(found)
 
 
-def history(stretches: Sequence[Stretch], key: str) -> list[tuple[int, Any]]:
+def history(stretches: Sequence[Stretch], key: str) -> list[tuple[int, Json]]:
     """(step from which it held, value) of a setting or fact, equal neighbours as one; stretches that do not know it
     are passed over."""
     known = [(stretch.first, value) for stretch in stretches if (value := stretch.value(key)) is not UNKNOWN]
     return [known[index] for index in range(len(known)) if index == 0 or known[index][1] != known[index - 1][1]]
 
 
-def shown(values: Sequence[tuple[int, Any]]) -> Any:
+def shown(values: Sequence[tuple[int, Json]]) -> Json:
     """A `history` for people: the value itself where there is one, None where there is none."""
     if len(values) < 2:
         return values[0][1] if values else None
@@ -196,7 +197,7 @@ def steps_words(first: int, last: int, to_the_end: bool = False) -> str:
     return f"at step {first}" if first == last else f"at steps {first} to {last}"
 
 
-def brief(value: Any) -> str:
+def brief(value: object) -> str:
     """`value` in few characters: a content id by its beginning."""
     text = str(value)
     return text[:12] if len(text) == 64 and all(digit in "0123456789abcdef" for digit in text) else text

@@ -15,6 +15,7 @@ from kha_train.config.build import without_places
 from kha_train.config.compose import load_plain
 from kha_train.config.constants import FREE_TO_CHANGE, may_differ
 from kha_train.errors import ConfigError
+from kha_train.foreign.documents import Json
 from kha_train.record import Attempt, read_attempts, read_discarded, read_events, read_metrics, read_run
 from kha_train.record.labels import distinct
 
@@ -47,12 +48,12 @@ class RunData:
         seed: int | None = self.history("run.seed")[0][1]
         return seed
 
-    def history(self, key: str) -> list[tuple[int, Any]]:
+    def history(self, key: str) -> list[tuple[int, Json]]:
         """(step from which it held, value) of a setting, as far as that was recorded; where nothing was, its value in
         `config`, from the first step on."""
         return history(self.stretches, key) or [(self.lines[0]["step"], self.config.get(key))]
 
-    def shown(self, key: str) -> Any:
+    def shown(self, key: str) -> Json:
         """A setting as the run had it: its value or, where it changed on the way, its values in words."""
         return shown(self.history(key))
 
@@ -71,7 +72,7 @@ class RunData:
         finite: np.ndarray = values[np.isfinite(values)]
         return finite
 
-    def fact(self, key: str) -> Any:
+    def fact(self, key: str) -> Json:
         """What the attempt that made the last line found, by its dotted key; None when that was not recorded."""
         return self.stretches[-1].facts.get(key)
 

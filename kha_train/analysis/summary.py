@@ -81,7 +81,7 @@ class Summary:
     stability: SpikeReport
 
 
-def printed(quantity: Quantity, value: Any) -> str:
+def printed(quantity: Quantity, value: object) -> str:
     """A quantity's value as it is printed everywhere; a dash when it is unknown."""
     if isinstance(value, bool):
         return "yes" if value else "no"

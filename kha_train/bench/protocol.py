@@ -55,7 +55,7 @@ class Ratio:
 
 
 def interleave(
-    arms: Mapping[str, Callable[[], Any]],
+    arms: Mapping[str, Callable[[], object]],
     *,
     blocks: int,
     steps: int = 1,
@@ -142,7 +142,7 @@ def plain(figure: Timing | Ratio) -> dict[str, float | None]:
     return asdict(figure)
 
 
-def _timed(step: Callable[[], Any], steps: int, device: torch.device, clock: Clock) -> float:
+def _timed(step: Callable[[], object], steps: int, device: torch.device, clock: Clock) -> float:
     if device.type == "cuda":
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()

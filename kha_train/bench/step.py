@@ -55,7 +55,7 @@ PEER = "transformers"
 class Arm:
     """One contender: what it does in a step, its settings, and what it was found to hold."""
 
-    step: Callable[[Batch], Any]
+    step: Callable[[Batch], object]
     config: RunConfig
     own_bytes: int
     about: dict[str, Any]

@@ -13,6 +13,7 @@ from torch import Tensor
 from kha_train.checkpoint.manifest import KINDS
 from kha_train.checkpoint.reader import Checkpoint
 from kha_train.config.build import flatten
+from kha_train.foreign.documents import Json
 
 
 @dataclass
@@ -21,7 +22,7 @@ class Differences:
     the difference over the norm of the first; infinite for buffers of two shapes. Parameters that only one has are in
     `only_first` and `only_second`."""
 
-    settings: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    settings: dict[str, tuple[Json, Json]] = field(default_factory=dict)
     tensors: dict[str, tuple[float, float]] = field(default_factory=dict)
     only_first: list[str] = field(default_factory=list)
     only_second: list[str] = field(default_factory=list)

@@ -133,7 +133,7 @@ def parse_manifest(raw: bytes, where: str = MANIFEST_FILE) -> Manifest:
     return manifest
 
 
-def parse_contents(found: Any, where: str) -> Contents:
+def parse_contents(found: object, where: str) -> Contents:
     """The sections files, parameters and buffers, every value checked. Raises CheckpointError naming `where`."""
     check = _Check(where)
     top = check.mapping(found, "contents")

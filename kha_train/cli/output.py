@@ -7,11 +7,12 @@ import math
 import sys
 from typing import Any
 
+from kha_train.foreign.documents import Json
 from kha_train.literal import say
 from kha_train.record.streams import RedactedStream
 
 
-def print_json(answer: Any, indent: int | None = None) -> None:
+def print_json(answer: object, indent: int | None = None) -> None:
     """Print `answer` (plain values, nested) as JSON that any parser takes; `indent` as for `json.dumps`.
 
     JSON has no NaN and no infinity: they become null, and the words "inf" and "-inf". Secrets are hidden in the answer
@@ -29,7 +30,7 @@ def note(text: str) -> None:
     say(f"note: {text}", err=True)
 
 
-def strict(value: Any) -> Any:
+def strict(value: Json) -> Json:
     r"""`value` with everything replaced that strict JSON does not have, at any depth: numbers that are not finite, half
     of a surrogate pair (it becomes its escape, such as \udcff, in text), keys that are equal once they are text."""
     if isinstance(value, float) and not math.isfinite(value):

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_orig
 from kha_train.config.options import BaseOptions, InteractionOptions
 from kha_train.config.registry import BASES, INTERACTIONS
 from kha_train.errors import ConfigError
+from kha_train.foreign.documents import Json
 
 
 class Dataclass(Protocol):
@@ -21,7 +22,7 @@ class Dataclass(Protocol):
 T = TypeVar("T", bound=Dataclass)
 
 
-def build(cls: type[T], values: Any, path: str = "") -> T:
+def build(cls: type[T], values: object, path: str = "") -> T:
     """The dataclass `cls` from nested plain `values`; `path` is where they stand in the tree ("" for the root).
 
     Raises ConfigError for an unknown key (naming the nearest), a missing one, or a value of the wrong type.
@@ -114,7 +115,7 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[
     return tuple(_convert(hint, item, where) for hint, item in zip(arguments, value, strict=True))
 
 
-def plain(value: Any) -> Any:
+def plain(value: Json) -> Json:
     """`value` with mappings as dicts and tuples as lists, as YAML and JSON hold it."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}

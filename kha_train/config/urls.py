@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from kha_train.errors import ConfigError
 
@@ -77,7 +77,7 @@ def refuse_credentials(text: str, field: str, *, query: bool = True) -> None:
         )
 
 
-def refuse_credentials_in(values: Any, field: str = "") -> None:
+def refuse_credentials_in(values: object, field: str = "") -> None:
     """`refuse_credentials` for every text in nested plain values, such as a whole configuration; the query of a URL is
     refused where the URL names data. Raises ConfigError."""
     if isinstance(values, str):

@@ -8,10 +8,11 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from kha_train.distributed import Caught
 
+T = TypeVar("T")
 _Calls = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 
 
@@ -26,10 +27,10 @@ class InOrder:
         threading.Thread(target=_work, args=(self._calls,), name=name, daemon=True).start()
         weakref.finalize(self, self._calls.put, None)
 
-    def submit(self, call: Callable[[], Any]) -> Future[Any]:
+    def submit(self, call: Callable[[], T]) -> Future[T]:
         """What `call` will have answered or raised; it is not made when that is cancelled before."""
         assert os.getpid() == self._process, "what reads ahead cannot be used in a forked process"
-        future: Future[Any] = Future()
+        future: Future[T] = Future()
         self._calls.put((future, call))
         return future
 

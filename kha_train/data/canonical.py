@@ -6,9 +6,8 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any
 
-from kha_train.foreign.documents import check_depth
+from kha_train.foreign.documents import Json, check_depth
 
 _CHUNK_BYTES = 1 << 20
 
@@ -16,7 +15,7 @@ _CHUNK_BYTES = 1 << 20
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def parse_json(text: bytes) -> Any:
+def parse_json(text: bytes) -> Json:
     """The value that JSON text spells. Raises ValueError for what is not JSON: NaN and infinities too."""
 
     def refuse(name: str) -> None:
@@ -36,7 +35,7 @@ def parse_json(text: bytes) -> Any:
     return value
 
 
-def canonical_json(value: Any) -> bytes:
+def canonical_json(value: object) -> bytes:
     """`value` as JSON with sorted keys, no blanks, ASCII only. Plain ints, strings, lists and dicts only.
 
     Raises TypeError for anything else (a NumPy integer too: its spelling differs between versions) and ValueError for
@@ -45,7 +44,7 @@ def canonical_json(value: Any) -> bytes:
     return _ENCODER.encode(value).encode("ascii")
 
 
-def canonical_sha256(value: Any) -> str:
+def canonical_sha256(value: object) -> str:
     """SHA-256 of `canonical_json(value)` in hexadecimal, without the megabytes that a long table takes when it is
     spelled at once. Raises as `canonical_json`."""
     digest = hashlib.sha256()

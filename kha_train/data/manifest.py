@@ -166,9 +166,10 @@ def load(directory: Path, *, field: str) -> Manifest:
     return parse(raw, path)
 
 
-def parse(raw: Any, path: Path | str) -> Manifest:
+def parse(raw: object, path: Path | str) -> Manifest:
     """The manifest in the JSON value `raw`; `path` is named in errors. Raises DataError for every inconsistency."""
     top = _Object(raw, str(path), "")
+    raw = top.raw
     if top.text("format") != FORMAT:
         raise top.fault("format", f"is not a {FORMAT} manifest", raw["format"])
     if top.number("version", 1) != VERSION:
@@ -210,11 +211,11 @@ def parse(raw: Any, path: Path | str) -> Manifest:
 class _Object:
     """A JSON object being checked: every access names the place it fails at."""
 
-    def __init__(self, raw: Any, path: str, place: str) -> None:
+    def __init__(self, raw: object, path: str, place: str) -> None:
         self.path, self.place = path, place
         if not isinstance(raw, dict):
             raise DataError("an object is expected", field=f"{path} {place}".rstrip())
-        self.raw = raw
+        self.raw: dict[str, Any] = raw
 
     def fault(self, key: str, problem: str, value: Any) -> DataError:
         """An error that names the place of `key`."""

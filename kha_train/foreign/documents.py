@@ -6,13 +6,15 @@ import json
 from functools import cache
 from typing import Any
 
+Json = Any
+"""A value of JSON's kinds, which a file may hold: `typed.Source.read` gives it a type."""
 MAX_DEPTH = 64
 """Containers inside containers: ours have fewer than ten."""
 _YAML_TROUBLE = (ValueError, OverflowError, RecursionError, LookupError, TypeError, AttributeError)
 """What PyYAML raises beside its own errors for tags such as `!!int ''`."""
 
 
-def parse_json(raw: bytes) -> Any:
+def parse_json(raw: bytes) -> Json:
     """The value that JSON text spells, NaN and infinities included. Raises ValueError for anything else, and for what
     is nested too deeply."""
     try:
@@ -25,7 +27,7 @@ def parse_json(raw: bytes) -> Any:
     return value
 
 
-def parse_yaml(raw: bytes) -> Any:
+def parse_yaml(raw: bytes) -> Json:
     """The value that YAML text spells: mappings with text keys, lists, text, numbers, true, false, null.
 
     Raises ValueError for anything else. Aliases are refused: a few lines of them stand for gigabytes.
@@ -41,7 +43,7 @@ def parse_yaml(raw: bytes) -> Any:
     return value
 
 
-def check_depth(value: Any) -> None:
+def check_depth(value: object) -> None:
     """Raises ValueError when containers are nested more than `MAX_DEPTH` deep."""
     level, depth = [value], 0
     while level := [one for one in level if isinstance(one, dict | list)]:

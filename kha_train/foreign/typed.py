@@ -27,6 +27,7 @@ from typing import (
 )
 
 from kha_train.errors import DataError, KhaError
+from kha_train.foreign.documents import Json
 
 T = TypeVar("T")
 LARGEST = 2**53
@@ -59,7 +60,7 @@ class Match:
 class Absent:
     """The `value` that counts where a file lacks the field, because it is older."""
 
-    value: Any
+    value: Json
 
 
 Count = Annotated[int, Range(0, LARGEST)]
@@ -73,12 +74,12 @@ class Source:
     error: type[KhaError] = DataError
     fix: str = "restore it from a copy, or move it away"
 
-    def fault(self, place: str, problem: str, value: Any = None, allowed: str | None = None) -> KhaError:
+    def fault(self, place: str, problem: str, value: object = None, allowed: str | None = None) -> KhaError:
         """The error about what stands at `place` ("" for the whole file)."""
         where = f"{self.name} {place}".rstrip()
         return self.error(problem, field=where, value=short(value), allowed=allowed, fix=self.fix)
 
-    def read(self, schema: type[T], value: Any, place: str = "") -> T:
+    def read(self, schema: type[T], value: object, place: str = "") -> T:
         """`value` as `schema` says. Raises `error` naming the first field that is missing or of another kind."""
         converted: T = self._convert(schema, value, place)
         return converted
@@ -174,7 +175,7 @@ class Source:
         )
 
 
-def short(value: Any) -> Any:
+def short(value: Json) -> Json:
     """What an error shows of a foreign value: a number as it is, the beginning of anything else."""
     if value is None or isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 10**40):
         return value

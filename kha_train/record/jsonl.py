@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kha_train.errors import DataError
-from kha_train.foreign.documents import parse_json
+from kha_train.foreign.documents import Json, parse_json
 from kha_train.foreign.files import read_regular
 from kha_train.record.end import read_end
 
@@ -27,7 +27,7 @@ LONE_SURROGATES = "backslashreplace"
 """How text is encoded: half of a surrogate pair, which UTF-8 cannot hold, becomes the escape that JSON has for it."""
 
 
-def words(value: Any) -> Any:
+def words(value: Json) -> Json:
     """`value` with every non-finite float, at any depth, replaced by its word, for readers who take it as a word."""
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
@@ -38,7 +38,7 @@ def words(value: Any) -> Any:
     return value
 
 
-def encode(value: Any) -> Any:
+def encode(value: Json) -> Json:
     """`value` as files hold it, so that `decode` gives it back: non-finite floats as words, the same words as text
     behind a backslash. Tuples become lists."""
     if isinstance(value, str):
@@ -50,7 +50,7 @@ def encode(value: Any) -> Any:
     return words(value)
 
 
-def decode(value: Any) -> Any:
+def decode(value: Json) -> Json:
     """The inverse of `encode`: the words nan, inf and -inf, at any depth, become floats again."""
     if isinstance(value, str):
         return NONFINITE[value] if value in NONFINITE else value[1:] if _SPELLED.fullmatch(value) else value

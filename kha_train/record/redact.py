@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from kha_train.foreign.documents import Json
 from kha_train.record.secret_names import is_secret_item, is_secret_name
 from kha_train.record.secret_text import REDACTED, hide
 from kha_train.record.secret_values import MIN_LENGTH, forms, secrets_of
@@ -45,7 +46,7 @@ class Redactor:
         secret keys, passwords inside URLs, headers of authentication."""
         return hide(self.values(text))
 
-    def clean(self, value: Any) -> Any:
+    def clean(self, value: Json) -> Json:
         """A copy of a tree of dicts, lists and plain values in which every secret is the text "[redacted]"."""
         if isinstance(value, float | int) or value is None:
             return value

@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _SECRET_WORD = re.compile(
@@ -86,7 +85,7 @@ def _may_open(name: str) -> bool:
     )
 
 
-def is_secret_item(name: str, value: Any) -> bool:
+def is_secret_item(name: str, value: object) -> bool:
     """Whether `value` under `name` is a secret: empty values, switches and counts of tokens are none."""
     if value is None or value == "" or isinstance(value, bool):
         return False

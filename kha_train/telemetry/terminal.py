@@ -21,6 +21,6 @@ class LiteralConsole(Console):
         return super().render_str(visible(text, LINES), **options)
 
 
-def literal(text: Any, style: str = "") -> Text:
+def literal(text: object, style: str = "") -> Text:
     """`text` in a style, to be printed as it is by any console."""
     return Text(visible(str(text), LINES), style)

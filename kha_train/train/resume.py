@@ -18,6 +18,7 @@ from kha_train.config.saved import completed
 from kha_train.config.schema import RunConfig
 from kha_train.engine.contract import Engine, Fragment, InitialValue, seeded
 from kha_train.errors import DataError, ResumeError
+from kha_train.foreign.documents import Json
 from kha_train.model.decoder import build_decoder
 from kha_train.model.moe.router import RUN_STATE
 from kha_train.record import Redactor, read_run
@@ -106,7 +107,7 @@ def check_belongs(
     return change
 
 
-def not_allowed(config: RunConfig, changes: list[tuple[str, Any, Any]], *free: str) -> list[tuple[str, Any, Any]]:
+def not_allowed(config: RunConfig, changes: list[tuple[str, Json, Json]], *free: str) -> list[tuple[str, Json, Json]]:
     """Of `changes` (setting, before, now) those that neither `resume.allow_changes` nor `free` names."""
     names = (*config.resume.allow_changes, *free)
     return [change for change in changes if not any(f"{change[0]}.".startswith(f"{name}.") for name in names)]
@@ -125,7 +126,7 @@ def check_same_data(first: dict[str, str], content_ids: dict[str, str]) -> None:
 
 def differences(
     config: RunConfig, checkpoint: Checkpoint, content_ids: dict[str, str], precisions: tuple[str, str] = ("", "")
-) -> list[tuple[str, Any, Any]]:
+) -> list[tuple[str, Json, Json]]:
     """(setting, its value in the checkpoint, its value now) of all that a run may not change without being asked.
     Arguments as `check_belongs`.
 
@@ -143,7 +144,7 @@ def differences(
 
 def changed_settings(
     config: RunConfig, saved_config: Mapping[str, Any], before: Mapping[str, Any] = {}, after: Mapping[str, Any] = {}
-) -> list[tuple[str, Any, Any]]:
+) -> list[tuple[str, Json, Json]]:
     """(setting, its value in `saved_config`, its value now) of all that a run may not change without being asked.
     `before` and `after` replace or add values.
     """
