@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from importlib import import_module
 from importlib.metadata import version
+from inspect import getdoc
 from types import TracebackType
 from typing import Annotated, Any
 
@@ -65,7 +67,15 @@ def build(names: Sequence[str]) -> typer.Typer:
             app.add_typer(found)
         else:
             app.command(name, hidden=name in HIDDEN)(found)
+    for group in (app, *(entry.typer_instance for entry in app.registered_groups)):
+        for command in group.registered_commands if group else ():
+            command.help = _help_of(command.callback)
     return app
+
+
+def _help_of(command: Callable[..., object] | None) -> str:
+    """The docstring of a command as far as it is for users: from "Raises" on it is for readers of the code."""
+    return re.split(r"\s*\bRaises (?=as |[A-Z])", getdoc(command) or "")[0].strip()
 
 
 def _options(

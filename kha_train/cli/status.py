@@ -61,7 +61,9 @@ def status(
 ) -> None:
     """How runs stand: state, step, loss, speed, time left, spikes, goodput, last checkpoint, heartbeat.
 
-    A run whose record is damaged is shown as unreadable, and the command ends with its error when all are shown."""
+    A run whose record is damaged is shown as unreadable, and the command ends with its error when all are shown.
+
+    Raises ConfigError for --watch with --json."""
     if watch and as_json:
         raise ConfigError("one answer, or a table that stays", field="--watch, --json", fix="give one of the two")
     console = LiteralConsole()

@@ -32,7 +32,8 @@ def train(
     """Train one model; resumes by itself when run.dir holds a checkpoint.
 
     Under torchrun, or srun with one task a rank, every rank runs this: `torchrun --nproc-per-node 2 -m kha_train ...`
-    """
+
+    Raises ConfigError for --json without --dry-run."""
     overrides = overrides or []
     if multirun:
         _refuse_multirun(overrides)

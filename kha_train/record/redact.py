@@ -58,7 +58,7 @@ class Redactor:
             return self._clean_list(value)
         return self.text(str(value)) if isinstance(value, os.PathLike) else value
 
-    def clean_values(self, value: Any) -> Any:
+    def clean_values(self, value: Json) -> Json:
         """A copy of a tree of dicts, lists and plain values without the environment's secrets, keys included; nothing
         else of it changes."""
         if isinstance(value, str):

@@ -36,3 +36,19 @@ def test_the_help_lists_all_but_the_hidden() -> None:
     listed = typer.main.get_command(build(list(COMMANDS))).commands
     assert list(listed) == list(COMMANDS)
     assert {name for name, command in listed.items() if command.hidden} == set(HIDDEN)
+
+
+def test_no_help_tells_users_which_class_an_error_has() -> None:
+    """Docstrings of commands do, from "Raises" on; what stands before it is shown whole."""
+    command = typer.main.get_command(build(list(COMMANDS)))
+    helps = dict(_helps(command, "kha"))
+    assert {"kha train", "kha data verify", "kha checkpoint verify", "kha bench step"} <= helps.keys()
+    assert not [name for name, text in helps.items() if "Raises" in text or not text]
+    assert helps["kha checkpoint verify"] == "Read every byte and compare it with its manifest."
+    assert helps["kha data inspect"].endswith("document borders are shown as ‖.")
+
+
+def _helps(command, name: str):
+    yield name, command.help or ""
+    for below, one in getattr(command, "commands", {}).items():
+        yield from _helps(one, f"{name} {below}")
