@@ -194,7 +194,8 @@ def is_known_to_all(error: BaseException) -> bool:
 
 
 class Caught:
-    """Keeps any exception of the block in `error` (a defect too: others must not wait for one that is gone)."""
+    """Keeps any exception of the block in `error` (a defect too: others must not wait for one that is gone). Whoever
+    enters one looks at `error`; KeyboardInterrupt and SystemExit also pass on."""
 
     error: BaseException | None = None
 

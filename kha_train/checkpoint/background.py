@@ -41,8 +41,9 @@ class Published:
 class BackgroundWriter:
     """Writes one checkpoint at a time of `run_dir`, in a thread of each rank.
 
-    `around` are two local jobs of rank 0 that run in its thread: before publishing (make the record durable) and after
-    (prune). `stage` is called with the stages of `writer.STAGES`, for fault tests.
+    `before_publish` (make the record durable) and `after_publish` (prune) are local jobs of rank 0 that run in its
+    thread. `stage` is called with the stages of `writer.STAGES`, for fault tests. `part_bytes` is the size at which a
+    rank begins another file.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""What people run around a training run: the quickstart and, later, planning and sweeps."""
+"""What people run around a training run: plans, rehearsals, sweeps here and on SLURM, status, the quickstart."""

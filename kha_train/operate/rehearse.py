@@ -28,7 +28,7 @@ from kha_train.config.resolve import resolve, resolve_plan
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate_batch
 from kha_train.data.sources import without_labels
-from kha_train.data.stream import open_stream, validation_batches
+from kha_train.data.stream import ValidationSet, open_stream
 from kha_train.distributed import TORCHRUN, World
 from kha_train.engine.building import resolve_dtype
 from kha_train.engine.default import DefaultEngine
@@ -100,11 +100,11 @@ def _batch(config: RunConfig, world_size: int) -> dict[str, Any]:
 def _data(config: RunConfig, world_size: int) -> dict[str, Any]:
     """Read the first step of every rank. Raises DataError when a row is read by two ranks or by none, or no token has
     a label."""
+    ValidationSet(config)  # opening it checks it, for all ranks alike
     firsts = []
     for rank in range(world_size):
         stream = open_stream(config, rank, world_size)
         firsts.append(next(stream))
-        validation_batches(config, rank, world_size)
     samples = np.sort(np.concatenate([batch.samples_B for batch in firsts]))
     if not np.array_equal(samples, np.arange(config.data.global_batch_size)):
         raise DataError("the slices of the ranks do not tile the first step", field="data", value=samples.tolist())

@@ -100,6 +100,42 @@ def test_no_exception_is_caught_without_naming_its_kind(sources) -> None:
     assert offenders == []
 
 
+SWALLOWING = {
+    "kha_train/distributed.py Caught": "ranks must not wait for one that is gone: the error is told to all of them",
+    "kha_train/telemetry/wandb.py _Guard": "wandb lists no errors, and a mirror has none that is worth a run",
+}
+"""Classes whose `__exit__` may keep any exception of its block, and why."""
+
+
+def test_no_block_swallows_every_exception_but_those_that_say_why(sources) -> None:
+    """`suppress(Exception)`, and an `__exit__` that returns more than None: a broad `except` by another name."""
+    found, offenders = set(), []
+    for source in sources:
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.ClassDef) and any(map(_may_swallow, node.body)):
+                found.add(f"{source.path} {node.name}")
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("suppress"):
+                kinds = {ast.unparse(argument) for argument in node.args}
+                offenders += [f"{source.path}:{node.lineno}"] * bool(kinds & {"Exception", "BaseException"})
+    assert offenders == []
+    assert found == set(SWALLOWING)
+
+
+def test_whoever_catches_an_error_looks_at_it(sources) -> None:
+    """But for one that reads ahead: the read that needs the block meets the error again, and tells it."""
+    heedless = set()
+    for source in sources:
+        for node in source.tree.body:
+            text = ast.unparse(node)
+            if isinstance(node, (*FUNCTIONS, ast.ClassDef)) and "Caught()" in text and ".error" not in text:
+                heedless.add(f"{source.path} {node.name}")
+    assert heedless == {"kha_train/data/remote.py _fetch_ahead"}
+
+
+def _may_swallow(node: ast.stmt) -> bool:
+    return isinstance(node, FUNCTIONS) and node.name == "__exit__" and ast.unparse(node.returns or node) != "None"
+
+
 def test_no_comment_puts_work_off(sources) -> None:
     offenders = []
     for source in sources:
