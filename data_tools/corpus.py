@@ -21,7 +21,8 @@ from typing import Any
 from data_tools.files import LINES, PARQUET, TextFile, as_text, find_files
 from data_tools.parquet import read_parquet
 from data_tools.texts import Document, LeftOut, read_jsonl, read_text
-from kha_train.errors import ConfigError
+from kha_train.config.first_steps import quickstart_first
+from kha_train.errors import ConfigError, Options
 from kha_train.record.redact import Redactor
 
 SPLITS = ("train", "validation")
@@ -97,7 +98,9 @@ def _refuse(directory: Path, files: Sequence[TextFile], overwrite: bool) -> None
     """Raises ConfigError when writing a corpus there would lose something."""
     names = (*(f"{split}.jsonl" for split in SPLITS), DESCRIPTION_NAME)
     if not overwrite and any((directory / name).exists() for name in names):
-        raise ConfigError("a corpus is there already", field="out", value=str(directory), fix="pass --overwrite")
+        raise ConfigError(
+            "a corpus is there already", field="out", value=str(directory), fix=Options("--overwrite", "pass {}")
+        )
     for file in files:
         if file.path.parent == directory.resolve() and file.path.name in names:
             raise ConfigError("is what would be written", field="extra_root", value=str(file.path), fix="another --out")
@@ -147,9 +150,8 @@ def split_path(directory: str | Path, split: str) -> Path:
     """The file of one split. Raises ConfigError when it is missing."""
     path = Path(directory) / f"{split}.jsonl"
     if not path.is_file():
-        raise ConfigError(
-            f"not a corpus: it has no {path.name}", field="corpus", value=str(directory), fix="`kha data corpus`"
-        )
+        fix = quickstart_first(directory) or "`kha data corpus` makes one"
+        raise ConfigError(f"not a corpus: it has no {path.name}", field="corpus", value=str(directory), fix=fix)
     return path
 
 

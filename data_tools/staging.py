@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kha_train.data.manifest import MANIFEST_NAME
 from kha_train.data.tokenizer import MODEL_NAME
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, Options
 
 _OURS = ("shard-*.tok", "shard-*.doc", "shard-*.crc", "shard-*.done", MANIFEST_NAME, MODEL_NAME)
 
@@ -62,7 +62,9 @@ def refuse_existing(directory: Path, *, overwrite: bool) -> None:
     if overwrite or not (list(directory.glob("shard-*.tok")) or (directory / MANIFEST_NAME).exists()):
         return
     what = "a dataset" if (directory / MANIFEST_NAME).exists() else f"shards, though no {MANIFEST_NAME}"
-    raise ConfigError(f"already holds {what}", field="output directory", value=str(directory), fix="pass --overwrite")
+    raise ConfigError(
+        f"already holds {what}", field="output directory", value=str(directory), fix=Options("--overwrite", "pass {}")
+    )
 
 
 def _take(descriptor: int, path: Path) -> None:

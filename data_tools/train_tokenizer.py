@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_tools.corpus import read_split
 from kha_train.data import tokenizer
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, Options
 
 
 def train_tokenizer(
@@ -26,7 +26,7 @@ def train_tokenizer(
     that is there unless `overwrite`.
     """
     if Path(out).exists() and not overwrite:
-        raise ConfigError("is there already", field="out", value=str(out), fix="pass --overwrite")
+        raise ConfigError("is there already", field="out", value=str(out), fix=Options("--overwrite", "pass {}"))
 
     def texts() -> Iterator[str]:
         """The texts to train on."""

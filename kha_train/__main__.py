@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from kha_train.cli.main import run
+from kha_train.interpreter import require
 
 if __name__ == "__main__":
+    require()
+    from kha_train.cli.main import run
+
     run(["train", *sys.argv[1:]])

@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 
 from kha_train import errors
-from kha_train.errors import ConfigError, DivergedError, KhaError, MachineError, RankError
+from kha_train.errors import ConfigError, DivergedError, KhaError, MachineError, RankError, Settings
 from kha_train.literal import say
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -266,7 +266,7 @@ def start(device: str, timeout_seconds: float) -> World:
     pickles run code, which no library in this process may from here on. Close with `stop()`.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("no CUDA device here", field="engine.device", value=device, fix="engine.device=cpu")
+        raise ConfigError("no CUDA device here", field="engine.device", value=device, fix=Settings("engine.device=cpu"))
     _refuse_pickles()
     world = World.from_environment()
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
@@ -275,7 +275,7 @@ def start(device: str, timeout_seconds: float) -> World:
             f"local rank {world.local_rank} has no GPU of its own, there are {torch.cuda.device_count()}",
             field="engine.device",
             value=device,
-            fix="start one rank a GPU, all GPUs of the host in sight (srun: no --gpus-per-task), or engine.device=cpu",
+            fix="start one rank a GPU, all GPUs of the host in sight (srun: no --gpus-per-task)",
         )
     for name, value in srun_meeting_point(os.environ).items():
         os.environ.setdefault(name, value)

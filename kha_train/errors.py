@@ -2,9 +2,85 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 from kha_train.literal import visible
+
+
+class Typed(str):
+    """A fix of which `typed` is typed exactly as it stands; its kind says where. As a string it is what the user reads.
+
+    A fix that is a plain string is advice in words. Each typed one is run by a test (tests/architecture/test_fixes.py).
+    """
+
+    typed: str
+
+    def __new__(cls, typed: str, shown: str = "{}") -> Self:
+        """The fix `typed`, read as `shown`, in which `{}` stands for it."""
+        fix = super().__new__(cls, shown.replace("{}", typed))
+        fix.typed = typed
+        return fix
+
+
+class Settings(Typed):
+    """Overrides, separated by spaces: each replaces the override of the same key, or is added."""
+
+
+class Options(Typed):
+    """Options that are added to the refused command."""
+
+
+class Instead(Typed):
+    """A shell command in the place of the refused one."""
+
+
+class Look(Typed):
+    """A shell command that shows what there is to choose from."""
+
+    def __new__(cls, typed: str, shown: str = "see `{}`") -> Self:
+        """As `Typed`."""
+        return super().__new__(cls, typed, shown)
+
+
+class First(Typed):
+    """A shell command to type first. After it the refused command works."""
+
+    def __new__(cls, typed: str, shown: str = "type `{}` first") -> Self:
+        """As `Typed`."""
+        return super().__new__(cls, typed, shown)
+
+
+class Replace(Typed):
+    """What is typed in the place of `old`: whole words of the command, or a key or value."""
+
+    old: str
+
+    def __new__(cls, typed: str, shown: str = "{}", *, old: str) -> Self:
+        """As `Typed`."""
+        fix = super().__new__(cls, typed, shown)
+        fix.old = old
+        return fix
+
+
+class Ways(str):
+    """Several fixes, any of which is enough."""
+
+    ways: tuple[str, ...]
+
+
+def either(*ways: str) -> Ways:
+    """The fix that offers each of `ways`: typed ones and advice in words."""
+    separator = " or " if all(isinstance(way, Typed) for way in ways) else ", or "
+    fix = Ways(separator.join(ways))
+    fix.ways = ways
+    return fix
+
+
+def between(first: int, last: int) -> str | None:
+    """`allowed` of a whole number: the range in words, None where it is empty."""
+    if last <= first:
+        return str(first) if last == first else None
+    return f"{first} to {last}"
 
 
 class KhaError(Exception):
@@ -38,6 +114,12 @@ class KhaError(Exception):
         text += f"; allowed: {allowed}" if allowed else ""
         text += f"; fix: {fix}" if fix else ""
         super().__init__(visible(text, keep="\n"))
+
+    @property
+    def typed_fixes(self) -> tuple[Typed, ...]:
+        """The fixes that can be typed as they stand, in the order of the line."""
+        ways = self.fix.ways if isinstance(self.fix, Ways) else (self.fix,)
+        return tuple(way for way in ways if isinstance(way, Typed))
 
     def line(self) -> str:
         """The one line printed before the command ends with `exit_code`."""

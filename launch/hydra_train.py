@@ -12,16 +12,24 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import hydra
-from hydra._internal.utils import get_args_parser
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.types import RunMode
+try:
+    import hydra
+    from hydra._internal.utils import get_args_parser
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.types import RunMode
 
-from kha_train.cli.main import complain_of, run
-from kha_train.config.compose import compose, shipped
-from kha_train.errors import ConfigError
-from kha_train.operate.sweep import refuse_secrets
+    from kha_train.cli.main import complain_of, run
+    from kha_train.config.compose import compose, shipped
+    from kha_train.errors import ConfigError
+    from kha_train.operate.sweep import refuse_secrets
+except ModuleNotFoundError as error:
+    print(
+        f"configuration error: {sys.executable} has no {error.name}: activate the environment that kha_train is "
+        "installed in, `source .venv/bin/activate` (`make quickstart` makes it), or name its Python",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 SLURM = "hydra/launcher=kha_slurm"
 PARAMS = "hydra.sweeper.params"

@@ -296,6 +296,30 @@ read_arguments() {
     rm -f "$answer"
 }
 
+# Ends with 2 when KHA_PYTHON is no Python that kha_train is installed in: no environment is active. What else is wrong
+# with it shows when it is used.
+check_python() {
+    local code=0
+    command -v "$KHA_PYTHON" >/dev/null || {
+        say "there is no $KHA_PYTHON here: activate the environment that kha_train is installed in, \`source .venv/bin/activate\` (\`make quickstart\` makes it), or set KHA_PYTHON=/path/to/its/python"
+        exit 2
+    }
+    "$KHA_PYTHON" - <<'PYTHON' || code=$?
+import sys
+from importlib.util import find_spec
+
+if find_spec("kha_train") is None:
+    sys.exit(
+        f"kha: {sys.executable} has no kha_train: activate the environment that it is installed in, "
+        "`source .venv/bin/activate` (`make quickstart` makes it), or set KHA_PYTHON=/path/to/its/python"
+    )
+from kha_train.interpreter import require
+
+require()
+PYTHON
+    ((code == 0)) || exit 2
+}
+
 # Called when a command fails while the site file is read. $1: its code, $2: its line, $3: the command, $4: the file.
 # A condition that does not hold is no failure; anything else means that a setting is missing.
 note_site_failure() {
@@ -356,4 +380,5 @@ enter_site() {
         say "no SLURM job: submit this with sbatch, or use launch/local.sh"
         exit 2
     }
+    check_python
 }

@@ -2,6 +2,9 @@
 # One run on this machine, one process a GPU (or NPROC processes on a CPU):
 #   launch/local.sh attention=kha_mlp engine=zero2 data.global_batch_size=64        NPROC=2 launch/local.sh run.steps=50
 set -euo pipefail
-python="${KHA_PYTHON:-python}"
-nproc_per_node="${NPROC:-$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$nproc_per_node" -m kha_train "$@"
+# shellcheck source=launch/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+KHA_PYTHON="${KHA_PYTHON:-python}"
+check_python
+nproc_per_node="${NPROC:-$("$KHA_PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
+exec "$KHA_PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$nproc_per_node" -m kha_train "$@"

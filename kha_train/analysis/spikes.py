@@ -16,7 +16,7 @@ from kha_train.analysis.curve_columns import READ
 from kha_train.analysis.curve_files import read_curve_file
 from kha_train.analysis.history import phase_steps
 from kha_train.analysis.statistics import pooled_rate
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, between
 from kha_train.record import read_discarded, read_events, read_metrics, read_run
 from kha_train.record.actions import UNDONE, count_actions
 from kha_train.record.labels import distinct
@@ -268,8 +268,10 @@ def evidence_of(report: SpikeReport, number: int) -> tuple[SpikeEvent, dict[str,
     Raises ConfigError when there is no such event.
     """
     events = sorted([*report.events, *report.rewound], key=lambda event: event.start_step)
+    if not events:
+        raise ConfigError("this run has no events", field="--event", value=number)
     if not 1 <= number <= len(events):
-        raise ConfigError("no such event", field="--event", value=number, allowed=f"1 to {len(events)}")
+        raise ConfigError("no such event", field="--event", value=number, allowed=between(1, len(events)))
     event = events[number - 1]
     kept = read_events(report.curve.run_dir) if report.curve.run_dir else []
     opened = [

@@ -7,7 +7,8 @@ import shlex
 from pathlib import Path
 
 from kha_train.checkpoint import layout
-from kha_train.errors import CheckpointError
+from kha_train.config.compose import quoted
+from kha_train.errors import CheckpointError, First, Settings, either
 from kha_train.record import read_events
 
 
@@ -19,12 +20,16 @@ def check_not_lost(run_dir: Path) -> None:
     """
     problem = lost_checkpoints(run_dir)
     if problem:
+        aside = f"mv {shlex.quote(str(run_dir))} {shlex.quote(str(free_name(run_dir, 'before')))}"
         raise CheckpointError(
             f"{problem}; a run does not start over unasked",
             field="run.dir",
             value=str(run_dir),
-            fix=f"mount or restore {run_dir / layout.FOLDER}; to start over, move the run aside, "
-            f"`mv {shlex.quote(str(run_dir))} {shlex.quote(str(_free_name(run_dir)))}`, or choose another run.dir",
+            fix=either(
+                f"mount or restore {run_dir / layout.FOLDER}",
+                First(aside),
+                Settings(shlex.quote(f"run.dir={quoted(str(free_name(run_dir, 'new')))}")),
+            ),
         )
 
 
@@ -82,10 +87,10 @@ def _links_away(folder: Path) -> list[str]:
     return [path.name for path in paths if path.is_symlink() and layout.is_away(path)]
 
 
-def _free_name(run_dir: Path) -> Path:
-    """A name beside `run_dir` that nothing has."""
-    name, number = run_dir.with_name(f"{run_dir.name}.before"), 1
+def free_name(run_dir: Path, word: str) -> Path:
+    """A name beside `run_dir`, which ends in `word`, that nothing has."""
+    name, number = run_dir.with_name(f"{run_dir.name}.{word}"), 1
     while os.path.lexists(name):
         number += 1
-        name = run_dir.with_name(f"{run_dir.name}.before-{number}")
+        name = run_dir.with_name(f"{run_dir.name}.{word}-{number}")
     return name

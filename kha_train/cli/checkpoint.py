@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +11,10 @@ import typer
 from rich.table import Table
 
 from kha_train.checkpoint.layout import FOLDER
-from kha_train.checkpoint.loss import check_not_lost
+from kha_train.checkpoint.loss import lost_checkpoints
 from kha_train.cli.output import print_json
-from kha_train.errors import CheckpointError, ConfigError
+from kha_train.config.first_steps import quickstart_first
+from kha_train.errors import CheckpointError, ConfigError, Look
 from kha_train.literal import say
 from kha_train.record.finding import find_run
 from kha_train.record.lock import RunLock
@@ -48,7 +50,7 @@ def verify_(
     from kha_train.checkpoint.reader import verify
 
     path = find_run(path)
-    check_not_lost(path)
+    _check_not_lost(path)
     rows = inventory(path / FOLDER) if (path / FOLDER).is_dir() else []
     directories = [row.path for row in rows] or [path]
     problems: dict[str, str] = {}
@@ -100,7 +102,12 @@ def keep_(
     run = find_run(run)
     folder = _folder(run)
     if step not in {row.step for row in inventory(folder)}:
-        raise ConfigError("no such checkpoint", field="step", value=step, fix=f"kha checkpoint list {run}")
+        raise ConfigError(
+            "no such checkpoint",
+            field="step",
+            value=step,
+            fix=Look(shlex.join(["kha", "checkpoint", "list", str(run)])),
+        )
     mark(folder, step, keep=not off)
     say(f"step {step}: {'no longer marked' if off else 'stays'}")
 
@@ -142,8 +149,14 @@ def _print_rows(title: str, columns: tuple[str, str], rows: dict[str, tuple[Any,
 
 def _folder(run: Path) -> Path:
     """The checkpoints of a run. Raises ConfigError when it has made none, CheckpointError when they are lost."""
-    check_not_lost(run)
+    _check_not_lost(run)
     folder = run / FOLDER
     if not folder.is_dir():
-        raise ConfigError("holds no checkpoints", field="RUN", value=str(run), allowed="a run directory")
+        raise ConfigError("holds no checkpoints", field="RUN", value=str(run), fix=quickstart_first(run))
     return folder
+
+
+def _check_not_lost(run: Path) -> None:
+    """Raises CheckpointError when the run has saved checkpoints that are not there now."""
+    if problem := lost_checkpoints(run):
+        raise CheckpointError(problem, field="RUN", value=str(run), fix=f"mount or restore {run / FOLDER}")

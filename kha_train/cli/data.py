@@ -27,7 +27,7 @@ from kha_train.config.compose import from_plain, load
 from kha_train.data.inspect import BORDER, decoder_of, digest, length_histogram, samples_of_step
 from kha_train.data.manifest import MANIFEST_NAME, Manifest
 from kha_train.data.shards import ShardSet
-from kha_train.errors import ConfigError, DataError
+from kha_train.errors import ConfigError, DataError, between
 from kha_train.literal import say, visible
 from kha_train.record import config_of, read_attempts, read_events, read_metrics_at
 from kha_train.telemetry.terminal import LiteralConsole
@@ -127,7 +127,9 @@ def tokenize(
         raise ConfigError("one of --corpus and --text", field="tokenize")
     if corpus_dir and (drop_repeated or validation_percent is not None):
         raise ConfigError(
-            "a corpus is split and has no repetitions", field="--drop-repeated, --validation-percent", fix="--text"
+            "a corpus is split and has no repetitions",
+            field="--drop-repeated, --validation-percent",
+            fix="give the documents themselves, by --text",
         )
     said: list[str] = []
     encoded: list[int] = []
@@ -271,7 +273,7 @@ def _samples_of_run(run: Path, step: int, rank: int) -> dict[str, Any]:
     saved, attempt = config_of(attempts, number), attempts.get(number)
     ranks = attempt.world_size or 1 if attempt else 1
     if rank >= ranks:
-        raise ConfigError("the run had no such rank then", field="rank", value=rank, allowed=f"0..{ranks - 1}")
+        raise ConfigError("the run had no such rank then", field="rank", value=rank, allowed=between(0, ranks - 1))
     samples = samples_of_step(
         from_plain(saved) if saved else load(run / "config.yaml"),
         samples_first=line["samples_first"],

@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from importlib import import_module
 from importlib.metadata import version
-from inspect import getdoc
+from inspect import getdoc, signature
 from types import TracebackType
 from typing import Annotated, Any
 
 import typer
 
+from kha_train.cli.options import OverridesCommand
 from kha_train.config.home import provide_home
 from kha_train.errors import ConfigError, KhaError, MachineError
 from kha_train.literal import say
@@ -66,7 +67,8 @@ def build(names: Sequence[str]) -> typer.Typer:
         if isinstance(found, typer.Typer):
             app.add_typer(found)
         else:
-            app.command(name, hidden=name in HIDDEN)(found)
+            takes_settings = "overrides" in signature(found).parameters
+            app.command(name, hidden=name in HIDDEN, cls=OverridesCommand if takes_settings else None)(found)
     for group in (app, *(entry.typer_instance for entry in app.registered_groups)):
         for command in group.registered_commands if group else ():
             command.help = _help_of(command.callback)

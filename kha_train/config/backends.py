@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, Settings, either
 
 if TYPE_CHECKING:
     from kha_train.config.schema import RunConfig
@@ -43,19 +43,23 @@ def invalid_backend(config: RunConfig) -> ConfigError | None:
         return None
     traits = TRAITS[name]
     if traits.cuda and config.engine.device == "cpu":
-        return _refused(name, "runs on CUDA alone, and engine.device=cpu", "sdpa")
+        return _refused(name, "runs on CUDA alone, and engine.device=cpu")
     if traits.cuda and config.engine.precision == "fp32":
-        return _refused(name, "computes in bf16, and engine.precision=fp32", "sdpa")
+        return _refused(name, "computes in bf16, and engine.precision=fp32")
     if not traits.splits and config.data.isolate_documents:
         return _refused(
             name,
             "admits only unsplit causal rows, and data.isolate_documents=true splits rows into documents",
-            "sdpa, or data.isolate_documents=false (another experiment: tokens then see earlier documents)",
+            Settings(
+                "data.isolate_documents=false data.packing=concat",
+                "{} (another experiment: tokens then see earlier documents)",
+            ),
         )
     if not traits.biased and config.attention.positions == "alibi":
-        return _refused(name, "adds no bias to the scores, and attention.positions=alibi", "sdpa")
+        return _refused(name, "adds no bias to the scores, and attention.positions=alibi")
     return None
 
 
-def _refused(name: str, reason: str, fix: str) -> ConfigError:
-    return ConfigError(reason, field="attention.backend", value=name, fix=f"attention.backend={fix}")
+def _refused(name: str, reason: str, *further: Settings) -> ConfigError:
+    fix = either(Settings("attention.backend=sdpa"), *further)
+    return ConfigError(reason, field="attention.backend", value=name, fix=fix)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from kha_train.config.options import BaseOptions, HeadShape, InputWidths, QkNorm
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, Settings
 
 if TYPE_CHECKING:
     from kha_train.config.schema import RunConfig
@@ -29,7 +29,7 @@ class GroupedQueryOptions(BaseOptions):
                 field="model.kv_heads",
                 value=self.kv_heads,
                 allowed=", ".join(map(str, divisors)),
-                fix=f"model.kv_heads={max(n for n in divisors if n <= max(self.kv_heads, 1))}",
+                fix=Settings(f"model.kv_heads={max(n for n in divisors if n <= max(self.kv_heads, 1))}"),
             )
         return super().invalid()
 
@@ -132,7 +132,7 @@ class LatentOptions(BaseOptions):
                 "mla normalises its latents; a norm of its keys could not be absorbed when decoding",
                 field="attention.qk_norm",
                 value=config.attention.qk_norm,
-                fix="attention.qk_norm=none",
+                fix=Settings("attention.qk_norm=none"),
             )
         return _needs_rotation(config, "mla")
 
@@ -230,5 +230,5 @@ def _needs_rotation(config: RunConfig, name: str) -> ConfigError | None:
         f"{name} keeps its positions in a rotary key of its own",
         field="attention.positions",
         value=config.attention.positions,
-        fix="attention.positions=rope",
+        fix=Settings("attention.positions=rope"),
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
+from kha_train.config import aliases
 from kha_train.config.options import BaseOptions, InteractionOptions
 from kha_train.config.registry import BASES, INTERACTIONS
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, Replace, Settings
 from kha_train.foreign.documents import Json
 
 
@@ -34,7 +36,7 @@ def build(cls: type[T], values: object, path: str = "") -> T:
     known = [field.name for field in fields(chosen)]
     for key in values:
         if key not in known:
-            raise ConfigError("unknown key", field=_join(path, str(key)), **nearest(str(key), known, path))
+            raise ConfigError("unknown key", field=_join(path, str(key)), **_known_instead(str(key), known, path))
     arguments = {}
     for field in fields(chosen):
         where = _join(path, field.name)
@@ -70,8 +72,20 @@ def nearest(key: str, known: Iterable[str], path: str = "") -> dict[str, str]:
     """`allowed` and `fix` of an error about an unknown `key`."""
     known = list(known)
     close = get_close_matches(key, known, n=1)
-    hint = {"fix": f"did you mean {_join(path, close[0])}?"} if close else {}
+    hint = {"fix": did_you_mean(_join(path, key), _join(path, close[0]))} if close else {}
     return {"allowed": ", ".join(known), **hint}
+
+
+def did_you_mean(typed: str, meant: str) -> Replace:
+    """The fix for a key or value `typed` where `meant` exists."""
+    return Replace(meant, "did you mean {}?", old=typed)
+
+
+def _known_instead(key: str, known: list[str], path: str) -> dict[str, str]:
+    """`nearest`, unless other frameworks have a setting `key`."""
+    ours = aliases.own_name(key)
+    fix = did_you_mean(_join(path, key), ours) if ours else aliases.advice(key)
+    return nearest(key, known, path) | ({"fix": fix} if fix else {})
 
 
 def variant_class(cls: type[Any], values: Mapping[str, Any], path: str) -> type[Any]:
@@ -107,7 +121,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def _convert_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise ConfigError("expected a list", field=where, value=value, fix=f"{where}=[{value}]")
+        many = (
+            arguments[-1] is Ellipsis and isinstance(value, str | int | float) and re.fullmatch(r"[\w.-]+", str(value))
+        )
+        fix = Settings(f"{where}=[{value}]") if many else f"a list: {where}=[...]"
+        raise ConfigError("expected a list", field=where, value=value, fix=fix)
     if arguments[-1] is Ellipsis:
         return tuple(_convert(arguments[0], item, where) for item in value)
     if len(value) != len(arguments):

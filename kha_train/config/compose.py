@@ -11,18 +11,21 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from kha_train.config.build import build, flatten, nearest, to_plain
+from kha_train.config import aliases
+from kha_train.config.build import build, did_you_mean, flatten, nearest, to_plain
+from kha_train.config.first_steps import quickstart_first
 from kha_train.config.naming import AUTO, at_home, run_name
 from kha_train.config.saved import SavedConfig, completed
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, Instead, Replace, Typed
 from kha_train.foreign.documents import parse_yaml
 from kha_train.foreign.files import SMALL, read_regular
 from kha_train.foreign.typed import Source
@@ -62,7 +65,8 @@ def load(path: Path) -> RunConfig:
     """The configuration saved in a run directory. Raises ConfigError when it is missing or not ours, DataError as
     `load_plain`."""
     if not path.is_file():
-        raise ConfigError("no such file", field="config", value=str(path), fix="name a run directory of `kha train`")
+        fix = quickstart_first(path) or "name a run directory that `kha train` wrote"
+        raise ConfigError("no such file", field="config", value=str(path), fix=fix)
     return from_plain(load_plain(path))
 
 
@@ -114,12 +118,12 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     return [list(point) for point in itertools.product(*choices)]
 
 
-def sweep_command(overrides: Sequence[str]) -> str:
+def sweep_command(overrides: Sequence[str]) -> Instead:
     """The `kha sweep` command that trains the grid `overrides` here. Every point has its own run directory, so a given
     `run.dir` becomes the sweep's."""
     places = [text.partition("=")[2] for text in overrides if text.startswith("run.dir=")]
     kept = [text for text in overrides if not text.startswith("run.dir=")]
-    return shlex.join(["kha", "sweep", *kept, *(f"--dir={place}" for place in places[-1:]), "--local"])
+    return Instead(shlex.join(["kha", "sweep", *kept, *(f"--dir={place}" for place in places[-1:]), "--local"]))
 
 
 def _refuse_grids(overrides: list[str]) -> None:
@@ -253,7 +257,9 @@ def _check_presets(overrides: list[str]) -> None:
     silence although nothing here reads them."""
     presets = _groups()
     for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
+        key, equals, value = override.lstrip("+~").partition("=")
+        if not equals and not override.startswith("~"):
+            continue
         name = value.strip("'\"")
         group = key.partition("@")[0]
         if presets.get(group) and name not in presets[group]:
@@ -280,10 +286,10 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
     """Hydra's own words, cut to one line and without the values given, which may hold a secret. An unknown key is named
     with what stands beside it."""
     message, named = " ".join(str(error).split()), []
-    for override in overrides:
+    for at, override in enumerate(overrides):
         key, equals, value = override.lstrip("+~").partition("=")
-        if not equals:
-            return ConfigError("an override is KEY=VALUE", field="override", value=override)
+        if not equals or not key or key.startswith("-"):
+            return _not_an_override(at, overrides)
         if f"'{key}'" in message and ("not in struct" in message or "Could not override" in message):
             return _unknown_key(key, overrides)
         if not _parses(override):
@@ -316,19 +322,62 @@ def _parses(override: str) -> bool:
 
 
 def _unknown_key(key: str, overrides: list[str]) -> ConfigError:
-    """Names the keys of the group that `key` was looked for in, and the nearest one: of that group by its own name,
-    else of all by the whole key. Keys are those of the presets chosen in `overrides`."""
+    """Names the keys of the group that `key` was looked for in, and the one that may be meant. Keys are those of the
+    presets chosen in `overrides`."""
     chosen = [text for text in overrides if text.partition("=")[0].partition("@")[0] in _groups()]
     known = list(flatten(_merge(chosen)))
     parent, _, name = key.rpartition(".")
     siblings = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == parent}
-    groups = sorted({other.partition(".")[0] for other in known})
-    if parent and siblings:
-        fix = nearest(name, siblings, parent).get("fix")
-        return ConfigError("unknown key", field=key, allowed=", ".join(siblings.values()), fix=fix)
+    names = sorted({other.partition(".")[0] for other in known})
+    inside = bool(parent and siblings)
+    fix: str | None = aliases.advice(key)
+    if inside and get_close_matches(name, siblings, n=1):
+        fix = nearest(name, siblings, parent)["fix"]
+    elif meant := _meant(key, known):
+        fix = did_you_mean(key, meant)
+    return ConfigError("unknown key", field=key, allowed=", ".join(siblings.values() if inside else names), fix=fix)
+
+
+def _meant(key: str, known: list[str]) -> str | None:
+    """The setting or group that `key` stands for where it is no key itself: the only one of that name, what other
+    frameworks call so, else the nearest; None where nothing is near or there is no such thing here."""
+    name = key.rpartition(".")[2]
     same = [other for other in known if other.rpartition(".")[2] == name]
-    fix = f"did you mean {same[0]}?" if len(same) == 1 else nearest(key, known + groups).get("fix")
-    return ConfigError("unknown key", field=key, allowed=", ".join(groups), fix=fix)
+    if len(same) == 1:
+        return same[0]
+    ours = aliases.own_name(key)
+    if ours or aliases.advice(key):
+        return ours
+    close = get_close_matches(key, [*known, *_groups()], n=1)
+    return close[0] if close else None
+
+
+def override_for(name: str, value: str) -> str | None:
+    """`KEY=VALUE` for a setting that the user calls `name` (`run.steps`, `steps`, `max_steps`, `attention`); None where
+    no setting is called so. A value that may hold a secret is not repeated."""
+    known = list(flatten(_merge([])))
+    key = name if name in (*known, *_groups()) else _meant(name, known)
+    if key is None:
+        return None
+    return f"{key}={value}" if re.fullmatch(r"[\w./+-]+", value) else f"{key}=..."
+
+
+def _not_an_override(at: int, overrides: list[str]) -> ConfigError:
+    """`overrides[at]` is none. The setting may have been typed in another way: `KEY VALUE`, `KEY:VALUE`,
+    `KEY = VALUE`, as an option; or a preset without its group."""
+    fix: Typed | None = None
+    # Of three words, two and one, those that begin here or one before.
+    for first, length in ((at, 3), (at - 1, 2), (at, 2), (at, 1)):
+        typed = " ".join(overrides[first : first + length]) if first >= 0 else ""
+        words = re.fullmatch(r"-{0,2}([A-Za-z_][\w.-]*)(?: ?[=:] ?| )([^\s=:,]+)", typed)
+        meant = override_for(words[1].replace("-", "_"), words[2]) if words else None
+        if meant:
+            fix = Replace(meant, old=typed)
+            break
+    groups = [group for group, names in _groups().items() if overrides[at] in names]
+    if fix is None and len(groups) == 1:
+        fix = Replace(f"{groups[0]}={overrides[at]}", old=overrides[at])
+    return ConfigError("an override is KEY=VALUE", field="override", value=overrides[at], fix=fix)
 
 
 def _groups() -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ from kha_train.config.options import (
     InteractionOptions,
     Projection,
 )
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, Settings
 
 KERNEL_WIDTHS = (16, 32, 64, 128)
 """Widths of heads that kernels written in Triton take."""
@@ -281,5 +281,5 @@ def _each_once(field_name: str, chosen: tuple[Projection, ...]) -> ConfigError |
         field=f"attention.interaction.{field_name}",
         value=list(chosen),
         allowed="a non-empty choice of q, k, v",
-        fix=f"attention.interaction.{field_name}=[v]",
+        fix=Settings(f"attention.interaction.{field_name}=[v]"),
     )

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, Settings
 
 if TYPE_CHECKING:
     from kha_train.config.schema import RunConfig
@@ -267,7 +267,7 @@ def without_identity(config: RunConfig) -> ConfigError | None:
         field="optim.interaction_decay",
         value="identity",
         allowed="zero, none",
-        fix="optim.interaction_decay=zero",
+        fix=Settings("optim.interaction_decay=zero"),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from kha_train.config.backends import TRAITS
 from kha_train.config.options import FoldableOptions, implementation
 from kha_train.config.schema import RunConfig
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, Settings, either
 
 Precision = Literal["fp32", "bf16"]
 OLDEST_FOR_TRITON = (8, 0)
@@ -106,7 +106,9 @@ def resolve_plan(config: RunConfig) -> Resolved:
     asks for CUDA on a cluster of CPUs."""
     if config.engine.device == "cuda" and config.cluster.device == "cpu":
         problem = "cluster.device=cpu has none"
-        raise ConfigError(problem, field="engine.device", value="cuda", fix="engine.device=cpu, or another cluster")
+        raise ConfigError(
+            problem, field="engine.device", value="cuda", fix=either(Settings("engine.device=cpu"), "another cluster")
+        )
     return resolve(config, planned_device(config))
 
 
@@ -116,7 +118,12 @@ def backend_on(config: RunConfig, device: Device, precision: Precision) -> Choic
     if name != "auto":
         problem = backend_problem(name, device, precision)
         if problem:
-            raise ConfigError(problem, field="attention.backend", value=name, fix="attention.backend=sdpa, or auto")
+            raise ConfigError(
+                problem,
+                field="attention.backend",
+                value=name,
+                fix=either(Settings("attention.backend=sdpa"), Settings("attention.backend=auto")),
+            )
         return Choice(name, "chosen by attention.backend")
     if config.attention.base.name == "talking_heads":
         return Choice("eager", "talking_heads mixes scores")
@@ -166,7 +173,7 @@ def require_triton(
     """Raises ConfigError, naming `field` and `fix`, when Triton's kernels cannot run on `device`."""
     problem = triton_problem(device, precision)
     if problem:
-        raise ConfigError(problem, field=field, value="triton", fix=fix)
+        raise ConfigError(problem, field=field, value="triton", fix=Settings(fix))
 
 
 def megablocks_unavailable(reason: str) -> ConfigError:
@@ -176,7 +183,7 @@ def megablocks_unavailable(reason: str) -> ConfigError:
         field="moe.backend",
         value="megablocks",
         allowed="grouped, loop",
-        fix=f"moe.backend=grouped, or on a CUDA machine: {MEGABLOCKS_INSTALL}",
+        fix=either(Settings("moe.backend=grouped"), f"on a CUDA machine: {MEGABLOCKS_INSTALL}"),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 
 from kha_train.config.backends import invalid_backend
 from kha_train.config.build import to_plain
@@ -10,7 +11,7 @@ from kha_train.config.limits import check_limits
 from kha_train.config.options import turned_dimensions, without_identity
 from kha_train.config.schema import RunConfig
 from kha_train.config.urls import refuse_credentials_in
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, Settings, either
 
 MOST_BETA2_IN_BF16 = 0.99
 MOST_PROFILED_STEPS = 50
@@ -56,16 +57,18 @@ def validate_batch(config: RunConfig, world_size: int) -> None:
             field="data.global_batch_size",
             value=rows,
             allowed=f"multiples of engine.micro_batch_size x ranks = {unit}",
-            fix=f"data.global_batch_size={below or above}" + (f" or {above}" if below else ""),
+            fix=either(*(Settings(f"data.global_batch_size={near}") for near in (below, above) if near)),
         )
 
 
 def _run_dir(config: RunConfig) -> None:
     if not config.run.dir.strip():
-        raise ConfigError("names no directory", field="run.dir", value=config.run.dir, fix="run.dir=runs/NAME")
+        raise ConfigError(
+            "names no directory", field="run.dir", value=config.run.dir, fix=Settings("run.dir=runs/NAME")
+        )
     if config.run.dir.startswith("-"):
         # Every command that is given this directory would take it for an option.
-        fix = f"run.dir=./{config.run.dir}"
+        fix = Settings(shlex.quote(f"run.dir=./{config.run.dir}"))
         raise ConfigError("begins with a dash, like an option", field="run.dir", value=config.run.dir, fix=fix)
 
 
@@ -75,10 +78,13 @@ def _shares(config: RunConfig) -> None:
         if not 0 <= value <= 1:
             raise ConfigError("is a share", field=f"optim.schedule.{field}", value=value, allowed="0 to 1")
     if schedule.name == "wsd" and schedule.warmup + schedule.decay > 1:
+        left = 1 - schedule.warmup
+        # The nearest of six digits that leaves no more than the run when it is added.
+        decay = next(share for share in (round(left, 6), round(left - 1e-6, 6)) if schedule.warmup + share <= 1)
         raise ConfigError(
             f"warm-up ({schedule.warmup}) and decay ({schedule.decay}) together exceed the run",
             field="optim.schedule",
-            fix="optim.schedule.decay=" + str(round(1 - schedule.warmup, 3)),
+            fix=Settings(f"optim.schedule.decay={decay}"),
         )
     for beta in config.optim.betas:
         if not 0 <= beta < 1:
@@ -113,12 +119,27 @@ def _layers(config: RunConfig) -> None:
                 field=field,
                 value=value,
                 allowed="1 or more",
-                fix=f"raise it, or moe.dense_layers={model.layers}",
+                fix=either("raise it", Settings(_all_dense(config))),
             )
         if moe.dense_layers == model.layers and value:
-            raise ConfigError("every layer is dense", field=field, value=value, allowed="0", fix=f"{field}=0")
+            raise ConfigError(
+                "every layer is dense", field=field, value=value, allowed="0", fix=Settings(_all_dense(config))
+            )
     if moe.dense_layers == model.layers and moe.shared_experts:
-        raise ConfigError("every layer is dense", field="moe.shared_experts", value=moe.shared_experts, allowed="0")
+        raise ConfigError(
+            "every layer is dense",
+            field="moe.shared_experts",
+            value=moe.shared_experts,
+            allowed="0",
+            fix=Settings(_all_dense(config)),
+        )
+
+
+def _all_dense(config: RunConfig) -> str:
+    """The overrides of a model without experts; its dense layers keep their width where they have one."""
+    width = max(config.moe.dense_width, 0) or 4 * config.model.hidden_size
+    none = " ".join(f"moe.{name}=0" for name in ("experts", "top_k", "expert_width", "shared_experts"))
+    return f"moe.dense_layers={config.model.layers} moe.dense_width={width} {none}"
 
 
 def _experts(config: RunConfig) -> None:
@@ -137,7 +158,7 @@ def _experts(config: RunConfig) -> None:
                     field=field,
                     value=value,
                     allowed="multiples of 8",
-                    fix="moe.backend=loop",
+                    fix=Settings("moe.backend=loop"),
                 )
 
 
@@ -178,7 +199,7 @@ def _router_learns(config: RunConfig) -> None:
             field="moe.renormalize",
             value=True,
             allowed="false with moe.top_k=1; true with more",
-            fix="moe.renormalize=false" + (" or moe.top_k=2" if several else ""),
+            fix=either(Settings("moe.renormalize=false"), *([Settings("moe.top_k=2")] if several else [])),
         )
     if abs(moe.routed_scaling) < LEAST_FP32:
         raise ConfigError(
@@ -186,7 +207,7 @@ def _router_learns(config: RunConfig) -> None:
             field="moe.routed_scaling",
             value=moe.routed_scaling,
             allowed="any number but 0",
-            fix="moe.routed_scaling=1.0",
+            fix=Settings("moe.routed_scaling=1.0"),
         )
 
 
@@ -199,7 +220,7 @@ def _rotary(config: RunConfig) -> None:
             field="model.partial_rotary_factor",
             value=factor,
             allowed="above 0 up to 1",
-            fix="model.partial_rotary_factor=1.0",
+            fix=Settings("model.partial_rotary_factor=1.0"),
         )
     width, turned = base.rotary_width(), turned_dimensions(config)
     exact = math.isclose(turned, width * factor, rel_tol=1e-9)
@@ -219,7 +240,7 @@ def _rotary(config: RunConfig) -> None:
         field=field,
         value=given,
         allowed=f"an even number of turned dimensions, from 2 to {max(width, 2)}",
-        fix=fix,
+        fix=Settings(fix),
     )
 
 
@@ -230,7 +251,7 @@ def _engine(config: RunConfig) -> None:
             "fp32 training accumulates in fp32",
             field="engine.grad_accum_dtype",
             value="bf16",
-            fix="engine.grad_accum_dtype=fp32 or engine.precision=bf16",
+            fix=either(Settings("engine.grad_accum_dtype=fp32"), Settings("engine.precision=bf16")),
         )
     if engine.moment_dtype == "bf16" and config.optim.betas[1] > MOST_BETA2_IN_BF16:
         raise ConfigError(
@@ -238,14 +259,14 @@ def _engine(config: RunConfig) -> None:
             field="optim.betas",
             value=list(config.optim.betas),
             allowed=f"a second beta of at most {MOST_BETA2_IN_BF16}",
-            fix="optim.betas=[0.9,0.95] or engine.moment_dtype=fp32",
+            fix=either(Settings(f"optim.betas=[{config.optim.betas[0]},0.95]"), Settings("engine.moment_dtype=fp32")),
         )
     if engine.compile == "block" and engine.zero_stage == 3:
         raise ConfigError(
             "a compiled block does not see ZeRO 3 gather its weights",
             field="engine.compile",
             value=engine.compile,
-            fix="engine.compile=none, or engine.zero_stage=1 or 2",
+            fix=either(Settings("engine.compile=none"), Settings("engine.zero_stage=2 engine.hpz_partition_size=1")),
         )
     if engine.compile == "block" and engine.activation_checkpointing == "selective":
         raise ConfigError(
@@ -253,14 +274,14 @@ def _engine(config: RunConfig) -> None:
             field="engine.activation_checkpointing",
             value="selective",
             allowed="none, full",
-            fix="engine.activation_checkpointing=none, or engine.compile=none",
+            fix=either(Settings("engine.activation_checkpointing=none"), Settings("engine.compile=none")),
         )
     if engine.hpz_partition_size > 1 and engine.zero_stage != 3:
         raise ConfigError(
             "only ZeRO 3 partitions weights",
             field="engine.hpz_partition_size",
             value=engine.hpz_partition_size,
-            fix="engine.zero_stage=3 or engine.hpz_partition_size=1",
+            fix=either(Settings("engine.hpz_partition_size=1"), Settings("engine.zero_stage=3 engine.compile=none")),
         )
 
 
@@ -271,7 +292,7 @@ def _profile(config: RunConfig) -> None:
             "ends before it begins",
             field="profile.last_step",
             value=profile.last_step,
-            fix=f"profile.last_step={profile.first_step}",
+            fix=Settings(f"profile.last_step={profile.first_step}"),
         )
     if profile.first_step and profile.last_step - profile.first_step >= MOST_PROFILED_STEPS:
         raise ConfigError(
@@ -279,7 +300,7 @@ def _profile(config: RunConfig) -> None:
             field="profile.last_step",
             value=profile.last_step,
             allowed=f"at most {MOST_PROFILED_STEPS} steps",
-            fix=f"profile.last_step={profile.first_step + MOST_PROFILED_STEPS - 1}",
+            fix=Settings(f"profile.last_step={profile.first_step + MOST_PROFILED_STEPS - 1}"),
         )
 
 
@@ -291,7 +312,7 @@ def _data(config: RunConfig) -> None:
             "one dataset (data.train) or several (data.sources)",
             field="data.train",
             value=data.train,
-            fix="data.train=PATH without data.sources, or data.train='' with them",
+            fix=Settings("data.train=''") if names else "name one: data.train=PATH",
         )
     if len(set(names)) != len(names):
         raise ConfigError("two sources of one name", field="data.sources", value=names)
@@ -307,5 +328,5 @@ def _data(config: RunConfig) -> None:
             "rows of unrelated documents side by side",
             field="data.packing",
             value=data.packing,
-            fix="data.isolate_documents=true or data.packing=concat",
+            fix=either(Settings("data.isolate_documents=true"), Settings("data.packing=concat")),
         )

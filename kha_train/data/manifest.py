@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kha_train.config.first_steps import quickstart_first
 from kha_train.data.canonical import canonical_sha256, parse_json
-from kha_train.errors import ConfigError, DataError
+from kha_train.errors import ConfigError, DataError, either
 from kha_train.foreign.files import read_regular
 from kha_train.foreign.typed import LARGEST, short
 
@@ -149,6 +150,8 @@ def load(directory: Path, *, field: str) -> Manifest:
     path = directory / MANIFEST_NAME
     inside = [one.parent.name for one in sorted(directory.glob(f"*/{MANIFEST_NAME}"))]
     fix = f"name one of those in it: {', '.join(inside)}" if inside else "`kha data tokenize` makes one"
+    quickstart = quickstart_first(directory)
+    fix = either(quickstart, "name your own shards") if quickstart else fix
     if not directory.is_dir():
         raise ConfigError("no such dataset directory", field=field, value=str(directory), fix=fix)
     try:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kha_train.data.canonical import canonical_json
-from kha_train.errors import DataError
+from kha_train.errors import DataError, between
 
 ALGORITHM = "mixed-radix-feistel-1"
 ROUNDS = 6
@@ -72,7 +72,9 @@ class Permutation:
     def _walk(self, values: np.ndarray, one_pass: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         values = np.atleast_1d(np.asarray(values, dtype=np.int64))
         if values.size and not (0 <= values.min() and values.max() < self.n):
-            raise DataError("a sample number outside the dataset", value=int(values.max()), allowed=f"0..{self.n - 1}")
+            raise DataError(
+                "a sample number outside the dataset", value=int(values.max()), allowed=between(0, self.n - 1)
+            )
         # uint64 with int64 becomes float64 in NumPy: everything below stays uint64.
         x = one_pass(values.astype(np.uint64))
         outside = np.flatnonzero(x >= np.uint64(self.n))

@@ -21,7 +21,7 @@ from kha_train.data.mixture import Mixture, Phase
 from kha_train.data.order import SampleOrder
 from kha_train.data.packing import ConcatRows, Layout
 from kha_train.data.shards import ShardSet
-from kha_train.errors import ConfigError, DataError
+from kha_train.errors import ConfigError, DataError, Settings, either
 
 TRAIN_SOURCE = "train"
 _ROWS_AT_ONCE = 1024
@@ -218,7 +218,7 @@ def without_labels(field: str, rows: str) -> DataError:
     return DataError(
         f"{rows} has a label: each token is the last of its document, and no document predicts the next one's first",
         field=field,
-        fix="use documents of two tokens or more, or set data.isolate_documents=false",
+        fix=either("use documents of two tokens or more", Settings("data.isolate_documents=false data.packing=concat")),
     )
 
 
@@ -235,7 +235,7 @@ def open_rows(config: RunConfig, directory: str, field: str) -> Rows:
             f"no row of this length in {field} ({directory})",
             field="model.seq_len",
             value=config.model.seq_len,
-            allowed=f"at most {longest - 1}, one less than the tokens of the largest shard",
+            allowed=f"at most {longest - 1}, one less than the tokens of the largest shard" if longest > 1 else None,
         )
     return rows
 
@@ -258,7 +258,7 @@ def open_shards(config: RunConfig, directory: str, field: str) -> ShardSet:
             f"{field} ({directory}) was made with a vocabulary of {shards.vocab_size}",
             field="model.vocab_size",
             value=config.model.vocab_size,
-            fix=f"model.vocab_size={shards.vocab_size}, or other data",
+            fix=either(Settings(f"model.vocab_size={shards.vocab_size}"), "other data"),
         )
     shards.check_tokenizer()
     return shards

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from kha_train.config.first_steps import quickstart_first
 from kha_train.data.canonical import sha256_of_file
 from kha_train.data.fast_encoder import FastEncoder
 from kha_train.data.manifest import TokenizerEntry
-from kha_train.errors import ConfigError, DataError, KhaError
+from kha_train.errors import ConfigError, DataError, KhaError, Options
 
 KIND = "sentencepiece-bpe"
 MODEL_NAME = "tokenizer.model"
@@ -107,7 +108,8 @@ class Tokenizer:
 
         self.path = Path(path)
         if not self.path.is_file():
-            raise ConfigError("no such file", field="tokenizer", value=str(path), fix="`kha data tokenizer` trains one")
+            fix = quickstart_first(self.path) or "`kha data tokenizer` trains one"
+            raise ConfigError("no such file", field="tokenizer", value=str(path), fix=fix)
         model = self.path.read_bytes()
         try:
             # Of no bytes the library makes a processor that fails later.
@@ -197,7 +199,7 @@ class Tokenizer:
                         f"{self.encoder} gives other ids than sentencepiece",
                         field="encoder",
                         value=texts[index][:80],
-                        fix="--encoder sentencepiece --overwrite",
+                        fix=Options("--encoder sentencepiece --overwrite"),
                     )
         self._batches += 1
         found |= zip(others, ids, strict=True)

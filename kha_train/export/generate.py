@@ -21,7 +21,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.data.sources import open_shards
 from kha_train.data.tokenizer import Tokenizer
 from kha_train.distributed import World
-from kha_train.errors import ConfigError, DivergedError
+from kha_train.errors import ConfigError, DivergedError, between
 from kha_train.export.absorb import absorb, absorbed_config
 from kha_train.model.attention.cache import Cache
 from kha_train.model.decoder import Decoder, build_decoder
@@ -147,8 +147,10 @@ def encode_prompt(model: TrainedModel, text: str, ids: list[int], rows: int) -> 
         ids = model.tokenizer.encode([text])[0].tolist() or start[:1]
     vocabulary = model.config.model.vocab_size
     outside = [number for number in ids if not 0 <= number < vocabulary]
-    if outside or not ids:
-        raise ConfigError("not in the vocabulary", field="prompt", value=outside, allowed=f"0 to {vocabulary - 1}")
+    if not ids:
+        raise ConfigError("empty, and the tokenizer has no id to start with", field="prompt", fix="give a text")
+    if outside:
+        raise ConfigError("not in the vocabulary", field="prompt", value=outside, allowed=between(0, vocabulary - 1))
     return torch.tensor(ids).expand(rows, -1)
 
 
@@ -184,5 +186,6 @@ def _too_long(prompt: int, new: int, longest: int) -> ConfigError | None:
         f"a prompt of {prompt} and {new} new tokens; the model was trained on rows of {longest}",
         field="tokens",
         value=new,
-        allowed=f"up to {max(longest - prompt, 0)}",
+        allowed=between(1, longest - prompt),
+        fix=None if prompt < longest else "a shorter prompt",
     )

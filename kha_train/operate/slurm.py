@@ -18,7 +18,7 @@ from typing import TypedDict
 
 from kha_train.config.compose import compose, shipped
 from kha_train.config.validate import validate_batch
-from kha_train.errors import ConfigError, KhaError
+from kha_train.errors import ConfigError, KhaError, Options, either
 from kha_train.operate.status import RunStatus
 from kha_train.operate.sweep import (
     Equal,
@@ -196,7 +196,11 @@ def submit(directory: Path, points: Sequence[Point], options: JobOptions) -> str
     refuses or does not name the job.
     """
     if shutil.which("sbatch") is None:
-        raise ConfigError("no sbatch here", field="kha sweep", fix="--local runs the points here, --print shows them")
+        raise ConfigError(
+            "no sbatch here",
+            field="kha sweep",
+            fix=either(Options("--local", "{} to run the points here"), Options("--print", "{} to see them")),
+        )
     _check_site(options)
     number = len(list(directory.glob("points-*.json")))
     points_file = directory / f"points-{number}.json"

@@ -6,6 +6,7 @@ import glob
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from kha_train.config.first_steps import quickstart_first
 from kha_train.errors import ConfigError, KhaError
 from kha_train.record.reader import METRICS_FILE, RUN_FILE
 from kha_train.record.sweeps import load_sweep
@@ -153,4 +154,5 @@ def _neighbours(named: Sequence[Path]) -> str:
         runs = [child.name for child in sorted(parent.glob("*")) if is_run(child)] if parent.is_dir() else []
         if runs:
             return f"runs found in {parent}: {', '.join(runs[:8])}"
-    return "name a run.dir, a sweep, or a folder of runs"
+    quickstart = [first for path in named if (first := quickstart_first(path))]
+    return quickstart[0] if quickstart else "name a run.dir, a sweep, or a folder of runs"

@@ -10,7 +10,7 @@ from typing import Any
 from kha_train.config.build import build
 from kha_train.config.saved import completed
 from kha_train.config.schema import OptimSection, RunConfig
-from kha_train.errors import ConfigError, ResumeError
+from kha_train.errors import ConfigError, ResumeError, Settings, either
 from kha_train.optim import learning_rate
 
 LARGEST_JUMP = 1.5
@@ -74,7 +74,7 @@ def check_rate(config: RunConfig, change: RateChange | None) -> None:
             f"{change}; without being asked a resumed run changes it by a factor of {LARGEST_JUMP} at most",
             field="run.dir",
             value=config.run.dir,
-            fix=ways(config, change, names),
+            fix=either(*ways(config, change, names)),
         )
 
 
@@ -87,13 +87,17 @@ def tell_rate_change(change: RateChange | None, is_main: bool) -> dict[str, floa
     return {"before": change.before, "planned": change.planned, "now": change.now}
 
 
-def ways(config: RunConfig, change: RateChange | None, names: Sequence[str]) -> str:
+def ways(config: RunConfig, change: RateChange | None, names: Sequence[str]) -> tuple[Settings, ...]:
     """What to type so that the settings `names` may change: one way, or two where the rate would jump."""
     if change is None or not change.is_jump or any(name in ACCEPTED_BY for name in names):
-        return _allowing(config, *names)
-    keep = f"{_keeping(config, change)} {_allowing(config, *names, 'optim')} keeps the rate, to decay anew; "
-    jump = f"{_allowing(config, *names, 'optim.schedule')} lets it jump (docs/resume.md, 'Train longer')"
-    return (keep if change.nearest else "") + jump
+        return (Settings(_allowing(config, *names)),)
+    jump = Settings(
+        _allowing(config, *names, "optim.schedule"), "{} lets the rate jump (docs/resume.md, 'Train longer')"
+    )
+    if not change.nearest:
+        return (jump,)
+    keeping = f"{_keeping(config, change)} {_allowing(config, *names, 'optim')}"
+    return Settings(keeping, "{} keeps the rate, to decay anew"), jump
 
 
 def _factor(one: float, other: float) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,24 @@ import torch
 from torch import Tensor
 
 from kha_train.checkpoint.fit import check_buffers
+from kha_train.checkpoint.loss import free_name
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import Checkpoint
 from kha_train.config.build import to_plain, without_places
+from kha_train.config.compose import quoted
 from kha_train.config.constants import FREE_TO_CHANGE, PRECISION_OF, may_differ
 from kha_train.config.saved import completed
 from kha_train.config.schema import RunConfig
 from kha_train.engine.contract import Engine, Fragment, InitialValue, seeded
-from kha_train.errors import DataError, ResumeError
+from kha_train.errors import CheckpointError, DataError, ResumeError, Settings, either
 from kha_train.foreign.documents import Json
 from kha_train.model.decoder import build_decoder
 from kha_train.model.moe.router import RUN_STATE
 from kha_train.record import Redactor, read_run
 from kha_train.record.redact import REDACTED
-from kha_train.train.progress import Progress, read_state
+from kha_train.train.progress import Progress, read_state, restore_watch
 from kha_train.train.rate_change import RateChange, check_rate, rate_change, ways
+from kha_train.train.watch import Watch
 
 
 def attention_backend(run_dir: Path) -> str:
@@ -91,9 +95,7 @@ def check_belongs(
             f"the checkpoint of step {checkpoint.step} belongs to another run:\n{table}\n ",
             field="run.dir",
             value=config.run.dir,
-            fix="restore the old settings; or start a new run: another run.dir, with "
-            f"run.init_from={checkpoint.path} to begin with these weights; or, where it does what you want, "
-            + ways(config, change, names),
+            fix=either("restore the old settings", *_typed_ways(config, checkpoint, ways(config, change, names))),
         )
     _, new, left_out = _compare_parameters(config, checkpoint)
     if new or left_out:
@@ -101,10 +103,38 @@ def check_belongs(
             f"the checkpoint of step {checkpoint.step} holds other parameters, such as {(new + left_out)[0]}",
             field="run.dir",
             value=config.run.dir,
-            fix=f"start a new run: another run.dir, with run.init_from={checkpoint.path}",
+            fix=either("restore the old settings", *_typed_ways(config, checkpoint)),
         )
     check_rate(config, change)
     return change
+
+
+def _typed_ways(config: RunConfig, checkpoint: Checkpoint, allowing: Sequence[Settings] = ()) -> Iterator[Settings]:
+    """What can be typed instead of resuming `checkpoint`: a run of its own that begins with these weights, where their
+    shapes agree; what is `allowing` the changes, where the checkpoint then has all that is restored."""
+    taken, shapes_fit, whole = _places(config, checkpoint)
+    begin = [f"run.dir={quoted(str(free_name(Path(config.run.dir), 'new')))}"]
+    begin += [f"run.init_from={quoted(str(checkpoint.path))}"] if taken and shapes_fit else []
+    yield Settings(shlex.join(begin))
+    if whole:
+        yield from allowing
+
+
+def _places(config: RunConfig, checkpoint: Checkpoint) -> tuple[bool, bool, bool]:
+    """Whether the model has tensors of `checkpoint`; whether those that both have agree in shape; whether the model and
+    the detectors have the state that is in it, no more and no less."""
+    with torch.device("meta"):
+        decoder = build_decoder(config)
+    kept = decoder.state_dict(keep_vars=True)
+    buffers = {name: buffer for name, buffer in decoder.named_buffers() if name in kept}
+    model = {name: tuple(value.shape) for name, value in (dict(decoder.named_parameters()) | buffers).items()}
+    saved = checkpoint.names() | {name: entry.shape for name, entry in checkpoint.manifest.contents.buffers.items()}
+    shapes_fit = all(model[name] == saved[name] for name in model.keys() & saved.keys())
+    try:
+        restore_watch(Watch(config), checkpoint)
+    except CheckpointError:
+        return bool(model.keys() & saved.keys()), shapes_fit, False
+    return bool(model.keys() & saved.keys()), shapes_fit, shapes_fit and model.keys() == saved.keys()
 
 
 def not_allowed(config: RunConfig, changes: list[tuple[str, Json, Json]], *free: str) -> list[tuple[str, Json, Json]]:
@@ -218,7 +248,11 @@ def _compare_parameters(config: RunConfig, checkpoint: Checkpoint) -> tuple[list
     for name in taken:
         if model[name] != saved[name]:
             raise ResumeError(
-                "two shapes of one parameter", field=name, value=list(model[name]), allowed=f"{list(saved[name])}"
+                "two shapes of one parameter",
+                field=name,
+                value=list(model[name]),
+                allowed=f"{list(saved[name])}",
+                fix="a checkpoint of a model of these shapes, or a new run in another run.dir without run.init_from",
             )
     return taken, [name for name in model if name not in saved], [name for name in saved if name not in model]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (
-    {"literal", "output"},
+    {"interpreter", "literal", "output"},
     {"errors", "stability"},
     {"foreign"},
     {"config", "distributed"},

@@ -22,7 +22,7 @@ def test_a_sub_command_imports_no_other() -> None:
         "print(*sorted(found), 'torch' in sys.modules, file=sys.stderr)"
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    own = ["main", "output", "plan", "train"]
+    own = ["main", "options", "output", "plan", "train"]
     assert answer.stderr.split() == [*(f"kha_train.cli.{name}" for name in own), "False"]
 
 

@@ -153,7 +153,7 @@ def test_the_way_that_keeps_the_rate_keeps_it_for_every_schedule(
     change = rate_change(after, to_plain(before), step)
     if change is None or not change.is_jump or change.nearest < 1e-300:
         return
-    keep = ways(after, change, ["run.steps"]).partition(" resume.allow_changes=[run.steps,optim]")[0]
+    keep = ways(after, change, ["run.steps"])[0].typed.partition(" resume.allow_changes=[run.steps,optim]")[0]
     settings = dict(override.split("=") for override in keep.split())
     schedule = ScheduleSection(
         name="wsd",

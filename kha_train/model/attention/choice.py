@@ -12,7 +12,7 @@ from kha_train.config.backends import TRAITS
 from kha_train.config.options import FoldableOptions, implementation
 from kha_train.config.resolve import Choice, backend_on, resolve
 from kha_train.config.schema import RunConfig
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, Settings
 from kha_train.model.attention.backends import BACKENDS, Backend, Documents, eager, lay_out_documents, sdpa, varlen
 from kha_train.model.device import device_facts
 from kha_train.model.kernels.availability import precision_of
@@ -87,7 +87,7 @@ def check_against_maths(config: RunConfig, device: torch.device, dtype: torch.dt
                     f"computes wrong numbers on {_name(device)}, {rows}: {part} is off by {error:.2g}",
                     field="attention.backend",
                     value=name,
-                    fix="attention.backend=sdpa",
+                    fix=Settings("attention.backend=sdpa"),
                 )
 
 

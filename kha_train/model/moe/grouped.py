@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, Settings
 from kha_train.model.host import spare_the_compiler
 from kha_train.model.kernels import movement, weighted_swiglu
 from kha_train.model.kernels.availability import require
@@ -210,7 +210,7 @@ def check_empty_groups(device: torch.device, dtype: torch.dtype) -> None:
             f"computes wrong gradients of experts without tokens with torch {torch.__version__} on this {device.type}",
             field="moe.backend",
             value="grouped",
-            fix="moe.backend=loop",
+            fix=Settings("moe.backend=loop"),
         )
 
 

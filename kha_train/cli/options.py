@@ -1,0 +1,50 @@
+"""Options of other programs, where settings are `KEY=VALUE`: `--steps 100` is refused with `run.steps=100`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from typer.core import TyperCommand
+
+from kha_train.config import aliases
+from kha_train.config.compose import override_for
+from kha_train.errors import ConfigError, Replace
+
+
+class OverridesCommand(TyperCommand):
+    """A command that takes overrides; an unknown option that names a setting is answered with the override."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As Typer's. Raises ConfigError for an option that is none of the command's but a setting."""
+        for at in self._unknown(args):
+            _refuse(args[at:])
+        return super().parse_args(ctx, args)
+
+    def _unknown(self, args: Sequence[str]) -> Iterator[int]:
+        """Places in `args` of options that the command does not have."""
+        known = {name: option for option in self.params for name in (*option.opts, *option.secondary_opts)}
+        taken = False
+        for at, text in enumerate(args):
+            name, equals, _ = text.partition("=")
+            if text == "--":
+                return
+            if not taken and text.startswith("-") and name not in (*known, "-h", "--help"):
+                yield at
+            taken = not taken and name in known and not equals and not getattr(known[name], "is_flag", True)
+
+
+def _refuse(args: Sequence[str]) -> None:
+    """Raises ConfigError when the option `args[0]` is meant as a setting, with the override to type."""
+    name, equals, value = args[0].partition("=")
+    bare = name.lstrip("-").replace("-", "_")
+    typed = args[0]
+    if not equals and len(args) > 1 and not args[1].startswith("-") and "=" not in args[1]:
+        value = args[1]
+        typed = f"{typed} {value}"
+    meant = override_for(bare, value) if value else None
+    fix = Replace(meant, old=typed) if meant else aliases.advice(bare)
+    if fix is None and (meant := override_for(bare, "VALUE")):
+        fix = meant
+    if fix:
+        raise ConfigError("no such option; a setting is KEY=VALUE", field=name, fix=fix)

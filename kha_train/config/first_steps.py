@@ -1,0 +1,19 @@
+"""Advice for those who have not run `kha quickstart` yet: the data and runs of the documentation are what it makes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from kha_train.errors import First
+
+QUICKSTART = "quickstart"
+"""The directory that `kha quickstart` writes, here; `configs/data/quickstart.yaml` names its shards."""
+
+
+def quickstart_first(path: Path | str) -> First | None:
+    """`kha quickstart` where it would make the missing `path`; None where `path` is nothing of it, or it has run."""
+    parts = Path(os.path.relpath(path)).parts
+    if parts[0] != QUICKSTART or Path(*parts[:2]).exists():
+        return None
+    return First("kha quickstart")
