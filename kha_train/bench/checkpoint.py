@@ -78,7 +78,7 @@ class _Mode:
             self._saver.begin(number, self._engine, {"round": number})
         for _ in range(self._steps):
             batch, labels = next_batch(self._stream, self._engine.world)
-            train_step(self._engine, batch, labels, 1e-4, False, lambda loss, norm: Ruling(True))
+            train_step(self._engine, batch, labels, 1e-4, lambda loss, norm: Ruling(True))
             if self._saver:
                 self._saver.poll()
         if self._saver:

@@ -142,7 +142,7 @@ def _ours(config: RunConfig, world: World, left_last: ExitStack) -> Arm:
     lr = config.optim.lr * 0.1
 
     def step(batch: Batch) -> None:
-        train_step(engine, batch, batch.label_count, lr, False)
+        train_step(engine, batch, batch.label_count, lr)
 
     place = (world.device, engine.dtype)
     chosen = [*announce(config, *place), *announce_experts(config, *place)]

@@ -87,7 +87,7 @@ class _Arms:
     def _train(self, judge: Callable[[float, float], Ruling]) -> StepResult:
         session = self._session
         batch, labels = next_batch(session.stream, session.world)
-        return train_step(session.engine, batch, labels, RATE, False, judge)
+        return train_step(session.engine, batch, labels, RATE, judge)
 
     def _timed(self, name: str, act: Callable[..., Any]) -> Callable[..., Any]:
         def call(*given: Any) -> Any:

@@ -41,6 +41,8 @@ def show(answer: Plan, console: Console) -> None:
     for problem in (answer.batch_problem, answer.data_problem):
         if problem:
             console.print(f"cannot run yet: {problem}")
+    if answer.warning:
+        console.print(f"warning: {answer.warning}")
     console.print(_verdict(answer))
     for number, remedy in enumerate(answer.remedies, start=1):
         enough = "fits" if remedy.fits else "not enough"

@@ -24,6 +24,7 @@ from kha_train.model.accounting import (
     flops_per_token,
     interaction_overhead,
 )
+from kha_train.train.patience import warning_of_many
 
 STAGES = (1, 2, 3)
 CHECKPOINT_BYTES = 12
@@ -121,6 +122,12 @@ class Plan:
         """Whether the run could begin there, as far as it is known."""
         return self.fits is not False and self.batch_problem is None and self.data_problem is None
 
+    @property
+    def warning(self) -> str:
+        """What to know before a run whose steps are very long; "" where they are not."""
+        rows = self.config.data.global_batch_size // self.config.cluster.devices
+        return warning_of_many(self.config, rows, self.time["step_seconds"])
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON answer. Its keys are documented in docs/plan.md and do not change."""
         config, cluster = self.config, self.config.cluster
@@ -159,6 +166,7 @@ class Plan:
             "communication": [asdict(volume) for volume in self.communication],
             "batch_problem": self.batch_problem,
             "data_problem": self.data_problem,
+            "warning": self.warning,
             "time": self.time,
             "checkpoint": self.checkpoint,
             "data": self.data,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -38,8 +39,11 @@ from kha_train.model.accounting import count_parameters
 from kha_train.model.decoder import build_decoder
 from kha_train.model.device import device_facts
 from kha_train.train import resume
+from kha_train.train.patience import warning_of_many
 from kha_train.train.step import train_step
 
+REHEARSED_MICRO_BATCHES = 8
+"""The step that is rehearsed has no more."""
 MASTER_BYTES = 12
 """A master weight and two moments in fp32: what a checkpoint holds of a parameter."""
 
@@ -88,12 +92,14 @@ def rehearse(config: RunConfig, overrides: Sequence[str], layout: Layout) -> dic
 
 def _batch(config: RunConfig, world_size: int) -> dict[str, Any]:
     rows, micro, length = config.data.global_batch_size, config.engine.micro_batch_size, config.model.seq_len
+    warning = warning_of_many(config, rows // world_size)
     return {
         "rows_a_step": rows,
         "rows_a_rank": rows // world_size,
         "micro_batches_a_step": rows // world_size // micro,
         "tokens_a_step": rows * length,
         "tokens": rows * length * config.run.steps,
+        **({"warning": warning} if warning else {}),
     }
 
 
@@ -160,17 +166,24 @@ def _rank_zero(config: RunConfig, world_size: int, labels: int) -> dict[str, Any
         resolve(config, device_facts(torch.device("cpu")))
     except ConfigError as error:
         return {"built": False, "why": f"runs on the devices of the job and not on this CPU: {error}"}
+    # More micro-batches show nothing new; what a step takes here follows from these.
+    rows = config.data.global_batch_size
+    some = min(rows, REHEARSED_MICRO_BATCHES * config.engine.micro_batch_size * world_size)
+    config = replace(config, data=replace(config.data, global_batch_size=some))
     with _fake_world(world_size) as world:
         engine = DefaultEngine(config, world)
         batch = next(open_stream(config, 0, world_size))
         batch.step_tokens = batch.token_count * world_size
-        train_step(engine, batch, labels, config.optim.lr, stop_requested=False)
+        started = time.perf_counter()
+        train_step(engine, batch, labels, config.optim.lr)
+        seconds = (time.perf_counter() - started) * rows / config.data.global_batch_size
         pieces = list(resume.pieces(engine))
         engine.close()
         DefaultEngine.leave_world()
     return {
         "built": True,
         "dtype": str(resolve_dtype(config, world.device)).removeprefix("torch."),
+        "step_seconds_here": seconds,
         "pieces": len(pieces),
         "checkpoint_bytes": sum(piece.values.nbytes for piece in pieces),
     }

@@ -26,6 +26,7 @@ from kha_train.record import (
 from kha_train.record.actions import count_actions
 from kha_train.record.goodput import goodput_of
 from kha_train.record.totals import Totals, known_totals
+from kha_train.telemetry.meters import STEADY_STEPS, WARM_UP_STEPS
 
 State = Literal["done", "running", "silent", "requeue", "fatal", "ended", "queued", "new", "unreadable"]
 STATES: dict[str, str] = {
@@ -48,10 +49,11 @@ class RunStatus:
     """One run. None where the run has not told it yet.
 
     `loss`, `tokens_per_second` and `mfu` are medians of the last 20 steps; `seconds_left` is the steps left times the
-    mean wall time between those steps, saving and validating included; `goodput` the share that `record.goodput`
-    calls productive; `spikes` the narrow and wide loss spikes so far; `diverged` whether the divergence guard fired,
-    the last attempt ended with exit code 5, or a loss event was open when the run ended; `heartbeat` the seconds since
-    the process was heard of, `idle` the seconds since its last step; `note` why it ended and which rank failed first.
+    mean wall time between those of the last attempt without its first two, saving and validating included; `goodput`
+    the share that `record.goodput` calls productive; `spikes` the narrow and wide loss spikes so far; `diverged`
+    whether the divergence guard fired, the last attempt ended with exit code 5, or a loss event was open when the run
+    ended; `heartbeat` the seconds since the process was heard of, `idle` the seconds since its last step; `note` why
+    it ended and which rank failed first.
     """
 
     name: str
@@ -99,7 +101,7 @@ def run_status(path: Path, name: str | None = None, queued: bool = False) -> Run
         loss=_median(lines, "train/loss"),
         tokens_per_second=_median(lines, "train/tokens_per_second"),
         mfu=_median(lines, "train/mfu"),
-        seconds_left=_seconds_left(lines, step, steps),
+        seconds_left=_seconds_left(lines, step, steps, attempts),
         spikes=_spikes(lines[-1]) if lines else 0,
         diverged=_diverged(path, lines, attempts, state, totals),
         attempts=len(attempts),
@@ -193,8 +195,13 @@ def _median(lines: list[dict[str, Any]], key: str) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _seconds_left(recent: list[dict[str, Any]], step: int, steps: int | None) -> float | None:
-    if steps is None or len(recent) < 2 or any("time" not in line for line in recent):
+def _seconds_left(
+    recent: list[dict[str, Any]], step: int, steps: int | None, attempts: list[dict[str, Any]]
+) -> float | None:
+    """From the steps of the last attempt, without its first: pauses between attempts and compilers tell nothing."""
+    began = attempts[-1].get("start_step", 0) if attempts else 0
+    own = [line for line in recent if line.get("attempt", 1) >= len(attempts) and line["step"] > began + WARM_UP_STEPS]
+    if steps is None or len(own) < STEADY_STEPS or any("time" not in line for line in own):
         return None
-    seconds: float = max(0.0, recent[-1]["time"] - recent[0]["time"])
-    return (steps - step) * seconds / int(recent[-1]["step"] - recent[0]["step"])
+    seconds: float = max(0.0, own[-1]["time"] - own[0]["time"])
+    return (steps - step) * seconds / int(own[-1]["step"] - own[0]["step"])

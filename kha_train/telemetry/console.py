@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,10 +18,12 @@ from kha_train.config.schema import RunConfig
 from kha_train.literal import visible
 from kha_train.output import HarmlessStream
 from kha_train.record import Redactor
-from kha_train.telemetry.format import step_line
-from kha_train.telemetry.meters import MovingAverage
+from kha_train.telemetry.format import MAX_WIDTH, step_line
+from kha_train.telemetry.meters import MovingAverage, TimeLeft
 from kha_train.telemetry.terminal import LiteralConsole, literal
 
+TIMED_WIDTH = 60
+"""On a narrower terminal the room of the time is needed for the step."""
 SECONDS_BETWEEN_LINES = 10.0
 """In mode `auto` away from a terminal, a line is printed at most this often."""
 
@@ -30,6 +33,8 @@ class Console:
 
     `lines` prints every step, `progress` a bar with the latest line under it, `auto` the bar on a terminal and
     otherwise a line every ten seconds (first, last, skipped and validation steps always), `quiet` messages only.
+    Every line but the closing block begins with the local time: in a log with the date, on a terminal without it, and
+    on one narrower than `TIMED_WIDTH` not at all.
     """
 
     def __init__(
@@ -40,19 +45,21 @@ class Console:
         rank: int = 0,
         start_step: int = 0,
         memory_total_gib: float | None = None,
+        loss_average: MovingAverage | None = None,
         file: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`start_step` is the number of steps finished before; `file` defaults to standard output."""
+        """`start_step` is the number of steps finished before, `loss_average` the one to go on with; `file` defaults
+        to standard output."""
         self.total_steps = total_steps
         self._clean = Redactor.from_environment().text
         self._rich = LiteralConsole(file=HarmlessStream(file or sys.stdout), quiet=rank != 0)
         mode = config.telemetry.console
         self.mode = ("progress" if self._rich.is_terminal else "sparse") if mode == "auto" else mode
         self._clock = clock
-        self._last_shown, self._last_step_at = float("-inf"), clock()
-        self._seconds = MovingAverage(0.95)
-        self._loss = MovingAverage()
+        self._last_shown = float("-inf")
+        self._time_left = TimeLeft(clock())
+        self._loss = loss_average or MovingAverage()
         self._memory_total_gib = memory_total_gib
         self._checkpoint: int | None = None
         self._live: Live | None = None
@@ -62,17 +69,15 @@ class Console:
     def step(self, line: dict[str, Any]) -> None:
         """Shows a metrics line, and the validation result when it has one."""
         now = self._clock()
-        # The wall time between steps counts saving and validating too, which an ETA must.
-        seconds = self._seconds.update(now - self._last_step_at)
-        self._last_step_at = now
         loss_average = self._loss.update(line.get("train/loss", float("nan")))
         text = step_line(
             line,
             self.total_steps,
             loss_average=loss_average,
-            seconds_left=seconds * (self.total_steps - line["step"]),
+            seconds_left=self._time_left.after_step(now, self.total_steps - line["step"]),
             memory_total_gib=self._memory_total_gib,
             checkpoint_step=self._checkpoint,
+            width=self._width - (0 if self._live else len(self._time())),
         )
         if self._live is not None:
             self._progress.update(self._task, completed=line["step"])
@@ -85,11 +90,11 @@ class Console:
 
     def message(self, text: str) -> None:
         """Prints a line of text, above the bar if there is one."""
-        self._rich.print(self._clean(text), soft_wrap=True)
+        self._print(f"{self._time()}{text}")
 
     def warn(self, text: str) -> None:
         """Prints a line that should be read."""
-        self._rich.print(literal(f"warning: {self._clean(text)}", "yellow"), soft_wrap=True)
+        self._rich.print(literal(f"{self._time()}warning: {self._clean(text)}", "yellow"), soft_wrap=True)
 
     def checkpoint_saved(self, step: int) -> None:
         """Remembers the newest checkpoint for the lines that follow."""
@@ -100,9 +105,9 @@ class Console:
         self.close()
         width = max((len(name) for name, _ in rows), default=0)
         for name, value in rows:
-            self.message(f"{name:<{width}}  {value}")
+            self._print(f"{name:<{width}}  {value}")
         if next_command:
-            self.message(f"next: {next_command}")
+            self._print(f"next: {next_command}")
 
     def close(self) -> None:
         """Takes the bar off the terminal; closing twice is harmless."""
@@ -117,6 +122,25 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _print(self, text: str) -> None:
+        self._rich.print(self._clean(text), soft_wrap=True)
+
+    @property
+    def _is_fitted(self) -> bool:
+        """Whether lines are to fit a terminal, or what COLUMNS names in its place."""
+        return self._rich.is_terminal or "COLUMNS" in os.environ
+
+    @property
+    def _width(self) -> int:
+        """Of a step line with its time. In a log the time is not counted: nothing is narrow there."""
+        return min(self._rich.width, MAX_WIDTH) if self._is_fitted else MAX_WIDTH + len(self._time())
+
+    def _time(self) -> str:
+        """The beginning of a line."""
+        if not self._is_fitted:
+            return time.strftime("%Y-%m-%d %H:%M:%S ")
+        return time.strftime("%H:%M:%S ") if self._rich.width >= TIMED_WIDTH else ""
 
     def _start_bar(self, name: str, start_step: int) -> None:
         name_column, bar = TextColumn("{task.description}", markup=False), BarColumn(bar_width=None)

@@ -1,11 +1,13 @@
-"""The step line: one step of `metrics.jsonl` in at most 120 characters, the least important parts dropped first."""
+"""The step line: one step of `metrics.jsonl` in a given width, the least important parts dropped first."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 MAX_WIDTH = 120
+"""Characters of a step line where no terminal is narrower."""
 
 
 def scaled(number: float) -> str:
@@ -46,39 +48,52 @@ def step_line(
     seconds_left: float = math.nan,
     memory_total_gib: float | None = None,
     checkpoint_step: int | None = None,
+    width: int = MAX_WIDTH,
 ) -> str:
-    """The console twin of a metrics line; what the line does not have is left out."""
+    """The console twin of a metrics line, of at most `width` characters; what the line does not have is left out.
+
+    A part is shown whole or not at all: of step, loss and the time left, the others go first.
+    """
     step = line["step"]
     # (rank of importance, text): when the line is too long, the highest rank goes first.
-    parts: list[tuple[int, str]] = [(0, f"step {step}/{total_steps} {100 * step / max(total_steps, 1):.2f}%")]
+    parts: list[tuple[int, str]] = []
     if "train/loss" in line:
         parts.append((0, f"loss {fixed(line['train/loss'], 3)}"))
         if math.isfinite(loss_average):
-            parts.append((4, f"ema {fixed(loss_average, 3)}"))
+            parts.append((5, f"ema {fixed(loss_average, 3)}"))
     if line.get("train/skipped"):
         parts.append((0, "SKIPPED"))
     if "train/grad_norm" in line:
-        parts.append((1, f"gnorm {fixed(line['train/grad_norm'], 2)}"))
+        parts.append((2, f"gnorm {fixed(line['train/grad_norm'], 2)}"))
     if "train/lr" in line:
-        parts.append((3, f"lr {scientific(line['train/lr'])}"))
+        parts.append((4, f"lr {scientific(line['train/lr'])}"))
     if "train/tokens_per_second" in line:
-        parts.append((1, f"{scaled(line['train/tokens_per_second'])} tok/s"))
+        parts.append((2, f"{scaled(line['train/tokens_per_second'])} tok/s"))
     if "train/mfu" in line:
-        parts.append((2, f"MFU {fixed(100 * line['train/mfu'], 1)}%"))
+        parts.append((3, f"MFU {fixed(100 * line['train/mfu'], 1)}%"))
     if "memory/peak_gib" in line:
         of_total = f"/{memory_total_gib:.0f}" if memory_total_gib else ""
-        parts.append((5, f"mem {fixed(line['memory/peak_gib'], 1)}{of_total}G"))
+        parts.append((6, f"mem {fixed(line['memory/peak_gib'], 1)}{of_total}G"))
     if "moe/maxvio" in line:
-        parts.append((6, f"bal {fixed(line['moe/maxvio'], 2)}"))
+        parts.append((7, f"bal {fixed(line['moe/maxvio'], 2)}"))
     parts.append((1, f"ETA {duration(seconds_left)}"))
     if checkpoint_step is not None:
-        parts.append((7, f"ckpt {checkpoint_step}"))
-    return _fit(parts)
+        parts.append((8, f"ckpt {checkpoint_step}"))
+    heads = (
+        f"step {step}/{total_steps} {100 * step / max(total_steps, 1):.2f}%",
+        f"step {step}/{total_steps}",
+        f"step {step}",
+    )
+    return _fit(heads, parts, width)
 
 
-def _fit(parts: list[tuple[int, str]]) -> str:
-    text = " | ".join(part for _, part in parts)
-    while len(text) > MAX_WIDTH and len(parts) > 1:
-        parts.remove(max(parts[1:], key=lambda part: part[0]))
-        text = " | ".join(part for _, part in parts)
-    return text[:MAX_WIDTH]
+def _fit(heads: Sequence[str], parts: list[tuple[int, str]], width: int) -> str:
+    """The longest of `heads` and as many `parts` as fit. A shorter head goes before the parts of rank 0 and 1."""
+    while True:
+        for head in heads if all(rank <= 1 for rank, _ in parts) else heads[:1]:
+            text = " | ".join([head, *(part for _, part in parts)])
+            if len(text) <= width:
+                return text
+        if not parts:
+            return heads[-1][:width]
+        parts.remove(max(parts, key=lambda part: part[0]))

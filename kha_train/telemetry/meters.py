@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 1024**3
+WARM_UP_STEPS = 2
+"""The first steps of an attempt, which may wait for compilers and caches: the time left does not follow from them."""
+STEADY_STEPS = 3
+"""So many steps after those are needed to tell the time left."""
 _HIGH_WATER = re.compile(rb"VmHWM:\s+(\d+) kB")
 
 
@@ -36,10 +40,36 @@ class MovingAverage:
             self._weight = self.decay * self._weight + 1.0
         return self.value
 
+    def state(self) -> dict[str, float]:
+        """What `restore` goes on from."""
+        return {"sum": self._sum, "weight": self._weight}
+
+    def restore(self, state: dict[str, float] | None) -> None:
+        """Go on from the `state` of another; from nothing when it is None."""
+        state = state or {}
+        self._sum, self._weight = state.get("sum", 0.0), state.get("weight", 0.0)
+
     @property
     def value(self) -> float:
         """The average so far, nan while there was no finite value."""
         return self._sum / self._weight if self._weight else math.nan
+
+
+class TimeLeft:
+    """The time that the rest of a run takes, from the steps of this attempt: nan until they are steady."""
+
+    def __init__(self, now: float) -> None:
+        self._last_at, self._count = now, 0
+        self._seconds = MovingAverage(0.95)
+
+    def after_step(self, now: float, steps_left: int) -> float:
+        """Seconds left after a step that ended at `now`; saving and validating before it count as part of it."""
+        self._count += 1
+        if self._count > WARM_UP_STEPS:
+            self._seconds.update(now - self._last_at)
+        self._last_at = now
+        steady = self._count >= WARM_UP_STEPS + STEADY_STEPS
+        return self._seconds.value * steps_left if steady else math.nan
 
 
 class DataWait:

@@ -1,7 +1,8 @@
 """A request to stop in good order: a signal (Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2), a STOP file in the run directory, or
 one that the batch script of this very job makes for signals that come before anybody listens.
 
-The handler only sets a flag; the loop agrees on it with all ranks at the end of a step, saves, and leaves.
+A thread hears signals the moment they arrive and says on rank 0 what is waited for. The loop agrees on the request with
+all ranks at the end of a step, or amid a long one (`train.patience`), saves, and leaves.
 """
 
 from __future__ import annotations
@@ -10,43 +11,58 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Self
+from types import TracebackType
+from typing import Self
 
+from kha_train.literal import say
 from kha_train.record.markers import Marker, has_marker
+from kha_train.train.signals import SignalListener
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+URGENT = (signal.SIGINT, signal.SIGTERM)
+"""Signals of which a second one ends the process at once. The others only ask, however often."""
+ECHO_SECONDS = 0.5
+"""What follows a signal so soon is the same request: `timeout` passes on what the whole group got."""
+TORCHRUN_ECHO_SECONDS = 2.0
+"""The same under torchrun, which passes signals on as well, and does so from Python."""
 
 
 class StopRequests:
-    """While entered, `pending()` tells whether this process was asked to stop. A second Ctrl-C interrupts at once.
+    """While entered, `pending()` tells whether this process was asked to stop. A second Ctrl-C or SIGTERM raises
+    KeyboardInterrupt.
 
-    Only one rank need look for the files, at every step: `run_dir` is None on the others. After `max_minutes` (0:
-    never) by a clock that nobody can set, the process asks by itself: for jobs with a time limit.
+    Only one rank need look for the files, at every step: `run_dir` is None on the others, which also print nothing.
+    After `max_minutes` (0: never) by a clock that nobody can set, the process asks by itself: for jobs with a time
+    limit. `place` says what the process is at, for the line that the first signal prints.
     """
 
-    def __init__(self, run_dir: Path | None, max_minutes: float = 0.0) -> None:
-        self._run_dir = run_dir
+    def __init__(
+        self, run_dir: Path | None, max_minutes: float = 0.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.place = "the start of the run and its first step"
+        self._run_dir, self._clock = run_dir, clock
         self._job_file = Path(os.environ["KHA_STOP_FILE"]) if run_dir and "KHA_STOP_FILE" in os.environ else None
-        self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
-        self._received = False
-        self._previous: dict[int, Any] = {}
+        self._deadline = clock() + 60 * max_minutes if max_minutes else math.inf
+        self._urged_at = math.nan
+        self._echo = TORCHRUN_ECHO_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else ECHO_SECONDS
+        self._has_said = False
+        self._listener = SignalListener(SIGNALS, self._hear)
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self._listener.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._listener.__exit__(kind, error, trace)
 
     def pending(self) -> bool:
         """Whether to stop after this step."""
-        if self._received or time.monotonic() >= self._deadline:
+        if self._listener.has_heard or self._clock() >= self._deadline:
             return True
         # Where files cannot be seen nobody has asked by one, and this rank must not end alone amid a step.
         with suppress(OSError):
@@ -55,7 +71,26 @@ class StopRequests:
             return self._run_dir is not None and has_marker(self._run_dir, Marker.STOP)
         return False
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._received:
-            raise KeyboardInterrupt
-        self._received = True
+    def _hear(self, number: int) -> bool:
+        """Note a signal, and say so on rank 0; whether it is the second one, which ends the process."""
+        now = self._clock()
+        if number in URGENT and now - self._urged_at > self._echo:
+            self._say(f"{_name(number)} again: ending at once, without saving")
+            return True
+        if number in URGENT and math.isnan(self._urged_at):
+            self._urged_at = now
+        if not self._has_said:
+            self._has_said = True
+            self._say(
+                f"{_name(number)}: waiting for {self.place}, then for the checkpoint; "
+                "a second Ctrl-C or SIGTERM ends the run at once, without saving"
+            )
+        return False
+
+    def _say(self, text: str) -> None:
+        if self._run_dir is not None:
+            say(text, err=True)
+
+
+def _name(number: int) -> str:
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

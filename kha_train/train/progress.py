@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from kha_train.checkpoint.fit import refuse_unknown, source_of
 from kha_train.checkpoint.reader import Checkpoint
 from kha_train.config.saved import SavedConfig
 from kha_train.data.skipping import merged
-from kha_train.foreign.typed import Count, Source
+from kha_train.foreign.typed import Count, Range, Source
 from kha_train.stability.events import SpikeEvent
 from kha_train.train.watch import Watch
 
@@ -75,6 +75,13 @@ class SavedProgress(TypedDict):
     skip_windows: list[tuple[Count, Count]]
 
 
+class SavedAverage(TypedDict):
+    """`loss_average` of trainer.json: the average that the console shows. Earlier releases did not save it."""
+
+    sum: Annotated[float, Range(-1e300, 1e300)]
+    weight: Annotated[float, Range(0, 1e300)]
+
+
 class SavedState(TypedDict):
     """`trainer.json`."""
 
@@ -83,6 +90,7 @@ class SavedState(TypedDict):
     optimizer_steps: Count
     data_content_id: NotRequired[str]
     validation_content_id: NotRequired[str]
+    loss_average: NotRequired[SavedAverage]
     config: SavedConfig
 
 

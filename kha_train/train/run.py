@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from kha_train.config.validate import validate_batch
 from kha_train.distributed import World
 from kha_train.engine.contract import Engine
 from kha_train.engine.default import DefaultEngine
+from kha_train.literal import say
 from kha_train.optim import learning_rate
 from kha_train.output import harmless_output
 from kha_train.record import Marker, clear_marker, has_marker, leave_outcome, set_marker
@@ -20,9 +22,10 @@ from kha_train.telemetry.startup import Startup
 from kha_train.train.ending import check_end
 from kha_train.train.failure import FailureFile
 from kha_train.train.memory import told_when_out_of_memory
+from kha_train.train.patience import Patience
 from kha_train.train.preempt import StopRequests
 from kha_train.train.session import Session
-from kha_train.train.step import next_batch, train_step
+from kha_train.train.step import StepGivenUp, next_batch, train_step
 from kha_train.train.watchdog import Watchdog
 
 
@@ -65,7 +68,9 @@ def _already_over(session: Session) -> Outcome:
     """All steps were trained before: say so, and change nothing."""
     if session.world.is_main:
         name, steps = session.config.run.name, session.finished_at
-        print(f"{name}: all {steps} steps are trained already, nothing to do in {session.run_dir}", flush=True)
+        say(f"{name}: all {steps} steps are trained already, nothing to do in {session.run_dir}")
+        say("to train longer: run.steps=N resume.allow_changes=[run.steps]; see docs/resume.md, Train longer")
+        say(f"to look at it: kha compare {shlex.quote(str(session.run_dir))}")
         leave_outcome("done")
     return Outcome(True, session.finished_at, session.run_dir)
 
@@ -77,6 +82,7 @@ def _attempt(session: Session, stops: StopRequests, watchdog: Watchdog) -> Outco
         finished = _train_to_the_end(session, stops, watchdog)
         world.raise_together(session.trouble)
         watchdog.beat(session.progress.step, "ending")
+        stops.place = "the end of the run"
         session.saver.finish()
         world.raise_together(session.trouble)
         with world.agreed("mark the end"):
@@ -89,14 +95,20 @@ def _train_to_the_end(session: Session, stops: StopRequests, watchdog: Watchdog)
     """Train until `run.steps` steps are done (True) or a rank asks to stop (False), and save that moment."""
     config, world = session.config, session.world
     steps = config.run.steps
+    patience = Patience(config, world, stops, session.console.warn)
     while session.progress.step < steps:
         watchdog.beat(session.progress.step + 1, "training")
         started = time.perf_counter()
         with session.data_wait.measured():
             batch, labels = next_batch(session.stream, world, session.trouble)
         lr = learning_rate(config.optim, session.progress.step + 1, steps)
-        with session.profiler.over(session.progress.step + 1):
-            result = train_step(session.engine, batch, labels, lr, stops.pending(), session.judge_at(lr))
+        patience.begin(session.progress.step + 1)
+        try:
+            with session.profiler.over(session.progress.step + 1):
+                result = train_step(session.engine, batch, labels, lr, session.judge_at(lr), patience)
+        except StepGivenUp as given_up:
+            _give_up(session, str(given_up))
+            return False
         session.has_updated |= result.applied
         session.note_startup()
         session.progress = session.progress.after(session.stream.samples_seen, session.tokens_per_step, result.applied)
@@ -104,6 +116,7 @@ def _train_to_the_end(session: Session, stops: StopRequests, watchdog: Watchdog)
 
         step = session.progress.step
         watchdog.beat(step, "validating and saving")
+        stops.place = f"what follows step {step:,}, and the next one"
         if _is_due(step, config.validation.every_steps, steps):
             validation = session.validate()
             line |= validation.metrics()
@@ -120,6 +133,15 @@ def _train_to_the_end(session: Session, stops: StopRequests, watchdog: Watchdog)
     # Also of a run that was killed between its last save and its end.
     check_end(session)
     return True
+
+
+def _give_up(session: Session, where: str) -> None:
+    """The step under way was discarded `where` the run was asked to stop: note it, and save the moment before it where
+    that is not saved yet. Before the first step there is nothing to save."""
+    step = session.progress.step
+    session.happened("step_given_up", step, where=where)
+    if step and step not in session.resumed_from and not session.saver.holds(step):
+        session.save()
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

@@ -65,6 +65,10 @@ class Saver:
         elapsed = time.monotonic() - self._last_begun >= 60 * self._config.every_minutes
         return bool(self._world.max_ints(int(self._world.is_main and elapsed))[0])
 
+    def holds(self, step: int) -> bool:
+        """Whether the last save is of `step`, and has not failed so far."""
+        return self._step == step and self._error is None
+
     def begin(
         self, step: int, engine: Engine, trainer_state: dict[str, Any], protect: Callable[[], Collection[int]] = tuple
     ) -> None:

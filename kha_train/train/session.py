@@ -25,14 +25,13 @@ from kha_train.errors import CheckpointError, KhaError
 from kha_train.model.accounting import count_parameters, flops_per_token
 from kha_train.model.attention.choice import announce, choose
 from kha_train.model.attention.measured import measure, settled
-from kha_train.model.moe.balance import balance_metrics
 from kha_train.model.moe.experts import announce_experts
 from kha_train.record import Record, Redactor
 from kha_train.record.attempts import CONFIG_FILE
 from kha_train.record.files import write_text
 from kha_train.stability.events import Observation
 from kha_train.telemetry.console import Console
-from kha_train.telemetry.meters import DataWait, PeakMemory
+from kha_train.telemetry.meters import DataWait, MovingAverage, PeakMemory
 from kha_train.telemetry.profiler import Profiler
 from kha_train.telemetry.startup import Startup
 from kha_train.telemetry.throughput import Throughput
@@ -47,7 +46,7 @@ from kha_train.train.progress import Progress, restore_watch
 from kha_train.train.rate_change import tell_rate_change
 from kha_train.train.rewind import go_back, steps_to_keep
 from kha_train.train.saving import Saver
-from kha_train.train.step import Judge, StepResult
+from kha_train.train.step import Judge, StepResult, routing_metrics
 from kha_train.train.watch import ANNOUNCED, Ruling, Watch, describe
 
 T = TypeVar("T")
@@ -67,7 +66,7 @@ class Session:
         self.run_dir = Path(config.run.dir)
         self.progress = Progress()
         self.watch = Watch(config)
-        self.data_wait = DataWait()
+        self.data_wait, self.loss_average = DataWait(), MovingAverage()
         self.end_state = "failed"
         self.has_updated = False
         """Whether this attempt has applied a step: all that a step needs found room."""
@@ -79,7 +78,7 @@ class Session:
         """Whether the settings fit the data and the run; before that a start changes nothing of the run."""
         self.is_over = False
         """Whether nothing is left to train: then no attempt begins."""
-        self._resumed_from: tuple[int, ...] = ()
+        self.resumed_from: tuple[int, ...] = ()
         self._inherited: resume.Inherited | None = None
         self._rate_change: dict[str, float] = {}
         self._open = ExitStack()
@@ -171,17 +170,10 @@ class Session:
             "checkpoint/failures": self.saver.failures,
             "memory/peak_gib": self._memory.gib(),
             **({} if result.padding is None else {"data/padding": result.padding}),
-            **self._routing(result),
+            **routing_metrics(self.config.moe, result),
             **self.watch.metrics(),
             **(probe_metrics(result.evidence) if result.evidence else {}),
         }
-
-    def _routing(self, result: StepResult) -> dict[str, Any]:
-        """The `moe/` entries of a line: balance, and the auxiliary losses that are on."""
-        moe = self.config.moe
-        metrics: dict[str, Any] = balance_metrics(result.load_LE, result.bias_LE)
-        metrics |= {"moe/auxiliary_loss": result.balance_loss} if moe.auxiliary_loss.weight else {}
-        return metrics | ({"moe/z_loss": result.z_loss} if moe.z_loss_weight else {})
 
     def note_startup(self) -> None:
         """After the first step: into `run.json`, where the time went since the process was started."""
@@ -216,8 +208,9 @@ class Session:
 
     def save(self) -> None:
         """Begin a checkpoint of this moment; `saver` tells when it stands, and what becomes of one that fails."""
-        step, resumed_from = self.progress.step, self._resumed_from
+        step, resumed_from = self.progress.step, self.resumed_from
         state = resume.trainer_state(self.config, self.engine, self.progress, self._content_ids, self.watch.state())
+        state["loss_average"] = self.loss_average.state()
 
         def protect() -> tuple[int, ...]:
             return (*resumed_from, *steps_to_keep(self.config, self.run_dir, step))
@@ -302,7 +295,8 @@ class Session:
         self.progress = resume.restore(self.engine, checkpoint)
         self.stream.skip_windows = self.progress.skip_windows
         self.stream.samples_seen = self.progress.samples_seen
-        self._resumed_from = (checkpoint.step,)
+        self.resumed_from = (checkpoint.step,)
+        self.loss_average.restore(checkpoint.trainer_state.get("loss_average"))
 
     def _open_mirrors(self) -> None:
         config, world = self.config, self.world
@@ -320,6 +314,7 @@ class Session:
             rank=world.rank,
             start_step=self.progress.step,
             memory_total_gib=self._memory.total_gib(),
+            loss_average=self.loss_average,
         )
         self._open.callback(self.console.close)
         warn = self.console.warn
@@ -334,7 +329,7 @@ class Session:
             self.run_dir,
             sync=self.record.sync,
             event=self._checkpoint_event,
-            stands=bool(self._resumed_from),
+            stands=bool(self.resumed_from),
         )
         self._open.push(self.saver.leave)
 

@@ -2,7 +2,7 @@
 
 Two agreement points. Before the first forward all ranks learn whether every batch could be read, and how many labels
 the global batch holds. After the last backward they learn the loss, the expert loads and whether anyone wants to stop,
-beside the gradient norm; every rank then takes the same decision.
+beside the gradient norm; every rank then takes the same decision. Amid a long step they may agree to give it up.
 """
 
 # L layers  E experts
@@ -12,16 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from kha_train.config.schema import MoeSection
 from kha_train.data.batch import Batch
 from kha_train.data.sources import without_labels
 from kha_train.data.stream import TokenStream
 from kha_train.distributed import Caught, World, as_error
 from kha_train.engine.contract import Engine
+from kha_train.model.moe.balance import balance_metrics
 from kha_train.train.probe import probe
 from kha_train.train.watch import Ruling
 
@@ -50,6 +52,33 @@ class StepResult:
     evidence: dict[str, Any] | None = None
     tokens: int = 0
     padding: float | None = None
+
+
+class StepGivenUp(Exception):
+    """Raised by `train_step`, on all ranks together, after a step that was given up has been discarded."""
+
+
+class Stops(Protocol):
+    """Whether a step is to be the last one, asked by `train_step`."""
+
+    def pending(self) -> bool:
+        """Whether this rank was asked to stop. Asked at the end of a step; all ranks then learn it."""
+
+    def gives_up(self, number: int, of: int) -> bool:
+        """Before micro-batch `number` (from 1) of `of`: whether it is the last one, and the step to be discarded. The
+        same on every rank; never of the last micro-batch."""
+
+
+class Unasked:
+    """The `Stops` of a step that nobody asks to stop."""
+
+    def pending(self) -> bool:
+        """No."""
+        return False
+
+    def gives_up(self, number: int, of: int) -> bool:
+        """No."""
+        return False
 
 
 Judge = Callable[[float, float], Ruling]
@@ -88,11 +117,17 @@ def next_batch(stream: TokenStream, world: World, trouble: BaseException | None 
 
 
 def train_step(
-    engine: Engine, batch: Batch, labels: int, lr: float, stop_requested: bool, judge: Judge = only_finite
+    engine: Engine,
+    batch: Batch,
+    labels: int,
+    lr: float,
+    judge: Judge = only_finite,
+    stops: Stops = Unasked(),  # noqa: B008 - without state
 ) -> StepResult:
     """Train on `batch`, this rank's part of a global batch with `labels` (at least 1) unmasked labels, at rate `lr`.
 
-    `judge` decides whether the update is applied or discarded. One that is not finite is never applied.
+    `judge` decides whether the update is applied or discarded. One that is not finite is never applied. Raises
+    StepGivenUp on all ranks when `stops` gives the step up, which then leaves no trace.
     """
     world, micro_size = engine.world, engine.config.engine.micro_batch_size
     micro_batches = list(batch.micro_batches(micro_size))
@@ -104,7 +139,12 @@ def train_step(
     scales = world.size / labels, world.size / tokens
     sums, load_LE = torch.zeros(3, dtype=torch.float64, device=world.device), None
     for number, micro_batch in enumerate(micro_batches, start=1):
-        output = engine.accumulate(micro_batch, *scales, last=number == len(micro_batches))
+        given_up = stops.gives_up(number, len(micro_batches))
+        output = engine.accumulate(micro_batch, *scales, last=given_up or number == len(micro_batches))
+        world.alive()
+        if given_up:
+            engine.discard()
+            raise StepGivenUp(f"after micro-batch {number} of {len(micro_batches)}")
         assert output.loss_sum is not None, "the batch has labels"
         sums[0] += output.loss_sum.detach()
         if output.auxiliary is not None:
@@ -112,7 +152,7 @@ def train_step(
         load_LE = output.load_LE.double() if load_LE is None else load_LE + output.load_LE
     assert load_LE is not None, "a step has at least one micro-batch"
 
-    stop = torch.full_like(sums[:1], float(stop_requested))
+    stop = torch.full_like(sums[:1], float(stops.pending()))
     agreed = world.sum_(torch.cat([sums, stop, load_LE.flatten()]))
     load_LE = agreed[4:].view_as(load_LE)
     bias_LE = engine.decoder.selection_bias_LE()
@@ -135,3 +175,10 @@ def train_step(
     losses = balance_total / routed, z_total / routed
     padding = None if batch.real_R is None else 1 - tokens / (batch.tokens_BT.numel() * world.size)
     return StepResult(loss, grad_norm, applied, seen_LE, routed_by_LE, *losses, stops > 0, evidence, tokens, padding)
+
+
+def routing_metrics(moe: MoeSection, result: StepResult) -> dict[str, Any]:
+    """The `moe/` entries of the step's line in the record: balance, and the auxiliary losses that are on."""
+    metrics: dict[str, Any] = balance_metrics(result.load_LE, result.bias_LE)
+    metrics |= {"moe/auxiliary_loss": result.balance_loss} if moe.auxiliary_loss.weight else {}
+    return metrics | ({"moe/z_loss": result.z_loss} if moe.z_loss_weight else {})

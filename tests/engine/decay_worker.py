@@ -60,7 +60,7 @@ def run_case(overrides: list[str]) -> dict[str, Any]:
         lr = config.optim.lr * step / STEPS
         before = {f.name: f.views["master"].double() for f in engine.fragments()}
         batch, labels = next_batch(stream, world)
-        result = train_step(engine, batch, labels, lr, stop_requested=False)
+        result = train_step(engine, batch, labels, lr)
         answer["loss"].append(result.loss)
         answer["norm"].append(result.grad_norm)
         for fragment in engine.fragments():

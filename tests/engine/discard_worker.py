@@ -55,7 +55,7 @@ def run_case(overrides: list[str], world: World, loss_scale: float) -> dict[str,
         losses = []
         for number, (batch, labels) in enumerate(batches):
             if number != REFUSED:
-                losses.append(train_step(engine, batch, labels, config.optim.lr, stop_requested=False).loss)
+                losses.append(train_step(engine, batch, labels, config.optim.lr).loss)
             elif sees_it:
                 before = state(engine)
                 answer["norm"] = refuse(engine, batch, labels, loss_scale)

@@ -38,7 +38,7 @@ def run_case(overrides: list[str], world: World) -> dict[str, Any]:
         whole = next(stream)
         batch = whole if world.is_main else padding(whole)
         batch.step_tokens = whole.token_count
-        result = train_step(engine, batch, whole.label_count, config.optim.lr, False)
+        result = train_step(engine, batch, whole.label_count, config.optim.lr)
         steps.append([value.tolist() if isinstance(value, torch.Tensor) else value for value in astuple(result)[:8]])
     validated = world.sum_(engine.evaluate(next(batch.micro_batches(2))).loss_sum.double().view(1))
     engine.close()

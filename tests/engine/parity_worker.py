@@ -39,7 +39,7 @@ def run_case(overrides: list[str], steps: int) -> dict[str, Any]:
     answer |= {"auxiliary": [], "load": [], "tokens": []}
     for _ in range(steps):
         batch, labels = next_batch(stream, world)
-        result = train_step(engine, batch, labels, config.optim.lr, stop_requested=False)
+        result = train_step(engine, batch, labels, config.optim.lr)
         assert result.applied
         answer["loss"].append(result.loss)
         answer["norm"].append(result.grad_norm)

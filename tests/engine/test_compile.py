@@ -23,7 +23,7 @@ def losses(overrides: list[str]) -> tuple[list[float], list[torch.Tensor]]:
     engine = Engine(config, world)
     try:
         stream = open_stream(config)
-        results = [train_step(engine, *next_batch(stream, world), 1e-2, False) for _ in range(STEPS)]
+        results = [train_step(engine, *next_batch(stream, world), 1e-2) for _ in range(STEPS)]
     finally:
         engine.close()
         leave_world()

@@ -161,12 +161,12 @@ def test_a_discarded_step_was_never_seen_and_what_is_restored_continues_bit_for_
 ) -> None:
     with opened(name, overrides) as engine:
         first, refused, second, third = batches(engine, 4)
-        train_step(engine, *first, 1e-2, False)
+        train_step(engine, *first, 1e-2)
         accumulate(engine, *refused)
         engine.discard()
         saved = {(piece.name, piece.kind, piece.start): piece.values.clone() for piece in pieces(engine)}
         buffers = {key: buffer.clone() for key, buffer in engine.buffers().items()}
-        expected = [train_step(engine, *batch, 1e-2, False).loss for batch in (second, third)], state(engine)
+        expected = [train_step(engine, *batch, 1e-2).loss for batch in (second, third)], state(engine)
     with opened(name, overrides, lambda key, default: torch.zeros_like(default())) as engine:
         with torch.no_grad():
             for part in engine.fragments():
@@ -176,7 +176,7 @@ def test_a_discarded_step_was_never_seen_and_what_is_restored_continues_bit_for_
                 buffer.copy_(buffers[key])
         engine.optimizer_steps = 1
         engine.refresh_parameters()
-        found = [train_step(engine, *batch, 1e-2, False).loss for batch in (second, third)]
+        found = [train_step(engine, *batch, 1e-2).loss for batch in (second, third)]
         assert found == expected[0] and differing(expected[1], state(engine)) == []
 
 

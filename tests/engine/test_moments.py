@@ -34,7 +34,7 @@ def engine_of(overrides: list[str]) -> Iterator[Engine]:
 def losses(engine: Engine, steps: int, skip: int = 0) -> list[float]:
     stream = open_stream(engine.config)
     batches = [next_batch(stream, engine.world) for _ in range(skip + steps)]
-    return [train_step(engine, *batch, 1e-2, False).loss for batch in batches[skip:]]
+    return [train_step(engine, *batch, 1e-2).loss for batch in batches[skip:]]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -1,9 +1,10 @@
-"""The console says what the record says, in at most 120 characters, and only on rank 0."""
+"""The console says what the record says, in the width there is, and only on rank 0."""
 
 from __future__ import annotations
 
 import io
 import math
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kha_train.telemetry import Console
+from kha_train.telemetry import Console, MovingAverage
 from kha_train.telemetry.format import MAX_WIDTH, duration, scaled, scientific, step_line
 
 LINE = {
@@ -27,9 +28,19 @@ LINE = {
 }
 
 
+TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+def said(file: io.StringIO) -> list[str]:
+    """The lines of a log without their times, which every one has."""
+    lines = file.getvalue().splitlines()
+    assert all(TIME.match(line) for line in lines), lines
+    return [TIME.sub("", line, count=1) for line in lines]
 
 
 def console(mode: str, file: io.StringIO, **options: Any) -> Console:
@@ -85,7 +96,7 @@ def test_lines_mode_prints_one_line_a_step_and_the_validation() -> None:
     for step in (1, 2, 3):
         shown.step({**LINE, "step": step})
     shown.step({**LINE, "step": 4, "validation/loss": 3.5, "validation/bits_per_byte": 1.25})
-    lines = file.getvalue().splitlines()
+    lines = said(file)
     assert [line.split()[1] for line in lines[:4]] == ["1/100", "2/100", "3/100", "4/100"]
     assert lines[4:] == ["validation at step 4 | loss 3.5000 | 1.2500 bits per byte"]
 
@@ -96,7 +107,7 @@ def test_away_from_a_terminal_auto_prints_every_so_often_and_never_misses_what_m
     shown = console("auto", file, clock=lambda: float(next(now)))
     for step in range(1, 101):
         shown.step({**LINE, "step": step, "train/skipped": int(step == 37)})
-    steps = [int(line.split()[1].split("/")[0]) for line in file.getvalue().splitlines()]
+    steps = [int(line.split()[1].split("/")[0]) for line in said(file)]
     assert steps[0] == 1
     assert steps[-1] == 100
     assert 37 in steps
@@ -110,6 +121,55 @@ def test_the_time_left_is_steps_left_times_the_wall_time_of_a_step() -> None:
     for step in range(1, 41):
         shown.step({"step": step})
     assert file.getvalue().splitlines()[-1].endswith("ETA 2:00")
+
+
+def test_no_time_left_is_told_before_the_steps_are_steady_and_the_first_two_never_count() -> None:
+    """The first step waits for a compiler, the second for its probe."""
+    file, now = io.StringIO(), [0.0]
+    shown = console("lines", file, clock=lambda: now[0], start_step=60)
+    for step, seconds in enumerate((300.0, 90.0, 2.0, 2.0, 2.0, 2.0), start=61):
+        now[0] += seconds
+        shown.step({"step": step})
+    told = [line.rpartition("ETA ")[2] for line in said(file)]
+    assert told == ["?", "?", "?", "?", "1:10", "1:08"]
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_a_terminal_cuts_nothing_off_and_always_shows_step_loss_and_time_left(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    for mode in ("lines", "progress"):
+        file = Terminal()
+        now = iter(range(0, 10**7, 4400))
+        config = SimpleNamespace(run=SimpleNamespace(name="tiny"), telemetry=SimpleNamespace(console=mode))
+        with Console(config, 61035, file=file, clock=lambda: float(next(now))) as shown:  # noqa: B023
+            for step in range(1200, 1206):
+                shown.step({**LINE, "step": step})
+        lines = [line for line in re.split(r"[\r\n]+|\x1b\[[0-9;?]*[a-zA-Z]", file.getvalue()) if "loss" in line]
+        assert lines and all(len(line) <= width for line in lines), lines
+        assert "loss 3.412" in lines[-1] and "ETA 3046d" in lines[-1] and "\u2026" not in lines[-1]
+        assert "step 1205" in lines[-1] and ("step 1205/61035" in lines[-1]) == (width > 40)
+        assert ("tok/s" in lines[-1]) == (width > 40) and ("MFU" in lines[-1]) == (width > 80)
+        assert bool(re.match(r"\d\d:\d\d:\d\d ", lines[-1])) == (mode == "lines" and width > 40)
+
+
+@given(st.sampled_from((1, 61035, 10**9)), st.floats(0, 1e9), st.integers(30, 130))
+def test_a_part_of_the_step_line_is_whole_or_not_there(total: int, seconds: float, width: int) -> None:
+    whole = step_line(LINE, total, loss_average=3.0, seconds_left=seconds, checkpoint_step=1000, width=10**4)
+    text = step_line(LINE, total, loss_average=3.0, seconds_left=seconds, checkpoint_step=1000, width=width)
+    head, *parts = text.split(" | ")
+    assert len(text) <= width and whole.startswith(head) and set(parts) <= set(whole.split(" | "))
+
+
+def test_an_average_goes_on_from_its_state_and_begins_anew_without_one() -> None:
+    first, second = MovingAverage(), MovingAverage()
+    for value in (3.0, math.nan, 2.0):
+        first.update(value)
+    second.restore(first.state())
+    assert second.update(1.0) == first.update(1.0)
+    second.restore(None)
+    assert second.update(7.0) == 7.0
 
 
 def test_on_a_terminal_auto_shows_a_bar_and_the_latest_line() -> None:
@@ -147,4 +207,4 @@ def test_brackets_in_messages_are_printed_as_they_are() -> None:
     file = io.StringIO()
     shown = console("lines", file)
     shown.message("found [bold]x[/bold] in " + "y" * 200)
-    assert file.getvalue() == "found [bold]x[/bold] in " + "y" * 200 + "\n"
+    assert said(file) == ["found [bold]x[/bold] in " + "y" * 200]

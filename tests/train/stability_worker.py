@@ -66,7 +66,7 @@ def poisoned_steps(overrides: list[str], world: World) -> dict[str, Any]:
             def judge(loss: float, norm: float, number: int = number, watch: Watch = watch) -> Ruling:
                 return watch.judge(Observation(number + 1, loss, norm))
 
-            result = train_step(engine, batch, labels, config.optim.lr, False, judge)
+            result = train_step(engine, batch, labels, config.optim.lr, judge)
             if poisoned:
                 answer |= {"applied": result.applied, "norm": result.grad_norm, "loss": result.loss}
                 answer["changed"] = differing(before, state(engine))
@@ -89,7 +89,7 @@ def probed_steps(overrides: list[str], world: World) -> dict[str, Any]:
         for _ in range(3):
             batch, labels = next_batch(stream, world)
             ruling = Ruling(True, probe=probed)
-            result = train_step(engine, batch, labels, 1e-3, False, lambda loss, norm, ruling=ruling: ruling)
+            result = train_step(engine, batch, labels, 1e-3, lambda loss, norm, ruling=ruling: ruling)
             found, norm = (result.evidence, result.grad_norm) if result.evidence else (found, norm)
         ends.append(state(engine))
         engine.close()

@@ -74,7 +74,7 @@ CASES = [
 @pytest.mark.parametrize("engine", CASES, ids=[str(case[:2]) for case in CASES], indirect=True)
 def test_a_micro_batch_asks_the_device_nothing(engine: Engine) -> None:
     batch, labels = next_batch(open_stream(engine.config), engine.world)
-    train_step(engine, batch, labels, 1e-4, False)
+    train_step(engine, batch, labels, 1e-4)
     first, last = batch.micro_batches(2)
     with Waits() as waits:
         engine.accumulate(first, 1.0, 1.0, last=False)
@@ -92,11 +92,11 @@ def test_a_step_asks_the_device_once(engine: Engine, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(torch.Tensor, name, _noted(asked, name, original))
     stream = open_stream(engine.config)
     batch, labels = next_batch(stream, engine.world)
-    train_step(engine, batch, labels, 1e-4, False)
+    train_step(engine, batch, labels, 1e-4)
     batch, labels = next_batch(stream, engine.world)
     asked.clear()
     with Waits() as waits:
-        result = train_step(engine, batch, labels, 1e-4, False)
+        result = train_step(engine, batch, labels, 1e-4)
     # The vector crosses by `cpu`, and five numbers are then read off it.
     assert [one for one in asked if one != "deepspeed"] == [
         "cpu train/step.py:train_step",
@@ -130,7 +130,7 @@ def test_validation_reads_no_loss_before_its_end(engine: Engine) -> None:
 def test_on_cuda_nothing_waits_inside_a_micro_batch(engine: Engine) -> None:
     batch, labels = next_batch(open_stream(engine.config), engine.world)
     for _ in range(3):
-        train_step(engine, batch, labels, 1e-4, False)
+        train_step(engine, batch, labels, 1e-4)
     first, last = batch.micro_batches(2)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -159,7 +159,7 @@ def test_a_start_on_a_cpu_imports_no_compiler(small: list[str], clean_environmen
         "from kha_train.train.step import next_batch, train_step\n"
         "world = distributed.start('cpu', 60)\n"
         "engine = Engine(config, world)\n"
-        "train_step(engine, *next_batch(open_stream(config), world), 1e-4, False)\n"
+        "train_step(engine, *next_batch(open_stream(config), world), 1e-4)\n"
         "print('torch._dynamo' in sys.modules, 'torch._inductor' in sys.modules)"
     )
     command = [sys.executable, "-c", program, *small, "engine.device=cpu"]

@@ -1,0 +1,83 @@
+"""Signals heard at once.
+
+Python runs a handler only when the main thread is back from the library it is in, which may take minutes in a long
+micro-batch or a collective, and takes two signals of one number that come meanwhile for one. The interpreter writes to
+its wakeup descriptor at the moment a signal arrives: a thread reads it there and may print, allocate and take locks,
+which a handler must not.
+"""
+
+from __future__ import annotations
+
+import _thread
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType, TracebackType
+from typing import Self
+
+GRACE_SECONDS = 5.0
+"""After so long a process that is to end, and whose main thread does not come back, is ended without it."""
+INTERRUPTED = 128 + signal.SIGINT
+_LEAVE = 0
+"""No signal has this number."""
+
+
+class SignalListener:
+    """While entered, `hear(number)` is called in a thread of its own for every one of the signals `numbers`.
+
+    Where it returns True, KeyboardInterrupt is raised in the main thread; if that does not get to leave in
+    `GRACE_SECONDS`, the process exits with 130. To be entered in the main thread.
+    """
+
+    def __init__(self, numbers: Sequence[signal.Signals], hear: Callable[[int], bool]) -> None:
+        self._numbers, self._hear = numbers, hear
+        self._previous: dict[signal.Signals, object] = {}
+        self._previous_wakeup = -1
+        self._ending = False
+        self.has_heard = False
+        """Whether any of them has arrived."""
+        self._left = threading.Event()
+
+    def __enter__(self) -> Self:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._previous_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
+        self._previous = {number: signal.signal(number, self._interrupt) for number in self._numbers}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._left.set()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.set_wakeup_fd(self._previous_wakeup)
+        os.write(self._write, bytes([_LEAVE]))
+        self._thread.join()
+        os.close(self._write)
+        os.close(self._read)
+
+    def _listen(self) -> None:
+        while True:
+            for number in os.read(self._read, 64):
+                if number == _LEAVE:
+                    return
+                if number not in self._numbers:
+                    continue
+                self.has_heard = True
+                if not self._ending and self._hear(number):
+                    self._ending = True
+                    threading.Thread(target=self._end, name="end", daemon=True).start()
+
+    def _end(self) -> None:
+        _thread.interrupt_main()
+        if not self._left.wait(GRACE_SECONDS):
+            os._exit(INTERRUPTED)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.has_heard = True
+        if self._ending:
+            raise KeyboardInterrupt

@@ -1,0 +1,85 @@
+"""A signal is heard while the main thread is in a library, and a second one ends the process there too."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from kha_train.train.preempt import StopRequests
+from kha_train.train.signals import SignalListener
+
+LONG = "hashlib.pbkdf2_hmac('sha256', b'', b'', 300_000_000)"
+"""A call that would take minutes, releases the interpreter's lock and looks at no signal."""
+
+
+def test_a_signal_is_heard_before_the_main_thread_returns_from_a_library() -> None:
+    order: list[str] = []
+
+    def hear(number: int) -> bool:
+        order.append(signal.Signals(number).name)
+        return False
+
+    with SignalListener([signal.SIGUSR1], hear):
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1))
+        timer.start()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 1_500_000)
+        order.append("returned")
+        timer.join()
+    assert order == ["SIGUSR1", "returned"]
+
+
+@pytest.mark.parametrize("signals", ["SIGINT SIGINT", "SIGTERM SIGTERM", "SIGTERM SIGINT"])
+def test_the_first_signal_says_what_is_waited_for_and_a_second_ends_the_process_at_once(
+    signals: str, tmp_path: Path
+) -> None:
+    script = (
+        "import hashlib, sys\n"
+        "from pathlib import Path\n"
+        "from kha_train.train import preempt, signals\n"
+        "preempt.ECHO_SECONDS = signals.GRACE_SECONDS = 0.1\n"
+        "stops = preempt.StopRequests(Path(sys.argv[1]))\n"
+        "stops.place = 'micro-batch 3 of 9 of step 7'\n"
+        f"with stops:\n    print('ready', flush=True)\n    {LONG}\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout and process.stderr and process.stdout.readline() == "ready\n"
+    first, second = (signal.Signals[name] for name in signals.split())
+    process.send_signal(first)
+    said = process.stderr.readline()
+    name = "Ctrl-C" if first == signal.SIGINT else first.name
+    assert said.startswith(f"{name}: waiting for micro-batch 3 of 9 of step 7, then for the checkpoint; a second ")
+    threading.Event().wait(0.2)
+    process.send_signal(second)
+    assert process.wait(30) == 130
+    assert "again: ending at once" in process.stderr.read()
+    process.stdout.close()
+    process.stderr.close()
+
+
+def test_echoes_of_a_signal_and_requests_of_slurm_are_no_second_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    stops = StopRequests(tmp_path, clock=lambda: now[0])
+    heard = stops._hear
+    assert not any(heard(signal.SIGUSR1) for _ in range(3))
+    now[0] = 60.0
+    assert not heard(signal.SIGTERM)
+    now[0] = 60.3
+    assert not heard(signal.SIGTERM) and not heard(signal.SIGUSR2)
+    now[0] = 70.0
+    assert not heard(signal.SIGUSR1) and heard(signal.SIGTERM)
+    assert capsys.readouterr().err.count("waiting for") == 1
+
+
+def test_other_ranks_than_the_first_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not StopRequests(None)._hear(signal.SIGTERM)
+    assert capsys.readouterr().err == ""
