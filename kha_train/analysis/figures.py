@@ -20,6 +20,8 @@ import numpy as np
 MAX_POINTS = 1500
 """A curve of more points is drawn by the smallest and largest value of so many stretches."""
 INK, GRID = "#0a01ff", "#0a02ff"
+MADE_BY = "kha_train"
+"""In the metadata of every picture: a picture that has it may be replaced by another."""
 SIZE_INCHES = (4.6, 2.8)
 SHADES = ("tab:orange", "tab:red", "tab:purple", "tab:brown")
 """Of stretches in a plot that stands alone."""
@@ -71,18 +73,21 @@ def draw(name: str, curves: Sequence[Curve], *, x_label: str, y_label: str, band
     return _for_page(file.getvalue(), name)
 
 
-def save_bars(path: Path, counts: Mapping[str, int], *, x_label: str, y_label: str) -> None:
-    """Draw one bar a class of `counts`, in order, into a PNG file. Raises OSError when it cannot be written."""
+def save_bars(path: Path, counts: Mapping[str, Mapping[str, int]], *, x_label: str) -> None:
+    """Draw the histograms `counts`, one below the other, each with its name (the label of its y axis) and one bar a
+    class, in order, into the PNG file `path`. Raises OSError when it cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=SIZE_INCHES, layout="constrained", dpi=150)
-    axes = figure.add_subplot()
-    axes.bar(range(len(counts)), list(counts.values()), color="tab:blue")
-    axes.set_xticks(range(len(counts)), list(counts), rotation=45, ha="right")
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    FigureCanvasAgg(figure).print_png(path)
+    width, height = SIZE_INCHES
+    figure = Figure(figsize=(width, height * len(counts)), layout="constrained", dpi=150)
+    for number, (name, bars) in enumerate(counts.items(), start=1):
+        axes = figure.add_subplot(len(counts), 1, number)
+        axes.bar(range(len(bars)), list(bars.values()), color="tab:blue")
+        axes.set_xticks(range(len(bars)), list(bars), rotation=45, ha="right")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(name)
+    FigureCanvasAgg(figure).print_png(path, metadata={"Creator": MADE_BY})
 
 
 def thin(x_N: np.ndarray, y_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -162,4 +167,4 @@ def save_shaded(
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.grid(linewidth=0.4, alpha=0.5)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, metadata={"Creator": MADE_BY})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from html import escape as html_escape
 from pathlib import Path
@@ -57,10 +58,22 @@ code { font-size: .88em; overflow-wrap: anywhere; }
 """
 
 
+def page_in(out: Path) -> Path:
+    """The file that `write_report` writes in the directory `out`."""
+    return out / "index.html"
+
+
+def mark_of(runs: Sequence[Path]) -> str:
+    """What the page about `runs` has in its head, and no other page."""
+    places = "\n".join(sorted(str(run.resolve()) for run in runs))
+    return f'<meta name="kha-compare" content="{hashlib.sha256(places.encode(errors="surrogateescape")).hexdigest()}">'
+
+
 def write_report(comparison: Comparison, out: Path) -> Path:
-    """Writes `out/index.html` and returns its path; the directory is made if need be."""
+    """Writes `page_in(out)` and returns its path; the directory is made if need be. A page that is there is replaced:
+    ask `record.files.check_replaceable` before."""
     out.mkdir(parents=True, exist_ok=True)
-    page = out / "index.html"
+    page = page_in(out)
     page.write_text(Redactor.from_environment().text(report_html(comparison)), encoding="utf-8")
     return page
 
@@ -92,6 +105,7 @@ def report_html(comparison: Comparison) -> str:
     head = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"{mark_of([run.path for run in comparison.runs])}"
         f"<title>{escape(title)}</title><style>{_style()}</style></head>"
     )
     return f"{head}<body>{''.join(parts)}</body></html>\n"

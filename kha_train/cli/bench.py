@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from kha_train.cli.output import print_json
+from kha_train.cli.output import Overwrite, print_json
 from kha_train.config.home import in_home
 from kha_train.errors import ConfigError
+from kha_train.record.files import check_replaceable
 
 app = typer.Typer(name="bench", help="Measured figures with their protocol.", no_args_is_help=True)
 
@@ -198,6 +199,7 @@ def gpu(
     out: Annotated[Path, typer.Option(help="Where results.json and results.md are written.")] = Path("bench-gpu"),
     minutes: Annotated[float, typer.Option(min=0.1, help="All of it; what does not fit is left out, and said.")] = 8.8,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="The same chain at tiny sizes on a CPU.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Every GPU test and benchmark in one short run without network; results as JSON and as a table.
@@ -205,6 +207,8 @@ def gpu(
     Ends with 1 when a stage failed or had no time left; what the others found is there all the same."""
     from kha_train.bench import gpu as bench
 
+    for name in ("results.json", "results.md"):
+        check_replaceable(out / name, None, "--out", overwrite)
     found = bench.measure(out, seconds=60 * minutes, rehearse=rehearse, say=lambda text: typer.echo(text, err=True))
     _answer(found, bench.as_markdown(found), as_json)
     _fail_if_any(found["stages"])

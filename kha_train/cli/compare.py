@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 
 from kha_train.analysis.compare import compare_runs
-from kha_train.analysis.report import write_report
+from kha_train.analysis.report import mark_of, page_in, write_report
 from kha_train.analysis.runs import load_run
 from kha_train.analysis.table import print_comparison
-from kha_train.cli.output import note, print_json
+from kha_train.cli.output import Overwrite, note, print_json
 from kha_train.literal import say
+from kha_train.record.files import check_replaceable
 from kha_train.record.finding import find_runs
 from kha_train.telemetry.terminal import LiteralConsole
 
@@ -23,11 +24,16 @@ def compare(
         list[Path], typer.Argument(help="Runs, sweeps, folders of runs; the first run's variant is the reference.")
     ],
     out: Annotated[Path, typer.Option(help="Directory to write index.html in.")] = Path("report"),
+    overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
-    """Compare finished or living runs: what they reached, how they differ, and what that is worth."""
+    """Compare finished or living runs: what they reached, how they differ, and what that is worth.
+
+    A page that this command made of the same runs is replaced; nothing else is."""
     read = cache(load_run)
-    comparison = compare_runs(find_runs(runs, note, trained=True, read=read), read)
+    found = find_runs(runs, note, trained=True, read=read)
+    check_replaceable(page_in(out), mark_of(found), "--out", overwrite)
+    comparison = compare_runs(found, read)
     page = write_report(comparison, out)
     if as_json:
         print_json({**comparison.to_dict(), "report": str(page)}, indent=2)

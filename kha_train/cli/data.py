@@ -22,7 +22,8 @@ from data_tools.encode_files import VALIDATION_PERCENT, encode_files
 from data_tools.files import find_files
 from data_tools.importers import DTYPES, import_tokens, tokenizer_of
 from data_tools.train_tokenizer import train_tokenizer
-from kha_train.cli.output import print_json
+from kha_train.analysis.figures import MADE_BY, save_bars
+from kha_train.cli.output import Overwrite, print_json
 from kha_train.config.compose import from_plain, load
 from kha_train.data.inspect import BORDER, decoder_of, digest, length_histogram, samples_of_step
 from kha_train.data.manifest import MANIFEST_NAME, Manifest
@@ -30,6 +31,7 @@ from kha_train.data.shards import ShardSet
 from kha_train.errors import ConfigError, DataError, between
 from kha_train.literal import say, visible
 from kha_train.record import config_of, read_attempts, read_events, read_metrics_at
+from kha_train.record.files import check_replaceable
 from kha_train.telemetry.terminal import LiteralConsole
 
 VERIFY_GIB = 1.0
@@ -234,6 +236,7 @@ def inspect(
     step: Annotated[int, typer.Option(min=0, help="The step whose samples to show.")] = 0,
     rank: Annotated[int, typer.Option(min=-1, help="Of this rank alone; -1: of all.")] = -1,
     png: Annotated[Path | None, typer.Option(help="Draw the lengths of documents into this file.")] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Statistics of a dataset and pieces of it, or the very samples of a step; document borders are shown as ‖.
@@ -247,20 +250,19 @@ def inspect(
         _answer(_samples_of_run(run, step, rank), as_json)
         return
     assert directory is not None, "one of the two was asked for"
+    if png is not None:
+        check_replaceable(png, MADE_BY, "--png", overwrite)
     answer, datasets = {}, _datasets(directory)
     for path in datasets:
         shards = ShardSet.open(path)
         answer[path] = {**_statistics(shards), "samples": list(_samples(shards, samples, tokens))}
-        if png is not None:
-            from kha_train.analysis.figures import save_bars
-
-            name = path.rstrip("/").rpartition("/")[2]
-            target = png if len(datasets) == 1 else png.with_stem(f"{png.stem}-{name}")
-            counts = answer[path]["documents_by_tokens"]
-            save_bars(target, counts, x_label="tokens of a document", y_label=f"documents in {name}")
-            answer[path]["png"] = str(target)
-        if not as_json:
-            answer[path]["documents_by_tokens"] = _bars(answer[path]["documents_by_tokens"])
+    counts = {path: found["documents_by_tokens"] for path, found in answer.items()}
+    if png is not None:
+        names = {f"documents in {path.rstrip('/').rpartition('/')[2]}": bars for path, bars in counts.items()}
+        save_bars(png, names, x_label="tokens of a document")
+    for path, found in answer.items():
+        found |= {"png": str(png)} if png is not None else {}
+        found |= {} if as_json else {"documents_by_tokens": _bars(counts[path])}
     _answer(answer, as_json)
 
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import math
 import sys
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from kha_train.foreign.documents import Json
 from kha_train.literal import say
 from kha_train.record.streams import RedactedStream
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", "--force", help="Replace whatever is there.")]
+"""The option of commands that write one file or page."""
 
 
 def print_json(answer: object, indent: int | None = None) -> None:

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kha_train.analysis.figures import MADE_BY
 from kha_train.analysis.spikes import (
     SpikeReport,
     across_runs,
@@ -23,8 +24,9 @@ from kha_train.analysis.spikes import (
 )
 from kha_train.analysis.spikes_plot import plot_spikes
 from kha_train.analysis.spikes_text import batch_texts
-from kha_train.cli.output import note, print_json
+from kha_train.cli.output import Overwrite, note, print_json
 from kha_train.errors import ConfigError, KhaError
+from kha_train.record.files import check_replaceable
 from kha_train.record.finding import find_run, find_runs
 from kha_train.telemetry.terminal import LiteralConsole
 
@@ -56,6 +58,7 @@ def spikes(
     plot: Annotated[Path | None, typer.Option(help="Draw the curve with its events shaded: .png, .svg, .pdf.")] = None,
     reference: Annotated[Path | None, typer.Option(help="Run that tail gaps are measured against.")] = None,
     planned: Annotated[list[int] | None, typer.Option(help="A step at which a jump was meant (repeatable).")] = None,
+    overwrite: Overwrite = False,
     rewound: Annotated[bool, typer.Option(help="Count events that a rewind undid.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
@@ -64,6 +67,8 @@ def spikes(
     curves = find_runs(curves, note, files=True, trained=True, read=read)
     if event is not None or plot is not None:
         _refuse_several(curves, "--event" if event is not None else "--plot")
+    if plot is not None:
+        check_replaceable(plot, MADE_BY, "--plot", overwrite)
     reports = [score_curve(curve, rewound) for curve in read_curves(curves, read)]
     against = [score_curve(read_curve(find_run(reference)), rewound)] if reference else []
     told = tell_apart([*reports, *against])

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kha_train.errors import ConfigError
 from kha_train.foreign.documents import parse_json
 from kha_train.foreign.files import SMALL, read_regular
 from kha_train.foreign.typed import Source
@@ -39,6 +40,21 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(beside, path)
     sync_directory(path.parent)
+
+
+def check_replaceable(path: Path, mark: str | None, option: str, overwrite: bool) -> None:
+    """Before `path` is written over: raises ConfigError unless it is absent, a file that holds `mark` (made by the same
+    command, of the same things; None: no file does), or `overwrite`. `option` names the path on the command line."""
+    if overwrite or not os.path.lexists(path):
+        return
+    if mark is not None and path.is_file() and mark.encode() in path.read_bytes():
+        return
+    raise ConfigError(
+        "is there already, and is not an earlier answer to this command",
+        field=option,
+        value=str(path),
+        fix=f"name another place with {option}, or pass --overwrite",
+    )
 
 
 def read_json(path: Path, schema: type[T], fix: str = "restore it from a copy, or move it away") -> T | None:

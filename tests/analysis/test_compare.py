@@ -20,6 +20,7 @@ from kha_train.analysis.figures import MAX_POINTS, thin
 from kha_train.analysis.report import report_html
 from kha_train.analysis.statistics import MIN_BLOCKS
 from kha_train.cli.compare import compare
+from kha_train.cli.main import run
 from kha_train.errors import ConfigError
 from kha_train.record import Record
 
@@ -436,3 +437,27 @@ def test_shares_of_different_peaks_are_not_compared(tmp_path: Path) -> None:
     assert [summary.results["mfu"] for summary in same.summaries] == [0.1, 0.1] and not same.notes()
     assert [run["mfu"] for run in other.to_dict()["runs"]] == [None, None]
     assert "MFU is not shown" in other.notes()[-1] and "3 TFLOP/s" in report_html(other)
+
+
+def test_a_page_is_replaced_by_one_of_the_same_runs_and_by_no_other_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        make_run(tmp_path / name, falling(20), variant="gqa" if name == "a" else "mha")
+    page = tmp_path / "report" / "index.html"
+
+    def compare(*arguments: str) -> int:
+        with pytest.raises(SystemExit) as ended:
+            run(["compare", *arguments])
+        return int(ended.value.code or 0)
+
+    assert compare("a", "b") == 0
+    first = page.read_text()
+    assert compare("b", str(tmp_path / "a")) == 0 and page.read_text() != first
+    kept = page.read_text()
+    assert compare("a", "c") == compare("a", "b", "c") == 2 and page.read_text() == kept
+    assert "--out" in (said := capsys.readouterr().err) and "--overwrite" in said
+    assert compare("a", "c", "--out", "other") == 0 and compare("a", "c", "--force") == 0
+    page.write_text("<p>mine</p>")
+    assert compare("a", "c") == 2 and page.read_text() == "<p>mine</p>"

@@ -71,11 +71,26 @@ def test_inspect_shows_statistics_and_text_with_document_borders(made: Path) -> 
     assert "[red]" in plain.stdout and str(entry["tokens"]) in plain.stdout
 
 
-def test_the_histogram_is_drawn_once_a_dataset(made: Path, tmp_path: Path) -> None:
-    answer = kha("inspect", made / "shards", "--png", tmp_path / "lengths.png")
-    drawn = [Path(entry["png"]) for entry in answer.values()]
-    assert [path.name for path in drawn] == ["lengths-train.png", "lengths-validation.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+@pytest.mark.parametrize("name", ["lengths.png", "lengths", "lengths.of documents.PNG"])
+def test_the_histograms_of_all_datasets_are_in_the_very_file_that_was_named(
+    made: Path, tmp_path: Path, name: str
+) -> None:
+    heights = []
+    for directory in (made / "shards" / "train", made / "shards"):
+        answer = kha("inspect", directory, "--png", tmp_path / name)
+        assert {entry["png"] for entry in answer.values()} == {str(tmp_path / name)}
+        heights.append(int.from_bytes((tmp_path / name).read_bytes()[20:24]))
+    assert [path.name for path in tmp_path.iterdir()] == [name] and heights[1] == 2 * heights[0]
+
+
+def test_a_file_that_is_no_picture_of_ours_is_not_drawn_over_unasked(made: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "lengths.png"
+    taken.write_bytes(b"somebody's")
+    with pytest.raises(ConfigError, match="is not an earlier answer"):
+        kha("inspect", made / "shards", "--png", taken)
+    assert taken.read_bytes() == b"somebody's"
+    kha("inspect", made / "shards", "--png", taken, "--force")
+    assert taken.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_dataset_may_be_named_by_a_url(made: Path) -> None:

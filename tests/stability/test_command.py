@@ -72,6 +72,22 @@ def test_the_table_and_the_picture_are_made(kha: Kha, csv_file: Path, tmp_path: 
         assert "narrow" in said and "per_1k_steps" in said
 
 
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf", "PNG"])
+def test_a_picture_replaces_an_earlier_one_and_nothing_else_unasked(
+    kha: Kha, csv_file: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / f"spikes.{suffix}"
+    for _ in range(2):
+        kha(str(csv_file), "--plot", str(picture))
+    picture.write_text("somebody's")
+    with pytest.raises(SystemExit) as ended:
+        run(["spikes", str(csv_file), "--plot", str(picture)])
+    assert ended.value.code == 2 and picture.read_text() == "somebody's"
+    assert "--overwrite" in capsys.readouterr().err
+    kha(str(csv_file), "--plot", str(picture), "--overwrite")
+    assert picture.read_bytes() != b"somebody's"
+
+
 def test_shared_events_are_told_from_private_ones(kha: Kha, csv_file: Path, tmp_path: Path, calm) -> None:
     losses = calm(400, seed=1)
     losses[201] += 2.0
