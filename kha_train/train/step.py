@@ -158,7 +158,7 @@ def train_step(
     bias_LE = engine.decoder.selection_bias_LE()
     # All that the host wants to know of a step crosses at once: here, and nowhere else, it waits for the device.
     known = torch.cat([engine.gradient_norm.double().view(1), agreed, bias_LE.double().flatten()]).cpu()
-    grad_norm, loss_total, balance_total, z_total, stops = known[:5].tolist()
+    grad_norm, loss_total, balance_total, z_total, asked = known[:5].tolist()
     seen_LE, routed_by_LE = known[5:].view(2, *load_LE.shape)
 
     loss = loss_total / labels
@@ -174,7 +174,7 @@ def train_step(
         engine.discard()
     losses = balance_total / routed, z_total / routed
     padding = None if batch.real_R is None else 1 - tokens / (batch.tokens_BT.numel() * world.size)
-    return StepResult(loss, grad_norm, applied, seen_LE, routed_by_LE, *losses, stops > 0, evidence, tokens, padding)
+    return StepResult(loss, grad_norm, applied, seen_LE, routed_by_LE, *losses, asked > 0, evidence, tokens, padding)
 
 
 def routing_metrics(moe: MoeSection, result: StepResult) -> dict[str, Any]:
