@@ -17,6 +17,11 @@ from kha_train.model.host import spare_the_compiler, use_tensor_cores
 from kha_train.model.init import initial_value, initial_values, interaction_identities, reset_buffers
 from kha_train.optim import AdamW, interaction_settings, parameter_groups
 
+GRAPHS_OF_BLOCKS = 24
+"""How many graphs the compiler may make of `Block.forward`, which all blocks share, before it gives up on them. Twelve
+are usual: dense or with experts, in training or evaluation, for sizes seen first, sizes that vary and single rows.
+torch's own limit is 8."""
+
 
 def resolve_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     """The dtype of parameters and activations on `device`, see `precision_on`."""
@@ -55,9 +60,17 @@ def materialise(
     with world.device:
         reset_buffers(decoder)
     if config.engine.compile == "block":
-        for block in decoder.blocks:
-            block.compile()
+        _compile_blocks(decoder)
     return decoder, shapes
+
+
+def _compile_blocks(decoder: Decoder) -> None:
+    import torch._dynamo.config
+
+    # For the whole process: torch keeps one number.
+    torch._dynamo.config.recompile_limit = max(GRAPHS_OF_BLOCKS, torch._dynamo.config.recompile_limit)
+    for block in decoder.blocks:
+        block.compile()
 
 
 def build_optimizer(

@@ -10,7 +10,7 @@ was probed is bit-identical to one that was not.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -54,7 +54,8 @@ def _largest_logits(engine: Engine, batch: Batch) -> list[float]:
     found: list[Tensor] = []
     first_row = next(batch.micro_batches(1))
     borders_S = first_row.cu_seqlens_S.to(engine.world.device)
-    with _watched(engine.decoder, found.append, borders_S, first_row.token_count):
+    watched = _watched(engine.decoder, found.append, borders_S, first_row.token_count)
+    with _as_written(engine), watched:
         engine.evaluate(first_row)
     if not found:
         return []
@@ -63,6 +64,13 @@ def _largest_logits(engine: Engine, batch: Batch) -> list[float]:
     table = torch.zeros(world.size, len(found), device=world.device)
     table[world.rank] = torch.stack(found).float()
     return world.sum_(table).amax(0).tolist()
+
+
+def _as_written(engine: Engine) -> AbstractContextManager[Any]:
+    """While inside, compiled blocks run as they are written. What is hung into the model would be traced each time
+    anew, into further graphs, until the compiler gives up on all blocks.
+    """
+    return torch.compiler.set_stance("force_eager") if engine.config.engine.compile != "none" else nullcontext()
 
 
 @contextmanager

@@ -184,7 +184,9 @@ def describe(kind: str, step: int, fields: dict[str, Any]) -> str:
     """An announced event in one line."""
     match kind:
         case "spike_opened":
-            return f"loss spike at step {step}: {fields['loss']:.3f} against {fields['baseline']:.3f} before"
+            known = math.isfinite(fields["baseline"])
+            before = f"{fields['baseline']:.3f} before" if known else "nothing known before"
+            return f"loss spike at step {step}: {fields['loss']:.3f} against {before}"
         case "divergence":
             return f"step {step}: the loss, {fields['loss']:.3f}, has been twice its mean for five steps"
         case "rewind":

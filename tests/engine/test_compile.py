@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from kha_train import distributed
 from kha_train.config.compose import compose
 from kha_train.data.stream import open_stream
 from kha_train.engine.deepspeed import Engine, leave_world
 from kha_train.train.step import next_batch, train_step
+from kha_train.train.watch import Ruling
 
 STEPS = 3
 
@@ -64,6 +67,66 @@ def test_a_compiled_block_takes_ever_other_numbers_of_tokens(
     torch._dynamo.reset()
     compiled, _ = losses([*settings, "engine.compile=block"])
     assert compiled == pytest.approx(plain, abs=1e-5)
+
+
+class Probed(NamedTuple):
+    """Losses, what probes found, and the graphs there were after each step."""
+
+    losses: list[float]
+    evidence: list[dict[str, Any]]
+    graphs: list[int]
+
+
+def probed(overrides: list[str], every: int = 1) -> Probed:
+    """Six steps, probed in one of `every`, with validations of two rows and of a last, smaller batch of one."""
+    config = compose([*overrides, "engine.device=cpu", "data.global_batch_size=4", "engine.micro_batch_size=2"])
+    torch._dynamo.reset()
+    counters.clear()
+    world = distributed.start("cpu", 60)
+    engine, found = Engine(config, world), Probed([], [], [])
+    try:
+        stream = open_stream(config)
+        for step in range(6):
+            batch, labels = next_batch(stream, world)
+            ruling = Ruling(True, probe=step % every == 0)
+            result = train_step(engine, batch, labels, 1e-2, False, lambda loss, norm, ruling=ruling: ruling)
+            for rows in (2, 1):
+                engine.evaluate(next(batch.micro_batches(rows)))
+            found.losses.append(result.loss)
+            found.evidence.extend([result.evidence] if result.evidence else [])
+            found.graphs.append(counters["stats"]["unique_graphs"])
+    finally:
+        engine.close()
+        leave_world()
+    return found
+
+
+VARIANTS = {
+    "kha": ["attention=kha_mlp"],
+    "recomputed": ["attention=kha_linear", "engine.zero_stage=2", "engine.activation_checkpointing=full"],
+    "dense layers": ["model.layers=3", "moe.dense_layers=1", "moe.dense_width=64"],
+    "warm-up of many layers": ["model.layers=10", "model.hidden_size=32", "moe.routing_warmup_steps=50"],
+}
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=() if name == "kha" else pytest.mark.slow) for name in VARIANTS]
+)
+def test_probes_compile_nothing_and_find_what_they_find_in_plain_blocks(
+    variant: str, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [*small, *VARIANTS[variant]]
+    plain = probed(settings)
+    original = torch.nn.Module.compile
+    # As traced, and run by torch: what is compiled does not depend on the code that is made of it.
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: original(module, backend="eager"))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        often, never = (probed([*settings, "engine.compile=block"], every) for every in (1, 99))
+    assert plain.graphs == [0] * 6 and often.graphs[0] > 0
+    assert often.graphs == never.graphs, "a probe was compiled"
+    assert often.graphs[3:] == often.graphs[3:4] * 3, "graphs were made after the first sizes were seen"
+    assert often.losses == plain.losses and len(often.evidence) == 6
+    assert often.evidence == plain.evidence
 
 
 @pytest.mark.slow

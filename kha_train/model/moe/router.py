@@ -51,7 +51,7 @@ class Router(DeclaredModule):
 
     def __init__(self, config: RunConfig, layer: int) -> None:
         super().__init__()
-        self.moe, self.layer, self.seed = config.moe, layer, config.run.seed
+        self.moe, self.seed = config.moe, config.run.seed
         experts = config.moe.experts
         self.declare_parameter("weight", (experts, config.model.hidden_size), Normal(config.model.init_std))
         self._declare_state("selection_bias", experts, 0.0)
@@ -59,6 +59,9 @@ class Router(DeclaredModule):
             self._declare_state("previous_share", experts, 1.0)
         if config.moe.routing_warmup_steps:
             self._declare_state("steps_done", 1, 0.0)
+            # A tensor, for the layers then share what is compiled of them.
+            number = partial(torch.full, (1,), float(layer), dtype=torch.float32, device="cpu")
+            self.declare_buffer("layer_1", (1,), number, persistent=False)
 
     def forward(
         self, x_ND: Tensor, samples_B: Tensor | None = None, real_N: Tensor | None = None, places: int = 0
@@ -106,7 +109,7 @@ class Router(DeclaredModule):
             return logit_NE
         blend = (self.steps_done / self.moe.routing_warmup_steps).clamp(max=1.0)
         shape = logit_NE.shape if real_N is None else torch.Size((places, logit_NE.shape[1]))
-        noise_NE = standard_normal(self.seed, self.layer, self.steps_done, samples_B, shape)
+        noise_NE = standard_normal(self.seed, self.layer_1.long(), self.steps_done, samples_B, shape)
         noise_NE = noise_NE if real_N is None else noise_NE.index_select(0, real_N)
         spread_N1, mean_N1 = torch.std_mean(logit_NE.detach(), dim=-1, keepdim=True, correction=0)
         return blend * logit_NE + (1.0 - blend) * (mean_N1 + spread_N1 * noise_NE)

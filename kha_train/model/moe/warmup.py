@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 
-def standard_normal(seed: int, layer: int, step_1: Tensor, samples_B: Tensor, shape: torch.Size) -> Tensor:
+def standard_normal(seed: int, layer: int | Tensor, step_1: Tensor, samples_B: Tensor, shape: torch.Size) -> Tensor:
     """Standard normal numbers of `shape` (N, E), fp32 on the device of `samples_B` (int64, B divides N).
 
-    `step_1` is a tensor of one number: it is read on its device, without waiting for it.
+    `step_1` is a tensor of one number: it is read on its device, without waiting for it. `layer` may be an int64
+    tensor too: a compiler makes a graph of its own for each number that is none.
     """
     tokens, experts = shape[0] // samples_B.numel(), shape[1]
     device = samples_B.device
-    start = _signed((seed * 65_537 + layer) % (1 << 64))
-    key_B = _mixed(samples_B + _mixed(step_1.long() + _mixed(torch.full_like(samples_B[:1], start))))
+    start_1 = torch.full_like(samples_B[:1], _signed(seed * 65_537 % (1 << 64))) + layer
+    key_B = _mixed(samples_B + _mixed(step_1.long() + _mixed(start_1)))
     place_T = torch.arange(tokens, device=device)[:, None] * experts
     place_TE = place_T + torch.arange(experts, device=device)
     bits_BTE = _mixed(key_B[:, None, None] + place_TE)
