@@ -89,7 +89,7 @@ def probed(overrides: list[str], every: int = 1) -> Probed:
         for step in range(6):
             batch, labels = next_batch(stream, world)
             ruling = Ruling(True, probe=step % every == 0)
-            result = train_step(engine, batch, labels, 1e-2, False, lambda loss, norm, ruling=ruling: ruling)
+            result = train_step(engine, batch, labels, 1e-2, lambda loss, norm, ruling=ruling: ruling)
             for rows in (2, 1):
                 engine.evaluate(next(batch.micro_batches(rows)))
             found.losses.append(result.loss)
