@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, Options
 from kha_train.foreign.documents import parse_json
 from kha_train.foreign.files import SMALL, read_regular
 from kha_train.foreign.typed import Source
@@ -53,7 +53,7 @@ def check_replaceable(path: Path, mark: str | None, option: str, overwrite: bool
         "is there already, and is not an earlier answer to this command",
         field=option,
         value=str(path),
-        fix=f"name another place with {option}, or pass --overwrite",
+        fix=Options("--overwrite", f"name another place with {option}, or pass {{}}"),
     )
 
 

@@ -102,6 +102,7 @@ REFUSED = {
     "a corpus that is there": "data corpus --no-standard-library --extra-root {texts} --out {corpus}",
     "a tokenizer that is there": "data tokenizer --corpus {corpus} --vocab-size 300 --out {tokenizer}",
     "shards that are there": "data tokenize --corpus {corpus} --tokenizer {tokenizer} --out {shards}",
+    "a picture of somebody": "data inspect {shards} --png {taken}",
     "no quickstart yet": "data inspect quickstart/shards/train",
     "no SLURM": "sweep attention=gqa,mha",
 }
@@ -162,7 +163,10 @@ def refused(places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPa
         if "{lost}" in REFUSED[case] and not lost.exists():
             shutil.copytree(places["run"], lost)
             shutil.rmtree(lost / "checkpoints")
-        return shlex.split(REFUSED[case].format(**places, lost=lost))
+        taken = tmp_path / "taken.png"
+        if "{taken}" in REFUSED[case]:
+            taken.write_text("somebody's")
+        return shlex.split(REFUSED[case].format(**places, lost=lost, taken=taken))
 
     return words
 
