@@ -160,8 +160,13 @@ class Comparison:
         }
 
 
-def compare_runs(run_dirs: list[Path], read: Callable[[Path], RunData] = load_run) -> Comparison:
-    """Compares the runs in `run_dirs`, each as `read` reads it; the variant of the first is the reference.
+def compare_runs(
+    run_dirs: list[Path],
+    read: Callable[[Path], RunData] = load_run,
+    summarised: Callable[[RunData], Summary] = summarise,
+) -> Comparison:
+    """Compares the runs in `run_dirs`, each as `read` reads it and with the figures that `summarised` gives; the
+    variant of the first is the reference.
 
     Raises ConfigError for a directory that is missing, empty, not a run, or named twice; DataError for a damaged one.
     """
@@ -170,7 +175,7 @@ def compare_runs(run_dirs: list[Path], read: Callable[[Path], RunData] = load_ru
     seeds = across_seeds(runs, pairs)
     return Comparison(
         runs=runs,
-        summaries=_summaries(runs),
+        summaries=_summaries(runs, summarised),
         differences=config_differences(runs),
         pairs=pairs,
         across_seeds=seeds,
@@ -186,9 +191,9 @@ def peaks(runs: tuple[RunData, ...]) -> list[str]:
     return [", then ".join(each) for each in found]
 
 
-def _summaries(runs: tuple[RunData, ...]) -> tuple[Summary, ...]:
+def _summaries(runs: tuple[RunData, ...], summarised: Callable[[RunData], Summary]) -> tuple[Summary, ...]:
     """The figures of all runs. Shares of different peaks do not compare, and may rank the runs the wrong way round."""
-    found = [summarise(run) for run in runs]
+    found = [summarised(run) for run in runs]
     if len(set(peaks(runs))) > 1:
         found = [replace(summary, results=summary.results | {"mfu": None}) for summary in found]
     return tuple(found)

@@ -4,11 +4,11 @@ A run directory may be started again with other settings or data, and only the l
 every line is judged by its own attempt, and attempts whose lines were all discarded do not matter.
 """
 
-# N common steps
+# N common steps, or lines of a record
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, pairwise
@@ -23,6 +23,7 @@ from kha_train.config.constants import PRECISION_OF
 from kha_train.foreign.documents import Json
 from kha_train.record import Attempt, read_attempts
 from kha_train.record.attempts import CONFIG_FILE
+from kha_train.record.columns import Columns
 
 UNKNOWN = object()
 """The value of a setting or a fact that was not recorded."""
@@ -104,16 +105,15 @@ class Change:
         return f"{self.key} {brief(self.before)} -> {brief(self.now)} from step {self.step} on"
 
 
-def stretches_of(lines: Sequence[Mapping[str, Any]], attempts: Mapping[int, Attempt]) -> tuple[Stretch, ...]:
-    """The stretches of the curve `lines`, which is not empty, in order."""
+def stretches_of(columns: Columns, attempts: Mapping[int, Attempt]) -> tuple[Stretch, ...]:
+    """The stretches of a curve, which is not empty, in order."""
     only = next(iter(attempts)) if len(attempts) == 1 else None
     found: list[Stretch] = []
-    for number, group in groupby(lines, lambda line: line.get("attempt", only)):
-        steps = [line["step"] for line in group]
-        attempt = attempts.get(number)
+    for number, first, last in _by_attempt(columns, only):
+        attempt = None if number is None else attempts.get(number)
         facts = {**flatten(attempt.facts), "world_size": attempt.world_size} if attempt else {}
         settings = _settings(attempt, found) if attempt and attempt.config is not None else None
-        found.append(Stretch(steps[0], steps[-1], settings, facts))
+        found.append(Stretch(first, last, settings, facts))
     return tuple(found)
 
 
@@ -169,17 +169,21 @@ def _values_if(wanted: Callable[[str, Meeting], bool], key: str, meeting: Meetin
     return meeting.values(key) if wanted(key, meeting) else None
 
 
-def phase_steps(run_dir: Path, lines: Sequence[Mapping[str, Any]]) -> set[int]:
-    """The steps of the curve `lines` that begin a phase of the data mixture, each by the settings of its own attempt;
-    where those were not recorded, by the last start's."""
+def phase_steps(run_dir: Path, columns: Columns) -> set[int]:
+    """The steps of a curve that begin a phase of the data mixture, each by the settings of its own attempt; where those
+    were not recorded, by the last start's. Steps without a loss are no part of the curve."""
     last = load_plain(run_dir / CONFIG_FILE)
     configs = {number: attempt.config or last for number, attempt in read_attempts(run_dir).items()}
-    found, before = set(), -1
-    for line in lines:
-        data, now = configs.get(line.get("attempt", -1), last).get("data", {}), line.get("samples_first", -1)
-        if any(before < phase["start_sample"] <= now for phase in data.get("phases", [])):
-            found.add(line["step"])
-        before = now
+    chosen_N = columns.has("train/loss")
+    steps_N, samples_N = columns.steps[chosen_N], columns.whole("samples_first", -1)[chosen_N]
+    attempts_N = columns.whole("attempt", -1)[chosen_N]
+    before_N = np.concatenate([[-1], samples_N[:-1]])
+    found: set[int] = set()
+    for number in np.unique(attempts_N).tolist():
+        for phase in configs.get(number, last).get("data", {}).get("phases", []):
+            start = phase["start_sample"]
+            begins_N = (attempts_N == number) & (before_N < start) & (start <= samples_N)
+            found |= set(steps_N[begins_N].tolist())
     return found
 
 
@@ -210,6 +214,15 @@ def _settings(attempt: Attempt, earlier: Sequence[Stretch]) -> dict[str, Any]:
     if settings.get(PRECISION) == "auto" and dtype in PRECISION_OF:
         settings[PRECISION] = PRECISION_OF[dtype]
     return {**settings, ORIGIN: earlier[0].value(ORIGIN)} if earlier else settings
+
+
+def _by_attempt(columns: Columns, absent: int | None) -> Iterator[tuple[int | None, int, int]]:
+    """(attempt, first step, last step) of neighbouring lines of one attempt; `absent` where they do not say which."""
+    numbers_N, steps_N = columns.whole("attempt", 0 if absent is None else absent), columns.steps
+    known_N = columns.has("attempt") | (absent is not None)
+    cuts = (np.flatnonzero((np.diff(numbers_N) != 0) | (np.diff(known_N) != 0)) + 1).tolist()
+    for start, end in zip([0, *cuts], [*cuts, len(columns)], strict=True):
+        yield int(numbers_N[start]) if known_N[start] else None, int(steps_N[start]), int(steps_N[end - 1])
 
 
 def _places(steps_N: np.ndarray, stretches: Sequence[Stretch]) -> np.ndarray:

@@ -183,7 +183,7 @@ def _legend(comparison: Comparison) -> str:
 
 
 def _shared_decay(comparison: Comparison) -> float:
-    return display_decay(max(len(run.lines) for run in comparison.runs))
+    return display_decay(max(len(run.columns) for run in comparison.runs))
 
 
 def _loss_figure(comparison: Comparison) -> Iterable[str]:

@@ -16,7 +16,9 @@ from kha_train.config.compose import load_plain
 from kha_train.config.constants import FREE_TO_CHANGE, may_differ
 from kha_train.errors import ConfigError
 from kha_train.foreign.documents import Json
-from kha_train.record import Attempt, read_attempts, read_discarded, read_events, read_metrics, read_run
+from kha_train.record import Attempt, read_attempts, read_discarded, read_events, read_run
+from kha_train.record.columns import Columns
+from kha_train.record.columns_twin import read_columns
 from kha_train.record.labels import distinct
 
 IDENTITY_KEYS = ("run.dir", "run.name")
@@ -25,7 +27,7 @@ IDENTITY_KEYS = ("run.dir", "run.name")
 
 @dataclass(frozen=True)
 class RunData:
-    """One run: `lines` of metrics.jsonl (never empty), run.json as `run`, `stretches` the attempts that made the lines.
+    """One run: metrics.jsonl by `columns` (never empty), run.json as `run`, `stretches` the attempts of its lines.
 
     `config` are the settings of the last line by dotted keys, the paths of its sources aside; where its attempt did not
     record them, those of config.yaml. `variant` is what is compared: `attention.name`, and whatever else tells runs of
@@ -36,7 +38,7 @@ class RunData:
     label: str
     config: dict[str, Any]
     run: dict[str, Any]
-    lines: list[dict[str, Any]]
+    columns: Columns
     stretches: tuple[Stretch, ...]
     discarded: int
     events: list[dict[str, Any]]
@@ -51,7 +53,7 @@ class RunData:
     def history(self, key: str) -> list[tuple[int, Json]]:
         """(step from which it held, value) of a setting, as far as that was recorded; where nothing was, its value in
         `config`, from the first step on."""
-        return history(self.stretches, key) or [(self.lines[0]["step"], self.config.get(key))]
+        return history(self.stretches, key) or [(int(self.steps[0]), self.config.get(key))]
 
     def shown(self, key: str) -> Json:
         """A setting as the run had it: its value or, where it changed on the way, its values in words."""
@@ -60,11 +62,11 @@ class RunData:
     @cached_property
     def steps(self) -> np.ndarray:
         """The step of every line, int64 [lines]."""
-        return np.array([line["step"] for line in self.lines], dtype=np.int64)
+        return self.columns.steps
 
     def column(self, key: str) -> np.ndarray:
-        """The metric `key` of every line, float64 [lines]; nan where a line does not have it."""
-        return np.array([line.get(key, np.nan) for line in self.lines], dtype=np.float64)
+        """The metric `key`, one of `COLUMNS`, of every line, float64 [lines]; nan where a line does not have it."""
+        return self.columns[key]
 
     def finite(self, key: str) -> np.ndarray:
         """The finite values of the metric `key`, in order."""
@@ -77,14 +79,15 @@ class RunData:
         return self.stretches[-1].facts.get(key)
 
 
-def load_run(path: Path) -> RunData:
-    """The run in directory `path`. Raises ConfigError when it is missing, empty or no run directory; DataError when
-    a file in it is damaged.
+def load_run(path: Path, columns: Columns | None = None) -> RunData:
+    """The run in directory `path`; `columns` are those of its record, where they were read before.
+
+    Raises ConfigError when it is missing, empty or no run directory; DataError when a file in it is damaged.
     """
     if not path.is_dir():
         raise ConfigError("there is no such run directory", field="run", value=str(path), fix=_neighbours(path))
-    lines = read_metrics(path)
-    if not lines:
+    columns = read_columns(path) if columns is None else columns
+    if not len(columns):
         raise ConfigError(
             "this directory holds no recorded step (metrics.jsonl is missing or empty)",
             field="run",
@@ -100,13 +103,13 @@ def load_run(path: Path) -> RunData:
             fix="name the run.dir that `kha train` wrote",
         )
     saved, run = load_plain(config_file), read_run(path)
-    stretches = stretches_of(lines, read_attempts(path) or _one_attempt(lines, saved, run))
+    stretches = stretches_of(columns, read_attempts(path) or _one_attempt(columns, saved, run))
     config = stretches[-1].settings or without_places(saved)
     config = {key: value for key, value in config.items() if value is not UNKNOWN}
     label = str(config.get("run.name") or path.resolve().name)
     attention = str(config.get("attention.name", "unknown"))
     discarded, events = len(read_discarded(path)), read_events(path)
-    return RunData(path, label, config, run, lines, stretches, discarded, events, attention)
+    return RunData(path, label, config, run, columns, stretches, discarded, events, attention)
 
 
 def load_runs(paths: list[Path], read: Callable[[Path], RunData] = load_run) -> tuple[RunData, ...]:
@@ -125,9 +128,9 @@ def load_runs(paths: list[Path], read: Callable[[Path], RunData] = load_run) -> 
     )
 
 
-def _one_attempt(lines: list[dict[str, Any]], saved: dict[str, Any], run: dict[str, Any]) -> dict[int, Attempt]:
+def _one_attempt(columns: Columns, saved: dict[str, Any], run: dict[str, Any]) -> dict[int, Attempt]:
     """The attempts of a run whose run.json lists none: config.yaml is that of the last line's."""
-    number = lines[-1].get("attempt", 1)
+    number = int(columns.whole("attempt", 1)[-1])
     return {number: Attempt(number, 0, None, run.get("provenance", {}), saved)}
 
 

@@ -8,27 +8,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+import numpy as np
 
 from kha_train.analysis.curve_columns import READ
 from kha_train.analysis.curve_files import read_curve_file
+from kha_train.analysis.curve_points import Points, field_of
 from kha_train.analysis.history import phase_steps
+from kha_train.analysis.spikes_found import SCORES, find_events, rewound_events
 from kha_train.analysis.statistics import pooled_rate
 from kha_train.errors import ConfigError, between
-from kha_train.record import read_discarded, read_events, read_metrics, read_run
+from kha_train.record import read_discarded, read_events, read_run
 from kha_train.record.actions import UNDONE, count_actions
+from kha_train.record.columns import Columns
+from kha_train.record.columns_twin import read_columns
 from kha_train.record.labels import distinct
 from kha_train.record.reader import METRICS_FILE
 from kha_train.stability.events import Observation, SpikeEvent
-from kha_train.stability.monitor import Monitor
 from kha_train.stability.statistics import BILLION, shared_events, summarise, tail_gap
 
-SCORES = "spike/olmo"
-SCORE_NAMES = tuple(f"{SCORES}_{name}" for name in (
-    "loss_score", "loss_score_w10k", "loss_up_score", "gnorm_score", "gnorm_score_w10k",
-))  # fmt: skip
 AROUND = (
     "step", "train/loss", "spike/z", "train/grad_norm", "train/lr", "train/skipped", "moe/maxvio", "attn/max_logit",
     "kha/from_identity",
@@ -45,7 +45,7 @@ class LossCurve:
     was read, as it was named."""
 
     label: str
-    points: tuple[Observation, ...]
+    points: Sequence[Observation]
     planned: frozenset[int]
     repeated: int = 0
     run_dir: Path | None = None
@@ -64,12 +64,12 @@ class LossCurve:
         """Whether the curve says how many tokens each of its steps had read: a count that rises with every point."""
         if len(self.points) == 1:
             return self.points[0].step == 1 and self.points[0].tokens > 0
-        return all(now.tokens > before.tokens for before, now in pairwise(self.points))
+        return bool((np.diff(field_of(self.points, "tokens")) > 0).all())
 
     @property
     def has_samples(self) -> bool:
         """Whether the curve says which samples its steps read."""
-        return all(point.samples_first >= 0 for point in self.points)
+        return bool((field_of(self.points, "samples_first") >= 0).all())
 
     @property
     def tokens(self) -> int:
@@ -81,16 +81,6 @@ class LossCurve:
             return last.tokens
         between = last.step - first.step
         return round((last.tokens - first.tokens) * (between + 1) / between)
-
-
-class Found(NamedTuple):
-    """What the monitor found in a curve: its `events`, one that is open at its end included, the steps at which the
-    divergence guard fired, the metrics of the last step, and of how many steps it could say whether they are normal."""
-
-    events: list[SpikeEvent]
-    diverged_at: list[int]
-    metrics: dict[str, float | None]
-    judged: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,11 +122,9 @@ def read_curve(path: Path, planned: Sequence[int] = ()) -> LossCurve:
         raise ConfigError("there is no such file or run directory", field="curve", value=str(path))
     file = path / METRICS_FILE if path.is_dir() else path
     own = file.name == METRICS_FILE and (file.parent / "config.yaml").is_file()
-    run_dir, lines = file.parent if own else None, []
-    if run_dir:
-        lines = [line for line in read_metrics(run_dir) if "train/loss" in line]
-        points = [_observation(line) for line in lines]
-    elif file.exists():
+    if own:
+        return recorded_curve(path, read_columns(file.parent), planned)
+    if file.exists():
         points = read_curve_file(file)
     else:
         raise ConfigError(f"it holds no {METRICS_FILE}, so no step", field="curve", value=str(path), allowed=READ)
@@ -144,9 +132,23 @@ def read_curve(path: Path, planned: Sequence[int] = ()) -> LossCurve:
         raise ConfigError("it holds no step with a loss", field="curve", value=str(path), allowed=READ)
     unique = {point.step: point for point in points}
     ordered = tuple(unique[step] for step in sorted(unique))
-    changes = {*planned, *(phase_steps(run_dir, lines) if run_dir else ())}
-    label = path.resolve().parent.name if path.name == METRICS_FILE else path.name or path.resolve().name
-    return LossCurve(label, ordered, frozenset(changes), len(points) - len(unique), run_dir, path)
+    return LossCurve(_label(path), ordered, frozenset(planned), len(points) - len(unique), None, path)
+
+
+def recorded_curve(path: Path, columns: Columns, planned: Sequence[int] = ()) -> LossCurve:
+    """The curve of a run, of whose record these are the columns; `path` is its directory or its metrics file.
+
+    Raises ConfigError when it has no step with a loss.
+    """
+    run_dir, points = path if path.is_dir() else path.parent, Points(columns)
+    if not len(points):
+        raise ConfigError("it holds no step with a loss", field="curve", value=str(path), allowed=READ)
+    changes = frozenset({*planned, *phase_steps(run_dir, columns)})
+    return LossCurve(_label(path), points, changes, 0, run_dir, path)
+
+
+def _label(path: Path) -> str:
+    return path.resolve().parent.name if path.name == METRICS_FILE else path.name or path.resolve().name
 
 
 def read_curves(paths: Sequence[Path], read: Callable[[Path], LossCurve] = read_curve) -> list[LossCurve]:
@@ -162,10 +164,10 @@ def read_curves(paths: Sequence[Path], read: Callable[[Path], LossCurve] = read_
 def score_curve(curve: LossCurve, include_rewound: bool = True, diverged: bool = False) -> SpikeReport:
     """Run the monitor over `curve` and sum up. `diverged` says that the run is about to end with exit code 5, which
     its record does not hold yet."""
-    found = find_events(curve.points, curve.planned)
     undone = _undone_lines(curve) if include_rewound else []
-    rewound = _rewound(curve, undone)
-    survived = {(point.step, point.samples_first) for point in curve.points}
+    found = find_events(curve.points, curve.planned, keep_at={group[0].step for group in undone})
+    survived = {(point.step, point.samples_first) for point in curve.points} if undone else set()
+    rewound = rewound_events(undone, survived, curve.planned, found.kept)
     summary = summarise(
         [*found.events, *rewound.events],
         first_step=curve.points[0].step,
@@ -188,25 +190,6 @@ def score_curve(curve: LossCurve, include_rewound: bool = True, diverged: bool =
         actions=count_actions(curve.run_dir),
         judged=judged,
     )
-
-
-def find_events(points: Sequence[Observation], planned: frozenset[int]) -> Found:
-    """What the monitor finds in `points`; see `Found`."""
-    monitor, found = Monitor(), Found([], [], {})
-    for point in points:
-        verdict = monitor.update(point, planned_change=point.step in planned)
-        found.events.extend([verdict.closed] if verdict.closed else [])
-        found.diverged_at.extend([point.step] if verdict.diverged else [])
-        found = found._replace(metrics={**verdict.metrics}, judged=found.judged + ("spike/z" in verdict.metrics))
-    found.events.extend([monitor.events.event] if monitor.events.event else [])
-    return found._replace(metrics=found.metrics | dict.fromkeys(_not_judged(monitor)))
-
-
-def _not_judged(monitor: Monitor) -> list[str]:
-    """The scores whose window never was full: of these curves 0 % is no finding."""
-    signals = {"loss": monitor.loss, "gnorm": monitor.grad_norm}
-    shares = {f"{SCORES}_{name}_": signal.both_sides.judged for name, signal in signals.items()}
-    return [key for key in SCORE_NAMES if not shares[next(head for head in shares if key.startswith(head))]]
 
 
 def tell_apart(reports: Sequence[SpikeReport]) -> list[SpikeReport]:
@@ -293,7 +276,8 @@ def lines_around(report: SpikeReport, event: SpikeEvent) -> list[dict[str, Any]]
         names = {"step": "step", "train/loss": "loss", "train/grad_norm": "grad_norm", "train/lr": "lr"}
         lines = [{key: getattr(point, name) for key, name in names.items()} for point in report.curve.points]
     else:
-        lines = read_metrics(report.curve.run_dir)
+        file = report.curve.run_dir / METRICS_FILE
+        lines = read_columns(report.curve.run_dir).lines(file, event.start_step - MARGIN, last)
         if event in report.rewound:
             undone = [line for line in read_discarded(report.curve.run_dir) if _is_of(line, event)]
             first = min(line["step"] for line in undone)
@@ -347,31 +331,6 @@ def _undone_lines(curve: LossCurve) -> list[list[Observation]]:
             key = (line["discarded_by_attempt"], line["discarded_reason"])
             undone.setdefault(key, []).append(_observation(line))
     return list(undone.values())
-
-
-def _rewound(curve: LossCurve, undone: Sequence[list[Observation]]) -> Found:
-    """Events that began in the lines `undone` by rewinds, and not again when the step was replayed; and the steps of
-    these lines at which the divergence guard fired.
-
-    Each rewind is judged on the curve as it stood then: the lines that survived it up to where it went, then those it
-    undid. A rewind that was computed twice, because the run was killed after it, counts once.
-    """
-    points = list(curve.points)
-    events: dict[tuple[int, int], SpikeEvent] = {}
-    diverged_at: list[int] = []
-    survived = {(point.step, point.samples_first) for point in curve.points}
-    for group in reversed(undone):
-        points = [point for point in points if point.step < group[0].step] + group
-        found = find_events(points, curve.planned)
-        diverged_at += [step for step in found.diverged_at if step >= group[0].step]
-        events |= {
-            place: event
-            for event in found.events
-            if event.start_step >= group[0].step and (place := (event.start_step, event.samples_first)) not in survived
-        }
-    for event in events.values():
-        event.open = False
-    return Found(sorted(events.values(), key=lambda event: event.start_step), diverged_at, {})
 
 
 def _ended_diverged(run_dir: Path | None) -> bool:

@@ -15,7 +15,8 @@ from kha_train.data.skipping import Window, merged, numbers_past
 from kha_train.data.sources import Source, open_samples
 from kha_train.data.tokenizer import KIND, Tokenizer
 from kha_train.errors import DataError
-from kha_train.record import config_of, read_attempts, read_discarded, read_events, read_metrics
+from kha_train.record import config_of, read_attempts, read_discarded, read_events
+from kha_train.record.columns_twin import read_columns
 
 
 def batch_texts(run_dir: Path, first_sample: int, attempt: int | None = None) -> list[dict[str, Any]]:
@@ -55,9 +56,12 @@ def batch_numbers(first_sample: int, count: int, windows: Iterable[Window]) -> n
 
 
 def _attempt_of(run_dir: Path, first_sample: int) -> int | None:
-    lines = [*read_discarded(run_dir), *read_metrics(run_dir)]
-    numbers = [line.get("attempt") for line in lines if line.get("samples_first") == first_sample]
-    return numbers[-1] if numbers else None
+    columns = read_columns(run_dir)
+    began = np.flatnonzero(columns["samples_first"] == first_sample)
+    if len(began):
+        return int(columns["attempt"][began[-1]]) if columns.has("attempt")[began[-1]] else None
+    undone = [line.get("attempt") for line in read_discarded(run_dir) if line.get("samples_first") == first_sample]
+    return undone[-1] if undone else None
 
 
 def _tokenizer(source: Source) -> Tokenizer | None:

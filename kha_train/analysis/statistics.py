@@ -100,8 +100,8 @@ def exponential_average(values: np.ndarray, decay: float) -> np.ndarray:
     """Bias-corrected exponential moving average, [N] -> [N]; a non-finite value repeats the average before it."""
     averages = np.full(len(values), np.nan)
     total = weight = 0.0
-    for index, value in enumerate(values):
-        if np.isfinite(value):
+    for index, value in enumerate(values.tolist()):
+        if math.isfinite(value):
             total, weight = decay * total + value, decay * weight + 1.0
         if weight:
             averages[index] = total / weight

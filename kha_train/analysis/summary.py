@@ -9,7 +9,7 @@ import numpy as np
 
 from kha_train.analysis.history import DATA_ID, VALIDATION_ID, changes, history, shown, unrecorded
 from kha_train.analysis.runs import IDENTITY_KEYS, RunData
-from kha_train.analysis.spikes import SpikeReport, read_curve, score_curve
+from kha_train.analysis.spikes import SpikeReport, recorded_curve, score_curve
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def printed(quantity: Quantity, value: object) -> str:
 
 def summarise(run: RunData, diverged: bool = False) -> Summary:
     """The figures of one run. `diverged`: it is about to end with exit code 5; see `score_curve`."""
-    tail = run.column("train/loss")[-max(1, len(run.lines) // 10) :]
+    tail = run.column("train/loss")[-max(1, len(run.columns) // 10) :]
     results = {
         "steps": float(run.steps[-1]),
         "tokens": _last(run.finite("tokens")),
@@ -107,14 +107,14 @@ def summarise(run: RunData, diverged: bool = False) -> Summary:
         "active_parameters": run.fact("parameters.active"),
     }
     attempts = run.run.get("attempts", [])
-    stability = score_curve(read_curve(run.path), diverged=diverged)
+    stability = score_curve(recorded_curve(run.path, run.columns), diverged=diverged)
     honesty = {
         "attempts": float(len(attempts)) or None,
         "lost": float(sum(attempt["state"] in ("lost", "running") for attempt in attempts)),
         "discarded": float(run.discarded),
-        "missing": float(run.steps[-1] - len(run.lines)),
+        "missing": float(run.steps[-1] - len(run.columns)),
         "skipped": float(np.nansum(run.column("train/skipped"))),
-        "nonfinite": float(sum("train/loss" in line and not np.isfinite(line["train/loss"]) for line in run.lines)),
+        "nonfinite": float(np.sum(run.columns.has("train/loss") & ~np.isfinite(run.column("train/loss")))),
         "spikes": float(stability.summary["spikes"]) if stability.judged else None,
         "diverged": stability.summary["diverged"],
         "unrecovered": float(stability.summary["unrecovered_total"]),

@@ -1,12 +1,12 @@
 """Which rows a validation scored. Bits per byte of different rows do not compare, so they are never shown unmarked."""
 
+# N lines of a record
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import NamedTuple
-
-import numpy as np
 
 from kha_train.analysis.history import UNKNOWN, VALIDATION_ID, VALIDATION_ROWS, Stretch, brief
 from kha_train.analysis.runs import RunData
@@ -43,14 +43,14 @@ class Scored(NamedTuple):
 
 def validations(run: RunData) -> list[Scored]:
     """The validations of the surviving curve, in order."""
-    lines = [line for line in run.lines if LOSS in line or BITS in line]
+    scored_N = run.columns.has(LOSS) | run.columns.has(BITS)
     stretches = iter(run.stretches)
     stretch = next(stretches)
     found = []
-    for line in lines:
-        while line["step"] > stretch.last:
+    for step, bits in zip(run.steps[scored_N].tolist(), run.column(BITS)[scored_N].tolist(), strict=True):
+        while step > stretch.last:
             stretch = next(stretches)
-        found.append(Scored(line["step"], float(line.get(BITS, np.nan)), _set_of(stretch)))
+        found.append(Scored(step, bits, _set_of(stretch)))
     return found
 
 

@@ -195,6 +195,21 @@ def startup(
 
 
 @app.command()
+def record(
+    steps: Annotated[str, typer.Option(help="Lengths of the records, in steps.")] = "1000,10000,100000,240000",
+    ask: Annotated[str, typer.Option(help="Of status, compare, spikes, start, end, sweep; all unless set.")] = "",
+    as_json: Json = False,
+) -> None:
+    """What a long record costs: start and end of a resume, status, compare, spikes; time and memory of each."""
+    from kha_train.bench import record as bench
+
+    found = bench.measure(
+        _lengths(steps), [one for one in ask.split(",") if one], say=lambda text: typer.echo(text, err=True)
+    )
+    _answer(found, bench.format_measured(found), as_json)
+
+
+@app.command()
 def gpu(
     out: Annotated[Path, typer.Option(help="Where results.json and results.md are written.")] = Path("bench-gpu"),
     minutes: Annotated[float, typer.Option(min=0.1, help="All of it; what does not fit is left out, and said.")] = 8.8,
@@ -283,6 +298,14 @@ def _peers(text: str) -> list[str]:
         if name != "transformers":
             raise ConfigError("no such peer", field="--against", value=name, allowed="transformers")
     return names
+
+
+def _lengths(text: str) -> list[int]:
+    """Raises ConfigError for what is no list of lengths."""
+    found = [int(one) if one.isascii() and one.isdigit() and len(one) < 10 else 0 for one in text.split(",")]
+    if min(found) < 100:
+        raise ConfigError("no list of lengths", field="--steps", value=text, allowed="100 and more, with commas")
+    return found
 
 
 def _clock(text: str) -> Any:

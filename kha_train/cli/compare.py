@@ -10,10 +10,10 @@ import typer
 
 from kha_train.analysis.compare import compare_runs
 from kha_train.analysis.report import mark_of, page_in, write_report
-from kha_train.analysis.runs import load_run
 from kha_train.analysis.table import print_comparison
 from kha_train.cli.output import Overwrite, note, print_json
 from kha_train.literal import say
+from kha_train.operate.ahead import read_ahead
 from kha_train.record.files import check_replaceable
 from kha_train.record.finding import find_runs
 from kha_train.telemetry.terminal import LiteralConsole
@@ -30,10 +30,11 @@ def compare(
     """Compare finished or living runs: what they reached, how they differ, and what that is worth.
 
     A page that this command made of the same runs is replaced; nothing else is."""
-    read = cache(load_run)
+    ahead = read_ahead(find_runs(runs, lambda text: None, trained=True))
+    read = cache(ahead.run)
     found = find_runs(runs, note, trained=True, read=read)
     check_replaceable(page_in(out), mark_of(found), "--out", overwrite)
-    comparison = compare_runs(found, read)
+    comparison = compare_runs(found, read, ahead.summary)
     page = write_report(comparison, out)
     if as_json:
         print_json({**comparison.to_dict(), "report": str(page)}, indent=2)

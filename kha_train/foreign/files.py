@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from kha_train.errors import DataError, KhaError
 
@@ -26,23 +29,39 @@ def read_regular(path: Path, limit: int | None = None, error: type[KhaError] = D
     Raises `error` when something else than a file has its name, or when it has more than `limit` bytes; OSError when it
     cannot be read.
     """
+    with open_regular(path, error) as file:
+        if file is None:
+            return None
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
+            raise error("too large", field=str(path), value=f"{size} bytes", allowed=f"at most {limit}")
+        return file.read()
+
+
+@contextmanager
+def open_regular(path: Path, error: type[KhaError] = DataError) -> Iterator[BinaryIO | None]:
+    """The file `path`, open for reading while entered; None when there is none. Raises as `read_regular`."""
+    descriptor = _opened(path, error)
+    if descriptor is None:
+        yield None
+        return
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        _check_kind(path, os.fstat(descriptor).st_mode, error)
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
+
+
+def _opened(path: Path, error: type[KhaError]) -> int | None:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as caught:
         if caught.errno == errno.ENXIO:
             check_regular(path, error)
         raise
-    try:
-        status = os.fstat(descriptor)
-        _check_kind(path, status.st_mode, error)
-        if limit is not None and status.st_size > limit:
-            raise error("too large", field=str(path), value=f"{status.st_size} bytes", allowed=f"at most {limit}")
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
-    finally:
-        os.close(descriptor)
 
 
 def check_regular(path: Path, error: type[KhaError] = DataError) -> None:

@@ -11,11 +11,13 @@ import json
 import math
 import os
 import re
+import secrets
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from kha_train.errors import DataError
-from kha_train.foreign.documents import Json, parse_json
+from kha_train.foreign.documents import MAX_DEPTH, Json, parse_json
 from kha_train.foreign.files import read_regular
 from kha_train.record.end import read_end
 
@@ -25,6 +27,9 @@ _SPELLED = re.compile(r"\\*(?:nan|inf|-inf)")
 """Text that is told from a number, or from other such text, by one more backslash."""
 LONE_SURROGATES = "backslashreplace"
 """How text is encoded: half of a surrogate pair, which UTF-8 cannot hold, becomes the escape that JSON has for it."""
+
+AT_ONCE = 1000
+"""Lines that are parsed in one go."""
 
 
 def words(value: Json) -> Json:
@@ -78,6 +83,31 @@ def parse(line: bytes) -> dict[str, Any] | None:
     return decode(record) if any(word in line for word in _WORDS) or b"\\" in line else record
 
 
+def parse_all(lines: Sequence[bytes]) -> list[dict[str, Any] | None]:
+    """`parse` of every line, at half its cost: JSON reads many objects in one go."""
+    return [record for start in range(0, len(lines), AT_ONCE) for record in _parsed(lines[start : start + AT_ONCE])]
+
+
+def _parsed(lines: Sequence[bytes]) -> list[dict[str, Any] | None]:
+    """`parse` of every line. A text that no line can hold, for it is made up here, stands between the lines: so a line
+    that holds two objects is seen, and an object that goes on in the next line."""
+    between = secrets.token_hex(16)
+    joined = f',"{between}",'.encode().join(lines)
+    try:
+        found = json.loads(f"[{joined.decode()}]")
+    except (ValueError, RecursionError):
+        return [parse(line) for line in lines]
+    records: list[dict[str, Any] | None] = found[::2]
+    one_each = len(found) == 2 * len(lines) - 1 and found[1::2].count(between) == len(lines) - 1
+    if not one_each or any(type(record) is not dict for record in records):
+        return [parse(line) for line in lines]
+    has_words = b"\\" in joined or any(word in joined for word in _WORDS)
+    for place, line in enumerate(lines):
+        if has_words or line.count(b"{") + line.count(b"[") > MAX_DEPTH:
+            records[place] = parse(line)
+    return records
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a file that may be growing; an unfinished last line is left out, a missing file is empty.
 
@@ -85,22 +115,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     content = read_regular(path) or b""
     return objects(path, content[: whole_until(content)])
-
-
-def objects(path: Path, content: bytes, number: int = 1) -> list[dict[str, Any]]:
-    """What is on the lines of `content`, the first of which is line `number` of the file `path`. Raises DataError
-    naming the first that is not a JSON object."""
-    lines = content.removesuffix(b"\n").split(b"\n") if content else []
-    records = [parse(line) for line in lines]
-    if None in records:
-        place = records.index(None)
-        raise DataError(
-            "this line is not a JSON object",
-            field=f"{path}:{number + place}",
-            value=lines[place][:80].decode(errors="replace"),
-            fix="delete the line, or restore the file from a copy",
-        )
-    return [record for record in records if record is not None]
 
 
 def whole_until(content: bytes) -> int:
@@ -116,6 +130,38 @@ def whole_until(content: bytes) -> int:
     except ValueError:
         is_torn = True
     return len(written) - len(last) if is_torn else len(written) + ends_in_newline
+
+
+def whole_blocks(file: BinaryIO, start: int, size: int) -> Iterator[tuple[int, bytes]]:
+    """(byte offset, whole lines of about `size` bytes) of a file that may be growing, from the line at `start` on.
+
+    What `read_lines` leaves out at the end is left out here.
+    """
+    file.seek(start)
+    content = file.read(size)
+    while following := file.read(size):
+        end = content.rstrip(b"\0\n").rfind(b"\n") + 1
+        if end:
+            yield start, content[:end]
+        content, start = content[end:] + following, start + end
+    if end := whole_until(content):
+        yield start, content[:end]
+
+
+def objects(path: Path, content: bytes, number: int = 1) -> list[dict[str, Any]]:
+    """What is on the lines of `content`, the first of which is line `number` of the file `path`. Raises DataError
+    naming the first that is not a JSON object."""
+    lines = content.removesuffix(b"\n").split(b"\n") if content else []
+    records = parse_all(lines) if lines else []
+    if None in records:
+        place = records.index(None)
+        raise DataError(
+            "this line is not a JSON object",
+            field=f"{path}:{number + place}",
+            value=lines[place][:80].decode(errors="replace"),
+            fix="delete the line, or restore the file from a copy",
+        )
+    return [record for record in records if record is not None]
 
 
 def repair(path: Path) -> int:

@@ -14,13 +14,14 @@ from kha_train.stability.scores import SHORT_SIGMA, SignalScores
 class Verdict(NamedTuple):
     """What a step is, before anything is done about it.
 
-    `flagged`: it stands out by itself (robust z of the loss, or not finite); `gnorm_z` its gradient norm over the last
-    128; `opened`: an event begins here; `closed`: the event that ended here; `width_before`, `width`: of the open event
-    before and after this step (0: none); `diverged`: the loss guard fires here; `metrics`: the `spike/*` values of the
-    metrics line, without those that are not defined yet.
+    `judged`: the detector could say whether it is normal; `flagged`: it stands out by itself (robust z of the loss, or
+    not finite); `gnorm_z` its gradient norm over the last 128; `opened`: an event begins here; `closed`: the event that
+    ended here; `width_before`, `width`: of the open event before and after this step (0: none); `diverged`: the loss
+    guard fires here; `metrics`: the `spike/*` values of the metrics line, without those that are not defined yet.
     """
 
     finite: bool
+    judged: bool
     flagged: bool
     gnorm_z: float
     opened: bool
@@ -43,8 +44,8 @@ class Monitor:
     closed: dict[str, int] = field(default_factory=lambda: {"narrow": 0, "wide": 0, "unrecovered": 0})
     nonfinite_steps: int = 0
 
-    def update(self, seen: Observation, planned_change: bool = False) -> Verdict:
-        """Take in one step of the curve.
+    def update(self, seen: Observation, planned_change: bool = False, with_metrics: bool = True) -> Verdict:
+        """Take in one step of the curve. `metrics` of the verdict are empty unless `with_metrics`.
 
         `planned_change` says that something was meant to change with this step (the data mixture, the schedule): what
         was normal before it is forgotten, so that the jump is neither an event nor a divergence, and an event that
@@ -64,9 +65,24 @@ class Monitor:
         finite = seen.finite
         self.nonfinite_steps += not finite
         diverged = self.guard.update(seen.loss, finite)
+        return Verdict(
+            finite=finite,
+            judged=not math.isnan(reading.z),
+            flagged=reading.flagged,
+            gnorm_z=gnorm_z,
+            opened=reading.opened,
+            closed=closed,
+            width_before=width_before,
+            width=self.events.event.width if self.events.event else 0,
+            diverged=diverged,
+            nonfinite_in_a_row=self.guard.nonfinite_in_a_row,
+            metrics=self._metrics(reading.z, loss_z, gnorm_z) if with_metrics else {},
+        )
+
+    def _metrics(self, z: float, loss_z: float, gnorm_z: float) -> dict[str, float]:
         is_open = self.events.event is not None
         metrics = {
-            "spike/z": reading.z,
+            "spike/z": z,
             "spike/open": int(is_open),
             "spike/events_total": sum(self.closed.values()) + is_open,
             "spike/narrow_total": self.closed["narrow"],
@@ -82,18 +98,7 @@ class Monitor:
             "spike/z128_flag": int(loss_z > SHORT_SIGMA or gnorm_z > SHORT_SIGMA),
             "train/nonfinite_steps": self.nonfinite_steps,
         }
-        return Verdict(
-            finite=finite,
-            flagged=reading.flagged,
-            gnorm_z=gnorm_z,
-            opened=reading.opened,
-            closed=closed,
-            width_before=width_before,
-            width=self.events.event.width if self.events.event else 0,
-            diverged=diverged,
-            nonfinite_in_a_row=self.guard.nonfinite_in_a_row,
-            metrics={name: value for name, value in metrics.items() if not math.isnan(value)},
-        )
+        return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
     def state(self) -> dict[str, Any]:
         """Everything, as plain JSON values: what a checkpoint keeps."""

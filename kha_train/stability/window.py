@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 SCALE_BITS = 80
 LIMIT = 1e100
+_SCALE = 2.0**SCALE_BITS
 
 
 def usable(value: float) -> bool:
@@ -25,6 +26,7 @@ class Window:
     def __init__(self, size: int, values: Iterable[float] = ()) -> None:
         self.size = size
         self._values: deque[float] = deque()
+        self._wholes: deque[int] = deque()
         self._sum = self._squares = 0
         for value in values:
             self.push(value)
@@ -59,21 +61,21 @@ class Window:
     def push(self, value: float) -> None:
         """Take in a usable value; the oldest leaves when the window was full."""
         assert usable(value), value
+        whole = int(value * _SCALE)
         self._values.append(value)
-        whole = _whole(value)
-        self._sum += whole
-        self._squares += whole * whole
+        self._wholes.append(whole)
         if len(self._values) > self.size:
-            whole = _whole(self._values.popleft())
-            self._sum -= whole
-            self._squares -= whole * whole
+            self._values.popleft()
+            left = self._wholes.popleft()
+            # a^2 - b^2 with one product of large numbers.
+            self._squares += (whole - left) * (whole + left)
+            self._sum += whole - left
+        else:
+            self._squares += whole * whole
+            self._sum += whole
 
     def z(self, value: float) -> float:
         """(value - mean) / deviation; 0 at the mean, +-inf beside it when the window is constant."""
         distance = value - self.mean
         deviation = self.deviation
         return distance / deviation if deviation > 0 else math.copysign(math.inf, distance) if distance else 0.0
-
-
-def _whole(value: float) -> int:
-    return int(value * 2.0**SCALE_BITS)

@@ -22,7 +22,7 @@ from kha_train.analysis.statistics import MIN_BLOCKS
 from kha_train.cli.compare import compare
 from kha_train.cli.main import run
 from kha_train.errors import ConfigError
-from kha_train.record import Record
+from kha_train.record import Record, columns_twin
 
 
 def make_run(path: Path, losses: list[float], *, variant: str = "gqa", seed: int = 0, **changes: Any) -> Path:
@@ -461,3 +461,25 @@ def test_a_page_is_replaced_by_one_of_the_same_runs_and_by_no_other_unasked(
     assert compare("a", "c", "--out", "other") == 0 and compare("a", "c", "--force") == 0
     page.write_text("<p>mine</p>")
     assert compare("a", "c") == 2 and page.read_text() == "<p>mine</p>"
+
+
+def test_a_comparison_made_again_parses_no_line_and_says_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [make_run(tmp_path / name, falling(400, offset), variant=name) for name, offset in (("a", 0), ("b", 0.1))]
+    plain = report_html(compare_runs(paths))
+    monkeypatch.setattr(columns_twin, "WORTH", 0)
+    assert report_html(compare_runs(paths)) == plain
+    parsed: list[bytes] = []
+    monkeypatch.setattr(columns_twin, "objects", lambda path, content, number: parsed.append(content))
+    assert report_html(compare_runs(paths)) == plain and not parsed
+
+
+def test_the_page_of_long_runs_is_short_and_shows_every_spike(tmp_path: Path) -> None:
+    losses = [2.0] * 20_000
+    losses[12_345] = 9.0
+    count = len(losses)
+    x, y = thin(np.arange(count), np.array(losses))
+    assert len(x) <= MAX_POINTS and y.max() == 9.0 and x[y.argmax()] == 12_345
+    text = report_html(compare_runs([make_run(tmp_path / name, losses[:8000], variant=name) for name in "ab"]))
+    assert len(text) < 300_000

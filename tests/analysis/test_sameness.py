@@ -21,6 +21,7 @@ from kha_train.analysis.spikes import read_curve
 from kha_train.config.build import to_plain
 from kha_train.config.compose import compose, dump
 from kha_train.record import Attempt, Record
+from kha_train.record.columns import columns_of
 
 
 class Start(NamedTuple):
@@ -263,7 +264,8 @@ def run_of(history: list[tuple[int, float, str]]) -> RunData:
         attempts[number] = Attempt(number, len(lines), 1, {"data_content_id": content}, config)
         steps = range(len(lines) + 1, len(lines) + count + 1)
         lines += [{"step": step, "attempt": number, "samples_first": step, "samples_last": step} for step in steps]
-    return RunData(Path("x"), "x", {}, {}, lines, stretches_of(lines, attempts), 0, [], "gqa")
+    columns = columns_of(lines)
+    return RunData(Path("x"), "x", {}, {}, columns, stretches_of(columns, attempts), 0, [], "gqa")
 
 
 @given(HISTORY, HISTORY)

@@ -1,0 +1,98 @@
+"""What the monitor that runs inside training finds in a whole curve, and in the lines that rewinds undid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
+from types import MappingProxyType
+from typing import NamedTuple
+
+from kha_train.stability.events import Observation, SpikeEvent
+from kha_train.stability.monitor import Monitor
+
+SCORES = "spike/olmo"
+SCORE_NAMES = tuple(f"{SCORES}_{name}" for name in (
+    "loss_score", "loss_score_w10k", "loss_up_score", "gnorm_score", "gnorm_score_w10k",
+))  # fmt: skip
+
+
+class Found(NamedTuple):
+    """What the monitor found in a curve: its `events`, one that is open at its end included, the steps at which the
+    divergence guard fired, the metrics of the last step, of how many steps it could say whether they are normal, and
+    the monitor as it was `kept` before some steps."""
+
+    events: list[SpikeEvent]
+    diverged_at: list[int]
+    metrics: dict[str, float | None]
+    judged: int = 0
+    kept: Mapping[int, Monitor] = MappingProxyType({})
+
+
+def find_events(
+    points: Sequence[Observation],
+    planned: frozenset[int],
+    keep_at: Collection[int] = (),
+    monitor: Monitor | None = None,
+) -> Found:
+    """What the monitor finds in `points`; see `Found`. `monitor` has seen the points before them, of which nothing is
+    told but what it still holds. It is kept as it stands before each of the steps `keep_at`."""
+    monitor, judged, last = monitor or Monitor(), 0, len(points) - 1
+    events: list[SpikeEvent] = []
+    diverged_at: list[int] = []
+    metrics: dict[str, float | None] = {}
+    kept: dict[int, Monitor] = {}
+    waiting = sorted(keep_at, reverse=True)
+    for number, point in enumerate(points):
+        while waiting and waiting[-1] <= point.step:
+            kept[waiting.pop()] = deepcopy(monitor)
+        verdict = monitor.update(point, point.step in planned, with_metrics=number == last)
+        judged += verdict.judged
+        metrics = {**verdict.metrics}
+        if verdict.closed:
+            events.append(verdict.closed)
+        if verdict.diverged:
+            diverged_at.append(point.step)
+    events += [monitor.events.event] if monitor.events.event else []
+    kept |= {step: deepcopy(monitor) for step in waiting}
+    return Found(events, diverged_at, metrics | dict.fromkeys(_not_judged(monitor)), judged, kept)
+
+
+def _not_judged(monitor: Monitor) -> list[str]:
+    """The scores whose window never was full: of these curves 0 % is no finding."""
+    signals = {"loss": monitor.loss, "gnorm": monitor.grad_norm}
+    shares = {f"{SCORES}_{name}_": signal.both_sides.judged for name, signal in signals.items()}
+    return [key for key in SCORE_NAMES if not shares[next(head for head in shares if key.startswith(head))]]
+
+
+def rewound_events(
+    undone: Sequence[list[Observation]],
+    survived: set[tuple[int, int]],
+    planned: frozenset[int],
+    kept: Mapping[int, Monitor],
+) -> Found:
+    """Events that began in the lines `undone` by rewinds, and not again when the step was replayed; and the steps of
+    these lines at which the divergence guard fired.
+
+    Each rewind is judged on the curve as it stood then: the lines that survived it up to where it went, then those it
+    undid. What a monitor makes of the lines before them all is `kept`. A rewind that was computed twice, because the
+    run was killed after it, counts once.
+    """
+    points: list[Observation] = []
+    events: dict[tuple[int, int], SpikeEvent] = {}
+    diverged_at: list[int] = []
+    lowest = math.inf
+    for group in reversed(undone):
+        start = group[0].step
+        lowest = min(lowest, start)
+        points = [point for point in points if point.step < start] + group
+        found = find_events(points, planned, monitor=deepcopy(kept[int(lowest)]))
+        diverged_at += [step for step in found.diverged_at if step >= start]
+        events |= {
+            place: event
+            for event in found.events
+            if event.start_step >= start and (place := (event.start_step, event.samples_first)) not in survived
+        }
+    for event in events.values():
+        event.open = False
+    return Found(sorted(events.values(), key=lambda event: event.start_step), diverged_at, {})

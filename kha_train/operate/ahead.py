@@ -1,0 +1,62 @@
+"""Long runs read and summed up by several processes at once, before they are compared."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data_tools.workers import Advance, each
+from kha_train.analysis.runs import RunData, load_run
+from kha_train.analysis.summary import Summary, summarise
+from kha_train.errors import KhaError
+from kha_train.record.columns import Columns
+from kha_train.record.reader import METRICS_FILE
+
+WORTH = 64 * 2**20
+"""Bytes of records below which starting processes takes longer than reading them here."""
+MOST = 4
+"""Processes at most: each holds the columns of one run."""
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What was read ahead of some runs, by their directories. The others are read when they are asked for."""
+
+    read: Mapping[Path, tuple[Columns, Summary]] = field(default_factory=dict)
+
+    def run(self, path: Path) -> RunData:
+        """As `load_run`."""
+        found = self.read.get(path)
+        return load_run(path, found[0] if found else None)
+
+    def summary(self, run: RunData) -> Summary:
+        """As `summarise`."""
+        found = self.read.get(run.path)
+        return found[1] if found else summarise(run)
+
+
+def read_ahead(paths: Sequence[Path]) -> Ahead:
+    """Read and sum up the runs in `paths`, where they are several and long. A run that cannot be read is left out:
+    whoever asks for it gets the error."""
+    workers = min(len(paths), MOST, len(os.sched_getaffinity(0)))
+    if workers < 2 or sum(map(_size, paths)) < WORTH:
+        return Ahead()
+    found = zip(paths, each(_read, paths, workers, None), strict=True)
+    return Ahead({path: read for path, read in found if read is not None})
+
+
+def _read(path: Path, advance: Advance) -> tuple[Columns, Summary] | None:
+    try:
+        run = load_run(path)
+        return run.columns, summarise(run)
+    except (KhaError, OSError):
+        return None
+
+
+def _size(path: Path) -> int:
+    try:
+        return (path / METRICS_FILE).stat().st_size
+    except OSError:
+        return 0
