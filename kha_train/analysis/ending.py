@@ -10,9 +10,10 @@ from typing import Any
 from kha_train.analysis.history import DATA_ID, VALIDATION_ID
 from kha_train.analysis.runs import load_run
 from kha_train.analysis.spikes import SpikeReport
+from kha_train.analysis.spikes_trained import found_in_training
 from kha_train.analysis.summary import RESULTS, Summary, printed, summarise
-from kha_train.record import read_events
 from kha_train.stability.events import CLASSES
+from kha_train.stability.monitor import Monitor, Verdict
 
 NOT_ACTIONS = ("spike_opened", "spike_closed", "zclip")
 """Kinds of events that are no actions, or too many of them to list."""
@@ -66,8 +67,10 @@ class Ending:
         return f"kha compare {shlex.quote(str(self.run_dir))}"
 
 
-def end_of(run_dir: Path, diverged: bool = False) -> Ending:
+def end_of(run_dir: Path, diverged: bool = False, seen: tuple[Monitor, Verdict] | None = None) -> Ending:
     """Sum up the run in `run_dir`. `diverged` says that it is about to end with exit code 5, which its record does not
-    hold yet. Raises what reading its record raises."""
-    actions = [event for event in read_events(run_dir) if event["kind"] not in NOT_ACTIONS]
-    return Ending(run_dir, summarise(load_run(run_dir), diverged), actions)
+    hold yet; `seen` is the monitor that has judged it, and its last verdict. Raises what reading its record raises."""
+    run = load_run(run_dir)
+    found = found_in_training(run.run, run.columns, run.events, *seen) if seen else None
+    actions = [event for event in run.events if event["kind"] not in NOT_ACTIONS]
+    return Ending(run_dir, summarise(run, diverged, found), actions)

@@ -17,7 +17,7 @@ from kha_train.analysis.curve_columns import READ
 from kha_train.analysis.curve_files import read_curve_file
 from kha_train.analysis.curve_points import Points, field_of
 from kha_train.analysis.history import phase_steps
-from kha_train.analysis.spikes_found import SCORES, find_events, rewound_events
+from kha_train.analysis.spikes_found import SCORES, Found, find_events, rewound_events
 from kha_train.analysis.statistics import pooled_rate
 from kha_train.errors import ConfigError, between
 from kha_train.record import read_discarded, read_events, read_run
@@ -161,11 +161,14 @@ def read_curves(paths: Sequence[Path], read: Callable[[Path], LossCurve] = read_
     return curves
 
 
-def score_curve(curve: LossCurve, include_rewound: bool = True, diverged: bool = False) -> SpikeReport:
+def score_curve(
+    curve: LossCurve, include_rewound: bool = True, diverged: bool = False, found: Found | None = None
+) -> SpikeReport:
     """Run the monitor over `curve` and sum up. `diverged` says that the run is about to end with exit code 5, which
-    its record does not hold yet."""
+    its record does not hold yet; `found` what the monitor found in it before, in a run that never went back."""
     undone = _undone_lines(curve) if include_rewound else []
-    found = find_events(curve.points, curve.planned, keep_at={group[0].step for group in undone})
+    if found is None or undone:
+        found = find_events(curve.points, curve.planned, keep_at={group[0].step for group in undone})
     survived = {(point.step, point.samples_first) for point in curve.points} if undone else set()
     rewound = rewound_events(undone, survived, curve.planned, found.kept)
     summary = summarise(

@@ -55,10 +55,10 @@ def find_events(
             diverged_at.append(point.step)
     events += [monitor.events.event] if monitor.events.event else []
     kept |= {step: deepcopy(monitor) for step in waiting}
-    return Found(events, diverged_at, metrics | dict.fromkeys(_not_judged(monitor)), judged, kept)
+    return Found(events, diverged_at, metrics | dict.fromkeys(not_judged(monitor)), judged, kept)
 
 
-def _not_judged(monitor: Monitor) -> list[str]:
+def not_judged(monitor: Monitor) -> list[str]:
     """The scores whose window never was full: of these curves 0 % is no finding."""
     signals = {"loss": monitor.loss, "gnorm": monitor.grad_norm}
     shares = {f"{SCORES}_{name}_": signal.both_sides.judged for name, signal in signals.items()}

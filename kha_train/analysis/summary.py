@@ -10,6 +10,7 @@ import numpy as np
 from kha_train.analysis.history import DATA_ID, VALIDATION_ID, changes, history, shown, unrecorded
 from kha_train.analysis.runs import IDENTITY_KEYS, RunData
 from kha_train.analysis.spikes import SpikeReport, recorded_curve, score_curve
+from kha_train.analysis.spikes_found import Found
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,9 @@ def printed(quantity: Quantity, value: object) -> str:
     return UNKNOWN_FIGURE if value is None else format(value, quantity.style)
 
 
-def summarise(run: RunData, diverged: bool = False) -> Summary:
-    """The figures of one run. `diverged`: it is about to end with exit code 5; see `score_curve`."""
+def summarise(run: RunData, diverged: bool = False, found: Found | None = None) -> Summary:
+    """The figures of one run. `diverged`: it is about to end with exit code 5; `found`: what the monitor found in it;
+    see `score_curve`."""
     tail = run.column("train/loss")[-max(1, len(run.columns) // 10) :]
     results = {
         "steps": float(run.steps[-1]),
@@ -107,7 +109,7 @@ def summarise(run: RunData, diverged: bool = False) -> Summary:
         "active_parameters": run.fact("parameters.active"),
     }
     attempts = run.run.get("attempts", [])
-    stability = score_curve(recorded_curve(run.path, run.columns), diverged=diverged)
+    stability = score_curve(recorded_curve(run.path, run.columns), diverged=diverged, found=found)
     honesty = {
         "attempts": float(len(attempts)) or None,
         "lost": float(sum(attempt["state"] in ("lost", "running") for attempt in attempts)),

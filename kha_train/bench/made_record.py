@@ -2,9 +2,9 @@
 curve of their own.
 
 Loss and gradient norm are drawn from a seed, with a spike every few thousand steps; the detectors that run in training
-judge them, so `spike/*`, `events.jsonl` and the state in the checkpoint are those of such a run. The other metrics are
-the real run's, with lists of four layers, which makes some 1.6 KB a line. The run stopped
-in good order after its last step, and its checkpoint is whole: `kha train` with `MadeRun.overrides` goes on from there.
+judge them, so `spike/*`, `events.jsonl`, the state in the checkpoint and what is kept beside the record are those of
+such a run. The other metrics are the real run's, with lists of four layers, which makes some 1.6 KB a line. The run
+stopped in good order after its last step, and its checkpoint is whole: `kha train` with `MadeRun.overrides` goes on.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from kha_train.config.compose import compose, dump
 from kha_train.errors import KhaError
 from kha_train.record import Marker, read_metrics, read_run, set_marker
 from kha_train.record.attempts import CONFIG_FILE
+from kha_train.record.columns_twin import read_columns
 from kha_train.record.files import write_json
 from kha_train.record.jsonl import to_line
 from kha_train.record.reader import DISCARDED_FILE, EVENTS_FILE, METRICS_FILE, RUN_FILE
@@ -101,6 +102,7 @@ class Template:
         attempts[0]["config"] = {"whole": plain}
         write_json(run_dir / RUN_FILE, {**run, "run_id": uuid.uuid4().hex, "attempts": attempts})
         save_totals(run_dir, curve.totals)
+        read_columns(run_dir)
         self._save_checkpoint(made, steps, watch, plain)
         set_marker(run_dir, Marker.REQUEUE, f"step {steps}, by a signal")
         return made

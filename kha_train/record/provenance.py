@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from kha_train.stability.monitor import DETECTOR
+
 PACKAGES = ("kha_train", "torch", "deepspeed", "numpy", "hydra-core", "sentencepiece", "safetensors", "wandb")
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
@@ -60,6 +62,7 @@ def collect_provenance(clean: Callable[[list[str]], list[str]] = list) -> dict[s
         "command": shlex.join(clean(sys.orig_argv)),
         "git": _git_state(),
         "versions": {package: found for package in PACKAGES if (found := _version(package))},
+        "detector": DETECTOR,
         "python": platform.python_version(),
         "host": {
             "name": socket.gethostname(),

@@ -10,6 +10,9 @@ from kha_train.stability.divergence import DivergenceGuard
 from kha_train.stability.events import EventDetector, Observation, SpikeEvent
 from kha_train.stability.scores import SHORT_SIGMA, SignalScores
 
+DETECTOR = 1
+"""Which detectors these are. It is raised with any change that gives a curve other events or scores."""
+
 
 class Verdict(NamedTuple):
     """What a step is, before anything is done about it.

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from kha_train.analysis.curve_points import field_of
 from kha_train.analysis.ending import end_of
 from kha_train.errors import DataError, DivergedError, KhaError
 from kha_train.record import Redactor, mark_fatal
@@ -31,9 +32,10 @@ def sum_up(
     if not (session.world.is_main and session.record.last_step):
         return
     with _after(error):
-        ending = end_of(session.run_dir, diverged=isinstance(error, DivergedError))
+        ending = end_of(session.run_dir, isinstance(error, DivergedError), session.watch.monitor)
         session.record.update_run(spikes=ending.report.summary)
-        losses = [(point.step, point.loss) for point in ending.report.curve.points]
+        points = ending.report.curve.points
+        losses = list(zip(field_of(points, "step").tolist(), field_of(points, "loss").tolist(), strict=True))
         session.wandb.spikes(ending.report.to_dict()["events"], ending.actions, losses)
         session.wandb.summary(ending.summary())
         if error is None:

@@ -17,9 +17,14 @@ from kha_train.checkpoint.retention import Keep, prune
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import World, is_known_to_all
 from kha_train.engine.contract import Engine
-from kha_train.errors import CheckpointError, CorruptionError, MachineError
+from kha_train.errors import CheckpointError, CorruptionError, DataError, MachineError
+from kha_train.record.columns_twin import TWIN_FILE, read_columns
+from kha_train.record.reader import METRICS_FILE
 from kha_train.train import resume
 from kha_train.train.memory import as_memory_error
+
+COLUMNS_EVERY = 16 * 2**20
+"""Bytes of new lines in the record after which its columns are kept again."""
 
 
 class Saver:
@@ -48,9 +53,11 @@ class Saver:
         self._keep = Keep(self._config.keep_last, self._config.keep_every_steps)
         self._protect: Callable[[], Collection[int]] = tuple
         self._stands, self._run_dir = stands, run_dir
-        self._writer = BackgroundWriter(run_dir, world, before_publish=sync, after_publish=self._prune_quietly)
+        self._writer = BackgroundWriter(run_dir, world, before_publish=sync, after_publish=self._after_publish)
         self._host = HostBuffers()
         self._step = 0
+        # Columns of an earlier start are nearly whole.
+        self._columns_of = _size(run_dir / METRICS_FILE) if (run_dir / TWIN_FILE).exists() else 0
         self._stall = self._stall_of_save = 0.0
         self._last_begun = time.monotonic()
         self._error: CheckpointError | None = None
@@ -161,7 +168,17 @@ class Saver:
         self._stall += seconds
         self._stall_of_save += seconds
 
-    def _prune_quietly(self) -> None:
-        """Retention after a save. What cannot be deleted now is tried again after the next one: the save stands."""
+    def _after_publish(self) -> None:
+        """Retention after a save, beside training. What cannot be deleted now is tried again after the next one: the
+        save stands. The columns of a long record are kept up here, so that its end need not parse it."""
+        with suppress(OSError, DataError):
+            size = _size(self._run_dir / METRICS_FILE)
+            if size - self._columns_of >= COLUMNS_EVERY:
+                self._columns_of = size
+                read_columns(self._run_dir)
         with suppress(OSError):
             prune(self._run_dir, replace(self._keep, steps=frozenset(self._protect())))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0

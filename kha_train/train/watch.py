@@ -145,6 +145,11 @@ class Watch:
         return self._monitor.events.event
 
     @property
+    def monitor(self) -> tuple[Monitor, Verdict] | None:
+        """The monitor and its last verdict, to look at; None before the first step of this start."""
+        return None if self.verdict is None else (self._monitor, self.verdict)
+
+    @property
     def rewinds(self) -> int:
         """How often the run has gone back so far."""
         return self._policy.rewinds

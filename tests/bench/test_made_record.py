@@ -11,7 +11,8 @@ from kha_train.analysis.spikes import read_curve, score_curve
 from kha_train.bench.made_record import MORE, RESTART_EVERY, UNDONE, Template
 from kha_train.config.compose import compose
 from kha_train.operate.status import run_status
-from kha_train.record import read_discarded, read_events, read_metrics
+from kha_train.record import read_discarded, read_events, read_metrics, read_run
+from kha_train.record.columns_twin import TWIN_FILE
 from kha_train.record.totals import load_totals, totals_of
 from kha_train.train.run import train
 
@@ -23,7 +24,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
     return Template(tmp_path_factory.mktemp("template"))
 
 
-def test_a_made_run_is_scored_as_its_own_lines_say_and_goes_on(tmp_path: Path, template: Template) -> None:
+def test_a_made_run_is_scored_as_its_own_lines_say_and_goes_on(
+    tmp_path: Path, template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = template.make(tmp_path / "run", STEPS)
     last = read_metrics(made.run_dir)[-1]
     report = score_curve(read_curve(made.run_dir))
@@ -31,8 +34,19 @@ def test_a_made_run_is_scored_as_its_own_lines_say_and_goes_on(tmp_path: Path, t
     assert [event["kind"] for event in read_events(made.run_dir)].count("spike_closed") == 1
     assert 1400 < (made.run_dir / "metrics.jsonl").stat().st_size / STEPS < 1800
 
-    outcome = train(compose(made.overrides))
+    def refuse(*arguments: object, **named: object) -> None:
+        raise AssertionError("the end judges the curve again")
+
+    twin = made.run_dir / TWIN_FILE
+    twin.unlink()
+    monkeypatch.setattr("kha_train.train.saving.COLUMNS_EVERY", 2**20)
+    with monkeypatch.context() as patched:
+        patched.setattr("kha_train.analysis.spikes.find_events", refuse)
+        outcome = train(compose(made.overrides))
     assert outcome.finished and outcome.step == STEPS + MORE
+    assert twin.exists()
+    told = read_run(made.run_dir)["spikes"]
+    assert json.dumps(told) == json.dumps(score_curve(read_curve(made.run_dir)).summary)
     lines = read_metrics(made.run_dir)
     assert [line["step"] for line in lines] == list(range(1, STEPS + MORE + 1))
     assert lines[-1]["spike/narrow_total"] == 1 and lines[-1]["spike/open"] == 0
