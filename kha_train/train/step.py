@@ -36,9 +36,8 @@ class StepResult:
     (inf when not finite), `load_LE` the tokens each expert of each layer got in the global batch and `bias_LE` the
     selection biases they were routed with, both fp64 on the host, whatever the device, `balance_loss` and
     `z_loss` the unweighted auxiliary losses, means over tokens and layers (0 when not asked for). When not `applied`,
-    the step left no trace in the model. `evidence` is what `probe` found, when the judge asked for it. `tokens` are
-    those of the global batch, without padding, and `padding` its share of places without one: None where no row of the
-    data can have any.
+    the step left no trace in the model. `evidence` is what `probe` found, when the judge asked for it. `padding` is
+    the share of the global batch's places without a token: None where no row of the data can have any.
     """
 
     loss: float
@@ -50,7 +49,6 @@ class StepResult:
     z_loss: float
     stop: bool
     evidence: dict[str, Any] | None = None
-    tokens: int = 0
     padding: float | None = None
 
 
@@ -174,7 +172,7 @@ def train_step(
         engine.discard()
     losses = balance_total / routed, z_total / routed
     padding = None if batch.real_R is None else 1 - tokens / (batch.tokens_BT.numel() * world.size)
-    return StepResult(loss, grad_norm, applied, seen_LE, routed_by_LE, *losses, asked > 0, evidence, tokens, padding)
+    return StepResult(loss, grad_norm, applied, seen_LE, routed_by_LE, *losses, asked > 0, evidence, padding)
 
 
 def routing_metrics(moe: MoeSection, result: StepResult) -> dict[str, Any]:

@@ -42,7 +42,12 @@ def run_case(overrides: list[str], world: World) -> dict[str, Any]:
         steps.append([value.tolist() if isinstance(value, torch.Tensor) else value for value in astuple(result)[:8]])
     validated = world.sum_(engine.evaluate(next(batch.micro_batches(2))).loss_sum.double().view(1))
     engine.close()
-    return {"steps": steps, "validated": validated.item(), "tokens": result.tokens, "places": whole.tokens_BT.numel()}
+    return {
+        "steps": steps,
+        "validated": validated.item(),
+        "tokens": batch.step_tokens,
+        "places": whole.tokens_BT.numel(),
+    }
 
 
 if __name__ == "__main__":

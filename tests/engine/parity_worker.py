@@ -45,7 +45,7 @@ def run_case(overrides: list[str], steps: int) -> dict[str, Any]:
         answer["norm"].append(result.grad_norm)
         answer["auxiliary"].append([result.balance_loss, result.z_loss])
         answer["load"].append(result.load_LE.tolist())
-        answer["tokens"].append(result.tokens)
+        answer["tokens"].append(batch.step_tokens)
         answer["labels"].append(batch.label_count)
         answer["samples"].append(batch.samples_B.tolist())
     answer["buffer_dtypes"] = sorted({str(buffer.dtype) for buffer in engine.buffers().values()})
