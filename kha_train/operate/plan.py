@@ -6,7 +6,7 @@ import itertools
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 from kha_train.config.resolve import Resolved, resolve_plan
 from kha_train.config.schema import RunConfig
@@ -24,6 +24,7 @@ from kha_train.model.accounting import (
     flops_per_token,
     interaction_overhead,
 )
+from kha_train.operate.figures import DataUse, RunTime, SavedSize
 from kha_train.train.patience import warning_of_many
 
 STAGES = (1, 2, 3)
@@ -60,38 +61,6 @@ class Communication:
     bytes_per_step: int
     seconds_per_step: float | None
     group_bytes_per_step: int = 0
-
-
-class RunTime(TypedDict):
-    """A run's work, and how long it takes at the assumed MFU; None where the peak or the price is not known."""
-
-    tokens: int
-    tokens_per_step: int
-    total_flops: float
-    mfu: float
-    tokens_per_second: float | None
-    step_seconds: float | None
-    hours: float | None
-    device_hours: float | None
-    cost: float | None
-
-
-class SavedSize(TypedDict):
-    """A checkpoint's bytes, and how often to save; None where the storage's speed or the step's time is not known."""
-
-    bytes: int
-    kept_bytes: int
-    write_seconds: float | None
-    sensible_every_seconds: float | None
-    sensible_every_steps: int | None
-    every_steps: int
-
-
-class DataUse(TypedDict):
-    """The tokens of the training data, and how often the run reads them; None where the data are not here."""
-
-    tokens: int | None
-    epochs: float | None
 
 
 @dataclass(frozen=True)

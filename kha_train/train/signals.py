@@ -14,7 +14,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 GRACE_SECONDS = 5.0
 """After so long a process that is to end, and whose main thread does not come back, is ended without it."""
@@ -32,7 +32,7 @@ class SignalListener:
 
     def __init__(self, numbers: Sequence[signal.Signals], hear: Callable[[int], bool]) -> None:
         self._numbers, self._hear = numbers, hear
-        self._previous: dict[signal.Signals, object] = {}
+        self._previous: dict[signal.Signals, Any] = {}
         self._previous_wakeup = -1
         self._ending = False
         self.has_heard = False
@@ -53,7 +53,7 @@ class SignalListener:
     ) -> None:
         self._left.set()
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_wakeup)
         os.write(self._write, bytes([_LEAVE]))
         self._thread.join()

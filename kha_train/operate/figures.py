@@ -1,0 +1,37 @@
+"""Figures of a plan that have names: a run's time, the size of its checkpoints, its use of the data."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+
+class RunTime(TypedDict):
+    """A run's work, and how long it takes at the assumed MFU; None where the peak or the price is not known."""
+
+    tokens: int
+    tokens_per_step: int
+    total_flops: float
+    mfu: float
+    tokens_per_second: float | None
+    step_seconds: float | None
+    hours: float | None
+    device_hours: float | None
+    cost: float | None
+
+
+class SavedSize(TypedDict):
+    """A checkpoint's bytes, and how often to save; None where the storage's speed or the step's time is not known."""
+
+    bytes: int
+    kept_bytes: int
+    write_seconds: float | None
+    sensible_every_seconds: float | None
+    sensible_every_steps: int | None
+    every_steps: int
+
+
+class DataUse(TypedDict):
+    """The tokens of the training data, and how often the run reads them; None where the data are not here."""
+
+    tokens: int | None
+    epochs: float | None
