@@ -48,6 +48,7 @@ class Router(DeclaredModule):
     selection_bias: Tensor
     previous_share: Tensor
     steps_done: Tensor
+    layer_1: Tensor
 
     def __init__(self, config: RunConfig, layer: int) -> None:
         super().__init__()
