@@ -193,6 +193,7 @@ SLOW_CASES: dict[Case, list[Case]] = {
         ("--local", *TINY, *DATA, "run.seed=2", "model.init_std=1e38", "run.steps=9", "--dir", "{root}/sweeps"),
     ],
     ("bench", "tokenize"): [("--processes", "1", "--rounds", "3")],
+    ("bench", "record"): [("--steps", "200", "--ask", "status,spikes")],
     ("bench", "startup"): [("--rounds", "1", *TINY)],
     ("bench", "gpu"): [("--rehearse", "--out", "{root}/gpu"), ("--out", "{root}/gpu")],
     ("bench", "all"): [("--quick",)],
