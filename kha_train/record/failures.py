@@ -17,10 +17,14 @@ from kha_train.record.reader import read_run
 from kha_train.record.schema import Failure
 
 FAILURES = "errors"
+"""The folder of what ranks died of; made by the first that does."""
+HANG = "hang"
+"""The folder of stacks and alarms; made by the first rank that hangs."""
+RANKS = ".ranks"
+"""The folder of what every start writes of its ranks: the watchdogs' beats, and `LIFE_FILE`. Earlier releases had beats
+in `HANG` and the other in `FAILURES`."""
 LIFE_FILE = "life"
-"""In the folder of failures: the name of the start that may write there, and how many ranks it has."""
-HEARTBEATS = "hang"
-"""The folder of the watchdogs' beats."""
+"""The name of the start that may write failures, and how many ranks it has."""
 
 
 def first_failure(run_dir: Path, *, ended: bool = False) -> dict[str, Any] | None:
@@ -52,7 +56,8 @@ def first_failure_line(run_dir: Path, *, ended: bool = False) -> str:
 def _start(run_dir: Path) -> tuple[str, int]:
     """The name of the last start and how many ranks it had; "" and 0 where that is not known."""
     with suppress(OSError, DataError):
-        content = read_regular(run_dir / FAILURES / LIFE_FILE, SMALL)
+        places = (run_dir / folder / LIFE_FILE for folder in (RANKS, FAILURES))
+        content = next((found for place in places if (found := read_regular(place, SMALL)) is not None), None)
         if content is None:
             return "", 0
         life, _, ranks = content.decode(errors="replace").partition(" ")
@@ -65,7 +70,7 @@ def _start(run_dir: Path) -> tuple[str, int]:
 
 def _last_seen(run_dir: Path, life: str) -> dict[int, float]:
     """When each rank of the start `life` last wrote its heartbeat, by the clock of the file system."""
-    return dict(_beats(run_dir / HEARTBEATS, life))
+    return dict([*_beats(run_dir / HANG, life), *_beats(run_dir / RANKS, life)])
 
 
 def _beats(folder: Path, life: str) -> Iterator[tuple[int, float]]:

@@ -15,7 +15,7 @@ from kha_train.config.compose import load_plain
 from kha_train.errors import KhaError
 from kha_train.foreign.files import check_regular
 from kha_train.record.attempts import CONFIG, CONFIG_FILE, config_entry
-from kha_train.record.failures import FAILURES
+from kha_train.record.failures import FAILURES, RANKS
 from kha_train.record.files import write_json
 from kha_train.record.goodput import Goodput, goodput_of
 from kha_train.record.jsonl import Appender, repair
@@ -223,7 +223,7 @@ class Record:
         assert not self._in_attempt, "an attempt leaves its record"
         with suppress(OSError):
             for path in self._new:
-                if path == self.run_dir / FAILURES:
+                if path in (self.run_dir / FAILURES, self.run_dir / RANKS):
                     shutil.rmtree(path, ignore_errors=True)
                 elif path.parent == self.run_dir:
                     path.unlink(missing_ok=True)
@@ -296,7 +296,7 @@ def _last_step(run_dir: Path) -> int:
 
 def _missing(run_dir: Path) -> list[Path]:
     """What a start may make and is not there yet: in `run_dir`, then `run_dir` itself and the directories above it."""
-    inside = [run_dir / name for name in (*NAMES, LOCK_FILE, FAILURES)]
+    inside = [run_dir / name for name in (*NAMES, LOCK_FILE, FAILURES, RANKS)]
     return [path for path in (*inside, run_dir, *run_dir.parents) if not os.path.lexists(path)]
 
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 from kha_train.distributed import World
 from kha_train.errors import KhaError, RunDirectoryInUse
 from kha_train.record import Redactor, leave_outcome, mark_fatal
-from kha_train.record.failures import FAILURES, LIFE_FILE
+from kha_train.record.failures import FAILURES, LIFE_FILE, RANKS
 from kha_train.record.markers import clear_path, make_folder
 
 
@@ -52,8 +52,9 @@ def leave_failure(run_dir: Path, world: World, told: dict[str, Any]) -> bool:
     folder, content = run_dir / FAILURES, {"rank": world.rank, "time": time.time(), **told}
     with contextlib.suppress(OSError):
         # A rank that dies late must not be taken for one of the start that came after it.
-        if (folder / LIFE_FILE).read_text(encoding="utf-8") != _name(world):
+        if (run_dir / RANKS / LIFE_FILE).read_text(encoding="utf-8") != _name(world):
             return False
+        make_folder(folder)
         # What it told first is the cause: a rank that hangs may lose its connections before it is gone.
         with (folder / f"rank-{world.rank:05d}.json").open("x", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
@@ -75,11 +76,15 @@ def accept(run_dir: Path, world: World) -> None:
 
 def forget_failures(run_dir: Path, world: World) -> None:
     """Remove what earlier starts left; from here on the ranks of this start may write. Raises OSError."""
-    folder = run_dir / FAILURES
-    make_folder(folder)
-    for leftover in (*folder.glob("rank-*.json"), folder / LIFE_FILE):
-        clear_path(leftover)
-    (folder / LIFE_FILE).write_text(_name(world), encoding="utf-8")
+    folder, life = run_dir / FAILURES, run_dir / RANKS / LIFE_FILE
+    make_folder(life.parent)
+    if folder.is_dir():
+        for leftover in (*folder.glob("rank-*.json"), folder / LIFE_FILE):
+            clear_path(leftover)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+    clear_path(life)
+    life.write_text(_name(world), encoding="utf-8")
 
 
 def _name(world: World) -> str:

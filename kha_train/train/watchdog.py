@@ -27,7 +27,7 @@ from kha_train.errors import DataError, HangError
 from kha_train.foreign.documents import parse_json
 from kha_train.foreign.files import SMALL, read_regular
 from kha_train.foreign.typed import Count, Source
-from kha_train.record.failures import HEARTBEATS
+from kha_train.record.failures import HANG, RANKS
 from kha_train.record.markers import clear_path, make_folder
 from kha_train.record.redact import Redactor
 from kha_train.train.failure import leave_failure
@@ -51,8 +51,8 @@ class _AwakeClock:
 
 
 class Beat(TypedDict):
-    """`hang/rank-RRRRR.json`, as far as it is read: whose it is, how often that rank began something, moved and wrote,
-    and where it is."""
+    """`.ranks/rank-RRRRR.json`, as far as it is read: whose it is, how often that rank began something, moved and
+    wrote, and where it is."""
 
     rank: Count
     life: str
@@ -75,14 +75,15 @@ class Watchdog:
 
     A rank moves by `beat` and `alive`. The time counts from the second beat on: before it, compilers and caches may
     take what they need, which `engine.collective_timeout_seconds` bounds. Beats are in
-    `<run_dir>/hang/rank-RRRRR.json`, stacks beside them in `rank-RRRRR.txt`. Beats and the alarm carry the name of this
-    start: a rank of an earlier one may still be dying. Clocks are compared only with themselves: a rank is judged by
-    how long its own beat has stood still in the eyes of this one. Raises on all ranks, when entered, if a rank cannot
-    write there.
+    `<run_dir>/.ranks/rank-RRRRR.json`, stacks in `<run_dir>/hang/rank-RRRRR.txt`, which only a hang makes. Beats and
+    the alarm carry the name of this start: a rank of an earlier one may still be dying. Clocks are compared only with
+    themselves: a rank is judged by how long its own beat has stood still in the eyes of this one. Raises on all ranks,
+    when entered, if a rank cannot write there.
     """
 
     def __init__(self, run_dir: Path, world: World, timeout_seconds: float) -> None:
-        self._folder, self._world, self._timeout = run_dir / HEARTBEATS, world, timeout_seconds
+        self._ranks, self._hang = run_dir / RANKS, run_dir / HANG
+        self._world, self._timeout = world, timeout_seconds
         self._beats, self._moves, self._step, self._doing = 0, 0, 0, "starting"
         self._clock = _AwakeClock(self._interval)
         self._moves_seen, self._moved_at = 0, 0.0
@@ -91,11 +92,11 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
-        with self._world.agreed(f"write {self._folder}"):
+        with self._world.agreed(f"write {self._ranks}"):
             if self._world.is_main:
-                make_folder(self._folder)
-        with self._world.agreed(f"write {self._folder}"):
-            self._folder.mkdir(parents=True, exist_ok=True)
+                make_folder(self._ranks)
+        with self._world.agreed(f"write {self._ranks}"):
+            self._ranks.mkdir(parents=True, exist_ok=True)
             self._clear_leftovers()
             self._write_beat()
         self._thread.start()
@@ -134,17 +135,19 @@ class Watchdog:
     def _end(self, reason: str) -> None:
         """Leave stacks and one line behind, and the process. It cannot be asked to end: its main thread hangs."""
         first = not self._alarm.exists()
+        stacks = self._hang / f"{self._name}.txt"
         with contextlib.suppress(OSError):
+            make_folder(self._hang)
             self._alarm.touch()
-            with self._path("txt").open("w", encoding="utf-8") as file:
+            with stacks.open("w", encoding="utf-8") as file:
                 file.write(f"{reason}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-            _redact(self._path("txt"))
+            _redact(stacks)
         slowest, about = self._slowest()
-        error = HangError(f"{reason}; {slowest}", fix=f"start again; the stacks are in {self._folder}")
+        error = HangError(f"{reason}; {slowest}", fix=f"start again; the stacks are in {self._hang}")
         told = {"error": Redactor.from_environment().text(error.line()), "traceback": "", "about": about}
-        leave_failure(self._folder.parent, self._world, told)
+        leave_failure(self._ranks.parent, self._world, told)
         print(f"{error.line()}", file=sys.stderr, flush=True)
         if first:
             # Its going breaks the others' connections: they are to read the alarm and leave their stacks before that.
@@ -157,7 +160,7 @@ class Watchdog:
 
     def _look(self) -> None:
         """Note what every rank has written of itself, and since when it has written nothing new."""
-        for path in sorted(self._folder.glob("rank-*.json")):
+        for path in sorted(self._ranks.glob("rank-*.json")):
             with contextlib.suppress(OSError, ValueError, DataError):
                 content, now = parse_json(read_regular(path, SMALL) or b""), self._clock.now
                 beat = Source(str(path)).read(Beat, content)
@@ -193,30 +196,40 @@ class Watchdog:
         self._written += 1
         beat = {"rank": self._world.rank, "life": self._world.life, "beats": self._beats, "moves": self._moves}
         beat |= {"where": self._where(), "written": self._written, "waits": _main_thread_waits()}
-        beside = self._path("json").with_suffix(".new")
+        beside = self._beat_file.with_suffix(".new")
         with contextlib.suppress(OSError):
             beside.write_text(json.dumps(beat), encoding="utf-8")
-            os.replace(beside, self._path("json"))
+            os.replace(beside, self._beat_file)
 
     def _where(self) -> str:
         return f"step {self._step}, {self._doing}"
 
     def _clear_leftovers(self) -> None:
         """What an earlier start left: of this rank, and on rank 0 the alarms, and ranks that are no more."""
-        leftovers = [self._path("json"), self._path("txt")]
+        # Beats of earlier releases lie beside the stacks.
+        leftovers = [self._beat_file, *(self._hang / f"{self._name}.{suffix}" for suffix in ("txt", "json"))]
         if self._world.is_main:
             beyond = f"rank-{self._world.size:05d}"
-            leftovers += [path for path in self._folder.glob("rank-*") if path.name >= beyond]
-            leftovers += self._folder.glob("ALARM*")
+            found = [*self._ranks.glob("rank-*"), *self._hang.glob("rank-*")]
+            leftovers += [path for path in found if path.name >= beyond]
+            leftovers += self._hang.glob("ALARM*")
         for leftover in leftovers:
-            clear_path(leftover)
+            if os.path.lexists(leftover):
+                clear_path(leftover)
+        with contextlib.suppress(OSError):
+            self._hang.rmdir()
 
-    def _path(self, suffix: str) -> Path:
-        return self._folder / f"rank-{self._world.rank:05d}.{suffix}"
+    @property
+    def _name(self) -> str:
+        return f"rank-{self._world.rank:05d}"
+
+    @property
+    def _beat_file(self) -> Path:
+        return self._ranks / f"{self._name}.json"
 
     @property
     def _alarm(self) -> Path:
-        return self._folder / f"ALARM-{self._world.life}"
+        return self._hang / f"ALARM-{self._world.life}"
 
 
 def _redact(path: Path) -> None:

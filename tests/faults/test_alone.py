@@ -78,7 +78,8 @@ def test_files_of_ranks_that_are_no_more_do_not_outlive_a_shrinking_world(make_r
     assert (run.run_dir / "errors" / "rank-00001.json").exists()
     run.to_the_end(ranks=1)
     assert first_failure(run.run_dir) is None
-    assert not list((run.run_dir / "hang").glob("rank-00001.*"))
+    assert not list(run.run_dir.glob("*/rank-00001.*")) and not (run.run_dir / "errors").exists()
+    assert [path.name for path in (run.run_dir / ".ranks").glob("rank-*")] == ["rank-00000.json"]
 
 
 def test_a_secret_reaches_no_file_of_a_run(make_run) -> None:

@@ -22,7 +22,7 @@ from kha_train.train.rate_change import LARGEST_JUMP, SAME, rate_change, ways
 from kha_train.train.run import train
 
 Stopped = Callable[..., tuple[Path, Callable[..., None]]]
-OWN = ("owner.json", ".lock", "errors")
+OWN = ("owner.json", ".lock", ".ranks")
 LR = 2e-3
 
 

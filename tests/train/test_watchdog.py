@@ -30,7 +30,7 @@ with Watchdog(folder, world, 3.0) as watchdog:
         for number, beat in enumerate(others, start=1):
             moves = {"moves": moment if alive == "neighbour" else 7}
             text = json.dumps({"rank": number, "life": "now", **moves, **beat})
-            (folder / "hang" / f"rank-{number:05d}.json").write_text(text)
+            (folder / ".ranks" / f"rank-{number:05d}.json").write_text(text)
         if alive == "self":
             watchdog.alive()
         time.sleep(0.1)
@@ -55,8 +55,8 @@ def test_a_main_thread_that_stands_still_ends_with_its_stacks_and_75(tmp_path) -
 
 def test_a_rank_that_writes_nothing_new_is_named(tmp_path) -> None:
     silent = {"beats": 9, "where": "step 2, training", "written": 4}
-    (tmp_path / "errors").mkdir()
-    (tmp_path / "errors" / "life").write_text("now 2")
+    (tmp_path / ".ranks").mkdir()
+    (tmp_path / ".ranks" / "life").write_text("now 2")
     ended = watched(tmp_path, 3, silent)
     assert ended.returncode == 75
     assert first_failure_line(tmp_path).startswith("rank 1 failed first: rank 0 tells: hang error: rank 0 has stood")
@@ -83,7 +83,7 @@ def test_what_an_earlier_start_left_raises_no_alarm_and_is_removed(tmp_path) -> 
     for leftover in leftovers:
         leftover.write_text("{}")
     assert watched(tmp_path, 3, alive="self").returncode == 0
-    assert not any(leftover.exists() for leftover in leftovers)
+    assert not leftovers[0].parent.exists()
 
 
 def test_the_first_step_may_take_its_time(tmp_path) -> None:
