@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from kha_train import build_decoder, compose
 from kha_train.config.interaction_options import KnockingLinearOptions
-from kha_train.config.schema import OptimSection, ScheduleSection
 from kha_train.errors import ConfigError
 from kha_train.model.init import interaction_identities
 from kha_train.optim import AdamW, interaction_settings, learning_rate, parameter_groups
+from kha_train.variants.optimizer import AdamWOptions, OptimSection, ScheduleSection
 
 COSINE = OptimSection(lr=1.0, schedule=ScheduleSection(name="cosine", warmup=0.1, final=0.1))
 WSD = OptimSection(lr=1.0, schedule=ScheduleSection(name="wsd", warmup=0.1, decay=0.2, final=0.1))
@@ -90,7 +90,7 @@ def test_interaction_parameters_have_groups_of_their_own_only_when_they_are_trea
 def test_decay_to_the_identity_leaves_what_is_there_bit_for_bit() -> None:
     """p (1 - r) + r p rounds; what stands at its aim stays, however small the rate."""
     parameter = torch.nn.Parameter(torch.eye(5))
-    adamw = AdamW([{"params": [parameter], "identity_decay": 0.1}], lr=3e-7, weight_decay=0.0)
+    adamw = AdamW([{"params": [parameter], "identity_decay": 0.1}], AdamWOptions(lr=3e-7, weight_decay=0.0))
     adamw.identities[parameter] = torch.eye(5)
     for _ in range(50):
         parameter.grad = torch.zeros(5, 5)

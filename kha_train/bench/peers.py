@@ -25,6 +25,7 @@ from kha_train.data.batch import Batch
 from kha_train.errors import ConfigError
 from kha_train.model.host import to_device
 from kha_train.optim import parameter_groups
+from kha_train.variants.optimizer import AdamWOptions
 
 EXPERTS = ("grouped_mm", "eager", "batched_mm")
 GATHERED_LIMIT = 2**30
@@ -50,6 +51,7 @@ class Peer:
         names = [name for name, _ in self.model.named_parameters()]
         groups = parameter_groups(zip(names, self.masters, strict=True), config.optim.weight_decay)
         optim = config.optim
+        assert isinstance(optim, AdamWOptions), "see `check`"
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
     def step(self, batch: Batch) -> float:
@@ -113,7 +115,8 @@ def fastest(config: RunConfig, batch: Batch, device: torch.device, dtype: torch.
 
 
 def check(config: RunConfig) -> None:
-    """Raises ConfigError when transformers is not installed, or when its Qwen3-MoE has no such shape."""
+    """Raises ConfigError when transformers is not installed, its Qwen3-MoE has no such shape, or the run steps with
+    something else than AdamW."""
     if find_spec("transformers") is None:
         raise ConfigError("is not installed", field="--against", value="transformers", fix="pip install transformers")
     if (
@@ -127,6 +130,9 @@ def check(config: RunConfig) -> None:
             value="transformers",
             fix="model=small, tiny, moe_6b or qwen3_30b",
         )
+    if not isinstance(config.optim, AdamWOptions):
+        problem = "is compared with AdamW alone"
+        raise ConfigError(problem, field="optim.name", value=config.optim.name, allowed="adamw")
 
 
 def _build(config: RunConfig, experts: str) -> nn.Module:

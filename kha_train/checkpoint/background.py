@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kha_train.checkpoint.manifest import KINDS
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.writer import PART_BYTES, Save, encode_on_main, no_stage
 from kha_train.distributed import Caught, World
@@ -42,8 +43,8 @@ class BackgroundWriter:
     """Writes one checkpoint at a time of `run_dir`, in a thread of each rank.
 
     `before_publish` (make the record durable) and `after_publish` (prune) are local jobs of rank 0 that run in its
-    thread. `stage` is called with the stages of `writer.STAGES`, for fault tests. `part_bytes` is the size at which a
-    rank begins another file.
+    thread. `kinds` are what is stored of every parameter. `stage` is called with the stages of `writer.STAGES`, for
+    fault tests. `part_bytes` is the size at which a rank begins another file.
     """
 
     def __init__(
@@ -53,11 +54,12 @@ class BackgroundWriter:
         *,
         before_publish: Callable[[], None] = lambda: None,
         after_publish: Callable[[], None] = lambda: None,
+        kinds: tuple[str, ...] = KINDS,
         stage: Callable[[str], None] = no_stage,
         part_bytes: int = PART_BYTES,
     ) -> None:
         self._run_dir, self._world, self._stage, self._part_bytes = run_dir, world, stage, part_bytes
-        self._before_publish, self._after_publish = before_publish, after_publish
+        self._before_publish, self._after_publish, self._kinds = before_publish, after_publish, kinds
         self._save: Save | None = None
         self._job: _Job | None = None
         self._publishing = False
@@ -79,7 +81,15 @@ class BackgroundWriter:
         assert self._save is None, "one save at a time"
         self._started = time.perf_counter()
         encoded = encode_on_main(self._world, trainer_state)
-        save = Save(self._run_dir, step, self._world, encoded, stage=self._stage, part_bytes=self._part_bytes)
+        save = Save(
+            self._run_dir,
+            step,
+            self._world,
+            encoded,
+            kinds=self._kinds,
+            stage=self._stage,
+            part_bytes=self._part_bytes,
+        )
         with self._world.agreed("prepare the checkpoint", CheckpointError):
             save.prepare()
         self._save, self._publishing = save, False

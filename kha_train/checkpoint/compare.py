@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kha_train.checkpoint.manifest import KINDS
 from kha_train.checkpoint.reader import Checkpoint
 from kha_train.config.build import flatten
 from kha_train.foreign.documents import Json
@@ -19,8 +18,8 @@ from kha_train.foreign.documents import Json
 @dataclass
 class Differences:
     """`settings` (of the trainer's state, by dotted name): both values. `tensors`: largest difference, and the norm of
-    the difference over the norm of the first; infinite for buffers of two shapes. Parameters that only one has are in
-    `only_first` and `only_second`."""
+    the difference over the norm of the first; infinite for buffers of two shapes. Parameters, and states of the
+    optimiser, that only one has are in `only_first` and `only_second`."""
 
     settings: dict[str, tuple[Json, Json]] = field(default_factory=dict)
     tensors: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -48,8 +47,10 @@ def compare(first: Checkpoint, second: Checkpoint) -> Differences:
     found.only_first = [name for name in shapes if shapes[name] != others.get(name)]
     found.only_second = [name for name in others if others[name] != shapes.get(name)]
     for name in shapes.keys() & others.keys() - set(found.only_first):
-        for kind in KINDS:
+        for kind in (kind for kind in first.kinds if kind in second.kinds):
             _add(found, f"{name} {kind}", first.read(name, kind), second.read(name, kind))
+    found.only_first += [f"every {kind}" for kind in first.kinds if kind not in second.kinds]
+    found.only_second += [f"every {kind}" for kind in second.kinds if kind not in first.kinds]
     buffers, more = first.buffers(), second.buffers()
     for name in sorted(buffers.keys() & more.keys()):
         if buffers[name].shape != more[name].shape:

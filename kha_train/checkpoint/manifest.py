@@ -18,9 +18,13 @@ from typing import Any, NoReturn
 from kha_train.errors import CheckpointError, FormatError
 
 VERSION = 1
+VERSION_WITH_KINDS = 2
+"""The format of a manifest that names its kinds; otherwise the same."""
 MANIFEST_FILE = "manifest.json"
 TRAINER_FILE = "trainer.json"
 KINDS = ("master", "exp_avg", "exp_avg_sq")
+"""What is stored of every parameter where the manifest names no kinds: the fp32 weights and AdamW's moments."""
+MAX_KINDS = 16
 ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 MAX_MANIFEST_BYTES = 256 * 2**20
@@ -30,6 +34,7 @@ MAX_DIMENSIONS = 16
 MAX_NAME = 1024
 _FILE_NAME = re.compile(r"trainer\.json|(model|optimizer)-[0-9]{5,7}(\.[0-9]{3,6})?\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class PieceEntry:
 
 @dataclass(frozen=True)
 class ParameterEntry:
-    """The global shape of a parameter and, for each of KINDS, its pieces in order of `start`."""
+    """The global shape of a parameter and, for each kind of the checkpoint, its pieces in order of `start`."""
 
     shape: tuple[int, ...]
     pieces: dict[str, tuple[PieceEntry, ...]]
@@ -75,19 +80,29 @@ class BufferEntry:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a manifest, or one rank's share of it, lists: files, parameters and buffers by name."""
+    """What a manifest, or one rank's share of it, lists: files, parameters and buffers by name. `kinds` are the master
+    and the optimiser's states."""
 
     files: dict[str, FileEntry]
     parameters: dict[str, ParameterEntry]
     buffers: dict[str, BufferEntry]
+    kinds: tuple[str, ...] = KINDS
 
-    def sections(self) -> dict[str, Any]:
+    def named_kinds(self) -> dict[str, Any]:
+        """The entry that names the kinds; none for `KINDS`, as every manifest before there were others."""
+        return {} if self.kinds == KINDS else {"kinds": list(self.kinds)}
+
+    def to_plain(self) -> dict[str, Any]:
         """Plain JSON, the inverse of `parse_contents`."""
+        return self.named_kinds() | self.sections()
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """The sections of the manifest, as plain JSON."""
         return {
             "files": {name: {"sha256": entry.sha256, "size": entry.size} for name, entry in self.files.items()},
             "parameters": {
                 name: {"shape": list(entry.shape)}
-                | {kind: [[p.file, p.key, p.start, p.length] for p in entry.pieces[kind]] for kind in KINDS}
+                | {kind: [[p.file, p.key, p.start, p.length] for p in entry.pieces[kind]] for kind in self.kinds}
                 for name, entry in self.parameters.items()
             },
             "buffers": {name: vars(entry) | {"shape": list(entry.shape)} for name, entry in self.buffers.items()},
@@ -104,7 +119,9 @@ class Manifest:
 
     def encode(self) -> bytes:
         """The bytes of manifest.json: sorted keys, one line a file, parameter or buffer, its own SHA-256 last."""
-        head = {"format": VERSION, "step": self.step, "tool": self.tool}
+        kinds = self.contents.named_kinds()
+        version = VERSION_WITH_KINDS if kinds else VERSION
+        head = {"format": version, "step": self.step, "tool": self.tool} | kinds
         lines = [f"{_dumps(key)}: {_dumps(value)}" for key, value in head.items()]
         for title, section in self.contents.sections().items():
             rows = ",\n".join(f"  {_dumps(name)}: {_dumps(section[name])}" for name in sorted(section))
@@ -119,13 +136,14 @@ def parse_manifest(raw: bytes, where: str = MANIFEST_FILE) -> Manifest:
     """
     check = _Check(where)
     top = check.mapping(_loads(raw, check), "top level")
-    if top.get("format") != VERSION:
+    if top.get("format") != (VERSION_WITH_KINDS if "kinds" in top else VERSION):
         if _is_whole(raw):
             problem, fix = "written by another version, in a format unknown here", "use the version that wrote it"
             raise FormatError(problem, field=where, value=str(top.get("format"))[:80], allowed=f"{VERSION}", fix=fix)
         check.fail("unknown format version", f"{VERSION}", top.get("format"))
-    check.keys(top, {"format", "step", "tool", "files", "parameters", "buffers", "sha256"}, "top level")
-    contents = parse_contents({name: top[name] for name in ("files", "parameters", "buffers")}, where)
+    sections = ("files", "parameters", "buffers", *(["kinds"] if "kinds" in top else []))
+    check.keys(top, {"format", "step", "tool", "sha256", *sections}, "top level")
+    contents = parse_contents({name: top[name] for name in sections}, where)
     manifest = Manifest(check.count(top["step"], "step", 10**15 - 1), check.text(top["tool"], "tool"), contents)
     check_coverage(contents, where)
     if manifest.encode() != raw:
@@ -134,17 +152,20 @@ def parse_manifest(raw: bytes, where: str = MANIFEST_FILE) -> Manifest:
 
 
 def parse_contents(found: object, where: str) -> Contents:
-    """The sections files, parameters and buffers, every value checked. Raises CheckpointError naming `where`."""
+    """The sections files, parameters and buffers, and the kinds where they are named, every value checked. Raises
+    CheckpointError naming `where`."""
     check = _Check(where)
     top = check.mapping(found, "contents")
-    check.keys(top, {"files", "parameters", "buffers"}, "contents")
+    kinds = check.kinds(top["kinds"]) if "kinds" in top else KINDS
+    check.keys({name: top[name] for name in top if name != "kinds"}, {"files", "parameters", "buffers"}, "contents")
     files = {name: check.file(name, entry) for name, entry in check.mapping(top["files"], "files").items()}
     parameters = check.mapping(top["parameters"], "parameters").items()
     buffers = check.mapping(top["buffers"], "buffers").items()
     contents = Contents(
         files,
-        {check.name(name): check.parameter(name, entry) for name, entry in parameters},
+        {check.name(name): check.parameter(name, entry, kinds) for name, entry in parameters},
         {check.name(name): check.buffer(name, entry) for name, entry in buffers},
+        kinds,
     )
     _check_fits(contents, check)
     return contents
@@ -154,7 +175,7 @@ def check_coverage(contents: Contents, where: str = MANIFEST_FILE) -> None:
     """Raise CheckpointError unless the pieces tile every parameter of every kind: no gap, no overlap, no excess."""
     check = _Check(where)
     for name, parameter in contents.parameters.items():
-        for kind in KINDS:
+        for kind in contents.kinds:
             end = 0
             for piece in parameter.pieces[kind]:
                 if piece.start != end:
@@ -238,10 +259,17 @@ class _Check:
             self.fail(f"sha256 of {name} is none", "64 hexadecimal digits", entry["sha256"])
         return FileEntry(self.count(entry["size"], f"size of {name}", MAX_FILE_BYTES), entry["sha256"])
 
-    def parameter(self, name: str, found: Any) -> ParameterEntry:
+    def kinds(self, found: Any) -> tuple[str, ...]:
+        kinds = tuple(self.text(kind, "a kind") for kind in self.sequence(found, "kinds"))
+        well_named = all(_KIND.fullmatch(kind) and kind != "shape" for kind in kinds)
+        if not well_named or len(set(kinds)) != len(kinds) or len(kinds) > MAX_KINDS or kinds[:1] != KINDS[:1]:
+            self.fail("kinds are none", f"{KINDS[0]} and at most {MAX_KINDS - 1} other names", kinds)
+        return kinds
+
+    def parameter(self, name: str, found: Any, kinds: tuple[str, ...]) -> ParameterEntry:
         entry = self.mapping(found, name)
-        self.keys(entry, {"shape", *KINDS}, name)
-        pieces = {kind: tuple(self.piece(name, p) for p in self.sequence(entry[kind], kind)) for kind in KINDS}
+        self.keys(entry, {"shape", *kinds}, name)
+        pieces = {kind: tuple(self.piece(name, p) for p in self.sequence(entry[kind], kind)) for kind in kinds}
         return ParameterEntry(self.shape(entry["shape"], name), pieces)
 
     def piece(self, name: str, found: Any) -> PieceEntry:

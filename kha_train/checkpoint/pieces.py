@@ -14,14 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kha_train.checkpoint.manifest import KINDS
-
 
 @dataclass(frozen=True)
 class Piece:
     """`values` [P] (1-D, fp32, CPU) are the elements `start` .. `start + P` of the flattened parameter `name`.
 
-    `kind` is "master" (the fp32 weights), "exp_avg" or "exp_avg_sq" (Adam's moments); `shape` is the global shape.
+    `kind` is "master" (the fp32 weights) or a state of the optimiser; `shape` is the global shape.
     """
 
     name: str
@@ -31,6 +29,5 @@ class Piece:
     values: Tensor
 
     def __post_init__(self) -> None:
-        assert self.kind in KINDS, self.kind
         assert self.values.ndim == 1 and self.values.dtype == torch.float32 and self.values.device.type == "cpu", self
         assert 0 <= self.start and self.start + len(self.values) <= math.prod(self.shape), (self.name, self.start)

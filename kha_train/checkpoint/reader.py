@@ -57,6 +57,11 @@ class Checkpoint:
         path = self.path / TRAINER_FILE
         return decode_state(path.read_bytes(), str(path))
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is stored of every parameter: the fp32 master and the optimiser's states."""
+        return self.manifest.contents.kinds
+
     def names(self) -> dict[str, tuple[int, ...]]:
         """Parameter names and their global shapes."""
         return {name: entry.shape for name, entry in self.manifest.contents.parameters.items()}
@@ -71,13 +76,15 @@ class Checkpoint:
     def read(self, name: str, kind: str, start: int = 0, length: int | None = None) -> Tensor:
         """Elements `start` .. `start + length` [N] (1-D, fp32, CPU) of the flattened parameter `name`.
 
-        `kind` is "master", "exp_avg" or "exp_avg_sq"; without `length`, up to the end. Only the bytes asked for are
-        read, from whichever pieces hold them. Raises CheckpointError for an unknown name and when a file is not what
-        the manifest says.
+        `kind` is one of `kinds`; without `length`, up to the end. Only the bytes asked for are read, from whichever
+        pieces hold them. Raises CheckpointError for an unknown name or kind, and when a file is not what the manifest
+        says.
         """
         entry = self.manifest.contents.parameters.get(name)
         if entry is None:
             raise CheckpointError("no such parameter", field=str(self.path), value=name)
+        if kind not in self.kinds:
+            raise CheckpointError("no such kind", field=str(self.path), value=kind, allowed=", ".join(self.kinds))
         length = entry.elements - start if length is None else length
         assert 0 <= start and 0 <= length and start + length <= entry.elements, (name, start, length, entry.shape)
         values_N = torch.empty(length)

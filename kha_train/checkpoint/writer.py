@@ -64,8 +64,9 @@ class Save:
 
     `prepare`, `write_share`, `publish` and `clear` hold no collectives, so that they may run beside training in a
     thread; whoever calls them sees to it that no rank begins a stage before all have ended the last
-    (`background.BackgroundWriter`). Making the object is collective: the ranks agree on a random name. `moves` counts
-    what has been done so far, in no unit: a save whose count rises advances.
+    (`background.BackgroundWriter`). Making the object is collective: the ranks agree on a random name. `kinds` are
+    what is stored of every parameter. `moves` counts what has been done so far, in no unit: a save whose count rises
+    advances.
     """
 
     def __init__(
@@ -75,11 +76,12 @@ class Save:
         world: World,
         trainer_state: bytes,
         *,
+        kinds: tuple[str, ...] = KINDS,
         stage: Callable[[str], None] = no_stage,
         part_bytes: int = PART_BYTES,
     ) -> None:
         self.step, self.moves = step, 0
-        self._world, self._trainer_state, self._part_bytes = world, trainer_state, part_bytes
+        self._world, self._trainer_state, self._part_bytes, self._kinds = world, trainer_state, part_bytes, kinds
         self._told_stage = stage
         self._folder = Path(run_dir) / layout.FOLDER
         self._temporary = self._folder / world.broadcast_text(layout.temporary_name(step, "saving"))
@@ -99,11 +101,11 @@ class Save:
     def write_share(self, pieces: Iterable[Piece], buffers: dict[str, Tensor]) -> None:
         """Write this rank's files. Raises OSError, and CheckpointError for pieces that contradict each other."""
         rank = self._world.rank
-        share = _Share(self._temporary, rank, self._stage, self._moved, self._part_bytes)
+        share = _Share(self._temporary, rank, self._kinds, self._stage, self._moved, self._part_bytes)
         share.write(pieces, buffers if rank == 0 else {})
         if rank == 0:
             share.files[TRAINER_FILE] = write_bytes(self._temporary / TRAINER_FILE, self._trainer_state)
-        write_bytes(self._temporary / _rank_file(rank), json.dumps(share.contents().sections()).encode())
+        write_bytes(self._temporary / _rank_file(rank), json.dumps(share.contents().to_plain()).encode())
 
     def publish(self) -> None:
         """Rank 0 joins the shares, writes the manifest and renames. Raises OSError, CheckpointError."""
@@ -128,11 +130,17 @@ class _Share:
     """The files of one rank: `model-RRRRR.safetensors` and `optimizer-RRRRR.safetensors`, and further parts of each."""
 
     def __init__(
-        self, directory: Path, rank: int, stage: Callable[[str], None], wrote: Callable[[], None], part_bytes: int
+        self,
+        directory: Path,
+        rank: int,
+        kinds: tuple[str, ...],
+        stage: Callable[[str], None],
+        wrote: Callable[[], None],
+        part_bytes: int,
     ) -> None:
         self.files: dict[str, FileEntry] = {}
         self._directory, self._rank, self._stage, self._part_bytes = directory, rank, stage, part_bytes
-        self._wrote = wrote
+        self._wrote, self._kinds = wrote, kinds
         self._waiting: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         self._waiting_bytes = {"model": 0, "optimizer": 0}
         self._parts = {"model": 0, "optimizer": 0}
@@ -146,6 +154,7 @@ class _Share:
             file = self._add("model", f"buffer:{name}", buffer)
             self._buffers[name] = BufferEntry(file, f"buffer:{name}", DTYPE_NAMES[buffer.dtype], tuple(buffer.shape))
         for piece in pieces:
+            assert piece.kind in self._kinds, piece.kind
             if self._shapes.setdefault(piece.name, tuple(piece.shape)) != tuple(piece.shape):
                 _two_shapes(piece.name, self._shapes[piece.name], piece.shape)
             if len(piece.values):
@@ -159,10 +168,10 @@ class _Share:
     def contents(self) -> Contents:
         """What was written, as one share of the manifest."""
         parameters = {
-            name: ParameterEntry(shape, {kind: tuple(self._pieces.get((name, kind), ())) for kind in KINDS})
+            name: ParameterEntry(shape, {kind: tuple(self._pieces.get((name, kind), ())) for kind in self._kinds})
             for name, shape in self._shapes.items()
         }
-        return Contents(self.files, parameters, self._buffers)
+        return Contents(self.files, parameters, self._buffers, self._kinds)
 
     def _add(self, family: str, key: str, tensor: Tensor) -> str:
         """Queue a tensor and return the file it will lie in."""
@@ -212,17 +221,19 @@ def _join(shares: list[Contents]) -> Contents:
     buffers: dict[str, BufferEntry] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     pieces: dict[tuple[str, str], list[PieceEntry]] = {}
+    kinds = shares[0].kinds
     for share in shares:
+        assert share.kinds == kinds, "ranks of one run have one optimiser"
         files |= share.files
         buffers |= share.buffers
         for name, parameter in share.parameters.items():
             if shapes.setdefault(name, parameter.shape) != parameter.shape:
                 _two_shapes(name, shapes[name], parameter.shape)
-            for kind in KINDS:
+            for kind in kinds:
                 pieces.setdefault((name, kind), []).extend(parameter.pieces[kind])
     ordered = {key: tuple(sorted(entries, key=lambda piece: piece.start)) for key, entries in pieces.items()}
-    parameters = {name: ParameterEntry(shape, {k: ordered[name, k] for k in KINDS}) for name, shape in shapes.items()}
-    return Contents(files, parameters, buffers)
+    parameters = {name: ParameterEntry(shape, {k: ordered[name, k] for k in kinds}) for name, shape in shapes.items()}
+    return Contents(files, parameters, buffers, kinds)
 
 
 def _publish(temporary: Path, final: Path, step: int, stage: Callable[[str], None]) -> None:

@@ -13,6 +13,8 @@ from kha_train.config.options import BaseOptions, InteractionOptions
 from kha_train.config.registry import BASES, INTERACTIONS
 from kha_train.errors import ConfigError, Replace, Settings
 from kha_train.foreign.documents import Json
+from kha_train.variants.optimizer import OptimSection
+from kha_train.variants.registry import OPTIMIZERS, Variant
 
 
 class Dataclass(Protocol):
@@ -89,15 +91,21 @@ def _known_instead(key: str, known: list[str], path: str) -> dict[str, str]:
 
 
 def variant_class(cls: type[Any], values: Mapping[str, Any], path: str) -> type[Any]:
-    """The options dataclass that `values` names where `cls` is a base or an interaction, else `cls` itself.
+    """The options dataclass that `values` names where `cls` is a base, an interaction or an optimiser, else `cls`.
 
     Raises ConfigError for a name that is not registered.
     """
-    registry = {BaseOptions: BASES, InteractionOptions: INTERACTIONS}.get(cls)
+    registries: dict[type[Any], Mapping[str, Variant[Any]]] = {
+        BaseOptions: BASES,
+        InteractionOptions: INTERACTIONS,
+        OptimSection: OPTIMIZERS,
+    }
+    registry = registries.get(cls)
     if registry is None:
         return cls
-    name = values.get("name")
-    if name not in registry:
+    # Without a name the field's default counts: only an optimiser has one.
+    name = values.get("name", vars(cls).get("name"))
+    if not isinstance(name, str) or name not in registry:
         raise ConfigError("no such variant", field=f"{path}.name", value=name, **nearest(str(name), registry))
     return registry[name].options_class()
 

@@ -7,10 +7,6 @@ torch; a variant may as well name them by path, in the file of its module.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
-
 from kha_train.config.base_options import GroupedQueryOptions, GroupedTiedOptions, LatentOptions, TalkingHeadsOptions
 from kha_train.config.interaction_options import (
     ExplicitOptions,
@@ -19,41 +15,19 @@ from kha_train.config.interaction_options import (
     KnockingMlpOptions,
 )
 from kha_train.config.options import BaseOptions, InteractionOptions
+from kha_train.variants.registry import Variant
 
-
-@dataclass(frozen=True)
-class Variant:
-    """A registered name: `path` is `module:Class`, imported only when the model is built; `options` is its dataclass,
-    or the `module:Class` of it, imported when a configuration names the variant."""
-
-    path: str
-    options: type[BaseOptions | InteractionOptions] | str
-
-    def load(self) -> Any:
-        """The class that builds this variant."""
-        return _import(self.path)
-
-    def options_class(self) -> type[BaseOptions | InteractionOptions]:
-        """The dataclass of its options."""
-        return _import(self.options) if isinstance(self.options, str) else self.options
-
-
-BASES: dict[str, Variant] = {
+BASES: dict[str, Variant[BaseOptions]] = {
     "gqa": Variant("kha_train.model.attention.grouped_query:GroupedQueryAttention", GroupedQueryOptions),
     "gta": Variant("kha_train.model.attention.grouped_tied:GroupedTiedAttention", GroupedTiedOptions),
     "mla": Variant("kha_train.model.attention.latent:LatentAttention", LatentOptions),
     "talking_heads": Variant("kha_train.model.attention.talking_heads:TalkingHeadsAttention", TalkingHeadsOptions),
 }
 
-INTERACTIONS: dict[str, Variant] = {
+INTERACTIONS: dict[str, Variant[InteractionOptions]] = {
     "none": Variant("kha_train.model.attention.interaction:NoInteraction", InteractionOptions),
     "knocking_linear": Variant("kha_train.model.attention.knocking:KnockingLinear", KnockingLinearOptions),
     "knocking_mlp": Variant("kha_train.model.attention.knocking:KnockingMlp", KnockingMlpOptions),
     "knocking_gate": Variant("kha_train.model.attention.knocking:KnockingGate", KnockingGateOptions),
     "explicit": Variant("kha_train.model.attention.explicit:Explicit", ExplicitOptions),
 }
-
-
-def _import(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)

@@ -12,6 +12,11 @@ from typing import Literal
 
 from kha_train.config.backends import BackendName
 from kha_train.config.options import BaseOptions, InteractionOptions, Positions, QkNorm
+from kha_train.variants import optimizer
+
+# The sections that stand in the header of the optimisers belong to this tree like the others.
+OptimSection = optimizer.OptimSection
+ScheduleSection = optimizer.ScheduleSection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,38 +158,6 @@ class DataSection:
     check_crc: bool = True
     cache_dir: str = "~/.cache/kha_train/data"
     cache_gib: float = 100.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleSection:
-    """Learning rate over steps: linear warm-up, then `cosine`, or `wsd` (constant, then linear decay at the end).
-
-    `warmup` and `decay` are shares of `run.steps`, `final` a share of the peak rate. `decay` is read by `wsd` alone.
-    """
-
-    name: Literal["cosine", "wsd"] = "cosine"
-    warmup: float = 0.05
-    decay: float = 0.2
-    final: float = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimSection:
-    """AdamW with decoupled weight decay on matrices, and clipping of the global gradient norm.
-
-    The matrices through which heads exchange information (of an interaction, the mixes of `talking_heads`) decay by
-    `weight_decay` towards `zero` or towards the `identity`, the values that leave heads unchanged (0 for a gate), or do
-    not decay (`none`). Their learning rate is `interaction_lr_scale` times that of the others.
-    """
-
-    lr: float
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    interaction_decay: Literal["zero", "identity", "none"] = "zero"
-    interaction_lr_scale: float = 1.0
-    grad_clip: float = 1.0
-    schedule: ScheduleSection = field(default_factory=ScheduleSection)
 
 
 @dataclass(frozen=True, kw_only=True)

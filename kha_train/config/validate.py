@@ -13,7 +13,6 @@ from kha_train.config.schema import RunConfig
 from kha_train.config.urls import refuse_credentials_in
 from kha_train.errors import ConfigError, Settings, either
 
-MOST_BETA2_IN_BF16 = 0.99
 MOST_PROFILED_STEPS = 50
 LEAST_FP32 = 2.0**-126
 """The smallest normal number of fp32: what is smaller counts as 0 in a model."""
@@ -86,9 +85,8 @@ def _shares(config: RunConfig) -> None:
             field="optim.schedule",
             fix=Settings(f"optim.schedule.decay={decay}"),
         )
-    for beta in config.optim.betas:
-        if not 0 <= beta < 1:
-            raise ConfigError("is a decay rate", field="optim.betas", value=beta, allowed="0 up to, not with, 1")
+    if problem := config.optim.invalid():
+        raise problem
 
 
 def _attention(config: RunConfig) -> None:
@@ -253,14 +251,8 @@ def _engine(config: RunConfig) -> None:
             value="bf16",
             fix=either(Settings("engine.grad_accum_dtype=fp32"), Settings("engine.precision=bf16")),
         )
-    if engine.moment_dtype == "bf16" and config.optim.betas[1] > MOST_BETA2_IN_BF16:
-        raise ConfigError(
-            "a second moment that moves by less than 1/256 of itself a step stands still in bf16",
-            field="optim.betas",
-            value=list(config.optim.betas),
-            allowed=f"a second beta of at most {MOST_BETA2_IN_BF16}",
-            fix=either(Settings(f"optim.betas=[{config.optim.betas[0]},0.95]"), Settings("engine.moment_dtype=fp32")),
-        )
+    if engine.moment_dtype == "bf16" and (problem := config.optim.refuses_bf16()):
+        raise problem
     if engine.compile == "block" and engine.zero_stage == 3:
         raise ConfigError(
             "a compiled block does not see ZeRO 3 gather its weights",

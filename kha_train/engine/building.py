@@ -15,7 +15,8 @@ from kha_train.engine.contract import Fragment, InitialValue
 from kha_train.model.decoder import Decoder, build_decoder
 from kha_train.model.host import spare_the_compiler, use_tensor_cores
 from kha_train.model.init import initial_value, initial_values, interaction_identities, reset_buffers
-from kha_train.optim import AdamW, interaction_settings, parameter_groups
+from kha_train.optim import ShareOptimizer
+from kha_train.variants.registry import OPTIMIZERS
 
 GRAPHS_OF_BLOCKS = 24
 """How many graphs the compiler may make of `Block.forward`, which all blocks share, before it gives up on them. Twelve
@@ -78,15 +79,16 @@ def build_optimizer(
     decoder: Decoder,
     named: Iterable[tuple[str, nn.Parameter]],
     shapes: Mapping[str, tuple[int, ...]],
-) -> AdamW:
+) -> ShareOptimizer:
     """The optimiser of `config` for the `named` parameters of `decoder`, or what stands for each of them."""
-    optim = config.optim
-    apart, settings = interaction_identities(decoder), interaction_settings(optim)
-    groups = parameter_groups(named, optim.weight_decay, apart, settings, shapes)
-    return AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    optimizer_class: type[ShareOptimizer] = OPTIMIZERS[config.optim.name].load()
+    groups = optimizer_class.group(named, config.optim, interaction_identities(decoder), shapes)
+    return optimizer_class(groups, config.optim)
 
 
-def share_identities(config: RunConfig, decoder: Decoder, optimizer: AdamW, fragments: Iterable[Fragment]) -> None:
+def share_identities(
+    config: RunConfig, decoder: Decoder, optimizer: ShareOptimizer, fragments: Iterable[Fragment]
+) -> None:
     """Give the optimiser what `optim.interaction_decay` aims at, cut as the masters are."""
     if config.optim.interaction_decay != "identity":
         return

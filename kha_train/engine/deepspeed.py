@@ -46,7 +46,7 @@ from kha_train.engine.settings import deepspeed_settings as _settings
 from kha_train.engine.zero_state import partitioned_fragments, replicated_fragments
 from kha_train.model.decoder import DecoderOutput
 from kha_train.model.host import inputs_of
-from kha_train.optim import AdamW
+from kha_train.optim import ShareOptimizer
 
 INVALID_NORM = -1.0
 
@@ -71,9 +71,9 @@ class Engine:
         # BF16_Optimizer prints its memory use line by line while it is built.
         with redirect_stdout(io.StringIO()), _patient_groups(config.engine.collective_timeout_seconds):
             self.decoder, self.shapes = materialise(config, world, self.dtype, initial, keep)
-            adamw = build_optimizer(config, self.decoder, self.decoder.named_parameters(), self.shapes)
+            stepper = build_optimizer(config, self.decoder, self.decoder.named_parameters(), self.shapes)
             self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
-                model=self.decoder, optimizer=adamw, config=settings, dist_init_required=False
+                model=self.decoder, optimizer=stepper, config=settings, dist_init_required=False
             )
         self._stepper.start(self._flat_masters(), moment_dtype(config))
         share_identities(config, self.decoder, self._stepper, self.fragments())
@@ -194,9 +194,9 @@ class Engine:
         del self._engine, self._optimizer, self.decoder
 
     @property
-    def _stepper(self) -> AdamW:
+    def _stepper(self) -> ShareOptimizer:
         """Our optimiser, which DeepSpeed's has inside."""
-        stepper: AdamW = self._optimizer.optimizer
+        stepper: ShareOptimizer = self._optimizer.optimizer
         return stepper
 
     def _partition(self, parameter: nn.Parameter, settings: dict[str, Any]) -> None:
@@ -213,7 +213,7 @@ class Engine:
         )
 
     def _flat_masters(self) -> list[Tensor]:
-        """The flat fp32 tensor this rank owns of each parameter group, as AdamW knows it."""
+        """The flat fp32 tensor this rank owns of each parameter group, as our optimiser knows it."""
         optimizer = self._optimizer
         if self.config.engine.zero_stage == 3:
             return list(optimizer.fp32_partitioned_groups_flat)

@@ -16,6 +16,7 @@ from kha_train.config.resolve import planned_device, precision_on
 from kha_train.config.schema import RunConfig
 from kha_train.engine.activations import attention_activations, folded_bytes, kept_block_numbers, shared_mask_bytes
 from kha_train.model.accounting import count_parameters, moe_layers
+from kha_train.variants.optimizer import MASTER_BYTES, OptimSection
 
 GIB = 1024**3
 MAX_LIVE_PARAMETERS = 1_000_000_000
@@ -30,9 +31,9 @@ class MemoryPlan:
     """Bytes of one rank by term, at the moment of a step that holds most (`moment`).
 
     `parameters` in the training dtype (under ZeRO 3 its share, and another with a second sharding within the node) ·
-    `gathered` whole parameters ZeRO 3 holds for a while · `gradients` · `optimizer` fp32 masters and both moments ·
-    `buckets` of the gradient reduction · `activations` that wait for the backward · `loss` logits of a chunk and the
-    fp32 gradient of the head · `step` fp32 copies of one parameter group · `runtime`.
+    `gathered` whole parameters ZeRO 3 holds for a while · `gradients` · `optimizer` fp32 masters and the optimiser's
+    states · `buckets` of the gradient reduction · `activations` that wait for the backward · `loss` logits of a chunk
+    and the fp32 gradient of the head · `step` fp32 copies of one parameter group · `runtime`.
     """
 
     moment: str
@@ -62,7 +63,7 @@ def plan_memory(config: RunConfig) -> MemoryPlan:
     states = {
         "parameters": width * total // (ranks if sharded else 1) + (width * total // second if second > 1 else 0),
         "gathered": width * min(total, MAX_LIVE_PARAMETERS) if sharded else 0,
-        "optimizer": (8 if engine.moment_dtype == "bf16" else 12) * total // ranks,
+        "optimizer": config.optim.bytes_per_parameter(engine.moment_dtype) * total // ranks,
         "runtime": RUNTIME_BYTES[planned_device(config).kind],
     }
     before, after = _gradients(config, total)
@@ -144,15 +145,18 @@ class Recipe:
         return sum(size * total // (ranks if stage >= sharded_from else 1) for size, sharded_from in parts)
 
 
-RECIPES = (
-    Recipe("fp32: parameters, gradients, masters, moments", 4, 4, 12, True),
-    Recipe("bf16, gradients accumulated in fp32", 2, 6, 12, True),
-    Recipe("bf16, gradients in bf16", 2, 2, 12, True),
-    Recipe("bf16 with bf16 moments", 2, 2, 8, True),
-    Recipe("bf16 throughout, no masters", 2, 2, 4, False),
-    Recipe("bf16, optimiser offloaded to the host", 2, 2, 0, False),
-)
-"""From 20 bytes a parameter down; what DeepSpeed offers more is in docs/plan.md."""
+def recipes(optim: OptimSection) -> tuple[Recipe, ...]:
+    """The recipes with the optimiser of `optim`: with AdamW from 20 bytes a parameter down. What DeepSpeed offers more
+    is in docs/plan.md."""
+    wide, narrow = optim.bytes_per_parameter("fp32"), optim.bytes_per_parameter("bf16")
+    return (
+        Recipe("fp32: parameters, gradients, masters, moments", 4, 4, wide, True),
+        Recipe("bf16, gradients accumulated in fp32", 2, 6, wide, True),
+        Recipe("bf16, gradients in bf16", 2, 2, wide, True),
+        Recipe("bf16 with bf16 moments", 2, 2, narrow, True),
+        Recipe("bf16 throughout, no masters", 2, 2, narrow - MASTER_BYTES, False),
+        Recipe("bf16, optimiser offloaded to the host", 2, 2, 0, False),
+    )
 
 
 def largest_micro_batch(config: RunConfig, budget: float) -> int:
@@ -231,8 +235,7 @@ def _step(config: RunConfig) -> int:
     """What the optimiser holds while it steps, one group after another: its gradients in fp32, and its moments widened
     when they are kept in bf16."""
     largest = max(sum(sizes) for times, sizes in _groups(config) if times)
-    widened = 8 if config.engine.moment_dtype == "bf16" else 0
-    return (4 + widened) * largest // config.cluster.devices
+    return (4 + config.optim.widened_bytes(config.engine.moment_dtype)) * largest // config.cluster.devices
 
 
 def _overlap(sizes: list[int], rank: int, ranks: int) -> int:

@@ -29,7 +29,6 @@ from kha_train.engine.building import (
 from kha_train.engine.contract import Fragment, InitialValue, seeded
 from kha_train.model.decoder import DecoderOutput
 from kha_train.model.host import inputs_of
-from kha_train.optim import MOMENTS
 
 
 class Engine:
@@ -117,9 +116,7 @@ class Engine:
     def fragments(self) -> Iterator[Fragment]:
         """See `contract.Engine.fragments`."""
         for name, master in self._masters.items():
-            state = self._optimizer.state[master]
-            views = {"master": master.detach(), **{kind: state[kind] for kind in MOMENTS}}
-            yield Fragment(name, self.shapes[name], 0, views, master, 0)
+            yield Fragment(name, self.shapes[name], 0, self._optimizer.kept(master), master, 0)
 
     def buffers(self) -> dict[str, Tensor]:
         """See `contract.Engine.buffers`."""

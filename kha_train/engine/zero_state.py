@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kha_train.engine.contract import Fragment
-from kha_train.optim import MOMENTS
+from kha_train.optim import ShareOptimizer
 
 Shapes = Mapping[str, tuple[int, ...]]
 """The global shape of every parameter by name."""
@@ -47,6 +47,5 @@ def partitioned_fragments(optimizer: Any, module: nn.Module, shapes: Shapes, ran
 
 
 def _views(optimizer: Any, flat: Tensor, start: int, length: int) -> dict[str, Tensor]:
-    moments = optimizer.optimizer.state[flat]
-    whole = {"master": flat.detach(), **{kind: moments[kind] for kind in MOMENTS}}
-    return {kind: tensor.narrow(0, start, length) for kind, tensor in whole.items()}
+    stepper: ShareOptimizer = optimizer.optimizer
+    return {kind: tensor.narrow(0, start, length) for kind, tensor in stepper.kept(flat).items()}

@@ -13,7 +13,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate_batch
 from kha_train.data import manifest
 from kha_train.data.sources import begins_with_labels, open_samples, open_validation, without_labels
-from kha_train.engine.memory import GIB, RECIPES, MemoryPlan, largest_micro_batch, micro_batches, plan_memory, uses_bf16
+from kha_train.engine.memory import GIB, MemoryPlan, largest_micro_batch, micro_batches, plan_memory, recipes, uses_bf16
 from kha_train.errors import ConfigError, DataError
 from kha_train.model.accounting import (
     FlopCount,
@@ -28,8 +28,6 @@ from kha_train.operate.figures import DataUse, RunTime, SavedSize
 from kha_train.train.patience import warning_of_many
 
 STAGES = (1, 2, 3)
-CHECKPOINT_BYTES = 12
-"""A parameter in a checkpoint: fp32 master and both moments."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +181,7 @@ def recipe_table(config: RunConfig, total: int) -> list[dict[str, Any]]:
             "offered": recipe.offered,
             "states": {str(stage): recipe.states(total, stage, ranks) for stage in STAGES},
         }
-        for recipe in RECIPES
+        for recipe in recipes(config.optim)
     ]
 
 
@@ -318,7 +316,7 @@ def _time(config: RunConfig, flops: FlopCount) -> RunTime:
 
 def _checkpoint(config: RunConfig, total: int, step_seconds: float | None) -> SavedSize:
     """Size, time to write, and the interval that loses least: sqrt(2 x write x time between failures) (Young 1974)."""
-    cluster, size = config.cluster, CHECKPOINT_BYTES * total
+    cluster, size = config.cluster, config.optim.bytes_per_parameter() * total
     write = size / (cluster.storage_bandwidth_gb * 1e9) if cluster.storage_bandwidth_gb else None
     failures = cluster.hours_between_failures * 3600 / cluster.devices
     interval = math.sqrt(2 * write * failures) if write is not None else None

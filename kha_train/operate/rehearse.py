@@ -44,8 +44,6 @@ from kha_train.train.step import train_step
 
 REHEARSED_MICRO_BATCHES = 8
 """The step that is rehearsed has no more."""
-MASTER_BYTES = 12
-"""A master weight and two moments in fp32: what a checkpoint holds of a parameter."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ def _memory(config: RunConfig, layout: Layout) -> dict[str, Any]:
 
 
 def _checkpoint(config: RunConfig, world_size: int) -> dict[str, Any]:
-    size = MASTER_BYTES * count_parameters(config).total
+    size = config.optim.bytes_per_parameter() * count_parameters(config).total
     saves = math.ceil(config.run.steps / config.checkpoint.every_steps)
     return {
         "gib": size / GIB,
@@ -191,7 +189,7 @@ def _rank_zero(config: RunConfig, world_size: int, labels: int) -> dict[str, Any
 
 def _bytes_to_build(config: RunConfig, world_size: int) -> float:
     total = count_parameters(config).total
-    return total * (8 + MASTER_BYTES / world_size)
+    return total * (8 + config.optim.bytes_per_parameter() / world_size)
 
 
 @contextmanager

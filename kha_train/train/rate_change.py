@@ -9,9 +9,10 @@ from typing import Any
 
 from kha_train.config.build import build
 from kha_train.config.saved import completed
-from kha_train.config.schema import OptimSection, RunConfig
+from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError, ResumeError, Settings, either
 from kha_train.optim import learning_rate
+from kha_train.variants.optimizer import OptimSection
 
 LARGEST_JUMP = 1.5
 """By this factor, up or down, the rate may change between two steps of a resumed run without being asked for."""

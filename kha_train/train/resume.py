@@ -82,7 +82,8 @@ def check_belongs(
 
     `precisions` are what the last attempt and this one resolve `engine.precision` to, each "" where it is not known.
     A setting (or a whole section, or one of `content_ids`) named in `resume.allow_changes` or `free` may differ.
-    Parameters of other names or shapes are refused whatever is allowed: the optimiser's state has no place for them.
+    Parameters of other names or shapes, and an optimiser that keeps other states, are refused whatever is allowed:
+    the optimiser's state has no place for them.
     """
     differing = not_allowed(config, differences(config, checkpoint, content_ids, precisions), *free)
     state = read_state(checkpoint, _row_may_change(config))
@@ -96,6 +97,14 @@ def check_belongs(
             field="run.dir",
             value=config.run.dir,
             fix=either("restore the old settings", *_typed_ways(config, checkpoint, ways(config, change, names))),
+        )
+    if {*checkpoint.kinds} != {*config.optim.kinds()}:
+        raise ResumeError(
+            f"the checkpoint of step {checkpoint.step} holds the states of another optimiser",
+            field="optim.name",
+            value=config.optim.name,
+            allowed=f"one that keeps {', '.join(checkpoint.kinds[1:]) or 'none'}",
+            fix=either("restore the old settings", *_typed_ways(config, checkpoint)),
         )
     _, new, left_out = _compare_parameters(config, checkpoint)
     if new or left_out:

@@ -53,7 +53,9 @@ class Saver:
         self._keep = Keep(self._config.keep_last, self._config.keep_every_steps)
         self._protect: Callable[[], Collection[int]] = tuple
         self._stands, self._run_dir = stands, run_dir
-        self._writer = BackgroundWriter(run_dir, world, before_publish=sync, after_publish=self._after_publish)
+        self._writer = BackgroundWriter(
+            run_dir, world, before_publish=sync, after_publish=self._after_publish, kinds=config.optim.kinds()
+        )
         self._host = HostBuffers()
         self._step = 0
         # Columns of an earlier start are nearly whole.

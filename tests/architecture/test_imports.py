@@ -15,6 +15,7 @@ LAYERS = (
     {"interpreter", "literal", "output"},
     {"errors", "stability"},
     {"foreign"},
+    {"variants"},
     {"config", "distributed"},
     {"data", "model", "optim", "record"},
     {"engine", "checkpoint", "telemetry", "export", "analysis", "data_tools"},
@@ -26,7 +27,7 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 EXCEPTIONS = {("export", "checkpoint")}
 
 EVERYWHERE = {"numpy", "torch"}
-WITHOUT_TORCH = {"kha_train", "errors", "stability", "config", "record", "cli"}
+WITHOUT_TORCH = {"kha_train", "errors", "stability", "variants", "config", "record", "cli"}
 """Rooms that never import torch themselves: settings, records and help must not wait for it."""
 
 AT_THE_TOP = {

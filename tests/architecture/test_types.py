@@ -14,7 +14,7 @@ UNTYPED = {
     "kha_train/bench/peer_loaders.py permuted": "datasets of peers",
     "kha_train/cli/options.py OverridesCommand.parse_args": "a context of the click that Typer carries inside",
     "kha_train/config/build.py variant_class": "one of two families of options, or any dataclass",
-    "kha_train/config/registry.py Variant.load": "the class of a module, which a room without torch cannot name",
+    "kha_train/variants/registry.py Variant.load": "the class of a module, which a room without torch cannot name",
     "kha_train/engine/zero_state.py partitioned_fragments": "DeepSpeed's optimiser",
     "kha_train/engine/zero_state.py replicated_fragments": "DeepSpeed's optimiser",
     "kha_train/model/host.py spare_the_compiler": "any function of torch",

@@ -13,6 +13,8 @@ from kha_train.config.build import to_plain
 from kha_train.config.limits import INT64, LARGEST_FP32, LIMITS, OF_TYPE, check_limits, limit_of
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
+from kha_train.variants.optimizer import OptimSection
+from kha_train.variants.registry import OPTIMIZERS
 
 FREE = {
     "model.partial_rotary_factor": "judged with what each base turns",
@@ -31,7 +33,9 @@ def _numbers(cls: type, path: str = "") -> Iterator[tuple[str, type]]:
     for field in fields(cls):
         hint, where = get_type_hints(cls)[field.name], f"{path}.{field.name}".lstrip(".")
         inner = get_args(hint)[0] if get_origin(hint) is tuple else hint
-        if is_dataclass(inner):
+        if inner is OptimSection:
+            yield from (number for one in OPTIMIZERS.values() for number in _numbers(one.options_class(), where))
+        elif is_dataclass(inner):
             yield from _numbers(inner, where)
         elif inner in (int, float):
             yield where, inner

@@ -16,7 +16,9 @@ from kha_train.config.build import to_plain
 from kha_train.config.compose import compose, load
 from kha_train.config.registry import BASES, INTERACTIONS
 from kha_train.config.saved import BEFORE, completed
-from kha_train.config.schema import OptimSection, RunConfig
+from kha_train.config.schema import RunConfig
+from kha_train.variants.optimizer import OptimSection
+from kha_train.variants.registry import OPTIMIZERS
 
 OLD = Path(__file__).parents[1] / "fixtures" / "old_runs"
 
@@ -32,6 +34,8 @@ def test_a_current_configuration_is_complete_as_it_is() -> None:
         (("moe", "routing_warmup_steps"), 0),
         (("moe", "auxiliary_loss"), {"weight": 0.0, "scope": "sequence"}),
         (("optim", "schedule", "warmup"), 0.05),
+        (("optim", "name"), "adamw"),
+        (("optim", "betas"), [0.9, 0.95]),
         (("data", "phases"), []),
         (("attention", "interaction", "impl"), "auto"),
     ],
@@ -97,7 +101,10 @@ def test_every_field_younger_than_the_old_runs_declares_its_earlier_value() -> N
 
 def _classes(root: type = RunConfig) -> Iterator[type]:
     """Every class of the configuration, variants' options included."""
-    pending = [root, *(variant.options_class() for variant in (*BASES.values(), *INTERACTIONS.values()))]
+    pending = [
+        root,
+        *(variant.options_class() for variant in (*BASES.values(), *INTERACTIONS.values(), *OPTIMIZERS.values())),
+    ]
     seen: set[type] = set()
     while pending:
         cls = pending.pop()

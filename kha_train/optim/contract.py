@@ -1,0 +1,116 @@
+"""The contract of an optimiser: it steps the flat fp32 shares that an engine owns, one parameter group after another.
+
+A share is a 1-D part of one or many parameters (whole, or cut over ranks and padded), so a step must treat every number
+by itself. An optimiser derives from `ShareOptimizer` and writes `step_share`; its options name its states.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kha_train.optim.groups import interaction_settings, parameter_groups
+from kha_train.variants.optimizer import MASTER, OptimSection
+
+Groups = list[dict[str, Any]]
+"""Parameter groups as torch has them: `params`, `name`, `weight_decay` and what else the optimiser reads."""
+
+
+class ShareOptimizer(torch.optim.Optimizer):
+    """An optimiser of flat shares, made of parameter groups and `options`. The engine sets `lr` of each group.
+
+    States that are kept in bf16 are widened for their step and rounded after it, one parameter group at a time.
+    Where a group has an `identity_decay` d, its parameters p decay towards their values in `identities` (of the same
+    shape, by parameter): p <- p - lr d (p - identity), before the step, as decay towards zero is.
+    """
+
+    def __init__(self, groups: Groups, options: OptimSection) -> None:
+        super().__init__(groups, {"lr": options.lr})
+        self.adopt(options)
+
+    def adopt(self, options: OptimSection) -> None:
+        """Keep `options`: for a class that is built by another `__init__`."""
+        self.options = options
+        self.identities: dict[Tensor, Tensor] = {}
+
+    @staticmethod
+    def group(
+        named: Iterable[tuple[str, torch.nn.Parameter]],
+        options: OptimSection,
+        apart: Collection[str] = (),
+        shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    ) -> Groups:
+        """The parameter groups of the `named` parameters, those named in `apart` treated by `optim.interaction_*`. See
+        `parameter_groups`."""
+        return parameter_groups(named, options.weight_decay, apart, interaction_settings(options), shapes)
+
+    def start(self, shares: Iterable[Tensor], dtype: torch.dtype) -> None:
+        """Zero states in `dtype` from the start, so that a checkpoint of any step holds them and memory is taken
+        once."""
+        for share in shares:
+            self.state[share] = {"step": torch.zeros((), dtype=torch.float32, device=share.device)} | {
+                name: torch.zeros_like(share, dtype=dtype, requires_grad=False) for name in self.options.states
+            }
+
+    def kept(self, share: Tensor) -> dict[str, Tensor]:
+        """What a checkpoint holds of `share`, live and whole, by kind: the master itself and every state."""
+        return {MASTER: share.detach()} | {name: self.state[share][name] for name in self.options.states}
+
+    @property
+    def steps(self) -> int:
+        """How many steps were taken, the same for every share."""
+        counts = {int(state["step"]) for state in self.state.values()}
+        assert len(counts) == 1, f"parameter groups disagree about the step: {counts}"
+        return counts.pop()
+
+    @steps.setter
+    def steps(self, count: int) -> None:
+        for state in self.state.values():
+            state["step"].fill_(count)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's may return a loss
+        """One step of every share that has a gradient."""
+        assert closure is None, "a loss is never computed again here"
+        groups = self.param_groups
+        for group in groups:
+            self.param_groups = [group]
+            self._decay_to_identity(group)
+            narrow = [
+                (self.state[share], name)
+                for share in group["params"]
+                if share.grad is not None
+                for name in self.options.states
+                if name in self.state[share] and self.state[share][name].dtype == torch.bfloat16
+            ]
+            kept = [state[name] for state, name in narrow]
+            for state, name in narrow:
+                state[name] = state[name].float()
+            self.step_group(group)
+            for (state, name), moment in zip(narrow, kept, strict=True):
+                state[name] = moment.copy_(state[name])
+        self.param_groups = groups
+
+    def step_group(self, group: dict[str, Any]) -> None:
+        """Count and take the step of every share of `group` that has a gradient."""
+        for share in group["params"]:
+            if share.grad is not None:
+                self.state[share]["step"] += 1
+                self.step_share(share, share.grad, self.state[share], group)
+
+    @abstractmethod
+    def step_share(self, share: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        """Step `share` (1-D, fp32) in place by `gradient`, and its `state` with it: a tensor of the same shape for each
+        of `options.states`, fp32 here, and `step`, the number of this step from 1 on. `group` has `lr` and
+        `weight_decay`."""
+
+    def _decay_to_identity(self, group: dict[str, Any]) -> None:
+        decay = group.get("identity_decay", 0.0)
+        for share in group["params"] if decay else ():
+            if share.grad is not None and share in self.identities:
+                share.lerp_(self.identities[share], group["lr"] * decay)

@@ -1,0 +1,1 @@
+"""What a variant or an optimiser says about itself: options, counts, registry. No torch, and nothing of a run."""

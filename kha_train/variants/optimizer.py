@@ -1,0 +1,105 @@
+"""The contract of an optimiser's options: the header, free of torch, of what `kha_train/optim` steps with.
+
+Each class holds the fields an optimiser takes, names the states it keeps for every parameter and says itself what is
+wrong with its fields. Checkpoints, the memory plan and resume ask here, and know no optimiser by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from kha_train.errors import ConfigError, Settings, either
+
+MASTER = "master"
+"""The kind of an fp32 weight, beside the states of the optimiser."""
+MASTER_BYTES = 4
+STATE_BYTES = {"fp32": 4, "bf16": 2}
+"""Of one number of a state, by `engine.moment_dtype`."""
+MOST_BETA2_IN_BF16 = 0.99
+"""bf16 has 8 bits: what moves by less than 1/256 of itself is rounded back to where it was."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSection:
+    """Learning rate over steps: linear warm-up, then `cosine`, or `wsd` (constant, then linear decay at the end).
+
+    `warmup` and `decay` are shares of `run.steps`, `final` a share of the peak rate. `decay` is read by `wsd` alone.
+    """
+
+    name: Literal["cosine", "wsd"] = "cosine"
+    warmup: float = 0.05
+    decay: float = 0.2
+    final: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSection:
+    """What every optimiser has; `name` selects one, which adds fields of its own (see `registry.py`).
+
+    Weight decay is decoupled and applies to matrices; the global gradient norm is clipped to `grad_clip`.
+    The matrices through which heads exchange information (of an interaction, the mixes of `talking_heads`) decay by
+    `weight_decay` towards `zero` or towards the `identity`, the values that leave heads unchanged (0 for a gate), or do
+    not decay (`none`). Their learning rate is `interaction_lr_scale` times that of the others.
+    """
+
+    states: ClassVar[tuple[str, ...]] = ()
+    """The names of the numbers that the optimiser keeps for each parameter, as checkpoints name them."""
+    name: str = "adamw"
+    lr: float
+    weight_decay: float = 0.1
+    interaction_decay: Literal["zero", "identity", "none"] = "zero"
+    interaction_lr_scale: float = 1.0
+    grad_clip: float = 1.0
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+
+    @classmethod
+    def kinds(cls) -> tuple[str, ...]:
+        """What a checkpoint holds of each parameter: the fp32 master and every state."""
+        return (MASTER, *cls.states)
+
+    @classmethod
+    def bytes_per_parameter(cls, moment_dtype: str = "fp32") -> int:
+        """Bytes of master and states in memory. A checkpoint stores all in fp32."""
+        return MASTER_BYTES + len(cls.states) * STATE_BYTES[moment_dtype]
+
+    @classmethod
+    def widened_bytes(cls, moment_dtype: str) -> int:
+        """Bytes a parameter of the fp32 copies of its states while it is stepped; none where they are fp32."""
+        return 0 if moment_dtype == "fp32" else len(cls.states) * STATE_BYTES["fp32"]
+
+    def invalid(self) -> ConfigError | None:
+        """What is wrong with these options, or None."""
+        return None
+
+    def refuses_bf16(self) -> ConfigError | None:
+        """Why the states cannot be kept in bf16 (`engine.moment_dtype`), or None."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWOptions(OptimSection):
+    """AdamW (Loshchilov and Hutter 2019): `betas` of the first and second moment, `eps` beside the root."""
+
+    states: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+
+    def invalid(self) -> ConfigError | None:
+        """A beta is a decay rate."""
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                return ConfigError("is a decay rate", field="optim.betas", value=beta, allowed="0 up to, not with, 1")
+        return super().invalid()
+
+    def refuses_bf16(self) -> ConfigError | None:
+        """A slow second moment."""
+        if self.betas[1] <= MOST_BETA2_IN_BF16:
+            return None
+        return ConfigError(
+            "a second moment that moves by less than 1/256 of itself a step stands still in bf16",
+            field="optim.betas",
+            value=list(self.betas),
+            allowed=f"a second beta of at most {MOST_BETA2_IN_BF16}",
+            fix=either(Settings(f"optim.betas=[{self.betas[0]},0.95]"), Settings("engine.moment_dtype=fp32")),
+        )
