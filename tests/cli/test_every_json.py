@@ -216,8 +216,10 @@ def places(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Places:
 
 
 @pytest.fixture
-def kha(capfd: pytest.CaptureFixture[str]) -> Kha:
-    """`kha(*arguments)`: exit code, standard output and standard error, of this process and those it starts."""
+def kha(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kha:
+    """`kha(*arguments)`, in an empty directory: exit code, standard output and standard error, of this process and
+    those it starts."""
+    monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> tuple[int, str, str]:
         capfd.readouterr()
