@@ -1,20 +1,22 @@
 """What a run adds up to, kept up line by line, so that nobody adds a long record up again.
 
 `.totals.json` holds the sums and how far into each file they go. It is a help, never the truth: where it does not fit
-the files it is passed over, and lines that came after it are added. Sums are exact: whole multiples of 2^-1074, the
-smallest float. So lines can be taken out again, and the order of adding does not matter. The sums kept up by a run that
-was killed, resumed and rewound are those of its files, bit for bit.
+the files, or its own digest, it is passed over, and lines that came after it are added. Sums are exact: whole multiples
+of 2^-1074, the smallest float. So lines can be taken out again, and the order of adding does not matter. The sums kept
+up by a run that was killed, resumed and rewound are those of its files, bit for bit.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, BinaryIO, TypedDict
 
 from kha_train.errors import DataError
 from kha_train.foreign.typed import LARGEST, Count, Length, Match, Range
@@ -30,9 +32,9 @@ FILES = (METRICS_FILE, DISCARDED_FILE, EVENTS_FILE)
 TIMED = frozenset(("time", "attempt", "train/step_seconds", "data/wait_seconds", "train/skipped"))
 """What a line must tell for its time to be accounted for."""
 SHORT = 8 * 2**20
-"""Bytes of lines that may be added up on the way."""
+"""Bytes of lines that may be added up on the way, and of a file whose mark looks at all that is before it."""
 _NEIGHBOURHOOD = 512
-"""Bytes before a mark by which it is known again."""
+"""Bytes before a mark in a longer file by which it is known again."""
 _SUMS = ("productive", "skipped", "lost", "data_wait", "checkpoint")
 _DIGITS = 1074
 
@@ -59,6 +61,7 @@ class TotalsFile(TypedDict):
     sums: dict[str, Sum]
     attempts: dict[Annotated[str, Match("[0-9]{1,16}")], Signs]
     diverged: list[Annotated[list[Whole | None], Length(3)]]
+    digest: str
 
 
 @dataclass
@@ -76,8 +79,11 @@ class Totals:
 
     def seconds(self, name: str) -> float:
         """One of the sums, rounded once: `productive`, `skipped` and `lost` steps without their wait for data,
-        `data_wait` of all steps, `checkpoint` for which training stood still."""
-        return self.sums[name] / (1 << _DIGITS)
+        `data_wait` of all steps, `checkpoint` for which training stood still. Infinite beyond what a float holds."""
+        try:
+            return self.sums[name] / (1 << _DIGITS)
+        except OverflowError:
+            return math.inf if self.sums[name] > 0 else -math.inf
 
     def add(self, line: Mapping[str, Any]) -> None:
         """A line of the surviving curve."""
@@ -148,6 +154,8 @@ def load_totals(run_dir: Path) -> Totals | None:
         kept = read_json(run_dir / TOTALS_FILE, TotalsFile)
         if kept is None or kept["format"] != FORMAT or set(kept["sums"]) != set(_SUMS):
             return None
+        if kept["digest"] != _digest(kept):
+            return None
         paths = [run_dir / name for name in FILES]
         ends = [_since(path, *mark) for path, mark in zip(paths, kept["marks"], strict=True)]
         if any(end is None for end in ends):
@@ -173,9 +181,16 @@ def save_totals(run_dir: Path, totals: Totals) -> None:
         "sums": {name: format(value, "x") for name, value in totals.sums.items()},
         "attempts": {str(number): signs for number, signs in totals.attempts.items()},
         "diverged": [list(place) for place in totals.diverged],
+        "digest": "",
     }
+    kept["digest"] = _digest(kept)
     with suppress(OSError):
         replace_json(run_dir / TOTALS_FILE, dict(kept))
+
+
+def _digest(kept: TotalsFile) -> str:
+    """What `digest` says of the others: no value that was edited or damaged is believed."""
+    return hashlib.sha256(json.dumps({**kept, "digest": ""}, sort_keys=True).encode()).hexdigest()
 
 
 def _from_file(kept: TotalsFile) -> Totals:
@@ -213,8 +228,7 @@ def _mark(path: Path) -> tuple[int, int]:
         return 0, 0
     with path.open("rb") as file:
         end = file.seek(0, 2)
-        file.seek(max(0, end - _NEIGHBOURHOOD))
-        return end, zlib.crc32(file.read(end - file.tell()))
+        return end, zlib.crc32(_before(file, end))
 
 
 def _since(path: Path, end: int, checksum: int) -> bytes | None:
@@ -224,12 +238,17 @@ def _since(path: Path, end: int, checksum: int) -> bytes | None:
     with path.open("rb") as file:
         if not end <= file.seek(0, 2) <= end + SHORT:
             return None
-        file.seek(max(0, end - _NEIGHBOURHOOD))
-        before = file.read(end - file.tell())
+        before = _before(file, end)
         if zlib.crc32(before) != checksum or before[-1:] not in (b"", b"\n"):
             return None
         content = file.read()
     return content[: whole_until(content)]
+
+
+def _before(file: BinaryIO, end: int) -> bytes:
+    """The bytes by which the mark at `end` is known: all of a short file, the last ones before it of a long one."""
+    file.seek(0 if end <= SHORT else end - _NEIGHBOURHOOD)
+    return file.read(end - file.tell())
 
 
 def _place(line: Mapping[str, Any]) -> tuple[int | None, ...]:

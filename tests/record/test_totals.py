@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from kha_train.record.actions import count_actions
 from kha_train.record.goodput import goodput, goodput_of
 from kha_train.record.jsonl import to_line
 from kha_train.record.reader import read_metrics_after
-from kha_train.record.totals import SHORT, TOTALS_FILE, load_totals, save_totals, totals_of
+from kha_train.record.totals import SHORT, TOTALS_FILE, _digest, load_totals, save_totals, totals_of
 
 SECONDS = st.floats(0.0, 1e6) | st.sampled_from([1e-320, 0.1, math.inf, math.nan])
 TORN = st.sampled_from([b"", b"{", b'{"step": 9', b"\0\0\0", b'{"step": 99}', b"\n"])
@@ -239,3 +240,115 @@ def test_a_line_that_is_damaged_at_the_end_of_a_long_record_is_named_by_its_numb
         with pytest.raises(DataError, match=problem) as caught:
             read_last_metrics(tmp_path, 10)
         assert "metrics.jsonl:98" in str(caught.value)
+
+
+def whole_answer(run_dir: Path) -> Any:
+    return goodput_of(totals_of(run_dir), read_run(run_dir)["attempts"])
+
+
+@pytest.fixture(scope="module")
+def kept_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stopped run that went back a step, saved and diverged, with what it has kept up: everything in it is filled."""
+    life = Life(tmp_path_factory.mktemp("kept"))
+    for step in range(12):
+        life.step(0.5, 0.1, int(step % 5 == 0))
+    life.save(0.25)
+    life.rewind(1)
+    life.divergence()
+    life.record.close()
+    assert load_totals(life.run_dir) == totals_of(life.run_dir)
+    return life.run_dir
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The keys and indices that lead to each value inside `value`."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, item in items for place in [(*at, key), *places(item, (*at, key))]]
+
+
+WILD = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8)
+    # Some that are of the right kind.
+    | st.sampled_from(["f" * 600, "-1", "0", "inf", 0, 3, 2**53, 1e308, -1e308, [0, 0], [1, 2, 3], {}])
+    | st.from_regex(r"-?[0-9a-f]{1,600}", fullmatch=True),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(drawn=st.data(), signed=st.booleans())
+def test_kept_sums_with_a_wild_value_are_passed_over_and_never_an_error(
+    kept_up: Path, drawn: st.DataObject, signed: bool
+) -> None:
+    """Also with a digest that fits the wild value (`signed`), which may be believed, there is an answer."""
+    file = kept_up / TOTALS_FILE
+    sound = file.read_bytes()
+    content = json.loads(sound)
+    *way, last = drawn.draw(st.sampled_from(places(content)))
+    inside = content
+    for key in way:
+        inside = inside[key]
+    inside[last] = drawn.draw(WILD)
+    if signed:
+        content["digest"] = _digest(content)
+    try:
+        file.write_text(json.dumps(content))
+        assert run_status(kept_up).step == 11
+        if not signed:
+            assert load_totals(kept_up) in (None, totals_of(kept_up))
+            assert goodput(kept_up) == whole_answer(kept_up)
+            assert run_status(kept_up).diverged
+    finally:
+        file.write_bytes(sound)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"lines": 3},
+        {"sums": {"productive": "f" * 600}},
+        {"sums": {"productive": "-1"}},
+        {"attempts": {"1": {"first": 1e308, "began": 1e308, "last": 1e308}}},
+        {"marks": [[0, 0], [0, 0], [0, 0]]},
+        {"diverged": [[1, 2, 3]]},
+    ],
+    ids=str,
+)
+def test_an_unlikely_value_in_kept_sums_is_not_believed(kept_up: Path, tmp_path: Path, edit: dict[str, Any]) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(kept_up, run_dir)
+    kept = json.loads((run_dir / TOTALS_FILE).read_text())
+    new = {key: kept[key] | value if key == "sums" else value for key, value in edit.items()}
+    assert load_totals(run_dir) is not None
+    (run_dir / TOTALS_FILE).write_text(json.dumps({**kept, **new}))
+    assert load_totals(run_dir) is None
+    assert goodput(run_dir) == whole_answer(run_dir)
+
+
+def test_steps_whose_sum_no_float_holds_have_a_status(tmp_path: Path) -> None:
+    record = Record.open(tmp_path)
+    record.begin_attempt(0)
+    for step in (1, 2, 3):
+        record.step({"step": step, "train/step_seconds": 1e308, "data/wait_seconds": 0.0, "train/skipped": 0})
+    assert record.goodput() is not None
+    record.close()
+    assert load_totals(tmp_path) == totals_of(tmp_path) and totals_of(tmp_path).seconds("productive") == math.inf
+    assert run_status(tmp_path).step == 3
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.discarded.jsonl", "events.jsonl"])
+def test_an_edit_in_the_middle_of_a_short_record_that_keeps_its_size_is_noticed(
+    kept_up: Path, tmp_path: Path, name: str
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(kept_up, run_dir)
+    content = (run_dir / name).read_bytes()
+    digit = content.index(b'"time": 1') + len(b'"time": ')
+    (run_dir / name).write_bytes(content[:digit] + b"2" + content[digit + 1 :])
+    assert load_totals(run_dir) is None
+    assert goodput(run_dir) == whole_answer(run_dir)
