@@ -62,7 +62,11 @@ class Patience:
         return self._stops.pending()
 
     def gives_up(self, number: int, of: int) -> bool:
-        """Before micro-batch `number` (from 1) of `of`: whether it is to be the last one and the step is discarded."""
+        """Before micro-batch `number` (from 1) of `of`: whether it is to be the last one and the step is discarded.
+
+        Raises KeyboardInterrupt after a second Ctrl-C or SIGTERM.
+        """
+        self._stops.check()
         self._stops.place = f"micro-batch {number:,} of {of:,} of step {self._step:,}"
         if number < self._next or number == of:
             return False

@@ -32,7 +32,7 @@ TORCHRUN_ECHO_SECONDS = 2.0
 
 class StopRequests:
     """While entered, `pending()` tells whether this process was asked to stop. A second Ctrl-C or SIGTERM raises
-    KeyboardInterrupt.
+    KeyboardInterrupt; should that get lost, `pending()` and `check()` raise it.
 
     Only one rank need look for the files, at every step: `run_dir` is None on the others, which also print nothing.
     After `max_minutes` (0: never) by a clock that nobody can set, the process asks by itself: for jobs with a time
@@ -61,7 +61,8 @@ class StopRequests:
         self._listener.__exit__(kind, error, trace)
 
     def pending(self) -> bool:
-        """Whether to stop after this step."""
+        """Whether to stop after this step. Raises KeyboardInterrupt after a second Ctrl-C or SIGTERM."""
+        self.check()
         if self._listener.has_heard or self._clock() >= self._deadline:
             return True
         # Where files cannot be seen nobody has asked by one, and this rank must not end alone amid a step.
@@ -70,6 +71,10 @@ class StopRequests:
                 return True
             return self._run_dir is not None and has_marker(self._run_dir, Marker.STOP)
         return False
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt after a second Ctrl-C or SIGTERM. Costs nothing."""
+        self._listener.raise_if_ending()
 
     def _hear(self, number: int) -> bool:
         """Note a signal, and say so on rank 0; whether it is the second one, which ends the process."""

@@ -85,6 +85,7 @@ def _attempt(session: Session, stops: StopRequests, watchdog: Watchdog) -> Outco
         stops.place = "the end of the run"
         session.saver.finish()
         world.raise_together(session.trouble)
+        stops.check()
         with world.agreed("mark the end"):
             _mark_the_end(session.run_dir, world, finished, session.progress.step)
         session.end_state = "done" if finished else "requeued"

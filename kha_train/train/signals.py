@@ -12,6 +12,7 @@ import _thread
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -27,21 +28,28 @@ class SignalListener:
     """While entered, `hear(number)` is called in a thread of its own for every one of the signals `numbers`.
 
     Where it returns True, KeyboardInterrupt is raised in the main thread; if that does not get to leave in
-    `GRACE_SECONDS`, the process exits with 130. To be entered in the main thread.
+    `GRACE_SECONDS`, the process exits with 130. The interpreter drops an exception that a handler raises amid a
+    `__del__` or a weak reference's callback: `raise_if_ending` and leaving raise it again. To be entered in the main
+    thread. A forked child's signals are not heard here.
     """
 
     def __init__(self, numbers: Sequence[signal.Signals], hear: Callable[[int], bool]) -> None:
         self._numbers, self._hear = numbers, hear
         self._previous: dict[signal.Signals, Any] = {}
         self._previous_wakeup = -1
-        self._ending = False
+        self._ending = self._has_raised = False
         self.has_heard = False
         """Whether any of them has arrived."""
         self._left = threading.Event()
+        self._is_copy = False
+        """Whether this is the copy that a forked child has."""
 
     def __enter__(self) -> Self:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
+        # What is registered stays so for as long as the process lives: it must not keep this object.
+        in_child = weakref.WeakMethod(self._in_child)
+        os.register_at_fork(after_in_child=lambda: (call := in_child()) and call())
         self._previous_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
@@ -51,6 +59,8 @@ class SignalListener:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._is_copy:
+            return
         self._left.set()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -59,6 +69,19 @@ class SignalListener:
         self._thread.join()
         os.close(self._write)
         os.close(self._read)
+        if kind is None:
+            self.raise_if_ending()
+
+    def raise_if_ending(self) -> None:
+        """Raises KeyboardInterrupt once `hear` has returned True. To be called in the main thread, now and then."""
+        if self._ending:
+            raise KeyboardInterrupt
+
+    def _in_child(self) -> None:
+        """The pipe is shared by a forked child, which must not write to it."""
+        if not self._left.is_set():
+            self._is_copy = True
+            signal.set_wakeup_fd(-1)
 
     def _listen(self) -> None:
         while True:
@@ -79,5 +102,7 @@ class SignalListener:
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.has_heard = True
-        if self._ending:
+        if self._ending and not self._has_raised:
+            # A second exception would break off what the first one is closing.
+            self._has_raised = True
             raise KeyboardInterrupt

@@ -42,7 +42,7 @@ def steps(ranks: Ranks, small: list[str]) -> Callable[..., Any]:
     """`steps(2, of=10, seconds=0.1)`: the micro-batch at which one of 2 steps was given up, or None; a first
     micro-batch takes `compile` seconds more."""
     said: list[str] = []
-    stops: Any = SimpleNamespace(pending=lambda: False, place="")
+    stops: Any = SimpleNamespace(pending=lambda: False, check=lambda: None, place="")
     patience = Patience(compose(small), ranks, stops, said.append, lambda: ranks.now)  # type: ignore[arg-type]
     begun = [0]
 

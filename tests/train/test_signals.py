@@ -64,6 +64,58 @@ def test_the_first_signal_says_what_is_waited_for_and_a_second_ends_the_process_
     process.stderr.close()
 
 
+def test_a_second_signal_that_comes_amid_a_finaliser_ends_the_process_all_the_same(tmp_path: Path) -> None:
+    """What a handler raises there is dropped by the interpreter."""
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from kha_train.train import preempt, signals\n"
+        "preempt.ECHO_SECONDS, signals.GRACE_SECONDS = 0.1, 600.0\n"
+        "class Dropping:\n"
+        "    def __del__(self):\n"
+        "        print('ready', flush=True)\n"
+        "        while True:\n"
+        "            time.sleep(0.01)\n"
+        "stops = preempt.StopRequests(Path(sys.argv[1]))\n"
+        "try:\n"
+        "    with stops:\n"
+        "        Dropping()\n"
+        "        for ask in (stops.check, stops.pending):\n"
+        "            try:\n"
+        "                ask()\n"
+        "            except KeyboardInterrupt:\n"
+        "                print('raised', flush=True)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('raised on leaving', flush=True)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr.readline().startswith("SIGTERM: waiting for ")
+        threading.Event().wait(0.2)
+        process.send_signal(signal.SIGTERM)
+        said, complaints = process.communicate(timeout=30)
+    assert "Exception ignored" in complaints and "KeyboardInterrupt" in complaints
+    assert said.split("\n") == ["raised", "raised", "raised on leaving", ""]
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_signal_to_a_forked_child_is_not_its_parents() -> None:
+    heard: list[int] = []
+    with SignalListener([signal.SIGUSR1, signal.SIGUSR2], lambda number: heard.append(number) or False) as listener:
+        child = os.fork()
+        if child == 0:
+            try:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                listener.__exit__(None, None, None)
+            finally:
+                os._exit(0)
+        assert os.waitpid(child, 0) == (child, 0)
+        os.kill(os.getpid(), signal.SIGUSR2)
+    assert heard == [signal.SIGUSR2]
+
+
 def test_echoes_of_a_signal_and_requests_of_slurm_are_no_second_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
