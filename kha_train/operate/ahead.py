@@ -10,7 +10,8 @@ from pathlib import Path
 from data_tools.workers import Advance, each
 from kha_train.analysis.runs import RunData, load_run
 from kha_train.analysis.summary import Summary, summarise
-from kha_train.errors import KhaError
+from kha_train.errors import KhaError, MachineError
+from kha_train.literal import say
 from kha_train.record.columns import Columns
 from kha_train.record.reader import METRICS_FILE
 
@@ -39,12 +40,24 @@ class Ahead:
 
 def read_ahead(paths: Sequence[Path]) -> Ahead:
     """Read and sum up the runs in `paths`, where they are several and long. A run that cannot be read is left out:
-    whoever asks for it gets the error."""
-    workers = min(len(paths), MOST, len(os.sched_getaffinity(0)))
-    if workers < 2 or sum(map(_size, paths)) < WORTH:
+    whoever asks for it gets the error. Where a process is killed or does not start, the rest is left out as well."""
+    if len(paths) < 2 or sum(map(_size, paths)) < WORTH:
         return Ahead()
-    found = zip(paths, each(_read, paths, workers, None), strict=True)
-    return Ahead({path: read for path, read in found if read is not None})
+    workers = min(len(paths), MOST, _processors())
+    if workers < 2:
+        return Ahead()
+    found: dict[Path, tuple[Columns, Summary]] = {}
+    try:
+        for path, read in zip(paths, each(_read, paths, workers, None), strict=True):
+            found |= {} if read is None else {path: read}
+    except (MachineError, MemoryError, OSError, EOFError):
+        say("note: a helper process was killed or did not start: the runs are read one after the other", err=True)
+    return Ahead(found)
+
+
+def _processors() -> int:
+    """Those that this process may use; a system that does not say so, such as macOS, allows all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _read(path: Path, advance: Advance) -> tuple[Columns, Summary] | None:

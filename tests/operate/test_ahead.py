@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,30 @@ def test_reading_ahead_changes_no_result_and_no_error(tmp_path: Path, monkeypatc
         assert compare_runs(runs[:2], read.run, read.summary).to_dict() == expected
     with pytest.raises(DataError, match=r"metrics\.jsonl:2"):
         compare_runs(runs, read.run, read.summary)
+
+
+def _be_killed(path: Path, advance: object) -> None:
+    if path.name == "kha_mlp":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_runs_whose_reader_was_killed_are_read_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [OLD_RUNS / "gqa", OLD_RUNS / "kha_mlp"]
+    monkeypatch.setattr(ahead, "WORTH", 0)
+    monkeypatch.setattr(ahead, "_processors", lambda: 2)
+    monkeypatch.setattr(ahead, "_read", _be_killed)
+    read = ahead.read_ahead(runs)
+    said = capsys.readouterr().err
+    assert read.read == {} and said.count("\n") == 1 and "one after the other" in said
+    assert len(read.run(runs[1]).columns) > 0
+
+
+def test_a_system_that_names_no_processors_of_a_process_reads_ahead_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(ahead.os, "sched_getaffinity")
+    assert ahead._processors() == os.cpu_count()
+    assert ahead.read_ahead([OLD_RUNS / "gqa", OLD_RUNS / "kha_mlp"]).read == {}
 
 
 def test_short_runs_and_one_run_start_no_process(tmp_path: Path) -> None:
