@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ WORTH = BLOCK
 """A shorter record is read without a twin."""
 _KINDS = ("<f8", "u1", "<i8")
 _LONGEST_HEAD = 2**24
+_LEFT_OVER_SECONDS = 3600
 _TRIED = 32
 """Lines that are read again to see whether the twin is of this record."""
 
@@ -122,15 +124,25 @@ def save_twin(path: Path, twin: Twin, like: Path) -> None:
     }
     beside = path.with_name(f"{TWIN_FILE}.{secrets.token_hex(8)}.new")
     try:
-        with beside.open("xb") as file:
-            os.fchmod(file.fileno(), like.stat().st_mode & 0o666)
-            file.write(json.dumps(head).encode() + b"\n")
-            for part in parts:
-                file.write(part)
-        os.replace(beside, path)
-    except OSError:
         with suppress(OSError):
-            beside.unlink()
+            _remove_left_over(path.parent)
+            with beside.open("xb") as file:
+                os.fchmod(file.fileno(), like.stat().st_mode & 0o666)
+                file.write(json.dumps(head).encode() + b"\n")
+                for part in parts:
+                    file.write(part)
+            os.replace(beside, path)
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def _remove_left_over(folder: Path) -> None:
+    """Nobody writes for an hour: what is older was left by a process that was killed."""
+    for path in folder.glob(f"{TWIN_FILE}.{'[0-9a-f]' * 16}.new"):
+        with suppress(OSError):
+            if time.time() - path.lstat().st_mtime > _LEFT_OVER_SECONDS:
+                path.unlink()
 
 
 def _continued(file: Path, record: BinaryIO, kept: Twin, stamp: list[int]) -> Twin:
@@ -181,6 +193,9 @@ def _is_of(columns: Columns, record: BinaryIO) -> bool:
 def _differs(value: Any, columns: Columns, name: str, row: int) -> bool:
     if value is None or not columns.has(name)[row]:
         return (value is not None) != bool(columns.has(name)[row])
+    # Only a number can be what the twin has: the record of a forged one may hold anything.
+    if type(value) is not float and not (type(value) is int and abs(value) <= LARGEST):
+        return True
     return not np.array_equal(columns[name][row], value, equal_nan=True)
 
 

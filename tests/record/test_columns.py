@@ -6,6 +6,7 @@ import json
 import math
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,36 @@ def test_a_forged_twin_does_not_mislead(tmp_path: Path, parsed: list[int]) -> No
     assert load_twin(tmp_path / TWIN_FILE, 10**6) is not None
 
 
+@pytest.mark.parametrize("name", ["train/loss", "tokens", "step"])
+@pytest.mark.parametrize("value", ["abc", {"a": 1}, [1.5], True, 10**400, 2**60], ids=lambda value: str(value)[:5])
+def test_a_twin_does_not_vouch_for_a_record_that_holds_no_number(
+    tmp_path: Path, name: str, value: object, parsed: list[int]
+) -> None:
+    sound = [{**line(step), "tokens": 9 * step} for step in range(1, 40)]
+    file = write(tmp_path, sound) / METRICS_FILE
+    read_columns(tmp_path)
+    file.write_bytes(b"".join(map(to_line, [{**sound[0], name: value}, *sound[1:]])))
+    with pytest.raises(DataError) as expected:
+        read_metrics(tmp_path)
+
+    def claim(columns: Columns) -> None:
+        ends = np.cumsum([len(one) for one in file.read_bytes().splitlines(keepends=True)])
+        columns.offsets_N1[1:] = ends
+        columns[name][0] = 1 if name == "step" or not isinstance(value, int) or value > 2**900 else value
+
+    with file.open("rb") as record:
+        stamp = columns_twin._stamp(record)
+    twin = load_twin(tmp_path / TWIN_FILE, 10**6)
+    assert twin is not None
+    columns = Columns(*(part.copy() for part in vars(twin.columns).values()))
+    claim(columns)
+    block = columns_twin.Block(int(columns.offsets_N1[-1]), len(columns), "0" * 64)
+    save_twin(tmp_path / TWIN_FILE, columns_twin.Twin(stamp, [block], columns), like=file)
+    with pytest.raises(DataError) as found:
+        read_columns(tmp_path)
+    assert str(found.value) == str(expected.value)
+
+
 @pytest.mark.parametrize("obstacle", ["directory", "fifo", "dangling", "device"])
 def test_what_stands_in_the_place_of_the_twin_changes_nothing(tmp_path: Path, obstacle: str, parsed: list[int]) -> None:
     write(tmp_path, [line(step) for step in range(1, 40)])
@@ -264,6 +295,26 @@ def test_a_directory_that_cannot_be_written_gets_no_twin(
     monkeypatch.setattr(columns_twin.os, "replace", refuse)
     assert len(read_columns(tmp_path)) == 39
     assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
+
+
+def test_what_an_ended_reader_left_beside_the_twin_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parsed: list[int]
+) -> None:
+    write(tmp_path, [line(step) for step in range(1, 40)])
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(columns_twin.os, "replace", interrupt)
+        read_columns(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
+    names = [f"{TWIN_FILE}.{'a' * 16}.new", f"{TWIN_FILE}.{'b' * 16}.new", f"{TWIN_FILE}.mine.new"]
+    for name, age in zip(names, (4000, 60, 4000), strict=True):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    read_columns(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {METRICS_FILE, TWIN_FILE, *names[1:]}
 
 
 def test_several_readers_at_once_each_get_the_whole_record(tmp_path: Path, parsed: list[int]) -> None:
