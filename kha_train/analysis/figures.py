@@ -20,8 +20,6 @@ import numpy as np
 MAX_POINTS = 1500
 """A curve of more points is drawn by the smallest and largest value of so many stretches."""
 INK, GRID = "#0a01ff", "#0a02ff"
-MADE_BY = "kha_train"
-"""In the metadata of every picture: a picture that has it may be replaced by another."""
 SIZE_INCHES = (4.6, 2.8)
 SHADES = ("tab:orange", "tab:red", "tab:purple", "tab:brown")
 """Of stretches in a plot that stands alone."""
@@ -73,9 +71,9 @@ def draw(name: str, curves: Sequence[Curve], *, x_label: str, y_label: str, band
     return _for_page(file.getvalue(), name)
 
 
-def save_bars(path: Path, counts: Mapping[str, Mapping[str, int]], *, x_label: str) -> None:
+def save_bars(path: Path, counts: Mapping[str, Mapping[str, int]], *, x_label: str, mark: str) -> None:
     """Draw the histograms `counts`, one below the other, each with its name (the label of its y axis) and one bar a
-    class, in order, into the PNG file `path`. Raises OSError when it cannot be written."""
+    class, in order, into the PNG file `path`, with `mark` in its metadata. Raises OSError when it cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -87,7 +85,7 @@ def save_bars(path: Path, counts: Mapping[str, Mapping[str, int]], *, x_label: s
         axes.set_xticks(range(len(bars)), list(bars), rotation=45, ha="right")
         axes.set_xlabel(x_label)
         axes.set_ylabel(name)
-    FigureCanvasAgg(figure).print_png(path, metadata={"Creator": MADE_BY})
+    FigureCanvasAgg(figure).print_png(path, metadata={"Creator": mark})
 
 
 def thin(x_N: np.ndarray, y_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -150,10 +148,17 @@ def _for_page(document: str, name: str) -> str:
 
 
 def save_shaded(
-    path: Path, curve: Curve, shades: Sequence[tuple[float, float, int]], *, x_label: str, y_label: str, title: str = ""
+    path: Path,
+    curve: Curve,
+    shades: Sequence[tuple[float, float, int]],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str,
+    mark: str,
 ) -> None:
     """The curve as a file that stands alone (its suffix says which kind: .png, .svg, .pdf), with stretches
-    (first, last, colour) of the x axis shaded; gaps are values that are not finite."""
+    (first, last, colour) of the x axis shaded and `mark` in its metadata; gaps are values that are not finite."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -167,4 +172,4 @@ def save_shaded(
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.grid(linewidth=0.4, alpha=0.5)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, metadata={"Creator": MADE_BY})
+    figure.savefig(path, dpi=150, metadata={"Creator": mark})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from html import escape as html_escape
 from pathlib import Path
@@ -16,6 +15,7 @@ from kha_train.analysis.statistics import display_decay, exponential_average
 from kha_train.analysis.summary import Quantity
 from kha_train.analysis.validation_sets import ScoredSet, validations
 from kha_train.literal import visible
+from kha_train.record.files import mark_of
 from kha_train.record.redact import Redactor
 
 LIGHT = ("#1261b5", "#c4501b", "#0f7d5c", "#9a3a96", "#8a6d00", "#b3274a", "#3f6f8f", "#6a6a6a")
@@ -58,15 +58,19 @@ code { font-size: .88em; overflow-wrap: anywhere; }
 """
 
 
+PAGE = "<!doctype html>"
+"""How the page begins."""
+
+
 def page_in(out: Path) -> Path:
     """The file that `write_report` writes in the directory `out`."""
     return out / "index.html"
 
 
-def mark_of(runs: Sequence[Path]) -> str:
+def mark_of_page(runs: Sequence[Path]) -> str:
     """What the page about `runs` has in its head, and no other page."""
-    places = "\n".join(sorted(str(run.resolve()) for run in runs))
-    return f'<meta name="kha-compare" content="{hashlib.sha256(places.encode(errors="surrogateescape")).hexdigest()}">'
+    command, _, digest = mark_of("compare", runs).partition(" ")
+    return f'<meta name="{command}" content="{digest}">'
 
 
 def write_report(comparison: Comparison, out: Path) -> Path:
@@ -103,9 +107,9 @@ def report_html(comparison: Comparison) -> str:
         *(f"<p>{escape(run.label)}: <code>{escape(str(run.path))}</code></p>" for run in comparison.runs),
     ]
     head = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'{PAGE}<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"{mark_of([run.path for run in comparison.runs])}"
+        f"{mark_of_page([run.path for run in comparison.runs])}"
         f"<title>{escape(title)}</title><style>{_style()}</style></head>"
     )
     return f"{head}<body>{''.join(parts)}</body></html>\n"

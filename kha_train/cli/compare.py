@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kha_train.analysis.compare import compare_runs
-from kha_train.analysis.report import mark_of, page_in, write_report
+from kha_train.analysis.report import PAGE, mark_of_page, page_in, write_report
 from kha_train.analysis.table import print_comparison
 from kha_train.cli.output import Overwrite, note, print_json
 from kha_train.literal import say
@@ -33,7 +33,7 @@ def compare(
     ahead = read_ahead(find_runs(runs, lambda text: None, trained=True))
     read = cache(ahead.run)
     found = find_runs(runs, note, trained=True, read=read)
-    check_replaceable(page_in(out), mark_of(found), "--out", overwrite)
+    check_replaceable(page_in(out), mark_of_page(found), "--out", overwrite, (PAGE.encode(),))
     comparison = compare_runs(found, read, ahead.summary)
     page = write_report(comparison, out)
     if as_json:

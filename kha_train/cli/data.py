@@ -22,7 +22,7 @@ from data_tools.encode_files import VALIDATION_PERCENT, encode_files
 from data_tools.files import find_files
 from data_tools.importers import DTYPES, import_tokens, tokenizer_of
 from data_tools.train_tokenizer import train_tokenizer
-from kha_train.analysis.figures import MADE_BY, save_bars
+from kha_train.analysis.figures import save_bars
 from kha_train.cli.output import Overwrite, print_json
 from kha_train.config.compose import from_plain, load
 from kha_train.data.inspect import BORDER, decoder_of, digest, length_histogram, samples_of_step
@@ -31,7 +31,7 @@ from kha_train.data.shards import ShardSet
 from kha_train.errors import ConfigError, DataError, between
 from kha_train.literal import say, visible
 from kha_train.record import config_of, read_attempts, read_events, read_metrics_at
-from kha_train.record.files import check_replaceable
+from kha_train.record.files import check_replaceable, mark_of
 from kha_train.telemetry.terminal import LiteralConsole
 
 VERIFY_GIB = 1.0
@@ -235,7 +235,7 @@ def inspect(
     run: Annotated[Path | None, typer.Option(help="Instead of a dataset: a run directory, with --step.")] = None,
     step: Annotated[int, typer.Option(min=0, help="The step whose samples to show.")] = 0,
     rank: Annotated[int, typer.Option(min=-1, help="Of this rank alone; -1: of all.")] = -1,
-    png: Annotated[Path | None, typer.Option(help="Draw the lengths of documents into this file.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the lengths of documents into this file, a .png.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -250,16 +250,19 @@ def inspect(
         _answer(_samples_of_run(run, step, rank), as_json)
         return
     assert directory is not None, "one of the two was asked for"
-    if png is not None:
-        check_replaceable(png, MADE_BY, "--png", overwrite)
     answer, datasets = {}, _datasets(directory)
+    mark = mark_of("inspect", datasets)
+    if png is not None:
+        if png.suffix.lower() != ".png":
+            raise ConfigError("names no PNG file", field="--png", value=str(png), allowed="a name that ends in .png")
+        check_replaceable(png, mark, "--png", overwrite)
     for path in datasets:
         shards = ShardSet.open(path)
         answer[path] = {**_statistics(shards), "samples": list(_samples(shards, samples, tokens))}
     counts = {path: found["documents_by_tokens"] for path, found in answer.items()}
     if png is not None:
         names = {f"documents in {path.rstrip('/').rpartition('/')[2]}": bars for path, bars in counts.items()}
-        save_bars(png, names, x_label="tokens of a document")
+        save_bars(png, names, x_label="tokens of a document", mark=mark)
     for path, found in answer.items():
         found |= {"png": str(png)} if png is not None else {}
         found |= {} if as_json else {"documents_by_tokens": _bars(counts[path])}

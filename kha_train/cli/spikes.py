@@ -11,7 +11,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kha_train.analysis.figures import MADE_BY
 from kha_train.analysis.spikes import (
     SpikeReport,
     across_runs,
@@ -22,7 +21,7 @@ from kha_train.analysis.spikes import (
     score_curve,
     tell_apart,
 )
-from kha_train.analysis.spikes_plot import plot_spikes
+from kha_train.analysis.spikes_plot import mark_of_plot, plot_spikes
 from kha_train.analysis.spikes_text import batch_texts
 from kha_train.cli.output import Overwrite, note, print_json
 from kha_train.errors import ConfigError, KhaError
@@ -68,7 +67,7 @@ def spikes(
     if event is not None or plot is not None:
         _refuse_several(curves, "--event" if event is not None else "--plot")
     if plot is not None:
-        check_replaceable(plot, MADE_BY, "--plot", overwrite)
+        check_replaceable(plot, mark_of_plot(read(curves[0])), "--plot", overwrite)
     reports = [score_curve(curve, rewound) for curve in read_curves(curves, read)]
     against = [score_curve(read_curve(find_run(reference)), rewound)] if reference else []
     told = tell_apart([*reports, *against])

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from kha_train.errors import ConfigError, Options
 from kha_train.foreign.documents import parse_json
-from kha_train.foreign.files import SMALL, read_regular
+from kha_train.foreign.files import SMALL, check_regular, read_regular
 from kha_train.foreign.typed import Source
 from kha_train.record.jsonl import LONE_SURROGATES, decode, encode
 
 T = TypeVar("T")
+PICTURE = (b"\x89PNG\r\n\x1a\n", b"<?xml ", b"%PDF-")
+"""How a file of matplotlib begins: PNG, SVG, PDF."""
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -42,13 +46,26 @@ def write_text(path: Path, text: str) -> None:
     sync_directory(path.parent)
 
 
-def check_replaceable(path: Path, mark: str | None, option: str, overwrite: bool) -> None:
-    """Before `path` is written over: raises ConfigError unless it is absent, a file that holds `mark` (made by the same
-    command, of the same things; None: no file does), or `overwrite`. `option` names the path on the command line."""
+def mark_of(command: str, subjects: Iterable[str | Path]) -> str:
+    """What `command` writes into its answer about `subjects` (paths, or URLs), and nothing else holds by chance."""
+    places = (str(each) if "://" in str(each) else str(Path(each).resolve()) for each in subjects)
+    text = "\n".join(sorted(places)).encode(errors="surrogateescape")
+    return f"kha-{command} {hashlib.sha256(text).hexdigest()}"
+
+
+def check_replaceable(
+    path: Path, mark: str | None, option: str, overwrite: bool, heads: tuple[bytes, ...] = PICTURE
+) -> None:
+    """Before `path` is written over: raises ConfigError unless it is absent, a file that begins as one of `heads` and
+    holds `mark` (made by the same command, of the same things; None: no file does), or `overwrite`. What is no file is
+    never written over. `option` names the path on the command line."""
+    check_regular(path, ConfigError)
     if overwrite or not os.path.lexists(path):
         return
-    if mark is not None and path.is_file() and mark.encode() in path.read_bytes():
-        return
+    if mark is not None and path.is_file():
+        content = path.read_bytes()
+        if content.startswith(heads) and mark.encode() in content:
+            return
     raise ConfigError(
         "is there already, and is not an earlier answer to this command",
         field=option,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -461,6 +463,19 @@ def test_a_page_is_replaced_by_one_of_the_same_runs_and_by_no_other_unasked(
     assert compare("a", "c", "--out", "other") == 0 and compare("a", "c", "--force") == 0
     page.write_text("<p>mine</p>")
     assert compare("a", "c") == 2 and page.read_text() == "<p>mine</p>"
+    page.write_text(quoted := f"# The page begins\n{first}")
+    assert compare("a", "b") == 2 and page.read_text() == quoted
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/null")])
+def test_what_is_no_file_is_never_written_over(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    run_dir = make_run(tmp_path / "a", falling(20))
+    (tmp_path / "report").mkdir()
+    make(tmp_path / "report" / "index.html")
+    for further in ([], ["--overwrite"]):
+        with pytest.raises(SystemExit) as ended:
+            run(["compare", str(run_dir), "--out", str(tmp_path / "report"), *further])
+        assert ended.value.code == 2
 
 
 def test_a_comparison_made_again_parses_no_line_and_says_the_same(

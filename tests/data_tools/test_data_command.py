@@ -20,6 +20,8 @@ from kha_train.data.stream import open_stream
 from kha_train.errors import ConfigError, DataError
 from kha_train.record import Record
 
+PNG = b"\x89PNG\r\n\x1a\n"
+
 
 def kha(*arguments: object) -> dict:
     result = CliRunner().invoke(app, [*map(str, arguments), "--json"], catch_exceptions=False)
@@ -71,26 +73,47 @@ def test_inspect_shows_statistics_and_text_with_document_borders(made: Path) -> 
     assert "[red]" in plain.stdout and str(entry["tokens"]) in plain.stdout
 
 
-@pytest.mark.parametrize("name", ["lengths.png", "lengths", "lengths.of documents.PNG"])
+@pytest.mark.parametrize("name", ["lengths.png", "lengths.of documents.PNG"])
 def test_the_histograms_of_all_datasets_are_in_the_very_file_that_was_named(
     made: Path, tmp_path: Path, name: str
 ) -> None:
     heights = []
     for directory in (made / "shards" / "train", made / "shards"):
-        answer = kha("inspect", directory, "--png", tmp_path / name)
+        answer = kha("inspect", directory, "--png", tmp_path / name, "--force")
         assert {entry["png"] for entry in answer.values()} == {str(tmp_path / name)}
         heights.append(int.from_bytes((tmp_path / name).read_bytes()[20:24]))
     assert [path.name for path in tmp_path.iterdir()] == [name] and heights[1] == 2 * heights[0]
 
 
-def test_a_file_that_is_no_picture_of_ours_is_not_drawn_over_unasked(made: Path, tmp_path: Path) -> None:
-    taken = tmp_path / "lengths.png"
-    taken.write_bytes(b"somebody's")
-    with pytest.raises(ConfigError, match="is not an earlier answer"):
-        kha("inspect", made / "shards", "--png", taken)
-    assert taken.read_bytes() == b"somebody's"
-    kha("inspect", made / "shards", "--png", taken, "--force")
-    assert taken.read_bytes().startswith(b"\x89PNG")
+def test_only_a_picture_of_the_same_datasets_is_drawn_over_unasked(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, shards = tmp_path / "lengths.png", made / "shards"
+    for _ in range(2):
+        kha("inspect", shards, "--png", taken)
+        monkeypatch.chdir(made)
+        shards = Path("shards")
+    ours = taken.read_bytes()
+    mark = ours[ours.index(b"kha-inspect ") :][: len("kha-inspect ") + 64]
+    for content, directory in (
+        (b"somebody's", shards), (b"import kha_train  # " + mark, shards), (PNG + b"kha_train", shards),
+        (ours, shards / "train"), (ours.replace(b"kha-inspect", b"kha-spikes "), shards),
+    ):  # fmt: skip
+        taken.write_bytes(content)
+        with pytest.raises(ConfigError, match="is not an earlier answer"):
+            kha("inspect", directory, "--png", taken)
+        assert taken.read_bytes() == content
+        kha("inspect", directory, "--png", taken, "--force")
+        assert taken.read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("name", ["mine.py", "lengths", "lengths.svg"])
+def test_a_png_is_drawn_into_a_file_of_that_name_alone(made: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "mine.py").write_text("import kha_train  # my own script\n")
+    with pytest.raises(ConfigError, match=r"ends in \.png"):
+        kha("inspect", made / "shards", "--png", tmp_path / name, "--force")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
+    assert (tmp_path / "mine.py").read_text() == "import kha_train  # my own script\n"
 
 
 def test_a_dataset_may_be_named_by_a_url(made: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,15 +78,20 @@ def test_a_picture_replaces_an_earlier_one_and_nothing_else_unasked(
     kha: Kha, csv_file: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = tmp_path / f"spikes.{suffix}"
+    other = shutil.copy(csv_file, tmp_path / "other.csv")
     for _ in range(2):
         kha(str(csv_file), "--plot", str(picture))
-    picture.write_text("somebody's")
-    with pytest.raises(SystemExit) as ended:
-        run(["spikes", str(csv_file), "--plot", str(picture)])
-    assert ended.value.code == 2 and picture.read_text() == "somebody's"
-    assert "--overwrite" in capsys.readouterr().err
-    kha(str(csv_file), "--plot", str(picture), "--overwrite")
-    assert picture.read_bytes() != b"somebody's"
+    ours = picture.read_bytes()
+    note = b"<!-- " + ours[ours.index(b"kha-spikes ") :][:80]
+    for content, curve in ((b"somebody's", csv_file), (note, csv_file), (ours, other)):
+        picture.write_bytes(content)
+        with pytest.raises(SystemExit) as ended:
+            run(["spikes", str(curve), "--plot", str(picture)])
+        assert ended.value.code == 2 and picture.read_bytes() == content
+        assert "--overwrite" in capsys.readouterr().err
+        kha(str(curve), "--plot", str(picture), "--overwrite")
+        kha(str(curve), "--plot", str(picture))
+        assert picture.read_bytes() != content
 
 
 def test_shared_events_are_told_from_private_ones(kha: Kha, csv_file: Path, tmp_path: Path, calm) -> None:
