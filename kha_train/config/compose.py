@@ -50,7 +50,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     values = _merge(list(overrides))
     config = build(RunConfig, values)
     if config.run.name == AUTO:
-        name = run_name(overrides, _groups(), values, _merge)
+        name = run_name(overrides, _groups(), config, _merge)
         config = build(RunConfig, _merge(list(overrides), name))
     validate(config)
     return config

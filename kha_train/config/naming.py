@@ -2,9 +2,10 @@
 
     gqa-s0    kha_mlp-s3-small    mla-knocking_linear-s0    gqa-s0-lr0.001-steps400    kha_mlp-s0-shards-5f1c09ab
 
-Attention, seed, presets, then each setting that differs from its presets and that a resumed run may not change. So a
-command that may go on with a run finds it, and a command that may not has a directory of its own. A digest of all of it
-follows where the text alone does not say everything.
+Attention, seed, presets, then each setting that differs from its presets and that a resumed run may not change, by
+its value and not by its spelling. So a command that may go on with a run finds it, and a command that may not has a
+directory of its own. `resume.allow_changes` has no say: whoever goes on with other settings gives `run.dir`. A digest
+of all of it follows where the text alone does not say everything.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ AUTO = "auto"
 MAX_LENGTH = 60
 PLACES = ("data.train", "data.validation", "data.sources", "run.init_from")
 """Paths that a run may change, because data are compared by their content: other paths are other runs until then."""
+FIRST = ("optim.lr", "optim.weight_decay", "run.steps")
+"""What people vary most is told before other settings, for which a name may have no room."""
 UNTOLD = ("run.seed", "run.name", "run.dir", "attention.name")
 PLAIN = re.compile(r"[a-z0-9_.+]+|[0-9.]+e-[0-9]+")
 """Values that stay distinct as part of a file name, on file systems that ignore the case too."""
@@ -34,26 +37,20 @@ PLAIN = re.compile(r"[a-z0-9_.+]+|[0-9.]+e-[0-9]+")
 Composed = Callable[[list[str]], Mapping[str, Any]]
 
 
-def run_name(overrides: Sequence[str], groups: Container[str], values: Mapping[str, Any], composed: Composed) -> str:
-    """The name of the run of `overrides`, whose nested `values` they compose to; `groups` are those of presets, and
-    `composed` gives the values of the presets among `overrides`, or of fewer."""
+def run_name(overrides: Sequence[str], groups: Container[str], config: RunConfig, composed: Composed) -> str:
+    """The name of the run of `overrides`, which compose to `config`; `groups` are those of presets, and `composed`
+    gives the values of the presets among `overrides`, or of fewer."""
     typed = {_key(text): text for text in overrides}
     presets = {key: text for key, text in typed.items() if key.partition("@")[0] in groups}
     settings = typed.keys() - presets.keys()
-    now = flatten(values)
-    before = flatten(composed(list(presets.values()))) if settings else now
-    allowed = tuple(values["resume"]["allow_changes"] or ())
-    told = {
-        key: now[key]
-        for key in now
-        if any(_within(key, name) for name in settings)
-        and _counts(key, before, now)
-        and not any(_within(key, name) for name in allowed)
-    }
+    now = tidy(flatten(to_plain(config)))
+    before = tidy(flatten(composed(list(presets.values())))) if settings else now
+    told = {key: now[key] for key in now if any(_within(key, name) for name in settings) and _counts(key, before, now)}
     chosen = {key: text.partition("=")[2] for key, text in presets.items() if _distinguishes(key, presets, composed)}
-    head = [values["attention"]["name"], *(name for key, name in chosen.items() if key.startswith("interaction"))]
+    head = [config.attention.name, *(name for key, name in chosen.items() if key.startswith("interaction"))]
     further = [chosen[key] for key in sorted(chosen) if not key.startswith(("attention", "interaction"))]
-    parts = [*head, f"s{values['run']['seed']}", *further, *(_told(key, told[key], now) for key in sorted(told))]
+    order = sorted(told, key=lambda key: (key not in FIRST, key))
+    parts = [*head, f"s{config.run.seed}", *further, *(_told(key, told[key], now) for key in order)]
     parts = list(filter(None, dict.fromkeys(parts)))
     plain = re.sub(r"[^A-Za-z0-9_.+-]", "_", _shortened(parts))
     if plain == "-".join(parts) and all(key not in PLACES and PLAIN.fullmatch(_text(told[key])) for key in told):
@@ -90,13 +87,23 @@ def at_home(config: RunConfig, overrides: Sequence[str], load: Callable[[Path], 
 def differing(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
     """The settings in which `config` is another run than the `saved` one, by its own account and before its data are
     looked at."""
-    before, now = without_places(saved), without_places(to_plain(config))
-    allowed = config.resume.allow_changes
-    return [
-        key
-        for key in sorted(before.keys() | now.keys())
-        if _counts(key, before, now) and not any(_within(key, name) for name in allowed)
+    before, now = tidy(without_places(saved)), tidy(without_places(to_plain(config)))
+    return [key for key in sorted(before.keys() | now.keys()) if _counts(key, before, now)]
+
+
+def tidy(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings `flat`, by dotted keys, with each path spelled in one way."""
+    paths = {key: _path(flat[key]) for key in PLACES if isinstance(flat.get(key), str)}
+    sources = [
+        source | {"path": _path(source["path"])} if isinstance(source.get("path"), str) else source
+        for source in flat.get("data.sources") or []
     ]
+    return {**flat, **paths, "data.sources": sources}
+
+
+def _path(text: str) -> str:
+    """`a/b` for `./a/b/` too; addresses of a store keep their slashes."""
+    return text.rstrip("/") if "://" in text or not text else str(PurePosixPath(text))
 
 
 def _counts(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -149,6 +156,8 @@ def _is_alone(ending: str, now: Mapping[str, Any]) -> bool:
 def _text(value: Any) -> str:
     if isinstance(value, list):
         return "_".join(map(_text, value))
+    if isinstance(value, float) and value.is_integer():
+        return f"{value:.0f}" if abs(value) < 1e15 else str(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from kha_train.config.build import to_plain, without_places
+from kha_train.config.build import flatten, to_plain, without_places
 from kha_train.config.compose import compose, expand, load_plain, quoted
 from kha_train.config.constants import FREE_TO_CHANGE, may_differ
-from kha_train.config.naming import old_name
+from kha_train.config.naming import old_name, tidy
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
 from kha_train.model.accounting import flops_per_token
@@ -84,10 +84,12 @@ def plan_points(directory: Path, points: Sequence[Sequence[str]], equal: Equal =
     if equal != "steps" and "run.steps" in differing:
         raise ConfigError(f"is swept, but set by --equal {equal}", field="run.steps", fix="leave one of them out")
     made: list[Point] = []
+    runs: list[dict[str, Any]] = []
     for overrides in points:
         if any(_key(text) == "run.dir" for text in overrides):
             raise ConfigError("every point has its own", field="run.dir", fix="choose the sweep's with --dir")
         config = compose(overrides)
+        runs.append(tidy(flatten(to_plain(config))))
         is_named = any(_key(text) == "run.name" for text in overrides)
         told = () if is_named else TOLD_BY_NAME
         swept = {_key(text): text.partition("=")[2] for text in overrides if _key(text) in differing.difference(told)}
@@ -99,8 +101,9 @@ def plan_points(directory: Path, points: Sequence[Sequence[str]], equal: Equal =
         made.append(_point(directory, label, overrides, config, steps))
     refuse_secrets(text for point in made for text in (point.run_dir, *point.overrides))
     labels = [point.label for point in made]
-    for label in labels:
-        if labels.count(label) > 1:
+    for number, label in enumerate(labels):
+        # The spelling of a value makes no other run: 0 and 0.0.
+        if labels.count(label) > 1 or runs.index(runs[number]) < number:
             raise ConfigError("two points are the same run", field="sweep", value=label, fix="name every point once")
     return made
 

@@ -81,7 +81,8 @@ def headline(config: RunConfig, world_size: int, resumed_after: int | None, fact
     say of model and machine."""
     parameters = facts["parameters"]
     # Whoever allows changes may have meant another directory.
-    new = "new run (nothing to resume)" if config.resume.allow_changes else "new run"
+    new = "new run (nothing to resume here; another run goes on by its run.dir)"
+    new = new if config.resume.allow_changes else "new run"
     where = new if resumed_after is None else f"resumed after step {resumed_after}"
     return (
         f"{config.run.name}: {where} of {config.run.steps} in {config.run.dir} | "

@@ -38,8 +38,7 @@ NAMED_BY_THE_BASELINE_ALONE = [
     ["interaction@attention.interaction=none"],
     ["engine=zero3", "cluster=h100_8x8", "engine.device=cpu", "engine.micro_batch_size=2", "telemetry.console=quiet"],
     ["checkpoint.every_steps=7", "validation.rows=8", "run.max_minutes=3"],
-    ["run.steps=400", "resume.allow_changes=[run.steps]"],
-    ["run.steps=400", "model.layers=2", "resume.allow_changes=[run,model]"],
+    ["optim.weight_decay=0.10", "optim.schedule.final=1e-1", "data.train=./quickstart/shards/train/"],
 ]
 CHOICES: dict[str, list[Any]] = {
     "attention": ["gqa", "kha_mlp", "kha_linear"],
@@ -94,6 +93,36 @@ def test_different_settings_have_different_names_that_are_safe_and_stable(chosen
         assert named.setdefault(config.run.name.lower(), settled) == settled
 
 
+@pytest.mark.parametrize(
+    "spellings",
+    [
+        ("optim.weight_decay=0", "optim.weight_decay=0.0", "optim.weight_decay=0e5"),
+        ("optim.weight_decay=1", "optim.weight_decay=1.0"),
+        ("optim.betas=[0,0.95]", "optim.betas=[0.0,0.950]"),
+        ("data.train=a/train", "data.train=a/train/", "data.train=./a/train", "data.train=a//train"),
+        ("data.train=s3://a/train", "data.train=s3://a/train/"),
+        ("'data.sources=[{name: a, path: a/b, weight: 1}]'", "'data.sources=[{name: a, path: ./a/b/, weight: 1.0}]'"),
+    ],
+    ids=lambda spellings: spellings[0],
+)
+def test_spellings_of_one_value_are_one_run(spellings: tuple[str, ...]) -> None:
+    empty = ["data.train=''"] if "sources" in spellings[0] else []
+    (name,) = {compose([*empty, text.strip("'")]).run.name for text in spellings}
+    assert name != "gqa-s0"
+
+
+def test_a_name_never_depends_on_what_a_resume_may_change() -> None:
+    changed = ["run.steps=400", "model.layers=2"]
+    for allowed in ("[run.steps]", "[run,model]"):
+        assert compose([*changed, f"resume.allow_changes={allowed}"]).run == compose(changed).run
+
+
+def test_a_name_without_room_for_all_settings_tells_rate_decay_and_steps() -> None:
+    small = ["model.hidden_size=32", "model.head_dim=8", "data.global_batch_size=4", "engine.micro_batch_size=4"]
+    name = compose([*small, "data.train=a/train", "run.steps=400", "optim.lr=0.001", "optim.weight_decay=0"]).run.name
+    assert name.startswith("gqa-s0-lr0.001-weight_decay0-steps400-global_batch_size4-")
+
+
 def test_a_given_name_or_directory_stays(tmp_path: Path) -> None:
     named = compose(["run.name=mine", "model.layers=2"])
     assert (named.run.name, named.run.dir) == ("mine", "runs/mine")
@@ -134,14 +163,23 @@ class TestARunOfAnOlderRelease:
         Path(old.run.dir, "config.yaml").write_text(dump(old))
 
     def test_goes_on_by_the_same_command(self) -> None:
-        for free in ([], ["engine=zero2"], ["run.steps=300", "resume.allow_changes=[run.steps]"]):
+        for free in ([], ["engine=zero2"], ["data.train=./a/train/"]):
             run = compose_at_home([*SETTINGS, *free]).run
             assert (run.name, run.dir) == ("kha_mlp-s0", "runs/kha_mlp-s0"), free
 
-    @pytest.mark.parametrize("other", ["model.layers=3", "data.train=b/train", "run.steps=300", "run.seed=1"])
+    @pytest.mark.parametrize(
+        "other",
+        [
+            "model.layers=3",
+            "data.train=b/train",
+            "run.steps=300",
+            "run.steps=300 resume.allow_changes=[run.steps]",
+            "run.seed=1",
+        ],
+    )
     def test_is_left_alone_by_other_settings(self, other: str) -> None:
-        run = compose_at_home([*SETTINGS, other]).run
-        assert run == compose([*SETTINGS, other]).run and run.dir != "runs/kha_mlp-s0"
+        run = compose_at_home([*SETTINGS, *other.split()]).run
+        assert run == compose([*SETTINGS, *other.split()]).run and run.dir != "runs/kha_mlp-s0"
 
     def test_keeps_its_name_where_its_directory_is_given(self) -> None:
         run = compose_at_home([*SETTINGS, "run.dir=runs/kha_mlp-s0"]).run

@@ -103,6 +103,8 @@ def test_a_points_directory_follows_from_what_it_is_not_from_its_number(tmp_path
         (["attention=gqa,kha_mpl"], "kha_mpl"),
         (["attention=gqa", "model.kv_heads=2,3"], "kv_heads"),
         (["attention=gqa,gqa"], "two points"),
+        (["optim.weight_decay=0,0.0"], "two points"),
+        (["data.train=a/train,./a/train/", "run.seed=0,1"], "two points"),
         (["run.dir=a,b"], "run.dir"),
         (["attention=gqa,(kha"], "override"),
     ],
