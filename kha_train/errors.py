@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Self
 
 from kha_train.literal import visible
@@ -24,6 +25,10 @@ class Typed(str):
 
 class Settings(Typed):
     """Overrides, separated by spaces: each replaces the override of the same key, or is added."""
+
+    def __new__(cls, typed: str, shown: str = "{}") -> Self:
+        """As `Typed`; lists are put in quotes, since some shells look for files of such names."""
+        return super().__new__(cls, re.sub(r"(?<!\S)[\w.]+=\[[^\s'\"]*\](?!\S)", r"'\g<0>'", typed), shown)
 
 
 class Options(Typed):

@@ -33,3 +33,8 @@ def test_a_fix_reads_as_words_and_knows_what_of_it_can_be_typed() -> None:
     assert error.typed_fixes == error.fix.ways[1:]
     assert ConfigError("wrong", fix=either(Settings("a=1"), Settings("a=2"))).fix == "a=1 or a=2"
     assert ConfigError("wrong", fix="think").typed_fixes == ConfigError("wrong").typed_fixes == ()
+
+
+def test_a_list_that_is_to_be_typed_is_in_quotes() -> None:
+    fix = Settings("a.b=[c,d] e='f [g]' h=i", "{} does it")
+    assert fix == "'a.b=[c,d]' e='f [g]' h=i does it" and Settings(fix.typed).typed == fix.typed

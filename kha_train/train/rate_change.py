@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from kha_train.config.build import build
+from kha_train.config.compose import load_plain, quoted
 from kha_train.config.saved import completed
 from kha_train.config.schema import RunConfig
-from kha_train.errors import ConfigError, ResumeError, Settings, either
+from kha_train.errors import ConfigError, KhaError, ResumeError, Settings, either
 from kha_train.optim import learning_rate
+from kha_train.record.attempts import CONFIG_FILE
 from kha_train.variants.optimizer import OptimSection
 
 LARGEST_JUMP = 1.5
@@ -20,6 +24,7 @@ SAME = 1e-5
 """Rates that differ by less, relative to the larger, count as equal: an override holds six digits."""
 ACCEPTED_BY = ("optim", "optim.lr", "optim.schedule")
 """What `resume.allow_changes` names when a jump of the rate is meant."""
+JUMPS = "{} lets the rate jump (docs/resume.md, 'Train longer')"
 
 
 @dataclass(frozen=True)
@@ -89,16 +94,29 @@ def tell_rate_change(change: RateChange | None, is_main: bool) -> dict[str, floa
 
 
 def ways(config: RunConfig, change: RateChange | None, names: Sequence[str]) -> tuple[Settings, ...]:
-    """What to type so that the settings `names` may change: one way, or two where the rate would jump."""
-    if change is None or not change.is_jump or any(name in ACCEPTED_BY for name in names):
+    """What to type so that the settings `names` may change in this very run: one way, or two where the rate would jump
+    and `names` do not say so."""
+    if change is None or not change.is_jump:
         return (Settings(_allowing(config, *names)),)
-    jump = Settings(
-        _allowing(config, *names, "optim.schedule"), "{} lets the rate jump (docs/resume.md, 'Train longer')"
-    )
+    if any(name in ACCEPTED_BY for name in names):
+        return (Settings(_allowing(config, *names), JUMPS),)
+    jump = Settings(_allowing(config, *names, "optim.schedule"), JUMPS)
     if not change.nearest:
         return (jump,)
     keeping = f"{_keeping(config, change)} {_allowing(config, *names, 'optim')}"
     return Settings(keeping, "{} keeps the rate, to decay anew"), jump
+
+
+def train_longer(config: RunConfig, finished: int) -> Settings:
+    """What to add to the command of the run of `config`, over after `finished` steps, so that it trains twice as many.
+    Read before its checkpoint is opened; what cannot be read is left for the start to tell."""
+    try:
+        saved = load_plain(Path(config.run.dir) / CONFIG_FILE)
+    except KhaError:
+        saved = {}
+    longer = replace(config, run=replace(config.run, steps=2 * finished))
+    way = ways(longer, rate_change(longer, saved, finished), ["run.steps"])[0]
+    return Settings(f"run.steps={longer.run.steps} {way.typed}", str(way).replace(way.typed, "{}"))
 
 
 def _factor(one: float, other: float) -> float:
@@ -120,7 +138,9 @@ def _keeping(config: RunConfig, change: RateChange) -> str:
 
 
 def _allowing(config: RunConfig, *names: str) -> str:
-    """`resume.allow_changes` with what it names already and `names`, without those that lie in a section of it."""
+    """This run's directory, since other settings have another, and `resume.allow_changes` with what it names already
+    and `names`, without those that lie in a section of it."""
     every = dict.fromkeys((*config.resume.allow_changes, *names))
     kept = [name for name in every if not any(name.startswith(f"{other}.") for other in every)]
-    return f"resume.allow_changes=[{','.join(kept)}]"
+    place = shlex.quote(f"run.dir={quoted(config.run.dir)}")
+    return f"{place} resume.allow_changes=[{','.join(kept)}]"

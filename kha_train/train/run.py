@@ -24,6 +24,7 @@ from kha_train.train.failure import FailureFile
 from kha_train.train.memory import told_when_out_of_memory
 from kha_train.train.patience import Patience
 from kha_train.train.preempt import StopRequests
+from kha_train.train.rate_change import train_longer
 from kha_train.train.session import Session
 from kha_train.train.step import StepGivenUp, next_batch, train_step
 from kha_train.train.watchdog import Watchdog
@@ -69,7 +70,10 @@ def _already_over(session: Session) -> Outcome:
     if session.world.is_main:
         name, steps = session.config.run.name, session.finished_at
         say(f"{name}: all {steps} steps are trained already, nothing to do in {session.run_dir}")
-        say("to train longer: run.steps=N resume.allow_changes=[run.steps]; see docs/resume.md, Train longer")
+        way = train_longer(session.config, steps)
+        effect = str(way).removeprefix(way.typed).strip()
+        say(f"to train longer{f', in a way that {effect}' if effect else ''}, add (see docs/resume.md, Train longer):")
+        say(f"  {way.typed}")
         say(f"to look at it: kha compare {shlex.quote(str(session.run_dir))}")
         leave_outcome("done")
     return Outcome(True, session.finished_at, session.run_dir)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kha_train.config.build import build, to_plain
-from kha_train.config.compose import compose
+from kha_train.config.compose import compose, compose_at_home
 from kha_train.config.schema import RunConfig, ScheduleSection
 from kha_train.errors import ResumeError
 from kha_train.record import Marker, read_events, read_metrics, set_marker
@@ -59,8 +60,8 @@ def _refusal(go_on: Callable[..., None], *changes: str) -> tuple[str, list[list[
     """The error, and the overrides that each way in its fix adds to the command."""
     with pytest.raises(ResumeError) as refused:
         go_on(*changes)
-    typed = re.findall(r"(?:[a-z_.]+=[\w.-]+ )*resume\.allow_changes=\[[^\]]*\]", refused.value.fix or "")
-    return str(refused.value), [way.split() for way in typed]
+    typed = [shlex.split(way.typed) for way in refused.value.typed_fixes]
+    return str(refused.value), [way for way in typed if "resume.allow_changes" in str(way)]
 
 
 def _rates(run_dir: Path) -> list[float]:
@@ -91,7 +92,7 @@ def test_a_longer_run_whose_rate_would_jump_is_refused_and_both_ways_that_are_na
     shutil.copytree(run_dir, copy)
     go_on("run.steps=20", *jump)
     assert _rates(run_dir)[step] == pytest.approx(now)
-    go_on(f"run.dir={copy}", "run.steps=20", *keep)
+    go_on("run.steps=20", *keep, f"run.dir={copy}")
     assert _rates(copy)[step] == pytest.approx(before, rel=SAME)
     assert len(_rates(copy)) == 20 and _rates(copy)[-1] == pytest.approx(0.1 * before, rel=0.01)
 
@@ -132,9 +133,36 @@ def test_a_shorter_run_whose_rate_would_fall_at_once_is_refused_too(stopped: Sto
 def test_a_changed_rate_is_accepted_by_its_own_name(stopped: Stopped, capfd: pytest.CaptureFixture[str]) -> None:
     run_dir, go_on = stopped(5, "optim.schedule.name=wsd", "optim.schedule.decay=0")
     set_marker(run_dir, Marker.REQUEUE, "")
+    told, _ = _refusal(go_on, "optim.lr=0.02")
+    assert f" run.dir={run_dir} 'resume.allow_changes=[optim.lr]' lets the rate jump" in told
     go_on("optim.lr=0.02", "resume.allow_changes=[optim.lr]")
     assert "the learning rate of step 6: 0.02 now, 0.002 by" in capfd.readouterr().out
     assert _rates(run_dir)[5] == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "effect", "rates"),
+    [
+        ("optim.schedule.warmup=0", " keeps the rate, to decay anew", [2e-4, 2e-4]),
+        ("optim.schedule.name=wsd optim.schedule.decay=0", "", [LR, LR]),
+        ("optim.schedule.warmup=0 optim.schedule.final=0", " lets the rate jump", [0, 0.25 * LR]),
+    ],
+)
+def test_what_a_finished_run_says_of_training_longer_goes_on_with_that_very_run(
+    schedule: str, effect: str, rates: list[float], small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    typed = [*small, "model.layers=1", "data.global_batch_size=4", "validation.every_steps=0", "run.steps=3"]
+    typed += [f"optim.lr={LR}", *schedule.split()]
+    run_dir = train(compose_at_home(typed)).run_dir
+    capfd.readouterr()
+    assert train(compose_at_home(typed)).finished
+    told, hint = re.findall(r"(to train longer.*)\n  (.*)\n", capfd.readouterr().out)[0]
+    assert effect in told and ("in a way" in told) == bool(effect) and "resume.allow_changes" not in told
+    outcome = train(compose_at_home([*typed, *shlex.split(hint)]))
+    assert (outcome.step, outcome.run_dir) == (6, run_dir) and list(Path("runs").iterdir()) == [run_dir]
+    assert _rates(run_dir)[2:4] == pytest.approx(rates)
 
 
 SHARES = st.floats(0, 1)
@@ -153,8 +181,8 @@ def test_the_way_that_keeps_the_rate_keeps_it_for_every_schedule(
     change = rate_change(after, to_plain(before), step)
     if change is None or not change.is_jump or change.nearest < 1e-300:
         return
-    keep = ways(after, change, ["run.steps"])[0].typed.partition(" resume.allow_changes=[run.steps,optim]")[0]
-    settings = dict(override.split("=") for override in keep.split())
+    settings = dict(text.split("=") for text in shlex.split(ways(after, change, ["run.steps"])[0].typed))
+    assert (settings["run.dir"], settings["resume.allow_changes"]) == (after.run.dir, "[run.steps,optim]")
     schedule = ScheduleSection(
         name="wsd",
         warmup=float(settings["optim.schedule.warmup"]),
