@@ -78,7 +78,7 @@ _NAMES = {
     "attention": "attn attention_type attention_variant",
     "optim": "optimizer optimiser opt",
     "engine": "strategy",
-    "interaction": "head_interaction",
+    "interaction@attention.interaction": "head_interaction",
 }
 ALIASES = {alias: name for name, aliases in _NAMES.items() for alias in aliases.split()}
 """What others call it -> our setting or group of presets."""

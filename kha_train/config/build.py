@@ -32,7 +32,8 @@ def build(cls: type[T], values: object, path: str = "") -> T:
     Raises ConfigError for an unknown key (naming the nearest), a missing one, or a value of the wrong type.
     """
     if not isinstance(values, Mapping):
-        raise ConfigError("expected a group of settings", field=path or "config", value=values)
+        fix = _choice_inside(cls, values, path)
+        raise ConfigError("expected a group of settings", field=path or "config", value=values, fix=fix)
     chosen: type[T] = variant_class(cls, values, path)
     hints = get_type_hints(chosen)
     known = [field.name for field in fields(chosen)]
@@ -47,6 +48,14 @@ def build(cls: type[T], values: object, path: str = "") -> T:
         elif field.default is MISSING and field.default_factory is MISSING:
             raise ConfigError("not set", field=where, fix=f"add {where}=VALUE")
     return chosen(**arguments)
+
+
+def _choice_inside(cls: type[T], value: object, path: str) -> Replace | None:
+    """The fix for a section `path` that was given the `value` of the one choice in it that has such a value."""
+    hints = get_type_hints(cls)
+    takes = [field.name for field in fields(cls) if get_origin(hints[field.name]) is Literal]
+    takes = [name for name in takes if isinstance(value, str) and value in get_args(hints[name])]
+    return Replace(f"{path}.{takes[0]}", "did you mean {}?", old=path) if len(takes) == 1 else None
 
 
 def to_plain(config: Dataclass) -> dict[str, Any]:

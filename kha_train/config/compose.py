@@ -22,6 +22,7 @@ from kha_train.config import aliases
 from kha_train.config.build import build, did_you_mean, flatten, nearest, to_plain
 from kha_train.config.first_steps import quickstart_first
 from kha_train.config.naming import AUTO, at_home, run_name
+from kha_train.config.presets import check_presets, chosen_as
 from kha_train.config.saved import SavedConfig, completed
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate
@@ -171,7 +172,7 @@ def _merge(overrides: list[str], name: str = "") -> dict[str, Any]:
 
     try:
         _refuse_grids(overrides)
-        _check_presets(overrides)
+        check_presets(overrides, _groups())
         merged = _merged(overrides)
         _refuse_code(OmegaConf.to_container(merged, resolve=False))
         typed = {text.partition("=")[0].lstrip("+"): text.partition("=")[2] for text in overrides}
@@ -252,22 +253,6 @@ def _own_hydra() -> Iterator[None]:
         one.hydra = outer
 
 
-def _check_presets(overrides: list[str]) -> None:
-    """Hydra takes other things than names for a preset, and then fails in its own ways; its own settings it takes in
-    silence although nothing here reads them."""
-    presets = _groups()
-    for override in overrides:
-        key, equals, value = override.lstrip("+~").partition("=")
-        if not equals and not override.startswith("~"):
-            continue
-        name = value.strip("'\"")
-        group = key.partition("@")[0]
-        if presets.get(group) and name not in presets[group]:
-            raise ConfigError("no such preset", field=group, value=name, **nearest(name, presets[group]))
-        if key.startswith("hydra"):
-            raise ConfigError("Hydra's own settings have no effect here", field=key, fix="leave it out")
-
-
 def _refuse_code(values: Any, path: str = "config") -> None:
     """A configuration is data: no `_target_`, and interpolation only between its own keys."""
     if isinstance(values, dict):
@@ -324,8 +309,7 @@ def _parses(override: str) -> bool:
 def _unknown_key(key: str, overrides: list[str]) -> ConfigError:
     """Names the keys of the group that `key` was looked for in, and the one that may be meant. Keys are those of the
     presets chosen in `overrides`."""
-    chosen = [text for text in overrides if text.partition("=")[0].partition("@")[0] in _groups()]
-    known = list(flatten(_merge(chosen)))
+    known = _keys_beside(overrides)
     parent, _, name = key.rpartition(".")
     siblings = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == parent}
     names = sorted({other.partition(".")[0] for other in known})
@@ -336,6 +320,21 @@ def _unknown_key(key: str, overrides: list[str]) -> ConfigError:
     elif meant := _meant(key, known):
         fix = did_you_mean(key, meant)
     return ConfigError("unknown key", field=key, allowed=", ".join(siblings.values() if inside else names), fix=fix)
+
+
+def _keys_beside(overrides: list[str]) -> list[str]:
+    """The keys of the presets chosen in `overrides`; of those that stand by themselves where Hydra refuses these."""
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    chosen = [text for text in overrides if text.partition("=")[0].partition("@")[0] in _groups()]
+    try:
+        values = OmegaConf.to_container(_merged(chosen), resolve=False)
+    except (HydraException, OmegaConfBaseException):
+        values = _merge([])
+    assert isinstance(values, dict)
+    return list(flatten({str(key): value for key, value in values.items()}))
 
 
 def _meant(key: str, known: list[str]) -> str | None:
@@ -349,14 +348,14 @@ def _meant(key: str, known: list[str]) -> str | None:
     if ours or aliases.advice(key):
         return ours
     close = get_close_matches(key, [*known, *_groups()], n=1)
-    return close[0] if close else None
+    return chosen_as(close[0]) if close else None
 
 
 def override_for(name: str, value: str) -> str | None:
     """`KEY=VALUE` for a setting that the user calls `name` (`run.steps`, `steps`, `max_steps`, `attention`); None where
     no setting is called so. A value that may hold a secret is not repeated."""
     known = list(flatten(_merge([])))
-    key = name if name in (*known, *_groups()) else _meant(name, known)
+    key = chosen_as(name) if name in (*known, *_groups()) else _meant(name, known)
     if key is None:
         return None
     return f"{key}={value}" if re.fullmatch(r"[\w./+-]+", value) else f"{key}=..."
@@ -376,7 +375,7 @@ def _not_an_override(at: int, overrides: list[str]) -> ConfigError:
             break
     groups = [group for group, names in _groups().items() if overrides[at] in names]
     if fix is None and len(groups) == 1:
-        fix = Replace(f"{groups[0]}={overrides[at]}", old=overrides[at])
+        fix = Replace(f"{chosen_as(groups[0])}={overrides[at]}", old=overrides[at])
     return ConfigError("an override is KEY=VALUE", field="override", value=overrides[at], fix=fix)
 
 

@@ -7,10 +7,11 @@ import pytest
 from kha_train.config.aliases import ADVICE, ALIASES
 from kha_train.config.build import flatten, to_plain
 from kha_train.config.compose import compose, shipped
+from kha_train.config.presets import chosen_as
 from kha_train.errors import ConfigError, Replace
 
 SETTINGS = flatten(to_plain(compose()))
-GROUPS = {path.name for path in shipped("configs").iterdir() if path.is_dir()}
+GROUPS = {chosen_as(path.name) for path in shipped("configs").iterdir() if path.is_dir()}
 TYPED_BY_HABIT = {
     "run.steps 7": "run.steps=7",
     "run.steps:7": "run.steps=7",
@@ -24,6 +25,8 @@ TYPED_BY_HABIT = {
     "-- --run.steps=7": "run.steps=7",
     "kha_mlp": "attention=kha_mlp",
     "attention kha_mlp": "attention=kha_mlp",
+    "knocking_mlp": "interaction@attention.interaction=knocking_mlp",
+    "interaction knocking_mlp": "interaction@attention.interaction=knocking_mlp",
     "run.dir /some/where": "run.dir=/some/where",
 }
 

@@ -1,0 +1,56 @@
+"""How presets are chosen on the command line, and what to type in the place of another spelling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from kha_train.config.build import nearest
+from kha_train.errors import ConfigError, Replace
+
+_PLACES = {"interaction": "interaction@attention.interaction"}
+"""Group -> how it is chosen, where that is not by its name."""
+_SECTIONS = {"attention.interaction": "interaction", "attention.base": "attention"}
+"""Section of settings -> the group whose presets fill it, where it is not called as the group is."""
+
+
+def chosen_as(group: str) -> str:
+    """The left side of the override that chooses a preset of `group`."""
+    return _PLACES.get(group, group)
+
+
+def check_presets(overrides: Sequence[str], presets: Mapping[str, Sequence[str]]) -> None:
+    """Raises ConfigError for a preset that there is not in its group of `presets`, or that is chosen in another way
+    than `chosen_as`, and for Hydra's own settings, which nothing here reads.
+
+    Hydra takes other things than names for a preset, and other packages than ours, and then fails in its own ways.
+    """
+    for override in overrides:
+        key, equals, value = override.lstrip("+~").partition("=")
+        if not equals and not override.startswith("~"):
+            continue
+        name = value.strip("'\"")
+        group = key.partition("@")[0]
+        if key.startswith("hydra"):
+            raise ConfigError("Hydra's own settings have no effect here", field=key, fix="leave it out")
+        if presets.get(group):
+            _check_choice(override, group, name, presets)
+        elif name in presets.get(_SECTIONS.get(key, ""), ()):
+            raise _chosen_otherwise(override, _SECTIONS[key], name)
+
+
+def _check_choice(override: str, group: str, name: str, presets: Mapping[str, Sequence[str]]) -> None:
+    if name not in presets[group]:
+        homes = [other for other, names in presets.items() if name in names]
+        told = nearest(name, presets[group])
+        if len(homes) == 1 and not override.startswith("~"):
+            told["fix"] = Replace(f"{chosen_as(homes[0])}={name}", "did you mean {}?", old=override)
+        raise ConfigError("no such preset", field=group, value=name, **told)
+    if override.startswith("~"):
+        raise ConfigError("a preset is chosen, never deleted", field=group, value=name, fix="leave it out")
+    if override.partition("=")[0] != chosen_as(group):
+        raise _chosen_otherwise(override, group, name)
+
+
+def _chosen_otherwise(override: str, group: str, name: str) -> ConfigError:
+    fix = Replace(f"{chosen_as(group)}={name}", old=override)
+    return ConfigError("a preset is not chosen so", field=override.partition("=")[0], value=name, fix=fix)
