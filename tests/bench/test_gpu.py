@@ -54,7 +54,7 @@ def outcome_of(monkeypatch: pytest.MonkeyPatch, folder: Path, answers: dict[str,
     """Exit code, results and table of a run whose stages leave `answers`; a name is the first word of the command."""
     monkeypatch.setattr(gpu, "stages", lambda rehearse: [Stage(name, (name,), 60) for name in answers])
     monkeypatch.setattr(gpu, "_run", lambda stage, limit: {"seconds": 1.0} | answers[stage.name])
-    ended = CliRunner().invoke(app, ["bench", "gpu", "--rehearse", "--out", str(folder)])
+    ended = CliRunner().invoke(app, ["bench", "gpu", "--rehearse", "--out", str(folder), "--overwrite"])
     return ended.exit_code, json.loads((folder / "results.json").read_text()), (folder / "results.md").read_text()
 
 
