@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from kha_train.cli.output import note, print_json
-from kha_train.errors import ConfigError, KhaError
+from kha_train.errors import ConfigError, DataError, KhaError
 from kha_train.operate.slurm import waiting_elements
-from kha_train.operate.status import RunStatus, status_or_fault
+from kha_train.operate.status import RunStatus, status_or_fault, unreadable
 from kha_train.operate.sweep import queued_labels, sweep_points
 from kha_train.record.finding import none_found, refuse_missing, runs_at, spelled_out
 from kha_train.record.sweeps import load_sweep
@@ -113,20 +113,28 @@ def _look(paths: list[Path], note: Callable[[str], None]) -> tuple[list[RunStatu
     places = spelled_out(paths)
     refuse_missing(places)
     for path in places:
-        sweep = load_sweep(path)
-        if sweep is not None:
-            queued = queued_labels(sweep, waiting_elements() if sweep["submissions"] else ())
-            points = sweep_points(sweep)
-            found += [status_or_fault(Path(point.run_dir), point.label, point.label in queued) for point in points]
-            continue
-        runs = runs_at(path)
-        without += [] if runs else [path]
-        found += [status_or_fault(run) for run in runs]
+        try:
+            standing = _standing(path)
+        except DataError as error:
+            # Of its `sweep.json`, or of one below it. What else was named is shown.
+            standing = [unreadable(path, path.name, error)]
+        without += [] if standing else [path]
+        found += standing
     if not found:
         raise none_found(paths)
     for path in without:
         note(f"passed over: {path}: no run here")
     return [run for run, _ in found], next((fault for _, fault in found if fault is not None), None)
+
+
+def _standing(path: Path) -> list[tuple[RunStatus, KhaError | OSError | None]]:
+    """How the points of the sweep `path`, or the runs at or below it, stand. Raises DataError for a damaged
+    `sweep.json`, KhaError where SLURM does not answer."""
+    sweep = load_sweep(path)
+    if sweep is None:
+        return [status_or_fault(run) for run in runs_at(path)]
+    queued = queued_labels(sweep, waiting_elements() if sweep["submissions"] else ())
+    return [status_or_fault(Path(point.run_dir), point.label, point.label in queued) for point in sweep_points(sweep)]
 
 
 def _print(console: Console, runs: list[RunStatus]) -> None:

@@ -120,8 +120,13 @@ def status_or_fault(
     try:
         return run_status(path, name, queued), None
     except (KhaError, OSError) as error:
-        text = error.line() if isinstance(error, KhaError) else str(error)
-        return RunStatus(name=name or path.name, path=str(path), state="unreadable", note=text), error
+        return unreadable(path, name or path.name, error)
+
+
+def unreadable(path: Path, name: str, error: KhaError | OSError) -> tuple[RunStatus, KhaError | OSError]:
+    """The row of what `error` keeps from being read."""
+    text = error.line() if isinstance(error, KhaError) else str(error)
+    return RunStatus(name=name, path=str(path), state="unreadable", note=text), error
 
 
 def newest_checkpoint(run_dir: Path) -> int | None:

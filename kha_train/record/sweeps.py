@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
-from kha_train.foreign.typed import Absent, Count, Range, Source
+from kha_train.foreign.typed import Absent, Count, Match, Range, Source
 from kha_train.record.files import read_json
 
 SWEEP_FILE = "sweep.json"
@@ -13,10 +13,10 @@ FORMAT = 1
 
 
 class PointEntry(TypedDict):
-    """A point in `sweep.json` and in the file of a job array."""
+    """A point in `sweep.json` and in the file of a job array. `run_dir` is text that a path may be."""
 
     label: str
-    run_dir: str
+    run_dir: Annotated[str, Match(r"[^\0\ud800-\udc7f\udd00-\udfff]*")]
     overrides: list[str]
     steps: Count
     tokens: Annotated[int, Range(0, 2**63)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from rich.console import Console
 from kha_train.cli.main import run
 from kha_train.cli.status import COLUMNS, status_table
 from kha_train.config.compose import compose, dump
-from kha_train.operate.status import SILENT_AFTER, run_status
+from kha_train.operate.status import SILENT_AFTER, run_status, status_or_fault
 from kha_train.operate.sweep import plan_sweep, save_sweep
 from kha_train.record import Marker, Record, set_marker
 from kha_train.record.files import write_json
 from kha_train.record.lock import OWNER_FILE
+from kha_train.record.sweeps import SWEEP_FILE
+from kha_train.record.totals import TOTALS_FILE
 
 ON_TIME = {"train/step_seconds": 2.0, "train/skipped": 0, "data/wait_seconds": 0.0}
 
@@ -185,3 +188,52 @@ def test_a_run_whose_record_is_damaged_is_one_row_and_the_error_of_the_command(
         assert "unreadable" in shown.out and ("whole" in shown.out or "one" in shown.out)
     states = {one["path"]: one["state"] for one in json.loads(shown.out)["runs"]}
     assert states == {str(tmp_path / "torn"): "unreadable", str(tmp_path / "whole"): "ended"}
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"points": 3}', '{"format": 9, "points": []}', "nul", "surrogate"])
+@pytest.mark.parametrize("below", [False, True])
+def test_a_damaged_sweep_is_one_row_beside_the_healthy_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, below: bool
+) -> None:
+    trained(tmp_path / "whole", 3)
+    sweep = tmp_path / "folder" / "sweep" if below else tmp_path / "sweep"
+    sweep.mkdir(parents=True)
+    odd = {"nul": "a\0b", "surrogate": "\ud800"}
+    point = {"label": "a", "run_dir": odd.get(content), "overrides": [], "steps": 1, "tokens": 1, "flops": 1.0}
+    (sweep / SWEEP_FILE).write_text(json.dumps({"points": [point]}) if content in odd else content)
+    with pytest.raises(SystemExit) as ended:
+        run(["status", str(sweep.parent if below else sweep), str(tmp_path / "whole"), "--json"])
+    shown = capsys.readouterr()
+    assert ended.value.code == 4 and f"sweep/{SWEEP_FILE}" in shown.err
+    assert [one["state"] for one in json.loads(shown.out)["runs"]] == ["unreadable", "ended"]
+
+
+# Values of every kind, in the place of any value of a run's files.
+WILD = [None, True, -1, 10**30, 1.5, -1e308, 1e308, "nan", "inf", "", "f" * 600, [], [1], {"a": 1}, "\ud800"]
+
+
+def changed(value: Any, drawn: random.Random) -> Any:
+    """A copy of `value` with something wild at a place inside it."""
+    inside = isinstance(value, dict | list) and value and drawn.random() < 0.9
+    if not inside:
+        return drawn.choice(WILD)
+    copy = value.copy()
+    key = drawn.choice(list(copy) if isinstance(copy, dict) else range(len(copy)))
+    copy[key] = changed(copy[key], drawn)
+    return copy
+
+
+@pytest.mark.parametrize("name", ["run.json", TOTALS_FILE, "metrics.jsonl", "events.jsonl"])
+def test_a_wild_value_in_a_file_of_one_run_never_takes_the_table_of_the_others(tmp_path: Path, name: str) -> None:
+    trained(tmp_path, 3)
+    lines, drawn = (tmp_path / name).read_text().splitlines(), random.Random(name)
+    content = [json.loads("".join(lines))] if name.endswith(".json") else list(map(json.loads, lines))
+    console = Console(width=200, file=io.StringIO())
+    for _ in range(60):
+        place = drawn.randrange(len(content))
+        new = [*content[:place], changed(content[place], drawn), *content[place + 1 :]]
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in new))
+        found, fault = status_or_fault(tmp_path)
+        assert (found.state == "unreadable") == (fault is not None)
+        console.print(status_table([found], console))
+        json.dumps(found.to_dict())
