@@ -52,9 +52,7 @@ def train(
     # Settings are judged before anything heavy is imported.
     from kha_train.train.run import train as train_run
 
-    outcome = train_run(config, startup)
-    if not outcome.finished:
-        say(f"stopped in good order after step {outcome.step}; the same command goes on from there", err=True)
+    train_run(config, startup)
 
 
 def _refuse_multirun(overrides: list[str]) -> None:

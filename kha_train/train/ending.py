@@ -28,8 +28,9 @@ def check_end(session: Session) -> None:
 def sum_up(
     session: Session, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
 ) -> None:
-    """What the whole run came to, into `run.json`, W&B and the console."""
-    if not (session.world.is_main and session.record.last_step):
+    """What the whole run came to, into `run.json`, W&B and the console. It takes the longer, the longer the record:
+    whoever ends the process at once does not wait for it."""
+    if not (session.world.is_main and session.record.last_step) or isinstance(error, KeyboardInterrupt):
         return
     with _after(error):
         ending = end_of(session.run_dir, isinstance(error, DivergedError), session.watch.monitor)

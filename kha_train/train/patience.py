@@ -49,7 +49,9 @@ class Patience:
         self._compiled = (0, 0.0)
         """Micro-batches of this step that may have waited for a compiler, and their seconds."""
         self._has_warned = False
-        if words := warning_of_many(config, config.data.global_batch_size // world.size):
+        words = warning_of_many(config, config.data.global_batch_size // world.size)
+        self._has_advised = bool(words)
+        if words:
             warn(words)
 
     def begin(self, step: int) -> None:
@@ -75,6 +77,8 @@ class Patience:
         done, elapsed = number - 1, milliseconds / 1000
         self._seconds = elapsed / done
         self._next = number + max(1, min(done, round(PATIENCE_SECONDS / self._seconds)))
+        if asked:
+            self._stops.tell_of_another()
         self._warn_if_long(done, of, elapsed)
         return bool(asked) and (of - number) * self._seconds > PATIENCE_SECONDS
 
@@ -86,7 +90,8 @@ class Patience:
         estimate = (elapsed - seconds) / (done - counted) * of
         if estimate > LONG_STEP_SECONDS and not self._has_warned:
             self._has_warned = True
-            self._warn(f"a step takes about {duration(estimate)}: {_many(self._config, of)}")
+            advice = "" if self._has_advised else f": {_many(self._config, of)}"
+            self._warn(f"a step takes about {duration(estimate)}{advice}")
 
 
 def warning_of_many(config: RunConfig, rows_of_a_rank: int, seconds: float | None = None) -> str:

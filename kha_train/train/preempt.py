@@ -76,6 +76,11 @@ class StopRequests:
         """Raises KeyboardInterrupt after a second Ctrl-C or SIGTERM. Costs nothing."""
         self._listener.raise_if_ending()
 
+    def tell_of_another(self) -> None:
+        """The ranks agreed that one of them was asked to stop: say so on rank 0, unless it was asked itself."""
+        if not self._has_said and not self.pending():
+            self._announce("another rank was asked to stop")
+
     def _hear(self, number: int) -> bool:
         """Note a signal, and say so on rank 0; whether it is the second one, which ends the process."""
         now = self._clock()
@@ -84,13 +89,16 @@ class StopRequests:
             return True
         if number in URGENT and math.isnan(self._urged_at):
             self._urged_at = now
+        self._announce(_name(number))
+        return False
+
+    def _announce(self, reason: str) -> None:
         if not self._has_said:
             self._has_said = True
             self._say(
-                f"{_name(number)}: waiting for {self.place}, then for the checkpoint; "
+                f"{reason}: waiting for {self.place}, then for the checkpoint; "
                 "a second Ctrl-C or SIGTERM ends the run at once, without saving"
             )
-        return False
 
     def _say(self, text: str) -> None:
         if self._run_dir is not None:

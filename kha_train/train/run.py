@@ -62,7 +62,10 @@ def train(config: RunConfig, startup: Startup | None = None, engine_class: type[
         with stops, FailureFile(run_dir, world):
             session = Session(config, world, startup, engine_class)
             with told_when_out_of_memory(config, world, lambda: session.has_updated), session:
-                return _already_over(session) if session.is_over else _attempt(session, stops, watchdog)
+                outcome = _already_over(session) if session.is_over else _attempt(session, stops, watchdog)
+        if world.is_main and not outcome.finished:
+            say(f"stopped in good order after step {outcome.step}; the same command goes on from there", err=True)
+        return outcome
 
 
 def _already_over(session: Session) -> Outcome:
@@ -121,23 +124,33 @@ def _train_to_the_end(session: Session, stops: StopRequests, watchdog: Watchdog)
 
         step = session.progress.step
         watchdog.beat(step, "validating and saving")
-        stops.place = f"what follows step {step:,}, and the next one"
+        stop = _told(stops, result.stop, step)
         if _is_due(step, config.validation.every_steps, steps):
-            validation = session.validate()
-            line |= validation.metrics()
+            stops.place = f"the validation after step {step:,}"
+            line |= session.validate().metrics()
+            (asked,) = world.max_ints(int(stop or stops.pending()))
+            stop = _told(stops, bool(asked), step)
         session.report(line, result.evidence)
         if session.obey():
             continue
         if step == steps:
             check_end(session)
         session.saver.poll()
-        if result.stop or session.saver.due(step):
+        if stop or session.saver.due(step):
             session.save()
-        if result.stop and step < steps:
+        if stop and step < steps:
             return False
     # Also of a run that was killed between its last save and its end.
     check_end(session)
     return True
+
+
+def _told(stops: StopRequests, stop: bool, step: int) -> bool:
+    """`stop`, on which all ranks agreed after `step`, once the user knows of it."""
+    stops.place = f"what follows step {step:,}" + ("" if stop else ", and the next one")
+    if stop:
+        stops.tell_of_another()
+    return stop
 
 
 def _give_up(session: Session, where: str) -> None:

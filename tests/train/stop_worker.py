@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ torch.set_num_threads(1)
 patience.PATIENCE_SECONDS = 0.0
 
 
-def main(given: dict[str, Any]) -> list[Any]:
-    """(step, finished) of every attempt."""
+def main(given: dict[str, Any]) -> dict[str, Any]:
+    """`ends`: (step, finished) of every attempt; `said`: how often each line about the stop was on standard error."""
+    said = io.StringIO()
     count, wanted = [0], [-1]
     accumulate = Engine.accumulate
 
@@ -38,12 +41,15 @@ def main(given: dict[str, Any]) -> list[Any]:
         count[0], wanted[0] = 0, at
         # A rank that is early must not meet the others at what is left of the attempt before.
         os.environ["MASTER_PORT"] = str(given["ports"].pop())
-        outcome = train(compose([*given["overrides"], f"run.dir={run_dir}"]))
+        with redirect_stderr(said):
+            outcome = train(compose([*given["overrides"], f"run.dir={run_dir}"]))
         return outcome.step, outcome.finished
 
     ends = [attempt(given["straight"])]
     # Of four micro-batches a step the second of step 1, the first of step 4, and the first after the resume.
-    return ends + [attempt(given["stopped"], at) for at in (2, 13, 1, -1)]
+    ends += [attempt(given["stopped"], at) for at in (2, 13, 1, -1)]
+    lines = ("another rank was asked to stop: waiting for micro-batch ", "stopped in good order after step ")
+    return {"ends": ends, "said": [said.getvalue().count(line) for line in lines]}
 
 
 if __name__ == "__main__":

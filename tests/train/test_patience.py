@@ -42,7 +42,7 @@ def steps(ranks: Ranks, small: list[str]) -> Callable[..., Any]:
     """`steps(2, of=10, seconds=0.1)`: the micro-batch at which one of 2 steps was given up, or None; a first
     micro-batch takes `compile` seconds more."""
     said: list[str] = []
-    stops: Any = SimpleNamespace(pending=lambda: False, check=lambda: None, place="")
+    stops: Any = SimpleNamespace(pending=lambda: False, check=lambda: None, tell_of_another=lambda: None, place="")
     patience = Patience(compose(small), ranks, stops, said.append, lambda: ranks.now)  # type: ignore[arg-type]
     begun = [0]
 
@@ -110,6 +110,19 @@ def test_a_step_that_takes_minutes_is_warned_of_before_it_ends_and_names_the_fie
     assert "data.global_batch_size" in words and "engine.micro_batch_size" in words
 
 
+def test_a_step_whose_many_micro_batches_were_warned_of_is_only_timed_later(small: list[str], ranks: Ranks) -> None:
+    said: list[str] = []
+    stops: Any = SimpleNamespace(pending=lambda: False, check=lambda: None, place="")
+    config = compose([*small, "data.global_batch_size=16000"])
+    patience = Patience(config, ranks, stops, said.append, lambda: ranks.now)  # type: ignore[arg-type]
+    patience.begin(1)
+    for number in range(1, 2001):
+        assert not patience.gives_up(number, 2000)
+        ranks.now += 0.1
+    assert len(said) == 2 and said[0].startswith("a step is 2,000 micro-batches of 4 rows")
+    assert said[1] == "a step takes about 3:20"
+
+
 @pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_give_a_step_up_together_and_the_run_goes_on_as_if_it_had_not_begun(
     stage: int, small: list[str], run_ranks: Callable[..., list[Any]], tmp_path: Path
@@ -120,7 +133,9 @@ def test_ranks_give_a_step_up_together_and_the_run_goes_on_as_if_it_had_not_begu
     answers = run_ranks(
         WORKER, 2, overrides=overrides, straight=str(straight), stopped=str(stopped), ports=free_ports(5)
     )
-    assert answers == [[[5, True], [0, False], [3, False], [3, False], [5, True]]] * 2
+    assert [answer["ends"] for answer in answers] == [[[5, True], [0, False], [3, False], [3, False], [5, True]]] * 2
+    # The signals reach rank 1 alone; rank 0 says so once a stop.
+    assert [answer["said"] for answer in answers] == [[3, 3], [0, 0]]
     curves = [[_kept(line) for line in read_metrics(run)] for run in (straight, stopped)]
     assert curves[0] == curves[1]
     # The average that the console shows goes on as well.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 
 from kha_train.config.compose import compose
 from kha_train.record import Marker, Record, has_marker, leave_outcome, set_marker
+from kha_train.train.evaluate import Validation
 from kha_train.train.run import train
+from kha_train.train.session import Session
 
 
 @pytest.fixture
@@ -36,6 +39,25 @@ def test_who_asked_to_stop_decides_whether_the_job_is_to_be_requeued(
     assert not has_marker(run_dir, Marker.STOP) and has_marker(run_dir, Marker.REQUEUE)
     assert train(config).finished and told.read_text() == "done\n"
     assert [marker for marker in Marker if has_marker(run_dir, marker)] == [Marker.DONE]
+
+
+def test_a_signal_amid_a_validation_stops_the_run_after_it(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    validate = Session.validate
+
+    def signalled(session: Session) -> Validation:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return validate(session)
+
+    monkeypatch.setattr(Session, "validate", signalled)
+    settings = [*small, "model.layers=1", "run.steps=4", "validation.every_steps=2", f"run.dir={tmp_path / 'run'}"]
+    outcome = train(compose(settings))
+    assert (outcome.step, outcome.finished) == (2, False)
+    assert (tmp_path / "run/checkpoints/step-00000002").is_dir() and has_marker(tmp_path / "run", Marker.REQUEUE)
+    said = capfd.readouterr().err
+    assert "SIGUSR1: waiting for the validation after step 2, then for the checkpoint" in said
+    assert said.count("stopped in good order after step 2") == 1
 
 
 def test_an_outcome_that_does_not_fit_on_the_disk_leaves_the_one_before_and_the_exit_code(

@@ -132,6 +132,22 @@ def test_echoes_of_a_signal_and_requests_of_slurm_are_no_second_one(
     assert capsys.readouterr().err.count("waiting for") == 1
 
 
+def test_a_request_to_another_rank_alone_is_told_once_on_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stops = StopRequests(tmp_path)
+    stops.place = "micro-batch 3 of 9 of step 7"
+    for told in (stops, stops, StopRequests(None)):
+        told.tell_of_another()
+    stops._hear(signal.SIGTERM)
+    said = capsys.readouterr().err
+    assert said.startswith("another rank was asked to stop: waiting for micro-batch 3 of 9 of step 7, then for the ")
+    assert said.count("\n") == 1
+    (tmp_path / "STOP").touch()
+    StopRequests(tmp_path).tell_of_another()
+    assert capsys.readouterr().err == ""
+
+
 def test_other_ranks_than_the_first_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert not StopRequests(None)._hear(signal.SIGTERM)
     assert capsys.readouterr().err == ""
