@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kha_train.analysis.runs import IDENTITY_KEYS, RunData, load_run, load_runs
+from kha_train.analysis.runs import UNTOLD, RunData, load_run, load_runs
 from kha_train.analysis.sameness import (
     common_steps,
     confounders,
@@ -21,6 +21,7 @@ from kha_train.analysis.sameness import (
 from kha_train.analysis.statistics import Interval, SeedInterval, StepMean, mean_of_steps, over_seeds
 from kha_train.analysis.summary import HONESTY, RESULTS, TOLD, UNKNOWN_FIGURE, Quantity, Summary, printed, summarise
 from kha_train.analysis.validation_sets import marks, set_difference, sets_sentence
+from kha_train.config.constants import may_differ
 from kha_train.foreign.documents import Json
 from kha_train.record.jsonl import words
 
@@ -99,10 +100,11 @@ class Comparison:
     validation_words: str
 
     def notes(self) -> list[str]:
-        """The notes of each pair that has any, in a line, and why there is no MFU."""
-        named = [(self.runs[pair.other].label, self.runs[pair.reference].label, pair) for pair in self.pairs]
+        """The notes of each pair, each in a line, and why there is no MFU."""
         noted = [
-            f"{other} beside {reference}: {'; '.join(pair.notes)}" for other, reference, pair in named if pair.notes
+            f"{self.runs[pair.reference].label} and {self.runs[pair.other].label}: {note}"
+            for pair in self.pairs
+            for note in pair.notes
         ]
         differing = peaks(self.runs)
         if len(set(differing)) < 2:
@@ -203,7 +205,7 @@ def config_differences(runs: tuple[RunData, ...]) -> dict[str, tuple[Json, ...]]
     """Flattened configuration keys that are not equal in all runs -> the value in each (None where it is absent; in
     words where it changed on the way)."""
     settings = [stretch.settings or run.config for run in runs for stretch in run.stretches]
-    keys = sorted({key for one in settings for key in one} - set(IDENTITY_KEYS))
+    keys = sorted({key for one in settings for key in one if not may_differ(key, UNTOLD)})
     values = {key: tuple(run.shown(key) for run in runs) for key in keys}
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
 

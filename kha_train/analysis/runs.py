@@ -23,6 +23,8 @@ from kha_train.record.labels import distinct
 
 IDENTITY_KEYS = ("run.dir", "run.name")
 """Configuration keys that always differ and say nothing."""
+UNTOLD = (*IDENTITY_KEYS, "run.max_minutes", "resume.", "profile.", "telemetry.")
+"""Settings, or sections of them, that a comparison leaves out: they train nothing, and no figure of it is of them."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from kha_train.analysis.history import (
     shown,
     unrecorded,
 )
-from kha_train.analysis.runs import IDENTITY_KEYS, RunData
+from kha_train.analysis.runs import UNTOLD, RunData
 from kha_train.analysis.variant import is_variant
 from kha_train.config.constants import FREE_TO_CHANGE, may_differ
 
@@ -79,19 +79,25 @@ def unknown_settings(reference: RunData, other: RunData) -> tuple[str, ...]:
 
 
 def notes(reference: RunData, other: RunData) -> tuple[str, ...]:
-    """What two runs may differ in (ranks, ZeRO stage, other settings that are free), and what both changed alike."""
-    met = meetings(reference, other)
+    """Sentences about what two runs may differ in (ranks, ZeRO stage, other settings that are free): what both changed
+    alike, what only one of them changed, and the rest."""
     free = differences(
-        met,
+        meetings(reference, other),
         lambda key, one: key.startswith(NOTED_FACTS) or (_is_free(key, FREE_TO_CHANGE, one) and not _is_named(key)),
     )
-    theirs = {(change.step, change.key, str(change.now)) for change in changes(other.stretches)}
-    both = [
-        f"both changed {change.key} to {brief(change.now)} from step {change.step} on"
-        for change in changes(reference.stretches)
-        if (change.step, change.key, str(change.now)) in theirs and change.key not in IDENTITY_KEYS
-    ]
-    return (*both, *map(str, free))
+    mine, theirs = (changes(run.stretches) for run in (reference, other))
+    alike = {(change.step, change.key, str(change.now)) for change in theirs}
+    both: dict[int, list[str]] = {}
+    for change in mine:
+        if (change.step, change.key, str(change.now)) in alike and not may_differ(change.key, UNTOLD):
+            both.setdefault(change.step, []).append(f"{change.key} to {brief(change.now)}")
+    told = [f"both changed {', '.join(keys)} from step {step} on" for step, keys in both.items()]
+    for run, changed, unchanged in ((reference, mine, theirs), (other, theirs, mine)):
+        keys = {change.key for change in changed} - {change.key for change in unchanged}
+        alone = [one for one in free if one.key in keys and not one.everywhere]
+        free = [one for one in free if one not in alone]
+        told += [f"only {run.label} changed {', '.join(map(str, alone))}"] if alone else []
+    return (*told, *([f"they differ in {', '.join(map(str, free))}"] if free else []))
 
 
 def data_difference(reference: RunData, other: RunData) -> tuple[int, str] | None:
@@ -129,8 +135,8 @@ def _is_free(key: str, allowed: Sequence[str], meeting: Meeting) -> bool:
 
 
 def _is_named(key: str) -> bool:
-    """Whether the comparison tells of a free setting elsewhere: the run's own name, its variant, where it began."""
-    return key in IDENTITY_KEYS or key.startswith(("attention.", "run.init_from"))
+    """Whether the comparison tells of a free setting elsewhere (its variant, where it began), or not at all."""
+    return may_differ(key, UNTOLD) or key.startswith(("attention.", "run.init_from"))
 
 
 def _other_rates(reference: RunData, other: RunData, met: Sequence[Meeting]) -> list[Difference]:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from kha_train.analysis.history import DATA_ID, VALIDATION_ID, changes, history, shown, unrecorded
-from kha_train.analysis.runs import IDENTITY_KEYS, RunData
+from kha_train.analysis.runs import UNTOLD, RunData
 from kha_train.analysis.spikes import SpikeReport, recorded_curve, score_curve
 from kha_train.analysis.spikes_found import Found
+from kha_train.config.constants import may_differ
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _told(run: RunData) -> dict[str, Any]:
         "zero_stage": run.shown("engine.zero_stage"),
         "data_content_id": shown(history(run.stretches, DATA_ID)),
         "validation_content_id": shown(history(run.stretches, VALIDATION_ID)),
-        "changes": [str(change) for change in changes(run.stretches) if change.key not in IDENTITY_KEYS],
+        "changes": [str(change) for change in changes(run.stretches) if not may_differ(change.key, UNTOLD)],
         "unknown": [f"settings {steps}" for steps in unrecorded(run.stretches, run.stretches)],
     }
 

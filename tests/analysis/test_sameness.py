@@ -95,6 +95,29 @@ def test_ranks_stage_and_versions_are_notes_of_a_fair_pair(tmp_path: Path) -> No
     assert "1, then 2 from step 11 on" in page and "world_size (2 and 1 from step 11 on)" in page
 
 
+def test_what_both_changed_and_what_one_did_are_sentences_and_what_trains_nothing_is_none(tmp_path: Path) -> None:
+    before, later = {"git": {"commit": "f00d"}}, {"git": {"commit": "beef"}}
+    untold = ("resume.allow_changes=[run.steps,optim]", "telemetry.wandb.mode=disabled", "run.max_minutes=9")
+    moved = Start(20, ("engine=zero2", *untold), later, world_size=2)
+    one = write_run(tmp_path / "a", Start(10, facts=before), moved)
+    profiled = ("profile.first_step=3", "profile.last_step=4", "data.prefetch=5")
+    other = write_run(
+        tmp_path / "b", Start(10, profiled, before), Start(20, ("data.prefetch=5",), later), variant="mha"
+    )
+    pair, comparison = pair_of(one, other)
+    label = comparison.runs[0].label
+    assert list(pair.notes) == [
+        "both changed git.commit to beef from step 11 on",
+        f"only {label} changed engine.zero_stage (2 and 1 from step 11 on), world_size (2 and 1 from step 11 on)",
+        "they differ in data.prefetch (0 and 5)",
+    ]
+    assert comparison.notes() == [f"{label} and {comparison.runs[1].label}: {note}" for note in pair.notes]
+    shown = json.dumps(comparison.to_dict()) + report_html(comparison)
+    for key in ("resume.", "run.max_minutes", "profile.", "telemetry."):
+        assert key not in shown
+    assert "data.prefetch" in comparison.differences
+
+
 def test_the_precision_that_auto_stood_for_is_compared(tmp_path: Path) -> None:
     one = write_run(tmp_path / "a", Start(20))
     pair, _ = pair_of(one, write_run(tmp_path / "b", Start(20, facts={"dtype": "bfloat16"}), variant="kha_mlp"))
