@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 
@@ -54,7 +55,8 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     """`command(*words)`: `kha ...`; its exit code, standard output and standard error."""
 
     def call(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.chdir(tmp_path)
+        # Each in a directory of its own: a report about some runs does not replace one about others.
+        monkeypatch.chdir(mkdtemp(dir=tmp_path))
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)
         with pytest.raises(SystemExit) as ended:
             kha([str(word) for word in words])
