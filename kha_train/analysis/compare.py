@@ -88,7 +88,8 @@ class AcrossSeeds:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything the table and the report print. Runs are numbered as they were named."""
+    """Everything the table and the report print. Runs are numbered as they were named. `passed_over` tells of what was
+    named and is not among them, and why."""
 
     runs: tuple[RunData, ...]
     summaries: tuple[Summary, ...]
@@ -98,6 +99,7 @@ class Comparison:
     evidence: str
     validation_marks: tuple[str, ...]
     validation_words: str
+    passed_over: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
         """The notes of each pair, each in a line, and why there is no MFU."""
@@ -147,7 +149,8 @@ class Comparison:
         pairs = [self._pair_to_dict(pair) for pair in self.pairs]
         seeds = [asdict(found) | {"sentence": self.seeds_sentence(found)} for found in self.across_seeds]
         answer = {"runs": runs, "config_differences": differences, "pairs": pairs, "across_seeds": seeds}
-        plain: dict[str, Any] = words(answer | {"evidence": self.evidence, "validation_sets": self.validation_words})
+        told = {"evidence": self.evidence, "validation_sets": self.validation_words}
+        plain: dict[str, Any] = words(answer | told | {"passed_over": list(self.passed_over)})
         return plain
 
     def _pair_to_dict(self, pair: Pair) -> dict[str, Any]:

@@ -105,6 +105,7 @@ def report_html(comparison: Comparison) -> str:
         *(f"<p>{escape(words)}.</p>" for words in comparison.notes()),
         "<h2>Where they are</h2>",
         *(f"<p>{escape(run.label)}: <code>{escape(str(run.path))}</code></p>" for run in comparison.runs),
+        *(f"<p>Passed over: {escape(words)}.</p>" for words in comparison.passed_over),
     ]
     head = (
         f'{PAGE}<html lang="en"><head><meta charset="utf-8">'

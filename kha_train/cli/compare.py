@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +14,7 @@ from kha_train.analysis.compare import compare_runs
 from kha_train.analysis.report import PAGE, mark_of_page, page_in, write_report
 from kha_train.analysis.table import print_comparison
 from kha_train.cli.output import Overwrite, note, print_json
+from kha_train.errors import DataError
 from kha_train.literal import say
 from kha_train.operate.ahead import read_ahead
 from kha_train.record.files import check_replaceable
@@ -29,15 +32,43 @@ def compare(
 ) -> None:
     """Compare finished or living runs: what they reached, how they differ, and what that is worth.
 
-    A page that this command made of the same runs is replaced; nothing else is."""
+    A page that this command made of the same runs is replaced; nothing else is. A damaged run beside two or more whole
+    ones is passed over, and the command ends with its error when the others are compared."""
     ahead = read_ahead(find_runs(runs, lambda text: None, trained=True))
     read = cache(ahead.run)
-    found = find_runs(runs, note, trained=True, read=read)
+    passed_over: list[str] = []
+
+    def tell(text: str) -> None:
+        passed_over.append(text.removeprefix("passed over: "))
+        note(text)
+
+    found, fault = _whole(find_runs(runs, tell, trained=True, read=read), read, tell)
     check_replaceable(page_in(out), mark_of_page(found), "--out", overwrite, (PAGE.encode(),))
-    comparison = compare_runs(found, read, ahead.summary)
+    comparison = replace(compare_runs(found, read, ahead.summary), passed_over=tuple(passed_over))
     page = write_report(comparison, out)
     if as_json:
         print_json({**comparison.to_dict(), "report": str(page)}, indent=2)
-        return
-    print_comparison(comparison, LiteralConsole())
-    say(f"report: {page}")
+    else:
+        print_comparison(comparison, LiteralConsole())
+        say(f"report: {page}")
+    if fault is not None:
+        raise fault
+
+
+def _whole(
+    found: list[Path], read: Callable[[Path], object], tell: Callable[[str], None]
+) -> tuple[list[Path], DataError | None]:
+    """The runs of `found` that are not damaged, and the first fault of the others, which `tell` hears of. Where fewer
+    than two are whole there is nothing to compare: then all of them, for their comparison to be refused."""
+    faults: dict[Path, DataError] = {}
+    for run in found:
+        try:
+            read(run)
+        except DataError as error:
+            faults[run] = error
+    whole = [run for run in found if run not in faults]
+    if len(whole) < 2:
+        return found, None
+    for run, found_fault in faults.items():
+        tell(f"passed over: {run}: {found_fault}")
+    return whole, next(iter(faults.values()), None)

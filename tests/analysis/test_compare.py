@@ -498,3 +498,26 @@ def test_the_page_of_long_runs_is_short_and_shows_every_spike(tmp_path: Path) ->
     assert len(x) <= MAX_POINTS and y.max() == 9.0 and x[y.argmax()] == 12_345
     text = report_html(compare_runs([make_run(tmp_path / name, losses[:8000], variant=name) for name in "ab"]))
     assert len(text) < 300_000
+
+
+def test_a_damaged_run_is_passed_over_where_two_are_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, damaged, two = (make_run(tmp_path / name, falling(40)) for name in ("a", "damaged", "b"))
+    (damaged / "metrics.jsonl").write_text('{"step": 1}\nnot json\n{"step": 2}\n')
+
+    def answer(*words: str | Path) -> tuple[int | None, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            run(["compare", *map(str, words), "--out", str(tmp_path / "report")])
+        code = ended.value.code
+        return (code if isinstance(code, int) else None, *capsys.readouterr())
+
+    code, out, err = answer(one, damaged, two, "--json")
+    found = json.loads(out)
+    assert code == 4 and [each["path"] for each in found["runs"]] == [str(one), str(two)]
+    (told,) = found["passed_over"]
+    assert told.startswith(f"{damaged}: ") and "metrics.jsonl:2" in told
+    assert f"note: passed over: {told}" in err and "data error: " in err
+    assert f"Passed over: {damaged}: " in (tmp_path / "report" / "index.html").read_text()
+    code, out, err = answer(one, damaged, two)
+    assert code == 4 and "report: " in out and "passed over" in err
+    code, out, err = answer(one, damaged, "--overwrite")
+    assert code == 4 and not out and "metrics.jsonl:2" in err and "passed over" not in err
