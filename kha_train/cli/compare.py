@@ -17,7 +17,7 @@ from kha_train.cli.output import Overwrite, note, print_json
 from kha_train.errors import DataError
 from kha_train.literal import say
 from kha_train.operate.ahead import read_ahead
-from kha_train.record.files import check_replaceable
+from kha_train.record.files import check_replaceable, written_as
 from kha_train.record.finding import find_runs
 from kha_train.telemetry.terminal import LiteralConsole
 
@@ -45,7 +45,8 @@ def compare(
     found, fault = _whole(find_runs(runs, tell, trained=True, read=read), read, tell)
     check_replaceable(page_in(out), mark_of_page(found), "--out", overwrite, (PAGE.encode(),))
     comparison = replace(compare_runs(found, read, ahead.summary), passed_over=tuple(passed_over))
-    page = write_report(comparison, out)
+    with written_as("--out", out, "name a place that can be written: --out DIRECTORY"):
+        page = write_report(comparison, out)
     if as_json:
         print_json({**comparison.to_dict(), "report": str(page)}, indent=2)
     else:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +53,18 @@ def mark_of(command: str, subjects: Iterable[str | Path]) -> str:
     places = (str(each) if "://" in str(each) else str(Path(each).resolve()) for each in subjects)
     text = "\n".join(sorted(places)).encode(errors="surrogateescape")
     return f"kha-{command} {hashlib.sha256(text).hexdigest()}"
+
+
+@contextmanager
+def written_as(field: str, place: Path, fix: str) -> Iterator[None]:
+    """Around writing in `place`, which the user named by `field`: raises ConfigError, with `fix`, where that can never
+    be (a read-only file system, no permission, a file in the way); a disk that is full or fails is none of these."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise
+        raise ConfigError(f"cannot be written: {error.strerror}", field=field, value=str(place), fix=fix) from error
 
 
 def check_replaceable(

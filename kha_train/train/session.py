@@ -28,7 +28,7 @@ from kha_train.model.attention.measured import measure, settled
 from kha_train.model.moe.experts import announce_experts
 from kha_train.record import Record, Redactor
 from kha_train.record.attempts import CONFIG_FILE
-from kha_train.record.files import write_text
+from kha_train.record.files import write_text, written_as
 from kha_train.stability.events import Observation
 from kha_train.telemetry.console import Console
 from kha_train.telemetry.meters import DataWait, MovingAverage, PeakMemory
@@ -233,7 +233,8 @@ class Session:
         """Own the run directory. Of a run that is over, or whose checkpoints are lost, nothing else is touched."""
         world = self.world
         with world.agreed(f"write {self.run_dir}"):
-            self.record = Record.open(self.run_dir, world.rank)
+            with written_as("run.dir", self.run_dir, "name a place that can be written: run.dir=PATH"):
+                self.record = Record.open(self.run_dir, world.rank)
             self._open.callback(self.record.close)
             if world.is_main:
                 self.finished_at = finished_at(self.config, self.run_dir)

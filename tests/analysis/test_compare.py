@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -521,3 +522,17 @@ def test_a_damaged_run_is_passed_over_where_two_are_whole(tmp_path: Path, capsys
     assert code == 4 and "report: " in out and "passed over" in err
     code, out, err = answer(one, damaged, "--overwrite")
     assert code == 4 and not out and "metrics.jsonl:2" in err and "passed over" not in err
+
+
+def test_a_place_that_cannot_be_written_is_answered_with_the_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(path: Path, *args: Any, **named: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    one = make_run(tmp_path / "a", falling(10))
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(SystemExit) as ended:
+        run(["compare", str(one), "--out", str(tmp_path / "report")])
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and "Read-only file system" in err and "--out DIRECTORY" in err

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -12,10 +14,10 @@ import pytest
 
 from kha_train.cli.main import run as kha
 from kha_train.config.compose import compose
-from kha_train.errors import CheckpointError, DataError, ResumeError
+from kha_train.errors import CheckpointError, ConfigError, DataError, ResumeError
 from kha_train.export.generate import load_run
 from kha_train.operate.status import run_status
-from kha_train.record import Marker, has_marker, read_run, set_marker
+from kha_train.record import Marker, Record, has_marker, read_run, set_marker
 from kha_train.train.run import Outcome, train
 
 Train = Callable[..., Outcome]
@@ -253,3 +255,14 @@ def test_damaged_data_mark_a_new_run_fatal_and_no_run_that_ended_in_good_order(
             again(f"data.train={tmp_path}/damaged", f"run.dir={place}")
         assert has_marker(place, Marker.FATAL) == fatal
     assert run_status(run_dir).state == "requeue"
+
+
+def test_a_run_directory_that_can_never_be_written_is_a_mistake_and_no_failing_machine(
+    finished: tuple[list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(run_dir: Path, rank: int = 0) -> Record:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(run_dir))
+
+    monkeypatch.setattr(Record, "open", read_only)
+    with pytest.raises(ConfigError, match=r"run\.dir = .*Read-only file system; fix: .*run\.dir=PATH"):
+        train(compose([*finished[0], f"run.dir={tmp_path / 'new'}"]))
