@@ -8,6 +8,8 @@ from typing import Any
 
 MAX_WIDTH = 120
 """Characters of a step line where no terminal is narrower."""
+MOST_DAYS = 9999
+"""A duration of more days is not told in full, or it would crowd the rest out of its line."""
 
 
 def scaled(number: float) -> str:
@@ -19,9 +21,12 @@ def scaled(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 0:45, 12:05, 4:12:33 or 3d 04:12; a question mark when they are not known."""
+    """Seconds as 0:45, 12:05, 4:12:33 or 3d 04:12; a question mark when they are not known. Beyond `MOST_DAYS` days,
+    which no run lasts, nothing more is told."""
     if not math.isfinite(seconds):
         return "?"
+    if seconds >= 86400 * MOST_DAYS:
+        return f">{MOST_DAYS}d"
     whole = max(0, round(seconds))
     days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
     if days:

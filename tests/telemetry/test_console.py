@@ -80,7 +80,15 @@ def test_numbers_are_scaled(number: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(45.4, "0:45"), (725, "12:05"), (15_153, "4:12:33"), (273_120, "3d 03:52"), (math.nan, "?"), (math.inf, "?")],
+    [
+        (45.4, "0:45"),
+        (725, "12:05"),
+        (15_153, "4:12:33"),
+        (273_120, "3d 03:52"),
+        (8.64e80, ">9999d"),
+        (math.nan, "?"),
+        (math.inf, "?"),
+    ],
 )
 def test_durations_are_readable(seconds: float, text: str) -> None:
     assert duration(seconds) == text
