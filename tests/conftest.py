@@ -73,6 +73,12 @@ def padded(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> list[s
 
 
 @pytest.fixture(autouse=True)
+def no_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No width of a terminal either, which pytest-xdist gives its workers."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No launcher's variables in this process: not from outside, and not from a test that trained inside it."""
     for name in LAUNCHER:

@@ -50,7 +50,10 @@ CONFIGURATION = {
     "a missing shard directory": (["data.train=/nowhere"], ["data.train", "/nowhere"]),
     "a vocabulary that disagrees": (["model.vocab_size=512"], ["512", "256"]),
     "heads that do not divide": (["model.kv_heads=3"], ["model.kv_heads", "1, 2, 4"]),
-    "a batch that does not divide": (["engine.micro_batch_size=3"], ["data.global_batch_size", "6 or 9"]),
+    "a batch that does not divide": (
+        ["engine.micro_batch_size=3"],
+        ["data.global_batch_size=6", "data.global_batch_size=9"],
+    ),
     "an unknown setting": (["model.kvheads=2"], ["model.kvheads", "did you mean model.kv_heads"]),
     "an unknown preset": (["attention=kha_mpl"], ["kha_mpl", "did you mean kha_mlp"]),
     "a wrong type": (["run.steps=many"], ["run.steps", "int"]),
