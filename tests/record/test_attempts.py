@@ -27,7 +27,7 @@ def start(run_dir: Path, config: dict[str, Any] | None, **facts: Any) -> None:
 
 
 def configuration(*overrides: str) -> dict[str, Any]:
-    return to_plain(compose(list(overrides)))
+    return to_plain(compose(["run.name=one", "run.dir=runs/one", *overrides]))
 
 
 def test_every_start_reads_back_the_configuration_it_was_given(tmp_path: Path) -> None:

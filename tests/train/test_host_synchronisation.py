@@ -20,8 +20,7 @@ from kha_train.config.compose import compose
 from kha_train.data.stream import open_stream
 from kha_train.engine.deepspeed import Engine, leave_world
 from kha_train.train.evaluate import evaluate
-from kha_train.train.session import Session
-from kha_train.train.step import next_batch, train_step
+from kha_train.train.step import next_batch, routing_metrics, train_step
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount", "equal", "is_nonzero"}
 OURS = f"{Path(__file__).resolve().parents[2]}/kha_train/"
@@ -142,9 +141,9 @@ def test_on_cuda_nothing_waits_inside_a_micro_batch(engine: Engine) -> None:
 
 
 def test_the_record_of_a_step_reads_only_what_has_crossed() -> None:
-    """`Session.metrics` gets the loads and biases of the gate's transfer."""
-    assert "selection_bias_LE" not in Session._routing.__code__.co_names
-    assert {"load_LE", "bias_LE"} <= set(Session._routing.__code__.co_names)
+    """Metrics of the router are made of the loads and biases of the gate's transfer, which a step's result brings."""
+    assert "selection_bias_LE" not in routing_metrics.__code__.co_names
+    assert {"load_LE", "bias_LE"} <= set(routing_metrics.__code__.co_names)
 
 
 def test_a_start_on_a_cpu_imports_no_compiler(small: list[str], clean_environment: dict[str, str]) -> None:
