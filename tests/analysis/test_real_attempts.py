@@ -137,10 +137,10 @@ def test_what_both_runs_changed_at_the_same_step_is_a_note_and_no_caveat(
     (pair,) = answer["pairs"]
     assert pair["caveats"] == [] and pair["same_data"] and pair["difference"] is not None
     assert answer["evidence"] == "1 seed: not evidence"
-    notes = " | ".join(pair["notes"])
-    assert "both changed optim.lr to 0.02 from step 11 on" in notes
-    assert "both changed data_content_id to" in notes
-    assert "engine.zero_stage (1 and 2 from step 11 on)" in notes
+    both, one = pair["notes"]
+    assert both.startswith("both changed ") and both.endswith(" from step 11 on")
+    assert "optim.lr to 0.02" in both and "data_content_id to" in both
+    assert one == "only twin_resumed changed engine.zero_stage (1 and 2 from step 11 on)"
     assert answer["runs"][1]["zero_stage"] == "1, then 2 from step 11 on"
 
 
