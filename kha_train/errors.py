@@ -15,12 +15,17 @@ class Typed(str):
     """
 
     typed: str
+    shown: str
 
     def __new__(cls, typed: str, shown: str = "{}") -> Self:
         """The fix `typed`, read as `shown`, in which `{}` stands for it."""
         fix = super().__new__(cls, shown.replace("{}", typed))
-        fix.typed = typed
+        fix.typed, fix.shown = typed, shown
         return fix
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As the text that it is: `__new__` would show it a second time."""
+        return str.__new__, (type(self), str(self)), vars(self)
 
 
 class Settings(Typed):

@@ -296,15 +296,13 @@ read_arguments() {
     rm -f "$answer"
 }
 
-# Ends with 2 when KHA_PYTHON is no Python that kha_train is installed in: no environment is active. What else is wrong
-# with it shows when it is used.
+# Ends with 2 when KHA_PYTHON is no Python that kha_train is installed in: no environment is active.
 check_python() {
-    local code=0
     command -v "$KHA_PYTHON" >/dev/null || {
         say "there is no $KHA_PYTHON here: activate the environment that kha_train is installed in, \`source .venv/bin/activate\` (\`make quickstart\` makes it), or set KHA_PYTHON=/path/to/its/python"
         exit 2
     }
-    "$KHA_PYTHON" - <<'PYTHON' || code=$?
+    "$KHA_PYTHON" - <<'PYTHON' || exit 2
 import sys
 from importlib.util import find_spec
 
@@ -317,7 +315,6 @@ from kha_train.interpreter import require
 
 require()
 PYTHON
-    ((code == 0)) || exit 2
 }
 
 # Called when a command fails while the site file is read. $1: its code, $2: its line, $3: the command, $4: the file.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
 
 from kha_train.cli.main import run
-from kha_train.errors import ConfigError, First, Replace, Settings, between, either
+from kha_train.errors import ConfigError, First, Look, Replace, Settings, between, either
 
 
 def test_an_empty_range_is_not_told() -> None:
@@ -38,3 +39,11 @@ def test_a_fix_reads_as_words_and_knows_what_of_it_can_be_typed() -> None:
 def test_a_list_that_is_to_be_typed_is_in_quotes() -> None:
     fix = Settings("a.b=[c,d] e='f [g]' h=i", "{} does it")
     assert fix == "'a.b=[c,d]' e='f [g]' h=i does it" and Settings(fix.typed).typed == fix.typed
+
+
+def test_a_fix_that_crosses_to_another_process_is_the_same_fix() -> None:
+    for fix in (Look("kha x"), First("make it"), Settings("a=[1]"), Replace("c", "is it {}?", old="b")):
+        crossed = pickle.loads(pickle.dumps(fix))
+        assert crossed == fix and type(crossed) is type(fix) and vars(crossed) == vars(fix)
+    error = pickle.loads(pickle.dumps(ConfigError("wrong", fix=either(First("make it"), Replace("c", old="b")))))
+    assert str(error) == "wrong; fix: type `make it` first or c" and len(error.typed_fixes) == 2

@@ -157,7 +157,6 @@ class Comparison:
         """`interval` is null where there are too few blocks for one, and `no_interval` says so."""
         found = pair.difference
         return asdict(pair) | {
-            "difference": asdict(replace(found, interval=None)) if found else None,
             "interval": asdict(pair.interval) if pair.interval else None,
             "no_interval": found.no_interval if found else no_difference(pair),
             "caveats": list(pair.caveats),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 MAX_POINTS = 1500
-"""A curve of more points is drawn by the smallest and largest value of so many stretches."""
+"""A curve of more points is drawn by the smallest and largest value of half as many stretches."""
 INK, GRID = "#0a01ff", "#0a02ff"
 SIZE_INCHES = (4.6, 2.8)
 SHADES = ("tab:orange", "tab:red", "tab:purple", "tab:brown")

@@ -149,10 +149,12 @@ def _results(comparison: Comparison) -> Iterable[str]:
         over += f"{pair.difference.count} finite pairs)"
         interval = pair.interval
         if interval is None:
+            block = pair.difference.block
+            blocks = f" A block has {block} steps, as their autocorrelation asks." if block > 1 else ""
             yield (
                 f'<div class="result">{names}: no claim<p class="soft">The difference of train loss at equal steps is '
-                f"{pair.difference.mean:+.4f} nats per token, mean over steps {over}; {pair.difference.no_interval}. "
-                f"A block has {pair.difference.block} steps, as their autocorrelation asks.</p>{_caveats(pair)}</div>"
+                f"{pair.difference.mean:+.4f} nats per token, mean over steps {over}; "
+                f"{pair.difference.no_interval}.{blocks}</p>{_caveats(pair)}</div>"
             )
             continue
         yield (

@@ -21,9 +21,7 @@ from kha_train.record.columns import Columns
 from kha_train.record.columns_twin import read_columns
 from kha_train.record.labels import distinct
 
-IDENTITY_KEYS = ("run.dir", "run.name")
-"""Configuration keys that always differ and say nothing."""
-UNTOLD = (*IDENTITY_KEYS, "run.max_minutes", "resume.", "profile.", "telemetry.")
+UNTOLD = ("run.dir", "run.name", "run.max_minutes", "resume.", "profile.", "telemetry.")
 """Settings, or sections of them, that a comparison leaves out: they train nothing, and no figure of it is of them."""
 
 

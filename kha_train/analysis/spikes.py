@@ -96,7 +96,7 @@ class SpikeReport:
     scores: dict[str, float | None]
     summary: dict[str, Any]
     actions: dict[str, int]
-    judged: bool = True
+    judged: bool
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; non-finite numbers become words in JSON."""

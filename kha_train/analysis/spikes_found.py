@@ -19,13 +19,13 @@ SCORE_NAMES = tuple(f"{SCORES}_{name}" for name in (
 
 class Found(NamedTuple):
     """What the monitor found in a curve: its `events`, one that is open at its end included, the steps at which the
-    divergence guard fired, the metrics of the last step, of how many steps it could say whether they are normal, and
-    the monitor as it was `kept` before some steps."""
+    divergence guard fired, the metrics of the last step, whether it could say of any step if it is normal, and the
+    monitor as it was `kept` before some steps."""
 
     events: list[SpikeEvent]
     diverged_at: list[int]
     metrics: dict[str, float | None]
-    judged: int = 0
+    judged: bool = False
     kept: Mapping[int, Monitor] = MappingProxyType({})
 
 
@@ -37,7 +37,7 @@ def find_events(
 ) -> Found:
     """What the monitor finds in `points`; see `Found`. `monitor` has seen the points before them, of which nothing is
     told but what it still holds. It is kept as it stands before each of the steps `keep_at`."""
-    monitor, judged, last = monitor or Monitor(), 0, len(points) - 1
+    monitor, judged, last = monitor or Monitor(), False, len(points) - 1
     events: list[SpikeEvent] = []
     diverged_at: list[int] = []
     metrics: dict[str, float | None] = {}
@@ -47,7 +47,7 @@ def find_events(
         while waiting and waiting[-1] <= point.step:
             kept[waiting.pop()] = deepcopy(monitor)
         verdict = monitor.update(point, point.step in planned, with_metrics=number == last)
-        judged += verdict.judged
+        judged = judged or verdict.judged
         metrics = {**verdict.metrics}
         if verdict.closed:
             events.append(verdict.closed)

@@ -42,7 +42,7 @@ def found_in_training(
     is_open = [monitor.events.event] if monitor.events.event else []
     diverged_at = [event["step"] for event in kept if event["kind"] == "divergence"]
     metrics = verdict.metrics | dict.fromkeys(not_judged(monitor))
-    return Found([*closed, *is_open], diverged_at, metrics, judged=1)
+    return Found([*closed, *is_open], diverged_at, metrics, judged=True)
 
 
 def _stands(event: Mapping[str, Any], columns: Columns) -> bool:

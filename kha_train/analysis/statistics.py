@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kha_train.stability.statistics import poisson_interval, reported_rate
+from kha_train.stability.statistics import rate, reported_rate
 
 MIN_BLOCKS = 20
 """Blocks of neighbouring steps that an interval needs. Curves shorter than their correlation often look like a few
@@ -86,14 +86,13 @@ def pooled_rate(counts: Sequence[int], exposures: Sequence[float]) -> dict[str, 
     or 20 events whose true rates vary by 70 or 100 %, it held the truth in 92 to 97 % of cases, Poisson's in 33 to 82.
     """
     total, exposure, runs = sum(counts), sum(exposures), len(counts)
-    found = reported_rate(total, exposure)
-    if runs < 2 or not total or found["value"] is None:
-        return found
+    if runs < 2 or not total or exposure <= 0:
+        return reported_rate(total, exposure)
     squares = sum((count - total * part / exposure) ** 2 for count, part in zip(counts, exposures, strict=True))
     factor = math.exp(student_975(runs - 1) * math.sqrt(runs / (runs - 1) * squares) / total)
-    rate = total / exposure
-    low, high = (bound / exposure for bound in poisson_interval(total))
-    return {"value": rate, "low": min(low, rate / factor), "high": max(high, rate * factor)}
+    one = rate(total, exposure)
+    value = one["value"]
+    return {"value": value, "low": min(one["low"], value / factor), "high": max(one["high"], value * factor)}
 
 
 def exponential_average(values: np.ndarray, decay: float) -> np.ndarray:
@@ -135,16 +134,16 @@ def block_length(values: np.ndarray) -> int:
     """How many neighbouring values make a block, from their measured autocorrelation: the automatic choice of Politis
     and White (2004), corrected by Patton, Politis and White (2009).
 
-    Correlations count up to twice the lag after which the next K = max(5, sqrt(log10 N)) are all within
-    2 sqrt(log10 N / N) of zero. The paper looks for that lag up to sqrt(N). Here it is up to N / 2, for a curve that
-    drifts more slowly would get blocks that are far too short.
+    Correlations count up to twice the lag after which the next five are all within 2 sqrt(log10 N / N) of zero (the
+    paper's max(5, sqrt(log10 N)) is five for any curve). The paper looks for that lag up to sqrt(N). Here it is up to
+    N / 2, for a curve that drifts more slowly would get blocks that are far too short.
     """
     count = len(values)
     covariance = _autocovariance(values)
     if count < MIN_BLOCKS or covariance[0] <= 0:
         return 1
     correlation = covariance / covariance[0]
-    quiet, last = max(5, int(math.log10(count) ** 0.5)), count // 2
+    quiet, last = 5, count // 2
     large = np.abs(correlation[1 : last + quiet + 1]) > 2 * (math.log10(count) / count) ** 0.5
     calm = np.nonzero(np.convolve(large, np.ones(quiet), mode="valid") == 0)[0]
     lags = np.arange(1, min(2 * max(1, int(calm[0]) if len(calm) else last), count - 1) + 1)

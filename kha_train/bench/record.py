@@ -10,7 +10,7 @@ made ones and links to their files.
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import resource
 import shutil
@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kha_train.analysis.report import page_in
 from kha_train.bench import protocol
 from kha_train.bench.made_record import MadeRun, Template
 from kha_train.errors import KhaError
-from kha_train.record import read_run
+from kha_train.record import read_last_metrics, read_run
 from kha_train.record.columns_twin import TWIN_FILE
 from kha_train.record.reader import METRICS_FILE
 
@@ -127,7 +128,7 @@ def _of_length(template: Template, folder: Path, steps: int, asked: Sequence[str
             (run / TWIN_FILE).unlink(missing_ok=True)
         if _is_asked(name, asked):
             costs[name] = _cost(arguments)
-    page = pages[6] / "index.html"
+    page = page_in(pages[6])
     sizes = {"record_bytes": (runs[0] / METRICS_FILE).stat().st_size}
     sizes |= {"page_bytes": page.stat().st_size} if page.exists() else {}
     # Its record grows, and with it those that are links to it.
@@ -140,9 +141,7 @@ def _resume(made: MadeRun) -> dict[str, Cost]:
     """Start and end of a resume of two steps; processor time and memory are those of the whole of it."""
     whole = _cost(["train", *made.overrides])
     ended = time.time()
-    with (made.run_dir / METRICS_FILE).open("rb") as file:
-        file.seek(-8192, os.SEEK_END)
-        last = json.loads(file.read().splitlines()[-1])
+    last = read_last_metrics(made.run_dir)[-1]
     start = sum(read_run(made.run_dir)["startup_seconds"].values())
     return {"start": whole._replace(seconds=start), "end": whole._replace(seconds=ended - last["time"])}
 
@@ -154,9 +153,7 @@ def _sweep_point(root: Path, overrides: Sequence[str]) -> float:
         _cost(["sweep", "--print", "--name", "points", "--dir", str(root), *settings, *grid]).cpu_seconds
         for grid in ([setting.partition(",")[0] for setting in GRID], GRID)
     ]
-    points = 1
-    for setting in GRID:
-        points *= setting.count(",") + 1
+    points = math.prod(setting.count(",") + 1 for setting in GRID)
     return (seconds[1] - seconds[0]) / (points - 1)
 
 

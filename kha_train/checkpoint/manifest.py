@@ -137,10 +137,11 @@ def parse_manifest(raw: bytes, where: str = MANIFEST_FILE) -> Manifest:
     check = _Check(where)
     top = check.mapping(_loads(raw, check), "top level")
     if top.get("format") != (VERSION_WITH_KINDS if "kinds" in top else VERSION):
+        allowed = f"{VERSION} or {VERSION_WITH_KINDS}"
         if _is_whole(raw):
             problem, fix = "written by another version, in a format unknown here", "use the version that wrote it"
-            raise FormatError(problem, field=where, value=str(top.get("format"))[:80], allowed=f"{VERSION}", fix=fix)
-        check.fail("unknown format version", f"{VERSION}", top.get("format"))
+            raise FormatError(problem, field=where, value=str(top.get("format"))[:80], allowed=allowed, fix=fix)
+        check.fail("unknown format version", allowed, top.get("format"))
     sections = ("files", "parameters", "buffers", *(["kinds"] if "kinds" in top else []))
     check.keys(top, {"format", "step", "tool", "sha256", *sections}, "top level")
     contents = parse_contents({name: top[name] for name in sections}, where)

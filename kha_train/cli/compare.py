@@ -32,8 +32,9 @@ def compare(
 ) -> None:
     """Compare finished or living runs: what they reached, how they differ, and what that is worth.
 
-    A page that this command made of the same runs is replaced; nothing else is. A damaged run beside two or more whole
-    ones is passed over, and the command ends with its error when the others are compared."""
+    A page that this command made of the same runs is replaced; nothing else is. A damaged run that is
+    named beside two or more whole ones is passed over, and the command ends with its error when the others are
+    compared."""
     ahead = read_ahead(find_runs(runs, lambda text: None, trained=True))
     read = cache(ahead.run)
     passed_over: list[str] = []

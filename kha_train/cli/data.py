@@ -135,17 +135,8 @@ def tokenize(
         )
     said: list[str] = []
     encoded: list[int] = []
-    encode: Callable[..., dict[str, Manifest]]
     started = time.perf_counter()
-    if corpus_dir:
-        total = sum(split_path(corpus_dir, split).stat().st_size for split in SPLITS)
-        encode = partial(encode_corpus, corpus_dir)
-    else:
-        assert text is not None, "one of the two was asked for"
-        size = sum(file.path.stat().st_size for file in find_files(text, "text", field).files)
-        total = size * (2 if drop_repeated else 1)
-        share = VALIDATION_PERCENT if validation_percent is None else validation_percent
-        encode = partial(encode_files, text, field=field, validation_percent=share, drop_repeated=drop_repeated)
+    total, encode = _work(corpus_dir, text or [], field, validation_percent, drop_repeated)
     with _progress("tokenizing", total) as advance:
         manifests = encode(
             tokenizer_file,
@@ -163,6 +154,18 @@ def tokenize(
     speed = round(sum(encoded) / 1e6 / (time.perf_counter() - started), 2)
     used = manifests["train"].tool.rpartition(", ")[2]
     _answer({**answer, "encoder": used, "notes": said, "megabytes_per_second": speed}, as_json)
+
+
+def _work(
+    corpus_dir: Path | None, texts: list[Path], field: str, percent: float | None, drop_repeated: bool
+) -> tuple[int, Callable[..., dict[str, Manifest]]]:
+    """How many bytes are to be read, and what encodes them: a corpus, else `texts`."""
+    if corpus_dir:
+        return sum(split_path(corpus_dir, split).stat().st_size for split in SPLITS), partial(encode_corpus, corpus_dir)
+    size = sum(file.path.stat().st_size for file in find_files(texts, "text", field).files)
+    share = VALIDATION_PERCENT if percent is None else percent
+    encode = partial(encode_files, texts, field=field, validation_percent=share, drop_repeated=drop_repeated)
+    return size * (2 if drop_repeated else 1), encode
 
 
 def _dataset(directory: Path, made: Manifest) -> dict[str, Any]:
@@ -264,8 +267,10 @@ def inspect(
         names = {f"documents in {path.rstrip('/').rpartition('/')[2]}": bars for path, bars in counts.items()}
         save_bars(png, names, x_label="tokens of a document", mark=mark)
     for path, found in answer.items():
-        found |= {"png": str(png)} if png is not None else {}
-        found |= {} if as_json else {"documents_by_tokens": _bars(counts[path])}
+        if png is not None:
+            found["png"] = str(png)
+        if not as_json:
+            found["documents_by_tokens"] = _bars(counts[path])
     _answer(answer, as_json)
 
 

@@ -55,7 +55,7 @@ def _choice_inside(cls: type[T], value: object, path: str) -> Replace | None:
     hints = get_type_hints(cls)
     takes = [field.name for field in fields(cls) if get_origin(hints[field.name]) is Literal]
     takes = [name for name in takes if isinstance(value, str) and value in get_args(hints[name])]
-    return Replace(f"{path}.{takes[0]}", "did you mean {}?", old=path) if len(takes) == 1 else None
+    return did_you_mean(path, f"{path}.{takes[0]}") if len(takes) == 1 else None
 
 
 def to_plain(config: Dataclass) -> dict[str, Any]:

@@ -129,11 +129,9 @@ def sweep_command(overrides: Sequence[str]) -> Instead:
 
 def _refuse_grids(overrides: list[str]) -> None:
     """A run takes one value of each setting. Raises ConfigError, with the sweep that takes several."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     # Only these characters can make a list of choices, and the parser is slow.
     for text in (text for text in overrides if re.search(r"=.*[,(]", text)):
-        parsed = OverridesParser.create().parse_override(text)
+        parsed = _parsed(text)
         if not parsed.is_sweep_override():
             continue
         kind = parsed.value_type
@@ -296,11 +294,10 @@ def _example(key: str, value: str) -> str:
 
 
 def _parses(override: str) -> bool:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     try:
-        OverridesParser.create().parse_override(override)
+        _parsed(override)
     except HydraException:
         return False
     return True
@@ -381,4 +378,5 @@ def _not_an_override(at: int, overrides: list[str]) -> ConfigError:
 
 def _groups() -> dict[str, list[str]]:
     """The names of the presets of every group."""
-    return {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in shipped("configs").iterdir()}
+    groups = (path for path in shipped("configs").iterdir() if path.is_dir())
+    return {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in groups}

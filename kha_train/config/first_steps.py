@@ -14,6 +14,7 @@ QUICKSTART = "quickstart"
 def quickstart_first(path: Path | str) -> First | None:
     """`kha quickstart` where it would make the missing `path`; None where `path` is nothing of it, or it has run."""
     parts = Path(os.path.relpath(path)).parts
-    if parts[0] != QUICKSTART or Path(*parts[:2]).exists():
+    # The directory itself has no parts.
+    if parts[:1] != (QUICKSTART,) or Path(*parts[:2]).exists():
         return None
     return First("kha quickstart")

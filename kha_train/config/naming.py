@@ -135,8 +135,9 @@ def _shortened(parts: Sequence[str]) -> str:
 
 
 def _told(key: str, value: Any, now: Mapping[str, Any]) -> str:
-    """A setting as part of a name: the last words of its key that name it alone, and its value. Of a path its last
-    folder that says something; nothing of validation data, which the digest tells apart."""
+    """A setting as part of a name: the last words of its key that name it alone, and its value. Of `data.train`
+    its last folder that says something, of other places the last word of the key, and nothing of validation data: the
+    digest tells them apart."""
     if key in PLACES:
         folders = [part for part in PurePosixPath(str(value)).parts if part not in ("train", "/")]
         return {"data.train": "".join(folders[-1:]), "data.validation": ""}.get(key, key.rpartition(".")[2])
@@ -162,7 +163,7 @@ def _text(value: Any) -> str:
 
 
 def _within(key: str, section: str) -> bool:
-    return not section or f"{key}.".startswith(f"{section}.")
+    return f"{key}.".startswith(f"{section}.")
 
 
 def _key(override: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from kha_train.config.build import nearest
+from kha_train.config.build import did_you_mean, nearest
 from kha_train.errors import ConfigError, Replace
 
 _PLACES = {"interaction": "interaction@attention.interaction"}
@@ -43,7 +43,7 @@ def _check_choice(override: str, group: str, name: str, presets: Mapping[str, Se
         homes = [other for other, names in presets.items() if name in names]
         told = nearest(name, presets[group])
         if len(homes) == 1 and not override.startswith("~"):
-            told["fix"] = Replace(f"{chosen_as(homes[0])}={name}", "did you mean {}?", old=override)
+            told["fix"] = did_you_mean(override, f"{chosen_as(homes[0])}={name}")
         raise ConfigError("no such preset", field=group, value=name, **told)
     if override.startswith("~"):
         raise ConfigError("a preset is chosen, never deleted", field=group, value=name, fix="leave it out")

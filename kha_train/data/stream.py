@@ -75,7 +75,7 @@ class TokenStream:
         self._most_read = max(1, _READ_BYTES // (size * samples.row_bytes))
         self._reader = InOrder("data-prefetch") if prefetch else None
         self._ahead: deque[Future[deque[_Ready]]] = deque()
-        self._batches: deque[_Ready] = deque()
+        self._batches: deque[_Ready]
         self._waited = 0.0
         self._skip_windows: tuple[Window, ...] = ()
         self.samples_seen = 0

@@ -12,7 +12,7 @@ from kha_train.config.resolve import precision_on
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import World
 from kha_train.engine.contract import Fragment, InitialValue
-from kha_train.model.decoder import Decoder, build_decoder
+from kha_train.model.decoder import Decoder, DecoderOutput, build_decoder
 from kha_train.model.host import spare_the_compiler, use_tensor_cores
 from kha_train.model.init import initial_value, initial_values, interaction_identities, reset_buffers
 from kha_train.optim import ShareOptimizer
@@ -102,6 +102,13 @@ def share_identities(
             whole = initial_value(rule, 0, fragment.name, fragment.shape).flatten()
             part = whole[fragment.start : fragment.start + length]
             shared[fragment.flat].narrow(0, fragment.offset, length).copy_(part)
+
+
+def scaled_loss(output: DecoderOutput, loss_scale: float, token_scale: float) -> Tensor:
+    """What is back-propagated of a micro-batch, see `contract.Engine.accumulate`."""
+    assert output.loss_sum is not None, "the batch has labels"
+    loss = output.loss_sum * loss_scale
+    return loss if output.auxiliary is None else loss + output.auxiliary.total_sum * token_scale
 
 
 def moment_dtype(config: RunConfig) -> torch.dtype:

@@ -38,6 +38,7 @@ from kha_train.engine.building import (
     persistent_buffers,
     prepare_device,
     resolve_dtype,
+    scaled_loss,
     share_identities,
     spare_optimizers_the_compiler,
 )
@@ -94,11 +95,7 @@ class Engine:
         """See `contract.Engine.accumulate`."""
         self._engine.set_gradient_accumulation_boundary(last)
         output: DecoderOutput = self._engine(*inputs_of(batch, self.world.device))
-        assert output.loss_sum is not None, "the batch has labels"
-        loss = output.loss_sum * loss_scale
-        if output.auxiliary is not None:
-            loss = loss + output.auxiliary.total_sum * token_scale
-        self._engine.backward(loss, scale_wrt_gas=False)
+        self._engine.backward(scaled_loss(output, loss_scale, token_scale), scale_wrt_gas=False)
         if last:
             self._norm = self._norm_before_step()
         return output
@@ -263,9 +260,6 @@ class Engine:
         with _replaced(place, name, replacement):
             self._engine.step()
         self._norm = None
-
-
-leave_world = Engine.leave_world
 
 
 def _import_deepspeed(device: torch.device) -> Any:

@@ -23,6 +23,7 @@ from kha_train.engine.building import (
     persistent_buffers,
     prepare_device,
     resolve_dtype,
+    scaled_loss,
     share_identities,
     spare_optimizers_the_compiler,
 )
@@ -60,11 +61,7 @@ class Engine:
     def accumulate(self, batch: Batch, loss_scale: float, token_scale: float, last: bool) -> DecoderOutput:
         """See `contract.Engine.accumulate`."""
         output: DecoderOutput = self.decoder(*inputs_of(batch, self.world.device))
-        assert output.loss_sum is not None, "the batch has labels"
-        loss = output.loss_sum * loss_scale
-        if output.auxiliary is not None:
-            loss = loss + output.auxiliary.total_sum * token_scale
-        loss.backward()
+        scaled_loss(output, loss_scale, token_scale).backward()
         if last or self.config.engine.grad_accum_dtype == "fp32":
             self._collect_gradients()
         if last:

@@ -62,8 +62,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def inputs_of(batch: HostBatch, device: torch.device) -> DecoderInputs:
-    """What `Decoder.forward` reads of a batch, on the device and in its order. One without `real_R` has no padding."""
-    real_R: Tensor | None = getattr(batch, "real_R", None)
+    """What `Decoder.forward` reads of a batch, on the device and in its order."""
     return DecoderInputs(
         to_device(batch.tokens_BT, device),
         to_device(batch.labels_BT, device),
@@ -71,7 +70,7 @@ def inputs_of(batch: HostBatch, device: torch.device) -> DecoderInputs:
         to_device(batch.cu_seqlens_S, device),
         batch.max_seqlen,
         to_device(torch.from_numpy(batch.samples_B), device),
-        None if real_R is None else to_device(real_R, device),
+        None if batch.real_R is None else to_device(batch.real_R, device),
     )
 
 

@@ -38,9 +38,9 @@ VALUE = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 """No control characters, no line breaks, nothing that UTF-8 cannot express."""
 OPTION = re.compile(r"[a-z][a-z-]*")
 OURS = (
-    *("array", "nodes", "gpus-per-node", "job-name", "output", "error", "open-mode", "requeue", "no-requeue", "wrap"),
-    *("parsable", "export"),
-)
+    "array", "nodes", "gpus-per-node", "job-name", "output", "error", "open-mode", "requeue", "no-requeue", "wrap",
+    "parsable", "export",
+)  # fmt: skip
 """Options that a sweep's protocol stands on."""
 
 

@@ -203,7 +203,7 @@ def _median(lines: list[dict[str, Any]], key: str) -> float | None:
 def _seconds_left(
     recent: list[dict[str, Any]], step: int, steps: int | None, attempts: list[dict[str, Any]]
 ) -> float | None:
-    """From the steps of the last attempt, without its first: pauses between attempts and compilers tell nothing."""
+    """From the steps of the last attempt, without its first two: pauses between attempts and compilers tell nothing."""
     began = attempts[-1].get("start_step", 0) if attempts else 0
     own = [line for line in recent if line.get("attempt", 1) >= len(attempts) and line["step"] > began + WARM_UP_STEPS]
     if steps is None or len(own) < STEADY_STEPS or any("time" not in line for line in own):

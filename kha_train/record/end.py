@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kha_train.foreign.files import check_regular
+from kha_train.foreign.files import open_regular
 
 PIECE = 128 * 2**10
 """Bytes that are read at once, at least."""
@@ -16,12 +16,9 @@ def read_end(path: Path, lines: int = 1) -> tuple[int, bytes]:
 
     A missing file is empty. Raises DataError when `path` is no file.
     """
-    check_regular(path)
-    try:
-        file = path.open("rb")
-    except (FileNotFoundError, NotADirectoryError):
-        return 0, b""
-    with file:
+    with open_regular(path) as file:
+        if file is None:
+            return 0, b""
         start, content = file.seek(0, 2), b""
         # Of n newlines one ends a line that begins before the piece, and the last line may be torn.
         while start and content.rstrip(b"\0\n").count(b"\n") <= lines:

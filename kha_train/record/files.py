@@ -22,6 +22,11 @@ PICTURE = (b"\x89PNG\r\n\x1a\n", b"<?xml ", b"%PDF-")
 """How a file of matplotlib begins: PNG, SVG, PDF."""
 
 
+def size_of(path: Path) -> int:
+    """Bytes of the file `path`, 0 where there is none."""
+    return path.stat().st_size if path.is_file() else 0
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replaces `path` by `content` as `write_text` does."""
     write_text(path, json.dumps(encode(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n")

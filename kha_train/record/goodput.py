@@ -66,10 +66,9 @@ def goodput_of(totals: Totals, attempts: Sequence[Mapping[str, Any]]) -> Goodput
         starting += max(0.0, (signs["began"] if signs else ended) - began)
         seen = [signs["last"]] if signs else []
         last_sign = max(last_sign, ended if attempt["state"] != "lost" else began, *seen)
-    buckets = ("productive", "skipped", "lost", "data_wait", "checkpoint")
     return Goodput(
         wall=last_sign - attempts[0]["started"],
         starting=starting,
         down=down,
-        **{name: totals.seconds(name) for name in buckets},
+        **{name: totals.seconds(name) for name in totals.sums},
     )

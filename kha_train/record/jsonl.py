@@ -79,8 +79,7 @@ def parse(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(record, dict):
         return None
-    # Few lines have a word, and none may spell its letters as escapes.
-    return decode(record) if any(word in line for word in _WORDS) or b"\\" in line else record
+    return decode(record) if _may_have_words(line) else record
 
 
 def parse_all(lines: Sequence[bytes]) -> list[dict[str, Any] | None]:
@@ -101,11 +100,16 @@ def _parsed(lines: Sequence[bytes]) -> list[dict[str, Any] | None]:
     one_each = len(found) == 2 * len(lines) - 1 and found[1::2].count(between) == len(lines) - 1
     if not one_each or any(type(record) is not dict for record in records):
         return [parse(line) for line in lines]
-    has_words = b"\\" in joined or any(word in joined for word in _WORDS)
+    has_words = _may_have_words(joined)
     for place, line in enumerate(lines):
-        if has_words or line.count(b"{") + line.count(b"[") > MAX_DEPTH:
+        if (has_words and _may_have_words(line)) or line.count(b"{") + line.count(b"[") > MAX_DEPTH:
             records[place] = parse(line)
     return records
+
+
+def _may_have_words(text: bytes) -> bool:
+    """Whether a non-finite number may stand in `text`, which few lines have; letters may be spelled as escapes."""
+    return b"\\" in text or any(word in text for word in _WORDS)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,8 @@ from kha_train.record.redact import Redactor
 
 class Marker(Enum):
     """DONE: all steps are trained. REQUEUE: stopped and saved in good order, start it again. FATAL: do not start it
-    again without looking. STOP: written by a user; the run saves a checkpoint and stops after the current step.
+    again without looking. STOP: written by a user; the run stops after the current step, or amid a long
+    one, and saves.
     """
 
     DONE = "DONE"

@@ -57,8 +57,8 @@ def read_metrics_after(path: Path, step: int) -> tuple[int, list[dict[str, Any]]
             break
         count = 4 * len(lines)
     kept = sum(line["step"] <= step for line in lines)
-    ends = [*tail.offsets(), tail.start + tail.whole]
-    return ends[kept], lines[kept:]
+    rest = tail.content[: tail.whole].split(b"\n", kept)[-1]
+    return tail.start + tail.whole - len(rest), lines[kept:]
 
 
 def read_metrics_at(path: Path, step: int) -> dict[str, Any] | None:

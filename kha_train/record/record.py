@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kha_train.config.compose import load_plain
-from kha_train.errors import KhaError
+from kha_train.errors import DataError, KhaError
 from kha_train.foreign.files import check_regular
 from kha_train.record.attempts import CONFIG, CONFIG_FILE, config_entry
 from kha_train.record.failures import FAILURES, RANKS
@@ -71,7 +71,9 @@ class Record:
             opened.callback(self._events.close)
             self._recover()
             self.last_step = _last_step(run_dir)
-            self._totals = known_totals(run_dir)
+            # Damage that a start does not touch is for those who read the whole curve, and for the end.
+            with suppress(DataError):
+                self._totals = known_totals(run_dir)
             opened.pop_all()
 
     @classmethod

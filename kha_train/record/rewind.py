@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from kha_train.foreign.files import check_regular
+from kha_train.foreign.files import open_regular
 from kha_train.foreign.typed import Source
 from kha_train.record.files import read_json, sync_directory, write_json
 from kha_train.record.jsonl import parse, to_line
@@ -85,7 +85,8 @@ def _check_fits(run_dir: Path, intent: dict[str, Any], first: int | None, undone
     if first != intent["metrics_size"] or len(undone) != intent["lines"]:
         allowed = f"where the lines after step {intent['step']} begin, {first}"
         raise source.fault("metrics_size", f"is not what it says of {METRICS_FILE}", intent["metrics_size"], allowed)
-    size, length, before, written = _written(run_dir / DISCARDED_FILE, intent["discarded_size"])
+    size = intent["discarded_size"]
+    length, before, written = _written(run_dir / DISCARDED_FILE, size)
     began_here = {line.rstrip(b"\n") for line in undone}
     foreign = [line for line in written.split(b"\n") if parse(line) is not None and line not in began_here]
     if size > length or before not in (b"", b"\n") or foreign:
@@ -93,12 +94,11 @@ def _check_fits(run_dir: Path, intent: dict[str, Any], first: int | None, undone
         raise source.fault("discarded_size", f"is not what it says of {DISCARDED_FILE}", size, allowed)
 
 
-def _written(path: Path, size: int) -> tuple[int, int, bytes, bytes]:
-    """(`size`, how long the file is, the byte before `size`, what follows it)."""
-    check_regular(path)
-    if not path.exists():
-        return size, 0, b"", b""
-    with path.open("rb") as file:
+def _written(path: Path, size: int) -> tuple[int, bytes, bytes]:
+    """(how long the file is, the byte before `size`, what follows it)."""
+    with open_regular(path) as file:
+        if file is None:
+            return 0, b"", b""
         length = file.seek(0, 2)
         file.seek(max(0, size - 1))
-        return size, length, file.read(min(size, 1)), file.read()
+        return length, file.read(min(size, 1)), file.read()

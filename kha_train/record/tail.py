@@ -43,15 +43,6 @@ class Tail:
             with self.path.open("rb") as file:
                 return check(1 + file.read(self.start).count(b"\n"))
 
-    def offsets(self) -> list[int]:
-        """Where each whole line begins in the file."""
-        found, content = [], self.content[: self.whole].removesuffix(b"\n")
-        at = 0 if content else -1
-        while at >= 0:
-            found.append(self.start + at)
-            at = content.find(b"\n", at) + 1 or -1
-        return found
-
 
 def read_tail(path: Path, lines: int = 1) -> Tail:
     """The end of the file `path`, as `read_end` has it."""

@@ -21,7 +21,7 @@ from typing import Annotated, Any, BinaryIO, TypedDict
 from kha_train.errors import DataError
 from kha_train.foreign.typed import LARGEST, Count, Length, Match, Range
 from kha_train.record.actions import UNDONE
-from kha_train.record.files import read_json, replace_json
+from kha_train.record.files import read_json, replace_json, size_of
 from kha_train.record.jsonl import objects, whole_until
 from kha_train.record.reader import DISCARDED_FILE, EVENTS_FILE, METRICS_FILE, read_discarded, read_events, read_metrics
 from kha_train.record.schema import check_discarded, check_events, check_metrics
@@ -145,7 +145,7 @@ def known_totals(run_dir: Path) -> Totals | None:
     kept = load_totals(run_dir)
     if kept is not None:
         return kept
-    return totals_of(run_dir) if sum(_size(run_dir / name) for name in FILES) <= SHORT else None
+    return totals_of(run_dir) if sum(size_of(run_dir / name) for name in FILES) <= SHORT else None
 
 
 def load_totals(run_dir: Path) -> Totals | None:
@@ -170,21 +170,21 @@ def load_totals(run_dir: Path) -> Totals | None:
 
 
 def save_totals(run_dir: Path, totals: Totals) -> None:
-    """Keep `totals`, which are those of the files as they are now. Where the disk does not take
-    them, the next reader adds up more lines."""
-    kept: TotalsFile = {
-        "format": FORMAT,
-        "marks": [list(_mark(run_dir / name)) for name in FILES],
-        "lines": totals.lines,
-        "undone": totals.undone,
-        "untimed": totals.untimed,
-        "sums": {name: format(value, "x") for name, value in totals.sums.items()},
-        "attempts": {str(number): signs for number, signs in totals.attempts.items()},
-        "diverged": [list(place) for place in totals.diverged],
-        "digest": "",
-    }
-    kept["digest"] = _digest(kept)
+    """Keep `totals`, which are those of the files as they are now. Where the disk does not take them, or does not show
+    the files, the next reader adds up more lines."""
     with suppress(OSError):
+        kept: TotalsFile = {
+            "format": FORMAT,
+            "marks": [list(_mark(run_dir / name)) for name in FILES],
+            "lines": totals.lines,
+            "undone": totals.undone,
+            "untimed": totals.untimed,
+            "sums": {name: format(value, "x") for name, value in totals.sums.items()},
+            "attempts": {str(number): signs for number, signs in totals.attempts.items()},
+            "diverged": [list(place) for place in totals.diverged],
+            "digest": "",
+        }
+        kept["digest"] = _digest(kept)
         replace_json(run_dir / TOTALS_FILE, dict(kept))
 
 
@@ -216,10 +216,6 @@ def _add_all(
         totals.happened(event)
     for line in undone:
         totals.add_undone(line)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
 
 
 def _mark(path: Path) -> tuple[int, int]:

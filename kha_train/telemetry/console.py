@@ -77,7 +77,7 @@ class Console:
             seconds_left=self._time_left.after_step(now, self.total_steps - line["step"]),
             memory_total_gib=self._memory_total_gib,
             checkpoint_step=self._checkpoint,
-            width=self._width - (0 if self._live else len(self._time())),
+            width=self._width,
         )
         if self._live is not None:
             self._progress.update(self._task, completed=line["step"])
@@ -133,8 +133,10 @@ class Console:
 
     @property
     def _width(self) -> int:
-        """Of a step line with its time. In a log the time is not counted: nothing is narrow there."""
-        return min(self._rich.width, MAX_WIDTH) if self._is_fitted else MAX_WIDTH + len(self._time())
+        """Of a step line without its time, which it does not have below a bar."""
+        if not self._is_fitted:
+            return MAX_WIDTH
+        return min(self._rich.width, MAX_WIDTH) - (0 if self._live else len(self._time()))
 
     def _time(self) -> str:
         """The beginning of a line."""

@@ -14,6 +14,7 @@ from kha_train.config.compose import load_plain, quoted
 from kha_train.config.saved import completed
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError, KhaError, ResumeError, Settings, either
+from kha_train.literal import say
 from kha_train.optim import learning_rate
 from kha_train.record.attempts import CONFIG_FILE
 from kha_train.variants.optimizer import OptimSection
@@ -89,7 +90,7 @@ def tell_rate_change(change: RateChange | None, is_main: bool) -> dict[str, floa
     if change is None:
         return {}
     if is_main:
-        print(f"note: {change}", flush=True)
+        say(f"note: {change}")
     return {"before": change.before, "planned": change.planned, "now": change.now}
 
 
@@ -116,7 +117,7 @@ def train_longer(config: RunConfig, finished: int) -> Settings:
         saved = {}
     longer = replace(config, run=replace(config.run, steps=2 * finished))
     way = ways(longer, rate_change(longer, saved, finished), ["run.steps"])[0]
-    return Settings(f"run.steps={longer.run.steps} {way.typed}", str(way).replace(way.typed, "{}"))
+    return Settings(f"run.steps={longer.run.steps} {way.typed}", way.shown)
 
 
 def _factor(one: float, other: float) -> float:

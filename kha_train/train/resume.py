@@ -26,7 +26,7 @@ from kha_train.model.decoder import build_decoder
 from kha_train.model.moe.router import RUN_STATE
 from kha_train.record import Redactor, read_run
 from kha_train.record.redact import REDACTED
-from kha_train.train.progress import Progress, read_state, restore_watch
+from kha_train.train.progress import Progress, TrainerState, read_state, restore_watch
 from kha_train.train.rate_change import RateChange, check_rate, rate_change, ways
 from kha_train.train.watch import Watch
 
@@ -85,8 +85,8 @@ def check_belongs(
     Parameters of other names or shapes, and an optimiser that keeps other states, are refused whatever is allowed:
     the optimiser's state has no place for them.
     """
-    differing = not_allowed(config, differences(config, checkpoint, content_ids, precisions), *free)
     state = read_state(checkpoint, _row_may_change(config))
+    differing = not_allowed(config, differences(config, state, content_ids, precisions), *free)
     change = rate_change(config, state.config, state.progress.step)
     if differing:
         names = [key for key, _, _ in differing]
@@ -138,12 +138,13 @@ def _places(config: RunConfig, checkpoint: Checkpoint) -> tuple[bool, bool, bool
     buffers = {name: buffer for name, buffer in decoder.named_buffers() if name in kept}
     model = {name: tuple(value.shape) for name, value in (dict(decoder.named_parameters()) | buffers).items()}
     saved = checkpoint.names() | {name: entry.shape for name, entry in checkpoint.manifest.contents.buffers.items()}
-    shapes_fit = all(model[name] == saved[name] for name in model.keys() & saved.keys())
+    both, detectors_fit = model.keys() & saved.keys(), True
+    shapes_fit = all(model[name] == saved[name] for name in both)
     try:
         restore_watch(Watch(config), checkpoint)
     except CheckpointError:
-        return bool(model.keys() & saved.keys()), shapes_fit, False
-    return bool(model.keys() & saved.keys()), shapes_fit, shapes_fit and model.keys() == saved.keys()
+        detectors_fit = False
+    return bool(both), shapes_fit, shapes_fit and detectors_fit and model.keys() == saved.keys()
 
 
 def not_allowed(config: RunConfig, changes: list[tuple[str, Json, Json]], *free: str) -> list[tuple[str, Json, Json]]:
@@ -164,14 +165,13 @@ def check_same_data(first: dict[str, str], content_ids: dict[str, str]) -> None:
 
 
 def differences(
-    config: RunConfig, checkpoint: Checkpoint, content_ids: dict[str, str], precisions: tuple[str, str] = ("", "")
+    config: RunConfig, state: TrainerState, content_ids: dict[str, str], precisions: tuple[str, str] = ("", "")
 ) -> list[tuple[str, Json, Json]]:
-    """(setting, its value in the checkpoint, its value now) of all that a run may not change without being asked.
-    Arguments as `check_belongs`.
+    """(setting, its value in the `state` of a checkpoint, its value now) of all that a run may not change without being
+    asked. Arguments as `check_belongs`.
 
     A setting that the checkpoint's release did not have counts as its declared earlier value.
     """
-    state = read_state(checkpoint, _row_may_change(config))
     # A checkpoint that does not name its content is not held against it.
     before = {name: state.content_ids.get(name, content_id)[:12] for name, content_id in content_ids.items()}
     now: dict[str, Any] = {name: content_id[:12] for name, content_id in content_ids.items()}

@@ -74,7 +74,7 @@ def _already_over(session: Session) -> Outcome:
         name, steps = session.config.run.name, session.finished_at
         say(f"{name}: all {steps} steps are trained already, nothing to do in {session.run_dir}")
         way = train_longer(session.config, steps)
-        effect = str(way).removeprefix(way.typed).strip()
+        effect = way.shown.removeprefix("{}").strip()
         say(f"to train longer{f', in a way that {effect}' if effect else ''}, add (see docs/resume.md, Train longer):")
         say(f"  {way.typed}")
         say(f"to look at it: kha compare {shlex.quote(str(session.run_dir))}")

@@ -19,6 +19,7 @@ from kha_train.distributed import World, is_known_to_all
 from kha_train.engine.contract import Engine
 from kha_train.errors import CheckpointError, CorruptionError, DataError, MachineError
 from kha_train.record.columns_twin import TWIN_FILE, read_columns
+from kha_train.record.files import size_of
 from kha_train.record.reader import METRICS_FILE
 from kha_train.train import resume
 from kha_train.train.memory import as_memory_error
@@ -59,7 +60,7 @@ class Saver:
         self._host = HostBuffers()
         self._step = 0
         # Columns of an earlier start are nearly whole.
-        self._columns_of = _size(run_dir / METRICS_FILE) if (run_dir / TWIN_FILE).exists() else 0
+        self._columns_of = size_of(run_dir / METRICS_FILE) if (run_dir / TWIN_FILE).exists() else 0
         self._stall = self._stall_of_save = 0.0
         self._last_begun = time.monotonic()
         self._error: CheckpointError | None = None
@@ -173,14 +174,10 @@ class Saver:
     def _after_publish(self) -> None:
         """Retention after a save, beside training. What cannot be deleted now is tried again after the next one: the
         save stands. The columns of a long record are kept up here, so that its end need not parse it."""
-        with suppress(OSError, DataError):
-            size = _size(self._run_dir / METRICS_FILE)
+        with suppress(OSError):
+            prune(self._run_dir, replace(self._keep, steps=frozenset(self._protect())))
+        with suppress(OSError, DataError, MemoryError):
+            size = size_of(self._run_dir / METRICS_FILE)
             if size - self._columns_of >= COLUMNS_EVERY:
                 self._columns_of = size
                 read_columns(self._run_dir)
-        with suppress(OSError):
-            prune(self._run_dir, replace(self._keep, steps=frozenset(self._protect())))
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kha_train.analysis.spikes import read_curve, score_curve
-from kha_train.bench.made_record import MORE, RESTART_EVERY, UNDONE, Template
+from kha_train.bench.made_record import MORE, UNDONE, Template
 from kha_train.config.compose import compose
 from kha_train.operate.status import run_status
 from kha_train.record import read_discarded, read_events, read_metrics, read_run
@@ -56,7 +56,6 @@ def test_a_long_made_run_was_killed_and_has_undone_lines(
     tmp_path: Path, template: Template, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kha_train.bench.made_record.RESTART_EVERY", 100)
-    assert RESTART_EVERY > 100
     made = template.make(tmp_path / "run", 250)
     assert [line["attempt"] for line in read_metrics(made.run_dir)] == [1] * 100 + [2] * 100 + [3] * 50
     assert [line["step"] for line in read_discarded(made.run_dir)][: UNDONE + 1] == [*range(101, 101 + UNDONE), 201]

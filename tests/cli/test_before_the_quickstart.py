@@ -40,7 +40,7 @@ def test_what_the_quickstart_does_not_make_or_has_made_is_no_reason_to_type_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert quickstart_first(Path("runs/mine")) is None
+    assert quickstart_first(Path("runs/mine")) is None and quickstart_first(".") is None
     assert quickstart_first(tmp_path / "quickstart" / "runs") is not None
     (tmp_path / "quickstart" / "runs").mkdir(parents=True)
     assert quickstart_first("quickstart/runs/mistyped") is None

@@ -234,8 +234,8 @@ def kha(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.M
 @pytest.fixture
 def short_benches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of commands that run others, one is enough; peers would come from a network; a corpus of a few packages."""
-    stages = [gpu.Stage("attention layer", ("attention", *TINY, "--blocks", "3"), 60), gpu.Stage("none", ("none",), 60)]
-    monkeypatch.setattr(gpu, "stages", lambda rehearse: stages[:1])
+    stage = gpu.Stage("attention layer", ("attention", *TINY, "--blocks", "3"), 60)
+    monkeypatch.setattr(gpu, "stages", lambda rehearse: [stage])
     monkeypatch.setattr(everything, "QUICK", {"attention": (*TINY, "--blocks", "3")})
     monkeypatch.setattr(loaders, "install_peers", lambda folder, say: Path(sys.executable))
     monkeypatch.setattr(loaders, "PEERS", ())

@@ -72,5 +72,6 @@ def test_an_override_typed_in_another_way_is_answered_with_the_override(typed: s
 
 
 def test_a_value_that_may_be_a_secret_is_not_repeated() -> None:
+    for typed in (["data.train", "me@hunter2"], ["--data.train=me@hunter2"]):
+        assert _refused(*typed).fix == "data.train=..."
     assert "hunter2" not in str(_refused("data.train", "s3://me:hunter2@store/x").fix)
-    assert "hunter2" not in str(_refused("--data.train=s3://me:hunter2@store/x").fix)

@@ -76,7 +76,7 @@ def test_a_grid_asks_hydra_once_for_each_choice_of_presets(tmp_path: Path, monke
     assert sorted(asked) == [("attention=gqa",), ("attention=kha_linear",), ("attention=kha_mlp",)]
 
 
-def test_a_point_leaves_no_trace_in_the_next(tmp_path: Path) -> None:
+def test_a_point_leaves_no_trace_in_the_next() -> None:
     first = module.compose(["optim.betas=[0.5,0.6]", "run.steps=7", "run.name=odd"])
     second = module.compose([])
     assert first.optim.betas != second.optim.betas

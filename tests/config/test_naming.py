@@ -60,8 +60,6 @@ CHOICES: dict[str, list[Any]] = {
     "data.global_batch_size": [8, 16],
     "run.init_from": ["''", "runs/a", "runs/b"],
 }
-
-
 CHOSEN = st.fixed_dictionaries({}, optional={key: st.sampled_from(CHOICES[key]) for key in CHOICES})
 
 
@@ -77,9 +75,7 @@ def test_what_a_resumed_run_may_change_is_no_other_run(overrides: list[str]) -> 
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    st.lists(st.fixed_dictionaries({}, optional={key: st.sampled_from(CHOICES[key]) for key in CHOICES}), max_size=6)
-)
+@given(st.lists(CHOSEN, max_size=6))
 def test_different_settings_have_different_names_that_are_safe_and_stable(chosen: list[dict[str, Any]]) -> None:
     named: dict[str, dict[str, Any]] = {}
     for choice in chosen:

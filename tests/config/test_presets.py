@@ -55,6 +55,11 @@ def test_any_other_spelling_of_a_group_ends_in_a_configuration_error(group: str,
             _refused(f"{spelling.format(group=group, key=chosen_as(group))}={value}")
 
 
+@pytest.mark.parametrize("typed", ["config.yml=1", "confg.yaml=x", "config.yaml=x"])
+def test_the_file_beside_the_groups_is_none_of_them(typed: str) -> None:
+    assert not _refused(typed).typed_fixes
+
+
 def test_a_preset_of_one_other_group_is_answered_with_that_group() -> None:
     homes: dict[str, list[str]] = {}
     for group, names in PRESETS.items():

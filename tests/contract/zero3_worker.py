@@ -39,6 +39,7 @@ def batch_of(config: RunConfig) -> SimpleNamespace:
         cu_seqlens_S=torch.tensor([0, 10, length, 2 * length], dtype=torch.int32),
         max_seqlen=length,
         samples_B=torch.arange(rows).numpy(),
+        real_R=None,
     )
 
 

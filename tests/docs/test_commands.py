@@ -28,14 +28,12 @@ ROOT = Path(__file__).resolve().parents[2]
 TYPED = ("README.md", "docs/launch.md", "docs/configuration.md", "docs/resume.md")
 """In this order, in one directory: later pages use the data that the first one makes."""
 LANGUAGES = ("sh", "text", "console", "python")
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "KHA_LAUNCH")
 
 NEEDS = {
     "checkout": "files of a checkout, or an installation",
     "gpu": "a CUDA device",
     "network": "a download",
     "slurm": "a cluster",
-    "corpus": "text of your own, and hours",
 }
 FENCE = re.compile(r"^(```+)([^\n`]*)\n(.*?)^\1[ ]*$", re.MULTILINE | re.DOTALL)
 MARK = "### "
@@ -114,7 +112,7 @@ def unmet(text: str, output: str) -> list[str]:
 
 def _type(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     """Type the commands of `page` in `folder`, with this interpreter's environment first in PATH and no terminal."""
-    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHERS and "WANDB" not in name}
+    kept = {name: value for name, value in os.environ.items() if name != "KHA_LAUNCH" and "WANDB" not in name}
     environment = {
         **kept,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

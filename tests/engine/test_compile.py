@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from kha_train import distributed
 from kha_train.config.compose import compose
 from kha_train.data.stream import open_stream
-from kha_train.engine.deepspeed import Engine, leave_world
+from kha_train.engine.deepspeed import Engine
 from kha_train.train.step import next_batch, train_step
 from kha_train.train.watch import Ruling
 
@@ -29,7 +29,7 @@ def losses(overrides: list[str]) -> tuple[list[float], list[torch.Tensor]]:
         results = [train_step(engine, *next_batch(stream, world), 1e-2) for _ in range(STEPS)]
     finally:
         engine.close()
-        leave_world()
+        Engine.leave_world()
     return [result.loss for result in results], [result.load_LE for result in results]
 
 
@@ -97,7 +97,7 @@ def probed(overrides: list[str], every: int = 1) -> Probed:
             found.graphs.append(counters["stats"]["unique_graphs"])
     finally:
         engine.close()
-        leave_world()
+        Engine.leave_world()
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from kha_train import distributed
 from kha_train.config.compose import compose
 from kha_train.distributed import World
-from kha_train.engine.deepspeed import Engine, _import_deepspeed, _settings, leave_world
+from kha_train.engine.deepspeed import Engine, _import_deepspeed, _settings
 
 
 def source_of(member: object) -> str:
@@ -39,7 +39,7 @@ def test_its_groups_wait_as_long_as_the_settings_say(small: list[str], monkeypat
     world = distributed.start("cpu", 60.0)
     engine = Engine(compose([*small, "engine.collective_timeout_seconds=77"]), world)
     engine.close()
-    leave_world()
+    Engine.leave_world()
     assert given and set(given) == {timedelta(seconds=77)}
 
 
@@ -75,4 +75,4 @@ def test_matrices_of_experts_lie_at_multiples_of_16_bytes_beside_small_odd_ones(
         assert experts and all(matrix.data_ptr() % 16 == 0 for matrix in experts)
     finally:
         engine.close()
-        leave_world()
+        Engine.leave_world()

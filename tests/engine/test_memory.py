@@ -140,7 +140,7 @@ def test_the_largest_micro_batch_fits_and_one_more_row_does_not() -> None:
 @pytest.mark.gpu
 def test_planned_memory_of_cuda_is_within_15_percent_of_the_allocated_peak() -> None:
     from kha_train import distributed
-    from kha_train.engine.deepspeed import Engine, leave_world
+    from kha_train.engine.deepspeed import Engine
 
     config = compose(["model=moe_2_3b", "model.layers=4", "cluster=h100_1x1", "data.global_batch_size=2"])
     config = replace(config, engine=replace(config.engine, micro_batch_size=1, device="cuda"))
@@ -155,4 +155,4 @@ def test_planned_memory_of_cuda_is_within_15_percent_of_the_allocated_peak() -> 
     engine.apply(1e-4)
     assert plan_memory(config).total == pytest.approx(torch.cuda.max_memory_allocated(device), rel=0.15)
     engine.close()
-    leave_world()
+    Engine.leave_world()

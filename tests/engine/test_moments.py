@@ -12,7 +12,7 @@ import torch
 from kha_train import distributed
 from kha_train.config.compose import compose
 from kha_train.data.stream import open_stream
-from kha_train.engine.deepspeed import Engine, leave_world
+from kha_train.engine.deepspeed import Engine
 from kha_train.errors import ConfigError
 from kha_train.optim import AdamW
 from kha_train.train.resume import pieces
@@ -30,7 +30,7 @@ def engine_of(overrides: list[str]) -> Iterator[Engine]:
         yield engine
     finally:
         engine.close()
-        leave_world()
+        Engine.leave_world()
 
 
 def losses(engine: Engine, steps: int, skip: int = 0) -> list[float]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +229,33 @@ def test_kept_sums_that_are_damaged_or_foreign_are_passed_over(tmp_path: Path, d
     assert load_totals(tmp_path) is None
     assert goodput(tmp_path) == expected and expected is not None
     Record.open(tmp_path).close()
+
+
+def test_damage_that_a_start_does_not_touch_is_left_for_the_end_to_tell(tmp_path: Path) -> None:
+    record = Record.open(tmp_path)
+    record.begin_attempt(0)
+    record.step({"step": 1, "train/step_seconds": 0.5, "data/wait_seconds": 0.0, "train/skipped": 0})
+    record.close()
+    events = tmp_path / "events.jsonl"
+    events.write_bytes(b"[]\n" + events.read_bytes())
+    record = Record.open(tmp_path)
+    record.begin_attempt(1)
+    record.step({"step": 2, "train/step_seconds": 0.5, "data/wait_seconds": 0.0, "train/skipped": 0})
+    with pytest.raises(DataError, match="events.jsonl"):
+        record.goodput()
+    record.close()
+
+
+def test_sums_that_cannot_be_kept_end_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(path: Path) -> tuple[int, int]:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr("kha_train.record.totals._mark", stale)
+    monkeypatch.setattr("kha_train.record.record.SAVE_EVERY", 1)
+    with closing(Record.open(tmp_path)) as record:
+        record.begin_attempt(0)
+        record.step({"step": 1, "train/step_seconds": 0.5, "data/wait_seconds": 0.0, "train/skipped": 0})
+    assert not (tmp_path / TOTALS_FILE).exists()
 
 
 def test_a_line_that_is_damaged_at_the_end_of_a_long_record_is_named_by_its_number(

@@ -43,9 +43,9 @@ def said(file: io.StringIO) -> list[str]:
     return [TIME.sub("", line, count=1) for line in lines]
 
 
-def console(mode: str, file: io.StringIO, **options: Any) -> Console:
+def console(mode: str, file: io.StringIO, total: int = 100, **options: Any) -> Console:
     config = SimpleNamespace(run=SimpleNamespace(name="tiny"), telemetry=SimpleNamespace(console=mode))
-    return Console(config, 100, file=file, **options)
+    return Console(config, total, file=file, **options)
 
 
 def test_the_step_line_reads_as_documented() -> None:
@@ -150,8 +150,7 @@ def test_a_terminal_cuts_nothing_off_and_always_shows_step_loss_and_time_left(
     for mode in ("lines", "progress"):
         file = Terminal()
         now = iter(range(0, 10**7, 4400))
-        config = SimpleNamespace(run=SimpleNamespace(name="tiny"), telemetry=SimpleNamespace(console=mode))
-        with Console(config, 61035, file=file, clock=lambda: float(next(now))) as shown:  # noqa: B023
+        with console(mode, file, 61035, clock=lambda: float(next(now))) as shown:  # noqa: B023
             for step in range(1200, 1206):
                 shown.step({**LINE, "step": step})
         lines = [line for line in re.split(r"[\r\n]+|\x1b\[[0-9;?]*[a-zA-Z]", file.getvalue()) if "loss" in line]

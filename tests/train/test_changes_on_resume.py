@@ -9,12 +9,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from kha_train.checkpoint.reader import Checkpoint
 from kha_train.config.build import build, flatten, to_plain
 from kha_train.config.compose import compose, shipped
 from kha_train.config.constants import BOUND, FREE_TO_CHANGE, ROUNDING, WITHOUT_EFFECT, may_differ
@@ -22,7 +21,6 @@ from kha_train.config.schema import RunConfig
 from kha_train.data.stream import open_stream
 from kha_train.errors import ConfigError, ResumeError
 from kha_train.record import TIMING_KEYS, Marker, read_metrics, set_marker
-from kha_train.train import resume
 from kha_train.train.progress import Progress, TrainerState
 from kha_train.train.resume import differences
 from kha_train.train.run import train
@@ -128,9 +126,7 @@ def _changed(config: RunConfig, key: str) -> RunConfig:
 def _refused(saved: RunConfig, now: RunConfig, precisions: tuple[str, str] = ("", "")) -> list[tuple[str, Any, Any]]:
     """What a checkpoint of the configuration `saved` is refused for under `now`."""
     state = TrainerState(Progress(), {}, [], {}, to_plain(saved))
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(resume, "read_state", lambda checkpoint, row_may_change=False: state)
-        return differences(now, cast(Checkpoint, None), {}, precisions)
+    return differences(now, state, {}, precisions)
 
 
 @pytest.mark.parametrize("attention", PRESETS)

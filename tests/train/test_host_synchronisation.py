@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kha_train import distributed
 from kha_train.config.compose import compose
 from kha_train.data.stream import open_stream
-from kha_train.engine.deepspeed import Engine, leave_world
+from kha_train.engine.deepspeed import Engine
 from kha_train.train.evaluate import evaluate
 from kha_train.train.step import next_batch, routing_metrics, train_step
 
@@ -59,7 +59,7 @@ def engine(small: list[str], padded: list[str], request: pytest.FixtureRequest) 
     engine = Engine(config, world)
     yield engine
     engine.close()
-    leave_world()
+    Engine.leave_world()
 
 
 CASES = [

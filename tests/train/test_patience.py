@@ -15,7 +15,7 @@ import pytest
 from kha_train.config.compose import compose
 from kha_train.operate.plan import make_plan
 from kha_train.operate.rehearse import Layout, rehearse
-from kha_train.record import read_events, read_metrics, read_run
+from kha_train.record import TIMING_KEYS, read_events, read_metrics, read_run
 from kha_train.train.patience import Patience, warning_of_many
 
 WORKER = Path(__file__).with_name("stop_worker.py")
@@ -136,7 +136,10 @@ def test_ranks_give_a_step_up_together_and_the_run_goes_on_as_if_it_had_not_begu
     assert [answer["ends"] for answer in answers] == [[[5, True], [0, False], [3, False], [3, False], [5, True]]] * 2
     # The signals reach rank 1 alone; rank 0 says so once a stop.
     assert [answer["said"] for answer in answers] == [[3, 3], [0, 0]]
-    curves = [[_kept(line) for line in read_metrics(run)] for run in (straight, stopped)]
+    curves = [
+        [{key: value for key, value in line.items() if key not in TIMING_KEYS} for line in read_metrics(run)]
+        for run in (straight, stopped)
+    ]
     assert curves[0] == curves[1]
     # The average that the console shows goes on as well.
     states = [json.loads((run / "checkpoints/step-00000005/trainer.json").read_text()) for run in (straight, stopped)]
@@ -157,12 +160,6 @@ def free_ports(count: int) -> list[int]:
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
         return [probe.getsockname()[1] for probe in probes]
-
-
-def _kept(line: dict[str, Any]) -> dict[str, Any]:
-    """What of a metrics line follows from the training alone."""
-    timings = ("seconds", "per_second", "mfu", "gib", "time", "attempt")
-    return {name: value for name, value in line.items() if not name.endswith(timings)}
 
 
 def test_many_micro_batches_are_warned_of_before_a_run_by_plan_and_rehearsal(small: list[str]) -> None:

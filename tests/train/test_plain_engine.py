@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from kha_train.checkpoint.manifest import parse_manifest
 from kha_train.checkpoint.reader import Checkpoint
 from kha_train.config.compose import compose
 from kha_train.engine import deepspeed, plain
-from kha_train.record import read_events, read_metrics
+from kha_train.record import TIMING_KEYS, read_events, read_metrics
 from kha_train.train.run import train
 
 STEPS = 6
@@ -30,8 +29,7 @@ def overrides(small: list[str]) -> list[str]:
 
 def curve(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of the record without what tells the time or the memory of this process."""
-    timed = re.compile("time|.*(seconds|per_second|mfu).*|memory/.*")
-    return [{key: line[key] for key in line if not timed.fullmatch(key)} for line in read_metrics(run_dir)]
+    return [{key: value for key, value in line.items() if key not in TIMING_KEYS} for line in read_metrics(run_dir)]
 
 
 def checkpoint(run_dir: Path, step: int) -> Checkpoint:
@@ -77,9 +75,6 @@ def test_a_plain_run_that_was_stopped_continues_bit_for_bit(overrides: list[str]
     train(compose([*overrides, f"run.dir={tmp_path / 'whole'}"]), engine_class=plain.Engine)
     stopped_after(tmp_path / "stopped", 3, overrides, plain.Engine)
     train(compose([*overrides, f"run.dir={tmp_path / 'stopped'}"]), engine_class=plain.Engine)
-    first, second = (
-        [{key: value for key, value in line.items() if key != "attempt"} for line in curve(tmp_path / name)]
-        for name in ("whole", "stopped")
-    )
+    first, second = (curve(tmp_path / name) for name in ("whole", "stopped"))
     assert first == second and len(first) == STEPS
     assert not compare(checkpoint(tmp_path / "whole", STEPS), checkpoint(tmp_path / "stopped", STEPS)).tensors
