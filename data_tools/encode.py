@@ -22,10 +22,10 @@ from data_tools.files import TextFile
 from data_tools.staging import refuse_existing, replaced
 from data_tools.texts import LeftOut, Piece, cut, texts
 from data_tools.workers import Advance, each
-from kha_train.data.canonical import canonical_json, parse_json, sha256_of_file
-from kha_train.data.manifest import Manifest, ShardEntry, dtype_for
+from kha_train.data.format.canonical import canonical_json, parse_json, sha256_of_file
+from kha_train.data.format.manifest import Manifest, ShardEntry, dtype_for
+from kha_train.data.format.writer import ShardWriter, finished_shards, mark_finished, prepare, publish_dataset
 from kha_train.data.tokenizer import Tokenizer
-from kha_train.data.writer import ShardWriter, finished_shards, mark_finished, prepare, publish_dataset
 from kha_train.errors import ConfigError, DataError
 
 SHARD_BYTES = 512 << 20

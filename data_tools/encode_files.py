@@ -34,7 +34,7 @@ from data_tools.files import Found, TextFile, as_text, find_files
 from data_tools.staging import refuse_existing, replaced
 from data_tools.texts import LeftOut, Piece, cut
 from data_tools.workers import Advance, each
-from kha_train.data.manifest import Manifest
+from kha_train.data.format.manifest import Manifest
 from kha_train.data.tokenizer import Tokenizer
 from kha_train.errors import ConfigError
 

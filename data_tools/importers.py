@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from data_tools.staging import refuse_existing, replaced
-from kha_train.data.canonical import canonical_json
-from kha_train.data.manifest import FileEntry, Manifest, ShardEntry, TokenizerEntry
+from kha_train.data.format.canonical import canonical_json
+from kha_train.data.format.manifest import FileEntry, Manifest, ShardEntry, TokenizerEntry
+from kha_train.data.format.writer import BlockChecksums, checksum_file, prepare, publish_dataset, write_file
 from kha_train.data.tokenizer import Tokenizer
-from kha_train.data.writer import BlockChecksums, checksum_file, prepare, publish_dataset, write_file
 from kha_train.errors import ConfigError, DataError
 
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from kha_train.data.manifest import MANIFEST_NAME
+from kha_train.data.format.manifest import MANIFEST_NAME
 from kha_train.data.tokenizer import MODEL_NAME
 from kha_train.errors import ConfigError, Options
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kha_train.data.canonical import canonical_json
-from kha_train.data.manifest import Manifest, TokenizerEntry, dtype_for
-from kha_train.data.order import keyed_hash
-from kha_train.data.writer import prepare, publish_dataset, write_shard
+from kha_train.data.format.canonical import canonical_json
+from kha_train.data.format.manifest import Manifest, TokenizerEntry, dtype_for
+from kha_train.data.format.writer import prepare, publish_dataset, write_shard
+from kha_train.data.sampling.order import keyed_hash
 
 END_ID = 0
 _STEP_SIZES = 8

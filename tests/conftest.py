@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from data_tools.synthetic import write_dataset
-from kha_train.data.manifest import TokenizerEntry
-from kha_train.data.writer import prepare, publish_dataset, write_shard
+from kha_train.data.format.manifest import TokenizerEntry
+from kha_train.data.format.writer import prepare, publish_dataset, write_shard
 
 VOCAB_SIZE = 256
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

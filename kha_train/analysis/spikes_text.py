@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kha_train.config.compose import from_plain, load
-from kha_train.data.skipping import Window, merged, numbers_past
+from kha_train.data.sampling.skipping import Window, merged, numbers_past
 from kha_train.data.sources import Source, open_samples
 from kha_train.data.tokenizer import KIND, Tokenizer
 from kha_train.errors import DataError

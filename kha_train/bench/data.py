@@ -38,9 +38,9 @@ from kha_train.bench.loaders import CONFIG, NO_LOADERS
 from kha_train.bench.peer_loaders import PEERS
 from kha_train.bench.protocol import environment, told
 from kha_train.config.compose import compose, dump
-from kha_train.data.manifest import CRC_BLOCK_BYTES, FileEntry, ShardEntry, TokenizerEntry
-from kha_train.data.shards import ShardSet
-from kha_train.data.writer import prepare, publish_dataset, write_shard
+from kha_train.data.format.manifest import CRC_BLOCK_BYTES, FileEntry, ShardEntry, TokenizerEntry
+from kha_train.data.format.shards import ShardSet
+from kha_train.data.format.writer import prepare, publish_dataset, write_shard
 from kha_train.errors import KhaError
 
 VOCAB, SHARDS, SEQ_LEN = 50_304, 8, 4096

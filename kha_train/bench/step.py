@@ -28,12 +28,12 @@ from kha_train import distributed
 from kha_train.bench import peers, protocol
 from kha_train.config.compose import compose
 from kha_train.config.schema import RunConfig
-from kha_train.data.batch import Batch
+from kha_train.data.rows.batch import Batch
 from kha_train.data.stream import open_stream
 from kha_train.distributed import World
 from kha_train.engine.building import resolve_dtype
 from kha_train.engine.default import DefaultEngine
-from kha_train.model.accounting import count_parameters, flops_per_token
+from kha_train.estimate.counts import count_parameters, flops_per_token
 from kha_train.model.attention import measured
 from kha_train.model.attention.choice import announce, choose
 from kha_train.model.moe.experts import announce_experts

@@ -25,9 +25,9 @@ from data_tools.train_tokenizer import train_tokenizer
 from kha_train.analysis.figures import save_bars
 from kha_train.cli.output import Overwrite, print_json
 from kha_train.config.compose import from_plain, load
+from kha_train.data.format.manifest import MANIFEST_NAME, Manifest
+from kha_train.data.format.shards import ShardSet
 from kha_train.data.inspect import BORDER, decoder_of, digest, length_histogram, samples_of_step
-from kha_train.data.manifest import MANIFEST_NAME, Manifest
-from kha_train.data.shards import ShardSet
 from kha_train.errors import ConfigError, DataError, between
 from kha_train.literal import say, visible
 from kha_train.record import config_of, read_attempts, read_events, read_metrics_at

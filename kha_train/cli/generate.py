@@ -24,8 +24,8 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
     """Sample from a trained run, with a key/value cache and the interaction absorbed where it can be."""
-    from kha_train.export.generate import Sampling, encode_prompt, load_run
-    from kha_train.export.generate import generate as draw_tokens
+    from kha_train.decode.generate import Sampling, encode_prompt, load_run
+    from kha_train.decode.generate import generate as draw_tokens
 
     run = find_run(run)
     model = load_run(run, report=lambda text: say(f"warning: {text}", err=True))

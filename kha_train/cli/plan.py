@@ -11,7 +11,7 @@ from rich.table import Table
 from kha_train.cli.output import print_json
 from kha_train.cli.train import Overrides
 from kha_train.config.compose import compose
-from kha_train.operate.plan import Plan, make_plan
+from kha_train.estimate.plan import Plan, make_plan
 from kha_train.telemetry.terminal import LiteralConsole
 
 GIB = 1024**3

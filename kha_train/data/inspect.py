@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kha_train.config.schema import RunConfig
-from kha_train.data.shards import ShardSet
+from kha_train.data.format.shards import ShardSet
 from kha_train.data.tokenizer import KIND, Tokenizer
 from kha_train.errors import ConfigError, DataError
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kha_train.data.canonical import sha256_of_file
+from kha_train.data.format.canonical import sha256_of_file
 from kha_train.errors import KhaError, MachineError
 from kha_train.foreign.documents import parse_json
 from kha_train.foreign.files import SMALL, read_regular

@@ -15,12 +15,12 @@ import numpy as np
 
 from kha_train.config.home import in_home
 from kha_train.config.schema import DataSection, RunConfig
-from kha_train.data.best_fit import BestFitRows
-from kha_train.data.canonical import canonical_sha256
-from kha_train.data.mixture import Mixture, Phase
-from kha_train.data.order import SampleOrder
-from kha_train.data.packing import ConcatRows, Layout
-from kha_train.data.shards import ShardSet
+from kha_train.data.format.canonical import canonical_sha256
+from kha_train.data.format.shards import ShardSet
+from kha_train.data.rows.best_fit import BestFitRows
+from kha_train.data.rows.packing import ConcatRows, Layout
+from kha_train.data.sampling.mixture import Mixture, Phase
+from kha_train.data.sampling.order import SampleOrder
 from kha_train.errors import ConfigError, DataError, Settings, either
 
 TRAIN_SOURCE = "train"

@@ -24,9 +24,9 @@ import torch
 
 from kha_train.config.schema import RunConfig
 from kha_train.data.ahead import InOrder
-from kha_train.data.batch import Batch
-from kha_train.data.packing import Layout
-from kha_train.data.skipping import Window, merged, numbers_past
+from kha_train.data.rows.batch import Batch
+from kha_train.data.rows.packing import Layout
+from kha_train.data.sampling.skipping import Window, merged, numbers_past
 from kha_train.data.sources import Rows, Samples, open_samples, open_shards, open_validation
 from kha_train.errors import ConfigError, DataError
 

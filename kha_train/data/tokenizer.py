@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from kha_train.config.first_steps import quickstart_first
-from kha_train.data.canonical import sha256_of_file
 from kha_train.data.fast_encoder import FastEncoder
-from kha_train.data.manifest import TokenizerEntry
+from kha_train.data.format.canonical import sha256_of_file
+from kha_train.data.format.manifest import TokenizerEntry
 from kha_train.errors import ConfigError, DataError, KhaError, Options
 
 KIND = "sentencepiece-bpe"

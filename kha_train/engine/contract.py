@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kha_train.config.schema import RunConfig
-from kha_train.data.batch import Batch
+from kha_train.data.rows.batch import Batch
 from kha_train.distributed import World
 from kha_train.model.decoder import Decoder, DecoderOutput
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from kha_train.config.schema import RunConfig
-from kha_train.data.batch import Batch
+from kha_train.data.rows.batch import Batch
 from kha_train.distributed import World, stop
 from kha_train.engine.building import (
     build_optimizer,

@@ -1,2 +1,1 @@
-"""The decoder: attention with its head interaction, mixture of experts, chunked loss. Empty: accounting needs no
-torch."""
+"""The decoder: attention with its head interaction, mixture of experts, chunked loss."""

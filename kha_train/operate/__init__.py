@@ -1,1 +1,1 @@
-"""What people run around a training run: plans, rehearsals, sweeps here and on SLURM, status, the quickstart."""
+"""What people run around a training run: rehearsals, sweeps here and on SLURM, status, the quickstart."""

@@ -33,13 +33,13 @@ from kha_train.data.stream import ValidationSet, open_stream
 from kha_train.distributed import TORCHRUN, World
 from kha_train.engine.building import resolve_dtype
 from kha_train.engine.default import DefaultEngine
-from kha_train.engine.memory import GIB, plan_memory
 from kha_train.errors import ConfigError, DataError
-from kha_train.model.accounting import count_parameters
+from kha_train.estimate.counts import count_parameters
+from kha_train.estimate.long_step import long_step_warning
+from kha_train.estimate.memory import GIB, plan_memory
 from kha_train.model.decoder import build_decoder
 from kha_train.model.device import device_facts
 from kha_train.train import resume
-from kha_train.train.patience import warning_of_many
 from kha_train.train.step import train_step
 
 REHEARSED_MICRO_BATCHES = 8
@@ -90,7 +90,7 @@ def rehearse(config: RunConfig, overrides: Sequence[str], layout: Layout) -> dic
 
 def _batch(config: RunConfig, world_size: int) -> dict[str, Any]:
     rows, micro, length = config.data.global_batch_size, config.engine.micro_batch_size, config.model.seq_len
-    warning = warning_of_many(config, rows // world_size)
+    warning = long_step_warning(config, rows // world_size)
     return {
         "rows_a_step": rows,
         "rows_a_rank": rows // world_size,

@@ -22,7 +22,7 @@ from kha_train.config.constants import FREE_TO_CHANGE, may_differ
 from kha_train.config.naming import old_name, tidy
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
-from kha_train.model.accounting import flops_per_token
+from kha_train.estimate.counts import flops_per_token
 from kha_train.operate.status import RunStatus, run_status
 from kha_train.record.files import write_json
 from kha_train.record.redact import REDACTED, Redactor

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kha_train.config.constants import IGNORE_LABEL
-from kha_train.data.batch import Batch
+from kha_train.data.rows.batch import Batch
 from kha_train.data.sources import without_labels
 from kha_train.distributed import World
 from kha_train.engine.contract import Engine

@@ -11,8 +11,8 @@ import torch
 
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import World
-from kha_train.engine.memory import GIB, plan_memory
 from kha_train.errors import ConfigError, MachineError
+from kha_train.estimate.memory import GIB, plan_memory
 from kha_train.telemetry.meters import PeakMemory
 
 _ON_A_CPU = "DefaultCPUAllocator"

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kha_train.config.schema import RunConfig
+from kha_train.estimate.long_step import LONG_STEP_SECONDS, long_step_warning, many_micro_batches
 from kha_train.telemetry.format import duration
 from kha_train.train.preempt import StopRequests
 
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
 
 PATIENCE_SECONDS = 2.0
 """A stop waits so long for the end of a step; one that needs more is given up."""
-LONG_STEP_SECONDS = 120.0
-"""A step that takes longer is warned of."""
-MANY_MICRO_BATCHES = 1_000
-"""So many in a step are warned of before it is known how long they take."""
 
 
 class Patience:
@@ -49,7 +46,7 @@ class Patience:
         self._compiled = (0, 0.0)
         """Micro-batches of this step that may have waited for a compiler, and their seconds."""
         self._has_warned = False
-        words = warning_of_many(config, config.data.global_batch_size // world.size)
+        words = long_step_warning(config, config.data.global_batch_size // world.size)
         self._has_advised = bool(words)
         if words:
             warn(words)
@@ -90,22 +87,5 @@ class Patience:
         estimate = (elapsed - seconds) / (done - counted) * of
         if estimate > LONG_STEP_SECONDS and not self._has_warned:
             self._has_warned = True
-            advice = "" if self._has_advised else f": {_many(self._config, of)}"
+            advice = "" if self._has_advised else f": {many_micro_batches(self._config, of)}"
             self._warn(f"a step takes about {duration(estimate)}{advice}")
-
-
-def warning_of_many(config: RunConfig, rows_of_a_rank: int, seconds: float | None = None) -> str:
-    """Before a run: a warning when its steps have very many micro-batches, or are expected to take `seconds`, which is
-    long; else ""."""
-    micro_batches = -(-rows_of_a_rank // config.engine.micro_batch_size)
-    if seconds is not None and seconds > LONG_STEP_SECONDS:
-        return f"a step is expected to take {duration(seconds)}: {_many(config, micro_batches)}"
-    return f"a step is {_many(config, micro_batches)}" if micro_batches >= MANY_MICRO_BATCHES else ""
-
-
-def _many(config: RunConfig, micro_batches: int) -> str:
-    return (
-        f"{micro_batches:,} micro-batches of {config.engine.micro_batch_size} rows on every rank. Nothing is recorded "
-        "or saved before a step ends, and a stop discards it; lower data.global_batch_size "
-        f"({config.data.global_batch_size:,}), raise engine.micro_batch_size or use more ranks"
-    )

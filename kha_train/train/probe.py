@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kha_train.data.batch import Batch
+from kha_train.data.rows.batch import Batch
 from kha_train.engine.contract import Engine
 
 IN_IT = ".interaction."

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 from kha_train.checkpoint.fit import refuse_unknown, source_of
 from kha_train.checkpoint.reader import Checkpoint
 from kha_train.config.saved import SavedConfig
-from kha_train.data.skipping import merged
+from kha_train.data.sampling.skipping import merged
 from kha_train.foreign.typed import Count, Range, Source
 from kha_train.stability.events import SpikeEvent
 from kha_train.train.watch import Watch

@@ -22,7 +22,7 @@ from kha_train.engine.audit import audit
 from kha_train.engine.building import resolve_dtype
 from kha_train.engine.contract import Engine, InitialValue
 from kha_train.errors import CheckpointError, KhaError
-from kha_train.model.accounting import count_parameters, flops_per_token
+from kha_train.estimate.counts import count_parameters, flops_per_token
 from kha_train.model.attention.choice import announce, choose
 from kha_train.model.attention.measured import measure, settled
 from kha_train.model.moe.experts import announce_experts

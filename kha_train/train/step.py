@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kha_train.config.schema import MoeSection
-from kha_train.data.batch import Batch
+from kha_train.data.rows.batch import Batch
 from kha_train.data.sources import without_labels
 from kha_train.data.stream import TokenStream
 from kha_train.distributed import Caught, World, as_error

@@ -25,9 +25,9 @@ from kha_train.config.compose import compose
 from kha_train.config.resolve import resolve_plan
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate_batch
-from kha_train.data.manifest import TokenizerEntry
+from kha_train.data.format.manifest import TokenizerEntry
+from kha_train.data.format.writer import prepare, publish_dataset, write_shard
 from kha_train.data.stream import open_stream
-from kha_train.data.writer import prepare, publish_dataset, write_shard
 from kha_train.errors import First, Instead, KhaError, Look, Options, Replace, Settings, Typed
 from kha_train.train.run import train
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kha_train.bench import data
-from kha_train.data.shards import ShardSet
+from kha_train.data.format.shards import ShardSet
 
 
 def test_peers_are_installed_again_until_all_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,9 @@ from kha_train.cli.bench import gpu as command
 from kha_train.cli.main import app
 from kha_train.config.compose import compose
 from kha_train.config.schema import RunConfig
-from kha_train.engine.memory import plan_memory
 from kha_train.errors import ConfigError
-from kha_train.model.accounting import count_parameters
+from kha_train.estimate.counts import count_parameters
+from kha_train.estimate.memory import plan_memory
 
 
 def test_without_a_device_it_says_so_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

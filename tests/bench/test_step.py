@@ -15,10 +15,10 @@ from kha_train.bench import peers, protocol, step
 from kha_train.bench.step import measure
 from kha_train.cli.main import app
 from kha_train.config.compose import compose
-from kha_train.data.batch import Batch
-from kha_train.data.packing import Layout
+from kha_train.data.rows.batch import Batch
+from kha_train.data.rows.packing import Layout
 from kha_train.errors import ConfigError
-from kha_train.model.accounting import flops_per_token
+from kha_train.estimate.counts import flops_per_token
 from kha_train.model.decoder import build_decoder
 from kha_train.telemetry.throughput import Peak
 

@@ -18,7 +18,7 @@ from kha_train.config.build import build, flatten, to_plain
 from kha_train.config.compose import dump, load, quoted, shipped
 from kha_train.config.validate import validate_batch
 from kha_train.errors import ConfigError, KhaError
-from kha_train.model.accounting import count_parameters
+from kha_train.estimate.counts import count_parameters
 
 DATA = ["data.train=t", "data.validation=v"]
 PRESETS = {

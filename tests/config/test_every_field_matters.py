@@ -29,9 +29,9 @@ from kha_train.engine.building import build_optimizer, materialise, resolve_dtyp
 from kha_train.engine.contract import seeded
 from kha_train.engine.settings import deepspeed_settings
 from kha_train.errors import CheckpointError, DataError, ResumeError
+from kha_train.estimate.counts import count_parameters, flops_per_token
+from kha_train.estimate.plan import make_plan
 from kha_train.model import loss as loss_module
-from kha_train.model.accounting import count_parameters, flops_per_token
-from kha_train.operate.plan import make_plan
 from kha_train.optim import learning_rate, parameter_groups
 from kha_train.record import read_events, read_metrics
 from kha_train.stability.events import Observation

@@ -12,9 +12,9 @@ import torch
 from kha_train import compose
 from kha_train.config.resolve import Device, planned_device, resolve, resolve_plan
 from kha_train.errors import ConfigError
+from kha_train.estimate.plan import make_plan
 from kha_train.model import device as device_module
 from kha_train.model.attention import choice
-from kha_train.operate.plan import make_plan
 
 HOPPER, AMPERE, TURING = (Device("cuda", capability) for capability in ((9, 0), (8, 0), (7, 5)))
 CPU = Device("cpu")

@@ -28,9 +28,9 @@ from kha_train.config.interaction_options import ExplicitOptions
 from kha_train.config.options import FoldableOptions, implementation
 from kha_train.config.registry import BASES, INTERACTIONS
 from kha_train.config.schema import RunConfig
+from kha_train.decode.absorb import absorb, absorbed_config
 from kha_train.distributed import World
 from kha_train.errors import ConfigError
-from kha_train.export.absorb import absorb, absorbed_config
 from kha_train.model.attention.backends import lay_out_cached, lay_out_documents
 from kha_train.model.attention.base import Attention, RowContext, build_attention
 from kha_train.model.attention.cache import Cache

@@ -17,10 +17,10 @@ from kha_train.config import compose as compose_module
 from kha_train.config.compose import compose
 from kha_train.config.schema import RunConfig
 from kha_train.engine import deepspeed, plain
-from kha_train.engine.memory import plan_memory, recipes
 from kha_train.errors import ConfigError, ResumeError
-from kha_train.model.accounting import count_parameters
-from kha_train.operate.plan import make_plan
+from kha_train.estimate.counts import count_parameters
+from kha_train.estimate.memory import plan_memory, recipes
+from kha_train.estimate.plan import make_plan
 from kha_train.optim import learning_rate
 from kha_train.record import read_events, read_metrics
 from kha_train.train.run import train

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kha_train.data.canonical import sha256_of_file
+from kha_train.data.format.canonical import sha256_of_file
 from kha_train.data.kept import kept_arrays
 from kha_train.errors import MachineError
 

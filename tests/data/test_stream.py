@@ -24,10 +24,10 @@ from kha_train.config import schema
 from kha_train.config.compose import dump
 from kha_train.config.constants import IGNORE_LABEL
 from kha_train.data import stream
-from kha_train.data.files import Files
-from kha_train.data.order import Permutation
-from kha_train.data.shards import ShardSet
-from kha_train.data.writer import publish_dataset, write_shard
+from kha_train.data.format.files import Files
+from kha_train.data.format.shards import ShardSet
+from kha_train.data.format.writer import publish_dataset, write_shard
+from kha_train.data.sampling.order import Permutation
 from kha_train.errors import ConfigError, DataError
 
 

@@ -14,8 +14,8 @@ from kha_train.analysis.spikes_text import batch_texts
 from kha_train.cli.data import app
 from kha_train.config.build import to_plain
 from kha_train.config.compose import compose, dump
+from kha_train.data.format.shards import ShardSet
 from kha_train.data.inspect import BORDER, digest
-from kha_train.data.shards import ShardSet
 from kha_train.data.stream import open_stream
 from kha_train.errors import ConfigError, DataError
 from kha_train.record import Record

@@ -15,7 +15,7 @@ from data_tools.files import TextFile
 from data_tools.texts import cut
 from data_tools.train_tokenizer import train_tokenizer
 from kha_train.data import tokenizer as tokenizers
-from kha_train.data.shards import ShardSet
+from kha_train.data.format.shards import ShardSet
 from kha_train.data.tokenizer import Tokenizer
 from kha_train.errors import ConfigError, DataError
 

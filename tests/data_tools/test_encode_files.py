@@ -19,7 +19,7 @@ from data_tools.encode_files import encode_files, plan_units
 from data_tools.files import TextFile, find_files
 from data_tools.texts import LeftOut, cut
 from data_tools.train_tokenizer import train_tokenizer
-from kha_train.data.shards import ShardSet
+from kha_train.data.format.shards import ShardSet
 from kha_train.data.tokenizer import Tokenizer
 from kha_train.errors import ConfigError, DataError
 

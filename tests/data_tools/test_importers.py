@@ -11,8 +11,8 @@ import pytest
 
 from data_tools.corpus import build_corpus, read_split
 from data_tools.importers import import_tokens, tokenizer_of, unknown_tokenizer
+from kha_train.data.format.shards import ShardSet
 from kha_train.data.inspect import decoder_of
-from kha_train.data.shards import ShardSet
 from kha_train.data.tokenizer import Tokenizer, train
 from kha_train.errors import ConfigError, DataError
 

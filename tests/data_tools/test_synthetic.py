@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.synthetic import END_ID, generate, write_dataset
-from kha_train.data.shards import ShardSet
+from kha_train.data.format.shards import ShardSet
 
 GOLDEN = [
     [5, 9, 13, 0],

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from kha_train import compose, distributed, open_stream
-from kha_train.data.batch import Batch
-from kha_train.data.packing import Layout
+from kha_train.data.rows.batch import Batch
+from kha_train.data.rows.packing import Layout
 from kha_train.distributed import World
 from kha_train.engine.deepspeed import Engine
 from kha_train.train.step import train_step

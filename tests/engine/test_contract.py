@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kha_train import build_decoder, compose, distributed, open_stream
-from kha_train.data.batch import Batch
+from kha_train.data.rows.batch import Batch
 from kha_train.engine import deepspeed, plain
 from kha_train.engine.audit import audit
 from kha_train.engine.contract import Engine, seeded

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kha_train import build_decoder, compose
-from kha_train.model.accounting import cache_bytes_per_token, count_parameters, flops_per_token, interaction_overhead
+from kha_train.estimate.counts import cache_bytes_per_token, count_parameters, flops_per_token, interaction_overhead
 
 LADDER = {
     "moe_6b": (6_102_268_416, 1_006_189_056),

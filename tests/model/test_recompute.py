@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from kha_train.config.compose import compose
-from kha_train.engine.activations import kept_block_numbers
 from kha_train.errors import ConfigError
+from kha_train.estimate.activations import kept_block_numbers
 from kha_train.model.decoder import build_decoder
 from kha_train.model.kernels import flops as kernel_flops
 from kha_train.model.moe import flops as expert_flops

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from kha_train.cli.main import run
 from kha_train.config.compose import compose, expand, quoted, shipped
 from kha_train.errors import ConfigError, KhaError
-from kha_train.model.accounting import flops_per_token
+from kha_train.estimate.counts import flops_per_token
 from kha_train.operate.slurm import (
     VALUE,
     JobOptions,

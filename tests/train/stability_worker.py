@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kha_train import compose, distributed, open_stream
-from kha_train.data.batch import Batch
+from kha_train.data.rows.batch import Batch
 from kha_train.data.stream import TokenStream
 from kha_train.distributed import World
 from kha_train.engine.deepspeed import Engine

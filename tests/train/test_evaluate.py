@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from kha_train import build_decoder, compose
-from kha_train.data.manifest import content_id_of
-from kha_train.data.shards import ShardSet
+from kha_train.data.format.manifest import content_id_of
+from kha_train.data.format.shards import ShardSet
 from kha_train.distributed import World
 from kha_train.model.decoder import Decoder
 from kha_train.train.evaluate import evaluate

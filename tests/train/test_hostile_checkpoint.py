@@ -16,8 +16,8 @@ from kha_train.checkpoint.fit import check_buffers, check_parameters
 from kha_train.checkpoint.manifest import MANIFEST_FILE, TRAINER_FILE
 from kha_train.checkpoint.reader import Checkpoint, verify
 from kha_train.config.compose import compose, load
+from kha_train.decode.generate import load_run
 from kha_train.errors import CheckpointError, FormatError, KhaError
-from kha_train.export.generate import load_run
 from kha_train.record import Marker, has_marker, read_metrics, read_run
 from kha_train.train.progress import Progress, read_state, restore_watch
 from kha_train.train.run import train

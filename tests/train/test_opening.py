@@ -14,8 +14,8 @@ import pytest
 
 from kha_train.cli.main import run as kha
 from kha_train.config.compose import compose
+from kha_train.decode.generate import load_run
 from kha_train.errors import CheckpointError, ConfigError, DataError, ResumeError
-from kha_train.export.generate import load_run
 from kha_train.operate.status import run_status
 from kha_train.record import Marker, Record, has_marker, read_run, set_marker
 from kha_train.train.run import Outcome, train

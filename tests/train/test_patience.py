@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from kha_train.config.compose import compose
-from kha_train.operate.plan import make_plan
+from kha_train.estimate.long_step import long_step_warning
+from kha_train.estimate.plan import make_plan
 from kha_train.operate.rehearse import Layout, rehearse
 from kha_train.record import TIMING_KEYS, read_events, read_metrics, read_run
-from kha_train.train.patience import Patience, warning_of_many
+from kha_train.train.patience import Patience
 
 WORKER = Path(__file__).with_name("stop_worker.py")
 
@@ -165,10 +166,10 @@ def free_ports(count: int) -> list[int]:
 def test_many_micro_batches_are_warned_of_before_a_run_by_plan_and_rehearsal(small: list[str]) -> None:
     overrides = [*small, "model.layers=1", "engine.device=cpu", "engine.micro_batch_size=1"]
     ordinary, many = (compose([*overrides, f"data.global_batch_size={rows}"]) for rows in (64, 4000))
-    assert make_plan(ordinary).warning == "" and warning_of_many(ordinary, 64) == ""
+    assert make_plan(ordinary).warning == "" and long_step_warning(ordinary, 64) == ""
     words = make_plan(many).to_dict()["warning"]
     assert words.startswith("a step is 4,000 micro-batches of 1 rows") and "data.global_batch_size (4,000)" in words
     answer = rehearse(many, [], Layout(2, 2))
     assert answer["batch"]["warning"].startswith("a step is 2,000 micro-batches")
     assert answer["rank_0"]["built"] and answer["rank_0"]["step_seconds_here"] > 0
-    assert warning_of_many(ordinary, 64, 150.0).startswith("a step is expected to take 2:30: 64 micro-batches")
+    assert long_step_warning(ordinary, 64, 150.0).startswith("a step is expected to take 2:30: 64 micro-batches")

@@ -16,7 +16,7 @@ from data_tools.synthetic import write_dataset
 from kha_train import compose
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError, KhaError
-from kha_train.operate.plan import make_plan
+from kha_train.estimate.plan import make_plan
 from kha_train.record import read_metrics
 from kha_train.train.run import train
 

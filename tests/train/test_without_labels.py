@@ -13,9 +13,9 @@ import pytest
 
 from kha_train import compose
 from kha_train.cli.main import run
-from kha_train.data.manifest import TokenizerEntry
+from kha_train.data.format.manifest import TokenizerEntry
+from kha_train.data.format.writer import prepare, publish_dataset, write_shard
 from kha_train.data.stream import open_stream
-from kha_train.data.writer import prepare, publish_dataset, write_shard
 from kha_train.distributed import World
 from kha_train.errors import DataError
 from kha_train.operate.rehearse import Layout, rehearse

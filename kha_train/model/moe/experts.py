@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
-from kha_train.model.accounting import moe_layers
 from kha_train.model.init import DeclaredModule, Normal, residual_std
 from kha_train.model.moe.grouped import check_empty_groups, grouped
 from kha_train.model.moe.megablocks import load_kernels, megablocks
@@ -54,7 +53,7 @@ class Experts(DeclaredModule):
 def announce_experts(config: RunConfig, device: torch.device, dtype: torch.dtype) -> list[str]:
     """What a run says of its experts when it starts: backend and kernels, with reasons. `grouped` is checked first.
     Raises ConfigError when it computes wrong numbers here."""
-    if not moe_layers(config):
+    if config.moe.dense_layers >= config.model.layers:
         return []
     name, line = config.moe.backend, f"experts {config.moe.backend} (chosen by moe.backend)"
     if config.engine.kernels == "triton":

@@ -10,7 +10,7 @@ from kha_train.config.compose import compose
 from kha_train.config.options import implementation
 from kha_train.config.resolve import Device
 from kha_train.errors import ConfigError
-from kha_train.model.accounting import count_parameters, flops_per_token
+from kha_train.estimate.counts import count_parameters, flops_per_token
 from kha_train.model.attention import choice
 from kha_train.model.attention.backends import lay_out_documents
 from kha_train.model.attention.base import RowContext, build_attention

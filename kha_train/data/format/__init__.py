@@ -1,0 +1,1 @@
+"""Datasets on disk: manifest, shards and their checksums, written and read."""

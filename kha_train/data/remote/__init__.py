@@ -1,0 +1,1 @@
+"""Datasets in an object store, and the local cache of their blocks."""

@@ -1,0 +1,1 @@
+"""Rows of equal length cut from documents, and the batches made of them."""

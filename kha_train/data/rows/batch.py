@@ -1,0 +1,96 @@
+"""What a step is trained on: rows of ids, their labels and where documents begin."""
+
+# B rows  T places of a row (`model.seq_len`)  W = T + 1
+# Of the flattened B*T places: S segment borders  M masked places  R places that hold a token
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from kha_train.config.constants import IGNORE_LABEL
+from kha_train.data.rows.packing import Layout
+from kha_train.data.rows.ragged import runs
+
+
+@dataclass(eq=False)
+class Batch:
+    """Rows of one rank for one optimiser step, or a part of them.
+
+    `samples_B` (NumPy int64) are global sample numbers; -1 is a filler row, all padding. `rows_BW` are the ids as the
+    dataset stores them (uint16 or uint32), each row with the one that follows its last token, and `layout` says where
+    segments end, which labels are masked and what is padding. The tensors below are made when first asked for.
+
+    A place is padding when no document has a token there. A token whose label is masked, such as the last one of its
+    document, is a token like any other: it is attended to and routed. `step_tokens` are the tokens of the whole global
+    batch, once the ranks have agreed on them.
+    """
+
+    # Not frozen: that would take a fortieth of the time of a small batch.
+
+    samples_B: np.ndarray
+    rows_BW: np.ndarray
+    layout: Layout
+    step_tokens: int | None = None
+
+    @cached_property
+    def tokens_BT(self) -> torch.Tensor:
+        """The ids, int64."""
+        return torch.from_numpy(self.rows_BW[:, :-1].astype(np.int64))
+
+    @cached_property
+    def labels_BT(self) -> torch.Tensor:
+        """The id after each token, int64; IGNORE_LABEL where masked."""
+        labels_BT = self.rows_BW[:, 1:].astype(np.int64)
+        labels_BT.reshape(-1)[self.layout.masked_M] = IGNORE_LABEL
+        return torch.from_numpy(labels_BT)
+
+    @cached_property
+    def positions_BT(self) -> torch.Tensor:
+        """int64: counted from the start of the segment."""
+        borders_S = self.layout.borders_S
+        starts = np.repeat(borders_S[:-1], np.diff(borders_S))
+        positions = np.subtract(np.arange(len(starts)), starts, out=starts)
+        return torch.from_numpy(positions.reshape(len(self.rows_BW), -1))
+
+    @cached_property
+    def cu_seqlens_S(self) -> torch.Tensor:
+        """int32: the segment borders over the flattened B*T tokens, from 0 to B*T, every row start included."""
+        return torch.from_numpy(self.layout.borders_S.astype(np.int32))
+
+    @cached_property
+    def max_seqlen(self) -> int:
+        """The longest segment."""
+        return int(np.diff(self.layout.borders_S).max())
+
+    @property
+    def label_count(self) -> int:
+        """The number of unmasked labels."""
+        return int(self.layout.borders_S[-1]) - len(self.layout.masked_M)
+
+    @cached_property
+    def real_R(self) -> torch.Tensor | None:
+        """int64: the places of the flattened B*T that hold a token, ascending; None when there is no padding.
+
+        A training batch has them when any row of its dataset has padding, so that all ranks compute one graph: ZeRO 3
+        gathers weights in the order of its nodes.
+        """
+        filled_B, T = self.layout.filled_N, self.rows_BW.shape[1] - 1
+        return None if filled_B is None else torch.from_numpy(runs(np.arange(len(filled_B)) * T, filled_B))
+
+    @property
+    def token_count(self) -> int:
+        """The number of tokens, without padding."""
+        filled_B = self.layout.filled_N
+        return int(self.layout.borders_S[-1] if filled_B is None else filled_B.sum())
+
+    def micro_batches(self, size: int) -> Iterator[Batch]:
+        """The batch in parts of `size` rows, in order; the last is smaller when `size` does not divide."""
+        T = self.rows_BW.shape[1] - 1
+        for number, layout in enumerate(self.layout.parts(size, T)):
+            rows = slice(number * size, (number + 1) * size)
+            yield Batch(self.samples_B[rows], self.rows_BW[rows], layout)

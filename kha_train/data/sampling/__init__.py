@@ -1,0 +1,1 @@
+"""Which row has which sample number: order, mixture, skip windows."""

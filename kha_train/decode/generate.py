@@ -1,0 +1,191 @@
+"""Sampling from a trained run: its newest checkpoint, its tokenizer, a forward of one token at a time with a cache."""
+
+# B rows   T tokens   V vocabulary
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kha_train.checkpoint.fit import check_buffers, check_parameters
+from kha_train.checkpoint.loss import check_not_lost
+from kha_train.checkpoint.reader import Checkpoint, find_newest
+from kha_train.config.compose import load
+from kha_train.config.options import FoldableOptions
+from kha_train.config.schema import RunConfig
+from kha_train.data.sources import open_shards
+from kha_train.data.tokenizer import Tokenizer
+from kha_train.decode.absorb import absorb, absorbed_config
+from kha_train.distributed import World
+from kha_train.errors import ConfigError, DivergedError, between
+from kha_train.model.attention.cache import Cache
+from kha_train.model.decoder import Decoder, build_decoder
+from kha_train.model.init import initial_values, reset_buffers
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn: from the smallest set of tokens whose probability reaches `top_p`, sharpened by
+    `temperature` (0: the likeliest token). The same `seed` draws the same tokens."""
+
+    tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def invalid(self) -> ConfigError | None:
+        """What is wrong with these settings, or None."""
+        if self.tokens < 1:
+            return ConfigError("must be at least 1", field="tokens", value=self.tokens)
+        if not 0 <= self.temperature < math.inf:
+            return ConfigError("is no temperature", field="temperature", value=self.temperature, allowed="0 or more")
+        if not -(2**63) <= self.seed < 2**63:
+            return ConfigError("out of range", field="seed", value=self.seed, allowed="64 bits")
+        if not 0 < self.top_p <= 1:
+            return ConfigError("is a share", field="top_p", value=self.top_p, allowed="above 0, up to 1")
+        return None
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A run's decoder, ready to decode, the step it is of, and its tokenizer (None when the data has none)."""
+
+    config: RunConfig
+    decoder: Decoder
+    step: int
+    tokenizer: Tokenizer | None
+
+
+def load_run(run_dir: Path, report: Callable[[str], None], device: torch.device | None = None) -> TrainedModel:
+    """The newest checkpoint of a run that verifies, its interaction absorbed when it can be, in fp32.
+
+    Raises ConfigError (no run, no checkpoint), CheckpointError or DataError (what is there is damaged or lost).
+    """
+    config = decoding_config(load(run_dir / "config.yaml"))
+    check_not_lost(run_dir)
+    checkpoint = find_newest(run_dir, World.single(), report)
+    if checkpoint is None:
+        raise ConfigError("the run has no checkpoint yet", field="run", value=str(run_dir))
+    decoder = _materialise(config, checkpoint, device or torch.device("cpu"))
+    if absorbed_config(config) is not None:
+        decoder = absorb(decoder)
+    return TrainedModel(decoder.config, decoder.eval(), checkpoint.step, _tokenizer(config))
+
+
+def decoding_config(config: RunConfig) -> RunConfig:
+    """The same function, computed as decoding needs it: an attention backend that takes fewer queries than keys, and no
+    fold, whose cost would be paid again for every token; torch's operators and experts that run on every device."""
+    attention, moe = config.attention, config.moe
+    if moe.backend == "megablocks":
+        moe = replace(moe, backend="loop")
+    if attention.backend not in ("eager", "sdpa"):
+        attention = replace(attention, backend="sdpa" if attention.base.name != "talking_heads" else "eager")
+    if isinstance(attention.interaction, FoldableOptions):
+        attention = replace(attention, interaction=replace(attention.interaction, impl="eager"))
+    return replace(config, attention=attention, moe=moe, engine=replace(config.engine, kernels="torch"))
+
+
+@torch.no_grad()
+def generate(decoder: Decoder, prompt_BT: Tensor, sampling: Sampling, stop: int | None = None) -> Iterator[Tensor]:
+    """The next token of every row, int64 [B] each, until `sampling.tokens` are drawn or every row has drawn `stop`;
+    a row that has goes on with it.
+
+    Raises ConfigError when the settings are wrong, or prompt and new tokens are longer than `model.seq_len`.
+    """
+    longest = decoder.config.model.seq_len
+    problem = sampling.invalid() or _too_long(prompt_BT.shape[1], sampling.tokens, longest)
+    if problem:
+        raise problem
+    generator = torch.Generator(device=prompt_BT.device).manual_seed(sampling.seed)
+    cache, new_BT = Cache(prompt_BT.shape[1] + sampling.tokens), prompt_BT
+    done_B = torch.zeros(prompt_BT.shape[0], dtype=torch.bool, device=prompt_BT.device)
+    for _ in range(sampling.tokens):
+        logits_BV = decoder(new_BT, cache=cache).logits_BTV[:, -1]
+        drawn_B = draw(logits_BV, sampling, generator)
+        if stop is not None:
+            drawn_B = drawn_B.masked_fill(done_B, stop)
+            done_B |= drawn_B == stop
+        yield drawn_B
+        if done_B.all():
+            return
+        new_BT = drawn_B.unsqueeze(1)
+
+
+def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """One token of each row, int64 [B], by `sampling`. Raises DivergedError where the model has lost its numbers."""
+    # An infinite logit below is a token that is never drawn.
+    if not torch.isfinite(logits_BV.amax(dim=-1)).all():
+        fix = "an older checkpoint may be sound: `kha checkpoint list`, `kha spikes`"
+        raise DivergedError("the model's logits are not finite numbers", field="checkpoint", fix=fix)
+    if sampling.temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    # The largest is 0 whatever it is divided by, so that the smallest temperature has a softmax too.
+    below_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)).double() / sampling.temperature
+    probability_BV, token_BV = below_BV.to(logits_BV.dtype).softmax(dim=-1).sort(dim=-1, descending=True)
+    before_BV = probability_BV.cumsum(dim=-1) - probability_BV
+    kept_BV = probability_BV.masked_fill(before_BV >= sampling.top_p, 0.0)
+    chosen_B1 = torch.multinomial(kept_BV, 1, generator=generator)
+    return token_BV.gather(-1, chosen_B1).squeeze(-1)
+
+
+def encode_prompt(model: TrainedModel, text: str, ids: list[int], rows: int) -> Tensor:
+    """The prompt as ids, int64 [rows, T], from text or from `ids`; an empty text starts a document.
+
+    Raises ConfigError when the run has no tokenizer for a text, an id is not in the vocabulary, or nothing is left.
+    """
+    if not ids:
+        if model.tokenizer is None:
+            raise ConfigError(
+                "the run's data has no tokenizer", field="prompt", value=text, fix="give ids: --ids 1,2,3"
+            )
+        start = [model.tokenizer.special_ids[name] for name in ("bos", "eos") if name in model.tokenizer.special_ids]
+        ids = model.tokenizer.encode([text])[0].tolist() or start[:1]
+    vocabulary = model.config.model.vocab_size
+    outside = [number for number in ids if not 0 <= number < vocabulary]
+    if not ids:
+        raise ConfigError("empty, and the tokenizer has no id to start with", field="prompt", fix="give a text")
+    if outside:
+        raise ConfigError("not in the vocabulary", field="prompt", value=outside, allowed=between(0, vocabulary - 1))
+    return torch.tensor(ids).expand(rows, -1)
+
+
+def _materialise(config: RunConfig, checkpoint: Checkpoint, device: torch.device) -> Decoder:
+    with torch.device("meta"):
+        decoder = build_decoder(config)
+    shapes = {name: tuple(value.shape) for name, value in decoder.named_parameters()}
+    check_parameters(checkpoint, shapes)
+    check_buffers(checkpoint, {name: tuple(buffer.shape) for name, buffer in _persistent_buffers(decoder)})
+    for module, name, full_name, _ in list(initial_values(decoder, config.run.seed)):
+        value = checkpoint.read(full_name, "master").view(shapes[full_name])
+        module._parameters[name] = nn.Parameter(value.to(device), requires_grad=False)
+    decoder.tie_weights()
+    reset_buffers(decoder, device)
+    decoder.load_state_dict({name: value.to(device) for name, value in checkpoint.buffers().items()}, strict=False)
+    return decoder
+
+
+def _persistent_buffers(decoder: Decoder) -> list[tuple[str, Tensor]]:
+    kept = decoder.state_dict(keep_vars=True)
+    return [(name, buffer) for name, buffer in decoder.named_buffers() if name in kept]
+
+
+def _tokenizer(config: RunConfig) -> Tokenizer | None:
+    path = open_shards(config, config.data.validation, "data.validation").check_tokenizer()
+    return None if path is None else Tokenizer(path)
+
+
+def _too_long(prompt: int, new: int, longest: int) -> ConfigError | None:
+    if prompt + new <= longest:
+        return None
+    return ConfigError(
+        f"a prompt of {prompt} and {new} new tokens; the model was trained on rows of {longest}",
+        field="tokens",
+        value=new,
+        allowed=between(1, longest - prompt),
+        fix=None if prompt < longest else "a shorter prompt",
+    )

@@ -1,0 +1,263 @@
+"""Memory of one rank, from the configuration alone: no torch, nothing is built.
+
+Every term is a formula over counts, and follows what DeepSpeed 0.19 really holds: fp32 training keeps a second fp32
+copy as masters; ZeRO 1 with fp32 accumulation of bf16 gradients keeps a whole fp32 gradient on every rank; ZeRO 2 holds
+every gradient whole of which a part is this rank's. A step peaks when the backward starts (activations and loss), when
+it ends (gradients and their buckets), or while the optimiser steps (fp32 copies of one group). Measured peaks:
+docs/plan.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+from kha_train.config.resolve import planned_device, precision_on
+from kha_train.config.schema import RunConfig
+from kha_train.estimate.activations import attention_activations, folded_bytes, kept_block_numbers, shared_mask_bytes
+from kha_train.estimate.counts import count_parameters, moe_layers
+from kha_train.variants.optimizer import MASTER_BYTES, OptimSection
+
+GIB = 1024**3
+MAX_LIVE_PARAMETERS = 1_000_000_000
+"""ZeRO 3 keeps so many gathered parameters, as DeepSpeed's defaults have it."""
+RUNTIME_BYTES = {"cpu": 180_000_000, "cuda": 0}
+"""What DeepSpeed, its process groups and the allocator take beside tensors: measured on a CPU, on CUDA a part of
+`cluster.reserved_gib`."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one rank by term, at the moment of a step that holds most (`moment`).
+
+    `parameters` in the training dtype (under ZeRO 3 its share, and another with a second sharding within the node) ·
+    `gathered` whole parameters ZeRO 3 holds for a while · `gradients` · `optimizer` fp32 masters and the optimiser's
+    states · `buckets` of the gradient reduction · `activations` that wait for the backward · `loss` logits of a chunk
+    and the fp32 gradient of the head · `step` fp32 copies of one parameter group · `runtime`.
+    """
+
+    moment: str
+    terms: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """The sum of the terms."""
+        return sum(self.terms.values())
+
+
+def uses_bf16(config: RunConfig) -> bool:
+    """Whether the training dtype is bf16 where the run is planned for."""
+    return precision_on(config, planned_device(config).kind) == "bf16"
+
+
+def micro_batches(config: RunConfig) -> int:
+    """Micro-batches of a rank in a step, at least 1."""
+    return max(config.data.global_batch_size // (config.engine.micro_batch_size * config.cluster.devices), 1)
+
+
+def plan_memory(config: RunConfig) -> MemoryPlan:
+    """The memory of one of `cluster.devices` ranks at the peak of a step of `config`."""
+    engine, ranks = config.engine, config.cluster.devices
+    total, width = count_parameters(config).total, 2 if uses_bf16(config) else 4
+    sharded, second = engine.zero_stage == 3, engine.hpz_partition_size
+    states = {
+        "parameters": width * total // (ranks if sharded else 1) + (width * total // second if second > 1 else 0),
+        "gathered": width * min(total, MAX_LIVE_PARAMETERS) if sharded else 0,
+        "optimizer": config.optim.bytes_per_parameter(engine.moment_dtype) * total // ranks,
+        "runtime": RUNTIME_BYTES[planned_device(config).kind],
+    }
+    before, after = _gradients(config, total)
+    one_block = replace(config, engine=replace(engine, activation_checkpointing="full"))
+    loss, waiting, last = _loss(config, width), activation_bytes(config), activation_bytes(one_block)
+    # Under ZeRO 3 the bucket is there from the start, and its reduction makes a copy.
+    buckets = _buckets(config, total, width)
+    start = {"gradients": before, "buckets": buckets[0], "activations": waiting, "loss": loss}
+    end = {"gradients": after, "buckets": buckets[1], "activations": min(waiting, last), "loss": 0}
+    moments = (
+        MemoryPlan("the backward starts", states | start),
+        MemoryPlan("the backward ends", states | end),
+        MemoryPlan("the optimiser steps", states | {"gradients": after, "step": _step(config)}),
+    )
+    return max(moments, key=lambda moment: moment.total)
+
+
+def activation_bytes(config: RunConfig) -> int:
+    """Bytes of the activations of one micro-batch that are held at the start of the backward.
+
+    Without recomputation all that every block saves; with it the input of every block (`selective`: and the results
+    it keeps), and one block in full.
+    """
+    tokens = config.engine.micro_batch_size * config.model.seq_len
+    width = 2 if uses_bf16(config) else 4
+    moe, dense = block_activations(config)
+    # The residual stream enters and leaves, the final norm saves its input and hands the head another.
+    outside = 3 * config.model.hidden_size
+    if config.engine.activation_checkpointing == "none":
+        layers, held = moe_layers(config) * moe + config.moe.dense_layers * dense, config.model.layers
+    elif config.engine.activation_checkpointing == "selective":
+        kept_moe, kept_dense = kept_block_numbers(config, width)
+        kept = moe_layers(config) * kept_moe + config.moe.dense_layers * kept_dense
+        # Of the one block that is computed again, what it keeps is there already.
+        layers, held = kept + max(moe - kept_moe, dense - kept_dense, 0), 1
+    else:
+        layers, held = config.model.layers * config.model.hidden_size + max(moe, dense), 1
+    per_token = width * (layers + outside) + shared_mask_bytes(config)
+    return tokens * per_token + held * folded_bytes(config, width)
+
+
+def block_activations(config: RunConfig) -> tuple[int, int]:
+    """Numbers that a block saves for its backward for every token: one with experts (0 if there is none), a dense one.
+
+    Attention: its input before and after the norm, and what `activations.py` counts. Experts: their input before
+    and after the norm; for each of top_k gate and up, which is all that the grouped backend keeps. The others keep the
+    copied input as well, and 3 more tensors of the expert's width (silu of gate, its product with up, that times the
+    weight), as the experts that every token passes do.
+    """
+    model, moe = config.model, config.moe
+    attention = 2 * model.hidden_size + attention_activations(config, 2 if uses_bf16(config) else 4)
+    shared = 5 * moe.shared_experts * moe.expert_width
+    copy = 2 * moe.expert_width if moe.backend == "grouped" else model.hidden_size + 5 * moe.expert_width
+    routed = moe.top_k * copy + 2 * moe.experts
+    experts = attention + 2 * model.hidden_size + routed + shared
+    dense = attention + 2 * model.hidden_size + 5 * moe.dense_width
+    return (experts if moe_layers(config) else 0), (dense if moe.dense_layers else 0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to keep model states: bytes a parameter for parameters, gradients and optimiser. `offered` by this engine
+    or not (then it is listed for comparison, and costs an engine of one's own)."""
+
+    name: str
+    parameters: int
+    gradients: int
+    optimizer: int
+    offered: bool
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        """All of it, on one rank."""
+        return self.parameters + self.gradients + self.optimizer
+
+    def states(self, total: int, stage: int, ranks: int) -> int:
+        """Bytes of `total` parameters on one of `ranks`, each part whole or sharded as the ZeRO stage has it."""
+        parts = (self.parameters, 3), (self.gradients, 2), (self.optimizer, 1)
+        return sum(size * total // (ranks if stage >= sharded_from else 1) for size, sharded_from in parts)
+
+
+def recipes(optim: OptimSection) -> tuple[Recipe, ...]:
+    """The recipes with the optimiser of `optim`: with AdamW from 20 bytes a parameter down. What DeepSpeed offers more
+    is in docs/plan.md."""
+    wide, narrow = optim.bytes_per_parameter("fp32"), optim.bytes_per_parameter("bf16")
+    return (
+        Recipe("fp32: parameters, gradients, masters, moments", 4, 4, wide, True),
+        Recipe("bf16, gradients accumulated in fp32", 2, 6, wide, True),
+        Recipe("bf16, gradients in bf16", 2, 2, wide, True),
+        Recipe("bf16 with bf16 moments", 2, 2, narrow, True),
+        Recipe("bf16 throughout, no masters", 2, 2, narrow - MASTER_BYTES, False),
+        Recipe("bf16, optimiser offloaded to the host", 2, 2, 0, False),
+    )
+
+
+def largest_micro_batch(config: RunConfig, budget: float) -> int:
+    """The most rows of a micro-batch with which a rank stays within `budget` bytes; 0 when even one does not fit."""
+
+    def fits(rows: int) -> bool:
+        engine = replace(config.engine, micro_batch_size=rows)
+        return plan_memory(replace(config, engine=engine)).total <= budget
+
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while fits(high) and high < 1 << 20:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _gradients(config: RunConfig, total: int) -> tuple[int, int]:
+    """Gradients held when the last backward of a step starts, and when it ends."""
+    engine, ranks, accumulates = config.engine, config.cluster.devices, micro_batches(config) > 1
+    wide = uses_bf16(config) and engine.grad_accum_dtype == "fp32"
+    width = 2 if uses_bf16(config) else 4
+    if engine.zero_stage == 3:
+        return ((4 if wide else width) * total // ranks,) * 2
+    if engine.zero_stage == 2 and wide:
+        return 4 * total // ranks if accumulates else 0, 4 * total // ranks
+    if engine.zero_stage == 2:
+        held = width * _touched(config)
+        return held if accumulates else 0, held * (2 if accumulates else 1)
+    # ZeRO 1; with fp32 accumulation the whole fp32 gradient stays, and the bf16 one is added to it at the end.
+    return (4 * total, 6 * total) if wide else (width * total if accumulates else 0, width * total)
+
+
+def _touched(config: RunConfig) -> int:
+    """Numbers of all matrices of which some part lies in a rank's share of its parameter group: the most of any rank.
+
+    A group is the matrices of one layer in the order of the module, cut into equal shares; ZeRO 2 keeps a gradient
+    whole when the share begins or ends inside it.
+    """
+    groups, ranks = _groups(config), config.cluster.devices
+    # What a share touches changes only from one that holds a border of a matrix to its neighbours.
+    borders = {int(end * ranks / sum(sizes)) for _, sizes in groups for end in itertools.accumulate(sizes)}
+    near = {rank + step for rank in borders | {0} for step in (-1, 0, 1)} & set(range(ranks))
+    return max(sum(times * _overlap(sizes, rank, ranks) for times, sizes in groups) for rank in near)
+
+
+def _groups(config: RunConfig) -> list[tuple[int, list[int]]]:
+    """The parameter groups of matrices: how many there are of a kind, and the sizes of the matrices of one."""
+    model, moe = config.model, config.moe
+    attention = config.attention.base.parameters(model.hidden_size)
+    expert, vocabulary = model.hidden_size * moe.expert_width, model.vocab_size * model.hidden_size
+    return [
+        (1, [vocabulary] if model.tie_embeddings else [vocabulary, vocabulary]),
+        (
+            moe_layers(config),
+            [
+                *[attention // 4] * 4,
+                moe.experts * model.hidden_size,
+                2 * moe.experts * expert,
+                moe.experts * expert,
+                2 * moe.shared_experts * expert,
+                moe.shared_experts * expert,
+            ],
+        ),
+        (
+            moe.dense_layers,
+            [*[attention // 4] * 4, 2 * model.hidden_size * moe.dense_width, model.hidden_size * moe.dense_width],
+        ),
+    ]
+
+
+def _step(config: RunConfig) -> int:
+    """What the optimiser holds while it steps, one group after another: its gradients in fp32, and its moments widened
+    when they are kept in bf16."""
+    largest = max(sum(sizes) for times, sizes in _groups(config) if times)
+    return (4 + config.optim.widened_bytes(config.engine.moment_dtype)) * largest // config.cluster.devices
+
+
+def _overlap(sizes: list[int], rank: int, ranks: int) -> int:
+    """The sum of those `sizes`, laid end to end, that the share of `rank` touches."""
+    start, total, touched = 0, sum(sizes), 0
+    for size in sizes:
+        if start < (rank + 1) * total / ranks and start + size > rank * total / ranks:
+            touched += size
+        start += size
+    return touched
+
+
+def _buckets(config: RunConfig, total: int, width: int) -> tuple[int, int]:
+    """Buffers of the reduction when the backward starts, and when it ends."""
+    bucket = width * min(config.engine.reduce_bucket_elements, total)
+    if config.engine.zero_stage < 3:
+        return 0, bucket
+    return bucket, 2 * bucket + bucket // config.cluster.devices
+
+
+def _loss(config: RunConfig, width: int) -> int:
+    """Logits of a chunk and their gradient in fp32; the fp32 gradient of the head, and once more in its own dtype."""
+    model = config.model
+    chunk = min(model.loss_chunk_tokens, config.engine.micro_batch_size * model.seq_len)
+    return 2 * 4 * chunk * model.vocab_size + (4 + width) * model.vocab_size * model.hidden_size

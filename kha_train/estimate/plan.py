@@ -1,0 +1,376 @@
+"""What a run will hold, cost and take, from its configuration alone: before a GPU is touched, and without torch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kha_train.config.resolve import Resolved, resolve_plan
+from kha_train.config.schema import RunConfig
+from kha_train.config.validate import validate_batch
+from kha_train.data.format import manifest
+from kha_train.data.sources import begins_with_labels, open_samples, open_validation, without_labels
+from kha_train.errors import ConfigError, DataError
+from kha_train.estimate.counts import (
+    FlopCount,
+    InteractionOverhead,
+    ParameterCount,
+    cache_bytes_per_token,
+    count_parameters,
+    flops_per_token,
+    interaction_overhead,
+)
+from kha_train.estimate.figures import DataUse, RunTime, SavedSize
+from kha_train.estimate.long_step import long_step_warning
+from kha_train.estimate.memory import (
+    GIB,
+    MemoryPlan,
+    largest_micro_batch,
+    micro_batches,
+    plan_memory,
+    recipes,
+    uses_bf16,
+)
+
+STAGES = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change that saves memory: the overrides, what a rank then needs, and what the change costs."""
+
+    overrides: str
+    saves_bytes: int
+    total_bytes: int
+    fits: bool
+    price: str
+
+
+class _Change(NamedTuple):
+    """A remedy that could be taken: its override, the field of the engine that it sets, and its price."""
+
+    override: str
+    fields: dict[str, Any]
+    price: str
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Bytes one rank sends in a step under a ZeRO stage, and the seconds that takes at the slowest link it crosses
+    (None: not known). Nothing of it is assumed to overlap with computation. `group_bytes_per_step` of those bytes stay
+    inside groups of `engine.hpz_partition_size` ranks."""
+
+    stage: int
+    bytes_per_step: int
+    seconds_per_step: float | None
+    group_bytes_per_step: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer of `kha plan`. `fits` is None when the memory of a device is not known; `batch_problem` and
+    `data_problem` are what a run would end with before its first step."""
+
+    config: RunConfig
+    parameters: ParameterCount
+    flops: FlopCount
+    overhead: InteractionOverhead
+    memory: MemoryPlan
+    budget_bytes: int | None
+    fits: bool | None
+    largest_micro_batch: int | None
+    remedies: tuple[Remedy, ...]
+    together: str | None
+    communication: tuple[Communication, ...]
+    batch_problem: str | None
+    data_problem: str | None
+    time: RunTime
+    checkpoint: SavedSize
+    data: DataUse
+    resolved: Resolved
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the run could begin there, as far as it is known."""
+        return self.fits is not False and self.batch_problem is None and self.data_problem is None
+
+    @property
+    def warning(self) -> str:
+        """What to know before a run whose steps are very long; "" where they are not."""
+        rows = self.config.data.global_batch_size // self.config.cluster.devices
+        return long_step_warning(self.config, rows, self.time["step_seconds"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON answer. Its keys are documented in docs/plan.md and do not change."""
+        config, cluster = self.config, self.config.cluster
+        stages = {stage: plan_memory(_with_engine(config, zero_stage=stage)) for stage in STAGES}
+        return {
+            "model": config.model.name,
+            "attention": config.attention.name,
+            "cluster": asdict(cluster),
+            "precision": self.resolved.precision,
+            "attention_backend": self.resolved.backend._asdict(),
+            "params": {
+                "total": self.parameters.total,
+                "active": self.parameters.active,
+                "by_component": self.parameters.by_component,
+            },
+            "flops_per_token": asdict(self.flops),
+            "interaction_overhead": {
+                "parameters_percent": self.overhead.parameters,
+                "flops_percent": self.overhead.flops,
+                "cache_percent": self.overhead.cache,
+            },
+            "cache_bytes_per_token": cache_bytes_per_token(config),
+            "memory_per_rank": {
+                "total_bytes": self.memory.total,
+                "moment": self.memory.moment,
+                "terms": self.memory.terms,
+                "budget_bytes": self.budget_bytes,
+                "fits": self.fits,
+                "micro_batch_size": config.engine.micro_batch_size,
+                "largest_micro_batch": self.largest_micro_batch,
+                "by_stage": {str(stage): memory.total for stage, memory in stages.items()},
+                "recipes": recipe_table(config, self.parameters.total),
+            },
+            "remedies": [asdict(remedy) for remedy in self.remedies],
+            "together": self.together,
+            "communication": [asdict(volume) for volume in self.communication],
+            "batch_problem": self.batch_problem,
+            "data_problem": self.data_problem,
+            "warning": self.warning,
+            "time": self.time,
+            "checkpoint": self.checkpoint,
+            "data": self.data,
+        }
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """The plan of `config` on `config.cluster`. Raises ConfigError when something that it names cannot run there, and
+    DataError when the dataset's manifest is damaged."""
+    resolved = resolve_plan(config)
+    parameters, flops = count_parameters(config), flops_per_token(config)
+    memory, cluster = plan_memory(config), config.cluster
+    budget = round((cluster.memory_gib - cluster.reserved_gib) * GIB) if cluster.memory_gib else None
+    fits = None if budget is None else memory.total <= budget
+    remedies, together = _remedies(config, budget) if budget is not None and not fits else ((), None)
+    time = _time(config, flops)
+    return Plan(
+        config=config,
+        parameters=parameters,
+        flops=flops,
+        overhead=interaction_overhead(config),
+        memory=memory,
+        budget_bytes=budget,
+        fits=fits,
+        largest_micro_batch=None if budget is None else largest_micro_batch(config, budget),
+        remedies=remedies,
+        together=together,
+        communication=tuple(_communication(config, stage, parameters.total) for stage in STAGES),
+        batch_problem=_batch_problem(config),
+        data_problem=_data_problem(config),
+        time=time,
+        checkpoint=_checkpoint(config, parameters.total, time["step_seconds"]),
+        data=_data(config),
+        resolved=resolved,
+    )
+
+
+def recipe_table(config: RunConfig, total: int) -> list[dict[str, Any]]:
+    """Model states of one rank by recipe and ZeRO stage, in bytes; `offered` says what this engine can do."""
+    ranks = config.cluster.devices
+    return [
+        {
+            "name": recipe.name,
+            "bytes_per_parameter": recipe.bytes_per_parameter,
+            "offered": recipe.offered,
+            "states": {str(stage): recipe.states(total, stage, ranks) for stage in STAGES},
+        }
+        for recipe in recipes(config.optim)
+    ]
+
+
+def _remedies(config: RunConfig, budget: int) -> tuple[tuple[Remedy, ...], str | None]:
+    """Each remedy that saves by itself, the cheapest first, and what is enough: as few of them as possible together,
+    on as few devices as possible. A remedy may save only beside others, or on more devices."""
+    now, candidates = plan_memory(config).total, _candidates(config)
+    alone = [(change, plan_memory(_with_engine(config, **change.fields)).total) for change in candidates]
+    remedies = tuple(
+        Remedy(change.override, now - total, total, total <= budget, change.price)
+        for change, total in alone
+        if total < now
+    )
+    chosen = _enough(config, candidates, budget)
+    if chosen is not None:
+        return remedies, " ".join(change.override for change in chosen)
+    devices = _devices_needed(config, candidates, budget)
+    if devices is None:
+        return remedies, None
+    chosen = _enough(_with_devices(config, devices), candidates, budget)
+    assert chosen is not None
+    return remedies, " ".join([*(change.override for change in chosen), f"cluster.devices={devices}"])
+
+
+def _enough(config: RunConfig, candidates: list[_Change], budget: int) -> tuple[_Change, ...] | None:
+    """The fewest, and of as many the cheapest, `candidates` with which `config` fits; None when none do."""
+    for count in range(len(candidates) + 1):
+        for chosen in itertools.combinations(candidates, count):
+            fields = {field: value for change in chosen for field, value in change.fields.items()}
+            if len(fields) == count and plan_memory(_with_engine(config, **fields)).total <= budget:
+                return chosen
+    return None
+
+
+def _candidates(config: RunConfig) -> list[_Change]:
+    """What can be changed, the cheapest first; two changes of one field exclude each other."""
+    engine, found = config.engine, []
+
+    def offer(field: str, value: int | str, price: str) -> None:
+        found.append(_Change(f"engine.{field}={value}", {field: value}, price))
+
+    if engine.zero_stage == 1:
+        offer("zero_stage", 2, "gradients are reduced in every micro-batch")
+    if engine.activation_checkpointing == "none" and engine.compile == "none":
+        offer("activation_checkpointing", "selective", "norms, gates and routing are computed twice")
+    if engine.activation_checkpointing != "full":
+        offer("activation_checkpointing", "full", "a third more computation")
+    if engine.micro_batch_size > 1:
+        offer("micro_batch_size", 1, "smaller products: slower")
+    if engine.zero_stage < 3:
+        offer("zero_stage", 3, "parameters are gathered in every micro-batch")
+    if uses_bf16(config) and engine.grad_accum_dtype == "fp32":
+        offer("grad_accum_dtype", "bf16", "gradients are summed in bf16")
+    if engine.moment_dtype == "fp32":
+        offer("moment_dtype", "bf16", "both moments are rounded to bf16 after every step")
+    return found
+
+
+def _devices_needed(config: RunConfig, candidates: list[_Change], budget: int) -> int | None:
+    """A number of devices, whole nodes where one is not enough, up to 65,536, on which some of `candidates` are enough
+    while they are not on the next smaller one; None when there is none."""
+    devices, node = config.cluster.devices, config.cluster.devices_per_node
+    counts: list[int] = [*range(devices, node), *range(max(devices, node), 65_537, node)]
+
+    def fits(place: int) -> bool:
+        return _enough(_with_devices(config, counts[place]), candidates, budget) is not None
+
+    low, high = 0, 1
+    while high < len(counts) and not fits(high):
+        low, high = high, 2 * high
+    if high >= len(counts):
+        high = len(counts) - 1
+        if high <= low or not fits(high):
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return counts[high]
+
+
+def _communication(config: RunConfig, stage: int, total: int) -> Communication:
+    """Ring collectives: a reduce-scatter or all-gather of S bytes sends S (N - 1) / N from every rank, an all-reduce
+    twice that.
+
+    DeepSpeed 0.19 all-reduces gradients, whole and in the training dtype, under ZeRO 1 once a step and under ZeRO 2 in
+    every micro-batch (`use_multi_rank_bucket_allreduce`); both then gather the updated parameters. ZeRO 3 gathers them
+    in every micro-batch, for the forward and again for the backward, and reduce-scatters. With `hpz_partition_size`
+    only the first gather of a step is one among all ranks; what each group then holds, it gathers by itself.
+    """
+    cluster, group = config.cluster, config.engine.hpz_partition_size if stage == 3 else 1
+    ranks, width, micro = cluster.devices, 2 if uses_bf16(config) else 4, micro_batches(config)
+    passes = {1: 3, 2: 2 * micro + 1, 3: micro + 1 if group > 1 else 3 * micro}[stage]
+    among_all = passes * width * total * (ranks - 1) // ranks
+    in_groups = (2 * micro - 1) * width * total * (group - 1) // group
+
+    def link(size: int) -> float:
+        return cluster.node_bandwidth_gb if size <= cluster.devices_per_node else cluster.network_bandwidth_gb
+
+    seconds = [sent / (link(size) * 1e9) for sent, size in ((among_all, ranks), (in_groups, group)) if link(size)]
+    known = sum(seconds) if len(seconds) == 2 else None
+    return Communication(stage, among_all + in_groups, known, in_groups)
+
+
+def _batch_problem(config: RunConfig) -> str | None:
+    try:
+        validate_batch(config, config.cluster.devices)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _time(config: RunConfig, flops: FlopCount) -> RunTime:
+    """Computation alone, at the cluster's assumed MFU: tokens/s = devices x peak x MFU / FLOPs a token."""
+    cluster = config.cluster
+    tokens_per_step = config.data.global_batch_size * config.model.seq_len
+    tokens = config.run.steps * tokens_per_step
+    speed = cluster.devices * cluster.peak_tflops * 1e12 * cluster.mfu / flops.mfu
+    hours = tokens / speed / 3600 if speed else None
+    priced = hours is not None and cluster.price_per_hour > 0
+    return {
+        "tokens": tokens,
+        "tokens_per_step": tokens_per_step,
+        "total_flops": tokens * flops.mfu,
+        "mfu": cluster.mfu,
+        "tokens_per_second": speed or None,
+        "step_seconds": tokens_per_step / speed if speed else None,
+        "hours": hours,
+        "device_hours": hours * cluster.devices if hours is not None else None,
+        "cost": hours * cluster.devices * cluster.price_per_hour if hours is not None and priced else None,
+    }
+
+
+def _checkpoint(config: RunConfig, total: int, step_seconds: float | None) -> SavedSize:
+    """Size, time to write, and the interval that loses least: sqrt(2 x write x time between failures) (Young 1974)."""
+    cluster, size = config.cluster, config.optim.bytes_per_parameter() * total
+    write = size / (cluster.storage_bandwidth_gb * 1e9) if cluster.storage_bandwidth_gb else None
+    failures = cluster.hours_between_failures * 3600 / cluster.devices
+    interval = math.sqrt(2 * write * failures) if write is not None else None
+    steps = interval / step_seconds if interval is not None and step_seconds else None
+    return {
+        "bytes": size,
+        "kept_bytes": size * config.checkpoint.keep_last,
+        "write_seconds": write,
+        "sensible_every_seconds": interval,
+        "sensible_every_steps": max(round(steps), 1) if steps is not None else None,
+        "every_steps": config.checkpoint.every_steps,
+    }
+
+
+def _data(config: RunConfig) -> DataUse:
+    """Epochs over the training data, where its manifests can be read here."""
+    wanted = config.run.steps * config.data.global_batch_size * config.model.seq_len
+    if not _is_here(*_training_data(config)):
+        return {"tokens": None, "epochs": None}
+    tokens = sum(manifest.load(Path(path), field="data.train").tokens for path in _training_data(config))
+    return {"tokens": tokens, "epochs": wanted / tokens if tokens else None}
+
+
+def _data_problem(config: RunConfig) -> str | None:
+    """Why a run could not begin with its data, where all of them are here."""
+    if not _is_here(*_training_data(config), config.data.validation):
+        return None
+    try:
+        labels = begins_with_labels(config, open_samples(config))
+        open_validation(config)
+        return None if labels else str(without_labels("data", "no token of the first step"))
+    except (ConfigError, DataError) as error:
+        return str(error)
+
+
+def _training_data(config: RunConfig) -> list[str]:
+    return [source.path for source in config.data.sources] or [config.data.train]
+
+
+def _is_here(*paths: str) -> bool:
+    return all((Path(path) / manifest.MANIFEST_NAME).is_file() for path in paths)
+
+
+def _with_devices(config: RunConfig, devices: int) -> RunConfig:
+    return replace(config, cluster=replace(config.cluster, devices=devices))
+
+
+def _with_engine(config: RunConfig, **changes: Any) -> RunConfig:
+    return replace(config, engine=replace(config.engine, **changes))

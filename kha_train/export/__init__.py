@@ -1,1 +1,0 @@
-"""What is done with a trained model: absorb its interaction, generate from it."""

@@ -1,0 +1,90 @@
+"""What attention is reckoned to save for its backward, against what torch saves: every base with every interaction."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kha_train import compose
+from kha_train.config.registry import BASES, INTERACTIONS
+from kha_train.errors import ConfigError
+from kha_train.estimate.activations import attention_activations, folded_bytes
+from kha_train.model.attention.backends import alibi_slopes, lay_out_documents
+from kha_train.model.attention.base import RowContext, build_attention
+from kha_train.model.init import initial_values
+from kha_train.model.rope import Rotary, rotary_table
+
+TOKENS, WIDTH = 48, 32
+SHAPE = [
+    *(f"model.hidden_size={WIDTH}", "model.head_dim=16", "model.query_heads=4", f"model.seq_len={TOKENS}"),
+    *("engine.micro_batch_size=1", "cluster=cpu"),
+]
+REFUSED = {("mla", "knocking_mlp"), ("mla", "knocking_gate")}
+
+
+def planned_and_saved(overrides: list[str]) -> tuple[int, int]:
+    """Bytes of one layer's attention on one row: reckoned, and seen by saved-tensor hooks, each storage once, without
+    parameters, rotary tables and the mask that all layers share."""
+    config = compose([*SHAPE, *overrides])
+    attention, base = build_attention(config), config.attention.base
+    with torch.no_grad():
+        for owner, local, _, value in initial_values(attention, 0):
+            getattr(owner, local).copy_(value())
+    rotary, cpu = Rotary(*(t[None] for t in rotary_table(TOKENS, base.rotary_width(), 1e4))), torch.device("cpu")
+    borders = torch.tensor([0, TOKENS // 2, TOKENS], dtype=torch.int32) if config.data.isolate_documents else None
+    slopes = torch.tensor(alibi_slopes(base.query_heads)) if config.attention.positions == "alibi" else None
+    documents = lay_out_documents(1, TOKENS, cpu, borders, slopes_H=slopes)
+    rows = RowContext(rotary if config.attention.positions == "rope" else None, documents)
+    shared = [*attention.parameters(), *rotary, *([] if documents.mask_BJTU is None else [documents.mask_BJTU])]
+    left_out, kept = {tensor.untyped_storage().data_ptr() for tensor in shared}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in left_out:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    x_BTD = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        attention(x_BTD, rows)
+    planned = 4 * TOKENS * (WIDTH + attention_activations(config, 4)) + folded_bytes(config, 4)
+    return planned, sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("split", ["true", "false"])
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+@pytest.mark.parametrize("base", BASES)
+def test_every_pair_that_composes_saves_what_is_reckoned(base: str, interaction: str, split: str) -> None:
+    """Within 15 %: small matrices and an interaction's second use of a tensor are left out of the reckoning."""
+    overrides = [f"attention={base}", f"interaction@attention.interaction={interaction}"]
+    if base == "mla":
+        overrides += ["attention.base.latent_width=24", "attention.base.rotary_dim=8"]
+    if base == "gta" and interaction != "none":
+        field = "compose" if interaction == "explicit" else "projections"
+        overrides.append(f"attention.interaction.{field}=[v]")
+    if (base, interaction) in REFUSED:
+        with pytest.raises(ConfigError):
+            compose(overrides)
+        return
+    planned, saved = planned_and_saved([*overrides, f"data.isolate_documents={split}"])
+    assert planned == pytest.approx(saved, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["attention=gqa", "model.kv_heads=2", "attention.backend=eager"],
+        ["attention=gqa", "model.kv_heads=2", "attention.backend=eager", "attention.positions=alibi"],
+        ["attention=gqa", "model.kv_heads=2", "attention.positions=alibi"],
+        ["attention=gqa", "model.kv_heads=2", "attention.qk_norm=none"],
+        ["attention=gqa", "model.kv_heads=2", "attention.qk_norm=full_width"],
+        ["attention=talking_heads", "model.kv_heads=2"],
+        ["attention=gta", "model.kv_heads=2"],
+        ["attention=kha_mlp", "attention.interaction.impl=folded"],
+        ["attention=kha_mlp", "attention.interaction.impl=eager"],
+    ],
+    ids=" ".join,
+)
+def test_backends_norms_and_positions_are_reckoned(overrides: list[str]) -> None:
+    planned, saved = planned_and_saved(overrides)
+    assert planned == pytest.approx(saved, rel=0.1)
