@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kha_train import build_decoder, compose
-from kha_train.config.interaction_options import KnockingLinearOptions
 from kha_train.errors import ConfigError
 from kha_train.model.init import interaction_identities
 from kha_train.optim import AdamW, interaction_settings, learning_rate, parameter_groups
+from kha_train.variants.interactions import KnockingLinearOptions
 from kha_train.variants.optimizer import AdamWOptions, OptimSection, ScheduleSection
 
 COSINE = OptimSection(lr=1.0, schedule=ScheduleSection(name="cosine", warmup=0.1, final=0.1))

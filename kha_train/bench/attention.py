@@ -12,7 +12,6 @@ import torch
 
 from kha_train.bench.protocol import Clock, Ratio, Timing, compare, environment, interleave, plain, shown, timing, told
 from kha_train.config.compose import compose
-from kha_train.config.interaction_options import KERNEL_WIDTHS
 from kha_train.config.schema import RunConfig
 from kha_train.model.attention.backends import lay_out_documents
 from kha_train.model.attention.base import Attention, RowContext, build_attention
@@ -20,6 +19,7 @@ from kha_train.model.decoder import build_rotary_table
 from kha_train.model.host import use_tensor_cores
 from kha_train.model.init import initialise, reset_buffers
 from kha_train.model.kernels.availability import missing
+from kha_train.variants.interactions import KERNEL_WIDTHS
 
 VARIANTS = {
     "gqa": ("attention=gqa",),

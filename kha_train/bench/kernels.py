@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kha_train.config.interaction_options import KERNEL_WIDTHS
 from kha_train.config.resolve import interpreted
 from kha_train.errors import ConfigError
 from kha_train.model.kernels import knocking_mlp, movement, norm_rotate, weighted_swiglu
 from kha_train.model.kernels.compiler import CAPABILITY, Compiled, compile_call
 from kha_train.model.kernels.launch import Call
+from kha_train.variants.interactions import KERNEL_WIDTHS
 
 B, T = 2, 8192
 

@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 from kha_train.bench.protocol import interleave, timing
-from kha_train.config.base_options import GroupedQueryOptions
 from kha_train.config.schema import RunConfig
 from kha_train.data.rows.batch import Batch
 from kha_train.errors import ConfigError
 from kha_train.model.host import to_device
 from kha_train.optim import parameter_groups
+from kha_train.variants.bases import GroupedQueryOptions
 from kha_train.variants.optimizer import AdamWOptions
 
 EXPERTS = ("grouped_mm", "eager", "batched_mm")

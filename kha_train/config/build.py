@@ -9,12 +9,11 @@ from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from kha_train.config import aliases
-from kha_train.config.options import BaseOptions, InteractionOptions
-from kha_train.config.registry import BASES, INTERACTIONS
 from kha_train.errors import ConfigError, Replace, Settings
 from kha_train.foreign.documents import Json
+from kha_train.variants.attention import BaseOptions, InteractionOptions
 from kha_train.variants.optimizer import OptimSection
-from kha_train.variants.registry import OPTIMIZERS, Variant
+from kha_train.variants.registry import BASES, INTERACTIONS, OPTIMIZERS, Variant
 
 
 class Dataclass(Protocol):

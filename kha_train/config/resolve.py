@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
-from kha_train.config.backends import TRAITS
-from kha_train.config.options import FoldableOptions, implementation
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError, Settings, either
+from kha_train.variants.attention import FoldableOptions, Implementation
+from kha_train.variants.backends import TRAITS
 
 Precision = Literal["fp32", "bf16"]
 OLDEST_FOR_TRITON = (8, 0)
@@ -176,6 +176,50 @@ def require_triton(
         raise ConfigError(problem, field=field, value="triton", fix=Settings(fix))
 
 
+def turned_dimensions(config: RunConfig) -> int:
+    """How many dimensions of a query or key rotary embedding turns, the first ones of `BaseOptions.rotary_width`.
+
+    The only rule there is: validation, the rotary table and its shape all ask here. 0 without rotary embedding.
+    """
+    if config.attention.positions != "rope":
+        return 0
+    return round(config.attention.base.rotary_width() * config.model.partial_rotary_factor)
+
+
+def implementation(config: RunConfig) -> Implementation:
+    """How the interaction of `config` is computed, for forwards of a micro-batch."""
+    options, base = config.attention.interaction, config.attention.base
+    if not isinstance(options, FoldableOptions):
+        return Implementation("eager", "it has no other")
+    tokens = config.engine.micro_batch_size * config.model.seq_len
+    inputs = base.input_widths(config.model.hidden_size)
+    return options.implementation(base.heads(), inputs, tokens, config.engine.kernels)
+
+
+def invalid_backend(config: RunConfig) -> ConfigError | None:
+    """Why the chosen backend cannot compute what the configuration asks for, or None."""
+    name = config.attention.backend
+    if name == "auto":
+        return None
+    traits = TRAITS[name]
+    if traits.cuda and config.engine.device == "cpu":
+        return _refused(name, "runs on CUDA alone, and engine.device=cpu")
+    if traits.cuda and config.engine.precision == "fp32":
+        return _refused(name, "computes in bf16, and engine.precision=fp32")
+    if not traits.splits and config.data.isolate_documents:
+        return _refused(
+            name,
+            "admits only unsplit causal rows, and data.isolate_documents=true splits rows into documents",
+            Settings(
+                "data.isolate_documents=false data.packing=concat",
+                "{} (another experiment: tokens then see earlier documents)",
+            ),
+        )
+    if not traits.biased and config.attention.positions == "alibi":
+        return _refused(name, "adds no bias to the scores, and attention.positions=alibi")
+    return None
+
+
 def megablocks_unavailable(reason: str) -> ConfigError:
     """The ConfigError of a device without megablocks."""
     return ConfigError(
@@ -195,3 +239,8 @@ def _cuda_problem(device: Device, precision: Precision) -> str | None:
 
 def _too_old(capability: tuple[int, int], oldest: tuple[int, int]) -> str:
     return f"needs compute capability {oldest[0]}.{oldest[1]}, and this device has {capability[0]}.{capability[1]}"
+
+
+def _refused(name: str, reason: str, *further: Settings) -> ConfigError:
+    fix = either(Settings("attention.backend=sdpa"), *further)
+    return ConfigError(reason, field="attention.backend", value=name, fix=fix)

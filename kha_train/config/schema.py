@@ -1,8 +1,8 @@
 """The configuration of a run: one frozen dataclass tree, the only schema there is.
 
 The YAML groups under `configs/` hold values for these fields and nothing else. The tree mirrors the module tree. Needs
-no torch. Attention bases and interactions bring their own options (see `options.py`), chosen by `name` through
-`registry.py`.
+no torch. Attention bases, interactions and optimisers bring their own options, which stand in `kha_train/variants` and
+are chosen by `name`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kha_train.config.backends import BackendName
-from kha_train.config.options import BaseOptions, InteractionOptions, Positions, QkNorm
 from kha_train.variants import optimizer
+from kha_train.variants.attention import BaseOptions, InteractionOptions, Positions, QkNorm
+from kha_train.variants.backends import BackendName
 
 # The sections that stand in the header of the optimisers belong to this tree like the others.
 OptimSection = optimizer.OptimSection

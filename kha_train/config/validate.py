@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import shlex
 
-from kha_train.config.backends import invalid_backend
 from kha_train.config.build import to_plain
 from kha_train.config.limits import check_limits
-from kha_train.config.options import turned_dimensions, without_identity
+from kha_train.config.resolve import invalid_backend, turned_dimensions
 from kha_train.config.schema import RunConfig
 from kha_train.config.urls import refuse_credentials_in
 from kha_train.errors import ConfigError, Settings, either
+from kha_train.variants.attention import Partners
 
 MOST_PROFILED_STEPS = 50
 LEAST_FP32 = 2.0**-126
@@ -90,14 +90,32 @@ def _shares(config: RunConfig) -> None:
 
 
 def _attention(config: RunConfig) -> None:
-    base, interaction = config.attention.base, config.attention.interaction
-    problem = base.invalid() or interaction.invalid() or base.conflict(config) or invalid_backend(config)
-    problem = problem or without_identity(config)
+    attention, base, interaction = config.attention, config.attention.base, config.attention.interaction
+    partners = Partners(attention.qk_norm, attention.positions, attention.backend, config.model.seq_len)
+    problem = base.invalid() or interaction.invalid() or base.conflict(partners) or invalid_backend(config)
+    problem = problem or _without_identity(config)
     if problem:
         raise problem
     reason = interaction.refuses(base)
     if reason:
         raise ConfigError(reason, field="attention.interaction", value=f"{interaction.name} on {base.name}")
+
+
+def _without_identity(config: RunConfig) -> ConfigError | None:
+    """Why `optim.interaction_decay=identity` has nothing to decay towards, or None."""
+    attention = config.attention
+    values = {**attention.base.identities(), **attention.interaction.identities()}
+    if config.optim.interaction_decay != "identity" or (values and None not in values.values()):
+        return None
+    unknown = [name for name, value in values.items() if value is None]
+    what = f"no value of {unknown[0]} leaves" if unknown else "there are no matrices whose values could leave"
+    return ConfigError(
+        f"{what} heads unchanged in interaction {attention.interaction.name} on {attention.base.name}",
+        field="optim.interaction_decay",
+        value="identity",
+        allowed="zero, none",
+        fix=Settings("optim.interaction_decay=zero"),
+    )
 
 
 def _layers(config: RunConfig) -> None:

@@ -16,7 +16,6 @@ from kha_train.checkpoint.fit import check_buffers, check_parameters
 from kha_train.checkpoint.loss import check_not_lost
 from kha_train.checkpoint.reader import Checkpoint, find_newest
 from kha_train.config.compose import load
-from kha_train.config.options import FoldableOptions
 from kha_train.config.schema import RunConfig
 from kha_train.data.sources import open_shards
 from kha_train.data.tokenizer import Tokenizer
@@ -26,6 +25,7 @@ from kha_train.errors import ConfigError, DivergedError, between
 from kha_train.model.attention.cache import Cache
 from kha_train.model.decoder import Decoder, build_decoder
 from kha_train.model.init import initial_values, reset_buffers
+from kha_train.variants.attention import FoldableOptions
 
 
 @dataclass(frozen=True)

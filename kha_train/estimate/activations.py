@@ -6,10 +6,10 @@ Counts are numbers of the training dtype for every token, as torch's saved-tenso
 
 from __future__ import annotations
 
-from kha_train.config.backends import TRAITS
-from kha_train.config.options import FoldableOptions, implementation
-from kha_train.config.resolve import backend_on, planned_device, precision_on
+from kha_train.config.resolve import backend_on, implementation, planned_device, precision_on
 from kha_train.config.schema import RunConfig
+from kha_train.variants.attention import FoldableOptions
+from kha_train.variants.backends import TRAITS
 
 
 def attention_activations(config: RunConfig, width: int) -> int:

@@ -2,7 +2,7 @@
 
 Counts are exact and are tested against the real module. A multiplication and an addition are two operations; only
 matrix products are counted. Causal attention is counted once: a token attends to half the row on average. What a layer
-of attention holds and costs is told by the options of its base and its interaction (`config/options.py`).
+of attention holds and costs is told by the options of its base and its interaction (`variants/attention.py`).
 """
 
 from __future__ import annotations

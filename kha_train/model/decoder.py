@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kha_train.config.options import turned_dimensions
+from kha_train.config.resolve import turned_dimensions
 from kha_train.config.schema import RunConfig
 from kha_train.model.attention.backends import alibi_slopes, lay_out_cached, lay_out_documents
 from kha_train.model.attention.base import RowContext

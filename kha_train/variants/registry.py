@@ -1,6 +1,9 @@
-"""Names of the optimisers -> where their code lives and which options they take. No torch is imported here.
+"""Names of attention variants and optimisers -> where their code lives and which options they take. No torch is
+imported here.
 
-A new optimiser is one file with its step and its options, one YAML under `configs/optim/`, and one line here.
+A new one is a file with its code and its options, a YAML file under `configs/`, and a line here. The options of those
+that come with the package stand beside this file, so that a configuration is judged without importing torch; others
+may name theirs by path, in the file of their code.
 """
 
 from __future__ import annotations
@@ -9,6 +12,14 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Generic, TypeVar
 
+from kha_train.variants.attention import BaseOptions, InteractionOptions
+from kha_train.variants.bases import GroupedQueryOptions, GroupedTiedOptions, LatentOptions, TalkingHeadsOptions
+from kha_train.variants.interactions import (
+    ExplicitOptions,
+    KnockingGateOptions,
+    KnockingLinearOptions,
+    KnockingMlpOptions,
+)
 from kha_train.variants.optimizer import AdamWOptions, OptimSection
 
 Options = TypeVar("Options")
@@ -31,6 +42,21 @@ class Variant(Generic[Options]):
         found: type[Options] = _import(self.options) if isinstance(self.options, str) else self.options
         return found
 
+
+BASES: dict[str, Variant[BaseOptions]] = {
+    "gqa": Variant("kha_train.model.attention.grouped_query:GroupedQueryAttention", GroupedQueryOptions),
+    "gta": Variant("kha_train.model.attention.grouped_tied:GroupedTiedAttention", GroupedTiedOptions),
+    "mla": Variant("kha_train.model.attention.latent:LatentAttention", LatentOptions),
+    "talking_heads": Variant("kha_train.model.attention.talking_heads:TalkingHeadsAttention", TalkingHeadsOptions),
+}
+
+INTERACTIONS: dict[str, Variant[InteractionOptions]] = {
+    "none": Variant("kha_train.model.attention.interaction:NoInteraction", InteractionOptions),
+    "knocking_linear": Variant("kha_train.model.attention.knocking:KnockingLinear", KnockingLinearOptions),
+    "knocking_mlp": Variant("kha_train.model.attention.knocking:KnockingMlp", KnockingMlpOptions),
+    "knocking_gate": Variant("kha_train.model.attention.knocking:KnockingGate", KnockingGateOptions),
+    "explicit": Variant("kha_train.model.attention.explicit:Explicit", ExplicitOptions),
+}
 
 OPTIMIZERS: dict[str, Variant[OptimSection]] = {
     "adamw": Variant("kha_train.optim.adamw:AdamW", AdamWOptions),

@@ -9,7 +9,7 @@ from kha_train.bench import attention as bench
 from kha_train.bench.attention import VARIANTS
 from kha_train.cli.main import app
 from kha_train.config.compose import compose
-from kha_train.config.options import implementation
+from kha_train.config.resolve import implementation
 
 
 def test_every_variant_runs_as_named_and_is_told_with_the_protocol():

@@ -14,11 +14,10 @@ import yaml
 from kha_train.config import saved as saved_module
 from kha_train.config.build import to_plain
 from kha_train.config.compose import compose, load
-from kha_train.config.registry import BASES, INTERACTIONS
 from kha_train.config.saved import BEFORE, completed
 from kha_train.config.schema import RunConfig
 from kha_train.variants.optimizer import OptimSection
-from kha_train.variants.registry import OPTIMIZERS
+from kha_train.variants.registry import BASES, INTERACTIONS, OPTIMIZERS
 
 OLD = Path(__file__).parents[1] / "fixtures" / "old_runs"
 

@@ -22,11 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from kha_train.checkpoint.background import write
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import find_newest
-from kha_train.config.backends import TRAITS, invalid_backend
 from kha_train.config.compose import compose, shipped
-from kha_train.config.interaction_options import ExplicitOptions
-from kha_train.config.options import FoldableOptions, implementation
-from kha_train.config.registry import BASES, INTERACTIONS
+from kha_train.config.resolve import implementation, invalid_backend
 from kha_train.config.schema import RunConfig
 from kha_train.decode.absorb import absorb, absorbed_config
 from kha_train.distributed import World
@@ -38,6 +35,10 @@ from kha_train.model.decoder import Decoder, build_decoder, build_rotary_table
 from kha_train.model.init import initial_value, initial_values, interaction_identities, reset_buffers
 from kha_train.model.kernels import flops
 from kha_train.model.kernels.availability import interpreted
+from kha_train.variants.attention import FoldableOptions
+from kha_train.variants.backends import TRAITS
+from kha_train.variants.interactions import ExplicitOptions
+from kha_train.variants.registry import BASES, INTERACTIONS
 
 SMALL = (
     "model=tiny",

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kha_train.config.options import InteractionOptions
 from kha_train.model.attention.interaction import Interaction
 from kha_train.model.init import Constant
+from kha_train.variants.attention import InteractionOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ PLUGIN = """
 from pathlib import Path
 
 from kha_train.config import compose
-from kha_train.config.registry import INTERACTIONS, Variant
+from kha_train.variants.registry import INTERACTIONS, Variant
 
 compose.shipped = lambda directory: Path(__file__).parent / directory
 INTERACTIONS["temper"] = Variant("temper:Temper", "temper:TemperOptions")

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from kha_train.cli.main import app
 from kha_train.config.compose import compose
-from kha_train.config.registry import BASES
 from kha_train.decode.generate import Sampling, decoding_config, draw, generate
 from kha_train.errors import ConfigError
 from kha_train.model.decoder import Decoder, build_decoder
+from kha_train.variants.registry import BASES
 
 PRESETS = ("gqa", "gta", "mla", "talking_heads", "kha_linear", "kha_mlp", "kha_gate", "mea")
 SMALL = ("model.layers=2", "model.hidden_size=32", "model.head_dim=8", "model.vocab_size=64", "model.seq_len=24")

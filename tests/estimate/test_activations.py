@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from kha_train import compose
-from kha_train.config.registry import BASES, INTERACTIONS
 from kha_train.errors import ConfigError
 from kha_train.estimate.activations import attention_activations, folded_bytes
 from kha_train.model.attention.backends import alibi_slopes, lay_out_documents
 from kha_train.model.attention.base import RowContext, build_attention
 from kha_train.model.init import initial_values
 from kha_train.model.rope import Rotary, rotary_table
+from kha_train.variants.registry import BASES, INTERACTIONS
 
 TOKENS, WIDTH = 48, 32
 SHAPE = [

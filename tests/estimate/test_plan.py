@@ -15,10 +15,10 @@ import pytest
 from data_tools.synthetic import write_dataset
 from kha_train import compose
 from kha_train.cli.main import run
-from kha_train.config.options import HeadShape, InteractionOptions
 from kha_train.config.schema import RunConfig
 from kha_train.estimate.memory import GIB, plan_memory
 from kha_train.estimate.plan import make_plan
+from kha_train.variants.attention import HeadShape, InteractionOptions
 
 SIX_BILLION = ["model=moe_6b", "data.global_batch_size=512", "engine.micro_batch_size=1"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kha_train.config.backends import TRAITS
 from kha_train.config.compose import compose
 from kha_train.model.attention.backends import BACKENDS, eager, flash_attn_problem, lay_out_documents
 from kha_train.model.attention.choice import check_against_maths, choose
+from kha_train.variants.backends import TRAITS
 
 pytestmark = [
     pytest.mark.gpu,

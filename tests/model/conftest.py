@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from kha_train.config.base_options import GroupedQueryOptions
 from kha_train.config.compose import compose
-from kha_train.config.interaction_options import KnockingLinearOptions as Linear
-from kha_train.config.interaction_options import KnockingMlpOptions as Mlp
-from kha_train.config.options import BaseOptions, InteractionOptions
 from kha_train.config.schema import RunConfig
+from kha_train.variants.attention import BaseOptions, InteractionOptions
+from kha_train.variants.bases import GroupedQueryOptions
+from kha_train.variants.interactions import KnockingLinearOptions as Linear
+from kha_train.variants.interactions import KnockingMlpOptions as Mlp
 
 INTERACTIONS: dict[str, InteractionOptions] = {
     "gqa": InteractionOptions(name="none"),

@@ -2,8 +2,8 @@
 
 `eager` says what is computed; every other backend is its twin and is tested against it. Which documents a row holds is
 worked out once a forward (`lay_out_documents`) and shared by all layers. Nothing here waits for the device: whether a
-row is split is read from the *shape* of `cu_seqlens_S`. What each backend admits stands in `config/backends.py`, which
-needs no torch; `choice.py` takes one for a device.
+row is split is read from the *shape* of `cu_seqlens_S`. What each backend admits stands in
+`variants/backends.py`, which needs no torch; `config/resolve.py` takes one for a device.
 """
 
 # B batch   T tokens (U: attended tokens)   H query heads   G key/value heads   N = H / G   J = 1 or H
@@ -123,7 +123,7 @@ def sdpa(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, s
 
 
 def cudnn(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
-    """cuDNN's kernel through torch: unsplit rows only (`config/backends.py` refuses others before)."""
+    """cuDNN's kernel through torch: unsplit rows only (`config/resolve.py` refuses others before)."""
     assert documents.mask_BJTU is None, "cudnn admits only unsplit causal rows"
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
         return _scaled_dot_product(q_BTHK, k_BUGK, v_BUGW, documents, scale)

@@ -9,7 +9,6 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from kha_train.config.registry import BASES
 from kha_train.config.schema import RunConfig
 from kha_train.model.attention.backends import Documents
 from kha_train.model.attention.cache import Cache
@@ -17,6 +16,7 @@ from kha_train.model.attention.choice import backend_function
 from kha_train.model.attention.interaction import build_interaction
 from kha_train.model.norm import TurningNorm
 from kha_train.model.rope import Rotary, rotate
+from kha_train.variants.registry import BASES
 
 
 class RowContext(NamedTuple):

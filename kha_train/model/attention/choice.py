@@ -8,15 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kha_train.config.backends import TRAITS
-from kha_train.config.options import FoldableOptions, implementation
-from kha_train.config.resolve import Choice, backend_on, resolve
+from kha_train.config.resolve import Choice, backend_on, implementation, resolve
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError, Settings
 from kha_train.model.attention.backends import BACKENDS, Backend, Documents, eager, lay_out_documents, sdpa, varlen
 from kha_train.model.device import device_facts
 from kha_train.model.kernels.availability import precision_of
 from kha_train.model.norm import why_norm_stays
+from kha_train.variants.attention import FoldableOptions
+from kha_train.variants.backends import TRAITS
 
 CHECK_TOLERANCE = 3e-2
 """Largest relative error (Frobenius) of half-precision outputs and gradients against fp32 maths in the first check."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kha_train.config.interaction_options import ExplicitOptions
-from kha_train.config.options import HeadShape, Implementation
 from kha_train.model.attention.interaction import Folds, Interaction, starting_matrix
 from kha_train.model.attention.projection import HeadMap, Matrix
 from kha_train.model.norm import RmsNorm
+from kha_train.variants.attention import HeadShape, Implementation
+from kha_train.variants.interactions import ExplicitOptions
 
 NORM_EPS = 1e-5
 """That of the normalised heads which MEA takes its norm from (Differential Transformer, arXiv 2410.05258)."""

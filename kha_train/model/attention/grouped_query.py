@@ -8,12 +8,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kha_train.config.base_options import GroupedQueryOptions
 from kha_train.config.schema import RunConfig
 from kha_train.model.attention.base import Attention, RowContext
 from kha_train.model.attention.projection import OutputProjection, Projection
 from kha_train.model.init import Normal, residual_std
 from kha_train.model.norm import build_turning_norm
+from kha_train.variants.bases import GroupedQueryOptions
 
 
 class GroupedQueryAttention(Attention):

@@ -16,12 +16,13 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from kha_train.config.interaction_options import MatrixInit
-from kha_train.config.options import HeadShape, Implementation, InteractionOptions, implementation
-from kha_train.config.registry import INTERACTIONS
+from kha_train.config.resolve import implementation
 from kha_train.config.schema import RunConfig
 from kha_train.model.attention.projection import HeadMap
 from kha_train.model.init import DeclaredModule, Identity, Initial, SizeKeeping
+from kha_train.variants.attention import HeadShape, Implementation, InteractionOptions
+from kha_train.variants.interactions import MatrixInit
+from kha_train.variants.registry import INTERACTIONS
 
 
 class Folds(NamedTuple):

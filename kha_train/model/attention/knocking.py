@@ -14,11 +14,11 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from kha_train.config.interaction_options import KnockingOptions
-from kha_train.config.options import HeadShape, Implementation
 from kha_train.model.attention.interaction import Folds, Interaction, starting_matrix
 from kha_train.model.attention.projection import HeadMap, Matrix
 from kha_train.model.kernels.knocking_mlp import knocking_mlp, plain_knocking_mlp
+from kha_train.variants.attention import HeadShape, Implementation
+from kha_train.variants.interactions import KnockingOptions
 
 
 def shared_matrix(name: str, width: int, options: KnockingOptions) -> Matrix:

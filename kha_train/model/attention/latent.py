@@ -15,12 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from kha_train.config.base_options import LatentOptions
 from kha_train.config.schema import RunConfig
 from kha_train.model.attention.base import Attention, RowContext
 from kha_train.model.attention.projection import LatentProjection, OutputProjection, Projection
 from kha_train.model.init import Linear, Normal, residual_std
 from kha_train.model.norm import RmsNorm
+from kha_train.variants.bases import LatentOptions
 
 
 class LatentAttention(Attention):

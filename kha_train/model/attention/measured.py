@@ -14,12 +14,13 @@ from typing import get_args
 
 import torch
 
-from kha_train.config.backends import TRAITS, BackendName, invalid_backend
+from kha_train.config.resolve import invalid_backend
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import Caught
 from kha_train.errors import ConfigError
 from kha_train.model.attention.backends import BACKENDS, Documents, lay_out_documents
 from kha_train.model.attention.choice import attention_inputs, check_against_maths, choose
+from kha_train.variants.backends import TRAITS, BackendName
 
 WARM_UP, ROUNDS = 3, 7
 DOCUMENT_TOKENS = 835

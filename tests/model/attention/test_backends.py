@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from kha_train.config.backends import TRAITS
 from kha_train.model.attention import backends
 from kha_train.model.attention.backends import BACKENDS, eager, grouped_words, lay_out_documents
+from kha_train.variants.backends import TRAITS
 
 BORDERS = {"whole rows": None, "split rows": [0, 3, 12, 17, 23, 24], "only row starts": [0, 12, 24]}
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from kha_train.config.compose import compose
-from kha_train.config.registry import BASES
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate
 from kha_train.errors import ConfigError
@@ -21,6 +20,7 @@ from kha_train.model.attention.base import RowContext, build_attention
 from kha_train.model.decoder import build_decoder, build_rotary_table
 from kha_train.model.init import initial_values, reset_buffers
 from kha_train.model.norm import norm_turns
+from kha_train.variants.registry import BASES
 
 WIDTHS = (1, 4, 6, 7, 10, 16)
 SHARES = (Fraction(1), Fraction(1, 2), Fraction(1, 16), Fraction(2, 3), Fraction(3, 10), Fraction(3, 2))

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from kha_train.config.compose import compose
-from kha_train.config.options import implementation
-from kha_train.config.resolve import Device
+from kha_train.config.resolve import Device, implementation
 from kha_train.errors import ConfigError
 from kha_train.estimate.counts import count_parameters, flops_per_token
 from kha_train.model.attention import choice

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from kha_train.config.options import (
+from kha_train.errors import ConfigError, Settings
+from kha_train.variants.attention import (
     BaseOptions,
     FoldableOptions,
     HeadShape,
@@ -15,7 +16,6 @@ from kha_train.config.options import (
     InteractionOptions,
     Projection,
 )
-from kha_train.errors import ConfigError, Settings
 
 KERNEL_WIDTHS = (16, 32, 64, 128)
 """Widths of heads that kernels written in Triton take."""

@@ -2,7 +2,7 @@
 
 Each class holds the fields a variant takes, says itself what is wrong with them or with its partners, and counts what
 one layer of it holds and costs. A multiplication and an addition are two operations; only matrix products are counted.
-The variants that come with the package have theirs in `base_options.py` and `interaction_options.py`.
+The variants that come with the package have theirs in `bases.py` and `interactions.py`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
-from kha_train.errors import ConfigError, Settings
-
-if TYPE_CHECKING:
-    from kha_train.config.schema import RunConfig
+from kha_train.errors import ConfigError
+from kha_train.variants.backends import BackendName
 
 Projection = Literal["q", "k", "v"]
 QkNorm = Literal["per_head", "full_width", "none"]
@@ -52,6 +50,15 @@ class InputWidths(NamedTuple):
     output: int
 
 
+class Partners(NamedTuple):
+    """What an attention base works with: the settings beside its own that it may refuse."""
+
+    qk_norm: QkNorm
+    positions: Positions
+    backend: BackendName
+    seq_len: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class BaseOptions(ABC):
     """What every attention base has: its registry name and the shape of its queries. The counts are for one layer."""
@@ -70,8 +77,8 @@ class BaseOptions(ABC):
             return ConfigError("must be at least 1", field="model.head_dim", value=self.head_dim)
         return None
 
-    def conflict(self, config: RunConfig) -> ConfigError | None:
-        """What in the rest of the configuration this base cannot work with, or None."""
+    def conflict(self, partners: Partners) -> ConfigError | None:
+        """Which of its partners this base cannot work with, or None."""
         return None
 
     def rotary_width(self) -> int:
@@ -126,16 +133,6 @@ class BaseOptions(ABC):
     @abstractmethod
     def cache_numbers(self) -> int:
         """Numbers that decoding keeps for every token seen."""
-
-
-def turned_dimensions(config: RunConfig) -> int:
-    """How many dimensions of a query or key rotary embedding turns, the first ones of `BaseOptions.rotary_width`.
-
-    The only rule there is: validation, the rotary table and its shape all ask here. 0 without rotary embedding.
-    """
-    if config.attention.positions != "rope":
-        return 0
-    return round(config.attention.base.rotary_width() * config.model.partial_rotary_factor)
 
 
 class Implementation(NamedTuple):
@@ -252,30 +249,3 @@ class FoldableOptions(InteractionOptions, ABC):
         folding, spared = self.fold_flops(heads, inputs), tokens * self.saved_flops(heads)
         why = f"folding a layer costs {folding:.3g} operations and spares {spared:.3g}"
         return Implementation("folded", why, True) if folding < spared else Implementation("eager", why)
-
-
-def without_identity(config: RunConfig) -> ConfigError | None:
-    """Why `optim.interaction_decay=identity` has nothing to decay towards, or None."""
-    attention = config.attention
-    values = {**attention.base.identities(), **attention.interaction.identities()}
-    if config.optim.interaction_decay != "identity" or (values and None not in values.values()):
-        return None
-    unknown = [name for name, value in values.items() if value is None]
-    what = f"no value of {unknown[0]} leaves" if unknown else "there are no matrices whose values could leave"
-    return ConfigError(
-        f"{what} heads unchanged in interaction {attention.interaction.name} on {attention.base.name}",
-        field="optim.interaction_decay",
-        value="identity",
-        allowed="zero, none",
-        fix=Settings("optim.interaction_decay=zero"),
-    )
-
-
-def implementation(config: RunConfig) -> Implementation:
-    """How the interaction of `config` is computed, for forwards of a micro-batch."""
-    options, base = config.attention.interaction, config.attention.base
-    if not isinstance(options, FoldableOptions):
-        return Implementation("eager", "it has no other")
-    tokens = config.engine.micro_batch_size * config.model.seq_len
-    inputs = base.input_widths(config.model.hidden_size)
-    return options.implementation(base.heads(), inputs, tokens, config.engine.kernels)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from kha_train.config.options import BaseOptions, HeadShape, InputWidths, QkNorm
 from kha_train.errors import ConfigError, Settings
-
-if TYPE_CHECKING:
-    from kha_train.config.schema import RunConfig
+from kha_train.variants.attention import BaseOptions, HeadShape, InputWidths, Partners, QkNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +59,16 @@ class GroupedTiedOptions(GroupedQueryOptions):
 
     turns_whole_heads: ClassVar[bool] = False
 
-    def conflict(self, config: RunConfig) -> ConfigError | None:
+    def conflict(self, partners: Partners) -> ConfigError | None:
         """The rotary key has no meaning without rotation, and its norm is its own."""
-        attention = config.attention
-        if attention.qk_norm == "full_width":
+        if partners.qk_norm == "full_width":
             return ConfigError(
                 "a tied key has no full width: half of it is shared by all heads",
                 field="attention.qk_norm",
                 value="full_width",
                 allowed="per_head, none",
             )
-        return _needs_rotation(config, "gta")
+        return _needs_rotation(partners, "gta")
 
     def rotary_width(self) -> int:
         """Half a head."""
@@ -125,16 +121,16 @@ class LatentOptions(BaseOptions):
             )
         return super().invalid()
 
-    def conflict(self, config: RunConfig) -> ConfigError | None:
+    def conflict(self, partners: Partners) -> ConfigError | None:
         """A norm between latent and score would keep decoding from attending to the latents themselves."""
-        if config.attention.qk_norm != "none":
+        if partners.qk_norm != "none":
             return ConfigError(
                 "mla normalises its latents; a norm of its keys could not be absorbed when decoding",
                 field="attention.qk_norm",
-                value=config.attention.qk_norm,
+                value=partners.qk_norm,
                 fix=Settings("attention.qk_norm=none"),
             )
-        return _needs_rotation(config, "mla")
+        return _needs_rotation(partners, "mla")
 
     def rotary_width(self) -> int:
         """The rotary key."""
@@ -184,20 +180,20 @@ class TalkingHeadsOptions(GroupedQueryOptions):
 
     max_tokens: int = 2048
 
-    def conflict(self, config: RunConfig) -> ConfigError | None:
+    def conflict(self, partners: Partners) -> ConfigError | None:
         """Only the formula itself can mix scores, and only for short rows."""
-        if config.attention.backend not in ("eager", "auto"):
+        if partners.backend not in ("eager", "auto"):
             return ConfigError(
                 "talking_heads mixes the scores, which only the formula itself holds",
                 field="attention.backend",
-                value=config.attention.backend,
+                value=partners.backend,
                 allowed="eager, auto",
             )
-        if config.model.seq_len > self.max_tokens:
+        if partners.seq_len > self.max_tokens:
             return ConfigError(
                 f"talking_heads holds all scores of a row, and is kept to attention.base.max_tokens={self.max_tokens}",
                 field="model.seq_len",
-                value=config.model.seq_len,
+                value=partners.seq_len,
                 fix="shorten the rows, or raise attention.base.max_tokens when the memory is there",
             )
         return None
@@ -223,12 +219,12 @@ class TalkingHeadsOptions(GroupedQueryOptions):
         return super().pair_flops() + 4 * self.query_heads**2
 
 
-def _needs_rotation(config: RunConfig, name: str) -> ConfigError | None:
-    if config.attention.positions == "rope":
+def _needs_rotation(partners: Partners, name: str) -> ConfigError | None:
+    if partners.positions == "rope":
         return None
     return ConfigError(
         f"{name} keeps its positions in a rotary key of its own",
         field="attention.positions",
-        value=config.attention.positions,
+        value=partners.positions,
         fix=Settings("attention.positions=rope"),
     )

@@ -1,0 +1,31 @@
+"""What each backend of softmax(QK)V can do, so that a configuration is judged without torch and without a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+BackendName = Literal["auto", "sdpa", "eager", "cudnn", "varlen", "flash_attn"]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """`cuda`: runs on CUDA alone, in half precision; `splits`: keeps documents of one row apart; `biased`: adds a bias
+    to the scores, which ALiBi needs; `packed`: reads the borders of documents and needs no mask; `oldest`: the least
+    compute capability of CUDA; `only`: the one it is used on."""
+
+    cuda: bool = False
+    splits: bool = True
+    biased: bool = False
+    packed: bool = False
+    oldest: tuple[int, int] = (0, 0)
+    only: tuple[int, int] | None = None
+
+
+TRAITS: dict[str, Traits] = {
+    "eager": Traits(biased=True),
+    "sdpa": Traits(biased=True),
+    "cudnn": Traits(cuda=True, splits=False, only=(9, 0)),
+    "varlen": Traits(cuda=True, packed=True, oldest=(8, 0)),
+    "flash_attn": Traits(cuda=True, packed=True, oldest=(8, 0)),
+}
