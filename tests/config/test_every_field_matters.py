@@ -521,7 +521,7 @@ UNSEEN = {
     "model.name": "a label: says in the saved configuration which preset the numbers came from",
     "data.name": "a label, as model.name",
     "cluster.name": "a label, as model.name",
-    "optim.name": "one optimiser is registered; tests/contract/test_new_optimizer.py adds another",
+    "optim.name": "one optimiser is registered; tests/recipes/test_optimizer.py adds another",
     "attention.base.max_tokens": "a bound: rows beyond it are refused (tests/model/attention)",
 }
 

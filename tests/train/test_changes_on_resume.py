@@ -133,7 +133,7 @@ def _refused(saved: RunConfig, now: RunConfig, precisions: tuple[str, str] = (""
 def test_a_changed_setting_is_refused_or_declared_to_change_nothing_but_rounding(attention: str) -> None:
     config = compose([f"attention={attention}"])
     for key in flatten(to_plain(config)):
-        # Another variant has other settings; tests/contract/test_new_optimizer.py resumes with another optimiser.
+        # Another variant has other settings; tests/recipes/test_optimizer.py resumes with another optimiser.
         if key in ("attention.base.name", "attention.interaction.name", "optim.name"):
             continue
         refused = key in {name for name, _, _ in _refused(config, _changed(config, key))}

@@ -1,14 +1,20 @@
-"""A new optimiser is one file, one preset and one registry line: then it trains, is saved, resumed and planned."""
+"""The recipe of an optimiser: a file, a preset and a registry line; then it trains, is saved, resumed and planned.
+
+The first test follows the recipe in a copy of the tree and runs that. The others let this process see the files of the
+copy, for they compare the optimiser with torch's own.
+"""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import kha_train.optim
 from kha_train import build_decoder, open_stream
 from kha_train.checkpoint.compare import compare
 from kha_train.checkpoint.manifest import parse_manifest
@@ -26,51 +32,30 @@ from kha_train.record import read_events, read_metrics
 from kha_train.train.run import train
 from kha_train.variants.registry import OPTIMIZERS, Variant
 
-ROOT = Path(__file__).resolve().parents[2]
-CODE = '''
-from dataclasses import dataclass
-from typing import ClassVar
-
-from kha_train.optim import ShareOptimizer
-from kha_train.variants.optimizer import OptimSection
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeavyBallOptions(OptimSection):
-    """Gradient descent with momentum (Polyak 1964)."""
-
-    states: ClassVar[tuple[str, ...]] = ("velocity",)
-    friction: float = 0.1
-
-
-class HeavyBall(ShareOptimizer):
-    """v <- (1 - friction) v + g; p <- p - lr (v + weight_decay p)."""
-
-    def step_share(self, share, gradient, state, group):
-        """See `ShareOptimizer.step_share`."""
-        state["velocity"].mul_(1 - self.options.friction).add_(gradient)
-        share.mul_(1 - group["lr"] * group["weight_decay"]).add_(state["velocity"], alpha=-group["lr"])
-'''
-PRESET = "name: heavy_ball\nlr: 0.1\nfriction: 0.1\nweight_decay: 0.1\n"
-LINE = {"heavy_ball": Variant("heavy_ball:HeavyBall", "heavy_ball:HeavyBallOptions")}
 STEPS = 4
+ADDED = (
+    Path("configs/optim/heavy_ball.yaml"),
+    Path("kha_train/variants/registry.py"),
+    Path("kha_train/optim/heavy_ball.py"),
+)
 ENGINES = {"plain": (plain.Engine, 1), "zero1": (deepspeed.Engine, 1), "zero3": (deepspeed.Engine, 3)}
 
 
 @pytest.fixture
-def configure(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
+def configure(
+    follow: Callable[[str], Any], small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., RunConfig]]:
     """`configure(*overrides)`: a small run with the optimiser that the recipe adds."""
-    folder = tmp_path / "added"
-    shutil.copytree(ROOT / "configs", folder / "configs")
-    (folder / "heavy_ball.py").write_text(CODE)
-    (folder / "configs" / "optim" / "heavy_ball.yaml").write_text(PRESET)
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setattr(compose_module, "shipped", lambda directory: folder / directory)
-    for name, variant in LINE.items():
+    recipe = follow("an optimiser")
+    monkeypatch.setattr(kha_train.optim, "__path__", [*kha_train.optim.__path__, str(recipe.tree / ADDED[2].parent)])
+    monkeypatch.setattr(compose_module, "shipped", lambda directory: recipe.tree / directory)
+    (line,) = (block.text for block in recipe.blocks if block.options.get("file") == str(ADDED[1]))
+    for name, variant in eval(f"{{{line}}}", {"Variant": Variant}).items():
         monkeypatch.setitem(OPTIMIZERS, name, variant)
     common = ["optim=heavy_ball", "engine.device=cpu", "data.global_batch_size=4", "engine.micro_batch_size=2"]
     saves = ["checkpoint.every_steps=2", f"run.steps={STEPS}"]
-    return lambda *overrides: compose([*small, *common, *saves, *overrides])
+    yield lambda *overrides: compose([*small, *common, *saves, *overrides])
+    sys.modules.pop("kha_train.optim.heavy_ball", None)
 
 
 def checkpoint(config: RunConfig, step: int) -> Checkpoint:
@@ -102,6 +87,21 @@ def by_torch(config: RunConfig) -> list[float]:
         decoder.finish_step(output.load_LE)
         found.append(loss.item())
     return found
+
+
+def test_three_files_make_an_optimiser_that_a_run_trains_with(
+    follow: Callable[[str], Any], small: list[str], tmp_path: Path
+) -> None:
+    recipe = follow("an optimiser")
+    assert recipe.touched() == sorted(map(str, ADDED))
+    assert "velocity" not in recipe.type_commands()
+    run = tmp_path / "run"
+    settings = [*small, "engine.device=cpu", "engine.micro_batch_size=2", "run.steps=3", f"run.dir={run}"]
+    recipe.run("kha", "train", "optim=heavy_ball", *settings)
+    (manifest,) = (run / "checkpoints").glob("*/manifest.json")
+    saved = parse_manifest(manifest.read_bytes()).contents.parameters.values()
+    assert {kind for entry in saved for kind in entry.pieces} == {"master", "velocity"}
+    assert len(read_metrics(run)) == 3
 
 
 @pytest.mark.parametrize("name", ENGINES)
