@@ -26,7 +26,8 @@ from kha_train.config.compose import compose
 from kha_train.engine.default import DefaultEngine
 from kha_train.stability.events import Observation
 from kha_train.telemetry.startup import Startup
-from kha_train.train.session import Session
+from kha_train.train.opening import Opened, open_attempt
+from kha_train.train.session import Attempt
 from kha_train.train.step import StepResult, next_batch, train_step
 from kha_train.train.watch import Ruling
 
@@ -60,10 +61,10 @@ class Measured:
 
 
 class _Arms:
-    """The three kinds of step of one session, and the seconds that its telemetry took."""
+    """The three kinds of step of one run, and the seconds that its telemetry took."""
 
-    def __init__(self, session: Session, clock: Clock) -> None:
-        self._session = session
+    def __init__(self, opened: Opened, clock: Clock) -> None:
+        self._session, self._reporter, self._saver = opened
         self._read = time.thread_time if clock == "process" else time.perf_counter
         self.seconds: dict[str, list[float]] = {"judge": [], "line": [], "report": []}
 
@@ -80,9 +81,10 @@ class _Arms:
         session, started = self._session, time.perf_counter()
         judge = self._timed("judge", session.judge_at(RATE))
         result = self._train(lambda loss, norm: judge(loss, norm)._replace(probe=False))
-        session.progress = session.progress.after(session.stream.samples_seen, session.tokens_per_step, result.applied)
-        line = self._timed("line", session.metrics)(result, RATE, time.perf_counter() - started)
-        self._timed("report", session.report)(line, None)
+        session.advance(result.applied)
+        seconds = time.perf_counter() - started
+        line = self._timed("line", self._reporter.line)(session, self._saver, result, RATE, seconds)
+        self._timed("report", self._reporter.report)(line, session.watch.happenings(None))
 
     def _train(self, judge: Callable[[float, float], Ruling]) -> StepResult:
         session = self._session
@@ -108,10 +110,11 @@ def measure(overrides: Sequence[str], blocks: int, clock: Clock = "wall") -> Mea
         write_dataset(f"{folder}/data", vocab_size=config.model.vocab_size, documents=800)
         world = distributed.start(config.engine.device, config.engine.collective_timeout_seconds)
         left_last.push(lambda kind, error, trace: distributed.stop(error))
-        with Session(config, world, Startup(), DefaultEngine) as session:
+        with open_attempt(config, world, Startup(), DefaultEngine, Attempt()) as opened:
+            assert isinstance(opened, Opened), "the directory is new"
             for step, loss in enumerate(clean_curve(0, FULL_WINDOWS, "normal").losses):
-                session.watch.judge(Observation(step, loss, 1.0 + 0.1 * loss))
-            arms = _Arms(session, clock)
+                opened.session.watch.judge(Observation(step, loss, 1.0 + 0.1 * loss))
+            arms = _Arms(opened, clock)
             kinds = {"bare": arms.bare, "watched": arms.watched, "probed": arms.probed}
             seconds = interleave(kinds, blocks=blocks, device=world.device, clock=clock)
             about = environment(world.device)

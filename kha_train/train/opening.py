@@ -1,91 +1,323 @@
-"""Checks before an attempt: the checkpoint to start from, and whether any steps remain."""
+"""Opens everything of an attempt, in order, and returns complete objects.
+
+1. The run directory, so that nobody else writes there. Of a run that is over, nothing else is touched.
+2. The checkpoint to resume from, and the data. A run that does not fit them is refused, and keeps what it has.
+3. The kernels, the same on all ranks.
+4. The engine, restored from the checkpoint, or filled with the weights of another run.
+5. The record, the console, W&B and the saver; with them the attempt begins.
+
+What was opened is closed in reverse order, whether opening fails, training fails or training ends.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from kha_train.checkpoint import layout
-from kha_train.checkpoint.loss import check_not_lost, lost_checkpoints
-from kha_train.checkpoint.reader import Checkpoint, find_newest
-from kha_train.config.compose import load_plain
+import torch
+import yaml
+
+from kha_train.checkpoint.reader import Checkpoint, open_verified
+from kha_train.config.build import to_plain
+from kha_train.config.constants import PRECISION_OF
 from kha_train.config.schema import RunConfig
+from kha_train.data.stream import TokenStream, ValidationSet, open_stream
 from kha_train.distributed import World
+from kha_train.engine.building import resolve_dtype
+from kha_train.engine.contract import Engine, InitialValue
 from kha_train.errors import CheckpointError, KhaError
-from kha_train.record import Marker, has_marker, read_last_metrics, read_marker
+from kha_train.estimate.counts import count_parameters, flops_per_token
+from kha_train.model.attention.choice import announce, choose
+from kha_train.model.attention.measured import measure, settled
+from kha_train.model.moe.experts import announce_experts
+from kha_train.record import Record, Redactor
 from kha_train.record.attempts import CONFIG_FILE
+from kha_train.record.files import write_text, written_as
+from kha_train.telemetry.console import Console
+from kha_train.telemetry.meters import PeakMemory
+from kha_train.telemetry.profiler import Profiler
+from kha_train.telemetry.startup import Startup
+from kha_train.telemetry.throughput import Throughput
+from kha_train.telemetry.wandb import WandbMirror
 from kha_train.train import resume
+from kha_train.train.closing import close_record, sum_up
+from kha_train.train.failure import accept
+from kha_train.train.previous import NOT_FINISHED, find_own_checkpoint, finished_at, needs_no_checkpoint
+from kha_train.train.progress import restore_watch
+from kha_train.train.rate_change import tell_rate_change
+from kha_train.train.reporter import Journal, Reporter, headline
+from kha_train.train.saving import Saver
+from kha_train.train.session import Attempt, Session
+from kha_train.train.watch import Watch
 
-NOT_FINISHED = -1
+
+class Opened(NamedTuple):
+    """What a run trains with."""
+
+    session: Session
+    reporter: Reporter
+    saver: Saver
 
 
-def finished_at(config: RunConfig, run_dir: Path) -> int:
-    """The step at which the run was DONE, where `config` asks for no more steps than that; else NOT_FINISHED.
+@dataclass(frozen=True)
+class Finished:
+    """Nothing is left to train: the run finished before, at `step`, and `run.steps` asks for no more."""
 
-    Raises OSError, and DataError when the record is damaged.
+    step: int
+
+
+@contextmanager
+def open_attempt(
+    config: RunConfig, world: World, startup: Startup, engine_class: type[Engine], attempt: Attempt
+) -> Iterator[Opened | Finished]:
+    """Open an attempt at `config`, and close it with the block. Collective. Raises what `train` documents.
+
+    `startup` is told where the time goes, `attempt` how far it has come.
     """
-    if not has_marker(run_dir, Marker.DONE):
-        return NOT_FINISHED
-    said = re.fullmatch(r"step ([0-9]{1,15})", read_marker(run_dir, Marker.DONE))
-    lines = [] if said else read_last_metrics(run_dir)
-    step = int(said[1]) if said else lines[-1]["step"] if lines else NOT_FINISHED
-    return step if step >= config.run.steps else NOT_FINISHED
+    with ExitStack() as closings:
+        yield _open(closings, config, world, startup, engine_class, attempt)
 
 
-def needs_no_checkpoint(config: RunConfig, run_dir: Path, finished: int) -> bool:
-    """Whether the run ends at once although no checkpoint of it is left: it `finished`, with these very settings.
+class _Data(NamedTuple):
+    """What is trained and validated on, and the ids that name it."""
 
-    That holds whatever its events say. Raises CheckpointError when the checkpoints of any other run are lost.
-    """
-    if finished != NOT_FINISHED and _has_same_settings(config, run_dir):
-        return bool(lost_checkpoints(run_dir)) or not layout.candidates(run_dir / layout.FOLDER)
-    check_not_lost(run_dir)
-    return False
+    stream: TokenStream
+    validation: ValidationSet
+    content_ids: dict[str, str]
 
 
-def _has_same_settings(config: RunConfig, run_dir: Path) -> bool:
-    """Whether the last attempt had the settings of `config`; False where that cannot be read."""
-    try:
-        saved = load_plain(run_dir / CONFIG_FILE)
-    except KhaError:
-        return False
-    return bool(saved) and not resume.not_allowed(config, resume.changed_settings(config, saved), "run.steps")
+class _Kernels(NamedTuple):
+    """What computes attention and experts: the configuration that names it, the attention backends of this attempt and
+    of the last one ("" where unknown), and what is said of the choice."""
+
+    config: RunConfig
+    backend: str
+    earlier_backend: str
+    announced: list[str]
 
 
-def find_own_checkpoint(run_dir: Path, world: World, report: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint that the run goes on from, None when it has not saved any yet. Collective.
+def _open(
+    closings: ExitStack,
+    config: RunConfig,
+    world: World,
+    startup: Startup,
+    engine_class: type[Engine],
+    attempt: Attempt,
+) -> Opened | Finished:
+    journal, finished, is_over = _take_directory(closings, config, world, attempt)
+    if is_over:
+        return Finished(finished)
+    checkpoint = find_own_checkpoint(Path(config.run.dir), world, _refused_checkpoint(config, world, journal))
+    startup.mark("run directory, newest checkpoint")
+    data, dtype = _open_data(config, world)
+    rate_change = _check_fit(config, world, data, dtype, checkpoint, finished)
+    if checkpoint is not None and checkpoint.step >= config.run.steps <= finished:
+        return Finished(finished)
+    kernels = _choose_kernels(config, world, dtype, checkpoint)
+    startup.mark("data")
+    initial = _initial_values(config, world, checkpoint)
+    accept(Path(config.run.dir), world)
+    attempt.is_accepted = True
+    engine = _open_engine(closings, kernels.config, world, engine_class, initial)
+    session = Session(config, world, attempt, engine, *data, Watch(config))
+    _fill(session, initial, checkpoint)
+    startup.mark("engine")
+    with world.agreed("begin the record"):
+        reporter = _open_reporter(closings, session, journal, startup)
+        saver = _open_saver(closings, session, reporter)
+        changes = _changes(session, kernels, initial, rate_change)
+        _begin_attempt(session, reporter, kernels, changes)
+    startup.mark("record, console and W&B")
+    return Opened(session, reporter, saver)
 
-    Raises CheckpointError when there are some and none verifies, and what `find_newest` raises.
-    """
-    refused = []
 
-    def count(text: str) -> None:
-        refused.append(text)
-        report(text)
+def _take_directory(
+    closings: ExitStack, config: RunConfig, world: World, attempt: Attempt
+) -> tuple[Journal, int, bool]:
+    """Own the run directory. Returns its record, the step at which the run finished before (or NOT_FINISHED), and
+    whether that alone says that it is over. If it is, or its checkpoints are lost, nothing else is touched."""
+    run_dir, finished, is_over = Path(config.run.dir), NOT_FINISHED, False
+    with world.agreed(f"write {run_dir}"):
+        with written_as("run.dir", run_dir, "name a place that can be written: run.dir=PATH"):
+            record = Record.open(run_dir, world.rank)
+        closings.callback(record.close)
+        if world.is_main:
+            finished = finished_at(config, run_dir)
+            is_over = needs_no_checkpoint(config, run_dir, finished)
+    finished, over = world.max_ints(finished, int(is_over))
+    if not over:
+        closings.push(lambda kind, error, trace: close_record(config, world, attempt, record, error))
+    return Journal(record), finished, bool(over)
 
-    checkpoint = find_newest(run_dir, world, count)
-    if checkpoint is None and refused:
-        raise CheckpointError(
-            f"none of its {len(refused)} checkpoints verifies, and a run does not start over unasked",
-            field="run.dir",
-            value=str(run_dir),
-            fix="restore a step directory (they are set aside as .corrupt), or choose another run.dir",
-        )
-    return checkpoint
+
+def _refused_checkpoint(config: RunConfig, world: World, journal: Journal) -> Callable[[str], None]:
+    """What to do about a damaged checkpoint: pass over it and say so. With `resume.strict` it is a CheckpointError on
+    all ranks."""
+
+    def report(text: str) -> None:
+        if world.is_main:
+            print(f"warning: {text}", flush=True)
+            journal.event("checkpoint_refused", 0, text=text)
+        if config.resume.strict:
+            raise CheckpointError(text, field="resume.strict", value=True, fix="look at it, then start again")
+
+    return report
 
 
-def headline(config: RunConfig, world_size: int, resumed_after: int | None, facts: dict[str, Any]) -> str:
-    """The line that a start prints: run, after which step it goes on (None: a new one), and what the record's `facts`
-    say of model and machine."""
-    parameters = facts["parameters"]
-    # Whoever allows changes may have meant another directory.
-    new = "new run (nothing to resume here; another run goes on by its run.dir)"
-    new = new if config.resume.allow_changes else "new run"
-    where = new if resumed_after is None else f"resumed after step {resumed_after}"
-    return (
-        f"{config.run.name}: {where} of {config.run.steps} in {config.run.dir} | "
-        f"{parameters['total']:,} parameters, {parameters['active']:,} active | {world_size} x {facts['device']}, "
-        f"{facts['dtype']}, ZeRO {config.engine.zero_stage} | MFU of {facts['peak']}"
+def _open_data(config: RunConfig, world: World) -> tuple[_Data, torch.dtype]:
+    """The data, the same on every rank, and the dtype to train in."""
+    with world.agreed():
+        stream = open_stream(config, world.rank, world.size)
+        validation = ValidationSet(config)
+        ids = {"data_content_id": stream.content_id, "validation_content_id": validation.shards.content_id}
+        dtype = resolve_dtype(config, world.device)
+    return _Data(stream, validation, ids), dtype
+
+
+def _check_fit(
+    config: RunConfig, world: World, data: _Data, dtype: torch.dtype, checkpoint: Checkpoint | None, finished: int
+) -> dict[str, float]:
+    """Refuse data that differs between ranks, and a `checkpoint` that belongs to another run. Returns how the learning
+    rate changes, as the fields of an event; empty where it does not."""
+    first = world.broadcast_text(json.dumps(data.content_ids))
+    with world.agreed():
+        resume.check_same_data(json.loads(first), data.content_ids)
+        if checkpoint is None:
+            return {}
+        precisions = resume.precision(Path(config.run.dir)), PRECISION_OF[str(dtype).removeprefix("torch.")]
+        free = ("run.steps",) if finished >= config.run.steps else ()
+        change = resume.check_belongs(config, checkpoint, data.content_ids, precisions, *free)
+        return tell_rate_change(change, world.is_main)
+
+
+def _choose_kernels(config: RunConfig, world: World, dtype: torch.dtype, checkpoint: Checkpoint | None) -> _Kernels:
+    """Decide on rank 0 what computes attention; every rank takes its answer."""
+    with world.agreed():
+        earlier = resume.attention_backend(Path(config.run.dir)) if checkpoint else ""
+        answer = measure(config, world.device, dtype, earlier)
+    chosen, measured = settled(config, world.broadcast_text(answer))
+    with world.agreed():
+        backend = choose(chosen, world.device, dtype).name
+        announced = [*announce(chosen, world.device, dtype), *filter(None, [measured])]
+        announced += announce_experts(config, world.device, dtype)
+    return _Kernels(chosen, backend, earlier, announced)
+
+
+def _initial_values(config: RunConfig, world: World, checkpoint: Checkpoint | None) -> InitialValue:
+    """What the weights begin with. A run's own checkpoint wins over the one that it once began from."""
+    path = config.run.init_from
+    if checkpoint is None and path:
+        source = open_verified(Path(path), world)
+        with world.agreed():
+            inherited = resume.Inherited(config, source)
+        return inherited
+    return resume.resumed(checkpoint)
+
+
+def _open_engine(
+    closings: ExitStack, config: RunConfig, world: World, engine_class: type[Engine], initial: InitialValue
+) -> Engine:
+    # Registered first: an engine that could not be built may hold process groups by then.
+    closings.push(lambda kind, error, trace: engine_class.leave_world(error))
+    engine = engine_class(config, world, initial)
+    closings.callback(engine.close)
+    return engine
+
+
+def _fill(session: Session, initial: InitialValue, checkpoint: Checkpoint | None) -> None:
+    """Give the new engine what it goes on from."""
+    if checkpoint:
+        session.restore(checkpoint)
+        with session.world.agreed():
+            restore_watch(session.watch, checkpoint)
+    elif isinstance(initial, resume.Inherited):
+        initial.fill(session.engine)
+
+
+def _open_reporter(closings: ExitStack, session: Session, journal: Journal, startup: Startup) -> Reporter:
+    config, world = session.config, session.world
+    memory = PeakMemory(world.device)
+    throughput = Throughput(
+        config,
+        training_flops_per_token=flops_per_token(config).mfu,
+        world_size=world.size,
+        device=world.device,
+        dtype=session.engine.dtype,
     )
+    console = Console(
+        config,
+        config.run.steps,
+        rank=world.rank,
+        start_step=session.progress.step,
+        memory_total_gib=memory.total_gib(),
+        loss_average=session.loss_average,
+    )
+    closings.callback(console.close)
+    profiler = Profiler(config, session.run_dir, world, console.warn)
+    closings.callback(profiler.close)
+    wandb = WandbMirror(config, session.run_dir, journal.record.wandb_id, rank=world.rank, warn=console.warn)
+    closings.push(lambda kind, error, trace: wandb.close(_exit_code(error)))
+    reporter = Reporter(journal, console, wandb, profiler, memory, throughput, startup)
+    closings.push(lambda kind, error, trace: sum_up(session, reporter, error))
+    return reporter
+
+
+def _exit_code(error: BaseException | None) -> int:
+    """What W&B is told of the end: a run that failed is shown as failed."""
+    return error.exit_code if isinstance(error, KhaError) else int(error is not None)
+
+
+def _open_saver(closings: ExitStack, session: Session, reporter: Reporter) -> Saver:
+    saver = Saver(
+        session.config,
+        session.world,
+        session.run_dir,
+        sync=reporter.record.sync,
+        event=reporter.checkpoint_event,
+        stands=bool(session.resumed_from),
+    )
+    closings.push(saver.leave)
+    return saver
+
+
+def _changes(
+    session: Session, kernels: _Kernels, initial: InitialValue, rate_change: dict[str, float]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(kind, fields) of the events that an attempt begins with: what is not as the last attempt left it."""
+    if isinstance(initial, resume.Inherited):
+        lists = {"taken": len(initial.taken), "new": initial.new, "left_out": initial.left_out}
+        yield "weights_inherited", {"source": str(initial.checkpoint.path), **lists}
+    if kernels.earlier_backend not in ("", kernels.backend):
+        yield "attention_backend_changed", {"before": kernels.earlier_backend, "now": kernels.backend}
+    if rate_change:
+        yield "learning_rate_changed", rate_change
+
+
+def _begin_attempt(
+    session: Session, reporter: Reporter, kernels: _Kernels, changes: Iterator[tuple[str, dict[str, Any]]]
+) -> None:
+    """Write the facts of this attempt, its configuration and its `changes` into the record; print the headline."""
+    config, world, step = session.config, session.world, session.progress.step
+    parameters = count_parameters(config)
+    facts = {
+        **session.content_ids,
+        "validation_rows": session.validation.scored_rows,
+        "parameters": {"total": parameters.total, "active": parameters.active},
+        "device": str(world.device.type),
+        "dtype": str(session.engine.dtype).removeprefix("torch."),
+        "peak": str(reporter.throughput.peak),
+        "attention_backend": kernels.backend,
+        "chosen": kernels.announced,
+    }
+    plain = Redactor.from_environment().clean(to_plain(config))
+    reporter.record.begin_attempt(step, world_size=world.size, facts=facts, config=plain)
+    if world.is_main:
+        write_text(session.run_dir / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False))
+    for kind, fields in changes:
+        reporter.record.event(kind, step, **fields)
+    for line in [*kernels.announced, headline(config, world.size, step if session.resumed_from else None, facts)]:
+        reporter.console.message(line)

@@ -7,31 +7,27 @@ safe: a run that is killed in between starts from the same checkpoint, meets the
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kha_train.checkpoint import layout
 from kha_train.checkpoint.reader import Checkpoint, find_newest
 from kha_train.checkpoint.retention import is_marked, mark
-from kha_train.config.schema import RunConfig
 from kha_train.train.progress import restore_watch
+from kha_train.train.reporter import Reporter
+from kha_train.train.session import Session
 
-if TYPE_CHECKING:
-    from kha_train.train.session import Session
 
-
-def go_back(session: Session) -> bool:
+def go_back(session: Session, reporter: Reporter) -> bool:
     """Return to the newest checkpoint at least `stability.rewind.margin` steps before the trouble, or else the newest
-    before it, and pass over `stability.rewind.window` batches from its first sample on. Collective.
+    before it, and pass over `stability.rewind.window` batches from its first sample on. Collective; no save is in
+    flight.
 
     The undone lines move to `metrics.discarded.jsonl`; newer checkpoints are removed, marked ones set aside. False,
     with a note in the record, when no checkpoint is left to go to.
     """
     trouble = session.watch.trouble()
-    session.saver.wait()
-    checkpoint = _checkpoint_before(session, trouble.step)
+    checkpoint = _checkpoint_before(session, reporter, trouble.step)
     if checkpoint is None:
-        session.happened("rewind_impossible", session.progress.step, reason=trouble.reason)
+        reporter.happened("rewind_impossible", session.progress.step, reason=trouble.reason)
         session.watch.go_on()
         return False
     options = session.config.stability.rewind
@@ -44,29 +40,17 @@ def go_back(session: Session) -> bool:
     with session.world.agreed("write the record"):
         restore_watch(session.watch, checkpoint, rewound=True)
         note = f"rewind {session.watch.rewinds} from step {undone_step}: {trouble.reason}"
-        session.record.rewind_to(checkpoint.step, note)
+        reporter.record.rewind_to(checkpoint.step, note)
     where = {"to_step": checkpoint.step, "window": list(window), "trouble_step": trouble.step}
-    session.happened("rewind", undone_step, **where, reason=note)
+    reporter.happened("rewind", undone_step, **where, reason=note)
     return True
 
 
-def steps_to_keep(config: RunConfig, run_dir: Path, now: int) -> tuple[int, ...]:
-    """The step of the checkpoint a rewind would go to if a spike began at step `now`; retention must not take it.
-
-    Raises OSError when the directory cannot be read.
-    """
-    if config.stability.policy != "rewind":
-        return ()
-    horizon = now - config.stability.rewind.margin - config.stability.rewind.after
-    steps = [step for step, _ in layout.candidates(run_dir / layout.FOLDER) if step <= horizon]
-    return tuple(steps[:1])
-
-
-def _checkpoint_before(session: Session, step: int) -> Checkpoint | None:
+def _checkpoint_before(session: Session, reporter: Reporter, step: int) -> Checkpoint | None:
     """Of the last finished step before `step`, less the margin where one is that old."""
     margin = session.config.stability.rewind.margin
     for at_most in (step - 1 - margin, step - 1):
-        checkpoint = find_newest(session.run_dir, session.world, session.console.warn, at_most)
+        checkpoint = find_newest(session.run_dir, session.world, reporter.console.warn, at_most)
         if checkpoint is not None:
             return checkpoint
     return None

@@ -19,13 +19,16 @@ from kha_train.optim import learning_rate
 from kha_train.output import harmless_output
 from kha_train.record import Marker, clear_marker, has_marker, leave_outcome, set_marker
 from kha_train.telemetry.startup import Startup
-from kha_train.train.ending import check_end
+from kha_train.train.closing import check_end
 from kha_train.train.failure import FailureFile
 from kha_train.train.memory import told_when_out_of_memory
+from kha_train.train.opening import Finished, Opened, open_attempt
 from kha_train.train.patience import Patience
 from kha_train.train.preempt import StopRequests
 from kha_train.train.rate_change import train_longer
-from kha_train.train.session import Session
+from kha_train.train.rewind import go_back
+from kha_train.train.saving import Saver
+from kha_train.train.session import Attempt, Session
 from kha_train.train.step import StepGivenUp, next_batch, train_step
 from kha_train.train.watchdog import Watchdog
 
@@ -60,67 +63,74 @@ def train(config: RunConfig, startup: Startup | None = None, engine_class: type[
         watchdog = Watchdog(run_dir, world, config.engine.hang_timeout_seconds)
         world = replace(world, alive=watchdog.alive)
         with stops, FailureFile(run_dir, world):
-            session = Session(config, world, startup, engine_class)
-            with told_when_out_of_memory(config, world, lambda: session.has_updated), session:
-                outcome = _already_over(session) if session.is_over else _attempt(session, stops, watchdog)
+            attempt = Attempt()
+            with (
+                told_when_out_of_memory(config, world, lambda: attempt.has_updated),
+                open_attempt(config, world, startup, engine_class, attempt) as opened,
+            ):
+                if isinstance(opened, Finished):
+                    outcome = _already_over(config, world, opened.step)
+                else:
+                    outcome = _train_and_mark_the_end(opened, stops, watchdog)
         if world.is_main and not outcome.finished:
             say(f"stopped in good order after step {outcome.step}; the same command goes on from there", err=True)
         return outcome
 
 
-def _already_over(session: Session) -> Outcome:
-    """All steps were trained before: say so, and change nothing."""
-    if session.world.is_main:
-        name, steps = session.config.run.name, session.finished_at
-        say(f"{name}: all {steps} steps are trained already, nothing to do in {session.run_dir}")
-        way = train_longer(session.config, steps)
+def _already_over(config: RunConfig, world: World, steps: int) -> Outcome:
+    """All `steps` were trained before: say so, and change nothing."""
+    run_dir = Path(config.run.dir)
+    if world.is_main:
+        say(f"{config.run.name}: all {steps} steps are trained already, nothing to do in {run_dir}")
+        way = train_longer(config, steps)
         effect = way.shown.removeprefix("{}").strip()
         say(f"to train longer{f', in a way that {effect}' if effect else ''}, add (see docs/resume.md, Train longer):")
         say(f"  {way.typed}")
-        say(f"to look at it: kha compare {shlex.quote(str(session.run_dir))}")
+        say(f"to look at it: kha compare {shlex.quote(str(run_dir))}")
         leave_outcome("done")
-    return Outcome(True, session.finished_at, session.run_dir)
+    return Outcome(True, steps, run_dir)
 
 
-def _attempt(session: Session, stops: StopRequests, watchdog: Watchdog) -> Outcome:
+def _train_and_mark_the_end(opened: Opened, stops: StopRequests, watchdog: Watchdog) -> Outcome:
     """Train, wait for the last save, and mark the end."""
+    session, reporter, saver = opened
     world = session.world
     with watchdog:
-        finished = _train_to_the_end(session, stops, watchdog)
-        world.raise_together(session.trouble)
+        finished = _train(opened, stops, watchdog)
+        world.raise_together(reporter.trouble)
         watchdog.beat(session.progress.step, "ending")
         stops.place = "the end of the run"
-        session.saver.finish()
-        world.raise_together(session.trouble)
+        saver.finish()
+        world.raise_together(reporter.trouble)
         stops.check()
         with world.agreed("mark the end"):
             _mark_the_end(session.run_dir, world, finished, session.progress.step)
-        session.end_state = "done" if finished else "requeued"
+        session.attempt.end_state = "done" if finished else "requeued"
         return Outcome(finished, session.progress.step, session.run_dir)
 
 
-def _train_to_the_end(session: Session, stops: StopRequests, watchdog: Watchdog) -> bool:
+def _train(opened: Opened, stops: StopRequests, watchdog: Watchdog) -> bool:
     """Train until `run.steps` steps are done (True) or a rank asks to stop (False), and save that moment."""
+    session, reporter, saver = opened
     config, world = session.config, session.world
     steps = config.run.steps
-    patience = Patience(config, world, stops, session.console.warn)
+    patience = Patience(config, world, stops, reporter.console.warn)
     while session.progress.step < steps:
         watchdog.beat(session.progress.step + 1, "training")
         started = time.perf_counter()
-        with session.data_wait.measured():
-            batch, labels = next_batch(session.stream, world, session.trouble)
+        with reporter.data_wait.measured():
+            batch, labels = next_batch(session.stream, world, reporter.trouble)
         lr = learning_rate(config.optim, session.progress.step + 1, steps)
         patience.begin(session.progress.step + 1)
         try:
-            with session.profiler.over(session.progress.step + 1):
+            with reporter.profiler.over(session.progress.step + 1):
                 result = train_step(session.engine, batch, labels, lr, session.judge_at(lr), patience)
         except StepGivenUp as given_up:
-            _give_up(session, str(given_up))
+            _give_up(opened, str(given_up))
             return False
-        session.has_updated |= result.applied
-        session.note_startup()
-        session.progress = session.progress.after(session.stream.samples_seen, session.tokens_per_step, result.applied)
-        line = session.metrics(result, lr, time.perf_counter() - started)
+        reporter.note_startup()
+        session.advance(result.applied)
+        line = reporter.line(session, saver, result, lr, time.perf_counter() - started)
 
         step = session.progress.step
         watchdog.beat(step, "validating and saving")
@@ -130,19 +140,40 @@ def _train_to_the_end(session: Session, stops: StopRequests, watchdog: Watchdog)
             line |= session.validate().metrics()
             (asked,) = world.max_ints(int(stop or stops.pending()))
             stop = _told(stops, bool(asked), step)
-        session.report(line, result.evidence)
-        if session.obey():
+        reporter.report(line, session.watch.happenings(result.evidence))
+        if _obey(opened):
             continue
         if step == steps:
-            check_end(session)
-        session.saver.poll()
-        if stop or session.saver.due(step):
-            session.save()
+            check_end(session, reporter)
+        saver.poll()
+        if stop or saver.due(step):
+            _save(session, saver)
         if stop and step < steps:
             return False
     # Also of a run that was killed between its last save and its end.
-    check_end(session)
+    check_end(session, reporter)
     return True
+
+
+def _obey(opened: Opened) -> bool:
+    """Do what was decided about the run in the step just finished; whether it went back to an earlier one.
+
+    Raises DivergedError on all ranks when the run is to end.
+    """
+    session, reporter, saver = opened
+    if session.watch.decision.then == "rewind":
+        saver.wait()
+        if go_back(session, reporter):
+            return True
+    if session.watch.decision.then == "abort":
+        reporter.happened("abort", session.progress.step, reason=session.watch.decision.reason)
+    session.watch.check()
+    return False
+
+
+def _save(session: Session, saver: Saver) -> None:
+    """Begin a checkpoint of this moment. The saver reports when it is complete, or has failed."""
+    saver.begin(session.progress.step, session.engine, session.state(), session.resumed_from)
 
 
 def _told(stops: StopRequests, stop: bool, step: int) -> bool:
@@ -153,13 +184,14 @@ def _told(stops: StopRequests, stop: bool, step: int) -> bool:
     return stop
 
 
-def _give_up(session: Session, where: str) -> None:
+def _give_up(opened: Opened, where: str) -> None:
     """The step under way was discarded `where` the run was asked to stop: note it, and save the moment before it where
     that is not saved yet. Before the first step there is nothing to save."""
+    session, reporter, saver = opened
     step = session.progress.step
-    session.happened("step_given_up", step, where=where)
-    if step and step not in session.resumed_from and not session.saver.holds(step):
-        session.save()
+    reporter.happened("step_given_up", step, where=where)
+    if step and step not in session.resumed_from and not saver.holds(step):
+        _save(session, saver)
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

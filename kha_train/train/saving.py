@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
+from kha_train.checkpoint import layout
 from kha_train.checkpoint.background import BackgroundWriter, Published
 from kha_train.checkpoint.host_buffers import HostBuffers
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.retention import Keep, prune
-from kha_train.config.schema import RunConfig
+from kha_train.config.schema import RunConfig, StabilitySection
 from kha_train.distributed import World, is_known_to_all
 from kha_train.engine.contract import Engine
 from kha_train.errors import CheckpointError, CorruptionError, DataError, MachineError
@@ -50,9 +51,9 @@ class Saver:
         stands: bool = False,
     ) -> None:
         self._config, self._world, self._event = config.checkpoint, world, event
-        self._last_step = config.run.steps
+        self._last_step, self._stability = config.run.steps, config.stability
         self._keep = Keep(self._config.keep_last, self._config.keep_every_steps)
-        self._protect: Callable[[], Collection[int]] = tuple
+        self._resumed_from: tuple[int, ...] = ()
         self._stands, self._run_dir = stands, run_dir
         self._writer = BackgroundWriter(
             run_dir, world, before_publish=sync, after_publish=self._after_publish, kinds=config.optim.kinds()
@@ -80,16 +81,15 @@ class Saver:
         return self._step == step and self._error is None
 
     def begin(
-        self, step: int, engine: Engine, trainer_state: dict[str, Any], protect: Callable[[], Collection[int]] = tuple
+        self, step: int, engine: Engine, trainer_state: dict[str, Any], resumed_from: tuple[int, ...] = ()
     ) -> None:
         """Take a snapshot and start writing it, after waiting for the save before.
 
-        Retention leaves the steps that `protect` names when it comes to it, on rank 0 and beside training: the
-        resumed-from one, and those a rewind may go back to.
+        Retention spares the checkpoint of the step `resumed_from`, and the one that a rewind would go back to.
         """
         started = time.perf_counter()
         self._settle(self._writer.wait)
-        self._protect = protect
+        self._resumed_from = resumed_from
         self._step, self._last_begun, self._stall_of_save = step, time.monotonic(), 0.0
         self._settle(lambda: self._begin(step, engine, trainer_state))
         if not self._config.background:
@@ -175,9 +175,21 @@ class Saver:
         """Retention after a save, beside training. What cannot be deleted now is tried again after the next one: the
         save stands. The columns of a long record are kept up here, so that its end need not parse it."""
         with suppress(OSError):
-            prune(self._run_dir, replace(self._keep, steps=frozenset(self._protect())))
+            spared = {*self._resumed_from, *_steps_of_a_rewind(self._stability, self._run_dir, self._step)}
+            prune(self._run_dir, replace(self._keep, steps=frozenset(spared)))
         with suppress(OSError, DataError, MemoryError):
             size = size_of(self._run_dir / METRICS_FILE)
             if size - self._columns_of >= COLUMNS_EVERY:
                 self._columns_of = size
                 read_columns(self._run_dir)
+
+
+def _steps_of_a_rewind(options: StabilitySection, run_dir: Path, now: int) -> list[int]:
+    """The step of the checkpoint that a rewind would go back to if a spike began at step `now`.
+
+    Raises OSError when the directory cannot be read.
+    """
+    if options.policy != "rewind":
+        return []
+    horizon = now - options.rewind.margin - options.rewind.after
+    return [step for step, _ in layout.candidates(run_dir / layout.FOLDER) if step <= horizon][:1]

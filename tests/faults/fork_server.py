@@ -115,13 +115,13 @@ class Faults:
         self._install_more()
         saving.BackgroundWriter = functools.partial(BackgroundWriter, stage=stage)
         saving.prune = functools.partial(saving.prune, stage=stage)
-        opened = session.Session.__enter__
+        made = session.Session.__init__
 
-        def remember(this: session.Session) -> session.Session:
+        def remember(this: session.Session, *parts: Any) -> None:
+            made(this, *parts)
             self.progress = lambda: this.progress.step
-            return opened(this)
 
-        session.Session.__enter__ = remember
+        session.Session.__init__ = remember
 
     def _install_more(self) -> None:
         """The seams that few faults enter by."""

@@ -21,7 +21,7 @@ from kha_train.distributed import World
 from kha_train.engine.deepspeed import Engine
 from kha_train.record import Marker, Record, set_marker
 from kha_train.stability.events import Observation
-from kha_train.train import session as session_module
+from kha_train.train import opening
 from kha_train.train.run import train
 from kha_train.train.step import next_batch, train_step
 from kha_train.train.watch import Ruling, Watch
@@ -100,7 +100,7 @@ def whole_run(overrides: list[str], bad: list[int], skip: list[int], stop_at: in
     """A run over data that is noise in the samples `bad`; over a stream that leaves out `skip`; stopped after step
     `stop_at` (0: never)."""
     config = compose(overrides)
-    original_next, original_open, original_step = TokenStream.__next__, session_module.open_stream, Record.step
+    original_next, original_open, original_step = TokenStream.__next__, opening.open_stream, Record.step
 
     def damaged(stream: TokenStream) -> Batch:
         batch = original_next(stream)
@@ -131,7 +131,7 @@ def whole_run(overrides: list[str], bad: list[int], skip: list[int], stop_at: in
 
     with (
         patch.object(TokenStream, "__next__", damaged),
-        patch.object(session_module, "open_stream", opened),
+        patch.object(opening, "open_stream", opened),
         patch.object(Record, "step", stopping),
         patch.object(Engine, "close", closing),
     ):

@@ -3,73 +3,74 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext, suppress
-from types import TracebackType
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from kha_train.analysis.curve_points import field_of
 from kha_train.analysis.ending import end_of
+from kha_train.config.schema import RunConfig
+from kha_train.distributed import World
 from kha_train.errors import DataError, DivergedError, KhaError
-from kha_train.record import Redactor, mark_fatal
+from kha_train.record import Record, Redactor, mark_fatal
 from kha_train.train.failure import forget_failures
+from kha_train.train.reporter import Reporter
+from kha_train.train.session import Attempt, Session
 
-if TYPE_CHECKING:
-    from kha_train.train.session import Session
 
-
-def check_end(session: Session) -> None:
+def check_end(session: Session, reporter: Reporter) -> None:
     """Before the last step is saved: raises DivergedError on all ranks when the run must not count as done."""
     try:
         session.watch.check_end(session.progress.step, session.progress.skipped_steps)
     except DivergedError as error:
-        session.happened("abort", session.progress.step, reason=error.problem)
+        reporter.happened("abort", session.progress.step, reason=error.problem)
         raise
 
 
-def sum_up(
-    session: Session, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-) -> None:
-    """What the whole run came to, into `run.json`, W&B and the console. It takes the longer, the longer the record:
-    whoever ends the process at once does not wait for it."""
-    if not (session.world.is_main and session.record.last_step) or isinstance(error, KeyboardInterrupt):
+def sum_up(session: Session, reporter: Reporter, error: BaseException | None) -> None:
+    """Write what the whole run came to into `run.json`, W&B and the console.
+
+    The longer the record, the longer this takes: whoever ends the process at once does not wait for it.
+    """
+    if not (session.world.is_main and reporter.record.last_step) or isinstance(error, KeyboardInterrupt):
         return
     with _after(error):
         ending = end_of(session.run_dir, isinstance(error, DivergedError), session.watch.monitor)
-        session.record.update_run(spikes=ending.report.summary)
+        reporter.record.update_run(spikes=ending.report.summary)
         points = ending.report.curve.points
         losses = list(zip(field_of(points, "step").tolist(), field_of(points, "loss").tolist(), strict=True))
-        session.wandb.spikes(ending.report.to_dict()["events"], ending.actions, losses)
-        session.wandb.summary(ending.summary())
+        reporter.wandb.spikes(ending.report.to_dict()["events"], ending.actions, losses)
+        reporter.wandb.summary(ending.summary())
         if error is None:
             steps = session.config.run.steps
             finished = session.progress.step >= steps
-            session.console.final(ending.rows(steps), ending.next_command() if finished else "")
+            reporter.console.final(ending.rows(steps), ending.next_command() if finished else "")
 
 
 def close_record(
-    session: Session, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    config: RunConfig, world: World, attempt: Attempt, record: Record, error: BaseException | None
 ) -> None:
     """FATAL where `error` would come back, the share of productive time, how the attempt ended.
 
     A command that is refused for its settings before an attempt begins changes nothing of the run, and leaves no
     directory that it made. That is the command's error, not the run's.
     """
-    if not session.record.in_attempt and _is_refusal(error):
-        session.record.withdraw()
+    run_dir = Path(config.run.dir)
+    if not record.in_attempt and _is_refusal(error):
+        record.withdraw()
         return
     with _after(error):
-        if session.world.is_main and error and not session.is_accepted:
+        if world.is_main and error and not attempt.is_accepted:
             # Those of an earlier start would be taken for the cause of this end.
-            forget_failures(session.run_dir, session.world)
+            forget_failures(run_dir, world)
     if isinstance(error, DivergedError):
-        session.end_state = "diverged"
+        attempt.end_state = "diverged"
     with _after(error):
-        if session.world.is_main and isinstance(error, KhaError) and error.fatal:
-            mark_fatal(session.run_dir, Redactor.from_environment().text(error.line()))
+        if world.is_main and isinstance(error, KhaError) and error.fatal:
+            mark_fatal(run_dir, Redactor.from_environment().text(error.line()))
     with _after(error):
-        if session.record.in_attempt and (summary := session.record.goodput()):
-            session.record.update_run(goodput=summary.to_dict())
+        if record.in_attempt and (summary := record.goodput()):
+            record.update_run(goodput=summary.to_dict())
     with _after(error):
-        session.record.close(session.end_state)
+        record.close(attempt.end_state)
 
 
 def _is_refusal(error: BaseException | None) -> bool:

@@ -15,7 +15,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.engine.deepspeed import Engine
 from kha_train.errors import DivergedError
 from kha_train.record import Marker, has_marker, read_events, read_metrics, read_run, set_marker
-from kha_train.train.ending import sum_up
+from kha_train.train.closing import sum_up
 from kha_train.train.run import train
 from kha_train.train.session import Session
 
@@ -53,10 +53,11 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_a_run_that_is_ended_at_once_is_not_summed_up() -> None:
-    session: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), record=SimpleNamespace(last_step=2))
+    session: Any = SimpleNamespace(world=SimpleNamespace(is_main=True))
+    reporter: Any = SimpleNamespace(record=SimpleNamespace(last_step=2))
     with pytest.raises(AttributeError, match="run_dir"):
-        sum_up(session, DivergedError, DivergedError("diverged"), None)
-    sum_up(session, KeyboardInterrupt, KeyboardInterrupt(), None)
+        sum_up(session, reporter, DivergedError("diverged"))
+    sum_up(session, reporter, KeyboardInterrupt())
 
 
 def saved(run_dir: Path) -> list[str]:

@@ -1,0 +1,158 @@
+"""What a run says of itself while it trains: the line of each step and the events, in the record, then in its mirrors.
+
+The record comes first; console and W&B show what it holds. A rank that cannot write the record must not raise alone
+while the others wait: the `Journal` keeps the error, and the loop brings it to the next agreement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from kha_train.config.schema import RunConfig
+from kha_train.distributed import as_error
+from kha_train.record import Record
+from kha_train.telemetry.console import Console
+from kha_train.telemetry.meters import DataWait, PeakMemory
+from kha_train.telemetry.profiler import Profiler
+from kha_train.telemetry.startup import Startup
+from kha_train.telemetry.throughput import Throughput
+from kha_train.telemetry.wandb import WandbMirror
+from kha_train.train.probe import probe_metrics
+from kha_train.train.saving import Saver
+from kha_train.train.session import Session
+from kha_train.train.step import StepResult, routing_metrics
+from kha_train.train.watch import ANNOUNCED, describe
+
+T = TypeVar("T")
+
+
+class Journal:
+    """Writes the record without raising OSError. `trouble` is the first failure; all ranks hear of it when they next
+    agree on something."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.trouble: BaseException | None = None
+
+    def step(self, line: dict[str, Any]) -> None:
+        """As `Record.step`."""
+        self._write(lambda: self.record.step(line), None)
+
+    def event(self, kind: str, step: int, **fields: Any) -> dict[str, Any]:
+        """As `Record.event`; an empty dict where nothing could be written."""
+        return self._write(lambda: self.record.event(kind, step, **fields), {})
+
+    def update_run(self, **fields: Any) -> None:
+        """As `Record.update_run`."""
+        self._write(lambda: self.record.update_run(**fields), None)
+
+    def _write(self, write: Callable[[], T], otherwise: T) -> T:
+        try:
+            return write()
+        except OSError as error:
+            self.trouble = self.trouble or as_error(error, "write the record")
+            return otherwise
+
+
+@dataclass
+class Reporter:
+    """The record of one attempt and what mirrors it; on other ranks than 0 all of it is silent."""
+
+    journal: Journal
+    console: Console
+    wandb: WandbMirror
+    profiler: Profiler
+    memory: PeakMemory
+    throughput: Throughput
+    startup: Startup | None
+    """Where the time went since the process was started; None once that is noted."""
+    data_wait: DataWait = field(default_factory=DataWait)
+    """To be measured around reading the batch of a step and agreeing on it."""
+
+    @property
+    def record(self) -> Record:
+        """The record itself, for writes that all ranks agree on."""
+        return self.journal.record
+
+    @property
+    def trouble(self) -> BaseException | None:
+        """Why this rank could not write the record; None while it can."""
+        return self.journal.trouble
+
+    def line(self, session: Session, saver: Saver, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
+        """The line of the record for the step just finished (definitions: `record.METRICS`)."""
+        seen, progress = session.watch.seen, session.progress
+        return {
+            "step": progress.step,
+            "samples_first": seen.samples_first,
+            "samples_last": seen.samples_last,
+            "tokens": progress.tokens,
+            "train/loss": result.loss,
+            "train/grad_norm": seen.grad_norm,
+            "train/grad_clipped": int(result.applied and session.watch.clipped),
+            "train/skipped": int(not result.applied),
+            "train/skipped_steps": progress.skipped_steps,
+            "train/lr": lr,
+            "train/step_seconds": seconds,
+            **self.throughput.rates(session.tokens_per_step, seconds),
+            "data/wait_seconds": (waited := session.stream.take_wait_seconds()),
+            "data/agreement_seconds": max(0.0, self.data_wait.take() - waited),
+            "checkpoint/stall_seconds": saver.take_stall(),
+            "checkpoint/failures": saver.failures,
+            "memory/peak_gib": self.memory.gib(),
+            **({} if result.padding is None else {"data/padding": result.padding}),
+            **routing_metrics(session.config.moe, result),
+            **session.watch.metrics(),
+            **(probe_metrics(result.evidence) if result.evidence else {}),
+        }
+
+    def note_startup(self) -> None:
+        """After the first step: write into `run.json` where the time went since the process was started."""
+        if self.startup is not None:
+            self.startup.mark("first step")
+            seconds, self.startup = self.startup.seconds, None
+            self.journal.update_run(startup_seconds=seconds)
+
+    def report(self, line: dict[str, Any], happenings: Iterable[tuple[str, dict[str, Any]]]) -> None:
+        """Record the line of a step and the events (kind, fields) of that step, and show both in the mirrors."""
+        self.journal.step(line)
+        if self.trouble:
+            return
+        self.console.step(line)
+        self.wandb.step(line)
+        for kind, fields in happenings:
+            self.happened(kind, line["step"], **fields)
+
+    def happened(self, kind: str, step: int, **fields: Any) -> None:
+        """Put an event of `step` into the record and into W&B; some are announced on the console."""
+        event = self.journal.event(kind, step, **fields)
+        # Clipping is frequent: in W&B it is a curve, and takes no row from the rare actions.
+        if kind != "zclip":
+            self.wandb.event(event)
+        if kind in ANNOUNCED:
+            self.console.warn(describe(kind, step, fields))
+
+    def checkpoint_event(self, kind: str, step: int, **fields: Any) -> None:
+        """Put the end of a save (`checkpoint_saved`, `checkpoint_failed`) into the record and into its mirrors."""
+        self.wandb.event(self.journal.event(kind, step, **fields))
+        if kind == "checkpoint_saved":
+            self.console.checkpoint_saved(step)
+        else:
+            self.console.warn(f"the checkpoint of step {step} failed, training goes on: {fields['problem']}")
+
+
+def headline(config: RunConfig, world_size: int, resumed_after: int | None, facts: dict[str, Any]) -> str:
+    """The line that a start prints: the run, the step after which it resumes (None: a new run), and what the record's
+    `facts` say of model and machine."""
+    parameters = facts["parameters"]
+    # Whoever allows changes may have meant another directory.
+    new = "new run (nothing to resume here; another run goes on by its run.dir)"
+    new = new if config.resume.allow_changes else "new run"
+    where = new if resumed_after is None else f"resumed after step {resumed_after}"
+    return (
+        f"{config.run.name}: {where} of {config.run.steps} in {config.run.dir} | "
+        f"{parameters['total']:,} parameters, {parameters['active']:,} active | {world_size} x {facts['device']}, "
+        f"{facts['dtype']}, ZeRO {config.engine.zero_stage} | MFU of {facts['peak']}"
+    )
