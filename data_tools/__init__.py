@@ -1,1 +1,1 @@
-"""From text to shards: the corpus, the tokenizer's training, the encoding, and a synthetic source for tests."""
+"""From text to shards: building a corpus, training a tokenizer, encoding, and a synthetic source for tests."""

@@ -1,8 +1,9 @@
-"""Text for a first run, always at hand: the Python sources of the standard library of the running interpreter.
+"""A corpus for a first run that needs no download: the Python sources of the running interpreter's standard library.
 
-A corpus is a directory of `train.jsonl` and `validation.jsonl`, one document a line ({"path", "text"}), and
-`corpus.json`, which tells where the text came from and its hash. It differs between Python builds, hence the hash.
-A document goes to validation by the hash of its path alone, so adding documents moves no other.
+A corpus is a directory of `train.jsonl` and `validation.jsonl`, one document per line ({"path", "text"}), and
+`corpus.json`, which records the source of the text and its hash. The hash is needed because the library differs between
+Python builds. The hash of a document's path alone decides whether it goes to validation, so adding documents moves no
+other.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from kha_train.record.redact import Redactor
 SPLITS = ("train", "validation")
 DESCRIPTION_NAME = "corpus.json"
 LISTED_HIDDEN = 20
-"""So many hidden files and directories are named in the description; the others are only counted."""
+"""The description names this many hidden files and directories; the others are only counted."""
 _VALIDATION_PERCENT = 2
 _SKIPPED_DIRECTORIES = {
     "__pycache__",
@@ -44,7 +45,7 @@ _SKIPPED_DIRECTORIES = {
 
 
 def split_of(path: str) -> str:
-    """The split a document belongs to: SHA-256 of its path, as a number, modulo 100 below 2 is validation."""
+    """The split of a document: validation if the SHA-256 of its path, as a number, modulo 100 is below 2."""
     number = int(hashlib.sha256(path.encode()).hexdigest(), 16)
     return "validation" if number % 100 < _VALIDATION_PERCENT else "train"
 
@@ -60,14 +61,14 @@ def build_corpus(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write a corpus and return its description (what `corpus.json` holds); `progress` gets bytes of text.
+    """Write a corpus and return its description (the content of `corpus.json`); `progress` receives bytes of text.
 
-    `extra_roots` are files or directories of the user's own text (see `files.py`), `field` where it is in JSONL and
-    Parquet. Files that are not UTF-8 are left out and named, and so are exact repetitions unless `keep_repeated`, and
-    bad lines of JSONL with `skip_bad_lines`. Files get their names when the corpus is whole.
+    `extra_roots` are files or directories of the user's own text (see `files.py`), `field` is the text field in JSONL
+    and Parquet. Files that are not UTF-8 are left out and named. So are exact duplicates unless `keep_repeated`, and
+    bad lines of JSONL with `skip_bad_lines`. Files get their final names once the corpus is complete.
 
-    Raises ConfigError for a root that is missing or is a file of the corpus itself, for an empty corpus, and for one
-    that is there unless `overwrite`; DataError for a line without text.
+    Raises ConfigError for a root that is missing or is a file of the corpus itself, for an empty corpus, and for an
+    existing one unless `overwrite`; DataError for a line without text.
     """
     directory = Path(directory)
     found = find_files(extra_roots, "extra_root", field)
@@ -95,15 +96,15 @@ def build_corpus(
 
 
 def _refuse(directory: Path, files: Sequence[TextFile], overwrite: bool) -> None:
-    """Raises ConfigError when writing a corpus there would lose something."""
+    """Raises ConfigError when writing a corpus there would overwrite something."""
     names = (*(f"{split}.jsonl" for split in SPLITS), DESCRIPTION_NAME)
     if not overwrite and any((directory / name).exists() for name in names):
         raise ConfigError(
-            "a corpus is there already", field="out", value=str(directory), fix=Options("--overwrite", "pass {}")
+            "a corpus already exists here", field="out", value=str(directory), fix=Options("--overwrite", "pass {}")
         )
     for file in files:
         if file.path.parent == directory.resolve() and file.path.name in names:
-            raise ConfigError("is what would be written", field="extra_root", value=str(file.path), fix="another --out")
+            raise ConfigError("would be overwritten", field="extra_root", value=str(file.path), fix="another --out")
 
 
 def _collect(
@@ -112,7 +113,7 @@ def _collect(
     keep_repeated: bool,
     progress: Callable[[int], None] | None,
 ) -> dict[str, Any]:
-    """Write both splits, and count them."""
+    """Write both splits and count their documents."""
     counts = {name: {"documents": 0, "bytes": 0} for name in SPLITS}
     seen: set[bytes] = set()
     digest, repeated = hashlib.sha256(), 0
@@ -172,7 +173,7 @@ def _standard_library() -> list[TextFile]:
 
 
 def _read_file(file: TextFile, left_out: LeftOut) -> Iterator[Document]:
-    """The documents of a file; `left_out` learns of one that is not UTF-8 and of bad lines."""
+    """The documents of a file; `left_out` records a file that is not UTF-8, and bad lines."""
     if file.kind == LINES[0]:
         for path, text in read_jsonl(file, left_out):
             yield Document(f"{file.name}#{path}" if path else _name_of(text), text)
@@ -187,7 +188,7 @@ def _read_file(file: TextFile, left_out: LeftOut) -> Iterator[Document]:
 
 
 def _name_of(text: str) -> str:
-    """For a text that has no name of its own: wherever it stands, and whatever stands beside it, it has this one."""
+    """A name for a text without one. It depends on the text alone, not on its position."""
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 

@@ -1,8 +1,8 @@
-"""Text into the datasets `train/` and `validation/` of one directory, by many processes.
+"""Encodes text into the datasets `train/` and `validation/` of one directory, with many processes.
 
-The plan comes first: files are cut into units, one a shard, by their sizes alone. Each unit is read and encoded by
-itself, so any number of processes writes the same files. Every document ends with the tokenizer's end-of-sequence id.
-`encode_corpus` takes a corpus directory, whose files are the splits; `encode_files.py` the user's own files.
+First the files are cut into units by size alone; each unit becomes one shard. Each unit is read and encoded on its own,
+so any number of processes writes the same files. Every document ends with the tokenizer's end-of-sequence id.
+`encode_corpus` takes a corpus directory, whose files are the splits; `encode_files.py` takes the user's own files.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ Say = Callable[[str], None]
 
 
 class Unit(NamedTuple):
-    """What makes shard `number` of every split: pieces of files. `repeated` is true for each text that is left
-    out (None: none is). Two units of one `identity` give the same shards under one tokenizer and encoder."""
+    """The work for shard `number` of every split: pieces of files. `repeated` is true for each text that is left out
+    (None: no text is). Units of the same `identity` give the same shards under one tokenizer and encoder.
+    """
 
     number: int
     pieces: tuple[Piece, ...]
@@ -47,9 +48,10 @@ class Unit(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What the units of one encoding have in common: where the splits go, and which text goes to validation (the
-    first 64 bits of its SHA-256 are below `validation_below`) when there is more than one. With `skip_bad_lines` a line
-    without a text is passed over instead of ending the encoding."""
+    """What all units of one encoding share: where the splits go, and which texts go to validation when there is more
+    than one split (those whose first 64 bits of SHA-256 are below `validation_below`). With `skip_bad_lines` a line
+    without a text is skipped instead of ending the encoding.
+    """
 
     tokenizer: Path
     tokenizer_sha256: str
@@ -61,7 +63,7 @@ class Job(NamedTuple):
     skip_bad_lines: bool = False
 
     def split_of(self, text: bytes) -> str:
-        """The split a text belongs to."""
+        """The split of a text."""
         if len(self.directories) == 1:
             return next(iter(self.directories))
         number = int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
@@ -69,7 +71,7 @@ class Job(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """The shard of each split that a unit gave (None: no document), and what its reading passed over."""
+    """The shard of each split that a unit produced (None: no document), and what was skipped while reading."""
 
     shards: dict[str, ShardEntry | None]
     left_out: LeftOut
@@ -91,18 +93,20 @@ def encode_corpus(
 ) -> dict[str, Manifest]:
     """Write `out/train` and `out/validation` from a corpus directory; returns the manifest of each split.
 
-    A shard holds the documents of about `shard_bytes` of JSONL, and always whole documents. `progress` gets bytes of
-    JSONL, `finished` bytes of text that this call encoded. `encoder` is one of `ENCODERS`; gigatoken is used once its
-    ids were proven equal to sentencepiece's on the first documents, and `say` is told what is used and why. An encoding
-    that was interrupted goes on with the shards that are not finished. Raises ConfigError for a missing corpus or
-    tokenizer, an encoder that is not there and for existing datasets unless `overwrite`; DataError for a split without
-    text and, unless `skip_bad_lines`, for a bad line.
+    A shard holds whole documents of about `shard_bytes` of JSONL. `progress` receives bytes of JSONL, `finished` the
+    bytes of text that this call encoded. `encoder` is one of `ENCODERS`; gigatoken is used once its ids were equal to
+    sentencepiece's on the first documents, and `say` receives which encoder is used and why. An interrupted encoding
+    continues with the unfinished shards. Raises ConfigError for a missing corpus or tokenizer, an unavailable encoder,
+    and existing datasets unless `overwrite`; DataError for a split without text and, unless `skip_bad_lines`, for a bad
+    line.
     """
     files = {split: TextFile(f"{split}.jsonl", split_path(corpus, split)) for split in SPLITS}
     pieces = {split: list(cut(file, shard_bytes)) for split, file in files.items()}
     for split in SPLITS:
         if not pieces[split]:
-            fix = "add documents, or move lines between the two files; --text lets you choose the share of validation"
+            fix = (
+                "add documents, or move lines between the two files; with --text you can choose the share of validation"
+            )
             raise ConfigError("has no document", field="corpus", value=str(files[split].path), fix=fix)
     for split in SPLITS:
         refuse_existing(Path(out) / split, overwrite=overwrite)
@@ -135,10 +139,10 @@ def encode_corpus(
 
 
 def choose_encoder(tokenizer: Tokenizer, encoder: str, sample: Iterable[str], say: Say) -> Tokenizer:
-    """`tokenizer`, or one that gives the same ids faster, proven on the first `SAMPLE_CHARACTERS` of `sample`.
+    """`tokenizer`, or a faster encoder whose ids were equal on the first `SAMPLE_CHARACTERS` of `sample`.
 
-    `say` is told which, and why. Raises ConfigError for an unknown encoder or one that is not installed, and for a
-    tokenizer without an end of sequence.
+    `say` receives which one is used, and why. Raises ConfigError for an unknown encoder or one that is not installed,
+    and for a tokenizer without an end-of-sequence id.
     """
     if "eos" not in tokenizer.special_ids:
         raise ConfigError("has no end-of-sequence id", field="tokenizer", value=str(tokenizer.path))
@@ -154,7 +158,7 @@ def choose_encoder(tokenizer: Tokenizer, encoder: str, sample: Iterable[str], sa
         except DataError:
             same = False
         if not same:
-            say(f"sentencepiece, because {fast.encoder} gives other ids in the first documents")
+            say(f"sentencepiece, because {fast.encoder} gave other ids for the first documents")
             return tokenizer
         documents += len(batch)
     say(f"{fast.encoder}: the same ids as sentencepiece in the first {documents} documents")
@@ -174,8 +178,9 @@ def encode_units(
     finished: Advance | None,
     say: Say,
 ) -> dict[str, Manifest]:
-    """Encode the units that are not finished and publish a dataset of each split; `about` goes into its manifest, and
-    `say` is told what was there already and what is left out. Raises as `encode_corpus`."""
+    """Encode the unfinished units and publish a dataset for each split. `about` goes into the manifests; `say` receives
+    what was already finished and what is left out. Raises as `encode_corpus`.
+    """
     fast = tokenizer.encoder != ENCODERS[0]
     dtype = dtype_for(tokenizer.vocab_size)
     job = Job(tokenizer.path, tokenizer.sha256, fast, workers, dtype, directories, validation_below, skip_bad_lines)
@@ -190,7 +195,7 @@ def encode_units(
         prepare(directory, keep=done)
     todo = [unit for unit in units if unit.number not in done]
     if done:
-        say(f"{len(done)} of {len(units)} shards were finished before")
+        say(f"{len(done)} of {len(units)} shards were already finished")
     if progress is not None:
         progress(sum(piece.bytes for unit in units if unit.number in done for piece in unit.pieces))
     work, left_out = partial(encode_unit, job=job), LeftOut()
@@ -220,7 +225,7 @@ def encode_units(
 
 
 def encode_unit(unit: Unit, advance: Advance, job: Job) -> Encoded:
-    """Write the shards of a unit, one a split, and note that they are finished."""
+    """Write the shards of a unit, one per split, and note that they are finished."""
     tokenizer = _loaded(job.tokenizer, job.tokenizer_sha256, job.fast, 1 if job.workers > 1 else None)
     end = np.asarray([tokenizer.special_ids["eos"]], dtype=np.int32)
     left_out = LeftOut(job.skip_bad_lines)
@@ -244,14 +249,14 @@ def encode_unit(unit: Unit, advance: Advance, job: Job) -> Encoded:
 
 @lru_cache(maxsize=1)
 def _loaded(path: Path, sha256: str, fast: bool, threads: int | None) -> Tokenizer:
-    """The tokenizer of this process: a model of many ids takes longer to load than a small unit to encode."""
+    """The tokenizer of this process, cached: loading a large model takes longer than encoding a small unit."""
     tokenizer = Tokenizer(path, fast=fast, threads=threads)
-    assert tokenizer.sha256 == sha256, "the model file was replaced meanwhile"
+    assert tokenizer.sha256 == sha256, "the model file was replaced in the meantime"
     return tokenizer
 
 
 def kept_texts(unit: Unit, left_out: LeftOut, advance: Advance) -> Iterator[str]:
-    """The texts of a unit that are not repeated, in order."""
+    """The texts of a unit without the duplicates, in order."""
     every = chain.from_iterable(texts(piece, left_out, advance) for piece in unit.pieces)
     if unit.repeated is None:
         return every
@@ -259,12 +264,12 @@ def kept_texts(unit: Unit, left_out: LeftOut, advance: Advance) -> Iterator[str]
 
 
 def texts_of(pieces: Iterable[Piece], skip_bad_lines: bool = False) -> Iterator[str]:
-    """The texts of pieces, nothing told of what is left out."""
+    """The texts of pieces; skipped ones are not reported."""
     return chain.from_iterable(texts(piece, LeftOut(skip_bad_lines), lambda amount: None) for piece in pieces)
 
 
 def batches(every: Iterable[str]) -> Iterator[list[str]]:
-    """Texts in lists of about a million characters."""
+    """Lists of texts of about a million characters each."""
     batch: list[str] = []
     characters = 0
     for text in every:
@@ -278,21 +283,21 @@ def batches(every: Iterable[str]) -> Iterator[list[str]]:
 
 
 def identity_of(parts: Sequence[object]) -> str:
-    """A name for values that decide what is written."""
+    """A hash of the values that determine the output."""
     return hashlib.sha256(canonical_json(parts)).hexdigest()
 
 
 def identity_of_all(units: Iterable[Unit], tokenizer: Tokenizer) -> str:
-    """A name for everything that an encoding writes."""
+    """A hash of everything that an encoding writes."""
     return identity_of([tokenizer.sha256, tokenizer.encoder, [unit.identity for unit in units]])
 
 
 def _first(every: Iterable[str], characters: int) -> Iterator[str]:
-    """The first texts, so many characters or one more text."""
+    """The first texts, up to the given number of characters or one text more."""
     seen = 0
 
     def more(text: str) -> bool:
-        """Whether there were fewer characters before this text."""
+        """Whether the limit was not reached before this text."""
         nonlocal seen
         seen += len(text)
         return seen - len(text) < characters
@@ -307,12 +312,12 @@ def _full_identity(unit: Unit, tokenizer: Tokenizer, job: Job) -> str:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    """What the manifest says about the text: the hash of the file encoded, and the corpus's own description."""
+    """What the manifest says about the text: the hash of the encoded file, and the corpus's own description."""
     description = path.with_name(DESCRIPTION_NAME)
     try:
         own = parse_json(description.read_bytes()) if description.is_file() else {}
     except ValueError as error:
         raise DataError(
-            f"is not JSON: {error}", field=str(description), fix="delete it, or build the corpus"
+            f"is not JSON: {error}", field=str(description), fix="delete it, or rebuild the corpus"
         ) from error
     return {"split": path.stem, "sha256": sha256_of_file(path), "corpus": own}

@@ -1,7 +1,7 @@
-"""The user's own files encoded as they lie: no copy of the text is made, and every process reads what it encodes.
+"""Encodes the user's own files in place: the text is not copied, and every process reads what it encodes.
 
-A text goes to validation by its own hash, so that it stays there wherever it comes from, and no text is in both.
-Exact repetitions are found beforehand, by all processes, from 128 bits of each text's SHA-256.
+The hash of a text decides whether it goes to validation, so that its split does not depend on its origin and no text is
+in both. Exact duplicates are found beforehand, by all processes, from 128 bits of each text's SHA-256.
 """
 
 # N texts
@@ -60,16 +60,16 @@ def encode_files(
     finished: Advance | None = None,
 ) -> dict[str, Manifest]:
     """Write `out/train` and `out/validation` from files and directories of text (see `files.py`); returns the manifest
-    of each split. `field` is where the texts are in JSONL and Parquet. With `skip_bad_lines` lines of JSONL without a
-    text are left out, counted and listed.
+    of each split. `field` is the text field in JSONL and Parquet. With `skip_bad_lines`, lines of JSONL without a text
+    are left out, counted and listed.
 
-    A unit of work, and with it a shard of each split, has about `shard_bytes` of text; a packed file is never cut.
-    `progress` gets bytes of the files, twice those with `drop_repeated`. The rest is as for `encode_corpus`. Raises
-    ConfigError and DataError as that and as `files.find_files`, ConfigError too when a split gets no text.
+    A unit of work, and so a shard of each split, has about `shard_bytes` of text; a compressed file is never cut.
+    `progress` receives bytes of the files, twice those with `drop_repeated`. The rest is as for `encode_corpus`. Raises
+    ConfigError and DataError as `encode_corpus` and `files.find_files` do, and ConfigError when a split gets no text.
     """
     if not 0 < validation_percent < 100:
         raise ConfigError(
-            "a share of the texts", field="validation_percent", value=validation_percent, allowed="0..100"
+            "must be a percentage of the texts", field="validation_percent", value=validation_percent, allowed="0..100"
         )
     say = say or (lambda text: None)
     found = find_files(roots, "text", field)
@@ -87,7 +87,7 @@ def encode_files(
     if drop_repeated:
         units = without_repeated(units, workers, progress, skip_bad_lines)
         about["repeated"] = int(sum(unit.repeated.sum() for unit in units if unit.repeated is not None))
-        say(f"{about['repeated']} texts left out, because they stand before")
+        say(f"{about['repeated']} texts left out as duplicates of earlier ones")
     below = int(validation_percent / 100 * 2**64)
     identity = identity_of([identity_of_all(units, loaded), below, drop_repeated])
     with replaced(places, identity, overwrite=overwrite, keep=True) as beside:
@@ -106,7 +106,7 @@ def encode_files(
 
 
 def _about(found: Found, roots: Sequence[str | Path], validation_percent: float) -> dict[str, Any]:
-    """What the manifests say of the text."""
+    """What the manifests say about the text."""
     return {
         "files": len(found.files),
         "bytes": sum(file.path.stat().st_size for file in found.files),
@@ -116,8 +116,9 @@ def _about(found: Found, roots: Sequence[str | Path], validation_percent: float)
 
 
 def plan_units(files: Iterable[TextFile], shard_bytes: int) -> list[Unit]:
-    """Pieces in the order of the files, so many together as make about `shard_bytes` of text. Raises DataError for a
-    file that cannot be read."""
+    """Units of pieces in file order, each with about `shard_bytes` of text. Raises DataError for a file that cannot be
+    read.
+    """
     units: list[Unit] = []
     together: list[Piece] = []
     taken = 0
@@ -133,10 +134,10 @@ def plan_units(files: Iterable[TextFile], shard_bytes: int) -> list[Unit]:
 def without_repeated(
     units: Sequence[Unit], workers: int, progress: Advance | None, skip_bad_lines: bool = False
 ) -> list[Unit]:
-    """The same units, each text after the first of its kind marked as repeated."""
+    """The same units, with every text marked as repeated except the first of its kind."""
     hashes = list(each(partial(text_hashes, skip_bad_lines=skip_bad_lines), units, workers, progress))
     keys_N2 = np.frombuffer(b"".join(hashes), dtype="<u8").reshape(-1, 2)
-    # Stable: among equal ones the first text stays first.
+    # A stable sort keeps the first of equal texts first.
     order_N = np.lexsort((keys_N2[:, 1], keys_N2[:, 0]))
     same = (keys_N2[order_N[1:]] == keys_N2[order_N[:-1]]).all(axis=1)
     repeated_N = np.zeros(len(keys_N2), dtype=bool)

@@ -1,8 +1,8 @@
-"""The user's own files of text: which there are, what each is called, and what was passed over.
+"""Finds the user's text files, names them, and records what was skipped.
 
-Text files (.txt, .md, .rst, .py) are one document each. JSON Lines (.jsonl, .ndjson, and .json that holds them) are one
-document a line. All of these may be packed as .gz or .zst. Parquet files are one document a row. The case of a suffix
-does not matter, and a link counts by its own name.
+Text files (.txt, .md, .rst, .py) are one document each. JSON Lines (.jsonl, .ndjson, and .json in that format) hold one
+document per line. All of these may be compressed as .gz or .zst. Parquet files hold one document per row. The case of a
+suffix does not matter, and the suffix of a link is that of its own name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LINES = (".jsonl", ".ndjson")
 WHOLE = (".md", ".py", ".rst", ".txt")
 PARQUET = ".parquet"
 READ = f"{' '.join((*WHOLE, *LINES, '.json'))} (also with {' or '.join(PACKED)}), {PARQUET}"
-"""What is read, in words for people."""
+"""The supported files, in words."""
 _JSON = ".json"
 _FIRST_LINE_BYTES = 16 << 20
 _APPLE_DOUBLE = "__MACOSX"
@@ -30,8 +30,9 @@ _EXAMPLES = 5
 
 
 class TextFile(NamedTuple):
-    """A file, its name (its POSIX path from the name of its root on), and where its texts are (`field`: the field of a
-    line of JSONL, the column of Parquet; `meta.text` is the field `text` inside the field `meta`)."""
+    """A file, its name (its POSIX path starting with the name of its root), and where its texts are (`field`: the field
+    of a line of JSONL, the column of Parquet; `meta.text` is the field `text` inside the field `meta`).
+    """
 
     name: str
     path: Path
@@ -39,27 +40,29 @@ class TextFile(NamedTuple):
 
     @property
     def packed(self) -> bool:
-        """Whether the file can only be read from its beginning."""
+        """Whether the file can only be read from the beginning."""
         return self.path.suffix.lower() in PACKED
 
     @property
     def kind(self) -> str:
-        """`.jsonl`, `.parquet`, or what else stands before .gz and .zst, in lower case. Other names of JSON Lines are
-        `.jsonl` too."""
+        """`.jsonl`, `.parquet`, or the suffix before .gz and .zst, in lower case. `.jsonl` stands for all names of JSON
+        Lines.
+        """
         kind = (self.path.with_suffix("") if self.packed else self.path).suffix.lower()
         return LINES[0] if kind in (*LINES, _JSON) else kind
 
 
 class Found(NamedTuple):
-    """The files of text; how many files of other kinds lie beside them, by suffix; and the names of hidden files and
-    directories, which are not looked into."""
+    """The text files; the number of files of other kinds beside them, by suffix; and the names of hidden files and
+    directories, which are skipped.
+    """
 
     files: list[TextFile]
     others: Counter[str]
     hidden: list[str]
 
     def passed_over(self) -> list[str]:
-        """What was passed over, in lines for people."""
+        """What was skipped, in lines for people."""
         lines = []
         if self.others:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.others.most_common(_EXAMPLES))
@@ -72,22 +75,22 @@ class Found(NamedTuple):
 
 
 def find_files(roots: Sequence[str | Path], option: str, field: str = "text") -> Found:
-    """The files of text in `roots`, files or directories, each directory's by name.
+    """The text files in `roots`, files or directories; those of a directory are sorted by name.
 
-    In a directory, hidden entries (a name that begins with a dot, and the `__MACOSX` of archives) are passed over, and
-    no link to a directory is followed; a root is taken whatever its name. `option` is the one that named the roots,
-    `field` that of the text in a file.
+    In a directory, hidden entries (a name that begins with a dot, and the `__MACOSX` of archives) are skipped, and
+    links to directories are not followed. A root is always read, whatever its name. `option` names the option that gave
+    the roots, `field` the text field in a file.
 
-    Raises ConfigError for a root that is missing or a file of another kind, for two roots of one name, and when there
-    is no text, naming what was seen and what is read.
+    Raises ConfigError for a root that is missing or of another kind, for two roots of one name, and when there is no
+    text; the error lists what was seen and what is supported.
     """
     found = Found([], Counter(), [])
     names: set[str] = set()
     for given in roots:
-        # A link is called by its own name: the name of its target may say nothing, as in a cache of downloads.
+        # A link is judged by its own name: the target's name may say nothing, as in a cache of downloads.
         root = Path(os.path.abspath(given))
         if root.name in names:
-            raise ConfigError("two roots of one name", field=option, value=root.name, fix="rename one")
+            raise ConfigError("two roots have the same name", field=option, value=root.name, fix="rename one")
         names.add(root.name)
         if root.is_dir():
             _search(root, field, found)
@@ -96,7 +99,7 @@ def find_files(roots: Sequence[str | Path], option: str, field: str = "text") ->
         elif is_text(root, field):
             found.files.append(TextFile(as_text(root.name), root, field))
         else:
-            raise ConfigError("a file of another kind", field=option, value=str(given), allowed=READ)
+            raise ConfigError("not a supported kind of file", field=option, value=str(given), allowed=READ)
     if roots and not found.files:
         raise ConfigError(
             "; ".join(["no text found", *found.passed_over()]),
@@ -108,7 +111,7 @@ def find_files(roots: Sequence[str | Path], option: str, field: str = "text") ->
 
 
 def is_text(path: Path, field: str) -> bool:
-    """Whether a file's name, and for .json its first line, says that it is text of a kind that is read."""
+    """Whether a file is supported text, by its name and, for .json, by its first line."""
     packed = path.suffix.lower() in PACKED
     kind = (path.with_suffix("") if packed else path).suffix.lower()
     if kind == _JSON:
@@ -117,7 +120,7 @@ def is_text(path: Path, field: str) -> bool:
 
 
 def as_text(name: str) -> str:
-    """A name that UTF-8 can express: other bytes and lone surrogates are written as escapes such as `\\xe9`."""
+    """A name as valid UTF-8: other bytes and lone surrogates become escapes such as `\\xe9`."""
     try:
         return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:
@@ -125,8 +128,9 @@ def as_text(name: str) -> str:
 
 
 def value_of(item: Json, field: str, absent: Json = None) -> Json:
-    """The value of `field` in an object: under this very name, or else each part between dots inside the one before.
-    None where it, or what it would be in, is null; `absent` where there is none."""
+    """The value of `field` in an object: under exactly this name, or else following the parts between dots. None where
+    it, or an object on the way, is null; `absent` where it is missing.
+    """
     if isinstance(item, dict) and field in item:
         return item[field]
     for part in field.split("."):

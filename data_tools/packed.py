@@ -1,4 +1,4 @@
-"""The bytes of a file that may be packed, and what reading it can meet as one error."""
+"""Reads files that may be compressed; every failure becomes one error."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from typing import IO
 from kha_train.errors import ConfigError, DataError
 
 PACKED = (".gz", ".zst")
-_TOO_LARGE_A_WINDOW = "too much memory"
-"""What zstd says of a frame packed with `--long` above 27."""
+_TOO_LARGE_A_WINDOW = "not enough memory"
+"""zstd's message for a frame made with `--long` above 27."""
 
 
 @contextmanager
 def open_packed(path: Path) -> Iterator[tuple[io.BufferedIOBase, IO[bytes]]]:
-    """The bytes of a file, unpacked when its name ends with .gz or .zst; and the file they come from, which is read
-    ahead. Raises ConfigError when .zst needs pyarrow, DataError when the file is damaged or cannot be read."""
+    """The bytes of a file, decompressed when its name ends with .gz or .zst, and the underlying file, which is read
+    ahead. Raises ConfigError when .zst needs pyarrow, DataError when the file is damaged or cannot be read.
+    """
     with reading(path), open(path, "rb") as raw:
         if path.suffix.lower() == ".gz":
             yield gzip.GzipFile(fileobj=raw), raw
@@ -34,7 +35,7 @@ def open_packed(path: Path) -> Iterator[tuple[io.BufferedIOBase, IO[bytes]]]:
 
 @contextmanager
 def reading(path: Path, *kinds: type[Exception]) -> Iterator[None]:
-    """Raises DataError for what reading a file can meet; `kinds` are errors of its format besides."""
+    """Turns the errors of reading a file into DataError; `kinds` are further errors of its format."""
     expected: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, *kinds)
     try:
         yield
@@ -42,8 +43,8 @@ def reading(path: Path, *kinds: type[Exception]) -> Iterator[None]:
         reason = " ".join(str(error).split())
         fix = "copy it again, or leave it out"
         if path.suffix.lower() == ".zst" and _TOO_LARGE_A_WINDOW in reason:
-            reason = "its zstd window is above 128 MiB (it was packed with --long=28 or more)"
-            fix = "pack it again: zstd -d --long=31 -c FILE | zstd --long=27 -o NEW.zst"
+            reason = "its zstd window is above 128 MiB (it was compressed with --long=28 or more)"
+            fix = "compress it again: zstd -d --long=31 -c FILE | zstd --long=27 -o NEW.zst"
         raise DataError(f"cannot be read: {reason}", field=str(path), fix=fix) from error
 
 

@@ -1,4 +1,4 @@
-"""The texts of Parquet files, in batches of a few megabytes whatever the row groups are."""
+"""The texts of Parquet files, in batches of a few megabytes whatever the size of row groups."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ _READ_BYTES = 1 << 20
 
 
 def row_group_bytes(file: TextFile) -> list[int]:
-    """The size of each row group as its metadata tells, unpacked. Raises as `read_parquet`."""
+    """The uncompressed size of each row group according to its metadata. Raises as `read_parquet`."""
     with _opened(file) as opened:
         return [opened.metadata.row_group(group).total_byte_size for group in range(opened.num_row_groups)]
 
 
 def read_parquet(file: TextFile, groups: range | None = None) -> Iterator[tuple[int, list[Json]]]:
-    """(row group, some of its texts, None for null) over `groups`, over all without them.
+    """(row group, some of its texts, None for null) over `groups`, or over all groups.
 
-    Raises ConfigError without pyarrow, DataError for a file without the column, one in which it holds no text, or one
-    that is damaged.
+    Raises ConfigError without pyarrow; DataError for a file that is damaged, lacks the column, or has no text in it.
     """
     with _opened(file) as opened:
         for group in range(opened.num_row_groups) if groups is None else groups:
@@ -42,7 +41,7 @@ def _opened(file: TextFile) -> Iterator[Any]:
     arrow = pyarrow(file.path)
     from pyarrow import parquet
 
-    # Read through a buffer: otherwise a column of a whole row group is held in memory.
+    # Buffered reading: otherwise the column of a whole row group is held in memory.
     with (
         reading(file.path, ValueError),
         parquet.ParquetFile(file.path, buffer_size=_READ_BYTES, pre_buffer=False) as opened,
@@ -55,12 +54,12 @@ def _check_column(arrow: Any, opened: Any, file: TextFile) -> None:
     schema = opened.schema_arrow
     kind = _type_of(arrow, schema, file.field)
     if kind is None:
-        problem = f"has not one column {file.field!r}"
+        problem = f"does not have exactly one column {file.field!r}"
         raise DataError(problem, field=str(file.path), allowed=", ".join(schema.names))
     types = arrow.types
     value = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)):
-        raise DataError(f"its column {file.field!r} holds no text", field=str(file.path), value=str(kind))
+        raise DataError(f"its column {file.field!r} does not hold text", field=str(file.path), value=str(kind))
 
 
 def _type_of(arrow: Any, schema: Any, field: str) -> Any:

@@ -1,7 +1,7 @@
-"""A dataset is replaced whole or not at all: it is written beside its place, and put there when it is finished.
+"""Replaces a dataset completely or not at all: it is written beside its place and moved there when it is complete.
 
-`.NAMES.writing-IDENTITY` beside the datasets holds what is not finished; what is written by another identity (other
-text, tokenizer, plan) has another directory. Files of the user's own that lie in a dataset's directory stay in it.
+`.NAMES.writing-IDENTITY` beside the datasets holds unfinished output. Each identity (text, tokenizer, plan) has its own
+directory. Files of the user's own in a dataset's directory are kept.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _OURS = ("shard-*.tok", "shard-*.doc", "shard-*.crc", "shard-*.done", MANIFEST_N
 
 @contextmanager
 def replaced(places: Mapping[str, Path], identity: str, *, overwrite: bool, keep: bool) -> Iterator[dict[str, Path]]:
-    """Directories to write the datasets of `places` in, all beside each other; they are put into place when all went
-    well. Otherwise they stay, with `keep`, for the next writing of the same `identity`.
+    """Directories to write the datasets of `places` in, beside each other. On success they are moved into place. On
+    failure they remain, with `keep`, for the next call with the same `identity`.
 
-    Raises ConfigError when another process writes there, for a directory that cannot be written, and, unless
-    `overwrite`, when shards are there.
+    Raises ConfigError when another process writes there, when the directory cannot be written and, unless `overwrite`,
+    when shards exist.
     """
     home = next(iter(places.values())).parent
     names = "-".join(place.name for place in places.values())
@@ -56,7 +56,7 @@ def replaced(places: Mapping[str, Path], identity: str, *, overwrite: bool, keep
 
 
 def refuse_existing(directory: Path, *, overwrite: bool) -> None:
-    """Raises ConfigError when `directory` holds shards and that is not asked for, or is no directory."""
+    """Raises ConfigError when `directory` is not a directory, or holds shards and `overwrite` is not set."""
     if directory.exists() and not directory.is_dir():
         raise ConfigError("is not a directory", field="output directory", value=str(directory))
     if overwrite or not (list(directory.glob("shard-*.tok")) or (directory / MANIFEST_NAME).exists()):
@@ -68,10 +68,13 @@ def refuse_existing(directory: Path, *, overwrite: bool) -> None:
 
 
 def _take(descriptor: int, path: Path) -> None:
-    """Take the lock, which goes with this process, however that ends. Raises ConfigError when another one has it."""
+    """Take the lock, which the system releases when this process ends. Raises ConfigError when another process holds
+    it.
+    """
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Whoever had it may have deleted it since it was opened here: a third one would lock another file.
+        # The previous holder may have deleted the file since it was opened here; a third process would then lock
+        # another file.
         taken = os.path.samestat(os.fstat(descriptor), os.stat(path))
     except OSError:
         taken = False
@@ -82,7 +85,7 @@ def _take(descriptor: int, path: Path) -> None:
 
 
 def _put(made: Path, place: Path) -> None:
-    """Move the directory `made` to `place`; what is there goes, but for the user's own files."""
+    """Move the directory `made` to `place`, replacing what is there except the user's own files."""
     old = place.with_name(f".{place.name}.old")
     if place.exists():
         ours = {path.name for pattern in _OURS for path in place.glob(pattern)}

@@ -1,8 +1,8 @@
-"""A seeded source of structured integers: small datasets for tests, the same on every machine, with no text behind.
+"""A seeded source of structured integers: small datasets for tests, the same on every machine, without any text.
 
-A document counts upwards by its own step size, now and then jumping elsewhere, so that a model can learn something.
-Lengths are log-uniform: many documents of a few tokens, a few of thousands. Every document ends with id 0, which stands
-for no text; each other id stands for one byte.
+A document counts upwards by its own step size and sometimes jumps, so that a model can learn something. Lengths are
+log-uniform: many documents of a few tokens, a few of thousands. Every document ends with id 0, which stands for no
+text; every other id stands for one byte.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def write_dataset(
     max_length: int = 2048,
     documents_per_shard: int = 64,
 ) -> tuple[Manifest, Manifest]:
-    """Write `directory/train` and `directory/validation`, replacing what is there; returns their manifests.
+    """Write `directory/train` and `directory/validation`, replacing existing ones; returns their manifests.
 
     `validation_documents` is a tenth of `documents` (at least 16) unless given; `max_length` bounds a document's
     tokens. The mean length is about 280 tokens at 2048. Raises DataError when `documents` is 0.

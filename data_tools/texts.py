@@ -1,4 +1,4 @@
-"""The texts in the user's own files: how a file is cut into pieces of work, and the texts of a piece in order."""
+"""The texts in the user's own files: cuts a file into pieces of work, and yields the texts of a piece in order."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from data_tools.parquet import read_parquet, row_group_bytes
 from kha_train.errors import DataError
 
 UNPACKED_TIMES = 4
-"""Packed text is taken to be so many times as long as its file."""
+"""Assumed ratio of decompressed to compressed size."""
 LISTED_LINES = 20
-"""So many bad lines are listed; the others are only counted."""
+"""This many bad lines are listed; the others are only counted."""
 _BYTE_ORDER_MARK = "\ufeff"
 
 
@@ -28,8 +28,9 @@ class Document(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of a file: the lines in bytes [first, last) of JSONL, row groups [first, last) of Parquet, or all of a
-    file that can only be read from its beginning. `bytes` are on disk, `text_bytes` about those of the text."""
+    """A part of a file: the lines in bytes [first, last) of JSONL, row groups [first, last) of Parquet, or the whole of
+    a file that can only be read from the beginning. `bytes` are bytes on disk, `text_bytes` roughly those of the text.
+    """
 
     file: TextFile
     first: int
@@ -40,9 +41,10 @@ class Piece(NamedTuple):
 
 @dataclass
 class LeftOut:
-    """What reading passed over: `files` that are not UTF-8, by name, and, with `skip_bad_lines`, lines without a text.
+    """What was skipped while reading: the names of `files` that are not UTF-8 and, with `skip_bad_lines`, lines without
+    a text.
 
-    `bad_lines` counts them, `listed` names the first of them with what is wrong.
+    `bad_lines` is their number; `listed` names the first of them with the reason.
     """
 
     skip_bad_lines: bool = False
@@ -51,7 +53,7 @@ class LeftOut:
     listed: list[str] = field(default_factory=list)
 
     def line(self, problem: DataError) -> None:
-        """Passes over a bad line, or raises `problem`."""
+        """Record a bad line, or raise `problem` unless bad lines are skipped."""
         if not self.skip_bad_lines:
             raise problem
         self.bad_lines += 1
@@ -59,13 +61,13 @@ class LeftOut:
             self.listed.append(problem.problem)
 
     def add(self, other: LeftOut) -> None:
-        """Takes in what the reading of another part passed over."""
+        """Add what another reader skipped."""
         self.files += other.files
         self.bad_lines += other.bad_lines
         self.listed = (self.listed + other.listed)[:LISTED_LINES]
 
     def notes(self) -> list[str]:
-        """What was passed over, in lines for people."""
+        """What was skipped, in lines for people."""
         notes = [f"left out, not UTF-8: {name}" for name in self.files]
         if self.bad_lines:
             notes += [f"{self.bad_lines} bad lines left out", *(f"left out: {one}" for one in self.listed)]
@@ -94,15 +96,15 @@ def cut(file: TextFile, text_bytes: int) -> Iterator[Piece]:
 
 
 def texts(piece: Piece, left_out: LeftOut, advance: Callable[[int], None]) -> Iterator[str]:
-    """The texts of a piece that are not empty, in their order. `left_out` learns what is passed over; `advance` is told
-    bytes of the file, `piece.bytes` in all.
+    """The non-empty texts of a piece, in order. `left_out` records what is skipped; `advance` receives bytes of the
+    file, `piece.bytes` in all.
 
-    Raises ConfigError when the file needs pyarrow and that is missing, DataError when it is damaged, cannot be read, or
-    holds a line or a row that has no text.
+    Raises ConfigError when the file needs pyarrow and pyarrow is missing; DataError when it is damaged, cannot be read,
+    or has a line or a row without text.
     """
     told = 0
     for text, at in _texts(piece, left_out):
-        # What is packed is read ahead of what came out of it.
+        # Compressed input is read ahead of the output.
         if at > told:
             advance(at - told)
             told = at
@@ -112,7 +114,7 @@ def texts(piece: Piece, left_out: LeftOut, advance: Callable[[int], None]) -> It
 
 
 def _texts(piece: Piece, left_out: LeftOut) -> Iterator[tuple[str, int]]:
-    """Every text, and how many bytes of the piece it took to get there."""
+    """Every text, and the bytes of the piece read to reach it."""
     file = piece.file
     if file.kind == PARQUET:
         groups = piece.last - piece.first
@@ -138,7 +140,7 @@ def _texts_of_lines(piece: Piece, left_out: LeftOut) -> Iterator[tuple[str, int]
                 try:
                     text = parse_line(line, number, file).text
                 except DataError:
-                    # Lines before the piece are counted only where a number is told.
+                    # Lines before the piece are counted only where line numbers are reported.
                     before = _lines_before(piece) if before is None else before
                     text = _parse_or_leave_out(line, before + number, file, left_out)
                 yield text, raw.tell() if file.packed else position - piece.first
@@ -164,7 +166,7 @@ def _lines_before(piece: Piece) -> int:
 
 
 def read_text(path: Path) -> str | None:
-    """The text of a file without its byte order mark, None when it is not UTF-8. Raises as `open_packed`."""
+    """The text of a file without its byte order mark; None when it is not UTF-8. Raises as `open_packed`."""
     with open_packed(path) as (file, _):
         try:
             return file.read().decode("utf-8").removeprefix(_BYTE_ORDER_MARK)
@@ -173,7 +175,7 @@ def read_text(path: Path) -> str | None:
 
 
 def read_jsonl(file: TextFile, left_out: LeftOut) -> Iterator[Document]:
-    """The documents of a JSONL file. Raises DataError for a bad line that `left_out` does not pass over."""
+    """The documents of a JSONL file. Raises DataError for a bad line unless `left_out` skips it."""
     with open_packed(file.path) as (lines, _):
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -185,8 +187,9 @@ def read_jsonl(file: TextFile, left_out: LeftOut) -> Iterator[Document]:
 
 
 def parse_line(line: bytes, number: int, file: TextFile) -> Document:
-    """The document in line `number` of JSONL, its path that of its field "path", or empty; null is an empty text.
-    Raises DataError when the line is not an object with a text that UTF-8 can express."""
+    """The document in line `number` of JSONL. Its path is the field "path", or empty; null is an empty text. Raises
+    DataError unless the line is an object with a text that UTF-8 can encode.
+    """
     where = f"line {number}"
     try:
         value = json.loads(line)
@@ -200,13 +203,13 @@ def parse_line(line: bytes, number: int, file: TextFile) -> Document:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise _bad(file, f"{where} holds what UTF-8 cannot express: {error.reason}") from error
+        raise _bad(file, f"{where} holds characters that UTF-8 cannot encode: {error.reason}") from error
     path = value.get("path")
     return Document(as_text(path) if isinstance(path, str) else "", text)
 
 
 def _bad(file: TextFile, problem: str) -> DataError:
-    fix = "mend the line, pass --skip-bad-lines, or leave the file out"
+    fix = "fix the line, pass --skip-bad-lines, or leave the file out"
     return DataError(f"{file.name}: {problem}", field=str(file.path), fix=fix)
 
 

@@ -1,4 +1,4 @@
-"""Training the tokenizer on a corpus's training split."""
+"""Trains the tokenizer on a corpus's training split."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def train_tokenizer(
 ) -> tokenizer.Tokenizer:
     """Train on the corpus directory's training documents and write the model file `out`.
 
-    `max_bytes` ends the reading after so much text (0: all of it); `progress` gets bytes of text as they are read.
-    Raises ConfigError when there is no corpus, when its text cannot give exactly `vocab_size` pieces, and for a file
-    that is there unless `overwrite`.
+    Reading stops after `max_bytes` of text (0: all of it); `progress` receives the bytes of text as they are read.
+    Raises ConfigError when there is no corpus, when its text cannot give exactly `vocab_size` pieces, and for an
+    existing file unless `overwrite`.
     """
     if Path(out).exists() and not overwrite:
-        raise ConfigError("is there already", field="out", value=str(out), fix=Options("--overwrite", "pass {}"))
+        raise ConfigError("already exists", field="out", value=str(out), fix=Options("--overwrite", "pass {}"))
 
     def texts() -> Iterator[str]:
         """The texts to train on."""

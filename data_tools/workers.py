@@ -1,4 +1,4 @@
-"""Pieces of work by many processes, their results in order, their progress told as it happens."""
+"""Runs pieces of work in many processes; yields results in order and reports progress as it happens."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _LOOK_SECONDS = 0.2
 def each(
     work: Callable[[Item, Advance], Result], items: Sequence[Item], workers: int, progress: Advance | None
 ) -> Iterator[Result]:
-    """`work(item, advance)` of every item, in order; what `advance` is told goes to `progress`.
+    """`work(item, advance)` for every item, in order; the calls of `advance` go to `progress`.
 
-    One worker is this process itself, several are processes of their own, which end when this one is killed: `work` and
-    its items must pickle then. The first error ends it all. Raises MachineError when a process is killed.
+    One worker is this process itself. Several are separate processes, which end when this one is killed; `work` and its
+    items must then be picklable. The first error ends everything. Raises MachineError when a process is killed.
     """
     advance = progress or (lambda amount: None)
     if workers == 1:
         yield from (work(item, advance) for item in items)
         return
-    # A forked child would inherit the threads of whatever the caller has loaded.
+    # A forked child would inherit the threads of the libraries that the caller has loaded.
     context, mine = get_context("spawn"), (os.getpid(),)
     manager = SyncManager(ctx=context)
     manager.start(_end_with, mine)
@@ -49,10 +49,10 @@ def each(
             _pass_on(told, advance, 0)
         except BrokenProcessPool as error:
             raise MachineError(
-                "a process was killed; was there too little memory?",
+                "a process was killed; possibly out of memory",
                 field="workers",
                 value=workers,
-                fix="start again, with fewer of them: what is finished is kept",
+                fix="start again with fewer of them; finished work is kept",
             ) from error
         finally:
             for future in futures:
@@ -60,7 +60,7 @@ def each(
 
 
 def _pass_on(told: Queue[int], advance: Advance, seconds: float) -> None:
-    """All that was told, and what comes within the first `seconds` of silence."""
+    """All reported progress, including what arrives before a pause of `seconds`."""
     try:
         while True:
             advance(told.get(timeout=seconds) if seconds else told.get_nowait())
@@ -70,10 +70,10 @@ def _pass_on(told: Queue[int], advance: Advance, seconds: float) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """This process ends soon after `parent`, however that ends."""
+    """End this process soon after `parent` ends, for whatever reason."""
 
     def watch() -> None:
-        """An orphan has another parent."""
+        """An orphan gets another parent."""
         while os.getppid() == parent:
             time.sleep(_LOOK_SECONDS)
         os._exit(1)

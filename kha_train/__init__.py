@@ -1,6 +1,6 @@
 """kha_train: pretraining of mixture-of-experts language models with cross-head attention.
 
-`compose`, `build_decoder` and `open_stream` are the surface for notebooks; they load what they need when first used.
+`compose`, `build_decoder` and `open_stream` are the interface for notebooks; they are imported on first use.
 """
 
 from __future__ import annotations

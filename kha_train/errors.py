@@ -1,4 +1,4 @@
-"""What a user can do wrong: `KhaError` and its kinds, each with the exit code the command ends with."""
+"""Mistakes of users: `KhaError` and its kinds, each with the exit code that the command ends with."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from kha_train.literal import visible
 
 
 class Typed(str):
-    """A fix of which `typed` is typed exactly as it stands; its kind says where. As a string it is what the user reads.
+    """A fix whose part `typed` can be typed exactly as it stands; the subclass says where. As a string, it is what the
+    user reads.
 
-    A fix that is a plain string is advice in words. Each typed one is run by a test (tests/architecture/test_fixes.py).
+    A fix that is a plain string is advice in words. A test runs every typed fix (tests/architecture/test_fixes.py).
     """
 
     typed: str
     shown: str
 
     def __new__(cls, typed: str, shown: str = "{}") -> Self:
-        """The fix `typed`, read as `shown`, in which `{}` stands for it."""
+        """The fix `typed`, shown as `shown` with `{}` replaced by it."""
         fix = super().__new__(cls, shown.replace("{}", typed))
         fix.typed, fix.shown = typed, shown
         return fix
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As the text that it is: `__new__` would show it a second time."""
+        """Pickled as plain text, because `__new__` would format it a second time."""
         return str.__new__, (type(self), str(self)), vars(self)
 
 
@@ -32,7 +33,7 @@ class Settings(Typed):
     """Overrides, separated by spaces: each replaces the override of the same key, or is added."""
 
     def __new__(cls, typed: str, shown: str = "{}") -> Self:
-        """As `Typed`; lists are put in quotes, since some shells look for files of such names."""
+        """As `Typed`; lists are quoted, because some shells would expand them as file patterns."""
         return super().__new__(cls, re.sub(r"(?<!\S)[\w.]+=\[[^\s'\"]*\](?!\S)", r"'\g<0>'", typed), shown)
 
 
@@ -41,11 +42,11 @@ class Options(Typed):
 
 
 class Instead(Typed):
-    """A shell command in the place of the refused one."""
+    """A shell command to type instead of the refused one."""
 
 
 class Look(Typed):
-    """A shell command that shows what there is to choose from."""
+    """A shell command that lists what there is to choose from."""
 
     def __new__(cls, typed: str, shown: str = "see `{}`") -> Self:
         """As `Typed`."""
@@ -61,7 +62,7 @@ class First(Typed):
 
 
 class Replace(Typed):
-    """What is typed in the place of `old`: whole words of the command, or a key or value."""
+    """What to type instead of `old`: whole words of the command, or a key or value."""
 
     old: str
 
@@ -79,7 +80,7 @@ class Ways(str):
 
 
 def either(*ways: str) -> Ways:
-    """The fix that offers each of `ways`: typed ones and advice in words."""
+    """The fix that offers all `ways`: typed fixes and advice in words."""
     separator = " or " if all(isinstance(way, Typed) for way in ways) else ", or "
     fix = Ways(separator.join(ways))
     fix.ways = ways
@@ -87,26 +88,28 @@ def either(*ways: str) -> Ways:
 
 
 def between(first: int, last: int) -> str | None:
-    """`allowed` of a whole number: the range in words, None where it is empty."""
+    """`allowed` for an integer: the range in words, None where it is empty."""
     if last <= first:
         return str(first) if last == first else None
     return f"{first} to {last}"
 
 
 class KhaError(Exception):
-    """A mistake outside the program, told in one line: what is wrong, what is allowed, how to mend it.
+    """A mistake outside the program, described in one line: what is wrong, what is allowed, how to fix it.
 
-    `field` names the configuration key or the file, `value` what was found there, `allowed` what would have been
-    accepted, `fix` what to type or change. `str(error)` is the line a user sees; only the parts given are shown, and
-    none of them can steer a terminal.
+    `field` names the configuration key or the file, `value` what was found there, `allowed` what would be accepted,
+    `fix` what to type or change. `str(error)` is the line that users see. It shows only the parts that are given, and
+    no part can send control codes to a terminal.
     """
 
     exit_code = 1
     kind = ""
     fatal = True
-    """Whether the same command would end the same way: then the run is marked FATAL, and not started again unseen."""
+    """Whether the same command would fail the same way. If so, the run is marked FATAL and is not restarted
+    automatically.
+    """
     agreed = False
-    """True when all ranks raise this error together, so that one of them is enough to tell it."""
+    """True when all ranks raise this error together, so that printing it once is enough."""
 
     def __init__(
         self,
@@ -127,7 +130,7 @@ class KhaError(Exception):
 
     @property
     def typed_fixes(self) -> tuple[Typed, ...]:
-        """The fixes that can be typed as they stand, in the order of the line."""
+        """The fixes that can be typed as they stand, in the order they appear in the line."""
         ways = self.fix.ways if isinstance(self.fix, Ways) else (self.fix,)
         return tuple(way for way in ways if isinstance(way, Typed))
 
@@ -144,34 +147,36 @@ class ConfigError(KhaError):
 
 
 class ResumeError(KhaError):
-    """A checkpoint that does not belong to this configuration."""
+    """A checkpoint that does not fit this configuration."""
 
     exit_code = 3
     kind = "resume"
 
 
 class DataError(KhaError):
-    """Shards that are damaged or are not what their manifest says. Names shard, offset, expected and found."""
+    """Shards that are damaged or do not match their manifest. Names shard, offset, expected and found."""
 
     exit_code = 4
     kind = "data"
 
 
 class CheckpointError(KhaError):
-    """A checkpoint that is damaged or is not what its manifest says."""
+    """A checkpoint that is damaged or does not match its manifest."""
 
     exit_code = 4
     kind = "checkpoint"
 
 
 class FormatError(CheckpointError):
-    """A checkpoint of a format that this version does not know. It is not damaged, and nothing touches it."""
+    """A checkpoint whose format this version does not know. It is not damaged and is left untouched."""
 
     exit_code = 3
 
 
 class DivergedError(KhaError):
-    """Training left the finite numbers, or the loss left all reason, for longer than the policy allows."""
+    """The run diverged: loss or gradients were not finite, or the loss was far too high, for longer than the policy
+    allows.
+    """
 
     exit_code = 5
     kind = "divergence"
@@ -185,7 +190,7 @@ class RunDirectoryInUse(KhaError):
 
 
 class HangError(KhaError):
-    """A rank stopped answering: try again."""
+    """A rank stopped responding: try again."""
 
     exit_code = 75
     kind = "hang"
@@ -193,7 +198,7 @@ class HangError(KhaError):
 
 
 class MachineError(KhaError):
-    """The machine failed and not the run (a full or unreadable disk, too little host memory): try again."""
+    """The machine failed, not the run (a full or unreadable disk, too little host memory): try again."""
 
     exit_code = 75
     kind = "machine"
@@ -201,11 +206,11 @@ class MachineError(KhaError):
 
 
 class CorruptionError(MachineError):
-    """What all ranks hold in common differs: a machine computes or remembers wrongly."""
+    """Values that must be equal on all ranks differ: a machine computes wrongly or has faulty memory."""
 
 
 class RankError(KhaError):
-    """Another rank died of a defect, of which its own traceback tells."""
+    """Another rank failed because of a bug; see the traceback of that rank."""
 
     kind = "rank"
     fatal = False

@@ -1,4 +1,4 @@
-"""Whether this Python is one that kha_train is installed in. Needs nothing but the standard library, of any version."""
+"""Checks that kha_train is installed in this Python. Uses only the standard library, in any version."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ NEEDED = (
     "typer",
     "matplotlib",
 )
-"""What the dependencies in pyproject.toml are imported as."""
+"""Import names of the dependencies in pyproject.toml."""
 
 
 def complaint() -> str:
-    """The line for a user whose Python cannot run kha_train, with what to do; "" when it can."""
+    """The line for a user whose Python cannot run kha_train, with the fix; "" when it can."""
     lacking = [name for name in NEEDED if find_spec(name) is None]
     if sys.version_info >= OLDEST and not lacking:
         return ""

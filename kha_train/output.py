@@ -1,8 +1,8 @@
-"""Standard output and standard error that take everything: what a run says of itself must never be what ends it.
+"""Standard output and standard error that never raise: printing must not be able to end a run.
 
-A disk that is full under a log, a pipe that nobody reads any more, a stream that was closed, an encoding that lacks a
-letter: whatever is in the way, the words are lost and the run goes on. While `harmless_output` is entered, this holds
-for all that prints in this process: the console, warnings, libraries, threads.
+The disk under a log may be full, a pipe may have lost its reader, a stream may be closed, an encoding may lack a
+character. In all these cases the text is lost and the run continues. Inside `harmless_output` this holds for everything
+that prints in this process: the console, warnings, libraries, threads.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _LONGEST_BYTES = 2**16
 
 
 class HarmlessStream(io.TextIOBase):
-    """A text stream over `stream`, which may be None, that never raises when it is written to.
+    """A text stream over `stream` (or None) whose `write` never raises.
 
-    A file descriptor is written to directly, in whole lines: what Python's own buffer cannot get rid of it would keep,
-    and fail over when the process ends. Letters that the encoding lacks are written as escapes.
+    A file descriptor is written to directly, in whole lines. Python's own buffer would keep what it cannot write, and
+    fail when the process ends. Characters that the encoding lacks are written as escapes.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
-        # `print` writes a text and its line break apart, so each thread completes a line of its own.
+        # `print` writes a text and its line break separately, so each thread completes its own line.
         self._pending: dict[int, bytes] = {}
         self._lock = threading.RLock()
         self._descriptor = _descriptor(stream)
@@ -37,21 +37,21 @@ class HarmlessStream(io.TextIOBase):
                 stream.flush()
 
     @property
-    # A property here, an attribute to be written there; nobody writes it.
+    # A read-only property here where the base class has a writable attribute; nobody writes it.
     def encoding(self) -> str:  # type: ignore[override]
-        """Of the stream below."""
+        """The encoding of the underlying stream."""
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        """Pass `text` on as far as it goes; always as if all of it had been written."""
+        """Write as much of `text` as possible; always returns as if all of it had been written."""
         if not isinstance(text, str):
-            raise TypeError(f"a text is written here, not {type(text).__name__}")
+            raise TypeError(f"write() needs text, not {type(text).__name__}")
         if self._descriptor is None:
             with suppress(OSError, ValueError):
                 if self._stream is not None:
                     self._stream.write(text)
             return len(text)
-        # A thread that was stopped amid a write, or lost by a fork, must not silence the others.
+        # A thread that was stopped during a write, or lost by a fork, must not block the others.
         held = self._lock.acquire(timeout=_PATIENCE_SECONDS)
         try:
             thread = threading.get_ident()
@@ -66,7 +66,7 @@ class HarmlessStream(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Pass on what is no whole line yet."""
+        """Write the last incomplete line."""
         if self._descriptor is not None:
             while self._pending:
                 self._send(self._pending.popitem()[1])
@@ -75,13 +75,13 @@ class HarmlessStream(io.TextIOBase):
                 self._stream.flush()
 
     def isatty(self) -> bool:
-        """Whether the stream below is a terminal."""
+        """Whether the underlying stream is a terminal."""
         with suppress(OSError, ValueError):
             return self._stream is not None and self._stream.isatty()
         return False
 
     def fileno(self) -> int:
-        """The descriptor of the stream below. Raises OSError where there is none."""
+        """The descriptor of the underlying stream. Raises OSError where there is none."""
         if self._stream is None:
             raise io.UnsupportedOperation("fileno")
         return self._stream.fileno()
@@ -99,7 +99,7 @@ class HarmlessStream(io.TextIOBase):
 
 @contextmanager
 def harmless_output() -> Iterator[None]:
-    """While entered, `sys.stdout` and `sys.stderr` are harmless. May be entered again inside."""
+    """Inside the `with` block, `sys.stdout` and `sys.stderr` never raise. May be nested."""
     before = sys.stdout, sys.stderr
     ours = tuple(stream if isinstance(stream, HarmlessStream) else HarmlessStream(stream) for stream in before)
     sys.stdout, sys.stderr = ours
@@ -112,13 +112,14 @@ def harmless_output() -> Iterator[None]:
 
 
 def hold_standard_descriptors() -> None:
-    """Open the descriptors 0, 1 and 2 where they were closed, onto nothing: else the next file that is opened gets the
-    number, and what libraries print goes into it. To be called before anything else is opened."""
+    """Open the descriptors 0, 1 and 2 onto nothing where they are closed. Otherwise the next opened file would get that
+    number, and libraries would print into it. Call this before opening anything else.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            # The lowest free number is given out, and all below are taken.
+            # The system gives out the lowest free number, and all lower ones are taken.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 

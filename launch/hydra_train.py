@@ -1,9 +1,9 @@
-"""The run as a plain Hydra application, for those who sweep with Hydra itself:
+"""`kha train` as a plain Hydra application, for sweeps with Hydra itself:
 
     python launch/hydra_train.py -m attention=gqa,kha_mlp run.seed=0,1 hydra/launcher=kha_slurm hydra.launcher.name=two
 
-`kha sweep` submits the same jobs without it. Without that launcher Hydra would train all points in this one process,
-which a run ends: `-m` is then refused, with the `kha sweep` command to type.
+`kha sweep` submits the same jobs without Hydra's launcher. Without that launcher, Hydra would train all points in this
+one process, but a run ends its process. So `-m` is then refused, and the error shows the `kha sweep` command to type.
 """
 
 from __future__ import annotations
@@ -35,52 +35,58 @@ SLURM = "hydra/launcher=kha_slurm"
 PARAMS = "hydra.sweeper.params"
 QUOTES = "'\""
 OF_MULTIRUN = ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweep")
-"""Settings of Hydra that act on a multirun alone."""
+"""Hydra settings that only affect a multirun."""
 
 
 @hydra.main(config_path=str(shipped("configs")), config_name="config", version_base="1.3")
 def main(config: Any) -> None:
-    """Train what Hydra composed, from the overrides it was composed of."""
-    # The SLURM launcher trains no point in this process: here another one was chosen, however that was written.
+    """Train what Hydra composed, using the same overrides."""
+    # The SLURM launcher trains no point in this process, so another launcher was chosen, in whatever spelling.
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         _refuse_multirun(get_args_parser().parse_args(sys.argv[1:]).overrides)
     run(["train", *HydraConfig.get().overrides.task])
 
 
 def check(arguments: Sequence[str]) -> None:
-    """Refuse what Hydra would take and the run would not see. Raises ConfigError for other configuration files, what
-    `kha train` refuses, settings of a multirun without one, a multirun without the SLURM launcher, a secret."""
+    """Refuse what Hydra would accept and the run would ignore. Raises ConfigError for other configuration files, for
+    anything that `kha train` refuses, for multirun settings without a multirun, for a multirun without the SLURM
+    launcher, and for secrets.
+    """
     asked = get_args_parser().parse_args(arguments)
     if asked.help or asked.hydra_help or asked.cfg or asked.info or asked.shell_completion:
         return
-    # Hydra writes all of them into files of its own before it starts anything.
+    # Hydra writes all overrides into its own files before it starts anything.
     refuse_secrets(asked.overrides)
     own = [text for text in asked.overrides if not _is_hydras(text)]
     hydras = [text for text in asked.overrides if _is_hydras(text)]
     for flag in ("config_path", "config_name", "config_dir", "experimental_rerun"):
         if getattr(asked, flag):
             name = f"--{flag.replace('_', '-')}"
-            raise ConfigError("the run is composed of its own files", field=name, fix="name all settings as KEY=VALUE")
+            raise ConfigError("a run is composed from its own files", field=name, fix="write all settings as KEY=VALUE")
     if asked.multirun or "hydra.mode=MULTIRUN" in hydras:
-        # Of several, Hydra takes the last.
+        # Hydra uses the last of several.
         launchers = [text for text in hydras if text.lstrip("+~").startswith("hydra/launcher")]
         if launchers[-1:] != [SLURM]:
             _refuse_multirun(asked.overrides)
         return
     for text in hydras:
         if text.lstrip("+~").startswith(OF_MULTIRUN):
-            raise ConfigError("acts on a multirun alone", field=text, fix="add -m, or leave it out")
+            raise ConfigError("only affects a multirun", field=text, fix="add -m, or leave it out")
     compose(own)
 
 
 def _refuse_multirun(overrides: Sequence[str]) -> None:
-    """End with the `kha sweep` command that trains all points, those of `hydra.sweeper.params` too."""
+    """Raises ConfigError with the `kha sweep` command that trains all points, including those of
+    `hydra.sweeper.params`.
+    """
     axes = [axis for text in overrides for axis in (_axes(text) if _is_hydras(text) else [text])]
     run(["train", "--multirun", *axes])
 
 
 def _axes(text: str) -> list[str]:
-    """What `hydra.sweeper.params.KEY=A,B`, or a whole mapping of them, sweeps over, as `KEY=A,B`; no other setting."""
+    """The axes of `hydra.sweeper.params.KEY=A,B`, or of a whole mapping of them, as `KEY=A,B`; nothing for other
+    settings.
+    """
     key, _, value = text.lstrip("+~").partition("=")
     if not key.startswith(PARAMS):
         return []

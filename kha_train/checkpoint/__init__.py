@@ -1,1 +1,1 @@
-"""Checkpoints free of pickle, world size and ZeRO stage. `docs/checkpoints.md` tells the format."""
+"""Checkpoints that need no pickle and fit any world size and ZeRO stage. `docs/checkpoints.md` describes the format."""

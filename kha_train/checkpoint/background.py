@@ -1,13 +1,13 @@
-"""Checkpoints written beside training: threads touch files only, the main threads agree.
+"""Checkpoints written in the background. Threads only touch files; collectives run in the main threads.
 
     begin      main threads: agree on a name, copy the state to host memory, start the thread
     (thread)   every rank writes its own files
     poll       main threads, once a step: has every rank written? did any fail?
     (thread)   rank 0 joins, publishes, and prunes
-    poll       main threads: it stands
+    poll       main threads: the checkpoint is published
 
-A collective in a thread could meet training's own in another order on another rank, so no thread holds one. A save
-has one snapshot of this rank's share in memory, and only one save is in flight.
+Collectives of a thread and of training could run in a different order on each rank, so threads start none. A save keeps
+one snapshot of this rank's share in memory, and only one save is in flight.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from kha_train.errors import CheckpointError, KhaError
 
 @dataclass(frozen=True)
 class Published:
-    """A checkpoint that stands: its step, its directory, and the seconds from the snapshot until it stood."""
+    """A published checkpoint: its step, its directory, and the seconds from the snapshot to publication."""
 
     step: int
     path: Path
@@ -40,11 +40,11 @@ class Published:
 
 
 class BackgroundWriter:
-    """Writes one checkpoint at a time of `run_dir`, in a thread of each rank.
+    """Writes the checkpoints of `run_dir`, one at a time, in a thread of each rank.
 
-    `before_publish` (make the record durable) and `after_publish` (prune) are local jobs of rank 0 that run in its
-    thread. `kinds` are what is stored of every parameter. `stage` is called with the stages of `writer.STAGES`, for
-    fault tests. `part_bytes` is the size at which a rank begins another file.
+    `before_publish` (make the record durable) and `after_publish` (prune) run in rank 0's thread. `kinds` are stored
+    for every parameter. `stage` is called with each of `writer.STAGES`, for fault tests. `part_bytes` is the file size
+    at which a rank starts another file.
     """
 
     def __init__(
@@ -67,16 +67,16 @@ class BackgroundWriter:
 
     @property
     def in_flight(self) -> bool:
-        """Whether a checkpoint is on its way; the same on every rank."""
+        """Whether a save is in flight; the same on every rank."""
         return self._save is not None
 
     def begin(
         self, step: int, pieces: Iterable[Piece], buffers: dict[str, Tensor], trainer_state: dict[str, Any]
     ) -> None:
-        """Start writing. Collective; none may be in flight.
+        """Start writing. Collective; no save may be in flight.
 
-        `pieces` and `buffers` are drawn by the thread and must not change until `poll` or `wait` has returned the
-        checkpoint: bring copies of what training goes on with. Raises CheckpointError on all ranks.
+        The thread reads `pieces` and `buffers`, so they must not change until `poll` or `wait` has returned the
+        checkpoint: pass copies of anything that training changes. Raises CheckpointError on all ranks.
         """
         assert self._save is None, "one save at a time"
         self._started = time.perf_counter()
@@ -96,9 +96,9 @@ class BackgroundWriter:
         self._job = _Job(lambda: save.write_share(pieces, buffers))
 
     def poll(self) -> Published | None:
-        """Once a step: the checkpoint if it has come to stand, None while it is on its way or when there is none.
+        """Once a step: the checkpoint if it has been published, None while a save is in flight or when there is none.
 
-        Collective. Raises CheckpointError on all ranks when the save failed; what it left is removed then.
+        Collective. Raises CheckpointError on all ranks when the save failed, after removing its files.
         """
         if self._job is None:
             return None
@@ -106,7 +106,9 @@ class BackgroundWriter:
         return None if running else self._advance()
 
     def wait(self) -> Published | None:
-        """The checkpoint in flight, once it stands; None when there is none. Collective; raises as `poll` does."""
+        """Wait for the save in flight and return its checkpoint; None when there is none. Collective; raises as `poll`
+        does.
+        """
         published = None
         while self._job is not None:
             self._join()
@@ -114,13 +116,15 @@ class BackgroundWriter:
         return published
 
     def abandon(self) -> None:
-        """Let this rank's thread end, without asking the others: they may be gone. Nothing is published any more."""
+        """Let this rank's thread end without asking the other ranks, which may be gone. Nothing is published any
+        more.
+        """
         if self._job is not None:
             self._join()
         self._save = self._job = None
 
     def _join(self) -> None:
-        """Wait for this rank's thread, and tell the watchdog as long as it advances."""
+        """Wait for this rank's thread; report progress to the watchdog while it advances."""
         assert self._save is not None and self._job is not None
         moves = -1
         while self._job.running:
@@ -130,7 +134,9 @@ class BackgroundWriter:
             self._job.join(1.0)
 
     def _advance(self) -> Published | None:
-        """After this rank's job has ended: agree that all went well, then the next stage or the end."""
+        """After this rank's job has ended: check that it succeeded on all ranks, then start the next stage or
+        finish.
+        """
         save, job = self._save, self._job
         assert save is not None and job is not None
         try:
@@ -166,9 +172,10 @@ def write(
     stage: Callable[[str], None] = no_stage,
     part_bytes: int = PART_BYTES,
 ) -> Path:
-    """Publish one checkpoint and wait until it stands; returns its directory.
+    """Publish one checkpoint and wait for it; returns its directory.
 
-    Collective. Raises CheckpointError on all ranks; what the failed save left is removed, earlier ones are untouched.
+    Collective. Raises CheckpointError on all ranks. The files of a failed save are removed; earlier checkpoints are
+    untouched.
     """
     writer = BackgroundWriter(run_dir, world, stage=stage, part_bytes=part_bytes)
     writer.begin(step, pieces, buffers, trainer_state)
@@ -178,7 +185,7 @@ def write(
 
 
 class _Job:
-    """A thread around one function; keeps what it raised for the main thread to ask for."""
+    """A thread that runs one function and keeps its exception for the main thread."""
 
     def __init__(self, body: Callable[[], None]) -> None:
         self._body = body
@@ -192,7 +199,7 @@ class _Job:
 
     @property
     def error(self) -> BaseException | None:
-        """What the body raised; None after a good end. Ask only once it has ended."""
+        """The exception of the function; None when it succeeded. Call only after it has ended."""
         return self._error
 
     def join(self, seconds: float) -> None:
@@ -203,6 +210,6 @@ class _Job:
             self._body()
         self._error = caught.error
         if caught.error is not None and not isinstance(caught.error, KhaError | OSError | MemoryError):
-            # A defect costs a checkpoint and not the run, but it must be seen.
+            # A bug here costs a checkpoint and not the run, but it must be visible.
             traceback.print_exception(caught.error, file=sys.stderr)
             self._error = CheckpointError(f"the writing thread died: {type(caught.error).__name__}: {caught.error}")

@@ -1,4 +1,4 @@
-"""Two checkpoints side by side, whatever layouts they were written in; one parameter in memory at a time."""
+"""Compares two checkpoints, whatever their layouts, with one parameter in memory at a time."""
 
 # P elements of one parameter
 
@@ -17,9 +17,12 @@ from kha_train.foreign.documents import Json
 
 @dataclass
 class Differences:
-    """`settings` (of the trainer's state, by dotted name): both values. `tensors`: largest difference, and the norm of
-    the difference over the norm of the first; infinite for buffers of two shapes. Parameters, and states of the
-    optimiser, that only one has are in `only_first` and `only_second`."""
+    """The differences between two checkpoints.
+
+    `settings` holds both values of each entry of the trainer's state that differs, by dotted name. `tensors` holds the
+    largest difference, and the norm of the difference relative to the norm of the first; both are infinite for buffers
+    of different shapes. `only_first` and `only_second` list parameters and optimiser states that only one of them has.
+    """
 
     settings: dict[str, tuple[Json, Json]] = field(default_factory=dict)
     tensors: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -32,12 +35,12 @@ class Differences:
         return not (self.settings or self.tensors or self.only_first or self.only_second)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
+        """As plain JSON."""
         return {"equal": self.equal, **vars(self)}
 
 
 def compare(first: Checkpoint, second: Checkpoint) -> Differences:
-    """Everything that differs between two checkpoints. Raises CheckpointError when a file is not what it should be."""
+    """Everything that differs between two checkpoints. Raises CheckpointError when a file is damaged."""
     found = Differences()
     left, right = flatten(first.trainer_state), flatten(second.trainer_state)
     for key in sorted(left.keys() | right.keys()):

@@ -1,4 +1,4 @@
-"""Host memory that a snapshot is copied into, taken once and kept from save to save."""
+"""Host memory for snapshots, allocated once and reused by every save."""
 
 # P the elements of one piece
 
@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 class HostBuffers:
-    """Copies tensors to host memory, pinned when they come from a GPU. The n-th copy of every save reuses one buffer.
+    """Copies tensors to host memory, which is pinned when they come from a GPU. The n-th copy of every save reuses one
+    buffer.
 
-    Memory is that of one snapshot of this rank's share: 12 bytes a parameter / ranks.
+    The buffers hold one snapshot of this rank's share: 12 bytes per parameter / ranks.
     """
 
     def __init__(self) -> None:
@@ -19,13 +20,13 @@ class HostBuffers:
         self._used = 0
 
     def restart(self) -> None:
-        """Begin a new snapshot; the copies of the last one will be overwritten."""
+        """Begin a new snapshot; it overwrites the copies of the last one."""
         self._used = 0
 
     def copy(self, source_P: Tensor) -> Tensor:
-        """A host copy of a 1-D tensor; on a GPU it is only begun: call `synchronize` before reading it.
+        """A host copy of a 1-D tensor. From a GPU the copy is asynchronous: call `synchronize` before reading it.
 
-        Raises MemoryError when the host has too little.
+        Raises MemoryError when the host has too little memory.
         """
         if self._used == len(self._buffers) or self._buffers[self._used].shape != source_P.shape:
             del self._buffers[self._used :]

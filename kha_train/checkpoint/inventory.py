@@ -1,4 +1,4 @@
-"""What lies in a directory of checkpoints, for people to read. Nothing is renamed and no tensor is opened."""
+"""Lists a directory of checkpoints for people to read. Renames nothing and opens no tensor."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from kha_train.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Row:
-    """One checkpoint: `bytes` on disk, `saved` local time, how many `ranks` wrote it, whether it is marked (`kept`).
+    """One checkpoint: `bytes` on disk, `saved` in local time, the number of `ranks` that wrote it, whether it is marked
+    (`kept`).
 
-    `state` is "sizes match" (bytes are not hashed), or what is wrong.
+    `state` is "sizes match" (bytes are not hashed), or describes what is wrong.
     """
 
     step: int
@@ -30,7 +31,7 @@ class Row:
     state: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
+        """As plain JSON."""
         return {**vars(self), "path": str(self.path)}
 
 

@@ -1,13 +1,13 @@
-"""The names inside `<run.dir>/checkpoints`, and the few file system moves that must survive a kill.
+"""Names inside `<run.dir>/checkpoints`, and the few file system operations that must survive a kill.
 
     step-00001000                    published: holds a manifest, complete
-    step-00001000.corrupt            was published, did not verify; kept for a person to look at, never read
-    step-00001000.undone             marked by a person, of a future that a rewind undid; kept, never read
+    step-00001000.corrupt            was published, failed verification; kept for inspection, never read
+    step-00001000.undone             a marked checkpoint that a rewind undid; kept, never read
     .step-00001000.saving-XXXX       being written; worthless until renamed
     .step-00001000.replaced-XXXX     the older checkpoint of that step, while a newer one takes its name; readable
-    .step-00001000.deleting-XXXX     condemned by retention
+    .step-00001000.deleting-XXXX     about to be deleted by retention
 
-XXXX is a random number, so that a rank left over from a dead attempt can never write into the files of this one.
+XXXX is a random number, so that a leftover rank of a dead attempt cannot write into the files of this one.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def step_name(step: int) -> str:
 
 
 def temporary_name(step: int, purpose: str) -> str:
-    """A fresh hidden name; `purpose` is "saving", "replaced" or "deleting"."""
+    """A new hidden name; `purpose` is "saving", "replaced" or "deleting"."""
     return f".{step_name(step)}.{purpose}-{secrets.token_hex(6)}"
 
 
 def step_of(name: str) -> int | None:
-    """The step of a directory that may hold a checkpoint (published or replaced), None for any other name."""
+    """The step of a directory that may hold a checkpoint (published or replaced); None for any other name."""
     match = _READABLE.fullmatch(name)
     step = int(match[1] or match[2]) if match else -1
     return step if step_name(step) in name.split(".") else None
@@ -48,7 +48,7 @@ def step_of(name: str) -> int | None:
 def candidates(folder: Path) -> list[tuple[int, Path]]:
     """(step, directory) of everything that may hold a checkpoint, newest step first, published before replaced.
 
-    `folder` may be missing. Nothing is opened or verified here. What `is_away` is absent, and so left out.
+    `folder` may be missing. Nothing is opened or verified. Paths for which `is_away` holds are left out.
     """
     names = os.listdir(folder) if folder.is_dir() else []
     found = [(step, name) for name in names if (step := step_of(name)) is not None and not is_away(folder / name)]
@@ -57,7 +57,7 @@ def candidates(folder: Path) -> list[tuple[int, Path]]:
 
 
 def is_away(path: Path) -> bool:
-    """Whether `path` leads to a file system that is not mounted or has gone. Raises OSError for any other trouble."""
+    """Whether `path` leads to a file system that is unmounted or gone. Raises OSError for any other failure."""
     try:
         os.stat(path)
     except OSError as error:
@@ -76,7 +76,7 @@ def clear_leftovers(folder: Path, *purposes: str) -> None:
 
 
 def remove(directory: Path, step: int, renamed: Callable[[], None] = lambda: None) -> None:
-    """Delete a checkpoint so that no kill leaves half of one under a readable name. Raises OSError.
+    """Delete a checkpoint so that a kill never leaves part of one under a readable name. Raises OSError.
 
     `renamed` is called between the renaming and the deletion.
     """
@@ -88,7 +88,9 @@ def remove(directory: Path, step: int, renamed: Callable[[], None] = lambda: Non
 
 
 def set_aside(directory: Path, step: int, why: str = "corrupt") -> Path:
-    """Rename a checkpoint to `.corrupt` (`.corrupt-1`, ... when taken), or what else `why` says. Raises OSError."""
+    """Rename a checkpoint to `.corrupt` (`.corrupt-1`, ... when taken), or to the suffix given by `why`. Raises
+    OSError.
+    """
     base = directory.with_name(f"{step_name(step)}.{why}")
     target, number = base, 0
     while os.path.lexists(target):

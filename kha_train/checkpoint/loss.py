@@ -1,4 +1,4 @@
-"""Noticing that a run's checkpoints are gone, so that it does not start over unasked."""
+"""Detects that a run's checkpoints are gone, so that the run does not silently start over."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from kha_train.record import read_events
 
 
 def check_not_lost(run_dir: Path) -> None:
-    """Raises CheckpointError when `run_dir` has saved a checkpoint, by its events, and none can be found there now.
+    """Raises CheckpointError when the events say that `run_dir` has saved a checkpoint, but none can be found.
 
-    The fix it names starts the run over. Also raises when `checkpoints` is in the way of every save: a link that leads
-    nowhere, or a file. Raises DataError when the events are damaged, OSError when the disk fails.
+    The fix in the error starts the run over. Also raises when `checkpoints` is a file or a dangling link, which would
+    block every save. Raises DataError when the events are damaged, OSError when the disk fails.
     """
     problem = lost_checkpoints(run_dir)
     if problem:
         aside = f"mv {shlex.quote(str(run_dir))} {shlex.quote(str(free_name(run_dir, 'before')))}"
         raise CheckpointError(
-            f"{problem}; a run does not start over unasked",
+            f"{problem}; a run does not start over unless asked",
             field="run.dir",
             value=str(run_dir),
             fix=either(
@@ -34,7 +34,7 @@ def check_not_lost(run_dir: Path) -> None:
 
 
 def lost_checkpoints(run_dir: Path) -> str:
-    """What happened to the checkpoints that the run has saved; empty while one is left, or before the first save.
+    """What happened to the checkpoints that the run has saved; empty while one exists, or before the first save.
 
     Raises DataError when the events are damaged, OSError when the disk fails.
     """
@@ -47,15 +47,15 @@ def lost_checkpoints(run_dir: Path) -> str:
         where = f"cannot be read ({error.strerror})"
     saved = newest_saved(run_dir)
     if saved is not None:
-        return f"it has saved checkpoints, the last one of step {saved}, but {folder} {where}"
+        return f"it has saved checkpoints, the last one at step {saved}, but {folder} {where}"
     is_blocked = os.path.lexists(folder) and not folder.is_dir()
     return f"{folder} {where}" if is_blocked or _links_away(folder) else ""
 
 
 def newest_saved(run_dir: Path) -> int | None:
-    """The step of the last checkpoint that the events name since the run last began at its first step; None without.
+    """The step of the last checkpoint in the events since the run last began at its first step; None without any.
 
-    An attempt that began at the first step stands on no checkpoint: what was saved before it is not missed.
+    An attempt that begins at the first step uses no checkpoint, so earlier ones are not missed.
     """
     newest = None
     for event in read_events(run_dir):
@@ -67,28 +67,28 @@ def newest_saved(run_dir: Path) -> int | None:
 
 
 def _why_empty(folder: Path) -> str:
-    """Why no checkpoint is found in `folder`. Raises OSError."""
+    """Why `folder` has no checkpoint. Raises OSError."""
     if folder.is_symlink() and not folder.exists():
-        return f"is a link to {os.readlink(folder)}, which is not there"
+        return f"is a link to {os.readlink(folder)}, which does not exist"
     if not os.path.lexists(folder):
         return "is missing"
     if not folder.is_dir():
         return "is not a directory"
     if away := _links_away(folder):
-        return f"holds only links to what is not there, such as {away[0]} to {os.readlink(folder / away[0])}"
+        return f"holds only dangling links, such as {away[0]} to {os.readlink(folder / away[0])}"
     aside = sorted(name for name in os.listdir(folder) if ".corrupt" in name)
     return f"holds only damaged ones, set aside as {', '.join(aside)}" if aside else "holds none"
 
 
 def _links_away(folder: Path) -> list[str]:
-    """The names of checkpoints in `folder` that are links to a place that cannot be reached. Raises OSError."""
+    """The names of checkpoints in `folder` that are links to an unreachable place. Raises OSError."""
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     paths = [folder / name for name in names if layout.step_of(name) is not None]
     return [path.name for path in paths if path.is_symlink() and layout.is_away(path)]
 
 
 def free_name(run_dir: Path, word: str) -> Path:
-    """A name beside `run_dir`, which ends in `word`, that nothing has."""
+    """An unused name beside `run_dir` that ends in `word`."""
     name, number = run_dir.with_name(f"{run_dir.name}.{word}"), 1
     while os.path.lexists(name):
         number += 1

@@ -1,9 +1,9 @@
-"""The manifest of a checkpoint: which files it has, and where every element of every parameter lies in them.
+"""The manifest of a checkpoint: its files, and where every element of every parameter lies in them.
 
-A manifest is read as untrusted input: every type, name and count is checked, the pieces must tile every parameter of
-every kind exactly, and the bytes must be those this module would write, which leaves no room for repeated keys or
-hidden extras. Its own SHA-256 is its last entry, so a flipped bit in the manifest is found as in any other file, and a
-manifest of another format (whose own SHA-256 is right) is told from a damaged one.
+A manifest is untrusted input. Every type, name and count is checked. The pieces must tile every parameter of every kind
+exactly. The bytes must be exactly those this module would write, which rules out repeated keys and hidden extras. The
+manifest's own SHA-256 is its last entry. It reveals a flipped bit, and it tells a manifest of an unknown format (whose
+SHA-256 is right) from a damaged one.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from kha_train.errors import CheckpointError, FormatError
 
 VERSION = 1
 VERSION_WITH_KINDS = 2
-"""The format of a manifest that names its kinds; otherwise the same."""
+"""The format of a manifest that names its kinds; the same in all else."""
 MANIFEST_FILE = "manifest.json"
 TRAINER_FILE = "trainer.json"
 KINDS = ("master", "exp_avg", "exp_avg_sq")
-"""What is stored of every parameter where the manifest names no kinds: the fp32 weights and AdamW's moments."""
+"""The kinds of a manifest that names none: the fp32 weights and AdamW's moments."""
 MAX_KINDS = 16
 ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -47,7 +47,9 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class PieceEntry:
-    """`length` fp32 elements of a parameter, from flat index `start`, are the 1-D tensor `key` of `file`."""
+    """`length` fp32 elements of a parameter, starting at flat index `start`, stored as the 1-D tensor `key` of
+    `file`.
+    """
 
     file: str
     key: str
@@ -57,14 +59,14 @@ class PieceEntry:
 
 @dataclass(frozen=True)
 class ParameterEntry:
-    """The global shape of a parameter and, for each kind of the checkpoint, its pieces in order of `start`."""
+    """The global shape of a parameter and, for each kind of the checkpoint, its pieces ordered by `start`."""
 
     shape: tuple[int, ...]
     pieces: dict[str, tuple[PieceEntry, ...]]
 
     @property
     def elements(self) -> int:
-        """Elements of the whole parameter."""
+        """Number of elements of the whole parameter."""
         return math.prod(self.shape)
 
 
@@ -81,7 +83,8 @@ class BufferEntry:
 @dataclass(frozen=True)
 class Contents:
     """What a manifest, or one rank's share of it, lists: files, parameters and buffers by name. `kinds` are the master
-    and the optimiser's states."""
+    weights and the optimiser's states.
+    """
 
     files: dict[str, FileEntry]
     parameters: dict[str, ParameterEntry]
@@ -89,11 +92,11 @@ class Contents:
     kinds: tuple[str, ...] = KINDS
 
     def named_kinds(self) -> dict[str, Any]:
-        """The entry that names the kinds; none for `KINDS`, as every manifest before there were others."""
+        """The entry that names the kinds; none for `KINDS`, which older manifests imply."""
         return {} if self.kinds == KINDS else {"kinds": list(self.kinds)}
 
     def to_plain(self) -> dict[str, Any]:
-        """Plain JSON, the inverse of `parse_contents`."""
+        """As plain JSON, the inverse of `parse_contents`."""
         return self.named_kinds() | self.sections()
 
     def sections(self) -> dict[str, dict[str, Any]]:
@@ -118,7 +121,7 @@ class Manifest:
     contents: Contents
 
     def encode(self) -> bytes:
-        """The bytes of manifest.json: sorted keys, one line a file, parameter or buffer, its own SHA-256 last."""
+        """The bytes of manifest.json: sorted keys, one line per file, parameter or buffer, its own SHA-256 last."""
         kinds = self.contents.named_kinds()
         version = VERSION_WITH_KINDS if kinds else VERSION
         head = {"format": version, "step": self.step, "tool": self.tool} | kinds
@@ -131,8 +134,8 @@ class Manifest:
 
 
 def parse_manifest(raw: bytes, where: str = MANIFEST_FILE) -> Manifest:
-    """The manifest in `raw`. Raises CheckpointError naming `where`, expected and found for anything out of order, and
-    FormatError when it is whole but of another format.
+    """The manifest in `raw`. Raises CheckpointError naming `where`, the expected and the found value when anything is
+    wrong, and FormatError when it is intact but of an unknown format.
     """
     check = _Check(where)
     top = check.mapping(_loads(raw, check), "top level")
@@ -148,13 +151,14 @@ def parse_manifest(raw: bytes, where: str = MANIFEST_FILE) -> Manifest:
     manifest = Manifest(check.count(top["step"], "step", 10**15 - 1), check.text(top["tool"], "tool"), contents)
     check_coverage(contents, where)
     if manifest.encode() != raw:
-        check.fail("its bytes are not what its contents and SHA-256 say", "the bytes that were written", top["sha256"])
+        check.fail("its bytes do not match its contents and SHA-256", "the bytes that were written", top["sha256"])
     return manifest
 
 
 def parse_contents(found: object, where: str) -> Contents:
-    """The sections files, parameters and buffers, and the kinds where they are named, every value checked. Raises
-    CheckpointError naming `where`."""
+    """The sections files, parameters and buffers, and the kinds if they are named; every value is checked. Raises
+    CheckpointError naming `where`.
+    """
     check = _Check(where)
     top = check.mapping(found, "contents")
     kinds = check.kinds(top["kinds"]) if "kinds" in top else KINDS
@@ -173,7 +177,7 @@ def parse_contents(found: object, where: str) -> Contents:
 
 
 def check_coverage(contents: Contents, where: str = MANIFEST_FILE) -> None:
-    """Raise CheckpointError unless the pieces tile every parameter of every kind: no gap, no overlap, no excess."""
+    """Raises CheckpointError unless the pieces tile every parameter of every kind: no gap, no overlap, no excess."""
     check = _Check(where)
     for name, parameter in contents.parameters.items():
         for kind in contents.kinds:
@@ -188,7 +192,7 @@ def check_coverage(contents: Contents, where: str = MANIFEST_FILE) -> None:
 
 
 def _check_fits(contents: Contents, check: _Check) -> None:
-    """Each tensor listed once, in a listed safetensors file that is large enough for all its tensors."""
+    """Each tensor is listed once, in a listed safetensors file that is large enough for all its tensors."""
     used: dict[str, int] = {}
     seen: set[tuple[str, str]] = set()
     tensors = [
@@ -212,7 +216,7 @@ def _check_fits(contents: Contents, check: _Check) -> None:
 
 @dataclass(frozen=True)
 class _Check:
-    """Reads untrusted JSON values; every method returns the checked value or raises CheckpointError."""
+    """Reads untrusted JSON values. Every method returns the checked value or raises CheckpointError."""
 
     where: str
 
@@ -234,12 +238,12 @@ class _Check:
 
     def count(self, found: Any, what: str, largest: int) -> int:
         if type(found) is not int or not 0 <= found <= largest:
-            self.fail(f"{what} is no count", f"an integer from 0 to {largest}", str(found)[:40])
+            self.fail(f"{what} is not a count", f"an integer from 0 to {largest}", str(found)[:40])
         return found
 
     def text(self, found: Any, what: str) -> str:
         if type(found) is not str or not 0 < len(found) <= MAX_NAME or not found.isprintable():
-            self.fail(f"{what} is no name", f"1 to {MAX_NAME} printable characters", repr(found))
+            self.fail(f"{what} is not a valid name", f"1 to {MAX_NAME} printable characters", repr(found))
         return found
 
     def name(self, found: Any) -> str:
@@ -257,14 +261,14 @@ class _Check:
         entry = self.mapping(found, name)
         self.keys(entry, {"size", "sha256"}, name)
         if not _SHA256.fullmatch(self.text(entry["sha256"], f"sha256 of {name}")):
-            self.fail(f"sha256 of {name} is none", "64 hexadecimal digits", entry["sha256"])
+            self.fail(f"sha256 of {name} is malformed", "64 hexadecimal digits", entry["sha256"])
         return FileEntry(self.count(entry["size"], f"size of {name}", MAX_FILE_BYTES), entry["sha256"])
 
     def kinds(self, found: Any) -> tuple[str, ...]:
         kinds = tuple(self.text(kind, "a kind") for kind in self.sequence(found, "kinds"))
         well_named = all(_KIND.fullmatch(kind) and kind != "shape" for kind in kinds)
         if not well_named or len(set(kinds)) != len(kinds) or len(kinds) > MAX_KINDS or kinds[:1] != KINDS[:1]:
-            self.fail("kinds are none", f"{KINDS[0]} and at most {MAX_KINDS - 1} other names", kinds)
+            self.fail("the kinds are malformed", f"{KINDS[0]} and at most {MAX_KINDS - 1} other names", kinds)
         return kinds
 
     def parameter(self, name: str, found: Any, kinds: tuple[str, ...]) -> ParameterEntry:
@@ -290,7 +294,7 @@ class _Check:
 
 
 def _sealed(body: bytes) -> bytes:
-    """The lines of a manifest with their SHA-256 as the last entry."""
+    """The lines of a manifest followed by their SHA-256 as the last entry."""
     return body + f',\n"sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
 
 

@@ -1,7 +1,7 @@
-"""What a rank brings to a checkpoint: flat fp32 fragments of the parameters it owns.
+"""What a rank contributes to a checkpoint: flat fp32 fragments of the parameters it owns.
 
-A piece knows nothing of ranks or ZeRO stages: a name, the parameter's global shape, and where in the flattened
-parameter its values lie. Any cut of a parameter into pieces is as good as any other.
+A piece does not depend on ranks or ZeRO stages: it has a name, the parameter's global shape, and the position of its
+values in the flattened parameter. A parameter may be cut into pieces in any way.
 """
 
 # P the elements of one piece

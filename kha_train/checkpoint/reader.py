@@ -1,7 +1,7 @@
-"""Finding the newest checkpoint that verifies, and reading any slice of any parameter from it.
+"""Finds the newest checkpoint that verifies, and reads any slice of any parameter from it.
 
-Verification reads every byte once, the files dealt out among the ranks, and all ranks agree on the outcome. Nothing is
-opened as anything but JSON and safetensors.
+Verification reads every byte. The files are divided among the ranks, and all ranks agree on the outcome. Files are only
+ever parsed as JSON or safetensors.
 """
 
 # N elements asked for
@@ -41,7 +41,7 @@ _NONE = "none"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint directory whose manifest has been read. `read` and `buffers` open files only when called."""
+    """A checkpoint directory whose manifest has been read. `read` and `buffers` open files when called."""
 
     path: Path
     manifest: Manifest
@@ -53,13 +53,13 @@ class Checkpoint:
 
     @cached_property
     def trainer_state(self) -> dict[str, Any]:
-        """What the writer was given as `trainer_state`, floats bit for bit. Raises CheckpointError, OSError."""
+        """The `trainer_state` given to the writer, with bit-identical floats. Raises CheckpointError, OSError."""
         path = self.path / TRAINER_FILE
         return decode_state(path.read_bytes(), str(path))
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What is stored of every parameter: the fp32 master and the optimiser's states."""
+        """What is stored for every parameter: the fp32 master and the optimiser's states."""
         return self.manifest.contents.kinds
 
     def names(self) -> dict[str, tuple[int, ...]]:
@@ -67,7 +67,7 @@ class Checkpoint:
         return {name: entry.shape for name, entry in self.manifest.contents.parameters.items()}
 
     def buffers(self) -> dict[str, Tensor]:
-        """Every stored buffer, whole, on the CPU. Raises CheckpointError when a file is not what the manifest says."""
+        """Every stored buffer, whole, on the CPU. Raises CheckpointError when a file does not match the manifest."""
         return {
             name: _read_slice(self.path / entry.file, entry.key, entry.dtype, entry.shape, None)
             for name, entry in self.manifest.contents.buffers.items()
@@ -76,9 +76,8 @@ class Checkpoint:
     def read(self, name: str, kind: str, start: int = 0, length: int | None = None) -> Tensor:
         """Elements `start` .. `start + length` [N] (1-D, fp32, CPU) of the flattened parameter `name`.
 
-        `kind` is one of `kinds`; without `length`, up to the end. Only the bytes asked for are read, from whichever
-        pieces hold them. Raises CheckpointError for an unknown name or kind, and when a file is not what the manifest
-        says.
+        `kind` is one of `kinds`; without `length`, reads to the end. Reads only the requested bytes, from the pieces
+        that hold them. Raises CheckpointError for an unknown name or kind, and when a file does not match the manifest.
         """
         entry = self.manifest.contents.parameters.get(name)
         if entry is None:
@@ -102,12 +101,12 @@ def find_newest(
 ) -> Checkpoint | None:
     """The newest checkpoint of `run_dir` that verifies, or None when there is none. Collective.
 
-    With `at_most`, of those that were made after so many steps or fewer.
+    With `at_most`, only checkpoints of this step or earlier count.
 
-    One that does not verify is reported in a plain sentence on every rank, renamed to `step-N.corrupt` by rank 0 (left
-    in place when the directory cannot be written), and the next older one is tried. Raises on all ranks: MachineError
-    when one could not read the files at all (trouble with the disk is no reason to give a checkpoint up), FormatError
-    when the newest is of a format unknown here.
+    A checkpoint that fails is reported in one sentence on every rank. Rank 0 renames it to `step-N.corrupt`, or leaves
+    it in place when the directory cannot be written, and the next older one is tried. Raises on all ranks: MachineError
+    when a rank could not read the files (a disk failure is no reason to give up a checkpoint), FormatError when the
+    newest has an unknown format.
     """
     folder = Path(run_dir) / layout.FOLDER
     refused: set[str] = set()
@@ -124,7 +123,7 @@ def find_newest(
         name = world.broadcast_text(name)
         if name == _NONE:
             return None
-        fix = f"if it stays unreadable, move {folder / name} aside: the one before is used then"
+        fix = f"if it stays unreadable, move {folder / name} aside: the previous checkpoint is used then"
         checkpoint, reason = _verify_together(folder / name, world, fix)
         if checkpoint is not None:
             return checkpoint
@@ -137,7 +136,7 @@ def find_newest(
 def open_verified(path: Path, world: World) -> Checkpoint:
     """The checkpoint in `path`, a step directory or a run directory (its newest). Collective; nothing is renamed.
 
-    Raises CheckpointError on all ranks when there is none, or it does not verify; else as `find_newest`.
+    Raises CheckpointError on all ranks when there is none or it fails verification; otherwise as `find_newest`.
     """
     directory = path
     with world.agreed(f"list {path}"):
@@ -157,9 +156,9 @@ def open_verified(path: Path, world: World) -> Checkpoint:
 def verify(directory: Path, world: World | None = None) -> Manifest:
     """Check a checkpoint directory: manifest, names, sizes, and the SHA-256 of this rank's share of the files.
 
-    Local; without `world` all files are this process' share. Raises CheckpointError naming the file, what was expected
-    and what was found, FormatError for a format unknown here; OSError when the files cannot be read, which says nothing
-    about what is in them.
+    Local; without `world` this process checks all files. Raises CheckpointError naming the file, the expected and the
+    found value; FormatError for an unknown format; OSError when the files cannot be read, which says nothing about
+    their content.
     """
     world = world or World.single()
     manifest = check_sizes(directory)
@@ -169,7 +168,8 @@ def verify(directory: Path, world: World | None = None) -> Manifest:
 
 
 def check_sizes(directory: Path) -> Manifest:
-    """The manifest of a directory that holds exactly the listed files, regular ones of the right size; no hashing.
+    """The manifest of a directory that holds exactly the listed files, all regular and of the right size; does not
+    hash.
 
     Raises CheckpointError, or OSError when the directory cannot be read.
     """
@@ -187,10 +187,10 @@ def check_sizes(directory: Path) -> Manifest:
     present, listed = set(os.listdir(directory)), {*files, MANIFEST_FILE}
     if present != listed:
         missing, extra = sorted(listed - present)[:5], sorted(present - listed)[:5]
-        raise CheckpointError("the directory is not what its manifest lists", field=str(directory),
+        raise CheckpointError("the directory does not match its manifest", field=str(directory),
                               value=f"missing {missing}, unlisted {extra}", allowed="the listed files")  # fmt: skip
     if layout.step_of(directory.name) not in (manifest.step, None):
-        raise CheckpointError("another step than its directory's name", field=str(path), value=manifest.step)
+        raise CheckpointError("its step differs from its directory's name", field=str(path), value=manifest.step)
     for name, entry in files.items():
         size = _check_regular(directory / name, stat.S_ISREG, "a regular file").st_size
         if size != entry.size:
@@ -199,13 +199,13 @@ def check_sizes(directory: Path) -> Manifest:
 
 
 def _verify_together(directory: Path, world: World, fix: str | None = None) -> tuple[Checkpoint | None, str]:
-    """The checkpoint, or None and the reason, the same on every rank."""
+    """The checkpoint, or None and the reason; the same on every rank."""
     damage: CheckpointError | None = None
     checkpoint = None
     with world.agreed(f"read {directory}", fix=fix):
         try:
             checkpoint = Checkpoint(directory, verify(directory, world))
-            assert checkpoint.trainer_state is not None, "read here, where all ranks hear of what is wrong with it"
+            assert checkpoint.trainer_state is not None, "read here, so that all ranks learn of a fault"
         except FormatError:
             raise
         except CheckpointError as error:
@@ -225,11 +225,11 @@ def _set_aside(directory: Path, step: int) -> str:
 
 
 def _check_regular(path: Path, is_right: Callable[[int], bool], expected: str) -> os.stat_result:
-    """`lstat` of the path, which must be what is expected and no symbolic link. Raises CheckpointError, OSError."""
+    """`lstat` of the path, which must be of the expected type and no symbolic link. Raises CheckpointError, OSError."""
     found = os.lstat(path)
     if not is_right(found.st_mode):
         kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else f"mode {found.st_mode:o}"
-        raise CheckpointError("not a plain part of a checkpoint", field=str(path), value=kind, allowed=expected)
+        raise CheckpointError("not a regular part of a checkpoint", field=str(path), value=kind, allowed=expected)
     return found
 
 
@@ -245,7 +245,7 @@ def _check_hash(path: Path, expected: FileEntry, alive: Callable[[], None]) -> N
 
 
 def _read_slice(path: Path, key: str, dtype: str, shape: tuple[int, ...], wanted: slice | None) -> Tensor:
-    """Tensor `key`, or a slice of a 1-D one, after checking dtype and shape. Raises CheckpointError."""
+    """Tensor `key`, or a slice of a 1-D tensor, after checking dtype and shape. Raises CheckpointError."""
     try:
         with safe_open(path, framework="pt") as file:
             stored = file.get_slice(key)

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, and how the others go without ever risking the last good one."""
+"""Selects which checkpoints are kept, and deletes the others without ever risking the last good one."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ MARK_SUFFIX = ".keep"
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the `last` newest valid ones, those of every `every` steps (0: none), `steps` by name.
+    """Which checkpoints are kept: the `last` newest valid ones, one at every multiple of `every` (0: none), and the
+    `steps` listed.
 
-    Marked ones (see `mark`) stay too. Raises ConfigError when `last` < 1.
+    Marked ones (see `mark`) are kept too. Raises ConfigError when `last` < 1.
     """
 
     last: int
@@ -29,15 +30,19 @@ class Keep:
 
     def __post_init__(self) -> None:
         if self.last < 1:
-            raise ConfigError("at least one must stay", field="checkpoint.keep_last", value=self.last, allowed=">= 1")
+            raise ConfigError(
+                "at least one must be kept", field="checkpoint.keep_last", value=self.last, allowed=">= 1"
+            )
 
     def permanent(self, step: int, folder: Path) -> bool:
-        """Whether the checkpoint of `step` stays whatever its age."""
+        """Whether the checkpoint of `step` is kept whatever its age."""
         return step in self.steps or (self.every > 0 and step % self.every == 0) or is_marked(folder, step)
 
 
 def mark(folder: Path, step: int, keep: bool) -> None:
-    """Make the checkpoint of `step` in `folder` permanent, or no longer so. The mark lies beside it. Raises OSError."""
+    """Make the checkpoint of `step` in `folder` permanent, or undo that. The mark is a file beside it. Raises
+    OSError.
+    """
     path = folder / f"{layout.step_name(step)}{MARK_SUFFIX}"
     if keep:
         path.touch()
@@ -47,7 +52,7 @@ def mark(folder: Path, step: int, keep: bool) -> None:
 
 
 def is_marked(folder: Path, step: int) -> bool:
-    """Whether the checkpoint of `step` was made permanent by hand."""
+    """Whether somebody marked the checkpoint of `step` as permanent."""
     return (folder / f"{layout.step_name(step)}{MARK_SUFFIX}").exists()
 
 
@@ -59,12 +64,13 @@ def prune(
     stage: Callable[[str], None] = no_stage,
     dry_run: bool = False,
 ) -> list[int]:
-    """Delete every valid checkpoint that `keep` does not hold; returns the steps deleted. Local: one process calls it.
+    """Delete every valid checkpoint that `keep` does not select; returns the deleted steps. Local: one process calls
+    it.
 
-    `check` raises CheckpointError for an invalid directory: `check_sizes` is right after a save, whose bytes were
-    hashed on their way out; `reader.verify` reads every byte. Invalid directories are neither counted nor deleted, so
-    the newest valid one always stays. With `dry_run` nothing is deleted. `stage` is called with "before_prune" and,
-    amid each deletion, "mid_prune": a fault test ends the process there. Raises OSError when a directory cannot be
+    `check` raises CheckpointError for an invalid directory. Use `check_sizes` after a save, whose bytes were hashed
+    while they were written; `reader.verify` reads every byte. Invalid directories are neither counted nor deleted, so
+    the newest valid one is always kept. With `dry_run` nothing is deleted. `stage` is called with "before_prune" and,
+    during each deletion, "mid_prune": fault tests end the process there. Raises OSError when a directory cannot be
     removed.
     """
     folder = Path(run_dir) / layout.FOLDER
@@ -79,7 +85,7 @@ def prune(
 
 
 def _surplus(folder: Path, keep: Keep, check: Callable[[Path], Manifest]) -> list[tuple[int, Path]]:
-    """The valid directories that may go, oldest first."""
+    """The valid directories that may be deleted, oldest first."""
     kept: set[int] = set()
     newest = 0
     surplus = []

@@ -1,8 +1,8 @@
-"""Writes one safetensors file straight from the tensors' own memory, hashing what goes to the disk.
+"""Writes a safetensors file straight from the tensors' memory, and hashes the bytes on their way to the disk.
 
-The format (https://github.com/huggingface/safetensors): eight bytes of header length, a JSON header that gives every
-tensor's dtype, shape and byte range, then the bytes. The library's own writer copies all tensors once more and leaves
-the SHA-256 to a second reading, which would bless what the disk had already damaged.
+The format (https://github.com/huggingface/safetensors): eight bytes of header length, a JSON header with every tensor's
+dtype, shape and byte range, then the bytes. The library's own writer copies all tensors once more, and computing the
+SHA-256 by reading the file again would accept what the disk had already damaged.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def write_tensors(
 ) -> FileEntry:
     """Write `tensors` (CPU) to the new file `path` and fsync it.
 
-    `half_way` is called once, amid the bytes, `wrote` after every chunk of them.
+    `half_way` is called once, in the middle of the bytes; `wrote` after every chunk.
 
-    Returns size and SHA-256 of what was handed to the operating system. Raises OSError (FileExistsError included).
+    Returns the size and SHA-256 of the bytes handed to the operating system. Raises OSError (FileExistsError included).
     """
     assert sys.byteorder == "little", "safetensors are little-endian"
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())

@@ -1,7 +1,7 @@
-"""Trainer state as JSON text from which every value comes back bit for bit.
+"""Trainer state as JSON text; every value reads back bit for bit.
 
 Python's `repr` of a finite float reads back as the same float. JSON has no other floats, so those are written as
-{"$float": "nan" | "inf" | "-inf"} and restored (the payload bits of a NaN are not kept).
+{"$float": "nan" | "inf" | "-inf"} and restored (the payload bits of a NaN are lost).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _SPECIAL = ("nan", "inf", "-inf")
 def encode_state(state: dict[str, Any]) -> bytes:
     """`state` (dict, list, str, int, float, bool, None, nested) as JSON.
 
-    Raises CheckpointError naming the entry when a value would not come back as it was: tuples, arrays, keys that are
+    Raises CheckpointError naming the entry when a value would not read back unchanged: tuples, arrays, keys that are
     not text.
     """
     return (json.dumps(_to_json(state, "trainer_state"), allow_nan=False, indent=1) + "\n").encode()
 
 
 def decode_state(raw: bytes, where: str = "trainer.json") -> dict[str, Any]:
-    """The inverse of `encode_state`. Raises CheckpointError naming `where` for anything else."""
+    """The inverse of `encode_state`. Raises CheckpointError naming `where` for any other text."""
     try:
         state = json.loads(raw.decode(), object_hook=_from_json, parse_constant=_refuse)
         check_depth(state)

@@ -1,12 +1,12 @@
-"""Writing a checkpoint together: every rank its own pieces, then rank 0 the manifest, then one rename.
+"""Writes a checkpoint: every rank writes its own pieces, then rank 0 writes the manifest, then renames the directory.
 
-    1. rank 0 clears what dead saves left and makes `.step-N.saving-XXXX`
+    1. rank 0 removes the leftovers of dead saves and creates `.step-N.saving-XXXX`
     2. every rank writes its safetensors and `rank-RRRRR.json`, which lists them
-    3. rank 0 joins the lists, checks that they cover every parameter, writes trainer.json, and the manifest last
+    3. rank 0 merges the lists, checks that they cover every parameter, writes trainer.json and finally the manifest
     4. rank 0 renames the directory to `step-N`
 
-All ranks leave each stage together, with one error or none (`background.py`). Until the rename the previous checkpoint
-is untouched; a kill leaves only a hidden directory that the next save removes.
+All ranks finish each stage together, with one error or none (`background.py`). The previous checkpoint is untouched
+until the rename. A kill leaves only a hidden directory, which the next save removes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ STAGES = ("first_shard", "mid_shard", "before_manifest", "before_rename", "betwe
 
 
 def no_stage(name: str) -> None:
-    """The `stage` callable outside tests: nothing happens."""
+    """The `stage` callable outside tests: does nothing."""
 
 
 def encode_on_main(world: World, trainer_state: dict[str, Any]) -> bytes:
@@ -60,13 +60,12 @@ def encode_on_main(world: World, trainer_state: dict[str, Any]) -> bytes:
 
 
 class Save:
-    """One rank's part in writing one checkpoint: local work, between whose stages all ranks must agree.
+    """One rank's part in writing one checkpoint. Its methods are local; all ranks must agree between them.
 
-    `prepare`, `write_share`, `publish` and `clear` hold no collectives, so that they may run beside training in a
-    thread; whoever calls them sees to it that no rank begins a stage before all have ended the last
-    (`background.BackgroundWriter`). Making the object is collective: the ranks agree on a random name. `kinds` are
-    what is stored of every parameter. `moves` counts what has been done so far, in no unit: a save whose count rises
-    advances.
+    `prepare`, `write_share`, `publish` and `clear` hold no collectives, so that they can run in a thread beside
+    training. The caller makes sure that no rank begins a stage before all ranks have finished the last
+    (`background.BackgroundWriter`). The constructor is collective: the ranks agree on a random name. `kinds` are stored
+    for every parameter. `moves` counts what has been done so far, in no unit: a rising count means progress.
     """
 
     def __init__(
@@ -88,11 +87,11 @@ class Save:
 
     @property
     def path(self) -> Path:
-        """Where the checkpoint lies once published."""
+        """The path of the checkpoint once it is published."""
         return self._folder / layout.step_name(self.step)
 
     def prepare(self) -> None:
-        """Rank 0 clears what dead saves left and makes the hidden directory. Raises OSError."""
+        """Rank 0 removes the leftovers of dead saves and creates the hidden directory. Raises OSError."""
         if self._world.is_main:
             self._folder.mkdir(parents=True, exist_ok=True)
             layout.clear_leftovers(self._folder, "saving", "deleting")
@@ -108,13 +107,13 @@ class Save:
         write_bytes(self._temporary / _rank_file(rank), json.dumps(share.contents().to_plain()).encode())
 
     def publish(self) -> None:
-        """Rank 0 joins the shares, writes the manifest and renames. Raises OSError, CheckpointError."""
+        """Rank 0 merges the shares, writes the manifest and renames the directory. Raises OSError, CheckpointError."""
         if self._world.is_main:
             _write_manifest(self._temporary, self.step, self._world.size, self._stage)
             _publish(self._temporary, self.path, self.step, self._stage)
 
     def clear(self) -> None:
-        """Rank 0 removes what a failed save left; nothing is there to remove after a good one."""
+        """Rank 0 removes the files of a failed save; after a successful one there are none."""
         if self._world.is_main:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
@@ -174,10 +173,10 @@ class _Share:
         return Contents(self.files, parameters, self._buffers, self._kinds)
 
     def _add(self, family: str, key: str, tensor: Tensor) -> str:
-        """Queue a tensor and return the file it will lie in."""
+        """Queue a tensor and return the file it will be written to."""
         waiting = self._waiting[family]
         if key in waiting:
-            raise CheckpointError("brought twice", field="pieces", value=key, allowed="each piece once")
+            raise CheckpointError("given twice", field="pieces", value=key, allowed="each piece once")
         if waiting and self._waiting_bytes[family] + tensor.nbytes > self._part_bytes:
             self._flush(family)
         self._waiting[family][key] = tensor
@@ -202,7 +201,7 @@ class _Share:
 
 
 def _write_manifest(directory: Path, step: int, world_size: int, stage: Callable[[str], None]) -> None:
-    """Join what the ranks wrote and write the manifest last. Raises CheckpointError when it does not add up."""
+    """Merge what the ranks wrote and write the manifest last. Raises CheckpointError when it is inconsistent."""
     shares = []
     for rank in range(world_size):
         path = directory / _rank_file(rank)
@@ -237,7 +236,9 @@ def _join(shares: list[Contents]) -> Contents:
 
 
 def _publish(temporary: Path, final: Path, step: int, stage: Callable[[str], None]) -> None:
-    """Give the finished directory its name. A checkpoint already there stays readable until the new one is in place."""
+    """Rename the finished directory to its final name. A checkpoint already there stays readable until the new one is
+    in place.
+    """
     replaced = None
     stage("before_rename")
     if os.path.lexists(final):

@@ -1,1 +1,1 @@
-"""One file a command: parse, call, print."""
+"""One file per command: it parses options, calls the package and prints the result."""

@@ -1,4 +1,4 @@
-"""`kha bench`: measured figures, each printed with the protocol it was measured by."""
+"""`kha bench`: benchmarks. Each figure is printed with its measurement protocol."""
 
 from __future__ import annotations
 
@@ -14,20 +14,26 @@ from kha_train.config.home import in_home
 from kha_train.errors import ConfigError
 from kha_train.record.files import check_replaceable
 
-app = typer.Typer(name="bench", help="Measured figures with their protocol.", no_args_is_help=True)
+app = typer.Typer(name="bench", help="Run benchmarks and print figures with their protocol.", no_args_is_help=True)
 
-Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command()
 def spikes(
-    seed: Annotated[int | None, typer.Option(help="Of the curves; fresh ones each time unless set.")] = None,
-    spiky_steps: Annotated[int, typer.Option(min=2000, help="Steps of the curve full of spikes, per noise.")] = 60_000,
-    clean_steps: Annotated[int, typer.Option(min=1000, help="Steps of the curve without any, per noise.")] = 100_000,
-    early_curves: Annotated[int, typer.Option(min=1, help="Early curves of 1,500 steps, per noise of two.")] = 40,
+    seed: Annotated[int | None, typer.Option(help="Seed of the curves; random unless set.")] = None,
+    spiky_steps: Annotated[
+        int, typer.Option(min=2000, help="Steps of the curve with spikes, per noise level.")
+    ] = 60_000,
+    clean_steps: Annotated[
+        int, typer.Option(min=1000, help="Steps of the curve without spikes, per noise level.")
+    ] = 100_000,
+    early_curves: Annotated[
+        int, typer.Option(min=1, help="Curves of 1,500 early steps, for each of two noise levels.")
+    ] = 40,
     as_json: Json = False,
 ) -> None:
-    """Spike rules on labelled synthetic curves: what each finds, what it makes up; and the monitor's cost per step."""
+    """Compare spike rules on labelled synthetic curves: hits, false alarms, and the monitor's cost per step."""
     from kha_train.bench import spikes as bench
     from kha_train.bench.spike_thresholds import format_thresholds, run_thresholds
 
@@ -47,13 +53,13 @@ def spikes(
         print_json(answer)
         return
     typer.echo(
-        f"labelled synthetic curves, seed {seed}: per noise {spiky_steps} steps full of spikes, {clean_steps} clean; "
-        f"found = alarm within {bench.FOUND_WITHIN} steps of the start"
+        f"labelled synthetic curves, seed {seed}; for each noise: {spiky_steps} steps with spikes, {clean_steps} "
+        f"without; a spike is found if an alarm is raised within {bench.FOUND_WITHIN} steps of its start"
     )
     for noise, rules in scores.items():
         typer.echo(f"\n{noise}: {bench.NOISES[noise].__doc__}\n\n{bench.format_table(rules)}")
-    typer.echo(f"\nearly: {early_curves} beginnings of runs per noise\n\n{bench.format_table(early)}")
-    typer.echo(f"\nthe event detector by its threshold\n\n{format_thresholds(thresholds)}")
+    typer.echo(f"\nearly: the first steps of {early_curves} runs per noise\n\n{bench.format_table(early)}")
+    typer.echo(f"\nevent detector by threshold\n\n{format_thresholds(thresholds)}")
     typer.echo(f"\nwhole monitor, plain Python: {1e6 * seconds:.0f} microseconds of CPU time a step")
 
 
@@ -64,13 +70,15 @@ def _plain(scores: Mapping[str, Any]) -> dict[str, Any]:
 @app.command()
 def telemetry(
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Of the configuration; model=small without any.")
+        list[str] | None, typer.Argument(help="Settings of the run; model=small if none are given.")
     ] = None,
-    blocks: Annotated[int, typer.Option(min=3, help="Interleaved blocks of a bare, a watched and a probed step.")] = 20,
-    clock: Annotated[str, typer.Option(help="On a CPU: wall, or process (its own CPU time).")] = "wall",
+    blocks: Annotated[
+        int, typer.Option(min=3, help="Interleaved blocks; each has a bare, a watched and a probed step.")
+    ] = 20,
+    clock: Annotated[str, typer.Option(help="Clock on a CPU: wall, or process (CPU time of this process).")] = "wall",
     as_json: Json = False,
 ) -> None:
-    """What watching a run costs: detectors, record, console, W&B offline and probes, beside the bare step."""
+    """Measure what monitoring costs: detectors, record, console, W&B offline and probes, against the bare step."""
     from kha_train.bench import telemetry as bench
 
     overrides = overrides or ["model=small", "attention=kha_mlp", "data.global_batch_size=4"]
@@ -81,14 +89,14 @@ def telemetry(
 @app.command()
 def checkpoint(
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Of the configuration; model=small without any.")
+        list[str] | None, typer.Argument(help="Settings of the run; model=small if none are given.")
     ] = None,
-    every: Annotated[int, typer.Option(min=1, help="Steps between two saves that the cost is reckoned for.")] = 50,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds a mode.")] = 5,
-    steps: Annotated[int, typer.Option(min=1, help="Steps a round.")] = 10,
+    every: Annotated[int, typer.Option(min=1, help="Save interval, in steps, for which the cost is estimated.")] = 50,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds per mode.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Steps per round.")] = 10,
     as_json: Json = False,
 ) -> None:
-    """What a checkpoint costs: written beside training and blocking it, in interleaved rounds of one run."""
+    """Measure what a checkpoint costs, in the background and blocking, in interleaved rounds of one run."""
     from kha_train.bench import checkpoint as bench
 
     found = bench.measure(overrides or ["model=small", "data.global_batch_size=8"], every, rounds, steps)
@@ -98,13 +106,15 @@ def checkpoint(
 @app.command()
 def attention(
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Of the configuration: its model's shape and micro-batch are measured.")
+        list[str] | None, typer.Argument(help="Settings of the run; the model's shape and micro-batch are used.")
     ] = None,
     blocks: Annotated[int, typer.Option(min=3, help="Interleaved blocks.")] = 20,
-    clock: Annotated[str, typer.Option(help="On a CPU: wall, or process (its own CPU time).")] = "wall",
+    clock: Annotated[str, typer.Option(help="Clock on a CPU: wall, or process (CPU time of this process).")] = "wall",
     as_json: Json = False,
 ) -> None:
-    """What an interaction costs, eager and folded: one attention layer forward and backward, against plain gqa."""
+    """Measure what an interaction costs, eager and folded: one attention layer, forward and backward, against plain
+    gqa.
+    """
     from kha_train.bench import attention as bench
 
     found = bench.measure(overrides or [], blocks, _clock(clock))
@@ -113,7 +123,7 @@ def attention(
 
 @app.command()
 def kernels(as_json: Json = False) -> None:
-    """What the compiler makes of every Triton kernel for Hopper: registers, spills, shared memory. Needs no GPU."""
+    """Compile every Triton kernel for Hopper and report registers, spills and shared memory. Needs no GPU."""
     from kha_train.bench import kernels as bench
 
     found = bench.measure()
@@ -123,15 +133,15 @@ def kernels(as_json: Json = False) -> None:
 @app.command()
 def moe(
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Of the configuration; model=small without any.")
+        list[str] | None, typer.Argument(help="Settings of the run; model=small if none are given.")
     ] = None,
     against: Annotated[str, typer.Option(help="Peers: transformers.")] = "",
     blocks: Annotated[int, typer.Option(min=3, help="Interleaved blocks.")] = 20,
-    warmup: Annotated[int, typer.Option(min=1, help="Rounds before, which do not count.")] = 3,
-    clock: Annotated[str, typer.Option(help="On a CPU: wall, or process (its own CPU time).")] = "wall",
+    warmup: Annotated[int, typer.Option(min=1, help="Warm-up rounds, not counted.")] = 3,
+    clock: Annotated[str, typer.Option(help="Clock on a CPU: wall, or process (CPU time of this process).")] = "wall",
     as_json: Json = False,
 ) -> None:
-    """The experts of one layer: every implementation that runs here, by even loads and by a router's."""
+    """Compare all expert implementations available here on one layer, under even and routed loads."""
     from kha_train.bench import moe as bench
 
     how = {"against": _peers(against), "blocks": blocks, "warmup": warmup, "clock": _clock(clock)}
@@ -142,21 +152,24 @@ def moe(
 @app.command()
 def step(
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Of the configuration; without any, model=small and the quickstart's.")
+        list[str] | None,
+        typer.Argument(help="Settings of the run; if none are given, model=small and the quickstart's data."),
     ] = None,
     arm: Annotated[
         list[str] | None,
-        typer.Option(help="Settings on top, in one string; once an arm, the first is the base. gqa and KHA without."),
+        typer.Option(
+            help="Settings of one arm, in one string; repeatable, the first arm is the base. Default: gqa and KHA."
+        ),
     ] = None,
     against: Annotated[str, typer.Option(help="Peers: transformers.")] = "",
     blocks: Annotated[int, typer.Option(min=3, help="Interleaved blocks.")] = 20,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of an arm in a block.")] = 1,
-    warmup: Annotated[int, typer.Option(min=1, help="Steps of every arm before, which do not count.")] = 2,
-    clock: Annotated[str, typer.Option(help="On a CPU: wall, or process (its own CPU time).")] = "wall",
-    threads: Annotated[int, typer.Option(help="Of torch on a CPU; 0: as it is.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Steps per arm in a block.")] = 1,
+    warmup: Annotated[int, typer.Option(min=1, help="Warm-up steps per arm, not counted.")] = 2,
+    clock: Annotated[str, typer.Option(help="Clock on a CPU: wall, or process (CPU time of this process).")] = "wall",
+    threads: Annotated[int, typer.Option(help="Threads of torch on a CPU; 0: unchanged.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """The training step: attention variants, or any settings, in interleaved blocks; and transformers' Qwen3-MoE."""
+    """Time the training step of variants, other settings and transformers' Qwen3-MoE, in interleaved blocks."""
     from kha_train.bench import step as bench
 
     known = _peers(against)
@@ -170,11 +183,11 @@ def step(
 
 @app.command()
 def tokenize(
-    processes: Annotated[int, typer.Option(min=1, help="Of the encoder; more than one is measured beside one.")] = 2,
+    processes: Annotated[int, typer.Option(min=1, help="Encoder processes; more than one is compared with one.")] = 2,
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds.")] = 5,
     as_json: Json = False,
 ) -> None:
-    """Encoding text into shards: bytes and tokens a second, by one process and by several."""
+    """Measure encoding of text into shards: bytes and tokens per second, with one process and with several."""
     from kha_train.bench import tokenize as bench
 
     found = bench.measure(processes, rounds)
@@ -183,11 +196,11 @@ def tokenize(
 
 @app.command()
 def startup(
-    overrides: Annotated[list[str] | None, typer.Argument(help="Of the configuration.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Starts, one after the other.")] = 3,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings of the run.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of starts, one after another.")] = 3,
     as_json: Json = False,
 ) -> None:
-    """From the command to the end of the first step of `kha train`, and where that time goes."""
+    """Time `kha train` from the command to the end of the first step, and show where the time goes."""
     from kha_train.bench import startup as bench
 
     found = bench.measure(overrides or [], rounds)
@@ -197,10 +210,10 @@ def startup(
 @app.command()
 def record(
     steps: Annotated[str, typer.Option(help="Lengths of the records, in steps.")] = "1000,10000,100000,240000",
-    ask: Annotated[str, typer.Option(help="Of status, compare, spikes, start, end, sweep; all unless set.")] = "",
+    ask: Annotated[str, typer.Option(help="Any of status, compare, spikes, start, end, sweep; all unless set.")] = "",
     as_json: Json = False,
 ) -> None:
-    """What a long record costs: start and end of a resume, status, compare, spikes; time and memory of each."""
+    """Measure time and memory on a long record: start and end of a resume, status, compare, spikes."""
     from kha_train.bench import record as bench
 
     found = bench.measure(
@@ -211,15 +224,18 @@ def record(
 
 @app.command()
 def gpu(
-    out: Annotated[Path, typer.Option(help="Where results.json and results.md are written.")] = Path("bench-gpu"),
-    minutes: Annotated[float, typer.Option(min=0.1, help="All of it; what does not fit is left out, and said.")] = 8.8,
-    rehearse: Annotated[bool, typer.Option("--rehearse", help="The same chain at tiny sizes on a CPU.")] = False,
+    out: Annotated[Path, typer.Option(help="Directory for results.json and results.md.")] = Path("bench-gpu"),
+    minutes: Annotated[
+        float, typer.Option(min=0.1, help="Time limit for all stages; stages that do not fit are skipped and listed.")
+    ] = 8.8,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="Run the same stages at tiny sizes on a CPU.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Every GPU test and benchmark in one short run without network; results as JSON and as a table.
+    """Run every GPU test and benchmark in one short run without network; writes JSON and a table.
 
-    Ends with 1 when a stage failed or had no time left; what the others found is there all the same."""
+    Exits with 1 when a stage failed or ran out of time; results of the other stages are kept.
+    """
     from kha_train.bench import gpu as bench
 
     for name in ("results.json", "results.md"):
@@ -231,13 +247,16 @@ def gpu(
 
 @app.command("all")
 def everything(
-    quick: Annotated[bool, typer.Option("--quick", help="Few rounds: that each runs, not how fast it is.")] = False,
-    against: Annotated[str, typer.Option(help="Peers of the step: transformers.")] = "",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Run few rounds: check that each benchmark runs, not how fast it is.")
+    ] = False,
+    against: Annotated[str, typer.Option(help="Peers in the step benchmark: transformers.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Every benchmark of time in turn, but for that of data loaders, which needs a network, and `gpu`. One JSON object.
+    """Run every timing benchmark in turn, except `gpu` and `data` (which needs a network). Prints one JSON object.
 
-    Ends with 1 when one failed; what the others found is there all the same."""
+    Exits with 1 when one failed; results of the others are kept.
+    """
     from kha_train.bench import everything as bench
 
     found = bench.measure(quick=quick, against=_peers(against), say=lambda text: typer.echo(text, err=True))
@@ -247,19 +266,20 @@ def everything(
 
 @app.command()
 def data(
-    cache: Annotated[Path, typer.Option(help="Where tokens and the peers' environment are kept (2 GB).")] = Path(
+    cache: Annotated[Path, typer.Option(help="Directory for tokens and the peers' environment (2 GB).")] = Path(
         "~/.cache/kha_train/bench"
     ),
     tokens: Annotated[int, typer.Option(min=10_000_000, help="Tokens to read.")] = 200_000_000,
-    batch: Annotated[int, typer.Option(min=1, max=256, help="Rows of a batch.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each loader runs, in turn.")] = 3,
-    cpu_seconds: Annotated[float, typer.Option(help="The most CPU time of one run, after warming up.")] = 3.0,
+    batch: Annotated[int, typer.Option(min=1, max=256, help="Rows per batch.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each loader, taken in turn.")] = 3,
+    cpu_seconds: Annotated[float, typer.Option(help="Limit on the CPU time of one run, after warm-up.")] = 3.0,
     cold: Annotated[bool, typer.Option("--cold", help="Drop the files from the page cache before each run.")] = False,
-    document_tokens: Annotated[int, typer.Option(min=1, help="Mean tokens of a document.")] = 835,
+    document_tokens: Annotated[int, typer.Option(min=1, help="Mean tokens per document.")] = 835,
     as_json: Json = False,
 ) -> None:
-    """Token loaders, ours and the peers that install: tokens a CPU-second, start, memory, seek to sample 24,000 (ours:
-    and to 1e12)."""
+    """Compare our token loader with the peers that can be installed: tokens per CPU-second, start-up, memory, seek to
+    sample 24,000 (ours also to 1e12).
+    """
     from kha_train.bench import data as bench
 
     result = bench.run_bench(
@@ -283,7 +303,7 @@ def _answer(found: Any, text: str, as_json: bool) -> None:
 
 
 def _fail_if_any(stages: dict[str, Any]) -> None:
-    """Raises typer.Exit, so that a script sees what a table says."""
+    """Raises typer.Exit, so that the exit code shows the failure as well as the table."""
     from kha_train.bench.everything import failed
 
     if names := failed(stages):
@@ -292,7 +312,7 @@ def _fail_if_any(stages: dict[str, Any]) -> None:
 
 
 def _peers(text: str) -> list[str]:
-    """Raises ConfigError for a peer that there is no adapter for."""
+    """Raises ConfigError for a peer without an adapter."""
     names = [name for name in text.split(",") if name]
     for name in names:
         if name != "transformers":
@@ -301,15 +321,17 @@ def _peers(text: str) -> list[str]:
 
 
 def _lengths(text: str) -> list[int]:
-    """Raises ConfigError for what is no list of lengths."""
+    """Raises ConfigError for a malformed list of lengths."""
     found = [int(one) if one.isascii() and one.isdigit() and len(one) < 10 else 0 for one in text.split(",")]
     if min(found) < 100:
-        raise ConfigError("no list of lengths", field="--steps", value=text, allowed="100 and more, with commas")
+        raise ConfigError(
+            "not a list of lengths", field="--steps", value=text, allowed="numbers of 100 or more, separated by commas"
+        )
     return found
 
 
 def _clock(text: str) -> Any:
-    """Raises ConfigError for a clock that is none."""
+    """Raises ConfigError for an unknown clock."""
     if text not in ("wall", "process"):
         raise ConfigError("no such clock", field="--clock", value=text, allowed="wall, process")
     return text

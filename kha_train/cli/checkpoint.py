@@ -1,4 +1,4 @@
-"""`kha checkpoint list|verify|prune|keep|diff`: what a run has saved, whether it is whole, what may go."""
+"""`kha checkpoint list|verify|prune|keep|diff`: list, check and delete the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from kha_train.record.finding import find_run
 from kha_train.record.lock import RunLock
 from kha_train.telemetry.terminal import LiteralConsole
 
-app = typer.Typer(name="checkpoint", help="What a run has saved.", no_args_is_help=True)
+app = typer.Typer(name="checkpoint", help="Inspect and manage a run's checkpoints.", no_args_is_help=True)
 RunDir = Annotated[Path, typer.Argument(help="A run directory, or a folder that holds one run.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command("list")
 def list_(run: RunDir, as_json: AsJson = False) -> None:
-    """Steps, sizes, ages and marks, newest first; damage that shows without reading every byte."""
+    """List steps, sizes, ages and marks, newest first. Reports damage that shows without reading every byte."""
     from kha_train.checkpoint.inventory import inventory
 
     rows = inventory(_folder(find_run(run)))
@@ -45,7 +45,7 @@ def verify_(
     path: Annotated[Path, typer.Argument(help="A run directory (all its checkpoints) or one step directory.")],
     as_json: AsJson = False,
 ) -> None:
-    """Read every byte and compare it with its manifest. Raises CheckpointError (exit 4) when one does not verify."""
+    """Read every byte and compare it with its manifest. Raises CheckpointError (exit 4) when a checkpoint fails."""
     from kha_train.checkpoint.inventory import inventory
     from kha_train.checkpoint.reader import verify
 
@@ -70,11 +70,11 @@ def verify_(
 @app.command("prune")
 def prune_(
     run: RunDir,
-    keep_last: Annotated[int, typer.Option(help="So many of the newest stay.")] = 2,
-    keep_every: Annotated[int, typer.Option(help="Those of every so many steps stay (0: none).")] = 0,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")] = False,
+    keep_last: Annotated[int, typer.Option(help="Keep this many of the newest.")] = 2,
+    keep_every: Annotated[int, typer.Option(help="Keep every checkpoint at a multiple of this step (0: none).")] = 0,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only list what would be deleted.")] = False,
 ) -> None:
-    """Delete old checkpoints of a run that is not training. Marked ones and the newest that verifies always stay."""
+    """Delete old checkpoints of a run that is not training. Marked ones and the newest valid one are always kept."""
     from kha_train.checkpoint.reader import verify
     from kha_train.checkpoint.retention import Keep, prune
 
@@ -82,10 +82,10 @@ def prune_(
     _folder(run)
     with ExitStack() as held:
         if yes:
-            # A run that is alive keeps what it may go back to in its own mind.
+            # A live run holds its rewind points in memory, so nothing may be deleted under it.
             held.callback(RunLock(run).close)
         gone = prune(run, Keep(keep_last, keep_every), check=verify, dry_run=not yes)
-    verb = "deleted" if yes else "would delete (say --yes)"
+    verb = "deleted" if yes else "would delete (pass --yes to delete)"
     say(f"{verb}: {', '.join(f'step {step}' for step in gone) or 'nothing'}")
 
 
@@ -93,9 +93,9 @@ def prune_(
 def keep_(
     run: RunDir,
     step: Annotated[int, typer.Argument(help="The step of a checkpoint.")],
-    off: Annotated[bool, typer.Option("--off", help="Take the mark away.")] = False,
+    off: Annotated[bool, typer.Option("--off", help="Remove the mark.")] = False,
 ) -> None:
-    """Mark a checkpoint, so that nothing deletes it. Raises ConfigError for a step that has none."""
+    """Mark a checkpoint so that nothing deletes it. Raises ConfigError for a step without a checkpoint."""
     from kha_train.checkpoint.inventory import inventory
     from kha_train.checkpoint.retention import mark
 
@@ -109,16 +109,16 @@ def keep_(
             fix=Look(shlex.join(["kha", "checkpoint", "list", str(run)])),
         )
     mark(folder, step, keep=not off)
-    say(f"step {step}: {'no longer marked' if off else 'stays'}")
+    say(f"step {step}: {'no longer marked' if off else 'marked'}")
 
 
 @app.command("diff")
 def diff_(
-    first: Annotated[Path, typer.Argument(help="A step directory, or a run directory (its newest).")],
+    first: Annotated[Path, typer.Argument(help="A step directory, or a run directory (its newest checkpoint).")],
     second: Annotated[Path, typer.Argument(help="Another.")],
     as_json: AsJson = False,
 ) -> None:
-    """Settings, progress, parameters, moments and buffers that differ, by how much; layouts are not compared."""
+    """Show differences in settings, progress, parameters, moments and buffers; layouts are not compared."""
     from kha_train.checkpoint.compare import compare
     from kha_train.checkpoint.reader import open_verified
     from kha_train.distributed import World
@@ -129,7 +129,7 @@ def diff_(
         print_json(found.to_dict(), indent=2)
         return
     if found.equal:
-        say("equal: every setting, count, master, moment and buffer, bit for bit")
+        say("equal: every setting, count, master, moment and buffer is bit-identical")
         return
     _print_rows("setting", ("first", "second"), found.settings)
     _print_rows("tensor", ("largest difference", "relative norm"), found.tensors)
@@ -148,7 +148,7 @@ def _print_rows(title: str, columns: tuple[str, str], rows: dict[str, tuple[Any,
 
 
 def _folder(run: Path) -> Path:
-    """The checkpoints of a run. Raises ConfigError when it has made none, CheckpointError when they are lost."""
+    """The checkpoint folder of a run. Raises ConfigError when it has saved none, CheckpointError when they are lost."""
     _check_not_lost(run)
     folder = run / FOLDER
     if not folder.is_dir():
@@ -157,6 +157,6 @@ def _folder(run: Path) -> Path:
 
 
 def _check_not_lost(run: Path) -> None:
-    """Raises CheckpointError when the run has saved checkpoints that are not there now."""
+    """Raises CheckpointError when the run has saved checkpoints that no longer exist."""
     if problem := lost_checkpoints(run):
         raise CheckpointError(problem, field="RUN", value=str(run), fix=f"mount or restore {run / FOLDER}")

@@ -24,29 +24,30 @@ from kha_train.telemetry.terminal import LiteralConsole
 
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(help="Runs, sweeps, folders of runs; the first run's variant is the reference.")
+        list[Path],
+        typer.Argument(help="Runs, sweeps or folders of runs; the variant of the first run is the reference."),
     ],
-    out: Annotated[Path, typer.Option(help="Directory to write index.html in.")] = Path("report"),
+    out: Annotated[Path, typer.Option(help="Directory for index.html.")] = Path("report"),
     overwrite: Overwrite = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compare finished or living runs: what they reached, how they differ, and what that is worth.
+    """Compare finished or live runs: results, differences, and how strong the evidence is.
 
-    A page that this command made of the same runs is replaced; nothing else is. A damaged run that is
-    named beside two or more whole ones is passed over, and the command ends with its error when the others are
-    compared."""
+    A page that this command made of the same runs is replaced; any other file is kept. A damaged run beside two or more
+    whole ones is skipped: the others are compared, and the command ends with its error.
+    """
     ahead = read_ahead(find_runs(runs, lambda text: None, trained=True))
     read = cache(ahead.run)
     passed_over: list[str] = []
 
     def tell(text: str) -> None:
-        passed_over.append(text.removeprefix("passed over: "))
+        passed_over.append(text.removeprefix("skipped: "))
         note(text)
 
     found, fault = _whole(find_runs(runs, tell, trained=True, read=read), read, tell)
     check_replaceable(page_in(out), mark_of_page(found), "--out", overwrite, (PAGE.encode(),))
     comparison = replace(compare_runs(found, read, ahead.summary), passed_over=tuple(passed_over))
-    with written_as("--out", out, "name a place that can be written: --out DIRECTORY"):
+    with written_as("--out", out, "choose a writable directory: --out DIRECTORY"):
         page = write_report(comparison, out)
     if as_json:
         print_json({**comparison.to_dict(), "report": str(page)}, indent=2)
@@ -60,8 +61,9 @@ def compare(
 def _whole(
     found: list[Path], read: Callable[[Path], object], tell: Callable[[str], None]
 ) -> tuple[list[Path], DataError | None]:
-    """The runs of `found` that are not damaged, and the first fault of the others, which `tell` hears of. Where fewer
-    than two are whole there is nothing to compare: then all of them, for their comparison to be refused."""
+    """The undamaged runs of `found`, and the first fault of the others; `tell` receives each fault. With fewer than two
+    undamaged runs there is nothing to compare, so all are returned and the comparison raises the error.
+    """
     faults: dict[Path, DataError] = {}
     for run in found:
         try:
@@ -72,5 +74,5 @@ def _whole(
     if len(whole) < 2:
         return found, None
     for run, found_fault in faults.items():
-        tell(f"passed over: {run}: {found_fault}")
+        tell(f"skipped: {run}: {found_fault}")
     return whole, next(iter(faults.values()), None)

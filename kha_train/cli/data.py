@@ -1,4 +1,4 @@
-"""`kha data`: from text to shards, and a look at what is in them."""
+"""`kha data`: make shards from text, and inspect them."""
 
 from __future__ import annotations
 
@@ -35,32 +35,34 @@ from kha_train.record.files import check_replaceable, mark_of
 from kha_train.telemetry.terminal import LiteralConsole
 
 VERIFY_GIB = 1.0
-"""Text that was trained on must not steer the terminal that shows it."""
+"""Size of the block cache while a dataset at a URL is verified."""
 
-app = typer.Typer(name="data", help="Corpus, tokenizer, shards.", no_args_is_help=True)
+app = typer.Typer(name="data", help="Prepare and check data: corpus, tokenizer, shards.", no_args_is_help=True)
 
-Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Field = Annotated[
-    str, typer.Option(help="Where the text is in JSONL lines and Parquet rows; meta.text is a field inside a field.")
+    str,
+    typer.Option(help="Field with the text in JSONL lines and Parquet rows; meta.text is the field text inside meta."),
 ]
 SkipBadLines = Annotated[
-    bool, typer.Option("--skip-bad-lines", help="Leave out JSONL lines without a text; they are counted and listed.")
+    bool, typer.Option("--skip-bad-lines", help="Skip JSONL lines without a text; they are counted and listed.")
 ]
 CorpusDir = Annotated[Path, typer.Option("--corpus", help="A directory made by `kha data corpus`.")]
-DatasetDir = Annotated[str, typer.Argument(help="A dataset, at a URL too, or a local directory of several.")]
+DatasetDir = Annotated[str, typer.Argument(help="A dataset (directory or URL), or a local directory of several.")]
 
 
 @app.command()
 def corpus(
-    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    out: Annotated[Path, typer.Option(help="Output directory.")],
     extra_root: Annotated[
-        list[Path] | None, typer.Option(help="Your own text: .txt .md .rst .py .jsonl .json .parquet, .gz .zst")
+        list[Path] | None,
+        typer.Option(help="A file or directory of your own text: .txt .md .rst .py .jsonl .json .parquet, .gz .zst"),
     ] = None,
-    standard_library: Annotated[bool, typer.Option(help="Take Python's own standard library.")] = True,
+    standard_library: Annotated[bool, typer.Option(help="Include Python's own standard library.")] = True,
     field: Field = "text",
-    keep_repeated: Annotated[bool, typer.Option("--keep-repeated", help="Keep exact repetitions.")] = False,
+    keep_repeated: Annotated[bool, typer.Option("--keep-repeated", help="Keep exact duplicates.")] = False,
     skip_bad_lines: SkipBadLines = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a corpus that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing corpus.")] = False,
     as_json: Json = False,
 ) -> None:
     """Collect text: the standard library's sources, and your own."""
@@ -82,9 +84,9 @@ def corpus(
 def tokenizer(
     corpus_dir: CorpusDir,
     out: Annotated[Path, typer.Option(help="Model file to write.")],
-    vocab_size: Annotated[int, typer.Option(min=1, help="Number of ids, special ones included.")],
-    max_bytes: Annotated[int, typer.Option(min=0, help="Train on so much text only; 0: all.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    vocab_size: Annotated[int, typer.Option(min=1, help="Number of ids, including special ones.")],
+    max_bytes: Annotated[int, typer.Option(min=0, help="Train on this much text only; 0: all.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a BPE tokenizer on the training split."""
@@ -99,39 +101,48 @@ def tokenizer(
 
 @app.command()
 def tokenize(
-    tokenizer_file: Annotated[Path, typer.Option("--tokenizer", help="Model file of `kha data tokenizer`.")],
-    out: Annotated[Path, typer.Option(help="Directory to write train/ and validation/ in.")],
+    tokenizer_file: Annotated[Path, typer.Option("--tokenizer", help="Model file made by `kha data tokenizer`.")],
+    out: Annotated[Path, typer.Option(help="Directory for train/ and validation/.")],
     corpus_dir: Annotated[Path | None, typer.Option("--corpus", help="A directory made by `kha data corpus`.")] = None,
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Instead: files and directories of .txt .md .rst .py .jsonl .json .parquet, .gz .zst, as they lie."
+            help=(
+                "Instead of --corpus: files and directories of .txt .md .rst .py .jsonl .json .parquet, .gz "
+                ".zst, read in place."
+            )
         ),
     ] = None,
     field: Field = "text",
     validation_percent: Annotated[
-        float | None, typer.Option(help=f"Of --text, by the hash of each text; {VALIDATION_PERCENT} unless set.")
+        float | None,
+        typer.Option(
+            help=f"With --text: share of validation, by the hash of each text; {VALIDATION_PERCENT} unless set."
+        ),
     ] = None,
-    drop_repeated: Annotated[bool, typer.Option("--drop-repeated", help="Of --text: exact repetitions go.")] = False,
+    drop_repeated: Annotated[bool, typer.Option("--drop-repeated", help="With --text: drop exact duplicates.")] = False,
     skip_bad_lines: SkipBadLines = False,
-    shard_bytes: Annotated[int, typer.Option(min=1, help="Bytes of text in a shard.")] = SHARD_BYTES,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; the files do not depend on it.")] = 1,
+    shard_bytes: Annotated[int, typer.Option(min=1, help="Bytes of text per shard.")] = SHARD_BYTES,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Worker processes; the output does not depend on the number.")
+    ] = 1,
     encoder: Annotated[
-        str, typer.Option(help="sentencepiece, or gigatoken: faster, proven to give its ids.")
+        str, typer.Option(help="sentencepiece, or gigatoken: faster, checked to give the same ids.")
     ] = "sentencepiece",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace datasets that are there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing datasets.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Encode text into shards; the same command goes on where an interrupted one stopped.
+    """Encode text into shards; the same command continues an interrupted one.
 
-    Raises ConfigError unless it is told of one kind of text."""
+    Raises ConfigError unless exactly one of --corpus and --text is given.
+    """
     if (corpus_dir is None) == (not text):
-        raise ConfigError("one of --corpus and --text", field="tokenize")
+        raise ConfigError("give exactly one of --corpus and --text", field="tokenize")
     if corpus_dir and (drop_repeated or validation_percent is not None):
         raise ConfigError(
-            "a corpus is split and has no repetitions",
+            "a corpus is already split and deduplicated",
             field="--drop-repeated, --validation-percent",
-            fix="give the documents themselves, by --text",
+            fix="pass the documents themselves with --text",
         )
     said: list[str] = []
     encoded: list[int] = []
@@ -159,7 +170,7 @@ def tokenize(
 def _work(
     corpus_dir: Path | None, texts: list[Path], field: str, percent: float | None, drop_repeated: bool
 ) -> tuple[int, Callable[..., dict[str, Manifest]]]:
-    """How many bytes are to be read, and what encodes them: a corpus, else `texts`."""
+    """The number of bytes to read, and a function that encodes them: from the corpus if given, else from `texts`."""
     if corpus_dir:
         return sum(split_path(corpus_dir, split).stat().st_size for split in SPLITS), partial(encode_corpus, corpus_dir)
     size = sum(file.path.stat().st_size for file in find_files(texts, "text", field).files)
@@ -182,12 +193,12 @@ def _dataset(directory: Path, made: Manifest) -> dict[str, Any]:
 @app.command("import")
 def import_(
     kind: Annotated[str, typer.Argument(help="megatron (.bin), datatrove (.ds) or numpy.")],
-    files: Annotated[list[Path], typer.Argument(help="Token files, one shard each; they stay where they are.")],
+    files: Annotated[list[Path], typer.Argument(help="Token files, one shard each; they are used in place.")],
     out: Annotated[Path, typer.Option(help="Dataset directory to write.")],
     tokenizer_file: Annotated[Path | None, typer.Option("--tokenizer", help="The sentencepiece model.")] = None,
-    vocab_size: Annotated[int, typer.Option(min=0, help="Number of ids, when the tokenizer is not at hand.")] = 0,
-    dtype: Annotated[str, typer.Option(help=f"Of arrays without a header: {', '.join(DTYPES)}.")] = "",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a dataset that is there.")] = False,
+    vocab_size: Annotated[int, typer.Option(min=0, help="Number of ids, if you do not have the tokenizer.")] = 0,
+    dtype: Annotated[str, typer.Option(help=f"Type of arrays without a header: {', '.join(DTYPES)}.")] = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset.")] = False,
     as_json: Json = False,
 ) -> None:
     """Use token files of other trainers as a dataset, without copying them."""
@@ -198,9 +209,10 @@ def import_(
 
 @app.command()
 def verify(directory: DatasetDir, as_json: Json = False) -> None:
-    """Read every byte of a dataset and compare it with its manifest; of a URL, what the store holds now.
+    """Read every byte of a dataset and compare it with its manifest. For URLs, check the remote copy.
 
-    Raises DataError, after all was read, when a shard is damaged: each is told by its first fault."""
+    Raises DataError after all shards are read if any is damaged; reports the first fault of each shard.
+    """
     answer: dict[str, dict[str, Any]] = {}
     faults: list[DataError] = []
     for path in _datasets(directory):
@@ -231,33 +243,34 @@ def _faults(shards: ShardSet, advance: Callable[[int], None]) -> Iterator[DataEr
 @app.command()
 def inspect(
     directory: Annotated[
-        str | None, typer.Argument(help="A dataset, at a URL too, or a local directory of several.")
+        str | None, typer.Argument(help="A dataset (directory or URL), or a local directory of several.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=0, help="Pieces of text to show.")] = 2,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a piece.")] = 128,
-    run: Annotated[Path | None, typer.Option(help="Instead of a dataset: a run directory, with --step.")] = None,
-    step: Annotated[int, typer.Option(min=0, help="The step whose samples to show.")] = 0,
-    rank: Annotated[int, typer.Option(min=-1, help="Of this rank alone; -1: of all.")] = -1,
-    png: Annotated[Path | None, typer.Option(help="Draw the lengths of documents into this file, a .png.")] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Number of text excerpts to show.")] = 2,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per excerpt.")] = 128,
+    run: Annotated[Path | None, typer.Option(help="Instead of a dataset: a run directory; needs --step.")] = None,
+    step: Annotated[int, typer.Option(min=0, help="Step whose samples to show.")] = 0,
+    rank: Annotated[int, typer.Option(min=-1, help="Show this rank only; -1: all ranks.")] = -1,
+    png: Annotated[Path | None, typer.Option(help="Draw a histogram of document lengths into this .png file.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Statistics of a dataset and pieces of it, or the very samples of a step; document borders are shown as ‖.
+    """Show statistics and excerpts of a dataset, or the exact samples of a step; document borders are shown as ‖.
 
-    Raises ConfigError unless it is told of a dataset or of a step of a run."""
+    Raises ConfigError unless either a dataset or a run with a step is given.
+    """
     if (run is None) == (directory is None):
-        raise ConfigError("a dataset directory, or --run with --step", field="inspect")
+        raise ConfigError("give a dataset directory, or --run with --step", field="inspect")
     if run is not None:
         if png is not None:
-            raise ConfigError("draws the documents of a dataset", field="--png", fix="name a dataset, not a run")
+            raise ConfigError("works for a dataset only", field="--png", fix="name a dataset instead of a run")
         _answer(_samples_of_run(run, step, rank), as_json)
         return
-    assert directory is not None, "one of the two was asked for"
+    assert directory is not None, "exactly one of the two is given"
     answer, datasets = {}, _datasets(directory)
     mark = mark_of("inspect", datasets)
     if png is not None:
         if png.suffix.lower() != ".png":
-            raise ConfigError("names no PNG file", field="--png", value=str(png), allowed="a name that ends in .png")
+            raise ConfigError("is not a PNG file", field="--png", value=str(png), allowed="a name that ends in .png")
         check_replaceable(png, mark, "--png", overwrite)
     for path in datasets:
         shards = ShardSet.open(path)
@@ -275,15 +288,19 @@ def inspect(
 
 
 def _samples_of_run(run: Path, step: int, rank: int) -> dict[str, Any]:
-    """Raises ConfigError for a run, a step or a rank that is not there, and when the data are not the run's."""
+    """Raises ConfigError for a missing run, step or rank, and when the data are not those the run read."""
     line = read_metrics_at(run, step)
     if line is None:
-        raise ConfigError("the run has no record of it", field="step", value=step, fix=f"see {run}/metrics.jsonl")
+        raise ConfigError(
+            "the run has no record of this step", field="step", value=step, fix=f"see {run}/metrics.jsonl"
+        )
     attempts, number = read_attempts(run), line.get("attempt", 1)
     saved, attempt = config_of(attempts, number), attempts.get(number)
     ranks = attempt.world_size or 1 if attempt else 1
     if rank >= ranks:
-        raise ConfigError("the run had no such rank then", field="rank", value=rank, allowed=between(0, ranks - 1))
+        raise ConfigError(
+            "the run had no such rank at this step", field="rank", value=rank, allowed=between(0, ranks - 1)
+        )
     samples = samples_of_step(
         from_plain(saved) if saved else load(run / "config.yaml"),
         samples_first=line["samples_first"],
@@ -292,12 +309,14 @@ def _samples_of_run(run: Path, step: int, rank: int) -> dict[str, Any]:
         content_id=attempt.facts.get("data_content_id") if attempt else None,
         **({"rank": rank, "world_size": ranks} if rank >= 0 else {}),
     )
-    unknown = {} if saved else {"note": f"the settings of start {number} were not recorded: those of the last are used"}
+    unknown = (
+        {} if saved else {"note": f"the settings of start {number} were not recorded; using those of the last start"}
+    )
     return {"step": step, "samples": list(samples), **unknown}
 
 
 def _datasets(directory: str) -> list[str]:
-    """Raises ConfigError for shards without a manifest: they are no dataset, but may have been one."""
+    """Raises ConfigError for shards without a manifest: they are not a dataset, but may once have been one."""
     local = Path(directory)
     if "://" in directory or (local / MANIFEST_NAME).exists():
         return [directory]
@@ -327,7 +346,7 @@ def _statistics(shards: ShardSet) -> dict[str, Any]:
 
 
 def _samples(shards: ShardSet, count: int, tokens: int) -> Iterator[dict[str, Any]]:
-    """Pieces at even distances over the dataset."""
+    """Excerpts at even distances over the dataset."""
     decode = decoder_of(shards)
     sizes = [shard.tokens for shard in shards.manifest.shards]
     starts_of_shards = np.cumsum([0, *sizes])

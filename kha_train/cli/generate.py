@@ -1,4 +1,4 @@
-"""`kha generate RUN`: text from a run's newest checkpoint."""
+"""`kha generate RUN`: generate text from a run's newest checkpoint."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from kha_train.record.finding import find_run
 
 def generate(
     run: Annotated[Path, typer.Argument(help="A run directory with a checkpoint.")],
-    prompt: Annotated[str, typer.Option(help="The text to go on from; empty: a new document.")] = "",
+    prompt: Annotated[str, typer.Option(help="Text to continue; empty: start a new document.")] = "",
     ids: Annotated[str, typer.Option(help="The prompt as token ids, such as 1,2,3, instead of text.")] = "",
-    tokens: Annotated[int, typer.Option(help="How many tokens to draw.")] = 64,
-    temperature: Annotated[float, typer.Option(help="Below 1 sharpens, 0 takes the likeliest token.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that together reach this share.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
-    samples: Annotated[int, typer.Option(help="How many texts to draw.", min=1)] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
+    tokens: Annotated[int, typer.Option(help="Number of tokens to generate.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; below 1 sharpens, 0 always takes the most likely token.")
+    ] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the most likely tokens whose probabilities add up to this share.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    samples: Annotated[int, typer.Option(help="Number of texts to generate.", min=1)] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Sample from a trained run, with a key/value cache and the interaction absorbed where it can be."""
+    """Sample from a trained run, with a key/value cache and with the interaction absorbed where possible."""
     from kha_train.decode.generate import Sampling, encode_prompt, load_run
     from kha_train.decode.generate import generate as draw_tokens
 

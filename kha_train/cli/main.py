@@ -1,4 +1,4 @@
-"""The `kha` command: its sub-commands, and the only place where the process ends with a code."""
+"""The `kha` command with its sub-commands. Only this file ends the process with an exit code."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ COMMANDS = {
     "checkpoint": "checkpoint:app",
     "bench": "bench:app",
 }
-"""Name of a command -> the file of this folder and the function, or the group of commands, in it."""
+"""Name of a command -> its file in this folder, and the function or command group in that file."""
 HIDDEN = ("launch-arguments",)
 SHOWING_DATA = (("generate",), ("data", "inspect"))
-"""Commands that print text of the data or of a model."""
+"""Commands that print text from the data or from a model."""
 
 
 def _print_version(asked: bool) -> None:
@@ -54,12 +54,12 @@ def _print_version(asked: bool) -> None:
 
 
 def build(names: Sequence[str]) -> typer.Typer:
-    """The `kha` command with the sub-commands `names`: only their files are imported."""
+    """The `kha` command with the sub-commands `names`; only their files are imported."""
     settings = {"help_option_names": ["-h", "--help"]}
     app = typer.Typer(
         name="kha", help=HELP, no_args_is_help=True, context_settings=settings, pretty_exceptions_enable=False
     )
-    # With a callback a single sub-command keeps its name.
+    # The callback keeps a single sub-command under its name.
     app.callback()(_options)
     for name in names:
         file, _, member = COMMANDS[name].partition(":")
@@ -76,7 +76,7 @@ def build(names: Sequence[str]) -> typer.Typer:
 
 
 def _help_of(command: Callable[..., object] | None) -> str:
-    """The docstring of a command as far as it is for users: from "Raises" on it is for readers of the code."""
+    """The docstring of a command up to "Raises": the rest is for readers of the code."""
     return re.split(r"\s*\bRaises (?=as |[A-Z])", getdoc(command) or "")[0].strip()
 
 
@@ -85,25 +85,26 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show versions and exit.")
     ] = False,
 ) -> None:
-    """Options of `kha` itself; its help is `HELP`."""
+    """Options of `kha` itself; its help text is `HELP`."""
 
 
 def __getattr__(name: str) -> Any:
-    """`app`: the whole command, made when it is first asked for (PEP 562)."""
+    """`app`: the whole command, built on first access (PEP 562)."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return build(list(COMMANDS))
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. A KhaError ends as its line (exit 3: a table) on standard error and its exit code (1-6, 75: docs).
+    """Entry point. Prints a KhaError as one line (exit 3: a table) on standard error and ends with its exit code (1-6,
+    75: see docs).
 
-    KHA_DEBUG=1 adds the traceback. With several ranks only rank 0 prints what all of them agreed on. Launch logs keep
-    what is printed here, so no secret is in it.
+    KHA_DEBUG=1 adds the traceback. With several ranks, rank 0 alone prints an error that all ranks agreed on. Launch
+    logs keep what is printed here, so secrets are hidden.
     """
     hold_standard_descriptors()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # A run is its record, and what it prints is a mirror. Of the other commands the output is the answer.
+    # A training run's output only mirrors its record, so it may get lost. The output of other commands is their result.
     trains = given[:1] == ["train"] and not {"--dry-run", "--help"} & set(given)
     with harmless_output() if trains else nullcontext():
         _run(arguments, given, trains)
@@ -111,9 +112,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: Sequence[str] | None, given: list[str], trains: bool) -> None:
     try:
-        # Typer itself ends the process: 0, 2 after a usage error told in its own words, 130 after Ctrl-C.
+        # Typer ends the process itself: with 0, with 2 after printing a usage error, with 130 after Ctrl-C.
         if not trains:
-            # A run has a home in its directory. Where there is no room for one, most commands do without.
+            # `kha train` sets up its home in its run directory. Most other commands work without one.
             with suppress(OSError):
                 provide_home()
         with redacted_streams(verbatim=any(given[: len(command)] == list(command) for command in SHOWING_DATA)):
@@ -129,12 +130,12 @@ def _run(arguments: Sequence[str] | None, given: list[str], trains: bool) -> Non
             leave_outcome(f"{'fatal' if error.fatal else 'failed'} {error.exit_code}")
         sys.exit(error.exit_code)
     finally:
-        # Here and not before: Typer sets a hook of its own.
+        # Set here, because Typer installs its own hook before.
         sys.excepthook = _print_traceback
 
 
 def complain_of(error: KhaError) -> None:
-    """Print the line of `error` on standard error; of what all ranks agreed on, only rank 0 does."""
+    """Print the line of `error` on standard error. An error that all ranks agreed on is printed by rank 0 only."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     if rank == "0" or not error.agreed:
         where = "" if rank == "0" else f"rank {rank}: "
@@ -142,10 +143,10 @@ def complain_of(error: KhaError) -> None:
 
 
 def _as_own(error: OSError) -> KhaError | None:
-    """A full or failing disk is the machine's trouble, a path that cannot be used the user's; None for all else."""
+    """A MachineError for a full or failing disk, a ConfigError for an unusable path; None for anything else."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
         return MachineError(
-            f"{error.strerror}", field=error.filename, fix="free some space, or mend it, and start again"
+            f"{error.strerror}", field=error.filename, fix="free some space, or repair the disk, and start again"
         )
     return None if error.filename is None else ConfigError(f"{error.strerror}", field=str(error.filename))
 

@@ -1,4 +1,4 @@
-"""Options of other programs, where settings are `KEY=VALUE`: `--steps 100` is refused with `run.steps=100`."""
+"""Options in the style of other programs: `--steps 100` is refused, and `run.steps=100` is suggested."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from kha_train.errors import ConfigError, Replace
 
 
 class OverridesCommand(TyperCommand):
-    """A command that takes overrides; an unknown option that names a setting is answered with the override."""
+    """A command that takes overrides. An unknown option that names a setting is refused with the override to type."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As Typer's. Raises ConfigError for an option that is none of the command's but a setting."""
+        """As Typer's. Raises ConfigError for an unknown option that names a setting."""
         for at in self._unknown(args):
             _refuse(args[at:])
         return super().parse_args(ctx, args)
 
     def _unknown(self, args: Sequence[str]) -> Iterator[int]:
-        """Places in `args` of options that the command does not have."""
+        """Positions in `args` of options that the command does not have."""
         known = {name: option for option in self.params for name in (*option.opts, *option.secondary_opts)}
         taken = False
         for at, text in enumerate(args):
@@ -35,7 +35,7 @@ class OverridesCommand(TyperCommand):
 
 
 def _refuse(args: Sequence[str]) -> None:
-    """Raises ConfigError when the option `args[0]` is meant as a setting, with the override to type."""
+    """Raises ConfigError with the override to type when the option `args[0]` names a setting."""
     name, equals, value = args[0].partition("=")
     bare = name.lstrip("-").replace("-", "_")
     typed = args[0]
@@ -47,4 +47,4 @@ def _refuse(args: Sequence[str]) -> None:
     if fix is None and (meant := override_for(bare, "VALUE")):
         fix = meant
     if fix:
-        raise ConfigError("no such option; a setting is KEY=VALUE", field=name, fix=fix)
+        raise ConfigError("no such option; write settings as KEY=VALUE", field=name, fix=fix)

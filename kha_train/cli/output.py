@@ -1,4 +1,4 @@
-"""Answers of commands with `--json`: one strict JSON value on standard output."""
+"""Output of commands with `--json`: one strict JSON value on standard output."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from kha_train.literal import say
 from kha_train.record.streams import RedactedStream
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", "--force", help="Replace whatever is there.")]
-"""The option of commands that write one file or page."""
+"""The --overwrite option of commands that write one file or page."""
 
 
 def print_json(answer: object, indent: int | None = None) -> None:
-    """Print `answer` (plain values, nested) as JSON that any parser takes; `indent` as for `json.dumps`.
+    """Print `answer` (plain values, nested) as strict JSON; `indent` as for `json.dumps`.
 
-    JSON has no NaN and no infinity: they become null, and the words "inf" and "-inf". Secrets are hidden in the answer
-    before it becomes text: to hide them in the text could take a quote or a bracket with them.
+    JSON has no NaN and no infinity: NaN becomes null, infinities become the words "inf" and "-inf". Secrets are hidden
+    before `answer` becomes text, because hiding them afterwards could remove a quote or a bracket too.
     """
     out = sys.stdout
     if isinstance(out, RedactedStream) and out.clean:
@@ -31,13 +31,14 @@ def print_json(answer: object, indent: int | None = None) -> None:
 
 
 def note(text: str) -> None:
-    """A remark beside the answer, on standard error."""
+    """Print a remark on standard error."""
     say(f"note: {text}", err=True)
 
 
 def strict(value: Json) -> Json:
-    r"""`value` with everything replaced that strict JSON does not have, at any depth: numbers that are not finite, half
-    of a surrogate pair (it becomes its escape, such as \udcff, in text), keys that are equal once they are text."""
+    r"""`value` without anything that strict JSON cannot hold, at any depth. Replaced are non-finite numbers, lone
+    surrogates in text (by their escape, such as \udcff) and keys that become equal as text.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else "inf" if value > 0 else "-inf"
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""`kha plan`: what a run will hold, cost and take."""
+"""`kha plan`: estimate the memory, time and cost of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GIB = 1024**3
 
 def plan(
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Estimate parameters, FLOPs, memory, time and cost of a run on cluster=...; exit 2 if it cannot start there."""
     answer = make_plan(compose(overrides or []))
@@ -56,9 +56,9 @@ def show(answer: Plan, console: Console) -> None:
 
 def _verdict(answer: Plan) -> str:
     if answer.fits is None:
-        return "memory is not judged: name a machine with cluster=..."
+        return "fit is not checked: name a machine with cluster=..."
     devices, name = answer.config.cluster.devices, answer.config.cluster.name
-    size = f"{_gib(answer.memory.total)} of {_gib(answer.budget_bytes or 0)} a rank"
+    size = f"{_gib(answer.memory.total)} of {_gib(answer.budget_bytes or 0)} per rank"
     largest = max(answer.memory.terms, key=lambda name: answer.memory.terms[name])
     verb = "fits" if answer.fits else "DOES NOT FIT"
     return (
@@ -70,7 +70,7 @@ def _verdict(answer: Plan) -> str:
 def _model(answer: Plan) -> Table:
     config, parameters, flops = answer.config, answer.parameters, answer.flops
     table = _table(
-        f"{config.model.name}, attention {config.attention.name}", "component", "parameters", "GFLOP a token"
+        f"{config.model.name}, attention {config.attention.name}", "component", "parameters", "GFLOP per token"
     )
     components = list(parameters.by_component) + [name for name in flops.by_component if name == "scores"]
     for name in components:
@@ -81,8 +81,8 @@ def _model(answer: Plan) -> Table:
     table.add_row("active (training)", f"{parameters.active:,}", f"{flops.training / 1e9:.4f}", style="bold")
     overhead, cache = answer.overhead, answer.to_dict()["cache_bytes_per_token"]
     table.caption = (
-        f"interaction: +{overhead.parameters:.4f} % parameters, +{overhead.flops:.3f} % FLOPs, +{overhead.cache:.0f} % "
-        f"cache | cache {cache:,} bytes a token in bf16 | causal attention counted once, training = 3 x forward"
+        f"interaction: +{overhead.parameters:.4f} % parameters, +{overhead.flops:.3f} % FLOPs, +{overhead.cache:.0f} "
+        f"% cache | cache {cache:,} bytes per token in bf16 | causal attention counted once, training = 3 x forward"
     )
     return table
 
@@ -90,30 +90,30 @@ def _model(answer: Plan) -> Table:
 def _memory(answer: Plan) -> Table:
     engine = answer.config.engine
     title = (
-        f"memory of a rank: ZeRO {engine.zero_stage}, micro-batch {engine.micro_batch_size}, "
-        f"activation checkpointing {engine.activation_checkpointing}"
+        f"memory per rank: ZeRO {engine.zero_stage}, micro-batch {engine.micro_batch_size}, activation checkpointing "
+        f"{engine.activation_checkpointing}"
     )
     table = _table(title, "term", "GiB")
     for name, size in answer.memory.terms.items():
         table.add_row(name, f"{size / GIB:.2f}")
     table.add_row("total", f"{answer.memory.total / GIB:.2f}", style="bold")
-    table.caption = f"at the moment of a step that holds most: when {answer.memory.moment}"
+    table.caption = f"peak of a step: when {answer.memory.moment}"
     return table
 
 
 def _stages(answer: Plan) -> Table:
-    table = _table("ZeRO stages", "stage", "memory of a rank", "sent by a rank and step", "which takes")
+    table = _table("ZeRO stages", "stage", "memory per rank", "sent per rank and step", "time it takes")
     by_stage = answer.to_dict()["memory_per_rank"]["by_stage"]
     for volume in answer.communication:
-        seconds = "not known" if volume.seconds_per_step is None else f"{volume.seconds_per_step:.2f} s"
+        seconds = "unknown" if volume.seconds_per_step is None else f"{volume.seconds_per_step:.2f} s"
         sent = f"{volume.bytes_per_step / 1e9:.2f} GB"
         table.add_row(str(volume.stage), _gib(by_stage[str(volume.stage)]), sent, seconds)
-    table.caption = "experts are sharded by ZeRO alone: ZeRO 3 gathers all of them for the few that are active"
+    table.caption = "experts are sharded by ZeRO alone: ZeRO 3 gathers all of them although few are active"
     return table
 
 
 def _recipes(answer: Plan) -> Table:
-    table = _table("model states of a rank", "recipe", "bytes a parameter", "ZeRO 1", "ZeRO 2", "ZeRO 3")
+    table = _table("model states per rank", "recipe", "bytes per parameter", "ZeRO 1", "ZeRO 2", "ZeRO 3")
     for recipe in answer.to_dict()["memory_per_rank"]["recipes"]:
         name = recipe["name"] + ("" if recipe["offered"] else " (not offered here)")
         table.add_row(name, str(recipe["bytes_per_parameter"]), *(_gib(size) for size in recipe["states"].values()))
@@ -126,7 +126,7 @@ def _run(answer: Plan) -> Table:
     table.add_row("compute", f"{time['total_flops']:.3g} FLOP")
     if time["hours"] is not None:
         table.add_row(
-            f"time at {100 * time['mfu']:.0f} % MFU", f"{time['hours']:,.1f} h, {time['step_seconds']:.2f} s a step"
+            f"time at {100 * time['mfu']:.0f} % MFU", f"{time['hours']:,.1f} h, {time['step_seconds']:.2f} s per step"
         )
         table.add_row("device hours", f"{time['device_hours']:,.0f}")
         table.add_row("tokens/s", f"{time['tokens_per_second']:,.0f}")

@@ -1,4 +1,4 @@
-"""`kha quickstart`: from nothing to a comparison of two trained models."""
+"""`kha quickstart`: from an empty directory to a comparison of two trained models."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Directory for corpus, tokenizer, shards, runs and report.")] = Path(
         "quickstart"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each model.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps per model.")] = 200,
     processes: Annotated[int, typer.Option(min=1, help="Ranks to train on.")] = min(2, os.cpu_count() or 1),
-    json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object at the end.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:
     """Corpus -> tokenizer -> shards -> a GQA and a KHA model -> comparison; offline, on a CPU, in minutes."""
     from kha_train.operate.quickstart import run_quickstart

@@ -1,4 +1,4 @@
-"""`kha spikes`: the loss spikes of a run, of a file, of several runs together."""
+"""`kha spikes`: loss spikes of a run, a curve file, or several runs together."""
 
 from __future__ import annotations
 
@@ -33,33 +33,36 @@ EVENT_COLUMNS = {
     "step": "start_step", "class": "class", "width": "width", "height": "height", "area": "area",
     "norm x": "gnorm_peak_ratio", "recovered": "recovered", "sample": "samples_first",
 }  # fmt: skip
-"""Heading of a column -> field of an event."""
+"""Column heading -> field of an event."""
 AROUND_COLUMNS = {
     "step": "step", "train/loss": "loss", "spike/z": "z", "train/grad_norm": "norm", "train/lr": "lr",
     "train/skipped": "skip", "moe/maxvio": "load", "attn/max_logit": "logit", "kha/from_identity": "kha",
 }  # fmt: skip
-"""Metric of a step -> its heading."""
-ENDINGS = {"unrecovered": "not recovered", "open": "open at the end"}
-"""Class of an event that did not end by itself -> how it stands."""
+"""Metric of a step -> column heading."""
+ENDINGS = {"unrecovered": "not recovered", "open": "still open at the end"}
+"""Class of an event that did not recover -> how the report describes it."""
 LAYER_COLUMNS = ("norm", "logit", "load", "busiest", "dead", "bias from", "to")
 CURVES = (
-    "Runs, sweeps, folders, or files with step and loss: metrics.jsonl, CSV or TSV with a heading, JSON lines, W&B "
-    "history or CSV export, Hugging Face's trainer_state.json, Megatron's log. Content decides, not the suffix."
+    "Runs, sweeps, folders, or files with step and loss: metrics.jsonl, CSV or TSV with a header, JSON lines, W&B "
+    "history or CSV export, Hugging Face's trainer_state.json, Megatron's log. The format is detected from the "
+    "content."
 )
-"""Help of the argument."""
+"""Help text of the argument."""
 TEXT_CHARACTERS = 600
-"""Shown of each row; `--json` gives all of it."""
+"""Characters shown of each row; `--json` prints the whole text."""
 
 
 def spikes(
     curves: Annotated[list[Path], typer.Argument(help=CURVES)],
-    event: Annotated[int | None, typer.Option(help="Show event number K: evidence, and text of its batch.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the curve with its events shaded: .png, .svg, .pdf.")] = None,
-    reference: Annotated[Path | None, typer.Option(help="Run that tail gaps are measured against.")] = None,
-    planned: Annotated[list[int] | None, typer.Option(help="A step at which a jump was meant (repeatable).")] = None,
+    event: Annotated[int | None, typer.Option(help="Show event number K: evidence, and the text of its batch.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the curve with its events shaded: .png, .svg or .pdf.")
+    ] = None,
+    reference: Annotated[Path | None, typer.Option(help="Reference run for tail gaps.")] = None,
+    planned: Annotated[list[int] | None, typer.Option(help="A step with an intended jump (repeatable).")] = None,
     overwrite: Overwrite = False,
-    rewound: Annotated[bool, typer.Option(help="Count events that a rewind undid.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
+    rewound: Annotated[bool, typer.Option(help="Also count events that a rewind undid.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Score curves for loss spikes: events, rates with intervals, published scores; several runs also together."""
     read = cache(partial(read_curve, planned=planned or ()))
@@ -96,13 +99,13 @@ def spikes(
 
 
 def _refuse_several(curves: list[Path], option: str) -> None:
-    """Raises ConfigError when `option`, which is about one curve, is asked of several."""
+    """Raises ConfigError when `option` applies to one curve but several are given."""
     if len(curves) > 1:
-        raise ConfigError("takes one curve", field=option, value=len(curves), fix="name one curve at a time")
+        raise ConfigError("works for one curve only", field=option, value=len(curves), fix="name one curve at a time")
 
 
 def _event(report: SpikeReport, number: int) -> dict[str, Any]:
-    """One event, the steps around it, the evidence the record kept of its first step, and the text of its batch."""
+    """One event with the steps around it, the evidence recorded at its first step, and the text of its batch."""
     event, opened = evidence_of(report, number)
     answer: dict[str, Any] = {"event": event.to_dict(), "around": lines_around(report, event), "opened": opened}
     answer["texts"] = []
@@ -123,7 +126,7 @@ def _print_event(answer: dict[str, Any], console: Console) -> None:
         f"gradient norm up to {_short(event['gnorm_peak_ratio'])} times the usual",
     )
     names = [name for name in AROUND_COLUMNS if any(name in line for line in answer["around"])]
-    table = Table(*(AROUND_COLUMNS[name] for name in names), title="around its beginning", title_justify="left")
+    table = Table(*(AROUND_COLUMNS[name] for name in names), title="steps around its start", title_justify="left")
     for line in answer["around"]:
         style = "bold" if line["step"] == event["start_step"] else ""
         table.add_row(*(_recorded(line.get(name, "")) for name in names), style=style)
@@ -131,7 +134,7 @@ def _print_event(answer: dict[str, Any], console: Console) -> None:
     if answer["opened"]:
         _print_evidence(answer["opened"]["evidence"], console)
     else:
-        console.print("no evidence of it is recorded")
+        console.print("no evidence was recorded for it")
     for text in answer["texts"]:
         console.print(f"--- sample {text['sample']} of {text['source']}")
         console.print(text["text"][:TEXT_CHARACTERS])
@@ -140,10 +143,10 @@ def _print_event(answer: dict[str, Any], console: Console) -> None:
 
 
 def _print_evidence(evidence: dict[str, Any], console: Console) -> None:
-    """What was seen in the model before the update of the step in which an event began."""
+    """What the probe measured in the model before the update of the event's first step."""
     logits, router = evidence.get("max_logits", []), evidence.get("router", [])
     without_experts = len(logits) - len(router)
-    title = "gradients, attention and routing before its first update"
+    title = "gradients, attention and routing before the first update of the event"
     table = Table("", *LAYER_COLUMNS, title=title, title_justify="left")
     for name, norm in evidence.get("grad_norms", {}).items():
         head, _, number = name.rpartition(".")
@@ -155,7 +158,7 @@ def _print_evidence(evidence: dict[str, Any], console: Console) -> None:
         table.add_row(name, _short(norm), *cells)
     console.print(table)
     if evidence.get("interactions"):
-        table = Table("interaction", "norm", "from the identity")
+        table = Table("interaction", "norm", "distance from the identity")
         for name, entry in evidence["interactions"].items():
             far = "" if ".gate." in name else _short(entry.get("from_identity", ""))
             table.add_row(
@@ -172,7 +175,7 @@ def _print_report(report: SpikeReport, console: Console) -> None:
         fields = event.to_dict()
         mark = " (rewound)" if event in report.rewound else ""
         table.add_row(f"{number}{mark}", *(_short(fields[name]) for name in EVENT_COLUMNS.values()))
-    console.print(table if events else f"{report.curve.label}: no event")
+    console.print(table if events else f"{report.curve.label}: no events")
     for name, value in summary.items():
         if name not in ("rates", "by_class"):
             console.print(f"  {name:<22} {_short(value)}")
@@ -184,7 +187,7 @@ def _print_report(report: SpikeReport, console: Console) -> None:
     for name, value in {**report.scores, **report.actions}.items():
         console.print(f"  {name:<28} {_short(value)}")
     if report.curve.repeated:
-        console.print(f"  {report.curve.repeated} repeated steps: the last line of each was taken")
+        console.print(f"  {report.curve.repeated} repeated steps: the last line of each was used")
 
 
 def _print_together(answer: dict[str, Any], console: Console) -> None:
@@ -194,8 +197,8 @@ def _print_together(answer: dict[str, Any], console: Console) -> None:
     console.print(f"together: {spikes_words}; diverged: {diverged}")
     for label, events in answer["shared"].items():
         console.print(
-            f"  {label}: shared with another run {events['shared']}, private {events['private']} "
-            f"(at the same {answer['shared_by']})",
+            f"  {label}: {events['shared']} events shared with another run, {events['private']} private (matched by "
+            f"{answer['shared_by']})",
         )
     for label, gap in answer["tail_gap"].items():
         console.print(
@@ -211,7 +214,7 @@ def _interval(value: dict[str, float | None]) -> str:
 
 
 def _recorded(value: Any) -> str:
-    """What a line of the record holds: a loss may have been nan."""
+    """The recorded value of a metric; a loss may be NaN."""
     return "nan" if isinstance(value, float) and math.isnan(value) else _short(value)
 
 

@@ -1,4 +1,4 @@
-"""`kha status`: how runs and sweeps stand."""
+"""`kha status`: show the status of runs and sweeps."""
 
 from __future__ import annotations
 
@@ -48,24 +48,25 @@ COLUMNS: dict[str, Callable[[RunStatus], str | Text]] = {
     "stepped": lambda run: _or_dash(run.idle, duration),
 }
 SPARE = ("starts", "stepped", "heard", "MFU", "goodput", "spikes", "saved", "tok/s")
-"""Columns that a narrow terminal goes without, the first of them first."""
+"""Columns that a narrow terminal leaves out, in this order."""
 
 
 def status(
     paths: Annotated[list[Path], typer.Argument(help="Run directories, sweeps, or folders of runs.")],
     watch: Annotated[
-        bool, typer.Option("--watch", help="Keep the table fresh until every run is done or fatal, or Ctrl-C.")
+        bool, typer.Option("--watch", help="Refresh the table until every run is done or fatal, or until Ctrl-C.")
     ] = False,
-    every: Annotated[float, typer.Option(min=0.5, help="Seconds between two looks with --watch.")] = 5.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
+    every: Annotated[float, typer.Option(min=0.5, help="Seconds between refreshes with --watch.")] = 5.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """How runs stand: state, step, loss, speed, time left, spikes, goodput, last checkpoint, heartbeat.
+    """Show run status: state, step, loss, speed, time left, spikes, goodput, last checkpoint, heartbeat.
 
-    A run whose record is damaged is shown as unreadable, and the command ends with its error when all are shown.
+    A run with a damaged record is shown as unreadable; after all runs are shown, the command ends with its error.
 
-    Raises ConfigError for --watch with --json."""
+    Raises ConfigError for --watch with --json.
+    """
     if watch and as_json:
-        raise ConfigError("one answer, or a table that stays", field="--watch, --json", fix="give one of the two")
+        raise ConfigError("cannot be used together", field="--watch, --json", fix="give one of the two")
     console = LiteralConsole()
     if not watch:
         runs, fault = _look(paths, note)
@@ -86,7 +87,7 @@ def status(
 
 
 def status_table(runs: list[RunStatus], console: Console) -> Table:
-    """One row a run, with as many columns as `console` is wide enough for."""
+    """One row per run, with as many columns as fit the width of `console`."""
     names, unlimited = list(COLUMNS), console.options.update(max_width=10_000)
     for spare in SPARE:
         if console.measure(_table(runs, names), options=unlimited).maximum <= console.width:
@@ -106,8 +107,9 @@ def _table(runs: list[RunStatus], names: list[str]) -> Table:
 
 
 def _look(paths: list[Path], note: Callable[[str], None]) -> tuple[list[RunStatus], KhaError | OSError | None]:
-    """How all stand, and the first error of those that cannot be read. `note` hears of what holds no run. Raises
-    ConfigError where nothing does."""
+    """The status of all runs, and the first error of those that cannot be read. `note` receives the paths that hold no
+    run. Raises ConfigError when no path holds a run.
+    """
     found: list[tuple[RunStatus, KhaError | OSError | None]] = []
     without: list[Path] = []
     places = spelled_out(paths)
@@ -116,20 +118,21 @@ def _look(paths: list[Path], note: Callable[[str], None]) -> tuple[list[RunStatu
         try:
             standing = _standing(path)
         except DataError as error:
-            # Of its `sweep.json`, or of one below it. What else was named is shown.
+            # Runs in its `sweep.json`, or in one below it. Anything else that was named has been shown.
             standing = [unreadable(path, path.name, error)]
         without += [] if standing else [path]
         found += standing
     if not found:
         raise none_found(paths)
     for path in without:
-        note(f"passed over: {path}: no run here")
+        note(f"skipped: {path}: no run here")
     return [run for run, _ in found], next((fault for _, fault in found if fault is not None), None)
 
 
 def _standing(path: Path) -> list[tuple[RunStatus, KhaError | OSError | None]]:
-    """How the points of the sweep `path`, or the runs at or below it, stand. Raises DataError for a damaged
-    `sweep.json`, KhaError where SLURM does not answer."""
+    """The status of each point of the sweep `path`, or of the runs at or below it. Raises DataError for a damaged
+    `sweep.json`, KhaError where SLURM does not answer.
+    """
     sweep = load_sweep(path)
     if sweep is None:
         return [status_or_fault(run) for run in runs_at(path)]

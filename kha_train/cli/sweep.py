@@ -1,4 +1,4 @@
-"""`kha sweep`: a grid of runs. `kha launch-arguments`: what the batch scripts ask for."""
+"""`kha sweep`: a grid of runs. `kha launch-arguments`: the arguments of one job, for the batch scripts."""
 
 from __future__ import annotations
 
@@ -35,21 +35,25 @@ Grid = Annotated[
 
 def sweep_command(
     overrides: Grid,
-    name: Annotated[str | None, typer.Option(help="Name of the sweep; default: the keys it sweeps.")] = None,
-    parent: Annotated[Path, typer.Option("--dir", help="Where its directory NAME is made.")] = Path("runs"),
-    equal: Annotated[str, typer.Option(help="What the points have in common: steps, tokens or flops.")] = "steps",
-    local: Annotated[bool, typer.Option("--local", help="Train here, one after another.")] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Ranks of a point with --local.")] = 1,
+    name: Annotated[str | None, typer.Option(help="Name of the sweep; default: the swept keys.")] = None,
+    parent: Annotated[Path, typer.Option("--dir", help="Parent of the sweep's directory NAME.")] = Path("runs"),
+    equal: Annotated[str, typer.Option(help="What all points have in common: steps, tokens or flops.")] = "steps",
+    local: Annotated[bool, typer.Option("--local", help="Train here, one point after another.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Ranks per point with --local.")] = 1,
     show: Annotated[bool, typer.Option("--print", help="Show points, command and scripts; write nothing.")] = False,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes of a point.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of a node; 0: as the site gives.")] = 0,
-    parallel: Annotated[int, typer.Option(min=0, help="Points that run at once; 0: no limit.")] = 0,
-    sbatch: Annotated[list[str] | None, typer.Option(help="More for sbatch: account=me, time=4:00:00")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes per point.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs per node; 0: the site's default.")] = 0,
+    parallel: Annotated[int, typer.Option(min=0, help="Points that run at the same time; 0: no limit.")] = 0,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="Further options for sbatch: account=me, time=4:00:00")
+    ] = None,
     site: Annotated[str, typer.Option(help="Site file, see launch/site/example.env.")] = "",
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Start also what ended FATAL.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also restart points that ended FATAL.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Train a grid of variants: validated whole, submitted as one job array; again for what is missing."""
+    """Train a grid of variants: all points are validated, then submitted as one job array. The same command again
+    starts only missing points.
+    """
     directory = sweep.sweep_directory(parent, sweep.default_name(overrides) if name is None else name)
     common = sweep.checked_equal(equal)
     points = sweep.plan_sweep(directory, overrides, common)
@@ -71,22 +75,22 @@ def sweep_command(
 def launch_arguments(
     overrides: Overrides = None,
     points: Annotated[Path | None, typer.Option(help="points-N.json of a sweep.")] = None,
-    index: Annotated[int, typer.Option(help="Element of the job array.")] = 0,
+    index: Annotated[int, typer.Option(help="Index in the job array.")] = 0,
 ) -> None:
-    """The run directory and the overrides of a job, each ended by a NUL byte, once they are known to be valid."""
+    """Print the run directory and the overrides of a job, each followed by a NUL byte, after validating them."""
     if points is not None:
         run_dir, *overrides = slurm.read_point(points, index)
         compose(overrides)
     else:
         overrides = overrides or []
         run_dir = compose_at_home(overrides).run.dir
-    # Read by a script, which must get them as they are.
+    # A script reads these, so they are printed without redaction.
     out = sys.stdout.behind if isinstance(sys.stdout, RedactedStream) else sys.stdout
     out.write("".join(f"{text}\0" for text in (run_dir, *overrides)))
 
 
 def _show(directory: Path, points: list[Point], options: JobOptions, as_json: bool) -> None:
-    """What would be submitted: the points, the command with its environment, and as text the scripts too."""
+    """What would be submitted: the points, the command with its environment and, as text, the scripts too."""
     command = slurm.sbatch_command(directory, directory / "points-0.json", len(points), options)
     environment = slurm.job_environment(options)
     if as_json:
@@ -103,7 +107,7 @@ def _show(directory: Path, points: list[Point], options: JobOptions, as_json: bo
 def _run_here(
     directory: Path, points: list[Point], equal: sweep.Equal, processes: int, retry_failed: bool, quiet: bool
 ) -> Started:
-    """Train what is missing, one point after another; one that fails keeps no other from training."""
+    """Train the missing points one after another. A failed point does not stop the others."""
     sweep.check_against_runs(points)
     standing = sweep.statuses(points)
     start = sweep.missing(points, standing, retry_failed)
@@ -111,7 +115,7 @@ def _run_here(
         validate_batch(compose(point.overrides), processes)
     sweep.save_sweep(directory, points, equal)
     console = LiteralConsole(stderr=True)
-    # The table is a mirror: where it cannot be shown the runs are trained all the same.
+    # The table only mirrors the record: if it cannot be printed, the runs are trained all the same.
     with harmless_output(), Live(console=console, auto_refresh=False) as live:
 
         def show(now: Point) -> None:
@@ -123,7 +127,7 @@ def _run_here(
 
 
 def _lacking(points: list[Point], started: Started, local: bool) -> dict[str, str]:
-    """The points that this command leaves without a result, none training or waiting for one: label -> state."""
+    """Points that have no result after this command and are neither training nor queued: label -> state."""
     now = sweep.statuses(points) if local else started.before
     begun = set() if local else {point.label for point in started.points}
     states = {status.name: status.state for status in now if status.name not in begun}
@@ -131,11 +135,11 @@ def _lacking(points: list[Point], started: Started, local: bool) -> dict[str, st
 
 
 def _refuse_as_whole(directory: Path, points: list[Point], lacking: dict[str, str]) -> None:
-    """Raises KhaError, which names the points that are `lacking` and why."""
+    """Raises KhaError that names the `lacking` points and why each has no result."""
     told = {point.label: first_failure_line(Path(point.run_dir)) for point in points if point.label in lacking}
     labels = ", ".join(f"{label} ({line or lacking[label]})" for label, line in told.items())
-    fix = f"see {directory}/logs; the same command goes on"
-    fix += ", with --retry-failed from what is fatal" if "fatal" in lacking.values() else ""
+    fix = f"see {directory}/logs; the same command continues"
+    fix += "; add --retry-failed for fatal points" if "fatal" in lacking.values() else ""
     raise KhaError(f"{len(lacking)} of {len(points)} points are missing: {labels}", field="kha sweep", fix=fix)
 
 

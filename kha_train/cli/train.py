@@ -23,23 +23,27 @@ Overrides = Annotated[
 def train(
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Rehearse the job in this one process; world_size=64 sets its ranks.")
+        bool,
+        typer.Option("--dry-run", help="Rehearse the job in this one process; world_size=64 sets the number of ranks."),
     ] = False,
-    ranks_per_node: Annotated[int, typer.Option(min=1, help="With --dry-run: GPUs of a node.")] = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: answer with one JSON object.")] = False,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="With --dry-run: GPUs per node.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON object.")] = False,
     multirun: Annotated[bool, typer.Option("--multirun", "-m", hidden=True)] = False,
 ) -> None:
-    """Train one model; resumes by itself when run.dir holds a checkpoint.
+    """Train one model; resumes automatically when run.dir holds a checkpoint.
 
-    Under torchrun, or srun with one task a rank, every rank runs this: `torchrun --nproc-per-node 2 -m kha_train ...`
+    Under torchrun, or srun with one task per rank, every rank runs this: `torchrun --nproc-per-node 2 -m kha_train ...`
 
-    Raises ConfigError for --json without --dry-run."""
+    Raises ConfigError for --json without --dry-run.
+    """
     overrides = overrides or []
     if multirun:
         _refuse_multirun(overrides)
     if as_json and not dry_run:
         raise ConfigError(
-            "a run answers through its record", field="--json", fix="--dry-run --json, or kha status --json"
+            "works with --dry-run only; a run writes its results to its record",
+            field="--json",
+            fix="--dry-run --json, or kha status --json",
         )
     if dry_run:
         _rehearse(overrides, ranks_per_node, as_json)
@@ -49,24 +53,24 @@ def train(
     config = compose_at_home(overrides)
     provide_home(Path(config.run.dir))
     startup.mark("configuration")
-    # Settings are judged before anything heavy is imported.
+    # Settings are validated before anything heavy is imported.
     from kha_train.train.run import train as train_run
 
     train_run(config, startup)
 
 
 def _refuse_multirun(overrides: list[str]) -> None:
-    """Raises ConfigError: `-m` is a habit of other Hydra applications."""
+    """Raises ConfigError: users of other Hydra applications may pass `-m`."""
     problem = "one command trains one run; a sweep trains several, here or (without --local) on SLURM"
     raise ConfigError(problem, field="--multirun", fix=sweep_command(overrides))
 
 
 def _rehearse(overrides: list[str], ranks_per_node: int, as_json: bool) -> None:
-    """Raises ConfigError for a world size that is no number."""
+    """Raises ConfigError for an invalid world size."""
     ours = [text.partition("=")[2] for text in overrides if text.startswith("world_size=")]
     settings = [text for text in overrides if not text.startswith("world_size=")]
     if not all(text.isdecimal() and int(text) for text in ours):
-        raise ConfigError("is no number of ranks", field="world_size", value=ours[-1])
+        raise ConfigError("is not a number of ranks", field="world_size", value=ours[-1])
     world_size = int(ours[-1]) if ours else 1
     config = compose(settings)
     from kha_train.operate.rehearse import Layout, rehearse

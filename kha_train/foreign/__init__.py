@@ -1,1 +1,1 @@
-"""Files written by other programs or releases, read in one way: each gives what the code expects, or one error."""
+"""Reads files written by other programs or releases. Each reader returns what the code expects, or raises one error."""

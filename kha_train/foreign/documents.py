@@ -1,4 +1,4 @@
-"""JSON and YAML of other programs -> plain values: text keys, bounded depth, no aliases, nothing that makes objects."""
+"""JSON and YAML of other programs -> plain values: text keys, bounded depth, no aliases, no constructed objects."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ from functools import cache
 from typing import Any
 
 Json = Any
-"""A value of JSON's kinds, which a file may hold: `typed.Source.read` gives it a type."""
+"""Any JSON value, as a file may hold it; `typed.Source.read` gives it a type."""
 MAX_DEPTH = 64
-"""Containers inside containers: ours have fewer than ten."""
+"""Limit on nested containers; our own files have fewer than ten levels."""
 _YAML_TROUBLE = (ValueError, OverflowError, RecursionError, LookupError, TypeError, AttributeError)
-"""What PyYAML raises beside its own errors for tags such as `!!int ''`."""
+"""What PyYAML raises besides its own errors for tags such as `!!int ''`."""
 
 
 def parse_json(raw: bytes) -> Json:
-    """The value that JSON text spells, NaN and infinities included. Raises ValueError for anything else, and for what
-    is nested too deeply."""
+    """The value of JSON text, which may contain NaN and infinities. Raises ValueError for anything else, and for text
+    that is nested too deeply.
+    """
     try:
         value = json.loads(raw.decode())
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    # Only what has many brackets can be deep; lines of a record have few.
+    # Only text with many brackets can be deep; lines of a record have few.
     if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH:
         check_depth(value)
     return value
 
 
 def parse_yaml(raw: bytes) -> Json:
-    """The value that YAML text spells: mappings with text keys, lists, text, numbers, true, false, null.
+    """The value of YAML text: mappings with text keys, lists, text, numbers, true, false, null.
 
-    Raises ValueError for anything else. Aliases are refused: a few lines of them stand for gigabytes.
+    Raises ValueError for anything else. Aliases are refused: a few lines of them can expand to gigabytes.
     """
     import yaml
 
@@ -64,7 +65,7 @@ def _check_plain(value: Any) -> None:
         elif isinstance(one, list):
             left += one
         elif one is not None and type(one) not in (str, int, float, bool):
-            raise ValueError(f"a value of a kind that settings do not have: {type(one).__name__}")
+            raise ValueError(f"a value of an unsupported type: {type(one).__name__}")
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Opening a file that somebody else may have put there: a directory or a FIFO in its place is an error, not a hang."""
+"""Opens files that somebody else may have put there: a directory or a FIFO in their place is an error, not a hang."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import BinaryIO
 from kha_train.errors import DataError, KhaError
 
 SMALL = 16 * 2**20
-"""Bytes that a file of settings or state has at most."""
+"""Size limit, in bytes, of a settings or state file."""
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
@@ -24,10 +24,9 @@ _KINDS = {
 
 
 def read_regular(path: Path, limit: int | None = None, error: type[KhaError] = DataError) -> bytes | None:
-    """The bytes of the file `path` (a link to one is followed); None when there is none.
+    """The bytes of the file `path` (a link to a file is followed); None when there is none.
 
-    Raises `error` when something else than a file has its name, or when it has more than `limit` bytes; OSError when it
-    cannot be read.
+    Raises `error` when `path` is not a regular file, or has more than `limit` bytes; OSError when it cannot be read.
     """
     with open_regular(path, error) as file:
         if file is None:
@@ -40,7 +39,7 @@ def read_regular(path: Path, limit: int | None = None, error: type[KhaError] = D
 
 @contextmanager
 def open_regular(path: Path, error: type[KhaError] = DataError) -> Iterator[BinaryIO | None]:
-    """The file `path`, open for reading while entered; None when there is none. Raises as `read_regular`."""
+    """The file `path`, open for reading inside the `with` block; None when there is none. Raises as `read_regular`."""
     descriptor = _opened(path, error)
     if descriptor is None:
         yield None
@@ -65,7 +64,7 @@ def _opened(path: Path, error: type[KhaError]) -> int | None:
 
 
 def check_regular(path: Path, error: type[KhaError] = DataError) -> None:
-    """Raises `error` when something else than a file, or a link to one, has the name `path`."""
+    """Raises `error` when `path` exists but is neither a regular file nor a link to one."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):

@@ -1,9 +1,9 @@
 """Plain values of a foreign file -> what the code expects, or one error that names file, field and fix.
 
-A schema is a `TypedDict` (the result is a dict, and what a later release added stays in it), a dataclass (built; a
-further field is an error), or any of: int, float, str, bool, None, Any, Literal, unions with None, `list[X]`,
+A schema is a `TypedDict` (gives a dict that keeps the fields added by later releases), a dataclass (gives an instance;
+an unknown field is an error), or any of: int, float, str, bool, None, Any, Literal, unions with None, `list[X]`,
 `dict[str, X]`, `tuple[X, Y]`, `tuple[X, ...]`. `Annotated[X, ...]` adds `Range`, `Length`, `Match`, or an `Absent`
-value for files from before the field existed.
+value for files older than the field.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kha_train.foreign.documents import Json
 
 T = TypeVar("T")
 LARGEST = 2**53
-"""No count of ours is larger, and every one up to here is a float too."""
+"""No count of ours is larger, and every integer up to here is exact as a float."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,21 @@ class Range:
 
 @dataclass(frozen=True)
 class Length:
-    """A list of so many `entries`."""
+    """A list with this number of `entries`."""
 
     entries: int
 
 
 @dataclass(frozen=True)
 class Match:
-    """Text that the `pattern` describes whole."""
+    """Text that the `pattern` matches as a whole."""
 
     pattern: str
 
 
 @dataclass(frozen=True)
 class Absent:
-    """The `value` that counts where a file lacks the field, because it is older."""
+    """The `value` of a field in older files that lack it."""
 
     value: Json
 
@@ -68,19 +68,21 @@ Count = Annotated[int, Range(0, LARGEST)]
 
 @dataclass(frozen=True)
 class Source:
-    """A foreign file as errors name it, the kind of those errors, and what to do about them."""
+    """A foreign file: its name in errors, the kind of those errors, and their fix."""
 
     name: str
     error: type[KhaError] = DataError
     fix: str = "restore it from a copy, or move it away"
 
     def fault(self, place: str, problem: str, value: object = None, allowed: str | None = None) -> KhaError:
-        """The error about what stands at `place` ("" for the whole file)."""
+        """The error about the value at `place` ("" for the whole file)."""
         where = f"{self.name} {place}".rstrip()
         return self.error(problem, field=where, value=short(value), allowed=allowed, fix=self.fix)
 
     def read(self, schema: type[T], value: object, place: str = "") -> T:
-        """`value` as `schema` says. Raises `error` naming the first field that is missing or of another kind."""
+        """`value` checked against `schema`. Raises `error` naming the first field that is missing or of the wrong
+        type.
+        """
         converted: T = self._convert(schema, value, place)
         return converted
 
@@ -99,7 +101,7 @@ class Source:
             return None if value is None and NoneType in arguments else self._one_of(kinds, value, place)
         if origin is Literal:
             if not any(value == choice and type(value) is type(choice) for choice in arguments):
-                raise self.fault(place, "not a choice", value, ", ".join(map(str, arguments)))
+                raise self.fault(place, "not an allowed value", value, ", ".join(map(str, arguments)))
             return value
         if origin in (list, tuple, dict):
             return self._container(origin, arguments, value, place)
@@ -123,7 +125,7 @@ class Source:
         known = {field.name: field for field in fields(schema)}
         for name in found:
             if name not in known:
-                raise self.fault(_join(place, name), "unknown here", allowed=", ".join(known))
+                raise self.fault(_join(place, name), "unknown field", allowed=", ".join(known))
         for name, field in known.items():
             if name in found:
                 found[name] = self._convert(hints[name], found[name], _join(place, name))
@@ -144,11 +146,11 @@ class Source:
             if isinstance(rule, Length) and len(found) != rule.entries:
                 raise self.fault(place, f"has {len(found)} entries", allowed=f"{rule.entries}")
             if isinstance(rule, Match) and not re.fullmatch(rule.pattern, found):
-                raise self.fault(place, "wrong form", found, rule.pattern)
+                raise self.fault(place, "has the wrong form", found, rule.pattern)
         return found
 
     def _one_of(self, kinds: list[Any], value: Any, place: str) -> Any:
-        # Where its fields tell which of several objects it is, an error is about that one.
+        # If a field tells which of several objects it is, report the error for that one.
         if isinstance(value, Mapping):
             kinds = [kind for kind in kinds if is_typeddict(kind) and _needed(kind) <= value.keys()] or kinds
         for kind in kinds[:-1]:
@@ -176,7 +178,7 @@ class Source:
 
 
 def short(value: Json) -> Json:
-    """What an error shows of a foreign value: a number as it is, the beginning of anything else."""
+    """How an error shows a foreign value: numbers in full, the beginning of anything else."""
     if value is None or isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 10**40):
         return value
     if isinstance(value, int):
@@ -195,7 +197,7 @@ _NAMES = {str: "text", int: "an integer", float: "a number", bool: "true or fals
 
 
 def _null(value: Any) -> Any:
-    """An error shows no value that is None."""
+    """Errors show no value that is None, so null is spelled out."""
     return "null" if value is None else value
 
 
@@ -206,7 +208,7 @@ def _hints(schema: type) -> dict[str, Any]:
 
 @cache
 def _entries(schema: type) -> dict[str, tuple[Any, bool, Absent | None]]:
-    """Name -> kind, whether it must be there, and what counts where it is absent."""
+    """Field -> its type, whether it is required, and its value when absent."""
     entries = {}
     for name, hint in _hints(schema).items():
         optional = get_origin(hint) is NotRequired

@@ -79,7 +79,7 @@ def find_runs(
     if not found:
         raise none_found(named, "; ".join(passed_over))
     for text in passed_over:
-        note(f"passed over: {text}")
+        note(f"skipped: {text}")
     return found
 
 

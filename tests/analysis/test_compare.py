@@ -514,12 +514,12 @@ def test_a_damaged_run_is_passed_over_where_two_are_whole(tmp_path: Path, capsys
     assert code == 4 and [each["path"] for each in found["runs"]] == [str(one), str(two)]
     (told,) = found["passed_over"]
     assert told.startswith(f"{damaged}: ") and "metrics.jsonl:2" in told
-    assert f"note: passed over: {told}" in err and "data error: " in err
+    assert f"note: skipped: {told}" in err and "data error: " in err
     assert f"Passed over: {damaged}: " in (tmp_path / "report" / "index.html").read_text()
     code, out, err = answer(one, damaged, two)
-    assert code == 4 and "report: " in out and "passed over" in err
+    assert code == 4 and "report: " in out and "skipped" in err
     code, out, err = answer(one, damaged, "--overwrite")
-    assert code == 4 and not out and "metrics.jsonl:2" in err and "passed over" not in err
+    assert code == 4 and not out and "metrics.jsonl:2" in err and "skipped" not in err
 
 
 def test_a_place_that_cannot_be_written_is_answered_with_the_option(

@@ -94,7 +94,7 @@ def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path, save) -> Non
     os.rename(path, path.with_name("step-00000008"))
     reports: list[str] = []
     assert find_newest(tmp_path, World.single(), reports.append) is None
-    assert "another step" in reports[0]
+    assert "its step differs" in reports[0]
 
 
 def test_damage_in_all_checkpoints_ends_with_none_and_every_one_kept(tmp_path, save) -> None:

@@ -60,8 +60,8 @@ def unfinished(folder: Path) -> None:
 
 LOSSES = {
     missing: "is missing",
-    dangling: "is a link to .*scratch/checkpoints, which is not there",
-    steps_dangling: "holds only links to what is not there, such as step-00000010 to .*scratch/step-00000010",
+    dangling: "is a link to .*scratch/checkpoints, which does not exist",
+    steps_dangling: "holds only dangling links, such as step-00000010 to .*scratch/step-00000010",
     a_file: "is not a directory",
     all_damaged: "holds only damaged ones, set aside as step-00000010.corrupt",
     unfinished: "holds none",

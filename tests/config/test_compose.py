@@ -136,7 +136,7 @@ MISTAKES = {
         "knocking_linear",
         "knocking_",
     ),
-    "not a choice": (["engine.precision=fp16"], "engine.precision", "fp16", "auto, fp32, bf16", "bf16"),
+    "not an allowed value": (["engine.precision=fp16"], "engine.precision", "fp16", "auto, fp32, bf16", "bf16"),
     "a stage that is none": (["engine.zero_stage=4"], "engine.zero_stage", 4, "1, 2, 3", None),
     "too few values": (["optim.betas=[0.9]"], "optim.betas", [0.9], None, None),
     "a value for a list": (["telemetry.wandb.tags=one"], "telemetry.wandb.tags", "one", None, "[one]"),

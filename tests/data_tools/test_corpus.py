@@ -127,7 +127,7 @@ def test_a_corpus_that_is_there_is_never_lost_by_a_mistake(notes: Path, tmp_path
         build_corpus(own, standard_library=False, extra_roots=[notes])
     with pytest.raises(ConfigError, match="no such"):
         build_corpus(own, standard_library=False, extra_roots=[tmp_path / "nowhere"], overwrite=True)
-    with pytest.raises(ConfigError, match="what would be written"):
+    with pytest.raises(ConfigError, match="would be overwritten"):
         build_corpus(own, standard_library=False, extra_roots=[own], overwrite=True)
     (notes / "z.jsonl").write_text("{\n")
     with pytest.raises(DataError, match="z.jsonl: line 1 is not JSON"):
@@ -137,7 +137,7 @@ def test_a_corpus_that_is_there_is_never_lost_by_a_mistake(notes: Path, tmp_path
 
 def test_a_file_of_another_kind_is_refused_when_it_is_named(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text\na\n")
-    with pytest.raises(ConfigError, match=r"another kind.*\.jsonl"):
+    with pytest.raises(ConfigError, match=r"not a supported kind.*\.jsonl"):
         build_corpus(tmp_path / "c", standard_library=False, extra_roots=[tmp_path / "rows.csv"])
 
 

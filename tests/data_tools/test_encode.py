@@ -170,7 +170,7 @@ def test_an_encoder_that_fails_its_proof_is_not_used_and_that_is_said(
     said: list[str] = []
     model = corpus / "tokenizer.model"
     made = encode_corpus(tmp_path, model, tmp_path / "a", encoder="gigatoken", say=said.append)
-    assert said == ["sentencepiece, because gigatoken 0 gives other ids in the first documents"]
+    assert said == ["sentencepiece, because gigatoken 0 gave other ids for the first documents"]
     plain = encode_corpus(tmp_path, model, tmp_path / "b")
     assert {split: one.content_id for split, one in made.items()} == {s: one.content_id for s, one in plain.items()}
 

@@ -124,7 +124,7 @@ def test_only_the_first_of_equal_texts_stays_wherever_they_lie(model: Path, tmp_
     encode_files([root], model, tmp_path / "out", **how, drop_repeated=True, say=said.append)
     found = [documents(tmp_path / "out" / split) for split in SPLITS]
     assert sorted([*found[0], *found[1]]) == sorted(["one", "two", "three", "four", "five"])
-    assert said == ["4 texts left out, because they stand before"]
+    assert said == ["4 texts left out as duplicates of earlier ones"]
     encode_files([root], model, tmp_path / "all", **how)
     every = [documents(tmp_path / "all" / split) for split in SPLITS]
     assert len(every[0]) + len(every[1]) == 9 and not set(every[0]) & set(every[1])
@@ -153,7 +153,7 @@ def test_an_interrupted_encoding_goes_on_and_writes_the_same_files(
     encode_files([notes], model, tmp_path / "stopped", **how, workers=workers, say=said.append)
     assert files(tmp_path / "stopped") == files(tmp_path / "straight")
     assert (tmp_path / "stopped" / "train" / "shard-00000.tok").stat().st_ino == kept
-    assert any("2 of " in text and "finished before" in text for text in said)
+    assert any("2 of " in text and "already finished" in text for text in said)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -207,7 +207,7 @@ def test_a_column_without_text_is_refused(model: Path, tmp_path: Path) -> None:
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "n.parquet")
-    with pytest.raises(DataError, match=r"n\.parquet = .int64.: its column .text. holds no text"):
+    with pytest.raises(DataError, match=r"n\.parquet = .int64.: its column .text. does not hold text"):
         encode_files([tmp_path / "n.parquet"], model, tmp_path / "out")
 
 

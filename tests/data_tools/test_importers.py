@@ -156,7 +156,7 @@ def test_an_import_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         import_tokens("datatrove", [tmp_path / "nowhere"], tmp_path / "out", unknown_tokenizer(100), overwrite=True)
     with pytest.raises(DataError, match="outside the vocabulary"):
         import_tokens("datatrove", [path], tmp_path / "out", unknown_tokenizer(50), overwrite=True)
-    with pytest.raises(ConfigError, match="lies in the output directory"):
+    with pytest.raises(ConfigError, match="lies inside the output directory"):
         import_tokens(
             "numpy", [tmp_path / "out" / "shard-00000.tok"], tmp_path / "out", unknown_tokenizer(100), overwrite=True
         )

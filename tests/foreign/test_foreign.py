@@ -85,7 +85,7 @@ def test_the_first_wrong_field_is_named_with_file_and_fix(change: dict[str, Any]
 
 def test_a_further_field_of_what_must_be_exact_is_refused_in_the_kind_of_the_file() -> None:
     source = Source("trainer.json", CheckpointError)
-    with pytest.raises(CheckpointError, match=r"trainer\.json progress\.later: unknown here; allowed: step, kept"):
+    with pytest.raises(CheckpointError, match=r"trainer\.json progress\.later: unknown field; allowed: step, kept"):
         source.read(Exact, {"step": 3, "later": 1}, "progress")
     with pytest.raises(CheckpointError, match="an object"):
         source.read(Exact, [1])

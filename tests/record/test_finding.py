@@ -75,7 +75,7 @@ def test_a_folder_is_searched_for_its_runs_and_not_the_inside_of_a_run(runs: Pat
     assert names(find_runs([runs], said.append), runs) == ["a", "b", "deep/c", "unborn"] and not said
     assert names(find_runs([runs / "b", runs], said.append), runs) == ["b", "a", "deep/c", "unborn"]
     assert names(find_runs([runs], said.append, trained=True), runs) == ["a", "b", "deep/c"]
-    assert said == [f"passed over: {runs}/unborn: it has no recorded step yet"]
+    assert said == [f"skipped: {runs}/unborn: it has no recorded step yet"]
 
 
 def test_a_glob_that_the_shell_left_is_expanded_and_a_name_with_its_characters_is_not(runs: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_glob_that_the_shell_left_is_expanded_and_a_name_with_its_characters_i
     make(runs / "[ab]")
     assert names(find_runs([runs / "[ab]"], said.append), runs) == ["[ab]"]
     assert names(find_runs([runs / "*"], said.append), runs) == ["[ab]", "a", "b", "deep/c", "unborn"]
-    assert said == [f"passed over: {runs}/logs: holds no run", f"passed over: {runs}/notes.txt: is a file"]
+    assert said == [f"skipped: {runs}/logs: holds no run", f"skipped: {runs}/notes.txt: is a file"]
 
 
 def test_the_runs_of_a_sweep_come_in_the_order_of_its_points(runs: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_run_that_cannot_be_read_is_passed_over_unless_it_was_named(
         code, out, err = command(name, named, "--json")
         assert code == 0, err
         assert "a" not in {run["label"] for run in json.loads(out)["runs"]}
-        assert f"note: passed over: {runs / 'a'}: " in err and damage in err
+        assert f"note: skipped: {runs / 'a'}: " in err and damage in err
     code, out, err = command(name, runs / "a", runs, "--json")
     assert code == 4 and damage in err
     assert bool(out) == (name == "compare"), "two whole runs are still compared"

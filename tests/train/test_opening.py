@@ -115,7 +115,7 @@ def test_a_finished_run_that_is_asked_for_more_is_refused_where_its_checkpoints_
     unmount(run_dir)
     before = content(run_dir)
     for overrides in (("run.steps=8", "resume.allow_changes=[run.steps]"), ("optim.lr=0.5",)):
-        with pytest.raises(CheckpointError, match="does not start over unasked"):
+        with pytest.raises(CheckpointError, match="does not start over unless asked"):
             again(*overrides)
     assert content(run_dir) == before and has_marker(run_dir, Marker.DONE)
 

@@ -1,7 +1,7 @@
-"""`hydra/launcher=kha_slurm`: plain Hydra's `--multirun` submitted as one SLURM job array, as `kha sweep` does it.
+"""`hydra/launcher=kha_slurm`: submits plain Hydra's `--multirun` as one SLURM job array, as `kha sweep` does.
 
-Hydra imports every plugin at every start, so everything heavy is imported when jobs are launched. The submitter may log
-out: each point trains, is requeued and resumes by itself.
+Hydra imports every plugin at every start, so heavy imports wait until jobs are launched. The submitter may log out:
+each point trains, is requeued and resumes on its own.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ OPTIONS = {
     "site": "",
     "retry_failed": False,
 }
-"""What may be set as `hydra.launcher.KEY`; the same as the options of `kha sweep`. No dataclass: Hydra runs this file
-without making it a module, where one could not be defined."""
+"""The settings `hydra.launcher.KEY`; the same as the options of `kha sweep`. Not a dataclass: Hydra runs this file
+without making it a module, and a dataclass needs one.
+"""
 
 
 class KhaSlurmLauncher(Launcher):
@@ -38,11 +39,12 @@ class KhaSlurmLauncher(Launcher):
         self._options = options
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
-        """Nothing is kept: a job composes its own configuration from its overrides."""
+        """Keeps nothing: a job composes its own configuration from its overrides."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """One answer a point, its job's id as the value (None where nothing had to be started). A mistake ends the
-        process with its line and exit code, as `kha sweep` ends."""
+        """One result per point, with its job's id as the value (None where nothing had to be started). A user's mistake
+        ends the process with its line and exit code, as `kha sweep` does.
+        """
         from kha_train.cli.main import complain_of
         from kha_train.errors import KhaError
 
@@ -50,7 +52,7 @@ class KhaSlurmLauncher(Launcher):
             return self._submit(job_overrides, initial_job_idx)
         except KhaError as error:
             complain_of(error)
-            # Hydra would end with 1, whatever it was.
+            # Hydra would always end with 1.
             sys.exit(error.exit_code)
 
     def _submit(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
