@@ -124,7 +124,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         if not any(value == choice and type(value) is type(choice) for choice in arguments):
-            raise ConfigError("not an allowed value", field=where, value=value, **nearest(str(value), map(str, arguments)))
+            raise ConfigError(
+                "not an allowed value", field=where, value=value, **nearest(str(value), map(str, arguments))
+            )
         return value
     if origin is tuple:
         return _convert_tuple(arguments, value, where)

@@ -1,4 +1,4 @@
-"""Figures of a plan that have names: a run's time, the size of its checkpoints, its use of the data."""
+"""The named figures of a plan: a run's time, the size of its checkpoints, its use of the data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TypedDict
 
 
 class RunTime(TypedDict):
-    """A run's work, and how long it takes at the assumed MFU; None where the peak or the price is not known."""
+    """A run's work, and its duration at the assumed MFU; None where the peak or the price is unknown."""
 
     tokens: int
     tokens_per_step: int
@@ -20,7 +20,7 @@ class RunTime(TypedDict):
 
 
 class SavedSize(TypedDict):
-    """A checkpoint's bytes, and how often to save; None where the storage's speed or the step's time is not known."""
+    """A checkpoint's bytes and the save interval; None where the storage's speed or the step time is unknown."""
 
     bytes: int
     kept_bytes: int

@@ -1,4 +1,4 @@
-"""What a run will hold, cost and take, from its configuration alone: before a GPU is touched, and without torch."""
+"""Estimates memory, time, cost and traffic of a run from its configuration alone, without a GPU or torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ STAGES = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change that saves memory: the overrides, what a rank then needs, and what the change costs."""
+    """A change that saves memory: the overrides, the memory a rank needs then, and what the change costs."""
 
     overrides: str
     saves_bytes: int
@@ -50,7 +50,7 @@ class Remedy:
 
 
 class _Change(NamedTuple):
-    """A remedy that could be taken: its override, the field of the engine that it sets, and its price."""
+    """A possible remedy: its override, the engine field it sets, and its price."""
 
     override: str
     fields: dict[str, Any]
@@ -59,9 +59,10 @@ class _Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Communication:
-    """Bytes one rank sends in a step under a ZeRO stage, and the seconds that takes at the slowest link it crosses
-    (None: not known). Nothing of it is assumed to overlap with computation. `group_bytes_per_step` of those bytes stay
-    inside groups of `engine.hpz_partition_size` ranks."""
+    """Bytes that one rank sends in a step under a ZeRO stage, and the seconds this takes on the slowest link it crosses
+    (None: unknown). No overlap with computation is assumed. `group_bytes_per_step` of those bytes stay inside groups of
+    `engine.hpz_partition_size` ranks.
+    """
 
     stage: int
     bytes_per_step: int
@@ -71,8 +72,9 @@ class Communication:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer of `kha plan`. `fits` is None when the memory of a device is not known; `batch_problem` and
-    `data_problem` are what a run would end with before its first step."""
+    """The result of `kha plan`. `fits` is None when the memory of a device is unknown. `batch_problem` and
+    `data_problem` are the errors that would end a run before its first step.
+    """
 
     config: RunConfig
     parameters: ParameterCount
@@ -94,17 +96,17 @@ class Plan:
 
     @property
     def accepted(self) -> bool:
-        """Whether the run could begin there, as far as it is known."""
+        """Whether the run could start there, as far as known."""
         return self.fits is not False and self.batch_problem is None and self.data_problem is None
 
     @property
     def warning(self) -> str:
-        """What to know before a run whose steps are very long; "" where they are not."""
+        """A warning about very long steps; "" where they are not."""
         rows = self.config.data.global_batch_size // self.config.cluster.devices
         return long_step_warning(self.config, rows, self.time["step_seconds"])
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON answer. Its keys are documented in docs/plan.md and do not change."""
+        """The JSON output. Its keys are documented in docs/plan.md and do not change."""
         config, cluster = self.config, self.config.cluster
         stages = {stage: plan_memory(_with_engine(config, zero_stage=stage)) for stage in STAGES}
         return {
@@ -149,8 +151,9 @@ class Plan:
 
 
 def make_plan(config: RunConfig) -> Plan:
-    """The plan of `config` on `config.cluster`. Raises ConfigError when something that it names cannot run there, and
-    DataError when the dataset's manifest is damaged."""
+    """The plan of `config` on `config.cluster`. Raises ConfigError when a setting cannot run there, and DataError when
+    the dataset's manifest is damaged.
+    """
     resolved = resolve_plan(config)
     parameters, flops = count_parameters(config), flops_per_token(config)
     memory, cluster = plan_memory(config), config.cluster
@@ -180,7 +183,7 @@ def make_plan(config: RunConfig) -> Plan:
 
 
 def recipe_table(config: RunConfig, total: int) -> list[dict[str, Any]]:
-    """Model states of one rank by recipe and ZeRO stage, in bytes; `offered` says what this engine can do."""
+    """Model states of one rank by recipe and ZeRO stage, in bytes; `offered` says whether this engine supports it."""
     ranks = config.cluster.devices
     return [
         {
@@ -194,8 +197,9 @@ def recipe_table(config: RunConfig, total: int) -> list[dict[str, Any]]:
 
 
 def _remedies(config: RunConfig, budget: int) -> tuple[tuple[Remedy, ...], str | None]:
-    """Each remedy that saves by itself, the cheapest first, and what is enough: as few of them as possible together,
-    on as few devices as possible. A remedy may save only beside others, or on more devices."""
+    """Each remedy that saves memory alone, cheapest first, and a sufficient set: as few as possible together, on as few
+    devices as possible. A remedy may help only together with others, or on more devices.
+    """
     now, candidates = plan_memory(config).total, _candidates(config)
     alone = [(change, plan_memory(_with_engine(config, **change.fields)).total) for change in candidates]
     remedies = tuple(
@@ -215,7 +219,9 @@ def _remedies(config: RunConfig, budget: int) -> tuple[tuple[Remedy, ...], str |
 
 
 def _enough(config: RunConfig, candidates: list[_Change], budget: int) -> tuple[_Change, ...] | None:
-    """The fewest, and of as many the cheapest, `candidates` with which `config` fits; None when none do."""
+    """The smallest set of `candidates` with which `config` fits, the cheapest of equal size; None when there is
+    none.
+    """
     for count in range(len(candidates) + 1):
         for chosen in itertools.combinations(candidates, count):
             fields = {field: value for change in chosen for field, value in change.fields.items()}
@@ -225,7 +231,7 @@ def _enough(config: RunConfig, candidates: list[_Change], budget: int) -> tuple[
 
 
 def _candidates(config: RunConfig) -> list[_Change]:
-    """What can be changed, the cheapest first; two changes of one field exclude each other."""
+    """The possible changes, cheapest first; two changes of one field exclude each other."""
     engine, found = config.engine, []
 
     def offer(field: str, value: int | str, price: str) -> None:
@@ -249,8 +255,9 @@ def _candidates(config: RunConfig) -> list[_Change]:
 
 
 def _devices_needed(config: RunConfig, candidates: list[_Change], budget: int) -> int | None:
-    """A number of devices, whole nodes where one is not enough, up to 65,536, on which some of `candidates` are enough
-    while they are not on the next smaller one; None when there is none."""
+    """A number of devices, up to 65,536, on which some of `candidates` are enough, while they are not on the next
+    smaller number. Whole nodes are used where one is not enough. None when there is no such number.
+    """
     devices, node = config.cluster.devices, config.cluster.devices_per_node
     counts: list[int] = [*range(devices, node), *range(max(devices, node), 65_537, node)]
 
@@ -271,13 +278,13 @@ def _devices_needed(config: RunConfig, candidates: list[_Change], budget: int) -
 
 
 def _communication(config: RunConfig, stage: int, total: int) -> Communication:
-    """Ring collectives: a reduce-scatter or all-gather of S bytes sends S (N - 1) / N from every rank, an all-reduce
-    twice that.
+    """Traffic of ring collectives. Each rank sends S (N - 1) / N bytes in a reduce-scatter or all-gather of S bytes,
+    and twice that in an all-reduce.
 
-    DeepSpeed 0.19 all-reduces gradients, whole and in the training dtype, under ZeRO 1 once a step and under ZeRO 2 in
-    every micro-batch (`use_multi_rank_bucket_allreduce`); both then gather the updated parameters. ZeRO 3 gathers them
-    in every micro-batch, for the forward and again for the backward, and reduce-scatters. With `hpz_partition_size`
-    only the first gather of a step is one among all ranks; what each group then holds, it gathers by itself.
+    DeepSpeed 0.19 all-reduces whole gradients in the training dtype: under ZeRO 1 once per step, under ZeRO 2 in every
+    micro-batch (`use_multi_rank_bucket_allreduce`); both then gather the updated parameters. ZeRO 3 gathers them in
+    every micro-batch, for the forward and again for the backward, and reduce-scatters. With `hpz_partition_size` only
+    the first gather of a step is among all ranks; the others stay inside each group.
     """
     cluster, group = config.cluster, config.engine.hpz_partition_size if stage == 3 else 1
     ranks, width, micro = cluster.devices, 2 if uses_bf16(config) else 4, micro_batches(config)
@@ -302,7 +309,7 @@ def _batch_problem(config: RunConfig) -> str | None:
 
 
 def _time(config: RunConfig, flops: FlopCount) -> RunTime:
-    """Computation alone, at the cluster's assumed MFU: tokens/s = devices x peak x MFU / FLOPs a token."""
+    """Computation alone, at the cluster's assumed MFU: tokens/s = devices x peak x MFU / FLOPs per token."""
     cluster = config.cluster
     tokens_per_step = config.data.global_batch_size * config.model.seq_len
     tokens = config.run.steps * tokens_per_step
@@ -323,7 +330,9 @@ def _time(config: RunConfig, flops: FlopCount) -> RunTime:
 
 
 def _checkpoint(config: RunConfig, total: int, step_seconds: float | None) -> SavedSize:
-    """Size, time to write, and the interval that loses least: sqrt(2 x write x time between failures) (Young 1974)."""
+    """Size, time to write, and the save interval that loses the least time: sqrt(2 x write x time between failures)
+    (Young 1974).
+    """
     cluster, size = config.cluster, config.optim.bytes_per_parameter() * total
     write = size / (cluster.storage_bandwidth_gb * 1e9) if cluster.storage_bandwidth_gb else None
     failures = cluster.hours_between_failures * 3600 / cluster.devices
@@ -340,7 +349,7 @@ def _checkpoint(config: RunConfig, total: int, step_seconds: float | None) -> Sa
 
 
 def _data(config: RunConfig) -> DataUse:
-    """Epochs over the training data, where its manifests can be read here."""
+    """Epochs over the training data, if its manifests can be read here."""
     wanted = config.run.steps * config.data.global_batch_size * config.model.seq_len
     if not _is_here(*_training_data(config)):
         return {"tokens": None, "epochs": None}
@@ -349,7 +358,7 @@ def _data(config: RunConfig) -> DataUse:
 
 
 def _data_problem(config: RunConfig) -> str | None:
-    """Why a run could not begin with its data, where all of them are here."""
+    """Why a run could not start with its data, if all of the data are here."""
     if not _is_here(*_training_data(config), config.data.validation):
         return None
     try:

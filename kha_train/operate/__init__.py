@@ -1,1 +1,1 @@
-"""What people run around a training run: rehearsals, sweeps here and on SLURM, status, the quickstart."""
+"""Tools around a training run: rehearsals, sweeps (local and on SLURM), status, the quickstart."""

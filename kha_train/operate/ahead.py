@@ -1,4 +1,4 @@
-"""Long runs read and summed up by several processes at once, before they are compared."""
+"""Reads and summarises long runs in several processes, before they are compared."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from kha_train.record.columns import Columns
 from kha_train.record.reader import METRICS_FILE
 
 WORTH = 64 * 2**20
-"""Bytes of records below which starting processes takes longer than reading them here."""
+"""Bytes of records below which starting processes takes longer than reading here."""
 MOST = 4
-"""Processes at most: each holds the columns of one run."""
+"""Maximum number of processes: each holds the columns of one run."""
 
 
 @dataclass(frozen=True)
 class Ahead:
-    """What was read ahead of some runs, by their directories. The others are read when they are asked for."""
+    """The runs that were read ahead, by directory. Other runs are read on demand."""
 
     read: Mapping[Path, tuple[Columns, Summary]] = field(default_factory=dict)
 
@@ -39,8 +39,10 @@ class Ahead:
 
 
 def read_ahead(paths: Sequence[Path]) -> Ahead:
-    """Read and sum up the runs in `paths`, where they are several and long. A run that cannot be read is left out:
-    whoever asks for it gets the error. Where a process is killed or does not start, the rest is left out as well."""
+    """Read and summarise the runs in `paths` in parallel, if there are several long ones. Runs that cannot be read are
+    left out, and raise their error when they are loaded. If a process is killed or does not start, the remaining runs
+    are left out too.
+    """
     if len(paths) < 2 or sum(map(_size, paths)) < WORTH:
         return Ahead()
     workers = min(len(paths), MOST, _processors())
@@ -51,12 +53,12 @@ def read_ahead(paths: Sequence[Path]) -> Ahead:
         for path, read in zip(paths, each(_read, paths, workers, None), strict=True):
             found |= {} if read is None else {path: read}
     except (MachineError, MemoryError, OSError, EOFError):
-        say("note: a helper process was killed or did not start: the runs are read one after the other", err=True)
+        say("note: a helper process was killed or did not start: the runs are read one after another", err=True)
     return Ahead(found)
 
 
 def _processors() -> int:
-    """Those that this process may use; a system that does not say so, such as macOS, allows all."""
+    """The number of processors that this process may use; all of them on systems that do not say, such as macOS."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,4 +1,4 @@
-"""The points of a sweep one after another on this machine, by the script a single run uses."""
+"""Runs the points of a sweep one after another on this machine, with the script that a single run uses."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ POLL_SECONDS = 0.5
 def run_points(directory: Path, points: Sequence[Point], processes: int, watch: Callable[[Point], None]) -> list[Point]:
     """Train every point on `processes` ranks; returns those that failed. Output goes to `<sweep>/logs/<label>.out`.
 
-    `watch` is called about twice a second with the point that trains. KeyboardInterrupt (Ctrl-C reaches the training
-    too, which saves and stops) ends the sweep once that run has ended.
+    `watch` is called about twice a second with the point that is training. On KeyboardInterrupt, the sweep ends after
+    the current run: Ctrl-C reaches the training too, which saves and stops.
     """
     failed = []
     (directory / "logs").mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The first minutes: a corpus, a tokenizer and shards, then two models trained on the same data and compared.
+"""The quickstart: a corpus, a tokenizer and shards, then two models trained on the same data and compared.
 
-Each stage is the very thing a user would call, on the real path: the models are trained by torchrun under ZeRO. A stage
-whose result is there already is not repeated, so an interrupted quickstart goes on where it was.
+Each stage uses what users would call themselves; the models are trained by torchrun under ZeRO. A stage with an
+existing result is skipped, so an interrupted quickstart continues where it stopped.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ Say = Callable[[str], None]
 
 
 def run_quickstart(out: Path, *, steps: int, processes: int, say: Say) -> dict[str, Any]:
-    """Make everything under `out` and return what came of it: seconds by stage, bits per byte by variant, paths.
+    """Make everything under `out` and return the results: seconds by stage, bits per byte by variant, paths.
 
-    `say` receives the lines for the user. Raises KhaError when a stage fails; what training printed stands above.
+    `say` receives the lines for the user. Raises KhaError when a stage fails; the output of training stands above.
     """
     seconds: dict[str, float] = {}
     with _timed("corpus: source code of Python's standard library", seconds, say):
@@ -88,7 +88,7 @@ def _overrides(out: Path, variant: str, steps: int) -> list[str]:
         "data.train": out / "shards" / "train",
         "data.validation": out / "shards" / "validation",
     }
-    # Hydra reads a path with other characters only between quotes.
+    # Hydra needs quotes around paths with other characters.
     quoted = [
         f"{key}={path}" if re.fullmatch(r"[\w./-]+", str(path)) else f"{key}='{path}'" for key, path in paths.items()
     ]
@@ -98,9 +98,9 @@ def _overrides(out: Path, variant: str, steps: int) -> list[str]:
 
 def _train(run_dir: Path, overrides: list[str], processes: int) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    # Set, so that torchrun does not warn that it sets it: one thread a rank, as many ranks as cores.
+    # Set to avoid torchrun's warning: one thread per rank, as many ranks as cores.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    # What the trainer says goes to standard error, so that `--json` leaves nothing but JSON on standard output.
+    # The trainer's output goes to standard error, so that `--json` leaves only JSON on standard output.
     training = subprocess.Popen([*torchrun, "-m", "kha_train", *overrides], env=environment, stdout=sys.stderr)
     try:
         code = training.wait()
@@ -113,12 +113,14 @@ def _train(run_dir: Path, overrides: list[str], processes: int) -> None:
 
 
 def _explained(run_dir: Path, code: int) -> KhaError:
-    """Exit codes do not pass through torchrun: the run's FATAL marker holds the line, which names the kind."""
+    """Exit codes do not pass through torchrun, so the error kind is read from the line in the run's FATAL marker."""
     line = read_marker(run_dir, Marker.FATAL)
     for kind in KhaError.__subclasses__():
         if line.startswith(f"{kind.kind} error: "):
             return kind(line.partition(": ")[2])
-    return KhaError(f"training ended with code {code}", fix="see the lines above; the same command goes on from there")
+    return KhaError(
+        f"training ended with code {code}", fix="see the lines above; the same command continues from there"
+    )
 
 
 def _close(result: dict[str, Any], out: Path, steps: int, say: Say) -> None:

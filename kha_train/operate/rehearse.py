@@ -1,9 +1,9 @@
-"""A job of many ranks rehearsed in one process: what would be refused after hours in a queue is refused now.
+"""Rehearses a job of many ranks in one process: errors that would appear after hours in a queue appear now.
 
-Batch arithmetic and data slices are those of the real job, for every rank. torch's fake process group lets rank 0 of
-any world be built in one process: its collectives return at once and exchange nothing. Where the model fits this
-machine, rank 0 is built by the real engine, takes a step and lists the pieces its checkpoint would hold; the numbers of
-that step mean nothing, its shapes, settings and memory do. A larger model is laid out on `meta` alone.
+Batch arithmetic and data slices are those of the real job, for every rank. torch's fake process group lets one process
+build rank 0 of any world: its collectives return at once and exchange nothing. If the model fits this machine, the real
+engine builds rank 0, takes a step and lists the pieces of its checkpoint. The numbers of that step mean nothing, but
+its shapes, settings and memory are real. A larger model is only laid out on `meta`.
 """
 
 # B rows of a rank
@@ -43,7 +43,7 @@ from kha_train.train import resume
 from kha_train.train.step import train_step
 
 REHEARSED_MICRO_BATCHES = 8
-"""The step that is rehearsed has no more."""
+"""Maximum number of micro-batches in the rehearsed step."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ class Layout:
 
     @property
     def nodes(self) -> int:
-        """Nodes, all of them full."""
+        """Number of nodes, all of them full."""
         return self.world_size // self.ranks_per_node
 
 
 def rehearse(config: RunConfig, overrides: Sequence[str], layout: Layout) -> dict[str, Any]:
     """What the job would do, as nested plain values: batch, data, model, memory, checkpoint, launch.
 
-    Raises ConfigError for what the job could not run with (missing data, a batch that does not divide, nodes that are
-    not full, a backend that cannot run on the devices of `cluster`), and DataError when the data is damaged, has
-    nothing to predict or its slices do not tile the batch.
+    Raises ConfigError for settings that the job could not run with (missing data, a batch that does not divide, nodes
+    that are not full, a backend that cannot run on the devices of `cluster`), and DataError when the data is damaged,
+    has nothing to predict or its slices do not tile the batch.
     """
     if layout.world_size % layout.ranks_per_node:
         raise ConfigError(
@@ -102,9 +102,10 @@ def _batch(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 def _data(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """Read the first step of every rank. Raises DataError when a row is read by two ranks or by none, or no token has
-    a label."""
-    ValidationSet(config)  # opening it checks it, for all ranks alike
+    """Read the first step of every rank. Raises DataError when two ranks or none read a row, or no token has a
+    label.
+    """
+    ValidationSet(config)  # opening it checks the data, for all ranks
     firsts = []
     for rank in range(world_size):
         stream = open_stream(config, rank, world_size)
@@ -124,16 +125,18 @@ def _data(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 def _count_tensors(config: RunConfig) -> int:
-    """Lay the decoder out on `meta`, where its parameters must come to what the accounting says."""
+    """Lay the decoder out on `meta` and check its parameter count against the accounting."""
     with torch.device("meta"):
         decoder = build_decoder(config)
     held = sum(parameter.numel() for parameter in decoder.parameters())
-    assert held == count_parameters(config).total, f"the module has {held:,} parameters, the accounting another number"
+    assert held == count_parameters(config).total, (
+        f"the module has {held:,} parameters, but the accounting has another number"
+    )
     return sum(1 for _ in decoder.parameters())
 
 
 def _memory(config: RunConfig, layout: Layout) -> dict[str, Any]:
-    """GiB of one rank by term, as `kha plan` has them, for so many ranks."""
+    """GiB of one rank by term, as in `kha plan`, for this number of ranks."""
     cluster = replace(config.cluster, devices=layout.world_size, devices_per_node=layout.ranks_per_node)
     plan = plan_memory(replace(config, cluster=cluster))
     terms = {name: size / GIB for name, size in plan.terms.items()}
@@ -159,12 +162,12 @@ def _rank_zero(config: RunConfig, world_size: int, labels: int) -> dict[str, Any
     need = _bytes_to_build(config, world_size)
     have = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > have / 2:
-        return {"built": False, "why": f"needs some {need / GIB:.0f} GiB, {have / GIB:.0f} GiB are free here"}
+        return {"built": False, "why": f"needs about {need / GIB:.0f} GiB, {have / GIB:.0f} GiB are free here"}
     try:
         resolve(config, device_facts(torch.device("cpu")))
     except ConfigError as error:
-        return {"built": False, "why": f"runs on the devices of the job and not on this CPU: {error}"}
-    # More micro-batches show nothing new; what a step takes here follows from these.
+        return {"built": False, "why": f"runs on the job's devices but not on this CPU: {error}"}
+    # More micro-batches would show nothing new; the time of the whole step follows from these.
     rows = config.data.global_batch_size
     some = min(rows, REHEARSED_MICRO_BATCHES * config.engine.micro_batch_size * world_size)
     config = replace(config, data=replace(config.data, global_batch_size=some))

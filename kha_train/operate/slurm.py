@@ -1,7 +1,7 @@
-"""The one way to SLURM: `kha sweep` and the Hydra launcher submit through `submit`, one job array for all points.
+"""Submits to SLURM: `kha sweep` and the Hydra launcher both call `submit`, which makes one job array for all points.
 
-Options travel as arguments of a process, never through a shell, so their values may hold any printable character.
-Configurations travel in a JSON file.
+Options are passed as process arguments, never through a shell, so their values may hold any printable character.
+Configurations are passed in a JSON file.
 """
 
 from __future__ import annotations
@@ -35,19 +35,20 @@ from kha_train.record.redact import REDACTED, Redactor
 from kha_train.record.sweeps import load_sweep
 
 VALUE = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
-"""No control characters, no line breaks, nothing that UTF-8 cannot express."""
+"""No control characters, no line breaks, nothing that UTF-8 cannot encode."""
 OPTION = re.compile(r"[a-z][a-z-]*")
 OURS = (
     "array", "nodes", "gpus-per-node", "job-name", "output", "error", "open-mode", "requeue", "no-requeue", "wrap",
     "parsable", "export",
 )  # fmt: skip
-"""Options that a sweep's protocol stands on."""
+"""Options that the sweep needs to set itself."""
 
 
 @dataclass(frozen=True)
 class JobOptions:
-    """Where the points run. `parallel` limits the elements that run at once (0: no limit); `sbatch` are further long
-    options of sbatch by name; `site` is sourced before sbatch and inside the job; `python` runs the job."""
+    """Where the points run. `parallel` limits the elements that run at the same time (0: no limit); `sbatch` holds
+    further long options of sbatch by name; `site` is sourced before sbatch and inside the job; `python` runs the job.
+    """
 
     nodes: int = 1
     gpus_per_node: int = 0
@@ -58,12 +59,14 @@ class JobOptions:
 
 
 def parse_sbatch(settings: Sequence[str]) -> dict[str, str]:
-    """`["account=me", "time=1:00:00"]` as a dict. Raises ConfigError for what cannot be an option of sbatch."""
+    """`["account=me", "time=1:00:00"]` as a dict. Raises ConfigError for anything that cannot be an option of
+    sbatch.
+    """
     options = {}
     for text in settings:
         name, _, value = text.partition("=")
         if not OPTION.fullmatch(name):
-            raise ConfigError("is no long option of sbatch", field="--sbatch", value=text, allowed="NAME=VALUE")
+            raise ConfigError("is not a long option of sbatch", field="--sbatch", value=text, allowed="NAME=VALUE")
         if name in OURS:
             raise ConfigError("is set by the sweep itself", field="--sbatch", value=name)
         options[name] = value
@@ -77,7 +80,7 @@ def sbatch_command(directory: Path, points_file: Path, count: int, options: JobO
         "job-name": f"kha-{directory.name}",
         "array": f"0-{count - 1}{limit}",
         "nodes": str(options.nodes),
-        # SLURM replaces what follows a % sign.
+        # SLURM replaces patterns that start with a % sign.
         "output": f"{str(directory.resolve()).replace('%', '%%')}/logs/%A_%a.out",
         "export": "ALL",
     }
@@ -98,22 +101,24 @@ def sbatch_command(directory: Path, points_file: Path, count: int, options: JobO
 
 
 def job_environment(options: JobOptions) -> dict[str, str]:
-    """What sbatch hands on to the job beside the user's own environment."""
+    """The variables that sbatch passes to the job beside the user's own environment."""
     added = {"KHA_LAUNCH": str(shipped("launch").resolve()), "KHA_PYTHON": options.python}
     return {**added, "KHA_SITE": str(Path(options.site).resolve())} if options.site else added
 
 
 def _in_site(options: JobOptions, then: str) -> list[str]:
-    """Bash that sources the site file as a job does, and ends with 2 where that fails; `then` runs afterwards. The file
-    is shell by nature; its path comes as an argument, and so does what follows."""
+    """Bash that sources the site file as a job does, ends with 2 if that fails, and then runs `then`. The site file is
+    shell code; its path and everything else are passed as arguments.
+    """
     library, site = shipped("launch") / "lib.sh", Path(options.site).resolve()
     return ["bash", "-c", f'source "$1"; KHA_SITE=$2; shift 2; source_site; {then}', "site", str(library), str(site)]
 
 
 def check_batches(points: Sequence[Point], options: JobOptions) -> None:
-    """Raises ConfigError for a point whose batch does not deal out to the ranks that its job will have.
+    """Raises ConfigError for a point whose batch cannot be divided among the ranks of its job.
 
-    Where only the node will know how many it starts, there is one at least, so the batch must divide by the nodes.
+    If only the node will know its number of ranks, there is at least one per node, so the batch must divide by the
+    nodes.
     """
     per_node = _ranks_per_node(options)
     for point in points:
@@ -132,21 +137,21 @@ def _ranks_per_node(options: JobOptions) -> int | None:
         asked = subprocess.run(ask, capture_output=True, text=True, check=False)
         if asked.returncode:
             raise ConfigError(f"fails: {asked.stderr.strip()}", field="--site", value=options.site)
-        # What the site file itself prints comes before it.
+        # The site file may print something first.
         told = asked.stdout.rpartition("\n")[2]
     if told and not (told.isascii() and told.isdecimal() and int(told)):
-        raise ConfigError("is no number of ranks", field="KHA_NPROC", value=told, allowed="whole numbers from 1 on")
+        raise ConfigError("is not a number of ranks", field="KHA_NPROC", value=told, allowed="integers from 1 on")
     return int(told) if told else options.gpus_per_node or None
 
 
 def _check_site(options: JobOptions) -> None:
-    """Raises ConfigError for a site file that is not there."""
+    """Raises ConfigError for a missing site file."""
     if options.site and not Path(options.site).is_file():
         raise ConfigError("no such file", field="--site", value=options.site, fix="copy launch/site/example.env")
 
 
 def points_document(points: Sequence[Point]) -> dict[str, object]:
-    """What one job array reads: for every element its run directory and its overrides."""
+    """The file that one job array reads: the run directory and overrides of every element."""
     return {"points": [{"run_dir": point.run_dir, "overrides": list(point.overrides)} for point in points]}
 
 
@@ -158,14 +163,16 @@ class JobPoint(TypedDict):
 
 
 class PointsFile(TypedDict):
-    """What one job array reads."""
+    """The file that one job array reads."""
 
     points: list[JobPoint]
 
 
 @dataclass(frozen=True)
 class Started:
-    """What a submission came to: the job array's id (None: nothing was missing), its points, and how all stood."""
+    """The result of a submission: the job array's id (None: nothing was missing), its points, and the status of every
+    point.
+    """
 
     job: str | None
     points: list[Point]
@@ -175,7 +182,7 @@ class Started:
 def start_missing(
     directory: Path, points: Sequence[Point], options: JobOptions, *, equal: Equal, retry_failed: bool
 ) -> Started:
-    """Submit the points of a sweep that are neither done nor alive nor waiting.
+    """Submit the points of a sweep that are neither done, running nor queued.
 
     Raises ConfigError for a point whose directory holds another run, and as `check_batches` and `submit` do.
     """
@@ -190,14 +197,14 @@ def start_missing(
 
 
 def submit(directory: Path, points: Sequence[Point], options: JobOptions) -> str:
-    """Submit `points` of the sweep saved in `directory` as one job array; its job id.
+    """Submit `points` of the sweep saved in `directory` as one job array; returns its job id.
 
-    Raises ConfigError when there is no sbatch or an option is refused here, KhaError with sbatch's words when SLURM
-    refuses or does not name the job.
+    Raises ConfigError when sbatch is missing or an option is refused here; KhaError with sbatch's message when SLURM
+    refuses or does not return a job id.
     """
     if shutil.which("sbatch") is None:
         raise ConfigError(
-            "no sbatch here",
+            "sbatch is not installed here",
             field="kha sweep",
             fix=either(Options("--local", "{} to run the points here"), Options("--print", "{} to see them")),
         )
@@ -213,19 +220,19 @@ def submit(directory: Path, points: Sequence[Point], options: JobOptions) -> str
         points_file.unlink()
         said = " ".join(done.stderr.split()) or f"code {done.returncode}"
         raise KhaError(f"sbatch refused: {said}", field="kha sweep")
-    # What the site file or a plug-in prints comes before it.
+    # The site file or a plug-in may print something first.
     job_id = done.stdout.strip().rpartition("\n")[2].partition(";")[0]
     if not job_id.isdecimal():
-        fix = "look with squeue; cancel the job before you submit again"
-        raise KhaError(f"sbatch did not end with a job's number: {done.stdout.strip()!r}", field="kha sweep", fix=fix)
+        fix = "check with squeue; cancel the job before you submit again"
+        raise KhaError(f"sbatch did not print a job id: {done.stdout.strip()!r}", field="kha sweep", fix=fix)
     add_submission(directory, job_id, points, command)
     return job_id
 
 
 def waiting_elements() -> set[str]:
-    """The elements of job arrays (`41_0`) that SLURM holds for this user, waiting or running; empty without SLURM.
+    """The elements of job arrays (`41_0`) that SLURM holds for this user, queued or running; empty without SLURM.
 
-    Raises KhaError when SLURM is there and does not answer: nobody could tell then what is missing.
+    Raises KhaError when SLURM exists but does not answer, because missing points cannot be determined then.
     """
     if shutil.which("squeue") is None:
         return set()
@@ -237,8 +244,9 @@ def waiting_elements() -> set[str]:
 
 
 def read_point(points_file: Path, index: int) -> list[str]:
-    """The run directory and the overrides of one element. Raises ConfigError when the file does not have it, DataError
-    when it is damaged."""
+    """The run directory and the overrides of one element. Raises ConfigError when the file lacks it, DataError when the
+    file is damaged.
+    """
     points = (read_json(points_file, PointsFile) or {"points": []})["points"]
     if not 0 <= index < len(points):
         raise ConfigError(f"has {len(points)} points", field=str(points_file), value=index)

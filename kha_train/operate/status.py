@@ -1,4 +1,4 @@
-"""How runs stand, from their directories alone: alive or not, how far, how fast, how well the time was spent."""
+"""The status of runs, from their directories alone: alive or not, progress, speed, and share of productive time."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ STATES: dict[str, str] = {
     "done": "all steps are trained",
     "running": "its process was heard of in the last 30 seconds",
     "silent": "started, not ended, not heard of for 30 seconds: killed, or its machine is gone",
-    "requeue": "stopped and saved in good order: the same command goes on",
-    "fatal": "ended by an error that would come back",
-    "ended": "ended by an error that need not come back: the same command goes on from the newest checkpoint",
+    "requeue": "stopped in good order and saved: the same command continues",
+    "fatal": "ended by an error that would happen again",
+    "ended": "ended by an error that need not happen again: the same command continues from the newest checkpoint",
     "queued": "waits in SLURM's queue",
     "new": "not started",
-    "unreadable": "a file of its record is damaged, as its note says",
+    "unreadable": "a file of its record is damaged; the note names it",
 }
 SILENT_AFTER = 30.0
 RECENT = 20
@@ -46,14 +46,14 @@ RECENT = 20
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run. None where the run has not told it yet.
+    """One run. Values the run has not recorded yet are None.
 
-    `loss`, `tokens_per_second` and `mfu` are medians of the last 20 steps; `seconds_left` is the steps left times the
-    mean wall time between those of the last attempt without its first two, saving and validating included; `goodput`
-    the share that `record.goodput` calls productive; `spikes` the narrow and wide loss spikes so far; `diverged`
-    whether the divergence guard fired, the last attempt ended with exit code 5, or a loss event was open when the run
-    ended; `heartbeat` the seconds since the process was heard of, `idle` the seconds since its last step; `note` why
-    it ended and which rank failed first.
+    `loss`, `tokens_per_second` and `mfu` are medians of the last 20 steps. `seconds_left` is the number of steps left
+    times the mean wall time between those of the last attempt without its first two, saving and validating included.
+    `goodput` is the productive share of time (`record.goodput`). `spikes` counts narrow and wide loss spikes so far.
+    `diverged`: the divergence guard fired, the last attempt ended with exit code 5, or a loss event was open when the
+    run ended. `heartbeat` is the number of seconds since the process was heard of, `idle` since its last step. `note`
+    says why the run ended and which rank failed first.
     """
 
     name: str
@@ -80,7 +80,7 @@ class RunStatus:
 
 
 def run_status(path: Path, name: str | None = None, queued: bool = False) -> RunStatus:
-    """The run in directory `path`, which need not exist yet; `queued` says that SLURM holds a job for it.
+    """The run in directory `path`, which may not exist yet; `queued` says that SLURM holds a job for it.
 
     Raises DataError when its record is damaged.
     """
@@ -116,7 +116,9 @@ def run_status(path: Path, name: str | None = None, queued: bool = False) -> Run
 def status_or_fault(
     path: Path, name: str | None = None, queued: bool = False
 ) -> tuple[RunStatus, KhaError | OSError | None]:
-    """As `run_status`, for a table that one damaged run must not take down: that one is `unreadable`, and why."""
+    """As `run_status`, but a damaged run gives a row with state `unreadable` and the reason, so that the table is still
+    shown.
+    """
     try:
         return run_status(path, name, queued), None
     except (KhaError, OSError) as error:
@@ -124,7 +126,7 @@ def status_or_fault(
 
 
 def unreadable(path: Path, name: str, error: KhaError | OSError) -> tuple[RunStatus, KhaError | OSError]:
-    """The row of what `error` keeps from being read."""
+    """The row of a run that `error` makes unreadable."""
     text = error.line() if isinstance(error, KhaError) else str(error)
     return RunStatus(name=name, path=str(path), state="unreadable", note=text), error
 
@@ -153,14 +155,14 @@ def _state(path: Path, attempts: list[dict[str, Any]], queued: bool) -> State:
 
 
 def _spikes(line: dict[str, Any]) -> int:
-    """Narrow and wide events up to a metrics line; all events where it does not tell them apart."""
+    """Narrow and wide events up to a metrics line; all events where it does not distinguish them."""
     if "spike/narrow_total" not in line:
         return int(line.get("spike/events_total", 0))
     return int(line["spike/narrow_total"] + line.get("spike/wide_total", 0))
 
 
 def _goodput(totals: Totals | None, run: dict[str, Any]) -> float | None:
-    """Of a long record whose totals were not kept up, what the last end said, where that is the last word."""
+    """Goodput. For a long record without up-to-date totals: the value of the last end, if nothing came after it."""
     attempts = run.get("attempts", [])
     if totals is not None:
         spent = goodput_of(totals, attempts)
@@ -176,7 +178,9 @@ def _diverged(
     state: State,
     totals: Totals | None,
 ) -> bool:
-    """An event that is open while the run may still go on may still end, so it counts only once the run has ended."""
+    """Whether the run diverged. An open event may still close while the run may continue, so it counts only after the
+    run has ended.
+    """
     is_open = bool(lines) and state in ("done", "fatal", "ended") and bool(lines[-1].get("spike/open"))
     ended_so = bool(attempts) and attempts[-1]["state"] == "diverged"
     fired = bool(totals.diverged) if totals is not None else count_actions(path, ("divergence",))["divergence"] > 0
@@ -186,12 +190,12 @@ def _diverged(
 def _note(path: Path) -> str:
     said = read_marker(path, Marker.FATAL)
     first = first_failure_line(path)
-    # Mostly it is the one that marked the run.
+    # Usually this is the attempt that marked the run.
     return "; ".join(filter(None, ["" if said in first else said, first, _lost(path)]))
 
 
 def _lost(path: Path) -> str:
-    """What a run that is not over would be refused for."""
+    """Why resuming an unfinished run would be refused."""
     return "" if has_marker(path, Marker.DONE) else lost_checkpoints(path)
 
 
@@ -203,7 +207,9 @@ def _median(lines: list[dict[str, Any]], key: str) -> float | None:
 def _seconds_left(
     recent: list[dict[str, Any]], step: int, steps: int | None, attempts: list[dict[str, Any]]
 ) -> float | None:
-    """From the steps of the last attempt, without its first two: pauses between attempts and compilers tell nothing."""
+    """From the steps of the last attempt without its first two: pauses between attempts and compilation do not
+    count.
+    """
     began = attempts[-1].get("start_step", 0) if attempts else 0
     own = [line for line in recent if line.get("attempt", 1) >= len(attempts) and line["step"] > began + WARM_UP_STEPS]
     if steps is None or len(own) < STEADY_STEPS or any("time" not in line for line in own):

@@ -1,9 +1,9 @@
-"""A sweep: points of a grid, each a run with its own stable directory; which are there already, which are missing.
+"""A sweep: the points of a grid, each a run with its own stable directory. Finds which exist and which are missing.
 
-`<sweep>/sweep.json` names the points and the jobs they were submitted in; `<sweep>/points-<n>.json` is what one job
-array reads, and nothing of a configuration reaches a shell in any other way. `<sweep>/<label>` is a point's run
-directory. Its name follows from what the point is, never from its number or the clock: the same command finds the same
-runs, and submits only what is missing.
+`<sweep>/sweep.json` names the points and the jobs they were submitted in. `<sweep>/points-<n>.json` is what one job
+array reads; configurations reach a shell in no other way. `<sweep>/<label>` is a point's run directory. Its name
+depends on the point alone, never on its number or the clock, so the same command finds the same runs and submits only
+the missing ones.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from kha_train.record.sweeps import FORMAT, SWEEP_FILE, load_sweep
 
 SHORTHANDS = {"seed": "run.seed", "steps": "run.steps"}
 TOLD_BY_NAME = ("attention", "run.seed")
-"""Keys that the label of a point tells already, unless `run.name` was given: `<variant>-s<seed>`."""
+"""Keys already in a point's label `<variant>-s<seed>`, unless `run.name` was given."""
 SAFE_NAME = re.compile(r"[A-Za-z0-9_.+-]{1,80}")
 Equal = Literal["steps", "tokens", "flops"]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep: `overrides` say all of it, `run.dir` included, and are what the job passes on untouched."""
+    """One run of a sweep. Its `overrides` are complete, including `run.dir`; the job passes them on unchanged."""
 
     label: str
     run_dir: str
@@ -48,10 +48,10 @@ class Point:
 
 
 def sweep_directory(parent: Path, name: str) -> Path:
-    """`parent/name`. Raises ConfigError for a name that a scheduler or a file system might read otherwise."""
+    """`parent/name`. Raises ConfigError for a name that a scheduler or a file system might misread."""
     if not SAFE_NAME.fullmatch(name) or name.startswith((".", "-")):
         allowed = "up to 80 letters, digits and _.+-"
-        raise ConfigError("is no name for a sweep", field="--name", value=name, allowed=allowed)
+        raise ConfigError("is not a valid sweep name", field="--name", value=name, allowed=allowed)
     return parent / name
 
 
@@ -64,20 +64,20 @@ def plan_sweep(directory: Path, overrides: Sequence[str], equal: Equal = "steps"
 
 
 def checked_equal(text: str) -> Equal:
-    """`text` as what points may have in common. Raises ConfigError when it is none of it."""
+    """`text` if it is a valid value of --equal. Raises ConfigError otherwise."""
     choices = get_args(Equal)
     if text not in choices:
-        raise ConfigError("is nothing to be equal in", field="--equal", value=text, allowed=", ".join(choices))
+        raise ConfigError("cannot be made equal", field="--equal", value=text, allowed=", ".join(choices))
     equal: Equal = choices[choices.index(text)]
     return equal
 
 
 def plan_points(directory: Path, points: Sequence[Sequence[str]], equal: Equal = "steps") -> list[Point]:
-    """A `Point` for every list of overrides, each composed and validated; nothing is written.
+    """A `Point` for every list of overrides, each composed and validated; writes nothing.
 
     `equal` gives every point the optimiser steps, the tokens or the training FLOPs (interaction included) of the first
-    one, by its `run.steps`. Raises ConfigError for a point that cannot run, names its own `run.dir`, holds a secret, or
-    is there twice.
+    point, by setting its `run.steps`. Raises ConfigError for a point that cannot run, sets its own `run.dir`, holds a
+    secret, or occurs twice.
     """
     checked_equal(equal)
     differing = _differing_keys(points)
@@ -87,7 +87,9 @@ def plan_points(directory: Path, points: Sequence[Sequence[str]], equal: Equal =
     runs: list[dict[str, Any]] = []
     for overrides in points:
         if any(_key(text) == "run.dir" for text in overrides):
-            raise ConfigError("every point has its own", field="run.dir", fix="choose the sweep's with --dir")
+            raise ConfigError(
+                "is set for every point by the sweep", field="run.dir", fix="choose the sweep's directory with --dir"
+            )
         config = compose(overrides)
         runs.append(tidy(flatten(to_plain(config))))
         is_named = any(_key(text) == "run.name" for text in overrides)
@@ -102,15 +104,16 @@ def plan_points(directory: Path, points: Sequence[Sequence[str]], equal: Equal =
     refuse_secrets(text for point in made for text in (point.run_dir, *point.overrides))
     labels = [point.label for point in made]
     for number, label in enumerate(labels):
-        # The spelling of a value makes no other run: 0 and 0.0.
+        # Different spellings of a value, such as 0 and 0.0, give the same run.
         if labels.count(label) > 1 or runs.index(runs[number]) < number:
-            raise ConfigError("two points are the same run", field="sweep", value=label, fix="name every point once")
+            raise ConfigError("two points are the same run", field="sweep", value=label, fix="give every point once")
     return made
 
 
 def refuse_secrets(settings: Iterable[str]) -> None:
-    """A sweep, or Hydra, writes its settings and its directory down and must hand them on as they are. Raises
-    ConfigError for one with a secret."""
+    """Raises ConfigError for a setting or a directory with a secret: a sweep, or Hydra, writes both down and must pass
+    them on unchanged.
+    """
     redactor = Redactor.from_environment()
     for text in settings:
         if redactor.text(text) != text:
@@ -145,19 +148,19 @@ def check_against_runs(points: Iterable[Point]) -> None:
 
 
 def statuses(points: Iterable[Point], queued: Iterable[str] = ()) -> list[RunStatus]:
-    """How every point stands; `queued` are the labels that SLURM holds a job for."""
+    """The status of every point; `queued` are the labels that SLURM holds a job for."""
     held = set(queued)
     return [run_status(Path(point.run_dir), point.label, point.label in held) for point in points]
 
 
 def missing(points: Sequence[Point], standing: Sequence[RunStatus], retry_failed: bool = False) -> list[Point]:
-    """The points to start: not done, not alive, not waiting; one that ended FATAL only with `retry_failed`."""
+    """The points to start: not done, running or queued; points that ended FATAL only with `retry_failed`."""
     leave = {"done", "running", "queued"} | (set() if retry_failed else {"fatal"})
     return [point for point, status in zip(points, standing, strict=True) if status.state not in leave]
 
 
 def save_sweep(directory: Path, points: Sequence[Point], equal: Equal) -> dict[str, Any]:
-    """Write (or widen) `sweep.json` and return its content. Raises DataError as `load_sweep`."""
+    """Write (or extend) `sweep.json` and return its content. Raises DataError as `load_sweep`."""
     directory.mkdir(parents=True, exist_ok=True)
     new: dict[str, Any] = {"format": FORMAT, "created": time.time(), "points": [], "submissions": []}
     sweep = load_sweep(directory) or new
@@ -177,7 +180,7 @@ def sweep_points(sweep: Mapping[str, Any]) -> list[Point]:
 
 
 def add_submission(directory: Path, job_id: str, points: Sequence[Point], command: Sequence[str]) -> None:
-    """Remember which points went into which job array, in the order of its elements."""
+    """Record which points went into which job array, in the order of its elements."""
     sweep = load_sweep(directory)
     assert sweep is not None, "save_sweep comes first"
     labels = [point.label for point in points]
@@ -186,14 +189,14 @@ def add_submission(directory: Path, job_id: str, points: Sequence[Point], comman
 
 
 def queued_labels(sweep: Mapping[str, Any] | None, elements: Iterable[str]) -> set[str]:
-    """The labels behind array elements such as `41_0` that SLURM still holds."""
+    """The labels of array elements such as `41_0` that SLURM still holds."""
     held = set(elements)
     jobs = sweep["submissions"] if sweep else []
     return {label for job in jobs for i, label in enumerate(job["labels"]) if f"{job['job']}_{i}" in held}
 
 
 def default_name(overrides: Sequence[str]) -> str:
-    """A sweep's name from the keys it sweeps: `attention-seed`; `sweep` where none is."""
+    """A sweep's name from the keys it sweeps: `attention-seed`; `sweep` if there are none."""
     keys = sorted(_differing_keys(expand([_spelled_out(text) for text in overrides])))
     name = "-".join(key.rpartition(".")[2].rpartition("/")[2] for key in keys)
     return name if SAFE_NAME.fullmatch(name) else "sweep"
@@ -211,7 +214,7 @@ def _point(directory: Path, label: str, overrides: Sequence[str], config: RunCon
 
 
 def _label(name: str, swept: Mapping[str, str]) -> str:
-    """`<name>-<key><value>...`, cut to what is a plain file name, with a digest where something was cut."""
+    """`<name>-<key><value>...`, shortened to a plain file name, with a digest if something was cut."""
     further = [f"{key.rpartition('.')[2]}{value}" for key, value in swept.items()]
     label = "-".join([name, *further])
     plain = re.sub(r"[^A-Za-z0-9_.+-]", "_", label)[:60].lstrip(".-")
@@ -223,7 +226,7 @@ def _tokens(config: RunConfig) -> int:
 
 
 def _differing_keys(points: Sequence[Sequence[str]]) -> set[str]:
-    # Of a key given twice the last counts, as it does for Hydra.
+    # If a key is given twice the last one counts, as in Hydra.
     last = [{_key(text): text for text in overrides} for overrides in points]
     return {key for values in last for key in values if len({other.get(key) for other in last}) > 1}
 

@@ -1,7 +1,7 @@
-"""Loss spikes in plain Python: what counts as one, how often they come, and what to do about them.
+"""Loss spikes in plain Python: what counts as a spike, how often spikes occur, and how the run reacts.
 
-No torch, and nothing of the run: a curve from anywhere can be scored. The state of everything here is plain JSON, so a
-resumed run gives the same figures as an unbroken one, and the same code scores a finished curve.
+Needs neither torch nor a run: a curve from anywhere can be scored. All state is plain JSON, so a resumed run gives the
+same figures as an uninterrupted one, and the same code scores a finished curve.
 """
 
 from __future__ import annotations

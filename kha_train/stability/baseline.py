@@ -1,4 +1,4 @@
-"""What is normal in the last values of a curve: their median, and two measures of their spread."""
+"""The normal level of a curve's last values: their median, and two measures of their spread."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Iterable
 from kha_train.stability.window import Window
 
 MAD_TO_SIGMA = 1.4826
-"""1 / 0.6745: the standard deviation of a normal distribution over its median absolute deviation."""
+"""1 / 0.6745: the ratio of a normal distribution's standard deviation to its median absolute deviation."""
 
 
 class Baseline(Window):
-    """The last `size` values, kept sorted as they come and go."""
+    """The last `size` values, kept in sorted order."""
 
     def __init__(self, size: int, values: Iterable[float] = ()) -> None:
         self._sorted: list[float] = []
         super().__init__(size, values)
 
     def push(self, value: float) -> None:
-        """Take in a usable value; the oldest leaves when the baseline was full."""
+        """Add a usable value; a full baseline drops its oldest."""
         if self.full:
             del self._sorted[bisect_left(self._sorted, self._values[0])]
         insort(self._sorted, value)
@@ -35,7 +35,7 @@ class Baseline(Window):
 
     @property
     def median_deviation(self) -> float:
-        """Median of |value - median| (MAD), in O(log size): the values nearest the median lie side by side."""
+        """Median of |value - median| (MAD), in O(log size): the values nearest the median are adjacent."""
         values, count, median = self._sorted, len(self._sorted), self.median
         near = (count + 1) // 2
         low, high = 0, count - near
@@ -54,9 +54,9 @@ class Baseline(Window):
 
     @property
     def spread(self) -> float:
-        """A standard deviation: of the middle half (1.4826 MAD) or of all values, whichever is larger.
+        """A standard deviation: 1.4826 MAD (from the middle half) or that of all values, whichever is larger.
 
-        They agree on normal noise. Where tails are heavy the second is larger, and single hard batches are no events;
-        values of events are in neither.
+        They agree on normal noise. With heavy tails the second is larger, so that single hard batches are not events.
+        Values of events are in neither.
         """
         return max(MAD_TO_SIGMA * self.median_deviation, self.deviation)

@@ -1,5 +1,4 @@
-"""The guards against a run that is lost: a loss at twice its own mean (llm-foundry's rule), or nothing but non-finite
-steps."""
+"""Detects a run that has diverged: a loss at twice its own mean (llm-foundry's rule), or only non-finite steps."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ IN_A_ROW = 5
 class DivergenceGuard:
     """Fires when the loss is at least twice the mean of the 100 values before it, five steps in a row.
 
-    The values of such a row stay out of the mean while it lasts. It fires once a row.
+    The values of such a sequence do not enter the mean while it lasts. The guard fires once per sequence.
     """
 
     window: Window = field(default_factory=lambda: Window(WINDOW))
@@ -26,7 +25,7 @@ class DivergenceGuard:
     held_back: list[float] = field(default_factory=list)
 
     def update(self, loss: float, finite: bool) -> bool:
-        """Take in one step, `finite` when it could be applied; whether the loss rule fires here."""
+        """Add one step, `finite` when it could be applied; returns whether the loss rule fires here."""
         self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
         if not usable(loss):
             return False
@@ -40,11 +39,11 @@ class DivergenceGuard:
         return False
 
     def rebase(self) -> None:
-        """Forget what was normal: the loss rule is silent for the next 100 finite steps."""
+        """Forget the baseline: the loss rule is silent for the next 100 finite steps."""
         self.window, self.in_a_row, self.held_back = Window(WINDOW), 0, []
 
     def state(self) -> dict[str, Any]:
-        """Everything, as plain JSON values."""
+        """The whole state, as plain JSON values."""
         return {
             "window": self.window.values,
             "in_a_row": self.in_a_row,
@@ -54,7 +53,7 @@ class DivergenceGuard:
 
     @staticmethod
     def restore(state: dict[str, Any]) -> DivergenceGuard:
-        """The guard that gave `state`."""
+        """The guard with the given `state`."""
         return DivergenceGuard(
             Window(WINDOW, state["window"]), state["in_a_row"], state["nonfinite_in_a_row"], list(state["held_back"])
         )

@@ -1,16 +1,16 @@
-"""The event detector: a spike is what rises out of the noise of its own curve, from its first step to its last.
+"""The event detector: finds spikes that stand out of the noise of their own curve, from their first step to their last.
 
-The baseline is the last 128 values that belong to no event, at least 64: a spike neither hides the next one nor widens
-its own scale. A line through the medians of its older and its newer half follows the trend. m, what is expected next,
-is where this line will be or, where that is more, the smaller of two medians: of the newer half and of the last 8
-values. s = max(1.4826 MAD, standard deviation, 0.001) of x - m over 128 judged values, of which the last 8 do not count
-yet; at first, of the baseline's distances from its line.
+The baseline is the last 128 values that belong to no event, at least 64. So a spike neither hides the next one nor
+widens its own scale. A line through the medians of the older and the newer half follows the trend. m is the expected
+next value: the value of this line or, if larger, the smaller of two medians, that of the newer half and that of the
+last 8 values. s = max(1.4826 MAD, standard deviation, 0.001) of x - m over 128 judged values, of which the last 8 do
+not count yet; at first, of the baseline's distances from its line.
 
-An event opens at z = (x - m) / s >= 8 or at a value that is not finite, and the 8 deviations that did not count yet are
-discarded: they may be its rise. m and s stand still while it is open. Three consecutive z < 2 close it and join the
-baseline. After 2,000 steps it is given up as unrecovered (a level shift), and the baseline starts again from the last
-128 values. A falling or slowly drifting loss opens nothing, and one that stops falling does not either: it leaves the
-line, but not the last 8 values.
+An event opens at z = (x - m) / s >= 8 or at a non-finite value. The 8 deviations that did not count yet are then
+discarded, because they may belong to the rise. m and s are frozen while the event is open. Three consecutive z < 2
+close it and join the baseline. After 2,000 steps it is given up as unrecovered (a level shift), and the baseline starts
+again from the last 128 values. A falling or slowly drifting loss opens no event. Neither does a loss that stops
+falling: it leaves the line, but not the last 8 values.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from kha_train.stability.window import usable
 OPEN_Z, CLOSE_Z, CLOSE_COUNT = 8.0, 2.0, 3
 MAX_STEPS = 2000
 NARROW = 10
-"""Events up to this width (steps) are narrow. The boundary is this project's own."""
+"""Events up to this width (in steps) are narrow. The boundary is this project's own choice."""
 CLASSES = ("narrow", "wide", "unrecovered", "open")
-"""What an event can be: see `SpikeEvent.kind`."""
+"""The possible values of `SpikeEvent.kind`."""
 
 
 class Observation(NamedTuple):
-    """What a curve says of one optimiser step. `loss` is the token cross-entropy in nats, `grad_norm` the norm before
-    clipping (nan: not known), `tokens` those read up to and with this step, samples the batch's global numbers."""
+    """One optimiser step of a curve. `loss` is the token cross-entropy in nats, `grad_norm` the norm before clipping
+    (nan: unknown), `tokens` the number read up to and including this step; samples are the batch's global sample
+    numbers.
+    """
 
     step: int
     loss: float
@@ -45,15 +47,18 @@ class Observation(NamedTuple):
 
     @property
     def finite(self) -> bool:
-        """Whether the step could be applied: a finite loss, and no norm that is known to be infinite or undefined."""
+        """Whether the step could be applied: its loss is finite, and its norm is not known to be infinite or
+        undefined.
+        """
         return usable(self.loss) and (math.isnan(self.grad_norm) or usable(self.grad_norm))
 
 
 @dataclass
 class SpikeEvent:
-    """One event. `baseline` and `scale` are m and s at its opening (nan: no value before it), `height` max(x - m) and
-    `area` the sum of (x - m)+ over its finite values, `gnorm_peak_ratio` the largest norm over the mean of the 128
-    before it. `width` counts steps from the first to the last outside the noise."""
+    """One event. `baseline` and `scale` are m and s at its opening (nan: no value before it), `height` is max(x - m)
+    and `area` the sum of (x - m)+ over its finite values. `gnorm_peak_ratio` is the largest norm divided by the mean of
+    the 128 before it. `width` counts steps from the first to the last outside the noise.
+    """
 
     start_step: int
     end_step: int
@@ -73,13 +78,14 @@ class SpikeEvent:
 
     @property
     def width(self) -> int:
-        """Steps from the first to the last, both included."""
+        """Steps from the first to the last, inclusive."""
         return self.end_step - self.start_step + 1
 
     @property
     def kind(self) -> str:
-        """One of `CLASSES`: `open` at the end of the curve, `unrecovered` when it was given up or cut short, and by
-        its width `narrow` or `wide` when it recovered."""
+        """One of `CLASSES`: `open` at the end of the curve; `unrecovered` when it was given up or cut short; `narrow`
+        or `wide`, by its width, when it recovered.
+        """
         if self.open:
             return "open"
         if not self.recovered:
@@ -88,7 +94,7 @@ class SpikeEvent:
 
     @property
     def gnorm_peak_ratio(self) -> float:
-        """Largest gradient norm of the event / mean before it; nan when either is not known."""
+        """Largest gradient norm of the event / mean before it; nan when either is unknown."""
         return self.gnorm_peak / self.gnorm_before if self.gnorm_before > 0 else math.nan
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,8 +109,9 @@ class SpikeEvent:
 
 
 class Reading(NamedTuple):
-    """What the detector made of one step: `z` (nan: no baseline yet), whether the step stands out by itself, whether
-    it opened an event, and the event it closed."""
+    """The detector's result for one step: `z` (nan: no baseline yet), whether the step itself stands out, whether it
+    opened an event, and the event it closed.
+    """
 
     z: float
     flagged: bool
@@ -114,8 +121,9 @@ class Reading(NamedTuple):
 
 @dataclass
 class EventDetector:
-    """Feed every step to `update`; `event` is the one that is open. `state` and `restore` are a whole resume. Every run
-    and command opens events at `OPEN_Z`; another `open_z` is for comparing thresholds and is not in the state."""
+    """Pass every step to `update`; `event` is the open event. `state` and `restore` are all that a resume needs. Every
+    run and command opens events at `OPEN_Z`; another `open_z` is for comparing thresholds and is not part of the state.
+    """
 
     baseline: Trend = field(default_factory=Trend)
     event: SpikeEvent | None = None
@@ -125,7 +133,7 @@ class EventDetector:
     open_z: float = OPEN_Z
 
     def update(self, seen: Observation, gnorm_before: float = math.nan) -> Reading:
-        """Take in one step; `gnorm_before` is the usual gradient norm, kept when an event opens."""
+        """Add one step; `gnorm_before` is the usual gradient norm, kept when an event opens."""
         if self.event is not None:
             return self._inside(self.event, seen)
         if not seen.finite:
@@ -143,8 +151,9 @@ class EventDetector:
         return Reading(z, False, False, None)
 
     def rebase(self) -> SpikeEvent | None:
-        """Forget what was normal: nothing finite opens an event before 64 further steps. Returns the event this
-        closes, if one was open."""
+        """Forget the baseline: no finite value opens an event in the next 64 steps. Returns the event this closes, if
+        one was open.
+        """
         event, self.event = self.event, None
         self.baseline = Trend()
         if event is not None:
@@ -152,7 +161,7 @@ class EventDetector:
         return event
 
     def state(self) -> dict[str, Any]:
-        """Everything, as plain JSON values."""
+        """The whole state, as plain JSON values."""
         return {
             "baseline": self.baseline.values,
             "deviations": self.baseline.deviations,
@@ -165,7 +174,7 @@ class EventDetector:
 
     @staticmethod
     def restore(state: dict[str, Any]) -> EventDetector:
-        """The detector that gave `state`. One from before the trend was followed has no `deviations`."""
+        """The detector with the given `state`. States from before the trend was followed have no `deviations`."""
         event = state["event"]
         return EventDetector(
             Trend(state["baseline"], state.get("deviations", ()), state.get("waiting", ())),
@@ -195,7 +204,7 @@ class EventDetector:
 
     def _inside(self, event: SpikeEvent, seen: Observation) -> Reading:
         self.open_steps += 1
-        # An event that began before any value had been seen ends with the first three finite ones.
+        # An event that began before any value was seen ends with the first three finite ones.
         z = 0.0 if math.isnan(event.baseline) else (seen.loss - event.baseline) / event.scale
         if seen.finite and z < CLOSE_Z:
             self._calm.append(seen.loss)
@@ -214,11 +223,11 @@ class EventDetector:
         return Reading(z if seen.finite else math.nan, not seen.finite or z >= self.open_z, False, closed)
 
     def _add(self, event: SpikeEvent, seen: Observation) -> None:
-        """Count the step, and the calm ones before it that turned out to lie inside, to the event."""
+        """Add the step to the event, with the calm steps before it that turned out to lie inside."""
         event.end_step, event.samples_last = seen.step, seen.samples_last
         if usable(seen.loss):
             self._recent.append(seen.loss)
-        # Nothing stands above a baseline that does not exist.
+        # Without a baseline nothing can stand above it.
         for loss in [*self._calm, seen.loss] if not math.isnan(event.baseline) else []:
             if usable(loss):
                 event.height = max(event.height, loss - event.baseline)

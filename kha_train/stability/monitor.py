@@ -1,4 +1,4 @@
-"""Everything that is measured of a curve, step by step: one `Monitor` online, the same one over a finished curve."""
+"""All measurements of a curve, step by step. A `Monitor` works online and on a finished curve alike."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from kha_train.stability.events import EventDetector, Observation, SpikeEvent
 from kha_train.stability.scores import SHORT_SIGMA, SignalScores
 
 DETECTOR = 1
-"""Which detectors these are. It is raised with any change that gives a curve other events or scores."""
+"""Version of the detectors. Raise it with any change that alters the events or scores of a curve."""
 
 
 class Verdict(NamedTuple):
-    """What a step is, before anything is done about it.
+    """The assessment of a step, before anything is done about it.
 
-    `judged`: the detector could say whether it is normal; `flagged`: it stands out by itself (robust z of the loss, or
-    not finite); `gnorm_z` its gradient norm over the last 128; `opened`: an event begins here; `closed`: the event that
-    ended here; `width_before`, `width`: of the open event before and after this step (0: none); `diverged`: the loss
-    guard fires here; `metrics`: the `spike/*` values of the metrics line, without those that are not defined yet.
+    `judged`: the detector could say whether it is normal; `flagged`: the step itself stands out (robust z of the loss,
+    or not finite); `gnorm_z`: z of its gradient norm over the last 128; `opened`: an event begins here; `closed`: the
+    event that ended here; `width_before`, `width`: width of the open event before and after this step (0: none);
+    `diverged`: the loss guard fires here; `metrics`: the `spike/*` values of the metrics line, without those that are
+    not defined yet.
     """
 
     finite: bool
@@ -38,7 +39,9 @@ class Verdict(NamedTuple):
 
 @dataclass
 class Monitor:
-    """Detectors and scores of one curve. `update` once a step, in order; `state` and `restore` are a whole resume."""
+    """Detectors and scores of one curve. Call `update` once per step, in order; `state` and `restore` are all that a
+    resume needs.
+    """
 
     events: EventDetector = field(default_factory=EventDetector)
     loss: SignalScores = field(default_factory=SignalScores)
@@ -48,11 +51,10 @@ class Monitor:
     nonfinite_steps: int = 0
 
     def update(self, seen: Observation, planned_change: bool = False, with_metrics: bool = True) -> Verdict:
-        """Take in one step of the curve. `metrics` of the verdict are empty unless `with_metrics`.
+        """Add one step of the curve. `metrics` of the verdict are empty unless `with_metrics`.
 
-        `planned_change` says that something was meant to change with this step (the data mixture, the schedule): what
-        was normal before it is forgotten, so that the jump is neither an event nor a divergence, and an event that
-        was open ends unrecovered.
+        `planned_change` marks an intended change at this step (the data mixture, the schedule). The baseline before it
+        is forgotten, so that the jump is neither an event nor a divergence, and an open event ends unrecovered.
         """
         width_before = self.events.event.width if self.events.event else 0
         cut_short = self.events.rebase() if planned_change else None
@@ -63,7 +65,7 @@ class Monitor:
         if closed is not None:
             self.closed[closed.kind] += 1
         loss_z = self.loss.update(seen.loss)
-        # A norm that is not known is no norm: a curve may come without one.
+        # A curve may come without norms, so an unknown norm is ignored.
         gnorm_z = math.nan if math.isnan(seen.grad_norm) else self.grad_norm.update(seen.grad_norm)
         finite = seen.finite
         self.nonfinite_steps += not finite
@@ -104,7 +106,7 @@ class Monitor:
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
     def state(self) -> dict[str, Any]:
-        """Everything, as plain JSON values: what a checkpoint keeps."""
+        """The whole state, as plain JSON values, as a checkpoint keeps it."""
         return {
             "events": self.events.state(),
             "loss": self.loss.state(),
@@ -116,7 +118,7 @@ class Monitor:
 
     @staticmethod
     def restore(state: dict[str, Any]) -> Monitor:
-        """The monitor that gave `state`; it continues exactly as the original would."""
+        """The monitor with the given `state`; it continues exactly as the original would."""
         return Monitor(
             EventDetector.restore(state["events"]),
             SignalScores.restore(state["loss"]),

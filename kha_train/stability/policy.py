@@ -1,14 +1,14 @@
-"""What is done about a bad step, decided from its `Verdict` alone: every rank that holds the same loss and the same
-norm decides the same.
+"""How the run reacts to a bad step. The decision depends on the `Verdict` alone, so ranks with the same loss and the
+same norm decide alike.
 
-| policy | a step that is not finite | a flagged finite step | an event that lasts, a loss beyond all reason |
+| policy | a step that is not finite | a flagged finite step | a lasting event, a diverged loss |
 |---|---|---|---|
 | observe | discarded | applied | reported |
 | skip | discarded | discarded, at most `max_skips` in a row | reported |
-| rewind | discarded | applied | back to a checkpoint, its data left out; at most `max_rewinds` times, then abort |
-| abort | discarded | applied | an event that lasts is reported, a loss beyond all reason ends the run |
+| rewind | discarded | applied | rewind to a checkpoint and skip the data; at most `max_rewinds` times, then abort |
+| abort | discarded | applied | a lasting event is reported, a diverged loss ends the run |
 
-Under every policy `max_nonfinite_steps` non-finite steps in a row end the run (rewind first goes back).
+Under every policy `max_nonfinite_steps` non-finite steps in a row end the run (`rewind` first tries to rewind).
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ PolicyName = Literal["observe", "skip", "rewind", "abort"]
 
 
 class Decision(NamedTuple):
-    """`apply` the update or discard it, `then` go on, rewind or abort; `reason` says why, empty for a plain step."""
+    """Whether to `apply` the update or discard it, and what to do `then`: go on, rewind or abort. `reason` is empty for
+    a normal step.
+    """
 
     apply: bool
     then: Literal["go on", "rewind", "abort"] = "go on"
@@ -32,10 +34,10 @@ class Decision(NamedTuple):
 
 @dataclass
 class Policy:
-    """`name` and its bounds; the counters are its state.
+    """`name` and its limits; the counters are its state.
 
-    `rewind_after` is how many steps an event may stay open before the run goes back. `rewinds` counts those made and
-    survives a rewind: it is not taken back with the rest.
+    `rewind_after` is how many steps an event may stay open before the run rewinds. `rewinds` counts the rewinds so far;
+    a rewind does not reset it.
     """
 
     name: PolicyName
@@ -64,7 +66,7 @@ class Policy:
         return Decision(True)
 
     def without_rewind(self, verdict: Verdict) -> Decision:
-        """What to do instead when there is no checkpoint to go back to; the step has been discarded."""
+        """What to do when there is no checkpoint to rewind to; the step has been discarded."""
         ends = verdict.diverged or verdict.nonfinite_in_a_row >= self.max_nonfinite_steps
         return Decision(False, "abort" if ends else "go on", self._lost(verdict))
 
@@ -73,11 +75,11 @@ class Policy:
         return {"skips_in_a_row": self.skips_in_a_row, "rewinds": self.rewinds}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take the counters of `state`."""
+        """Restore the counters from `state`."""
         self.skips_in_a_row, self.rewinds = state["skips_in_a_row"], state["rewinds"]
 
     def _lost(self, verdict: Verdict) -> str:
-        """Why the run, and not just the step, is in trouble; empty when it is not."""
+        """Why the whole run is in trouble, not just the step; empty when it is not."""
         if verdict.nonfinite_in_a_row >= self.max_nonfinite_steps:
             return f"loss or gradient was not finite {verdict.nonfinite_in_a_row} steps in a row"
         if verdict.diverged:
@@ -87,13 +89,14 @@ class Policy:
         return ""
 
     def _skip(self, verdict: Verdict) -> Decision:
-        """Flagged by the loss, or by OLMo-core's rule on the gradient norm. Bounded, for a shift that stays is no
-        spike, and a run that skips for ever learns nothing."""
+        """Whether to skip: flagged by the loss, or by OLMo-core's rule on the gradient norm. Skips are limited, because
+        a lasting shift is not a spike and a run that always skips learns nothing.
+        """
         steep = verdict.gnorm_z > SHORT_SIGMA
         if not (verdict.flagged or steep):
             self.skips_in_a_row = 0
             return Decision(True)
         if self.skips_in_a_row >= self.max_skips:
-            return Decision(True, reason=f"flagged, but {self.max_skips} were skipped in a row")
+            return Decision(True, reason=f"flagged, but {self.max_skips} steps in a row were already skipped")
         self.skips_in_a_row += 1
         return Decision(False, reason="loss spike" if verdict.flagged else "gradient norm beyond 6 sd of the last 128")

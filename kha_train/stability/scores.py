@@ -1,9 +1,9 @@
-"""The scores in use elsewhere, as published: shares of steps that stand out of a rolling mean.
+"""Published spike scores: the share of steps that stand out of a rolling mean.
 
-Two of them look alike and differ. The OLMo 2 paper (arXiv 2501.00656) counts |x - mean| >= 7 sd of the previous 1,000
-values, in percent; the monitor of OLMo-core flags x > mean + 6 sd of the previous 128, upward only. Both let a spike
-into the window that judges the next one; the event detector (`events.py`) does not. Here a value that is not finite
-never enters a window and counts as flagged, and nothing is judged before a window is full; the paper leaves both open.
+Two of them look alike but differ. The OLMo 2 paper (arXiv 2501.00656) counts |x - mean| >= 7 sd of the previous 1,000
+values, in percent. OLMo-core's monitor flags x > mean + 6 sd of the previous 128, upward only. Both let a spike into
+the window that judges the next one; the event detector (`events.py`) does not. Here a non-finite value never enters a
+window and counts as flagged, and nothing is judged before a window is full; the paper specifies neither.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RECENT = 10_000
 
 @dataclass
 class Share:
-    """The percentage of judged steps that were flagged: of all of them, and of the last `RECENT`."""
+    """The percentage of judged steps that were flagged, over all of them and over the last `RECENT`."""
 
     judged: int = 0
     flagged: int = 0
@@ -39,27 +39,27 @@ class Share:
 
     @property
     def percent(self) -> float:
-        """Of all judged steps; 0 when there is none."""
+        """Percentage over all judged steps; 0 when there are none."""
         return 100.0 * self.flagged / self.judged if self.judged else 0.0
 
     @property
     def recent_percent(self) -> float:
-        """Of the last 10,000 judged steps; 0 when there is none."""
+        """Percentage over the last 10,000 judged steps; 0 when there are none."""
         return 100.0 * len(self._recent) / min(self.judged, RECENT) if self.judged else 0.0
 
     def state(self) -> dict[str, Any]:
-        """Everything, as plain JSON values."""
+        """The whole state, as plain JSON values."""
         return {"judged": self.judged, "flagged": self.flagged, "recent": list(self._recent)}
 
     @staticmethod
     def restore(state: dict[str, Any]) -> Share:
-        """The share that gave `state`."""
+        """The share with the given `state`."""
         return Share(state["judged"], state["flagged"], deque(state["recent"]))
 
 
 @dataclass
 class SignalScores:
-    """The rules above on one signal, loss or gradient norm."""
+    """The rules above for one signal, loss or gradient norm."""
 
     long: Window = field(default_factory=lambda: Window(LONG))
     short: Window = field(default_factory=lambda: Window(SHORT))
@@ -67,7 +67,7 @@ class SignalScores:
     upward: Share = field(default_factory=Share)
 
     def update(self, value: float) -> float:
-        """Take in one value. Returns its z over the previous 128: nan before there are 128, inf when not finite."""
+        """Add one value. Returns its z over the previous 128: nan before there are 128, inf when not finite."""
         finite = usable(value)
         if self.long.full:
             z = self.long.z(value) if finite else math.inf
@@ -82,7 +82,7 @@ class SignalScores:
         return short_z
 
     def state(self) -> dict[str, Any]:
-        """Everything, as plain JSON values."""
+        """The whole state, as plain JSON values."""
         return {
             "long": self.long.values,
             "short": self.short.values,
@@ -92,7 +92,7 @@ class SignalScores:
 
     @staticmethod
     def restore(state: dict[str, Any]) -> SignalScores:
-        """The scores that gave `state`."""
+        """The scores with the given `state`."""
         return SignalScores(
             Window(LONG, state["long"]),
             Window(SHORT, state["short"]),

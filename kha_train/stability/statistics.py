@@ -1,6 +1,6 @@
-"""Statistics of the events of a run: how many, how often, how large; and which are shared between runs.
+"""Statistics of a run's events: number, rate and size, and which events several runs share.
 
-None of these is defined by a paper: the KHA paper names stability as its second claim and gives no metric for it.
+No paper defines these: the KHA paper names stability as its second claim and gives no metric for it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ SPIKES = ("narrow", "wide")
 """The classes that count as spikes. Other events are level shifts or divergences, or have not ended."""
 BILLION = 1e9
 NEIGHBOURHOOD = 2
-"""Events of two runs are the same when they touch within so many steps, or the samples of so many."""
+"""Events of two runs match when they are at most this many steps apart, or the samples of this many steps."""
 
 
 def poisson_interval(count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The exact (Garwood) interval of a Poisson mean of which `count` events were seen."""
+    """The exact (Garwood) interval of a Poisson mean, given `count` observed events."""
     tail = (1 - confidence) / 2
     low = 0.0 if count == 0 else _solve(lambda mean: 1 - _poisson_cdf(count - 1, mean) - tail, count)
     high = _solve(lambda mean: tail - _poisson_cdf(count, mean), count)
@@ -35,7 +35,7 @@ def rate(count: int, exposure: float) -> dict[str, float]:
 
 
 def reported_rate(count: int, exposure: float) -> dict[str, float | None]:
-    """As `rate`, for a report: None without exposure."""
+    """As `rate`, for reports: None without exposure."""
     return {name: None if math.isnan(value) else value for name, value in rate(count, exposure).items()}
 
 
@@ -50,11 +50,11 @@ def summarise(
 ) -> dict[str, Any]:
     """Counts, sizes and rates of a run's `events` over the steps `first_step` .. `last_step`.
 
-    `tokens` are those of these steps alone (0: unknown). When `events` holds some that a rewind undid, `undone_steps`
-    are the steps it undid: they join the exposure, with as many tokens each. `spikes` and their rates are narrow and
-    wide events. `area_total`, `max_height` and `steps_in_spike_frac` are over events of every class, so that a run that
-    blows up and never recovers has them too. `diverged` is true when an event is open at the end, or when the caller
-    says so. The halves are halves of `first_step` .. `last_step`.
+    `tokens` counts the tokens of these steps alone (0: unknown). If `events` includes events that a rewind undid,
+    `undone_steps` is the number of undone steps; they are added to the exposure, with as many tokens each. `spikes` and
+    their rates cover narrow and wide events. `area_total`, `max_height` and `steps_in_spike_frac` are over events of
+    every class, so they also describe a run that never recovers. `diverged` is true when an event is open at the end,
+    or when the caller sets it. The halves are halves of `first_step` .. `last_step`.
     """
     surviving = last_step - first_step + 1
     steps = surviving + len(undone_steps)
@@ -90,7 +90,7 @@ def summarise(
 
 
 def _sizes(events: Sequence[SpikeEvent]) -> dict[str, Any]:
-    """How many `events`, the steps inside them, the sum of their areas and the largest of their heights."""
+    """The number of `events`, the steps inside them, the sum of their areas and their largest height."""
     return {
         "events": len(events),
         "steps": sum(event.width for event in events),
@@ -102,8 +102,8 @@ def _sizes(events: Sequence[SpikeEvent]) -> dict[str, Any]:
 def shared_events(runs: Sequence[Sequence[SpikeEvent]]) -> list[list[bool]]:
     """For every event of every run, whether another run has one at the same place.
 
-    The place is the data, by its sample numbers, where both runs know them: runs over the same data in the same order
-    that spike there were struck by it, at whatever step. Otherwise it is the step, which proves less.
+    The place is given by sample numbers where both runs know them: runs over the same data in the same order that spike
+    there were hit by the same data, at whatever step. Otherwise it is given by the step, which proves less.
     """
     return [
         [any(_touch(event, other) for i, others in enumerate(runs) if i != number for other in others) for event in run]
@@ -112,11 +112,10 @@ def shared_events(runs: Sequence[Sequence[SpikeEvent]]) -> list[list[bool]]:
 
 
 def tail_gap(curve: Sequence[tuple[float, float]], reference: Sequence[tuple[float, float]]) -> dict[str, float | int]:
-    """Mean of loss - reference loss at equal tokens, over the last half of the tokens both have seen.
+    """Mean of loss - reference loss at equal tokens, over the last half of the tokens that both have seen.
 
-    Points are (tokens, loss) in order of tokens, which rise from point to point (steps may stand for them); the
-    reference is interpolated linearly. Non-finite losses are left out. `points` is how many entered; the gap is nan
-    when there is none.
+    Points are (tokens, loss) with strictly increasing tokens (or steps in their place); the reference is interpolated
+    linearly. Non-finite losses are left out. `points` is the number of points used; the gap is nan when there are none.
     """
     curve = [point for point in curve if math.isfinite(point[1])]
     reference = [point for point in reference if math.isfinite(point[1])]
@@ -150,19 +149,19 @@ def _touch(one: SpikeEvent, other: SpikeEvent) -> bool:
 
 
 def _batch(event: SpikeEvent) -> float:
-    """Samples of a step."""
+    """Number of samples of a step."""
     return (event.samples_last - event.samples_first + 1) / event.width
 
 
 def _poisson_cdf(count: int, mean: float) -> float:
-    """P(N <= count). Terms in logarithms, so that large means do not underflow before they are summed."""
+    """P(N <= count). The terms are logarithms, so that large means do not underflow before the sum."""
     if mean <= 0:
         return 1.0
     return math.fsum(math.exp(k * math.log(mean) - mean - math.lgamma(k + 1)) for k in range(count + 1))
 
 
 def _solve(rising: Any, count: int) -> float:
-    """The root of a rising function of the mean, by bisection."""
+    """The root of an increasing function of the mean, by bisection."""
     low, high = 0.0, count + 10 * math.sqrt(count + 1) + 10
     for _ in range(200):
         middle = (low + high) / 2

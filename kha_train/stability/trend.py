@@ -1,8 +1,8 @@
-"""What the next value of a curve is expected to be, and how far its values usually lie from that.
+"""The expected next value of a curve, and the usual deviation of its values from the expected ones.
 
-A loss falls fastest where it spikes most, early in training. The spread of its last values is then the fall and not the
-noise, so a spike must be taller than the fall of a whole window to stand out. Here a line follows the fall, and the
-spread is that of the distances from what was expected.
+Loss falls fastest early in training, where it also spikes most. The spread of the last values then measures the fall
+and not the noise, so a spike would have to be taller than the fall of a whole window to stand out. Here a line follows
+the fall, and the spread is that of the deviations from the expected values.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ SCALE_FLOOR = 1e-3
 
 
 class Trend:
-    """The last 128 values that belong to no event, and the deviations of the last 128 that were judged.
+    """The last 128 values that belong to no event, and the deviations of the last 128 judged values.
 
-    A line goes through the medians of the older and of the newer half of the values. A median ignores what a few
-    values do, so neither end of the line follows a spike. Values are counted, not steps: an event leaves no gap.
+    A line goes through the medians of the older and of the newer half of the values. A median ignores a few outliers,
+    so neither end of the line follows a spike. Values are counted, not steps: an event leaves no gap.
 
-    A deviation counts once 8 further values were judged. A spike that rises over several steps would otherwise widen
-    its own scale. An event that opens meanwhile discards those that wait.
+    A deviation counts after 8 further values were judged. Otherwise a spike that rises over several steps would widen
+    its own scale. An event that opens discards the deviations that do not count yet.
     """
 
     def __init__(
         self, values: Iterable[float] = (), deviations: Iterable[float] = (), waiting: Iterable[float] = ()
     ) -> None:
-        """Without `deviations`, those of the values from their own line are taken, once there are 64 values."""
+        """Without `deviations`, those of the values from their own line are used, once there are 64 values."""
         self._values = deque(values, maxlen=SIZE)
         self._deviations, self._waiting = Baseline(SIZE, deviations), deque(waiting)
         self._seed()
@@ -47,25 +47,25 @@ class Trend:
 
     @property
     def values(self) -> list[float]:
-        """The values, oldest first: with `deviations` the whole state."""
+        """The values, oldest first; together with `deviations` they are the whole state."""
         return list(self._values)
 
     @property
     def deviations(self) -> list[float]:
-        """value - expected of the judged values that count, oldest first."""
+        """value - expected for the judged values that count, oldest first."""
         return self._deviations.values
 
     @property
     def waiting(self) -> list[float]:
-        """value - expected of the last judged values, which do not count yet, oldest first."""
+        """value - expected for the latest judged values, which do not count yet, oldest first."""
         return list(self._waiting)
 
     @property
     def expected(self) -> float:
-        """The next value: where the line will be, or, where that is more, the smaller of the medians of the newer half
-        and of the last 8 values. Needs a value.
+        """The expected next value: the value of the line or, if larger, the smaller of two medians, that of the newer
+        half and that of the last 8 values. Needs a value.
 
-        A curve that stops falling leaves its line upward, without a spike. It does not leave its last values.
+        A curve that stops falling rises above its line without a spike, but not above its last values.
         """
         values = self.values
         newer, slope, centre = _line(values)
@@ -78,7 +78,7 @@ class Trend:
         return max(deviations.spread, SCALE_FLOOR)
 
     def push(self, value: float, deviation: float | None = None) -> None:
-        """Take in a usable value, and its deviation when it was judged; the oldest of each leaves."""
+        """Add a usable value, and its deviation if it was judged; the oldest of each is dropped."""
         self._values.append(value)
         if deviation is not None:
             self._waiting.append(_bounded(deviation))
@@ -87,7 +87,7 @@ class Trend:
         self._seed()
 
     def discard_waiting(self) -> None:
-        """An event opens: the last deviations may be its rise."""
+        """An event opens: drop the latest deviations, which may belong to its rise."""
         self._waiting.clear()
 
     def _seed(self) -> None:

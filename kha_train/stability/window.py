@@ -1,7 +1,7 @@
 """A window over the last values of a curve with its exact mean and standard deviation.
 
-Sums in floating point remember a huge value long after it has left the window. Here values are whole multiples of
-2^-80, so the sums are integers: what has left is forgotten completely, and the sums follow from the values alone.
+Floating-point sums keep rounding errors of a huge value long after it has left the window. Here values are integer
+multiples of 2^-80, so the sums are exact and depend on the values in the window alone.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _SCALE = 2.0**SCALE_BITS
 
 
 def usable(value: float) -> bool:
-    """Whether `value` may enter a window: finite, and below 1e100 (no loss or norm of a living run is larger)."""
+    """Whether `value` may enter a window: finite, and below 1e100 (real losses and norms are smaller)."""
     return -LIMIT < value < LIMIT
 
 
 class Window:
-    """The last `size` usable values. `push` and `z` cost the same however long the curve is."""
+    """The last `size` usable values. The cost of `push` and `z` does not depend on the length of the curve."""
 
     def __init__(self, size: int, values: Iterable[float] = ()) -> None:
         self.size = size
@@ -41,25 +41,25 @@ class Window:
 
     @property
     def values(self) -> list[float]:
-        """The values, oldest first: the whole state."""
+        """The values, oldest first; they are the whole state."""
         return list(self._values)
 
     @property
     def mean(self) -> float:
-        """Their mean, correctly rounded; nan when there is none."""
+        """The mean, correctly rounded; nan when there are no values."""
         count = len(self._values)
         return self._sum / (count << SCALE_BITS) if count else math.nan
 
     @property
     def deviation(self) -> float:
-        """Their population standard deviation; nan when there is none."""
+        """The population standard deviation; nan when there are no values."""
         count = len(self._values)
         if not count:
             return math.nan
         return math.sqrt((count * self._squares - self._sum * self._sum) / (count * count << 2 * SCALE_BITS))
 
     def push(self, value: float) -> None:
-        """Take in a usable value; the oldest leaves when the window was full."""
+        """Add a usable value; a full window drops its oldest."""
         assert usable(value), value
         whole = int(value * _SCALE)
         self._values.append(value)
@@ -67,7 +67,7 @@ class Window:
         if len(self._values) > self.size:
             self._values.popleft()
             left = self._wholes.popleft()
-            # a^2 - b^2 with one product of large numbers.
+            # a^2 - b^2 = (a - b)(a + b) needs one product of large numbers.
             self._squares += (whole - left) * (whole + left)
             self._sum += whole - left
         else:

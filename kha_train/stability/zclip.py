@@ -1,4 +1,4 @@
-"""ZClip (arXiv 2504.02507): clip a gradient norm that stands out of its own running statistics."""
+"""ZClip (arXiv 2504.02507): clips a gradient norm that stands out of its own running statistics."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class ZClip:
     warmup: list[float] = field(default_factory=list)
 
     def limit(self, norm: float) -> float:
-        """The norm this gradient may have at most: itself while z <= 2.5, else mean + 2.5^2 sd / z.
+        """The largest norm allowed for this gradient: its own while z <= 2.5, else mean + 2.5^2 sd / z.
 
-        Takes the (finite) norm in. A step that is not applied must not be shown to it.
+        Adds the (finite) norm to the statistics. Do not call it for a step that is not applied.
         """
         if len(self.warmup) < WARMUP:
             self.warmup.append(norm)
@@ -37,10 +37,10 @@ class ZClip:
         return clipped
 
     def state(self) -> dict[str, Any]:
-        """Everything, as plain JSON values."""
+        """The whole state, as plain JSON values."""
         return {"mean": self.mean, "variance": self.variance, "warmup": list(self.warmup)}
 
     @staticmethod
     def restore(state: dict[str, Any]) -> ZClip:
-        """The clipper that gave `state`."""
+        """The clipper with the given `state`."""
         return ZClip(state["mean"], state["variance"], list(state["warmup"]))
