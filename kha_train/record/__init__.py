@@ -1,6 +1,6 @@
-"""The run's own truth, in plain Python: `metrics.jsonl`, `events.jsonl`, `run.json` and the marker files.
+"""The record of a run, in plain Python: `metrics.jsonl`, `events.jsonl`, `run.json` and the marker files.
 
-Console and W&B are mirrors of what is written here; comparison, resume and tests read nothing else.
+Console and W&B mirror what is written here; comparison, resume and tests read nothing else.
 """
 
 from __future__ import annotations

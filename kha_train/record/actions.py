@@ -1,4 +1,4 @@
-"""How often something was done about a run, read from its record."""
+"""Counts the interventions in a run, such as skipped updates and rewinds, from its record."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from kha_train.record.reader import read_discarded, read_events
 
 ACTIONS = ("step_discarded", "rewind", "rewind_impossible", "divergence", "abort", "zclip")
 UNDONE = "rewind "
-"""How the reason begins that a rewind gives for the lines it undoes; other reasons are a restart's."""
+"""The reason that a rewind gives for discarded lines begins with this; other reasons come from a restart."""
 
 
 def count_actions(run_dir: Path | None, actions: Sequence[str] = ACTIONS) -> dict[str, int]:
     """How often each of `actions` happened in the run; zeros for None. Raises DataError when the record is damaged.
 
-    The record of events only grows: what was done in steps that a restart undid does not count, and what is then done
-    again in the same step, over the same samples, counts once.
+    The record of events only grows. Actions in steps that a restart undid do not count, and an action repeated in the
+    same step, over the same samples, counts once.
     """
     if run_dir is None:
         return dict.fromkeys(actions, 0)

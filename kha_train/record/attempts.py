@@ -1,10 +1,9 @@
-"""What each start of a run was configured with and what it found, so that every line of a curve can be judged by its
-own attempt.
+"""The configuration and facts of each attempt of a run, so that every line of a curve can be judged by its own attempt.
 
-`run.json` holds it. Facts: the first start's are the `provenance`, each later attempt lists what differs as `changed`.
-Configurations: one attempt holds its own whole, later ones hold what differs from it, so hundreds of restarts of one
-command stay a small file. Attempts of older releases hold none. `config.yaml` still has that of the last of them, and
-the next start moves it into `run.json` before it overwrites the file.
+They are stored in `run.json`. The first attempt's facts are the `provenance`; each later attempt lists differing facts
+as `changed`. One attempt holds its whole configuration and later ones hold the difference from it, so the file stays
+small after hundreds of restarts of one command. Attempts of older releases hold no configuration. `config.yaml` still
+has that of the last of them; the next start moves it into `run.json` before overwriting the file.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Attempt:
     """One start of a run directory.
 
     `facts` is its provenance (`data_content_id`, `dtype`, ...). `config` is its configuration as nested plain values,
-    or None where it was not recorded: an older release kept that of the last start alone.
+    or None where it was not recorded: an older release kept only that of the last start.
     """
 
     number: int
@@ -41,13 +40,14 @@ class Attempt:
 
 
 def read_attempts(run_dir: Path) -> dict[int, Attempt]:
-    """Every start of the run in `run_dir`, by its number. Raises DataError when `run.json` or `config.yaml` is
-    damaged."""
+    """Every attempt of the run in `run_dir`, by number. Raises DataError when `run.json` or `config.yaml` is
+    damaged.
+    """
     run, source = read_run(run_dir), Source(str(run_dir / RUN_FILE))
     entries = run.get("attempts", [])
     configs, finished = {}, {}
     for number, config in recorded_configs(entries).items():
-        # Restarts of one command share one configuration, and completing it takes milliseconds.
+        # Restarts of one command share a configuration, and completing it takes milliseconds.
         if id(config) not in finished:
             finished[id(config)] = completed(source.read(SavedConfig, config, f"attempts[{number - 1}].{CONFIG}"))
         configs[number] = finished[id(config)]
@@ -68,8 +68,9 @@ def read_attempts(run_dir: Path) -> dict[int, Attempt]:
 
 
 def config_of(attempts: Mapping[int, Attempt], number: int | None) -> dict[str, Any] | None:
-    """The configuration of attempt `number`, with the paths of its data as the last start named them that read the same
-    data: data may have moved since. None where it was not recorded."""
+    """The configuration of attempt `number`. Its data paths are those of the last attempt that read the same data,
+    because the data may have moved since. None where the configuration was not recorded.
+    """
     attempt = attempts.get(number) if number is not None else None
     if attempt is None or attempt.config is None:
         return None
@@ -80,8 +81,7 @@ def config_of(attempts: Mapping[int, Attempt], number: int | None) -> dict[str, 
 
 
 def recorded_configs(entries: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The configuration of each attempt of `run.json` that holds one, by the attempt's number; one object for all that
-    have the same."""
+    """The configurations in `run.json`, by attempt number. Attempts with the same configuration share one object."""
     configs: dict[int, dict[str, Any]] = {}
     for entry in entries:
         kept = entry.get(CONFIG, {})
@@ -96,9 +96,11 @@ def recorded_configs(entries: Sequence[Mapping[str, Any]]) -> dict[int, dict[str
 
 
 def config_entry(entries: Sequence[Mapping[str, Any]], config: dict[str, Any]) -> dict[str, Any]:
-    """How the next attempt keeps `config`, free of secrets: whole, or as its difference from an attempt's of `entries`.
+    """How to store `config`, without secrets, for the next attempt: whole, or as the difference from an attempt in
+    `entries`.
 
-    The difference is always from an attempt that holds its configuration whole, so no chain of differences grows.
+    The difference is always relative to an attempt that holds its whole configuration, so there are no chains of
+    differences.
     """
     whole = [entry for entry in entries if "whole" in entry.get(CONFIG, {})]
     if not whole:
@@ -112,7 +114,9 @@ def config_entry(entries: Sequence[Mapping[str, Any]], config: dict[str, Any]) -
 
 
 def _moved(data: Mapping[str, Any], newest: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings `data` with the paths of the `newest`, where both name one dataset, or sources of the same names."""
+    """The settings `data` with the paths of the `newest`, where both name one dataset, or sources with the same
+    names.
+    """
     own, later = data.get("sources") or [], newest.get("sources") or []
     if bool(own) != bool(later):
         return dict(data)

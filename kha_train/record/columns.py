@@ -1,6 +1,7 @@
-"""The numbers of a run's record by columns: what a comparison needs of many steps, without a dictionary a step.
+"""The numbers of a run's record by columns, so that a comparison of many steps needs no dictionary per step.
 
-`metrics.jsonl` is the truth. A long one has a compact twin beside it (`columns_twin`), which is checked against it.
+`metrics.jsonl` is authoritative. A long one has a compact cache beside it (`columns_twin`), which is checked against
+it.
 """
 
 # C columns  N lines of the record
@@ -21,14 +22,15 @@ COLUMNS = (
     "train/skipped", "train/step_seconds", "train/tokens_per_second", "train/mfu", "memory/peak_gib", "validation/loss",
     "validation/bits_per_byte",
 )  # fmt: skip
-"""The metrics that are kept by columns. Every count of ours is a float, too, without loss."""
+"""The metrics kept as columns. Every count fits a float exactly."""
 _PLACES = {name: place for place, name in enumerate(COLUMNS)}
 
 
 @dataclass(frozen=True)
 class Columns:
-    """`values_CN` float64 of the metrics `COLUMNS`, nan where a line does not have one, which `present_CN` tells from a
-    loss that is nan. The line of row n is bytes `offsets_N1[n]` to `offsets_N1[n + 1]` of the record."""
+    """The metrics `COLUMNS` of all lines. `values_CN` (float64) is nan where a line lacks a metric; `present_CN` tells
+    such gaps from a loss that is nan. The line of row n is bytes `offsets_N1[n]` to `offsets_N1[n + 1]` of the record.
+    """
 
     values_CN: np.ndarray
     present_CN: np.ndarray
@@ -54,11 +56,11 @@ class Columns:
         return self["step"].astype(np.int64)
 
     def whole(self, name: str, absent: int) -> np.ndarray:
-        """The whole numbers of the metric `name`, int64 [N]; `absent` where a line does not have it."""
+        """The integers of the metric `name`, int64 [N]; `absent` where a line lacks it."""
         return np.where(self.has(name), self[name], absent).astype(np.int64)
 
     def lines(self, file: Path, first: int, last: int) -> list[dict[str, Any]]:
-        """The whole lines of the steps `first` to `last`, read from the record `file`."""
+        """The complete lines of the steps `first` to `last`, read from the record `file`."""
         begin, end = np.searchsorted(self["step"], (first, last + 1))
         start, stop = (int(self.offsets_N1[place]) for place in (begin, end))
         with file.open("rb") as record:
@@ -68,7 +70,7 @@ class Columns:
 
 
 def columns_of(lines: Sequence[Mapping[str, Any]], offsets_N1: np.ndarray | None = None) -> Columns:
-    """The columns of lines that were checked."""
+    """The columns of checked lines."""
     values = [[line.get(name) for line in lines] for name in COLUMNS]
     present = [[value is not None for value in column] if None in column else [True] * len(lines) for column in values]
     return Columns(
@@ -79,7 +81,7 @@ def columns_of(lines: Sequence[Mapping[str, Any]], offsets_N1: np.ndarray | None
 
 
 def joined(parts: Sequence[Columns]) -> Columns:
-    """Columns of neighbouring parts of one record as one; at least one part."""
+    """Columns of adjacent parts of one record, joined; needs at least one part."""
     return Columns(
         np.concatenate([part.values_CN for part in parts], axis=1),
         np.concatenate([part.present_CN for part in parts], axis=1),

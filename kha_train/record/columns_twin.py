@@ -1,12 +1,11 @@
-"""The columns of a long record kept beside it, so that its lines are parsed once.
+"""A cache of a long record's columns beside the record (its twin), so that its lines are parsed once.
 
-The twin holds a checksum of every block of the record it was made from. While size, times and inode of the record are
-unchanged, the twin is used as it is. Otherwise the blocks are compared, which costs a small part of parsing them: those
-that still agree are kept, and what follows is parsed. So the columns are right after the record grew, was rewound or
-was edited.
+The twin holds a checksum of every block of the record. While size, times and inode of the record are unchanged, the
+twin is used as it is. Otherwise the blocks are compared, which is much cheaper than parsing them: matching blocks are
+kept and the rest is parsed. So the columns stay right when the record has grown, was rewound or was edited.
 
-A twin is a checked head and plain numbers. One that is damaged or of something else is ignored, and a directory that
-cannot be written gets none.
+A twin is a checked header and plain numbers. A damaged or foreign twin is ignored, and none is written into a read-only
+directory.
 """
 
 # C columns  N lines of the record
@@ -38,18 +37,18 @@ from kha_train.record.schema import COUNTS, WHOLE, check_metrics
 TWIN_FILE = ".metrics.columns"
 FORMAT = 1
 BLOCK = 4 * 2**20
-"""Bytes of the record that have one sum."""
+"""Bytes of the record per checksum."""
 WORTH = BLOCK
-"""A shorter record is read without a twin."""
+"""Shorter records are read without a twin."""
 _KINDS = ("<f8", "u1", "<i8")
 _LONGEST_HEAD = 2**24
 _LEFT_OVER_SECONDS = 3600
 _TRIED = 32
-"""Lines that are read again to see whether the twin is of this record."""
+"""Number of lines read again to check that the twin belongs to this record."""
 
 
 class Block(NamedTuple):
-    """Lines of the record up to byte `end`, which is row `rows`; `digest` is the SHA-256 of the block alone."""
+    """Lines of the record up to byte `end`, which is row `rows`; `digest` is the SHA-256 of this block alone."""
 
     end: int
     rows: int
@@ -57,7 +56,7 @@ class Block(NamedTuple):
 
 
 class Head(TypedDict):
-    """The first line of a twin; the columns follow, then their presence, then the offsets of the lines."""
+    """The first line of a twin, followed by the columns, their presence, and the offsets of the lines."""
 
     format: int
     columns: list[str]
@@ -68,7 +67,7 @@ class Head(TypedDict):
 
 @dataclass(frozen=True)
 class Twin:
-    """Columns and the blocks they were made from; `stamp` is how the record stood then."""
+    """Columns and the blocks they were made from; `stamp` identifies the state of the record then."""
 
     stamp: list[int]
     blocks: list[Block]
@@ -76,13 +75,13 @@ class Twin:
 
 
 NONE = Twin([], [], columns_of([]))
-"""What is kept of no twin."""
+"""Stands for a missing twin."""
 
 
 def read_columns(path: Path) -> Columns:
-    """The columns of the surviving curve of the run directory `path`, of no lines where it has no record.
+    """The columns of the surviving curve of the run directory `path`; without lines where it has no record.
 
-    The twin of a long record is used, and made or mended where that is possible. Raises DataError as `read_metrics`.
+    Uses the twin of a long record, and creates or updates it if possible. Raises DataError as `read_metrics`.
     """
     file, beside = path / METRICS_FILE, path / TWIN_FILE
     with open_regular(file) as record:
@@ -102,7 +101,7 @@ def read_columns(path: Path) -> Columns:
 
 
 def load_twin(path: Path, size: int) -> Twin | None:
-    """The twin in `path` of a record of `size` bytes; None where there is none that is whole."""
+    """The twin in `path` for a record of `size` bytes; None where there is no intact one."""
     try:
         with open_regular(path) as file:
             return None if file is None else _loaded(file, str(path), size)
@@ -111,8 +110,9 @@ def load_twin(path: Path, size: int) -> Twin | None:
 
 
 def save_twin(path: Path, twin: Twin, like: Path) -> None:
-    """Replaces `path` at once, with the permissions of the file `like`. A directory that takes no file stays as it
-    is."""
+    """Replaces `path` atomically, with the permissions of the file `like`. Does nothing in a directory that cannot be
+    written.
+    """
     body = (twin.columns.values_CN, twin.columns.present_CN, twin.columns.offsets_N1)
     parts = [np.ascontiguousarray(part, kind).reshape(-1).data for part, kind in zip(body, _KINDS, strict=True)]
     head: Head = {
@@ -138,7 +138,7 @@ def save_twin(path: Path, twin: Twin, like: Path) -> None:
 
 
 def _remove_left_over(folder: Path) -> None:
-    """Nobody writes for an hour: what is older was left by a process that was killed."""
+    """Remove temporary files older than an hour: writing is faster, so their process was killed."""
     for path in folder.glob(f"{TWIN_FILE}.{'[0-9a-f]' * 16}.new"):
         with suppress(OSError):
             if time.time() - path.lstat().st_mtime > _LEFT_OVER_SECONDS:
@@ -146,7 +146,7 @@ def _remove_left_over(folder: Path) -> None:
 
 
 def _continued(file: Path, record: BinaryIO, kept: Twin, stamp: list[int]) -> Twin:
-    """The twin of the whole record, of which `kept` agrees. Raises DataError as `read_metrics`."""
+    """The twin of the whole record, of which the part `kept` agrees. Raises DataError as `read_metrics`."""
     blocks, parts = list(kept.blocks), [kept.columns]
     rows, before = len(kept.columns), int(kept.columns["step"][-1]) if len(kept.columns) else 0
     for start, content in whole_blocks(record, blocks[-1].end if blocks else 0, BLOCK):
@@ -160,8 +160,9 @@ def _continued(file: Path, record: BinaryIO, kept: Twin, stamp: list[int]) -> Tw
 
 
 def _agreeing(twin: Twin | None, record: BinaryIO, size: int) -> Twin:
-    """The part of `twin` whose blocks are still in the record. A last block that is short is left to be parsed again:
-    a record that grows would have very many of them."""
+    """The part of `twin` whose blocks still match the record. A short last block is parsed again; otherwise a growing
+    record would collect many of them.
+    """
     blocks: list[Block] = []
     record.seek(0)
     for block in twin.blocks if twin else ():
@@ -177,7 +178,7 @@ def _agreeing(twin: Twin | None, record: BinaryIO, size: int) -> Twin:
 
 
 def _is_of(columns: Columns, record: BinaryIO) -> bool:
-    """Whether some lines of the record, the highest loss among them, are as `columns` has them."""
+    """Whether some lines of the record, including the one with the highest loss, agree with `columns`."""
     count, losses = len(columns), columns["train/loss"]
     some = {0, count - 1, *(secrets.randbelow(count) for _ in range(_TRIED))} if count else set()
     some |= {int(np.nanargmax(losses))} if np.isfinite(losses).any() else set()
@@ -193,14 +194,14 @@ def _is_of(columns: Columns, record: BinaryIO) -> bool:
 def _differs(value: Any, columns: Columns, name: str, row: int) -> bool:
     if value is None or not columns.has(name)[row]:
         return (value is not None) != bool(columns.has(name)[row])
-    # Only a number can be what the twin has: the record of a forged one may hold anything.
+    # The twin holds only numbers; the record behind a forged twin may hold anything.
     if type(value) is not float and not (type(value) is int and abs(value) <= LARGEST):
         return True
     return not np.array_equal(columns[name][row], value, equal_nan=True)
 
 
 def _loaded(file: BinaryIO, path: str, size: int) -> Twin | None:
-    """Raises ValueError and DataError for what is no twin of this release."""
+    """Raises ValueError or DataError for anything that is not a twin of this release."""
     first = file.readline(_LONGEST_HEAD)
     head = Source(path).read(Head, parse_json(first))
     blocks = [Block(*block) for block in head["blocks"]]
@@ -221,7 +222,7 @@ def _loaded(file: BinaryIO, path: str, size: int) -> Twin | None:
 
 
 def _is_sound(columns: Columns, blocks: list[Block]) -> bool:
-    """Whether the numbers can be those of a record that was checked."""
+    """Whether the numbers could come from a checked record."""
     values, present, offsets = columns.values_CN, columns.present_CN, columns.offsets_N1
     ends, rows = [block.end for block in blocks], [block.rows for block in blocks]
     if not (_rises([0, *ends]) and _rises([0, *rows]) and offsets[0] == 0 and _rises(offsets)):
@@ -248,7 +249,7 @@ def _are_whole(values: np.ndarray) -> bool:
 
 
 def _stamp(record: BinaryIO) -> list[int]:
-    """What changes whenever somebody writes into the file, or puts another in its place."""
+    """A value that changes whenever the file is written to or replaced."""
     found = os.fstat(record.fileno())
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev]
 

@@ -1,4 +1,4 @@
-"""Which rank failed first: read from the files that the ranks of a failed start left."""
+"""Finds the rank that failed first, from the files that the ranks of a failed attempt left."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from kha_train.record.reader import read_run
 from kha_train.record.schema import Failure
 
 FAILURES = "errors"
-"""The folder of what ranks died of; made by the first that does."""
+"""The folder of fatal errors; created by the first rank that fails."""
 HANG = "hang"
-"""The folder of stacks and alarms; made by the first rank that hangs."""
+"""The folder of stacks and alarms; created by the first rank that hangs."""
 RANKS = ".ranks"
-"""The folder of what every start writes of its ranks: the watchdogs' beats, and `LIFE_FILE`. Earlier releases had beats
-in `HANG` and the other in `FAILURES`."""
+"""The folder of per-rank files of every attempt: the watchdogs' beats, and `LIFE_FILE`. Earlier releases had the beats
+in `HANG` and `LIFE_FILE` in `FAILURES`.
+"""
 LIFE_FILE = "life"
-"""The name of the start that may write failures, and how many ranks it has."""
+"""Holds the name of the attempt that may write failures, and its number of ranks."""
 
 
 def first_failure(run_dir: Path, *, ended: bool = False) -> dict[str, Any] | None:
-    """The failure of the last start that began it all: rank, time, error, traceback. None where nothing has failed.
+    """The first failure of the last attempt: rank, time, error, traceback. None when nothing has failed.
 
-    A rank that left nothing is named where others lost their connection to it, and also where none left anything once
-    all are known to have `ended`.
+    A rank without a file is named if others lost their connection to it, or if no rank left a file and all are known to
+    have `ended`.
 
-    Raises DataError when a file is JSON, but no failure.
+    Raises DataError when a file holds JSON that is not a failure.
     """
     found = []
     for path in (run_dir / FAILURES).glob("rank-*.json"):
         try:
             content = parse_json(read_regular(path, SMALL) or b"")
         except (OSError, ValueError):
-            # Its rank was killed while it wrote, or the disk was full.
+            # The rank was killed while writing it, or the disk was full.
             continue
         found.append(Source(str(path), fix="remove it").read(Failure, content))
     life, ranks = _start(run_dir)
@@ -48,13 +49,13 @@ def first_failure(run_dir: Path, *, ended: bool = False) -> dict[str, Any] | Non
 
 
 def first_failure_line(run_dir: Path, *, ended: bool = False) -> str:
-    """The failure that began it all in one line for people; "" without any. Raises DataError as `first_failure`."""
+    """The first failure in one line for people; "" without any. Raises DataError as `first_failure`."""
     failure = first_failure(run_dir, ended=ended)
     return f"rank {failure['rank']} failed first: {failure['error']}" if failure else ""
 
 
 def _start(run_dir: Path) -> tuple[str, int]:
-    """The name of the last start and how many ranks it had; "" and 0 where that is not known."""
+    """The name of the last attempt and its number of ranks; "" and 0 where unknown."""
     with suppress(OSError, DataError):
         places = (run_dir / folder / LIFE_FILE for folder in (RANKS, FAILURES))
         content = next((found for place in places if (found := read_regular(place, SMALL)) is not None), None)
@@ -69,13 +70,13 @@ def _start(run_dir: Path) -> tuple[str, int]:
 
 
 def _last_seen(run_dir: Path, life: str) -> dict[int, float]:
-    """When each rank of the start `life` last wrote its heartbeat, by the clock of the file system."""
+    """When each rank of the attempt `life` last wrote its heartbeat, by the clock of the file system."""
     return dict([*_beats(run_dir / HANG, life), *_beats(run_dir / RANKS, life)])
 
 
 def _beats(folder: Path, life: str) -> Iterator[tuple[int, float]]:
     for path in folder.glob("rank-*.json"):
-        # A torn or foreign file is no heartbeat.
+        # A torn or foreign file is not a heartbeat.
         with suppress(OSError, ValueError, DataError):
             beat = parse_json(read_regular(path, SMALL) or b"")
             if isinstance(beat, dict) and beat.get("life") == life:

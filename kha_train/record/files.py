@@ -1,4 +1,4 @@
-"""Small files that are either the old or the new version, never half of one."""
+"""Writes small files atomically: a reader sees the old or the new version, never a part of one."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from kha_train.record.jsonl import LONE_SURROGATES, decode, encode
 
 T = TypeVar("T")
 PICTURE = (b"\x89PNG\r\n\x1a\n", b"<?xml ", b"%PDF-")
-"""How a file of matplotlib begins: PNG, SVG, PDF."""
+"""First bytes of files written by matplotlib: PNG, SVG, PDF."""
 
 
 def size_of(path: Path) -> int:
-    """Bytes of the file `path`, 0 where there is none."""
+    """Size of the file `path` in bytes; 0 where there is none."""
     return path.stat().st_size if path.is_file() else 0
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replaces `path` by `content` as `write_text` does."""
+    """Replaces `path` with `content`, as `write_text` does."""
     write_text(path, json.dumps(encode(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def replace_json(path: Path, content: dict[str, Any]) -> None:
-    """As `write_json`, without waiting for the disk: for what can be made again. Raises OSError."""
+    """As `write_json`, without waiting for the disk: for data that can be computed again. Raises OSError."""
     beside = path.with_name(f"{path.name}.new")
-    # Whatever has this name is no file of ours to write into.
+    # Never write into an existing file with this name: it is not ours.
     beside.unlink(missing_ok=True)
     with beside.open("x", encoding="utf-8", errors=LONE_SURROGATES) as file:
         file.write(json.dumps(encode(content), allow_nan=False) + "\n")
@@ -43,7 +43,7 @@ def replace_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path` by `text` atomically and durably: written beside, synced, renamed."""
+    """Replaces `path` with `text` atomically and durably: written beside it, synced, renamed."""
     beside = path.with_name(f".{path.name}.new")
     with beside.open("w", encoding="utf-8", errors=LONE_SURROGATES) as file:
         file.write(text)
@@ -54,7 +54,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def mark_of(command: str, subjects: Iterable[str | Path]) -> str:
-    """What `command` writes into its answer about `subjects` (paths, or URLs), and nothing else holds by chance."""
+    """The mark that `command` writes into its output about `subjects` (paths or URLs). No other file contains it by
+    chance.
+    """
     places = (str(each) if "://" in str(each) else str(Path(each).resolve()) for each in subjects)
     text = "\n".join(sorted(places)).encode(errors="surrogateescape")
     return f"kha-{command} {hashlib.sha256(text).hexdigest()}"
@@ -62,8 +64,9 @@ def mark_of(command: str, subjects: Iterable[str | Path]) -> str:
 
 @contextmanager
 def written_as(field: str, place: Path, fix: str) -> Iterator[None]:
-    """Around writing in `place`, which the user named by `field`: raises ConfigError, with `fix`, where that can never
-    be (a read-only file system, no permission, a file in the way); a disk that is full or fails is none of these."""
+    """Around writing to `place`, which the user named with `field`: raises ConfigError, with `fix`, where writing can
+    never work (a read-only file system, no permission, a file in the way). A full or failing disk is not such a case.
+    """
     try:
         yield
     except OSError as error:
@@ -75,9 +78,10 @@ def written_as(field: str, place: Path, fix: str) -> Iterator[None]:
 def check_replaceable(
     path: Path, mark: str | None, option: str, overwrite: bool, heads: tuple[bytes, ...] = PICTURE
 ) -> None:
-    """Before `path` is written over: raises ConfigError unless it is absent, a file that begins as one of `heads` and
-    holds `mark` (made by the same command, of the same things; None: no file does), or `overwrite`. What is no file is
-    never written over. `option` names the path on the command line."""
+    """Before overwriting `path`: raises ConfigError unless it is absent, or begins with one of `heads` and holds `mark`
+    (made by the same command for the same subjects; None: no file qualifies), or `overwrite` is set. Only regular files
+    are ever overwritten. `option` is the command-line option that named the path.
+    """
     check_regular(path, ConfigError)
     if overwrite or not os.path.lexists(path):
         return
@@ -86,17 +90,17 @@ def check_replaceable(
         if content.startswith(heads) and mark.encode() in content:
             return
     raise ConfigError(
-        "is there already, and is not an earlier answer to this command",
+        "exists, and was not made by this command from the same input",
         field=option,
         value=str(path),
-        fix=Options("--overwrite", f"name another place with {option}, or pass {{}}"),
+        fix=Options("--overwrite", f"choose another place with {option}, or pass {{}}"),
     )
 
 
 def read_json(path: Path, schema: type[T], fix: str = "restore it from a copy, or move it away") -> T | None:
-    """The object in `path` as `schema` says, or None when there is no such file.
+    """The object in `path`, checked against `schema`; None when there is no such file.
 
-    Raises DataError, with `fix`, when it is not JSON or not that object.
+    Raises DataError, with `fix`, when it is not JSON or does not match.
     """
     raw = read_regular(path, SMALL)
     if raw is None:

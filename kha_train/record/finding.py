@@ -1,4 +1,4 @@
-"""From what a user names to run directories: runs, sweeps, folders of runs, globs that the shell left unexpanded."""
+"""Resolves what a user names to run directories: runs, sweeps, folders of runs, globs that the shell did not expand."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from kha_train.record.sweeps import load_sweep
 
 
 def is_run(path: Path) -> bool:
-    """Whether the directory `path` is that of a run that has been started."""
+    """Whether the directory `path` belongs to a run that has been started."""
     return any((path / name).is_file() for name in (RUN_FILE, METRICS_FILE))
 
 
 def spelled_out(named: Sequence[Path]) -> list[Path]:
-    """`named` with each glob replaced by what it matches, sorted. What exists, and what matches nothing, stays."""
+    """`named` with each glob replaced by its sorted matches. Existing paths, and globs without a match, stay."""
     found: list[Path] = []
     for path in named:
         matches = [] if path.exists() or not glob.has_magic(str(path)) else sorted(glob.glob(str(path)))
@@ -27,9 +27,9 @@ def spelled_out(named: Sequence[Path]) -> list[Path]:
 
 
 def runs_at(path: Path) -> list[Path]:
-    """`path` if it is a run; else the runs below it, a sweep's in the order of its points, others sorted.
+    """`path` if it is a run; otherwise the runs below it, in the order of a sweep's points or sorted.
 
-    The inside of a run is not searched, and a link is followed only to a run or a sweep. Raises DataError for a damaged
+    Does not search inside a run, and follows a link only to a run or a sweep. Raises DataError for a damaged
     `sweep.json`.
     """
     return list(_below(path, follow=True))
@@ -43,11 +43,11 @@ def find_runs(
     trained: bool = False,
     read: Callable[[Path], object] | None = None,
 ) -> list[Path]:
-    """The runs among and below `named`, in that order, each once, but for a run that is itself named twice.
+    """The runs among and below `named`, in that order, each once unless the run itself is named twice.
 
-    `files`: a file counts, as a curve. `trained`: a run counts once it has recorded a step. What holds no run is
-    passed over, and so is what a folder or a glob holds and `read` fails on; `note` gets a line about it. Raises
-    ConfigError where nothing at all is found, and for a path that does not exist.
+    `files`: a file counts, as a curve. `trained`: a run counts once it has recorded a step. Paths without a run are
+    skipped; so are runs from a folder or a glob on which `read` fails. `note` receives a line about each. Raises
+    ConfigError when nothing is found, and for a path that does not exist.
     """
     found: list[Path] = []
     below: set[Path] = set()
@@ -55,7 +55,7 @@ def find_runs(
     typed = {path.resolve() for path in named if is_run(path)}
     places = spelled_out(named)
     refuse_missing(places)
-    # `*/` arrives here as `*`. Where a glob matches folders too, it is their runs that are meant.
+    # `*/` arrives here as `*`. If a glob matches folders too, only their runs count.
     matched_runs = any(path not in named and path.is_dir() for path in places)
     for path in places:
         if files and path.is_file() and (path in named or not matched_runs):
@@ -66,12 +66,12 @@ def find_runs(
             passed_over.append(f"{path}: {_why_none(path)}")
         for run in runs:
             if run != path or path not in named:
-                # A folder named beside one of its runs adds the others; only a run typed twice is a mistake.
+                # A folder named beside one of its runs adds the others; only typing a run twice is a mistake.
                 if run.resolve() in typed | below:
                     continue
                 below.add(run.resolve())
             if trained and not _has_steps(run):
-                passed_over.append(f"{run}: it has no recorded step yet")
+                passed_over.append(f"{run}: it has not recorded a step yet")
             elif read is not None and run not in named and (fault := _fault(read, run)):
                 passed_over.append(f"{run}: {fault}")
             else:
@@ -84,8 +84,8 @@ def find_runs(
 
 
 def find_run(path: Path) -> Path:
-    """The one run that `path` is or holds; `path` itself where it holds none, or has checkpoints of its own, for the
-    caller to judge. Raises ConfigError where it holds several.
+    """The one run that `path` is or holds. Returns `path` itself where it holds none, or has checkpoints of its own,
+    for the caller to judge. Raises ConfigError where it holds several.
     """
     if path.is_file() or (path / "checkpoints").is_dir():
         return path
@@ -97,15 +97,14 @@ def find_run(path: Path) -> Path:
 
 
 def refuse_missing(places: Sequence[Path]) -> None:
-    """Raises ConfigError for the first of `places` that does not exist: a name that is misspelt, a glob without a
-    match."""
+    """Raises ConfigError for the first of `places` that does not exist: a misspelt name, or a glob without a match."""
     missing = [path for path in places if not path.exists()]
     if missing:
         raise none_found(missing[:1], _why_none(missing[0]))
 
 
 def none_found(named: Sequence[Path], why: str = "") -> ConfigError:
-    """The error for `named`, among which there is no run; it tells the runs nearby."""
+    """The error when no run was found among `named`; it lists the runs nearby."""
     value = " ".join(str(path) for path in named)
     return ConfigError(f"no run here{f' ({why})' if why else ''}", field="run", value=value, fix=_neighbours(named))
 
@@ -144,7 +143,7 @@ def _fault(read: Callable[[Path], object], run: Path) -> KhaError | OSError | No
 
 def _why_none(path: Path) -> str:
     if not path.exists():
-        return "there is no such run directory"
+        return "no such run directory"
     return "holds no run" if path.is_dir() else "is a file"
 
 

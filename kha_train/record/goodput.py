@@ -1,4 +1,4 @@
-"""Where the wall time of a run went: steps that still count, and everything else by its cause."""
+"""How the wall time of a run was spent: on steps that still count, and on everything else by cause."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from kha_train.record.totals import Totals, known_totals, totals_of
 
 @dataclass(frozen=True)
 class Goodput:
-    """Seconds from the first start to the last sign of life, in buckets that add up to `wall`.
+    """Seconds from the first start to the last sign of life, in categories that add up to `wall`.
 
-    `productive`: steps of the surviving curve that were applied, without their wait for data. `skipped`: surviving
-    steps that were not applied. `lost`: steps undone by a restart or a rewind. `data_wait`: waiting for batches.
-    `checkpoint`: training stood still for a save. `starting`: from the start of an attempt to its first step. `down`:
-    between two attempts. `other`: validation, recording and the rest.
+    `productive`: applied steps of the surviving curve, without their wait for data. `skipped`: surviving steps that
+    were not applied. `lost`: steps undone by a restart or a rewind. `data_wait`: waiting for batches. `checkpoint`:
+    training paused for a save. `starting`: from the start of an attempt to its first step. `down`: between two
+    attempts. `other`: validation, recording and the rest.
     """
 
     wall: float
@@ -32,29 +32,30 @@ class Goodput:
 
     @property
     def other(self) -> float:
-        """What no bucket claims."""
+        """The time in no other category."""
         claimed: float = sum(seconds for name, seconds in asdict(self).items() if name != "wall")
         return self.wall - claimed
 
     @property
     def share(self) -> float:
-        """Productive time over wall time, 0 to 1."""
+        """Productive time / wall time, 0 to 1."""
         return self.productive / self.wall if self.wall > 0 else 0.0
 
     def to_dict(self) -> dict[str, float]:
-        """All buckets and the share, for `run.json`."""
+        """All categories and the share, for `run.json`."""
         return {"goodput": self.share, **asdict(self), "other": self.other}
 
 
 def goodput(run_dir: Path) -> Goodput | None:
-    """The goodput of a run so far; None before its first step, and where the record does not tell when its attempts
-    began or how long its steps took. A record whose totals were not kept up is read whole. Raises DataError for a
-    damaged record."""
+    """The goodput of a run so far; None before its first step, and where the record lacks the start times of attempts
+    or the durations of steps. A record without up-to-date totals is read as a whole. Raises DataError for a damaged
+    record.
+    """
     return goodput_of(known_totals(run_dir) or totals_of(run_dir), read_run(run_dir).get("attempts") or [])
 
 
 def goodput_of(totals: Totals, attempts: Sequence[Mapping[str, Any]]) -> Goodput | None:
-    """As `goodput`, of the `totals` of a record and the `attempts` of its run.json."""
+    """As `goodput`, from the `totals` of a record and the `attempts` of its run.json."""
     if not (totals.lines and attempts) or totals.untimed or any("started" not in attempt for attempt in attempts):
         return None
     starting = down = 0.0

@@ -1,7 +1,7 @@
-"""Files of one JSON object a line that survive `kill -9`: appended with single writes, repaired when opened.
+"""Files with one JSON object per line that survive `kill -9`: appended by single writes, repaired when opened.
 
 JSON has no NaN or infinity: such floats are written as the strings "nan", "inf", "-inf" and read back as floats. Text
-that spells one of these words is written with a backslash before it and read back without, so it stays text.
+with one of these spellings is written with a leading backslash, which is removed when it is read.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from kha_train.record.end import read_end
 NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _WORDS = (b'"nan"', b'"inf"', b'"-inf"')
 _SPELLED = re.compile(r"\\*(?:nan|inf|-inf)")
-"""Text that is told from a number, or from other such text, by one more backslash."""
+"""Text that needs one more backslash, so that it does not read back as a number or as other such text."""
 LONE_SURROGATES = "backslashreplace"
-"""How text is encoded: half of a surrogate pair, which UTF-8 cannot hold, becomes the escape that JSON has for it."""
+"""Error handler for encoding text: a lone surrogate, which UTF-8 cannot encode, becomes its JSON escape."""
 
 AT_ONCE = 1000
-"""Lines that are parsed in one go."""
+"""Lines parsed in one call."""
 
 
 def words(value: Json) -> Json:
-    """`value` with every non-finite float, at any depth, replaced by its word, for readers who take it as a word."""
+    """`value` with every non-finite float, at any depth, replaced by its word, for readers that expect the word."""
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
     if isinstance(value, dict):
@@ -44,8 +44,9 @@ def words(value: Json) -> Json:
 
 
 def encode(value: Json) -> Json:
-    """`value` as files hold it, so that `decode` gives it back: non-finite floats as words, the same words as text
-    behind a backslash. Tuples become lists."""
+    """`value` as files hold it; `decode` restores it. Non-finite floats become words, text that spells such a word gets
+    a leading backslash, and tuples become lists.
+    """
     if isinstance(value, str):
         return f"\\{value}" if _SPELLED.fullmatch(value) else value
     if isinstance(value, dict):
@@ -67,12 +68,12 @@ def decode(value: Json) -> Json:
 
 
 def to_line(record: dict[str, Any]) -> bytes:
-    """One line of the file, newline included. Finite floats are written so that they read back bit for bit."""
+    """One line of the file, including the newline. Finite floats read back bit for bit."""
     return (json.dumps(encode(record), allow_nan=False, ensure_ascii=False) + "\n").encode(errors=LONE_SURROGATES)
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
-    """The object on a line, or None when the line is not a whole JSON object."""
+    """The object on a line, or None when the line is not a complete JSON object."""
     try:
         record = parse_json(line)
     except ValueError:
@@ -83,13 +84,14 @@ def parse(line: bytes) -> dict[str, Any] | None:
 
 
 def parse_all(lines: Sequence[bytes]) -> list[dict[str, Any] | None]:
-    """`parse` of every line, at half its cost: JSON reads many objects in one go."""
+    """`parse` of every line, at half the cost: JSON parses many objects in one call."""
     return [record for start in range(0, len(lines), AT_ONCE) for record in _parsed(lines[start : start + AT_ONCE])]
 
 
 def _parsed(lines: Sequence[bytes]) -> list[dict[str, Any] | None]:
-    """`parse` of every line. A text that no line can hold, for it is made up here, stands between the lines: so a line
-    that holds two objects is seen, and an object that goes on in the next line."""
+    """`parse` of every line. A separator that no line can contain, because it is made up here, stands between the
+    lines. It exposes a line that holds two objects, and an object that spans two lines.
+    """
     between = secrets.token_hex(16)
     joined = f',"{between}",'.encode().join(lines)
     try:
@@ -108,23 +110,24 @@ def _parsed(lines: Sequence[bytes]) -> list[dict[str, Any] | None]:
 
 
 def _may_have_words(text: bytes) -> bool:
-    """Whether a non-finite number may stand in `text`, which few lines have; letters may be spelled as escapes."""
+    """Whether `text` may hold a non-finite number, which is rare. Letters may be written as escapes."""
     return b"\\" in text or any(word in text for word in _WORDS)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a file that may be growing; an unfinished last line is left out, a missing file is empty.
+    """All complete lines of a file that may be growing; an unfinished last line is left out, and a missing file is
+    empty.
 
-    Raises DataError for any other line that is not a JSON object, and when `path` is no file.
+    Raises DataError for any other line that is not a JSON object, and when `path` is not a file.
     """
     content = read_regular(path) or b""
     return objects(path, content[: whole_until(content)])
 
 
 def whole_until(content: bytes) -> int:
-    """Where the one line begins that a crash left unfinished, or a run of NUL bytes; else the end of `content`.
+    """The offset of a last line that a crash left unfinished, or of a run of NUL bytes; otherwise the end of `content`.
 
-    A torn line is not JSON, or is an object without its newline: any other JSON was written by somebody else.
+    A torn line is not JSON, or is an object without its newline. Any other JSON was written by another program.
     """
     written = content.rstrip(b"\0\n")
     last = written[written.rfind(b"\n") + 1 :]
@@ -137,9 +140,10 @@ def whole_until(content: bytes) -> int:
 
 
 def whole_blocks(file: BinaryIO, start: int, size: int) -> Iterator[tuple[int, bytes]]:
-    """(byte offset, whole lines of about `size` bytes) of a file that may be growing, from the line at `start` on.
+    """(byte offset, complete lines of about `size` bytes) of a file that may be growing, beginning with the line at
+    `start`.
 
-    What `read_lines` leaves out at the end is left out here.
+    Leaves out the same unfinished end as `read_lines`.
     """
     file.seek(start)
     content = file.read(size)
@@ -153,8 +157,9 @@ def whole_blocks(file: BinaryIO, start: int, size: int) -> Iterator[tuple[int, b
 
 
 def objects(path: Path, content: bytes, number: int = 1) -> list[dict[str, Any]]:
-    """What is on the lines of `content`, the first of which is line `number` of the file `path`. Raises DataError
-    naming the first that is not a JSON object."""
+    """The objects on the lines of `content`; its first line is line `number` of the file `path`. Raises DataError
+    naming the first line that is not a JSON object.
+    """
     lines = content.removesuffix(b"\n").split(b"\n") if content else []
     records = parse_all(lines) if lines else []
     if None in records:
@@ -169,14 +174,14 @@ def objects(path: Path, content: bytes, number: int = 1) -> list[dict[str, Any]]
 
 
 def repair(path: Path) -> int:
-    """Cuts off the line that a dying process left unfinished at the end of `path`; returns the bytes removed.
+    """Cuts off the unfinished last line of `path` that a killed process left; returns the number of bytes removed.
 
-    Raises DataError, and cuts nothing, when the line before it is not a JSON object either, or `path` is no file.
+    Raises DataError, and cuts nothing, when the line before it is not a JSON object either, or `path` is not a file.
     """
     start, content = read_end(path)
     end = whole_until(content)
     if end and parse(content[content.rfind(b"\n", 0, end - 1) + 1 : end]) is None:
-        # There may be worse before it, and the first such line is named.
+        # There may be worse damage before it; the error names the first such line.
         objects(path, (read_regular(path) or b"")[: start + end])
     if end < len(content):
         os.truncate(path, start + end)
@@ -184,7 +189,9 @@ def repair(path: Path) -> int:
 
 
 class Appender:
-    """A file of JSON lines open for appending; each line is one unbuffered write, so a killed process tears one."""
+    """A file of JSON lines open for appending. Each line is one unbuffered write, so a killed process tears at most
+    one.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -192,9 +199,9 @@ class Appender:
         self._file = path.open("ab", buffering=0)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Writes one line; it is in the kernel's hands on return, on disk after `sync`.
+        """Writes one line. On return the kernel has it; after `sync` the disk has it.
 
-        Raises OSError when the whole line does not go in (a full disk); then nothing of it stays in the file.
+        Raises OSError when the whole line does not fit (a full disk); no part of it then stays in the file.
         """
         line, before = to_line(record), os.fstat(self._file.fileno()).st_size
         try:
@@ -205,7 +212,7 @@ class Appender:
             raise
 
     def sync(self) -> None:
-        """Forces everything written so far onto the disk."""
+        """Forces everything written so far to the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Labels that tell runs and curves apart."""
+"""Makes the labels of runs and curves distinct."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 def distinct(labels: Sequence[str], details: Sequence[str]) -> list[str]:
-    """`labels` made distinct, in order, so that a table or a dict can be keyed by them.
+    """`labels` made distinct, in order, so that they can be keys of a table or a dict.
 
-    A label that occurs once stays. Others get their detail, such as a path, in brackets. Where the result is still
-    taken, a number follows.
+    A label that occurs once is unchanged. Others get their detail, such as a path, in parentheses. If the result is
+    still taken, a number follows.
     """
     taken = {label for label in labels if labels.count(label) == 1}
     made = []

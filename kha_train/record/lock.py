@@ -1,18 +1,19 @@
-"""One live process owns a run directory.
+"""Ensures that one live process owns a run directory.
 
-Two witnesses, because neither is enough alone. A POSIX lock on `.lock` is dropped by the kernel when its process ends,
-however it ends; but some network file systems keep such locks to one machine, or have none. So the owner also writes
-its name and a beat into `owner.json` every few seconds. Whoever finds the lock free but an owner from another place in
-that file watches it for three beats: if it moves, the owner lives. No two clocks are compared.
+There are two mechanisms, because neither is enough alone. The kernel releases a POSIX lock on `.lock` when its process
+ends, for whatever reason. But some network file systems keep such locks to one machine, or have none. So the owner also
+writes its name and a beat into `owner.json` every few seconds. A process that finds the lock free, but an owner from
+another place in that file, watches the file for three beats: if the beat changes, the owner is alive. Clocks are never
+compared.
 
-A place is one boot of one machine and one PID namespace in it. Host names do not tell places apart: containers and
-cloned machines share them, and all containers of a host share its boot. Only within a place does a free lock prove that
-the owner is gone, and only there does a process number name one process. Owners of earlier releases do not tell their
-place, so theirs is taken for another one.
+A place is one boot of one machine and one PID namespace in it. Host names do not identify a place: containers and
+cloned machines share them. All containers of a host share its boot. Only within a place does a free lock prove that the
+owner is gone, and only there does a process number identify a process. Owners of earlier releases do not record their
+place, so they count as another place.
 
-A requeued SLURM job has the id it had before, and has been restarted more often: it takes its directory back at once,
-and an owner that finds another name in the file has been replaced (its node was cut off, say) and ends at once, so that
-no two write. An earlier life of the job is turned away like anybody else.
+A requeued SLURM job has the same id and a higher restart count. It takes its directory back at once. An owner that
+finds another name in the file has been replaced (its node was cut off, say) and ends at once, so that two processes
+never write. An earlier life of the job is refused like any other process.
 """
 
 from __future__ import annotations
@@ -40,17 +41,17 @@ LOCK_FILE = ".lock"
 OWNER_FILE = "owner.json"
 BEAT_SECONDS = 5.0
 PLACE = ("host", "boot", "pids")
-"""Keys of an owner that together name the place its process runs in."""
+"""Keys of an owner that together identify the place where its process runs."""
 _TOKENS: set[str] = set()
-"""Of all owners that this process has been."""
+"""The tokens of all owners that this process has been."""
 
 
 class RunLock:
     """The ownership of `run_dir` from construction to `close()`.
 
-    The POSIX lock is not inherited by forked children (unlike `flock`), so an orphaned worker of a killed run cannot
-    keep its successor out; two of one process do not exclude each other. Raises RunDirectoryInUse, naming the owner,
-    and DataError when `owner.json` names none.
+    Forked children do not inherit the POSIX lock (unlike `flock`), so an orphaned worker of a killed run cannot block
+    its successor. Two locks in one process do not exclude each other. Raises RunDirectoryInUse, naming the owner, and
+    DataError when `owner.json` names none.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -76,7 +77,7 @@ class RunLock:
         self._thread.start()
 
     def confirm(self) -> None:
-        """Before something is written: a process that was suspended may have been replaced meanwhile, and ends then."""
+        """Call before writing: if this process was suspended and has been replaced in the meantime, it ends here."""
         if time.monotonic() - self._confirmed > 3 * BEAT_SECONDS:
             with suppress(OSError, DataError):
                 self._is_ours()
@@ -102,7 +103,7 @@ class RunLock:
         if elsewhere and not requeued and _moves(self._run_dir, owner):
             self._refuse(owner)
         self._write(0)
-        # The owner before this restart reads our name at its next beat and ends; then the lock is free.
+        # The owner before this restart reads our name at its next beat and ends, which frees the lock.
         deadline = time.monotonic() + 3 * BEAT_SECONDS
         while locked is False and time.monotonic() < deadline:
             time.sleep(BEAT_SECONDS / 10)
@@ -134,12 +135,13 @@ class RunLock:
             except FileNotFoundError:
                 return
             except (OSError, DataError):
-                # A full or unreachable disk: training itself will say so.
+                # The disk is full or unreachable; training itself will report it.
                 continue
 
     def _is_ours(self) -> bool:
-        """False where this process has replaced itself; where another one has, it ends, whatever it is doing. Raises
-        OSError, and DataError where the file is no owner."""
+        """True while the file names this process, False when this process has replaced itself. Ends the process when
+        another process has replaced it. Raises OSError, and DataError where the file does not hold an owner.
+        """
         owner = read_owner(self._run_dir)
         self._confirmed = time.monotonic()
         if not owner or owner.get("token") in _TOKENS:
@@ -151,7 +153,7 @@ class RunLock:
 
 
 def _place() -> dict[str, str]:
-    """This boot of this machine and this PID namespace; "" where the system does not tell."""
+    """This boot of this machine and this PID namespace; "" where the system does not provide them."""
     boot, pids = "", ""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -161,10 +163,10 @@ def _place() -> dict[str, str]:
 
 
 def read_owner(run_dir: Path) -> dict[str, Any]:
-    """Who owns `run_dir`: `process`, its place (`host`, `boot`, `pids`), `job`, `restart`, `beat`; empty when nobody
-    does, or did not say.
+    """The owner of `run_dir`: `process`, its place (`host`, `boot`, `pids`), `job`, `restart`, `beat`; empty when there
+    is none, or it did not write its name.
 
-    Raises DataError when the file is whole and no owner.
+    Raises DataError when the file is intact but does not hold an owner.
     """
     path = run_dir / OWNER_FILE
     try:
@@ -175,7 +177,7 @@ def read_owner(run_dir: Path) -> dict[str, Any]:
 
 
 def heartbeat_age(run_dir: Path) -> float | None:
-    """Seconds since the owner of `run_dir` was heard of last; None when the directory is free."""
+    """Seconds since the last sign of life of the owner of `run_dir`; None when the directory is free."""
     try:
         return max(0.0, time.time() - (run_dir / OWNER_FILE).stat().st_mtime)
     except FileNotFoundError:
@@ -183,7 +185,7 @@ def heartbeat_age(run_dir: Path) -> float | None:
 
 
 def _try_lock(descriptor: int) -> bool | None:
-    """True: we have it. False: another process has it. None: this file system has no locks."""
+    """True: this process holds the lock. False: another process holds it. None: this file system has no locks."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

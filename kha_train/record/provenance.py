@@ -1,4 +1,6 @@
-"""Where a run came from: versions, commit, command, machine. An allow-list; the environment is never copied whole."""
+"""The origin of a run: versions, commit, command, machine. This is an allow-list; the environment is never copied
+whole.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +58,9 @@ def _git_state() -> dict[str, Any] | None:
 
 
 def collect_provenance(clean: Callable[[list[str]], list[str]] = list) -> dict[str, Any]:
-    """What can be known of this process without importing anything heavy. `clean` takes secrets out of the command's
-    arguments before they are quoted; the caller redacts the rest."""
+    """What is known of this process without importing anything heavy. `clean` removes secrets from the command's
+    arguments before they are quoted; the caller redacts the rest.
+    """
     return {
         "command": shlex.join(clean(sys.orig_argv)),
         "git": _git_state(),

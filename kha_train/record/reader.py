@@ -1,4 +1,4 @@
-"""Reading a run directory, alive or finished, without touching it."""
+"""Reads a run directory, live or finished, without changing it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def _inside(path: Path, name: str) -> Path:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The surviving curve, a dict a step, non-finite values as floats; `path` is the file or its run directory.
+    """The surviving curve, a dict per step, with non-finite values as floats; `path` is the file or its run directory.
 
-    A missing file is an empty list. Raises DataError for a damaged line before the last, one without a step, steps that
-    do not increase, and a metric that is no number.
+    A missing file is an empty list. Raises DataError for a damaged line before the last, a line without a step, steps
+    that do not increase, and a metric that is not a number.
     """
     file = _inside(path, METRICS_FILE)
     lines = read_lines(file)
@@ -35,9 +35,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_last_metrics(path: Path, count: int = 1) -> list[dict[str, Any]]:
-    """The last `count` lines of the surviving curve, or all where there are fewer, read from the end of the file.
+    """The last `count` lines of the surviving curve, or all if there are fewer, read from the end of the file.
 
-    Raises DataError as `read_metrics`, of what was read: damage before it is not seen.
+    Raises DataError as `read_metrics`, but only for the lines read: damage before them is not seen.
     """
     tail = read_tail(_inside(path, METRICS_FILE), count)
     lines = tail.lines()
@@ -46,8 +46,9 @@ def read_last_metrics(path: Path, count: int = 1) -> list[dict[str, Any]]:
 
 
 def read_metrics_after(path: Path, step: int) -> tuple[int, list[dict[str, Any]]]:
-    """(byte offset of the first, lines) of the surviving curve after `step`, read from the end of the file; the offset
-    is the end of the whole lines where there is none. Raises as `read_last_metrics`."""
+    """(byte offset of the first line, lines) of the surviving curve after `step`, read from the end of the file.
+    Without such lines the offset is the end of the complete lines. Raises as `read_last_metrics`.
+    """
     file, count = _inside(path, METRICS_FILE), 1
     while True:
         tail = read_tail(file, count)
@@ -63,7 +64,8 @@ def read_metrics_after(path: Path, step: int) -> tuple[int, list[dict[str, Any]]
 
 def read_metrics_at(path: Path, step: int) -> dict[str, Any] | None:
     """The line of `step` of the surviving curve, found by bisection; None where there is none. Raises DataError for a
-    damaged line that it meets."""
+    damaged line on the way.
+    """
     file = _inside(path, METRICS_FILE)
     line = line_at(file, step)
     if line is not None:
@@ -78,7 +80,7 @@ def read_discarded(path: Path) -> list[dict[str, Any]]:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events in the order they happened; `path` is the file or its run directory. Raises DataError."""
+    """The events in chronological order; `path` is the file or its run directory. Raises DataError."""
     file = _inside(path, EVENTS_FILE)
     return check_events(read_lines(file), str(file))
 
@@ -89,5 +91,5 @@ def read_run(path: Path, schema: type[RunFile] = RunFile) -> dict[str, Any]:
     found = read_json(file, schema, "restore it, or choose another run.dir")
     if found is not None and found["format"] > RUN_FORMAT:
         source = Source(str(file), fix="use the version that wrote it")
-        raise source.fault("format", "is of a later version", found["format"], f"up to {RUN_FORMAT}")
+        raise source.fault("format", "was written by a later version", found["format"], f"up to {RUN_FORMAT}")
     return dict(found) if found is not None else {}

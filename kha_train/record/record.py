@@ -1,4 +1,4 @@
-"""Writing a run directory: one `Record`, on rank 0 alone."""
+"""Writes a run directory: one `Record`, on rank 0 only."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ from kha_train.record.tail import read_tail
 from kha_train.record.totals import Totals, known_totals, save_totals, totals_of
 
 NAMES = (CONFIG_FILE, RUN_FILE, METRICS_FILE, DISCARDED_FILE, EVENTS_FILE, INTENT_FILE, OWNER_FILE)
-"""Names in a run directory that only a file may have."""
+"""Names in a run directory that must be regular files."""
 SAVE_EVERY = 50
-"""Lines after which the totals are kept again."""
+"""Number of lines after which the totals are saved again."""
 END_MARKERS = (Marker.DONE, Marker.REQUEUE, Marker.FATAL)
 
 
@@ -71,28 +71,28 @@ class Record:
             opened.callback(self._events.close)
             self._recover()
             self.last_step = _last_step(run_dir)
-            # Damage that a start does not touch is for those who read the whole curve, and for the end.
+            # Damage outside what a start reads is found by readers of the whole curve, and at the end of the run.
             with suppress(DataError):
                 self._totals = known_totals(run_dir)
             opened.pop_all()
 
     @classmethod
     def open(cls, run_dir: Path, rank: int = 0) -> Record:
-        """The record of `run_dir`, created if need be, repaired if its last process was killed.
+        """The record of `run_dir`, created if needed, repaired if its last process was killed.
 
-        On other ranks than 0 it is a `SilentRecord`. Raises RunDirectoryInUse when another process has it open, and
-        DataError when a file in it is damaged, or something else has its name.
+        On ranks other than 0 it is a `SilentRecord`. Raises RunDirectoryInUse when another process has it open, and
+        DataError when one of its files is damaged or is not a regular file.
         """
         return cls(Path(run_dir)) if rank == 0 else SilentRecord(Path(run_dir))
 
     @property
     def run_id(self) -> str:
-        """The run's own id, made once for the directory."""
+        """The run's id, generated once per directory."""
         return str(self._run["run_id"])
 
     @property
     def wandb_id(self) -> str:
-        """The W&B run id, made once for the directory, so that every attempt continues the same W&B run."""
+        """The W&B run id, generated once per directory, so that every attempt continues the same W&B run."""
         return str(self._run["wandb_id"])
 
     @property
@@ -102,7 +102,7 @@ class Record:
 
     @property
     def in_attempt(self) -> bool:
-        """Whether an attempt has begun here and not ended."""
+        """Whether an attempt has begun here and has not ended."""
         return self._in_attempt
 
     def begin_attempt(
@@ -115,10 +115,11 @@ class Record:
     ) -> int:
         """Starts or resumes the run after `start_step` finished steps; returns the attempt's number (from 1).
 
-        Lines after `start_step` are moved to `metrics.discarded.jsonl`, marker files of the last end are removed. The
-        first attempt's `facts` (such as `data_content_id`, `parameters`) join the provenance of `run.json`; of later
-        ones, what differs is kept under the attempt's `changed`. `config` is kept with the attempt. Call this before
-        `config.yaml` is replaced: an attempt of an older release has its configuration nowhere else.
+        Moves lines after `start_step` to `metrics.discarded.jsonl` and removes the marker files of the last end. The
+        first attempt's `facts` (such as `data_content_id`, `parameters`) join the provenance of `run.json`; differing
+        facts of later attempts are kept under the attempt's `changed`. `config` is kept with the attempt. Call this
+        before `config.yaml` is replaced: it is the only place that holds the configuration of an attempt of an older
+        release.
         """
         self._end_attempt("lost")
         self._keep_last_config()
@@ -151,7 +152,7 @@ class Record:
 
         Values are plain Python numbers. Units and definitions of the keys are in `METRICS`.
         """
-        assert line["step"] > self.last_step, f"step {line['step']} is recorded already (last: {self.last_step})"
+        assert line["step"] > self.last_step, f"step {line['step']} is already recorded (last: {self.last_step})"
         head = {"step": line["step"], "attempt": self.attempt, "time": time.time()}
         self._lock.confirm()
         clean = self._redactor.clean({**head, **line})
@@ -173,7 +174,9 @@ class Record:
         return event
 
     def rewind_to(self, step: int, reason: str) -> int:
-        """Discards every line after `step`, with `reason`; returns how many. A crash neither loses nor doubles one."""
+        """Discards every line after `step`, with `reason`; returns their number. A crash neither loses nor doubles a
+        line.
+        """
         told = self._redactor.text(reason)
         intent = plan_rewind(self.run_dir, step, discarded_reason=told, discarded_by_attempt=self.attempt)
         if intent is None:
@@ -187,8 +190,9 @@ class Record:
         return int(intent["lines"])
 
     def goodput(self) -> Goodput | None:
-        """The goodput of the run so far, see `record.goodput`. A long record whose totals were not kept up, one of an
-        older release, is read whole, once. Raises DataError for a damaged one."""
+        """The goodput of the run so far, see `record.goodput`. A long record of an older release, which has no
+        up-to-date totals, is read as a whole once. Raises DataError for a damaged record.
+        """
         self._totals = self._totals or totals_of(self.run_dir)
         return goodput_of(self._totals, self._run["attempts"])
 
@@ -198,14 +202,16 @@ class Record:
         self._write_run()
 
     def sync(self) -> None:
-        """Forces all lines onto the disk; call it before a checkpoint is published, so that none outlives its lines."""
+        """Forces all lines to the disk. Call it before a checkpoint is published, so that no checkpoint is ahead of the
+        record.
+        """
         self._lock.confirm()
         self._metrics.sync()
         self._events.sync()
 
     def close(self, state: str = "stopped") -> None:
         """Ends the attempt with `state` (done, stopped, requeued, failed, diverged) and closes the files."""
-        # An attempt that another process left open is for `begin_attempt` to judge.
+        # An attempt that another process left open is handled by `begin_attempt`.
         try:
             if self._in_attempt:
                 self._end_attempt(state)
@@ -218,7 +224,7 @@ class Record:
             self._lock.close()
 
     def withdraw(self) -> None:
-        """Close, and remove what was not there before the record was opened: files and directories.
+        """Close, and remove the files and directories that opening this record created.
 
         For a start that is refused before its attempt begins.
         """
@@ -230,7 +236,7 @@ class Record:
                 elif path.parent == self.run_dir:
                     path.unlink(missing_ok=True)
         self.close()
-        # Innermost first; one that somebody else has used meanwhile is not empty.
+        # Innermost first; a directory that somebody else has used in the meantime is not empty.
         with suppress(OSError):
             for path in self._new:
                 if path == self.run_dir or path in self.run_dir.parents:
@@ -253,20 +259,22 @@ class Record:
         write_json(self.run_dir / RUN_FILE, self._run)
 
     def _keep_last_config(self) -> None:
-        """Move the configuration of an attempt of an older release from `config.yaml` to where it outlives this one."""
+        """Move the configuration of an attempt of an older release from `config.yaml` to `run.json`, before this
+        attempt replaces it.
+        """
         attempts = self._run["attempts"]
         if not attempts or CONFIG in attempts[-1]:
             return
         try:
             saved = load_plain(self.run_dir / CONFIG_FILE)
         except KhaError:
-            # A damaged file says nothing of that attempt, and keeps nobody from going on with the run.
+            # A damaged file tells nothing about that attempt, and must not prevent the run from continuing.
             return
         if saved:
             attempts[-1][CONFIG] = config_entry(attempts[:-1], self._redactor.clean(saved))
 
     def _recover(self) -> None:
-        """Finishes a rewind that a crash interrupted and reports what was cut off the files."""
+        """Finishes a rewind that a crash interrupted, and reports what was cut off the files."""
         intent = pending_rewind(self.run_dir)
         if intent is not None:
             self._finish(intent)
@@ -276,7 +284,7 @@ class Record:
 
     def _finish(self, intent: dict[str, Any]) -> list[dict[str, Any]]:
         moved = finish_rewind(self.run_dir, intent)
-        # A crash may have come after the event was written; it is known by its id, and little can follow it.
+        # The crash may have come after the event was written. The event is recognised by its id, and is near the end.
         if not any(event.get("id") == intent["id"] for event in read_tail(self.run_dir / EVENTS_FILE).lines()):
             self.event("lines_discarded", intent["step"], id=intent["id"], lines=intent["lines"], **intent["note"])
             self._events.sync()
@@ -297,13 +305,13 @@ def _last_step(run_dir: Path) -> int:
 
 
 def _missing(run_dir: Path) -> list[Path]:
-    """What a start may make and is not there yet: in `run_dir`, then `run_dir` itself and the directories above it."""
+    """The missing paths that a start may create: in `run_dir`, then `run_dir` itself and its parents."""
     inside = [run_dir / name for name in (*NAMES, LOCK_FILE, FAILURES, RANKS)]
     return [path for path in (*inside, run_dir, *run_dir.parents) if not os.path.lexists(path)]
 
 
 class SilentRecord(Record):
-    """What the ranks other than 0 hold: the same methods, no files."""
+    """The record on ranks other than 0: the same methods, no files."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir, self.last_step, self._in_attempt = run_dir, 0, False
@@ -317,32 +325,32 @@ class SilentRecord(Record):
         facts: dict[str, Any] | None = None,
         config: dict[str, Any] | None = None,
     ) -> int:
-        """Nothing; returns 0."""
+        """Does nothing; returns 0."""
         return 0
 
     def step(self, line: dict[str, Any]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def event(self, kind: str, step: int, **fields: Any) -> dict[str, Any]:
-        """Nothing; returns an empty dict."""
+        """Does nothing; returns an empty dict."""
         return {}
 
     def rewind_to(self, step: int, reason: str) -> int:
-        """Nothing; returns 0."""
+        """Does nothing; returns 0."""
         return 0
 
     def goodput(self) -> Goodput | None:
-        """None."""
+        """Always None."""
         return None
 
     def update_run(self, **fields: Any) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def sync(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def withdraw(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def close(self, state: str = "stopped") -> None:
-        """Nothing."""
+        """Does nothing."""

@@ -1,7 +1,7 @@
-"""Keeps secrets out of everything a run writes or prints: one `Redactor` before every file, mirror and stream.
+"""Keeps secrets out of everything a run writes or prints: one `Redactor` in front of every file, mirror and stream.
 
-A secret is known by the name it stands under (`secret_names`), by its value, where the environment holds it
-(`secret_values`), or by the form of the text it stands in (`secret_text`).
+A secret is recognised by its name (`secret_names`), by its value if the environment holds it (`secret_values`), or by
+the form of the text around it (`secret_text`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ __all__ = ["REDACTED", "Redactor", "is_secret_name"]
 
 
 class Redactor:
-    """Replaces secrets in text and in trees of plain values; `environ` supplies the values to look for."""
+    """Replaces secrets in text and in nested plain values; `environ` supplies the values to look for."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         secrets = secrets_of(environ)
         self._short = {secret for secret in secrets if len(secret) < MIN_LENGTH}
         long = {form for secret in secrets - self._short for form in forms(secret)}
         self._values = re.compile("|".join(map(re.escape, sorted(long, key=len, reverse=True)))) if long else None
-        # Every line of a run has the same few dozen keys.
+        # All lines of a run share a few dozen keys.
         self._keys: dict[str, str] = {}
 
     @classmethod
@@ -36,18 +36,19 @@ class Redactor:
         return cls(os.environ)
 
     def values(self, text: str) -> str:
-        """`text` without the environment's secrets; nothing else of it changes."""
+        """`text` without the environment's secrets; the rest is unchanged."""
         if text in self._short:
             return REDACTED
         return self._values.sub(REDACTED, text) if self._values else text
 
     def text(self, text: str) -> str:
-        """`text` without the environment's secrets, and without those that its own form betrays: `key=value` pairs of
-        secret keys, passwords inside URLs, headers of authentication."""
+        """`text` without the environment's secrets, and without those recognisable by their form: `key=value` pairs
+        with secret keys, passwords inside URLs, authentication headers.
+        """
         return hide(self.values(text))
 
     def clean(self, value: Json) -> Json:
-        """A copy of a tree of dicts, lists and plain values in which every secret is the text "[redacted]"."""
+        """A copy of nested dicts, lists and plain values in which every secret is replaced by "[redacted]"."""
         if isinstance(value, float | int) or value is None:
             return value
         if isinstance(value, str):
@@ -59,8 +60,9 @@ class Redactor:
         return self.text(str(value)) if isinstance(value, os.PathLike) else value
 
     def clean_values(self, value: Json) -> Json:
-        """A copy of a tree of dicts, lists and plain values without the environment's secrets, keys included; nothing
-        else of it changes."""
+        """A copy of nested dicts, lists and plain values without the environment's secrets, keys included; the rest is
+        unchanged.
+        """
         if isinstance(value, str):
             return self.values(value)
         if isinstance(value, Mapping):
@@ -68,7 +70,7 @@ class Redactor:
         return [self.clean_values(item) for item in value] if isinstance(value, list | tuple) else value
 
     def _clean_list(self, values: list[Any] | tuple[Any, ...]) -> list[Any]:
-        """The value of an option of a command line stands behind its name."""
+        """On a command line, the value of an option follows its name."""
         cleaned: list[Any] = []
         before: Any = None
         for value in values:

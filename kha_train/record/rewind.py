@@ -1,8 +1,8 @@
-"""Moving the undone end of the curve from `metrics.jsonl` to `metrics.discarded.jsonl` so that no crash loses or
+"""Moves the undone end of the curve from `metrics.jsonl` to `metrics.discarded.jsonl`; a crash neither loses nor
 doubles a line.
 
-Two files cannot change in one atomic step, so the intent is written down first (`.metrics.rewind.json`: where to cut
-the one file, how long the other was). Whoever finds the intent finishes the work; every step may be repeated.
+Two files cannot change in one atomic step, so the intent is written first (`.metrics.rewind.json`: where to cut the one
+file, and how long the other was). Any process that finds the intent finishes the work; every step may be repeated.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ INTENT_FILE = ".metrics.rewind.json"
 
 
 def plan_rewind(run_dir: Path, step: int, **note: Any) -> dict[str, Any] | None:
-    """Writes down the intent to discard every line after `step`; None, and nothing written, when there is none.
+    """Writes the intent to discard every line after `step`. Returns None, and writes nothing, when there is no such
+    line.
 
-    `note` (reason, the attempt that discards) is added to every discarded line. The files must have been repaired.
+    `note` (the reason, and the attempt that discards) is added to every discarded line. The files must have been
+    repaired.
     """
     metrics, discarded = run_dir / METRICS_FILE, run_dir / DISCARDED_FILE
     offset, undone = read_metrics_after(metrics, step)
@@ -39,16 +41,16 @@ def plan_rewind(run_dir: Path, step: int, **note: Any) -> dict[str, Any] | None:
 
 
 def pending_rewind(run_dir: Path) -> dict[str, Any] | None:
-    """The intent a dead process left behind, if any. Raises DataError when it is none."""
-    found = read_json(run_dir / INTENT_FILE, Rewind, "look at both files, then remove it")
+    """The intent that a dead process left behind, if any. Raises DataError when it is malformed."""
+    found = read_json(run_dir / INTENT_FILE, Rewind, "inspect both files, then remove it")
     return None if found is None else dict(found)
 
 
 def finish_rewind(run_dir: Path, intent: dict[str, Any]) -> list[dict[str, Any]]:
-    """Carries out an intent; safe to repeat after a crash anywhere inside it. The intent file stays. Returns the lines
-    that were moved now. Only what the intent is about is read.
+    """Carries out an intent; may be repeated after a crash at any point. The intent file stays. Returns the lines that
+    were moved now. Reads only what the intent covers.
 
-    Raises DataError, and changes nothing, when the intent is not about these two files.
+    Raises DataError, and changes nothing, when the intent does not fit these two files.
     """
     metrics, discarded = run_dir / METRICS_FILE, run_dir / DISCARDED_FILE
     lines: list[dict[str, Any]] = []
@@ -68,7 +70,7 @@ def finish_rewind(run_dir: Path, intent: dict[str, Any]) -> list[dict[str, Any]]
 
 
 def forget_rewind(run_dir: Path) -> None:
-    """Removes the intent, the last act of a rewind."""
+    """Removes the intent, as the last step of a rewind."""
     (run_dir / INTENT_FILE).unlink(missing_ok=True)
     sync_directory(run_dir)
 
@@ -79,23 +81,24 @@ def _sync(path: Path) -> None:
 
 
 def _check_fits(run_dir: Path, intent: dict[str, Any], first: int | None, undone: list[bytes]) -> None:
-    """Raises DataError unless the intent cuts off exactly the lines after its step, of which the `first` begins there,
-    and in the other file nothing but what it has put there itself."""
-    source = Source(str(run_dir / INTENT_FILE), fix="look at both files, then remove it")
+    """Raises DataError unless the intent cuts exactly the lines after its step (`first` begins there), and unless the
+    other file holds beyond its recorded length only what this rewind has added.
+    """
+    source = Source(str(run_dir / INTENT_FILE), fix="inspect both files, then remove it")
     if first != intent["metrics_size"] or len(undone) != intent["lines"]:
-        allowed = f"where the lines after step {intent['step']} begin, {first}"
-        raise source.fault("metrics_size", f"is not what it says of {METRICS_FILE}", intent["metrics_size"], allowed)
+        allowed = f"the start of the lines after step {intent['step']}, {first}"
+        raise source.fault("metrics_size", f"does not fit {METRICS_FILE}", intent["metrics_size"], allowed)
     size = intent["discarded_size"]
     length, before, written = _written(run_dir / DISCARDED_FILE, size)
     began_here = {line.rstrip(b"\n") for line in undone}
     foreign = [line for line in written.split(b"\n") if parse(line) is not None and line not in began_here]
     if size > length or before not in (b"", b"\n") or foreign:
         allowed = "the end of its lines before the rewind"
-        raise source.fault("discarded_size", f"is not what it says of {DISCARDED_FILE}", size, allowed)
+        raise source.fault("discarded_size", f"does not fit {DISCARDED_FILE}", size, allowed)
 
 
 def _written(path: Path, size: int) -> tuple[int, bytes, bytes]:
-    """(how long the file is, the byte before `size`, what follows it)."""
+    """(length of the file, the byte before `size`, what follows `size`)."""
     with open_regular(path) as file:
         if file is None:
             return 0, b"", b""

@@ -1,4 +1,4 @@
-"""What the files of a run directory hold, as far as the code reads it. What a later release adds to them stays."""
+"""The fields of the files of a run directory that the code reads. Fields added by a later release are kept."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from kha_train.foreign.typed import LARGEST, Absent, Count, Length, Match, Range
 from kha_train.record.metrics import METRICS
 
 RUN_FORMAT = 1
-"""The version of run.json that this code writes; it reads no later one."""
+"""The version of run.json that this code writes; later versions are refused."""
 HEAD = ("step", "attempt", "time")
 COUNTS = frozenset(
     name for name, metric in METRICS.items() if metric.unit in ("count", "row", "steps", "tokens", "0/1")
 )
-"""Keys of a metrics line whose values are counted."""
+"""Keys of a metrics line whose values are counts."""
 WHOLE = ("step", "attempt", "tokens", "samples_first", "samples_last")
-"""Those that are reckoned with as whole numbers."""
+"""The keys that are used as integers."""
 
 Ranks = Annotated[int, Range(1, 2**31)]
 Window = Annotated[list[Count], Length(2)]
 
 
 class Parameters(TypedDict, total=False):
-    """How many numbers are trained, and how many of them a token passes through."""
+    """The number of trained parameters, and of parameters active per token."""
 
     total: float
     active: float
 
 
 class Provenance(TypedDict, total=False):
-    """Facts of the first start that comparison and resume read; there are more, for people."""
+    """Facts of the first attempt that comparison and resume read; the file holds more, for people."""
 
     command: str
     data_content_id: str | None
@@ -47,7 +47,7 @@ class Whole(TypedDict):
 
 
 class Like(TypedDict):
-    """A configuration by its difference from that of attempt `like`, by dotted keys."""
+    """A configuration as the difference from that of attempt `like`, by dotted keys."""
 
     like: Count
     changed: dict[str, Any]
@@ -55,8 +55,9 @@ class Like(TypedDict):
 
 
 class AttemptEntry(TypedDict):
-    """One start of the run. `ended` and `end_step` are absent while it runs, `config` in older releases. One that does
-    not say how it stands is lost."""
+    """One attempt of the run. `ended` and `end_step` are absent while it runs, `config` in older releases. An attempt
+    without its state is lost.
+    """
 
     attempt: Count
     start_step: Annotated[Count, Absent(0)]
@@ -70,7 +71,7 @@ class AttemptEntry(TypedDict):
 
 
 class RunFile(TypedDict):
-    """`run.json`, as far as readers need it."""
+    """The fields of `run.json` that readers need."""
 
     format: Annotated[int, Absent(1)]
     created: NotRequired[float]
@@ -82,14 +83,14 @@ class RunFile(TypedDict):
 
 
 class OwnRunFile(RunFile):
-    """`run.json`, as a start needs it that goes on with the run."""
+    """The fields of `run.json` that a start needs to continue the run."""
 
     run_id: str
     wandb_id: str
 
 
 class Owner(TypedDict, total=False):
-    """`owner.json`: all of it may be absent, for an owner may not have said."""
+    """`owner.json`; every field may be absent."""
 
     token: str
     process: int
@@ -102,7 +103,7 @@ class Owner(TypedDict, total=False):
 
 
 class Failure(TypedDict):
-    """`errors/rank-RRRRR.json`. `about` is the rank that is to blame, where that is another one."""
+    """`errors/rank-RRRRR.json`. `about` is the rank to blame, if it is another one."""
 
     rank: Count
     time: float
@@ -123,7 +124,7 @@ class Rewind(TypedDict):
 
 
 class Happening(TypedDict):
-    """A line of `events.jsonl`; the fields that single kinds have are below."""
+    """A line of `events.jsonl`; fields of particular kinds follow below."""
 
     id: Annotated[str, Absent("")]
     kind: str
@@ -134,19 +135,19 @@ class Happening(TypedDict):
 
 
 class Save(TypedDict):
-    """Of `checkpoint_saved`."""
+    """Fields of `checkpoint_saved`."""
 
     stall_seconds: Annotated[float, Absent(0.0)]
 
 
 class Back(TypedDict):
-    """Of `rewind`."""
+    """Fields of `rewind`."""
 
     window: NotRequired[Window]
 
 
 class Routed(TypedDict):
-    """What a layer's router did."""
+    """The statistics of one layer's router."""
 
     maxvio: float
     busiest: float
@@ -163,7 +164,7 @@ class Met(TypedDict):
 
 
 class Evidence(TypedDict, total=False):
-    """What was seen in the model when a spike opened."""
+    """What the probe measured in the model when a spike opened."""
 
     grad_norms: dict[str, float]
     max_logits: list[float]
@@ -172,36 +173,36 @@ class Evidence(TypedDict, total=False):
 
 
 class Opened(TypedDict):
-    """Of `spike_opened`."""
+    """Fields of `spike_opened`."""
 
     evidence: Annotated[Evidence, Absent({})]
 
 
 FURTHER: dict[str, Any] = {"checkpoint_saved": Save, "rewind": Back, "spike_opened": Opened}
-"""Kind of an event -> what the code reads of it beside its head."""
+"""Kind of an event -> the fields the code reads besides the common ones."""
 
 
 def check_metrics(lines: list[dict[str, Any]], path: str, first: int = 1, before: int = 0) -> None:
-    """Raises DataError when a line has no step, steps do not increase, or a metric is no number.
+    """Raises DataError when a line has no step, steps do not increase, or a metric is not a number.
 
-    Every value of every line is looked at once; what this release does not know may be anything. The first of `lines`
-    is line `first` of the file, and the line above it is of step `before`.
+    Checks every value of every line once; metrics that this release does not know may hold anything. The first of
+    `lines` is line `first` of the file, and the line above it has step `before`.
     """
     for number, line in enumerate(lines, start=first):
         step = line.get("step")
         if type(step) is not int or not before < step <= LARGEST:
-            allowed = f"a whole number above {before}, the step of the line before"
-            shown = "missing" if step is None else "is no step" if type(step) is not int else "does not increase"
+            allowed = f"an integer above {before}, the step of the line before"
+            shown = "missing" if step is None else "is not a step" if type(step) is not int else "does not increase"
             raise Source(f"{path}:{number}").fault("step", shown, step, allowed)
         before = step
         check_numbers(line, path, number)
 
 
 def check_numbers(line: dict[str, Any], path: str, number: int) -> None:
-    """Raises DataError when a metric that this release knows is no number in line `number` of the file `path`."""
+    """Raises DataError when a metric that this release knows is not a number in line `number` of the file `path`."""
     for key, value in line.items():
         kind = type(value)
-        # The difference is not 0 where the value is no finite number.
+        # The difference is not 0 where the value is not a finite number.
         if (kind is float and value - value == 0.0) or (kind is int and -LARGEST <= value <= LARGEST):
             continue
         if kind is float and key not in COUNTS:
@@ -210,18 +211,20 @@ def check_numbers(line: dict[str, Any], path: str, number: int) -> None:
             allowed = "a list of numbers" if key.endswith("_by_layer") else 'a number, or "nan", "inf", "-inf"'
             shown = "null" if value is None else value
             raise Source(f"{path}:{number}").fault(
-                key, "is no number", shown, "a finite one" if kind is float else allowed
+                key, "is not a number", shown, "a finite one" if kind is float else allowed
             )
     for key in WHOLE:
         if type(line.get(key, 0)) is not int:
-            raise Source(f"{path}:{number}").fault(key, "is no whole number", line[key])
+            raise Source(f"{path}:{number}").fault(key, "is not an integer", line[key])
 
 
 def check_events(events: list[dict[str, Any]], path: str) -> list[dict[str, Any]]:
-    """The events with what older releases left out. Raises DataError for one that lacks what every event has."""
+    """The events, completed with what older releases left out. Raises DataError for an event that lacks a common
+    field.
+    """
     checked = []
     for number, event in enumerate(events, start=1):
-        # A record has few kinds of events, and may have very many of one: what is common is judged at once.
+        # A record has few kinds of events, but may have very many of one kind, so common fields are checked together.
         kind, samples = event.get("kind"), event.get("samples_first", 0)
         further = FURTHER.get(kind) if type(kind) is str else None
         types = tuple(map(type, (kind, samples, *map(event.get, _EVENT_HEAD))))
@@ -244,7 +247,7 @@ _EVENT_TYPES = (str, int, str, int, int, float)
 
 
 class Undone(TypedDict):
-    """A line of `metrics.discarded.jsonl`, beside its metrics."""
+    """A line of `metrics.discarded.jsonl`, besides its metrics."""
 
     step: Count
     attempt: Annotated[Count, Absent(0)]
@@ -253,8 +256,9 @@ class Undone(TypedDict):
 
 
 def check_discarded(lines: list[dict[str, Any]], path: str) -> list[dict[str, Any]]:
-    """The lines with what older releases left out. Raises DataError for one without a step, or a metric that is no
-    number."""
+    """The lines, completed with what older releases left out. Raises DataError for one without a step, or with a metric
+    that is not a number.
+    """
     for number, line in enumerate(lines, start=1):
         check_numbers(line, path, number)
     return [{**Source(f"{path}:{number}").read(Undone, line)} for number, line in enumerate(lines, start=1)]

@@ -1,12 +1,13 @@
-"""Which names hold secrets: of configuration keys, options, headers and environment variables.
+"""Decides which names hold secrets: names of configuration keys, options, headers and environment variables.
 
-The words that betray a secret (api key, token, secret, password, credential) are also the daily words of language
-models: `tokens`, `tokenizer`, `eos_token_id`, `key_norm`. A name is therefore cut into words first, and only whole
-words count: `hf_token` and `authToken` name a secret, `tokens_per_second` and `tokenizer` do not; a key is one where it
-opens something (`api_key`, `AccountKey`). A number is never taken for a token, and the special tokens of a vocabulary
-(`eos_token`, `pad_token`) are not secrets.
+The words that mark a secret (api key, token, secret, password, credential) are also everyday words of language models:
+`tokens`, `tokenizer`, `eos_token_id`, `key_norm`. So a name is first split into words, and only whole words count:
+`hf_token` and `authToken` name a secret, `tokens_per_second` and `tokenizer` do not. `key` counts only with a word for
+what it opens (`api_key`, `AccountKey`). A number is never a token, and the special tokens of a vocabulary (`eos_token`,
+`pad_token`) are not secrets.
 
-Names of environment variables say less and are judged more generously, together with the value: `DB_PASS`, `GPG_KEY`.
+Names of environment variables are less specific. They are judged more broadly, together with the value: `DB_PASS`,
+`GPG_KEY`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _OPENERS = {
     "access", "account", "api", "auth", "client", "deploy", "encryption", "license", "private", "signing", "ssh",
     "storage", "subscription", "webhook",
 }  # fmt: skip
-"""Before `key`: what such a key opens."""
+"""Words before `key` that say what it opens."""
 _PAIRS = {("connection", "string"), ("connection", "strings"), ("conn", "str")}
 _TOKEN_OWNERS = {"access", "api", "auth", "bearer", "csrf", "id", "identity", "jwt", "oauth", "refresh", "session"}
 _VOCABULARY_WORDS = {
@@ -32,13 +33,13 @@ _VOCABULARY_WORDS = {
     "next", "num", "pad", "per", "sep", "size", "special", "text", "type", "unk",
 }  # fmt: skip
 _DIRECTORIES = {"old", "init", "work", "project"}
-"""Before `pwd`: the working directory of something."""
+"""Words before `pwd` that make it a working directory."""
 
 _LAST_OF_VARIABLES = {"auth", "key", "keys", "pass", "pat", "pw", "webhook", "webhooks"}
 _VARIABLE_LENGTH = 8
 _PATH = re.compile(r"[/~.\\]|[A-Za-z]:[/\\]")
 _NO_SECRET = re.compile(r"[a-z]+|[-+]?[\d.]+(?:e[-+]?\d+)?")
-"""A word such as `publickey`, which a `key` or `auth` may name, or a number."""
+"""A word such as `publickey`, which `key` or `auth` may hold, or a number."""
 
 
 @lru_cache(maxsize=4096)
@@ -59,14 +60,16 @@ def is_secret_name(name: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def is_variable_name(name: str) -> bool:
-    """Whether an environment variable of this name, in capitals as usual, may hold a secret: see
-    `is_secret_variable`."""
+    """Whether an environment variable of this name, in the usual capitals, may hold a secret: see
+    `is_secret_variable`.
+    """
     return name.isupper() and _may_open(name)
 
 
 def is_secret_variable(name: str, value: str) -> bool:
-    """Whether `value` of the environment variable `name` is a secret: `SSHPASS`, `GITHUB_PAT`, `SLACK_WEBHOOK_URL`
-    are, unless they hold a path, a number or a few letters."""
+    """Whether `value` of the environment variable `name` is a secret. `SSHPASS`, `GITHUB_PAT` and `SLACK_WEBHOOK_URL`
+    are, unless they hold a path, a number or a few letters.
+    """
     if is_secret_name(name):
         return True
     value = value.strip()
@@ -86,7 +89,7 @@ def _may_open(name: str) -> bool:
 
 
 def is_secret_item(name: str, value: object) -> bool:
-    """Whether `value` under `name` is a secret: empty values, switches and counts of tokens are none."""
+    """Whether `value` under `name` is a secret. Empty values, switches and token counts are not."""
     if value is None or value == "" or isinstance(value, bool):
         return False
     if not is_secret_name(name):

@@ -1,6 +1,6 @@
-"""Secrets that a text shows by its own form: passwords in URLs, `key=value` pairs, headers, keys of known shapes.
+"""Recognises secrets by the form of a text: passwords in URLs, `key=value` pairs, headers, keys of known shapes.
 
-Every rule reads a text once from left to right, so that a text of any length costs time in proportion.
+Every rule reads a text once from left to right, so the cost is linear in its length.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kha_train.record.secret_names import is_secret_item, is_secret_name, is_var
 
 REDACTED = "[redacted]"
 QUOTED_TIMES = 3
-"""How often a text inside a URL may have been quoted."""
+"""How many times a text inside a URL may have been quoted."""
 
 _KEY = re.compile(
     r"""(?<![\w./+-])(?P<key>(?:(?:api|access|account|auth|private|client|connection)[ ])?[\w./+-]*\w)
@@ -23,8 +23,8 @@ _KEY = re.compile(
       | (?<![\w./+-])(?P<option>--?[\w-]+)\s+(?!-)""",
     re.VERBOSE | re.IGNORECASE,
 )
-# A quote inside quotes is \" in JSON and '"'"' in a shell.
-# A separator belongs to the value unless something else begins behind it: an end, a space, another `key=`.
+# A quote inside quotes is \" in JSON and '"'"' in a shell. A separator belongs to the value unless an end, a space or
+# another `key=` follows it.
 _PLAIN = r"""(?:[^\s,;&"']|[,;&](?!\s|$|["']|[\w./+-]+\s*[=:])|(?<=\w)["'](?=\w))+"""
 _VALUE = re.compile(
     rf"""(?P<open>\\+["']|'"'"')(?P<escaped>.*?)(?:(?<!\\)(?P=open)|$|(?=\n))
@@ -43,7 +43,7 @@ _BRACKET = re.compile(
       | "(?:[^"\\]|\\.)*(?:"|\\?\Z) | '(?:[^'\\]|\\.)*(?:'|\\?\Z) | [\[\]{}]""",
     re.VERBOSE | re.DOTALL,
 )
-"""A bracket, or a quoted text, in which brackets do not count. What is not closed goes to the end."""
+"""A bracket, or a quoted text, inside which brackets do not count. An unclosed quote extends to the end."""
 _FIRST_QUOTE = re.compile(r"""[^"'\\]*(\\*["'])""")
 _LOGIN = re.compile(
     r"""(?<![\w-])(?:-[uU]\s*|--(?:proxy-)?user[\s=]+)(?:\\*(?P<quote>["']))?[^\s:"'\\]{1,100}:(?P<inner>["'])?"""
@@ -59,11 +59,11 @@ _SHAPES = re.compile(
       | (?<=-----BEGIN[ ]PRIVATE[ ]KEY-----)[^-]+ | (?<=[A-Z][ ]PRIVATE[ ]KEY-----)[^-]+(?=-----END)""",
     re.VERBOSE,
 )
-"""Keys whose makers gave them a form of their own."""
+"""Keys with a vendor-specific form."""
 
 
 def hide(text: str) -> str:
-    """`text` with every secret replaced that its form betrays."""
+    """`text` with every secret replaced that is recognisable by its form."""
     text = _hide_by_form(text)
     return _QUOTED.sub(_hide_quoted, text) if "%3" in text or "%20" in text else text
 
@@ -77,7 +77,7 @@ def _hide_by_form(text: str) -> str:
 
 
 def _hide_quoted(match: re.Match[str]) -> str:
-    """A text inside a URL goes as a whole where it shows a secret once it is decoded."""
+    """Hide a quoted text inside a URL as a whole if its decoded form shows a secret."""
     decoded = match[0]
     for _ in range(QUOTED_TIMES):
         decoded = unquote(decoded)
@@ -120,14 +120,14 @@ def _hide_pairs(text: str) -> str:
 
 
 def _end_of(pattern: re.Pattern[str], text: str, start: int) -> int:
-    """Where what `pattern` matches at `start` ends; it may match nothing at all."""
+    """The end of the match of `pattern` at `start`; the match may be empty."""
     found = pattern.match(text, start)
     assert found is not None
     return found.end()
 
 
 def _end_of_brackets(text: str, start: int) -> int:
-    """Where the bracket at `start` is closed; the end of `text` where it is not."""
+    """The position of the closing bracket for the one at `start`; the end of `text` where it is not closed."""
     depth = 0
     for match in _BRACKET.finditer(text, start):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
@@ -150,7 +150,7 @@ def _hide_logins(text: str) -> str:
 
 
 def _hide_headers(text: str) -> str:
-    """What follows `Bearer`, `Basic` and other schemes of authentication."""
+    """Hide what follows `Bearer`, `Basic` and other authentication schemes."""
     parts, end = [], 0
     for match in _SCHEME.finditer(text):
         word = _WORD.match(text, match.end())
@@ -162,7 +162,7 @@ def _hide_headers(text: str) -> str:
 
 
 def _is_credential(scheme: str, word: str) -> bool:
-    """`Basic` is a word of English too: what follows it must look like no word."""
+    """Whether `Basic` is followed by a credential and not by an English word."""
     if scheme != "basic":
         return True
     try:

@@ -1,4 +1,4 @@
-"""The secrets of an environment, and the forms in which they come back in texts: quoted, escaped, encoded."""
+"""The secret values of an environment, in the forms in which texts may contain them: quoted, escaped, encoded."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from kha_train.config.urls import find_credentials
 from kha_train.record.secret_names import is_secret_name, is_secret_variable
 
 MIN_LENGTH = 8
-"""Shorter values are hidden only where they are the whole text: "test" is in too many words."""
+"""Shorter values are hidden only when they are the whole text: "test" occurs in too many words."""
 MIN_WORD = 12
-"""A single word before the `@` of a URL in an environment variable is a token from this length on; else it is a name.
-Lines of a secret of several lines count by themselves from this length on."""
+"""From this length on, a single word before the `@` of a URL in an environment variable counts as a token; shorter ones
+count as a name. From this length on, each line of a multi-line secret counts on its own.
+"""
 
 _FIELD = re.compile(r"(?:^|[;,\s])\s*([\w ]+?)\s*=\s*([^;,\s]+)")
 """A field of a connection string, such as `AccountKey=...` or `password=...`."""
 
 
 def secrets_of(environ: Mapping[str, str]) -> set[str]:
-    """The values of variables whose names are secret, with the secret parts of connection strings, and the passwords
-    of URLs in any variable."""
+    """The values of variables with secret names, the secret parts of connection strings, and the passwords in URLs of
+    any variable.
+    """
     found: set[str] = set()
     for name, value in environ.items():
         if is_secret_variable(name, value):
@@ -37,7 +39,7 @@ def secrets_of(environ: Mapping[str, str]) -> set[str]:
 
 
 def forms(secret: str) -> set[str]:
-    """`secret` as itself, and as JSON, Python, a shell, a URL, a page or a Basic header write it inside a text."""
+    """`secret` itself, and as JSON, Python, a shell, a URL, HTML or a Basic header would write it inside a text."""
     ways = {
         secret,
         json.dumps(secret)[1:-1],
@@ -51,9 +53,9 @@ def forms(secret: str) -> set[str]:
     }
     encoded = {quote(secret, safe=safe, errors="replace") for safe in ("", "/", "/:@!$&'()*+,;=")}
     encoded.add(quote_plus(secret, errors="replace"))
-    # Hexadecimal digits are written in either case.
+    # Hexadecimal digits occur in either case.
     ways |= encoded | {re.sub(r"%[0-9A-F]{2}", lambda hit: hit[0].lower(), text) for text in encoded}
-    # A text that was written twice: JSON inside JSON, the representation of a list of representations.
+    # Text encoded twice: JSON inside JSON, the representation of a list of representations.
     twice = {json.dumps(way)[1:-1] for way in ways} | {way.replace("\\", "\\\\") for way in ways}
     return ways | twice | {way.replace("'", "\\'") for way in twice}
 
@@ -64,7 +66,7 @@ def _in_urls(value: str) -> Iterator[str]:
         user, colon, rest = text.partition(":")
         if not colon and len(text) >= MIN_WORD:
             yield from {text, unquote(text)}
-        # Where an @ stands in the rest, the password may end before any of them.
+        # If the rest contains an @, the password may end before any of them.
         for end in [*(at for at, letter in enumerate(rest) if letter == "@"), len(rest)]:
             password = rest[:end]
             yield from {password, unquote(password)}

@@ -1,4 +1,4 @@
-"""Standard output and error of the command, with a redactor before them: launch logs keep what is printed."""
+"""Standard output and error behind a redactor, because launch logs keep what is printed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from kha_train.record.redact import Redactor
 class RedactedStream:
     """A text stream that hides secrets line by line, whoever prints: this program, rich, a library.
 
-    A line that is not ended waits for its end or a flush, because a secret may come in parts. Letters that the encoding
-    lacks are written as escapes. Everything else is the stream behind it. `clean` hides the same in a tree of plain
-    values, for an answer that is to be written to the stream `behind`.
+    An incomplete line is held back until it ends or is flushed, because a secret may arrive in parts. Characters that
+    the encoding lacks are written as escapes. All else behaves like the underlying stream. `clean` hides the same
+    secrets in nested plain values, for results that are written to the stream `behind`.
     """
 
     def __init__(self, stream: TextIO, hide: Callable[[str], str], clean: Callable[[Any], Any] | None = None) -> None:
@@ -23,7 +23,7 @@ class RedactedStream:
         self.clean = clean
 
     def write(self, text: str) -> int:
-        """Takes `text`; whole lines go on at once."""
+        """Takes `text`; complete lines are passed on at once."""
         if not isinstance(text, str):
             raise TypeError("a text is expected")
         lines, end, rest = f"{self._waiting}{text}".rpartition("\n")
@@ -38,7 +38,7 @@ class RedactedStream:
             self.write(line)
 
     def flush(self) -> None:
-        """Sends on what waits for the end of its line."""
+        """Passes on the incomplete line."""
         waiting, self._waiting = self._waiting, ""
         if waiting:
             self._send(waiting)
@@ -46,7 +46,7 @@ class RedactedStream:
 
     @property
     def behind(self) -> TextIO:
-        """The stream itself, for an answer to a program."""
+        """The underlying stream, for results that a program reads."""
         return self._stream
 
     def _send(self, text: str) -> None:
@@ -54,11 +54,11 @@ class RedactedStream:
         try:
             self._stream.write(hidden)
         except UnicodeEncodeError as error:
-            # The stream has taken nothing of a text that it cannot encode.
+            # The stream has written nothing of a text that it cannot encode.
             self._stream.write(hidden.encode(error.encoding, "backslashreplace").decode(error.encoding))
 
     def __getattr__(self, name: str) -> Any:
-        # Whoever asks for the bytes below would write past the redactor.
+        # Access to the underlying bytes would bypass the redactor.
         if name == "buffer":
             raise AttributeError(name)
         return getattr(self._stream, name)
@@ -69,12 +69,13 @@ class RedactedStream:
 
 @contextmanager
 def redacted_streams(verbatim: bool) -> Iterator[None]:
-    """While entered, standard output and error hide secrets. With `verbatim` output is text of the data: only the
-    environment's own secrets are hidden in it."""
+    """Inside the `with` block, standard output and error hide secrets. With `verbatim` the output is text from the
+    data, and only the environment's own secrets are hidden in it.
+    """
     redactor, before = Redactor.from_environment(), (sys.stdout, sys.stderr)
     hidden = (redactor.text, redactor.clean)
     hiders = ((redactor.values, redactor.clean_values) if verbatim else hidden, hidden)
-    # Python has no stream where the descriptor was closed before it started.
+    # Python has no stream for a descriptor that was closed before it started.
     output, errors = (stream and RedactedStream(stream, *how) for stream, how in zip(before, hiders, strict=True))
     sys.stdout, sys.stderr = output, errors
     try:

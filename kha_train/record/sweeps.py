@@ -1,4 +1,4 @@
-"""`sweep.json`: the points of a sweep and the jobs they were submitted in, as a file to read."""
+"""Reads `sweep.json`: the points of a sweep and the jobs they were submitted in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FORMAT = 1
 
 
 class PointEntry(TypedDict):
-    """A point in `sweep.json` and in the file of a job array. `run_dir` is text that a path may be."""
+    """A point in `sweep.json` and in the file of a job array. `run_dir` is a valid path."""
 
     label: str
     run_dir: Annotated[str, Match(r"[^\0\ud800-\udc7f\udd00-\udfff]*")]
@@ -44,5 +44,5 @@ def load_sweep(directory: Path) -> dict[str, Any] | None:
     found = read_json(directory / SWEEP_FILE, SweepFile)
     if found is not None and found["format"] > FORMAT:
         source = Source(str(directory / SWEEP_FILE), fix="use the version that wrote it")
-        raise source.fault("format", "is of a later version", found["format"], f"up to {FORMAT}")
+        raise source.fault("format", "was written by a later version", found["format"], f"up to {FORMAT}")
     return None if found is None else dict(found)

@@ -1,4 +1,4 @@
-"""Lines of a long file of JSON lines without the others: its last ones, and the one of a step."""
+"""Reads single lines of a long file of JSON lines: its last ones, or the one of a given step."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Tail:
-    """The end of the file `path`: its bytes from `start`, which begins a line, to the end. What a crash left unfinished
-    is in `content`, and not in the lines."""
+    """The end of the file `path`: its bytes from `start`, the beginning of a line. An unfinished last line is in
+    `content` but not in the lines.
+    """
 
     path: Path
     start: int
@@ -25,16 +26,17 @@ class Tail:
 
     @property
     def whole(self) -> int:
-        """How many bytes of `content` are whole lines."""
+        """How many bytes of `content` are complete lines."""
         return whole_until(self.content)
 
     def lines(self) -> list[dict[str, Any]]:
-        """The objects on the whole lines. Raises DataError naming the first that is not one."""
+        """The objects on the complete lines. Raises DataError naming the first line that is not one."""
         return self.numbered(lambda first: objects(self.path, self.content[: self.whole], first))
 
     def numbered(self, check: Callable[[int], T]) -> T:
-        """What `check` returns of the number of the first line, which only its errors need: that is counted when there
-        is one."""
+        """The result of `check`, called with the number of the first line. Only errors need that number, so it is
+        counted only when there is one.
+        """
         try:
             return check(1)
         except DataError:
@@ -50,7 +52,7 @@ def read_tail(path: Path, lines: int = 1) -> Tail:
 
 
 def line_at(path: Path, step: int) -> dict[str, Any] | None:
-    """The line of `step` in the record `path`, by bisection: its steps increase. None where there is none.
+    """The line of `step` in the record `path`, found by bisection, since steps increase. None where there is none.
 
     Raises DataError where a line on the way is not a JSON object with a step.
     """
@@ -67,7 +69,7 @@ def line_at(path: Path, step: int) -> dict[str, Any] | None:
             else:
                 low = begin
         file.seek(low)
-        # The line in which the last middle lay begins before it.
+        # The line that contains the previous middle begins before it.
         lines = file.read(high - low).split(b"\n")
         lines[-1] += file.readline()
     found = (record for record in map(parse, lines) if record is not None and record.get("step") == step)
@@ -75,7 +77,7 @@ def line_at(path: Path, step: int) -> dict[str, Any] | None:
 
 
 def _line_from(file: BinaryIO, at: int) -> tuple[int, bytes]:
-    """(byte offset, line) of the first line that begins at byte `at` or after it."""
+    """(byte offset, line) of the first line that begins at or after byte `at`."""
     file.seek(max(0, at - 1))
     skipped = file.readline() if at else b""
     return max(0, at - 1) + len(skipped), file.readline()

@@ -1,9 +1,9 @@
-"""What a run adds up to, kept up line by line, so that nobody adds a long record up again.
+"""Running totals of a run, updated line by line, so that a long record is not summed up again.
 
-`.totals.json` holds the sums and how far into each file they go. It is a help, never the truth: where it does not fit
-the files, or its own digest, it is passed over, and lines that came after it are added. Sums are exact: whole multiples
-of 2^-1074, the smallest float. So lines can be taken out again, and the order of adding does not matter. The sums kept
-up by a run that was killed, resumed and rewound are those of its files, bit for bit.
+`.totals.json` holds the sums and the position in each file up to which they count. It is a cache: if it does not fit
+the files, or its own digest, it is ignored, and lines added later are counted. Sums are exact: integer multiples of
+2^-1074, the smallest float. So lines can be subtracted again, and the order does not matter. After a kill, a resume and
+a rewind, the running totals equal those of the files, bit for bit.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ TOTALS_FILE = ".totals.json"
 FORMAT = 1
 FILES = (METRICS_FILE, DISCARDED_FILE, EVENTS_FILE)
 TIMED = frozenset(("time", "attempt", "train/step_seconds", "data/wait_seconds", "train/skipped"))
-"""What a line must tell for its time to be accounted for."""
+"""The fields that a line needs for its time to be accounted for."""
 SHORT = 8 * 2**20
-"""Bytes of lines that may be added up on the way, and of a file whose mark looks at all that is before it."""
+"""Up to this size, new lines are counted at once, and a file's mark covers all bytes before it."""
 _NEIGHBOURHOOD = 512
-"""Bytes before a mark in a longer file by which it is known again."""
+"""Bytes before a mark that identify it in a longer file."""
 _SUMS = ("productive", "skipped", "lost", "data_wait", "checkpoint")
 _DIGITS = 1074
 
@@ -43,7 +43,9 @@ Whole = Annotated[int, Range(-LARGEST, LARGEST)]
 
 
 class Signs(TypedDict):
-    """Of an attempt: when its first step ended and began, and when its last one ended, by the clock in s."""
+    """An attempt's signs of life: when its first step began and ended, and when its last one ended, by the clock
+    in s.
+    """
 
     first: float
     began: float
@@ -66,9 +68,10 @@ class TotalsFile(TypedDict):
 
 @dataclass
 class Totals:
-    """Sums over the record. `lines` survive, `undone` ones were discarded, `untimed` of both do not say where their
-    time went. `sums` are exact seconds, see `seconds`. `attempts` are the signs of life by number. `diverged` are
-    attempt, step and first sample of each time the divergence guard fired in a step that no restart undid."""
+    """Sums over the record. `lines` survive, `undone` lines were discarded, `untimed` lines of both lack the fields
+    `TIMED`. `sums` are exact seconds, see `seconds`. `attempts` holds the signs of life by number. `diverged` holds
+    attempt, step and first sample for each time the divergence guard fired in a step that no restart undid.
+    """
 
     lines: int = 0
     undone: int = 0
@@ -79,20 +82,21 @@ class Totals:
 
     def seconds(self, name: str) -> float:
         """One of the sums, rounded once: `productive`, `skipped` and `lost` steps without their wait for data,
-        `data_wait` of all steps, `checkpoint` for which training stood still. Infinite beyond what a float holds."""
+        `data_wait` of all steps, `checkpoint` pauses. Infinite beyond the range of a float.
+        """
         try:
             return self.sums[name] / (1 << _DIGITS)
         except OverflowError:
             return math.inf if self.sums[name] > 0 else -math.inf
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """A line of the surviving curve."""
+        """Add a line of the surviving curve."""
         self.lines += 1
         if self._seen(line):
             self.sums[_kind(line)] += _busy(line)
 
     def undo(self, line: Mapping[str, Any], reason: str) -> None:
-        """A line that was added before is discarded for `reason`."""
+        """Discard a line that was added before, for `reason`."""
         self.lines -= 1
         self.undone += 1
         if _is_timed(line):
@@ -101,21 +105,21 @@ class Totals:
         self._forget(line, reason)
 
     def add_undone(self, line: Mapping[str, Any]) -> None:
-        """A discarded line that was not added before. Events of its step come first."""
+        """Add a discarded line that was not added before. Events of its step come first."""
         self.undone += 1
         if self._seen(line):
             self.sums["lost"] += _busy(line)
         self._forget(line, line["discarded_reason"])
 
     def happened(self, event: Mapping[str, Any]) -> None:
-        """A line of the events."""
+        """Add a line of the events."""
         if event["kind"] == "checkpoint_saved":
             self.sums["checkpoint"] += _exact(event.get("stall_seconds", 0.0))
         elif event["kind"] == "divergence":
             self.diverged.append(_place(event))
 
     def _seen(self, line: Mapping[str, Any]) -> bool:
-        """Takes note of a line that is new; whether its time is known."""
+        """Count a new line; returns whether its time is known."""
         if not _is_timed(line):
             self.untimed += 1
             return False
@@ -133,15 +137,16 @@ class Totals:
 
 
 def totals_of(run_dir: Path) -> Totals:
-    """The totals of the files of `run_dir`, all of which are read. Raises DataError for a damaged record."""
+    """The totals of the files of `run_dir`, read completely. Raises DataError for a damaged record."""
     totals = Totals()
     _add_all(totals, read_metrics(run_dir), read_discarded(run_dir), read_events(run_dir))
     return totals
 
 
 def known_totals(run_dir: Path) -> Totals | None:
-    """The totals of `run_dir` without reading a long record: what the run has kept up, and the lines since; None where
-    it has kept nothing that fits. Raises DataError as `totals_of` does, where it is called."""
+    """The totals of `run_dir` without reading a long record: the saved totals plus the lines since; None where no saved
+    totals fit. Raises DataError as `totals_of` does, where that is called.
+    """
     kept = load_totals(run_dir)
     if kept is not None:
         return kept
@@ -149,7 +154,7 @@ def known_totals(run_dir: Path) -> Totals | None:
 
 
 def load_totals(run_dir: Path) -> Totals | None:
-    """The totals that the run has kept up, with the lines since; None where there are none that fit its files."""
+    """The saved totals plus the lines since; None where none fit the files."""
     try:
         kept = read_json(run_dir / TOTALS_FILE, TotalsFile)
         if kept is None or kept["format"] != FORMAT or set(kept["sums"]) != set(_SUMS):
@@ -170,8 +175,9 @@ def load_totals(run_dir: Path) -> Totals | None:
 
 
 def save_totals(run_dir: Path, totals: Totals) -> None:
-    """Keep `totals`, which are those of the files as they are now. Where the disk does not take them, or does not show
-    the files, the next reader adds up more lines."""
+    """Save `totals`, which must match the files as they are now. If the disk refuses, or does not show the files, the
+    next reader adds up more lines.
+    """
     with suppress(OSError):
         kept: TotalsFile = {
             "format": FORMAT,
@@ -189,7 +195,7 @@ def save_totals(run_dir: Path, totals: Totals) -> None:
 
 
 def _digest(kept: TotalsFile) -> str:
-    """What `digest` says of the others: no value that was edited or damaged is believed."""
+    """The digest over the other fields, so that an edited or damaged value is not believed."""
     return hashlib.sha256(json.dumps({**kept, "digest": ""}, sort_keys=True).encode()).hexdigest()
 
 
@@ -219,7 +225,7 @@ def _add_all(
 
 
 def _mark(path: Path) -> tuple[int, int]:
-    """(the end of the file, a checksum of what is before it). Raises OSError."""
+    """(the end of the file, a checksum of what precedes it). Raises OSError."""
     if not path.is_file():
         return 0, 0
     with path.open("rb") as file:
@@ -228,7 +234,7 @@ def _mark(path: Path) -> tuple[int, int]:
 
 
 def _since(path: Path, end: int, checksum: int) -> bytes | None:
-    """The whole lines after the mark; None where the file is another one, or has too much to add."""
+    """The complete lines after the mark; None where the file is another one, or has too much to add."""
     if not path.is_file():
         return b"" if end == 0 else None
     with path.open("rb") as file:
@@ -242,7 +248,7 @@ def _since(path: Path, end: int, checksum: int) -> bytes | None:
 
 
 def _before(file: BinaryIO, end: int) -> bytes:
-    """The bytes by which the mark at `end` is known: all of a short file, the last ones before it of a long one."""
+    """The bytes that identify the mark at `end`: all of a short file, the last ones of a long file."""
     file.seek(0 if end <= SHORT else end - _NEIGHBOURHOOD)
     return file.read(end - file.tell())
 
@@ -260,7 +266,7 @@ def _kind(line: Mapping[str, Any]) -> str:
 
 
 def _busy(line: Mapping[str, Any]) -> int:
-    """A step without its wait for data."""
+    """The duration of a step without its wait for data."""
     return _exact(line["train/step_seconds"]) - _exact(line["data/wait_seconds"])
 
 

@@ -100,7 +100,7 @@ def test_only_a_picture_of_the_same_datasets_is_drawn_over_unasked(
         (ours, shards / "train"), (ours.replace(b"kha-inspect", b"kha-spikes "), shards),
     ):  # fmt: skip
         taken.write_bytes(content)
-        with pytest.raises(ConfigError, match="is not an earlier answer"):
+        with pytest.raises(ConfigError, match="was not made by this command"):
             kha("inspect", directory, "--png", taken)
         assert taken.read_bytes() == content
         kha("inspect", directory, "--png", taken, "--force")

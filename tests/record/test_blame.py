@@ -46,7 +46,7 @@ def failure(rank: int, time: float, error: str, **more: Any) -> dict[str, Any]:
 def test_a_broken_connection_is_a_consequence(case: str) -> None:
     assert is_consequence(BROKEN[case])
     found = blame([failure(1, 5.0, BROKEN[case])], 2, {0: 4.0, 1: 5.0})
-    assert found is not None and found["rank"] == 0 and found["error"].startswith("died without a word")
+    assert found is not None and found["rank"] == 0 and found["error"].startswith("died without a message")
 
 
 def test_of_what_a_library_says_of_a_broken_connection_the_first_clause_is_told() -> None:
@@ -97,7 +97,7 @@ def test_a_rank_that_hangs_is_told_of_by_its_neighbours() -> None:
 
 def test_where_every_rank_lost_a_connection_none_is_said_to_be_the_cause() -> None:
     found = blame([failure(0, 5.0, RESET), failure(1, 4.0, RESET)], 2, {})
-    assert found is not None and found["error"].startswith("no rank tells a cause")
+    assert found is not None and found["error"].startswith("no rank reports a cause")
 
 
 def test_silence_alone_says_nothing_while_ranks_may_live() -> None:
@@ -123,7 +123,7 @@ def test_a_killed_rank_is_named_from_the_files_of_its_start(tmp_path: Path) -> N
         beat = tmp_path / "hang" / f"rank-{rank:05d}.json"
         beat.write_text(json.dumps({"rank": rank, "life": life}))
         os.utime(beat, (heard, heard))
-    assert first_failure_line(tmp_path).startswith("rank 1 failed first: died without a word")
+    assert first_failure_line(tmp_path).startswith("rank 1 failed first: died without a message")
     (tmp_path / "hang" / "rank-00001.json").write_text(json.dumps({"rank": 1, "life": "now"}))
     assert re.match("rank 2 failed first: died .* from rank 0, 1 either", first_failure_line(tmp_path))
 
@@ -138,5 +138,5 @@ def test_a_run_of_an_earlier_release_tells_its_ranks_in_run_json(tmp_path: Path)
 
 def test_where_the_number_of_ranks_is_not_known_a_broken_connection_is_called_that(tmp_path: Path) -> None:
     write(tmp_path, failure(1, 5.0, RESET))
-    assert "no rank tells a cause" in first_failure_line(tmp_path)
+    assert "no rank reports a cause" in first_failure_line(tmp_path)
     assert first_failure_line(tmp_path / "elsewhere") == ""

@@ -75,7 +75,7 @@ def test_a_folder_is_searched_for_its_runs_and_not_the_inside_of_a_run(runs: Pat
     assert names(find_runs([runs], said.append), runs) == ["a", "b", "deep/c", "unborn"] and not said
     assert names(find_runs([runs / "b", runs], said.append), runs) == ["b", "a", "deep/c", "unborn"]
     assert names(find_runs([runs], said.append, trained=True), runs) == ["a", "b", "deep/c"]
-    assert said == [f"skipped: {runs}/unborn: it has no recorded step yet"]
+    assert said == [f"skipped: {runs}/unborn: it has not recorded a step yet"]
 
 
 def test_a_glob_that_the_shell_left_is_expanded_and_a_name_with_its_characters_is_not(runs: Path) -> None:

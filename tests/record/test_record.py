@@ -224,7 +224,7 @@ def test_a_step_is_never_recorded_twice(tmp_path: Path) -> None:
     record = Record.open(tmp_path)
     record.begin_attempt(0)
     record.step(line(1))
-    with pytest.raises(AssertionError, match="recorded already"):
+    with pytest.raises(AssertionError, match="already recorded"):
         record.step(line(1))
 
 
