@@ -43,8 +43,8 @@ Whole = Annotated[int, Range(-LARGEST, LARGEST)]
 
 
 class Signs(TypedDict):
-    """An attempt's signs of life: when its first step began and ended, and when its last one ended, by the clock
-    in s.
+    """An attempt's signs of life: when its first step ended (`first`) and began, and when its last one ended; clock
+    time in seconds.
     """
 
     first: float

@@ -208,7 +208,7 @@ def test_f9_the_others_do_not_wait_for_a_rank_that_was_killed_and_it_is_named(ki
     assert codes[killed] == -9 and codes[other] not in (0, None), codes
     assert [path.name for path in (run.run_dir / "errors").glob("rank-*")] == [f"rank-{other:05d}.json"]
     line = first_failure_line(run.run_dir)
-    assert line.startswith(f"rank {killed} failed first: died without a word")
+    assert line.startswith(f"rank {killed} failed first: died without a message")
     assert f"rank {other} lost its connection: RuntimeError" in line
     assert line in run_status(run.run_dir).note
     run.to_the_end(ranks=2)

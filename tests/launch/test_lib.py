@@ -178,9 +178,9 @@ def test_a_crash_names_the_rank_that_failed_first_unless_the_run_is_another_jobs
     shutil.rmtree(errors)
     errors.mkdir()
     (errors / "life").write_text("now 2")
-    assert "kha: rank 0 failed first: died without a word" in job.run(OWNED + "exit 9").stdout
+    assert "kha: rank 0 failed first: died without a message" in job.run(OWNED + "exit 9").stdout
     (errors / "rank-00001.json").write_text(json.dumps(lost))
-    assert "kha: rank 0 failed first: died without a word" in job.run(OWNED + "exit 9").stdout
+    assert "kha: rank 0 failed first: died without a message" in job.run(OWNED + "exit 9").stdout
     shutil.rmtree(errors)
     ended = job.run(OWNED + "exit 9")
     assert ended.returncode == 9 and "failed first" not in ended.stdout
