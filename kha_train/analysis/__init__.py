@@ -1,3 +1,3 @@
-"""Reading finished runs: comparison, statistics, the report."""
+"""Analysis of runs: comparison, statistics, the report."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Comparing runs from their directories alone: what they reached, how they differ, and what that is worth."""
+"""Compares runs from their directories alone: results, differences, and how strong the evidence is."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ from kha_train.foreign.documents import Json
 from kha_train.record.jsonl import words
 
 OF_A_VALIDATION_SET = ("validation_loss", "bits_per_byte")
-"""Results that do not compare with those of another validation set."""
+"""Results that cannot be compared across different validation sets."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Train loss of `other` - `reference` at equal steps over the last half of the steps both have (nats per token).
+    """Train loss of `other` - `reference` at equal steps over the last half of the common steps (nats per token).
 
     `difference` is None when no step is finite in both, or when the two are known to have read different data: losses
-    of different tokens are no pair. `same_data` says whether the two read the same tokens at every common
-    step, `data_words` why that is known or not, `different_from` the first step of which they are known not to have.
-    `confounders` are settings beside the variant in which the two differ at the same step: budget, schedule,
-    initialisation, policy; any of them may be what is seen. `unknown` names steps whose settings were not recorded,
-    `validation` says how the validation sets differ ("": they are not known to). `notes` are no caveats: ranks, ZeRO
-    stage and other settings that are free, and what both changed at the same step. `first_gap` is the difference of the
-    losses of step 1 (None where one is not known): before any update, so about 0 where both start as one function.
+    on different tokens are not paired. `same_data` says whether both read the same tokens at every common step,
+    `data_words` gives the reason, and `different_from` is the first step at which they are known to differ.
+    `confounders` are settings, other than the variant, that differ at the same step: budget, schedule, initialisation,
+    policy. Any of them may cause the difference. `unknown` names steps whose settings were not recorded. `validation`
+    says how the validation sets differ ("": not known to differ). `notes` are differences that are not caveats: ranks,
+    ZeRO stage and other free settings, and what both changed at the same step. `first_gap` is the difference of the
+    losses of step 1 (None where one is unknown). It is taken before any update, so it is about 0 where both start as
+    the same function.
     """
 
     reference: int
@@ -60,14 +61,14 @@ class Pair:
 
     @property
     def interval(self) -> Interval | None:
-        """The interval of the difference, where there are enough blocks of steps for one."""
+        """The interval of the difference, if there are enough blocks of steps."""
         return self.difference.interval if self.difference else None
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """Why the difference may not be the variant's doing, in words."""
+        """The reasons, in words, why the difference may not be due to the variant."""
         since = "" if self.different_from is None else f" from step {self.different_from} on"
-        found = [] if self.same_seed else [f"other seeds, so other initial values and another order of the data{since}"]
+        found = [] if self.same_seed else [f"different seeds, so different initial values and data order{since}"]
         if self.same_seed and not self.same_data:
             found.append(f"they read different data{since}" if since else "not proven to have read the same data")
         found += self.unknown
@@ -77,8 +78,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class AcrossSeeds:
-    """The differences of all fair pairs (no caveat) of one variant and the reference, one a seed: `interval` over the
-    seeds, None for fewer than two."""
+    """The differences of all fair pairs (no caveat) of one variant and the reference, one per seed; `interval` is over
+    the seeds, None for fewer than two.
+    """
 
     variant: str
     reference: str
@@ -88,8 +90,9 @@ class AcrossSeeds:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything the table and the report print. Runs are numbered as they were named. `passed_over` tells of what was
-    named and is not among them, and why."""
+    """Everything that the table and the report print. Runs are numbered in the order they were named. `passed_over`
+    lists what was named but left out, and why.
+    """
 
     runs: tuple[RunData, ...]
     summaries: tuple[Summary, ...]
@@ -102,7 +105,7 @@ class Comparison:
     passed_over: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
-        """The notes of each pair, each in a line, and why there is no MFU."""
+        """The notes of each pair, one per line, and why MFU is not shown."""
         noted = [
             f"{self.runs[pair.reference].label} and {self.runs[pair.other].label}: {note}"
             for pair in self.pairs
@@ -112,10 +115,10 @@ class Comparison:
         if len(set(differing)) < 2:
             return noted
         told = "; ".join(f"{run.label}: {peak}" for run, peak in zip(self.runs, differing, strict=True))
-        return [*noted, f"MFU is not shown, for its peak is not the same in all runs ({told})"]
+        return [*noted, f"MFU is not shown, because the runs have different peaks ({told})"]
 
     def sentence(self, pair: Pair) -> str:
-        """The result of a pair in one line, with what it is worth."""
+        """The result of a pair in one line, with the strength of the evidence."""
         names = f"{self.runs[pair.other].label} - {self.runs[pair.reference].label}"
         warned = "".join(f"; NOT A FAIR PAIR: {caveat}" for caveat in pair.caveats)
         difference, interval, steps = pair.difference, pair.interval, f"steps {pair.first_step}-{pair.last_step}"
@@ -129,7 +132,7 @@ class Comparison:
 
     @staticmethod
     def seeds_sentence(found: AcrossSeeds) -> str:
-        """What all seeds together say of a variant, in one line."""
+        """The result of a variant over all seeds, in one line."""
         count = len(found.differences)
         names = f"{found.variant} - {found.reference} over {count} seed{'s' * (count != 1)}"
         if found.interval is None:
@@ -154,7 +157,7 @@ class Comparison:
         return plain
 
     def _pair_to_dict(self, pair: Pair) -> dict[str, Any]:
-        """`interval` is null where there are too few blocks for one, and `no_interval` says so."""
+        """`interval` is null where there are too few blocks; `no_interval` gives the reason."""
         found = pair.difference
         return asdict(pair) | {
             "interval": asdict(pair.interval) if pair.interval else None,
@@ -169,8 +172,8 @@ def compare_runs(
     read: Callable[[Path], RunData] = load_run,
     summarised: Callable[[RunData], Summary] = summarise,
 ) -> Comparison:
-    """Compares the runs in `run_dirs`, each as `read` reads it and with the figures that `summarised` gives; the
-    variant of the first is the reference.
+    """Compares the runs in `run_dirs`. `read` loads each run and `summarised` gives its figures; the variant of the
+    first run is the reference.
 
     Raises ConfigError for a directory that is missing, empty, not a run, or named twice; DataError for a damaged one.
     """
@@ -190,13 +193,15 @@ def compare_runs(
 
 
 def peaks(runs: tuple[RunData, ...]) -> list[str]:
-    """For each run the peaks that its MFU is a share of, in words: starts that measure it find different ones."""
+    """For each run the peaks behind its MFU, in words. Attempts that measure the peak get different values."""
     found = [dict.fromkeys(str(stretch.facts.get("peak", "not recorded")) for stretch in run.stretches) for run in runs]
     return [", then ".join(each) for each in found]
 
 
 def _summaries(runs: tuple[RunData, ...], summarised: Callable[[RunData], Summary]) -> tuple[Summary, ...]:
-    """The figures of all runs. Shares of different peaks do not compare, and may rank the runs the wrong way round."""
+    """The figures of all runs. MFU values of different peaks are dropped: they cannot be compared and may rank the runs
+    wrongly.
+    """
     found = [summarised(run) for run in runs]
     if len(set(peaks(runs))) > 1:
         found = [replace(summary, results=summary.results | {"mfu": None}) for summary in found]
@@ -204,8 +209,9 @@ def _summaries(runs: tuple[RunData, ...], summarised: Callable[[RunData], Summar
 
 
 def config_differences(runs: tuple[RunData, ...]) -> dict[str, tuple[Json, ...]]:
-    """Flattened configuration keys that are not equal in all runs -> the value in each (None where it is absent; in
-    words where it changed on the way)."""
+    """Flattened configuration keys that differ between runs -> the value in each (None where it is absent; in words
+    where it changed during the run).
+    """
     settings = [stretch.settings or run.config for run in runs for stretch in run.stretches]
     keys = sorted({key for one in settings for key in one if not may_differ(key, UNTOLD)})
     values = {key: tuple(run.shown(key) for run in runs) for key in keys}
@@ -213,8 +219,8 @@ def config_differences(runs: tuple[RunData, ...]) -> dict[str, tuple[Json, ...]]
 
 
 def partners(runs: tuple[RunData, ...]) -> list[tuple[int, int]]:
-    """(reference, other) for every run of another variant than the first run's: the reference run of the same seed,
-    else the first run. When all runs are of one variant, each is paired with the first.
+    """(reference, other) for every run of another variant than the first run's: the reference run with the same seed,
+    else the first run. If all runs are of one variant, each is paired with the first.
     """
     reference = [index for index, run in enumerate(runs) if run.variant == runs[0].variant]
     others = [index for index in range(len(runs)) if index not in reference] or reference[1:]
@@ -223,7 +229,7 @@ def partners(runs: tuple[RunData, ...]) -> list[tuple[int, int]]:
 
 
 def across_seeds(runs: tuple[RunData, ...], pairs: tuple[Pair, ...]) -> tuple[AcrossSeeds, ...]:
-    """For every variant but the reference's, the differences of its fair pairs, the first of each seed."""
+    """For every variant except the reference's, the differences of its fair pairs, the first pair of each seed."""
     found: dict[str, dict[Any, float]] = {}
     for pair in pairs:
         if pair.difference is not None and not pair.caveats:
@@ -237,7 +243,7 @@ def across_seeds(runs: tuple[RunData, ...], pairs: tuple[Pair, ...]) -> tuple[Ac
 
 
 def evidence(runs: tuple[RunData, ...], seeds: tuple[AcrossSeeds, ...]) -> str:
-    """What the number of seeds allows one to say: the seeds of fair pairs of the variant that has the fewest."""
+    """The strength of the evidence, from the number of seeds with fair pairs in the variant that has the fewest."""
     if len(runs) == 1:
         return "one run: nothing to compare"
     counts = {run.variant: 0 for run in runs if run.variant != runs[0].variant}
@@ -248,7 +254,7 @@ def evidence(runs: tuple[RunData, ...], seeds: tuple[AcrossSeeds, ...]) -> str:
 
 
 def loss_difference(reference: RunData, other: RunData) -> tuple[np.ndarray, np.ndarray]:
-    """(steps [N], train loss of `other` - `reference` [N]) at the steps both have; nan where either is not finite."""
+    """(steps [N], train loss of `other` - `reference` [N]) at the common steps; nan where either is not finite."""
     steps, left, right = common_steps(reference, other)
     reference_loss, other_loss = reference.column("train/loss")[left], other.column("train/loss")[right]
     finite = np.isfinite(reference_loss) & np.isfinite(other_loss)
@@ -258,8 +264,9 @@ def loss_difference(reference: RunData, other: RunData) -> tuple[np.ndarray, np.
 
 
 def result_rows(comparison: Comparison) -> list[tuple[Quantity, list[str]]]:
-    """Each quantity of `RESULTS` with its value in every run as it is printed. Of validations, the mark of the set that
-    was scored stands behind each figure where the sets are not all the same."""
+    """Each quantity of `RESULTS` with its printed value in every run. If validations scored different sets, each
+    validation figure is followed by the mark of its set.
+    """
     rows = []
     for name, quantity in RESULTS.items():
         values = [printed(quantity, summary.results[name]) for summary in comparison.summaries]
@@ -271,7 +278,7 @@ def result_rows(comparison: Comparison) -> list[tuple[Quantity, list[str]]]:
 
 
 def honesty_rows(comparison: Comparison) -> list[tuple[Quantity, list[str]]]:
-    """Each quantity of `HONESTY` and `TOLD` with its value in every run as it is printed."""
+    """Each quantity of `HONESTY` and `TOLD` with its printed value in every run."""
     counted = [
         (one, [printed(one, summary.honesty[name]) for summary in comparison.summaries])
         for name, one in HONESTY.items()
@@ -281,9 +288,9 @@ def honesty_rows(comparison: Comparison) -> list[tuple[Quantity, list[str]]]:
 
 
 def no_difference(pair: Pair) -> str:
-    """Why a pair has no difference, in words."""
+    """The reason, in words, why a pair has no difference."""
     if pair.different_from is not None:
-        return f"no paired difference, for they read different data from step {pair.different_from} on"
+        return f"no paired difference, because they read different data from step {pair.different_from} on"
     return "too few common steps for a difference"
 
 

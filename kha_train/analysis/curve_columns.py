@@ -1,6 +1,6 @@
-"""Rows of any framework's log -> observations: which column holds the step and which the loss, and what they say.
+"""Turns rows of any framework's log into observations: finds the columns of step and loss, and reads their values.
 
-A row is where it stands (for errors) and its cells by name. A cell is what JSON holds, or text.
+A row is its position (for errors) and its cells by name. A cell is a JSON value or text.
 """
 
 from __future__ import annotations
@@ -37,36 +37,38 @@ NAMES: dict[str, tuple[str, ...]] = {
     "samples_first": ("samples_first",),
     "samples_last": ("samples_last",),
 }  # fmt: skip
-"""Field of an observation -> the names it is logged under, preferred ones first. W&B's own `_step` counts rows, so an
-optimiser step beside it comes first."""
+"""Field of an observation -> its names in logs, preferred ones first. W&B's own `_step` counts rows, so a column with
+the optimiser step comes before it.
+"""
 KNOWN = {alias: field for field, aliases in NAMES.items() for alias in aliases}
 READ = (
     "a run directory, or a file: metrics.jsonl, W&B history rows or CSV export, trainer_state.json, a Megatron log, "
     "or CSV, TSV or JSON lines with step and loss"
 )
-"""What `kha spikes` reads, in the words of its errors."""
+"""What `kha spikes` reads, as its errors say it."""
 MISSING = frozenset(("", "null", "none", "na", "n/a", "-"))
-"""Text that stands for no value. `nan` is a value: the loss was not a number."""
+"""Text that stands for a missing value. `nan` is a value: the loss was not a number."""
 SHOWN = 200
-"""Characters of a foreign file that an error shows."""
+"""Number of characters of a foreign file that an error shows."""
 
 
 def alias_of(name: str) -> str:
-    """`name` without the run that W&B puts before it, in the spelling of `NAMES`: "my run - Train/Loss" is train/loss.
+    """`name` without the run that W&B puts before it, in the spelling of `NAMES`: "my run - Train/Loss" becomes
+    train/loss.
 
-    Other names come back in that spelling too.
+    Other names are returned in that spelling too.
     """
     return _spelled(_split(name)[1])
 
 
 @lru_cache(maxsize=4096)
 def is_known(name: str) -> bool:
-    """Whether something is read from a column of this name."""
+    """Whether a column of this name is used."""
     return alias_of(name) in KNOWN
 
 
 def names_both(names: Iterable[str]) -> bool:
-    """Whether `names` have a step and a loss among them."""
+    """Whether `names` include a step and a loss."""
     return {"step", "loss"} <= {KNOWN.get(alias_of(name)) for name in names}
 
 
@@ -76,10 +78,10 @@ def is_given(value: object) -> bool:
 
 
 def observations(rows: Sequence[Row], path: str) -> list[Observation]:
-    """An observation for each row that has a loss, in their order.
+    """An observation for each row with a loss, in order.
 
-    Raises ConfigError when no column is a step or a loss, when several are, and when steps are fractions; DataError for
-    a value that is no number and a loss without a step.
+    Raises ConfigError when there is no column for the step or the loss, when there are several, and when steps are
+    fractions; DataError for a value that is not a number and for a loss without a step.
     """
     if not rows:
         return []
@@ -88,7 +90,7 @@ def observations(rows: Sequence[Row], path: str) -> list[Observation]:
     missing = [field for field in ("step", "loss") if field not in {KNOWN[alias_of(name)] for name in known}]
     if missing:
         raise ConfigError(
-            f"it names no {' and '.join(missing)}", field=path, value=",".join(seen)[:SHOWN], allowed=READ
+            f"it has no column for {' or '.join(missing)}", field=path, value=",".join(seen)[:SHOWN], allowed=READ
         )
     loss = _column("loss", known, rows, path)
     if loss is None:
@@ -101,8 +103,9 @@ def observations(rows: Sequence[Row], path: str) -> list[Observation]:
 
 
 def _column(field: str, known: Sequence[str], rows: Sequence[Row], path: str) -> str | None:
-    """The preferred name of `field` that has a value in a row, for steps in every row if there is one; None: none has.
-    Raises as `observations`."""
+    """The preferred name of `field` with a value in a row, if possible in every row for steps; None without any. Raises
+    as `observations`.
+    """
     named = sorted((name for name in known if KNOWN[alias_of(name)] == field), key=_preference)
     count = {name: sum(is_given(cells.get(name)) for _, cells in rows) for name in named}
     used = [name for name in named if count[name]]
@@ -111,16 +114,18 @@ def _column(field: str, known: Sequence[str], rows: Sequence[Row], path: str) ->
     runs = list(dict.fromkeys(_split(name)[0] for name in used))
     if field == "loss" and len(runs) > 1:
         shown = ", ".join(run or "(no run)" for run in runs)[:SHOWN]
-        raise ConfigError("it holds the loss of several runs", field=path, value=shown, fix="keep one run a file")
+        raise ConfigError("it holds the loss of several runs", field=path, value=shown, fix="keep one run per file")
     chosen = next((name for name in used if count[name] == len(rows)), used[0]) if field == "step" else used[0]
     alike = [name for name in used if _preference(name) == _preference(chosen)]
     if len(alike) > 1:
-        raise ConfigError(f"two columns are the {field}", field=path, value=",".join(alike)[:SHOWN], fix="keep one")
+        raise ConfigError(f"two columns hold the {field}", field=path, value=",".join(alike)[:SHOWN], fix="keep one")
     return chosen
 
 
 def _preference(name: str) -> tuple[int, bool]:
-    """Sorts names of one field. A run's own step comes before W&B's heading "Step", which counts rows."""
+    """The sort key of a name within its field. A run's own step comes before W&B's heading "Step", which counts
+    rows.
+    """
     run, _ = _split(name)
     alias = alias_of(name)
     return NAMES[KNOWN[alias]].index(alias), not run
@@ -156,21 +161,22 @@ def _float(value: Any, name: str, where: str) -> float:
     try:
         return float(_number(value, name, where))
     except OverflowError as error:
-        raise DataError(f"{name} is not a number that a float can hold", field=where) from error
+        raise DataError(f"{name} is too large for a float", field=where) from error
 
 
 def _whole(value: Any, name: str, where: str) -> int:
-    """Raises ConfigError for a fraction: a file whose axis is something else is sound, and none of its rows may
-    be counted as another's."""
+    """Raises ConfigError for a fraction: the file is valid but has another axis, and rounding would merge rows."""
     number = _number(value, name, where)
     if not abs(number) <= LARGEST:
-        raise DataError(f"{name} is no count", field=where, value=str(number)[:40], allowed=f"at most {LARGEST}")
+        raise DataError(
+            f"{name} is not a valid count", field=where, value=str(number)[:40], allowed=f"at most {LARGEST}"
+        )
     if number != int(number):
         raise ConfigError(
             f"{name} is a fraction",
             field=where,
             value=number,
-            allowed="whole numbers",
+            allowed="integers",
             fix="export the curve over optimiser steps, not over epochs or time" if name == "step" else None,
         )
     return int(number)
@@ -189,7 +195,7 @@ def _number(value: Any, name: str, where: str) -> int | float:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The run and the metric of a heading of W&B's export; other names have no run."""
+    """The run and the metric in a heading of W&B's export; other names have no run."""
     run, dash, metric = name.rpartition(" - ")
     return (run.strip(), metric) if dash and _spelled(metric) in KNOWN else ("", name)
 

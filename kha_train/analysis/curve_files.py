@@ -1,4 +1,4 @@
-"""Curves as other frameworks leave them on disk. The content of a file decides how it is read, never its suffix.
+"""Reads curve files of other frameworks. The content of a file decides how it is read, never its suffix.
 
 1. Bytes become text: UTF-8, UTF-16, UTF-32, else Latin-1. Archives and other binary files are refused by their kind.
 2. The first format in `FORMATS` that recognises the text turns it into rows.
@@ -35,7 +35,7 @@ BINARY = (
     (b"\x93NUMPY", "a NumPy file"),
     (b"%PDF", "a PDF"),
 )
-"""First bytes -> what such a file is."""
+"""First bytes of a file -> its kind."""
 MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -43,9 +43,9 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-"""Byte order mark -> encoding. UTF-32's begins with UTF-16's, so it comes first."""
+"""Byte order mark -> encoding. UTF-32's mark begins with UTF-16's, so it comes first."""
 LOOKED_AT = 4096
-"""Bytes from which the kind of a file without a mark is judged."""
+"""Number of bytes used to detect the encoding of a file without a mark."""
 DELIMITERS = ",\t; "
 MEGATRON_LINE = re.compile(r'^[^{"\n]*\biteration\s+(\d+)/\s*\d+\s*\|(.*)$', re.MULTILINE)
 TRAINER_STATE = re.compile(r'"log_history"\s*:\s*\[')
@@ -54,31 +54,34 @@ OTHER_RECORDS = {
     "kind": "it holds the events of a run, not its curve",
     "discarded_reason": "it holds steps that restarts undid, not a curve",
 }
-"""Key that the rows of another file of a run directory have -> what that file is."""
+"""A key in the rows of another file of a run directory -> what that file is."""
 
 
 class Format(NamedTuple):
-    """A kind of file: whether a text is one, and its rows. `rows(text, path)` raises ConfigError and DataError."""
+    """A file format: a test whether text has it, and a function that reads its rows. `rows(text, path)` raises
+    ConfigError and DataError.
+    """
 
     recognises: Callable[[str], bool]
     rows: Callable[[str, str], Sequence[Row]]
 
 
 def read_curve_file(path: Path) -> list[Observation]:
-    """What a file of any of the formats says, row by row; a row without a loss is left out.
+    """The observations in a file of any of the formats, row by row; rows without a loss are left out.
 
-    Raises ConfigError for a file of another kind, naming what was seen and what is read; DataError for a damaged one.
+    Raises ConfigError for a file of another kind, naming what was seen and what is supported; DataError for a damaged
+    one.
     """
     text = _decode(read_regular(path) or b"", str(path))
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
-        raise ConfigError("it is empty, and holds no step", field="curve", value=str(path), allowed=READ)
+        raise ConfigError("it is empty", field="curve", value=str(path), allowed=READ)
     rows = next(each for each in FORMATS if each.recognises(text)).rows(text, str(path))
     return observations(rows, str(path))
 
 
 def _decode(raw: bytes, path: str) -> str:
-    """The text of a file. Raises ConfigError when it is none, DataError when it breaks off inside a character."""
+    """The text of a file. Raises ConfigError when it is not text, DataError when it ends inside a character."""
     kind = next((kind for start, kind in BINARY if raw.startswith(start)), None)
     kind = "a TensorBoard event file" if b"brain.Event:" in raw[:64] else kind
     if kind:
@@ -88,7 +91,7 @@ def _decode(raw: bytes, path: str) -> str:
         text = raw[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
         if mark:
-            raise DataError(f"it is no whole text in {encoding}: {error.reason}", field=path) from error
+            raise DataError(f"it is not valid text in {encoding}: {error.reason}", field=path) from error
         text = raw.decode("latin-1")
     if "\0" in text:
         raise ConfigError("it is binary, not text", field="curve", value=path, allowed=READ)
@@ -96,7 +99,7 @@ def _decode(raw: bytes, path: str) -> str:
 
 
 def _unmarked(start: bytes) -> str:
-    """The encoding of a file without a mark: where text is mostly ASCII, every second byte of UTF-16 is zero."""
+    """The encoding of a file without a mark. In UTF-16, every second byte of mostly-ASCII text is zero."""
     zeros = [start[offset::2].count(0) for offset in (0, 1)]
     if max(zeros) > len(start) // 4:
         return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
@@ -108,10 +111,10 @@ def _is_megatron(text: str) -> bool:
 
 
 def _megatron_rows(text: str, path: str) -> list[Row]:
-    """The iterations of a Megatron log, whatever stands between them. Only fields that their "|" ends are read, so a
-    line that broke off says nothing false.
+    """The iterations of a Megatron log, ignoring other lines. Only fields followed by "|" are read, so a truncated line
+    gives no wrong values.
 
-    Megatron prints no loss for an iteration in which it was not finite, but counts it.
+    Megatron prints no loss for a non-finite iteration, but counts it.
     """
     rows: list[Row] = []
     line, reached = 1, 0
@@ -132,7 +135,7 @@ def _is_trainer_state(text: str) -> bool:
 
 
 def _trainer_state_rows(text: str, path: str) -> list[Row]:
-    """What Hugging Face's Trainer logged. Its `train_loss` is the mean of the whole run, and no step's."""
+    """The log of Hugging Face's Trainer. Its `train_loss` is the mean of the whole run, not of a step."""
     document = _json(text, path)
     history = document.get("log_history") if isinstance(document, dict) else None
     rows = _list_rows(history, f"{path}: log_history")
@@ -149,18 +152,19 @@ def _json_list_rows(text: str, path: str) -> list[Row]:
 
 def _list_rows(items: Any, where: str) -> list[Row]:
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise ConfigError("it is no list of JSON objects", field=where, allowed=READ)
+        raise ConfigError("it is not a list of JSON objects", field=where, allowed=READ)
     return [(f"{where}[{number}]", item) for number, item in enumerate(items)]
 
 
 def _is_json_lines(text: str) -> bool:
-    # Python's own spelling of a dictionary, which Trainers print, begins with {'.
+    # Python's own form of a dictionary, which Trainers print, begins with {'.
     return re.match(r'\s*\{\s*["}]', text) is not None
 
 
 def _json_lines_rows(text: str, path: str) -> list[Row]:
-    """One object a line, W&B's history and our own metrics.jsonl among them. A last line that broke off, because the
-    file is being written, is left out."""
+    """One object per line, as in W&B's history and our own metrics.jsonl. An incomplete last line is left out, because
+    the file may still be written.
+    """
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     rows: list[Row] = []
     for number, line in lines:
@@ -171,29 +175,29 @@ def _json_lines_rows(text: str, path: str) -> list[Row]:
                 _refuse_one_object(text, path)
             if number == lines[-1][0] and not text.endswith("\n"):
                 break
-            raise DataError(f"it is no JSON: {error}", field=f"{path}:{number}", value=line[:40]) from error
+            raise DataError(f"it is not JSON: {error}", field=f"{path}:{number}", value=line[:40]) from error
         if not isinstance(cells, dict):
-            raise DataError("it is no JSON object", field=f"{path}:{number}", value=line[:40])
+            raise DataError("it is not a JSON object", field=f"{path}:{number}", value=line[:40])
         if not rows:
             _refuse_other_records(cells, path)
-        # The first row stays whole, so that an error can say what such rows hold.
+        # The first row keeps all cells, so that an error can show what the rows hold.
         kept = {name: cell for name, cell in cells.items() if is_known(name)} if rows else cells
         rows.append((f"{path}:{number}", kept))
     return rows
 
 
 def _refuse_other_records(first: dict[str, Any], path: str) -> None:
-    """Raises ConfigError when the first row is one of another file of a run directory."""
+    """Raises ConfigError when the first row belongs to another file of a run directory."""
     for key, problem in OTHER_RECORDS.items():
         if key in first and "attempt" in first:
             raise ConfigError(problem, field="curve", value=path, fix="name the run directory")
 
 
 def _refuse_one_object(text: str, path: str) -> None:
-    """Raises ConfigError for a document that is one JSON object over several lines, DataError for no JSON at all."""
+    """Raises ConfigError for one JSON object over several lines, DataError for text that is not JSON."""
     document = _json(text, path)
     raise ConfigError(
-        "it is one JSON object without log_history, not one a line",
+        "it is one JSON object without log_history, not one per line",
         field=path,
         value=",".join(document)[:SHOWN],
         allowed=READ,
@@ -204,11 +208,11 @@ def _json(text: str, path: str) -> Any:
     try:
         return parse_json(text.encode())
     except ValueError as error:
-        raise DataError(f"it begins as JSON and is none: {error}", field=path) from error
+        raise DataError(f"it begins like JSON but is not: {error}", field=path) from error
 
 
 def _table_rows(text: str, path: str) -> list[Row]:
-    """CSV with a heading, and the same with tabs, semicolons or spaces. Only columns that are understood are kept."""
+    """CSV with a header line, also with tabs, semicolons or spaces. Keeps only the columns that are used."""
     lines = text.split("\n")
     with _cells_of_any_size():
         first, delimiter = _heading(lines, path)
@@ -227,13 +231,13 @@ def _table_rows(text: str, path: str) -> list[Row]:
                 if cells:
                     rows.append((where, {name: cells[place] for place, name in wanted if place < len(cells)}))
         except csv.Error as error:
-            problem = f"it is no CSV: {error}, in the row that begins here"
+            problem = f"it is not CSV: {error}, in the row that begins here"
             raise DataError(problem, field=f"{path}:{begins}") from error
     return _with_points(rows) if delimiter in ";\t" else rows
 
 
 def _heading(lines: Sequence[str], path: str) -> tuple[int, str]:
-    """The number of the line that names the columns, and what delimits them. Raises ConfigError when there is none."""
+    """The number of the header line, and the delimiter. Raises ConfigError when there is none."""
     for number, line in enumerate(lines):
         content = line.strip()
         if not content or content.lower().startswith("sep="):
@@ -252,7 +256,7 @@ def _heading(lines: Sequence[str], path: str) -> tuple[int, str]:
         )
     missing = {"step", "loss"} - {KNOWN.get(alias_of(cell)) for each in DELIMITERS for cell in _cells(line, each)}
     raise ConfigError(
-        f"its first line names no {' and no '.join(sorted(missing, reverse=True))}",
+        f"its first line has no {' and no '.join(sorted(missing, reverse=True))}",
         field=path,
         value=content[:SHOWN],
         allowed=READ,
@@ -260,13 +264,13 @@ def _heading(lines: Sequence[str], path: str) -> tuple[int, str]:
 
 
 def _cells(line: str, delimiter: str) -> list[str]:
-    """The cells of a heading; NumPy puts a "#" before it."""
+    """The cells of a header line; NumPy puts a "#" before it."""
     return [cell.strip() for cell in next(csv.reader([line.lstrip("# ")], delimiter=delimiter, skipinitialspace=True))]
 
 
 @contextmanager
 def _cells_of_any_size() -> Iterator[None]:
-    """Lift the limit of Python's reader, 131,072 characters a cell, which is one for the whole process."""
+    """Lift the process-wide limit of Python's CSV reader, 131,072 characters per cell."""
     before = csv.field_size_limit(sys.maxsize)
     try:
         yield
@@ -275,8 +279,9 @@ def _cells_of_any_size() -> Iterator[None]:
 
 
 def _with_points(rows: list[Row]) -> list[Row]:
-    """Semicolons or tabs delimit where the comma is the decimal mark: then 2,5 is 2.5. Where a number has a point,
-    commas may group its digits, and nothing is changed. A step with a comma stays one that is refused."""
+    """With semicolons or tabs as delimiters, a comma may be the decimal mark, so 2,5 becomes 2.5. If any number has a
+    point, commas may group digits, and nothing is changed. A step with a comma is unchanged, and so refused.
+    """
     if any("." in cell for _, cells in rows for cell in cells.values()):
         return rows
 
@@ -298,4 +303,6 @@ FORMATS = (
     Format(_is_json_lines, _json_lines_rows),
     Format(_is_any, _table_rows),
 )
-"""In the order in which they are tried; the last one takes every text, and refuses those without a heading."""
+"""Formats in the order in which they are tried. The last one accepts every text, and refuses those without a header
+line.
+"""

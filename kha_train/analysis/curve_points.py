@@ -1,4 +1,6 @@
-"""The points of a recorded curve, made one by one from its columns: a long curve is never a list of objects."""
+"""Creates the points of a recorded curve one by one from its columns, so that a long curve is never a list of
+objects.
+"""
 
 # N lines of the record  P points of the curve
 
@@ -48,7 +50,7 @@ class Points(Sequence[Observation]):
         return repr(tuple(self))
 
     def field(self, name: str) -> np.ndarray:
-        """What every point has under one name of an `Observation`, [P]."""
+        """The values of one field of `Observation` at every point, [P]."""
         values_P: np.ndarray = self._fields_P[Observation._fields.index(name)]
         return values_P
 

@@ -1,4 +1,4 @@
-"""What a run came to, told when an attempt ends: a few lines for the console, figures for W&B."""
+"""The summary printed when an attempt ends: a few lines for the console, figures for W&B."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from kha_train.stability.events import CLASSES
 from kha_train.stability.monitor import Monitor, Verdict
 
 NOT_ACTIONS = ("spike_opened", "spike_closed", "zclip")
-"""Kinds of events that are no actions, or too many of them to list."""
+"""Kinds of events that are not actions, or are too many to list."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """The results and spikes of a whole run, over all its attempts. `actions` are what was done in it, as recorded."""
+    """The results and spikes of a whole run, over all its attempts. `actions` counts the recorded interventions."""
 
     run_dir: Path
     reached: Summary
@@ -29,12 +29,13 @@ class Ending:
 
     @property
     def report(self) -> SpikeReport:
-        """Its loss events."""
+        """The run's loss events."""
         return self.reached.stability
 
     def summary(self) -> dict[str, Any]:
-        """Figures by name: `final/*` those of `RESULTS`, and the content ids of the data they are of; `spike/*` the
-        statistics of the spikes; published scores."""
+        """Figures by name: `final/*` are those of `RESULTS`, with the content ids of their data; `spike/*` are the
+        statistics of the spikes; then published scores.
+        """
         spikes = self.report.to_dict()
         contents = {name: self.reached.told[name] for name in (DATA_ID, VALIDATION_ID)}
         figures = {**self.reached.results, **contents}
@@ -43,7 +44,7 @@ class Ending:
         return {**reached, **{f"spike/{name}": value for name, value in statistics.items()}, **spikes["scores"]}
 
     def rows(self, steps: int) -> list[tuple[str, str]]:
-        """(name, words) for a reader at the terminal. `steps` is how many the run is meant to have."""
+        """(name, words) for the terminal. `steps` is the planned number of steps of the run."""
 
         def words(name: str) -> str:
             return printed(RESULTS[name], self.reached.results[name])

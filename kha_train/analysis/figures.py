@@ -1,7 +1,7 @@
-"""Drawing curves as SVG for an HTML page, and the only user of matplotlib.
+"""Draws curves as SVG for an HTML page; the only module that uses matplotlib.
 
-Colours are CSS variables (`--series-0`, `--ink`, `--grid`), so that one drawing serves light and dark pages; text
-stays text and takes the page's font.
+Colours are CSS variables (`--series-0`, `--ink`, `--grid`), so that one drawing works on light and dark pages. Text
+stays text and uses the page's font.
 """
 
 # N points of a curve
@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 MAX_POINTS = 1500
-"""A curve of more points is drawn by the smallest and largest value of half as many stretches."""
+"""A curve with more points is drawn by the smallest and largest value of half as many stretches."""
 INK, GRID = "#0a01ff", "#0a02ff"
 SIZE_INCHES = (4.6, 2.8)
 SHADES = ("tab:orange", "tab:red", "tab:purple", "tab:brown")
-"""Of stretches in a plot that stands alone."""
+"""Colours of the shaded stretches in a standalone plot."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Band:
 
 
 def draw(name: str, curves: Sequence[Curve], *, x_label: str, y_label: str, bands: Sequence[Band] = ()) -> str:
-    """The curves as an `<svg>` element whose ids begin with `name`; a zero line is drawn when there are bands."""
+    """The curves as an `<svg>` element whose ids begin with `name`; with bands, a zero line is drawn."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -72,8 +72,9 @@ def draw(name: str, curves: Sequence[Curve], *, x_label: str, y_label: str, band
 
 
 def save_bars(path: Path, counts: Mapping[str, Mapping[str, int]], *, x_label: str, mark: str) -> None:
-    """Draw the histograms `counts`, one below the other, each with its name (the label of its y axis) and one bar a
-    class, in order, into the PNG file `path`, with `mark` in its metadata. Raises OSError when it cannot be written."""
+    """Draw the histograms `counts`, one below the other, each with its name (the label of its y axis) and one bar per
+    class, in order, into the PNG file `path`, with `mark` in its metadata. Raises OSError when it cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -157,8 +158,9 @@ def save_shaded(
     title: str,
     mark: str,
 ) -> None:
-    """The curve as a file that stands alone (its suffix says which kind: .png, .svg, .pdf), with stretches
-    (first, last, colour) of the x axis shaded and `mark` in its metadata; gaps are values that are not finite."""
+    """The curve as a standalone file (its suffix decides the format: .png, .svg, .pdf), with stretches (first, last,
+    colour) of the x axis shaded and `mark` in its metadata. Non-finite values are gaps.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,7 +1,7 @@
-"""What a run was told at each of its steps: settings and facts of the attempts that made the lines of its curve.
+"""The settings and facts in force at each step of a run, taken from the attempts that made the lines of its curve.
 
-A run directory may be started again with other settings or data, and only the lines that survive are compared. So
-every line is judged by its own attempt, and attempts whose lines were all discarded do not matter.
+A run directory may be restarted with other settings or data, and only surviving lines are compared. So every line is
+judged by its own attempt, and attempts whose lines were all discarded do not matter.
 """
 
 # N common steps, or lines of a record
@@ -29,20 +29,20 @@ UNKNOWN = object()
 """The value of a setting or a fact that was not recorded."""
 DATA_ID, VALIDATION_ID, VALIDATION_ROWS = "data_content_id", "validation_content_id", "validation_rows"
 NOTED_FACTS = ("world_size", "device", "attention_backend", "git.", "versions.")
-"""Facts, or beginnings of facts, that change a loss by rounding at most."""
+"""Facts, or prefixes of facts, that change a loss only by rounding."""
 FACTS = (DATA_ID, VALIDATION_ID, VALIDATION_ROWS, *NOTED_FACTS)
-"""The facts of an attempt that matter beside its settings."""
+"""The facts of an attempt that matter besides its settings."""
 PRECISION = "engine.precision"
 ORIGIN = "run.init_from"
-"""A setting that acts on the first start alone: a resumed attempt begins from the run's own checkpoint."""
+"""A setting that affects only the first start: a resumed attempt begins from the run's own checkpoint."""
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Neighbouring lines of a surviving curve, steps `first` to `last`, made by one attempt.
+    """Consecutive lines of a surviving curve, steps `first` to `last`, made by one attempt.
 
-    `settings` are its configuration by dotted keys, None where that was not recorded; `facts` what it found, by dotted
-    keys, the number of ranks as `world_size` among them.
+    `settings` is its configuration by dotted keys, None where it was not recorded. `facts` are its facts by dotted
+    keys, including the number of ranks as `world_size`.
     """
 
     first: int
@@ -64,7 +64,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Meeting:
-    """Neighbouring common steps of two runs, `first` to `last`, each of them made by one attempt of either run."""
+    """Consecutive common steps of two runs, `first` to `last`, made by one attempt of either run."""
 
     first: int
     last: int
@@ -78,7 +78,9 @@ class Meeting:
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting or fact that had two `values` at the common steps `first` to `last` (`to_the_end`: the last one)."""
+    """A setting or fact that had different `values` at the common steps `first` to `last` (`to_the_end`: up to the last
+    one).
+    """
 
     key: str
     first: int
@@ -94,7 +96,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Change:
-    """A setting or fact in which an attempt, whose first line is of `step`, differs from the one before."""
+    """A setting or fact that an attempt, whose first line is that of `step`, changed."""
 
     step: int
     key: str
@@ -118,21 +120,22 @@ def stretches_of(columns: Columns, attempts: Mapping[int, Attempt]) -> tuple[Str
 
 
 def history(stretches: Sequence[Stretch], key: str) -> list[tuple[int, Json]]:
-    """(step from which it held, value) of a setting or fact, equal neighbours as one; stretches that do not know it
-    are passed over."""
+    """(first step, value) of a setting or fact, with equal neighbours merged; stretches where it is unknown are
+    skipped.
+    """
     known = [(stretch.first, value) for stretch in stretches if (value := stretch.value(key)) is not UNKNOWN]
     return [known[index] for index in range(len(known)) if index == 0 or known[index][1] != known[index - 1][1]]
 
 
 def shown(values: Sequence[tuple[int, Json]]) -> Json:
-    """A `history` for people: the value itself where there is one, None where there is none."""
+    """A `history` for people: the value itself where it never changed, None where there is none."""
     if len(values) < 2:
         return values[0][1] if values else None
     return ", then ".join([str(values[0][1]), *(f"{value} from step {step} on" for step, value in values[1:])])
 
 
 def changes(stretches: Sequence[Stretch]) -> list[Change]:
-    """Everything in which an attempt is known to differ from the one before, in order."""
+    """Everything that an attempt is known to have changed from the attempt before, in order."""
     return [
         Change(now.first, key, before.value(key), now.value(key))
         for before, now in pairwise(stretches)
@@ -153,7 +156,7 @@ def meetings_of(steps_N: np.ndarray, reference: Sequence[Stretch], other: Sequen
 
 
 def differences(meetings: Sequence[Meeting], wanted: Callable[[str, Meeting], bool]) -> list[Difference]:
-    """Where the settings and facts are known to differ that are `wanted` in a meeting, by key and then by step."""
+    """Where the settings and facts selected by `wanted` are known to differ, sorted by key and then by step."""
     keys = {key for meeting in meetings for key in meeting.reference.keys() | meeting.other.keys()}
     found = []
     for key in sorted(keys):
@@ -170,8 +173,9 @@ def _values_if(wanted: Callable[[str, Meeting], bool], key: str, meeting: Meetin
 
 
 def phase_steps(run_dir: Path, columns: Columns) -> set[int]:
-    """The steps of a curve that begin a phase of the data mixture, each by the settings of its own attempt; where those
-    were not recorded, by the last start's. Steps without a loss are no part of the curve."""
+    """The steps of a curve that begin a phase of the data mixture. Each is judged by the settings of its own attempt
+    or, where those were not recorded, by those of the last start. Steps without a loss are not part of the curve.
+    """
     last = load_plain(run_dir / CONFIG_FILE)
     configs = {number: attempt.config or last for number, attempt in read_attempts(run_dir).items()}
     chosen_N = columns.has("train/loss")
@@ -188,7 +192,9 @@ def phase_steps(run_dir: Path, columns: Columns) -> set[int]:
 
 
 def unrecorded(spans: Sequence[Stretch | Meeting], parts: Sequence[Stretch]) -> list[str]:
-    """The steps whose settings were not recorded, in words, neighbours as one; `parts` are the stretches of `spans`."""
+    """The steps whose settings were not recorded, in words, with neighbours merged; `parts` are the stretches of
+    `spans`.
+    """
     told = groupby(zip(spans, parts, strict=True), lambda one: one[1].settings is None)
     blind = [[span for span, _ in group] for unknown, group in told if unknown]
     return [steps_words(group[0].first, group[-1].last) for group in blind]
@@ -202,13 +208,13 @@ def steps_words(first: int, last: int, to_the_end: bool = False) -> str:
 
 
 def brief(value: object) -> str:
-    """`value` in few characters: a content id by its beginning."""
+    """`value` in few characters: only the beginning of a content id."""
     text = str(value)
     return text[:12] if len(text) == 64 and all(digit in "0123456789abcdef" for digit in text) else text
 
 
 def _settings(attempt: Attempt, earlier: Sequence[Stretch]) -> dict[str, Any]:
-    """The configuration of an attempt as it acted: free settings such as the device decide what `auto` stands for."""
+    """The settings of an attempt as they took effect: free settings such as the device resolve `auto`."""
     settings = without_places(attempt.config or {})
     dtype = attempt.facts.get("dtype")
     if settings.get(PRECISION) == "auto" and dtype in PRECISION_OF:
@@ -217,7 +223,7 @@ def _settings(attempt: Attempt, earlier: Sequence[Stretch]) -> dict[str, Any]:
 
 
 def _by_attempt(columns: Columns, absent: int | None) -> Iterator[tuple[int | None, int, int]]:
-    """(attempt, first step, last step) of neighbouring lines of one attempt; `absent` where they do not say which."""
+    """(attempt, first step, last step) of consecutive lines of one attempt; `absent` where the lines do not name it."""
     numbers_N, steps_N = columns.whole("attempt", 0 if absent is None else absent), columns.steps
     known_N = columns.has("attempt") | (absent is not None)
     cuts = (np.flatnonzero((np.diff(numbers_N) != 0) | (np.diff(known_N) != 0)) + 1).tolist()
@@ -226,5 +232,5 @@ def _by_attempt(columns: Columns, absent: int | None) -> Iterator[tuple[int | No
 
 
 def _places(steps_N: np.ndarray, stretches: Sequence[Stretch]) -> np.ndarray:
-    """The place of the stretch of every step."""
+    """The index of the stretch of every step."""
     return np.searchsorted([stretch.first for stretch in stretches], steps_N, side="right") - 1

@@ -22,7 +22,7 @@ LIGHT = ("#1261b5", "#c4501b", "#0f7d5c", "#9a3a96", "#8a6d00", "#b3274a", "#3f6
 DARK = ("#6cb2ff", "#ff9a62", "#4fd3a5", "#e08bdb", "#e0c04a", "#ff7f9d", "#9cc6e0", "#b5b5b5")
 
 NOT_KNOWN_TO_BE_EQUAL = (
-    "Which rows these are was not recorded: the runs are of an older release, and may have scored different rows."
+    "The rows were not recorded: the runs are of an older release, and may have scored different rows."
 )
 STYLE = """
 :root { color-scheme: light dark; --page: #fdfdfc; --card: #ffffff; --ink: #22262b; --soft: #626a73; --grid: #e3e5e8;
@@ -59,7 +59,7 @@ code { font-size: .88em; overflow-wrap: anywhere; }
 
 
 PAGE = "<!doctype html>"
-"""How the page begins."""
+"""The beginning of the page."""
 
 
 def page_in(out: Path) -> Path:
@@ -68,14 +68,15 @@ def page_in(out: Path) -> Path:
 
 
 def mark_of_page(runs: Sequence[Path]) -> str:
-    """What the page about `runs` has in its head, and no other page."""
+    """The mark in the head of the page about `runs`; no other page has it."""
     command, _, digest = mark_of("compare", runs).partition(" ")
     return f'<meta name="{command}" content="{digest}">'
 
 
 def write_report(comparison: Comparison, out: Path) -> Path:
-    """Writes `page_in(out)` and returns its path; the directory is made if need be. A page that is there is replaced:
-    ask `record.files.check_replaceable` before."""
+    """Writes `page_in(out)` and returns its path; creates the directory if needed. Replaces an existing page: call
+    `record.files.check_replaceable` first.
+    """
     out.mkdir(parents=True, exist_ok=True)
     page = page_in(out)
     page.write_text(Redactor.from_environment().text(report_html(comparison)), encoding="utf-8")
@@ -93,19 +94,19 @@ def report_html(comparison: Comparison) -> str:
         *_loss_figure(comparison),
         *_difference_figure(comparison),
         *_validation_figure(comparison),
-        "<h2>What the runs reached</h2>",
+        "<h2>Results</h2>",
         _results_table(comparison),
         f"<p>{escape(comparison.validation_words)}</p>" if comparison.validation_words else "",
-        "<h2>What differs in their settings</h2>",
+        "<h2>Different settings</h2>",
         _settings(comparison),
         "<h2>Did they read the same data?</h2>",
         *(f"<p>{escape(pair.data_words)}. {_first_gap(pair)}</p>" for pair in comparison.pairs),
-        "<h2>What happened on the way</h2>",
+        "<h2>During the runs</h2>",
         _honesty_table(comparison),
         *(f"<p>{escape(words)}.</p>" for words in comparison.notes()),
-        "<h2>Where they are</h2>",
+        "<h2>Run directories</h2>",
         *(f"<p>{escape(run.label)}: <code>{escape(str(run.path))}</code></p>" for run in comparison.runs),
-        *(f"<p>Passed over: {escape(words)}.</p>" for words in comparison.passed_over),
+        *(f"<p>Skipped: {escape(words)}.</p>" for words in comparison.passed_over),
     ]
     head = (
         f'{PAGE}<html lang="en"><head><meta charset="utf-8">'
@@ -150,7 +151,7 @@ def _results(comparison: Comparison) -> Iterable[str]:
         interval = pair.interval
         if interval is None:
             block = pair.difference.block
-            blocks = f" A block has {block} steps, as their autocorrelation asks." if block > 1 else ""
+            blocks = f" A block has {block} steps, chosen from their autocorrelation." if block > 1 else ""
             yield (
                 f'<div class="result">{names}: no claim<p class="soft">The difference of train loss at equal steps is '
                 f"{pair.difference.mean:+.4f} nats per token, mean over steps {over}; "
@@ -230,7 +231,7 @@ def _difference_figure(comparison: Comparison) -> Iterable[str]:
 
 
 def _validation_figure(comparison: Comparison) -> Iterable[str]:
-    """A figure for each set of rows that was scored: curves of different sets do not stand in one."""
+    """One figure per set of scored rows: curves of different sets are not drawn together."""
     by_set: dict[ScoredSet | None, list[Curve]] = {}
     for number, run in enumerate(comparison.runs):
         scored = [one for one in validations(run) if np.isfinite(one.bits_per_byte)]
@@ -272,7 +273,7 @@ def _named(quantity: Quantity) -> str:
 
 def _settings(comparison: Comparison) -> str:
     if not comparison.differences:
-        return "<p>Nothing but the run's name and directory.</p>"
+        return "<p>Only the run's name and directory.</p>"
     items = comparison.differences.items()
     rows = [(f"<code>{escape(key)}</code>", ["-" if v is None else str(v) for v in values]) for key, values in items]
     return _table(comparison, rows)
@@ -287,5 +288,5 @@ def _table(comparison: Comparison, rows: list[tuple[str, list[str]]]) -> str:
 
 
 def escape(text: str) -> str:
-    """`text` as the page shows it: no markup, and what would steer the eye or the page made visible."""
+    """`text` as the page shows it: markup is escaped, and invisible or directional characters are made visible."""
     return html_escape(visible(text))

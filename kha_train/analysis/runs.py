@@ -1,4 +1,4 @@
-"""A finished or living run as the comparison sees it: its directory, read and nothing else."""
+"""A finished or live run as the comparison sees it, read from its directory alone."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from kha_train.record.columns_twin import read_columns
 from kha_train.record.labels import distinct
 
 UNTOLD = ("run.dir", "run.name", "run.max_minutes", "resume.", "profile.", "telemetry.")
-"""Settings, or sections of them, that a comparison leaves out: they train nothing, and no figure of it is of them."""
+"""Settings, or sections, that a comparison leaves out, because they affect neither training nor any compared figure."""
 
 
 @dataclass(frozen=True)
 class RunData:
-    """One run: metrics.jsonl by `columns` (never empty), run.json as `run`, `stretches` the attempts of its lines.
+    """One run: metrics.jsonl as `columns` (never empty), run.json as `run`, and `stretches`, the attempts of its lines.
 
-    `config` are the settings of the last line by dotted keys, the paths of its sources aside; where its attempt did not
-    record them, those of config.yaml. `variant` is what is compared: `attention.name`, and whatever else tells runs of
-    that attention apart but the seed.
+    `config` holds the settings of the last line by dotted keys, without the paths of its sources; if its attempt did
+    not record them, those of config.yaml. `variant` is what is compared: `attention.name`, and other settings that
+    distinguish runs with that attention, except the seed.
     """
 
     path: Path
@@ -46,17 +46,18 @@ class RunData:
 
     @property
     def seed(self) -> int | None:
-        """`run.seed` of the first step, so of the initial values; None when the configuration has none."""
+        """`run.seed` at the first step, which determines the initial values; None when the configuration has none."""
         seed: int | None = self.history("run.seed")[0][1]
         return seed
 
     def history(self, key: str) -> list[tuple[int, Json]]:
-        """(step from which it held, value) of a setting, as far as that was recorded; where nothing was, its value in
-        `config`, from the first step on."""
+        """(first step, value) of a setting, as far as recorded; if never recorded, its value in `config` from the first
+        step on.
+        """
         return history(self.stretches, key) or [(int(self.steps[0]), self.config.get(key))]
 
     def shown(self, key: str) -> Json:
-        """A setting as the run had it: its value or, where it changed on the way, its values in words."""
+        """A setting for display: its value or, where it changed during the run, its values in words."""
         return shown(self.history(key))
 
     @cached_property
@@ -65,7 +66,7 @@ class RunData:
         return self.columns.steps
 
     def column(self, key: str) -> np.ndarray:
-        """The metric `key`, one of `COLUMNS`, of every line, float64 [lines]; nan where a line does not have it."""
+        """The metric `key`, one of `COLUMNS`, of every line, float64 [lines]; nan where a line lacks it."""
         return self.columns[key]
 
     def finite(self, key: str) -> np.ndarray:
@@ -75,21 +76,21 @@ class RunData:
         return finite
 
     def fact(self, key: str) -> Json:
-        """What the attempt that made the last line found, by its dotted key; None when that was not recorded."""
+        """A fact of the attempt that made the last line, by its dotted key; None when it was not recorded."""
         return self.stretches[-1].facts.get(key)
 
 
 def load_run(path: Path, columns: Columns | None = None) -> RunData:
-    """The run in directory `path`; `columns` are those of its record, where they were read before.
+    """The run in directory `path`; `columns` are those of its record, if they have been read already.
 
-    Raises ConfigError when it is missing, empty or no run directory; DataError when a file in it is damaged.
+    Raises ConfigError when it is missing, empty or not a run directory; DataError when a file in it is damaged.
     """
     if not path.is_dir():
-        raise ConfigError("there is no such run directory", field="run", value=str(path), fix=_neighbours(path))
+        raise ConfigError("no such run directory", field="run", value=str(path), fix=_neighbours(path))
     columns = read_columns(path) if columns is None else columns
     if not len(columns):
         raise ConfigError(
-            "this directory holds no recorded step (metrics.jsonl is missing or empty)",
+            "no step was recorded here (metrics.jsonl is missing or empty)",
             field="run",
             value=str(path),
             fix="name the run.dir of a run that has trained at least one step",
@@ -113,10 +114,9 @@ def load_run(path: Path, columns: Columns | None = None) -> RunData:
 
 
 def load_runs(paths: list[Path], read: Callable[[Path], RunData] = load_run) -> tuple[RunData, ...]:
-    """All runs, each as `read` reads it, labels made distinct. Raises ConfigError when there is none or one is named
-    twice."""
+    """All runs, loaded by `read`, with distinct labels. Raises ConfigError when there is none or one is named twice."""
     if not paths:
-        raise ConfigError("no run directory is named", field="runs", fix="kha compare RUN_DIR [RUN_DIR ...]")
+        raise ConfigError("no run directory was given", field="runs", fix="kha compare RUN_DIR [RUN_DIR ...]")
     twice = {str(path) for path in paths if [other.resolve() for other in paths].count(path.resolve()) > 1}
     if twice:
         raise ConfigError("this run is named twice", field="runs", value=min(twice), fix="name every run once")
@@ -129,13 +129,15 @@ def load_runs(paths: list[Path], read: Callable[[Path], RunData] = load_run) -> 
 
 
 def _one_attempt(columns: Columns, saved: dict[str, Any], run: dict[str, Any]) -> dict[int, Attempt]:
-    """The attempts of a run whose run.json lists none: config.yaml is that of the last line's."""
+    """The attempts of a run whose run.json lists none: config.yaml belongs to the last line."""
     number = int(columns.whole("attempt", 1)[-1])
     return {number: Attempt(number, 0, None, run.get("provenance", {}), saved)}
 
 
 def _variant(run: RunData, alike: list[RunData]) -> str:
-    """The attention of `run` and the settings in which runs `alike` it differ, but those that change no result."""
+    """The attention of `run`, and the settings in which it differs from runs `alike`, except those that change no
+    result.
+    """
     configs = [stretch.settings or other.config for other in alike for stretch in other.stretches]
     neutral = ("run.seed", *FREE_TO_CHANGE)
     judged = sorted({key for config in configs for key in config if not may_differ(key, neutral, *configs)})

@@ -1,7 +1,7 @@
-"""Whether two runs differ in what is compared alone: their data and their settings, step by step.
+"""Checks step by step whether two runs differ only in the variant: compares their data and their settings.
 
-Each common step is judged by the attempts that made it. What an attempt of an older release did not record is called
-unknown, never equal.
+Each common step is judged by the attempts that made it. What an attempt of an older release did not record is unknown,
+never equal.
 """
 
 # N common steps
@@ -32,30 +32,31 @@ from kha_train.analysis.variant import is_variant
 from kha_train.config.constants import FREE_TO_CHANGE, may_differ
 
 NEUTRAL_KEYS = (*(key for key in FREE_TO_CHANGE if key != "run.init_from"), "run.seed")
-"""Settings, or beginnings of settings, in which a fair pair may differ beside the variant: what changes a loss by
-rounding at most. The content of the data is compared by its id, the seed by itself."""
+"""Settings, or prefixes of settings, in which a fair pair may differ besides the variant: they change a loss only by
+rounding. The content of the data is compared by its id, and the seed separately.
+"""
 ORDER_KEYS = (
     "run.seed", "model.seq_len",
     "data.isolate_documents", "data.packing", "data.shuffle", "data.sources", "data.phases",
 )  # fmt: skip
-"""Settings that, with the content of the shards and the sample numbers, fix which tokens a step reads."""
+"""Settings that determine, with the content of the shards and the sample numbers, which tokens a step reads."""
 RATE = "train/lr"
 
 
 def common_steps(reference: RunData, other: RunData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(steps that both runs have, places of their lines in `reference`, in `other`), int64 [N] each."""
+    """(common steps, indices of their lines in `reference`, in `other`), int64 [N] each."""
     return np.intersect1d(reference.steps, other.steps, return_indices=True)
 
 
 def meetings(reference: RunData, other: RunData) -> list[Meeting]:
-    """The common steps of two runs, cut where either goes on in another attempt."""
+    """The common steps of two runs, cut wherever either run starts another attempt."""
     return meetings_of(common_steps(reference, other)[0], reference.stretches, other.stretches)
 
 
 def confounders(reference: RunData, other: RunData) -> tuple[str, ...]:
-    """The settings that differ beside the variant, with both values, in order, and the steps where not all.
+    """The differing settings other than the variant, with both values, in order, and the steps if not all.
 
-    Where the settings of a step were not recorded, its learning rate still was, and is compared.
+    Where the settings of a step were not recorded, its recorded learning rate is compared.
     """
     met = meetings(reference, other)
     changed = {change.key for run in (reference, other) for change in changes(run.stretches)}
@@ -69,7 +70,7 @@ def confounders(reference: RunData, other: RunData) -> tuple[str, ...]:
 
 
 def unknown_settings(reference: RunData, other: RunData) -> tuple[str, ...]:
-    """Of which common steps the settings were not recorded, in words, for each run of the two that has such steps."""
+    """For which common steps the settings were not recorded, in words, for each of the two runs."""
     met = meetings(reference, other)
     found = []
     for run, of_run in ((reference, [one.reference for one in met]), (other, [one.other for one in met])):
@@ -79,8 +80,9 @@ def unknown_settings(reference: RunData, other: RunData) -> tuple[str, ...]:
 
 
 def notes(reference: RunData, other: RunData) -> tuple[str, ...]:
-    """Sentences about what two runs may differ in (ranks, ZeRO stage, other settings that are free): what both changed
-    alike, what only one of them changed, and the rest."""
+    """Sentences about differences that are no caveats (ranks, ZeRO stage, other free settings): what both changed
+    alike, what only one changed, and the rest.
+    """
     free = differences(
         meetings(reference, other),
         lambda key, one: key.startswith(NOTED_FACTS) or (_is_free(key, FREE_TO_CHANGE, one) and not _is_named(key)),
@@ -101,14 +103,14 @@ def notes(reference: RunData, other: RunData) -> tuple[str, ...]:
 
 
 def data_difference(reference: RunData, other: RunData) -> tuple[int, str] | None:
-    """The first common step at which two runs are known to have read different tokens, and how; None for no step."""
+    """The first common step at which two runs are known to have read different tokens, and how; None without any."""
     by_attempt = next((found for meeting in meetings(reference, other) if (found := _told_apart(meeting))), None)
     steps, left, right = common_steps(reference, other)
     ranges = [_sample_ranges(run)[places] for run, places in ((reference, left), (other, right))]
     known = ~np.isnan(np.concatenate(ranges, axis=1)).any(axis=1)
     unequal = steps[known & (ranges[0] != ranges[1]).any(axis=1)]
     if len(unequal) and (by_attempt is None or unequal[0] < by_attempt[0]):
-        return int(unequal[0]), "read the same shards, but other samples"
+        return int(unequal[0]), "read the same shards, but different samples"
     return by_attempt
 
 
@@ -135,7 +137,7 @@ def _is_free(key: str, allowed: Sequence[str], meeting: Meeting) -> bool:
 
 
 def _is_named(key: str) -> bool:
-    """Whether the comparison tells of a free setting elsewhere (its variant, where it began), or not at all."""
+    """Whether the comparison shows a free setting elsewhere (in the variant, or as its origin), or not at all."""
     return may_differ(key, UNTOLD) or key.startswith(("attention.", "run.init_from"))
 
 
@@ -158,7 +160,7 @@ def _other_rates(reference: RunData, other: RunData, met: Sequence[Meeting]) -> 
 
 
 def _told_apart(meeting: Meeting) -> tuple[int, str] | None:
-    """The first step of `meeting`, and by what its attempts are known to have read different tokens; None: nothing."""
+    """The first step of `meeting`, and what shows that its attempts read different tokens; None if nothing does."""
     contents = meeting.values(DATA_ID)
     if UNKNOWN not in contents and contents[0] != contents[1]:
         return meeting.first, f"read different data: content ids {contents[0]} and {contents[1]}"
@@ -171,7 +173,7 @@ def _told_apart(meeting: Meeting) -> tuple[int, str] | None:
 
 
 def _missing_proof(reference: RunData, other: RunData) -> list[str]:
-    """What is not recorded of two runs that a proof of their data needs, in words."""
+    """Records needed to prove that two runs read the same data but missing, in words."""
     steps, left, right = common_steps(reference, other)
     met = meetings(reference, other)
     found = [*unknown_settings(reference, other)]
@@ -182,7 +184,7 @@ def _missing_proof(reference: RunData, other: RunData) -> list[str]:
         found.append("sample numbers are missing")
     elif len(steps) < steps[-1]:
         absent = int(np.setdiff1d(np.arange(1, steps[-1]), steps)[0])
-        found.append(f"a run has no line of step {absent}")
+        found.append(f"a run has no line for step {absent}")
     return found
 
 

@@ -1,6 +1,6 @@
-"""Spike statistics of a finished or living curve: a run directory, or a file of any framework.
+"""Spike statistics of a finished or live curve: a run directory, or a file of any framework.
 
-The monitor that runs inside training runs here over what was recorded, so both say the same.
+The monitor that runs during training is run over the recorded curve, so both give the same result.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ AROUND = (
     "step", "train/loss", "spike/z", "train/grad_norm", "train/lr", "train/skipped", "moe/maxvio", "attn/max_logit",
     "kha/from_identity",
 )  # fmt: skip
-"""What is shown of the steps around an event."""
+"""The metrics shown for the steps around an event."""
 MARGIN, SHOWN = 5, 10
-"""Steps shown before an event and after it, and at most so many of its own."""
+"""Number of steps shown before and after an event, and the maximum number of its own steps."""
 
 
 @dataclass(frozen=True)
 class LossCurve:
-    """A curve step by step. `planned` are steps at which something was meant to change; `repeated` counts steps that
-    the file held more than once (the last is taken). `run_dir` is None for a foreign curve; `path` is where the curve
-    was read, as it was named."""
+    """A curve step by step. `planned` are steps with an intended change; `repeated` counts steps that the file holds
+    more than once (the last is used). `run_dir` is None for a foreign curve; `path` is the path as the user named it.
+    """
 
     label: str
     points: Sequence[Observation]
@@ -53,7 +53,7 @@ class LossCurve:
 
     @property
     def place(self) -> Path | None:
-        """The run directory or file, resolved: equal for two names of one curve. None for a curve of no file."""
+        """The resolved run directory or file: equal for two names of one curve. None for a curve without a file."""
         if self.path is None:
             return None
         place = self.path.resolve()
@@ -61,19 +61,19 @@ class LossCurve:
 
     @property
     def has_tokens(self) -> bool:
-        """Whether the curve says how many tokens each of its steps had read: a count that rises with every point."""
+        """Whether the number of tokens read is known at each step: a count that rises with every point."""
         if len(self.points) == 1:
             return self.points[0].step == 1 and self.points[0].tokens > 0
         return bool((np.diff(field_of(self.points, "tokens")) > 0).all())
 
     @property
     def has_samples(self) -> bool:
-        """Whether the curve says which samples its steps read."""
+        """Whether the sample numbers of the steps are known."""
         return bool((field_of(self.points, "samples_first") >= 0).all())
 
     @property
     def tokens(self) -> int:
-        """Tokens of the steps of this curve, the first one's included as an average one's; 0: unknown."""
+        """Tokens of the steps of this curve; the first step is counted as an average one. 0: unknown."""
         first, last = self.points[0], self.points[-1]
         if not self.has_tokens:
             return 0
@@ -85,10 +85,11 @@ class LossCurve:
 
 @dataclass(frozen=True)
 class SpikeReport:
-    """The score of a curve. `rewound` are events in lines that a rewind undid; they count unless told otherwise.
-    `scores` are the published rules' percentages at the end of the curve, None where it was too short to be judged;
-    `steps` and `tokens` of the `summary` are the exposure of its rates. `judged`: the curve was long enough for the
-    detector to judge a step, or it has an event. Where it was not, its rates are None."""
+    """The score of a curve. `rewound` are events in lines that a rewind undid; they count unless disabled. `scores` are
+    the published percentages at the end of the curve, None where it was too short. `steps` and `tokens` of the
+    `summary` are the exposure of its rates. `judged`: the curve was long enough for the detector to judge a step, or it
+    has an event; otherwise its rates are None.
+    """
 
     curve: LossCurve
     events: tuple[SpikeEvent, ...]
@@ -116,10 +117,10 @@ class SpikeReport:
 def read_curve(path: Path, planned: Sequence[int] = ()) -> LossCurve:
     """The curve of a run directory, of its metrics file, or of a file of any framework: see `curve_files`.
 
-    Raises ConfigError when there is none or it is of another kind, DataError when a value cannot be read.
+    Raises ConfigError when there is none or the kind is unknown, DataError when a value cannot be read.
     """
     if not path.exists():
-        raise ConfigError("there is no such file or run directory", field="curve", value=str(path))
+        raise ConfigError("no such file or run directory", field="curve", value=str(path))
     file = path / METRICS_FILE if path.is_dir() else path
     own = file.name == METRICS_FILE and (file.parent / "config.yaml").is_file()
     if own:
@@ -127,22 +128,22 @@ def read_curve(path: Path, planned: Sequence[int] = ()) -> LossCurve:
     if file.exists():
         points = read_curve_file(file)
     else:
-        raise ConfigError(f"it holds no {METRICS_FILE}, so no step", field="curve", value=str(path), allowed=READ)
+        raise ConfigError(f"it has no {METRICS_FILE}, so no steps", field="curve", value=str(path), allowed=READ)
     if not points:
-        raise ConfigError("it holds no step with a loss", field="curve", value=str(path), allowed=READ)
+        raise ConfigError("it has no step with a loss", field="curve", value=str(path), allowed=READ)
     unique = {point.step: point for point in points}
     ordered = tuple(unique[step] for step in sorted(unique))
     return LossCurve(_label(path), ordered, frozenset(planned), len(points) - len(unique), None, path)
 
 
 def recorded_curve(path: Path, columns: Columns, planned: Sequence[int] = ()) -> LossCurve:
-    """The curve of a run, of whose record these are the columns; `path` is its directory or its metrics file.
+    """The curve of a run from the `columns` of its record; `path` is its directory or its metrics file.
 
     Raises ConfigError when it has no step with a loss.
     """
     run_dir, points = path if path.is_dir() else path.parent, Points(columns)
     if not len(points):
-        raise ConfigError("it holds no step with a loss", field="curve", value=str(path), allowed=READ)
+        raise ConfigError("it has no step with a loss", field="curve", value=str(path), allowed=READ)
     changes = frozenset({*planned, *phase_steps(run_dir, columns)})
     return LossCurve(_label(path), points, changes, 0, run_dir, path)
 
@@ -152,7 +153,7 @@ def _label(path: Path) -> str:
 
 
 def read_curves(paths: Sequence[Path], read: Callable[[Path], LossCurve] = read_curve) -> list[LossCurve]:
-    """The curve of every path, as `read` reads it. Raises as `read`, and ConfigError for one that is named twice."""
+    """The curve of every path, loaded by `read`. Raises as `read`, and ConfigError for a path named twice."""
     curves = [read(path) for path in paths]
     places = [curve.place for curve in curves]
     twice = [str(path) for path, place in zip(paths, places, strict=True) if places.count(place) > 1]
@@ -164,8 +165,9 @@ def read_curves(paths: Sequence[Path], read: Callable[[Path], LossCurve] = read_
 def score_curve(
     curve: LossCurve, include_rewound: bool = True, diverged: bool = False, found: Found | None = None
 ) -> SpikeReport:
-    """Run the monitor over `curve` and sum up. `diverged` says that the run is about to end with exit code 5, which
-    its record does not hold yet; `found` what the monitor found in it before, in a run that never went back."""
+    """Run the monitor over `curve` and summarise. `diverged` says that the run is about to end with exit code 5, which
+    is not in its record yet. `found` is what the monitor found during training, in a run without rewinds.
+    """
     undone = _undone_lines(curve) if include_rewound else []
     if found is None or undone:
         found = find_events(curve.points, curve.planned, keep_at={group[0].step for group in undone})
@@ -176,7 +178,7 @@ def score_curve(
         first_step=curve.points[0].step,
         last_step=curve.points[-1].step,
         tokens=curve.tokens,
-        # Steps that were replayed as they had been count once.
+        # Steps that were replayed unchanged count once.
         undone_steps=[step for step, _ in {(p.step, p.samples_first) for group in undone for p in group} - survived],
         diverged=diverged or bool(found.diverged_at or rewound.diverged_at) or _ended_diverged(curve.run_dir),
     )
@@ -196,7 +198,7 @@ def score_curve(
 
 
 def tell_apart(reports: Sequence[SpikeReport]) -> list[SpikeReport]:
-    """The reports, in order, under labels that are equal only for the same curve."""
+    """The reports, in order, with labels that are equal only for the same curve."""
     keys = [report.curve.place or id(report.curve) for report in reports]
     curves: dict[Path | int, LossCurve] = {}
     for key, report in zip(keys, reports, strict=True):
@@ -210,8 +212,9 @@ def tell_apart(reports: Sequence[SpikeReport]) -> list[SpikeReport]:
 
 
 def across_runs(reports: Sequence[SpikeReport], reference: SpikeReport | None = None) -> dict[str, Any]:
-    """Several runs together: pooled rates, shared and private events, tail gaps against `reference` (the first run
-    when none is named). Rates per token are those of the runs whose tokens are known. Labels are made distinct."""
+    """Several runs together: pooled rates, shared and private events, tail gaps against `reference` (by default the
+    first run). Rates per token use the runs whose tokens are known. Labels are made distinct.
+    """
     reference = reference or reports[0]
     others = [number for number, report in enumerate(reports) if report is not reference]
     *reports, reference = tell_apart([*reports, reference])
@@ -249,7 +252,7 @@ def _pooled(reports: Sequence[SpikeReport], exposure: str, unit: float) -> dict[
 
 
 def evidence_of(report: SpikeReport, number: int) -> tuple[SpikeEvent, dict[str, Any]]:
-    """Event `number` (from 1, in order of steps) of a run, and what the record keeps of its opening (may be empty).
+    """Event `number` (from 1, in order of steps) of a run, and the recorded evidence of its opening (may be empty).
 
     Raises ConfigError when there is no such event.
     """
@@ -265,15 +268,16 @@ def evidence_of(report: SpikeReport, number: int) -> tuple[SpikeEvent, dict[str,
         for entry in kept
         if entry["kind"] == "spike_opened"
         and entry["step"] == event.start_step
-        # A rewound event and one that stands may begin at one step, never with the same samples.
+        # A rewound event and a surviving one may begin at the same step, but never with the same samples.
         and entry.get("samples_first", event.samples_first) == event.samples_first
     ]
     return event, opened[-1] if opened else {}
 
 
 def lines_around(report: SpikeReport, event: SpikeEvent) -> list[dict[str, Any]]:
-    """What the record holds of the steps around the beginning of `event`, of `AROUND` what is there; for a foreign
-    curve its own columns."""
+    """The recorded values of `AROUND` for the steps around the beginning of `event`; for a foreign curve, its own
+    columns.
+    """
     last = min(event.end_step, event.start_step + SHOWN - 1) + MARGIN
     if report.curve.run_dir is None:
         names = {"step": "step", "train/loss": "loss", "train/grad_norm": "grad_norm", "train/lr": "lr"}
@@ -293,7 +297,7 @@ def lines_around(report: SpikeReport, event: SpikeEvent) -> list[dict[str, Any]]
 
 
 def _is_of(line: dict[str, Any], event: SpikeEvent) -> bool:
-    """Whether a discarded line is one of those in which `event` happened, undone by a rewind."""
+    """Whether a discarded line is part of `event` and was undone by a rewind."""
     inside = event.samples_first <= line.get("samples_first", -1) <= event.samples_last
     return inside and str(line["discarded_reason"]).startswith(UNDONE)
 

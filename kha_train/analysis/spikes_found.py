@@ -1,4 +1,4 @@
-"""What the monitor that runs inside training finds in a whole curve, and in the lines that rewinds undid."""
+"""Runs the training monitor over a whole curve, and over the lines that rewinds undid."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ SCORE_NAMES = tuple(f"{SCORES}_{name}" for name in (
 
 
 class Found(NamedTuple):
-    """What the monitor found in a curve: its `events`, one that is open at its end included, the steps at which the
-    divergence guard fired, the metrics of the last step, whether it could say of any step if it is normal, and the
-    monitor as it was `kept` before some steps."""
+    """What the monitor found in a curve: its `events`, including one still open at its end, the steps at which the
+    divergence guard fired, the metrics of the last step, whether it could judge any step, and copies of the monitor
+    `kept` before some steps.
+    """
 
     events: list[SpikeEvent]
     diverged_at: list[int]
@@ -35,8 +36,9 @@ def find_events(
     keep_at: Collection[int] = (),
     monitor: Monitor | None = None,
 ) -> Found:
-    """What the monitor finds in `points`; see `Found`. `monitor` has seen the points before them, of which nothing is
-    told but what it still holds. It is kept as it stands before each of the steps `keep_at`."""
+    """What the monitor finds in `points`; see `Found`. `monitor` has already seen the points before them; their events
+    are not reported unless still open. A copy is kept before each of the steps `keep_at`.
+    """
     monitor, judged, last = monitor or Monitor(), False, len(points) - 1
     events: list[SpikeEvent] = []
     diverged_at: list[int] = []
@@ -59,7 +61,7 @@ def find_events(
 
 
 def not_judged(monitor: Monitor) -> list[str]:
-    """The scores whose window never was full: of these curves 0 % is no finding."""
+    """The scores whose window was never full: for these, 0 % would be no result."""
     signals = {"loss": monitor.loss, "gnorm": monitor.grad_norm}
     shares = {f"{SCORES}_{name}_": signal.both_sides.judged for name, signal in signals.items()}
     return [key for key in SCORE_NAMES if not shares[next(head for head in shares if key.startswith(head))]]
@@ -71,12 +73,12 @@ def rewound_events(
     planned: frozenset[int],
     kept: Mapping[int, Monitor],
 ) -> Found:
-    """Events that began in the lines `undone` by rewinds, and not again when the step was replayed; and the steps of
+    """Events that began in the lines `undone` by rewinds and did not recur when the step was replayed, and the steps of
     these lines at which the divergence guard fired.
 
-    Each rewind is judged on the curve as it stood then: the lines that survived it up to where it went, then those it
-    undid. What a monitor makes of the lines before them all is `kept`. A rewind that was computed twice, because the
-    run was killed after it, counts once.
+    Each rewind is judged on the curve as it was then: the lines that survived it up to its target, then those it undid.
+    `kept` holds the monitor before all of these lines. A rewind that was repeated, because the run was killed after it,
+    counts once.
     """
     points: list[Observation] = []
     events: dict[tuple[int, int], SpikeEvent] = {}

@@ -1,4 +1,4 @@
-"""The loss of a run with its spikes shaded."""
+"""Plots the loss of a run with its spikes shaded."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def mark_of_plot(curve: LossCurve) -> str:
-    """What a picture of `curve` has in its metadata, and no other picture."""
+    """The mark in the metadata of a picture of `curve`; no other picture has it."""
     return mark_of("spikes", [curve.place] if curve.place else [])
 
 
 def plot_spikes(report: SpikeReport, path: Path) -> Path:
-    """Draw `report` into `path` and return it. Raises ConfigError when its suffix names no picture."""
+    """Draw `report` into `path` and return it. Raises ConfigError for an unsupported suffix."""
     if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError("not a kind of picture", field="--plot", value=str(path), allowed=" ".join(SUFFIXES))
+        raise ConfigError("not a supported picture format", field="--plot", value=str(path), allowed=" ".join(SUFFIXES))
     points = report.curve.points
     steps = np.array([point.step for point in points], dtype=np.float64)
     losses = np.array([point.loss for point in points], dtype=np.float64)

@@ -21,10 +21,10 @@ from kha_train.record.columns_twin import read_columns
 
 def batch_texts(run_dir: Path, first_sample: int, attempt: int | None = None) -> list[dict[str, Any]]:
     """`sample`, `source` and `text` of every row of the global batch that begins with `first_sample`, as `attempt` read
-    it; unless given, the attempt of the last line that begins so.
+    it; by default the attempt of the last line that begins with it.
 
-    Ids stand for themselves when the dataset brought no tokenizer. Raises ConfigError and DataError when the data is
-    no longer what the run was trained on.
+    Shows ids when the dataset has no tokenizer. Raises ConfigError and DataError when the data is no longer what the
+    run was trained on.
     """
     attempts = read_attempts(run_dir)
     number = _attempt_of(run_dir, first_sample) if attempt is None else attempt
@@ -34,7 +34,9 @@ def batch_texts(run_dir: Path, first_sample: int, attempt: int | None = None) ->
     content_id = attempts[number].facts.get("data_content_id") if number in attempts else None
     if content_id not in (None, samples.content_id):
         problem = f"not the data that the step read: expected content id {content_id}, found {samples.content_id}"
-        raise DataError(problem, field="data.train", value=config.data.train, fix="put back what the run trained on")
+        raise DataError(
+            problem, field="data.train", value=config.data.train, fix="restore the data that the run was trained on"
+        )
     windows = [tuple(e["window"]) for e in read_events(run_dir) if e["kind"] == "rewind" and "window" in e]
     numbers_N = batch_numbers(first_sample, config.data.global_batch_size, windows)
     sources_N, rows_N = samples.locate(numbers_N)
@@ -47,9 +49,9 @@ def batch_texts(run_dir: Path, first_sample: int, attempt: int | None = None) ->
 
 
 def batch_numbers(first_sample: int, count: int, windows: Iterable[Window]) -> np.ndarray:
-    """The sample numbers (int64) of the batch of `count` that begins with `first_sample`, past skip `windows`.
+    """The sample numbers (int64) of the batch of `count` that begins with `first_sample`, without skip `windows`.
 
-    A window that holds the first sample was made later, because of this very batch, and does not count.
+    A window that holds the first sample was created later, because of this batch, and does not count.
     """
     earlier = merged((first, last) for first, last in windows if not first <= first_sample < last)
     return numbers_past(earlier, first_sample, count)

@@ -1,4 +1,6 @@
-"""What the monitor found while a run trained: its events were recorded, so its end need not judge the curve again."""
+"""Takes the monitor's findings from the recorded events of a run, so that the end of a run need not judge the curve
+again.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,17 @@ from kha_train.stability.events import SpikeEvent
 from kha_train.stability.monitor import DETECTOR, Monitor, Verdict
 
 _GOES_BACK = ("rewind", "lines_missing")
-"""Events after which the curve is not what the monitor saw, one step after the other."""
+"""Events after which the curve is no longer the sequence of steps that the monitor saw."""
 
 
 def found_in_training(
     run: Mapping[str, Any], columns: Columns, events: Sequence[Mapping[str, Any]], monitor: Monitor, verdict: Verdict
 ) -> Found | None:
-    """What `find_events` would find in the curve `columns`, from the recorded `events` that a restart did not undo;
+    """The result of `find_events` for the curve `columns`, rebuilt from the recorded `events` that no restart undid.
     `monitor` and `verdict` are those of its last step, `run` is run.json.
 
-    None where it has to be found again: the run went back, was begun with other detectors, is too short to be judged,
-    or its events are not those that the monitor has counted.
+    None where `find_events` must be run: after a rewind, with other detectors at the start, for a curve too short to be
+    judged, or when the events do not match the monitor's counts.
     """
     begun_with = run.get("provenance", {}).get("detector")
     changed = any("detector" in attempt["changed"] for attempt in run.get("attempts", []))
@@ -46,7 +48,7 @@ def found_in_training(
 
 
 def _stands(event: Mapping[str, Any], columns: Columns) -> bool:
-    """Whether the line of the step in which it happened survives, made by the same attempt."""
+    """Whether the line of the event's step survives and was made by the same attempt."""
     place = int(np.searchsorted(columns["step"], event["step"]))
     return place < len(columns) and (columns["step"][place], columns["attempt"][place]) == (
         event["step"],

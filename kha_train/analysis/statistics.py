@@ -1,4 +1,4 @@
-"""Statistics of curves: smoothing for the eye, and an interval that knows that neighbouring steps are alike."""
+"""Statistics of curves: smoothing for plots, and an interval that accounts for correlated steps."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import numpy as np
 from kha_train.stability.statistics import rate, reported_rate
 
 MIN_BLOCKS = 20
-"""Blocks of neighbouring steps that an interval needs. Curves shorter than their correlation often look like a few
-independent blocks. Of simulated curves of 50 to 50,000 steps, correlated from step to step by 0 to 0.999, at most 12 %
-got a 95 % interval that misses the truth; with 10 blocks instead of 20 it was up to 25 %."""
+"""The minimum number of blocks of consecutive steps for an interval. Curves shorter than their correlation often look
+like a few independent blocks. On simulated curves of 50 to 50,000 steps, with a correlation between steps of 0 to
+0.999, at most 12 % of 95 % intervals missed the true value; with 10 blocks instead of 20 it was up to 25 %.
+"""
 STUDENT_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """The 97.5 % point of Student's t with 1, 2, ... 10 degrees of freedom."""
 NORMAL_975 = 1.959964
@@ -32,8 +33,9 @@ class Interval:
 
 @dataclass(frozen=True)
 class StepMean:
-    """The mean of `count` values of neighbouring steps. Blocks of `block` values are nearly independent of each other;
-    `interval` is None where there are fewer than `MIN_BLOCKS` of them."""
+    """The mean of `count` values of consecutive steps. Blocks of `block` values are nearly independent; `interval` is
+    None with fewer than `MIN_BLOCKS` of them.
+    """
 
     mean: float
     count: int
@@ -49,7 +51,7 @@ class StepMean:
 
 @dataclass(frozen=True)
 class SeedInterval:
-    """The mean over `seeds` values, one a seed, with its 95 % Student interval."""
+    """The mean over `seeds` values, one per seed, with its 95 % Student interval."""
 
     mean: float
     low: float
@@ -58,7 +60,7 @@ class SeedInterval:
 
 
 def over_seeds(values: Sequence[float]) -> SeedInterval | None:
-    """Mean of one value a seed, mean +- t sd / sqrt(n); None for fewer than two."""
+    """Mean of one value per seed, mean +- t sd / sqrt(n); None for fewer than two."""
     count = len(values)
     if count < 2:
         return None
@@ -79,11 +81,12 @@ def student_975(freedom: int) -> float:
 
 
 def pooled_rate(counts: Sequence[int], exposures: Sequence[float]) -> dict[str, float | None]:
-    """Events per unit of exposure of several runs together, as `reported_rate`, for runs whose true rates may differ.
+    """Pooled events per unit of exposure of several runs whose true rates may differ, as `reported_rate`.
 
-    The interval is the wider of Poisson's, which takes one rate for all, and of value x exp(+- t sd / value), where sd
-    is the standard error of the pooled rate from the spread of the counts around it. Simulated with 2 to 10 runs of 4
-    or 20 events whose true rates vary by 70 or 100 %, it held the truth in 92 to 97 % of cases, Poisson's in 33 to 82.
+    The interval is the wider of two: Poisson's, which assumes one common rate, and value x exp(+- t sd / value), where
+    sd is the standard error of the pooled rate estimated from the spread of the counts. In simulations with 2 to 10
+    runs of 4 or 20 events whose true rates vary by 70 or 100 %, it covered the true value in 92 to 97 % of cases,
+    Poisson's in 33 to 82.
     """
     total, exposure, runs = sum(counts), sum(exposures), len(counts)
     if runs < 2 or not total or exposure <= 0:
@@ -108,15 +111,15 @@ def exponential_average(values: np.ndarray, decay: float) -> np.ndarray:
 
 
 def display_decay(steps: int) -> float:
-    """The decay whose half-life is 1 % of `steps`, at least one step. Curves that are to be compared by eye need one
-    decay: on a falling curve an average lags behind, the more the longer its memory.
+    """The decay whose half-life is 1 % of `steps`, at least one step. Curves compared by eye need the same decay: on a
+    falling curve an average lags behind, and more so with a longer memory.
     """
     return float(0.5 ** (1.0 / max(1.0, 0.01 * steps)))
 
 
 def mean_of_steps(values: np.ndarray) -> StepMean | None:
-    """Mean of `values` [N], finite and in the order of steps, and its interval by batch means: mean +- t sd / sqrt(m)
-    over the means of m blocks, which are as long as `block_length` says. None for no value.
+    """Mean of `values` [N] (finite, in the order of steps) and its interval by batch means: mean +- t sd / sqrt(m) over
+    the means of m blocks of `block_length` values. None without values.
     """
     count = len(values)
     if not count:
@@ -131,12 +134,12 @@ def mean_of_steps(values: np.ndarray) -> StepMean | None:
 
 
 def block_length(values: np.ndarray) -> int:
-    """How many neighbouring values make a block, from their measured autocorrelation: the automatic choice of Politis
+    """The number of consecutive values per block, from their measured autocorrelation: the automatic choice of Politis
     and White (2004), corrected by Patton, Politis and White (2009).
 
     Correlations count up to twice the lag after which the next five are all within 2 sqrt(log10 N / N) of zero (the
-    paper's max(5, sqrt(log10 N)) is five for any curve). The paper looks for that lag up to sqrt(N). Here it is up to
-    N / 2, for a curve that drifts more slowly would get blocks that are far too short.
+    paper's max(5, sqrt(log10 N)) is five for any curve). The paper searches for that lag up to sqrt(N). Here the search
+    goes up to N / 2, because otherwise a slowly drifting curve would get blocks that are far too short.
     """
     count = len(values)
     covariance = _autocovariance(values)
@@ -156,7 +159,7 @@ def block_length(values: np.ndarray) -> int:
 
 
 def _autocovariance(values: np.ndarray) -> np.ndarray:
-    """Of lags 0 .. N - 1, each a sum over the pairs there are, divided by N."""
+    """Autocovariance at lags 0 .. N - 1; each is a sum over the available pairs, divided by N."""
     count = len(values)
     transformed = np.fft.rfft(values - values.mean(), 2 * count)
     return np.fft.irfft(transformed * np.conj(transformed), 2 * count)[:count] / count

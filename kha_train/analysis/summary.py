@@ -1,4 +1,4 @@
-"""What one run reached: each figure with its definition, and the table that keeps a comparison honest."""
+"""The results of one run: each figure with its definition, and the table of facts that keeps a comparison honest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kha_train.config.constants import may_differ
 
 @dataclass(frozen=True)
 class Quantity:
-    """One figure of a run: its name, how a number is printed (a boolean is `yes` or `no`), and its definition."""
+    """One figure of a run: its name, how a number is printed (a boolean as `yes` or `no`), and its definition."""
 
     name: str
     style: str
@@ -38,23 +38,23 @@ RESULTS: dict[str, Quantity] = {
     "tokens_per_second": Quantity("tokens per second", ",.0f", "median over the steps, all ranks together"),
     "step_seconds": Quantity("seconds per step", ".3g", "median over the steps, waiting for data included"),
     "mfu": Quantity("MFU", ".1%", "median of training FLOPs per token x tokens/s / peak FLOP/s of all ranks"),
-    "peak_memory": Quantity("peak memory, GiB", ".2f", "most of the run, rank 0: resident on a CPU, allocated on CUDA"),
+    "peak_memory": Quantity("peak memory, GiB", ".2f", "peak of the run, rank 0: resident on a CPU, allocated on CUDA"),
     "parameters": Quantity("parameters", ",.0f", "all trained numbers, tied ones counted once"),
     "active_parameters": Quantity("active parameters", ",.0f", "parameters a token passes through"),
 }
 
 HONESTY: dict[str, Quantity] = {
     "attempts": Quantity("attempts", ",.0f", "starts of the run directory"),
-    "lost": Quantity("lost attempts", ",.0f", "attempts whose end is not recorded: killed, crashed, or running"),
+    "lost": Quantity("lost attempts", ",.0f", "attempts whose end was not recorded: killed, crashed, or running"),
     "discarded": Quantity("discarded lines", ",.0f", "steps computed, then undone by a restart or a rewind"),
-    "missing": Quantity("missing lines", ",.0f", "steps up to the last that have no line"),
+    "missing": Quantity("missing lines", ",.0f", "steps without a line, up to the last one"),
     "skipped": Quantity("skipped steps", ",.0f", "steps whose update was not applied"),
     "nonfinite": Quantity("non-finite losses", ",.0f", "steps whose loss was nan or infinite"),
-    "spikes": Quantity("loss spikes", ",.0f", "narrow and wide events, those included that a rewind undid"),
+    "spikes": Quantity("loss spikes", ",.0f", "narrow and wide events, including those that a rewind undid"),
     "diverged": Quantity("diverged", "", "an event is open at the end, the divergence guard fired, or exit code 5"),
-    "unrecovered": Quantity("unrecovered events", ",.0f", "rises of the loss that did not end by themselves"),
-    "open": Quantity("events open at the end", ",.0f", "rises of the loss that had not ended at the last step"),
-    "rewinds": Quantity("rewinds", ",.0f", "times the run went back and left data out"),
+    "unrecovered": Quantity("unrecovered events", ",.0f", "rises of the loss that did not recover"),
+    "open": Quantity("events open at the end", ",.0f", "rises of the loss that were still open at the last step"),
+    "rewinds": Quantity("rewinds", ",.0f", "number of times the run went back and skipped data"),
     "zclip": Quantity("steps clipped by ZClip", ",.0f", "gradients it scaled down further than optim.grad_clip"),
 }
 
@@ -63,18 +63,20 @@ TOLD: dict[str, Quantity] = {
     "zero_stage": Quantity("ZeRO stage", "", "engine.zero_stage"),
     "data_content_id": Quantity("data", "", "content id of the training data"),
     "validation_content_id": Quantity("validation data", "", "content id of the validation set"),
-    "changes": Quantity("changed on the way", "", "settings and facts, from one start to the next"),
-    "unknown": Quantity("not recorded", "", "steps whose settings an older release did not keep"),
+    "changes": Quantity("changed during the run", "", "settings and facts, from one start to the next"),
+    "unknown": Quantity("not recorded", "", "steps whose settings an older release did not record"),
 }
-"""What starts of a run were told or found, in words: the honesty table's last rows."""
+"""Settings and facts of the attempts of a run, in words: the last rows of the honesty table."""
 UNKNOWN_FIGURE = "-"
-"""What is printed where a run did not record something."""
+"""Printed where a run did not record a value."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The figures of one run, keyed as `RESULTS` and `HONESTY`; None where the run did not record it. `told` has what
-    `TOLD` names: a value, words where it changed on the way, or a list of words. `stability` has its loss events."""
+    """The figures of one run, keyed as `RESULTS` and `HONESTY`; None where the run did not record them. `told` holds
+    what `TOLD` names: a value, words where it changed during the run, or a list of words. `stability` has its loss
+    events.
+    """
 
     results: dict[str, float | None]
     honesty: dict[str, float | bool | None]
@@ -93,8 +95,9 @@ def printed(quantity: Quantity, value: object) -> str:
 
 
 def summarise(run: RunData, diverged: bool = False, found: Found | None = None) -> Summary:
-    """The figures of one run. `diverged`: it is about to end with exit code 5; `found`: what the monitor found in it;
-    see `score_curve`."""
+    """The figures of one run. `diverged`: the run is about to end with exit code 5; `found`: what the monitor found in
+    it; see `score_curve`.
+    """
     tail = run.column("train/loss")[-max(1, len(run.columns) // 10) :]
     results = {
         "steps": float(run.steps[-1]),

@@ -1,4 +1,4 @@
-"""The comparison on a terminal."""
+"""Prints the comparison on a terminal."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from kha_train.analysis.summary import RESULTS, TOLD, UNKNOWN_FIGURE
 from kha_train.literal import visible
 
 NAME_WIDTH, DEFINITION_WIDTH = 26, 40
-"""Characters that the table needs for names, and for definitions to be readable; the report has them in any case."""
+"""Width in characters that the table needs for names, and for readable definitions; the report always shows both."""
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Prints figures with their definitions, configuration differences, the data proof and the paired results."""
+    """Prints figures with their definitions, differences in configuration, whether the data was the same, and the
+    paired results.
+    """
     wide = console.width >= DEFINITION_WIDTH + NAME_WIDTH + sum(len(run.label) + 2 for run in comparison.runs)
     parts: list[Any] = [_quantities(comparison, wide)]
     if comparison.differences:
@@ -58,5 +60,5 @@ def _table(first: str, labels: list[str], last: str | None = None) -> Table:
 
 
 def _text(value: Any, style: str = "") -> Text:
-    """A foreign name or value, to be printed as it is."""
+    """A foreign name or value, printed literally."""
     return Text(visible(str(value)), style)

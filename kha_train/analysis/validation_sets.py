@@ -1,4 +1,6 @@
-"""Which rows a validation scored. Bits per byte of different rows do not compare, so they are never shown unmarked."""
+"""Identifies the rows that a validation scored. Bits per byte of different rows cannot be compared, so figures of
+different sets are always marked.
+"""
 
 # N lines of a record
 
@@ -13,12 +15,14 @@ from kha_train.analysis.runs import RunData
 
 LOSS, BITS = "validation/loss", "validation/bits_per_byte"
 CUT_BY = ("model.seq_len", "data.packing", "data.isolate_documents")
-"""Settings that, with the dataset, fix what the rows of a validation are."""
+"""Settings that determine, with the dataset, the rows of a validation."""
 NOT_RECORDED = "?"
 
 
 class ScoredSet(NamedTuple):
-    """What a validation scored, in words: the first `rows` rows of the dataset `content_id`, cut as `cut` says."""
+    """The set that a validation scored, in words: the first `rows` rows of the dataset `content_id`, cut according to
+    `cut`.
+    """
 
     content_id: str
     rows: str
@@ -33,8 +37,9 @@ class ScoredSet(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """A validation of a run: its step, its bits per byte (nan where it has none), and its set, None where that was not
-    recorded."""
+    """A validation of a run: its step, its bits per byte (nan without any), and its set (None where it was not
+    recorded).
+    """
 
     step: int
     bits_per_byte: float
@@ -55,9 +60,10 @@ def validations(run: RunData) -> list[Scored]:
 
 
 def set_difference(reference: RunData, other: RunData) -> str:
-    """How the sets that two runs scored are known to differ, and from which step on; "" where they are not known to.
+    """How the sets that two runs scored are known to differ, and from which step on; "" if they are not known to
+    differ.
 
-    Judged at every common step that both validated, and at their last validations, which stand side by side.
+    Judged at every common step where both validated, and at their last validations, which are shown side by side.
     """
     left, right = validations(reference), validations(other)
     if not (left and right):
@@ -67,13 +73,14 @@ def set_difference(reference: RunData, other: RunData) -> str:
     for one, two in pairs:
         if one.scored_set and two.scored_set and one.scored_set != two.scored_set:
             where = f"from step {one.step} on" if one.step == two.step else "at the end"
-            return f"other validation sets {where} ({one.scored_set}; and {two.scored_set})"
+            return f"different validation sets {where} ({one.scored_set}; and {two.scored_set})"
     return ""
 
 
 def marks(runs: Sequence[RunData]) -> list[str]:
-    """A letter for the set of each run's last validation, `NOT_RECORDED` where that is not known, "" where the run has
-    none; all "" where no two sets can be confused: all are the same, or only one run has a validation."""
+    """A letter for the set of each run's last validation, `NOT_RECORDED` where it is unknown, "" where the run has
+    none. All are "" if no confusion is possible: all sets are the same, or only one run has a validation.
+    """
     last = [found[-1].scored_set if (found := validations(run)) else UNKNOWN for run in runs]
     shown = [one for one in last if one is not UNKNOWN]
     if len(shown) < 2 or (len(set(shown)) == 1 and shown[0] is not None):
@@ -83,7 +90,7 @@ def marks(runs: Sequence[RunData]) -> list[str]:
 
 
 def sets_sentence(runs: Sequence[RunData]) -> str:
-    """What the figures of the last validations are worth beside each other; "" where fewer than two runs have one."""
+    """Whether the figures of the last validations can be compared; "" where fewer than two runs have one."""
     found = [
         (mark, scored[-1].scored_set)
         for mark, run in zip(marks(runs), runs, strict=True)
@@ -97,7 +104,7 @@ def sets_sentence(runs: Sequence[RunData]) -> str:
     parts = [f"{mark}: {one}" for mark, one in named.items()]
     if len(named) < len({mark for mark, _ in found}):
         parts.append(f"{NOT_RECORDED}: not recorded, by runs of an older release")
-    warning = "differ, so their figures do not compare" if len(named) > 1 else "are not proven to be the same"
+    warning = "differ, so their figures cannot be compared" if len(named) > 1 else "are not proven to be the same"
     return f"Validation sets {warning}. {'; '.join(parts)}."
 
 

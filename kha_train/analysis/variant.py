@@ -1,4 +1,4 @@
-"""Which settings under `attention.` are the variant itself, in which the two runs of a fair pair may differ."""
+"""Decides which settings under `attention.` belong to the variant, in which the two runs of a fair pair may differ."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ OF_THE_VARIANT = ("attention.base.name", "attention.interaction.")
 
 
 def is_variant(key: str, meeting: Meeting, changed: Collection[str]) -> bool:
-    """Whether a difference in `key` is one of the variants that meet: the base and the interaction, what only one of
-    the two bases has, and values that are those of each run's own preset. What a run `changed` on the way is not."""
+    """Whether a difference in `key` belongs to the compared variants: the base and the interaction, settings that only
+    one of the two bases has, and values from each run's own preset. What a run `changed` during training does not.
+    """
     if not key.startswith(SECTION) or key in changed:
         return False
     sides = [meeting.reference.settings or {}, meeting.other.settings or {}]
@@ -27,7 +28,7 @@ def is_variant(key: str, meeting: Meeting, changed: Collection[str]) -> bool:
 
 
 def _is_of_preset(key: str, settings: Mapping[str, Any]) -> bool:
-    """Whether the preset that `settings` name sets `key` to what they hold."""
+    """Whether the preset named in `settings` sets `key` to the value they hold."""
     values = _preset(str(settings.get("attention.name")))
     value = values.get(key.removeprefix(SECTION))
     if isinstance(value, str) and value.startswith("${"):
@@ -37,7 +38,9 @@ def _is_of_preset(key: str, settings: Mapping[str, Any]) -> bool:
 
 @cache
 def _preset(name: str) -> dict[str, Any]:
-    """The settings of the shipped attention `name` by dotted keys, references as they are written; none of another."""
+    """The settings of the shipped attention `name` by dotted keys, with references as written; empty for other
+    names.
+    """
     files = {file.stem: file for file in (shipped("configs") / "attention").glob("*.yaml")}
     if name not in files:
         return {}

@@ -122,7 +122,7 @@ def test_a_pair_that_differs_in_more_than_its_variant_is_called_unfair(tmp_path:
     comparison = compare_runs([base, fair, hotter, reseeded])
     assert [pair.confounders for pair in comparison.pairs] == [(), ("optim.lr (0.001 and 0.002)",), ()]
     caveats = [pair.caveats for pair in comparison.pairs]
-    assert [len(found) for found in caveats] == [0, 1, 1] and "other seeds" in caveats[2][0]
+    assert [len(found) for found in caveats] == [0, 1, 1] and "different seeds" in caveats[2][0]
     assert ["NOT A FAIR PAIR" in comparison.sentence(pair) for pair in comparison.pairs] == [False, True, True]
     assert report_html(comparison).count("not a fair pair") == 2
 
@@ -515,7 +515,7 @@ def test_a_damaged_run_is_passed_over_where_two_are_whole(tmp_path: Path, capsys
     (told,) = found["passed_over"]
     assert told.startswith(f"{damaged}: ") and "metrics.jsonl:2" in told
     assert f"note: skipped: {told}" in err and "data error: " in err
-    assert f"Passed over: {damaged}: " in (tmp_path / "report" / "index.html").read_text()
+    assert f"Skipped: {damaged}: " in (tmp_path / "report" / "index.html").read_text()
     code, out, err = answer(one, damaged, two)
     assert code == 4 and "report: " in out and "skipped" in err
     code, out, err = answer(one, damaged, "--overwrite")

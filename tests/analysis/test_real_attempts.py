@@ -106,7 +106,7 @@ def test_a_run_resumed_on_other_data_at_another_rate_is_no_pair_of_one_that_had_
     assert "they read different data from step 11 on" in told
     rate = compose(SETTINGS).optim.lr
     assert f"optim.lr ({rate} and 0.02 at steps 1 to 10)" in told
-    assert "other validation sets from step 15 on" in told
+    assert "different validation sets from step 15 on" in told
     assert "read the same data" not in pair["data_words"]
     assert "from step 11 on" in pair["data_words"]
     assert answer["across_seeds"] == [] and answer["evidence"] == "a variant without a fair pair: not evidence"
@@ -169,17 +169,17 @@ def test_validation_data_overwritten_between_two_runs_are_told_apart(
     comparison, answer = answered(gqa, kha)
     (pair,) = answer["pairs"]
     (caveat,) = pair["caveats"]
-    assert caveat.startswith("other validation sets from step 5 on") and all(one[:12] in caveat for one in ids)
+    assert caveat.startswith("different validation sets from step 5 on") and all(one[:12] in caveat for one in ids)
     assert pair["same_data"]
     assert [run["validation_mark"] for run in answer["runs"]] == ["A", "B"]
     assert [run["validation_content_id"] for run in answer["runs"]] == ids
-    assert "do not compare" in answer["validation_sets"]
+    assert "cannot be compared" in answer["validation_sets"]
     page = report_html(comparison)
     assert page.count("<svg") == 4 and page.count("Scored here: content id") == 2 and "same rows" not in page
     assert page.count(" [A]</td>") == page.count(" [B]</td>") == 2
     compare([gqa, kha], place.where / "report", as_json=False)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "[A]" in printed and "[B]" in printed and "do not compare" in printed
+    assert "[A]" in printed and "[B]" in printed and "cannot be compared" in printed
 
 
 def test_other_rows_of_the_same_validation_set_are_told_apart(place: Place, whole: dict[str, Path]) -> None:

@@ -234,7 +234,7 @@ def test_neighbouring_starts_that_recorded_nothing_are_told_as_one(tmp_path: Pat
 def test_a_step_without_a_line_proves_nothing(tmp_path: Path) -> None:
     one = write_run(tmp_path / "a", Start(10), Start(30, at=12))
     pair, _ = pair_of(one, write_run(tmp_path / "b", Start(30), variant="kha_mlp"))
-    assert not pair.same_data and "a run has no line of step 11" in pair.data_words
+    assert not pair.same_data and "a run has no line for step 11" in pair.data_words
 
 
 def test_a_validation_set_that_changes_on_the_way_is_drawn_apart(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_a_validation_set_that_changes_on_the_way_is_drawn_apart(tmp_path: Path)
     page = report_html(comparison)
     assert page.count("Scored here: content id") == 2 and "same rows" not in page
     pair, _ = pair_of(one, write_run(tmp_path / "b", Start(20), variant="kha_mlp"))
-    assert len(pair.caveats) == 1 and pair.caveats[0].startswith("other validation sets from step 15 on")
+    assert len(pair.caveats) == 1 and pair.caveats[0].startswith("different validation sets from step 15 on")
 
 
 def test_sets_of_equal_content_cut_otherwise_are_other_sets(tmp_path: Path) -> None:
