@@ -1,3 +1,3 @@
-"""Measured figures, each with the protocol it was measured by: one file a benchmark."""
+"""Benchmarks, one file each. Every figure comes with its measurement protocol."""
 
 from __future__ import annotations

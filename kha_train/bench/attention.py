@@ -1,4 +1,6 @@
-"""What an interaction costs: forward and backward of one attention layer, every variant against plain `gqa`."""
+"""Measures what an interaction costs: forward and backward of one attention layer, every variant against plain
+`gqa`.
+"""
 
 # B rows   T tokens   D model width
 
@@ -35,12 +37,12 @@ ON_KERNELS = {
     "kha_mlp triton": ("attention=kha_mlp", "attention.interaction.impl=triton"),
     "kha_mlp kernels": ("attention=kha_mlp", "engine.kernels=triton"),
 }
-"""Measured too where kernels written in Triton run: norm and rotation, the perceptron, both."""
+"""Also measured where Triton kernels run: norm and rotation, the perceptron, both."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of a forward and backward and the ratio to `gqa`, by variant; and how they were measured."""
+    """Seconds of a forward and backward and the ratio to `gqa`, by variant, with the measurement protocol."""
 
     seconds: dict[str, Timing]
     against_gqa: dict[str, Ratio]
@@ -52,12 +54,14 @@ class Measured:
     about: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
+        """As plain JSON."""
         return asdict(self)
 
 
 def measure(overrides: Sequence[str], blocks: int, clock: Clock = "wall") -> Measured:
-    """One layer of the configuration of `overrides`, a micro-batch of whole rows at a time. Raises as `compose`."""
+    """Measure one layer of the configuration of `overrides`, with one micro-batch of whole rows at a time. Raises as
+    `compose`.
+    """
     config = compose(overrides)
     cuda = config.engine.device != "cpu" and torch.cuda.is_available()
     device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
@@ -84,13 +88,13 @@ def measure(overrides: Sequence[str], blocks: int, clock: Clock = "wall") -> Mea
 
 
 def variants_for(config: RunConfig, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[str, ...]]:
-    """What can be measured here: kernels only where they run, on heads they take."""
+    """The variants that can be measured here: kernels only where they run, and only for supported head sizes."""
     runs = missing(device, dtype) is None and config.model.head_dim in KERNEL_WIDTHS
     return VARIANTS | (ON_KERNELS if runs else {})
 
 
 def format_measured(found: Measured) -> str:
-    """The figures and how they came about."""
+    """The figures and their protocol, as text."""
     lines = [
         f"forward and backward of one layer, {found.tokens} tokens of width {found.hidden_size}, {found.dtype}",
         f"{found.blocks} interleaved blocks, {found.clock} clock; medians, ratio to gqa with its 95 % interval; "

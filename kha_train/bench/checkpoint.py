@@ -1,9 +1,9 @@
-"""What a checkpoint costs training: written beside it, and blocking it, against steps without any.
+"""Measures what a checkpoint costs training, in the background and blocking, against steps without saves.
 
-One engine trains on; rounds of a few steps take turns: none, background, blocking. A round with a save begins it before
-its first step and waits for it after its last, so all it costs lies inside the round; the steps are enough for the
-writer to end by itself. The cost of a mode is its round's extra time over that of the round without, as a share of
-`every` steps: the price of one save every so many steps.
+One engine keeps training. Rounds of a few steps alternate between three modes: none, background, blocking. A round with
+a save begins it before its first step and waits for it after its last, so its whole cost lies inside the round; there
+are enough steps for the writer to finish by itself. The cost of a mode is the extra time of its round over a round
+without a save, as a share of `every` steps: the price of one save every `every` steps.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ MODES = ("none", "background", "blocking")
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one mode: seconds training stood still for a save, and the extra time of a round as a share of `every` steps.
+    """Cost of one mode: seconds that training paused for a save, and the extra time of a round as a share of `every`
+    steps.
 
-    `stall_share` is the stall alone over `every` steps; `share` also holds what the writing thread took from the steps.
+    `stall_share` is the pause alone over `every` steps; `share` also includes what the writing thread took from the
+    steps.
     """
 
     stall_seconds: float
@@ -47,7 +49,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Measured:
-    """Parameters, bytes of a save, median seconds of a step without saves, the costs by mode, and the protocol."""
+    """Parameters, bytes per save, median seconds of a step without saves, the costs by mode, and the protocol."""
 
     parameters: int
     save_bytes: int
@@ -59,12 +61,12 @@ class Measured:
     about: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
+        """As plain JSON."""
         return asdict(self)
 
 
 class _Mode:
-    """Rounds of `steps` steps, with one save in each when there is a saver; and how long training stood still."""
+    """Rounds of `steps` steps, with one save in each if there is a saver, and the time that training paused."""
 
     def __init__(self, engine: Engine, stream: TokenStream, steps: int, saver: Saver | None) -> None:
         self._engine, self._stream, self._steps, self._saver = engine, stream, steps, saver
@@ -109,7 +111,7 @@ def measure(overrides: Sequence[str], every: int, rounds: int, steps: int) -> Me
 
 
 def _cost(with_saves: list[float], without: list[float], stalls: list[float], between_saves: float) -> Cost:
-    """Medians over rounds; shares are of the seconds `between_saves`."""
+    """Medians over rounds; shares are relative to the seconds `between_saves`."""
     stall = statistics.median(stalls)
     extra = statistics.median(one - other for one, other in zip(with_saves, without, strict=True))
     return Cost(stall, stall / between_saves, extra / between_saves)
@@ -123,16 +125,19 @@ def _saver(config: RunConfig, world: distributed.World, run_dir: Path, mode: str
 
 
 def format_measured(found: Measured) -> str:
-    """The figures and how they came about."""
-    size = f"{found.parameters:,} parameters, {found.save_bytes / 2**20:,.0f} MiB a save"
+    """The figures and their protocol, as text."""
+    size = f"{found.parameters:,} parameters, {found.save_bytes / 2**20:,.0f} MiB per save"
     lines = [
         told(found.about),
-        f"{size}, {found.step_seconds:.3f} s a step; {found.rounds} interleaved rounds of {found.steps} steps a mode,",
+        (
+            f"{size}, {found.step_seconds:.3f} s per step; {found.rounds} interleaved rounds of {found.steps} steps "
+            "per mode,"
+        ),
         f"medians; one save every {found.every} steps:",
     ]
     for mode, cost in found.costs.items():
         lines.append(
-            f"  {mode:<10} stands still {1000 * cost.stall_seconds:7.1f} ms a save, {100 * cost.stall_share:5.2f} % of "
-            f"step time; with what the writer takes from the steps {100 * cost.share:5.2f} %"
+            f"  {mode:<10} pauses {1000 * cost.stall_seconds:7.1f} ms per save, {100 * cost.stall_share:5.2f} % of "
+            f"step time; including what the writer takes from the steps {100 * cost.share:5.2f} %"
         )
     return "\n".join(lines)

@@ -1,17 +1,17 @@
-"""Loaders of token shards side by side: ours and those of peers, in processes of their own, in turn.
+"""Compares loaders of token shards, ours and those of peers, in separate processes that take turns.
 
-Peers live in an environment of their own, made once under a cache directory, its torch held to ours. All read the same
-200 M random uint16 tokens in lognormal documents (mean 835) from warm local files, one process, one thread, rows of
-4096, batches of a few rows, int64, shuffled. Loaders run one after another, `rounds` times over, so that a busy machine
-is busy for all. A figure is the median of the rounds; speeds are of the second pass over the tokens, and of the first
-one, when a process meets each page of a mapped file for the first time. `cast` is no loader: it reads in order and
-widens, or copies shuffled rows and widens them. The same work is: shuffled rows as int64 tensors, no document borders,
-no integrity checks; what ours does besides stands below it. Memory and seeking of ours are also told at a billion rows,
-of sparse files that hold zeros: of a process that reads a run's saved configuration, and of one that has Hydra compose
-it.
+Peers live in a separate environment, made once under a cache directory, with the same torch as ours. All read the same
+200 M random uint16 tokens in lognormal documents (mean 835) from warm local files: one process, one thread, rows of
+4096, batches of a few rows, int64, shuffled. Loaders run one after another, `rounds` times, so that load on the machine
+affects all of them. A figure is the median over the rounds. Speeds are those of the second pass over the tokens, and of
+the first one, in which a process touches each page of a mapped file for the first time. `cast` is not a loader: it
+reads in order and widens, or copies shuffled rows and widens them. "The same work" means shuffled rows as int64
+tensors, without document borders and integrity checks; the cost of these in our loader is listed below it. Our memory
+and seek time are also measured at a billion rows, on sparse files of zeros: in a process that reads a run's saved
+configuration, and in one where Hydra composes it.
 
-With `--cold` files are dropped from the page cache before each loader starts: told are seconds of the wall and bytes
-from the disk of the first 31 batches. (Later the files, small as they are, are in memory again.)
+With `--cold` files are dropped from the page cache before each loader starts. The figures are then wall seconds and
+bytes from disk for the first 31 batches. (After that the small files are in memory again.)
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _PACKAGES = (
     ("megatron-core",),
     ("mosaicml-streaming", "transformers<5"),
 )
-"""What makes the peers; one that does not install leaves the others alone."""
+"""The packages of the peers; if one does not install, the others are still measured."""
 _ROOT = Path(__file__).parents[2]
 _PLAIN = {"isolate_documents": False, "check_crc": False, "reader": "memory_map"}
 OURS: dict[str, dict[str, Any]] = {
@@ -63,7 +63,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours, documents": {**_PLAIN, "isolate_documents": True},
     "ours, documents, CRC, all tensors, pread": {},
 }
-"""What differs from the defaults of `data`; the last one also makes every tensor of a batch."""
+"""Differences from the defaults of `data`; the last one also makes every tensor of a batch."""
 
 
 def run_bench(
@@ -77,15 +77,15 @@ def run_bench(
     document_tokens: int = MEAN_DOCUMENT,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measure every loader by batches of `batch` rows on documents of so many tokens in the mean; returns the median
-    figures by loader, and why a peer is missing where one is. Raises KhaError when our own loader fails.
+    """Measure every loader with batches of `batch` rows on documents of the given mean length. Returns the median
+    figures by loader, and the reason for each missing peer. Raises KhaError when our own loader fails.
     """
     root = cache / (f"tokens-{tokens}" if document_tokens == MEAN_DOCUMENT else f"tokens-{tokens}-{document_tokens}")
     if not _is_whole(root / "ours"):
         say(f"writing {tokens:,} tokens to {root}")
         shutil.rmtree(root, ignore_errors=True)
         write_tokens(root, tokens, document_tokens)
-    say("installing peers into an environment of their own (once)")
+    say("installing peers into a separate environment (once)")
     python = install_peers(cache / f"peers-torch-{version('torch')}", say)
     amount: dict[str, Any] = {"tokens": tokens, "batch": batch, "cpu_seconds": cpu_seconds}
     about = amount | {
@@ -126,7 +126,7 @@ def run_bench(
 
 
 def _at_a_billion_rows(cache: Path, batch: int, rounds: int) -> dict[str, Any]:
-    """Private memory and time to seek of ours. Raises KhaError when it fails."""
+    """Private memory and seek time of our loader. Raises KhaError when it fails."""
     root = cache / "sparse"
     if not _is_whole(root / "ours"):
         shutil.rmtree(root, ignore_errors=True)
@@ -149,7 +149,7 @@ def _at_a_billion_rows(cache: Path, batch: int, rounds: int) -> dict[str, Any]:
 
 
 def _drop_from_page_cache(root: Path) -> None:
-    """As far as the system does so: whoever reads next reads from the disk."""
+    """Drop the file from the page cache, as far as the system allows: the next read comes from the disk."""
     os.sync()
     for path in root.rglob("*"):
         if path.is_file():
@@ -158,7 +158,7 @@ def _drop_from_page_cache(root: Path) -> None:
 
 
 def _is_whole(directory: Path) -> bool:
-    """Whether there are shards of today's format."""
+    """Whether shards of the current format exist."""
     try:
         ShardSet.open(directory).document_ends(0, 0, 1)
     except KhaError:
@@ -169,7 +169,7 @@ def _is_whole(directory: Path) -> bool:
 def _run_ours(
     root: Path, data: dict[str, Any], *, batch: int, everything: bool = False, composed: bool = False, **amount: Any
 ) -> dict[str, Any] | str:
-    """Our loader with these settings of `data`, its configuration read from a file, as a run saves it."""
+    """Run our loader with these settings of `data`. It reads its configuration from a file, as a run saves it."""
     base = compose()
     config = replace(
         base,
@@ -206,7 +206,7 @@ def _request(
 
 
 def write_tokens(root: Path, tokens: int, document_tokens: int) -> None:
-    """The common tokens: our shards, of which each peer makes its own format."""
+    """Write the common tokens as our shards, from which each peer makes its own format."""
     generator = np.random.default_rng(0)
     prepare(root / "ours")
     size, entries = tokens // SHARDS, []
@@ -223,8 +223,9 @@ def write_tokens(root: Path, tokens: int, document_tokens: int) -> None:
 
 
 def write_sparse(root: Path) -> None:
-    """A dataset of `HUGE_ROWS` rows that takes next to no disk: files of zeros, one document a shard; the sums of
-    tokens are none."""
+    """Write a dataset of `HUGE_ROWS` rows that takes almost no disk space: files of zeros, one document per shard, with
+    placeholder checksums.
+    """
     directory, shards = root / "ours", 1000
     prepare(directory)
     tokens = HUGE_ROWS // shards * SEQ_LEN + 1
@@ -248,8 +249,9 @@ def write_sparse(root: Path) -> None:
 
 
 def install_peers(directory: Path, say: Callable[[str], None]) -> str:
-    """The interpreter of an environment with the peers that install, torch held to ours; made once, but
-    what failed is tried again at the next call."""
+    """The interpreter of an environment with the peers that can be installed, with the same torch as ours. Made once;
+    failed installations are tried again at the next call.
+    """
     python = directory / "bin" / "python"
     if not (directory / "ready").exists():
         subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
@@ -289,7 +291,7 @@ def format_table(result: dict[str, Any]) -> str:
 
 
 def _warm_lines(figures: dict[str, dict[str, Any]], huge: dict[str, Any]) -> list[str]:
-    """Each loader's speed also as a multiple of the fastest peer's."""
+    """Each loader's speed, also as a multiple of the fastest peer's."""
     speeds = {name: f["million_tokens_per_cpu_second"] for name, f in figures.items()}
     fresh = {name: f["million_tokens_per_cpu_second_first_pass"] for name, f in figures.items()}
     peers = {name: speed for name, speed in speeds.items() if name in PEERS}
@@ -327,9 +329,10 @@ def _cold_lines(figures: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _run(python: str, request: dict[str, Any]) -> dict[str, Any] | str:
-    """The worker's answer, or the last line of its complaint."""
+    """The worker's result, or the last line of its error output."""
     scratch = _scratch(Path(request["root"]))
-    # Peers clean up where they think their temporary files lie: those are here. -P: no file of ours shadows a module.
+    # Peers clean up the directory where they expect their temporary files, so it is this one. -P: none of our files
+    # shadows a module.
     places = dict.fromkeys(("HOME", "TMPDIR", "DATA_OPTIMIZER_CACHE_FOLDER"), str(scratch))
     environment = {**os.environ, **places, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     try:

@@ -1,7 +1,8 @@
-"""Every benchmark that measures time and needs no network, one after the other: what each found, or why it could not.
+"""Runs every timing benchmark that needs no network, one after another; collects the results or the reasons for
+failure.
 
-Each runs in a process of its own, through the very command a user would give: the group of processes of one, and what
-it left in memory, are not the next one's.
+Each runs in a separate process, with the command a user would type, so that process groups and memory are not carried
+over to the next.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ LIMIT_SECONDS = 1800
 
 
 def measure(*, quick: bool, against: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
-    """The answer of every benchmark under its name. One that fails leaves its last words instead, as `error`."""
+    """The result of every benchmark by name. A failed one has the end of its error output as `error`."""
     found: dict[str, Any] = {}
     for name, arguments in (QUICK if quick else FULL).items():
         peers = ("--against", ",".join(against)) if name in ("step", "moe") and against else ()
@@ -47,7 +48,7 @@ def measure(*, quick: bool, against: Sequence[str], say: Callable[[str], None]) 
 
 
 def run_one(arguments: Sequence[str], limit: float = LIMIT_SECONDS) -> dict[str, Any]:
-    """What `kha bench ARGUMENTS` answers within `limit` seconds, and the seconds it took."""
+    """The result of `kha bench ARGUMENTS` within `limit` seconds, and the time it took."""
     program = "import sys; from kha_train.cli.main import run; run(['bench', *sys.argv[1:]])"
     started = time.perf_counter()
     try:
@@ -66,15 +67,15 @@ def run_one(arguments: Sequence[str], limit: float = LIMIT_SECONDS) -> dict[str,
         return {"error": last[0], "seconds": seconds, "output": ended.stderr[-4000:]}
     answers = [line for line in ended.stdout.splitlines() if line.startswith("{")]
     if not answers:
-        return {"error": "gave no answer", "seconds": seconds, "output": ended.stdout[-4000:]}
+        return {"error": "printed no result", "seconds": seconds, "output": ended.stdout[-4000:]}
     return {"answer": json.loads(answers[-1]), "seconds": seconds}
 
 
 def failed(stages: dict[str, Any]) -> list[str]:
-    """The names of those that left an error."""
+    """The names of the benchmarks that failed."""
     return [name for name, one in stages.items() if "error" in one]
 
 
 def format_measured(found: dict[str, Any]) -> str:
-    """One line a benchmark: the figures themselves are in the JSON, or told by each command alone."""
+    """One line per benchmark. The figures are in the JSON; each command alone prints them too."""
     return "\n".join(f"{name:<12} {one['seconds']:6.0f} s  {one.get('error', 'done')}" for name, one in found.items())

@@ -1,10 +1,10 @@
-"""Everything that needs a GPU, in one short run: tests first, then benchmarks, the most telling first.
+"""Runs everything that needs a GPU in one short run: tests first, then benchmarks, the most informative first.
 
-A figure of a kernel that computes wrong numbers is worth nothing, so parity comes first; then what is most worth
-knowing: layers of the 6.1B model with GQA and KHA in turns, with and without Triton's kernels, the whole of it, the
-peer, single operations. Every stage is a command that can be given alone, has a time of its own and what those before
-it left of theirs, and starts only while time is left. What each found is written at once, so a run that is cut short
-leaves what it had. Nothing reads the network.
+Figures of a kernel that computes wrong numbers are worthless, so parity comes first. Then come the most important
+measurements: layers of the 6.1B model with GQA and KHA in turns, with and without Triton kernels, the whole model, the
+peer, single operations. Every stage is a command that can also be run alone. It has a time limit of its own plus the
+time that earlier stages left over, and starts only if time is left. Results are written at once, so an interrupted run
+keeps what it had. Nothing reads the network.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NEEDED = ("deepspeed", "hydra", "omegaconf", "sentencepiece", "safetensors", "ri
 
 @dataclass(frozen=True)
 class Stage:
-    """`command` are the arguments of `kha bench`, or of pytest; `limit` are the seconds it is given."""
+    """`command` holds the arguments of `kha bench`, or of pytest; `limit` is its time limit in seconds."""
 
     name: str
     command: tuple[str, ...]
@@ -41,7 +41,7 @@ class Stage:
 
 
 def stages(rehearse: bool) -> list[Stage]:
-    """What is run. A rehearsal is the same commands at sizes for a CPU, and says nothing of speed."""
+    """The stages to run. A rehearsal runs the same commands at sizes for a CPU, and says nothing about speed."""
     if rehearse:
         tiny = ("engine.device=cpu", "model.layers=1", "model.seq_len=32", "data.global_batch_size=2")
         step = (*tiny, "engine.micro_batch_size=2", "--blocks", "3", "--warmup", "1")
@@ -51,8 +51,8 @@ def stages(rehearse: bool) -> list[Stage]:
             Stage("step, GQA and KHA", ("step", *step, *GQA, *KHA), 90),
         ]
     one = ("model=moe_6b", "engine.micro_batch_size=1", "data.global_batch_size=2")
-    # 3 / 18 of the layers and of the vocabulary: the head has a fifth of the operations, as in the whole. Three such
-    # models with their optimisers fit in 80 GB.
+    # 3 / 18 of the layers and of the vocabulary: the head then has a fifth of the operations, as in the whole model.
+    # Three such models with their optimisers fit in 80 GB.
     layers = (*one, "model.layers=3", "model.vocab_size=26208")
     isolated, unsplit = ("attention.backend=varlen",), ("data.isolate_documents=false", "attention.backend=cudnn")
     timed = ("--warmup", "10", "--blocks", "15", "--steps", "2")
@@ -73,8 +73,9 @@ def stages(rehearse: bool) -> list[Stage]:
 
 
 def check_packages() -> None:
-    """Raises ConfigError with all packages that stages import and that are not here, or were built for another Python,
-    before much time is spent."""
+    """Raises ConfigError with all packages that stages import but that are missing or built for another Python, before
+    time is spent.
+    """
     lacking = [name for name in NEEDED if not _is_importable(name)]
     if lacking:
         raise ConfigError(
@@ -85,7 +86,7 @@ def check_packages() -> None:
 
 
 def _is_importable(name: str) -> bool:
-    """DeepSpeed is not tried: an import of seconds, and it has nothing built."""
+    """DeepSpeed is not imported here: that takes seconds, and it has no compiled parts."""
     if name == "deepspeed" or find_spec(name) is None:
         return find_spec(name) is not None
     tried = subprocess.run([sys.executable, "-c", f"import {name}"], check=False, capture_output=True)
@@ -93,15 +94,15 @@ def _is_importable(name: str) -> bool:
 
 
 def measure(out: Path, *, seconds: float, rehearse: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    """Run all stages within `seconds`; write `results.json` and `results.md` to `out`, and return what they hold.
+    """Run all stages within `seconds`; writes `results.json` and `results.md` to `out`, and returns their content.
 
-    Raises ConfigError where there is no CUDA device, unless it is a rehearsal, and where packages are missing.
+    Raises ConfigError without a CUDA device, except for a rehearsal, and when packages are missing.
     """
     if not torch.cuda.is_available() and not rehearse:
         raise ConfigError(
-            "no CUDA device here, so nothing was measured",
+            "no CUDA device here; nothing was measured",
             field="bench gpu",
-            fix="run it on a machine with one; --rehearse runs the same chain at tiny sizes on a CPU",
+            fix="run it on a machine with one; --rehearse runs the same stages at tiny sizes on a CPU",
         )
     check_packages()
     out.mkdir(parents=True, exist_ok=True)
@@ -123,10 +124,13 @@ def measure(out: Path, *, seconds: float, rehearse: bool, say: Callable[[str], N
 
 
 def as_markdown(found: dict[str, Any]) -> str:
-    """The table for docs/performance.md, and a line for every stage that gave none."""
-    lines = ["REHEARSAL: says nothing of speed" if found["rehearsal"] else protocol.told(found["environment"]), ""]
+    """The table for docs/performance.md, and a line for every stage without a row."""
+    lines = ["REHEARSAL: says nothing about speed" if found["rehearsal"] else protocol.told(found["environment"]), ""]
     if unproven(found):
-        lines += ["UNPROVEN: the tests before them did not pass, so figures may be those of wrong numbers", ""]
+        lines += [
+            "UNPROVEN: the tests before these figures did not pass, so the figures may belong to wrong numbers",
+            "",
+        ]
     lines += [
         "| stage | arm | ms | ratio [95 %] | tokens/s | MFU | by documents | PaLM's | peak GiB |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -142,7 +146,7 @@ def as_markdown(found: dict[str, Any]) -> str:
 
 
 def unproven(found: dict[str, Any]) -> bool:
-    """Whether a stage of tests did not pass, or had no time: figures beside it are of kernels nobody checked."""
+    """Whether a stage of tests failed or had no time: the figures are then of unchecked kernels."""
     return any(stage["command"].startswith("pytest") and "error" in stage for stage in found["stages"].values())
 
 
@@ -162,7 +166,7 @@ def _row(stage: str, arm: str, figures: dict[str, Any]) -> str:
 
 
 def gpu_tests(stage: Stage) -> list[str]:
-    """The files that have tests for a GPU: others may import what the machine has not, and are not even collected."""
+    """The files with GPU tests. Others may import packages that the machine lacks, so they are not collected."""
     files = [path for folder in stage.command[1:] for path in sorted((ROOT / folder).rglob("test_*.py"))]
     return [str(path) for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
 
@@ -179,6 +183,6 @@ def _run(stage: Stage, limit: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired as late:
         told = (late.stdout or b"").decode(errors="replace")
         return {"error": f"not done after {limit:.0f} s", "seconds": limit, "output": told[-4000:]}
-    last = (ended.stdout.strip().splitlines() or ["no answer"])[-1]
+    last = (ended.stdout.strip().splitlines() or ["no result"])[-1]
     result = {"seconds": time.perf_counter() - started, "summary": last, "output": ended.stdout[-4000:]}
     return result | ({} if ended.returncode == 0 else {"error": last})

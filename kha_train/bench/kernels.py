@@ -1,6 +1,6 @@
-"""What the compiler makes of every kernel for Hopper, on any Linux machine: no GPU is needed and none is measured.
+"""Compiles every kernel for Hopper on any Linux machine and reports its resources. Needs no GPU and measures no time.
 
-Kernels are compiled from the calls that their operators make, with tensors on the meta device.
+Kernels are compiled from the calls of their operators, with tensors on the meta device.
 """
 
 # B rows   T tokens   H heads   K head width   R rotation planes
@@ -27,7 +27,7 @@ B, T = 2, 8192
 
 
 def perceptron_calls(width: int, down: bool) -> dict[str, Call]:
-    """The perceptron that 4 heads share, folded or with W_down."""
+    """The perceptron shared by 4 heads, folded or with W_down."""
     x_BTHK, matrix_KK, both = _like(B, T, 4, width), _like(width, width), _like(B, T, 4, 2 * width)
     name = f"KHA-MLP{' with W_down' if down else ''}, K = {width}"
     return {

@@ -24,28 +24,28 @@ import torch
 from kha_train.bench.peer_loaders import PEERS, Opened, Shape
 
 CONFIG = "config.yaml"
-"""Where our loader finds its configuration in its working directory."""
+"""File in the working directory from which our loader reads its configuration."""
 WARM_UP = 30
 BETWEEN_LOOKS = 16
-"""So many batches are read between two looks at the clock, which takes a microsecond."""
+"""Batches read between two looks at the clock, which take a microsecond."""
 ROWS_TOGETHER = 32
-"""So many shuffled rows are copied by one call where nothing loads."""
+"""Shuffled rows copied per call where nothing loads."""
 MOST_BETWEEN = 3.0
 """CPU-seconds for the rest of the first pass: the slowest loaders do not reach its end."""
 
 
 def _ours(config_file: Path, shape: Shape, *, everything: bool = False, composed: bool = False) -> Opened:
-    # Not at the top: the peers' environment has nothing of ours.
+    # Not imported at the top: the peers' environment has none of our packages.
     from kha_train.config.compose import compose, load
     from kha_train.data.stream import open_stream
 
     if composed:
-        # What Hydra leaves in the memory of a process that trains.
+        # Hydra's memory, as in a process that trains.
         compose()
     stream = open_stream(load(config_file))
 
     def batches(step: int) -> Iterator[torch.Tensor]:
-        """From `step` on, without end."""
+        """Batches from `step` on, endlessly."""
         stream.samples_seen = step * shape.B
         for batch in stream:
             if everything:
@@ -56,12 +56,12 @@ def _ours(config_file: Path, shape: Shape, *, everything: bool = False, composed
 
 
 def _cast(directory: Path, shape: Shape) -> Opened:
-    """No loader: reads in order and widens. The speed of light of this machine."""
+    """Not a loader: reads in order and widens. An upper bound for this machine."""
     files = [np.memmap(path, dtype="<u2", mode="r") for path in sorted(directory.glob("*.tok"))]
     count = shape.B * shape.L
 
     def batches() -> Iterator[torch.Tensor]:
-        """In order, without end."""
+        """In order, endlessly."""
         while True:
             for file in files:
                 for first in range(0, len(file) - count, count):
@@ -71,14 +71,16 @@ def _cast(directory: Path, shape: Shape) -> Opened:
 
 
 def _cast_shuffled(directory: Path, shape: Shape) -> Opened:
-    """No loader: copies shuffled rows, each with the id that follows it, and widens them. What is left to a loader."""
+    """Not a loader: copies shuffled rows, each with the id that follows it, and widens them. An upper bound for a
+    loader.
+    """
     files = [np.memmap(path, dtype="<u2", mode="r").data for path in sorted(directory.glob("*.tok"))]
     places = [(file, first) for file in files for first in range(0, len(file) - shape.L, shape.L)]
     order = np.random.default_rng(0).permutation(len(places))
     together = max(shape.B, ROWS_TOGETHER // shape.B * shape.B)
 
     def batches() -> Iterator[torch.Tensor]:
-        """In one shuffled order, without end."""
+        """In one shuffled order, endlessly."""
         while True:
             for first in range(0, len(order) - together + 1, together):
                 some = [places[i] for i in order[first : first + together].tolist()]
@@ -93,7 +95,7 @@ NO_LOADERS = {"cast": _cast, "cast, shuffled rows": _cast_shuffled}
 
 
 def open_loader(name: str, root: Path, shape: Shape, options: dict[str, Any]) -> Opened:
-    """The loader `name` over the tokens in `root`; a peer's own format is made when it is not there yet."""
+    """The loader `name` over the tokens in `root`; writes a peer's own format if it does not exist yet."""
     if name in NO_LOADERS:
         return NO_LOADERS[name](root / "ours", shape)
     if name == "ours":
@@ -144,7 +146,7 @@ def measure(request: dict[str, Any], started: float) -> dict[str, Any]:
 
 
 class _Read(NamedTuple):
-    """Tokens read, and the CPU-seconds and seconds that took."""
+    """Tokens read, with the CPU-seconds and wall seconds that took."""
 
     tokens: int
     cpu: float
@@ -152,7 +154,7 @@ class _Read(NamedTuple):
 
 
 def _speed(batches: Iterator[torch.Tensor], tokens: int, cpu_seconds: float) -> _Read:
-    """Read `tokens`, or for `cpu_seconds` of this process's time when they end sooner."""
+    """Read `tokens`, or for `cpu_seconds` of this process if that ends sooner."""
     read, cpu, wall = 0, time.process_time(), time.perf_counter()
     while read < tokens and time.process_time() - cpu < cpu_seconds:
         read += sum(batch.numel() for batch in itertools.islice(batches, BETWEEN_LOOKS))
@@ -160,28 +162,28 @@ def _speed(batches: Iterator[torch.Tensor], tokens: int, cpu_seconds: float) -> 
 
 
 def _from_disk() -> int:
-    """Bytes that this process had read from disks (Linux)."""
+    """Bytes that this process has read from disks (Linux)."""
     return next(
         int(line.split()[1]) for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("read_bytes")
     )
 
 
 def _private_mb() -> float:
-    """Memory of this process that no other shares and no file backs (Linux)."""
+    """Memory of this process that is neither shared nor backed by a file (Linux)."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines[1:]}
     return kilobytes["Anonymous"] / 1024
 
 
 def main() -> None:
-    """Read a request, answer on standard output."""
+    """Read a request, print the result on standard output."""
     request = json.loads(sys.stdin.read())
     torch.set_num_threads(1)
-    # As any process that trains has done: only then does glibc keep freed memory, instead of giving it back after each
-    # batch of a MiB and meeting new pages in the next, whoever the loader is.
+    # As in any process that trains: only then does glibc keep freed memory. Otherwise every loader would return it
+    # after each batch of a MiB and touch new pages in the next.
     np.empty((32 << 20) - 65_536, dtype=np.uint8)
     answer_to = os.dup(1)
-    os.dup2(2, 1)  # peers print; the answer stands alone
+    os.dup2(2, 1)  # peers print too; the result must stand alone
     answer = {"torch": torch.__version__, **measure(request, request["started"])}
     with os.fdopen(answer_to, "w") as file:
         file.write(json.dumps(answer))

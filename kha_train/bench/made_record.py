@@ -1,10 +1,10 @@
-"""Run directories as long as one likes, made in seconds: a real run of a tiny decoder, its lines repeated with a loss
-curve of their own.
+"""Makes run directories of any length in seconds: the lines of a real run of a tiny decoder, repeated with synthetic
+loss curves.
 
-Loss and gradient norm are drawn from a seed, with a spike every few thousand steps; the detectors that run in training
-judge them, so `spike/*`, `events.jsonl`, the state in the checkpoint and what is kept beside the record are those of
-such a run. The other metrics are the real run's, with lists of four layers, which makes some 1.6 KB a line. The run
-stopped in good order after its last step, and its checkpoint is whole: `kha train` with `MadeRun.overrides` goes on.
+Loss and gradient norm are drawn from a seed, with a spike every few thousand steps. The detectors used in training
+judge them, so `spike/*`, `events.jsonl`, the state in the checkpoint and the files kept beside the record are those of
+such a run. The other metrics are the real run's, with lists for four layers, about 1.6 KB per line. The run stopped in
+good order after its last step, and its checkpoint is intact: `kha train` with `MadeRun.overrides` continues it.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from kha_train.train.watch import Watch
 TEMPLATE_STEPS, LAYERS = 40, 4
 SPIKE_EVERY, SPIKE_STEPS = 7000, 8
 RESTART_EVERY, UNDONE, SAVE_EVERY = 25_000, 50, 1000
-"""A made run was killed every so many steps, lost so many of them, and saved so often."""
+"""Steps between two kills of a made run, steps lost at each, and steps between two saves."""
 MORE = 2
-"""Steps that are left to train."""
+"""Number of steps left to train."""
 SETTINGS = (
     "model.vocab_size=256", "model.seq_len=64", "model.layers=2", "model.hidden_size=64", "moe.expert_width=64",
     "model.loss_chunk_tokens=100", "data.global_batch_size=2", "engine.micro_batch_size=2", "validation.rows=8",
     "telemetry.wandb.mode=disabled", "telemetry.peak_tflops=0.1", "telemetry.console=quiet",
 )  # fmt: skip
-"""Of the real run."""
+"""Settings of the real run."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class MadeRun:
 
 
 class Template:
-    """The real run that made records repeat, trained in `folder` when this is built: some seconds.
+    """The real run whose lines made records repeat, trained in `folder` by the constructor in a few seconds.
 
     Raises KhaError when the training fails, and as `compose`.
     """
@@ -81,7 +81,9 @@ class Template:
         self.lines = read_metrics(self.run_dir)
 
     def make(self, run_dir: Path, steps: int, seed: int = 0) -> MadeRun:
-        """A run in the new directory `run_dir` that stopped after `steps` steps. Curves of one `seed` are equal."""
+        """A run in the new directory `run_dir` that stopped after `steps` steps. The same `seed` gives the same
+        curve.
+        """
         own = (f"run.dir={run_dir}", f"run.name={run_dir.name}", f"run.steps={steps + MORE}", f"run.seed={seed}")
         made = MadeRun(run_dir, (*self.overrides, *own))
         config = compose(made.overrides)
@@ -108,7 +110,7 @@ class Template:
         return made
 
     def _save_checkpoint(self, made: MadeRun, step: int, watch: Watch, plain: dict[str, Any]) -> None:
-        """The real run's last checkpoint as one of `step`."""
+        """The real run's last checkpoint, saved as one of `step`."""
         _, source = candidates(self.run_dir / FOLDER)[0]
         target = made.run_dir / FOLDER / step_name(step)
         shutil.copytree(source, target)
@@ -126,13 +128,13 @@ class Template:
 
 
 class _Curve:
-    """The lines of a made run, in order; after `lines` is exhausted also its `attempts` and `undone` lines."""
+    """The lines of a made run, in order; once `lines` is exhausted, also its `attempts` and `undone` lines."""
 
     def __init__(self, template: Sequence[Mapping[str, Any]], steps: int, seed: int, tokens: int) -> None:
         self._template, self._steps, self._tokens = template, steps, tokens
         drawn = np.random.default_rng(seed)
         number = np.arange(1, steps + 1)
-        # It ends where the real run goes on.
+        # The curve ends where the real run continues.
         loss = template[-1]["train/loss"] + 3.0 * (number**-0.3 - steps**-0.3) + 0.02 * drawn.standard_normal(steps)
         inside = (number % SPIKE_EVERY) - SPIKE_EVERY + SPIKE_STEPS
         spiky = np.where(inside >= 0, 2.0 * 0.7 ** np.maximum(inside, 0), 0.0)
@@ -194,7 +196,7 @@ class _Curve:
         return [self._event("attempt_ended", step, state=state)]
 
     def _restart(self, step: int, line: bytes) -> list[bytes]:
-        """Save, train `UNDONE` more steps, be killed, and begin again after the save."""
+        """Save, train `UNDONE` more steps, get killed, and restart from the save."""
         events = [self._save(step), *self._ended("lost", step + UNDONE)]
         reason = {
             "discarded_reason": "resumed from an earlier checkpoint",
@@ -211,7 +213,9 @@ class _Curve:
 
 
 def _rest(line: Mapping[str, Any], heads: set[str]) -> bytes:
-    """The end of a line of metrics.jsonl, from the comma on: what `line` has beside `heads` and what detectors say."""
+    """The end of a line of metrics.jsonl, from the comma on: the content of `line` besides `heads` and the detectors'
+    metrics.
+    """
     rest = {
         key: (value * LAYERS)[:LAYERS] if isinstance(value, list) else value
         for key, value in line.items()

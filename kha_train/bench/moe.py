@@ -1,10 +1,11 @@
-"""The experts of one layer: every implementation that runs here, forward and backward, taking turns in one process.
+"""Measures the experts of one layer: every implementation that runs here, forward and backward, taking turns in one
+process.
 
 All get the same tokens, matrices and routing, and return the gradients of tokens, both matrices and routing weights.
-Twice: with every expert receiving as many tokens as the next, and as the router of the configuration sends tokens that
-have something in common, which some experts receive more of. FLOP/s count the copies there are; on Hopper a grouped
-product rounds every expert's up to whole tiles, which `tile_padding` tells. What is kept for the backward is counted by
-torch's saved-tensor hooks, each storage once, without what goes in.
+There are two loads: every expert receives the same number of tokens; or the configured router sends tokens that have
+something in common, so that some experts receive more. FLOP/s count the actual copies. On Hopper a grouped product
+rounds the rows of every expert up to whole tiles; `tile_padding` gives the effect. The memory kept for the backward is
+counted by torch's saved-tensor hooks, each storage once, without the inputs.
 """
 
 # N tokens   D model width   F expert width   E experts   J experts per token   M = N * J routed copies
@@ -35,11 +36,13 @@ from kha_train.model.moe.router import Router, Routing, count_experts
 
 BASE = "grouped"
 LIKENESS = 1.0
-"""Of the tokens sent through the router: the length of what all have in common, over that of what each has alone."""
+"""Similarity of the tokens sent through the router: the norm of their common part over that of their individual
+parts.
+"""
 
 
 class Problem(NamedTuple):
-    """Leaves x, gate and up, down, routing weights; who goes where; and the gradient that comes back."""
+    """The leaves x, gate and up, down, and routing weights; the routing; and the output gradient."""
 
     leaves: tuple[Tensor, Tensor, Tensor, Tensor]
     routing: Routing
@@ -47,7 +50,7 @@ class Problem(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """One implementation on one problem: its forward, and the leaves that it wants gradients of, in its own layout."""
+    """One implementation on one problem: its forward, and the leaves that need gradients, in its own layout."""
 
     forward: Callable[[], Tensor]
     leaves: tuple[Tensor, ...]
@@ -64,8 +67,9 @@ def measure(
     warmup: int = 3,
     clock: protocol.Clock = "wall",
 ) -> dict[str, Any]:
-    """The experts of the configuration of `overrides`, a micro-batch of whole rows at a time. Raises as `compose`;
-    ConfigError for a peer that is not there, or a configuration without experts."""
+    """Measure the experts of the configuration of `overrides`, with one micro-batch of whole rows at a time. Raises as
+    `compose`; ConfigError for an unavailable peer or a configuration without experts.
+    """
     config = compose(overrides)
     if not config.moe.experts:
         raise ConfigError("has no experts to measure", field="moe.experts", value=0, fix="model=small, or another MoE")
@@ -100,7 +104,7 @@ def measure(
 def implementations(
     config: RunConfig, device: torch.device, dtype: torch.dtype, against: Sequence[str]
 ) -> tuple[dict[str, Implementation], dict[str, str]]:
-    """What runs here by name, `grouped` first, and why what is left out is."""
+    """What runs here, by name, with `grouped` first, and why the others are left out."""
     arms: dict[str, Implementation] = {BASE: ours(grouped), "loop": ours(loop), "torch grouped_mm": separate}
     missing: dict[str, str] = {}
     reason = availability.missing(device, dtype)
@@ -123,7 +127,7 @@ def implementations(
 
 
 def ours(experts: Callable[[Tensor, Tensor, Tensor, Routing], Tensor]) -> Implementation:
-    """An implementation that takes matrices as this project keeps them."""
+    """An implementation that takes matrices in this project's layout."""
 
     def bind(problem: Problem) -> Contender:
         return Contender(lambda: experts(*problem.leaves[:3], problem.routing), problem.leaves)
@@ -132,8 +136,9 @@ def ours(experts: Callable[[Tensor, Tensor, Tensor, Routing], Tensor]) -> Implem
 
 
 def separate(problem: Problem) -> Contender:
-    """As trainers on torch alone write it: three grouped products under autograd, weights on the outputs, and
-    scatter-adds in both directions. Gate and up are matrices of their own."""
+    """A plain-torch implementation, as other trainers write it: three grouped products under autograd, weights on the
+    outputs, and scatter-adds in both directions. Gate and up are separate matrices.
+    """
     x_ND, gate_up_EDX, down_EFD, weight_NJ = problem.leaves
     gate_EDF, up_EDF = (_leaf(half) for half in gate_up_EDX.chunk(2, dim=-1))
     expert_NJ, load_E = problem.routing.expert_NJ, problem.routing.load_E
@@ -151,7 +156,7 @@ def separate(problem: Problem) -> Contender:
 
 
 def transformers_experts(config: RunConfig, kind: str, problem: Problem) -> Contender:
-    """The experts of transformers' Qwen3-MoE by its implementation `kind`, on matrices in its own layout."""
+    """The experts of transformers' Qwen3-MoE in its implementation `kind`, on matrices in its own layout."""
     moe, library = config.moe, import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")
     shape = import_module("transformers").Qwen3MoeConfig(
         hidden_size=config.model.hidden_size,
@@ -178,7 +183,7 @@ def _leaf(matrix: Tensor) -> Tensor:
 
 
 def balanced(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Every expert gets as many tokens as the next, in an order without pattern."""
+    """Routing that gives every expert the same number of tokens, in a random order."""
     tokens, top_k, experts = _tokens(config), config.moe.top_k, config.moe.experts
     expert_NJ = (torch.arange(tokens * top_k) % experts).view(tokens, top_k)
     expert_NJ = expert_NJ[torch.randperm(tokens, generator=_generator(1))].to(device)
@@ -187,7 +192,7 @@ def balanced(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Pro
 
 
 def routed(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Problem:
-    """As an untrained router of the configuration sends tokens that resemble each other."""
+    """Routing by an untrained router of the configuration, for tokens that resemble each other."""
     x_ND = _states(config, LIKENESS).to(device, dtype)
     router = Router(config, 0)
     initialise(router, config.run.seed)
@@ -247,12 +252,12 @@ def _step(contender: Contender, grad_ND: Tensor) -> tuple[Tensor, ...]:
 
 
 def _kept_bytes(contender: Contender, problem: Problem) -> int:
-    """Of every storage that the forward saves and was not given."""
+    """Bytes of every storage that the forward saves, without its inputs."""
     given = {tensor.untyped_storage().data_ptr() for tensor in (*contender.leaves, *problem.routing[:3])}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        # Held until the end: storage that is let go may be given out again at the same place.
+        # Held until the end: a freed storage could be allocated again at the same address.
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
@@ -270,7 +275,7 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def format_measured(found: dict[str, Any]) -> str:
-    """The figures and how they came about."""
+    """The figures and their protocol, as text."""
     shape, how = found["shape"], found["protocol"]
     layer = f"{shape['top_k']} of {shape['experts']} experts of width {shape['expert_width']}, {shape['dtype']}"
     taken = f"{how['blocks']} interleaved blocks after {how['warmup']} to warm up, {how['clock']} clock; medians"

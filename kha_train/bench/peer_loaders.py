@@ -1,10 +1,10 @@
-"""Peers' data loaders over the common tokens, each in its own format: how it is written, how it is read.
+"""Data loaders of peers over the common tokens, each in its own format: how to write it and how to read it.
 
-Runs under the peers' own environment, by `loaders.py`; peers are imported by name, because they are no dependency of
-this project. A peer's format is made once from our shards and kept beside them. Every loader yields batches of int64
-ids in one process, in an order as random as the peer offers: a global shuffle, but for litdata (chunks, and inside
-chunks) and mosaicml-streaming (windows of 2^18 samples). None uses threads, but for OLMo-core as it comes, which starts
-four.
+Runs in the peers' environment, called by `loaders.py`. Peers are imported by name, because this project does not depend
+on them. A peer's format is made once from our shards and kept beside them. Every loader yields batches of int64 ids in
+one process, in an order as random as the peer offers: a global shuffle, except for litdata (chunks, and inside chunks)
+and mosaicml-streaming (windows of 2^18 samples). None uses threads, except for OLMo-core in its default setting, which
+starts four.
 """
 
 # B rows  L tokens of a row
@@ -31,15 +31,16 @@ _CHUNK_BYTES = 64 << 20
 
 
 class Opened(NamedTuple):
-    """A loader: `batches` from its beginning; `seek(step)` gives the batches from that step on, None where the loader
-    cannot."""
+    """A loader: `batches` starts at its beginning; `seek(step)` gives the batches from that step on, None if the loader
+    cannot seek.
+    """
 
     batches: Iterator[torch.Tensor]
     seek: Callable[[int], Iterator[torch.Tensor]] | None
 
 
 class Shape(NamedTuple):
-    """What is read: B rows of L tokens with ids below `vocab`."""
+    """The data to read: B rows of L tokens with ids below `vocab`."""
 
     B: int
     L: int
@@ -54,11 +55,11 @@ class Peer(NamedTuple):
 
 
 def permuted(dataset: Any, B: int, row: Callable[[Any], Any]) -> Opened:
-    """Batches of a dataset that is indexed by row number, its rows permuted as torch's own sampler does it."""
+    """Batches of a dataset indexed by row number, with the rows permuted as torch's own sampler does it."""
     order = np.random.default_rng(SEED).permutation(len(dataset))
 
     def batches(step: int) -> Iterator[torch.Tensor]:
-        """From `step` on, without end."""
+        """Batches from `step` on, endlessly."""
         for number in itertools.count(step):
             first = number * B % (len(order) - B)
             yield torch.stack([torch.as_tensor(row(dataset[int(i)])) for i in order[first : first + B]]).long()
@@ -77,7 +78,7 @@ def _documents(ours: Path) -> Iterator[np.ndarray]:
 
 
 def _write_nothing(ours: Path, directory: Path, shape: Shape) -> None:
-    """This peer reads our files as they are."""
+    """Does nothing: this peer reads our files directly."""
 
 
 def _write_datatrove(ours: Path, directory: Path, shape: Shape) -> None:
@@ -110,7 +111,7 @@ def _open_grain(directory: Path, shape: Shape) -> Opened:
             return files[shard][start : start + shape.L].astype(np.int64)
 
     def batches(step: int) -> Iterator[torch.Tensor]:
-        """From `step` on."""
+        """Batches from `step` on."""
         data = grain.MapDataset.source(Source()).seed(SEED).shuffle().repeat().batch(shape.B)
         for number in range(step, len(data)):
             yield torch.from_numpy(data[number])
@@ -119,7 +120,7 @@ def _open_grain(directory: Path, shape: Shape) -> Opened:
 
 
 def _write_litdata(ours: Path, directory: Path, shape: Shape) -> None:
-    # Not by `optimize`, which cleans up directories of its own choosing.
+    # Not with `optimize`, which cleans up directories that it chooses itself.
     loader = import_module("litdata.streaming.item_loader").TokensLoader(shape.L)
     writer = import_module("litdata.streaming.writer").BinaryWriter(
         str(directory), chunk_bytes=_CHUNK_BYTES, item_loader=loader
@@ -151,7 +152,7 @@ def _open_litdata(directory: Path, shape: Shape) -> Opened:
         return made
 
     def batches(step: int) -> Iterator[torch.Tensor]:
-        """From `step` on, without end."""
+        """Batches from `step` on, endlessly."""
         made = loader(step)
         while True:
             for batch in made:
@@ -161,7 +162,7 @@ def _open_litdata(directory: Path, shape: Shape) -> Opened:
 
 
 def _streaming() -> ModuleType:
-    """mosaicml-streaming. It imports torchvision for images alone; one built for another torch does not load."""
+    """mosaicml-streaming. It imports torchvision only for images, and one built for another torch does not load."""
     for name in ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional"):
         stub = ModuleType(name)
         stub.__spec__ = ModuleSpec(name, None)
@@ -188,7 +189,7 @@ def _open_mosaic(directory: Path, shape: Shape) -> Opened:
     loader = streaming.StreamingDataLoader(dataset, batch_size=shape.B, num_workers=0, drop_last=True)
 
     def batches() -> Iterator[torch.Tensor]:
-        """Without end."""
+        """Batches, endlessly."""
         while True:
             for batch in loader:
                 yield batch["tokens"].long()
@@ -197,7 +198,7 @@ def _open_mosaic(directory: Path, shape: Shape) -> Opened:
 
 
 def _open_olmo(directory: Path, shape: Shape, *, threads: int | None) -> Opened:
-    """`threads` None: as many as it chooses, which is four."""
+    """`threads` None: the loader's default, which is four."""
     data = import_module("olmo_core.data")
     loaders = import_module("olmo_core.data.data_loader")
     dataset = data.NumpyFSLDataset(
@@ -211,7 +212,7 @@ def _open_olmo(directory: Path, shape: Shape, *, threads: int | None) -> Opened:
     dataset.work_dir = directory
 
     def batches(step: int) -> Iterator[torch.Tensor]:
-        """From `step` on, without end."""
+        """Batches from `step` on, endlessly."""
         loader = loaders.NumpyDataLoaderBase.wrap_numpy_dataset(
             dataset,
             global_batch_size=shape.B * shape.L,
@@ -239,7 +240,7 @@ def _write_megatron(ours: Path, directory: Path, shape: Shape) -> None:
 
 
 class _Vocabulary(NamedTuple):
-    """What Megatron asks of a tokenizer."""
+    """The part of a tokenizer that Megatron needs."""
 
     vocab_size: int
     eod: int = EOS
@@ -267,7 +268,7 @@ def _open_megatron(directory: Path, shape: Shape) -> Opened:
     dataset = gpt.GPTDataset(indexed, str(directory / "tokens"), documents, None, split, config)
 
     def batches(step: int) -> Iterator[torch.Tensor]:
-        """From `step` on, without end; the dataset shuffles itself."""
+        """Batches from `step` on, endlessly; the dataset shuffles itself."""
         for number in itertools.count(step):
             first = number * shape.B % (len(dataset) - shape.B)
             yield torch.stack([dataset[i]["tokens"] for i in range(first, first + shape.B)]).long()

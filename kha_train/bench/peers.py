@@ -1,8 +1,8 @@
-"""Other trainers of the same shape, one step at a time: transformers' Qwen3-MoE.
+"""Other trainers with a model of the same shape, one step at a time: transformers' Qwen3-MoE.
 
-A peer is no dependency of this project: it is imported by name, and its absence is told. It gets every advantage it can
-be given without changing it: torch's fused attention, the fastest of its expert implementations by measurement, a plain
-fused AdamW without any engine around it, and the loss over the same labels.
+This project does not depend on a peer: it is imported by name, and its absence is reported. It gets every advantage
+possible without changing it: torch's fused attention, the fastest of its expert implementations by measurement, a plain
+fused AdamW without an engine around it, and the loss over the same labels.
 """
 
 # B rows of a micro-batch   T tokens of a row
@@ -29,13 +29,15 @@ from kha_train.variants.optimizer import AdamWOptions
 
 EXPERTS = ("grouped_mm", "eager", "batched_mm")
 GATHERED_LIMIT = 2**30
-"""Bytes of expert weights that `batched_mm` may copy out, one copy for every routed token, before it is left out."""
+"""Limit on the bytes of expert weights that `batched_mm` may copy, one copy for every routed token, before it is left
+out.
+"""
 
 Say = Callable[[str], None]
 
 
 class Peer:
-    """Qwen3-MoE under plain torch: forward and backward of every micro-batch, clipping, AdamW.
+    """Qwen3-MoE with plain torch: forward and backward of every micro-batch, clipping, AdamW.
 
     On CUDA weights are bf16 with fp32 masters and moments, as ours; on a CPU all is fp32.
     """
@@ -55,7 +57,7 @@ class Peer:
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
     def step(self, batch: Batch) -> float:
-        """One optimiser step; the mean loss of the batch, the one number that comes back to the host."""
+        """One optimiser step; returns the mean loss of the batch, the only number copied to the host."""
         total = torch.zeros((), device=self.device)
         for micro_batch in batch.micro_batches(self.config.engine.micro_batch_size):
             labels_BT = to_device(micro_batch.labels_BT, self.device)
@@ -70,7 +72,7 @@ class Peer:
             loss.backward()
             total += loss.detach()
         nn.utils.clip_grad_norm_(self.parameters, self.config.optim.grad_clip)
-        mean = total.item()  # before the update, as our gate: the host does not wait for AdamW
+        mean = total.item()  # before the update, as in our gate: the host does not wait for AdamW
         self._update()
         return mean
 
@@ -104,7 +106,7 @@ def fastest(config: RunConfig, batch: Batch, device: torch.device, dtype: torch.
             peer = Peer(config, device, dtype, experts)
             seconds = interleave({experts: partial(peer.step, batch)}, blocks=3, warmup=1, device=device)
         except torch.OutOfMemoryError:
-            tried[experts] = "left out: the device's memory is not enough"
+            tried[experts] = "left out: not enough device memory"
             continue
         tried[experts] = timing(seconds[experts]).seconds
         peers[experts] = peer
@@ -115,8 +117,9 @@ def fastest(config: RunConfig, batch: Batch, device: torch.device, dtype: torch.
 
 
 def check(config: RunConfig) -> None:
-    """Raises ConfigError when transformers is not installed, its Qwen3-MoE has no such shape, or the run steps with
-    something else than AdamW."""
+    """Raises ConfigError when transformers is not installed, its Qwen3-MoE has no such shape, or the run uses an
+    optimiser other than AdamW.
+    """
     if find_spec("transformers") is None:
         raise ConfigError("is not installed", field="--against", value="transformers", fix="pip install transformers")
     if (
@@ -131,7 +134,7 @@ def check(config: RunConfig) -> None:
             fix="model=small, tiny, moe_6b or qwen3_30b",
         )
     if not isinstance(config.optim, AdamWOptions):
-        problem = "is compared with AdamW alone"
+        problem = "can only be compared with AdamW"
         raise ConfigError(problem, field="optim.name", value=config.optim.name, allowed="adamw")
 
 
@@ -169,6 +172,6 @@ def _build(config: RunConfig, experts: str) -> nn.Module:
 
 
 def gathered_bytes(config: RunConfig, dtype: torch.dtype) -> int:
-    """What `batched_mm` copies in one layer: the first expert matrix, once for every routed token."""
+    """The bytes that `batched_mm` copies in one layer: the first expert matrix, once for every routed token."""
     tokens = config.engine.micro_batch_size * config.model.seq_len
     return tokens * config.moe.top_k * 2 * config.moe.expert_width * config.model.hidden_size * dtype.itemsize

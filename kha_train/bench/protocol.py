@@ -1,10 +1,11 @@
-"""How everything here is timed: arms take turns, blocks are compared with the blocks beside them, and what ran is told.
+"""The timing protocol: arms take turns, each block is compared with the blocks beside it, and the environment is
+reported.
 
-An arm is a function that does one step. In every block each arm does `steps` steps; the order of arms is turned round
-from block to block, so that neither a machine that warms up nor one that gets busy favours an arm. Ratios are of one
-block: their median, with its exact interval over blocks. On CUDA the time of a block lies between two events, and the
-device is waited for at its end alone; on a CPU it is that of the wall, or of the process, which a busy machine disturbs
-less.
+An arm is a function that does one step. In every block each arm does `steps` steps. The order of arms is reversed from
+block to block, so that neither warm-up nor load on the machine favours an arm. A ratio belongs to one block; the result
+is the median over blocks, with its exact interval. On CUDA the time of a block is measured between two events, and the
+host waits for the device only at its end. On a CPU it is wall time, or the CPU time of the process, which other load
+disturbs less.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from kha_train.record.provenance import collect_provenance
 
 Clock = Literal["wall", "process"]
 MIN_BLOCKS = 6
-"""Blocks that an interval of a median needs: all of five lie on one side of the true median once in 16 times."""
+"""Blocks needed for an interval of a median: all of five lie on one side of the true median once in 16 times."""
 PEERS = ("triton", "transformers", "flash_attn", "megablocks")
 
 
@@ -46,8 +47,9 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Time over the time of the arm compared with: the median over blocks, and the 95 % interval of that median, None
-    with fewer than `MIN_BLOCKS` blocks."""
+    """Time relative to the base arm: the median over blocks, and the 95 % interval of that median, None with fewer than
+    `MIN_BLOCKS` blocks.
+    """
 
     ratio: float
     low: float | None
@@ -63,7 +65,7 @@ def interleave(
     device: torch.device,
     clock: Clock = "wall",
 ) -> dict[str, list[float]]:
-    """Seconds a step of every arm, one figure a block, after `warmup` steps of each that do not count."""
+    """Seconds per step of every arm, one figure per block, after `warmup` steps of each that do not count."""
     for step in arms.values():
         for _ in range(warmup):
             step()
@@ -81,10 +83,10 @@ def timing(seconds: list[float]) -> Timing:
 
 
 def compare(seconds: list[float], base: list[float]) -> Ratio:
-    """`seconds` over `base`, block by block. An arm over itself is 1, whatever the number of blocks.
+    """`seconds` over `base`, block by block. An arm over itself is 1 for any number of blocks.
 
-    The interval lies between the k-th smallest and the k-th largest ratio, for the largest k at which it holds the
-    true median in at least 95 % of all cases, however the ratios are distributed (binomial with probability 1/2).
+    The interval lies between the k-th smallest and the k-th largest ratio, for the largest k with which it covers the
+    true median in at least 95 % of cases for any distribution of ratios (binomial with probability 1/2).
     """
     if list(seconds) == list(base):
         return Ratio(1.0, 1.0, 1.0)
@@ -100,7 +102,7 @@ def compare(seconds: list[float], base: list[float]) -> Ratio:
 
 
 def shown(ratio: Mapping[str, float | None], blocks: int, digits: int = 3) -> str:
-    """A `Ratio`, as `plain` gives it, in text."""
+    """A `Ratio`, in the form of `plain`, as text."""
     value, low, high = (ratio[name] for name in ("ratio", "low", "high"))
     if low is None or high is None:
         return f"{value:.{digits}f} (no interval: {blocks} blocks, {MIN_BLOCKS} needed)"
@@ -108,7 +110,7 @@ def shown(ratio: Mapping[str, float | None], blocks: int, digits: int = 3) -> st
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """When, on what and with which versions a figure was measured: what stands beside it wherever it is told."""
+    """Date, device and versions of a measurement; printed beside every figure."""
     known = collect_provenance()
     versions = known["versions"] | {name: found for name in PEERS if (found := _version(name))}
     return {
@@ -123,7 +125,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def config_hash(config: RunConfig) -> str:
-    """Twelve digits that change whenever a setting does."""
+    """A twelve-digit hash of the settings."""
     return hashlib.sha256(dump(config).encode()).hexdigest()[:12]
 
 
@@ -138,7 +140,7 @@ def told(about: dict[str, Any]) -> str:
 
 
 def plain(figure: Timing | Ratio) -> dict[str, float | None]:
-    """A figure for JSON."""
+    """A figure as JSON values."""
     return asdict(figure)
 
 
@@ -167,7 +169,7 @@ def _version(package: str) -> str | None:
 
 
 def _device(device: torch.device) -> dict[str, Any]:
-    """Its name, and on CUDA capability, driver, clocks and power, where the driver's tool tells them."""
+    """The device's name; on CUDA also capability, driver, clocks and power, if the driver's tool reports them."""
     if device.type != "cuda":
         return {"name": _processor(), "cores": os.cpu_count()}
     found: dict[str, Any] = {
@@ -185,7 +187,7 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The name of the processor; where the system does not tell it, its kind."""
+    """The name of the processor; its type where the system does not give a name."""
     listed = Path("/proc/cpuinfo")
     lines = listed.read_text().splitlines() if listed.exists() else []
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())

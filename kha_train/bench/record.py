@@ -1,11 +1,11 @@
-"""What is asked of a run, against the length of its record: every question a command in a process of its own.
+"""Measures commands on a run against the length of its record, each command in a separate process.
 
-The runs are made (`made_record`): real lines, repeated with a loss curve of their own. Seconds are those of the whole
-command. In brackets stands the processor time of all its processes, which a busy machine disturbs less. Memory is the
-largest sum of their resident sets, seen every 50 ms; pages that they share are counted in each. "First" is without the
-columns that a comparison keeps beside a long record, "again" is with them. The start of a resume is its phases up to
-the end of the first step, its end what follows the last step, with a validation and a checkpoint. Twenty runs are two
-made ones and links to their files.
+The runs are synthetic (`made_record`): real lines, repeated with their own loss curves. Seconds are those of the whole
+command; in parentheses is the CPU time of all its processes, which other load disturbs less. Memory is the largest sum
+of their resident sets, sampled every 50 ms; shared pages count in each process. "First" is without the columns that a
+comparison keeps beside a long record, "again" is with them. The start of a resume is its phases up to the end of the
+first step; its end is what follows the last step, with a validation and a checkpoint. Twenty runs are two made ones and
+links to their files.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ COMMAND = (sys.executable, "-c", "from kha_train.cli.main import run; run()")
 
 
 class Cost(NamedTuple):
-    """Seconds by the wall, of processor time, and MiB."""
+    """Wall seconds, CPU seconds, and MiB."""
 
     seconds: float
     cpu_seconds: float
@@ -59,8 +59,8 @@ class Cost(NamedTuple):
 
 
 def measure(steps: Sequence[int], asked: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
-    """Seconds and MiB of every question for records of so many `steps`, bytes of a comparison's page, and seconds a
-    point of a sweep's validation. `asked` are beginnings of the names of the questions; without any it is all.
+    """Seconds and MiB of every command for records of the given numbers of `steps`, bytes of a comparison's page, and
+    seconds per point to validate a sweep. `asked` holds prefixes of the names of the measurements; empty means all.
 
     Raises KhaError when a command fails.
     """
@@ -79,7 +79,7 @@ def measure(steps: Sequence[int], asked: Sequence[str], say: Callable[[str], Non
 
 
 def format_measured(found: dict[str, Any]) -> str:
-    """The figures and how they came about."""
+    """The figures and their protocol, as text."""
     lengths = list(found["steps"])
     rows = [["", *(f"{count:,} steps" for count in lengths)]]
     for name, words in QUESTIONS.items():
@@ -91,7 +91,7 @@ def format_measured(found: dict[str, Any]) -> str:
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     point = found.get("sweep_point_seconds")
-    table += [] if point is None else ["", f"a point of a sweep validated: {point:.3f} s of processor time"]
+    table += [] if point is None else ["", f"a point of a sweep validated: {point:.3f} s of CPU time"]
     return "\n".join([__doc__ or "", protocol.told(found["environment"]), "", *table])
 
 
@@ -131,14 +131,14 @@ def _of_length(template: Template, folder: Path, steps: int, asked: Sequence[str
     page = page_in(pages[6])
     sizes = {"record_bytes": (runs[0] / METRICS_FILE).stat().st_size}
     sizes |= {"page_bytes": page.stat().st_size} if page.exists() else {}
-    # Its record grows, and with it those that are links to it.
+    # Its record grows, and so do those that link to it.
     if _is_asked("start", asked) or _is_asked("end", asked):
         costs |= _resume(made[0])
     return {name: cost._asdict() for name, cost in costs.items()} | sizes
 
 
 def _resume(made: MadeRun) -> dict[str, Cost]:
-    """Start and end of a resume of two steps; processor time and memory are those of the whole of it."""
+    """Start and end of a resume of two steps; CPU time and memory cover the whole resume."""
     whole = _cost(["train", *made.overrides])
     ended = time.time()
     last = read_last_metrics(made.run_dir)[-1]
@@ -147,7 +147,7 @@ def _resume(made: MadeRun) -> dict[str, Cost]:
 
 
 def _sweep_point(root: Path, overrides: Sequence[str]) -> float:
-    """Seconds of processor time that each further point adds to `kha sweep --print`."""
+    """CPU seconds that each further point adds to `kha sweep --print`."""
     settings = [setting for setting in overrides if not setting.startswith("run.")]
     seconds = [
         _cost(["sweep", "--print", "--name", "points", "--dir", str(root), *settings, *grid]).cpu_seconds
@@ -175,13 +175,13 @@ def _cost(arguments: Sequence[str]) -> Cost:
 
 
 def _children_seconds() -> float:
-    """Processor time of all processes that were started here and have ended."""
+    """CPU time of all ended child processes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def _family(process: int) -> list[int]:
-    """The process and all that it started."""
+    """The process and all its descendants."""
     try:
         threads = list(Path(f"/proc/{process}/task").iterdir())
         children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]

@@ -1,4 +1,4 @@
-"""What other thresholds of the event detector find, and what they make up: the curve the default was chosen from."""
+"""Scores the event detector at other thresholds: hits and false alarms, from which the default was chosen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kha_train.bench.spikes import (
 from kha_train.stability.events import OPEN_Z
 
 THRESHOLDS = (7.0, 7.5, OPEN_Z, 9.0)
-"""Values of z at which an event opens; the detector's own among them."""
+"""Values of z at which an event opens, including the detector's default."""
 GROUPS = ("early", "reference", "mixed", "student")
 COLUMNS = (
     "opens at",
@@ -31,7 +31,8 @@ COLUMNS = (
 
 def run_thresholds(seed: int, spiky_steps: int, clean_steps: int, early_curves: int) -> dict[str, dict[str, Score]]:
     """Scores by threshold and group: `early` curves, curves of both `reference` noises, those of `mixed` noise alone,
-    and those of `student`. The curves are those of `run_early` and `run_bench` of `kha_train.bench.spikes`."""
+    and those of `student`. The curves are those of `run_early` and `run_bench` of `kha_train.bench.spikes`.
+    """
     rules: dict[str, Callable[[list[float]], Iterator[bool]]] = {
         f"z {z:g}": partial(event_detector, open_z=z) for z in THRESHOLDS
     }
@@ -45,7 +46,7 @@ def run_thresholds(seed: int, spiky_steps: int, clean_steps: int, early_curves: 
 
 
 def merged(*scores: Score) -> Score:
-    """The counts of several scores together."""
+    """The summed counts of several scores."""
     total = Score()
     for score in scores:
         total.false_alarms += score.false_alarms
@@ -57,7 +58,7 @@ def merged(*scores: Score) -> Score:
 
 
 def format_thresholds(found: dict[str, dict[str, Score]]) -> str:
-    """A Markdown table, a threshold a row; false alarms with 95 % Poisson intervals."""
+    """A Markdown table with one threshold per row; false alarms with 95 % Poisson intervals."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for rule, scores in found.items():
         cells = [scores[group].in_text()[0] for group in ("early", "reference")]

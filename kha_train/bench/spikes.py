@@ -1,10 +1,10 @@
-"""How well spikes are found: labelled synthetic curves, this project's detector, and the rules of others beside it.
+"""Measures how well spikes are detected on labelled synthetic curves, by this project's detector and by other rules.
 
-A curve is a power law with noise, into which spikes, level shifts, drifts and NaN are put at known steps. An *early*
-curve is the beginning of a run, where the loss falls fast, with narrow and wide spikes. A spike is *found* when an
-alarm is raised within six steps of its start; it is *separable* when it starts at least twelve steps outside another
-one. An alarm in the noise between them is false. Synthetic curves say which rule sees more of what is known to be
-there; they are no proof about real ones.
+A curve is a power law with noise, with spikes, level shifts, drifts and NaN inserted at known steps. An *early* curve
+is the beginning of a run, where the loss falls fast, with narrow and wide spikes. A spike is *found* when an alarm is
+raised within six steps of its start; it is *separable* when it starts at least twelve steps outside another one. An
+alarm in the noise between them is false. Synthetic curves show which rule detects more of what was inserted; they prove
+nothing about real ones.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from kha_train.stability.window import Window, usable
 FOUND_WITHIN = 6
 SEPARATION = 12
 SETTLING = 200
-"""Steps after a planted disturbance has faded in which an alarm is neither right nor wrong."""
+"""Number of steps after a disturbance has faded in which an alarm counts neither as right nor as wrong."""
 CLEAN_UNIT = 50_000
 EARLY_STEPS, EARLY_FIRST, EARLY_SIGMA = 1500, 200, 0.03
-"""Steps of an early curve, the first that a spike may begin at, and the noise in nats."""
+"""Number of steps of an early curve, the first step at which a spike may begin, and the noise in nats."""
 
 Noise = Callable[[random.Random], float]
 
 
 @dataclass(frozen=True)
 class Planted:
-    """A disturbance: `kind` narrow, wide, overlapping, level_shift, drift or nan; its first step and its last."""
+    """A disturbance: its `kind` (narrow, wide, overlapping, level_shift, drift or nan), its first step and its last."""
 
     kind: str
     start: int
@@ -45,13 +45,13 @@ class Planted:
 
 @dataclass
 class Curve:
-    """Losses by step, from 0, and what was put into them."""
+    """Losses by step, from 0, and the disturbances inserted."""
 
     losses: list[float]
     planted: list[Planted] = field(default_factory=list)
 
     def clean_steps(self) -> list[bool]:
-        """True where nothing was planted and nothing planted still settles."""
+        """True where no disturbance was inserted and none is still fading."""
         clean = [True] * len(self.losses)
         for planted in self.planted:
             for step in range(planted.start, min(planted.end + SETTLING, len(clean))):
@@ -81,7 +81,7 @@ def laplace(source: random.Random) -> float:
 
 
 def skewed(source: random.Random) -> float:
-    """Leaning upward (a shifted gamma of shape 4, unit variance): hard batches are commoner than easy ones."""
+    """Skewed upward (a shifted gamma of shape 4, unit variance): hard batches are more common than easy ones."""
     return (source.gammavariate(4.0, 1.0) - 4.0) / 2.0
 
 
@@ -92,7 +92,7 @@ REFERENCE_NOISES = ("normal", "mixed")
 
 
 def base_curve(source: random.Random, steps: int, noise: Noise, sigma: float) -> list[float]:
-    """A loss falling as a power law from about 10 to about 2, with neighbouring steps slightly correlated."""
+    """A loss falling as a power law from about 10 to about 2, with slightly correlated neighbouring steps."""
     floor, drop, exponent = source.uniform(1.6, 2.2), source.uniform(7.0, 9.0), source.uniform(0.25, 0.45)
     start = source.uniform(10.0, 60.0)
     values, carried = [], 0.0
@@ -109,8 +109,9 @@ def clean_curve(seed: int, steps: int, noise: str) -> Curve:
 
 
 def spiky_curve(seed: int, steps: int, noise: str) -> Curve:
-    """A curve full of disturbances in random order: narrow and wide spikes of 0.25 to 6 nats, pairs that overlap, level
-    shifts, slow drifts and NaN. Half of them follow the one before closely, as spikes of real runs do."""
+    """A curve with disturbances in random order: narrow and wide spikes of 0.25 to 6 nats, overlapping pairs, level
+    shifts, slow drifts and NaN. Half of them follow the previous one closely, as spikes of real runs do.
+    """
     source = random.Random(f"spiky {seed} {noise}")
     curve = Curve(base_curve(source, steps, NOISES[noise], source.uniform(0.015, 0.03)))
     step = 600
@@ -179,7 +180,7 @@ def _nan(source: random.Random, curve: Curve, start: int) -> None:
 
 
 def _drift(source: random.Random, curve: Curve, start: int) -> None:
-    """A rise over hundreds of steps that stays: no spike."""
+    """A lasting rise over hundreds of steps: not a spike."""
     length, height = source.randint(400, 800), source.uniform(0.1, 0.5)
     for step in range(start, len(curve.losses)):
         curve.losses[step] += height * min(1.0, (step - start) / length)
@@ -187,7 +188,7 @@ def _drift(source: random.Random, curve: Curve, start: int) -> None:
 
 
 def _level_shift(source: random.Random, curve: Curve, start: int) -> None:
-    """A jump that stays: one event, unrecovered, and no spike."""
+    """A lasting jump: one unrecovered event, not a spike."""
     height = source.uniform(0.5, 1.0)
     for step in range(start, len(curve.losses)):
         curve.losses[step] += height
@@ -204,7 +205,7 @@ PLANT: dict[str, Callable[[random.Random, Curve, int], None]] = {
 
 
 def event_detector(losses: list[float], open_z: float = OPEN_Z) -> Iterator[bool]:
-    """This project's: an alarm where an event opens."""
+    """This project's detector: an alarm when an event opens."""
     detector = EventDetector(open_z=open_z)
     for step, loss in enumerate(losses):
         yield detector.update(Observation(step, loss)).opened
@@ -257,7 +258,9 @@ RULES: dict[str, Callable[[list[float]], Iterator[bool]]] = {
 
 @dataclass
 class Score:
-    """Of one rule: planted separable spikes by kind as [found, planted], false alarms and the clean steps they had."""
+    """The score of one rule: separable spikes by kind as [found, planted], the false alarms, and the number of clean
+    steps.
+    """
 
     found: dict[str, list[int]] = field(default_factory=dict)
     false_alarms: int = 0
@@ -281,7 +284,7 @@ class Score:
         return recall, "-" if math.isnan(value) else f"{value:.1f} ({low:.1f} to {high:.1f})"
 
     def add(self, curve: Curve, alarms: list[int]) -> None:
-        """Count what `alarms` (steps) found in `curve`, and what they made up."""
+        """Count which disturbances of `curve` the `alarms` (steps) found, and the false alarms."""
         for planted in curve.planted:
             if planted.separable:
                 pair = self.found.setdefault(planted.kind, [0, 0])
@@ -309,7 +312,7 @@ def alarms_of(rule: Callable[[list[float]], Iterator[bool]], losses: list[float]
 
 
 def score_rules(curves: list[Curve], rules: dict[str, Callable[[list[float]], Iterator[bool]]]) -> dict[str, Score]:
-    """Every rule over the same curves."""
+    """Every rule on the same curves."""
     scores = {name: Score() for name in rules}
     for curve in curves:
         for name, rule in rules.items():
@@ -332,7 +335,9 @@ def format_table(scores: dict[str, Score]) -> str:
 
 
 def run_bench(seed: int, spiky_steps: int, clean_steps: int, noises: list[str]) -> dict[str, dict[str, Score]]:
-    """Every rule over curves of each family of noise: one of `spiky_steps` and one of `clean_steps`, from `seed` on."""
+    """Every rule on curves of each noise family: one of `spiky_steps` and one of `clean_steps`, with seeds from `seed`
+    on.
+    """
     return {
         noise: score_rules([spiky_curve(seed, spiky_steps, noise), clean_curve(seed, clean_steps, noise)], RULES)
         for noise in noises
@@ -340,12 +345,12 @@ def run_bench(seed: int, spiky_steps: int, clean_steps: int, noises: list[str]) 
 
 
 def run_early(seed: int, curves: int) -> dict[str, Score]:
-    """Every rule over `curves` early curves of each reference noise, from `seed` on."""
+    """Every rule on `curves` early curves of each reference noise, with seeds from `seed` on."""
     return score_rules([early_curve(seed + n, noise) for n in range(curves) for noise in REFERENCE_NOISES], RULES)
 
 
 def monitor_cost(steps: int = 5000) -> float:
-    """Seconds of CPU time that the whole monitor takes for one step, mean over `steps` with full windows."""
+    """CPU seconds that the whole monitor takes per step, mean over `steps` with full windows."""
     monitor = Monitor()
     losses = clean_curve(0, steps + 2000, "normal").losses
     for step, loss in enumerate(losses[:2000]):

@@ -1,7 +1,7 @@
-"""From the command to the end of the first step of `kha train`: whole starts one after the other, each a process.
+"""Measures `kha train` from the command to the end of the first step: whole starts one after another, each a process.
 
-Phases are those that every run records in `run.json` as `startup_seconds`. The data are synthetic, the mirror to W&B is
-off unless asked for: a key or a network would make it another figure.
+The phases are those that every run records in `run.json` as `startup_seconds`. The data are synthetic. W&B is off
+unless requested, because a key or a network would change the figure.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kha_train.errors import KhaError
 
 
 def measure(overrides: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Median seconds of every phase, and of whole runs of two steps, with their validation, checkpoint and end.
+    """Median seconds of every phase, and of whole runs of two steps with their validation, checkpoint and end.
 
     Raises KhaError when a run fails, and as `compose`.
     """
@@ -46,7 +46,7 @@ def measure(overrides: Sequence[str], rounds: int) -> dict[str, Any]:
 
 
 def format_measured(found: dict[str, Any]) -> str:
-    """The figures and how they came about."""
+    """The figures and their protocol, as text."""
     head = (
         f"{found['first_step_seconds']:.1f} s to the end of the first step, {found['whole_run_seconds']:.1f} s a run "
         f"of two; medians of {found['rounds']} starts; {protocol.told(found['environment'])}"

@@ -1,13 +1,13 @@
-"""The training step: variants of one configuration, and a peer, taking turns in one process.
+"""Times the training step: variants of one configuration, and a peer, take turns in one process.
 
-A step is all that training does between reading a batch and knowing its loss: forward and backward of every
-micro-batch, agreement, the gate, clipping, AdamW, the move of the selection biases. All arms see the same batches. An
-arm is a list of settings on top of those of the configuration; the first is what the others are compared with, so any
-setting can be weighed against another.
+A step is everything that training does between reading a batch and knowing its loss: forward and backward of every
+micro-batch, agreement among ranks, the gate, clipping, AdamW, the update of the selection biases. All arms get the same
+batches. An arm is a list of settings on top of those of the configuration. The first arm is the base of the ratios, so
+any setting can be compared with any other.
 
 MFU = (6 x active matrix parameters + 6 S H K L, causal attention once) x tokens/s / peak; `mfu_palm` counts attention
-whole, 12 S H K L; `mfu_documents` counts the attention that rows of these batches ask for, the squares of their
-documents' lengths in place of the row's. The peer is held to the same numerators. Recomputation is in none.
+whole, 12 S H K L; `mfu_documents` counts the attention that the rows of these batches need: the squared lengths of
+their documents instead of the row's. The peer uses the same numerators. None counts recomputation.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ SHAPES = {
     "small": ("model=small", "data.global_batch_size=4"),
     "quickstart": ("model=tiny", "data.global_batch_size=8"),
 }
-"""What is measured when no configuration is named: the yardstick, and what `kha quickstart` trains."""
+"""The shapes measured when no configuration is given: the reference shape, and what `kha quickstart` trains."""
 BATCHES = 8
 PEER = "transformers"
 
 
 @dataclass
 class Arm:
-    """One contender: what it does in a step, its settings, and what it was found to hold."""
+    """One arm: the function of its step, its settings, and the memory it holds."""
 
     step: Callable[[Batch], object]
     config: RunConfig
@@ -72,10 +72,10 @@ def measure(
     warmup: int = 2,
     clock: protocol.Clock = "wall",
 ) -> dict[str, Any]:
-    """Every arm of `arms` (settings, with spaces between) on top of `overrides`, and the peers of `against`.
+    """Measure every arm of `arms` (settings, separated by spaces) on top of `overrides`, and the peers of `against`.
 
-    Data are those of `data.train` when it is set among the overrides, else synthetic. Raises as `compose`; ConfigError
-    for a peer that is not there, or has no such model.
+    Uses the data of `data.train` when the overrides set it, otherwise synthetic data. Raises as `compose`; ConfigError
+    for an unavailable peer, or one without such a model.
     """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as left_last:
         settings = _with_data(list(overrides), Path(folder))
@@ -98,20 +98,20 @@ def measure(
 
 
 def attended_share(batches: Sequence[Batch]) -> float:
-    """Pairs of tokens that the documents of `batches` have, over those of whole rows: sum of len^2 / (rows x T^2)."""
+    """Token pairs inside the documents of `batches`, relative to whole rows: sum of len^2 / (rows x T^2)."""
     pairs = sum(int(np.square(np.diff(batch.layout.borders_S.astype(np.int64))).sum()) for batch in batches)
     whole: int = sum(batch.rows_BW.shape[0] * (batch.rows_BW.shape[1] - 1) ** 2 for batch in batches)
     return pairs / whole
 
 
 def use_threads(count: int) -> None:
-    """Let torch compute with `count` threads; 0 leaves it as it is."""
+    """Let torch compute with `count` threads; 0 keeps the current number."""
     if count:
         torch.set_num_threads(count)
 
 
 def _with_data(overrides: list[str], folder: Path) -> list[str]:
-    """The overrides, with synthetic documents (mean length some 280 tokens) where they name no data."""
+    """The overrides, with synthetic documents (mean length about 280 tokens) where they name no data."""
     if any(text.startswith(("data.train=", "data.sources=")) for text in overrides):
         return overrides
     vocab_size = compose(overrides).model.vocab_size
@@ -124,8 +124,9 @@ def _batches(config: RunConfig) -> list[Batch]:
 
 
 def _settled(configs: Mapping[str, RunConfig], device: torch.device) -> dict[str, RunConfig]:
-    """Every arm with the backend of attention that training would take. Arms of `auto` share that of the first one, if
-    it is fit for them: a ratio of two backends would be no ratio of two arms."""
+    """Every arm with the attention backend that training would choose. Arms with `auto` share the backend of the first
+    one if it can run them; otherwise a ratio would compare two backends instead of two arms.
+    """
     found, earlier = {}, ""
     for name, config in configs.items():
         answer = measured.measure(config, device, resolve_dtype(config, device), earlier)
@@ -159,8 +160,9 @@ def _peer(config: RunConfig, world: World, batch: Batch) -> Arm:
 
 
 def _take_turns(contenders: dict[str, Arm], batches: list[Batch], world: World, **how: Any) -> dict[str, list[float]]:
-    """Every arm goes through the same batches in the same order. On CUDA the peak of an arm is what its step adds to
-    what lies there, and what it holds itself."""
+    """Every arm runs through the same batches in the same order. On CUDA the peak of an arm is what its step adds to
+    the memory already in use, plus what the arm holds itself.
+    """
 
     def stepper(arm: Arm) -> Callable[[], None]:
         turn: Iterator[Batch] = itertools.cycle(batches)
@@ -245,7 +247,7 @@ def _figures(
 
 
 def format_measured(found: dict[str, Any]) -> str:
-    """The figures and how they came about."""
+    """The figures and their protocol, as text."""
     shape, how = found["shape"], found["protocol"]
     rows = "isolated documents" if shape["isolate_documents"] else "unsplit rows"
     what = (

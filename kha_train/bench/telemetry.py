@@ -1,10 +1,10 @@
-"""What it costs to watch a run: detectors, record, console, W&B and probes, against the bare training step.
+"""Measures what monitoring a run costs: detectors, record, console, W&B and probes, against the bare training step.
 
-Three arms train one engine in interleaved blocks of a step: bare (no judge but that of finite steps, nothing written),
-watched (as `kha train` does it, W&B offline), probed (bare, and the evidence of a spike is gathered). The difference of
-watched and bare is far below the noise of a step on most machines, so the code around the step is timed by itself too,
-on the training thread: by the wall, which is what training waits for, or by the thread's CPU time, which a busy machine
-disturbs less. `every` is how often a probe is taken.
+Three arms train one engine in interleaved blocks of a step: bare (only the check for finite steps, nothing written),
+watched (as in `kha train`, W&B offline), probed (bare, and the evidence of a spike is collected). On most machines the
+difference between watched and bare is far below the noise of a step. So the code around the step is also timed alone,
+on the training thread: by wall time, which is what training waits for, or by the thread's CPU time, which other load
+disturbs less. `every` is the number of steps per probe.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ from kha_train.train.step import StepResult, next_batch, train_step
 from kha_train.train.watch import Ruling
 
 FULL_WINDOWS = 1100
-"""Steps that the detectors have seen before: their windows are full, as they are in a run of useful length."""
+"""Steps that the detectors have seen before, so that their windows are full, as in a run of useful length."""
 RATE = 1e-4
 
 
 @dataclass(frozen=True)
 class Measured:
     """Seconds: of a bare step (median over blocks), of judging a step, of its metrics line, of recording and mirroring
-    it, of a probe (medians). `share` is all of it over the step, with a probe every `every` steps; `watched` and
-    `probed` are the interleaved ratios to a bare step; `about` says on what it was measured."""
+    it, of a probe (medians). `share` is the sum relative to the step, with a probe every `every` steps; `watched` and
+    `probed` are the interleaved ratios to a bare step; `about` is the environment.
+    """
 
     step_seconds: float
     judge_seconds: float
@@ -56,12 +57,12 @@ class Measured:
     blocks: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
+        """As plain JSON."""
         return asdict(self)
 
 
 class _Arms:
-    """The three kinds of step of one run, and the seconds that its telemetry took."""
+    """The three kinds of step of one run, and the seconds spent on telemetry."""
 
     def __init__(self, opened: Opened, clock: Clock) -> None:
         self._session, self._reporter, self._saver = opened
@@ -69,11 +70,11 @@ class _Arms:
         self.seconds: dict[str, list[float]] = {"judge": [], "line": [], "report": []}
 
     def bare(self) -> StepResult:
-        """Train, and look at nothing."""
+        """Train without monitoring."""
         return self._train(lambda loss, norm: Ruling(True))
 
     def probed(self) -> StepResult:
-        """Train, and gather the evidence of a spike."""
+        """Train, and collect the evidence of a spike."""
         return self._train(lambda loss, norm: Ruling(True, probe=True))
 
     def watched(self) -> None:
@@ -129,7 +130,7 @@ def measure(overrides: Sequence[str], blocks: int, clock: Clock = "wall") -> Mea
 
 
 def format_measured(found: Measured) -> str:
-    """The figures and how they came about."""
+    """The figures and their protocol, as text."""
     parts = {
         "judge (detectors, policy)": found.judge_seconds,
         "metrics line (balance among it)": found.line_seconds,

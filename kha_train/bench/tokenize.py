@@ -1,8 +1,8 @@
-"""Encoding text into shards, by one process and by several, beside the tokenizer library alone.
+"""Measures encoding of text into shards, with one process and with several, beside the tokenizer library alone.
 
-The text is a part of Python's standard library, the tokenizer one of 4096 pieces trained on it. `library` encodes the
-texts from memory and keeps nothing: what the shards cost on top of that is reading, checking and writing. Several
-processes are spawned anew in every round, and each pays for its start.
+The text is a part of Python's standard library; the tokenizer has 4096 pieces and was trained on it. `library` encodes
+the texts from memory and discards the ids: the shards add the cost of reading, checking and writing. In every round
+several processes are spawned anew, and their start-up time counts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VOCAB_SIZE = 4096
 
 
 def measure(processes: int, rounds: int) -> dict[str, Any]:
-    """Bytes and tokens a second by arm, and what each costs against one process."""
+    """Bytes and tokens per second by arm, and the cost of each relative to one process."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         library = Path(sysconfig.get_paths()["stdlib"])
@@ -53,7 +53,7 @@ def measure(processes: int, rounds: int) -> dict[str, Any]:
 
 
 def format_measured(found: dict[str, Any]) -> str:
-    """The figures and how they came about."""
+    """The figures and their protocol, as text."""
     text = found["text"]
     lines = [
         f"{text['bytes']:,} bytes, {text['documents']:,} documents, {text['tokens']:,} tokens; "
@@ -69,7 +69,7 @@ def format_measured(found: dict[str, Any]) -> str:
 
 
 def _shards(root: Path, workers: int, size: int) -> None:
-    """From nothing, as a finished encoding would not be repeated."""
+    """Starts from nothing, because a finished encoding would not be repeated."""
     shutil.rmtree(root / "shards", ignore_errors=True)
     encode_corpus(
         root / "corpus", root / "model", root / "shards", workers=workers, shard_bytes=max(size // workers, 1)

@@ -25,7 +25,7 @@ from kha_train.estimate.memory import plan_memory
 
 def test_without_a_device_it_says_so_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="no CUDA device here, so nothing was measured"):
+    with pytest.raises(ConfigError, match="no CUDA device here; nothing was measured"):
         measure(tmp_path / "out", seconds=500, rehearse=False, say=print)
     assert not (tmp_path / "out").exists()
 
