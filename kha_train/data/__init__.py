@@ -1,1 +1,1 @@
-"""From shards on disk to batches of token ids: see `stream.py` for the way the parts meet."""
+"""From shards on disk to batches of token ids; `stream.py` shows how the parts fit together."""

@@ -1,4 +1,4 @@
-"""Calls made one after another beside the caller's own work."""
+"""A thread that runs calls in order."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ _Calls = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 
 
 class InOrder:
-    """A thread that makes calls in the order they are given. A call that hangs keeps no process from ending, and the
-    thread ends when this object is dropped. It does not cross a fork."""
+    """A thread that runs calls in the order they were submitted. A hanging call does not keep the process from ending,
+    and the thread ends when this object is dropped. It does not survive a fork.
+    """
 
     def __init__(self, name: str) -> None:
         self._calls: _Calls = SimpleQueue()
         self._process = os.getpid()
-        # Not an executor of the standard library: those make every call they were given before a process ends.
+        # Not an executor of the standard library: those run every submitted call before a process ends.
         threading.Thread(target=_work, args=(self._calls,), name=name, daemon=True).start()
         weakref.finalize(self, self._calls.put, None)
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """What `call` will have answered or raised; it is not made when that is cancelled before."""
-        assert os.getpid() == self._process, "what reads ahead cannot be used in a forked process"
+        """A future for the result or exception of `call`; a cancelled call is not run."""
+        assert os.getpid() == self._process, "reading ahead does not work in a forked process"
         future: Future[T] = Future()
         self._calls.put((future, call))
         return future
@@ -38,7 +39,7 @@ class InOrder:
 def _work(calls: _Calls) -> None:
     while (one := calls.get()) is not None:
         _make(*one)
-        # Or else it would live until the next one comes.
+        # Otherwise it would stay alive until the next call.
         del one
 
 

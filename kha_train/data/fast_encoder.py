@@ -1,8 +1,9 @@
-"""gigatoken: several times faster than sentencepiece at the same BPE model. The only user of it; nothing depends on it.
+"""Wraps gigatoken, which encodes several times faster than sentencepiece with the same BPE model. The only user of
+gigatoken; nothing depends on it.
 
-Its ids are those of sentencepiece but for one thing: text that spells a control piece, such as `</s>`, becomes the
-control id. Such texts never come here (`tokenizer.Tokenizer` keeps them). Ids are compared with sentencepiece's on a
-sample of every corpus before any is used, and again on a part of all batches.
+Its ids equal those of sentencepiece with one exception: text that spells a control piece, such as `</s>`, becomes the
+control id. `tokenizer.Tokenizer` keeps such texts away from it. Ids are compared with sentencepiece's on a sample of
+every corpus before any is used, and again on a part of all batches.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from kha_train.errors import ConfigError
 
 
 class FastEncoder:
-    """A sentencepiece model, loaded by gigatoken; `version` is the library's. Raises ConfigError when the library is
-    missing or refuses the model."""
+    """A sentencepiece model loaded by gigatoken; `version` is the library's. Raises ConfigError when the library is
+    missing or rejects the model.
+    """
 
     def __init__(self, model: bytes) -> None:
         fix = "pip install 'kha_train[fast]', or --encoder sentencepiece"
@@ -28,13 +30,13 @@ class FastEncoder:
         from importlib.util import find_spec
 
         if find_spec("awkward") is None:
-            # Without it the library answers with lists, and slowly.
+            # Without it the library returns lists, and slowly.
             raise ConfigError("needs the package awkward", field="encoder", value="gigatoken", fix=fix)
         self.version = version("gigatoken")
         try:
             self._tokenizer = gigatoken.Tokenizer.from_sentencepiece(model)
         except (ValueError, RuntimeError, NotImplementedError) as error:
-            raise ConfigError(f"refuses this model: {error}", field="encoder", value="gigatoken", fix=fix) from error
+            raise ConfigError(f"rejects this model: {error}", field="encoder", value="gigatoken", fix=fix) from error
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids (int32) of each text."""

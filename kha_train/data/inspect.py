@@ -1,4 +1,4 @@
-"""Looking at what a model is fed: lengths of documents, and the very samples of a step."""
+"""Inspects what a model is trained on: lengths of documents, and the exact samples of a step."""
 
 # B rows  W tokens of a row and the one after  S segment borders  N samples
 
@@ -20,8 +20,9 @@ BORDER = "\u2016"
 
 
 def decoder_of(shards: ShardSet) -> Callable[[np.ndarray], str]:
-    """Ids -> text by the dataset's own tokenizer, or the ids themselves when it has none. Raises DataError as
-    `ShardSet.check_tokenizer`."""
+    """A function from ids to text with the dataset's own tokenizer, or to the ids themselves if there is none. Raises
+    DataError as `ShardSet.check_tokenizer`.
+    """
     path = shards.check_tokenizer()
     if path is not None and shards.manifest.tokenizer.kind == KIND:
         return Tokenizer(path).decode
@@ -29,12 +30,12 @@ def decoder_of(shards: ShardSet) -> Callable[[np.ndarray], str]:
 
 
 def digest(ids: np.ndarray) -> str:
-    """SHA-256 of ids as little-endian int64: the same for every width they are stored in."""
+    """SHA-256 of ids as little-endian int64; independent of their stored width."""
     return hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
 
 
 def length_histogram(shards: ShardSet) -> dict[str, int]:
-    """How many documents have 1, 2-3, 4-7, ... tokens. Raises DataError when the document ends are damaged."""
+    """The number of documents with 1, 2-3, 4-7, ... tokens. Raises DataError when the document ends are damaged."""
     counts: dict[int, int] = {}
     for lengths in shards.document_lengths():
         found, numbers = np.unique(np.floor(np.log2(lengths)).astype(int), return_counts=True)
@@ -54,13 +55,14 @@ def samples_of_step(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[dict[str, Any]]:
-    """The rows a step trained on (the part of `rank` of `world_size`): sample number, source, SHA-256 of its ids, text
-    with document borders. `skip_windows` are those the run knows of, `content_id` names the data it read. Raises
-    ConfigError when the step's numbers follow neither from them nor without them, DataError when the data are others
-    now, and both as `open_stream`."""
-    from kha_train.data.stream import open_stream  # needs torch, which statistics of a dataset do not
+    """The rows that a step trained on (the part of `rank` of `world_size`): sample number, source, SHA-256 of its ids,
+    text with document borders. `skip_windows` are those recorded by the run, `content_id` identifies the data it read.
+    Raises ConfigError when the step's numbers follow neither with nor without the windows, DataError when the data have
+    changed, and both as `open_stream`.
+    """
+    from kha_train.data.stream import open_stream  # imports torch, which statistics of a dataset do not need
 
-    # Borders are shown whatever the model was told of them; the rows are the same.
+    # Borders are shown even if the model ignored them; the rows are the same.
     config = replace(config, data=replace(config.data, isolate_documents=True))
     jumped = samples_last - samples_first + 1 != config.data.global_batch_size
     stream = open_stream(
@@ -69,7 +71,7 @@ def samples_of_step(
     if content_id is not None and stream.content_id != content_id:
         problem = f"not the data that the run read: expected content id {content_id}, found {stream.content_id}"
         raise DataError(
-            problem, field="data.train", value=config.data.train, fix="put back what the run was trained on"
+            problem, field="data.train", value=config.data.train, fix="restore the data that the run was trained on"
         )
     batch = next(stream)
     if stream.samples_seen - 1 != samples_last:

@@ -1,4 +1,4 @@
-"""Arrays that take long to make, made once by one process and memory-mapped by all."""
+"""A disk cache of arrays shared by processes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ SUFFIX = ".npy"
 def kept_arrays(
     directory: Path, make: Callable[[], dict[str, np.ndarray]], names: Collection[str] = ()
 ) -> dict[str, np.ndarray]:
-    """The arrays in `directory`, read-only, by name; what is missing or damaged there is made again, and so is what
-    does not hold the `names` that are asked for.
+    """The arrays in `directory`, read-only, by name. They are made if missing or damaged, or if one of `names` is
+    missing.
 
-    Of several processes one makes them and the others wait; a process that dies lets the next one begin. Raises
-    MachineError when the directory cannot be written.
+    One process makes them while the others wait; if it dies, the next one starts. Raises MachineError when the
+    directory cannot be written.
     """
     if not _is_whole(directory, names):
         try:
@@ -41,13 +41,15 @@ def kept_arrays(
                     _write(directory, make())
         except OSError as error:
             raise MachineError(
-                f"cannot be written: {error.strerror}", field=str(directory), fix="free some space, or data.cache_dir"
+                f"cannot be written: {error.strerror}",
+                field=str(directory),
+                fix="free some space, or set another data.cache_dir",
             ) from error
     return {name.removesuffix(SUFFIX): _mapped(directory / name) for name in _digests(directory)}
 
 
 def _is_whole(directory: Path, names: Collection[str]) -> bool:
-    """Whether every array is there, plain, and what was written."""
+    """Whether every array exists as a regular file and is unchanged."""
     try:
         digests = _digests(directory)
         if directory.is_symlink() or not digests or not {f"{name}{SUFFIX}" for name in names} <= digests.keys():
@@ -62,7 +64,7 @@ def _is_whole(directory: Path, names: Collection[str]) -> bool:
 
 
 def _digests(directory: Path) -> dict[str, str]:
-    """Name of an array's file -> SHA-256. Raises ValueError, and DataError for anything else."""
+    """Name of an array's file -> SHA-256. Raises ValueError or DataError for a malformed file."""
     path = directory / DIGESTS
     found = Source(str(path)).read(dict[str, str], parse_json(read_regular(path, SMALL) or b""))
     return {name: digest for name, digest in found.items() if re.fullmatch(rf"[A-Za-z0-9_-]+\{SUFFIX}", name)}

@@ -1,6 +1,6 @@
-"""The datasets a run trains on, checked against its model, and the rows that sample numbers stand for.
+"""The datasets of a run, checked against its model, and the rows behind sample numbers.
 
-`data.train` names one dataset; `data.sources` several with their weights, mixed by `mixture.Mixture`.
+`data.train` names one dataset; `data.sources` names several with weights, mixed by `mixture.Mixture`.
 """
 
 # N samples  W = T + 1, a row with the label of its last token  M unmasked labels  V ids of the vocabulary
@@ -26,12 +26,12 @@ from kha_train.errors import ConfigError, DataError, Settings, either
 TRAIN_SOURCE = "train"
 _ROWS_AT_ONCE = 1024
 _FEW_ROWS = 64
-"""Of the validation set, when a label is looked for."""
+"""Rows of the validation set read at a time when searching for a label."""
 Rows = ConcatRows | BestFitRows
 
 
 class Source(NamedTuple):
-    """One dataset of a run: its name (part of the key of its order), its rows, their order."""
+    """One dataset of a run: its name (part of the key of its order), its rows, and their order."""
 
     name: str
     rows: Rows
@@ -39,16 +39,18 @@ class Source(NamedTuple):
 
 
 class Samples:
-    """Global sample number -> row of a source -> ids. `sources` in their given order; `mixture` is None for one."""
+    """Global sample number -> row of a source -> ids. `sources` in their given order; `mixture` is None for one
+    source.
+    """
 
     def __init__(self, sources: Sequence[Source], mixture: Mixture | None, seq_len: int) -> None:
         self.sources, self.mixture, self.seq_len = tuple(sources), mixture, seq_len
-        # One tokenizer, but not always one importer: the widest type holds the ids of every source.
+        # The sources share a tokenizer, but not always an importer: the widest type holds the ids of all.
         self._dtype = np.result_type(*(source.rows.shards.dtype for source in self.sources))
 
     @property
     def content_id(self) -> str:
-        """The name of the data: that of the one dataset, or SHA-256 over names and content ids of all sources."""
+        """The id of the data: that of the one dataset, or SHA-256 over names and content ids of all sources."""
         if len(self.sources) == 1:
             return self.sources[0].rows.shards.content_id
         ids = [[source.name, source.rows.shards.content_id] for source in self.sources]
@@ -56,16 +58,16 @@ class Samples:
 
     @property
     def rows(self) -> int:
-        """The number of rows of all sources."""
+        """Total number of rows of all sources."""
         return sum(source.rows.rows for source in self.sources)
 
     @property
     def row_bytes(self) -> int:
-        """What a row that was read takes."""
+        """Size in bytes of a row that was read."""
         return (self.seq_len + 1) * self._dtype.itemsize
 
     def locate(self, samples_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(place of the source, row of it) of samples given in runs of neighbouring numbers, int64 both."""
+        """(index of the source, row in it) of samples given in runs of consecutive numbers, both int64."""
         breaks = np.flatnonzero(np.diff(samples_N) != 1) + 1
         runs = [(int(run[0]), len(run)) for run in np.split(samples_N, breaks) if len(run)]
         if self.mixture is None:
@@ -78,18 +80,18 @@ class Samples:
         for place, source in enumerate(self.sources):
             inside = np.flatnonzero(sources_N == place)
             if inside.size:
-                # A source's own numbers are neighbours, but not in ascending order of the mixture's slots.
+                # A source's own numbers are consecutive, but not ascending in the order of the mixture's slots.
                 low, high = int(numbers_N[inside].min()), int(numbers_N[inside].max())
                 rows_N[inside] = source.order.rows(low, high - low + 1)[numbers_N[inside] - low]
         return sources_N, rows_N
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether `expect` is of any use."""
+        """Whether `expect` has an effect."""
         return any(source.rows.shards.looks_ahead for source in self.sources)
 
     def expect(self, plans: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-        """All located rows that are known to be read, plan by plan, in their order."""
+        """Announce all upcoming located rows, plan by plan, in order."""
         for place, source in enumerate(self.sources):
             source.rows.expect([rows_N[sources_N == place] for sources_N, rows_N in plans])
 
@@ -111,11 +113,11 @@ class Samples:
         return Layout(np.unique(np.concatenate(borders)), np.sort(np.concatenate(masked)), filled_N)
 
     def read(self, sources_N: np.ndarray, rows_N: np.ndarray) -> np.ndarray:
-        """The ids of located rows, [N, T + 1] as they are stored. Raises DataError when they are damaged."""
+        """The ids of located rows, [N, T + 1] as stored. Raises DataError when they are damaged."""
         return next(self.read_in_parts(sources_N, rows_N, (0, len(rows_N))))
 
     def read_in_parts(self, sources_N: np.ndarray, rows_N: np.ndarray, bounds: Sequence[int]) -> Iterator[np.ndarray]:
-        """As `read`, each part when it is asked for: part k has rows [bounds[k], bounds[k + 1])."""
+        """As `read`, one part at a time as requested: part k has rows [bounds[k], bounds[k + 1])."""
         if len(self.sources) == 1:
             return self.sources[0].rows.read_in_parts(rows_N, bounds)
         return self._mixed_in_parts(sources_N, rows_N, bounds)
@@ -133,7 +135,7 @@ class Samples:
             )
 
     def _put_together(self, count: int, of_sources: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """`count` rows from (their places, their ids) of each source."""
+        """`count` rows assembled from (positions, ids) of each source."""
         rows_NW = np.empty((count, self.seq_len + 1), dtype=self._dtype)
         for places, ids_NW in of_sources:
             rows_NW[places] = ids_NW
@@ -141,12 +143,14 @@ class Samples:
 
 
 def open_samples(config: RunConfig) -> Samples:
-    """What `config` trains on. Raises ConfigError and DataError as `stream.open_stream`."""
+    """The training data of `config`. Raises ConfigError and DataError as `stream.open_stream`."""
     named = _named(config.data)
     opened = [(name, open_rows(config, path, field)) for name, path, field in named]
     tokenizers = {rows.shards.manifest.tokenizer.sha256 for _, rows in opened}
     if len(tokenizers) > 1:
-        raise ConfigError("made by different tokenizers", field="data.sources", value=[path for _, path, _ in named])
+        raise ConfigError(
+            "were made by different tokenizers", field="data.sources", value=[path for _, path, _ in named]
+        )
     sources = [
         Source(name, rows, SampleOrder(rows.rows, seed=config.run.seed, source=name, shuffle=config.data.shuffle))
         for name, rows in opened
@@ -160,17 +164,17 @@ def open_samples(config: RunConfig) -> Samples:
 
 
 def open_validation(config: RunConfig) -> tuple[Rows, int]:
-    """The validation rows, and how many of them are scored, the first ones.
+    """The validation rows, and how many of them are scored (the first ones).
 
-    Raises ConfigError and DataError as `stream.open_stream`, ConfigError when another tokenizer made them than the
-    training data, and DataError when no scored row has a label, or none whose label stands for text.
+    Raises ConfigError and DataError as `stream.open_stream`; ConfigError when their tokenizer differs from that of the
+    training data; DataError when no scored row has a label, or none with a label that stands for text.
     """
     rows = open_rows(config, config.data.validation, "data.validation")
     _, directory, field = _named(config.data)[0]
     train = open_shards(config, directory, field).manifest.tokenizer
     if rows.shards.manifest.tokenizer.sha256 != train.sha256:
         raise ConfigError(
-            "made by another tokenizer than data.train",
+            "was made by another tokenizer than data.train",
             field="data.validation",
             value=config.data.validation,
             fix="tokenize both with one tokenizer",
@@ -183,7 +187,7 @@ def open_validation(config: RunConfig) -> tuple[Rows, int]:
         if len(rows.layout(numbers).masked_M) == len(numbers) * rows.seq_len:
             continue
         labelled = True
-        # Ids without any table of bytes are scored by their loss alone.
+        # Without a table of bytes, ids are scored by their loss alone.
         if not has_text_V.any() or any(has_text_V[_labels(rows, few)].any() for few in _few_by_few(numbers)):
             return rows, count
     if labelled:
@@ -193,7 +197,7 @@ def open_validation(config: RunConfig) -> tuple[Rows, int]:
 
 
 def _few_by_few(numbers: np.ndarray) -> list[np.ndarray]:
-    """Row numbers in parts, the first one alone: it mostly answers what is asked of all."""
+    """Row numbers in parts, the first row alone: it usually suffices."""
     return np.split(numbers, range(1, len(numbers), _FEW_ROWS))
 
 
@@ -214,7 +218,7 @@ def begins_with_labels(config: RunConfig, samples: Samples) -> bool:
 
 
 def without_labels(field: str, rows: str) -> DataError:
-    """The error about `rows` (in words) of the dataset at `field` in which there is nothing to predict."""
+    """The error for `rows` (in words) of the dataset at `field` without anything to predict."""
     return DataError(
         f"{rows} has a label: each token is the last of its document, and no document predicts the next one's first",
         field=field,
@@ -241,8 +245,9 @@ def open_rows(config: RunConfig, directory: str, field: str) -> Rows:
 
 
 def open_shards(config: RunConfig, directory: str, field: str) -> ShardSet:
-    """A dataset that fits the model. Raises ConfigError when it is missing or has another vocabulary, DataError when
-    it is damaged or its tokenizer is not the manifest's, and for a URL as `remote.open_remote`."""
+    """A dataset that fits the model. Raises ConfigError when it is missing or has another vocabulary, DataError when it
+    is damaged or its tokenizer does not match the manifest, and for a URL as `remote.open_remote`.
+    """
     data = config.data
     shards = ShardSet.open(
         directory,
@@ -272,7 +277,7 @@ def _named(data: DataSection) -> list[tuple[str, str, str]]:
 
 
 def _cache_readers(data: DataSection) -> int:
-    """How many readers share the block cache of this node. A plan reads no URL, and needs no torch."""
+    """The number of readers that share the block cache of this node. A plan reads no URL, and needs no torch."""
     from kha_train.distributed import ranks_of_node
 
     return ranks_of_node() * max(1, sum("://" in source.path for source in data.sources))

@@ -1,9 +1,8 @@
 """From a configuration to batches: sources -> sample order -> rows -> packed batches with document borders.
 
-A step takes the next `data.global_batch_size` sample numbers that lie in no skip window; rank r of R takes the r-th of
-R contiguous slices. `sources.Samples` turns a number into a row of a dataset and reads it. World size, micro-batch and
-accumulation change nothing about the samples of a step. The whole state of a stream is the next sample number and the
-skip windows.
+A step takes the next `data.global_batch_size` sample numbers outside skip windows; rank r of R takes the r-th of R
+contiguous slices. `sources.Samples` maps a number to a row of a dataset and reads it. The samples of a step do not
+depend on world size, micro-batch or accumulation. The state of a stream is the next sample number and the skip windows.
 """
 
 # B rows of this rank  G rows of all ranks  T tokens of a row (`model.seq_len`)  W = T + 1  V vocabulary
@@ -31,16 +30,18 @@ from kha_train.data.sources import Rows, Samples, open_samples, open_shards, ope
 from kha_train.errors import ConfigError, DataError
 
 _PLANNED_ROWS = 1024
-"""So many rows are planned at once, for a call has a fixed price."""
+"""Number of rows planned per call, because a call has a fixed cost."""
 _READ_BYTES = 5 << 16
-"""Small steps are read together, as many as this holds: a call has a fixed price here too, and more would not stay in
-a core's second cache until it is widened."""
+"""Small steps are read together, up to this many bytes: a call has a fixed cost here too, and more would not stay in a
+core's second-level cache until it is widened.
+"""
 
 
 class _Plan(NamedTuple):
-    """Neighbouring steps of one rank, located but not read.
+    """Consecutive steps of one rank, located but not read.
 
-    Step s takes samples from `positions[s]` on and ends before `positions[s + 1]`."""
+    Step s takes samples from `positions[s]` on and ends before `positions[s + 1]`.
+    """
 
     positions: list[int]
     samples_SB: np.ndarray
@@ -50,17 +51,17 @@ class _Plan(NamedTuple):
 
 
 _Ready = tuple[int, int, Batch]
-"""The sample number a step begins with, the one that the step after it begins with, and what it is trained on."""
+"""The sample number that a step begins with, that of the next step, and the step's batch."""
 
 
 class TokenStream:
-    """An endless iterator of one rank's `Batch` of each optimiser step, made by `open_stream`.
+    """An endless iterator of one rank's `Batch` for each optimiser step, made by `open_stream`.
 
     The state, the same on every rank: `samples_seen`, the next global sample number, and `skip_windows`, the numbers
-    [first, last) never to be trained on; both may be set at any time between steps. `content_id` names the data,
+    [first, last) never to be trained on. Both may be set at any time between steps. `content_id` identifies the data;
     `samples_per_epoch` and `tokens_per_epoch` are its size in rows and in tokens of those rows. With `data.prefetch` a
-    thread reads so many steps ahead. A step that meets damage, its own or that of one planned and read with it, raises
-    DataError from `next()` and leaves `samples_seen` as it was.
+    thread reads that many steps ahead. If a step, or one planned and read with it, meets damage, `next()` raises
+    DataError and leaves `samples_seen` unchanged.
     """
 
     def __init__(self, samples: Samples, *, batch_size: int, rank: int, world_size: int, prefetch: int = 0) -> None:
@@ -82,7 +83,7 @@ class TokenStream:
 
     @property
     def samples_seen(self) -> int:
-        """The global sample number that the next step begins with."""
+        """The global sample number at which the next step begins."""
         return self._samples_seen
 
     @samples_seen.setter
@@ -92,7 +93,7 @@ class TokenStream:
 
     @property
     def skip_windows(self) -> tuple[Window, ...]:
-        """Sample numbers [first, last) that are passed over, ascending and apart from each other."""
+        """Sample numbers [first, last) to skip, ascending and disjoint."""
         return self._skip_windows
 
     @skip_windows.setter
@@ -104,7 +105,7 @@ class TokenStream:
         return self
 
     def take_wait_seconds(self) -> float:
-        """Seconds spent inside `next()` since the last call; starts again from zero."""
+        """Seconds spent inside `next()` since the last call; resets the counter."""
         seconds, self._waited = self._waited, 0.0
         return seconds
 
@@ -118,18 +119,18 @@ class TokenStream:
     def _refill(self) -> None:
         started = time.perf_counter()
         if self._batches:
-            # An interrupt came between the taking of a batch and its counting; it may have been the last of its group.
+            # An interrupt came between taking a batch and counting it; it may have been the last of its group.
             self._begin()
         try:
             self._batches = self._read_ahead(self._reader) if self._reader else next(self._groups)
         finally:
             self._waited += time.perf_counter() - started
             if not self._batches:
-                # A generator that was interrupted is at its end, and this stream has none.
+                # An interrupted generator is exhausted, but this stream is endless.
                 self._begin()
 
     def _begin(self) -> None:
-        """Forget what was planned and read: the next step begins at `samples_seen`."""
+        """Discard what was planned and read: the next step begins at `samples_seen`."""
         for future in self._ahead:
             future.cancel()
         self._ahead.clear()
@@ -137,15 +138,16 @@ class TokenStream:
         self._batches = deque()
 
     def _read_ahead(self, reader: InOrder) -> deque[_Ready]:
-        """The next steps, planned and read in the thread; at least `data.prefetch` steps after them are under way."""
+        """The next steps, planned and read in the thread; at least `data.prefetch` further steps are under way."""
         groups = self._groups
         while len(self._ahead) <= self._prefetch:
             self._ahead.append(reader.submit(lambda: next(groups)))
         return self._ahead.popleft().result()
 
     def _groups_from(self, position: int) -> Iterator[deque[_Ready]]:
-        """All steps from sample `position` on, for ever, some neighbours read at a time. The first plan is of one step,
-        each later one of twice as many: a jump answers at once."""
+        """All steps from sample `position` on, endlessly, with some neighbours read together. The first plan has one
+        step and each later one twice as many, so that a jump responds at once.
+        """
         count = 1
         while True:
             plan = self._plan(position, count)
@@ -157,7 +159,7 @@ class TokenStream:
             position, count = plan.positions[-1], min(2 * count, self._most_planned)
 
     def _group(self, plan: _Plan, first: int, last: int, rows_NW: np.ndarray) -> deque[_Ready]:
-        """Steps [first, last) of a plan, whose rows were read."""
+        """Steps [first, last) of a plan, with their rows read."""
         rows_SBW = rows_NW.reshape(last - first, -1, rows_NW.shape[1])
         batches = map(Batch, plan.samples_SB[first:last], rows_SBW, plan.layouts[first:last])
         return deque(zip(plan.positions[first:last], plan.positions[first + 1 :], batches, strict=False))
@@ -175,7 +177,7 @@ class TokenStream:
         return _Plan(positions, samples_SB, sources_N, rows_N, list(layouts))
 
     def _numbers(self, position: int, steps: int) -> np.ndarray:
-        """The sample numbers of so many global batches, the first of which begins at `position`: [steps, G]."""
+        """The sample numbers of consecutive global batches, the first of which begins at `position`: [steps, G]."""
         return numbers_past(self._skip_windows, position, steps * self._batch_size).reshape(steps, -1)
 
 
@@ -189,8 +191,8 @@ def open_stream(
 ) -> TokenStream:
     """The training batches of `rank`, beginning at global sample `samples_seen`, without the `skip_windows`.
 
-    Raises ConfigError when a dataset is missing, too small for one row, made by another tokenizer or vocabulary, or
-    the global batch does not divide by `world_size`; DataError when it is damaged.
+    Raises ConfigError when a dataset is missing, too small for one row, or made by another tokenizer or vocabulary, or
+    when the global batch does not divide by `world_size`; DataError when it is damaged.
     """
     batch_size = config.data.global_batch_size
     if batch_size % world_size:
@@ -209,18 +211,18 @@ def open_stream(
 
 
 def validation_batches(config: RunConfig, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-    """The batches of a `ValidationSet` opened for this once. Raises as `ValidationSet`."""
+    """The batches of a `ValidationSet`, opened for this call. Raises as `ValidationSet`."""
     return ValidationSet(config).batches(rank, world_size)
 
 
 class ValidationSet:
-    """The validation set, opened and checked once; `batches` reads it, as often as it is asked.
+    """The validation set, opened and checked once; `batches` may be called any number of times.
 
-    `shards` is the dataset, `bytes_per_id_V` (int64) the UTF-8 bytes each id stands for. A validation scores the first
-    `scored_rows` rows.
+    `shards` is the dataset, `bytes_per_id_V` (int64) the number of UTF-8 bytes of each id. A validation scores the
+    first `scored_rows` rows.
 
-    Raises ConfigError and DataError as `open_stream`, ConfigError when another tokenizer made it than the training
-    data, and DataError when no row has a label.
+    Raises ConfigError and DataError as `open_stream`; ConfigError when its tokenizer differs from that of the training
+    data; DataError when no row has a label.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -230,11 +232,11 @@ class ValidationSet:
         self._size = config.engine.micro_batch_size
 
     def batches(self, rank: int, world_size: int) -> Iterator[Batch]:
-        """Rows 0 ... n-1 in order, n = `validation.rows` (0, or more than there are: all of them).
+        """Rows 0 ... n-1 in order, n = `validation.rows` (0, or more than exist: all of them).
 
-        Micro-batches of `engine.micro_batch_size` rows are dealt to the ranks in turn. Every rank gets the same number
-        of batches of the same shape; rows beyond n are fillers (sample -1, all labels masked). Raises DataError while
-        reading.
+        Micro-batches of `engine.micro_batch_size` rows are assigned to the ranks in turn. Every rank gets the same
+        number of batches of the same shape; rows beyond n are fillers (sample -1, all labels masked). Raises DataError
+        while reading.
         """
         return _deal(self._rows, self.scored_rows, self._size, rank, world_size)
 
@@ -258,7 +260,7 @@ def _deal(rows: Rows, n: int, size: int, rank: int, world_size: int) -> Iterator
 
 
 def bytes_per_id(config: RunConfig) -> torch.Tensor:
-    """int64 [V]: the UTF-8 bytes each id of the validation set stands for (0 for control ids).
+    """int64 [V]: the number of UTF-8 bytes of each id of the validation set (0 for control ids).
 
     Raises ConfigError and DataError as `open_stream`.
     """
@@ -266,7 +268,8 @@ def bytes_per_id(config: RunConfig) -> torch.Tensor:
 
 
 def unigram_bits_per_byte(config: RunConfig) -> float:
-    """Bits per byte of the validation text under its own token frequencies: what a model without context can reach.
+    """Bits per byte of the validation text under its own token frequencies: the best that a model without context can
+    reach.
 
     Entropy of the counts c_v, sum of c_v log2(N / c_v), over the bytes of the text. Reads the whole validation set.
     Raises ConfigError and DataError as `open_stream`.

@@ -1,7 +1,7 @@
-"""Text to ids and back without loss: sentencepiece BPE with byte fallback. The only user of sentencepiece.
+"""Lossless conversion between text and ids: sentencepiece BPE with byte fallback. The only user of sentencepiece.
 
 Nothing is normalised: no dummy prefix, blanks kept, digits split. Sentencepiece writes a blank as U+2581, so a U+2581
-of the text itself would come back as a blank; it is therefore encoded as its bytes, and so is what is not UTF-8.
+in the text would come back as a blank. It is therefore encoded as bytes, and so is anything that is not UTF-8.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MODEL_NAME = "tokenizer.model"
 SPECIAL_IDS = {"pad": 0, "bos": 1, "eos": 2, "unk": 3}
 PIECE_CHARACTERS = 2000
 LONG_CHARACTERS = 1 << 18
-"""A longer text is encoded part by part: the library takes some fifty bytes a character at a time."""
+"""Longer texts are encoded in parts: the library needs about fifty bytes per character at a time."""
 _COMPARED_BATCHES = 32
 
 _BLANK = "\u2581"
@@ -37,7 +37,8 @@ _PROBE = "a  \ufb01 \t\n\u00e9 \U0001f600 7\r\n "
 
 
 def train(texts: Iterable[str], path: Path, *, vocab_size: int) -> Tokenizer:
-    """Train on `texts`, cut into pieces of 2000 characters, and write the model file; the same texts, the same file.
+    """Train on `texts`, cut into pieces of 2000 characters, and write the model file; the same texts give the same
+    file.
 
     Raises ConfigError when the texts cannot give exactly `vocab_size` pieces.
     """
@@ -56,9 +57,9 @@ def train(texts: Iterable[str], path: Path, *, vocab_size: int) -> Tokenizer:
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
-            required_chars=_BLANK,  # or else a blank that is rare in the text would be lost
+            required_chars=_BLANK,  # otherwise a rare blank would be lost
             max_sentence_length=8 * PIECE_CHARACTERS,
-            num_threads=1,  # recorded in the model file: another count is another hash
+            num_threads=1,  # recorded in the model file: another count gives another hash
             minloglevel=2,
             pad_id=SPECIAL_IDS["pad"],
             bos_id=SPECIAL_IDS["bos"],
@@ -79,7 +80,7 @@ def train(texts: Iterable[str], path: Path, *, vocab_size: int) -> Tokenizer:
 
 
 class _Watched:
-    """Texts in pieces of 2000 characters; the library forgets with what `error` reading them ended."""
+    """Texts in pieces of 2000 characters; keeps the `error` that ended reading, because the library drops it."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.error: KhaError | None = None
@@ -96,11 +97,11 @@ class _Watched:
 
 
 class Tokenizer:
-    """A model file, loaded. `path`, `sha256`, `vocab_size`, and `special_ids` by name (only those the model has).
+    """A loaded model file. `path`, `sha256`, `vocab_size`, and `special_ids` by name (only those the model has).
 
-    `fast` encodes by gigatoken where that gives the same ids, and compares every 32nd batch. `threads` are those of
-    sentencepiece (None: as many as there are cores). Raises ConfigError when the file is missing, is not a model of
-    sentencepiece, or would lose text, and as `FastEncoder`.
+    With `fast`, gigatoken encodes where it gives the same ids, and every 32nd batch is compared. `threads` are those of
+    sentencepiece (None: one per core). Raises ConfigError when the file is missing, is not a sentencepiece model, or
+    would lose text, and as `FastEncoder`.
     """
 
     def __init__(self, path: str | Path, *, fast: bool = False, threads: int | None = None) -> None:
@@ -112,7 +113,7 @@ class Tokenizer:
             raise ConfigError("no such file", field="tokenizer", value=str(path), fix=fix)
         model = self.path.read_bytes()
         try:
-            # Of no bytes the library makes a processor that fails later.
+            # From an empty file the library makes a processor that fails later.
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model or b"none")
         except RuntimeError as error:
             raise ConfigError("not a sentencepiece model", field="tokenizer", value=str(path)) from error
@@ -129,7 +130,7 @@ class Tokenizer:
         keeps_bytes = all(map(self._processor.is_byte, self._id_of_byte))
         if not keeps_bytes or _rewrites(model) or self.decode(self.encode([_PROBE])[0]) != _PROBE:
             raise ConfigError(
-                "this model loses text",
+                "this model would lose text",
                 field="tokenizer",
                 value=str(path),
                 allowed="byte fallback, identity normalisation, no dummy prefix, blanks kept",
@@ -140,23 +141,24 @@ class Tokenizer:
         self._fast = FastEncoder(model) if fast else None
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids (int32) of each text, without any special id. Raises DataError for text that UTF-8 cannot express, and
-        when gigatoken's ids are other ones."""
+        """Ids (int32) of each text, without special ids. Raises DataError for text that UTF-8 cannot encode, and when
+        gigatoken's ids differ.
+        """
         whole = [i for i, text in enumerate(texts) if len(text) <= LONG_CHARACTERS and not _AS_BYTES.search(text)]
         encoded = dict(zip(whole, self._encode_plain([texts[i] for i in whole]), strict=True))
         ids = (encoded[i] if i in encoded else self._encode_in_parts(text) for i, text in enumerate(texts))
         return [np.asarray(one, dtype=np.int32) for one in ids]
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
-        """Ids (int32) of any bytes; what is not UTF-8 becomes byte pieces."""
+        """Ids (int32) of any bytes; those that are not UTF-8 become byte pieces."""
         return self.encode([data.decode("utf-8", "surrogateescape")])[0]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; special ids stand for nothing, bytes that are not UTF-8 show as U+FFFD."""
+        """The text of `ids`. Special ids give nothing; bytes that are not UTF-8 show as U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The very bytes `ids` stand for."""
+        """The exact bytes of `ids`."""
         return b"".join([self._bytes[number] for number in ids])
 
     def bytes_per_id(self) -> tuple[int, ...]:
@@ -164,7 +166,7 @@ class Tokenizer:
         return tuple(map(len, self._bytes))
 
     def entry(self) -> TokenizerEntry:
-        """How a dataset's manifest describes this tokenizer."""
+        """This tokenizer's entry in a dataset's manifest."""
         return TokenizerEntry(
             kind=KIND,
             vocab=self.vocab_size,
@@ -176,11 +178,11 @@ class Tokenizer:
 
     @property
     def encoder(self) -> str:
-        """What makes the ids."""
+        """The name of the encoder in use."""
         return "sentencepiece" if self._fast is None else f"gigatoken {self._fast.version}"
 
     def _encode_plain(self, texts: list[str]) -> list[Any]:
-        """Ids of texts that hold neither U+2581 nor surrogates."""
+        """Ids of texts without U+2581 and surrogates."""
         if self._fast is None:
             encoded: list[Any] = self._processor.encode(texts, num_threads=self._threads)
             return encoded
@@ -196,7 +198,7 @@ class Tokenizer:
             for index, fast, plain in zip(others, ids, expected, strict=True):
                 if fast.tolist() != plain:
                     raise DataError(
-                        f"{self.encoder} gives other ids than sentencepiece",
+                        f"{self.encoder} gave other ids than sentencepiece",
                         field="encoder",
                         value=texts[index][:80],
                         fix=Options("--encoder sentencepiece --overwrite"),
@@ -206,7 +208,7 @@ class Tokenizer:
         return [found[index] for index in range(len(texts))]
 
     def _encode_in_parts(self, text: str) -> np.ndarray:
-        """Ids of a text that is long, or holds U+2581 or surrogates."""
+        """Ids of a long text, or one with U+2581 or surrogates."""
         is_plain = not _AS_BYTES.search(text)
         encode = (lambda one: self._encode_plain([one])[0]) if is_plain else self._processor.encode
         ids = [np.empty(0, dtype=np.int32)]
@@ -217,13 +219,14 @@ class Tokenizer:
             try:
                 numbers = [self._id_of_byte[byte] for byte in part.encode("utf-8", "surrogateescape")]
             except UnicodeEncodeError as error:
-                raise DataError(f"text that UTF-8 cannot express: {error.reason}", value=part[:20]) from error
+                raise DataError(f"text that UTF-8 cannot encode: {error.reason}", value=part[:20]) from error
             ids.append(np.asarray(numbers, dtype=np.int32))
         return np.concatenate(ids)
 
     def _short_parts(self, text: str) -> Iterator[str]:
-        """`text` cut where that changes no id: between two characters that stand side by side in no piece, so that no
-        merge can join them. A stretch without such a place stays whole."""
+        """`text` cut where this changes no id: between two characters that are adjacent in no piece, so that no merge
+        can join them. A stretch without such a position stays whole.
+        """
         start = 0
         while len(text) - start > LONG_CHARACTERS and self._is_bpe:
             places = range(start + LONG_CHARACTERS, len(text))
@@ -235,7 +238,7 @@ class Tokenizer:
 
     @cached_property
     def _neighbours(self) -> frozenset[str]:
-        """Every two characters that stand side by side in a piece, as they are in the text."""
+        """Every pair of characters that are adjacent in a piece, as they are in the text."""
         pieces = (self._processor.id_to_piece(number).replace(_BLANK, " ") for number in range(self.vocab_size))
         return frozenset(pair for piece in pieces for pair in map("".join, pairwise(piece)))
 
@@ -249,12 +252,12 @@ class Tokenizer:
 
 
 def _rewrites(model: bytes) -> bool:
-    """Whether a model has rules that change characters before they are encoded."""
+    """Whether a model has rules that change characters before encoding."""
     return bool(_specification(model).normalizer_spec.precompiled_charsmap)
 
 
 def _is_bpe(model: bytes) -> bool:
-    """Whether a model merges pieces; a unigram model weighs a whole text at once."""
+    """Whether a model is BPE, which merges pieces; a unigram model scores a whole text at once."""
     trainer = _specification(model).trainer_spec
     return bool(trainer.model_type == trainer.BPE)
 
@@ -262,5 +265,5 @@ def _is_bpe(model: bytes) -> bool:
 def _specification(model: bytes) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
-    # protobuf makes the class when the module is imported: no checker sees it.
+    # protobuf creates the class at import, so type checkers do not see it.
     return sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]

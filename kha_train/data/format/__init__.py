@@ -1,1 +1,1 @@
-"""Datasets on disk: manifest, shards and their checksums, written and read."""
+"""Datasets on disk: reading and writing manifests, shards and checksums."""

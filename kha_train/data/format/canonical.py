@@ -1,4 +1,4 @@
-"""One spelling of a value in bytes, so that a hash of it is the same on every machine and library version."""
+"""A canonical byte form of values, so that their hash is the same on every machine and library version."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=
 
 
 def parse_json(text: bytes) -> Json:
-    """The value that JSON text spells. Raises ValueError for what is not JSON: NaN and infinities too."""
+    """The value of JSON text. Raises ValueError for anything that is not JSON, including NaN and infinities."""
 
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
     def finite(text: str) -> float:
-        """1e999 is a number that no float holds."""
+        """1e999 does not fit a float."""
         if math.isinf(number := float(text)):
             refuse(text)
         return number
@@ -36,17 +36,18 @@ def parse_json(text: bytes) -> Json:
 
 
 def canonical_json(value: object) -> bytes:
-    """`value` as JSON with sorted keys, no blanks, ASCII only. Plain ints, strings, lists and dicts only.
+    """`value` as JSON with sorted keys, no blanks, ASCII only. Accepts only plain ints, strings, lists and dicts.
 
-    Raises TypeError for anything else (a NumPy integer too: its spelling differs between versions) and ValueError for
+    Raises TypeError for anything else (also for NumPy integers, whose text differs between versions) and ValueError for
     non-finite numbers.
     """
     return _ENCODER.encode(value).encode("ascii")
 
 
 def canonical_sha256(value: object) -> str:
-    """SHA-256 of `canonical_json(value)` in hexadecimal, without the megabytes that a long table takes when it is
-    spelled at once. Raises as `canonical_json`."""
+    """SHA-256 of `canonical_json(value)` in hexadecimal, without holding the megabytes of text of a long table. Raises
+    as `canonical_json`.
+    """
     digest = hashlib.sha256()
     for part in _ENCODER.iterencode(value):
         digest.update(part.encode("ascii"))

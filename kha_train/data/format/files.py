@@ -1,8 +1,8 @@
 """Exact reads from the files of a dataset, by `pread` or through a memory map.
 
-`pread` is the default: a file truncated while it is read gives a short read, which can be told, on any file system. A
-memory map of a local file is cheaper, but a page that is no longer there kills the process by SIGBUS, which no program
-text can turn into an error: `ShardSet.open` checks the sizes, and nothing protects the time after.
+`pread` is the default: a file truncated while it is read gives a short read, which can be detected, on any file system.
+A memory map of a local file is faster. But if the file is truncated, the process dies with SIGBUS, which cannot be
+caught: `ShardSet.open` checks the sizes once, and nothing protects later reads.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
 
 
 class Files:
-    """Reads by `pread` from many files with a bounded number of descriptors: the least recently used one is closed.
+    """Reads by `pread` from many files with a limited number of descriptors: the least recently used one is closed.
 
-    Threads may read at once. `looks_ahead` tells whether `expect` is of any use. What reads raises DataError when the
-    bytes are not there, MachineError when the machine cannot give them.
+    Threads may read at the same time. `looks_ahead` says whether `expect` has an effect. Reads raise DataError when the
+    bytes do not exist, MachineError when the machine cannot deliver them.
     """
 
     looks_ahead = False
@@ -39,15 +39,15 @@ class Files:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._most_open = _most_open()
-        # A descriptor must not be closed, and its number given to another file, between look-up and read.
+        # Between look-up and read, the descriptor must not be closed and its number given to another file.
         self._lock = threading.Lock()
         self._open: OrderedDict[str, int] = OrderedDict()
         weakref.finalize(self, _close_all, self._open)
 
     def read(self, name: str, offset: int, count: int) -> bytes:
-        """`count` bytes of a file from `offset` on."""
+        """`count` bytes of a file, starting at `offset`."""
         data = self._pread(name, offset, count)
-        # One call gives 2 GiB at most.
+        # One call reads at most 2 GiB.
         while len(data) < count and (more := self._pread(name, offset + len(data), count - len(data))):
             data += more
         if len(data) != count:
@@ -55,16 +55,16 @@ class Files:
         return data
 
     def look(self, name: str, offset: int, count: int) -> bytes | memoryview:
-        """As `read`, for bytes of which few are looked at."""
+        """As `read`, for bytes of which only a few are used."""
         return self.read(name, offset, count)
 
     def read_pieces(self, names: Sequence[str], offsets: Sequence[int], sizes: Sequence[int]) -> bytearray:
-        """Pieces laid end to end: `sizes[j]` bytes from `offsets[j]` on in file `names[j]`."""
-        # Joining pieces is the cheapest way there is in Python to copy many small ones.
+        """Pieces concatenated: `sizes[j]` bytes starting at `offsets[j]` in file `names[j]`."""
+        # Joining pieces is the cheapest way in Python to copy many small ones.
         return bytearray().join([self.read(*place) for place in zip(names, offsets, sizes, strict=True)])
 
     def expect(self, places: Iterable[tuple[str, int, int]]) -> None:
-        """All reads (name, offset, bytes) that are known to come, in their order."""
+        """Announce all upcoming reads (name, offset, bytes), in order."""
 
     def path(self, name: str) -> str:
         """The path of a file, for messages."""
@@ -97,15 +97,16 @@ class Files:
 
 
 class _Map(NamedTuple):
-    """A file in memory, and all of its bytes as a view that is cheap to cut."""
+    """A file in memory, and a view of all its bytes that is cheap to slice."""
 
     file: mmap.mmap
     bytes: memoryview
 
 
 class _Maps(dict[str, _Map]):
-    """Maps of the files of a directory by name, each made when it is first asked for; of more than `most` the oldest
-    goes. Raises DataError and MachineError when there is none."""
+    """Maps of the files of a directory by name, made on first use; beyond `most` maps the oldest is dropped. Raises
+    DataError and MachineError when a file cannot be mapped.
+    """
 
     def __init__(self, directory: Path, most: int) -> None:
         super().__init__()
@@ -136,11 +137,10 @@ class _Maps(dict[str, _Map]):
 
 
 class MappedFiles(Files):
-    """`Files` that copies from memory maps, as few of them as descriptors; a few small reads stay `pread`.
+    """`Files` that copies from memory maps, with the same limit on their number; a few small reads still use `pread`.
 
-    The kernel is told that reads are random: or else the first touch of a page reads megabytes around it from a disk.
-    It then fetches page after page, each by itself; where that happens, the pieces of the next reads are asked for
-    before they are touched.
+    The kernel is told that reads are random; otherwise the first access to a page reads megabytes around it from a
+    disk. It then fetches one page at a time. Where that happens, the pieces of the next reads are requested in advance.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -156,7 +156,7 @@ class MappedFiles(Files):
         return piece
 
     def read_pieces(self, names: Sequence[str], offsets: Sequence[int], sizes: Sequence[int]) -> bytearray:
-        """As `Files.read_pieces`; of a file too short when it was mapped, too."""
+        """As `Files.read_pieces`; also for a file that was too short when it was mapped."""
         maps, places = self._maps, list(zip(names, offsets, sizes, strict=True))
         before = _major_faults()
         if self._reads_to_ask_for:
@@ -179,7 +179,7 @@ READERS = {"pread": Files, "memory_map": MappedFiles}
 
 
 def _unreadable(path: str, offset: int, error: OSError) -> KhaError:
-    """For a read that the system refused: the machine's trouble, or the file's."""
+    """The error for a read that the system refused: a machine error or a data error."""
     problem = f"offset {offset}: cannot be read: {error.strerror}"
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return MachineError(problem, field=path, fix="allow more open files: ulimit -n")
@@ -189,7 +189,7 @@ def _unreadable(path: str, offset: int, error: OSError) -> KhaError:
 
 
 def _most_open() -> int:
-    """A part of what this process may have open; it allows itself as much as it is allowed to."""
+    """A share of the files that this process may have open; raises the limit to the allowed maximum first."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _MOST_LIMIT if hard == resource.RLIM_INFINITY else min(hard, _MOST_LIMIT)
     if soft != resource.RLIM_INFINITY and soft < most:
@@ -198,7 +198,7 @@ def _most_open() -> int:
 
 
 def _major_faults() -> int:
-    """How often this thread waited for a page to come from a disk."""
+    """How many times this thread waited for a page from a disk."""
     return resource.getrusage(_THREAD).ru_majflt
 
 

@@ -1,8 +1,8 @@
-"""`manifest.json` of a dataset, format version 1: what the shards hold, and how to tell that they still do.
+"""`manifest.json` of a dataset, format version 1: what the shards hold, and how to verify it.
 
 The manifest is written last, by an atomic rename: a directory without one is not a dataset. Everything in it is checked
-when it is read, because a shrunken or swapped shard would change the order of a whole run without a word.
-docs/data.md describes every field.
+when it is read, because a shrunken or swapped shard would silently change the order of a whole run. docs/data.md
+describes every field.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class ShardEntry:
-    """One shard: its three files and what they hold. `text_bytes` are the UTF-8 bytes its tokens stand for.
+    """One shard: its three files and their content. `text_bytes` is the number of UTF-8 bytes that its tokens stand
+    for.
 
-    The ids are the last `tok.bytes` bytes of their file, `tok_offset` bytes of a foreign header standing before them.
+    The ids are the last `tok.bytes` bytes of their file, after a foreign header of `tok_offset` bytes.
     """
 
     tokens: int
@@ -64,7 +65,9 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class TokenizerEntry:
-    """What made the ids. `file` lies beside the manifest (None: there is none); `bytes_per_id` has `vocab` entries."""
+    """The tokenizer that made the ids. `file` is beside the manifest (None: there is none); `bytes_per_id` has `vocab`
+    entries.
+    """
 
     kind: str
     vocab: int
@@ -76,7 +79,7 @@ class TokenizerEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checked manifest. `content_id` names the data: SHA-256 of the canonical JSON without itself and `tool`."""
+    """A checked manifest. `content_id` identifies the data: SHA-256 of the canonical JSON without itself and `tool`."""
 
     dtype: str
     tokens: int
@@ -90,19 +93,19 @@ class Manifest:
 
 
 def dtype_for(vocab_size: int) -> str:
-    """The narrowest id type of the format that holds ids below `vocab_size`."""
+    """The narrowest id type of the format for ids below `vocab_size`."""
     return "uint16" if vocab_size <= 65_536 else "uint32"
 
 
 def content_id_of(raw: dict[str, Any]) -> str:
-    """The content id of a manifest given as the JSON object that is (or will be) in the file."""
+    """The content id of a manifest, given as the JSON object in the file."""
     return canonical_sha256({k: v for k, v in raw.items() if k not in _NOT_CONTENT})
 
 
 def build(
     shards: list[ShardEntry], tokenizer: TokenizerEntry, *, dtype: str, corpus: dict[str, Any], tool: str
 ) -> dict[str, Any]:
-    """The JSON object of a manifest over finished shards, content id included."""
+    """The JSON object of a manifest for finished shards, including the content id."""
     raw = {
         "format": FORMAT,
         "version": VERSION,
@@ -121,7 +124,7 @@ def build(
 
 
 def shard_entry(raw: dict[str, Any]) -> ShardEntry:
-    """The entry whose `asdict` is `raw`, a note of our own."""
+    """The entry whose `asdict` is `raw`, from one of our notes."""
     files = {key: FileEntry(**raw[key]) for key in ("tok", "doc", "crc")}
     return ShardEntry(**{**raw, **files})
 
@@ -129,7 +132,7 @@ def shard_entry(raw: dict[str, Any]) -> ShardEntry:
 def publish(directory: Path, raw: dict[str, Any]) -> Manifest:
     """Write `raw` as the directory's manifest by atomic rename, after checking it as a reader would.
 
-    Raises DataError when it would not be readable as format version 1.
+    Raises DataError when a reader of format version 1 would reject it.
     """
     path = directory / MANIFEST_NAME
     manifest = parse(raw, path)
@@ -170,7 +173,7 @@ def load(directory: Path, *, field: str) -> Manifest:
 
 
 def parse(raw: object, path: Path | str) -> Manifest:
-    """The manifest in the JSON value `raw`; `path` is named in errors. Raises DataError for every inconsistency."""
+    """The manifest in the JSON value `raw`; errors name `path`. Raises DataError for every inconsistency."""
     top = _Object(raw, str(path), "")
     raw = top.raw
     if top.text("format") != FORMAT:
@@ -212,7 +215,7 @@ def parse(raw: object, path: Path | str) -> Manifest:
 
 
 class _Object:
-    """A JSON object being checked: every access names the place it fails at."""
+    """A JSON object being checked: every access names the place where it fails."""
 
     def __init__(self, raw: object, path: str, place: str) -> None:
         self.path, self.place = path, place
@@ -221,22 +224,22 @@ class _Object:
         self.raw: dict[str, Any] = raw
 
     def fault(self, key: str, problem: str, value: Any) -> DataError:
-        """An error that names the place of `key`."""
+        """An error about the value of `key`."""
         return DataError(problem, field=f"{self.path} {self.place}{key}", value=value, fix="write the dataset again")
 
     def get(self, key: str, kind: type[T]) -> T:
-        """The value of `key`, of this kind."""
+        """The value of `key`, checked to be of type `kind`."""
         value = self.raw.get(key)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise self.fault(key, f"expected {kind.__name__}", str(value)[:80])
         return value
 
     def text(self, key: str) -> str:
-        """A text."""
+        """The text under `key`."""
         return self.get(key, str)
 
     def number(self, key: str, least: int = 0) -> int:
-        """A whole number of at least `least`."""
+        """The integer under `key`, at least `least`."""
         value = self.get(key, int)
         if value < least:
             raise self.fault(key, f"must be at least {least}", value)
@@ -245,25 +248,25 @@ class _Object:
         return value
 
     def digest(self, key: str) -> str:
-        """A SHA-256 in hexadecimal."""
+        """The hexadecimal SHA-256 under `key`."""
         value = self.text(key)
         if not _SHA256.fullmatch(value):
             raise self.fault(key, "expected a SHA-256 in hexadecimal", value[:80])
         return value
 
     def file_name(self, key: str) -> str:
-        """A bare file name."""
+        """The bare file name under `key`."""
         value = self.text(key)
         if not _FILE_NAME.fullmatch(value):
             raise self.fault(key, "expected a bare file name inside the dataset directory", value[:80])
         return value
 
     def child(self, key: str) -> _Object:
-        """The object inside."""
+        """The object under `key`."""
         return _Object(self.get(key, dict), self.path, f"{self.place}{key}.")
 
     def children(self, key: str) -> list[_Object]:
-        """The objects in a list."""
+        """The objects in the list under `key`."""
         return [_Object(v, self.path, f"{self.place}{key}[{i}].") for i, v in enumerate(self.get(key, list))]
 
 
@@ -317,7 +320,7 @@ def _shard(entry: _Object, dtype: str, vocab: int) -> ShardEntry:
 
 
 def _indented(raw: dict[str, Any]) -> str:
-    """JSON that a person can read, with the long table on one line."""
+    """Readable JSON, with the long table on one line."""
     table = json.dumps(raw["tokenizer"]["bytes_per_id"], separators=(",", ":"))
     text = json.dumps({**raw, "tokenizer": {**raw["tokenizer"], "bytes_per_id": "@"}}, indent=1)
     return text.replace('"bytes_per_id": "@"', f'"bytes_per_id": {table}')

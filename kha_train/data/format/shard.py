@@ -1,4 +1,4 @@
-"""One shard of a dataset: what its checksums say, and where its documents end. `shards.ShardSet` reads its ids."""
+"""One shard of a dataset: its checksums and the ends of its documents. `shards.ShardSet` reads its ids."""
 
 # N rows  E document ends
 
@@ -21,15 +21,16 @@ _CACHED_ENDS_BLOCKS = 64
 
 
 class Shard:
-    """Shard number `index`: checks blocks of 64 KiB and finds document ends; `entry` is the manifest's. Every method
-    raises DataError when what it reads is not what the manifest says."""
+    """Shard number `index`: checks blocks of 64 KiB and finds document ends; `entry` is its entry in the manifest.
+    Every method raises DataError when the bytes do not match the manifest.
+    """
 
     def __init__(self, index: int, entry: ShardEntry, files: Files) -> None:
         self.index, self.entry, self._files = index, entry, files
 
     @cached_property
     def _checksums(self) -> tuple[str, np.ndarray]:
-        """The file of checksums, found to be what the manifest says, and the last document end of each block of ends.
+        """The checksum file, checked against the manifest, and the last document end of each block of ends.
 
         The checksums themselves stay in their file: terabytes of tokens have hundreds of megabytes of them.
         """
@@ -50,7 +51,7 @@ class Shard:
 
     @property
     def blocks(self) -> int:
-        """How many checksum blocks the ids have."""
+        """Number of checksum blocks of the ids."""
         return blocks_of(self.entry)
 
     def check_block(self, block: int) -> None:
@@ -62,7 +63,8 @@ class Shard:
 
     def ends_near(self, starts_N: np.ndarray, length: int, ends_of: EndsCache) -> Iterator[np.ndarray]:
         """Ascending runs of document ends: all e with start < e <= start + length for one of the ascending `starts_N`,
-        and others. One block is held at a time, for rows may lie in any number of them."""
+        and possibly others. Only one block is in memory at a time, because rows may lie in any number of blocks.
+        """
         first_N = self._last_ends.searchsorted(starts_N, side="right")
         last_N = self._last_ends.searchsorted(starts_N + length)
         blocks = spanned(first_N, last_N)
@@ -73,7 +75,7 @@ class Shard:
             yield ends[ends.searchsorted(low, side="right") : ends.searchsorted(high, side="right")]
 
     def ends_place(self, start: int) -> tuple[str, int, int]:
-        """File, offset and bytes of the document ends that begin with the first one after token `start`."""
+        """File, offset and size of the document ends, beginning with the first one after token `start`."""
         return self._ends_block(int(self._last_ends.searchsorted(start, side="right")))
 
     def _ends_block(self, block: int) -> tuple[str, int, int]:
@@ -81,11 +83,11 @@ class Shard:
         return self.entry.doc.file, first, min(CRC_BLOCK_BYTES, self.entry.doc.bytes - first)
 
     def ends(self, block: int) -> np.ndarray:
-        """The document ends of one 64 KiB block of `.doc`, as they are there: int64, to look at now."""
+        """The document ends of one 64 KiB block of `.doc`, as stored: int64, valid only until the next call."""
         return np.frombuffer(self._files.look(*self._ends_block(block)), dtype="<i8")
 
     def check_ends_of(self, block: int, *, check_crc: bool) -> np.ndarray:
-        """`ends`, found to ascend and with `check_crc` to have their checksum."""
+        """Checks that `ends` ascend and, with `check_crc`, match their checksum."""
         _, first, _ = place = self._ends_block(block)
         data = self._files.read(*place)
         if check_crc:
@@ -103,7 +105,7 @@ class Shard:
         return ends
 
     def check_ends(self) -> Iterator[np.ndarray]:
-        """The document ends block by block, each compared with its checksum, all of them at last with their digest."""
+        """Check the document ends block by block against their checksums, then all of them against their digest."""
         digest = hashlib.sha256()
         for block in range(len(self._last_ends)):
             ends = self.check_ends_of(block, check_crc=True)
@@ -130,28 +132,29 @@ class Shard:
 
 
 class BlockBits:
-    """A set of block numbers below `count`, one bit each; memory is taken as bits are set, by whole pages."""
+    """A set of block numbers below `count`, one bit each; memory is allocated by whole pages as bits are set."""
 
     def __init__(self, count: int) -> None:
         self._bits = np.zeros(-(-count // 8), dtype=np.uint8)
 
     def add(self, block: int) -> None:
-        """Put one into the set."""
+        """Add one number."""
         self._bits[block >> 3] |= 1 << (block & 7)
 
     def __contains__(self, block: int) -> bool:
         return bool(self._bits[block >> 3] >> (block & 7) & 1)
 
     def missing(self, blocks: np.ndarray) -> list[int]:
-        """Those that are not in the set, each once, ascending."""
+        """The numbers that are not in the set, each once, ascending."""
         bits = self._bits[blocks >> 3] >> (blocks & 7).astype(np.uint8) & 1
         missing: list[int] = np.unique(blocks[bits == 0]).tolist()
         return missing
 
 
 class EndsCache:
-    """The document ends of shards of so many `documents`, block by block: each checked at its first touch, and the last
-    few kept."""
+    """The document ends of shards with the given numbers of `documents`, block by block: each checked on first use, and
+    the last few kept.
+    """
 
     def __init__(self, documents: Sequence[int], check_crc: bool) -> None:
         self._first_blocks = sums_before(-(-np.asarray(documents) // ENDS_PER_BLOCK)).tolist()
@@ -174,5 +177,5 @@ class EndsCache:
 
 
 def blocks_of(entry: ShardEntry) -> int:
-    """How many checksum blocks the ids of a shard have."""
+    """Number of checksum blocks of the ids of a shard."""
     return -(-entry.tok.bytes // CRC_BLOCK_BYTES)

@@ -1,9 +1,9 @@
-"""Reading datasets of format version 1, and noticing when they are not what their manifest says.
+"""Reads datasets of format version 1, and detects data that do not match their manifest.
 
-At open, cheap: the manifest and the size of every file. At the first need of a shard's checksums or document ends: the
-SHA-256 of its checksums. At the first touch of a 64 KiB block of either: its CRC-32; one bit a block of tokens
-remembers. At every read: the length, and the largest id. A fault is a DataError that names shard, offset, expected and
-found.
+On opening: the manifest and the size of every file. When a shard's checksums or document ends are first needed: the
+SHA-256 of its checksums. On the first access to a 64 KiB block of either: its CRC-32; one bit per block of tokens
+remembers the check. On every read: the length, and the largest id. A fault is a DataError that names shard, offset,
+expected and found value.
 """
 
 # N rows  P pieces of any lengths
@@ -34,9 +34,9 @@ _CHUNK_BYTES = 1 << 20
 
 
 class ShardSet:
-    """A dataset directory opened for reading. Ids come as little-endian uint16 or uint32 arrays.
+    """A dataset directory opened for reading. Ids are little-endian uint16 or uint32 arrays.
 
-    `manifest` is the checked manifest, `directory` where it lies, `dtype` the type of the ids.
+    `manifest` is the checked manifest, `directory` the dataset's directory, `dtype` the type of the ids.
     """
 
     def __init__(self, files: Files, manifest: Manifest, *, check_crc: bool = True, field: str = "dataset") -> None:
@@ -69,17 +69,17 @@ class ShardSet:
     ) -> ShardSet:
         """Open a dataset; `reader` is a key of `files.READERS`, `field` the configuration key that named it.
 
-        A URL is read through blocks kept in the directory `cache`, of `cache_gib` GiB, shared by `cache_readers` such
-        datasets in all processes of this node. Raises ConfigError when there is no dataset there, DataError when the
-        manifest or a file's size is wrong, and for a URL as `remote.open_remote`.
+        A URL is read through blocks kept in the directory `cache` of `cache_gib` GiB, shared by `cache_readers` such
+        datasets in all processes of this node. Raises ConfigError when there is no dataset, DataError when the manifest
+        or a file's size is wrong, and for a URL as `remote.open_remote`.
         """
         if "://" in str(directory):
-            # Only here: whoever reads local files needs neither its memory nor its time.
+            # Imported here, because reading local files needs neither its memory nor its time.
             from kha_train.data.remote.store import open_remote
 
             size = int(cache_gib * 2**30)
             files, manifest = open_remote(str(directory), in_home(str(cache)), size, readers=cache_readers, field=field)
-            # Its files compare every block with its checksum themselves.
+            # Remote files compare every block with its checksum themselves.
             return cls(files, manifest, check_crc=False, field=field)
         directory = Path(directory)
         manifest = manifests.load(directory, field=field)
@@ -90,17 +90,17 @@ class ShardSet:
 
     @property
     def content_id(self) -> str:
-        """The name of the data itself (SHA-256 in hexadecimal)."""
+        """The id of the data itself (SHA-256 in hexadecimal)."""
         return self.manifest.content_id
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids of the tokenizer that made the dataset."""
+        """Number of ids of the tokenizer that made the dataset."""
         return self.manifest.tokenizer.vocab
 
     @property
     def bytes_per_id(self) -> np.ndarray:
-        """int64 [V]: the bytes of text each id stands for; 0 for control ids."""
+        """int64 [V]: the number of text bytes of each id; 0 for control ids."""
         return np.asarray(self.manifest.tokenizer.bytes_per_id, dtype=np.int64)
 
     def read(self, shard: int, start: int, count: int) -> np.ndarray:
@@ -113,15 +113,16 @@ class ShardSet:
         return ids
 
     def gather(self, shards_P: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray) -> np.ndarray:
-        """Pieces laid end to end: `lengths_P[j]` ids, at least one, of shard `shards_P[j]` from `starts_P[j]` on.
+        """Pieces concatenated: `lengths_P[j]` ids, at least one, of shard `shards_P[j]`, starting at `starts_P[j]`.
 
-        Raises DataError when they are damaged."""
+        Raises DataError when they are damaged.
+        """
         return next(self.gather_in_parts(shards_P, starts_P, lengths_P, (0, len(shards_P))))
 
     def gather_in_parts(
         self, shards_P: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray, bounds: Sequence[int]
     ) -> Iterator[np.ndarray]:
-        """As `gather`, each part when it is asked for: part k has pieces [bounds[k], bounds[k + 1])."""
+        """As `gather`, one part at a time as requested: part k has pieces [bounds[k], bounds[k + 1])."""
         names, offsets, sizes = self._places(shards_P, starts_P, lengths_P)
         all_checked = not self._unchecked_blocks(shards_P, starts_P, lengths_P)
         for first, last in pairwise(bounds):
@@ -129,11 +130,11 @@ class ShardSet:
             pieces = shards_P[part], starts_P[part], lengths_P[part]
             if not all_checked:
                 self._check_blocks(self._unchecked_blocks(*pieces))
-            # Without a name here: a generator that waits keeps what it has names for.
+            # Not assigned to a name: a suspended generator keeps what its names refer to.
             yield self._ids(self._files.read_pieces(names[part], offsets[part], sizes[part]), *pieces)
 
     def _ids(self, data: bytearray, shards_P: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray) -> np.ndarray:
-        """The ids of pieces that were read. Raises DataError when one is above the largest of its shard."""
+        """The ids of pieces that were read. Raises DataError when one is above the largest id of its shard."""
         ids = np.frombuffer(data, dtype=self.dtype)
         if np.maximum.reduce(ids, initial=0) > self._smallest_maximum:
             self._check_largest(ids, shards_P, starts_P, lengths_P)
@@ -141,12 +142,13 @@ class ShardSet:
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether `expect` is of any use."""
+        """Whether `expect` has an effect."""
         return self._files.looks_ahead
 
     def expect(self, plans: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], *, ends: bool) -> None:
-        """All reads that are known to come, plan by plan: of each, with `ends`, the document ends among its pieces,
-        then the pieces (shards, first tokens, lengths) in their order. Raises DataError when checksums are damaged."""
+        """Announce all upcoming reads, plan by plan. Each plan reads, with `ends`, the document ends in its pieces,
+        then the pieces (shards, first tokens, lengths), in order. Raises DataError when checksums are damaged.
+        """
         shards = np.unique(np.concatenate([shards_P for shards_P, _, _ in plans])).tolist()
         fresh = [self.manifest.shards[index].crc for index in shards if index not in self._shards]
         if fresh:
@@ -157,7 +159,9 @@ class ShardSet:
     def _reads(
         self, shards_P: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray, *, ends: bool
     ) -> Iterator[tuple[str, int, int]]:
-        """(file, offset, bytes) of what a plan reads: one that needs document ends needs all of them before a row."""
+        """(file, offset, bytes) of the reads of a plan. A plan that needs document ends needs all of them before any
+        row.
+        """
         if ends:
             rows = zip(shards_P.tolist(), starts_P.tolist(), strict=True)
             yield from dict.fromkeys(self._shard(shard).ends_place(start) for shard, start in rows)
@@ -166,7 +170,7 @@ class ShardSet:
     def _places(
         self, shards_P: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray
     ) -> tuple[list[str], list[int], list[int]]:
-        """The files of pieces, where they begin there, and their bytes."""
+        """The files of pieces, their offsets there, and their sizes in bytes."""
         width = self.dtype.itemsize
         names = [self._names[shard] for shard in shards_P.tolist()]
         return names, (self._offsets[shards_P] + starts_P * width).tolist(), (lengths_P * width).tolist()
@@ -179,7 +183,7 @@ class ShardSet:
         return self.ends_in_rows(np.asarray([shard]), np.asarray([start]), stop - start) + start
 
     def ends_in_rows(self, shards_N: np.ndarray, starts_N: np.ndarray, length: int) -> np.ndarray:
-        """Where documents end in rows of `length` tokens laid end to end: ascending int64 numbers j * length + e.
+        """The ends of documents in rows of `length` tokens laid end to end: ascending int64 numbers j * length + e.
 
         e in (0, length] is an exclusive document end relative to the first token of row j. Raises DataError when the
         ends are damaged.
@@ -189,7 +193,7 @@ class ShardSet:
             starts = np.sort(starts_N[shards_N == shard])
             before = self._first_tokens[shard]
             near += [ends + before for ends in self._shard(shard).ends_near(starts, length, self._ends)]
-        # Tokens counted through all shards: one search serves all rows.
+        # Tokens are counted through all shards, so one search serves all rows.
         near_ends = np.concatenate(near)
         first_N = self._first_tokens[shards_N] + starts_N
         low_N, high_N = (near_ends.searchsorted(places, side="right") for places in (first_N, first_N + length))
@@ -207,7 +211,7 @@ class ShardSet:
         if entry.file is None:
             return None
         path, where = self.directory / entry.file, self._files.path(entry.file)
-        fix = "put back the file that made the dataset, or tokenize again"
+        fix = "restore the file that made the dataset, or tokenize again"
         if not path.is_file():
             raise DataError("the tokenizer file is missing", field=self._field, value=where, fix=fix)
         found = sha256_of_file(path)
@@ -217,9 +221,10 @@ class ShardSet:
         return path
 
     def token_counts(self, progress: Callable[[int], None] | None = None) -> np.ndarray:
-        """int64 [V]: how often each id occurs. Reads and checks everything; `progress` gets token counts.
+        """int64 [V]: the number of occurrences of each id. Reads and checks everything; `progress` receives token
+        counts.
 
-        Raises DataError for any fault, the totals of the manifest included.
+        Raises DataError for any fault, including wrong totals in the manifest.
         """
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         for index, entry in enumerate(self.manifest.shards):
@@ -230,15 +235,17 @@ class ShardSet:
         return counts
 
     def verify(self, index: int) -> np.ndarray:
-        """int64 [max_id + 1]: how often each id occurs in shard `index`. Reads every byte of it and compares with
-        checksums, digests and the manifest's figures. Raises DataError for the first fault."""
+        """int64 [max_id + 1]: the number of occurrences of each id in shard `index`. Reads every byte and compares it
+        with checksums, digests and the manifest's figures. Raises DataError for the first fault.
+        """
         entry, shard = self.manifest.shards[index], self._shard(index)
         counts, least, digest = np.zeros(entry.max_id + 1, dtype=np.int64), entry.max_id, hashlib.sha256()
         step, blocks = _CHUNK_BYTES // self.dtype.itemsize, _CHUNK_BYTES // CRC_BLOCK_BYTES
         first, last = self._first_blocks[index : index + 2].tolist()
         for number, start in enumerate(range(0, entry.tokens, step)):
             if self._check_crc:
-                # Those that were compared before, too. Together with what is read next: a disk gives it once.
+                # Blocks checked before are checked again, together with what is read next, so that a disk delivers them
+                # once.
                 self._check_blocks(range(first + number * blocks, min(first + (number + 1) * blocks, last)))
             ids = self.read(index, start, min(step, entry.tokens - start))
             digest.update(ids.tobytes())
@@ -255,8 +262,9 @@ class ShardSet:
         return counts
 
     def document_lengths(self) -> Iterator[np.ndarray]:
-        """The tokens of every document, int64, shard by shard: their checksums are compared whatever `check_crc` says,
-        because what is made of them is kept. Raises DataError when the ends are damaged."""
+        """The tokens of every document, int64, shard by shard. Checksums are compared even without `check_crc`, because
+        the result is cached on disk. Raises DataError when the ends are damaged.
+        """
         for index in range(len(self.manifest.shards)):
             yield np.diff(np.concatenate(list(self._shard(index).check_ends())), prepend=0)
 
@@ -267,7 +275,7 @@ class ShardSet:
         return shard
 
     def _unchecked_blocks(self, shards_P: np.ndarray, starts_P: np.ndarray, lengths_P: np.ndarray) -> list[int]:
-        """The blocks of pieces, counted through all shards, that are still to be compared with their checksums."""
+        """The blocks of pieces, numbered through all shards, that were not yet compared with their checksums."""
         if not self._check_crc:
             return []
         before_P, width = self._first_blocks[shards_P], self.dtype.itemsize

@@ -1,7 +1,6 @@
-"""Writing datasets of format version 1: shards one by one, in any order and any process, then the manifest.
+"""Writes datasets of format version 1: shards in any order and by any process, then the manifest.
 
-A shard is a pure function of its documents, so that many processes writing different shards give the very files that
-one process gives.
+A shard is a pure function of its documents, so any number of processes writes the same files.
 """
 
 from __future__ import annotations
@@ -33,12 +32,13 @@ from kha_train.data.format.manifest import (
 from kha_train.errors import DataError
 
 PART = ".part"
-"""How the name of a file ends that is being written."""
+"""Suffix of a file that is still being written."""
 
 
 class _HashedFile:
-    """A file being written whose size and SHA-256 are known at the end; it gets its name then, its bytes safely on
-    disk. Two processes that write one file do not meet in it."""
+    """A file being written whose size and SHA-256 are known at the end. It then gets its final name, with its bytes
+    safely on disk. Two processes that write the same file do not interfere.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path, self._beside = path, path.with_name(f"{path.name}.{os.getpid()}{PART}")
@@ -51,14 +51,14 @@ class _HashedFile:
         self._bytes += len(data)
 
     def finish(self) -> FileEntry:
-        """What the manifest says of the file."""
+        """The file's entry in the manifest."""
         _sync(self._file)
         self._file.close()
         os.replace(self._beside, self._path)
         return FileEntry(self._path.name, self._bytes, self._digest.hexdigest())
 
     def drop(self) -> None:
-        """Leave no file, unless it is finished."""
+        """Remove the file unless it is finished."""
         self._file.close()
         self._beside.unlink(missing_ok=True)
 
@@ -71,7 +71,7 @@ class BlockChecksums:
         self._pending = bytearray()
 
     def feed(self, data: bytes) -> None:
-        """The next bytes of the file."""
+        """Add the next bytes of the file."""
         self._pending += data
         whole = len(self._pending) // CRC_BLOCK_BYTES * CRC_BLOCK_BYTES
         for start in range(0, whole, CRC_BLOCK_BYTES):
@@ -79,7 +79,7 @@ class BlockChecksums:
         del self._pending[:whole]
 
     def finish(self) -> bytes:
-        """The checksums, as they stand in `.crc`."""
+        """The checksums, as `.crc` stores them."""
         last = [zlib.crc32(self._pending)] if self._pending else []
         return np.asarray(self._done + last, dtype="<u4").tobytes()
 
@@ -98,9 +98,9 @@ def checksum_file(tok_checksums: bytes, ends: np.ndarray) -> bytes:
 
 
 def prepare(directory: Path, *, keep: Collection[int] = ()) -> None:
-    """Make `directory` ready for shards: create it, and unpublish the dataset in it.
+    """Prepare `directory` for shards: create it, and unpublish the dataset in it.
 
-    Shards that are there go, but for those with a number in `keep`.
+    Existing shards are removed, except those with a number in `keep`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MANIFEST_NAME).unlink(missing_ok=True)
@@ -113,7 +113,7 @@ def prepare(directory: Path, *, keep: Collection[int] = ()) -> None:
 
 
 def mark_finished(directory: Path, index: int, entry: ShardEntry | None, identity: str) -> None:
-    """Note beside a finished shard what it is, so that an interrupted writing of the same `identity` can go on."""
+    """Write a note beside a finished shard, so that an interrupted encoding with the same `identity` can continue."""
     path = directory / f"shard-{index:05d}.done"
     temporary = path.with_suffix(f".{os.getpid()}")
     note = {"identity": identity, "shard": None if entry is None else asdict(entry)}
@@ -122,7 +122,7 @@ def mark_finished(directory: Path, index: int, entry: ShardEntry | None, identit
 
 
 def finished_shards(directory: Path, identities: Mapping[int, str]) -> dict[int, ShardEntry | None]:
-    """The shards that an interrupted writing left whole, by number: those noted with the identity of their number."""
+    """The intact shards of an interrupted encoding, by number: those whose note has the identity for their number."""
     finished: dict[int, ShardEntry | None] = {}
     for path in directory.glob("shard-*.done"):
         try:
@@ -142,8 +142,9 @@ def finished_shards(directory: Path, identities: Mapping[int, str]) -> dict[int,
 
 
 class ShardWriter:
-    """Shard number `index` of `directory`, written document by document. Empty documents are left out: a document
-    border is unique."""
+    """Shard number `index` of `directory`, written document by document. Empty documents are left out, so that document
+    borders are unique.
+    """
 
     def __init__(self, directory: Path, index: int, *, vocab_size: int, dtype: str) -> None:
         self._path = directory / f"shard-{index:05d}.tok"
@@ -159,8 +160,9 @@ class ShardWriter:
         self._tok.drop()
 
     def add(self, ids: np.ndarray, text_bytes: int) -> None:
-        """Append a document that stands for so many UTF-8 bytes of text. Raises DataError for an id outside the
-        vocabulary."""
+        """Append a document and the number of UTF-8 bytes of its text. Raises DataError for an id outside the
+        vocabulary.
+        """
         if len(ids) == 0:
             return
         low, high = int(ids.min()), int(ids.max())
@@ -175,7 +177,7 @@ class ShardWriter:
         self._checksums.feed(data)
 
     def finish(self) -> ShardEntry | None:
-        """What the manifest says of the shard; None, and no file, when no document had any id."""
+        """The shard's entry in the manifest; None, and no file, when no document had any id."""
         if not self._ends:
             return None
         tok = self._tok.finish()
@@ -190,8 +192,9 @@ class ShardWriter:
 def write_shard(
     directory: Path, index: int, documents: Iterable[tuple[np.ndarray, int]], *, vocab_size: int, dtype: str
 ) -> ShardEntry | None:
-    """Write shard number `index` from documents, each (ids, UTF-8 bytes of its text), and return what `ShardWriter`
-    says of it at the end. Raises DataError as that."""
+    """Write shard number `index` from documents, each (ids, UTF-8 bytes of its text); returns and raises as
+    `ShardWriter`.
+    """
     with ShardWriter(directory, index, vocab_size=vocab_size, dtype=dtype) as writer:
         for ids, text_bytes in documents:
             writer.add(ids, text_bytes)
@@ -210,8 +213,8 @@ def publish_dataset(
 ) -> Manifest:
     """Copy the tokenizer beside finished shards, then write the manifest: only now is the directory a dataset.
 
-    `encoder`, what made the ids, is named beside the tool: both are told, neither is part of the content id.
-    Raises DataError when nothing was written or the entries do not make a valid manifest.
+    `encoder`, the program that made the ids, is recorded beside the tool; neither is part of the content id. Raises
+    DataError when nothing was written or the entries do not make a valid manifest.
     """
     written = [shard for shard in shards if shard is not None]
     if not written:
@@ -231,7 +234,7 @@ def publish_dataset(
 
 
 def write_file(path: Path, data: bytes) -> FileEntry:
-    """Write a small file, its bytes then safely on disk."""
+    """Write a small file; on return its bytes are safely on disk."""
     file = _HashedFile(path)
     file.write(data)
     return file.finish()

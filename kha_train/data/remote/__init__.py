@@ -1,1 +1,1 @@
-"""Datasets in an object store, and the local cache of their blocks."""
+"""Datasets in an object store, with a local cache of their blocks."""

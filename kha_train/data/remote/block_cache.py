@@ -1,7 +1,7 @@
-"""A directory of checked blocks of remote files, bounded in size, shared by all processes of a node.
+"""A directory of checked blocks of remote files, limited in size and shared by all processes of a node.
 
-A block gets its name by an atomic rename: nobody sees half of one. Of several processes that want a block one fetches
-it and the others wait, for as long as that process lives, and not for ever.
+A block gets its name by an atomic rename, so nobody sees part of one. If several processes want a block, one fetches it
+and the others wait while that process lives, up to a time limit.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from typing import BinaryIO
 from kha_train.errors import ConfigError, KhaError, MachineError
 
 READ_SECONDS = 60.0
-"""The longest that one attempt to read from a store, or the wait for another process that reads the same, may take: all
-attempts together end well before a watchdog takes the process for hung."""
+"""Time limit for one attempt to read from a store, or to wait for another process that reads the same block. All
+attempts together end well before a watchdog would report a hang.
+"""
 ABANDONED_SECONDS = 1200.0
-"""A temporary file that nobody has touched for so long belongs to a process that is gone."""
+"""A temporary file that was not touched for this long belongs to a dead process."""
 SPARE_SHARE = 20
-"""One part in so many of a full cache is freed at once."""
+"""When a full cache is cleaned, this fraction (1 / SPARE_SHARE) is freed at once."""
 _POLL_SECONDS = 0.02
 _BLOCK = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _NO_BLOCK = (errno.EISDIR, errno.ELOOP, errno.ESPIPE, errno.ENXIO)
-"""What opening or reading says of a directory, a link, a FIFO and a socket."""
+"""Errors from opening or reading a directory, a link, a FIFO or a socket."""
 
 
 class Cache:
-    """A directory of blocks shared by processes, at most `limit` bytes, the temporary files of writers aside.
+    """A directory of blocks shared by processes, limited to `limit` bytes without the writers' temporary files.
 
-    `readers` is how many of these there are in all processes that share it: what they fetch ahead is at most half of
-    it, all together. Every method raises MachineError when the directory cannot be used, ConfigError when it is none.
+    `readers` is the number of caches on this directory in all processes; together they prefetch at most half of it.
+    Every method raises MachineError when the directory cannot be used, ConfigError when it is not a directory.
     """
 
     def __init__(self, directory: Path, limit: int, readers: int = 1) -> None:
@@ -50,12 +51,13 @@ class Cache:
             raise self._unwritable(error) from error
 
     def has(self, name: str) -> bool:
-        """Whether the block is there now."""
+        """Whether the block is in the cache."""
         return _is_block(self.directory / name)
 
     def read_into(self, name: str, offset: int, out: memoryview) -> bool:
-        """Fill `out` with the bytes of a block from `offset` on; False when it is not there. One too short goes, and so
-        does what is no block: a directory, a link."""
+        """Fill `out` with the bytes of a block, starting at `offset`; False when it is not in the cache. Removes a
+        block that is too short, and anything else with its name (a directory, a link).
+        """
         try:
             descriptor = os.open(self.directory / name, _BLOCK)
             try:
@@ -72,10 +74,10 @@ class Cache:
         return False
 
     def expect(self, reads: Iterable[tuple[str, int]]) -> list[str]:
-        """All reads (block, bytes of the block) that are known to come, in their order.
+        """Announce all upcoming reads (block, bytes of the block), in order.
 
-        Returns the blocks to fetch ahead, the next one first: as many as fill this reader's share, so that none is
-        driven out that is needed sooner. A touch tells other readers of this node.
+        Returns the blocks to prefetch, the next one first: as many as fill this reader's share, so that no block needed
+        sooner is evicted. Touching blocks informs other readers of this node.
         """
         upcoming: Counter[str] = Counter()
         room = self._limit_ahead
@@ -93,11 +95,11 @@ class Cache:
         return ahead
 
     def is_wanted(self, name: str) -> bool:
-        """Whether a read of the block is still to come."""
+        """Whether the block will still be read."""
         return name in self._upcoming
 
     def used(self, name: str) -> None:
-        """A block was read."""
+        """Record that a block was read."""
         with self._lock:
             if self._upcoming[name] > 1:
                 self._upcoming[name] -= 1
@@ -106,7 +108,7 @@ class Cache:
         self._touch(name)
 
     def remove(self, name: str) -> None:
-        """Forget a block, or what else has its name; who reads it at this moment is not disturbed."""
+        """Remove a block, or anything else with its name; a process that is reading it is not disturbed."""
         path = self.directory / name
         try:
             if path.is_dir() and not path.is_symlink():
@@ -117,7 +119,7 @@ class Cache:
             raise self._unwritable(error) from error
 
     def put(self, name: str, get: Callable[[], bytes]) -> bool:
-        """Put the block that `get` gives into its place; False when another process was faster."""
+        """Store the block that `get` returns; False when another process was faster."""
         part = self.directory / f"{name}.part"
         own = self.directory / f"{name}.{os.getpid()}-{threading.get_ident()}.part"
         for other in (part, own, self.directory / name, self.directory / ".lock"):
@@ -145,9 +147,10 @@ class Cache:
                 self.remove(left.name)
 
     def _make_room(self, size: int, coming: str, held: int | None) -> int:
-        """Blocks leave until `size` bytes fit: first those no known step needs, longest untouched first, and some more
-        of them, for looking at every block takes long. `held` is how many bytes the cache held, as far as is known;
-        returns how many it holds now."""
+        """Remove blocks until `size` bytes fit: first those that no known step needs, least recently used first. Some
+        more are removed, because listing all blocks takes long. `held` is the size of the cache, as far as known;
+        returns its new size.
+        """
         if held is not None and held + size <= self._limit:
             return held
         present = self._present(coming)
@@ -164,7 +167,7 @@ class Cache:
         return held
 
     def _present(self, coming: str) -> list[tuple[str, int, int]]:
-        """Name, bytes and time of the last touch of every block but `coming`; what dead processes left goes."""
+        """Name, size and last use of every block except `coming`; removes what dead processes left."""
         present = []
         for entry in os.scandir(self.directory):
             try:
@@ -182,11 +185,11 @@ class Cache:
         try:
             os.utime(self.directory / name)
         except OSError:
-            # A block of another user can be read though not touched; at worst it leaves early.
+            # A block of another user can be read but not touched; at worst it is evicted early.
             return
 
     def _unwritable(self, error: OSError) -> KhaError:
-        # What has the directory's own name does not go away by trying again.
+        # If something else has the directory's name, trying again does not help.
         kind = ConfigError if error.errno in (errno.EEXIST, errno.ENOTDIR) else MachineError
         return kind(
             f"the cache of remote data cannot be used: {error.strerror or error}",
@@ -196,7 +199,7 @@ class Cache:
 
 
 def _is_block(path: Path) -> bool:
-    """Whether a plain file has the name: no link, no directory."""
+    """Whether the name belongs to a regular file: not a link or a directory."""
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except OSError:
@@ -204,7 +207,7 @@ def _is_block(path: Path) -> bool:
 
 
 def _recorded(lock: BinaryIO) -> int | None:
-    """The bytes that the cache held when a process last wrote so; None where none ever did."""
+    """The size of the cache as last recorded by any process; None where none did."""
     lock.seek(0)
     text = lock.read()
     return int(text) if text.isdigit() else None

@@ -1,11 +1,11 @@
-"""Datasets at a URL, through fsspec (the only user): blocks of 4 MiB in a checked, bounded cache on local disk.
+"""Datasets at a URL, through fsspec (the only user): blocks of 4 MiB in a checked, limited cache on local disk.
 
-A block is named by the SHA-256 that the manifest gives its file: the cache holds content, not places. What arrives is
-compared with the checksums of the dataset before it gets its name, by an atomic rename: nobody sees half a block, and
-any number of processes share one directory. One of them fetches a block, the others wait for it.
+A block is named after the SHA-256 of its file in the manifest, so the cache is keyed by content, not by location. A
+block is compared with the dataset's checksums before it gets its name by an atomic rename, so nobody sees part of a
+block, and any number of processes can share one directory. One of them fetches a block, the others wait for it.
 
-The order of samples is known, so the blocks of the steps to come are fetched before they are asked for. When the cache
-is full, the blocks that no known step needs leave, the longest untouched before the others.
+The order of samples is known, so the blocks of coming steps are fetched in advance. When the cache is full, blocks that
+no known step needs are removed, least recently used first.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 class Store:
-    """A directory at a URL. Reads are tried `ATTEMPTS` times with growing pauses, and none lasts for ever.
+    """A directory at a URL. Reads are tried `ATTEMPTS` times with growing pauses, and each has a time limit.
 
     Raises ConfigError for a URL that holds credentials.
     """
@@ -51,8 +51,9 @@ class Store:
         self._system, self._path = self._patiently(self._connect, self.url)
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """Bytes [start, stop) of a file, or all. Raises DataError when it is missing, MachineError when the store does
-        not answer."""
+        """Bytes [start, stop) of a file, or all of them. Raises DataError when it is missing, MachineError when the
+        store does not answer.
+        """
         path, where = f"{self._path}/{name}", f"{self.url}/{name}"
         try:
             data: bytes = self._patiently(lambda: self._system.cat_file(path, start=start, end=stop), where)
@@ -78,11 +79,12 @@ class Store:
             system, path = url_to_fs(self.url)
             return system, path
         except (ImportError, ValueError) as error:
-            raise ConfigError(f"no way to read it: {error}", field=self._field, value=self.url, fix=fix) from error
+            raise ConfigError(f"cannot be opened: {error}", field=self._field, value=self.url, fix=fix) from error
 
     def _patiently(self, call: Callable[[], Any], where: str) -> Any:
-        """What `call` answers. What is absent is told at once; anything else may be a passing trouble of the network.
-        Raises MachineError after the last attempt."""
+        """The result of `call`. A missing file is reported at once; anything else may be a passing network problem.
+        Raises MachineError after the last attempt.
+        """
         error: BaseException | None = None
         for attempt in range(ATTEMPTS):
             if attempt:
@@ -101,7 +103,7 @@ class Store:
 
 
 class _Attempt(threading.Thread):
-    """One call in a thread of its own, so that a store that hangs hangs nobody else."""
+    """One call in its own thread, so that a hanging store blocks nobody else."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         super().__init__(name="data-remote", daemon=True)
@@ -115,7 +117,7 @@ class _Attempt(threading.Thread):
             self.answer = self._call()
 
     def wait(self, seconds: float) -> BaseException | None:
-        """The error the call ended with, if any; TimeoutError when it has not ended in time."""
+        """The exception of the call, if any; TimeoutError when it has not ended in time."""
         self.join(seconds)
         return TimeoutError(f"no answer in {seconds:.0f} s") if self.is_alive() else self._caught.error
 
@@ -130,7 +132,7 @@ class _Block(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What it is called in the cache."""
+        """Its name in the cache."""
         return f"{self.entry.sha256}-{self.number:06d}"
 
 
@@ -145,7 +147,7 @@ class RemoteFiles(Files):
         entries = [(entry, 0) for shard in manifest.shards for entry in (shard.doc, shard.crc)]
         entries += [(shard.tok, shard.tok_offset) for shard in manifest.shards]
         self._entries = {entry.file: (entry, offset) for entry, offset in entries}
-        # Where the checksums of a file begin in the checksum file of its shard.
+        # Offset of each file's checksums in the checksum file of its shard.
         self._checksums = {shard.tok.file: (shard.crc, 0) for shard in manifest.shards}
         for shard in manifest.shards:
             self._checksums[shard.doc.file] = (shard.crc, 4 * -(-shard.tok.bytes // CRC_BLOCK_BYTES))
@@ -155,13 +157,13 @@ class RemoteFiles(Files):
         self._fetching = False
 
     def read(self, name: str, offset: int, count: int) -> bytes:
-        """As `Files.read`; MachineError when the store does not answer."""
+        """As `Files.read`; raises MachineError when the store does not answer."""
         out = bytearray(count)
         self.read_into(name, offset, memoryview(out))
         return bytes(out)
 
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
-        """Fill `out` (of bytes) with the bytes of a file from `offset` on. Raises as `read`."""
+        """Fill `out` (bytes) from a file, starting at `offset`. Raises as `read`."""
         entry, begin = self._entries[name]
         first = offset - begin
         if first < 0 or first + len(out) > entry.bytes:
@@ -178,9 +180,10 @@ class RemoteFiles(Files):
         return f"{self._store.url}/{name}"
 
     def expect(self, places: Iterable[tuple[str, int, int]]) -> None:
-        """Fetch what reads of (name, offset, bytes) will ask for, in that order, beside the work of the caller.
+        """Prefetch what reads of (name, offset, bytes) will need, in that order, in the background.
 
-        `places` are all reads that are known to come, those told before included."""
+        `places` are all known upcoming reads, including those announced before.
+        """
         reads: list[_Block] = []
         for name, offset, count in places:
             entry, begin = self._entries[name]
@@ -200,7 +203,7 @@ class RemoteFiles(Files):
             self._fetch(block)
 
     def _is_good(self, block: _Block) -> bool:
-        """Whether a block found in the cache is what it was when it was put there; looked at once by each process."""
+        """Whether a cached block is unchanged since it was stored; each process checks it once."""
         number = self._first_blocks[block.entry.file] + block.number
         if number not in self._seen:
             data = bytearray(block.size)
@@ -211,7 +214,7 @@ class RemoteFiles(Files):
         return True
 
     def _fetch(self, block: _Block) -> None:
-        """Raises DataError when what arrives is not what the manifest says, again and again."""
+        """Raises DataError when the delivered bytes repeatedly differ from the manifest."""
 
         def get() -> bytes:
             """The block from the store, checked."""
@@ -228,7 +231,7 @@ class RemoteFiles(Files):
             self._seen.add(self._first_blocks[block.entry.file] + block.number)
 
     def _fault(self, block: _Block, data: bytes | bytearray) -> DataError | None:
-        """What is wrong with the bytes of a block, if anything."""
+        """The fault in the bytes of a block, if any."""
         name = block.entry.file
         if len(data) != block.size:
             return self._truncated(name, block.start, block.size, len(data))
@@ -256,18 +259,18 @@ def _fetch_ahead(files: weakref.ref[RemoteFiles], expected: SimpleQueue[_Block |
         alive = files()
         if alive is None:
             return
-        # Whatever is wrong is met again, and told, by the read that needs the block.
+        # The read that needs the block will meet and report the same error.
         with Caught():
             alive._fetch_if_wanted(block)
         del alive
 
 
 def open_remote(url: str, cache: Path, cache_bytes: int, *, readers: int, field: str) -> tuple[RemoteFiles, Manifest]:
-    """The files of the dataset at `url` and its manifest, both checked; manifest and tokenizer are copied into `cache`,
-    which `readers` datasets of all processes of this node read through.
+    """The files of the dataset at `url` and its manifest, both checked. Manifest and tokenizer are copied into `cache`,
+    which `readers` datasets of all processes of this node share.
 
-    Raises ConfigError when there is no dataset, or no library for such a URL, DataError when the manifest or the size
-    of a file is wrong, MachineError when the store does not answer or the cache cannot be written.
+    Raises ConfigError when there is no dataset, or no library for such a URL; DataError when the manifest or the size
+    of a file is wrong; MachineError when the store does not answer or the cache cannot be written.
     """
     store = Store(url, field=field)
     sizes = store.sizes()
@@ -309,12 +312,12 @@ def _keep(directory: Path, name: str, data: bytes) -> None:
 
 
 def _size(entry: FileEntry) -> int:
-    """The bytes of a block of a file. Checksum files are one block."""
+    """Size in bytes of a block of a file. A checksum file is one block."""
     return entry.bytes if entry.file.endswith(".crc") else BLOCK_BYTES
 
 
 def _numbered(entries: Iterable[FileEntry]) -> dict[str, int]:
-    """The number of the first block of each file when all blocks are counted; under no name the number of all."""
+    """The number of each file's first block when all blocks are numbered; the key "" holds the total."""
     first, count = {}, 0
     for entry in entries:
         first[entry.file] = count

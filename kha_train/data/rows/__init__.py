@@ -1,1 +1,1 @@
-"""Rows of equal length cut from documents, and the batches made of them."""
+"""Rows of equal length cut from documents, and the batches built from them."""

@@ -1,4 +1,4 @@
-"""What a step is trained on: rows of ids, their labels and where documents begin."""
+"""The input of a step: rows of ids, their labels and document borders."""
 
 # B rows  T places of a row (`model.seq_len`)  W = T + 1
 # Of the flattened B*T places: S segment borders  M masked places  R places that hold a token
@@ -21,16 +21,16 @@ from kha_train.data.rows.ragged import runs
 class Batch:
     """Rows of one rank for one optimiser step, or a part of them.
 
-    `samples_B` (NumPy int64) are global sample numbers; -1 is a filler row, all padding. `rows_BW` are the ids as the
-    dataset stores them (uint16 or uint32), each row with the one that follows its last token, and `layout` says where
-    segments end, which labels are masked and what is padding. The tensors below are made when first asked for.
+    `samples_B` (NumPy int64) are global sample numbers; -1 marks a filler row of padding. `rows_BW` holds the ids as
+    stored (uint16 or uint32), each row with the id that follows its last token. `layout` has the ends of segments, the
+    masked labels and the padding. The tensors below are made on first use.
 
-    A place is padding when no document has a token there. A token whose label is masked, such as the last one of its
-    document, is a token like any other: it is attended to and routed. `step_tokens` are the tokens of the whole global
+    A place is padding when it holds no token of a document. A token with a masked label, such as the last one of its
+    document, is an ordinary token: it is attended to and routed. `step_tokens` are the tokens of the whole global
     batch, once the ranks have agreed on them.
     """
 
-    # Not frozen: that would take a fortieth of the time of a small batch.
+    # Not frozen: that would cost 1/40 of the time of a small batch.
 
     samples_B: np.ndarray
     rows_BW: np.ndarray
@@ -51,7 +51,7 @@ class Batch:
 
     @cached_property
     def positions_BT(self) -> torch.Tensor:
-        """int64: counted from the start of the segment."""
+        """int64: position within the segment."""
         borders_S = self.layout.borders_S
         starts = np.repeat(borders_S[:-1], np.diff(borders_S))
         positions = np.subtract(np.arange(len(starts)), starts, out=starts)
@@ -59,37 +59,39 @@ class Batch:
 
     @cached_property
     def cu_seqlens_S(self) -> torch.Tensor:
-        """int32: the segment borders over the flattened B*T tokens, from 0 to B*T, every row start included."""
+        """int32: the segment borders over the flattened B*T tokens, from 0 to B*T, including every row start."""
         return torch.from_numpy(self.layout.borders_S.astype(np.int32))
 
     @cached_property
     def max_seqlen(self) -> int:
-        """The longest segment."""
+        """Length of the longest segment."""
         return int(np.diff(self.layout.borders_S).max())
 
     @property
     def label_count(self) -> int:
-        """The number of unmasked labels."""
+        """Number of unmasked labels."""
         return int(self.layout.borders_S[-1]) - len(self.layout.masked_M)
 
     @cached_property
     def real_R(self) -> torch.Tensor | None:
         """int64: the places of the flattened B*T that hold a token, ascending; None when there is no padding.
 
-        A training batch has them when any row of its dataset has padding, so that all ranks compute one graph: ZeRO 3
-        gathers weights in the order of its nodes.
+        A training batch has them if any row of its dataset has padding, so that all ranks compute the same graph: ZeRO
+        3 gathers weights in the order of its nodes.
         """
         filled_B, T = self.layout.filled_N, self.rows_BW.shape[1] - 1
         return None if filled_B is None else torch.from_numpy(runs(np.arange(len(filled_B)) * T, filled_B))
 
     @property
     def token_count(self) -> int:
-        """The number of tokens, without padding."""
+        """Number of tokens, without padding."""
         filled_B = self.layout.filled_N
         return int(self.layout.borders_S[-1] if filled_B is None else filled_B.sum())
 
     def micro_batches(self, size: int) -> Iterator[Batch]:
-        """The batch in parts of `size` rows, in order; the last is smaller when `size` does not divide."""
+        """The batch in parts of `size` rows, in order; the last part is smaller when `size` does not divide the
+        rows.
+        """
         T = self.rows_BW.shape[1] - 1
         for number, layout in enumerate(self.layout.parts(size, T)):
             rows = slice(number * size, (number + 1) * size)

@@ -1,11 +1,11 @@
 """Rows that keep documents whole: best-fit decreasing (the idea: arXiv 2404.10830).
 
 Documents longer than a row are cut into pieces of T tokens and a rest; every other document is one piece. Pieces are
-laid into rows from the longest to the shortest, each into the row with the least room that still holds it. What room
-remains is padding, its labels masked. No token is lost and none comes twice. Pieces never leave their shard.
+placed into rows from the longest to the shortest, each into the row with the least sufficient room. Remaining places
+are padding with masked labels. No token is lost or repeated. Pieces never leave their shard.
 
-The table of pieces is a pure function of the document lengths and T: seconds for a million documents, 24 bytes a piece.
-It is made once, by one process, kept in a directory named by the content it was made of, and memory-mapped.
+The table of pieces is a pure function of the document lengths and T: it takes seconds for a million documents and 24
+bytes per piece. One process makes it once; it is kept in a directory named after its content, and memory-mapped.
 """
 
 # N rows  P pieces of those rows  T tokens of a row  W = T + 1, a row with the label of its last token  M masked places
@@ -27,13 +27,13 @@ from kha_train.data.rows.ragged import runs, sums_before
 
 ALGORITHM = "best-fit-decreasing-1"
 ARRAYS = ("pieces", "offsets", "shards")
-"""What the kept table is made of."""
+"""The arrays of the stored table."""
 
 
 class BestFitRows:
     """The rows of a dataset under `best_fit`, by number: `rows` of them, of `seq_len` tokens.
 
-    `padding` counts the places of all rows that hold no token. The table is kept in `cache`. Raises DataError when
+    `padding` counts the places of all rows without a token. The table is stored in `cache`. Raises DataError when
     document ends are damaged, MachineError when the table cannot be written.
     """
 
@@ -60,7 +60,7 @@ class BestFitRows:
         return Layout(borders_S, np.sort(masked_M, kind="stable"), filled_N if self.padding else None)
 
     def expect(self, plans: Sequence[np.ndarray]) -> None:
-        """All rows that are known to be read, plan by plan, in their order."""
+        """Announce all upcoming rows, plan by plan, in order."""
         pieces = []
         for rows_N in plans:
             pieces_P, counts_N = self._pieces_of(rows_N)
@@ -69,13 +69,15 @@ class BestFitRows:
         self.shards.expect(pieces, ends=False)
 
     def read(self, rows_N: np.ndarray) -> np.ndarray:
-        """The ids of rows, [N, T + 1] in the dataset's dtype, padding 0. Raises DataError when they are damaged."""
+        """The ids of rows, [N, T + 1] in the dataset's dtype, with padding 0. Raises DataError when they are
+        damaged.
+        """
         return next(self.read_in_parts(rows_N, (0, len(rows_N))))
 
     def read_in_parts(self, rows_N: np.ndarray, bounds: Sequence[int]) -> Iterator[np.ndarray]:
-        """As `read`, each part when it is asked for: part k has rows [bounds[k], bounds[k + 1])."""
+        """As `read`, one part at a time as requested: part k has rows [bounds[k], bounds[k + 1])."""
         pieces_P, counts_N = self._pieces_of(rows_N)
-        # A document that goes on fills its row, and brings the label of its last token.
+        # A document that continues fills its row, and includes the label of its last token.
         lengths_P = self._lengths[pieces_P] + (1 - self._closed[pieces_P])
         shards_P, first_pieces = np.repeat(self._shard_of_row[rows_N], counts_N), sums_before(counts_N)
         held_N = np.diff(sums_before(lengths_P)[first_pieces])
@@ -86,7 +88,7 @@ class BestFitRows:
             yield self._padded(next(parts), held_N[first:last])
 
     def _padded(self, ids: np.ndarray, held_N: np.ndarray) -> np.ndarray:
-        """Rows of which row j holds the next `held_N[j]` of the ids."""
+        """Rows from the ids: row j takes the next `held_N[j]` of them."""
         rows_NW = np.zeros((len(held_N), self.seq_len + 1), dtype=self.shards.dtype)
         ends = np.cumsum(held_N).tolist()
         for row_W, begin, end in zip(rows_NW, [0, *ends], ends, strict=False):
@@ -94,13 +96,13 @@ class BestFitRows:
         return rows_NW
 
     def _pieces_of(self, rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The pieces of rows, row by row, and how many each has."""
+        """The pieces of rows, row by row, and the number of pieces in each."""
         first_N = self._offsets[rows_N]
         counts_N = self._offsets[rows_N + 1] - first_N
         return runs(first_N, counts_N), counts_N
 
     def _laid_out(self, pieces_P: np.ndarray, counts_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where each piece ends in its row, and how many tokens each row holds."""
+        """The end of each piece in its row, and the number of tokens of each row."""
         sums = sums_before(self._lengths[pieces_P])
         before_N = sums[sums_before(counts_N)]
         return sums[1:] - np.repeat(before_N[:-1], counts_N), np.diff(before_N)
@@ -108,7 +110,8 @@ class BestFitRows:
 
 def _table(shards: ShardSet, T: int) -> dict[str, np.ndarray]:
     """`pieces` [3, pieces]: first token, tokens, 1 where the document ends; `offsets`: the first piece of each row, and
-    their number; `shards`: the shard of each row."""
+    the total number; `shards`: the shard of each row.
+    """
     tables = [pack_pieces(lengths, T) for lengths in shards.document_lengths()]
     counts = [np.asarray(table[3], dtype=np.int64) for table in tables]
     return {
@@ -119,8 +122,9 @@ def _table(shards: ShardSet, T: int) -> dict[str, np.ndarray]:
 
 
 def pack_pieces(lengths: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
-    """The pieces of documents of the given `lengths`, row by row: (first token, tokens, ends its document), and how
-    many pieces each row has."""
+    """The pieces of documents of the given `lengths`, row by row: (first token, tokens, whether the document ends), and
+    the number of pieces in each row.
+    """
     starts, sizes, closed = _cut(lengths, T)
     order = np.argsort(-sizes, kind="stable")
     rows = _fill(sizes[order], T)
@@ -130,7 +134,9 @@ def pack_pieces(lengths: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray, np
 
 
 def _cut(lengths: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Documents as pieces of at most T tokens, in order: (first token, tokens, whether the document ends there)."""
+    """Documents cut into pieces of at most T tokens, in order: (first token, tokens, whether the document ends
+    there).
+    """
     pieces = -(-lengths // T)
     ends = np.cumsum(lengths)
     last = np.cumsum(pieces) - 1
@@ -142,14 +148,15 @@ def _cut(lengths: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def _fill(sizes: np.ndarray, T: int) -> np.ndarray:
-    """The row of each piece, sizes descending: the row with the least sufficient room, the one that got it
-    last among equals, a new one when none has room.
+    """The row of each piece, with sizes descending: the row with the least sufficient room, the most recently used one
+    among equals, or a new one.
 
-    Pieces of one size are laid together. The row with the least sufficient room takes as many of them as fit, for what
-    it has left then is less than any other row that still holds one; so the work grows with the number of sizes.
+    Pieces of one size are placed together. The row with the least sufficient room takes as many of them as fit, because
+    its remaining room is then smaller than that of any other row that still fits one. So the cost grows with the number
+    of sizes.
     """
     room: list[list[int]] = [[] for _ in range(T + 1)]
-    has_room = 0  # bit r: a row with exactly r places left
+    has_room = 0  # bit r is set if some row has exactly r free places
     parts, opened = [np.empty(0, dtype=np.int64)], 0
     for size, count in zip(*_counted(sizes), strict=True):
         while count:
@@ -176,6 +183,6 @@ def _fill(sizes: np.ndarray, T: int) -> np.ndarray:
 
 
 def _counted(sizes: np.ndarray) -> tuple[list[int], list[int]]:
-    """The sizes of descending `sizes`, each once, and how often each comes."""
+    """The distinct values of descending `sizes`, and their counts."""
     values, counts = np.unique(sizes, return_counts=True)
     return values[::-1].tolist(), counts[::-1].tolist()

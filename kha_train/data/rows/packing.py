@@ -1,7 +1,7 @@
 """Rows of equal length cut from shards, and the document borders inside them.
 
-`concat`, concatenate and chunk: rows have L + 1 tokens at stride L, so that row i's tokens are [iL, iL + L) and its
-labels [iL + 1, iL + L + 1). A row never crosses a shard; the tail lost is shorter than a row. No padding.
+`concat` concatenates and chunks: rows have L + 1 tokens at stride L, so that row i's tokens are [iL, iL + L) and its
+labels [iL + 1, iL + L + 1). A row never crosses a shard, and the lost tail is shorter than a row. There is no padding.
 """
 
 # T tokens of a row (`seq_len`)  W = T + 1, a row with the label of its last token
@@ -19,20 +19,20 @@ from kha_train.data.format.shards import ShardSet
 
 
 class Layout(NamedTuple):
-    """Where documents lie in N rows laid end to end: `borders_S`, from 0 to N*T, every row start included, are the
-    ends of segments; `masked_M` the places whose label predicts nothing. Both ascending int64. `filled_N` (int64) is
-    how many tokens each row holds: the rest of it is padding, which belongs to nobody. None: no row has padding, nor
-    has one of any other rank's."""
+    """The documents in N rows laid end to end. `borders_S`, from 0 to N*T with every row start included, are the ends
+    of segments. `masked_M` are the places whose label is masked. Both are ascending int64. `filled_N` (int64) is the
+    number of tokens in each row; the rest of the row is padding. None: no row has padding, on any rank.
+    """
 
     borders_S: np.ndarray
     masked_M: np.ndarray
     filled_N: np.ndarray | None = None
 
     def parts(self, size: int, T: int) -> Iterator[Layout]:
-        """The layouts of `size` rows after `size` rows, each by itself; the last part may be smaller."""
+        """The layouts of each `size` rows, separately; the last part may be smaller."""
         total = int(self.borders_S[-1])
         if (len(self.borders_S) - 1) * T == total and not len(self.masked_M):
-            # Rows that are one segment each: every part looks like the beginning.
+            # Rows with one segment each: every part looks like the first.
             rows = total // T
             yield from repeat(self._beginning(size), rows // size)
             if rows % size:
@@ -52,7 +52,7 @@ class Layout(NamedTuple):
 
 
 class RowGrid:
-    """The rows of `seq_len` tokens that shards of the given sizes hold, numbered across shards."""
+    """The rows of `seq_len` tokens in shards of the given sizes, numbered across shards."""
 
     def __init__(self, tokens_of_shards: Sequence[int], seq_len: int) -> None:
         assert seq_len >= 1, seq_len
@@ -62,7 +62,7 @@ class RowGrid:
         self.rows = int(self._starts[-1])
 
     def locate(self, rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(shard, first token inside it) of rows, int64 all."""
+        """(shard, first token in it) of rows, both int64."""
         shards_N = self._starts.searchsorted(rows_N, side="right") - 1
         return shards_N, (rows_N - self._starts[shards_N]) * self.seq_len
 
@@ -76,20 +76,21 @@ class ConcatRows:
         self.rows, self.seq_len = self._grid.rows, seq_len
 
     def layout(self, rows_N: np.ndarray) -> Layout:
-        """Borders and masked labels of rows. Isolated: a segment is the part of one document inside one row, and the
-        last token of a document predicts nothing, also when the document ends exactly with the row. Otherwise the row
-        is one segment. Raises DataError when the document ends are damaged."""
+        """Borders and masked labels of rows. Isolated: a segment is the part of a document inside one row, and the last
+        token of a document predicts nothing, even if the document ends exactly with the row. Otherwise the row is one
+        segment. Raises DataError when the document ends are damaged.
+        """
         T = self.seq_len
         row_ends = np.arange(len(rows_N) + 1, dtype=np.int64) * T
         if not self._isolate:
             return Layout(row_ends, np.empty(0, dtype=np.int64))
         ends = self.shards.ends_in_rows(*self._grid.locate(rows_N), T)
-        # Two ascending runs: a stable sort merges them.
+        # Two ascending runs, merged by a stable sort.
         borders = np.sort(np.concatenate((row_ends, ends)), kind="stable")
         return Layout(borders[np.diff(borders, prepend=-1) > 0], ends - 1)
 
     def expect(self, plans: Sequence[np.ndarray]) -> None:
-        """All rows that are known to be read, plan by plan, in their order."""
+        """Announce all upcoming rows, plan by plan, in order."""
         pieces = [(*self._grid.locate(rows_N), np.full(len(rows_N), self.seq_len + 1)) for rows_N in plans]
         self.shards.expect(pieces, ends=self._isolate)
 
@@ -98,7 +99,7 @@ class ConcatRows:
         return next(self.read_in_parts(rows_N, (0, len(rows_N))))
 
     def read_in_parts(self, rows_N: np.ndarray, bounds: Sequence[int]) -> Iterator[np.ndarray]:
-        """As `read`, each part when it is asked for: part k has rows [bounds[k], bounds[k + 1])."""
+        """As `read`, one part at a time as requested: part k has rows [bounds[k], bounds[k + 1])."""
         lengths_N = np.full(len(rows_N), self.seq_len + 1)
         return map(self._as_rows, self.shards.gather_in_parts(*self._grid.locate(rows_N), lengths_N, bounds))
 

@@ -1,1 +1,1 @@
-"""Which row has which sample number: order, mixture, skip windows."""
+"""Maps sample numbers to rows: order, mixture, skip windows."""

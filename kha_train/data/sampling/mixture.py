@@ -1,10 +1,10 @@
-"""Which source a sample comes from: exact integer quotas, O(1) memory, O(1) seek.
+"""Assigns samples to sources by exact integer quotas, with O(1) memory and O(1) seek.
 
-Sample numbers are dealt in blocks of P slots. Shares are whole numbers of 1/D, D = 2^30, cumulated to W_0 = 0 ... W_S =
+Sample numbers are assigned in blocks of P slots. Shares are multiples of 1/D, D = 2^30, cumulated to W_0 = 0 ... W_S =
 D; before block k source j has given C_j(k) = floor(W_{j+1} k P / D) - floor(W_j k P / D) samples. A block's quotas are
-laid out in order and permuted by a key of (seed, k); inside the block each source counts on from C_j(k), so that its
-own order does not depend on its company. P is at least 1024 and so large that the smallest share has a slot in every
-block: then no quota is negative, and counts are within one sample of share x n at every block end.
+laid out in order and permuted by a key of (seed, k); inside the block each source continues from C_j(k), so that its
+own order does not depend on the other sources. P is at least 1024, and large enough for the smallest share to have a
+slot in every block. Then no quota is negative, and counts are within one sample of share x n at every block end.
 """
 
 # S sources  N samples  P slots of a block
@@ -30,14 +30,14 @@ _CACHED_BLOCKS = 4
 
 
 class Phase(NamedTuple):
-    """From sample `start` on, sources have these `weights` (shares of their sum; 0: not in this phase)."""
+    """From sample `start` on, sources have these `weights` (relative to their sum; 0: not in this phase)."""
 
     start: int
     weights: tuple[float, ...]
 
 
 class _Phase(NamedTuple):
-    """A phase in whole numbers: its first block, cumulated shares, and what each source had given before it."""
+    """A phase in integers: its first block, cumulated shares, and the samples of each source before it."""
 
     block: int
     cumulated: tuple[int, ...]
@@ -45,11 +45,11 @@ class _Phase(NamedTuple):
 
 
 class Mixture:
-    """Sample number -> (source, the source's own sample number), for ever.
+    """Sample number -> (source, the source's own sample number), endlessly.
 
-    `slots` is P; `shares` are the quantised shares of the first phase, which are the truth. Raises ConfigError for
-    weights that cannot be dealt (negative, none positive, a share under 1e-6) and for a phase that does not start at a
-    multiple of P after the one before.
+    `slots` is P; `shares` are the exact quantised shares of the first phase. Raises ConfigError for invalid weights
+    (negative, none positive, a share under 1e-6) and for a phase that does not start at a later multiple of P than the
+    one before.
     """
 
     def __init__(self, phases: Sequence[Phase], *, seed: int) -> None:
@@ -65,7 +65,7 @@ class Mixture:
         self._blocks: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def samples(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source (int64 place in the list) and its own sample number (int64) of `count` samples from `first` on."""
+        """Source (int64 index) and its own sample number (int64) of `count` samples, starting at `first`."""
         assert first >= 0 and count >= 0, (first, count)
         parts = [(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))]
         while count > 0:
@@ -77,12 +77,12 @@ class Mixture:
         return sources_N, numbers_N
 
     def counts(self, block: int) -> tuple[int, ...]:
-        """How many samples each source has given before `block`."""
+        """The samples of each source before `block`."""
         phase = next(phase for phase in reversed(self._phases) if phase.block <= block)
         return self._given(phase, block)
 
     def _given(self, phase: _Phase, block: int) -> tuple[int, ...]:
-        # Python integers: W k P passes 2^63 near k P = 2^33.
+        # Python integers: W k P exceeds 2^63 near k P = 2^33.
         dealt = [share * (block - phase.block) * self.slots // UNITS for share in phase.cumulated]
         own = (b - a for a, b in pairwise(dealt))
         return tuple(before + more for before, more in zip(phase.before, own, strict=True))
@@ -112,7 +112,7 @@ class Mixture:
             block, rest = divmod(phase.start, self.slots)
             if rest or (laid and block <= laid[-1].block):
                 raise ConfigError(
-                    "weights change at a later multiple of the mixture's block",
+                    "weights must change at a later multiple of the mixture's block",
                     field=f"data.phases[{index}].start_sample",
                     value=phase.start,
                     allowed=f"multiples of {self.slots}, each above the one before",
@@ -124,13 +124,13 @@ class Mixture:
 
 
 def _cumulate(weights: Sequence[float], field: str) -> tuple[int, ...]:
-    """Cumulated shares in units of 1/D. Raises ConfigError for weights that cannot be dealt."""
+    """Cumulated shares in units of 1/D. Raises ConfigError for invalid weights."""
     if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
-        raise ConfigError("weights are not negative, and one is above 0", field=field, value=tuple(weights))
+        raise ConfigError("weights must not be negative, and one must be above 0", field=field, value=tuple(weights))
     total = sum(map(Fraction, weights), Fraction(0))
     sums = [Fraction(0), *accumulate(Fraction(weight) for weight in weights)]
     cumulated = tuple(int(part * UNITS / total) for part in sums)
     for weight in weights:
         if weight and Fraction(weight) / total < LEAST_SHARE:
-            raise ConfigError(f"a share under {LEAST_SHARE}", field=field, value=weight, fix="leave the source out")
+            raise ConfigError(f"a share is under {LEAST_SHARE}", field=field, value=weight, fix="leave the source out")
     return cumulated

@@ -1,9 +1,9 @@
-"""The order of samples: a permutation of the rows for each epoch, computed position by position.
+"""The order of samples: a permutation of the rows for each epoch, computed one position at a time.
 
 A mixed-radix Feistel network over [0, n) with cycle walking: O(1) memory, O(1) seek, integers only, hence the same on
-every machine and NumPy version. n rows are seen as a grid of a x b cells with a = ceil(sqrt(n)), b = ceil(n / a); a
-round adds to one coordinate a keyed hash of the other. The few cells beyond n (fewer than a of them) are sent through
-again until they fall inside.
+every machine and NumPy version. n rows are treated as a grid of a x b cells with a = ceil(sqrt(n)), b = ceil(n / a); a
+round adds to one coordinate a keyed hash of the other. The few cells beyond n (fewer than a of them) are permuted again
+until they fall inside.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def keyed_hash(x: np.ndarray, key: np.uint64) -> np.ndarray:
 
 
 def round_keys(n: int, *, seed: int, source: str, epoch: int, rounds: int = ROUNDS) -> np.ndarray:
-    """The uint64 key of each round: BLAKE2b over canonical JSON, so that Python and NumPy integers give one order."""
+    """The uint64 key of each round: BLAKE2b over canonical JSON, so that Python and NumPy integers give the same
+    order.
+    """
     identity = {
         "algorithm": ALGORITHM,
         "n": operator.index(n),
@@ -51,11 +53,11 @@ def round_keys(n: int, *, seed: int, source: str, epoch: int, rounds: int = ROUN
 
 
 class Permutation:
-    """A keyed permutation of [0, n). Raises DataError when n < 1: there is nothing to order."""
+    """A keyed permutation of [0, n). Raises DataError when n < 1."""
 
     def __init__(self, n: int, *, seed: int, source: str, epoch: int) -> None:
         if n < 1:
-            raise DataError("no sample to order", field=source, value=n)
+            raise DataError("there is no sample to order", field=source, value=n)
         self.n = operator.index(n)
         self._keys = round_keys(n, seed=seed, source=source, epoch=epoch)
         side = math.isqrt(self.n - 1) + 1
@@ -107,10 +109,11 @@ class Permutation:
 
 
 class SampleOrder:
-    """Sample number -> row, without end: sample g is position g mod n of epoch g // n, each epoch permuted anew.
+    """Sample number -> row, endlessly: sample g is position g mod n of epoch g // n, with a new permutation in each
+    epoch.
 
     A pure function of (n, seed, source name, shuffle, g). `shuffle` is `global`, or `block` (see `BlockPermutation`).
-    Positions are computed in blocks of 4096, of which a few are kept, because a call has a fixed price. Raises
+    Positions are computed in blocks of 4096, because each call has a fixed cost, and a few blocks are cached. Raises
     DataError when n < 1.
     """
 
@@ -149,7 +152,7 @@ class SampleOrder:
 
 
 class BlockPermutation:
-    """A permutation of [0, n) that reads far storage in runs. It is not a global shuffle.
+    """A permutation of [0, n) that reads remote storage in contiguous groups. It is not a global shuffle.
 
     Rows are grouped into super-blocks of 256 neighbours; the order of whole super-blocks is permuted, then the rows
     inside each window of 16 super-blocks. The rows beyond the last whole super-block come last, permuted among

@@ -1,4 +1,4 @@
-"""Skip windows: sample numbers [first, last) that are passed over."""
+"""Skip windows: sample numbers [first, last) that are skipped."""
 
 # N samples
 
@@ -12,7 +12,7 @@ Window = tuple[int, int]
 
 
 def merged(windows: Iterable[Window]) -> tuple[Window, ...]:
-    """The same windows ascending and apart from each other, empty ones left out."""
+    """The same windows merged and ascending, without empty ones."""
     found: list[Window] = []
     for first, last in sorted((int(first), int(last)) for first, last in windows):
         assert 0 <= first <= last, (first, last)

@@ -414,7 +414,7 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_in_the_way(
     "url, message",
     [
         ("memory://nowhere", "no such dataset directory"),
-        ("nosuchprotocol://bucket/set", "no way to read it"),
+        ("nosuchprotocol://bucket/set", "cannot be opened"),
         ("memory://set", "not a finished dataset"),
     ],
 )
