@@ -1,1 +1,1 @@
-"""The engine: DeepSpeed ZeRO around the decoder. The only room that knows DeepSpeed."""
+"""The engine: DeepSpeed ZeRO around the decoder. Only this room knows DeepSpeed."""

@@ -1,10 +1,10 @@
-"""Finding silent corruption: what ranks hold in common must be the same bits on all of them.
+"""Detects silent corruption: values that all ranks share must be bit-identical on all of them.
 
-Every rank's copy of the weights comes from the fp32 masters, of which each element has one owner. Copying them out anew
-changes nothing, unless a copy (or its master) was changed in between by something else than the optimiser. What has no
-owner (buffers, and what decisions are made from) is put to the vote.
+Every rank's copy of the weights comes from the fp32 masters, in which each element has one owner. Copying them again
+changes nothing, unless a copy (or its master) was changed in between by something other than the optimiser. Values
+without an owner (buffers, and the values behind decisions) are compared by majority.
 
-Not found: a bit that flips in a gradient before it is reduced, or in a moment, of which nobody has a second copy.
+Not found: a bit that flips in a gradient before it is reduced, or in a moment, because nobody has a second copy.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def audit(engine: Engine, decisions: str) -> None:
-    """Raise CorruptionError on all ranks, naming one that does not hold what it should, and which part of it.
+    """Raises CorruptionError on all ranks, naming a rank with wrong values and which of them are wrong.
 
-    To be called between the last micro-batch and the step: the weights have gone through a forward and a backward, and
-    what was computed from wrong ones has not been applied. Nothing is changed. `decisions` is this rank's own text of
-    what it decides from. Collective.
+    Call it between the last micro-batch and the step: the weights have been through a forward and a backward, and
+    nothing computed from wrong ones has been applied. It changes nothing. `decisions` is a text of the values behind
+    this rank's decisions. Collective.
     """
     wrong = [f"its {what}" for what in _outvoted(engine, decisions)]
     before = _checksums(engine)
@@ -40,26 +40,29 @@ def audit(engine: Engine, decisions: str) -> None:
         error = CorruptionError(
             f"silent corruption on rank {engine.world.rank}: {wrong[0]} differs from what the other ranks hold{more}",
             field="engine.audit_every",
-            fix="take its device or host out; the same command goes on from the last checkpoint",
+            fix="take its device or host out of service; the same command continues from the last checkpoint",
         )
     engine.world.raise_together(error)
 
 
 def _checksums(engine: Engine) -> dict[str, int]:
-    """A sum over the bits of what this rank keeps of each parameter: the whole, or under ZeRO 3 its share. No single
-    flipped bit leaves it as it was."""
+    """A sum over the bits of what this rank keeps of each parameter: the whole or, under ZeRO 3, its share. Any single
+    flipped bit changes it.
+    """
     held = engine.held_weights()
     return dict(zip(held, torch.stack([_bit_sum(tensor) for tensor in held.values()]).tolist(), strict=True))
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:
     bits = tensor.detach().view(_BITS[tensor.element_size()]).flatten()
-    # A sum in int64 makes a copy in int64: of a part at a time.
+    # A sum in int64 makes an int64 copy, so it is computed in parts.
     return torch.stack([part.sum(dtype=torch.int64) for part in bits.split(_SUMMED_AT_ONCE)]).sum()
 
 
 def _outvoted(engine: Engine, decisions: str) -> list[str]:
-    """Of buffers and decisions those in which this rank differs from most others; with two ranks, that both differ."""
+    """The buffers and decisions in which this rank differs from most others; with two ranks, those in which they
+    differ.
+    """
     world = engine.world
     names = ["buffers", "decisions"]
     buffers = b"".join(buffer.cpu().numpy().tobytes() for buffer in engine.buffers().values())

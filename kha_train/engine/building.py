@@ -1,4 +1,6 @@
-"""What every engine does alike: make the decoder and its optimiser, and find what is saved beside parameters."""
+"""What all engines share: building the decoder and its optimiser, and finding the state that is saved besides
+parameters.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,10 @@ from kha_train.optim import ShareOptimizer
 from kha_train.variants.registry import OPTIMIZERS
 
 GRAPHS_OF_BLOCKS = 24
-"""How many graphs the compiler may make of `Block.forward`, which all blocks share, before it gives up on them. Twelve
-are usual: dense or with experts, in training or evaluation, for sizes seen first, sizes that vary and single rows.
-torch's own limit is 8."""
+"""Maximum number of graphs that the compiler may make of `Block.forward`, which all blocks share. Twelve are usual:
+dense or with experts, in training or evaluation, for first sizes, varying sizes and single rows. torch's own limit is
+8.
+"""
 
 
 def resolve_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
@@ -30,7 +33,7 @@ def resolve_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
 
 
 def prepare_device(world: World, dtype: torch.dtype) -> None:
-    """Set what torch keeps for the whole process, for parameters of `dtype`."""
+    """Set torch's process-wide settings for parameters of `dtype`."""
     if world.device.type == "cuda":
         use_tensor_cores(dtype)
 
@@ -44,14 +47,14 @@ def materialise(
 ) -> tuple[Decoder, dict[str, tuple[int, ...]]]:
     """The decoder in `dtype` on the device of `world`, and the global shape of each of its parameters by name.
 
-    It is built on `meta` and filled one parameter at a time; each is given to `keep`, which may free a part of it, so
+    It is built on `meta` and filled one parameter at a time. Each is passed to `keep`, which may free a part of it, so
     that no rank holds the whole model in fp32. Buffers stay fp32. Collective.
     """
     with torch.device("meta"):
         decoder = build_decoder(config)
     shapes = {}
     for module, name, full_name, default in list(initial_values(decoder, config.run.seed)):
-        # An engine may deal out each parameter together: one that cannot be read must not leave a rank waiting.
+        # An engine may shard each parameter by a collective: an unreadable one must not leave a rank waiting.
         with world.agreed(f"make {full_name}"):
             value = initial(full_name, default).to(world.device, dtype)
         shapes[full_name] = tuple(value.shape)
@@ -68,7 +71,7 @@ def materialise(
 def _compile_blocks(decoder: Decoder) -> None:
     import torch._dynamo.config
 
-    # For the whole process: torch keeps one number.
+    # Process-wide: torch has one such number.
     torch._dynamo.config.recompile_limit = max(GRAPHS_OF_BLOCKS, torch._dynamo.config.recompile_limit)
     for block in decoder.blocks:
         block.compile()
@@ -80,7 +83,7 @@ def build_optimizer(
     named: Iterable[tuple[str, nn.Parameter]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> ShareOptimizer:
-    """The optimiser of `config` for the `named` parameters of `decoder`, or what stands for each of them."""
+    """The optimiser of `config` for the `named` parameters of `decoder`, or for the tensors that stand for them."""
     optimizer_class: type[ShareOptimizer] = OPTIMIZERS[config.optim.name].load()
     groups = optimizer_class.group(named, config.optim, interaction_identities(decoder), shapes)
     return optimizer_class(groups, config.optim)
@@ -89,7 +92,7 @@ def build_optimizer(
 def share_identities(
     config: RunConfig, decoder: Decoder, optimizer: ShareOptimizer, fragments: Iterable[Fragment]
 ) -> None:
-    """Give the optimiser what `optim.interaction_decay` aims at, cut as the masters are."""
+    """Give the optimiser the targets of `optim.interaction_decay`, cut like the masters."""
     if config.optim.interaction_decay != "identity":
         return
     rules, shared = interaction_identities(decoder), optimizer.identities
@@ -105,7 +108,7 @@ def share_identities(
 
 
 def scaled_loss(output: DecoderOutput, loss_scale: float, token_scale: float) -> Tensor:
-    """What is back-propagated of a micro-batch, see `contract.Engine.accumulate`."""
+    """The value to back-propagate for a micro-batch, see `contract.Engine.accumulate`."""
     assert output.loss_sum is not None, "the batch has labels"
     loss = output.loss_sum * loss_scale
     return loss if output.auxiliary is None else loss + output.auxiliary.total_sum * token_scale
@@ -117,7 +120,7 @@ def moment_dtype(config: RunConfig) -> torch.dtype:
 
 
 def persistent_buffers(decoder: Decoder) -> dict[str, Tensor]:
-    """The buffers that a checkpoint holds, by name, live."""
+    """The buffers that a checkpoint stores, by name, as live tensors."""
     return {
         f"{prefix}.{name}" if prefix else name: buffer
         for prefix, module in decoder.named_modules()
@@ -127,7 +130,7 @@ def persistent_buffers(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def check_buffers_are_wide(decoder: Decoder) -> None:
-    """No buffer may be bf16: updates of 1e-3 vanish there."""
+    """Buffers must not be bf16: updates of 1e-3 would vanish."""
     for name, buffer in decoder.named_buffers():
         assert buffer.dtype != torch.bfloat16, f"{name} lost its precision"
 

@@ -1,11 +1,11 @@
-"""The contract between an engine and those who use it: the loop, saving, the probe, the audit, resume and evaluation.
+"""The contract between an engine and its users: the loop, saving, the probe, the audit, resume and evaluation.
 
-An engine holds a decoder, its fp32 master weights and the optimiser's state, cut over ranks as it likes. A step is
-`accumulate` for each micro-batch, then `apply` or `discard`. Checkpoints are made of `fragments` and `buffers`, and
+An engine holds a decoder, its fp32 master weights and the optimiser's state, sharded over ranks in its own way. A step
+is `accumulate` for each micro-batch, then `apply` or `discard`. Checkpoints are made of `fragments` and `buffers`, and
 written back into them. Nothing else of an engine is used outside this room.
 
-`deepspeed.Engine` trains; `plain.Engine` is one process without DeepSpeed, for tests and as an oracle. `default.py`
-selects the one that runs use.
+`deepspeed.Engine` is for training; `plain.Engine` is one process without DeepSpeed, for tests and as a reference.
+`default.py` selects the one that runs use.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kha_train.distributed import World
 from kha_train.model.decoder import Decoder, DecoderOutput
 
 InitialValue = Callable[[str, Callable[[], Tensor]], Tensor]
-"""The initial value of a parameter, from its name and a function that makes its default."""
+"""The initial value of a parameter, from its name and a function that returns its default."""
 
 
 def seeded(name: str, default: Callable[[], Tensor]) -> Tensor:
@@ -52,7 +52,7 @@ class Fragment:
 class Engine(Protocol):
     """A decoder that is trained step by step: accumulate micro-batches, read the norm, then `apply` or `discard`.
 
-    Methods marked collective must be called by every rank in the same order.
+    Every rank must call methods marked collective, in the same order.
     """
 
     config: RunConfig
@@ -66,21 +66,22 @@ class Engine(Protocol):
 
     @staticmethod
     def leave_world(error: BaseException | None = None) -> None:
-        """Leave the process group after the last engine of this process, or one that could not be built; after an
-        `error` as `distributed.stop`."""
+        """Leave the process group after the last engine of this process, or after one that could not be built; after an
+        `error` as `distributed.stop`.
+        """
         ...
 
     def accumulate(self, batch: Batch, loss_scale: float, token_scale: float, last: bool) -> DecoderOutput:
         """Forward and backward of one micro-batch; `last` marks the last of the step. Collective.
 
         The gradient is that of `loss_sum * loss_scale`, averaged over ranks: with `loss_scale` = ranks / labels of the
-        global batch, a step is the mean over all its labels. Auxiliary losses are sums over tokens, those with a masked
-        label included and padding not: `token_scale` = ranks / tokens of the global batch.
+        global batch, a step is the mean over all its labels. Auxiliary losses are sums over tokens, including those
+        with a masked label but not padding: `token_scale` = ranks / tokens of the global batch.
         """
         ...
 
     def evaluate(self, batch: Batch) -> DecoderOutput:
-        """Forward without gradient. Collective: every rank calls it equally often."""
+        """Forward without gradient. Collective: every rank must call it the same number of times."""
         ...
 
     @property
@@ -90,7 +91,8 @@ class Engine(Protocol):
 
     def gradient_norms(self) -> dict[str, float]:
         """The norm before clipping of each parameter group (the matrices of one layer; all vectors), between the last
-        micro-batch and the step; inf when not finite. Collective, and it waits for the device."""
+        micro-batch and the step; inf when not finite. Collective, and waits for the device.
+        """
         ...
 
     def apply(self, lr: float, max_norm: float = math.inf) -> None:
@@ -101,8 +103,7 @@ class Engine(Protocol):
         ...
 
     def discard(self) -> None:
-        """Forget the step: masters, states and all later steps are bit-identical to never having seen it.
-        Collective."""
+        """Discard the step: masters, states and all later steps are bit-identical to those without it. Collective."""
         ...
 
     @property
@@ -112,15 +113,15 @@ class Engine(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The global shape of every parameter by name, a tied one once, in the order of the decoder."""
+        """The global shape of every parameter by name, tied ones once, in the order of the decoder."""
         ...
 
     def fragments(self) -> Iterator[Fragment]:
-        """The fp32 state this rank owns: over all ranks, each element of each parameter once."""
+        """The fp32 state this rank owns: over all ranks, each element of each parameter occurs once."""
         ...
 
     def buffers(self) -> dict[str, Tensor]:
-        """The persistent buffers by name, live: selection biases and the like, equal on all ranks."""
+        """The persistent buffers by name, as live tensors: selection biases and the like, equal on all ranks."""
         ...
 
     def held_weights(self) -> dict[str, Tensor]:
@@ -128,17 +129,17 @@ class Engine(Protocol):
         ...
 
     def refresh_parameters(self) -> None:
-        """Copy the fp32 masters into the parameters, after they were written from outside. Collective."""
+        """Copy the fp32 masters into the parameters after they were written from outside. Collective."""
         ...
 
     @property
     def optimizer_steps(self) -> int:
-        """How many steps the optimiser has taken: skipped steps do not count. Set when a checkpoint is restored."""
+        """Number of steps the optimiser has taken, without skipped ones. Set when a checkpoint is restored."""
         ...
 
     @optimizer_steps.setter
     def optimizer_steps(self, count: int) -> None: ...
 
     def close(self) -> None:
-        """Release what the engine holds, so that another one can be built in this process."""
+        """Release the engine's resources, so that another one can be built in this process."""
         ...

@@ -1,12 +1,12 @@
-"""DeepSpeed ZeRO 1, 2, 3 around a decoder, with the step split so that it can still be refused.
+"""DeepSpeed ZeRO 1, 2, 3 around a decoder, with the step split so that it can still be discarded.
 
-The only user of DeepSpeed. What it adds to DeepSpeed 0.19:
+The only user of DeepSpeed. It adds to DeepSpeed 0.19:
 
 - the decoder is built on `meta` and materialised one parameter at a time: no rank ever holds the whole model in fp32;
 - the loss of a step is a sum over the global batch, so nothing depends on micro-batch, accumulation or world size;
 - the true global gradient norm is known *before* the step, and `discard` leaves masters, moments and every later step
-  as if the batch had never been seen. DeepSpeed skips a step by itself only when its own norm is not finite, and each
-  of its three optimizer classes computes that norm elsewhere: `_step_with_norm` hands it the norm to believe.
+  as if the batch had never been seen. DeepSpeed itself skips a step only when its own norm is not finite, and each of
+  its three optimizer classes computes that norm elsewhere: `_step_with_norm` passes it the norm to use.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Engine:
             if config.engine.zero_stage == 3:
                 self._partition(parameter, settings)
 
-        # BF16_Optimizer prints its memory use line by line while it is built.
+        # BF16_Optimizer prints its memory use while it is built.
         with redirect_stdout(io.StringIO()), _patient_groups(config.engine.collective_timeout_seconds):
             self.decoder, self.shapes = materialise(config, world, self.dtype, initial, keep)
             stepper = build_optimizer(config, self.decoder, self.decoder.named_parameters(), self.shapes)
@@ -82,13 +82,14 @@ class Engine:
 
     @staticmethod
     def leave_world(error: BaseException | None = None) -> None:
-        """Leave the process group and the subgroups DeepSpeed keeps of it, so that this process can join another
-        later; after an `error` as `distributed.stop`."""
+        """Leave the process group and DeepSpeed's subgroups, so that this process can join another later; after an
+        `error` as `distributed.stop`.
+        """
         import deepspeed
 
         stop(error)
         deepspeed.utils.groups._release_process_group_references(group=None)
-        # An engine is full of cycles; the threads of a group end with the last reference to it.
+        # An engine is full of reference cycles; the threads of a group end with the last reference to it.
         gc.collect()
 
     def accumulate(self, batch: Batch, loss_scale: float, token_scale: float, last: bool) -> DecoderOutput:
@@ -129,9 +130,9 @@ class Engine:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         assert self._norm is not None
         skipped = self._engine.skipped_steps
-        # DeepSpeed scales by grad_clip / norm: a norm this much larger makes that max_norm / norm.
+        # DeepSpeed scales by grad_clip / norm; a norm larger by this factor gives max_norm / norm.
         self._step_with_norm(self._norm * max(1.0, self.config.optim.grad_clip / max_norm))
-        assert self._engine.skipped_steps == skipped, "DeepSpeed skipped a step that the gate had passed"
+        assert self._engine.skipped_steps == skipped, "DeepSpeed skipped a step that the gate had accepted"
 
     def discard(self) -> None:
         """See `contract.Engine.discard`."""
@@ -162,7 +163,7 @@ class Engine:
             return
         for number in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
-        # With `hpz_partition_size` forwards gather from a second copy of the weights, made from what they were.
+        # With `hpz_partition_size` forwards gather from a second copy of the weights, made from their old values.
         optimizer.invalidate_secondary_tensor()
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
@@ -179,8 +180,8 @@ class Engine:
     def close(self) -> None:
         """Release hooks and communication buffers, so that another engine can be built in this process.
 
-        Whoever holds a process group keeps its threads alive, and one that is still alive when the interpreter ends can
-        abort the process. DeepSpeed holds an engine under ZeRO 3 in a list and a cache of its modules.
+        A reference to a process group keeps its threads alive, and a group that is alive when the interpreter ends can
+        abort the process. Under ZeRO 3 DeepSpeed keeps references to an engine in a list and in a cache of its modules.
         """
         self._engine.destroy()
         zero = self._deepspeed.runtime.zero
@@ -192,12 +193,14 @@ class Engine:
 
     @property
     def _stepper(self) -> ShareOptimizer:
-        """Our optimiser, which DeepSpeed's has inside."""
+        """Our optimiser, which DeepSpeed's wraps."""
         stepper: ShareOptimizer = self._optimizer.optimizer
         return stepper
 
     def _partition(self, parameter: nn.Parameter, settings: dict[str, Any]) -> None:
-        """Keep this rank's share of a ZeRO 3 parameter and free the rest. Buffers never come here: they stay fp32."""
+        """Keep this rank's share of a ZeRO 3 parameter and free the rest. Buffers are never passed here: they stay
+        fp32.
+        """
         holder = nn.Module()
         holder.parameter = parameter
         self._deepspeed.zero.Init(
@@ -205,12 +208,12 @@ class Engine:
             config_dict_or_path=settings,
             dtype=self.dtype,
             mem_efficient_linear=False,
-            # The first parameter makes the groups of `hpz_partition_size` ranks, the others join theirs.
+            # The first parameter creates the groups of `hpz_partition_size` ranks, the others join theirs.
             zero_param_parallel_group=self._deepspeed.utils.groups._get_zero_param_intra_parallel_group(),
         )
 
     def _flat_masters(self) -> list[Tensor]:
-        """The flat fp32 tensor this rank owns of each parameter group, as our optimiser knows it."""
+        """The flat fp32 tensor that this rank owns of each parameter group, as our optimiser sees it."""
         optimizer = self._optimizer
         if self.config.engine.zero_stage == 3:
             return list(optimizer.fp32_partitioned_groups_flat)
@@ -231,7 +234,7 @@ class Engine:
         return torch.as_tensor(norm, dtype=torch.float32, device=self.world.device)
 
     def _group_norms(self) -> list[Tensor]:
-        """One norm a parameter group, or under ZeRO 3 one a sub-group."""
+        """One norm per parameter group or, under ZeRO 3, per sub-group."""
         optimizer = self._optimizer
         if self.config.engine.zero_stage == 3:
             norms: list[Tensor] = optimizer._get_norm_groups()
@@ -242,7 +245,7 @@ class Engine:
         return [torch.stack([g.float().norm() for g in group]).norm() for group in optimizer.fp32_groups_gradients]
 
     def _group_of(self, number: int) -> int:
-        """The parameter group that the norm at `number` belongs to."""
+        """The parameter group of the norm at `number`."""
         return self._optimizer.sub_group_to_group_id[number] if self.config.engine.zero_stage == 3 else number
 
     def _step_with_norm(self, norm: Tensor) -> None:
@@ -263,7 +266,7 @@ class Engine:
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed without its chatter and its own operators, which are compiled at the first start."""
+    """DeepSpeed without its log output and its own operators, which would be compiled at the first start."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
@@ -271,13 +274,13 @@ def _import_deepspeed(device: torch.device) -> Any:
         import deepspeed
         from deepspeed.comm.torch import TorchBackend
 
-        # Otherwise its own operators, of which none is used, are probed one by one by a compiler.
+        # Otherwise it probes its own operators, none of which is used, one by one with a compiler.
         deepspeed.ops.__compatible_ops__ = {}
-        # Its Muon optimizer, which is not used here, asks for a compiler while it is imported.
+        # Its Muon optimizer, which is not used here, needs a compiler at import.
         with _replaced(torch, "compile", lambda function=None, **_: function or (lambda kept: kept)):
             import deepspeed.runtime.zero.muon.muon_optimizer
     spare_optimizers_the_compiler()
-    # Their defaults keep the world group of the moment of the import; None stands for the one that is there.
+    # Their defaults keep the world group from the time of the import; None stands for the current one.
     for name in ("barrier", "monitored_barrier"):
         function = inspect.unwrap(vars(TorchBackend)[name])
         function.__defaults__ = (None, *(function.__defaults__ or ())[1:])
@@ -288,8 +291,9 @@ def _import_deepspeed(device: torch.device) -> Any:
 
 @contextmanager
 def _patient_groups(seconds: float) -> Iterator[None]:
-    """While DeepSpeed makes its groups: it gives them torch's own timeout, which may end a process before the watchdog
-    has told what it waits for."""
+    """While DeepSpeed makes its groups: it would give them torch's own timeout, which may end a process before the
+    watchdog reports the hang.
+    """
     from deepspeed.comm.torch import TorchBackend
 
     def new_group(_: Any, ranks: list[int]) -> Any:
@@ -301,7 +305,7 @@ def _patient_groups(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def _silenced_stderr() -> Iterator[None]:
-    """While DeepSpeed probes for libraries at import: a linker it starts complains about those it does not find."""
+    """While DeepSpeed searches for libraries at import: the linker it starts complains about missing ones."""
     sys.stderr.flush()
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""The engine that runs use. Everything outside this room constructs it through `DefaultEngine`."""
+"""The engine that runs use. Code outside this room constructs it only through `DefaultEngine`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The contract of an engine in plain PyTorch and one process: for tests, and as an oracle for the other engine.
+"""The contract of an engine in plain PyTorch and one process: for tests, and as a reference for the other engine.
 
-Each parameter has an fp32 master of its own, which the optimiser steps; nothing is cut, reduced or overlapped.
+Each parameter has its own fp32 master, which the optimiser steps; nothing is sharded, reduced or overlapped.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from kha_train.model.host import inputs_of
 
 
 class Engine:
-    """A decoder in one process, see `contract.Engine`. `engine.zero_stage` and bucket sizes mean nothing here."""
+    """A decoder in one process, see `contract.Engine`. `engine.zero_stage` and bucket sizes have no effect here."""
 
     def __init__(self, config: RunConfig, world: World, initial: InitialValue = seeded) -> None:
-        assert world.size == 1, "the plain engine is one process"
+        assert world.size == 1, "the plain engine runs in one process"
         self.config, self.world = config, world
         self.dtype = resolve_dtype(config, world.device)
         prepare_device(world, self.dtype)
@@ -143,7 +143,7 @@ class Engine:
         del self.decoder, self._masters, self._optimizer
 
     def _collect_gradients(self) -> None:
-        """Add the gradients of the parameters to those of the masters. One that took no part counts as zero."""
+        """Add the gradients of the parameters to those of the masters. An unused parameter counts as zero."""
         for name, parameter in self.decoder.named_parameters():
             master = self._masters[name]
             if master.grad is None:

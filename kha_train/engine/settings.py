@@ -1,4 +1,4 @@
-"""What DeepSpeed is told about a run. Needs no DeepSpeed import."""
+"""DeepSpeed's settings for a run. Needs no DeepSpeed import."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def deepspeed_settings(config: RunConfig, world: World, dtype: torch.dtype) -> d
     engine, rows = config.engine, config.data.global_batch_size
     stage = {
         "stage": engine.zero_stage,
-        # Stages 1 and 2 reduce gradients above the bucket's size on a stream of their own, and free them before it is
-        # done (`extra_large_param_to_reduce`): the next kernel may take their memory.
+        # Stages 1 and 2 reduce gradients larger than the bucket on a separate stream, and free them before that is done
+        # (`extra_large_param_to_reduce`): the next kernel may take their memory.
         "overlap_comm": world.device.type == "cuda" and engine.zero_stage == 3,
         "reduce_bucket_size": engine.reduce_bucket_elements,
-        # ZeRO 1 and 2 deal it out in pairs of numbers, and take no odd size.
+        # ZeRO 1 and 2 shard it in pairs of numbers, so the size must be even.
         "allgather_bucket_size": engine.reduce_bucket_elements + engine.reduce_bucket_elements % 2,
         "memory_efficient_linear": False,
         "sub_group_size": 500_000_000,

@@ -1,4 +1,5 @@
-"""The fp32 state a rank owns under ZeRO, as live views: what checkpoints are made of and restored into.
+"""The fp32 state a rank owns under ZeRO, as live views from which checkpoints are made and into which they are
+restored.
 
 Needs no DeepSpeed import: it reads the layout that DeepSpeed left on its optimizer and on the parameters.
 """
@@ -22,7 +23,7 @@ def replicated_fragments(
     optimizer: Any, module: nn.Module, shapes: Shapes, flat_masters: list[Tensor]
 ) -> Iterator[Fragment]:
     """Fragments under ZeRO 1 and 2 (and BF16_Optimizer), where a group is one flat tensor cut into equal shares."""
-    # DeepSpeed hangs its bookkeeping on each of them.
+    # DeepSpeed attaches its bookkeeping to each of them.
     parameters: Iterator[tuple[str, Any]] = module.named_parameters()
     for name, parameter in parameters:
         mapping = parameter._hp_mapping

@@ -1,7 +1,7 @@
 """What attention saves for its backward, from the configuration alone: no torch.
 
-Counts are numbers of the training dtype for every token, as torch's saved-tensor hooks see them on a CPU in fp32
-(RMSNorm keeps its input and the normalised input; a fused kernel keeps less). A rotation keeps nothing of its own.
+Counts are numbers of the training dtype per token, as torch's saved-tensor hooks see them on a CPU in fp32 (RMSNorm
+keeps its input and the normalised input; a fused kernel keeps less). A rotation saves nothing itself.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from kha_train.variants.backends import TRAITS
 
 
 def attention_activations(config: RunConfig, width: int) -> int:
-    """Numbers of `width` bytes that the attention of one layer saves for every token, its input (counted by the block)
-    left out: what its base and its interaction save, and what the kernel does."""
+    """Numbers of `width` bytes per token that the attention of one layer saves, without its input (which the block
+    counts): those of its base, its interaction and the kernel.
+    """
     base, interaction = config.attention.base, config.attention.interaction
     own = base.saved_numbers(config.attention.qk_norm)
     return own + interaction.saved_numbers(base.heads(), implementation(config)) + _kernel(config, width)
 
 
 def kept_block_numbers(config: RunConfig, width: int) -> tuple[int, int]:
-    """Numbers of `width` bytes that a block keeps for every token under `selective` checkpointing: one with experts (0
-    if there is none), a dense one. Its input, the projections of attention that are as deep as the model is wide, what
-    attention and the experts return, and the router's fp32 logits (`model/recompute.py`)."""
+    """Numbers of `width` bytes per token that a block keeps under `selective` checkpointing: for a block with experts
+    (0 if there is none), and for a dense one. These are its input, the projections of attention that are as deep as the
+    model is wide, the results of attention and experts, and the router's fp32 logits (`model/recompute.py`).
+    """
     model, moe, base = config.model, config.moe, config.attention.base
     heads, wide = base.heads(), model.hidden_size
     output = heads.query_heads * heads.value_width
@@ -43,7 +45,7 @@ def kept_block_numbers(config: RunConfig, width: int) -> tuple[int, int]:
 
 
 def folded_bytes(config: RunConfig, width: int) -> int:
-    """Bytes of the weights that a layer makes when its interaction is folded: in fp32 and in the training dtype."""
+    """Bytes of the folded weights that a layer makes: in fp32 and in the training dtype."""
     interaction, base = config.attention.interaction, config.attention.base
     if not isinstance(interaction, FoldableOptions) or not implementation(config).folded:
         return 0
@@ -51,12 +53,12 @@ def folded_bytes(config: RunConfig, width: int) -> int:
 
 
 def shared_mask_bytes(config: RunConfig) -> int:
-    """Bytes for every token of the fp32 mask of ALiBi, which all layers share."""
+    """Bytes per token of ALiBi's fp32 mask, which all layers share."""
     return 4 * config.attention.base.query_heads * config.model.seq_len if _biased(config) else 0
 
 
 def _kernel(config: RunConfig, width: int) -> int:
-    """What the backend saves: queries, keys, values, the output and, of every head, the logarithm of its sum."""
+    """What the backend saves: queries, keys, values, the output and, for every head, the logarithm of its sum."""
     base, heads, tokens = config.attention.base, config.attention.base.heads(), config.model.seq_len
     key_width = heads.key_width + (base.rotary_width() if heads.latent else 0)
     queries, output = heads.query_heads * key_width, heads.query_heads * heads.value_width
@@ -71,15 +73,17 @@ def _kernel(config: RunConfig, width: int) -> int:
         return grouped + 4 * scores // width
     if backend != "sdpa" or not masked:
         return grouped + 4 * heads.query_heads // width
-    # Keys and values are repeated for every query head; a bool mask becomes numbers, an fp32 one those of the dtype.
+    # Keys and values are repeated for every query head; a bool mask becomes numbers, an fp32 mask is converted to the
+    # dtype.
     mask = (0 if width == 4 else scores) if _biased(config) else tokens
     tied = heads.kv_heads * heads.value_width if heads.tied and config.attention.qk_norm != "none" else 0
     return 2 * queries + 2 * output + 4 * heads.query_heads // width + mask + tied
 
 
 def _falls_back(config: RunConfig) -> bool:
-    """Whether `sdpa` holds all scores: on a CPU for values that are not as wide as keys, and wherever values come from
-    a product over heads, whose strides no kernel takes (a mask's repeated copy mends them)."""
+    """Whether `sdpa` holds all scores: on a CPU if values and keys differ in width, and wherever values come from a
+    product over heads, whose strides no kernel supports (a mask's repeated copy avoids that).
+    """
     heads = config.attention.base.heads()
     if heads.latent and planned_device(config).kind == "cpu":
         return True
@@ -88,7 +92,7 @@ def _falls_back(config: RunConfig) -> bool:
 
 
 def _backend(config: RunConfig) -> str:
-    """The backend that `attention.backend` means where the run is planned for."""
+    """The backend behind `attention.backend` on the planned device."""
     device = planned_device(config)
     return backend_on(config, device, precision_on(config, device.kind)).name
 

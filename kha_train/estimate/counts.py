@@ -1,8 +1,8 @@
 """Parameters and floating-point operations of a decoder, from its configuration alone: no torch, nothing is built.
 
 Counts are exact and are tested against the real module. A multiplication and an addition are two operations; only
-matrix products are counted. Causal attention is counted once: a token attends to half the row on average. What a layer
-of attention holds and costs is told by the options of its base and its interaction (`variants/attention.py`).
+matrix products are counted. Causal attention is counted once: a token attends to half the row on average. The options
+of base and interaction give the parameters and operations of an attention layer (`config/options.py`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ TRAINING_FACTOR = 3
 @dataclass(frozen=True)
 class ParameterCount:
     """`total` counts a tied matrix once; `active` counts top_k of the routed experts. `by_component` sums to `total`:
-    embedding, attention, interaction, router, experts, shared_experts, dense (the plain feed-forwards), norms, head (0
-    when tied)."""
+    embedding, attention, interaction, router, experts, shared_experts, dense (the dense feed-forwards), norms, head (0
+    when tied).
+    """
 
     total: int
     active: int
@@ -28,12 +29,12 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class FlopCount:
-    """Operations for one token of a row of `model.seq_len`.
+    """Operations per token of a row of `model.seq_len`.
 
     `forward` sums `by_component` (attention, scores, interaction, router, experts, shared_experts, dense, head);
-    `training` is 3 x forward. `mfu` is the numerator of MFU: 6 x active matrix parameters (all of those components) +
-    6 S H K L for causal attention; nothing for an interaction, so that variants are compared by the work of the model
-    they modify. `mfu_palm` counts attention without the causal half: 12 S H K L. Recomputation is in none of them.
+    `training` is 3 x forward. `mfu` is the numerator of MFU: 6 x active matrix parameters (all of those components) + 6
+    S H K L for causal attention. It counts nothing for an interaction, so that variants are compared by the work of the
+    model they modify. `mfu_palm` counts attention without the causal half: 12 S H K L. None counts recomputation.
     """
 
     forward: int
@@ -64,7 +65,7 @@ def count_parameters(config: RunConfig) -> ParameterCount:
 
 
 def flops_per_token(config: RunConfig) -> FlopCount:
-    """The operations of the decoder of `config` for one token of a full row, counted as one document."""
+    """Operations per token of the decoder of `config`, for a full row that is one document."""
     model, moe = config.model, config.moe
     base, interaction = config.attention.base, config.attention.interaction
     by_component = {
@@ -90,8 +91,9 @@ def flops_per_token(config: RunConfig) -> FlopCount:
 
 @dataclass(frozen=True)
 class InteractionOverhead:
-    """What the head interaction adds to the model without it, in percent. `cache` is that of the cache a token takes
-    while generating."""
+    """What the head interaction adds to the model without it, in percent. `cache` refers to the decoding cache per
+    token.
+    """
 
     parameters: float
     flops: float
@@ -99,7 +101,9 @@ class InteractionOverhead:
 
 
 def interaction_overhead(config: RunConfig) -> InteractionOverhead:
-    """The share of the interaction in parameters and operations (unfolded: what it computes, not how), in percent."""
+    """The interaction's share of parameters and operations, in percent (unfolded, so independent of the
+    implementation).
+    """
     parameters, flops = count_parameters(config), flops_per_token(config)
     extra, extra_flops = parameters.by_component["interaction"], flops.by_component["interaction"]
     return InteractionOverhead(
@@ -110,7 +114,7 @@ def interaction_overhead(config: RunConfig) -> InteractionOverhead:
 
 
 def cache_bytes_per_token(config: RunConfig, bytes_per_number: int = 2) -> int:
-    """Bytes that one token of context takes in the key/value caches of all layers while generating."""
+    """Bytes per token of context in the key/value caches of all layers while generating."""
     numbers = config.attention.base.cache_numbers() + _interaction_cache(config)
     return config.model.layers * numbers * bytes_per_number
 
@@ -120,7 +124,7 @@ def _interaction_cache(config: RunConfig) -> int:
 
 
 def moe_layers(config: RunConfig) -> int:
-    """How many layers have experts."""
+    """Number of layers with experts."""
     return config.model.layers - config.moe.dense_layers
 
 

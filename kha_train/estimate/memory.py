@@ -1,9 +1,9 @@
 """Memory of one rank, from the configuration alone: no torch, nothing is built.
 
-Every term is a formula over counts, and follows what DeepSpeed 0.19 really holds: fp32 training keeps a second fp32
-copy as masters; ZeRO 1 with fp32 accumulation of bf16 gradients keeps a whole fp32 gradient on every rank; ZeRO 2 holds
-every gradient whole of which a part is this rank's. A step peaks when the backward starts (activations and loss), when
-it ends (gradients and their buckets), or while the optimiser steps (fp32 copies of one group). Measured peaks:
+Every term is a formula over counts, and follows what DeepSpeed 0.19 keeps in memory: fp32 training keeps a second fp32
+copy as masters; ZeRO 1 with fp32 accumulation of bf16 gradients keeps a whole fp32 gradient on every rank; ZeRO 2 keeps
+the whole of every gradient that this rank owns a part of. A step peaks when the backward starts (activations and loss),
+when it ends (gradients and their buckets), or while the optimiser steps (fp32 copies of one group). Measured peaks:
 docs/plan.md.
 """
 
@@ -20,20 +20,21 @@ from kha_train.variants.optimizer import MASTER_BYTES, OptimSection
 
 GIB = 1024**3
 MAX_LIVE_PARAMETERS = 1_000_000_000
-"""ZeRO 3 keeps so many gathered parameters, as DeepSpeed's defaults have it."""
+"""ZeRO 3 keeps this many gathered parameters by DeepSpeed's default."""
 RUNTIME_BYTES = {"cpu": 180_000_000, "cuda": 0}
-"""What DeepSpeed, its process groups and the allocator take beside tensors: measured on a CPU, on CUDA a part of
-`cluster.reserved_gib`."""
+"""Memory of DeepSpeed, its process groups and the allocator besides tensors: measured on a CPU; on CUDA it is part of
+`cluster.reserved_gib`.
+"""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of one rank by term, at the moment of a step that holds most (`moment`).
+    """Bytes of one rank by term, at the peak of a step (`moment`).
 
     `parameters` in the training dtype (under ZeRO 3 its share, and another with a second sharding within the node) ·
-    `gathered` whole parameters ZeRO 3 holds for a while · `gradients` · `optimizer` fp32 masters and the optimiser's
-    states · `buckets` of the gradient reduction · `activations` that wait for the backward · `loss` logits of a chunk
-    and the fp32 gradient of the head · `step` fp32 copies of one parameter group · `runtime`.
+    `gathered` whole parameters that ZeRO 3 holds temporarily · `gradients` · `optimizer` fp32 masters and the
+    optimiser's states · `buckets` of the gradient reduction · `activations` saved for the backward · `loss` logits of a
+    chunk and the fp32 gradient of the head · `step` fp32 copies of one parameter group · `runtime`.
     """
 
     moment: str
@@ -46,12 +47,12 @@ class MemoryPlan:
 
 
 def uses_bf16(config: RunConfig) -> bool:
-    """Whether the training dtype is bf16 where the run is planned for."""
+    """Whether the training dtype is bf16 on the planned device."""
     return precision_on(config, planned_device(config).kind) == "bf16"
 
 
 def micro_batches(config: RunConfig) -> int:
-    """Micro-batches of a rank in a step, at least 1."""
+    """Micro-batches per rank and step, at least 1."""
     return max(config.data.global_batch_size // (config.engine.micro_batch_size * config.cluster.devices), 1)
 
 
@@ -69,7 +70,7 @@ def plan_memory(config: RunConfig) -> MemoryPlan:
     before, after = _gradients(config, total)
     one_block = replace(config, engine=replace(engine, activation_checkpointing="full"))
     loss, waiting, last = _loss(config, width), activation_bytes(config), activation_bytes(one_block)
-    # Under ZeRO 3 the bucket is there from the start, and its reduction makes a copy.
+    # Under ZeRO 3 the bucket exists from the start, and its reduction makes a copy.
     buckets = _buckets(config, total, width)
     start = {"gradients": before, "buckets": buckets[0], "activations": waiting, "loss": loss}
     end = {"gradients": after, "buckets": buckets[1], "activations": min(waiting, last), "loss": 0}
@@ -82,22 +83,22 @@ def plan_memory(config: RunConfig) -> MemoryPlan:
 
 
 def activation_bytes(config: RunConfig) -> int:
-    """Bytes of the activations of one micro-batch that are held at the start of the backward.
+    """Bytes of the activations of one micro-batch held when the backward starts.
 
-    Without recomputation all that every block saves; with it the input of every block (`selective`: and the results
-    it keeps), and one block in full.
+    Without recomputation: everything that every block saves. With it: the input of every block (`selective`: also the
+    results it keeps), and one whole block.
     """
     tokens = config.engine.micro_batch_size * config.model.seq_len
     width = 2 if uses_bf16(config) else 4
     moe, dense = block_activations(config)
-    # The residual stream enters and leaves, the final norm saves its input and hands the head another.
+    # The residual stream enters and leaves; the final norm saves its input and passes another tensor to the head.
     outside = 3 * config.model.hidden_size
     if config.engine.activation_checkpointing == "none":
         layers, held = moe_layers(config) * moe + config.moe.dense_layers * dense, config.model.layers
     elif config.engine.activation_checkpointing == "selective":
         kept_moe, kept_dense = kept_block_numbers(config, width)
         kept = moe_layers(config) * kept_moe + config.moe.dense_layers * kept_dense
-        # Of the one block that is computed again, what it keeps is there already.
+        # What the recomputed block keeps is already counted.
         layers, held = kept + max(moe - kept_moe, dense - kept_dense, 0), 1
     else:
         layers, held = config.model.layers * config.model.hidden_size + max(moe, dense), 1
@@ -106,12 +107,13 @@ def activation_bytes(config: RunConfig) -> int:
 
 
 def block_activations(config: RunConfig) -> tuple[int, int]:
-    """Numbers that a block saves for its backward for every token: one with experts (0 if there is none), a dense one.
+    """Numbers per token that a block saves for its backward: a block with experts (0 if there is none), and a dense
+    one.
 
-    Attention: its input before and after the norm, and what `activations.py` counts. Experts: their input before
-    and after the norm; for each of top_k gate and up, which is all that the grouped backend keeps. The others keep the
-    copied input as well, and 3 more tensors of the expert's width (silu of gate, its product with up, that times the
-    weight), as the experts that every token passes do.
+    Attention: its input before and after the norm, and what `activations.py` counts. Experts: their input before and
+    after the norm; for each of top_k gate and up, which is all that the grouped backend keeps. The other backends, and
+    shared experts, also keep the copied input and 3 more tensors of the expert's width (silu of gate, its product with
+    up, and that times the weight).
     """
     model, moe = config.model, config.moe
     attention = 2 * model.hidden_size + attention_activations(config, 2 if uses_bf16(config) else 4)
@@ -125,8 +127,9 @@ def block_activations(config: RunConfig) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to keep model states: bytes a parameter for parameters, gradients and optimiser. `offered` by this engine
-    or not (then it is listed for comparison, and costs an engine of one's own)."""
+    """A way to store model states: bytes per parameter for parameters, gradients and optimiser. `offered` by this
+    engine or not (then it is listed for comparison, and would need another engine).
+    """
 
     name: str
     parameters: int
@@ -136,18 +139,19 @@ class Recipe:
 
     @property
     def bytes_per_parameter(self) -> int:
-        """All of it, on one rank."""
+        """Their sum, on one rank."""
         return self.parameters + self.gradients + self.optimizer
 
     def states(self, total: int, stage: int, ranks: int) -> int:
-        """Bytes of `total` parameters on one of `ranks`, each part whole or sharded as the ZeRO stage has it."""
+        """Bytes of `total` parameters on one of `ranks`, each part whole or sharded according to the ZeRO stage."""
         parts = (self.parameters, 3), (self.gradients, 2), (self.optimizer, 1)
         return sum(size * total // (ranks if stage >= sharded_from else 1) for size, sharded_from in parts)
 
 
 def recipes(optim: OptimSection) -> tuple[Recipe, ...]:
-    """The recipes with the optimiser of `optim`: with AdamW from 20 bytes a parameter down. What DeepSpeed offers more
-    is in docs/plan.md."""
+    """The recipes with the optimiser of `optim`: with AdamW from 20 bytes per parameter downwards. docs/plan.md lists
+    what else DeepSpeed offers.
+    """
     wide, narrow = optim.bytes_per_parameter("fp32"), optim.bytes_per_parameter("bf16")
     return (
         Recipe("fp32: parameters, gradients, masters, moments", 4, 4, wide, True),
@@ -160,7 +164,7 @@ def recipes(optim: OptimSection) -> tuple[Recipe, ...]:
 
 
 def largest_micro_batch(config: RunConfig, budget: float) -> int:
-    """The most rows of a micro-batch with which a rank stays within `budget` bytes; 0 when even one does not fit."""
+    """The largest micro-batch with which a rank stays within `budget` bytes; 0 when even one row does not fit."""
 
     def fits(rows: int) -> bool:
         engine = replace(config.engine, micro_batch_size=rows)
@@ -189,25 +193,25 @@ def _gradients(config: RunConfig, total: int) -> tuple[int, int]:
     if engine.zero_stage == 2:
         held = width * _touched(config)
         return held if accumulates else 0, held * (2 if accumulates else 1)
-    # ZeRO 1; with fp32 accumulation the whole fp32 gradient stays, and the bf16 one is added to it at the end.
+    # ZeRO 1; with fp32 accumulation the whole fp32 gradient is kept, and the bf16 one is added to it at the end.
     return (4 * total, 6 * total) if wide else (width * total if accumulates else 0, width * total)
 
 
 def _touched(config: RunConfig) -> int:
-    """Numbers of all matrices of which some part lies in a rank's share of its parameter group: the most of any rank.
+    """Number of elements of all matrices that a rank's share of its parameter group touches: the maximum over ranks.
 
     A group is the matrices of one layer in the order of the module, cut into equal shares; ZeRO 2 keeps a gradient
     whole when the share begins or ends inside it.
     """
     groups, ranks = _groups(config), config.cluster.devices
-    # What a share touches changes only from one that holds a border of a matrix to its neighbours.
+    # The touched matrices change only at shares that contain a border of a matrix, and their neighbours.
     borders = {int(end * ranks / sum(sizes)) for _, sizes in groups for end in itertools.accumulate(sizes)}
     near = {rank + step for rank in borders | {0} for step in (-1, 0, 1)} & set(range(ranks))
     return max(sum(times * _overlap(sizes, rank, ranks) for times, sizes in groups) for rank in near)
 
 
 def _groups(config: RunConfig) -> list[tuple[int, list[int]]]:
-    """The parameter groups of matrices: how many there are of a kind, and the sizes of the matrices of one."""
+    """The parameter groups of matrices: the number of groups of each kind, and the sizes of their matrices."""
     model, moe = config.model, config.moe
     attention = config.attention.base.parameters(model.hidden_size)
     expert, vocabulary = model.hidden_size * moe.expert_width, model.vocab_size * model.hidden_size
@@ -232,14 +236,15 @@ def _groups(config: RunConfig) -> list[tuple[int, list[int]]]:
 
 
 def _step(config: RunConfig) -> int:
-    """What the optimiser holds while it steps, one group after another: its gradients in fp32, and its moments widened
-    when they are kept in bf16."""
+    """What the optimiser holds while it steps one group after another: its gradients in fp32, and its moments, widened
+    if they are stored in bf16.
+    """
     largest = max(sum(sizes) for times, sizes in _groups(config) if times)
     return (4 + config.optim.widened_bytes(config.engine.moment_dtype)) * largest // config.cluster.devices
 
 
 def _overlap(sizes: list[int], rank: int, ranks: int) -> int:
-    """The sum of those `sizes`, laid end to end, that the share of `rank` touches."""
+    """The sum of those of the `sizes`, laid end to end, that the share of `rank` touches."""
     start, total, touched = 0, sum(sizes), 0
     for size in sizes:
         if start < (rank + 1) * total / ranks and start + size > rank * total / ranks:

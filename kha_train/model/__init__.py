@@ -1,1 +1,1 @@
-"""The decoder: attention with its head interaction, mixture of experts, chunked loss."""
+"""The decoder: attention with head interaction, mixture of experts, chunked loss."""

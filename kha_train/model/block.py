@@ -16,9 +16,10 @@ from kha_train.model.norm import RmsNorm
 
 
 class BlockStats(NamedTuple):
-    """What a block with experts reports about its forward: returned, never counted on the side, for recomputation runs
-    a forward twice. `load_E` (int64, no gradient) is the tokens each expert received; the sums over tokens of the
-    auxiliary losses carry their gradient, and are None when not asked for (see `Routing`)."""
+    """Statistics of a block with experts. They are returned, never counted as a side effect, because recomputation runs
+    a forward twice. `load_E` (int64, no gradient) is the number of tokens each expert received. The sums over tokens of
+    the auxiliary losses carry their gradient, and are None when not needed (see `Routing`).
+    """
 
     load_E: Tensor
     balance_sum: Tensor | None
@@ -26,8 +27,9 @@ class BlockStats(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)): experts, or one perceptron in the first
-    `moe.dense_layers`."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)): experts, or a dense feed-forward in the first
+    `moe.dense_layers`.
+    """
 
     def __init__(self, config: RunConfig, layer: int) -> None:
         super().__init__()

@@ -30,8 +30,9 @@ from kha_train.model.rope import RotaryTable
 
 
 class AuxiliaryLosses(NamedTuple):
-    """The router's own losses, summed over the tokens and the layers, scalars. `total_sum` is their weighted sum, the
-    only one with a gradient; `balance_sum` and `z_sum` are for the record, 0 when not asked for."""
+    """The router's own losses, summed over tokens and layers, scalars. `total_sum` is their weighted sum, the only one
+    with a gradient; `balance_sum` and `z_sum` are for the record, 0 when not needed.
+    """
 
     total_sum: Tensor
     balance_sum: Tensor
@@ -39,9 +40,10 @@ class AuxiliaryLosses(NamedTuple):
 
 
 class DecoderOutput(NamedTuple):
-    """What a forward returns. `logits_BTV` (at least fp32) without labels, `loss_sum` (scalar, at least fp32) with
+    """The result of a forward. `logits_BTV` (at least fp32) without labels, `loss_sum` (scalar, at least fp32) with
     them; the other is None. `load_LE` (int64, no gradient) is the tokens routed to each expert of each of the L layers
-    that have experts. `auxiliary` is None outside training, and when no auxiliary loss is asked for."""
+    that have experts. `auxiliary` is None outside training, and without auxiliary losses.
+    """
 
     logits_BTV: Tensor | None
     loss_sum: Tensor | None
@@ -50,7 +52,7 @@ class DecoderOutput(NamedTuple):
 
 
 class Embedding(DeclaredModule):
-    """One vector of width D for each of V tokens, and, with learned positions, one for each place."""
+    """One vector of width D for each of V tokens and, with learned positions, one for each position."""
 
     weight: nn.Parameter
     positions: nn.Parameter
@@ -71,8 +73,9 @@ class Embedding(DeclaredModule):
 
 
 class Head(DeclaredModule):
-    """The output layer. Registers its `weight` [V, D] even when it is the embedding's: a sharded engine gathers a
-    parameter around the forward of each module that registers it, and both use it."""
+    """The output layer. It registers its `weight` [V, D] even when it is the embedding's: a sharded engine gathers a
+    parameter around the forward of each module that registers it, and both modules use it.
+    """
 
     weight: nn.Parameter
 
@@ -106,8 +109,9 @@ class Decoder(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """With `model.tie_embeddings`, let the head use the embedding's parameter. To be called again by whoever
-        replaces parameters of a built decoder."""
+        """With `model.tie_embeddings`, let the head use the embedding's parameter. Call it again after replacing
+        parameters of a built decoder.
+        """
         if self.config.model.tie_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -124,13 +128,13 @@ class Decoder(nn.Module):
     ) -> DecoderOutput:
         """Logits, or with `labels_BT` (int64, -100 where masked) the sum of cross-entropies over unmasked labels.
 
-        `positions_BT` (int64) defaults to the place in the row, which is at most `model.seq_len` long. `cu_seqlens_S`
-        (int32, over the flattened tokens, with every row start) isolates documents; without it a row is one document.
-        `samples_B` (int64) are the sample numbers of the rows, 0 .. B-1 by default: only the warm-up of the router
-        (`moe.routing_warmup_steps`) reads them.
-        `real_R` (int64, ascending) are the places of the flattened B*T that hold a token (None: all). The rest is
-        padding: it is not routed, counts in no load and no auxiliary loss, and its labels are masked.
-        With a `cache` the tokens follow those it has seen, rows are one document each, and the cache goes on.
+        `positions_BT` (int64) defaults to the position in the row, which is at most `model.seq_len` long.
+        `cu_seqlens_S` (int32, over the flattened tokens, with every row start) isolates documents; without it a row is
+        one document. `samples_B` (int64) are the sample numbers of the rows, 0 .. B-1 by default: only the router's
+        warm-up (`moe.routing_warmup_steps`) reads them. `real_R` (int64, ascending) are the places of the flattened B*T
+        that hold a token (None: all). The rest is padding: it is not routed, counts in no load and no auxiliary loss,
+        and its labels are masked. With a `cache` the tokens follow the cached ones, each row is one document, and the
+        cache is extended.
         """
         batch, tokens = tokens_BT.shape
         seen = 0 if cache is None else cache.seen
@@ -184,7 +188,7 @@ class Decoder(nn.Module):
         return AuxiliaryLosses(total_sum, balance_sum.detach(), z_sum.detach())
 
     def routers(self) -> list[Router]:
-        """The routers of the layers that have experts, in order."""
+        """The routers of the layers with experts, in order."""
         layers = (block.get_submodule("feed_forward") for block in self.blocks)
         return [layer.router for layer in layers if isinstance(layer, MoeLayer)]
 
@@ -195,10 +199,10 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def finish_step(self, load_LE: Tensor) -> None:
-        """Move the selection biases by `moe.bias_update`, and tell the routers that a step was taken.
+        """Update the selection biases according to `moe.bias_update`, and tell the routers that a step was applied.
 
         `load_LE` is the load of the whole global batch: all micro-batches, summed over ranks. Call it after the
-        optimiser step of that batch, and not when the step was discarded.
+        optimiser step of that batch, and not after a discarded step.
         """
         moe, share_LE = self.config.moe, relative_load(load_LE)
         for router, load_E, share_E in zip(self.routers(), load_LE, share_LE, strict=True):
@@ -217,7 +221,7 @@ def build_decoder(config: RunConfig) -> Decoder:
     """The decoder of `config` on torch's current device. On `meta` nothing is allocated; elsewhere it is initialised
     from `run.seed` (see `init.py`).
 
-    Raises ConfigError when a size does not suit the expert backend.
+    Raises ConfigError when the expert backend does not support a size.
     """
     decoder = Decoder(config)
     if decoder.embedding.weight.device.type != "meta":

@@ -1,4 +1,4 @@
-"""The device a process trains on, as plain facts for `config.resolve`."""
+"""Plain facts about the device a process trains on, for `config.resolve`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from kha_train.model.moe.megablocks import missing_packages
 
 
 def device_facts(device: torch.device) -> Device:
-    """The facts of `device` and of the packages installed beside it."""
+    """The facts of `device` and of the installed packages."""
     return replace(availability.device_facts(device), lacks=lacks)
 
 
 def lacks(package: str) -> str | None:
-    """What keeps `triton`, `flash_attn` or `megablocks` from being used in this process, or None."""
+    """Why `triton`, `flash_attn` or `megablocks` cannot be used in this process, or None."""
     if package == "flash_attn":
         return flash_attn_problem()
     if package == "megablocks":

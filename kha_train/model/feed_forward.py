@@ -1,4 +1,4 @@
-"""The plain feed-forward of a dense layer, and of the experts that every token passes."""
+"""The feed-forward of a dense layer, and of shared experts."""
 
 # ... leading dimensions   D model width   F inner width   X = 2F, gate and up side by side
 

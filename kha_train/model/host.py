@@ -1,4 +1,4 @@
-"""What the process is told of its device, and how tensors reach it without waiting."""
+"""Process settings for its device, and copying tensors to it without waiting."""
 
 # B rows   T places of a row   S document borders   R places of the flattened B * T that hold a token
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class HostBatch(Protocol):
-    """What the decoder needs of a batch on the CPU: int64 tensors, `cu_seqlens_S` int32, `samples_B` int64 of numpy."""
+    """What the decoder needs of a batch on the CPU: int64 tensors, `cu_seqlens_S` int32, `samples_B` numpy int64."""
 
     samples_B: np.ndarray
 
@@ -28,7 +28,7 @@ class HostBatch(Protocol):
 
     @property
     def positions_BT(self) -> Tensor:
-        """The place of each token in its document or row."""
+        """The position of each token in its document or row."""
 
     @property
     def cu_seqlens_S(self) -> Tensor:
@@ -56,8 +56,9 @@ class DecoderInputs(NamedTuple):
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`. A plain copy to CUDA waits until all that was asked of the device is done; from pinned
-    memory it takes its place in the queue."""
+    """`tensor` on `device`. A plain copy to CUDA waits until the device has finished all its work; a copy from pinned
+    memory is queued.
+    """
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -75,17 +76,18 @@ def inputs_of(batch: HostBatch, device: torch.device) -> DecoderInputs:
 
 
 def use_tensor_cores(dtype: torch.dtype) -> None:
-    """Let a process whose parameters are bf16, and no other, multiply in TF32 where it multiplies in fp32: folds and
-    router scores are products of bf16 numbers, which TF32 holds whole, with sums in fp32. The gradient of router scores
-    is rounded."""
+    """If parameters are bf16, and only then, let the process use TF32 where it multiplies in fp32. Folds and router
+    scores are products of bf16 numbers, which TF32 represents exactly, with sums in fp32. The gradient of router scores
+    is rounded.
+    """
     torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else "highest")
 
 
 def spare_the_compiler(function: Callable[..., Any]) -> None:
-    """Let a function that torch keeps away from its compiler be called without importing the compiler: seconds.
+    """Call a function that torch excludes from compilation without importing the compiler, which takes seconds.
 
-    torch imports it at the first call of such a function, only to say that it is not to be compiled. Where nobody else
-    has imported it, nothing is compiled.
+    torch imports the compiler at the first call of such a function, only to mark it as not compiled. If nobody else has
+    imported it, nothing is compiled.
     """
     plain: Any = function.__wrapped__  # type: ignore[attr-defined]  # functools.wraps sets it
 

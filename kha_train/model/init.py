@@ -1,9 +1,9 @@
-"""Where initial values come from: each is a pure function of (run seed, full parameter name, shape), drawn in fp32 on
-the CPU, so it is the same for every device, world size, ZeRO stage and attention variant.
+"""Initial values. Each is a pure function of (run seed, full parameter name, shape), drawn in fp32 on the CPU, so it is
+the same for every device, world size, ZeRO stage and attention variant.
 
-A module says what it owns with `DeclaredModule.declare_parameter` and `declare_buffer`; nothing is drawn while a
-module is built. `initialise` fills a whole decoder; an engine that shards parameters walks `initial_values` instead and
-materialises one parameter at a time.
+A module declares what it owns with `DeclaredModule.declare_parameter` and `declare_buffer`; nothing is drawn while a
+module is built. `initialise` fills a whole decoder. An engine that shards parameters iterates over `initial_values`
+instead and materialises one parameter at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Initial(Protocol):
     """A rule that makes the initial value of one parameter."""
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """The fp32 CPU value of that shape; random rules use `generator` and nothing else."""
+        """The fp32 CPU value of that shape; random rules use only `generator`."""
         ...
 
 
@@ -43,7 +43,9 @@ class Normal:
 
 @dataclass(frozen=True)
 class SizeKeeping:
-    """For x M, M [inputs, outputs]: normal with deviation `scale` / sqrt(inputs), x M as large as x times `scale`."""
+    """For x M with M [inputs, outputs]: normal with deviation `scale` / sqrt(inputs), so that x M is as large as x
+    times `scale`.
+    """
 
     scale: float = 1.0
 
@@ -54,7 +56,7 @@ class SizeKeeping:
 
 @dataclass(frozen=True)
 class Constant:
-    """Every element the same."""
+    """All elements equal."""
 
     value: float
 
@@ -76,10 +78,10 @@ class Identity:
 
 
 class DeclaredModule(nn.Module):
-    """A module that owns parameters or buffers and declares how each of them starts.
+    """A module that owns parameters or buffers and declares their initial values.
 
-    Parameters are created empty on the current device. Buffers keep the dtype they were declared with when the module
-    is cast: a selection bias moves in steps of 1e-3 and a rotary angle reaches thousands, which bf16 cannot hold.
+    Parameters are created empty on the current device. Buffers keep their declared dtype when the module is cast: a
+    selection bias moves in steps of 1e-3 and a rotary angle reaches thousands, which bf16 cannot represent.
     """
 
     def __init__(self) -> None:
@@ -94,8 +96,10 @@ class DeclaredModule(nn.Module):
         self.initial[name] = initial
 
     def declare_interaction(self, name: str, identity: Initial | None) -> None:
-        """Heads exchange information through the parameter `name`; with the value `identity` they pass unchanged (None:
-        there is no such value). The optimiser may treat such parameters apart (`optim.interaction_decay`)."""
+        """Declare that heads exchange information through the parameter `name`; with the value `identity` they pass
+        unchanged (None: there is no such value). The optimiser may treat such parameters separately
+        (`optim.interaction_decay`).
+        """
         self.identities[name] = identity
 
     def declare_buffer(
@@ -131,14 +135,16 @@ class Linear(DeclaredModule):
 
 
 def residual_std(config: RunConfig) -> float:
-    """Standard deviation of what writes into the residual stream (attention output, expert down projection): scaled by
-    1 / sqrt(2 * layers) when `model.scale_residual_init`, so that the stream's variance does not grow with depth."""
+    """Standard deviation of matrices that write into the residual stream (attention output, expert down projection):
+    scaled by 1 / sqrt(2 * layers) with `model.scale_residual_init`, so that the stream's variance does not grow with
+    depth.
+    """
     depth = 2 * config.model.layers if config.model.scale_residual_init else 1
     return config.model.init_std / math.sqrt(depth)
 
 
 def initial_value(initial: Initial, seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
-    """The fp32 CPU value of the parameter `name`: depends on the seed, the name and the shape, and on nothing else."""
+    """The fp32 CPU value of the parameter `name`; it depends only on the seed, the name and the shape."""
     key = f"{seed}|{name}|{','.join(map(str, shape))}"
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     generator = torch.Generator(device="cpu")
@@ -150,7 +156,7 @@ def initial_values(decoder: nn.Module, seed: int) -> Iterator[tuple[nn.Module, s
     """Each parameter once (a tied one under its first name): its owner, its local name, its full name and a thunk that
     draws its fp32 CPU value. Nothing is drawn before a thunk is called, so this works on a decoder on `meta`.
 
-    Whoever replaces parameters, rather than filling them, calls `Decoder.tie_weights` afterwards.
+    After replacing parameters, rather than filling them, call `Decoder.tie_weights`.
     """
     seen: set[int] = set()
     for prefix, module in decoder.named_modules():
@@ -184,7 +190,7 @@ def initialise(decoder: nn.Module, seed: int) -> None:
 def reset_buffers(decoder: nn.Module, device: torch.device | str | None = None) -> None:
     """Recompute every declared buffer (rotary tables, zero selection biases) in fp32.
 
-    On `device` if given; else where the buffer is, or, when that is `meta`, on torch's current default device.
+    On `device` if given; otherwise on the buffer's device or, if that is `meta`, on torch's current default device.
     """
     for module in decoder.modules():
         if not isinstance(module, DeclaredModule):

@@ -1,8 +1,8 @@
-"""Cross-entropy of a linear head over a large vocabulary, a chunk of tokens at a time: full logits are never held.
+"""Cross-entropy of a linear head over a large vocabulary, a chunk of tokens at a time: full logits are never in memory.
 
-With vocabulary 157,184 the fp32 logits of 8192 tokens are 4.8 GiB, and their gradient as much again. Here both
-gradients are worked out chunk by chunk in the forward, while a chunk's logits are at hand; the backward only scales
-them. So the weight is used in the forward alone, and no logits are computed twice.
+With vocabulary 157,184 the fp32 logits of 8192 tokens are 4.8 GiB, and their gradient needs as much again. Here the
+forward computes both gradients chunk by chunk, while a chunk's logits exist; the backward only scales them. So the
+weight is used only in the forward, and no logits are computed twice.
 """
 
 # N tokens   C tokens of one chunk   D model width   V vocabulary
@@ -24,7 +24,7 @@ def chunked_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chu
     weight's is accumulated over chunks in at least fp32.
     """
     keep_gradients = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
-    # `apply` is torch's, and has no annotations.
+    # `apply` is torch's and has no annotations.
     loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         x_ND, weight_VD, labels_N, chunk_tokens, keep_gradients
     )
@@ -45,12 +45,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             x_CD, labels_C = x_ND[chunk], labels_N[chunk]
             masked_C1 = (labels_C == IGNORE_LABEL).unsqueeze(-1)
             label_C1 = labels_C.unsqueeze(-1).masked_fill(masked_C1, 0)
-            # Logits are freed before the gradient is made.
+            # Logits are freed before the gradient is computed.
             log_p_CV = _logits(x_CD, weight_VD, wide).log_softmax(dim=-1, dtype=wide)
             loss -= log_p_CV.gather(-1, label_C1).masked_fill(masked_C1, 0.0).sum()
             if grad_x_ND is not None and grad_weight_VD is not None:
                 grad_CV = _logit_gradient(log_p_CV, label_C1).to(x_ND.dtype)
-                # A masked row is left out of both products where it is narrow: never by a pass over the vocabulary.
+                # A masked row is excluded from both products on the narrow side, never by a pass over the vocabulary.
                 grad_x_ND[chunk] = (grad_CV @ weight_VD).masked_fill_(masked_C1, 0.0)
                 grad_weight_VD += grad_CV.T @ x_CD.masked_fill(masked_C1, 0.0)
         ctx.weight_dtype = weight_VD.dtype
@@ -68,13 +68,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _logits(x_CD: Tensor, weight_VD: Tensor, wide: torch.dtype) -> Tensor:
-    """On CUDA written as they are summed, in `wide`: a log-softmax of bf16 begins with such a copy there."""
+    """On CUDA the product writes its sums in `wide`: a log-softmax of bf16 would begin with such a copy."""
     if x_CD.is_cuda and x_CD.dtype != wide:
         return torch.mm(x_CD, weight_VD.T, out_dtype=wide)
     return x_CD @ weight_VD.T
 
 
 def _logit_gradient(log_p_CV: Tensor, label_C1: Tensor) -> Tensor:
-    """softmax - onehot, made in the memory of the logarithms."""
+    """softmax - onehot, written into the memory of the logarithms."""
     grad_CV = log_p_CV.exp_()
     return grad_CV.scatter_add_(-1, label_C1, torch.full_like(log_p_CV[:, :1], -1.0))

@@ -14,7 +14,7 @@ from kha_train.model.rope import Rotary
 
 
 class _Gain(DeclaredModule):
-    """What RMSNorms own: one weight for each of `width` numbers."""
+    """The parameter of RMSNorms: one weight for each of `width` numbers."""
 
     weight: nn.Parameter
 
@@ -41,43 +41,47 @@ class FullWidthNorm(RmsNorm):
 
 
 class TurningNorm(_Gain):
-    """RMSNorm of every head and then its rotation, in one kernel."""
+    """RMSNorm of every head followed by its rotation, in one kernel."""
 
     def forward(self, x_BTHK: Tensor, rotary: Rotary) -> Tensor:
-        """[B, T, H, K] -> [B, T, H, K], normalised over K and turned by the token's angles. Raises as `norm_rotate`."""
+        """[B, T, H, K] -> [B, T, H, K], normalised over K and rotated by the token's angles. Raises as
+        `norm_rotate`.
+        """
         turned_BTHK: Tensor = norm_rotate(x_BTHK, self.weight, rotary.cos_BTR, rotary.sin_BTR, self.eps)
         return turned_BTHK
 
 
 def norm_turns(config: RunConfig) -> bool:
-    """Whether the norm of queries and keys is one kernel with their rotation."""
+    """Whether one kernel computes the norm of queries and keys together with their rotation."""
     return config.engine.kernels == "triton" and why_norm_stays(config) is None
 
 
 def why_norm_stays(config: RunConfig) -> str | None:
-    """What keeps the norm of queries and keys from being one kernel with their rotation under `engine.kernels: triton`,
-    or None: a norm of each head, rotary positions, and whole heads of a width that the kernel takes."""
+    """Why the norm of queries and keys is not one kernel with their rotation under `engine.kernels: triton`, or None.
+    The kernel needs a norm of each head, rotary positions, and whole heads of a supported width.
+    """
     section = config.attention
     if section.qk_norm != "per_head":
         return f"attention.qk_norm={section.qk_norm}"
     if section.positions != "rope":
         return f"attention.positions={section.positions}"
     if not section.base.turns_whole_heads:
-        return f"{section.base.name} turns a part of each head"
+        return f"{section.base.name} rotates only a part of each head"
     width = section.base.head_dim
-    return None if takes(width) else f"heads of {width} are no power of two from 16 to {WIDEST}"
+    return None if takes(width) else f"the head width {width} is not a power of two from 16 to {WIDEST}"
 
 
 def build_turning_norm(config: RunConfig, heads: int, head_dim: int) -> nn.Module:
-    """The norm of queries or keys that are turned whole, for `RowContext.norm_and_turn`."""
+    """The norm of queries or keys that are rotated as whole heads, for `RowContext.norm_and_turn`."""
     return (
         TurningNorm(head_dim, config.model.norm_eps) if norm_turns(config) else build_qk_norm(config, heads, head_dim)
     )
 
 
 def build_qk_norm(config: RunConfig, heads: int, head_dim: int) -> nn.Module:
-    """The norm of queries or keys [B, T, H, K] by `attention.qk_norm`: one weight of K shared by all heads, one of H *
-    K, or none."""
+    """The norm of queries or keys [B, T, H, K] according to `attention.qk_norm`: one weight of K shared by all heads,
+    one of H * K, or none.
+    """
     match config.attention.qk_norm:
         case "per_head":
             return RmsNorm(head_dim, config.model.norm_eps)

@@ -1,9 +1,9 @@
-"""What the backward finds saved, and what it computes again: `engine.activation_checkpointing`.
+"""Activation checkpointing (`engine.activation_checkpointing`): what is saved for the backward, and what is recomputed.
 
-`full` keeps the input of a block and runs its forward twice. `selective` keeps what is dear to compute for its size and
-computes the rest again: norms, rotations, gates, the router's choice, the small matrices of heads. Products are kept of
-which every number took at least as many multiplications as the model is wide, and attention and experts, which take
-thousands; all else takes one to a few. Measured: `pytest -s tests/model/test_recompute.py`.
+`full` saves the input of a block and runs its forward twice. `selective` saves what is expensive to compute for its
+size and recomputes the rest: norms, rotations, gates, the router's choice, the small matrices of heads. It saves
+products in which every number took at least as many multiplications as the model is wide, and the results of attention
+and experts, which take thousands; all else takes one to a few. Measured: `pytest -s tests/model/test_recompute.py`.
 """
 
 # B batch   T tokens   D model width
@@ -33,15 +33,17 @@ ALWAYS_KEPT = frozenset(
         "kha_train::grouped_experts",
     }
 )
-"""Operators whose results `selective` keeps whatever their size."""
+"""Operators whose results `selective` always saves."""
 
 
 def runner(config: RunConfig) -> Callable[..., Any]:
-    """`run(block, x_BTD, *rest)`: the block as `engine.activation_checkpointing` says, when a backward will follow."""
+    """`run(block, x_BTD, *rest)`: runs the block according to `engine.activation_checkpointing` when a backward
+    follows.
+    """
     how = config.engine.activation_checkpointing
     if how == "none":
         return _plainly
-    # A forward draws from no generator, so there is no generator state to keep.
+    # A forward uses no random generator, so there is no generator state to save.
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if how == "selective":
         keep = partial(kept, config.model.hidden_size)
@@ -54,7 +56,7 @@ def runner(config: RunConfig) -> Callable[..., Any]:
 
 
 def kept(width: int, operator: Any, arguments: tuple[Any, ...]) -> bool:
-    """Whether `selective` keeps the result of `operator` in a model of `width`."""
+    """Whether `selective` saves the result of `operator` in a model of `width`."""
     name = operator._schema.name
     if name in ("aten::mm", "aten::addmm"):
         left: Tensor = arguments[0] if name == "aten::mm" else arguments[1]

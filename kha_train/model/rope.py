@@ -1,4 +1,6 @@
-"""Rotary position embedding of the first 2R dimensions of a head, rotate-half layout: dimension i turns with i + R."""
+"""Rotary position embedding of the first 2R dimensions of a head, rotate-half layout: dimension i is paired with i
++ R.
+"""
 
 # B batch   T tokens   P positions in the table   H heads   K head width   R rotation planes: at most K / 2
 
@@ -14,7 +16,9 @@ from kha_train.model.init import DeclaredModule
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of the angles of every token of a batch, fp32; made once a forward, shared by all layers."""
+    """Cosines and sines of the angles of every token of a batch, fp32; computed once per forward, shared by all
+    layers.
+    """
 
     cos_BTR: Tensor
     sin_BTR: Tensor
@@ -23,7 +27,7 @@ class Rotary(NamedTuple):
 def rotary_table(positions: int, turned: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin [positions, turned / 2] of position * theta^(-2 i / turned), for an even number of `turned`
     dimensions: computed in fp64 on the CPU, so that every device holds the same fp32 values."""
-    assert turned % 2 == 0 and turned >= 2, f"{turned} dimensions are no pairs"
+    assert turned % 2 == 0 and turned >= 2, f"{turned} dimensions cannot be paired"
     exponent_R = torch.arange(0, turned, 2, dtype=torch.float64, device="cpu") / turned
     position_P = torch.arange(positions, dtype=torch.float64, device="cpu")
     angle_PR = torch.outer(position_P, theta**-exponent_R)
@@ -52,8 +56,9 @@ def _table_part(positions: int, turned: int, theta: float, index: int) -> Tensor
 
 
 def rotate(x_BTHK: Tensor, rotary: Rotary) -> Tensor:
-    """Turn every head by the token's angles; computed in at least fp32, returned in the dtype of `x_BTHK`. Dimensions
-    beyond the tables' 2R pass as they are."""
+    """Rotate every head by the token's angles; computed in at least fp32, returned in the dtype of `x_BTHK`. Dimensions
+    beyond the tables' 2R pass unchanged.
+    """
     cos_BT1R, sin_BT1R = rotary.cos_BTR.unsqueeze(2), rotary.sin_BTR.unsqueeze(2)
     planes = rotary.cos_BTR.shape[-1]
     first_BTHR, second_BTHR, rest_BTHK = x_BTHK.tensor_split((planes, 2 * planes), dim=-1)

@@ -1,9 +1,9 @@
 """softmax(QK^T scale) V with causal order, grouped heads and document isolation: one signature, several backends.
 
-`eager` says what is computed; every other backend is its twin and is tested against it. Which documents a row holds is
-worked out once a forward (`lay_out_documents`) and shared by all layers. Nothing here waits for the device: whether a
-row is split is read from the *shape* of `cu_seqlens_S`. What each backend admits stands in
-`variants/backends.py`, which needs no torch; `config/resolve.py` takes one for a device.
+`eager` is the definition; every other backend is tested against it. The documents of the rows are computed once per
+forward (`lay_out_documents`) and shared by all layers. Nothing here waits for the device: whether a row is split is
+read from the *shape* of `cu_seqlens_S`. `config/backends.py`, which needs no torch, says what each backend supports;
+`choice.py` selects one for a device.
 """
 
 # B batch   T tokens (U: attended tokens)   H query heads   G key/value heads   N = H / G   J = 1 or H
@@ -24,10 +24,11 @@ from torch.torch_version import TorchVersion
 
 
 class Documents(NamedTuple):
-    """Who may attend to whom. `mask_BJTU` is None when every row is one document, for plain causal order says it all,
-    and when the kernel reads `cu_seqlens_S`. It is bool (True = may attend), or, where scores are biased, fp32 and
-    added to them (-inf = may not attend). `cu_seqlens_S` (int32) and `max_seqlen` say the same for kernels of variable
-    length; `cu_seqlens_S` is None while decoding, when there are fewer queries than keys."""
+    """Which tokens may attend to which. `mask_BJTU` is None when every row is one document, because causal order is
+    enough, and when the kernel reads `cu_seqlens_S`. Otherwise it is bool (True = may attend) or, with biased scores,
+    fp32 and added to them (-inf = may not attend). `cu_seqlens_S` (int32) and `max_seqlen` give the same information to
+    variable-length kernels; `cu_seqlens_S` is None while decoding, when there are fewer queries than keys.
+    """
 
     cu_seqlens_S: Tensor | None
     max_seqlen: int
@@ -69,7 +70,7 @@ def lay_out_documents(
 
 
 def lay_out_cached(tokens: int, seen: int, device: torch.device, slopes_H: Tensor | None = None) -> Documents:
-    """The documents of rows of one document each, of which `seen` tokens are cached and `tokens` are new."""
+    """The documents of rows with one document each: `seen` tokens are cached and `tokens` are new."""
     mask_BJTU = _causal_TU(tokens, seen + tokens, device)[None, None]
     return Documents(None, seen + tokens, _biased(mask_BJTU, slopes_H))
 
@@ -83,13 +84,13 @@ def alibi_slopes(heads: int) -> list[float]:
 
 
 def eager(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
-    """The formula, with all scores held; softmax in at least fp32. Query head h reads key/value head h // N."""
+    """The formula, with all scores in memory; softmax in at least fp32. Query head h reads key/value head h // N."""
     scores_BHTU = scores(q_BTHK, k_BUGK) * scale
     return weighted_values(masked_softmax(scores_BHTU, documents).to(v_BUGW.dtype), v_BUGW)
 
 
 def scores(q_BTHK: Tensor, k_BUGK: Tensor) -> Tensor:
-    """q . k of every pair of tokens, [B, H, T, U]."""
+    """q . k for every pair of tokens, [B, H, T, U]."""
     groups = k_BUGK.shape[2]
     q_BTGNK = q_BTHK.unflatten(2, (groups, -1))
     return torch.einsum("btgnk,bugk->bgntu", q_BTGNK, k_BUGK).flatten(1, 2)
@@ -116,22 +117,23 @@ def weighted_values(weights_BHTU: Tensor, v_BUGW: Tensor) -> Tensor:
 def sdpa(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
     """torch's scaled_dot_product_attention: its causal kernel for unsplit rows, a mask for rows of several documents.
 
-    Never by cuDNN, which newer releases of torch prefer on Hopper: that is a backend of its own, checked before use.
+    Never uses cuDNN, which newer torch releases prefer on Hopper: that is a separate backend, checked before use.
     """
     with sdpa_kernel(_TORCH_KERNELS) if q_BTHK.is_cuda else nullcontext():
         return _scaled_dot_product(q_BTHK, k_BUGK, v_BUGW, documents, scale)
 
 
 def cudnn(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
-    """cuDNN's kernel through torch: unsplit rows only (`config/resolve.py` refuses others before)."""
-    assert documents.mask_BJTU is None, "cudnn admits only unsplit causal rows"
+    """cuDNN's kernel through torch: unsplit rows only (`config/backends.py` refuses others earlier)."""
+    assert documents.mask_BJTU is None, "cudnn supports only unsplit causal rows"
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
         return _scaled_dot_product(q_BTHK, k_BUGK, v_BUGW, documents, scale)
 
 
 def _scaled_dot_product(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
-    """By the kernel that is admitted. With a mask the key/value heads are repeated, because torch's masked CUDA kernel
-    takes no grouped heads and would fall back to holding all scores."""
+    """Uses an allowed kernel. With a mask the key/value heads are repeated, because torch's masked CUDA kernel supports
+    no grouped heads and would fall back to holding all scores.
+    """
     q_BHTK, k_BGUK, v_BGUW = q_BTHK.transpose(1, 2), k_BUGK.transpose(1, 2), v_BUGW.transpose(1, 2)
     attend, mask_BJTU = functional.scaled_dot_product_attention, documents.mask_BJTU
     if mask_BJTU is None:
@@ -144,14 +146,15 @@ def _scaled_dot_product(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, document
 
 
 class GroupedWords(TypedDict, total=False):
-    """Named arguments of torch's kernel of variable length."""
+    """Keyword arguments of torch's variable-length kernel."""
 
     enable_gqa: bool
 
 
 def grouped_words(release: TorchVersion) -> GroupedWords:
-    """What the kernel of variable length must be told to take fewer key/value heads: torch 2.11 has no word for it
-    and takes them unasked, later ones refuse them without."""
+    """The keyword arguments with which the variable-length kernel accepts fewer key/value heads. torch 2.11 has no such
+    argument and accepts them anyway; later releases require it.
+    """
     return {"enable_gqa": True} if release >= "2.12" else {}
 
 
@@ -159,12 +162,12 @@ GROUPED_WORDS = grouped_words(torch.__version__)
 
 
 def varlen(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
-    """torch's flash attention of variable length: documents are sequences, no mask is held."""
-    # Its file loads Triton.
+    """torch's variable-length flash attention: documents are sequences, and there is no mask."""
+    # Importing its file loads Triton.
     from torch.nn.attention.varlen import varlen_attn
 
     borders_S, longest = documents.cu_seqlens_S, documents.max_seqlen
-    assert borders_S is not None, "decoding runs on a backend that reads the mask"
+    assert borders_S is not None, "decoding needs a backend that reads the mask"
 
     def kernel(q_MHK: Tensor, k_MGK: Tensor, v_MGK: Tensor) -> Any:
         words: GroupedWords = GROUPED_WORDS if q_MHK.shape[1] != k_MGK.shape[1] else {}
@@ -177,8 +180,9 @@ def varlen(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents,
 
 
 def flash_attn_problem() -> str | None:
-    """What keeps the kernel of `flash_attn` from being called here, or None. Asked by importing it: other releases of
-    the package (flash-attn-4) have the same name and not this function, and one built for another torch fails."""
+    """Why `flash_attn`'s kernel cannot be called here, or None. Tested by importing it: other releases of the package
+    (flash-attn-4) have the same name but not this function, and one built for another torch fails.
+    """
     try:
         from flash_attn import flash_attn_varlen_func
     except ModuleNotFoundError as error:
@@ -214,7 +218,7 @@ BACKENDS: dict[str, Backend] = {
 
 
 def _over_flat_tokens(kernel: Callable[..., Any], q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor) -> Tensor:
-    """Run a kernel over [B * T, heads, width]. These kernels take one width, so narrower values are padded."""
+    """Run a kernel over [B * T, heads, width]. These kernels need one width, so narrower values are padded."""
     batch, tokens, _, width = q_BTHK.shape
     value_width = v_BUGW.shape[-1]
     v_BUGK = functional.pad(v_BUGW, (0, width - value_width))
@@ -224,7 +228,7 @@ def _over_flat_tokens(kernel: Callable[..., Any], q_BTHK: Tensor, k_BUGK: Tensor
 
 
 def _biased(mask_BJTU: Tensor, slopes_H: Tensor | None) -> Tensor:
-    """The mask as it is, or with ALiBi's -slope x distance where it admits."""
+    """The mask unchanged, or with ALiBi's -slope x distance where attention is allowed."""
     if slopes_H is None:
         return mask_BJTU
     queries, keys = mask_BJTU.shape[-2:]
@@ -235,5 +239,5 @@ def _biased(mask_BJTU: Tensor, slopes_H: Tensor | None) -> Tensor:
 
 
 def _causal_TU(queries: int, keys: int, device: torch.device) -> Tensor:
-    """The queries are the last of the keys' tokens."""
+    """The queries are the last tokens of the keys."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

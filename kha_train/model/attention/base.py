@@ -1,4 +1,4 @@
-"""The contract of an attention base: what a variant file has to provide, and what it is given."""
+"""The contract of an attention base: what a variant file must provide, and what it receives."""
 
 # B batch   T tokens (U: attended tokens)   D model width   H heads   K head width
 
@@ -21,18 +21,19 @@ from kha_train.variants.registry import BASES
 
 class RowContext(NamedTuple):
     """What all layers of one forward share: the rotation of every token (None without rotary embedding), the documents
-    of every row, and, when decoding, the cache of the tokens before."""
+    of every row and, when decoding, the cache of earlier tokens.
+    """
 
     rotary: Rotary | None
     documents: Documents
     cache: Cache | None = None
 
     def turn(self, x_BTHK: Tensor) -> Tensor:
-        """Queries or keys, rotated by the token's position; as they are without rotary embedding."""
+        """Queries or keys, rotated by the token's position; unchanged without rotary embedding."""
         return x_BTHK if self.rotary is None else rotate(x_BTHK, self.rotary)
 
     def norm_and_turn(self, norm: nn.Module, x_BTHK: Tensor) -> Tensor:
-        """Queries or keys, normalised and then turned whole."""
+        """Queries or keys, normalised and then rotated as whole heads."""
         if isinstance(norm, TurningNorm):
             assert self.rotary is not None
             turned_BTHK: Tensor = norm(x_BTHK, self.rotary)
@@ -40,19 +41,21 @@ class RowContext(NamedTuple):
         return self.turn(norm(x_BTHK))
 
     def with_past(self, layer: nn.Module, *new: Tensor) -> tuple[Tensor, ...]:
-        """What `layer` attends to, [B, U, ...]: the arguments themselves, or when decoding, after those it keeps."""
+        """What `layer` attends to, [B, U, ...]: the arguments themselves or, when decoding, the cached tokens followed
+        by them.
+        """
         return new if self.cache is None else self.cache.extend(layer, *new)
 
 
 class Attention(nn.Module, ABC):
-    """Turns a normalised hidden state into what is added to the residual stream.
+    """Maps a normalised hidden state to what is added to the residual stream.
 
-    A base builds its projections and norms from `config`; its interaction and backend are built here. Its order is
-    fixed: projection -> interaction -> QK-norm -> RoPE -> backend -> output projection. It hands
+    A base builds its projections and norms from `config`; its interaction and backend are built here. The order is
+    fixed: projection -> interaction -> QK-norm -> RoPE -> backend -> output projection. A base passes
     `interaction.folds()` to its projections and `folds().output` to its output, and passes head outputs through
-    `interaction.outputs`. Parameters that variants have in common carry the same names in all of them, for the name
-    decides the initial value. `folded` names the projection that makes each of q, k, v, for whoever multiplies an
-    interaction into the weights for good.
+    `interaction.outputs`. Parameters that variants share have the same names in all of them, because the name
+    determines the initial value. `folded` names the projection that makes each of q, k, v, for code that multiplies an
+    interaction into the weights permanently.
     """
 
     folded: ClassVar[dict[str, str]]
@@ -66,7 +69,8 @@ class Attention(nn.Module, ABC):
     @abstractmethod
     def forward(self, x_BTD: Tensor, rows: RowContext) -> Tensor:
         """[B, T, D] -> [B, T, D] in the same dtype; no token sees a later one, or one of another document. What later
-        tokens need of these goes through `rows.with_past`."""
+        tokens need goes through `rows.with_past`.
+        """
 
 
 def build_attention(config: RunConfig) -> Attention:

@@ -1,7 +1,7 @@
-"""What decoding keeps of the tokens seen, so that a new token costs one forward of itself alone.
+"""The decoding cache: what is kept of earlier tokens, so that a new token needs only its own forward.
 
 Each attention base decides what it keeps: keys and values, MLA its latent, GTA its tied states. All rows of a batch
-hold equally many tokens.
+have the same number of tokens.
 """
 
 # B batch   T new tokens   U tokens seen with them
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 
 class LayerCache:
-    """The tensors one layer keeps, each [B, capacity, ...], allocated with the first tokens."""
+    """The cached tensors of one layer, each [B, capacity, ...], allocated with the first tokens."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.seen = capacity, 0
         self._kept: tuple[Tensor, ...] = ()
 
     def extend(self, *new: Tensor) -> tuple[Tensor, ...]:
-        """Add [B, T, ...] of the new tokens; returns [B, U, ...] of all tokens seen, as views."""
+        """Add [B, T, ...] of the new tokens; returns [B, U, ...] of all tokens so far, as views."""
         if not self._kept:
             self._kept = tuple(torch.empty_like(x[:, :1]).repeat_interleave(self.capacity, 1) for x in new)
         end = self.seen + new[0].shape[1]
@@ -31,21 +31,23 @@ class LayerCache:
         return tuple(kept[:, :end] for kept in self._kept)
 
     def numbers(self) -> int:
-        """How many numbers it keeps for one token of one row."""
+        """Numbers kept per token and row."""
         return sum(kept[0, 0].numel() for kept in self._kept)
 
 
 class Cache:
-    """What all layers keep, for at most `capacity` tokens a row; `seen` tokens had come before the current forward."""
+    """The caches of all layers, for at most `capacity` tokens per row; `seen` is the number of tokens before the
+    current forward.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.seen = capacity, 0
         self._layers: dict[nn.Module, LayerCache] = {}
 
     def extend(self, layer: nn.Module, *new: Tensor) -> tuple[Tensor, ...]:
-        """Let `layer` keep [B, T, ...] of the new tokens; returns [B, U, ...] of all tokens it has seen."""
+        """Add [B, T, ...] of the new tokens to the cache of `layer`; returns [B, U, ...] of all its tokens."""
         return self._layers.setdefault(layer, LayerCache(self.capacity)).extend(*new)
 
     def numbers(self) -> int:
-        """How many numbers all layers keep for one token of one row."""
+        """Numbers kept per token and row, over all layers."""
         return sum(layer.numbers() for layer in self._layers.values())

@@ -1,4 +1,4 @@
-"""Which backend computes attention on a device, whether it can, and what was taken: said once, when a run starts."""
+"""Selects the attention backend for a device, checks that it works, and reports the choice once, when a run starts."""
 
 # B batch   T tokens (U: attended tokens)   H query heads   G key/value heads   K, W key and value head width
 # S document borders
@@ -19,13 +19,17 @@ from kha_train.variants.attention import FoldableOptions
 from kha_train.variants.backends import TRAITS
 
 CHECK_TOLERANCE = 3e-2
-"""Largest relative error (Frobenius) of half-precision outputs and gradients against fp32 maths in the first check."""
+"""Largest relative error (Frobenius) allowed for half-precision outputs and gradients against fp32 maths in the first
+check.
+"""
 CHECK_BORDERS = (0, 100, 256, 300, 512)
-"""Of documents in the two rows of 256 tokens of that check."""
+"""Document borders in the two rows of 256 tokens of that check."""
 
 
 def backend_function(config: RunConfig) -> Backend:
-    """What attention modules call. `auto` sees from the documents what `choose` took."""
+    """The function that attention modules call. With `auto` it sees from the documents which backend `choose`
+    selected.
+    """
     name = config.attention.backend
     if name != "auto":
         return BACKENDS[name]
@@ -33,7 +37,7 @@ def backend_function(config: RunConfig) -> Backend:
 
 
 def automatic(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
-    """`varlen` for rows of documents that have no mask (see `needs_mask`), else `sdpa`: the same function."""
+    """`varlen` for rows of documents without a mask (see `needs_mask`), else `sdpa`: both compute the same function."""
     borders_S = documents.cu_seqlens_S
     split = borders_S is not None and borders_S.numel() != q_BTHK.shape[0] + 1
     takes = varlen if split and documents.mask_BJTU is None else sdpa
@@ -41,7 +45,9 @@ def automatic(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documen
 
 
 def needs_mask(config: RunConfig, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether rows of several documents need a mask here, or the kernel reads their borders. Raises as `choose`."""
+    """Whether rows of several documents need a mask here; otherwise the kernel reads their borders. Raises as
+    `choose`.
+    """
     return not TRAITS[choose(config, device, dtype).name].packed
 
 
@@ -51,8 +57,9 @@ def choose(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Choic
 
 
 def announce(config: RunConfig, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """What a run says of its attention when it starts: backend, implementation, reasons, warnings. cuDNN is checked
-    first. Raises ConfigError when something that the configuration names cannot run here."""
+    """The start-up message about attention: backend, implementation, reasons, warnings. Checks cuDNN first. Raises
+    ConfigError when a configured choice cannot run here.
+    """
     options, base = config.attention.interaction, config.attention.base
     backend = resolve(config, device_facts(device), precision_of(dtype)).backend
     lines = [f"attention {base.name} x {options.name} | backend {backend.name} ({backend.why})"]
@@ -69,8 +76,9 @@ def announce(config: RunConfig, device: torch.device, dtype: torch.dtype) -> lis
 
 def check_against_maths(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Compare the chosen backend with the formula in fp32, forward and backward, on heads of the run's shape: some
-    releases of cuDNN computed wrong numbers without a word. On whole rows, and on rows of documents if the run
-    isolates them. Raises ConfigError when they disagree."""
+    releases of cuDNN silently computed wrong numbers. Checks whole rows, and rows of documents if the run isolates
+    them. Raises ConfigError when they disagree.
+    """
     name = config.attention.backend
     q_BTHK, k_BTGK, v_BTGW = inputs = attention_inputs(config, 2, 256, device, dtype)
     for borders in (None, CHECK_BORDERS) if config.data.isolate_documents else (None,):
@@ -94,7 +102,7 @@ def check_against_maths(config: RunConfig, device: torch.device, dtype: torch.dt
 def attention_inputs(
     config: RunConfig, rows: int, tokens: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random queries, keys and values of the run's heads, [rows, tokens, heads, width]."""
+    """Random queries, keys and values with the run's heads, [rows, tokens, heads, width]."""
     shape, base = config.attention.base.heads(), config.attention.base
     key_width = shape.key_width + (base.rotary_width() if shape.latent else 0)
     sizes = [(shape.query_heads, key_width), (shape.kv_heads, key_width), (shape.kv_heads, shape.value_width)]

@@ -1,7 +1,7 @@
-"""Explicit multi-head attention (MEA, arXiv 2601.19611): heads of keys and of values are composed by learned matrices,
-and each head's output is normalised.
+"""Explicit multi-head attention (MEA, arXiv 2601.19611): learned matrices compose the heads of keys and of values, and
+each head's output is normalised.
 
-Composition starts as the identity; the norm rescales outputs, so with it a fresh model is *not* the baseline.
+Composition starts as the identity, but the norm rescales outputs, so with the norm a new model is *not* the baseline.
 """
 
 # B batch   T tokens   H query heads   G key/value heads   K query/key head width   W value head width
@@ -17,12 +17,13 @@ from kha_train.variants.attention import HeadShape, Implementation
 from kha_train.variants.interactions import ExplicitOptions
 
 NORM_EPS = 1e-5
-"""That of the normalised heads which MEA takes its norm from (Differential Transformer, arXiv 2410.05258)."""
+"""The eps of the normalised heads from which MEA takes its norm (Differential Transformer, arXiv 2410.05258)."""
 
 
 class Explicit(Interaction):
-    """HLC(X)_o = sum_i X_i W[i, o] on keys and values (MEA eq 10-12, 14-17), before QK-norm and RoPE, or, for the
-    linearity ablation, on keys after them; then RMSNorm of each head's output, one gain for all heads."""
+    """HLC(X)_o = sum_i X_i W[i, o] on keys and values (MEA eq 10-12, 14-17), before QK-norm and RoPE or, for the
+    linearity ablation, on keys after them; then an RMSNorm of each head's output, with one gain for all heads.
+    """
 
     linear = True
 
@@ -37,7 +38,7 @@ class Explicit(Interaction):
         self.norm = RmsNorm(heads.value_width, NORM_EPS) if options.head_norm else nn.Identity()
 
     def linear_maps(self) -> Folds:
-        """Both compositions (never asked for when keys are mixed after rotation)."""
+        """Both compositions (not used when keys are mixed after rotation)."""
         return Folds(**{p: HeadMap(across_IO=matrix()) for p, matrix in self.compose.items()})
 
     def forward(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor) -> tuple[Tensor, Tensor, Tensor]:

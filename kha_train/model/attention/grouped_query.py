@@ -1,4 +1,4 @@
-"""Grouped-query attention; MHA and MQA are its settings kv_heads = query_heads and kv_heads = 1."""
+"""Grouped-query attention. MHA and MQA are the settings kv_heads = query_heads and kv_heads = 1."""
 
 # B batch   T tokens (U: attended tokens)   D model width   H query heads   G key/value heads   K head width
 

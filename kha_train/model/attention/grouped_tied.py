@@ -1,7 +1,8 @@
 """Grouped-tied attention (GTA, arXiv 2505.21487): one state per group is the value, and its first half is half of the
-key; the other half of the key is one rotary head, shared by all.
+key. The other half of the key is one rotary head, shared by all heads.
 
-An interaction on v acts on the tied state before it is split, so that one state is cached and the keys see it too.
+An interaction on v acts on the tied state before it is split, so that one state is cached and the interaction affects
+the keys too.
 """
 
 # B batch   T tokens (U: attended tokens)   D model width   H query heads   G tied heads   K head width   R = K / 2
@@ -22,8 +23,9 @@ from kha_train.variants.bases import GroupedTiedOptions
 
 
 class GroupedTiedAttention(Attention):
-    """H query heads share G tied states and one rotary key. QK-norm is per head, over the whole query and over each
-    half of the key by itself: the cached rotary half then stays one head."""
+    """H query heads share G tied states and one rotary key. QK-norm is per head, over the whole query and separately
+    over each half of the key, so that the cached rotary half stays one head.
+    """
 
     folded: ClassVar[dict[str, str]] = {"q": "query", "v": "tied"}
 

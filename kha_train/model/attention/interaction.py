@@ -1,10 +1,10 @@
-"""How heads meet: the contract of a head interaction.
+"""The contract of a head interaction, through which heads exchange information.
 
 An interaction acts at up to four places: on the projected q, k, v (`forward`); on keys after norm and rotation
 (`rotated_keys`); on the head outputs before the output projection (`outputs`); and, where the mathematics allows, as a
-fold into the weights beside it (`folds`). A base calls all of them; each does nothing unless a variant says otherwise.
-A parameter may be used only inside the forward of the module that owns it (sharded engines gather it there), so
-matrices are `Matrix` modules, which hand out copies.
+fold into the weights beside it (`folds`). A base calls all of them; each does nothing unless a variant overrides it. A
+parameter may be used only inside the forward of the module that owns it (sharded engines gather it there), so matrices
+are `Matrix` modules, which return copies.
 """
 
 # B batch   T tokens   H query heads   G key/value heads   K query/key head width   W value head width
@@ -26,7 +26,7 @@ from kha_train.variants.registry import INTERACTIONS
 
 
 class Folds(NamedTuple):
-    """The maps that projections and output take upon their weights."""
+    """The maps that projections and output multiply into their weights."""
 
     q: HeadMap | None = None
     k: HeadMap | None = None
@@ -35,10 +35,10 @@ class Folds(NamedTuple):
 
 
 class Interaction(DeclaredModule, ABC):
-    """Starts as the exact identity where the mathematics says so. `options` are those of its registry entry, `way` is
-    how it is to be computed. When folded it leaves to `folds` what `linear_maps` holds, and `forward` does the rest.
-    `linear` says that there is no rest: what `forward` does is `linear_maps` applied, so that latents may be attended
-    to in place of keys."""
+    """Starts as the exact identity where the mathematics allows it. `options` are those of its registry entry, `way` is
+    how it is computed. When folded, it leaves `linear_maps` to `folds`, and `forward` does the rest. `linear` says that
+    there is no rest: `forward` only applies `linear_maps`, so that decoding may attend to latents instead of keys.
+    """
 
     linear: ClassVar[bool] = False
 
@@ -47,16 +47,17 @@ class Interaction(DeclaredModule, ABC):
         self.folded = way.folded
 
     def folds(self) -> Folds:
-        """The maps for the weights in this forward: none unless folded."""
+        """The maps for the weights in this forward; none unless folded."""
         return self.linear_maps() if self.folded else Folds()
 
     def linear_maps(self) -> Folds:
-        """All that can be multiplied into the weights."""
+        """All maps that can be multiplied into the weights."""
         return Folds()
 
     def forward(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The projected queries, keys and values after the heads have met, before QK-norm and RoPE; same shapes and
-        dtypes."""
+        """The projected queries, keys and values after the heads have exchanged information, before QK-norm and RoPE;
+        same shapes and dtypes.
+        """
         return q_BTHK, k_BTGK, v_BTGW
 
     def rotated_keys(self, k_BTGK: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ class Interaction(DeclaredModule, ABC):
 
 
 class NoInteraction(Interaction):
-    """Heads never meet: the baseline."""
+    """No interaction between heads: the baseline."""
 
     linear = True
 
@@ -82,7 +83,7 @@ def build_interaction(config: RunConfig) -> Interaction:
 
 
 def starting_matrix(init: MatrixInit, diagonal: float) -> Initial:
-    """The rule by which a square matrix starts that leaves heads unchanged when it is diagonal, with `diagonal`."""
+    """The initial rule of a square matrix that leaves heads unchanged when it is `diagonal` times the identity."""
     if init.kind == "random":
         return SizeKeeping(init.scale)
     return Identity(diagonal * init.scale if init.kind == "scaled_identity" else diagonal)

@@ -1,8 +1,8 @@
-"""Knocking-heads (KHA, arXiv 2510.23052): heads exchange information before attention,
-through matrices shared by all heads of a kind.
+"""Knocking-heads (KHA, arXiv 2510.23052): heads exchange information before attention, through matrices shared by all
+heads of a kind.
 
-All forms start as the exact identity unless told otherwise: diagonal matrices are the identity, the gate is zero and
-2 * sigmoid(0) = 1.
+All forms start as the exact identity by default: diagonal matrices are the identity, the gate is zero and 2 *
+sigmoid(0) = 1.
 """
 
 # B batch   T tokens   H heads of one kind   G key/value heads   K head width   W value head width
@@ -22,7 +22,7 @@ from kha_train.variants.interactions import KnockingOptions
 
 
 def shared_matrix(name: str, width: int, options: KnockingOptions) -> Matrix:
-    """The matrix [width, width] that `options.matrices` names, as `options.init` starts it."""
+    """The matrix [width, width] named in `options.matrices`, with the initial rule of `options.init`."""
     diagonal = options.matrices[name]
     return Matrix(width, starting_matrix(options.init, diagonal), diagonal)
 
@@ -37,7 +37,7 @@ class Knocking(Interaction):
 
     @abstractmethod
     def shared_map(self, width: int, options: KnockingOptions) -> nn.Module:
-        """The map [.., width] -> [.., width] that every head of one kind goes through."""
+        """The map [.., width] -> [.., width] for every head of one kind."""
 
     def forward(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Interaction.forward`."""
@@ -48,8 +48,9 @@ class Knocking(Interaction):
 
 
 class KnockingLinear(Knocking):
-    """KHA-Linear, x~ = x T (eq 5-7): a part of the projection weights, in training when folded, and for good after it
-    (eq 8)."""
+    """KHA-Linear, x~ = x T (eq 5-7): multiplied into the projection weights during training when folded, and
+    permanently after it (eq 8).
+    """
 
     linear = True
 

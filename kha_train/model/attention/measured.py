@@ -1,5 +1,5 @@
-"""`attention.backend=auto` on CUDA: backends that compute the same thing are tried when a run starts, the fastest is
-taken. Each is compared with the formula first, so a fast one that computes wrong numbers is out.
+"""`attention.backend=auto` on CUDA: measures the backends that compute the same function when a run starts, and selects
+the fastest. Each is first compared with the formula, so one that computes wrong numbers is excluded.
 """
 
 # S document borders
@@ -24,18 +24,18 @@ from kha_train.variants.backends import TRAITS, BackendName
 
 WARM_UP, ROUNDS = 3, 7
 DOCUMENT_TOKENS = 835
-"""Mean length of the documents that isolated rows are cut into for the measurement."""
+"""Mean length of the documents in the isolated rows used for the measurement."""
 
 Timer = Callable[[Callable[[], None], torch.device], float]
 
 
 def measure(config: RunConfig, device: torch.device, dtype: torch.dtype, earlier: str = "") -> str:
-    """The backend to take, a space, and what was measured in words, of this rank alone and without collectives. It is
-    the configuration's where nothing is to be measured: a named backend, no CUDA, or only one backend that can. Of
-    `auto` it is `earlier` where that is still one of those that can: a run that goes on keeps its kernel.
+    """The selected backend, a space, and the measurements in words, for this rank alone and without collectives. It is
+    the configured backend where nothing needs measuring: a named backend, no CUDA, or only one candidate. With `auto`
+    it is `earlier` if that is still a candidate, so that a resumed run keeps its kernel.
 
-    All ranks then take the answer of the first by `settled`: they must not compute by different kernels. Raises
-    ConfigError when none of several backends is fit.
+    All ranks then use the first rank's result through `settled`, because they must not use different kernels. Raises
+    ConfigError when none of several backends works.
     """
     names = candidates(config, device, dtype) if device.type == "cuda" else []
     if config.attention.backend != "auto" or len(names) < 2:
@@ -44,13 +44,15 @@ def measure(config: RunConfig, device: torch.device, dtype: torch.dtype, earlier
 
 
 def settled(config: RunConfig, answer: str) -> tuple[RunConfig, str]:
-    """The configuration with the backend `measure` answered, and how it came out ("" where nothing was measured)."""
+    """The configuration with the backend that `measure` selected, and the measurements in words ("" where nothing was
+    measured).
+    """
     name, _, told = answer.partition(" ")
     return _with_backend(config, name), told
 
 
 def candidates(config: RunConfig, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """The backends that can run here and compute what the configuration asks for; the formula itself is none."""
+    """The backends that can run here and compute what the configuration needs, without the formula itself."""
     if choose(_with_backend(config, "auto"), device, dtype).name == "eager":
         return []
     found = []
@@ -69,14 +71,15 @@ def candidates(config: RunConfig, device: torch.device, dtype: torch.dtype) -> l
 def fastest(
     config: RunConfig, names: list[str], device: torch.device, dtype: torch.dtype, seconds: Timer, earlier: str = ""
 ) -> tuple[str, str]:
-    """The fastest of `names` at the shape of a micro-batch, forward and backward, or `earlier` if it is fit; and what
-    was measured in words. One that computes wrong numbers, or fails in whatever way, is left out. Raises ConfigError
-    when none remains."""
+    """The fastest of `names` at the shape of a micro-batch, forward and backward, or `earlier` if it works; and the
+    measurements in words. A backend that computes wrong numbers, or fails in any way, is excluded. Raises ConfigError
+    when none remains.
+    """
     taken: dict[str, float] = {}
     refused: list[str] = []
     for name in names:
         chosen = _with_backend(config, name)
-        # Code of others, maybe built for another torch: there is no list of the errors it may raise.
+        # Third-party code, possibly built for another torch, may raise any error.
         with Caught() as caught:
             check_against_maths(chosen, device, dtype)
             taken[name] = seconds(_attention_of(chosen, name, device, dtype), device)
@@ -85,20 +88,20 @@ def fastest(
             refused.append(f"{name} failed: {type(caught.error).__name__}: {first}")
     if not taken:
         raise ConfigError(
-            f"no backend computes the formula here: {'; '.join(refused)}",
+            f"no backend computes the formula correctly here: {'; '.join(refused)}",
             field="attention.backend",
             value=config.attention.backend,
             fix="another device; attention.backend=eager holds all scores, and is the formula",
         )
     order = sorted(taken, key=lambda name: taken[name])
     told = [f"{name} {1000 * taken[name]:.2f} ms" for name in order]
-    kept = f"; {earlier} kept, the run began with it" if earlier in taken else ""
+    kept = f"; {earlier} kept, because the run began with it" if earlier in taken else ""
     words = f"measured, forward and backward of a layer: {', '.join([*told, *refused])}{kept}"
     return earlier if kept else order[0], words
 
 
 def cuda_seconds(run: Callable[[], None], device: torch.device) -> float:
-    """The median of some rounds between two events."""
+    """The median over some rounds of the time between two events."""
     for _ in range(WARM_UP):
         run()
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(ROUNDS)]
@@ -124,7 +127,7 @@ def _attention_of(config: RunConfig, name: str, device: torch.device, dtype: tor
 
 
 def _documents(config: RunConfig, rows: int, tokens: int, device: torch.device, masked: bool) -> Documents:
-    """Rows as the run will see them: whole, or cut into documents of the usual length."""
+    """Rows as in the run: whole, or cut into documents of typical length."""
     if not config.data.isolate_documents:
         return lay_out_documents(rows, tokens, device)
     ends = sorted({*range(0, rows * tokens, tokens), *range(0, rows * tokens, DOCUMENT_TOKENS), rows * tokens})

@@ -1,8 +1,8 @@
-"""Projections whose weight can take a map of heads upon itself: (x W) M = x (W M), exactly, with exact gradients.
+"""Projections that can fold a map of heads into their weight: (x W) M = x (W M), exactly, with exact gradients.
 
 Two modules own the factors of such a product, and a parameter may be used only inside the forward of the module that
-owns it (sharded engines gather it there). So `Matrix` hands out a copy of its small matrix, an ordinary activation
-that carries its gradient back, and the projection multiplies it into its weight inside its own forward.
+owns it (sharded engines gather it there). So `Matrix` returns a copy of its small matrix, an ordinary activation
+through which the gradient flows back, and the projection multiplies it into its weight inside its own forward.
 """
 
 # B batch   T tokens   D input width   H heads   K, W head width   C latent width   I, O heads before and after
@@ -19,13 +19,14 @@ from kha_train.model.init import DeclaredModule, Identity, Initial, Linear
 
 class HeadMap(NamedTuple):
     """A linear map of heads: `within_KK` multiplies every head from the right, `across_IO` composes heads: head o is
-    the sum over i of head i times across[i, o]."""
+    the sum over i of head i times across[i, o].
+    """
 
     within_KK: Tensor | None = None
     across_IO: Tensor | None = None
 
     def apply(self, x_BTHK: Tensor) -> Tensor:
-        """The map on activations: the definition."""
+        """Apply the map to activations: the definition."""
         if self.within_KK is not None:
             x_BTHK = x_BTHK @ self.within_KK
         if self.across_IO is not None:
@@ -34,8 +35,9 @@ class HeadMap(NamedTuple):
 
 
 class Matrix(DeclaredModule):
-    """One small square matrix through which heads exchange information, used by its neighbours. With `diagonal` times
-    the identity heads pass unchanged; None: with no value."""
+    """One small square matrix through which heads exchange information, used by neighbouring modules. At `diagonal`
+    times the identity, heads pass unchanged; None: no value has this property.
+    """
 
     weight: nn.Parameter
 
@@ -57,17 +59,17 @@ class Projection(Linear):
         self.heads = heads
 
     def forward(self, x_BTD: Tensor, fold: HeadMap | None = None) -> Tensor:
-        """The heads of every token, after the map `fold`."""
+        """The heads of every token, after applying `fold`."""
         x_BTHK: Tensor = torch.nn.functional.linear(x_BTD, self.folded(fold)).unflatten(-1, (self.heads, -1))
         return x_BTHK
 
     def folded(self, fold: HeadMap | None) -> Tensor:
-        """The weight [H * K, D] that makes the heads after the map; multiplied in at least fp32."""
+        """The weight [H * K, D] that gives the heads after the map; multiplied in at least fp32."""
         if fold is None:
             return self.weight
         weight_HKD: Tensor = _wide(self.weight).unflatten(0, (self.heads, -1))
         if fold.within_KK is not None:
-            # Head by head, the heads outermost: an einsum makes two transposed copies of the weight.
+            # One head at a time, with heads outermost: an einsum makes two transposed copies of the weight.
             weight_HKD = torch.bmm(_wide(fold.within_KK).t().expand(self.heads, -1, -1), weight_HKD)
         if fold.across_IO is not None:
             weight_HKD = torch.einsum("ikd,io->okd", weight_HKD, _wide(fold.across_IO))
@@ -75,15 +77,18 @@ class Projection(Linear):
 
 
 class LatentProjection(Projection):
-    """A projection of a latent, which decoding goes through the other way: it attends to the latent itself, so queries
-    come down to it, and what was attended to goes up to the heads."""
+    """A projection of a latent. Decoding attends to the latent itself, so it maps queries to the latent space, and the
+    weighted sum back to the heads.
+    """
 
     def queries_to_latent(self, q_BTHK: Tensor, fold: HeadMap | None) -> Tensor:
         """q . (c W) = (q W^T) . c: queries [B, T, H, K] -> [B, T, H, C]. Decoding only: no engine shards its weight."""
         return torch.einsum("bthk,hkc->bthc", q_BTHK, self.folded(fold).unflatten(0, (self.heads, -1)))
 
     def latent_to_heads(self, out_BTHC: Tensor, fold: HeadMap | None) -> Tensor:
-        """A weighted sum of latents [B, T, H, C] -> [B, T, H, W], each head by its own part. Decoding only."""
+        """A weighted sum of latents [B, T, H, C] -> [B, T, H, W], each head with its own part of the weight. Decoding
+        only.
+        """
         return torch.einsum("bthc,hwc->bthw", out_BTHC, self.folded(fold).unflatten(0, (self.heads, -1)))
 
 
@@ -95,14 +100,14 @@ class OutputProjection(Linear):
         self.heads = heads
 
     def forward(self, out_BTHW: Tensor, fold: HeadMap | None = None) -> Tensor:
-        """The sum of all heads' contributions, after the map `fold` of each head's output."""
+        """The sum of all heads' contributions, after applying `fold` to each head's output."""
         return torch.nn.functional.linear(out_BTHW.flatten(2), self.folded(fold))
 
     def folded(self, fold: HeadMap | None) -> Tensor:
-        """The weight [D, H * W] that reads the heads before the map; multiplied in at least fp32."""
+        """The weight [D, H * W] for the heads before the map; multiplied in at least fp32."""
         if fold is None:
             return self.weight
-        assert fold.within_KK is not None and fold.across_IO is None, "no interaction composes the heads' outputs"
+        assert fold.within_KK is not None and fold.across_IO is None, "no interaction composes the outputs of heads"
         weight_DHK = _wide(self.weight).unflatten(1, (self.heads, -1))
         return torch.nn.functional.linear(weight_DHK, _wide(fold.within_KK)).flatten(1).to(self.weight.dtype)
 

@@ -1,5 +1,5 @@
-"""Talking-heads attention (arXiv 2003.02436): heads meet in the scores and in the weights. A reference: it needs all
-scores, so it is eager and kept to short rows.
+"""Talking-heads attention (arXiv 2003.02436): heads mix in the scores and in the weights. This is a reference: it needs
+all scores, so it is eager and limited to short rows.
 
     weights = softmax(sum_i scores_i L[i, h])      out_h = sum_i weights_i M[i, h] v_g      L, M start as the identity
 """
@@ -19,7 +19,7 @@ from kha_train.model.init import Identity
 
 
 class TalkingHeadsAttention(GroupedQueryAttention):
-    """Grouped-query attention whose heads talk before and after the softmax."""
+    """Grouped-query attention that mixes heads before and after the softmax."""
 
     score_mix: Matrix
     weight_mix: Matrix

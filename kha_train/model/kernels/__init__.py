@@ -1,5 +1,6 @@
-"""Kernels written in Triton, each beside a plain-torch twin that says what it computes.
+"""Triton kernels, each beside a plain-torch reference.
 
-A kernel file holds `@jit` functions and is imported when one of them is first called; its operator file registers the
-operator with torch (fake kernel, autograd), holds the twin, and needs no Triton. Triton itself enters by `language.py`.
+A kernel file holds `@jit` functions and is imported when one of them is first called. Its operator file registers the
+operator with torch (fake kernel, autograd), holds the reference, and needs no Triton. Triton itself is imported only by
+`language.py`.
 """

@@ -1,4 +1,4 @@
-"""Whether kernels written in Triton can run here. Needs no Triton."""
+"""Whether Triton kernels can run here. Needs no Triton."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kha_train.config.resolve import Device, Precision, interpreted, require_tri
 
 
 def device_facts(device: torch.device) -> Device:
-    """What is known of `device` where only Triton matters."""
+    """The facts of `device` that matter for Triton."""
     if device.type != "cuda":
         return Device("cpu", interpreted=interpreted(), lacks=lacks)
     capability = torch.cuda.get_device_capability(device)
@@ -18,17 +18,17 @@ def device_facts(device: torch.device) -> Device:
 
 
 def precision_of(dtype: torch.dtype) -> Precision:
-    """Whether parameters of `dtype` count as fp32 or as bf16 (all half precisions do)."""
+    """Whether parameters of `dtype` count as fp32 or as bf16 (as all half precisions do)."""
     return "bf16" if dtype in (torch.bfloat16, torch.float16) else "fp32"
 
 
 def lacks(package: str) -> str | None:
-    """What keeps `package` from being imported here, or None."""
+    """Why `package` cannot be imported here, or None."""
     return None if find_spec(package) else "not installed"
 
 
 def missing(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What keeps Triton's kernels from running on `device` with tensors of `dtype`, or None."""
+    """Why Triton kernels cannot run on `device` with tensors of `dtype`, or None."""
     return triton_problem(device_facts(device), precision_of(dtype))
 
 

@@ -1,7 +1,7 @@
-"""What the compiler makes of a kernel, found without a GPU: registers, spills, shared memory, tensor-core instructions.
+"""Compiles a kernel without a GPU and reports registers, spills, shared memory and tensor-core instructions.
 
-A kernel that spills registers, runs its tensor-core instructions one by one or asks for more shared memory than the
-chip has is slow or cannot start, and no test of values says so.
+A kernel that spills registers, serialises its tensor-core instructions or needs more shared memory than the chip has is
+slow or cannot start, and no test of values shows that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kha_train.model.kernels.launch import Call
 CAPABILITY = 90
 """Compute capability compiled for: Hopper (H100, H200)."""
 SHARED_BYTES = 227 * 1024
-"""Shared memory of a multiprocessor that programs can have; each takes 1 KiB more than it asks for."""
+"""Shared memory of a multiprocessor available to programs; each takes 1 KiB more than it requests."""
 REGISTERS = 65_536
 WARPS = 64
 TYPES = {
@@ -36,9 +36,10 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """Of one kernel: registers a thread, bytes a thread stored to and loaded from spills, shared memory of a program,
-    wgmma (tensor-core) instructions, loads and stores of 16 bytes a thread, what the assembler warned of, and how many
-    programs a multiprocessor can hold."""
+    """The result for one kernel: registers per thread, bytes per thread stored to and loaded from spills, shared memory
+    per program, wgmma (tensor-core) instructions, loads and stores of 16 bytes per thread, warnings of the assembler,
+    and how many programs fit a multiprocessor.
+    """
 
     name: str
     registers: int
@@ -53,7 +54,7 @@ class Compiled:
 
 
 def compile_call(call: Call, capability: int = CAPABILITY) -> Compiled:
-    """Compile `call`, whose tensors may be on the meta device, with the very options it is launched with."""
+    """Compile `call`, whose tensors may be on the meta device, with exactly the options it is launched with."""
     from kha_train.model.kernels.language import triton
 
     source = triton.compiler.ASTSource(call.kernel, *_specialised(call))
@@ -79,14 +80,15 @@ def compile_call(call: Call, capability: int = CAPABILITY) -> Compiled:
 
 
 def resident_programs(registers: int, shared_bytes: int, warps: int) -> int:
-    """How many programs fit a multiprocessor at once: registers go out to warps in units of 256."""
+    """How many programs fit a multiprocessor at the same time: registers are allocated to warps in units of 256."""
     per_warp = -(-32 * registers // 256) * 256
     return min(REGISTERS // (per_warp * warps), SHARED_BYTES // (shared_bytes + 1024), WARPS // warps)
 
 
 def _specialised(call: Call) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
-    """Signature, constants and attributes as the launcher would find them: a number that is 1 becomes a constant,
-    pointers and numbers that 16 divides are known to be so divisible."""
+    """Signature, constants and attributes as the launcher would determine them: a number equal to 1 becomes a constant;
+    pointers and numbers divisible by 16 are marked as such.
+    """
     names = call.kernel.arg_names
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
@@ -107,7 +109,7 @@ def _specialised(call: Call) -> tuple[dict[str, str], dict[tuple[int], Any], dic
 
 
 def _assemble(triton: Any, ptx: str, capability: int) -> str:
-    """What the assembler that comes with Triton says of `ptx`."""
+    """The output of Triton's own assembler for `ptx`."""
     assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     target = f"--gpu-name=sm_{capability}" + ("a" if capability == 90 else "")
     with tempfile.TemporaryDirectory() as folder:

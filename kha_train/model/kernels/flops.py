@@ -1,5 +1,5 @@
-"""How many operations the operators count for in torch's FlopCounterMode. Import it before counting: nothing else does,
-for torch's counter loads Triton where that is installed.
+"""Operation counts of the operators in torch's FlopCounterMode. Import it before counting. Nothing else imports it,
+because torch's counter loads Triton where that is installed.
 """
 
 # K head width
@@ -15,7 +15,7 @@ from kha_train.model.kernels import knocking_mlp
 
 Shape = Sequence[int]
 OPERATORS = (knocking_mlp.knocking_mlp, knocking_mlp.knocking_mlp_backward)
-"""What is counted here; to be counted they must be registered, which importing their files does."""
+"""The counted operators; importing their files registers them."""
 
 
 @register_flop_formula(torch.ops.kha_train.knocking_mlp)

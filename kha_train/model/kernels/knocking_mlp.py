@@ -1,8 +1,7 @@
-"""The gated perceptron that heads share (KHA eq 9), as one operator of torch: `kha_train::knocking_mlp`.
+"""The gated perceptron shared by heads (KHA eq 9), as one operator of torch: `kha_train::knocking_mlp`.
 
-Nothing but its inputs is kept for the backward, which computes up and gate again, writes [dU, dG] once, and leaves the
-rest to matrix products: dX = [dU, dG] [W_up, W_gate]^T and [dW_up, dW_gate] = X^T [dU, dG]. Nothing is summed in an
-order that could change.
+Only its inputs are kept for the backward, which recomputes up and gate, writes [dU, dG] once, and leaves the rest to
+matrix products: dX = [dU, dG] [W_up, W_gate]^T and [dW_up, dW_gate] = X^T [dU, dG]. The order of every sum is fixed.
 """
 
 # B batch   T tokens   H heads of one kind   K head width   L = 2 K
@@ -19,13 +18,13 @@ from kha_train.model.kernels.launch import Call, Launch, as_rows, persistent_pro
 
 FORWARD = {16: Launch(64, 4, 1, 8), 32: Launch(64, 4, 1, 8), 64: Launch(64, 4, 1, 5), 128: Launch(64, 8, 1, 2)}
 BACKWARD = {16: Launch(64, 4, 1, 8), 32: Launch(64, 4, 1, 8), 64: Launch(64, 4, 1, 4), 128: Launch(64, 8, 1, 2)}
-"""By head width, without W_down, which folded is a part of the output projection."""
+"""Launch options by head width, without W_down, which when folded is part of the output projection."""
 FORWARD_WITH_DOWN = FORWARD | {128: Launch(64, 4, 1, 2)}
 BACKWARD_WITH_DOWN = BACKWARD | {32: Launch(64, 4, 1, 7), 64: Launch(64, 4, 1, 3), 128: Launch(64, 4, 1, 2)}
 
 
 def plain_knocking_mlp(x_BTHK: Tensor, up_KK: Tensor, gate_KK: Tensor, down_KK: Tensor | None = None) -> Tensor:
-    """2 ((x W_up) * sigmoid(x W_gate)) W_down; without `down_KK` what it would multiply. The definition."""
+    """2 ((x W_up) * sigmoid(x W_gate)) W_down; without `down_KK`, the input of that last product. The definition."""
     hidden_BTHK = 2.0 * (x_BTHK @ up_KK) * torch.sigmoid(x_BTHK @ gate_KK)
     return hidden_BTHK if down_KK is None else hidden_BTHK @ down_KK
 
@@ -51,7 +50,7 @@ def knocking_mlp(x_BTHK: Tensor, up_KK: Tensor, gate_KK: Tensor, down_KK: Tensor
 def knocking_mlp_backward(
     x_BTHK: Tensor, up_KK: Tensor, gate_KK: Tensor, down_KK: Tensor | None, grad_BTHK: Tensor
 ) -> list[Tensor]:
-    """The gradients of `x_BTHK` and of each matrix given."""
+    """The gradients of `x_BTHK` and of each given matrix."""
     width = x_BTHK.shape[-1]
     grad_hidden_BTHK = (grad_BTHK if down_KK is None else grad_BTHK @ down_KK.T).contiguous()
     both_BTHL, hidden_BTHK = _empty(x_BTHK, 2 * width), None if down_KK is None else _empty(x_BTHK, width)
@@ -77,7 +76,7 @@ def forward_call(x_BTHK: Tensor, up_KK: Tensor, gate_KK: Tensor, down_KK: Tensor
 def backward_call(
     x_BTHK: Tensor, up_KK: Tensor, gate_KK: Tensor, grad_BTHK: Tensor, both_BTHL: Tensor, hidden_BTHK: Tensor | None
 ) -> Call:
-    """The kernel that fills `both_BTHL` with [dU, dG], and `hidden_BTHK`, if given, with what W_down reads."""
+    """The kernel that fills `both_BTHL` with [dU, dG] and `hidden_BTHK`, if given, with the input of W_down."""
     from kha_train.model.kernels.knocking_mlp_kernels import backward
 
     table = BACKWARD if hidden_BTHK is None else BACKWARD_WITH_DOWN
@@ -101,7 +100,7 @@ def _empty(x_BTHK: Tensor, width: int) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in at least fp32: over all rows of a micro-batch, so the result is not rounded on the way."""
+    """left @ right in at least fp32, over all rows of a micro-batch, without intermediate rounding."""
     if left.is_cuda and left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
     wide = torch.promote_types(left.dtype, torch.float32)

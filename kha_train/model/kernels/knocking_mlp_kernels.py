@@ -1,10 +1,10 @@
-"""The gated perceptron that heads share (KHA eq 9), forward and backward, one pass over the rows each.
+"""The gated perceptron shared by heads (KHA eq 9): forward and backward kernels, with one pass over the rows each.
 
     U = X W_up     S = sigmoid(X W_gate)     A = 2 U S     Y = A W_down
     dU = 2 dA S    dG = dU U (1 - S)
 
-Programs load their matrices once and walk over tiles of rows; U and S are never stored, the backward computes them
-again. A row is one head of one token; it is read where the projection left it, by its strides.
+Programs load their matrices once and iterate over tiles of rows. U and S are never stored; the backward recomputes
+them. A row is one head of one token, read in place by its strides.
 """
 
 # M rows: tokens x heads   K head width

@@ -1,9 +1,9 @@
-"""The door to Triton: what kernels are written with. Raises ConfigError when it is imported without Triton.
+"""The import of Triton for kernels. Raises ConfigError when it is imported without Triton.
 
-Two things that its interpreter (`TRITON_INTERPRET=1`, read when a kernel is defined) computes otherwise than a GPU are
-met here. Its `tl.dot` multiplies the bit patterns of bfloat16 as integers, so `dot` widens them first. And with numpy
-2.4 Triton 3.6 cannot loop over a `range` with bounds known at run time alone, so kernels loop with `while`, or over
-`constexpr` bounds.
+It works around two differences between Triton's interpreter (`TRITON_INTERPRET=1`, read when a kernel is defined) and a
+GPU. The interpreter's `tl.dot` multiplies the bit patterns of bfloat16 as integers, so `dot` widens them first. And
+with numpy 2.4, Triton 3.6 cannot loop over a `range` with bounds known only at run time, so kernels loop with `while`,
+or over `constexpr` bounds.
 """
 
 # K head width
@@ -33,7 +33,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @jit
 def dot(a, b) -> tl.tensor:
-    """a @ b, summed in fp32 (float64 for float64); full precision for fp32 operands, as torch's default is."""
+    """a @ b, summed in fp32 (float64 for float64); full precision for fp32 operands, as in torch by default."""
     if a.dtype == tl.float64:
         return tl.dot(a, b, out_dtype=tl.float64, input_precision="ieee")
     if INTERPRETED:
@@ -43,7 +43,7 @@ def dot(a, b) -> tl.tensor:
 
 @jit
 def wide(x) -> tl.tensor:
-    """x in fp32, or as it is in float64."""
+    """x in fp32, or unchanged in float64."""
     return x if x.dtype == tl.float64 else x.to(tl.float32)
 
 

@@ -1,6 +1,6 @@
-"""Copies of tokens into the order of their experts, and the sum of a token's copies: by Triton, and by torch alone.
+"""Copies tokens into the order of their experts, and sums a token's copies: with Triton, and with torch alone.
 
-`permute` and `combine` are each other's transpose, so that either is the other's backward.
+`permute` and `combine` are each other's transpose, so each is the other's backward.
 """
 
 # N tokens   D model width   J experts per token   M = N * J routed copies, sorted by expert
@@ -22,7 +22,7 @@ def permute_torch(x_ND: Tensor, order_M: Tensor, home_NJ: Tensor) -> Tensor:
 
 
 def combine_torch(y_MD: Tensor, home_NJ: Tensor) -> Tensor:
-    """[N, D]: row n is the sum of the rows `home_NJ[n]`, summed in that order without a copy of them."""
+    """[N, D]: row n is the sum of the rows `home_NJ[n]`, in that order and without a copy of them."""
     return functional.embedding_bag(home_NJ, y_MD, mode="sum")
 
 

@@ -1,4 +1,4 @@
-"""Rows of tokens out to their routed copies and home again: each is the other's transpose, and a row is read once.
+"""Copies token rows to their routed places and sums them back. Each is the other's transpose, and a row is read once.
 
 A program owns tokens, so no two write to the same place and sums have one order: no atomics in either direction.
 """

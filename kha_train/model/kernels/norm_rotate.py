@@ -1,7 +1,7 @@
 """RMSNorm of every head and its rotation, as one operator of torch: `kha_train::norm_rotate`.
 
-Nothing but its inputs is kept for the backward. The weight's gradient is summed by each program over its own rows, then
-over programs in their order: the same bits every time on one kind of device.
+Only its inputs are kept for the backward. Each program sums the weight's gradient over its own rows; then programs are
+summed in order: always the same bits on one kind of device.
 """
 
 # B batch   T tokens   H heads   K head width   R rotation planes: at most K / 2   P programs
@@ -19,19 +19,19 @@ from kha_train.model.kernels.launch import Call, Launch, as_rows, persistent_pro
 from kha_train.model.rope import Rotary, rotate
 
 TILE_NUMBERS = {"forward": 4096, "backward": 1024}
-"""Numbers of x in a tile: more rows, more registers."""
+"""Numbers of x per tile: more rows need more registers."""
 RESIDENT = {"forward": 5, "backward": 8}
 WARPS, STAGES = 4, 1
 WIDEST = 256
 
 
 def takes(head_dim: int) -> bool:
-    """Whether the kernels take heads of such a width."""
+    """Whether the kernels support heads of this width."""
     return head_dim & (head_dim - 1) == 0 and 16 <= head_dim <= WIDEST
 
 
 def plain_norm_rotate(x_BTHK: Tensor, weight_K: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, then turned by the token's angles: the definition."""
+    """x / sqrt(mean(x^2) + eps) * weight, then rotated by the token's angles: the definition."""
     return rotate(functional.rms_norm(x_BTHK, weight_K.shape, weight_K, eps), Rotary(cos_BTR, sin_BTR))
 
 
@@ -87,7 +87,9 @@ def backward_call(
     grad_x_BTHK: Tensor,
     eps: float,
 ) -> tuple[Call, Tensor]:
-    """The kernel that fills `grad_x_BTHK`, and what it fills with each program's share of the weight's gradient."""
+    """The kernel that fills `grad_x_BTHK`, and the tensor it fills with each program's share of the weight's
+    gradient.
+    """
     from kha_train.model.kernels.norm_rotate_kernels import backward
 
     x_BTHK = as_rows(x_BTHK)
@@ -103,7 +105,7 @@ def backward_call(
 
 def _geometry(x_BTHK: Tensor, cos_BTR: Tensor, eps: float, direction: str) -> tuple[Launch, int, dict[str, float]]:
     heads, width = x_BTHK.shape[2:]
-    assert cos_BTR.shape[:2] == x_BTHK.shape[:2], "the tables have a row for every token"
+    assert cos_BTR.shape[:2] == x_BTHK.shape[:2], "the tables have one row per token"
     launch = Launch(TILE_NUMBERS[direction] // width, WARPS, STAGES, RESIDENT[direction])
     programs = persistent_programs(x_BTHK.device, -(-_rows(x_BTHK) // launch.rows), launch)
     planes = cos_BTR.shape[-1]

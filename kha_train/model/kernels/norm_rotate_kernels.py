@@ -1,9 +1,9 @@
-"""RMSNorm of every head, then its rotation: queries and keys between projection and scores, one pass over them.
+"""RMSNorm of every head followed by its rotation, in one pass over queries or keys.
 
     n = x / sqrt(mean(x^2) + eps) * w      y_i = n_i c - n_(i+R) s      y_(i+R) = n_(i+R) c + n_i s      for i < R
 
-Dimension i is read together with its partner i + R (or i - R), so that a tile holds whole heads. The backward turns the
-gradient back (the same with -s), computes n again, and sums the weight's gradient over the rows of each program.
+Dimension i is read together with its partner i + R (or i - R), so that a tile holds whole heads. The backward rotates
+the gradient back (the same with -s), recomputes n, and sums the weight's gradient over the rows of each program.
 """
 
 # M rows: tokens x heads   K head width   R rotation planes
@@ -15,13 +15,13 @@ from kha_train.model.kernels.language import jit, load_rows, tl, wide
 
 @jit
 def _partner(dim, PLANES: tl.constexpr) -> tl.tensor:
-    """The dimension that `dim` turns with; itself where nothing turns."""
+    """The dimension paired with `dim`; itself where nothing is rotated."""
     return tl.where(dim < PLANES, dim + PLANES, tl.where(dim < 2 * PLANES, dim - PLANES, dim))
 
 
 @jit
 def _angle(table, row, dim, rows, other, HEADS: tl.constexpr, PLANES: tl.constexpr) -> tl.tensor:
-    """Of each row's token and each dimension, from a table [tokens, R]; `other` where nothing turns."""
+    """The table value [tokens, R] for each row's token and each dimension; `other` where nothing is rotated."""
     plane = tl.where(dim < PLANES, dim, dim - PLANES)
     place = (row // HEADS).to(tl.int64)[:, None] * PLANES + plane[None, :]
     return tl.load(table + place, mask=(row < rows)[:, None] & (dim < 2 * PLANES)[None, :], other=other)

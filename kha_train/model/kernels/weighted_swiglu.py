@@ -1,7 +1,7 @@
-"""SwiGLU with the routing weight, and all that its backward owes, in one pass each: by Triton, and by torch alone.
+"""SwiGLU with the routing weight, forward and backward in one pass each: with Triton, and with torch alone.
 
-The weight stands before the second product: w (a W2) = (w a) W2, on a narrower tensor, and no expert output is needed
-for its gradient.
+The weight is applied before the second product: w (a W2) = (w a) W2, on a narrower tensor, and its gradient needs no
+expert output.
 """
 
 # N tokens   J experts per token   M = N * J routed copies, sorted by expert   F expert width   X = 2F, gate and up
@@ -21,8 +21,9 @@ LAUNCH = Launch(rows=8, warps=4, stages=1, resident=8)
 
 
 class Gradients(NamedTuple):
-    """What the backward leaves: the activation computed again [M, F], and the gradients of gate and up [M, 2F] and of
-    the routing weights [N, J]."""
+    """The results of the backward: the recomputed activation [M, F], and the gradients of gate and up [M, 2F] and of
+    the routing weights [N, J].
+    """
 
     hidden_MF: Tensor
     gate_up_MX: Tensor
@@ -36,7 +37,9 @@ def forward_torch(gate_up_MX: Tensor, weight_NJ: Tensor, order_M: Tensor) -> Ten
 
 
 def backward_torch(gate_up_MX: Tensor, weight_NJ: Tensor, order_M: Tensor, grad_MF: Tensor) -> Gradients:
-    """All of `Gradients` for the gradient `grad_MF` of the activation. That of a weight is summed in its own dtype."""
+    """All of `Gradients` for the gradient `grad_MF` of the activation. The gradient of a weight is summed in its own
+    dtype.
+    """
     gate_MF, up_MF = gate_up_MX.chunk(2, dim=-1)
     weight_M1, silu_MF = _sorted(weight_NJ, order_M), functional.silu(gate_MF)
     hidden_MF = silu_MF * up_MF

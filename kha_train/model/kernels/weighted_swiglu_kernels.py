@@ -3,8 +3,8 @@
     A = w U silu(G)        silu(G) = G S,  S = sigmoid(G)
     dw = <dA, U silu(G)>   dU = w dA silu(G)   dG = w dA U (S + silu(G) (1 - S))
 
-Nothing but G, U and w is read again: the backward writes A anew, which the gradient of the second matrix needs, beside
-[dG, dU]. Row m takes its weight at `order[m]` and leaves its gradient there; no two rows share a place.
+The backward reads only G, U and w again. Beside [dG, dU] it rewrites A, which the gradient of the second matrix needs.
+Row m takes its weight from `order[m]` and writes its gradient there; no two rows share a place.
 """
 
 # M routed copies, sorted by expert   F expert width   G, U: gate and up, side by side in rows of 2F

@@ -1,1 +1,1 @@
-"""Mixture of experts: router, balance of loads, experts, and the layer that joins them."""
+"""Mixture of experts: router, load balancing, experts, and the layer that combines them."""

@@ -1,8 +1,9 @@
-"""Balance of expert loads: the moves of the selection bias, the auxiliary losses, and figures of how even a step was.
+"""Load balancing of experts: updates of the selection bias, the auxiliary losses, and statistics of the balance of a
+step.
 
-Auxiliary losses are one formula, E * sum_i F_i P_i, with F_i the share of the choices that fell on expert i and P_i the
-mean share of its scores: 1 when all is even. They differ in where F is counted. All are returned summed over tokens, so
-that a step divides by the tokens of its global batch.
+All auxiliary losses are E * sum_i F_i P_i, with F_i the share of the choices that fell on expert i and P_i the mean
+share of its scores: 1 when balanced. They differ in the tokens over which F is counted. All are returned as sums over
+tokens, so that a step divides by the tokens of its global batch.
 """
 
 # L layers   E experts   N tokens   B rows   T tokens of a row   J chosen experts per token   M = T * J
@@ -22,7 +23,8 @@ def rms_update(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
     """The selection bias after one step: b - rate * (F - 1/E) / RMS(F - 1/E), its mean removed (Su 2025).
 
     `load_E` counts the tokens each expert received over the whole global batch; F is its share. A perfectly balanced
-    (or empty) load leaves the bias as it is. The mean is a gauge: selection sees differences only. Works on [..., E].
+    (or empty) load leaves the bias unchanged. The mean has no effect, because selection depends only on differences.
+    Works on [..., E].
     """
     excess_E = _excess(load_E, bias_E)
     rms = excess_E.square().mean(dim=-1, keepdim=True).sqrt()
@@ -31,12 +33,12 @@ def rms_update(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
 
 
 def sign_update(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
-    """b - rate * sign(F - 1/E) (Wang 2024): every expert above its share falls, every one below rises. [..., E]."""
+    """b - rate * sign(F - 1/E) (Wang 2024): lowers every expert above its share, raises every one below. [..., E]."""
     return bias_E - rate * _excess(load_E, bias_E).sign()
 
 
 def sign_zero_mean_update(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
-    """b + rate * (sign(e) - mean(sign(e))), e = 1/E - F (Ling 2.0): as `sign_update`, and the mean stays. [..., E]."""
+    """b + rate * (sign(e) - mean(sign(e))), e = 1/E - F (Ling 2.0): as `sign_update`, but keeps the mean. [..., E]."""
     sign_E = -_excess(load_E, bias_E).sign()
     return bias_E + rate * (sign_E - sign_E.mean(dim=-1, keepdim=True))
 
@@ -50,7 +52,7 @@ BIAS_UPDATES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 def _excess(load_E: Tensor, bias_E: Tensor) -> Tensor:
-    # Shares are compared in integers' own precision: a balanced load must give exactly 0, in fp32 too.
+    # Shares are compared as integers: a balanced load must give exactly 0, in fp32 too.
     load_E = load_E.double()
     total = load_E.sum(dim=-1, keepdim=True)
     return ((load_E - total / load_E.shape[-1]) / total.clamp(min=1.0)).to(bias_E.dtype)
@@ -59,7 +61,7 @@ def _excess(load_E: Tensor, bias_E: Tensor) -> Tensor:
 def sequence_balance_loss(
     share_NE: Tensor, expert_NJ: Tensor, rows: int, real_N: Tensor | None = None, places: int = 0
 ) -> Tensor:
-    """Summed over tokens, with F counted in each of `rows` rows (DeepSeek-V3, eq 17-20): no split changes it.
+    """Summed over tokens, with F counted in each of `rows` rows (DeepSeek-V3, eq 17-20): independent of the split.
 
     `share_NE` are a token's scores over their sum. Tokens fill the rows, or lie at `real_N` of their `places`.
     """
@@ -76,7 +78,9 @@ def sequence_balance_loss(
 def _sequence_balance_loss_of_some(
     share_NE: Tensor, expert_NJ: Tensor, rows: int, real_N: Tensor, places: int
 ) -> Tensor:
-    """Rows hold unequal numbers of tokens, or none. What is added up by index are whole numbers, so no order counts."""
+    """For rows with unequal numbers of tokens, or none. Only integers are summed by index, so the order does not
+    matter.
+    """
     experts, row_N = share_NE.shape[-1], real_N.div(places // rows, rounding_mode="floor")
     load_M = share_NE.new_zeros(rows * experts)
     place_NJ = row_N.unsqueeze(-1) * experts + expert_NJ
@@ -88,13 +92,15 @@ def _sequence_balance_loss_of_some(
 
 
 def batch_balance_loss(share_NE: Tensor, load_E: Tensor) -> Tensor:
-    """Summed over tokens, with F counted over these tokens (Switch Transformer, eq 4): another split, another value."""
+    """Summed over tokens, with F counted over these tokens (Switch Transformer, eq 4): the value depends on the
+    split.
+    """
     relative_E = load_E.to(share_NE.dtype) * (load_E.numel() / load_E.sum().clamp(min=1))
     return (share_NE.sum(dim=0) * relative_E).sum()
 
 
 def expected_balance_loss(share_NE: Tensor, relative_E: Tensor) -> Tensor:
-    """Summed over tokens, with F given: `relative_E` are loads over their mean, of tokens that are not these."""
+    """Summed over tokens, with given F: `relative_E` are loads over their mean, of other tokens."""
     return (share_NE.sum(dim=0) * relative_E).sum()
 
 
@@ -105,10 +111,10 @@ def relative_load(load_E: Tensor) -> Tensor:
 
 
 class LoadStatistics(NamedTuple):
-    """Balance of one step, fp32 [L], a figure for each layer with experts.
+    """Balance statistics of one step, fp32 [L], one for each layer with experts.
 
     `maxvio` largest load / mean load (1 = balanced) · `load_cv` standard deviation / mean · `dead_fraction` experts
-    with no token · `load_entropy` entropy of the shares / log E (1 = balanced, and of one expert) · `bias_range`
+    with no token · `load_entropy` entropy of the shares / log E (1 = balanced, or a single expert) · `bias_range`
     spread of the selection bias.
     """
 
@@ -120,7 +126,7 @@ class LoadStatistics(NamedTuple):
 
 
 def load_statistics(load_LE: Tensor, bias_LE: Tensor) -> LoadStatistics:
-    """The figures of one step from its loads (whole global batch) and the selection biases, on their device."""
+    """The statistics of one step from its loads (whole global batch) and the selection biases, on their device."""
     load_LE = load_LE.float()
     mean_L = load_LE.mean(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     share_LE = load_LE / load_LE.sum(dim=-1, keepdim=True).clamp(min=1.0)
@@ -129,16 +135,16 @@ def load_statistics(load_LE: Tensor, bias_LE: Tensor) -> LoadStatistics:
         maxvio=load_LE.amax(dim=-1) / mean_L,
         load_cv=load_LE.std(dim=-1, correction=0) / mean_L,
         dead_fraction=(load_LE == 0).float().mean(dim=-1),
-        # The share of a single expert is even, whatever it is.
+        # The share of a single expert is always balanced.
         load_entropy=entropy_L / math.log(load_LE.shape[-1]) if load_LE.shape[-1] > 1 else torch.ones_like(entropy_L),
         bias_range=bias_LE.amax(dim=-1) - bias_LE.amin(dim=-1),
     )
 
 
 def balance_metrics(load_LE: Tensor, bias_LE: Tensor) -> dict[str, float | list[float]]:
-    """The `moe/` entries of a step's record: one number for all layers and, under `_by_layer`, one for each.
+    """The `moe/` entries of a step's record: one number for all layers and, under `_by_layer`, one per layer.
 
-    Means over the layers, but for the largest spread of a bias. Empty for a model without experts.
+    Means over the layers, except for the bias range, which is the largest. Empty for a model without experts.
     """
     if load_LE.shape[0] == 0:
         return {}

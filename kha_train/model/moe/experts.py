@@ -1,5 +1,5 @@
-"""SwiGLU experts with fused weights, dropless. `loop` says what is computed; `grouped` and `megablocks`, each in a file
-of its own, compute it faster. All put the routing weight on the width-F activation before the second product.
+"""SwiGLU experts with fused weights, dropless. `loop` is the definition; `grouped` and `megablocks`, in separate files,
+compute it faster. All apply the routing weight to the width-F activation before the second product.
 """
 
 # N tokens   D model width   F expert width   E experts   J experts per token   M copies of one expert
@@ -25,7 +25,7 @@ from kha_train.model.moe.swiglu import weighted_swiglu
 class Experts(DeclaredModule):
     """E SwiGLU experts: y = (silu(x W_gate) * (x W_up)) W_down, `gate_up` [E, D, 2F] and `down` [E, F, D].
 
-    Building it raises ConfigError when the backend cannot run: a size it cannot read, a package that is not there.
+    The constructor raises ConfigError when the backend cannot run: an unsupported size, or a missing package.
     """
 
     gate_up: nn.Parameter
@@ -51,8 +51,9 @@ class Experts(DeclaredModule):
 
 
 def announce_experts(config: RunConfig, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """What a run says of its experts when it starts: backend and kernels, with reasons. `grouped` is checked first.
-    Raises ConfigError when it computes wrong numbers here."""
+    """The start-up message about experts: backend and kernels, with reasons. `grouped` is checked first. Raises
+    ConfigError when it computes wrong numbers here.
+    """
     if config.moe.dense_layers >= config.model.layers:
         return []
     name, line = config.moe.backend, f"experts {config.moe.backend} (chosen by moe.backend)"
@@ -65,11 +66,14 @@ def announce_experts(config: RunConfig, device: torch.device, dtype: torch.dtype
     if warmup < steps:
         return [line]
     blends = f"moe.routing_warmup_steps={warmup} does not end within run.steps={steps}"
-    return [line, f"warning: {blends}: chance helps to choose experts, and thins the router's gradient, to the last"]
+    return [
+        line,
+        f"warning: {blends}: random scores influence the choice of experts and weaken the router's gradient to the end",
+    ]
 
 
 def loop(x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: Tensor, routing: Routing) -> Tensor:
-    """The oracle: one expert after the other, any dtype. Waits for the device at every expert."""
+    """The reference: one expert after another, any dtype. Waits for the device at every expert."""
     out_ND = torch.zeros_like(x_ND)
     for expert in range(gate_up_EDX.shape[0]):
         token_M, slot_M = (routing.expert_NJ == expert).nonzero(as_tuple=True)
@@ -86,7 +90,7 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Routing], Tensor]] = {
 
 
 def _require_aligned(field: str, size: int) -> None:
-    """Grouped GEMM wants rows of a multiple of 16 bytes: 8 numbers of bf16.
+    """Grouped GEMM needs rows of a multiple of 16 bytes: 8 numbers of bf16.
 
     Raises ConfigError otherwise.
     """

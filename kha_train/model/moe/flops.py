@@ -1,5 +1,5 @@
-"""What the expert operator counts for in torch's FlopCounterMode. Import it before counting: nothing else does, for
-torch's counter loads Triton where that is installed.
+"""Operation counts of the expert operator in torch's FlopCounterMode. Import it before counting. Nothing else imports
+it, because torch's counter loads Triton where that is installed.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from kha_train.model.moe import grouped
 
 Shape = Sequence[int]
 OPERATORS = (grouped.grouped_experts, grouped.grouped_experts_backward)
-"""What is counted here; to be counted they must be registered, which importing their file does."""
+"""The counted operators; importing their file registers them."""
 
 
 @register_flop_formula(torch.ops.kha_train.grouped_experts)
 def experts(x: Shape, gate_up: Shape, down: Shape, weight: Shape, *_: object, **__: object) -> int:
-    """Every copy (tokens times experts of each) through three matrices of one size."""
+    """Every copy (tokens times experts per token) through three matrices of one size."""
     _experts, width, both = gate_up
     return 3 * weight[0] * weight[1] * width * both
 

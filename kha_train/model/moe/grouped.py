@@ -1,8 +1,8 @@
-"""The `grouped` expert backend as one operator: copies sorted by expert, one grouped GEMM in and one out, and around
-them one pass over memory each.
+"""The `grouped` expert backend as one operator: copies sorted by expert, one grouped GEMM in and one out, and one pass
+over memory for each step in between.
 
-Kept for the backward, besides what the caller has: the output [M, 2F] of the first product. Copies of the input and the
-activation are computed again, and expert outputs are never needed. Nothing waits for the device.
+The backward keeps, besides the caller's tensors, the output [M, 2F] of the first product. It recomputes the copies of
+the input and the activation, and never needs expert outputs. Nothing waits for the device.
 """
 
 # N tokens   D model width   F expert width   E experts   J experts per token
@@ -24,16 +24,16 @@ from kha_train.model.kernels.availability import require
 from kha_train.model.kernels.weighted_swiglu import Gradients
 from kha_train.model.moe.router import Routing
 
-# torch publishes the operator in `functional`; older releases that are still admitted only have the private name.
+# torch publishes the operator in `functional`; older supported releases only have the private name.
 grouped_product = getattr(functional, "grouped_mm", None) or torch._grouped_mm
-"""Rows of the left operand times the matrix of their group: `offs` (int32) are the ends of groups."""
+"""Rows of the left operand times the matrix of their group: `offs` (int32) are the ends of the groups."""
 
 TILE_ROWS = 128
-"""Rows of an output tile of the grouped GEMM on Hopper: an expert's copies are rounded up to it."""
+"""Rows per output tile of the grouped GEMM on Hopper: an expert's copies are rounded up to it."""
 
 
 class Kernels(NamedTuple):
-    """How what is not a product is computed."""
+    """The functions for everything except the products."""
 
     permute: Callable[[Tensor, Tensor, Tensor], Tensor]
     combine: Callable[[Tensor, Tensor], Tensor]
@@ -58,8 +58,9 @@ KERNELS = {
 
 
 class Placement(NamedTuple):
-    """Where copies go: `order_M` [M] the copy (token * J + choice) at each sorted place, `home_NJ` the sorted place of
-    each copy, both int64, and `ends_E` (int32) where each expert's copies end."""
+    """The positions of the copies: `order_M` [M] is the copy (token * J + choice) at each sorted position, `home_NJ`
+    the sorted position of each copy, both int64, and `ends_E` (int32) the end of each expert's copies.
+    """
 
     order_M: Tensor
     home_NJ: Tensor
@@ -67,8 +68,8 @@ class Placement(NamedTuple):
 
 
 def place(expert_NJ: Tensor, load_E: Tensor) -> Placement:
-    """Sort copies by expert, a token's by its number: the same on every machine. Counts stay on the device."""
-    # A radix sort passes over every byte of its keys: two instead of eight.
+    """Sort copies by expert, and by number within an expert: the same on every machine. Counts stay on the device."""
+    # A radix sort passes over every byte of its keys: two bytes instead of eight.
     assert len(load_E) <= 2**15, len(load_E)
     order_M = expert_NJ.flatten().to(torch.int16).argsort(stable=True)
     numbers_M = torch.arange(order_M.numel(), device=order_M.device)
@@ -90,7 +91,7 @@ def run_forward(
     """The output [N, D], and the first product [M, 2F] for `run_backward`."""
     order_M, home_NJ, ends_E = placement
     if not order_M.numel():
-        # A micro-batch of nothing but padding: kernels are not asked for products of no rows.
+        # A micro-batch that is all padding: kernels do not support products without rows.
         return torch.zeros_like(x_ND), x_ND.new_empty(0, gate_up_EDX.shape[2])
     gate_up_MX = grouped_product(kernels.permute(x_ND, order_M, home_NJ), gate_up_EDX, offs=ends_E)
     hidden_MF = kernels.activate(gate_up_MX, weight_NJ, order_M)
@@ -107,7 +108,7 @@ def run_backward(
     gate_up_MX: Tensor,
     kernels: Kernels,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of input, both matrices and routing weights. Tensors of M rows are let go as soon as they are used."""
+    """Gradients of input, both matrices and routing weights. Tensors of M rows are freed as soon as they are used."""
     order_M, home_NJ, ends_E = placement
     if not order_M.numel():
         grad_x_ND, grad_gate_up_EDX, grad_down_EFD, grad_weight_NJ = map(
@@ -137,8 +138,9 @@ def grouped_experts(
     ends_E: Tensor,
     kernels: str,
 ) -> tuple[Tensor, Tensor]:
-    """`run_forward` as one node of a graph. The second output is for the backward alone and has no gradient. Raises as
-    `require` where Triton is asked for and cannot run."""
+    """`run_forward` as one node of a graph. The second output is only for the backward and has no gradient. Raises as
+    `require` where Triton is configured and cannot run.
+    """
     if kernels == "triton":
         require(x_ND.device, x_ND.dtype)
     placement = Placement(order_M, home_NJ, ends_E)
@@ -198,16 +200,17 @@ for _operator in (grouped_experts, grouped_experts_backward):
 
 
 def check_empty_groups(device: torch.device, dtype: torch.dtype) -> None:
-    """An expert that no token chose has a gradient of zeros: torch's product gave others on some devices (pytorch issue
-    172439, B200). Raises ConfigError where it does."""
+    """Check that an expert that no token chose gets a gradient of zeros; torch's product gave others on some devices
+    (pytorch issue 172439, B200). Raises ConfigError where it does.
+    """
     rows_MD = torch.ones(32, 64, device=device, dtype=dtype)
     ends_E = torch.tensor([16, 16, 32], dtype=torch.int32, device=device)
     expected_EDX = torch.tensor([16.0, 0.0, 16.0], device=device, dtype=dtype).view(3, 1, 1).expand(3, 64, 64)
-    # What is not written keeps what lay there: memory that was just let go is handed out again.
+    # Unwritten memory keeps its old content: memory that was just freed is allocated again.
     torch.full_like(expected_EDX, float("nan"), memory_format=torch.contiguous_format)
     if not torch.equal(grouped_product(rows_MD.t(), rows_MD, offs=ends_E), expected_EDX):
         raise ConfigError(
-            f"computes wrong gradients of experts without tokens with torch {torch.__version__} on this {device.type}",
+            f"computes wrong gradients for experts without tokens with torch {torch.__version__} on this {device.type}",
             field="moe.backend",
             value="grouped",
             fix=Settings("moe.backend=loop"),
@@ -215,6 +218,6 @@ def check_empty_groups(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def tile_padding(load_E: Tensor, tile_rows: int = TILE_ROWS) -> float:
-    """Rows that a grouped GEMM computes over rows there are: every expert's are rounded up to whole tiles."""
+    """Rows that a grouped GEMM computes over actual rows: each expert's rows are rounded up to whole tiles."""
     tiles_E = (load_E + tile_rows - 1) // tile_rows
     return float(tiles_E.sum() * tile_rows / load_E.sum())

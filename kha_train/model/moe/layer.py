@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer of a block: router, routed experts, experts that every token passes."""
+"""The mixture-of-experts layer of a block: router, routed experts, shared experts."""
 
 # B batch   T places of a row   D model width   N = B * T   R places that hold a token
 
@@ -14,7 +14,7 @@ from kha_train.model.moe.router import Router, Routing
 
 
 class MoeLayer(nn.Module):
-    """Each token through its top_k experts, and through the shared ones if there are any. Padding goes through none."""
+    """Each token passes its top_k experts, and the shared ones if there are any. Padding passes none."""
 
     def __init__(self, config: RunConfig, layer: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class MoeLayer(nn.Module):
         self.shared = SwiGlu(config, shared_width) if shared_width else None
 
     def forward(self, x_BTD: Tensor, samples_B: Tensor, real_R: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """The layer's output [B, T, D], and what the router decided for the rows `samples_B`.
+        """The layer's output [B, T, D], and the router's decision for the rows `samples_B`.
 
         With `real_R` (int64, ascending, of the flattened B*T places) only the tokens there are routed and computed, in
         this order; the output is 0 elsewhere.

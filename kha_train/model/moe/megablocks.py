@@ -1,7 +1,7 @@
 """The `megablocks` expert backend: its permutations and the grouped GEMM of the `grouped_gemm` package, CUDA and bf16.
 
-The only user of megablocks. Nothing stands in for it: what is missing is named, with the command that installs it. The
-routing weight is put before the second GEMM, as in `experts.grouped`, so its `scatter` adds unweighted copies.
+The only user of megablocks. There is no fallback: the error names what is missing and the command that installs it. The
+routing weight is applied before the second GEMM, as in `experts.grouped`, so its `scatter` adds unweighted copies.
 """
 
 # N tokens   D model width   F expert width   E experts   M routed copies, sorted by expert   X = 2F
@@ -23,24 +23,25 @@ NEEDED = ("megablocks", "stk", "triton", "megablocks_ops", "grouped_gemm")
 
 
 class Kernels(NamedTuple):
-    """What is used of megablocks: `ops` (sort, inclusive_cumsum, gather, scatter) and `gmm` of grouped_gemm."""
+    """The functions used from megablocks: `ops` (sort, inclusive_cumsum, gather, scatter) and `gmm` of grouped_gemm."""
 
     ops: Any
     gmm: Any
 
 
 def missing_packages() -> list[str]:
-    """The packages that are needed and not installed."""
+    """The required packages that are not installed."""
     return [name for name in NEEDED if find_spec(name) is None]
 
 
 def load_kernels() -> Kernels:
-    """The kernels. Raises ConfigError naming every package that is missing, or what broke at import."""
+    """The kernels. Raises ConfigError naming every missing package, or the import error."""
     missing = missing_packages()
     if missing:
         raise megablocks_unavailable(f"not installed: {', '.join(missing)}")
     try:
-        # By name: it pins another torch, so it can be no requirement of this package, not even an optional one.
+        # Imported by name: it pins another torch, so it cannot be a requirement of this package, not even an optional
+        # one.
         ops, gemm = import_module("megablocks.ops"), import_module("megablocks.grouped_gemm_util")
     except (ImportError, RuntimeError, AssertionError) as error:
         raise megablocks_unavailable(f"its import failed: {error}") from error
@@ -48,7 +49,7 @@ def load_kernels() -> Kernels:
 
 
 def megablocks(x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: Tensor, routing: Routing) -> Tensor:
-    """The weighted sum of every token's experts, as `experts.grouped`. Waits for the device: the GEMM wants its counts
+    """The weighted sum of every token's experts, as `experts.grouped`. Waits for the device: the GEMM needs its counts
     on the host.
 
     Raises ConfigError when megablocks cannot be used here.
@@ -57,15 +58,15 @@ def megablocks(x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: Tensor, routing: Rou
 
 
 def run_kernels(kernels: Kernels, x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: Tensor, routing: Routing) -> Tensor:
-    """The layer in terms of `kernels`, which are given so that the adapter can be tested without them."""
+    """The layer in terms of `kernels`, passed in so that the adapter can be tested without them."""
     ops, top_k = kernels.ops, routing.expert_NJ.shape[1]
     experts = gate_up_EDX.shape[0]
     if not x_ND.shape[0]:
-        # A micro-batch of nothing but padding: kernels are not asked for products of no rows.
+        # A micro-batch that is all padding: kernels do not support products without rows.
         return x_ND + 0 * (gate_up_EDX.sum() + down_EFD.sum() + routing.weight_NJ.sum())
     with torch.no_grad():
         bin_ids_M, indices_M = ops.sort(routing.expert_NJ.flatten().int(), max(experts - 1, 1).bit_length())
-        # Of a single expert it returns a number without a dimension.
+        # For a single expert it returns a number without a dimension.
         bins_E = ops.inclusive_cumsum(routing.load_E.int(), 0).view(experts)
         counts_E = routing.load_E.cpu()
     x_MD = ops.gather(x_ND, indices_M, bin_ids_M, bins_E, top_k)

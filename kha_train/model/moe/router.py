@@ -1,4 +1,4 @@
-"""The router: which experts a token goes to, with which weights, and what that costs in auxiliary losses."""
+"""The router: selects the experts of a token and their weights, and computes the auxiliary losses."""
 
 # B rows of a micro-batch   T tokens of a row   N = B * T tokens   D model width   E experts   R groups of experts
 # J chosen experts per token (top_k)   M = N * J   P = E / R experts of a group
@@ -33,14 +33,14 @@ class Routing(NamedTuple):
 
 
 RUN_STATE = ("previous_share", "steps_done")
-"""Buffers that tell of the run and not of the model: a new run that takes these weights begins them afresh."""
+"""Buffers that belong to the run and not to the model: a new run that takes these weights resets them."""
 
 
 class Router(DeclaredModule):
     """Sigmoid or softmax scores in at least fp32. Experts are chosen by score + selection bias, within the best groups;
     their weights come from the scores alone. Dropless: every token keeps its top_k experts.
 
-    Buffers: `selection_bias` [E], moved after every step; `previous_share` [E], the loads of the last step over their
+    Buffers: `selection_bias` [E], updated after every step; `previous_share` [E], the loads of the last step over their
     mean (1 before the first); `steps_done` [1], which the routing warm-up counts.
     """
 
@@ -60,14 +60,14 @@ class Router(DeclaredModule):
             self._declare_state("previous_share", experts, 1.0)
         if config.moe.routing_warmup_steps:
             self._declare_state("steps_done", 1, 0.0)
-            # A tensor, for the layers then share what is compiled of them.
+            # A tensor, so that the layers share their compiled code.
             number = partial(torch.full, (1,), float(layer), dtype=torch.float32, device="cpu")
             self.declare_buffer("layer_1", (1,), number, persistent=False)
 
     def forward(
         self, x_ND: Tensor, samples_B: Tensor | None = None, real_N: Tensor | None = None, places: int = 0
     ) -> Routing:
-        """The experts of every token, their weights, and how many tokens each expert received.
+        """The experts of every token, their weights, and the number of tokens of each expert.
 
         `samples_B` (int64) are the sample numbers of the rows, which key the random scores of the warm-up; without it
         all tokens are one row, number 0. The tokens fill the rows, or lie at `real_N` (int64) of the rows' `places`.
@@ -90,7 +90,7 @@ class Router(DeclaredModule):
         return Routing(expert_NJ, weight_NJ * self.moe.routed_scaling, load_E, balance_sum, z_sum)
 
     def finish_step(self, share_E: Tensor) -> None:
-        """Remember the loads of the step just applied, each over their mean, and that it was applied."""
+        """Record that a step was applied, and its loads over their mean."""
         if hasattr(self, "previous_share"):
             self.previous_share.copy_(share_E)
         if hasattr(self, "steps_done"):
@@ -104,8 +104,9 @@ class Router(DeclaredModule):
         return logit_NE.sigmoid() if self.moe.score == "sigmoid" else logit_NE.softmax(dim=-1)
 
     def _warmed_up(self, logit_NE: Tensor, samples_B: Tensor, real_N: Tensor | None, places: int) -> Tensor:
-        """a s + (1 - a) (mu + sigma eps), a = steps done / warm-up steps: at first chance alone chooses, at the same
-        mean and spread over the experts."""
+        """a s + (1 - a) (mu + sigma eps), a = steps done / warm-up steps: at first the choice is random, with the same
+        mean and spread over the experts.
+        """
         if not (self.training and self.moe.routing_warmup_steps):
             return logit_NE
         blend = (self.steps_done / self.moe.routing_warmup_steps).clamp(max=1.0)
@@ -116,7 +117,7 @@ class Router(DeclaredModule):
         return blend * logit_NE + (1.0 - blend) * (mean_N1 + spread_N1 * noise_NE)
 
     def _choose(self, choice_NE: Tensor) -> Tensor:
-        """The top_k experts of each token by score + bias. A group counts by the sum of its two best experts."""
+        """The top_k experts of each token by score + bias. A group is ranked by the sum of its two best experts."""
         groups = self.moe.expert_groups
         if groups > 1:
             choice_NRP = choice_NE.unflatten(-1, (groups, -1))
@@ -142,8 +143,9 @@ class Router(DeclaredModule):
 
 
 def count_experts(expert_NJ: Tensor, experts: int) -> Tensor:
-    """How often each expert occurs, int64 [E]. Unlike bincount it never waits for the device, and integers add up the
-    same in any order."""
+    """The number of occurrences of each expert, int64 [E]. Unlike bincount it never waits for the device, and integer
+    sums do not depend on the order.
+    """
     flat_M = expert_NJ.flatten()
     load_E = torch.zeros(experts, dtype=torch.int64, device=expert_NJ.device)
     return load_E.scatter_add_(0, flat_M, torch.ones_like(flat_M))

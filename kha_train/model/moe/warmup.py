@@ -1,7 +1,7 @@
-"""Random numbers that are a function of what they are for, for the stochastic warm-up of the router.
+"""Random numbers for the router's stochastic warm-up, each a function of its purpose.
 
 A generator's state would make routing depend on micro-batches, ranks and recomputation. Here every number is a hash of
-(run seed, layer, step, sample, place in the row, expert): a resumed or differently split run draws the same ones.
+(run seed, layer, step, sample, position in the row, expert), so a resumed or differently split run draws the same ones.
 """
 
 # B rows   T tokens of a row   N = B * T   E experts
@@ -17,8 +17,8 @@ from torch import Tensor
 def standard_normal(seed: int, layer: int | Tensor, step_1: Tensor, samples_B: Tensor, shape: torch.Size) -> Tensor:
     """Standard normal numbers of `shape` (N, E), fp32 on the device of `samples_B` (int64, B divides N).
 
-    `step_1` is a tensor of one number: it is read on its device, without waiting for it. `layer` may be an int64
-    tensor too: a compiler makes a graph of its own for each number that is none.
+    `step_1` is a tensor with one number: it is read on its device, without waiting. `layer` may be an int64 tensor too,
+    because a compiler makes a separate graph for each plain number.
     """
     tokens, experts = shape[0] // samples_B.numel(), shape[1]
     device = samples_B.device
@@ -35,7 +35,7 @@ def standard_normal(seed: int, layer: int | Tensor, step_1: Tensor, samples_B: T
 
 
 def _mixed(number: Tensor) -> Tensor:
-    """The finaliser of splitmix64: each bit of the answer depends on every bit of `number` (int64, wrapping)."""
+    """The finaliser of splitmix64: each output bit depends on every bit of `number` (int64, wrapping)."""
     number = number + _signed(0x9E3779B97F4A7C15)
     number = (number ^ _shifted(number, 30)) * _signed(0xBF58476D1CE4E5B9)
     number = (number ^ _shifted(number, 27)) * _signed(0x94D049BB133111EB)
