@@ -2,7 +2,7 @@
 
 Counts are exact and are tested against the real module. A multiplication and an addition are two operations; only
 matrix products are counted. Causal attention is counted once: a token attends to half the row on average. The options
-of base and interaction give the parameters and operations of an attention layer (`config/options.py`).
+of base and interaction give the parameters and operations of an attention layer (`variants/attention.py`).
 """
 
 from __future__ import annotations

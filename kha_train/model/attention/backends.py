@@ -2,8 +2,8 @@
 
 `eager` is the definition; every other backend is tested against it. The documents of the rows are computed once per
 forward (`lay_out_documents`) and shared by all layers. Nothing here waits for the device: whether a row is split is
-read from the *shape* of `cu_seqlens_S`. `config/backends.py`, which needs no torch, says what each backend supports;
-`choice.py` selects one for a device.
+read from the *shape* of `cu_seqlens_S`. `variants/backends.py`, which needs no torch, says what each backend supports;
+`config/resolve.py` selects one for a device.
 """
 
 # B batch   T tokens (U: attended tokens)   H query heads   G key/value heads   N = H / G   J = 1 or H
@@ -124,7 +124,7 @@ def sdpa(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, s
 
 
 def cudnn(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
-    """cuDNN's kernel through torch: unsplit rows only (`config/backends.py` refuses others earlier)."""
+    """cuDNN's kernel through torch: unsplit rows only (`config/resolve.py` refuses others earlier)."""
     assert documents.mask_BJTU is None, "cudnn supports only unsplit causal rows"
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
         return _scaled_dot_product(q_BTHK, k_BUGK, v_BUGW, documents, scale)
