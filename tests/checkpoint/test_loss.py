@@ -72,7 +72,7 @@ LOSSES = {
 def test_checkpoints_that_the_events_name_and_that_cannot_be_found_are_lost(lose, tmp_path: Path) -> None:
     run_dir = run_with(tmp_path, STARTED, SAVED)
     lose(run_dir / "checkpoints")
-    with pytest.raises(CheckpointError, match=f"the last one of step 10, but .*checkpoints {LOSSES[lose]}") as error:
+    with pytest.raises(CheckpointError, match=f"the last one at step 10, but .*checkpoints {LOSSES[lose]}") as error:
         check_not_lost(run_dir)
     assert error.value.exit_code == 4
 

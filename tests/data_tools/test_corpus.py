@@ -97,7 +97,7 @@ def test_a_line_without_text_is_a_data_error_that_names_it(tmp_path: Path, line:
 def test_missing_equal_and_empty_roots_are_configuration_errors(notes: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such"):
         build_corpus(tmp_path / "c", standard_library=False, extra_roots=[tmp_path / "nowhere"])
-    with pytest.raises(ConfigError, match="one name"):
+    with pytest.raises(ConfigError, match="the same name"):
         build_corpus(tmp_path / "c", standard_library=False, extra_roots=[notes, notes])
     with pytest.raises(ConfigError, match="no text"):
         build_corpus(tmp_path / "c", standard_library=False)

@@ -86,7 +86,7 @@ def test_a_run_whose_checkpoints_are_gone_is_refused_and_nothing_of_it_changes(
     set_marker(run_dir, Marker.REQUEUE, "step 6, by a signal")
     lose(run_dir)
     before, names = content(run_dir), sorted(run_dir.glob("checkpoints/*"))
-    with pytest.raises(CheckpointError, match="has saved checkpoints, the last one of step 6") as error:
+    with pytest.raises(CheckpointError, match="has saved checkpoints, the last one at step 6") as error:
         again()
     assert error.value.exit_code == 4 and content(run_dir) == before
     assert sorted(run_dir.glob("checkpoints/*")) == names and not has_marker(run_dir, Marker.FATAL)
@@ -175,7 +175,7 @@ def test_a_run_does_not_inherit_from_one_whose_checkpoints_are_gone(
     run_dir: Path, finished: tuple[list[str], Path], tmp_path: Path
 ) -> None:
     unmount(run_dir)
-    with pytest.raises(CheckpointError, match="has saved checkpoints, the last one of step 6, but .* is a link to"):
+    with pytest.raises(CheckpointError, match="has saved checkpoints, the last one at step 6, but .* is a link to"):
         train(compose([*finished[0], f"run.dir={tmp_path}/new", f"run.init_from={run_dir}"]))
 
 
