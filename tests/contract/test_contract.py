@@ -23,8 +23,9 @@ from kha_train.checkpoint.background import write
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import find_newest
 from kha_train.config.compose import compose, shipped
-from kha_train.config.resolve import implementation, invalid_backend
+from kha_train.config.resolve import implementation
 from kha_train.config.schema import RunConfig
+from kha_train.config.validate import validate
 from kha_train.decode.absorb import absorb, absorbed_config
 from kha_train.distributed import World
 from kha_train.errors import ConfigError
@@ -146,8 +147,17 @@ def ways(base: str, interaction: str, settings: tuple[str, ...]) -> Iterator[Cas
     for impl, chosen in impls.items():
         for backend in (name for name, traits in TRAITS.items() if not traits.cuda):
             there = replace(config, attention=replace(config.attention, backend=backend))
-            if not (config.attention.base.conflict(there) or invalid_backend(there)):
+            if is_valid(there):
                 yield Case(base, interaction, chosen, impl, backend)
+
+
+def is_valid(config: RunConfig) -> bool:
+    """Whether the configuration is admitted."""
+    try:
+        validate(config)
+    except ConfigError:
+        return False
+    return True
 
 
 PAIRS = [*admitted_pairs(), *FURTHER]
