@@ -1,1 +1,1 @@
-"""The configuration: schema, registry of variants, composition, validation."""
+"""The configuration: schema, composition, validation."""

@@ -1,7 +1,7 @@
-"""What other frameworks call our settings: a name that is typed by habit is answered with ours.
+"""Names of settings in other frameworks; errors suggest our name for them.
 
-The names are those of Hugging Face's Trainer and model configurations, Megatron, DeepSpeed, nanoGPT, torchtitan, OLMo
-and Lightning.
+They come from Hugging Face's Trainer and model configurations, Megatron, DeepSpeed, nanoGPT, torchtitan, OLMo and
+Lightning.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ _NAMES = {
     "interaction@attention.interaction": "head_interaction",
 }
 ALIASES = {alias: name for name, aliases in _NAMES.items() for alias in aliases.split()}
-"""What others call it -> our setting or group of presets."""
+"""Name elsewhere -> our setting or group of presets."""
 
 _WORDS = {
     "data.global_batch_size is the rows of a step, engine.micro_batch_size those of one forward": "batch_size bs",
@@ -107,16 +107,16 @@ _WORDS = {
     "name settings one by one, as KEY=VALUE": "config config_file config_name config_path c",
 }
 ADVICE = {alias: words for words, aliases in _WORDS.items() for alias in aliases.split()}
-"""What others have and we have not, or have otherwise -> what to do."""
+"""Settings of other frameworks that we lack or handle differently -> what to do."""
 
 
 def own_name(key: str) -> str | None:
-    """Our name of the setting that others call `key`, which may have a section of theirs before it; None if unknown."""
+    """Our name of the setting that others call `key`, possibly with a section of theirs before it; None if unknown."""
     return ALIASES.get(_bare(key))
 
 
 def advice(key: str) -> str | None:
-    """What to do in the place of the setting `key` of other frameworks, None where that is not known."""
+    """What to do instead of the setting `key` of other frameworks; None where unknown."""
     return ADVICE.get(_bare(key))
 
 

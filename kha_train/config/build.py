@@ -26,7 +26,7 @@ T = TypeVar("T", bound=Dataclass)
 
 
 def build(cls: type[T], values: object, path: str = "") -> T:
-    """The dataclass `cls` from nested plain `values`; `path` is where they stand in the tree ("" for the root).
+    """The dataclass `cls` from nested plain `values`; `path` is their place in the tree ("" for the root).
 
     Raises ConfigError for an unknown key (naming the nearest), a missing one, or a value of the wrong type.
     """
@@ -50,7 +50,7 @@ def build(cls: type[T], values: object, path: str = "") -> T:
 
 
 def _choice_inside(cls: type[T], value: object, path: str) -> Replace | None:
-    """The fix for a section `path` that was given the `value` of the one choice in it that has such a value."""
+    """The fix when a section `path` was given `value`, the value of exactly one choice in it."""
     hints = get_type_hints(cls)
     takes = [field.name for field in fields(cls) if get_origin(hints[field.name]) is Literal]
     takes = [name for name in takes if isinstance(value, str) and value in get_args(hints[name])]
@@ -58,7 +58,7 @@ def _choice_inside(cls: type[T], value: object, path: str) -> Replace | None:
 
 
 def to_plain(config: Dataclass) -> dict[str, Any]:
-    """The tree as nested dicts, lists, strings and numbers: what is written to `<run.dir>/config.yaml`."""
+    """The tree as nested dicts, lists, strings and numbers, as written to `<run.dir>/config.yaml`."""
     return {key: plain(value) for key, value in asdict(config).items()}
 
 
@@ -72,14 +72,14 @@ def flatten(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def without_places(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`flatten`, without the paths in `data.sources`: where data lie says nothing about what they are."""
+    """`flatten` without the paths in `data.sources`: the location of data says nothing about their content."""
     flat = flatten(values)
     sources = flat.get("data.sources") or []
     return flat | {"data.sources": [{key: source[key] for key in source if key != "path"} for source in sources]}
 
 
 def nearest(key: str, known: Iterable[str], path: str = "") -> dict[str, str]:
-    """`allowed` and `fix` of an error about an unknown `key`."""
+    """`allowed` and `fix` of the error about an unknown `key`."""
     known = list(known)
     close = get_close_matches(key, known, n=1)
     hint = {"fix": did_you_mean(_join(path, key), _join(path, close[0]))} if close else {}
@@ -87,19 +87,19 @@ def nearest(key: str, known: Iterable[str], path: str = "") -> dict[str, str]:
 
 
 def did_you_mean(typed: str, meant: str) -> Replace:
-    """The fix for a key or value `typed` where `meant` exists."""
+    """The fix for a key or value `typed` when `meant` exists."""
     return Replace(meant, "did you mean {}?", old=typed)
 
 
 def _known_instead(key: str, known: list[str], path: str) -> dict[str, str]:
-    """`nearest`, unless other frameworks have a setting `key`."""
+    """`nearest`, or the advice for a setting `key` of other frameworks."""
     ours = aliases.own_name(key)
     fix = did_you_mean(_join(path, key), ours) if ours else aliases.advice(key)
     return nearest(key, known, path) | ({"fix": fix} if fix else {})
 
 
 def variant_class(cls: type[Any], values: Mapping[str, Any], path: str) -> type[Any]:
-    """The options dataclass that `values` names where `cls` is a base, an interaction or an optimiser, else `cls`.
+    """The options dataclass named by `values` if `cls` is a base, an interaction or an optimiser, else `cls`.
 
     Raises ConfigError for a name that is not registered.
     """
@@ -111,7 +111,7 @@ def variant_class(cls: type[Any], values: Mapping[str, Any], path: str) -> type[
     registry = registries.get(cls)
     if registry is None:
         return cls
-    # Without a name the field's default counts: only an optimiser has one.
+    # Without a name the field's default applies; only an optimiser has one.
     name = values.get("name", vars(cls).get("name"))
     if not isinstance(name, str) or name not in registry:
         raise ConfigError("no such variant", field=f"{path}.name", value=name, **nearest(str(name), registry))
@@ -152,7 +152,7 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[
 
 
 def plain(value: Json) -> Json:
-    """`value` with mappings as dicts and tuples as lists, as YAML and JSON hold it."""
+    """`value` with mappings as dicts and tuples as lists, as in YAML and JSON."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,6 +1,6 @@
 """YAML groups and overrides -> `RunConfig`. The only user of Hydra and OmegaConf inside the package.
 
-Hydra merges, nothing more: it never changes the working directory, never makes a run directory, never instantiates.
+Hydra only merges: it never changes the working directory, makes a run directory or instantiates objects.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from kha_train.foreign.typed import Source
 
 PACKAGE = Path(__file__).resolve().parents[1]
 _SETTING = re.compile(r"[A-Za-z_][\w.]*=")
-"""A setting of a key that is there, as Hydra's grammar has it: nothing added, deleted or chosen for another package."""
+"""A setting of an existing key in Hydra's grammar: nothing added, deleted or chosen for another package."""
 
 
 def shipped(directory: str) -> Path:
-    """`configs` or `launch`, from an installed wheel (inside the package) or from a checkout (beside it)."""
+    """`configs` or `launch`, from an installed wheel (inside the package) or a checkout (beside it)."""
     installed = PACKAGE / directory
     return installed if installed.is_dir() else PACKAGE.parent / directory
 
@@ -45,8 +45,8 @@ def shipped(directory: str) -> Path:
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration of a run from `configs/config.yaml` and Hydra overrides such as `attention=kha_mlp`.
 
-    Raises ConfigError for an override that does not parse, an unknown key or group, a wrong type, a setting left
-    open, or a combination that cannot run.
+    Raises ConfigError for an override that does not parse, an unknown key or group, a wrong type, an unset setting, or
+    a combination that cannot run.
     """
     values = _merge(list(overrides))
     config = build(RunConfig, values)
@@ -58,7 +58,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def compose_at_home(overrides: Sequence[str]) -> RunConfig:
-    """`compose`, for a run that is to be trained: one that an older release began stays where it lies."""
+    """`compose`, for a run to be trained: a run that an older release began stays in its directory."""
     return at_home(compose(overrides), overrides, load_plain)
 
 
@@ -72,17 +72,18 @@ def load(path: Path) -> RunConfig:
 
 
 def from_plain(values: dict[str, Any]) -> RunConfig:
-    """The configuration of saved nested `values`, to look at what was trained. Raises ConfigError when they are not
-    ours."""
+    """The configuration of saved nested `values`, for inspecting what was trained. Raises ConfigError when they are not
+    ours.
+    """
     config = build(RunConfig, values)
     validate(config, to_train=False)
     return config
 
 
 def load_plain(path: Path) -> dict[str, Any]:
-    """The values saved in a run directory, of whatever version, completed with the settings that came later.
+    """The values saved in a run directory of any version, completed with settings added later.
 
-    Empty when there is no such file. Raises DataError when it is damaged, or no configuration.
+    Empty when there is no such file. Raises DataError when it is damaged or not a configuration.
     """
     raw, source = read_regular(path, SMALL), Source(str(path), fix="restore it from a copy")
     try:
@@ -93,15 +94,16 @@ def load_plain(path: Path) -> dict[str, Any]:
 
 
 def dump(config: RunConfig) -> str:
-    """`config` as the YAML text that `load` reads back equal."""
+    """`config` as YAML text; `load` reads it back unchanged."""
     return yaml.safe_dump(to_plain(config), sort_keys=False)
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
-    """The points of a grid: `attention=gqa,kha_mlp run.seed=0,1` is four lists of overrides, the last key fastest.
+    """The points of a grid: `attention=gqa,kha_mlp run.seed=0,1` gives four lists of overrides; the last key varies
+    fastest.
 
     Hydra's grammar decides what is a list of choices (`a,b`, `choice(a,b)`, `range(0,3)`) and what is one value
-    (`[a,b]`, `'a,b'`). What is not swept stays as it was typed. Raises ConfigError for what does not parse.
+    (`[a,b]`, `'a,b'`). Settings that are not swept stay as typed. Raises ConfigError for overrides that do not parse.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -120,16 +122,17 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def sweep_command(overrides: Sequence[str]) -> Instead:
-    """The `kha sweep` command that trains the grid `overrides` here. Every point has its own run directory, so a given
-    `run.dir` becomes the sweep's."""
+    """The `kha sweep` command that trains the grid `overrides` here. Every point needs its own run directory, so a
+    given `run.dir` becomes the sweep's.
+    """
     places = [text.partition("=")[2] for text in overrides if text.startswith("run.dir=")]
     kept = [text for text in overrides if not text.startswith("run.dir=")]
     return Instead(shlex.join(["kha", "sweep", *kept, *(f"--dir={place}" for place in places[-1:]), "--local"]))
 
 
 def _refuse_grids(overrides: list[str]) -> None:
-    """A run takes one value of each setting. Raises ConfigError, with the sweep that takes several."""
-    # Only these characters can make a list of choices, and the parser is slow.
+    """Raises ConfigError for several values of one setting, with the sweep that trains them."""
+    # Only these characters can form a list of choices, and the parser is slow.
     for text in (text for text in overrides if re.search(r"=.*[,(]", text)):
         parsed = _parsed(text)
         if not parsed.is_sweep_override():
@@ -140,30 +143,30 @@ def _refuse_grids(overrides: list[str]) -> None:
             "a run takes one value",
             field=parsed.get_key_element(),
             value=text.partition("=")[2],
-            fix=sweep_command(overrides) if listed else "name the values, as in a,b, and train them by `kha sweep`",
+            fix=sweep_command(overrides) if listed else "give the values as in a,b, and train them with `kha sweep`",
         )
 
 
 _NOT_TEXT = ("true", "false", "null", "nan", "inf")
-"""Words that Hydra reads as something else than text, in capitals too."""
+"""Words that Hydra does not read as text, in capitals too."""
 
 
 def quoted(value: str) -> str:
-    """`value` as the right side of an override that Hydra reads back to exactly this text.
+    """`value` as the right side of an override that Hydra reads back as exactly this text.
 
-    Raises ConfigError for a text with an interpolation, which cannot be written as a plain value.
+    Raises ConfigError for text with an interpolation, which cannot be written as a plain value.
     """
     if re.fullmatch(r"[A-Za-z_/][\w./-]*", value, re.ASCII) and value.lower() not in _NOT_TEXT:
         return value
     if "${" in value:
-        raise ConfigError("a plain value has no interpolation", field="override", value=value)
-    # Between quotes only quotes are special, and backslashes right before one.
+        raise ConfigError("a plain value cannot contain an interpolation", field="override", value=value)
+    # Between quotes only quotes are special, and backslashes directly before them.
     inside = re.sub(r"(\\*)'", r"\1\1\\'", value)
     return "'" + re.sub(r"(\\+)$", r"\1\1", inside) + "'"
 
 
 def _merge(overrides: list[str], name: str = "") -> dict[str, Any]:
-    """`overrides` as plain values, interpolations resolved; `name`, if any, is the run's."""
+    """`overrides` as plain values with interpolations resolved; `name`, if any, is the run's."""
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -175,7 +178,7 @@ def _merge(overrides: list[str], name: str = "") -> dict[str, Any]:
         _refuse_code(OmegaConf.to_container(merged, resolve=False))
         typed = {text.partition("=")[0].lstrip("+"): text.partition("=")[2] for text in overrides}
         if "attention" in typed and "attention.name" not in typed:
-            # A preset is called as its file is, whatever it was copied from.
+            # A preset is named after its file, whatever it was copied from.
             merged.attention.name = typed["attention"].strip("'\"")
         if name:
             merged.run.name = name
@@ -187,10 +190,10 @@ def _merge(overrides: list[str], name: str = "") -> dict[str, Any]:
 
 
 def _merged(overrides: Sequence[str]) -> Any:
-    """The configuration of `overrides` as Hydra merges it, interpolations unresolved.
+    """The configuration of `overrides` as Hydra merges it, with interpolations unresolved.
 
-    A sweep has many points and few choices of presets, and reading presets takes Hydra a tenth of a second. So each
-    choice is composed once, and settings are put into a copy of it as Hydra would. Raises as Hydra does.
+    A sweep has many points but few combinations of presets, and Hydra takes a tenth of a second to read presets. So
+    each combination is composed once, and settings are applied to a copy as Hydra would. Raises as Hydra does.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -205,7 +208,7 @@ def _merged(overrides: Sequence[str]) -> Any:
         for override in map(_parsed, settings):
             OmegaConf.update(merged, override.key_or_group, override.value(), merge=True)
     except OmegaConfBaseException:
-        # Hydra words its own errors.
+        # Let Hydra raise its own errors.
         return _composed(overrides)
     return merged
 
@@ -220,7 +223,7 @@ def _composed(overrides: Sequence[str]) -> Any:
 
 @lru_cache(maxsize=64)
 def _chosen(stamp: tuple[Any, ...], *presets: str) -> Any:
-    """The configuration of `presets` without any other setting. `stamp` tells the files apart that it is read from."""
+    """The configuration of `presets` without any other setting. `stamp` identifies the state of the preset files."""
     return _composed(presets)
 
 
@@ -232,14 +235,14 @@ def _parsed(override: str) -> Any:
 
 
 def _stamp() -> tuple[Any, ...]:
-    """What changes with any file of the presets."""
+    """A value that changes with any preset file."""
     files = ((path, path.stat()) for path in sorted(shipped("configs").rglob("*.yaml")))
     return tuple((str(path), status.st_mtime_ns, status.st_size) for path, status in files)
 
 
 @contextmanager
 def _own_hydra() -> Iterator[None]:
-    """Inside a Hydra application there is a Hydra already, and it knows of one only: put it aside meanwhile."""
+    """Inside a Hydra application, Hydra is already initialised and allows only one instance: put it aside for now."""
     from hydra.core.global_hydra import GlobalHydra
 
     one = GlobalHydra.instance()
@@ -266,8 +269,9 @@ def _refuse_code(values: Any, path: str = "config") -> None:
 
 
 def _explain(error: Exception, overrides: list[str]) -> ConfigError:
-    """Hydra's own words, cut to one line and without the values given, which may hold a secret. An unknown key is named
-    with what stands beside it."""
+    """Hydra's own message, shortened to one line and without the given values, which may hold a secret. For an unknown
+    key, the keys beside it are listed.
+    """
     message, named = " ".join(str(error).split()), []
     for at, override in enumerate(overrides):
         key, equals, value = override.lstrip("+~").partition("=")
@@ -277,7 +281,7 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
             return _unknown_key(key, overrides)
         if not _parses(override):
             return ConfigError(
-                "its value cannot be parsed",
+                "the value cannot be parsed",
                 field="override",
                 value=f"{key}=...",
                 fix=f"put the value in quotes: {_example(key, value)}; lists are [a,b], groups {{key: value}}",
@@ -288,8 +292,9 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
 
 
 def _example(key: str, value: str) -> str:
-    """The override as it had to be typed, in the shell's quotes too. Only words are repeated: what has brackets, quotes
-    or a URL in it may be meant otherwise, or hold a secret."""
+    """The override as it should be typed, including the shell's quotes. Only plain words are repeated: a value with
+    brackets, quotes or a URL may have another meaning, or hold a secret.
+    """
     return f'"{key}={quoted(value)}"' if re.fullmatch(r"[\w ./+-]+", value) else f"{key}='...'"
 
 
@@ -304,8 +309,9 @@ def _parses(override: str) -> bool:
 
 
 def _unknown_key(key: str, overrides: list[str]) -> ConfigError:
-    """Names the keys of the group that `key` was looked for in, and the one that may be meant. Keys are those of the
-    presets chosen in `overrides`."""
+    """Lists the keys of the group in which `key` was looked up, and the one that may be meant. Keys are those of the
+    presets chosen in `overrides`.
+    """
     known = _keys_beside(overrides)
     parent, _, name = key.rpartition(".")
     siblings = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == parent}
@@ -320,7 +326,7 @@ def _unknown_key(key: str, overrides: list[str]) -> ConfigError:
 
 
 def _keys_beside(overrides: list[str]) -> list[str]:
-    """The keys of the presets chosen in `overrides`; of those that stand by themselves where Hydra refuses these."""
+    """The keys of the presets chosen in `overrides`; of the valid ones alone if Hydra refuses them together."""
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -335,8 +341,9 @@ def _keys_beside(overrides: list[str]) -> list[str]:
 
 
 def _meant(key: str, known: list[str]) -> str | None:
-    """The setting or group that `key` stands for where it is no key itself: the only one of that name, what other
-    frameworks call so, else the nearest; None where nothing is near or there is no such thing here."""
+    """The setting or group that an unknown `key` stands for: the only one with that last name, the one that other
+    frameworks call so, or the nearest; None where nothing is near or we have no such setting.
+    """
     name = key.rpartition(".")[2]
     same = [other for other in known if other.rpartition(".")[2] == name]
     if len(same) == 1:
@@ -350,7 +357,8 @@ def _meant(key: str, known: list[str]) -> str | None:
 
 def override_for(name: str, value: str) -> str | None:
     """`KEY=VALUE` for a setting that the user calls `name` (`run.steps`, `steps`, `max_steps`, `attention`); None where
-    no setting is called so. A value that may hold a secret is not repeated."""
+    there is no such setting. A value that may hold a secret is not repeated.
+    """
     known = list(flatten(_merge([])))
     key = chosen_as(name) if name in (*known, *_groups()) else _meant(name, known)
     if key is None:
@@ -359,10 +367,11 @@ def override_for(name: str, value: str) -> str | None:
 
 
 def _not_an_override(at: int, overrides: list[str]) -> ConfigError:
-    """`overrides[at]` is none. The setting may have been typed in another way: `KEY VALUE`, `KEY:VALUE`,
-    `KEY = VALUE`, as an option; or a preset without its group."""
+    """`overrides[at]` is not an override. It may be a setting in another form: `KEY VALUE`, `KEY:VALUE`, `KEY = VALUE`,
+    an option; or a preset without its group.
+    """
     fix: Typed | None = None
-    # Of three words, two and one, those that begin here or one before.
+    # Three, two or one words that begin here or one word earlier.
     for first, length in ((at, 3), (at - 1, 2), (at, 2), (at, 1)):
         typed = " ".join(overrides[first : first + length]) if first >= 0 else ""
         words = re.fullmatch(r"-{0,2}([A-Za-z_][\w.-]*)(?: ?[=:] ?| )([^\s=:,]+)", typed)

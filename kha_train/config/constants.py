@@ -1,4 +1,4 @@
-"""Values that rooms agree on which do not import each other: they stand left of both, and need no torch."""
+"""Values shared by rooms that do not import each other. They need no torch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 IGNORE_LABEL = -100
-"""The label of a token that is not predicted: the data side writes it, the loss and the validation leave it out."""
+"""The label of a token that is not predicted: the data side writes it, loss and validation skip it."""
 
 PRECISION_OF = {"float32": "fp32", "bfloat16": "bf16"}
-"""The `dtype` in a run's record -> what `engine.precision` was, or `auto` stood for."""
+"""The `dtype` in a run's record -> the value of `engine.precision`, or of what `auto` selected."""
 
 WITHOUT_EFFECT = (
     "run.dir",
@@ -37,10 +37,10 @@ WITHOUT_EFFECT = (
     "telemetry.",
     "cluster.",
 )
-"""Settings, or sections (with a dot at the end), that leave every number of a resumed training as it is.
+"""Settings, or sections (with a trailing dot), that change no number of a resumed training.
 
-`run.init_from` is read by a run without a checkpoint alone. The paths of the data may change (those of `data.sources`
-too), its content may not: that is compared by content id.
+Only a run without a checkpoint reads `run.init_from`. The paths of the data may change (those of `data.sources` too),
+but not their content, which is compared by content id.
 """
 
 ROUNDING = (
@@ -57,14 +57,15 @@ ROUNDING = (
     "engine.reduce_bucket_elements",
     "engine.hpz_partition_size",
 )
-"""Settings that change the order of sums, or the kernel that computes them: the last bits of a number, and no formula.
+"""Settings that change the order of sums, or the kernel that computes them: only the last bits of a number change.
 
-`engine.device` also decides what `engine.precision: auto` means: a resumed run is held to the precision it had.
+`engine.device` also decides what `engine.precision: auto` means: a resumed run must keep its precision.
 """
 
 FREE_TO_CHANGE = (*WITHOUT_EFFECT, *ROUNDING)
-"""Settings that may differ on resume: they change neither the model, nor the samples, nor the optimiser. What `BOUND`
-says of some of them comes first."""
+"""Settings that may differ on resume: they change neither the model, nor the samples, nor the optimiser. `BOUND` has
+priority.
+"""
 
 
 def _counts_by_micro_batch(values: Mapping[str, Any]) -> bool:
@@ -77,20 +78,23 @@ def _rewinds(values: Mapping[str, Any]) -> bool:
 
 
 BOUND: dict[str, Callable[[Mapping[str, Any]], bool]] = {
-    # The auxiliary loss of a micro-batch is another objective for other micro-batches. The number of ranks is none of
-    # it: rows are dealt out in order, so every split makes the same micro-batches.
+    # The auxiliary loss of a micro-batch depends on the micro-batches. It does not depend on the number of ranks: rows
+    # are assigned in order, so every split gives the same micro-batches.
     "engine.micro_batch_size": _counts_by_micro_batch,
-    # A rewind goes back to one of the checkpoints that are there.
+    # A rewind goes back to one of the existing checkpoints.
     "checkpoint.every_steps": _rewinds,
     "checkpoint.every_minutes": _rewinds,
     "checkpoint.keep_last": _rewinds,
     "checkpoint.keep_every_steps": _rewinds,
 }
-"""Settings that are free only in company, each with what makes it change results in a configuration by dotted keys."""
+"""Settings that are free only under a condition, each with a function that tells, from a configuration by dotted keys,
+whether the setting then changes results.
+"""
 
 
 def may_differ(key: str, allowed: Iterable[str], *configurations: Mapping[str, Any]) -> bool:
-    """Whether the setting `key` is one of `allowed` (or lies in one of its sections), and none of `configurations`
-    (values by dotted keys) has something that binds it."""
+    """Whether the setting `key` is one of `allowed` (or lies in one of its sections), and is bound in none of
+    `configurations` (values by dotted keys).
+    """
     listed = any(key == name or (name.endswith(".") and key.startswith(name)) for name in allowed)
     return listed and not (key in BOUND and any(BOUND[key](values) for values in configurations))

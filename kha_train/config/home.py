@@ -1,5 +1,6 @@
-"""A home for programs that need one, where the user has none: a container without a passwd entry, HOME on a disk that
-cannot be written. Libraries keep caches and settings there, and some end the process when they cannot."""
+"""Provides a home directory where the user has none: in a container without a passwd entry, or with HOME on a read-only
+disk. Libraries keep caches and settings there, and some end the process when they cannot.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 INSTEAD = "KHA_HOME"
-"""The variable that names the home provided here, for this process and those it starts."""
+"""The variable that names the provided home, for this process and its children."""
 CACHES = {
     "MPLCONFIGDIR": "matplotlib",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
@@ -17,13 +18,14 @@ CACHES = {
     "TRITON_CACHE_DIR": "triton",
     "XDG_CACHE_HOME": ".cache",
 }
-"""Where libraries look before they look into the home."""
+"""Where libraries look before the home directory."""
 
 
 def provide_home(place: Path | None = None) -> None:
-    """Give this process a home below `place` (default: the directory for temporary files) unless it has one it can
-    write. One that can be read stays HOME, for the keys in it; only the caches move. Variables that are set stay.
-    Raises OSError when `place` cannot be written."""
+    """Give this process a home below `place` (default: the directory for temporary files) unless it has a writable one.
+    A readable one stays HOME, for the keys in it; only the caches move. Variables that are set are kept. Raises OSError
+    when `place` cannot be written.
+    """
     _name_user()
     home = os.path.expanduser("~")
     if os.environ.get(INSTEAD) or (os.path.isdir(home) and os.access(home, os.W_OK | os.X_OK)):
@@ -38,7 +40,9 @@ def provide_home(place: Path | None = None) -> None:
 
 
 def in_home(path: str) -> Path:
-    """`path`, in which a leading `~` is the home, or the one provided instead. Raises OSError where none can be."""
+    """`path` with a leading `~` replaced by the home, or by the one provided instead. Raises OSError where there can be
+    none.
+    """
     if os.path.expanduser("~") == "~":
         provide_home()
     instead = os.environ.get(INSTEAD)
@@ -48,14 +52,14 @@ def in_home(path: str) -> Path:
 
 
 def _temporary() -> Path:
-    """A folder of this user's own: somebody else may have made the one of that name."""
+    """A private folder: somebody else may own one of the same name."""
     folder = Path(tempfile.gettempdir(), f"kha-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder if folder.stat().st_uid == os.getuid() else Path(tempfile.mkdtemp(prefix="kha-"))
 
 
 def _name_user() -> None:
-    """`getpass.getuser` raises for a user without a name, and torch asks it for the names of its caches."""
+    """`getpass.getuser` raises for a user without a name, and torch calls it for the names of its caches."""
     try:
         pwd.getpwuid(os.getuid())
     except KeyError:

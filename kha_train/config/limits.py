@@ -1,7 +1,7 @@
-"""The range of every number of a configuration, and what text may hold: one table, asked before anything else.
+"""The range of every number of a configuration, and what text may contain: one table, checked before anything else.
 
-A number without an entry has the range of its type: int64, or what fp32 can hold. Upper limits are far beyond use;
-they keep sizes, products of sizes and times within what torch, NumPy and the operating system can represent.
+A number without an entry has the range of its type: int64, or that of fp32. Upper limits are far beyond practical use.
+They keep sizes, products of sizes and times within what torch, NumPy and the operating system can represent.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from kha_train.errors import ConfigError
 INT64 = 2**63 - 1
 LARGEST_FP32 = (2 - 2**-23) * 2.0**127
 LARGEST_SIZE = 2**20
-"""Of a width or a number of heads: the product of any three is an int64."""
+"""Limit for a width or a number of heads: the product of any three fits an int64."""
 LARGEST_INDEX = 2**31 - 1
 EXACT_IN_JSON = 2**53
 LONGEST_WAIT = 1e9
-"""Seconds, 31 years: in nanoseconds an int64."""
+"""Seconds, 31 years: fits an int64 in nanoseconds."""
 
 
 class Limit(NamedTuple):
-    """The numbers from `low` to `high`, both included unless `above` leaves out `low` itself."""
+    """The numbers from `low` to `high`, inclusive, except `low` itself with `above`."""
 
     low: float
     high: float | None = None
     above: bool = False
 
     def admits(self, number: float) -> bool:
-        """Whether `number` is in the range, that of its type included."""
+        """Whether `number` is in this range and in that of its type."""
         high = self._high(number)
         return (self.low < number if self.above else self.low <= number) and number <= high
 
     def words(self, number: float) -> str:
-        """What would have been admitted instead of `number`."""
+        """The allowed range in words, for an error about `number`."""
         if number > self.low:
             high = self._high(number)
             return f"at most {high:g}" if isinstance(number, float) else f"at most {high:,}"
@@ -62,7 +62,7 @@ LIMITS: dict[str, Limit] = {
     "model.seq_len": Limit(1, LARGEST_INDEX),
     "model.norm_eps": POSITIVE,
     "model.rope_theta": POSITIVE,
-    # Below it fp32 leaves a first step without a gradient somewhere.
+    # Below it, fp32 gives no gradient in the first step somewhere.
     "model.init_std": Limit(1e-6),
     "model.loss_chunk_tokens": AT_LEAST_ONE,
     "attention.base.*": Limit(0, LARGEST_SIZE),
@@ -118,9 +118,10 @@ LIMITS: dict[str, Limit] = {
 
 
 def check_limits(values: Mapping[str, Any], *, upper: bool = True) -> None:
-    """Judge a configuration, given as nested plain `values`. Raises ConfigError for the first number outside its range,
-    and for text that no file or program could take. Without `upper` no number is too large: a run of an earlier release
-    was trained with it."""
+    """Check a configuration, given as nested plain `values`. Raises ConfigError for the first number outside its range,
+    and for text that no file or program accepts. Without `upper` no number is too large: a run of an earlier release
+    was trained with it.
+    """
     for path, value in _leaves(values):
         if isinstance(value, str):
             _check_text(path, value)

@@ -1,11 +1,12 @@
-"""The name of a run that was given none, which its directory and W&B take over: what was chosen, never the clock.
+"""The name of a run without a given name, also used for its directory and on W&B. It depends on the settings, never on
+the clock.
 
     gqa-s0    kha_mlp-s3-small    mla-knocking_linear-s0    gqa-s0-lr0.001-steps400    kha_mlp-s0-shards-5f1c09ab
 
-Attention, seed, presets, then each setting that differs from its presets and that a resumed run may not change, by
-its value and not by its spelling. So a command that may go on with a run finds it, and a command that may not has a
-directory of its own. `resume.allow_changes` has no say: whoever goes on with other settings gives `run.dir`. A digest
-of all of it follows where the text alone does not say everything.
+It contains attention, seed, presets, then each setting that differs from its presets and that a resumed run may not
+change, by value and not by spelling. So a command that may continue a run finds it, and any other command gets its own
+directory. `resume.allow_changes` is ignored: to continue with other settings, give `run.dir`. A digest of all of it
+follows if the text alone is not complete.
 """
 
 from __future__ import annotations
@@ -24,22 +25,23 @@ from kha_train.config.schema import RunConfig
 from kha_train.errors import KhaError
 
 AUTO = "auto"
-"""The `run.name` that stands for this."""
+"""The value of `run.name` that stands for this name."""
 MAX_LENGTH = 60
 PLACES = ("data.train", "data.validation", "data.sources", "run.init_from")
-"""Paths that a run may change, because data are compared by their content: other paths are other runs until then."""
+"""Paths that a run may change, because data are compared by content; a new run with other paths gets another name."""
 FIRST = ("optim.lr", "optim.weight_decay", "run.steps")
-"""What people vary most is told before other settings, for which a name may have no room."""
+"""The most frequently varied settings come first, because a name may lack room for others."""
 UNTOLD = ("run.seed", "run.name", "run.dir", "attention.name")
 PLAIN = re.compile(r"[a-z0-9_.+]+|[0-9.]+e-[0-9]+")
-"""Values that stay distinct as part of a file name, on file systems that ignore the case too."""
+"""Values that stay distinct as part of a file name, even on file systems that ignore case."""
 
 Composed = Callable[[list[str]], Mapping[str, Any]]
 
 
 def run_name(overrides: Sequence[str], groups: Container[str], config: RunConfig, composed: Composed) -> str:
-    """The name of the run of `overrides`, which compose to `config`; `groups` are those of presets, and `composed`
-    gives the values of the presets among `overrides`, or of fewer."""
+    """The name of the run of `overrides`, which compose to `config`; `groups` are the groups of presets, and `composed`
+    gives the values of the presets among `overrides`, or of fewer.
+    """
     typed = {_key(text): text for text in overrides}
     presets = {key: text for key, text in typed.items() if key.partition("@")[0] in groups}
     settings = typed.keys() - presets.keys()
@@ -60,14 +62,14 @@ def run_name(overrides: Sequence[str], groups: Container[str], config: RunConfig
 
 
 def old_name(config: RunConfig) -> str:
-    """What releases before names told of settings called every run."""
+    """The name that older releases, whose names had no settings, gave every run."""
     return f"{config.attention.name}-s{config.run.seed}"
 
 
 def at_home(config: RunConfig, overrides: Sequence[str], load: Callable[[Path], Mapping[str, Any]]) -> RunConfig:
-    """`config`, composed of `overrides`, with the name that its run began with, and, where no directory was given, in
-    that of an older release, whose names did not tell of settings, if this very run is there. `load` reads a saved
-    configuration."""
+    """`config`, composed from `overrides`, with the name that its run began with. Without a given directory, it uses
+    that of an older release, whose names had no settings, if the same run is there. `load` reads a saved configuration.
+    """
     keys, run = {_key(text) for text in overrides}, config.run
     if "run.name" in keys:
         return config
@@ -85,8 +87,7 @@ def at_home(config: RunConfig, overrides: Sequence[str], load: Callable[[Path], 
 
 
 def differing(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """The settings in which `config` is another run than the `saved` one, by its own account and before its data are
-    looked at."""
+    """The settings that make `config` a different run from the `saved` one, without looking at the data."""
     before, now = tidy(without_places(saved)), tidy(without_places(to_plain(config)))
     return [key for key in sorted(before.keys() | now.keys()) if _counts(key, before, now)]
 
@@ -102,19 +103,19 @@ def tidy(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _path(text: str) -> str:
-    """`a/b` for `./a/b/` too; addresses of a store keep their slashes."""
+    """`a/b`, also for `./a/b/`; addresses of a store keep their slashes."""
     return text.rstrip("/") if "://" in text or not text else str(PurePosixPath(text))
 
 
 def _counts(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether the setting `key` differs and tells runs apart."""
+    """Whether the setting `key` differs and distinguishes runs."""
     if key in UNTOLD or before.get(key) == now.get(key):
         return False
     return key in PLACES or not may_differ(key, FREE_TO_CHANGE, before, now)
 
 
 def _distinguishes(key: str, presets: Mapping[str, str], composed: Composed) -> bool:
-    """Whether the preset of the group `key` changes what the name does not tell without it."""
+    """Whether the preset of the group `key` changes something that the name does not show without it."""
     group = key.partition("@")[0]
     if group in ("attention", "experiment"):
         return group == "experiment"
@@ -135,9 +136,10 @@ def _shortened(parts: Sequence[str]) -> str:
 
 
 def _told(key: str, value: Any, now: Mapping[str, Any]) -> str:
-    """A setting as part of a name: the last words of its key that name it alone, and its value. Of `data.train`
-    its last folder that says something, of other places the last word of the key, and nothing of validation data: the
-    digest tells them apart."""
+    """A setting as part of a name: the shortest unique end of its key, and its value. For `data.train` it is the last
+    informative folder, for other paths the last word of the key, and nothing for validation data: the digest
+    distinguishes them.
+    """
     if key in PLACES:
         folders = [part for part in PurePosixPath(str(value)).parts if part not in ("train", "/")]
         return {"data.train": "".join(folders[-1:]), "data.validation": ""}.get(key, key.rpartition(".")[2])

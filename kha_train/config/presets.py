@@ -1,4 +1,4 @@
-"""How presets are chosen on the command line, and what to type in the place of another spelling."""
+"""How presets are chosen on the command line, and the fixes for other spellings."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from kha_train.config.build import did_you_mean, nearest
 from kha_train.errors import ConfigError, Replace
 
 _PLACES = {"interaction": "interaction@attention.interaction"}
-"""Group -> how it is chosen, where that is not by its name."""
+"""Group -> how it is chosen, if not by its own name."""
 _SECTIONS = {"attention.interaction": "interaction", "attention.base": "attention"}
-"""Section of settings -> the group whose presets fill it, where it is not called as the group is."""
+"""Section of settings -> the group whose presets fill it, if their names differ."""
 
 
 def chosen_as(group: str) -> str:
@@ -19,10 +19,10 @@ def chosen_as(group: str) -> str:
 
 
 def check_presets(overrides: Sequence[str], presets: Mapping[str, Sequence[str]]) -> None:
-    """Raises ConfigError for a preset that there is not in its group of `presets`, or that is chosen in another way
-    than `chosen_as`, and for Hydra's own settings, which nothing here reads.
+    """Raises ConfigError for an unknown preset in its group of `presets`, for one chosen in another way than
+    `chosen_as`, and for Hydra's own settings, which have no effect here.
 
-    Hydra takes other things than names for a preset, and other packages than ours, and then fails in its own ways.
+    Hydra accepts other things than names as a preset, and other packages than ours, and then fails with its own errors.
     """
     for override in overrides:
         key, equals, value = override.lstrip("+~").partition("=")
@@ -46,11 +46,11 @@ def _check_choice(override: str, group: str, name: str, presets: Mapping[str, Se
             told["fix"] = did_you_mean(override, f"{chosen_as(homes[0])}={name}")
         raise ConfigError("no such preset", field=group, value=name, **told)
     if override.startswith("~"):
-        raise ConfigError("a preset is chosen, never deleted", field=group, value=name, fix="leave it out")
+        raise ConfigError("a preset can be chosen but not deleted", field=group, value=name, fix="leave it out")
     if override.partition("=")[0] != chosen_as(group):
         raise _chosen_otherwise(override, group, name)
 
 
 def _chosen_otherwise(override: str, group: str, name: str) -> ConfigError:
     fix = Replace(f"{chosen_as(group)}={name}", old=override)
-    return ConfigError("a preset is not chosen so", field=override.partition("=")[0], value=name, fix=fix)
+    return ConfigError("a preset is chosen in another way", field=override.partition("=")[0], value=name, fix=fix)

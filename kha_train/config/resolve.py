@@ -1,5 +1,5 @@
-"""What runs on a device: precision, attention backend, kernels. One rule, from plain facts of the device and without
-torch. The trainer asks it about the device it is on, `kha plan` about those of `cluster`.
+"""Decides what runs on a device: precision, attention backend, kernels. There is one rule, based on plain facts of the
+device and without torch. The trainer applies it to its own device, `kha plan` to those of `cluster`.
 """
 
 from __future__ import annotations
@@ -17,24 +17,23 @@ from kha_train.variants.backends import TRAITS
 
 Precision = Literal["fp32", "bf16"]
 OLDEST_FOR_TRITON = (8, 0)
-"""The oldest compute capability kernels are written for: the first with bfloat16."""
+"""The oldest compute capability that kernels support: the first with bfloat16."""
 MEGABLOCKS_INSTALL = (
     "pip install --no-deps --no-build-isolation megablocks==0.10.0 stanford-stk==0.7.1 grouped_gemm==0.3.0"
 )
 
 
 def _lacks_nothing(package: str) -> str | None:
-    """What a device that is not here lacks: nobody knows."""
+    """Missing packages of another machine are unknown."""
     return None
 
 
 @dataclass(frozen=True)
 class Device:
-    """Plain facts of a device, enough to say what can run there.
+    """Plain facts of a device, enough to decide what can run there.
 
-    `capability` is that of CUDA; nothing is refused for one that is not known (None). With `interpreted`, Triton's
-    interpreter stands in for a GPU. `lacks(package)` says what keeps `triton`, `flash_attn` or `megablocks` from being
-    used, in words, or None.
+    `capability` is that of CUDA; nothing is refused if it is unknown (None). With `interpreted`, Triton's interpreter
+    replaces a GPU. `lacks(package)` says why `triton`, `flash_attn` or `megablocks` cannot be used, in words, or None.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -45,14 +44,14 @@ class Device:
 
 
 class Choice(NamedTuple):
-    """A backend's name, and why it was taken."""
+    """The name of a backend, and the reason for the choice."""
 
     name: str
     why: str
 
 
 class Resolved(NamedTuple):
-    """What a configuration resolves to on a device. A measurement may replace a backend that `auto` took."""
+    """What a configuration resolves to on a device. A measurement may replace a backend that `auto` selected."""
 
     precision: Precision
     backend: Choice
@@ -64,13 +63,14 @@ def interpreted() -> bool:
 
 
 def lacks_here(package: str) -> str | None:
-    """What keeps `package` from being used on this machine, judged without importing it."""
+    """Why `package` cannot be used on this machine, determined without importing it."""
     return None if find_spec(package) else "not installed"
 
 
 def planned_device(config: RunConfig) -> Device:
-    """The device that `config` is planned for: that of `engine.device`, with `auto` that of `cluster`. A CPU is this
-    machine's."""
+    """The device that `config` is planned for: that of `engine.device`, or with `auto` that of `cluster`. A CPU is this
+    machine's.
+    """
     kind = config.cluster.device if config.engine.device == "auto" else config.engine.device
     if kind == "cpu":
         return Device("cpu", interpreted=interpreted(), lacks=lacks_here)
@@ -86,7 +86,7 @@ def precision_on(config: RunConfig, kind: str) -> Precision:
 
 
 def resolve(config: RunConfig, device: Device, precision: Precision | None = None) -> Resolved:
-    """What `config` resolves to on `device`. Raises ConfigError when something that it names cannot run there."""
+    """What `config` resolves to on `device`. Raises ConfigError when a configured choice cannot run there."""
     precision = precision or precision_on(config, device.kind)
     backend = backend_on(config, device, precision)
     interaction, moe = config.attention.interaction, config.moe
@@ -103,7 +103,8 @@ def resolve(config: RunConfig, device: Device, precision: Precision | None = Non
 
 def resolve_plan(config: RunConfig) -> Resolved:
     """What `config` resolves to on the devices of `cluster`. Raises ConfigError as `resolve`, and when `engine.device`
-    asks for CUDA on a cluster of CPUs."""
+    requests CUDA on a cluster of CPUs.
+    """
     if config.engine.device == "cuda" and config.cluster.device == "cpu":
         problem = "cluster.device=cpu has none"
         raise ConfigError(
@@ -113,7 +114,7 @@ def resolve_plan(config: RunConfig) -> Resolved:
 
 
 def backend_on(config: RunConfig, device: Device, precision: Precision) -> Choice:
-    """The attention backend. Raises ConfigError when the one named in the configuration cannot run on `device`."""
+    """The attention backend. Raises ConfigError when the configured one cannot run on `device`."""
     name = config.attention.backend
     if name != "auto":
         problem = backend_problem(name, device, precision)
@@ -136,7 +137,7 @@ def backend_on(config: RunConfig, device: Device, precision: Precision) -> Choic
 
 
 def backend_problem(name: str, device: Device, precision: Precision) -> str | None:
-    """What keeps an attention backend from running on `device`, or None."""
+    """Why an attention backend cannot run on `device`, or None."""
     traits = TRAITS[name]
     if not traits.cuda:
         return None
@@ -152,7 +153,7 @@ def backend_problem(name: str, device: Device, precision: Precision) -> str | No
 
 
 def triton_problem(device: Device, precision: Precision) -> str | None:
-    """What keeps kernels written in Triton from running on `device`, or None."""
+    """Why Triton kernels cannot run on `device`, or None."""
     lacking = device.lacks("triton")
     if lacking:
         return f"needs the package triton, which is {lacking} (pip install triton, on Linux)"
@@ -170,16 +171,16 @@ def triton_problem(device: Device, precision: Precision) -> str | None:
 def require_triton(
     device: Device, precision: Precision, field: str = "engine.kernels", fix: str = "engine.kernels=torch"
 ) -> None:
-    """Raises ConfigError, naming `field` and `fix`, when Triton's kernels cannot run on `device`."""
+    """Raises ConfigError, naming `field` and `fix`, when Triton kernels cannot run on `device`."""
     problem = triton_problem(device, precision)
     if problem:
         raise ConfigError(problem, field=field, value="triton", fix=Settings(fix))
 
 
 def turned_dimensions(config: RunConfig) -> int:
-    """How many dimensions of a query or key rotary embedding turns, the first ones of `BaseOptions.rotary_width`.
+    """How many dimensions of a query or key are rotated: the first ones of `BaseOptions.rotary_width`.
 
-    The only rule there is: validation, the rotary table and its shape all ask here. 0 without rotary embedding.
+    Validation, the rotary table and its shape all use this rule. 0 without rotary embedding.
     """
     if config.attention.positions != "rope":
         return 0
@@ -187,7 +188,7 @@ def turned_dimensions(config: RunConfig) -> int:
 
 
 def implementation(config: RunConfig) -> Implementation:
-    """How the interaction of `config` is computed, for forwards of a micro-batch."""
+    """How the interaction of `config` is computed in forwards of a micro-batch."""
     options, base = config.attention.interaction, config.attention.base
     if not isinstance(options, FoldableOptions):
         return Implementation("eager", "it has no other")
@@ -197,7 +198,7 @@ def implementation(config: RunConfig) -> Implementation:
 
 
 def invalid_backend(config: RunConfig) -> ConfigError | None:
-    """Why the chosen backend cannot compute what the configuration asks for, or None."""
+    """Why the chosen backend cannot compute the configuration, or None."""
     name = config.attention.backend
     if name == "auto":
         return None

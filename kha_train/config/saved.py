@@ -1,7 +1,7 @@
-"""A configuration that an older release saved, completed with the settings it could not know.
+"""Completes a configuration saved by an older release with settings added since.
 
-A field that is added to the schema counts, in a configuration saved before it existed, as its declared earlier value:
-the field's default, or what its metadata names as `before` where the default of today behaves differently:
+In a configuration saved before a field existed, the field has its declared earlier value: its default, or the `before`
+in its metadata if today's default behaves differently:
 
     warmth: float = field(default=1.0, metadata={"before": 0.0})
 
@@ -21,11 +21,11 @@ from kha_train.errors import ConfigError
 from kha_train.foreign.typed import Count
 
 BEFORE = "before"
-"""The metadata key that names a field's value from before the field existed, where its default is another."""
+"""The metadata key for a field's value from before the field existed, if it differs from the default."""
 
 
 class SavedRun(TypedDict, total=False):
-    """What is read of `run` without building the configuration. `completed` makes the name text again."""
+    """The fields of `run` that are read without building the configuration. `completed` makes the name text again."""
 
     name: str | float
     seed: int | None
@@ -39,7 +39,7 @@ class SavedVariant(TypedDict, total=False):
 
 
 class SavedAttention(TypedDict, total=False):
-    """What is read of `attention`. `completed` makes the name text again."""
+    """The fields of `attention` that are read. `completed` makes the name text again."""
 
     name: str | float
     base: SavedVariant
@@ -53,14 +53,14 @@ class SavedPhase(TypedDict):
 
 
 class SavedData(TypedDict, total=False):
-    """What is read of `data`."""
+    """The fields of `data` that are read."""
 
     sources: list[dict[str, Any]] | None
     phases: list[SavedPhase]
 
 
 class SavedConfig(TypedDict, total=False):
-    """A saved configuration of whatever release, as far as it is read as plain values; all else may be anything."""
+    """A saved configuration of any release, as far as it is read as plain values; all else may be anything."""
 
     run: SavedRun
     attention: SavedAttention
@@ -68,9 +68,9 @@ class SavedConfig(TypedDict, total=False):
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The saved configuration `values`, with each setting it lacks at its declared earlier value.
+    """The saved configuration `values`, with each missing setting at its declared earlier value.
 
-    What it holds stays as it is, unknown keys and wrong types included: readers judge those. A setting without a
+    Existing values stay unchanged, including unknown keys and wrong types: readers judge those. A setting without a
     declared earlier value stays absent.
     """
     return _complete(RunConfig, values)
@@ -80,7 +80,7 @@ def _complete(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     try:
         cls = variant_class(cls, values, "")
     except ConfigError:
-        # A variant that this release does not know: nothing is known of its settings.
+        # A variant that this release does not know, so its settings are unknown.
         return dict(values)
     filled = dict(values)
     hints = get_type_hints(cls)

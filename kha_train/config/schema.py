@@ -1,4 +1,4 @@
-"""The configuration of a run: one frozen dataclass tree, the only schema there is.
+"""The configuration of a run: one frozen dataclass tree, the only schema.
 
 The YAML groups under `configs/` hold values for these fields and nothing else. The tree mirrors the module tree. Needs
 no torch. Attention bases, interactions and optimisers bring their own options, which stand in `kha_train/variants` and
@@ -21,11 +21,11 @@ ScheduleSection = optimizer.ScheduleSection
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
-    """What is run: where it is kept, for how many optimiser steps, from which seed.
+    """The run itself: its directory, number of optimiser steps and seed.
 
-    The `name` `auto` stands for one that tells what was chosen (`naming.py`), and `dir` follows the name.
-    `init_from` names another run's directory, or one of its checkpoints, whose weights a new run begins with.
-    `max_minutes` (0: none) stops a process in good order when it has run so long, to be started again.
+    With the `name` `auto`, the run is named after its settings (`naming.py`), and `dir` follows the name. `init_from`
+    names the directory or a checkpoint of another run; a new run starts with its weights. After `max_minutes` (0: no
+    limit) a process saves and stops, to be started again.
     """
 
     dir: str
@@ -40,8 +40,8 @@ class RunSection:
 class ModelSection:
     """The decoder's shape. `seq_len` is the number of tokens of one training row (T).
 
-    `partial_rotary_factor` is the share that rotary embedding turns, the first dimensions, of the part of a head that
-    it acts on: of the whole head, of the rotary half (`gta`) or of the rotary part (`mla`).
+    `partial_rotary_factor` is the share of dimensions that rotary embedding rotates, beginning with the first, in the
+    part of a head that it acts on: the whole head, the rotary half (`gta`) or the rotary part (`mla`).
     """
 
     name: str
@@ -65,8 +65,8 @@ class ModelSection:
 class AttentionSection:
     """Attention = base x interaction, computed by one backend of softmax(QK)V.
 
-    `positions`: `rope` turns queries and keys, `alibi` lowers scores by distance, `learned` adds a vector for each
-    place in the row or document to the embedding, `none` leaves the order to the causal mask.
+    `positions`: `rope` rotates queries and keys, `alibi` lowers scores with distance, `learned` adds a vector for each
+    position in the row or document to the embedding, `none` leaves the order to the causal mask.
     """
 
     name: str
@@ -79,10 +79,11 @@ class AttentionSection:
 
 @dataclass(frozen=True, kw_only=True)
 class AuxiliaryLossSection:
-    """A loss that presses on the router towards even loads: `weight` times its value in every layer, 0 for none.
+    """A loss that pushes the router towards balanced loads: `weight` times its value in every layer, 0 for none.
 
-    `scope` is where loads are counted: in each row (`sequence`), in the whole global batch of the step before
-    (`previous_step`), or in each micro-batch (`micro_batch`, which therefore depends on `engine.micro_batch_size`).
+    `scope` is the set of tokens over which loads are counted: each row (`sequence`), the whole global batch of the
+    previous step (`previous_step`), or each micro-batch (`micro_batch`, which therefore depends on
+    `engine.micro_batch_size`).
     """
 
     weight: float = 0.0
@@ -91,12 +92,13 @@ class AuxiliaryLossSection:
 
 @dataclass(frozen=True, kw_only=True)
 class MoeSection:
-    """Mixture of experts: a router, SwiGLU experts without capacity limit, balance without or with auxiliary losses.
+    """Mixture of experts: a router, SwiGLU experts without capacity limit, load balancing with or without auxiliary
+    losses.
 
-    The first `dense_layers` layers have one feed-forward of `dense_width` instead; when all have, `experts` is 0.
-    `shared_experts` always run, beside the routed ones, each of `expert_width`. With `expert_groups` above 1 a token
-    chooses among the experts of its best `top_groups` groups only. `renormalize` divides the chosen scores by their
-    sum. `routing_warmup_steps` blends random scores into the router's until so many steps are done.
+    The first `dense_layers` layers have one feed-forward of `dense_width` instead; if all have, `experts` is 0.
+    `shared_experts` of `expert_width` run for every token, besides the routed ones. With `expert_groups` above 1 a
+    token chooses only among the experts of its best `top_groups` groups. `renormalize` divides the chosen scores by
+    their sum. For the first `routing_warmup_steps` steps, random scores are blended into the router's.
     """
 
     experts: int
@@ -129,7 +131,7 @@ class SourceSection:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseSection:
-    """From sample `start_sample` on the sources have these `weights`, in their order."""
+    """From sample `start_sample` on, the sources have these `weights`, in the same order."""
 
     start_sample: int
     weights: tuple[float, ...]
@@ -164,13 +166,13 @@ class DataSection:
 class EngineSection:
     """How the step is executed: ZeRO stage, precision, micro-batch, recomputation.
 
-    Of these `precision`, `grad_accum_dtype` and `moment_dtype` change results, for they round, and the micro-batch does
-    under `moe.auxiliary_loss.scope: micro_batch` (a resumed run may not change it then). The others change no more than
-    the last bits of a sum.
-    A rank that stands still for `hang_timeout_seconds` (after the first step) ends with its stacks and exit code 75.
-    Every `audit_every` steps (0: never) ranks compare what they hold in common, to find corrupted memory.
-    Under ZeRO 3, groups of `hpz_partition_size` ranks (the GPUs of a node) hold the weights whole a second time.
-    `kernels` selects torch's operators or kernels written in Triton where both exist: `auto` is `torch`.
+    Of these `precision`, `grad_accum_dtype` and `moment_dtype` change results by rounding, and so does the micro-batch
+    under `moe.auxiliary_loss.scope: micro_batch` (a resumed run may not change it then). The others change at most the
+    last bits of a sum. A rank without progress for `hang_timeout_seconds` (after the first step) writes its stacks and
+    ends with exit code 75. Every `audit_every` steps (0: never) ranks compare the values that must be equal on all of
+    them, to detect corrupted memory. Under ZeRO 3, each group of `hpz_partition_size` ranks (the GPUs of a node) holds
+    another copy of the weights. `kernels` selects torch's operators or kernels written in Triton where both exist:
+    `auto` is `torch`.
     """
 
     zero_stage: Literal[1, 2, 3]
@@ -193,9 +195,9 @@ class EngineSection:
 class CheckpointSection:
     """When a checkpoint is written, how, and which are kept. The last step always writes one.
 
-    Besides `every_steps`, one is written `every_minutes` (0: never) after the last. The `keep_last` newest stay, and
-    those of every `keep_every_steps` (0: none). `background` writes while training goes on, from a copy in host memory.
-    Training goes on after a save that failed; `max_failures` in a row end it.
+    Besides `every_steps`, one is written `every_minutes` (0: never) after the last. The `keep_last` newest are kept,
+    and one every `keep_every_steps` (0: none). `background` writes while training continues, from a copy in host
+    memory. Training continues after a failed save; `max_failures` in a row end it.
     """
 
     every_steps: int
@@ -211,7 +213,7 @@ class ResumeSection:
     """How strictly a resumed run is checked against its checkpoint.
 
     `allow_changes` names settings (or whole sections, or `data_content_id`) that may differ from the checkpoint's. With
-    `strict` a checkpoint that does not verify ends the run (exit 4) instead of being passed over for an older one.
+    `strict` a checkpoint that fails verification ends the run (exit 4) instead of being skipped.
     """
 
     allow_changes: tuple[str, ...] = ()
@@ -228,8 +230,10 @@ class ValidationSection:
 
 @dataclass(frozen=True, kw_only=True)
 class RewindSection:
-    """How `stability.policy: rewind` goes back: when a spike has lasted `after` steps, to the newest checkpoint at
-    least `margin` steps before it, leaving out `window` batches from its first step on; `at_most` times a run."""
+    """How `stability.policy: rewind` works: when a spike has lasted `after` steps, the run goes back to the newest
+    checkpoint at least `margin` steps before it, and skips `window` batches from the spike's first step on; at most
+    `at_most` times per run.
+    """
 
     after: int = 11
     margin: int = 100
@@ -239,11 +243,12 @@ class RewindSection:
 
 @dataclass(frozen=True, kw_only=True)
 class StabilitySection:
-    """What to do about bad steps. A non-finite step is never applied; so many in a row end the run (exit 5).
+    """What to do about bad steps. A non-finite step is never applied; `max_nonfinite_steps` in a row end the run (exit
+    5).
 
-    `policy` observe only measures; skip discards flagged steps, at most `max_skips` in a row; rewind goes back; abort
-    ends a run that diverges. `zclip` clips norms that stand out of their own statistics. Every `probe_every` steps
-    (0: only when a spike begins) attention logits and interaction matrices are looked at.
+    The `policy` observe only measures; skip discards flagged steps, at most `max_skips` in a row; rewind goes back;
+    abort ends a run that diverges. `zclip` clips norms that stand out of their own statistics. Every `probe_every`
+    steps (0: only when a spike begins) attention logits and interaction matrices are measured.
     """
 
     policy: Literal["observe", "skip", "rewind", "abort"] = "observe"
@@ -267,7 +272,7 @@ class WandbSection:
 
 @dataclass(frozen=True, kw_only=True)
 class TelemetrySection:
-    """What is shown beside the record. `peak_tflops` (0: look up or measure) is the denominator of MFU."""
+    """What is shown besides the record. `peak_tflops` (0: look up or measure) is the denominator of MFU."""
 
     console: Literal["auto", "lines", "progress", "quiet"] = "auto"
     peak_tflops: float = 0.0
@@ -286,13 +291,13 @@ class ProfileSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSection:
-    """The machine a run is planned for (`kha plan`); training itself asks the machine it is on.
+    """The machine a run is planned for (`kha plan`); training itself uses the machine it runs on.
 
-    Per device: dense peak in `peak_tflops`, `memory_gib` of which `reserved_gib` are not the model's, `price_per_hour`,
-    and the compute `capability` of CUDA, such as 9.0, which decides what kernels can run. Bandwidths are GB a second,
-    one way: `node_bandwidth_gb` of a device to its node of `devices_per_node`, `network_bandwidth_gb` of a device to
-    other nodes, `storage_bandwidth_gb` of all writes. 0 is not known, and judged by nothing. `mfu` and
-    `hours_between_failures` (of one device) are assumptions, to be replaced by what was measured.
+    Per device: dense peak in `peak_tflops`, `memory_gib` of which the model cannot use `reserved_gib`,
+    `price_per_hour`, and the compute `capability` of CUDA, such as 9.0, which decides what kernels can run. Bandwidths
+    are GB a second, one way: `node_bandwidth_gb` of a device to its node of `devices_per_node`, `network_bandwidth_gb`
+    of a device to other nodes, `storage_bandwidth_gb` of all writes. 0 means unknown, and nothing is checked against
+    it. `mfu` and `hours_between_failures` (of one device) are assumptions; replace them with measured values.
     """
 
     name: str
@@ -313,7 +318,7 @@ class ClusterSection:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything a run is made of; what `compose` returns and `<run.dir>/config.yaml` holds."""
+    """The whole configuration of a run, as returned by `compose` and stored in `<run.dir>/config.yaml`."""
 
     run: RunSection
     model: ModelSection

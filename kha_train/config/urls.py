@@ -1,8 +1,8 @@
-"""Credentials inside URLs: what is refused in a configuration and hidden in a text is found by one rule.
+"""Credentials inside URLs. One rule finds what a configuration refuses and what a text hides.
 
-Passwords come as people type them, with the characters that a URL would have to quote: `https://u:pw/x@host`,
-`postgres://u:p@ss@host`. Where a colon stands before the first slash and no port follows it, everything up to the last
-`@` is taken for credentials.
+Passwords are found as people type them, with characters that a URL would have to quote: `https://u:pw/x@host`,
+`postgres://u:p@ss@host`. If a colon before the first slash is not followed by a port, everything up to the last `@`
+counts as credentials.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from kha_train.errors import ConfigError
 
 # JSON may write a slash as \/. A path drops the second slash, as in https:/u:pw@host.
 _START = re.compile(r"(?<=[A-Za-z0-9+.-]):(?:\\*/)+")
-# A quote inside a word ends nothing: it belongs to the password.
+# A quote inside a word ends nothing: it is part of the password.
 _END = re.compile(r"""[\s<>]|["'](?=[\s,;:)\]}]|$)|$""")
 _AUTHORITY = re.compile(r"[^/?#]*")
 _PORT = re.compile(r":\d{1,5}\\*$")
 _NAMED = ("abfs:", "abfss:", "git:", "sftp:", "ssh:", "wasb:", "wasbs:")
-"""Schemes where a single word before the `@` is a container or a user."""
+"""Schemes in which a single word before the `@` is a container or a user."""
 _QUERY = re.compile(r"://[^\s?]*\?")
 
 
@@ -66,8 +66,9 @@ def holds_password(text: str) -> bool:
 
 
 def refuse_credentials(text: str, field: str, *, query: bool = True) -> None:
-    """Raises ConfigError for a URL with a password in the setting `field`, or, with `query`, for one with a query,
-    where signatures and tokens stand."""
+    """Raises ConfigError for a URL with a password in the setting `field` and, with `query`, for one with a query,
+    which may hold signatures and tokens.
+    """
     if holds_password(text) or (query and _QUERY.search(text)):
         raise ConfigError(
             "a URL is written into logs and records, and this one holds a password or a query",
@@ -78,8 +79,9 @@ def refuse_credentials(text: str, field: str, *, query: bool = True) -> None:
 
 
 def refuse_credentials_in(values: object, field: str = "") -> None:
-    """`refuse_credentials` for every text in nested plain values, such as a whole configuration; the query of a URL is
-    refused where the URL names data. Raises ConfigError."""
+    """`refuse_credentials` for every text in nested plain values, such as a whole configuration; a query is refused if
+    the URL names data. Raises ConfigError.
+    """
     if isinstance(values, str):
         refuse_credentials(values, field, query=field.startswith("data."))
     elif isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""Combinations that cannot run, found before anything is built. Each check says what to change."""
+"""Finds combinations that cannot run before anything is built. Each error says what to change."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from kha_train.variants.attention import Partners
 
 MOST_PROFILED_STEPS = 50
 LEAST_FP32 = 2.0**-126
-"""The smallest normal number of fp32: what is smaller counts as 0 in a model."""
+"""The smallest normal number of fp32: smaller numbers count as 0 in a model."""
 
 
 def validate(config: RunConfig, *, to_train: bool = True) -> None:
-    """Everything that can be judged from the configuration alone; without `to_train`, what it takes to read a run that
-    was trained with it, maybe by a release that refused less. Raises ConfigError."""
+    """Every check that needs only the configuration. Without `to_train`, only what is needed to read a run that was
+    trained with it, maybe by a release that refused less. Raises ConfigError.
+    """
     values = to_plain(config)
     refuse_credentials_in(values)
     check_limits(values, upper=to_train)
@@ -38,8 +39,9 @@ def validate(config: RunConfig, *, to_train: bool = True) -> None:
 
 
 def validate_batch(config: RunConfig, world_size: int) -> None:
-    """The global batch must deal out evenly to the ranks and their micro-batches, and the ranks to groups that hold
-    the weights. Raises ConfigError."""
+    """The global batch must divide evenly among the ranks and their micro-batches, and the ranks into groups that hold
+    the weights. Raises ConfigError.
+    """
     if world_size % config.engine.hpz_partition_size:
         raise ConfigError(
             f"{world_size} ranks do not divide into such groups",
@@ -66,19 +68,19 @@ def _run_dir(config: RunConfig) -> None:
             "names no directory", field="run.dir", value=config.run.dir, fix=Settings("run.dir=runs/NAME")
         )
     if config.run.dir.startswith("-"):
-        # Every command that is given this directory would take it for an option.
+        # Every command given this directory would read it as an option.
         fix = Settings(shlex.quote(f"run.dir=./{config.run.dir}"))
-        raise ConfigError("begins with a dash, like an option", field="run.dir", value=config.run.dir, fix=fix)
+        raise ConfigError("starts with a dash, like an option", field="run.dir", value=config.run.dir, fix=fix)
 
 
 def _shares(config: RunConfig) -> None:
     schedule = config.optim.schedule
     for field, value in {"warmup": schedule.warmup, "decay": schedule.decay, "final": schedule.final}.items():
         if not 0 <= value <= 1:
-            raise ConfigError("is a share", field=f"optim.schedule.{field}", value=value, allowed="0 to 1")
+            raise ConfigError("must be a share", field=f"optim.schedule.{field}", value=value, allowed="0 to 1")
     if schedule.name == "wsd" and schedule.warmup + schedule.decay > 1:
         left = 1 - schedule.warmup
-        # The nearest of six digits that leaves no more than the run when it is added.
+        # The nearest number with six digits whose sum does not exceed the run.
         decay = next(share for share in (round(left, 6), round(left - 1e-6, 6)) if schedule.warmup + share <= 1)
         raise ConfigError(
             f"warm-up ({schedule.warmup}) and decay ({schedule.decay}) together exceed the run",
@@ -102,7 +104,7 @@ def _attention(config: RunConfig) -> None:
 
 
 def _without_identity(config: RunConfig) -> ConfigError | None:
-    """Why `optim.interaction_decay=identity` has nothing to decay towards, or None."""
+    """Why `optim.interaction_decay=identity` has no target to decay towards, or None."""
     attention = config.attention
     values = {**attention.base.identities(), **attention.interaction.identities()}
     if config.optim.interaction_decay != "identity" or (values and None not in values.values()):
@@ -119,7 +121,7 @@ def _without_identity(config: RunConfig) -> ConfigError | None:
 
 
 def _layers(config: RunConfig) -> None:
-    """Dense layers need a width, the others experts."""
+    """Dense layers need a width, the others need experts."""
     model, moe = config.model, config.moe
     if moe.dense_layers > model.layers:
         raise ConfigError(f"only {model.layers} layers", field="moe.dense_layers", value=moe.dense_layers)
@@ -152,7 +154,7 @@ def _layers(config: RunConfig) -> None:
 
 
 def _all_dense(config: RunConfig) -> str:
-    """The overrides of a model without experts; its dense layers keep their width where they have one."""
+    """The overrides of a model without experts; its dense layers keep their width if they have one."""
     width = max(config.moe.dense_width, 0) or 4 * config.model.hidden_size
     none = " ".join(f"moe.{name}=0" for name in ("experts", "top_k", "expert_width", "shared_experts"))
     return f"moe.dense_layers={config.model.layers} moe.dense_width={width} {none}"
@@ -179,7 +181,7 @@ def _experts(config: RunConfig) -> None:
 
 
 def _groups(config: RunConfig) -> None:
-    """Groups of equal size, and enough experts in those that are open."""
+    """Groups must have equal size, and the allowed ones enough experts."""
     moe = config.moe
     if moe.experts and moe.experts % moe.expert_groups:
         divisors = [str(n) for n in range(1, moe.experts + 1) if moe.experts % n == 0]
@@ -202,9 +204,10 @@ def _groups(config: RunConfig) -> None:
 
 
 def _router_learns(config: RunConfig) -> None:
-    """The loss of the language model must reach the router through its weights w: where dw/ds is 0 it never learns to
-    choose. An auxiliary or z-loss is no substitute, for it knows loads and logits and no text. One expert needs no
-    choice."""
+    """The language model's loss must reach the router through its weights w: where dw/ds is 0 it never learns to
+    choose. An auxiliary or z-loss is no substitute, because it depends on loads and logits but not on the text. One
+    expert needs no choice.
+    """
     moe = config.moe
     if moe.experts < 2:
         return
@@ -228,11 +231,13 @@ def _router_learns(config: RunConfig) -> None:
 
 
 def _rotary(config: RunConfig) -> None:
-    """What rotary embedding turns is a whole number of pairs, at least one, of the part of a head that it acts on."""
+    """The rotated part must be an even number of dimensions, at least 2, of the part of a head that rotary embedding
+    acts on.
+    """
     factor, base = config.model.partial_rotary_factor, config.attention.base
     if not 0 < factor <= 1 and config.attention.positions != "rope":
         raise ConfigError(
-            "is a share",
+            "must be a share",
             field="model.partial_rotary_factor",
             value=factor,
             allowed="above 0 up to 1",
@@ -252,10 +257,10 @@ def _rotary(config: RunConfig) -> None:
         field, given = f"{section}.{name}", getattr(base, name)
         fix = wider if factor == 1 else f"{wider} model.partial_rotary_factor=1.0"
     raise ConfigError(
-        f"rotary embedding turns pairs of dimensions, and {base.name} would turn {width * factor:g} of {width}",
+        f"rotary embedding rotates pairs of dimensions, and {base.name} would rotate {width * factor:g} of {width}",
         field=field,
         value=given,
-        allowed=f"an even number of turned dimensions, from 2 to {max(width, 2)}",
+        allowed=f"an even number of rotated dimensions, from 2 to {max(width, 2)}",
         fix=Settings(fix),
     )
 
@@ -280,7 +285,7 @@ def _engine(config: RunConfig) -> None:
         )
     if engine.compile == "block" and engine.activation_checkpointing == "selective":
         raise ConfigError(
-            "a compiled block chooses by itself what it keeps",
+            "a compiled block decides by itself what it keeps",
             field="engine.activation_checkpointing",
             value="selective",
             allowed="none, full",
@@ -306,7 +311,7 @@ def _profile(config: RunConfig) -> None:
         )
     if profile.first_step and profile.last_step - profile.first_step >= MOST_PROFILED_STEPS:
         raise ConfigError(
-            "too many steps: a profile stays in memory until its last one",
+            "too many steps: a profile stays in memory until its last step",
             field="profile.last_step",
             value=profile.last_step,
             allowed=f"at most {MOST_PROFILED_STEPS} steps",
@@ -319,23 +324,23 @@ def _data(config: RunConfig) -> None:
     names = [source.name for source in data.sources]
     if bool(data.train) == bool(names):
         raise ConfigError(
-            "one dataset (data.train) or several (data.sources)",
+            "give one dataset (data.train) or several (data.sources)",
             field="data.train",
             value=data.train,
             fix=Settings("data.train=''") if names else "name one: data.train=PATH",
         )
     if len(set(names)) != len(names):
-        raise ConfigError("two sources of one name", field="data.sources", value=names)
+        raise ConfigError("two sources have the same name", field="data.sources", value=names)
     for index, phase in enumerate(data.phases):
         if len(phase.weights) != len(names):
             raise ConfigError(
-                f"one weight for each of {len(names)} sources",
+                f"there must be one weight for each of {len(names)} sources",
                 field=f"data.phases[{index}].weights",
                 value=phase.weights,
             )
     if data.packing == "best_fit" and not data.isolate_documents:
         raise ConfigError(
-            "rows of unrelated documents side by side",
+            "would put unrelated documents side by side in a row",
             field="data.packing",
             value=data.packing,
             fix=either(Settings("data.isolate_documents=true"), Settings("data.packing=concat")),

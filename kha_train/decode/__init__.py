@@ -1,1 +1,1 @@
-"""A trained decoder without its trainer: absorb its interaction, generate with a cache."""
+"""Uses a trained decoder without its trainer: absorbs its interaction, generates with a cache."""

@@ -1,7 +1,8 @@
-"""Multiply an interaction into the projections beside it, for good: the same function with nothing extra to compute.
+"""Multiplies an interaction permanently into the neighbouring projections: the same function without extra computation.
 
-Exact for what is linear between a projection and its norm: KHA-Linear vanishes (KHA eq 8), explicit composition leaves
-its norm of the head outputs at most. The absorbed decoder is an ordinary one of the simpler configuration.
+This is exact for interactions that are linear between a projection and its norm: KHA-Linear vanishes (KHA eq 8), and
+explicit composition leaves at most its norm of the head outputs. The absorbed decoder is an ordinary one with the
+simpler configuration.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def absorbed_config(config: RunConfig) -> RunConfig | None:
 
 @torch.no_grad()
 def absorb(decoder: Decoder) -> Decoder:
-    """A decoder that computes the same and shares every other parameter with `decoder`; `decoder` itself when there is
-    nothing to absorb. Projections are multiplied in at least fp32 and keep their dtype.
+    """A decoder that computes the same function and shares all other parameters with `decoder`; `decoder` itself when
+    there is nothing to absorb. Projections are multiplied in at least fp32 and keep their dtype.
 
     Raises ConfigError when the interaction acts on activations and cannot be absorbed.
     """

@@ -1,4 +1,6 @@
-"""Sampling from a trained run: its newest checkpoint, its tokenizer, a forward of one token at a time with a cache."""
+"""Sampling from a trained run: its newest checkpoint, its tokenizer, and forwards of one token at a time with a
+cache.
+"""
 
 # B rows   T tokens   V vocabulary
 
@@ -30,8 +32,9 @@ from kha_train.variants.attention import FoldableOptions
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn: from the smallest set of tokens whose probability reaches `top_p`, sharpened by
-    `temperature` (0: the likeliest token). The same `seed` draws the same tokens."""
+    """How the next token is drawn: from the smallest set of tokens whose probability reaches `top_p`, with
+    `temperature` (below 1 sharpens, 0 takes the most likely token). The same `seed` draws the same tokens.
+    """
 
     tokens: int
     temperature: float = 1.0
@@ -39,21 +42,25 @@ class Sampling:
     seed: int = 0
 
     def invalid(self) -> ConfigError | None:
-        """What is wrong with these settings, or None."""
+        """The error in these settings, or None."""
         if self.tokens < 1:
             return ConfigError("must be at least 1", field="tokens", value=self.tokens)
         if not 0 <= self.temperature < math.inf:
-            return ConfigError("is no temperature", field="temperature", value=self.temperature, allowed="0 or more")
+            return ConfigError(
+                "is not a valid temperature", field="temperature", value=self.temperature, allowed="0 or more"
+            )
         if not -(2**63) <= self.seed < 2**63:
             return ConfigError("out of range", field="seed", value=self.seed, allowed="64 bits")
         if not 0 < self.top_p <= 1:
-            return ConfigError("is a share", field="top_p", value=self.top_p, allowed="above 0, up to 1")
+            return ConfigError("must be a share", field="top_p", value=self.top_p, allowed="above 0, up to 1")
         return None
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A run's decoder, ready to decode, the step it is of, and its tokenizer (None when the data has none)."""
+    """A run's decoder, ready to generate, the step of its checkpoint, and its tokenizer (None when the data has
+    none).
+    """
 
     config: RunConfig
     decoder: Decoder
@@ -62,9 +69,9 @@ class TrainedModel:
 
 
 def load_run(run_dir: Path, report: Callable[[str], None], device: torch.device | None = None) -> TrainedModel:
-    """The newest checkpoint of a run that verifies, its interaction absorbed when it can be, in fp32.
+    """The newest checkpoint of a run that verifies, in fp32, with its interaction absorbed if possible.
 
-    Raises ConfigError (no run, no checkpoint), CheckpointError or DataError (what is there is damaged or lost).
+    Raises ConfigError (no run, no checkpoint), CheckpointError or DataError (damaged or lost files).
     """
     config = decoding_config(load(run_dir / "config.yaml"))
     check_not_lost(run_dir)
@@ -78,8 +85,9 @@ def load_run(run_dir: Path, report: Callable[[str], None], device: torch.device 
 
 
 def decoding_config(config: RunConfig) -> RunConfig:
-    """The same function, computed as decoding needs it: an attention backend that takes fewer queries than keys, and no
-    fold, whose cost would be paid again for every token; torch's operators and experts that run on every device."""
+    """The same function, configured for decoding: an attention backend that supports fewer queries than keys; no fold,
+    whose cost would recur for every token; torch's operators, and experts that run on every device.
+    """
     attention, moe = config.attention, config.moe
     if moe.backend == "megablocks":
         moe = replace(moe, backend="loop")
@@ -92,10 +100,10 @@ def decoding_config(config: RunConfig) -> RunConfig:
 
 @torch.no_grad()
 def generate(decoder: Decoder, prompt_BT: Tensor, sampling: Sampling, stop: int | None = None) -> Iterator[Tensor]:
-    """The next token of every row, int64 [B] each, until `sampling.tokens` are drawn or every row has drawn `stop`;
-    a row that has goes on with it.
+    """The next token of every row, int64 [B] each, until `sampling.tokens` are drawn or every row has drawn `stop`; a
+    finished row keeps yielding `stop`.
 
-    Raises ConfigError when the settings are wrong, or prompt and new tokens are longer than `model.seq_len`.
+    Raises ConfigError for wrong settings, or when prompt and new tokens are longer than `model.seq_len`.
     """
     longest = decoder.config.model.seq_len
     problem = sampling.invalid() or _too_long(prompt_BT.shape[1], sampling.tokens, longest)
@@ -117,14 +125,16 @@ def generate(decoder: Decoder, prompt_BT: Tensor, sampling: Sampling, stop: int 
 
 
 def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """One token of each row, int64 [B], by `sampling`. Raises DivergedError where the model has lost its numbers."""
-    # An infinite logit below is a token that is never drawn.
+    """One token for each row, int64 [B], drawn by `sampling`. Raises DivergedError when the model's logits are not
+    finite.
+    """
+    # A token with logit -inf is never drawn.
     if not torch.isfinite(logits_BV.amax(dim=-1)).all():
-        fix = "an older checkpoint may be sound: `kha checkpoint list`, `kha spikes`"
-        raise DivergedError("the model's logits are not finite numbers", field="checkpoint", fix=fix)
+        fix = "an older checkpoint may be intact: `kha checkpoint list`, `kha spikes`"
+        raise DivergedError("the model's logits are not finite", field="checkpoint", fix=fix)
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
-    # The largest is 0 whatever it is divided by, so that the smallest temperature has a softmax too.
+    # After subtraction the largest logit is 0, so the softmax exists for any temperature.
     below_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)).double() / sampling.temperature
     probability_BV, token_BV = below_BV.to(logits_BV.dtype).softmax(dim=-1).sort(dim=-1, descending=True)
     before_BV = probability_BV.cumsum(dim=-1) - probability_BV
@@ -134,7 +144,7 @@ def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> T
 
 
 def encode_prompt(model: TrainedModel, text: str, ids: list[int], rows: int) -> Tensor:
-    """The prompt as ids, int64 [rows, T], from text or from `ids`; an empty text starts a document.
+    """The prompt as ids, int64 [rows, T], from text or from `ids`; an empty text starts a new document.
 
     Raises ConfigError when the run has no tokenizer for a text, an id is not in the vocabulary, or nothing is left.
     """
@@ -148,7 +158,9 @@ def encode_prompt(model: TrainedModel, text: str, ids: list[int], rows: int) -> 
     vocabulary = model.config.model.vocab_size
     outside = [number for number in ids if not 0 <= number < vocabulary]
     if not ids:
-        raise ConfigError("empty, and the tokenizer has no id to start with", field="prompt", fix="give a text")
+        raise ConfigError(
+            "empty, and the tokenizer has no id to start a document with", field="prompt", fix="give a text"
+        )
     if outside:
         raise ConfigError("not in the vocabulary", field="prompt", value=outside, allowed=between(0, vocabulary - 1))
     return torch.tensor(ids).expand(rows, -1)

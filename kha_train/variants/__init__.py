@@ -1,1 +1,3 @@
-"""What a variant or an optimiser says about itself: options, counts, registry. No torch, and nothing of a run."""
+"""What variants and optimisers declare about themselves: options, counts, registry. No torch, and nothing about a
+run.
+"""

@@ -1,8 +1,8 @@
-"""The contract of an attention variant's options: the header, free of torch, of what `kha_train/model/attention` makes.
+"""The contract of an attention variant's options: the torch-free header of the modules in `kha_train/model/attention`.
 
-Each class holds the fields a variant takes, says itself what is wrong with them or with its partners, and counts what
-one layer of it holds and costs. A multiplication and an addition are two operations; only matrix products are counted.
-The variants that come with the package have theirs in `bases.py` and `interactions.py`.
+Each class holds the fields of a variant, checks them and its partners, and counts what one layer of it holds and costs.
+A multiplication and an addition are two operations; only matrix products are counted. The variants that come with the
+package have theirs in `bases.py` and `interactions.py`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ Positions = Literal["rope", "alibi", "learned", "none"]
 
 
 class HeadShape(NamedTuple):
-    """What an attention base tells an interaction about its heads: how many of each kind, and how wide. `latent`: keys
-    and values are never made at inference; `tied`: keys and values are one state, which counts as the values."""
+    """What an attention base tells an interaction about its heads: the number of each kind, and their width. `latent`:
+    keys and values are never computed at inference; `tied`: keys and values are one state, which counts as the values.
+    """
 
     query_heads: int
     kv_heads: int
@@ -32,17 +33,18 @@ class HeadShape(NamedTuple):
     tied: bool = False
 
     def count(self, projection: Projection) -> int:
-        """How many heads the projection makes."""
+        """Number of heads of the projection."""
         return self.query_heads if projection == "q" else self.kv_heads
 
     def width(self, projection: Projection) -> int:
-        """How wide each of them is."""
+        """Width of each of them."""
         return self.value_width if projection == "v" else self.key_width
 
 
 class InputWidths(NamedTuple):
-    """How many numbers the projection of each kind reads, and how many the output projection writes: what it costs to
-    multiply a matrix into its weight."""
+    """The number of inputs of each projection, and the number of outputs of the output projection: they determine the
+    cost of multiplying a matrix into its weight.
+    """
 
     q: int
     k: int
@@ -51,7 +53,7 @@ class InputWidths(NamedTuple):
 
 
 class Partners(NamedTuple):
-    """What an attention base works with: the settings beside its own that it may refuse."""
+    """Other settings that an attention base may refuse to work with."""
 
     qk_norm: QkNorm
     positions: Positions
@@ -64,13 +66,13 @@ class BaseOptions(ABC):
     """What every attention base has: its registry name and the shape of its queries. The counts are for one layer."""
 
     turns_whole_heads: ClassVar[bool] = False
-    """Whether queries and keys are normalised and turned as they are: one kernel can do both."""
+    """Whether queries and keys are normalised and rotated as whole heads, so that one kernel can do both."""
     name: str
     query_heads: int
     head_dim: int
 
     def invalid(self) -> ConfigError | None:
-        """What is wrong with these options, or None."""
+        """The error in these options, or None."""
         if self.query_heads < 1:
             return ConfigError("must be at least 1", field="attention.base.query_heads", value=self.query_heads)
         if self.head_dim < 1:
@@ -78,11 +80,13 @@ class BaseOptions(ABC):
         return None
 
     def conflict(self, partners: Partners) -> ConfigError | None:
-        """Which of its partners this base cannot work with, or None."""
+        """The setting that this base cannot work with, or None."""
         return None
 
     def rotary_width(self) -> int:
-        """The width of the part of a query or key that rotary embedding acts on. `turned_dimensions` is what turns."""
+        """The width of the part of a query or key that rotary embedding acts on. `turned_dimensions` of it are
+        rotated.
+        """
         return self.head_dim
 
     def rotary_setting(self, width: int) -> tuple[str, int]:
@@ -90,7 +94,7 @@ class BaseOptions(ABC):
         return "head_dim", width
 
     def identities(self) -> Mapping[str, float | None]:
-        """The matrices by which this base lets heads exchange information, by name, as in `InteractionOptions`."""
+        """The matrices through which this base lets heads exchange information, by name, as in `InteractionOptions`."""
         return {}
 
     def input_widths(self, hidden_size: int) -> InputWidths:
@@ -98,12 +102,13 @@ class BaseOptions(ABC):
         return InputWidths(hidden_size, hidden_size, hidden_size, hidden_size)
 
     def token_flops(self, hidden_size: int) -> int:
-        """Operations for one token, forward, without scores and weighted sum."""
+        """Operations per token, forward, without scores and weighted sum."""
         return 2 * self.parameters(hidden_size)
 
     def saved_numbers(self, qk_norm: QkNorm) -> int:
-        """Numbers that the backward needs of every token between the projections and the kernel, an interaction's left
-        out: a norm keeps its input, the normalised input and a number for each head."""
+        """Numbers per token that the backward needs between the projections and the kernel, without those of an
+        interaction: a norm keeps its input, the normalised input and one number per head.
+        """
         heads = self.heads()
         if qk_norm == "none":
             return 0
@@ -111,33 +116,36 @@ class BaseOptions(ABC):
         return 2 * heads.key_width * (heads.query_heads + heads.kv_heads) + scales
 
     def saved_score_copies(self, width: int) -> int:
-        """How often the backward needs all scores beside the weights of the softmax, in a dtype of `width` bytes."""
+        """How many copies of all scores the backward needs besides the weights of the softmax, in a dtype of `width`
+        bytes.
+        """
         return 0
 
     @abstractmethod
     def heads(self) -> HeadShape:
-        """The heads that an interaction meets."""
+        """The heads that an interaction acts on."""
 
     @abstractmethod
     def parameters(self, hidden_size: int) -> int:
-        """Parameters of all its matrices."""
+        """Number of parameters of all its matrices."""
 
     @abstractmethod
     def norm_parameters(self, qk_norm: QkNorm) -> int:
-        """Parameters of the norms inside the attention."""
+        """Number of parameters of the norms inside the attention."""
 
     @abstractmethod
     def pair_flops(self) -> int:
-        """Operations for one query token and one token it attends to, over all heads: scores and weighted sum."""
+        """Operations for one query token and one attended token, over all heads: scores and weighted sum."""
 
     @abstractmethod
     def cache_numbers(self) -> int:
-        """Numbers that decoding keeps for every token seen."""
+        """Numbers that decoding keeps per earlier token."""
 
 
 class Implementation(NamedTuple):
-    """How an interaction is computed, `eager`, `folded` or `triton`, and why that one was taken; `folded` says whether
-    a part of it is multiplied into the weights beside it."""
+    """How an interaction is computed, `eager`, `folded` or `triton`, and the reason; `folded` says whether a part of it
+    is multiplied into neighbouring weights.
+    """
 
     name: str
     why: str
@@ -151,81 +159,84 @@ class InteractionOptions:
     name: str
 
     def invalid(self) -> ConfigError | None:
-        """What is wrong with these options, or None."""
+        """The error in these options, or None."""
         return None
 
     def refuses(self, base: BaseOptions) -> str | None:
-        """Why this interaction cannot sit on `base`, in words a user can act on; None when it can."""
+        """Why this interaction does not work on `base`, in words that help the user; None when it does."""
         return None
 
     def identities(self) -> Mapping[str, float | None]:
-        """The matrices through which heads exchange information, by name: the diagonal with which each, zero elsewhere,
-        leaves heads unchanged, or None where there is no such value. The module that owns one declares it with
-        `DeclaredModule.declare_interaction`."""
+        """The matrices through which heads exchange information, by name: the value on the diagonal (zero elsewhere) at
+        which each leaves heads unchanged, or None where there is none. The module that owns one declares it with
+        `DeclaredModule.declare_interaction`.
+        """
         return {}
 
     def parameters(self, heads: HeadShape) -> int:
-        """Its parameters."""
+        """Number of its parameters."""
         return 0
 
     def flops(self, heads: HeadShape) -> int:
-        """Operations for one token, forward, as the definition computes it."""
+        """Operations per token, forward, as the definition computes it."""
         return 0
 
     def cache_numbers(self, heads: HeadShape) -> int:
-        """Numbers that decoding keeps for every token seen beside those of the base: none where heads meet before keys
-        and values are kept, or after they are read."""
+        """Numbers that decoding keeps per earlier token, besides those of the base: none where heads exchange
+        information before keys and values are stored, or after they are read.
+        """
         return 0
 
     def saved_numbers(self, heads: HeadShape, way: Implementation) -> int:
-        """Numbers that the backward needs of every token beside those of the base and its kernel."""
+        """Numbers per token that the backward needs besides those of the base and its kernel."""
         return 0
 
     def strides_values(self) -> bool:
-        """Whether, unfolded, it leaves values in a layout that fused kernels do not take."""
+        """Whether, unfolded, it leaves values in a layout that fused kernels do not support."""
         return False
 
     def warnings(self) -> list[str]:
-        """What is allowed but costs more than its user may expect."""
+        """Warnings about settings that are allowed but cost more than a user may expect."""
         return []
 
     def absorbed(self) -> InteractionOptions | None:
-        """What is left of the interaction once its matrices are multiplied into the projections; None when they cannot
-        be."""
+        """What remains of the interaction once its matrices are multiplied into the projections; None when they cannot
+        be.
+        """
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoldableOptions(InteractionOptions, ABC):
-    """An interaction that may be multiplied into the weights of the projections beside it.
+    """An interaction that can be multiplied into the weights of the neighbouring projections.
 
     `impl`: `eager` is the definition, on activations; `folded` is the same function with the same gradients, computed
     on weights, whose cost does not depend on the number of tokens; `triton` folds what can be folded and computes the
-    rest in one kernel, where there is one; `auto` takes the cheaper of the first two, or the kernel with
+    rest in one kernel, if there is one; `auto` selects the cheaper of the first two, or the kernel with
     `engine.kernels: triton`. Only the speed differs.
     """
 
     impl: Literal["auto", "eager", "folded", "triton"] = "auto"
 
     def unfoldable(self, heads: HeadShape) -> str | None:
-        """Why it cannot be folded on such heads, or None."""
+        """Why it cannot be folded on these heads, or None."""
         return None
 
     def without_kernel(self, heads: HeadShape) -> str | None:
-        """Why there is no kernel for it on such heads, or None."""
+        """Why it has no kernel on these heads, or None."""
         return "nothing is left to compute once it is folded, so it has no kernel"
 
     @abstractmethod
     def saved_flops(self, heads: HeadShape) -> int:
-        """Operations for one token that folding spares."""
+        """Operations per token that folding saves."""
 
     @abstractmethod
     def fold_flops(self, heads: HeadShape, inputs: InputWidths) -> int:
-        """Operations for one forward that folding costs."""
+        """Operations per forward that folding costs."""
 
     @abstractmethod
     def folded_numbers(self, heads: HeadShape, inputs: InputWidths) -> int:
-        """Numbers of the weights that folding makes."""
+        """Number of elements of the folded weights."""
 
     def refuses(self, base: BaseOptions) -> str | None:
         """An explicit `folded` or `triton` must be possible."""
@@ -236,7 +247,7 @@ class FoldableOptions(InteractionOptions, ABC):
         return super().refuses(base)
 
     def implementation(self, heads: HeadShape, inputs: InputWidths, tokens: int, kernels: str) -> Implementation:
-        """The implementation for forwards of so many tokens, under `engine.kernels`."""
+        """The implementation for forwards of this many tokens, under `engine.kernels`."""
         unfoldable = self.unfoldable(heads)
         if self.impl in ("eager", "folded"):
             return Implementation(self.impl, "chosen by attention.interaction.impl", self.impl == "folded")

@@ -1,4 +1,6 @@
-"""What each backend of softmax(QK)V can do, so that a configuration is judged without torch and without a device."""
+"""What each backend of softmax(QK)V supports, so that a configuration can be checked without torch and without a
+device.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,10 @@ BackendName = Literal["auto", "sdpa", "eager", "cudnn", "varlen", "flash_attn"]
 
 @dataclass(frozen=True)
 class Traits:
-    """`cuda`: runs on CUDA alone, in half precision; `splits`: keeps documents of one row apart; `biased`: adds a bias
-    to the scores, which ALiBi needs; `packed`: reads the borders of documents and needs no mask; `oldest`: the least
-    compute capability of CUDA; `only`: the one it is used on."""
+    """`cuda`: runs only on CUDA, in half precision; `splits`: keeps documents of one row apart; `biased`: adds a bias
+    to the scores, which ALiBi needs; `packed`: reads the borders of documents and needs no mask; `oldest`: the minimum
+    compute capability of CUDA; `only`: the only one it is used on.
+    """
 
     cuda: bool = False
     splits: bool = True

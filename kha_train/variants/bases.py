@@ -1,4 +1,4 @@
-"""Options of the attention bases that come with the package. Their counts are the formulas of docs/attention.md."""
+"""Options of the package's own attention bases. Their counts are the formulas of docs/attention.md."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class GroupedQueryOptions(BaseOptions):
     kv_heads: int
 
     def invalid(self) -> ConfigError | None:
-        """Query heads must deal out evenly to the key/value heads."""
+        """Query heads must divide evenly among the key/value heads."""
         divisors = [n for n in range(1, self.query_heads + 1) if self.query_heads % n == 0]
         if self.kv_heads not in divisors:
             return ConfigError(
@@ -60,7 +60,7 @@ class GroupedTiedOptions(GroupedQueryOptions):
     turns_whole_heads: ClassVar[bool] = False
 
     def conflict(self, partners: Partners) -> ConfigError | None:
-        """The rotary key has no meaning without rotation, and its norm is its own."""
+        """The rotary key needs rotation, and it has its own norm."""
         if partners.qk_norm == "full_width":
             return ConfigError(
                 "a tied key has no full width: half of it is shared by all heads",
@@ -104,8 +104,9 @@ class GroupedTiedOptions(GroupedQueryOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class LatentOptions(BaseOptions):
-    """Multi-head latent attention (MLA): keys and values are made from one latent of `latent_width`; beside it stands a
-    rotary key of `rotary_dim`, one for all heads. `query_latent_width` above 0 makes queries from a latent too."""
+    """Multi-head latent attention (MLA): keys and values are computed from one latent of `latent_width`, and one rotary
+    key of `rotary_dim` serves all heads. With `query_latent_width` above 0, queries are computed from a latent too.
+    """
 
     latent_width: int
     rotary_dim: int
@@ -122,7 +123,7 @@ class LatentOptions(BaseOptions):
         return super().invalid()
 
     def conflict(self, partners: Partners) -> ConfigError | None:
-        """A norm between latent and score would keep decoding from attending to the latents themselves."""
+        """A norm between latent and score would prevent decoding from attending to the latents themselves."""
         if partners.qk_norm != "none":
             return ConfigError(
                 "mla normalises its latents; a norm of its keys could not be absorbed when decoding",
@@ -145,7 +146,7 @@ class LatentOptions(BaseOptions):
         return HeadShape(self.query_heads, self.query_heads, self.head_dim, self.head_dim, latent=True)
 
     def input_widths(self, hidden_size: int) -> InputWidths:
-        """Keys and values are made from the latent, and queries may be."""
+        """Keys and values are computed from the latent, and queries may be."""
         return InputWidths(self.query_latent_width or hidden_size, self.latent_width, self.latent_width, hidden_size)
 
     def parameters(self, hidden_size: int) -> int:
@@ -175,8 +176,9 @@ class LatentOptions(BaseOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TalkingHeadsOptions(GroupedQueryOptions):
-    """Talking-heads attention: scores and weights are mixed across heads. All scores are held, so rows are bounded by
-    `max_tokens`."""
+    """Talking-heads attention: scores and weights are mixed across heads. All scores are in memory, so rows are limited
+    to `max_tokens`.
+    """
 
     max_tokens: int = 2048
 
@@ -194,7 +196,7 @@ class TalkingHeadsOptions(GroupedQueryOptions):
                 f"talking_heads holds all scores of a row, and is kept to attention.base.max_tokens={self.max_tokens}",
                 field="model.seq_len",
                 value=partners.seq_len,
-                fix="shorten the rows, or raise attention.base.max_tokens when the memory is there",
+                fix="shorten the rows, or raise attention.base.max_tokens if there is enough memory",
             )
         return None
 
@@ -207,11 +209,11 @@ class TalkingHeadsOptions(GroupedQueryOptions):
         return super().parameters(hidden_size) + 2 * self.query_heads**2
 
     def token_flops(self, hidden_size: int) -> int:
-        """The mixes cost by pairs of tokens."""
+        """The cost of the mixes depends on pairs of tokens."""
         return 2 * super().parameters(hidden_size)
 
     def saved_score_copies(self, width: int) -> int:
-        """The scores before they are mixed and, unless softmax's own copy serves, the weights before they are."""
+        """The scores before mixing and, unless softmax's own copy serves, the weights before mixing."""
         return 1 if width == 4 else 2
 
     def pair_flops(self) -> int:

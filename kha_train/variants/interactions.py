@@ -1,4 +1,4 @@
-"""Options of the head interactions that come with the package. Their counts are the formulas of docs/attention.md."""
+"""Options of the package's own head interactions. Their counts are the formulas of docs/attention.md."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from kha_train.variants.attention import (
 )
 
 KERNEL_WIDTHS = (16, 32, 64, 128)
-"""Widths of heads that kernels written in Triton take."""
+"""Head widths that the Triton kernels support."""
 TIED = "a tied base has no keys of its own (values and half of the keys are one state, reached as v)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixInit:
-    """How the square matrices of an interaction start.
+    """The initial values of an interaction's square matrices.
 
     `identity`: at the values that leave heads unchanged. `scaled_identity`: at `scale` times these, so that the
-    diagonal of every matrix but a gate is `scale`. `random`: normal with deviation `scale` / sqrt(width), so that a
-    vector leaves such a matrix as large as it came, times `scale`.
+    diagonal of every matrix but a gate is `scale`. `random`: normal with deviation `scale` / sqrt(width), so that the
+    product with a vector has the vector's size times `scale`.
 
-    `scale` is not used by `identity`. Papers start from the identity; the others are for studies of it.
+    `scale` is not used by `identity`. Papers start from the identity; the others are for studies.
     """
 
     kind: Literal["identity", "scaled_identity", "random"] = "identity"
@@ -48,7 +48,9 @@ class KnockingOptions(InteractionOptions):
     """Knocking-heads: matrices shared by all heads of a kind, on any of the projections q, k, v (KHA eq 5-9)."""
 
     matrices: ClassVar[dict[str, float]]
-    """The matrices of one projection, by name, each with its diagonal where heads pass unchanged (0 for a gate)."""
+    """The matrices of one projection, by name, each with the diagonal value at which heads pass unchanged (0 for a
+    gate).
+    """
     saved: ClassVar[int]
     """Copies of a projection that the backward needs."""
     projections: tuple[Projection, ...]
@@ -77,7 +79,7 @@ class KnockingOptions(InteractionOptions):
         return sum(2 * len(self.matrices) * heads.count(p) * heads.width(p) ** 2 for p in self.projections)
 
     def saved_numbers(self, heads: HeadShape, way: Implementation) -> int:
-        """What the maps read and make on the way."""
+        """The inputs and intermediate results of the maps."""
         return sum(self.saved * heads.count(p) * heads.width(p) for p in self.projections)
 
 
@@ -89,11 +91,11 @@ class KnockingLinearOptions(KnockingOptions, FoldableOptions):
     saved: ClassVar[int] = 1
 
     def saved_numbers(self, heads: HeadShape, way: Implementation) -> int:
-        """Nothing for a token when folded."""
+        """Nothing per token when folded."""
         return 0 if way.folded else super().saved_numbers(heads, way)
 
     def folded_numbers(self, heads: HeadShape, inputs: InputWidths) -> int:
-        """The projections' weights."""
+        """The weights of the projections."""
         return sum(heads.count(p) * heads.width(p) * getattr(inputs, p) for p in self.projections)
 
     def saved_flops(self, heads: HeadShape) -> int:
@@ -111,10 +113,10 @@ class KnockingLinearOptions(KnockingOptions, FoldableOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class _NonLinearOptions(KnockingOptions):
-    """Knocking that acts on activations between a projection and the scores, or between values and output."""
+    """Knocking variants that act on activations between a projection and the scores, or between values and output."""
 
     def refuses(self, base: BaseOptions) -> str | None:
-        """Latent attention never makes keys and values at inference."""
+        """Latent attention never computes keys and values at inference."""
         if base.heads().latent:
             return (
                 "mla attends to its latent when decoding and never makes keys and values; a non-linear map between "
@@ -135,14 +137,16 @@ class KnockingMlpOptions(_NonLinearOptions, FoldableOptions):
     saved: ClassVar[int] = 4
 
     def saved_numbers(self, heads: HeadShape, way: Implementation) -> int:
-        """Input, up, gate and what down reads; folded, that is the value itself. The kernel keeps its input alone."""
+        """Input, up, gate and the input of down; folded, the last is the value itself. The kernel keeps only its
+        input.
+        """
         if way.name == "triton":
             return sum(heads.count(p) * heads.width(p) for p in self.projections)
         spared = heads.count("v") * heads.value_width if way.folded else 0
         return super().saved_numbers(heads, way) - spared
 
     def folded_numbers(self, heads: HeadShape, inputs: InputWidths) -> int:
-        """The output projection's weight."""
+        """The weight of the output projection."""
         return heads.query_heads * heads.value_width * inputs.output
 
     def unfoldable(self, heads: HeadShape) -> str | None:
@@ -154,12 +158,12 @@ class KnockingMlpOptions(_NonLinearOptions, FoldableOptions):
         return None
 
     def without_kernel(self, heads: HeadShape) -> str | None:
-        """The kernel holds whole matrices on the chip, in tiles of the tensor cores."""
+        """The kernel holds whole matrices on the chip, in tensor-core tiles."""
         odd = sorted({heads.width(p) for p in self.projections} - set(KERNEL_WIDTHS))
         if not odd:
             return None
         takes = ", ".join(map(str, KERNEL_WIDTHS))
-        return f"the kernel takes heads of {takes} dimensions, and these have {', '.join(map(str, odd))}"
+        return f"the kernel supports heads of {takes} dimensions, and these have {', '.join(map(str, odd))}"
 
     def saved_flops(self, heads: HeadShape) -> int:
         """The down product of v."""
@@ -207,7 +211,7 @@ class ExplicitOptions(FoldableOptions):
     init: MatrixInit = field(default_factory=MatrixInit)
 
     def invalid(self) -> ConfigError | None:
-        """Keys and values are composed, queries are not; something must be done at all."""
+        """Only keys and values are composed, and something must be done at all."""
         if "q" in self.compose:
             return ConfigError(
                 "queries are not composed (MEA eq 11)", field="attention.interaction.compose", allowed="k, v"
@@ -228,7 +232,7 @@ class ExplicitOptions(FoldableOptions):
         return super().refuses(base)
 
     def identities(self) -> Mapping[str, float]:
-        """The compositions; the norm of the outputs is not among them, for heads do not exchange information in it."""
+        """The compositions. The norm of the outputs is not among them, because heads exchange no information in it."""
         return dict.fromkeys(self.compose, 1.0)
 
     def parameters(self, heads: HeadShape) -> int:
@@ -240,20 +244,20 @@ class ExplicitOptions(FoldableOptions):
         return sum(2 * heads.kv_heads**2 * heads.width(p) for p in self.compose)
 
     def saved_numbers(self, heads: HeadShape, way: Implementation) -> int:
-        """What is composed, unless folded, and the norm's normalised input and output."""
+        """The composed tensors, unless folded, and the norm's normalised input and output."""
         composed = 0 if way.folded else sum(heads.kv_heads * heads.width(p) for p in self.compose)
         return composed + (heads.query_heads * (2 * heads.value_width + 1) if self.head_norm else 0)
 
     def strides_values(self) -> bool:
-        """A product over heads puts the heads last."""
+        """A product over heads puts the heads last in memory."""
         return "v" in self.compose
 
     def folded_numbers(self, heads: HeadShape, inputs: InputWidths) -> int:
-        """The projections' weights."""
+        """The weights of the projections."""
         return sum(heads.kv_heads * heads.width(p) * getattr(inputs, p) for p in self.compose)
 
     def unfoldable(self, heads: HeadShape) -> str | None:
-        """Norm and rotation stand between the projection and what is composed."""
+        """Norm and rotation lie between the projection and what is composed."""
         return "keys are composed after norm and rotation" if self.mix_after_rope else None
 
     def saved_flops(self, heads: HeadShape) -> int:
@@ -277,7 +281,7 @@ def _each_once(field_name: str, chosen: tuple[Projection, ...]) -> ConfigError |
     if chosen and len(set(chosen)) == len(chosen):
         return None
     return ConfigError(
-        "name each projection once",
+        "give each projection once",
         field=f"attention.interaction.{field_name}",
         value=list(chosen),
         allowed="a non-empty choice of q, k, v",

@@ -1,7 +1,7 @@
-"""The contract of an optimiser's options: the header, free of torch, of what `kha_train/optim` steps with.
+"""The contract of an optimiser's options: the torch-free header of the optimisers in `kha_train/optim`.
 
-Each class holds the fields an optimiser takes, names the states it keeps for every parameter and says itself what is
-wrong with its fields. Checkpoints, the memory plan and resume ask here, and know no optimiser by name.
+Each class holds the fields of an optimiser, checks them, and names the states that are kept for every parameter.
+Checkpoints, the memory plan and resume use these declarations, and know no optimiser by name.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import ClassVar, Literal
 from kha_train.errors import ConfigError, Settings, either
 
 MASTER = "master"
-"""The kind of an fp32 weight, beside the states of the optimiser."""
+"""The kind of the fp32 weights, besides the states of the optimiser."""
 MASTER_BYTES = 4
 STATE_BYTES = {"fp32": 4, "bf16": 2}
-"""Of one number of a state, by `engine.moment_dtype`."""
+"""Bytes per element of a state, by `engine.moment_dtype`."""
 MOST_BETA2_IN_BF16 = 0.99
-"""bf16 has 8 bits: what moves by less than 1/256 of itself is rounded back to where it was."""
+"""bf16 has 8 significant bits: a change of less than 1/256 is rounded away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +35,16 @@ class ScheduleSection:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSection:
-    """What every optimiser has; `name` selects one, which adds fields of its own (see `registry.py`).
+    """The fields of every optimiser; `name` selects one, which adds its own fields (see `registry.py`).
 
-    Weight decay is decoupled and applies to matrices; the global gradient norm is clipped to `grad_clip`.
-    The matrices through which heads exchange information (of an interaction, the mixes of `talking_heads`) decay by
-    `weight_decay` towards `zero` or towards the `identity`, the values that leave heads unchanged (0 for a gate), or do
-    not decay (`none`). Their learning rate is `interaction_lr_scale` times that of the others.
+    Weight decay is decoupled and applies to matrices; the global gradient norm is clipped to `grad_clip`. The matrices
+    through which heads exchange information (of an interaction, the mixes of `talking_heads`) decay by `weight_decay`
+    towards `zero` or towards the `identity`, the values that leave heads unchanged (0 for a gate), or do not decay
+    (`none`). Their learning rate is `interaction_lr_scale` times that of the others.
     """
 
     states: ClassVar[tuple[str, ...]] = ()
-    """The names of the numbers that the optimiser keeps for each parameter, as checkpoints name them."""
+    """The names of the states that the optimiser keeps for each parameter, as checkpoints use them."""
     name: str = "adamw"
     lr: float
     weight_decay: float = 0.1
@@ -55,7 +55,7 @@ class OptimSection:
 
     @classmethod
     def kinds(cls) -> tuple[str, ...]:
-        """What a checkpoint holds of each parameter: the fp32 master and every state."""
+        """What a checkpoint stores for each parameter: the fp32 master and every state."""
         return (MASTER, *cls.states)
 
     @classmethod
@@ -65,11 +65,11 @@ class OptimSection:
 
     @classmethod
     def widened_bytes(cls, moment_dtype: str) -> int:
-        """Bytes a parameter of the fp32 copies of its states while it is stepped; none where they are fp32."""
+        """Bytes per parameter of the fp32 copies of its states during a step; none if they are stored in fp32."""
         return 0 if moment_dtype == "fp32" else len(cls.states) * STATE_BYTES["fp32"]
 
     def invalid(self) -> ConfigError | None:
-        """What is wrong with these options, or None."""
+        """The error in these options, or None."""
         return None
 
     def refuses_bf16(self) -> ConfigError | None:
@@ -89,15 +89,15 @@ class AdamWOptions(OptimSection):
         """A beta is a decay rate."""
         for beta in self.betas:
             if not 0 <= beta < 1:
-                return ConfigError("is a decay rate", field="optim.betas", value=beta, allowed="0 up to, not with, 1")
+                return ConfigError("must be a decay rate", field="optim.betas", value=beta, allowed="from 0 to below 1")
         return super().invalid()
 
     def refuses_bf16(self) -> ConfigError | None:
-        """A slow second moment."""
+        """A second moment that changes too slowly for bf16."""
         if self.betas[1] <= MOST_BETA2_IN_BF16:
             return None
         return ConfigError(
-            "a second moment that moves by less than 1/256 of itself a step stands still in bf16",
+            "a second moment that changes by less than 1/256 of itself per step does not change at all in bf16",
             field="optim.betas",
             value=list(self.betas),
             allowed=f"a second beta of at most {MOST_BETA2_IN_BF16}",

@@ -1,9 +1,8 @@
-"""Names of attention variants and optimisers -> where their code lives and which options they take. No torch is
-imported here.
+"""Names of attention variants and optimisers -> their code and their options. Imports no torch.
 
-A new one is a file with its code and its options, a YAML file under `configs/`, and a line here. The options of those
-that come with the package stand beside this file, so that a configuration is judged without importing torch; others
-may name theirs by path, in the file of their code.
+A new one needs a file with its code and options, a YAML file under `configs/`, and a line here. The options of the
+package's own variants are beside this file, so that a configuration can be checked without importing torch; others may
+name theirs by path, in the file of their code.
 """
 
 from __future__ import annotations
@@ -27,8 +26,9 @@ Options = TypeVar("Options")
 
 @dataclass(frozen=True)
 class Variant(Generic[Options]):
-    """A registered name: `path` is `module:Class`, imported only when it is built; `options` is its dataclass, or the
-    `module:Class` of it, imported when a configuration names the variant."""
+    """A registered name: `path` is `module:Class`, imported only when it is built; `options` is its dataclass, or its
+    `module:Class`, imported when a configuration names the variant.
+    """
 
     path: str
     options: type[Options] | str

@@ -196,8 +196,8 @@ MISTAKES = {
     "a setting without its section": (["lr=1e-3"], "lr", None, None, "did you mean optim.lr?"),
     "a sweep": (["run.steps=1,2"], "run.steps", "1,2", None, "kha sweep run.steps=1,2 --local"),
     "presets of a sweep": (["attention=gqa,mha"], "attention", "gqa,mha", None, "kha sweep attention=gqa,mha --local"),
-    "values without a list": (["optim.lr=interval(0,1)"], "optim.lr", "interval(0,1)", None, "name the values"),
-    "presets without a list": (["attention=glob(*)"], "attention", "glob(*)", None, "name the values"),
+    "values without a list": (["optim.lr=interval(0,1)"], "optim.lr", "interval(0,1)", None, "give the values"),
+    "presets without a list": (["attention=glob(*)"], "attention", "glob(*)", None, "give the values"),
 }
 
 

@@ -146,7 +146,7 @@ def test_without_rotary_embedding_nothing_is_turned_and_the_share_is_not_judged_
     config = tiny("gqa", *settings, "model.partial_rotary_factor=0.3")
     assert turned_by(config) == {()}
     assert build_decoder(config).rotary is None
-    with pytest.raises(ConfigError, match="is a share"):
+    with pytest.raises(ConfigError, match="must be a share"):
         tiny("gqa", *settings, "model.partial_rotary_factor=1.5")
 
 
