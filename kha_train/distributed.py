@@ -1,7 +1,7 @@
-"""Who am I among the ranks, and how do all ranks decide one thing together.
+"""This process among the ranks, and how all ranks decide something together.
 
-torchrun's variables and those of `srun` (one task a rank) are both understood. Every method is collective: all ranks
-call it in the same order. No rank raises alone while others wait.
+Understands torchrun's variables and those of `srun` (one task per rank). Every method is collective: all ranks call it
+in the same order. No rank raises alone while others wait.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-# Its functions keep the world group of the moment of the import as a default, and with it the group's threads for ever:
-# there must not be one yet.
+# Its functions keep the world group from the time of the import as a default, and with it the group's threads forever:
+# import it before a group exists.
 import torch.distributed.nn.functional
 
 from kha_train import errors
@@ -32,17 +32,17 @@ from kha_train.literal import say
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 PATIENCE_SECONDS = 5.0
-"""So long ranks wait for each other before they say so."""
+"""Ranks wait this many seconds for each other before they report it."""
 _MISTAKES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _KINDS = {kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type)}
 
 
 def _nobody_listens() -> None:
-    """The `alive` of a process that nobody watches."""
+    """The default `alive`, for a process without a watchdog."""
 
 
 def ranks_of_node(environ: Mapping[str, str] = os.environ) -> int:
-    """How many ranks share a node, the fullest one where nodes differ: as torchrun or srun say, 1 when neither does."""
+    """How many ranks share a node (the maximum where nodes differ), according to torchrun or srun; 1 without either."""
     told = environ.get("LOCAL_WORLD_SIZE", "")
     if told.isdigit() and int(told):
         return int(told)
@@ -53,11 +53,11 @@ def ranks_of_node(environ: Mapping[str, str] = os.environ) -> int:
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` processes. `device` is where tensors are (cpu for gloo, cuda for nccl); integers and
-    texts travel by `host_group` (gloo), if there is one, so that agreeing never waits for the device.
+    """This process among `size` processes. `device` is where tensors are (cpu for gloo, cuda for nccl). Integers and
+    texts use `host_group` (gloo), if there is one, so that an agreement never waits for the device.
 
-    `life` is a name that only the processes of this start share: what it is written on is not an earlier start's.
-    `alive` is called now and then by slow work that advances, so that a watchdog does not take it for a hang.
+    `life` is a name shared only by the processes of this start; it marks what belongs to this start. Slow work calls
+    `alive` while it makes progress, so that a watchdog does not report a hang.
     """
 
     rank: int = 0
@@ -75,7 +75,7 @@ class World:
 
     @staticmethod
     def from_environment(environ: Mapping[str, str] = os.environ) -> World:
-        """Rank and size as torchrun or srun set them; a single process when neither did, or in a shell of `srun --pty`.
+        """Rank and size as torchrun or srun set them; a single process if neither did, or in a shell of `srun --pty`.
 
         Raises ConfigError when only some of torchrun's variables are set.
         """
@@ -83,7 +83,7 @@ class World:
         if present and len(present) < len(TORCHRUN):
             missing = ", ".join(name for name in TORCHRUN if name not in environ)
             raise ConfigError(
-                f"{', '.join(present)} set but not {missing}", field="environment", fix="start by torchrun"
+                f"{', '.join(present)} set but not {missing}", field="environment", fix="start with torchrun"
             )
         names = TORCHRUN if present else SRUN
         if not present and is_interactive_step(environ):
@@ -125,11 +125,11 @@ class World:
 
     @property
     def _talking_device(self) -> torch.device:
-        """Where what is agreed on lies: beside a host group, a device that has failed is not even asked."""
+        """Where agreed values are stored: with a host group, a failed device is not even used."""
         return torch.device("cpu") if self.host_group else self.device
 
     def broadcast_text(self, text: str, source: int = 0) -> str:
-        """The `text` of rank `source`, on every rank. Bytes travel, never pickles."""
+        """The `text` of rank `source`, on every rank. Transfers bytes, never pickles."""
         if self.size == 1:
             return text
         payload = text.encode()
@@ -141,10 +141,10 @@ class World:
         return bytes(buffer.tolist()).decode()
 
     def raise_together(self, error: BaseException | None) -> None:
-        """Return on all ranks when none brings an error, else raise on all.
+        """Return on all ranks when none has an error, else raise on all.
 
-        Every rank raises the kind of error of the first failing rank, with that rank's words. Of a defect (anything
-        but a KhaError, an OSError, a lack of memory) the failing rank raises what it brought, the others a RankError.
+        Every rank raises the kind of error of the first failing rank, with that rank's message. For a bug (anything but
+        a KhaError, an OSError, a lack of memory) the failing rank raises its own exception, the others a RankError.
         """
         first_failing = self.size - self.max_ints(0 if error is None else self.size - self.rank)[0]
         if first_failing == self.size:
@@ -157,14 +157,15 @@ class World:
             found if self.rank == first_failing else _KINDS[kind](f"rank {first_failing}: {words}")
         )
         assert agreed is not None
-        vars(agreed)["agreed"] = True  # a defect's class has no such field
+        vars(agreed)["agreed"] = True  # the class of a bug has no such field
         raise agreed
 
     @contextmanager
     def agreed(
         self, doing: str = "go on", kind: type[KhaError] = MachineError, fix: str | None = None
     ) -> Iterator[None]:
-        """Around local work without collectives: all ranks leave it together, well or with one and the same error.
+        """Around local work without collectives: all ranks leave it together, either successfully or with the same
+        error.
 
         An OSError or a lack of memory in it becomes `kind`: "cannot `doing`: ...; fix: `fix`".
         """
@@ -176,9 +177,9 @@ class World:
 def as_error(
     error: BaseException, doing: str, kind: type[KhaError] = MachineError, fix: str | None = None
 ) -> BaseException:
-    """What the machine raised as an error that says "cannot `doing`"; anything else as it is.
+    """A machine's failure as an error that says "cannot `doing`"; anything else unchanged.
 
-    A file that is missing or forbidden is no failing machine, so it is never a MachineError but a plain KhaError.
+    A missing or forbidden file is not a failing machine, so it becomes a plain KhaError, never a MachineError.
     """
     if not isinstance(error, OSError | MemoryError):
         return error
@@ -189,13 +190,14 @@ def as_error(
 
 
 def is_known_to_all(error: BaseException) -> bool:
-    """Whether all ranks raise `error` together. That a run diverged follows from figures that all have."""
+    """Whether all ranks raise `error` together. Divergence follows from figures that all ranks have."""
     return isinstance(error, DivergedError) or getattr(error, "agreed", False)
 
 
 class Caught:
-    """Keeps any exception of the block in `error` (a defect too: others must not wait for one that is gone). Whoever
-    enters one looks at `error`; KeyboardInterrupt and SystemExit also pass on."""
+    """Keeps any exception of the block in `error` (bugs too: other ranks must not wait for one that is gone). The
+    caller must check `error`. KeyboardInterrupt and SystemExit are also passed on.
+    """
 
     error: BaseException | None = None
 
@@ -210,24 +212,24 @@ class Caught:
 
 
 def is_interactive_step(environ: Mapping[str, str], processes: Path = Path("/proc")) -> bool:
-    """Whether this is a command typed in a shell that `srun --pty` opened: its step has tasks, but nobody starts ranks.
+    """Whether this command was typed in a shell opened by `srun --pty`: its step has tasks, but they are not ranks.
 
-    Steps that are started from such a shell inherit its variables, but their tasks have no terminal.
+    Steps started from such a shell inherit its variables, but their tasks have no terminal.
     """
     if "SLURM_PTY_PORT" not in environ and "SLURM_PTY_WIN_COL" not in environ:
         return False
     if "SLURM_TASK_PID" not in environ:
         return True
     task = processes / environ["SLURM_TASK_PID"] / "stat"
-    # In a container the task may be out of sight; this process has the same terminal.
+    # In a container the task may be invisible; this process has the same terminal.
     stat = task if task.exists() else processes / "self" / "stat"
-    # proc(5): the name may hold blanks and brackets; the terminal is the fifth field after it, 0 for none.
+    # proc(5): the name may hold spaces and parentheses; the terminal is the fifth field after it, 0 for none.
     return stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[4] != "0"
 
 
 @contextmanager
 def _said_when_it_takes_long(world: World) -> Iterator[None]:
-    """Says on standard error what is waited for, when ranks do not meet within `PATIENCE_SECONDS`."""
+    """Reports on standard error what this rank waits for, if ranks do not meet within `PATIENCE_SECONDS`."""
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     text = f"rank {world.rank} waits at {where} until all {world.size} ranks are there"
     if "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -244,13 +246,13 @@ def _said_when_it_takes_long(world: World) -> Iterator[None]:
 
 
 def srun_meeting_point(environ: Mapping[str, str]) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT for ranks that srun started one by one: the first node of the step, a port that
-    follows from the job, its restarts and the step. Empty for all others.
+    """MASTER_ADDR and MASTER_PORT for ranks that srun started one by one: the first node of the step, and a port
+    derived from the job, its restarts and the step. Empty in all other cases.
     """
     nodes = environ.get("SLURM_STEP_NODELIST")
     if not nodes or any(name in environ for name in TORCHRUN):
         return {}
-    # Of r[01-04,7]n[2-3],x1 the first node is r01n2.
+    # In r[01-04,7]n[2-3],x1 the first node is r01n2.
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     assert first is not None, nodes
     numbers = [int(environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")]
@@ -261,9 +263,9 @@ def srun_meeting_point(environ: Mapping[str, str]) -> dict[str, str]:
 def start(device: str, timeout_seconds: float) -> World:
     """Join the process group this process was started for (a group of one when it was started alone).
 
-    `device` is `auto`, `cpu` (gloo) or `cuda` (nccl). Raises ConfigError when CUDA is asked for and absent, when there
-    are more ranks than GPUs on this host, when nobody says where the ranks meet, or when the environment would let
-    pickles run code, which no library in this process may from here on. Close with `stop()`.
+    `device` is `auto`, `cpu` (gloo) or `cuda` (nccl). Raises ConfigError when CUDA is configured but absent, when there
+    are more ranks than GPUs on this host, when the address where ranks connect is unknown, or when the environment
+    would let pickles run code. From here on no library in this process can do so. Close with `stop()`.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("no CUDA device here", field="engine.device", value=device, fix=Settings("engine.device=cpu"))
@@ -272,23 +274,23 @@ def start(device: str, timeout_seconds: float) -> World:
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda and world.local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"local rank {world.local_rank} has no GPU of its own, there are {torch.cuda.device_count()}",
+            f"local rank {world.local_rank} has no GPU of its own; there are {torch.cuda.device_count()}",
             field="engine.device",
             value=device,
-            fix="start one rank a GPU, all GPUs of the host in sight (srun: no --gpus-per-task)",
+            fix="start one rank per GPU, with all GPUs of the host visible (srun: no --gpus-per-task)",
         )
     for name, value in srun_meeting_point(os.environ).items():
         os.environ.setdefault(name, value)
     if world.size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise ConfigError(
-            f"{world.size} ranks and no MASTER_ADDR and MASTER_PORT to meet at",
+            f"{world.size} ranks, but no MASTER_ADDR and MASTER_PORT to connect to",
             field="environment",
-            fix="start by torchrun, or export both (the first node's name and a free port) before srun",
+            fix="start with torchrun, or export both (the first node's name and a free port) before srun",
         )
     where = torch.device("cuda", world.local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(where)
-    # DeepSpeed reads torchrun's variables itself, also where srun or nobody set them.
+    # DeepSpeed reads torchrun's variables itself, even if srun or nobody set them.
     os.environ.update(zip(TORCHRUN, map(str, (world.rank, world.size, world.local_rank)), strict=True))
     timeout = timedelta(seconds=timeout_seconds)
     if not dist.is_initialized():
@@ -296,7 +298,7 @@ def start(device: str, timeout_seconds: float) -> World:
         if world.size == 1:
             store = {"store": dist.HashStore()}  # type: ignore[attr-defined]  # torch exports it without saying so
         backend = "nccl" if use_cuda else "gloo"
-        # One rank a node is enough to say it.
+        # One rank per node is enough to report it.
         with _said_when_it_takes_long(world) if world.size > 1 and not world.local_rank else nullcontext():
             dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout, **store)
     host_group = dist.new_group(backend="gloo", timeout=timeout) if use_cuda and world.size > 1 else None
@@ -305,7 +307,7 @@ def start(device: str, timeout_seconds: float) -> World:
 
 
 def _refuse_pickles() -> None:
-    """No library in this process may load a pickle that runs code, whatever it asks for. Raises ConfigError."""
+    """From here on, no library in this process can load a pickle that runs code. Raises ConfigError."""
     twin = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     if os.environ.get(twin):
         raise ConfigError("would let a checkpoint run code", field=twin, value=os.environ[twin], fix=f"unset {twin}")
@@ -315,8 +317,8 @@ def _refuse_pickles() -> None:
 def stop(error: BaseException | None = None) -> None:
     """Leave the process group, so that no agent waits for this process.
 
-    NCCL waits for the others when a group is destroyed. After an `error` that they do not know of it would do so in
-    vain, and nobody would hear of the error: then the group is aborted.
+    NCCL waits for the other ranks when a group is destroyed. After an `error` that they do not know of, it would wait
+    in vain and hide the error; so the group is aborted.
     """
     if not dist.is_initialized():
         return

@@ -1,4 +1,4 @@
-"""AdamW, the optimiser that runs use unless told otherwise."""
+"""AdamW, the default optimiser."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from kha_train.variants.optimizer import AdamWOptions
 
 
 class AdamW(ShareOptimizer, torch.optim.AdamW):
-    """torch's, step for step, without the decorator that imports torch's compiler at the first step: seconds."""
+    """torch's AdamW, step for step, without the decorator that imports torch's compiler at the first step, which takes
+    seconds.
+    """
 
     def __init__(self, groups: Groups, options: AdamWOptions) -> None:
         torch.optim.AdamW.__init__(
@@ -27,5 +29,5 @@ class AdamW(ShareOptimizer, torch.optim.AdamW):
         self.adopt(options)
 
     def step_group(self, group: dict[str, Any]) -> None:
-        """All shares of `group` in one call of the fused kernel, which counts the step too."""
+        """Step all shares of `group` in one call of the fused kernel, which also counts the step."""
         inspect.unwrap(torch.optim.AdamW.step)(self)

@@ -1,7 +1,7 @@
 """The contract of an optimiser: it steps the flat fp32 shares that an engine owns, one parameter group after another.
 
-A share is a 1-D part of one or many parameters (whole, or cut over ranks and padded), so a step must treat every number
-by itself. An optimiser derives from `ShareOptimizer` and writes `step_share`; its options name its states.
+A share is a 1-D part of one or many parameters (whole, or sharded and padded), so a step must treat every number
+separately. An optimiser derives from `ShareOptimizer` and implements `step_share`; its options name its states.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from kha_train.optim.groups import interaction_settings, parameter_groups
 from kha_train.variants.optimizer import MASTER, OptimSection
 
 Groups = list[dict[str, Any]]
-"""Parameter groups as torch has them: `params`, `name`, `weight_decay` and what else the optimiser reads."""
+"""Parameter groups in torch's form: `params`, `name`, `weight_decay` and further fields for the optimiser."""
 
 
 class ShareOptimizer(torch.optim.Optimizer):
     """An optimiser of flat shares, made of parameter groups and `options`. The engine sets `lr` of each group.
 
-    States that are kept in bf16 are widened for their step and rounded after it, one parameter group at a time.
-    Where a group has an `identity_decay` d, its parameters p decay towards their values in `identities` (of the same
-    shape, by parameter): p <- p - lr d (p - identity), before the step, as decay towards zero is.
+    States stored in bf16 are widened for a step and rounded after it, one parameter group at a time. Where a group has
+    an `identity_decay` d, its parameters p decay towards their values in `identities` (of the same shape, by
+    parameter): p <- p - lr d (p - identity), before the step, like decay towards zero.
     """
 
     def __init__(self, groups: Groups, options: OptimSection) -> None:
@@ -34,7 +34,7 @@ class ShareOptimizer(torch.optim.Optimizer):
         self.adopt(options)
 
     def adopt(self, options: OptimSection) -> None:
-        """Keep `options`: for a class that is built by another `__init__`."""
+        """Store `options`, for a class that is built by another `__init__`."""
         self.options = options
         self.identities: dict[Tensor, Tensor] = {}
 
@@ -45,25 +45,27 @@ class ShareOptimizer(torch.optim.Optimizer):
         apart: Collection[str] = (),
         shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     ) -> Groups:
-        """The parameter groups of the `named` parameters, those named in `apart` treated by `optim.interaction_*`. See
-        `parameter_groups`."""
+        """The parameter groups of the `named` parameters, with those in `apart` treated by `optim.interaction_*`. See
+        `parameter_groups`.
+        """
         return parameter_groups(named, options.weight_decay, apart, interaction_settings(options), shapes)
 
     def start(self, shares: Iterable[Tensor], dtype: torch.dtype) -> None:
-        """Zero states in `dtype` from the start, so that a checkpoint of any step holds them and memory is taken
-        once."""
+        """Allocate zero states in `dtype` now, so that a checkpoint of any step holds them and memory is allocated
+        once.
+        """
         for share in shares:
             self.state[share] = {"step": torch.zeros((), dtype=torch.float32, device=share.device)} | {
                 name: torch.zeros_like(share, dtype=dtype, requires_grad=False) for name in self.options.states
             }
 
     def kept(self, share: Tensor) -> dict[str, Tensor]:
-        """What a checkpoint holds of `share`, live and whole, by kind: the master itself and every state."""
+        """What a checkpoint stores of `share`, as live whole tensors by kind: the master itself and every state."""
         return {MASTER: share.detach()} | {name: self.state[share][name] for name in self.options.states}
 
     @property
     def steps(self) -> int:
-        """How many steps were taken, the same for every share."""
+        """The number of steps taken, the same for every share."""
         counts = {int(state["step"]) for state in self.state.values()}
         assert len(counts) == 1, f"parameter groups disagree about the step: {counts}"
         return counts.pop()
@@ -76,7 +78,7 @@ class ShareOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's may return a loss
         """One step of every share that has a gradient."""
-        assert closure is None, "a loss is never computed again here"
+        assert closure is None, "closures are not supported"
         groups = self.param_groups
         for group in groups:
             self.param_groups = [group]
@@ -97,7 +99,7 @@ class ShareOptimizer(torch.optim.Optimizer):
         self.param_groups = groups
 
     def step_group(self, group: dict[str, Any]) -> None:
-        """Count and take the step of every share of `group` that has a gradient."""
+        """Count the step, and step every share of `group` that has a gradient."""
         for share in group["params"]:
             if share.grad is not None:
                 self.state[share]["step"] += 1

@@ -1,4 +1,4 @@
-"""Which parameters are stepped alike: the parameter groups of an optimiser."""
+"""The parameter groups of an optimiser: which parameters are stepped with the same settings."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import torch
 from kha_train.variants.optimizer import OptimSection
 
 ALIGNED_NUMBERS = 8
-"""Of bf16 in 16 bytes."""
+"""bf16 numbers in 16 bytes."""
 
 
 def interaction_settings(optim: OptimSection) -> dict[str, Any]:
-    """What the groups of the parameters through which heads exchange information differ by: the factor on the learning
-    rate, and the decay towards zero and towards the identity. Empty when by nothing: then they have no groups."""
+    """The settings in which the groups of interaction parameters differ: the factor on the learning rate, and the decay
+    towards zero and towards the identity. Empty if they do not differ: then these parameters have no groups of their
+    own.
+    """
     if optim.interaction_decay == "zero" and optim.interaction_lr_scale == 1.0:
         return {}
     decays = {aim: optim.weight_decay if optim.interaction_decay == aim else 0.0 for aim in ("zero", "identity")}
@@ -32,15 +34,15 @@ def parameter_groups(
     settings: Mapping[str, Any] = MappingProxyType({}),
     shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
-    """One group for the matrices of each layer, one for those outside layers, one for all vectors. The parameters named
-    in `apart` have a second group of their layer, with other `settings` (see `interaction_settings`), unless there are
-    none. `shapes` has the global shape of a parameter by name, where an engine keeps it in another form.
+    """One group for the matrices of each layer, one for those outside layers, one for all vectors. The parameters in
+    `apart` get a second group per layer, with other `settings` (see `interaction_settings`), unless `settings` is
+    empty. `shapes` has the global shape of a parameter by name, where an engine keeps it in another form.
 
-    Matrices decay, vectors (norm gains) do not. A group a layer, because ZeRO 1 and 2 copy the gradients of one whole
-    group to fp32 inside the step: a single group would copy the whole model at once.
+    Matrices decay, vectors (norm gains) do not. There is one group per layer, because ZeRO 1 and 2 copy the gradients
+    of one whole group to fp32 inside the step: a single group would copy the whole model at once.
 
-    ZeRO 1 and 2 lay a group's parameters end to end in one tensor, and a grouped GEMM on CUDA takes matrices at
-    multiples of 16 bytes alone: small matrices of an odd size come last, so that they shift no other.
+    ZeRO 1 and 2 concatenate a group's parameters in one tensor, and a grouped GEMM on CUDA needs matrices at multiples
+    of 16 bytes: small matrices of an odd size come last, so that they shift no other.
     """
     groups: dict[str, dict[str, Any]] = {}
     odd: dict[int, bool] = {}

@@ -10,7 +10,8 @@ from kha_train.variants.optimizer import OptimSection
 def learning_rate(optim: OptimSection, step: int, steps: int) -> float:
     """The rate of optimiser step `step` (1 .. `steps`): linear warm-up to `lr`, then the schedule to `final` x lr.
 
-    `cosine` falls over all steps after the warm-up; `wsd` stays at `lr` and falls linearly over the last `decay`.
+    `cosine` falls over all steps after the warm-up; `wsd` stays at `lr` and falls linearly over the last `decay` of the
+    steps.
     """
     schedule = optim.schedule
     floor = optim.lr * schedule.final

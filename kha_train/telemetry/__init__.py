@@ -1,6 +1,6 @@
-"""What is shown of a run beside its record: console line, W&B mirror, throughput, meters. Nothing here is fatal.
+"""Output beside a run's record: console line, W&B mirror, throughput, meters. Nothing here can end a run.
 
-Names resolve when they are first used: `kha status` formats figures and must not wait for torch.
+Names are imported on first use: `kha status` formats figures and must not wait for torch.
 """
 
 from __future__ import annotations

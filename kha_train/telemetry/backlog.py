@@ -1,9 +1,9 @@
-"""What W&B lacks of the record when a killed attempt is started again.
+"""Finds the rows that W&B lacks when a killed attempt is restarted.
 
-A row is a line ever recorded, in the order of recording, counted from 1: the same count that the mirror sends as W&B's
-own. Files are read from their ends, so that the time does not grow with the run. What an offline attempt holds is in
-the last blocks of its file (LevelDB's log format, private to wandb); where that cannot be read, the note of the last
-orderly end counts.
+A row is any line ever recorded, numbered from 1 in the order of recording; the mirror sends this number as W&B's own
+count. Files are read from their ends, so the time does not grow with the run. The last blocks of an offline attempt's
+file show what it holds (LevelDB's log format, private to wandb). If they cannot be read, the note of the last orderly
+end counts.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from kha_train.record.totals import known_totals
 
 NOTE_FILE = "mirrored.json"
 MAX_ROWS = 50_000
-"""Rows sent again at most, the newest: what lies before them is in the record only."""
+"""The newest rows sent again, at most; older ones are only in the record."""
 NOT_MIRRORED = (
     "attempt_started", "attempt_ended", "lines_discarded", "lines_missing", "torn_line_removed", "weights_inherited",
     "checkpoint_refused", "attention_backend_changed", "learning_rate_changed", "zclip",
 )  # fmt: skip
-"""Kinds of events that are no marks in W&B."""
+"""Kinds of events that are not marked in W&B."""
 _HEAD = re.compile(rb'"attempt": (\d+), "time": ([\d.e+]+)')
 _PIECE = 1 << 20
 _HEADER, _BLOCK, _CHUNK_HEADER = 7, 32768, 7
@@ -35,12 +35,13 @@ _WHOLE, _FIRST, _LAST = 1, 2, 4
 _BLOCKS_AT_ONCE, _BLOCKS_BACK = 8, 256
 
 Row = tuple[int, dict[str, Any], list[dict[str, Any]]]
-"""Its number, its line, the events that happened in its step."""
+"""A row's number, its line, and the events of its step."""
 
 
 def rows_recorded(run_dir: Path) -> int:
-    """How many lines the run has ever recorded, undone ones included. Those of a long record of an older release are
-    counted."""
+    """How many lines the run has ever recorded, including undone ones. For a long record of an older release they are
+    counted.
+    """
     with suppress(DataError):
         totals = known_totals(run_dir)
         if totals is not None:
@@ -56,7 +57,7 @@ def rows_noted(run_dir: Path) -> int:
 
 
 def note_rows(run_dir: Path, rows: int) -> None:
-    """Remember that W&B holds `rows` rows. Raises OSError."""
+    """Note that W&B holds `rows` rows. Raises OSError."""
     (run_dir / "wandb").mkdir(exist_ok=True)
     write_json(run_dir / "wandb" / NOTE_FILE, {"rows": rows})
 
@@ -68,8 +69,9 @@ def rows_in_files(run_dir: Path, wandb_id: str, row_of: Callable[[bytes], int | 
 
 
 def missing_rows(run_dir: Path, held: int, total: int) -> Iterator[Row]:
-    """The rows above `held` of the `total` recorded, oldest first, as the files are now; damaged lines are left out.
-    Lines are parsed when they are asked for."""
+    """The rows above `held` of the `total` recorded, oldest first, from the files as they are now; damaged lines are
+    left out. Lines are parsed on demand.
+    """
     count = min(total - held, MAX_ROWS)
     if count <= 0:
         return iter(())
@@ -82,7 +84,7 @@ def missing_rows(run_dir: Path, held: int, total: int) -> Iterator[Row]:
 
 
 def _when(line: bytes) -> tuple[int, float]:
-    """The attempt and the time of a line of the metrics, which stand at its head."""
+    """The attempt and the time of a metrics line, which are at its beginning."""
     found = _HEAD.search(line)
     return (int(found[1]), float(found[2])) if found else (0, 0.0)
 
@@ -98,7 +100,7 @@ def _events_since(path: Path, since: float) -> list[dict[str, Any]]:
 
 
 def _with_events(lines: list[bytes], events: list[dict[str, Any]], first_row: int) -> Iterator[Row]:
-    """An event belongs to the line recorded last before it."""
+    """An event belongs to the last line recorded before it."""
     at = 0
     for index, text in enumerate(lines):
         until = _when(lines[index + 1])[1] if index + 1 < len(lines) else float("inf")
@@ -118,7 +120,7 @@ def _count_lines(path: Path) -> int:
 
 
 def _last_lines(path: Path, count: int) -> list[bytes]:
-    """The last `count` lines that are ended, read from the end of the file backwards."""
+    """The last `count` complete lines, read backwards from the end of the file."""
     if count <= 0 or not path.is_file():
         return []
     pieces: list[bytes] = []
@@ -133,7 +135,7 @@ def _last_lines(path: Path, count: int) -> list[bytes]:
 
 
 def _last_row(path: Path, row_of: Callable[[bytes], int | None]) -> int:
-    """The row of the last whole record of the history in a `.wandb` file; 0 where there is none."""
+    """The row of the last complete history record in a `.wandb` file; 0 where there is none."""
     size = path.stat().st_size
     last_block = max(0, size - 1) // _BLOCK
     with path.open("rb") as file:
@@ -147,7 +149,7 @@ def _last_row(path: Path, row_of: Callable[[bytes], int | None]) -> int:
 
 
 def _records(data: bytes, from_start: bool) -> list[bytes]:
-    """The whole records that begin in `data`, which begins with a block."""
+    """The complete records that begin in `data`, which starts at a block."""
     at, part, inside, records = _HEADER if from_start else 0, b"", False, []
     while at + _CHUNK_HEADER <= len(data):
         left = _BLOCK - at % _BLOCK

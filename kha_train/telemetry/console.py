@@ -1,4 +1,4 @@
-"""What rank 0 says while training: a progress bar on a terminal, one line a step or every so often elsewhere."""
+"""What rank 0 prints during training: a progress bar on a terminal; elsewhere one line per step, or at intervals."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from kha_train.telemetry.meters import MovingAverage, TimeLeft
 from kha_train.telemetry.terminal import LiteralConsole, literal
 
 TIMED_WIDTH = 60
-"""On a narrower terminal the room of the time is needed for the step."""
+"""A narrower terminal needs the width of the time for the step."""
 SECONDS_BETWEEN_LINES = 10.0
-"""In mode `auto` away from a terminal, a line is printed at most this often."""
+"""In mode `auto` without a terminal, lines are at least this many seconds apart."""
 
 
 class Console:
-    """The console of a run, in the mode of `telemetry.console`; on other ranks than 0 it is silent.
+    """The console of a run, in the mode of `telemetry.console`; silent on ranks other than 0.
 
     `lines` prints every step, `progress` a bar with the latest line under it, `auto` the bar on a terminal and
-    otherwise a line every ten seconds (first, last, skipped and validation steps always), `quiet` messages only.
-    Every line but the closing block begins with the local time: in a log with the date, on a terminal without it, and
-    on one narrower than `TIMED_WIDTH` not at all.
+    otherwise a line every ten seconds (first, last, skipped and validation steps always), `quiet` only messages. Every
+    line except the closing block begins with the local time: in a log with the date, on a terminal without it, and on a
+    terminal narrower than `TIMED_WIDTH` not at all.
     """
 
     def __init__(
@@ -49,8 +49,9 @@ class Console:
         file: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`start_step` is the number of steps finished before, `loss_average` the one to go on with; `file` defaults
-        to standard output."""
+        """`start_step` is the number of steps finished before, `loss_average` the average to continue; `file` defaults
+        to standard output.
+        """
         self.total_steps = total_steps
         self._clean = Redactor.from_environment().text
         self._rich = LiteralConsole(file=HarmlessStream(file or sys.stdout), quiet=rank != 0)
@@ -93,15 +94,15 @@ class Console:
         self._print(f"{self._time()}{text}")
 
     def warn(self, text: str) -> None:
-        """Prints a line that should be read."""
+        """Prints a warning."""
         self._rich.print(literal(f"{self._time()}warning: {self._clean(text)}", "yellow"), soft_wrap=True)
 
     def checkpoint_saved(self, step: int) -> None:
-        """Remembers the newest checkpoint for the lines that follow."""
+        """Stores the newest checkpoint for the following lines."""
         self._checkpoint = step
 
     def final(self, rows: Sequence[tuple[str, str]], next_command: str = "") -> None:
-        """The closing block: names and values, one a line, then the next command to type."""
+        """The closing block: names and values, one per line, then the next command to type."""
         self.close()
         width = max((len(name) for name, _ in rows), default=0)
         for name, value in rows:
@@ -110,7 +111,7 @@ class Console:
             self._print(f"next: {next_command}")
 
     def close(self) -> None:
-        """Takes the bar off the terminal; closing twice is harmless."""
+        """Removes the bar from the terminal; closing twice is harmless."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -128,18 +129,18 @@ class Console:
 
     @property
     def _is_fitted(self) -> bool:
-        """Whether lines are to fit a terminal, or what COLUMNS names in its place."""
+        """Whether lines must fit a terminal, or the width given by COLUMNS."""
         return self._rich.is_terminal or "COLUMNS" in os.environ
 
     @property
     def _width(self) -> int:
-        """Of a step line without its time, which it does not have below a bar."""
+        """Width of a step line without its time, which is missing below a bar."""
         if not self._is_fitted:
             return MAX_WIDTH
         return min(self._rich.width, MAX_WIDTH) - (0 if self._live else len(self._time()))
 
     def _time(self) -> str:
-        """The beginning of a line."""
+        """The time at the beginning of a line."""
         if not self._is_fitted:
             return time.strftime("%Y-%m-%d %H:%M:%S ")
         return time.strftime("%H:%M:%S ") if self._rich.width >= TIMED_WIDTH else ""

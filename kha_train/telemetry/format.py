@@ -1,4 +1,4 @@
-"""The step line: one step of `metrics.jsonl` in a given width, the least important parts dropped first."""
+"""Formats a step of `metrics.jsonl` as one line of a given width; the least important parts are dropped first."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 MAX_WIDTH = 120
-"""Characters of a step line where no terminal is narrower."""
+"""Maximum number of characters of a step line on wide terminals."""
 MOST_DAYS = 9999
-"""A duration of more days is not told in full, or it would crowd the rest out of its line."""
+"""A duration of more days is abbreviated, or it would leave no room for the rest of its line."""
 
 
 def scaled(number: float) -> str:
@@ -21,8 +21,9 @@ def scaled(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 0:45, 12:05, 4:12:33 or 3d 04:12; a question mark when they are not known. Beyond `MOST_DAYS` days,
-    which no run lasts, nothing more is told."""
+    """Seconds as 0:45, 12:05, 4:12:33 or 3d 04:12; a question mark when unknown. Beyond `MOST_DAYS` days, which no run
+    lasts, it is abbreviated.
+    """
     if not math.isfinite(seconds):
         return "?"
     if seconds >= 86400 * MOST_DAYS:
@@ -55,12 +56,12 @@ def step_line(
     checkpoint_step: int | None = None,
     width: int = MAX_WIDTH,
 ) -> str:
-    """The console twin of a metrics line, of at most `width` characters; what the line does not have is left out.
+    """A metrics line formatted for the console, at most `width` characters; missing values are left out.
 
-    A part is shown whole or not at all: of step, loss and the time left, the others go first.
+    A part is shown completely or not at all; step, loss and the time left go last.
     """
     step = line["step"]
-    # (rank of importance, text): when the line is too long, the highest rank goes first.
+    # (rank of importance, text): when the line is too long, the highest rank is dropped first.
     parts: list[tuple[int, str]] = []
     if "train/loss" in line:
         parts.append((0, f"loss {fixed(line['train/loss'], 3)}"))
@@ -93,7 +94,9 @@ def step_line(
 
 
 def _fit(heads: Sequence[str], parts: list[tuple[int, str]], width: int) -> str:
-    """The longest of `heads` and as many `parts` as fit. A shorter head goes before the parts of rank 0 and 1."""
+    """The longest of `heads` and as many `parts` as fit. A shorter head is used before parts of rank 0 and 1 are
+    dropped.
+    """
     while True:
         for head in heads if all(rank <= 1 for rank, _ in parts) else heads[:1]:
             text = " | ".join([head, *(part for _, part in parts)])

@@ -1,4 +1,4 @@
-"""Small gauges read once a step: a moving average for display, the wait for data, the peak of memory."""
+"""Small gauges read once per step: a moving average for display, the wait for data, the peak of memory."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 GIB = 1024**3
 WARM_UP_STEPS = 2
-"""The first steps of an attempt, which may wait for compilers and caches: the time left does not follow from them."""
+"""The first steps of an attempt may wait for compilers and caches, so they do not count for the time left."""
 STEADY_STEPS = 3
-"""So many steps after those are needed to tell the time left."""
+"""Number of further steps needed before the time left is shown."""
 _HIGH_WATER = re.compile(rb"VmHWM:\s+(\d+) kB")
 
 
 class MovingAverage:
     """Exponential moving average with bias correction, for display only; non-finite values are left out.
 
-    With `decay` d, value = sum_i d^(n-i) x_i / sum_i d^(n-i), so that the first value is shown as it is.
+    With `decay` d, value = sum_i d^(n-i) x_i / sum_i d^(n-i), so that the first value is shown unchanged.
     """
 
     def __init__(self, decay: float = 0.98) -> None:
@@ -34,18 +34,18 @@ class MovingAverage:
         self._sum = self._weight = 0.0
 
     def update(self, value: float) -> float:
-        """Takes in `value` and returns the average; nan while there was no finite value."""
+        """Adds `value` and returns the average; nan while there was no finite value."""
         if math.isfinite(value):
             self._sum = self.decay * self._sum + value
             self._weight = self.decay * self._weight + 1.0
         return self.value
 
     def state(self) -> dict[str, float]:
-        """What `restore` goes on from."""
+        """The state for `restore`."""
         return {"sum": self._sum, "weight": self._weight}
 
     def restore(self, state: dict[str, float] | None) -> None:
-        """Go on from the `state` of another; from nothing when it is None."""
+        """Continue from the `state` of another average; start fresh when it is None."""
         state = state or {}
         self._sum, self._weight = state.get("sum", 0.0), state.get("weight", 0.0)
 
@@ -56,7 +56,7 @@ class MovingAverage:
 
 
 class TimeLeft:
-    """The time that the rest of a run takes, from the steps of this attempt: nan until they are steady."""
+    """The time left in a run, from the steps of this attempt: nan until they are steady."""
 
     def __init__(self, now: float) -> None:
         self._last_at, self._count = now, 0
@@ -89,13 +89,13 @@ class DataWait:
             self._seconds += self._clock() - start
 
     def take(self) -> float:
-        """The seconds counted since the last call; starts again from zero."""
+        """The seconds counted since the last call; resets the counter."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
 
 class PeakMemory:
-    """Most memory held by this process since it started, in GiB: resident set on a CPU, allocated on CUDA."""
+    """Peak memory of this process since it started, in GiB: resident set on a CPU, allocated on CUDA."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -107,7 +107,7 @@ class PeakMemory:
             import torch
 
             return torch.cuda.max_memory_allocated(self.device) / GIB
-        # The kernel's own high-water mark is approximate and may fall by a few pages.
+        # The kernel's own high-water mark is approximate and may decrease by a few pages.
         self._peak_bytes = max(self._peak_bytes, _peak_resident_bytes())
         return self._peak_bytes / GIB
 
@@ -121,7 +121,7 @@ class PeakMemory:
 
 
 def _peak_resident_bytes() -> int:
-    # Linux carries ru_maxrss over from the parent through exec; VmHWM is this program's own.
+    # Linux keeps ru_maxrss from the parent through exec; VmHWM belongs to this program alone.
     status = Path("/proc/self/status")
     if status.exists() and (found := _HIGH_WATER.search(status.read_bytes())):
         return int(found[1]) * 1024

@@ -1,9 +1,9 @@
-"""A profile of some steps, under `<run.dir>/profile/`: where their time went, and where their memory.
+"""Profiles time and memory of some steps, under `<run.dir>/profile/`.
 
 `steps-A-B.trace.json.gz` opens in Perfetto or chrome://tracing; `steps-A-B.txt` lists operators by the time they took.
 With `profile.memory` the trace also follows memory, the list has what operators allocated, and on CUDA
-`steps-A-B.memory.pickle` holds every allocation with its stack, for pytorch.org/memory_viz. Rank 0 alone writes, and
-where it cannot, it warns: training goes on. A profiled step is slower than others.
+`steps-A-B.memory.pickle` holds every allocation with its stack, for pytorch.org/memory_viz. Only rank 0 writes. If it
+cannot, it warns, and training continues. A profiled step is slower than others.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ MAX_ALLOCATIONS = 200_000
 
 
 class Profiler:
-    """Follows the steps `profile.first_step` .. `profile.last_step` of a run; does nothing when the first is 0.
+    """Profiles the steps `profile.first_step` .. `profile.last_step` of a run; does nothing when the first is 0.
 
-    `warn` is told of a profile that could not be written.
+    `warn` is called for a profile that could not be written.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, world: World, warn: Callable[[str], None]) -> None:
@@ -38,9 +38,9 @@ class Profiler:
 
     @contextmanager
     def over(self, step: int) -> Iterator[None]:
-        """Around optimiser step `step` (1-based): begins with the first one wanted, writes after the last.
+        """Around optimiser step `step` (1-based): starts with the first profiled step, writes after the last.
 
-        A profile that a rewind cuts short is dropped; it begins anew when its steps come again.
+        A profile interrupted by a rewind is dropped; it starts again when its steps are repeated.
         """
         wanted = self._wanted and self._section.first_step <= step <= self._section.last_step
         if self._running is not None and step != self._next:
@@ -53,7 +53,7 @@ class Profiler:
             self._write(step)
 
     def close(self) -> None:
-        """Drop what has not come to its last step: a run that ends before it leaves no profile."""
+        """Drop an incomplete profile: a run that ends before its last step leaves none."""
         if self._running is not None:
             self._running.__exit__(None, None, None)
             self._running = None
@@ -77,7 +77,7 @@ class Profiler:
         try:
             self._export(found, place)
         except OSError as error:
-            self._warn(f"the profile {place} is not written: {error}")
+            self._warn(f"the profile {place} was not written: {error}")
         self._forget_allocations()
 
     def _forget_allocations(self) -> None:

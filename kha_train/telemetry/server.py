@@ -1,4 +1,4 @@
-"""Whether a W&B server can be used from here: a key for it, and a connection to it."""
+"""Whether a W&B server can be used from here: whether there is a key for it and a connection to it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def has_key(address: str) -> bool:
 
 
 def is_reachable(address: str) -> bool:
-    """Whether a connection to `address`, or to the proxy that leads there, opens within three seconds."""
+    """Whether a connection to `address`, or to the proxy for it, opens within three seconds."""
     server = urllib.parse.urlsplit(address)
     proxy = urllib.request.getproxies().get(server.scheme)
     if proxy and not urllib.request.proxy_bypass(server.hostname or ""):

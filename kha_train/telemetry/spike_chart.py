@@ -1,4 +1,4 @@
-"""The spikes of a run as they are shown: columns of a table, and the lines of a chart of the loss."""
+"""The spikes of a run for display: columns of a table, and the lines of a loss chart."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ SPIKE_COLUMNS = (
     "start_step", "class", "width", "height", "area", "tokens", "lr", "gnorm_peak_ratio", "nonfinite_steps",
     "recovered", "samples_first", "samples_last",
 )  # fmt: skip
-"""Of the table of spikes."""
+"""Columns of the table of spikes."""
 CHART_POINTS, CHART_SPIKES = 2000, 50
-"""Points of the loss in the chart of spikes, and spikes in it, the highest."""
+"""Number of points of the loss in the spike chart, and the number of spikes in it (the highest)."""
 
 
 def spike_chart(
     events: list[dict[str, Any]], losses: Sequence[tuple[int, float]]
 ) -> tuple[list[str], list[list[tuple[int, float]]]]:
-    """Names and points of the lines of a loss chart: the loss, thinned out, and each of the highest spikes in full."""
+    """Names and points of the lines of a loss chart: the loss with fewer points, and each of the highest spikes with
+    all points.
+    """
     finite = [(step, loss) for step, loss in losses if math.isfinite(loss)]
     names, details, lines = ["train/loss"], [""], [finite[:: -(-len(finite) // CHART_POINTS) or 1]]
     highest = sorted(events, key=lambda event: event["height"], reverse=True)[:CHART_SPIKES]
@@ -29,5 +31,5 @@ def spike_chart(
         names.append(f"{event['class']} at step {event['start_step']}")
         details.append("rewound" if event.get("rewound") else "kept")
         lines.append(inside[:: -(-len(inside) // CHART_POINTS) or 1])
-    # Two events may begin at one step, one of them undone by a rewind; lines of one name would be drawn as one.
+    # Two events may begin at the same step if a rewind undid one of them; lines of one name would be drawn as one.
     return distinct(names, details), lines

@@ -1,4 +1,4 @@
-"""Where the time goes from the start of the process to the end of its first step."""
+"""Measures the phases from the start of the process to the end of its first step."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 
 
 class Startup:
-    """Phases that follow each other without a gap: each `mark` ends the one under way.
+    """Consecutive phases: each `mark` ends the current one.
 
-    The first began with the process itself, where the system tells when that was (Linux), else with this object.
+    The first phase began with the process, where the system provides that time (Linux), else with this object.
     """
 
     def __init__(self) -> None:
         self._last = time.monotonic() - _age_of_the_process()
         self.seconds: dict[str, float] = {}
-        """By phase, in order."""
+        """Seconds by phase, in order."""
 
     def mark(self, phase: str) -> None:
-        """What was done since the last mark was `phase`; a phase may be marked again."""
+        """The work since the last mark was `phase`; a phase may be marked again."""
         now = time.monotonic()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
@@ -31,10 +31,10 @@ class Startup:
 
 
 def _age_of_the_process() -> float:
-    """Seconds since this process was started; 0 where that is not told."""
+    """Seconds since this process was started; 0 where unknown."""
     status, uptime = Path("/proc/self/stat"), Path("/proc/uptime")
     if not (status.exists() and uptime.exists()):
         return 0.0
-    # The name of the program, in brackets, may hold anything; the start is the twentieth field after it.
+    # The program name, in parentheses, may hold anything; the start time is the twentieth field after it.
     ticks = int(status.read_text().rpartition(")")[2].split()[19])
     return max(float(uptime.read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK"), 0.0)

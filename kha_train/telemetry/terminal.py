@@ -17,10 +17,10 @@ class LiteralConsole(Console):
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """As rich's, of the text with everything visible."""
+        """As rich's, for the text with everything made visible."""
         return super().render_str(visible(text, LINES), **options)
 
 
 def literal(text: object, style: str = "") -> Text:
-    """`text` in a style, to be printed as it is by any console."""
+    """`text` in a style, for any console to print literally."""
     return Text(visible(str(text), LINES), style)

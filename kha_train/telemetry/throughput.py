@@ -1,8 +1,8 @@
-"""Tokens per second and MFU, each with its denominator said aloud.
+"""Tokens per second and MFU, each with a stated denominator.
 
 MFU = training FLOPs per token x tokens/s / (peak FLOP/s of one rank x ranks). The FLOPs are those the model needs:
-recomputation is never counted, nor is a head interaction, so that variants are measured by one numerator. On a CPU the
-peak is a measured matrix product: the figure says what part of the machine's own best speed the step reaches.
+neither recomputation nor a head interaction is counted, so that all variants have the same numerator. On a CPU the peak
+is a measured matrix product: the figure gives the fraction of the machine's own best speed.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ BF16_PEAKS = {
     "A100": 312e12,
     "L40S": 362e12,
 }
-"""Dense bf16 peaks in FLOP/s from the makers' data sheets; the first name found in the device's name counts."""
+"""Dense bf16 peaks in FLOP/s from the vendors' data sheets; the first name contained in the device's name counts."""
 
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The most FLOP/s one rank could do, and where the figure is from."""
+    """The maximum FLOP/s of one rank, and the source of the figure."""
 
     flops_per_second: float
     source: str
@@ -76,7 +76,7 @@ def measured_peak(device: torch.device, dtype: torch.dtype, repeats: int = 5) ->
         seconds.append(time.perf_counter() - start)
     kind = str(dtype).removeprefix("torch.")
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    # The first product pays for start-up.
+    # The first product includes start-up costs.
     return Peak(2 * size**3 / min(seconds[1:]), f"measured {size}^3 {kind} matrix product on {device.type}{threads}")
 
 
@@ -92,7 +92,7 @@ class Throughput:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """`training_flops_per_token` is the numerator of MFU for one token, forward and backward."""
+        """`training_flops_per_token` is the numerator of MFU per token, forward and backward."""
         self.peak = peak_flops(config, device, dtype)
         self.training_flops_per_token = training_flops_per_token
         self.world_size = world_size

@@ -1,4 +1,4 @@
-"""The W&B mirror of the record, and the only user of wandb. Whatever goes wrong here, training goes on."""
+"""The W&B mirror of the record, and the only user of wandb. Training continues whatever fails here."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from kha_train.telemetry.server import has_key, is_reachable
 from kha_train.telemetry.spike_chart import SPIKE_COLUMNS, spike_chart
 
 MAX_KEYS = 200
-"""Distinct metric keys sent; further ones stay in the record only."""
+"""Maximum number of distinct metric keys sent; further ones stay in the record."""
 MARKER = "train/loss_in_spike"
-"""The loss of the steps inside a spike: drawn over `train/loss`, it marks them."""
+"""The loss of the steps inside a spike, drawn over `train/loss` to mark them."""
 HAPPENED = "events/"
-"""Before the kind of an event: the loss of the step at which it happened, a mark on the loss chart."""
+"""Prefix before the kind of an event: the loss at the step of the event, a mark on the loss chart."""
 MAX_EVENTS = 1000
-"""Rows of a table; the record has all of them."""
+"""Maximum rows of a table; the record has all of them."""
 DEFAULT_HOST = "https://api.wandb.ai"
 INIT_SECONDS = 30.0
 FINISH_SECONDS = 60.0
 TEARDOWN_SECONDS = 5.0
 CATCH_UP_ROWS = 20
-"""Rows of earlier attempts sent in a step, before the step's own."""
+"""Rows of earlier attempts sent with each step, before the step's own."""
 DEFAULT_PROJECT = "kha_train"
 OWN_PLACES = {"WANDB_ARTIFACT_DIR": ".artifacts", "WANDB_CACHE_DIR": ".cache", "WANDB_DATA_DIR": ".data"}
 OTHER_RUN = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM")
@@ -41,7 +41,7 @@ Mode = Literal["online", "offline", "disabled"]
 NO_MIRROR: tuple[Mode, str] = ("disabled", "")
 OFFLINE, DISABLED = ("offline", "dryrun"), ("disabled", "off", "false", "no", "none", "0")
 ONLINE = ("", "auto", "online", "run", "shared", "on", "true", "yes", "1")
-"""What people write as WANDB_MODE, in any case."""
+"""Values of WANDB_MODE that mean online, in any case."""
 
 Sent = tuple[int, dict[str, Any]]
 """A row's number and its values."""
@@ -50,14 +50,14 @@ Sent = tuple[int, dict[str, Any]]
 class WandbMirror:
     """Sends every metrics line to one W&B run that all attempts continue.
 
-    The x-axes are our own `step` and `tokens`. W&B's own count cannot go back: steps computed again after a restart or
-    a rewind appear beside the ones they replace. The record has the surviving ones. That count goes on from the lines
-    that the record holds of earlier attempts, so that no attempt overwrites another's rows when they are synced. Rows
+    The x-axes are our own `step` and `tokens`. W&B's own count cannot go back, so steps computed again after a restart
+    or a rewind appear beside the ones they replace; the record has the surviving ones. The count continues from the
+    lines of earlier attempts in the record, so that no attempt overwrites another's rows when they are synced. Rows
     that W&B lacks because an attempt was killed are sent first, some with every step.
 
-    `mode` is what it came to: online, offline (files under `<run_dir>/wandb`, to be sent by `wandb sync`), disabled.
-    The run waits for W&B at its start (`CONNECT_SECONDS`, `INIT_SECONDS` and `TEARDOWN_SECONDS` at most) and at its end
-    (`FINISH_SECONDS`), never between.
+    `mode` is the mode in use: online, offline (files under `<run_dir>/wandb`, to be sent by `wandb sync`), disabled.
+    The run waits for W&B at its start (at most `CONNECT_SECONDS`, `INIT_SECONDS` and `TEARDOWN_SECONDS`) and at its end
+    (`FINISH_SECONDS`), never in between.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class WandbMirror:
         rank: int = 0,
         warn: Callable[[str], None] = print,
     ) -> None:
-        """`wandb_id` is the record's; `warn` receives at most one line if the mirror cannot do what was asked."""
+        """`wandb_id` is the record's; `warn` receives at most one line if the mirror cannot work as configured."""
         self._warn = warn
         self._redactor = Redactor.from_environment()
         self._keys: set[str] = set()
@@ -94,20 +94,21 @@ class WandbMirror:
             warn(f"W&B is {self.mode}: {self._redactor.text(reason)}")
 
     def step(self, line: dict[str, Any]) -> None:
-        """Mirrors a metrics line at its own step; inside a spike its loss is sent once more, as a marker."""
+        """Sends a metrics line at its own step; inside a spike its loss is sent once more, as a marker."""
         self._row, self._loss = self._row + 1, line.get("train/loss", math.nan)
         self._send(_marked(line))
 
     def event(self, event: dict[str, Any]) -> None:
-        """Mirrors an event of the record: a mark on the loss chart at the last step (a save is told when it stands)."""
+        """Sends an event of the record: a mark on the loss chart at the last step (a save when it is published)."""
         if event:
             self._send({HAPPENED + event["kind"]: self._loss})
 
     def spikes(
         self, events: list[dict[str, Any]], actions: list[dict[str, Any]], losses: Sequence[tuple[int, float]]
     ) -> None:
-        """What the record says of the whole run, over all its attempts: the table of its spikes, that of `actions`
-        (events of the record), and a chart of the losses (step, loss) with the spikes drawn in."""
+        """The record's summary of the whole run, over all its attempts: the table of its spikes, that of `actions`
+        (events of the record), and a chart of the losses (step, loss) with the spikes drawn in.
+        """
 
         def send(run: Any) -> None:
             import wandb
@@ -131,12 +132,13 @@ class WandbMirror:
         self._attempt(send)
 
     def summary(self, values: dict[str, Any]) -> None:
-        """Sets the run's summary values: what it reached, and the statistics of its spikes."""
+        """Sets the run's summary values: its results, and the statistics of its spikes."""
         self._attempt(lambda run: run.summary.update(self._redactor.clean(values)))
 
     def close(self, exit_code: int = 0) -> None:
-        """Ends the W&B run, waiting at most `FINISH_SECONDS` for uploads; what is left can be synced later. With
-        another `exit_code` than 0 W&B shows it as failed."""
+        """Ends the W&B run, waiting at most `FINISH_SECONDS` for uploads; the rest can be synced later. With an
+        `exit_code` other than 0 W&B shows it as failed.
+        """
         self._drain(backlog.MAX_ROWS + len(self._queue))
         self._attempt(lambda run: run.finish(exit_code=exit_code))
         if self._run is not None:
@@ -145,7 +147,7 @@ class WandbMirror:
         self._run = None
 
     def _start(self, config: RunConfig, run_dir: Path, wandb_id: str) -> str:
-        """Opens the run in `self.mode`; the reason when it could not."""
+        """Opens the run in `self.mode`; returns the reason if it could not."""
         guard = _Guard()
         with guard:
             self._run = _open_run(config, run_dir, wandb_id, self.mode, self._redactor)
@@ -154,8 +156,9 @@ class WandbMirror:
         return guard.reason
 
     def _catch_up(self, wandb_id: str) -> None:
-        """Find the rows of earlier attempts that W&B lacks: online by the server's count, offline by what the files
-        hold. Where neither can be told, nothing is sent twice."""
+        """Find the rows of earlier attempts that W&B lacks: online by the server's count, offline by the content of the
+        files. If neither is known, nothing is sent again.
+        """
         if self._run is None:
             return
         guard = _Guard()
@@ -170,12 +173,12 @@ class WandbMirror:
             self._warn(f"W&B: rows of earlier attempts are not sent again: {self._redactor.text(guard.reason)}")
 
     def _send(self, values: dict[str, Any]) -> None:
-        """Log `values` in the row of the last step, after what waits before it."""
+        """Log `values` in the row of the last step, after the waiting rows."""
         self._queue.append((self._row, values))
         self._drain(1 + CATCH_UP_ROWS)
 
     def _drain(self, most: int) -> None:
-        """Send up to `most` of what waits: rows of earlier attempts, then this one's."""
+        """Send up to `most` waiting rows: those of earlier attempts, then this one's."""
         for _ in range(most):
             sent = next(self._backlog, None) or (self._queue.popleft() if self._queue else None)
             if sent is None:
@@ -200,10 +203,10 @@ class WandbMirror:
 
 
 class _Guard:
-    """Swallows any error of the block and keeps its text: a mirror has no error worth a run.
+    """Swallows any error of the block and keeps its text: no error of a mirror is worth ending a run.
 
-    wandb documents no complete list of what it raises, so no narrower rule would keep the promise. KeyboardInterrupt
-    and SystemExit pass.
+    wandb documents no complete list of its exceptions, so a narrower rule would not keep this promise.
+    KeyboardInterrupt and SystemExit pass.
     """
 
     reason = ""
@@ -214,7 +217,7 @@ class _Guard:
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> bool:
         if isinstance(error, Exception):
             text = str(error)
-            # In a second line wandb tells what the server answered, and which of its settings is wrong.
+            # A second line from wandb says what the server answered, and which of its settings is wrong.
             cause = re.search(r"while retrying: (.*)|validation errors? for .*\n([\s\S]*?)(?: \[type|$)", text)
             first = text.splitlines()[0] if text else "no message"
             more = " ".join((cause[1] or cause[2] or "").split()) if cause else ""
@@ -230,13 +233,14 @@ def _as_sent(row: backlog.Row) -> Sent:
 
 
 def _marked(line: dict[str, Any]) -> dict[str, Any]:
-    """`line`, inside a spike with its loss once more."""
+    """`line`, with its loss once more inside a spike."""
     return {**line, MARKER: line["train/loss"]} if line.get("spike/open") else line
 
 
 def _tear_down() -> None:
     """End wandb's service after a failed start: it still holds the run's id, and a second start would be refused for
-    that. It is given `TEARDOWN_SECONDS`."""
+    that. It has `TEARDOWN_SECONDS`.
+    """
 
     def act() -> None:
         with _Guard():
@@ -250,7 +254,7 @@ def _tear_down() -> None:
 
 
 def _row_of(record: bytes) -> int | None:
-    """The row of a record of a `.wandb` file; None when it is none of the history. Raises what protobuf raises."""
+    """The row of a record of a `.wandb` file; None when it is not part of the history. Raises what protobuf raises."""
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made when it is imported
 
     content = Record.FromString(record)
@@ -261,7 +265,7 @@ def _row_of(record: bytes) -> int | None:
 
 
 def _safely_chosen_mode(asked: Asked) -> tuple[Mode, str]:
-    """`choose_mode`, or offline where it cannot tell: a strange address, a home or netrc file that cannot be read."""
+    """`choose_mode`, or offline if that fails: a strange address, a home or netrc file that cannot be read."""
     guard = _Guard()
     with guard:
         return choose_mode(asked)
@@ -269,8 +273,9 @@ def _safely_chosen_mode(asked: Asked) -> tuple[Mode, str]:
 
 
 def choose_mode(asked: Asked) -> tuple[Mode, str]:
-    """(mode, why it is not what was asked) from the configured mode, what the user asked wandb for, the key and the
-    network. A configured mode other than auto wins over the user's settings of wandb, as in `wandb.init(mode=...)`."""
+    """(mode, why it is not the requested one) from the configured mode, the user's wandb settings, the key and the
+    network. A configured mode other than auto overrides the user's settings, as in `wandb.init(mode=...)`.
+    """
     reason = ""
     wanted, unknown = _mode_of_environment()
     if asked == "auto":
@@ -286,8 +291,9 @@ def choose_mode(asked: Asked) -> tuple[Mode, str]:
 
 
 def _mode_of_environment() -> tuple[Literal["offline", "disabled", ""], str]:
-    """What WANDB_MODE and WANDB_DISABLED ask for: offline, disabled or "" (they do not say), and what is wrong with
-    them. A word that is no mode means offline. WANDB_MODE is left as wandb itself knows it."""
+    """The mode requested by WANDB_MODE and WANDB_DISABLED: offline, disabled or "" (none), and what is wrong with them.
+    An unknown word means offline. WANDB_MODE is normalised to wandb's own spelling.
+    """
     word = os.environ.get("WANDB_MODE", "").strip().lower()
     denied = os.environ.get("WANDB_DISABLED", "").strip().lower() not in ("", "0", "false", "no", "off")
     disabled = denied or word in DISABLED
@@ -297,20 +303,21 @@ def _mode_of_environment() -> tuple[Literal["offline", "disabled", ""], str]:
     )
     if "WANDB_MODE" in os.environ:
         os.environ["WANDB_MODE"] = mode or "online"
-    return mode, f"WANDB_MODE={word} is no mode" if unknown else ""
+    return mode, f"WANDB_MODE={word} is not a mode" if unknown else ""
 
 
 def _mode_of_settings() -> Asked:
-    """What `wandb offline` and `wandb disabled` left for this user and directory; "auto" where they left nothing."""
+    """The mode set by `wandb offline` and `wandb disabled` for this user and directory; "auto" where there is none."""
     settings = _user_settings()
     mode = "auto" if settings is None else str(settings.mode).lower()
     return "offline" if mode in OFFLINE else "disabled" if mode in DISABLED else "auto"
 
 
 def _user_settings() -> Any:
-    """wandb's own settings, from its files and variables; None where this wandb does not tell them. Raises what wandb
-    raises when it cannot read them."""
-    # wandb's reports on itself would hold the process's end for 20 seconds where the server says nothing.
+    """wandb's own settings, from its files and variables; None where this wandb version does not offer them. Raises
+    what wandb raises when it cannot read them.
+    """
+    # wandb's own error reports would delay the end of the process by 20 seconds if the server does not answer.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
@@ -319,9 +326,10 @@ def _user_settings() -> Any:
 
 
 def _keep_under(run_dir: Path) -> None:
-    """Have wandb stage its tables and keep its caches in the run directory, unless the user chose other places: in the
-    home they would be lost where that cannot be written. Which run it is, the record says: variables for another one,
-    such as a shell that once resumed something else may have, are put aside."""
+    """Have wandb stage its tables and keep its caches in the run directory, unless the user chose other places: a home
+    directory may not be writable. The record decides which run it is: variables for another run, such as those of a
+    shell that once resumed something else, are ignored.
+    """
     for name in OTHER_RUN:
         os.environ.pop(name, None)
     for name, folder in OWN_PLACES.items():
@@ -345,10 +353,10 @@ def _open_run(config: RunConfig, run_dir: Path, wandb_id: str, mode: Mode, redac
         "init_timeout": INIT_SECONDS,
         "finish_timeout": FINISH_SECONDS,
     }
-    # Settings come and go between versions of wandb; an unknown one would be an error.
+    # Settings differ between versions of wandb; an unknown one would be an error.
     known = {name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}
     section = config.telemetry.wandb
-    # WANDB_PROJECT, or that of `wandb init`, unless the configuration says more than its default.
+    # WANDB_PROJECT, or that of `wandb init`, unless the configuration differs from its default.
     theirs = getattr(_user_settings(), "project", None)
     run = wandb.init(
         id=wandb_id,
