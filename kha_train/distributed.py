@@ -108,6 +108,12 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def max_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All-reduce `tensor` in place by its element-wise maximum and return it."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
     def max_ints(self, *values: int) -> tuple[int, ...]:
         """The element-wise maximum over ranks, the same on every rank."""
         return self._reduced(values, dist.ReduceOp.MAX)

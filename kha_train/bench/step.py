@@ -39,6 +39,7 @@ from kha_train.model.attention.choice import announce, choose
 from kha_train.model.moe.experts import announce_experts
 from kha_train.record.labels import distinct
 from kha_train.telemetry.throughput import Peak, peak_flops
+from kha_train.train.layer_statistics import is_due
 from kha_train.train.step import train_step
 
 ARMS = ("attention=gqa", "attention=kha_linear", "attention=kha_mlp")
@@ -140,10 +141,10 @@ def _ours(config: RunConfig, world: World, left_last: ExitStack) -> Arm:
     before = _allocated(world.device)
     engine = DefaultEngine(config, world)
     left_last.callback(engine.close)
-    lr = config.optim.lr * 0.1
+    lr, steps = config.optim.lr * 0.1, itertools.count(1)
 
     def step(batch: Batch) -> None:
-        train_step(engine, batch, batch.label_count, lr)
+        train_step(engine, batch, batch.label_count, lr, observed=is_due(config, next(steps)))
 
     place = (world.device, engine.dtype)
     chosen = [*announce(config, *place), *announce_experts(config, *place)]

@@ -37,6 +37,7 @@ COMMANDS = {
     "sweep": "sweep:sweep_command",
     "launch-arguments": "sweep:launch_arguments",
     "status": "status:status",
+    "metrics": "metrics:metrics",
     "data": "data:app",
     "checkpoint": "checkpoint:app",
     "bench": "bench:app",

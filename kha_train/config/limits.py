@@ -108,6 +108,7 @@ LIMITS: dict[str, Limit] = {
     "stability.rewind.at_most": NOT_NEGATIVE,
     "stability.probe_every": NOT_NEGATIVE,
     "telemetry.peak_tflops": NOT_NEGATIVE,
+    "telemetry.layer_statistics_every": NOT_NEGATIVE,
     "profile.first_step": NOT_NEGATIVE,
     "profile.last_step": NOT_NEGATIVE,
     "cluster.devices": Limit(1, 1_000_000),

@@ -272,10 +272,13 @@ class WandbSection:
 
 @dataclass(frozen=True, kw_only=True)
 class TelemetrySection:
-    """What is shown besides the record. `peak_tflops` (0: look up or measure) is the denominator of MFU."""
+    """What is measured and shown of a run. `peak_tflops` (0: look up or measure) is the denominator of MFU. Every
+    `layer_statistics_every` steps (0: never) the record has norms of gradient, update and activations of each layer.
+    """
 
     console: Literal["auto", "lines", "progress", "quiet"] = "auto"
     peak_tflops: float = 0.0
+    layer_statistics_every: int = 0
     wandb: WandbSection = field(default_factory=WandbSection)
 
 

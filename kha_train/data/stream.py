@@ -28,6 +28,7 @@ from kha_train.data.rows.packing import Layout
 from kha_train.data.sampling.skipping import Window, merged, numbers_past
 from kha_train.data.sources import Rows, Samples, open_samples, open_shards, open_validation
 from kha_train.errors import ConfigError, DataError
+from kha_train.metric import Metric
 
 _PLANNED_ROWS = 1024
 """Number of rows planned per call, because a call has a fixed cost."""
@@ -52,6 +53,12 @@ class _Plan(NamedTuple):
 
 _Ready = tuple[int, int, Batch]
 """The sample number that a step begins with, that of the next step, and the step's batch."""
+
+
+METRICS = (
+    Metric("data/wait_seconds", "s", "part of the step spent waiting for rank 0's own batch", timing=True),
+    Metric("data/padding", "fraction", "places of the global batch that hold no token (packing=best_fit, if any)"),
+)
 
 
 class TokenStream:

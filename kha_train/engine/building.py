@@ -4,7 +4,8 @@ parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FunctionType
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from kha_train.config.resolve import precision_on
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import World
-from kha_train.engine.contract import Fragment, InitialValue
+from kha_train.engine.contract import Changed, Fragment, InitialValue
 from kha_train.model.decoder import Decoder, DecoderOutput, build_decoder
 from kha_train.model.host import spare_the_compiler, use_tensor_cores
 from kha_train.model.init import initial_value, initial_values, interaction_identities, reset_buffers
@@ -105,6 +106,31 @@ def share_identities(
             whole = initial_value(rule, 0, fragment.name, fragment.shape).flatten()
             part = whole[fragment.start : fragment.start + length]
             shared[fragment.flat].narrow(0, fragment.offset, length).copy_(part)
+
+
+@contextmanager
+def told_of_changes(
+    optimizer: ShareOptimizer, fragments: Iterable[Fragment], changed: Changed | None
+) -> Iterator[None]:
+    """While inside, `changed` (see `contract.Engine.apply`) is told what `optimizer` makes of the `fragments`. None
+    costs nothing."""
+    if changed is None:
+        yield
+        return
+    parts: dict[Tensor, list[tuple[str, int, int]]] = {}
+    for fragment in fragments:
+        length = fragment.views["master"].numel()
+        parts.setdefault(fragment.flat, []).append((fragment.name, fragment.offset, length))
+
+    def stepped(share: Tensor, change: Tensor) -> None:
+        for name, offset, length in parts.get(share, []):
+            changed(name, change.narrow(0, offset, length))
+
+    optimizer.stepped = stepped
+    try:
+        yield
+    finally:
+        optimizer.stepped = None
 
 
 def scaled_loss(output: DecoderOutput, loss_scale: float, token_scale: float) -> Tensor:

@@ -27,6 +27,10 @@ InitialValue = Callable[[str, Callable[[], Tensor]], Tensor]
 """The initial value of a parameter, from its name and a function that returns its default."""
 
 
+Changed = Callable[[str, Tensor], None]
+"""Takes the name of a parameter and the change of a part of its master, fp32 and 1-D."""
+
+
 def seeded(name: str, default: Callable[[], Tensor]) -> Tensor:
     """The initial value that the run's seed gives to the parameter `name`."""
     return default()
@@ -95,10 +99,16 @@ class Engine(Protocol):
         """
         ...
 
-    def apply(self, lr: float, max_norm: float = math.inf) -> None:
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's part of the step's gradient before clipping, by the name of the parameter, between the last
+        micro-batch and the step: over all ranks, each element of each parameter once."""
+        ...
+
+    def apply(self, lr: float, max_norm: float = math.inf, changed: Changed | None = None) -> None:
         """Clip, step every parameter at rate `lr` (times the `lr_scale` of its group), clear the gradients. Collective.
 
         The gradient is scaled to `optim.grad_clip` or `max_norm`, whichever is less, when its norm is above that.
+        `changed` is told of every part of a parameter that this rank owns what the step made of its fp32 master.
         """
         ...
 

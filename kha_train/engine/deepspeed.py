@@ -41,10 +41,11 @@ from kha_train.engine.building import (
     scaled_loss,
     share_identities,
     spare_optimizers_the_compiler,
+    told_of_changes,
 )
-from kha_train.engine.contract import Fragment, InitialValue, seeded
+from kha_train.engine.contract import Changed, Fragment, InitialValue, seeded
 from kha_train.engine.settings import deepspeed_settings as _settings
-from kha_train.engine.zero_state import partitioned_fragments, replicated_fragments
+from kha_train.engine.zero_state import owned_gradients, partitioned_fragments, replicated_fragments
 from kha_train.model.decoder import DecoderOutput
 from kha_train.model.host import inputs_of
 from kha_train.optim import ShareOptimizer
@@ -124,14 +125,20 @@ class Engine:
             squares[name] = squares.get(name, 0.0) + (value * value if value >= 0 else math.inf)
         return {name: math.sqrt(square) for name, square in squares.items()}
 
-    def apply(self, lr: float, max_norm: float = math.inf) -> None:
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """See `contract.Engine.gradients`."""
+        return owned_gradients(self._optimizer, self.decoder, self.config.engine.zero_stage)
+
+    def apply(self, lr: float, max_norm: float = math.inf, changed: Changed | None = None) -> None:
         """See `contract.Engine.apply`."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         assert self._norm is not None
         skipped = self._engine.skipped_steps
         # DeepSpeed scales by grad_clip / norm; a norm larger by this factor gives max_norm / norm.
-        self._step_with_norm(self._norm * max(1.0, self.config.optim.grad_clip / max_norm))
+        norm = self._norm * max(1.0, self.config.optim.grad_clip / max_norm)
+        with told_of_changes(self._stepper, self.fragments(), changed):
+            self._step_with_norm(norm)
         assert self._engine.skipped_steps == skipped, "DeepSpeed skipped a step that the gate had accepted"
 
     def discard(self) -> None:

@@ -26,8 +26,9 @@ from kha_train.engine.building import (
     scaled_loss,
     share_identities,
     spare_optimizers_the_compiler,
+    told_of_changes,
 )
-from kha_train.engine.contract import Fragment, InitialValue, seeded
+from kha_train.engine.contract import Changed, Fragment, InitialValue, seeded
 from kha_train.model.decoder import DecoderOutput
 from kha_train.model.host import inputs_of
 
@@ -92,8 +93,14 @@ class Engine:
             norms[group["name"]] = norm if math.isfinite(norm) else math.inf
         return norms
 
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """See `contract.Engine.gradients`."""
+        for name, master in self._masters.items():
+            assert master.grad is not None, "the step has no last micro-batch yet"
+            yield name, master.grad
+
     @torch.no_grad()
-    def apply(self, lr: float, max_norm: float = math.inf) -> None:
+    def apply(self, lr: float, max_norm: float = math.inf, changed: Changed | None = None) -> None:
         """See `contract.Engine.apply`."""
         limit = min(self.config.optim.grad_clip, max_norm)
         scale = (limit / (self.gradient_norm + 1e-6)).clamp(max=1.0)
@@ -102,7 +109,8 @@ class Engine:
             master.grad.mul_(scale)
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        self._optimizer.step()
+        with told_of_changes(self._optimizer, self.fragments(), changed):
+            self._optimizer.step()
         self._forget_gradients()
         self.refresh_parameters()
 

@@ -47,6 +47,26 @@ def partitioned_fragments(optimizer: Any, module: nn.Module, shapes: Shapes, ran
             yield Fragment(name, shapes[name], start, views, flat, offset)
 
 
+def owned_gradients(optimizer: Any, module: nn.Module, stage: int) -> Iterator[tuple[str, Tensor]]:
+    """This rank's part of the gradient under ZeRO `stage` (or BF16_Optimizer), by the name of the parameter, between
+    the last micro-batch and the step."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    if stage < 3 and not hasattr(optimizer, "scaled_global_norm"):
+        parameters: Iterator[tuple[str, Any]] = module.named_parameters()
+        for name, parameter in parameters:
+            if (mapping := parameter._hp_mapping) is not None:
+                address = mapping.get_hp_fragment_address()
+                flat = optimizer.fp32_groups_gradient_flat_partition[mapping.param_group_index]
+                yield name, flat.narrow(0, address.start, address.numel)
+        return
+    groups = optimizer.fp16_groups if stage == 3 else optimizer.params_in_partition
+    for number, group in enumerate(groups):
+        # Between and after the parts of parameters there may be padding.
+        parts = [part for part in optimizer.averaged_gradients[number] if not getattr(part, "_zero_padding", False)]
+        for parameter, part in zip(group, parts, strict=False):
+            yield names[id(parameter)], part
+
+
 def _views(optimizer: Any, flat: Tensor, start: int, length: int) -> dict[str, Tensor]:
     stepper: ShareOptimizer = optimizer.optimizer
     return {kind: tensor.narrow(0, start, length) for kind, tensor in stepper.kept(flat).items()}

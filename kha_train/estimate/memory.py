@@ -236,11 +236,12 @@ def _groups(config: RunConfig) -> list[tuple[int, list[int]]]:
 
 
 def _step(config: RunConfig) -> int:
-    """What the optimiser holds while it steps one group after another: its gradients in fp32, and its moments, widened
-    if they are stored in bf16.
+    """What the optimiser holds while it steps one group after another: its gradients in fp32, its moments, widened if
+    they are stored in bf16, and for statistics of layers a copy of its masters.
     """
     largest = max(sum(sizes) for times, sizes in _groups(config) if times)
-    return (4 + config.optim.widened_bytes(config.engine.moment_dtype)) * largest // config.cluster.devices
+    copied = MASTER_BYTES if config.telemetry.layer_statistics_every else 0
+    return (4 + config.optim.widened_bytes(config.engine.moment_dtype) + copied) * largest // config.cluster.devices
 
 
 def _overlap(sizes: list[int], rank: int, ranks: int) -> int:

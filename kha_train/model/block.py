@@ -9,21 +9,33 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from kha_train.config.schema import RunConfig
+from kha_train.metric import Metric
 from kha_train.model.attention.base import RowContext, build_attention
 from kha_train.model.feed_forward import SwiGlu
 from kha_train.model.moe.layer import MoeLayer
 from kha_train.model.norm import RmsNorm
+from kha_train.model.observed import Values, split
+
+ACTIVATION_RMS = Metric(
+    "layer/activation_rms",
+    "1",
+    "root mean square of the residual stream after a layer, over tokens and width",
+    combine="rms",
+    layers="max",
+)
 
 
 class BlockStats(NamedTuple):
-    """Statistics of a block with experts. They are returned, never counted as a side effect, because recomputation runs
-    a forward twice. `load_E` (int64, no gradient) is the number of tokens each expert received. The sums over tokens of
-    the auxiliary losses carry their gradient, and are None when not needed (see `Routing`).
+    """What a block reports about its forward. It is returned, never counted as a side effect, because recomputation
+    runs a forward twice. `values` are those of its modules' metrics. Of a block with experts, `load_E` (int64, no
+    gradient) is the number of tokens each expert received. The sums over tokens of the auxiliary losses carry their
+    gradient, and are None when not needed (see `Routing`).
     """
 
-    load_E: Tensor
-    balance_sum: Tensor | None
-    z_sum: Tensor | None
+    values: Values
+    load_E: Tensor | None = None
+    balance_sum: Tensor | None = None
+    z_sum: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -38,15 +50,24 @@ class Block(nn.Module):
         self.feed_forward_norm = RmsNorm(config.model.hidden_size, config.model.norm_eps)
         self.has_experts = layer >= config.moe.dense_layers
         self.feed_forward = MoeLayer(config, layer) if self.has_experts else SwiGlu(config, config.moe.dense_width)
+        self.metrics = (ACTIVATION_RMS,) if config.telemetry.layer_statistics_every else ()
 
     def forward(
         self, x_BTD: Tensor, rows: RowContext, samples_B: Tensor, real_R: Tensor | None = None
-    ) -> tuple[Tensor, BlockStats | None]:
-        """The residual stream after this layer, and its statistics (None without experts). `samples_B` (int64) are the
-        sample numbers of the rows, `real_R` (int64) the places of the flattened B*T that hold a token (None: all)."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rows)
+    ) -> tuple[Tensor, BlockStats]:
+        """The residual stream after this layer, and its statistics. `samples_B` (int64) are the sample numbers of the
+        rows, `real_R` (int64) the places of the flattened B*T that hold a token (None: all)."""
+        y_BTD, values = split(self.attention(self.attention_norm(x_BTD), rows))
+        x_BTD = x_BTD + y_BTD
         normed_BTD = self.feed_forward_norm(x_BTD)
         if not self.has_experts:
-            return x_BTD + self.feed_forward(normed_BTD), None
+            y_BTD, further = split(self.feed_forward(normed_BTD))
+            x_BTD = x_BTD + y_BTD
+            return x_BTD, BlockStats({**values, **further, **self._observed(x_BTD, rows)})
         y_BTD, routing = self.feed_forward(normed_BTD, samples_B, real_R)
-        return x_BTD + y_BTD, BlockStats(routing.load_E, routing.balance_sum, routing.z_sum)
+        x_BTD = x_BTD + y_BTD
+        values = {**values, **(routing.values or {}), **self._observed(x_BTD, rows)}
+        return x_BTD, BlockStats(values, routing.load_E, routing.balance_sum, routing.z_sum)
+
+    def _observed(self, x_BTD: Tensor, rows: RowContext) -> Values:
+        return {ACTIVATION_RMS.name: rows.squares_averaged(x_BTD)} if rows.observed and self.metrics else {}

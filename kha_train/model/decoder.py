@@ -25,6 +25,7 @@ from kha_train.model.moe.balance import BIAS_UPDATES, relative_load
 from kha_train.model.moe.layer import MoeLayer
 from kha_train.model.moe.router import Router
 from kha_train.model.norm import RmsNorm
+from kha_train.model.observed import Values, declared_metrics
 from kha_train.model.recompute import runner
 from kha_train.model.rope import RotaryTable
 
@@ -42,13 +43,15 @@ class AuxiliaryLosses(NamedTuple):
 class DecoderOutput(NamedTuple):
     """The result of a forward. `logits_BTV` (at least fp32) without labels, `loss_sum` (scalar, at least fp32) with
     them; the other is None. `load_LE` (int64, no gradient) is the tokens routed to each expert of each of the L layers
-    that have experts. `auxiliary` is None outside training, and without auxiliary losses.
+    that have experts. `auxiliary` is None outside training, and without auxiliary losses. `values` are what modules
+    reported for their metrics, by name; their first dimension is the layers that reported.
     """
 
     logits_BTV: Tensor | None
     loss_sum: Tensor | None
     load_LE: Tensor
     auxiliary: AuxiliaryLosses | None
+    values: Values
 
 
 class Embedding(DeclaredModule):
@@ -107,6 +110,10 @@ class Decoder(nn.Module):
         self.head = Head(config)
         self._run = runner(config)
         self.tie_weights()
+        self.declared = {metric.name: metric for metric in declared_metrics(self)}
+        """What the modules declare, before lists by layer are told apart from their summary (`metric.in_force`)."""
+        self.observed = False
+        """Whether forwards compute the metrics that are too costly for every step. Set by the step."""
 
     def tie_weights(self) -> None:
         """With `model.tie_embeddings`, let the head use the embedding's parameter. Call it again after replacing
@@ -141,21 +148,23 @@ class Decoder(nn.Module):
         if positions_BT is None:
             positions_BT = torch.arange(seen, seen + tokens, device=tokens_BT.device).expand(batch, tokens)
         rows = self._rows(batch, tokens, positions_BT, cu_seqlens_S, max_seqlen, cache)
+        rows = rows._replace(real_R=real_R, observed=self.observed)
         if samples_B is None:
             samples_B = torch.arange(batch, device=tokens_BT.device)
         x_BTD = self.embedding(tokens_BT, positions_BT)
         stats: list[BlockStats] = []
         for block in self.blocks:
             x_BTD, reported = self._run(block, x_BTD, rows, samples_B, real_R)
-            stats += [reported] if reported else []
+            stats.append(reported)
         if cache is not None:
             cache.seen += tokens
         x_BTD = self.norm(x_BTD)
-        loads = [reported.load_E for reported in stats]
+        loads = [reported.load_E for reported in stats if reported.load_E is not None]
         load_LE = torch.stack(loads) if loads else torch.zeros(0, 0, dtype=torch.int64, device=x_BTD.device)
+        told = load_LE, self._auxiliary(stats), self._values(stats)
         if labels_BT is None:
-            return DecoderOutput(self.head(x_BTD), None, load_LE, self._auxiliary(stats))
-        return DecoderOutput(None, self.head(x_BTD, labels_BT), load_LE, self._auxiliary(stats))
+            return DecoderOutput(self.head(x_BTD), None, *told)
+        return DecoderOutput(None, self.head(x_BTD, labels_BT), *told)
 
     def _rows(
         self,
@@ -175,6 +184,16 @@ class Decoder(nn.Module):
         masked = needs_mask(self.config, device, self.embedding.weight.dtype)
         documents = lay_out_documents(batch, tokens, device, cu_seqlens_S, max_seqlen, slopes_H, masked)
         return RowContext(rotary, documents)
+
+    def _values(self, stats: list[BlockStats]) -> Values:
+        names = dict.fromkeys(name for reported in stats for name in reported.values)
+        for name in names:
+            known = self.declared.get(name)
+            assert known is not None and known.layers, f"{name} is reported by a layer, but not declared with `layers`"
+        return {
+            name: torch.stack([reported.values[name].detach() for reported in stats if name in reported.values])
+            for name in names
+        }
 
     def _auxiliary(self, stats: list[BlockStats]) -> AuxiliaryLosses | None:
         moe = self.config.moe

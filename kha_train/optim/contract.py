@@ -7,7 +7,7 @@ separately. An optimiser derives from `ShareOptimizer` and implements `step_shar
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -37,6 +37,9 @@ class ShareOptimizer(torch.optim.Optimizer):
         """Store `options`, for a class that is built by another `__init__`."""
         self.options = options
         self.identities: dict[Tensor, Tensor] = {}
+        self.stepped: Callable[[Tensor, Tensor], None] | None = None
+        """Told, after a share was stepped, of the share and what changed in it. Costs a copy of the shares of one
+        parameter group at a time."""
 
     @staticmethod
     def group(
@@ -82,6 +85,7 @@ class ShareOptimizer(torch.optim.Optimizer):
         groups = self.param_groups
         for group in groups:
             self.param_groups = [group]
+            before = self._copied(group) if self.stepped else []
             self._decay_to_identity(group)
             narrow = [
                 (self.state[share], name)
@@ -96,6 +100,9 @@ class ShareOptimizer(torch.optim.Optimizer):
             self.step_group(group)
             for (state, name), moment in zip(narrow, kept, strict=True):
                 state[name] = moment.copy_(state[name])
+            if self.stepped:
+                for share, copy in before:
+                    self.stepped(share, torch.sub(share.detach(), copy, out=copy))
         self.param_groups = groups
 
     def step_group(self, group: dict[str, Any]) -> None:
@@ -110,6 +117,10 @@ class ShareOptimizer(torch.optim.Optimizer):
         """Step `share` (1-D, fp32) in place by `gradient`, and its `state` with it: a tensor of the same shape for each
         of `options.states`, fp32 here, and `step`, the number of this step from 1 on. `group` has `lr` and
         `weight_decay`."""
+
+    @staticmethod
+    def _copied(group: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        return [(share, share.detach().clone()) for share in group["params"] if share.grad is not None]
 
     def _decay_to_identity(self, group: dict[str, Any]) -> None:
         decay = group.get("identity_decay", 0.0)

@@ -17,7 +17,7 @@ from kha_train.record.markers import (
     read_marker,
     set_marker,
 )
-from kha_train.record.metrics import METRICS, RECORD_ONLY, TIMING_KEYS, Metric
+from kha_train.record.metrics import TIMING_KEYS, declared_in, timing_keys
 from kha_train.record.reader import (
     read_discarded,
     read_events,
@@ -30,17 +30,15 @@ from kha_train.record.record import Record, SilentRecord
 from kha_train.record.redact import Redactor
 
 __all__ = [
-    "METRICS",
-    "RECORD_ONLY",
     "TIMING_KEYS",
     "Attempt",
     "Marker",
-    "Metric",
     "Record",
     "Redactor",
     "SilentRecord",
     "clear_marker",
     "config_of",
+    "declared_in",
     "first_failure",
     "first_failure_line",
     "has_marker",
@@ -57,4 +55,5 @@ __all__ = [
     "read_owner",
     "read_run",
     "set_marker",
+    "timing_keys",
 ]

@@ -1,120 +1,76 @@
-"""Every key of a `metrics.jsonl` line with its unit and definition: the one table that docs and reports print."""
+"""The metrics that a run declared, as its readers know them.
+
+A run writes the declarations in force to `run.json`. Runs of older releases did not: for their lines stands the frozen
+table `EARLIER`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+from kha_train.metric import BY_LAYER, Metric
 
-@dataclass(frozen=True)
-class Metric:
-    """What a number means. `timing` marks those that depend on when and where a step ran, not on what it computed.
-    Without `mirrored` it stays in the record: its length grows with the model.
-    """
+HEAD = (
+    Metric("step", "steps", "finished optimiser steps, this one included (the first line says 1)"),
+    Metric("attempt", "count", "which start of this run directory computed the step (the first is 1)", timing=True),
+    Metric("time", "s", "seconds since 1970-01-01 UTC when the line was written", timing=True),
+)
+"""What the record itself adds to every line."""
+COUNTED = ("count", "row", "steps", "tokens", "0/1")
+"""Units of numbers that are counted, so that they are finite."""
 
-    unit: str
-    meaning: str
-    timing: bool = False
-    mirrored: bool = True
-
-
-METRICS: dict[str, Metric] = {
-    "step": Metric("steps", "finished optimiser steps, this one included (the first line says 1)"),
-    "attempt": Metric("count", "which start of this run directory computed the step (the first is 1)", timing=True),
-    "time": Metric("s", "seconds since 1970-01-01 UTC when the line was written", timing=True),
-    "samples_first": Metric("row", "first global sample number of the step's batch"),
-    "samples_last": Metric("row", "last global sample number of the step's batch"),
-    "tokens": Metric(
-        "tokens", "places read since step 0: rows of the global batch x sequence length, padding included"
-    ),
-    "train/loss": Metric(
-        "nats/token", "token cross-entropy summed over the global batch / its unmasked labels; no auxiliary term"
-    ),
-    "train/grad_norm": Metric("1", "L2 norm of the gradient over all parameters and ranks, before clipping"),
-    "train/grad_clipped": Metric(
-        "0/1", "1 when the norm was above optim.grad_clip, or ZClip's limit, and the gradient was scaled down"
-    ),
-    "train/zclip_limit": Metric("1", "norm that ZClip let the gradient have: its own unless it stood out"),
-    "train/skipped": Metric("0/1", "1 when the update was not applied (not finite, or refused by stability.policy)"),
-    "train/skipped_steps": Metric("steps", "updates not applied since step 0"),
-    "train/nonfinite_steps": Metric("steps", "steps with a non-finite loss or norm since step 0"),
-    "train/lr": Metric("1", "learning rate of the step"),
-    "train/step_seconds": Metric("s", "wall time of the step, waiting for data included", timing=True),
-    "train/tokens_per_second": Metric(
-        "tokens/s", "places of the global batch (`tokens` of the step) / train/step_seconds", timing=True
-    ),
-    "train/mfu": Metric(
-        "fraction",
-        "training FLOPs per token x tokens/s / (peak FLOP/s of one rank x ranks); neither recomputation nor head "
-        "interactions are counted",
-        timing=True,
-    ),
-    "data/padding": Metric(
-        "fraction", "places of the global batch that hold no token (packing=best_fit, where there is any)"
-    ),
-    "data/wait_seconds": Metric("s", "part of the step spent waiting for rank 0's own batch", timing=True),
-    "data/agreement_seconds": Metric(
-        "s", "part of the step in which rank 0, its batch at hand, waited for those of the other ranks", timing=True
-    ),
-    "checkpoint/stall_seconds": Metric(
-        "s", "time training stood still for checkpoints since the line before (rank 0)", timing=True
-    ),
-    "checkpoint/failures": Metric("count", "saves of this attempt that failed", timing=True),
-    "memory/peak_gib": Metric(
-        "GiB", "most memory of rank 0 since start: resident set on a CPU, allocated by torch on CUDA", timing=True
-    ),
-    "moe/maxvio_worst": Metric("1", "largest load of an expert / mean load; the worst layer"),
-    "moe/auxiliary_loss": Metric(
-        "1", "E sum_i F_i P_i as moe.auxiliary_loss.scope counts it, unweighted; mean over layers (1: even)"
-    ),
-    "moe/z_loss": Metric("1", "squared logsumexp of the router's logits, unweighted; mean over tokens and layers"),
-    **{
-        f"moe/{name}_by_layer": Metric(unit, f"moe/{name} of every layer that has experts, a list", mirrored=False)
-        for name, unit in (
-            ("maxvio", "1"),
-            ("load_cv", "1"),
-            ("dead_fraction", "fraction"),
-            ("load_entropy", "1"),
-            ("bias_range", "1"),
-        )
-    },
-    "moe/maxvio": Metric("1", "largest load of an expert / mean load; mean over layers (1: perfect balance)"),
-    "moe/load_cv": Metric("1", "standard deviation of the experts' loads / mean load; mean over layers"),
-    "moe/dead_fraction": Metric("fraction", "experts that received no token in the step, of all experts of all layers"),
-    "moe/load_entropy": Metric("1", "entropy of the experts' load shares / log(experts); mean over layers (1: even)"),
-    "moe/bias_range": Metric(
-        "1", "largest - smallest selection bias of a layer, as the step was routed; largest over layers"
-    ),
-    "spike/z": Metric("1", "(loss - m) / s; m: what the trend of the last 128 losses outside events expects"),
-    "spike/open": Metric("0/1", "1 while an event is open after the step"),
-    "spike/events_total": Metric("count", "events so far, the open one included"),
-    "spike/narrow_total": Metric("count", "closed events of at most 10 steps"),
-    "spike/wide_total": Metric("count", "closed events of more than 10 steps"),
-    "spike/unrecovered_total": Metric("count", "events given up after 2,000 steps, or cut short by a planned change"),
-    "spike/olmo_loss_score": Metric(
-        "%", "steps whose loss is 7 sd or more from the mean of the previous 1,000, of those judged (OLMo 2)"
-    ),
-    "spike/olmo_loss_score_w10k": Metric("%", "the same over the last 10,000 judged steps"),
-    "spike/olmo_loss_up_score": Metric("%", "as spike/olmo_loss_score, upward only"),
-    "spike/olmo_gnorm_score": Metric("%", "as spike/olmo_loss_score, of train/grad_norm"),
-    "spike/olmo_gnorm_score_w10k": Metric("%", "the same over the last 10,000 judged steps"),
-    "spike/z128_loss": Metric("1", "(loss - mean) / sd of the previous 128"),
-    "spike/z128_gnorm": Metric("1", "(train/grad_norm - mean) / sd of the previous 128"),
-    "spike/z128_flag": Metric("0/1", "1 when either of the two is above 6 (OLMo-core's rule)"),
-    "attn/max_logit": Metric("1", "largest attention logit of all layers over sampled queries; on probed steps"),
-    "kha/from_identity": Metric(
-        "1", "largest Frobenius distance of an interaction's matrix (gates aside) from the identity; on probed steps"
-    ),
-    "validation/loss": Metric("nats/token", "token cross-entropy on the validation rows / their unmasked labels"),
-    "validation/bits_per_byte": Metric(
-        "bits/byte",
-        "validation cross-entropy in bits / bytes of text behind the unmasked labels; absent for ids imported without "
-        "a tokenizer",
-    ),
+_NAMES_BY_UNIT = {
+    "steps": "step train/skipped_steps train/nonfinite_steps",
+    "count": "attempt! checkpoint/failures! spike/events_total spike/narrow_total spike/wide_total "
+    "spike/unrecovered_total",
+    "row": "samples_first samples_last",
+    "tokens": "tokens",
+    "0/1": "train/grad_clipped train/skipped spike/open spike/z128_flag",
+    "s": "time! train/step_seconds! data/wait_seconds! data/agreement_seconds! checkpoint/stall_seconds!",
+    "tokens/s": "train/tokens_per_second!",
+    "GiB": "memory/peak_gib!",
+    "fraction": "train/mfu! data/padding moe/dead_fraction moe/dead_fraction_by_layer",
+    "nats/token": "train/loss validation/loss",
+    "bits/byte": "validation/bits_per_byte",
+    "%": "spike/olmo_loss_score spike/olmo_loss_score_w10k spike/olmo_loss_up_score spike/olmo_gnorm_score "
+    "spike/olmo_gnorm_score_w10k",
+    "1": "train/grad_norm train/zclip_limit train/lr moe/maxvio_worst moe/auxiliary_loss moe/z_loss moe/maxvio "
+    "moe/load_cv moe/load_entropy moe/bias_range moe/maxvio_by_layer moe/load_cv_by_layer moe/load_entropy_by_layer "
+    "moe/bias_range_by_layer spike/z spike/z128_loss spike/z128_gnorm attn/max_logit kha/from_identity",
 }
-"""Keys of a metrics line. Other keys are recorded too, but have no definition to print."""
+"""A "!" marks what depends on when and where a step ran."""
 
-RECORD_ONLY: frozenset[str] = frozenset(name for name, metric in METRICS.items() if not metric.mirrored)
-"""Keys that mirrors leave out."""
+EARLIER: dict[str, Metric] = {
+    name.rstrip("!"): Metric(
+        name.rstrip("!"), unit, "", timing=name.endswith("!"), mirrored=not name.endswith(BY_LAYER)
+    )
+    for unit, names in _NAMES_BY_UNIT.items()
+    for name in names.split()
+}
+"""What lines held before runs declared their metrics. Frozen: what is added since is declared where it is computed."""
 
-TIMING_KEYS: frozenset[str] = frozenset(name for name, metric in METRICS.items() if metric.timing)
-"""Keys that may differ between a resumed run and an unbroken one; every other key is equal bit for bit."""
+
+TIMING_KEYS: frozenset[str] = frozenset(name for name, metric in EARLIER.items() if metric.timing)
+"""Of a run that declared no metrics: keys that may differ between a resumed run and an unbroken one."""
+
+
+def declared_in(run: Mapping[str, Any]) -> dict[str, Metric]:
+    """The metrics of the run whose `run.json` is `run`, by name, in the order declared: those of its own, or of the
+    table for runs that declared none."""
+    entries: Mapping[str, Any] = run.get("metrics", {})
+    return {
+        name: Metric(name, entry["unit"], entry["meaning"], entry["timing"], entry["mirrored"])
+        for name, entry in entries.items()
+    } or dict(EARLIER)
+
+
+def timing_keys(run: Mapping[str, Any]) -> frozenset[str]:
+    """The keys of a run's lines that may differ between a resumed run and an unbroken one. Every other key is equal bit
+    for bit."""
+    return frozenset(name for name, metric in declared_in(run).items() if metric.timing)
+
+
+def record_only(metrics: Iterable[Metric]) -> set[str]:
+    """The names that mirrors leave out: of `metrics`, and of the lines of earlier attempts."""
+    return {metric.name for metric in (*EARLIER.values(), *metrics) if not metric.mirrored}

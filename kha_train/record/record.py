@@ -7,6 +7,7 @@ import secrets
 import shutil
 import time
 import uuid
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from kha_train.config.compose import load_plain
 from kha_train.errors import DataError, KhaError
 from kha_train.foreign.files import check_regular
+from kha_train.metric import Metric
 from kha_train.record.attempts import CONFIG, CONFIG_FILE, config_entry
 from kha_train.record.failures import FAILURES, RANKS
 from kha_train.record.files import write_json
@@ -112,6 +114,7 @@ class Record:
         world_size: int = 1,
         facts: dict[str, Any] | None = None,
         config: dict[str, Any] | None = None,
+        metrics: Iterable[Metric] = (),
     ) -> int:
         """Starts or resumes the run after `start_step` finished steps; returns the attempt's number (from 1).
 
@@ -119,7 +122,7 @@ class Record:
         first attempt's `facts` (such as `data_content_id`, `parameters`) join the provenance of `run.json`; differing
         facts of later attempts are kept under the attempt's `changed`. `config` is kept with the attempt. Call this
         before `config.yaml` is replaced: it is the only place that holds the configuration of an attempt of an older
-        release.
+        release. `metrics` are those that later lines may hold; declarations of earlier attempts are kept.
         """
         self._end_attempt("lost")
         self._keep_last_config()
@@ -135,6 +138,9 @@ class Record:
         if config is not None:
             attempt[CONFIG] = config_entry(self._run["attempts"], self._redactor.clean(config))
         self._run["provenance"] = first or now
+        declared = {metric.name: metric.to_plain() for metric in metrics}
+        if declared:
+            self._run["metrics"] = {**self._run.get("metrics", {}), **declared}
         self._run["attempts"].append({**attempt, "state": "running"})
         self._in_attempt = True
         self._write_run()
@@ -150,7 +156,7 @@ class Record:
     def step(self, line: dict[str, Any]) -> None:
         """Appends one optimiser step. `line` has `step`, larger than any before; `attempt` and `time` are added.
 
-        Values are plain Python numbers. Units and definitions of the keys are in `METRICS`.
+        Values are plain Python numbers. Units and meanings of the keys are those declared with `begin_attempt`.
         """
         assert line["step"] > self.last_step, f"step {line['step']} is already recorded (last: {self.last_step})"
         head = {"step": line["step"], "attempt": self.attempt, "time": time.time()}
@@ -324,6 +330,7 @@ class SilentRecord(Record):
         world_size: int = 1,
         facts: dict[str, Any] | None = None,
         config: dict[str, Any] | None = None,
+        metrics: Iterable[Metric] = (),
     ) -> int:
         """Does nothing; returns 0."""
         return 0

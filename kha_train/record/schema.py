@@ -6,14 +6,11 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 from kha_train.config.saved import SavedConfig
 from kha_train.foreign.typed import LARGEST, Absent, Count, Length, Match, Range, Source
-from kha_train.record.metrics import METRICS
+from kha_train.record.metrics import COUNTED, EARLIER
 
 RUN_FORMAT = 1
 """The version of run.json that this code writes; later versions are refused."""
-HEAD = ("step", "attempt", "time")
-COUNTS = frozenset(
-    name for name, metric in METRICS.items() if metric.unit in ("count", "row", "steps", "tokens", "0/1")
-)
+COUNTS = frozenset(name for name, metric in EARLIER.items() if metric.unit in COUNTED)
 """Keys of a metrics line whose values are counts."""
 WHOLE = ("step", "attempt", "tokens", "samples_first", "samples_last")
 """The keys that are used as integers."""
@@ -70,6 +67,15 @@ class AttemptEntry(TypedDict):
     config: NotRequired[Whole | Like]
 
 
+class Declared(TypedDict):
+    """What a run said of one of its metrics."""
+
+    unit: str
+    meaning: str
+    timing: Annotated[bool, Absent(False)]
+    mirrored: Annotated[bool, Absent(True)]
+
+
 class RunFile(TypedDict):
     """The fields of `run.json` that readers need."""
 
@@ -77,6 +83,7 @@ class RunFile(TypedDict):
     created: NotRequired[float]
     provenance: Annotated[Provenance, Absent({})]
     attempts: list[AttemptEntry]
+    metrics: NotRequired[dict[str, Declared]]
     startup_seconds: NotRequired[dict[str, Any]]
     spikes: NotRequired[dict[str, Any]]
     goodput: NotRequired[dict[str, Any]]
@@ -207,7 +214,7 @@ def check_numbers(line: dict[str, Any], path: str, number: int) -> None:
             continue
         if kind is float and key not in COUNTS:
             continue
-        if (key in METRICS or key in HEAD) and not _is_list_of_numbers(key, value):
+        if key in EARLIER and not _is_list_of_numbers(key, value):
             allowed = "a list of numbers" if key.endswith("_by_layer") else 'a number, or "nan", "inf", "-inf"'
             shown = "null" if value is None else value
             raise Source(f"{path}:{number}").fault(

@@ -94,6 +94,7 @@ def is_secret_item(name: str, value: object) -> bool:
         return False
     if not is_secret_name(name):
         return isinstance(value, str) and is_variable_name(name) and is_secret_variable(name, value)
-    # Numbers under a `token` key count or index tokens; under `password` even a number is a secret.
+    # Numbers under a `token` key count, measure or index tokens; under `password` even a number is a secret.
     counts_tokens = bool({"token", "tokens"} & {word.lower() for word in _WORDS.findall(name)})
-    return not (counts_tokens and isinstance(value, int | float))
+    numbers = value if isinstance(value, list) else [value]
+    return not (counts_tokens and all(isinstance(number, int | float) for number in numbers))

@@ -12,10 +12,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kha_train.metric import Metric
+
 if TYPE_CHECKING:
     import torch
 
 GIB = 1024**3
+METRICS = (
+    Metric(
+        "data/agreement_seconds",
+        "s",
+        "part of the step in which rank 0, its batch at hand, waited for those of the other ranks",
+        timing=True,
+    ),
+    Metric(
+        "memory/peak_gib",
+        "GiB",
+        "most memory of rank 0 since start: resident set on a CPU, allocated by torch on CUDA",
+        timing=True,
+    ),
+)
 WARM_UP_STEPS = 2
 """The first steps of an attempt may wait for compilers and caches, so they do not count for the time left."""
 STEADY_STEPS = 3

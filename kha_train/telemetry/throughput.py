@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from kha_train.config.schema import RunConfig
+from kha_train.metric import Metric
 
 BF16_PEAKS = {
     "H200 NVL": 835e12,
@@ -28,6 +29,21 @@ BF16_PEAKS = {
 }
 """Dense bf16 peaks in FLOP/s from the vendors' data sheets; the first name contained in the device's name counts."""
 
+METRICS = (
+    Metric(
+        "train/tokens_per_second",
+        "tokens/s",
+        "places of the global batch (`tokens` of the step) / train/step_seconds",
+        timing=True,
+    ),
+    Metric(
+        "train/mfu",
+        "fraction",
+        "training FLOPs per token x tokens/s / (peak FLOP/s of one rank x ranks); neither recomputation nor head "
+        "interactions are counted",
+        timing=True,
+    ),
+)
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 
 

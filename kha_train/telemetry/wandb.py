@@ -8,13 +8,15 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from kha_train.config.build import to_plain
 from kha_train.config.schema import RunConfig
-from kha_train.record import RECORD_ONLY, Redactor
+from kha_train.metric import Metric
+from kha_train.record import Redactor
+from kha_train.record.metrics import record_only
 from kha_train.telemetry import backlog
 from kha_train.telemetry.server import has_key, is_reachable
 from kha_train.telemetry.spike_chart import SPIKE_COLUMNS, spike_chart
@@ -68,9 +70,12 @@ class WandbMirror:
         *,
         rank: int = 0,
         warn: Callable[[str], None] = print,
+        metrics: Iterable[Metric] = (),
     ) -> None:
-        """`wandb_id` is the record's; `warn` receives at most one line if the mirror cannot work as configured."""
-        self._warn = warn
+        """`wandb_id` is the record's; `warn` receives at most one line if the mirror cannot work as configured. Of
+        `metrics`, which the run declares, those that are not mirrored are left out.
+        """
+        self._warn, self._record_only = warn, record_only(metrics)
         self._redactor = Redactor.from_environment()
         self._keys: set[str] = set()
         self._row, self._loss = 0, math.nan
@@ -187,7 +192,7 @@ class WandbMirror:
 
     def _log(self, row: int, values: dict[str, Any]) -> None:
         """Keys beyond `MAX_KEYS` stay in the record."""
-        self._keys |= set(sorted(values.keys() - self._keys - RECORD_ONLY)[: MAX_KEYS - len(self._keys)])
+        self._keys |= set(sorted(values.keys() - self._keys - self._record_only)[: MAX_KEYS - len(self._keys)])
         sent = {key: value for key, value in values.items() if key in self._keys}
         self._attempt(lambda run: run.log(self._redactor.clean(sent), step=row))
 

@@ -17,6 +17,17 @@ from kha_train.data.sources import without_labels
 from kha_train.distributed import World
 from kha_train.engine.contract import Engine
 from kha_train.errors import DataError
+from kha_train.metric import Metric
+
+METRICS = (
+    Metric("validation/loss", "nats/token", "token cross-entropy on the validation rows / their unmasked labels"),
+    Metric(
+        "validation/bits_per_byte",
+        "bits/byte",
+        "validation cross-entropy in bits / bytes of text behind the unmasked labels; absent for ids imported without "
+        "a tokenizer",
+    ),
+)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ from kha_train.telemetry.wandb import WandbMirror
 from kha_train.train import resume
 from kha_train.train.closing import close_record, sum_up
 from kha_train.train.failure import accept
+from kha_train.train.metrics import declared
 from kha_train.train.previous import NOT_FINISHED, find_own_checkpoint, finished_at, needs_no_checkpoint
 from kha_train.train.progress import restore_watch
 from kha_train.train.rate_change import tell_rate_change
@@ -259,9 +260,11 @@ def _open_reporter(closings: ExitStack, session: Session, journal: Journal, star
     closings.callback(console.close)
     profiler = Profiler(config, session.run_dir, world, console.warn)
     closings.callback(profiler.close)
-    wandb = WandbMirror(config, session.run_dir, journal.record.wandb_id, rank=world.rank, warn=console.warn)
+    metrics = declared(config, session.engine.decoder).values()
+    wandb_id = journal.record.wandb_id
+    wandb = WandbMirror(config, session.run_dir, wandb_id, rank=world.rank, warn=console.warn, metrics=metrics)
     closings.push(lambda kind, error, trace: wandb.close(_exit_code(error)))
-    reporter = Reporter(journal, console, wandb, profiler, memory, throughput, startup)
+    reporter = Reporter(journal, console, wandb, profiler, memory, throughput, metrics, startup)
     closings.push(lambda kind, error, trace: sum_up(session, reporter, error))
     return reporter
 
@@ -314,7 +317,7 @@ def _begin_attempt(
         "chosen": kernels.announced,
     }
     plain = Redactor.from_environment().clean(to_plain(config))
-    reporter.record.begin_attempt(step, world_size=world.size, facts=facts, config=plain)
+    reporter.record.begin_attempt(step, world_size=world.size, facts=facts, config=plain, metrics=reporter.metrics)
     if world.is_main:
         write_text(session.run_dir / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False))
     for kind, fields in changes:

@@ -18,9 +18,18 @@ from torch import Tensor
 
 from kha_train.data.rows.batch import Batch
 from kha_train.engine.contract import Engine
+from kha_train.metric import Metric
 
 IN_IT = ".interaction."
 """In the name of every parameter of an interaction."""
+METRICS = (
+    Metric("attn/max_logit", "1", "largest attention logit of all layers over sampled queries; on probed steps"),
+    Metric(
+        "kha/from_identity",
+        "1",
+        "largest Frobenius distance of an interaction's matrix (gates aside) from the identity; on probed steps",
+    ),
+)
 SAMPLED_QUERIES = 64
 """Attention logits are taken for so many positions, evenly spread over the row, against all keys before them."""
 

@@ -6,12 +6,13 @@ while the others wait: the `Journal` keeps the error, and the loop brings it to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import as_error
+from kha_train.metric import Metric
 from kha_train.record import Record
 from kha_train.telemetry.console import Console
 from kha_train.telemetry.meters import DataWait, PeakMemory
@@ -26,6 +27,29 @@ from kha_train.train.step import StepResult, routing_metrics
 from kha_train.train.watch import ANNOUNCED, describe
 
 T = TypeVar("T")
+LINE = (
+    Metric("samples_first", "row", "first global sample number of the step's batch"),
+    Metric("samples_last", "row", "last global sample number of the step's batch"),
+    Metric(
+        "tokens", "tokens", "places read since step 0: rows of the global batch x sequence length, padding included"
+    ),
+    Metric(
+        "train/loss",
+        "nats/token",
+        "token cross-entropy summed over the global batch / its unmasked labels; no auxiliary term",
+    ),
+    Metric("train/grad_norm", "1", "L2 norm of the gradient over all parameters and ranks, before clipping"),
+    Metric(
+        "train/grad_clipped",
+        "0/1",
+        "1 when the norm was above optim.grad_clip, or ZClip's limit, and the gradient was scaled down",
+    ),
+    Metric("train/skipped", "0/1", "1 when the update was not applied (not finite, or refused by stability.policy)"),
+    Metric("train/skipped_steps", "steps", "updates not applied since step 0"),
+    Metric("train/lr", "1", "learning rate of the step"),
+    Metric("train/step_seconds", "s", "wall time of the step, waiting for data included", timing=True),
+)
+"""What `Reporter.line` has of its own; the rest is declared where it is computed."""
 
 
 class Journal:
@@ -66,6 +90,8 @@ class Reporter:
     profiler: Profiler
     memory: PeakMemory
     throughput: Throughput
+    metrics: Collection[Metric]
+    """What lines of this run may hold."""
     startup: Startup | None
     """Where the time went since the process was started; None once that is noted."""
     data_wait: DataWait = field(default_factory=DataWait)
@@ -82,7 +108,7 @@ class Reporter:
         return self.journal.trouble
 
     def line(self, session: Session, saver: Saver, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
-        """The line of the record for the step just finished (definitions: `record.METRICS`)."""
+        """The line of the record for the step just finished (see `train/metrics.py`)."""
         seen, progress = session.watch.seen, session.progress
         return {
             "step": progress.step,
@@ -104,6 +130,7 @@ class Reporter:
             "memory/peak_gib": self.memory.gib(),
             **({} if result.padding is None else {"data/padding": result.padding}),
             **routing_metrics(session.config.moe, result),
+            **result.values,
             **session.watch.metrics(),
             **(probe_metrics(result.evidence) if result.evidence else {}),
         }

@@ -19,6 +19,7 @@ from kha_train.optim import learning_rate
 from kha_train.output import harmless_output
 from kha_train.record import Marker, clear_marker, has_marker, leave_outcome, set_marker
 from kha_train.telemetry.startup import Startup
+from kha_train.train import layer_statistics
 from kha_train.train.closing import check_end
 from kha_train.train.failure import FailureFile
 from kha_train.train.memory import told_when_out_of_memory
@@ -121,10 +122,11 @@ def _train(opened: Opened, stops: StopRequests, watchdog: Watchdog) -> bool:
         with reporter.data_wait.measured():
             batch, labels = next_batch(session.stream, world, reporter.trouble)
         lr = learning_rate(config.optim, session.progress.step + 1, steps)
+        observed = layer_statistics.is_due(config, session.progress.step + 1)
         patience.begin(session.progress.step + 1)
         try:
             with reporter.profiler.over(session.progress.step + 1):
-                result = train_step(session.engine, batch, labels, lr, session.judge_at(lr), patience)
+                result = train_step(session.engine, batch, labels, lr, session.judge_at(lr), patience, observed)
         except StepGivenUp as given_up:
             _give_up(opened, str(given_up))
             return False

@@ -19,6 +19,7 @@ from kha_train.config.schema import RunConfig, StabilitySection
 from kha_train.distributed import World, is_known_to_all
 from kha_train.engine.contract import Engine
 from kha_train.errors import CheckpointError, CorruptionError, DataError, MachineError
+from kha_train.metric import Metric
 from kha_train.record.columns_twin import TWIN_FILE, read_columns
 from kha_train.record.files import size_of
 from kha_train.record.reader import METRICS_FILE
@@ -27,6 +28,17 @@ from kha_train.train.memory import as_memory_error
 
 COLUMNS_EVERY = 16 * 2**20
 """Bytes of new lines in the record after which its columns are kept again."""
+
+
+METRICS = (
+    Metric(
+        "checkpoint/stall_seconds",
+        "s",
+        "time training stood still for checkpoints since the line before (rank 0)",
+        timing=True,
+    ),
+    Metric("checkpoint/failures", "count", "saves of this attempt that failed", timing=True),
+)
 
 
 class Saver:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,8 @@ from kha_train.data.stream import TokenStream
 from kha_train.distributed import Caught, World, as_error
 from kha_train.engine.contract import Engine
 from kha_train.model.moe.balance import balance_metrics
+from kha_train.train import layer_statistics
+from kha_train.train.layer_values import StepValues
 from kha_train.train.probe import probe
 from kha_train.train.watch import Ruling
 
@@ -37,7 +39,8 @@ class StepResult:
     selection biases they were routed with, both fp64 on the host, whatever the device, `balance_loss` and
     `z_loss` the unweighted auxiliary losses, means over tokens and layers (0 when not asked for). When not `applied`,
     the step left no trace in the model. `evidence` is what `probe` found, when the judge asked for it. `padding` is
-    the share of the global batch's places without a token: None where no row of the data can have any.
+    the share of the global batch's places without a token: None where no row of the data can have any. `values` are
+    the entries of the metrics line that the modules of the decoder declared.
     """
 
     loss: float
@@ -50,6 +53,7 @@ class StepResult:
     stop: bool
     evidence: dict[str, Any] | None = None
     padding: float | None = None
+    values: dict[str, Any] = field(default_factory=dict)
 
 
 class StepGivenUp(Exception):
@@ -121,20 +125,61 @@ def train_step(
     lr: float,
     judge: Judge = only_finite,
     stops: Stops = Unasked(),  # noqa: B008 - without state
+    observed: bool = False,
 ) -> StepResult:
     """Train on `batch`, this rank's part of a global batch with `labels` (at least 1) unmasked labels, at rate `lr`.
 
-    `judge` decides whether the update is applied or discarded. One that is not finite is never applied. Raises
+    `judge` decides whether the update is applied or discarded. One that is not finite is never applied. An `observed`
+    step computes statistics of layers too; when it is applied, the host waits for the device once more. Raises
     StepGivenUp on all ranks when `stops` gives the step up, which then leaves no trace.
     """
-    world, micro_size = engine.world, engine.config.engine.micro_batch_size
-    micro_batches = list(batch.micro_batches(micro_size))
+    world = engine.world
     tokens = batch.step_tokens
     if tokens is None:
         assert batch.real_R is None or world.size == 1, "ranks hold unequal numbers of tokens: they have to agree"
         tokens = batch.token_count * world.size
     assert labels >= 1, "a step has something to predict"
-    scales = world.size / labels, world.size / tokens
+    micro_batches = list(batch.micro_batches(engine.config.engine.micro_batch_size))
+    values = StepValues({**engine.decoder.declared, **layer_statistics.DECLARED})
+    engine.decoder.observed = observed
+    sums, load_LE = _accumulate(engine, micro_batches, (world.size / labels, world.size / tokens), stops, values)
+    engine.decoder.observed = False
+    if observed:
+        values.add(layer_statistics.gradient_norms(engine))
+
+    stop = torch.full_like(sums[:1], float(stops.pending()))
+    agreed = world.sum_(torch.cat([sums, stop, load_LE.flatten()]))
+    load_LE = agreed[4:].view_as(load_LE)
+    bias_LE = engine.decoder.selection_bias_LE()
+    # All that the host wants to know of a step crosses at once: here, and nowhere else, it waits for the device.
+    parts = [engine.gradient_norm.double().view(1), agreed, bias_LE.double().flatten(), values.agreed(world)]
+    known = torch.cat(parts).cpu()
+    grad_norm, loss_total, balance_total, z_total, asked = known[:5].tolist()
+    seen_LE, routed_by_LE = known[5 : 5 + 2 * load_LE.numel()].view(2, *load_LE.shape)
+    entries = values.entries(known[5 + 2 * load_LE.numel() :])
+
+    loss = loss_total / labels
+    routed = tokens * max(load_LE.shape[0], 1)
+    grad_norm = grad_norm if math.isfinite(grad_norm) else math.inf
+    ruling = judge(loss, grad_norm)
+    evidence = probe(engine, micro_batches[0], seen_LE) if ruling.probe else None
+    applied = ruling.apply and only_finite(loss, grad_norm).apply
+    if applied:
+        entries |= _apply(engine, lr, ruling.max_norm, observed)
+        engine.decoder.finish_step(load_LE)
+    else:
+        engine.discard()
+    losses = balance_total / routed, z_total / routed
+    padding = None if batch.real_R is None else 1 - tokens / (batch.tokens_BT.numel() * world.size)
+    return StepResult(loss, grad_norm, applied, seen_LE, routed_by_LE, *losses, asked > 0, evidence, padding, entries)
+
+
+def _accumulate(
+    engine: Engine, micro_batches: list[Batch], scales: tuple[float, float], stops: Stops, values: StepValues
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward of each micro-batch, whose `values` are added up. Returns the sums of this rank, fp64 on the
+    device: cross-entropy, balance loss and z-loss, and the loads [L, E]. Raises StepGivenUp."""
+    world = engine.world
     sums, load_LE = torch.zeros(3, dtype=torch.float64, device=world.device), None
     for number, micro_batch in enumerate(micro_batches, start=1):
         given_up = stops.gives_up(number, len(micro_batches))
@@ -148,31 +193,20 @@ def train_step(
         if output.auxiliary is not None:
             sums[1:] += torch.stack([output.auxiliary.balance_sum, output.auxiliary.z_sum])
         load_LE = output.load_LE.double() if load_LE is None else load_LE + output.load_LE
+        values.add(output.values)
     assert load_LE is not None, "a step has at least one micro-batch"
+    return sums, load_LE
 
-    stop = torch.full_like(sums[:1], float(stops.pending()))
-    agreed = world.sum_(torch.cat([sums, stop, load_LE.flatten()]))
-    load_LE = agreed[4:].view_as(load_LE)
-    bias_LE = engine.decoder.selection_bias_LE()
-    # All that the host wants to know of a step crosses at once: here, and nowhere else, it waits for the device.
-    known = torch.cat([engine.gradient_norm.double().view(1), agreed, bias_LE.double().flatten()]).cpu()
-    grad_norm, loss_total, balance_total, z_total, asked = known[:5].tolist()
-    seen_LE, routed_by_LE = known[5:].view(2, *load_LE.shape)
 
-    loss = loss_total / labels
-    routed = tokens * max(load_LE.shape[0], 1)
-    grad_norm = grad_norm if math.isfinite(grad_norm) else math.inf
-    ruling = judge(loss, grad_norm)
-    evidence = probe(engine, micro_batches[0], seen_LE) if ruling.probe else None
-    applied = ruling.apply and only_finite(loss, grad_norm).apply
-    if applied:
-        engine.apply(lr, ruling.max_norm)
-        engine.decoder.finish_step(load_LE)
-    else:
-        engine.discard()
-    losses = balance_total / routed, z_total / routed
-    padding = None if batch.real_R is None else 1 - tokens / (batch.tokens_BT.numel() * world.size)
-    return StepResult(loss, grad_norm, applied, seen_LE, routed_by_LE, *losses, asked > 0, evidence, padding)
+def _apply(engine: Engine, lr: float, max_norm: float, observed: bool) -> dict[str, Any]:
+    """Step at rate `lr`; of an `observed` step, the entries that tell what it changed in the weights."""
+    if not observed:
+        engine.apply(lr, max_norm)
+        return {}
+    squares, values = layer_statistics.LayerSquares(engine), StepValues(layer_statistics.DECLARED)
+    engine.apply(lr, max_norm, squares.add)
+    values.add(squares.values(layer_statistics.UPDATE_NORM))
+    return values.entries(values.agreed(engine.world).cpu())
 
 
 def routing_metrics(moe: MoeSection, result: StepResult) -> dict[str, Any]:

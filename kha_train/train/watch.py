@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 from kha_train.config.schema import RunConfig
 from kha_train.errors import DivergedError
+from kha_train.metric import Metric
 from kha_train.stability.events import Observation, SpikeEvent
 from kha_train.stability.monitor import Monitor, Verdict
 from kha_train.stability.policy import Decision, Policy
 from kha_train.stability.zclip import ZClip
 
+METRICS = (Metric("train/zclip_limit", "1", "norm that ZClip let the gradient have: its own unless it stood out"),)
 ANNOUNCED = ("spike_opened", "divergence", "rewind", "rewind_impossible")
 """Kinds of events that the console tells at once."""
 

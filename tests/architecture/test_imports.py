@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (
-    {"interpreter", "literal", "output"},
+    {"interpreter", "literal", "metric", "output"},
     {"errors", "stability"},
     {"foreign"},
     {"variants"},
@@ -33,7 +33,7 @@ LAYERS = (
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
 EVERYWHERE = {"numpy", "torch"}
-WITHOUT_TORCH = {"kha_train", "errors", "stability", "variants", "config", "record", "cli"}
+WITHOUT_TORCH = {"kha_train", "errors", "metric", "stability", "variants", "config", "record", "cli"}
 """Rooms that never import torch themselves: settings, records and help must not wait for it."""
 
 AT_THE_TOP = {

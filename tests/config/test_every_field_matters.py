@@ -43,6 +43,7 @@ from kha_train.telemetry.throughput import peak_flops
 from kha_train.telemetry.wandb import WandbMirror
 from kha_train.train import run as train_run
 from kha_train.train import session as session_module
+from kha_train.train.metrics import declared
 from kha_train.train.saving import Saver
 from kha_train.train.watch import Watch
 
@@ -74,6 +75,11 @@ def initial_values(config: RunConfig) -> Any:
     for tensor in build_decoder(config).state_dict().values():
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def metrics(config: RunConfig) -> Any:
+    """What a run declares; which steps have statistics of layers, tests/train/test_layer_statistics.py shows."""
+    return set(declared(config))
 
 
 def first_loss(config: RunConfig) -> Any:
@@ -496,6 +502,7 @@ CHANGES: dict[str, Change] = {
     "stability.probe_every": (7, decisions),
     "telemetry.console": ("lines", console_mode),
     "telemetry.peak_tflops": (3.0, mfu_denominator),
+    "telemetry.layer_statistics_every": (2, metrics),
     "telemetry.wandb.mode": ("disabled", wandb_run),
     "telemetry.wandb.project": ("another", wandb_run),
     "telemetry.wandb.entity": ("another", wandb_run),

@@ -104,9 +104,19 @@ def test_an_engine_keeps_its_contract(name: str, overrides: list[str]) -> None:
         norms = engine.gradient_norms()
         assert norms.keys() == {"outside layers", "blocks.0", "blocks.1", "vectors"}
         assert math.hypot(*norms.values()) == pytest.approx(engine.gradient_norm.item(), rel=1e-5)
+        owned = dict(engine.gradients())
+        assert {key: part.numel() for key, part in owned.items()} == sizes
+        assert math.hypot(*(part.double().norm().item() for part in owned.values())) == pytest.approx(
+            engine.gradient_norm.item(), rel=1e-5
+        )
         audit(engine, "the same")
         assert differing(untouched, state(engine)) == []
-        engine.apply(1e-3)
+        changes: dict[str, Tensor] = {}
+        engine.apply(1e-3, changed=lambda key, change: changes.update({key: change.clone()}))
+        for part in engine.fragments():
+            moved = part.views["master"] - untouched[f"{part.name} master"]
+            assert torch.equal(changes.pop(part.name), moved) and moved.any()
+        assert not changes
         assert engine.optimizer_steps == 1
         moved = differing(untouched, state(engine))
         assert {f"{key} {kind}" for key in expected for kind in ("master", "exp_avg", "exp_avg_sq", "held")} <= {*moved}

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from kha_train.errors import DataError, RunDirectoryInUse
 from kha_train.record import (
-    METRICS,
     TIMING_KEYS,
     Marker,
     Record,
@@ -300,9 +299,3 @@ def test_importing_the_record_imports_neither_torch_nor_wandb() -> None:
     program = "import sys, kha_train.record; print(sorted({'torch', 'wandb', 'omegaconf'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_the_docs_define_every_metric_key_and_its_unit() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "record.md").read_text()
-    for name, metric in METRICS.items():
-        assert f"| `{name}` | {metric.unit} | {metric.meaning} |" in text, name

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kha_train.config.compose import compose
-from kha_train.record import METRICS
+from kha_train.record.metrics import EARLIER
 from kha_train.stability.events import SpikeEvent
 from kha_train.telemetry import WandbMirror
 from kha_train.telemetry import wandb as mirror_module
@@ -305,6 +305,6 @@ def test_figures_of_single_layers_stay_in_the_record(monkeypatch, tmp_path: Path
     run = FakeRun()
     install(monkeypatch, lambda **options: run)
     mirror = WandbMirror(config("telemetry.wandb.mode=offline"), tmp_path, "abc123")
-    by_layer = {name: [1.0, 2.0] for name in METRICS if name.endswith("_by_layer")}
+    by_layer = {name: [1.0, 2.0] for name in EARLIER if name.endswith("_by_layer")}
     mirror.step({"step": 1, "moe/maxvio": 1.5, **by_layer})
     assert len(by_layer) == 5 and run.logged == [{"step": 1, "moe/maxvio": 1.5}]

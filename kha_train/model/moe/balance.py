@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kha_train.metric import Metric
+
 
 def rms_update(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
     """The selection bias after one step: b - rate * (F - 1/E) / RMS(F - 1/E), its mean removed (Su 2025).
@@ -108,6 +110,23 @@ def relative_load(load_E: Tensor) -> Tensor:
     """Loads over their mean, 1 where nothing was routed, fp32 [..., E]."""
     mean_E = load_E.double().mean(dim=-1, keepdim=True)
     return torch.where(mean_E > 0, load_E.double() / mean_E, 1.0).float()
+
+
+METRICS = (
+    Metric("moe/maxvio", "1", "largest load of an expert / mean load (1: perfect balance)", layers="mean"),
+    Metric("moe/load_cv", "1", "standard deviation of the experts' loads / mean load", layers="mean"),
+    Metric("moe/dead_fraction", "fraction", "experts that received no token in the step, of all", layers="mean"),
+    Metric("moe/load_entropy", "1", "entropy of the experts' load shares / log(experts) (1: even)", layers="mean"),
+    Metric("moe/bias_range", "1", "largest - smallest selection bias, as the step was routed", layers="max"),
+    Metric("moe/maxvio_worst", "1", "largest load of an expert / mean load; the worst layer"),
+)
+"""What `balance_metrics` makes of a step."""
+AUXILIARY_LOSS = Metric(
+    "moe/auxiliary_loss",
+    "1",
+    "E sum_i F_i P_i as moe.auxiliary_loss.scope counts it, unweighted; mean over layers (1: even)",
+)
+Z_LOSS = Metric("moe/z_loss", "1", "squared logsumexp of the router's logits, unweighted; mean over tokens and layers")
 
 
 class LoadStatistics(NamedTuple):

@@ -14,15 +14,23 @@ from torch.nn import functional
 
 from kha_train.config.schema import RunConfig
 from kha_train.model.init import DeclaredModule, Normal
-from kha_train.model.moe.balance import batch_balance_loss, expected_balance_loss, sequence_balance_loss
+from kha_train.model.moe import balance
+from kha_train.model.moe.balance import (
+    AUXILIARY_LOSS,
+    Z_LOSS,
+    batch_balance_loss,
+    expected_balance_loss,
+    sequence_balance_loss,
+)
 from kha_train.model.moe.warmup import standard_normal
+from kha_train.model.observed import Values
 
 
 class Routing(NamedTuple):
     """The router's decision. `weight_NJ` (at least fp32) carries the gradient; `expert_NJ` and `load_E` are int64.
 
     `balance_sum` and `z_sum` are the auxiliary losses summed over the tokens, scalars with gradient: None where their
-    weight is 0, and outside training.
+    weight is 0, and outside training. `values` are those of the layer's metrics (see `observed.py`).
     """
 
     expert_NJ: Tensor
@@ -30,6 +38,7 @@ class Routing(NamedTuple):
     load_E: Tensor
     balance_sum: Tensor | None = None
     z_sum: Tensor | None = None
+    values: Values | None = None
 
 
 RUN_STATE = ("previous_share", "steps_done")
@@ -53,6 +62,8 @@ class Router(DeclaredModule):
     def __init__(self, config: RunConfig, layer: int) -> None:
         super().__init__()
         self.moe, self.seed = config.moe, config.run.seed
+        auxiliary = (AUXILIARY_LOSS,) if config.moe.auxiliary_loss.weight else ()
+        self.metrics = (*balance.METRICS, *auxiliary, *((Z_LOSS,) if config.moe.z_loss_weight else ()))
         experts = config.moe.experts
         self.declare_parameter("weight", (experts, config.model.hidden_size), Normal(config.model.init_std))
         self._declare_state("selection_bias", experts, 0.0)

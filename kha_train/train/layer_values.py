@@ -1,0 +1,91 @@
+"""From what the modules of the decoder report in every micro-batch on every rank to the entries of a metrics line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kha_train.distributed import World
+from kha_train.metric import BY_LAYER, Combine, Metric
+from kha_train.model.observed import Values
+
+GREATEST: dict[Combine, float] = {"max": 1.0, "min": -1.0}
+"""What combines by a maximum, and the sign under which it does."""
+PAIRS = ("mean", "rms")
+"""What combines as a sum and a number of elements."""
+
+
+class StepValues:
+    """The values of one step, of metrics `declared` by name: `add` those of each micro-batch, agree, then read the
+    entries. Values stay on the device until the caller fetches what `agreed` returns."""
+
+    def __init__(self, declared: Mapping[str, Metric]) -> None:
+        self._declared = declared
+        self._values: Values = {}
+
+    def add(self, values: Values) -> None:
+        """Combine `values` with those of the micro-batches before."""
+        for name, value in values.items():
+            self._values[name] = self._combined(name, value.detach().double())
+
+    def agreed(self, world: World) -> Tensor:
+        """The values over all ranks in one fp64 vector, the same on every rank; empty when there are none. Collective
+        unless it is empty."""
+        summed, greatest = [torch.zeros(0, dtype=torch.float64, device=world.device)], []
+        for name, value in self._values.items():
+            how = self._declared[name].combine
+            if how in GREATEST:
+                # Whether a reduction keeps the maximum or the nan, backends do not agree on.
+                summed.append(value.isnan().double().flatten())
+                greatest.append(torch.where(value.isnan(), -math.inf, GREATEST[how] * value).flatten())
+            else:
+                counts = how != "last" or world.is_main
+                summed.append((value if counts else torch.zeros_like(value)).flatten())
+        sums = torch.cat(summed)
+        if sums.numel():
+            world.sum_(sums)
+        return torch.cat([sums, world.max_(torch.cat(greatest))]) if greatest else sums
+
+    def entries(self, agreed: Tensor) -> dict[str, Any]:
+        """The entries of the metrics line, from what `agreed` returned, on the host by now."""
+        if not self._values:
+            return {}
+        names = [name for name in self._values if self._declared[name].combine in GREATEST]
+        greatest_size = sum(self._values[name].numel() for name in names)
+        numbers = agreed.tolist()
+        sums, greatest = iter(numbers[: len(numbers) - greatest_size]), iter(numbers[len(numbers) - greatest_size :])
+        found: dict[str, Any] = {}
+        for name, value in self._values.items():
+            metric = self._declared[name]
+            pairs = metric.combine in PAIRS
+            layers = [_finished(metric.combine, sums, greatest) for _ in range(value.numel() // (2 if pairs else 1))]
+            if metric.layers is None:
+                (found[name],) = layers
+            else:
+                found |= {name: metric.over_layers(layers), name + BY_LAYER: layers}
+        return found
+
+    def _combined(self, name: str, value: Tensor) -> Tensor:
+        before, how = self._values.get(name), self._declared[name].combine
+        if before is None or how == "last":
+            return value
+        if how in GREATEST:
+            return torch.maximum(before, value) if how == "max" else torch.minimum(before, value)
+        return before + value
+
+
+def _finished(how: Combine, sums: Iterator[float], greatest: Iterator[float]) -> float:
+    """The next value, of what was summed and what was maximised over ranks."""
+    first = next(sums)
+    if how in GREATEST:
+        largest = next(greatest)
+        return math.nan if first else GREATEST[how] * largest
+    if how in PAIRS:
+        count = next(sums)
+        mean = first / count if count else math.nan
+        return math.sqrt(mean) if how == "rms" else mean
+    return math.sqrt(first) if how == "norm" else first
