@@ -1,4 +1,4 @@
-"""What a rank leaves behind that dies of an exception: one file, to tell the first to fail from its victims."""
+"""The file that a failing rank writes, so that the first failure can be told from its consequences."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from kha_train.record.markers import clear_path, make_folder
 
 
 class FailureFile:
-    """While entered, an exception that passes through is written to `<run_dir>/errors/rank-RRRRR.json`.
+    """Inside the `with` block, an exception that passes through is written to `<run_dir>/errors/rank-RRRRR.json`.
 
-    When one rank dies, the others fail too, of its silence: `record.blame` finds the one that began. An error
-    that would come back and that other ranks do not know of marks the run FATAL, whichever rank it is.
+    When one rank dies, the others fail too, because it no longer answers: `record.blame` finds the first. An error that
+    would happen again and that other ranks do not know of marks the run FATAL, whichever rank it is.
     """
 
     def __init__(self, run_dir: Path, world: World) -> None:
@@ -45,17 +45,18 @@ class FailureFile:
 
 
 def leave_failure(run_dir: Path, world: World, told: dict[str, Any]) -> bool:
-    """Write what this rank tells of its end: whether it did, and not before, and no later start owns the directory.
+    """Write this rank's failure. Returns whether it was written; it is not if one exists already, or a later start owns
+    the directory.
 
-    `told` has `error` and `traceback` without secrets, and `about` where another rank than this one is to blame.
+    `told` has `error` and `traceback` without secrets, and `about` if another rank is to blame.
     """
     folder, content = run_dir / FAILURES, {"rank": world.rank, "time": time.time(), **told}
     with contextlib.suppress(OSError):
-        # A rank that dies late must not be taken for one of the start that came after it.
+        # A rank that fails late must not look like one of the next start.
         if (run_dir / RANKS / LIFE_FILE).read_text(encoding="utf-8") != _name(world):
             return False
         make_folder(folder)
-        # What it told first is the cause: a rank that hangs may lose its connections before it is gone.
+        # The first report is the cause: a hanging rank may lose its connections before it ends.
         with (folder / f"rank-{world.rank:05d}.json").open("x", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
         return True
@@ -63,9 +64,9 @@ def leave_failure(run_dir: Path, world: World, told: dict[str, Any]) -> bool:
 
 
 def accept(run_dir: Path, world: World) -> None:
-    """The settings fit the run: from here on its failures are those of this start. Collective.
+    """The settings fit the run: from here on its failures belong to this start. Collective.
 
-    Raises MachineError on all ranks where rank 0 cannot write.
+    Raises MachineError on all ranks if rank 0 cannot write.
     """
     with world.agreed(f"write {run_dir}"):
         if world.is_main:
@@ -75,7 +76,7 @@ def accept(run_dir: Path, world: World) -> None:
 
 
 def forget_failures(run_dir: Path, world: World) -> None:
-    """Remove what earlier starts left; from here on the ranks of this start may write. Raises OSError."""
+    """Remove the files of earlier starts; from here on the ranks of this start may write. Raises OSError."""
     folder, life = run_dir / FAILURES, run_dir / RANKS / LIFE_FILE
     make_folder(life.parent)
     if folder.is_dir():

@@ -17,15 +17,15 @@ from kha_train.telemetry.meters import PeakMemory
 
 _ON_A_CPU = "DefaultCPUAllocator"
 _ON_A_DEVICE = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "Cuda failure 'out of memory'")
-"""What libraries say that take memory past torch's allocator: cuBLAS, the driver, NCCL."""
+"""Error messages of libraries that allocate memory outside torch's allocator: cuBLAS, the driver, NCCL."""
 
 
 @contextmanager
-def told_when_out_of_memory(config: RunConfig, world: World, has_fitted: Callable[[], bool]) -> Iterator[None]:
-    """Around a run. Where the device has no memory raises ConfigError, for it would have none the next time either;
-    MachineError once `has_fitted` says that a whole step found enough, or where it is the host that has none.
+def explained_when_out_of_memory(config: RunConfig, world: World, has_fitted: Callable[[], bool]) -> Iterator[None]:
+    """Around a run. If the device has too little memory, raises ConfigError, because the next start would fail as well;
+    MachineError once `has_fitted` says that a whole step had enough, or if the host has too little.
 
-    Only the rank that ran out knows of it; the others end because it is gone.
+    Only the rank that ran out of memory knows about it; the others end because it is gone.
     """
     memory = PeakMemory(world.device)
     try:
@@ -45,7 +45,7 @@ def told_when_out_of_memory(config: RunConfig, world: World, has_fitted: Callabl
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether `error` is one of the ways in which Python and torch say that there is no memory left."""
+    """Whether `error` is one of the forms in which Python and torch report a lack of memory."""
     on_host = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _ON_A_CPU in str(error))
     return on_host or _lacks_device_memory(error)
 
@@ -58,7 +58,7 @@ def _lacks_device_memory(error: BaseException) -> bool:
 
 @contextmanager
 def as_memory_error() -> Iterator[None]:
-    """Around what may fail for lack of memory and is not to end the run: raises MemoryError for all of them."""
+    """Around work that may run out of memory without ending the run: raises MemoryError for all such errors."""
     try:
         yield
     except RuntimeError as error:
@@ -73,7 +73,7 @@ def _of_total(memory: PeakMemory) -> str:
 
 
 def _here(config: RunConfig, world: World) -> RunConfig:
-    # What can run here was settled when the run started, so the capability is not judged again.
+    # What can run here was decided when the run started, so the capability is not checked again.
     device: Literal["cpu", "cuda"] = "cuda" if world.device.type == "cuda" else "cpu"
     return replace(config, cluster=replace(config.cluster, devices=world.size, device=device, capability=0.0))
 
@@ -86,7 +86,7 @@ def _planned(config: RunConfig, world: World) -> str:
 
 
 def _remedies(config: RunConfig, world: World) -> list[str]:
-    """Settings that the plan says save memory, the one that saves most first, with how much."""
+    """Settings that save memory according to the plan, the largest saving first, with the amount."""
     engine, now = config.engine, plan_memory(_here(config, world)).total
     asked: dict[str, dict[str, Any]] = {
         f"engine.micro_batch_size={engine.micro_batch_size // 2}": {"micro_batch_size": engine.micro_batch_size // 2},

@@ -1,11 +1,11 @@
-"""Stopping amid a step of many micro-batches, and a warning before one that takes long.
+"""Stops within a step of many micro-batches, and warns before very long steps.
 
-A step that ends soon is finished. One that would go on for longer is given up: all ranks agree on it before the same
-micro-batch, that one is the last, and the step is discarded like one that the gate refuses.
+A step that ends soon is finished. A longer one is abandoned: all ranks agree on it before the same micro-batch, which
+is the last one, and the step is discarded like one that the gate refuses.
 
-Asking costs a collective of two integers on the host. Ranks ask before micro-batches 2, 3, 5, 9, ... of the first
-step, which tells all of them how long a micro-batch takes; from then on so often as `PATIENCE_SECONDS` have passed by
-that measure, and in a step that is shorter never.
+Each agreement is a collective of two integers on the host. In the first step, ranks agree before micro-batches 2, 3, 5,
+9, ..., so that all of them know how long a micro-batch takes. After that they agree every `PATIENCE_SECONDS` by that
+measure, and never in a shorter step.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from kha_train.distributed import World
 
 PATIENCE_SECONDS = 2.0
-"""A stop waits so long for the end of a step; one that needs more is given up."""
+"""A stop waits this long for the end of a step; a step that needs longer is abandoned."""
 
 
 class Patience:
-    """What the steps of an attempt ask before each micro-batch. `begin` a step, then ask `gives_up`; every rank does
-    so with the same numbers, and all get the same answers.
+    """Whether to stop, checked by the steps of an attempt before each micro-batch. Call `begin` for a step, then
+    `gives_up`; every rank calls them with the same numbers, and all get the same results.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Patience:
     ) -> None:
         self._config, self._world, self._stops, self._warn, self._clock = config, world, stops, warn, clock
         self._seconds = 0.0
-        """A micro-batch takes so long, as all ranks know it; 0: not known yet."""
+        """Seconds per micro-batch, as agreed by all ranks; 0: unknown."""
         self._step, self._started, self._next = 0, 0.0, 2
         self._compiled = (0, 0.0)
         """Micro-batches of this step that may have waited for a compiler, and their seconds."""
@@ -52,16 +52,16 @@ class Patience:
             warn(words)
 
     def begin(self, step: int) -> None:
-        """The micro-batches of `step` follow."""
+        """Begin the micro-batches of `step`."""
         self._step, self._started, self._compiled = step, self._clock(), (0, 0.0)
         self._next = 2 if not self._seconds else 1 + max(1, round(PATIENCE_SECONDS / self._seconds))
 
     def pending(self) -> bool:
-        """Whether this rank was asked to stop; at the end of a step."""
+        """Whether this rank was asked to stop, checked at the end of a step."""
         return self._stops.pending()
 
     def gives_up(self, number: int, of: int) -> bool:
-        """Before micro-batch `number` (from 1) of `of`: whether it is to be the last one and the step is discarded.
+        """Before micro-batch `number` (from 1) of `of`: whether it is the last one and the step will be discarded.
 
         Raises KeyboardInterrupt after a second Ctrl-C or SIGTERM.
         """

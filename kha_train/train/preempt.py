@@ -1,8 +1,8 @@
-"""A request to stop in good order: a signal (Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2), a STOP file in the run directory, or
-one that the batch script of this very job makes for signals that come before anybody listens.
+"""Requests to stop in good order: a signal (Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2), a STOP file in the run directory, or a
+file that this job's batch script writes for signals that arrive before the process listens.
 
-A thread hears signals the moment they arrive and says on rank 0 what is waited for. The loop agrees on the request with
-all ranks at the end of a step, or amid a long one (`train.patience`), saves, and leaves.
+A thread receives signals at once and reports on rank 0 what the run is waiting for. The loop agrees on the request with
+all ranks at the end of a step, or within a long one (`train.patience`), saves, and ends.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from kha_train.train.signals import SignalListener
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 URGENT = (signal.SIGINT, signal.SIGTERM)
-"""Signals of which a second one ends the process at once. The others only ask, however often."""
+"""A second one of these signals ends the process at once. The others never do, however often they come."""
 ECHO_SECONDS = 0.5
-"""What follows a signal so soon is the same request: `timeout` passes on what the whole group got."""
+"""A signal within this time is the same request: `timeout` forwards what the whole group has received."""
 TORCHRUN_ECHO_SECONDS = 2.0
-"""The same under torchrun, which passes signals on as well, and does so from Python."""
+"""The same under torchrun, which also forwards signals, and does so from Python."""
 
 
 class StopRequests:
-    """While entered, `pending()` tells whether this process was asked to stop. A second Ctrl-C or SIGTERM raises
-    KeyboardInterrupt; should that get lost, `pending()` and `check()` raise it.
+    """Inside the `with` block, `pending()` says whether this process was asked to stop. A second Ctrl-C or SIGTERM
+    raises KeyboardInterrupt; if that is lost, `pending()` and `check()` raise it.
 
-    Only one rank need look for the files, at every step: `run_dir` is None on the others, which also print nothing.
-    After `max_minutes` (0: never) by a clock that nobody can set, the process asks by itself: for jobs with a time
-    limit. `place` says what the process is at, for the line that the first signal prints.
+    Only one rank needs to look for the files, at every step: `run_dir` is None on the others, which also print nothing.
+    After `max_minutes` (0: never) of a monotonic clock, the process itself requests to stop, for jobs with a time
+    limit. `place` says what the process is doing, for the line printed at the first signal.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class StopRequests:
         self.check()
         if self._listener.has_heard or self._clock() >= self._deadline:
             return True
-        # Where files cannot be seen nobody has asked by one, and this rank must not end alone amid a step.
+        # If the files cannot be read, there is no request, and this rank must not end alone within a step.
         with suppress(OSError):
             if self._job_file is not None and self._job_file.exists():
                 return True
@@ -77,12 +77,12 @@ class StopRequests:
         self._listener.raise_if_ending()
 
     def tell_of_another(self) -> None:
-        """The ranks agreed that one of them was asked to stop: say so on rank 0, unless it was asked itself."""
+        """The ranks agreed that one of them was asked to stop: report it on rank 0, unless it was asked itself."""
         if not self._has_said and not self.pending():
             self._announce("another rank was asked to stop")
 
     def _hear(self, number: int) -> bool:
-        """Note a signal, and say so on rank 0; whether it is the second one, which ends the process."""
+        """Record a signal and report it on rank 0; returns whether it is the second one, which ends the process."""
         now = self._clock()
         if number in URGENT and now - self._urged_at > self._echo:
             self._say(f"{_name(number)} again: ending at once, without saving")

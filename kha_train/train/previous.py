@@ -1,4 +1,4 @@
-"""What previous attempts left of a run: whether any steps remain, and the checkpoint to go on from."""
+"""What previous attempts of a run left: whether steps remain, and the checkpoint to continue from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOT_FINISHED = -1
 
 
 def finished_at(config: RunConfig, run_dir: Path) -> int:
-    """The step at which the run was DONE, where `config` asks for no more steps than that; else NOT_FINISHED.
+    """The step at which the run was DONE, if `config` needs no more steps than that; else NOT_FINISHED.
 
     Raises OSError, and DataError when the record is damaged.
     """
@@ -34,9 +34,10 @@ def finished_at(config: RunConfig, run_dir: Path) -> int:
 
 
 def needs_no_checkpoint(config: RunConfig, run_dir: Path, finished: int) -> bool:
-    """Whether the run ends at once although no checkpoint of it is left: it `finished`, with these very settings.
+    """Whether the run ends at once although no checkpoint of it is left: it has `finished`, with exactly these
+    settings.
 
-    That holds whatever its events say. Raises CheckpointError when the checkpoints of any other run are lost.
+    This holds whatever its events say. Raises CheckpointError when the checkpoints of any other run are lost.
     """
     if finished != NOT_FINISHED and _has_same_settings(config, run_dir):
         return bool(lost_checkpoints(run_dir)) or not layout.candidates(run_dir / layout.FOLDER)
@@ -45,7 +46,7 @@ def needs_no_checkpoint(config: RunConfig, run_dir: Path, finished: int) -> bool
 
 
 def _has_same_settings(config: RunConfig, run_dir: Path) -> bool:
-    """Whether the last attempt had the settings of `config`; False where that cannot be read."""
+    """Whether the last attempt had the settings of `config`; False if they cannot be read."""
     try:
         saved = load_plain(run_dir / CONFIG_FILE)
     except KhaError:
@@ -54,7 +55,7 @@ def _has_same_settings(config: RunConfig, run_dir: Path) -> bool:
 
 
 def find_own_checkpoint(run_dir: Path, world: World, report: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint that the run goes on from, None when it has not saved any yet. Collective.
+    """The checkpoint that the run continues from, None if it has not saved any yet. Collective.
 
     Raises CheckpointError when there are some and none verifies, and what `find_newest` raises.
     """
@@ -67,7 +68,7 @@ def find_own_checkpoint(run_dir: Path, world: World, report: Callable[[str], Non
     checkpoint = find_newest(run_dir, world, count)
     if checkpoint is None and refused:
         raise CheckpointError(
-            f"none of its {len(refused)} checkpoints verifies, and a run does not start over unasked",
+            f"none of its {len(refused)} checkpoints verifies, and a run does not start over unless asked",
             field="run.dir",
             value=str(run_dir),
             fix="restore a step directory (they are set aside as .corrupt), or choose another run.dir",

@@ -1,7 +1,7 @@
-"""What may have caused a spike, looked at before the step: the gradients are still there, the weights still unchanged.
+"""Measures possible causes of a spike before the step: the gradients still exist, and the weights are unchanged.
 
-Collective, for every rank holds a part of the answer. It costs one forward of one row and changes nothing: a step that
-was probed is bit-identical to one that was not.
+Collective, because every rank holds a part of the data. It costs one forward of one row and changes nothing: a probed
+step is bit-identical to one that was not probed.
 """
 
 # B rows  T tokens  U attended tokens  H query heads  G key/value heads  N = H / G  K head width  L layers  E experts
@@ -21,7 +21,7 @@ from kha_train.engine.contract import Engine
 from kha_train.metric import Metric
 
 IN_IT = ".interaction."
-"""In the name of every parameter of an interaction."""
+"""Part of the name of every parameter of an interaction."""
 METRICS = (
     Metric("attn/max_logit", "1", "largest attention logit of all layers over sampled queries; on probed steps"),
     Metric(
@@ -31,16 +31,16 @@ METRICS = (
     ),
 )
 SAMPLED_QUERIES = 64
-"""Attention logits are taken for so many positions, evenly spread over the row, against all keys before them."""
+"""Attention logits are computed for this many positions, evenly spread over the row, against all keys before them."""
 
 
 def probe(engine: Engine, batch: Batch, load_LE: Tensor) -> dict[str, Any]:
     """The evidence about a step between its last micro-batch and its update, as plain values.
 
-    `grad_norms` by parameter group (one a layer), `max_logits` the largest attention logit of each layer over sampled
-    queries of each rank's first row, `router` the load (of the global batch) and the selection bias of each layer with
-    experts, `interactions` the norm of each parameter of an interaction, and a square one's distance from the
-    identity.
+    `grad_norms` by parameter group (one per layer); `max_logits`, the largest attention logit of each layer over
+    sampled queries of each rank's first row; `router`, the load (of the global batch) and the selection bias of each
+    layer with experts; `interactions`, the norm of each parameter of an interaction, and the distance of square ones
+    from the identity.
     """
     return {
         "grad_norms": engine.gradient_norms(),
@@ -51,7 +51,7 @@ def probe(engine: Engine, batch: Batch, load_LE: Tensor) -> dict[str, Any]:
 
 
 def probe_metrics(evidence: dict[str, Any]) -> dict[str, float]:
-    """The few numbers of the evidence that go into a metrics line."""
+    """The few numbers of the evidence for a metrics line."""
     metrics = {"attn/max_logit": max(evidence["max_logits"])} if evidence["max_logits"] else {}
     # Gates start at zero and not at the identity.
     matrices = [entry for name, entry in evidence["interactions"].items() if "gate" not in name.split(".")]
@@ -69,15 +69,15 @@ def _largest_logits(engine: Engine, batch: Batch) -> list[float]:
     if not found:
         return []
     world = engine.world
-    # A maximum over ranks by a sum: each rank fills its own row.
+    # The maximum over ranks as a sum: each rank fills its own row.
     table = torch.zeros(world.size, len(found), device=world.device)
     table[world.rank] = torch.stack(found).float()
     return world.sum_(table).amax(0).tolist()
 
 
 def _as_written(engine: Engine) -> AbstractContextManager[Any]:
-    """While inside, compiled blocks run as they are written. What is hung into the model would be traced each time
-    anew, into further graphs, until the compiler gives up on all blocks.
+    """Inside the `with` block, compiled blocks run uncompiled. Otherwise the hooks would be traced into new graphs each
+    time, until the compiler gives up on all blocks.
     """
     return torch.compiler.set_stance("force_eager") if engine.config.engine.compile != "none" else nullcontext()
 
@@ -86,8 +86,9 @@ def _as_written(engine: Engine) -> AbstractContextManager[Any]:
 def _watched(
     decoder: torch.nn.Module, report: Callable[[Tensor], None], cu_seqlens_S: Tensor, tokens: int
 ) -> Iterator[None]:
-    """While inside, every call of an attention's backend first reports its largest logit among the `tokens` at the
-    beginning of the row; what follows them is padding."""
+    """Inside the `with` block, every call of an attention backend first reports its largest logit among the `tokens` at
+    the beginning of the row; the rest is padding.
+    """
     watched = [module for module in decoder.modules() if "attend" in vars(module)]
     before: list[Callable[..., Tensor]] = [vars(module)["attend"] for module in watched]
 
@@ -121,7 +122,7 @@ def _largest_logit(q_THK: Tensor, k_UGK: Tensor, cu_seqlens_S: Tensor, scale: fl
 
 
 def _router(load_LE: Tensor, bias_LE: Tensor) -> list[dict[str, float]]:
-    """One entry a layer with experts."""
+    """One entry per layer with experts."""
     entries = []
     for load_E, bias_E in zip(load_LE.tolist(), bias_LE.tolist(), strict=True):
         mean = sum(load_E) / len(load_E)
@@ -138,7 +139,7 @@ def _router(load_LE: Tensor, bias_LE: Tensor) -> list[dict[str, float]]:
 
 
 def _interactions(engine: Engine) -> dict[str, dict[str, float]]:
-    """Norms from the fp32 masters, of which each rank owns a part."""
+    """Norms computed from the fp32 masters; each rank owns a part of them."""
     shapes = {name: shape for name, shape in engine.shapes.items() if IN_IT in name}
     names = list(shapes)
     if not names:

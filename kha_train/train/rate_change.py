@@ -1,4 +1,4 @@
-"""What another schedule does to the learning rate of a run that is resumed."""
+"""How another schedule changes the learning rate of a resumed run."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ from kha_train.record.attempts import CONFIG_FILE
 from kha_train.variants.optimizer import OptimSection
 
 LARGEST_JUMP = 1.5
-"""By this factor, up or down, the rate may change between two steps of a resumed run without being asked for."""
+"""The factor, up or down, by which the rate of a resumed run may change between two steps without being allowed
+explicitly.
+"""
 SAME = 1e-5
-"""Rates that differ by less, relative to the larger, count as equal: an override holds six digits."""
+"""Rates that differ by less, relative to the larger, count as equal: an override has six digits."""
 ACCEPTED_BY = ("optim", "optim.lr", "optim.schedule")
-"""What `resume.allow_changes` names when a jump of the rate is meant."""
-JUMPS = "{} lets the rate jump (docs/resume.md, 'Train longer')"
+"""The values of `resume.allow_changes` that allow a jump of the rate."""
+JUMPS = "{} allows the jump of the rate (docs/resume.md, 'Train longer')"
 
 
 @dataclass(frozen=True)
 class RateChange:
     """The learning rate `now` of `step`, the first after a resume, where the checkpoint's schedule `planned` another;
-    the step before had the rate `before`."""
+    the previous step had the rate `before`.
+    """
 
     step: int
     before: float
@@ -40,7 +43,7 @@ class RateChange:
 
     @property
     def nearest(self) -> float:
-        """What the new rate is measured against: neither a rate that stays nor one that follows the plan jumps."""
+        """The rate to compare with: a rate that stays constant or follows the plan is not a jump."""
         return min(self.before, self.planned, key=lambda rate: _factor(rate, self.now))
 
     @property
@@ -56,9 +59,9 @@ class RateChange:
 
 
 def rate_change(config: RunConfig, saved: Mapping[str, Any], step: int) -> RateChange | None:
-    """How the rate changes when a run of the `saved` configuration goes on after `step` under `config`.
+    """How the rate changes when a run of the `saved` configuration continues after `step` under `config`.
 
-    None where it does not change, no step is left, or the saved schedule is not one of this release.
+    None if it does not change, no step is left, or this release does not know the saved schedule.
     """
     following = step + 1
     if following > config.run.steps:
@@ -74,11 +77,11 @@ def rate_change(config: RunConfig, saved: Mapping[str, Any], step: int) -> RateC
 
 
 def check_rate(config: RunConfig, change: RateChange | None) -> None:
-    """Raises ResumeError for a jump of the rate that `resume.allow_changes` does not ask for."""
+    """Raises ResumeError for a jump of the rate that `resume.allow_changes` does not allow."""
     names = config.resume.allow_changes
     if change and change.is_jump and not any(name in ACCEPTED_BY for name in names):
         raise ResumeError(
-            f"{change}; without being asked a resumed run changes it by a factor of {LARGEST_JUMP} at most",
+            f"{change}; unless allowed, a resumed run changes it at most by a factor of {LARGEST_JUMP}",
             field="run.dir",
             value=config.run.dir,
             fix=either(*ways(config, change, names)),
@@ -86,7 +89,7 @@ def check_rate(config: RunConfig, change: RateChange | None) -> None:
 
 
 def tell_rate_change(change: RateChange | None, is_main: bool) -> dict[str, float]:
-    """The fields of the event `learning_rate_changed`, empty where it does not change; rank 0 says so now."""
+    """The fields of the event `learning_rate_changed`, empty if the rate does not change; rank 0 prints it now."""
     if change is None:
         return {}
     if is_main:
@@ -95,8 +98,9 @@ def tell_rate_change(change: RateChange | None, is_main: bool) -> dict[str, floa
 
 
 def ways(config: RunConfig, change: RateChange | None, names: Sequence[str]) -> tuple[Settings, ...]:
-    """What to type so that the settings `names` may change in this very run: one way, or two where the rate would jump
-    and `names` do not say so."""
+    """What to type so that the settings `names` may change in this run: one way, or two where the rate would jump and
+    `names` do not allow that.
+    """
     if change is None or not change.is_jump:
         return (Settings(_allowing(config, *names)),)
     if any(name in ACCEPTED_BY for name in names):
@@ -105,12 +109,13 @@ def ways(config: RunConfig, change: RateChange | None, names: Sequence[str]) -> 
     if not change.nearest:
         return (jump,)
     keeping = f"{_keeping(config, change)} {_allowing(config, *names, 'optim')}"
-    return Settings(keeping, "{} keeps the rate, to decay anew"), jump
+    return Settings(keeping, "{} keeps the rate, and lets it decay again"), jump
 
 
 def train_longer(config: RunConfig, finished: int) -> Settings:
-    """What to add to the command of the run of `config`, over after `finished` steps, so that it trains twice as many.
-    Read before its checkpoint is opened; what cannot be read is left for the start to tell."""
+    """What to add to the command of the run of `config`, finished after `finished` steps, to train twice as many. Uses
+    only what can be read before the checkpoint is opened; the start reports anything else.
+    """
     try:
         saved = load_plain(Path(config.run.dir) / CONFIG_FILE)
     except KhaError:
@@ -126,7 +131,7 @@ def _factor(one: float, other: float) -> float:
 
 
 def _keeping(config: RunConfig, change: RateChange) -> str:
-    """Overrides under which the rate stays as it was, and decays over the second half of what is left, at most."""
+    """Overrides that keep the rate and let it decay over at most the second half of the remaining steps."""
     left = config.run.steps - change.step + 1
     decay = min(config.optim.schedule.decay, left / 2 / config.run.steps)
     settings = {
@@ -139,8 +144,9 @@ def _keeping(config: RunConfig, change: RateChange) -> str:
 
 
 def _allowing(config: RunConfig, *names: str) -> str:
-    """This run's directory, since other settings have another, and `resume.allow_changes` with what it names already
-    and `names`, without those that lie in a section of it."""
+    """This run's directory, since other settings would give another one, and `resume.allow_changes` with its current
+    names and `names`, without those that lie in a section of it.
+    """
     every = dict.fromkeys((*config.resume.allow_changes, *names))
     kept = [name for name in every if not any(name.startswith(f"{other}.") for other in every)]
     place = shlex.quote(f"run.dir={quoted(config.run.dir)}")

@@ -1,7 +1,7 @@
-"""Going back before a spike and leaving its data out: what PaLM's authors did by hand, done by the run itself.
+"""Goes back before a spike and skips its data, as PaLM's authors did by hand.
 
-The engine lives on: the checkpoint is read into it. Until the next save the skip window is in no checkpoint, which is
-safe: a run that is killed in between starts from the same checkpoint, meets the same spike and decides the same.
+The engine stays: the checkpoint is read into it. Until the next save no checkpoint contains the skip window. That is
+safe: a run that is killed in between starts from the same checkpoint, meets the same spike and makes the same decision.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from kha_train.train.session import Session
 
 def go_back(session: Session, reporter: Reporter) -> bool:
     """Return to the newest checkpoint at least `stability.rewind.margin` steps before the trouble, or else the newest
-    before it, and pass over `stability.rewind.window` batches from its first sample on. Collective; no save is in
+    before it, and skip `stability.rewind.window` batches from its first sample on. Collective; no save may be in
     flight.
 
-    The undone lines move to `metrics.discarded.jsonl`; newer checkpoints are removed, marked ones set aside. False,
-    with a note in the record, when no checkpoint is left to go to.
+    The undone lines move to `metrics.discarded.jsonl`; newer checkpoints are removed, marked ones are set aside.
+    Returns False, with an event in the record, when there is no checkpoint to go back to.
     """
     trouble = session.watch.trouble()
     checkpoint = _checkpoint_before(session, reporter, trouble.step)
@@ -47,7 +47,7 @@ def go_back(session: Session, reporter: Reporter) -> bool:
 
 
 def _checkpoint_before(session: Session, reporter: Reporter, step: int) -> Checkpoint | None:
-    """Of the last finished step before `step`, less the margin where one is that old."""
+    """The checkpoint of the last finished step before `step`, minus the margin if there is one that old."""
     margin = session.config.stability.rewind.margin
     for at_most in (step - 1 - margin, step - 1):
         checkpoint = find_newest(session.run_dir, session.world, reporter.console.warn, at_most)
@@ -57,7 +57,7 @@ def _checkpoint_before(session: Session, reporter: Reporter, step: int) -> Check
 
 
 def _remove_newer(session: Session, step: int) -> None:
-    """Checkpoints of a future that is undone: a restart must not find them, but what a person marked is kept."""
+    """Remove checkpoints that the rewind undoes, so that a restart does not find them; marked ones are kept aside."""
     folder = session.run_dir / layout.FOLDER
     with session.world.agreed("remove checkpoints that a rewind undoes"):
         newer = [found for found in layout.candidates(folder) if found[0] > step] if session.world.is_main else []

@@ -22,7 +22,7 @@ from kha_train.telemetry.startup import Startup
 from kha_train.train import layer_statistics
 from kha_train.train.closing import check_end
 from kha_train.train.failure import FailureFile
-from kha_train.train.memory import told_when_out_of_memory
+from kha_train.train.memory import explained_when_out_of_memory
 from kha_train.train.opening import Finished, Opened, open_attempt
 from kha_train.train.patience import Patience
 from kha_train.train.preempt import StopRequests
@@ -66,7 +66,7 @@ def train(config: RunConfig, startup: Startup | None = None, engine_class: type[
         with stops, FailureFile(run_dir, world):
             attempt = Attempt()
             with (
-                told_when_out_of_memory(config, world, lambda: attempt.has_updated),
+                explained_when_out_of_memory(config, world, lambda: attempt.has_updated),
                 open_attempt(config, world, startup, engine_class, attempt) as opened,
             ):
                 if isinstance(opened, Finished):

@@ -1,4 +1,4 @@
-"""When checkpoints are written while training goes on, what training waits for them, what happens when one fails."""
+"""When checkpoints are written during training, what training waits for, and what happens when a save fails."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kha_train.train import resume
 from kha_train.train.memory import as_memory_error
 
 COLUMNS_EVERY = 16 * 2**20
-"""Bytes of new lines in the record after which its columns are kept again."""
+"""Bytes of new lines in the record after which its columns are saved again."""
 
 
 METRICS = (
@@ -44,12 +44,12 @@ METRICS = (
 class Saver:
     """The checkpoints of one attempt. Every method is collective and does the same on every rank.
 
-    `sync` makes the record durable: rank 0 calls it before a checkpoint is published, so that none outlives its lines.
-    `event` gets a kind, a step and fields for the record.
+    `sync` makes the record durable: rank 0 calls it before a checkpoint is published, so that no checkpoint is ahead of
+    the record. `event` receives a kind, a step and fields for the record.
 
-    A save that fails leaves training alone: it is recorded, and the next one is tried. `checkpoint.max_failures` in a
-    row end the run, and so does a failure of the last save, by one error on all ranks: a MachineError where an earlier
-    checkpoint `stands`, to go on from, else a CheckpointError.
+    A failed save does not affect training: it is recorded, and the next one is tried. `checkpoint.max_failures` in a
+    row end the run, and so does a failure of the last save, with one error on all ranks: a MachineError if an earlier
+    checkpoint `stands`, from which the run can continue, else a CheckpointError.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Saver:
         )
         self._host = HostBuffers()
         self._step = 0
-        # Columns of an earlier start are nearly whole.
+        # The columns of an earlier start are nearly complete.
         self._columns_of = size_of(run_dir / METRICS_FILE) if (run_dir / TWIN_FILE).exists() else 0
         self._stall = self._stall_of_save = 0.0
         self._last_begun = time.monotonic()
@@ -80,7 +80,7 @@ class Saver:
         self.failures = self._failures_in_a_row = 0
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be written after `step`: by steps, by rank 0's clock, or as the last one."""
+        """Whether to write a checkpoint after `step`: by steps, by rank 0's clock, or because it is the last one."""
         if step == self._last_step or step % self._config.every_steps == 0:
             return True
         if self._config.every_minutes == 0:
@@ -95,9 +95,9 @@ class Saver:
     def begin(
         self, step: int, engine: Engine, trainer_state: dict[str, Any], resumed_from: tuple[int, ...] = ()
     ) -> None:
-        """Take a snapshot and start writing it, after waiting for the save before.
+        """Take a snapshot and start writing it, after waiting for the previous save.
 
-        Retention spares the checkpoint of the step `resumed_from`, and the one that a rewind would go back to.
+        Retention keeps the checkpoint of the step `resumed_from`, and the one that a rewind would need.
         """
         started = time.perf_counter()
         self._settle(self._writer.wait)
@@ -109,14 +109,14 @@ class Saver:
         self._waited(started)
 
     def poll(self) -> None:
-        """Once a step: notice a save that has come to stand, or has failed."""
+        """Once a step: notice a save that was published or has failed."""
         if self._writer.in_flight:
             started = time.perf_counter()
             self._settle(self._writer.poll)
             self._waited(started)
 
     def wait(self) -> None:
-        """Return when no save is in flight, before the run goes back to an older checkpoint."""
+        """Wait until no save is in flight, before the run goes back to an older checkpoint."""
         self._settle(self._writer.wait)
 
     def finish(self) -> None:
@@ -128,15 +128,16 @@ class Saver:
             self._give_up(self._error)
 
     def leave(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """At the end of the attempt: no save is left half done, unless this rank fails alone (others may be gone) or
-        what was saved is in doubt."""
+        """At the end of the attempt: complete the save in flight, unless this rank fails alone (others may be gone) or
+        the saved values are in doubt.
+        """
         if error is None or (is_known_to_all(error) and not isinstance(error, CorruptionError)):
             self._settle(self._writer.wait, final=True)
         else:
             self._writer.abandon()
 
     def take_stall(self) -> float:
-        """Seconds that training stood still for checkpoints since the last call."""
+        """Seconds that training paused for checkpoints since the last call."""
         seconds, self._stall = self._stall, 0.0
         return seconds
 
@@ -173,8 +174,8 @@ class Saver:
     def _give_up(self, error: CheckpointError) -> NoReturn:
         if not self._stands:
             raise error
-        problem = f"the checkpoint of step {self._step} was not written, an earlier one stands: {error}"
-        told = MachineError(problem, fix="see to the disk; the same command goes on from there")
+        problem = f"the checkpoint of step {self._step} was not written, but an earlier one exists: {error}"
+        told = MachineError(problem, fix="check the disk; the same command continues from there")
         told.agreed = True
         raise told from error
 
@@ -184,8 +185,9 @@ class Saver:
         self._stall_of_save += seconds
 
     def _after_publish(self) -> None:
-        """Retention after a save, beside training. What cannot be deleted now is tried again after the next one: the
-        save stands. The columns of a long record are kept up here, so that its end need not parse it."""
+        """Retention after a save, in the background. What cannot be deleted now is tried again after the next one; the
+        save itself is published. The columns of a long record are saved here, so that its end need not parse it.
+        """
         with suppress(OSError):
             spared = {*self._resumed_from, *_steps_of_a_rewind(self._stability, self._run_dir, self._step)}
             prune(self._run_dir, replace(self._keep, steps=frozenset(spared)))

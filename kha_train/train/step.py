@@ -1,8 +1,9 @@
 """One optimiser step: agree on the batch, accumulate, pass the gate, apply or discard.
 
-Two agreement points. Before the first forward all ranks learn whether every batch could be read, and how many labels
-the global batch holds. After the last backward they learn the loss, the expert loads and whether anyone wants to stop,
-beside the gradient norm; every rank then takes the same decision. Amid a long step they may agree to give it up.
+There are two agreement points. Before the first forward all ranks learn whether every batch could be read, and the
+number of labels of the global batch. After the last backward they learn the loss, the expert loads, whether anyone
+wants to stop, and the gradient norm; every rank then makes the same decision. Within a long step they may agree to
+abandon it.
 """
 
 # L layers  E experts
@@ -32,15 +33,15 @@ from kha_train.train.watch import Ruling
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step came to, the same on every rank.
+    """The result of a step, the same on every rank.
 
     `loss` is the mean cross-entropy in nats over the labels of the global batch, `grad_norm` the norm before clipping
-    (inf when not finite), `load_LE` the tokens each expert of each layer got in the global batch and `bias_LE` the
-    selection biases they were routed with, both fp64 on the host, whatever the device, `balance_loss` and
-    `z_loss` the unweighted auxiliary losses, means over tokens and layers (0 when not asked for). When not `applied`,
-    the step left no trace in the model. `evidence` is what `probe` found, when the judge asked for it. `padding` is
-    the share of the global batch's places without a token: None where no row of the data can have any. `values` are
-    the entries of the metrics line that the modules of the decoder declared.
+    (inf when not finite), `load_LE` the tokens of each expert of each layer in the global batch and `bias_LE` the
+    selection biases used for routing, both fp64 on the host. `balance_loss` and `z_loss` are the unweighted auxiliary
+    losses, means over tokens and layers (0 when not used). A step that was not `applied` left no trace in the model.
+    `evidence` is the result of `probe` if the judge requested it. `padding` is the share of the global batch's places
+    without a token: None if no row of the data can have any. `values` are the entries of the metrics line that the
+    modules of the decoder declared.
     """
 
     loss: float
@@ -57,47 +58,48 @@ class StepResult:
 
 
 class StepGivenUp(Exception):
-    """Raised by `train_step`, on all ranks together, after a step that was given up has been discarded."""
+    """Raised by `train_step`, on all ranks together, after an abandoned step has been discarded."""
 
 
 class Stops(Protocol):
-    """Whether a step is to be the last one, asked by `train_step`."""
+    """Whether to stop, as `train_step` sees it."""
 
     def pending(self) -> bool:
-        """Whether this rank was asked to stop. Asked at the end of a step; all ranks then learn it."""
+        """Whether this rank was asked to stop. Checked at the end of a step; all ranks then learn it."""
 
     def gives_up(self, number: int, of: int) -> bool:
-        """Before micro-batch `number` (from 1) of `of`: whether it is the last one, and the step to be discarded. The
-        same on every rank; never of the last micro-batch."""
+        """Before micro-batch `number` (from 1) of `of`: whether it is the last one and the step will be discarded. The
+        same on every rank; never True for the last micro-batch.
+        """
 
 
 class Unasked:
-    """The `Stops` of a step that nobody asks to stop."""
+    """The `Stops` of a step that cannot be stopped."""
 
     def pending(self) -> bool:
-        """No."""
+        """Always False."""
         return False
 
     def gives_up(self, number: int, of: int) -> bool:
-        """No."""
+        """Always False."""
         return False
 
 
 Judge = Callable[[float, float], Ruling]
-"""(loss, gradient norm before clipping) -> what to do; asked once a step, on every rank with the same numbers."""
+"""(loss, gradient norm before clipping) -> what to do; called once per step, on every rank with the same numbers."""
 
 
 def only_finite(loss: float, grad_norm: float) -> Ruling:
-    """The plainest judge: a step is applied when it is finite."""
+    """The simplest judge: a finite step is applied."""
     return Ruling(math.isfinite(loss) and math.isfinite(grad_norm))
 
 
 def next_batch(stream: TokenStream, world: World, trouble: BaseException | None = None) -> tuple[Batch, int]:
-    """This rank's batch of the next step, which knows the tokens of the whole global batch, and the unmasked labels
-    of that.
+    """This rank's batch of the next step, which knows the number of tokens of the whole global batch, and the number of
+    its unmasked labels.
 
-    Raises on all ranks when any rank could not read its part, or brings `trouble` from before, and DataError when the
-    global batch has no label; the part of one rank may have none.
+    Raises on all ranks when any rank could not read its part, or has earlier `trouble`; DataError when the global batch
+    has no label. The part of one rank may have none.
     """
     batch = None
     with Caught() as caught:
@@ -129,9 +131,9 @@ def train_step(
 ) -> StepResult:
     """Train on `batch`, this rank's part of a global batch with `labels` (at least 1) unmasked labels, at rate `lr`.
 
-    `judge` decides whether the update is applied or discarded. One that is not finite is never applied. An `observed`
-    step computes statistics of layers too; when it is applied, the host waits for the device once more. Raises
-    StepGivenUp on all ranks when `stops` gives the step up, which then leaves no trace.
+    `judge` decides whether the update is applied or discarded. A non-finite update is never applied. An `observed` step
+    also computes statistics of layers; when it is applied, the host waits for the device once more. Raises StepGivenUp
+    on all ranks when `stops` abandons the step, which then leaves no trace.
     """
     world = engine.world
     tokens = batch.step_tokens
@@ -151,7 +153,8 @@ def train_step(
     agreed = world.sum_(torch.cat([sums, stop, load_LE.flatten()]))
     load_LE = agreed[4:].view_as(load_LE)
     bias_LE = engine.decoder.selection_bias_LE()
-    # All that the host wants to know of a step crosses at once: here, and nowhere else, it waits for the device.
+    # Everything that the host needs to know about a step is transferred here, at the only point where it waits for the
+    # device.
     parts = [engine.gradient_norm.double().view(1), agreed, bias_LE.double().flatten(), values.agreed(world)]
     known = torch.cat(parts).cpu()
     grad_norm, loss_total, balance_total, z_total, asked = known[:5].tolist()

@@ -1,11 +1,12 @@
-"""Finding a rank that hangs: every rank's main thread beats, a thread of each watches all beats through files.
+"""Detects a hanging rank: every rank's main thread writes heartbeats, and a thread of each rank reads those of all
+ranks from files.
 
-A rank whose main thread has not moved for too long writes the stacks of all its threads, raises the alarm for the
-others, which do the same, and ends with exit code 75: try again. A rank that is stopped or lost entirely cannot do so,
-but its neighbours hang in a collective with it, and their beats name it: its last beat is the oldest.
+A rank whose main thread makes no progress for too long writes the stacks of all its threads, raises an alarm so that
+the others do the same, and ends with exit code 75: try again. A rank that is stopped or lost cannot do so, but the
+other ranks hang in a collective with it and name it: its last beat is the oldest.
 
-Slow work that advances is not a hang. A rank at such work says so (`alive`), and those that wait for it see it move. A
-process that was suspended has not hung either: time counts only while the watching thread itself is awake.
+Slow work that makes progress is not a hang. A rank reports such work (`alive`), and the ranks that wait for it see
+that. A suspended process does not hang either: time counts only while the watching thread itself runs.
 """
 
 from __future__ import annotations
@@ -36,23 +37,24 @@ _COLLECTIVES = str(Path("torch", "distributed", "distributed_c10d.py"))
 
 
 class _AwakeClock:
-    """Seconds in which this process ran. `tick` is called every `interval` seconds: where much more has passed, the
-    process stood still (SIGSTOP, `scontrol suspend`, `docker pause`, a sleeping laptop), and only `interval` counts.
+    """Seconds in which this process ran. `tick` is called every `interval` seconds: if much more time has passed, the
+    process was stopped (SIGSTOP, `scontrol suspend`, `docker pause`, a sleeping laptop), and only `interval` counts.
     """
 
     def __init__(self, interval: float) -> None:
         self._interval, self._last_tick, self.now = interval, time.monotonic(), 0.0
 
     def tick(self) -> None:
-        """Another interval has passed, or more."""
+        """Another interval, or more, has passed."""
         now = time.monotonic()
         passed, self._last_tick = now - self._last_tick, now
         self.now += passed if passed < 2 * self._interval else self._interval
 
 
 class Beat(TypedDict):
-    """`.ranks/rank-RRRRR.json`, as far as it is read: whose it is, how often that rank began something, moved and
-    wrote, and where it is."""
+    """The fields of `.ranks/rank-RRRRR.json` that are read: the rank, how often it began something, made progress and
+    wrote, and what it is doing.
+    """
 
     rank: Count
     life: str
@@ -63,7 +65,7 @@ class Beat(TypedDict):
 
 
 class _Seen(NamedTuple):
-    """The last beat read of a rank, and since when it has been `written` and has `moved` no more."""
+    """The last beat read of a rank, and since when it has not `written` and not `moved`."""
 
     beat: Mapping[str, Any]
     written: float
@@ -71,14 +73,15 @@ class _Seen(NamedTuple):
 
 
 class Watchdog:
-    """While entered, ends this process with exit code 75 when no rank has moved for `timeout_seconds`.
+    """Inside the `with` block, ends this process with exit code 75 when no rank has made progress for
+    `timeout_seconds`.
 
-    A rank moves by `beat` and `alive`. The time counts from the second beat on: before it, compilers and caches may
-    take what they need, which `engine.collective_timeout_seconds` bounds. Beats are in
-    `<run_dir>/.ranks/rank-RRRRR.json`, stacks in `<run_dir>/hang/rank-RRRRR.txt`, which only a hang makes. Beats and
-    the alarm carry the name of this start: a rank of an earlier one may still be dying. Clocks are compared only with
-    themselves: a rank is judged by how long its own beat has stood still in the eyes of this one. Raises on all ranks,
-    when entered, if a rank cannot write there.
+    `beat` and `alive` count as progress. The time counts from the second beat on; before it, compilers and caches may
+    take longer, limited by `engine.collective_timeout_seconds`. Beats are in `<run_dir>/.ranks/rank-RRRRR.json`, stacks
+    in `<run_dir>/hang/rank-RRRRR.txt`, which exists only after a hang. Beats and the alarm carry the name of this
+    start, because a rank of an earlier one may still be ending. Clocks are only compared with themselves: a rank is
+    judged by how long its beat has not changed as seen from this rank. Raises on all ranks, when entered, if a rank
+    cannot write there.
     """
 
     def __init__(self, run_dir: Path, world: World, timeout_seconds: float) -> None:
@@ -109,13 +112,13 @@ class Watchdog:
         self._thread.join()
 
     def beat(self, step: int, doing: str) -> None:
-        """The main thread is alive and about to do what `doing` says at `step`."""
+        """The main thread is alive and about to do `doing` at `step`."""
         self._step, self._doing = step, doing
         self._beats += 1
         self.alive()
 
     def alive(self) -> None:
-        """What the main thread does takes long but advances."""
+        """The main thread's work takes long but makes progress."""
         self._moves += 1
 
     def _watch(self) -> None:
@@ -128,12 +131,12 @@ class Watchdog:
             if still > self._timeout / 2:
                 self._look()
             if self._beats > 1 and still > self._timeout and not self._another_moves():
-                self._end(f"rank {self._world.rank} has stood still for {still:.0f} s in: {self._where()}")
+                self._end(f"rank {self._world.rank} has made no progress for {still:.0f} s in: {self._where()}")
             if self._alarm.exists():
                 self._end("another rank raised the alarm")
 
     def _end(self, reason: str) -> None:
-        """Leave stacks and one line behind, and the process. It cannot be asked to end: its main thread hangs."""
+        """Write the stacks and one line, and end the process at once, because its main thread hangs."""
         first = not self._alarm.exists()
         stacks = self._hang / f"{self._name}.txt"
         with contextlib.suppress(OSError):
@@ -150,7 +153,7 @@ class Watchdog:
         leave_failure(self._ranks.parent, self._world, told)
         print(f"{error.line()}", file=sys.stderr, flush=True)
         if first:
-            # Its going breaks the others' connections: they are to read the alarm and leave their stacks before that.
+            # Ending breaks the others' connections: before that they should read the alarm and write their stacks.
             time.sleep(2 * self._interval)
         os._exit(HangError.exit_code)
 
@@ -159,7 +162,7 @@ class Watchdog:
         return min(5.0, self._timeout / 4)
 
     def _look(self) -> None:
-        """Note what every rank has written of itself, and since when it has written nothing new."""
+        """Record what every rank has written, and since when it has written nothing new."""
         for path in sorted(self._ranks.glob("rank-*.json")):
             with contextlib.suppress(OSError, ValueError, DataError):
                 content, now = parse_json(read_regular(path, SMALL) or b""), self._clock.now
@@ -172,22 +175,24 @@ class Watchdog:
                 self._seen[beat["rank"]] = _Seen(beat, written, moved)
 
     def _another_moves(self) -> bool:
-        """Whether a rank that this one may be waiting for advances. They are looked at for half the patience only."""
+        """Whether a rank that this one may be waiting for makes progress. Ranks count for only half the timeout."""
         now, others = self._clock.now, [seen for rank, seen in self._seen.items() if rank != self._world.rank]
         return any(now - other.moved < 0.4 * self._timeout for other in others)
 
     def _slowest(self) -> tuple[str, int]:
-        """Which ranks are silent, or else which is behind, by what all have written of themselves; and the first."""
+        """The ranks that are silent, or else the one that is behind, according to their beats; and the first of
+        them.
+        """
         self._look()
         silent = {
-            rank: f"rank {rank} does not answer, last seen in {seen.beat['where']}"
+            rank: f"rank {rank} does not respond, last seen in {seen.beat['where']}"
             for rank, seen in self._seen.items()
             if self._clock.now - seen.written > 0.4 * self._timeout
         }
         silent |= {rank: f"rank {rank} was never seen" for rank in range(self._world.size) if rank not in self._seen}
         if silent:
             return "; ".join(silent.values()), next(iter(silent))
-        # Of those at one place the one that does not wait for another.
+        # Among ranks at the same place, the one that does not wait for another.
         beats = (seen.beat for seen in self._seen.values())
         beat = min(beats, key=lambda beat: (beat["beats"], beat.get("waits", False)))
         return f"furthest behind: rank {beat['rank']} in {beat['where']}", beat["rank"]
@@ -205,8 +210,10 @@ class Watchdog:
         return f"step {self._step}, {self._doing}"
 
     def _clear_leftovers(self) -> None:
-        """What an earlier start left: of this rank, and on rank 0 the alarms, and ranks that are no more."""
-        # Beats of earlier releases lie beside the stacks.
+        """Remove the files of an earlier start: those of this rank and, on rank 0, the alarms and the files of ranks
+        that no longer exist.
+        """
+        # Beats of earlier releases are beside the stacks.
         leftovers = [self._beat_file, *(self._hang / f"{self._name}.{suffix}" for suffix in ("txt", "json"))]
         if self._world.is_main:
             beyond = f"rank-{self._world.size:05d}"
@@ -241,7 +248,7 @@ def _redact(path: Path) -> None:
 
 
 def _main_thread_waits() -> bool:
-    """Whether the main thread is in a collective, by its stack."""
+    """Whether the main thread is in a collective, according to its stack."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         if _COLLECTIVES in frame.f_code.co_filename:

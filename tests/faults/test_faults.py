@@ -128,7 +128,7 @@ def test_f4_a_last_save_that_fails_is_tried_again_from_the_checkpoint_before(mak
     run = make_run(*TWO)
     faults = [{"at": "batch:3", "do": "term", "rank": 1}, {"at": "save:3:mid_shard", "do": "enospc", "rank": 1}]
     assert run.start(*faults, ranks=2) == [75, 75], run.log.read_text()
-    assert "an earlier one stands" in run.log.read_text() and run.newest().name == "step-00000002"
+    assert "an earlier one exists" in run.log.read_text() and run.newest().name == "step-00000002"
     assert not (run.run_dir / "FATAL").exists() and run_status(run.run_dir).state == "ended"
     run.to_the_end(ranks=2)
     assert run.starts() == [0, 2] and run.equals(straight(*TWO, ranks=2))
@@ -173,7 +173,7 @@ def test_f8_a_rank_that_hangs_is_found_and_the_run_goes_on_exactly(do, make_run,
     told = first_failure_line(run.run_dir)
     assert told.startswith("rank 1 failed first: ") and "hang error: " in told
     if do == "stop":
-        assert "rank 1 does not answer, last seen in step" in run.log.read_text()
+        assert "rank 1 does not respond, last seen in step" in run.log.read_text()
     stacks = (run.run_dir / "hang" / "rank-00000.txt").read_text()
     assert "train_step" in stacks
     if do == "sleep":

@@ -8,7 +8,7 @@ import torch
 from kha_train.config.compose import compose
 from kha_train.distributed import World
 from kha_train.errors import ConfigError, MachineError
-from kha_train.train.memory import told_when_out_of_memory
+from kha_train.train.memory import explained_when_out_of_memory
 
 ON_A_DEVICE = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -21,7 +21,7 @@ ON_THE_HOST = [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate 
 
 def run_into(error: BaseException, small: list[str], has_fitted: bool = False) -> None:
     """A run in which `error` comes up."""
-    with told_when_out_of_memory(compose(small), World.single(), lambda: has_fitted):
+    with explained_when_out_of_memory(compose(small), World.single(), lambda: has_fitted):
         raise error
 
 

@@ -134,7 +134,7 @@ def test_a_changed_rate_is_accepted_by_its_own_name(stopped: Stopped, capfd: pyt
     run_dir, go_on = stopped(5, "optim.schedule.name=wsd", "optim.schedule.decay=0")
     set_marker(run_dir, Marker.REQUEUE, "")
     told, _ = _refusal(go_on, "optim.lr=0.02")
-    assert f" run.dir={run_dir} 'resume.allow_changes=[optim.lr]' lets the rate jump" in told
+    assert f" run.dir={run_dir} 'resume.allow_changes=[optim.lr]' allows the jump of the rate" in told
     go_on("optim.lr=0.02", "resume.allow_changes=[optim.lr]")
     assert "the learning rate of step 6: 0.02 now, 0.002 by" in capfd.readouterr().out
     assert _rates(run_dir)[5] == pytest.approx(0.02)
@@ -143,9 +143,9 @@ def test_a_changed_rate_is_accepted_by_its_own_name(stopped: Stopped, capfd: pyt
 @pytest.mark.parametrize(
     ("schedule", "effect", "rates"),
     [
-        ("optim.schedule.warmup=0", " keeps the rate, to decay anew", [2e-4, 2e-4]),
+        ("optim.schedule.warmup=0", " keeps the rate, and lets it decay again", [2e-4, 2e-4]),
         ("optim.schedule.name=wsd optim.schedule.decay=0", "", [LR, LR]),
-        ("optim.schedule.warmup=0 optim.schedule.final=0", " lets the rate jump", [0, 0.25 * LR]),
+        ("optim.schedule.warmup=0 optim.schedule.final=0", " allows the jump of the rate", [0, 0.25 * LR]),
     ],
 )
 def test_what_a_finished_run_says_of_training_longer_goes_on_with_that_very_run(

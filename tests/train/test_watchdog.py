@@ -47,7 +47,7 @@ def watched(folder: Path, beats: int, *others: dict, alive: str = "nobody") -> s
 def test_a_main_thread_that_stands_still_ends_with_its_stacks_and_75(tmp_path) -> None:
     ended = watched(tmp_path, 3)
     assert ended.returncode == 75
-    assert "hang error: rank 0 has stood still" in ended.stderr and "in: step 3, training" in ended.stderr
+    assert "hang error: rank 0 has made no progress" in ended.stderr and "in: step 3, training" in ended.stderr
     assert "furthest behind: rank 0 in step 3" in ended.stderr
     stacks = (tmp_path / "hang" / "rank-00000.txt").read_text()
     assert 'File "<string>"' in stacks and "watchdog.py" in stacks
@@ -59,8 +59,10 @@ def test_a_rank_that_writes_nothing_new_is_named(tmp_path) -> None:
     (tmp_path / ".ranks" / "life").write_text("now 2")
     ended = watched(tmp_path, 3, silent)
     assert ended.returncode == 75
-    assert first_failure_line(tmp_path).startswith("rank 1 failed first: rank 0 tells: hang error: rank 0 has stood")
-    assert "rank 1 does not answer, last seen in step 2, training" in ended.stderr
+    assert first_failure_line(tmp_path).startswith(
+        "rank 1 failed first: rank 0 tells: hang error: rank 0 has made no progress"
+    )
+    assert "rank 1 does not respond, last seen in step 2, training" in ended.stderr
 
 
 @pytest.mark.parametrize("alive", ["self", "neighbour"])
@@ -130,7 +132,7 @@ def test_a_process_that_was_suspended_goes_on_and_a_hang_after_it_is_found(then:
     said, complaint = process.communicate(timeout=120)
     assert said == "done\n", complaint
     assert process.returncode == (75 if then == "hang" else 0), complaint
-    assert ("rank 0 has stood still" in complaint) == (then == "hang")
+    assert ("rank 0 has made no progress" in complaint) == (then == "hang")
 
 
 def test_only_the_time_of_a_running_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
