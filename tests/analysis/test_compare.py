@@ -232,7 +232,7 @@ def test_a_run_that_never_was_finite_is_reported_without_an_end(tmp_path: Path) 
         ({"content": "decade"}, False, "different data: content ids c0ffee and decade"),
         ({"content": None}, False, "not proven"),
         ({"seq_len": 16}, False, "model.seq_len is 8 and 16"),
-        ({"shift_from": 12}, False, "other samples from step 13 on"),
+        ({"shift_from": 12}, False, "different samples from step 13 on"),
         ({"data": {"isolate_documents": False}}, False, "data.isolate_documents is True and False"),
         ({"data": {"packing": "best_fit"}}, False, "data.packing is concat and best_fit"),
         ({"data": {"shuffle": "block"}}, False, "data.shuffle is global and block"),

@@ -264,7 +264,7 @@ def test_fractional_steps_are_refused_and_whole_ones_keep_the_spike(
         (b'{"step": 1, "loss": 2}\n{"step": 2, "los\n{"step": 3, "loss": 2}\n', 4, ["curve:2", "no JSON"]),
         (b'{"step": 1, "loss": 2}\n[2, 3]\n', 4, ["curve:2", "not a JSON object"]),
         (b'{"log_history": [{"step": 1, "loss":', 4, ["begins like JSON"]),
-        ("step,loss\n1,2\n".encode("utf-16")[:-1], 4, ["no whole text in utf-16"]),
+        ("step,loss\n1,2\n".encode("utf-16")[:-1], 4, ["not valid text in utf-16"]),
     ],
 )  # fmt: skip
 def test_a_refusal_names_what_was_seen_and_what_is_read(

@@ -144,7 +144,7 @@ def test_the_first_step_of_other_samples_is_named_though_the_data_change_later(t
     other_data = Start(30, facts={"data_content_id": "decade"})
     one = write_run(tmp_path / "a", Start(20), other_data, shift_from=12)
     pair, _ = pair_of(one, write_run(tmp_path / "b", Start(30), variant="kha_mlp"))
-    assert pair.different_from == 13 and "other samples from step 13 on" in pair.data_words
+    assert pair.different_from == 13 and "different samples from step 13 on" in pair.data_words
     assert pair.caveats == ("they read different data from step 13 on",) and pair.interval is None
 
 

@@ -84,13 +84,13 @@ def test_what_all_agreed_on_is_told_of_the_rank_it_happened_to() -> None:
     own = failure(1, 6.0, "data error: shard-00000.tok: damaged")
     assert blame([agreed, own], 2, {}) == own
     found = blame([agreed, failure(2, 4.0, RESET)], 3, {})
-    assert found is not None and found["rank"] == 1 and found["error"] == f"rank 0 tells: {agreed['error']}"
+    assert found is not None and found["rank"] == 1 and found["error"] == f"rank 0 reports: {agreed['error']}"
 
 
 def test_a_rank_that_hangs_is_told_of_by_its_neighbours() -> None:
-    neighbour = failure(0, 5.0, "hang error: rank 0 has stood still; rank 1 does not answer", about=1)
+    neighbour = failure(0, 5.0, "hang error: rank 0 has made no progress; rank 1 does not respond", about=1)
     found = blame([neighbour, failure(2, 6.0, RESET)], 3, {1: 1.0})
-    assert found is not None and found["rank"] == 1 and "does not answer" in found["error"]
+    assert found is not None and found["rank"] == 1 and "does not respond" in found["error"]
     own = failure(1, 7.0, "hang error: another rank raised the alarm", about=1)
     assert blame([neighbour, own], 2, {}) == own
 

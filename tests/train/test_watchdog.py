@@ -60,7 +60,7 @@ def test_a_rank_that_writes_nothing_new_is_named(tmp_path) -> None:
     ended = watched(tmp_path, 3, silent)
     assert ended.returncode == 75
     assert first_failure_line(tmp_path).startswith(
-        "rank 1 failed first: rank 0 tells: hang error: rank 0 has made no progress"
+        "rank 1 failed first: rank 0 reports: hang error: rank 0 has made no progress"
     )
     assert "rank 1 does not respond, last seen in step 2, training" in ended.stderr
 
