@@ -1,5 +1,5 @@
 # make quickstart | test | test-fast | soak | lint | bench-gpu | gpu-wheels. The first call makes .venv; later ones find it ready.
-# PYTHON=... chooses the interpreter of .venv, ARGS=... goes on to the command, WORKERS=... is for the tests.
+# PYTHON=... chooses the interpreter of .venv, ARGS=... is passed to the command, WORKERS=... sets the test processes.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -18,7 +18,7 @@ test: .venv/.dev
 test-fast: .venv/.dev
 	$(PYTEST) -m 'not slow and not soak' $(ARGS)
 
-# The full grid of faults and a run of fifty of them: tens of minutes.
+# The full grid of faults and a run of fifty random ones: tens of minutes.
 soak: .venv/.dev
 	$(PYTEST) -m soak --timeout 7200 $(ARGS)
 
@@ -27,14 +27,14 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Every GPU test and benchmark in under 9 minutes; results in bench-gpu/. Nothing is installed, for there may be no network:
+# Every GPU test and benchmark in under 9 minutes; results in bench-gpu/. Installs nothing, because there may be no network:
 # GPU_PYTHON has torch for CUDA, the dependencies, pytest and (for the peer) transformers.
 GPU_PYTHON ?= python3
 bench-gpu:
 	$(GPU_PYTHON) -c "from kha_train.cli.main import run; run()" bench gpu $(ARGS)
 
-# What a machine with torch, triton, transformers, typer and pytest alone lacks, 53 MB, for GPU_VERSION of Python on x86-64: to be
-# carried there and named in PYTHONPATH. Torch is never among it.
+# The packages (53 MB) that a machine with only torch, triton, transformers, typer and pytest lacks, for GPU_VERSION of Python on x86-64:
+# copy them there and name them in PYTHONPATH. Torch is never among them.
 GPU_VERSION ?= 3.12
 GPU_PIP = $(BIN)/python -m pip install --disable-pip-version-check --no-deps --upgrade --target gpu-wheels -c constraints.txt
 gpu-wheels: .venv/.dev
@@ -44,10 +44,10 @@ gpu-wheels: .venv/.dev
 		--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
 		hypothesis sentencepiece psutil msgpack pydantic pydantic-core annotated-types typing-inspection
 
-# A stamp is newer than what it was installed from.
+# A stamp is newer than the files it was installed from.
 .venv/.core: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
-	@echo "Installing into .venv: minutes the first time, nothing later."
+	@echo "Installing into .venv: takes minutes the first time only."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e .
 	@touch $@

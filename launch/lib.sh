@@ -1,33 +1,33 @@
 #!/usr/bin/env bash
-# What train.sbatch and sweep.sbatch share: from a job's allocation to one `srun torchrun` a node, and from how that
-# ended to "done", "again" or "never again". Sourced, never run.
+# Shared by train.sbatch and sweep.sbatch: starts one `srun torchrun` per node in a job's allocation, and decides from
+# its end whether the job is done, requeued or never requeued. Sourced, never run.
 #
-# Each start of a job has a directory of its own, RUN_DIR/launch/JOB.RESTART: the attempt. Until the trainer owns the run
-# directory nothing else in there is touched: another job may be training in it. Two files of the attempt are the
-# channel between this script and its trainer (exit codes do not pass through torchrun):
-#   STOP      made here on a signal: save, and leave
-#   outcome   made by the trainer, and only once the run directory is its own, or to say that it cannot be:
-#     training   it trains, or crashed while it did   -> requeued while checkpoints advance, else ends with srun's code
-#     requeue    saved and stopped in good order      -> the job requeues itself, unless SIGTERM was what stopped it
-#     stopped    so too, because the user made the file STOP in the run directory -> the job ends with 0
+# Each start of a job has its own directory, RUN_DIR/launch/JOB.RESTART: the attempt. Until the trainer owns the run
+# directory, nothing else in it is touched, because another job may be training there. This script and its trainer
+# communicate through two files of the attempt (exit codes do not pass through torchrun):
+#   STOP      created here on a signal: save and end
+#   outcome   written by the trainer, once it owns the run directory or knows that it cannot:
+#     training   training, or crashed while training  -> requeued while there are new checkpoints, else srun's code
+#     requeue    saved and stopped in good order      -> the job requeues itself, unless SIGTERM stopped it
+#     stopped    the same, because the user created the file STOP in the run directory -> the job ends with 0
 #     done       all steps are trained                -> the job ends with 0
-#     fatal N    an error that would come back        -> the job ends with the code N, and is never requeued
-#     failed N   one that need not (disk, another rank) -> as a crash
+#     fatal N    an error that would happen again     -> the job ends with the code N, and is never requeued
+#     failed N   an error that may not (disk, another rank) -> as after a crash
 #     (no file)  it never owned the run               -> requeued only if a signal interrupted the start
 # The markers DONE, REQUEUE, FATAL of the run directory say the same to people and to `kha status`.
 #
 # Settings (environment; see site/example.env):
 #   KHA_PYTHON             interpreter of the environment kha_train is installed in (default: python)
 #   KHA_SITE               file sourced at the job's start: modules, network, W&B; what it sets is exported
-#   KHA_NPROC              ranks a node (default: the node's GPUs, else 1)
+#   KHA_NPROC              ranks per node (default: the node's GPUs, else 1)
 #   KHA_MAX_REQUEUES       restarts after which a job gives up (default: 100)
 #   KHA_MAX_IDLE_STARTS    starts in a row without a new checkpoint after which a job gives up (default: 3)
 #   KHA_MAX_RESTARTS       restarts of all workers inside a job before it counts as crashed (default: 0)
 
 KHA_REQUEUE_CODE=85
-KHA_AGENT='trap "" USR1 USR2; exec "$@"' # an ignored signal stays ignored after exec: torchrun would die of it
+KHA_AGENT='trap "" USR1 USR2; exec "$@"' # an ignored signal stays ignored after exec; torchrun would die of it
 
-# Where it cannot be said (a full disk), what was to be done is still done.
+# If the message cannot be printed (a full disk), the script continues.
 say() {
     printf 'kha: %s\n' "$*" >&2 || true
 }
@@ -65,7 +65,7 @@ ranks_per_node() {
     fi
 }
 
-# $1 where it is a whole number above 0, else 1: a node without GPUs has one rank.
+# $1 if it is a positive integer, else 1: a node without GPUs has one rank.
 at_least_one() {
     if [[ $1 =~ ^[0-9]{1,9}$ ]] && ((10#$1 > 0)); then
         printf '%s' "$((10#$1))"
@@ -74,19 +74,19 @@ at_least_one() {
     fi
 }
 
-# Holds the setting named $1, if there is one, to a whole number from $2 on. Without this, arithmetic would evaluate any
-# text in it, commands too.
+# Checks that the setting named $1, if set, is an integer of at least $2. Otherwise arithmetic would evaluate any text in
+# it, including commands.
 check_number() {
     local value="${!1:-}"
     [[ -n $value ]] || return 0
     if [[ ! $value =~ ^[0-9]{1,9}$ ]] || ((10#$value < $2)); then
-        say "$1 = '$value': allowed: whole numbers from $2 on"
+        say "$1 = '$value': allowed: integers from $2 on"
         exit 2
     fi
     export "$1=$((10#$value))"
 }
 
-# Settings of the libraries, unless the site file made them. $1: the directory of this attempt.
+# Settings of the libraries, unless the site file has set them. $1: the directory of this attempt.
 export_library_settings() {
     export PYTHONFAULTHANDLER=1 TORCH_FORCE_WEIGHTS_ONLY_LOAD=1
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(at_least_one "${SLURM_CPUS_ON_NODE:-1}") / $(ranks_per_node)))}"
@@ -127,11 +127,11 @@ idle_starts() {
     printf '%s' "$count"
 }
 
-# Called by the traps, $1: "requeue", or "end" after SIGTERM, by which SLURM ends a job: one that was cancelled must not
-# come back, and what was preempted or requeued SLURM starts again by itself. Of two signals the first counts: SIGTERM
-# also comes at the time limit, to a job that is still saving after its warning.
-# The workers finish their step, save and leave; they also see the file if the signal came before they could listen.
-# srun passes the signal on to every process of the step.
+# Called by the traps. $1: "requeue", or "end" after SIGTERM, with which SLURM ends a job. A cancelled job must not come
+# back, and SLURM itself restarts a preempted or requeued one. The first of two signals counts: SIGTERM also comes at
+# the time limit, to a job that is still saving after its warning.
+# The workers finish their step, save and end; they also see the file if the signal came before they could listen.
+# srun forwards the signal to every process of the step.
 on_signal() {
     KHA_STOPPING="${KHA_STOPPING:-$1}"
     say "asked to stop: saving, then $KHA_STOPPING"
@@ -139,7 +139,7 @@ on_signal() {
     [[ -z ${KHA_SRUN_PID:-} ]] || kill -USR2 "$KHA_SRUN_PID" 2>/dev/null || true
 }
 
-# Wait for the process $1 although signals arrive meanwhile; its exit code in KHA_CODE.
+# Wait for the process $1 even if signals arrive; sets KHA_CODE to its exit code.
 wait_for() {
     local last
     KHA_CODE=0
@@ -147,14 +147,13 @@ wait_for() {
         KHA_CODE=0
         wait "$1" || KHA_CODE=$?
     done
-    # The last wait may have been cut short by a signal; 127: the shell gave the true code out already.
+    # A signal may have interrupted the last wait; 127: the shell has already returned the true code.
     last=0
     wait "$1" || last=$?
     ((last == 127)) || KHA_CODE=$last
 }
 
-# Why this job is not to be started once more after $1 starts without a new checkpoint and $2 restarts; nothing when it
-# may be.
+# Why this job must not be restarted after $1 starts without a new checkpoint and $2 restarts; empty if it may be.
 given_up() {
     local most_idle="${KHA_MAX_IDLE_STARTS:-3}" most="${KHA_MAX_REQUEUES:-100}"
     if (($1 >= most_idle)); then
@@ -164,7 +163,7 @@ given_up() {
     fi
 }
 
-# Give the job back to SLURM to be started again, or end with $1 where that is not possible or leads nowhere.
+# Requeue the job, or end with $1 if that is not possible or useful.
 requeue() {
     local code="$1" why
     why="$(given_up "$(idle_starts "$(newest_step "$KHA_RUN_DIR")")" "$(restarts)")"
@@ -179,11 +178,11 @@ requeue() {
     if scontrol show config | grep -Eq "^RequeueExit +=.*\b$KHA_REQUEUE_CODE\b"; then
         exit "$KHA_REQUEUE_CODE"
     fi
-    say "this site does not let a job requeue itself: submit the same command again, it goes on from the checkpoint"
+    say "this site does not let a job requeue itself: submit the same command again; it continues from the checkpoint"
     exit "$((code ? code : 1))"
 }
 
-# Of all ranks that failed the one that began, in the words of its error; a rank that left none is named as that.
+# Print the rank that failed first, with its error; a rank without an error file is named too.
 say_who_failed_first() {
     local line
     line="$("$KHA_PYTHON" - "$KHA_RUN_DIR" <<'PYTHON'
@@ -198,13 +197,13 @@ PYTHON
     [[ -z $line ]] || say "$line"
 }
 
-# What the end of srun (code KHA_CODE) means. $1: newest checkpoint at its start.
+# Decide what the end of srun (code KHA_CODE) means. $1: newest checkpoint at its start.
 conclude() {
     local outcome='' code='' newest
     newest="$(newest_step "$KHA_RUN_DIR")"
     if [[ -e $KHA_ATTEMPT/outcome ]]; then
         read -r outcome code <"$KHA_ATTEMPT/outcome" || true
-        # Whoever made the file owned the run; a machine that went down may have lost what was in it.
+        # The process that created the file owned the run; a machine crash may have lost its content.
         outcome="${outcome:-training}"
     fi
     case "$outcome" in
@@ -213,7 +212,7 @@ conclude() {
         exit 0
         ;;
     stopped)
-        say "stopped by the file STOP: submit the same command again to go on"
+        say "stopped by the file STOP: submit the same command again to continue"
         exit 0
         ;;
     fatal)
@@ -222,7 +221,7 @@ conclude() {
         ;;
     esac
     if [[ ${KHA_STOPPING:-} == end ]]; then
-        say "ended by SIGTERM: not requeued by itself; submit the same command again to go on"
+        say "ended by SIGTERM: not requeued by itself; submit the same command again to continue"
         [[ $outcome != requeue ]] || exit 0
         exit "${code:-$((KHA_CODE ? KHA_CODE : 1))}"
     fi
@@ -231,7 +230,7 @@ conclude() {
     fi
     # Without an outcome the run was never ours, and its checkpoints and errors may be another job's.
     [[ -z $outcome ]] || say_who_failed_first
-    # The newest may be older than the one at the start: that was damaged, or a rewind undid it.
+    # The newest may be older than the one at the start, if that was damaged or a rewind undid it.
     if [[ -n $outcome ]] && ((newest != $1)); then
         say "crashed with code ${code:-$KHA_CODE}; the newest checkpoint was step $1 and is step $newest"
         requeue "${code:-$((KHA_CODE ? KHA_CODE : 1))}"
@@ -247,7 +246,7 @@ train_in_allocation() {
     shift
     nodes="$SLURM_JOB_NUM_NODES"
     if [[ -e $KHA_RUN_DIR/DONE ]]; then
-        say "$KHA_RUN_DIR is done already"
+        say "$KHA_RUN_DIR is already done"
         exit 0
     fi
     before="$(newest_step "$KHA_RUN_DIR")"
@@ -255,12 +254,12 @@ train_in_allocation() {
     mkdir -p "$attempt/flight_recorder"
     rm -f "$attempt/STOP" "$attempt/outcome"
     echo "$before" >"$attempt/start_step"
-    KHA_ATTEMPT="$attempt" # from here on a signal leaves its mark there
+    KHA_ATTEMPT="$attempt" # from here on a signal creates its file there
     export_library_settings "$KHA_ATTEMPT"
-    # What SLURM requeued by itself (after the loss of a node) never came through `requeue`.
+    # A job that SLURM requeued itself (after losing a node) never passed through `requeue`.
     why="$(given_up "$(($(idle_starts "$before") - 1))" "$(($(restarts) - 1))")"
     if [[ -n $why ]]; then
-        say "not started again: $why; submit it anew when the cause is mended"
+        say "not started again: $why; submit it again when the cause is fixed"
         exit 1
     fi
     case "${KHA_STOPPING:-}" in
@@ -280,8 +279,8 @@ train_in_allocation() {
     conclude "$before"
 }
 
-# Fill KHA_ARGUMENTS with the run directory and the overrides that `kha launch-arguments "$@"` answers: they travel
-# between NUL bytes and are never shell text. A configuration that cannot run ends the job here, with its code.
+# Fill KHA_ARGUMENTS with the run directory and the overrides printed by `kha launch-arguments "$@"`. They are separated
+# by NUL bytes and never become shell text. A configuration that cannot run ends the job here, with its code.
 read_arguments() {
     local answer code
     answer="$(mktemp)"
@@ -296,7 +295,7 @@ read_arguments() {
     rm -f "$answer"
 }
 
-# Ends with 2 when KHA_PYTHON is no Python that kha_train is installed in: no environment is active.
+# Ends with 2 when kha_train is not installed in KHA_PYTHON: no environment is active.
 check_python() {
     command -v "$KHA_PYTHON" >/dev/null || {
         say "there is no $KHA_PYTHON here: activate the environment that kha_train is installed in, \`source .venv/bin/activate\` (\`make quickstart\` makes it), or set KHA_PYTHON=/path/to/its/python"
@@ -318,20 +317,20 @@ PYTHON
 }
 
 # Called when a command fails while the site file is read. $1: its code, $2: its line, $3: the command, $4: the file.
-# A condition that does not hold is no failure; anything else means that a setting is missing.
+# A false condition is not a failure; anything else means that a setting is missing.
 note_site_failure() {
     [[ $4 == "$KHA_SITE" ]] || return 0
     case "$3" in
     '[['* | '['* | '(('* | test\ * | let\ * | grep\ * | false) KHA_SITE_CONDITION="$1" ;;
     *)
-        say "KHA_SITE $KHA_SITE, line $2: a command failed with code $1; where that is meant, end the line with || true"
+        say "KHA_SITE $KHA_SITE, line $2: a command failed with code $1; if that is intended, end the line with || true"
         KHA_SITE_FAILED=yes
         ;;
     esac
 }
 
-# Sources the file KHA_SITE, as in a user's own shell, for which modules and conda are written; what it sets is exported.
-# Ends with 2 when the file cannot be read or parsed, or when a command in it fails: its settings would be missing.
+# Sources the file KHA_SITE as in a user's own shell, which modules and conda expect; everything it sets is exported.
+# Ends with 2 when the file cannot be read or parsed, or when a command in it fails, because settings would be missing.
 source_site() {
     local code=0
     KHA_SITE_FAILED='' KHA_SITE_CONDITION='' KHA_SITE_BEFORE_RETURN=''
@@ -353,7 +352,7 @@ source_site() {
     trap - ERR RETURN
     set +a
     set -euo pipefail
-    # The last command may be a condition that does not hold. A `return` of the file itself is told by the code before it.
+    # The last command may be a false condition. The code before it tells a `return` of the file itself.
     if ((code != 0)) && [[ "$code $code" != "$KHA_SITE_CONDITION $KHA_SITE_BEFORE_RETURN" ]]; then
         KHA_SITE_FAILED=yes
     fi
@@ -363,7 +362,7 @@ source_site() {
     }
 }
 
-# Listen to signals from here on; then modules, virtual environment, network: what python needs to start at this site.
+# Listen to signals from here on; then set up modules, virtual environment and network for this site.
 enter_site() {
     trap 'on_signal requeue' USR1 USR2
     trap 'on_signal end' TERM

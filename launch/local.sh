@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One run on this machine, one process a GPU (or NPROC processes on a CPU):
+# One run on this machine, with one process per GPU (or NPROC processes on a CPU):
 #   launch/local.sh attention=kha_mlp engine=zero2 data.global_batch_size=64        NPROC=2 launch/local.sh run.steps=50
 set -euo pipefail
 # shellcheck source=launch/lib.sh

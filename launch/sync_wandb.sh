@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Send what offline runs left to W&B, from a machine with a network (a login node):
+# Send the files of offline runs to W&B, from a machine with a network (a login node):
 #   launch/sync_wandb.sh runs/kha_mlp-s0 [RUN_DIR ...]
-# Every attempt of a run is one folder; they belong to one W&B run and must go up in the order they were started, which
+# Every attempt of a run is one folder. They belong to one W&B run and must be sent in the order they were started, which
 # is the order of their names.
 set -euo pipefail
 if (($# == 0)); then
