@@ -25,7 +25,7 @@ from kha_train.config.compose import compose
 from kha_train.config.schema import RunConfig
 from kha_train.data.stream import TokenStream, open_stream
 from kha_train.engine.contract import Engine
-from kha_train.engine.default import DefaultEngine
+from kha_train.engine.default import engine_for
 from kha_train.train.saving import Saver
 from kha_train.train.step import next_batch, train_step
 from kha_train.train.watch import Ruling
@@ -94,8 +94,10 @@ def measure(overrides: Sequence[str], every: int, rounds: int, steps: int) -> Me
         config = compose([*overrides, f"data.train={folder}/data/train", f"data.validation={folder}/data/validation"])
         write_dataset(f"{folder}/data", vocab_size=config.model.vocab_size, documents=800)
         world = distributed.start(config.engine.device, config.engine.collective_timeout_seconds)
-        left_last.push(lambda kind, error, trace: DefaultEngine.leave_world(error))
-        engine = DefaultEngine(config, world)
+        left_last.push(lambda kind, error, trace: distributed.stop(error))
+        engine_class = engine_for(config, world.size)
+        left_last.push(lambda kind, error, trace: engine_class.leave_world(error))
+        engine = engine_class(config, world)
         stream = open_stream(config)
         savers = {mode: _saver(config, world, Path(folder) / mode, mode) if mode != "none" else None for mode in MODES}
         modes = {mode: _Mode(engine, stream, steps, saver) for mode, saver in savers.items()}

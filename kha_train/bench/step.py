@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from kha_train.data.rows.batch import Batch
 from kha_train.data.stream import open_stream
 from kha_train.distributed import World
 from kha_train.engine.building import resolve_dtype
-from kha_train.engine.default import DefaultEngine
+from kha_train.engine.contract import Engine
+from kha_train.engine.default import engine_for
 from kha_train.estimate.counts import count_parameters, flops_per_token
 from kha_train.model.attention import measured
 from kha_train.model.attention.choice import announce, choose
@@ -87,7 +89,9 @@ def measure(
         if against:
             peers.check(first)
         world = distributed.start(first.engine.device, first.engine.collective_timeout_seconds)
-        left_last.push(lambda kind, error, trace: DefaultEngine.leave_world(error))
+        left_last.push(lambda kind, error, trace: distributed.stop(error))
+        for engine in {engine_for(config, world.size) for config in configs.values()}:
+            left_last.push(partial(_leave, engine))
         batches = _batches(first)
         settled = _settled(configs, world.device)
         contenders = {name: _ours(config, world, left_last) for name, config in settled.items()}
@@ -109,6 +113,10 @@ def use_threads(count: int) -> None:
     """Let torch compute with `count` threads; 0 keeps the current number."""
     if count:
         torch.set_num_threads(count)
+
+
+def _leave(engine: type[Engine], kind: object, error: BaseException | None, trace: object) -> None:
+    engine.leave_world(error)
 
 
 def _with_data(overrides: list[str], folder: Path) -> list[str]:
@@ -139,7 +147,7 @@ def _settled(configs: Mapping[str, RunConfig], device: torch.device) -> dict[str
 
 def _ours(config: RunConfig, world: World, left_last: ExitStack) -> Arm:
     before = _allocated(world.device)
-    engine = DefaultEngine(config, world)
+    engine = engine_for(config, world.size)(config, world)
     left_last.callback(engine.close)
     lr, steps = config.optim.lr * 0.1, itertools.count(1)
 

@@ -23,7 +23,7 @@ from kha_train import distributed
 from kha_train.bench.protocol import Clock, Ratio, compare, environment, interleave, plain, shown, told
 from kha_train.bench.spikes import clean_curve
 from kha_train.config.compose import compose
-from kha_train.engine.default import DefaultEngine
+from kha_train.engine.default import engine_for
 from kha_train.stability.events import Observation
 from kha_train.telemetry.startup import Startup
 from kha_train.train.opening import Opened, open_attempt
@@ -111,7 +111,7 @@ def measure(overrides: Sequence[str], blocks: int, clock: Clock = "wall") -> Mea
         write_dataset(f"{folder}/data", vocab_size=config.model.vocab_size, documents=800)
         world = distributed.start(config.engine.device, config.engine.collective_timeout_seconds)
         left_last.push(lambda kind, error, trace: distributed.stop(error))
-        with open_attempt(config, world, Startup(), DefaultEngine, Attempt()) as opened:
+        with open_attempt(config, world, Startup(), engine_for(config, world.size), Attempt()) as opened:
             assert isinstance(opened, Opened), "the directory is new"
             for step, loss in enumerate(clean_curve(0, FULL_WINDOWS, "normal").losses):
                 opened.session.watch.judge(Observation(step, loss, 1.0 + 0.1 * loss))

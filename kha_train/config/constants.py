@@ -48,6 +48,7 @@ ROUNDING = (
     "attention.interaction.impl",
     "model.loss_chunk_tokens",
     "moe.backend",
+    "engine.name",
     "engine.zero_stage",
     "engine.micro_batch_size",
     "engine.device",

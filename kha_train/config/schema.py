@@ -166,6 +166,7 @@ class DataSection:
 class EngineSection:
     """How the step is executed: ZeRO stage, precision, micro-batch, recomputation.
 
+    `name` selects the engine: `deepspeed`, `plain` (one process, for tests), or a package of `kha_train/engine`.
     Of these `precision`, `grad_accum_dtype` and `moment_dtype` change results by rounding, and so does the micro-batch
     under `moe.auxiliary_loss.scope: micro_batch` (a resumed run may not change it then). The others change at most the
     last bits of a sum. A rank without progress for `hang_timeout_seconds` (after the first step) writes its stacks and
@@ -175,6 +176,7 @@ class EngineSection:
     `auto` is `torch`.
     """
 
+    name: str = "deepspeed"
     zero_stage: Literal[1, 2, 3]
     micro_batch_size: int
     device: Literal["auto", "cpu", "cuda"] = "auto"

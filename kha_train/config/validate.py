@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import shlex
 
-from kha_train.config.build import to_plain
+from kha_train.config.build import nearest, to_plain
 from kha_train.config.limits import check_limits
 from kha_train.config.resolve import invalid_backend, turned_dimensions
 from kha_train.config.schema import RunConfig
 from kha_train.config.urls import refuse_credentials_in
 from kha_train.errors import ConfigError, Settings, either
 from kha_train.variants.attention import Partners
+from kha_train.variants.registry import engines
 
 MOST_PROFILED_STEPS = 50
 LEAST_FP32 = 2.0**-126
@@ -267,6 +268,8 @@ def _rotary(config: RunConfig) -> None:
 
 def _engine(config: RunConfig) -> None:
     engine = config.engine
+    if engine.name not in engines():
+        raise ConfigError("no such engine", field="engine.name", value=engine.name, **nearest(engine.name, engines()))
     if engine.grad_accum_dtype == "bf16" and engine.precision == "fp32":
         raise ConfigError(
             "fp32 training accumulates in fp32",

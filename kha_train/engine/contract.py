@@ -5,7 +5,7 @@ is `accumulate` for each micro-batch, then `apply` or `discard`. Checkpoints are
 written back into them. Nothing else of an engine is used outside this room.
 
 `deepspeed.Engine` is for training; `plain.Engine` is one process without DeepSpeed, for tests and as a reference.
-`default.py` selects the one that runs use.
+Another engine is a package of this room with a class `Engine`. `engine.name` selects one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from kha_train.config.schema import RunConfig
 from kha_train.data.rows.batch import Batch
 from kha_train.distributed import World
+from kha_train.errors import ConfigError
 from kha_train.model.decoder import Decoder, DecoderOutput
 
 InitialValue = Callable[[str, Callable[[], Tensor]], Tensor]
@@ -66,6 +67,11 @@ class Engine(Protocol):
 
     def __init__(self, config: RunConfig, world: World, initial: InitialValue = seeded) -> None:
         """Build the decoder with the values of `initial`, and zero optimiser states. Collective."""
+        ...
+
+    @staticmethod
+    def refuses(config: RunConfig, ranks: int) -> ConfigError | None:
+        """Why this engine cannot train `config` on so many ranks, or None. Nothing was built yet."""
         ...
 
     @staticmethod

@@ -46,6 +46,7 @@ from kha_train.engine.building import (
 from kha_train.engine.contract import Changed, Fragment, InitialValue, seeded
 from kha_train.engine.settings import deepspeed_settings as _settings
 from kha_train.engine.zero_state import owned_gradients, partitioned_fragments, replicated_fragments
+from kha_train.errors import ConfigError
 from kha_train.model.decoder import DecoderOutput
 from kha_train.model.host import inputs_of
 from kha_train.optim import ShareOptimizer
@@ -80,6 +81,11 @@ class Engine:
         self._stepper.start(self._flat_masters(), moment_dtype(config))
         share_identities(config, self.decoder, self._stepper, self.fragments())
         check_buffers_are_wide(self.decoder)
+
+    @staticmethod
+    def refuses(config: RunConfig, ranks: int) -> ConfigError | None:
+        """See `contract.Engine.refuses`: what it cannot do, `validate` refuses for any number of ranks."""
+        return None
 
     @staticmethod
     def leave_world(error: BaseException | None = None) -> None:

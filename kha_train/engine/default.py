@@ -1,8 +1,17 @@
-"""The engine that runs use. Code outside this room constructs it only through `DefaultEngine`."""
+"""The engine of a run. Code outside this room constructs it only through `engine_for`."""
 
 from __future__ import annotations
 
-from kha_train.engine import deepspeed
+from importlib import import_module
+
+from kha_train.config.schema import RunConfig
 from kha_train.engine.contract import Engine
 
-DefaultEngine: type[Engine] = deepspeed.Engine
+
+def engine_for(config: RunConfig, ranks: int) -> type[Engine]:
+    """The class of the engine that `engine.name` selects. Raises ConfigError where it cannot train on so many ranks."""
+    engine: type[Engine] = import_module(f"kha_train.engine.{config.engine.name}").Engine
+    problem = engine.refuses(config, ranks)
+    if problem:
+        raise problem
+    return engine

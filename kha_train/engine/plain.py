@@ -29,6 +29,7 @@ from kha_train.engine.building import (
     told_of_changes,
 )
 from kha_train.engine.contract import Changed, Fragment, InitialValue, seeded
+from kha_train.errors import ConfigError, Settings
 from kha_train.model.decoder import DecoderOutput
 from kha_train.model.host import inputs_of
 
@@ -52,6 +53,18 @@ class Engine:
         self._optimizer.start(self._masters.values(), moment_dtype(config))
         share_identities(config, self.decoder, self._optimizer, self.fragments())
         check_buffers_are_wide(self.decoder)
+
+    @staticmethod
+    def refuses(config: RunConfig, ranks: int) -> ConfigError | None:
+        """See `contract.Engine.refuses`: more than one process."""
+        if ranks == 1:
+            return None
+        return ConfigError(
+            f"the plain engine is one process, not {ranks}",
+            field="engine.name",
+            value=config.engine.name,
+            fix=Settings("engine.name=deepspeed"),
+        )
 
     @staticmethod
     def leave_world(error: BaseException | None = None) -> None:

@@ -32,7 +32,7 @@ from kha_train.data.sources import without_labels
 from kha_train.data.stream import ValidationSet, open_stream
 from kha_train.distributed import TORCHRUN, World
 from kha_train.engine.building import resolve_dtype
-from kha_train.engine.default import DefaultEngine
+from kha_train.engine.default import engine_for
 from kha_train.errors import ConfigError, DataError
 from kha_train.estimate.counts import count_parameters
 from kha_train.estimate.long_step import long_step_warning
@@ -74,6 +74,7 @@ def rehearse(config: RunConfig, overrides: Sequence[str], layout: Layout) -> dic
             fix=f"a multiple of {layout.ranks_per_node}, or another --ranks-per-node",
         )
     validate_batch(config, layout.world_size)
+    engine_for(config, layout.world_size)
     resolve_plan(config)
     parameters, data = count_parameters(config), _data(config, layout.world_size)
     return {
@@ -171,8 +172,9 @@ def _rank_zero(config: RunConfig, world_size: int, labels: int) -> dict[str, Any
     rows = config.data.global_batch_size
     some = min(rows, REHEARSED_MICRO_BATCHES * config.engine.micro_batch_size * world_size)
     config = replace(config, data=replace(config.data, global_batch_size=some))
+    engine_class = engine_for(config, world_size)
     with _fake_world(world_size) as world:
-        engine = DefaultEngine(config, world)
+        engine = engine_class(config, world)
         batch = next(open_stream(config, 0, world_size))
         batch.step_tokens = batch.token_count * world_size
         started = time.perf_counter()
@@ -180,7 +182,7 @@ def _rank_zero(config: RunConfig, world_size: int, labels: int) -> dict[str, Any
         seconds = (time.perf_counter() - started) * rows / config.data.global_batch_size
         pieces = list(resume.pieces(engine))
         engine.close()
-        DefaultEngine.leave_world()
+        engine_class.leave_world()
     return {
         "built": True,
         "dtype": str(resolve_dtype(config, world.device)).removeprefix("torch."),

@@ -13,7 +13,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate_batch
 from kha_train.distributed import World
 from kha_train.engine.contract import Engine
-from kha_train.engine.default import DefaultEngine
+from kha_train.engine.default import engine_for
 from kha_train.literal import say
 from kha_train.optim import learning_rate
 from kha_train.output import harmless_output
@@ -43,9 +43,9 @@ class Outcome:
     run_dir: Path
 
 
-def train(config: RunConfig, startup: Startup | None = None, engine_class: type[Engine] = DefaultEngine) -> Outcome:
+def train(config: RunConfig, startup: Startup | None = None, engine_class: type[Engine] | None = None) -> Outcome:
     """Run `config` from where its run directory stands. Called by every rank; returns or raises the same on each.
-    `startup` has what was done before, for the record. `engine_class` builds the engine.
+    `startup` has what was done before, for the record. `engine_class` replaces the engine that `engine.name` selects.
 
     Raises ConfigError (cannot run: exit 2), ResumeError (the checkpoint is another run's: 3), DataError or
     CheckpointError (4), DivergedError (5), RunDirectoryInUse (6), MachineError (75: try again). A hang ends the process
@@ -59,6 +59,7 @@ def train(config: RunConfig, startup: Startup | None = None, engine_class: type[
         left_last.enter_context(harmless_output())
         left_last.push(lambda kind, error, trace: distributed.stop(error))
         validate_batch(config, world.size)
+        engine_class = engine_class or engine_for(config, world.size)
         run_dir = Path(config.run.dir)
         stops = StopRequests(run_dir if world.is_main else None, config.run.max_minutes)
         watchdog = Watchdog(run_dir, world, config.engine.hang_timeout_seconds)

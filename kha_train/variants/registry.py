@@ -1,14 +1,18 @@
-"""Names of attention variants and optimisers -> their code and their options. Imports no torch.
+"""Names of attention variants, optimisers and engines -> their code and their options. Imports no torch.
 
-A new one needs a file with its code and options, a YAML file under `configs/`, and a line here. The options of the
-package's own variants are beside this file, so that a configuration can be checked without importing torch; others may
-name theirs by path, in the file of their code.
+A new variant or optimiser needs a file with its code and options, a YAML file under `configs/`, and a line here. The
+options of the package's own variants are beside this file, so that a configuration can be checked without importing
+torch; others may name theirs by path, in the file of their code. A new engine is a package of `kha_train/engine`, and
+needs no line here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, Generic, TypeVar
 
 from kha_train.variants.attention import BaseOptions, InteractionOptions
@@ -61,6 +65,19 @@ INTERACTIONS: dict[str, Variant[InteractionOptions]] = {
 OPTIMIZERS: dict[str, Variant[OptimSection]] = {
     "adamw": Variant("kha_train.optim.adamw:AdamW", AdamWOptions),
 }
+
+
+ENGINES_IN_ONE_FILE = ("deepspeed", "plain")
+
+
+@cache
+def engines() -> tuple[str, ...]:
+    """The values of `engine.name`: the engines in one file, and every package of `kha_train/engine` by its name.
+
+    The module or package has a class `Engine`, which keeps the contract of `kha_train/engine/contract.py`.
+    """
+    room = Path(__file__).parents[1] / "engine"
+    return tuple(sorted({*ENGINES_IN_ONE_FILE, *(found.name for found in iter_modules([str(room)]) if found.ispkg)}))
 
 
 def _import(path: str) -> Any:

@@ -1,7 +1,7 @@
 """Every fix that an error offers to be typed is typed here, exactly as it stands, and the refused command then works.
 
-A case is a command that is refused. `compose`, `start` and `batch` stand for the stage of `kha train` at which it is;
-what comes after it is not run. All else is the command of that name.
+A case is a command that is refused. `compose`, `start`, `ranks` (two of them) and `batch` stand for the stage of `kha
+train` at which it is; what comes after it is not run. All else is the command of that name.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from kha_train.config.validate import validate_batch
 from kha_train.data.format.manifest import TokenizerEntry
 from kha_train.data.format.writer import prepare, publish_dataset, write_shard
 from kha_train.data.stream import open_stream
+from kha_train.engine.default import engine_for
 from kha_train.errors import First, Instead, KhaError, Look, Options, Replace, Settings, Typed
 from kha_train.train.run import train
 
@@ -57,6 +58,7 @@ REFUSED = {
     "a moment that stands still": "compose engine.moment_dtype=bf16 optim.betas=[0.8,0.999]",
     "compiled blocks under ZeRO 3": "compose engine=zero3 engine.compile=block engine.hpz_partition_size=2",
     "compiled blocks that choose": "compose engine.compile=block engine.activation_checkpointing=selective",
+    "one process for two ranks": "ranks engine.name=plain",
     "groups without ZeRO 3": "compose engine.hpz_partition_size=2",
     "groups without ZeRO 3, compiled": "compose engine.hpz_partition_size=2 engine.compile=block",
     "a profile that ends first": "compose profile.first_step=5",
@@ -190,6 +192,7 @@ def _type(words: Sequence[str]) -> None:
         "batch": lambda config: validate_batch(config, 1),
         "resolve": resolve_plan,
         "stream": lambda config: open_stream(config, 0, 1),
+        "ranks": lambda config: engine_for(config, 2),
         "start": _start,
         "train": train,
     }

@@ -528,6 +528,7 @@ UNSEEN = {
     "model.name": "a label: says in the saved configuration which preset the numbers came from",
     "data.name": "a label, as model.name",
     "cluster.name": "a label, as model.name",
+    "engine.name": "another engine computes the same (tests/engine/test_contract.py), up to rounding",
     "optim.name": "one optimiser is registered; tests/recipes/test_optimizer.py adds another",
     "attention.base.max_tokens": "a bound: rows beyond it are refused (tests/model/attention)",
 }

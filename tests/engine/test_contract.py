@@ -16,27 +16,28 @@ from kha_train.data.rows.batch import Batch
 from kha_train.engine import deepspeed, plain
 from kha_train.engine.audit import audit
 from kha_train.engine.contract import Engine, seeded
-from kha_train.engine.default import DefaultEngine
-from kha_train.errors import CorruptionError
+from kha_train.engine.default import engine_for
+from kha_train.errors import ConfigError, CorruptionError
 from kha_train.train.resume import pieces
 from kha_train.train.step import next_batch, train_step
+from kha_train.variants.registry import engines
 
-ENGINES = {
-    "plain": (plain.Engine, 1),
-    "zero1": (deepspeed.Engine, 1),
-    "zero2": (deepspeed.Engine, 2),
-    "zero3": (deepspeed.Engine, 3),
+ENGINES = {f"zero{stage}": ("deepspeed", stage) for stage in (1, 2, 3)} | {
+    name: (name, 1) for name in engines() if name != "deepspeed"
 }
+"""Every engine there is: one that is added is asked too."""
 TRAINING = ["engine.device=cpu", "attention=kha_mlp", "data.global_batch_size=4", "engine.micro_batch_size=2"]
 
 
 @contextmanager
 def opened(name: str, overrides: list[str], initial: Any = seeded) -> Iterator[Engine]:
     """An engine that is closed, and its process group left, at the end."""
-    kind, stage = ENGINES[name]
+    chosen, stage = ENGINES[name]
+    config = compose([*overrides, f"engine.name={chosen}", f"engine.zero_stage={stage}"])
+    kind = engine_for(config, 1)
     world = distributed.start("cpu", 60)
     try:
-        engine: Engine = kind(compose([*overrides, f"engine.zero_stage={stage}"]), world, initial)
+        engine: Engine = kind(config, world, initial)
         yield engine
         engine.close()
     finally:
@@ -75,8 +76,12 @@ def differing(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
     return [name for name in before if not torch.equal(before[name], after[name])]
 
 
-def test_runs_train_with_deepspeed() -> None:
-    assert DefaultEngine is deepspeed.Engine
+def test_the_name_selects_the_engine_and_runs_use_deepspeed_unless_told_otherwise(overrides: list[str]) -> None:
+    assert engine_for(compose(overrides), 2) is deepspeed.Engine
+    assert engine_for(compose([*overrides, "engine.name=plain"]), 1) is plain.Engine
+    with pytest.raises(ConfigError) as unknown:
+        compose([*overrides, "engine.name=plane"])
+    assert unknown.value.field == "engine.name" and "plain" in str(unknown.value)
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -200,6 +205,8 @@ def test_the_audit_finds_a_weight_that_is_not_its_master(name: str, overrides: l
             audit(engine, "the same")
 
 
-def test_the_plain_engine_is_one_process(overrides: list[str]) -> None:
-    with pytest.raises(AssertionError, match="one process"):
-        plain.Engine(compose(overrides), distributed.World(0, 2))
+def test_the_plain_engine_refuses_more_than_one_process(overrides: list[str]) -> None:
+    config = compose([*overrides, "engine.name=plain"])
+    with pytest.raises(ConfigError, match="one process, not 2") as refused:
+        engine_for(config, 2)
+    assert refused.value.field == "engine.name" and refused.value.exit_code == 2
