@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +61,16 @@ def _is_setter(node: ast.AST) -> bool:
 def sources() -> list[Source]:
     """Every Python file of the packages."""
     paths = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-    texts = ((path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")) for path in paths)
-    found = [Source(path, text, ast.parse(text)) for path, text in texts]
+    found = [_source(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")) for path in paths]
     assert len(found) > 50
     return found
+
+
+@pytest.fixture(scope="session")
+def make_source() -> Callable[[str, str], Source]:
+    """`make_source(path, text)`: a file that is not there, to try a rule on."""
+    return _source
+
+
+def _source(path: str, text: str) -> Source:
+    return Source(path, text, ast.parse(text))
