@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kha_train.checkpoint.manifest import KINDS
 from kha_train.checkpoint.pieces import Piece
-from kha_train.checkpoint.writer import PART_BYTES, Save, encode_on_main, no_stage
+from kha_train.checkpoint.writer import PART_BYTES, Save, Stage, encode_on_main, no_stage
 from kha_train.distributed import Caught, World
 from kha_train.errors import CheckpointError, KhaError
 
@@ -43,8 +43,8 @@ class BackgroundWriter:
     """Writes the checkpoints of `run_dir`, one at a time, in a thread of each rank.
 
     `before_publish` (make the record durable) and `after_publish` (prune) run in rank 0's thread. `kinds` are stored
-    for every parameter. `stage` is called with each of `writer.STAGES`, for fault tests. `part_bytes` is the file size
-    at which a rank starts another file.
+    for every parameter. `stage` is called at each `Stage`, for fault tests. `part_bytes` is the file size at which a
+    rank starts another file.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class BackgroundWriter:
         before_publish: Callable[[], None] = lambda: None,
         after_publish: Callable[[], None] = lambda: None,
         kinds: tuple[str, ...] = KINDS,
-        stage: Callable[[str], None] = no_stage,
+        stage: Callable[[Stage], None] = no_stage,
         part_bytes: int = PART_BYTES,
     ) -> None:
         self._run_dir, self._world, self._stage, self._part_bytes = run_dir, world, stage, part_bytes
@@ -169,7 +169,7 @@ def write(
     buffers: dict[str, Tensor],
     trainer_state: dict[str, Any],
     *,
-    stage: Callable[[str], None] = no_stage,
+    stage: Callable[[Stage], None] = no_stage,
     part_bytes: int = PART_BYTES,
 ) -> Path:
     """Publish one checkpoint and wait for it; returns its directory.

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -43,7 +43,8 @@ from kha_train.errors import CheckpointError
 from kha_train.record.files import sync_directory
 
 PART_BYTES = 512 * 2**20
-STAGES = ("first_shard", "mid_shard", "before_manifest", "before_rename", "between_renames", "after_rename")
+Stage = Literal["first_shard", "mid_shard", "before_manifest", "before_rename", "between_renames", "after_rename"]
+"""What a save comes to, in this order."""
 
 
 def no_stage(name: str) -> None:
@@ -76,7 +77,7 @@ class Save:
         trainer_state: bytes,
         *,
         kinds: tuple[str, ...] = KINDS,
-        stage: Callable[[str], None] = no_stage,
+        stage: Callable[[Stage], None] = no_stage,
         part_bytes: int = PART_BYTES,
     ) -> None:
         self.step, self.moves = step, 0
@@ -120,7 +121,7 @@ class Save:
     def _moved(self) -> None:
         self.moves += 1
 
-    def _stage(self, name: str) -> None:
+    def _stage(self, name: Stage) -> None:
         self._moved()
         self._told_stage(name)
 
@@ -133,7 +134,7 @@ class _Share:
         directory: Path,
         rank: int,
         kinds: tuple[str, ...],
-        stage: Callable[[str], None],
+        stage: Callable[[Stage], None],
         wrote: Callable[[], None],
         part_bytes: int,
     ) -> None:
@@ -200,7 +201,7 @@ class _Share:
         return f"{family}-{self._rank:05d}{part}.safetensors"
 
 
-def _write_manifest(directory: Path, step: int, world_size: int, stage: Callable[[str], None]) -> None:
+def _write_manifest(directory: Path, step: int, world_size: int, stage: Callable[[Stage], None]) -> None:
     """Merge what the ranks wrote and write the manifest last. Raises CheckpointError when it is inconsistent."""
     shares = []
     for rank in range(world_size):
@@ -235,7 +236,7 @@ def _join(shares: list[Contents]) -> Contents:
     return Contents(files, parameters, buffers, kinds)
 
 
-def _publish(temporary: Path, final: Path, step: int, stage: Callable[[str], None]) -> None:
+def _publish(temporary: Path, final: Path, step: int, stage: Callable[[Stage], None]) -> None:
     """Rename the finished directory to its final name. A checkpoint already there stays readable until the new one is
     in place.
     """

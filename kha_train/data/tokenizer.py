@@ -149,10 +149,6 @@ class Tokenizer:
         ids = (encoded[i] if i in encoded else self._encode_in_parts(text) for i, text in enumerate(texts))
         return [np.asarray(one, dtype=np.int32) for one in ids]
 
-    def encode_bytes(self, data: bytes) -> np.ndarray:
-        """Ids (int32) of any bytes; those that are not UTF-8 become byte pieces."""
-        return self.encode([data.decode("utf-8", "surrogateescape")])[0]
-
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Special ids give nothing; bytes that are not UTF-8 show as U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")

@@ -29,17 +29,11 @@ from kha_train.record.totals import Totals, known_totals
 from kha_train.telemetry.meters import STEADY_STEPS, WARM_UP_STEPS
 
 State = Literal["done", "running", "silent", "requeue", "fatal", "ended", "queued", "new", "unreadable"]
-STATES: dict[str, str] = {
-    "done": "all steps are trained",
-    "running": "its process was heard of in the last 30 seconds",
-    "silent": "started, not ended, not heard of for 30 seconds: killed, or its machine is gone",
-    "requeue": "stopped in good order and saved: the same command continues",
-    "fatal": "ended by an error that would happen again",
-    "ended": "ended by an error that need not happen again: the same command continues from the newest checkpoint",
-    "queued": "waits in SLURM's queue",
-    "new": "not started",
-    "unreadable": "a file of its record is damaged; the note names it",
-}
+"""`done`: all steps are trained. `running`: its process was heard of in the last `SILENT_AFTER` seconds. `silent`:
+started, not ended, not heard of since then: killed, or its machine is gone. `requeue`: stopped in good order and saved;
+the same command continues. `fatal`: ended by an error that would happen again. `ended`: ended by an error that need not
+happen again; the same command continues from the newest checkpoint. `queued`: waits in SLURM's queue. `new`: not
+started. `unreadable`: a file of its record is damaged; the note names it."""
 SILENT_AFTER = 30.0
 RECENT = 20
 

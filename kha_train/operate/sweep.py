@@ -79,7 +79,6 @@ def plan_points(directory: Path, points: Sequence[Sequence[str]], equal: Equal =
     point, by setting its `run.steps`. Raises ConfigError for a point that cannot run, sets its own `run.dir`, holds a
     secret, or occurs twice.
     """
-    checked_equal(equal)
     differing = _differing_keys(points)
     if equal != "steps" and "run.steps" in differing:
         raise ConfigError(f"is swept, but set by --equal {equal}", field="run.steps", fix="leave one of them out")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from kha_train.record.reader import read_run
-from kha_train.record.totals import Totals, known_totals, totals_of
+from kha_train.record.totals import Totals
 
 
 @dataclass(frozen=True)
@@ -46,16 +44,10 @@ class Goodput:
         return {"goodput": self.share, **asdict(self), "other": self.other}
 
 
-def goodput(run_dir: Path) -> Goodput | None:
-    """The goodput of a run so far; None before its first step, and where the record lacks the start times of attempts
-    or the durations of steps. A record without up-to-date totals is read as a whole. Raises DataError for a damaged
-    record.
-    """
-    return goodput_of(known_totals(run_dir) or totals_of(run_dir), read_run(run_dir).get("attempts") or [])
-
-
 def goodput_of(totals: Totals, attempts: Sequence[Mapping[str, Any]]) -> Goodput | None:
-    """As `goodput`, from the `totals` of a record and the `attempts` of its run.json."""
+    """The goodput of a run so far, from the `totals` of its record and the `attempts` of its run.json. None before its
+    first step, and where the record lacks the start times of attempts or the durations of steps.
+    """
     if not (totals.lines and attempts) or totals.untimed or any("started" not in attempt for attempt in attempts):
         return None
     starting = down = 0.0

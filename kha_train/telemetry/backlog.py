@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kha_train.errors import DataError
+from kha_train.record.end import read_end
 from kha_train.record.files import write_json
 from kha_train.record.jsonl import parse
 from kha_train.record.reader import DISCARDED_FILE, EVENTS_FILE, METRICS_FILE
@@ -120,18 +121,8 @@ def _count_lines(path: Path) -> int:
 
 
 def _last_lines(path: Path, count: int) -> list[bytes]:
-    """The last `count` complete lines, read backwards from the end of the file."""
-    if count <= 0 or not path.is_file():
-        return []
-    pieces: list[bytes] = []
-    with path.open("rb") as file:
-        at, ends = file.seek(0, 2), 0
-        while at > 0 and ends <= count:
-            start = max(0, at - _PIECE)
-            file.seek(start)
-            pieces.append(file.read(at - start))
-            at, ends = start, ends + pieces[-1].count(b"\n")
-    return b"".join(reversed(pieces)).split(b"\n")[:-1][-count:]
+    """The last `count` lines that are ended."""
+    return read_end(path, count)[1].split(b"\n")[:-1][-count:] if count > 0 else []
 
 
 def _last_row(path: Path, row_of: Callable[[bytes], int | None]) -> int:

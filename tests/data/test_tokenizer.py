@@ -42,7 +42,8 @@ def test_any_unicode_text_comes_back_unchanged(tokenizer: Tokenizer, text: str) 
 @settings(max_examples=200, deadline=None)
 @given(data=st.binary())
 def test_any_bytes_come_back_unchanged(tokenizer: Tokenizer, data: bytes) -> None:
-    assert tokenizer.decode_bytes(tokenizer.encode_bytes(data)) == data
+    (ids,) = tokenizer.encode([data.decode("utf-8", "surrogateescape")])
+    assert tokenizer.decode_bytes(ids) == data
 
 
 def test_a_batch_is_encoded_like_its_texts_alone(tokenizer: Tokenizer) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kha_train.record.goodput import goodput
+from kha_train.record import read_run
+from kha_train.record.goodput import Goodput, goodput_of
+from kha_train.record.totals import known_totals, totals_of
 
 
 def line(step: int, attempt: int, time: float, skipped: int = 0) -> dict:
@@ -20,6 +22,11 @@ def line(step: int, attempt: int, time: float, skipped: int = 0) -> dict:
         "data/wait_seconds": 0.5,
         "train/skipped": skipped,
     }
+
+
+def goodput(run_dir: Path) -> Goodput | None:
+    """From the totals that were kept up, or from the whole record without them."""
+    return goodput_of(known_totals(run_dir) or totals_of(run_dir), read_run(run_dir).get("attempts", []))
 
 
 def write(run_dir: Path, name: str, lines: list[dict]) -> None:

@@ -27,10 +27,10 @@ from kha_train.record import (
     read_run,
 )
 from kha_train.record.actions import count_actions
-from kha_train.record.goodput import goodput, goodput_of
+from kha_train.record.goodput import Goodput, goodput_of
 from kha_train.record.jsonl import to_line
 from kha_train.record.reader import read_metrics_after
-from kha_train.record.totals import SHORT, TOTALS_FILE, _digest, load_totals, save_totals, totals_of
+from kha_train.record.totals import SHORT, TOTALS_FILE, _digest, known_totals, load_totals, save_totals, totals_of
 
 SECONDS = st.floats(0.0, 1e6) | st.sampled_from([1e-320, 0.1, math.inf, math.nan])
 TORN = st.sampled_from([b"", b"{", b'{"step": 9', b"\0\0\0", b'{"step": 99}', b"\n"])
@@ -42,6 +42,11 @@ ACTS = st.lists(
     | st.tuples(st.just("kill"), TORN, st.integers(0, 6)),
     max_size=25,
 )
+
+
+def goodput(run_dir: Path) -> Goodput | None:
+    """From the totals that were kept up, or from the whole record without them."""
+    return goodput_of(known_totals(run_dir) or totals_of(run_dir), read_run(run_dir)["attempts"])
 
 
 class Life:

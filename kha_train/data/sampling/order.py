@@ -12,7 +12,6 @@ import hashlib
 import math
 import operator
 from collections import OrderedDict
-from collections.abc import Callable
 
 import numpy as np
 
@@ -65,27 +64,20 @@ class Permutation:
 
     def forward(self, position: np.ndarray) -> np.ndarray:
         """The row at each position; int64 arrays both. Raises DataError for a position outside [0, n)."""
-        return self._walk(position, self._pass_forward)
-
-    def inverse(self, row: np.ndarray) -> np.ndarray:
-        """The position of each row: `inverse(forward(p)) == p`. Raises DataError for a row outside [0, n)."""
-        return self._walk(row, self._pass_inverse)
-
-    def _walk(self, values: np.ndarray, one_pass: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        values = np.atleast_1d(np.asarray(values, dtype=np.int64))
+        values = np.atleast_1d(np.asarray(position, dtype=np.int64))
         if values.size and not (0 <= values.min() and values.max() < self.n):
             raise DataError(
                 "a sample number outside the dataset", value=int(values.max()), allowed=between(0, self.n - 1)
             )
         # uint64 with int64 becomes float64 in NumPy: everything below stays uint64.
-        x = one_pass(values.astype(np.uint64))
+        x = self._pass(values.astype(np.uint64))
         outside = np.flatnonzero(x >= np.uint64(self.n))
         while outside.size:
-            x[outside] = one_pass(x[outside])
+            x[outside] = self._pass(x[outside])
             outside = outside[x[outside] >= np.uint64(self.n)]
         return x.astype(np.int64)
 
-    def _pass_forward(self, x: np.ndarray) -> np.ndarray:
+    def _pass(self, x: np.ndarray) -> np.ndarray:
         left: np.ndarray
         right: np.ndarray
         left, right = x // self._b, x % self._b
@@ -94,17 +86,6 @@ class Permutation:
                 left = (left + keyed_hash(right, key) % self._a) % self._a
             else:
                 right = (right + keyed_hash(left, key) % self._b) % self._b
-        return left * self._b + right
-
-    def _pass_inverse(self, x: np.ndarray) -> np.ndarray:
-        left: np.ndarray
-        right: np.ndarray
-        left, right = x // self._b, x % self._b
-        for i, key in reversed(list(enumerate(self._keys))):
-            if i % 2 == 0:
-                left = (left + self._a - keyed_hash(right, key) % self._a) % self._a
-            else:
-                right = (right + self._b - keyed_hash(left, key) % self._b) % self._b
         return left * self._b + right
 
 

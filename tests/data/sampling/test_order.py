@@ -50,12 +50,11 @@ def plain_row(position: int, n: int, seed: int, source: str, epoch: int) -> int:
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 17, 1000, 48_824, 1_000_003])
-def test_every_row_comes_once_and_the_inverse_leads_back(n: int) -> None:
+def test_every_row_comes_once(n: int) -> None:
     permutation = Permutation(n, seed=3, source="train", epoch=2)
     positions = np.arange(n)
     rows = permutation.forward(positions)
     assert np.array_equal(np.sort(rows), positions)
-    assert np.array_equal(permutation.inverse(rows), positions)
 
 
 @settings(max_examples=60, deadline=None)
