@@ -9,7 +9,6 @@ fused AdamW without an engine around it, and the loss over the same labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -32,8 +31,6 @@ GATHERED_LIMIT = 2**30
 """Limit on the bytes of expert weights that `batched_mm` may copy, one copy for every routed token, before it is left
 out.
 """
-
-Say = Callable[[str], None]
 
 
 class Peer:

@@ -32,7 +32,6 @@ from kha_train.record import read_last_metrics, read_run
 from kha_train.record.columns_twin import TWIN_FILE
 from kha_train.record.reader import METRICS_FILE
 
-STEPS = (1000, 10_000, 100_000, 240_000)
 RUNS = 20
 QUESTIONS = {
     "status 1": "kha status of one run",
