@@ -67,10 +67,7 @@ def encode_files(
     `progress` receives bytes of the files, twice those with `drop_repeated`. The rest is as for `encode_corpus`. Raises
     ConfigError and DataError as `encode_corpus` and `files.find_files` do, and ConfigError when a split gets no text.
     """
-    if not 0 < validation_percent < 100:
-        raise ConfigError(
-            "must be a percentage of the texts", field="validation_percent", value=validation_percent, allowed="0..100"
-        )
+    below = _below(validation_percent)
     say = say or (lambda text: None)
     found = find_files(roots, "text", field)
     units = plan_units(found.files, shard_bytes)
@@ -88,7 +85,6 @@ def encode_files(
         units = without_repeated(units, workers, progress, skip_bad_lines)
         about["repeated"] = int(sum(unit.repeated.sum() for unit in units if unit.repeated is not None))
         say(f"{about['repeated']} texts left out as duplicates of earlier ones")
-    below = int(validation_percent / 100 * 2**64)
     identity = identity_of([identity_of_all(units, loaded), below, drop_repeated])
     with replaced(places, identity, overwrite=overwrite, keep=True) as beside:
         return encode_units(
@@ -103,6 +99,15 @@ def encode_files(
             finished=finished,
             say=say,
         )
+
+
+def _below(validation_percent: float) -> int:
+    """Texts whose hash is below this are for validation. Raises ConfigError for a percentage that leaves none out."""
+    if not 0 < validation_percent < 100:
+        raise ConfigError(
+            "must be a percentage of the texts", field="validation_percent", value=validation_percent, allowed="0..100"
+        )
+    return int(validation_percent / 100 * 2**64)
 
 
 def _about(found: Found, roots: Sequence[str | Path], validation_percent: float) -> dict[str, Any]:

@@ -23,6 +23,17 @@ from data_tools.files import find_files
 from data_tools.importers import DTYPES, import_tokens, tokenizer_of
 from data_tools.train_tokenizer import train_tokenizer
 from kha_train.analysis.figures import save_bars
+from kha_train.cli.data_options import (
+    CorpusDir,
+    DatasetDir,
+    Encoder,
+    Field,
+    Json,
+    SkipBadLines,
+    Texts,
+    ValidationPercent,
+    Workers,
+)
 from kha_train.cli.output import Overwrite, print_json
 from kha_train.config.compose import from_plain, load
 from kha_train.data.format.manifest import MANIFEST_NAME, Manifest
@@ -38,17 +49,6 @@ VERIFY_GIB = 1.0
 """Size of the block cache while a dataset at a URL is verified."""
 
 app = typer.Typer(name="data", help="Prepare and check data: corpus, tokenizer, shards.", no_args_is_help=True)
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Field = Annotated[
-    str,
-    typer.Option(help="Field with the text in JSONL lines and Parquet rows; meta.text is the field text inside meta."),
-]
-SkipBadLines = Annotated[
-    bool, typer.Option("--skip-bad-lines", help="Skip JSONL lines without a text; they are counted and listed.")
-]
-CorpusDir = Annotated[Path, typer.Option("--corpus", help="A directory made by `kha data corpus`.")]
-DatasetDir = Annotated[str, typer.Argument(help="A dataset (directory or URL), or a local directory of several.")]
 
 
 @app.command()
@@ -104,31 +104,14 @@ def tokenize(
     tokenizer_file: Annotated[Path, typer.Option("--tokenizer", help="Model file made by `kha data tokenizer`.")],
     out: Annotated[Path, typer.Option(help="Directory for train/ and validation/.")],
     corpus_dir: Annotated[Path | None, typer.Option("--corpus", help="A directory made by `kha data corpus`.")] = None,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help=(
-                "Instead of --corpus: files and directories of .txt .md .rst .py .jsonl .json .parquet, .gz "
-                ".zst, read in place."
-            )
-        ),
-    ] = None,
+    text: Texts = None,
     field: Field = "text",
-    validation_percent: Annotated[
-        float | None,
-        typer.Option(
-            help=f"With --text: share of validation, by the hash of each text; {VALIDATION_PERCENT} unless set."
-        ),
-    ] = None,
+    validation_percent: ValidationPercent = None,
     drop_repeated: Annotated[bool, typer.Option("--drop-repeated", help="With --text: drop exact duplicates.")] = False,
     skip_bad_lines: SkipBadLines = False,
     shard_bytes: Annotated[int, typer.Option(min=1, help="Bytes of text per shard.")] = SHARD_BYTES,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Worker processes; the output does not depend on the number.")
-    ] = 1,
-    encoder: Annotated[
-        str, typer.Option(help="sentencepiece, or gigatoken: faster, checked to give the same ids.")
-    ] = "sentencepiece",
+    workers: Workers = 1,
+    encoder: Encoder = "sentencepiece",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing datasets.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -11,7 +11,7 @@ from io import StringIO
 from kha_train import errors
 
 MAX_FILE_LINES = 400
-MAX_FUNCTION_LINES = 80
+MAX_FUNCTION_LINES = 60
 KINDS = {name for name, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.KhaError)}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 SUFFIX = re.compile(r"^[a-z][a-z0-9_]*_([A-Z][A-Z0-9]*)$")
