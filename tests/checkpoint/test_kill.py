@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -16,7 +17,7 @@ from kha_train.checkpoint.background import write
 from kha_train.checkpoint.layout import candidates
 from kha_train.checkpoint.reader import find_newest, verify
 from kha_train.checkpoint.retention import Keep, prune
-from kha_train.checkpoint.writer import STAGES
+from kha_train.checkpoint.writer import Stage
 from kha_train.distributed import World
 from kha_train.errors import CheckpointError
 
@@ -45,7 +46,7 @@ def names(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("stage", [name for name in STAGES if name != "between_renames"])
+@pytest.mark.parametrize("stage", [name for name in get_args(Stage) if name != "between_renames"])
 def test_a_kill_during_a_first_save_of_a_step_leaves_the_previous_one(tmp_path, save, holds, stage) -> None:
     save(tmp_path, 10)
     assert killed(lambda: save(tmp_path, 20, stage=die_at(stage)))
@@ -55,7 +56,7 @@ def test_a_kill_during_a_first_save_of_a_step_leaves_the_previous_one(tmp_path, 
     assert holds(find_newest(tmp_path, World.single(), pytest.fail), 20)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", get_args(Stage))
 def test_a_kill_while_the_only_step_is_saved_again_leaves_the_old_or_the_new(tmp_path, save, holds, stage) -> None:
     save(tmp_path, 10, seed=1)
     assert killed(lambda: save(tmp_path, 10, seed=2, stage=die_at(stage)))
@@ -114,7 +115,7 @@ def test_a_kill_while_pruning_leaves_only_whole_checkpoints(tmp_path, save, hold
 
 
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("stage", STAGES[:4])
+@pytest.mark.parametrize("stage", get_args(Stage)[:4])
 def test_an_error_on_one_rank_is_raised_on_all_and_the_disk_is_as_before(
     tmp_path, save, own_pieces, make_state, run_ranks, holds, size, stage
 ) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 
-from kha_train.checkpoint.writer import STAGES
+from kha_train.checkpoint.writer import Stage
 
 pytestmark = pytest.mark.slow
 
 VARIANTS = ("gqa", "kha_mlp", "mea")
 PAIRS = list(itertools.product(VARIANTS, (1, 2, 3)))
-POINTS = ("step", *STAGES, "before_prune", "mid_prune")
+POINTS = ("step", *get_args(Stage), "before_prune", "mid_prune")
 
 
 def faults_at(point: str, step: int) -> list[dict]:

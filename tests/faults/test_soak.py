@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from kha_train.checkpoint.layout import candidates
-from kha_train.checkpoint.writer import STAGES
+from kha_train.checkpoint.writer import Stage
 
 FAULTS = 50
 STEPS = 160
@@ -17,7 +18,9 @@ STEPS = 160
 def a_fault(source: random.Random, step: int) -> list[dict]:
     """One random fault near `step`, of those that leave the curve as it is."""
     rank, save = source.randrange(2), step + step % 2
-    point = source.choice([*(stage for stage in STAGES if stage != "between_renames"), "before_prune", "mid_prune"])
+    point = source.choice(
+        [*(stage for stage in get_args(Stage) if stage != "between_renames"), "before_prune", "mid_prune"]
+    )
     return source.choice(
         [
             [{"at": f"step:{step}", "do": "kill_all"}],
