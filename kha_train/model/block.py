@@ -14,7 +14,7 @@ from kha_train.model.attention.base import RowContext, build_attention
 from kha_train.model.feed_forward import SwiGlu
 from kha_train.model.moe.layer import MoeLayer
 from kha_train.model.norm import RmsNorm
-from kha_train.model.observed import Values, split
+from kha_train.model.observed import Report, Values
 
 ACTIVATION_RMS = Metric(
     "layer/activation_rms",
@@ -57,17 +57,19 @@ class Block(nn.Module):
     ) -> tuple[Tensor, BlockStats]:
         """The residual stream after this layer, and its statistics. `samples_B` (int64) are the sample numbers of the
         rows, `real_R` (int64) the places of the flattened B*T that hold a token (None: all)."""
-        y_BTD, values = split(self.attention(self.attention_norm(x_BTD), rows))
-        x_BTD = x_BTD + y_BTD
+        values: Values = {}
+        report = Report(values, real_R, rows.report.observed)
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rows._replace(report=report))
         normed_BTD = self.feed_forward_norm(x_BTD)
         if not self.has_experts:
-            y_BTD, further = split(self.feed_forward(normed_BTD))
-            x_BTD = x_BTD + y_BTD
-            return x_BTD, BlockStats({**values, **further, **self._observed(x_BTD, rows)})
-        y_BTD, routing = self.feed_forward(normed_BTD, samples_B, real_R)
+            x_BTD = x_BTD + self.feed_forward(normed_BTD, report)
+            self._observe(x_BTD, report)
+            return x_BTD, BlockStats(values)
+        y_BTD, routing = self.feed_forward(normed_BTD, samples_B, real_R, report)
         x_BTD = x_BTD + y_BTD
-        values = {**values, **(routing.values or {}), **self._observed(x_BTD, rows)}
+        self._observe(x_BTD, report)
         return x_BTD, BlockStats(values, routing.load_E, routing.balance_sum, routing.z_sum)
 
-    def _observed(self, x_BTD: Tensor, rows: RowContext) -> Values:
-        return {ACTIVATION_RMS.name: rows.squares_averaged(x_BTD)} if rows.observed and self.metrics else {}
+    def _observe(self, x_BTD: Tensor, report: Report) -> None:
+        if report.observed and self.metrics:
+            report.rms(ACTIVATION_RMS.name, x_BTD)

@@ -25,7 +25,7 @@ from kha_train.model.moe.balance import BIAS_UPDATES, relative_load
 from kha_train.model.moe.layer import MoeLayer
 from kha_train.model.moe.router import Router
 from kha_train.model.norm import RmsNorm
-from kha_train.model.observed import Values, declared_metrics
+from kha_train.model.observed import Report, Values, declared_metrics
 from kha_train.model.recompute import runner
 from kha_train.model.rope import RotaryTable
 
@@ -148,7 +148,7 @@ class Decoder(nn.Module):
         if positions_BT is None:
             positions_BT = torch.arange(seen, seen + tokens, device=tokens_BT.device).expand(batch, tokens)
         rows = self._rows(batch, tokens, positions_BT, cu_seqlens_S, max_seqlen, cache)
-        rows = rows._replace(real_R=real_R, observed=self.observed)
+        rows = rows._replace(report=Report(observed=self.observed))
         if samples_B is None:
             samples_B = torch.arange(batch, device=tokens_BT.device)
         x_BTD = self.embedding(tokens_BT, positions_BT)

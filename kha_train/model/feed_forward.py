@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from kha_train.config.schema import RunConfig
 from kha_train.model.init import Linear, Normal, residual_std
-from kha_train.model.observed import Observed
+from kha_train.model.observed import UNREAD, Report
 
 
 class SwiGlu(nn.Module):
@@ -20,8 +20,8 @@ class SwiGlu(nn.Module):
         self.gate_up = Linear(config.model.hidden_size, 2 * width, Normal(config.model.init_std))
         self.down = Linear(width, config.model.hidden_size, Normal(residual_std(config)))
 
-    def forward(self, x: Tensor) -> Tensor | Observed[Tensor]:
-        """[..., D] -> [..., D] in the dtype of `x`. With values for metrics: `observed(output, values)`."""
+    def forward(self, x: Tensor, report: Report = UNREAD) -> Tensor:
+        """[..., D] -> [..., D] in the dtype of `x`. `report` takes the values of metrics."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         y: Tensor = self.down(functional.silu(gate) * up)
         return y

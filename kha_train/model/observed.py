@@ -1,42 +1,56 @@
-"""Values that modules return beside their output, for the metrics they declare.
+"""Values that modules report in a forward, for the metrics they declare.
 
-A forward returns `Observed(output, values)` in place of its output; a block returns the values of its modules in its
-`BlockStats`. Nothing is counted on the side: activation checkpointing runs a forward twice and drops what the second
-one returns.
+A block makes a `Report` for each of its calls, hands it to its modules, and returns the values in its `BlockStats`. So
+nothing is counted twice: activation checkpointing runs a forward again and drops all that the second one returns.
+Whoever calls a module without a `Report` gets its output alone.
 """
 
 # B batch   T places of a row   R places of the flattened B * T that hold a token
 
 from __future__ import annotations
 
-from typing import Generic, NamedTuple, TypeVar
-
 import torch
 from torch import Tensor, nn
 
 from kha_train.metric import Metric
 
-Output = TypeVar("Output")
 Values = dict[str, Tensor]
 """By the name of the metric, without gradient: a scalar, or what `averaged` makes for one that combines by `mean` or
 `rms`. A module reports the same names in every micro-batch, on every rank."""
 
 
-class Observed(NamedTuple, Generic[Output]):
-    """The output of a module, and the values it reports."""
+class Report:
+    """Takes the values of one call of a block into `values`, each name once. Without `values` nobody reads them.
 
-    output: Output
-    values: Values
+    `real_R` (int64) are the places of the rows that hold a token (None: all). `observed` is set in steps that compute
+    the metrics too costly for every step.
+    """
+
+    def __init__(self, values: Values | None = None, real_R: Tensor | None = None, observed: bool = False) -> None:
+        self._values, self._real_R, self.observed = values, real_R, observed
+
+    def of_tokens(self) -> Report:
+        """The same for modules that are given the tokens alone, [N, ...], without padding."""
+        return Report(self._values, None, self.observed)
+
+    def __call__(self, name: str, value: Tensor) -> None:
+        if self._values is not None:
+            assert name not in self._values, f"{name} is reported twice in one layer"
+            self._values[name] = value.detach()
+
+    def mean(self, name: str, x_BT: Tensor) -> None:
+        """Report the mean of `x_BT` [B, T, ...] over its tokens, for a metric that combines by `mean`."""
+        if self._values is not None:
+            self(name, averaged(x_BT, self._real_R))
+
+    def rms(self, name: str, x_BT: Tensor) -> None:
+        """Report the root mean square of `x_BT` [B, T, ...] over its tokens, for a metric that combines by `rms`."""
+        if self._values is not None:
+            self(name, squares_averaged(x_BT, self._real_R))
 
 
-def observed(output: Output, values: Values) -> Output | Observed[Output]:
-    """What a module returns that may have values to report: `output` alone when there is none."""
-    return Observed(output, values) if values else output
-
-
-def split(returned: Output | Observed[Output]) -> tuple[Output, Values]:
-    """The output of a module, and the values it reported, if any."""
-    return (returned.output, returned.values) if isinstance(returned, Observed) else (returned, {})
+UNREAD = Report()
+"""The `Report` of a call whose values nobody reads."""
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from kha_train import RunConfig, compose, distributed, open_stream
 from kha_train.engine.deepspeed import Engine
 from kha_train.metric import Metric
 from kha_train.model.moe.router import Router, Routing
-from kha_train.model.observed import averaged, squares_averaged
+from kha_train.model.observed import UNREAD, Report
 from kha_train.train.step import next_batch, train_step
 
 torch.set_num_threads(1)
@@ -28,13 +28,14 @@ class Telling(Router):
         toys = (Metric(f"toy/{kind}", "1", "sample numbers", combine=kind, layers="max") for kind in KINDS)
         self.metrics = (*self.metrics, *toys)
 
-    def forward(self, x_ND: Any, samples_B: Any = None, real_N: Any = None, places: int = 0) -> Routing:
-        routing = super().forward(x_ND, samples_B, real_N, places)
+    def forward(self, x_ND: Any, samples_B: Any, *rest: Any, report: Report = UNREAD) -> Routing:
         numbers_B = samples_B.double()
-        values = {"sum": numbers_B.sum(), "mean": averaged(numbers_B), "rms": squares_averaged(numbers_B)}
-        values |= {"norm": numbers_B.square().sum(), "max": numbers_B.max(), "min": numbers_B.min()}
-        values |= {"last": numbers_B[-1]}
-        return routing._replace(values={f"toy/{kind}": value for kind, value in values.items()})
+        report.mean("toy/mean", numbers_B)
+        report.rms("toy/rms", numbers_B)
+        values = {"sum": numbers_B.sum(), "norm": numbers_B.square().sum(), "max": numbers_B.max()}
+        for kind, value in (values | {"min": numbers_B.min(), "last": numbers_B[-1]}).items():
+            report(f"toy/{kind}", value)
+        return super().forward(x_ND, samples_B, *rest)
 
 
 def run_case(overrides: list[str], steps: int) -> list[dict[str, Any]]:

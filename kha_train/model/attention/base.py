@@ -1,6 +1,7 @@
 """The contract of an attention base: what a variant file must provide, and what it receives."""
 
-# B batch   T tokens (U: attended tokens)   D model width   H heads   K head width   R places that hold a token
+# B batch   T tokens (U: attended tokens)   D model width   H heads   K head width
+# G key/value heads   W value head width
 
 from __future__ import annotations
 
@@ -14,24 +15,23 @@ from kha_train.metric import Metric
 from kha_train.model.attention.backends import Documents
 from kha_train.model.attention.cache import Cache
 from kha_train.model.attention.choice import backend_function
-from kha_train.model.attention.interaction import build_interaction
+from kha_train.model.attention.interaction import QKV, build_interaction
 from kha_train.model.norm import TurningNorm
-from kha_train.model.observed import Observed, averaged, squares_averaged
+from kha_train.model.observed import UNREAD, Report
 from kha_train.model.rope import Rotary, rotate
 from kha_train.variants.registry import BASES
 
 
 class RowContext(NamedTuple):
     """What all layers of one forward share: the rotation of every token (None without rotary embedding), the documents
-    of every row and, when decoding, the cache of earlier tokens. `real_R` (int64) are the places of the flattened B*T
-    that hold a token (None: all). `observed` is set in steps that compute the metrics too costly for every step.
+    of every row and, when decoding, the cache of earlier tokens. `report` takes the values of
+    metrics.
     """
 
     rotary: Rotary | None
     documents: Documents
     cache: Cache | None = None
-    real_R: Tensor | None = None
-    observed: bool = False
+    report: Report = UNREAD
 
     def turn(self, x_BTHK: Tensor) -> Tensor:
         """Queries or keys, rotated by the token's position; unchanged without rotary embedding."""
@@ -44,14 +44,6 @@ class RowContext(NamedTuple):
             turned_BTHK: Tensor = norm(x_BTHK, self.rotary)
             return turned_BTHK
         return self.turn(norm(x_BTHK))
-
-    def averaged(self, x_BT: Tensor) -> Tensor:
-        """The value of a metric that combines by `mean`, over the tokens of `x_BT` [B, T, ...], padding left out."""
-        return averaged(x_BT, self.real_R)
-
-    def squares_averaged(self, x_BT: Tensor) -> Tensor:
-        """As `averaged`, for a metric that combines by `rms`."""
-        return squares_averaged(x_BT, self.real_R)
 
     def with_past(self, layer: nn.Module, *new: Tensor) -> tuple[Tensor, ...]:
         """What `layer` attends to, [B, U, ...]: the arguments themselves or, when decoding, the cached tokens followed
@@ -68,7 +60,7 @@ class Attention(nn.Module, ABC):
     `interaction.folds()` to its projections and `folds().output` to its output, and passes head outputs through
     `interaction.outputs`. Parameters that variants share have the same names in all of them, because the name
     determines the initial value. `folded` names the projection that makes each of q, k, v, for code that multiplies an
-    interaction into the weights permanently. `metrics` declares what a base reports beside its output.
+    interaction into the weights permanently. `metrics` declares what a base reports.
     """
 
     folded: ClassVar[dict[str, str]]
@@ -81,11 +73,16 @@ class Attention(nn.Module, ABC):
         self.interaction = build_interaction(config)
 
     @abstractmethod
-    def forward(self, x_BTD: Tensor, rows: RowContext) -> Tensor | Observed[Tensor]:
+    def forward(self, x_BTD: Tensor, rows: RowContext) -> Tensor:
         """[B, T, D] -> [B, T, D] in the same dtype; no token sees a later one, or one of another document. What later
-        tokens need goes through `rows.with_past`. With values for metrics, those of the interaction included:
-        `observed(output, values)`.
+        tokens need goes through `rows.with_past`, values for metrics through `rows.report`.
         """
+
+    def exchange(self, rows: RowContext, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor) -> QKV:
+        """What the interaction makes of queries, keys and values. It gets `rows.report` too if it declares metrics."""
+        further = (rows.report,) if self.interaction.metrics else ()
+        heads: QKV = self.interaction(q_BTHK, k_BTGK, v_BTGW, *further)
+        return heads
 
 
 def build_attention(config: RunConfig) -> Attention:

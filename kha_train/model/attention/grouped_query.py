@@ -13,7 +13,6 @@ from kha_train.model.attention.base import Attention, RowContext
 from kha_train.model.attention.projection import OutputProjection, Projection
 from kha_train.model.init import Normal, residual_std
 from kha_train.model.norm import build_turning_norm
-from kha_train.model.observed import Observed, observed, split
 from kha_train.variants.bases import GroupedQueryOptions
 
 
@@ -35,15 +34,15 @@ class GroupedQueryAttention(Attention):
         self.query_norm = build_turning_norm(config, base.query_heads, head_dim)
         self.key_norm = build_turning_norm(config, base.kv_heads, head_dim)
 
-    def forward(self, x_BTD: Tensor, rows: RowContext) -> Tensor | Observed[Tensor]:
+    def forward(self, x_BTD: Tensor, rows: RowContext) -> Tensor:
         """See `Attention.forward`."""
         folds = self.interaction.folds()
-        (q_BTHK, k_BUGK, v_BUGK), values = split(
-            self.interaction(self.query(x_BTD, folds.q), self.key(x_BTD, folds.k), self.value(x_BTD, folds.v))
+        q_BTHK, k_BUGK, v_BUGK = self.exchange(
+            rows, self.query(x_BTD, folds.q), self.key(x_BTD, folds.k), self.value(x_BTD, folds.v)
         )
         q_BTHK = rows.norm_and_turn(self.query_norm, q_BTHK)
         k_BUGK = self.interaction.rotated_keys(rows.norm_and_turn(self.key_norm, k_BUGK))
         k_BUGK, v_BUGK = rows.with_past(self, k_BUGK, v_BUGK)
         out_BTHK = self.attend(q_BTHK, k_BUGK, v_BUGK, rows.documents, self.scale)
         out_BTD: Tensor = self.output(self.interaction.outputs(out_BTHK), folds.output)
-        return observed(out_BTD, values)
+        return out_BTD

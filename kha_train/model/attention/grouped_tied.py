@@ -19,7 +19,6 @@ from kha_train.model.attention.base import Attention, RowContext
 from kha_train.model.attention.projection import OutputProjection, Projection
 from kha_train.model.init import Normal, residual_std
 from kha_train.model.norm import build_qk_norm
-from kha_train.model.observed import Observed, observed, split
 from kha_train.variants.bases import GroupedTiedOptions
 
 
@@ -44,11 +43,11 @@ class GroupedTiedAttention(Attention):
         self.key_norm = build_qk_norm(config, base.kv_heads, head_dim - self.turned)
         self.rotary_key_norm = build_qk_norm(config, 1, self.turned)
 
-    def forward(self, x_BTD: Tensor, rows: RowContext) -> Tensor | Observed[Tensor]:
+    def forward(self, x_BTD: Tensor, rows: RowContext) -> Tensor:
         """See `Attention.forward`."""
         folds, still = self.interaction.folds(), self.heads.key_width - self.turned
         state_BUGK = self.tied(x_BTD, folds.v)
-        (q_BTHK, _, state_BUGK), values = split(self.interaction(self.query(x_BTD, folds.q), state_BUGK, state_BUGK))
+        q_BTHK, _, state_BUGK = self.exchange(rows, self.query(x_BTD, folds.q), state_BUGK, state_BUGK)
         q_BTHK = self.query_norm(q_BTHK)
         q_BTHK = torch.cat((q_BTHK[..., :still], rows.turn(q_BTHK[..., still:])), dim=-1)
         turned_BU1R = rows.turn(self.rotary_key_norm(self.rotary_key(x_BTD)))
@@ -57,4 +56,4 @@ class GroupedTiedAttention(Attention):
         k_BUGK = torch.cat((still_BUGR, turned_BU1R.expand(-1, -1, self.heads.kv_heads, -1)), dim=-1)
         out_BTHK = self.attend(q_BTHK, k_BUGK, state_BUGK, rows.documents, self.scale)
         out_BTD: Tensor = self.output(self.interaction.outputs(out_BTHK), folds.output)
-        return observed(out_BTD, values)
+        return out_BTD

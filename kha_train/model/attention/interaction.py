@@ -21,7 +21,6 @@ from kha_train.config.schema import RunConfig
 from kha_train.metric import Metric
 from kha_train.model.attention.projection import HeadMap
 from kha_train.model.init import DeclaredModule, Identity, Initial, SizeKeeping
-from kha_train.model.observed import Observed
 from kha_train.variants.attention import HeadShape, Implementation, InteractionOptions
 from kha_train.variants.interactions import MatrixInit
 from kha_train.variants.registry import INTERACTIONS
@@ -42,7 +41,7 @@ class Interaction(DeclaredModule, ABC):
     """Starts as the exact identity where the mathematics allows it. `options` are those of its registry entry, `way` is
     how it is computed. When folded, it leaves `linear_maps` to `folds`, and `forward` does the rest. `linear` says that
     there is no rest: `forward` only applies `linear_maps`, so that decoding may attend to latents instead of keys.
-    `metrics` declares what `forward` reports beside its output.
+    One that declares `metrics` has a fourth argument of `forward`, `report: Report = UNREAD`, to report them.
     """
 
     linear: ClassVar[bool] = False
@@ -60,9 +59,9 @@ class Interaction(DeclaredModule, ABC):
         """All maps that can be multiplied into the weights."""
         return Folds()
 
-    def forward(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor) -> QKV | Observed[QKV]:
+    def forward(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor) -> QKV:
         """The projected queries, keys and values after the heads have exchanged information, before QK-norm and RoPE;
-        same shapes and dtypes. With values for metrics: `observed((q, k, v), values)`.
+        same shapes and dtypes.
         """
         return q_BTHK, k_BTGK, v_BTGW
 

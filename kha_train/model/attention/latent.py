@@ -20,7 +20,6 @@ from kha_train.model.attention.base import Attention, RowContext
 from kha_train.model.attention.projection import LatentProjection, OutputProjection, Projection
 from kha_train.model.init import Linear, Normal, residual_std
 from kha_train.model.norm import RmsNorm
-from kha_train.model.observed import Observed, observed, split
 from kha_train.variants.bases import LatentOptions
 
 
@@ -49,7 +48,7 @@ class LatentAttention(Attention):
         self.value_up = LatentProjection(base.latent_width, heads, head_dim, normal)
         self.output = OutputProjection(heads, head_dim, width, Normal(residual_std(config)))
 
-    def forward(self, x_BTD: Tensor, rows: RowContext) -> Tensor | Observed[Tensor]:
+    def forward(self, x_BTD: Tensor, rows: RowContext) -> Tensor:
         """See `Attention.forward`."""
         query_input = self.query_down(x_BTD)
         turned_BTHR = rows.turn(self.rotary_query(query_input))
@@ -58,16 +57,17 @@ class LatentAttention(Attention):
         if rows.cache is not None and self.interaction.linear:
             return self._attend_to_latents(query_input, turned_BTHR, latent_BUC, turned_BU1R, rows)
         folds = self.interaction.folds()
-        (q_BTHK, k_BUHK, v_BUHK), values = split(
-            self.interaction(
-                self.query(query_input, folds.q), self.key_up(latent_BUC, folds.k), self.value_up(latent_BUC, folds.v)
-            )
+        q_BTHK, k_BUHK, v_BUHK = self.exchange(
+            rows,
+            self.query(query_input, folds.q),
+            self.key_up(latent_BUC, folds.k),
+            self.value_up(latent_BUC, folds.v),
         )
         query = torch.cat((q_BTHK, turned_BTHR), dim=-1)
         key = torch.cat((k_BUHK, turned_BU1R.expand(-1, -1, self.heads.kv_heads, -1)), dim=-1)
         out_BTHK = self.attend(query, key, v_BUHK, rows.documents, self.scale)
         out_BTD: Tensor = self.output(self.interaction.outputs(out_BTHK))
-        return observed(out_BTD, values)
+        return out_BTD
 
     def _attend_to_latents(
         self, query_input: Tensor, turned_BTHR: Tensor, latent_BUC: Tensor, turned_BU1R: Tensor, rows: RowContext

@@ -11,7 +11,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.model.feed_forward import SwiGlu
 from kha_train.model.moe.experts import Experts
 from kha_train.model.moe.router import Router, Routing
-from kha_train.model.observed import split
+from kha_train.model.observed import UNREAD, Report
 
 
 class MoeLayer(nn.Module):
@@ -24,24 +24,21 @@ class MoeLayer(nn.Module):
         shared_width = config.moe.shared_experts * config.moe.expert_width
         self.shared = SwiGlu(config, shared_width) if shared_width else None
 
-    def forward(self, x_BTD: Tensor, samples_B: Tensor, real_R: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x_BTD: Tensor, samples_B: Tensor, real_R: Tensor | None = None, report: Report = UNREAD
+    ) -> tuple[Tensor, Routing]:
         """The layer's output [B, T, D], and the router's decision for the rows `samples_B`.
 
         With `real_R` (int64, ascending, of the flattened B*T places) only the tokens there are routed and computed, in
-        this order; the output is 0 elsewhere.
+        this order; the output is 0 elsewhere. `report` takes the values of metrics.
         """
         x_ND = x_BTD.flatten(0, 1)
         if real_R is None:
-            routing = self.router(x_ND, samples_B)
-            return self._with_shared(self.experts(x_ND, routing).view_as(x_BTD), x_BTD, routing)
+            routing = self.router(x_ND, samples_B, report=report.of_tokens())
+            y_BTD = self.experts(x_ND, routing).view_as(x_BTD)
+            return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD, report), routing
         x_RD = x_ND.index_select(0, real_R)
-        routing = self.router(x_RD, samples_B, real_R, x_ND.shape[0])
-        y_RD, routing = self._with_shared(self.experts(x_RD, routing), x_RD, routing)
+        routing = self.router(x_RD, samples_B, real_R, x_ND.shape[0], report.of_tokens())
+        y_RD = self.experts(x_RD, routing)
+        y_RD = y_RD if self.shared is None else y_RD + self.shared(x_RD, report.of_tokens())
         return torch.zeros_like(x_ND).index_copy(0, real_R, y_RD).view_as(x_BTD), routing
-
-    def _with_shared(self, y: Tensor, x: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
-        """`y` and what the shared experts make of `x`, both [..., D]; their values join those of the router."""
-        if self.shared is None:
-            return y, routing
-        shared, values = split(self.shared(x))
-        return y + shared, routing._replace(values={**(routing.values or {}), **values})

@@ -23,14 +23,14 @@ from kha_train.model.moe.balance import (
     sequence_balance_loss,
 )
 from kha_train.model.moe.warmup import standard_normal
-from kha_train.model.observed import Values
+from kha_train.model.observed import UNREAD, Report
 
 
 class Routing(NamedTuple):
     """The router's decision. `weight_NJ` (at least fp32) carries the gradient; `expert_NJ` and `load_E` are int64.
 
     `balance_sum` and `z_sum` are the auxiliary losses summed over the tokens, scalars with gradient: None where their
-    weight is 0, and outside training. `values` are those of the layer's metrics (see `observed.py`).
+    weight is 0, and outside training.
     """
 
     expert_NJ: Tensor
@@ -38,7 +38,6 @@ class Routing(NamedTuple):
     load_E: Tensor
     balance_sum: Tensor | None = None
     z_sum: Tensor | None = None
-    values: Values | None = None
 
 
 RUN_STATE = ("previous_share", "steps_done")
@@ -76,12 +75,18 @@ class Router(DeclaredModule):
             self.declare_buffer("layer_1", (1,), number, persistent=False)
 
     def forward(
-        self, x_ND: Tensor, samples_B: Tensor | None = None, real_N: Tensor | None = None, places: int = 0
+        self,
+        x_ND: Tensor,
+        samples_B: Tensor | None = None,
+        real_N: Tensor | None = None,
+        places: int = 0,
+        report: Report = UNREAD,
     ) -> Routing:
         """The experts of every token, their weights, and the number of tokens of each expert.
 
         `samples_B` (int64) are the sample numbers of the rows, which key the random scores of the warm-up; without it
         all tokens are one row, number 0. The tokens fill the rows, or lie at `real_N` (int64) of the rows' `places`.
+        `report` takes the values of metrics.
         """
         if samples_B is None:
             samples_B = torch.zeros(1, dtype=torch.int64, device=x_ND.device)
