@@ -1,4 +1,4 @@
-"""What three ranks learn of each other's values and errors."""
+"""Checks what three ranks learn about each other's values and errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kha_train.errors import CheckpointError, ConfigError, DataError, KhaError
 
 
 def caught(world: World, error: BaseException | None) -> list[Any]:
-    """Kind, exit code and words of what this rank raises; empty when nothing."""
+    """Kind, exit code and message of the error this rank raises; empty when there is none."""
     try:
         world.raise_together(error)
     except KhaError as found:

@@ -1,5 +1,6 @@
-"""What tests of several rooms share: a small dataset, overrides for a smaller `tiny`, ranks as real processes, what W&B
-wrote offline."""
+"""Shared by tests of several rooms: a small dataset, overrides for a smaller `tiny`, ranks as real processes, the
+offline files of W&B.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from kha_train.data.format.writer import prepare, publish_dataset, write_shard
 VOCAB_SIZE = 256
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 HEADER, BLOCK, CHUNK_HEADER = 7, 32768, 7
-"""Bytes of a `.wandb` file's own header, of a block of LevelDB's log format in it, of the header of a chunk."""
+"""Bytes of a `.wandb` file's own header, of a block in LevelDB's log format, and of a chunk header."""
 WHOLE, LAST = 1, 4
 
 
@@ -37,7 +38,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small(dataset: Path) -> list[str]:
-    """Overrides for a decoder and data small enough for a step in some 20 ms: 2 layers, width 64, rows of 64 tokens."""
+    """Overrides for a decoder and data small enough for a step in about 20 ms: 2 layers, width 64, rows of 64
+    tokens.
+    """
     return [
         f"model.vocab_size={VOCAB_SIZE}",
         "model.seq_len=64",
@@ -74,13 +77,13 @@ def padded(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> list[s
 
 @pytest.fixture(autouse=True)
 def no_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No width of a terminal either, which pytest-xdist gives its workers."""
+    """No terminal width either, which pytest-xdist sets for its workers."""
     monkeypatch.delenv("COLUMNS", raising=False)
 
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No launcher's variables in this process: not from outside, and not from a test that trained inside it."""
+    """No launcher variables in this process: neither from outside, nor from a test that trained inside it."""
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     yield
@@ -89,7 +92,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """What is marked `gpu` needs one."""
+    """Tests marked `gpu` need one."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
 
@@ -103,9 +106,9 @@ def clean_environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def run_ranks(tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str, str]) -> Callable[..., list[Any]]:
-    """`run_ranks(script, world_size, **arguments)` runs `script` as so many ranks; returns what each rank answered.
+    """`run_ranks(script, world_size, **arguments)` runs `script` as that many ranks; returns the result of each rank.
 
-    A script reads its arguments as JSON from argv[1] and writes its answer as JSON to the file argv[2].
+    A script reads its arguments as JSON from argv[1] and writes its result as JSON to the file argv[2].
     """
 
     def run(script: Path, world_size: int, **arguments: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Who a process is among the ranks, and that all ranks leave an agreement together."""
+"""The place of a process among the ranks, and that all ranks leave an agreement together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def agreed_error() -> ConfigError:
 
 @pytest.fixture(scope="module")
 def answers(run_ranks: Callable[..., list[Any]]) -> list[dict[str, Any]]:
-    """What each of three ranks answered."""
+    """The results of three ranks."""
     return run_ranks(WORKER, 3)
 
 
@@ -172,7 +172,7 @@ def test_local_work_is_left_together(answers: list[dict[str, Any]]) -> None:
 
 
 def test_texts_and_numbers_travel_by_the_group_of_the_hosts_where_there_is_one(answers: list[dict[str, Any]]) -> None:
-    """The device named beside it is not there: nobody may ask it for anything."""
+    """The other device does not exist: nobody may use it."""
     assert [answer["by_host_group"] for answer in answers] == [["from rank 1", 3]] * 3
 
 

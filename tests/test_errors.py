@@ -1,4 +1,6 @@
-"""A range of allowed values is told only where there is one; fixes that can be typed are told apart from words."""
+"""Allowed values are given as a range only if there is one; fixes that can be typed are distinct from advice in
+words.
+"""
 
 from __future__ import annotations
 

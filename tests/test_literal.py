@@ -1,4 +1,4 @@
-"""Foreign text reaches a terminal or a page as text, never as something to obey."""
+"""Foreign text reaches a terminal or a page as text, never as control codes."""
 
 from __future__ import annotations
 

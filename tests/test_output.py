@@ -1,4 +1,4 @@
-"""What a run prints never ends it: in this process, and in runs whose output leads nowhere."""
+"""Printing never ends a run: in this process, and in runs whose output goes nowhere."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_streams_are_put_back_and_entering_twice_wraps_once() -> None:
 
 
 def test_a_closed_descriptor_is_not_given_to_the_next_file() -> None:
-    """Else what a library prints would land in the record."""
+    """Otherwise the output of a library would land in the record."""
     told, words = os.pipe()
     program = (
         "import os; from kha_train.output import *; hold_standard_descriptors()\n"

@@ -1,4 +1,6 @@
-"""No secret is in anything that a run writes, prints or submits: canaries in every source, looked for in every sink."""
+"""No secret is in anything that a run writes, prints or submits: canaries in every source, searched for in every
+sink.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ from kha_train.record.streams import RedactedStream
 
 CANARY = "canary-4f1e9a7c"
 WRAPPED = st.text("\"'\\ /@:;,&%$\n\tab\u00fc", max_size=6)
-"""What makes a secret look different once it is quoted."""
+"""Characters that change the form of a secret once it is quoted."""
 
 NAMES_OF_VARIABLES = [
     "DB_PASS", "SSHPASS", "KRB5_PASS", "LDAP_PW", "OPENAI_KEY", "GPG_KEY", "B2_APPLICATION_KEY", "REDISCLI_AUTH",
@@ -223,7 +225,7 @@ def test_the_words_of_language_models_stay(text: str) -> None:
     + ['password=[\\"', "password=[", "curl (-u", "curl -u a:'", 'authorization: x="', "authorization: a"],
 )
 def test_a_long_text_costs_time_in_proportion(unit: str) -> None:
-    """Each of these took minutes, or would, where a rule begins anew at every character."""
+    """Each of these would take minutes if a rule started again at every character."""
     assert len(Redactor({"X_TOKEN": CANARY}).text(unit * (200_000 // len(unit)))) > 0
 
 
@@ -390,7 +392,7 @@ SOURCES = st.sampled_from(
 def test_whatever_text_the_record_gets_no_file_of_it_has_the_secret(
     texts: list[str], key: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Names, paths, configuration values and the words of other libraries' exceptions all come as texts."""
+    """Names, paths, configuration values and messages of other libraries' exceptions all arrive as text."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SERVICE_TOKEN", CANARY)
         patch.setattr("sys.orig_argv", ["python", "-m", "kha_train", *texts, "--api-key", CANARY])
@@ -410,7 +412,9 @@ def test_whatever_text_the_record_gets_no_file_of_it_has_the_secret(
 def test_no_file_and_no_line_of_a_run_has_a_canary_of_its_environment_settings_or_failure(
     small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run with the secret in its name, tags and environment; then one that dies of an exception with it, debugged."""
+    """A run with the secret in its name, tags and environment; then one that fails with an exception that contains it,
+    with debugging on.
+    """
     quoted = f'q"{CANARY}\\z'
     monkeypatch.setenv("SERVICE_TOKEN", quoted)
     monkeypatch.setenv("HTTPS_PROXY", f"http://me:{CANARY}@proxy:1")

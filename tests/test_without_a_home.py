@@ -1,5 +1,6 @@
-"""No part of the program needs a home: in a container there may be none, none that can be written, and no name for the
-user. What a run writes lies under its run directory."""
+"""No part of the program needs a home directory: in a container there may be none, or none that is writable, and no
+user name. Everything that a run writes is under its run directory.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ NOBODY = 12345
 """A user without an entry in passwd."""
 AS_NOBODY = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
 AS_NOBODY += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
-"""May read this installation, wherever it lies, and write nothing that is not its own."""
+"""May read this installation, wherever it is, and write only what is its own."""
 needs_root = pytest.mark.skipif(
     os.getuid() != 0 or shutil.which("setpriv") is None, reason="becoming another user needs root and setpriv"
 )

@@ -1,4 +1,4 @@
-"""A comparison says what the record says, says what it is worth, and proves which data were read."""
+"""A comparison reports the record, states the strength of the evidence, and proves which data were read."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_every_run_is_paired_with_the_reference_run_of_its_seed(tmp_path: Path) 
 
 
 def test_runs_of_one_attention_that_differ_otherwise_are_variants_of_their_own(tmp_path: Path) -> None:
-    """But not those that differ in the seed, or in how a step is executed."""
+    """But not runs that differ only in the seed, or in how a step is executed."""
     grid = [(variant, lr, seed) for variant, lr in (("gqa", 1e-3), ("gqa", 2e-3), ("mha", 1e-3)) for seed in (0, 1)]
     paths = [
         make_run(tmp_path / f"{variant}{lr}{seed}", falling(20), variant=variant, lr=lr, seed=seed, zero_stage=1 + seed)

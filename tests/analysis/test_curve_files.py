@@ -1,4 +1,4 @@
-"""Curves in the files of other frameworks: each is read as it means, or refused by one true line."""
+"""Curve files of other frameworks are read with their intended meaning, or refused with one accurate line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ Writer = Callable[[Sequence[Observation]], bytes]
 
 @st.composite
 def curves(draw: st.DrawFn) -> list[Observation]:
-    """Points whose numbers every format can spell: 7 digits for Megatron's loss and rate, 3 decimals for its norm."""
+    """Points whose numbers every format can represent: 7 digits for Megatron's loss and rate, 3 decimals for its
+    norm.
+    """
     steps = sorted(draw(st.sets(st.integers(1, 10**6), min_size=1, max_size=12)))
     loss = st.integers(1, 20_000).map(lambda thousandths: thousandths / 1000) | st.just(math.nan)
     norm = st.integers(1, 9_999).map(lambda thousandths: thousandths / 1000)
@@ -47,7 +49,9 @@ def with_decimal_commas(points: Sequence[Observation]) -> bytes:
 
 
 def with_foreign_columns(points: Sequence[Observation]) -> bytes:
-    """Among others, a note of more than the 131,072 characters that Python's reader takes by default."""
+    """With further columns, among them a note of more than the 131,072 characters that Python's reader accepts by
+    default.
+    """
     rows = [f'"zurück, {"x" * 140_000}",{p.step},{p.loss},,{p.grad_norm},{p.lr}' for p in points]
     return "\n".join(["größe,step,loss,leer,grad_norm,lr", *rows]).encode("latin-1")
 
@@ -162,7 +166,7 @@ def test_a_file_cut_anywhere_gives_true_points_or_is_refused(
         seen = seen_in(tmp_path / "curve", content[: round(share * len(content))])
     except KhaError:
         return
-    # In a Megatron line the norm comes after the loss, so it may be what is missing.
+    # In a Megatron line the norm comes after the loss, so it may be the part that is missing.
     known = {(p.step, repr(p.loss)) for p in points}
     assert {(p.step, repr(p.loss)) for p in seen} <= known
 

@@ -1,4 +1,4 @@
-"""What is told of a run when an attempt ends: the console's last lines, and the summary for W&B."""
+"""The summary printed when an attempt ends: the console's last lines, and the summary for W&B."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOST = [3.0] * 100 + [13.0, 103.0] + [390.0] * 18
     [
         (CALM, False, False, 0.0, "0 narrow, 0 wide, 0 unrecovered, 0 open at the end"),
         (LOST, False, True, 387.0, "0 narrow, 0 wide, 0 unrecovered, 1 open at the end"),
-        # The record does not know yet how the attempt ends.
+        # The record does not know yet how the attempt will end.
         (CALM, True, True, 0.0, "0 narrow, 0 wide, 0 unrecovered, 0 open at the end"),
     ],
 )

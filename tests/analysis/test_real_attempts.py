@@ -1,4 +1,4 @@
-"""Real runs whose directory was started again with other data or settings: the comparison says what it is worth."""
+"""Real runs restarted with other data or settings: the comparison states how strong the evidence is."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CHANGED = "resume.allow_changes=[optim.lr,data_content_id,validation_content_id]
 
 
 class Place:
-    """Datasets `first` and `other`, and runs of a few milliseconds a step, made once for all tests of this file."""
+    """Datasets `first` and `other`, and runs with steps of a few milliseconds, made once for all tests of this file."""
 
     def __init__(self, where: Path) -> None:
         self.where = where
@@ -64,7 +64,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def whole(place: Place) -> dict[str, Path]:
-    """Runs on the first data that were started once."""
+    """Runs on the first data with one start each."""
     return {
         "gqa": place.run("gqa", "attention=gqa"),
         "gqa_hot": place.run("gqa_hot", "attention=gqa", "optim.lr=0.02"),

@@ -1,4 +1,4 @@
-"""Two runs are judged step by step, each by the attempts that made its surviving lines."""
+"""Two runs are compared step by step, each judged by the attempts that made its surviving lines."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ from kha_train.record.columns import columns_of
 
 
 class Start(NamedTuple):
-    """One start of a run: it trains steps up to `last` with these overrides of the base, and finds these facts."""
+    """One start of a run: it trains steps up to `last` with these overrides of the base, and records these facts."""
 
     last: int
     overrides: tuple[str, ...] = ()
     facts: Mapping[str, Any] = MappingProxyType({})
     world_size: int = 1
     at: int | None = None
-    """The step it resumes after, where that is not the last one before."""
+    """The step after which it resumes, if it is not the last one before."""
 
 
 def write_run(path: Path, *starts: Start, variant: str = "gqa", old: bool = False, shift_from: int = 1000) -> Path:
-    """A run directory as these starts leave it; `old`: as a release that kept the last configuration alone did."""
+    """A run directory as these starts leave it; with `old`, as a release that kept only the last configuration would
+    leave it.
+    """
     step = 0
     for start in starts:
         step = step if start.at is None else start.at
@@ -174,7 +176,7 @@ def test_a_first_start_whose_lines_were_all_discarded_gives_no_figure_of_the_run
 
 
 def test_runs_of_one_attention_with_other_histories_are_variants_of_their_own(tmp_path: Path) -> None:
-    """Though their last settings are equal."""
+    """Although their last settings are equal."""
     one = write_run(tmp_path / "a", Start(10), Start(20, ("optim.lr=0.5",)))
     _, comparison = pair_of(one, write_run(tmp_path / "b", Start(20, ("optim.lr=0.5",))))
     assert [run.variant for run in comparison.runs] == [

@@ -1,4 +1,6 @@
-"""What is found in a curve is what the monitor says step by step, and a rewind is judged on the curve as it stood."""
+"""The events of a curve are those that the monitor finds step by step, and a rewind is judged on the curve at that
+time.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ LOSSES = st.floats(1.0, 1.1) | st.sampled_from([5.0, 1e30, math.nan, math.inf])
 
 
 def curve(draw: st.DrawFn, first: int, count: int, samples: int) -> list[Observation]:
-    """Some steps from `first` on, calm but for a few."""
+    """Steps from `first` on, calm except for a few."""
     odd = draw(st.dictionaries(st.integers(0, count - 1), LOSSES, max_size=6))
     losses = [odd.get(place, 1.0 + 0.01 * math.sin(7.0 * (first + place))) for place in range(count)]
     return [
@@ -27,14 +29,14 @@ def curve(draw: st.DrawFn, first: int, count: int, samples: int) -> list[Observa
 
 @st.composite
 def rewinds(draw: st.DrawFn) -> tuple[list[Observation], list[list[Observation]]]:
-    """A curve and the lines that rewinds of it undid, in the order of the rewinds."""
+    """A curve and the lines that its rewinds undid, in the order of the rewinds."""
     points = curve(draw, 1, draw(st.integers(70, 300)), 0)
     starts = draw(st.lists(st.integers(1, len(points) + 5), max_size=4))
     return points, [curve(draw, start, draw(st.integers(1, 40)), 1000 * n) for n, start in enumerate(starts, 1)]
 
 
 def plainly(points: Sequence[Observation], planned: frozenset[int]) -> tuple[list[str], list[int]]:
-    """Events and divergences, by one monitor over all of it, with the metrics of every step."""
+    """Events and divergences found by one monitor over the whole curve, with the metrics of every step."""
     monitor, events, diverged_at = Monitor(), [], []
     for point in points:
         verdict = monitor.update(point, planned_change=point.step in planned)

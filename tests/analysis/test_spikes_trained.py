@@ -1,4 +1,4 @@
-"""What the end of a run takes from its events is what the monitor finds in its whole curve."""
+"""The end of a run rebuilds from its events what the monitor finds in its whole curve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intervals over steps, seeds and runs cover what they claim, or there is none."""
+"""Intervals over steps, seeds and runs have their claimed coverage, or there is none."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kha_train.stability.statistics import poisson_interval
 
 
 def autoregressive(curves: int, steps: int, correlation: float, seed: int) -> np.ndarray:
-    """Curves [C, F] of mean 0 and variance 1, whose neighbours have this correlation."""
+    """Curves [C, F] of mean 0 and variance 1 with this correlation between neighbours."""
     generator = np.random.default_rng(seed)
     noise_CF = generator.normal(size=(curves, steps)) * math.sqrt(1 - correlation**2)
     values_CF, last_C = np.empty((curves, steps)), generator.normal(size=curves)
@@ -49,7 +49,7 @@ def test_an_interval_seldom_misses_the_truth_or_there_is_none(steps: int, correl
     naive = sum(abs(values.mean()) > naive_half(values) for values in curves)
     # 10 % and four standard errors of 400 trials. An interval of independent steps misses half at 0.8, 84 % at 0.98.
     assert missed <= 64
-    # The blocks that the correlation asks for are enough here, and hardly ever elsewhere.
+    # The blocks required by the correlation are enough here, and hardly ever elsewhere.
     enough = correlation == 0 or (steps, correlation) == (1000, 0.8)
     assert given > 380 if enough else given < 30
     assert naive > 150 or correlation == 0

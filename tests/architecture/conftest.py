@@ -24,7 +24,7 @@ class Source:
 
     @property
     def room(self) -> str:
-        """The part of the house it belongs to: `config`, `data_tools`, ...; `kha_train` for the package itself."""
+        """The package it belongs to: `config`, `data_tools`, ...; `kha_train` for the package itself."""
         parts = self.path.removesuffix(".py").split("/")
         if parts[0] != "kha_train":
             return parts[0]
@@ -40,7 +40,7 @@ class Source:
                 yield from ((f"{node.module}.{alias.name}", node) for alias in node.names)
 
     def public(self) -> Iterator[tuple[str, ast.AST, ast.ClassDef | None]]:
-        """Public classes, functions and methods, with the class they stand in."""
+        """Public classes, functions and methods, with the class that contains them."""
         yield from self._public_in(self.tree.body, None)
 
     def _public_in(self, body: list[ast.stmt], owner: ast.ClassDef | None) -> Iterator:

@@ -19,7 +19,7 @@ OF_ITS_OPTIMIZERS = re.compile(
 
 
 def names_in(tree: ast.AST) -> set[str]:
-    """Names of attributes, and whole texts, for `getattr` takes one."""
+    """Names of attributes, and whole texts, because `getattr` takes one."""
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     return attributes | {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and _is_text(node)}
 
@@ -50,7 +50,7 @@ def test_nobody_imports_the_module_of_an_engine(sources) -> None:
 
 
 def test_every_engine_offers_what_the_contract_names_and_nothing_else() -> None:
-    """So nobody can come to rely on more than another engine would offer."""
+    """So nobody can rely on more than another engine would offer."""
     asked = {name for name in [*vars(Engine), *Engine.__annotations__] if not name.startswith("_")}
     for module in (deepspeed, plain):
         tree = ast.parse(inspect.getsource(module))

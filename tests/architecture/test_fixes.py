@@ -112,7 +112,7 @@ REFUSED = {
     "no quickstart yet": "data inspect quickstart/shards/train",
     "no SLURM": "sweep attention=gqa,mha",
 }
-"""What is typed; names in braces are made by `places`."""
+"""The commands that are typed; `places` makes the names in braces."""
 
 ELSEWHERE = {
     "kha_train/train/resume.py": "train/test_ways_out_of_a_refused_resume.py",
@@ -130,7 +130,7 @@ class _ReachedError(Exception):
 
 @pytest.fixture(scope="session")
 def places(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What cases name in braces: settings, a run, a corpus with its tokenizer and shards."""
+    """The names in braces: settings, a run, a corpus with its tokenizer and shards."""
     home = tmp_path_factory.mktemp("places")
     (home / "texts").mkdir()
     for number in range(400):
@@ -149,7 +149,7 @@ def places(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 def _write_single_tokens(folder: Path) -> None:
-    """A dataset of documents of one token, of the vocabulary of `small`."""
+    """A dataset of documents with one token each, with the vocabulary of `small`."""
     prepare(folder)
     documents = [(np.array([number % 255 + 1]), 1) for number in range(4096)]
     shard = write_shard(folder, 0, documents, vocab_size=256, dtype="uint16")
@@ -186,7 +186,7 @@ def _kha(words: Sequence[str]) -> None:
 
 
 def _type(words: Sequence[str]) -> None:
-    """Run a command of the table as far as it says. Raises KhaError where it is refused."""
+    """Run a command of the table as far as its stage. Raises KhaError if it is refused."""
     stages: dict[str, Callable[[RunConfig], object]] = {
         "compose": lambda config: None,
         "batch": lambda config: validate_batch(config, 1),
@@ -211,7 +211,7 @@ def _start(config: RunConfig) -> None:
 
 
 def _mended(words: Sequence[str], fix: Typed, places: dict[str, str]) -> list[str]:
-    """`words` after what `fix` says was typed."""
+    """`words` after typing `fix`."""
     typed = shlex.split(fix.typed)
     if isinstance(fix, Settings):
         keys = {text.partition("=")[0] for text in typed}
@@ -311,7 +311,7 @@ LOOKS_TYPED = re.compile(
     r"|(?:^|pass )--\w"
 )
 WORDS = ("moe.backend=loop", "data.train=", "attention.backend=eager", "engine.kernels=torch", "kha status --json")
-"""What advice in words may name: it asks for more than to be typed."""
+"""What advice in words may name: it needs more than typing."""
 
 
 def test_a_fix_that_can_be_typed_is_no_plain_string() -> None:

@@ -1,4 +1,4 @@
-"""What every file of the packages holds to: documented, annotated, bounded, without the usual shortcuts."""
+"""The rules for every file of the packages: documented, annotated, limited in length, without the usual shortcuts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_return_is_annotated(sources) -> None:
 
 
 def test_a_public_function_that_raises_an_error_of_ours_names_it(sources) -> None:
-    """In its own docstring or that of its class; `Raises as` another function is an answer too."""
+    """In its own docstring or that of its class; `Raises as` another function is enough."""
     offenders = []
     for source in sources:
         for where, node, owner in source.public():
@@ -48,7 +48,7 @@ def test_a_public_function_that_raises_an_error_of_ours_names_it(sources) -> Non
 
 
 def test_an_error_raised_by_a_private_function_is_named_in_its_module(sources) -> None:
-    """By the docstring of the module or of one of its functions or classes: there the caller learns of it."""
+    """In the docstring of the module, or of one of its functions or classes, where the caller can read it."""
     offenders = []
     for source in sources:
         named = (*FUNCTIONS, ast.ClassDef, ast.Module)
@@ -104,11 +104,11 @@ SWALLOWING = {
     "kha_train/distributed.py Caught": "ranks must not wait for one that is gone: the error is told to all of them",
     "kha_train/telemetry/wandb.py _Guard": "wandb lists no errors, and a mirror has none that is worth a run",
 }
-"""Classes whose `__exit__` may keep any exception of its block, and why."""
+"""Classes whose `__exit__` may swallow any exception of its block, and the reason."""
 
 
 def test_no_block_swallows_every_exception_but_those_that_say_why(sources) -> None:
-    """`suppress(Exception)`, and an `__exit__` that returns more than None: a broad `except` by another name."""
+    """`suppress(Exception)`, and an `__exit__` that returns more than None, are broad `except` clauses too."""
     found, offenders = set(), []
     for source in sources:
         for node in ast.walk(source.tree):
@@ -122,7 +122,7 @@ def test_no_block_swallows_every_exception_but_those_that_say_why(sources) -> No
 
 
 def test_whoever_catches_an_error_looks_at_it(sources) -> None:
-    """But for one that reads ahead: the read that needs the block meets the error again, and tells it."""
+    """Except for reading ahead: the read that needs the block meets and reports the same error."""
     heedless = set()
     for source in sources:
         for node in source.tree.body:
@@ -146,7 +146,7 @@ def test_no_comment_puts_work_off(sources) -> None:
 
 
 def test_every_file_postpones_annotations(sources) -> None:
-    """Only then may an annotation name what is imported for type checkers alone."""
+    """Only then may an annotation name something that is imported only for type checkers."""
     line = "from __future__ import annotations"
     offenders = [source.path for source in sources if len(source.tree.body) > 1 and line not in source.text]
     assert offenders == []

@@ -1,4 +1,4 @@
-"""Who may import whom, and which third-party package enters where."""
+"""Which room may import which, and where each third-party package is used."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ BEHIND_A_DOOR = {
 
 FENCE = AT_THE_TOP | BEHIND_A_DOOR
 DISTRIBUTIONS = {"hydra-core": "hydra", "pyyaml": "yaml"}
-"""Where the name to install is not the name to import."""
+"""Packages whose name to install differs from the name to import."""
 
 
 def test_a_room_imports_only_from_rooms_below_it(sources) -> None:

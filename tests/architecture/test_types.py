@@ -1,4 +1,4 @@
-"""Types are checked by `make lint`, strictly; here stands what no type checker looks at: that nothing slips past it."""
+"""`make lint` checks types strictly; these tests cover what a type checker does not: that nothing is exempt from it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
 
 
 def test_lint_checks_every_package_strictly() -> None:
-    """`make lint` and not a test of ours runs the checker: its cache makes a second run a matter of a second."""
+    """`make lint` runs the checker, not a test: with its cache a second run takes about a second."""
     lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert lint is not None and "$(BIN)/mypy\n" in lint[1]
     assert SETTINGS["strict"] is True
@@ -40,7 +40,7 @@ def test_lint_checks_every_package_strictly() -> None:
 
 
 def test_no_room_is_exempt_and_only_programs_for_triton_are_checked_less_strictly() -> None:
-    """Other exceptions are of packages without types, which enter through one place each."""
+    """Other exceptions are packages without types, each used in one place."""
     ours = [override for override in SETTINGS["overrides"] if any(map(_is_ours, override["module"]))]
     assert not [override for override in SETTINGS["overrides"] if "ignore_errors" in override]
     assert len(ours) == 1
@@ -68,8 +68,9 @@ def test_an_ignored_type_error_names_its_code_and_its_reason(sources) -> None:
 
 
 def test_no_public_signature_says_any_but_of_json(sources) -> None:
-    """`Json` is a value from a file, `dict[str, Any]` an object of it, as `**fields: Any` is; the rest is typed, or
-    stands in `UNTYPED`, which names no more than there is."""
+    """`Json` is a value from a file, `dict[str, Any]` an object of it, as is `**fields: Any`; the rest is typed, or
+    listed in `UNTYPED`, which lists nothing else.
+    """
     untyped = {
         f"{source.path} {owner.name + '.' if owner else ''}{node.name if field is None else field}"
         for source in sources

@@ -1,4 +1,4 @@
-"""The one run on a GPU says where there is none, keeps to its time, and leaves what it had."""
+"""The GPU run reports a missing GPU, keeps to its time limit, and keeps the results it has."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_stage_may_use_what_those_before_it_left(tmp_path: Path, monkeypatch: 
 
 
 def arms_of(stage: Stage) -> list[RunConfig]:
-    """What a `step` stage compares, the first being the base."""
+    """What a `step` stage compares; the first is the base."""
     settings, arms, words = [], [], iter(stage.command[1:])
     for word in words:
         if word == "--arm":

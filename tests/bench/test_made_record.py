@@ -1,4 +1,4 @@
-"""Made records are what the trainer would have written: they are read, scored and continued like any other."""
+"""Synthetic records look as if the trainer had written them: they are read, scored and continued like any other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of experts measures what it names: all contenders compute the same, on the loads it tells."""
+"""The benchmark of experts measures what it names: all contenders compute the same function, on the reported loads."""
 
 from __future__ import annotations
 

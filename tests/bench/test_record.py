@@ -1,4 +1,4 @@
-"""The benchmark of records asks every question of made runs, and says how."""
+"""The benchmark of records runs every command on synthetic runs, and prints its protocol."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of the step measures what it says: the arms named, the same tokens, ratios block by block."""
+"""The benchmark of the step measures what it claims: the named arms, the same tokens, ratios block by block."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_experts_of_the_peer_that_do_not_fit_the_device_are_left_out(monkeypatch
 
 
 def theirs(name: str) -> str:
-    """What Qwen3-MoE calls a parameter of ours."""
+    """Qwen3-MoE's name for one of our parameters."""
     words = {
         "blocks.": "model.layers.",
         "attention_norm.": "input_layernorm.",

@@ -1,4 +1,4 @@
-"""What watching a run costs is measured on real steps."""
+"""The cost of monitoring a run is measured on real steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several ranks inside one process: threads that meet at a barrier stand in for a process group."""
+"""Several ranks inside one process: threads that meet at a barrier replace a process group."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kha_train.errors import KhaError
 
 @dataclass
 class Meeting:
-    """What the ranks of one fake world share."""
+    """The state shared by the ranks of one fake world."""
 
     size: int
     values: list[Any] = field(default_factory=list)
@@ -48,7 +48,7 @@ class ThreadWorld(World):
 
 
 def _run_ranks(size: int, body: Callable[[World], Any]) -> list[Any]:
-    """What `body(world)` returned, or the exception it raised, for each rank."""
+    """The result of `body(world)`, or the exception it raised, for each rank."""
     meeting, outcomes = Meeting(size), [None] * size
 
     def run(rank: int) -> None:

@@ -1,4 +1,6 @@
-"""Saving beside training: later steps do not leak in, failures and ends are agreed, only one is in flight."""
+"""Saving in the background: later steps do not leak in, all ranks agree on failures and ends, only one save is in
+flight.
+"""
 
 from __future__ import annotations
 

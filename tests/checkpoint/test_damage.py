@@ -1,4 +1,4 @@
-"""Damage of any kind is found, named, set aside and survived; nothing in a checkpoint is ever executed."""
+"""Damage of any kind is detected, named, set aside and survived; nothing in a checkpoint is ever executed."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path, save) -> None:
 
 
 def of_another_format(manifest: Path) -> None:
-    """As a later version would write it: whole, its own SHA-256 right."""
+    """As a later version would write it: intact, with a correct SHA-256."""
     body = manifest.read_bytes().rpartition(b',\n"sha256"')[0].replace(b'"format": 1', b'"format": 2')
     manifest.write_bytes(body + f',\n"sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode())
 

@@ -1,4 +1,4 @@
-"""docs/checkpoints.md says what is true."""
+"""docs/checkpoints.md is correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint stores the states that the optimiser names: those of AdamW unnamed, as ever, all others by name."""
+"""A checkpoint stores the states that the optimiser names: those of AdamW without names, all others by name."""
 
 from __future__ import annotations
 

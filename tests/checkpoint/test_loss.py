@@ -1,4 +1,4 @@
-"""Whether checkpoints are lost is read from the events of a run and from what lies in its directory."""
+"""Lost checkpoints are detected from the events of a run and from the content of its directory."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def steps_dangling(folder: Path) -> None:
 
 
 def a_file(folder: Path) -> None:
-    """Something else has the name."""
+    """Something else has this name."""
     folder.write_text("")
 
 
 def all_damaged(folder: Path) -> None:
-    """An earlier start found that none verifies."""
+    """An earlier start found that none passes verification."""
     (folder / "step-00000010.corrupt").mkdir(parents=True)
 
 
@@ -92,7 +92,7 @@ def test_a_directory_that_may_not_be_read_is_lost(tmp_path: Path, monkeypatch: p
 
 
 def test_a_disk_that_fails_has_lost_nothing_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same command may find them when it is started again: that is another exit code."""
+    """The same command may find them when it is started again, so the exit code is another one."""
 
     def failing(folder: Path) -> list[tuple[int, Path]]:
         raise OSError(5, "Input/output error", str(folder))
@@ -144,7 +144,7 @@ def test_an_older_checkpoint_is_enough(name: str, tmp_path: Path) -> None:
 
 
 def test_a_run_that_has_started_over_misses_nothing_of_before(tmp_path: Path) -> None:
-    """Earlier releases started over unasked: such a run goes on, and is not refused for ever."""
+    """Earlier releases started over without asking: such a run continues, and is not refused forever."""
     assert lost_checkpoints(run_with(tmp_path, STARTED, SAVED, RESUMED, STARTED)) == ""
 
 

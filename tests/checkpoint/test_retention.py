@@ -1,4 +1,4 @@
-"""Pruning keeps the newest valid checkpoints and whatever must not go."""
+"""Pruning keeps the newest valid checkpoints and everything that must be kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was written comes back bit for bit, whoever wrote it and whoever reads it."""
+"""Whatever was written reads back bit for bit, whoever wrote it and whoever reads it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trainer state comes back bit for bit, or is refused before anything is written."""
+"""Trainer state reads back bit for bit, or is refused before anything is written."""
 
 from __future__ import annotations
 

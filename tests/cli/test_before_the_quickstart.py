@@ -1,4 +1,4 @@
-"""The commands of README and docs in an empty directory: what they need `kha quickstart` makes, and they say so."""
+"""The commands of README and docs in an empty directory need what `kha quickstart` makes, and say so."""
 
 from __future__ import annotations
 

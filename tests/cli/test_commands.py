@@ -1,4 +1,4 @@
-"""The command imports what the sub-command needs, and nothing for the others."""
+"""The command imports what its sub-command needs, and nothing for the others."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_help_lists_all_but_the_hidden() -> None:
 
 
 def test_no_help_tells_users_which_class_an_error_has() -> None:
-    """Docstrings of commands do, from "Raises" on; what stands before it is shown whole."""
+    """Docstrings of commands name it from "Raises" on; the text before is shown in full."""
     command = typer.main.get_command(build(list(COMMANDS)))
     helps = dict(_helps(command, "kha"))
     assert {"kha train", "kha data verify", "kha checkpoint verify", "kha bench step"} <= helps.keys()

@@ -1,4 +1,4 @@
-"""Every `--json` of every command prints one strict document or nothing, whatever the run went through."""
+"""Every `--json` of every command prints one strict document or nothing, whatever happened to the run."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse(text: str) -> Any:
-    """`text` as the strictest parsers read it: RFC 8259, no key twice, no half of a surrogate pair."""
+    """`text` parsed as strictly as possible: RFC 8259, no duplicate keys, no lone surrogates."""
     value = json.loads(text, parse_constant=refuse, object_pairs_hook=no_key_twice)
     json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
 
 class Places:
-    """What the commands are tried on, as a user has it on disk. `named(text)` fills in its names."""
+    """What the commands are run on, as users have it on disk. `named(text)` fills in its names."""
 
     def __init__(self, root: Path, dataset: Path) -> None:
         self.root = root
@@ -280,7 +280,9 @@ def test_it_is_of_commands_that_start_others_too(command: Case, places: Places, 
 def test_a_secret_is_hidden_in_an_answer_and_the_answer_is_whole(
     places: Places, kha: Kha, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hidden in the text of the answer, a rule that ends at a quote took the quote of the answer with it."""
+    """If secrets were hidden in the text of the output, a rule that ends at a quote would remove the quote of the
+    document with it.
+    """
     monkeypatch.setenv("SOME_API_KEY", "hunter2-canary")
     for overrides in ("run.name='https://me:pa ss@host/x hunter2-canary'", "run.name='token=\"hunter2-canary'"):
         code, out, err = kha("plan", *TINY, overrides, "model.kv_heads=1", "--json")

@@ -24,7 +24,7 @@ Train = Callable[..., tuple[int, str]]
 def train(
     small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Train:
-    """`train(*overrides)` as the command does it; returns the exit code and what stood on standard error."""
+    """`train(*overrides)` as the command does it; returns the exit code and the content of standard error."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "KHA_DEBUG"):
         monkeypatch.delenv(name, raising=False)
 
@@ -157,7 +157,9 @@ def test_a_record_that_cannot_be_written_ends_the_run_and_the_same_command_goes_
 def test_a_secret_is_in_nothing_that_a_run_prints(
     small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Launch logs keep it: messages of a run that bears the secret's name, a mistake, a defect with its traceback."""
+    """Launch logs keep what is printed: messages of a run whose name is the secret, a mistake, a bug with its
+    traceback.
+    """
     canary = "hunter2-canary-value"
     monkeypatch.setenv("SOME_API_KEY", canary)
     code, said = train(f"data.train=/nowhere/{canary}")

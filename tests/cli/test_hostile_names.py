@@ -1,4 +1,4 @@
-"""A run's name, its data's and its settings' are printed as they are by every command, whatever is in them."""
+"""Every command prints the names of runs, data and settings literally, whatever they contain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of other programs: where a setting is `KEY=VALUE`, `--steps 100` is refused with `run.steps=100`."""
+"""Options in the style of other programs: `--steps 100` is refused, and `run.steps=100` is suggested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `--json` prints is JSON for any parser, and the command says what it is when it is asked."""
+"""The output of `--json` is JSON for any parser, and the command describes itself when asked."""
 
 from __future__ import annotations
 

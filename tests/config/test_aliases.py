@@ -1,4 +1,4 @@
-"""Names and spellings of other programs are answered with what is typed here."""
+"""For names and spellings of other programs, errors suggest what to type here."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_learning_rate_of_other_frameworks_is_answered_with_ours(alias: str)
 
 
 def test_names_of_other_frameworks_are_answered_with_ours() -> None:
-    # Each fortieth: all of them take half a minute.
+    # Every fortieth: all of them would take half a minute.
     for alias, ours in list(ALIASES.items())[::40]:
         assert _refused(f"{alias}=1").fix == f"did you mean {ours}?", alias
 

@@ -1,4 +1,4 @@
-"""The points of a grid: Hydra composes each choice of presets once, and the result is the one it composes alone."""
+"""The points of a grid: Hydra composes each choice of presets once, and the result equals its own."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SETTINGS = st.lists(st.sampled_from(sorted(VALUES)), max_size=5, unique=True).fl
 
 
 def outcome(merge: Any, overrides: Sequence[str]) -> Any:
-    """The merged values, references as they stand, or the error as a user is told it."""
+    """The merged values with references unresolved, or the error as a user sees it."""
     try:
         return OmegaConf.to_container(merge(overrides), resolve=False)
     except (HydraException, OmegaConfBaseException) as error:

@@ -1,4 +1,4 @@
-"""docs/configuration.md and the README say what is so."""
+"""docs/configuration.md and the README are correct."""
 
 from __future__ import annotations
 

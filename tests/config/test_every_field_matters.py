@@ -1,6 +1,6 @@
-"""Every setting changes something that can be seen. One that nothing reads has no place in the schema.
+"""Every setting changes something observable. A setting that nothing reads has no place in the schema.
 
-`CHANGES` gives each field another valid value and names the observable that must move; `UNSEEN` are the few that
+`CHANGES` gives each field another valid value and names the observable that must change; `UNSEEN` lists the few that
 cannot, with the reason. A field in neither fails.
 """
 
@@ -51,10 +51,10 @@ PRESETS = sorted(path.stem for path in (shipped("configs") / "attention").glob("
 
 
 class _Asked(Exception):
-    """Raised in place of what was asked for, to see the arguments alone."""
+    """Raised instead of the real call, to see only its arguments."""
 
 
-# Observables: configuration -> something that can be compared.
+# Observables: configuration -> a value that can be compared.
 
 
 def plan(config: RunConfig) -> Any:
@@ -83,25 +83,25 @@ def metrics(config: RunConfig) -> Any:
 
 
 def first_loss(config: RunConfig) -> Any:
-    """The loss of the first micro-batch at initialisation, where nothing but the arithmetic can differ."""
+    """The loss of the first micro-batch at initialisation, where only the arithmetic can differ."""
     batch = next(next(open_stream(config)).micro_batches(2))
     arguments = (batch.tokens_BT, batch.labels_BT, batch.positions_BT, batch.cu_seqlens_S, batch.max_seqlen)
     return build_decoder(config)(*arguments).loss_sum.item()
 
 
 def kernels(config: RunConfig) -> Any:
-    """The functions chosen to compute attention and experts: backends agree on results, so only they can tell."""
+    """The functions chosen to compute attention and experts: backends agree on results, so only the choice differs."""
     block = build_decoder(config).blocks[0]
     return block.attention.attend.__name__, block.feed_forward.experts.run.__name__
 
 
 def folding(config: RunConfig) -> Any:
-    """Whether the interaction is computed on weights: results agree, so only it can tell."""
+    """Whether the interaction is computed on weights: results agree, so only this differs."""
     return build_decoder(config).blocks[0].attention.interaction.folded
 
 
 def way_of_the_norm(config: RunConfig) -> Any:
-    """What normalises and turns the queries: kernels agree on results, so only it can tell."""
+    """What normalises and rotates the queries: kernels agree on results, so only this differs."""
     return type(build_decoder(config).blocks[0].attention.query_norm).__name__
 
 
@@ -113,7 +113,7 @@ def bias_after_a_step(config: RunConfig) -> Any:
 
 
 def forward_of_a_choice(config: RunConfig) -> Any:
-    """Loss and loads with the router far from indifferent, where its settings decide who is chosen."""
+    """Loss and loads with a strongly selective router, where its settings decide which experts are chosen."""
     decoder = build_decoder(config)
     with torch.no_grad():
         for router in decoder.routers():
@@ -124,7 +124,7 @@ def forward_of_a_choice(config: RunConfig) -> Any:
 
 
 def planned(config: RunConfig) -> Any:
-    """What `kha plan` answers."""
+    """The output of `kha plan`."""
     return make_plan(config).to_dict()
 
 
@@ -157,7 +157,7 @@ def batch_after_2048_samples(config: RunConfig) -> Any:
 
 
 def file_reader(config: RunConfig) -> Any:
-    """How files are read: both ways give the same ids, so only the reader can tell."""
+    """How files are read: both ways give the same ids, so only the reader differs."""
     return type(open_stream(config).samples.sources[0].rows.shards._files).__name__
 
 
@@ -215,7 +215,7 @@ def profiled(config: RunConfig, tmp_path: Path) -> Any:
 
 
 def engine_settings(config: RunConfig) -> Any:
-    """What DeepSpeed is told."""
+    """The settings passed to DeepSpeed."""
     return deepspeed_settings(config, World.single(), resolve_dtype(config, torch.device("cpu")))
 
 
@@ -250,7 +250,7 @@ def process_group(config: RunConfig, patch: pytest.MonkeyPatch) -> Any:
 
 
 def decisions(config: RunConfig) -> Any:
-    """What is decided, step by step, about a curve with NaN, a spike that lasts, and a loss twice its mean."""
+    """The decisions, step by step, about a curve with NaN, a lasting spike, and a loss twice its mean."""
     watch, decided = Watch(config), []
     calm = [2.0 + 0.01 * (step % 7) for step in range(200)]
     for step, loss in enumerate([*calm, *[math.nan] * 5, *calm[:10], *[3.0] * 20, *calm, *[9.0] * 6], start=1):
@@ -261,7 +261,7 @@ def decisions(config: RunConfig) -> Any:
 
 
 def rewind_of_a_run(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Where a run that is told to go back after step 5 goes to, and what it leaves out; None when it ends instead."""
+    """Where a run that must go back after step 5 goes to, and what it skips; None when it ends instead."""
 
     def decide(policy: Policy, verdict: Verdict) -> Decision:
         decided.append(verdict)
@@ -289,7 +289,7 @@ def failed_saves_until_the_end(config: RunConfig) -> Any:
 
 
 def watchdog_timeout(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The patience of the watchdog."""
+    """The timeout of the watchdog."""
     asked: list[float] = []
     original = train_run.Watchdog
     patch.setattr(train_run, "Watchdog", lambda *given: asked.append(given[2]) or original(*given))
@@ -325,7 +325,7 @@ def refused_changes(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def damaged_checkpoint(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """What becomes of a run whose newest checkpoint is damaged."""
+    """What happens to a run whose newest checkpoint is damaged."""
     run_files(config, patch, tmp_path)
     newest = max(Path(config.run.dir, "checkpoints").glob("step-*"))
     (newest / "trainer.json").write_text("{}")
@@ -352,7 +352,7 @@ def wandb_run(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path) -> A
 
 
 def run_files(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """What a short training run leaves: its directory, its checkpoints, the steps it trained and validated."""
+    """The results of a short training run: its directory, its checkpoints, the steps it trained and validated."""
     patch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         patch.setenv(name, "0")

@@ -1,4 +1,4 @@
-"""Every number has a declared range, and text holds nothing that a file name or a program could not take."""
+"""Every number has a declared range, and text contains nothing that a file name or a program rejects."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FREE = {
     "data.sources.weight": "judged by the mixture",
     "data.phases.weights": "judged by the mixture",
 }
-"""Numbers whose range is not one interval of their own."""
+"""Numbers whose range is not a single interval."""
 
 
 def _numbers(cls: type, path: str = "") -> Iterator[tuple[str, type]]:

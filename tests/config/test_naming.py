@@ -1,4 +1,4 @@
-"""A run that is given no name is named after what was chosen: stable, distinct, and safe as a file name."""
+"""A run without a given name is named after its settings: stable, distinct, and safe as a file name."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_different_settings_have_different_names_that_are_safe_and_stable(chosen
         assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,79}", config.run.name) and len(config.run.name) < 80
         plain = flatten(to_plain(config))
         settled = {key: plain[key] for key in plain if key not in ("run.name", "run.dir", "model.name")}
-        # Some file systems tell no capital letters from small ones.
+        # Some file systems ignore case.
         assert named.setdefault(config.run.name.lower(), settled) == settled
 
 
@@ -148,7 +148,7 @@ SETTINGS = ["attention=kha_mlp", "model.layers=2", "data.train=a/train"]
 
 
 class TestARunOfAnOlderRelease:
-    """Such a release kept every run without a name of its own in runs/VARIANT-sSEED."""
+    """Such a release kept every run without a name in runs/VARIANT-sSEED."""
 
     @pytest.fixture(autouse=True)
     def begun(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

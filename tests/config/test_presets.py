@@ -1,4 +1,4 @@
-"""Every preset has one spelling; every other spelling is refused in one line, with that one where it is known."""
+"""Every preset has one spelling; every other spelling is refused in one line, with the right one if it is known."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _refused(*overrides: str) -> ConfigError:
 
 @pytest.fixture
 def few_merges(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of merges, which ends the test where it grows without end."""
+    """The number of merges, which ends the test if it grows without limit."""
     merge, count = composing._merge, [0]
 
     def counted(overrides: list[str], name: str = "") -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""What runs on a device, judged from plain facts of it: no GPU, and one answer for the trainer and the plan."""
+"""What runs on a device, decided from plain facts about it: no GPU needed, and one result for trainer and plan."""
 
 from __future__ import annotations
 

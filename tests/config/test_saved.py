@@ -1,4 +1,4 @@
-"""A configuration saved by an older release counts what it lacks as the declared earlier value."""
+"""In a configuration saved by an older release, missing settings have their declared earlier values."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What every attention promises: base x interaction x implementation x backend, on a CPU.
+"""What every attention must do: base x interaction x implementation x backend, on a CPU.
 
 The cases come from the registry and the presets: whatever is registered is covered. A pair that a variant refuses by
-default is tried with the settings of `ADMITTED`; what is refused then is listed by a test of its own. Kernels in
-Triton are taken in where they can run, in its interpreter (`tests/model/kernels/test_interpreted.py`).
+default is tried with the settings of `ADMITTED`; what is refused then is listed by a test of its own. Kernels in Triton
+are taken in where they can run, in its interpreter (`tests/model/kernels/test_interpreted.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/data.md says how to read a dataset without us: it must work."""
+"""docs/data.md explains how to read a dataset without kha_train: it must work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arrays made once: mapped afterwards, made again when damaged, by one of several processes."""
+"""Cached arrays: made once by one of several processes, memory-mapped afterwards, made again when damaged."""
 
 from __future__ import annotations
 

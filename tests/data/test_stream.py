@@ -1,4 +1,4 @@
-"""Batches: the same samples for every world size, labels that stay inside documents, errors that name the mend."""
+"""Batches: the same samples for every world size, labels that stay inside documents, errors that name the fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kha data`: the whole way from text to a verified dataset, answers a program can read."""
+"""`kha data`: the whole way from text to a verified dataset, with output that a program can read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoding a user's files as they lie: every text once, in order, the same files for any number of processes."""
+"""Encoding a user's files in place: every text once, in order, the same files for any number of processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The user's files as they lie on disks: what is taken, what is passed over and said, under which names."""
+"""The user's files as they are on disk: which are read, which are skipped and reported, and their names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed text and foreign token files: what comes in is what was there, and the tokens stay where they are."""
+"""Compressed text and foreign token files: the content is unchanged, and the tokens stay where they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A dataset is replaced whole or not at all, and by one process at a time."""
+"""A dataset is replaced completely or not at all, and by one process at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation: what is drawn, that a cache changes nothing, that a finished run speaks."""
+"""Generation: which tokens are drawn, that a cache changes nothing, that a finished run generates text."""
 
 from __future__ import annotations
 

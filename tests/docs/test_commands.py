@@ -1,4 +1,4 @@
-"""The commands of README and docs run as they stand, typed in order from an empty directory.
+"""The commands of README and docs work as written, typed in order from an empty directory.
 
 The info string of a block says what it is:
 
@@ -66,8 +66,9 @@ def blocks(page: str) -> list[Block]:
 
 
 def script(page: Path, text: str) -> str:
-    """The bash script that types the commands of the page's `text`. Before each block it prints `MARK` and the place,
-    and it ends with the code of the first command that breaks, or 1 where one should have ended otherwise."""
+    """The bash script that types the commands of the page's `text`. Before each block it prints `MARK` and the
+    position. It ends with the code of the first command that fails, or with 1 if one has not failed as expected.
+    """
     lines = ["set -eo pipefail", "export COLUMNS=120"]
     for block in blocks(text):
         if block.language == "text" or block.option("needs"):
@@ -138,7 +139,7 @@ def _type(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_the_commands_of_readme_and_docs_run_in_order_from_an_empty_directory(tmp_path: Path) -> None:
-    """As far as a machine without GPU and SLURM can: other blocks say what they need."""
+    """As far as possible without GPU and SLURM: other blocks say what they need."""
     for name in TYPED:
         page = ROOT / name
         ended = _type(page, tmp_path)

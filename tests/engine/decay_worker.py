@@ -1,4 +1,4 @@
-"""Steps with interaction parameters apart, each checked against AdamW's formula in fp64; answers what was seen."""
+"""Steps with separate interaction parameters, each checked against AdamW's formula in fp64; reports the results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A finite step refused by the gate, against a run that never saw its batch; answers what differs (nothing)."""
+"""A finite step refused by the gate, against a run that never saw its batch; reports the differences (none)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step in which rank 0 has all the tokens and any other rank nothing but padding; answers what the step came to."""
+"""One step in which rank 0 has all the tokens and every other rank only padding; reports the result of the step."""
 
 from __future__ import annotations
 

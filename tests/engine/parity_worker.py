@@ -1,4 +1,4 @@
-"""Steps under each ZeRO stage, on every rank; answers losses, norms, label counts, samples and initial weights."""
+"""Steps under each ZeRO stage, on every rank; reports losses, norms, label counts, samples and initial weights."""
 
 from __future__ import annotations
 

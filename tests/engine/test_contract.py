@@ -1,4 +1,4 @@
-"""The contract of an engine, asked of each engine: what the loop, saving, probe, audit and resume rely on."""
+"""The contract of an engine, checked for each engine: what the loop, saving, probe, audit and resume rely on."""
 
 from __future__ import annotations
 

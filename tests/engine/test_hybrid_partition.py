@@ -1,4 +1,4 @@
-"""ZeRO 3 with the weights held once more by groups of ranks computes what ZeRO 3 computes."""
+"""ZeRO 3 with another copy of the weights in groups of ranks computes the same as plain ZeRO 3."""
 
 from __future__ import annotations
 

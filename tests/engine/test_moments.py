@@ -1,4 +1,4 @@
-"""Moments in bf16: 4 bytes a parameter less, nearly the same losses, and a save that continues bit for bit."""
+"""Moments in bf16: 4 bytes per parameter less, nearly the same losses, and a save that continues bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rank that has nothing but padding joins every step of the others and adds nothing to it."""
+"""A rank with nothing but padding takes part in every step of the others and adds nothing to it."""
 
 from __future__ import annotations
 

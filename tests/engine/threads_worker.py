@@ -1,4 +1,4 @@
-"""Train as one rank, and answer which threads of process groups are left when all is closed."""
+"""Trains as one rank, and reports which threads of process groups are left when everything is closed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One step of two micro-batches on every rank; answers how far private memory grew, at most, since just before.
+"""One step of two micro-batches on every rank; reports the peak growth of private memory since just before it.
 
-Private memory is the resident set less file and shared pages. The kernel keeps its high-water mark exactly; writing 5
-to clear_refs starts it afresh.
+Private memory is the resident set minus file and shared pages. The kernel keeps an exact high-water mark; writing 5 to
+clear_refs resets it.
 """
 
 from __future__ import annotations

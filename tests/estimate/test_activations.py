@@ -1,4 +1,6 @@
-"""What attention is reckoned to save for its backward, against what torch saves: every base with every interaction."""
+"""The estimate of what attention saves for its backward, against what torch saves: every base with every
+interaction.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ REFUSED = {("mla", "knocking_mlp"), ("mla", "knocking_gate")}
 
 
 def planned_and_saved(overrides: list[str]) -> tuple[int, int]:
-    """Bytes of one layer's attention on one row: reckoned, and seen by saved-tensor hooks, each storage once, without
-    parameters, rotary tables and the mask that all layers share."""
+    """Bytes of one layer's attention on one row: estimated, and counted by saved-tensor hooks, each storage once,
+    without parameters, rotary tables and the mask shared by all layers.
+    """
     config = compose([*SHAPE, *overrides])
     attention, base = build_attention(config), config.attention.base
     with torch.no_grad():
@@ -55,7 +58,7 @@ def planned_and_saved(overrides: list[str]) -> tuple[int, int]:
 @pytest.mark.parametrize("interaction", INTERACTIONS)
 @pytest.mark.parametrize("base", BASES)
 def test_every_pair_that_composes_saves_what_is_reckoned(base: str, interaction: str, split: str) -> None:
-    """Within 15 %: small matrices and an interaction's second use of a tensor are left out of the reckoning."""
+    """Within 15 %: small matrices and an interaction's second use of a tensor are not estimated."""
     overrides = [f"attention={base}", f"interaction@attention.interaction={interaction}"]
     if base == "mla":
         overrides += ["attention.base.latent_width=24", "attention.base.rotary_dim=8"]

@@ -1,4 +1,4 @@
-"""`kha plan`: its stable keys, its arithmetic, when it fits and what it advises when it does not."""
+"""`kha plan`: its stable keys, its arithmetic, when a run fits and what it recommends when it does not."""
 
 from __future__ import annotations
 

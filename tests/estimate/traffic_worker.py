@@ -1,8 +1,8 @@
-"""Steps of two micro-batches on every rank; answers for each the bytes that its collectives would send through rings,
+"""Steps of two micro-batches on every rank; reports for each step the bytes that its collectives would send in rings,
 by collective: among `all` ranks, and inside `groups` of them.
 
-The collectives of torch.distributed are counted from outside, whoever calls them: an all-reduce of S bytes sends
-2 S (N - 1) / N from every rank, a reduce-scatter, all-gather or broadcast of S bytes (all ranks' parts) S (N - 1) / N.
+The collectives of torch.distributed are counted from outside, whoever calls them: an all-reduce of S bytes sends 2 S (N
+- 1) / N from every rank, a reduce-scatter, all-gather or broadcast of S bytes (all ranks' parts) S (N - 1) / N.
 """
 
 from __future__ import annotations

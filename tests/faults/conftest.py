@@ -1,4 +1,4 @@
-"""One fork server a session, and runs that are killed, hurt and started again in directories of their own."""
+"""One fork server per session, and runs that are killed, damaged and restarted in their own directories."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RUN = Path("runs/one")
 
 
 class Runs:
-    """One run directory, its command, and what is found in it. `where` holds `runs/one`, as every twin's does."""
+    """One run directory, its command and its content. `where` holds `runs/one`, like every twin's."""
 
     def __init__(self, where: Path, overrides: list[str], serve: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         self.where, self.overrides, self._serve = where, overrides, serve
@@ -32,7 +32,7 @@ class Runs:
         return self._serve({**request, "log": str(self.log), **more})["codes"]
 
     def to_the_end(self, ranks: int = 1, overrides: tuple[str, ...] = ()) -> None:
-        """Run without faults; it must end well."""
+        """Run without faults; it must succeed."""
         assert self.start(ranks=ranks, overrides=overrides) == [0] * ranks, self.log.read_text()
 
     def curve(self) -> list[dict[str, Any]]:
@@ -101,7 +101,7 @@ def make_run(
 
 @pytest.fixture(scope="session")
 def straight(make_run: Callable[..., Runs]) -> Callable[..., Runs]:
-    """`straight(*overrides, steps=6, ranks=1)`: the same run, never disturbed; made once a session."""
+    """`straight(*overrides, steps=6, ranks=1)`: the same run, never interrupted; made once per session."""
     made: dict[Any, Runs] = {}
 
     def get(*overrides: str, steps: int = 6, ranks: int = 1) -> Runs:

@@ -1,4 +1,4 @@
-"""Reads a checkpoint under one ZeRO stage and world size and writes it again; answers what each rank read."""
+"""Reads a checkpoint under one ZeRO stage and world size and writes it again; reports what each rank read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trains and answers what the process held every so many steps."""
+"""Trains and reports the resources of the process at intervals."""
 
 from __future__ import annotations
 

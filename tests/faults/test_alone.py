@@ -1,4 +1,4 @@
-"""What happens to one rank alone: all end together, by the same error, and nothing of the run is lost."""
+"""Faults on one rank alone: all ranks end together with the same error, and nothing of the run is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""F16, F17: memory that lies, and memory that is not there."""
+"""F16, F17: corrupted memory, and missing memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""F12: other world sizes and ZeRO stages go on with the same samples and the same fp32 state, bit for bit."""
+"""F12: other world sizes and ZeRO stages continue with the same samples and the same fp32 state, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever stands in the files of a run, every reader of them ends well or with the one error and its exit code."""
+"""Whatever the files of a run contain, every reader of them succeeds or ends with the one error and its exit code."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ MUTATIONS = ("delete", "replace", "duplicate", "truncate", "bytes", "nest", "ins
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The old run with one of every file that a run may have."""
+    """The old run, completed with one of every file that a run may have."""
     folder = tmp_path_factory.mktemp("template") / "run"
     shutil.copytree(OLD, folder)
     for name, content in MORE.items():
@@ -142,7 +142,7 @@ def test_every_reader_of_a_run_ends_well(template: Path, tmp_path_factory: pytes
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_trainer_state_is_restored_or_refused(template: Path, data: Any) -> None:
-    """The manifest is taken at its word: it would be forged with the rest."""
+    """The manifest is trusted here: a forger would forge it too."""
     raw = mutated(
         (template / CHECKPOINT / "trainer.json").read_bytes(), data.draw(st.sampled_from(MUTATIONS)), data.draw
     )

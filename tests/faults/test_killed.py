@@ -1,4 +1,4 @@
-"""F1, F2: kill -9 between steps and at every stage of a save; the run that goes on equals one that was never hurt."""
+"""F1, F2: kill -9 between steps and at every stage of a save; the resumed run equals one that was never interrupted."""
 
 from __future__ import annotations
 

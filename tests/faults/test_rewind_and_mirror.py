@@ -1,4 +1,4 @@
-"""F6, F14: batches of noise, and a W&B that is not there."""
+"""F6, F14: batches of noise, and an unavailable W&B."""
 
 from __future__ import annotations
 

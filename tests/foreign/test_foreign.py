@@ -1,4 +1,4 @@
-"""Foreign files are opened without waiting, parsed without blowing up, and typed or refused with their place."""
+"""Foreign files are opened without blocking, parsed within limits, and typed or refused with the place of the fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The batch scripts without SLURM: bash with stand-ins for srun and scontrol that write down what they are given."""
+"""The batch scripts without SLURM: bash with replacements for srun and scontrol that record their arguments."""
 
 from __future__ import annotations
 

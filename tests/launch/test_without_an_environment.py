@@ -1,4 +1,4 @@
-"""With a Python that lacks what is needed (no environment is active) each way to start says what to do in one line."""
+"""With a Python that lacks packages (no environment is active), every way to start prints one line with the fix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kha_train.interpreter import NEEDED, complaint
 
 ROOT = Path(__file__).resolve().parents[2]
 BARE = [sys.executable, "-S"]
-"""This Python without its site-packages: it has the standard library alone."""
+"""This Python without its site-packages: only the standard library."""
 IMPORTED_AS = {"hydra-core": "hydra", "pyyaml": "yaml"}
 
 

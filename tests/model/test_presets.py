@@ -1,4 +1,4 @@
-"""The presets against the paper's digits and against the stock classes of transformers, parameter for parameter."""
+"""The presets against the paper's figures and against transformers' own classes, parameter for parameter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Selective recomputation changes no bit, keeps what is dear for its size, and holds what the plan reckons."""
+"""Selective recomputation changes no bit, keeps what is expensive for its size, and keeps the bytes that the plan
+estimates.
+"""
 
 from __future__ import annotations
 

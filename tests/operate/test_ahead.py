@@ -1,4 +1,4 @@
-"""Runs that several processes read ahead compare as runs that are read one by one."""
+"""Runs read ahead by several processes compare like runs read one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The quickstart, shortened: every stage is really run, and a second call repeats none of it."""
+"""The quickstart, shortened: every stage really runs, and a second call repeats none of them."""
 
 from __future__ import annotations
 

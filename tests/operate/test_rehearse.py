@@ -1,4 +1,6 @@
-"""A job of 64 ranks in one process: its arithmetic, data and checkpoint, and what would have failed in the queue."""
+"""A job of 64 ranks in one process: its arithmetic, data and checkpoint, and the errors it would have had in the
+queue.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `kha status` says of a run, from records written here with times of our choosing."""
+"""What `kha status` reports for records written here with chosen times."""
 
 from __future__ import annotations
 

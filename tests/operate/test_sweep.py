@@ -1,4 +1,4 @@
-"""Sweeps: which points a grid has, where they live, what is missing, what reaches SLURM and what never may."""
+"""Sweeps: the points of a grid, their directories, which are missing, and what may reach SLURM."""
 
 from __future__ import annotations
 

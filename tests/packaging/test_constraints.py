@@ -1,4 +1,4 @@
-"""The set-up is repeatable and never pulls another torch build; nothing in it belongs to one machine."""
+"""The set-up is repeatable and never replaces the torch build; nothing in it depends on one machine."""
 
 from __future__ import annotations
 

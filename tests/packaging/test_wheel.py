@@ -1,4 +1,4 @@
-"""The wheel is whole: installed away from the checkout it finds its configurations and trains."""
+"""The wheel is complete: installed away from the checkout it finds its configurations and trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each start of a run keeps its configuration and its facts, however often the directory is started again."""
+"""Each start of a run keeps its configuration and its facts, however often the directory is restarted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Of what the ranks of a start left, who began: never a rank whose connection broke because another one was gone."""
+"""Finding the first failure among the files of a start: never a rank whose connection broke because another one was
+gone.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The columns of a record and their twin: they say what the lines say, whatever happened to either file."""
+"""The columns of a record and their cache agree with the lines, whatever happened to either file."""
 
 from __future__ import annotations
 

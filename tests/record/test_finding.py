@@ -1,4 +1,4 @@
-"""Wherever a run is named, folders, sweeps and globs of runs will do."""
+"""Wherever a run is expected, folders, sweeps and globs of runs are accepted."""
 
 from __future__ import annotations
 

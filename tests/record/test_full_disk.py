@@ -1,4 +1,4 @@
-"""A full disk under the record: the line that does not fit is an error and leaves no half behind."""
+"""A full disk under the record: a line that does not fit is an error and leaves no part behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the time of a run went, by hand."""
+"""How the time of a run was spent, computed by hand."""
 
 from __future__ import annotations
 

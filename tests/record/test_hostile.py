@@ -1,4 +1,6 @@
-"""Files of a run directory that another mind wrote: read as they are meant, or refused with file, line and field."""
+"""Files of a run directory written by something else: read with their intended meaning, or refused with file, line and
+field.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels that tables and answers are keyed by."""
+"""Labels that are keys of tables and results."""
 
 from __future__ import annotations
 

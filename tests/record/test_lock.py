@@ -1,4 +1,4 @@
-"""One owner a run directory: on one machine, across machines without common locks, and over a requeue."""
+"""One owner per run directory: on one machine, across machines without common locks, and after a requeue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Secrets never reach a file; the daily words of language models (tokens, tokenizer) always do."""
+"""Secrets never reach a file; everyday words of language models (tokens, tokenizer) always do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever happens to a run, its end tells what its whole record tells: the last lines, and the sums kept up."""
+"""Whatever happens to a run, its end agrees with its whole record: the last lines, and the running sums."""
 
 from __future__ import annotations
 
@@ -319,7 +319,7 @@ WILD = st.recursive(
 def test_kept_sums_with_a_wild_value_are_passed_over_and_never_an_error(
     kept_up: Path, drawn: st.DataObject, signed: bool
 ) -> None:
-    """Also with a digest that fits the wild value (`signed`), which may be believed, there is an answer."""
+    """Even with a digest that fits the wild value (`signed`), which may be believed, there is a result."""
     file = kept_up / TOTALS_FILE
     sound = file.read_bytes()
     content = json.loads(sound)

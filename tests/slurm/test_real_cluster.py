@@ -1,4 +1,4 @@
-"""Training on a real SLURM: two nodes, every way to be interrupted, sweeps, and ends that must not come again."""
+"""Training on a real SLURM: two nodes, every way to be interrupted, sweeps, and errors that must not be requeued."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well spikes are found on labelled curves, beside the rules of others: the table of docs/stability.md."""
+"""How well spikes are detected on labelled curves, compared with other rules: the table of docs/stability.md."""
 
 from __future__ import annotations
 

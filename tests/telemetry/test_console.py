@@ -1,4 +1,4 @@
-"""The console says what the record says, in the width there is, and only on rank 0."""
+"""The console agrees with the record, fits the available width, and prints only on rank 0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A profile is a luxury: a disk that does not take it costs the profile and not the run."""
+"""A profile is optional: a disk that cannot take it costs the profile and not the run."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The W&B mirror against a real server on the loopback device that refuses, fails or says nothing, and against what the
-user asked wandb for: training goes on, offline files are whole, and the one line says why."""
+"""The W&B mirror against a real server on the loopback device that refuses, fails or does not answer, and against the
+user's own wandb settings: training continues, offline files are complete, and the one line gives the reason.
+"""
 
 from __future__ import annotations
 

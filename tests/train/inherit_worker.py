@@ -1,4 +1,4 @@
-"""Engines that begin with a checkpoint, under stages, precisions and groups; answers what became of its values."""
+"""Engines that begin with a checkpoint, under stages, precisions and groups; reports what happened to its values."""
 
 from __future__ import annotations
 

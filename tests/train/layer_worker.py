@@ -1,4 +1,4 @@
-"""Observed steps on every rank; answers the entries that the modules of the decoder declared, and the whole norm."""
+"""Observed steps on every rank; reports the entries that the modules of the decoder declared, and the whole norm."""
 
 from __future__ import annotations
 

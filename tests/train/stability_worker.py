@@ -1,4 +1,4 @@
-"""One rank of the runs that test_stability.py judges; answers what they left."""
+"""One rank of the runs that test_stability.py judges; reports their results."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def poisoned_steps(overrides: list[str], world: World) -> dict[str, Any]:
 
 
 def probed_steps(overrides: list[str], world: World) -> dict[str, Any]:
-    """A few steps that were looked into, beside a twin's that were not."""
+    """A few probed steps, beside a twin without probes."""
     config = compose(overrides)
     ends, found, norm = [], {}, 0.0
     for probed in (True, False):

@@ -1,4 +1,4 @@
-"""What a resumed run may change without being asked: every other setting is refused, and those change no result.
+"""Settings that a resumed run may change freely: every other setting is refused, and these change no result.
 
 `NOTHING` and `ROUNDING_ONLY` give each free setting another value, and a resumed run tries them; `ELSEWHERE` names the
 test that proves what cannot be tried here.

@@ -1,4 +1,4 @@
-"""A run counts as done only when its last step came to something."""
+"""A run counts as done only if its last step was sound."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_run_that_ends_on_a_step_that_was_not_finite_has_diverged(
     assert read_run(run_dir)["attempts"][-1]["state"] == "diverged"
     assert [event["kind"] for event in read_events(run_dir)].count("abort") == 1
     assert saved(run_dir) == ["step-00000002", "step-00000004"]
-    # What made it so is mended: the run goes on from the last checkpoint to its end.
+    # The cause is fixed: the run continues from the last checkpoint to its end.
     poison()
     assert train(configure(f"stability={policy}")).finished and has_marker(run_dir, Marker.DONE)
 
@@ -92,7 +92,7 @@ def test_a_run_that_recovers_by_its_last_step_is_done(
 
 
 def test_a_run_of_which_no_step_was_applied_has_diverged(configure: Configure, tmp_path: Path) -> None:
-    """The case that was reported: weights so large that nothing is finite, fewer steps than the policy's patience."""
+    """The reported case: weights so large that nothing is finite, and fewer steps than the policy's limit."""
     with pytest.raises(DivergedError, match="9 steps in a row that were not finite, the last one at step 9"):
         train(configure("run.steps=9", "model.init_std=1e30", "stability.max_nonfinite_steps=10"))
     assert has_marker(tmp_path / "run", Marker.FATAL) and not has_marker(tmp_path / "run", Marker.DONE)

@@ -1,4 +1,4 @@
-"""Validation: the figures against their definitions, and no rank left alone by a damaged row."""
+"""Validation: the figures against their definitions, and no rank left waiting by a damaged row."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The host waits for the device once a step of ours: where the gate decides. On a CPU the calls that would wait are
-counted; on CUDA the driver itself refuses them inside a micro-batch."""
+"""The host waits for the device once per step: where the gate decides. On a CPU the calls that would wait are counted;
+on CUDA the driver itself refuses them inside a micro-batch.
+"""
 
 from __future__ import annotations
 

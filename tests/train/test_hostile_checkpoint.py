@@ -1,4 +1,4 @@
-"""A checkpoint whose bytes are what its manifest says, and whose content is not: refused by field, nothing trained."""
+"""A checkpoint whose bytes match its manifest but whose content is wrong: refused by field, nothing is trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that begins with another's weights begins with its fp32 masters, bit for bit."""
+"""A run that inherits another run's weights begins with its fp32 masters, bit for bit."""
 
 from __future__ import annotations
 

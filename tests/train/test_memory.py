@@ -1,4 +1,4 @@
-"""Every way in which a library says that there is no memory is told as one."""
+"""Every form in which a library reports a lack of memory gives the same error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What has the name of a file or directory that a start writes is moved aside: it stops no run, and is not deleted."""
+"""Anything with the name of a file or directory that a start writes is moved aside: it stops no run and is not
+deleted.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that an older release made (tests/fixtures/old_runs) resume, compare and are scored."""
+"""Runs of an older release (tests/fixtures/old_runs) resume, compare and are scored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a start does with a run that is finished, and with one whose checkpoints are gone."""
+"""How a start treats a finished run, and a run whose checkpoints are gone."""
 
 from __future__ import annotations
 

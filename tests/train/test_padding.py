@@ -1,4 +1,4 @@
-"""What a run records of rows that are partly padding."""
+"""What a run records about rows with padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A long step is given up when a run is asked to stop; an ordinary one costs nothing and is finished."""
+"""A long step is abandoned when a run is asked to stop; an ordinary step costs nothing and is finished."""
 
 from __future__ import annotations
 

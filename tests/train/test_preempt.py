@@ -1,4 +1,4 @@
-"""A run is asked to stop, and tells its batch script how it ended, in files that are that job's alone."""
+"""A run is asked to stop, and reports its end to its batch script in files of that job alone."""
 
 from __future__ import annotations
 

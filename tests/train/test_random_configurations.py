@@ -1,4 +1,4 @@
-"""What is accepted trains, and the plan accepts what the trainer accepts: random configurations at tiny size."""
+"""Accepted configurations train, and the plan accepts what the trainer accepts: random configurations at tiny size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A resumed run says what another schedule does to its learning rate, and refuses a jump that nobody asked for."""
+"""A resumed run reports how another schedule changes its learning rate, and refuses a jump that was not allowed."""
 
 from __future__ import annotations
 

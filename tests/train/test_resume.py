@@ -1,4 +1,4 @@
-"""A run that was killed or stopped, started again, against one that never was: equal bit for bit."""
+"""A run that was killed or stopped and resumed, against one that was not interrupted: equal bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What routing remembers between steps survives a resume: selection biases, the last step's loads, the warm-up."""
+"""The routing state survives a resume: selection biases, the last step's loads, the warm-up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A signal is heard while the main thread is in a library, and a second one ends the process there too."""
+"""A signal is received while the main thread is in library code, and a second one ends the process there too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad steps and bad data in real runs: nothing of them stays, and all ranks decide alike."""
+"""Bad steps and bad data in real runs: they leave no trace, and all ranks decide alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the judge of a step says of clipping."""
+"""What the judge of a step reports about clipping."""
 
 from __future__ import annotations
 

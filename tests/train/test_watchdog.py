@@ -1,4 +1,4 @@
-"""The watchdog tells who hangs, and ends the process; alone in a process of its own."""
+"""The watchdog names the hanging rank and ends the process; each runs in a separate process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A refused resume offers only what works: a setting that may change, or a run of its own with these weights."""
+"""A refused resume offers only fixes that work: a setting that may change, or a new run with these weights."""
 
 from __future__ import annotations
 

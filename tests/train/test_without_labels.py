@@ -1,4 +1,4 @@
-"""There is always something to predict: a step or a validation without labels ends the run, on all ranks alike."""
+"""There is always something to predict: a step or a validation without labels ends the run on all ranks alike."""
 
 from __future__ import annotations
 

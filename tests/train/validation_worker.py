@@ -1,4 +1,4 @@
-"""Data that are wrong for one rank only; answers what each rank is told. `of_rank` are overrides of a rank alone."""
+"""Data that are wrong for one rank only; reports what each rank learns. `of_rank` are overrides for one rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rank trains on a damaged dataset through the command and answers how it ended."""
+"""One rank trains on a damaged dataset through the command and reports how it ended."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kha_train.cli.main import run
 
 
 def main() -> None:
-    """argv[1]: {"overrides": [...]} as JSON, argv[2]: where the answer goes."""
+    """argv[1]: {"overrides": [...]} as JSON, argv[2]: the result file."""
     overrides = json.loads(sys.argv[1])["overrides"]
     try:
         run(["train", *overrides])

@@ -1,4 +1,4 @@
-"""Datasets on disk: what is written is what is read, and damage stops the reader with a name."""
+"""Datasets on disk: what was written is read back, and damage stops the reader with its location."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write(directory: Path, shards: list[list[list[int]]], vocab: int = 100) -> S
 
 
 def rewrite(directory: Path, change) -> None:
-    """Apply `change` to the manifest's JSON object and give it a matching content id: a forger's work."""
+    """Apply `change` to the manifest's JSON object and give it a matching content id, as a forger would."""
     path = directory / "manifest.json"
     raw = json.loads(path.read_text())
     change(raw)
@@ -276,7 +276,7 @@ def test_a_file_cut_off_before_it_is_mapped_is_a_data_error(big: Path, monkeypat
     assert len(opened.read(1, 0, 50_000)) == 50_000
     with pytest.raises(DataError, match=r"shard-00001.tok.*expected 2000 bytes, found 1000: the file was truncated"):
         opened.gather(np.array([0, 1]), np.array([0, 49_500]), np.array([1000, 1000]))
-    # Pages that come from a disk are asked for beforehand: not those that are not there.
+    # Pages that come from a disk are requested in advance, except those that do not exist.
     monkeypatch.setattr(files, "_major_faults", itertools.count().__next__)
     opened.read(0, 0, 1)
     for _ in range(2):
@@ -350,7 +350,7 @@ def test_the_checksum_of_wide_ids_is_that_of_their_bytes(tmp_path: Path) -> None
 def test_document_ends_out_of_order_are_found_though_their_checksums_are_right(
     big: Path, place: int, value: int
 ) -> None:
-    """A forger's work again: only the order tells."""
+    """Again as a forger would: only the order shows it."""
     ends = np.fromfile(big / "shard-00000.doc", dtype="<i8")
     ends[place] = value
     ends.tofile(big / "shard-00000.doc")

@@ -1,4 +1,6 @@
-"""Datasets at a URL: the batches of local files, through a cache that is checked, bounded, shared, and filled ahead."""
+"""Datasets at a URL: the same batches as from local files, through a cache that is checked, limited, shared and
+prefetched.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Flaky(fsspec.get_filesystem_class("file")):
-    """The local file system behind a bad line: `troubles` are met one by one, then reads go well."""
+    """The local file system behind a bad connection: `troubles` happen one by one, then reads succeed."""
 
     protocol = "flaky"
     cachable = False

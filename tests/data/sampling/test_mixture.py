@@ -1,4 +1,4 @@
-"""Mixtures: every source counts on without gap or repeat, shares are exact, any sample is found at once."""
+"""Mixtures: every source continues without gap or repeat, shares are exact, any sample is found directly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backends are twins: `eager` against a loop over heads and tokens, every other one against `eager`."""
+"""Backends agree: `eager` with a loop over heads and tokens, every other one with `eager`."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`auto` takes the fastest backend that computes the right numbers, and all ranks take the same."""
+"""`auto` selects the fastest backend that computes correct numbers, and all ranks use the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary embedding turns the very dimensions that a configuration declares, or the configuration is refused."""
+"""Rotary embedding rotates exactly the dimensions that a configuration declares, or the configuration is refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOKENS = 5
 
 
 class Watched(RowContext):
-    """Rows that remember what was turned, before and after."""
+    """Rows that record what was rotated, before and after."""
 
     seen: list[tuple[Tensor, Tensor]]
 

@@ -1,4 +1,6 @@
-"""What each variant says beyond the contract: its formula by hand, what it refuses and why, its cost in the papers."""
+"""What each variant promises beyond the contract: its formula by hand, what it refuses and why, its cost in the
+papers.
+"""
 
 import math
 from dataclasses import replace

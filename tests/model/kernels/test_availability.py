@@ -1,4 +1,4 @@
-"""A machine that cannot run kernels is told so, with what to change."""
+"""A machine that cannot run kernels gets an error that says what to change."""
 
 from __future__ import annotations
 

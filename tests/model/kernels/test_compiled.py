@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel for Hopper, without a GPU: no spills, tensor cores, shared memory that fits.
+"""Every kernel compiled for Hopper, without a GPU: no spills, tensor cores in use, shared memory that fits.
 
 Each kernel is compiled from the very call that its operator makes, with tensors on the meta device.
 """

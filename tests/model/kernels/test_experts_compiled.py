@@ -1,4 +1,4 @@
-"""What the compiler makes of the experts' kernels for Hopper: they move and scale, so registers and width count."""
+"""The experts' kernels compiled for Hopper: they move and scale data, so registers and access width count."""
 
 # N tokens   D model width   J experts per token   M = N * J copies   F expert width
 

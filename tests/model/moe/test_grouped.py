@@ -1,4 +1,4 @@
-"""The grouped operator: what it keeps, that it waits for nothing, and that graphs, checkpoints and counters see it."""
+"""The grouped operator: what it keeps, that it never waits, and that graphs, checkpoints and counters see it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Places without a token are nobody's: not routed, in no load, bias, auxiliary or z-loss, and no expert's row."""
+"""Places without a token are not routed: they count in no load, bias, auxiliary or z-loss, and in no expert's rows."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_a_micro_batch_of_nothing_but_padding_counts_nothing_and_gives_every_par
 
 
 def test_rows_without_padding_are_computed_as_if_padding_did_not_exist(make_config: Make) -> None:
-    """Naming all places is the same function, up to the order of sums; naming none of them is the code of before."""
+    """Listing all places is the same function, up to the order of sums; listing none runs the code without padding."""
     decoder = built(configured(make_config, "sequence"))
     tokens_BT = torch.randint(1, 256, (2, T), generator=torch.Generator().manual_seed(2))
     plain = decoder(tokens_BT, tokens_BT)

@@ -1,4 +1,4 @@
-"""The router: sigmoid scores, a bias for selection alone, renormalised weights."""
+"""The router: sigmoid scores, a bias that affects only the selection, renormalised weights."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The loss of the language model reaches the router of every configuration that is accepted, by autograd's word."""
+"""The language model's loss reaches the router of every accepted configuration, according to autograd."""
 
 from __future__ import annotations
 
