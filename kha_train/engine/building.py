@@ -23,8 +23,8 @@ from kha_train.variants.registry import OPTIMIZERS
 
 GRAPHS_OF_BLOCKS = 24
 """Maximum number of graphs that the compiler may make of `Block.forward`, which all blocks share. Twelve are usual:
-dense or with experts, in training or evaluation, for first sizes, varying sizes and single rows. torch's own limit is
-8.
+dense or with experts, in training or evaluation, for first sizes, varying sizes and single rows. Statistics of layers
+add those of training once more. torch's own limit is 8.
 """
 
 

@@ -11,22 +11,26 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kha_train.errors import DataError, RunDirectoryInUse
+from kha_train.metric import Metric
 from kha_train.record import (
     TIMING_KEYS,
     Marker,
     Record,
+    declared_in,
     has_marker,
     read_discarded,
     read_events,
     read_metrics,
     read_run,
     set_marker,
+    timing_keys,
 )
 from kha_train.record.jsonl import Appender, decode, encode, repair, to_line
 
@@ -299,3 +303,47 @@ def test_importing_the_record_imports_neither_torch_nor_wandb() -> None:
     program = "import sys, kha_train.record; print(sorted({'torch', 'wandb', 'omegaconf'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_run_keeps_what_its_attempts_declared_of_their_metrics(tmp_path: Path) -> None:
+    toy, other = (
+        Metric("toy/size_by_layer", "cm", "size, a list", mirrored=False),
+        Metric("toy/age", "s", "", timing=True),
+    )
+    for metrics in ([toy], [other], []):
+        record = Record.open(tmp_path)
+        record.begin_attempt(0, metrics=metrics)
+        record.close()
+    assert declared_in(read_run(tmp_path)) == {metric.name: metric for metric in (toy, other)}
+    assert timing_keys(read_run(tmp_path)) == {"toy/age"}
+
+
+def test_a_run_that_declared_nothing_is_read_by_the_table_of_older_runs(tmp_path: Path) -> None:
+    train(tmp_path, 0, 1)
+    run = read_run(tmp_path)
+    assert "metrics" not in run
+    assert declared_in(run)["train/loss"].unit == "nats/token" and not declared_in(run)["moe/load_cv_by_layer"].mirrored
+    assert timing_keys(run) == TIMING_KEYS
+
+
+@pytest.mark.parametrize(
+    "entry", [1, {"unit": "1"}, {"unit": 1, "meaning": ""}, {"unit": "1", "meaning": "", "timing": "no"}]
+)
+def test_a_damaged_declaration_is_an_error_that_names_it(tmp_path: Path, entry: Any) -> None:
+    train(tmp_path, 0, 1)
+    file = tmp_path / "run.json"
+    run = json.loads(file.read_text())
+    file.write_text(json.dumps({**run, "metrics": {"toy/size": entry}}))
+    with pytest.raises(DataError, match=r"metrics\.toy/size"):
+        read_run(tmp_path)
+    file.write_text(json.dumps({**run, "metrics": {"a": {"unit": "1", "meaning": "b", "later": 1}}}))
+    assert declared_in(read_run(tmp_path)) == {"a": Metric("a", "1", "b")}
+
+
+def test_lists_of_numbers_under_a_name_of_tokens_are_recorded(tmp_path: Path) -> None:
+    record = Record.open(tmp_path)
+    record.begin_attempt(0)
+    record.step({"step": 1, "attn/token_norm": 2.0, "attn/token_norm_by_layer": [2.0, 1.0]})
+    record.close()
+    (found,) = read_metrics(tmp_path)
+    assert (found["attn/token_norm"], found["attn/token_norm_by_layer"]) == (2.0, [2.0, 1.0])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from kha_train.config.compose import compose
+from kha_train.metric import Metric
 from kha_train.record.metrics import EARLIER
 from kha_train.stability.events import SpikeEvent
 from kha_train.telemetry import WandbMirror
@@ -304,7 +305,8 @@ def test_spikes_are_marked_on_the_loss_and_listed_in_a_table(monkeypatch, tmp_pa
 def test_figures_of_single_layers_stay_in_the_record(monkeypatch, tmp_path: Path) -> None:
     run = FakeRun()
     install(monkeypatch, lambda **options: run)
-    mirror = WandbMirror(config("telemetry.wandb.mode=offline"), tmp_path, "abc123")
+    own = [Metric("toy/size", "1", "", mirrored=False), Metric("toy/age", "1", "")]
+    mirror = WandbMirror(config("telemetry.wandb.mode=offline"), tmp_path, "abc123", metrics=own)
     by_layer = {name: [1.0, 2.0] for name in EARLIER if name.endswith("_by_layer")}
-    mirror.step({"step": 1, "moe/maxvio": 1.5, **by_layer})
-    assert len(by_layer) == 5 and run.logged == [{"step": 1, "moe/maxvio": 1.5}]
+    mirror.step({"step": 1, "moe/maxvio": 1.5, "toy/size": 2.0, "toy/age": 3.0, **by_layer})
+    assert len(by_layer) == 5 and run.logged == [{"step": 1, "moe/maxvio": 1.5, "toy/age": 3.0}]

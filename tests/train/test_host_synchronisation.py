@@ -85,7 +85,8 @@ def test_a_micro_batch_asks_the_device_nothing(engine: Engine) -> None:
 
 @pytest.mark.parametrize("engine", CASES, ids=[str(case[:2]) for case in CASES], indirect=True)
 def test_a_step_asks_the_device_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One transfer of a vector, by the gate; the record's figures of the routing are worked out from it."""
+    """One transfer of a vector, by the gate; the record's figures of the routing are worked out from it. A step with
+    statistics of layers asks once more, after the update."""
     asked: list[str] = []
     for name in ("cpu", "tolist", "numpy"):
         original = getattr(torch.Tensor, name)
@@ -105,6 +106,16 @@ def test_a_step_asks_the_device_once(engine: Engine, monkeypatch: pytest.MonkeyP
     assert not {place: n for place, n in waits.count.items() if place != "deepspeed"}
     host = (result.load_LE, result.bias_LE)
     assert all(tensor.device.type == "cpu" for tensor in host)
+    assert result.values == {}
+
+    batch, labels = next_batch(stream, engine.world)
+    asked.clear()
+    with Waits() as waits:
+        result = train_step(engine, batch, labels, 1e-4, observed=True)
+    assert len(result.values) == 4, "a norm of gradient and update, each with its list"
+    crossed = [one for one in asked if one.startswith("cpu ")]
+    assert crossed == ["cpu train/step.py:train_step", "cpu train/step.py:_apply"]
+    assert not {place: n for place, n in waits.count.items() if place != "deepspeed"}
 
 
 @pytest.mark.parametrize("engine", CASES[:1], ids=["gqa"], indirect=True)

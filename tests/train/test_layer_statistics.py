@@ -11,9 +11,15 @@ import pytest
 import torch
 
 from kha_train import build_decoder, compose, distributed, open_stream
+from kha_train.distributed import World
+from kha_train.engine import plain as plain_engine
 from kha_train.engine.deepspeed import Engine
+from kha_train.model.host import inputs_of
 from kha_train.optim import parameter_groups
+from kha_train.record import declared_in, read_metrics, read_run
+from kha_train.train.run import train
 from kha_train.train.step import next_batch, train_step
+from kha_train.train.watch import Ruling
 
 WORKER = Path(__file__).with_name("layer_worker.py")
 STEPS = 2
@@ -93,6 +99,44 @@ def test_an_observed_step_computes_the_same_bits(stage: int, cases: dict[str, An
     Engine.leave_world()
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+def test_a_skipped_step_has_the_norms_of_its_gradient_and_no_update(cases: dict[str, Any]) -> None:
+    engine = plain_engine.Engine(compose(cases["zero1"][0]), World.single())
+    batch, labels = next_batch(open_stream(engine.config), engine.world)
+    result = train_step(engine, batch, labels, 1e-3, lambda loss, norm: Ruling(False), observed=True)
+    assert not result.applied and "layer/grad_norm" in result.values and "layer/update_norm" not in result.values
+
+
+@pytest.mark.parametrize("recomputed", ["none", "full"])
+def test_activations_are_those_of_tokens_in_dense_layers_and_layers_with_experts(
+    recomputed: str, padded: list[str]
+) -> None:
+    mixed = ["moe.dense_layers=1", "moe.dense_width=64", "model.layers=3", "telemetry.layer_statistics_every=1"]
+    config = compose([*padded, *mixed, f"engine.activation_checkpointing={recomputed}"])
+    decoder, batch, outputs = build_decoder(config), next(open_stream(config)), []
+    for block in decoder.blocks:
+        block.register_forward_hook(lambda _, __, returned: outputs.append(returned[0].detach()))
+    decoder.observed = True
+    output = decoder(*inputs_of(batch, torch.device("cpu")))
+    output.loss_sum.backward()
+    assert batch.real_R is not None and len(batch.real_R) < batch.tokens_BT.numel()
+    kept = [x_BTD.flatten(0, 1)[batch.real_R].double().square() for x_BTD in outputs[:3]]
+    found = output.values["layer/activation_rms"]
+    assert found[:, 1].tolist() == [x_RD.numel() for x_RD in kept]
+    assert found[:, 0].tolist() == pytest.approx([x_RD.sum().item() for x_RD in kept], rel=1e-5)
+    decoder.observed = False
+    assert decoder(*inputs_of(batch, torch.device("cpu"))).values == {}
+
+
+def test_the_record_has_them_every_so_many_steps(cases: dict[str, Any], tmp_path: Path) -> None:
+    often = ["telemetry.layer_statistics_every=2", "run.steps=4", f"run.dir={tmp_path}"]
+    train(compose([*cases["zero1"][0], *often]), engine_class=plain_engine.Engine)
+    lines, declared = read_metrics(tmp_path), declared_in(read_run(tmp_path))
+    assert [{*STATISTICS} <= {*line} for line in lines] == [False, True, False, True]
+    for line in lines:
+        assert line.keys() <= declared.keys()
+    assert not declared["layer/grad_norm_by_layer"].mirrored and declared["layer/grad_norm"].mirrored
 
 
 def norm_of(tensors: list[Any]) -> float:
