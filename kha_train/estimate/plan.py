@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from kha_train.config.resolve import Resolved, resolve_plan
 from kha_train.config.schema import RunConfig
@@ -34,27 +33,9 @@ from kha_train.estimate.memory import (
     recipes,
     uses_bf16,
 )
+from kha_train.estimate.remedies import Remedy, advise, with_engine
 
 STAGES = (1, 2, 3)
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """A change that saves memory: the overrides, the memory a rank needs then, and what the change costs."""
-
-    overrides: str
-    saves_bytes: int
-    total_bytes: int
-    fits: bool
-    price: str
-
-
-class _Change(NamedTuple):
-    """A possible remedy: its override, the engine field it sets, and its price."""
-
-    override: str
-    fields: dict[str, Any]
-    price: str
 
 
 @dataclass(frozen=True)
@@ -108,7 +89,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The JSON output. Its keys are documented in docs/plan.md and do not change."""
         config, cluster = self.config, self.config.cluster
-        stages = {stage: plan_memory(_with_engine(config, zero_stage=stage)) for stage in STAGES}
+        stages = {stage: plan_memory(with_engine(config, zero_stage=stage)) for stage in STAGES}
         return {
             "model": config.model.name,
             "attention": config.attention.name,
@@ -159,7 +140,7 @@ def make_plan(config: RunConfig) -> Plan:
     memory, cluster = plan_memory(config), config.cluster
     budget = round((cluster.memory_gib - cluster.reserved_gib) * GIB) if cluster.memory_gib else None
     fits = None if budget is None else memory.total <= budget
-    remedies, together = _remedies(config, budget) if budget is not None and not fits else ((), None)
+    remedies, together = advise(config, budget) if budget is not None and not fits else ((), None)
     time = _time(config, flops)
     return Plan(
         config=config,
@@ -194,87 +175,6 @@ def recipe_table(config: RunConfig, total: int) -> list[dict[str, Any]]:
         }
         for recipe in recipes(config.optim)
     ]
-
-
-def _remedies(config: RunConfig, budget: int) -> tuple[tuple[Remedy, ...], str | None]:
-    """Each remedy that saves memory alone, cheapest first, and a sufficient set: as few as possible together, on as few
-    devices as possible. A remedy may help only together with others, or on more devices.
-    """
-    now, candidates = plan_memory(config).total, _candidates(config)
-    alone = [(change, plan_memory(_with_engine(config, **change.fields)).total) for change in candidates]
-    remedies = tuple(
-        Remedy(change.override, now - total, total, total <= budget, change.price)
-        for change, total in alone
-        if total < now
-    )
-    chosen = _enough(config, candidates, budget)
-    if chosen is not None:
-        return remedies, " ".join(change.override for change in chosen)
-    devices = _devices_needed(config, candidates, budget)
-    if devices is None:
-        return remedies, None
-    chosen = _enough(_with_devices(config, devices), candidates, budget)
-    assert chosen is not None
-    return remedies, " ".join([*(change.override for change in chosen), f"cluster.devices={devices}"])
-
-
-def _enough(config: RunConfig, candidates: list[_Change], budget: int) -> tuple[_Change, ...] | None:
-    """The smallest set of `candidates` with which `config` fits, the cheapest of equal size; None when there is
-    none.
-    """
-    for count in range(len(candidates) + 1):
-        for chosen in itertools.combinations(candidates, count):
-            fields = {field: value for change in chosen for field, value in change.fields.items()}
-            if len(fields) == count and plan_memory(_with_engine(config, **fields)).total <= budget:
-                return chosen
-    return None
-
-
-def _candidates(config: RunConfig) -> list[_Change]:
-    """The possible changes, cheapest first; two changes of one field exclude each other."""
-    engine, found = config.engine, []
-
-    def offer(field: str, value: int | str, price: str) -> None:
-        found.append(_Change(f"engine.{field}={value}", {field: value}, price))
-
-    if engine.zero_stage == 1:
-        offer("zero_stage", 2, "gradients are reduced in every micro-batch")
-    if engine.activation_checkpointing == "none" and engine.compile == "none":
-        offer("activation_checkpointing", "selective", "norms, gates and routing are computed twice")
-    if engine.activation_checkpointing != "full":
-        offer("activation_checkpointing", "full", "a third more computation")
-    if engine.micro_batch_size > 1:
-        offer("micro_batch_size", 1, "smaller products: slower")
-    if engine.zero_stage < 3:
-        offer("zero_stage", 3, "parameters are gathered in every micro-batch")
-    if uses_bf16(config) and engine.grad_accum_dtype == "fp32":
-        offer("grad_accum_dtype", "bf16", "gradients are summed in bf16")
-    if engine.moment_dtype == "fp32":
-        offer("moment_dtype", "bf16", "both moments are rounded to bf16 after every step")
-    return found
-
-
-def _devices_needed(config: RunConfig, candidates: list[_Change], budget: int) -> int | None:
-    """A number of devices, up to 65,536, on which some of `candidates` are enough, while they are not on the next
-    smaller number. Whole nodes are used where one is not enough. None when there is no such number.
-    """
-    devices, node = config.cluster.devices, config.cluster.devices_per_node
-    counts: list[int] = [*range(devices, node), *range(max(devices, node), 65_537, node)]
-
-    def fits(place: int) -> bool:
-        return _enough(_with_devices(config, counts[place]), candidates, budget) is not None
-
-    low, high = 0, 1
-    while high < len(counts) and not fits(high):
-        low, high = high, 2 * high
-    if high >= len(counts):
-        high = len(counts) - 1
-        if high <= low or not fits(high):
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return counts[high]
 
 
 def _communication(config: RunConfig, stage: int, total: int) -> Communication:
@@ -375,11 +275,3 @@ def _training_data(config: RunConfig) -> list[str]:
 
 def _is_here(*paths: str) -> bool:
     return all((Path(path) / manifest.MANIFEST_NAME).is_file() for path in paths)
-
-
-def _with_devices(config: RunConfig, devices: int) -> RunConfig:
-    return replace(config, cluster=replace(config.cluster, devices=devices))
-
-
-def _with_engine(config: RunConfig, **changes: Any) -> RunConfig:
-    return replace(config, engine=replace(config.engine, **changes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -13,8 +13,10 @@ from kha_train.config.schema import RunConfig
 from kha_train.distributed import World
 from kha_train.errors import ConfigError, MachineError
 from kha_train.estimate.memory import GIB, plan_memory
+from kha_train.estimate.remedies import savings
 from kha_train.telemetry.meters import PeakMemory
 
+MOST_OFFERED = 3
 _ON_A_CPU = "DefaultCPUAllocator"
 _ON_A_DEVICE = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "Cuda failure 'out of memory'")
 """Error messages of libraries that allocate memory outside torch's allocator: cuBLAS, the driver, NCCL."""
@@ -87,17 +89,5 @@ def _planned(config: RunConfig, world: World) -> str:
 
 def _remedies(config: RunConfig, world: World) -> list[str]:
     """Settings that save memory according to the plan, the largest saving first, with the amount."""
-    engine, now = config.engine, plan_memory(_here(config, world)).total
-    asked: dict[str, dict[str, Any]] = {
-        f"engine.micro_batch_size={engine.micro_batch_size // 2}": {"micro_batch_size": engine.micro_batch_size // 2},
-        "engine.activation_checkpointing=full": {"activation_checkpointing": "full"},
-        "engine.zero_stage=3": {"zero_stage": 3},
-    }
-    found = []
-    for setting, changes in asked.items():
-        if changes.get("micro_batch_size", 1) < 1:
-            continue
-        saved = now - plan_memory(_here(replace(config, engine=replace(engine, **changes)), world)).total
-        if saved > 0:
-            found.append((saved, f"{setting} (saves {saved / GIB:.2f} GiB)"))
-    return [text for _, text in sorted(found, reverse=True)]
+    found = savings(_here(config, world))[:MOST_OFFERED]
+    return [f"{setting} (saves {saved / GIB:.2f} GiB)" for setting, saved in found]

@@ -69,6 +69,18 @@ def test_what_is_advised_is_enough(cluster: str) -> None:
     assert make_plan(compose([*overrides, *plan.together.split()])).fits is True
 
 
+@pytest.mark.parametrize("bound", ["engine.compile=block", "optim.betas=[0.9,0.999]"])
+def test_what_is_advised_is_admitted_beside_the_other_settings(bound: str) -> None:
+    """Compiled blocks refuse ZeRO 3, and a slow second moment refuses bf16."""
+    overrides = ["model=moe_6b", "cluster=h100_8x8", "engine.micro_batch_size=16", bound]
+    plan = make_plan(compose(overrides))
+    assert plan.remedies
+    for remedy in plan.remedies:
+        compose([*overrides, remedy.overrides])
+    if plan.together:
+        compose([*overrides, *(text for text in plan.together.split())])
+
+
 CHANGES = {
     "zero_stage": (1, 2, 3),
     "activation_checkpointing": ("none", "selective", "full"),

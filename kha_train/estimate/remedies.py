@@ -1,0 +1,133 @@
+"""What saves memory: the settings that a plan, or an out-of-memory error, can offer."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from kha_train.config.constants import ROUNDING
+from kha_train.config.schema import RunConfig
+from kha_train.estimate.memory import plan_memory, uses_bf16
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change that saves memory: the overrides, the memory a rank needs then, and what the change costs."""
+
+    overrides: str
+    saves_bytes: int
+    total_bytes: int
+    fits: bool
+    price: str
+
+
+class Change(NamedTuple):
+    """A possible remedy: its override, the engine field it sets, and its price."""
+
+    override: str
+    fields: dict[str, Any]
+    price: str
+
+
+def advise(config: RunConfig, budget: int) -> tuple[tuple[Remedy, ...], str | None]:
+    """Each remedy that saves memory alone, cheapest first, and a sufficient set: as few as possible together, on as few
+    devices as possible. A remedy may help only together with others, or on more devices.
+    """
+    now, candidates = plan_memory(config).total, possible_changes(config)
+    alone = [(change, plan_memory(with_engine(config, **change.fields)).total) for change in candidates]
+    remedies = tuple(
+        Remedy(change.override, now - total, total, total <= budget, change.price)
+        for change, total in alone
+        if total < now
+    )
+    chosen = _enough(config, candidates, budget)
+    if chosen is not None:
+        return remedies, " ".join(change.override for change in chosen)
+    devices = _devices_needed(config, candidates, budget)
+    if devices is None:
+        return remedies, None
+    chosen = _enough(_with_devices(config, devices), candidates, budget)
+    assert chosen is not None
+    return remedies, " ".join([*(change.override for change in chosen), f"cluster.devices={devices}"])
+
+
+def _enough(config: RunConfig, candidates: list[Change], budget: int) -> tuple[Change, ...] | None:
+    """The smallest set of `candidates` with which `config` fits, the cheapest of equal size; None when there is
+    none.
+    """
+    for count in range(len(candidates) + 1):
+        for chosen in itertools.combinations(candidates, count):
+            fields = {field: value for change in chosen for field, value in change.fields.items()}
+            if len(fields) == count and plan_memory(with_engine(config, **fields)).total <= budget:
+                return chosen
+    return None
+
+
+def savings(config: RunConfig) -> list[tuple[str, int]]:
+    """The overrides that save memory alone and change no result beyond rounding, each with the bytes it saves, the
+    largest saving first.
+    """
+    now = plan_memory(config).total
+    changes = possible_changes(config, max(1, config.engine.micro_batch_size // 2))
+    free = [change for change in changes if all(f"engine.{field}" in ROUNDING for field in change.fields)]
+    saved = [(change.override, now - plan_memory(with_engine(config, **change.fields)).total) for change in free]
+    return sorted((one for one in saved if one[1] > 0), key=lambda one: -one[1])
+
+
+def possible_changes(config: RunConfig, micro_batch_size: int = 1) -> list[Change]:
+    """The possible changes, cheapest first; two changes of one field exclude each other. Each gives a valid
+    configuration, and so do several together. `micro_batch_size` is the smaller one that is offered.
+    """
+    engine, found = config.engine, []
+
+    def offer(field: str, value: int | str, price: str) -> None:
+        found.append(Change(f"engine.{field}={value}", {field: value}, price))
+
+    if engine.zero_stage == 1:
+        offer("zero_stage", 2, "gradients are reduced in every micro-batch")
+    if engine.activation_checkpointing == "none" and engine.compile == "none":
+        offer("activation_checkpointing", "selective", "norms, gates and routing are computed twice")
+    if engine.activation_checkpointing != "full":
+        offer("activation_checkpointing", "full", "a third more computation")
+    if engine.micro_batch_size > micro_batch_size:
+        offer("micro_batch_size", micro_batch_size, "smaller products: slower")
+    if engine.zero_stage < 3 and engine.compile == "none":
+        offer("zero_stage", 3, "parameters are gathered in every micro-batch")
+    if uses_bf16(config) and engine.grad_accum_dtype == "fp32":
+        offer("grad_accum_dtype", "bf16", "gradients are summed in bf16")
+    if engine.moment_dtype == "fp32" and config.optim.refuses_bf16() is None:
+        offer("moment_dtype", "bf16", "both moments are rounded to bf16 after every step")
+    return found
+
+
+def _devices_needed(config: RunConfig, candidates: list[Change], budget: int) -> int | None:
+    """A number of devices, up to 65,536, on which some of `candidates` are enough, while they are not on the next
+    smaller number. Whole nodes are used where one is not enough. None when there is no such number.
+    """
+    devices, node = config.cluster.devices, config.cluster.devices_per_node
+    counts: list[int] = [*range(devices, node), *range(max(devices, node), 65_537, node)]
+
+    def fits(place: int) -> bool:
+        return _enough(_with_devices(config, counts[place]), candidates, budget) is not None
+
+    low, high = 0, 1
+    while high < len(counts) and not fits(high):
+        low, high = high, 2 * high
+    if high >= len(counts):
+        high = len(counts) - 1
+        if high <= low or not fits(high):
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return counts[high]
+
+
+def _with_devices(config: RunConfig, devices: int) -> RunConfig:
+    return replace(config, cluster=replace(config.cluster, devices=devices))
+
+
+def with_engine(config: RunConfig, **changes: Any) -> RunConfig:
+    """`config` with some fields of `engine` changed."""
+    return replace(config, engine=replace(config.engine, **changes))
