@@ -8,6 +8,9 @@ from typing import Any
 IGNORE_LABEL = -100
 """The label of a token that is not predicted: the data side writes it, loss and validation skip it."""
 
+ALIGNED_NUMBERS = 8
+"""bf16 numbers in 16 bytes: what kernels read at once."""
+
 PRECISION_OF = {"float32": "fp32", "bfloat16": "bf16"}
 """The `dtype` in a run's record -> the value of `engine.precision`, or of what `auto` selected."""
 

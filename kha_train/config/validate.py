@@ -6,6 +6,7 @@ import math
 import shlex
 
 from kha_train.config.build import nearest, to_plain
+from kha_train.config.constants import ALIGNED_NUMBERS
 from kha_train.config.limits import check_limits
 from kha_train.config.resolve import invalid_backend, turned_dimensions
 from kha_train.config.schema import RunConfig
@@ -166,19 +167,25 @@ def _experts(config: RunConfig) -> None:
     if moe.top_k > moe.experts:
         raise ConfigError(f"only {moe.experts} experts", field="moe.top_k", value=moe.top_k, fix="lower it")
     _groups(config)
-    if moe.backend == "grouped":
-        for field, value in {
-            "model.hidden_size": config.model.hidden_size,
-            "moe.expert_width": moe.expert_width,
-        }.items():
-            if value % 8:
-                raise ConfigError(
-                    "grouped_mm needs rows of 16 bytes",
-                    field=field,
-                    value=value,
-                    allowed="multiples of 8",
-                    fix=Settings("moe.backend=loop"),
-                )
+    if problem := misaligned(config):
+        raise problem
+
+
+def misaligned(config: RunConfig) -> ConfigError | None:
+    """Why the grouped backend cannot read rows of these widths, or None: in bf16 they must be multiples of 16 bytes."""
+    widths = {"model.hidden_size": config.model.hidden_size, "moe.expert_width": config.moe.expert_width}
+    for field, width in widths.items():
+        if config.moe.backend == "grouped" and width % ALIGNED_NUMBERS:
+            below = width // ALIGNED_NUMBERS * ALIGNED_NUMBERS
+            near = f"{below or ALIGNED_NUMBERS} or {below + ALIGNED_NUMBERS}"
+            return ConfigError(
+                "the grouped expert backend needs rows of a multiple of 16 bytes",
+                field=field,
+                value=width,
+                allowed=f"multiples of {ALIGNED_NUMBERS}, such as {near}",
+                fix=Settings("moe.backend=loop"),
+            )
+    return None
 
 
 def _groups(config: RunConfig) -> None:

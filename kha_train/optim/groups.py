@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
+from kha_train.config.constants import ALIGNED_NUMBERS
 from kha_train.variants.optimizer import OptimSection
-
-ALIGNED_NUMBERS = 8
-"""bf16 numbers in 16 bytes."""
 
 
 def interaction_settings(optim: OptimSection) -> dict[str, Any]:

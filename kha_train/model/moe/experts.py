@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kha_train.config.schema import RunConfig
-from kha_train.errors import ConfigError
+from kha_train.config.validate import misaligned
 from kha_train.model.init import DeclaredModule, Normal, residual_std
 from kha_train.model.moe.grouped import check_empty_groups, grouped
 from kha_train.model.moe.megablocks import load_kernels, megablocks
@@ -34,10 +34,9 @@ class Experts(DeclaredModule):
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         experts, width, inner = config.moe.experts, config.model.hidden_size, config.moe.expert_width
-        if config.moe.backend == "grouped":
-            _require_aligned("model.hidden_size", width)
-            _require_aligned("moe.expert_width", inner)
-        elif config.moe.backend == "megablocks":
+        if problem := misaligned(config):
+            raise problem
+        if config.moe.backend == "megablocks":
             load_kernels()
         self.run = BACKENDS[config.moe.backend]
         if config.moe.backend == "grouped" and config.engine.kernels == "triton":
@@ -87,18 +86,3 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Routing], Tensor]] = {
     "loop": loop,
     "megablocks": megablocks,
 }
-
-
-def _require_aligned(field: str, size: int) -> None:
-    """Grouped GEMM needs rows of a multiple of 16 bytes: 8 numbers of bf16.
-
-    Raises ConfigError otherwise.
-    """
-    if size % 8:
-        raise ConfigError(
-            "the grouped expert backend needs rows of a multiple of 16 bytes",
-            field=field,
-            value=size,
-            allowed=f"multiples of 8, such as {size // 8 * 8 or 8} or {size // 8 * 8 + 8}",
-            fix="round it, or set moe.backend=loop",
-        )
