@@ -20,6 +20,7 @@ import torch
 from data_tools.synthetic import write_dataset
 from kha_train.data.format.manifest import TokenizerEntry
 from kha_train.data.format.writer import prepare, publish_dataset, write_shard
+from kha_train.record import read_metrics, read_run, timing_keys
 
 VOCAB_SIZE = 256
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -137,6 +138,17 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[
         return [json.loads(answer.read_text()) for answer in answers]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def curve() -> Callable[[Path], list[dict[str, Any]]]:
+    """`curve(run_dir)`: the surviving lines of the record, without what depends on the clock or the process."""
+
+    def read(run_dir: Path) -> list[dict[str, Any]]:
+        timings = timing_keys(read_run(run_dir))
+        return [{key: value for key, value in line.items() if key not in timings} for line in read_metrics(run_dir)]
+
+    return read
 
 
 @pytest.fixture(scope="session")

@@ -132,8 +132,37 @@ def test_whoever_catches_an_error_looks_at_it(sources) -> None:
     assert heedless == {"kha_train/data/remote/store.py _fetch_ahead"}
 
 
+def test_what_an_exit_stack_calls_with_an_exception_lets_it_go_on(sources) -> None:
+    """`push` takes a function like `__exit__`: one that returns something true swallows the exception."""
+    returned: dict[str, set[str]] = {}
+    for source in sources:
+        for node in ast.walk(source.tree):
+            if isinstance(node, FUNCTIONS):
+                returned.setdefault(node.name, set()).add(ast.unparse(node.returns or node))
+    pushed = {
+        f"{source.path}:{node.lineno}": _called(node.args[0])
+        for source in sources
+        if "contextlib.ExitStack" in {name for name, _ in source.imports()}
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "push"
+    }
+    assert len(pushed) > 3
+    assert {where: returned.get(name) for where, name in pushed.items() if returned.get(name) != {"None"}} == {}
+
+
+def _called(callback: ast.expr) -> str:
+    """The name of the function that `callback`, a lambda, a `partial` or a function itself, calls."""
+    if isinstance(callback, ast.Lambda):
+        callback = callback.body
+    if isinstance(callback, ast.Call):
+        is_partial = ast.unparse(callback.func) == "partial"
+        callback = callback.args[0] if is_partial else callback.func
+    return callback.attr if isinstance(callback, ast.Attribute) else ast.unparse(callback)
+
+
 def _may_swallow(node: ast.stmt) -> bool:
-    return isinstance(node, FUNCTIONS) and node.name == "__exit__" and ast.unparse(node.returns or node) != "None"
+    leaves = isinstance(node, FUNCTIONS) and node.name in ("__exit__", "__aexit__")
+    return leaves and ast.unparse(node.returns or node) != "None"
 
 
 def test_no_comment_puts_work_off(sources) -> None:

@@ -13,7 +13,6 @@ import pytest
 from kha_train.config.compose import compose
 from kha_train.config.validate import validate_batch
 from kha_train.errors import ConfigError
-from kha_train.record import TIMING_KEYS, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("threads_worker.py")
@@ -21,19 +20,18 @@ WORKER = Path(__file__).with_name("threads_worker.py")
 
 @pytest.mark.slow
 def test_groups_of_two_among_four_ranks_change_nothing(
-    small: list[str], clean_environment: dict[str, str], tmp_path: Path
+    small: list[str], clean_environment: dict[str, str], tmp_path: Path, curve: Callable[[Path], list[dict[str, Any]]]
 ) -> None:
-    def curve(size: int) -> list[dict[str, Any]]:
+    def trained(size: int) -> list[dict[str, Any]]:
         run_dir = tmp_path / str(size)
         settings = [*small, "model.layers=1", "engine=zero3", "engine.micro_batch_size=1", "run.steps=3"]
         settings += ["data.global_batch_size=4", f"engine.hpz_partition_size={size}", f"run.dir={run_dir}"]
         environment = {**clean_environment, "NPROC": "4", "KHA_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
         subprocess.run(["bash", str(ROOT / "launch" / "local.sh"), *settings], env=environment, check=True, cwd=ROOT)
-        lines = read_metrics(run_dir)
-        return [{key: value for key, value in line.items() if key not in TIMING_KEYS} for line in lines]
+        return curve(run_dir)
 
-    whole = curve(1)
-    assert len(whole) == 3 and curve(2) == whole
+    whole = trained(1)
+    assert len(whole) == 3 and trained(2) == whole
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ from kha_train import build_decoder, compose, open_stream
 from kha_train.checkpoint.reader import find_newest
 from kha_train.distributed import World
 from kha_train.optim import learning_rate
-from kha_train.record import TIMING_KEYS, read_metrics
 from kha_train.train.run import train
 
 pytestmark = pytest.mark.slow
@@ -123,7 +122,7 @@ def test_losses_are_those_of_a_plain_loop_that_decays_by_hand(case: str, small: 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_run_that_decays_to_the_identity_goes_on_bit_for_bit_and_records_the_base_rate(
-    stage: int, small: list[str], tmp_path: Path
+    stage: int, small: list[str], tmp_path: Path, curve: Callable[[Path], list[dict[str, Any]]]
 ) -> None:
     settings = [*small, *TRAINING, *WAYS["kha_mlp identity"], f"engine=zero{stage}", "engine.micro_batch_size=2"]
     settings += ["run.steps=4", "run.name=one", "engine.precision=bf16"]
@@ -133,13 +132,7 @@ def test_a_run_that_decays_to_the_identity_goes_on_bit_for_bit_and_records_the_b
     (tmp_path / "broken" / "STOP").write_text("")
     assert not train(compose([*settings, f"run.dir={tmp_path}/broken"])).finished
     assert train(compose([*settings, f"run.dir={tmp_path}/broken"])).finished
-    curves = [
-        [
-            {key: value for key, value in line.items() if key not in TIMING_KEYS}
-            for line in read_metrics(tmp_path / name)
-        ]
-        for name in ("whole", "broken")
-    ]
+    curves = [curve(tmp_path / name) for name in ("whole", "broken")]
     assert curves[0] == curves[1] and len(curves[0]) == 4
     optim = compose(settings).optim
     assert [line["train/lr"] for line in curves[0]] == [learning_rate(optim, step, 4) for step in (1, 2, 3, 4)]

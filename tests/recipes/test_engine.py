@@ -8,19 +8,14 @@ from typing import Any
 
 import pytest
 
-from kha_train.record import TIMING_KEYS, read_metrics
+from kha_train.record import read_metrics
 
 PACKAGE = Path("kha_train/engine/twice")
 
 
-def curve(run: Path) -> list[dict[str, Any]]:
-    """The lines of the record without what tells the time or the memory of a process."""
-    return [{key: value for key, value in line.items() if key not in TIMING_KEYS} for line in read_metrics(run)]
-
-
 @pytest.mark.slow
 def test_a_new_package_is_an_engine_that_keeps_the_contract_and_trains_a_run(
-    follow: Callable[[str], Any], small: list[str], tmp_path: Path
+    follow: Callable[[str], Any], small: list[str], tmp_path: Path, curve: Callable[[Path], list[dict[str, Any]]]
 ) -> None:
     recipe = follow("an engine")
     touched = [Path(path) for path in recipe.touched()]

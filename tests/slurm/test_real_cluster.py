@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from kha_train.operate.status import newest_checkpoint
-from kha_train.record import TIMING_KEYS, read_metrics, read_owner, read_run
+from kha_train.record import read_metrics, read_owner, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 KHA = (sys.executable, "-c", "from kha_train.cli.main import run; run()")
@@ -33,7 +33,7 @@ def settings(small: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def reference(
-    settings: list[str], tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str, str]
+    settings: list[str], tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str, str], curve
 ) -> list[dict[str, Any]]:
     """The curve of that run by plain torchrun, never interrupted."""
     run_dir = tmp_path_factory.mktemp("reference")
@@ -59,11 +59,6 @@ def release(slow: dict[str, str]) -> None:
     Path(slow["RELEASE"]).touch()
 
 
-def curve(run_dir: Path) -> list[dict[str, Any]]:
-    """The surviving lines without what depends on when and where a step ran."""
-    return [{key: value for key, value in line.items() if key not in TIMING_KEYS} for line in read_metrics(run_dir)]
-
-
 def attempts(run_dir: Path) -> list[dict[str, Any]]:
     return read_run(run_dir).get("attempts", [])
 
@@ -87,7 +82,7 @@ def submit(cluster: Any, output: Path, overrides: list[str], env: dict[str, str]
 
 @pytest.mark.parametrize("limit", ["moved", pytest.param("as submitted", marks=pytest.mark.soak)])
 def test_a_run_survives_every_interruption_and_its_curve_is_that_of_a_run_never_touched(
-    limit: str, cluster, settings, reference, slow, tmp_path: Path
+    limit: str, cluster, settings, reference, slow, curve, tmp_path: Path
 ) -> None:
     """One job, five interruptions. SLURM looks at time limits every half minute, and these are whole minutes: to wait
     for one takes a minute or two, so mostly the limit is moved close to the job once it trains."""
@@ -139,7 +134,7 @@ def test_a_run_survives_every_interruption_and_its_curve_is_that_of_a_run_never_
 
 
 def test_two_nodes_compute_what_torchrun_computes_and_take_any_text_as_it_is(
-    cluster, settings, reference, job_environment, tmp_path: Path
+    cluster, settings, reference, job_environment, curve, tmp_path: Path
 ) -> None:
     name = """a "b" 'c' $(touch injected) `id`; \\ *\n#SBATCH --wrap=id"""
     overrides = [*settings, f"run.dir={tmp_path}/with blanks", "run.name=" + hydra_quoted(name)]

@@ -16,7 +16,7 @@ from kha_train.config.compose import compose
 from kha_train.estimate.long_step import long_step_warning
 from kha_train.estimate.plan import make_plan
 from kha_train.operate.rehearse import Layout, rehearse
-from kha_train.record import TIMING_KEYS, read_events, read_metrics, read_run
+from kha_train.record import read_events, read_run
 from kha_train.train.patience import Patience
 
 WORKER = Path(__file__).with_name("stop_worker.py")
@@ -126,7 +126,7 @@ def test_a_step_whose_many_micro_batches_were_warned_of_is_only_timed_later(smal
 
 @pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_give_a_step_up_together_and_the_run_goes_on_as_if_it_had_not_begun(
-    stage: int, small: list[str], run_ranks: Callable[..., list[Any]], tmp_path: Path
+    stage: int, small: list[str], run_ranks: Callable[..., list[Any]], tmp_path: Path, curve: Callable[[Path], Any]
 ) -> None:
     overrides = [*small, "model.layers=1", "attention=kha_mlp", "engine.micro_batch_size=1", "run.steps=5"]
     overrides += [f"engine.zero_stage={stage}", "validation.every_steps=0", "checkpoint.every_steps=2"]
@@ -137,11 +137,7 @@ def test_ranks_give_a_step_up_together_and_the_run_goes_on_as_if_it_had_not_begu
     assert [answer["ends"] for answer in answers] == [[[5, True], [0, False], [3, False], [3, False], [5, True]]] * 2
     # The signals reach rank 1 alone; rank 0 says so once a stop.
     assert [answer["said"] for answer in answers] == [[3, 3], [0, 0]]
-    curves = [
-        [{key: value for key, value in line.items() if key not in TIMING_KEYS} for line in read_metrics(run)]
-        for run in (straight, stopped)
-    ]
-    assert curves[0] == curves[1]
+    assert curve(straight) == curve(stopped)
     # The average that the console shows goes on as well.
     states = [json.loads((run / "checkpoints/step-00000005/trainer.json").read_text()) for run in (straight, stopped)]
     assert states[0]["loss_average"] == states[1]["loss_average"] and states[0]["loss_average"]["weight"] > 4

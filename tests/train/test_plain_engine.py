@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from kha_train.checkpoint.manifest import parse_manifest
 from kha_train.checkpoint.reader import Checkpoint
 from kha_train.config.compose import compose
 from kha_train.engine import deepspeed, plain
-from kha_train.record import TIMING_KEYS, read_events, read_metrics
+from kha_train.record import read_events
 from kha_train.train.run import train
 
 STEPS = 6
@@ -25,11 +26,6 @@ def overrides(small: list[str]) -> list[str]:
     often = ["engine.audit_every=2", "stability.probe_every=3", "validation.every_steps=3", "checkpoint.every_steps=3"]
     variant = ["attention=kha_mlp", "engine.device=cpu", "engine.micro_batch_size=2", "data.global_batch_size=8"]
     return [*small, *often, *variant, f"run.steps={STEPS}"]
-
-
-def curve(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of the record without what tells the time or the memory of this process."""
-    return [{key: value for key, value in line.items() if key not in TIMING_KEYS} for line in read_metrics(run_dir)]
 
 
 def checkpoint(run_dir: Path, step: int) -> Checkpoint:
@@ -47,7 +43,7 @@ def stopped_after(run_dir: Path, step: int, overrides: list[str], engine_class: 
 
 
 def test_the_plain_engine_draws_the_curve_of_deepspeed_and_each_continues_the_others_checkpoint(
-    overrides: list[str], tmp_path: Path
+    overrides: list[str], tmp_path: Path, curve: Callable[[Path], list[dict[str, Any]]]
 ) -> None:
     engines = {"plain": plain.Engine, "deepspeed": deepspeed.Engine}
     for name, engine_class in engines.items():
@@ -71,7 +67,9 @@ def test_the_plain_engine_draws_the_curve_of_deepspeed_and_each_continues_the_ot
         )
 
 
-def test_a_plain_run_that_was_stopped_continues_bit_for_bit(overrides: list[str], tmp_path: Path) -> None:
+def test_a_plain_run_that_was_stopped_continues_bit_for_bit(
+    overrides: list[str], tmp_path: Path, curve: Callable[[Path], list[dict[str, Any]]]
+) -> None:
     train(compose([*overrides, f"run.dir={tmp_path / 'whole'}"]), engine_class=plain.Engine)
     stopped_after(tmp_path / "stopped", 3, overrides, plain.Engine)
     train(compose([*overrides, f"run.dir={tmp_path / 'stopped'}"]), engine_class=plain.Engine)

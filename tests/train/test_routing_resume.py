@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from kha_train import compose
 from kha_train.checkpoint.reader import find_newest
 from kha_train.distributed import World
-from kha_train.record import TIMING_KEYS, read_metrics
 from kha_train.train.run import train
 
 pytestmark = pytest.mark.slow
@@ -28,13 +28,8 @@ ROUTING = [
 ]
 
 
-def curve(run_dir: Path) -> list[dict[str, Any]]:
-    """The record without what depends on the clock."""
-    return [{key: value for key, value in line.items() if key not in TIMING_KEYS} for line in read_metrics(run_dir)]
-
-
 def test_a_run_stopped_after_every_step_goes_on_bit_for_bit(
-    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, curve: Callable[[Path], list[dict[str, Any]]]
 ) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
