@@ -17,7 +17,7 @@ from kha_train.record.markers import (
     read_marker,
     set_marker,
 )
-from kha_train.record.metrics import TIMING_KEYS, declared_in, timing_keys
+from kha_train.record.metrics import declared_in, timing_keys
 from kha_train.record.reader import (
     read_discarded,
     read_events,
@@ -30,7 +30,6 @@ from kha_train.record.record import Record, SilentRecord
 from kha_train.record.redact import Redactor
 
 __all__ = [
-    "TIMING_KEYS",
     "Attempt",
     "Marker",
     "Record",

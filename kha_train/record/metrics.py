@@ -51,10 +51,6 @@ EARLIER: dict[str, Metric] = {
 """What lines held before runs declared their metrics. Frozen: what is added since is declared where it is computed."""
 
 
-TIMING_KEYS: frozenset[str] = frozenset(name for name, metric in EARLIER.items() if metric.timing)
-"""Of a run that declared no metrics: keys that may differ between a resumed run and an unbroken one."""
-
-
 def declared_in(run: Mapping[str, Any]) -> dict[str, Metric]:
     """The metrics of the run whose `run.json` is `run`, by name, in the order declared: those of its own, or of the
     table for runs that declared none."""

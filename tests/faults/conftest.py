@@ -13,7 +13,7 @@ import pytest
 
 from kha_train.checkpoint.layout import candidates
 from kha_train.checkpoint.reader import verify
-from kha_train.record import TIMING_KEYS, read_events, read_metrics, read_run
+from kha_train.record import read_events, read_metrics, read_run, timing_keys
 
 RUN = Path("runs/one")
 
@@ -37,8 +37,8 @@ class Runs:
 
     def curve(self) -> list[dict[str, Any]]:
         """The surviving curve without what depends on the clock."""
-        lines = read_metrics(self.run_dir)
-        return [{key: value for key, value in line.items() if key not in TIMING_KEYS} for line in lines]
+        lines, timings = read_metrics(self.run_dir), timing_keys(read_run(self.run_dir))
+        return [{key: value for key, value in line.items() if key not in timings} for line in lines]
 
     def final_state(self) -> dict[str, str]:
         """File name -> SHA-256 of the newest checkpoint."""

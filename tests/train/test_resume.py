@@ -15,7 +15,7 @@ import pytest
 
 from kha_train.checkpoint.layout import candidates
 from kha_train.config.compose import compose
-from kha_train.record import TIMING_KEYS, Marker, read_discarded, read_events, read_metrics, read_run, set_marker
+from kha_train.record import Marker, read_discarded, read_events, read_metrics, read_run, set_marker, timing_keys
 from kha_train.train.resume import attention_backend
 from kha_train.train.run import train
 
@@ -53,9 +53,8 @@ class Runner:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The surviving curve without what depends on the clock."""
-        return [
-            {key: value for key, value in line.items() if key not in TIMING_KEYS} for line in read_metrics(self.run_dir)
-        ]
+        lines, timings = read_metrics(self.run_dir), timing_keys(read_run(self.run_dir))
+        return [{key: value for key, value in line.items() if key not in timings} for line in lines]
 
     def final_state(self) -> dict[str, str]:
         """File name -> SHA-256 of the newest checkpoint."""
