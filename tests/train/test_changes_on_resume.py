@@ -60,6 +60,7 @@ NOTHING = {
     "stability.probe_every": 1,
     "telemetry.console": "lines",
     "telemetry.peak_tflops": 3.0,
+    "telemetry.layer_statistics_every": 1,
     "telemetry.wandb.project": "another",
     "telemetry.wandb.entity": "another",
     "telemetry.wandb.group": "another",
