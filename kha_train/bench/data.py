@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from kha_train.bench.loaders import CONFIG, NO_LOADERS
-from kha_train.bench.peer_loaders import PEERS
+from kha_train.bench.peers import load_loaders
 from kha_train.bench.protocol import environment, told
 from kha_train.config.compose import compose, dump
 from kha_train.data.format.manifest import CRC_BLOCK_BYTES, FileEntry, ShardEntry, TokenizerEntry
@@ -46,15 +46,6 @@ from kha_train.errors import KhaError
 VOCAB, SHARDS, SEQ_LEN = 50_304, 8, 4096
 MEAN_DOCUMENT = 835
 HUGE_ROWS, NEAR, FAR = 10**9, 24_000, 10**12
-_PACKAGES = (
-    ("datatrove",),
-    ("litdata",),
-    ("grain",),
-    ("ai2-olmo-core",),
-    ("megatron-core",),
-    ("mosaicml-streaming", "transformers<5"),
-)
-"""The packages of the peers; if one does not install, the others are still measured."""
 _ROOT = Path(__file__).parents[2]
 _PLAIN = {"isolate_documents": False, "check_crc": False, "reader": "memory_map"}
 OURS: dict[str, dict[str, Any]] = {
@@ -75,47 +66,50 @@ def run_bench(
     cpu_seconds: float,
     cold: bool = False,
     document_tokens: int = MEAN_DOCUMENT,
+    peers: Path | None = None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measure every loader with batches of `batch` rows on documents of the given mean length. Returns the median
-    figures by loader, and the reason for each missing peer. Raises KhaError when our own loader fails.
+    """Measure every loader with batches of `batch` rows on documents of the given mean length: ours, and those of the
+    adapters in the folder `peers`. Returns the median figures by loader, and the reason for each missing peer. Raises
+    KhaError when our own loader fails, ConfigError when `peers` has no adapters of loaders.
     """
+    others = load_loaders(peers) if peers else None
+    names = tuple(others.PEERS) if others else ()
     root = cache / (f"tokens-{tokens}" if document_tokens == MEAN_DOCUMENT else f"tokens-{tokens}-{document_tokens}")
-    if not _is_whole(root / "ours"):
-        say(f"writing {tokens:,} tokens to {root}")
-        shutil.rmtree(root, ignore_errors=True)
-        write_tokens(root, tokens, document_tokens)
-    say("installing peers into a separate environment (once)")
-    python = install_peers(cache / f"peers-torch-{version('torch')}", say)
+    _make_tokens(root, tokens, document_tokens, say)
+    python = sys.executable
+    if others:
+        say("installing peers into a separate environment (once)")
+        python = install_peers(cache / f"peers-torch-{version('torch')}", others.PACKAGES, say)
     amount: dict[str, Any] = {"tokens": tokens, "batch": batch, "cpu_seconds": cpu_seconds}
     about = amount | {
         "rounds": rounds,
         "cold": cold,
         "document_tokens": document_tokens,
-        "peers": _peer_versions(python),
+        "peers": _peer_versions(python, others.PACKAGES) if others else {},
     }
     protocol = environment(torch.device("cpu")) | about
     missing: dict[str, str] = {}
-    for peer in PEERS:
+    for peer in names:
         say(f"preparing {peer}")
-        ended = _run(python, _request(root, peer, **amount, only_prepare=True))
+        ended = _run(python, _request(root, peer, **amount, adapters=peers, only_prepare=True))
         if isinstance(ended, str):
             missing[peer] = ended
     found: dict[str, list[dict[str, Any]]] = {}
     for number in range(rounds):
-        for name in [name for name in (*NO_LOADERS, *OURS, *PEERS) if name not in missing]:
+        for name in [name for name in (*NO_LOADERS, *OURS, *names) if name not in missing]:
             say(f"round {number + 1} of {rounds}: {name}")
             if cold:
                 _drop_from_page_cache(root)
-            if name in PEERS:
-                ended = _run(python, _request(root, name, **amount))
+            if name in names:
+                ended = _run(python, _request(root, name, **amount, adapters=peers))
             elif name in OURS:
                 ended = _run_ours(root, OURS[name], everything=not OURS[name], **amount)
             else:
                 ended = _run(sys.executable, _request(root, name, **amount))
             if not isinstance(ended, str):
                 found.setdefault(name, []).append(ended)
-            elif name in PEERS:
+            elif name in names:
                 missing[name] = ended
             else:
                 raise KhaError(f"the loader failed: {ended}", field=name)
@@ -123,6 +117,14 @@ def run_bench(
     if not cold:
         result["huge"] = _at_a_billion_rows(cache, batch, rounds)
     return result | {"missing": missing, "protocol": protocol}
+
+
+def _make_tokens(root: Path, tokens: int, document_tokens: int, say: Callable[[str], None]) -> None:
+    """Write the common tokens unless they are there."""
+    if not _is_whole(root / "ours"):
+        say(f"writing {tokens:,} tokens to {root}")
+        shutil.rmtree(root, ignore_errors=True)
+        write_tokens(root, tokens, document_tokens)
 
 
 def _at_a_billion_rows(cache: Path, batch: int, rounds: int) -> dict[str, Any]:
@@ -190,11 +192,13 @@ def _request(
     batch: int,
     cpu_seconds: float,
     only_prepare: bool = False,
+    adapters: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     return {
         "loader": loader,
         "root": str(root),
+        "adapters": None if adapters is None else str(adapters.resolve()),
         "shape": {"B": batch, "L": SEQ_LEN, "vocab": VOCAB},
         "options": options,
         "tokens": tokens,
@@ -248,9 +252,10 @@ def write_sparse(root: Path) -> None:
     publish_dataset(directory, entries, entry, dtype="uint16", corpus={"source": "benchmark"})
 
 
-def install_peers(directory: Path, say: Callable[[str], None]) -> str:
-    """The interpreter of an environment with the peers that can be installed, with the same torch as ours. Made once;
-    failed installations are tried again at the next call.
+def install_peers(directory: Path, groups: Sequence[tuple[str, ...]], say: Callable[[str], None]) -> str:
+    """The interpreter of an environment with the same torch as ours and the packages of `groups`. Each group is
+    installed by itself, so one that fails does not affect the others. Made once; failed installations are tried again
+    at the next call.
     """
     python = directory / "bin" / "python"
     if not (directory / "ready").exists():
@@ -260,7 +265,7 @@ def install_peers(directory: Path, say: Callable[[str], None]) -> str:
         constraints.write_text(f"torch=={version('torch')}\nnumpy<2.2\n")
         pip = [str(python), "-m", "pip", "install", "-q", "-c", str(constraints)]
         failed = False
-        for packages in (("torch", "numpy"), *_PACKAGES):
+        for packages in (("torch", "numpy"), *groups):
             ended = subprocess.run([*pip, *packages], capture_output=True, text=True, check=False)
             if ended.returncode:
                 failed = True
@@ -270,10 +275,10 @@ def install_peers(directory: Path, say: Callable[[str], None]) -> str:
     return str(python)
 
 
-def _peer_versions(python: str) -> dict[str, str]:
+def _peer_versions(python: str, groups: Sequence[tuple[str, ...]]) -> dict[str, str]:
     ended = subprocess.run([python, "-m", "pip", "list", "--format=json"], capture_output=True, text=True, check=False)
     found = {one["name"]: one["version"] for one in json.loads(ended.stdout or "[]")}
-    names = ["torch", "numpy", *(packages[0] for packages in _PACKAGES)]
+    names = ["torch", "numpy", *(packages[0] for packages in groups)]
     return {name: found[name] for name in names if name in found}
 
 
@@ -286,7 +291,8 @@ def format_table(result: dict[str, Any]) -> str:
         f"{about['rounds']} rounds of at most {about['cpu_seconds']} CPU seconds"
     )
     lines.append(f"{told(about)}; {how}")
-    lines.append("peers: " + ", ".join(f"{name} {found}" for name, found in about["peers"].items()))
+    versions = ", ".join(f"{name} {found}" for name, found in about["peers"].items())
+    lines.append(f"peers: {versions or 'none (--peers FOLDER)'}")
     return "\n".join([*lines, *(f"{name}: not measured: {why}" for name, why in result["missing"].items())])
 
 
@@ -294,7 +300,7 @@ def _warm_lines(figures: dict[str, dict[str, Any]], huge: dict[str, Any]) -> lis
     """Each loader's speed, also as a multiple of the fastest peer's."""
     speeds = {name: f["million_tokens_per_cpu_second"] for name, f in figures.items()}
     fresh = {name: f["million_tokens_per_cpu_second_first_pass"] for name, f in figures.items()}
-    peers = {name: speed for name, speed in speeds.items() if name in PEERS}
+    peers = {name: speed for name, speed in speeds.items() if name not in (*NO_LOADERS, *OURS)}
     fastest = max(peers.values(), default=float("nan"))
     fastest_fresh = max((fresh[name] for name in peers), default=float("nan"))
     speed_heads = f"{'M tok/CPU-s':>12}{'x peer':>8}{'1st pass':>10}{'x peer':>8}"

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 FULL: dict[str, tuple[str, ...]] = {
@@ -37,13 +38,13 @@ QUICK: dict[str, tuple[str, ...]] = {
 LIMIT_SECONDS = 1800
 
 
-def measure(*, quick: bool, against: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
+def measure(*, quick: bool, against: Sequence[str], peers: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
     """The result of every benchmark by name. A failed one has the end of its error output as `error`."""
     found: dict[str, Any] = {}
     for name, arguments in (QUICK if quick else FULL).items():
-        peers = ("--against", ",".join(against)) if name in ("step", "moe") and against else ()
+        beside = ("--against", ",".join(against), "--peers", str(peers)) if name in ("step", "moe") and against else ()
         say(f"kha bench {name}")
-        found[name] = run_one([name, *arguments, *peers, "--json"])
+        found[name] = run_one([name, *arguments, *beside, "--json"])
     return found
 
 

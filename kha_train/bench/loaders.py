@@ -1,8 +1,9 @@
 """One data loader, measured in a process of its own: a JSON request on standard input, one JSON line as the answer.
 
-Runs under the project's interpreter for ours and under the peers' own environment for theirs (`peer_loaders.py`). The
-answer: CPU-seconds and seconds for tokens read on the first pass, when the pages of a mapped file are met for the first
-time, and on the next; seconds to the first batch, private memory over that of importing torch alone, time to seek.
+Runs under the project's interpreter for ours, and under the peers' own environment for theirs (adapters: `peers.py`).
+The answer: CPU-seconds and seconds for tokens read on the first pass, when the pages of a mapped file are met for the
+first time, and on the next; seconds to the first batch, private memory over that of importing torch alone, time to
+seek.
 """
 
 # B rows  L tokens of a row  W = L + 1
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from kha_train.bench.peer_loaders import PEERS, Opened, Shape
+from kha_train.bench.peers import Opened, Shape, load_loaders
 
 CONFIG = "config.yaml"
 """File in the working directory from which our loader reads its configuration."""
@@ -94,26 +95,30 @@ def _cast_shuffled(directory: Path, shape: Shape) -> Opened:
 NO_LOADERS = {"cast": _cast, "cast, shuffled rows": _cast_shuffled}
 
 
-def open_loader(name: str, root: Path, shape: Shape, options: dict[str, Any]) -> Opened:
-    """The loader `name` over the tokens in `root`; writes a peer's own format if it does not exist yet."""
+def open_loader(name: str, root: Path, shape: Shape, options: dict[str, Any], adapters: Path | None) -> Opened:
+    """The loader `name` over the tokens in `root`. A peer's comes from the folder `adapters`; writes its own format if
+    it does not exist yet.
+    """
     if name in NO_LOADERS:
         return NO_LOADERS[name](root / "ours", shape)
     if name == "ours":
         return _ours(Path(CONFIG), shape, **options)
-    directory = root / name
+    assert adapters is not None, "a peer has an adapter"
+    peer, directory = load_loaders(adapters).PEERS[name], root / name
     ready = directory / "ready"
     if not ready.exists():
         directory.mkdir(exist_ok=True)
-        PEERS[name].write(root / "ours", directory, shape)
+        peer.write(root / "ours", directory, shape)
         ready.touch()
-    return PEERS[name].open(directory, shape)
+    return peer.open(directory, shape)
 
 
 def measure(request: dict[str, Any], started: float) -> dict[str, Any]:
     """Run the loader of `request` and return its figures."""
     torch_alone = _private_mb()
     shape = Shape(**request["shape"])
-    opened = open_loader(request["loader"], Path(request["root"]), shape, request["options"])
+    adapters = Path(request["adapters"]) if request["adapters"] else None
+    opened = open_loader(request["loader"], Path(request["root"]), shape, request["options"], adapters)
     begun, from_disk = time.perf_counter(), _from_disk()
     first = next(opened.batches)
     assert first.shape == (shape.B, shape.L) and first.dtype == torch.int64, (first.shape, first.dtype)

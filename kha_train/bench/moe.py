@@ -13,16 +13,17 @@ counted by torch's saved-tensor hooks, each storage once, without the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib import import_module
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from kha_train.bench import peers, protocol
+from kha_train.bench import protocol
+from kha_train.bench.peers import Adapter, Contender, Implementation, Problem, load_adapters
 from kha_train.config.compose import compose
 from kha_train.config.schema import RunConfig
 from kha_train.engine.building import resolve_dtype
@@ -41,44 +42,29 @@ parts.
 """
 
 
-class Problem(NamedTuple):
-    """The leaves x, gate and up, down, and routing weights; the routing; and the output gradient."""
-
-    leaves: tuple[Tensor, Tensor, Tensor, Tensor]
-    routing: Routing
-    grad_ND: Tensor
-
-
-class Contender(NamedTuple):
-    """One implementation on one problem: its forward, and the leaves that need gradients, in its own layout."""
-
-    forward: Callable[[], Tensor]
-    leaves: tuple[Tensor, ...]
-
-
-Implementation = Callable[[Problem], Contender]
-
-
 def measure(
     overrides: Sequence[str],
     *,
     against: Sequence[str] = (),
+    peers: Path | None = None,
     blocks: int = 20,
     warmup: int = 3,
     clock: protocol.Clock = "wall",
 ) -> dict[str, Any]:
-    """Measure the experts of the configuration of `overrides`, with one micro-batch of whole rows at a time. Raises as
-    `compose`; ConfigError for an unavailable peer or a configuration without experts.
+    """Measure the experts of the configuration of `overrides`, with one micro-batch of whole rows at a time, beside the
+    peers `against`, whose adapters are in the folder `peers`. Raises as `compose`; ConfigError for an unavailable peer
+    or a configuration without experts.
     """
     config = compose(overrides)
     if not config.moe.experts:
         raise ConfigError("has no experts to measure", field="moe.experts", value=0, fix="model=small, or another MoE")
-    if against:
-        peers.check(config)
+    adapters = load_adapters(peers, against)
+    for adapter in adapters.values():
+        adapter.check(config)
     cuda = config.engine.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     dtype = resolve_dtype(config, device)
-    arms, missing = implementations(config, device, dtype, against)
+    arms, missing = implementations(config, device, dtype, adapters)
     problems = {"balanced": balanced(config, device, dtype), "router": routed(config, device, dtype)}
     moe = config.moe
     return {
@@ -102,7 +88,7 @@ def measure(
 
 
 def implementations(
-    config: RunConfig, device: torch.device, dtype: torch.dtype, against: Sequence[str]
+    config: RunConfig, device: torch.device, dtype: torch.dtype, adapters: Mapping[str, Adapter]
 ) -> tuple[dict[str, Implementation], dict[str, str]]:
     """What runs here, by name, with `grouped` first, and why the others are left out."""
     arms: dict[str, Implementation] = {BASE: ours(grouped), "loop": ours(loop), "torch grouped_mm": separate}
@@ -116,13 +102,10 @@ def implementations(
         arms["megablocks"] = ours(partial(run_kernels, load_kernels()))
     except ConfigError as error:
         missing["megablocks"] = error.problem
-    for peer in against:
-        for kind in peers.EXPERTS:
-            gathered = peers.gathered_bytes(config, dtype)
-            if kind == "batched_mm" and gathered > peers.GATHERED_LIMIT:
-                missing[f"{peer} {kind}"] = f"would copy {gathered / 2**30:.1f} GiB of weights"
-            else:
-                arms[f"{peer} {kind}"] = partial(transformers_experts, config, kind)
+    for peer, adapter in adapters.items():
+        theirs, left_out = adapter.experts(config, dtype)
+        arms |= {f"{peer} {kind}": implementation for kind, implementation in theirs.items()}
+        missing |= {f"{peer} {kind}": why for kind, why in left_out.items()}
     return arms, missing
 
 
@@ -140,7 +123,7 @@ def separate(problem: Problem) -> Contender:
     outputs, and scatter-adds in both directions. Gate and up are separate matrices.
     """
     x_ND, gate_up_EDX, down_EFD, weight_NJ = problem.leaves
-    gate_EDF, up_EDF = (_leaf(half) for half in gate_up_EDX.chunk(2, dim=-1))
+    gate_EDF, up_EDF = (leaf(half) for half in gate_up_EDX.chunk(2, dim=-1))
     expert_NJ, load_E = problem.routing.expert_NJ, problem.routing.load_E
 
     def forward() -> Tensor:
@@ -155,30 +138,8 @@ def separate(problem: Problem) -> Contender:
     return Contender(forward, (x_ND, gate_EDF, up_EDF, down_EFD, weight_NJ))
 
 
-def transformers_experts(config: RunConfig, kind: str, problem: Problem) -> Contender:
-    """The experts of transformers' Qwen3-MoE in its implementation `kind`, on matrices in its own layout."""
-    moe, library = config.moe, import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")
-    shape = import_module("transformers").Qwen3MoeConfig(
-        hidden_size=config.model.hidden_size,
-        moe_intermediate_size=moe.expert_width,
-        num_experts=moe.experts,
-        num_experts_per_tok=moe.top_k,
-        experts_implementation=kind,
-    )
-    with torch.device("meta"):
-        experts = library.Qwen3MoeExperts(shape)
-    x_ND, gate_up_EDX, down_EFD, weight_NJ = problem.leaves
-    experts.gate_up_proj = nn.Parameter(_leaf(gate_up_EDX.transpose(1, 2)))
-    experts.down_proj = nn.Parameter(_leaf(down_EFD.transpose(1, 2)))
-
-    def forward() -> Tensor:
-        out_ND: Tensor = experts(x_ND, problem.routing.expert_NJ, weight_NJ.to(x_ND.dtype))
-        return out_ND
-
-    return Contender(forward, (x_ND, experts.gate_up_proj, experts.down_proj, weight_NJ))
-
-
-def _leaf(matrix: Tensor) -> Tensor:
+def leaf(matrix: Tensor) -> Tensor:
+    """A contiguous copy of `matrix` that gets a gradient of its own."""
     return matrix.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
 
 

@@ -1,174 +1,126 @@
-"""Other trainers with a model of the same shape, one step at a time: transformers' Qwen3-MoE.
+"""Peers: other people's trainers and data loaders beside ours, through adapters that live outside this package.
 
-This project does not depend on a peer: it is imported by name, and its absence is reported. It gets every advantage
-possible without changing it: torch's fused attention, the fastest of its expert implementations by measurement, a plain
-fused AdamW without an engine around it, and the loss over the same labels.
+`--against NAME --peers FOLDER` loads the file FOLDER/NAME.py, which has the functions of `Adapter`; `kha bench data
+--peers FOLDER` loads FOLDER/loaders.py, which has `PEERS` and `PACKAGES` (see `LoaderAdapter`). A checkout has such a
+folder: tests/peers. This file needs torch alone, because loaders are measured in an environment that has little else.
 """
 
-# B rows of a micro-batch   T tokens of a row
+# B rows   L tokens of a row   N tokens   D model width
 
 from __future__ import annotations
 
-from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from kha_train.bench.protocol import interleave, timing
-from kha_train.config.schema import RunConfig
-from kha_train.data.rows.batch import Batch
-from kha_train.errors import ConfigError
-from kha_train.model.host import to_device
-from kha_train.optim import parameter_groups
-from kha_train.variants.bases import GroupedQueryOptions
-from kha_train.variants.optimizer import AdamWOptions
+from kha_train.errors import ConfigError, Settings
 
-EXPERTS = ("grouped_mm", "eager", "batched_mm")
-GATHERED_LIMIT = 2**30
-"""Limit on the bytes of expert weights that `batched_mm` may copy, one copy for every routed token, before it is left
-out.
-"""
+if TYPE_CHECKING:
+    from kha_train.config.schema import RunConfig
+    from kha_train.data.rows.batch import Batch
+    from kha_train.model.moe.router import Routing
+
+EXAMPLE = "--peers tests/peers"
 
 
-class Peer:
-    """Qwen3-MoE with plain torch: forward and backward of every micro-batch, clipping, AdamW.
+class Problem(NamedTuple):
+    """The leaves x, gate and up, down, and routing weights; the routing; and the output gradient."""
 
-    On CUDA weights are bf16 with fp32 masters and moments, as ours; on a CPU all is fp32.
-    """
+    leaves: tuple[Tensor, Tensor, Tensor, Tensor]
+    routing: Routing
+    grad_ND: Tensor
 
-    def __init__(self, config: RunConfig, device: torch.device, dtype: torch.dtype, experts: str) -> None:
-        self.config, self.device, self.experts = config, device, experts
-        self.model = _build(config, experts).to(device, dtype)
-        self.model.train()
-        self.parameters = list(self.model.parameters())
-        self.masters = self.parameters
-        if dtype != torch.float32:
-            self.masters = [nn.Parameter(parameter.detach().float()) for parameter in self.parameters]
-        names = [name for name, _ in self.model.named_parameters()]
-        groups = parameter_groups(zip(names, self.masters, strict=True), config.optim.weight_decay)
-        optim = config.optim
-        assert isinstance(optim, AdamWOptions), "see `check`"
-        self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+class Contender(NamedTuple):
+    """One implementation on one problem: its forward, and the leaves that need gradients, in its own layout."""
+
+    forward: Callable[[], Tensor]
+    leaves: tuple[Tensor, ...]
+
+
+Implementation = Callable[[Problem], Contender]
+
+
+class StepPeer(Protocol):
+    """Another trainer of the same shape, and which of its expert implementations it uses."""
+
+    experts: str
 
     def step(self, batch: Batch) -> float:
-        """One optimiser step; returns the mean loss of the batch, the only number copied to the host."""
-        total = torch.zeros((), device=self.device)
-        for micro_batch in batch.micro_batches(self.config.engine.micro_batch_size):
-            labels_BT = to_device(micro_batch.labels_BT, self.device)
-            loss = self.model(
-                input_ids=to_device(micro_batch.tokens_BT, self.device),
-                position_ids=to_device(micro_batch.positions_BT, self.device),
-                labels=labels_BT,
-                shift_labels=labels_BT,
-                num_items_in_batch=batch.label_count,
-                use_cache=False,
-            ).loss
-            loss.backward()
-            total += loss.detach()
-        nn.utils.clip_grad_norm_(self.parameters, self.config.optim.grad_clip)
-        mean = total.item()  # before the update, as in our gate: the host does not wait for AdamW
-        self._update()
-        return mean
-
-    def _update(self) -> None:
-        if self.masters is not self.parameters:
-            for master, parameter in zip(self.masters, self.parameters, strict=True):
-                assert parameter.grad is not None
-                master.grad, parameter.grad = parameter.grad.float(), None
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.masters is not self.parameters:
-            with torch.no_grad():
-                torch._foreach_copy_(tuple(self.parameters), tuple(self.masters))
+        """Run one optimiser step on the whole batch; return its mean loss."""
 
 
-def fastest(config: RunConfig, batch: Batch, device: torch.device, dtype: torch.dtype) -> tuple[Peer, dict[str, Any]]:
-    """The peer with the fastest of its expert implementations, and the seconds of each (or why it was left out).
+class Adapter(Protocol):
+    """What FOLDER/NAME.py has for `kha bench step` and `kha bench moe`."""
 
-    Raises ConfigError when transformers is not installed, has no model of this shape, or none that fits the device.
-    """
-    check(config)
-    tried: dict[str, Any] = {}
-    peers: dict[str, Peer] = {}
-    for experts in EXPERTS:
-        gathered = gathered_bytes(config, dtype)
-        if experts == "batched_mm" and gathered > GATHERED_LIMIT:
-            tried[experts] = f"left out: would copy {gathered / 2**30:.1f} GiB of weights a layer"
-            continue
-        peers = {name: peer for name, peer in peers.items() if tried[name] == min(tried[n] for n in peers)}
-        try:
-            peer = Peer(config, device, dtype, experts)
-            seconds = interleave({experts: partial(peer.step, batch)}, blocks=3, warmup=1, device=device)
-        except torch.OutOfMemoryError:
-            tried[experts] = "left out: not enough device memory"
-            continue
-        tried[experts] = timing(seconds[experts]).seconds
-        peers[experts] = peer
-    if not peers:
-        raise ConfigError("no implementation of its experts fits", field="--against", value=tried, fix="fewer layers")
-    best = min(peers, key=lambda name: tried[name])
-    return peers[best], tried
+    def check(self, config: RunConfig) -> None:
+        """Raise ConfigError when the peer is not installed or has no model of this shape."""
+
+    def fastest(
+        self, config: RunConfig, batch: Batch, device: torch.device, dtype: torch.dtype
+    ) -> tuple[StepPeer, dict[str, Any]]:
+        """The peer with its fastest experts, and the seconds of each that was tried, or why it was left out. Raises
+        ConfigError when none fits."""
+
+    def experts(self, config: RunConfig, dtype: torch.dtype) -> tuple[dict[str, Implementation], dict[str, str]]:
+        """Implementations of one layer's experts by name, and why others were left out."""
 
 
-def check(config: RunConfig) -> None:
-    """Raises ConfigError when transformers is not installed, its Qwen3-MoE has no such shape, or the run uses an
-    optimiser other than AdamW.
-    """
-    if find_spec("transformers") is None:
-        raise ConfigError("is not installed", field="--against", value="transformers", fix="pip install transformers")
-    if (
-        not isinstance(config.attention.base, GroupedQueryOptions)
-        or config.moe.shared_experts
-        or config.moe.dense_layers
-    ):
-        raise ConfigError(
-            "Qwen3-MoE has grouped-query attention, and experts in every layer, none of them shared",
-            field="--against",
-            value="transformers",
-            fix="model=small, tiny, moe_6b or qwen3_30b",
-        )
-    if not isinstance(config.optim, AdamWOptions):
-        problem = "can only be compared with AdamW"
-        raise ConfigError(problem, field="optim.name", value=config.optim.name, allowed="adamw")
+class Opened(NamedTuple):
+    """A loader: `batches` from its beginning; `seek(step)` gives the batches from that step on, None where the loader
+    cannot."""
+
+    batches: Iterator[torch.Tensor]
+    seek: Callable[[int], Iterator[torch.Tensor]] | None
 
 
-def _build(config: RunConfig, experts: str) -> nn.Module:
-    transformers = import_module("transformers")
-    transformers.logging.set_verbosity_error()
-    model, moe = config.model, config.moe
-    base = config.attention.base
-    assert isinstance(base, GroupedQueryOptions), "`check` was asked"
-    shape = transformers.Qwen3MoeConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.layers,
-        num_attention_heads=base.query_heads,
-        num_key_value_heads=base.kv_heads,
-        head_dim=base.head_dim,
-        intermediate_size=moe.expert_width,
-        moe_intermediate_size=moe.expert_width,
-        num_experts=moe.experts,
-        num_experts_per_tok=moe.top_k,
-        norm_topk_prob=moe.renormalize,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        max_position_embeddings=model.seq_len,
-        rms_norm_eps=model.norm_eps,
-        tie_word_embeddings=model.tie_embeddings,
-        initializer_range=model.init_std,
-        attn_implementation="sdpa",
-        experts_implementation=experts,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(config.run.seed)
-        built: nn.Module = transformers.Qwen3MoeForCausalLM(shape)
-        return built
+class Shape(NamedTuple):
+    """What is read: B rows of L tokens with ids below `vocab`."""
+
+    B: int
+    L: int
+    vocab: int
 
 
-def gathered_bytes(config: RunConfig, dtype: torch.dtype) -> int:
-    """The bytes that `batched_mm` copies in one layer: the first expert matrix, once for every routed token."""
-    tokens = config.engine.micro_batch_size * config.model.seq_len
-    return tokens * config.moe.top_k * 2 * config.moe.expert_width * config.model.hidden_size * dtype.itemsize
+class LoaderPeer(NamedTuple):
+    """`write(ours, directory, shape)` makes the peer's format from our shards; `open(directory, shape)` reads it."""
+
+    write: Callable[[Path, Path, Shape], None]
+    open: Callable[[Path, Shape], Opened]
+
+
+class LoaderAdapter(Protocol):
+    """What FOLDER/loaders.py has: loaders by name, and the packages that pip installs together, the first of each
+    named in the protocol."""
+
+    PEERS: Mapping[str, LoaderPeer]
+    PACKAGES: Sequence[tuple[str, ...]]
+
+
+def load_adapters(folder: Path | None, names: Sequence[str]) -> dict[str, Adapter]:
+    """The adapters of `--against` by name. Raises ConfigError when one of them is not in `folder`."""
+    return {name: cast(Adapter, _module(folder, name, "--against")) for name in names}
+
+
+def load_loaders(folder: Path) -> LoaderAdapter:
+    """The data loaders of `folder`. Raises ConfigError when it has none."""
+    return cast(LoaderAdapter, _module(folder, "loaders", "--peers"))
+
+
+def _module(folder: Path | None, name: str, field: str) -> ModuleType:
+    if folder is None:
+        problem = "needs the folder of its adapter"
+        raise ConfigError(problem, field=field, value=name, fix=Settings(EXAMPLE, "{} (in a checkout)"))
+    file = folder / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"kha_train_peer_{name}", file) if file.is_file() else None
+    if spec is None or spec.loader is None:
+        allowed = ", ".join(sorted(path.stem for path in folder.glob("*.py"))) or "a folder with adapters"
+        raise ConfigError(f"no adapter {file}", field=field, value=name, allowed=allowed)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

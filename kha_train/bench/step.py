@@ -26,7 +26,8 @@ import torch
 
 from data_tools.synthetic import write_dataset
 from kha_train import distributed
-from kha_train.bench import peers, protocol
+from kha_train.bench import protocol
+from kha_train.bench.peers import Adapter, load_adapters
 from kha_train.config.compose import compose
 from kha_train.config.schema import RunConfig
 from kha_train.data.rows.batch import Batch
@@ -51,7 +52,6 @@ SHAPES = {
 }
 """The shapes measured when no configuration is given: the reference shape, and what `kha quickstart` trains."""
 BATCHES = 8
-PEER = "transformers"
 
 
 @dataclass
@@ -70,12 +70,14 @@ def measure(
     arms: Sequence[str] = ARMS,
     *,
     against: Sequence[str] = (),
+    peers: Path | None = None,
     blocks: int = 20,
     steps: int = 1,
     warmup: int = 2,
     clock: protocol.Clock = "wall",
 ) -> dict[str, Any]:
-    """Measure every arm of `arms` (settings, separated by spaces) on top of `overrides`, and the peers of `against`.
+    """Measure every arm of `arms` (settings, separated by spaces) on top of `overrides`, and the peers of `against`,
+    whose adapters are in the folder `peers`.
 
     Uses the data of `data.train` when the overrides set it, otherwise synthetic data. Raises as `compose`; ConfigError
     for an unavailable peer, or one without such a model.
@@ -86,8 +88,9 @@ def measure(
         labels = distinct(arms, [f"arm {number}" for number, _ in enumerate(arms, start=1)])
         configs = {label: compose([*settings, *arm.split()]) for label, arm in zip(labels, arms, strict=True)}
         first = next(iter(configs.values()))
-        if against:
-            peers.check(first)
+        adapters = load_adapters(peers, against)
+        for adapter in adapters.values():
+            adapter.check(first)
         world = distributed.start(first.engine.device, first.engine.collective_timeout_seconds)
         left_last.push(lambda kind, error, trace: distributed.stop(error))
         for engine in {engine_for(config, world.size) for config in configs.values()}:
@@ -95,8 +98,7 @@ def measure(
         batches = _batches(first)
         settled = _settled(configs, world.device)
         contenders = {name: _ours(config, world, left_last) for name, config in settled.items()}
-        if against:
-            contenders[PEER] = _peer(first, world, batches[0])
+        contenders |= {name: _peer(adapter, first, world, batches[0]) for name, adapter in adapters.items()}
         seconds = _take_turns(contenders, batches, world, blocks=blocks, steps=steps, warmup=warmup, clock=clock)
     protocol_facts = {"blocks": blocks, "steps": steps, "warmup": warmup, "clock": clock}
     return _answer(contenders, seconds, first, world.device, protocol_facts, attended_share(batches))
@@ -161,9 +163,9 @@ def _ours(config: RunConfig, world: World, left_last: ExitStack) -> Arm:
     return Arm(step, config, _allocated(world.device) - before, about)
 
 
-def _peer(config: RunConfig, world: World, batch: Batch) -> Arm:
+def _peer(adapter: Adapter, config: RunConfig, world: World, batch: Batch) -> Arm:
     before = _allocated(world.device)
-    peer, tried = peers.fastest(config, batch, world.device, resolve_dtype(config, world.device))
+    peer, tried = adapter.fastest(config, batch, world.device, resolve_dtype(config, world.device))
     about = {"experts": peer.experts, "experts_tried": tried}
     return Arm(peer.step, config, _allocated(world.device) - before, about)
 

@@ -26,7 +26,7 @@ FOUND_BY_OTHERS = {
     "launch/hydra_plugins/kha_slurm/__init__.py KhaSlurmLauncher": "Hydra finds its plugins by themselves",
 }
 """What is used by its place or its import."""
-OF_OTHER_PROGRAMS = {"use_multi_rank_bucket_allreduce", "hf_token", "api_key", "eos_token", "pad_token"}
+OF_OTHER_PROGRAMS = {"use_multi_rank_bucket_allreduce", "hf_token", "api_key", "eos_token", "pad_token", "eos_token_id"}
 """Names in docstrings that are DeepSpeed's, or examples of what people write."""
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 

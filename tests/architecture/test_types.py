@@ -11,7 +11,6 @@ from io import StringIO
 from pathlib import Path
 
 UNTYPED = {
-    "kha_train/bench/peer_loaders.py permuted": "datasets of peers",
     "kha_train/cli/options.py OverridesCommand.parse_args": "a context of the click that Typer carries inside",
     "kha_train/config/build.py variant_class": "one of two families of options, or any dataclass",
     "kha_train/variants/registry.py Variant.load": "the class of a module, which a room without torch cannot name",

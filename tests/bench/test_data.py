@@ -11,6 +11,8 @@ import pytest
 from kha_train.bench import data
 from kha_train.data.format.shards import ShardSet
 
+PACKAGES = [("datatrove",), ("grain",)]
+
 
 def test_peers_are_installed_again_until_all_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
@@ -23,13 +25,13 @@ def test_peers_are_installed_again_until_all_are_there(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(data.subprocess, "run", run)
     said: list[str] = []
-    data.install_peers(tmp_path / "peers", said.append)
+    data.install_peers(tmp_path / "peers", PACKAGES, said.append)
     assert said == ["grain does not install: no matching distribution"]
     broken.clear()
-    data.install_peers(tmp_path / "peers", said.append)
+    data.install_peers(tmp_path / "peers", PACKAGES, said.append)
     assert sum("grain" in command for command in asked) == 2
     asked.clear()
-    data.install_peers(tmp_path / "peers", said.append)
+    data.install_peers(tmp_path / "peers", PACKAGES, said.append)
     assert asked == [] and len(said) == 1
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from kha_train.bench import peers, protocol, step
+from kha_train.bench import protocol, step
+from kha_train.bench.peers import load_adapters
 from kha_train.bench.step import measure
 from kha_train.cli.main import app
 from kha_train.config.compose import compose
@@ -34,6 +37,15 @@ SHAPE = [
     "engine.micro_batch_size=2",
     "telemetry.peak_tflops=0.1",
 ]
+
+
+PEERS = Path(__file__).resolve().parents[1] / "peers"
+
+
+@pytest.fixture
+def adapter() -> Any:
+    """That of transformers."""
+    return load_adapters(PEERS, ["transformers"])["transformers"]
 
 
 def test_arms_take_turns_in_an_order_that_turns_round():
@@ -112,32 +124,33 @@ def test_attention_by_documents_counts_the_pairs_they_have():
     assert found["mfu_documents"] == pytest.approx((without + 0.25 * 3 * flops.by_component["scores"]) * 1e6 / 1e12)
 
 
-def test_the_peer_is_the_fastest_of_its_implementations_and_trains_on_the_same_loss():
+def test_the_peer_is_the_fastest_of_its_implementations_and_trains_on_the_same_loss(adapter):
     pytest.importorskip("transformers")
-    found = measure([*SHAPE, "data.isolate_documents=false"], ["attention=gqa"], against=["transformers"], blocks=3)
+    shape = [*SHAPE, "data.isolate_documents=false"]
+    found = measure(shape, ["attention=gqa"], against=["transformers"], peers=PEERS, blocks=3)
     peer = found["arms"]["transformers"]
     times = {name: time for name, time in peer["experts_tried"].items() if isinstance(time, float)}
-    assert set(times) == set(peers.EXPERTS) and peer["experts"] == min(times, key=times.get)
+    assert set(times) == set(adapter.EXPERTS) and peer["experts"] == min(times, key=times.get)
     assert math.isfinite(peer["against_base"]["ratio"])
 
 
-def test_experts_of_the_peer_that_do_not_fit_the_device_are_left_out(monkeypatch: pytest.MonkeyPatch):
+def test_experts_of_the_peer_that_do_not_fit_the_device_are_left_out(adapter, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("transformers")
-    train, lacking = peers.Peer.step, {"grouped_mm", "eager"}
+    train, lacking = adapter.Peer.step, {"grouped_mm", "eager"}
 
-    def step_or_not(peer: peers.Peer, batch: Batch) -> float:
+    def step_or_not(peer: Any, batch: Batch) -> float:
         if peer.experts in lacking:
             raise torch.OutOfMemoryError
         return train(peer, batch)
 
-    monkeypatch.setattr(peers.Peer, "step", step_or_not)
+    monkeypatch.setattr(adapter.Peer, "step", step_or_not)
     config = compose(SHAPE)
     batch = Batch(np.arange(4), np.ones((4, 33), dtype=np.uint16), Layout(np.arange(5) * 32, np.empty(0, np.int64)))
-    peer, tried = peers.fastest(config, batch, torch.device("cpu"), torch.float32)
+    peer, tried = adapter.fastest(config, batch, torch.device("cpu"), torch.float32)
     assert peer.experts == "batched_mm" and "memory" in tried["eager"]
     lacking.add("batched_mm")
     with pytest.raises(ConfigError, match="fits"):
-        peers.fastest(config, batch, torch.device("cpu"), torch.float32)
+        adapter.fastest(config, batch, torch.device("cpu"), torch.float32)
 
 
 def theirs(name: str) -> str:
@@ -162,14 +175,14 @@ def theirs(name: str) -> str:
     return {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}.get(name, name)
 
 
-def test_the_peer_of_our_weights_has_our_loss_on_rows_of_documents_and_then_trains():
+def test_the_peer_of_our_weights_has_our_loss_on_rows_of_documents_and_then_trains(adapter):
     """Documents cut inside rows, last labels masked: shifted labels or attention across documents would differ."""
     pytest.importorskip("transformers")
     config = compose([*SHAPE, "moe.renormalize=true", "moe.score=softmax", "moe.routed_scaling=1"])
     rows_BW = np.random.default_rng(0).integers(0, 256, (4, 33))
     layout = Layout(np.array([0, 32, 64, 80, 96, 128]), np.array([5, 79]))
     batch = Batch(np.arange(4), rows_BW, layout)
-    peer = peers.Peer(config, torch.device("cpu"), torch.float32, "eager")
+    peer = adapter.Peer(config, torch.device("cpu"), torch.float32, "eager")
     ours = build_decoder(config)
     with torch.no_grad():
         # Far from a uniform guess, so that what a token attends to and is to foretell changes its loss.
@@ -187,15 +200,16 @@ def test_the_peer_of_our_weights_has_our_loss_on_rows_of_documents_and_then_trai
     assert losses[-1] < losses[0]
 
 
-def test_a_shape_the_peer_does_not_have_is_refused():
+def test_a_shape_the_peer_does_not_have_is_refused(adapter):
     with pytest.raises(ConfigError, match="Qwen3-MoE"):
-        peers.check(compose([*SHAPE, "moe.shared_experts=1"]))
+        adapter.check(compose([*SHAPE, "moe.shared_experts=1"]))
 
 
 @pytest.mark.gpu
 def test_on_cuda_arms_have_a_peak_of_their_own_and_the_peer_trains_in_bf16() -> None:
     pytest.importorskip("transformers")
     shape = [text for text in SHAPE if not text.startswith("engine.device")]
-    found = measure([*shape, "engine.device=cuda", "data.isolate_documents=false"], against=["transformers"], blocks=3)
+    shape += ["engine.device=cuda", "data.isolate_documents=false"]
+    found = measure(shape, against=["transformers"], peers=PEERS, blocks=3)
     assert found["shape"]["dtype"] == "bfloat16" and len(found["arms"]) == 4
     assert all(arm["peak_gib"] > 0 and arm["seconds"] > 0 for arm in found["arms"].values())

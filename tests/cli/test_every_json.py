@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,6 @@ from hypothesis import strategies as st
 import kha_train.operate.quickstart as quickstart_stages
 from data_tools.corpus import build_corpus
 from data_tools.train_tokenizer import train_tokenizer
-from kha_train.bench import data as loaders
 from kha_train.bench import everything, gpu
 from kha_train.cli.main import COMMANDS, build, run
 from kha_train.cli.output import strict
@@ -234,12 +232,10 @@ def kha(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.fixture
 def short_benches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of commands that run others, one is enough; peers would come from a network; a corpus of a few packages."""
+    """Of commands that run others, one is enough; a corpus of a few packages."""
     stage = gpu.Stage("attention layer", ("attention", *TINY, "--blocks", "3"), 60)
     monkeypatch.setattr(gpu, "stages", lambda rehearse: [stage])
     monkeypatch.setattr(everything, "QUICK", {"attention": (*TINY, "--blocks", "3")})
-    monkeypatch.setattr(loaders, "install_peers", lambda folder, say: Path(sys.executable))
-    monkeypatch.setattr(loaders, "PEERS", ())
     packages = [STANDARD_LIBRARY / name for name in ("asyncio", "email", "json", "unittest")]
     monkeypatch.setattr(
         quickstart_stages,

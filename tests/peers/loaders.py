@@ -1,10 +1,9 @@
-"""Data loaders of peers over the common tokens, each in its own format: how to write it and how to read it.
+"""Adapters of other data loaders for `kha bench data`: how each format is written, how it is read.
 
-Runs in the peers' environment, called by `loaders.py`. Peers are imported by name, because this project does not depend
-on them. A peer's format is made once from our shards and kept beside them. Every loader yields batches of int64 ids in
-one process, in an order as random as the peer offers: a global shuffle, except for litdata (chunks, and inside chunks)
-and mosaicml-streaming (windows of 2^18 samples). None uses threads, except for OLMo-core in its default setting, which
-starts four.
+They run in the peers' own environment, which has only the contract of ours. A peer's format is made once from
+our shards and kept beside them. Every loader yields batches of int64 ids in one process, in an order as random as the
+peer offers: a global shuffle, except for litdata (chunks, and inside chunks) and mosaicml-streaming (windows of 2^18
+samples). None uses threads, except OLMo-core in its default setting, which starts four.
 """
 
 # B rows  L tokens of a row
@@ -25,33 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from kha_train.bench.peers import LoaderPeer, Opened, Shape
+
 SEED = 1
 EOS, PAD = 1, 0
 _CHUNK_BYTES = 64 << 20
-
-
-class Opened(NamedTuple):
-    """A loader: `batches` starts at its beginning; `seek(step)` gives the batches from that step on, None if the loader
-    cannot seek.
-    """
-
-    batches: Iterator[torch.Tensor]
-    seek: Callable[[int], Iterator[torch.Tensor]] | None
-
-
-class Shape(NamedTuple):
-    """The data to read: B rows of L tokens with ids below `vocab`."""
-
-    B: int
-    L: int
-    vocab: int
-
-
-class Peer(NamedTuple):
-    """`write(ours, directory, shape)` makes the peer's format from our shards; `open(directory, shape)` reads it."""
-
-    write: Callable[[Path, Path, Shape], None]
-    open: Callable[[Path, Shape], Opened]
 
 
 def permuted(dataset: Any, B: int, row: Callable[[Any], Any]) -> Opened:
@@ -276,12 +253,21 @@ def _open_megatron(directory: Path, shape: Shape) -> Opened:
     return Opened(batches(0), batches)
 
 
-PEERS: dict[str, Peer] = {
-    "datatrove": Peer(_write_datatrove, _open_datatrove),
-    "litdata": Peer(_write_litdata, _open_litdata),
-    "grain": Peer(_write_nothing, _open_grain),
-    "olmo-core": Peer(_write_nothing, partial(_open_olmo, threads=0)),
-    "olmo-core, as it comes": Peer(_write_nothing, partial(_open_olmo, threads=None)),
-    "megatron-core": Peer(_write_megatron, _open_megatron),
-    "mosaicml-streaming": Peer(_write_mosaic, _open_mosaic),
+PEERS: dict[str, LoaderPeer] = {
+    "datatrove": LoaderPeer(_write_datatrove, _open_datatrove),
+    "litdata": LoaderPeer(_write_litdata, _open_litdata),
+    "grain": LoaderPeer(_write_nothing, _open_grain),
+    "olmo-core": LoaderPeer(_write_nothing, partial(_open_olmo, threads=0)),
+    "olmo-core, as it comes": LoaderPeer(_write_nothing, partial(_open_olmo, threads=None)),
+    "megatron-core": LoaderPeer(_write_megatron, _open_megatron),
+    "mosaicml-streaming": LoaderPeer(_write_mosaic, _open_mosaic),
 }
+PACKAGES = (
+    ("datatrove",),
+    ("litdata",),
+    ("grain",),
+    ("ai2-olmo-core",),
+    ("megatron-core",),
+    ("mosaicml-streaming", "transformers<5"),
+)
+"""The packages of the peers; if one does not install, the others are still measured."""
