@@ -68,7 +68,8 @@ class Pair:
     def caveats(self) -> tuple[str, ...]:
         """The reasons, in words, why the difference may not be due to the variant."""
         since = "" if self.different_from is None else f" from step {self.different_from} on"
-        found = [] if self.same_seed else [f"different seeds, so different initial values and data order{since}"]
+        order = "" if self.same_data else f" and data order{since}"
+        found = [] if self.same_seed else [f"different seeds, so different initial values{order}"]
         if self.same_seed and not self.same_data:
             found.append(f"they read different data{since}" if since else "not proven to have read the same data")
         found += self.unknown

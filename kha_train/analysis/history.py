@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from kha_train.config.build import flatten, without_places
+from kha_train.config.build import flatten, without_places, without_seeds
 from kha_train.config.compose import load_plain
 from kha_train.config.constants import PRECISION_OF
 from kha_train.foreign.documents import Json
@@ -215,7 +215,7 @@ def brief(value: object) -> str:
 
 def _settings(attempt: Attempt, earlier: Sequence[Stretch]) -> dict[str, Any]:
     """The settings of an attempt as they took effect: free settings such as the device resolve `auto`."""
-    settings = without_places(attempt.config or {})
+    settings = without_seeds(without_places(attempt.config or {}))
     dtype = attempt.facts.get("dtype")
     if settings.get(PRECISION) == "auto" and dtype in PRECISION_OF:
         settings[PRECISION] = PRECISION_OF[dtype]

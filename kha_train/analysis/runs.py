@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kha_train.analysis.history import UNKNOWN, Stretch, history, shown, stretches_of
-from kha_train.config.build import without_places
+from kha_train.config.build import SEEDS, without_places
 from kha_train.config.compose import load_plain
 from kha_train.config.constants import FREE_TO_CHANGE, may_differ
 from kha_train.errors import ConfigError
@@ -139,7 +139,7 @@ def _variant(run: RunData, alike: list[RunData]) -> str:
     result.
     """
     configs = [stretch.settings or other.config for other in alike for stretch in other.stretches]
-    neutral = ("run.seed", *FREE_TO_CHANGE)
+    neutral = ("run.seed", *SEEDS, *FREE_TO_CHANGE)
     judged = sorted({key for config in configs for key in config if not may_differ(key, neutral, *configs)})
     differing = [key for key in judged if any(other.shown(key) != run.shown(key) for other in alike)]
     return " ".join([run.variant, *(f"{key}={run.shown(key)}" for key in differing)])

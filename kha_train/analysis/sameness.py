@@ -20,6 +20,7 @@ from kha_train.analysis.history import (
     UNKNOWN,
     Difference,
     Meeting,
+    Stretch,
     brief,
     changes,
     differences,
@@ -30,13 +31,14 @@ from kha_train.analysis.history import (
 from kha_train.analysis.runs import UNTOLD, RunData
 from kha_train.analysis.variant import is_variant
 from kha_train.config.constants import FREE_TO_CHANGE, may_differ
+from kha_train.foreign.documents import Json
 
-NEUTRAL_KEYS = (*(key for key in FREE_TO_CHANGE if key != "run.init_from"), "run.seed")
+NEUTRAL_KEYS = (*(key for key in FREE_TO_CHANGE if key != "run.init_from"), "run.seed", "data.seed")
 """Settings, or prefixes of settings, in which a fair pair may differ besides the variant: they change a loss only by
-rounding. The content of the data is compared by its id, and the seed separately.
+rounding. The content of the data is compared by its id, its order and the seed separately.
 """
 ORDER_KEYS = (
-    "run.seed", "model.seq_len",
+    "data.seed", "model.seq_len",
     "data.isolate_documents", "data.packing", "data.shuffle", "data.sources", "data.phases",
 )  # fmt: skip
 """Settings that determine, with the content of the shards and the sample numbers, which tokens a step reads."""
@@ -127,8 +129,8 @@ def data_proof(reference: RunData, other: RunData) -> tuple[bool, str]:
     steps = common_steps(reference, other)[0]
     return True, (
         f"{names} read the same data: content id {shown(reference.history(DATA_ID))}, seed "
-        f"{reference.shown('run.seed')}, and equal sample numbers at each of the {len(steps)} common steps up to step "
-        f"{steps[-1]}"
+        f"{_data_seed(reference.stretches[-1])}, and equal sample numbers at each of the {len(steps)} common steps up "
+        f"to step {steps[-1]}"
     )
 
 
@@ -166,10 +168,18 @@ def _told_apart(meeting: Meeting) -> tuple[int, str] | None:
         return meeting.first, f"read different data: content ids {contents[0]} and {contents[1]}"
     for key in ORDER_KEYS:
         values = meeting.values(key)
+        if key == "data.seed":
+            key = "run.seed" if values == (None, None) else key
+            values = _data_seed(meeting.reference), _data_seed(meeting.other)
         if UNKNOWN not in values and values[0] != values[1]:
             shards = "their shards" if UNKNOWN in contents else "the same shards"
             return meeting.first, f"read {shards} differently: {key} is {values[0]} and {values[1]}"
     return None
+
+
+def _data_seed(stretch: Stretch) -> Json:
+    own = stretch.value("data.seed")
+    return stretch.value("run.seed") if own is None else own
 
 
 def _missing_proof(reference: RunData, other: RunData) -> list[str]:

@@ -13,7 +13,8 @@ _NAMES = {
     "run.dir": """output_dir out_dir output outdir save_dir save_folder save_path log_dir logdir work_dir checkpoint_dir
         ckpt_dir default_root_dir dump_folder save run_dir""",
     "run.name": "run_name experiment_name exp_name job_name wandb_run_name wandb_name",
-    "run.seed": "random_seed manual_seed rng_seed seed_everything data_seed",
+    "run.seed": "random_seed manual_seed rng_seed seed_everything",
+    "data.seed": "data_seed shuffle_seed dataloader_seed",
     "run.init_from": """load load_from load_path pretrained pretrained_checkpoint pretrained_model model_name_or_path
         initial_load_path init_from_checkpoint finetune_from""",
     "model.layers": """num_layers n_layers n_layer nlayers num_hidden_layers depth num_blocks n_blocks

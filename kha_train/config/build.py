@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from difflib import get_close_matches
+from types import UnionType
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from kha_train.config import aliases
@@ -78,6 +79,20 @@ def without_places(values: Mapping[str, Any]) -> dict[str, Any]:
     return flat | {"data.sources": [{key: source[key] for key in source if key != "path"} for source in sources]}
 
 
+SEEDS = ("data.seed", "moe.routing_seed")
+"""Settings, by dotted keys, that stand for `run.seed` where they are null."""
+
+
+def with_seeds(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings `flat`, by dotted keys, with each of `SEEDS` that is null at the value it stands for."""
+    return {**flat, **{key: flat.get("run.seed") for key in SEEDS if flat.get(key) is None}}
+
+
+def without_seeds(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings `flat`, by dotted keys, with each of `SEEDS` null that has the value it stands for then."""
+    return {**flat, **dict.fromkeys(key for key in SEEDS if key in flat and flat[key] == flat.get("run.seed"))}
+
+
 def nearest(key: str, known: Iterable[str], path: str = "") -> dict[str, str]:
     """`allowed` and `fix` of the error about an unknown `key`."""
     known = list(known)
@@ -122,6 +137,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and is_dataclass(hint):
         return build(hint, value, where)
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is UnionType:
+        # The only union of the schema: a value, or null for what stands for it.
+        return None if value is None else _convert(arguments[0], value, where)
     if origin is Literal:
         if not any(value == choice and type(value) is type(choice) for choice in arguments):
             raise ConfigError(

@@ -78,6 +78,8 @@ LIMITS: dict[str, Limit] = {
     "moe.auxiliary_loss.weight": NOT_NEGATIVE,
     "moe.z_loss_weight": NOT_NEGATIVE,
     "moe.routing_warmup_steps": NOT_NEGATIVE,
+    "moe.routing_seed": NOT_NEGATIVE,
+    "data.seed": NOT_NEGATIVE,
     "data.global_batch_size": Limit(1, LARGEST_INDEX),
     "data.prefetch": Limit(0, 10_000),
     "data.cache_gib": POSITIVE,

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from kha_train.config.build import flatten, to_plain, without_places
+from kha_train.config.build import flatten, to_plain, without_places, without_seeds
 from kha_train.config.constants import FREE_TO_CHANGE, may_differ
 from kha_train.config.schema import RunConfig
 from kha_train.errors import KhaError
@@ -93,13 +93,13 @@ def differing(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
 
 
 def tidy(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings `flat`, by dotted keys, with each path spelled in one way."""
+    """The settings `flat`, by dotted keys, with each path spelled in one way, and each seed that is `run.seed` null."""
     paths = {key: _path(flat[key]) for key in PLACES if isinstance(flat.get(key), str)}
     sources = [
         source | {"path": _path(source["path"])} if isinstance(source.get("path"), str) else source
         for source in flat.get("data.sources") or []
     ]
-    return {**flat, **paths, "data.sources": sources}
+    return {**without_seeds(flat), **paths, "data.sources": sources}
 
 
 def _path(text: str) -> str:

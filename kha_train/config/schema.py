@@ -98,7 +98,8 @@ class MoeSection:
     The first `dense_layers` layers have one feed-forward of `dense_width` instead; if all have, `experts` is 0.
     `shared_experts` of `expert_width` run for every token, besides the routed ones. With `expert_groups` above 1 a
     token chooses only among the experts of its best `top_groups` groups. `renormalize` divides the chosen scores by
-    their sum. For the first `routing_warmup_steps` steps, random scores are blended into the router's.
+    their sum. For the first `routing_warmup_steps` steps, random scores are blended into the router's. `routing_seed` is the
+    seed of these scores (null: `run.seed`).
     """
 
     experts: int
@@ -118,6 +119,7 @@ class MoeSection:
     auxiliary_loss: AuxiliaryLossSection = field(default_factory=AuxiliaryLossSection)
     z_loss_weight: float = 0.0
     routing_warmup_steps: int = 0
+    routing_seed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,7 @@ class DataSection:
     """Tokenised shards and the batch made of them. `global_batch_size` counts rows of `model.seq_len` tokens.
 
     `train` is one dataset; for several leave it empty and list `sources`, whose weights `phases` may change later.
+    `seed` decides the order of the samples (null: `run.seed`).
     `reader` is how local files are read, `prefetch` how many steps a thread reads ahead. Datasets may be URLs: blocks
     of them are kept in `cache_dir`, `cache_gib` GiB at most, for all processes of a node.
     """
@@ -150,6 +153,7 @@ class DataSection:
     train: str
     validation: str
     global_batch_size: int
+    seed: int | None = None
     sources: tuple[SourceSection, ...] = ()
     phases: tuple[PhaseSection, ...] = ()
     isolate_documents: bool = True
@@ -339,3 +343,13 @@ class RunConfig:
     telemetry: TelemetrySection
     profile: ProfileSection
     cluster: ClusterSection
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of the sample order."""
+        return self.run.seed if self.data.seed is None else self.data.seed
+
+    @property
+    def routing_seed(self) -> int:
+        """The seed of the random scores of the routing warm-up."""
+        return self.run.seed if self.moe.routing_seed is None else self.moe.routing_seed

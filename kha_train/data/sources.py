@@ -152,14 +152,14 @@ def open_samples(config: RunConfig) -> Samples:
             "were made by different tokenizers", field="data.sources", value=[path for _, path, _ in named]
         )
     sources = [
-        Source(name, rows, SampleOrder(rows.rows, seed=config.run.seed, source=name, shuffle=config.data.shuffle))
+        Source(name, rows, SampleOrder(rows.rows, seed=config.data_seed, source=name, shuffle=config.data.shuffle))
         for name, rows in opened
     ]
     mixture = None
     if config.data.sources:
         first = Phase(0, tuple(source.weight for source in config.data.sources))
         later = [Phase(phase.start_sample, phase.weights) for phase in config.data.phases]
-        mixture = Mixture([first, *later], seed=config.run.seed)
+        mixture = Mixture([first, *later], seed=config.data_seed)
     return Samples(sources, mixture, config.model.seq_len)
 
 

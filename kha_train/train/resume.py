@@ -14,7 +14,7 @@ from kha_train.checkpoint.fit import check_buffers
 from kha_train.checkpoint.loss import free_name
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import Checkpoint
-from kha_train.config.build import to_plain, without_places
+from kha_train.config.build import to_plain, with_seeds, without_places
 from kha_train.config.compose import quoted
 from kha_train.config.constants import FREE_TO_CHANGE, PRECISION_OF, may_differ
 from kha_train.config.saved import completed
@@ -188,8 +188,8 @@ def changed_settings(
     `before` and `after` replace or add values.
     """
     clean = Redactor.from_environment().clean
-    saved = without_places(completed(saved_config)) | dict(before)
-    now = without_places(to_plain(config)) | dict(after)
+    saved = with_seeds(without_places(completed(saved_config))) | dict(before)
+    now = with_seeds(without_places(to_plain(config))) | dict(after)
     return [
         (key, saved.get(key), clean(now.get(key)))
         for key in sorted(saved.keys() | now.keys())

@@ -275,6 +275,22 @@ def test_the_phases_of_each_start_are_the_planned_changes_of_its_own_steps(tmp_p
     assert read_curve(run).planned == {5, 15}
 
 
+def test_runs_of_two_seeds_that_share_that_of_the_data_read_the_same(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "a", Start(30))
+    pair, _ = pair_of(one, write_run(tmp_path / "b", Start(30, ("run.seed=1", "data.seed=0")), variant="kha_mlp"))
+    assert pair.same_data and pair.difference is not None
+    assert pair.caveats == ("different seeds, so different initial values",)
+
+
+def test_runs_of_one_seed_and_two_of_the_data_are_no_pair(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "a", Start(30, ("data.seed=0",)))
+    pair, _ = pair_of(one, write_run(tmp_path / "b", Start(30, ("data.seed=1",)), variant="kha_mlp"))
+    assert pair.difference is None and pair.confounders == ()
+    assert "data.seed is 0 and 1" in pair.data_words
+    same, _ = pair_of(one, write_run(tmp_path / "c", Start(30), variant="kha_mlp"))
+    assert same.caveats == (), "a seed that is named is the one it stands for"
+
+
 RATES, CONTENTS = (0.001, 0.5), ("c0ffee", "decade")
 HISTORY = st.lists(
     st.tuples(st.integers(1, 6), st.sampled_from(RATES), st.sampled_from(CONTENTS)), min_size=1, max_size=4

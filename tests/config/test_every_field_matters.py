@@ -427,10 +427,12 @@ CHANGES: dict[str, Change] = {
     "moe.auxiliary_loss.scope": ("micro_batch", forward_of_a_choice, "moe.auxiliary_loss.weight=0.1"),
     "moe.z_loss_weight": (0.1, forward_of_a_choice),
     "moe.routing_warmup_steps": (10, forward_of_a_choice),
+    "moe.routing_seed": (1, forward_of_a_choice, "moe.routing_warmup_steps=10"),
     "moe.routed_scaling": (1.0, first_loss),
     "moe.bias_update_rate": (0.5, bias_after_a_step),
     "data.train": ("{other}/train", first_batch),
     "data.validation": ("{other}/validation", validation_samples),
+    "data.seed": (1, first_batch),
     "data.global_batch_size": (12, first_batch),
     "data.sources": (
         "[{name: b, path: {other}/train, weight: 1}]",

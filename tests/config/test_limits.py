@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from types import UnionType
 from typing import get_args, get_origin, get_type_hints
 
 import pytest
@@ -32,7 +33,7 @@ FREE = {
 def _numbers(cls: type, path: str = "") -> Iterator[tuple[str, type]]:
     for field in fields(cls):
         hint, where = get_type_hints(cls)[field.name], f"{path}.{field.name}".lstrip(".")
-        inner = get_args(hint)[0] if get_origin(hint) is tuple else hint
+        inner = get_args(hint)[0] if get_origin(hint) in (tuple, UnionType) else hint
         if inner is OptimSection:
             yield from (number for one in OPTIMIZERS.values() for number in _numbers(one.options_class(), where))
         elif is_dataclass(inner):

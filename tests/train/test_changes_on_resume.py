@@ -101,6 +101,8 @@ def _changed(config: RunConfig, key: str) -> RunConfig:
         section = section[name]
     now = section[last]
     candidates: list[Any] = [not now] if isinstance(now, bool) else [now + 1] if isinstance(now, int | float) else []
+    if now is None:
+        candidates = [1]
     if isinstance(now, str):
         candidates = [now + "x"]
     if isinstance(now, list):
@@ -296,3 +298,11 @@ def test_a_run_is_held_to_the_precision_it_had_on_its_device(
     )
     with pytest.raises(ResumeError, match=r"engine\.precision +'bf16' -> 'fp32'\n "):
         go_on()
+
+
+def test_a_seed_that_is_named_with_the_value_it_stands_for_is_no_change() -> None:
+    config, named = compose(["run.seed=3"]), compose(["run.seed=3", "data.seed=3", "moe.routing_seed=3"])
+    assert _refused(config, named) == [] == _refused(named, config)
+    assert _refused(config, compose(["run.seed=4", "data.seed=3"])) == [("moe.routing_seed", 3, 4), ("run.seed", 3, 4)]
+    other = compose(["run.seed=3", "data.seed=4"])
+    assert _refused(config, other) == [("data.seed", 3, 4)]

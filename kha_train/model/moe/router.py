@@ -60,7 +60,7 @@ class Router(DeclaredModule):
 
     def __init__(self, config: RunConfig, layer: int) -> None:
         super().__init__()
-        self.moe, self.seed = config.moe, config.run.seed
+        self.moe, self.seed = config.moe, config.routing_seed
         auxiliary = (AUXILIARY_LOSS,) if config.moe.auxiliary_loss.weight else ()
         self.metrics = (*balance.METRICS, *auxiliary, *((Z_LOSS,) if config.moe.z_loss_weight else ()))
         experts = config.moe.experts
