@@ -33,8 +33,8 @@ NOTED_FACTS = ("world_size", "device", "attention_backend", "git.", "versions.")
 FACTS = (DATA_ID, VALIDATION_ID, VALIDATION_ROWS, *NOTED_FACTS)
 """The facts of an attempt that matter besides its settings."""
 PRECISION = "engine.precision"
-ORIGIN = "run.init_from"
-"""A setting that affects only the first start: a resumed attempt begins from the run's own checkpoint."""
+ORIGINS = ("run.init_from", "run.branch_from")
+"""Settings that affect only the first start: a resumed attempt begins from the run's own checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _settings(attempt: Attempt, earlier: Sequence[Stretch]) -> dict[str, Any]:
     dtype = attempt.facts.get("dtype")
     if settings.get(PRECISION) == "auto" and dtype in PRECISION_OF:
         settings[PRECISION] = PRECISION_OF[dtype]
-    return {**settings, ORIGIN: earlier[0].value(ORIGIN)} if earlier else settings
+    return {**settings, **{key: earlier[0].value(key) for key in ORIGINS}} if earlier else settings
 
 
 def _by_attempt(columns: Columns, absent: int | None) -> Iterator[tuple[int | None, int, int]]:

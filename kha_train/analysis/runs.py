@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -49,6 +50,18 @@ class RunData:
         """`run.seed` at the first step, which determines the initial values; None when the configuration has none."""
         seed: int | None = self.history("run.seed")[0][1]
         return seed
+
+    @property
+    def begun_after(self) -> int:
+        """The step after which the curve begins: 0, or that of the checkpoint the run branched off."""
+        return self.run["parent"]["step"] if self.run.get("parent") else 0
+
+    @property
+    def lineage(self) -> list[tuple[str, float]]:
+        """(id, the step at which the next one left it) of the runs whose steps led here, itself at the end."""
+        parent = self.run.get("parent")
+        left = [*parent["ancestors"], (parent["run_id"], parent["step"])] if parent else []
+        return [(str(run_id), float(step)) for run_id, step in left] + [(str(self.run.get("run_id", "")), math.inf)]
 
     def history(self, key: str) -> list[tuple[int, Json]]:
         """(first step, value) of a setting, as far as recorded; if never recorded, its value in `config` from the first

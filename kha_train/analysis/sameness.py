@@ -17,6 +17,7 @@ from kha_train.analysis.history import (
     DATA_ID,
     FACTS,
     NOTED_FACTS,
+    ORIGINS,
     UNKNOWN,
     Difference,
     Meeting,
@@ -33,7 +34,7 @@ from kha_train.analysis.variant import is_variant
 from kha_train.config.constants import FREE_TO_CHANGE, may_differ
 from kha_train.foreign.documents import Json
 
-NEUTRAL_KEYS = (*(key for key in FREE_TO_CHANGE if key != "run.init_from"), "run.seed", "data.seed")
+NEUTRAL_KEYS = (*(key for key in FREE_TO_CHANGE if key not in ORIGINS), "run.seed", "data.seed")
 """Settings, or prefixes of settings, in which a fair pair may differ besides the variant: they change a loss only by
 rounding. The content of the data is compared by its id, its order and the seed separately.
 """
@@ -62,13 +63,28 @@ def confounders(reference: RunData, other: RunData) -> tuple[str, ...]:
     """
     met = meetings(reference, other)
     changed = {change.key for run in (reference, other) for change in changes(run.stretches)}
+    shared = shared_until(reference, other)
+    neutral = (*NEUTRAL_KEYS, *(("run.branch_from",) if shared else ()))
     found = differences(
         met,
-        lambda key, one: (
-            not (key.startswith(FACTS) or _is_free(key, NEUTRAL_KEYS, one) or is_variant(key, one, changed))
-        ),
+        lambda key, one: not (key.startswith(FACTS) or _is_free(key, neutral, one) or is_variant(key, one, changed)),
     )
-    return tuple(map(str, [*found, *_other_rates(reference, other, met)]))
+    apart = shared and met and met[0].first > shared + 1
+    states = [f"their states before step {met[0].first}: one run until step {shared:.0f} alone"] if apart else []
+    return tuple(map(str, [*states, *found, *_other_rates(reference, other, met)]))
+
+
+def shared_until(reference: RunData, other: RunData) -> float:
+    """The step until which both are one run, of which one of them or both are branches; 0 where there is none."""
+    until = 0.0
+    if reference.begun_after or other.begun_after:
+        for (one, left), (two, right) in zip(reference.lineage, other.lineage, strict=False):
+            if one != two or not one:
+                break
+            until = min(left, right)
+            if left != right:
+                break
+    return until
 
 
 def unknown_settings(reference: RunData, other: RunData) -> tuple[str, ...]:
@@ -82,8 +98,8 @@ def unknown_settings(reference: RunData, other: RunData) -> tuple[str, ...]:
 
 
 def notes(reference: RunData, other: RunData) -> tuple[str, ...]:
-    """Sentences about differences that are no caveats (ranks, ZeRO stage, other free settings): what both changed
-    alike, what only one changed, and the rest.
+    """Sentences about differences that are no caveats (ranks, ZeRO stage, other free settings): until when both are one
+    run, what both changed alike, what only one changed, and the rest.
     """
     free = differences(
         meetings(reference, other),
@@ -95,13 +111,22 @@ def notes(reference: RunData, other: RunData) -> tuple[str, ...]:
     for change in mine:
         if (change.step, change.key, str(change.now)) in alike and not may_differ(change.key, UNTOLD):
             both.setdefault(change.step, []).append(f"{change.key} to {brief(change.now)}")
-    told = [f"both changed {', '.join(keys)} from step {step} on" for step, keys in both.items()]
+    told = _branches(reference, other)
+    told += [f"both changed {', '.join(keys)} from step {step} on" for step, keys in both.items()]
     for run, changed, unchanged in ((reference, mine, theirs), (other, theirs, mine)):
         keys = {change.key for change in changed} - {change.key for change in unchanged}
         alone = [one for one in free if one.key in keys and not one.everywhere]
         free = [one for one in free if one not in alone]
         told += [f"only {run.label} changed {', '.join(map(str, alone))}"] if alone else []
     return (*told, *([f"they differ in {', '.join(map(str, free))}"] if free else []))
+
+
+def _branches(reference: RunData, other: RunData) -> list[str]:
+    """Which of two runs are branches, and until which step both are one run."""
+    branches = [run for run in (reference, other) if run.begun_after]
+    told = [f"{run.label} is a branch: it goes on from step {run.begun_after} of another run" for run in branches]
+    shared = shared_until(reference, other)
+    return [*told, *([f"until step {shared:.0f} both are one run"] if shared else [])]
 
 
 def data_difference(reference: RunData, other: RunData) -> tuple[int, str] | None:
@@ -140,7 +165,7 @@ def _is_free(key: str, allowed: Sequence[str], meeting: Meeting) -> bool:
 
 def _is_named(key: str) -> bool:
     """Whether the comparison shows a free setting elsewhere (in the variant, or as its origin), or not at all."""
-    return may_differ(key, UNTOLD) or key.startswith(("attention.", "run.init_from"))
+    return may_differ(key, UNTOLD) or key.startswith(("attention.", *ORIGINS))
 
 
 def _other_rates(reference: RunData, other: RunData, met: Sequence[Meeting]) -> list[Difference]:
@@ -192,8 +217,8 @@ def _missing_proof(reference: RunData, other: RunData) -> list[str]:
     ranges = [_sample_ranges(run)[places] for run, places in ((reference, left), (other, right))]
     if not len(steps) or np.isnan(ranges).any():
         found.append("sample numbers are missing")
-    elif len(steps) < steps[-1]:
-        absent = int(np.setdiff1d(np.arange(1, steps[-1]), steps)[0])
+    elif len(steps) < steps[-1] - (begun := max(reference.begun_after, other.begun_after)):
+        absent = int(np.setdiff1d(np.arange(begun + 1, steps[-1]), steps)[0])
         found.append(f"a run has no line for step {absent}")
     return found
 

@@ -16,6 +16,7 @@ from kha_train.data.sources import Source, open_samples
 from kha_train.data.tokenizer import KIND, Tokenizer
 from kha_train.errors import DataError
 from kha_train.record import config_of, read_attempts, read_discarded, read_events
+from kha_train.record.actions import skip_windows
 from kha_train.record.columns_twin import read_columns
 
 
@@ -37,7 +38,7 @@ def batch_texts(run_dir: Path, first_sample: int, attempt: int | None = None) ->
         raise DataError(
             problem, field="data.train", value=config.data.train, fix="restore the data that the run was trained on"
         )
-    windows = [tuple(e["window"]) for e in read_events(run_dir) if e["kind"] == "rewind" and "window" in e]
+    windows = [*config.data.skip_windows, *skip_windows(read_events(run_dir))]
     numbers_N = batch_numbers(first_sample, config.data.global_batch_size, windows)
     sources_N, rows_N = samples.locate(numbers_N)
     rows_NW = samples.read(sources_N, rows_N)

@@ -47,7 +47,7 @@ HONESTY: dict[str, Quantity] = {
     "attempts": Quantity("attempts", ",.0f", "starts of the run directory"),
     "lost": Quantity("lost attempts", ",.0f", "attempts whose end was not recorded: killed, crashed, or running"),
     "discarded": Quantity("discarded lines", ",.0f", "steps computed, then undone by a restart or a rewind"),
-    "missing": Quantity("missing lines", ",.0f", "steps without a line, up to the last one"),
+    "missing": Quantity("missing lines", ",.0f", "steps of this run without a line, up to the last one"),
     "skipped": Quantity("skipped steps", ",.0f", "steps whose update was not applied"),
     "nonfinite": Quantity("non-finite losses", ",.0f", "steps whose loss was nan or infinite"),
     "spikes": Quantity("loss spikes", ",.0f", "narrow and wide events, including those that a rewind undid"),
@@ -64,6 +64,7 @@ TOLD: dict[str, Quantity] = {
     "data_content_id": Quantity("data", "", "content id of the training data"),
     "validation_content_id": Quantity("validation data", "", "content id of the validation set"),
     "changes": Quantity("changed during the run", "", "settings and facts, from one start to the next"),
+    "parent": Quantity("branch of", "", "the checkpoint of another run that this one continues"),
     "unknown": Quantity("not recorded", "", "steps whose settings an older release did not record"),
 }
 """Settings and facts of the attempts of a run, in words: the last rows of the honesty table."""
@@ -118,7 +119,7 @@ def summarise(run: RunData, diverged: bool = False, found: Found | None = None) 
         "attempts": float(len(attempts)) or None,
         "lost": float(sum(attempt["state"] in ("lost", "running") for attempt in attempts)),
         "discarded": float(run.discarded),
-        "missing": float(run.steps[-1] - len(run.columns)),
+        "missing": float(run.steps[-1] - run.begun_after - len(run.columns)),
         "skipped": float(np.nansum(run.column("train/skipped"))),
         "nonfinite": float(np.sum(run.columns.has("train/loss") & ~np.isfinite(run.column("train/loss")))),
         "spikes": float(stability.summary["spikes"]) if stability.judged else None,
@@ -139,6 +140,7 @@ def _told(run: RunData) -> dict[str, Any]:
         "data_content_id": shown(history(run.stretches, DATA_ID)),
         "validation_content_id": shown(history(run.stretches, VALIDATION_ID)),
         "changes": [str(change) for change in changes(run.stretches) if not may_differ(change.key, UNTOLD)],
+        "parent": run.run["parent"]["checkpoint"] if run.begun_after else None,
         "unknown": [f"settings {steps}" for steps in unrecorded(run.stretches, run.stretches)],
     }
 

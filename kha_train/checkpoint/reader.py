@@ -12,6 +12,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kha_train.checkpoint import layout
+from kha_train.checkpoint.hold import held
 from kha_train.checkpoint.loss import lost_checkpoints
 from kha_train.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -133,24 +135,37 @@ def find_newest(
         report(f"checkpoint {name} does not verify and is not used: {reason}. {kept}. Trying the next older one.")
 
 
-def open_verified(path: Path, world: World) -> Checkpoint:
+def open_verified(path: Path, world: World, hold: ExitStack | None = None) -> Checkpoint:
     """The checkpoint in `path`, a step directory or a run directory (its newest). Collective; nothing is renamed.
+    With `hold`, the run that it belongs to does not remove it until that is closed.
 
     Raises CheckpointError on all ranks when there is none or it fails verification; otherwise as `find_newest`.
     """
     directory = path
     with world.agreed(f"list {path}"):
-        if world.is_main and not path.is_dir():
-            raise CheckpointError("no such directory", field=str(path), allowed="a checkpoint, or a run that has one")
-        if world.is_main and (problem := lost_checkpoints(path)):
-            raise CheckpointError(problem, field=str(path), fix=f"mount or restore {path / layout.FOLDER}")
-        if world.is_main and (found := layout.candidates(path / layout.FOLDER)):
-            directory = found[0][1]
+        if world.is_main:
+            directory = directory_of(path)
     directory = Path(world.broadcast_text(str(directory)))
+    if hold is not None:
+        with world.agreed(f"read {directory}"):
+            hold.enter_context(held(directory))
     checkpoint, reason = _verify_together(directory, world)
     if checkpoint is None:
         raise CheckpointError(f"cannot be used: {reason}", field=str(path))
     return checkpoint
+
+
+def directory_of(path: Path) -> Path:
+    """The step directory that `path` names: itself, or of a run directory that of its newest checkpoint.
+
+    Raises CheckpointError when there is none, DataError when the events of the run are damaged, OSError.
+    """
+    if not path.is_dir():
+        raise CheckpointError("no such directory", field=str(path), allowed="a checkpoint, or a run that has one")
+    if problem := lost_checkpoints(path):
+        raise CheckpointError(problem, field=str(path), fix=f"mount or restore {path / layout.FOLDER}")
+    found = layout.candidates(path / layout.FOLDER)
+    return found[0][1] if found else path
 
 
 def verify(directory: Path, world: World | None = None) -> Manifest:

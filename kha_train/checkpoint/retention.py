@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kha_train.checkpoint import layout
+from kha_train.checkpoint.hold import alone
 from kha_train.checkpoint.manifest import Manifest
 from kha_train.checkpoint.reader import check_sizes
 from kha_train.checkpoint.writer import no_stage
@@ -69,8 +70,9 @@ def prune(
 
     `check` raises CheckpointError for an invalid directory. Use `check_sizes` after a save, whose bytes were hashed
     while they were written; `reader.verify` reads every byte. Invalid directories are neither counted nor deleted, so
-    the newest valid one is always kept. With `dry_run` nothing is deleted. `stage` is called with "before_prune" and,
-    during each deletion, "mid_prune": fault tests end the process there. Raises OSError when a directory cannot be
+    the newest valid one is always kept. A checkpoint that another run is reading (`hold.held`) is left for the next
+    call. With `dry_run` nothing is deleted. `stage` is called with "before_prune" and, during each deletion,
+    "mid_prune": fault tests end the process there. Raises OSError when a directory cannot be
     removed.
     """
     folder = Path(run_dir) / layout.FOLDER
@@ -78,10 +80,14 @@ def prune(
     if dry_run:
         return [step for step, _ in surplus]
     stage("before_prune")
+    removed = []
     for step, directory in surplus:
-        layout.remove(directory, step, lambda: stage("mid_prune"))
+        with alone(directory) as free:
+            if free:
+                layout.remove(directory, step, lambda: stage("mid_prune"))
+                removed.append(step)
     layout.clear_leftovers(folder, "deleting")
-    return [step for step, _ in surplus]
+    return removed
 
 
 def _surplus(folder: Path, keep: Keep, check: Callable[[Path], Manifest]) -> list[tuple[int, Path]]:

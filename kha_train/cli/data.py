@@ -42,6 +42,7 @@ from kha_train.data.inspect import BORDER, decoder_of, digest, length_histogram,
 from kha_train.errors import ConfigError, DataError, between
 from kha_train.literal import say, visible
 from kha_train.record import config_of, read_attempts, read_events, read_metrics_at
+from kha_train.record.actions import skip_windows
 from kha_train.record.files import check_replaceable, mark_of
 from kha_train.telemetry.terminal import LiteralConsole
 
@@ -288,7 +289,7 @@ def _samples_of_run(run: Path, step: int, rank: int) -> dict[str, Any]:
         from_plain(saved) if saved else load(run / "config.yaml"),
         samples_first=line["samples_first"],
         samples_last=line["samples_last"],
-        skip_windows=[tuple(one["window"]) for one in read_events(run) if one["kind"] == "rewind" and "window" in one],
+        skip_windows=skip_windows(read_events(run)),
         content_id=attempt.facts.get("data_content_id") if attempt else None,
         **({"rank": rank, "world_size": ranks} if rank >= 0 else {}),
     )

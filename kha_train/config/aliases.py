@@ -17,6 +17,7 @@ _NAMES = {
     "data.seed": "data_seed shuffle_seed dataloader_seed",
     "run.init_from": """load load_from load_path pretrained pretrained_checkpoint pretrained_model model_name_or_path
         initial_load_path init_from_checkpoint finetune_from""",
+    "run.branch_from": "branch fork_from resume_from_other continue_from",
     "model.layers": """num_layers n_layers n_layer nlayers num_hidden_layers depth num_blocks n_blocks
         encoder_num_layers""",
     "model.hidden_size": """d_model n_embd hidden_dim dim embed_dim embedding_dim model_dim emb_dim hidden n_embed width

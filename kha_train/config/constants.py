@@ -18,6 +18,7 @@ WITHOUT_EFFECT = (
     "run.dir",
     "run.name",
     "run.init_from",
+    "run.branch_from",
     "run.max_minutes",
     "resume.",
     "attention.name",
@@ -42,8 +43,8 @@ WITHOUT_EFFECT = (
 )
 """Settings, or sections (with a trailing dot), that change no number of a resumed training.
 
-Only a run without a checkpoint reads `run.init_from`. The paths of the data may change (those of `data.sources` too),
-but not their content, which is compared by content id.
+Only a run without a checkpoint reads `run.init_from` and `run.branch_from`. The paths of the data may change (those of
+`data.sources` too), but not their content, which is compared by content id.
 """
 
 ROUNDING = (
@@ -70,6 +71,28 @@ FREE_TO_CHANGE = (*WITHOUT_EFFECT, *ROUNDING)
 """Settings that may differ on resume: they change neither the model, nor the samples, nor the optimiser. `BOUND` has
 priority.
 """
+
+MAY_BRANCH = (
+    # The schedule and the rate.
+    "run.steps", "optim.lr", "optim.interaction_lr_scale", "optim.schedule.",
+    # Clipping.
+    "optim.grad_clip", "stability.zclip",
+    # Precision.
+    "engine.precision", "engine.grad_accum_dtype", "engine.moment_dtype",
+    # The order of the data, its mixture and the size of a step.
+    "data.global_batch_size", "data.seed", "data.shuffle", "data.packing", "data.sources", "data.phases",
+    "data.skip_windows",
+    # The router.
+    "moe.top_k", "moe.score", "moe.renormalize", "moe.routed_scaling", "moe.expert_groups", "moe.top_groups",
+    "moe.bias_update", "moe.bias_update_rate", "moe.auxiliary_loss.", "moe.z_loss_weight",
+    "moe.routing_warmup_steps", "moe.routing_seed",
+    # The length of a row, and RoPE.
+    "model.seq_len", "model.rope_theta", "model.partial_rotary_factor",
+    # A branch has no checkpoints yet that a rewind may go back to.
+    "checkpoint.",
+)  # fmt: skip
+"""Settings, or sections (with a dot at the end), in which a branch (`run.branch_from`) may differ from its parent,
+beside those that are free to change on resume. An interaction may also be inserted or absorbed (`train/branch.py`)."""
 
 
 def _counts_by_micro_batch(values: Mapping[str, Any]) -> bool:

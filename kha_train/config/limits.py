@@ -84,6 +84,7 @@ LIMITS: dict[str, Limit] = {
     "data.prefetch": Limit(0, 10_000),
     "data.cache_gib": POSITIVE,
     "data.phases.start_sample": NOT_NEGATIVE,
+    "data.skip_windows": NOT_NEGATIVE,
     "optim.lr": POSITIVE,
     "optim.eps": POSITIVE,
     "optim.weight_decay": NOT_NEGATIVE,

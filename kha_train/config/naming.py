@@ -27,7 +27,7 @@ from kha_train.errors import KhaError
 AUTO = "auto"
 """The value of `run.name` that stands for this name."""
 MAX_LENGTH = 60
-PLACES = ("data.train", "data.validation", "data.sources", "run.init_from")
+PLACES = ("data.train", "data.validation", "data.sources", "run.init_from", "run.branch_from")
 """Paths that a run may change, because data are compared by content; a new run with other paths gets another name."""
 FIRST = ("optim.lr", "optim.weight_decay", "run.steps")
 """The most frequently varied settings come first, because a name may lack room for others."""

@@ -13,12 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import Any, TypedDict, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypedDict, get_args, get_origin, get_type_hints
 
 from kha_train.config.build import plain, to_plain, variant_class
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
-from kha_train.foreign.typed import Count
+from kha_train.foreign.typed import Count, Length
 
 BEFORE = "before"
 """The metadata key for a field's value from before the field existed, if it differs from the default."""
@@ -57,6 +57,7 @@ class SavedData(TypedDict, total=False):
 
     sources: list[dict[str, Any]] | None
     phases: list[SavedPhase]
+    skip_windows: list[Annotated[list[Count], Length(2)]]
 
 
 class SavedConfig(TypedDict, total=False):

@@ -24,8 +24,10 @@ class RunSection:
     """The run itself: its directory, number of optimiser steps and seed.
 
     With the `name` `auto`, the run is named after its settings (`naming.py`), and `dir` follows the name. `init_from`
-    names the directory or a checkpoint of another run; a new run starts with its weights. After `max_minutes` (0: no
-    limit) a process saves and stops, to be started again.
+    names the directory or a checkpoint of another run; a new run starts with its weights. `branch_from` names one whose
+    whole state a new run continues: weights, moments, place in the data, detectors. `steps` counts from the beginning
+    of the first run, so a branch trains the steps after its checkpoint. After `max_minutes` (0: no limit) a process
+    saves and stops, to be started again.
     """
 
     dir: str
@@ -33,6 +35,7 @@ class RunSection:
     steps: int
     seed: int = 0
     init_from: str = ""
+    branch_from: str = ""
     max_minutes: float = 0.0
 
 
@@ -98,8 +101,8 @@ class MoeSection:
     The first `dense_layers` layers have one feed-forward of `dense_width` instead; if all have, `experts` is 0.
     `shared_experts` of `expert_width` run for every token, besides the routed ones. With `expert_groups` above 1 a
     token chooses only among the experts of its best `top_groups` groups. `renormalize` divides the chosen scores by
-    their sum. For the first `routing_warmup_steps` steps, random scores are blended into the router's. `routing_seed` is the
-    seed of these scores (null: `run.seed`).
+    their sum. For the first `routing_warmup_steps` steps, random scores are blended into the router's.
+    `routing_seed` is the seed of these scores (null: `run.seed`).
     """
 
     experts: int
@@ -144,7 +147,8 @@ class DataSection:
     """Tokenised shards and the batch made of them. `global_batch_size` counts rows of `model.seq_len` tokens.
 
     `train` is one dataset; for several leave it empty and list `sources`, whose weights `phases` may change later.
-    `seed` decides the order of the samples (null: `run.seed`).
+    `seed` decides the order of the samples (null: `run.seed`), `skip_windows` which sample numbers are left out: pairs
+    of the first one and the one after the last.
     `reader` is how local files are read, `prefetch` how many steps a thread reads ahead. Datasets may be URLs: blocks
     of them are kept in `cache_dir`, `cache_gib` GiB at most, for all processes of a node.
     """
@@ -156,6 +160,7 @@ class DataSection:
     seed: int | None = None
     sources: tuple[SourceSection, ...] = ()
     phases: tuple[PhaseSection, ...] = ()
+    skip_windows: tuple[tuple[int, int], ...] = ()
     isolate_documents: bool = True
     packing: Literal["concat", "best_fit"] = "concat"
     shuffle: Literal["global", "block"] = "global"

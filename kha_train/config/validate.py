@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 
 from kha_train.config.build import nearest, to_plain
@@ -34,6 +35,7 @@ def validate(config: RunConfig, *, to_train: bool = True) -> None:
     _layers(config)
     _experts(config)
     if to_train:
+        _branch(config)
         _router_learns(config)
     _engine(config)
     _data(config)
@@ -73,6 +75,31 @@ def _run_dir(config: RunConfig) -> None:
         # Every command given this directory would read it as an option.
         fix = Settings(shlex.quote(f"run.dir=./{config.run.dir}"))
         raise ConfigError("starts with a dash, like an option", field="run.dir", value=config.run.dir, fix=fix)
+
+
+def _branch(config: RunConfig) -> None:
+    """A branch begins with all that another run is, and is kept elsewhere."""
+    run = config.run
+    if run.branch_from and run.init_from:
+        raise ConfigError(
+            f"a run that begins with the whole state of another takes no weights of a third ({run.init_from})",
+            field="run.branch_from",
+            value=run.branch_from,
+            allowed="run.branch_from (the whole state) or run.init_from (weights alone)",
+            fix=either(Settings("run.init_from=''"), Settings("run.branch_from=''")),
+        )
+    if not run.branch_from:
+        return
+    own, parent = os.path.realpath(run.dir), os.path.realpath(run.branch_from)
+    if own == parent or own in (os.path.dirname(parent), os.path.dirname(os.path.dirname(parent))):
+        place = shlex.quote(f"run.dir={run.dir.rstrip('/')}-branch")
+        raise ConfigError(
+            "a branch is a run of its own, and this is the directory of its parent",
+            field="run.dir",
+            value=run.dir,
+            allowed="another directory",
+            fix=Settings(place),
+        )
 
 
 def _shares(config: RunConfig) -> None:
@@ -347,6 +374,14 @@ def _data(config: RunConfig) -> None:
                 f"there must be one weight for each of {len(names)} sources",
                 field=f"data.phases[{index}].weights",
                 value=phase.weights,
+            )
+    for index, (first, last) in enumerate(data.skip_windows):
+        if first >= last:
+            raise ConfigError(
+                "the window is empty: it skips the samples from the first number up to, but not including, the second",
+                field=f"data.skip_windows[{index}]",
+                value=[first, last],
+                allowed="a second number above the first",
             )
     if data.packing == "best_fit" and not data.isolate_documents:
         raise ConfigError(

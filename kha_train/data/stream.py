@@ -196,7 +196,8 @@ def open_stream(
     samples_seen: int = 0,
     skip_windows: Iterable[Window] = (),
 ) -> TokenStream:
-    """The training batches of `rank`, beginning at global sample `samples_seen`, without the `skip_windows`.
+    """The training batches of `rank`, beginning at global sample `samples_seen`, without `data.skip_windows` and the
+    further `skip_windows`.
 
     Raises ConfigError when a dataset is missing, too small for one row, or made by another tokenizer or vocabulary, or
     when the global batch does not divide by `world_size`; DataError when it is damaged.
@@ -213,7 +214,7 @@ def open_stream(
     stream = TokenStream(
         samples, batch_size=batch_size, rank=rank, world_size=world_size, prefetch=config.data.prefetch
     )
-    stream.samples_seen, stream.skip_windows = samples_seen, skip_windows
+    stream.samples_seen, stream.skip_windows = samples_seen, (*config.data.skip_windows, *skip_windows)
     return stream
 
 

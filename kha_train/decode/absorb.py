@@ -45,7 +45,7 @@ def absorb(decoder: Decoder) -> Decoder:
     state = decoder.state_dict()
     for prefix, module in decoder.named_modules():
         if isinstance(module, Attention):
-            state |= _folded_weights(prefix, module)
+            state |= folded_weights(prefix, module)
     with torch.device("meta"):
         plain = build_decoder(config)
     reset_buffers(plain, decoder.embedding.weight.device)
@@ -55,7 +55,9 @@ def absorb(decoder: Decoder) -> Decoder:
     return plain.train(decoder.training)
 
 
-def _folded_weights(prefix: str, attention: Attention) -> dict[str, Tensor]:
+def folded_weights(prefix: str, attention: Attention) -> dict[str, Tensor]:
+    """The weights of the projections of `attention`, by full names, with what its interaction does multiplied in; those
+    it does nothing to as they are. `prefix` is the full name of the module."""
     maps = attention.interaction.linear_maps()
     return {
         f"{prefix}.{name}.weight": getattr(attention, name).folded(getattr(maps, projection))

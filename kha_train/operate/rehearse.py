@@ -24,10 +24,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from kha_train.checkpoint.layout import FOLDER, candidates
+from kha_train.checkpoint.reader import Checkpoint, check_sizes, directory_of
 from kha_train.config.compose import shipped
 from kha_train.config.resolve import resolve, resolve_plan
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate_batch
+from kha_train.data.sampling.skipping import merged, numbers_past
 from kha_train.data.sources import without_labels
 from kha_train.data.stream import ValidationSet, open_stream
 from kha_train.distributed import TORCHRUN, World
@@ -40,6 +43,7 @@ from kha_train.estimate.memory import GIB, plan_memory
 from kha_train.model.decoder import build_decoder
 from kha_train.model.device import device_facts
 from kha_train.train import resume
+from kha_train.train.branch import Branch
 from kha_train.train.step import train_step
 
 REHEARSED_MICRO_BATCHES = 8
@@ -64,7 +68,7 @@ def rehearse(config: RunConfig, overrides: Sequence[str], layout: Layout) -> dic
 
     Raises ConfigError for settings that the job could not run with (missing data, a batch that does not divide, nodes
     that are not full, a backend that cannot run on the devices of `cluster`), and DataError when the data is damaged,
-    has nothing to predict or its slices do not tile the batch.
+    has nothing to predict or its slices do not tile the batch; as `Branch` for a branch whose parent it does not fit.
     """
     if layout.world_size % layout.ranks_per_node:
         raise ConfigError(
@@ -81,6 +85,7 @@ def rehearse(config: RunConfig, overrides: Sequence[str], layout: Layout) -> dic
         "world_size": layout.world_size,
         "batch": _batch(config, layout.world_size),
         "data": data,
+        **({"branch": branch} if (branch := _branch(config, data["content_id"])) else {}),
         "model": {"parameters": parameters.total, "active": parameters.active, "tensors": _count_tensors(config)},
         "memory": _memory(config, layout),
         "checkpoint": _checkpoint(config, layout.world_size),
@@ -112,7 +117,8 @@ def _data(config: RunConfig, world_size: int) -> dict[str, Any]:
         stream = open_stream(config, rank, world_size)
         firsts.append(next(stream))
     samples = np.sort(np.concatenate([batch.samples_B for batch in firsts]))
-    if not np.array_equal(samples, np.arange(config.data.global_batch_size)):
+    first_step = numbers_past(merged(config.data.skip_windows), 0, config.data.global_batch_size)
+    if not np.array_equal(samples, first_step):
         raise DataError("the slices of the ranks do not tile the first step", field="data", value=samples.tolist())
     labels = sum(batch.label_count for batch in firsts)
     if not labels:
@@ -123,6 +129,17 @@ def _data(config: RunConfig, world_size: int) -> dict[str, Any]:
         "labels_first_step": labels,
         "slices_first_step": [[int(batch.samples_B[0]), int(batch.samples_B[-1])] for batch in firsts],
     }
+
+
+def _branch(config: RunConfig, content_id: str) -> dict[str, Any] | None:
+    """What a run that begins as a branch would take over; None for any other, and once it has a checkpoint of its own.
+    The files of the parent's checkpoint are not read, only their sizes."""
+    if not config.run.branch_from or candidates(Path(config.run.dir) / FOLDER):
+        return None
+    directory = directory_of(Path(config.run.branch_from))
+    ids = {"data_content_id": content_id, "validation_content_id": ValidationSet(config).shards.content_id}
+    branch = Branch(config, Checkpoint(directory, check_sizes(directory)), ids)
+    return {**branch.facts(), "step": branch.checkpoint.step}
 
 
 def _count_tensors(config: RunConfig) -> int:

@@ -83,7 +83,8 @@ def run_status(path: Path, name: str | None = None, queued: bool = False) -> Run
     attempts = run.get("attempts", [])
     totals = known_totals(path)
     steps = config.get("run.steps")
-    step = lines[-1]["step"] if lines else 0
+    parent = run.get("parent")
+    step = lines[-1]["step"] if lines else parent["step"] if parent else 0
     now = time.time()
     last = lines[-1].get("time") if lines else None
     return RunStatus(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from kha_train.record.reader import read_discarded, read_events
 
@@ -33,3 +34,13 @@ def count_actions(run_dir: Path | None, actions: Sequence[str] = ACTIONS) -> dic
     }
     kinds = [kind for kind, *_ in done]
     return {kind: kinds.count(kind) for kind in actions}
+
+
+def skip_windows(events: Iterable[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """Sample numbers [first, last) that rewinds left out, those of the run that a branch continues included."""
+    found: list[tuple[int, int]] = []
+    for event in events:
+        windows = [event["window"]] if event["kind"] == "rewind" and "window" in event else []
+        windows += event.get("skip_windows", []) if event["kind"] == "branched" else []
+        found += [(first, last) for first, last in windows]
+    return found

@@ -40,7 +40,7 @@ from kha_train.record.rewind import (
     pending_rewind,
     plan_rewind,
 )
-from kha_train.record.schema import RUN_FORMAT, OwnRunFile
+from kha_train.record.schema import RUN_FORMAT, OwnRunFile, Parent
 from kha_train.record.tail import read_tail
 from kha_train.record.totals import Totals, known_totals, save_totals, totals_of
 
@@ -72,7 +72,7 @@ class Record:
             self._events = Appender(run_dir / EVENTS_FILE)
             opened.callback(self._events.close)
             self._recover()
-            self.last_step = _last_step(run_dir)
+            self.last_step = max(_last_step(run_dir), self.begun_after)
             # Damage outside what a start reads is found by readers of the whole curve, and at the end of the run.
             with suppress(DataError):
                 self._totals = known_totals(run_dir)
@@ -103,6 +103,21 @@ class Record:
         return len(self._run["attempts"])
 
     @property
+    def parent(self) -> Parent | None:
+        """The run that this one branched off."""
+        return self._run.get("parent")
+
+    @property
+    def begun_after(self) -> int:
+        """The step after which the curve of the run begins: 0, or that of the checkpoint it branched off."""
+        return self.parent["step"] if self.parent else 0
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether the curve has a line."""
+        return self.last_step > self.begun_after
+
+    @property
     def in_attempt(self) -> bool:
         """Whether an attempt has begun here and has not ended."""
         return self._in_attempt
@@ -115,6 +130,7 @@ class Record:
         facts: dict[str, Any] | None = None,
         config: dict[str, Any] | None = None,
         metrics: Iterable[Metric] = (),
+        parent: Parent | None = None,
     ) -> int:
         """Starts or resumes the run after `start_step` finished steps; returns the attempt's number (from 1).
 
@@ -122,7 +138,8 @@ class Record:
         first attempt's `facts` (such as `data_content_id`, `parameters`) join the provenance of `run.json`; differing
         facts of later attempts are kept under the attempt's `changed`. `config` is kept with the attempt. Call this
         before `config.yaml` is replaced: it is the only place that holds the configuration of an attempt of an older
-        release. `metrics` are those that later lines may hold; declarations of earlier attempts are kept.
+        release. `metrics` are those that later lines may hold; declarations of earlier attempts are kept. Pass
+        `parent` when the run begins as a branch: its curve then begins after `start_step`.
         """
         self._end_attempt("lost")
         self._keep_last_config()
@@ -142,12 +159,16 @@ class Record:
         if declared:
             self._run["metrics"] = {**self._run.get("metrics", {}), **declared}
         self._run["attempts"].append({**attempt, "state": "running"})
+        if parent is not None:
+            self._run["parent"] = self._redactor.clean(parent)
         self._in_attempt = True
         self._write_run()
         for marker in END_MARKERS:
             clear_marker(self.run_dir, marker)
         self.event("attempt_started", start_step, world_size=world_size)
-        self.rewind_to(start_step, "resumed from an earlier checkpoint")
+        # Of a branch that begins, lines are those of a start that saved nothing.
+        self.rewind_to(start_step if parent is None else 0, "resumed from an earlier checkpoint")
+        self.last_step = self.last_step if parent is None else start_step
         if self.last_step < start_step:
             self.event("lines_missing", start_step, after_step=self.last_step)
             self.last_step = start_step
@@ -331,6 +352,7 @@ class SilentRecord(Record):
         facts: dict[str, Any] | None = None,
         config: dict[str, Any] | None = None,
         metrics: Iterable[Metric] = (),
+        parent: Parent | None = None,
     ) -> int:
         """Does nothing; returns 0."""
         return 0

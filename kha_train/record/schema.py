@@ -76,10 +76,22 @@ class Declared(TypedDict):
     mirrored: Annotated[bool, Absent(True)]
 
 
+class Parent(TypedDict):
+    """The run that a branch goes on from: its id, and step, SHA-256 of the manifest and place of the checkpoint.
+    `ancestors` are the runs before it, the first one first, each with the step at which the next one left it."""
+
+    run_id: str
+    step: Count
+    manifest: str
+    checkpoint: str
+    ancestors: list[tuple[str, Count]]
+
+
 class RunFile(TypedDict):
     """The fields of `run.json` that readers need."""
 
     format: Annotated[int, Absent(1)]
+    parent: NotRequired[Parent]
     created: NotRequired[float]
     provenance: Annotated[Provenance, Absent({})]
     attempts: list[AttemptEntry]
@@ -153,6 +165,12 @@ class Back(TypedDict):
     window: NotRequired[Window]
 
 
+class Branched(TypedDict):
+    """Of `branched`."""
+
+    skip_windows: NotRequired[list[Window]]
+
+
 class Routed(TypedDict):
     """The statistics of one layer's router."""
 
@@ -185,7 +203,7 @@ class Opened(TypedDict):
     evidence: Annotated[Evidence, Absent({})]
 
 
-FURTHER: dict[str, Any] = {"checkpoint_saved": Save, "rewind": Back, "spike_opened": Opened}
+FURTHER: dict[str, Any] = {"checkpoint_saved": Save, "rewind": Back, "branched": Branched, "spike_opened": Opened}
 """Kind of an event -> the fields the code reads besides the common ones."""
 
 

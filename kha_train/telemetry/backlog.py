@@ -26,7 +26,7 @@ MAX_ROWS = 50_000
 """The newest rows sent again, at most; older ones are only in the record."""
 NOT_MIRRORED = (
     "attempt_started", "attempt_ended", "lines_discarded", "lines_missing", "torn_line_removed", "weights_inherited",
-    "checkpoint_refused", "attention_backend_changed", "learning_rate_changed", "zclip",
+    "checkpoint_refused", "attention_backend_changed", "learning_rate_changed", "branched", "zclip",
 )  # fmt: skip
 """Kinds of events that are not marked in W&B."""
 _HEAD = re.compile(rb'"attempt": (\d+), "time": ([\d.e+]+)')

@@ -17,6 +17,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.metric import Metric
 from kha_train.record import Redactor
 from kha_train.record.metrics import record_only
+from kha_train.record.schema import Parent
 from kha_train.telemetry import backlog
 from kha_train.telemetry.server import has_key, is_reachable
 from kha_train.telemetry.spike_chart import SPIKE_COLUMNS, spike_chart
@@ -71,11 +72,13 @@ class WandbMirror:
         rank: int = 0,
         warn: Callable[[str], None] = print,
         metrics: Iterable[Metric] = (),
+        parent: Parent | None = None,
     ) -> None:
         """`wandb_id` is the record's; `warn` receives at most one line if the mirror cannot work as configured. Of
-        `metrics`, which the run declares, those that are not mirrored are left out.
+        `metrics`, which the run declares, those that are not mirrored are left out. `parent`, the run that this one
+        branched off, is shown with the configuration.
         """
-        self._warn, self._record_only = warn, record_only(metrics)
+        self._warn, self._record_only, self._parent = warn, record_only(metrics), parent
         self._redactor = Redactor.from_environment()
         self._keys: set[str] = set()
         self._row, self._loss = 0, math.nan
@@ -155,7 +158,8 @@ class WandbMirror:
         """Opens the run in `self.mode`; returns the reason if it could not."""
         guard = _Guard()
         with guard:
-            self._run = _open_run(config, run_dir, wandb_id, self.mode, self._redactor)
+            shown = to_plain(config) | ({"parent": self._parent} if self._parent else {})
+            self._run = _open_run(config, shown, run_dir, wandb_id, self.mode, self._redactor)
         if guard.reason:
             _tear_down()
         return guard.reason
@@ -343,7 +347,9 @@ def _keep_under(run_dir: Path) -> None:
             os.environ[name] = str(run_dir.resolve() / "wandb" / folder)
 
 
-def _open_run(config: RunConfig, run_dir: Path, wandb_id: str, mode: Mode, redactor: Redactor) -> Any:
+def _open_run(
+    config: RunConfig, shown: dict[str, Any], run_dir: Path, wandb_id: str, mode: Mode, redactor: Redactor
+) -> Any:
     import wandb
 
     wanted: dict[str, Any] = {
@@ -374,7 +380,7 @@ def _open_run(config: RunConfig, run_dir: Path, wandb_id: str, mode: Mode, redac
         job_type="train",
         name=redactor.text(config.run.name),
         tags=redactor.clean([config.attention.name, f"seed {config.run.seed}", *section.tags]),
-        config=redactor.clean(to_plain(config)),
+        config=redactor.clean(shown),
         settings=wandb.Settings(**known),
     )
     run.define_metric("step")

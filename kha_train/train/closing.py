@@ -30,7 +30,7 @@ def sum_up(session: Session, reporter: Reporter, error: BaseException | None) ->
 
     The longer the record, the longer this takes: whoever ends the process at once does not wait for it.
     """
-    if not (session.world.is_main and reporter.record.last_step) or isinstance(error, KeyboardInterrupt):
+    if not (session.world.is_main and reporter.record.has_steps) or isinstance(error, KeyboardInterrupt):
         return
     with _after(error):
         ending = end_of(session.run_dir, isinstance(error, DivergedError), session.watch.monitor)

@@ -3,7 +3,7 @@
 1. The run directory, so that nobody else writes there. Of a run that is over, nothing else is touched.
 2. The checkpoint to resume from, and the data. A run that does not fit them is refused, and keeps what it has.
 3. The kernels, the same on all ranks.
-4. The engine, restored from the checkpoint, or filled with the weights of another run.
+4. The engine, restored from the checkpoint, or filled with the weights or the whole state of another run.
 5. The record, the console, W&B and the saver; with them the attempt begins.
 
 What was opened is closed in reverse order, whether opening fails, training fails or training ends.
@@ -37,6 +37,7 @@ from kha_train.model.moe.experts import announce_experts
 from kha_train.record import Record, Redactor
 from kha_train.record.attempts import CONFIG_FILE
 from kha_train.record.files import write_text, written_as
+from kha_train.record.schema import Parent
 from kha_train.telemetry.console import Console
 from kha_train.telemetry.meters import PeakMemory
 from kha_train.telemetry.profiler import Profiler
@@ -44,11 +45,12 @@ from kha_train.telemetry.startup import Startup
 from kha_train.telemetry.throughput import Throughput
 from kha_train.telemetry.wandb import WandbMirror
 from kha_train.train import resume
+from kha_train.train.branch import Branch
 from kha_train.train.closing import close_record, sum_up
 from kha_train.train.failure import accept
 from kha_train.train.metrics import declared
 from kha_train.train.previous import NOT_FINISHED, find_own_checkpoint, finished_at, needs_no_checkpoint
-from kha_train.train.progress import restore_watch
+from kha_train.train.progress import Progress, restore_watch
 from kha_train.train.rate_change import tell_rate_change
 from kha_train.train.reporter import Journal, Reporter, headline
 from kha_train.train.saving import Saver
@@ -118,20 +120,28 @@ def _open(
     rate_change = _check_fit(config, world, data, dtype, checkpoint, finished)
     if checkpoint is not None and checkpoint.step >= config.run.steps <= finished:
         return Finished(finished)
-    kernels = _choose_kernels(config, world, dtype, checkpoint)
+    # Until the engine is filled, the other run keeps the checkpoint that is read.
+    reading = closings.enter_context(ExitStack())
+    initial = _initial_values(config, world, data, checkpoint, reading)
+    branch = initial if isinstance(initial, Branch) else None
+    if branch:
+        rate_change = tell_rate_change(branch.rate, world.is_main)
+    kernels = _choose_kernels(config, world, dtype, _continued(config, checkpoint, branch))
     startup.mark("data")
-    initial = _initial_values(config, world, checkpoint)
     accept(Path(config.run.dir), world)
     attempt.is_accepted = True
     engine = _open_engine(closings, kernels.config, world, engine_class, initial)
-    session = Session(config, world, attempt, engine, *data, Watch(config))
+    progress = Progress(skip_windows=tuple(sorted(config.data.skip_windows)))
+    session = Session(config, world, attempt, engine, *data, Watch(config), progress)
     _fill(session, initial, checkpoint)
+    reading.close()
     startup.mark("engine")
     with world.agreed("begin the record"):
-        reporter = _open_reporter(closings, session, journal, startup)
+        parent = branch.parent if branch else journal.record.parent
+        reporter = _open_reporter(closings, session, journal, startup, parent)
         saver = _open_saver(closings, session, reporter)
         changes = _changes(session, kernels, initial, rate_change)
-        _begin_attempt(session, reporter, kernels, changes)
+        _begin_attempt(session, reporter, kernels, changes, branch)
     startup.mark("record, console and W&B")
     return Opened(session, reporter, saver)
 
@@ -195,10 +205,16 @@ def _check_fit(
         return tell_rate_change(change, world.is_main)
 
 
-def _choose_kernels(config: RunConfig, world: World, dtype: torch.dtype, checkpoint: Checkpoint | None) -> _Kernels:
-    """Decide on rank 0 what computes attention; every rank takes its answer."""
+def _continued(config: RunConfig, checkpoint: Checkpoint | None, branch: Branch | None) -> Path | None:
+    """The directory of the run that this attempt goes on from: its own or its parent's; None for a run from scratch."""
+    return Path(config.run.dir) if checkpoint else branch.run_dir if branch else None
+
+
+def _choose_kernels(config: RunConfig, world: World, dtype: torch.dtype, continued: Path | None) -> _Kernels:
+    """Decide on rank 0 what computes attention; every rank takes its answer. `continued` is the directory of the run
+    that is gone on with."""
     with world.agreed():
-        earlier = resume.attention_backend(Path(config.run.dir)) if checkpoint else ""
+        earlier = resume.attention_backend(continued) if continued else ""
         answer = measure(config, world.device, dtype, earlier)
     chosen, measured = settled(config, world.broadcast_text(answer))
     with world.agreed():
@@ -208,15 +224,19 @@ def _choose_kernels(config: RunConfig, world: World, dtype: torch.dtype, checkpo
     return _Kernels(chosen, backend, earlier, announced)
 
 
-def _initial_values(config: RunConfig, world: World, checkpoint: Checkpoint | None) -> InitialValue:
-    """What the weights begin with. A run's own checkpoint wins over the one that it once began from."""
-    path = config.run.init_from
-    if checkpoint is None and path:
-        source = open_verified(Path(path), world)
-        with world.agreed():
-            inherited = resume.Inherited(config, source)
-        return inherited
-    return resume.resumed(checkpoint)
+def _initial_values(
+    config: RunConfig, world: World, data: _Data, checkpoint: Checkpoint | None, reading: ExitStack
+) -> InitialValue:
+    """What the weights begin with. A run's own checkpoint wins over the one that it once began from, which is kept
+    until `reading` is closed."""
+    path = config.run.init_from or config.run.branch_from
+    if checkpoint is not None or not path:
+        return resume.resumed(checkpoint)
+    source = open_verified(Path(path), world, reading)
+    with world.agreed():
+        if config.run.branch_from:
+            return Branch(config, source, data.content_ids)
+        return resume.Inherited(config, source)
 
 
 def _open_engine(
@@ -235,11 +255,15 @@ def _fill(session: Session, initial: InitialValue, checkpoint: Checkpoint | None
         session.restore(checkpoint)
         with session.world.agreed():
             restore_watch(session.watch, checkpoint)
+    elif isinstance(initial, Branch):
+        session.branch_off(initial)
     elif isinstance(initial, resume.Inherited):
         initial.fill(session.engine)
 
 
-def _open_reporter(closings: ExitStack, session: Session, journal: Journal, startup: Startup) -> Reporter:
+def _open_reporter(
+    closings: ExitStack, session: Session, journal: Journal, startup: Startup, parent: Parent | None
+) -> Reporter:
     config, world = session.config, session.world
     memory = PeakMemory(world.device)
     throughput = Throughput(
@@ -261,8 +285,8 @@ def _open_reporter(closings: ExitStack, session: Session, journal: Journal, star
     profiler = Profiler(config, session.run_dir, world, console.warn)
     closings.callback(profiler.close)
     metrics = declared(config, session.engine.decoder).values()
-    wandb_id = journal.record.wandb_id
-    wandb = WandbMirror(config, session.run_dir, wandb_id, rank=world.rank, warn=console.warn, metrics=metrics)
+    wandb_id, warn = journal.record.wandb_id, console.warn
+    wandb = WandbMirror(config, session.run_dir, wandb_id, rank=world.rank, warn=warn, metrics=metrics, parent=parent)
     closings.push(lambda kind, error, trace: wandb.close(_exit_code(error)))
     reporter = Reporter(journal, console, wandb, profiler, memory, throughput, metrics, startup)
     closings.push(lambda kind, error, trace: sum_up(session, reporter, error))
@@ -294,6 +318,8 @@ def _changes(
     if isinstance(initial, resume.Inherited):
         lists = {"taken": len(initial.taken), "new": initial.new, "left_out": initial.left_out}
         yield "weights_inherited", {"source": str(initial.checkpoint.path), **lists}
+    if isinstance(initial, Branch):
+        yield "branched", initial.facts()
     if kernels.earlier_backend not in ("", kernels.backend):
         yield "attention_backend_changed", {"before": kernels.earlier_backend, "now": kernels.backend}
     if rate_change:
@@ -301,7 +327,11 @@ def _changes(
 
 
 def _begin_attempt(
-    session: Session, reporter: Reporter, kernels: _Kernels, changes: Iterator[tuple[str, dict[str, Any]]]
+    session: Session,
+    reporter: Reporter,
+    kernels: _Kernels,
+    changes: Iterator[tuple[str, dict[str, Any]]],
+    branch: Branch | None,
 ) -> None:
     """Write the facts of this attempt, its configuration and its `changes` into the record; print the headline."""
     config, world, step = session.config, session.world, session.progress.step
@@ -317,10 +347,14 @@ def _begin_attempt(
         "chosen": kernels.announced,
     }
     plain = Redactor.from_environment().clean(to_plain(config))
-    reporter.record.begin_attempt(step, world_size=world.size, facts=facts, config=plain, metrics=reporter.metrics)
+    parent = branch.parent if branch else None
+    reporter.record.begin_attempt(
+        step, world_size=world.size, facts=facts, config=plain, metrics=reporter.metrics, parent=parent
+    )
     if world.is_main:
         write_text(session.run_dir / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False))
     for kind, fields in changes:
         reporter.record.event(kind, step, **fields)
-    for line in [*kernels.announced, headline(config, world.size, step if session.resumed_from else None, facts)]:
+    resumed_after, branched_after = step if session.resumed_from else None, step if branch else 0
+    for line in [*kernels.announced, headline(config, world.size, resumed_after, facts, branched_after)]:
         reporter.console.message(line)

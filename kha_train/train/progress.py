@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from kha_train.checkpoint.fit import refuse_unknown, source_of
 from kha_train.checkpoint.reader import Checkpoint
 from kha_train.config.saved import SavedConfig
-from kha_train.data.sampling.skipping import merged
+from kha_train.config.schema import RunConfig
+from kha_train.data.sampling.skipping import Window, merged
 from kha_train.foreign.typed import Count, Range, Source
 from kha_train.stability.events import SpikeEvent
 from kha_train.train.watch import Watch
@@ -55,6 +57,13 @@ class Progress:
         skipped = sum(max(0, min(last, self.samples_seen) - first) for first, last in merged(self.skip_windows))
         return self.samples_seen - skipped
 
+    def skipping(self, before: Iterable[Window], now: Iterable[Window]) -> Progress:
+        """The same progress, where `data.skip_windows` was `before` and is `now`. What is passed stays passed, and
+        windows that a rewind left out stay."""
+        kept = {one for one in self.skip_windows if one not in {*before} or one[0] < self.samples_seen}
+        ahead = {(max(first, self.samples_seen), last) for first, last in {*now} - kept if last > self.samples_seen}
+        return replace(self, skip_windows=tuple(sorted(kept | ahead)))
+
     def to_plain(self) -> dict[str, Any]:
         """As trainer state, which knows lists and no tuples."""
         return {**asdict(self), "skip_windows": [list(window) for window in self.skip_windows]}
@@ -82,6 +91,17 @@ class SavedAverage(TypedDict):
     weight: Annotated[float, Range(0, 1e300)]
 
 
+class SavedOrigin(TypedDict):
+    """`branch` of trainer.json: the checkpoint that the run branched off, by the id of its run, its step and the
+    SHA-256 of its manifest; and the samples and tokens trained on by then, for rows may have another length since."""
+
+    run_id: str
+    step: Count
+    manifest: str
+    samples: Count
+    tokens: Count
+
+
 class SavedState(TypedDict):
     """`trainer.json`."""
 
@@ -91,18 +111,21 @@ class SavedState(TypedDict):
     data_content_id: NotRequired[str]
     validation_content_id: NotRequired[str]
     loss_average: NotRequired[SavedAverage]
+    branch: NotRequired[SavedOrigin]
     config: SavedConfig
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What a checkpoint holds beside tensors. `content_ids` are empty in checkpoints that do not name their data."""
+    """What a checkpoint holds beside tensors. `content_ids` are empty in checkpoints that do not name their data;
+    `branch` says where the run branched off another, None where it did not."""
 
     progress: Progress
     stability: dict[str, Any]
     optimizer_steps: int
     content_ids: dict[str, str]
     config: dict[str, Any]
+    branch: SavedOrigin | None = None
 
 
 def read_state(checkpoint: Checkpoint, row_may_change: bool = False) -> TrainerState:
@@ -125,10 +148,18 @@ def read_state(checkpoint: Checkpoint, row_may_change: bool = False) -> TrainerS
         found["optimizer_steps"],
         {name: plain[name] for name in CONTENT_IDS if name in plain},
         dict(found["config"]),
+        found.get("branch"),
     )
     for place, problem, value in _contradictions(state, checkpoint.step, row_may_change):
         raise source.fault(place, problem, value)
     return state
+
+
+def going_on(state: TrainerState, config: RunConfig) -> Progress:
+    """The progress of `state` under the skip windows of `config`."""
+    data = state.config.get("data")
+    before = data.get("skip_windows") or [] if isinstance(data, dict) else []
+    return state.progress.skipping([(first, last) for first, last in before], config.data.skip_windows)
 
 
 def restore_watch(watch: Watch, checkpoint: Checkpoint, rewound: bool = False) -> None:
@@ -171,8 +202,10 @@ def _contradictions(state: TrainerState, step: int, row_may_change: bool) -> lis
         words = f"{trained} samples outside skip windows in {progress.step} steps"
         found.append(("progress.samples_seen", words, progress.samples_seen))
     row = state.config.get("model", {}).get("seq_len") if isinstance(state.config.get("model"), dict) else None
-    if type(row) is int and not row_may_change and progress.tokens != trained * row:
-        words = f"{trained} samples of {row} tokens are expected"
+    samples, tokens = (state.branch["samples"], state.branch["tokens"]) if state.branch else (0, 0)
+    if type(row) is int and not row_may_change and progress.tokens != tokens + (trained - samples) * row:
+        since = f" after {tokens} tokens of the run it branched off" if state.branch else ""
+        words = f"{trained - samples} samples of {row} tokens{since} are expected"
         found.append(("progress.tokens", words, progress.tokens))
     return found
 

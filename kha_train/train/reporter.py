@@ -170,14 +170,17 @@ class Reporter:
             self.console.warn(f"the checkpoint of step {step} failed, training goes on: {fields['problem']}")
 
 
-def headline(config: RunConfig, world_size: int, resumed_after: int | None, facts: dict[str, Any]) -> str:
-    """The line that a start prints: the run, the step after which it resumes (None: a new run), and what the record's
-    `facts` say of model and machine."""
+def headline(
+    config: RunConfig, world_size: int, resumed_after: int | None, facts: dict[str, Any], branched_after: int = 0
+) -> str:
+    """The line that a start prints: the run, the step after which it resumes (None: a new run) or begins as a branch
+    (0: none), and what the record's `facts` say of model and machine."""
     parameters = facts["parameters"]
     # Whoever allows changes may have meant another directory.
     new = "new run (nothing to resume here; another run goes on by its run.dir)"
     new = new if config.resume.allow_changes else "new run"
     where = new if resumed_after is None else f"resumed after step {resumed_after}"
+    where = f"branch of {config.run.branch_from}, after step {branched_after}" if branched_after else where
     return (
         f"{config.run.name}: {where} of {config.run.steps} in {config.run.dir} | "
         f"{parameters['total']:,} parameters, {parameters['active']:,} active | {world_size} x {facts['device']}, "

@@ -26,7 +26,7 @@ from kha_train.model.decoder import build_decoder
 from kha_train.model.moe.router import RUN_STATE
 from kha_train.record import Redactor, read_run
 from kha_train.record.redact import REDACTED
-from kha_train.train.progress import Progress, TrainerState, read_state, restore_watch
+from kha_train.train.progress import Progress, TrainerState, going_on, read_state, restore_watch
 from kha_train.train.rate_change import RateChange, check_rate, rate_change, ways
 from kha_train.train.watch import Watch
 
@@ -106,7 +106,7 @@ def check_belongs(
             allowed=f"one that keeps {', '.join(checkpoint.kinds[1:]) or 'none'}",
             fix=either("restore the old settings", *_typed_ways(config, checkpoint)),
         )
-    _, new, left_out = _compare_parameters(config, checkpoint)
+    _, new, left_out = compare_parameters(config, checkpoint)
     if new or left_out:
         raise ResumeError(
             f"the checkpoint of step {checkpoint.step} holds other parameters, such as {(new + left_out)[0]}",
@@ -121,7 +121,7 @@ def check_belongs(
 def _typed_ways(config: RunConfig, checkpoint: Checkpoint, allowing: Sequence[Settings] = ()) -> Iterator[Settings]:
     """What can be typed instead of resuming `checkpoint`: a run of its own that begins with these weights, where their
     shapes agree; what is `allowing` the changes, where the checkpoint then has all that is restored."""
-    taken, shapes_fit, whole = _places(config, checkpoint)
+    taken, shapes_fit, whole = places(config, checkpoint)
     begin = [f"run.dir={quoted(str(free_name(Path(config.run.dir), 'new')))}"]
     begin += [f"run.init_from={quoted(str(checkpoint.path))}"] if taken and shapes_fit else []
     yield Settings(shlex.join(begin))
@@ -129,7 +129,7 @@ def _typed_ways(config: RunConfig, checkpoint: Checkpoint, allowing: Sequence[Se
         yield from allowing
 
 
-def _places(config: RunConfig, checkpoint: Checkpoint) -> tuple[bool, bool, bool]:
+def places(config: RunConfig, checkpoint: Checkpoint) -> tuple[bool, bool, bool]:
     """Whether the model has tensors of `checkpoint`; whether those that both have agree in shape; whether the model and
     the detectors have the state that is in it, no more and no less."""
     with torch.device("meta"):
@@ -220,7 +220,7 @@ class Inherited:
 
     def __init__(self, config: RunConfig, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.taken, self.new, self.left_out = _compare_parameters(config, checkpoint)
+        self.taken, self.new, self.left_out = compare_parameters(config, checkpoint)
 
     def __call__(self, name: str, default: Callable[[], Tensor]) -> Tensor:
         shapes = self.checkpoint.names()
@@ -237,7 +237,7 @@ class Inherited:
         with engine.world.agreed(f"read {self.checkpoint.path}"), torch.no_grad():
             for fragment in engine.fragments():
                 if fragment.name in taken:
-                    _read_into({"master": fragment.views["master"]}, fragment, self.checkpoint)
+                    read_into({"master": fragment.views["master"]}, fragment, self.checkpoint)
                 engine.world.alive()
             saved, buffers = self.checkpoint.buffers(), engine.buffers()
             shared = {name: tuple(buffer.shape) for name, buffer in buffers.items() if name in saved}
@@ -248,7 +248,7 @@ class Inherited:
         engine.refresh_parameters()
 
 
-def _compare_parameters(config: RunConfig, checkpoint: Checkpoint) -> tuple[list[str], list[str], list[str]]:
+def compare_parameters(config: RunConfig, checkpoint: Checkpoint) -> tuple[list[str], list[str], list[str]]:
     """Names in both, only in the model, only in the checkpoint. Raises ResumeError for one name with two shapes."""
     with torch.device("meta"):
         model = {name: tuple(value.shape) for name, value in build_decoder(config).named_parameters()}
@@ -266,7 +266,7 @@ def _compare_parameters(config: RunConfig, checkpoint: Checkpoint) -> tuple[list
     return taken, [name for name in model if name not in saved], [name for name in saved if name not in model]
 
 
-def _read_into(views: dict[str, Tensor], fragment: Fragment, checkpoint: Checkpoint) -> None:
+def read_into(views: dict[str, Tensor], fragment: Fragment, checkpoint: Checkpoint) -> None:
     """Fill views of `fragment`, by kind, with what the checkpoint holds of that stretch of the parameter."""
     for kind, view in views.items():
         view.copy_(checkpoint.read(fragment.name, kind, fragment.start, view.numel()))
@@ -276,7 +276,7 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> Progress:
     """Put masters, moments, buffers and step counters of `checkpoint` into `engine`, bit for bit. Collective."""
     with engine.world.agreed(f"read {checkpoint.path}"), torch.no_grad():
         for fragment in engine.fragments():
-            _read_into(fragment.views, fragment, checkpoint)
+            read_into(fragment.views, fragment, checkpoint)
             engine.world.alive()
         state, buffers = read_state(checkpoint, _row_may_change(engine.config)), engine.buffers()
         check_buffers(checkpoint, {name: tuple(buffer.shape) for name, buffer in buffers.items()})
@@ -285,7 +285,7 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> Progress:
             buffer.copy_(saved[name])
         engine.optimizer_steps = state.optimizer_steps
     engine.refresh_parameters()
-    return state.progress
+    return going_on(state, engine.config)
 
 
 def _row_may_change(config: RunConfig) -> bool:

@@ -19,8 +19,9 @@ from kha_train.engine.contract import Engine
 from kha_train.stability.events import Observation
 from kha_train.telemetry.meters import MovingAverage
 from kha_train.train import resume
+from kha_train.train.branch import Branch
 from kha_train.train.evaluate import Validation, evaluate
-from kha_train.train.progress import Progress
+from kha_train.train.progress import Progress, SavedOrigin, restore_watch
 from kha_train.train.step import Judge
 from kha_train.train.watch import Ruling, Watch
 
@@ -53,7 +54,9 @@ class Session:
     loss_average: MovingAverage = field(default_factory=MovingAverage)
     """The average that the console shows; saved so that a resumed run shows the same."""
     resumed_from: tuple[int, ...] = ()
-    """The step of the checkpoint that this session was last restored from, if any."""
+    """The step of the run's own checkpoint that this session was last restored from, if any."""
+    origin: SavedOrigin | None = None
+    """Where the run branched off another one."""
 
     @property
     def run_dir(self) -> Path:
@@ -103,15 +106,29 @@ class Session:
     def state(self) -> dict[str, Any]:
         """What a checkpoint of this moment holds beside tensors."""
         state = resume.trainer_state(self.config, self.engine, self.progress, self.content_ids, self.watch.state())
-        return {**state, "loss_average": self.loss_average.state()}
+        branch = {"branch": dict(self.origin)} if self.origin else {}
+        return {**state, "loss_average": self.loss_average.state(), **branch}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put the engine, the stream and the progress back to where they stood at `checkpoint`. Collective.
 
         The detectors are restored apart (`progress.restore_watch`), since a rewind keeps its own count.
         """
-        self.progress = resume.restore(self.engine, checkpoint)
-        self.stream.skip_windows = self.progress.skip_windows
-        self.stream.samples_seen = self.progress.samples_seen
+        self._stand_at(resume.restore(self.engine, checkpoint), checkpoint)
         self.resumed_from = (checkpoint.step,)
+        self.origin = checkpoint.trainer_state.get("branch")
+
+    def branch_off(self, branch: Branch) -> None:
+        """Put everything where another run stood at a checkpoint, as the beginning of this one. Collective."""
+        self._stand_at(branch.restore(self.engine), branch.checkpoint)
+        self.origin = branch.origin
+        with self.world.agreed():
+            restore_watch(self.watch, branch.checkpoint)
+        if branch.changes_the_loss:
+            self.watch.expect_change()
+
+    def _stand_at(self, progress: Progress, checkpoint: Checkpoint) -> None:
+        self.progress = progress
+        self.stream.skip_windows = progress.skip_windows
+        self.stream.samples_seen = progress.samples_seen
         self.loss_average.restore(checkpoint.trainer_state.get("loss_average"))

@@ -65,10 +65,17 @@ class Watch:
         self.verdict: Verdict | None = None
         self.decision = Decision(True)
         self._limit: float | None = None
+        self._expects_change = False
+
+    def expect_change(self) -> None:
+        """The next step is trained otherwise than those before it (other data, longer rows): what was a normal loss
+        until now says nothing of it."""
+        self._expects_change = True
 
     def judge(self, seen: Observation) -> Ruling:
         """The ruling about a step, from what every rank knows of it."""
-        planned = crosses(self._phases, self.seen.samples_first, seen.samples_first)
+        planned = self._expects_change or crosses(self._phases, self.seen.samples_first, seen.samples_first)
+        self._expects_change = False
         self.seen, self.verdict = seen, self._monitor.update(seen, planned_change=planned)
         self.decision = self._policy.decide(self.verdict)
         judged = self._config.zclip and self.decision.apply

@@ -40,6 +40,8 @@ REFUSED = {
     "a batch below one micro-batch": "batch data.global_batch_size=3 engine.micro_batch_size=4",
     "no directory": "compose run.dir=' '",
     "a directory like an option": "compose run.dir=-x",
+    "weights and a whole state": "compose run.branch_from=runs/a run.init_from=runs/b",
+    "a branch beside its parent": "compose run.branch_from=runs/a/checkpoints/step-00000001 run.dir=runs/a",
     "warm-up and decay beyond the end": "compose optim.schedule.name=wsd optim.schedule.warmup=0.0004 "
     "optim.schedule.decay=1",
     "no expert for a token": "compose moe.top_k=0",
@@ -116,6 +118,7 @@ REFUSED = {
 
 ELSEWHERE = {
     "kha_train/train/resume.py": "train/test_ways_out_of_a_refused_resume.py",
+    "kha_train/train/branch.py": "train/test_branch.py",
     "kha_train/train/rate_change.py": "train/test_rate_change.py",
     "kha_train/model/attention/choice.py": "model/attention/test_backends.py",
     "kha_train/model/moe/grouped.py": "model/moe/test_grouped.py",

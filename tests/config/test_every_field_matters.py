@@ -433,6 +433,7 @@ CHANGES: dict[str, Change] = {
     "data.train": ("{other}/train", first_batch),
     "data.validation": ("{other}/validation", validation_samples),
     "data.seed": (1, first_batch),
+    "data.skip_windows": ("[[0,2]]", first_batch),
     "data.global_batch_size": (12, first_batch),
     "data.sources": (
         "[{name: b, path: {other}/train, weight: 1}]",
@@ -483,6 +484,7 @@ CHANGES: dict[str, Change] = {
     "engine.hang_timeout_seconds": (60.0, watchdog_timeout),
     "engine.audit_every": (1, audited_steps),
     "run.init_from": ("{other}", refusal),
+    "run.branch_from": ("{other}", refusal),
     "run.max_minutes": (1e-9, run_files),
     "resume.allow_changes": ("[optim.lr]", refused_changes),
     "resume.strict": ("true", damaged_checkpoint),

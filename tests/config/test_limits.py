@@ -33,7 +33,9 @@ FREE = {
 def _numbers(cls: type, path: str = "") -> Iterator[tuple[str, type]]:
     for field in fields(cls):
         hint, where = get_type_hints(cls)[field.name], f"{path}.{field.name}".lstrip(".")
-        inner = get_args(hint)[0] if get_origin(hint) in (tuple, UnionType) else hint
+        inner = hint
+        while get_origin(inner) in (tuple, UnionType):
+            inner = get_args(inner)[0]
         if inner is OptimSection:
             yield from (number for one in OPTIMIZERS.values() for number in _numbers(one.options_class(), where))
         elif is_dataclass(inner):

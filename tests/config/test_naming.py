@@ -60,6 +60,7 @@ CHOICES: dict[str, list[Any]] = {
     "data.train": ["quickstart/shards/train", "a/train", "b/a/train", "A/train", "'a b/train'", "s3://a/train"],
     "data.validation": ["quickstart/shards/validation", "a/validation"],
     "data.global_batch_size": [8, 16],
+    "data.skip_windows": ["[]", "[[0,4]]", "[[0,4],[8,9]]"],
     "run.init_from": ["''", "runs/a", "runs/b"],
 }
 CHOSEN = st.fixed_dictionaries({}, optional={key: st.sampled_from(CHOICES[key]) for key in CHOICES})

@@ -79,6 +79,7 @@ ROUNDING_ONLY = {
 }
 ELSEWHERE = {
     "run.dir": "train/test_changes_on_resume.py",
+    "run.branch_from": "train/test_branch.py",
     "telemetry.wandb.mode": "telemetry/test_wandb.py",
     "engine.device": "gpu/test_attention_backends.py",
     "engine.kernels": "model/kernels/test_experts.py",
@@ -107,7 +108,7 @@ def _changed(config: RunConfig, key: str) -> RunConfig:
         candidates = [now + "x"]
     if isinstance(now, list):
         source, phase = {"name": "a", "path": "b", "weight": 1.0}, {"start_sample": 1, "weights": [1.0]}
-        candidates = [[], now[:-1], now[::-1], ["q"], ["x"], [source], [phase], [0.5, 0.5]]
+        candidates = [[], now[:-1], now[::-1], ["q"], ["x"], [source], [phase], [0.5, 0.5], [[1, 2]]]
     while candidates:
         section[last] = candidates.pop(0)
         try:
