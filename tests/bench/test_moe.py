@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from kha_train.bench import moe as bench
+from kha_train.bench.peers import Problem, load_adapters
 from kha_train.cli.main import app
 from kha_train.config.compose import compose
 from kha_train.errors import ConfigError
@@ -24,10 +26,11 @@ SHAPE = [
     "moe.experts=8",
     "moe.top_k=2",
 ]
-AGAINST = ["transformers"] if find_spec("transformers") else []
+PEERS = Path(__file__).resolve().parents[1] / "peers"
+AGAINST = load_adapters(PEERS, ["transformers"] if find_spec("transformers") else [])
 
 
-def problems() -> dict[str, bench.Problem]:
+def problems() -> dict[str, Problem]:
     given = (compose(SHAPE), torch.device("cpu"), torch.float32)
     return {"balanced": bench.balanced(*given), "router": bench.routed(*given)}
 
