@@ -102,7 +102,7 @@ def encode_files(
 
 
 def _below(validation_percent: float) -> int:
-    """Texts whose hash is below this are for validation. Raises ConfigError for a percentage that leaves none out."""
+    """Texts whose hash is below this value are for validation. Raises ConfigError unless 0 < percentage < 100."""
     if not 0 < validation_percent < 100:
         raise ConfigError(
             "must be a percentage of the texts", field="validation_percent", value=validation_percent, allowed="0..100"

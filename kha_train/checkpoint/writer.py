@@ -44,7 +44,7 @@ from kha_train.record.files import sync_directory
 
 PART_BYTES = 512 * 2**20
 Stage = Literal["first_shard", "mid_shard", "before_manifest", "before_rename", "between_renames", "after_rename"]
-"""What a save comes to, in this order."""
+"""The stages of a save, in order."""
 
 
 def no_stage(name: str) -> None:

@@ -1,4 +1,4 @@
-"""Options of `kha data` that several of its commands take, or that are long."""
+"""Options that several commands of `kha data` share, or that are long."""
 
 from __future__ import annotations
 

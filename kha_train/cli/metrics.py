@@ -1,4 +1,4 @@
-"""`kha metrics`: what the numbers in a run's record mean."""
+"""`kha metrics`: the meaning of the numbers in a run's record."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from kha_train.telemetry.terminal import LiteralConsole
 
 def metrics(
     overrides: Overrides = None,
-    run: Annotated[Path | None, typer.Option(help="List what this run declared instead.")] = None,
+    run: Annotated[Path | None, typer.Option(help="List the metrics that this run declared.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
 ) -> None:
     """List the metrics that a run with these settings records, each with unit and meaning.
 
-    Raises ConfigError when there is no such run, and DataError for a damaged one.
+    Raises ConfigError when the run does not exist, and DataError when its record is damaged.
     """
     found = _declared(overrides or []) if run is None else _recorded(run)
     if as_json:
@@ -38,7 +38,7 @@ def metrics(
 
 
 def _declared(overrides: list[str]) -> dict[str, Metric]:
-    """By building the model, without memory, and asking it."""
+    """Build the model without memory, and collect what it declares."""
     config = compose(overrides)
     from kha_train.train.metrics import declared
 
@@ -46,8 +46,8 @@ def _declared(overrides: list[str]) -> dict[str, Metric]:
 
 
 def _recorded(path: Path) -> dict[str, Metric]:
-    """Of a run of an older release, which declared nothing: what it recorded, without meanings."""
+    """For a run of an older release, which declared nothing: the names it recorded, without meanings."""
     run = read_run(find_run(path))
     if not run:
-        raise ConfigError("is no run", field="--run", value=str(path), fix="name the directory of a run")
+        raise ConfigError("is not a run", field="--run", value=str(path), fix="name the directory of a run")
     return declared_in(run)

@@ -71,7 +71,7 @@ class Engine(Protocol):
 
     @staticmethod
     def refuses(config: RunConfig, ranks: int) -> ConfigError | None:
-        """Why this engine cannot train `config` on so many ranks, or None. Nothing was built yet."""
+        """Why this engine cannot train `config` on `ranks` ranks, or None. Called before anything is built."""
         ...
 
     @staticmethod
@@ -106,15 +106,18 @@ class Engine(Protocol):
         ...
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """This rank's part of the step's gradient before clipping, by the name of the parameter, between the last
-        micro-batch and the step: over all ranks, each element of each parameter once."""
+        """This rank's part of the gradient before clipping, by parameter name. Valid between the last micro-batch and
+        the step.
+
+        Over all ranks, each element of each parameter occurs exactly once.
+        """
         ...
 
     def apply(self, lr: float, max_norm: float = math.inf, changed: Changed | None = None) -> None:
         """Clip, step every parameter at rate `lr` (times the `lr_scale` of its group), clear the gradients. Collective.
 
         The gradient is scaled to `optim.grad_clip` or `max_norm`, whichever is less, when its norm is above that.
-        `changed` is told of every part of a parameter that this rank owns what the step made of its fp32 master.
+        `changed` is called with every part of a parameter that this rank owns, and with the change of its fp32 master.
         """
         ...
 

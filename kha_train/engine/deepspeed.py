@@ -84,7 +84,7 @@ class Engine:
 
     @staticmethod
     def refuses(config: RunConfig, ranks: int) -> ConfigError | None:
-        """See `contract.Engine.refuses`: what it cannot do, `validate` refuses for any number of ranks."""
+        """See `contract.Engine.refuses`. `validate` refuses what it cannot do, for any number of ranks."""
         return None
 
     @staticmethod

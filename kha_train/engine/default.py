@@ -1,4 +1,4 @@
-"""The engine of a run. Code outside this room constructs it only through `engine_for`."""
+"""Selects the engine of a run. Code outside this room constructs engines only through `engine_for`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kha_train.engine.contract import Engine
 
 
 def engine_for(config: RunConfig, ranks: int) -> type[Engine]:
-    """The class of the engine that `engine.name` selects. Raises ConfigError where it cannot train on so many ranks."""
+    """The class of the engine that `engine.name` selects. Raises ConfigError when it cannot train on `ranks` ranks."""
     engine: type[Engine] = import_module(f"kha_train.engine.{config.engine.name}").Engine
     problem = engine.refuses(config, ranks)
     if problem:

@@ -56,11 +56,11 @@ class Engine:
 
     @staticmethod
     def refuses(config: RunConfig, ranks: int) -> ConfigError | None:
-        """See `contract.Engine.refuses`: more than one process."""
+        """See `contract.Engine.refuses`. It refuses more than one process."""
         if ranks == 1:
             return None
         return ConfigError(
-            f"the plain engine is one process, not {ranks}",
+            f"the plain engine runs in one process, not {ranks}",
             field="engine.name",
             value=config.engine.name,
             fix=Settings("engine.name=deepspeed"),

@@ -48,8 +48,9 @@ def partitioned_fragments(optimizer: Any, module: nn.Module, shapes: Shapes, ran
 
 
 def owned_gradients(optimizer: Any, module: nn.Module, stage: int) -> Iterator[tuple[str, Tensor]]:
-    """This rank's part of the gradient under ZeRO `stage` (or BF16_Optimizer), by the name of the parameter, between
-    the last micro-batch and the step."""
+    """This rank's part of the gradient under ZeRO `stage` (or BF16_Optimizer), by parameter name. Valid between the
+    last micro-batch and the step.
+    """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     if stage < 3 and not hasattr(optimizer, "scaled_global_norm"):
         parameters: Iterator[tuple[str, Any]] = module.named_parameters()
@@ -61,7 +62,7 @@ def owned_gradients(optimizer: Any, module: nn.Module, stage: int) -> Iterator[t
         return
     groups = optimizer.fp16_groups if stage == 3 else optimizer.params_in_partition
     for number, group in enumerate(groups):
-        # Between and after the parts of parameters there may be padding.
+        # There may be padding between the parts and after the last one.
         parts = [part for part in optimizer.averaged_gradients[number] if not getattr(part, "_zero_padding", False)]
         for parameter, part in zip(group, parts, strict=False):
             yield names[id(parameter)], part

@@ -26,9 +26,9 @@ ACTIVATION_RMS = Metric(
 
 
 class BlockStats(NamedTuple):
-    """What a block reports about its forward. It is returned, never counted as a side effect, because recomputation
-    runs a forward twice. `values` are those of its modules' metrics. Of a block with experts, `load_E` (int64, no
-    gradient) is the number of tokens each expert received. The sums over tokens of the auxiliary losses carry their
+    """What a block reports about its forward. It is returned, not counted as a side effect, because recomputation runs
+    a forward twice. `values` are those of its modules' metrics. For a block with experts, `load_E` (int64, no gradient)
+    is the number of tokens that each expert received. The sums over tokens of the auxiliary losses carry their
     gradient, and are None when not needed (see `Routing`).
     """
 

@@ -111,9 +111,11 @@ class Decoder(nn.Module):
         self._run = runner(config)
         self.tie_weights()
         self.declared = {metric.name: metric for metric in declared_metrics(self)}
-        """What the modules declare, before lists by layer are told apart from their summary (`metric.in_force`)."""
+        """The modules' declarations, before `metric.in_force` separates per-layer lists from their summaries."""
         self.observed = False
-        """Whether forwards compute the metrics that are too costly for every step. Set by the step."""
+        """Whether forwards compute the metrics that are too costly to compute in every step. The training step
+        sets it.
+        """
 
     def tie_weights(self) -> None:
         """With `model.tie_embeddings`, let the head use the embedding's parameter. Call it again after replacing

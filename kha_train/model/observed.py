@@ -1,8 +1,8 @@
 """Values that modules report in a forward, for the metrics they declare.
 
 A block makes a `Report` for each of its calls, hands it to its modules, and returns the values in its `BlockStats`. So
-nothing is counted twice: activation checkpointing runs a forward again and drops all that the second one returns.
-Whoever calls a module without a `Report` gets its output alone.
+nothing is counted twice: activation checkpointing runs a forward again and drops everything the second one returns. A
+caller that passes no `Report` gets only the module's output.
 """
 
 # B batch   T places of a row   R places of the flattened B * T that hold a token
@@ -15,22 +15,23 @@ from torch import Tensor, nn
 from kha_train.metric import Metric
 
 Values = dict[str, Tensor]
-"""By the name of the metric, without gradient: a scalar, or what `averaged` makes for one that combines by `mean` or
-`rms`. A module reports the same names in every micro-batch, on every rank."""
+"""Values by metric name, without gradient: a scalar, or the result of `averaged` for a metric that combines by `mean`
+or `rms`. A module reports the same names in every micro-batch, on every rank.
+"""
 
 
 class Report:
-    """Takes the values of one call of a block into `values`, each name once. Without `values` nobody reads them.
+    """Takes the values of one call of a block into `values`, each name once. Without `values` the reports are dropped.
 
     `real_R` (int64) are the places of the rows that hold a token (None: all). `observed` is set in steps that compute
-    the metrics too costly for every step.
+    the metrics that are too costly for every step.
     """
 
     def __init__(self, values: Values | None = None, real_R: Tensor | None = None, observed: bool = False) -> None:
         self._values, self._real_R, self.observed = values, real_R, observed
 
     def of_tokens(self) -> Report:
-        """The same for modules that are given the tokens alone, [N, ...], without padding."""
+        """The same report for modules that receive only the tokens, [N, ...], without padding."""
         return Report(self._values, None, self.observed)
 
     def __call__(self, name: str, value: Tensor) -> None:
@@ -50,7 +51,7 @@ class Report:
 
 
 UNREAD = Report()
-"""The `Report` of a call whose values nobody reads."""
+"""The `Report` of a call that drops its values."""
 
 
 @torch.no_grad()
@@ -65,7 +66,7 @@ def averaged(x: Tensor, real_R: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def squares_averaged(x: Tensor, real_R: Tensor | None = None) -> Tensor:
-    """As `averaged`, of the squares of `x`: for a metric that combines by `rms`."""
+    """As `averaged`, for the squares of `x`. Used by metrics that combine by `rms`."""
     if real_R is not None:
         x = x.flatten(0, 1).index_select(0, real_R)
     norm = torch.linalg.vector_norm(x.detach(), dtype=torch.promote_types(x.dtype, torch.float32))
@@ -73,5 +74,5 @@ def squares_averaged(x: Tensor, real_R: Tensor | None = None) -> Tensor:
 
 
 def declared_metrics(module: nn.Module) -> list[Metric]:
-    """What `module` and the modules inside it declare, each with its attribute `metrics`."""
+    """The metrics declared by `module` and the modules inside it, in their attribute `metrics`."""
     return [metric for part in module.modules() for metric in getattr(part, "metrics", ())]

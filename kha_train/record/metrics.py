@@ -1,7 +1,7 @@
-"""The metrics that a run declared, as its readers know them.
+"""The metrics that a run declared, for readers of its record.
 
-A run writes the declarations in force to `run.json`. Runs of older releases did not: for their lines stands the frozen
-table `EARLIER`.
+A run writes the declarations in force to `run.json`. Runs of older releases did not; the frozen table `EARLIER`
+describes their lines.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ HEAD = (
     Metric("attempt", "count", "which start of this run directory computed the step (the first is 1)", timing=True),
     Metric("time", "s", "seconds since 1970-01-01 UTC when the line was written", timing=True),
 )
-"""What the record itself adds to every line."""
+"""The fields that the record itself adds to every line."""
 COUNTED = ("count", "row", "steps", "tokens", "0/1")
-"""Units of numbers that are counted, so that they are finite."""
+"""Units of counted numbers, which are always finite."""
 
 _NAMES_BY_UNIT = {
     "steps": "step train/skipped_steps train/nonfinite_steps",
@@ -39,7 +39,7 @@ _NAMES_BY_UNIT = {
     "moe/load_cv moe/load_entropy moe/bias_range moe/maxvio_by_layer moe/load_cv_by_layer moe/load_entropy_by_layer "
     "moe/bias_range_by_layer spike/z spike/z128_loss spike/z128_gnorm attn/max_logit kha/from_identity",
 }
-"""A "!" marks what depends on when and where a step ran."""
+"""A "!" marks a number that depends on when and where a step ran."""
 
 EARLIER: dict[str, Metric] = {
     name.rstrip("!"): Metric(
@@ -48,12 +48,15 @@ EARLIER: dict[str, Metric] = {
     for unit, names in _NAMES_BY_UNIT.items()
     for name in names.split()
 }
-"""What lines held before runs declared their metrics. Frozen: what is added since is declared where it is computed."""
+"""The contents of lines before runs declared their metrics. Frozen: newer metrics are declared where they are
+computed.
+"""
 
 
 def declared_in(run: Mapping[str, Any]) -> dict[str, Metric]:
-    """The metrics of the run whose `run.json` is `run`, by name, in the order declared: those of its own, or of the
-    table for runs that declared none."""
+    """The metrics of the run whose `run.json` is `run`, by name, in the order declared. For a run that declared none,
+    those of the table.
+    """
     entries: Mapping[str, Any] = run.get("metrics", {})
     return {
         name: Metric(name, entry["unit"], entry["meaning"], entry["timing"], entry["mirrored"])
@@ -62,11 +65,12 @@ def declared_in(run: Mapping[str, Any]) -> dict[str, Metric]:
 
 
 def timing_keys(run: Mapping[str, Any]) -> frozenset[str]:
-    """The keys of a run's lines that may differ between a resumed run and an unbroken one. Every other key is equal bit
-    for bit."""
+    """The keys of a run's lines that may differ between a resumed run and an uninterrupted one. Every other key is
+    equal bit for bit.
+    """
     return frozenset(name for name, metric in declared_in(run).items() if metric.timing)
 
 
 def record_only(metrics: Iterable[Metric]) -> set[str]:
-    """The names that mirrors leave out: of `metrics`, and of the lines of earlier attempts."""
+    """The names that mirrors leave out: those of `metrics`, and those in the lines of earlier attempts."""
     return {metric.name for metric in (*EARLIER.values(), *metrics) if not metric.mirrored}

@@ -32,7 +32,7 @@ METRICS = (
     Metric("spike/z128_flag", "0/1", "1 when either of the two is above 6 (OLMo-core's rule)"),
     Metric("train/nonfinite_steps", "steps", "steps with a non-finite loss or norm since step 0"),
 )
-"""Of the metrics of a `Verdict`."""
+"""The metrics of a `Verdict`."""
 DETECTOR = 1
 """Version of the detectors. Raise it with any change that alters the events or scores of a curve."""
 

@@ -1,7 +1,7 @@
-"""Norms of gradients and updates, layer by layer: every `telemetry.layer_statistics_every` steps.
+"""Norms of gradients and updates per layer, every `telemetry.layer_statistics_every` steps.
 
-The norms of activations are computed in the block. Each rank sums squares over the part of the parameters that it owns,
-so stage and world size change nothing. Parameters outside layers (embedding, head, last norm) are left out.
+The block computes the norms of activations. Each rank sums squares over its own part of the parameters, so stage and
+world size change nothing. Parameters outside layers (embedding, head, last norm) are left out.
 """
 
 # L layers
@@ -34,26 +34,26 @@ _LAYER = re.compile(r"blocks\.([0-9]+)\.")
 
 
 def is_due(config: RunConfig, step: int) -> bool:
-    """Whether the record of `step` has statistics of layers."""
+    """Whether the record of `step` has layer statistics."""
     every = config.telemetry.layer_statistics_every
     return every > 0 and step % every == 0
 
 
 class LayerSquares:
-    """Sums of squares of parts of parameters, by layer, on the device."""
+    """Sums of squares of parts of parameters, per layer, on the device."""
 
     def __init__(self, engine: Engine) -> None:
         self._squares_L = torch.zeros(engine.config.model.layers, dtype=torch.float64, device=engine.world.device)
 
     @torch.no_grad()
     def add(self, name: str, part: Tensor) -> None:
-        """Count `part` of the parameter `name`, unless it is outside layers."""
+        """Add `part` of the parameter `name`, unless it lies outside the layers."""
         if found := _LAYER.match(name):
             norm = torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32))
             self._squares_L[int(found[1])] += norm.double().square()
 
     def values(self, metric: Metric) -> Values:
-        """The sums, as the values of `metric`, of this rank alone."""
+        """The sums as the values of `metric`, for this rank alone."""
         return {metric.name: self._squares_L}
 
 

@@ -1,4 +1,4 @@
-"""From what the modules of the decoder report in every micro-batch on every rank to the entries of a metrics line."""
+"""Turns what the decoder's modules report, in every micro-batch on every rank, into the entries of a metrics line."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ from kha_train.metric import BY_LAYER, Combine, Metric
 from kha_train.model.observed import Values
 
 GREATEST: dict[Combine, float] = {"max": 1.0, "min": -1.0}
-"""What combines by a maximum, and the sign under which it does."""
+"""The ways of combining that reduce to a maximum, each with its sign."""
 PAIRS = ("mean", "rms")
-"""What combines as a sum and a number of elements."""
+"""The ways of combining that need a sum and a number of elements."""
 
 
 class StepValues:
-    """The values of one step, of metrics `declared` by name: `add` those of each micro-batch, agree, then read the
-    entries. Values stay on the device until the caller fetches what `agreed` returns."""
+    """The values of one step, for the metrics `declared` by name: `add` the values of each micro-batch, agree, then
+    read the entries. Values stay on the device until the caller fetches the result of `agreed`.
+    """
 
     def __init__(self, declared: Mapping[str, Metric]) -> None:
         self._declared = declared
         self._values: Values = {}
 
     def add(self, values: Values) -> None:
-        """Combine `values` with those of the micro-batches before."""
+        """Combine `values` with those of earlier micro-batches."""
         for name, value in values.items():
             self._values[name] = self._combined(name, value.detach().double())
 
     def agreed(self, world: World) -> Tensor:
-        """The values over all ranks in one fp64 vector, the same on every rank; empty when there are none. Collective
-        unless it is empty."""
+        """The values over all ranks in one fp64 vector, equal on every rank; empty when there are none. Collective
+        unless it is empty.
+        """
         summed, greatest = [torch.zeros(0, dtype=torch.float64, device=world.device)], []
         for name, value in self._values.items():
             how = self._declared[name].combine
             if how in GREATEST:
-                # Whether a reduction keeps the maximum or the nan, backends do not agree on.
+                # Backends do not agree on whether a reduction keeps the maximum or the nan.
                 summed.append(value.isnan().double().flatten())
                 greatest.append(torch.where(value.isnan(), -math.inf, GREATEST[how] * value).flatten())
             else:
@@ -51,7 +53,7 @@ class StepValues:
         return torch.cat([sums, world.max_(torch.cat(greatest))]) if greatest else sums
 
     def entries(self, agreed: Tensor) -> dict[str, Any]:
-        """The entries of the metrics line, from what `agreed` returned, on the host by now."""
+        """The entries of the metrics line, from the result of `agreed`, which is now on the host."""
         if not self._values:
             return {}
         names = [name for name in self._values if self._declared[name].combine in GREATEST]
@@ -79,7 +81,7 @@ class StepValues:
 
 
 def _finished(how: Combine, sums: Iterator[float], greatest: Iterator[float]) -> float:
-    """The next value, of what was summed and what was maximised over ranks."""
+    """The next value, taken from the summed or the maximised ones."""
     first = next(sums)
     if how in GREATEST:
         largest = next(greatest)

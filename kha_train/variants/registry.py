@@ -74,7 +74,7 @@ ENGINES_IN_ONE_FILE = ("deepspeed", "plain")
 def engines() -> tuple[str, ...]:
     """The values of `engine.name`: the engines in one file, and every package of `kha_train/engine` by its name.
 
-    The module or package has a class `Engine`, which keeps the contract of `kha_train/engine/contract.py`.
+    The module or package has a class `Engine` that implements `kha_train/engine/contract.py`.
     """
     room = Path(__file__).parents[1] / "engine"
     return tuple(sorted({*ENGINES_IN_ONE_FILE, *(found.name for found in iter_modules([str(room)]) if found.ispkg)}))

@@ -74,12 +74,12 @@ class Attention(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_BTD: Tensor, rows: RowContext) -> Tensor:
-        """[B, T, D] -> [B, T, D] in the same dtype; no token sees a later one, or one of another document. What later
-        tokens need goes through `rows.with_past`, values for metrics through `rows.report`.
+        """[B, T, D] -> [B, T, D] in the same dtype; no token sees a later one, or one of another document. State that
+        later tokens need goes through `rows.with_past`; values for metrics go through `rows.report`.
         """
 
     def exchange(self, rows: RowContext, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor) -> QKV:
-        """What the interaction makes of queries, keys and values. It gets `rows.report` too if it declares metrics."""
+        """Apply the interaction to queries, keys and values. It is also given `rows.report` if it declares metrics."""
         further = (rows.report,) if self.interaction.metrics else ()
         heads: QKV = self.interaction(q_BTHK, k_BTGK, v_BTGW, *further)
         return heads
