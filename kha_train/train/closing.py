@@ -1,4 +1,4 @@
-"""What is written when an attempt ends, well or by an error: the sum of the run, the marker, the end of the record."""
+"""Ends an attempt, normally or after an error: the summary of the run, the marker, the end of the record."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def check_end(session: Session, reporter: Reporter) -> None:
 
 
 def sum_up(session: Session, reporter: Reporter, error: BaseException | None) -> None:
-    """Write what the whole run came to into `run.json`, W&B and the console.
+    """Write the results of the whole run to `run.json`, W&B and the console.
 
-    The longer the record, the longer this takes: whoever ends the process at once does not wait for it.
+    This takes longer for a longer record, so a process that must end at once skips it.
     """
     if not (session.world.is_main and reporter.record.has_steps) or isinstance(error, KeyboardInterrupt):
         return
@@ -48,10 +48,10 @@ def sum_up(session: Session, reporter: Reporter, error: BaseException | None) ->
 def close_record(
     config: RunConfig, world: World, attempt: Attempt, record: Record, error: BaseException | None
 ) -> None:
-    """FATAL where `error` would come back, the share of productive time, how the attempt ended.
+    """Set FATAL if `error` would happen again, and record the goodput and how the attempt ended.
 
-    A command that is refused for its settings before an attempt begins changes nothing of the run, and leaves no
-    directory that it made. That is the command's error, not the run's.
+    A command that is refused for its settings before an attempt begins changes nothing of the run, and removes the
+    directories that it made: the error concerns the command, not the run.
     """
     run_dir = Path(config.run.dir)
     if not record.in_attempt and _is_refusal(error):
@@ -59,7 +59,7 @@ def close_record(
         return
     with _after(error):
         if world.is_main and error and not attempt.is_accepted:
-            # Those of an earlier start would be taken for the cause of this end.
+            # Those of an earlier start would look like the cause of this end.
             forget_failures(run_dir, world)
     if isinstance(error, DivergedError):
         attempt.end_state = "diverged"
@@ -74,10 +74,12 @@ def close_record(
 
 
 def _is_refusal(error: BaseException | None) -> bool:
-    """Whether `error` judges the command. Damaged data and checkpoints (exit 4) would fail any command."""
+    """Whether `error` concerns the command. Damaged data and checkpoints (exit 4) would fail any command."""
     return isinstance(error, KhaError) and error.fatal and error.exit_code != DataError.exit_code
 
 
 def _after(error: BaseException | None) -> AbstractContextManager[None]:
-    """Around what is done at the end of an attempt: where it fails too, `error`, which ended it, stays the news."""
+    """Around the work at the end of an attempt: if that fails too, `error`, which ended the attempt, is still the one
+    raised.
+    """
     return suppress(OSError, KhaError) if error else nullcontext()

@@ -16,7 +16,7 @@ from kha_train.train import evaluate, layer_statistics, probe, reporter, saving,
 
 
 def declared(config: RunConfig, decoder: Decoder | None = None) -> dict[str, Metric]:
-    """The metrics that lines of a run of `config` may hold, by name. Without a `decoder`, builds one on `meta`."""
+    """The metrics that lines of a run of `config` may hold, by name. Without its `decoder` one is built on `meta`."""
     if decoder is None:
         with torch.device("meta"):
             decoder = build_decoder(config)

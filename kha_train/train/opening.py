@@ -59,7 +59,7 @@ from kha_train.train.watch import Watch
 
 
 class Opened(NamedTuple):
-    """What a run trains with."""
+    """The open parts of an attempt."""
 
     session: Session
     reporter: Reporter
@@ -68,7 +68,7 @@ class Opened(NamedTuple):
 
 @dataclass(frozen=True)
 class Finished:
-    """Nothing is left to train: the run finished before, at `step`, and `run.steps` asks for no more."""
+    """The run already finished at `step`, and `run.steps` is not larger: there is nothing left to train."""
 
     step: int
 
@@ -77,9 +77,9 @@ class Finished:
 def open_attempt(
     config: RunConfig, world: World, startup: Startup, engine_class: type[Engine], attempt: Attempt
 ) -> Iterator[Opened | Finished]:
-    """Open an attempt at `config`, and close it with the block. Collective. Raises what `train` documents.
+    """Open an attempt of `config`, and close it at the end of the block. Collective. Raises what `train` documents.
 
-    `startup` is told where the time goes, `attempt` how far it has come.
+    `startup` measures the phases, `attempt` records the progress.
     """
     with ExitStack() as closings:
         yield _open(closings, config, world, startup, engine_class, attempt)
@@ -149,11 +149,12 @@ def _open(
 def _take_directory(
     closings: ExitStack, config: RunConfig, world: World, attempt: Attempt
 ) -> tuple[Journal, int, bool]:
-    """Own the run directory. Returns its record, the step at which the run finished before (or NOT_FINISHED), and
-    whether that alone says that it is over. If it is, or its checkpoints are lost, nothing else is touched."""
+    """Take the run directory. Returns its record, the step at which the run finished before (or NOT_FINISHED), and
+    whether that alone ends the attempt. In that case, or if its checkpoints are lost, nothing else is touched.
+    """
     run_dir, finished, is_over = Path(config.run.dir), NOT_FINISHED, False
     with world.agreed(f"write {run_dir}"):
-        with written_as("run.dir", run_dir, "name a place that can be written: run.dir=PATH"):
+        with written_as("run.dir", run_dir, "choose a writable directory: run.dir=PATH"):
             record = Record.open(run_dir, world.rank)
         closings.callback(record.close)
         if world.is_main:
@@ -166,21 +167,22 @@ def _take_directory(
 
 
 def _refused_checkpoint(config: RunConfig, world: World, journal: Journal) -> Callable[[str], None]:
-    """What to do about a damaged checkpoint: pass over it and say so. With `resume.strict` it is a CheckpointError on
-    all ranks."""
+    """What to do about a damaged checkpoint: skip it with a warning. With `resume.strict`, raises CheckpointError on
+    all ranks.
+    """
 
     def report(text: str) -> None:
         if world.is_main:
             print(f"warning: {text}", flush=True)
             journal.event("checkpoint_refused", 0, text=text)
         if config.resume.strict:
-            raise CheckpointError(text, field="resume.strict", value=True, fix="look at it, then start again")
+            raise CheckpointError(text, field="resume.strict", value=True, fix="inspect it, then start again")
 
     return report
 
 
 def _open_data(config: RunConfig, world: World) -> tuple[_Data, torch.dtype]:
-    """The data, the same on every rank, and the dtype to train in."""
+    """The data, the same on every rank, and the training dtype."""
     with world.agreed():
         stream = open_stream(config, world.rank, world.size)
         validation = ValidationSet(config)
@@ -192,8 +194,9 @@ def _open_data(config: RunConfig, world: World) -> tuple[_Data, torch.dtype]:
 def _check_fit(
     config: RunConfig, world: World, data: _Data, dtype: torch.dtype, checkpoint: Checkpoint | None, finished: int
 ) -> dict[str, float]:
-    """Refuse data that differs between ranks, and a `checkpoint` that belongs to another run. Returns how the learning
-    rate changes, as the fields of an event; empty where it does not."""
+    """Refuse data that differs between ranks, and a `checkpoint` of another run. Returns how the learning rate changes,
+    as the fields of an event; empty if it does not.
+    """
     first = world.broadcast_text(json.dumps(data.content_ids))
     with world.agreed():
         resume.check_same_data(json.loads(first), data.content_ids)
@@ -242,7 +245,7 @@ def _initial_values(
 def _open_engine(
     closings: ExitStack, config: RunConfig, world: World, engine_class: type[Engine], initial: InitialValue
 ) -> Engine:
-    # Registered first: an engine that could not be built may hold process groups by then.
+    # Registered first: an engine that could not be built may already hold process groups.
     closings.push(lambda kind, error, trace: engine_class.leave_world(error))
     engine = engine_class(config, world, initial)
     closings.callback(engine.close)
@@ -250,7 +253,7 @@ def _open_engine(
 
 
 def _fill(session: Session, initial: InitialValue, checkpoint: Checkpoint | None) -> None:
-    """Give the new engine what it goes on from."""
+    """Restore the new engine, or fill it with inherited weights."""
     if checkpoint:
         session.restore(checkpoint)
         with session.world.agreed():
@@ -294,7 +297,7 @@ def _open_reporter(
 
 
 def _exit_code(error: BaseException | None) -> int:
-    """What W&B is told of the end: a run that failed is shown as failed."""
+    """The exit code for W&B, which shows a failed run as failed."""
     return error.exit_code if isinstance(error, KhaError) else int(error is not None)
 
 
@@ -314,7 +317,9 @@ def _open_saver(closings: ExitStack, session: Session, reporter: Reporter) -> Sa
 def _changes(
     session: Session, kernels: _Kernels, initial: InitialValue, rate_change: dict[str, float]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(kind, fields) of the events that an attempt begins with: what is not as the last attempt left it."""
+    """(kind, fields) of the events at the beginning of an attempt: everything that differs from the end of the last
+    one.
+    """
     if isinstance(initial, resume.Inherited):
         lists = {"taken": len(initial.taken), "new": initial.new, "left_out": initial.left_out}
         yield "weights_inherited", {"source": str(initial.checkpoint.path), **lists}
@@ -333,7 +338,7 @@ def _begin_attempt(
     changes: Iterator[tuple[str, dict[str, Any]]],
     branch: Branch | None,
 ) -> None:
-    """Write the facts of this attempt, its configuration and its `changes` into the record; print the headline."""
+    """Write the facts of this attempt, its configuration and its `changes` to the record; print the headline."""
     config, world, step = session.config, session.world, session.progress.step
     parameters = count_parameters(config)
     facts = {

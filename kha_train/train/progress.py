@@ -1,4 +1,4 @@
-"""How far a run is, and what the trainer reads of its own state in a checkpoint: typed, consistent, and all of it."""
+"""The progress of a run, and the trainer's own state in a checkpoint, read with checks of types and consistency."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from kha_train.train.watch import Watch
 
 CONTENT_IDS = ("data_content_id", "validation_content_id")
 _NO_STATE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, AssertionError)
-"""What detectors raise of a state that none of them wrote."""
+"""Exceptions that detectors raise for a state that they did not write."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: finished optimiser steps (skipped ones included), samples passed and tokens trained on.
+    """The progress of a run: finished optimiser steps (skipped ones included), samples passed and tokens trained on.
 
-    `samples_seen` is where the stream stands, `skip_windows` the sample numbers [first, last) it passes over.
+    `samples_seen` is the position of the stream, `skip_windows` the sample numbers [first, last) that it skips.
     """
 
     step: int = 0
@@ -45,7 +45,9 @@ class Progress:
 
     @property
     def next_sample(self) -> int:
-        """The first sample of the next step: where the stream stands, or the end of the skip window it stands in."""
+        """The first sample of the next step: the position of the stream, or the end of the skip window at that
+        position.
+        """
         sample = self.samples_seen
         for first, last in sorted(self.skip_windows):
             sample = last if first <= sample < last else sample
@@ -53,7 +55,7 @@ class Progress:
 
     @property
     def trained_samples(self) -> int:
-        """Samples passed and not skipped."""
+        """Samples passed without the skipped ones."""
         skipped = sum(max(0, min(last, self.samples_seen) - first) for first, last in merged(self.skip_windows))
         return self.samples_seen - skipped
 
@@ -65,7 +67,7 @@ class Progress:
         return replace(self, skip_windows=tuple(sorted(kept | ahead)))
 
     def to_plain(self) -> dict[str, Any]:
-        """As trainer state, which knows lists and no tuples."""
+        """As trainer state, which has lists but no tuples."""
         return {**asdict(self), "skip_windows": [list(window) for window in self.skip_windows]}
 
     @staticmethod
@@ -75,7 +77,7 @@ class Progress:
 
 
 class SavedProgress(TypedDict):
-    """`progress` of trainer.json."""
+    """The field `progress` of trainer.json."""
 
     step: Count
     samples_seen: Count
@@ -85,7 +87,9 @@ class SavedProgress(TypedDict):
 
 
 class SavedAverage(TypedDict):
-    """`loss_average` of trainer.json: the average that the console shows. Earlier releases did not save it."""
+    """The field `loss_average` of trainer.json: the average that the console shows. Earlier releases did not save
+    it.
+    """
 
     sum: Annotated[float, Range(-1e300, 1e300)]
     weight: Annotated[float, Range(0, 1e300)]
@@ -131,8 +135,8 @@ class TrainerState:
 def read_state(checkpoint: Checkpoint, row_may_change: bool = False) -> TrainerState:
     """The trainer's state in `checkpoint`; `row_may_change` says that rows of another length may have been read.
 
-    Raises CheckpointError for a field that is missing, of another kind, or contradicts the others, FormatError for one
-    that this release would drop.
+    Raises CheckpointError for a field that is missing, has the wrong type, or contradicts the others; FormatError for
+    one that this release would drop.
     """
     source = source_of(checkpoint)
     plain = checkpoint.trainer_state
@@ -163,9 +167,9 @@ def going_on(state: TrainerState, config: RunConfig) -> Progress:
 
 
 def restore_watch(watch: Watch, checkpoint: Checkpoint, rewound: bool = False) -> None:
-    """Give the detectors of `watch` their state in `checkpoint`; `rewound` as in `Watch.restore`.
+    """Restore the detectors of `watch` from `checkpoint`; `rewound` as in `Watch.restore`.
 
-    Raises CheckpointError when it is no state of them, FormatError when they would drop a part of it.
+    Raises CheckpointError when the state is malformed, FormatError when a part of it would be dropped.
     """
     source, expected = source_of(checkpoint), watch.state()
     saved = checkpoint.trainer_state["stability"]
@@ -177,14 +181,14 @@ def restore_watch(watch: Watch, checkpoint: Checkpoint, rewound: bool = False) -
         watch.restore(saved, rewound)
         now = watch.state()
     except _NO_STATE as error:
-        words = f"is no state of the detectors: {type(error).__name__}: {error}"
+        words = f"is not a valid state of the detectors: {type(error).__name__}: {error}"
         raise source.fault("stability", words) from error
     _check_alike(source, now, expected, "stability")
     _check_kept(checkpoint, saved, now, "stability.")
 
 
 def _contradictions(state: TrainerState, step: int, row_may_change: bool) -> list[tuple[str, str, Any]]:
-    """(field, what is wrong with it, its value) of what the counts say against the manifest and each other."""
+    """(field, what is wrong with it, its value) for all contradictions among the counts and with the manifest."""
     progress = state.progress
     found: list[tuple[str, str, Any]] = []
     if progress.step != step:
@@ -192,7 +196,7 @@ def _contradictions(state: TrainerState, step: int, row_may_change: bool) -> lis
     if progress.skipped_steps > progress.step:
         found.append(("progress.skipped_steps", f"of {progress.step} steps", progress.skipped_steps))
     if state.optimizer_steps != progress.step - progress.skipped_steps:
-        words = f"{progress.step} steps less {progress.skipped_steps} skipped ones are expected"
+        words = f"expected {progress.step} steps minus {progress.skipped_steps} skipped ones"
         found.append(("optimizer_steps", words, state.optimizer_steps))
     if any(first >= last for first, last in progress.skip_windows):
         found.append(("progress.skip_windows", "a window ends before it begins", str(progress.skip_windows)))
@@ -224,17 +228,17 @@ def _check_numbers(source: Source, value: Any, place: str) -> None:
 
 
 def _inside(state: Any, *keys: str) -> Any:
-    """What stands at `keys` in nested dicts; None where they lead nowhere."""
+    """The value at `keys` in nested dicts; None where there is none."""
     for key in keys:
         state = state.get(key) if isinstance(state, dict) else None
     return state
 
 
 def _check_alike(source: Source, found: Any, expected: Any, place: str) -> None:
-    """Raises CheckpointError where the restored state is of another kind than a state of these detectors."""
+    """Raises CheckpointError if the restored state has another structure than a state of these detectors."""
     if isinstance(expected, dict):
         if not isinstance(found, dict):
-            # An event is open, or none is.
+            # An event may be open or not.
             if found is not None:
                 raise source.fault(place, "wrong type", found, "an object")
             return
@@ -243,9 +247,9 @@ def _check_alike(source: Source, found: Any, expected: Any, place: str) -> None:
                 raise source.fault(f"{place}.{key}", "missing")
             _check_alike(source, found[key], expected[key], f"{place}.{key}")
     elif type(expected) is int and (type(found) is not int or found < -(place == "stability.samples_first")):
-        raise source.fault(place, "is no count", found)
+        raise source.fault(place, "is not a count", found)
     elif type(expected) is float and type(found) not in (int, float):
-        raise source.fault(place, "is no number", found)
+        raise source.fault(place, "is not a number", found)
 
 
 def _check_kept(checkpoint: Checkpoint, saved: Any, now: Any, place: str) -> None:

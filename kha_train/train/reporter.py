@@ -1,7 +1,7 @@
-"""What a run says of itself while it trains: the line of each step and the events, in the record, then in its mirrors.
+"""Reports a run while it trains: the line of each step and the events go to the record, then to its mirrors.
 
 The record comes first; console and W&B show what it holds. A rank that cannot write the record must not raise alone
-while the others wait: the `Journal` keeps the error, and the loop brings it to the next agreement.
+while the others wait: the `Journal` keeps the error, and the loop passes it to the next agreement.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ LINE = (
 
 
 class Journal:
-    """Writes the record without raising OSError. `trouble` is the first failure; all ranks hear of it when they next
-    agree on something."""
+    """Writes the record without raising OSError. `trouble` is the first failure; all ranks learn of it at the next
+    agreement.
+    """
 
     def __init__(self, record: Record) -> None:
         self.record = record
@@ -65,7 +66,7 @@ class Journal:
         self._write(lambda: self.record.step(line), None)
 
     def event(self, kind: str, step: int, **fields: Any) -> dict[str, Any]:
-        """As `Record.event`; an empty dict where nothing could be written."""
+        """As `Record.event`; an empty dict if nothing could be written."""
         return self._write(lambda: self.record.event(kind, step, **fields), {})
 
     def update_run(self, **fields: Any) -> None:
@@ -82,7 +83,7 @@ class Journal:
 
 @dataclass
 class Reporter:
-    """The record of one attempt and what mirrors it; on other ranks than 0 all of it is silent."""
+    """The record of one attempt and its mirrors; silent on ranks other than 0."""
 
     journal: Journal
     console: Console
@@ -91,11 +92,11 @@ class Reporter:
     memory: PeakMemory
     throughput: Throughput
     metrics: Collection[Metric]
-    """What lines of this run may hold."""
+    """The metrics that lines of this run may hold."""
     startup: Startup | None
-    """Where the time went since the process was started; None once that is noted."""
+    """The phases since the start of the process; None once they are recorded."""
     data_wait: DataWait = field(default_factory=DataWait)
-    """To be measured around reading the batch of a step and agreeing on it."""
+    """Measures reading the batch of a step and agreeing on it."""
 
     @property
     def record(self) -> Record:
@@ -136,14 +137,14 @@ class Reporter:
         }
 
     def note_startup(self) -> None:
-        """After the first step: write into `run.json` where the time went since the process was started."""
+        """After the first step: write the phases since the start of the process to `run.json`."""
         if self.startup is not None:
             self.startup.mark("first step")
             seconds, self.startup = self.startup.seconds, None
             self.journal.update_run(startup_seconds=seconds)
 
     def report(self, line: dict[str, Any], happenings: Iterable[tuple[str, dict[str, Any]]]) -> None:
-        """Record the line of a step and the events (kind, fields) of that step, and show both in the mirrors."""
+        """Record the line of a step and its events (kind, fields), and show both in the mirrors."""
         self.journal.step(line)
         if self.trouble:
             return
@@ -153,21 +154,21 @@ class Reporter:
             self.happened(kind, line["step"], **fields)
 
     def happened(self, kind: str, step: int, **fields: Any) -> None:
-        """Put an event of `step` into the record and into W&B; some are announced on the console."""
+        """Record an event of `step`, and send it to W&B; some are printed on the console."""
         event = self.journal.event(kind, step, **fields)
-        # Clipping is frequent: in W&B it is a curve, and takes no row from the rare actions.
+        # Clipping is frequent: in W&B it is a curve, and leaves the rows to rarer actions.
         if kind != "zclip":
             self.wandb.event(event)
         if kind in ANNOUNCED:
             self.console.warn(describe(kind, step, fields))
 
     def checkpoint_event(self, kind: str, step: int, **fields: Any) -> None:
-        """Put the end of a save (`checkpoint_saved`, `checkpoint_failed`) into the record and into its mirrors."""
+        """Record the end of a save (`checkpoint_saved`, `checkpoint_failed`), and show it in the mirrors."""
         self.wandb.event(self.journal.event(kind, step, **fields))
         if kind == "checkpoint_saved":
             self.console.checkpoint_saved(step)
         else:
-            self.console.warn(f"the checkpoint of step {step} failed, training goes on: {fields['problem']}")
+            self.console.warn(f"the checkpoint of step {step} failed, training continues: {fields['problem']}")
 
 
 def headline(
@@ -176,8 +177,8 @@ def headline(
     """The line that a start prints: the run, the step after which it resumes (None: a new run) or begins as a branch
     (0: none), and what the record's `facts` say of model and machine."""
     parameters = facts["parameters"]
-    # Whoever allows changes may have meant another directory.
-    new = "new run (nothing to resume here; another run goes on by its run.dir)"
+    # A user who allows changes may have meant another directory.
+    new = "new run (nothing to resume here; to continue another run, give its run.dir)"
     new = new if config.resume.allow_changes else "new run"
     where = new if resumed_after is None else f"resumed after step {resumed_after}"
     where = f"branch of {config.run.branch_from}, after step {branched_after}" if branched_after else where

@@ -1,4 +1,4 @@
-"""Where a run stands, how that is saved, and whether a checkpoint belongs to the configuration it is resumed with."""
+"""What a checkpoint stores of a run, and whether a checkpoint fits the configuration it is resumed with."""
 
 from __future__ import annotations
 
@@ -32,13 +32,12 @@ from kha_train.train.watch import Watch
 
 
 def attention_backend(run_dir: Path) -> str:
-    """What computed attention in the last attempt at the run, by its record; "" where that says nothing."""
+    """The attention backend of the last attempt of the run, from its record; "" where unknown."""
     return _last_recorded(run_dir, "attention_backend")
 
 
 def precision(run_dir: Path) -> str:
-    """The `engine.precision` of the last attempt at the run with `auto` resolved, by its record; "" where that says
-    nothing."""
+    """The resolved `engine.precision` of the last attempt of the run, from its record; "" where unknown."""
     return PRECISION_OF.get(_last_recorded(run_dir, "dtype"), "")
 
 
@@ -63,10 +62,10 @@ def trainer_state(
 
 
 def pieces(engine: Engine, to_host: Callable[[Tensor], Tensor] = Tensor.cpu) -> Iterator[Piece]:
-    """This rank's share of masters and moments as a checkpoint stores it; `to_host` brings a 1-D view to the CPU."""
+    """This rank's share of masters and moments as a checkpoint stores it; `to_host` copies a 1-D view to the CPU."""
     for fragment in engine.fragments():
         for kind, view in fragment.views.items():
-            # Moments kept in bf16 are stored as fp32, which holds them exactly.
+            # Moments in bf16 are stored as fp32, which represents them exactly.
             yield Piece(fragment.name, kind, fragment.shape, fragment.start, to_host(view.float()))
 
 
@@ -77,13 +76,13 @@ def check_belongs(
     precisions: tuple[str, str] = ("", ""),
     *free: str,
 ) -> RateChange | None:
-    """How the learning rate changes where the run goes on, None where it does not. Raises ResumeError, with a table of
-    what differs, when `checkpoint` was made by another model, data or schedule, and for a jump of the rate.
+    """How the learning rate changes when the run continues; None if it does not. Raises ResumeError, with a table of
+    the differences, when `checkpoint` was made by another model, data or schedule, and for a jump of the rate.
 
-    `precisions` are what the last attempt and this one resolve `engine.precision` to, each "" where it is not known.
-    A setting (or a whole section, or one of `content_ids`) named in `resume.allow_changes` or `free` may differ.
-    Parameters of other names or shapes, and an optimiser that keeps other states, are refused whatever is allowed:
-    the optimiser's state has no place for them.
+    `precisions` are the resolved `engine.precision` of the last attempt and of this one, each "" if unknown. A setting
+    (or a whole section, or one of `content_ids`) in `resume.allow_changes` or `free` may differ. Parameters of other
+    names or shapes, and an optimiser with other states, are always refused: the optimiser's state has no place for
+    them.
     """
     state = read_state(checkpoint, _row_may_change(config))
     differing = not_allowed(config, differences(config, state, content_ids, precisions), *free)
@@ -119,8 +118,9 @@ def check_belongs(
 
 
 def _typed_ways(config: RunConfig, checkpoint: Checkpoint, allowing: Sequence[Settings] = ()) -> Iterator[Settings]:
-    """What can be typed instead of resuming `checkpoint`: a run of its own that begins with these weights, where their
-    shapes agree; what is `allowing` the changes, where the checkpoint then has all that is restored."""
+    """What can be typed instead of resuming `checkpoint`: a new run that begins with these weights, if their shapes
+    agree; and `allowing`, the settings that allow the changes, if the checkpoint then has everything that is restored.
+    """
     taken, shapes_fit, whole = places(config, checkpoint)
     begin = [f"run.dir={quoted(str(free_name(Path(config.run.dir), 'new')))}"]
     begin += [f"run.init_from={quoted(str(checkpoint.path))}"] if taken and shapes_fit else []
@@ -148,13 +148,13 @@ def places(config: RunConfig, checkpoint: Checkpoint) -> tuple[bool, bool, bool]
 
 
 def not_allowed(config: RunConfig, changes: list[tuple[str, Json, Json]], *free: str) -> list[tuple[str, Json, Json]]:
-    """Of `changes` (setting, before, now) those that neither `resume.allow_changes` nor `free` names."""
+    """Those of `changes` (setting, before, now) that neither `resume.allow_changes` nor `free` allows."""
     names = (*config.resume.allow_changes, *free)
     return [change for change in changes if not any(f"{change[0]}.".startswith(f"{name}.") for name in names)]
 
 
 def check_same_data(first: dict[str, str], content_ids: dict[str, str]) -> None:
-    """Raises DataError when this rank's datasets are not those of the first rank."""
+    """Raises DataError when this rank's datasets differ from those of the first rank."""
     for name, content_id in content_ids.items():
         if content_id != first[name]:
             raise DataError(
@@ -167,16 +167,16 @@ def check_same_data(first: dict[str, str], content_ids: dict[str, str]) -> None:
 def differences(
     config: RunConfig, state: TrainerState, content_ids: dict[str, str], precisions: tuple[str, str] = ("", "")
 ) -> list[tuple[str, Json, Json]]:
-    """(setting, its value in the `state` of a checkpoint, its value now) of all that a run may not change without being
-    asked. Arguments as `check_belongs`.
+    """(setting, its value in the `state` of a checkpoint, its value now) for everything that a run may not change
+    unless allowed. Arguments as in `check_belongs`.
 
-    A setting that the checkpoint's release did not have counts as its declared earlier value.
+    A setting that the checkpoint's release lacked has its declared earlier value.
     """
-    # A checkpoint that does not name its content is not held against it.
+    # A checkpoint that does not identify its data is not refused for that.
     before = {name: state.content_ids.get(name, content_id)[:12] for name, content_id in content_ids.items()}
     now: dict[str, Any] = {name: content_id[:12] for name, content_id in content_ids.items()}
     if all(precisions):
-        # `auto` is another precision on another device, and the same as its name on this one.
+        # `auto` means another precision on another device, and the same as the name of its precision on this one.
         before["engine.precision"], now["engine.precision"] = precisions
     return changed_settings(config, state.config, before, now)
 
@@ -184,7 +184,7 @@ def differences(
 def changed_settings(
     config: RunConfig, saved_config: Mapping[str, Any], before: Mapping[str, Any] = {}, after: Mapping[str, Any] = {}
 ) -> list[tuple[str, Json, Json]]:
-    """(setting, its value in `saved_config`, its value now) of all that a run may not change without being asked.
+    """(setting, its value in `saved_config`, its value now) for everything that a run may not change unless allowed.
     `before` and `after` replace or add values.
     """
     clean = Redactor.from_environment().clean
@@ -202,7 +202,7 @@ def changed_settings(
 def resumed(checkpoint: Checkpoint | None) -> InitialValue:
     """Initial values of the decoder: zeros when `checkpoint` will be restored into it, else the seeded defaults.
 
-    So a rank reads its own share of a checkpoint and nothing else; the others' weights reach it from their masters.
+    So a rank reads only its own share of a checkpoint; the other weights are gathered from the other ranks' masters.
     """
     if checkpoint is None:
         return seeded
@@ -213,9 +213,9 @@ def resumed(checkpoint: Checkpoint | None) -> InitialValue:
 class Inherited:
     """Initial values for a new run: the weights of another run's checkpoint where it has them, else the defaults.
 
-    As on a resume, a parameter of both starts as zeros, and `fill` writes its fp32 master, so that the masters are
+    As on a resume, a shared parameter starts as zeros, and `fill` writes its fp32 master, so that the masters equal
     those of the checkpoint in every precision. `taken`, `new` and `left_out` name the parameters found in both, only in
-    this model, only in the checkpoint. Raises ResumeError when a parameter of both has two shapes.
+    this model, only in the checkpoint. Raises ResumeError when a parameter of both has different shapes.
     """
 
     def __init__(self, config: RunConfig, checkpoint: Checkpoint) -> None:
@@ -227,10 +227,10 @@ class Inherited:
         return torch.zeros(shapes[name]) if name in shapes else default()
 
     def fill(self, engine: Engine) -> None:
-        """Put masters and selection biases of the checkpoint into `engine`, bit for bit; weights are the masters,
-        rounded. Collective.
+        """Copy masters and selection biases of the checkpoint into `engine`, bit for bit; weights are the rounded
+        masters. Collective.
 
-        Selection biases choose experts as weights do. What counts the steps of the other run is not taken, or this one
+        Selection biases choose experts, like weights. The other run's step counter is not taken; otherwise this run
         would skip its routing warm-up.
         """
         taken = set(self.taken)
@@ -267,13 +267,13 @@ def compare_parameters(config: RunConfig, checkpoint: Checkpoint) -> tuple[list[
 
 
 def read_into(views: dict[str, Tensor], fragment: Fragment, checkpoint: Checkpoint) -> None:
-    """Fill views of `fragment`, by kind, with what the checkpoint holds of that stretch of the parameter."""
+    """Fill views of `fragment`, by kind, with the checkpoint's values of that part of the parameter."""
     for kind, view in views.items():
         view.copy_(checkpoint.read(fragment.name, kind, fragment.start, view.numel()))
 
 
 def restore(engine: Engine, checkpoint: Checkpoint) -> Progress:
-    """Put masters, moments, buffers and step counters of `checkpoint` into `engine`, bit for bit. Collective."""
+    """Copy masters, moments, buffers and step counters of `checkpoint` into `engine`, bit for bit. Collective."""
     with engine.world.agreed(f"read {checkpoint.path}"), torch.no_grad():
         for fragment in engine.fragments():
             read_into(fragment.views, fragment, checkpoint)
@@ -289,5 +289,5 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> Progress:
 
 
 def _row_may_change(config: RunConfig) -> bool:
-    """Whether rows of another length may have been read before: then tokens do not follow from samples."""
+    """Whether rows of another length may have been read before: the tokens then do not follow from the samples."""
     return any(name in ("model", "model.seq_len") for name in config.resume.allow_changes)

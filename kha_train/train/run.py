@@ -75,12 +75,12 @@ def train(config: RunConfig, startup: Startup | None = None, engine_class: type[
                 else:
                     outcome = _train_and_mark_the_end(opened, stops, watchdog)
         if world.is_main and not outcome.finished:
-            say(f"stopped in good order after step {outcome.step}; the same command goes on from there", err=True)
+            say(f"stopped in good order after step {outcome.step}; the same command continues from there", err=True)
         return outcome
 
 
 def _already_over(config: RunConfig, world: World, steps: int) -> Outcome:
-    """All `steps` were trained before: say so, and change nothing."""
+    """All `steps` were trained before: report it, and change nothing."""
     run_dir = Path(config.run.dir)
     if world.is_main:
         say(f"{config.run.name}: all {steps} steps are trained already, nothing to do in {run_dir}")
@@ -153,15 +153,15 @@ def _train(opened: Opened, stops: StopRequests, watchdog: Watchdog) -> bool:
             _save(session, saver)
         if stop and step < steps:
             return False
-    # Also of a run that was killed between its last save and its end.
+    # Also for a run that was killed between its last save and its end.
     check_end(session, reporter)
     return True
 
 
 def _obey(opened: Opened) -> bool:
-    """Do what was decided about the run in the step just finished; whether it went back to an earlier one.
+    """Carry out the decision about the step just finished; returns whether the run went back to an earlier one.
 
-    Raises DivergedError on all ranks when the run is to end.
+    Raises DivergedError on all ranks when the run must end.
     """
     session, reporter, saver = opened
     if session.watch.decision.then == "rewind":
@@ -175,12 +175,12 @@ def _obey(opened: Opened) -> bool:
 
 
 def _save(session: Session, saver: Saver) -> None:
-    """Begin a checkpoint of this moment. The saver reports when it is complete, or has failed."""
+    """Begin a checkpoint of the current state. The saver reports when it is published, or has failed."""
     saver.begin(session.progress.step, session.engine, session.state(), session.resumed_from)
 
 
 def _told(stops: StopRequests, stop: bool, step: int) -> bool:
-    """`stop`, on which all ranks agreed after `step`, once the user knows of it."""
+    """`stop`, on which all ranks agreed after `step`, once the user has been told."""
     stops.place = f"what follows step {step:,}" + ("" if stop else ", and the next one")
     if stop:
         stops.tell_of_another()
@@ -188,8 +188,9 @@ def _told(stops: StopRequests, stop: bool, step: int) -> bool:
 
 
 def _give_up(opened: Opened, where: str) -> None:
-    """The step under way was discarded `where` the run was asked to stop: note it, and save the moment before it where
-    that is not saved yet. Before the first step there is nothing to save."""
+    """The current step was discarded `where` the run was asked to stop: record it, and save the previous state if it is
+    not saved yet. Before the first step there is nothing to save.
+    """
     session, reporter, saver = opened
     step = session.progress.step
     reporter.happened("step_given_up", step, where=where)
@@ -202,7 +203,7 @@ def _is_due(step: int, every: int, last: int) -> bool:
 
 
 def _mark_the_end(run_dir: Path, world: World, finished: bool, step: int) -> None:
-    """Tell whoever started the job, and whoever looks at the run, how the attempt ended."""
+    """Mark how the attempt ended, for the launcher of the job and for users of the run."""
     if not world.is_main:
         return
     by_user = has_marker(run_dir, Marker.STOP)
@@ -211,5 +212,5 @@ def _mark_the_end(run_dir: Path, world: World, finished: bool, step: int) -> Non
         set_marker(run_dir, Marker.DONE, f"step {step}")
     else:
         set_marker(run_dir, Marker.REQUEUE, f"step {step}, by {'the STOP file' if by_user else 'a signal'}")
-    # A batch script requeues what SLURM interrupted, and leaves what its user stopped.
+    # A batch script requeues what SLURM interrupted, but not what its user stopped.
     leave_outcome("done" if finished else "stopped" if by_user else "requeue")

@@ -1,6 +1,7 @@
-"""What is open and moves while a run trains: the engine, the stream of data, the detectors, the progress.
+"""The changing state of a run while it trains: the engine, the stream of data, the detectors, the progress.
 
-A `Session` is complete once it is made. A checkpoint holds all of it (`state`) and puts all of it back (`restore`).
+A `Session` is complete once it is constructed. A checkpoint holds all of it (`state`) and restores all of it
+(`restore`).
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from kha_train.train.watch import Ruling, Watch
 
 @dataclass
 class Attempt:
-    """How far one attempt at a run has come: its end is judged by this. Made before anything is opened."""
+    """The progress of one attempt at a run, by which its end is judged. Created before anything is opened."""
 
     is_accepted: bool = False
     """Whether the settings fit the data and the run. Before that, a start changes nothing of the run."""
     has_updated: bool = False
-    """Whether a step was applied: everything that a step needs found room."""
+    """Whether a step was applied, so that everything a step needs fits in memory."""
     end_state: str = "failed"
     """How the attempt ends, for the record: done, requeued, failed or diverged."""
 
@@ -71,7 +72,7 @@ class Session:
     def judge_at(self, lr: float) -> Judge:
         """The judge of the next step, whose batch has been read and whose rate is `lr`.
 
-        It also runs the audit where one is due: when the judge is asked, the update has not been applied yet.
+        It also runs the audit when one is due: when the judge is called, the update has not been applied yet.
         """
         before = self.progress
 
@@ -104,15 +105,15 @@ class Session:
         return evaluate(self.engine, batches, self.validation.bytes_per_id_V)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint of this moment holds beside tensors."""
+        """The content of a checkpoint of the current state, besides tensors."""
         state = resume.trainer_state(self.config, self.engine, self.progress, self.content_ids, self.watch.state())
         branch = {"branch": dict(self.origin)} if self.origin else {}
         return {**state, "loss_average": self.loss_average.state(), **branch}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Put the engine, the stream and the progress back to where they stood at `checkpoint`. Collective.
+        """Restore the engine, the stream and the progress from `checkpoint`. Collective.
 
-        The detectors are restored apart (`progress.restore_watch`), since a rewind keeps its own count.
+        The detectors are restored separately (`progress.restore_watch`), because a rewind keeps its own count.
         """
         self._stand_at(resume.restore(self.engine, checkpoint), checkpoint)
         self.resumed_from = (checkpoint.step,)

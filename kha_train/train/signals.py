@@ -1,9 +1,9 @@
-"""Signals heard at once.
+"""Receives signals at once.
 
-Python runs a handler only when the main thread is back from the library it is in, which may take minutes in a long
-micro-batch or a collective, and takes two signals of one number that come meanwhile for one. The interpreter writes to
-its wakeup descriptor at the moment a signal arrives: a thread reads it there and may print, allocate and take locks,
-which a handler must not.
+Python runs a handler only when the main thread returns from library code, which may take minutes in a long micro-batch
+or a collective, and merges two signals of one number that arrive in between. But the interpreter writes to its wakeup
+descriptor at the moment a signal arrives. A thread reads it there, and may print, allocate and take locks, which a
+handler must not.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 GRACE_SECONDS = 5.0
-"""After so long a process that is to end, and whose main thread does not come back, is ended without it."""
+"""If the main thread does not return within this time, a process that should end is ended without it."""
 INTERRUPTED = 128 + signal.SIGINT
 _LEAVE = 0
 """No signal has this number."""
 
 
 class SignalListener:
-    """While entered, `hear(number)` is called in a thread of its own for every one of the signals `numbers`.
+    """Inside the `with` block, `hear(number)` is called in a separate thread for every one of the signals `numbers`.
 
-    Where it returns True, KeyboardInterrupt is raised in the main thread; if that does not get to leave in
-    `GRACE_SECONDS`, the process exits with 130. The interpreter drops an exception that a handler raises amid a
-    `__del__` or a weak reference's callback: `raise_if_ending` and leaving raise it again. To be entered in the main
-    thread. A forked child's signals are not heard here.
+    If it returns True, KeyboardInterrupt is raised in the main thread; if the process has not ended after
+    `GRACE_SECONDS`, it exits with 130. The interpreter drops an exception that a handler raises within a `__del__` or a
+    weak reference's callback, so `raise_if_ending` and the end of the block raise it again. Enter it in the main
+    thread. Signals of a forked child are not received here.
     """
 
     def __init__(self, numbers: Sequence[signal.Signals], hear: Callable[[int], bool]) -> None:
@@ -42,12 +42,12 @@ class SignalListener:
         """Whether any of them has arrived."""
         self._left = threading.Event()
         self._is_copy = False
-        """Whether this is the copy that a forked child has."""
+        """Whether this is the copy in a forked child."""
 
     def __enter__(self) -> Self:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        # What is registered stays so for as long as the process lives: it must not keep this object.
+        # A registered function stays registered for the life of the process: it must not keep this object alive.
         in_child = weakref.WeakMethod(self._in_child)
         os.register_at_fork(after_in_child=lambda: (call := in_child()) and call())
         self._previous_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -73,12 +73,12 @@ class SignalListener:
             self.raise_if_ending()
 
     def raise_if_ending(self) -> None:
-        """Raises KeyboardInterrupt once `hear` has returned True. To be called in the main thread, now and then."""
+        """Raises KeyboardInterrupt once `hear` has returned True. Call it in the main thread from time to time."""
         if self._ending:
             raise KeyboardInterrupt
 
     def _in_child(self) -> None:
-        """The pipe is shared by a forked child, which must not write to it."""
+        """A forked child shares the pipe and must not write to it."""
         if not self._left.is_set():
             self._is_copy = True
             signal.set_wakeup_fd(-1)
@@ -103,6 +103,6 @@ class SignalListener:
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.has_heard = True
         if self._ending and not self._has_raised:
-            # A second exception would break off what the first one is closing.
+            # A second exception would interrupt the cleanup of the first one.
             self._has_raised = True
             raise KeyboardInterrupt

@@ -1,7 +1,7 @@
-"""The stability of a run while it trains: every step is judged before the optimiser sees it.
+"""Monitors the stability of a run during training: every step is judged before the optimiser sees it.
 
-All ranks hold the same loss and the same norm after the step's one agreement, and the same state here, so each decides
-for itself and all decide the same.
+After the step's one agreement all ranks have the same loss and the same norm, and the same state here. So each decides
+on its own and all decide alike.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from kha_train.stability.zclip import ZClip
 
 METRICS = (Metric("train/zclip_limit", "1", "norm that ZClip let the gradient have: its own unless it stood out"),)
 ANNOUNCED = ("spike_opened", "divergence", "rewind", "rewind_impossible")
-"""Kinds of events that the console tells at once."""
+"""Kinds of events that the console prints at once."""
 
 
 class Ruling(NamedTuple):
-    """What a step is to do: apply the update, scaled to `max_norm` at most, or discard it; and whether to look first
-    at what caused it."""
+    """What to do with a step: apply the update, scaled to at most `max_norm`, or discard it; and whether to probe it
+    first.
+    """
 
     apply: bool
     max_norm: float = math.inf
@@ -35,7 +36,7 @@ class Ruling(NamedTuple):
 
 @dataclass(frozen=True)
 class Trouble:
-    """Where the data begins that a rewind leaves out, and why."""
+    """The first data that a rewind skips, and the reason."""
 
     step: int
     sample: int
@@ -48,7 +49,7 @@ def crosses(phases: Sequence[int], before: int, now: int) -> bool:
 
 
 class Watch:
-    """Detectors, policy and clipping of one run. Ask `judge` once a step; then read `verdict` and `decision`."""
+    """Detectors, policy and clipping of one run. Call `judge` once per step; then read `verdict` and `decision`."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config, self._grad_clip = config.stability, config.optim.grad_clip
@@ -73,7 +74,7 @@ class Watch:
         self._expects_change = True
 
     def judge(self, seen: Observation) -> Ruling:
-        """The ruling about a step, from what every rank knows of it."""
+        """The ruling about a step, from values that every rank knows."""
         planned = self._expects_change or crosses(self._phases, self.seen.samples_first, seen.samples_first)
         self._expects_change = False
         self.seen, self.verdict = seen, self._monitor.update(seen, planned_change=planned)
@@ -91,12 +92,12 @@ class Watch:
         return self.decision.apply and norm > limit
 
     def metrics(self) -> dict[str, float]:
-        """The `spike/*` entries of the step's metrics line, and what ZClip allowed when it is on."""
+        """The `spike/*` entries of the step's metrics line, and the norm allowed by ZClip when it is on."""
         limit = {} if self._limit is None else {"train/zclip_limit": self._limit}
         return {**(self.verdict.metrics if self.verdict else {}), **limit}
 
     def happenings(self, evidence: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(kind, fields) of what the last step brought, for `events.jsonl`. `evidence` is what `probe` found."""
+        """(kind, fields) of the events of the last step, for `events.jsonl`. `evidence` is the result of `probe`."""
         seen, verdict = self.seen, self.verdict
         assert verdict is not None
         samples = {"samples_first": seen.samples_first, "samples_last": seen.samples_last}
@@ -117,7 +118,7 @@ class Watch:
             yield "divergence", {"loss": seen.loss, "norm": seen.grad_norm, **samples}
 
     def go_on(self) -> None:
-        """There is nothing to go back to: decide again, without rewinding."""
+        """There is no checkpoint to go back to: decide again, without rewinding."""
         assert self.verdict is not None
         self.decision = self._policy.without_rewind(self.verdict)
 
@@ -128,15 +129,16 @@ class Watch:
                 f"{self.decision.reason}, last at step {self.seen.step}",
                 field="stability.policy",
                 value=self._config.policy,
-                fix="lower optim.lr or lengthen optim.schedule.warmup; earlier checkpoints stay as they are",
+                fix="lower optim.lr or lengthen optim.schedule.warmup; earlier checkpoints are kept",
             )
 
     def check_end(self, steps: int, skipped: int) -> None:
-        """Raises DivergedError when a run of `steps` steps, `skipped` of which were not applied, ends in no state that
-        training led to: its last step was not finite, or no step was applied at all."""
+        """Raises DivergedError when a run of `steps` steps, `skipped` of which were not applied, must not count as
+        trained: its last step was not finite, or no step was applied at all.
+        """
         in_a_row = self._monitor.guard.nonfinite_in_a_row
         if in_a_row:
-            problem = f"the run ends with {in_a_row} steps in a row that were not finite, the last one at step {steps}"
+            problem = f"the run ends with {in_a_row} non-finite steps in a row, the last one at step {steps}"
         elif steps and skipped == steps:
             problem = f"none of the {steps} steps could be applied"
         else:
@@ -145,7 +147,7 @@ class Watch:
             problem,
             field="run.steps",
             value=steps,
-            fix="lower optim.lr or model.init_std, or lengthen optim.schedule.warmup; earlier checkpoints stay",
+            fix="lower optim.lr or model.init_std, or lengthen optim.schedule.warmup; earlier checkpoints are kept",
         )
 
     @property
@@ -155,7 +157,7 @@ class Watch:
 
     @property
     def monitor(self) -> tuple[Monitor, Verdict] | None:
-        """The monitor and its last verdict, to look at; None before the first step of this start."""
+        """The monitor and its last verdict, for reading; None before the first step of this start."""
         return None if self.verdict is None else (self._monitor, self.verdict)
 
     @property
@@ -164,14 +166,14 @@ class Watch:
         return self._policy.rewinds
 
     def trouble(self) -> Trouble:
-        """What the last decision to rewind is about: the open event, or the last step when none is open."""
+        """The reason for the last decision to rewind: the open event, or the last step when none is open."""
         event = self.event
         if event is None:
             return Trouble(self.seen.step, self.seen.samples_first, self.decision.reason)
         return Trouble(event.start_step, event.samples_first, self.decision.reason)
 
     def state(self) -> dict[str, Any]:
-        """Everything, as plain JSON values: what a checkpoint keeps."""
+        """The whole state, as plain JSON values, as a checkpoint keeps it."""
         return {
             "monitor": self._monitor.state(),
             "policy": self._policy.state(),
@@ -180,7 +182,7 @@ class Watch:
         }
 
     def restore(self, state: dict[str, Any], rewound: bool = False) -> None:
-        """Take the `state` of a checkpoint. After a rewind the count of rewinds is not taken back, but goes on."""
+        """Restore the `state` of a checkpoint. After a rewind the number of rewinds is not reset."""
         rewinds = self._policy.rewinds + 1
         self._monitor, self._zclip = Monitor.restore(state["monitor"]), ZClip.restore(state["zclip"])
         self._policy.restore(state["policy"])

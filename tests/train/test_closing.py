@@ -69,7 +69,7 @@ def test_a_run_that_ends_on_a_step_that_was_not_finite_has_diverged(
     policy: str, configure: Configure, poison: Callable[..., None], tmp_path: Path
 ) -> None:
     poison(6)
-    with pytest.raises(DivergedError, match="not finite, the last one at step 6") as error:
+    with pytest.raises(DivergedError, match="non-finite steps in a row, the last one at step 6") as error:
         train(configure(f"stability={policy}"))
     run_dir = tmp_path / "run"
     assert error.value.exit_code == 5
@@ -93,7 +93,7 @@ def test_a_run_that_recovers_by_its_last_step_is_done(
 
 def test_a_run_of_which_no_step_was_applied_has_diverged(configure: Configure, tmp_path: Path) -> None:
     """The reported case: weights so large that nothing is finite, and fewer steps than the policy's limit."""
-    with pytest.raises(DivergedError, match="9 steps in a row that were not finite, the last one at step 9"):
+    with pytest.raises(DivergedError, match="9 non-finite steps in a row, the last one at step 9"):
         train(configure("run.steps=9", "model.init_std=1e30", "stability.max_nonfinite_steps=10"))
     assert has_marker(tmp_path / "run", Marker.FATAL) and not has_marker(tmp_path / "run", Marker.DONE)
 
