@@ -27,7 +27,7 @@ from kha_train.distributed import World
 from kha_train.engine.plain import Engine as PlainEngine
 from kha_train.errors import ConfigError, KhaError, ResumeError
 from kha_train.operate.status import run_status
-from kha_train.record import TIMING_KEYS, read_discarded, read_events, read_metrics, read_run
+from kha_train.record import read_discarded, read_events, read_metrics, read_run, timing_keys
 from kha_train.record.goodput import goodput_of
 from kha_train.record.totals import totals_of
 from kha_train.train import run as train_run
@@ -86,7 +86,7 @@ def tensors(run_dir: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
 
 def lines(run_dir: Path, after: int = 0) -> list[dict[str, Any]]:
     """The record but timings and the number of the attempt, from the step `after` on."""
-    timed = {*TIMING_KEYS, "attempt"}
+    timed = {*timing_keys(read_run(run_dir)), "attempt"}
     return [
         {key: value for key, value in line.items() if key not in timed}
         for line in read_metrics(run_dir)
