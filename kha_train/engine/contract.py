@@ -90,8 +90,10 @@ class Engine(Protocol):
         """
         ...
 
-    def evaluate(self, batch: Batch) -> DecoderOutput:
-        """Forward without gradient. Collective: every rank must call it the same number of times."""
+    def evaluate(self, batch: Batch, by_token: bool = False) -> DecoderOutput:
+        """Forward without gradient: the loss of `batch`, or with `by_token` the score of each label. Collective: every
+        rank must call it the same number of times.
+        """
         ...
 
     @property

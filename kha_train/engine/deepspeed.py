@@ -108,11 +108,11 @@ class Engine:
             self._norm = self._norm_before_step()
         return output
 
-    def evaluate(self, batch: Batch) -> DecoderOutput:
+    def evaluate(self, batch: Batch, by_token: bool = False) -> DecoderOutput:
         """See `contract.Engine.evaluate`. Only ZeRO 3 makes it collective."""
         self._engine.eval()
         with torch.no_grad():
-            output: DecoderOutput = self._engine(*inputs_of(batch, self.world.device))
+            output: DecoderOutput = self._engine(*inputs_of(batch, self.world.device), by_token=by_token)
         self._engine.train()
         return output
 

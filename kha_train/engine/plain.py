@@ -84,11 +84,11 @@ class Engine:
             self._norm = torch.where(norm.isfinite(), norm, torch.inf)
         return output
 
-    def evaluate(self, batch: Batch) -> DecoderOutput:
+    def evaluate(self, batch: Batch, by_token: bool = False) -> DecoderOutput:
         """See `contract.Engine.evaluate`."""
         self.decoder.eval()
         with torch.no_grad():
-            output: DecoderOutput = self.decoder(*inputs_of(batch, self.world.device))
+            output: DecoderOutput = self.decoder(*inputs_of(batch, self.world.device), by_token=by_token)
         self.decoder.train()
         return output
 

@@ -1,7 +1,7 @@
 """The whole model: tokens -> embedding -> blocks -> norm -> head -> logits, or the summed loss."""
 
 # B batch   T tokens   D model width   V vocabulary   L layers   E experts   S document borders   H query heads
-# R places of the flattened B * T that hold a token
+# N = B * T, flattened   R places of the flattened B * T that hold a token
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kha_train.model.attention.choice import needs_mask
 from kha_train.model.block import Block, BlockStats
 from kha_train.model.host import to_device
 from kha_train.model.init import DeclaredModule, Normal, initialise
-from kha_train.model.loss import chunked_cross_entropy
+from kha_train.model.loss import TokenScores, chunked_cross_entropy, chunked_token_scores
 from kha_train.model.moe.balance import BIAS_UPDATES, relative_load
 from kha_train.model.moe.layer import MoeLayer
 from kha_train.model.moe.router import Router
@@ -41,10 +41,11 @@ class AuxiliaryLosses(NamedTuple):
 
 
 class DecoderOutput(NamedTuple):
-    """The result of a forward. `logits_BTV` (at least fp32) without labels, `loss_sum` (scalar, at least fp32) with
-    them; the other is None. `load_LE` (int64, no gradient) is the tokens routed to each expert of each of the L layers
-    that have experts. `auxiliary` is None outside training, and without auxiliary losses. `values` are what modules
-    reported for their metrics, by name; their first dimension is the layers that reported.
+    """The result of a forward. `logits_BTV` (at least fp32) without labels; with labels `loss_sum` (scalar, at least
+    fp32) or, for scores by token, `tokens` ([B, T] each). The others are None. `load_LE` (int64, no gradient) is the
+    tokens routed to each expert of each of the L layers that have experts. `auxiliary` is None outside training, and
+    without auxiliary losses. `values` are what modules reported for their metrics, by name; their first dimension is
+    the layers that reported.
     """
 
     logits_BTV: Tensor | None
@@ -52,6 +53,7 @@ class DecoderOutput(NamedTuple):
     load_LE: Tensor
     auxiliary: AuxiliaryLosses | None
     values: Values
+    tokens: TokenScores | None = None
 
 
 class Embedding(DeclaredModule):
@@ -88,12 +90,16 @@ class Head(DeclaredModule):
         shape = (config.model.vocab_size, config.model.hidden_size)
         self.declare_parameter("weight", shape, Normal(config.model.init_std))
 
-    def forward(self, x_BTD: Tensor, labels_BT: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V] in at least fp32; with labels the summed cross-entropy instead, a scalar."""
+    def forward(self, x_BTD: Tensor, labels_BT: Tensor | None = None, by_token: bool = False) -> Tensor | TokenScores:
+        """Logits [B, T, V] in at least fp32; with labels the summed cross-entropy instead, a scalar, or the scores of
+        every label, [B, T] each, where they are asked for `by_token`."""
         if labels_BT is None:
             logits_BTV = functional.linear(x_BTD, self.weight)
             return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
-        return chunked_cross_entropy(x_BTD.flatten(0, 1), self.weight, labels_BT.flatten(), self.chunk_tokens)
+        flat = x_BTD.flatten(0, 1), self.weight, labels_BT.flatten(), self.chunk_tokens
+        if by_token:
+            return TokenScores(*(scores_N.view(labels_BT.shape) for scores_N in chunked_token_scores(*flat)))
+        return chunked_cross_entropy(*flat)
 
 
 class Decoder(nn.Module):
@@ -134,8 +140,10 @@ class Decoder(nn.Module):
         samples_B: Tensor | None = None,
         real_R: Tensor | None = None,
         cache: Cache | None = None,
+        by_token: bool = False,
     ) -> DecoderOutput:
-        """Logits, or with `labels_BT` (int64, -100 where masked) the sum of cross-entropies over unmasked labels.
+        """Logits, or with `labels_BT` (int64, -100 where masked) the sum of cross-entropies over unmasked labels, or
+        the scores of each, without gradient, where they are asked for `by_token`.
 
         `positions_BT` (int64) defaults to the position in the row, which is at most `model.seq_len` long.
         `cu_seqlens_S` (int32, over the flattened tokens, with every row start) isolates documents; without it a row is
@@ -166,6 +174,8 @@ class Decoder(nn.Module):
         told = load_LE, self._auxiliary(stats), self._values(stats)
         if labels_BT is None:
             return DecoderOutput(self.head(x_BTD), None, *told)
+        if by_token:
+            return DecoderOutput(None, None, *told, self.head(x_BTD, labels_BT, by_token=True))
         return DecoderOutput(None, self.head(x_BTD, labels_BT), *told)
 
     def _rows(

@@ -9,12 +9,37 @@ weight is used only in the forward, and no logits are computed twice.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kha_train.config.constants import IGNORE_LABEL
+
+
+class TokenScores(NamedTuple):
+    """How well each label was predicted: `nats`, its cross-entropy (at least fp32, 0 where masked), and `hits`, whether
+    it had the largest logit (bool, False where masked)."""
+
+    nats: Tensor
+    hits: Tensor
+
+
+@torch.no_grad()
+def chunked_token_scores(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_tokens: int) -> TokenScores:
+    """The scores of every label, [N] each; arguments as `chunked_cross_entropy`. Of equal logits the first counts."""
+    wide = torch.promote_types(x_ND.dtype, torch.float32)
+    nats_N = torch.zeros(labels_N.shape, dtype=wide, device=x_ND.device)
+    hits_N = torch.zeros(labels_N.shape, dtype=torch.bool, device=x_ND.device)
+    for start in range(0, x_ND.shape[0], chunk_tokens):
+        chunk = slice(start, start + chunk_tokens)
+        labels_C = labels_N[chunk]
+        masked_C = labels_C == IGNORE_LABEL
+        log_p_CV = _logits(x_ND[chunk], weight_VD, wide).log_softmax(dim=-1, dtype=wide)
+        chosen_C = log_p_CV.gather(-1, labels_C.masked_fill(masked_C, 0).unsqueeze(-1)).squeeze(-1)
+        nats_N[chunk] = -chosen_C.masked_fill(masked_C, 0.0)
+        hits_N[chunk] = log_p_CV.argmax(dim=-1) == labels_C
+    return TokenScores(nats_N, hits_N)
 
 
 def chunked_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_tokens: int) -> Tensor:

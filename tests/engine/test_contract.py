@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kha_train import build_decoder, compose, distributed, open_stream
 from kha_train.data.rows.batch import Batch
@@ -18,6 +19,7 @@ from kha_train.engine.audit import audit
 from kha_train.engine.contract import Engine, seeded
 from kha_train.engine.default import engine_for
 from kha_train.errors import ConfigError, CorruptionError
+from kha_train.model.host import inputs_of
 from kha_train.train.resume import pieces
 from kha_train.train.step import next_batch, train_step
 from kha_train.variants.registry import engines
@@ -103,6 +105,14 @@ def test_an_engine_keeps_its_contract(name: str, overrides: list[str]) -> None:
         evaluated = engine.evaluate(next(first.micro_batches(2)))
         again = engine.evaluate(next(first.micro_batches(2)))
         assert torch.equal(evaluated.loss_sum, again.loss_sum) and not evaluated.loss_sum.requires_grad
+        part = next(first.micro_batches(2))
+        tokens = engine.evaluate(part, by_token=True).tokens
+        inputs = inputs_of(part, engine.world.device)._replace(labels_BT=None)
+        logits_BTV = build_decoder(engine.config)(*inputs).logits_BTV.detach()
+        nats_BT = functional.cross_entropy(logits_BTV.transpose(1, 2), part.labels_BT, reduction="none")
+        assert torch.allclose(tokens.nats, nats_BT, atol=1e-5)
+        assert torch.equal(tokens.hits, logits_BTV.argmax(-1) == part.labels_BT)
+        assert tokens.nats.sum().item() == pytest.approx(evaluated.loss_sum.item(), rel=1e-5)
         assert differing(untouched, state(engine)) == []
 
         accumulate(engine, first, labels)

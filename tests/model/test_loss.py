@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kha_train.config.constants import IGNORE_LABEL
-from kha_train.model.loss import chunked_cross_entropy
+from kha_train.model.loss import chunked_cross_entropy, chunked_token_scores
 
 V, D = 37, 8
 
@@ -43,6 +43,21 @@ def test_value_and_gradients_equal_torch_for_any_chunk_size(tokens, chunk, seed,
         strict=True,
     ):
         torch.testing.assert_close(got, want)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    tokens=st.integers(1, 33), chunk=st.integers(1, 40), seed=st.integers(0, 1000), masked=st.sampled_from([0, 0.3, 1])
+)
+def test_scores_of_each_token_equal_torch_for_any_chunk_size(tokens, chunk, seed, masked):
+    x_ND, weight_VD, labels_N = problem(tokens, seed, masked=masked)
+    logits_NV = (x_ND @ weight_VD.T).detach()
+    labels_N[::3] = torch.where(labels_N[::3] == IGNORE_LABEL, IGNORE_LABEL, logits_NV[::3].argmax(1))
+    scores = chunked_token_scores(x_ND, weight_VD, labels_N, chunk)
+    expected = functional.cross_entropy(logits_NV, labels_N, reduction="none", ignore_index=IGNORE_LABEL)
+    torch.testing.assert_close(scores.nats, expected)
+    assert torch.equal(scores.hits, (logits_NV.argmax(1) == labels_N) & (labels_N != IGNORE_LABEL))
+    assert not scores.nats.requires_grad
 
 
 def test_bf16_weights_get_bf16_gradients_near_the_fp32_ones():
