@@ -14,7 +14,8 @@ from kha_train.errors import ConfigError, Replace, Settings
 from kha_train.foreign.documents import Json
 from kha_train.variants.attention import BaseOptions, InteractionOptions
 from kha_train.variants.optimizer import OptimSection
-from kha_train.variants.registry import BASES, INTERACTIONS, OPTIMIZERS, Variant
+from kha_train.variants.registry import BASES, INTERACTIONS, OPTIMIZERS, TASKS, Variant
+from kha_train.variants.task import TaskOptions
 
 
 class Dataclass(Protocol):
@@ -73,10 +74,15 @@ def flatten(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def without_places(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`flatten` without the paths in `data.sources`: the location of data says nothing about their content."""
+    """`flatten` without the paths in `data.sources` and `validation.sets`: where data are says nothing about their
+    content.
+    """
     flat = flatten(values)
-    sources = flat.get("data.sources") or []
-    return flat | {"data.sources": [{key: source[key] for key in source if key != "path"} for source in sources]}
+    lists = {key: flat.get(key) or [] for key in ("data.sources", "validation.sets")}
+    return flat | {
+        key: [{name: value for name, value in item.items() if name != "path"} for item in items]
+        for key, items in lists.items()
+    }
 
 
 SEEDS = ("data.seed", "moe.routing_seed")
@@ -114,7 +120,8 @@ def _known_instead(key: str, known: list[str], path: str) -> dict[str, str]:
 
 
 def variant_class(cls: type[Any], values: Mapping[str, Any], path: str) -> type[Any]:
-    """The options dataclass named by `values` if `cls` is a base, an interaction or an optimiser, else `cls`.
+    """The options dataclass named by `values` if `cls` is a base, an interaction, an optimiser or an evaluation task,
+    else `cls`.
 
     Raises ConfigError for a name that is not registered.
     """
@@ -122,6 +129,7 @@ def variant_class(cls: type[Any], values: Mapping[str, Any], path: str) -> type[
         BaseOptions: BASES,
         InteractionOptions: INTERACTIONS,
         OptimSection: OPTIMIZERS,
+        TaskOptions: TASKS,
     }
     registry = registries.get(cls)
     if registry is None:
@@ -163,7 +171,10 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[
         fix = Settings(f"{where}=[{value}]") if many else f"a list: {where}=[...]"
         raise ConfigError("expected a list", field=where, value=value, fix=fix)
     if arguments[-1] is Ellipsis:
-        return tuple(_convert(arguments[0], item, where) for item in value)
+        # A task may be given by its name alone.
+        is_task = arguments[0] is TaskOptions
+        items = [{"name": item} if is_task and isinstance(item, str) else item for item in value]
+        return tuple(_convert(arguments[0], item, where) for item in items)
     if len(value) != len(arguments):
         raise ConfigError(f"expected {len(arguments)} values", field=where, value=value)
     return tuple(_convert(hint, item, where) for hint, item in zip(arguments, value, strict=True))

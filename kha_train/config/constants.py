@@ -37,6 +37,7 @@ WITHOUT_EFFECT = (
     "checkpoint.",
     "profile.",
     "validation.",
+    "evaluation.",
     "stability.probe_every",
     "telemetry.",
     "cluster.",
@@ -44,7 +45,7 @@ WITHOUT_EFFECT = (
 """Settings, or sections (with a trailing dot), that change no number of a resumed training.
 
 Only a run without a checkpoint reads `run.init_from` and `run.branch_from`. The paths of the data may change (those of
-`data.sources` too), but not their content, which is compared by content id.
+`data.sources` and `validation.sets` too), but not their content, which is compared by content id.
 """
 
 ROUNDING = (

@@ -103,6 +103,7 @@ LIMITS: dict[str, Limit] = {
     "checkpoint.max_failures": AT_LEAST_ONE,
     "validation.every_steps": NOT_NEGATIVE,
     "validation.rows": NOT_NEGATIVE,
+    "evaluation.tasks.*": NOT_NEGATIVE,
     "stability.max_nonfinite_steps": AT_LEAST_ONE,
     "stability.max_skips": AT_LEAST_ONE,
     "stability.rewind.after": AT_LEAST_ONE,

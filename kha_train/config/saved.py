@@ -60,12 +60,26 @@ class SavedData(TypedDict, total=False):
     skip_windows: list[Annotated[list[Count], Length(2)]]
 
 
+class SavedValidation(TypedDict, total=False):
+    """What is read of `validation`."""
+
+    sets: list[dict[str, Any]]
+
+
+class SavedEvaluation(TypedDict, total=False):
+    """What is read of `evaluation`."""
+
+    tasks: list[dict[str, Any]]
+
+
 class SavedConfig(TypedDict, total=False):
     """A saved configuration of any release, as far as it is read as plain values; all else may be anything."""
 
     run: SavedRun
     attention: SavedAttention
     data: SavedData
+    validation: SavedValidation
+    evaluation: SavedEvaluation
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Literal
 from kha_train.variants import optimizer
 from kha_train.variants.attention import BaseOptions, InteractionOptions, Positions, QkNorm
 from kha_train.variants.backends import BackendName
+from kha_train.variants.task import TaskOptions
 
 # The sections that stand in the header of the optimisers belong to this tree like the others.
 OptimSection = optimizer.OptimSection
@@ -232,11 +233,28 @@ class ResumeSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationSetSection:
+    """A named dataset of held-out text, such as a domain."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ValidationSection:
-    """Bits per byte on held-out text: every so many steps (0: only at the end), over `rows` rows (0: all of them)."""
+    """Bits per byte on held-out text: every so many steps (0: only at the end), over `rows` rows (0: all of them) of
+    `data.validation` and of each of `sets`."""
 
     every_steps: int
     rows: int = 0
+    sets: tuple[ValidationSetSection, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSection:
+    """What is measured of the model beside validation: `tasks` of the registry, each with its options."""
+
+    tasks: tuple[TaskOptions, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,6 +362,7 @@ class RunConfig:
     checkpoint: CheckpointSection
     resume: ResumeSection
     validation: ValidationSection
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     stability: StabilitySection
     telemetry: TelemetrySection
     profile: ProfileSection

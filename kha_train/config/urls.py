@@ -22,6 +22,8 @@ _PORT = re.compile(r":\d{1,5}\\*$")
 _NAMED = ("abfs:", "abfss:", "git:", "sftp:", "ssh:", "wasb:", "wasbs:")
 """Schemes in which a single word before the `@` is a container or a user."""
 _QUERY = re.compile(r"://[^\s?]*\?")
+OF_DATA = ("data.", "validation.", "evaluation.")
+"""Sections whose URLs name datasets."""
 
 
 class Credentials(NamedTuple):
@@ -83,7 +85,7 @@ def refuse_credentials_in(values: object, field: str = "") -> None:
     the URL names data. Raises ConfigError.
     """
     if isinstance(values, str):
-        refuse_credentials(values, field, query=field.startswith("data."))
+        refuse_credentials(values, field, query=field.startswith(OF_DATA))
     elif isinstance(values, dict):
         for key, value in values.items():
             refuse_credentials_in(value, f"{field}.{key}" if field else str(key))

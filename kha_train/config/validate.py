@@ -15,6 +15,7 @@ from kha_train.config.urls import refuse_credentials_in
 from kha_train.errors import ConfigError, Settings, either
 from kha_train.variants.attention import Partners
 from kha_train.variants.registry import engines
+from kha_train.variants.task import LABEL
 
 MOST_PROFILED_STEPS = 50
 LEAST_FP32 = 2.0**-126
@@ -39,6 +40,7 @@ def validate(config: RunConfig, *, to_train: bool = True) -> None:
         _router_learns(config)
     _engine(config)
     _data(config)
+    _evaluation(config)
     _profile(config)
 
 
@@ -353,6 +355,27 @@ def _profile(config: RunConfig) -> None:
             value=profile.last_step,
             allowed=f"at most {MOST_PROFILED_STEPS} steps",
             fix=Settings(f"profile.last_step={profile.first_step + MOST_PROFILED_STEPS - 1}"),
+        )
+
+
+def _evaluation(config: RunConfig) -> None:
+    """Names of validation sets and labels of tasks are keys of the record."""
+    sets = [one.name for one in config.validation.sets]
+    for name in sets:
+        if not LABEL.fullmatch(name):
+            raise ConfigError(
+                "cannot be part of a key of the record", field="validation.sets", value=name, allowed=LABEL.pattern
+            )
+    if len(set(sets)) != len(sets):
+        raise ConfigError("two sets of one name", field="validation.sets", value=sets)
+    tasks = config.evaluation.tasks
+    for problem in (task.invalid(sets) for task in tasks):
+        if problem:
+            raise problem
+    entries = [task.entries for task in tasks]
+    if len(set(entries)) != len(entries):
+        raise ConfigError(
+            "two tasks would write the same entries", field="evaluation.tasks", value=entries, fix="give each a label"
         )
 
 

@@ -30,6 +30,13 @@ _FEW_ROWS = 64
 Rows = ConcatRows | BestFitRows
 
 
+class Place(NamedTuple):
+    """Where a dataset lies, and the configuration key that says so."""
+
+    path: str
+    field: str
+
+
 class Source(NamedTuple):
     """One dataset of a run: its name (part of the key of its order), its rows, and their order."""
 
@@ -163,23 +170,32 @@ def open_samples(config: RunConfig) -> Samples:
     return Samples(sources, mixture, config.model.seq_len)
 
 
-def open_validation(config: RunConfig) -> tuple[Rows, int]:
-    """The validation rows, and how many of them are scored (the first ones).
+def validation_sets(config: RunConfig) -> dict[str, Place]:
+    """Where each validation set lies, by its name: "" is `data.validation`, the others are `validation.sets`."""
+    named = enumerate(config.validation.sets)
+    further = {one.name: Place(one.path, f"validation.sets[{number}].path") for number, one in named}
+    return {"": Place(config.data.validation, "data.validation"), **further}
+
+
+def open_validation(config: RunConfig, name: str = "", most_rows: int = 0) -> tuple[Rows, int]:
+    """The rows of the validation set `name`, and how many of them are scored (the first ones): `most_rows`, or
+    `validation.rows` if that is 0.
 
     Raises ConfigError and DataError as `stream.open_stream`; ConfigError when their tokenizer differs from that of the
     training data; DataError when no scored row has a label, or none with a label that stands for text.
     """
-    rows = open_rows(config, config.data.validation, "data.validation")
+    place = validation_sets(config)[name]
+    rows = open_rows(config, place.path, place.field)
     _, directory, field = _named(config.data)[0]
     train = open_shards(config, directory, field).manifest.tokenizer
     if rows.shards.manifest.tokenizer.sha256 != train.sha256:
         raise ConfigError(
             "was made by another tokenizer than data.train",
-            field="data.validation",
-            value=config.data.validation,
+            field=place.field,
+            value=place.path,
             fix="tokenize both with one tokenizer",
         )
-    count = min(config.validation.rows or rows.rows, rows.rows)
+    count = min(most_rows or config.validation.rows or rows.rows, rows.rows)
     has_text_V = np.asarray(train.bytes_per_id) > 0
     labelled = False
     for first in range(0, count, _ROWS_AT_ONCE):
@@ -192,8 +208,8 @@ def open_validation(config: RunConfig) -> tuple[Rows, int]:
             return rows, count
     if labelled:
         problem = f"the labels of its {count} rows stand for no text: all are control ids"
-        raise DataError(problem, field="data.validation", fix="validate on text")
-    raise without_labels("data.validation", f"none of its {count} rows")
+        raise DataError(problem, field=place.field, fix="validate on text")
+    raise without_labels(place.field, f"none of its {count} rows")
 
 
 def _few_by_few(numbers: np.ndarray) -> list[np.ndarray]:

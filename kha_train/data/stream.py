@@ -26,7 +26,7 @@ from kha_train.data.ahead import InOrder
 from kha_train.data.rows.batch import Batch
 from kha_train.data.rows.packing import Layout
 from kha_train.data.sampling.skipping import Window, merged, numbers_past
-from kha_train.data.sources import Rows, Samples, open_samples, open_shards, open_validation
+from kha_train.data.sources import Rows, Samples, open_samples, open_shards, open_validation, validation_sets
 from kha_train.errors import ConfigError, DataError
 from kha_train.metric import Metric
 
@@ -218,29 +218,31 @@ def open_stream(
     return stream
 
 
-def validation_batches(config: RunConfig, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-    """The batches of a `ValidationSet`, opened for this call. Raises as `ValidationSet`."""
-    return ValidationSet(config).batches(rank, world_size)
+def validation_batches(config: RunConfig, rank: int = 0, world_size: int = 1, name: str = "") -> Iterator[Batch]:
+    """The batches of a `ValidationSet` opened for this call. Raises as `ValidationSet`."""
+    return ValidationSet(config, name).batches(rank, world_size)
 
 
 class ValidationSet:
-    """The validation set, opened and checked once; `batches` may be called any number of times.
+    """A validation set, opened and checked once; `batches` may be called any number of times.
 
-    `shards` is the dataset, `bytes_per_id_V` (int64) the number of UTF-8 bytes of each id. A validation scores the
-    first `scored_rows` rows.
+    `name` is one of `validation.sets`, or "" for `data.validation`; `field` is the key that says where it lies.
+    `shards` is the dataset, `bytes_per_id_V` (int64) the number of UTF-8 bytes of each id. The first `scored_rows` rows
+    are scored: `most_rows`, or `validation.rows` if that is 0.
 
     Raises ConfigError and DataError as `open_stream`; ConfigError when its tokenizer differs from that of the training
     data; DataError when no row has a label.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        self._rows, self.scored_rows = open_validation(config)
+    def __init__(self, config: RunConfig, name: str = "", most_rows: int = 0) -> None:
+        self.field = validation_sets(config)[name].field
+        self._rows, self.scored_rows = open_validation(config, name, most_rows)
         self.shards = self._rows.shards
         self.bytes_per_id_V = torch.from_numpy(self.shards.bytes_per_id)
         self._size = config.engine.micro_batch_size
 
     def batches(self, rank: int, world_size: int) -> Iterator[Batch]:
-        """Rows 0 ... n-1 in order, n = `validation.rows` (0, or more than exist: all of them).
+        """Rows 0 ... n-1 in order, n = `scored_rows`.
 
         Micro-batches of `engine.micro_batch_size` rows are assigned to the ranks in turn. Every rank gets the same
         number of batches of the same shape; rows beyond n are fillers (sample -1, all labels masked). Raises DataError

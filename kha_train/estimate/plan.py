@@ -11,7 +11,7 @@ from kha_train.config.resolve import Resolved, resolve_plan
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate_batch
 from kha_train.data.format import manifest
-from kha_train.data.sources import begins_with_labels, open_samples, open_validation, without_labels
+from kha_train.data.sources import begins_with_labels, open_samples, open_validation, validation_sets, without_labels
 from kha_train.errors import ConfigError, DataError
 from kha_train.estimate.counts import (
     FlopCount,
@@ -259,11 +259,13 @@ def _data(config: RunConfig) -> DataUse:
 
 def _data_problem(config: RunConfig) -> str | None:
     """Why a run could not start with its data, if all of the data are here."""
-    if not _is_here(*_training_data(config), config.data.validation):
+    held_out = validation_sets(config)
+    if not _is_here(*_training_data(config), *(place.path for place in held_out.values())):
         return None
     try:
         labels = begins_with_labels(config, open_samples(config))
-        open_validation(config)
+        for name in held_out:
+            open_validation(config, name)
         return None if labels else str(without_labels("data", "no token of the first step"))
     except (ConfigError, DataError) as error:
         return str(error)

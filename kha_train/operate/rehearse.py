@@ -32,7 +32,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate_batch
 from kha_train.data.sampling.skipping import merged, numbers_past
 from kha_train.data.sources import without_labels
-from kha_train.data.stream import ValidationSet, open_stream
+from kha_train.data.stream import open_stream
 from kha_train.distributed import TORCHRUN, World
 from kha_train.engine.building import resolve_dtype
 from kha_train.engine.default import engine_for
@@ -40,6 +40,7 @@ from kha_train.errors import ConfigError, DataError
 from kha_train.estimate.counts import count_parameters
 from kha_train.estimate.long_step import long_step_warning
 from kha_train.estimate.memory import GIB, plan_memory
+from kha_train.evaluate.opening import open_tasks
 from kha_train.model.decoder import build_decoder
 from kha_train.model.device import device_facts
 from kha_train.train import resume
@@ -111,7 +112,7 @@ def _data(config: RunConfig, world_size: int) -> dict[str, Any]:
     """Read the first step of every rank. Raises DataError when two ranks or none read a row, or no token has a
     label.
     """
-    ValidationSet(config)  # opening it checks the data, for all ranks
+    open_tasks(config)  # opening them checks their data, for all ranks
     firsts = []
     for rank in range(world_size):
         stream = open_stream(config, rank, world_size)

@@ -24,6 +24,8 @@ from kha_train.telemetry.terminal import LiteralConsole, literal
 
 TIMED_WIDTH = 60
 """A narrower terminal needs the width of the time for the step."""
+MEASURED = ("validation/", "evaluation/")
+"""What the entries of validations and tasks begin with."""
 SECONDS_BETWEEN_LINES = 10.0
 """In mode `auto` without a terminal, lines are at least this many seconds apart."""
 
@@ -68,7 +70,7 @@ class Console:
             self._start_bar(config.run.name, start_step)
 
     def step(self, line: dict[str, Any]) -> None:
-        """Shows a metrics line, and the validation result when it has one."""
+        """Shows a metrics line, and what validations and tasks found where it has any of that."""
         now = self._clock()
         loss_average = self._loss.update(line.get("train/loss", float("nan")))
         text = step_line(
@@ -86,8 +88,8 @@ class Console:
         elif self.mode == "lines" or (self.mode == "sparse" and self._is_due(line, now)):
             self._last_shown = now
             self.message(text)
-        if "validation/loss" in line and self.mode != "quiet":
-            self.message(validation_line(line))
+        for text in measured_lines(line) if self.mode != "quiet" else ():
+            self.message(text)
 
     def message(self, text: str) -> None:
         """Prints a line of text, above the bar if there is one."""
@@ -154,12 +156,25 @@ class Console:
         self._live.start()
 
     def _is_due(self, line: dict[str, Any], now: float) -> bool:
-        matters = line["step"] == self.total_steps or "validation/loss" in line or bool(line.get("train/skipped"))
+        matters = line["step"] == self.total_steps or bool(line.get("train/skipped") or measured_lines(line))
         return matters or now - self._last_shown >= SECONDS_BETWEEN_LINES
 
 
-def validation_line(line: dict[str, Any]) -> str:
-    """The validation result of a metrics line in words."""
-    bits = line.get("validation/bits_per_byte")
-    tail = "" if bits is None else f" | {bits:.4f} bits per byte"
-    return f"validation at step {line['step']} | loss {line['validation/loss']:.4f}{tail}"
+def measured_lines(line: dict[str, Any]) -> list[str]:
+    """What validations and tasks found in the step of a metrics line, in words: a line for all validation sets, and one
+    for each task."""
+    validation: list[str] = []
+    tasks: dict[str, list[str]] = {}
+    for key in (key for key in line if key.startswith(MEASURED)):
+        kind, *named, figure = key.split("/")
+        if kind == "validation":
+            validation.append(" ".join([*named, _figure(figure, line[key])]))
+        else:
+            tasks.setdefault("/".join(named), []).append(_figure(figure, line[key]))
+    when = f"at step {line['step']}"
+    shown = [f"validation {when} | {' | '.join(validation)}"] if validation else []
+    return [*shown, *(f"{task} {when} | {' | '.join(figures)}" for task, figures in tasks.items())]
+
+
+def _figure(name: str, value: float) -> str:
+    return f"{value:.4f} bits per byte" if name == "bits_per_byte" else f"{name} {value:.4f}"

@@ -388,5 +388,6 @@ def _open_run(
     run.define_metric("train/*", step_metric="step")
     for group in ("moe", "spike", "attn", "kha", "data", "memory", "checkpoint", "events"):
         run.define_metric(f"{group}/*", step_metric="step")
-    run.define_metric("validation/*", step_metric="tokens")
+    for group in ("validation", "evaluation"):
+        run.define_metric(f"{group}/*", step_metric="tokens")
     return run

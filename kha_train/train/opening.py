@@ -25,12 +25,14 @@ from kha_train.checkpoint.reader import Checkpoint, open_verified
 from kha_train.config.build import to_plain
 from kha_train.config.constants import PRECISION_OF
 from kha_train.config.schema import RunConfig
-from kha_train.data.stream import TokenStream, ValidationSet, open_stream
+from kha_train.data.stream import TokenStream, open_stream
 from kha_train.distributed import World
 from kha_train.engine.building import resolve_dtype
 from kha_train.engine.contract import Engine, InitialValue
 from kha_train.errors import CheckpointError, KhaError
 from kha_train.estimate.counts import count_parameters, flops_per_token
+from kha_train.evaluate.contract import Task
+from kha_train.evaluate.opening import content_ids, measured_facts, open_tasks
 from kha_train.model.attention.choice import announce, choose
 from kha_train.model.attention.measured import measure, settled
 from kha_train.model.moe.experts import announce_experts
@@ -86,10 +88,10 @@ def open_attempt(
 
 
 class _Data(NamedTuple):
-    """What is trained and validated on, and the ids that name it."""
+    """What is trained on, what measures the model, and the ids that name the data of both."""
 
     stream: TokenStream
-    validation: ValidationSet
+    tasks: tuple[Task[Any], ...]
     content_ids: dict[str, str]
 
 
@@ -185,10 +187,9 @@ def _open_data(config: RunConfig, world: World) -> tuple[_Data, torch.dtype]:
     """The data, the same on every rank, and the training dtype."""
     with world.agreed():
         stream = open_stream(config, world.rank, world.size)
-        validation = ValidationSet(config)
-        ids = {"data_content_id": stream.content_id, "validation_content_id": validation.shards.content_id}
+        tasks = open_tasks(config)
         dtype = resolve_dtype(config, world.device)
-    return _Data(stream, validation, ids), dtype
+    return _Data(stream, tasks, {"data_content_id": stream.content_id, **content_ids(tasks)}), dtype
 
 
 def _check_fit(
@@ -342,8 +343,8 @@ def _begin_attempt(
     config, world, step = session.config, session.world, session.progress.step
     parameters = count_parameters(config)
     facts = {
-        **session.content_ids,
-        "validation_rows": session.validation.scored_rows,
+        "data_content_id": session.stream.content_id,
+        **measured_facts(session.tasks),
         "parameters": {"total": parameters.total, "active": parameters.active},
         "device": str(world.device.type),
         "dtype": str(session.engine.dtype).removeprefix("torch."),

@@ -16,6 +16,8 @@ from kha_train.stability.events import SpikeEvent
 from kha_train.train.watch import Watch
 
 CONTENT_IDS = ("data_content_id", "validation_content_id")
+FURTHER_IDS = "evaluation_content_ids"
+"""The field of trainer.json with the content ids of named validation sets and of tasks, where there are any."""
 _NO_STATE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, AssertionError)
 """Exceptions that detectors raise for a state that they did not write."""
 
@@ -114,6 +116,7 @@ class SavedState(TypedDict):
     optimizer_steps: Count
     data_content_id: NotRequired[str]
     validation_content_id: NotRequired[str]
+    evaluation_content_ids: NotRequired[dict[str, str]]
     loss_average: NotRequired[SavedAverage]
     branch: NotRequired[SavedOrigin]
     config: SavedConfig
@@ -150,7 +153,7 @@ def read_state(checkpoint: Checkpoint, row_may_change: bool = False) -> TrainerS
         Progress.from_plain(dict(found["progress"])),
         found["stability"],
         found["optimizer_steps"],
-        {name: plain[name] for name in CONTENT_IDS if name in plain},
+        {name: plain[name] for name in CONTENT_IDS if name in plain} | found.get("evaluation_content_ids", {}),
         dict(found["config"]),
         found.get("branch"),
     )

@@ -26,9 +26,21 @@ from kha_train.model.decoder import build_decoder
 from kha_train.model.moe.router import RUN_STATE
 from kha_train.record import Redactor, read_run
 from kha_train.record.redact import REDACTED
-from kha_train.train.progress import Progress, TrainerState, going_on, read_state, restore_watch
+from kha_train.train.progress import (
+    CONTENT_IDS,
+    FURTHER_IDS,
+    Progress,
+    TrainerState,
+    going_on,
+    read_state,
+    restore_watch,
+)
 from kha_train.train.rate_change import RateChange, check_rate, rate_change, ways
 from kha_train.train.watch import Watch
+
+_KEYS = {"data": "data.train, data.sources", "validation": "data.validation"}
+_FURTHER_KEYS = {"validation": "validation.sets", "evaluation": "evaluation.tasks"}
+"""What a content id begins with -> the settings that name its data; of ids with a name behind a dot."""
 
 
 def attention_backend(run_dir: Path) -> str:
@@ -51,12 +63,14 @@ def trainer_state(
     config: RunConfig, engine: Engine, progress: Progress, content_ids: dict[str, str], stability: dict[str, Any]
 ) -> dict[str, Any]:
     """What a checkpoint holds beside tensors; `stability` is the state of the `Watch`, `content_ids` what names the
-    data (`data_content_id`, `validation_content_id`)."""
+    data (`data_content_id`, `validation_content_id`, and those of named sets and tasks)."""
+    further = {name: content_id for name, content_id in content_ids.items() if name not in CONTENT_IDS}
     return {
         "progress": progress.to_plain(),
         "stability": stability,
         "optimizer_steps": engine.optimizer_steps,
-        **content_ids,
+        **{name: content_ids[name] for name in CONTENT_IDS if name in content_ids},
+        **({FURTHER_IDS: further} if further else {}),
         "config": Redactor.from_environment().clean(to_plain(config)),
     }
 
@@ -159,7 +173,7 @@ def check_same_data(first: dict[str, str], content_ids: dict[str, str]) -> None:
         if content_id != first[name]:
             raise DataError(
                 f"this rank reads other data than rank 0: expected {name} {first[name][:12]}, found {content_id[:12]}",
-                field="data.validation" if name.startswith("validation") else "data.train, data.sources",
+                field=_KEYS[name.partition("_")[0]] if "." not in name else _FURTHER_KEYS[name.partition("_")[0]],
                 fix="give every node the same copy of the dataset",
             )
 

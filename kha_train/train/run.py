@@ -138,9 +138,9 @@ def _train(opened: Opened, stops: StopRequests, watchdog: Watchdog) -> bool:
         step = session.progress.step
         watchdog.beat(step, "validating and saving")
         stop = _told(stops, result.stop, step)
-        if _is_due(step, config.validation.every_steps, steps):
+        if tasks := session.tasks_due():
             stops.place = f"the validation after step {step:,}"
-            line |= session.validate().metrics()
+            line |= session.evaluate(tasks)
             (asked,) = world.max_ints(int(stop or stops.pending()))
             stop = _told(stops, bool(asked), step)
         reporter.report(line, session.watch.happenings(result.evidence))
@@ -196,10 +196,6 @@ def _give_up(opened: Opened, where: str) -> None:
     reporter.happened("step_given_up", step, where=where)
     if step and step not in session.resumed_from and not saver.holds(step):
         _save(session, saver)
-
-
-def _is_due(step: int, every: int, last: int) -> bool:
-    return step == last or (every > 0 and step % every == 0)
 
 
 def _mark_the_end(run_dir: Path, world: World, finished: bool, step: int) -> None:

@@ -7,21 +7,24 @@ A `Session` is complete once it is constructed. A checkpoint holds all of it (`s
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kha_train.checkpoint.reader import Checkpoint
 from kha_train.config.schema import RunConfig
-from kha_train.data.stream import TokenStream, ValidationSet
+from kha_train.data.stream import TokenStream
 from kha_train.distributed import World
 from kha_train.engine.audit import audit
 from kha_train.engine.contract import Engine
+from kha_train.evaluate.contract import Task
+from kha_train.evaluate.opening import due
+from kha_train.evaluate.scoring import evaluate
 from kha_train.stability.events import Observation
 from kha_train.telemetry.meters import MovingAverage
 from kha_train.train import resume
 from kha_train.train.branch import Branch
-from kha_train.train.evaluate import Validation, evaluate
 from kha_train.train.progress import Progress, SavedOrigin, restore_watch
 from kha_train.train.step import Judge
 from kha_train.train.watch import Ruling, Watch
@@ -41,14 +44,15 @@ class Attempt:
 
 @dataclass
 class Session:
-    """The moving parts of one attempt, on one rank. `content_ids` name the data in checkpoints and in the record."""
+    """The moving parts of one attempt, on one rank. `tasks` are what measures the model: validation, then the others.
+    `content_ids` name the data in checkpoints and in the record."""
 
     config: RunConfig
     world: World
     attempt: Attempt
     engine: Engine
     stream: TokenStream
-    validation: ValidationSet
+    tasks: tuple[Task[Any], ...]
     content_ids: dict[str, str]
     watch: Watch
     progress: Progress = field(default_factory=Progress)
@@ -99,10 +103,13 @@ class Session:
         self.attempt.has_updated |= applied
         self.progress = self.progress.after(self.stream.samples_seen, self.tokens_per_step, applied)
 
-    def validate(self) -> Validation:
-        """Score the validation rows with the current weights. Collective."""
-        batches = self.validation.batches(self.world.rank, self.world.size)
-        return evaluate(self.engine, batches, self.validation.bytes_per_id_V)
+    def tasks_due(self) -> list[Task[Any]]:
+        """What measures the model after the step just finished."""
+        return due(self.tasks, self.progress.step, self.config.run.steps)
+
+    def evaluate(self, tasks: Sequence[Task[Any]]) -> dict[str, float]:
+        """What `tasks` make of the current weights: entries of the step's line. Collective."""
+        return evaluate(self.engine, tasks)
 
     def state(self) -> dict[str, Any]:
         """The content of a checkpoint of the current state, besides tensors."""

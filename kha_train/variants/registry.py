@@ -1,9 +1,10 @@
-"""Names of attention variants, optimisers and engines -> their code and their options. Imports no torch.
+"""Names of attention variants, optimisers, evaluation tasks and engines -> their code and their options. Imports no
+torch.
 
-A new variant or optimiser needs a file with its code and options, a YAML file under `configs/`, and a line here. The
-options of the package's own variants are beside this file, so that a configuration can be checked without importing
-torch; others may name theirs by path, in the file of their code. A new engine is a package of `kha_train/engine`, and
-needs no line here.
+A new variant or optimiser needs a file with its code and options, a YAML file under `configs/`, and a line here; a task
+needs no YAML file. The options of the package's own variants are beside this file, so that a configuration can be
+checked without importing torch; others may name theirs by path, in the file of their code. A new engine is a package of
+`kha_train/engine`, and needs no line here.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from kha_train.variants.interactions import (
     KnockingMlpOptions,
 )
 from kha_train.variants.optimizer import AdamWOptions, OptimSection
+from kha_train.variants.task import ContextOptions, RowTaskOptions, TaskOptions
 
 Options = TypeVar("Options")
 
@@ -64,6 +66,11 @@ INTERACTIONS: dict[str, Variant[InteractionOptions]] = {
 
 OPTIMIZERS: dict[str, Variant[OptimSection]] = {
     "adamw": Variant("kha_train.optim.adamw:AdamW", AdamWOptions),
+}
+
+TASKS: dict[str, Variant[TaskOptions]] = {
+    "bits_per_byte": Variant("kha_train.evaluate.bits_per_byte:BitsPerByte", RowTaskOptions),
+    "context": Variant("kha_train.evaluate.context:Context", ContextOptions),
 }
 
 

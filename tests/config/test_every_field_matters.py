@@ -366,6 +366,12 @@ def run_files(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path) -> A
     return str(run_dir), sorted(path.name for path in (run_dir / "checkpoints").glob("step-*")), len(lines), validated
 
 
+def entries_at_the_end(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """What the last line of a short training run has."""
+    run_files(config, patch, tmp_path)
+    return sorted(read_metrics(Path(config.run.dir))[-1])
+
+
 class _SilentRun:
     def define_metric(self, *names: str, **options: str) -> None:
         """As wandb's."""
@@ -495,6 +501,8 @@ CHANGES: dict[str, Change] = {
     "checkpoint.max_failures": (1, failed_saves_until_the_end),
     "validation.every_steps": (1, run_files),
     "validation.rows": (3, validation_samples),
+    "validation.sets": ("[{name: code, path: {other}/validation}]", entries_at_the_end),
+    "evaluation.tasks": ("[context]", entries_at_the_end),
     "stability.policy": ("abort", decisions),
     "stability.max_nonfinite_steps": (5, decisions),
     "stability.max_skips": (3, decisions, "stability.policy=skip"),

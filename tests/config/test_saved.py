@@ -17,7 +17,7 @@ from kha_train.config.compose import compose, load
 from kha_train.config.saved import BEFORE, completed
 from kha_train.config.schema import RunConfig
 from kha_train.variants.optimizer import OptimSection
-from kha_train.variants.registry import BASES, INTERACTIONS, OPTIMIZERS
+from kha_train.variants.registry import BASES, INTERACTIONS, OPTIMIZERS, TASKS
 
 OLD = Path(__file__).parents[1] / "fixtures" / "old_runs"
 
@@ -102,7 +102,7 @@ def _classes(root: type = RunConfig) -> Iterator[type]:
     """Every class of the configuration, variants' options included."""
     pending = [
         root,
-        *(variant.options_class() for variant in (*BASES.values(), *INTERACTIONS.values(), *OPTIMIZERS.values())),
+        *(variant.options_class() for names in (BASES, INTERACTIONS, OPTIMIZERS, TASKS) for variant in names.values()),
     ]
     seen: set[type] = set()
     while pending:

@@ -57,6 +57,8 @@ NOTHING = {
     "profile.memory": "true",
     "validation.every_steps": 1,
     "validation.rows": 3,
+    "validation.sets": "[{name: code, path: {copy}/train}]",
+    "evaluation.tasks": "[{name: context, every_steps: 1}]",
     "stability.probe_every": 1,
     "telemetry.console": "lines",
     "telemetry.peak_tflops": 3.0,
@@ -78,6 +80,7 @@ ROUNDING_ONLY = {
     "engine.reduce_bucket_elements": 1000,
 }
 ELSEWHERE = {
+    "engine.name": "train/test_plain_engine.py",
     "run.dir": "train/test_changes_on_resume.py",
     "run.branch_from": "train/test_branch.py",
     "telemetry.wandb.mode": "telemetry/test_wandb.py",
@@ -108,7 +111,9 @@ def _changed(config: RunConfig, key: str) -> RunConfig:
         candidates = [now + "x"]
     if isinstance(now, list):
         source, phase = {"name": "a", "path": "b", "weight": 1.0}, {"start_sample": 1, "weights": [1.0]}
+        named_set = {"name": "a", "path": "b"}
         candidates = [[], now[:-1], now[::-1], ["q"], ["x"], [source], [phase], [0.5, 0.5], [[1, 2]]]
+        candidates += [[named_set], ["context"]]
     while candidates:
         section[last] = candidates.pop(0)
         try:

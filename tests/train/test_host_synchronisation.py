@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kha_train import distributed
 from kha_train.config.compose import compose
+from kha_train.config.schema import EvaluationSection
 from kha_train.data.stream import open_stream
 from kha_train.engine.deepspeed import Engine
-from kha_train.train.evaluate import evaluate
+from kha_train.evaluate.opening import open_tasks
+from kha_train.evaluate.scoring import evaluate
 from kha_train.train.step import next_batch, routing_metrics, train_step
+from kha_train.variants.task import ContextOptions
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount", "equal", "is_nonzero"}
 OURS = f"{Path(__file__).resolve().parents[2]}/kha_train/"
@@ -119,8 +123,8 @@ def test_a_step_asks_the_device_once(engine: Engine, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("engine", CASES[:1], ids=["gqa"], indirect=True)
-def test_validation_reads_no_loss_before_its_end(engine: Engine) -> None:
-    """Labels and bytes are the host's own; a loss is the device's, and is read with the sum of all."""
+def test_an_evaluation_reads_no_loss_before_its_end(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels and bytes are the host's own; losses are the device's, and those of all tasks are read at once."""
     read: list[torch.dtype] = []
 
     class Numbers(TorchDispatchMode):
@@ -129,11 +133,15 @@ def test_validation_reads_no_loss_before_its_end(engine: Engine) -> None:
                 read.append(args[0].dtype)
             return func(*args, **(kwargs or {}))
 
-    batch, _ = next_batch(open_stream(engine.config), engine.world)
-    sizes_V = torch.ones(engine.config.model.vocab_size, dtype=torch.int64)
+    config = replace(engine.config, evaluation=EvaluationSection(tasks=(ContextOptions(name="context"),)))
+    tasks, lists = open_tasks(config), []
+    original = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", _noted(lists, "tolist", original))
     with Numbers():
-        found = evaluate(engine, batch.micro_batches(2), sizes_V)
-    assert found.loss > 0 and not [dtype for dtype in read if dtype.is_floating_point]
+        found = evaluate(engine, tasks)
+    assert found["validation/loss"] > 0 and found["evaluation/context/loss_from_1"] > 0
+    assert not [dtype for dtype in read if dtype.is_floating_point]
+    assert [place for place in lists if "scoring.py" in place] == ["tolist evaluate/scoring.py:evaluate"]
 
 
 @pytest.mark.gpu

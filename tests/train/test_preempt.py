@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kha_train.config.compose import compose
 from kha_train.record import Marker, Record, has_marker, leave_outcome, set_marker
-from kha_train.train.evaluate import Validation
 from kha_train.train.run import train
 from kha_train.train.session import Session
 
@@ -44,13 +44,13 @@ def test_who_asked_to_stop_decides_whether_the_job_is_to_be_requeued(
 def test_a_signal_amid_a_validation_stops_the_run_after_it(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    validate = Session.validate
+    evaluate = Session.evaluate
 
-    def signalled(session: Session) -> Validation:
+    def signalled(session: Session, tasks: Any) -> dict[str, float]:
         os.kill(os.getpid(), signal.SIGUSR1)
-        return validate(session)
+        return evaluate(session, tasks)
 
-    monkeypatch.setattr(Session, "validate", signalled)
+    monkeypatch.setattr(Session, "evaluate", signalled)
     settings = [*small, "model.layers=1", "run.steps=4", "validation.every_steps=2", f"run.dir={tmp_path / 'run'}"]
     outcome = train(compose(settings))
     assert (outcome.step, outcome.finished) == (2, False)

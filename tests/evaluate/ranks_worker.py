@@ -1,0 +1,28 @@
+"""What every task makes of one untrained model under each ZeRO stage; answers the entries of the record by stage."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from kha_train import compose, distributed
+from kha_train.engine.deepspeed import Engine
+from kha_train.evaluate.opening import open_tasks
+from kha_train.evaluate.scoring import evaluate
+
+torch.set_num_threads(1)
+
+if __name__ == "__main__":
+    overrides = json.loads(sys.argv[1])["overrides"]
+    world = distributed.start("cpu", 60.0)
+    answers = {}
+    for stage in (1, 2, 3):
+        config = compose([*overrides, f"engine.zero_stage={stage}"])
+        engine = Engine(config, world)
+        answers[stage] = evaluate(engine, open_tasks(config))
+        engine.close()
+    distributed.stop()
+    Path(sys.argv[2]).write_text(json.dumps(answers))
