@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kha_train.analysis.evaluations import Series
 from kha_train.analysis.runs import UNTOLD, RunData, load_run, load_runs
 from kha_train.analysis.sameness import (
     common_steps,
@@ -20,7 +21,7 @@ from kha_train.analysis.sameness import (
 )
 from kha_train.analysis.statistics import Interval, SeedInterval, StepMean, mean_of_steps, over_seeds
 from kha_train.analysis.summary import HONESTY, RESULTS, TOLD, UNKNOWN_FIGURE, Quantity, Summary, printed, summarise
-from kha_train.analysis.validation_sets import marks, set_difference, sets_sentence
+from kha_train.analysis.validation_sets import marks, named_entries, set_difference, sets_sentence
 from kha_train.config.constants import may_differ
 from kha_train.foreign.documents import Json
 from kha_train.record.jsonl import words
@@ -90,6 +91,26 @@ class AcrossSeeds:
 
 
 @dataclass(frozen=True)
+class Evaluated:
+    """The last figures of a named validation set or a task: `figures` by name, one a run, None where it has none.
+    `entries` is what they begin with in the record, `meanings` are as the run declared them ("" where it did not).
+    `marks` and `words` say whether they are of the same rows, as those of the validation do."""
+
+    entries: str
+    figures: dict[str, tuple[float | None, ...]]
+    meanings: dict[str, str]
+    marks: tuple[str, ...]
+    words: str
+
+    def rows(self) -> list[tuple[Quantity, list[str]]]:
+        """Each figure with its value in every run as it is printed, behind it the mark of what was scored."""
+        return [
+            (one := Quantity(f"{self.entries}/{name}", ".4f", self.meanings[name]), _marked(one, values, self.marks))
+            for name, values in self.figures.items()
+        ]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Everything that the table and the report print. Runs are numbered in the order they were named. `passed_over`
     lists what was named but left out, and why.
@@ -103,6 +124,7 @@ class Comparison:
     evidence: str
     validation_marks: tuple[str, ...]
     validation_words: str
+    evaluations: tuple[Evaluated, ...] = ()
     passed_over: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
@@ -154,7 +176,8 @@ class Comparison:
         seeds = [asdict(found) | {"sentence": self.seeds_sentence(found)} for found in self.across_seeds]
         answer = {"runs": runs, "config_differences": differences, "pairs": pairs, "across_seeds": seeds}
         told = {"evidence": self.evidence, "validation_sets": self.validation_words}
-        plain: dict[str, Any] = words(answer | told | {"passed_over": list(self.passed_over)})
+        scored = {"evaluations": {one.entries: asdict(one) for one in self.evaluations}}
+        plain: dict[str, Any] = words(answer | told | scored | {"passed_over": list(self.passed_over)})
         return plain
 
     def _pair_to_dict(self, pair: Pair) -> dict[str, Any]:
@@ -190,7 +213,25 @@ def compare_runs(
         evidence=evidence(runs, seeds),
         validation_marks=tuple(marks(runs)),
         validation_words=sets_sentence(runs),
+        evaluations=tuple(_evaluated(runs, entries) for entries in named_entries(runs)),
     )
+
+
+def _evaluated(runs: tuple[RunData, ...], entries: str) -> Evaluated:
+    of_runs = [run.evaluations.get(entries, {}) for run in runs]
+    names = dict.fromkeys(name for figures in of_runs for name in figures)
+    return Evaluated(
+        entries=entries,
+        figures={name: tuple(_last_finite(figures.get(name)) for figures in of_runs) for name in names},
+        meanings={name: next(filter(None, (run.meaning(f"{entries}/{name}") for run in runs)), "") for name in names},
+        marks=tuple(marks(runs, entries)),
+        words=sets_sentence(runs, entries),
+    )
+
+
+def _last_finite(series: Series | None) -> float | None:
+    values = series.values_N[np.isfinite(series.values_N)] if series else np.empty(0)
+    return float(values[-1]) if len(values) else None
 
 
 def peaks(runs: tuple[RunData, ...]) -> list[str]:
@@ -266,16 +307,21 @@ def loss_difference(reference: RunData, other: RunData) -> tuple[np.ndarray, np.
 
 def result_rows(comparison: Comparison) -> list[tuple[Quantity, list[str]]]:
     """Each quantity of `RESULTS` with its printed value in every run. If validations scored different sets, each
-    validation figure is followed by the mark of its set.
+    validation figure is followed by the mark of its set. The figures of tasks: `Evaluated.rows`.
     """
     rows = []
     for name, quantity in RESULTS.items():
-        values = [printed(quantity, summary.results[name]) for summary in comparison.summaries]
-        if name in OF_A_VALIDATION_SET:
-            marked = zip(values, comparison.validation_marks, strict=True)
-            values = [f"{value} [{mark}]" if mark and value != UNKNOWN_FIGURE else value for value, mark in marked]
+        found = [summary.results[name] for summary in comparison.summaries]
+        told = comparison.validation_marks if name in OF_A_VALIDATION_SET else ("",) * len(found)
+        values = _marked(quantity, found, told)
         rows.append((quantity, values))
     return rows
+
+
+def _marked(quantity: Quantity, values: Sequence[float | None], told: Sequence[str]) -> list[str]:
+    shown = [printed(quantity, value) for value in values]
+    marked = zip(shown, told, strict=True)
+    return [f"{value} [{mark}]" if mark and value != UNKNOWN_FIGURE else value for value, mark in marked]
 
 
 def honesty_rows(comparison: Comparison) -> list[tuple[Quantity, list[str]]]:

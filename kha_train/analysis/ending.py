@@ -21,11 +21,14 @@ NOT_ACTIONS = ("spike_opened", "spike_closed", "zclip")
 
 @dataclass(frozen=True)
 class Ending:
-    """The results and spikes of a whole run, over all its attempts. `actions` counts the recorded interventions."""
+    """The results and spikes of a whole run, over all its attempts. `actions` counts the recorded interventions;
+    `measured` has the last figures of named validation sets and of tasks, by the prefix of their entries.
+    """
 
     run_dir: Path
     reached: Summary
     actions: list[dict[str, Any]]
+    measured: dict[str, dict[str, float]]
 
     @property
     def report(self) -> SpikeReport:
@@ -40,6 +43,8 @@ class Ending:
         contents = {name: self.reached.told[name] for name in (DATA_ID, VALIDATION_ID)}
         figures = {**self.reached.results, **contents}
         reached = {f"final/{name}": value for name, value in figures.items() if value is not None}
+        for entries, found in self.measured.items():
+            reached |= {f"final/{entries}/{name}": value for name, value in found.items()}
         statistics = {**spikes["summary"], "rates": spikes["rates"]}
         return {**reached, **{f"spike/{name}": value for name, value in statistics.items()}, **spikes["scores"]}
 
@@ -49,6 +54,7 @@ class Ending:
         def words(name: str) -> str:
             return printed(RESULTS[name], self.reached.results[name])
 
+        measured = self.measured.items()
         spikes, actions = self.report.summary, self.report.actions
         kinds = ", ".join(f"{spikes[f'{kind}_total']} {kind}" for kind in CLASSES)
         done = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in actions.items() if count)
@@ -57,6 +63,10 @@ class Ending:
             ("steps", f"{words('steps')} of {steps:,}, {words('tokens')} tokens"),
             ("train loss", f"{words('final_loss')} (mean of the last 10 % of the steps)"),
             ("validation", validation if self.reached.results["validation_loss"] is not None else "none"),
+            *(
+                (entries, ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+                for entries, found in measured
+            ),
             ("speed", f"{words('tokens_per_second')} tokens per second, MFU {words('mfu')} (medians)"),
             ("loss events", f"{kinds} at the end{'; ' if done else ''}{done}"),
             ("diverged", "yes" if spikes["diverged"] else "no"),
@@ -74,4 +84,8 @@ def end_of(run_dir: Path, diverged: bool = False, seen: tuple[Monitor, Verdict] 
     run = load_run(run_dir)
     found = found_in_training(run.run, run.columns, run.events, *seen) if seen else None
     actions = [event for event in run.events if event["kind"] not in NOT_ACTIONS]
-    return Ending(run_dir, summarise(run, diverged, found), actions)
+    measured = {
+        entries: {name: float(series.values_N[-1]) for name, series in figures.items()}
+        for entries, figures in run.evaluations.items()
+    }
+    return Ending(run_dir, summarise(run, diverged, found), actions, measured)

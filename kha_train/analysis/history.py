@@ -28,9 +28,11 @@ from kha_train.record.columns import Columns
 UNKNOWN = object()
 """The value of a setting or a fact that was not recorded."""
 DATA_ID, VALIDATION_ID, VALIDATION_ROWS = "data_content_id", "validation_content_id", "validation_rows"
+EVALUATIONS = "evaluations."
+"""What the facts begin with that tell what a named validation set or a task scored."""
 NOTED_FACTS = ("world_size", "device", "attention_backend", "git.", "versions.")
 """Facts, or prefixes of facts, that change a loss only by rounding."""
-FACTS = (DATA_ID, VALIDATION_ID, VALIDATION_ROWS, *NOTED_FACTS)
+FACTS = (DATA_ID, VALIDATION_ID, VALIDATION_ROWS, EVALUATIONS, *NOTED_FACTS)
 """The facts of an attempt that matter besides its settings."""
 PRECISION = "engine.precision"
 ORIGINS = ("run.init_from", "run.branch_from")

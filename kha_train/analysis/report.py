@@ -10,6 +10,7 @@ import numpy as np
 
 from kha_train.analysis import figures
 from kha_train.analysis.compare import Comparison, Pair, honesty_rows, loss_difference, no_difference, result_rows
+from kha_train.analysis.evaluations import VALIDATION
 from kha_train.analysis.figures import Band, Curve
 from kha_train.analysis.statistics import display_decay, exponential_average
 from kha_train.analysis.summary import Quantity
@@ -93,10 +94,11 @@ def report_html(comparison: Comparison) -> str:
         _legend(comparison),
         *_loss_figure(comparison),
         *_difference_figure(comparison),
-        *_validation_figure(comparison),
+        *_validation_figures(comparison),
         "<h2>Results</h2>",
         _results_table(comparison),
         f"<p>{escape(comparison.validation_words)}</p>" if comparison.validation_words else "",
+        *_evaluations(comparison),
         "<h2>Different settings</h2>",
         _settings(comparison),
         "<h2>Did they read the same data?</h2>",
@@ -230,11 +232,27 @@ def _difference_figure(comparison: Comparison) -> Iterable[str]:
         )
 
 
-def _validation_figure(comparison: Comparison) -> Iterable[str]:
+def _evaluations(comparison: Comparison) -> Iterable[str]:
+    """The last figures of named validation sets and of tasks, a table each."""
+    for one in comparison.evaluations:
+        yield f"<h2>{escape(one.entries)}</h2>"
+        yield _table(comparison, [(_named(quantity), values) for quantity, values in one.rows()])
+        yield f"<p>{escape(one.words)}</p>" if one.words else ""
+
+
+def _validation_figures(comparison: Comparison) -> Iterable[str]:
+    """Figures of the bits per byte of every validation set."""
+    yield from _figures_of(comparison, VALIDATION, "Validation")
+    for one in comparison.evaluations:
+        if one.entries.startswith(VALIDATION):
+            yield from _figures_of(comparison, one.entries, f"Validation: {one.entries.partition('/')[2]}")
+
+
+def _figures_of(comparison: Comparison, entries: str, title: str) -> Iterable[str]:
     """One figure per set of scored rows: curves of different sets are not drawn together."""
     by_set: dict[ScoredSet | None, list[Curve]] = {}
     for number, run in enumerate(comparison.runs):
-        scored = [one for one in validations(run) if np.isfinite(one.bits_per_byte)]
+        scored = [one for one in validations(run, entries) if np.isfinite(one.bits_per_byte)]
         for scored_set in dict.fromkeys(one.scored_set for one in scored):
             points = [one for one in scored if one.scored_set == scored_set]
             steps, bits = (
@@ -243,12 +261,14 @@ def _validation_figure(comparison: Comparison) -> Iterable[str]:
             curve = Curve(steps, _color(number), smooth_N=bits, marker=True)
             by_set.setdefault(scored_set, []).append(curve)
     if by_set:
-        yield "<h2>Validation</h2>"
+        yield f"<h2>{escape(title)}</h2>"
     for number, (scored_set, curves) in enumerate(by_set.items()):
         rows = NOT_KNOWN_TO_BE_EQUAL if scored_set is None else f"Scored here: {scored_set}."
         rows = f"The same rows at every point: {scored_set}." if scored_set and len(by_set) == 1 else rows
         yield _figure(
-            figures.draw(f"validation{number}", curves, x_label="optimiser step", y_label="bits per byte"),
+            figures.draw(
+                f"{entries.replace('/', '-')}{number}", curves, x_label="optimiser step", y_label="bits per byte"
+            ),
             f"Cross-entropy on held-out rows in bits, divided by the bytes of the text that was predicted. {rows}",
         )
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kha_train.analysis.evaluations import Evaluations, read_evaluations
 from kha_train.analysis.history import UNKNOWN, Stretch, history, shown, stretches_of
 from kha_train.config.build import SEEDS, without_places
 from kha_train.config.compose import load_plain
 from kha_train.config.constants import FREE_TO_CHANGE, may_differ
 from kha_train.errors import ConfigError
 from kha_train.foreign.documents import Json
-from kha_train.record import Attempt, read_attempts, read_discarded, read_events, read_run
+from kha_train.record import Attempt, declared_in, read_attempts, read_discarded, read_events, read_run
 from kha_train.record.columns import Columns
 from kha_train.record.columns_twin import read_columns
 from kha_train.record.labels import distinct
@@ -32,7 +33,8 @@ class RunData:
 
     `config` holds the settings of the last line by dotted keys, without the paths of its sources; if its attempt did
     not record them, those of config.yaml. `variant` is what is compared: `attention.name`, and other settings that
-    distinguish runs with that attention, except the seed.
+    distinguish runs with that attention, except the seed. `evaluations` are the figures of named validation sets and
+    of tasks.
     """
 
     path: Path
@@ -44,6 +46,7 @@ class RunData:
     discarded: int
     events: list[dict[str, Any]]
     variant: str
+    evaluations: Evaluations = field(default_factory=dict)
 
     @property
     def seed(self) -> int | None:
@@ -88,6 +91,11 @@ class RunData:
         finite: np.ndarray = values[np.isfinite(values)]
         return finite
 
+    def meaning(self, key: str) -> str:
+        """What the run declared the entry `key` of its record to mean; "" where it did not."""
+        declared = declared_in(self.run)
+        return declared[key].meaning if key in declared else ""
+
     def fact(self, key: str) -> Json:
         """A fact of the attempt that made the last line, by its dotted key; None when it was not recorded."""
         return self.stretches[-1].facts.get(key)
@@ -123,7 +131,8 @@ def load_run(path: Path, columns: Columns | None = None) -> RunData:
     label = str(config.get("run.name") or path.resolve().name)
     attention = str(config.get("attention.name", "unknown"))
     discarded, events = len(read_discarded(path)), read_events(path)
-    return RunData(path, label, config, run, columns, stretches, discarded, events, attention)
+    evaluations = read_evaluations(path, columns, stretches)
+    return RunData(path, label, config, run, columns, stretches, discarded, events, attention, evaluations)
 
 
 def load_runs(paths: list[Path], read: Callable[[Path], RunData] = load_run) -> tuple[RunData, ...]:

@@ -27,7 +27,8 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         for key, values in comparison.differences.items():
             settings.add_row(*map(_text, (key, *values)))
         parts.append(settings)
-    parts += [_text(comparison.validation_words)] if comparison.validation_words else []
+    sentences = [comparison.validation_words, *(one.words for one in comparison.evaluations)]
+    parts += [_text(words) for words in sentences if words]
     parts += [_text(pair.data_words) for pair in comparison.pairs]
     parts += [_text(words) for words in comparison.notes()]
     parts += [_text(comparison.sentence(pair), "bold") for pair in comparison.pairs]
@@ -39,7 +40,8 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 def _quantities(comparison: Comparison, with_definitions: bool) -> Table:
     table = _table("", [run.label for run in comparison.runs], "definition" if with_definitions else None)
-    rows = [*result_rows(comparison), *honesty_rows(comparison)]
+    scored = [row for one in comparison.evaluations for row in one.rows()]
+    rows = [*result_rows(comparison), *scored, *honesty_rows(comparison)]
     optional = {id(quantity) for quantity in (*RESULTS.values(), *TOLD.values())}
     for quantity, values in rows:
         if id(quantity) in optional and set(values) == {UNKNOWN_FIGURE}:

@@ -68,6 +68,16 @@ class Columns:
             content = record.read(stop - start)
         return [line for line in map(parse, content.split(b"\n")) if line is not None]
 
+    def lines_at(self, file: Path, steps: Sequence[int]) -> list[dict[str, Any]]:
+        """The whole lines of `steps`, which the record `file` has."""
+        lines = []
+        with file.open("rb") as record:
+            for place in np.searchsorted(self["step"], steps).tolist():
+                record.seek(int(self.offsets_N1[place]))
+                line = parse(record.readline())
+                lines += [line] if line is not None else []
+        return lines
+
 
 def columns_of(lines: Sequence[Mapping[str, Any]], offsets_N1: np.ndarray | None = None) -> Columns:
     """The columns of checked lines."""
