@@ -40,7 +40,7 @@ from kha_train.errors import ConfigError, DataError
 from kha_train.estimate.counts import count_parameters
 from kha_train.estimate.long_step import long_step_warning
 from kha_train.estimate.memory import GIB, plan_memory
-from kha_train.evaluate.opening import open_tasks
+from kha_train.evaluate.opening import content_ids, open_tasks
 from kha_train.model.decoder import build_decoder
 from kha_train.model.device import device_facts
 from kha_train.train import resume
@@ -138,7 +138,7 @@ def _branch(config: RunConfig, content_id: str) -> dict[str, Any] | None:
     if not config.run.branch_from or candidates(Path(config.run.dir) / FOLDER):
         return None
     directory = directory_of(Path(config.run.branch_from))
-    ids = {"data_content_id": content_id, "validation_content_id": ValidationSet(config).shards.content_id}
+    ids = {"data_content_id": content_id, **content_ids(open_tasks(config))}
     branch = Branch(config, Checkpoint(directory, check_sizes(directory)), ids)
     return {**branch.facts(), "step": branch.checkpoint.step}
 

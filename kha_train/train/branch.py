@@ -254,7 +254,7 @@ def _weights_alone(checkpoint: Checkpoint) -> Settings:
 
 def _typed(key: str, value: Json) -> str | None:
     """The override that gives `key` the `value`; None where that is not a setting by itself."""
-    if key.endswith("_content_id") or key.startswith("attention."):
+    if "_content_id" in key or key.startswith("attention."):
         return None
     if isinstance(value, bool | int | float):
         return f"{key}={str(value).lower()}"

@@ -16,7 +16,7 @@ from kha_train.analysis.compare import compare_runs
 from kha_train.data.format.manifest import content_id_of
 from kha_train.data.format.shards import ShardSet
 from kha_train.errors import DataError, ResumeError
-from kha_train.record import TIMING_KEYS, read_metrics, read_run
+from kha_train.record import read_metrics, read_run, timing_keys
 from kha_train.train.run import train
 
 STEPS = 6
@@ -41,7 +41,8 @@ def measured(small: list[str], dataset: Path, tmp_path: Path) -> Callable[..., l
 
 def lines_of(run_dir: Path) -> list[dict[str, Any]]:
     """The record without what tells the time."""
-    return [{key: value for key, value in line.items() if key not in TIMING_KEYS} for line in read_metrics(run_dir)]
+    timings = timing_keys(read_run(run_dir))
+    return [{key: value for key, value in line.items() if key not in timings} for line in read_metrics(run_dir)]
 
 
 def take_back(run_dir: Path, step: int) -> None:
