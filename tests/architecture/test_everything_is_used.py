@@ -21,8 +21,6 @@ FOUND_BY_OTHERS = {
     "kha_train/model/kernels/flops.py OPERATORS": "importing them registers their counts with torch",
     "kha_train/model/moe/flops.py OPERATORS": "the same",
     "kha_train/config/schema.py ScheduleSection": "a section of the tree, whose header stands with the optimisers",
-    "kha_train/engine/deepspeed.py Engine": "`engine.name` selects its module",
-    "kha_train/engine/plain.py Engine": "the same",
     "launch/hydra_plugins/kha_slurm/__init__.py KhaSlurmLauncher": "Hydra finds its plugins by themselves",
 }
 """What is used by its place or its import."""
@@ -110,7 +108,10 @@ def test_every_function_class_and_constant_has_a_user_that_is_no_test(sources, m
     plugin = "launch/hydra_plugins/kha_slurm/__init__.py"
     launcher = [make_source(plugin, (ROOT / plugin).read_text())]
     lazily = set(re.findall(r'"(\w+)"', (ROOT / "kha_train" / "__init__.py").read_text()))
-    found = {name for name in unused([*sources, *launcher]) if name.split()[1] not in lazily}
+    # `engine.name` selects the module of an engine.
+    engines = re.compile(r"kha_train/engine/(\w+|\w+/__init__)\.py Engine")
+    unnamed = (name for name in unused([*sources, *launcher]) if not engines.fullmatch(name))
+    found = {name for name in unnamed if name.split()[1] not in lazily}
     assert found == FOR_TESTS.keys() | FOUND_BY_OTHERS.keys()
 
 

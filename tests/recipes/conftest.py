@@ -141,15 +141,16 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def follow(recipes: dict[str, tuple[Block, ...]], checkout: Path, tmp_path: Path) -> Callable[[str], Recipe]:
-    """`follow("an optimiser")`: a copy of the tree in which the files of that recipe were written."""
+def follow(recipes: dict[str, tuple[Block, ...]], checkout: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """`follow("an optimiser")`: a copy of the tree in which the files of that recipe were written, or of several."""
 
-    def copy(added: str) -> Recipe:
+    def copy(*added: str) -> Recipe:
         tree = tmp_path / "copy"
         git(tmp_path, "clone", "--quiet", str(checkout), str(tree))
-        for block in recipes[added]:
+        blocks = tuple(block for name in added for block in recipes[name])
+        for block in blocks:
             if "file" in block.options:
                 apply(block, tree)
-        return Recipe(tree, recipes[added])
+        return Recipe(tree, blocks)
 
     return copy
