@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kha_train.checkpoint.reader import find_newest, verify
+from kha_train.checkpoint.reader import find_newest, open_verified, verify
 from kha_train.checkpoint.retention import Keep, mark, prune
 from kha_train.distributed import World
 from kha_train.errors import ConfigError
@@ -87,3 +88,14 @@ def test_keeping_none_is_a_configuration_error(tmp_path) -> None:
     with pytest.raises(ConfigError, match="checkpoint.keep_last"):
         prune(tmp_path, Keep(0))
     assert prune(tmp_path, Keep(1)) == []
+
+
+def test_a_checkpoint_that_another_run_reads_stays_until_it_has_been_read(ten_steps: Path, tmp_path: Path) -> None:
+    shutil.copytree(ten_steps, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "checkpoints"
+    with ExitStack() as reading:
+        held_by_two = [open_verified(folder / "step-00000003", World.single(), reading) for _ in range(2)]
+        assert prune(tmp_path, Keep(2)) == [1, 2, 4, 5, 6, 7, 8]
+        assert {path.name for path in folder.iterdir()} == {f"step-{step:08d}" for step in (3, 9, 10)}
+        assert verify(held_by_two[0].path).step == 3
+    assert prune(tmp_path, Keep(2)) == [3]

@@ -14,8 +14,9 @@ import pytest
 
 from kha_train import compose
 from kha_train.cli.main import run
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, ResumeError
 from kha_train.operate.rehearse import Layout, rehearse
+from kha_train.train.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 64
@@ -85,3 +86,15 @@ def test_a_backend_of_the_job_that_this_cpu_lacks_is_no_mistake_and_one_that_the
     assert said["rank_0"]["built"] is False and "needs a CUDA device" in said["rank_0"]["why"]
     with pytest.raises(ConfigError, match="needs a CUDA device"):
         rehearse(compose([*overrides, "cluster=cpu"]), overrides, layout)
+
+
+def test_a_branch_is_rehearsed_against_its_parent(job: list[str], tmp_path: Path) -> None:
+    settings = [*job, "cluster=cpu", "data.global_batch_size=2", "run.steps=1"]
+    train(compose([*settings, f"run.dir={tmp_path / 'parent'}"]))
+    branch = [*settings, "run.steps=2", f"run.branch_from={tmp_path / 'parent'}", f"run.dir={tmp_path / 'branch'}"]
+    said = rehearse(compose([*branch, "optim.lr=1e-5"]), branch, Layout(1, 1))
+    assert said["branch"]["step"] == 1
+    assert [change.partition(" ")[0] for change in said["branch"]["changes"]] == ["optim.lr", "run.steps"]
+    with pytest.raises(ResumeError, match="optim.weight_decay"):
+        rehearse(compose([*branch, "optim.weight_decay=0"]), branch, Layout(1, 1))
+    assert not (tmp_path / "branch").exists()

@@ -55,6 +55,17 @@ def test_an_old_run_resumes_as_its_own_release_continued_it(old_runs: Path, run:
     assert "lines_discarded" not in kinds and kinds[-1] == "attempt_ended"
 
 
+def test_a_branch_of_an_old_run_continues_as_its_own_release_continued_it(old_runs: Path) -> None:
+    overrides = [*_overrides("gqa"), "run.dir=runs/branch", "run.branch_from=runs/gqa"]
+    assert train(compose(overrides)).step == STEPS
+    lines = read_metrics(old_runs / "branch")
+    assert [line["step"] for line in lines] == list(range(STOPPED + 1, STEPS + 1))
+    for line, before in zip(lines, json.loads((OLD / "continued.json").read_text())["gqa"], strict=True):
+        assert {key: line[key] for key in EQUAL} == {key: before[key] for key in EQUAL}
+        assert {key: line[key] for key in before} == pytest.approx(before, rel=1e-4)
+    assert read_run(old_runs / "branch")["parent"]["run_id"] == read_run(old_runs / "gqa")["run_id"]
+
+
 def test_a_setting_changed_on_an_old_run_is_still_refused(old_runs: Path) -> None:
     with pytest.raises(ResumeError, match=r"optim\.lr +0\.003 -> 0\.001\n "):
         train(compose([*_overrides("gqa"), "optim.lr=0.001"]))
