@@ -247,10 +247,10 @@ def test_fractional_steps_are_refused_and_whole_ones_keep_the_spike(
         (b"step,loss\n", 2, ["no step with a loss", READ]),
         (b"step,loss\n1,\n2,null\n", 2, ["no step with a loss", READ]),
         (b'{\n "model_type": "llama",\n "hidden_size": 8\n}\n', 2, ["model_type,hidden_size", "log_history", READ]),
-        (b'{"epoch": 1, "log_history": [{"eval_loss": 2.0, "step": 1}]}', 2, ["eval_loss,step", "no loss", READ]),
-        (b'{"log_history": [{"train_loss": 2.0, "step": 9}]}', 2, ["no loss", READ]),
+        (b'{"epoch": 1, "log_history": [{"eval_loss": 2.0, "step": 1}]}', 2, ["eval_loss,step", "for loss", READ]),
+        (b'{"log_history": [{"train_loss": 2.0, "step": 9}]}', 2, ["no column for loss", READ]),
         (b'{"log_history": [1, 2]}', 2, ["log_history", "not a list of JSON objects", READ]),
-        (b'{"step": 1, "eval/loss": 2.0}\n', 2, ["step,eval/loss", "no loss", READ]),
+        (b'{"step": 1, "eval/loss": 2.0}\n', 2, ["step,eval/loss", "no column for loss", READ]),
         (b'{"id": "a", "kind": "stop", "step": 1, "attempt": 1, "loss": 3.0}\n', 2, ["events", "run directory"]),
         (b'{"step": 1, "attempt": 1, "train/loss": 3.0, "discarded_reason": "x"}\n', 2, ["undid", "run directory"]),
         (b'"Step","a - train/loss","b - train/loss"\n1,2,3\n', 2, ["several runs", "a, b", "one run per file"]),
@@ -262,10 +262,10 @@ def test_fractional_steps_are_refused_and_whole_ones_keep_the_spike(
         (b'step,loss,note\n1,2,a\n2,3,"b\n3,4,c\n', 4, ["curve:3", "row that begins here"]),
         (b"step;loss\n1,000;2,5\n", 4, ["curve:2", "'1,000'", "step is not a number"]),
         (b"step,loss,tokens\n1,2,0.5\n", 2, ["curve:2", "tokens is a fraction"]),
-        (b"step,loss\nnan,2\n", 4, ["curve:2", "step is no count"]),
-        (b"step,loss\n1e300,2\n", 4, ["curve:2", "step is no count"]),
+        (b"step,loss\nnan,2\n", 4, ["curve:2", "step is not a valid count"]),
+        (b"step,loss\n1e300,2\n", 4, ["curve:2", "step is not a valid count"]),
         (b'{"step": true, "loss": 2}\n', 4, ["curve:1", "step is not a number"]),
-        (b'{"step": 1, "loss": 2}\n{"step": 2, "los\n{"step": 3, "loss": 2}\n', 4, ["curve:2", "no JSON"]),
+        (b'{"step": 1, "loss": 2}\n{"step": 2, "los\n{"step": 3, "loss": 2}\n', 4, ["curve:2", "not JSON"]),
         (b'{"step": 1, "loss": 2}\n[2, 3]\n', 4, ["curve:2", "not a JSON object"]),
         (b'{"log_history": [{"step": 1, "loss":', 4, ["begins like JSON"]),
         ("step,loss\n1,2\n".encode("utf-16")[:-1], 4, ["not valid text in utf-16"]),
@@ -283,7 +283,7 @@ def test_a_refusal_names_what_was_seen_and_what_is_read(
 
 
 def test_a_directory_without_a_record_is_refused_by_what_it_lacks(tmp_path: Path) -> None:
-    with pytest.raises(KhaError, match="holds no metrics.jsonl") as caught:
+    with pytest.raises(KhaError, match="has no metrics.jsonl") as caught:
         read_curve(tmp_path)
     assert caught.value.exit_code == 2 and READ in str(caught.value)
 
