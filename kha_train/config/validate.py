@@ -15,7 +15,7 @@ from kha_train.config.urls import refuse_credentials_in
 from kha_train.errors import ConfigError, Settings, either
 from kha_train.variants.attention import Partners
 from kha_train.variants.registry import engines
-from kha_train.variants.task import LABEL
+from kha_train.variants.task import invalid_tasks
 
 MOST_PROFILED_STEPS = 50
 LEAST_FP32 = 2.0**-126
@@ -359,24 +359,8 @@ def _profile(config: RunConfig) -> None:
 
 
 def _evaluation(config: RunConfig) -> None:
-    """Names of validation sets and labels of tasks are keys of the record."""
-    sets = [one.name for one in config.validation.sets]
-    for name in sets:
-        if not LABEL.fullmatch(name):
-            raise ConfigError(
-                "cannot be part of a key of the record", field="validation.sets", value=name, allowed=LABEL.pattern
-            )
-    if len(set(sets)) != len(sets):
-        raise ConfigError("two sets of one name", field="validation.sets", value=sets)
-    tasks = config.evaluation.tasks
-    for problem in (task.invalid(sets) for task in tasks):
-        if problem:
-            raise problem
-    entries = [task.entries for task in tasks]
-    if len(set(entries)) != len(entries):
-        raise ConfigError(
-            "two tasks would write the same entries", field="evaluation.tasks", value=entries, fix="give each a label"
-        )
+    if problem := invalid_tasks([one.name for one in config.validation.sets], config.evaluation.tasks):
+        raise problem
 
 
 def _data(config: RunConfig) -> None:

@@ -7,7 +7,7 @@ scores; a task that needs more settings derives its own from here.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -76,3 +76,23 @@ class ContextOptions(RowTaskOptions):
                 "borders of context do not ascend from 1", field=FIELD, value=list(self.borders), allowed="as [1,16,64]"
             )
         return super().invalid(sets)
+
+
+def invalid_tasks(sets: Sequence[str], tasks: Sequence[TaskOptions]) -> ConfigError | None:
+    """What is wrong with the names of validation `sets`, or with `tasks`, or None: both are keys of the record."""
+    for name in sets:
+        if not LABEL.fullmatch(name):
+            return ConfigError(
+                "cannot be part of a key of the record", field="validation.sets", value=name, allowed=LABEL.pattern
+            )
+    if len(set(sets)) != len(sets):
+        return ConfigError("two sets of one name", field="validation.sets", value=list(sets))
+    for problem in (task.invalid(sets) for task in tasks):
+        if problem:
+            return problem
+    entries = [task.entries for task in tasks]
+    if len(set(entries)) != len(entries):
+        return ConfigError(
+            "two tasks would write the same entries", field=FIELD, value=entries, fix="give each a label"
+        )
+    return None
