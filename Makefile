@@ -1,22 +1,25 @@
-# make quickstart | test | test-fast | soak | lint | bench-gpu | gpu-wheels. The first call makes .venv; later ones find it ready.
+# make quickstart | test | test-slow | soak | lint | bench-gpu | gpu-wheels. The first call makes .venv; later ones find it ready.
 # PYTHON=... chooses the interpreter of .venv, ARGS=... is passed to the command, WORKERS=... sets the test processes.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# Python keeps what it compiled, whatever the environment says: tests start hundreds of interpreters.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-fast soak lint bench-gpu gpu-wheels
+.PHONY: quickstart test test-slow soak lint bench-gpu gpu-wheels
 
 quickstart: .venv/.core
 	CUDA_VISIBLE_DEVICES= $(BIN)/kha quickstart $(ARGS)
 
+# Each promise of the README by its quickest test: minutes. docs/testing.md says which.
 test: .venv/.dev
-	$(PYTEST) -m 'not soak' $(ARGS)
+	$(PYTEST) -m '(quick or not slow) and not soak' $(ARGS)
 
-test-fast: .venv/.dev
-	$(PYTEST) -m 'not slow and not soak' $(ARGS)
+# All other tests but those of `make soak`: half an hour.
+test-slow: .venv/.dev
+	$(PYTEST) -m 'slow and not quick and not soak' $(ARGS)
 
 # The full grid of faults and a run of fifty random ones: tens of minutes.
 soak: .venv/.dev

@@ -1,15 +1,18 @@
 """Shared by tests of several rooms: a small dataset, overrides for a smaller `tiny`, ranks as real processes, the
-offline files of W&B.
+offline files of W&B. Decides which tests are slow, and reports the processor time of tests.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,13 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 HEADER, BLOCK, CHUNK_HEADER = 7, 32768, 7
 """Bytes of a `.wandb` file's own header, of a block in LevelDB's log format, and of a chunk header."""
 WHOLE, LAST = 1, 4
+DEAR, MANY = 3.0, 500
+"""Processor seconds of a test that `make test` names at its end, in runs of at least so many tests."""
+BEGAN = pytest.StashKey[float]()
+COLLECTED = pytest.StashKey[dict[str, set[str]]]()
+FORKED: list[float] = []
+"""Processor seconds of the ranks of each request to the fork server."""
+FORK_SERVER = Path(__file__).parent / "faults" / "fork_server.py"
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +102,78 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         os.environ.pop(name, None)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks a test slow whose fixtures start ranks or copy the tree, and puts tests of minutes first, so that no worker
+    waits long for the last file."""
+    for item in items:
+        if {"serve", "follow"} & {*getattr(item, "fixturenames", ())}:
+            item.add_marker(pytest.mark.slow)
+        name, target = item.nodeid.partition("[")[0], "make test-slow" if is_slow(item) else "make test"
+        config.stash.setdefault(COLLECTED, {}).setdefault(name, set()).add(target)
+    items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
+
+
+def is_slow(item: pytest.Item) -> bool:
+    """Whether `make test-slow` runs the test, and not `make test`."""
+    return bool(item.get_closest_marker("slow") and not item.get_closest_marker("quick"))
+
+
+@pytest.fixture(scope="session")
+def collected(request: pytest.FixtureRequest) -> Mapping[str, set[str]]:
+    """`make` targets that run each test this session collected, by its name without parameters."""
+    return request.config.stash[COLLECTED]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays. Every run that is trained here ends with `gc.collect()`, which would walk through
+    all of it, for longer than the run took."""
+    gc.collect()
+    gc.freeze()
+
+
+def processor_seconds() -> float:
+    """What this process, the children that it has waited for and the ranks of the fork server have computed."""
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in spent) + sum(FORKED)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Remembers when the test began."""
+    item.stash[BEGAN] = processor_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """Adds to the last report of a test what it cost, fixtures included that were made for it."""
+    if call.when == "teardown":
+        item.user_properties.append(("processor", (processor_seconds() - item.stash[BEGAN], is_slow(item))))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Names the files that cost most, and each test of `make test` that costs much. No test asserts a time: this is for
+    whoever marks tests as slow."""
+    costs = {
+        report.nodeid: dict(report.user_properties)["processor"]
+        for report in terminalreporter.stats.get("", [])
+        if "processor" in dict(report.user_properties)
+    }
+    if len(costs) < MANY:
+        return
+    files: Counter[str] = Counter()
+    for name, (seconds, _) in costs.items():
+        files[name.partition("::")[0]] += seconds
+    terminalreporter.section("processor time")
+    terminalreporter.line(f"{files.total():7.1f} s  {len(costs)} tests")
+    for file, seconds in files.most_common(15):
+        terminalreporter.line(f"{seconds:7.1f} s  {file}")
+    dear = [(seconds, name) for name, (seconds, slow) in costs.items() if seconds > DEAR and not slow]
+    for seconds, name in sorted(dear, reverse=True):
+        terminalreporter.line(f"{seconds:7.1f} s  {name}: slow, unless it paid for a fixture that others use too")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests marked `gpu` need one."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -106,34 +188,70 @@ def clean_environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def run_ranks(tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str, str]) -> Callable[..., list[Any]]:
+def serve(tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str, str]) -> Iterator[Callable[..., Any]]:
+    """`serve(request)` runs ranks in the fork server and returns its answer."""
+    complaints = (tmp_path_factory.mktemp("server") / "stderr").open("w+")
+    server = subprocess.Popen(
+        [sys.executable, str(FORK_SERVER)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=complaints,
+        env=clean_environment,
+        text=True,
+    )
+
+    def ask(request: dict[str, Any]) -> dict[str, Any]:
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        answer = server.stdout.readline()
+        assert answer, Path(complaints.name).read_text()
+        answer = json.loads(answer)
+        FORKED.append(answer["processor"])
+        return answer
+
+    yield ask
+    server.stdin.close()
+    server.wait(60)
+
+
+@pytest.fixture(scope="session")
+def run_ranks(
+    tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str, str], serve: Callable[..., Any]
+) -> Callable[..., list[Any]]:
     """`run_ranks(script, world_size, **arguments)` runs `script` as that many ranks; returns the result of each rank.
 
-    A script reads its arguments as JSON from argv[1] and writes its result as JSON to the file argv[2].
+    A script reads its arguments as JSON from argv[1] and writes its result as JSON to the file argv[2]. Ranks are
+    forked from a process that has imported torch and DeepSpeed. With `fresh=True` each is an interpreter of its own,
+    which takes seconds: for scripts that measure memory or threads, or patch torch before DeepSpeed is imported.
     """
 
-    def run(script: Path, world_size: int, **arguments: Any) -> list[Any]:
+    def start(script: Path, arguments: list[list[str]], logs: list[str]) -> list[int | None]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         shared = {**clean_environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        folder = tmp_path_factory.mktemp(script.stem)
-        answers = [folder / f"{rank}.json" for rank in range(world_size)]
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(script), json.dumps(arguments), str(answers[rank])],
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(world_size)
-        ]
+        processes = []
+        for rank, words in enumerate(arguments):
+            own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(arguments))}
+            with open(logs[rank], "w") as log:
+                processes.append(subprocess.Popen([sys.executable, str(script), *words], env=own, stderr=log))
         try:
-            errors = [process.communicate(timeout=300)[1] for process in processes]
+            return [process.wait(timeout=300) for process in processes]
         finally:
             for process in processes:
                 process.kill()
-        failed = [f"rank {rank}:\n{error}" for rank, error in enumerate(errors) if processes[rank].returncode]
+
+    def run(script: Path, world_size: int, fresh: bool = False, **arguments: Any) -> list[Any]:
+        folder = tmp_path_factory.mktemp(script.stem)
+        answers = [folder / f"{rank}.json" for rank in range(world_size)]
+        words = [[json.dumps(arguments), str(answer)] for answer in answers]
+        logs = [str(folder / f"{rank}.log") for rank in range(world_size)]
+        if fresh:
+            codes = start(script, words, logs)
+        else:
+            request = {"cwd": os.getcwd(), "script": str(script), "arguments": words, "ranks": world_size, "logs": logs}
+            codes = serve(request)["codes"]
+        failed = [f"rank {rank}:\n{Path(logs[rank]).read_text()}" for rank, code in enumerate(codes) if code != 0]
         assert not failed, "\n".join(failed)
         return [json.loads(answer.read_text()) for answer in answers]
 

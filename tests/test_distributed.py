@@ -71,6 +71,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_others_says_for_whom_and_how_to_go_on(clean_environment: dict[str, str]) -> None:
     alone = {**clean_environment, **PTY, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     del alone["SLURM_PTY_PORT"]

@@ -175,10 +175,12 @@ def test_a_name_that_the_terminal_cannot_spell_does_not_end_the_run(train: Train
     assert b"gr\\xfc\\xdfe: new run" in ended.stdout and b"step 3/3" in ended.stdout
 
 
+@pytest.mark.slow
 def test_an_error_keeps_its_exit_code_where_it_cannot_be_told(train: Train) -> None:
     for redirection in (">/dev/full 2>/dev/full", ">&- 2>&-"):
         assert train(redirection, "run.steps=many").returncode == 2
 
 
+@pytest.mark.slow
 def test_the_answer_of_a_rehearsal_that_cannot_be_written_is_an_error(train: Train) -> None:
     assert train(">/dev/full", "--dry-run").returncode != 0

@@ -355,6 +355,7 @@ def test_a_sweep_with_a_secret_in_a_setting_is_refused(
         plan_sweep(tmp_path / CANARY, ["seed=0,1"])
 
 
+@pytest.mark.slow
 def test_hydras_own_multirun_writes_no_secret(tmp_path: Path) -> None:
     command = [sys.executable, str(shipped("launch") / "hydra_train.py"), "-m", "hydra/launcher=kha_slurm"]
     settings = [f"data.train='s3://key:{CANARY}@bucket/x'", "run.seed=0,1"]
@@ -409,6 +410,7 @@ def test_whatever_text_the_record_gets_no_file_of_it_has_the_secret(
         assert path.is_dir() or CANARY not in path.read_text(), path
 
 
+@pytest.mark.slow
 def test_no_file_and_no_line_of_a_run_has_a_canary_of_its_environment_settings_or_failure(
     small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

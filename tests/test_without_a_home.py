@@ -42,6 +42,7 @@ def place() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("become, home", CASES)
 def test_a_run_without_a_home_keeps_everything_under_its_directory(
     become: list[str], home: str | None, small: list[str], place: Path

@@ -51,6 +51,7 @@ def train(run_dir: Path, steps: int = STEPS) -> tuple[Monitor, Verdict]:
     return monitor, verdict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [STEPS, 321])
 def test_the_events_of_a_run_that_was_killed_are_those_of_its_curve(tmp_path: Path, steps: int) -> None:
     monitor, verdict = train(tmp_path, steps)

@@ -38,6 +38,7 @@ def test_all_missing_packages_are_named_before_anything_runs(tmp_path: Path, mon
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_every_stage_leaves_its_outcome_also_one_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = ("engine.device=cpu", "model.layers=1", "model.seq_len=16", "model.vocab_size=64", "telemetry.peak_tflops=1")
     works = Stage("works", ("step", *tiny, "--blocks", "3", "--warmup", "1", "--arm", "attention=gqa"), 100)
@@ -127,6 +128,7 @@ def arms_of(stage: Stage) -> list[RunConfig]:
     return [compose([*settings, *arm]) for arm in arms]
 
 
+@pytest.mark.slow
 def test_steps_are_timed_as_the_protocol_asks_at_the_shape_of_6b_both_ways() -> None:
     rows = {"step, GQA and KHA": True, "step, unsplit rows": False}
     rows |= {"the whole 6.1B model": True, "the whole, unsplit rows": False}

@@ -24,6 +24,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
     return Template(tmp_path_factory.mktemp("template"))
 
 
+@pytest.mark.slow
 def test_a_made_run_is_scored_as_its_own_lines_say_and_goes_on(
     tmp_path: Path, template: Template, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,6 +53,7 @@ def test_a_made_run_is_scored_as_its_own_lines_say_and_goes_on(
     assert lines[-1]["spike/narrow_total"] == 1 and lines[-1]["spike/open"] == 0
 
 
+@pytest.mark.slow
 def test_a_long_made_run_was_killed_and_has_undone_lines(
     tmp_path: Path, template: Template, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -184,6 +184,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_gloo_processes_killed_amid_a_shard_resume_and_save_the_same_step(tmp_path) -> None:
     def launch(attempt: int, stage: str) -> list[int]:
         """Both ranks in one process group of their own: rank 0 leads it, rank 1 joins."""

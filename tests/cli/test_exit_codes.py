@@ -77,6 +77,7 @@ def test_a_configuration_mistake_ends_with_2_and_says_what_to_change(mistake: st
         assert word in said
 
 
+@pytest.mark.slow
 def test_a_tokenizer_file_that_is_not_the_shards_own_ends_with_4(tmp_path: Path, train: Train) -> None:
     (tmp_path / "text").mkdir()
     for number in range(400):
@@ -94,6 +95,7 @@ def test_a_tokenizer_file_that_is_not_the_shards_own_ends_with_4(tmp_path: Path,
     assert "tokenizer" in said
 
 
+@pytest.mark.slow
 def test_an_id_beyond_the_manifests_maximum_ends_with_4(own_dataset: Path, train: Train) -> None:
     for shard in (own_dataset / "train").glob("*.tok"):
         damaged = bytearray(shard.read_bytes())
@@ -123,6 +125,7 @@ def test_a_checkpoint_of_another_model_ends_with_3_and_names_the_difference(trai
     assert train("engine.micro_batch_size=2", "engine=zero3")[0] == 0, "how a step is executed may change"
 
 
+@pytest.mark.slow
 def test_a_run_whose_every_checkpoint_is_damaged_does_not_start_over(train: Train, tmp_path: Path) -> None:
     assert train()[0] == 0
     for weights in (tmp_path / "run" / "checkpoints").glob("step-*/model-*.safetensors"):
@@ -135,6 +138,7 @@ def test_a_run_whose_every_checkpoint_is_damaged_does_not_start_over(train: Trai
     assert (tmp_path / "run" / "checkpoints" / "step-00000002.corrupt").is_dir()
 
 
+@pytest.mark.slow
 def test_a_record_that_cannot_be_written_ends_the_run_and_the_same_command_goes_on(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +158,7 @@ def test_a_record_that_cannot_be_written_ends_the_run_and_the_same_command_goes_
     assert read_metrics(tmp_path / "run")[-1]["step"] == 4
 
 
+@pytest.mark.slow
 def test_a_secret_is_in_nothing_that_a_run_prints(
     small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,10 +47,16 @@ def test_the_promised_presets_are_there(group: str) -> None:
     assert set(PROMISED[group]) <= set(PRESETS[group])
 
 
-@pytest.mark.parametrize(("model", "attention"), list(product(PRESETS["model"], PRESETS["attention"])))
+@pytest.mark.parametrize(
+    ("model", "attention"),
+    [
+        pytest.param(*pair, marks=() if pair[0] == "tiny" else pytest.mark.slow)
+        for pair in product(PRESETS["model"], PRESETS["attention"])
+    ],
+)
 def test_every_model_composes_with_every_attention_but_those_that_cannot_be(model: str, attention: str) -> None:
     """Talking heads hold all scores, so long rows are refused; tied and latent keys have no full-width norm."""
-    overrides = [f"model={model}", f"attention={attention}"]
+    overrides = [f"model={model}", f"attention={attention}", "run.name=one"]
     if (attention == "talking_heads" and model not in ("tiny", "small")) or (model, attention) in FULL_WIDTH_MISFITS:
         with pytest.raises(ConfigError, match="attention"):
             compose(overrides)
@@ -59,7 +65,10 @@ def test_every_model_composes_with_every_attention_but_those_that_cannot_be(mode
     assert (config.model.name, config.attention.name) == (model, attention)
 
 
-@pytest.mark.parametrize("preset", EVERY_PRESET)
+@pytest.mark.parametrize(
+    "preset",
+    [pytest.param(preset, marks=() if preset == "attention=kha_mlp" else pytest.mark.slow) for preset in EVERY_PRESET],
+)
 def test_every_field_can_be_typed_beside_every_preset(preset: str) -> None:
     config = compose([preset, *DATA])
     values = flatten(to_plain(config)).items()

@@ -552,7 +552,15 @@ def test_every_field_is_listed_once() -> None:
     assert not CHANGES.keys() & UNSEEN.keys()
 
 
-@pytest.mark.parametrize("field", CHANGES)
+def trains(observable: Callable[..., Any]) -> bool:
+    """Whether it needs a folder, which is for a run."""
+    return "tmp_path" in observable.__code__.co_varnames[: observable.__code__.co_argcount]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [pytest.param(field, marks=pytest.mark.slow if trains(seen[1]) else ()) for field, seen in CHANGES.items()],
+)
 def test_another_value_is_seen(
     field: str, configuration: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

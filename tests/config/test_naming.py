@@ -77,6 +77,7 @@ def test_what_a_resumed_run_may_change_is_no_other_run(overrides: list[str]) -> 
     assert compose(overrides).run.name == "gqa-s0"
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.lists(CHOSEN, max_size=6))
 def test_different_settings_have_different_names_that_are_safe_and_stable(chosen: list[dict[str, Any]]) -> None:

@@ -53,6 +53,7 @@ SMALL = (
     "moe.expert_width=16",
     "engine.device=cpu",
     "engine.micro_batch_size=2",
+    "run.name=contract",
 )
 BY_BASE = {"mla": ("attention.base.latent_width=12", "attention.base.rotary_dim=4")}
 ADMITTED = {

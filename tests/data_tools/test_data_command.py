@@ -167,6 +167,7 @@ def test_inspect_shows_the_very_samples_of_a_step(made: Path, tmp_path: Path) ->
         assert "Text" in sample["text"] and sample["source"] == "train"
 
 
+@pytest.mark.slow
 def test_inspect_shows_a_step_as_its_own_start_read_it(made: Path, tmp_path: Path) -> None:
     """Not as the last one would; of its data the path that the last start with the same data named."""
     moved = tmp_path / "moved"

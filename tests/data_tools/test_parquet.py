@@ -79,6 +79,7 @@ print(size, peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_a_large_row_group_is_never_held_whole(tmp_path: Path) -> None:
     import numpy as np
 

@@ -137,6 +137,7 @@ def _type(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.timeout(3000)
 def test_the_commands_of_readme_and_docs_run_in_order_from_an_empty_directory(tmp_path: Path) -> None:
     """As far as possible without GPU and SLURM: other blocks say what they need."""

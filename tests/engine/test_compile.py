@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 from kha_train import distributed
 from kha_train.config.compose import compose
@@ -15,6 +14,8 @@ from kha_train.data.stream import open_stream
 from kha_train.engine.deepspeed import Engine
 from kha_train.train.step import next_batch, train_step
 from kha_train.train.watch import Ruling
+
+pytestmark = pytest.mark.slow
 
 STEPS = 3
 
@@ -81,7 +82,7 @@ def probed(overrides: list[str], every: int = 1) -> Probed:
     """Six steps, probed in one of `every`, with validations of two rows and of a last, smaller batch of one."""
     config = compose([*overrides, "engine.device=cpu", "data.global_batch_size=4", "engine.micro_batch_size=2"])
     torch._dynamo.reset()
-    counters.clear()
+    torch._dynamo.utils.counters.clear()
     world = distributed.start("cpu", 60)
     engine, found = Engine(config, world), Probed([], [], [])
     try:
@@ -94,7 +95,7 @@ def probed(overrides: list[str], every: int = 1) -> Probed:
                 engine.evaluate(next(batch.micro_batches(rows)))
             found.losses.append(result.loss)
             found.evidence.extend([result.evidence] if result.evidence else [])
-            found.graphs.append(counters["stats"]["unique_graphs"])
+            found.graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     finally:
         engine.close()
         Engine.leave_world()

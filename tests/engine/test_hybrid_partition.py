@@ -42,7 +42,7 @@ def test_no_thread_of_a_process_group_outlives_the_run(
     """One that is alive when the interpreter ends may abort the process: "terminate called without an exception"."""
     settings = [*small, *engine, "model.layers=1", "engine.micro_batch_size=1", "data.global_batch_size=4"]
     settings += ["run.steps=3", f"run.dir={tmp_path / 'run'}"]
-    answers = run_ranks(WORKER, 2, overrides=settings)
+    answers = run_ranks(WORKER, 2, fresh=True, overrides=settings)
     assert answers == [{"finished": True, "threads": []}] * 2
 
 

@@ -51,7 +51,7 @@ def test_planned_memory_is_within_15_percent_of_the_measured_peak(
 ) -> None:
     overrides = [*SHAPE, *MEASURED[case]]
     planned = plan_memory(compose(overrides))
-    measured = max(run_ranks(WORKER, 2, overrides=overrides))
+    measured = max(run_ranks(WORKER, 2, fresh=True, overrides=overrides))
     print(f"{case}: planned {planned.total / GIB:.2f} GiB, measured {measured / GIB:.2f} GiB, {planned.terms}")
     assert planned.total == pytest.approx(measured, rel=0.15)
 

@@ -27,7 +27,7 @@ def test_planned_traffic_is_that_of_the_collectives_of_a_step(
     ]
     config = compose(overrides)
     planned = make_plan(config).communication[stage - 1].bytes_per_step
-    sent = run_ranks(WORKER, 2, overrides=overrides, steps=1)[0][0]["all"]
+    sent = run_ranks(WORKER, 2, fresh=True, overrides=overrides, steps=1)[0][0]["all"]
     print(f"ZeRO {stage} {precision}: planned {planned}, sent {sent}")
     if stage < 3:
         assert sum(sent.values()) == pytest.approx(planned, rel=0.01)
@@ -49,7 +49,7 @@ def test_with_groups_of_ranks_all_gathers_but_a_steps_first_are_inside_them(
     ]
     config = compose(overrides)
     planned = make_plan(config).communication[2]
-    first, second = run_ranks(WORKER, 4, overrides=overrides, steps=2)[0]
+    first, second = run_ranks(WORKER, 4, fresh=True, overrides=overrides, steps=2)[0]
     print(f"groups: planned {planned}, sent {first}, then {second}")
     once, once_in_a_group = 4 * count_parameters(config).total * 3 // 4, 4 * count_parameters(config).total // 2
     assert planned.group_bytes_per_step == 3 * once_in_a_group

@@ -1,11 +1,8 @@
-"""One fork server per session, and runs that are killed, damaged and restarted in their own directories."""
+"""Runs that are killed, damaged and restarted in their own directories."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,38 +59,14 @@ class Runs:
 
 
 @pytest.fixture(scope="session")
-def serve(tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str, str]) -> Iterator[Callable[..., Any]]:
-    """`serve(request)` runs ranks in the fork server and returns its answer."""
-    complaints = (tmp_path_factory.mktemp("server") / "stderr").open("w+")
-    server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / "fork_server.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=complaints,
-        env=clean_environment,
-        text=True,
-    )
-
-    def ask(request: dict[str, Any]) -> dict[str, Any]:
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        answer = server.stdout.readline()
-        assert answer, Path(complaints.name).read_text()
-        return json.loads(answer)
-
-    yield ask
-    server.stdin.close()
-    server.wait(60)
-
-
-@pytest.fixture(scope="session")
 def make_run(
     tmp_path_factory: pytest.TempPathFactory, small: list[str], serve: Callable[..., Any]
 ) -> Callable[..., Runs]:
     """`make_run(*overrides, steps=6)`: a fresh run that saves every second step."""
 
     def make(*overrides: str, steps: int = 6) -> Runs:
-        common = [f"run.dir={RUN}", f"run.steps={steps}", "checkpoint.every_steps=2", "validation.every_steps=4"]
+        common = ["run.name=one", f"run.dir={RUN}", f"run.steps={steps}"]
+        common += ["checkpoint.every_steps=2", "validation.every_steps=4"]
         return Runs(tmp_path_factory.mktemp("run"), [*small, *common, *overrides], serve)
 
     return make

@@ -1,8 +1,11 @@
-"""Imports torch and DeepSpeed once, then starts training processes by fork, with faults where a test wants them.
+"""Imports torch and DeepSpeed once, then starts ranks by fork: of a training run, with faults where a test wants them,
+or of a script.
 
-Reads one JSON request a line: {"cwd", "overrides", "ranks", "faults", "log", "patience", "environment"}; answers one
-line: {"codes", "seconds"} of the ranks, a signal as a negative code, None for a rank that had to be killed because it
-was still there `patience` seconds after another had failed. All ranks of a request share one process group.
+Reads one JSON request a line: {"cwd", "overrides", "ranks", "faults", "log", "patience", "environment"}, or for a
+script {"cwd", "script", "arguments", "ranks", "logs"}: the words of `sys.argv` and a log for each rank. Answers one
+line: {"codes", "seconds", "processor"} of the ranks. A signal is a negative code. None stands for a rank that had to be
+killed because it was still there `patience` seconds after another had failed. All ranks of a request share one process
+group.
 
 A fault is {"at", "do"} and conditions; it happens once in a process:
 
@@ -26,15 +29,19 @@ A fault is {"at", "do"} and conditions; it happens once in a process:
 
 from __future__ import annotations
 
+import atexit
 import errno
 import functools
+import gc
 import json
 import math
 import os
 import resource
+import runpy
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -233,12 +240,18 @@ def _raise(error: Exception) -> None:
 
 
 def _child(request: dict[str, Any], rank: int, port: int) -> None:
-    log = os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    path = request["logs"][rank] if "logs" in request else request["log"]
+    log = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.chdir(request["cwd"])
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **request.get("environment", {})}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["ranks"])}
+    if "script" in request:
+        sys.argv = [request["script"], *request["arguments"][rank]]
+        sys.path.insert(0, str(Path(request["script"]).parent))
+        runpy.run_path(request["script"], run_name="__main__")
+        sys.exit()
     faults = Faults(request.get("faults", []), rank)
     faults.install()
     for module in request.get("without", ()):
@@ -251,9 +264,30 @@ def _child(request: dict[str, Any], rank: int, port: int) -> None:
     sys.exit()
 
 
+def _live(request: dict[str, Any], rank: int, port: int) -> None:
+    """A child from its first to its last breath: it ends as an interpreter does, but for taking torch apart object by
+    object, which costs half a second."""
+    code = 1
+    try:
+        _child(request, rank, port)
+    except SystemExit as ended:
+        code = ended.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:  # noqa: BLE001 - printed as an interpreter would
+        sys.excepthook(*sys.exc_info())
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _serve(request: dict[str, Any]) -> dict[str, Any]:
-    started = time.monotonic()
-    cached_compose(tuple(request["overrides"]))
+    started, computed = time.monotonic(), _computed()
+    if "overrides" in request:
+        cached_compose(tuple(request["overrides"]))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -262,7 +296,7 @@ def _serve(request: dict[str, Any]) -> dict[str, Any]:
         pid = os.fork()
         if pid == 0:
             os.setpgid(0, pids[0] if pids else 0)
-            _child(request, rank, port)
+            _live(request, rank, port)
         os.setpgid(pid, pids[0] if pids else pid)
         pids.append(pid)
     codes: dict[int, int | None] = {}
@@ -279,10 +313,20 @@ def _serve(request: dict[str, Any]) -> dict[str, Any]:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         codes[pid] = None
-    return {"codes": [codes[pid] for pid in pids], "seconds": time.monotonic() - started}
+    seconds = {"seconds": time.monotonic() - started, "processor": _computed() - computed}
+    return {"codes": [codes[pid] for pid in pids], **seconds}
+
+
+def _computed() -> float:
+    """Processor seconds of the children that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 if __name__ == "__main__":
+    # Children neither walk through what is imported here when they collect garbage, nor copy its pages.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         answer = _serve(json.loads(line))
         sys.__stdout__.write(json.dumps(answer) + "\n")

@@ -20,8 +20,15 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("variant", ["gqa", "kha_mlp"])
-@pytest.mark.parametrize("layouts", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layouts", "variant"),
+    [
+        pytest.param("1 -> 2 -> 1 ranks, ZeRO 1 -> 3 -> 2", "gqa", marks=pytest.mark.quick),
+        ("1 -> 2 -> 1 ranks, ZeRO 1 -> 3 -> 2", "kha_mlp"),
+        ("2 -> 1 -> 2 ranks, ZeRO 3 -> 2 -> 1", "gqa"),
+        ("2 -> 1 -> 2 ranks, ZeRO 3 -> 2 -> 1", "kha_mlp"),
+    ],
+)
 def test_a_run_that_changes_ranks_and_stage_follows_the_straight_curve(
     layouts: str, variant: str, make_run: Callable, straight: Callable
 ) -> None:

@@ -17,7 +17,7 @@ from kha_train.operate.status import run_status
 from kha_train.record import first_failure, first_failure_line, read_discarded, read_metrics, read_owner
 from kha_train.record.lock import RunLock
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.minutes]
 
 TWO = ("attention=gqa", "engine=zero2")
 

@@ -23,6 +23,8 @@ from kha_train.record import Record
 from kha_train.train.progress import read_state, restore_watch
 from kha_train.train.watch import Watch
 
+pytestmark = pytest.mark.slow
+
 OLD = Path(__file__).parents[1] / "fixtures" / "old_runs" / "runs" / "gqa"
 CHECKPOINT = "checkpoints/step-00000072"
 FILES = ("run.json", "metrics.jsonl", "events.jsonl", "config.yaml")

@@ -10,7 +10,7 @@ import pytest
 
 from kha_train.checkpoint.writer import Stage
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.minutes]
 
 VARIANTS = ("gqa", "kha_mlp", "mea")
 PAIRS = list(itertools.product(VARIANTS, (1, 2, 3)))
@@ -49,6 +49,17 @@ def test_a_run_killed_at_several_stages_of_a_save_equals_one_that_never_was(vari
     column = VARIANTS.index(variant)
     points = [point for row, point in enumerate(POINTS) if (row + column) % 3 == zero - 1]
     killed_at(points, [f"attention={variant}", f"engine=zero{zero}"], make_run, straight, ranks=2)
+
+
+ALONE = {
+    "accumulating": ["engine=zero2", "attention=kha_linear", "engine.micro_batch_size=2"],
+    "bf16": ["engine=zero1", "attention=kha_mlp", "engine.precision=bf16"],
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param("bf16", marks=pytest.mark.quick), "accumulating"])
+def test_a_run_of_one_process_killed_between_steps_equals_one_that_never_was(case, make_run, straight) -> None:
+    killed_at(["step", "step"], ALONE[case], make_run, straight, ranks=1)
 
 
 @pytest.mark.soak

@@ -80,7 +80,7 @@ def _hold_flat(run_ranks, small: list[str], steps: int, warm: int, every: int) -
     tiny = ["model.layers=1", "model.hidden_size=32", "model.seq_len=16", "moe.expert_width=32"]
     overrides = [*small, *tiny, f"run.steps={steps}", "checkpoint.every_steps=20", "validation.every_steps=0"]
     worker = Path(__file__).parent / "leak_worker.py"
-    (samples,) = run_ranks(worker, 1, overrides=overrides, every=every)
+    (samples,) = run_ranks(worker, 1, fresh=True, overrides=overrides, every=every)
     settled = [sample for sample in samples if sample["step"] >= warm]
     assert len(settled) >= 4
     first, last = settled[0], settled[-1]

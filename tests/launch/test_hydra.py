@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SBATCH = '#!/bin/bash\nprintf \'%s\\n\' "$@" > "$FAKE/arguments"\necho 7\n'
 
 
+@pytest.mark.slow
 def test_the_launcher_and_the_command_submit_the_same_points_by_the_same_arguments(tmp_path: Path) -> None:
     grid = ["attention=gqa,kha_mlp", "run.seed=0,1", "run.name='a b'", "data.global_batch_size=12"]
     kha = [sys.executable, "-c", "from kha_train.cli.main import run; run()", "sweep", *grid, "--name=s", "--nodes=3"]
@@ -60,6 +61,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_hydra_takes_and_a_run_would_not_see_ends_with_2_and_the_command_to_type(
     case: str, tmp_path: Path
@@ -73,6 +75,7 @@ def test_what_hydra_takes_and_a_run_would_not_see_ends_with_2_and_the_command_to
     )
 
 
+@pytest.mark.slow
 def test_the_suggested_sweep_trains_every_point(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

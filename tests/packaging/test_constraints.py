@@ -49,7 +49,8 @@ def test_ci_runs_lint_and_tests_and_fails_with_them(tmp_path: Path) -> None:
     make.write_text('#!/bin/sh\necho "$@" >> "$LOG"\ntest "$1" != "$FAILS"\n')
     make.chmod(0o755)
     (tmp_path / "apt-get").symlink_to("/bin/false")  # without it the tests of a real SLURM are skipped, that is all
-    for fails, asked in (("none", ["lint", "test"]), ("test", ["lint", "test"]), ("lint", ["lint"])):
+    targets = ["lint", "test", "test-slow"]
+    for fails, asked in (("none", targets), *((target, targets[: targets.index(target) + 1]) for target in targets)):
         log = tmp_path / fails
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "LOG": str(log), "FAILS": fails}
         ended = subprocess.run([ROOT / ".ci" / "run"], env=environment, check=False)

@@ -89,6 +89,7 @@ def by_torch(config: RunConfig) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_three_files_make_an_optimiser_that_a_run_trains_with(
     follow: Callable[[str], Any], small: list[str], tmp_path: Path
 ) -> None:
@@ -104,6 +105,7 @@ def test_three_files_make_an_optimiser_that_a_run_trains_with(
     assert len(read_metrics(run)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENGINES)
 def test_it_trains_as_torchs_own_and_resumes_bit_for_bit(
     name: str, configure: Callable[..., RunConfig], tmp_path: Path
@@ -129,6 +131,7 @@ def test_it_trains_as_torchs_own_and_resumes_bit_for_bit(
     assert not compare(saved, checkpoint(stopped, STEPS)).tensors
 
 
+@pytest.mark.slow
 def test_its_one_state_is_planned_and_stored(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
     config = configure(f"run.dir={tmp_path / 'run'}", "engine.zero_stage=1")
     total = count_parameters(config).total
@@ -142,6 +145,7 @@ def test_its_one_state_is_planned_and_stored(configure: Callable[..., RunConfig]
     assert 8 * total < sum(path.stat().st_size for path in files) < 8.5 * total
 
 
+@pytest.mark.slow
 def test_states_in_bf16_are_rounded_and_train_nearly_alike(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
     wide, narrow = (
         configure(f"run.dir={tmp_path / dtype}", f"engine.moment_dtype={dtype}") for dtype in ("fp32", "bf16")
@@ -154,6 +158,7 @@ def test_states_in_bf16_are_rounded_and_train_nearly_alike(configure: Callable[.
     assert velocity.any() and torch.equal(velocity, velocity.bfloat16().float())
 
 
+@pytest.mark.slow
 def test_no_run_goes_on_with_the_states_of_another_optimiser_but_a_new_one_takes_its_weights(
     configure: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

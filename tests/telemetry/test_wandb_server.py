@@ -105,6 +105,7 @@ def mirrored(tmp_path: Path, environment: dict[str, str], *overrides: str) -> di
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status, cause", [(401, "401"), (403, "403"), (500, "500"), (0, "")])
 def test_a_server_that_refuses_or_fails_leaves_a_whole_offline_run_and_its_true_cause(
     status: int, cause: str, tmp_path: Path, environment: dict[str, str], wandb_rows
@@ -120,6 +121,7 @@ def test_a_server_that_refuses_or_fails_leaves_a_whole_offline_run_and_its_true_
     assert [row["step"] for row in wandb_rows(file)] == [1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variables, mode",
     [
@@ -149,6 +151,7 @@ def test_what_the_user_asked_wandb_for_is_obeyed_and_nothing_is_sent(
     assert mirror.choose_mode("disabled") == ("disabled", ""), "the configuration wins"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words, mode", [("offline", "offline"), ("disabled", "disabled")])
 def test_wandb_offline_in_the_directory_is_obeyed(
     words: str, mode: str, tmp_path: Path, environment: dict[str, str]
@@ -163,6 +166,7 @@ def test_wandb_offline_in_the_directory_is_obeyed(
     assert (told["mode"], told["warnings"]) == (mode, [])
 
 
+@pytest.mark.slow
 def test_id_directory_and_resuming_are_the_runs_own_and_project_and_entity_the_users(
     tmp_path: Path, environment: dict[str, str], wandb_records
 ) -> None:
@@ -181,6 +185,7 @@ def test_id_directory_and_resuming_are_the_runs_own_and_project_and_entity_the_u
     )
 
 
+@pytest.mark.slow
 def test_a_setting_that_wandb_refuses_is_named_in_the_one_line(tmp_path: Path, environment: dict[str, str]) -> None:
     told = mirrored(tmp_path, environment | {"WANDB_INIT_TIMEOUT": "soon"}, "telemetry.wandb.mode=offline")
     assert told["mode"] == "disabled" and len(told["warnings"]) == 1
@@ -290,6 +295,7 @@ record.close()
 """
 
 
+@pytest.mark.slow
 def test_rows_of_killed_attempts_are_sent_by_the_next_one_each_once(
     tmp_path: Path, environment: dict[str, str], wandb_rows
 ) -> None:

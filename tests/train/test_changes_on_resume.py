@@ -209,6 +209,7 @@ def _curve(run_dir: Path) -> list[tuple[float, float]]:
     return [(line["train/loss"], line["train/grad_norm"]) for line in read_metrics(run_dir)]
 
 
+@pytest.mark.slow
 def test_what_is_declared_without_effect_leaves_every_number_of_training_as_it_is(
     begun: Callable[..., Callable[..., Path]], dataset: Path, tmp_path: Path
 ) -> None:
@@ -226,6 +227,7 @@ def test_what_is_declared_without_effect_leaves_every_number_of_training_as_it_i
     assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_what_is_declared_to_round_changes_the_last_bits_of_a_curve(begun: Callable[..., Callable[..., Path]]) -> None:
     go_on = begun()
     plain = go_on()

@@ -64,6 +64,7 @@ def saved(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["observe", "skip", "rewind", "abort"])
 def test_a_run_that_ends_on_a_step_that_was_not_finite_has_diverged(
     policy: str, configure: Configure, poison: Callable[..., None], tmp_path: Path
@@ -83,6 +84,7 @@ def test_a_run_that_ends_on_a_step_that_was_not_finite_has_diverged(
     assert train(configure(f"stability={policy}")).finished and has_marker(run_dir, Marker.DONE)
 
 
+@pytest.mark.slow
 def test_a_run_that_recovers_by_its_last_step_is_done(
     configure: Configure, poison: Callable[..., None], tmp_path: Path
 ) -> None:
@@ -98,6 +100,7 @@ def test_a_run_of_which_no_step_was_applied_has_diverged(configure: Configure, t
     assert has_marker(tmp_path / "run", Marker.FATAL) and not has_marker(tmp_path / "run", Marker.DONE)
 
 
+@pytest.mark.slow
 def test_a_stop_amid_steps_that_are_not_finite_is_a_stop_and_the_count_goes_on(
     configure: Configure, poison: Callable[..., None], tmp_path: Path
 ) -> None:
@@ -111,6 +114,7 @@ def test_a_stop_amid_steps_that_are_not_finite_is_a_stop_and_the_count_goes_on(
         train(configure("stability.max_nonfinite_steps=3"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_end_that_was_not_finite_is_not_taken_for_a_done_run(
     configure: Configure, poison: Callable[..., None], tmp_path: Path
 ) -> None:

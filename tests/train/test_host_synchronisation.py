@@ -166,6 +166,7 @@ def test_the_record_of_a_step_reads_only_what_has_crossed() -> None:
     assert {"load_LE", "bias_LE"} <= set(routing_metrics.__code__.co_names)
 
 
+@pytest.mark.slow
 def test_a_start_on_a_cpu_imports_no_compiler(small: list[str], clean_environment: dict[str, str]) -> None:
     """torch's compiler takes seconds to import, and nothing here is compiled."""
     program = (

@@ -109,6 +109,7 @@ def test_a_finished_run_ends_at_once_although_its_events_are_gone_too(run_dir: P
     assert content(run_dir) == {**before, "events.jsonl": b""}
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_asked_for_more_is_refused_where_its_checkpoints_are_gone(
     run_dir: Path, again: Train
 ) -> None:
@@ -138,12 +139,14 @@ def test_a_finished_run_with_other_settings_is_refused_and_stays_done(run_dir: P
     assert has_marker(run_dir, Marker.DONE) and not has_marker(run_dir, Marker.FATAL)
 
 
+@pytest.mark.slow
 def test_a_run_with_an_older_checkpoint_left_goes_on_from_it(run_dir: Path, again: Train) -> None:
     shutil.rmtree(run_dir / "checkpoints" / "step-00000006")
     assert again().finished
     assert [attempt["start_step"] for attempt in read_run(run_dir)["attempts"]] == [0, 4]
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_save_starts_from_its_beginning(run_dir: Path, again: Train) -> None:
     remove(run_dir)
     (run_dir / "DONE").unlink()
@@ -154,6 +157,7 @@ def test_a_run_killed_before_its_first_save_starts_from_its_beginning(run_dir: P
     assert [attempt["start_step"] for attempt in read_run(run_dir)["attempts"]] == [0, 0]
 
 
+@pytest.mark.slow
 def test_the_command_that_the_refusal_names_starts_the_run_over(run_dir: Path, again: Train) -> None:
     (run_dir / "DONE").unlink()
     empty(run_dir)

@@ -14,6 +14,7 @@ from kha_train.train.run import train
 STEPS = 3
 
 
+@pytest.mark.slow
 def test_the_record_counts_experts_by_tokens_and_says_how_much_was_padding(padded: list[str], tmp_path: Path) -> None:
     overrides = [*padded, f"run.steps={STEPS}", "data.global_batch_size=4", "engine.micro_batch_size=2"]
     config = compose([*overrides, f"run.dir={tmp_path / 'run'}", "validation.every_steps=2"])
@@ -30,6 +31,7 @@ def test_the_record_counts_experts_by_tokens_and_says_how_much_was_padding(padde
     assert [line["tokens"] for line in lines] == [4 * 64 * step for step in range(1, STEPS + 1)]
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_have_padding_records_none(small: list[str], tmp_path: Path) -> None:
     train(compose([*small, "run.steps=1", f"run.dir={tmp_path / 'run'}"]))
     assert all("data/padding" not in line for line in read_metrics(tmp_path / "run"))

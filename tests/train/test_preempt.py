@@ -60,6 +60,7 @@ def test_a_signal_amid_a_validation_stops_the_run_after_it(
     assert said.count("stopped in good order after step 2") == 1
 
 
+@pytest.mark.slow
 def test_an_outcome_that_does_not_fit_on_the_disk_leaves_the_one_before_and_the_exit_code(
     tmp_path: Path, told: Path, clean_environment: dict[str, str]
 ) -> None:
@@ -76,6 +77,7 @@ def test_an_outcome_that_does_not_fit_on_the_disk_leaves_the_one_before_and_the_
     assert told.read_text() == "training\n"
 
 
+@pytest.mark.slow
 def test_a_second_process_says_that_it_never_owned_the_run_and_leaves_every_marker(
     small: list[str], tmp_path: Path, told: Path, clean_environment: dict[str, str]
 ) -> None:

@@ -22,6 +22,8 @@ from kha_train.record import Marker, read_events, read_metrics, set_marker
 from kha_train.train.rate_change import LARGEST_JUMP, SAME, rate_change, ways
 from kha_train.train.run import train
 
+pytestmark = pytest.mark.slow
+
 Stopped = Callable[..., tuple[Path, Callable[..., None]]]
 OWN = ("owner.json", ".lock", ".ranks")
 LR = 2e-3

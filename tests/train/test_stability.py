@@ -14,7 +14,7 @@ from kha_train.record import read_discarded, read_events, read_metrics
 from kha_train.stability.events import Observation
 from kha_train.stability.monitor import Monitor
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.minutes]
 
 WORKER = Path(__file__).with_name("stability_worker.py")
 ROWS = 8

@@ -14,6 +14,8 @@ import pytest
 from kha_train.record import first_failure_line
 from kha_train.train import watchdog
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import json, sys, time
 from pathlib import Path

@@ -13,6 +13,8 @@ from kha_train.errors import CheckpointError, KhaError, ResumeError
 from kha_train.record import Marker, set_marker
 from kha_train.train.run import train
 
+pytestmark = pytest.mark.slow
+
 ALLOW, BEGIN = "resume.allow_changes", "run.init_from"
 CHANGES = {
     "a rate": ("optim.lr=3e-3", True, True),

@@ -80,6 +80,7 @@ def test_documents_of_one_token_end_the_run_with_4_and_the_reason(
     assert (tmp_path / "run" / "FATAL").exists() and not list(read_metrics(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_the_fix_that_the_error_names_makes_the_run_train(
     data: Callable[..., list[str]], settings: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,6 +98,7 @@ def test_a_validation_set_without_labels_ends_the_run_before_its_first_step(
     assert not list(read_metrics(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_only_the_rows_that_are_scored_count_as_the_validation_set(
     data: Callable[..., list[str]], settings: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +115,7 @@ def test_validation_text_of_control_ids_alone_is_refused_before_the_first_step(
     assert not list(read_metrics(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_one_label_that_stands_for_text_is_enough_wherever_it_is(
     data: Callable[..., list[str]], settings: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +124,7 @@ def test_one_label_that_stands_for_text_is_enough_wherever_it_is(
     assert _end_of([*settings, *data(LONG, mostly_control), "validation.rows=0"], capfd)[0] == 0
 
 
+@pytest.mark.slow
 def test_ids_without_a_table_of_bytes_have_a_loss_and_no_bits_per_byte(
     data: Callable[..., list[str]], settings: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -140,6 +144,7 @@ class BesideOthers(World):
         return values[0] + self.others, *values[1:]
 
 
+@pytest.mark.slow
 def test_a_rank_may_have_no_label_while_the_global_batch_has_some(
     data: Callable[..., list[str]], settings: list[str]
 ) -> None:

@@ -15,6 +15,8 @@ from kha_train.data.format.shards import ShardSet
 from kha_train.data.remote import store as remote
 from kha_train.errors import ConfigError, DataError, MachineError
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("s3fs")
 boto3 = pytest.importorskip("boto3")
 threaded = pytest.importorskip("moto.server")

@@ -393,6 +393,7 @@ def test_reading_through_a_dataset_counts_each_read_once(large: Path, tmp_path: 
     assert wanted == [True, True, False]
 
 
+@pytest.mark.slow
 def test_processes_share_one_cache_and_fetch_each_block_once(large: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(WORKER), str(large), str(tmp_path / "cache"), str(tmp_path / "log")]
     workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]

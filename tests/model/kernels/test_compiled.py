@@ -22,6 +22,9 @@ from kha_train.model.kernels.compiler import SHARED_BYTES, compile_call, residen
 from kha_train.variants.interactions import KERNEL_WIDTHS
 
 pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.slow,
+    pytest.mark.slow,
     pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: it exists for Linux alone"),
     pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1: kernels are not compiled"),
 ]

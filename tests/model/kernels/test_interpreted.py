@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-pytestmark = pytest.mark.skipif(
-    find_spec("triton") is None, reason="triton is not installed: it exists for Linux alone"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.slow,
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: it exists for Linux alone"),
+]
 
 
 def run_interpreted(*arguments: str) -> int:
