@@ -7,20 +7,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from kha_train.bench.protocol import Clock, Ratio, Timing, compare, environment, interleave, plain, shown, timing, told
 from kha_train.config.compose import compose
+from kha_train.config.resolve import Precision, triton_problem
 from kha_train.config.schema import RunConfig
 from kha_train.model.attention.backends import lay_out_documents
 from kha_train.model.attention.base import Attention, RowContext, build_attention
 from kha_train.model.decoder import build_rotary_table
+from kha_train.model.device import DTYPES, device_facts, resolve_on
 from kha_train.model.host import use_tensor_cores
 from kha_train.model.init import initialise, reset_buffers
-from kha_train.model.kernels.availability import missing
 from kha_train.variants.interactions import KERNEL_WIDTHS
 
 VARIANTS = {
@@ -38,6 +39,8 @@ ON_KERNELS = {
     "kha_mlp kernels": ("attention=kha_mlp", "engine.kernels=triton"),
 }
 """Also measured where Triton kernels run: norm and rotation, the perceptron, both."""
+_PRECISIONS: dict[bool, Precision] = {True: "bf16", False: "fp32"}
+"""Measured on CUDA, and on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +67,16 @@ def measure(overrides: Sequence[str], blocks: int, clock: Clock = "wall") -> Mea
     """
     config = compose(overrides)
     cuda = config.engine.device != "cpu" and torch.cuda.is_available()
-    device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
+    device, precision = torch.device("cuda" if cuda else "cpu"), _PRECISIONS[cuda]
+    dtype = DTYPES[precision]
     if cuda:
         use_tensor_cores(dtype)
     batch, tokens, width = config.engine.micro_batch_size, config.model.seq_len, config.model.hidden_size
     x_BTD = torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     rows = _rows(config, batch, tokens, device)
     arms = {
-        name: _pass(_layer(compose([*overrides, *variant]), device, dtype), x_BTD, rows)
-        for name, variant in variants_for(config, device, dtype).items()
+        name: _pass(_layer(compose([*overrides, *variant]), device, precision), x_BTD, rows)
+        for name, variant in variants_for(config, device, precision).items()
     }
     seconds = interleave(arms, blocks=blocks, device=device, clock=clock)
     return Measured(
@@ -87,9 +91,9 @@ def measure(overrides: Sequence[str], blocks: int, clock: Clock = "wall") -> Mea
     )
 
 
-def variants_for(config: RunConfig, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[str, ...]]:
+def variants_for(config: RunConfig, device: torch.device, precision: Precision) -> dict[str, tuple[str, ...]]:
     """The variants that can be measured here: kernels only where they run, and only for supported head sizes."""
-    runs = missing(device, dtype) is None and config.model.head_dim in KERNEL_WIDTHS
+    runs = triton_problem(device_facts(device), precision) is None and config.model.head_dim in KERNEL_WIDTHS
     return VARIANTS | (ON_KERNELS if runs else {})
 
 
@@ -106,10 +110,11 @@ def format_measured(found: Measured) -> str:
     return "\n".join(lines)
 
 
-def _layer(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Attention:
-    layer = build_attention(config)
+def _layer(config: RunConfig, device: torch.device, precision: Precision) -> Attention:
+    engine, data = replace(config.engine, precision=precision), replace(config.data, isolate_documents=False)
+    layer = build_attention(config, resolve_on(replace(config, engine=engine, data=data), device))
     initialise(layer, config.run.seed)
-    return layer.to(device, dtype)
+    return layer.to(device, DTYPES[precision])
 
 
 def _rows(config: RunConfig, batch: int, tokens: int, device: torch.device) -> RowContext:

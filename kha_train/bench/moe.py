@@ -25,11 +25,12 @@ from torch.nn import functional
 from kha_train.bench import protocol
 from kha_train.bench.peers import Adapter, Contender, Implementation, Problem, load_adapters
 from kha_train.config.compose import compose
+from kha_train.config.resolve import precision_on, triton_problem
 from kha_train.config.schema import RunConfig
 from kha_train.engine.building import resolve_dtype
 from kha_train.errors import ConfigError
+from kha_train.model.device import device_facts
 from kha_train.model.init import initialise
-from kha_train.model.kernels import availability
 from kha_train.model.moe.experts import loop
 from kha_train.model.moe.grouped import grouped, grouped_product, place, tile_padding
 from kha_train.model.moe.megablocks import load_kernels, run_kernels
@@ -93,7 +94,7 @@ def implementations(
     """What runs here, by name, with `grouped` first, and why the others are left out."""
     arms: dict[str, Implementation] = {BASE: ours(grouped), "loop": ours(loop), "torch grouped_mm": separate}
     missing: dict[str, str] = {}
-    reason = availability.missing(device, dtype)
+    reason = triton_problem(device_facts(device), precision_on(config, device.type))
     if reason is None:
         arms["grouped, triton"] = ours(partial(grouped, kernels="triton"))
     else:

@@ -38,7 +38,8 @@ from kha_train.engine.contract import Engine
 from kha_train.engine.default import engine_for
 from kha_train.estimate.counts import count_parameters, flops_per_token
 from kha_train.model.attention import measured
-from kha_train.model.attention.choice import announce, choose
+from kha_train.model.attention.choice import announce
+from kha_train.model.device import resolve_on
 from kha_train.model.moe.experts import announce_experts
 from kha_train.record.labels import distinct
 from kha_train.telemetry.throughput import Peak, peak_flops
@@ -140,7 +141,7 @@ def _settled(configs: Mapping[str, RunConfig], device: torch.device) -> dict[str
     """
     found, earlier = {}, ""
     for name, config in configs.items():
-        answer = measured.measure(config, device, resolve_dtype(config, device), earlier)
+        answer = measured.measure(config, device, earlier)
         found[name], _ = measured.settled(config, answer)
         if config.attention.backend == "auto":
             earlier = earlier or found[name].attention.backend
@@ -149,17 +150,17 @@ def _settled(configs: Mapping[str, RunConfig], device: torch.device) -> dict[str
 
 def _ours(config: RunConfig, world: World, left_last: ExitStack) -> Arm:
     before = _allocated(world.device)
-    engine = engine_for(config, world.size)(config, world)
+    resolved = resolve_on(config, world.device)
+    engine = engine_for(config, world.size)(config, world, resolved=resolved)
     left_last.callback(engine.close)
     lr, steps = config.optim.lr * 0.1, itertools.count(1)
 
     def step(batch: Batch) -> None:
         train_step(engine, batch, batch.label_count, lr, observed=is_due(config, next(steps)))
 
-    place = (world.device, engine.dtype)
+    place = (resolved, world.device)
     chosen = [*announce(config, *place), *announce_experts(config, *place)]
-    backend = choose(config, world.device, engine.dtype).name
-    about = {"backend": backend, "chosen": chosen, "config": protocol.config_hash(config)}
+    about = {"backend": resolved.backend.name, "chosen": chosen, "config": protocol.config_hash(config)}
     return Arm(step, config, _allocated(world.device) - before, about)
 
 

@@ -1,5 +1,8 @@
-"""Decides what runs on a device: precision, attention backend, kernels. There is one rule, based on plain facts of the
-device and without torch. The trainer applies it to its own device, `kha plan` to those of `cluster`.
+"""Decides what runs on a device: precision, attention backend, implementations, kernels. There is one rule, based on
+plain facts of the device and without torch.
+
+The trainer applies it once to its own device, reports the answer when the run starts and builds the decoder from it.
+`kha plan` applies it to the devices of `cluster`; decoding uses `resolve_decoding`. Nothing else decides.
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ from typing import Literal, NamedTuple
 
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError, Settings, either
-from kha_train.variants.attention import FoldableOptions, Implementation
+from kha_train.variants.attention import POSITIONS, BaseOptions, Implementation
 from kha_train.variants.backends import TRAITS
 
 Precision = Literal["fp32", "bf16"]
+TURNED_WIDTHS = (16, 32, 64, 128, 256)
+"""Widths of heads that the kernel takes which normalises and turns them."""
 OLDEST_FOR_TRITON = (8, 0)
 """The oldest compute capability that kernels support: the first with bfloat16."""
 MEGABLOCKS_INSTALL = (
@@ -51,10 +56,20 @@ class Choice(NamedTuple):
 
 
 class Resolved(NamedTuple):
-    """What a configuration resolves to on a device. A measurement may replace a backend that `auto` selected."""
+    """What a configuration resolves to on a device: a decoder is built from it. A measurement may replace a backend
+    that `auto` selected.
+
+    `precision` is that of parameters and activations · `backend` computes softmax(QK)V · `interaction` is how heads
+    exchange information · `norm` normalises queries and keys (`triton`: one kernel with their rotation) · `experts` is
+    the expert backend · `expert_kernels` compute around its products.
+    """
 
     precision: Precision
     backend: Choice
+    interaction: Implementation
+    norm: Choice
+    experts: Choice
+    expert_kernels: Choice
 
 
 def interpreted() -> bool:
@@ -85,20 +100,47 @@ def precision_on(config: RunConfig, kind: str) -> Precision:
     return "bf16" if kind == "cuda" else "fp32"
 
 
-def resolve(config: RunConfig, device: Device, precision: Precision | None = None) -> Resolved:
+def decide(config: RunConfig, device: Device) -> Resolved:
+    """What `config` resolves to on `device`, whether or not it can run there. Estimates ask this; code that is about to
+    compute asks `resolve`.
+    """
+    precision = precision_on(config, device.kind)
+    return Resolved(
+        precision,
+        _backend(config, device, precision),
+        implementation(config),
+        _norm(config),
+        Choice(config.moe.backend, "chosen by moe.backend"),
+        _expert_kernels(config),
+    )
+
+
+def resolve(config: RunConfig, device: Device) -> Resolved:
     """What `config` resolves to on `device`. Raises ConfigError when a configured choice cannot run there."""
-    precision = precision or precision_on(config, device.kind)
-    backend = backend_on(config, device, precision)
-    interaction, moe = config.attention.interaction, config.moe
+    resolved = decide(config, device)
+    named, precision, moe = config.attention.backend, resolved.precision, config.moe
+    problem = None if named == "auto" else backend_problem(named, device, precision)
+    if problem:
+        raise ConfigError(
+            problem,
+            field="attention.backend",
+            value=named,
+            fix=either(Settings("attention.backend=sdpa"), Settings("attention.backend=auto")),
+        )
     if config.engine.kernels == "triton":
         require_triton(device, precision)
-    if isinstance(interaction, FoldableOptions) and implementation(config).name == "triton":
+    if resolved.interaction.name == "triton":
         require_triton(device, precision, "attention.interaction.impl", "attention.interaction.impl=auto")
     if moe.backend == "megablocks" and moe.dense_layers < config.model.layers:
         problem = _cuda_problem(device, precision) or device.lacks("megablocks")
         if problem:
             raise megablocks_unavailable(problem)
-    return Resolved(precision, backend)
+    return resolved
+
+
+def decide_plan(config: RunConfig) -> Resolved:
+    """What `config` resolves to on the devices it is planned for, whether or not it can run there."""
+    return decide(config, planned_device(config))
 
 
 def resolve_plan(config: RunConfig) -> Resolved:
@@ -113,27 +155,21 @@ def resolve_plan(config: RunConfig) -> Resolved:
     return resolve(config, planned_device(config))
 
 
-def backend_on(config: RunConfig, device: Device, precision: Precision) -> Choice:
-    """The attention backend. Raises ConfigError when the configured one cannot run on `device`."""
-    name = config.attention.backend
-    if name != "auto":
-        problem = backend_problem(name, device, precision)
-        if problem:
-            raise ConfigError(
-                problem,
-                field="attention.backend",
-                value=name,
-                fix=either(Settings("attention.backend=sdpa"), Settings("attention.backend=auto")),
-            )
-        return Choice(name, "chosen by attention.backend")
-    if config.attention.base.name == "talking_heads":
-        return Choice("eager", "talking_heads mixes scores")
-    if config.attention.positions == "alibi":
-        return Choice("sdpa", "biased scores")
-    if not config.data.isolate_documents:
-        return Choice("sdpa", "rows are not split")
-    problem = backend_problem("varlen", device, precision)
-    return Choice("sdpa", f"varlen {problem}") if problem else Choice("varlen", "documents without a mask")
+def resolve_decoding(config: RunConfig) -> Resolved:
+    """What computes the same function while decoding, in fp32 on every device: an attention backend that supports fewer
+    queries than keys; no fold, whose cost would recur for every token; torch's operators.
+    """
+    base, named, why = config.attention.base, config.attention.backend, "decoding"
+    cached = named if named != "auto" and TRAITS[named].cached else _plain_backend(base)
+    experts = config.moe.backend if config.moe.backend != "megablocks" else "loop"
+    return Resolved(
+        "fp32",
+        Choice(cached, why),
+        Implementation("eager", why),
+        Choice("torch", why),
+        Choice(experts, why),
+        Choice("torch", why),
+    )
 
 
 def backend_problem(name: str, device: Device, precision: Precision) -> str | None:
@@ -182,7 +218,7 @@ def turned_dimensions(config: RunConfig) -> int:
 
     Validation, the rotary table and its shape all use this rule. 0 without rotary embedding.
     """
-    if config.attention.positions != "rope":
+    if not POSITIONS[config.attention.positions].turns:
         return 0
     return round(config.attention.base.rotary_width() * config.model.partial_rotary_factor)
 
@@ -190,8 +226,6 @@ def turned_dimensions(config: RunConfig) -> int:
 def implementation(config: RunConfig) -> Implementation:
     """How the interaction of `config` is computed in forwards of a micro-batch."""
     options, base = config.attention.interaction, config.attention.base
-    if not isinstance(options, FoldableOptions):
-        return Implementation("eager", "it has no other")
     tokens = config.engine.micro_batch_size * config.model.seq_len
     inputs = base.input_widths(config.model.hidden_size)
     return options.implementation(base.heads(), inputs, tokens, config.engine.kernels)
@@ -216,8 +250,16 @@ def invalid_backend(config: RunConfig) -> ConfigError | None:
                 "{} (another experiment: tokens then see earlier documents)",
             ),
         )
-    if not traits.biased and config.attention.positions == "alibi":
-        return _refused(name, "adds no bias to the scores, and attention.positions=alibi")
+    if not traits.biased and POSITIONS[config.attention.positions].bias:
+        return _refused(name, f"adds no bias to the scores, and attention.positions={config.attention.positions}")
+    base = config.attention.base
+    if base.own_scores and not traits.holds_scores:
+        return ConfigError(
+            f"{base.name} works on the scores, which only the formula itself holds",
+            field="attention.backend",
+            value=name,
+            allowed="eager, auto",
+        )
     return None
 
 
@@ -230,6 +272,52 @@ def megablocks_unavailable(reason: str) -> ConfigError:
         allowed="grouped, loop",
         fix=either(Settings("moe.backend=grouped"), f"on a CUDA machine: {MEGABLOCKS_INSTALL}"),
     )
+
+
+def _backend(config: RunConfig, device: Device, precision: Precision) -> Choice:
+    name, base = config.attention.backend, config.attention.base
+    if name != "auto":
+        return Choice(name, "chosen by attention.backend")
+    if base.own_scores:
+        return Choice(_plain_backend(base), f"{base.name} works on the scores")
+    if POSITIONS[config.attention.positions].bias:
+        return Choice("sdpa", "biased scores")
+    if not config.data.isolate_documents:
+        return Choice("sdpa", "rows are not split")
+    problem = backend_problem("varlen", device, precision)
+    return Choice("sdpa", f"varlen {problem}") if problem else Choice("varlen", "documents without a mask")
+
+
+def _plain_backend(base: BaseOptions) -> str:
+    """The backend that runs everywhere."""
+    return "eager" if base.own_scores else "sdpa"
+
+
+def _norm(config: RunConfig) -> Choice:
+    """What normalises queries and keys. The kernel wants a norm of each head, rotary positions, and whole heads of a
+    width that it takes."""
+    if config.engine.kernels != "triton":
+        return Choice("torch", "chosen by engine.kernels")
+    attention, base = config.attention, config.attention.base
+    if attention.qk_norm != "per_head":
+        return Choice("torch", f"attention.qk_norm={attention.qk_norm}")
+    if not POSITIONS[attention.positions].turns:
+        return Choice("torch", f"attention.positions={attention.positions}")
+    if not base.turns_whole_heads:
+        return Choice("torch", f"{base.name} rotates only a part of each head")
+    if base.head_dim not in TURNED_WIDTHS:
+        low, high = TURNED_WIDTHS[0], TURNED_WIDTHS[-1]
+        return Choice("torch", f"the head width {base.head_dim} is not a power of two from {low} to {high}")
+    return Choice("triton", "chosen by engine.kernels")
+
+
+def _expert_kernels(config: RunConfig) -> Choice:
+    """What permutes, activates and combines around the products of the expert backend."""
+    if config.engine.kernels != "triton":
+        return Choice("torch", "chosen by engine.kernels")
+    if config.moe.backend != "grouped":
+        return Choice("torch", f"for grouped, not {config.moe.backend}")
+    return Choice("triton", "chosen by engine.kernels")
 
 
 def _cuda_problem(device: Device, precision: Precision) -> str | None:

@@ -13,7 +13,7 @@ from kha_train.config.resolve import invalid_backend, turned_dimensions
 from kha_train.config.schema import RunConfig
 from kha_train.config.urls import refuse_credentials_in
 from kha_train.errors import ConfigError, Settings, either
-from kha_train.variants.attention import Partners
+from kha_train.variants.attention import POSITIONS, Partners
 from kha_train.variants.registry import engines
 from kha_train.variants.task import invalid_tasks
 
@@ -124,7 +124,7 @@ def _shares(config: RunConfig) -> None:
 
 def _attention(config: RunConfig) -> None:
     attention, base, interaction = config.attention, config.attention.base, config.attention.interaction
-    partners = Partners(attention.qk_norm, attention.positions, attention.backend, config.model.seq_len)
+    partners = Partners(attention.qk_norm, attention.positions, config.model.seq_len)
     problem = base.invalid() or interaction.invalid() or base.conflict(partners) or invalid_backend(config)
     problem = problem or _without_identity(config)
     if problem:
@@ -272,7 +272,8 @@ def _rotary(config: RunConfig) -> None:
     acts on.
     """
     factor, base = config.model.partial_rotary_factor, config.attention.base
-    if not 0 < factor <= 1 and config.attention.positions != "rope":
+    turns = POSITIONS[config.attention.positions].turns
+    if not 0 < factor <= 1 and not turns:
         raise ConfigError(
             "must be a share",
             field="model.partial_rotary_factor",
@@ -282,7 +283,7 @@ def _rotary(config: RunConfig) -> None:
         )
     width, turned = base.rotary_width(), turned_dimensions(config)
     exact = math.isclose(turned, width * factor, rel_tol=1e-9)
-    if config.attention.positions != "rope" or (exact and turned % 2 == 0 and 2 <= turned <= width):
+    if not turns or (exact and turned % 2 == 0 and 2 <= turned <= width):
         return
     name, value = base.rotary_setting(max(width + width % 2, 2))
     section = "model" if name == "head_dim" and config.model.head_dim == base.head_dim else "attention.base"

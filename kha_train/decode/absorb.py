@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kha_train.config.resolve import implementation
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
 from kha_train.model.attention.base import Attention
@@ -47,7 +48,7 @@ def absorb(decoder: Decoder) -> Decoder:
         if isinstance(module, Attention):
             state |= folded_weights(prefix, module)
     with torch.device("meta"):
-        plain = build_decoder(config)
+        plain = build_decoder(config, decoder.resolved._replace(interaction=implementation(config)))
     reset_buffers(plain, decoder.embedding.weight.device)
     wanted = plain.state_dict().keys()
     plain.load_state_dict({name: value for name, value in state.items() if name in wanted}, assign=True)

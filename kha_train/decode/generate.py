@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from kha_train.checkpoint.fit import check_buffers, check_parameters
 from kha_train.checkpoint.loss import check_not_lost
 from kha_train.checkpoint.reader import Checkpoint, find_newest
 from kha_train.config.compose import load
+from kha_train.config.resolve import resolve_decoding
 from kha_train.config.schema import RunConfig
 from kha_train.data.sources import open_shards
 from kha_train.data.tokenizer import Tokenizer
@@ -27,7 +28,6 @@ from kha_train.errors import ConfigError, DivergedError, between
 from kha_train.model.attention.cache import Cache
 from kha_train.model.decoder import Decoder, build_decoder
 from kha_train.model.init import initial_values, reset_buffers
-from kha_train.variants.attention import FoldableOptions
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def load_run(run_dir: Path, report: Callable[[str], None], device: torch.device 
 
     Raises ConfigError (no run, no checkpoint), CheckpointError or DataError (damaged or lost files).
     """
-    config = decoding_config(load(run_dir / "config.yaml"))
+    config = load(run_dir / "config.yaml")
     check_not_lost(run_dir)
     checkpoint = find_newest(run_dir, World.single(), report)
     if checkpoint is None:
@@ -82,20 +82,6 @@ def load_run(run_dir: Path, report: Callable[[str], None], device: torch.device 
     if absorbed_config(config) is not None:
         decoder = absorb(decoder)
     return TrainedModel(decoder.config, decoder.eval(), checkpoint.step, _tokenizer(config))
-
-
-def decoding_config(config: RunConfig) -> RunConfig:
-    """The same function, configured for decoding: an attention backend that supports fewer queries than keys; no fold,
-    whose cost would recur for every token; torch's operators, and experts that run on every device.
-    """
-    attention, moe = config.attention, config.moe
-    if moe.backend == "megablocks":
-        moe = replace(moe, backend="loop")
-    if attention.backend not in ("eager", "sdpa"):
-        attention = replace(attention, backend="sdpa" if attention.base.name != "talking_heads" else "eager")
-    if isinstance(attention.interaction, FoldableOptions):
-        attention = replace(attention, interaction=replace(attention.interaction, impl="eager"))
-    return replace(config, attention=attention, moe=moe, engine=replace(config.engine, kernels="torch"))
 
 
 @torch.no_grad()
@@ -168,7 +154,7 @@ def encode_prompt(model: TrainedModel, text: str, ids: list[int], rows: int) -> 
 
 def _materialise(config: RunConfig, checkpoint: Checkpoint, device: torch.device) -> Decoder:
     with torch.device("meta"):
-        decoder = build_decoder(config)
+        decoder = build_decoder(config, resolve_decoding(config))
     shapes = {name: tuple(value.shape) for name, value in decoder.named_parameters()}
     check_parameters(checkpoint, shapes)
     check_buffers(checkpoint, {name: tuple(buffer.shape) for name, buffer in _persistent_buffers(decoder)})

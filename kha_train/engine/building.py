@@ -11,11 +11,12 @@ from types import FunctionType
 import torch
 from torch import Tensor, nn
 
-from kha_train.config.resolve import precision_on
+from kha_train.config.resolve import Resolved, precision_on
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import World
 from kha_train.engine.contract import Changed, Fragment, InitialValue
 from kha_train.model.decoder import Decoder, DecoderOutput, build_decoder
+from kha_train.model.device import DTYPES
 from kha_train.model.host import spare_the_compiler, use_tensor_cores
 from kha_train.model.init import initial_value, initial_values, interaction_identities, reset_buffers
 from kha_train.optim import ShareOptimizer
@@ -30,7 +31,7 @@ add those of training once more. torch's own limit is 8.
 
 def resolve_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     """The dtype of parameters and activations on `device`, see `precision_on`."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision_on(config, device.type)]
+    return DTYPES[precision_on(config, device.type)]
 
 
 def prepare_device(world: World, dtype: torch.dtype) -> None:
@@ -41,19 +42,19 @@ def prepare_device(world: World, dtype: torch.dtype) -> None:
 
 def materialise(
     config: RunConfig,
+    resolved: Resolved,
     world: World,
-    dtype: torch.dtype,
     initial: InitialValue,
     keep: Callable[[nn.Parameter], None] = lambda parameter: None,
 ) -> tuple[Decoder, dict[str, tuple[int, ...]]]:
-    """The decoder in `dtype` on the device of `world`, and the global shape of each of its parameters by name.
+    """The decoder on the device of `world`, as `resolved` says, and the global shape of each of its parameters by name.
 
     It is built on `meta` and filled one parameter at a time. Each is passed to `keep`, which may free a part of it, so
     that no rank holds the whole model in fp32. Buffers stay fp32. Collective.
     """
     with torch.device("meta"):
-        decoder = build_decoder(config)
-    shapes = {}
+        decoder = build_decoder(config, resolved)
+    shapes, dtype = {}, DTYPES[resolved.precision]
     for module, name, full_name, default in list(initial_values(decoder, config.run.seed)):
         # An engine may shard each parameter by a collective: an unreadable one must not leave a rank waiting.
         with world.agreed(f"make {full_name}"):

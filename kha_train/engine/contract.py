@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kha_train.config.resolve import Resolved
 from kha_train.config.schema import RunConfig
 from kha_train.data.rows.batch import Batch
 from kha_train.distributed import World
@@ -65,8 +66,14 @@ class Engine(Protocol):
     decoder: Decoder
     """The module itself. Its parameters may be empty between calls (ZeRO 3): read values from `fragments`."""
 
-    def __init__(self, config: RunConfig, world: World, initial: InitialValue = seeded) -> None:
-        """Build the decoder with the values of `initial`, and zero optimiser states. Collective."""
+    def __init__(
+        self, config: RunConfig, world: World, initial: InitialValue = seeded, resolved: Resolved | None = None
+    ) -> None:
+        """Build the decoder with the values of `initial`, and zero optimiser states. Collective.
+
+        `resolved` says what computes it on the device of `world`; without it, `config` is resolved there. Raises as
+        `resolve`.
+        """
         ...
 
     @staticmethod

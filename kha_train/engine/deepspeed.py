@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kha_train.config.resolve import Resolved
 from kha_train.config.schema import RunConfig
 from kha_train.data.rows.batch import Batch
 from kha_train.distributed import World, stop
@@ -37,7 +38,6 @@ from kha_train.engine.building import (
     moment_dtype,
     persistent_buffers,
     prepare_device,
-    resolve_dtype,
     scaled_loss,
     share_identities,
     spare_optimizers_the_compiler,
@@ -48,6 +48,7 @@ from kha_train.engine.settings import deepspeed_settings as _settings
 from kha_train.engine.zero_state import owned_gradients, partitioned_fragments, replicated_fragments
 from kha_train.errors import ConfigError
 from kha_train.model.decoder import DecoderOutput
+from kha_train.model.device import DTYPES, resolve_on
 from kha_train.model.host import inputs_of
 from kha_train.optim import ShareOptimizer
 
@@ -57,9 +58,12 @@ INVALID_NORM = -1.0
 class Engine:
     """A decoder under ZeRO, see `contract.Engine`. `decoder` is partitioned under ZeRO 3."""
 
-    def __init__(self, config: RunConfig, world: World, initial: InitialValue = seeded) -> None:
+    def __init__(
+        self, config: RunConfig, world: World, initial: InitialValue = seeded, resolved: Resolved | None = None
+    ) -> None:
         self.config, self.world = config, world
-        self.dtype = resolve_dtype(config, world.device)
+        resolved = resolved or resolve_on(config, world.device)
+        self.dtype = DTYPES[resolved.precision]
         prepare_device(world, self.dtype)
         self._deepspeed = _import_deepspeed(world.device)
         backend = "nccl" if world.device.type == "cuda" else "gloo"
@@ -73,7 +77,7 @@ class Engine:
 
         # BF16_Optimizer prints its memory use while it is built.
         with redirect_stdout(io.StringIO()), _patient_groups(config.engine.collective_timeout_seconds):
-            self.decoder, self.shapes = materialise(config, world, self.dtype, initial, keep)
+            self.decoder, self.shapes = materialise(config, resolved, world, initial, keep)
             stepper = build_optimizer(config, self.decoder, self.decoder.named_parameters(), self.shapes)
             self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
                 model=self.decoder, optimizer=stepper, config=settings, dist_init_required=False

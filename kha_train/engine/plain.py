@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from kha_train.config.resolve import Resolved
 from kha_train.config.schema import RunConfig
 from kha_train.data.rows.batch import Batch
 from kha_train.distributed import World, stop
@@ -22,7 +23,6 @@ from kha_train.engine.building import (
     moment_dtype,
     persistent_buffers,
     prepare_device,
-    resolve_dtype,
     scaled_loss,
     share_identities,
     spare_optimizers_the_compiler,
@@ -31,19 +31,23 @@ from kha_train.engine.building import (
 from kha_train.engine.contract import Changed, Fragment, InitialValue, seeded
 from kha_train.errors import ConfigError, Settings
 from kha_train.model.decoder import DecoderOutput
+from kha_train.model.device import DTYPES, resolve_on
 from kha_train.model.host import inputs_of
 
 
 class Engine:
     """A decoder in one process, see `contract.Engine`. `engine.zero_stage` and bucket sizes have no effect here."""
 
-    def __init__(self, config: RunConfig, world: World, initial: InitialValue = seeded) -> None:
+    def __init__(
+        self, config: RunConfig, world: World, initial: InitialValue = seeded, resolved: Resolved | None = None
+    ) -> None:
         assert world.size == 1, "the plain engine runs in one process"
         self.config, self.world = config, world
-        self.dtype = resolve_dtype(config, world.device)
+        resolved = resolved or resolve_on(config, world.device)
+        self.dtype = DTYPES[resolved.precision]
         prepare_device(world, self.dtype)
         spare_optimizers_the_compiler()
-        self.decoder, self.shapes = materialise(config, world, self.dtype, initial)
+        self.decoder, self.shapes = materialise(config, resolved, world, initial)
         self._norm: Tensor | None = None
         self._masters = {
             name: nn.Parameter(parameter.detach().flatten().to(torch.float32, copy=True))

@@ -6,9 +6,9 @@ keeps its input and the normalised input; a fused kernel keeps less). A rotation
 
 from __future__ import annotations
 
-from kha_train.config.resolve import backend_on, implementation, planned_device, precision_on
+from kha_train.config.resolve import decide_plan, planned_device
 from kha_train.config.schema import RunConfig
-from kha_train.variants.attention import FoldableOptions
+from kha_train.variants.attention import POSITIONS, FoldableOptions
 from kha_train.variants.backends import TRAITS
 
 
@@ -18,7 +18,7 @@ def attention_activations(config: RunConfig, width: int) -> int:
     """
     base, interaction = config.attention.base, config.attention.interaction
     own = base.saved_numbers(config.attention.qk_norm)
-    return own + interaction.saved_numbers(base.heads(), implementation(config)) + _kernel(config, width)
+    return own + interaction.saved_numbers(base.heads(), decide_plan(config).interaction) + _kernel(config, width)
 
 
 def kept_block_numbers(config: RunConfig, width: int) -> tuple[int, int]:
@@ -47,13 +47,13 @@ def kept_block_numbers(config: RunConfig, width: int) -> tuple[int, int]:
 def folded_bytes(config: RunConfig, width: int) -> int:
     """Bytes of the folded weights that a layer makes: in fp32 and in the training dtype."""
     interaction, base = config.attention.interaction, config.attention.base
-    if not isinstance(interaction, FoldableOptions) or not implementation(config).folded:
+    if not isinstance(interaction, FoldableOptions) or not decide_plan(config).interaction.folded:
         return 0
     return (4 + width) * interaction.folded_numbers(base.heads(), base.input_widths(config.model.hidden_size))
 
 
 def shared_mask_bytes(config: RunConfig) -> int:
-    """Bytes per token of ALiBi's fp32 mask, which all layers share."""
+    """Bytes per token of the fp32 mask of biased scores, which all layers share."""
     return 4 * config.attention.base.query_heads * config.model.seq_len if _biased(config) else 0
 
 
@@ -87,18 +87,17 @@ def _falls_back(config: RunConfig) -> bool:
     heads = config.attention.base.heads()
     if heads.latent and planned_device(config).kind == "cpu":
         return True
-    strided = config.attention.interaction.strides_values() and not implementation(config).folded
+    strided = config.attention.interaction.strides_values() and not decide_plan(config).interaction.folded
     return strided and not _masked(config)
 
 
 def _backend(config: RunConfig) -> str:
     """The backend behind `attention.backend` on the planned device."""
-    device = planned_device(config)
-    return backend_on(config, device, precision_on(config, device.kind)).name
+    return decide_plan(config).backend.name
 
 
 def _biased(config: RunConfig) -> bool:
-    return config.attention.positions == "alibi"
+    return POSITIONS[config.attention.positions].bias
 
 
 def _masked(config: RunConfig) -> bool:

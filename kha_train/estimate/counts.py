@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kha_train.config.schema import RunConfig
+from kha_train.variants.attention import POSITIONS
 
 TRAINING_FACTOR = 3
 """A backward costs two forwards: one product for the gradient of each factor."""
@@ -129,7 +130,7 @@ def moe_layers(config: RunConfig) -> int:
 
 
 def _learned_positions(config: RunConfig) -> int:
-    return config.model.seq_len if config.attention.positions == "learned" else 0
+    return config.model.seq_len if POSITIONS[config.attention.positions].embedding else 0
 
 
 def _expert_parameters(config: RunConfig) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 
-from kha_train.config.resolve import planned_device, precision_on
+from kha_train.config.resolve import decide_plan, planned_device
 from kha_train.config.schema import RunConfig
 from kha_train.estimate.activations import attention_activations, folded_bytes, kept_block_numbers, shared_mask_bytes
 from kha_train.estimate.counts import count_parameters, moe_layers
@@ -48,7 +48,7 @@ class MemoryPlan:
 
 def uses_bf16(config: RunConfig) -> bool:
     """Whether the training dtype is bf16 on the planned device."""
-    return precision_on(config, planned_device(config).kind) == "bf16"
+    return decide_plan(config).precision == "bf16"
 
 
 def micro_batches(config: RunConfig) -> int:

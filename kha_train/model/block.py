@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from kha_train.config.resolve import Resolved
 from kha_train.config.schema import RunConfig
 from kha_train.metric import Metric
 from kha_train.model.attention.base import RowContext, build_attention
@@ -43,13 +44,15 @@ class Block(nn.Module):
     `moe.dense_layers`.
     """
 
-    def __init__(self, config: RunConfig, layer: int) -> None:
+    def __init__(self, config: RunConfig, resolved: Resolved, layer: int) -> None:
         super().__init__()
         self.attention_norm = RmsNorm(config.model.hidden_size, config.model.norm_eps)
-        self.attention = build_attention(config)
+        self.attention = build_attention(config, resolved)
         self.feed_forward_norm = RmsNorm(config.model.hidden_size, config.model.norm_eps)
         self.has_experts = layer >= config.moe.dense_layers
-        self.feed_forward = MoeLayer(config, layer) if self.has_experts else SwiGlu(config, config.moe.dense_width)
+        self.feed_forward = (
+            MoeLayer(config, resolved, layer) if self.has_experts else SwiGlu(config, config.moe.dense_width)
+        )
         self.metrics = (ACTIVATION_RMS,) if config.telemetry.layer_statistics_every else ()
 
     def forward(

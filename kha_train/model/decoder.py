@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kha_train.config.resolve import turned_dimensions
+from kha_train.config.resolve import Resolved, decide, resolve_decoding, turned_dimensions
 from kha_train.config.schema import RunConfig
 from kha_train.model.attention.backends import alibi_slopes, lay_out_cached, lay_out_documents
 from kha_train.model.attention.base import RowContext
 from kha_train.model.attention.cache import Cache
-from kha_train.model.attention.choice import needs_mask
 from kha_train.model.block import Block, BlockStats
+from kha_train.model.device import device_facts, resolve_on
 from kha_train.model.host import to_device
 from kha_train.model.init import DeclaredModule, Normal, initialise
 from kha_train.model.loss import TokenScores, chunked_cross_entropy, chunked_token_scores
@@ -28,6 +28,8 @@ from kha_train.model.norm import RmsNorm
 from kha_train.model.observed import Report, Values, declared_metrics
 from kha_train.model.recompute import runner
 from kha_train.model.rope import RotaryTable
+from kha_train.variants.attention import POSITIONS
+from kha_train.variants.backends import TRAITS
 
 
 class AuxiliaryLosses(NamedTuple):
@@ -66,7 +68,7 @@ class Embedding(DeclaredModule):
         super().__init__()
         shape = (config.model.vocab_size, config.model.hidden_size)
         self.declare_parameter("weight", shape, Normal(config.model.init_std))
-        self.learns_positions = config.attention.positions == "learned"
+        self.learns_positions = POSITIONS[config.attention.positions].embedding
         if self.learns_positions:
             places = (config.model.seq_len, config.model.hidden_size)
             self.declare_parameter("positions", places, Normal(config.model.init_std))
@@ -103,15 +105,17 @@ class Head(DeclaredModule):
 
 
 class Decoder(nn.Module):
-    """A stack of blocks between an embedding and a head. Build it with `build_decoder`."""
+    """A stack of blocks between an embedding and a head, computed as `resolved` says. Build it with `build_decoder`."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, resolved: Resolved) -> None:
         super().__init__()
-        self.config = config
-        model = config.model
+        self.config, self.resolved = config, resolved
+        model, base = config.model, config.attention.base
+        self._masked = not TRAITS[resolved.backend.name].packed
+        self._slopes = alibi_slopes(base.query_heads) if POSITIONS[config.attention.positions].bias else None
         self.embedding = Embedding(config)
         self.rotary = build_rotary_table(config)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(model.layers))
+        self.blocks = nn.ModuleList(Block(config, resolved, layer) for layer in range(model.layers))
         self.norm = RmsNorm(model.hidden_size, model.norm_eps)
         self.head = Head(config)
         self._run = runner(config)
@@ -188,13 +192,12 @@ class Decoder(nn.Module):
         cache: Cache | None,
     ) -> RowContext:
         device, slopes_H = positions_BT.device, None
-        if self.config.attention.positions == "alibi":
-            slopes_H = to_device(torch.tensor(alibi_slopes(self.config.attention.base.query_heads)), device)
+        if self._slopes is not None:
+            slopes_H = to_device(torch.tensor(self._slopes), device)
         rotary = None if self.rotary is None else self.rotary(positions_BT)
         if cache is not None:
             return RowContext(rotary, lay_out_cached(tokens, cache.seen, device, slopes_H), cache)
-        masked = needs_mask(self.config, device, self.embedding.weight.dtype)
-        documents = lay_out_documents(batch, tokens, device, cu_seqlens_S, max_seqlen, slopes_H, masked)
+        documents = lay_out_documents(batch, tokens, device, cu_seqlens_S, max_seqlen, slopes_H, self._masked)
         return RowContext(rotary, documents)
 
     def _values(self, stats: list[BlockStats]) -> Values:
@@ -248,13 +251,27 @@ def build_rotary_table(config: RunConfig) -> RotaryTable | None:
     return RotaryTable(config.model.seq_len, turned, config.model.rope_theta) if turned else None
 
 
-def build_decoder(config: RunConfig) -> Decoder:
+def lay_out_decoder(config: RunConfig) -> Decoder:
+    """The decoder of `config` on `meta`, for the names and shapes of what it holds: nothing is allocated, and no device
+    is asked about.
+    """
+    with torch.device("meta"):
+        return build_decoder(config, resolve_decoding(config))
+
+
+def build_decoder(config: RunConfig, resolved: Resolved | None = None) -> Decoder:
     """The decoder of `config` on torch's current device. On `meta` nothing is allocated; elsewhere it is initialised
     from `run.seed` (see `init.py`).
 
-    Raises ConfigError when the expert backend does not support a size.
+    `resolved` says what computes it on the device where it will run; by default that is torch's current device, and on
+    `meta` a CPU. Raises ConfigError when the expert backend does not support a size, and, but on `meta`, as `resolve`.
     """
-    decoder = Decoder(config)
+    decoder = Decoder(config, resolved or _resolved_by_default(config, torch.get_default_device()))
     if decoder.embedding.weight.device.type != "meta":
         initialise(decoder, config.run.seed)
     return decoder
+
+
+def _resolved_by_default(config: RunConfig, device: torch.device) -> Resolved:
+    # Where nothing is computed nothing is refused: whoever wants names and shapes need not have the device.
+    return decide(config, device_facts(device)) if device.type == "meta" else resolve_on(config, device)

@@ -1,20 +1,29 @@
-"""Plain facts about the device a process trains on, for `config.resolve`."""
+"""Plain facts about the device a process computes on, for `config.resolve`, and what runs there."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from kha_train.config.resolve import Device
+from kha_train.config.resolve import Device, Precision, Resolved, interpreted, lacks_here, resolve
+from kha_train.config.schema import RunConfig
 from kha_train.model.attention.backends import flash_attn_problem
-from kha_train.model.kernels import availability
 from kha_train.model.moe.megablocks import missing_packages
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""The dtype of parameters and activations."""
+
+
+def resolve_on(config: RunConfig, device: torch.device) -> Resolved:
+    """What `config` resolves to on `device` of this machine. Raises as `resolve`."""
+    return resolve(config, device_facts(device))
 
 
 def device_facts(device: torch.device) -> Device:
     """The facts of `device` and of the installed packages."""
-    return replace(availability.device_facts(device), lacks=lacks)
+    if device.type != "cuda":
+        return Device("cpu", interpreted=interpreted(), lacks=lacks)
+    capability = torch.cuda.get_device_capability(device)
+    return Device("cuda", capability, torch.version.hip is None, interpreted(), lacks)
 
 
 def lacks(package: str) -> str | None:
@@ -24,4 +33,4 @@ def lacks(package: str) -> str | None:
     if package == "megablocks":
         names = missing_packages()
         return f"not installed: {', '.join(names)}" if names else None
-    return availability.lacks(package)
+    return lacks_here(package)

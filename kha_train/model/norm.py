@@ -7,9 +7,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kha_train.config.resolve import Resolved
 from kha_train.config.schema import RunConfig
 from kha_train.model.init import Constant, DeclaredModule
-from kha_train.model.kernels.norm_rotate import WIDEST, norm_rotate, takes
+from kha_train.model.kernels.norm_rotate import norm_rotate
 from kha_train.model.rope import Rotary
 
 
@@ -44,38 +45,18 @@ class TurningNorm(_Gain):
     """RMSNorm of every head followed by its rotation, in one kernel."""
 
     def forward(self, x_BTHK: Tensor, rotary: Rotary) -> Tensor:
-        """[B, T, H, K] -> [B, T, H, K], normalised over K and rotated by the token's angles. Raises as
-        `norm_rotate`.
-        """
+        """[B, T, H, K] -> [B, T, H, K], normalised over K and rotated by the token's angles."""
         turned_BTHK: Tensor = norm_rotate(x_BTHK, self.weight, rotary.cos_BTR, rotary.sin_BTR, self.eps)
         return turned_BTHK
 
 
-def norm_turns(config: RunConfig) -> bool:
-    """Whether one kernel computes the norm of queries and keys together with their rotation."""
-    return config.engine.kernels == "triton" and why_norm_stays(config) is None
-
-
-def why_norm_stays(config: RunConfig) -> str | None:
-    """Why the norm of queries and keys is not one kernel with their rotation under `engine.kernels: triton`, or None.
-    The kernel needs a norm of each head, rotary positions, and whole heads of a supported width.
+def build_turning_norm(config: RunConfig, resolved: Resolved, heads: int, head_dim: int) -> nn.Module:
+    """The norm of queries or keys that are rotated as whole heads, for `RowContext.norm_and_turn`. `resolved` decides
+    whether it is one kernel with the rotation.
     """
-    section = config.attention
-    if section.qk_norm != "per_head":
-        return f"attention.qk_norm={section.qk_norm}"
-    if section.positions != "rope":
-        return f"attention.positions={section.positions}"
-    if not section.base.turns_whole_heads:
-        return f"{section.base.name} rotates only a part of each head"
-    width = section.base.head_dim
-    return None if takes(width) else f"the head width {width} is not a power of two from 16 to {WIDEST}"
-
-
-def build_turning_norm(config: RunConfig, heads: int, head_dim: int) -> nn.Module:
-    """The norm of queries or keys that are rotated as whole heads, for `RowContext.norm_and_turn`."""
-    return (
-        TurningNorm(head_dim, config.model.norm_eps) if norm_turns(config) else build_qk_norm(config, heads, head_dim)
-    )
+    if resolved.norm.name == "triton":
+        return TurningNorm(head_dim, config.model.norm_eps)
+    return build_qk_norm(config, heads, head_dim)
 
 
 def build_qk_norm(config: RunConfig, heads: int, head_dim: int) -> nn.Module:

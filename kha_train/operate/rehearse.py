@@ -27,22 +27,21 @@ import torch.distributed as dist
 from kha_train.checkpoint.layout import FOLDER, candidates
 from kha_train.checkpoint.reader import Checkpoint, check_sizes, directory_of
 from kha_train.config.compose import shipped
-from kha_train.config.resolve import resolve, resolve_plan
+from kha_train.config.resolve import resolve_plan
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate_batch
 from kha_train.data.sampling.skipping import merged, numbers_past
 from kha_train.data.sources import without_labels
 from kha_train.data.stream import open_stream
 from kha_train.distributed import TORCHRUN, World
-from kha_train.engine.building import resolve_dtype
 from kha_train.engine.default import engine_for
 from kha_train.errors import ConfigError, DataError
 from kha_train.estimate.counts import count_parameters
 from kha_train.estimate.long_step import long_step_warning
 from kha_train.estimate.memory import GIB, plan_memory
 from kha_train.evaluate.opening import content_ids, open_tasks
-from kha_train.model.decoder import build_decoder
-from kha_train.model.device import device_facts
+from kha_train.model.decoder import lay_out_decoder
+from kha_train.model.device import DTYPES, resolve_on
 from kha_train.train import resume
 from kha_train.train.branch import Branch
 from kha_train.train.step import train_step
@@ -145,8 +144,7 @@ def _branch(config: RunConfig, content_id: str) -> dict[str, Any] | None:
 
 def _count_tensors(config: RunConfig) -> int:
     """Lay the decoder out on `meta` and check its parameter count against the accounting."""
-    with torch.device("meta"):
-        decoder = build_decoder(config)
+    decoder = lay_out_decoder(config)
     held = sum(parameter.numel() for parameter in decoder.parameters())
     assert held == count_parameters(config).total, (
         f"the module has {held:,} parameters, but the accounting has another number"
@@ -183,7 +181,7 @@ def _rank_zero(config: RunConfig, world_size: int, labels: int) -> dict[str, Any
     if need > have / 2:
         return {"built": False, "why": f"needs about {need / GIB:.0f} GiB, {have / GIB:.0f} GiB are free here"}
     try:
-        resolve(config, device_facts(torch.device("cpu")))
+        resolved = resolve_on(config, torch.device("cpu"))
     except ConfigError as error:
         return {"built": False, "why": f"runs on the job's devices but not on this CPU: {error}"}
     # More micro-batches would show nothing new; the time of the whole step follows from these.
@@ -192,7 +190,7 @@ def _rank_zero(config: RunConfig, world_size: int, labels: int) -> dict[str, Any
     config = replace(config, data=replace(config.data, global_batch_size=some))
     engine_class = engine_for(config, world_size)
     with _fake_world(world_size) as world:
-        engine = engine_class(config, world)
+        engine = engine_class(config, world, resolved=resolved)
         batch = next(open_stream(config, 0, world_size))
         batch.step_tokens = batch.token_count * world_size
         started = time.perf_counter()
@@ -203,7 +201,7 @@ def _rank_zero(config: RunConfig, world_size: int, labels: int) -> dict[str, Any
         engine_class.leave_world()
     return {
         "built": True,
-        "dtype": str(resolve_dtype(config, world.device)).removeprefix("torch."),
+        "dtype": str(DTYPES[resolved.precision]).removeprefix("torch."),
         "step_seconds_here": seconds,
         "pieces": len(pieces),
         "checkpoint_bytes": sum(piece.values.nbytes for piece in pieces),

@@ -31,7 +31,7 @@ from kha_train.engine.contract import Engine
 from kha_train.errors import ConfigError, KhaError, ResumeError, Settings, either
 from kha_train.foreign.documents import Json
 from kha_train.model.attention.base import Attention
-from kha_train.model.decoder import build_decoder
+from kha_train.model.decoder import lay_out_decoder
 from kha_train.model.init import DeclaredModule, initial_values, interaction_identities
 from kha_train.record import read_run
 from kha_train.record.schema import Parent
@@ -148,8 +148,7 @@ class _Absorbing:
     layer is held at a time; `names` are the weights that change."""
 
     def __init__(self, parent: RunConfig, checkpoint: Checkpoint) -> None:
-        with torch.device("meta"):
-            decoder = build_decoder(parent)
+        decoder = lay_out_decoder(parent)
         self._checkpoint = checkpoint
         self._owners: dict[str, tuple[str, Attention]] = {}
         for prefix, module in decoder.named_modules():
@@ -312,8 +311,7 @@ def _parameters(config: RunConfig, checkpoint: Checkpoint, kind: Kind) -> tuple[
 
 def _check_identity(config: RunConfig, names: list[str]) -> None:
     """Raises ResumeError unless the parameters `names` of the model leave heads as they are."""
-    with torch.device("meta"):
-        decoder = build_decoder(config)
+    decoder = lay_out_decoder(config)
     identities = interaction_identities(decoder)
     for module, local, name, draw in initial_values(decoder, config.run.seed):
         if name not in names:

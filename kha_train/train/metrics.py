@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from kha_train.config.schema import RunConfig
 from kha_train.data import stream
 from kha_train.evaluate import opening
 from kha_train.metric import Metric, in_force
-from kha_train.model.decoder import Decoder, build_decoder
+from kha_train.model.decoder import Decoder, lay_out_decoder
 from kha_train.model.observed import declared_metrics
 from kha_train.record.metrics import HEAD
 from kha_train.stability import monitor
@@ -17,10 +15,8 @@ from kha_train.train import layer_statistics, probe, reporter, saving, watch
 
 
 def declared(config: RunConfig, decoder: Decoder | None = None) -> dict[str, Metric]:
-    """The metrics that lines of a run of `config` may hold, by name. Without its `decoder` one is built on `meta`."""
-    if decoder is None:
-        with torch.device("meta"):
-            decoder = build_decoder(config)
+    """The metrics that lines of a run of `config` may hold, by name. Without a `decoder`, lays one out on `meta`."""
+    decoder = decoder or lay_out_decoder(config)
     own = [HEAD, reporter.LINE, throughput.METRICS, stream.METRICS, meters.METRICS, saving.METRICS, watch.METRICS]
     statistics = [layer_statistics.METRICS] if config.telemetry.layer_statistics_every else []
     sources = [*own, tuple(declared_metrics(decoder)), *statistics, monitor.METRICS, probe.METRICS]

@@ -24,6 +24,7 @@ import yaml
 from kha_train.checkpoint.reader import Checkpoint, open_verified
 from kha_train.config.build import to_plain
 from kha_train.config.constants import PRECISION_OF
+from kha_train.config.resolve import Resolved
 from kha_train.config.schema import RunConfig
 from kha_train.data.stream import TokenStream, open_stream
 from kha_train.distributed import World
@@ -33,8 +34,9 @@ from kha_train.errors import CheckpointError, KhaError
 from kha_train.estimate.counts import count_parameters, flops_per_token
 from kha_train.evaluate.contract import Task
 from kha_train.evaluate.opening import content_ids, measured_facts, open_tasks
-from kha_train.model.attention.choice import announce, choose
+from kha_train.model.attention.choice import announce
 from kha_train.model.attention.measured import measure, settled
+from kha_train.model.device import resolve_on
 from kha_train.model.moe.experts import announce_experts
 from kha_train.record import Record, Redactor
 from kha_train.record.attempts import CONFIG_FILE
@@ -96,11 +98,10 @@ class _Data(NamedTuple):
 
 
 class _Kernels(NamedTuple):
-    """What computes attention and experts: the configuration that names it, the attention backends of this attempt and
-    of the last one ("" where unknown), and what is said of the choice."""
+    """What computes attention and experts, the attention backend of the last attempt ("" where unknown), and what is
+    said of the choice."""
 
-    config: RunConfig
-    backend: str
+    resolved: Resolved
     earlier_backend: str
     announced: list[str]
 
@@ -128,11 +129,11 @@ def _open(
     branch = initial if isinstance(initial, Branch) else None
     if branch:
         rate_change = tell_rate_change(branch.rate, world.is_main)
-    kernels = _choose_kernels(config, world, dtype, _continued(config, checkpoint, branch))
+    kernels = _choose_kernels(config, world, _continued(config, checkpoint, branch))
     startup.mark("data")
     accept(Path(config.run.dir), world)
     attempt.is_accepted = True
-    engine = _open_engine(closings, kernels.config, world, engine_class, initial)
+    engine = _open_engine(closings, config, world, engine_class, initial, kernels.resolved)
     progress = Progress(skip_windows=tuple(sorted(config.data.skip_windows)))
     session = Session(config, world, attempt, engine, *data, Watch(config), progress)
     _fill(session, initial, checkpoint)
@@ -214,18 +215,18 @@ def _continued(config: RunConfig, checkpoint: Checkpoint | None, branch: Branch 
     return Path(config.run.dir) if checkpoint else branch.run_dir if branch else None
 
 
-def _choose_kernels(config: RunConfig, world: World, dtype: torch.dtype, continued: Path | None) -> _Kernels:
+def _choose_kernels(config: RunConfig, world: World, continued: Path | None) -> _Kernels:
     """Decide on rank 0 what computes attention; every rank takes its answer. `continued` is the directory of the run
     that is gone on with."""
     with world.agreed():
         earlier = resume.attention_backend(continued) if continued else ""
-        answer = measure(config, world.device, dtype, earlier)
+        answer = measure(config, world.device, earlier)
     chosen, measured = settled(config, world.broadcast_text(answer))
     with world.agreed():
-        backend = choose(chosen, world.device, dtype).name
-        announced = [*announce(chosen, world.device, dtype), *filter(None, [measured])]
-        announced += announce_experts(config, world.device, dtype)
-    return _Kernels(chosen, backend, earlier, announced)
+        resolved = resolve_on(chosen, world.device)
+        announced = [*announce(config, resolved, world.device), *filter(None, [measured])]
+        announced += announce_experts(config, resolved, world.device)
+    return _Kernels(resolved, earlier, announced)
 
 
 def _initial_values(
@@ -244,11 +245,16 @@ def _initial_values(
 
 
 def _open_engine(
-    closings: ExitStack, config: RunConfig, world: World, engine_class: type[Engine], initial: InitialValue
+    closings: ExitStack,
+    config: RunConfig,
+    world: World,
+    engine_class: type[Engine],
+    initial: InitialValue,
+    resolved: Resolved,
 ) -> Engine:
     # Registered first: an engine that could not be built may already hold process groups.
     closings.push(lambda kind, error, trace: engine_class.leave_world(error))
-    engine = engine_class(config, world, initial)
+    engine = engine_class(config, world, initial, resolved)
     closings.callback(engine.close)
     return engine
 
@@ -326,8 +332,9 @@ def _changes(
         yield "weights_inherited", {"source": str(initial.checkpoint.path), **lists}
     if isinstance(initial, Branch):
         yield "branched", initial.facts()
-    if kernels.earlier_backend not in ("", kernels.backend):
-        yield "attention_backend_changed", {"before": kernels.earlier_backend, "now": kernels.backend}
+    backend = kernels.resolved.backend.name
+    if kernels.earlier_backend not in ("", backend):
+        yield "attention_backend_changed", {"before": kernels.earlier_backend, "now": backend}
     if rate_change:
         yield "learning_rate_changed", rate_change
 
@@ -349,7 +356,7 @@ def _begin_attempt(
         "device": str(world.device.type),
         "dtype": str(session.engine.dtype).removeprefix("torch."),
         "peak": str(reporter.throughput.peak),
-        "attention_backend": kernels.backend,
+        "attention_backend": kernels.resolved.backend.name,
         "chosen": kernels.announced,
     }
     plain = Redactor.from_environment().clean(to_plain(config))

@@ -22,7 +22,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.engine.contract import Engine, Fragment, InitialValue, seeded
 from kha_train.errors import CheckpointError, DataError, ResumeError, Settings, either
 from kha_train.foreign.documents import Json
-from kha_train.model.decoder import build_decoder
+from kha_train.model.decoder import lay_out_decoder
 from kha_train.model.moe.router import RUN_STATE
 from kha_train.record import Redactor, read_run
 from kha_train.record.redact import REDACTED
@@ -146,8 +146,7 @@ def _typed_ways(config: RunConfig, checkpoint: Checkpoint, allowing: Sequence[Se
 def places(config: RunConfig, checkpoint: Checkpoint) -> tuple[bool, bool, bool]:
     """Whether the model has tensors of `checkpoint`; whether those that both have agree in shape; whether the model and
     the detectors have the state that is in it, no more and no less."""
-    with torch.device("meta"):
-        decoder = build_decoder(config)
+    decoder = lay_out_decoder(config)
     kept = decoder.state_dict(keep_vars=True)
     buffers = {name: buffer for name, buffer in decoder.named_buffers() if name in kept}
     model = {name: tuple(value.shape) for name, value in (dict(decoder.named_parameters()) | buffers).items()}
@@ -264,8 +263,7 @@ class Inherited:
 
 def compare_parameters(config: RunConfig, checkpoint: Checkpoint) -> tuple[list[str], list[str], list[str]]:
     """Names in both, only in the model, only in the checkpoint. Raises ResumeError for one name with two shapes."""
-    with torch.device("meta"):
-        model = {name: tuple(value.shape) for name, value in build_decoder(config).named_parameters()}
+    model = {name: tuple(value.shape) for name, value in lay_out_decoder(config).named_parameters()}
     saved = checkpoint.names()
     taken = [name for name in model if name in saved]
     for name in taken:

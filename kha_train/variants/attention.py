@@ -13,11 +13,27 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 from kha_train.errors import ConfigError
-from kha_train.variants.backends import BackendName
 
 Projection = Literal["q", "k", "v"]
 QkNorm = Literal["per_head", "full_width", "none"]
 Positions = Literal["rope", "alibi", "learned", "none"]
+
+
+class PositionTraits(NamedTuple):
+    """What a kind of positions does: `turns` queries and keys by rotary embedding, adds a `bias` to the scores, or adds
+    a vector to the `embedding`."""
+
+    turns: bool = False
+    bias: bool = False
+    embedding: bool = False
+
+
+POSITIONS: dict[Positions, PositionTraits] = {
+    "rope": PositionTraits(turns=True),
+    "alibi": PositionTraits(bias=True),
+    "learned": PositionTraits(embedding=True),
+    "none": PositionTraits(),
+}
 
 
 class HeadShape(NamedTuple):
@@ -57,7 +73,6 @@ class Partners(NamedTuple):
 
     qk_norm: QkNorm
     positions: Positions
-    backend: BackendName
     seq_len: int
 
 
@@ -67,6 +82,8 @@ class BaseOptions(ABC):
 
     turns_whole_heads: ClassVar[bool] = False
     """Whether queries and keys are normalised and rotated as whole heads, so that one kernel can do both."""
+    own_scores: ClassVar[bool] = False
+    """Whether the base works on the scores themselves, so that only a backend that holds all scores can serve it."""
     name: str
     query_heads: int
     head_dim: int
@@ -191,6 +208,10 @@ class InteractionOptions:
         """Numbers per token that the backward needs besides those of the base and its kernel."""
         return 0
 
+    def implementation(self, heads: HeadShape, inputs: InputWidths, tokens: int, kernels: str) -> Implementation:
+        """The implementation for forwards of so many tokens, under `engine.kernels`."""
+        return Implementation("eager", "it has no other")
+
     def strides_values(self) -> bool:
         """Whether, unfolded, it leaves values in a layout that fused kernels do not support."""
         return False
@@ -247,7 +268,7 @@ class FoldableOptions(InteractionOptions, ABC):
         return super().refuses(base)
 
     def implementation(self, heads: HeadShape, inputs: InputWidths, tokens: int, kernels: str) -> Implementation:
-        """The implementation for forwards of this many tokens, under `engine.kernels`."""
+        """See `InteractionOptions.implementation`."""
         unfoldable = self.unfoldable(heads)
         if self.impl in ("eager", "folded"):
             return Implementation(self.impl, "chosen by attention.interaction.impl", self.impl == "folded")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kha_train.errors import ConfigError, Settings
-from kha_train.variants.attention import BaseOptions, HeadShape, InputWidths, Partners, QkNorm
+from kha_train.variants.attention import POSITIONS, BaseOptions, HeadShape, InputWidths, Partners, QkNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,17 +180,11 @@ class TalkingHeadsOptions(GroupedQueryOptions):
     to `max_tokens`.
     """
 
+    own_scores: ClassVar[bool] = True
     max_tokens: int = 2048
 
     def conflict(self, partners: Partners) -> ConfigError | None:
-        """Only the formula itself can mix scores, and only for short rows."""
-        if partners.backend not in ("eager", "auto"):
-            return ConfigError(
-                "talking_heads mixes the scores, which only the formula itself holds",
-                field="attention.backend",
-                value=partners.backend,
-                allowed="eager, auto",
-            )
+        """Only short rows: all their scores are held."""
         if partners.seq_len > self.max_tokens:
             return ConfigError(
                 f"talking_heads holds all scores of a row, and is kept to attention.base.max_tokens={self.max_tokens}",
@@ -222,7 +216,7 @@ class TalkingHeadsOptions(GroupedQueryOptions):
 
 
 def _needs_rotation(partners: Partners, name: str) -> ConfigError | None:
-    if partners.positions == "rope":
+    if POSITIONS[partners.positions].turns:
         return None
     return ConfigError(
         f"{name} keeps its positions in a rotary key of its own",

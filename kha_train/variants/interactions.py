@@ -119,8 +119,8 @@ class _NonLinearOptions(KnockingOptions):
         """Latent attention never computes keys and values at inference."""
         if base.heads().latent:
             return (
-                "mla attends to its latent when decoding and never makes keys and values; a non-linear map between "
-                "them and the output could not be absorbed (KHA 4.2.3); take interaction knocking_linear"
+                f"{base.name} attends to its latent when decoding and never makes keys and values; a non-linear map "
+                "between them and the output could not be absorbed (KHA 4.2.3); take interaction knocking_linear"
             )
         return super().refuses(base)
 
@@ -228,7 +228,8 @@ class ExplicitOptions(FoldableOptions):
         if heads.tied and "k" in self.compose:
             return f"{TIED}; take attention.interaction.compose=[v]"
         if heads.latent and self.mix_after_rope:
-            return "the keys mla makes from its latent are not rotated; take attention.interaction.mix_after_rope=false"
+            keys = f"the keys {base.name} makes from its latent are not rotated"
+            return f"{keys}; take attention.interaction.mix_after_rope=false"
         return super().refuses(base)
 
     def identities(self) -> Mapping[str, float]:

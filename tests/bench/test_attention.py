@@ -9,7 +9,7 @@ from kha_train.bench import attention as bench
 from kha_train.bench.attention import VARIANTS
 from kha_train.cli.main import app
 from kha_train.config.compose import compose
-from kha_train.config.resolve import implementation
+from kha_train.config.resolve import Device, implementation
 
 
 def test_every_variant_runs_as_named_and_is_told_with_the_protocol():
@@ -26,10 +26,11 @@ def test_every_variant_runs_as_named_and_is_told_with_the_protocol():
 
 def test_kernels_are_measured_where_they_run_and_nowhere_else(monkeypatch):
     config = compose(["model.head_dim=64"])
-    device, dtype = torch.device("cuda"), torch.bfloat16
-    assert bench.variants_for(config, torch.device("cpu"), torch.float32) == VARIANTS
-    monkeypatch.setattr(bench, "missing", lambda device, dtype: None)
-    assert bench.variants_for(config, device, dtype) == VARIANTS | bench.ON_KERNELS
-    assert bench.variants_for(compose(["model.head_dim=24"]), device, dtype) == VARIANTS
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert bench.variants_for(config, torch.device("cpu"), "fp32") == VARIANTS
+    monkeypatch.setattr(bench, "device_facts", lambda device: Device("cuda", (9, 0)))
+    cuda = torch.device("cuda")
+    assert bench.variants_for(config, cuda, "bf16") == VARIANTS | bench.ON_KERNELS
+    assert bench.variants_for(compose(["model.head_dim=24"]), cuda, "bf16") == VARIANTS
     ways = {name: implementation(compose(["model.head_dim=64", *chosen])) for name, chosen in bench.ON_KERNELS.items()}
     assert [way.name for way in ways.values()] == ["eager", "triton", "triton"]

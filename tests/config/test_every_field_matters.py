@@ -23,6 +23,7 @@ from data_tools.synthetic import write_dataset
 from kha_train import RunConfig, build_decoder, compose, distributed, open_stream
 from kha_train.config.build import flatten, to_plain
 from kha_train.config.compose import shipped
+from kha_train.config.resolve import Device, decide
 from kha_train.data.stream import validation_batches
 from kha_train.distributed import World
 from kha_train.engine.building import build_optimizer, materialise, resolve_dtype
@@ -32,6 +33,7 @@ from kha_train.errors import CheckpointError, DataError, ResumeError
 from kha_train.estimate.counts import count_parameters, flops_per_token
 from kha_train.estimate.plan import make_plan
 from kha_train.model import loss as loss_module
+from kha_train.model.device import resolve_on
 from kha_train.optim import learning_rate, parameter_groups
 from kha_train.record import read_events, read_metrics
 from kha_train.stability.events import Observation
@@ -92,7 +94,8 @@ def first_loss(config: RunConfig) -> Any:
 def kernels(config: RunConfig) -> Any:
     """The functions chosen to compute attention and experts: backends agree on results, so only the choice differs."""
     block = build_decoder(config).blocks[0]
-    return block.attention.attend.__name__, block.feed_forward.experts.run.__name__
+    run = block.feed_forward.experts.run
+    return block.attention.attend.__name__, getattr(run, "func", run).__name__
 
 
 def folding(config: RunConfig) -> Any:
@@ -102,7 +105,8 @@ def folding(config: RunConfig) -> Any:
 
 def way_of_the_norm(config: RunConfig) -> Any:
     """What normalises and rotates the queries: kernels agree on results, so only this differs."""
-    return type(build_decoder(config).blocks[0].attention.query_norm).__name__
+    decoder = build_decoder(config, decide(config, Device("cuda", (9, 0))))
+    return type(decoder.blocks[0].attention.query_norm).__name__
 
 
 def bias_after_a_step(config: RunConfig) -> Any:
@@ -200,7 +204,7 @@ def compiled_blocks(config: RunConfig, patch: pytest.MonkeyPatch) -> Any:
     """How many blocks torch is asked to compile when the engine makes the decoder."""
     asked: list[int] = []
     patch.setattr(torch.nn.Module, "compile", lambda module: asked.append(1))
-    materialise(config, World.single(), torch.float32, seeded)
+    materialise(config, resolve_on(config, torch.device("cpu")), World.single(), seeded)
     return len(asked)
 
 

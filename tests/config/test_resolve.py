@@ -14,7 +14,7 @@ from kha_train.config.resolve import Device, planned_device, resolve, resolve_pl
 from kha_train.errors import ConfigError
 from kha_train.estimate.plan import make_plan
 from kha_train.model import device as device_module
-from kha_train.model.attention import choice
+from kha_train.model.device import resolve_on
 
 HOPPER, AMPERE, TURING = (Device("cuda", capability) for capability in ((9, 0), (8, 0), (7, 5)))
 CPU = Device("cpu")
@@ -70,12 +70,12 @@ def test_the_plan_of_such_a_machine_takes_what_the_trainer_takes_on_it(
     facts: Device, overrides: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(choice, "device_facts", lambda device: facts)
+    monkeypatch.setattr(device_module, "device_facts", lambda device: facts)
     cluster = ["cluster=cpu"] if facts.kind == "cpu" else ["cluster=h100_1x1"]
     outcomes = []
     for judge in (
         lambda config: resolve_plan(config).backend,
-        lambda config: resolve(config, choice.device_facts(None)).backend,
+        lambda config: resolve_on(config, torch.device(facts.kind)).backend,
     ):
         try:
             outcomes.append(judge(compose(["attention.backend=auto", *cluster, *overrides])))
@@ -136,14 +136,14 @@ def test_flash_attn_4_alone_is_not_the_package_whose_kernel_is_called(tmp_path, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     config = compose(["attention.backend=flash_attn"])
     with pytest.raises(ConfigError, match="flash-attn"):
-        choice.choose(config, torch.device("cuda"), torch.bfloat16)
+        resolve_on(config, torch.device("cuda"))
 
     (tmp_path / "two" / "flash_attn").mkdir(parents=True)
     (tmp_path / "two" / "flash_attn" / "__init__.py").write_text("def flash_attn_varlen_func(): ...\n")
     monkeypatch.syspath_prepend(tmp_path / "two")
     forget_flash_attn()
     assert device_module.lacks("flash_attn") is None
-    assert choice.choose(config, torch.device("cuda"), torch.bfloat16).name == "flash_attn"
+    assert resolve_on(config, torch.device("cuda")).backend.name == "flash_attn"
 
 
 @pytest.mark.usefixtures("no_flash_attn")

@@ -23,7 +23,7 @@ from kha_train.checkpoint.background import write
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import find_newest
 from kha_train.config.compose import compose, shipped
-from kha_train.config.resolve import implementation
+from kha_train.config.resolve import implementation, interpreted
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate
 from kha_train.decode.absorb import absorb, absorbed_config
@@ -33,9 +33,9 @@ from kha_train.model.attention.backends import lay_out_cached, lay_out_documents
 from kha_train.model.attention.base import Attention, RowContext, build_attention
 from kha_train.model.attention.cache import Cache
 from kha_train.model.decoder import Decoder, build_decoder, build_rotary_table
+from kha_train.model.device import resolve_on
 from kha_train.model.init import initial_value, initial_values, interaction_identities, reset_buffers
 from kha_train.model.kernels import flops
-from kha_train.model.kernels.availability import interpreted
 from kha_train.variants.attention import FoldableOptions
 from kha_train.variants.backends import TRAITS
 from kha_train.variants.interactions import ExplicitOptions
@@ -175,7 +175,7 @@ every_implementation = pytest.mark.parametrize("case", IMPLEMENTATIONS, ids=str)
 
 def attention_of(config: RunConfig, dtype: torch.dtype = torch.float64, noise: float = 0.0) -> Attention:
     """The attention of `config` as initialised, or moved off that special point on a fixed path."""
-    attention = build_attention(config)
+    attention = build_attention(config, resolve_on(config, torch.device("cpu")))
     with torch.no_grad():
         for owner, local, name, _ in initial_values(attention, 0):
             parameter, generator = getattr(owner, local), torch.Generator().manual_seed(sum(map(ord, name)))

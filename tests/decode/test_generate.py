@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 
 from kha_train.cli.main import app
 from kha_train.config.compose import compose
-from kha_train.decode.generate import Sampling, decoding_config, draw, generate
+from kha_train.config.resolve import resolve_decoding
+from kha_train.decode.generate import Sampling, draw, generate
 from kha_train.errors import ConfigError
+from kha_train.model.attention.backends import sdpa
 from kha_train.model.decoder import Decoder, build_decoder
 from kha_train.variants.registry import BASES
 
@@ -25,7 +27,7 @@ SMALL = ("model.layers=2", "model.hidden_size=32", "model.head_dim=8", "model.vo
 
 def decoder_of(preset: str) -> Decoder:
     config = compose([*SMALL, f"attention={preset}", "moe.backend=loop"])
-    decoder = build_decoder(decoding_config(config))
+    decoder = build_decoder(config, resolve_decoding(config))
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in decoder.parameters():
@@ -113,8 +115,10 @@ def test_settings_that_cannot_be_name_their_field(settings: dict[str, float], fi
 def test_decoding_takes_a_backend_for_fewer_queries_than_keys_and_folds_nothing() -> None:
     config = compose([*SMALL, "attention=kha_mlp", "attention.interaction.impl=folded"])
     config = replace(config, attention=replace(config.attention, backend="varlen"))
-    attention = decoding_config(config).attention
-    assert attention.backend == "sdpa" and attention.interaction.impl == "eager"
+    resolved = resolve_decoding(config)
+    assert resolved.backend.name == "sdpa" and not resolved.interaction.folded
+    decoder = build_decoder(config, resolved)
+    assert not decoder.blocks[0].attention.interaction.folded and decoder.blocks[0].attention.attend is sdpa
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from kha_train.errors import ConfigError
 from kha_train.estimate.activations import attention_activations, folded_bytes
 from kha_train.model.attention.backends import alibi_slopes, lay_out_documents
 from kha_train.model.attention.base import RowContext, build_attention
+from kha_train.model.device import resolve_on
 from kha_train.model.init import initial_values
 from kha_train.model.rope import Rotary, rotary_table
 from kha_train.variants.registry import BASES, INTERACTIONS
@@ -29,7 +30,8 @@ def planned_and_saved(overrides: list[str]) -> tuple[int, int]:
     without parameters, rotary tables and the mask shared by all layers.
     """
     config = compose([*SHAPE, *overrides])
-    attention, base = build_attention(config), config.attention.base
+    attention = build_attention(config, resolve_on(config, torch.device("cpu")))
+    base = config.attention.base
     with torch.no_grad():
         for owner, local, _, value in initial_values(attention, 0):
             getattr(owner, local).copy_(value())

@@ -7,7 +7,8 @@ import torch
 
 from kha_train.config.compose import compose
 from kha_train.model.attention.backends import BACKENDS, eager, flash_attn_problem, lay_out_documents
-from kha_train.model.attention.choice import check_against_maths, choose
+from kha_train.model.attention.choice import check_against_maths
+from kha_train.model.device import resolve_on
 from kha_train.variants.backends import TRAITS
 
 pytestmark = [
@@ -56,5 +57,5 @@ def test_it_is_admitted_and_passes_its_check(name: str) -> None:
     skip_what_is_missing(name)
     config = compose([f"attention.backend={name}", "data.isolate_documents=false"])
     device = torch.device("cuda", torch.cuda.current_device())
-    assert choose(config, device, torch.bfloat16).name == name
-    check_against_maths(config, device, torch.bfloat16)
+    assert resolve_on(config, device).backend.name == name
+    check_against_maths(config, name, device, torch.bfloat16)

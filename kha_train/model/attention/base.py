@@ -10,11 +10,11 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from kha_train.config.resolve import Resolved
 from kha_train.config.schema import RunConfig
 from kha_train.metric import Metric
-from kha_train.model.attention.backends import Documents
+from kha_train.model.attention.backends import BACKENDS, Documents
 from kha_train.model.attention.cache import Cache
-from kha_train.model.attention.choice import backend_function
 from kha_train.model.attention.interaction import QKV, build_interaction
 from kha_train.model.norm import TurningNorm
 from kha_train.model.observed import UNREAD, Report
@@ -55,8 +55,9 @@ class RowContext(NamedTuple):
 class Attention(nn.Module, ABC):
     """Maps a normalised hidden state to what is added to the residual stream.
 
-    A base builds its projections and norms from `config`; its interaction and backend are built here. The order is
-    fixed: projection -> interaction -> QK-norm -> RoPE -> backend -> output projection. A base passes
+    A base builds its projections and norms from `config`, with the kernels of `resolved`; its interaction and backend
+    are built here. The order is fixed: projection -> interaction -> QK-norm -> RoPE -> backend -> output projection. A
+    base passes
     `interaction.folds()` to its projections and `folds().output` to its output, and passes head outputs through
     `interaction.outputs`. Parameters that variants share have the same names in all of them, because the name
     determines the initial value. `folded` names the projection that makes each of q, k, v, for code that multiplies an
@@ -66,11 +67,11 @@ class Attention(nn.Module, ABC):
     folded: ClassVar[dict[str, str]]
     metrics: tuple[Metric, ...] = ()
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, resolved: Resolved) -> None:
         super().__init__()
         self.heads = config.attention.base.heads()
-        self.attend = backend_function(config)
-        self.interaction = build_interaction(config)
+        self.attend = BACKENDS[resolved.backend.name]
+        self.interaction = build_interaction(config, resolved.interaction)
 
     @abstractmethod
     def forward(self, x_BTD: Tensor, rows: RowContext) -> Tensor:
@@ -85,7 +86,7 @@ class Attention(nn.Module, ABC):
         return heads
 
 
-def build_attention(config: RunConfig) -> Attention:
-    """The base registered under `config.attention.base.name`."""
-    attention: Attention = BASES[config.attention.base.name].load()(config)
+def build_attention(config: RunConfig, resolved: Resolved) -> Attention:
+    """The base registered under `config.attention.base.name`, computed as `resolved` says."""
+    attention: Attention = BASES[config.attention.base.name].load()(config, resolved)
     return attention

@@ -1,4 +1,4 @@
-"""Selects the attention backend for a device, checks that it works, and reports the choice once, when a run starts."""
+"""Reports how attention is computed, once, when a run starts, and checks a backend that has computed wrong numbers."""
 
 # B batch   T tokens (U: attended tokens)   H query heads   G key/value heads   K, W key and value head width
 # S document borders
@@ -8,13 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kha_train.config.resolve import Choice, backend_on, implementation, resolve
+from kha_train.config.resolve import Resolved
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError, Settings
-from kha_train.model.attention.backends import BACKENDS, Backend, Documents, eager, lay_out_documents, sdpa, varlen
-from kha_train.model.device import device_facts
-from kha_train.model.kernels.availability import precision_of
-from kha_train.model.norm import why_norm_stays
+from kha_train.model.attention.backends import BACKENDS, Backend, Documents, eager, lay_out_documents
+from kha_train.model.device import DTYPES
 from kha_train.variants.attention import FoldableOptions
 from kha_train.variants.backends import TRAITS
 
@@ -26,60 +24,26 @@ CHECK_BORDERS = (0, 100, 256, 300, 512)
 """Document borders in the two rows of 256 tokens of that check."""
 
 
-def backend_function(config: RunConfig) -> Backend:
-    """The function that attention modules call. With `auto` it sees from the documents which backend `choose`
-    selected.
-    """
-    name = config.attention.backend
-    if name != "auto":
-        return BACKENDS[name]
-    return automatic if _may_use_varlen(config) else sdpa
-
-
-def automatic(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
-    """`varlen` for rows of documents without a mask (see `needs_mask`), else `sdpa`: both compute the same function."""
-    borders_S = documents.cu_seqlens_S
-    split = borders_S is not None and borders_S.numel() != q_BTHK.shape[0] + 1
-    takes = varlen if split and documents.mask_BJTU is None else sdpa
-    return takes(q_BTHK, k_BUGK, v_BUGW, documents, scale)
-
-
-def needs_mask(config: RunConfig, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether rows of several documents need a mask here; otherwise the kernel reads their borders. Raises as
-    `choose`.
-    """
-    return not TRAITS[choose(config, device, dtype).name].packed
-
-
-def choose(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Choice:
-    """The backend for this device. Raises ConfigError when the one named in the configuration cannot run here."""
-    return backend_on(config, device_facts(device), precision_of(dtype))
-
-
-def announce(config: RunConfig, device: torch.device, dtype: torch.dtype) -> list[str]:
+def announce(config: RunConfig, resolved: Resolved, device: torch.device) -> list[str]:
     """The start-up message about attention: backend, implementation, reasons, warnings. Checks cuDNN first. Raises
-    ConfigError when a configured choice cannot run here.
+    ConfigError when it computes wrong numbers here.
     """
-    options, base = config.attention.interaction, config.attention.base
-    backend = resolve(config, device_facts(device), precision_of(dtype)).backend
+    options, base, backend = config.attention.interaction, config.attention.base, resolved.backend
     lines = [f"attention {base.name} x {options.name} | backend {backend.name} ({backend.why})"]
     if config.engine.kernels == "triton":
-        stays = why_norm_stays(config)
-        lines[0] += f" | norm and rotation {f'torch ({stays})' if stays else 'triton (chosen by engine.kernels)'}"
+        lines[0] += f" | norm and rotation {resolved.norm.name} ({resolved.norm.why})"
     if isinstance(options, FoldableOptions):
-        taken = implementation(config)
-        lines[0] += f" | interaction {taken.name} ({taken.why})"
+        lines[0] += f" | interaction {resolved.interaction.name} ({resolved.interaction.why})"
     if backend.name == "cudnn":
-        check_against_maths(config, device, dtype)
+        check_against_maths(config, backend.name, device, DTYPES[resolved.precision])
     return lines + [f"warning: {text}" for text in options.warnings()]
 
 
-def check_against_maths(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Compare the chosen backend with the formula in fp32, forward and backward, on heads of the run's shape: some
+def check_against_maths(config: RunConfig, name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Compare the backend `name` with the formula in fp32, forward and backward, on heads of the run's shape: some
     releases of cuDNN silently computed wrong numbers. Checks whole rows, and rows of documents if the run isolates
     them. Raises ConfigError when they disagree.
     """
-    name = config.attention.backend
     q_BTHK, k_BTGK, v_BTGW = inputs = attention_inputs(config, 2, 256, device, dtype)
     for borders in (None, CHECK_BORDERS) if config.data.isolate_documents else (None,):
         borders_S = None if borders is None else torch.tensor(borders, dtype=torch.int32, device=device)
@@ -123,7 +87,3 @@ def _outputs_and_gradients(
     q, k, v = (x.detach().requires_grad_() for x in inputs)
     out = backend(q, k, v, documents, q.shape[-1] ** -0.5)
     return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
-
-
-def _may_use_varlen(config: RunConfig) -> bool:
-    return config.data.isolate_documents and config.attention.positions != "alibi"

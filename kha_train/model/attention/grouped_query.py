@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from kha_train.config.resolve import Resolved
 from kha_train.config.schema import RunConfig
 from kha_train.model.attention.base import Attention, RowContext
 from kha_train.model.attention.projection import OutputProjection, Projection
@@ -21,8 +22,8 @@ class GroupedQueryAttention(Attention):
 
     folded: ClassVar[dict[str, str]] = {"q": "query", "k": "key", "v": "value"}
 
-    def __init__(self, config: RunConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: RunConfig, resolved: Resolved) -> None:
+        super().__init__(config, resolved)
         base = config.attention.base
         assert isinstance(base, GroupedQueryOptions)
         width, head_dim, normal = config.model.hidden_size, base.head_dim, Normal(config.model.init_std)
@@ -31,8 +32,8 @@ class GroupedQueryAttention(Attention):
         self.key = Projection(width, base.kv_heads, head_dim, normal)
         self.value = Projection(width, base.kv_heads, head_dim, normal)
         self.output = OutputProjection(base.query_heads, head_dim, width, Normal(residual_std(config)))
-        self.query_norm = build_turning_norm(config, base.query_heads, head_dim)
-        self.key_norm = build_turning_norm(config, base.kv_heads, head_dim)
+        self.query_norm = build_turning_norm(config, resolved, base.query_heads, head_dim)
+        self.key_norm = build_turning_norm(config, resolved, base.kv_heads, head_dim)
 
     def forward(self, x_BTD: Tensor, rows: RowContext) -> Tensor:
         """See `Attention.forward`."""

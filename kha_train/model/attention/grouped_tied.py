@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kha_train.config.resolve import Resolved
 from kha_train.config.schema import RunConfig
 from kha_train.model.attention.base import Attention, RowContext
 from kha_train.model.attention.projection import OutputProjection, Projection
@@ -29,8 +30,8 @@ class GroupedTiedAttention(Attention):
 
     folded: ClassVar[dict[str, str]] = {"q": "query", "v": "tied"}
 
-    def __init__(self, config: RunConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: RunConfig, resolved: Resolved) -> None:
+        super().__init__(config, resolved)
         base = config.attention.base
         assert isinstance(base, GroupedTiedOptions)
         width, head_dim, normal = config.model.hidden_size, base.head_dim, Normal(config.model.init_std)

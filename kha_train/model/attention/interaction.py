@@ -16,7 +16,6 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from kha_train.config.resolve import implementation
 from kha_train.config.schema import RunConfig
 from kha_train.metric import Metric
 from kha_train.model.attention.projection import HeadMap
@@ -80,10 +79,10 @@ class NoInteraction(Interaction):
     linear = True
 
 
-def build_interaction(config: RunConfig) -> Interaction:
+def build_interaction(config: RunConfig, way: Implementation) -> Interaction:
     """The interaction registered under `config.attention.interaction.name`, on the heads of the configured base."""
     options, base = config.attention.interaction, config.attention.base
-    interaction: Interaction = INTERACTIONS[options.name].load()(options, base.heads(), implementation(config))
+    interaction: Interaction = INTERACTIONS[options.name].load()(options, base.heads(), way)
     return interaction
 
 

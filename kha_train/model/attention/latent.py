@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from kha_train.config.resolve import Resolved
 from kha_train.config.schema import RunConfig
 from kha_train.model.attention.base import Attention, RowContext
 from kha_train.model.attention.projection import LatentProjection, OutputProjection, Projection
@@ -28,8 +29,8 @@ class LatentAttention(Attention):
 
     folded: ClassVar[dict[str, str]] = {"q": "query", "k": "key_up", "v": "value_up"}
 
-    def __init__(self, config: RunConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: RunConfig, resolved: Resolved) -> None:
+        super().__init__(config, resolved)
         base = config.attention.base
         assert isinstance(base, LatentOptions)
         width, heads, head_dim = config.model.hidden_size, base.query_heads, base.head_dim

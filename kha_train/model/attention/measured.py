@@ -14,12 +14,13 @@ from typing import get_args
 
 import torch
 
-from kha_train.config.resolve import invalid_backend
+from kha_train.config.resolve import backend_problem, invalid_backend, precision_on
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import Caught
 from kha_train.errors import ConfigError
 from kha_train.model.attention.backends import BACKENDS, Documents, lay_out_documents
-from kha_train.model.attention.choice import attention_inputs, check_against_maths, choose
+from kha_train.model.attention.choice import attention_inputs, check_against_maths
+from kha_train.model.device import DTYPES, device_facts
 from kha_train.variants.backends import TRAITS, BackendName
 
 WARM_UP, ROUNDS = 3, 7
@@ -29,7 +30,7 @@ DOCUMENT_TOKENS = 835
 Timer = Callable[[Callable[[], None], torch.device], float]
 
 
-def measure(config: RunConfig, device: torch.device, dtype: torch.dtype, earlier: str = "") -> str:
+def measure(config: RunConfig, device: torch.device, earlier: str = "") -> str:
     """The selected backend, a space, and the measurements in words, for this rank alone and without collectives. It is
     the configured backend where nothing needs measuring: a named backend, no CUDA, or only one candidate. With `auto`
     it is `earlier` if that is still a candidate, so that a resumed run keeps its kernel.
@@ -37,9 +38,10 @@ def measure(config: RunConfig, device: torch.device, dtype: torch.dtype, earlier
     All ranks then use the first rank's result through `settled`, because they must not use different kernels. Raises
     ConfigError when none of several backends works.
     """
-    names = candidates(config, device, dtype) if device.type == "cuda" else []
+    names = candidates(config, device) if device.type == "cuda" else []
     if config.attention.backend != "auto" or len(names) < 2:
         return f"{config.attention.backend} "
+    dtype = DTYPES[precision_on(config, device.type)]
     return " ".join(fastest(config, names, device, dtype, cuda_seconds, earlier))
 
 
@@ -51,21 +53,16 @@ def settled(config: RunConfig, answer: str) -> tuple[RunConfig, str]:
     return _with_backend(config, name), told
 
 
-def candidates(config: RunConfig, device: torch.device, dtype: torch.dtype) -> list[str]:
+def candidates(config: RunConfig, device: torch.device) -> list[str]:
     """The backends that can run here and compute what the configuration needs, without the formula itself."""
-    if choose(_with_backend(config, "auto"), device, dtype).name == "eager":
-        return []
-    found = []
-    for name in TRAITS:
-        chosen = _with_backend(config, name)
-        if name == "eager" or invalid_backend(chosen):
-            continue
-        try:
-            choose(chosen, device, dtype)
-        except ConfigError:
-            continue
-        found.append(name)
-    return found
+    facts, precision = device_facts(device), precision_on(config, device.type)
+    return [
+        name
+        for name in TRAITS
+        if name != "eager"
+        and not invalid_backend(_with_backend(config, name))
+        and not backend_problem(name, facts, precision)
+    ]
 
 
 def fastest(
@@ -78,11 +75,10 @@ def fastest(
     taken: dict[str, float] = {}
     refused: list[str] = []
     for name in names:
-        chosen = _with_backend(config, name)
         # Third-party code, possibly built for another torch, may raise any error.
         with Caught() as caught:
-            check_against_maths(chosen, device, dtype)
-            taken[name] = seconds(_attention_of(chosen, name, device, dtype), device)
+            check_against_maths(config, name, device, dtype)
+            taken[name] = seconds(_attention_of(config, name, device, dtype), device)
         if caught.error:
             first, *_ = str(caught.error).splitlines() or [""]
             refused.append(f"{name} failed: {type(caught.error).__name__}: {first}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kha_train.config.resolve import Resolved
 from kha_train.config.schema import RunConfig
 from kha_train.model.attention.backends import Documents, masked_softmax, scores, weighted_values
 from kha_train.model.attention.grouped_query import GroupedQueryAttention
@@ -24,8 +25,8 @@ class TalkingHeadsAttention(GroupedQueryAttention):
     score_mix: Matrix
     weight_mix: Matrix
 
-    def __init__(self, config: RunConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: RunConfig, resolved: Resolved) -> None:
+        super().__init__(config, resolved)
         for name, diagonal in config.attention.base.identities().items():
             assert diagonal is not None
             setattr(self, name, Matrix(self.heads.query_heads, Identity(diagonal), diagonal))

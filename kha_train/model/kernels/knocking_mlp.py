@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kha_train.model.kernels.availability import require
 from kha_train.model.kernels.launch import Call, Launch, as_rows, persistent_programs
 
 FORWARD = {16: Launch(64, 4, 1, 8), 32: Launch(64, 4, 1, 8), 64: Launch(64, 4, 1, 5), 128: Launch(64, 8, 1, 2)}
@@ -33,10 +32,7 @@ def plain_knocking_mlp(x_BTHK: Tensor, up_KK: Tensor, gate_KK: Tensor, down_KK: 
     "kha_train::knocking_mlp", mutates_args=(), schema="(Tensor x, Tensor up, Tensor gate, Tensor? down) -> Tensor"
 )
 def knocking_mlp(x_BTHK: Tensor, up_KK: Tensor, gate_KK: Tensor, down_KK: Tensor | None) -> Tensor:
-    """`plain_knocking_mlp` in one kernel: [B, T, H, K] with any strides -> contiguous, in the same dtype. Raises as
-    `require` where Triton cannot run."""
-    fix = "attention.interaction.impl=auto with engine.kernels=torch"
-    require(x_BTHK.device, x_BTHK.dtype, "attention.interaction.impl", fix)
+    """`plain_knocking_mlp` in one kernel: [B, T, H, K] with any strides -> contiguous, in the same dtype."""
     out_BTHK = _empty(x_BTHK, x_BTHK.shape[-1])
     forward_call(x_BTHK, up_KK, gate_KK, down_KK, out_BTHK).start()
     return out_BTHK

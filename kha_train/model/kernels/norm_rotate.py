@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kha_train.model.kernels.availability import require
 from kha_train.model.kernels.launch import Call, Launch, as_rows, persistent_programs
 from kha_train.model.rope import Rotary, rotate
 
@@ -22,12 +21,6 @@ TILE_NUMBERS = {"forward": 4096, "backward": 1024}
 """Numbers of x per tile: more rows need more registers."""
 RESIDENT = {"forward": 5, "backward": 8}
 WARPS, STAGES = 4, 1
-WIDEST = 256
-
-
-def takes(head_dim: int) -> bool:
-    """Whether the kernels support heads of this width."""
-    return head_dim & (head_dim - 1) == 0 and 16 <= head_dim <= WIDEST
 
 
 def plain_norm_rotate(x_BTHK: Tensor, weight_K: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, eps: float) -> Tensor:
@@ -42,8 +35,7 @@ def plain_norm_rotate(x_BTHK: Tensor, weight_K: Tensor, cos_BTR: Tensor, sin_BTR
 )
 def norm_rotate(x_BTHK: Tensor, weight_K: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, eps: float) -> Tensor:
     """`plain_norm_rotate` in one kernel, rounded once at its end: [B, T, H, K] with any strides -> contiguous, in the
-    same dtype; the tables are fp32. Raises as `require` where Triton cannot run."""
-    require(x_BTHK.device, x_BTHK.dtype)
+    same dtype; the tables are fp32."""
     out_BTHK = x_BTHK.new_empty(x_BTHK.shape)
     forward_call(x_BTHK, weight_K, cos_BTR, sin_BTR, out_BTHK, eps).start()
     return out_BTHK

@@ -13,11 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from kha_train.config.resolve import Resolved
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import misaligned
+from kha_train.model.device import DTYPES
 from kha_train.model.init import DeclaredModule, Normal, residual_std
 from kha_train.model.moe.grouped import check_empty_groups, grouped
-from kha_train.model.moe.megablocks import load_kernels, megablocks
+from kha_train.model.moe.megablocks import load_kernels, run_kernels
 from kha_train.model.moe.router import Routing
 from kha_train.model.moe.swiglu import weighted_swiglu
 
@@ -25,22 +27,19 @@ from kha_train.model.moe.swiglu import weighted_swiglu
 class Experts(DeclaredModule):
     """E SwiGLU experts: y = (silu(x W_gate) * (x W_up)) W_down, `gate_up` [E, D, 2F] and `down` [E, F, D].
 
-    The constructor raises ConfigError when the backend cannot run: an unsupported size, or a missing package.
+    `resolved` selects the backend and its kernels. The constructor raises ConfigError when the backend cannot run: an
+    unsupported size, or a missing package.
     """
 
     gate_up: nn.Parameter
     down: nn.Parameter
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, resolved: Resolved) -> None:
         super().__init__()
         experts, width, inner = config.moe.experts, config.model.hidden_size, config.moe.expert_width
         if problem := misaligned(config):
             raise problem
-        if config.moe.backend == "megablocks":
-            load_kernels()
-        self.run = BACKENDS[config.moe.backend]
-        if config.moe.backend == "grouped" and config.engine.kernels == "triton":
-            self.run = partial(grouped, kernels="triton")
+        self.run = BACKENDS[resolved.experts.name](resolved.expert_kernels.name)
         self.declare_parameter("gate_up", (experts, width, 2 * inner), Normal(config.model.init_std))
         self.declare_parameter("down", (experts, inner, width), Normal(residual_std(config)))
 
@@ -49,18 +48,18 @@ class Experts(DeclaredModule):
         return self.run(x_ND, self.gate_up, self.down, routing)
 
 
-def announce_experts(config: RunConfig, device: torch.device, dtype: torch.dtype) -> list[str]:
+def announce_experts(config: RunConfig, resolved: Resolved, device: torch.device) -> list[str]:
     """The start-up message about experts: backend and kernels, with reasons. `grouped` is checked first. Raises
     ConfigError when it computes wrong numbers here.
     """
     if config.moe.dense_layers >= config.model.layers:
         return []
-    name, line = config.moe.backend, f"experts {config.moe.backend} (chosen by moe.backend)"
+    experts, kernels = resolved.experts, resolved.expert_kernels
+    line = f"experts {experts.name} ({experts.why})"
     if config.engine.kernels == "triton":
-        why = "triton (chosen by engine.kernels)" if name == "grouped" else f"not triton (for grouped, not {name})"
-        line += f" | permute, SwiGLU and combine {why}"
-    if name == "grouped":
-        check_empty_groups(device, dtype)
+        line += f" | permute, SwiGLU and combine {kernels.name} ({kernels.why})"
+    if experts.name == "grouped":
+        check_empty_groups(device, DTYPES[resolved.precision])
     warmup, steps = config.moe.routing_warmup_steps, config.run.steps
     if warmup < steps:
         return [line]
@@ -81,8 +80,12 @@ def loop(x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: Tensor, routing: Routing) 
     return out_ND
 
 
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Routing], Tensor]] = {
-    "grouped": grouped,
-    "loop": loop,
-    "megablocks": megablocks,
+Run = Callable[[Tensor, Tensor, Tensor, Routing], Tensor]
+"""(x_ND, gate_up_EDX, down_EFD, routing) -> the weighted sum of every token's experts, [N, D]."""
+BACKENDS: dict[str, Callable[[str], Run]] = {
+    "grouped": lambda kernels: partial(grouped, kernels=kernels),
+    "loop": lambda kernels: loop,
+    "megablocks": lambda kernels: partial(run_kernels, load_kernels()),
 }
+"""Expert backend -> what computes the experts, given the kernels beside its products: `torch`, or `triton` where it has
+them."""

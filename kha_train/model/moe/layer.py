@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kha_train.config.resolve import Resolved
 from kha_train.config.schema import RunConfig
 from kha_train.model.feed_forward import SwiGlu
 from kha_train.model.moe.experts import Experts
@@ -17,10 +18,10 @@ from kha_train.model.observed import UNREAD, Report
 class MoeLayer(nn.Module):
     """Each token passes its top_k experts, and the shared ones if there are any. Padding passes none."""
 
-    def __init__(self, config: RunConfig, layer: int) -> None:
+    def __init__(self, config: RunConfig, resolved: Resolved, layer: int) -> None:
         super().__init__()
         self.router = Router(config, layer)
-        self.experts = Experts(config)
+        self.experts = Experts(config, resolved)
         shared_width = config.moe.shared_experts * config.moe.expert_width
         self.shared = SwiGlu(config, shared_width) if shared_width else None
 

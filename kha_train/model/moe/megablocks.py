@@ -48,17 +48,10 @@ def load_kernels() -> Kernels:
     return Kernels(ops, gemm.ops.gmm)
 
 
-def megablocks(x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: Tensor, routing: Routing) -> Tensor:
-    """The weighted sum of every token's experts, as `experts.grouped`. Waits for the device: the GEMM needs its counts
-    on the host.
-
-    Raises ConfigError when megablocks cannot be used here.
-    """
-    return run_kernels(load_kernels(), x_ND, gate_up_EDX, down_EFD, routing)
-
-
 def run_kernels(kernels: Kernels, x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: Tensor, routing: Routing) -> Tensor:
-    """The layer in terms of `kernels`, passed in so that the adapter can be tested without them."""
+    """The weighted sum of every token's experts, as `experts.grouped`, with `kernels`. Waits for the device: the GEMM
+    needs its counts on the host.
+    """
     ops, top_k = kernels.ops, routing.expert_NJ.shape[1]
     experts = gate_up_EDX.shape[0]
     if not x_ND.shape[0]:

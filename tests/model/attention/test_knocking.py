@@ -6,6 +6,7 @@ import torch
 from kha_train.model.attention.backends import lay_out_documents
 from kha_train.model.attention.base import RowContext, build_attention
 from kha_train.model.decoder import build_decoder
+from kha_train.model.device import resolve_on
 from kha_train.model.init import initial_value
 from kha_train.model.rope import Rotary, rotary_table
 
@@ -22,7 +23,7 @@ def scramble(module, scale=0.3):
 
 
 def built_attention(config):
-    attention = build_attention(config)
+    attention = build_attention(config, resolve_on(config, torch.device("cpu")))
     with torch.no_grad():
         for prefix, module in attention.named_modules():
             for local, parameter in module.named_parameters(recurse=False):

@@ -76,14 +76,14 @@ def test_a_run_that_goes_on_keeps_its_backend_while_that_is_fit(monkeypatch):
 
 
 def test_only_backends_that_compute_the_same_thing_are_candidates():
-    assert candidates(compose(SHAPE), CPU, torch.float32) == ["sdpa"]
-    assert candidates(compose([*SHAPE, "attention=talking_heads"]), CPU, torch.float32) == []
+    assert candidates(compose(SHAPE), CPU) == ["sdpa"]
+    assert candidates(compose([*SHAPE, "attention=talking_heads"]), CPU) == []
 
 
 def test_a_cpu_and_a_named_backend_are_left_as_they_are():
     for overrides in (SHAPE, [*SHAPE, "attention.backend=eager"]):
         config = compose(overrides)
-        assert settled(config, measure(config, CPU, torch.float32, earlier="varlen")) == (config, "")
+        assert settled(config, measure(config, CPU, earlier="varlen")) == (config, "")
 
 
 def test_every_rank_takes_what_the_first_measured_whatever_its_own_candidates_are(monkeypatch):
@@ -92,7 +92,7 @@ def test_every_rank_takes_what_the_first_measured_whatever_its_own_candidates_ar
     for names in (["sdpa", "varlen"], ["sdpa"]):
         monkeypatch.setattr(measured, "candidates", lambda *arguments, names=names: names)
         monkeypatch.setattr(measured, "fastest", lambda *arguments: ("varlen", "measured here"))
-        answers.append(measure(config, cuda, torch.bfloat16))
+        answers.append(measure(config, cuda))
     assert all(answers), "each rank has something to broadcast"
     varlen = replace(config, attention=replace(config.attention, backend="varlen"))
     assert settled(config, answers[0]) == (varlen, "measured here")
@@ -104,6 +104,6 @@ def test_on_cuda_a_backend_is_taken_for_whole_and_for_split_rows():
     for isolated, amount in (("true", 2), ("false", 2)):
         overrides = ["model=moe_6b", "attention.backend=auto", "engine.micro_batch_size=1"]
         config = compose([*overrides, f"data.isolate_documents={isolated}"])
-        assert len(candidates(config, device, torch.bfloat16)) >= amount
-        taken, told = settled(config, measure(config, device, torch.bfloat16))
-        assert taken.attention.backend in candidates(config, device, torch.bfloat16) and " ms" in told
+        assert len(candidates(config, device)) >= amount
+        taken, told = settled(config, measure(config, device))
+        assert taken.attention.backend in candidates(config, device) and " ms" in told

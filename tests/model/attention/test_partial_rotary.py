@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from kha_train.config.compose import compose
+from kha_train.config.resolve import Device, decide
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate
 from kha_train.errors import ConfigError
 from kha_train.model.attention.backends import lay_out_documents
 from kha_train.model.attention.base import RowContext, build_attention
 from kha_train.model.decoder import build_decoder, build_rotary_table
+from kha_train.model.device import resolve_on
 from kha_train.model.init import initial_values, reset_buffers
-from kha_train.model.norm import norm_turns
 from kha_train.variants.registry import BASES
 
 WIDTHS = (1, 4, 6, 7, 10, 16)
@@ -73,7 +74,7 @@ def turned_by(config: RunConfig) -> set[tuple[int, ...]]:
     if table is not None:
         reset_buffers(table)
         rotary = table(torch.arange(TOKENS)[None])
-    attention = build_attention(config)
+    attention = build_attention(config, resolve_on(config, torch.device("cpu")))
     for owner, local, _, value in initial_values(attention, 0):
         getattr(owner, local).data.copy_(value())
     rows = Watched(rotary, lay_out_documents(1, TOKENS, torch.device("cpu")))
@@ -152,5 +153,5 @@ def test_without_rotary_embedding_nothing_is_turned_and_the_share_is_not_judged_
 
 def test_the_kernel_of_norm_and_rotation_is_given_the_planes_that_are_declared():
     config = tiny("gqa", "model.head_dim=16", "model.partial_rotary_factor=0.375", "engine.kernels=triton")
-    assert norm_turns(config)
+    assert decide(config, Device("cuda", (9, 0))).norm.name == "triton"
     assert {buffer.shape for buffer in build_rotary_table(config).buffers()} == {(8, 3)}

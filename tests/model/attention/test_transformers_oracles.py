@@ -6,6 +6,7 @@ import torch
 from kha_train.config.compose import compose
 from kha_train.model.attention.backends import lay_out_documents
 from kha_train.model.attention.base import RowContext, build_attention
+from kha_train.model.device import resolve_on
 from kha_train.model.init import initial_values
 from kha_train.model.rope import Rotary, rotary_table
 
@@ -24,7 +25,8 @@ SHAPE = (
 
 def built(*overrides):
     """An attention with random weights, its norms' gains included."""
-    attention = build_attention(compose([*SHAPE, *overrides])).requires_grad_(False)
+    config = compose([*SHAPE, *overrides])
+    attention = build_attention(config, resolve_on(config, torch.device("cpu"))).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for owner, local, _, value in initial_values(attention, 0):
         fresh = value()

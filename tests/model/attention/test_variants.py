@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from kha_train.config.compose import compose
-from kha_train.config.resolve import Device, implementation
+from kha_train.config.resolve import Device, implementation, resolve
 from kha_train.errors import ConfigError
 from kha_train.estimate.counts import count_parameters, flops_per_token
-from kha_train.model.attention import choice
+from kha_train.model import decoder as decoder_module
 from kha_train.model.attention.backends import lay_out_documents
 from kha_train.model.attention.base import RowContext, build_attention
-from kha_train.model.attention.choice import announce, choose
+from kha_train.model.attention.choice import announce
 from kha_train.model.decoder import build_decoder
+from kha_train.model.device import resolve_on
 from kha_train.model.init import initial_values
 from kha_train.model.rope import Rotary, rotary_table
 
@@ -34,7 +35,8 @@ CPU = torch.device("cpu")
 
 
 def scrambled(*overrides):
-    attention = build_attention(compose([*overrides, "model.hidden_size=32", "model.head_dim=8", "model.seq_len=12"]))
+    config = compose([*overrides, "model.hidden_size=32", "model.head_dim=8", "model.seq_len=12"])
+    attention = build_attention(config, resolve_on(config, CPU))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for owner, local, _, value in initial_values(attention, 0):
@@ -161,7 +163,7 @@ def test_combinations_that_cannot_be_are_refused_with_the_reason(overrides, reas
 def test_a_backend_that_is_missing_here_says_what_is_missing(backend):
     config = compose([f"attention.backend={backend}", "data.isolate_documents=false"])
     with pytest.raises(ConfigError, match="needs a CUDA device, and this is cpu"):
-        choose(config, CPU, torch.bfloat16)
+        resolve_on(config, CPU)
 
 
 @pytest.mark.parametrize(
@@ -175,22 +177,24 @@ def test_a_backend_that_is_missing_here_says_what_is_missing(backend):
 )
 def test_auto_names_what_it_takes_on_a_cpu(overrides, name):
     config = compose([*overrides, "attention.backend=auto"])
-    line, *_ = announce(config, CPU, torch.float32)
-    assert f"backend {name} (" in line and choose(config, CPU, torch.float32).why in line
+    resolved = resolve_on(config, CPU)
+    line, *_ = announce(config, resolved, CPU)
+    assert f"backend {name} ({resolved.backend.why})" in line
 
 
-def test_auto_takes_the_kernel_that_reads_borders_only_for_split_rows_without_a_mask(monkeypatch):
-    taken = []
-    for name in ("varlen", "sdpa"):
-        monkeypatch.setattr(choice, name, lambda *given, name=name: taken.append(name))
-    split = torch.tensor([0, 4, 12, 24], dtype=torch.int32)
-    for borders, masked in ((split, False), (split, True), (None, False), (None, True)):
-        documents = lay_out_documents(2, 12, CPU, borders, masked=masked)
-        choice.automatic(*(torch.zeros(2, 12, 2, 4),) * 3, documents, 1.0)
-    assert taken == ["varlen", "sdpa", "sdpa", "sdpa"]
-    monkeypatch.setattr(choice, "device_facts", lambda device: Device("cuda", (9, 0)))
-    assert not choice.needs_mask(compose(["attention.backend=auto"]), CPU, torch.bfloat16)
-    assert choice.needs_mask(compose(["attention.backend=sdpa"]), CPU, torch.bfloat16)
+def test_rows_of_documents_have_a_mask_only_where_the_kernel_does_not_read_their_borders(monkeypatch):
+    small = ("model.layers=1", "model.vocab_size=64", "model.seq_len=12")
+    given = []
+    laid_out = decoder_module.lay_out_documents
+    monkeypatch.setattr(decoder_module, "lay_out_documents", lambda *all: given.append(laid_out(*all)) or given[-1])
+    tokens, borders_S = torch.zeros(2, 12, dtype=torch.int64), torch.tensor([0, 4, 12, 24], dtype=torch.int32)
+    for name, masked in (("auto", False), ("sdpa", True), ("eager", True)):
+        config = compose([*small, f"attention.backend={name}"])
+        decoder = build_decoder(config, resolve(config, Device("cuda", (9, 0))))
+        for block in decoder.blocks:
+            block.attention.attend = lambda q, k, v, documents, scale: v.repeat_interleave(q.shape[2] // v.shape[2], 2)
+        decoder(tokens, cu_seqlens_S=borders_S)
+        assert (given.pop().mask_BJTU is not None) == masked
 
 
 def test_auto_gives_the_numbers_of_what_it_takes():
@@ -206,13 +210,14 @@ def test_folding_is_taken_when_the_tokens_of_a_forward_outweigh_the_weights():
     few = ("attention=kha_linear", "model.seq_len=64", "engine.micro_batch_size=1")
     many = ("attention=kha_linear", "model.seq_len=256", "engine.micro_batch_size=4")
     assert implementation(compose(few)).name == "eager" and implementation(compose(many)).name == "folded"
-    assert "interaction folded (folding" in announce(compose(many), CPU, torch.float32)[0]
+    assert "interaction folded (folding" in announce(compose(many), resolve_on(compose(many), CPU), CPU)[0]
 
 
 def test_knocking_on_queries_and_keys_warns_of_its_cost():
     costly = compose(["attention=kha_mlp", "attention.interaction.projections=[q,k,v]"])
-    assert announce(costly, CPU, torch.float32)[1].startswith("warning: knocking_mlp on q and k")
-    assert len(announce(compose(["attention=kha_mlp"]), CPU, torch.float32)) == 1
+    assert announce(costly, resolve_on(costly, CPU), CPU)[1].startswith("warning: knocking_mlp on q and k")
+    usual = compose(["attention=kha_mlp"])
+    assert len(announce(usual, resolve_on(usual, CPU), CPU)) == 1
 
 
 @pytest.mark.parametrize("variant", ["kha_linear", "kha_mlp", "kha_gate", "mea"])
@@ -333,7 +338,8 @@ def test_a_scaled_identity_scales_every_diagonal_but_a_gates(variant, factor, im
     settings += mea if variant == "mea" else ["attention.interaction.projections=[v]"]
     outputs = []
     for extra in ([], scaled):
-        attention = build_attention(compose([*settings, *extra]))
+        config = compose([*settings, *extra])
+        attention = build_attention(config, resolve_on(config, CPU))
         for owner, local, _, value in initial_values(attention, 0):
             getattr(owner, local).data.copy_(value())
         outputs.append(attention.double()(X[None], rows_of(8)))

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from kha_train.bench import kernels as bench
 from kha_train.bench.kernels import norm_calls, perceptron_calls
 from kha_train.cli.main import app
+from kha_train.config.resolve import interpreted
 from kha_train.model.kernels import launch
-from kha_train.model.kernels.availability import interpreted
 from kha_train.model.kernels.compiler import SHARED_BYTES, compile_call, resident_programs
 from kha_train.variants.interactions import KERNEL_WIDTHS
 

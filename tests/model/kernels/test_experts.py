@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kha_train.config.compose import compose
+from kha_train.config.resolve import interpreted
+from kha_train.model.device import resolve_on
 from kha_train.model.init import initialise
 from kha_train.model.kernels import movement, weighted_swiglu
-from kha_train.model.kernels.availability import interpreted
 from kha_train.model.kernels.launch import Call
 from kha_train.model.moe.experts import grouped, loop
 from kha_train.model.moe.grouped import Placement, grouped_experts, grouped_experts_backward, place
@@ -128,7 +129,8 @@ def test_experts_by_kernels_equal_the_loop_and_their_gradients_too(kind: str, to
 def test_a_layer_starts_them_when_they_are_asked_for(kernels: str, starts: int, monkeypatch) -> None:
     """Out, activation, home; then the gradient out, the activation's, tokens out again, and the gradient home."""
     config = compose(["model=tiny", "model.hidden_size=32", "model.head_dim=8", f"engine.kernels={kernels}"])
-    layer, started, start = MoeLayer(config, 0), [], Call.start
+    layer = MoeLayer(config, resolve_on(config, torch.device(DEVICE)), 0)
+    started, start = [], Call.start
     initialise(layer, seed=1)
     monkeypatch.setattr(Call, "start", lambda call: (started.append(call), start(call)))
     x_BTD = numbers(2, 5, 32, dtype=torch.bfloat16).requires_grad_()

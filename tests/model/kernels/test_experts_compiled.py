@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kha_train.config.resolve import interpreted
 from kha_train.model.kernels import movement, weighted_swiglu
-from kha_train.model.kernels.availability import interpreted
 from kha_train.model.kernels.compiler import SHARED_BYTES, compile_call
 from kha_train.model.kernels.launch import Call
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kha_train.config.compose import compose
+from kha_train.config.resolve import interpreted
 from kha_train.model.decoder import build_decoder
-from kha_train.model.kernels.availability import interpreted
+from kha_train.model.device import resolve_on
 from kha_train.model.kernels.knocking_mlp import knocking_mlp, plain_knocking_mlp
 from kha_train.model.kernels.norm_rotate import norm_rotate, plain_norm_rotate
 from kha_train.model.rope import rotary_table
@@ -233,7 +234,8 @@ def test_a_decoder_on_kernels_is_the_decoder_without() -> None:
     tokens_BT = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     answers = []
     for kernels in ("torch", "triton"):
-        decoder = build_decoder(replace(config, engine=replace(config.engine, kernels=kernels))).to(DEVICE)
+        chosen = replace(config, engine=replace(config.engine, kernels=kernels))
+        decoder = build_decoder(chosen, resolve_on(chosen, torch.device(DEVICE))).to(DEVICE)
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for parameter in decoder.parameters():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from kha_train.config.resolve import Device, decide
 from kha_train.errors import ConfigError
 from kha_train.model.decoder import build_decoder
 from kha_train.model.moe.experts import grouped, loop
@@ -139,8 +140,9 @@ def test_the_megablocks_adapter_takes_a_single_expert():
 def test_without_megablocks_the_missing_packages_and_the_command_are_named(make_config):
     if all(find_spec(name) for name in NEEDED):
         pytest.skip("megablocks is installed")
+    config = make_config(moe={"backend": "megablocks"})
     with pytest.raises(ConfigError, match="not installed: .*grouped_gemm.*moe.backend=grouped.*pip install --no-deps"):
-        build_decoder(make_config(moe={"backend": "megablocks"}))
+        build_decoder(config, decide(config, Device("cuda", (9, 0))))
 
 
 @pytest.mark.gpu

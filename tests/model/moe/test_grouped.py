@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from kha_train.errors import ConfigError
+from kha_train.model.device import resolve_on
 from kha_train.model.kernels.movement import combine_torch, permute_torch
 from kha_train.model.kernels.weighted_swiglu import backward_torch, forward_torch
 from kha_train.model.moe.experts import grouped, loop
@@ -149,8 +150,9 @@ def test_nothing_in_a_layer_or_inside_the_operator_waits_for_the_device(make_con
     """On the meta device there are no values: whatever asks for one (`item`, `tolist`, `nonzero`, `cpu`) fails."""
     config = make_config(moe={"routing_warmup_steps": 10, "z_loss_weight": 0.1, "expert_groups": 4, "top_groups": 2})
     width, inner = config.model.hidden_size, config.moe.expert_width
+    resolved = resolve_on(config, torch.device("cpu"))
     with torch.device("meta"):
-        layer = MoeLayer(config, 0)
+        layer = MoeLayer(config, resolved, 0)
         x_BTD = torch.empty(2, 24, width, requires_grad=True)
         y_BTD, routing = layer(x_BTD, torch.empty(2, dtype=torch.int64))
         (y_BTD.sum() + routing.z_sum).backward()

@@ -16,6 +16,7 @@ from kha_train.config.schema import AuxiliaryLossSection, RunConfig
 from kha_train.config.validate import validate
 from kha_train.errors import ConfigError
 from kha_train.model.decoder import build_decoder
+from kha_train.model.device import resolve_on
 from kha_train.model.moe.experts import announce_experts
 
 THE_RULE = ("moe.renormalize", "moe.routed_scaling")
@@ -122,7 +123,8 @@ def test_what_leaves_nothing_to_learn_or_something_is_accepted(overrides: list[s
 def test_a_warm_up_that_outlasts_the_run_is_announced() -> None:
     def said(*overrides: str) -> list[str]:
         config = compose([*SMALL, "run.steps=10", *overrides])
-        return announce_experts(config, torch.device("cpu"), torch.float32)
+        device = torch.device("cpu")
+        return announce_experts(config, resolve_on(config, device), device)
 
     assert len(said("moe.routing_warmup_steps=9")) == 1
     for steps in (10, 1000):
