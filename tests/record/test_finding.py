@@ -125,7 +125,7 @@ def test_commands_about_runs_take_folders_sweeps_and_globs_and_say_what_they_pas
 
     assert labels(runs)[0] == {"a", "b", "c"} | steps
     found, said = labels(*(child for child in runs.iterdir() if child.is_dir()))
-    assert found == {"a", "b", "c"} | steps and "note: passed over" in said and "logs" in said
+    assert found == {"a", "b", "c"} | steps and "note: skipped" in said and "logs" in said
     assert labels(f"{runs}/*/")[0] == {"a", "b", "c"} | steps
     as_sweep(runs, ["b", "a"])
     assert labels(runs)[0] == {"a", "b"}

@@ -269,7 +269,7 @@ def test_a_line_that_is_damaged_at_the_end_of_a_long_record_is_named_by_its_numb
     monkeypatch.setattr("kha_train.record.end.PIECE", 64)
     good = [to_line({"step": step, "train/loss": 1.0}) for step in range(1, 101)]
     file = tmp_path / "metrics.jsonl"
-    for bad, problem in ((b"nonsense\n", "not a JSON object"), (b'{"step": 98, "train/loss": "x"}\n', "no number")):
+    for bad, problem in ((b"nonsense\n", "not a JSON object"), (b'{"step": 98, "train/loss": "x"}\n', "not a number")):
         file.write_bytes(b"".join([*good[:97], bad, *good[98:]]))
         with pytest.raises(DataError, match=problem) as caught:
             read_last_metrics(tmp_path, 10)
