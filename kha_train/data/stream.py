@@ -83,10 +83,11 @@ class TokenStream:
         self._most_read = max(1, _READ_BYTES // (size * samples.row_bytes))
         self._reader = InOrder("data-prefetch") if prefetch else None
         self._ahead: deque[Future[deque[_Ready]]] = deque()
-        self._batches: deque[_Ready]
         self._waited = 0.0
+        self._samples_seen = 0
         self._skip_windows: tuple[Window, ...] = ()
-        self.samples_seen = 0
+        self._groups = self._groups_from(0)
+        self._batches: deque[_Ready] = deque()
 
     @property
     def samples_seen(self) -> int:

@@ -29,17 +29,20 @@ class ShareOptimizer(torch.optim.Optimizer):
     parameter): p <- p - lr d (p - identity), before the step, like decay towards zero.
     """
 
+    param_groups: Groups
+    options: OptimSection
+    identities: dict[Tensor, Tensor]
+    stepped: Callable[[Tensor, Tensor], None] | None
+    """Called after a share was stepped, with the share and what changed in it. Costs a copy of the shares of one
+    parameter group at a time."""
+
     def __init__(self, groups: Groups, options: OptimSection) -> None:
         super().__init__(groups, {"lr": options.lr})
         self.adopt(options)
 
     def adopt(self, options: OptimSection) -> None:
         """Store `options`, for a class that is built by another `__init__`."""
-        self.options = options
-        self.identities: dict[Tensor, Tensor] = {}
-        self.stepped: Callable[[Tensor, Tensor], None] | None = None
-        """Told, after a share was stepped, of the share and what changed in it. Costs a copy of the shares of one
-        parameter group at a time."""
+        self.options, self.identities, self.stepped = options, {}, None
 
     @staticmethod
     def group(

@@ -65,9 +65,9 @@ class Console:
         self._loss = loss_average or MovingAverage()
         self._memory_total_gib = memory_total_gib
         self._checkpoint: int | None = None
-        self._live: Live | None = None
+        self._bar: _Bar | None = None
         if self.mode == "progress" and rank == 0:
-            self._start_bar(config.run.name, start_step)
+            self._bar = _Bar(self._rich, visible(self._clean(config.run.name)), start_step, total_steps)
 
     def step(self, line: dict[str, Any]) -> None:
         """Shows a metrics line, and what validations and tasks found where it has any of that."""
@@ -82,9 +82,8 @@ class Console:
             checkpoint_step=self._checkpoint,
             width=self._width,
         )
-        if self._live is not None:
-            self._progress.update(self._task, completed=line["step"])
-            self._live.update(Group(self._progress, Text(text, overflow="ellipsis", no_wrap=True)))
+        if self._bar is not None:
+            self._bar.show(line["step"], text)
         elif self.mode == "lines" or (self.mode == "sparse" and self._is_due(line, now)):
             self._last_shown = now
             self.message(text)
@@ -114,9 +113,9 @@ class Console:
 
     def close(self) -> None:
         """Removes the bar from the terminal; closing twice is harmless."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     def __enter__(self) -> Self:
         return self
@@ -139,21 +138,13 @@ class Console:
         """Width of a step line without its time, which is missing below a bar."""
         if not self._is_fitted:
             return MAX_WIDTH
-        return min(self._rich.width, MAX_WIDTH) - (0 if self._live else len(self._time()))
+        return min(self._rich.width, MAX_WIDTH) - (0 if self._bar else len(self._time()))
 
     def _time(self) -> str:
         """The time at the beginning of a line."""
         if not self._is_fitted:
             return time.strftime("%Y-%m-%d %H:%M:%S ")
         return time.strftime("%H:%M:%S ") if self._rich.width >= TIMED_WIDTH else ""
-
-    def _start_bar(self, name: str, start_step: int) -> None:
-        name_column, bar = TextColumn("{task.description}", markup=False), BarColumn(bar_width=None)
-        columns = (name_column, bar, TaskProgressColumn(), MofNCompleteColumn())
-        self._progress = Progress(*columns, console=self._rich, expand=True)
-        self._task = self._progress.add_task(visible(self._clean(name)), total=self.total_steps, completed=start_step)
-        self._live = Live(self._progress, console=self._rich, refresh_per_second=4)
-        self._live.start()
 
     def _is_due(self, line: dict[str, Any], now: float) -> bool:
         matters = line["step"] == self.total_steps or bool(line.get("train/skipped") or measured_lines(line))
@@ -178,3 +169,24 @@ def measured_lines(line: dict[str, Any]) -> list[str]:
 
 def _figure(name: str, value: float) -> str:
     return f"{value:.4f} bits per byte" if name == "bits_per_byte" else f"{name} {value:.4f}"
+
+
+class _Bar:
+    """A progress bar with a line of text below it, shown at once."""
+
+    def __init__(self, console: LiteralConsole, name: str, start_step: int, total_steps: int) -> None:
+        name_column, bar = TextColumn("{task.description}", markup=False), BarColumn(bar_width=None)
+        columns = (name_column, bar, TaskProgressColumn(), MofNCompleteColumn())
+        self._progress = Progress(*columns, console=console, expand=True)
+        self._task = self._progress.add_task(name, total=total_steps, completed=start_step)
+        self._live = Live(self._progress, console=console, refresh_per_second=4)
+        self._live.start()
+
+    def show(self, step: int, text: str) -> None:
+        """Advance to `step`, with `text` below."""
+        self._progress.update(self._task, completed=step)
+        self._live.update(Group(self._progress, Text(text, overflow="ellipsis", no_wrap=True)))
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        self._live.stop()

@@ -41,6 +41,8 @@ class SignalListener:
         self.has_heard = False
         """Whether any of them has arrived."""
         self._left = threading.Event()
+        self._read = self._write = -1
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._is_copy = False
         """Whether this is the copy in a forked child."""
 
@@ -51,7 +53,6 @@ class SignalListener:
         in_child = weakref.WeakMethod(self._in_child)
         os.register_at_fork(after_in_child=lambda: (call := in_child()) and call())
         self._previous_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
         self._previous = {number: signal.signal(number, self._interrupt) for number in self._numbers}
         return self
