@@ -97,7 +97,7 @@ def test_the_command_tells_every_arm_with_versions_protocol_and_both_kinds_of_mf
 def test_arms_run_on_the_backend_that_training_would_take_and_auto_is_settled_once(monkeypatch):
     asked: list[str] = []
 
-    def answer(config, device, dtype, earlier=""):
+    def answer(config, device, earlier=""):
         asked.append(earlier)
         return ("eager " if config.attention.backend == "auto" else f"{config.attention.backend} ") + "measured"
 
