@@ -54,7 +54,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_a_run_that_is_ended_at_once_is_not_summed_up() -> None:
     session: Any = SimpleNamespace(world=SimpleNamespace(is_main=True))
-    reporter: Any = SimpleNamespace(record=SimpleNamespace(last_step=2))
+    reporter: Any = SimpleNamespace(record=SimpleNamespace(has_steps=True))
     with pytest.raises(AttributeError, match="run_dir"):
         sum_up(session, reporter, DivergedError("diverged"))
     sum_up(session, reporter, KeyboardInterrupt())
