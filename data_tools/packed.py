@@ -14,7 +14,7 @@ from typing import IO
 from kha_train.errors import ConfigError, DataError
 
 PACKED = (".gz", ".zst")
-_TOO_LARGE_A_WINDOW = "not enough memory"
+_TOO_LARGE_A_WINDOW = "too much memory"
 """zstd's message for a frame made with `--long` above 27."""
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from kha_train.errors import ConfigError, Settings
+from kha_train.errors import ConfigError, Options
 
 if TYPE_CHECKING:
     from kha_train.config.schema import RunConfig
@@ -115,7 +115,7 @@ def load_loaders(folder: Path) -> LoaderAdapter:
 def _module(folder: Path | None, name: str, field: str) -> ModuleType:
     if folder is None:
         problem = "needs the folder of its adapter"
-        raise ConfigError(problem, field=field, value=name, fix=Settings(EXAMPLE, "{} (in a checkout)"))
+        raise ConfigError(problem, field=field, value=name, fix=Options(EXAMPLE, "{} (in a checkout)"))
     file = folder / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"kha_train_peer_{name}", file) if file.is_file() else None
     if spec is None or spec.loader is None:

@@ -19,7 +19,7 @@ from kha_train.engine.contract import Engine
 from kha_train.evaluate.contract import RowTask, Sums
 from kha_train.metric import Metric
 from kha_train.model.host import to_device
-from kha_train.variants.task import ContextOptions
+from kha_train.variants.task import ContextOptions, TaskOptions
 
 GROWTH = 4
 
@@ -29,8 +29,9 @@ class Context(RowTask[ContextOptions]):
     than the next border. A bucket without a label has neither."""
 
     @classmethod
-    def declared(cls, config: RunConfig, options: ContextOptions) -> tuple[Metric, ...]:
+    def declared(cls, config: RunConfig, options: TaskOptions) -> tuple[Metric, ...]:
         """See `Task.declared`."""
+        assert isinstance(options, ContextOptions), "TASKS pairs the task with them"
         borders = _borders(config, options)
         ranges = [*(f"to {high - 1} tokens" for high in borders[1:]), "tokens or more"]
         return tuple(

@@ -27,10 +27,10 @@ Sums = Mapping[str, np.ndarray]
 WHEN_AND_WHERE = ("name", "label", "every_steps", "set", "rows")
 """Options that are no part of what a task measures: the name and the rows are told apart."""
 
-Options = TypeVar("Options", bound=TaskOptions)
+Options_co = TypeVar("Options_co", bound=TaskOptions, covariant=True)
 
 
-class Task(ABC, Generic[Options]):
+class Task(ABC, Generic[Options_co]):
     """A measurement of the model, made of its `options` and the run's `config`.
 
     Its entries in the record are `options.entries`, a slash and the name of a figure. Opening it (`__init__`) opens and
@@ -40,11 +40,11 @@ class Task(ABC, Generic[Options]):
     metrics: ClassVar[tuple[Metric, ...]] = ()
     """What its figures mean. Their names have no slash: `options.entries` stands before them in the record."""
 
-    def __init__(self, config: RunConfig, options: Options) -> None:
+    def __init__(self, config: RunConfig, options: Options_co) -> None:
         self.config, self.options = config, options
 
     @classmethod
-    def declared(cls, config: RunConfig, options: Options) -> tuple[Metric, ...]:
+    def declared(cls, config: RunConfig, options: TaskOptions) -> tuple[Metric, ...]:
         """What every figure means that it can make. A task whose figures follow from its options overrides this."""
         return cls.metrics
 
@@ -76,10 +76,10 @@ class Task(ABC, Generic[Options]):
         return {"task": self.options.name, "content_id": self.content_id, **settings}
 
 
-class RowTask(Task[Options]):
+class RowTask(Task[Options_co]):
     """A task that scores the first rows of a validation set: `rows`, which are dealt to the ranks in turn."""
 
-    def __init__(self, config: RunConfig, options: Options) -> None:
+    def __init__(self, config: RunConfig, options: Options_co) -> None:
         super().__init__(config, options)
         assert isinstance(options, RowTaskOptions), "a task of rows has their options"
         self.rows = ValidationSet(config, options.set, options.rows)

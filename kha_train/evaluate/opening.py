@@ -30,7 +30,7 @@ class ValidationOptions(RowTaskOptions):
         return f"{VALIDATION}/{self.set}" if self.set else VALIDATION
 
 
-def open_tasks(config: RunConfig) -> tuple[Task[Any], ...]:
+def open_tasks(config: RunConfig) -> tuple[Task[TaskOptions], ...]:
     """Everything that a run of `config` measures, opened and checked: `data.validation` first.
 
     Raises ConfigError and DataError as the tasks do.
@@ -47,7 +47,7 @@ def declared(config: RunConfig) -> tuple[Metric, ...]:
     )
 
 
-def _chosen(config: RunConfig) -> Iterator[tuple[type[Task[Any]], TaskOptions]]:
+def _chosen(config: RunConfig) -> Iterator[tuple[type[Task[TaskOptions]], TaskOptions]]:
     """The tasks of a run, not opened yet, with their options."""
     for name in validation_sets(config):
         yield BitsPerByte, ValidationOptions(set=name, every_steps=config.validation.every_steps)
@@ -55,14 +55,14 @@ def _chosen(config: RunConfig) -> Iterator[tuple[type[Task[Any]], TaskOptions]]:
         yield TASKS[options.name].load(), options
 
 
-def due(tasks: Iterable[Task[Any]], step: int, last: int) -> list[Task[Any]]:
+def due(tasks: Iterable[Task[TaskOptions]], step: int, last: int) -> list[Task[TaskOptions]]:
     """Those of `tasks` that score the model after `step` of a run of `last` steps."""
     return [
         task for task in tasks if step == last or (task.options.every_steps and step % task.options.every_steps == 0)
     ]
 
 
-def content_ids(tasks: Iterable[Task[Any]]) -> dict[str, str]:
+def content_ids(tasks: Iterable[Task[TaskOptions]]) -> dict[str, str]:
     """The content ids of what `tasks` score, by the name under which a checkpoint and `resume.allow_changes` have them.
     A task that scores a validation set adds none."""
     found: dict[str, str] = {}
@@ -74,7 +74,7 @@ def content_ids(tasks: Iterable[Task[Any]]) -> dict[str, str]:
     return found
 
 
-def measured_facts(tasks: Iterable[Task[Any]]) -> dict[str, Any]:
+def measured_facts(tasks: Iterable[Task[TaskOptions]]) -> dict[str, Any]:
     """What `run.json` says of an attempt: the rows of `data.validation`, and as `evaluations`, where there are others,
     what the figures of each are of, by what its entries begin with."""
     of = {task.options.entries: task.identity() for task in tasks}

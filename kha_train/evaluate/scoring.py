@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +13,10 @@ from kha_train.distributed import World
 from kha_train.engine.contract import Engine
 from kha_train.errors import KhaError
 from kha_train.evaluate.contract import Sums, Task
+from kha_train.variants.task import TaskOptions
 
 
-def evaluate(engine: Engine, tasks: Sequence[Task[Any]]) -> dict[str, float]:
+def evaluate(engine: Engine, tasks: Sequence[Task[TaskOptions]]) -> dict[str, float]:
     """The entries of the record that `tasks` make of the model as it is, in order.
 
     Collective; waits for the device once, at the end. Raises on all ranks when any rank could not read a batch, and
@@ -36,7 +36,7 @@ def evaluate(engine: Engine, tasks: Sequence[Task[Any]]) -> dict[str, float]:
     return entries
 
 
-def _sums_of_rank(engine: Engine, task: Task[Any]) -> dict[str, Tensor | float]:
+def _sums_of_rank(engine: Engine, task: Task[TaskOptions]) -> dict[str, Tensor | float]:
     """What the batches of this rank come to: tensors in float64 on the device, and numbers of the host."""
     sums: dict[str, Tensor | float] = {}
     for batch in _read_together(task.batches(engine.world.rank, engine.world.size), engine.world):
@@ -60,7 +60,7 @@ def _shaped(value: Tensor | float, numbers: Iterator[float]) -> np.ndarray:
     return np.array([next(numbers) for _ in range(shape.numel())]).reshape(shape)
 
 
-def _figures(task: Task[Any], sums: Sums) -> dict[str, float]:
+def _figures(task: Task[TaskOptions], sums: Sums) -> dict[str, float]:
     """What `task` makes of sums that are equal on all ranks: an error in them is raised by all of them."""
     try:
         return task.figures(sums)

@@ -28,6 +28,7 @@ from kha_train.train.branch import Branch
 from kha_train.train.progress import Progress, SavedOrigin, restore_watch
 from kha_train.train.step import Judge
 from kha_train.train.watch import Ruling, Watch
+from kha_train.variants.task import TaskOptions
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Session:
     attempt: Attempt
     engine: Engine
     stream: TokenStream
-    tasks: tuple[Task[Any], ...]
+    tasks: tuple[Task[TaskOptions], ...]
     content_ids: dict[str, str]
     watch: Watch
     progress: Progress = field(default_factory=Progress)
@@ -103,11 +104,11 @@ class Session:
         self.attempt.has_updated |= applied
         self.progress = self.progress.after(self.stream.samples_seen, self.tokens_per_step, applied)
 
-    def tasks_due(self) -> list[Task[Any]]:
+    def tasks_due(self) -> list[Task[TaskOptions]]:
         """What measures the model after the step just finished."""
         return due(self.tasks, self.progress.step, self.config.run.steps)
 
-    def evaluate(self, tasks: Sequence[Task[Any]]) -> dict[str, float]:
+    def evaluate(self, tasks: Sequence[Task[TaskOptions]]) -> dict[str, float]:
         """What `tasks` make of the current weights: entries of the step's line. Collective."""
         return evaluate(self.engine, tasks)
 

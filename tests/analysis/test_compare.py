@@ -288,7 +288,7 @@ def test_what_is_no_run_is_refused_with_the_runs_nearby(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no such run directory.*good"):
         compare_runs([tmp_path / "missing"])
-    with pytest.raises(ConfigError, match="has not recorded a step"):
+    with pytest.raises(ConfigError, match="no step was recorded here"):
         compare_runs([tmp_path / "empty"])
     with pytest.raises(ConfigError, match="named twice"):
         compare_runs([tmp_path / "good", tmp_path / "x" / ".." / "good"])

@@ -120,6 +120,7 @@ ELSEWHERE = {
     "kha_train/train/resume.py": "train/test_ways_out_of_a_refused_resume.py",
     "kha_train/train/branch.py": "train/test_branch.py",
     "kha_train/train/rate_change.py": "train/test_rate_change.py",
+    "kha_train/bench/peers.py": "bench/test_peers.py",
     "kha_train/model/attention/choice.py": "model/attention/test_backends.py",
     "kha_train/model/moe/grouped.py": "model/moe/test_grouped.py",
     "kha_train/data/tokenizer.py": "data_tools/test_encode.py",

@@ -36,7 +36,9 @@ def test_the_adapters_of_a_checkout_load_without_their_packages() -> None:
 def test_a_peer_without_a_folder_is_refused_with_the_option_that_names_one() -> None:
     with pytest.raises(ConfigError) as caught:
         load_adapters(None, ["transformers"])
-    assert "--peers tests/peers" in caught.value.line()
+    (fix,) = caught.value.typed_fixes
+    option, folder = fix.typed.split()
+    assert option == "--peers" and load_adapters(PEERS.parents[1] / folder, ["transformers"])
     assert load_adapters(None, []) == {}
 
 

@@ -20,7 +20,7 @@ def rows() -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
 
 
-def tests_of(cell: str) -> list[str]:
+def named_in(cell: str) -> list[str]:
     """The tests that a cell names; a dash names none."""
     names = re.findall(r"`(tests/[\w/]+\.py::test_\w+)`", cell)
     assert cell == ", ".join(f"`{name}`" for name in names) or cell == "-", cell
@@ -36,9 +36,9 @@ def exists(name: str) -> bool:
 def test_each_promise_names_tests_that_exist_and_run_where_the_table_says(collected: Mapping[str, set[str]]) -> None:
     """The session of either target collects every test; what a smaller one does not is only looked for."""
     for promise, *cells in rows():
-        assert len(cells) == len(TARGETS) and tests_of(cells[0]), promise
+        assert len(cells) == len(TARGETS) and named_in(cells[0]), promise
         for target, cell in zip(TARGETS, cells, strict=True):
-            for name in tests_of(cell):
+            for name in named_in(cell):
                 assert exists(name), f"{promise}: no {name}"
                 if name in collected:
                     assert target in collected[name], f"{promise}: {name} is not run by {target}"

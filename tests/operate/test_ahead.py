@@ -48,7 +48,7 @@ def test_runs_whose_reader_was_killed_are_read_here(
     monkeypatch.setattr(ahead, "_read", _be_killed)
     read = ahead.read_ahead(runs)
     said = capsys.readouterr().err
-    assert read.read == {} and said.count("\n") == 1 and "one after the other" in said
+    assert read.read == {} and said.count("\n") == 1 and "one after another" in said
     assert len(read.run(runs[1]).columns) > 0
 
 

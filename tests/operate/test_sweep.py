@@ -29,7 +29,15 @@ from kha_train.operate.slurm import (
     submit,
 )
 from kha_train.operate.status import run_status
-from kha_train.operate.sweep import default_name, load_sweep, plan_sweep, queued_labels, statuses, sweep_directory
+from kha_train.operate.sweep import (
+    checked_equal,
+    default_name,
+    load_sweep,
+    plan_sweep,
+    queued_labels,
+    statuses,
+    sweep_directory,
+)
 from kha_train.record import Marker, Record, set_marker
 from kha_train.record.files import write_json
 
@@ -129,7 +137,7 @@ def test_budgets_are_equal_in_what_was_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run.steps"):
         plan_sweep(tmp_path / "s", ["run.steps=10,20"], "tokens")
     with pytest.raises(ConfigError, match="steps, tokens, flops"):
-        plan_sweep(tmp_path / "s", grid, "hours")
+        checked_equal("hours")
 
 
 def test_only_what_is_missing_is_submitted(tmp_path: Path, fake_slurm: Path) -> None:

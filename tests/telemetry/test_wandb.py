@@ -76,6 +76,7 @@ def test_every_line_is_sent_once_at_its_own_step_with_the_stable_id(monkeypatch,
         "train/*": "step",
         **{f"{group}/*": "step" for group in ("moe", "spike", "attn", "kha", "data", "memory", "checkpoint", "events")},
         "validation/*": "tokens",
+        "evaluation/*": "tokens",
     }
     assert (run.summary, run.finished, warnings) == ({"validation/loss": 1.5}, [5], [])
 
