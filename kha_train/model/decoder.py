@@ -191,7 +191,8 @@ class Decoder(nn.Module):
         max_seqlen: int | None,
         cache: Cache | None,
     ) -> RowContext:
-        device, slopes_H = positions_BT.device, None
+        # Read here, a sharded embedding stays gathered until the head that shares it: one gather of a micro-batch less.
+        device, slopes_H = self.embedding.weight.device, None
         if self._slopes is not None:
             slopes_H = to_device(torch.tensor(self._slopes), device)
         rotary = None if self.rotary is None else self.rotary(positions_BT)

@@ -452,7 +452,8 @@ def trained(run_ranks: Callable[..., list[Any]], request: pytest.FixtureRequest)
     """What ZeRO 3 made of one step of every implementation that is asked for, engines built and closed in one
     process."""
     training = ["engine=zero3", "data.global_batch_size=2", "engine.micro_batch_size=2", "moe.backend=loop"]
-    asked = [item.callspec.params["case"] for item in request.session.items if "trained" in item.fixturenames]
+    here = [item for item in request.session.items if item.path == request.path]
+    asked = [item.callspec.params["case"] for item in here if "trained" in item.fixturenames]
     cases = {str(case): [*case.overrides(), *training] for case in asked}
     return run_ranks(Path(__file__).with_name("zero3_worker.py"), 1, cases=cases)[0]
 
