@@ -237,6 +237,14 @@ def invalid_backend(config: RunConfig) -> ConfigError | None:
     if name == "auto":
         return None
     traits = TRAITS[name]
+    base = config.attention.base
+    if base.own_scores and not traits.holds_scores:
+        return ConfigError(
+            f"{base.name} works on the scores, which only the formula itself holds",
+            field="attention.backend",
+            value=name,
+            allowed="eager, auto",
+        )
     if traits.cuda and config.engine.device == "cpu":
         return _refused(name, "runs on CUDA alone, and engine.device=cpu")
     if traits.cuda and config.engine.precision == "fp32":
@@ -252,14 +260,6 @@ def invalid_backend(config: RunConfig) -> ConfigError | None:
         )
     if not traits.biased and POSITIONS[config.attention.positions].bias:
         return _refused(name, f"adds no bias to the scores, and attention.positions={config.attention.positions}")
-    base = config.attention.base
-    if base.own_scores and not traits.holds_scores:
-        return ConfigError(
-            f"{base.name} works on the scores, which only the formula itself holds",
-            field="attention.backend",
-            value=name,
-            allowed="eager, auto",
-        )
     return None
 
 

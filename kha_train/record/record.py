@@ -161,6 +161,10 @@ class Record:
         self._run["attempts"].append({**attempt, "state": "running"})
         if parent is not None:
             self._run["parent"] = self._redactor.clean(parent)
+        elif start_step < self.begun_after:
+            # A branch that saved nothing begins again as no branch.
+            del self._run["parent"]
+            self.last_step = _last_step(self.run_dir)
         self._in_attempt = True
         self._write_run()
         for marker in END_MARKERS:

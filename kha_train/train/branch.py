@@ -48,6 +48,8 @@ SAME_LOSS = (
     "moe.z_loss_weight", "moe.routing_seed",
 )  # fmt: skip
 """Of what a branch may change, what leaves the loss of the next step where the parent's would have been."""
+MEASURED = ("validation_content_id", "evaluation_content_id")
+"""What names data that are scored and not trained on, or begins such a name."""
 Change = tuple[str, Json, Json]
 """A setting, its value in the parent, its value in the branch."""
 
@@ -93,7 +95,7 @@ class Branch:
     @property
     def changes_the_loss(self) -> bool:
         """Whether the loss may jump with the first step: it is of other text, of longer rows or of another function."""
-        return any(not may_differ(key, SAME_LOSS) for key, _, _ in self.changes)
+        return any(not may_differ(key, SAME_LOSS) for key, _, _ in self.changes if not key.startswith(MEASURED))
 
     def facts(self) -> dict[str, Any]:
         """The fields of the event `branched`."""

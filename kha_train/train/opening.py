@@ -140,7 +140,7 @@ def _open(
     reading.close()
     startup.mark("engine")
     with world.agreed("begin the record"):
-        parent = branch.parent if branch else journal.record.parent
+        parent = branch.parent if branch else journal.record.parent if checkpoint else None
         reporter = _open_reporter(closings, session, journal, startup, parent)
         saver = _open_saver(closings, session, reporter)
         changes = _changes(session, kernels, initial, rate_change)

@@ -347,3 +347,20 @@ def test_lists_of_numbers_under_a_name_of_tokens_are_recorded(tmp_path: Path) ->
     record.close()
     (found,) = read_metrics(tmp_path)
     assert (found["attn/token_norm"], found["attn/token_norm_by_layer"]) == (2.0, [2.0, 1.0])
+
+
+def test_a_branch_that_begins_again_without_its_parent_is_no_branch(tmp_path: Path) -> None:
+    parent = {"run_id": "a", "step": 100, "manifest": "0" * 64, "checkpoint": "a/checkpoints/step-100", "ancestors": []}
+    for lines in (0, 2):
+        record = Record(tmp_path / str(lines))
+        record.begin_attempt(100, parent=parent)
+        for step in range(101, 101 + lines):
+            record.step({"step": step})
+        record.close("failed")
+        record = Record(tmp_path / str(lines))
+        record.begin_attempt(0)
+        record.step({"step": 1})
+        assert record.parent is None and record.has_steps
+        record.close("done")
+        assert [line["step"] for line in read_metrics(tmp_path / str(lines))] == [1]
+        assert "parent" not in read_run(tmp_path / str(lines))
