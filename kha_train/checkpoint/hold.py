@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kha_train.errors import CheckpointError
+
 _IN_USE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
@@ -21,11 +23,14 @@ _IN_USE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 def held(directory: Path) -> Iterator[None]:
     """While the block runs, no retention removes the checkpoint in `directory`. Any number of readers may hold it.
 
-    Raises OSError when the directory cannot be opened.
+    Raises CheckpointError when it is being removed, OSError when the directory cannot be opened.
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        _lock(descriptor, fcntl.LOCK_SH)
+        if not _lock(descriptor, fcntl.LOCK_SH):
+            raise CheckpointError(
+                "its run is removing it", field=str(directory), fix="take a newer checkpoint, or one that is kept"
+            )
         yield
     finally:
         os.close(descriptor)

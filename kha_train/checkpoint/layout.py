@@ -18,6 +18,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from kha_train.record.files import sync_directory
@@ -72,7 +73,8 @@ def clear_leftovers(folder: Path, *purposes: str) -> None:
     for name in os.listdir(folder) if folder.is_dir() else ():
         match = _LEFTOVER.fullmatch(name)
         if match and match[1] in purposes:
-            _erase(folder / name)
+            with suppress(FileNotFoundError):
+                _erase(folder / name)
 
 
 def remove(directory: Path, step: int, renamed: Callable[[], None] = lambda: None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +83,8 @@ def prune(
     stage("before_prune")
     removed = []
     for step, directory in surplus:
-        with alone(directory) as free:
+        # Another process may remove the same ones.
+        with suppress(FileNotFoundError), alone(directory) as free:
             if free:
                 layout.remove(directory, step, lambda: stage("mid_prune"))
                 removed.append(step)

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kha_train.checkpoint.hold import alone
 from kha_train.checkpoint.reader import find_newest, open_verified, verify
 from kha_train.checkpoint.retention import Keep, mark, prune
 from kha_train.distributed import World
-from kha_train.errors import ConfigError
+from kha_train.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +100,22 @@ def test_a_checkpoint_that_another_run_reads_stays_until_it_has_been_read(ten_st
         assert {path.name for path in folder.iterdir()} == {f"step-{step:08d}" for step in (3, 9, 10)}
         assert verify(held_by_two[0].path).step == 3
     assert prune(tmp_path, Keep(2)) == [3]
+
+
+def test_a_checkpoint_that_is_being_removed_is_not_read(ten_steps: Path) -> None:
+    directory = ten_steps / "checkpoints" / "step-00000003"
+    with alone(directory) as free, pytest.raises(CheckpointError, match="its run is removing it"):
+        assert free
+        open_verified(directory, World.single(), ExitStack())
+
+
+def test_what_another_process_removes_meanwhile_stops_no_pruning(ten_steps: Path, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(ten_steps / "checkpoints", checkpoints)
+
+    def gone(stage: str) -> None:
+        if stage == "before_prune":
+            shutil.rmtree(checkpoints / "step-00000002")
+
+    assert prune(tmp_path, Keep(7), stage=gone) == [1, 3]
+    assert len(list(checkpoints.iterdir())) == 7
