@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from kha_train.analysis.evaluations import Series
 from kha_train.analysis.runs import UNTOLD, RunData, load_run, load_runs
 from kha_train.analysis.sameness import (
     common_steps,
@@ -222,16 +221,11 @@ def _evaluated(runs: tuple[RunData, ...], entries: str) -> Evaluated:
     names = dict.fromkeys(name for figures in of_runs for name in figures)
     return Evaluated(
         entries=entries,
-        figures={name: tuple(_last_finite(figures.get(name)) for figures in of_runs) for name in names},
+        figures={name: tuple(figures[name].last if name in figures else None for figures in of_runs) for name in names},
         meanings={name: next(filter(None, (run.meaning(f"{entries}/{name}") for run in runs)), "") for name in names},
         marks=tuple(marks(runs, entries)),
         words=sets_sentence(runs, entries),
     )
-
-
-def _last_finite(series: Series | None) -> float | None:
-    values = series.values_N[np.isfinite(series.values_N)] if series else np.empty(0)
-    return float(values[-1]) if len(values) else None
 
 
 def peaks(runs: tuple[RunData, ...]) -> list[str]:

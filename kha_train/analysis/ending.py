@@ -64,7 +64,7 @@ class Ending:
             ("train loss", f"{words('final_loss')} (mean of the last 10 % of the steps)"),
             ("validation", validation if self.reached.results["validation_loss"] is not None else "none"),
             *(
-                (entries, ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+                (entries, ", ".join(f"{name} {value:.4f}" for name, value in found.items()) or "none")
                 for entries, found in measured
             ),
             ("speed", f"{words('tokens_per_second')} tokens per second, MFU {words('mfu')} (medians)"),
@@ -85,7 +85,7 @@ def end_of(run_dir: Path, diverged: bool = False, seen: tuple[Monitor, Verdict] 
     found = found_in_training(run.run, run.columns, run.events, *seen) if seen else None
     actions = [event for event in run.events if event["kind"] not in NOT_ACTIONS]
     measured = {
-        entries: {name: float(series.values_N[-1]) for name, series in figures.items()}
+        entries: {name: series.last for name, series in figures.items() if series.last is not None}
         for entries, figures in run.evaluations.items()
     }
     return Ending(run_dir, summarise(run, diverged, found), actions, measured)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kha_train.analysis.history import EVALUATIONS, Stretch
-from kha_train.foreign.typed import Source
+from kha_train.foreign.typed import LARGEST, Source
 from kha_train.record.columns import Columns
 from kha_train.record.reader import METRICS_FILE
 
@@ -28,6 +28,12 @@ class Series(NamedTuple):
 
     steps_N: np.ndarray
     values_N: np.ndarray
+
+    @property
+    def last(self) -> float | None:
+        """The last finite value."""
+        finite = self.values_N[np.isfinite(self.values_N)]
+        return float(finite[-1]) if len(finite) else None
 
 
 Evaluations = Mapping[str, Mapping[str, Series]]
@@ -46,7 +52,7 @@ def read_evaluations(run_dir: Path, columns: Columns, stretches: Sequence[Stretc
             entries, _, name = key.rpartition("/")
             if entries not in wanted:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if type(value) is not float and not (type(value) is int and abs(value) <= LARGEST):
                 source = Source(f"{run_dir / METRICS_FILE}, step {line['step']}")
                 raise source.fault(key, "is no number", value, 'a number, or "nan", "inf", "-inf"')
             steps, values = found.setdefault(entries, {}).setdefault(name, ([], []))
@@ -71,12 +77,13 @@ def _candidates(columns: Columns, stretches: Sequence[Stretch]) -> list[int]:
     due_N[-1:] = True
     for stretch in stretches:
         inside_N = (steps_N >= stretch.first) & (steps_N <= stretch.last)
-        for every in _intervals(stretch.settings or {}):
+        for every in _intervals(stretch.settings or {}, stretch.last):
             due_N |= inside_N & (steps_N % every == 0)
     found: list[int] = steps_N[due_N].tolist()
     return found
 
 
-def _intervals(settings: Mapping[str, Any]) -> set[int]:
+def _intervals(settings: Mapping[str, Any], last: int) -> set[int]:
+    """The intervals of the tasks; those above `last`, the last step, are never due."""
     every = (task.get("every_steps") for task in settings.get("evaluation.tasks") or [])
-    return {steps for steps in every if isinstance(steps, int) and steps > 0}
+    return {steps for steps in every if isinstance(steps, int) and 0 < steps <= last}

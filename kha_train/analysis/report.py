@@ -242,14 +242,15 @@ def _evaluations(comparison: Comparison) -> Iterable[str]:
 
 def _validation_figures(comparison: Comparison) -> Iterable[str]:
     """Figures of the bits per byte of every validation set."""
-    yield from _figures_of(comparison, VALIDATION, "Validation")
-    for one in comparison.evaluations:
+    yield from _figures_of(comparison, VALIDATION, "Validation", VALIDATION)
+    for number, one in enumerate(comparison.evaluations):
         if one.entries.startswith(VALIDATION):
-            yield from _figures_of(comparison, one.entries, f"Validation: {one.entries.partition('/')[2]}")
+            title = f"Validation: {one.entries.partition('/')[2]}"
+            yield from _figures_of(comparison, one.entries, title, f"{VALIDATION}-{number}-")
 
 
-def _figures_of(comparison: Comparison, entries: str, title: str) -> Iterable[str]:
-    """One figure per set of scored rows: curves of different sets are not drawn together."""
+def _figures_of(comparison: Comparison, entries: str, title: str, name: str) -> Iterable[str]:
+    """One figure per set of scored rows: curves of different sets are not drawn together. Ids begin with `name`."""
     by_set: dict[ScoredSet | None, list[Curve]] = {}
     for number, run in enumerate(comparison.runs):
         scored = [one for one in validations(run, entries) if np.isfinite(one.bits_per_byte)]
@@ -266,9 +267,7 @@ def _figures_of(comparison: Comparison, entries: str, title: str) -> Iterable[st
         rows = NOT_KNOWN_TO_BE_EQUAL if scored_set is None else f"Scored here: {scored_set}."
         rows = f"The same rows at every point: {scored_set}." if scored_set and len(by_set) == 1 else rows
         yield _figure(
-            figures.draw(
-                f"{entries.replace('/', '-')}{number}", curves, x_label="optimiser step", y_label="bits per byte"
-            ),
+            figures.draw(f"{name}{number}", curves, x_label="optimiser step", y_label="bits per byte"),
             f"Cross-entropy on held-out rows in bits, divided by the bytes of the text that was predicted. {rows}",
         )
 

@@ -46,8 +46,8 @@ def _quantities(comparison: Comparison, with_definitions: bool) -> Table:
     for quantity, values in rows:
         if id(quantity) in optional and set(values) == {UNKNOWN_FIGURE}:
             continue
-        definition = [Text(quantity.definition, "dim")] if with_definitions else []
-        table.add_row(quantity.name, *map(_text, values), *definition)
+        definition = [_text(quantity.definition, "dim")] if with_definitions else []
+        table.add_row(*map(_text, (quantity.name, *values)), *definition)
     return table
 
 

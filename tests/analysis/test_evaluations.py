@@ -123,9 +123,36 @@ def test_the_end_of_a_run_tells_of_each(tmp_path: Path) -> None:
     assert ending.summary()["final/validation/code/bits_per_byte"] == 1.0
 
 
-@pytest.mark.parametrize("value", ["much", None, True, [1.0]])
+@pytest.mark.parametrize("value", ["much", None, True, [1.0], pytest.param(10**400, id="huge")])
 def test_an_entry_that_is_no_number_is_damage_that_is_named(value: Any, tmp_path: Path) -> None:
     lines = {20: {"validation/code/loss": value}}
     run = write_run(tmp_path / "a", lines, {"validation/code": CODE})
     with pytest.raises(DataError, match="step 20 validation/code/loss"):
         load_run(run)
+
+
+def test_an_interval_beyond_every_step_is_never_due(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", measured(2.0, 5.0), {"evaluation/context": CONTEXT})
+    saved = json.loads((run / "run.json").read_text())
+    (task,) = saved["attempts"][0]["config"]["whole"]["evaluation"]["tasks"]
+    task["every_steps"] = 10**30
+    (run / "run.json").write_text(json.dumps(saved))
+    assert load_run(run).evaluations["evaluation/context"]["loss_from_1"].steps_N.tolist() == [20]
+
+
+def test_names_and_meanings_of_a_foreign_record_are_shown_literally(tmp_path: Path) -> None:
+    name = 'validation/[red]"><script>alert(1)</script>\x1b[31m'
+    run = write_run(tmp_path / "a", {20: {f"{name}/bits_per_byte": 2.0}}, {name: CODE})
+    saved = json.loads((run / "run.json").read_text())
+    declared = {"unit": "bits/byte", "meaning": "[red]<script>\x1b[31m", "timing": False, "mirrored": True}
+    saved["metrics"] = {f"{name}/bits_per_byte": declared}
+    (run / "run.json").write_text(json.dumps(saved))
+    _, plain, table, page = answered(run)
+    assert plain["evaluations"][name]["figures"] == {"bits_per_byte": [2.0]}
+    assert "<script" not in page and "\x1b" not in page and "\x1b" not in table
+    assert table.count("[red]") == 2 and page.count("<svg") == 3
+
+
+def test_the_end_of_a_run_tells_the_last_finite_figure_of_each(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", measured(2.0, math.nan), {"evaluation/context": CONTEXT})
+    assert dict(end_of(run).rows(20))["evaluation/context"] == "loss_from_1 9.0000, loss_from_4 9.0000"
