@@ -26,8 +26,10 @@ def found_in_training(
     `monitor` and `verdict` are those of its last step, `run` is run.json.
 
     None where `find_events` must be run: after a rewind, with other detectors at the start, for a curve too short to be
-    judged, or when the events do not match the monitor's counts.
+    judged, for a branch, whose monitor has judged its parent too, or when the events do not match the monitor's counts.
     """
+    if run.get("parent"):
+        return None
     begun_with = run.get("provenance", {}).get("detector")
     changed = any("detector" in attempt["changed"] for attempt in run.get("attempts", []))
     if begun_with != DETECTOR or changed or not verdict.judged or any(one["kind"] in _GOES_BACK for one in events):

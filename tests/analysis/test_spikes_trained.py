@@ -70,6 +70,7 @@ def test_the_events_of_a_run_that_was_killed_are_those_of_its_curve(tmp_path: Pa
     [
         lambda run, events: events.append({"kind": "rewind", "step": 9, "attempt": 1}),
         lambda run, events: events.append({"kind": "lines_missing", "step": 9, "attempt": 1}),
+        lambda run, events: run.update(parent={"run_id": "a", "step": 0}),
         lambda run, events: run["provenance"].pop("detector"),
         lambda run, events: run["provenance"].update(detector=0),
         lambda run, events: run["attempts"][1].update(changed={"detector": 2}),
