@@ -151,7 +151,9 @@ class Record:
             "world_size": world_size,
             "started": time.time(),
         }
-        attempt["changed"] = {key: value for key, value in now.items() if first and first.get(key) != value}
+        # A fact that holds no longer is None; a start that is given no facts changes none.
+        now_or_none = now if facts is None else {**dict.fromkeys(first), **now}
+        attempt["changed"] = {key: value for key, value in now_or_none.items() if first and first.get(key) != value}
         if config is not None:
             attempt[CONFIG] = config_entry(self._run["attempts"], self._redactor.clean(config))
         self._run["provenance"] = first or now
@@ -170,8 +172,10 @@ class Record:
         for marker in END_MARKERS:
             clear_marker(self.run_dir, marker)
         self.event("attempt_started", start_step, world_size=world_size)
-        # Of a branch that begins, lines are those of a start that saved nothing.
-        self.rewind_to(start_step if parent is None else 0, "resumed from an earlier checkpoint")
+        # Of a run that begins, lines are those of a start that saved nothing.
+        begins = parent is not None or start_step == 0
+        reason = "began again: the run had no checkpoint" if begins else "resumed from an earlier checkpoint"
+        self.rewind_to(0 if begins else start_step, reason)
         self.last_step = self.last_step if parent is None else start_step
         if self.last_step < start_step:
             self.event("lines_missing", start_step, after_step=self.last_step)

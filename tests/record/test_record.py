@@ -24,6 +24,7 @@ from kha_train.record import (
     Record,
     declared_in,
     has_marker,
+    read_attempts,
     read_discarded,
     read_events,
     read_metrics,
@@ -250,6 +251,31 @@ def test_the_ids_are_made_once_and_every_attempt_is_listed(tmp_path: Path) -> No
         (0, 2, "requeued"),
         (1, 4, "done"),
     ]
+
+
+def test_a_fact_that_a_later_attempt_does_not_have_is_none_of_its_own(tmp_path: Path) -> None:
+    for facts in ({"data_content_id": "abc", "evaluations": {"a": 1}}, {"data_content_id": "abc"}):
+        record = Record.open(tmp_path)
+        record.begin_attempt(record.last_step, facts=facts)
+        record.close("requeued")
+    changed = [attempt["changed"] for attempt in read_run(tmp_path)["attempts"]]
+    assert changed == [{}, {"evaluations": None}]
+    assert [attempt.facts["evaluations"] for attempt in read_attempts(tmp_path).values()] == [{"a": 1}, None]
+
+
+@pytest.mark.parametrize(("start", "branches"), [(0, False), (1, False), (1, True)])
+def test_discarded_lines_say_whether_the_run_resumed_or_began_again(tmp_path: Path, start: int, branches: bool) -> None:
+    parent = {"run_id": "a", "step": 1, "manifest": "0" * 64, "checkpoint": "a/checkpoints/step-1", "ancestors": []}
+    parent = parent if branches else None
+    for _ in range(2):
+        record = Record.open(tmp_path)
+        record.begin_attempt(start, parent=parent)
+        record.step(line(2))
+        record.close("failed")
+    (undone,) = read_discarded(tmp_path)
+    resumed = start and not branches
+    expected = "resumed from an earlier checkpoint" if resumed else "began again: the run had no checkpoint"
+    assert undone["discarded_reason"] == expected
 
 
 def test_opening_without_beginning_leaves_the_judgement_of_a_lost_attempt_to_the_next_start(tmp_path: Path) -> None:
