@@ -219,9 +219,9 @@ def open_stream(
     return stream
 
 
-def validation_batches(config: RunConfig, rank: int = 0, world_size: int = 1, name: str = "") -> Iterator[Batch]:
+def validation_batches(config: RunConfig, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
     """The batches of a `ValidationSet` opened for this call. Raises as `ValidationSet`."""
-    return ValidationSet(config, name).batches(rank, world_size)
+    return ValidationSet(config).batches(rank, world_size)
 
 
 class ValidationSet:
