@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from kha_train.analysis.evaluations import Evaluations, read_evaluations
 from kha_train.analysis.history import UNKNOWN, Stretch, history, shown, stretches_of
+from kha_train.checkpoint.layout import FOLDER, step_name
+from kha_train.checkpoint.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES
 from kha_train.config.build import SEEDS, without_places
 from kha_train.config.compose import load_plain
 from kha_train.config.constants import FREE_TO_CHANGE, may_differ
 from kha_train.errors import ConfigError
 from kha_train.foreign.documents import Json
+from kha_train.foreign.files import read_regular
 from kha_train.record import Attempt, declared_in, read_attempts, read_discarded, read_events, read_run
 from kha_train.record.columns import Columns
 from kha_train.record.columns_twin import read_columns
@@ -25,6 +29,16 @@ from kha_train.record.labels import distinct
 
 UNTOLD = ("run.dir", "run.name", "run.max_minutes", "resume.", "profile.", "telemetry.")
 """Settings, or sections, that a comparison leaves out, because they affect neither training nor any compared figure."""
+
+
+class Forebear(NamedTuple):
+    """A run whose steps led to another one: its id, the step at which the next one left it, and the SHA-256 of that
+    checkpoint's manifest ("": unknown).
+    """
+
+    run_id: str
+    left: float
+    manifest: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,11 +74,18 @@ class RunData:
         return self.run["parent"]["step"] if self.run.get("parent") else 0
 
     @property
-    def lineage(self) -> list[tuple[str, float]]:
-        """(id, the step at which the next one left it) of the runs whose steps led here, itself at the end."""
+    def lineage(self) -> list[Forebear]:
+        """The runs whose steps led here, itself at the end."""
         parent = self.run.get("parent")
-        left = [*parent["ancestors"], (parent["run_id"], parent["step"])] if parent else []
-        return [(str(run_id), float(step)) for run_id, step in left] + [(str(self.run.get("run_id", "")), math.inf)]
+        left = [*parent["ancestors"], (parent["run_id"], parent["step"], parent["manifest"])] if parent else []
+        return [*(Forebear(*one) for one in left), Forebear(str(self.run.get("run_id", "")), math.inf)]
+
+    def passes(self, step: int, manifest: str) -> bool:
+        """Whether the curve is still the one on which the checkpoint of `step` with that manifest was saved."""
+        saved = read_regular(self.path / FOLDER / step_name(step) / MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+        if saved is not None and manifest:
+            return hashlib.sha256(saved).hexdigest() == manifest
+        return not any(line["step"] == step for line in read_discarded(self.path))
 
     def history(self, key: str) -> list[tuple[int, Json]]:
         """(first step, value) of a setting, as far as recorded; if never recorded, its value in `config` from the first

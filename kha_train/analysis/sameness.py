@@ -8,6 +8,7 @@ never equal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -29,7 +30,7 @@ from kha_train.analysis.history import (
     shown,
     unrecorded,
 )
-from kha_train.analysis.runs import UNTOLD, RunData
+from kha_train.analysis.runs import UNTOLD, Forebear, RunData
 from kha_train.analysis.variant import is_variant
 from kha_train.config.constants import FREE_TO_CHANGE, may_differ
 from kha_train.foreign.documents import Json
@@ -69,22 +70,38 @@ def confounders(reference: RunData, other: RunData) -> tuple[str, ...]:
         met,
         lambda key, one: not (key.startswith(FACTS) or _is_free(key, neutral, one) or is_variant(key, one, changed)),
     )
-    apart = shared and met and met[0].first > shared + 1
-    states = [f"their states before step {met[0].first}: one run until step {shared:.0f} alone"] if apart else []
+    apart = (reference.begun_after or other.begun_after) and met and met[0].first > shared + 1
+    until = f"one run until step {shared:.0f} alone" if shared else "not known to come from one checkpoint"
+    states = [f"their states before step {met[0].first}: {until}"] if apart else []
     return tuple(map(str, [*states, *found, *_other_rates(reference, other, met)]))
 
 
 def shared_until(reference: RunData, other: RunData) -> float:
-    """The step until which both are one run, of which one of them or both are branches; 0 where there is none."""
+    """The step until which both are one run, of which one of them or both are branches; 0 where there is none.
+
+    A run may go back before a checkpoint that was branched off, and save another one of that step, so the manifests
+    decide where both left at one step.
+    """
     until = 0.0
     if reference.begun_after or other.begun_after:
-        for (one, left), (two, right) in zip(reference.lineage, other.lineage, strict=False):
-            if one != two or not one:
+        for one, two in zip(reference.lineage, other.lineage, strict=False):
+            first, last = sorted((one, two), key=lambda forebear: forebear.left)
+            if one.run_id != two.run_id or not one.run_id or math.isinf(first.left):
                 break
-            until = min(left, right)
-            if left != right:
+            if not _is_one(first, last, reference, other):
+                break
+            until = first.left
+            if first.left != last.left:
                 break
     return until
+
+
+def _is_one(first: Forebear, last: Forebear, *runs: RunData) -> bool:
+    """Whether the curve that `last` went on with passes the checkpoint that was left at `first`, both of one run."""
+    if math.isinf(last.left):
+        itself = next(run for run in runs if run.lineage[-1] == last)
+        return itself.passes(int(first.left), first.manifest)
+    return first.left != last.left or "" in (first.manifest, last.manifest) or first.manifest == last.manifest
 
 
 def unknown_settings(reference: RunData, other: RunData) -> tuple[str, ...]:

@@ -78,13 +78,14 @@ class Declared(TypedDict):
 
 class Parent(TypedDict):
     """The run that a branch goes on from: its id, and step, SHA-256 of the manifest and place of the checkpoint.
-    `ancestors` are the runs before it, the first one first, each with the step at which the next one left it."""
+    `ancestors` are the runs before it, the first one first, each with the step at which the next one left it and the
+    SHA-256 of that checkpoint's manifest, if it was recorded."""
 
     run_id: str
     step: Count
     manifest: str
     checkpoint: str
-    ancestors: list[tuple[str, Count]]
+    ancestors: list[tuple[str, Count, str] | tuple[str, Count]]
 
 
 class RunFile(TypedDict):

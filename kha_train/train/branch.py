@@ -191,7 +191,7 @@ def _origin(checkpoint: Checkpoint, progress: Progress) -> tuple[SavedOrigin, Pa
         "step": checkpoint.step,
         "manifest": manifest,
         "checkpoint": str(checkpoint.path),
-        "ancestors": [*before["ancestors"], (before["run_id"], before["step"])] if before else [],
+        "ancestors": [*before["ancestors"], (before["run_id"], before["step"], before["manifest"])] if before else [],
     }
     return origin, parent
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -15,13 +17,14 @@ from hypothesis import strategies as st
 from kha_train.analysis.compare import Comparison, Pair, compare_runs
 from kha_train.analysis.history import differences, stretches_of
 from kha_train.analysis.report import report_html
-from kha_train.analysis.runs import RunData
-from kha_train.analysis.sameness import data_difference, data_proof, meetings
+from kha_train.analysis.runs import RunData, load_run
+from kha_train.analysis.sameness import data_difference, data_proof, meetings, shared_until
 from kha_train.analysis.spikes import read_curve
 from kha_train.config.build import to_plain
 from kha_train.config.compose import compose, dump
-from kha_train.record import Attempt, Record
+from kha_train.record import Attempt, Record, read_run
 from kha_train.record.columns import columns_of
+from kha_train.record.schema import Parent
 
 
 class Start(NamedTuple):
@@ -33,6 +36,8 @@ class Start(NamedTuple):
     world_size: int = 1
     at: int | None = None
     """The step after which it resumes, if it is not the last one before."""
+    parent: Parent | None = None
+    """The run that it branches off."""
 
 
 def write_run(path: Path, *starts: Start, variant: str = "gqa", old: bool = False, shift_from: int = 1000) -> Path:
@@ -50,6 +55,7 @@ def write_run(path: Path, *starts: Start, variant: str = "gqa", old: bool = Fals
             world_size=start.world_size,
             facts={"data_content_id": "c0ffee", "dtype": "float32", **known, **start.facts},
             config=None if old else to_plain(config),
+            parent=start.parent,
         )
         while step < start.last:
             step += 1
@@ -273,6 +279,86 @@ def test_the_phases_of_each_start_are_the_planned_changes_of_its_own_steps(tmp_p
     early, late = (f"data.phases=[{{start_sample: {first}, weights: [1.0, 2.0]}}]" for first in (4 * 5, 4 * 15))
     run = write_run(tmp_path / "a", Start(10, (*sources, early)), Start(20, (*sources, late)))
     assert read_curve(run).planned == {5, 15}
+
+
+def save(run: Path, content: str, step: int = 10) -> Path:
+    """A checkpoint of `step`, of which only the manifest is looked at."""
+    manifest = run / "checkpoints" / f"step-{step:08d}" / "manifest.json"
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    manifest.write_text(content)
+    return manifest.parent
+
+
+def branch(path: Path, checkpoint: Path, last: int = 30, step: int = 10) -> Path:
+    """A run that goes on from `checkpoint` as it is now."""
+    before, manifest = read_run(checkpoint.parents[1]), (checkpoint / "manifest.json").read_bytes()
+    older = before.get("parent")
+    parent: Parent = {
+        "run_id": before["run_id"],
+        "step": step,
+        "manifest": hashlib.sha256(manifest).hexdigest(),
+        "checkpoint": str(checkpoint),
+        "ancestors": [*older["ancestors"], (older["run_id"], older["step"], older["manifest"])] if older else [],
+    }
+    return write_run(path, Start(last, (f"run.branch_from={checkpoint}",), at=step, parent=parent))
+
+
+NO_CHECKPOINT = "their states before step 11: not known to come from one checkpoint"
+
+
+def test_a_branch_and_its_parent_are_one_run_while_the_parent_passes_the_checkpoint(tmp_path: Path) -> None:
+    parent = write_run(tmp_path / "a", Start(30))
+    child = branch(tmp_path / "b", save(parent, "first"))
+    for pruned in (False, True):
+        pair, _ = pair_of(parent, child)
+        assert pair.caveats == () and "until step 10 both are one run" in pair.notes
+        if not pruned:
+            shutil.rmtree(parent / "checkpoints")
+
+
+def test_a_parent_that_went_back_and_came_again_is_another_run(tmp_path: Path) -> None:
+    parent = write_run(tmp_path / "a", Start(15))
+    child = branch(tmp_path / "b", save(parent, "first"))
+    write_run(parent, Start(30, at=5))
+    for saved in ("first", "second", None):
+        shutil.rmtree(parent / "checkpoints")
+        if saved:
+            save(parent, saved)
+        pair, _ = pair_of(parent, child)
+        # A resume that computed the same step again has made the same checkpoint.
+        assert (pair.caveats == ()) == (saved == "first")
+        assert (NO_CHECKPOINT in pair.confounders) == (saved != "first")
+        assert ("until step 10 both are one run" in pair.notes) == (saved == "first")
+
+
+def test_branches_of_two_checkpoints_of_one_step_are_no_fair_pair(tmp_path: Path) -> None:
+    parent = write_run(tmp_path / "a", Start(30))
+    one, two = branch(tmp_path / "b", save(parent, "first")), branch(tmp_path / "c", save(parent, "first"))
+    other = branch(tmp_path / "d", save(parent, "second"))
+    assert pair_of(one, two)[0].caveats == ()
+    pair, _ = pair_of(one, other)
+    assert pair.confounders == (NO_CHECKPOINT,) and not any("one run" in note for note in pair.notes)
+
+
+def test_the_checkpoints_of_all_ancestors_decide_and_old_records_name_none(tmp_path: Path) -> None:
+    parent = write_run(tmp_path / "a", Start(30))
+    child = branch(tmp_path / "b", save(parent, "first"))
+    grandchild = branch(tmp_path / "c", save(child, "its own", step=20), step=20)
+    sibling = branch(tmp_path / "d", save(parent, "second"))
+    assert shared(child, grandchild) == 20 and shared(parent, grandchild) == shared(parent, child) == 0
+    save(parent, "first")
+    assert shared(parent, grandchild) == shared(parent, child) == 10
+    assert shared(sibling, grandchild) == 0
+    run = read_run(grandchild)
+    run["parent"]["ancestors"] = [entry[:2] for entry in run["parent"]["ancestors"]]
+    (grandchild / "run.json").write_text(json.dumps(run))
+    assert shared(sibling, grandchild) == 10, "what was not recorded cannot tell them apart"
+
+
+def shared(one: Path, other: Path) -> float:
+    found = shared_until(load_run(one), load_run(other))
+    assert found == shared_until(load_run(other), load_run(one))
+    return found
 
 
 def test_runs_of_two_seeds_that_share_that_of_the_data_read_the_same(tmp_path: Path) -> None:

@@ -133,7 +133,11 @@ def test_a_branch_of_a_branch_is_the_same_run_still_and_names_them_all(trained: 
     assert_same_end(parent, grandchild, after=4)
     ids = [read_run(run)["run_id"] for run in (parent, child, grandchild)]
     named = read_run(grandchild)["parent"]
-    assert (named["run_id"], named["step"], named["ancestors"]) == (ids[1], 4, [(ids[0], SPLIT)])
+    assert (named["run_id"], named["step"], named["ancestors"]) == (
+        ids[1],
+        4,
+        [(ids[0], SPLIT, read_run(child)["parent"]["manifest"])],
+    )
     assert named["checkpoint"] == str(at(child, 4).path) and len(set(ids)) == 3
     assert at(grandchild, STEPS).trainer_state["branch"]["manifest"] == named["manifest"]
     (event,) = [event for event in read_events(grandchild) if event["kind"] == "branched"]
