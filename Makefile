@@ -21,7 +21,7 @@ test: .venv/.dev
 test-slow: .venv/.dev
 	$(PYTEST) -m 'slow and not quick and not soak' $(ARGS)
 
-# The full grid of faults and a run of fifty random ones: tens of minutes.
+# The full grid of faults, a run of fifty random ones, and 3,000 random configurations: hours.
 soak: .venv/.dev
 	$(PYTEST) -m soak --timeout 7200 $(ARGS)
 

@@ -115,6 +115,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if {"serve", "follow"} & {*getattr(item, "fixturenames", ())}:
             item.add_marker(pytest.mark.slow)
         name, target = item.nodeid.partition("[")[0], "make test-slow" if is_slow(item) else "make test"
+        if item.get_closest_marker("soak"):
+            target = "make soak"
         config.stash.setdefault(COLLECTED, {}).setdefault(name, set()).add(target)
     items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
 

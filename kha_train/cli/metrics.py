@@ -21,7 +21,7 @@ from kha_train.telemetry.terminal import LiteralConsole
 def metrics(
     overrides: Overrides = None,
     run: Annotated[Path | None, typer.Option(help="List the metrics that this run declared.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List the metrics that a run with these settings records, each with unit and meaning.
 

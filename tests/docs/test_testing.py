@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, README = ((ROOT / name).read_text() for name in ("docs/testing.md", "README.md"))
 TARGETS = ("make test", "make test-slow")
-ELSEWHERE = {"optim": "test_optim.py", "variants": "contract"}
+ELSEWHERE = {"optim": "test_optim.py"}
 """Where tests of a room are that does not have a folder of its own."""
 
 

@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+import sysconfig
 from pathlib import Path
 
 import pytest
 
+import kha_train.operate.quickstart as stages
+from data_tools.corpus import build_corpus
+from kha_train.config.compose import compose
 from kha_train.errors import DataError
 from kha_train.operate.quickstart import VARIANTS, run_quickstart
 from kha_train.record import read_metrics, read_run
+from kha_train.train.run import train
+
+PACKAGES = [Path(sysconfig.get_paths()["stdlib"]) / name for name in ("asyncio", "email", "json", "unittest")]
+
+
+def test_every_stage_makes_its_result_and_a_second_call_makes_none_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With less text, and trained in this process instead of under torchrun."""
+    begun: list[str] = []
+
+    def corpus(out: Path, overwrite: bool) -> None:
+        begun.append("corpus")
+        build_corpus(out, standard_library=False, extra_roots=PACKAGES, overwrite=overwrite)
+
+    monkeypatch.setattr(stages, "build_corpus", corpus)
+    monkeypatch.setattr(stages, "_train", lambda run_dir, overrides, processes: train(compose(overrides)))
+    result = run_quickstart(tmp_path, steps=1, processes=1, say=lambda text: None)
+    assert set(result["bits_per_byte"]) == set(VARIANTS) and Path(result["report"]).read_text().startswith("<!")
+    runs = [tmp_path / "runs" / f"{variant}-1" for variant in VARIANTS]
+    first, second = (read_metrics(run) for run in runs)
+    assert first[0]["samples_last"] == second[0]["samples_last"] and first[0]["train/loss"] == second[0]["train/loss"]
+
+    made = [tmp_path / "tokenizer.model", *tmp_path.glob("shards/*/*"), *(run / "metrics.jsonl" for run in runs)]
+    times = [path.stat().st_mtime_ns for path in made]
+    again = run_quickstart(tmp_path, steps=1, processes=1, say=lambda text: None)
+    assert begun == ["corpus"] and times == [path.stat().st_mtime_ns for path in made]
+    assert again["bits_per_byte"] == result["bits_per_byte"]
 
 
 @pytest.mark.slow

@@ -16,8 +16,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.slow,
-    pytest.mark.slow,
     pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: it exists for Linux alone"),
 ]
 
@@ -29,6 +27,14 @@ def run_interpreted(*arguments: str) -> int:
     answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stdout[-6000:] + answer.stderr[-2000:]
     return int(answer.stdout.rpartition(" passed")[0].split()[-1])
+
+
+@pytest.mark.quick
+def test_a_case_of_each_kernel_gives_what_its_plain_twin_gives() -> None:
+    perceptron = "test_values.py::test_the_perceptron_takes_any_number_of_rows[33]"
+    rotation = "test_values.py::test_norm_and_rotation_take_any_number_of_rows[17]"
+    experts = "test_experts.py::test_experts_by_kernels_equal_the_loop_and_their_gradients_too[spread-2-dtype0]"
+    assert run_interpreted(*(f"tests/model/kernels/{name}" for name in (perceptron, rotation, experts))) == 3
 
 
 def test_kernels_give_the_values_and_gradients_of_their_plain_twins() -> None:
