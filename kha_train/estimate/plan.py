@@ -36,6 +36,8 @@ from kha_train.estimate.memory import (
 from kha_train.estimate.remedies import Remedy, advise, with_engine
 
 STAGES = (1, 2, 3)
+ESTIMATED = "deepspeed"
+"""The engine whose memory and traffic the plan estimates."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,10 @@ class Plan:
 
     @property
     def warning(self) -> str:
-        """A warning about very long steps; "" where they are not."""
-        rows = self.config.data.global_batch_size // self.config.cluster.devices
-        return long_step_warning(self.config, rows, self.time["step_seconds"])
+        """Warnings about very long steps, and about an engine that the plan does not estimate; "" without any."""
+        rows, engine = self.config.data.global_batch_size // self.config.cluster.devices, self.config.engine.name
+        other = "" if engine == ESTIMATED else f"engine.name = {engine}: memory and traffic are those of {ESTIMATED}"
+        return "; ".join(filter(None, (other, long_step_warning(self.config, rows, self.time["step_seconds"]))))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON output. Its keys are documented in docs/plan.md and do not change."""

@@ -215,6 +215,12 @@ def test_the_table_names_the_verdict_and_every_term(capsys) -> None:
         assert word in text
 
 
+def test_the_plan_of_an_engine_that_it_does_not_estimate_says_so(capsys) -> None:
+    assert make_plan(compose([])).warning == ""
+    code, answer = answered(capsys, "engine.name=plain")
+    assert code == 0 and answer["warning"].startswith("engine.name = plain") and "deepspeed" in answer["warning"]
+
+
 def test_a_plan_needs_no_torch() -> None:
     program = (
         "import sys\nfrom kha_train.cli.main import run\n"
