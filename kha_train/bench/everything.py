@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kha_train.bench.peers import load_adapters
+
 FULL: dict[str, tuple[str, ...]] = {
     "step": (),
     "attention": (),
@@ -39,7 +41,10 @@ LIMIT_SECONDS = 1800
 
 
 def measure(*, quick: bool, against: Sequence[str], peers: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
-    """The result of every benchmark by name. A failed one has the end of its error output as `error`."""
+    """The result of every benchmark by name. A failed one has the end of its error output as `error`. Raises
+    ConfigError, before the first of them, when a peer has no adapter.
+    """
+    load_adapters(peers, against)
     found: dict[str, Any] = {}
     for name, arguments in (QUICK if quick else FULL).items():
         beside = ("--against", ",".join(against), "--peers", str(peers)) if name in ("step", "moe") and against else ()

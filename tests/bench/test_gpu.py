@@ -90,6 +90,12 @@ def test_the_command_of_all_benchmarks_fails_with_any_of_them(monkeypatch: pytes
     assert CliRunner().invoke(app, ["bench", "all", "--quick"]).exit_code == 0
 
 
+def test_a_peer_without_an_adapter_is_refused_before_the_first_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(everything, "run_one", lambda arguments: pytest.fail("began"))
+    answer = CliRunner().invoke(app, ["bench", "all", "--quick", "--against", "transformers"])
+    assert isinstance(answer.exception, ConfigError) and "--peers" in answer.exception.line()
+
+
 def test_only_files_with_tests_for_a_gpu_are_collected() -> None:
     files = {Path(name).relative_to(gpu.ROOT).as_posix() for name in gpu.gpu_tests(stages(False)[0])}
     assert {"tests/gpu/test_attention_backends.py", "tests/model/kernels/test_values.py"} <= files
