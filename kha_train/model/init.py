@@ -55,6 +55,27 @@ class SizeKeeping:
 
 
 @dataclass(frozen=True)
+class Orthogonal:
+    """A random orthogonal matrix times `scale`, uniform over all of them (the Q of a normal matrix, with R's diagonal
+    made positive: Mezzadri, arXiv math-ph/0609050), so that x M is exactly as large as x times `scale`. One that is not
+    square has orthonormal rows (fewer rows than columns) or columns. Leading dimensions count matrices, each drawn by
+    itself.
+    """
+
+    scale: float = 1.0
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """See `Initial.draw`."""
+        normal = Normal(1.0).draw(shape, generator).double()
+        wide = shape[-2] < shape[-1]
+        # In fp64: rounded to fp32, the product with its transpose is then the identity to some 1e-7.
+        q, r = torch.linalg.qr(normal.mT if wide else normal)
+        q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+        value: Tensor = self.scale * (q.mT if wide else q)
+        return value.float().contiguous()
+
+
+@dataclass(frozen=True)
 class Constant:
     """All elements equal."""
 

@@ -28,12 +28,13 @@ class MatrixInit:
 
     `identity`: at the values that leave heads unchanged. `scaled_identity`: at `scale` times these, so that the
     diagonal of every matrix but a gate is `scale`. `random`: normal with deviation `scale` / sqrt(width), so that the
-    product with a vector has the vector's size times `scale`.
+    product with a vector has about the vector's size times `scale`. `random_orthogonal`: a random orthogonal matrix
+    times `scale`, with which it has exactly that size.
 
     `scale` is not used by `identity`. Papers start from the identity; the others are for studies.
     """
 
-    kind: Literal["identity", "scaled_identity", "random"] = "identity"
+    kind: Literal["identity", "scaled_identity", "random", "random_orthogonal"] = "identity"
     scale: float = 1.0
 
     def invalid(self) -> ConfigError | None:
@@ -195,7 +196,7 @@ class KnockingGateOptions(_NonLinearOptions):
                 "a gate starts as the identity map when its matrix is zero; there is nothing to scale",
                 field="attention.interaction.init.kind",
                 value="scaled_identity",
-                allowed="identity, random",
+                allowed="identity, random, random_orthogonal",
             )
         return super().invalid()
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kha_train.model.decoder import build_decoder
-from kha_train.model.init import initial_values, initialise, reset_buffers
+from kha_train.model.init import Orthogonal, initial_value, initial_values, initialise, reset_buffers
 
 VARIANTS = ("gqa", "kha_linear", "kha_mlp", "kha_mlp_qkv")
 
@@ -118,3 +118,29 @@ def test_selection_biases_and_rotary_tables_survive_a_cast_to_bf16_bit_for_bit(m
     assert {p.dtype for p in decoder.parameters()} == {torch.bfloat16}
     for name, buffer in decoder.named_buffers():
         assert buffer.dtype == torch.float32 and torch.equal(buffer, before[name]), name
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (3, 16, 16), (2, 8), (8, 2)])
+def test_a_random_orthogonal_matrix_is_orthogonal_and_follows_from_seed_name_and_shape(shape):
+    value = initial_value(Orthogonal(), 3, "a.weight", shape)
+    wide = value.double().mT if shape[-2] < shape[-1] else value.double()
+    torch.testing.assert_close(
+        wide.mT @ wide, torch.eye(min(shape[-2:]), dtype=torch.float64).expand(*shape[:-2], -1, -1), rtol=0, atol=1e-6
+    )
+    assert value.dtype == torch.float32 and torch.equal(value, initial_value(Orthogonal(), 3, "a.weight", shape))
+    assert torch.equal(initial_value(Orthogonal(0.5), 3, "a.weight", shape), 0.5 * value)
+    for other in (initial_value(Orthogonal(), 4, "a.weight", shape), initial_value(Orthogonal(), 3, "b.weight", shape)):
+        assert (other - value).abs().max() > 0.1
+    assert len(shape) == 2 or (value[0] - value[1]).abs().max() > 0.1, "every matrix is drawn by itself"
+
+
+def test_random_orthogonal_matrices_are_uniform_over_all_of_them():
+    """Haar measure on O(3): E Q = 0, E Q_ij^2 = 1/3, E (tr Q)^2 = 1, half of all are rotations. Without the signs of R
+    all are rotations, and E (tr Q)^2 is 0.5.
+    """
+    draws = initial_value(Orthogonal(), 0, "a.weight", (4000, 3, 3)).double()
+    trace = draws.diagonal(dim1=1, dim2=2).sum(-1)
+    assert draws.mean(0).abs().max() < 0.04
+    assert (draws.square().mean(0) - 1 / 3).abs().max() < 0.02
+    assert trace.square().mean().item() == pytest.approx(1.0, abs=0.06)
+    assert (torch.linalg.det(draws) > 0).double().mean().item() == pytest.approx(0.5, abs=0.03)

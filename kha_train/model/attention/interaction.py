@@ -19,7 +19,7 @@ from torch import Tensor
 from kha_train.config.schema import RunConfig
 from kha_train.metric import Metric
 from kha_train.model.attention.projection import HeadMap
-from kha_train.model.init import DeclaredModule, Identity, Initial, SizeKeeping
+from kha_train.model.init import DeclaredModule, Identity, Initial, Orthogonal, SizeKeeping
 from kha_train.variants.attention import HeadShape, Implementation, InteractionOptions
 from kha_train.variants.interactions import MatrixInit
 from kha_train.variants.registry import INTERACTIONS
@@ -90,4 +90,6 @@ def starting_matrix(init: MatrixInit, diagonal: float) -> Initial:
     """The initial rule of a square matrix that leaves heads unchanged when it is `diagonal` times the identity."""
     if init.kind == "random":
         return SizeKeeping(init.scale)
+    if init.kind == "random_orthogonal":
+        return Orthogonal(init.scale)
     return Identity(diagonal * init.scale if init.kind == "scaled_identity" else diagonal)

@@ -224,13 +224,16 @@ def test_knocking_on_queries_and_keys_warns_of_its_cost():
 def test_matrices_start_as_asked(variant):
     scale = ("attention.interaction.init.kind=scaled_identity", "attention.interaction.init.scale=0.5")
     random = ("attention.interaction.init.kind=random",)
+    orthogonal = ("attention.interaction.init.kind=random_orthogonal",)
     small = (f"attention={variant}", "model.layers=1", "model.vocab_size=64", "model.seq_len=12")
-    for overrides in (random,) if variant == "kha_gate" else (scale, random):
+    for overrides in (random, orthogonal) if variant == "kha_gate" else (scale, random, orthogonal):
         decoder = build_decoder(compose([*small, *overrides]))
         matrices = [p for name, p in decoder.named_parameters() if ".interaction." in name and p.ndim == 2]
         first = matrices[0]
         if overrides is scale:
             assert torch.equal(first, 0.5 * torch.eye(len(first)))
+        elif overrides is orthogonal:
+            assert all((matrix @ matrix.T - torch.eye(len(matrix))).abs().max() < 1e-6 for matrix in matrices)
         else:
             # Vectors leave such a matrix about as large as they came.
             assert all(0.3 < matrix.square().sum(0).mean().sqrt() < 2.0 for matrix in matrices)
