@@ -189,12 +189,12 @@ def _told(stops: StopRequests, stop: bool, step: int) -> bool:
 
 def _give_up(opened: Opened, where: str) -> None:
     """The current step was discarded `where` the run was asked to stop: record it, and save the previous state if it is
-    not saved yet. Before the first step there is nothing to save.
+    not saved yet. Before the first step of a run or a branch there is nothing to save: the next start begins it again.
     """
     session, reporter, saver = opened
-    step = session.progress.step
+    step, begun_after = session.progress.step, session.origin["step"] if session.origin else 0
     reporter.happened("step_given_up", step, where=where)
-    if step and step not in session.resumed_from and not saver.holds(step):
+    if step > begun_after and step not in session.resumed_from and not saver.holds(step):
         _save(session, saver)
 
 

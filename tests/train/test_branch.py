@@ -33,6 +33,8 @@ from kha_train.record.totals import totals_of
 from kha_train.train import run as train_run
 from kha_train.train.branch import Branch
 from kha_train.train.run import train
+from kha_train.train.step import StepGivenUp
+from kha_train.train.watch import Watch
 
 STEPS, SPLIT = 6, 2
 SMALL = [
@@ -186,6 +188,25 @@ def test_a_branch_that_was_killed_before_its_first_save_begins_anew(
     assert_same_end(parent, tmp_path / "run")
     assert [line["step"] for line in read_discarded(tmp_path / "run")] == [3, 4]
     assert "lines_missing" not in {event["kind"] for event in read_events(tmp_path / "run")}
+
+
+def test_a_branch_that_stopped_within_its_first_step_saves_nothing_and_begins_anew(
+    parent: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, expected = tmp_path / "run", []
+    short = ["model.rope_theta=500", f"run.steps={SPLIT + 1}"]
+    settings = compose([*small, *SMALL, from_(parent), f"run.dir={run_dir}", *short])
+    monkeypatch.setattr(Watch, "expect_change", lambda watch: expected.append(watch))
+
+    def stops(*given: Any) -> Any:
+        raise StepGivenUp("after micro-batch 1 of 2")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_run, "train_step", stops)
+        assert not train(settings).finished
+    assert not list(run_dir.glob("checkpoints/step-*")) and len(expected) == 1
+    assert train(settings).finished and len(expected) == 2
+    assert [line["step"] for line in read_metrics(run_dir)] == [SPLIT + 1]
 
 
 # What may differ.
