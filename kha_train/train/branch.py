@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kha_train.checkpoint.fit import check_buffers
 from kha_train.checkpoint.layout import FOLDER
 from kha_train.checkpoint.manifest import MANIFEST_FILE
 from kha_train.checkpoint.reader import Checkpoint
@@ -36,8 +35,9 @@ from kha_train.model.init import DeclaredModule, initial_values, interaction_ide
 from kha_train.record import read_run
 from kha_train.record.schema import Parent
 from kha_train.train import resume
-from kha_train.train.progress import Progress, SavedOrigin, going_on, read_state
+from kha_train.train.progress import Progress, SavedOrigin, going_on, read_state, restore_watch
 from kha_train.train.rate_change import RateChange, rate_change
+from kha_train.train.watch import Watch
 from kha_train.variants.attention import FoldableOptions, InteractionOptions
 from kha_train.variants.optimizer import MASTER
 
@@ -63,16 +63,15 @@ class Branch:
     `origin` is what checkpoints of the branch say of where it left its parent, `parent` what run.json and W&B say.
     `content_ids` name the data of this run (`data_content_id`, `validation_content_id`).
 
-    Raises ResumeError where something differs that may not, and ConfigError where no step is left to train.
+    Raises ResumeError where something differs that may not, ConfigError where no step is left to train, and
+    CheckpointError where a state in the checkpoint is malformed or unknown to this release.
     """
 
     def __init__(self, config: RunConfig, checkpoint: Checkpoint, content_ids: Mapping[str, str]) -> None:
         self.checkpoint = checkpoint
         self.state = read_state(checkpoint, row_may_change=True)
         _check_steps(config, checkpoint)
-        before = {name: self.state.content_ids.get(name, content_id)[:12] for name, content_id in content_ids.items()}
-        now = {name: content_id[:12] for name, content_id in content_ids.items()}
-        changes = resume.changed_settings(config, self.state.config, before, now)
+        changes = resume.differences(config, self.state, content_ids)
         parent = _configuration(self.state.config)
         kind = _interaction_change(parent, config)
         self.changes = [change for change in changes if kind == "other" or not change[0].startswith(INTERACTION)]
@@ -80,10 +79,11 @@ class Branch:
         if refused := resume.not_allowed(config, refused):
             raise _refusal(config, checkpoint, refused)
         _check_kinds(config, checkpoint)
-        self.taken, self.inserted, self.absorbed = _parameters(config, checkpoint, kind)
+        self.taken, self.inserted = _parameters(config, checkpoint, kind)
         self._absorbing = _Absorbing(parent, checkpoint) if kind == "absorbed" and parent else None
-        if self._absorbing:
-            self.absorbed = self._absorbing.names
+        self.absorbed = self._absorbing.names if self._absorbing else set[str]()
+        resume.check_shared_buffers(config, checkpoint)
+        restore_watch(Watch(config), checkpoint)
         self.rate: RateChange | None = rate_change(config, self.state.config, self.state.progress.step)
         self.origin, self.parent = _origin(checkpoint, self.state.progress)
 
@@ -137,7 +137,6 @@ class Branch:
     def _restore_buffers(self, buffers: Mapping[str, Tensor]) -> None:
         """Those of the checkpoint; what a changed router counts beside begins fresh, but the steps that are done."""
         saved = self.checkpoint.buffers()
-        check_buffers(self.checkpoint, {name: tuple(one.shape) for name, one in buffers.items() if name in saved})
         for name, buffer in buffers.items():
             if name in saved:
                 buffer.copy_(saved[name])
@@ -292,9 +291,9 @@ def _plain(options: InteractionOptions) -> InteractionOptions:
     return replace(options, impl="eager") if isinstance(options, FoldableOptions) else options
 
 
-def _parameters(config: RunConfig, checkpoint: Checkpoint, kind: Kind) -> tuple[set[str], list[str], set[str]]:
-    """The parameters taken over, those inserted, and none absorbed. Raises ResumeError where others are new or left
-    over, or an inserted one does not begin as the identity."""
+def _parameters(config: RunConfig, checkpoint: Checkpoint, kind: Kind) -> tuple[set[str], list[str]]:
+    """The parameters taken over, and those inserted. Raises ResumeError where others are new or left over, or an
+    inserted one does not begin as the identity."""
     taken, new, left_out = resume.compare_parameters(config, checkpoint)
     strangers = (new if kind != "inserted" else []) + (left_out if kind != "absorbed" else [])
     if strangers:
@@ -308,7 +307,7 @@ def _parameters(config: RunConfig, checkpoint: Checkpoint, kind: Kind) -> tuple[
         )
     if new:
         _check_identity(config, new)
-    return set(taken), new, set()
+    return set(taken), new
 
 
 def _check_identity(config: RunConfig, names: list[str]) -> None:

@@ -19,6 +19,7 @@ from kha_train.config.compose import quoted
 from kha_train.config.constants import FREE_TO_CHANGE, PRECISION_OF, may_differ
 from kha_train.config.saved import completed
 from kha_train.config.schema import RunConfig
+from kha_train.engine.building import persistent_buffers
 from kha_train.engine.contract import Engine, Fragment, InitialValue, seeded
 from kha_train.errors import CheckpointError, DataError, ResumeError, Settings, either
 from kha_train.foreign.documents import Json
@@ -147,9 +148,8 @@ def places(config: RunConfig, checkpoint: Checkpoint) -> tuple[bool, bool, bool]
     """Whether the model has tensors of `checkpoint`; whether those that both have agree in shape; whether the model and
     the detectors have the state that is in it, no more and no less."""
     decoder = lay_out_decoder(config)
-    kept = decoder.state_dict(keep_vars=True)
-    buffers = {name: buffer for name, buffer in decoder.named_buffers() if name in kept}
-    model = {name: tuple(value.shape) for name, value in (dict(decoder.named_parameters()) | buffers).items()}
+    tensors = dict(decoder.named_parameters()) | persistent_buffers(decoder)
+    model = {name: tuple(value.shape) for name, value in tensors.items()}
     saved = checkpoint.names() | {name: entry.shape for name, entry in checkpoint.manifest.contents.buffers.items()}
     both, detectors_fit = model.keys() & saved.keys(), True
     shapes_fit = all(model[name] == saved[name] for name in both)
@@ -178,7 +178,7 @@ def check_same_data(first: dict[str, str], content_ids: dict[str, str]) -> None:
 
 
 def differences(
-    config: RunConfig, state: TrainerState, content_ids: dict[str, str], precisions: tuple[str, str] = ("", "")
+    config: RunConfig, state: TrainerState, content_ids: Mapping[str, str], precisions: tuple[str, str] = ("", "")
 ) -> list[tuple[str, Json, Json]]:
     """(setting, its value in the `state` of a checkpoint, its value now) for everything that a run may not change
     unless allowed. Arguments as in `check_belongs`.
@@ -228,12 +228,14 @@ class Inherited:
 
     As on a resume, a shared parameter starts as zeros, and `fill` writes its fp32 master, so that the masters equal
     those of the checkpoint in every precision. `taken`, `new` and `left_out` name the parameters found in both, only in
-    this model, only in the checkpoint. Raises ResumeError when a parameter of both has different shapes.
+    this model, only in the checkpoint. Raises ResumeError when a parameter of both has different shapes, and as
+    `check_shared_buffers`.
     """
 
     def __init__(self, config: RunConfig, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.taken, self.new, self.left_out = compare_parameters(config, checkpoint)
+        check_shared_buffers(config, checkpoint)
 
     def __call__(self, name: str, default: Callable[[], Tensor]) -> Tensor:
         shapes = self.checkpoint.names()
@@ -252,10 +254,8 @@ class Inherited:
                 if fragment.name in taken:
                     read_into({"master": fragment.views["master"]}, fragment, self.checkpoint)
                 engine.world.alive()
-            saved, buffers = self.checkpoint.buffers(), engine.buffers()
-            shared = {name: tuple(buffer.shape) for name, buffer in buffers.items() if name in saved}
-            check_buffers(self.checkpoint, shared)
-            for name, buffer in buffers.items():
+            saved = self.checkpoint.buffers()
+            for name, buffer in engine.buffers().items():
                 if name in saved and name.rpartition(".")[2] not in RUN_STATE:
                     buffer.copy_(saved[name])
         engine.refresh_parameters()
@@ -276,6 +276,13 @@ def compare_parameters(config: RunConfig, checkpoint: Checkpoint) -> tuple[list[
                 fix="a checkpoint of a model of these shapes, or a new run in another run.dir without run.init_from",
             )
     return taken, [name for name in model if name not in saved], [name for name in saved if name not in model]
+
+
+def check_shared_buffers(config: RunConfig, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError unless the buffers that the model and `checkpoint` both have agree in shape, FormatError
+    for an unknown kind of buffer."""
+    buffers, saved = persistent_buffers(lay_out_decoder(config)), checkpoint.manifest.contents.buffers
+    check_buffers(checkpoint, {name: tuple(buffer.shape) for name, buffer in buffers.items() if name in saved})
 
 
 def read_into(views: dict[str, Tensor], fragment: Fragment, checkpoint: Checkpoint) -> None:

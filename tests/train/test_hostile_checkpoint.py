@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from kha_train.config.compose import compose, load
 from kha_train.decode.generate import load_run
 from kha_train.errors import CheckpointError, FormatError, KhaError
 from kha_train.record import Marker, has_marker, read_metrics, read_run
+from kha_train.train.branch import Branch
 from kha_train.train.progress import Progress, read_state, restore_watch
+from kha_train.train.resume import Inherited
 from kha_train.train.run import train
 from kha_train.train.watch import Watch
 
@@ -203,6 +206,19 @@ def test_a_buffer_is_neither_broadcast_nor_invented_nor_dropped(run_dir: Path, c
         train(compose([word for word in command if "=" in word]))
     with pytest.raises(CheckpointError, match=r"manifest\.json buffers\.blocks\.0"):
         load_run(run_dir, report=print)
+
+
+def test_state_that_another_run_cannot_begin_with_is_refused_before_an_engine_is_built(run_dir: Path) -> None:
+    loaded = load(run_dir / "config.yaml")
+    config = replace(loaded, run=replace(loaded.run, steps=99))
+    checkpoint = forge(run_dir)
+    Inherited(config, checkpoint), Branch(config, checkpoint, {})
+    with pytest.raises(FormatError, match="stability.later"):
+        Branch(config, forge(run_dir, put("stability", "later", value={"a": 1})), {})
+    checkpoint = forge(run_dir, drop("stability", "later"), one_number(run_dir))
+    for begin in (lambda: Inherited(config, checkpoint), lambda: Branch(config, checkpoint, {})):
+        with pytest.raises(CheckpointError, match=r"manifest\.json buffers\.blocks\.0"):
+            begin()
 
 
 def test_a_parameter_that_is_not_the_models_is_refused(run_dir: Path) -> None:
