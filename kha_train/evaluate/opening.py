@@ -9,7 +9,7 @@ from typing import Any
 from kha_train.config.schema import RunConfig
 from kha_train.data.sources import validation_sets
 from kha_train.evaluate.bits_per_byte import BitsPerByte
-from kha_train.evaluate.contract import Task
+from kha_train.evaluate.contract import RowTask, Task
 from kha_train.metric import Metric
 from kha_train.variants.registry import TASKS
 from kha_train.variants.task import RowTaskOptions, TaskOptions
@@ -64,13 +64,14 @@ def due(tasks: Iterable[Task[TaskOptions]], step: int, last: int) -> list[Task[T
 
 def content_ids(tasks: Iterable[Task[TaskOptions]]) -> dict[str, str]:
     """The content ids of what `tasks` score, by the name under which a checkpoint and `resume.allow_changes` have them.
-    A task that scores a validation set adds none."""
+    A `RowTask` scores a validation set, which has its id already."""
     found: dict[str, str] = {}
     for task in tasks:
         kind, _, name = task.options.entries.partition("/")
-        key = VALIDATION_ID if kind == VALIDATION else EVALUATION_ID
-        if kind == VALIDATION or task.content_id not in found.values():
-            found[f"{key}.{name}" if name else key] = task.content_id
+        if kind == VALIDATION:
+            found[f"{VALIDATION_ID}.{name}" if name else VALIDATION_ID] = task.content_id
+        elif not isinstance(task, RowTask):
+            found[f"{EVALUATION_ID}.{name}"] = task.content_id
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kha_train.data.rows.batch import Batch
-from kha_train.distributed import World
+from kha_train.distributed import Caught, World, as_error
 from kha_train.engine.contract import Engine
 from kha_train.errors import KhaError
 from kha_train.evaluate.contract import Sums, Task
@@ -74,9 +74,12 @@ def _read_together(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
     remaining = iter(batches)
     while True:
         batch = None
-        with world.agreed():
+        with Caught() as caught:
             batch = next(remaining, None)
-        has_one, has_none = world.max_ints(int(batch is not None), int(batch is None))
+        error = as_error(caught.error, "read a batch") if caught.error else None
+        failed, has_one, has_none = world.max_ints(*map(int, (error is not None, batch is not None, batch is None)))
+        if failed:
+            world.raise_together(error)
         assert not (has_one and has_none), "a task has another number of batches on some ranks"
         if batch is None:
             return

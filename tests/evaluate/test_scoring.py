@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,29 @@ class Counting(Task[TaskOptions]):
 
 @dataclass(frozen=True)
 class Beside(World):
-    """A rank beside another that brings a batch whenever this one does not."""
+    """A rank beside another that brings a batch where this one does not, and none where it does."""
 
     def max_ints(self, *values: int) -> tuple[int, ...]:
-        return tuple(1 for _ in values) if len(values) == 2 else values
+        return values[0], 1, 1
+
+
+@dataclass(frozen=True)
+class Counted(World):
+    """A rank that notes what it asks the others."""
+
+    asked: list[tuple[int, ...]] = field(default_factory=list)
+
+    def max_ints(self, *values: int) -> tuple[int, ...]:
+        self.asked.append(values)
+        return values
+
+
+class Own(Counting):
+    """A task with data of its own, which happen to be those of a validation set."""
+
+    def __init__(self, content_id: str) -> None:
+        super().__init__([])
+        self.content_id = content_id  # type: ignore[misc]
 
 
 def test_loss_and_bits_per_byte_are_what_they_say(small: list[str]) -> None:
@@ -194,8 +213,23 @@ def test_sums_keep_their_shape_and_an_error_in_them_is_every_ranks() -> None:
 
 def test_another_number_of_batches_on_another_rank_is_found_before_a_rank_waits_for_ever() -> None:
     class Engine:
-        world = replace(World.single(), size=1)
+        world = Beside()
 
-    Engine.world = Beside(**vars(World.single()))
     with pytest.raises(AssertionError, match="another number of batches"):
         evaluate(Engine(), [Counting([-1])])
+
+
+def test_ranks_agree_once_a_batch() -> None:
+    class Engine:
+        world = Counted()
+
+    evaluate(Engine(), [Counting([2, 3])])
+    assert Engine.world.asked == [(0, 1, 0), (0, 1, 0), (0, 0, 1)]
+
+
+def test_a_task_with_data_of_its_own_has_an_id_whatever_else_is_scored(small: list[str]) -> None:
+    tasks = open_tasks(compose([*small, "evaluation.tasks=[context]"]))
+    ids = content_ids(tasks)
+    assert list(ids) == ["validation_content_id"]
+    (same,) = ids.values()
+    assert content_ids([*tasks, Own(same)]) == {**ids, "evaluation_content_id.counting": same}
