@@ -2,8 +2,9 @@
 
 There are two agreement points. Before the first forward all ranks learn whether every batch could be read, and the
 number of labels of the global batch. After the last backward they learn the loss, the expert loads, whether anyone
-wants to stop, and the gradient norm; every rank then makes the same decision. Within a long step they may agree to
-abandon it.
+wants to stop, and the gradient norm; every rank then makes the same decision. Values that modules report have
+all-reduces of their own there: joined with the loads, they might change the order in which ranks' loads are added. A
+step with statistics of layers adds one more after its update. Within a long step ranks may agree to abandon it.
 """
 
 # L layers  E experts
@@ -144,8 +145,10 @@ def train_step(
     micro_batches = list(batch.micro_batches(engine.config.engine.micro_batch_size))
     values = StepValues({**engine.decoder.declared, **layer_statistics.DECLARED})
     engine.decoder.observed = observed
-    sums, load_LE = _accumulate(engine, micro_batches, (world.size / labels, world.size / tokens), stops, values)
-    engine.decoder.observed = False
+    try:
+        sums, load_LE = _accumulate(engine, micro_batches, (world.size / labels, world.size / tokens), stops, values)
+    finally:
+        engine.decoder.observed = False
     if observed:
         values.add(layer_statistics.gradient_norms(engine))
 
