@@ -1,8 +1,9 @@
 """Holding a checkpoint of another run while it is read, so that the other run's retention leaves it.
 
 The reader takes a shared lock on the directory itself, which writes nothing into it; retention removes only what it can
-lock alone. The kernel drops the lock with its process. A file system without such locks (some network ones) protects
-nothing: the reader then ends with an error that says so, and nothing wrong is read.
+lock alone. The kernel drops the lock with its process. A rewind does not ask: a restart must not find what it undid. A
+file system without such locks (some network ones) protects nothing. In both cases the reader ends with an error that
+says so, and nothing wrong is read.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ from kha_train.model.decoder import lay_out_decoder
 from kha_train.model.device import DTYPES, resolve_on
 from kha_train.train import resume
 from kha_train.train.branch import Branch
+from kha_train.train.progress import Progress, going_on
 from kha_train.train.step import train_step
 
 REHEARSED_MICRO_BATCHES = 8
@@ -80,12 +81,14 @@ def rehearse(config: RunConfig, overrides: Sequence[str], layout: Layout) -> dic
     validate_batch(config, layout.world_size)
     engine_for(config, layout.world_size)
     resolve_plan(config)
-    parameters, data = count_parameters(config), _data(config, layout.world_size)
+    branch = _branch(config)
+    begun = going_on(branch.state, config) if branch else Progress()
+    parameters, data = count_parameters(config), _data(config, layout.world_size, begun)
     return {
         "world_size": layout.world_size,
         "batch": _batch(config, layout.world_size),
         "data": data,
-        **({"branch": branch} if (branch := _branch(config, data["content_id"])) else {}),
+        **({"branch": {**branch.facts(), "step": begun.step}} if branch else {}),
         "model": {"parameters": parameters.total, "active": parameters.active, "tensors": _count_tensors(config)},
         "memory": _memory(config, layout),
         "checkpoint": _checkpoint(config, layout.world_size),
@@ -107,17 +110,18 @@ def _batch(config: RunConfig, world_size: int) -> dict[str, Any]:
     }
 
 
-def _data(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """Read the first step of every rank. Raises DataError when two ranks or none read a row, or no token has a
-    label.
+def _data(config: RunConfig, world_size: int, begun: Progress) -> dict[str, Any]:
+    """Read the first step of every rank after `begun`. Raises DataError when two ranks or none read a row, or no token
+    has a label.
     """
     open_tasks(config)  # opening them checks their data, for all ranks
     firsts = []
     for rank in range(world_size):
-        stream = open_stream(config, rank, world_size)
+        stream = open_stream(config, rank, world_size, samples_seen=begun.samples_seen, skip_windows=begun.skip_windows)
         firsts.append(next(stream))
     samples = np.sort(np.concatenate([batch.samples_B for batch in firsts]))
-    first_step = numbers_past(merged(config.data.skip_windows), 0, config.data.global_batch_size)
+    windows = merged((*config.data.skip_windows, *begun.skip_windows))
+    first_step = numbers_past(windows, begun.samples_seen, config.data.global_batch_size)
     if not np.array_equal(samples, first_step):
         raise DataError("the slices of the ranks do not tile the first step", field="data", value=samples.tolist())
     labels = sum(batch.label_count for batch in firsts)
@@ -131,15 +135,14 @@ def _data(config: RunConfig, world_size: int) -> dict[str, Any]:
     }
 
 
-def _branch(config: RunConfig, content_id: str) -> dict[str, Any] | None:
-    """What a run that begins as a branch would take over; None for any other, and once it has a checkpoint of its own.
-    The files of the parent's checkpoint are not read, only their sizes."""
+def _branch(config: RunConfig) -> Branch | None:
+    """The branch as which the run would begin; None for any other, and once it has a checkpoint of its own. The files
+    of the parent's checkpoint are not read, only their sizes."""
     if not config.run.branch_from or candidates(Path(config.run.dir) / FOLDER):
         return None
     directory = directory_of(Path(config.run.branch_from))
-    ids = {"data_content_id": content_id, **content_ids(open_tasks(config))}
-    branch = Branch(config, Checkpoint(directory, check_sizes(directory)), ids)
-    return {**branch.facts(), "step": branch.checkpoint.step}
+    ids = {"data_content_id": open_stream(config, 0, 1).content_id, **content_ids(open_tasks(config))}
+    return Branch(config, Checkpoint(directory, check_sizes(directory)), ids)
 
 
 def _count_tensors(config: RunConfig) -> int:

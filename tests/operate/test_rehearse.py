@@ -93,7 +93,7 @@ def test_a_branch_is_rehearsed_against_its_parent(job: list[str], tmp_path: Path
     train(compose([*settings, f"run.dir={tmp_path / 'parent'}"]))
     branch = [*settings, "run.steps=2", f"run.branch_from={tmp_path / 'parent'}", f"run.dir={tmp_path / 'branch'}"]
     said = rehearse(compose([*branch, "optim.lr=1e-5"]), branch, Layout(1, 1))
-    assert said["branch"]["step"] == 1
+    assert said["branch"]["step"] == 1 and said["data"]["slices_first_step"] == [[2, 3]]
     assert [change.partition(" ")[0] for change in said["branch"]["changes"]] == ["optim.lr", "run.steps"]
     with pytest.raises(ResumeError, match="optim.weight_decay"):
         rehearse(compose([*branch, "optim.weight_decay=0"]), branch, Layout(1, 1))
