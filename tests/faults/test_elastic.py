@@ -1,4 +1,5 @@
-"""F12: other world sizes and ZeRO stages continue with the same samples and the same fp32 state, bit for bit."""
+"""F12: other world sizes and ZeRO stages continue with the same samples and the same fp32 state, bit for bit; so does a
+branch on several ranks."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kha_train.checkpoint.manifest import TRAINER_FILE
 from kha_train.checkpoint.reader import open_verified
 from kha_train.distributed import World
 
@@ -43,6 +45,20 @@ def test_a_run_that_changes_ranks_and_stage_follows_the_straight_curve(
     for key in ("step", "samples_first", "samples_last", "tokens", "train/lr"):
         assert [line[key] for line in moved] == [line[key] for line in kept], key
     assert max(abs(a["train/loss"] - b["train/loss"]) for a, b in zip(moved, kept, strict=True)) < 1e-5
+
+
+def test_a_branch_on_two_ranks_under_zero_3_continues_bit_equal_to_its_parent(
+    make_run: Callable, straight: Callable
+) -> None:
+    settings = ("attention=kha_mlp", "engine=zero3")
+    parent = straight(*settings, ranks=2)
+    branch = make_run(*settings, f"run.branch_from={parent.run_dir}/checkpoints/step-00000004")
+    branch.to_the_end(ranks=2)
+    assert branch.starts() == [4] and branch.curve() == parent.curve()[4:]
+    ended, expected = branch.final_state(), parent.final_state()
+    # The trainer's state names the parent of a branch.
+    assert ended.pop(TRAINER_FILE) != expected.pop(TRAINER_FILE)
+    assert ended == expected and len(ended) == 4
 
 
 @pytest.fixture(scope="module")
