@@ -5,12 +5,14 @@ offline files of W&B. Decides which tests are slow, and reports the processor ti
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import resource
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -207,18 +209,26 @@ def serve(tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str,
         text=True,
     )
 
+    numbers = itertools.count()
+
     def ask(request: dict[str, Any]) -> dict[str, Any]:
-        server.stdin.write(json.dumps(request) + "\n")
+        number, answer = next(numbers), {"number": -1}
+        server.stdin.write(json.dumps({**request, "number": number}) + "\n")
         server.stdin.flush()
-        answer = server.stdout.readline()
-        assert answer, Path(complaints.name).read_text()
-        answer = json.loads(answer)
-        FORKED.append(answer["processor"])
+        # A test that was interrupted left its answer behind.
+        while answer["number"] != number:
+            line = server.stdout.readline()
+            assert line, Path(complaints.name).read_text()
+            answer = json.loads(line)
+            FORKED.append(answer["processor"])
         return answer
 
-    yield ask
-    server.stdin.close()
-    server.wait(60)
+    try:
+        yield ask
+        server.stdin.close()
+        server.wait(60)
+    finally:
+        server.kill()
 
 
 @pytest.fixture(scope="session")
@@ -242,8 +252,9 @@ def run_ranks(
             own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(arguments))}
             with open(logs[rank], "w") as log:
                 processes.append(subprocess.Popen([sys.executable, str(script), *words], env=own, stderr=log))
+        deadline = time.monotonic() + 300
         try:
-            return [process.wait(timeout=300) for process in processes]
+            return [process.wait(timeout=max(0.0, deadline - time.monotonic())) for process in processes]
         finally:
             for process in processes:
                 process.kill()

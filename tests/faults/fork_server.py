@@ -3,9 +3,9 @@ or of a script.
 
 Reads one JSON request a line: {"cwd", "overrides", "ranks", "faults", "log", "patience", "environment"}, or for a
 script {"cwd", "script", "arguments", "ranks", "logs"}: the words of `sys.argv` and a log for each rank. Answers one
-line: {"codes", "seconds", "processor"} of the ranks. A signal is a negative code. None stands for a rank that had to be
-killed because it was still there `patience` seconds after another had failed. All ranks of a request share one process
-group.
+line: {"codes", "seconds", "processor"} of the ranks, and the "number" of the request. A signal is a negative code. None
+stands for a rank that had to be killed because it was still there `patience` seconds after another had failed. All
+ranks of a request share one process group.
 
 A fault is {"at", "do"} and conditions; it happens once in a process:
 
@@ -45,7 +45,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -260,21 +260,13 @@ def _child(request: dict[str, Any], rank: int, port: int) -> None:
         run.train(cached_compose(tuple(request["overrides"])))
     except KhaError as error:
         print(f"rank {rank}: {error.line()}", flush=True)
-        _leave(error.exit_code)
-    _leave(0)
-
-
-def _leave(code: int) -> NoReturn:
-    """End this process at once. Taking apart a forked interpreter copies all pages that it shares with the server, and
-    takes as long as the run did."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        sys.exit(error.exit_code)
+    sys.exit()
 
 
 def _live(request: dict[str, Any], rank: int, port: int) -> None:
     """A child from its first to its last breath: it ends as an interpreter does, but for taking torch apart object by
-    object, which costs half a second."""
+    object. That copies all pages that it shares with the server, and takes as long as a short run."""
     code = 1
     try:
         _child(request, rank, port)
@@ -336,6 +328,7 @@ if __name__ == "__main__":
     gc.collect()
     gc.freeze()
     for line in sys.stdin:
-        answer = _serve(json.loads(line))
+        request = json.loads(line)
+        answer = {"number": request["number"], **_serve(request)}
         sys.__stdout__.write(json.dumps(answer) + "\n")
         sys.__stdout__.flush()
