@@ -43,7 +43,7 @@ class Normal:
 
 @dataclass(frozen=True)
 class SizeKeeping:
-    """For x M with M [inputs, outputs]: normal with deviation `scale` / sqrt(inputs), so that x M is as large as x
+    """For x M with M [..., inputs, outputs]: normal with deviation `scale` / sqrt(inputs), so that x M is as large as x
     times `scale`.
     """
 
@@ -51,7 +51,7 @@ class SizeKeeping:
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """See `Initial.draw`."""
-        return Normal(self.scale / math.sqrt(shape[0])).draw(shape, generator)
+        return Normal(self.scale / math.sqrt(shape[-2])).draw(shape, generator)
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,14 @@ class Constant:
 
 @dataclass(frozen=True)
 class Identity:
-    """The identity matrix times `scale`."""
+    """The identity matrix times `scale`; leading dimensions count matrices."""
 
     scale: float = 1.0
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """See `Initial.draw`."""
-        rows, columns = shape
-        return self.scale * torch.eye(rows, columns, dtype=torch.float32, device="cpu")
+        eye = torch.eye(*shape[-2:], dtype=torch.float32, device="cpu")
+        return (self.scale * eye).expand(shape).clone()
 
 
 class DeclaredModule(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -46,7 +47,11 @@ class MatrixInit:
 
 @dataclass(frozen=True, kw_only=True)
 class KnockingOptions(InteractionOptions):
-    """Knocking-heads: matrices shared by all heads of a kind, on any of the projections q, k, v (KHA eq 5-9)."""
+    """Knocking-heads: matrices on any of the projections q, k, v (KHA eq 5-9).
+
+    `share`: `heads` is the paper's, one matrix for all heads of a kind; with `none` every head has its own, so heads
+    exchange nothing, which shows what sharing does.
+    """
 
     matrices: ClassVar[dict[str, float]]
     """The matrices of one projection, by name, each with the diagonal value at which heads pass unchanged (0 for a
@@ -55,6 +60,7 @@ class KnockingOptions(InteractionOptions):
     saved: ClassVar[int]
     """Copies of a projection that the backward needs."""
     projections: tuple[Projection, ...]
+    share: Literal["heads", "none"] = "heads"
     init: MatrixInit = field(default_factory=MatrixInit)
 
     def invalid(self) -> ConfigError | None:
@@ -71,9 +77,14 @@ class KnockingOptions(InteractionOptions):
         """`matrices`, for each projection."""
         return {f"{p} {name}": diagonal for p in self.projections for name, diagonal in self.matrices.items()}
 
+    def shape(self, heads: HeadShape, projection: Projection) -> tuple[int, ...]:
+        """The shape of each matrix of the projection: [K, K] or, where heads do not share it, [H, K, K]."""
+        square = (heads.width(projection),) * 2
+        return square if self.share == "heads" else (heads.count(projection), *square)
+
     def parameters(self, heads: HeadShape) -> int:
-        """Square matrices, shared by the heads of a kind."""
-        return sum(len(self.matrices) * heads.width(p) ** 2 for p in self.projections)
+        """Square matrices, one of each name for all heads of a kind, or for every head."""
+        return sum(len(self.matrices) * math.prod(self.shape(heads, p)) for p in self.projections)
 
     def flops(self, heads: HeadShape) -> int:
         """Every head times every matrix."""
@@ -159,7 +170,9 @@ class KnockingMlpOptions(_NonLinearOptions, FoldableOptions):
         return None
 
     def without_kernel(self, heads: HeadShape) -> str | None:
-        """The kernel holds whole matrices on the chip, in tensor-core tiles."""
+        """The kernel holds the matrices of all heads on the chip, in tensor-core tiles."""
+        if self.share == "none":
+            return "the kernel holds one set of matrices, and every head has its own"
         odd = sorted({heads.width(p) for p in self.projections} - set(KERNEL_WIDTHS))
         if not odd:
             return None

@@ -408,6 +408,7 @@ CHANGES: dict[str, Change] = {
     "attention.base.head_dim": (16, shapes),
     "attention.interaction.name": ("knocking_linear", shapes),
     "attention.interaction.projections": ("[q,v]", plan),
+    "attention.interaction.share": ("none", shapes),
     "attention.interaction.impl": ("eager", folding),
     "attention.interaction.init.kind": ("random", initial_values),
     "attention.interaction.init.scale": (0.5, initial_values, "attention.interaction.init.kind=scaled_identity"),

@@ -71,6 +71,11 @@ FURTHER = (
     ("gqa", "knocking_linear", ("attention.qk_norm=full_width",)),
     ("gqa", "none", ("attention.positions=alibi",)),
     ("gqa", "none", ("attention.positions=none",)),
+    ("gqa", "knocking_linear", ("attention.interaction.share=none",)),
+    ("gqa", "knocking_mlp", ("attention.interaction.share=none",)),
+    ("gqa", "knocking_gate", ("attention.interaction.share=none",)),
+    ("gta", "knocking_mlp", ("attention.interaction.share=none",)),
+    ("mla", "knocking_linear", ("attention.interaction.share=none",)),
     ("mla", "knocking_linear", ("attention.base.query_latent_width=20",)),
     ("mla", "none", ("model.partial_rotary_factor=0.5",)),
     ("gta", "none", ("model.partial_rotary_factor=0.5",)),
@@ -275,7 +280,7 @@ def test_at_the_declared_identity_heads_pass_unchanged_and_every_matrix_of_an_in
     with torch.no_grad():
         for name, identity in declared.items():
             named[name].copy_(initial_value(identity, 0, name, tuple(named[name].shape)))
-    assert sorted(promised.values()) == sorted(named[name].diagonal().mean().item() for name in declared)
+    assert sorted(promised.values()) == sorted(named[name].diagonal(0, -2, -1).mean().item() for name in declared)
     # Without exchange: the same base, of what the interaction holds only the norm of each head's output.
     base = "gqa" if case.base == "talking_heads" else case.base
     alone = pair_config(base, "none", tuple(each for each in case.settings if "interaction" not in each))

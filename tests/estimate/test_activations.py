@@ -87,6 +87,11 @@ def test_every_pair_that_composes_saves_what_is_reckoned(base: str, interaction:
         ["attention=gta", "model.kv_heads=2"],
         ["attention=kha_mlp", "attention.interaction.impl=folded"],
         ["attention=kha_mlp", "attention.interaction.impl=eager"],
+        *(
+            [f"attention={variant}", "attention.interaction.share=none", f"attention.interaction.impl={impl}"]
+            for variant in ("kha_mlp", "kha_linear")
+            for impl in ("eager", "folded")
+        ),
     ],
     ids=" ".join,
 )

@@ -20,6 +20,8 @@ INTERACTIONS: dict[str, InteractionOptions] = {
     "kha_linear": Linear(name="knocking_linear", impl="eager", projections=("q", "k", "v")),
     "kha_mlp": Mlp(name="knocking_mlp", impl="eager", projections=("v",)),
     "kha_mlp_qkv": Mlp(name="knocking_mlp", impl="eager", projections=("q", "k", "v")),
+    "linear_a_head": Linear(name="knocking_linear", impl="eager", projections=("q", "k", "v"), share="none"),
+    "mlp_a_head": Mlp(name="knocking_mlp", impl="eager", projections=("q", "k", "v"), share="none"),
 }
 
 TINY = compose(

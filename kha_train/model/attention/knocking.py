@@ -1,5 +1,6 @@
 """Knocking-heads (KHA, arXiv 2510.23052): heads exchange information before attention, through matrices shared by all
-heads of a kind.
+heads of a kind. With `share: none` every head has its own matrices and none is shared: the control for what sharing
+does.
 
 All forms start as the exact identity by default: diagonal matrices are the identity, the gate is zero and 2 *
 sigmoid(0) = 1.
@@ -16,28 +17,31 @@ from torch import Tensor, nn
 
 from kha_train.model.attention.interaction import Folds, Interaction, starting_matrix
 from kha_train.model.attention.projection import HeadMap, Matrix
+from kha_train.model.heads import through
 from kha_train.model.kernels.knocking_mlp import knocking_mlp, plain_knocking_mlp
 from kha_train.variants.attention import HeadShape, Implementation
 from kha_train.variants.interactions import KnockingOptions
 
 
-def shared_matrix(name: str, width: int, options: KnockingOptions) -> Matrix:
-    """The matrix [width, width] named in `options.matrices`, with the initial rule of `options.init`."""
+def knocking_matrix(name: str, shape: tuple[int, ...], options: KnockingOptions) -> Matrix:
+    """The matrix, or the stack of one for each head, named in `options.matrices`, with the initial rule of
+    `options.init`.
+    """
     diagonal = options.matrices[name]
-    return Matrix(width, starting_matrix(options.init, diagonal), diagonal)
+    return Matrix(shape, starting_matrix(options.init, diagonal), diagonal)
 
 
 class Knocking(Interaction):
-    """One shared map for each projection named in `options.projections`; the others pass unchanged."""
+    """One map for each projection named in `options.projections`; the others pass unchanged."""
 
     def __init__(self, options: KnockingOptions, heads: HeadShape, way: Implementation) -> None:
         super().__init__(options, heads, way)
         self.fused = way.name == "triton"
-        self.maps = nn.ModuleDict({p: self.shared_map(heads.width(p), options) for p in options.projections})
+        self.maps = nn.ModuleDict({p: self.head_map(options.shape(heads, p), options) for p in options.projections})
 
     @abstractmethod
-    def shared_map(self, width: int, options: KnockingOptions) -> nn.Module:
-        """The map [.., width] -> [.., width] for every head of one kind."""
+    def head_map(self, shape: tuple[int, ...], options: KnockingOptions) -> nn.Module:
+        """The map of the heads of one kind, whose matrices are of this shape: [K, K], or [H, K, K]."""
 
     def forward(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Interaction.forward`."""
@@ -54,25 +58,25 @@ class KnockingLinear(Knocking):
 
     linear = True
 
-    def shared_map(self, width: int, options: KnockingOptions) -> nn.Module:
+    def head_map(self, shape: tuple[int, ...], options: KnockingOptions) -> nn.Module:
         """T [K, K]."""
-        return shared_matrix("map", width, options)
+        return knocking_matrix("map", shape, options)
 
     def linear_maps(self) -> Folds:
         """All of it."""
         return Folds(**{projection: HeadMap(within_KK=matrix()) for projection, matrix in self.maps.items()})
 
     def _map(self, projection: str, x_BTHK: Tensor) -> Tensor:
-        return x_BTHK @ self.maps[projection]() if projection in self.maps and not self.folded else x_BTHK
+        return through(x_BTHK, self.maps[projection]()) if projection in self.maps and not self.folded else x_BTHK
 
 
-class SharedMlp(nn.Module):
+class HeadMlp(nn.Module):
     """x~ = 2 ((x W_up) * sigmoid(x W_gate)) W_down for every head, all matrices [K, K] (KHA eq 9)."""
 
-    def __init__(self, width: int, options: KnockingOptions, fused: bool) -> None:
+    def __init__(self, shape: tuple[int, ...], options: KnockingOptions, fused: bool) -> None:
         super().__init__()
         self.compute = knocking_mlp if fused else plain_knocking_mlp
-        self.up, self.gate, self.down = (shared_matrix(name, width, options) for name in ("up", "gate", "down"))
+        self.up, self.gate, self.down = (knocking_matrix(name, shape, options) for name in ("up", "gate", "down"))
 
     def forward(self, x_BTHK: Tensor) -> Tensor:
         """Every head through the same gated perceptron."""
@@ -89,9 +93,9 @@ class KnockingMlp(Knocking):
     """KHA-MLP: the paper's default, on the values alone. Attention is linear in the values, so folded the last matrix
     of their map is a part of the output projection."""
 
-    def shared_map(self, width: int, options: KnockingOptions) -> nn.Module:
-        """See `SharedMlp`."""
-        return SharedMlp(width, options, self.fused)
+    def head_map(self, shape: tuple[int, ...], options: KnockingOptions) -> nn.Module:
+        """See `HeadMlp`."""
+        return HeadMlp(shape, options, self.fused)
 
     def linear_maps(self) -> Folds:
         """W_down of the values."""
@@ -102,27 +106,27 @@ class KnockingMlp(Knocking):
             return self._value_map().hidden(x_BTHK)
         return super()._map(projection, x_BTHK)
 
-    def _value_map(self) -> SharedMlp:
+    def _value_map(self) -> HeadMlp:
         value_map = self.maps["v"]
-        assert isinstance(value_map, SharedMlp)
+        assert isinstance(value_map, HeadMlp)
         return value_map
 
 
-class SharedGate(nn.Module):
+class HeadGate(nn.Module):
     """x~ = 2 x * sigmoid(x W_gate) for every head (KHA table 2 names it without a formula; this is the natural one)."""
 
-    def __init__(self, width: int, options: KnockingOptions) -> None:
+    def __init__(self, shape: tuple[int, ...], options: KnockingOptions) -> None:
         super().__init__()
-        self.gate = shared_matrix("gate", width, options)
+        self.gate = knocking_matrix("gate", shape, options)
 
     def forward(self, x_BTHK: Tensor) -> Tensor:
         """Every head through the same gate."""
-        return 2.0 * x_BTHK * torch.sigmoid(x_BTHK @ self.gate())
+        return 2.0 * x_BTHK * torch.sigmoid(through(x_BTHK, self.gate()))
 
 
 class KnockingGate(Knocking):
     """The gate alone: the paper's failing ablation."""
 
-    def shared_map(self, width: int, options: KnockingOptions) -> nn.Module:
-        """See `SharedGate`."""
-        return SharedGate(width, options)
+    def head_map(self, shape: tuple[int, ...], options: KnockingOptions) -> nn.Module:
+        """See `HeadGate`."""
+        return HeadGate(shape, options)

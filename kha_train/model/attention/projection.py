@@ -14,12 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kha_train.model.heads import through
 from kha_train.model.init import DeclaredModule, Identity, Initial, Linear
 
 
 class HeadMap(NamedTuple):
-    """A linear map of heads: `within_KK` multiplies every head from the right, `across_IO` composes heads: head o is
-    the sum over i of head i times across[i, o].
+    """A linear map of heads: `within_KK` multiplies every head from the right, [H, K, K] each head with its own matrix;
+    `across_IO` composes heads: head o is the sum over i of head i times across[i, o].
     """
 
     within_KK: Tensor | None = None
@@ -28,22 +29,22 @@ class HeadMap(NamedTuple):
     def apply(self, x_BTHK: Tensor) -> Tensor:
         """Apply the map to activations: the definition."""
         if self.within_KK is not None:
-            x_BTHK = x_BTHK @ self.within_KK
+            x_BTHK = through(x_BTHK, self.within_KK)
         if self.across_IO is not None:
             x_BTHK = torch.einsum("btik,io->btok", x_BTHK, self.across_IO)
         return x_BTHK
 
 
 class Matrix(DeclaredModule):
-    """One small square matrix through which heads exchange information, used by neighbouring modules. At `diagonal`
-    times the identity, heads pass unchanged; None: no value has this property.
+    """A small square matrix through which heads exchange information, or a stack of one for each head, used by
+    neighbouring modules. At `diagonal` times the identity, heads pass unchanged; None: no value has this property.
     """
 
     weight: nn.Parameter
 
-    def __init__(self, width: int, initial: Initial, diagonal: float | None) -> None:
+    def __init__(self, shape: tuple[int, ...], initial: Initial, diagonal: float | None) -> None:
         super().__init__()
-        self.declare_parameter("weight", (width, width), initial)
+        self.declare_parameter("weight", shape, initial)
         self.declare_interaction("weight", None if diagonal is None else Identity(diagonal))
 
     def forward(self) -> Tensor:
@@ -70,7 +71,7 @@ class Projection(Linear):
         weight_HKD: Tensor = _wide(self.weight).unflatten(0, (self.heads, -1))
         if fold.within_KK is not None:
             # One head at a time, with heads outermost: an einsum makes two transposed copies of the weight.
-            weight_HKD = torch.bmm(_wide(fold.within_KK).t().expand(self.heads, -1, -1), weight_HKD)
+            weight_HKD = torch.bmm(_wide(fold.within_KK).mT.expand(self.heads, -1, -1), weight_HKD)
         if fold.across_IO is not None:
             weight_HKD = torch.einsum("ikd,io->okd", weight_HKD, _wide(fold.across_IO))
         return weight_HKD.flatten(0, 1).to(self.weight.dtype)
@@ -108,8 +109,13 @@ class OutputProjection(Linear):
         if fold is None:
             return self.weight
         assert fold.within_KK is not None and fold.across_IO is None, "no interaction composes the outputs of heads"
-        weight_DHK = _wide(self.weight).unflatten(1, (self.heads, -1))
-        return torch.nn.functional.linear(weight_DHK, _wide(fold.within_KK)).flatten(1).to(self.weight.dtype)
+        weight_DHK, within = _wide(self.weight).unflatten(1, (self.heads, -1)), _wide(fold.within_KK)
+        if within.ndim == 2:
+            return torch.nn.functional.linear(weight_DHK, within).flatten(1).to(self.weight.dtype)
+        # Query heads read the values of their group, which went through its matrix.
+        within_HKK = within.repeat_interleave(self.heads // len(within), dim=0)
+        folded_HDK = torch.bmm(weight_DHK.transpose(0, 1), within_HKK.mT)
+        return folded_HDK.transpose(0, 1).flatten(1).to(self.weight.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class TalkingHeadsAttention(GroupedQueryAttention):
         super().__init__(config, resolved)
         for name, diagonal in config.attention.base.identities().items():
             assert diagonal is not None
-            setattr(self, name, Matrix(self.heads.query_heads, Identity(diagonal), diagonal))
+            setattr(self, name, Matrix((self.heads.query_heads,) * 2, Identity(diagonal), diagonal))
         self.attend = self._talk
 
     def _talk(self, q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kha_train.model.heads import through
 from kha_train.model.kernels.launch import Call, Launch, as_rows, persistent_programs
 
 FORWARD = {16: Launch(64, 4, 1, 8), 32: Launch(64, 4, 1, 8), 64: Launch(64, 4, 1, 5), 128: Launch(64, 8, 1, 2)}
@@ -23,9 +24,11 @@ BACKWARD_WITH_DOWN = BACKWARD | {32: Launch(64, 4, 1, 7), 64: Launch(64, 4, 1, 3
 
 
 def plain_knocking_mlp(x_BTHK: Tensor, up_KK: Tensor, gate_KK: Tensor, down_KK: Tensor | None = None) -> Tensor:
-    """2 ((x W_up) * sigmoid(x W_gate)) W_down; without `down_KK`, the input of that last product. The definition."""
-    hidden_BTHK = 2.0 * (x_BTHK @ up_KK) * torch.sigmoid(x_BTHK @ gate_KK)
-    return hidden_BTHK if down_KK is None else hidden_BTHK @ down_KK
+    """2 ((x W_up) * sigmoid(x W_gate)) W_down; without `down_KK`, the input of that last product. The definition, which
+    unlike the kernel takes a matrix for each head too, [H, K, K].
+    """
+    hidden_BTHK = 2.0 * through(x_BTHK, up_KK) * torch.sigmoid(through(x_BTHK, gate_KK))
+    return hidden_BTHK if down_KK is None else through(hidden_BTHK, down_KK)
 
 
 @torch.library.custom_op(

@@ -1,5 +1,7 @@
 """Knocking heads: exactly the paper's formulas, at exactly the paper's place."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,6 +13,8 @@ from kha_train.model.init import initial_value
 from kha_train.model.rope import Rotary, rotary_table
 
 VARIANTS = ("kha_linear", "kha_mlp", "kha_mlp_qkv")
+A_HEAD = ("linear_a_head", "mlp_a_head")
+"""Every head has matrices of its own."""
 TOKENS = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(5))
 
 
@@ -36,9 +40,10 @@ def rows_of(tokens, head_dim):
     return RowContext(Rotary(cos[None], sin[None]), lay_out_documents(1, tokens, torch.device("cpu")))
 
 
-def knock(x, mixer):
-    """KHA eq 5-9, from the matrices alone."""
-    match None if mixer is None else {name: parameter for name, parameter in mixer.named_parameters()}:
+def knock(x, mixer, head):
+    """KHA eq 5-9, from the matrices alone: those of all heads, or of this one."""
+    named = {} if mixer is None else dict(mixer.named_parameters())
+    match {name: value if value.ndim == 2 else value[head] for name, value in named.items()}:
         case {"weight": transform}:
             return x @ transform
         case {"up.weight": up, "gate.weight": gate, "down.weight": down}:
@@ -69,10 +74,10 @@ def by_hand(attention, x, rows, order=("knock", "norm", "turn")):
         group = head // (heads // groups)
         part, shared = slice(head * width, (head + 1) * width), slice(group * width, (group + 1) * width)
         q, k = x @ attention.query.weight[part].T, x @ attention.key.weight[shared].T
-        v = knock(x @ attention.value.weight[shared].T, mixers["v"])
+        v = knock(x @ attention.value.weight[shared].T, mixers["v"], group)
         for step in order:
             if step == "knock":
-                q, k = knock(q, mixers["q"]), knock(k, mixers["k"])
+                q, k = knock(q, mixers["q"], head), knock(k, mixers["k"], group)
             elif step == "norm":
                 q, k = normalise(q, attention.query_norm.weight), normalise(k, attention.key_norm.weight)
             else:
@@ -82,7 +87,7 @@ def by_hand(attention, x, rows, order=("knock", "norm", "turn")):
     return torch.cat(outputs, -1) @ attention.output.weight.T
 
 
-@pytest.mark.parametrize("variant", ("gqa", *VARIANTS))
+@pytest.mark.parametrize("variant", ("gqa", *VARIANTS, *A_HEAD))
 def test_attention_equals_the_formulas_one_head_at_a_time(variant, make_config):
     attention = built_attention(make_config(variant, model={"init_std": 0.2}))
     scramble(attention)
@@ -149,6 +154,26 @@ def test_one_set_of_matrices_per_layer_serves_all_heads(make_config):
         f"blocks.{i}.attention.interaction.maps.v.{m}.weight": (32, 32) for i in (0, 1) for m in ("up", "gate", "down")
     }
     assert shapes == expected
+
+
+@pytest.mark.parametrize("impl", ["eager", "folded"])
+@pytest.mark.parametrize("variant", A_HEAD)
+def test_matrices_of_every_head_that_are_equal_are_the_shared_ones(variant, impl, make_config):
+    own = make_config(variant, engine={"micro_batch_size": 2})
+    interaction = replace(own.attention.interaction, impl=impl)
+    shared = replace(own, attention=replace(own.attention, interaction=replace(interaction, share="heads")))
+    own = replace(own, attention=replace(own.attention, interaction=interaction))
+    attention, expected = built_attention(own), built_attention(shared)
+    scramble(expected)
+    state = expected.state_dict()
+    attention.load_state_dict({name: state[name].expand(value.shape) for name, value in attention.state_dict().items()})
+    rows, x = rows_of(9, 32), torch.randn(1, 9, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(attention(x, rows), expected(x, rows), rtol=1e-11, atol=1e-13)
+    heads = own.attention.base.heads()
+    sizes = {"q": 4 * 32**2, "k": 2 * 32**2, "v": 2 * 32**2}
+    factor = len(interaction.matrices)
+    assert own.attention.interaction.parameters(heads) == factor * sum(sizes.values())
+    assert own.attention.interaction.flops(heads) == shared.attention.interaction.flops(heads)
 
 
 def test_attention_compiles_without_a_graph_break(make_config):

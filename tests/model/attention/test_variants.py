@@ -144,6 +144,10 @@ def test_the_gate_is_twice_the_value_times_a_sigmoid():
         (["attention=mea", "attention.interaction.mix_after_rope=true", "attention.interaction.impl=folded"], "after"),
         (["attention=kha_linear", "attention.interaction.impl=triton"], "nothing is left to compute"),
         (["attention=kha_mlp", "model.head_dim=24", "attention.interaction.impl=triton"], "16, 32, 64, 128"),
+        (
+            ["attention=kha_mlp", "attention.interaction.share=none", "attention.interaction.impl=triton"],
+            "every head has its own",
+        ),
         (["attention=mea", "attention.interaction.compose=[q]"], "eq 11"),
         (["attention=kha_gate", "attention.interaction.init.kind=scaled_identity"], "nothing to scale"),
         (["attention.backend=varlen", "engine.device=cpu"], "CUDA alone"),
