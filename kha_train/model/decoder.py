@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -262,10 +263,12 @@ def lay_out_decoder(config: RunConfig) -> Decoder:
 
 def build_decoder(config: RunConfig, resolved: Resolved | None = None) -> Decoder:
     """The decoder of `config` on torch's current device. On `meta` nothing is allocated; elsewhere it is initialised
-    from `run.seed` (see `init.py`).
+    from `run.seed` in fp32 (see `init.py`).
 
-    `resolved` says what computes it on the device where it will run; by default that is torch's current device, and on
-    `meta` a CPU. Raises ConfigError when the expert backend does not support a size, and, but on `meta`, as `resolve`.
+    `resolved` says what computes it, and is not asked again: a decoder that is moved or cast later computes as before.
+    The default is decided for fp32 on torch's current device, and on `meta` for a CPU. For another device or precision,
+    give it `resolve_on(config, device)`. Raises ConfigError when the expert backend does not support a size, and, but
+    on `meta`, as `resolve`.
     """
     decoder = Decoder(config, resolved or _resolved_by_default(config, torch.get_default_device()))
     if decoder.embedding.weight.device.type != "meta":
@@ -274,5 +277,6 @@ def build_decoder(config: RunConfig, resolved: Resolved | None = None) -> Decode
 
 
 def _resolved_by_default(config: RunConfig, device: torch.device) -> Resolved:
+    config = replace(config, engine=replace(config.engine, precision="fp32"))
     # Where nothing is computed nothing is refused: whoever wants names and shapes need not have the device.
     return decide(config, device_facts(device)) if device.type == "meta" else resolve_on(config, device)

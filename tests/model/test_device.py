@@ -123,6 +123,18 @@ def test_auto_leaves_kernels_aside_until_they_are_asked_for() -> None:
     assert ways == {"auto": (False, "RmsNorm"), "torch": (False, "RmsNorm"), "triton": (True, "TurningNorm")}
 
 
+def test_a_decoder_is_built_for_the_fp32_in_which_it_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "device_facts", lambda device: Device("cuda", (9, 0)))
+    config = compose(["model=tiny", "model.layers=1", "attention.backend=auto"])
+    assert resolve_on(config, HOPPER).backend.name == "varlen"
+    decoder = build_decoder(config)
+    assert decoder.resolved.precision == "fp32" and decoder.resolved.backend.name == "sdpa"
+    with torch.no_grad():
+        decoder(torch.zeros(1, 4, dtype=torch.int64), cache=Cache(8))
+    with pytest.raises(ConfigError, match="computes in bf16, and parameters are fp32"):
+        build_decoder(compose(["model=tiny", "attention.backend=varlen"]))
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
