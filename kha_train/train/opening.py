@@ -24,7 +24,7 @@ import yaml
 from kha_train.checkpoint.reader import Checkpoint, open_verified
 from kha_train.config.build import to_plain
 from kha_train.config.constants import PRECISION_OF
-from kha_train.config.resolve import Resolved
+from kha_train.config.resolve import Choice, Resolved
 from kha_train.config.schema import RunConfig
 from kha_train.data.stream import TokenStream, open_stream
 from kha_train.distributed import World
@@ -224,6 +224,8 @@ def _choose_kernels(config: RunConfig, world: World, continued: Path | None) -> 
     chosen, measured = settled(config, world.broadcast_text(answer))
     with world.agreed():
         resolved = resolve_on(chosen, world.device)
+        if measured:
+            resolved = resolved._replace(backend=Choice(resolved.backend.name, "measured, see below"))
         announced = [*announce(config, resolved, world.device), *filter(None, [measured])]
         announced += announce_experts(config, resolved, world.device)
     return _Kernels(resolved, earlier, announced)

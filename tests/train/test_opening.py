@@ -18,6 +18,7 @@ from kha_train.decode.generate import load_run
 from kha_train.errors import CheckpointError, ConfigError, DataError, ResumeError
 from kha_train.operate.status import run_status
 from kha_train.record import Marker, Record, has_marker, read_run, set_marker
+from kha_train.train import opening
 from kha_train.train.run import Outcome, train
 
 Train = Callable[..., Outcome]
@@ -270,3 +271,14 @@ def test_a_run_directory_that_can_never_be_written_is_a_mistake_and_no_failing_m
     monkeypatch.setattr(Record, "open", read_only)
     with pytest.raises(ConfigError, match=r"run\.dir = .*Read-only file system; fix: .*run\.dir=PATH"):
         train(compose([*finished[0], f"run.dir={tmp_path / 'new'}"]))
+
+
+def test_a_measured_backend_is_not_said_to_be_chosen_by_the_user(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "measured, forward and backward of a layer: eager 1.00 ms, sdpa 2.00 ms"
+    monkeypatch.setattr(opening, "measure", lambda config, device, earlier: f"eager {words}")
+    train(compose([*small, "model.layers=1", "attention.backend=auto", "run.steps=1", f"run.dir={tmp_path}"]))
+    provenance = read_run(tmp_path)["provenance"]
+    assert provenance["attention_backend"] == "eager" and provenance["chosen"][1] == words
+    assert "backend eager (measured, see below)" in provenance["chosen"][0]
