@@ -63,7 +63,7 @@ class Measured:
 
 def measure(overrides: Sequence[str], blocks: int, clock: Clock = "wall") -> Measured:
     """Measure one layer of the configuration of `overrides`, with one micro-batch of whole rows at a time. Raises as
-    `compose`.
+    `compose`, and as `resolve` for what a run could not begin with here, experts included.
     """
     config = compose(overrides)
     cuda = config.engine.device != "cpu" and torch.cuda.is_available()

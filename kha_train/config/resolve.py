@@ -57,7 +57,7 @@ class Choice(NamedTuple):
 
 class Resolved(NamedTuple):
     """What a configuration resolves to on a device: a decoder is built from it. A measurement may replace a backend
-    that `auto` selected.
+    that `auto` selected. The configuration itself stays as it was written: what runs is asked here.
 
     `precision` is that of parameters and activations · `backend` computes softmax(QK)V · `interaction` is how heads
     exchange information · `norm` normalises queries and keys (`triton`: one kernel with their rotation) · `experts` is

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
@@ -10,6 +11,7 @@ from kha_train.bench.attention import VARIANTS
 from kha_train.cli.main import app
 from kha_train.config.compose import compose
 from kha_train.config.resolve import Device, implementation
+from kha_train.errors import ConfigError
 
 
 def test_every_variant_runs_as_named_and_is_told_with_the_protocol():
@@ -34,3 +36,10 @@ def test_kernels_are_measured_where_they_run_and_nowhere_else(monkeypatch):
     assert bench.variants_for(compose(["model.head_dim=24"]), cuda, "bf16") == VARIANTS
     ways = {name: implementation(compose(["model.head_dim=64", *chosen])) for name, chosen in bench.ON_KERNELS.items()}
     assert [way.name for way in ways.values()] == ["eager", "triton", "triton"]
+
+
+def test_what_a_run_could_not_begin_with_is_refused_experts_included(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="megablocks cannot be used here") as refused:
+        bench.measure(["model=tiny", "moe.backend=megablocks"], blocks=1)
+    assert refused.value.field == "moe.backend"
