@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +12,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from data_tools.corpus import SPLITS, build_corpus, split_path
@@ -35,12 +33,13 @@ from kha_train.cli.data_options import (
     Workers,
 )
 from kha_train.cli.output import Overwrite, print_json
+from kha_train.cli.progress import progress_bar
 from kha_train.config.compose import from_plain, load
 from kha_train.data.format.manifest import MANIFEST_NAME, Manifest
 from kha_train.data.format.shards import ShardSet
 from kha_train.data.inspect import BORDER, decoder_of, digest, length_histogram, samples_of_step
 from kha_train.errors import ConfigError, DataError, between
-from kha_train.literal import say, visible
+from kha_train.literal import say
 from kha_train.record import config_of, read_attempts, read_events, read_metrics_at
 from kha_train.record.actions import skip_windows
 from kha_train.record.files import check_replaceable, mark_of
@@ -67,7 +66,7 @@ def corpus(
     as_json: Json = False,
 ) -> None:
     """Collect text: the standard library's sources, and your own."""
-    with _progress("reading", None) as advance:
+    with progress_bar("reading", None) as advance:
         description = build_corpus(
             out,
             standard_library=standard_library,
@@ -92,7 +91,7 @@ def tokenizer(
 ) -> None:
     """Train a BPE tokenizer on the training split."""
     total = split_path(corpus_dir, "train").stat().st_size
-    with _progress("reading, then merging", min(total, max_bytes or total)) as advance:
+    with progress_bar("reading, then merging", min(total, max_bytes or total)) as advance:
         made = train_tokenizer(
             corpus_dir, out, vocab_size=vocab_size, max_bytes=max_bytes, overwrite=overwrite, progress=advance
         )
@@ -132,7 +131,7 @@ def tokenize(
     encoded: list[int] = []
     started = time.perf_counter()
     total, encode = _work(corpus_dir, text or [], field, validation_percent, drop_repeated)
-    with _progress("tokenizing", total) as advance:
+    with progress_bar("tokenizing", total) as advance:
         manifests = encode(
             tokenizer_file,
             out,
@@ -203,7 +202,7 @@ def verify(directory: DatasetDir, as_json: Json = False) -> None:
         with TemporaryDirectory() as cache:
             shards = ShardSet.open(path, cache=cache, cache_gib=VERIFY_GIB)
             shards.check_tokenizer()
-            with _progress(f"verifying {path}", shards.manifest.tokens) as advance:
+            with progress_bar(f"verifying {path}", shards.manifest.tokens) as advance:
                 faults += _faults(shards, advance)
         answer[path] = {"ok": True, "tokens": shards.manifest.tokens, "content_id": shards.content_id}
     if len(faults) > 1:
@@ -348,15 +347,6 @@ def _samples(shards: ShardSet, count: int, tokens: int) -> Iterator[dict[str, An
             "sha256": digest(ids),
             "text": BORDER.join(map(decode, parts)),
         }
-
-
-@contextmanager
-def _progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    console = LiteralConsole(stderr=True)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(visible(what), total=total)
-        yield lambda amount: progress.advance(task, amount)
 
 
 def _answer(answer: dict[str, Any], as_json: bool) -> None:

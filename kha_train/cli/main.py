@@ -32,6 +32,7 @@ COMMANDS = {
     "train": "train:train",
     "plan": "plan:plan",
     "compare": "compare:compare",
+    "analyze": "analyze:analyze",
     "generate": "generate:generate",
     "spikes": "spikes:spikes",
     "sweep": "sweep:sweep_command",

@@ -177,6 +177,12 @@ def validation_sets(config: RunConfig) -> dict[str, Place]:
     return {"": Place(config.data.validation, "data.validation"), **further}
 
 
+def first_training_set(config: RunConfig) -> Place:
+    """Where the training data lie, or the first of several sources."""
+    _, path, field = _named(config.data)[0]
+    return Place(path, field)
+
+
 def open_validation(config: RunConfig, name: str = "", most_rows: int = 0) -> tuple[Rows, int]:
     """The rows of the validation set `name`, and how many of them are scored (the first ones): `most_rows`, or
     `validation.rows` if that is 0.
@@ -186,8 +192,7 @@ def open_validation(config: RunConfig, name: str = "", most_rows: int = 0) -> tu
     """
     place = validation_sets(config)[name]
     rows = open_rows(config, place.path, place.field)
-    _, directory, field = _named(config.data)[0]
-    train = open_shards(config, directory, field).manifest.tokenizer
+    train = open_shards(config, *first_training_set(config)).manifest.tokenizer
     if rows.shards.manifest.tokenizer.sha256 != train.sha256:
         raise ConfigError(
             "was made by another tokenizer than data.train",

@@ -78,7 +78,7 @@ def load_run(run_dir: Path, report: Callable[[str], None], device: torch.device 
     checkpoint = find_newest(run_dir, World.single(), report)
     if checkpoint is None:
         raise ConfigError("the run has no checkpoint yet", field="run", value=str(run_dir))
-    decoder = _materialise(config, checkpoint, device or torch.device("cpu"))
+    decoder = materialise(config, checkpoint, device or torch.device("cpu"))
     if absorbed_config(config) is not None:
         decoder = absorb(decoder)
     return TrainedModel(decoder.config, decoder.eval(), checkpoint.step, _tokenizer(config))
@@ -152,7 +152,10 @@ def encode_prompt(model: TrainedModel, text: str, ids: list[int], rows: int) -> 
     return torch.tensor(ids).expand(rows, -1)
 
 
-def _materialise(config: RunConfig, checkpoint: Checkpoint, device: torch.device) -> Decoder:
+def materialise(config: RunConfig, checkpoint: Checkpoint, device: torch.device) -> Decoder:
+    """The decoder of `checkpoint` on `device`, in fp32, with its interaction as it was trained, whatever ZeRO stage and
+    number of ranks wrote it. Raises CheckpointError when it is not one of `config`.
+    """
     with torch.device("meta"):
         decoder = build_decoder(config, resolve_decoding(config))
     shapes = {name: tuple(value.shape) for name, value in decoder.named_parameters()}

@@ -134,6 +134,10 @@ CASES: dict[Case, list[Case]] = {
         ("{two}", "--ids", "1,2", "--tokens", "3", "--samples", "2"), ("{odd}", "--ids", "1", "--tokens", "1"),
         ("{lost}", "--ids", "1", "--tokens", "2"), ("{empty}",), ("{two}", "--ids", "one"),
     ],
+    ("analyze",): [
+        ("{two}", "--tokens", "64", "--every-checkpoint"), ("{odd}", "{other}"), ("{lost}",), ("{empty}",),
+        ("{damaged}",), ("{nothing}",), ("{one}", "--data", "{nothing}"), ("{one}", "--tokens", "0"),
+    ],
     ("spikes",): [
         ("{one}",), ("{two}",), ("{lost}",), ("{lost}", "--event", "1"), ("{odd}", "{lost}", "{one}"), ("{curve}",),
         ("{curve}", "--event", "1"), ("{curve}", "--event", "2"), ("{short}",), ("{broken}",), ("{curve}", "{broken}"),

@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from kha_train.analysis.analyze import inspect
+from kha_train.analysis.probe_rows import open_probe
 from kha_train.checkpoint.manifest import TRAINER_FILE
 from kha_train.checkpoint.reader import open_verified
+from kha_train.config.compose import compose
+from kha_train.decode.generate import materialise
 from kha_train.distributed import World
 
 pytestmark = pytest.mark.slow
@@ -85,6 +89,14 @@ def test_every_layout_takes_over_the_same_state_bit_for_bit_and_reads_only_its_s
     assert any(bias.abs().max() > 0 for bias in biases.values())
     for field in ("progress", "optimizer_steps"):
         assert before.trainer_state[field] == after.trainer_state[field]
+    # What `kha analyze` sees does not depend on who wrote a checkpoint.
+    config = compose(overrides)
+    rows = open_probe(config, 128)
+    seen = [
+        inspect(materialise(config, one, torch.device("cpu")), one.step, "", rows, True, lambda count: None)
+        for one in (before, after)
+    ]
+    assert seen[0] == seen[1] and len(seen[0].layers) == config.model.layers
 
     kept = sum(buffer.nbytes for buffer in biases.values())
     assert sum(answer["owned"] for answer in answers) == 3 * sum(shape.numel() for shape in _shapes(before))

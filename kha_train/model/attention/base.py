@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kha_train.config.resolve import Resolved
 from kha_train.config.schema import RunConfig
 from kha_train.metric import Metric
-from kha_train.model.attention.backends import BACKENDS, Documents
+from kha_train.model.attention.backends import BACKENDS, Documents, masked_softmax, scores
 from kha_train.model.attention.cache import Cache
 from kha_train.model.attention.interaction import QKV, build_interaction
 from kha_train.model.norm import TurningNorm
@@ -84,6 +84,13 @@ class Attention(nn.Module, ABC):
         further = (rows.report,) if self.interaction.metrics else ()
         heads: QKV = self.interaction(q_BTHK, k_BTGK, v_BTGW, *further)
         return heads
+
+    def weights(self, q_BTHK: Tensor, k_BUGK: Tensor, documents: Documents, scale: float) -> Tensor | None:
+        """The weights of every query head over the tokens it attends to, [B, H, T, U] in at least fp32, from what
+        `attend` is given. They sum to 1. None where a base has no such weights. Not used by `forward`, because most
+        backends never hold them all: this is for looking at a trained model.
+        """
+        return masked_softmax(scores(q_BTHK, k_BUGK) * scale, documents)
 
 
 def build_attention(config: RunConfig, resolved: Resolved) -> Attention:

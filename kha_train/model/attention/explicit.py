@@ -31,7 +31,7 @@ class Explicit(Interaction):
         super().__init__(options, heads, way)
         self.after_rope = options.mix_after_rope
         matrices = {
-            p: Matrix((heads.kv_heads,) * 2, starting_matrix(options.init, diagonal), diagonal)
+            p: Matrix((heads.kv_heads,) * 2, starting_matrix(options.init, diagonal), diagonal, across=True)
             for p, diagonal in options.identities().items()
         }
         self.compose = nn.ModuleDict(matrices)

@@ -11,10 +11,10 @@ are `Matrix` modules, which return copies.
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kha_train.config.schema import RunConfig
 from kha_train.metric import Metric
@@ -71,6 +71,20 @@ class Interaction(DeclaredModule, ABC):
     def outputs(self, out_BTHW: Tensor) -> Tensor:
         """Head outputs before the output projection."""
         return out_BTHW
+
+
+class Gated(nn.Module, ABC):
+    """A map of heads with a gate that can be looked at in a trained model. Neither method is used by `forward`."""
+
+    @abstractmethod
+    def gates(self, x_BTHK: Tensor) -> Tensor:
+        """The values of the gate, 0 to 1, for the input of `forward`: [B, T, H, K]."""
+
+    @abstractmethod
+    def derivative(self, x_BTHK: Tensor) -> Tensor:
+        """The mean over tokens of the derivative of a head's output y by its input x, d y_j / d x_i at [i, j]: the
+        linear map that the module is on average. [H, K, K] or, as a mean over heads that share matrices, [K, K].
+        """
 
 
 class NoInteraction(Interaction):

@@ -15,7 +15,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from kha_train.model.attention.interaction import Folds, Interaction, starting_matrix
+from kha_train.model.attention.interaction import Folds, Gated, Interaction, starting_matrix
 from kha_train.model.attention.projection import HeadMap, Matrix
 from kha_train.model.heads import through
 from kha_train.model.kernels.knocking_mlp import knocking_mlp, plain_knocking_mlp
@@ -70,7 +70,7 @@ class KnockingLinear(Knocking):
         return through(x_BTHK, self.maps[projection]()) if projection in self.maps and not self.folded else x_BTHK
 
 
-class HeadMlp(nn.Module):
+class HeadMlp(Gated):
     """x~ = 2 ((x W_up) * sigmoid(x W_gate)) W_down for every head, all matrices [K, K] (KHA eq 9)."""
 
     def __init__(self, shape: tuple[int, ...], options: KnockingOptions, fused: bool) -> None:
@@ -87,6 +87,16 @@ class HeadMlp(nn.Module):
         """The perceptron up to its last matrix."""
         hidden_BTHK: Tensor = self.compute(x_BTHK, self.up(), self.gate(), None)
         return hidden_BTHK
+
+    def gates(self, x_BTHK: Tensor) -> Tensor:
+        """See `Gated.gates`."""
+        return torch.sigmoid(through(x_BTHK, self.gate()))
+
+    def derivative(self, x_BTHK: Tensor) -> Tensor:
+        """See `Gated.derivative`."""
+        up, gate, gates_BTHK = self.up(), self.gate(), self.gates(x_BTHK)
+        gated_HKK = up * gates_BTHK.mean(dim=(0, 1))[:, None] + gate * _slope(through(x_BTHK, up), gates_BTHK)
+        return _as_shared(2.0 * gated_HKK @ self.down(), gate)
 
 
 class KnockingMlp(Knocking):
@@ -112,7 +122,7 @@ class KnockingMlp(Knocking):
         return value_map
 
 
-class HeadGate(nn.Module):
+class HeadGate(Gated):
     """x~ = 2 x * sigmoid(x W_gate) for every head (KHA table 2 names it without a formula; this is the natural one)."""
 
     def __init__(self, shape: tuple[int, ...], options: KnockingOptions) -> None:
@@ -121,7 +131,27 @@ class HeadGate(nn.Module):
 
     def forward(self, x_BTHK: Tensor) -> Tensor:
         """Every head through the same gate."""
-        return 2.0 * x_BTHK * torch.sigmoid(through(x_BTHK, self.gate()))
+        return 2.0 * x_BTHK * self.gates(x_BTHK)
+
+    def gates(self, x_BTHK: Tensor) -> Tensor:
+        """See `Gated.gates`."""
+        return torch.sigmoid(through(x_BTHK, self.gate()))
+
+    def derivative(self, x_BTHK: Tensor) -> Tensor:
+        """See `Gated.derivative`."""
+        gate, gates_BTHK = self.gate(), self.gates(x_BTHK)
+        own_HKK = torch.diag_embed(gates_BTHK.mean(dim=(0, 1)))
+        return _as_shared(2.0 * (own_HKK + gate * _slope(x_BTHK, gates_BTHK)), gate)
+
+
+def _slope(gated_BTHK: Tensor, gates_BTHK: Tensor) -> Tensor:
+    """By how much a gated value changes with the input of its gate, [H, 1, K]: the mean of value * g (1 - g)."""
+    return (gated_BTHK * gates_BTHK * (1.0 - gates_BTHK)).mean(dim=(0, 1))[:, None]
+
+
+def _as_shared(derivative_HKK: Tensor, matrix: Tensor) -> Tensor:
+    """The derivative of each head, or their mean if heads share `matrix`."""
+    return derivative_HKK if matrix.ndim > 2 else derivative_HKK.mean(dim=0)
 
 
 class KnockingGate(Knocking):

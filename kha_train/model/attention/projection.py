@@ -38,12 +38,14 @@ class HeadMap(NamedTuple):
 class Matrix(DeclaredModule):
     """A small square matrix through which heads exchange information, or a stack of one for each head, used by
     neighbouring modules. At `diagonal` times the identity, heads pass unchanged; None: no value has this property.
+    `across`: it composes heads, and does not act within each.
     """
 
     weight: nn.Parameter
 
-    def __init__(self, shape: tuple[int, ...], initial: Initial, diagonal: float | None) -> None:
+    def __init__(self, shape: tuple[int, ...], initial: Initial, diagonal: float | None, across: bool = False) -> None:
         super().__init__()
+        self.across = across
         self.declare_parameter("weight", shape, initial)
         self.declare_interaction("weight", None if diagonal is None else Identity(diagonal))
 

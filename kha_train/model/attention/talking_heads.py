@@ -29,12 +29,16 @@ class TalkingHeadsAttention(GroupedQueryAttention):
         super().__init__(config, resolved)
         for name, diagonal in config.attention.base.identities().items():
             assert diagonal is not None
-            setattr(self, name, Matrix((self.heads.query_heads,) * 2, Identity(diagonal), diagonal))
+            setattr(self, name, Matrix((self.heads.query_heads,) * 2, Identity(diagonal), diagonal, across=True))
         self.attend = self._talk
+
+    def weights(self, q_BTHK: Tensor, k_BUGK: Tensor, documents: Documents, scale: float) -> Tensor:
+        """See `Attention.weights`. These are the weights of the softmax: after their mix they need not sum to 1."""
+        scores_BITU = scores(q_BTHK, k_BUGK) * scale
+        mixed_BHTU = torch.einsum("bitu,ih->bhtu", scores_BITU, self.score_mix().to(scores_BITU.dtype))
+        return masked_softmax(mixed_BHTU, documents)
 
     def _talk(self, q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
         """A backend's signature, with the two mixes inside."""
-        scores_BITU = scores(q_BTHK, k_BUGK) * scale
-        mixed_BHTU = torch.einsum("bitu,ih->bhtu", scores_BITU, self.score_mix())
-        weights_BITU = masked_softmax(mixed_BHTU, documents).to(v_BUGW.dtype)
+        weights_BITU = self.weights(q_BTHK, k_BUGK, documents, scale).to(v_BUGW.dtype)
         return weighted_values(torch.einsum("bitu,ih->bhtu", weights_BITU, self.weight_mix()), v_BUGW)

@@ -1,0 +1,111 @@
+"""The results of `kha analyze` as rows of figures, for the terminal and for `--json`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from kha_train.analysis.inspection import Inspection, LayerInspection, mean_off_diagonal, path_of
+
+COLUMNS = {
+    "cosine": "cos", "centred_cosine": "c-cos", "cka": "CKA", "cosine_rank": "rank", "entropy": "entr",
+    "distance": "dist", "sink": "sink", "diversity": "JS", "gate": "gate", "matrix_distance": "|M-I|",
+    "rise_mean": "rise", "rise_head": "head",
+}  # fmt: skip
+"""Figures of a row on the terminal, with their headings."""
+
+
+def layer_row(layer: LayerInspection) -> dict[str, Any]:
+    """One number for each kind of figure of a layer: means over heads or pairs of heads, None where it has none.
+
+    `matrix_distance` is the norm over all learned matrices of what differs from the identity. `rise_largest` is the
+    largest loss rise, that of `rise_head`.
+    """
+    outputs, weights, rise = layer.outputs, layer.weights, layer.rise
+    distances = [one.distance for one in layer.matrices if one.distance is not None and one.acts != "effective"]
+    return {
+        "layer": layer.layer,
+        "cosine": mean_off_diagonal(outputs.cosine) if outputs else None,
+        "centred_cosine": mean_off_diagonal(outputs.centred_cosine) if outputs else None,
+        "cka": mean_off_diagonal(outputs.cka) if outputs else None,
+        "cka_floor": mean_off_diagonal(outputs.cka_floor) if outputs else None,
+        "cosine_rank": outputs.cosine_rank if outputs else None,
+        "centred_rank": outputs.centred_rank if outputs else None,
+        "head_rank": _mean(outputs.ranks) if outputs else None,
+        "entropy": _mean(weights.entropy) if weights else None,
+        "distance": _mean(weights.distance) if weights else None,
+        "sink": _mean(weights.sink) if weights else None,
+        "diversity": weights.diversity if weights else None,
+        "gate": _mean([one.mean for one in layer.gates]) if layer.gates else None,
+        "matrix_distance": math.hypot(*distances) if distances else None,
+        "rise_mean": _mean(rise) if rise else None,
+        "rise_largest": max(rise) if rise else None,
+        "rise_head": max(range(len(rise)), key=rise.__getitem__) if rise else None,
+    }
+
+
+def answer_of(run_dir: Path, inspection: Inspection) -> dict[str, Any]:
+    """A result for `--json`: everything but the matrices of pairs of heads and the values of learned matrices, which
+    are in its `file`.
+    """
+    layers = []
+    for layer in inspection.layers:
+        weights = layer.weights
+        heads = {"ranks": layer.outputs.ranks if layer.outputs else None, "rise": layer.rise}
+        heads |= {name: getattr(weights, name) if weights else None for name in _BY_HEAD}
+        matrices = [{key: value for key, value in vars(one).items() if key != "values"} for one in layer.matrices]
+        found = {"gates": [vars(one) for one in layer.gates], "clusters": [vars(one) for one in layer.clusters]}
+        layers.append({**layer_row(layer), "heads": heads, "matrices": matrices, **found})
+    plain = {key: value for key, value in vars(inspection).items() if key not in ("layers", "probe")}
+    return {**plain, "file": str(path_of(run_dir, inspection.step)), "probe": vars(inspection.probe), "layers": layers}
+
+
+def print_inspections(label: str, newest: Inspection, saved: Sequence[Inspection], console: Console) -> None:
+    """The layers of the newest checkpoint and, of several saved results, the means over layers of each."""
+    probe = newest.probe
+    console.print(
+        f"{label}: {newest.base} x {newest.interaction}, step {newest.step}, loss {newest.loss:.4f} on {probe.tokens} "
+        f"tokens in {probe.documents} documents of {probe.field} (attention weights of {probe.queries})"
+    )
+    console.print(_table("layer", [(str(layer.layer), layer_row(layer)) for layer in newest.layers]))
+    if len(saved) > 1:
+        console.print(_table("step", [(str(one.step), _mean_row(one)) for one in saved]))
+    for name, reason in newest.absent.items():
+        console.print(f"  no {name}: {reason}")
+
+
+_BY_HEAD = ("entropy", "distance", "sink", "divergence")
+
+
+def _mean_row(inspection: Inspection) -> dict[str, Any]:
+    rows = [layer_row(layer) for layer in inspection.layers]
+    found: dict[str, Any] = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows if row[name] is not None]
+        found[name] = _mean(values) if values and name not in ("layer", "rise_head") else None
+    return found
+
+
+def _table(first: str, rows: Sequence[tuple[str, dict[str, Any]]]) -> Table:
+    shown = [name for name in COLUMNS if any(row[name] is not None for _, row in rows)]
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for name in (first, *(COLUMNS[name] for name in shown)):
+        table.add_column(name, justify="right")
+    for name, row in rows:
+        table.add_row(name, *(_short(row[key]) for key in shown))
+    return table
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.3g}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan

@@ -1,0 +1,48 @@
+"""`kha analyze RUN...`: what the attention heads of trained checkpoints look like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kha_train.analysis.inspection import PROBE_TOKENS, read_inspections
+from kha_train.analysis.inspection_table import answer_of, print_inspections
+from kha_train.cli.output import note, print_json
+from kha_train.cli.progress import progress_bar
+from kha_train.record.finding import find_runs
+from kha_train.record.labels import distinct
+from kha_train.telemetry.terminal import LiteralConsole
+
+
+def analyze(
+    runs: Annotated[list[Path], typer.Argument(help="Runs, sweeps or folders of runs.")],
+    every_checkpoint: Annotated[
+        bool, typer.Option("--every-checkpoint", help="All checkpoints that are there, not only the newest.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(help="Tokens to look at, rounded up to whole rows.", min=1)] = PROBE_TOKENS,
+    data: Annotated[str, typer.Option(help="A dataset to look at instead of the run's validation set.")] = "",
+    silence: Annotated[
+        bool, typer.Option(help="Measure the loss without each head: one more forward for every head of every layer.")
+    ] = True,
+    again: Annotated[bool, typer.Option("--again", help="Compute saved results again.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Look into the attention heads and learned matrices of a run's newest checkpoint, on the CPU.
+
+    The result is saved in the directory `analysis` of the run, and computed only once. Training is not disturbed.
+    """
+    from kha_train.analysis.analyze import Request, analyze_run
+
+    request = Request(tokens, data, silence, every_checkpoint, again)
+    found = find_runs(runs, note)
+    answers = []
+    for run, label in zip(found, distinct([run.name for run in found], list(map(str, found))), strict=True):
+        inspections = analyze_run(run, request, note, progress_bar)
+        if as_json:
+            answers.append({"run": str(run), "checkpoints": [answer_of(run, one) for one in inspections]})
+        else:
+            print_inspections(label, inspections[-1], read_inspections(run), LiteralConsole())
+    if as_json:
+        print_json({"runs": answers}, indent=2)
