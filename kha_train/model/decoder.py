@@ -193,7 +193,8 @@ class Decoder(nn.Module):
         cache: Cache | None,
     ) -> RowContext:
         # Read here, a sharded embedding stays gathered until the head that shares it: one gather of a micro-batch less.
-        device, slopes_H = self.embedding.weight.device, None
+        device = (self.embedding.weight if self.config.model.tie_embeddings else positions_BT).device
+        slopes_H = None
         if self._slopes is not None:
             slopes_H = to_device(torch.tensor(self._slopes), device)
         rotary = None if self.rotary is None else self.rotary(positions_BT)

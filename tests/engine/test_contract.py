@@ -220,3 +220,16 @@ def test_the_plain_engine_refuses_more_than_one_process(overrides: list[str]) ->
     with pytest.raises(ConfigError, match="one process, not 2") as refused:
         engine_for(config, 2)
     assert refused.value.field == "engine.name" and refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_zero_3_keeps_an_embedding_gathered_to_the_head_only_where_they_share_it(
+    tied: bool, overrides: list[str]
+) -> None:
+    # DeepSpeed shards what has more than 100,000 elements: here 256 x 512.
+    large = ["model.layers=1", "model.hidden_size=512", "attention=gqa", f"model.tie_embeddings={str(tied).lower()}"]
+    with opened("zero3", [*overrides, *large]) as engine:
+        ((batch, labels),) = batches(engine, 1)
+        accumulate(engine, batch, labels)
+        # A parameter that a module reads outside its owner's forward is gathered as long as that module runs.
+        assert len(engine.decoder._external_params) == tied
