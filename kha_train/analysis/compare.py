@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kha_train.analysis.cost import Cost, cost_of
+from kha_train.analysis.domains import DomainDifference, domain_differences
+from kha_train.analysis.rates import VariantEvents, variant_events
 from kha_train.analysis.runs import UNTOLD, RunData, load_run, load_runs
 from kha_train.analysis.sameness import (
     common_steps,
@@ -18,8 +21,9 @@ from kha_train.analysis.sameness import (
     notes,
     unknown_settings,
 )
+from kha_train.analysis.scored import Evaluated, evaluated
 from kha_train.analysis.statistics import Interval, SeedInterval, StepMean, mean_of_steps, over_seeds
-from kha_train.analysis.summary import HONESTY, RESULTS, TOLD, UNKNOWN_FIGURE, Quantity, Summary, printed, summarise
+from kha_train.analysis.summary import Summary, summarise
 from kha_train.analysis.validation_sets import marks, named_entries, set_difference, sets_sentence
 from kha_train.config.constants import may_differ
 from kha_train.foreign.documents import Json
@@ -90,29 +94,10 @@ class AcrossSeeds:
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """The last figures of a named validation set or a task: `figures` by name, one a run, None where it has none.
-    `entries` is what they begin with in the record, `meanings` are as the run declared them ("" where it did not).
-    `marks` and `words` say whether they are of the same rows, as those of the validation do."""
-
-    entries: str
-    figures: dict[str, tuple[float | None, ...]]
-    meanings: dict[str, str]
-    marks: tuple[str, ...]
-    words: str
-
-    def rows(self) -> list[tuple[Quantity, list[str]]]:
-        """Each figure with its value in every run as it is printed, behind it the mark of what was scored."""
-        return [
-            (one := Quantity(f"{self.entries}/{name}", ".4f", self.meanings[name]), _marked(one, values, self.marks))
-            for name, values in self.figures.items()
-        ]
-
-
-@dataclass(frozen=True)
 class Comparison:
     """Everything that the table and the report print. Runs are numbered in the order they were named. `passed_over`
-    lists what was named but left out, and why.
+    lists what was named but left out, and why. `domains` has the differences of validation sets and tasks, `events` the
+    loss events of each variant.
     """
 
     runs: tuple[RunData, ...]
@@ -123,7 +108,10 @@ class Comparison:
     evidence: str
     validation_marks: tuple[str, ...]
     validation_words: str
-    evaluations: tuple[Evaluated, ...] = ()
+    evaluations: tuple[Evaluated, ...]
+    domains: tuple[DomainDifference, ...]
+    events: tuple[VariantEvents, ...]
+    costs: tuple[Cost, ...]
     passed_over: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
@@ -167,15 +155,18 @@ class Comparison:
         runs = [
             {"label": run.label, "path": str(run.path), "variant": run.variant, "seed": run.seed}
             | {**summary.results, **summary.honesty, **summary.told, "end_state": summary.end_state}
-            | {"validation_mark": mark}
-            for run, summary, mark in zip(self.runs, self.summaries, self.validation_marks, strict=True)
+            | {"validation_mark": mark, "cost": dict(cost.figures)}
+            for run, summary, mark, cost in zip(
+                self.runs, self.summaries, self.validation_marks, self.costs, strict=True
+            )
         ]
         differences = {key: list(values) for key, values in self.differences.items()}
         pairs = [self._pair_to_dict(pair) for pair in self.pairs]
         seeds = [asdict(found) | {"sentence": self.seeds_sentence(found)} for found in self.across_seeds]
         answer = {"runs": runs, "config_differences": differences, "pairs": pairs, "across_seeds": seeds}
         told = {"evidence": self.evidence, "validation_sets": self.validation_words}
-        scored = {"evaluations": {one.entries: asdict(one) for one in self.evaluations}}
+        scored: dict[str, Any] = {"evaluations": {one.entries: asdict(one) for one in self.evaluations}}
+        scored |= {"domains": [asdict(one) for one in self.domains], "events": [asdict(one) for one in self.events]}
         plain: dict[str, Any] = words(answer | told | scored | {"passed_over": list(self.passed_over)})
         return plain
 
@@ -202,29 +193,20 @@ def compare_runs(
     """
     runs = load_runs(run_dirs, read)
     pairs = tuple(_pair(runs, reference, other) for reference, other in partners(runs))
-    seeds = across_seeds(runs, pairs)
+    seeds, summaries = across_seeds(runs, pairs), _summaries(runs, summarised)
     return Comparison(
         runs=runs,
-        summaries=_summaries(runs, summarised),
+        summaries=summaries,
         differences=config_differences(runs),
         pairs=pairs,
         across_seeds=seeds,
         evidence=evidence(runs, seeds),
         validation_marks=tuple(marks(runs)),
         validation_words=sets_sentence(runs),
-        evaluations=tuple(_evaluated(runs, entries) for entries in named_entries(runs)),
-    )
-
-
-def _evaluated(runs: tuple[RunData, ...], entries: str) -> Evaluated:
-    of_runs = [run.evaluations.get(entries, {}) for run in runs]
-    names = dict.fromkeys(name for figures in of_runs for name in figures)
-    return Evaluated(
-        entries=entries,
-        figures={name: tuple(figures[name].last if name in figures else None for figures in of_runs) for name in names},
-        meanings={name: next(filter(None, (run.meaning(f"{entries}/{name}") for run in runs)), "") for name in names},
-        marks=tuple(marks(runs, entries)),
-        words=sets_sentence(runs, entries),
+        evaluations=tuple(evaluated(runs, entries) for entries in named_entries(runs)),
+        domains=domain_differences(runs, [(pair.reference, pair.other) for pair in pairs if not pair.caveats]),
+        events=variant_events(runs, summaries),
+        costs=tuple(map(cost_of, runs, summaries)),
     )
 
 
@@ -297,35 +279,6 @@ def loss_difference(reference: RunData, other: RunData) -> tuple[np.ndarray, np.
     difference = np.full(len(steps), np.nan)
     difference[finite] = other_loss[finite] - reference_loss[finite]
     return steps, difference
-
-
-def result_rows(comparison: Comparison) -> list[tuple[Quantity, list[str]]]:
-    """Each quantity of `RESULTS` with its printed value in every run. If validations scored different sets, each
-    validation figure is followed by the mark of its set. The figures of tasks: `Evaluated.rows`.
-    """
-    rows = []
-    for name, quantity in RESULTS.items():
-        found = [summary.results[name] for summary in comparison.summaries]
-        told = comparison.validation_marks if name in OF_A_VALIDATION_SET else ("",) * len(found)
-        values = _marked(quantity, found, told)
-        rows.append((quantity, values))
-    return rows
-
-
-def _marked(quantity: Quantity, values: Sequence[float | None], told: Sequence[str]) -> list[str]:
-    shown = [printed(quantity, value) for value in values]
-    marked = zip(shown, told, strict=True)
-    return [f"{value} [{mark}]" if mark and value != UNKNOWN_FIGURE else value for value, mark in marked]
-
-
-def honesty_rows(comparison: Comparison) -> list[tuple[Quantity, list[str]]]:
-    """Each quantity of `HONESTY` and `TOLD` with its printed value in every run."""
-    counted = [
-        (one, [printed(one, summary.honesty[name]) for summary in comparison.summaries])
-        for name, one in HONESTY.items()
-    ]
-    told = [(one, [printed(one, summary.told[name]) for summary in comparison.summaries]) for name, one in TOLD.items()]
-    return [*counted, *told]
 
 
 def no_difference(pair: Pair) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kha_train.analysis.figures import Curve, save_shaded
+from kha_train.analysis.figures import save_shaded
 from kha_train.analysis.spikes import LossCurve, SpikeReport
 from kha_train.errors import ConfigError
 from kha_train.record.files import mark_of
@@ -30,6 +30,6 @@ def plot_spikes(report: SpikeReport, path: Path) -> Path:
     shades = [(event.start_step, event.end_step, CLASSES.index(event.kind)) for event in report.events]
     counts = ", ".join(f"{report.summary[f'{kind}_total']} {kind}" for kind in CLASSES)
     title = f"{report.curve.label}: {counts} (orange, red, purple, brown){'; DIVERGED' * report.summary['diverged']}"
-    drawn, mark = Curve(steps, 0, raw_N=losses), mark_of_plot(report.curve)
-    save_shaded(path, drawn, shades, x_label="step", y_label="loss (nats/token)", title=title, mark=mark)
+    mark = mark_of_plot(report.curve)
+    save_shaded(path, steps, losses, shades, x_label="step", y_label="loss (nats/token)", title=title, mark=mark)
     return path

@@ -8,7 +8,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from kha_train.analysis.compare import Comparison, honesty_rows, result_rows
+from kha_train.analysis.compare import Comparison
+from kha_train.analysis.rows import honesty_rows, result_rows
 from kha_train.analysis.summary import RESULTS, TOLD, UNKNOWN_FIGURE
 from kha_train.literal import visible
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kha_train.analysis.report import page_in
+from kha_train.analysis.report.page import page_in
 from kha_train.bench import protocol
 from kha_train.bench.made_record import MadeRun, Template
 from kha_train.errors import KhaError

@@ -1,4 +1,4 @@
-"""`kha compare RUN...`: a table on the terminal and one HTML file."""
+"""`kha compare RUN...`: a table on the terminal, and a report as a page, as Markdown, and as pictures and numbers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Annotated
 
 import typer
 
+from kha_train.analysis.answer import answers
 from kha_train.analysis.compare import compare_runs
-from kha_train.analysis.report import PAGE, mark_of_page, page_in, write_report
+from kha_train.analysis.report.page import check_report, write_report
 from kha_train.analysis.table import print_comparison
 from kha_train.cli.output import Overwrite, note, print_json
 from kha_train.errors import DataError
 from kha_train.literal import say
 from kha_train.operate.ahead import read_ahead
-from kha_train.record.files import check_replaceable, written_as
+from kha_train.record.files import written_as
 from kha_train.record.finding import find_runs
 from kha_train.telemetry.terminal import LiteralConsole
 
@@ -27,7 +28,7 @@ def compare(
         list[Path],
         typer.Argument(help="Runs, sweeps or folders of runs; the variant of the first run is the reference."),
     ],
-    out: Annotated[Path, typer.Option(help="Directory for index.html.")] = Path("report"),
+    out: Annotated[Path, typer.Option(help="Directory for index.html, report.md and figures/.")] = Path("report"),
     overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -45,12 +46,12 @@ def compare(
         note(text)
 
     found, fault = _whole(find_runs(runs, tell, trained=True, read=read), read, tell)
-    check_replaceable(page_in(out), mark_of_page(found), "--out", overwrite, (PAGE.encode(),))
+    check_report(out, found, "--out", overwrite)
     comparison = replace(compare_runs(found, read, ahead.summary), passed_over=tuple(passed_over))
     with written_as("--out", out, "choose a writable directory: --out DIRECTORY"):
         page = write_report(comparison, out)
     if as_json:
-        print_json({**comparison.to_dict(), "report": str(page)}, indent=2)
+        print_json({**comparison.to_dict(), "answer": list(answers(comparison)), "report": str(page)}, indent=2)
     else:
         print_comparison(comparison, LiteralConsole())
         say(f"report: {page}")

@@ -22,7 +22,7 @@ from data_tools.corpus import build_corpus
 from data_tools.encode import encode_corpus
 from data_tools.train_tokenizer import train_tokenizer
 from kha_train.analysis.compare import compare_runs
-from kha_train.analysis.report import write_report
+from kha_train.analysis.report.page import write_report
 from kha_train.config.compose import compose
 from kha_train.data.format.manifest import MANIFEST_NAME
 from kha_train.data.stream import unigram_bits_per_byte

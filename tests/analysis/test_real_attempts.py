@@ -11,7 +11,7 @@ import pytest
 from data_tools.synthetic import write_dataset
 from kha_train.analysis.compare import Comparison, compare_runs
 from kha_train.analysis.ending import end_of
-from kha_train.analysis.report import report_html
+from kha_train.analysis.report.page import report_html
 from kha_train.cli.compare import compare
 from kha_train.config.compose import compose
 from kha_train.record import read_attempts, read_metrics, read_run
@@ -175,7 +175,11 @@ def test_validation_data_overwritten_between_two_runs_are_told_apart(
     assert [run["validation_content_id"] for run in answer["runs"]] == ids
     assert "cannot be compared" in answer["validation_sets"]
     page = report_html(comparison)
-    assert page.count("<svg") == 4 and page.count("Scored here: content id") == 2 and "same rows" not in page
+    assert (
+        page.count("<strong>Validation, set") == 2
+        and page.count("Scored here: content id") == 2
+        and "same rows" not in page
+    )
     assert page.count(" [A]</td>") == page.count(" [B]</td>") == 2
     compare([gqa, kha], place.where / "report", as_json=False)
     printed = " ".join(capsys.readouterr().out.split())

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kha_train.analysis.compare import Comparison, Pair, compare_runs
 from kha_train.analysis.history import differences, stretches_of
-from kha_train.analysis.report import report_html
+from kha_train.analysis.report.page import report_html
 from kha_train.analysis.runs import RunData, load_run
 from kha_train.analysis.sameness import data_difference, data_proof, meetings, shared_until
 from kha_train.analysis.spikes import read_curve

@@ -1,0 +1,176 @@
+"""What the sections of one report share: the runs on every x axis, their styles, and their smoothed curves."""
+
+# N lines of a record
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from kha_train.analysis.compare import Comparison, Pair
+from kha_train.analysis.figures import thin
+from kha_train.analysis.layers import Sampled, read_sampled
+from kha_train.analysis.report.content import Axis, Kind, Row, Series, Style, Table
+from kha_train.analysis.runs import RunData
+from kha_train.analysis.statistics import display_decay, exponential_average
+
+AXES = (
+    Axis("steps", "optimiser step"),
+    Axis("tokens", "tokens"),
+    Axis("flops", "training FLOPs"),
+    Axis("hours", "hours of training steps"),
+)
+RAW_POINTS, LINE_POINTS = 800, 400
+"""Points of a curve that are drawn; the drawing is 400 units wide."""
+MOST_RUNS = 8
+"""More runs than this are drawn and listed by variant."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """A comparison that is being written. Runs are numbered as in the comparison."""
+
+    comparison: Comparison
+
+    @property
+    def runs(self) -> tuple[RunData, ...]:
+        """The compared runs."""
+        return self.comparison.runs
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the runs, in order."""
+        return tuple(run.label for run in self.runs)
+
+    @cached_property
+    def variants(self) -> dict[str, list[int]]:
+        """The runs of each variant, that of the first run at the beginning."""
+        found: dict[str, list[int]] = {}
+        for number, run in enumerate(self.runs):
+            found.setdefault(run.variant, []).append(number)
+        return found
+
+    @property
+    def grouped(self) -> bool:
+        """Whether there are too many runs to draw each."""
+        return len(self.runs) > MOST_RUNS
+
+    def style(self, run: int) -> Style:
+        """A variant has a colour of its own and a run has a dash of its own, so that curves that lie on each other can
+        be told apart.
+        """
+        return Style(list(self.variants).index(self.runs[run].variant), run)
+
+    def variant_style(self, variant: str) -> Style:
+        """The style of a variant as a whole."""
+        place = list(self.variants).index(variant)
+        return Style(place, place)
+
+    @cached_property
+    def sampled(self) -> tuple[Sampled, ...]:
+        """What the runs recorded by layer, and at probed steps."""
+        return tuple(map(read_sampled, self.runs))
+
+    def run_table(self, rows: Sequence[Row]) -> Table:
+        """A table with a column for each run; closed at first where there are too many."""
+        return Table(("", *self.labels), tuple(rows), f"All {len(self.runs)} runs" if self.grouped else "")
+
+    def lost(self, run: int) -> bool:
+        """Whether the run diverged, or its loss rose and did not recover."""
+        honesty = self.comparison.summaries[run].honesty
+        return bool(honesty["diverged"] or honesty["unrecovered"])
+
+    def fair(self, pair: Pair) -> bool:
+        """Whether the difference of a pair may be emphasised: no caveat, and neither run diverged."""
+        return not pair.caveats and not (self.lost(pair.reference) or self.lost(pair.other))
+
+    @cached_property
+    def decay(self) -> float:
+        """The decay of every smoothed curve of train loss."""
+        return display_decay(max(len(run.columns) for run in self.runs))
+
+    @cached_property
+    def losses(self) -> tuple[np.ndarray, ...]:
+        """The train loss of every run [N]; nan where it is not finite."""
+        return tuple(finite(run.column("train/loss")) for run in self.runs)
+
+    @cached_property
+    def smoothed(self) -> tuple[np.ndarray, ...]:
+        """The smoothed train loss of every run [N]; nan where the loss is."""
+        return tuple(self.smooth(loss_N) for loss_N in self.losses)
+
+    def smooth(self, values_N: np.ndarray) -> np.ndarray:
+        """The exponential average of `values_N`, with the same gaps."""
+        return np.where(np.isfinite(values_N), exponential_average(values_N, self.decay), np.nan)
+
+    @cached_property
+    def _x(self) -> tuple[dict[str, np.ndarray], ...]:
+        return tuple(map(_axes_of, self.runs, (cost.flops_per_token for cost in self.comparison.costs)))
+
+    def x(self, run: int, steps_N: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """The values of every known axis at the lines of a run, or at some of its `steps_N`."""
+        if steps_N is None:
+            return self._x[run]
+        places = np.searchsorted(self.runs[run].steps, steps_N)
+        return {key: values_N[places] for key, values_N in self._x[run].items()}
+
+    @cached_property
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes that at least one run has."""
+        return tuple(axis for axis in AXES if any(axis.key in known for known in self._x))
+
+
+def _axes_of(run: RunData, flops_per_token: float | None) -> dict[str, np.ndarray]:
+    """Steps, tokens, FLOPs and hours at every line, as far as the record has them for all lines."""
+    found = {"steps": run.steps.astype(np.float64)}
+    tokens_N, seconds_N = run.column("tokens"), run.column("train/step_seconds")
+    if np.isfinite(tokens_N).all():
+        found["tokens"] = tokens_N
+        if flops_per_token:
+            found["flops"] = tokens_N * flops_per_token
+    if np.isfinite(seconds_N).all():
+        found["hours"] = np.cumsum(seconds_N) / 3600
+    return found
+
+
+def series(
+    name: str,
+    style: Style,
+    kind: Kind,
+    x: Mapping[str, np.ndarray],
+    y_N: np.ndarray,
+    band: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Series:
+    """A series with as many points as can be seen; see `thin`."""
+    most = RAW_POINTS if kind == "raw" else LINE_POINTS
+    places = thin(np.arange(len(y_N)), finite(y_N), most)[0]
+    low_N, high_N = band or (None, None)
+    return Series(
+        name,
+        style,
+        kind,
+        {key: values_N[places] for key, values_N in x.items()},
+        finite(y_N)[places],
+        None if low_N is None else low_N[places],
+        None if high_N is None else high_N[places],
+    )
+
+
+def finite(values_N: np.ndarray) -> np.ndarray:
+    """`values_N` with nan for everything that is not finite."""
+    return np.where(np.isfinite(values_N), values_N, np.nan)
+
+
+def bounds(parts: Sequence[np.ndarray], share: float = 0.0) -> tuple[float, float] | None:
+    """The smallest and largest finite value of all `parts`, with a margin; None without any. `share` of the values is
+    left out at each end.
+    """
+    values = np.concatenate([part[np.isfinite(part)] for part in parts]) if parts else np.zeros(0)
+    if not len(values):
+        return None
+    low, high = (float(value) for value in np.quantile(values, (share, 1 - share)))
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin
