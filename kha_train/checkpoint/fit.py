@@ -9,7 +9,9 @@ from kha_train.checkpoint.reader import Checkpoint
 from kha_train.errors import CheckpointError, FormatError
 from kha_train.foreign.typed import Source
 
-KNOWN_BUFFERS = ("selection_bias", "previous_share", "steps_done")
+FROZEN = "weight"
+"""Last name of a matrix of an interaction that is not trained (`attention.interaction.train: false`)."""
+KNOWN_BUFFERS = ("selection_bias", "previous_share", "steps_done", FROZEN)
 """Last names of buffers that this release knows. Whether a model has them depends on its settings."""
 
 

@@ -79,6 +79,8 @@ def _model(answer: Plan) -> Table:
             table.add_row(name, f"{held:,}", f"{done / 1e9:.4f}")
     table.add_row("total (forward)", f"{parameters.total:,}", f"{flops.forward / 1e9:.4f}", style="bold")
     table.add_row("active (training)", f"{parameters.active:,}", f"{flops.training / 1e9:.4f}", style="bold")
+    if parameters.frozen:
+        table.add_row("not trained, no parameters", f"{parameters.frozen:,}", "")
     overhead, cache = answer.overhead, answer.to_dict()["cache_bytes_per_token"]
     table.caption = (
         f"interaction: +{overhead.parameters:.4f} % parameters, +{overhead.flops:.3f} % FLOPs, +{overhead.cache:.0f} "

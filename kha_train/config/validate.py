@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 
 from kha_train.config.build import nearest, to_plain
 from kha_train.config.constants import ALIGNED_NUMBERS
 from kha_train.config.limits import check_limits
-from kha_train.config.resolve import invalid_backend, turned_dimensions
 from kha_train.config.schema import RunConfig
 from kha_train.config.urls import refuse_credentials_in
+from kha_train.config.validate_attention import check_attention
 from kha_train.errors import ConfigError, Settings, either
-from kha_train.variants.attention import POSITIONS, Partners
 from kha_train.variants.registry import engines
 from kha_train.variants.task import invalid_tasks
 
@@ -31,8 +29,7 @@ def validate(config: RunConfig, *, to_train: bool = True) -> None:
     check_limits(values, upper=to_train)
     _run_dir(config)
     _shares(config)
-    _attention(config)
-    _rotary(config)
+    check_attention(config)
     _layers(config)
     _experts(config)
     if to_train:
@@ -120,35 +117,6 @@ def _shares(config: RunConfig) -> None:
         )
     if problem := config.optim.invalid():
         raise problem
-
-
-def _attention(config: RunConfig) -> None:
-    attention, base, interaction = config.attention, config.attention.base, config.attention.interaction
-    partners = Partners(attention.qk_norm, attention.positions, config.model.seq_len)
-    problem = base.invalid() or interaction.invalid() or base.conflict(partners) or invalid_backend(config)
-    problem = problem or _without_identity(config)
-    if problem:
-        raise problem
-    reason = interaction.refuses(base)
-    if reason:
-        raise ConfigError(reason, field="attention.interaction", value=f"{interaction.name} on {base.name}")
-
-
-def _without_identity(config: RunConfig) -> ConfigError | None:
-    """Why `optim.interaction_decay=identity` has no target to decay towards, or None."""
-    attention = config.attention
-    values = {**attention.base.identities(), **attention.interaction.identities()}
-    if config.optim.interaction_decay != "identity" or (values and None not in values.values()):
-        return None
-    unknown = [name for name, value in values.items() if value is None]
-    what = f"no value of {unknown[0]} leaves" if unknown else "there are no matrices whose values could leave"
-    return ConfigError(
-        f"{what} heads unchanged in interaction {attention.interaction.name} on {attention.base.name}",
-        field="optim.interaction_decay",
-        value="identity",
-        allowed="zero, none",
-        fix=Settings("optim.interaction_decay=zero"),
-    )
 
 
 def _layers(config: RunConfig) -> None:
@@ -265,42 +233,6 @@ def _router_learns(config: RunConfig) -> None:
             allowed="any number but 0",
             fix=Settings("moe.routed_scaling=1.0"),
         )
-
-
-def _rotary(config: RunConfig) -> None:
-    """The rotated part must be an even number of dimensions, at least 2, of the part of a head that rotary embedding
-    acts on.
-    """
-    factor, base = config.model.partial_rotary_factor, config.attention.base
-    turns = POSITIONS[config.attention.positions].turns
-    if not 0 < factor <= 1 and not turns:
-        raise ConfigError(
-            "must be a share",
-            field="model.partial_rotary_factor",
-            value=factor,
-            allowed="above 0 up to 1",
-            fix=Settings("model.partial_rotary_factor=1.0"),
-        )
-    width, turned = base.rotary_width(), turned_dimensions(config)
-    exact = math.isclose(turned, width * factor, rel_tol=1e-9)
-    if not turns or (exact and turned % 2 == 0 and 2 <= turned <= width):
-        return
-    name, value = base.rotary_setting(max(width + width % 2, 2))
-    section = "model" if name == "head_dim" and config.model.head_dim == base.head_dim else "attention.base"
-    wider = f"{section}.{name}={value}"
-    if width >= 2 and factor != 1:
-        nearest = min(max(2 * round(width * factor / 2), 2), width - width % 2)
-        field, given, fix = "model.partial_rotary_factor", factor, f"model.partial_rotary_factor={nearest / width}"
-    else:
-        field, given = f"{section}.{name}", getattr(base, name)
-        fix = wider if factor == 1 else f"{wider} model.partial_rotary_factor=1.0"
-    raise ConfigError(
-        f"rotary embedding rotates pairs of dimensions, and {base.name} would rotate {width * factor:g} of {width}",
-        field=field,
-        value=given,
-        allowed=f"an even number of rotated dimensions, from 2 to {max(width, 2)}",
-        fix=Settings(fix),
-    )
 
 
 def _engine(config: RunConfig) -> None:

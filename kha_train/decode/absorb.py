@@ -49,7 +49,7 @@ def absorb(decoder: Decoder) -> Decoder:
             state |= folded_weights(prefix, module)
     with torch.device("meta"):
         plain = build_decoder(config, decoder.resolved._replace(interaction=implementation(config)))
-    reset_buffers(plain, decoder.embedding.weight.device)
+    reset_buffers(plain, config.run.seed, decoder.embedding.weight.device)
     wanted = plain.state_dict().keys()
     plain.load_state_dict({name: value for name, value in state.items() if name in wanted}, assign=True)
     plain.tie_weights()

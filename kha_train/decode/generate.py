@@ -165,7 +165,7 @@ def materialise(config: RunConfig, checkpoint: Checkpoint, device: torch.device)
         value = checkpoint.read(full_name, "master").view(shapes[full_name])
         module._parameters[name] = nn.Parameter(value.to(device), requires_grad=False)
     decoder.tie_weights()
-    reset_buffers(decoder, device)
+    reset_buffers(decoder, config.run.seed, device)
     decoder.load_state_dict({name: value.to(device) for name, value in checkpoint.buffers().items()}, strict=False)
     return decoder
 

@@ -64,7 +64,7 @@ def materialise(
         keep(parameter)
     decoder.tie_weights()
     with world.device:
-        reset_buffers(decoder)
+        reset_buffers(decoder, config.run.seed)
     if config.engine.compile == "block":
         _compile_blocks(decoder)
     return decoder, shapes

@@ -20,12 +20,13 @@ TRAINING_FACTOR = 3
 class ParameterCount:
     """`total` counts a tied matrix once; `active` counts top_k of the routed experts. `by_component` sums to `total`:
     embedding, attention, interaction, router, experts, shared_experts, dense (the dense feed-forwards), norms, head (0
-    when tied).
+    when tied). `frozen` are numbers of an interaction that is not trained: no parameters, and not in `total`.
     """
 
     total: int
     active: int
     by_component: dict[str, int]
+    frozen: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,10 @@ class FlopCount:
     """Operations per token of a row of `model.seq_len`.
 
     `forward` sums `by_component` (attention, scores, interaction, router, experts, shared_experts, dense, head);
-    `training` is 3 x forward. `mfu` is the numerator of MFU: 6 x active matrix parameters (all of those components) + 6
-    S H K L for causal attention. It counts nothing for an interaction, so that variants are compared by the work of the
-    model they modify. `mfu_palm` counts attention without the causal half: 12 S H K L. None counts recomputation.
+    `training` is 3 x forward, 2 x for matrices that are not trained. `mfu` is the numerator of MFU: 6 x active matrix
+    parameters (all of those components) + 6 S H K L for causal attention. It counts nothing for an interaction, so that
+    variants are compared by the work of the model they modify. `mfu_palm` counts attention without the causal half: 12
+    S H K L. None counts recomputation.
     """
 
     forward: int
@@ -62,7 +64,8 @@ def count_parameters(config: RunConfig) -> ParameterCount:
     }
     total = sum(by_component.values())
     idle = moe_layers(config) * (moe.experts - moe.top_k) * _expert_parameters(config)
-    return ParameterCount(total, total - idle, by_component)
+    frozen = model.layers * interaction.frozen_numbers(base.heads())
+    return ParameterCount(total, total - idle, by_component, frozen)
 
 
 def flops_per_token(config: RunConfig) -> FlopCount:
@@ -79,11 +82,11 @@ def flops_per_token(config: RunConfig) -> FlopCount:
         "dense": 2 * moe.dense_layers * 3 * model.hidden_size * moe.dense_width,
         "head": 2 * model.vocab_size * model.hidden_size,
     }
-    forward = sum(by_component.values())
+    forward, frozen = sum(by_component.values()), interaction.frozen_numbers(base.heads()) > 0
     mfu = TRAINING_FACTOR * (forward - by_component["interaction"])
     return FlopCount(
         forward=forward,
-        training=TRAINING_FACTOR * forward,
+        training=TRAINING_FACTOR * forward - (by_component["interaction"] if frozen else 0),
         mfu=mfu,
         mfu_palm=mfu + TRAINING_FACTOR * by_component["scores"],
         by_component=by_component,

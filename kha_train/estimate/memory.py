@@ -21,6 +21,8 @@ from kha_train.variants.optimizer import MASTER_BYTES, OptimSection
 GIB = 1024**3
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """ZeRO 3 keeps this many gathered parameters by DeepSpeed's default."""
+FROZEN_BYTES = 4
+"""A matrix that is not trained is an fp32 buffer, whole on every rank."""
 RUNTIME_BYTES = {"cpu": 180_000_000, "cuda": 0}
 """Memory of DeepSpeed, its process groups and the allocator besides tensors: measured on a CPU; on CUDA it is part of
 `cluster.reserved_gib`.
@@ -31,7 +33,8 @@ RUNTIME_BYTES = {"cpu": 180_000_000, "cuda": 0}
 class MemoryPlan:
     """Bytes of one rank by term, at the peak of a step (`moment`).
 
-    `parameters` in the training dtype (under ZeRO 3 its share, and another with a second sharding within the node) ·
+    `parameters` in the training dtype (under ZeRO 3 its share, and another with a second sharding within the node), and
+    matrices that are not trained ·
     `gathered` whole parameters that ZeRO 3 holds temporarily · `gradients` · `optimizer` fp32 masters and the
     optimiser's states · `buckets` of the gradient reduction · `activations` saved for the backward · `loss` logits of a
     chunk and the fp32 gradient of the head · `step` fp32 copies of one parameter group · `runtime`.
@@ -59,10 +62,13 @@ def micro_batches(config: RunConfig) -> int:
 def plan_memory(config: RunConfig) -> MemoryPlan:
     """The memory of one of `cluster.devices` ranks at the peak of a step of `config`."""
     engine, ranks = config.engine, config.cluster.devices
-    total, width = count_parameters(config).total, 2 if uses_bf16(config) else 4
+    count, width = count_parameters(config), 2 if uses_bf16(config) else 4
+    total = count.total
     sharded, second = engine.zero_stage == 3, engine.hpz_partition_size
     states = {
-        "parameters": width * total // (ranks if sharded else 1) + (width * total // second if second > 1 else 0),
+        "parameters": width * total // (ranks if sharded else 1)
+        + (width * total // second if second > 1 else 0)
+        + FROZEN_BYTES * count.frozen,
         "gathered": width * min(total, MAX_LIVE_PARAMETERS) if sharded else 0,
         "optimizer": config.optim.bytes_per_parameter(engine.moment_dtype) * total // ranks,
         "runtime": RUNTIME_BYTES[planned_device(config).kind],

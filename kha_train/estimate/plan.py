@@ -25,6 +25,7 @@ from kha_train.estimate.counts import (
 from kha_train.estimate.figures import DataUse, RunTime, SavedSize
 from kha_train.estimate.long_step import long_step_warning
 from kha_train.estimate.memory import (
+    FROZEN_BYTES,
     GIB,
     MemoryPlan,
     largest_micro_batch,
@@ -103,6 +104,7 @@ class Plan:
                 "total": self.parameters.total,
                 "active": self.parameters.active,
                 "by_component": self.parameters.by_component,
+                "frozen": self.parameters.frozen,
             },
             "flops_per_token": asdict(self.flops),
             "interaction_overhead": {
@@ -160,7 +162,7 @@ def make_plan(config: RunConfig) -> Plan:
         batch_problem=_batch_problem(config),
         data_problem=_data_problem(config),
         time=time,
-        checkpoint=_checkpoint(config, parameters.total, time["step_seconds"]),
+        checkpoint=_checkpoint(config, parameters, time["step_seconds"]),
         data=_data(config),
         resolved=resolved,
     )
@@ -232,11 +234,12 @@ def _time(config: RunConfig, flops: FlopCount) -> RunTime:
     }
 
 
-def _checkpoint(config: RunConfig, total: int, step_seconds: float | None) -> SavedSize:
+def _checkpoint(config: RunConfig, count: ParameterCount, step_seconds: float | None) -> SavedSize:
     """Size, time to write, and the save interval that loses the least time: sqrt(2 x write x time between failures)
     (Young 1974).
     """
-    cluster, size = config.cluster, config.optim.bytes_per_parameter() * total
+    cluster = config.cluster
+    size = config.optim.bytes_per_parameter() * count.total + FROZEN_BYTES * count.frozen
     write = size / (cluster.storage_bandwidth_gb * 1e9) if cluster.storage_bandwidth_gb else None
     failures = cluster.hours_between_failures * 3600 / cluster.devices
     interval = math.sqrt(2 * write * failures) if write is not None else None

@@ -108,6 +108,7 @@ class DeclaredModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.initial: dict[str, Initial] = {}
+        self.frozen: dict[str, Initial] = {}
         self.identities: dict[str, Initial | None] = {}
         self.fresh_buffers: dict[str, Callable[[], Tensor]] = {}
 
@@ -116,10 +117,17 @@ class DeclaredModule(nn.Module):
         self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.initial[name] = initial
 
+    def declare_frozen(self, name: str, shape: tuple[int, ...], initial: Initial) -> None:
+        """Register `name`, uninitialised, as a persistent fp32 buffer that is never trained, and remember its rule: it
+        has the values that a parameter of this name and rule starts from, but no gradient and no optimiser state.
+        """
+        self.register_buffer(name, torch.empty(shape, dtype=torch.float32), persistent=True)
+        self.frozen[name] = initial
+
     def declare_interaction(self, name: str, identity: Initial | None) -> None:
-        """Declare that heads exchange information through the parameter `name`; with the value `identity` they pass
-        unchanged (None: there is no such value). The optimiser may treat such parameters separately
-        (`optim.interaction_decay`).
+        """Declare that heads exchange information through the parameter or frozen matrix `name`; with the value
+        `identity` they pass unchanged (None: there is no such value). The optimiser may treat such parameters
+        separately (`optim.interaction_decay`).
         """
         self.identities[name] = identity
 
@@ -132,7 +140,7 @@ class DeclaredModule(nn.Module):
         self.fresh_buffers[name] = fresh
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeclaredModule:
-        declared = {name: self.get_buffer(name) for name in self.fresh_buffers}
+        declared = {name: self.get_buffer(name) for name in (*self.fresh_buffers, *self.frozen)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's, without annotations
         for name, buffer in declared.items():
             moved = self.get_buffer(name)
@@ -190,8 +198,20 @@ def initial_values(decoder: nn.Module, seed: int) -> Iterator[tuple[nn.Module, s
             yield module, local, name, partial(initial_value, module.initial[local], seed, name, tuple(parameter.shape))
 
 
+def frozen_values(decoder: nn.Module, seed: int) -> Iterator[tuple[nn.Module, str, str, Callable[[], Tensor]]]:
+    """The same for each frozen matrix (`DeclaredModule.declare_frozen`)."""
+    for prefix, module in decoder.named_modules():
+        if isinstance(module, DeclaredModule):
+            for local, initial in module.frozen.items():
+                name = f"{prefix}.{local}" if prefix else local
+                shape = tuple(module.get_buffer(local).shape)
+                yield module, local, name, partial(initial_value, initial, seed, name, shape)
+
+
 def interaction_identities(decoder: nn.Module) -> dict[str, Initial | None]:
-    """The parameters through which heads exchange information, by full name, each with the rule of its identity."""
+    """The parameters and frozen matrices through which heads exchange information, by full name, each with the rule of
+    its identity.
+    """
     return {
         f"{prefix}.{name}" if prefix else name: identity
         for prefix, module in decoder.named_modules()
@@ -205,18 +225,24 @@ def initialise(decoder: nn.Module, seed: int) -> None:
     with torch.no_grad():
         for owner, local, _, value in initial_values(decoder, seed):
             getattr(owner, local).copy_(value())
-    reset_buffers(decoder)
+    reset_buffers(decoder, seed)
 
 
-def reset_buffers(decoder: nn.Module, device: torch.device | str | None = None) -> None:
-    """Recompute every declared buffer (rotary tables, zero selection biases) in fp32.
+def reset_buffers(decoder: nn.Module, seed: int | None = None, device: torch.device | str | None = None) -> None:
+    """Recompute every declared buffer (rotary tables, zero selection biases, frozen matrices) in fp32. `seed` is the
+    run's, which only frozen matrices need.
 
     On `device` if given; otherwise on the buffer's device or, if that is `meta`, on torch's current default device.
     """
+
+    def place(module: nn.Module, name: str, value: Tensor) -> None:
+        here = module.get_buffer(name).device
+        target = device or (torch.get_default_device() if here.type == "meta" else here)
+        module._buffers[name] = value.to(target)
+
     for module in decoder.modules():
-        if not isinstance(module, DeclaredModule):
-            continue
-        for name, fresh in module.fresh_buffers.items():
-            here = module.get_buffer(name).device
-            target = device or (torch.get_default_device() if here.type == "meta" else here)
-            module._buffers[name] = fresh().to(target)
+        for name, fresh in module.fresh_buffers.items() if isinstance(module, DeclaredModule) else ():
+            place(module, name, fresh())
+    for module, name, _, value in frozen_values(decoder, -1 if seed is None else seed):
+        assert seed is not None, "frozen matrices follow from the seed of the run"
+        place(module, name, value())

@@ -31,7 +31,7 @@ from kha_train.errors import ConfigError, KhaError, ResumeError, Settings, eithe
 from kha_train.foreign.documents import Json
 from kha_train.model.attention.base import Attention
 from kha_train.model.decoder import lay_out_decoder
-from kha_train.model.init import DeclaredModule, initial_values, interaction_identities
+from kha_train.model.init import frozen_values, initial_values, interaction_identities
 from kha_train.record import read_run
 from kha_train.record.schema import Parent
 from kha_train.train import resume
@@ -151,6 +151,7 @@ class _Absorbing:
     def __init__(self, parent: RunConfig, checkpoint: Checkpoint) -> None:
         decoder = lay_out_decoder(parent)
         self._checkpoint = checkpoint
+        self._buffers = checkpoint.buffers()
         self._owners: dict[str, tuple[str, Attention]] = {}
         for prefix, module in decoder.named_modules():
             if isinstance(module, Attention):
@@ -168,6 +169,8 @@ class _Absorbing:
             for local, parameter in module.named_parameters():
                 full = f"{prefix}.{local}"
                 parameter.copy_(self._checkpoint.read(full, MASTER).view(parameter.shape))
+            for local, buffer in module.named_buffers():
+                buffer.copy_(self._buffers[f"{prefix}.{local}"])
             self._layer, self._weights = prefix, folded_weights(prefix, module)
             module.to_empty(device="meta")
         return self._weights[name].flatten()
@@ -292,10 +295,11 @@ def _plain(options: InteractionOptions) -> InteractionOptions:
 
 
 def _parameters(config: RunConfig, checkpoint: Checkpoint, kind: Kind) -> tuple[set[str], list[str]]:
-    """The parameters taken over, and those inserted. Raises ResumeError where others are new or left over, or an
+    """The weights taken over, and those inserted. Raises ResumeError where others are new or left over, or an
     inserted one does not begin as the identity."""
     taken, new, left_out = resume.compare_parameters(config, checkpoint)
     strangers = (new if kind != "inserted" else []) + (left_out if kind != "absorbed" else [])
+    strangers += resume.trained_by_one(config, checkpoint)
     if strangers:
         raise ResumeError(
             f"a branch of step {checkpoint.step} of {_run_of(checkpoint)} has the parameters of its parent, "
@@ -311,15 +315,14 @@ def _parameters(config: RunConfig, checkpoint: Checkpoint, kind: Kind) -> tuple[
 
 
 def _check_identity(config: RunConfig, names: list[str]) -> None:
-    """Raises ResumeError unless the parameters `names` of the model leave heads as they are."""
-    decoder = lay_out_decoder(config)
+    """Raises ResumeError unless the weights `names` of the model leave heads as they are."""
+    decoder, seed = lay_out_decoder(config), config.run.seed
     identities = interaction_identities(decoder)
-    for module, local, name, draw in initial_values(decoder, config.run.seed):
+    for module, local, name, draw in (*initial_values(decoder, seed), *frozen_values(decoder, seed)):
         if name not in names:
             continue
         identity = identities.get(name)
-        assert isinstance(module, DeclaredModule)
-        shape = tuple(module.get_parameter(local).shape)
+        shape = tuple(getattr(module, local).shape)
         if identity is None or not torch.equal(draw(), identity.draw(shape, torch.Generator())):
             options = config.attention.interaction
             ways = [f"{INTERACTION}init.kind=identity"] if getattr(options, "init", None) else []

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kha_train.checkpoint.fit import check_buffers
+from kha_train.checkpoint.fit import FROZEN, check_buffers
 from kha_train.checkpoint.loss import free_name
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import Checkpoint
@@ -24,6 +24,7 @@ from kha_train.engine.contract import Engine, Fragment, InitialValue, seeded
 from kha_train.errors import CheckpointError, DataError, ResumeError, Settings, either
 from kha_train.foreign.documents import Json
 from kha_train.model.decoder import lay_out_decoder
+from kha_train.model.init import frozen_values
 from kha_train.model.moe.router import RUN_STATE
 from kha_train.record import Redactor, read_run
 from kha_train.record.redact import REDACTED
@@ -38,6 +39,7 @@ from kha_train.train.progress import (
 )
 from kha_train.train.rate_change import RateChange, check_rate, rate_change, ways
 from kha_train.train.watch import Watch
+from kha_train.variants.optimizer import MASTER
 
 _KEYS = {"data": "data.train, data.sources", "validation": "data.validation"}
 _FURTHER_KEYS = {"validation": "validation.sets", "evaluation": "evaluation.tasks"}
@@ -121,9 +123,10 @@ def check_belongs(
             fix=either("restore the old settings", *_typed_ways(config, checkpoint)),
         )
     _, new, left_out = compare_parameters(config, checkpoint)
-    if new or left_out:
+    others = new + left_out + trained_by_one(config, checkpoint)
+    if others:
         raise ResumeError(
-            f"the checkpoint of step {checkpoint.step} holds other parameters, such as {(new + left_out)[0]}",
+            f"the checkpoint of step {checkpoint.step} holds other parameters, such as {others[0]}",
             field="run.dir",
             value=config.run.dir,
             fix=either("restore the old settings", *_typed_ways(config, checkpoint)),
@@ -227,9 +230,9 @@ class Inherited:
     """Initial values for a new run: the weights of another run's checkpoint where it has them, else the defaults.
 
     As on a resume, a shared parameter starts as zeros, and `fill` writes its fp32 master, so that the masters equal
-    those of the checkpoint in every precision. `taken`, `new` and `left_out` name the parameters found in both, only in
-    this model, only in the checkpoint. Raises ResumeError when a parameter of both has different shapes, and as
-    `check_shared_buffers`.
+    those of the checkpoint in every precision. `taken`, `new` and `left_out` name the weights found in both, only in
+    this model, only in the checkpoint; a matrix may be trained in one of the runs alone. Raises ResumeError when a
+    parameter of both has different shapes, and as `check_shared_buffers`.
     """
 
     def __init__(self, config: RunConfig, checkpoint: Checkpoint) -> None:
@@ -238,7 +241,7 @@ class Inherited:
         check_shared_buffers(config, checkpoint)
 
     def __call__(self, name: str, default: Callable[[], Tensor]) -> Tensor:
-        shapes = self.checkpoint.names()
+        shapes = saved_weights(self.checkpoint)
         return torch.zeros(shapes[name]) if name in shapes else default()
 
     def fill(self, engine: Engine) -> None:
@@ -248,23 +251,33 @@ class Inherited:
         Selection biases choose experts, like weights. The other run's step counter is not taken; otherwise this run
         would skip its routing warm-up.
         """
-        taken = set(self.taken)
+        trained, taken = self.checkpoint.names(), set(self.taken)
         with engine.world.agreed(f"read {self.checkpoint.path}"), torch.no_grad():
-            for fragment in engine.fragments():
-                if fragment.name in taken:
-                    read_into({"master": fragment.views["master"]}, fragment, self.checkpoint)
-                engine.world.alive()
             saved = self.checkpoint.buffers()
+            for fragment in engine.fragments():
+                master = fragment.views[MASTER]
+                if fragment.name in trained:
+                    read_into({MASTER: master}, fragment, self.checkpoint)
+                elif fragment.name in taken:
+                    frozen = saved[fragment.name].flatten()
+                    master.copy_(frozen[fragment.start : fragment.start + master.numel()])
+                engine.world.alive()
             for name, buffer in engine.buffers().items():
-                if name in saved and name.rpartition(".")[2] not in RUN_STATE:
+                if name in trained:
+                    buffer.copy_(self.checkpoint.read(name, MASTER).view(buffer.shape))
+                elif name in saved and name.rpartition(".")[2] not in RUN_STATE:
                     buffer.copy_(saved[name])
         engine.refresh_parameters()
 
 
 def compare_parameters(config: RunConfig, checkpoint: Checkpoint) -> tuple[list[str], list[str], list[str]]:
-    """Names in both, only in the model, only in the checkpoint. Raises ResumeError for one name with two shapes."""
-    model = {name: tuple(value.shape) for name, value in lay_out_decoder(config).named_parameters()}
-    saved = checkpoint.names()
+    """The names of weights in both, only in the model, only in the checkpoint, whether they are trained or not. Raises
+    ResumeError for one name with two shapes.
+    """
+    decoder = lay_out_decoder(config)
+    frozen = {name: owner.get_buffer(local) for owner, local, name, _ in frozen_values(decoder, config.run.seed)}
+    model = {name: tuple(value.shape) for name, value in (*decoder.named_parameters(), *frozen.items())}
+    saved = saved_weights(checkpoint)
     taken = [name for name in model if name in saved]
     for name in taken:
         if model[name] != saved[name]:
@@ -276,6 +289,21 @@ def compare_parameters(config: RunConfig, checkpoint: Checkpoint) -> tuple[list[
                 fix="a checkpoint of a model of these shapes, or a new run in another run.dir without run.init_from",
             )
     return taken, [name for name in model if name not in saved], [name for name in saved if name not in model]
+
+
+def saved_weights(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight in `checkpoint` by name: its parameters, and matrices that were not trained."""
+    buffers = checkpoint.manifest.contents.buffers
+    return checkpoint.names() | {
+        name: entry.shape for name, entry in buffers.items() if name.rpartition(".")[2] == FROZEN
+    }
+
+
+def trained_by_one(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
+    """The names of weights that the model and `checkpoint` both have, and that one of them does not train."""
+    trained = {name for name, _ in lay_out_decoder(config).named_parameters()}
+    taken, *_ = compare_parameters(config, checkpoint)
+    return [name for name in taken if (name in trained) != (name in checkpoint.names())]
 
 
 def check_shared_buffers(config: RunConfig, checkpoint: Checkpoint) -> None:

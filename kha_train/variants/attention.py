@@ -194,6 +194,10 @@ class InteractionOptions:
         """Number of its parameters."""
         return 0
 
+    def frozen_numbers(self, heads: HeadShape) -> int:
+        """Number of elements of matrices that are never trained: no parameters, but fp32 numbers on every rank."""
+        return 0
+
     def flops(self, heads: HeadShape) -> int:
         """Operations per token, forward, as the definition computes it."""
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -46,7 +47,31 @@ class MatrixInit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnockingOptions(InteractionOptions):
+class MatrixOptions(InteractionOptions, ABC):
+    """An interaction whose heads exchange information through matrices.
+
+    Without `train` the matrices stay at their initial values for good, and have neither gradient nor optimiser state:
+    with a random orthogonal matrix, what sharing alone does.
+    """
+
+    init: MatrixInit = field(default_factory=MatrixInit)
+    train: bool = True
+
+    @abstractmethod
+    def matrix_numbers(self, heads: HeadShape) -> int:
+        """Number of elements of all its matrices."""
+
+    def parameters(self, heads: HeadShape) -> int:
+        """The matrices, if they are trained."""
+        return self.matrix_numbers(heads) if self.train else 0
+
+    def frozen_numbers(self, heads: HeadShape) -> int:
+        """The matrices, if they are not trained."""
+        return 0 if self.train else self.matrix_numbers(heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnockingOptions(MatrixOptions, ABC):
     """Knocking-heads: matrices on any of the projections q, k, v (KHA eq 5-9).
 
     `share`: `heads` is the paper's, one matrix for all heads of a kind; with `none` every head has its own, so heads
@@ -59,9 +84,10 @@ class KnockingOptions(InteractionOptions):
     """
     saved: ClassVar[int]
     """Copies of a projection that the backward needs."""
+    saved_frozen: ClassVar[int]
+    """The same where the matrices need no gradient."""
     projections: tuple[Projection, ...]
     share: Literal["heads", "none"] = "heads"
-    init: MatrixInit = field(default_factory=MatrixInit)
 
     def invalid(self) -> ConfigError | None:
         """At least one projection, each once."""
@@ -82,7 +108,7 @@ class KnockingOptions(InteractionOptions):
         square = (heads.width(projection),) * 2
         return square if self.share == "heads" else (heads.count(projection), *square)
 
-    def parameters(self, heads: HeadShape) -> int:
+    def matrix_numbers(self, heads: HeadShape) -> int:
         """Square matrices, one of each name for all heads of a kind, or for every head."""
         return sum(len(self.matrices) * math.prod(self.shape(heads, p)) for p in self.projections)
 
@@ -92,7 +118,8 @@ class KnockingOptions(InteractionOptions):
 
     def saved_numbers(self, heads: HeadShape, way: Implementation) -> int:
         """The inputs and intermediate results of the maps."""
-        return sum(self.saved * heads.count(p) * heads.width(p) for p in self.projections)
+        copies = self.saved if self.train else self.saved_frozen
+        return sum(copies * heads.count(p) * heads.width(p) for p in self.projections)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +128,7 @@ class KnockingLinearOptions(KnockingOptions, FoldableOptions):
 
     matrices: ClassVar[dict[str, float]] = {"map": 1.0}
     saved: ClassVar[int] = 1
+    saved_frozen: ClassVar[int] = 0
 
     def saved_numbers(self, heads: HeadShape, way: Implementation) -> int:
         """Nothing per token when folded."""
@@ -147,6 +175,7 @@ class KnockingMlpOptions(_NonLinearOptions, FoldableOptions):
 
     matrices: ClassVar[dict[str, float]] = {"up": 1.0, "gate": 0.0, "down": 1.0}
     saved: ClassVar[int] = 4
+    saved_frozen: ClassVar[int] = 2
 
     def saved_numbers(self, heads: HeadShape, way: Implementation) -> int:
         """Input, up, gate and the input of down; folded, the last is the value itself. The kernel keeps only its
@@ -154,7 +183,7 @@ class KnockingMlpOptions(_NonLinearOptions, FoldableOptions):
         """
         if way.name == "triton":
             return sum(heads.count(p) * heads.width(p) for p in self.projections)
-        spared = heads.count("v") * heads.value_width if way.folded else 0
+        spared = heads.count("v") * heads.value_width if way.folded and self.train else 0
         return super().saved_numbers(heads, way) - spared
 
     def folded_numbers(self, heads: HeadShape, inputs: InputWidths) -> int:
@@ -201,6 +230,7 @@ class KnockingGateOptions(_NonLinearOptions):
 
     matrices: ClassVar[dict[str, float]] = {"gate": 0.0}
     saved: ClassVar[int] = 3
+    saved_frozen: ClassVar[int] = 2
 
     def invalid(self) -> ConfigError | None:
         """Its matrix is a gate, which is the identity when zero."""
@@ -215,14 +245,14 @@ class KnockingGateOptions(_NonLinearOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExplicitOptions(FoldableOptions):
+class ExplicitOptions(MatrixOptions, FoldableOptions):
     """Explicit multi-head attention (MEA eq 10-17): keys and values of all heads are composed by a G x G matrix, and
-    `head_norm` normalises each head's output. `mix_after_rope` composes keys after norm and rotation instead."""
+    `head_norm` normalises each head's output. `mix_after_rope` composes keys after norm and rotation instead. Without
+    `train` the compositions are frozen; the norm's gain is trained all the same."""
 
     compose: tuple[Projection, ...] = ("k", "v")
     head_norm: bool = True
     mix_after_rope: bool = False
-    init: MatrixInit = field(default_factory=MatrixInit)
 
     def invalid(self) -> ConfigError | None:
         """Only keys and values are composed, and something must be done at all."""
@@ -250,9 +280,13 @@ class ExplicitOptions(FoldableOptions):
         """The compositions. The norm of the outputs is not among them, because heads exchange no information in it."""
         return dict.fromkeys(self.compose, 1.0)
 
+    def matrix_numbers(self, heads: HeadShape) -> int:
+        """A G x G matrix for each kind."""
+        return len(self.compose) * heads.kv_heads**2
+
     def parameters(self, heads: HeadShape) -> int:
-        """A G x G matrix for each kind, and the norm's gain."""
-        return len(self.compose) * heads.kv_heads**2 + (heads.value_width if self.head_norm else 0)
+        """The matrices, and the norm's gain."""
+        return super().parameters(heads) + (heads.value_width if self.head_norm else 0)
 
     def flops(self, heads: HeadShape) -> int:
         """Every dimension of a head times the matrix."""
@@ -260,7 +294,7 @@ class ExplicitOptions(FoldableOptions):
 
     def saved_numbers(self, heads: HeadShape, way: Implementation) -> int:
         """The composed tensors, unless folded, and the norm's normalised input and output."""
-        composed = 0 if way.folded else sum(heads.kv_heads * heads.width(p) for p in self.compose)
+        composed = 0 if way.folded or not self.train else sum(heads.kv_heads * heads.width(p) for p in self.compose)
         return composed + (heads.query_heads * (2 * heads.value_width + 1) if self.head_norm else 0)
 
     def strides_values(self) -> bool:

@@ -409,6 +409,7 @@ CHANGES: dict[str, Change] = {
     "attention.interaction.name": ("knocking_linear", shapes),
     "attention.interaction.projections": ("[q,v]", plan),
     "attention.interaction.share": ("none", shapes),
+    "attention.interaction.train": ("false", plan),
     "attention.interaction.impl": ("eager", folding),
     "attention.interaction.init.kind": ("random", initial_values),
     "attention.interaction.init.scale": (0.5, initial_values, "attention.interaction.init.kind=scaled_identity"),

@@ -28,13 +28,20 @@ from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate
 from kha_train.decode.absorb import absorb, absorbed_config
 from kha_train.distributed import World
+from kha_train.engine.building import persistent_buffers
 from kha_train.errors import ConfigError
 from kha_train.model.attention.backends import lay_out_cached, lay_out_documents
 from kha_train.model.attention.base import Attention, RowContext, build_attention
 from kha_train.model.attention.cache import Cache
 from kha_train.model.decoder import Decoder, build_decoder, build_rotary_table
 from kha_train.model.device import resolve_on
-from kha_train.model.init import initial_value, initial_values, interaction_identities, reset_buffers
+from kha_train.model.init import (
+    frozen_values,
+    initial_value,
+    initial_values,
+    interaction_identities,
+    reset_buffers,
+)
 from kha_train.model.kernels import flops
 from kha_train.variants.attention import FoldableOptions
 from kha_train.variants.backends import TRAITS
@@ -76,6 +83,12 @@ FURTHER = (
     ("gqa", "knocking_gate", ("attention.interaction.share=none",)),
     ("gta", "knocking_mlp", ("attention.interaction.share=none",)),
     ("mla", "knocking_linear", ("attention.interaction.share=none",)),
+    ("gqa", "knocking_linear", ("attention.interaction.train=false",)),
+    ("gqa", "knocking_mlp", ("attention.interaction.train=false",)),
+    ("gqa", "knocking_gate", ("attention.interaction.train=false",)),
+    ("gqa", "explicit", ("attention.interaction.train=false",)),
+    ("gta", "knocking_mlp", ("attention.interaction.train=false",)),
+    ("mla", "knocking_linear", ("attention.interaction.train=false", "attention.interaction.share=none")),
     ("mla", "knocking_linear", ("attention.base.query_latent_width=20",)),
     ("mla", "none", ("model.partial_rotary_factor=0.5",)),
     ("gta", "none", ("model.partial_rotary_factor=0.5",)),
@@ -182,10 +195,9 @@ def attention_of(config: RunConfig, dtype: torch.dtype = torch.float64, noise: f
     """The attention of `config` as initialised, or moved off that special point on a fixed path."""
     attention = build_attention(config, resolve_on(config, torch.device("cpu")))
     with torch.no_grad():
-        for owner, local, name, _ in initial_values(attention, 0):
-            parameter, generator = getattr(owner, local), torch.Generator().manual_seed(sum(map(ord, name)))
-            value = initial_value(owner.initial[local], 0, name, tuple(parameter.shape))
-            parameter.copy_(value + noise * torch.randn(value.shape, generator=generator))
+        for owner, local, name, value in (*initial_values(attention, 0), *frozen_values(attention, 0)):
+            weight, generator = getattr(owner, local), torch.Generator().manual_seed(sum(map(ord, name)))
+            weight.copy_(value() + noise * torch.randn(weight.shape, generator=generator))
     return attention.to(dtype)
 
 
@@ -230,9 +242,10 @@ def small_decoder(config: RunConfig, noise: float = 0.1) -> Decoder:
     """A decoder off its initial point, experts in the plain loop."""
     decoder = build_decoder(replace(config, moe=replace(config.moe, backend="loop")))
     generator = torch.Generator().manual_seed(11)
+    frozen = [owner.get_buffer(local) for owner, local, _, _ in frozen_values(decoder, 0)]
     with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter.add_(noise * torch.randn(parameter.shape, generator=generator))
+        for weight in (*decoder.parameters(), *frozen):
+            weight.add_(noise * torch.randn(weight.shape, generator=generator))
     return decoder
 
 
@@ -271,7 +284,7 @@ def test_at_the_declared_identity_heads_pass_unchanged_and_every_matrix_of_an_in
     attention = attention_of(config, noise=0.3)
     declared = interaction_identities(attention)
     promised = {**config.attention.base.identities(), **options.identities()}
-    named = dict(attention.named_parameters())
+    named = dict(attention.named_parameters()) | dict(attention.named_buffers())
     assert {name for name in named if name.startswith("interaction.") and named[name].ndim > 1} <= declared.keys()
     assert len(declared) == len(promised)
     # A variant that declares no identity promises nothing here.
@@ -408,6 +421,7 @@ def test_parameters_and_operations_are_those_of_the_real_module(case: Case) -> N
     norms = base.norm_parameters(config.attention.qk_norm)
     real = {name: p.numel() for name, p in attention.named_parameters()}
     assert sum(n for name, n in real.items() if name.startswith("interaction.")) == options.parameters(heads)
+    assert sum(buffer.numel() for buffer in attention.buffers()) == options.frozen_numbers(heads)
     outside = {name: n for name, n in real.items() if not name.startswith("interaction.")}
     assert sum(n for name, n in outside.items() if "norm" in name or name == "query_down.1.weight") == norms
     assert sum(outside.values()) == base.parameters(hidden) + norms
@@ -432,12 +446,14 @@ def test_a_checkpoint_brings_back_the_same_function(case: Case, tmp_path: Path) 
         for name, value in values.items()
         for kind in ("master", "exp_avg", "exp_avg_sq")
     ]
-    write(tmp_path, 1, World.single(), pieces, {}, {})
+    write(tmp_path, 1, World.single(), pieces, persistent_buffers(decoder), {})
     checkpoint = find_newest(tmp_path, World.single(), report=pytest.fail)
     fresh = build_decoder(decoder.config)
     with torch.no_grad():
         for name, parameter in fresh.named_parameters():
             parameter.copy_(checkpoint.read(name, "master").view(checkpoint.names()[name]))
+        for name, buffer in persistent_buffers(fresh).items():
+            buffer.copy_(checkpoint.buffers()[name])
     assert torch.equal(fresh(tokens).logits_BTV, expected)
 
 

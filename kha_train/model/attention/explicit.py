@@ -31,7 +31,13 @@ class Explicit(Interaction):
         super().__init__(options, heads, way)
         self.after_rope = options.mix_after_rope
         matrices = {
-            p: Matrix((heads.kv_heads,) * 2, starting_matrix(options.init, diagonal), diagonal, across=True)
+            p: Matrix(
+                (heads.kv_heads,) * 2,
+                starting_matrix(options.init, diagonal),
+                diagonal,
+                across=True,
+                train=options.train,
+            )
             for p, diagonal in options.identities().items()
         }
         self.compose = nn.ModuleDict(matrices)
@@ -59,4 +65,4 @@ class Explicit(Interaction):
     def _mix(self, projection: str, x_BTGK: Tensor) -> Tensor:
         if projection not in self.compose:
             return x_BTGK
-        return HeadMap(across_IO=self.compose[projection]()).apply(x_BTGK)
+        return HeadMap(across_IO=self.compose[projection](x_BTGK.dtype)).apply(x_BTGK)

@@ -28,7 +28,7 @@ def knocking_matrix(name: str, shape: tuple[int, ...], options: KnockingOptions)
     `options.init`.
     """
     diagonal = options.matrices[name]
-    return Matrix(shape, starting_matrix(options.init, diagonal), diagonal)
+    return Matrix(shape, starting_matrix(options.init, diagonal), diagonal, train=options.train)
 
 
 class Knocking(Interaction):
@@ -67,7 +67,9 @@ class KnockingLinear(Knocking):
         return Folds(**{projection: HeadMap(within_KK=matrix()) for projection, matrix in self.maps.items()})
 
     def _map(self, projection: str, x_BTHK: Tensor) -> Tensor:
-        return through(x_BTHK, self.maps[projection]()) if projection in self.maps and not self.folded else x_BTHK
+        if projection not in self.maps or self.folded:
+            return x_BTHK
+        return through(x_BTHK, self.maps[projection](x_BTHK.dtype))
 
 
 class HeadMlp(Gated):
@@ -80,23 +82,24 @@ class HeadMlp(Gated):
 
     def forward(self, x_BTHK: Tensor) -> Tensor:
         """Every head through the same gated perceptron."""
-        mixed_BTHK: Tensor = self.compute(x_BTHK, self.up(), self.gate(), self.down())
+        mixed_BTHK: Tensor = self.compute(x_BTHK, *(matrix(x_BTHK.dtype) for matrix in (self.up, self.gate, self.down)))
         return mixed_BTHK
 
     def hidden(self, x_BTHK: Tensor) -> Tensor:
         """The perceptron up to its last matrix."""
-        hidden_BTHK: Tensor = self.compute(x_BTHK, self.up(), self.gate(), None)
+        hidden_BTHK: Tensor = self.compute(x_BTHK, self.up(x_BTHK.dtype), self.gate(x_BTHK.dtype), None)
         return hidden_BTHK
 
     def gates(self, x_BTHK: Tensor) -> Tensor:
         """See `Gated.gates`."""
-        return torch.sigmoid(through(x_BTHK, self.gate()))
+        return torch.sigmoid(through(x_BTHK, self.gate(x_BTHK.dtype)))
 
     def derivative(self, x_BTHK: Tensor) -> Tensor:
         """See `Gated.derivative`."""
-        up, gate, gates_BTHK = self.up(), self.gate(), self.gates(x_BTHK)
+        up, gate, down = (matrix(x_BTHK.dtype) for matrix in (self.up, self.gate, self.down))
+        gates_BTHK = self.gates(x_BTHK)
         gated_HKK = up * gates_BTHK.mean(dim=(0, 1))[:, None] + gate * _slope(through(x_BTHK, up), gates_BTHK)
-        return _as_shared(2.0 * gated_HKK @ self.down(), gate)
+        return _as_shared(2.0 * gated_HKK @ down, gate)
 
 
 class KnockingMlp(Knocking):
@@ -135,11 +138,11 @@ class HeadGate(Gated):
 
     def gates(self, x_BTHK: Tensor) -> Tensor:
         """See `Gated.gates`."""
-        return torch.sigmoid(through(x_BTHK, self.gate()))
+        return torch.sigmoid(through(x_BTHK, self.gate(x_BTHK.dtype)))
 
     def derivative(self, x_BTHK: Tensor) -> Tensor:
         """See `Gated.derivative`."""
-        gate, gates_BTHK = self.gate(), self.gates(x_BTHK)
+        gate, gates_BTHK = self.gate(x_BTHK.dtype), self.gates(x_BTHK)
         own_HKK = torch.diag_embed(gates_BTHK.mean(dim=(0, 1)))
         return _as_shared(2.0 * (own_HKK + gate * _slope(x_BTHK, gates_BTHK)), gate)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kha_train.model.heads import through
 from kha_train.model.init import DeclaredModule, Identity, Initial, Linear
@@ -38,20 +38,31 @@ class HeadMap(NamedTuple):
 class Matrix(DeclaredModule):
     """A small square matrix through which heads exchange information, or a stack of one for each head, used by
     neighbouring modules. At `diagonal` times the identity, heads pass unchanged; None: no value has this property.
-    `across`: it composes heads, and does not act within each.
+    `across`: it composes heads, and does not act within each. Without `train` it stays at its initial value: a buffer
+    in fp32, and no parameter.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
 
-    def __init__(self, shape: tuple[int, ...], initial: Initial, diagonal: float | None, across: bool = False) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        initial: Initial,
+        diagonal: float | None,
+        *,
+        across: bool = False,
+        train: bool = True,
+    ) -> None:
         super().__init__()
         self.across = across
-        self.declare_parameter("weight", shape, initial)
+        declare = self.declare_parameter if train else self.declare_frozen
+        declare("weight", shape, initial)
         self.declare_interaction("weight", None if diagonal is None else Identity(diagonal))
 
-    def forward(self) -> Tensor:
-        """A copy: the parameter itself may be freed when this forward ends."""
-        return self.weight.clone()
+    def forward(self, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy, because the parameter itself may be freed when this forward ends; in `dtype` if given."""
+        weight = self.weight.clone()
+        return weight if dtype is None else weight.to(dtype)
 
 
 class Projection(Linear):
@@ -70,12 +81,13 @@ class Projection(Linear):
         """The weight [H * K, D] that gives the heads after the map; multiplied in at least fp32."""
         if fold is None:
             return self.weight
-        weight_HKD: Tensor = _wide(self.weight).unflatten(0, (self.heads, -1))
+        wide = _wide(self.weight)
+        weight_HKD: Tensor = self.weight.to(wide).unflatten(0, (self.heads, -1))
         if fold.within_KK is not None:
             # One head at a time, with heads outermost: an einsum makes two transposed copies of the weight.
-            weight_HKD = torch.bmm(_wide(fold.within_KK).mT.expand(self.heads, -1, -1), weight_HKD)
+            weight_HKD = torch.bmm(fold.within_KK.to(wide).mT.expand(self.heads, -1, -1), weight_HKD)
         if fold.across_IO is not None:
-            weight_HKD = torch.einsum("ikd,io->okd", weight_HKD, _wide(fold.across_IO))
+            weight_HKD = torch.einsum("ikd,io->okd", weight_HKD, fold.across_IO.to(wide))
         return weight_HKD.flatten(0, 1).to(self.weight.dtype)
 
 
@@ -111,7 +123,8 @@ class OutputProjection(Linear):
         if fold is None:
             return self.weight
         assert fold.within_KK is not None and fold.across_IO is None, "no interaction composes the outputs of heads"
-        weight_DHK, within = _wide(self.weight).unflatten(1, (self.heads, -1)), _wide(fold.within_KK)
+        wide = _wide(self.weight)
+        weight_DHK, within = self.weight.to(wide).unflatten(1, (self.heads, -1)), fold.within_KK.to(wide)
         if within.ndim == 2:
             return torch.nn.functional.linear(weight_DHK, within).flatten(1).to(self.weight.dtype)
         # Query heads read the values of their group, which went through its matrix.
@@ -120,5 +133,5 @@ class OutputProjection(Linear):
         return folded_HDK.transpose(0, 1).flatten(1).to(self.weight.dtype)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _wide(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
