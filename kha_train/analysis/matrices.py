@@ -23,13 +23,16 @@ _IN_LAYER = re.compile(r"blocks\.(\d+)\.attention\.(.+)\.weight")
 
 
 def learned_matrices(decoder: Decoder) -> Iterator[tuple[int, LearnedMatrix]]:
-    """Each matrix that a variant declares as one through which heads exchange information, with its layer."""
+    """Each matrix that a variant declares as one through which heads exchange information, trained or not, with its
+    layer.
+    """
     for name, identity in interaction_identities(decoder).items():
         place = _IN_LAYER.fullmatch(name)
         assert place is not None, f"{name} lies in no attention"
-        owner = decoder.get_submodule(name.rpartition(".")[0])
+        prefix, _, local = name.rpartition(".")
+        owner = decoder.get_submodule(prefix)
         acts: Acts = "across" if isinstance(owner, Matrix) and owner.across else "within"
-        stored = decoder.get_parameter(name).detach()
+        stored = getattr(owner, local).detach()
         yield from ((int(place[1]), one) for one in numbered(place[2], acts, stored, _diagonal(identity)))
 
 

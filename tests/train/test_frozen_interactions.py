@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from kha_train.analysis.matrices import learned_matrices
 from kha_train.checkpoint.reader import Checkpoint, find_newest
 from kha_train.config.compose import compose
 from kha_train.decode.generate import load_run
@@ -101,6 +102,7 @@ def test_it_starts_where_a_trained_one_does_and_computes_the_same_in_bf16() -> N
     buffers = dict(frozen.named_buffers())
     for name in MAPS:
         assert torch.equal(buffers[name], learning.get_parameter(name))
+    assert list(learned_matrices(frozen)) == list(learned_matrices(learning)), "both are shown by kha analyze"
     tokens = torch.arange(32).view(1, 32)
     assert torch.equal(frozen(tokens).logits_BTV, learning(tokens).logits_BTV)
     frozen.to(torch.bfloat16), learning.to(torch.bfloat16)
