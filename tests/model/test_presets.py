@@ -9,6 +9,7 @@ import torch
 
 from kha_train import build_decoder, compose
 from kha_train.estimate.counts import cache_bytes_per_token, count_parameters, flops_per_token, interaction_overhead
+from kha_train.estimate.plan import make_plan
 
 LADDER = {
     "moe_6b": (6_102_268_416, 1_006_189_056),
@@ -93,6 +94,12 @@ def stock(preset):
             decoder_sparse_step=1, mlp_only_layers=[], **shared,
         )  # fmt: skip
         return transformers.Qwen3MoeForCausalLM(config)
+    if preset == "llama_3_2_1b":
+        config = transformers.LlamaConfig(
+            vocab_size=128_256, hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+            head_dim=64, intermediate_size=8192, **shared,
+        )  # fmt: skip
+        return transformers.LlamaForCausalLM(config)
     config = transformers.OlmoeConfig(
         vocab_size=50_304, hidden_size=2048, num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=16,
         num_experts=64, num_experts_per_tok=8, intermediate_size=1024, **shared,
@@ -100,12 +107,29 @@ def stock(preset):
     return transformers.OlmoeForCausalLM(config)
 
 
-@pytest.mark.parametrize("preset", ["qwen3_30b", "olmoe"])
+@pytest.mark.parametrize("preset", ["qwen3_30b", "olmoe", "llama_3_2_1b"])
 def test_published_models_have_as_many_parameters_as_the_stock_classes(preset):
     with torch.device("meta"):
         expected = sum(parameter.numel() for parameter in stock(preset).parameters())
     config = compose([f"model={preset}"])
     assert count_parameters(config).total == expected == meta_parameters(config)
+
+
+def test_the_shape_of_mea_is_that_of_llama_3_2_1b_untied():
+    """Published: 1,235,814,400 parameters, with one matrix for embedding and output. MEA adds to each of 16 layers two
+    compositions of 8 key/value heads and a gain for a head of 64."""
+    vocabulary, width, layers = 128_256 * 2048, 2048, 16
+    layer = 2 * width * 64 * (32 + 8) + 3 * width * 8192 + 2 * width
+    tied = vocabulary + layers * layer + width
+    plain, mea = (count_parameters(compose(["model=llama_3_2_1b", f"attention={name}"])) for name in ("gqa", "mea"))
+    assert tied == 1_235_814_400 and plain.total == tied + vocabulary
+    assert mea.total - plain.total == layers * (2 * 8**2 + 64) and mea.by_component["norms"] == (2 * layers + 1) * width
+    cache = cache_bytes_per_token(compose(["model=llama_3_2_1b", "attention=mea"]))
+    assert cache == layers * 2 * 8 * 64 * 2
+    plan = make_plan(
+        compose(["model=llama_3_2_1b", "attention=mea", "cluster=h100_8x8", "data.global_batch_size=4864"])
+    )
+    assert plan.fits and plan.batch_problem is None
 
 
 def test_ling_mini_is_counted_by_hand():
