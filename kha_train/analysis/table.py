@@ -8,6 +8,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from kha_train.analysis.answer import answers
 from kha_train.analysis.compare import Comparison
 from kha_train.analysis.rows import honesty_rows, result_rows
 from kha_train.analysis.summary import RESULTS, TOLD, UNKNOWN_FIGURE
@@ -34,8 +35,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     parts += [_text(words) for words in comparison.notes()]
     parts += [_text(comparison.sentence(pair), "bold") for pair in comparison.pairs]
     parts += [_text(comparison.seeds_sentence(found), "bold") for found in comparison.across_seeds if found.interval]
-    if not comparison.pairs:
-        parts.append(_text(comparison.evidence, "bold"))
+    parts += [_text(words, "bold") for words in answers(comparison)]
     console.print(Group(*parts))
 
 

@@ -64,6 +64,29 @@ def over_seeds_curve(
     ]
 
 
+def grouped_points(context: Context, curves: Sequence[Series]) -> list[Series]:
+    """Curves of single runs, named by their labels, as they are; those of a variant as their mean, with a band over its
+    runs, where there are too many runs.
+    """
+    if not context.grouped:
+        return list(curves)
+    found = []
+    for variant, runs in context.variants.items():
+        members = [one for one in curves if one.name in {context.labels[run] for run in runs}]
+        if members:
+            steps_S = np.unique(np.concatenate([one.x["steps"] for one in members]))
+            values_RS = np.stack([_spread(one.x["steps"], one.y_N, steps_S) for one in members])
+            keys = set.intersection(*(set(one.x) for one in members))
+            x = {
+                key: _over_runs(np.stack([_spread(one.x["steps"], one.x[key], steps_S) for one in members]))[0]
+                for key in members[0].x
+                if key in keys
+            }
+            name = f"{variant}, mean and range of {len(members)} runs"
+            found.append(Series(name, context.variant_style(variant), "points", x, *_over_runs(values_RS)))
+    return found
+
+
 def late(parts: Sequence[Series]) -> list[Series]:
     """The second halves of series, by their steps."""
     last = max((float(one.x["steps"][-1]) for one in parts if len(one.y_N)), default=0.0)

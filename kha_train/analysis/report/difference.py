@@ -33,24 +33,27 @@ def section(context: Context) -> Section | None:
         return None
     found = pair_differences(context, comparison.pairs)
     curves = [one for pair, steps_N, values_N in found for one in _curves(context, pair, steps_N, values_N)]
+    calm = [one for pair, *of_pair in found if not _lost(context, pair) for one in _curves(context, pair, *of_pair)]
     blocks: list[Block] = []
     if curves and not context.grouped:
-        blocks.append(_figure(context, "difference", "Paired difference, one a pair", EACH, curves))
+        blocks.append(_figure(context, "difference", "Paired difference, one a pair", EACH, curves, calm))
     together: list[Series] = []
     for variant in list(context.variants)[1:]:
         fair = [one for one in found if context.runs[one[0].other].variant == variant and not one[0].caveats]
         if len(fair) > 1:
             together += over_seeds_curve(context, variant, fair)
     if together:
-        blocks.append(_figure(context, "difference-seeds", "Paired difference over seeds", TOGETHER, together))
+        blocks.append(
+            _figure(context, "difference-seeds", "Paired difference over seeds", TOGETHER, together, together)
+        )
     blocks += [_result(context, pair) for pair in comparison.pairs]
     return Section("difference", "Paired difference of train loss", tuple(blocks))
 
 
-def _figure(context: Context, name: str, title: str, caption: str, curves: list[Series]) -> Figure:
-    """A figure whose y axis follows what is left after the first tenth of the steps."""
+def _figure(context: Context, name: str, title: str, caption: str, curves: list[Series], calm: list[Series]) -> Figure:
+    """A figure whose y axis follows the `calm` curves, if there are any, after the first tenth of the steps."""
     last = max(float(one.x["steps"][-1]) for one in curves)
-    late = [one for one in curves if one.kind != "raw"]
+    late = [one for one in calm or curves if one.kind != "raw"]
     parts = [
         values[one.x["steps"] > last / 10]
         for one in late
@@ -73,6 +76,11 @@ def _curves(context: Context, pair: Pair, steps_N: np.ndarray, values_N: np.ndar
         ends = {key: known[inside] for key, known in x.items()}
         found.append(Series(name, style, "mean", ends, np.full(2, pair.difference.mean)))
     return found
+
+
+def _lost(context: Context, pair: Pair) -> list[str]:
+    """The labels of the runs of a pair that diverged or did not recover."""
+    return [context.labels[run] for run in (pair.reference, pair.other) if context.lost(run)]
 
 
 def _style(context: Context, pair: Pair) -> Style:
@@ -102,8 +110,7 @@ def _result(context: Context, pair: Pair) -> Result:
     other, reference = context.labels[pair.other], context.labels[pair.reference]
     names = f"{other} \N{MINUS SIGN} {reference}"
     warnings = tuple(["This is not fair; the reasons stand above."] if pair.caveats else [])
-    lost = [context.labels[run] for run in (pair.reference, pair.other) if context.lost(run)]
-    warnings += tuple(f"{label} diverged or did not recover." for label in lost)
+    warnings += tuple(f"{label} diverged or did not recover." for label in _lost(context, pair))
     found, interval = pair.difference, pair.interval
     if found is None:
         return Result(names, no_difference(pair), False, warnings=warnings)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from kha_train.analysis.report.content import Block, Figure, Section, Series, Text
 from kha_train.analysis.report.context import Context
+from kha_train.analysis.report.curves import grouped_points
 
 FROM_IDENTITY = "kha/from_identity"
 LOGIT = "attn/max_logit"
@@ -25,7 +26,9 @@ def section(context: Context) -> Section | None:
             if (found := context.sampled[run].probed.get(name)) is not None
         ]
         if curves:
-            figure = Figure(name.replace("/", "-"), name, caption, name, context.axes, tuple(curves))
+            figure = Figure(
+                name.replace("/", "-"), name, caption, name, context.axes, tuple(grouped_points(context, curves))
+            )
             blocks.append(figure)
     if not blocks:
         return None

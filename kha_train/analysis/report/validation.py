@@ -11,6 +11,7 @@ import numpy as np
 from kha_train.analysis.evaluations import VALIDATION
 from kha_train.analysis.report.content import Block, Figure, Row, Section, Series, Subtitle, Table, Text
 from kha_train.analysis.report.context import Context, bounds
+from kha_train.analysis.report.curves import grouped_points
 from kha_train.analysis.rows import result_rows
 from kha_train.analysis.scored import scored_series
 from kha_train.analysis.summary import RESULTS
@@ -105,5 +106,6 @@ def _task_figures(context: Context, entries: str, title: str, name: str) -> Iter
 
 
 def _figure(context: Context, name: str, title: str, caption: str, label: str, curves: list[Series]) -> Figure:
+    curves = grouped_points(context, curves)
     late = [one.y_N[len(one.y_N) // 4 :] for one in curves]
     return Figure(name, title, caption, label, context.axes, tuple(curves), bounds(late))

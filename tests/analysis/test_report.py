@@ -1,0 +1,207 @@
+"""The report says what the files of the runs say, as a script without shared code computes it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kha_train.analysis.answer import answers
+from kha_train.analysis.compare import compare_runs
+from kha_train.analysis.report.page import report_html, write_report
+from kha_train.analysis.report.svg import tick_labels, ticks
+from kha_train.cli.main import run
+from tests.analysis.test_compare import Page, make_run
+
+SEEDS = (0, 1, 2)
+STEPS = 900
+SPIKES = {"gqa": ((200, 400, 520, 640), (200, 330, 460, 700), (200, 300, 450, 600, 820)),
+          "kha_mlp": ((200, 420, 560, 640), (210, 340, 460, 720), (260, 430, 610, 800))}  # fmt: skip
+"""Steps at which the runs of a seed spike, by more than the noise of the whole curve."""
+
+
+def spiky(variant: str, seed: int) -> list[float]:
+    noise = np.random.default_rng([seed, len(variant)]).normal(scale=0.01, size=STEPS)
+    losses = 2.0 + noise - (0.02 + 0.01 * seed) * (variant == "kha_mlp")
+    for step in SPIKES[variant][seed]:
+        losses[step - 1] += 6.0
+    return losses.tolist()
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """The runs of two variants with three seeds."""
+    place = tmp_path_factory.mktemp("six")
+    return {
+        variant: [
+            make_run(place / f"{variant}{seed}", spiky(variant, seed), variant=variant, seed=seed) for seed in SEEDS
+        ]
+        for variant in SPIKES
+    }
+
+
+def answer_of(*words: object, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    with pytest.raises(SystemExit) as ended:
+        run(["compare", *map(str, words), "--json"])
+    assert not ended.value.code
+    return json.loads(capsys.readouterr().out)
+
+
+def assert_interval(found: dict[str, float], expected: list[float]) -> None:
+    """Equal but for the table of Student's t, which has three decimals."""
+    mean, low, high = expected
+    assert found["mean"] == pytest.approx(mean, rel=1e-9)
+    assert [found["low"], found["high"]] == pytest.approx([low, high], abs=1e-4 * (high - low))
+
+
+@pytest.fixture
+def recomputed(six: dict[str, list[Path]]) -> dict[str, Any]:
+    """The figures of the six runs, computed by a script in an interpreter that cannot see the package."""
+    script = Path(__file__).with_name("recompute.py")
+    command = [sys.executable, "-I", str(script), *map(str, six["gqa"]), "--", *map(str, six["kha_mlp"])]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, cwd=script.parent)
+    return json.loads(ended.stdout)
+
+
+def test_six_runs_computed_again_without_shared_code_give_the_same_json(
+    six: dict[str, list[Path]], recomputed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = answer_of(*six["gqa"], *six["kha_mlp"], "--out", tmp_path / "out", capsys=capsys)
+    for one in found["runs"]:
+        expected = recomputed["runs"][one["path"]]
+        shown = {**one, **one["cost"]}
+        assert {key: shown[key] for key in expected} == pytest.approx(expected, rel=1e-12)
+    (over,) = found["across_seeds"]
+    assert over["differences"] == pytest.approx(recomputed["differences"], rel=1e-9)
+    assert_interval(over["interval"], recomputed["over_seeds"])
+    (domain,) = [one for one in found["domains"] if one["figure"] == "loss"]
+    assert domain["entries"] == "validation" and set(domain["steps"]) == {STEPS}
+    assert domain["differences"] == pytest.approx(recomputed["validation_differences"], rel=1e-9)
+    assert_interval(domain["interval"], recomputed["validation_over_seeds"])
+    for events, pooled in zip(found["events"], recomputed["pooled"], strict=True):
+        assert events["rate"] == pytest.approx(pooled, rel=1e-4)
+    (sentence,) = found["answer"]
+    mean, low, high = recomputed["over_seeds"]
+    told = f"{mean:+.4f} nats per token, 95 % over 3 seeds: {low:+.4f} to {high:+.4f}"
+    below = f"below zero in {recomputed['below_zero']} of 3"
+    assert sentence == f"kha_mlp against gqa: lower train loss, {told}; {below}."
+
+
+def test_the_report_is_a_page_a_document_pictures_and_numbers_that_agree(
+    six: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    comparison = compare_runs([*six["gqa"], *six["kha_mlp"]])
+    page = write_report(comparison, tmp_path / "out")
+    (sentence,) = answers(comparison)
+    document = (tmp_path / "out" / "report.md").read_text()
+    assert page.read_text() == report_html(comparison) and sentence in page.read_text()
+    assert f"**{sentence}**".replace("_", "\\_") in document
+    names = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
+    linked = [part.split(")")[0] for part in document.split("(figures/")[1:]]
+    assert set(linked) == names, "the document links to every file, and to no other"
+    assert {f"loss-{axis}.svg" for axis in ("steps", "tokens", "hours")} < names
+    with (tmp_path / "out" / "figures" / "difference.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    means = {row["series"]: float(row["value"]) for row in rows if row["kind"] == "mean"}
+    (over,) = comparison.across_seeds
+    assert list(means.values()) == pytest.approx(over.differences, rel=1e-8)
+    marks = [row for row in rows if row["kind"] == "line"]
+    assert {float(row["tokens"]) / float(row["steps"]) for row in marks} == {32.0}
+
+
+def test_the_events_of_a_run_are_marked_on_its_curve_over_every_axis(
+    six: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    write_report(compare_runs([six["gqa"][0], six["kha_mlp"][0]]), tmp_path)
+    with (tmp_path / "figures" / "loss.csv").open() as file:
+        marked = [row for row in csv.DictReader(file) if row["kind"] == "spike"]
+    by_run = {
+        name: [int(row["steps"]) for row in marked if row["series"].startswith(name)] for name in ("gqa", "kha_mlp")
+    }
+    assert by_run == {variant: list(steps[0]) for variant, steps in SPIKES.items()}
+    assert all(float(row["value"]) > 7 for row in marked)
+    for axis in ("steps", "tokens", "hours"):
+        assert (tmp_path / "figures" / f"loss-{axis}.svg").read_text().count("<title>") == 1 + len(marked)
+
+
+def test_a_run_that_blew_up_is_called_diverged_wherever_its_spikes_stand(tmp_path: Path) -> None:
+    calm = make_run(tmp_path / "a", [3.0] * 400)
+    lost = make_run(tmp_path / "b", [*([3.0] * 100), *([900.0] * 300)], variant="mea")
+    dead = make_run(tmp_path / "c", [*([3.0] * 200), *([math.nan] * 200)], variant="mha")
+    comparison = compare_runs([calm, lost, dead])
+    (_, mea, mha) = comparison.events
+    assert (mea.diverged, mha.diverged) == (("mea-s0",), ("mha-s0",)) and mea.rate["value"] is None
+    said = answers(comparison)
+    assert "1 of 1 mea runs diverged (mea-s0)" in said[0] and "1 of 1 mha runs diverged (mha-s0)" in said[1]
+    page = report_html(comparison)
+    assert page.count("<td>diverged (spikes before: 0)</td>") == 4, "in the table of events and in that of the run"
+    assert "mha-s0 diverged or did not recover." in page
+    # The mean of a pair leaves out what is not finite, so a run that died looks calm there: no emphasis.
+    assert "<b>" not in page
+
+
+def test_an_unfair_pair_is_marked_in_every_form_and_emphasised_in_none(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(scale=0.01, size=(2, 900))
+    paths = [make_run(tmp_path / "a", list(3 + noise[0]))]
+    paths.append(make_run(tmp_path / "b", list(2 + noise[1]), variant="kha_mlp", lr=2e-3))
+    comparison = compare_runs(paths)
+    write_report(comparison, tmp_path / "out")
+    page, document = (tmp_path / "out" / "index.html").read_text(), (tmp_path / "out" / "report.md").read_text()
+    (pair,) = comparison.pairs
+    assert pair.interval is not None
+    shown = f"{pair.interval.mean:+.4f}"
+    assert f'<span class="number">{shown}</span>' in page and "<b>" not in page
+    assert shown in document and f"**{shown}**" not in document
+    for text in (page, document, (tmp_path / "out" / "figures" / "difference-steps.svg").read_text()):
+        assert "unfair" in text or "not a fair pair" in text
+    assert answers(comparison) == ("kha_mlp against gqa: no fair pair, so nothing can be said.",)
+
+
+def test_more_than_eight_runs_are_drawn_by_variant(tmp_path: Path) -> None:
+    paths = [
+        make_run(tmp_path / f"{variant}{seed}", [3.0 + 0.1 * seed] * 40, variant=variant, seed=seed)
+        for variant in ("gqa", "mea", "mha")
+        for seed in SEEDS
+    ]
+    write_report(compare_runs(paths), tmp_path / "out")
+    with (tmp_path / "out" / "figures" / "loss.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["series"] for row in rows if row["kind"] == "line"} == {
+        f"{variant}, mean of 3 runs" for variant in ("gqa", "mea", "mha")
+    }
+    last = [row for row in rows if row["kind"] == "band"][-1]
+    assert [float(last[key]) for key in ("value", "low", "high")] == pytest.approx([3.1, 3.0, 3.2])
+    page = Page((tmp_path / "out" / "index.html").read_text())
+    assert "details" in page.tags, "tables of single runs are closed at first"
+
+
+def test_files_of_another_report_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = make_run(tmp_path / "a", [3.0] * 20)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.md").write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        run(["compare", str(one), "--out", str(tmp_path / "out")])
+    assert ended.value.code == 2 and (tmp_path / "out" / "report.md").read_text() == "mine"
+    assert "report.md" in capsys.readouterr().err and not (tmp_path / "out" / "index.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 200.0, ["0", "50", "100", "150", "200"]),
+        (-0.011, 0.012, ["-0.010", "-0.005", "0.000", "0.005", "0.010"]),
+        (0.0, 240_000.0, ["0k", "50k", "100k", "150k", "200k"]),
+        (2.19, 2.21, ["2.190", "2.195", "2.200", "2.205", "2.210"]),
+        (0.0, 3.2e15, ["0P", "1P", "2P", "3P"]),
+    ],
+)
+def test_ticks_are_round_and_their_labels_differ(low: float, high: float, expected: list[str]) -> None:
+    labels = tick_labels(ticks(low, high))
+    assert labels == expected and len(set(labels)) == len(labels)
