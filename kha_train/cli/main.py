@@ -39,6 +39,7 @@ COMMANDS = {
     "launch-arguments": "sweep:launch_arguments",
     "status": "status:status",
     "metrics": "metrics:metrics",
+    "study": "study:app",
     "data": "data:app",
     "checkpoint": "checkpoint:app",
     "bench": "bench:app",

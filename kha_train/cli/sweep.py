@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,14 @@ Grid = Annotated[
     list[str],
     typer.Argument(help="Settings; commas make a grid: attention=gqa,kha_linear seed=0,1,2", metavar="KEY=VALUE[,..]"),
 ]
+Local = Annotated[bool, typer.Option("--local", help="Train here instead of submitting to SLURM.")]
+Processes = Annotated[int, typer.Option(min=1, help="Ranks per run with --local.")]
+Nodes = Annotated[int, typer.Option(min=1, help="Nodes per run.")]
+GpusPerNode = Annotated[int, typer.Option(min=0, help="GPUs per node; 0: the site's default.")]
+Parallel = Annotated[int, typer.Option(min=0, help="Runs that are trained at the same time; 0: no limit on SLURM.")]
+Sbatch = Annotated[list[str] | None, typer.Option(help="Further options for sbatch: account=me, time=4:00:00")]
+Site = Annotated[str, typer.Option(help="Site file, see launch/site/example.env.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Also restart runs that ended FATAL.")]
 
 
 def sweep_command(
@@ -38,17 +47,15 @@ def sweep_command(
     name: Annotated[str | None, typer.Option(help="Name of the sweep; default: the swept keys.")] = None,
     parent: Annotated[Path, typer.Option("--dir", help="Parent of the sweep's directory NAME.")] = Path("runs"),
     equal: Annotated[str, typer.Option(help="What all points have in common: steps, tokens or flops.")] = "steps",
-    local: Annotated[bool, typer.Option("--local", help="Train here, one point after another.")] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Ranks per point with --local.")] = 1,
+    local: Local = False,
+    processes: Processes = 1,
     show: Annotated[bool, typer.Option("--print", help="Show points, command and scripts; write nothing.")] = False,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes per point.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs per node; 0: the site's default.")] = 0,
-    parallel: Annotated[int, typer.Option(min=0, help="Points that run at the same time; 0: no limit.")] = 0,
-    sbatch: Annotated[
-        list[str] | None, typer.Option(help="Further options for sbatch: account=me, time=4:00:00")
-    ] = None,
-    site: Annotated[str, typer.Option(help="Site file, see launch/site/example.env.")] = "",
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also restart points that ended FATAL.")] = False,
+    nodes: Nodes = 1,
+    gpus_per_node: GpusPerNode = 0,
+    parallel: Parallel = 0,
+    sbatch: Sbatch = None,
+    site: Site = "",
+    retry_failed: RetryFailed = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train a grid of variants: all points are validated, then submitted as one job array. The same command again
@@ -63,7 +70,7 @@ def sweep_command(
         _show(directory, points, options, as_json)
         return
     if local:
-        started = _run_here(directory, points, common, processes, retry_failed, quiet=as_json)
+        started = _run_here(directory, points, common, processes, parallel, retry_failed, quiet=as_json)
     else:
         started = slurm.start_missing(directory, points, options, equal=common, retry_failed=retry_failed)
     lacking = _lacking(points, started, local)
@@ -105,9 +112,15 @@ def _show(directory: Path, points: list[Point], options: JobOptions, as_json: bo
 
 
 def _run_here(
-    directory: Path, points: list[Point], equal: sweep.Equal, processes: int, retry_failed: bool, quiet: bool
+    directory: Path,
+    points: list[Point],
+    equal: sweep.Equal,
+    processes: int,
+    parallel: int,
+    retry_failed: bool,
+    quiet: bool,
 ) -> Started:
-    """Train the missing points one after another. A failed point does not stop the others."""
+    """Train the missing points, `parallel` at a time (0: one). A failed point does not stop the others."""
     sweep.check_against_runs(points)
     standing = sweep.statuses(points)
     start = sweep.missing(points, standing, retry_failed)
@@ -118,11 +131,11 @@ def _run_here(
     # The table only mirrors the record: if it cannot be printed, the runs are trained all the same.
     with harmless_output(), Live(console=console, auto_refresh=False) as live:
 
-        def show(now: Point) -> None:
+        def show(training: Sequence[Point], waiting: Sequence[Point]) -> None:
             if console.is_terminal and not quiet:
                 live.update(status_table(sweep.statuses(points), console), refresh=True)
 
-        run_points(directory, start, processes, show)
+        run_points(directory, start, processes, show, max(1, parallel))
     return Started(None, start, standing)
 
 

@@ -32,6 +32,8 @@ from kha_train.foreign.files import SMALL, read_regular
 from kha_train.foreign.typed import Source
 
 PACKAGE = Path(__file__).resolve().parents[1]
+STUDIES = "study"
+"""The folder of `configs` that holds studies, which are no presets."""
 _SETTING = re.compile(r"[A-Za-z_][\w.]*=")
 """A setting of an existing key in Hydra's grammar: nothing added, deleted or chosen for another package."""
 
@@ -387,5 +389,5 @@ def _not_an_override(at: int, overrides: list[str]) -> ConfigError:
 
 def _groups() -> dict[str, list[str]]:
     """The names of the presets of every group."""
-    groups = (path for path in shipped("configs").iterdir() if path.is_dir())
+    groups = (path for path in shipped("configs").iterdir() if path.is_dir() and path.name != STUDIES)
     return {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in groups}

@@ -45,7 +45,7 @@ def read_ahead(paths: Sequence[Path]) -> Ahead:
     """
     if len(paths) < 2 or sum(map(_size, paths)) < WORTH:
         return Ahead()
-    workers = min(len(paths), MOST, _processors())
+    workers = min(len(paths), MOST, processors())
     if workers < 2:
         return Ahead()
     found: dict[Path, tuple[Columns, Summary]] = {}
@@ -57,7 +57,7 @@ def read_ahead(paths: Sequence[Path]) -> Ahead:
     return Ahead(found)
 
 
-def _processors() -> int:
+def processors() -> int:
     """The number of processors that this process may use; all of them on systems that do not say, such as macOS."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

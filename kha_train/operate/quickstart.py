@@ -13,25 +13,21 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_tools.corpus import build_corpus
-from data_tools.encode import encode_corpus
-from data_tools.train_tokenizer import train_tokenizer
 from kha_train.analysis.compare import compare_runs
 from kha_train.analysis.report.page import write_report
 from kha_train.config.compose import compose
-from kha_train.data.format.manifest import MANIFEST_NAME
 from kha_train.data.stream import unigram_bits_per_byte
 from kha_train.errors import KhaError
+from kha_train.operate.datasets import Say, text_stages
 from kha_train.record import Marker, read_marker
 
 VARIANTS = ("gqa", "kha_mlp")
 STAGES = 4 + len(VARIANTS)
-Say = Callable[[str], None]
 
 
 def run_quickstart(out: Path, *, steps: int, processes: int, say: Say) -> dict[str, Any]:
@@ -40,15 +36,10 @@ def run_quickstart(out: Path, *, steps: int, processes: int, say: Say) -> dict[s
     `say` receives the lines for the user. Raises KhaError when a stage fails; the output of training stands above.
     """
     seconds: dict[str, float] = {}
-    with _timed("corpus: source code of Python's standard library", seconds, say):
-        if not (out / "corpus" / "corpus.json").exists():
-            build_corpus(out / "corpus", overwrite=True)
-    with _timed("tokenizer: BPE trained on it", seconds, say):
-        if not (out / "tokenizer.model").exists():
-            train_tokenizer(out / "corpus", out / "tokenizer.model", vocab_size=compose().model.vocab_size)
-    with _timed("shards: the corpus as token ids", seconds, say):
-        if not (out / "shards" / "validation" / MANIFEST_NAME).exists():
-            encode_corpus(out / "corpus", out / "tokenizer.model", out / "shards", overwrite=True)
+    for name, (done, make) in text_stages(out).items():
+        with _timed(name, seconds, say):
+            if not done.exists():
+                make()
     for variant in VARIANTS:
         with _timed(f"train {variant}: {steps} steps on {processes} ranks", seconds, say):
             _train(_run_dir(out, variant, steps), _overrides(out, variant, steps), processes)

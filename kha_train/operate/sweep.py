@@ -72,29 +72,29 @@ def checked_equal(text: str) -> Equal:
     return equal
 
 
-def plan_points(directory: Path, points: Sequence[Sequence[str]], equal: Equal = "steps") -> list[Point]:
+def plan_points(
+    directory: Path, points: Sequence[Sequence[str]], equal: Equal = "steps", labels: Sequence[str] | None = None
+) -> list[Point]:
     """A `Point` for every list of overrides, each composed and validated; writes nothing.
 
-    `equal` gives every point the optimiser steps, the tokens or the training FLOPs (interaction included) of the first
-    point, by setting its `run.steps`. Raises ConfigError for a point that cannot run, sets its own `run.dir`, holds a
-    secret, or occurs twice.
+    `labels` are the names of the points; without them, each is named after its settings. `equal` gives every point the
+    optimiser steps, the tokens or the training FLOPs (interaction included) of the first point, by setting its
+    `run.steps`. Raises ConfigError for a point that cannot run, sets its own `run.dir`, holds a secret, or occurs
+    twice.
     """
     differing = _differing_keys(points)
     if equal != "steps" and "run.steps" in differing:
         raise ConfigError(f"is swept, but set by --equal {equal}", field="run.steps", fix="leave one of them out")
     made: list[Point] = []
     runs: list[dict[str, Any]] = []
-    for overrides in points:
+    for number, overrides in enumerate(points):
         if any(_key(text) == "run.dir" for text in overrides):
             raise ConfigError(
                 "is set for every point by the sweep", field="run.dir", fix="choose the sweep's directory with --dir"
             )
-        config = compose(overrides)
-        runs.append(tidy(flatten(to_plain(config))))
-        is_named = any(_key(text) == "run.name" for text in overrides)
-        told = () if is_named else TOLD_BY_NAME
-        swept = {_key(text): text.partition("=")[2] for text in overrides if _key(text) in differing.difference(told)}
-        label = _label(config.run.name if is_named else old_name(config), swept)
+        config = compose([*overrides, f"run.name={quoted(labels[number])}"] if labels else overrides)
+        runs.append(tidy(flatten(to_plain(config))) | ({"run.name": "", "run.dir": ""} if labels else {}))
+        label = labels[number] if labels else _label_of(config, overrides, differing)
         steps = config.run.steps
         if made and equal != "steps":
             step_cost = _tokens(config) if equal == "tokens" else _tokens(config) * flops_per_token(config).training
@@ -210,6 +210,13 @@ def _point(directory: Path, label: str, overrides: Sequence[str], config: RunCon
     every = (*overrides, *extra, *(f"{key}={quoted(value)}" for key, value in own.items()))
     tokens = steps * _tokens(config)
     return Point(label, str(run_dir), every, steps, tokens, tokens * float(flops_per_token(config).training))
+
+
+def _label_of(config: RunConfig, overrides: Sequence[str], differing: set[str]) -> str:
+    is_named = any(_key(text) == "run.name" for text in overrides)
+    told = () if is_named else TOLD_BY_NAME
+    swept = {_key(text): text.partition("=")[2] for text in overrides if _key(text) in differing.difference(told)}
+    return _label(config.run.name if is_named else old_name(config), swept)
 
 
 def _label(name: str, swept: Mapping[str, str]) -> str:

@@ -19,7 +19,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-import kha_train.operate.quickstart as quickstart_stages
 from data_tools.corpus import build_corpus
 from data_tools.train_tokenizer import train_tokenizer
 from kha_train.bench import everything, gpu
@@ -27,6 +26,7 @@ from kha_train.cli.main import COMMANDS, build, run
 from kha_train.cli.output import strict
 from kha_train.config.compose import compose, dump
 from kha_train.errors import DivergedError
+from kha_train.operate import datasets
 from kha_train.record import Record
 from kha_train.record.redact import Redactor
 from kha_train.train.run import train
@@ -42,6 +42,14 @@ TINY = (
 )  # fmt: skip
 ODD_NAME = 'a "quoted" \\ name\n\x1b[31m[/red] \u2028 nan'
 ODD_FOLDER = os.fsdecode(b'r\xff\xfe "odd" [/red]')
+STUDY = """
+question: Does it run?
+source: a test
+arms: [{name: gqa, overrides: [attention=gqa]}]
+measures: [{kind: train_loss}]
+cpu: {steps: 1, rates: [1.0e-3], seeds: [0]}
+paper: {steps: 1, rates: [1.0e-3], seeds: [0]}
+"""
 STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 
@@ -106,6 +114,8 @@ class Places:
             self.names[name] = str(self.root / f"{name}.csv")
             with open(self.names[name], "w", newline="") as file:
                 csv.writer(file).writerows([("step", "loss"), *enumerate(values, start=1)])
+        self.names["study"] = str(self.root / "study.yaml")
+        (self.root / "study.yaml").write_text(STUDY)
         self.names["first"] = min(path.name for path in (self.root / "lost" / "checkpoints").glob("step-*"))
         self.names["damaged"] = str(self.root / "damaged")
         shutil.copytree(self.root / "one", self.root / "damaged")
@@ -148,6 +158,9 @@ CASES: dict[Case, list[Case]] = {
         ("--print", *TINY, "attention=gqa,mha", "--dir", "{root}/sweeps"),
         ("run.steps=2,x",), ("--local", "run.steps=-1,1", "--dir", "{root}/sweeps"),
     ],
+    ("study", "list"): [()],
+    ("study", "show"): [("copy",), ("position", "--scale", "paper"), ("copi",), ("copy", "--scale", "gpu")],
+    ("study", "report"): [("{study}", *TINY, *DATA, "--dir", "{root}/studies"), ("{nothing}",)],
     ("status",): [
         ("{one}", "{two}", "{lost}", "{odd}"), ("{empty}", "{nothing}"), ("{nothing}",), ("{root}",),
         ("{one}", "--watch"), ("{root}/unreadable",),
@@ -194,6 +207,9 @@ SLOW_CASES: dict[Case, list[Case]] = {
     ("sweep",): [
         ("--local", *TINY, *DATA, "run.seed=0,1", "run.steps=1", "--dir", "{root}/sweeps"),
         ("--local", *TINY, *DATA, "run.seed=2", "model.init_std=1e38", "run.steps=9", "--dir", "{root}/sweeps"),
+    ],
+    ("study", "run"): [
+        ("{study}", *TINY, *DATA, "--local", "--dir", "{root}/studies"), ("{study}", "--dir", "{root}/studies"),
     ],
     ("bench", "tokenize"): [("--processes", "1", "--rounds", "3")],
     ("bench", "record"): [("--steps", "200", "--ask", "status,spikes")],
@@ -242,7 +258,7 @@ def short_benches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(everything, "QUICK", {"attention": (*TINY, "--blocks", "3")})
     packages = [STANDARD_LIBRARY / name for name in ("asyncio", "email", "json", "unittest")]
     monkeypatch.setattr(
-        quickstart_stages,
+        datasets,
         "build_corpus",
         lambda out, overwrite: build_corpus(out, standard_library=False, extra_roots=packages, overwrite=overwrite),
     )

@@ -6,12 +6,12 @@ import pytest
 
 from kha_train.config.aliases import ADVICE, ALIASES
 from kha_train.config.build import flatten, to_plain
-from kha_train.config.compose import compose, shipped
+from kha_train.config.compose import STUDIES, compose, shipped
 from kha_train.config.presets import chosen_as
 from kha_train.errors import ConfigError, Replace
 
 SETTINGS = flatten(to_plain(compose()))
-GROUPS = {chosen_as(path.name) for path in shipped("configs").iterdir() if path.is_dir()}
+GROUPS = {chosen_as(path.name) for path in shipped("configs").iterdir() if path.is_dir() and path.name != STUDIES}
 TYPED_BY_HABIT = {
     "run.steps 7": "run.steps=7",
     "run.steps:7": "run.steps=7",

@@ -9,7 +9,7 @@ import pytest
 
 from kha_train import compose
 from kha_train.config.build import flatten, to_plain
-from kha_train.config.compose import shipped
+from kha_train.config.compose import STUDIES, shipped
 from kha_train.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,7 +17,7 @@ PAGE = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 PRESETS = {
     group.name: sorted(path.stem for path in group.glob("*.yaml"))
     for group in shipped("configs").iterdir()
-    if group.is_dir()
+    if group.is_dir() and group.name != STUDIES
 }
 
 

@@ -10,7 +10,11 @@ from kha_train.config.compose import compose, shipped
 from kha_train.config.presets import chosen_as
 from kha_train.errors import ConfigError, Replace
 
-PRESETS = {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in shipped("configs").glob("*/")}
+PRESETS = {
+    group.name: sorted(path.stem for path in group.glob("*.yaml"))
+    for group in shipped("configs").glob("*/")
+    if group.name != composing.STUDIES
+}
 ADVISED = ("{group}@x", "{group}@", "{group}@{group}", "{group}@_global_", "{group}@optim", "+{key}", "++{key}",
            "+{group}@x", "++{group}@{group}")  # fmt: skip
 REFUSED = ("~{key}", "~{group}@x", "x/{group}", "{group}/x", "x.{group}", "/{group}", "{group}@:x")

@@ -44,7 +44,7 @@ def test_runs_whose_reader_was_killed_are_read_here(
 ) -> None:
     runs = [OLD_RUNS / "gqa", OLD_RUNS / "kha_mlp"]
     monkeypatch.setattr(ahead, "WORTH", 0)
-    monkeypatch.setattr(ahead, "_processors", lambda: 2)
+    monkeypatch.setattr(ahead, "processors", lambda: 2)
     monkeypatch.setattr(ahead, "_read", _be_killed)
     read = ahead.read_ahead(runs)
     said = capsys.readouterr().err
@@ -52,9 +52,9 @@ def test_runs_whose_reader_was_killed_are_read_here(
     assert len(read.run(runs[1]).columns) > 0
 
 
-def test_a_system_that_names_no_processors_of_a_process_allows_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_that_names_noprocessors_of_a_process_allows_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(ahead.os, "sched_getaffinity")
-    assert ahead._processors() == os.cpu_count()
+    assert ahead.processors() == os.cpu_count()
 
 
 def test_short_runs_and_one_run_start_no_process(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import kha_train.operate.quickstart as stages
 from data_tools.corpus import build_corpus
 from kha_train.config.compose import compose
 from kha_train.errors import DataError
+from kha_train.operate import datasets
 from kha_train.operate.quickstart import VARIANTS, run_quickstart
 from kha_train.record import read_metrics, read_run
 from kha_train.train.run import train
@@ -28,7 +29,7 @@ def test_every_stage_makes_its_result_and_a_second_call_makes_none_again(
         begun.append("corpus")
         build_corpus(out, standard_library=False, extra_roots=PACKAGES, overwrite=overwrite)
 
-    monkeypatch.setattr(stages, "build_corpus", corpus)
+    monkeypatch.setattr(datasets, "build_corpus", corpus)
     monkeypatch.setattr(stages, "_train", lambda run_dir, overrides, processes: train(compose(overrides)))
     result = run_quickstart(tmp_path, steps=1, processes=1, say=lambda text: None)
     assert set(result["bits_per_byte"]) == set(VARIANTS) and Path(result["report"]).read_text().startswith("<!")

@@ -1,0 +1,246 @@
+"""A study: one question, its arms, rates, seeds and measures, as `configs/study/NAME.yaml` holds it.
+
+An arm is a list of overrides. Every arm is trained at each of its learning rates, and arms are compared at their best
+rate, because one rate for all arms favours the arm that it suits. A study has two scales: `cpu` takes minutes on two
+cores, and `paper` has the shapes and budgets that were printed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from kha_train.config.build import build, nearest
+from kha_train.config.compose import STUDIES, shipped
+from kha_train.errors import ConfigError
+from kha_train.foreign.documents import parse_yaml
+from kha_train.foreign.files import SMALL, read_regular
+
+ScaleName = Literal["cpu", "paper"]
+MeasureKind = Literal["train_loss", "validation_loss", "bits_per_byte", "steps_to", "spikes", "loss_law", "entry"]
+Dataset = Literal["text", "copy", "own"]
+"""`text`: the standard library's sources with 4,096 tokens, as in the quickstart. `copy`: sequences to be repeated.
+`own`: the user's shards, named by `data.train` and `data.validation`."""
+NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """What is compared: a name and the overrides that make it. `reference` is the arm that it is compared with ("": the
+    study's reference).
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    reference: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmRates:
+    """The learning rates of one arm, where they differ from those of the others."""
+
+    arm: str
+    rates: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """A figure of one run.
+
+    `train_loss`, `validation_loss` and `bits_per_byte` are the last ones, as `kha compare` has them. `steps_to` counts
+    the steps until the mean train loss of five steps is at most `threshold` nats. `spikes` counts narrow and wide loss
+    spikes. `loss_law` is the loss that a fitted law gives after `tokens` tokens. `entry` is the last value of the
+    record's entry `entry`, such as that of an evaluation task.
+    """
+
+    kind: MeasureKind
+    threshold: float = 0.0
+    tokens: float = 0.0
+    entry: str = ""
+    larger_is_better: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name in results: `train_loss`, `steps_to_1.5`, `evaluation/copy/accuracy`."""
+        further = {"steps_to": f"_{self.threshold:g}", "loss_law": f"_at_{self.tokens:g}_tokens"}
+        return self.entry if self.kind == "entry" else f"{self.kind}{further.get(self.kind, '')}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A figure of a paper: `what` it is, of which `arm`, and its `value`."""
+
+    what: str
+    arm: str
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large a study is. `overrides` are common to all arms; `steps` is the budget of the first arm, and `equal`
+    says what the others have in common with it.
+
+    Every arm is trained at `rates` (or its own in `arm_rates`). With `rate_seeds`, the best rate is chosen on these
+    seeds alone, in runs of `rate_steps` steps (0: `steps`), and arms are compared on `seeds`. Without them, it is
+    chosen on the compared runs themselves, and the result says so. `arms` and `measures` replace those of the study.
+    `needs` says in words what a run at this scale needs beside a machine.
+    """
+
+    dataset: Dataset = "own"
+    overrides: tuple[str, ...] = ()
+    steps: int
+    equal: Literal["steps", "tokens", "flops"] = "steps"
+    rates: tuple[float, ...]
+    arm_rates: tuple[ArmRates, ...] = ()
+    seeds: tuple[int, ...]
+    rate_seeds: tuple[int, ...] = ()
+    rate_steps: int = 0
+    arms: tuple[Arm, ...] = ()
+    measures: tuple[Measure, ...] = ()
+    needs: str = ""
+
+    def rates_of(self, arm: str) -> tuple[float, ...]:
+        """The learning rates at which `arm` is trained, ascending."""
+        own = {each.arm: each.rates for each in self.arm_rates}
+        return tuple(sorted(own.get(arm, self.rates)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A question and how it is answered. The first of the measures decides: it chooses the rates, and the result's
+    sentence is about it. Arms without a reference, their own or the study's, are trained but compared with nothing.
+    """
+
+    question: str
+    source: str
+    notes: tuple[str, ...] = ()
+    reference: str = ""
+    arms: tuple[Arm, ...]
+    measures: tuple[Measure, ...]
+    published: tuple[Published, ...] = ()
+    cpu: Scale
+    paper: Scale
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a study. `role` is `rate` if it only serves to choose the arm's rate, else `compared`."""
+
+    arm: str
+    rate: float
+    seed: int
+    role: Literal["rate", "compared"] = "compared"
+
+
+@dataclass(frozen=True)
+class ScaledStudy:
+    """A study at one of its scales: `name`, the SHA-256 of its file, and what the scale chooses."""
+
+    name: str
+    sha256: str
+    study: Study
+    scale_name: ScaleName
+
+    @property
+    def scale(self) -> Scale:
+        """The chosen scale."""
+        return self.study.cpu if self.scale_name == "cpu" else self.study.paper
+
+    @property
+    def arms(self) -> Mapping[str, Arm]:
+        """The arms by name, each with the reference it is compared with ("": none, as for the reference itself)."""
+        chosen = self.scale.arms or self.study.arms
+        named = {arm.name: arm.reference or self.study.reference for arm in chosen}
+        return {
+            arm.name: Arm(
+                name=arm.name,
+                overrides=arm.overrides,
+                reference=named[arm.name] if named[arm.name] != arm.name else "",
+            )
+            for arm in chosen
+        }
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """What is measured; the first decides."""
+        return self.scale.measures or self.study.measures
+
+    @property
+    def chooses_apart(self) -> bool:
+        """Whether rates are chosen on runs that are not compared."""
+        return bool(self.scale.rate_seeds)
+
+    def rate_trials(self) -> list[Trial]:
+        """The runs that serve only to choose rates. An arm with one rate needs none."""
+        arms = [arm for arm in self.arms if len(self.scale.rates_of(arm)) > 1]
+        return [
+            Trial(arm, rate, seed, "rate")
+            for arm in arms
+            for rate in self.scale.rates_of(arm)
+            for seed in self.scale.rate_seeds
+        ]
+
+    def compared_trials(self, rates: Mapping[str, float] | None = None) -> list[Trial]:
+        """The runs of every arm at the rate in `rates`; without it, or where rates are chosen among the compared runs,
+        at each of its rates.
+        """
+        every = rates is None or not self.chooses_apart
+        return [
+            Trial(arm, rate, seed)
+            for arm in self.arms
+            for rate in (self.scale.rates_of(arm) if every or rates is None else (rates[arm],))
+            for seed in self.scale.seeds
+        ]
+
+
+def study_names() -> list[str]:
+    """The names of the studies that are shipped."""
+    return sorted(path.stem for path in (shipped("configs") / STUDIES).glob("*.yaml"))
+
+
+def load_study(name: str, scale: str) -> ScaledStudy:
+    """The study `name` of `configs/study`, or the one in the file `name`, which ends with .yaml, at `scale`.
+
+    Raises ConfigError for an unknown name or scale, and for a file that is not a study.
+    """
+    names, scales = study_names(), get_args(ScaleName)
+    path = Path(name) if name.endswith((".yaml", ".yml")) else shipped("configs") / STUDIES / f"{name}.yaml"
+    raw = read_regular(path, SMALL) if name in names or path == Path(name) else None
+    if raw is None:
+        raise ConfigError("no such study", field="study", value=name, **nearest(name, names))
+    if scale not in scales:
+        raise ConfigError("no such scale", field="--scale", value=scale, allowed=", ".join(scales))
+    try:
+        values = parse_yaml(raw)
+    except ValueError as error:
+        raise ConfigError(f"cannot be read: {error}", field=str(path)) from error
+    found = ScaledStudy(path.stem, hashlib.sha256(raw).hexdigest(), build(Study, values), scales[scales.index(scale)])
+    problem = next(_problems(found), None)
+    if problem:
+        raise ConfigError(problem, field=str(path))
+    return found
+
+
+def _problems(found: ScaledStudy) -> Iterator[str]:
+    """What is wrong with a study, in words."""
+    scale, chosen = found.scale, found.scale.arms or found.study.arms
+    names = [arm.name for arm in chosen]
+    yield from (f"{name!r} is not a name: {NAME.pattern}" for name in names if not NAME.fullmatch(name))
+    if len(set(names)) < len(names):
+        yield "two arms have one name"
+    named = (*(arm.reference for arm in found.arms.values()), *(one.arm for one in scale.arm_rates))
+    yield from (f"there is no arm {name!r}" for name in named if name and name not in names)
+    if not scale.seeds or not found.measures:
+        yield "there must be at least one seed and one measure"
+    if len(set(scale.seeds)) < len(scale.seeds) or {*scale.seeds} & {*scale.rate_seeds}:
+        yield "each seed may be given once, in `seeds` or in `rate_seeds`"
+    if scale.rate_steps and not scale.rate_seeds:
+        yield "`rate_steps` needs `rate_seeds`"
+    every = (*scale.rates, *(rate for one in scale.arm_rates for rate in one.rates))
+    if not scale.rates or min(every) <= 0:
+        yield "there must be at least one rate, and each above 0"
+    yield from ("an `entry` needs its name" for one in found.measures if one.kind == "entry" and not one.entry)

@@ -1,0 +1,384 @@
+"""The result of a study: the rate at which each arm is best, arms against their references, and what may be said.
+
+A run that diverged has the worst value of every measure, so an arm never wins by ending early without a spike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kha_train.analysis.history import DATA_ID
+from kha_train.analysis.loss_law import law_of_run
+from kha_train.analysis.runs import RunData, load_run
+from kha_train.analysis.statistics import SeedInterval, over_seeds
+from kha_train.analysis.studies import Measure, ScaledStudy, Trial
+from kha_train.analysis.summary import Summary, summarise
+
+SMOOTHED = 5
+"""Steps whose mean loss must be at most a threshold."""
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run gave: the values of measures by name (None where the run has none, infinite where it never
+    got there), `seconds` of its attempts, and its source: commit of the code and content id of the data.
+    """
+
+    run_dir: str
+    values: Mapping[str, float | None]
+    diverged: bool
+    seconds: float | None
+    commit: str | None
+    data: str | None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The best rate of an arm. `at_edge`: it is the lowest or highest of several, so a better one may lie outside."""
+
+    rate: float
+    at_edge: bool
+
+
+@dataclass(frozen=True)
+class Compared:
+    """An arm against its reference in one measure: the difference for every seed that both have, its mean with the
+    95 % Student interval over seeds (None with fewer than two, or where a value is infinite), in how many seeds the
+    arm was better and worse, and the two-sided sign test of these.
+    """
+
+    arm: str
+    reference: str
+    measure: str
+    differences: Mapping[int, float]
+    interval: SeedInterval | None
+    better: int
+    worse: int
+    sign_test: float | None
+
+    @property
+    def differs(self) -> bool:
+        """Whether the interval excludes zero."""
+        return self.interval is not None and not self.interval.low <= 0.0 <= self.interval.high
+
+    def sentence(self) -> str:
+        """The result in one line."""
+        names, seeds = f"{self.arm} - {self.reference}, {self.measure}", _counted(len(self.differences), "seed")
+        if self.interval is not None:
+            found = self.interval
+            verdict = "" if self.differs else ": no difference is shown"
+            return f"{names}: {found.mean:+.4g} [{found.low:+.4g}, {found.high:+.4g}] over {seeds}{verdict}"
+        if len(self.differences) < 2:
+            said = "".join(f"{value:+.4g}, " for value in self.differences.values())
+            return f"{names}: {said}no interval: {seeds}, 2 needed"
+        return f"{names}: better in {self.better}, worse in {self.worse} of {seeds}, no interval: not all are finite"
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """An arm at its best rate: values of every measure by seed, the runs, and how many diverged. `by_rate` has the
+    values of the deciding measure at every rate, for every seed on which rates were compared.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    reference: str
+    chosen: Chosen | None
+    by_rate: Mapping[float, Mapping[int, float | None]]
+    values: Mapping[str, Mapping[int, float | None]]
+    runs: Mapping[int, str]
+    diverged: int
+    diverged_by_rate: Mapping[float, int]
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether any rate gave a finite value of the deciding measure."""
+        tried = [value for values in self.by_rate.values() for value in values.values()]
+        return any(value is not None and math.isfinite(value) for value in tried)
+
+    def mean(self, measure: str) -> float | None:
+        """The mean over seeds; None where a seed has no value."""
+        values = list(self.values[measure].values())
+        known = [value for value in values if value is not None]
+        return float(np.mean(known)) if known and len(known) == len(values) else None
+
+    def interval(self, measure: str) -> SeedInterval | None:
+        """The mean with its 95 % Student interval over seeds, where all values are finite."""
+        return _interval(list(self.values[measure].values()))
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """A study as far as its runs are finished; `missing` are the others that the comparison needs."""
+
+    scaled: ScaledStudy
+    arms: Mapping[str, ArmResult]
+    compared: tuple[Compared, ...]
+    missing: tuple[Trial, ...]
+    commits: tuple[str | None, ...]
+    data: tuple[str | None, ...]
+
+    @property
+    def evidence(self) -> str:
+        """How strong it is, from the number of seeds of the deciding comparison that has the fewest."""
+        if self.missing:
+            return f"{_counted(len(self.missing), 'run')} missing: no statement"
+        fewest = min((len(one.differences) for one in self.deciding), default=0)
+        words = {0: "no seed of both arms: not evidence", 1: "1 seed: not evidence", 2: "2 seeds: weak evidence"}
+        return words.get(fewest, f"{fewest} seeds")
+
+    @property
+    def deciding(self) -> list[Compared]:
+        """The comparisons in the measure that decides."""
+        return [one for one in self.compared if one.measure == self.scaled.measures[0].name]
+
+    @property
+    def how_chosen(self) -> str:
+        """How the rate of each arm was chosen, in words."""
+        scale = self.scaled.scale
+        if all(len(scale.rates_of(arm)) == 1 for arm in self.arms):
+            return "one learning rate an arm, not chosen: arms are not compared at their best"
+        if not self.scaled.chooses_apart:
+            return "each arm's best rate was chosen on the compared runs themselves, which flatters every arm"
+        seeds = ", ".join(map(str, scale.rate_seeds))
+        steps = f" in runs of {scale.rate_steps:,} steps" if scale.rate_steps else ""
+        return f"each arm's best rate was chosen on seeds {seeds}{steps}, which no comparison uses"
+
+    def caveats(self) -> list[str]:
+        """What weakens the result, in words."""
+        chosen = [arm for arm in self.arms.values() if arm.chosen]
+        without = [arm.name for arm in chosen if len(arm.by_rate) > 1 and not arm.is_usable]
+        edges = [arm.name for arm in chosen if arm.chosen and arm.chosen.at_edge and arm.name not in without]
+        deciding = self.scaled.measures[0].name
+        found = [f"the best rate is at an edge of its grid: {', '.join(edges)}"] if edges else []
+        found += [f"no rate gave a finite {deciding}, so the lowest was taken: {', '.join(without)}"] if without else []
+        found += [
+            f"{arm.name}: {arm.diverged} of {_counted(len(arm.runs), 'run')} diverged and counts as the worst"
+            for arm in self.arms.values()
+            if arm.diverged
+        ]
+        if len(set(self.commits)) > 1:
+            found.append(f"the runs are of {len(set(self.commits))} commits of the code")
+        if len(set(self.data)) > 1:
+            found.append(f"the runs read {len(set(self.data))} datasets")
+        return found
+
+    @property
+    def sentence(self) -> str:
+        """What may be said, and no more."""
+        deciding = self.deciding
+        if self.missing or min((len(one.differences) for one in deciding), default=0) < 2:
+            return f"{self.evidence}."
+        intervals = [one for one in deciding if one.interval]
+        parts = [self.evidence, *(one.sentence() for one in deciding if one.differs or not one.interval)]
+        alike = [f"{one.arm} - {one.reference}" for one in intervals if not one.differs]
+        if alike:
+            parts.append(f"no difference in {deciding[0].measure} is shown for {', '.join(alike)}")
+        if len(intervals) > 1:
+            chance = 0.05 * len(intervals)
+            parts.append(f"of {len(intervals)} intervals, {chance:.2g} would exclude zero by chance")
+        if self.scaled.scale_name == "cpu":
+            parts.append("this small scale says nothing about the order that the papers print")
+        return f"{'; '.join(parts)}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `result.json` has them; non-finite ones become words there."""
+        scaled, study = self.scaled, self.scaled.study
+        return {
+            "format": FORMAT,
+            "study": scaled.name,
+            "scale": scaled.scale_name,
+            "question": study.question,
+            "source": study.source,
+            "study_sha256": scaled.sha256,
+            "commits": list(dict.fromkeys(self.commits)),
+            "data_content_ids": list(dict.fromkeys(self.data)),
+            "complete": not self.missing,
+            "missing": [asdict(trial) for trial in self.missing],
+            "measures": [{"name": one.name, **asdict(one)} for one in scaled.measures],
+            "rates": self.how_chosen,
+            "arms": {arm.name: self._arm(arm) for arm in self.arms.values()},
+            "comparisons": [asdict(one) | {"sentence": one.sentence()} for one in self.compared],
+            "published": [asdict(one) for one in study.published],
+            "caveats": self.caveats(),
+            "evidence": self.evidence,
+            "sentence": self.sentence,
+        }
+
+    def _arm(self, arm: ArmResult) -> dict[str, Any]:
+        names = [measure.name for measure in self.scaled.measures]
+        intervals = {name: arm.interval(name) for name in names}
+        return {
+            "overrides": list(arm.overrides),
+            "reference": arm.reference or None,
+            "rate": arm.chosen.rate if arm.chosen else None,
+            "rate_at_edge": arm.chosen.at_edge if arm.chosen else None,
+            "by_rate": {f"{rate:g}": dict(values) for rate, values in arm.by_rate.items()},
+            "diverged_by_rate": {f"{rate:g}": count for rate, count in arm.diverged_by_rate.items()},
+            "seeds": list(arm.runs),
+            "runs": list(arm.runs.values()),
+            "values": {name: dict(arm.values[name]) for name in names},
+            "means": {name: arm.mean(name) for name in names},
+            "intervals": {name: asdict(found) if found else None for name, found in intervals.items()},
+            "diverged": arm.diverged,
+        }
+
+
+def outcome_of(run_dir: Path, measures: Sequence[Measure]) -> Outcome:
+    """What the finished run in `run_dir` gave. Raises as `load_run`."""
+    run = load_run(run_dir)
+    summary = summarise(run)
+    diverged = bool(summary.honesty["diverged"]) or summary.end_state == "diverged"
+    worst = {measure.name: -math.inf if measure.larger_is_better else math.inf for measure in measures}
+    values = {measure.name: _value(measure, run, summary) for measure in measures}
+    times = [(each.get("started"), each.get("ended")) for each in run.run.get("attempts", [])]
+    known = [ended - started for started, ended in times if started and ended]
+    commit = run.fact("git.commit")
+    return Outcome(
+        run_dir=str(run_dir),
+        values=worst if diverged else values,
+        diverged=diverged,
+        seconds=sum(known) if len(known) == len(times) and known else None,
+        commit=f"{commit} with changes" if commit and run.fact("git.dirty") else commit,
+        data=run.fact(DATA_ID),
+    )
+
+
+def choose_rates(scaled: ScaledStudy, outcomes: Mapping[Trial, Outcome]) -> dict[str, Chosen] | None:
+    """The best rate of every arm in the deciding measure; None while a run that decides is not finished.
+
+    Best is the rate at which fewest runs failed (diverged, never got there, have no value), then the best mean of the
+    others, then the lower one.
+    """
+    deciding = scaled.rate_trials() if scaled.chooses_apart else scaled.compared_trials()
+    if any(trial not in outcomes for trial in deciding):
+        return None
+    chosen, measure = {}, scaled.measures[0]
+    for arm in scaled.arms:
+        rates = scaled.scale.rates_of(arm)
+        found: dict[float, list[float | None]] = {rate: [] for rate in rates}
+        for trial in deciding:
+            if trial.arm == arm:
+                found[trial.rate].append(outcomes[trial].values[measure.name])
+        best = min((*_rank(measure, values), rate) for rate, values in found.items())[-1]
+        chosen[arm] = Chosen(best, len(rates) > 1 and best in (rates[0], rates[-1]))
+    return chosen
+
+
+def judge(scaled: ScaledStudy, outcomes: Mapping[Trial, Outcome]) -> StudyResult:
+    """The result of the finished runs in `outcomes`."""
+    chosen = choose_rates(scaled, outcomes)
+    deciding = scaled.rate_trials() if scaled.chooses_apart else scaled.compared_trials()
+    needed = scaled.compared_trials({arm: one.rate for arm, one in chosen.items()}) if chosen else deciding
+    arms = {}
+    for name, arm in scaled.arms.items():
+        rate = chosen[name].rate if chosen else None
+        own = {t.seed: outcomes[t] for t in needed if chosen and t in outcomes and (t.arm, t.rate) == (name, rate)}
+        tried = [(t, outcomes[t]) for t in deciding if t.arm == name and t in outcomes]
+        rates = scaled.scale.rates_of(name)
+        arms[name] = ArmResult(
+            name=name,
+            overrides=arm.overrides,
+            reference=arm.reference,
+            chosen=chosen[name] if chosen else None,
+            by_rate={
+                rate: {t.seed: one.values[scaled.measures[0].name] for t, one in tried if t.rate == rate}
+                for rate in rates
+            },
+            values={m.name: {seed: one.values[m.name] for seed, one in own.items()} for m in scaled.measures},
+            runs={seed: one.run_dir for seed, one in own.items()},
+            diverged=sum(one.diverged for one in own.values()),
+            diverged_by_rate={rate: sum(one.diverged for t, one in tried if t.rate == rate) for rate in rates},
+        )
+    return StudyResult(
+        scaled=scaled,
+        arms=arms,
+        compared=tuple(
+            _compared(arms[arm.reference], arms[arm.name], measure)
+            for arm in scaled.arms.values()
+            if arm.reference
+            for measure in scaled.measures
+        ),
+        missing=tuple(trial for trial in needed if trial not in outcomes),
+        commits=tuple(one.commit for one in outcomes.values()),
+        data=tuple(one.data for one in outcomes.values()),
+    )
+
+
+def _compared(reference: ArmResult, arm: ArmResult, measure: Measure) -> Compared:
+    pairs = {seed: (arm.values[measure.name][seed], reference.values[measure.name].get(seed)) for seed in arm.runs}
+    known = {seed: (a, b) for seed, (a, b) in pairs.items() if a is not None and b is not None}
+    # Of two infinite values neither is better.
+    differences = {seed: 0.0 if a == b else a - b for seed, (a, b) in known.items()}
+    sign = 1.0 if measure.larger_is_better else -1.0
+    better = sum(sign * value > 0 for value in differences.values())
+    worse = sum(sign * value < 0 for value in differences.values())
+    infinite = any(not (math.isfinite(a) and math.isfinite(b)) for a, b in known.values())
+    return Compared(
+        arm=arm.name,
+        reference=reference.name,
+        measure=measure.name,
+        differences=differences,
+        interval=None if infinite else over_seeds(list(differences.values())),
+        better=better,
+        worse=worse,
+        sign_test=sign_test(better, worse),
+    )
+
+
+def sign_test(better: int, worse: int) -> float | None:
+    """The two-sided probability that as many or more of the signs agree by chance; None without a sign."""
+    count, rarer = better + worse, min(better, worse)
+    if not count:
+        return None
+    chance: float = 2 * sum(math.comb(count, k) for k in range(rarer + 1)) / 2**count
+    return min(1.0, chance)
+
+
+def _rank(measure: Measure, values: Sequence[float | None]) -> tuple[int, float]:
+    usable = [value for value in values if value is not None and math.isfinite(value)]
+    sign = -1.0 if measure.larger_is_better else 1.0
+    return len(values) - len(usable), sign * float(np.mean(usable)) if usable else math.inf
+
+
+def _value(measure: Measure, run: RunData, summary: Summary) -> float | None:
+    if measure.kind == "steps_to":
+        return _steps_to(run, measure.threshold)
+    if measure.kind == "spikes":
+        found = summary.honesty["spikes"]
+        return None if found is None else float(found)
+    if measure.kind == "loss_law":
+        law = law_of_run(run)
+        return None if law is None else law.at(measure.tokens)
+    if measure.kind == "entry":
+        entries, _, name = measure.entry.rpartition("/")
+        series = run.evaluations.get(entries, {}).get(name)
+        return None if series is None else series.last
+    value: float | None = summary.results["final_loss" if measure.kind == "train_loss" else measure.kind]
+    return value
+
+
+def _steps_to(run: RunData, threshold: float) -> float:
+    """The step at which the mean loss of the last `SMOOTHED` steps is first at most `threshold`; infinite if never."""
+    loss = run.column("train/loss")
+    if len(loss) < SMOOTHED:
+        return math.inf
+    means = np.convolve(loss, np.full(SMOOTHED, 1.0 / SMOOTHED), mode="valid")
+    reached = np.flatnonzero(means <= threshold)
+    return float(run.steps[reached[0] + SMOOTHED - 1]) if len(reached) else math.inf
+
+
+def _interval(values: Sequence[float | None]) -> SeedInterval | None:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return over_seeds(known) if len(known) == len(values) else None
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}{'s' * (count != 1)}"

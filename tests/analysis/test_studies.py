@@ -1,0 +1,176 @@
+"""Studies as data, and results computed by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from kha_train.analysis.studies import ScaledStudy, Trial, load_study, study_names
+from kha_train.analysis.study_page import study_page
+from kha_train.analysis.study_results import Outcome, StudyResult, choose_rates, judge, sign_test
+from kha_train.cli.output import strict
+from kha_train.errors import ConfigError
+
+TEXT = """
+question: Which is lower?
+source: a test
+reference: base
+arms:
+  - {name: base, overrides: [attention=gqa]}
+  - {name: mlp, overrides: [attention=kha_mlp]}
+measures: [{kind: train_loss}, {kind: spikes}]
+published: [{what: a table, arm: mlp, value: 1.5}]
+cpu: {steps: 2, rates: [0.1, 0.2, 0.4], seeds: [0, 1, 2], rate_seeds: [7]}
+paper: {steps: 9, rates: [0.1, 0.2], seeds: [0, 1, 2]}
+"""
+
+
+@pytest.fixture
+def scaled(tmp_path: Path) -> ScaledStudy:
+    return written(tmp_path, TEXT)
+
+
+def written(folder: Path, text: str, scale: str = "cpu") -> ScaledStudy:
+    (folder / "mine.yaml").write_text(text)
+    return load_study(str(folder / "mine.yaml"), scale)
+
+
+def outcome(loss: float | None, spikes: float = 0.0, diverged: bool = False) -> Outcome:
+    values = {"train_loss": math.inf, "spikes": math.inf} if diverged else {"train_loss": loss, "spikes": spikes}
+    return Outcome("run", values, diverged, 1.0, "abc", "data")
+
+
+def by_rate(losses: dict[str, list[float]]) -> dict[Trial, Outcome]:
+    """The runs that choose rates, from the loss at every rate."""
+    rates = (0.1, 0.2, 0.4)
+    return {
+        Trial(arm, rate, 7, "rate"): outcome(loss, diverged=math.isinf(loss))
+        for arm, values in losses.items()
+        for rate, loss in zip(rates, values, strict=True)
+    }
+
+
+def compared(arm: str, rate: float, losses: list[float]) -> dict[Trial, Outcome]:
+    return {Trial(arm, rate, seed): outcome(loss, diverged=math.isinf(loss)) for seed, loss in enumerate(losses)}
+
+
+def judged(scaled: ScaledStudy, base: list[float], mlp: list[float]) -> StudyResult:
+    chosen = by_rate({"base": [3.0, 2.0, 4.0], "mlp": [3.0, 2.5, 2.4]})
+    return judge(scaled, chosen | compared("base", 0.2, base) | compared("mlp", 0.4, mlp))
+
+
+def test_every_shipped_study_is_read_at_both_scales_and_its_published_arms_exist_on_paper() -> None:
+    assert {"copy", "position", "kv_heads", "bases", "ladder"} <= set(study_names())
+    for name in study_names():
+        for scale in ("cpu", "paper"):
+            found = load_study(name, scale)
+            assert found.arms and found.study.question.endswith("?") and found.sha256
+            assert any(arm.reference for arm in found.arms.values()), name
+        assert {one.arm for one in found.study.published} <= found.arms.keys(), name
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "word"),
+    [
+        ("reference: base", "reference: bass", "no arm 'bass'"),
+        ("name: mlp", "name: base", "one name"),
+        ("name: mlp", "name: a/b", "not a name"),
+        ("rate_seeds: [7]", "rate_seeds: [2]", "each seed"),
+        ("rates: [0.1, 0.2, 0.4]", "rates: []", "rate"),
+        ("seeds: [0, 1, 2], rate", "seeds: [], rate", "seed"),
+        ("steps: 2,", "steps: 2, stepps: 3,", "stepps"),
+        ("kind: spikes", "kind: entry", "entry"),
+        ("question: Which", "questoin: Which", "questoin"),
+    ],
+)
+def test_a_study_that_is_wrong_is_refused_with_the_reason(tmp_path: Path, before: str, after: str, word: str) -> None:
+    assert before in TEXT
+    with pytest.raises(ConfigError, match=word):
+        written(tmp_path, TEXT.replace(before, after, 1))
+
+
+def test_an_unknown_study_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="copy"):
+        load_study("copi", "cpu")
+    with pytest.raises(ConfigError, match="cpu, paper"):
+        load_study("copy", "gpu")
+
+
+def test_the_best_rate_has_the_fewest_failures_then_the_best_mean(scaled: ScaledStudy) -> None:
+    chosen = choose_rates(scaled, by_rate({"base": [3.0, 2.0, 4.0], "mlp": [3.0, 2.9, math.inf]}))
+    assert chosen is not None
+    assert (chosen["base"].rate, chosen["base"].at_edge) == (0.2, False)
+    assert (chosen["mlp"].rate, chosen["mlp"].at_edge) == (0.2, False)
+    edge = choose_rates(scaled, by_rate({"base": [3.0, 2.0, 4.0], "mlp": [3.0, 2.5, 2.4]}))
+    assert edge is not None and (edge["mlp"].rate, edge["mlp"].at_edge) == (0.4, True)
+    assert choose_rates(scaled, by_rate({"base": [3.0, 2.0, 4.0]})) is None, "not while a run is missing"
+
+
+def test_the_rate_is_chosen_on_other_runs_and_only_the_compared_ones_at_it_are_needed(scaled: ScaledStudy) -> None:
+    nothing = judge(scaled, {})
+    assert set(nothing.missing) == set(scaled.rate_trials()) and "no statement" in nothing.sentence
+    half = judge(scaled, by_rate({"base": [3.0, 2.0, 4.0], "mlp": [3.0, 2.5, 2.4]}))
+    assert set(half.missing) == {
+        *(Trial("base", 0.2, seed) for seed in range(3)),
+        *(Trial("mlp", 0.4, seed) for seed in range(3)),
+    }
+    assert "seeds 7, which no comparison uses" in half.how_chosen
+
+
+def test_differences_are_paired_by_seed_with_the_interval_of_student(scaled: ScaledStudy) -> None:
+    """Differences -0.3, -0.1, -0.2: mean -0.2, deviation 0.1, half 4.303 x 0.1 / sqrt(3) = 0.24843."""
+    result = judged(scaled, [2.0, 2.1, 2.2], [1.7, 2.0, 2.0])
+    (loss, _) = result.compared
+    assert loss.interval is not None and not loss.differs
+    assert [loss.interval.mean, loss.interval.low, loss.interval.high] == pytest.approx(
+        [-0.2, -0.44843, 0.04843], abs=1e-4
+    )
+    assert (loss.better, loss.worse, loss.sign_test) == (3, 0, 0.25)
+    assert "3 seeds" in result.sentence and "no difference in train_loss is shown for mlp - base" in result.sentence
+    clear = judged(scaled, [2.0, 2.1, 2.2], [1.8, 1.9, 2.001])
+    assert clear.compared[0].differs and "mlp - base, train_loss: -0.19" in clear.sentence
+    assert "nothing about the order" in clear.sentence
+
+
+def test_a_run_that_diverged_is_the_worst_of_every_measure(scaled: ScaledStudy) -> None:
+    result = judged(scaled, [2.0, 2.1, 2.2], [1.0, 1.0, math.inf])
+    loss, spikes = result.compared
+    assert loss.interval is None and (loss.better, loss.worse) == (2, 1)
+    assert (spikes.better, spikes.worse) == (0, 1), "no spike was counted in it, and it does not win by that"
+    assert "1 of 3 runs diverged" in "; ".join(result.caveats()) and "not all are finite" in result.sentence
+    answer = json.loads(json.dumps(strict(result.to_dict())))
+    assert answer["arms"]["mlp"]["diverged"] == 1 and answer["arms"]["mlp"]["values"]["spikes"]["2"] == "inf"
+
+
+def test_one_seed_is_no_evidence_and_two_are_weak(tmp_path: Path) -> None:
+    for seeds, words in (("[0]", "1 seed: not evidence."), ("[0, 1]", "2 seeds: weak evidence")):
+        scaled = written(tmp_path, TEXT.replace("[0, 1, 2], rate", f"{seeds}, rate"))
+        count = seeds.count(",") + 1
+        result = judged(scaled, [2.0, 2.1][:count], [1.0, 1.1][:count])
+        assert result.sentence.startswith(words) and (count == 2 or result.sentence == words)
+
+
+def test_rates_chosen_on_the_compared_runs_are_said_to_be(tmp_path: Path) -> None:
+    scaled = written(tmp_path, TEXT, "paper")
+    losses = {("base", 0.1): 2.0, ("base", 0.2): 3.0, ("mlp", 0.1): 2.5, ("mlp", 0.2): 1.0}
+    result = judge(scaled, {t: outcome(losses[t.arm, t.rate] + 0.01 * t.seed) for t in scaled.compared_trials()})
+    assert not result.missing and "flatters" in result.how_chosen
+    assert {name: arm.chosen.rate for name, arm in result.arms.items() if arm.chosen} == {"base": 0.1, "mlp": 0.2}
+    assert result.arms["mlp"].mean("train_loss") == pytest.approx(1.01)
+    assert "nothing about the order" not in result.sentence
+    one = written(tmp_path, TEXT.replace("rates: [0.1, 0.2], seeds", "rates: [0.1], seeds"), "paper")
+    assert "one learning rate" in judge(one, {}).how_chosen
+
+
+def test_the_sign_test_is_the_binomial_one() -> None:
+    assert [sign_test(5, 0), sign_test(4, 1), sign_test(1, 1), sign_test(0, 0)] == [0.0625, 0.375, 1.0, None]
+
+
+def test_the_page_says_the_sentence_the_arms_and_what_was_published(scaled: ScaledStudy) -> None:
+    page = study_page(judged(scaled, [2.0, 2.1, 2.2], [1.7, 2.0, 2.0]), {"base": "report/base/index.html"})
+    for word in ("no difference in train_loss", "| mlp | base | 0.4 (edge) | 3 | 0 | 1.9 [", "| a table | mlp | 1.5 |",
+                 "report/base/index.html", "`attention=kha_mlp`"):  # fmt: skip
+        assert word in page
