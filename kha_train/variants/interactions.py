@@ -75,7 +75,8 @@ class KnockingOptions(MatrixOptions, ABC):
     """Knocking-heads: matrices on any of the projections q, k, v (KHA eq 5-9).
 
     `share`: `heads` is the paper's, one matrix for all heads of a kind; with `none` every head has its own, so heads
-    exchange nothing, which shows what sharing does.
+    exchange nothing, which shows what sharing does. `value_only`: on a tied base, the map of v changes values and not
+    the keys that are made of the same states.
     """
 
     matrices: ClassVar[dict[str, float]]
@@ -88,13 +89,26 @@ class KnockingOptions(MatrixOptions, ABC):
     """The same where the matrices need no gradient."""
     projections: tuple[Projection, ...]
     share: Literal["heads", "none"] = "heads"
+    value_only: bool = False
 
     def invalid(self) -> ConfigError | None:
         """At least one projection, each once."""
+        if self.value_only and "v" not in self.projections:
+            return ConfigError(
+                "values are not mapped",
+                field="attention.interaction.value_only",
+                value=True,
+                fix=Settings("attention.interaction.value_only=false"),
+            )
         return _each_once("projections", self.projections) or self.init.invalid() or super().invalid()
 
     def refuses(self, base: BaseOptions) -> str | None:
-        """A tied base has no keys to act on."""
+        """A tied base has no keys to act on, and only on one a map of v reaches keys."""
+        if self.value_only and not base.heads().tied:
+            return (
+                f"{base.name} has values of its own, so a map of v changes nothing else; take "
+                "attention.interaction.value_only=false"
+            )
         if base.heads().tied and "k" in self.projections:
             return f"{TIED}; take attention.interaction.projections=[v] or [q,v]"
         return super().refuses(base)
@@ -135,16 +149,23 @@ class KnockingLinearOptions(KnockingOptions, FoldableOptions):
         return 0 if way.folded else super().saved_numbers(heads, way)
 
     def folded_numbers(self, heads: HeadShape, inputs: InputWidths) -> int:
-        """The weights of the projections."""
-        return sum(heads.count(p) * heads.width(p) * getattr(inputs, p) for p in self.projections)
+        """The weights of the projections, or of the output projection for values alone."""
+        return sum(heads.width(p) * self._rows(heads, inputs, p) for p in self.projections)
 
     def saved_flops(self, heads: HeadShape) -> int:
         """All of it."""
         return self.flops(heads)
 
     def fold_flops(self, heads: HeadShape, inputs: InputWidths) -> int:
-        """Every head's columns of the projection times the matrix."""
-        return sum(2 * heads.count(p) * heads.width(p) ** 2 * getattr(inputs, p) for p in self.projections)
+        """Every head's part of these weights times the matrix."""
+        return sum(2 * heads.width(p) ** 2 * self._rows(heads, inputs, p) for p in self.projections)
+
+    def _rows(self, heads: HeadShape, inputs: InputWidths, projection: Projection) -> int:
+        """How many vectors of a head's width are in the weight that the map of `projection` is multiplied into."""
+        if projection == "v" and self.value_only:
+            return heads.query_heads * inputs.output
+        count: int = heads.count(projection) * getattr(inputs, projection)
+        return count
 
     def absorbed(self) -> InteractionOptions | None:
         """Nothing is left (KHA eq 8)."""
@@ -194,7 +215,7 @@ class KnockingMlpOptions(_NonLinearOptions, FoldableOptions):
         """Attention must be linear in what is folded."""
         if "v" not in self.projections:
             return "only the map of v reaches the output projection"
-        if heads.tied:
+        if heads.tied and not self.value_only:
             return "the tied state is key as well as value, and scores are not linear in it"
         return None
 

@@ -382,6 +382,7 @@ class _SilentRun:
 
 
 RANDOM_MEA = ("attention=mea", "attention.interaction.init.kind=random")
+GATED = ("interaction@attention.interaction=knocking_gate", "attention.interaction.init.kind=random")
 Change = tuple[Any, Callable[..., Any]] | tuple[Any, Callable[..., Any], str]
 CHANGES: dict[str, Change] = {
     "run.dir": ("runs/elsewhere", run_files),
@@ -410,6 +411,7 @@ CHANGES: dict[str, Change] = {
     "attention.interaction.projections": ("[q,v]", plan),
     "attention.interaction.share": ("none", shapes),
     "attention.interaction.train": ("false", plan),
+    "attention.interaction.value_only": ("true", first_loss, "attention=gta", *GATED),
     "attention.interaction.impl": ("eager", folding),
     "attention.interaction.init.kind": ("random", initial_values),
     "attention.interaction.init.scale": (0.5, initial_values, "attention.interaction.init.kind=scaled_identity"),

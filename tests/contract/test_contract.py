@@ -68,6 +68,7 @@ ADMITTED = {
     ("gta", "explicit"): ("attention.interaction.compose=[v]",),
 }
 """Settings by which a pair is possible that its presets alone refuse."""
+VALUES = ("attention.interaction.value_only=true", "attention.interaction.projections=[v]")
 FURTHER = (
     ("mqa", "knocking_mlp", ()),
     ("mha", "explicit", ()),
@@ -83,6 +84,10 @@ FURTHER = (
     ("gqa", "knocking_gate", ("attention.interaction.share=none",)),
     ("gta", "knocking_mlp", ("attention.interaction.share=none",)),
     ("mla", "knocking_linear", ("attention.interaction.share=none",)),
+    ("gta", "knocking_linear", ("attention.interaction.value_only=true", "attention.interaction.projections=[q,v]")),
+    ("gta", "knocking_linear", (*VALUES, "attention.interaction.share=none")),
+    ("gta", "knocking_mlp", ("attention.interaction.value_only=true",)),
+    ("gta", "knocking_gate", ("attention.interaction.value_only=true",)),
     ("gqa", "knocking_linear", ("attention.interaction.train=false",)),
     ("gqa", "knocking_mlp", ("attention.interaction.train=false",)),
     ("gqa", "knocking_gate", ("attention.interaction.train=false",)),

@@ -88,6 +88,14 @@ def test_every_pair_that_composes_saves_what_is_reckoned(base: str, interaction:
         ["attention=kha_mlp", "attention.interaction.impl=folded"],
         ["attention=kha_mlp", "attention.interaction.impl=eager"],
         *(
+            [
+                *("attention=gta", "model.kv_heads=2", "interaction@attention.interaction=knocking_mlp"),
+                *("attention.interaction.value_only=true", f"attention.interaction.impl={impl}", split),
+            ]
+            for impl in ("eager", "folded")
+            for split in ("data.isolate_documents=false", "data.isolate_documents=true")
+        ),
+        *(
             [f"attention={variant}", "attention.interaction.share=none", f"attention.interaction.impl={impl}"]
             for variant in ("kha_mlp", "kha_linear")
             for impl in ("eager", "folded")

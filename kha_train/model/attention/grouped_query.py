@@ -44,6 +44,7 @@ class GroupedQueryAttention(Attention):
         q_BTHK = rows.norm_and_turn(self.query_norm, q_BTHK)
         k_BUGK = self.interaction.rotated_keys(rows.norm_and_turn(self.key_norm, k_BUGK))
         k_BUGK, v_BUGK = rows.with_past(self, k_BUGK, v_BUGK)
+        k_BUGK, v_BUGK = self.interaction.read_keys(k_BUGK), self.interaction.read_values(v_BUGK)
         out_BTHK = self.attend(q_BTHK, k_BUGK, v_BUGK, rows.documents, self.scale)
         out_BTD: Tensor = self.output(self.interaction.outputs(out_BTHK), folds.output)
         return out_BTD

@@ -2,7 +2,7 @@
 key. The other half of the key is one rotary head, shared by all heads.
 
 An interaction on v acts on the tied state before it is split, so that one state is cached and the interaction affects
-the keys too.
+the keys too. One that acts on values alone (`value_only`) does so after the cache, which keeps the state itself.
 """
 
 # B batch   T tokens (U: attended tokens)   D model width   H query heads   G tied heads   K head width   R = K / 2
@@ -28,7 +28,7 @@ class GroupedTiedAttention(Attention):
     over each half of the key, so that the cached rotary half stays one head.
     """
 
-    folded: ClassVar[dict[str, str]] = {"q": "query", "v": "tied"}
+    folded: ClassVar[dict[str, str]] = {"q": "query", "v": "tied", "output": "output"}
 
     def __init__(self, config: RunConfig, resolved: Resolved) -> None:
         super().__init__(config, resolved)
@@ -53,8 +53,10 @@ class GroupedTiedAttention(Attention):
         q_BTHK = torch.cat((q_BTHK[..., :still], rows.turn(q_BTHK[..., still:])), dim=-1)
         turned_BU1R = rows.turn(self.rotary_key_norm(self.rotary_key(x_BTD)))
         state_BUGK, turned_BU1R = rows.with_past(self, state_BUGK, turned_BU1R)
+        state_BUGK = self.interaction.read_keys(state_BUGK)
         still_BUGR = self.key_norm(state_BUGK[..., :still])
         k_BUGK = torch.cat((still_BUGR, turned_BU1R.expand(-1, -1, self.heads.kv_heads, -1)), dim=-1)
-        out_BTHK = self.attend(q_BTHK, k_BUGK, state_BUGK, rows.documents, self.scale)
+        v_BUGK = self.interaction.read_values(state_BUGK)
+        out_BTHK = self.attend(q_BTHK, k_BUGK, v_BUGK, rows.documents, self.scale)
         out_BTD: Tensor = self.output(self.interaction.outputs(out_BTHK), folds.output)
         return out_BTD

@@ -1,10 +1,11 @@
 """The contract of a head interaction, through which heads exchange information.
 
-An interaction acts at up to four places: on the projected q, k, v (`forward`); on keys after norm and rotation
-(`rotated_keys`); on the head outputs before the output projection (`outputs`); and, where the mathematics allows, as a
-fold into the weights beside it (`folds`). A base calls all of them; each does nothing unless a variant overrides it. A
-parameter may be used only inside the forward of the module that owns it (sharded engines gather it there), so matrices
-are `Matrix` modules, which return copies.
+An interaction acts at up to five places: on the projected q, k, v (`forward`); on keys after norm and rotation
+(`rotated_keys`); on keys and values as attention reads them, after the cache (`read_keys`, `read_values`); on the head
+outputs before the output projection (`outputs`); and, where the mathematics allows, as a fold into the weights beside
+it (`folds`). A base calls all of them; each does nothing unless a variant overrides it. A parameter may be used only
+inside the forward of the module that owns it (sharded engines gather it there), so matrices are `Matrix` modules, which
+return copies.
 """
 
 # B batch   T tokens   H query heads   G key/value heads   K query/key head width   W value head width
@@ -67,6 +68,16 @@ class Interaction(DeclaredModule, ABC):
     def rotated_keys(self, k_BTGK: Tensor) -> Tensor:
         """Keys after QK-norm and RoPE."""
         return k_BTGK
+
+    def read_keys(self, k_BUGK: Tensor) -> Tensor:
+        """Keys as attention reads them, those of earlier tokens in the cache included; on a tied base its states,
+        before keys and values are made of them.
+        """
+        return k_BUGK
+
+    def read_values(self, v_BUGW: Tensor) -> Tensor:
+        """The same of values."""
+        return v_BUGW
 
     def outputs(self, out_BTHW: Tensor) -> Tensor:
         """Head outputs before the output projection."""

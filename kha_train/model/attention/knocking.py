@@ -36,7 +36,7 @@ class Knocking(Interaction):
 
     def __init__(self, options: KnockingOptions, heads: HeadShape, way: Implementation) -> None:
         super().__init__(options, heads, way)
-        self.fused = way.name == "triton"
+        self.fused, self.value_only = way.name == "triton", options.value_only
         self.maps = nn.ModuleDict({p: self.head_map(options.shape(heads, p), options) for p in options.projections})
 
     @abstractmethod
@@ -45,7 +45,12 @@ class Knocking(Interaction):
 
     def forward(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Interaction.forward`."""
-        return self._map("q", q_BTHK), self._map("k", k_BTGK), self._map("v", v_BTGW)
+        v_BTGW = v_BTGW if self.value_only else self._map("v", v_BTGW)
+        return self._map("q", q_BTHK), self._map("k", k_BTGK), v_BTGW
+
+    def read_values(self, v_BUGW: Tensor) -> Tensor:
+        """See `Interaction.read_values`."""
+        return self._map("v", v_BUGW) if self.value_only else v_BUGW
 
     def _map(self, projection: str, x_BTHK: Tensor) -> Tensor:
         return self.maps[projection](x_BTHK) if projection in self.maps else x_BTHK
@@ -63,8 +68,9 @@ class KnockingLinear(Knocking):
         return knocking_matrix("map", shape, options)
 
     def linear_maps(self) -> Folds:
-        """All of it."""
-        return Folds(**{projection: HeadMap(within_KK=matrix()) for projection, matrix in self.maps.items()})
+        """All of it; attention is linear in values, so a map of values alone is one of outputs."""
+        places = {projection: projection for projection in self.maps} | ({"v": "output"} if self.value_only else {})
+        return Folds(**{places[projection]: HeadMap(within_KK=matrix()) for projection, matrix in self.maps.items()})
 
     def _map(self, projection: str, x_BTHK: Tensor) -> Tensor:
         if projection not in self.maps or self.folded:

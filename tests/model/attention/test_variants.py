@@ -106,6 +106,40 @@ def test_grouped_tied_attention_shares_one_state_between_values_and_half_of_the_
     torch.testing.assert_close(attention(X[None], rows)[0], torch.cat(outputs, -1) @ attention.output.weight.T)
 
 
+@pytest.mark.parametrize("impl", ["eager", "folded"])
+@pytest.mark.parametrize("value_only", [True, False])
+@pytest.mark.parametrize("name", ["knocking_linear", "knocking_mlp", "knocking_gate"])
+def test_on_a_tied_state_knocking_reaches_the_keys_too_or_the_values_alone(name, value_only, impl):
+    settings = [f"attention.interaction.value_only={value_only}".lower(), "attention.interaction.projections=[v]"]
+    settings += [] if name == "knocking_gate" else [f"attention.interaction.impl={impl}"]
+    if name == "knocking_mlp" and not value_only and impl == "folded":
+        with pytest.raises(ConfigError, match="key as well as value"):
+            scrambled("attention=gta", f"interaction@attention.interaction={name}", *settings)
+        return
+    attention, rows = scrambled("attention=gta", f"interaction@attention.interaction={name}", *settings), rows_of(4)
+    matrices = list(attention.interaction.maps["v"].parameters())
+
+    def knocked(state):
+        if name == "knocking_linear":
+            return state @ matrices[0]
+        if name == "knocking_gate":
+            return 2 * state * torch.sigmoid(state @ matrices[0])
+        up, gate, down = matrices
+        return 2 * ((state @ up) * torch.sigmoid(state @ gate)) @ down
+
+    turned = turn(normalise(heads_of(attention.rotary_key, X)[0], attention.rotary_key_norm.weight), rows)
+    states = heads_of(attention.tied, X)
+    values = [knocked(state) for state in states]
+    keys = states if value_only else values
+    outputs = []
+    for head, query in enumerate(heads_of(attention.query, X)):
+        query = normalise(query, attention.query_norm.weight)
+        query = torch.cat((query[:, :4], turn(query[:, 4:], rows)), -1)
+        key = torch.cat((normalise(keys[head // 2][:, :4], attention.key_norm.weight), turned), -1)
+        outputs.append(softmax(query @ key.T / math.sqrt(8)) @ values[head // 2])
+    torch.testing.assert_close(attention(X[None], rows)[0], torch.cat(outputs, -1) @ attention.output.weight.T)
+
+
 def test_talking_heads_mix_scores_and_weights():
     attention, rows = scrambled("attention=talking_heads"), rows_of(8)
     keys = [turn(normalise(key, attention.key_norm.weight), rows) for key in heads_of(attention.key, X)]
@@ -147,6 +181,16 @@ def test_the_gate_is_twice_the_value_times_a_sigmoid():
         (
             ["attention=kha_mlp", "attention.interaction.share=none", "attention.interaction.impl=triton"],
             "every head has its own",
+        ),
+        (["attention=kha_mlp", "attention.interaction.value_only=true"], "values of its own"),
+        (
+            [
+                "attention=gta",
+                "interaction@attention.interaction=knocking_mlp",
+                "attention.interaction.value_only=true",
+                "attention.interaction.projections=[q]",
+            ],
+            "values are not mapped",
         ),
         (["attention=mea", "attention.interaction.compose=[q]"], "eq 11"),
         (["attention=kha_gate", "attention.interaction.init.kind=scaled_identity"], "nothing to scale"),
