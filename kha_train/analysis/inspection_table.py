@@ -5,19 +5,44 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from kha_train.analysis.inspection import Inspection, LayerInspection, mean_off_diagonal, path_of
 
-COLUMNS = {
-    "cosine": "cos", "centred_cosine": "c-cos", "cka": "CKA", "cosine_rank": "rank", "entropy": "entr",
-    "distance": "dist", "sink": "sink", "diversity": "JS", "gate": "gate", "matrix_distance": "|M-I|",
-    "rise_mean": "rise", "rise_head": "head",
+
+class Meaning(NamedTuple):
+    """How a figure is called on the page, in the narrower terminal ("": not shown there), and what it means."""
+
+    heading: str
+    column: str
+    meaning: str
+
+
+MEANINGS = {
+    "cosine": Meaning("cosine", "cos", "mean over tokens and pairs of heads of the cosine of their outputs"),
+    "centred_cosine": Meaning("centred cosine", "c-cos", "the same less each head's mean output"),
+    "cka": Meaning("CKA", "CKA", "linear centred kernel alignment, mean over pairs of heads; blind to their bases"),
+    "cka_floor": Meaning("CKA floor", "", "that of independent heads from so few tokens, if tokens were independent"),
+    "cosine_rank": Meaning("rank", "rank", "effective rank of the cosines: from 1, all alike, to the number of heads"),
+    "centred_rank": Meaning("centred rank", "", "the same of the centred cosines"),
+    "head_rank": Meaning("rank of a head", "", "effective rank of the covariance of a head's outputs, up to its width"),
+    "entropy": Meaning("entropy", "entr", "of attention weights, as a share of the largest possible, log(t + 1)"),
+    "distance": Meaning("distance", "dist", "mean number of tokens between a token and those it attends to"),
+    "sink": Meaning("sink", "sink", "weight on the first token of the document"),
+    "diversity": Meaning("divergence", "JS", "of a head's weights from the mean of all heads, in nats; its mean over "
+                         "heads is the Jensen-Shannon divergence, 0 if all are alike"),
+    "gate": Meaning("gate", "gate", "mean of sigmoid gates, 0.5 before training"),
+    "matrix_distance": Meaning("|M - I|", "|M-I|", "Frobenius norm over all learned matrices of what differs from the "
+                               "identity"),
+    "rise": Meaning("loss rise", "", "by how much the loss rises without the head, in nats per token"),
+    "rise_mean": Meaning("loss rise", "rise", "without a head, in nats per token, mean over heads"),
+    "rise_largest": Meaning("largest rise", "", "that of the most important head"),
+    "rise_head": Meaning("of head", "head", "the most important head"),
 }  # fmt: skip
-"""Figures of a row on the terminal, with their headings."""
+"""The figures of a row."""
 
 
 def layer_row(layer: LayerInspection) -> dict[str, Any]:
@@ -92,16 +117,17 @@ def _mean_row(inspection: Inspection) -> dict[str, Any]:
 
 
 def _table(first: str, rows: Sequence[tuple[str, dict[str, Any]]]) -> Table:
-    shown = [name for name in COLUMNS if any(row[name] is not None for _, row in rows)]
+    shown = [name for name, one in MEANINGS.items() if one.column and any(row[name] is not None for _, row in rows)]
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for name in (first, *(COLUMNS[name] for name in shown)):
+    for name in (first, *(MEANINGS[name].column for name in shown)):
         table.add_column(name, justify="right")
     for name, row in rows:
-        table.add_row(name, *(_short(row[key]) for key in shown))
+        table.add_row(name, *(short(row[key]) for key in shown))
     return table
 
 
-def _short(value: float | None) -> str:
+def short(value: float | None) -> str:
+    """A figure with three digits; "-" for none."""
     if value is None:
         return "-"
     return str(value) if isinstance(value, int) else f"{value:.3g}"

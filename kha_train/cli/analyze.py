@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from kha_train.analysis.inspection import PROBE_TOKENS, read_inspections
+from kha_train.analysis.inspection_page import write_page
 from kha_train.analysis.inspection_table import answer_of, print_inspections
 from kha_train.cli.output import note, print_json
 from kha_train.cli.progress import progress_bar
+from kha_train.literal import say
 from kha_train.record.finding import find_runs
 from kha_train.record.labels import distinct
 from kha_train.telemetry.terminal import LiteralConsole
@@ -40,9 +42,14 @@ def analyze(
     answers = []
     for run, label in zip(found, distinct([run.name for run in found], list(map(str, found))), strict=True):
         inspections = analyze_run(run, request, note, progress_bar)
+        # None is current if the run went back behind its newest checkpoint meanwhile.
+        saved = read_inspections(run) or inspections
+        page = write_page(run, label, saved)
         if as_json:
-            answers.append({"run": str(run), "checkpoints": [answer_of(run, one) for one in inspections]})
+            checkpoints = [answer_of(run, one) for one in inspections]
+            answers.append({"run": str(run), "page": str(page), "checkpoints": checkpoints})
         else:
-            print_inspections(label, inspections[-1], read_inspections(run), LiteralConsole())
+            print_inspections(label, inspections[-1], saved, LiteralConsole())
+            say(f"page: {page}")
     if as_json:
         print_json({"runs": answers}, indent=2)
