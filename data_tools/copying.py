@@ -1,8 +1,8 @@
-"""Synthetic tasks: documents with a part that cannot be predicted, a mark, and an answer that follows from it.
+"""Documents to be copied: random symbols, a mark, the same symbols again, the end.
 
-Copy: random symbols, the mark, the same symbols. With n symbols out of V, a document costs at best n ln V nats of its
-2 n + 2 tokens, and a model that has not learned to copy pays 2 n ln V. So the train loss begins near ln V and falls to
-about half of that; a threshold between the two says when copying was learned.
+With n symbols out of V, a document costs at best n ln V nats of its 2 n + 2 tokens, and a model that has not learned to
+copy pays 2 n ln V. So the train loss begins near ln V and falls to about half of that; a threshold between the two says
+when copying was learned.
 """
 
 from __future__ import annotations

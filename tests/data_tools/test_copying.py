@@ -1,4 +1,4 @@
-"""Synthetic tasks: what a document is, and that it is learnable as the page says."""
+"""Documents to be copied: what they are, and what a dataset of them says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.tasks import ANSWER_ID, FIRST_SYMBOL, copies, write_copy
+from data_tools.copying import ANSWER_ID, FIRST_SYMBOL, copies, write_copy
 from kha_train.data.format.shards import ShardSet
 
 
