@@ -75,6 +75,10 @@ REFUSED = {
     "a norm of latents": "compose attention=mla attention.qk_norm=per_head",
     "latents without rotation": "compose attention=mla attention.positions=none",
     "a projection twice": "compose attention=kha_linear attention.interaction.projections=[v,v]",
+    "values alone of no values": (
+        "compose attention=gta interaction@attention.interaction=knocking_mlp attention.interaction.value_only=true "
+        "attention.interaction.projections=[q]"
+    ),
     "no identity": "compose optim.interaction_decay=identity",
     "a mistyped choice": "compose optim.schedule.name=cosin",
     "a mistyped preset": "compose attention=kha_mpl",

@@ -8,7 +8,8 @@ inside the forward of the module that owns it (sharded engines gather it there),
 return copies.
 """
 
-# B batch   T tokens   H query heads   G key/value heads   K query/key head width   W value head width
+# B batch   T tokens (U: attended tokens)   H query heads   G key/value heads   K query/key head width
+# W value head width
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ All forms start as the exact identity by default: diagonal matrices are the iden
 sigmoid(0) = 1.
 """
 
-# B batch   T tokens   H heads of one kind   G key/value heads   K head width   W value head width
+# B batch   T tokens (U: attended tokens)   H heads of one kind   G key/value heads   K head width   W value head width
 
 from __future__ import annotations
 
