@@ -12,12 +12,13 @@ from kha_train.config.compose import shipped
 from kha_train.foreign.documents import parse_yaml
 
 SECTION = "attention."
-OF_THE_VARIANT = ("attention.base.name", "attention.interaction.")
+OF_THE_VARIANT = ("attention.base.name", "attention.base.output_gate", "attention.interaction.")
 
 
 def is_variant(key: str, meeting: Meeting, changed: Collection[str]) -> bool:
-    """Whether a difference in `key` belongs to the compared variants: the base and the interaction, settings that only
-    one of the two bases has, and values from each run's own preset. What a run `changed` during training does not.
+    """Whether a difference in `key` belongs to the compared variants: the base, its gate and the interaction, settings
+    that only one of the two bases has, and values from each run's own preset. What a run `changed` during training does
+    not.
     """
     if not key.startswith(SECTION) or key in changed:
         return False

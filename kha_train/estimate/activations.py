@@ -17,7 +17,7 @@ def attention_activations(config: RunConfig, width: int) -> int:
     counts): those of its base, its interaction and the kernel.
     """
     base, interaction = config.attention.base, config.attention.interaction
-    own = base.saved_numbers(config.attention.qk_norm)
+    own = base.saved_numbers(config.attention.qk_norm) + base.gate_numbers()
     return own + interaction.saved_numbers(base.heads(), decide_plan(config).interaction) + _kernel(config, width)
 
 
@@ -31,9 +31,8 @@ def kept_block_numbers(config: RunConfig, width: int) -> tuple[int, int]:
     output = heads.query_heads * heads.value_width
     if heads.latent:
         query_input = base.input_widths(wide).q
-        projected = base.cache_numbers() + (
-            query_input if query_input < wide else heads.query_heads * (heads.key_width + base.rotary_width())
-        )
+        queries = heads.query_heads * (heads.key_width + base.rotary_width())
+        projected = base.cache_numbers() + base.gate_outputs() + (query_input if query_input < wide else queries)
     else:
         projected = base.parameters(wide) // wide - output
     attention = projected + output + 4 * heads.query_heads // width + (wide if output >= wide else 0)

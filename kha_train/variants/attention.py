@@ -17,6 +17,7 @@ from kha_train.errors import ConfigError
 Projection = Literal["q", "k", "v"]
 QkNorm = Literal["per_head", "full_width", "none"]
 Positions = Literal["rope", "alibi", "learned", "none"]
+OutputGate = Literal["none", "headwise", "elementwise"]
 
 
 class PositionTraits(NamedTuple):
@@ -38,7 +39,9 @@ POSITIONS: dict[Positions, PositionTraits] = {
 
 class HeadShape(NamedTuple):
     """What an attention base tells an interaction about its heads: the number of each kind, and their width. `latent`:
-    keys and values are never computed at inference; `tied`: keys and values are one state, which counts as the values.
+    keys and values are never computed at inference; `tied`: keys and values are one state, which counts as the values;
+    `altered`: more than a number for each head stands between the weighted sum of values and the output projection, so
+    no map of values can be folded into the latter.
     """
 
     query_heads: int
@@ -47,6 +50,7 @@ class HeadShape(NamedTuple):
     value_width: int
     latent: bool = False
     tied: bool = False
+    altered: bool = False
 
     def count(self, projection: Projection) -> int:
         """Number of heads of the projection."""
@@ -78,7 +82,11 @@ class Partners(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class BaseOptions(ABC):
-    """What every attention base has: its registry name and the shape of its queries. The counts are for one layer."""
+    """What every attention base has: its registry name and the shape of its queries. The counts are for one layer.
+
+    `output_gate` multiplies the output of each head, before the output projection, by the sigmoid of a projection of
+    the layer's input: one number for each head (`headwise`) or for each dimension of a head (`elementwise`).
+    """
 
     turns_whole_heads: ClassVar[bool] = False
     """Whether queries and keys are normalised and rotated as whole heads, so that one kernel can do both."""
@@ -87,6 +95,7 @@ class BaseOptions(ABC):
     name: str
     query_heads: int
     head_dim: int
+    output_gate: OutputGate = "none"
 
     def invalid(self) -> ConfigError | None:
         """The error in these options, or None."""
@@ -118,6 +127,17 @@ class BaseOptions(ABC):
         """See `InputWidths`."""
         return InputWidths(hidden_size, hidden_size, hidden_size, hidden_size)
 
+    def gate_outputs(self) -> int:
+        """Numbers per token by which the output gate multiplies."""
+        heads = self.heads()
+        widths: dict[OutputGate, int] = {"none": 0, "headwise": 1, "elementwise": heads.value_width}
+        return heads.query_heads * widths[self.output_gate]
+
+    def gate_numbers(self) -> int:
+        """Numbers per token that the backward needs for the output gate: its values, and the gated outputs."""
+        heads = self.heads()
+        return 0 if self.output_gate == "none" else self.gate_outputs() + heads.query_heads * heads.value_width
+
     def token_flops(self, hidden_size: int) -> int:
         """Operations per token, forward, without scores and weighted sum."""
         return 2 * self.parameters(hidden_size)
@@ -144,7 +164,7 @@ class BaseOptions(ABC):
 
     @abstractmethod
     def parameters(self, hidden_size: int) -> int:
-        """Number of parameters of all its matrices."""
+        """Number of parameters of all its matrices, those of the output gate among them."""
 
     @abstractmethod
     def norm_parameters(self, qk_norm: QkNorm) -> int:

@@ -32,11 +32,12 @@ class GroupedQueryOptions(BaseOptions):
 
     def heads(self) -> HeadShape:
         """See `BaseOptions.heads`."""
-        return HeadShape(self.query_heads, self.kv_heads, self.head_dim, self.head_dim)
+        altered = self.output_gate == "elementwise"
+        return HeadShape(self.query_heads, self.kv_heads, self.head_dim, self.head_dim, altered=altered)
 
     def parameters(self, hidden_size: int) -> int:
-        """Queries and output, keys and values."""
-        return 2 * hidden_size * self.head_dim * (self.query_heads + self.kv_heads)
+        """Queries and output, keys and values, gate."""
+        return hidden_size * (2 * self.head_dim * (self.query_heads + self.kv_heads) + self.gate_outputs())
 
     def norm_parameters(self, qk_norm: QkNorm) -> int:
         """One gain for all heads of a kind, or one for each."""
@@ -80,11 +81,12 @@ class GroupedTiedOptions(GroupedQueryOptions):
 
     def heads(self) -> HeadShape:
         """The tied states count as values."""
-        return HeadShape(self.query_heads, self.kv_heads, self.head_dim, self.head_dim, tied=True)
+        return super().heads()._replace(tied=True)
 
     def parameters(self, hidden_size: int) -> int:
-        """Queries and output, tied states, rotary key."""
-        return hidden_size * (self.head_dim * (2 * self.query_heads + self.kv_heads) + self.rotary_width())
+        """Queries and output, tied states, rotary key, gate."""
+        tied = self.head_dim * (2 * self.query_heads + self.kv_heads) + self.rotary_width()
+        return hidden_size * (tied + self.gate_outputs())
 
     def norm_parameters(self, qk_norm: QkNorm) -> int:
         """One gain for queries, one for the tied half of a key and one for its rotary half."""
@@ -143,18 +145,19 @@ class LatentOptions(BaseOptions):
 
     def heads(self) -> HeadShape:
         """The heads without their rotary part."""
-        return HeadShape(self.query_heads, self.query_heads, self.head_dim, self.head_dim, latent=True)
+        altered = self.output_gate == "elementwise"
+        return HeadShape(self.query_heads, self.query_heads, self.head_dim, self.head_dim, latent=True, altered=altered)
 
     def input_widths(self, hidden_size: int) -> InputWidths:
         """Keys and values are computed from the latent, and queries may be."""
         return InputWidths(self.query_latent_width or hidden_size, self.latent_width, self.latent_width, hidden_size)
 
     def parameters(self, hidden_size: int) -> int:
-        """Queries (with their latent), latent, rotary key, keys and values, output."""
+        """Queries (with their latent), latent and rotary key and gate, keys and values, output."""
         queries = self.query_heads * (self.head_dim + self.rotary_dim)
         latent = self.query_latent_width
         query = latent * (hidden_size + queries) if latent else hidden_size * queries
-        down = hidden_size * (self.latent_width + self.rotary_dim)
+        down = hidden_size * (self.latent_width + self.rotary_dim + self.gate_outputs())
         return query + down + self.query_heads * self.head_dim * (2 * self.latent_width + hidden_size)
 
     def norm_parameters(self, qk_norm: QkNorm) -> int:

@@ -217,6 +217,8 @@ class KnockingMlpOptions(_NonLinearOptions, FoldableOptions):
             return "only the map of v reaches the output projection"
         if heads.tied and not self.value_only:
             return "the tied state is key as well as value, and scores are not linear in it"
+        if heads.altered:
+            return "a norm or a gate of every dimension stands between the values and the output projection"
         return None
 
     def without_kernel(self, heads: HeadShape) -> str | None:

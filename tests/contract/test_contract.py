@@ -98,6 +98,11 @@ FURTHER = (
     ("mla", "none", ("model.partial_rotary_factor=0.5",)),
     ("gta", "none", ("model.partial_rotary_factor=0.5",)),
     ("talking_heads", "none", ("attention.positions=alibi",)),
+    *((base, "none", ("attention.base.output_gate=elementwise",)) for base in BASES),
+    ("gqa", "none", ("attention.base.output_gate=headwise",)),
+    ("gqa", "knocking_mlp", ("attention.base.output_gate=headwise",)),
+    ("gqa", "knocking_mlp", ("attention.base.output_gate=elementwise",)),
+    ("mla", "knocking_linear", ("attention.base.output_gate=elementwise",)),
 )
 """Settings of the fields that the presets leave at one value."""
 ON_KERNELS = ("model.head_dim=16", "engine.kernels=triton")

@@ -85,6 +85,8 @@ def test_every_pair_that_composes_saves_what_is_reckoned(base: str, interaction:
         ["attention=gqa", "model.kv_heads=2", "attention.qk_norm=full_width"],
         ["attention=talking_heads", "model.kv_heads=2"],
         ["attention=gta", "model.kv_heads=2"],
+        ["attention=gated", "model.kv_heads=2"],
+        ["attention=gated_headwise", "model.kv_heads=2", "attention.backend=eager"],
         ["attention=kha_mlp", "attention.interaction.impl=folded"],
         ["attention=kha_mlp", "attention.interaction.impl=eager"],
         *(

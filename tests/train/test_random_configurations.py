@@ -20,7 +20,10 @@ from kha_train.estimate.plan import make_plan
 from kha_train.record import read_metrics
 from kha_train.train.run import train
 
-ATTENTION = ("gqa", "gqa", "mha", "mqa", "gta", "mla", "talking_heads", "kha_linear", "kha_mlp", "kha_gate", "mea")
+ATTENTION = (
+    *("gqa", "gqa", "mha", "mqa", "gta", "mla", "talking_heads", "gated"),
+    *("kha_linear", "kha_mlp", "kha_gate", "mea"),
+)
 INTERACTIONS = ("none", "knocking_linear", "knocking_mlp", "knocking_gate", "explicit")
 MOST_REFUSED = 0.2
 PER_PART = 250

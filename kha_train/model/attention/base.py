@@ -15,6 +15,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.metric import Metric
 from kha_train.model.attention.backends import BACKENDS, Documents, masked_softmax, scores
 from kha_train.model.attention.cache import Cache
+from kha_train.model.attention.gate import build_gate
 from kha_train.model.attention.interaction import QKV, build_interaction
 from kha_train.model.norm import TurningNorm
 from kha_train.model.observed import UNREAD, Report
@@ -56,10 +57,10 @@ class Attention(nn.Module, ABC):
     """Maps a normalised hidden state to what is added to the residual stream.
 
     A base builds its projections and norms from `config`, with the kernels of `resolved`; its interaction and backend
-    are built here. The order is fixed: projection -> interaction -> QK-norm -> RoPE -> backend -> output projection. A
-    base passes `interaction.folds()` to its projections and `folds().output` to its output, passes keys and values that
-    it has from `with_past` through `interaction.read_keys` and `read_values`, and head outputs through
-    `interaction.outputs`. Parameters that variants share have the same names in all of them, because the name
+    are built here. The order is fixed: projection -> interaction -> QK-norm -> RoPE -> backend -> output gate -> output
+    projection. A base passes `interaction.folds()` to its projections and `folds().output` to its output, passes keys and
+    values that it has from `with_past` through `interaction.read_keys` and `read_values`, and head outputs through
+    `finished`. Parameters that variants share have the same names in all of them, because the name
     determines the initial value. `folded` names the projection that makes each of q, k, v, for code that multiplies an
     interaction into the weights permanently. `metrics` declares what a base reports.
     """
@@ -72,6 +73,7 @@ class Attention(nn.Module, ABC):
         self.heads = config.attention.base.heads()
         self.attend = BACKENDS[resolved.backend.name]
         self.interaction = build_interaction(config, resolved.interaction)
+        self.gate = build_gate(config)
 
     @abstractmethod
     def forward(self, x_BTD: Tensor, rows: RowContext) -> Tensor:
@@ -84,6 +86,13 @@ class Attention(nn.Module, ABC):
         further = (rows.report,) if self.interaction.metrics else ()
         heads: QKV = self.interaction(q_BTHK, k_BTGK, v_BTGW, *further)
         return heads
+
+    def finished(self, rows: RowContext, x_BTD: Tensor, out_BTHW: Tensor) -> Tensor:
+        """What the output projection reads: the outputs of the backend after the interaction's part and the gate, which
+        sees the layer's input.
+        """
+        out_BTHW = self.interaction.outputs(out_BTHW)
+        return out_BTHW if self.gate is None else out_BTHW * self.gate(x_BTD, rows.report)
 
     def weights(self, q_BTHK: Tensor, k_BUGK: Tensor, documents: Documents, scale: float) -> Tensor | None:
         """The weights of every query head over the tokens it attends to, [B, H, T, U] in at least fp32, from what

@@ -58,5 +58,5 @@ class GroupedTiedAttention(Attention):
         k_BUGK = torch.cat((still_BUGR, turned_BU1R.expand(-1, -1, self.heads.kv_heads, -1)), dim=-1)
         v_BUGK = self.interaction.read_values(state_BUGK)
         out_BTHK = self.attend(q_BTHK, k_BUGK, v_BUGK, rows.documents, self.scale)
-        out_BTD: Tensor = self.output(self.interaction.outputs(out_BTHK), folds.output)
+        out_BTD: Tensor = self.output(self.finished(rows, x_BTD, out_BTHK), folds.output)
         return out_BTD

@@ -56,7 +56,9 @@ class LatentAttention(Attention):
         latent_BUC, turned_BU1R = self.latent_norm(self.latent(x_BTD)), rows.turn(self.rotary_key(x_BTD))
         latent_BUC, turned_BU1R = rows.with_past(self, latent_BUC, turned_BU1R)
         if rows.cache is not None and self.interaction.linear:
-            return self._attend_to_latents(query_input, turned_BTHR, latent_BUC, turned_BU1R, rows)
+            out_BTHK = self._attend_to_latents(query_input, turned_BTHR, latent_BUC, turned_BU1R, rows)
+            latent_out_BTD: Tensor = self.output(self.finished(rows, x_BTD, out_BTHK))
+            return latent_out_BTD
         folds = self.interaction.folds()
         q_BTHK, k_BUHK, v_BUHK = self.exchange(
             rows,
@@ -67,7 +69,7 @@ class LatentAttention(Attention):
         query = torch.cat((q_BTHK, turned_BTHR), dim=-1)
         key = torch.cat((k_BUHK, turned_BU1R.expand(-1, -1, self.heads.kv_heads, -1)), dim=-1)
         out_BTHK = self.attend(query, key, v_BUHK, rows.documents, self.scale)
-        out_BTD: Tensor = self.output(self.interaction.outputs(out_BTHK))
+        out_BTD: Tensor = self.output(self.finished(rows, x_BTD, out_BTHK))
         return out_BTD
 
     def _attend_to_latents(
@@ -79,6 +81,4 @@ class LatentAttention(Attention):
         latent_BU1C = latent_BUC.unsqueeze(2)
         query, key = torch.cat((q_BTHC, turned_BTHR), dim=-1), torch.cat((latent_BU1C, turned_BU1R), dim=-1)
         out_BTHC = self.attend(query, key, latent_BU1C, rows.documents, self.scale)
-        out_BTHK = self.value_up.latent_to_heads(out_BTHC, maps.v)
-        out_BTD: Tensor = self.output(self.interaction.outputs(out_BTHK))
-        return out_BTD
+        return self.value_up.latent_to_heads(out_BTHC, maps.v)

@@ -68,6 +68,28 @@ def test_grouped_query_attention_is_that_of_qwen3_moe(preset):
     compare(ours, theirs, K)
 
 
+def test_the_elementwise_output_gate_is_that_of_qwen3_next():
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextAttention
+
+    ours = built("attention=gated")
+    config = transformers.Qwen3NextConfig(
+        hidden_size=D,
+        num_attention_heads=H,
+        num_key_value_heads=2,
+        head_dim=K,
+        rms_norm_eps=1e-6,
+        attn_implementation="eager",
+    )
+    theirs = Qwen3NextAttention(config, layer_idx=0).eval()
+    # Each of their query heads is followed by its gate, and the gain of their norms is 1 plus the weight.
+    both = torch.cat((ours.query.weight.view(H, K, D), ours.gate.weight.view(H, K, D)), dim=1).flatten(0, 1)
+    names = {"key": "k_proj", "value": "v_proj", "output": "o_proj"}
+    weights = {f"{name}.weight": getattr(ours, mine).weight for mine, name in names.items()}
+    gains = {"q_norm.weight": ours.query_norm.weight - 1, "k_norm.weight": ours.key_norm.weight - 1}
+    theirs.load_state_dict({"q_proj.weight": both, **weights, **gains})
+    compare(ours, theirs, K)
+
+
 @pytest.mark.parametrize("query_latent", [0, 40])
 def test_latent_attention_is_that_of_deepseek_v3(query_latent):
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention

@@ -151,6 +151,18 @@ def test_talking_heads_mix_scores_and_weights():
     torch.testing.assert_close(attention(X[None], rows)[0], torch.cat(outputs, -1) @ attention.output.weight.T)
 
 
+@pytest.mark.parametrize(("kind", "width"), [("headwise", 1), ("elementwise", 8)])
+def test_the_output_gate_multiplies_each_head_by_a_sigmoid_of_the_layers_input(kind, width):
+    attention, rows = scrambled("attention=gqa", f"attention.base.output_gate={kind}"), rows_of(8)
+    keys = [turn(normalise(key, attention.key_norm.weight), rows) for key in heads_of(attention.key, X)]
+    outputs, values = [], heads_of(attention.value, X)
+    for head, query in enumerate(heads_of(attention.query, X)):
+        query = turn(normalise(query, attention.query_norm.weight), rows)
+        gate = 1 / (1 + torch.exp(-X @ attention.gate.weight[head * width : (head + 1) * width].T))
+        outputs.append(softmax(query @ keys[head // 2].T / math.sqrt(8)) @ values[head // 2] * gate)
+    torch.testing.assert_close(attention(X[None], rows)[0], torch.cat(outputs, -1) @ attention.output.weight.T)
+
+
 def test_the_gate_is_twice_the_value_times_a_sigmoid():
     attention = scrambled("attention=kha_gate")
     value, gate = torch.randn(3, 5, 2, 8, dtype=torch.float64), attention.interaction.maps["v"].gate.weight
@@ -194,6 +206,10 @@ def test_the_gate_is_twice_the_value_times_a_sigmoid():
         ),
         (["attention=mea", "attention.interaction.compose=[q]"], "eq 11"),
         (["attention=kha_gate", "attention.interaction.init.kind=scaled_identity"], "nothing to scale"),
+        (
+            ["attention=kha_mlp", "attention.base.output_gate=elementwise", "attention.interaction.impl=folded"],
+            "a gate of every dimension",
+        ),
         (["attention.backend=varlen", "engine.device=cpu"], "CUDA alone"),
         (["attention.backend=cudnn"], "only unsplit causal rows"),
         (["attention.backend=flash_attn", "engine.precision=fp32"], "bf16"),
