@@ -12,7 +12,12 @@ from kha_train.metric import Metric, in_force
 from kha_train.record.metrics import EARLIER
 from kha_train.train.metrics import declared
 
-EVERYTHING = ["moe.z_loss_weight=0.1", "moe.auxiliary_loss.weight=0.1", "telemetry.layer_statistics_every=1"]
+EVERYTHING = [
+    "attention=gated",
+    "moe.z_loss_weight=0.1",
+    "moe.auxiliary_loss.weight=0.1",
+    "telemetry.layer_statistics_every=1",
+]
 PAGE = (Path(__file__).parents[2] / "docs" / "record.md").read_text(encoding="utf-8")
 
 
