@@ -58,8 +58,8 @@ class Attention(nn.Module, ABC):
 
     A base builds its projections and norms from `config`, with the kernels of `resolved`; its interaction and backend
     are built here. The order is fixed: projection -> interaction -> QK-norm -> RoPE -> backend -> output gate -> output
-    projection. A base passes `interaction.folds()` to its projections and `folds().output` to its output, passes keys and
-    values that it has from `with_past` through `interaction.read_keys` and `read_values`, and head outputs through
+    projection. A base passes `interaction.folds()` to its projections and `folds().output` to its output, passes keys
+    and values that it has from `with_past` through `interaction.read_keys` and `read_values`, and head outputs through
     `finished`. Parameters that variants share have the same names in all of them, because the name
     determines the initial value. `folded` names the projection that makes each of q, k, v, for code that multiplies an
     interaction into the weights permanently. `metrics` declares what a base reports.
