@@ -97,7 +97,7 @@ class AcrossSeeds:
 class Comparison:
     """Everything that the table and the report print. Runs are numbered in the order they were named. `passed_over`
     lists what was named but left out, and why. `domains` has the differences of validation sets and tasks, `events` the
-    loss events of each variant.
+    loss events of each variant. Settings in `varied` differ by design.
     """
 
     runs: tuple[RunData, ...]
@@ -113,10 +113,13 @@ class Comparison:
     events: tuple[VariantEvents, ...]
     costs: tuple[Cost, ...]
     passed_over: tuple[str, ...] = ()
+    varied: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
-        """The notes of each pair, one per line, and why MFU is not shown."""
-        noted = [
+        """What differs by design, the notes of each pair, one per line, and why MFU is not shown."""
+        designed = [key for key in self.varied if key in self.differences]
+        noted = [f"{', '.join(designed)}: differs by design, each variant has its own"] if designed else []
+        noted += [
             f"{self.runs[pair.reference].label} and {self.runs[pair.other].label}: {note}"
             for pair in self.pairs
             for note in pair.notes
@@ -185,14 +188,16 @@ def compare_runs(
     run_dirs: list[Path],
     read: Callable[[Path], RunData] = load_run,
     summarised: Callable[[RunData], Summary] = summarise,
+    varied: tuple[str, ...] = (),
 ) -> Comparison:
     """Compares the runs in `run_dirs`. `read` loads each run and `summarised` gives its figures; the variant of the
-    first run is the reference.
+    first run is the reference. Settings in `varied` differ by design, such as the rate that is best for each variant:
+    they are noted, and no caveat.
 
     Raises ConfigError for a directory that is missing, empty, not a run, or named twice; DataError for a damaged one.
     """
     runs = load_runs(run_dirs, read)
-    pairs = tuple(_pair(runs, reference, other) for reference, other in partners(runs))
+    pairs = tuple(_pair(runs, reference, other, varied) for reference, other in partners(runs))
     seeds, summaries = across_seeds(runs, pairs), _summaries(runs, summarised)
     return Comparison(
         runs=runs,
@@ -207,6 +212,7 @@ def compare_runs(
         domains=domain_differences(runs, [(pair.reference, pair.other) for pair in pairs if not pair.caveats]),
         events=variant_events(runs, summaries),
         costs=tuple(map(cost_of, runs, summaries)),
+        varied=varied,
     )
 
 
@@ -288,7 +294,7 @@ def no_difference(pair: Pair) -> str:
     return "too few common steps for a difference"
 
 
-def _pair(runs: tuple[RunData, ...], reference: int, other: int) -> Pair:
+def _pair(runs: tuple[RunData, ...], reference: int, other: int, varied: tuple[str, ...]) -> Pair:
     one, two = runs[reference], runs[other]
     steps, difference = loss_difference(one, two)
     half = len(steps) // 2
@@ -305,7 +311,7 @@ def _pair(runs: tuple[RunData, ...], reference: int, other: int) -> Pair:
         same_seed=one.seed == two.seed,
         same_data=same_data,
         data_words=words,
-        confounders=confounders(one, two),
+        confounders=confounders(one, two, varied),
         first_gap=float(difference[0]) if begins_alike else None,
         different_from=different[0] if different else None,
         unknown=unknown_settings(one, two),

@@ -57,15 +57,16 @@ def meetings(reference: RunData, other: RunData) -> list[Meeting]:
     return meetings_of(common_steps(reference, other)[0], reference.stretches, other.stretches)
 
 
-def confounders(reference: RunData, other: RunData) -> tuple[str, ...]:
-    """The differing settings other than the variant, with both values, in order, and the steps if not all.
+def confounders(reference: RunData, other: RunData, varied: Sequence[str] = ()) -> tuple[str, ...]:
+    """The differing settings other than the variant, with both values, in order, and the steps if not all. Settings in
+    `varied` differ by design.
 
     Where the settings of a step were not recorded, its recorded learning rate is compared.
     """
     met = meetings(reference, other)
     changed = {change.key for run in (reference, other) for change in changes(run.stretches)}
     shared = shared_until(reference, other)
-    neutral = (*NEUTRAL_KEYS, *(("run.branch_from",) if shared else ()))
+    neutral = (*NEUTRAL_KEYS, *varied, *(("run.branch_from",) if shared else ()))
     found = differences(
         met,
         lambda key, one: not (key.startswith(FACTS) or _is_free(key, neutral, one) or is_variant(key, one, changed)),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from kha_train.analysis.study_heads import FIGURES
 from kha_train.config.build import build, nearest
 from kha_train.config.compose import STUDIES, shipped
 from kha_train.errors import ConfigError
@@ -21,7 +22,9 @@ from kha_train.foreign.documents import parse_yaml
 from kha_train.foreign.files import SMALL, read_regular
 
 ScaleName = Literal["cpu", "paper"]
-MeasureKind = Literal["train_loss", "validation_loss", "bits_per_byte", "steps_to", "spikes", "loss_law", "entry"]
+MeasureKind = Literal[
+    "train_loss", "validation_loss", "bits_per_byte", "steps_to", "spikes", "loss_law", "entry", "heads"
+]
 Dataset = Literal["text", "copy", "own"]
 """`text`: the standard library's sources with 4,096 tokens, as in the quickstart. `copy`: sequences to be repeated.
 `own`: the user's shards, named by `data.train` and `data.validation`."""
@@ -54,7 +57,8 @@ class Measure:
     `train_loss`, `validation_loss` and `bits_per_byte` are the last ones, as `kha compare` has them. `steps_to` counts
     the steps until the mean train loss of five steps is at most `threshold` nats. `spikes` counts narrow and wide loss
     spikes. `loss_law` is the loss that a fitted law gives after `tokens` tokens. `entry` is the last value of the
-    record's entry `entry`, such as that of an evaluation task.
+    record's entry `entry`, such as that of an evaluation task. `heads` is the figure `entry` of `FIGURES` that
+    `kha analyze` finds in the last checkpoint.
     """
 
     kind: MeasureKind
@@ -66,7 +70,11 @@ class Measure:
     @property
     def name(self) -> str:
         """The name in results: `train_loss`, `steps_to_1.5`, `evaluation/copy/accuracy`."""
-        further = {"steps_to": f"_{self.threshold:g}", "loss_law": f"_at_{self.tokens:g}_tokens"}
+        further = {
+            "steps_to": f"_{self.threshold:g}",
+            "loss_law": f"_at_{self.tokens:g}_tokens",
+            "heads": f"_{self.entry}",
+        }
         return self.entry if self.kind == "entry" else f"{self.kind}{further.get(self.kind, '')}"
 
 
@@ -111,8 +119,9 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A question and how it is answered. The first of the measures decides: it chooses the rates, and the result's
-    sentence is about it. Arms without a reference, their own or the study's, are trained but compared with nothing.
+    """A question and how it is answered. The result's sentence is about the first of the measures, which also chooses
+    the rates, unless `rate_measure` names another of them. Arms without a reference, their own or the study's, are
+    trained but compared with nothing.
     """
 
     question: str
@@ -121,6 +130,7 @@ class Study:
     reference: str = ""
     arms: tuple[Arm, ...]
     measures: tuple[Measure, ...]
+    rate_measure: str = ""
     published: tuple[Published, ...] = ()
     cpu: Scale
     paper: Scale
@@ -166,8 +176,14 @@ class ScaledStudy:
 
     @property
     def measures(self) -> tuple[Measure, ...]:
-        """What is measured; the first decides."""
+        """What is measured; the sentence is about the first."""
         return self.scale.measures or self.study.measures
+
+    @property
+    def rate_measure(self) -> Measure:
+        """The measure that chooses the rates."""
+        named = {measure.name: measure for measure in self.measures}
+        return named.get(self.study.rate_measure, self.measures[0])
 
     @property
     def chooses_apart(self) -> bool:
@@ -244,3 +260,10 @@ def _problems(found: ScaledStudy) -> Iterator[str]:
     if not scale.rates or min(every) <= 0:
         yield "there must be at least one rate, and each above 0"
     yield from ("an `entry` needs its name" for one in found.measures if one.kind == "entry" and not one.entry)
+    yield from (
+        f"{one.entry!r} is no figure of heads: {', '.join(FIGURES)}"
+        for one in found.measures
+        if one.kind == "heads" and one.entry not in FIGURES
+    )
+    if found.study.rate_measure not in ("", *(measure.name for measure in found.measures)):
+        yield f"there is no measure {found.study.rate_measure!r}"

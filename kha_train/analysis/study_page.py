@@ -29,7 +29,7 @@ def arm_rows(result: StudyResult) -> tuple[list[str], list[list[str]]]:
 
 
 def rate_rows(result: StudyResult) -> tuple[list[str], list[list[str]]]:
-    """The head and the rows of the table of rates: the mean of the deciding measure of each arm, and divergences."""
+    """The head and the rows of the table of rates: the mean of the measure that chooses rates, and divergences."""
     rates = sorted({rate for arm in result.arms.values() for rate in arm.by_rate})
     rows = [[arm.name, *(_at_rate(arm, rate) for rate in rates)] for arm in result.arms.values()]
     return ["arm", *(f"{rate:g}" for rate in rates)], rows
@@ -47,7 +47,7 @@ def _lines(result: StudyResult, reports: Mapping[str, str]) -> Iterator[str]:
     yield "\nMean over seeds with its 95 % Student interval. `inf`: a run diverged or never got there."
     yield "\n## Against the reference, paired by seed\n"
     yield from (f"- {one.sentence()}" for one in result.compared)
-    yield f"\n## {result.scaled.measures[0].name} by learning rate\n"
+    yield f"\n## {result.scaled.rate_measure.name} by learning rate\n"
     yield from _table(*rate_rows(result))
     if study.published:
         yield "\n## What the paper prints\n"

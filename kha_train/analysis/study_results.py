@@ -18,6 +18,7 @@ from kha_train.analysis.loss_law import law_of_run
 from kha_train.analysis.runs import RunData, load_run
 from kha_train.analysis.statistics import SeedInterval, over_seeds
 from kha_train.analysis.studies import Measure, ScaledStudy, Trial
+from kha_train.analysis.study_heads import heads_figure
 from kha_train.analysis.summary import Summary, summarise
 
 SMOOTHED = 5
@@ -84,7 +85,7 @@ class Compared:
 @dataclass(frozen=True)
 class ArmResult:
     """An arm at its best rate: values of every measure by seed, the runs, and how many diverged. `by_rate` has the
-    values of the deciding measure at every rate, for every seed on which rates were compared.
+    values of the measure that chooses rates, for every rate and seed on which rates were compared.
     """
 
     name: str
@@ -99,7 +100,7 @@ class ArmResult:
 
     @property
     def is_usable(self) -> bool:
-        """Whether any rate gave a finite value of the deciding measure."""
+        """Whether any rate gave a finite value of the measure that chooses rates."""
         tried = [value for values in self.by_rate.values() for value in values.values()]
         return any(value is not None and math.isfinite(value) for value in tried)
 
@@ -156,7 +157,7 @@ class StudyResult:
         chosen = [arm for arm in self.arms.values() if arm.chosen]
         without = [arm.name for arm in chosen if len(arm.by_rate) > 1 and not arm.is_usable]
         edges = [arm.name for arm in chosen if arm.chosen and arm.chosen.at_edge and arm.name not in without]
-        deciding = self.scaled.measures[0].name
+        deciding = self.scaled.rate_measure.name
         found = [f"the best rate is at an edge of its grid: {', '.join(edges)}"] if edges else []
         found += [f"no rate gave a finite {deciding}, so the lowest was taken: {', '.join(without)}"] if without else []
         found += [
@@ -203,6 +204,7 @@ class StudyResult:
             "complete": not self.missing,
             "missing": [asdict(trial) for trial in self.missing],
             "measures": [{"name": one.name, **asdict(one)} for one in scaled.measures],
+            "rate_measure": scaled.rate_measure.name,
             "rates": self.how_chosen,
             "arms": {arm.name: self._arm(arm) for arm in self.arms.values()},
             "comparisons": [asdict(one) | {"sentence": one.sentence()} for one in self.compared],
@@ -236,14 +238,13 @@ def outcome_of(run_dir: Path, measures: Sequence[Measure]) -> Outcome:
     run = load_run(run_dir)
     summary = summarise(run)
     diverged = bool(summary.honesty["diverged"]) or summary.end_state == "diverged"
-    worst = {measure.name: -math.inf if measure.larger_is_better else math.inf for measure in measures}
-    values = {measure.name: _value(measure, run, summary) for measure in measures}
+    values = {measure.name: _worst(measure) if diverged else _value(measure, run, summary) for measure in measures}
     times = [(each.get("started"), each.get("ended")) for each in run.run.get("attempts", [])]
     known = [ended - started for started, ended in times if started and ended]
     commit = run.fact("git.commit")
     return Outcome(
         run_dir=str(run_dir),
-        values=worst if diverged else values,
+        values=values,
         diverged=diverged,
         seconds=sum(known) if len(known) == len(times) and known else None,
         commit=f"{commit} with changes" if commit and run.fact("git.dirty") else commit,
@@ -252,7 +253,7 @@ def outcome_of(run_dir: Path, measures: Sequence[Measure]) -> Outcome:
 
 
 def choose_rates(scaled: ScaledStudy, outcomes: Mapping[Trial, Outcome]) -> dict[str, Chosen] | None:
-    """The best rate of every arm in the deciding measure; None while a run that decides is not finished.
+    """The best rate of every arm in the measure that chooses rates; None while a run that decides is not finished.
 
     Best is the rate at which fewest runs failed (diverged, never got there, have no value), then the best mean of the
     others, then the lower one.
@@ -260,7 +261,7 @@ def choose_rates(scaled: ScaledStudy, outcomes: Mapping[Trial, Outcome]) -> dict
     deciding = scaled.rate_trials() if scaled.chooses_apart else scaled.compared_trials()
     if any(trial not in outcomes for trial in deciding):
         return None
-    chosen, measure = {}, scaled.measures[0]
+    chosen, measure = {}, scaled.rate_measure
     for arm in scaled.arms:
         rates = scaled.scale.rates_of(arm)
         found: dict[float, list[float | None]] = {rate: [] for rate in rates}
@@ -289,7 +290,7 @@ def judge(scaled: ScaledStudy, outcomes: Mapping[Trial, Outcome]) -> StudyResult
             reference=arm.reference,
             chosen=chosen[name] if chosen else None,
             by_rate={
-                rate: {t.seed: one.values[scaled.measures[0].name] for t, one in tried if t.rate == rate}
+                rate: {t.seed: one.values[scaled.rate_measure.name] for t, one in tried if t.rate == rate}
                 for rate in rates
             },
             values={m.name: {seed: one.values[m.name] for seed, one in own.items()} for m in scaled.measures},
@@ -348,6 +349,10 @@ def _rank(measure: Measure, values: Sequence[float | None]) -> tuple[int, float]
     return len(values) - len(usable), sign * float(np.mean(usable)) if usable else math.inf
 
 
+def _worst(measure: Measure) -> float:
+    return -math.inf if measure.larger_is_better else math.inf
+
+
 def _value(measure: Measure, run: RunData, summary: Summary) -> float | None:
     if measure.kind == "steps_to":
         return _steps_to(run, measure.threshold)
@@ -357,6 +362,8 @@ def _value(measure: Measure, run: RunData, summary: Summary) -> float | None:
     if measure.kind == "loss_law":
         law = law_of_run(run)
         return None if law is None else law.at(measure.tokens)
+    if measure.kind == "heads":
+        return heads_figure(run.path, measure.entry)
     if measure.kind == "entry":
         entries, _, name = measure.entry.rpartition("/")
         series = run.evaluations.get(entries, {}).get(name)

@@ -211,7 +211,7 @@ def _show(plan: StudyPlan, costs: StudyCosts, console: Console) -> None:
     told = (
         f"source: {found.study.source}",
         *found.study.notes,
-        f"measures: {', '.join(measure.name for measure in found.measures)} (the first decides)",
+        f"measures: {', '.join(measure.name for measure in found.measures)} ; rates by {found.rate_measure.name}",
         f"rates: {', '.join(f'{rate:g}' for rate in scale.rates)} ({apart}); seeds: {_listed(scale.seeds)}",
         f"needs: {scale.needs}" if scale.needs else "",
     )

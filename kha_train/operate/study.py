@@ -215,12 +215,11 @@ def submit_study(plan: StudyPlan, options: JobOptions, retry_failed: bool) -> tu
 def write_results(plan: StudyPlan, result: StudyResult) -> list[Path]:
     """Write `result.json`, `result.md`, and for every reference the comparison report of its arms; returns the paths.
 
-    The report compares the finished runs at the chosen rates. Arms at rates of their own differ in `optim.lr` by
-    design.
+    The report compares the finished runs at the chosen rates, which differ by design.
     """
     plan.directory.mkdir(parents=True, exist_ok=True)
     pages = {
-        reference: write_report(compare_runs(runs), plan.directory / REPORTS / reference)
+        reference: write_report(compare_runs(runs, varied=("optim.lr",)), plan.directory / REPORTS / reference)
         for reference, runs in _groups(result).items()
     }
     answer = result.to_dict() | {"reports": {reference: str(page) for reference, page in pages.items()}}

@@ -83,6 +83,8 @@ def test_every_shipped_study_is_read_at_both_scales_and_its_published_arms_exist
         ("seeds: [0, 1, 2], rate", "seeds: [], rate", "seed"),
         ("steps: 2,", "steps: 2, stepps: 3,", "stepps"),
         ("kind: spikes", "kind: entry", "entry"),
+        ("kind: spikes", "kind: heads, entry: size", "cosine"),
+        ("reference: base", "rate_measure: steps", "no measure 'steps'"),
         ("question: Which", "questoin: Which", "questoin"),
     ],
 )
@@ -118,6 +120,18 @@ def test_the_rate_is_chosen_on_other_runs_and_only_the_compared_ones_at_it_are_n
         *(Trial("mlp", 0.4, seed) for seed in range(3)),
     }
     assert "seeds 7, which no comparison uses" in half.how_chosen
+
+
+def test_another_measure_than_that_of_the_sentence_may_choose_the_rates(tmp_path: Path) -> None:
+    text = TEXT.replace("[{kind: train_loss}, {kind: spikes}]", "[{kind: spikes}, {kind: train_loss}]")
+    tried = by_rate({"base": [3.0, 2.0, 4.0], "mlp": [3.0, 2.5, 2.4]})
+    by_spikes = choose_rates(written(tmp_path, text), tried)
+    assert by_spikes is not None and by_spikes["base"].rate == 0.1, "of equal means the lowest"
+    scaled = written(tmp_path, f"{text}rate_measure: train_loss\n")
+    by_loss = choose_rates(scaled, tried)
+    assert by_loss is not None and by_loss["base"].rate == 0.2
+    result = judge(scaled, tried | compared("base", 0.2, [2.0] * 3) | compared("mlp", 0.4, [1.0] * 3))
+    assert result.arms["mlp"].by_rate[0.4] == {7: 2.4} and "spikes" in result.sentence
 
 
 def test_differences_are_paired_by_seed_with_the_interval_of_student(scaled: ScaledStudy) -> None:

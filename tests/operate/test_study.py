@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from kha_train.analysis.inspection import read_inspections
 from kha_train.analysis.studies import ScaledStudy, load_study, study_names
 from kha_train.analysis.study_results import Outcome
 from kha_train.cli.main import run
@@ -37,8 +38,13 @@ arms:
   - {{name: base, overrides: [attention=gqa]}}
   - {{name: mlp, overrides: [attention=kha_mlp]}}
 measures: [{{kind: train_loss}}, {{kind: steps_to, threshold: 9.0}}]
+rate_measure: train_loss
 cpu: {{steps: {steps}, rates: [1.0e-3, 1.0e-2], seeds: [0, 1], rate_seeds: [7], overrides: {overrides}}}
-paper: {{steps: {steps}, rates: [1.0e-3], seeds: [0]}}
+paper:
+  steps: {steps}
+  rates: [1.0e-3]
+  seeds: [0]
+  measures: [{{kind: heads, entry: diversity}}, {{kind: heads, entry: diagonal}}, {{kind: train_loss}}]
 """
 Trained = list[str]
 
@@ -119,6 +125,14 @@ def test_a_study_without_its_own_rate_seeds_trains_all_and_a_reference_once(
     result = done(plan)
     assert trained == ["base-lr0.001-s0", "mlp-lr0.001-s0"]
     assert result.sentence == "1 seed: not evidence." and "one learning rate" in result.how_chosen
+    assert {name: list(arm.by_rate[1e-3]) for name, arm in result.arms.items()} == {"base": [0], "mlp": [0]}
+    for label, arm in zip(trained, result.arms.values(), strict=True):
+        (found,) = read_inspections(plan.directory / label)
+        assert arm.mean("heads_diversity") == pytest.approx(found.layers[0].weights.diversity)
+        diagonals = [
+            matrix.diagonal_mean for matrix in found.layers[0].matrices if matrix.name.endswith(("up", "down"))
+        ]
+        assert arm.mean("heads_diagonal") == pytest.approx(sum(diagonals) / 2 if diagonals else None)
 
 
 @pytest.mark.slow

@@ -1,0 +1,59 @@
+"""Figures of a whole model from `kha analyze`, for studies that ask about heads and learned matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from kha_train.analysis.inspection import LayerInspection, LearnedMatrix, mean_off_diagonal
+
+Advance = Callable[[int], None]
+
+
+def heads_figure(run_dir: Path, name: str) -> float | None:
+    """The figure `name` of `FIGURES` of the newest checkpoint of a run: its mean over layers, and over the matrices of
+    a layer. None where the variant has no such thing. Computes what is not saved yet, which takes seconds.
+
+    Raises as `analyze_run`.
+    """
+    # Torch is needed only where something is computed.
+    from kha_train.analysis.analyze import Request, analyze_run
+
+    (inspection,) = analyze_run(run_dir, Request(silence=False), _unheard, _no_bar)
+    found = [value for layer in inspection.layers for value in FIGURES[name](layer) if math.isfinite(value)]
+    return float(np.mean(found)) if found else None
+
+
+def _unheard(text: str) -> None:
+    """A damaged checkpoint is passed over; the run's own record tells of it."""
+
+
+@contextmanager
+def _no_bar(name: str, forwards: int) -> Iterator[Advance]:
+    """A study shows its own progress."""
+    yield lambda count: None
+
+
+def _matrices(layer: LayerInspection) -> Iterable[LearnedMatrix]:
+    """The learned matrices at whose value `identity` heads pass unchanged; gates and derivatives are left out."""
+    return (matrix for matrix in layer.matrices if matrix.acts != "effective" and matrix.identity)
+
+
+FIGURES: Mapping[str, Callable[[LayerInspection], list[float]]] = {
+    "cosine": lambda layer: [mean_off_diagonal(layer.outputs.cosine)] if layer.outputs else [],
+    "centred_cosine": lambda layer: [mean_off_diagonal(layer.outputs.centred_cosine)] if layer.outputs else [],
+    "cka": lambda layer: [mean_off_diagonal(layer.outputs.cka)] if layer.outputs else [],
+    "rank": lambda layer: list(layer.outputs.ranks) if layer.outputs else [],
+    "diversity": lambda layer: [layer.weights.diversity] if layer.weights else [],
+    "entropy": lambda layer: list(layer.weights.entropy) if layer.weights else [],
+    "sink": lambda layer: list(layer.weights.sink) if layer.weights else [],
+    "diagonal": lambda layer: [matrix.diagonal_mean for matrix in _matrices(layer)],
+    "off_diagonal_rms": lambda layer: [matrix.off_diagonal_rms for matrix in _matrices(layer)],
+    "distance": lambda layer: [matrix.distance for matrix in _matrices(layer) if matrix.distance is not None],
+    "silhouette_p": lambda layer: [found.p for found in layer.clusters],
+}
+"""Figures of a layer by name, as docs/analyze.md defines them: one for the layer, for each head or for each matrix."""
