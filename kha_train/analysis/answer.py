@@ -37,8 +37,7 @@ def _difference(variant: str, reference: str, found: AcrossSeeds | None) -> str:
         return f"{names}: train loss {found.differences[0]:+.4f} nats per token in one seed. 1 seed: not evidence"
     interval = found.interval
     told = f"{interval.mean:+.4f} nats per token, 95 % over {count} seeds: {interval.low:+.4f} to {interval.high:+.4f}"
-    below = sum(one < 0 for one in found.differences)
-    signs = f"below zero in {below} of {count}"
+    signs = found.sign_test.words
     if excludes_zero(found):
         which = LOWER if interval.mean < 0 else HIGHER
         weak = "; fewer than 3 seeds: weak evidence" if count < 3 else ""

@@ -22,7 +22,15 @@ from kha_train.analysis.sameness import (
     unknown_settings,
 )
 from kha_train.analysis.scored import Evaluated, evaluated
-from kha_train.analysis.statistics import Interval, SeedInterval, StepMean, mean_of_steps, over_seeds
+from kha_train.analysis.statistics import (
+    Interval,
+    SeedInterval,
+    SignTest,
+    StepMean,
+    mean_of_steps,
+    over_seeds,
+    sign_test,
+)
 from kha_train.analysis.summary import Summary, summarise
 from kha_train.analysis.validation_sets import marks, named_entries, set_difference, sets_sentence
 from kha_train.config.constants import may_differ
@@ -83,14 +91,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class AcrossSeeds:
-    """The differences of all fair pairs (no caveat) of one variant and the reference, one per seed; `interval` is over
-    the seeds, None for fewer than two.
+    """The differences of all fair pairs (no caveat) of one variant and the reference, one per seed; `interval` (None
+    for fewer than two) and `sign_test` are over the seeds.
     """
 
     variant: str
     reference: str
     differences: tuple[float, ...]
     interval: SeedInterval | None
+    sign_test: SignTest
 
 
 @dataclass(frozen=True)
@@ -150,8 +159,9 @@ class Comparison:
         names = f"{found.variant} - {found.reference} over {count} seed{'s' * (count != 1)}"
         if found.interval is None:
             return f"{names}: no interval: {count} seed{'s' * (count != 1)}, 2 needed"
-        interval = found.interval
-        return f"{names}: {interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}] nats per token (Student)"
+        interval, sign = found.interval, found.sign_test.words
+        given = f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}] nats per token (Student)"
+        return f"{names}: {given}; {sign}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for strict JSON; unknown ones are None, an infinite setting is a word."""
@@ -259,9 +269,10 @@ def across_seeds(runs: tuple[RunData, ...], pairs: tuple[Pair, ...]) -> tuple[Ac
         if pair.difference is not None and not pair.caveats:
             other = runs[pair.other]
             found.setdefault(other.variant, {}).setdefault(other.seed, pair.difference.mean)
+    by_variant = {variant: tuple(by_seed.values()) for variant, by_seed in found.items()}
     return tuple(
-        AcrossSeeds(variant, runs[0].variant, tuple(by_seed.values()), over_seeds(list(by_seed.values())))
-        for variant, by_seed in found.items()
+        AcrossSeeds(variant, runs[0].variant, values, over_seeds(values), sign_test(values))
+        for variant, values in by_variant.items()
         if variant != runs[0].variant
     )
 
@@ -298,7 +309,7 @@ def _pair(runs: tuple[RunData, ...], reference: int, other: int, varied: tuple[s
     one, two = runs[reference], runs[other]
     steps, difference = loss_difference(one, two)
     half = len(steps) // 2
-    late = difference[half:]
+    before, late = (part[np.isfinite(part)] for part in (difference[half // 2 : half], difference[half:]))
     same_data, words = data_proof(one, two)
     different = data_difference(one, two)
     begins_alike = len(steps) and steps[0] == 1 and np.isfinite(difference[0]) and (not different or different[0] > 1)
@@ -307,7 +318,7 @@ def _pair(runs: tuple[RunData, ...], reference: int, other: int, varied: tuple[s
         other,
         first_step=int(steps[half]) if len(steps) else 0,
         last_step=int(steps[-1]) if len(steps) else 0,
-        difference=None if different else mean_of_steps(late[np.isfinite(late)]),
+        difference=None if different else mean_of_steps(late, before),
         same_seed=one.seed == two.seed,
         same_data=same_data,
         data_words=words,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kha_train.analysis.runs import RunData
-from kha_train.analysis.statistics import SeedInterval, over_seeds, pooled_rate
+from kha_train.analysis.statistics import pooled_rate
 from kha_train.analysis.summary import Summary
 
 UNIT = 10_000
@@ -14,11 +15,22 @@ UNIT = 10_000
 
 
 @dataclass(frozen=True)
+class Spread:
+    """The mean of one value per run, the lowest and the highest. For skewed values, such as areas of events: Student's
+    interval of those, where nominally 95 %, covers 39 to 95 %.
+    """
+
+    mean: float
+    lowest: float
+    highest: float
+
+
+@dataclass(frozen=True)
 class VariantEvents:
     """The loss events of the runs of one variant. `diverged` and `unrecovered` are labels of runs: the spikes of such a
     run say nothing good about it. `rate` is the pooled number of spikes per `UNIT` steps with its 95 % interval, and
     `rates` are those of the single runs, None where a run was too short to be judged. `areas` are the sums of the
-    losses above the baseline, all events together, per `UNIT` steps, in nats x steps; `area` is their mean over runs.
+    losses above the baseline, all events together, per `UNIT` steps, in nats x steps; `area` is their spread over runs.
     A run that diverged or did not recover counts neither in `spikes`, `steps` and `rate` nor in `area`: it would lower
     them.
     """
@@ -32,7 +44,7 @@ class VariantEvents:
     rate: dict[str, float | None]
     rates: tuple[float | None, ...]
     areas: tuple[float | None, ...]
-    area: SeedInterval | None
+    area: Spread | None
     share_in_events: tuple[float | None, ...]
 
 
@@ -61,9 +73,13 @@ def _of_variant(variant: str, members: Sequence[tuple[RunData, Summary]]) -> Var
         rate=pooled_rate(counts, [count / UNIT for count in steps]),
         rates=tuple(rates),
         areas=tuple(areas),
-        area=over_seeds([area for area, counts in zip(areas, calm, strict=True) if counts and area is not None]),
+        area=_spread([area for area, counts in zip(areas, calm, strict=True) if counts and area is not None]),
         share_in_events=tuple(report.summary["steps_in_spike_frac"] for report in reports),
     )
+
+
+def _spread(values: Sequence[float]) -> Spread | None:
+    return Spread(math.fsum(values) / len(values), min(values), max(values)) if values else None
 
 
 def _per_unit(count: float, steps: int) -> float:

@@ -26,6 +26,7 @@ FULL: dict[str, tuple[str, ...]] = {
     "telemetry": (),
     "checkpoint": (),
     "spikes": (),
+    "intervals": (),
 }
 QUICK: dict[str, tuple[str, ...]] = {
     "step": ("model.layers=2", "model.seq_len=64", "data.global_batch_size=4", "--blocks", "3"),
@@ -36,6 +37,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "telemetry": ("model.layers=2", "data.global_batch_size=4", "--blocks", "3"),
     "checkpoint": ("model.layers=2", "data.global_batch_size=4", "--rounds", "1", "--steps", "2"),
     "spikes": ("--spiky-steps", "2000", "--clean-steps", "1000", "--early-curves", "2"),
+    "intervals": ("--simulations", "50"),
 }
 LIMIT_SECONDS = 1800
 

@@ -70,6 +70,38 @@ def _plain(scores: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @app.command()
+def intervals(
+    seed: Annotated[int | None, typer.Option(help="Seed of the simulations; random unless set.")] = None,
+    simulations: Annotated[int, typer.Option(min=50, help="Simulations of each setting.")] = 2000,
+    runs: Annotated[
+        Path | None,
+        typer.Option(help="Train pairs of equal arms in this new directory instead, and count false differences."),
+    ] = None,
+    comparisons: Annotated[int, typer.Option(min=1, help="Comparisons with --runs, three seeds a side.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Measure how often the 95 % intervals that reports print cover the truth, on simulated curves, seeds and events.
+
+    Exits with 1 when an interval fails.
+    """
+    from kha_train.bench import equal_arms, intervals
+
+    seed = secrets.randbelow(10**6) if seed is None else seed
+    if runs is None:
+        found = intervals.measure(seed, simulations, _said)
+        _answer(found, intervals.format_measured(found), as_json)
+    else:
+        found = equal_arms.measure(runs, seed, comparisons, _said)
+        _answer(found, equal_arms.format_measured(found), as_json)
+    if not found["holds"]:
+        raise typer.Exit(1)
+
+
+def _said(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+@app.command()
 def telemetry(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings of the run; model=small if none are given.")
@@ -220,9 +252,7 @@ def record(
     """Measure time and memory on a long record: start and end of a resume, status, compare, spikes."""
     from kha_train.bench import record as bench
 
-    found = bench.measure(
-        _lengths(steps), [one for one in ask.split(",") if one], say=lambda text: typer.echo(text, err=True)
-    )
+    found = bench.measure(_lengths(steps), [one for one in ask.split(",") if one], say=_said)
     _answer(found, bench.format_measured(found), as_json)
 
 
@@ -244,7 +274,7 @@ def gpu(
 
     for name in ("results.json", "results.md"):
         check_replaceable(out / name, None, "--out", overwrite)
-    found = bench.measure(out, seconds=60 * minutes, rehearse=rehearse, say=lambda text: typer.echo(text, err=True))
+    found = bench.measure(out, seconds=60 * minutes, rehearse=rehearse, say=_said)
     _answer(found, bench.as_markdown(found), as_json)
     _fail_if_any(found["stages"])
 
@@ -264,9 +294,7 @@ def everything(
     """
     from kha_train.bench import everything as bench
 
-    found = bench.measure(
-        quick=quick, against=_names(against), peers=peers, say=lambda text: typer.echo(text, err=True)
-    )
+    found = bench.measure(quick=quick, against=_names(against), peers=peers, say=_said)
     _answer(found, bench.format_measured(found), as_json)
     _fail_if_any(found)
 
@@ -299,7 +327,7 @@ def data(
         cold=cold,
         document_tokens=document_tokens,
         peers=peers,
-        say=lambda text: typer.echo(text, err=True),
+        say=_said,
     )
     _answer(result, f"{bench.__doc__}\n{bench.format_table(result)}", as_json)
 

@@ -6,7 +6,8 @@ No paper defines these: the KHA paper names stability as its second claim and gi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from kha_train.stability.events import CLASSES, SpikeEvent
@@ -18,12 +19,18 @@ NEIGHBOURHOOD = 2
 """Events of two runs match when they are at most this many steps apart, or the samples of this many steps."""
 
 
+@cache
 def poisson_interval(count: int, confidence: float = 0.95) -> tuple[float, float]:
     """The exact (Garwood) interval of a Poisson mean, given `count` observed events."""
-    tail = (1 - confidence) / 2
-    low = 0.0 if count == 0 else _solve(lambda mean: 1 - _poisson_cdf(count - 1, mean) - tail, count)
-    high = _solve(lambda mean: tail - _poisson_cdf(count, mean), count)
-    return low, high
+    return _exact_interval(count, confidence, _poisson_cdf)
+
+
+@cache
+def dispersed_interval(count: int, runs: float, confidence: float = 0.95) -> tuple[float, float]:
+    """The exact interval of the expected events of `runs` runs together, whose rates are exponentially distributed (a
+    variation of 100 %), given `count` observed events: they are negative binomial with `runs` as their shape.
+    """
+    return _exact_interval(count, confidence, lambda seen, mean: _dispersed_cdf(seen, mean, runs))
 
 
 def rate(count: int, exposure: float) -> dict[str, float]:
@@ -153,6 +160,13 @@ def _batch(event: SpikeEvent) -> float:
     return (event.samples_last - event.samples_first + 1) / event.width
 
 
+def _exact_interval(count: int, confidence: float, cdf: Callable[[int, float], float]) -> tuple[float, float]:
+    """The means for which `count` is at the edge of either tail; `cdf` gives P(N <= count) for a mean."""
+    tail = (1 - confidence) / 2
+    low = 0.0 if count == 0 else _solve(lambda mean: 1 - cdf(count - 1, mean) - tail)
+    return low, _solve(lambda mean: tail - cdf(count, mean))
+
+
 def _poisson_cdf(count: int, mean: float) -> float:
     """P(N <= count). The terms are logarithms, so that large means do not underflow before the sum."""
     if mean <= 0:
@@ -160,10 +174,21 @@ def _poisson_cdf(count: int, mean: float) -> float:
     return math.fsum(math.exp(k * math.log(mean) - mean - math.lgamma(k + 1)) for k in range(count + 1))
 
 
-def _solve(rising: Any, count: int) -> float:
-    """The root of an increasing function of the mean, by bisection."""
-    low, high = 0.0, count + 10 * math.sqrt(count + 1) + 10
-    for _ in range(200):
+def _dispersed_cdf(count: int, mean: float, shape: float) -> float:
+    """P(N <= count) of a negative binomial distribution."""
+    if mean <= 0:
+        return 1.0
+    never, more = shape * math.log(shape / (shape + mean)), math.log(mean / (shape + mean))
+    logs = (math.lgamma(k + shape) - math.lgamma(shape) - math.lgamma(k + 1) + k * more for k in range(count + 1))
+    return math.fsum(math.exp(never + one) for one in logs)
+
+
+def _solve(rising: Callable[[float], float]) -> float:
+    """The positive root of an increasing function, by bisection."""
+    low, high = 0.0, 1.0
+    while rising(high) < 0:
+        low, high = high, 2 * high
+    for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if rising(middle) < 0 else (low, middle)
     return (low + high) / 2

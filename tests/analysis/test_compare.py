@@ -115,10 +115,10 @@ def test_runs_of_one_attention_that_differ_otherwise_are_variants_of_their_own(t
 
 
 def test_a_pair_that_differs_in_more_than_its_variant_is_called_unfair(tmp_path: Path) -> None:
-    base = make_run(tmp_path / "base", falling(40))
-    fair = make_run(tmp_path / "fair", falling(40), variant="kha_mlp", zero_stage=2)
-    hotter = make_run(tmp_path / "hotter", falling(40), variant="kha_mlp", lr=2e-3)
-    reseeded = make_run(tmp_path / "reseeded", falling(40), variant="kha_mlp", seed=1)
+    base = make_run(tmp_path / "base", falling(600))
+    fair = make_run(tmp_path / "fair", falling(600), variant="kha_mlp", zero_stage=2)
+    hotter = make_run(tmp_path / "hotter", falling(600), variant="kha_mlp", lr=2e-3)
+    reseeded = make_run(tmp_path / "reseeded", falling(600), variant="kha_mlp", seed=1)
     comparison = compare_runs([base, fair, hotter, reseeded])
     assert [pair.confounders for pair in comparison.pairs] == [(), ("optim.lr (0.001 and 0.002)",), ()]
     caveats = [pair.caveats for pair in comparison.pairs]
@@ -189,12 +189,12 @@ def test_a_name_that_looks_like_a_label_with_its_path_collides_with_none(tmp_pat
 
 
 def test_the_paired_difference_is_that_of_the_last_half_of_the_common_steps(tmp_path: Path) -> None:
-    reference = make_run(tmp_path / "a", falling(60))
-    other = make_run(tmp_path / "b", falling(40, offset=-0.25), variant="kha_mlp")
+    reference = make_run(tmp_path / "a", falling(700))
+    other = make_run(tmp_path / "b", falling(600, offset=-0.25), variant="kha_mlp")
     pair = compare_runs([reference, other]).pairs[0]
-    assert (pair.first_step, pair.last_step) == (21, 40)
+    assert (pair.first_step, pair.last_step) == (301, 600)
     assert pair.interval is not None
-    assert pair.interval.count == 20
+    assert pair.interval.count == 300
     assert pair.interval.mean == pytest.approx(-0.25)
     assert pair.interval.low == pytest.approx(-0.25)
     assert pair.interval.high == pytest.approx(-0.25)
@@ -371,10 +371,10 @@ def test_a_single_run_without_validation_has_a_report_too(tmp_path: Path) -> Non
 
 
 def test_the_command_prints_the_table_and_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    paths = [make_run(tmp_path / "a", falling(40)), make_run(tmp_path / "b", falling(40, -0.1), variant="kha_mlp")]
+    paths = [make_run(tmp_path / "a", falling(600)), make_run(tmp_path / "b", falling(600, -0.1), variant="kha_mlp")]
     compare(paths, tmp_path / "out", as_json=False)
     text = " ".join(capsys.readouterr().out.split())
-    assert "kha_mlp-s0 - gqa-s0: -0.1000 [-0.1000, -0.1000] nats per token over steps 21-40" in text
+    assert "kha_mlp-s0 - gqa-s0: -0.1000 [-0.1000, -0.1000] nats per token over steps 301-600" in text
     assert "1 seed: not evidence" in text
     assert (tmp_path / "out" / "index.html").exists()
     compare(paths, tmp_path / "out", as_json=True)
@@ -384,7 +384,7 @@ def test_the_command_prints_the_table_and_writes_the_report(tmp_path: Path, caps
     assert [run["label"] for run in answer["runs"]] == ["gqa-s0", "kha_mlp-s0"]
 
 
-@pytest.mark.parametrize(("steps", "blocks"), [(2, "1 block"), (20, "10 blocks")])
+@pytest.mark.parametrize(("steps", "blocks"), [(2, "1 block"), (200, "3 blocks")])
 def test_a_short_pair_has_a_mean_and_no_interval_and_nothing_is_claimed_of_it(
     steps: int, blocks: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -425,6 +425,8 @@ def test_pairs_without_an_interval_count_for_the_interval_over_seeds(tmp_path: P
     (found,) = comparison.across_seeds
     assert found.differences == pytest.approx((0.1, 0.2, 0.3)) and found.interval is not None
     assert all(pair.interval is None for pair in comparison.pairs)
+    assert comparison.seeds_sentence(found).endswith(f"(Student); {found.sign_test.words}")
+    assert (found.sign_test.above, found.sign_test.p) == (3, 0.25)
     alone = compare_runs([runs[0], runs[3]])
     assert alone.seeds_sentence(alone.across_seeds[0]).endswith("over 1 seed: no interval: 1 seed, 2 needed")
 

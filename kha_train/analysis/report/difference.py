@@ -10,6 +10,7 @@ from kha_train.analysis.compare import Pair, no_difference
 from kha_train.analysis.report.content import Block, Figure, Result, Section, Series, Style
 from kha_train.analysis.report.context import Context, bounds, series
 from kha_train.analysis.report.curves import over_seeds_curve, pair_differences
+from kha_train.analysis.statistics import MIN_BLOCK
 
 PARTS = 60
 SHARE = 0.8
@@ -116,7 +117,7 @@ def _result(context: Context, pair: Pair) -> Result:
         return Result(names, no_difference(pair), False, warnings=warnings)
     over = f"{pair.first_step} to {pair.last_step} (the last half of the common steps, {found.count} finite pairs)"
     if interval is None:
-        blocks = f" A block has {found.block} steps, chosen from their autocorrelation." if found.block > 1 else ""
+        blocks = f" A block has {found.block} steps, at least {MIN_BLOCK} and more where steps correlate."
         words = (
             f"The difference of train loss at equal steps is {found.mean:+.4f} nats per token, mean over steps {over}; "
             f"{found.no_interval}.{blocks}"
@@ -125,7 +126,7 @@ def _result(context: Context, pair: Pair) -> Result:
     words = (
         f"Difference of train loss at equal steps, mean over steps {over}. Below zero: {other} has the lower loss. "
         f"Interval: Student's t over {interval.count // interval.block} blocks of {interval.block} steps, a length "
-        "that follows their autocorrelation; it holds for this seed and this order of data only."
+        "that follows the autocorrelation; it holds for this seed and this order of data only."
     )
     beside = f"nats per token, descriptive 95 % interval {interval.low:+.4f} to {interval.high:+.4f}"
     return Result(names, f"{interval.mean:+.4f}", context.fair(pair), beside, words, warnings)

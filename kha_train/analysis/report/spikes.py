@@ -13,9 +13,9 @@ from kha_train.stability.statistics import shared_events
 NOT_JUDGED = "too short to judge"
 MEANING = (
     "Rates are over the runs that neither diverged nor failed to recover, because a run that blows up has no further "
-    "spikes to count. Their interval is the wider of Poisson's and one from the spread over seeds. Area: the sum of "
-    "the losses above the baseline during all events, in nats x steps. The curves of train loss have marks at these "
-    "events."
+    "spikes to count. Their interval (95 %) is for seeds whose true rates may differ. Area: the sum of the losses "
+    "above the baseline during all events, in nats x steps, with the lowest and the highest run. The curves of train "
+    "loss have marks at these events."
 )
 
 
@@ -40,7 +40,7 @@ def _of_variant(events: VariantEvents) -> Row:
     if events.rate["value"] is not None:
         rate = f"{events.rate['value']:.3g} [{events.rate['low']:.3g}, {events.rate['high']:.3g}]"
     area = events.area
-    areas = f"{area.mean:.3g} [{area.low:.3g}, {area.high:.3g}]" if area else "-"
+    areas = f"{area.mean:.3g}, runs {area.lowest:.3g} to {area.highest:.3g}" if area else "-"
     values = (
         str(len(events.runs)),
         str(len(events.diverged)),
