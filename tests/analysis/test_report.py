@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,14 @@ import pytest
 
 from kha_train.analysis.answer import answers
 from kha_train.analysis.compare import compare_runs
+from kha_train.analysis.inspection import (
+    SCHEMA,
+    Inspection,
+    LayerInspection,
+    LearnedMatrix,
+    ProbeRows,
+    write_inspection,
+)
 from kha_train.analysis.report.page import report_html, write_report
 from kha_train.analysis.report.svg import tick_labels, ticks
 from kha_train.cli.main import run
@@ -205,3 +214,43 @@ def test_files_of_another_report_are_kept(tmp_path: Path, capsys: pytest.Capture
 def test_ticks_are_round_and_their_labels_differ(low: float, high: float, expected: list[str]) -> None:
     labels = tick_labels(ticks(low, high))
     assert labels == expected and len(set(labels)) == len(labels)
+
+
+def inspected(step: int, shift: float) -> Inspection:
+    """A result of `kha analyze` with one matrix in each of two layers, apart from the identity by `shift`."""
+    values = ((1.0 + shift, 0.0), (-shift, 1.0))
+    matrix = LearnedMatrix("maps.v", "within", 1.0, 2**0.5 * shift, 1.0, 1.0, 0.0, 0.0, (1.0, 1.0), values)
+    layers = tuple(LayerInspection(number, None, None, None, (), (matrix,), ()) for number in (0, 1))
+    probe = ProbeRows("data.validation", "c0ffee", "d1", 1, 8, 1, 8)
+    return Inspection(SCHEMA, step, "m", "0", "gqa", "knocking_linear", 4, 2, probe, 3.0, layers, {})
+
+
+def test_learned_matrices_are_shown_less_the_identity_at_the_checkpoints_that_were_analysed(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, [3.0] * 40, variant=name) for name in ("gqa", "kha_linear", "mea")]
+    for step, shift in ((20, 0.25), (40, 0.5)):
+        write_inspection(runs[1], inspected(step, shift))
+    write_inspection(runs[2], inspected(40, 0.1)).write_text("{")
+    page = write_report(compare_runs(runs), tmp_path / "out").read_text()
+    with (tmp_path / "out" / "figures" / "matrices-1-0.csv").open() as file:
+        cells = {(row["matrix"], row["row"], row["column"]): float(row["value"]) for row in csv.DictReader(file)}
+    assert len(cells) == 2 * 2 * 4
+    assert cells["layer 1, step 40", "0", "0"] == 0.5 and cells["layer 1, step 40", "1", "1"] == 0.0
+    assert cells["layer 0, step 20", "1", "0"] == -0.25
+    with (tmp_path / "out" / "figures" / "heads-matrix_distance.csv").open() as file:
+        curve = {float(row["steps"]): float(row["value"]) for row in csv.DictReader(file)}
+    assert curve == pytest.approx({20.0: 2**0.5 * 0.25, 40.0: 2**0.5 * 0.5}, rel=1e-8)
+    assert "not done for gqa-s0, mea-s0." in page
+    assert re.search(r"mea-s0: .*step-00000040\.json", page), "a damaged result is named and stops nothing"
+
+
+def test_figures_by_layer_are_the_means_of_the_last_quarter_of_the_sampled_steps(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "a", [3.0] * 40)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {"moe/maxvio_by_layer": [line["step"], 2.0], "moe/dead_fraction_by_layer": [0.0, 0.0]}
+        line |= {"mine/odd_by_layer": "no list"}
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(compare_runs([run_dir]), tmp_path / "out").read_text()
+    with (tmp_path / "out" / "figures" / "moe-maxvio-layers.csv").open() as file:
+        assert [float(row["value"]) for row in csv.DictReader(file)] == [35.5, 2.0]
+    assert "moe/dead_fraction is 0 in every layer of every run" in page and "mine/odd" not in page

@@ -1,6 +1,6 @@
 """What a section of the report consists of, for every form in which it is written: page, Markdown, pictures, CSV."""
 
-# N points of a series
+# N points of a series  R, C rows and columns of a matrix
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ Kind = Literal["raw", "line", "points", "band", "mean", "spike", "diverged"]
 
 
 class Axis(NamedTuple):
-    """One x axis: its name in controls and files, and its label."""
+    """One x axis: its name in controls and files, its label, and whether it has whole numbers only."""
 
     key: str
     label: str
+    whole: bool = False
 
 
 class Style(NamedTuple):
@@ -57,6 +58,17 @@ class Figure:
     series: tuple[Series, ...]
     y_range: tuple[float, float] | None = None
     zero: bool = False
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Matrices as heat-maps of one scale, full at +-`largest`: each a label and its values [R, C]."""
+
+    name: str
+    title: str
+    caption: str
+    largest: float
+    maps: tuple[tuple[str, np.ndarray], ...]
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,7 @@ class Subtitle:
     words: str
 
 
-Block = Text | Result | Table | Figure | Subtitle
+Block = Text | Result | Table | Figure | Maps | Subtitle
 
 
 @dataclass(frozen=True)
@@ -118,3 +130,7 @@ class Section:
     def figures(self) -> tuple[Figure, ...]:
         """The figures of the section, in order."""
         return tuple(block for block in self.blocks if isinstance(block, Figure))
+
+    def maps(self) -> tuple[Maps, ...]:
+        """The heat-maps of the section, in order."""
+        return tuple(block for block in self.blocks if isinstance(block, Maps))

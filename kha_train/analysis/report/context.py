@@ -12,13 +12,15 @@ import numpy as np
 
 from kha_train.analysis.compare import Comparison, Pair
 from kha_train.analysis.figures import thin
+from kha_train.analysis.inspection import Inspection, read_inspections
 from kha_train.analysis.layers import Sampled, read_sampled
 from kha_train.analysis.report.content import Axis, Kind, Row, Series, Style, Table
 from kha_train.analysis.runs import RunData
 from kha_train.analysis.statistics import display_decay, exponential_average
+from kha_train.errors import KhaError
 
 AXES = (
-    Axis("steps", "optimiser step"),
+    Axis("steps", "optimiser step", whole=True),
     Axis("tokens", "tokens"),
     Axis("flops", "training FLOPs"),
     Axis("hours", "hours of training steps"),
@@ -74,6 +76,11 @@ class Context:
         """What the runs recorded by layer, and at probed steps."""
         return tuple(map(read_sampled, self.runs))
 
+    @cached_property
+    def inspections(self) -> tuple[tuple[Sequence[Inspection], str], ...]:
+        """The results of `kha analyze` of each run, or none and the reason why they cannot be read."""
+        return tuple(_inspections_of(run) for run in self.runs)
+
     def run_table(self, rows: Sequence[Row]) -> Table:
         """A table with a column for each run; closed at first where there are too many."""
         return Table(("", *self.labels), tuple(rows), f"All {len(self.runs)} runs" if self.grouped else "")
@@ -121,6 +128,14 @@ class Context:
     def axes(self) -> tuple[Axis, ...]:
         """The axes that at least one run has."""
         return tuple(axis for axis in AXES if any(axis.key in known for known in self._x))
+
+
+def _inspections_of(run: RunData) -> tuple[Sequence[Inspection], str]:
+    """A damaged result does not stop a comparison, which does not depend on it."""
+    try:
+        return read_inspections(run.path), ""
+    except (KhaError, OSError) as error:
+        return (), f"{run.label}: {error}"
 
 
 def _axes_of(run: RunData, flops_per_token: float | None) -> dict[str, np.ndarray]:

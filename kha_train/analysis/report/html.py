@@ -3,11 +3,14 @@
 The x axis of all curves, and whether raw values are shown, are chosen by radio buttons and style rules alone.
 """
 
+# R, C rows and columns of a matrix
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from kha_train.analysis.report.content import Axis, Block, Figure, Result, Row, Section, Subtitle, Table, Text
+from kha_train.analysis.heatmap import heatmap
+from kha_train.analysis.report.content import Axis, Block, Figure, Maps, Result, Row, Section, Subtitle, Table, Text
 from kha_train.analysis.report.svg import DARK, LIGHT, color_rules, draw, text, variables
 
 CURVES = (("both", "raw and smoothed"), ("smooth", "smoothed"), ("raw", "raw"))
@@ -44,6 +47,8 @@ figure { margin: .5rem 0; background: var(--card); border: 1px solid var(--grid)
   padding: .5rem .6rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%%, 27rem), 1fr)); gap: .6rem; }
 .figures figure { margin: 0; } figure strong { font-size: .92rem; overflow-wrap: anywhere; }
+.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr)); gap: .5rem; max-width: 44rem; }
+.maps figure { margin: 0; padding: .3rem; } .map { --plus: var(--s0); --minus: var(--s1); max-width: 12rem; }
 svg { display: block; width: 100%%; max-width: 40rem; height: auto; }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--grid); border-radius: .6rem;
   margin: .5rem 0; }
@@ -129,7 +134,9 @@ def _blocks(blocks: Sequence[Block], axes: Sequence[Axis]) -> Iterator[str]:
         yield f'<div class="figures">{"".join(row)}</div>'
 
 
-def _block(block: Text | Result | Table | Subtitle) -> str:
+def _block(block: Text | Result | Table | Maps | Subtitle) -> str:
+    if isinstance(block, Maps):
+        return _maps(block)
     if isinstance(block, Subtitle):
         return f"<h3>{text(block.words)}</h3>"
     if isinstance(block, Text):
@@ -156,6 +163,14 @@ def _table(table: Table) -> str:
     )
     found = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     return f"<details><summary>{text(table.folded)}</summary>{found}</details>" if table.folded else found
+
+
+def _maps(block: Maps) -> str:
+    drawn = "".join(
+        f"<figure>{heatmap(values_RC, label, block.largest)}<figcaption>{text(label)}</figcaption></figure>"
+        for label, values_RC in block.maps
+    )
+    return f'<h3>{text(block.title)}</h3><p class="soft">{text(block.caption)}</p><div class="maps">{drawn}</div>'
 
 
 def _name(row: Row) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from kha_train.analysis.report.content import Block, Figure, Result, Section, Subtitle, Table, Text
+from kha_train.analysis.report.content import Block, Figure, Maps, Result, Section, Subtitle, Table, Text
 from kha_train.literal import visible
 
 MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~])")
@@ -37,6 +37,10 @@ def _block(block: Block, folder: str) -> Iterator[str]:
         yield from _result(block)
     elif isinstance(block, Table):
         yield from _table(block)
+    elif isinstance(block, Maps):
+        yield f"![{plain(block.title)}]({folder}/{block.name}.svg)"
+        yield ""
+        yield f"{plain(block.title)}. {plain(block.caption)} [Numbers]({folder}/{block.name}.csv)."
     else:
         yield from _figure(block, folder)
 

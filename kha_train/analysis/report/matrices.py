@@ -1,36 +1,137 @@
-"""Section: the learned interaction matrices over training."""
+"""Section: the learned interaction matrices over training, and what the heads do, as `kha analyze` saved it."""
 
-# N probed steps
+# N probed steps  R, C rows and columns of a matrix
 
 from __future__ import annotations
 
-from kha_train.analysis.report.content import Block, Figure, Section, Series, Text
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from kha_train.analysis.inspection import Inspection, LearnedMatrix
+from kha_train.analysis.inspection_table import layer_row
+from kha_train.analysis.report.content import Block, Figure, Maps, Section, Series, Subtitle, Text
 from kha_train.analysis.report.context import Context
 from kha_train.analysis.report.curves import grouped_points
 
-FROM_IDENTITY = "kha/from_identity"
-LOGIT = "attn/max_logit"
-CAPTIONS = {
-    FROM_IDENTITY: "Largest Frobenius distance of a matrix (gates aside) from the identity, of all layers.",
-    LOGIT: "Largest attention logit of all layers over sampled queries.",
+T = TypeVar("T")
+PROBED = {
+    "kha/from_identity": "Largest Frobenius distance of a matrix (gates aside) from the identity, of all layers.",
+    "attn/max_logit": "Largest attention logit of all layers over sampled queries.",
 }
+ANALYSED = {
+    "matrix_distance": "Frobenius norm, over all learned matrices of a layer, of what differs from the identity.",
+    "gate": "Mean of the sigmoid gates; 0.5 before training.",
+    "centred_cosine": "Mean cosine of the outputs of two heads, each less its mean.",
+    "cka": "Linear centred kernel alignment of two heads, which no change of basis alters.",
+    "entropy": "Entropy of the attention weights, as a share of the largest possible.",
+    "diversity": "Generalised Jensen-Shannon divergence of the heads' attention weights; 0: identical heads.",
+    "rise_mean": "Rise of the loss when a head is silenced, nats per token; mean over heads.",
+}
+"""Figures of a layer in a result of `kha analyze`, with their meanings."""
+MOST_LAYERS, MOST_STEPS, MOST_NAMES = 4, 4, 3
+"""Layers, checkpoints and matrices of a variant that are drawn, the first and the last among them."""
 
 
-def section(context: Context) -> Section | None:
-    """What the probes of training recorded of the matrices."""
-    blocks: list[Block] = []
-    for name, caption in CAPTIONS.items():
+def section(context: Context) -> Section:
+    """Curves of what probes of training and `kha analyze` recorded, and the matrices of one run of each variant."""
+    blocks: list[Block] = list(_probed(context))
+    if blocks:
+        blocks.append(Text("Recorded on probed steps of training (stability.probe_every).", "soft"))
+    analysed = [number for number, (found, _) in enumerate(context.inspections) if found]
+    if analysed:
+        blocks += [Subtitle("Checkpoints, as kha analyze saw them"), *_analysed(context), *_maps(context)]
+    blocks += [Text(words, "warning") for _, words in context.inspections if words]
+    without = [label for number, label in enumerate(context.labels) if number not in analysed]
+    if without:
+        words = "kha analyze RUN --every-checkpoint shows heads and matrices of saved checkpoints; not done for "
+        blocks.append(Text(f"{words}{', '.join(without)}.", "soft"))
+    return Section("matrices", "Interaction matrices over training", tuple(blocks))
+
+
+def _probed(context: Context) -> Iterator[Figure]:
+    for name, caption in PROBED.items():
         curves = [
             Series(label, context.style(run), "points", context.x(run, found.steps_N), found.values_N)
             for run, label in enumerate(context.labels)
             if (found := context.sampled[run].probed.get(name)) is not None
         ]
         if curves:
-            figure = Figure(
-                name.replace("/", "-"), name, caption, name, context.axes, tuple(grouped_points(context, curves))
+            yield _figure(context, name.replace("/", "-"), name, caption, curves)
+
+
+def _analysed(context: Context) -> Iterator[Figure]:
+    """The mean over layers of each figure, at every checkpoint that was looked at."""
+    for name, caption in ANALYSED.items():
+        curves = []
+        for run, (inspections, _) in enumerate(context.inspections):
+            means = [(one.step, mean) for one in inspections if (mean := _mean(one, name)) is not None]
+            # A checkpoint may lie behind the last surviving line, after the run went back.
+            means = [(step, mean) for step, mean in means if step in context.runs[run].steps]
+            if means:
+                steps, values = (np.array(column) for column in zip(*means, strict=True))
+                x = context.x(run, steps)
+                curves.append(Series(context.labels[run], context.style(run), "points", x, values))
+        if curves:
+            words = f"{caption} Mean over layers."
+            yield _figure(context, f"heads-{name}", name.replace("_", " "), words, curves)
+
+
+def _figure(context: Context, name: str, title: str, caption: str, curves: Sequence[Series]) -> Figure:
+    return Figure(name, title, caption, title, context.axes, tuple(grouped_points(context, curves)))
+
+
+def _mean(one: Inspection, name: str) -> float | None:
+    values = [value for layer in one.layers if (value := layer_row(layer)[name]) is not None]
+    return float(np.mean(values)) if values else None
+
+
+def _maps(context: Context) -> Iterator[Block]:
+    """The matrices of the first analysed run of each variant: layers below each other, checkpoints side by side."""
+    for variant, runs in context.variants.items():
+        run = next((run for run in runs if context.inspections[run][0]), None)
+        if run is None:
+            continue
+        chosen = _spread(context.inspections[run][0], MOST_STEPS)
+        names = list(dict.fromkeys(name for one in chosen for name in one.matrices()))
+        for number, name in enumerate(names[:MOST_NAMES]):
+            place = list(context.variants).index(variant)
+            yield _map(context.labels[run], name, f"matrices-{place}-{number}", chosen)
+        if len(names) > MOST_NAMES:
+            left = (
+                f"{len(names) - MOST_NAMES} further matrices of {context.labels[run]} are on the page of kha analyze."
             )
-            blocks.append(figure)
-    if not blocks:
-        return None
-    blocks.append(Text("Recorded on probed steps (stability.probe_every).", "soft"))
-    return Section("matrices", "Interaction matrices over training", tuple(blocks))
+            yield Text(left, "soft")
+
+
+def _map(label: str, name: str, file: str, chosen: Sequence[Inspection]) -> Maps:
+    of_steps = [
+        {layer.layer: one for layer in step.layers for one in layer.matrices if one.name == name} for step in chosen
+    ]
+    layers = _spread(sorted({layer for found in of_steps for layer in found}), MOST_LAYERS)
+    drawn = [
+        (f"layer {layer}, step {step.step}", _apart(found[layer]))
+        for layer in layers
+        for step, found in zip(chosen, of_steps, strict=True)
+        if layer in found
+    ]
+    largest = max(float(np.nanmax(np.abs(values_RC))) for _, values_RC in drawn)
+    caption = (
+        "What differs from the identity, where the matrix has one. Blue: positive, orange: negative, full at "
+        f"{largest:.3g}. All on one scale."
+    )
+    return Maps(file, f"{label}: {name}", caption, largest, tuple(drawn))
+
+
+def _apart(matrix: LearnedMatrix) -> np.ndarray:
+    """The matrix less the multiple of the identity that changes nothing."""
+    values_RC = matrix.array_RC()
+    return values_RC - matrix.identity * np.eye(*values_RC.shape) if matrix.identity is not None else values_RC
+
+
+def _spread(values: Sequence[T], most: int) -> list[T]:
+    """At most `most` of `values`, evenly spread, the first and the last among them."""
+    if len(values) <= most:
+        return list(values)
+    return [values[place] for place in np.linspace(0, len(values) - 1, most).round().astype(int).tolist()]

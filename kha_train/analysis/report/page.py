@@ -1,16 +1,9 @@
 """The report of a comparison: its sections in order, and the files in which they are written."""
 
-# N points of a series
-
 from __future__ import annotations
 
-import csv
-import io
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from kha_train.analysis.compare import Comparison
 from kha_train.analysis.report import (
@@ -26,11 +19,11 @@ from kha_train.analysis.report import (
     spikes,
     validation,
 )
-from kha_train.analysis.report.content import Figure, Section
+from kha_train.analysis.report.content import Section
 from kha_train.analysis.report.context import AXES, Context
+from kha_train.analysis.report.files import files_of
 from kha_train.analysis.report.html import page
 from kha_train.analysis.report.markdown import document
-from kha_train.analysis.report.svg import standalone
 from kha_train.record.files import check_replaceable, mark_of
 from kha_train.record.redact import Redactor
 
@@ -80,15 +73,11 @@ def write_report(comparison: Comparison, out: Path) -> Path:
     sections, hidden = sections_of(context), Redactor.from_environment().text
     folder = out / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    for figure in (one for section in sections for one in section.figures()):
-        for axis in figure.axes:
-            picture = standalone(figure, axis, mark)
-            (folder / f"{figure.name}-{axis.key}.svg").write_text(hidden(picture), encoding="utf-8")
-        (folder / f"{figure.name}.csv").write_text(hidden(numbers(figure)), encoding="utf-8")
-    title = title_of(comparison)
-    words = document(title, mark, comparison.evidence, sections, FOLDER)
-    (out / DOCUMENT).write_text(hidden(words), encoding="utf-8")
-    page_in(out).write_text(hidden(report_html(comparison, sections)), encoding="utf-8")
+    for name, content in files_of(sections, mark).items():
+        _write(folder / name, hidden(content))
+    words = document(title_of(comparison), mark, comparison.evidence, sections, FOLDER)
+    _write(out / DOCUMENT, hidden(words))
+    _write(page_in(out), hidden(report_html(comparison, sections)))
     return page_in(out)
 
 
@@ -110,19 +99,11 @@ def title_of(comparison: Comparison) -> str:
     return f"{', '.join(others)} against {reference}" if others else f"{len(comparison.runs)} x {reference}"
 
 
-def numbers(figure: Figure) -> str:
-    """The drawn points of a figure as CSV: one row a point, its place on every axis, its value, and its band."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    keys = [axis.key for axis in figure.axes]
-    writer.writerow(["series", "kind", *keys, "value", "low", "high"])
-    for one in figure.series:
-        nothing_N = np.full(len(one.y_N), np.nan)
-        places = [one.x.get(key, nothing_N) for key in keys]
-        band = [nothing_N if edge is None else edge for edge in (one.low_N, one.high_N)]
-        for values in zip(*(column.tolist() for column in (*places, one.y_N, *band)), strict=True):
-            writer.writerow([one.name, one.kind, *("" if math.isnan(value) else f"{value:.9g}" for value in values)])
-    return file.getvalue()
+def _write(path: Path, content: str) -> None:
+    """Writes a new file in the place of an old one, never into one that is linked from elsewhere."""
+    path.unlink(missing_ok=True)
+    with path.open("x", encoding="utf-8") as file:
+        file.write(content)
 
 
 def _meta(mark: str) -> str:

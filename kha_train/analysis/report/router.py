@@ -9,12 +9,14 @@ import numpy as np
 from kha_train.analysis.report.content import Axis, Block, Figure, Section, Series, Text
 from kha_train.analysis.report.context import Context
 
-LAYER = Axis("layer", "layer")
+LAYER = Axis("layer", "layer", whole=True)
 ROUTER = ("moe/maxvio", "moe/load_cv", "moe/load_entropy", "moe/bias_range", "moe/dead_fraction")
 OTHERS = ("layer/grad_norm", "layer/update_norm", "layer/activation_rms")
+MOST_BANDS = 3
+"""More bands than this cannot be told apart."""
 MEANING = (
-    "By layer: mean over the last quarter of the sampled steps. Over training: the mean over layers, with a band from "
-    "the lowest to the highest layer. Both are read from up to 48 lines spread over each run."
+    "By layer: mean over the last quarter of the sampled steps. Over training: the mean over layers; of up to three "
+    "runs, with a band from the lowest to the highest layer. Both are read from lines spread over each run."
 )
 NO_STATISTICS = (
     "Gradient, update and activation norms by layer were not recorded. telemetry.layer_statistics_every=N records them."
@@ -29,11 +31,19 @@ def section(context: Context) -> Section | None:
         return Section("router", "Router and layers", (Text(words, "soft"),))
     blocks: list[Block] = [Text(MEANING, "soft")]
     for name in (*ROUTER, *OTHERS, *sorted(recorded - {*ROUTER, *OTHERS})):
-        if name in recorded:
+        if name in recorded and _is_zero(context, name):
+            blocks.append(
+                Text(f"{name} is 0 in every layer of every run at all sampled steps. {_meaning(context, name)}")
+            )
+        elif name in recorded:
             blocks += [_profile(context, name), _training(context, name)]
     if not recorded & set(OTHERS):
         blocks.append(Text(NO_STATISTICS, "soft"))
     return Section("router", "Router and layers", tuple(blocks))
+
+
+def _is_zero(context: Context, name: str) -> bool:
+    return not any(sampled.by_layer[name].values_SL.any() for sampled in context.sampled if name in sampled.by_layer)
 
 
 def _file(name: str) -> str:
@@ -64,19 +74,21 @@ def _training(context: Context, name: str) -> Figure:
     """The mean over layers at the sampled steps of every run; of the first run of every variant, where there are too
     many.
     """
-    chosen = [runs[0] for runs in context.variants.values()] if context.grouped else range(len(context.runs))
+    chosen = [runs[0] for runs in context.variants.values()] if context.grouped else list(range(len(context.runs)))
     curves = []
     for run in chosen:
         found = context.sampled[run].by_layer.get(name)
         if found is not None:
             values = found.values_SL
             x = context.x(run, found.steps_S)
-            band = values.min(axis=1), values.max(axis=1)
-            curves.append(Series(context.labels[run], context.style(run), "line", x, values.mean(axis=1), *band))
+            edges = (values.min(axis=1), values.max(axis=1)) if len(chosen) <= MOST_BANDS else (None, None)
+            curves.append(Series(context.labels[run], context.style(run), "line", x, values.mean(axis=1), *edges))
     words = "The first run of each variant." if context.grouped else ""
     return Figure(f"{_file(name)}-training", f"{name} over training", words, name, context.axes, tuple(curves))
 
 
 def _meaning(context: Context, name: str) -> str:
     meaning = next(filter(None, (run.meaning(name) for run in context.runs)), "")
-    return f"{meaning}." if meaning else ""
+    # The rest says how the layers are combined, which is not done here.
+    told = meaning.partition(";")[0]
+    return f"{told[:1].upper()}{told[1:]}." if told else ""

@@ -45,7 +45,7 @@ def _of_variant(events: VariantEvents) -> Row:
         str(len(events.runs)),
         str(len(events.diverged)),
         str(len(events.unrecovered)),
-        f"{events.spikes} in {events.steps:,} steps of {counted} runs" if events.steps else "-",
+        f"{events.spikes} in {events.steps:,} steps of {counted} run{'s' * (counted != 1)}" if events.steps else "-",
         rate,
         ", ".join(NOT_JUDGED if one is None else f"{one:.3g}" for one in events.rates),
         areas,

@@ -47,12 +47,16 @@ def variables(palette: Sequence[str]) -> str:
 
 
 def standalone(figure: Figure, axis: Axis, mark: str) -> str:
-    """The figure as a file for print: black on white, with `mark` in a comment."""
-    body = draw(figure, axis)
-    style = f":root {{ --ink: #000; --grid: #ddd; {variables(LIGHT)} }} {color_rules()}"
+    """The figure as a file for print."""
+    return print_file(draw(figure, axis), figure.title, mark)
+
+
+def print_file(body: str, title: str, mark: str, further: str = "") -> str:
+    """The `<svg>` element `body` as a file: black on white, with `mark` in a comment, and `further` variables."""
+    style = f":root {{ --ink: #000; --grid: #ddd; {variables(LIGHT)} {further} }} {color_rules()}"
     head = body.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     end = head.index(">") + 1
-    title = f"<title>{text(figure.title)}</title>"
+    title = f"<title>{text(title)}</title>"
     return (
         f'<?xml version="1.0" encoding="UTF-8"?>\n<!-- {mark} -->\n{head[:end]}{title}<style>{style}</style>'
         f'<rect width="100%" height="100%" fill="#fff"/>{head[end:]}\n'
@@ -144,6 +148,7 @@ def _y_range(figure: Figure, shown: Sequence[Series]) -> tuple[float, float]:
 def _axes(figure: Figure, axis: Axis, x: _Scale, y: _Scale) -> Iterator[str]:
     floor, wall = HEIGHT - BOTTOM, WIDTH - RIGHT
     across, up = ticks(x.low, x.high), ticks(y.low, y.high)
+    across = [value for value in across if value == round(value)] if axis.whole else across
     for value, label in zip(across, tick_labels(across), strict=True):
         place = _number(x(np.array([value]))[0])
         yield f'<path class="grid" d="M{place} {TOP}V{floor}"/>'
