@@ -9,6 +9,7 @@ more for each head the loss without it. Nothing of the run is changed but `<run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kha_train.analysis.clusters import FEWEST_HEADS, clusters_of
 from kha_train.analysis.inspection import (
@@ -45,6 +47,8 @@ from kha_train.distributed import World
 from kha_train.errors import CheckpointError, ConfigError
 from kha_train.model.decoder import Decoder
 
+Damaged = Callable[[Path, CheckpointError], None]
+"""Takes the directory of a damaged checkpoint, and what is wrong."""
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """A progress bar with its title and total; inside its block, the function that adds to what is done."""
 
@@ -62,18 +66,17 @@ class Request:
     again: bool = False
 
 
-def analyze_run(run_dir: Path, request: Request, note: Callable[[str], None], bar: Bar) -> list[Inspection]:
+def analyze_run(run_dir: Path, request: Request, damaged: Damaged, bar: Bar) -> list[Inspection]:
     """The results of the checkpoints of `run_dir` by step, computed and saved unless they are there already.
 
-    `bar` shows the progress of the forwards on each. A damaged checkpoint is told to `note` and passed over. Raises
+    `bar` shows the progress of the forwards on each. A damaged checkpoint is told to `damaged` and passed over. Raises
     ConfigError (no run, no checkpoint, no data), CheckpointError when all are damaged, and as `open_probe`.
     """
-    config = load(run_dir / "config.yaml")
-    check_not_lost(run_dir)
+    config, checkpoints = load(run_dir / "config.yaml"), checkpoints_of(run_dir)
     probe, heads = open_probe(config, request.tokens, request.data), config.attention.base.heads().query_heads
     found: list[Inspection] = []
     fault: CheckpointError | None = None
-    for step, path in _checkpoints(run_dir):
+    for step, path in checkpoints:
         with ExitStack() as held:
             manifest = manifest_sha256(path) or ""
             known = None if request.again else read_inspection(run_dir, step, manifest)
@@ -81,7 +84,7 @@ def analyze_run(run_dir: Path, request: Request, note: Callable[[str], None], ba
                 try:
                     checkpoint = open_verified(path, World.single(), held)
                 except CheckpointError as error:
-                    note(f"checkpoint {path.name} is passed over: {error}")
+                    damaged(path, error)
                     fault = fault or error
                     continue
                 decoder = materialise(config, checkpoint, torch.device("cpu"))
@@ -92,9 +95,22 @@ def analyze_run(run_dir: Path, request: Request, note: Callable[[str], None], ba
         found.append(known)
         if not request.every_checkpoint:
             break
-    if not found:
-        raise fault or ConfigError("the run has no checkpoint yet", field="run", value=str(run_dir))
+    if fault and not found:
+        raise fault
     return sorted(found, key=lambda one: one.step)
+
+
+def checkpoints_of(run_dir: Path) -> list[tuple[int, Path]]:
+    """The step and directory of each checkpoint of a run, the newest first. Raises ConfigError when there is none yet,
+    CheckpointError when they are lost, DataError when the events of the run are damaged.
+    """
+    check_not_lost(run_dir)
+    found: dict[int, Path] = {}
+    for step, path in layout.candidates(run_dir / layout.FOLDER):
+        found.setdefault(step, path)
+    if not found:
+        raise ConfigError("the run has no checkpoint yet", field="run", value=str(run_dir))
+    return list(found.items())
 
 
 def inspect(
@@ -107,7 +123,7 @@ def inspect(
     heads, observer = base.heads(), Observer(decoder.eval(), probe.batches, partial(advance, 1))
     layers, nats_N = observer.sums(observer.mean_outputs())
     loss = float(nats_N.mean())
-    rises = [_rises(observer, layer, heads.query_heads, loss) for layer in range(len(layers))] if silence else None
+    rises = [_rises(observer, layer, heads.query_heads, nats_N) for layer in range(len(layers))] if silence else None
     inspected = _layers(decoder, layers, rises)
     queries = max((layer.weights.queries for layer in layers if layer.weights), default=0)
     return Inspection(
@@ -126,32 +142,39 @@ def inspect(
     )
 
 
-def _checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """The checkpoints of a run, the newest first, one of each step."""
-    found: dict[int, Path] = {}
-    for step, path in layout.candidates(run_dir / layout.FOLDER):
-        found.setdefault(step, path)
-    return list(found.items())
-
-
 def _answers(known: Inspection, probe: Probe, request: Request) -> bool:
     """Whether a saved result is of these rows, and has what is asked for."""
     has_rises = all(layer.rise is not None for layer in known.layers)
     return known.probe.digest == probe.about.digest and (has_rises or not request.silence)
 
 
-def _rises(observer: Observer, layer: int, heads: int, loss: float) -> PerHead:
-    return tuple(float(observer.silenced(layer, head).mean()) - loss for head in range(heads))
+def _rises(observer: Observer, layer: int, heads: int, nats_N: Tensor) -> tuple[PerHead, PerHead]:
+    """By how much the loss rises without each head, and the standard error of that: labels of one document are alike,
+    so it is that of sums over documents.
+    """
+    document_N, rises, errors = observer.documents(), [], []
+    documents = len(document_N.unique())
+    factor = (documents / (documents - 1)) ** 0.5 if documents > 1 else math.nan
+    for head in range(heads):
+        rise_N = observer.silenced(layer, head) - nats_N
+        mean = rise_N.mean()
+        sums = torch.bincount(document_N, weights=rise_N - mean)
+        rises.append(float(mean))
+        errors.append(factor * float(sums.norm() / len(rise_N)))
+    return tuple(rises), tuple(errors)
 
 
-def _layers(decoder: Decoder, layers: list[LayerSums], rises: list[PerHead] | None) -> tuple[LayerInspection, ...]:
+def _layers(
+    decoder: Decoder, layers: list[LayerSums], rises: list[tuple[PerHead, PerHead]] | None
+) -> tuple[LayerInspection, ...]:
     matrices: list[list[LearnedMatrix]] = [[] for _ in layers]
     for number, matrix in learned_matrices(decoder):
         matrices[number].append(matrix)
     found = []
     for number, sums in enumerate(layers):
-        rise = None if rises is None else rises[number]
-        effective = (numbered(name, "effective", one.derivative(), 1.0) for name, one in sums.gates.items())
+        rise, error = (None, None) if rises is None else rises[number]
+        derivatives = {name: one.derivative() for name, one in sums.gates.items()}
+        effective = (numbered(name, "effective", mean, 1.0) for name, mean in derivatives.items() if mean is not None)
         learned = (*matrices[number], *chain.from_iterable(effective))
         clusters = (_clusters(matrix, rise) for matrix in learned)
         found.append(
@@ -163,6 +186,7 @@ def _layers(decoder: Decoder, layers: list[LayerSums], rises: list[PerHead] | No
                 tuple(one.figures(name) for name, one in sums.gates.items()),
                 learned,
                 tuple(one for one in clusters if one is not None),
+                error,
             )
         )
     return tuple(found)
@@ -188,7 +212,7 @@ def _absent(decoder: Decoder, layers: tuple[LayerInspection, ...]) -> dict[str, 
     reasons = {
         "weights": f"{base} has no attention weights that sum to 1, or no token attends to two tokens",
         "rise": "no head was silenced",
-        "gates": f"{interaction} has no gate",
+        "gates": f"neither {base} nor {interaction} has a gate",
         "matrices": f"heads exchange no information in {base} with {interaction}",
         "clusters": f"it takes {FEWEST_HEADS} composed heads, and {across[0].name} has {len(across[0].values)}"
         if across

@@ -118,13 +118,14 @@ class GateSums:
         self._tokens = 0
         self._means_H, self._squares, self._derivative = (torch.zeros((), dtype=torch.float64) for _ in range(3))
 
-    def add(self, gates_NHK: Tensor, derivative: Tensor) -> None:
-        """Add the gates of some tokens, and the mean derivative over them."""
+    def add(self, gates_NHK: Tensor, derivative: Tensor | None = None) -> None:
+        """Add the gates of some tokens, and the mean derivative over them if the gate is part of a map of heads."""
         count = len(gates_NHK)
         self._tokens += count
         self._means_H = self._means_H + gates_NHK.mean(dim=2).sum(dim=0)
         self._squares = self._squares + gates_NHK.square().mean(dim=(1, 2)).sum()
-        self._derivative = self._derivative + derivative * count
+        if derivative is not None:
+            self._derivative = self._derivative + derivative * count
 
     def figures(self, name: str) -> Gate:
         """The figures of all tokens, for the gate of that name."""
@@ -133,9 +134,9 @@ class GateSums:
         variance = float(self._squares / self._tokens) - mean**2
         return Gate(name, mean, max(0.0, variance) ** 0.5, tuple(means_H.tolist()))
 
-    def derivative(self) -> Tensor:
-        """The mean derivative, of the shape that it was added in."""
-        return self._derivative / self._tokens
+    def derivative(self) -> Tensor | None:
+        """The mean derivative, of the shape that it was added in; None if there was none."""
+        return self._derivative / self._tokens if self._derivative.dim() else None
 
 
 def effective_rank(gram: Tensor) -> float:

@@ -104,7 +104,8 @@ class AttentionWeights:
 @dataclass(frozen=True)
 class Gate:
     """The sigmoid gate `name` of a layer: its `mean` and standard `deviation` over tokens, heads and dimensions, and
-    the means of the heads it acts on (key/value heads for a gate of values). An untrained gate is 0.5 everywhere.
+    the means of the heads it acts on (key/value heads for a gate of values). An untrained gate of a map is 0.5
+    everywhere.
     """
 
     name: str
@@ -162,7 +163,9 @@ class Clusters:
 
 @dataclass(frozen=True)
 class LayerInspection:
-    """Everything about one layer. `rise`: by how much the loss rises when a head is silenced, in nats per token."""
+    """Everything about one layer. `rise`: by how much the loss rises when a head is silenced, in nats per token;
+    `rise_error`: its standard error over documents, which may differ.
+    """
 
     layer: int
     outputs: HeadOutputs | None
@@ -171,6 +174,7 @@ class LayerInspection:
     gates: tuple[Gate, ...]
     matrices: tuple[LearnedMatrix, ...]
     clusters: tuple[Clusters, ...]
+    rise_error: PerHead | None = None
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ BY_HEAD: dict[str, Callable[[LayerInspection], PerHead | None]] = {
     "diversity": lambda layer: layer.weights.divergence if layer.weights else None,
     "head_rank": lambda layer: layer.outputs.ranks if layer.outputs else None,
     "rise": lambda layer: layer.rise,
+    "rise_error": lambda layer: layer.rise_error,
 }
 """What each head has a number of; the names are those of `MEANINGS`."""
 OVER_TRAINING = (

@@ -38,6 +38,7 @@ MEANINGS = {
     "matrix_distance": Meaning("|M - I|", "|M-I|", "Frobenius norm over all learned matrices of what differs from the "
                                "identity"),
     "rise": Meaning("loss rise", "", "by how much the loss rises without the head, in nats per token"),
+    "rise_error": Meaning("its error", "", "standard error of a head's loss rise over documents"),
     "rise_mean": Meaning("loss rise", "rise", "without a head, in nats per token, mean over heads"),
     "rise_largest": Meaning("largest rise", "", "that of the most important head"),
     "rise_head": Meaning("of head", "head", "the most important head"),
@@ -81,7 +82,11 @@ def answer_of(run_dir: Path, inspection: Inspection) -> dict[str, Any]:
     layers = []
     for layer in inspection.layers:
         weights = layer.weights
-        heads = {"ranks": layer.outputs.ranks if layer.outputs else None, "rise": layer.rise}
+        heads = {
+            "ranks": layer.outputs.ranks if layer.outputs else None,
+            "rise": layer.rise,
+            "rise_error": layer.rise_error,
+        }
         heads |= {name: getattr(weights, name) if weights else None for name in _BY_HEAD}
         matrices = [{key: value for key, value in vars(one).items() if key != "values"} for one in layer.matrices]
         found = {"gates": [vars(one) for one in layer.gates], "clusters": [vars(one) for one in layer.clusters]}

@@ -19,12 +19,12 @@ from kha_train.model.init import Initial, interaction_identities
 
 DIGITS = 4
 """Significant digits of the saved values."""
-_IN_LAYER = re.compile(r"blocks\.(\d+)\.attention\.(.+)\.weight")
+_IN_LAYER = re.compile(r"blocks\.(\d+)\.attention\.(.+?)(?:\.weight)?")
 
 
 def learned_matrices(decoder: Decoder) -> Iterator[tuple[int, LearnedMatrix]]:
     """Each matrix that a variant declares as one through which heads exchange information, trained or not, with its
-    layer.
+    layer. A vector is no matrix.
     """
     for name, identity in interaction_identities(decoder).items():
         place = _IN_LAYER.fullmatch(name)
@@ -33,7 +33,8 @@ def learned_matrices(decoder: Decoder) -> Iterator[tuple[int, LearnedMatrix]]:
         owner = decoder.get_submodule(prefix)
         acts: Acts = "across" if isinstance(owner, Matrix) and owner.across else "within"
         stored = getattr(owner, local).detach()
-        yield from ((int(place[1]), one) for one in numbered(place[2], acts, stored, _diagonal(identity)))
+        if stored.dim() > 1:
+            yield from ((int(place[1]), one) for one in numbered(place[2], acts, stored, _diagonal(identity)))
 
 
 def numbered(name: str, acts: Acts, stored: Tensor, identity: float | None) -> Iterator[LearnedMatrix]:

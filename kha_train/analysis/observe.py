@@ -7,7 +7,7 @@ hands to its backend, some queries at a time: this works for every base, and wha
 
 # B rows   T tokens of a row   H heads   W value head width   K query/key head width   G key/value heads
 # U attended tokens   Q query tokens   N tokens without padding, or labels   J = 1 or H
-# R places of the flattened B * T that hold a token
+# R places of the flattened B * T that hold a token   S document borders
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from kha_train.config.constants import IGNORE_LABEL
 from kha_train.data.rows.batch import Batch
 from kha_train.model.attention.backends import Documents
 from kha_train.model.attention.base import Attention
+from kha_train.model.attention.gate import OutputGate
 from kha_train.model.attention.interaction import Gated
 from kha_train.model.attention.projection import OutputProjection
 from kha_train.model.decoder import Decoder
@@ -80,7 +81,19 @@ class Observer:
                         layer.gates[name] = GateSums()
                         see = partial(self._see_gate, layer.gates[name], deepcopy(module).double())
                         hooks.enter_context(_before(module, see))
+                    elif isinstance(module, OutputGate):
+                        layer.gates[name] = GateSums()
+                        hooks.enter_context(_after(module, partial(self._see_output_gate, layer.gates[name])))
             return layers, self._nats()
+
+    def documents(self) -> Tensor:
+        """The document of every label [N], by number."""
+        found, before = [], 0
+        for batch in self._batches:
+            place_N = (batch.labels_BT.flatten() != IGNORE_LABEL).nonzero().squeeze(1)
+            found.append(before + torch.searchsorted(batch.cu_seqlens_S.long(), place_N, right=True) - 1)
+            before += len(batch.cu_seqlens_S) - 1
+        return torch.cat(found)
 
     def silenced(self, layer: int, head: int) -> Tensor:
         """The cross-entropy of every label [N] when the output of a head is zero."""
@@ -118,6 +131,9 @@ class Observer:
         x_1NHK = self._real(x_BTHK).double().unsqueeze(0)
         sums.add(wide.gates(x_1NHK).squeeze(0), wide.derivative(x_1NHK))
         return x_BTHK
+
+    def _see_output_gate(self, sums: GateSums, gates_BTHW: Tensor) -> None:
+        sums.add(self._real(gates_BTHW).double())
 
     def _see_weights(
         self, layer: LayerSums, attention: Attention, q_BTHK: Tensor, k_BUGK: Tensor, documents: Documents, scale: float
@@ -167,6 +183,16 @@ def _before(module: nn.Module, see: Callable[[Tensor], Tensor]) -> Iterator[None
         return see(first), *rest
 
     handle = module.register_forward_pre_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _after(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Inside the block, `see` is given what `module` returns."""
+    handle = module.register_forward_hook(lambda module, arguments, returned: see(returned))
     try:
         yield
     finally:

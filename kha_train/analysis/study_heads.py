@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from kha_train.analysis.inspection import LayerInspection, LearnedMatrix, mean_off_diagonal
+from kha_train.errors import CheckpointError
 
 Advance = Callable[[int], None]
 
@@ -28,7 +29,7 @@ def heads_figure(run_dir: Path, name: str) -> float | None:
     return float(np.mean(found)) if found else None
 
 
-def _unheard(text: str) -> None:
+def _unheard(checkpoint: Path, error: CheckpointError) -> None:
     """A damaged checkpoint is passed over; the run's own record tells of it."""
 
 

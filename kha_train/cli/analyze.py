@@ -12,6 +12,7 @@ from kha_train.analysis.inspection_page import write_page
 from kha_train.analysis.inspection_table import answer_of, print_inspections
 from kha_train.cli.output import note, print_json
 from kha_train.cli.progress import progress_bar
+from kha_train.errors import CheckpointError, KhaError
 from kha_train.literal import say
 from kha_train.record.finding import find_runs
 from kha_train.record.labels import distinct
@@ -33,15 +34,31 @@ def analyze(
 ) -> None:
     """Look into the attention heads and learned matrices of a run's newest checkpoint, on the CPU.
 
-    The result is saved in the directory `analysis` of the run, and computed only once. Training is not disturbed.
+    The result is saved in the directory `analysis` of the run, and computed only once. Training is not disturbed. A
+    damaged run or checkpoint among several is passed over: the others are looked at, and the command ends with its
+    error.
     """
-    from kha_train.analysis.analyze import Request, analyze_run
+    from kha_train.analysis.analyze import Request, analyze_run, checkpoints_of
 
     request = Request(tokens, data, silence, every_checkpoint, again)
-    found = find_runs(runs, note)
-    answers = []
+    found = find_runs(runs, note, read=checkpoints_of)
+    answers: list[dict[str, object]] = []
+    faults: list[KhaError] = []
+
+    def damaged(checkpoint: Path, error: CheckpointError) -> None:
+        note(f"checkpoint {checkpoint} is passed over: {error}")
+        # Of a run's newest checkpoint, the one before it takes the place.
+        faults.extend([error] * every_checkpoint)
+
     for run, label in zip(found, distinct([run.name for run in found], list(map(str, found))), strict=True):
-        inspections = analyze_run(run, request, note, progress_bar)
+        try:
+            inspections = analyze_run(run, request, damaged, progress_bar)
+        except KhaError as error:
+            if len(found) == 1:
+                raise
+            note(f"{run} is passed over: {error}")
+            faults.append(error)
+            continue
         # None is current if the run went back behind its newest checkpoint meanwhile.
         saved = read_inspections(run) or inspections
         page = write_page(run, label, saved)
@@ -53,3 +70,5 @@ def analyze(
             say(f"page: {page}")
     if as_json:
         print_json({"runs": answers}, indent=2)
+    if faults:
+        raise faults[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from kha_train.analysis.analyze import Request, analyze_run, inspect
 from kha_train.analysis.inspection import (
@@ -28,11 +30,12 @@ from kha_train.analysis.inspection import (
 )
 from kha_train.analysis.observe import Observer
 from kha_train.analysis.probe_rows import Probe, open_probe
+from kha_train.cli.main import build
 from kha_train.config.compose import compose
 from kha_train.config.resolve import resolve_decoding
 from kha_train.data.rows.batch import Batch
 from kha_train.data.rows.packing import Layout
-from kha_train.errors import CheckpointError, ConfigError, DataError, FormatError
+from kha_train.errors import CheckpointError, ConfigError, DataError, FormatError, KhaError
 from kha_train.model.attention.base import Attention
 from kha_train.model.attention.projection import OutputProjection
 from kha_train.model.decoder import Decoder, build_decoder
@@ -182,6 +185,24 @@ def test_attention_weights_give_the_figures_of_plain_loops_over_queries(variant:
         assert sum(weights.divergence) / found.query_heads == pytest.approx(weights.diversity, **NEAR)
 
 
+def error_of(decoder: Decoder, without: Decoder) -> float:
+    """The standard error of a mean difference of losses, from its sums in each of the five documents with labels."""
+    losses: list[list[float]] = []
+    for batch in probe().batches:
+        given = inputs_of(batch, torch.device("cpu"))
+        with torch.no_grad():
+            both = [model(*given, by_token=True).tokens.nats[0] for model in (without, decoder)]
+        rises = (both[0] - both[1]).tolist()
+        borders, labels = batch.cu_seqlens_S.tolist(), batch.labels_BT[0].tolist()
+        for first, last in itertools.pairwise(borders):
+            losses.append([rises[place] for place in range(first, last) if labels[place] >= 0])
+    losses = [document for document in losses if document]
+    every = [rise for document in losses for rise in document]
+    mean = sum(every) / len(every)
+    squares = sum(sum(rise - mean for rise in document) ** 2 for document in losses)
+    return math.sqrt(squares * len(losses) / (len(losses) - 1)) / len(every)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_loss_without_a_head_is_that_of_a_projection_whose_weights_for_it_are_zero(variant: str) -> None:
     decoder = decoder_of(variant).double()
@@ -198,6 +219,7 @@ def test_the_loss_without_a_head_is_that_of_a_projection_whose_weights_for_it_ar
         output, width = without.blocks[layer].attention.output, found.layers[layer].outputs.width
         output.weight.data[:, head * width : (head + 1) * width] = 0.0
         rise = found.layers[layer].rise[head]
+        assert found.layers[layer].rise_error[head] == pytest.approx(error_of(decoder, without), rel=1e-9)
         assert rise == pytest.approx(loss(without) - loss(decoder), abs=1e-12) and abs(rise) > 1e-5
 
 
@@ -288,6 +310,23 @@ def test_the_effective_map_of_a_gate_is_the_mean_of_its_derivatives(variant: str
     assert gate.mean != 0.5 and gate.deviation > 0 and gate.name == effective.name == "interaction.maps.v"
 
 
+@pytest.mark.parametrize(("gating", "width"), [("headwise", 1), ("elementwise", 8)])
+def test_an_output_gate_is_seen_and_its_heads_as_the_projection_reads_them(gating: str, width: int) -> None:
+    decoder = decoder_of("gqa", f"attention.base.output_gate={gating}")
+    gates: list[Tensor] = []
+    hook = decoder.blocks[1].attention.gate.register_forward_hook(lambda module, given, out: gates.append(out.double()))
+    out = Captured(decoder, 1).tokens()
+    hook.remove()
+    values = np.concatenate([one[0, :filled].numpy() for one, filled in zip(gates, FILLED, strict=True)])
+    assert values.shape == (44, 4, width)
+    found = inspect(decoder, 7, "manifest", probe(), False, lambda count: None).layers[1]
+    (gate,) = found.gates
+    assert (gate.name, found.matrices) == ("gate", ())
+    assert (gate.mean, gate.deviation) == pytest.approx((values.mean(), values.std()), **NEAR)
+    assert gate.head_means == pytest.approx(values.mean(axis=(0, 2)).tolist(), **NEAR)
+    assert found.outputs.cosine[0][3] == pytest.approx(sum(map(cosine, out[:, 0], out[:, 3])) / 44, **NEAR)
+
+
 def test_a_bias_of_the_scores_counts_and_rows_of_one_document_need_no_borders() -> None:
     decoder = decoder_of("gqa", "attention.positions=alibi")
     for block in decoder.blocks:
@@ -317,7 +356,7 @@ def look(run: Path, **settings: object) -> list[Inspection]:
     from contextlib import nullcontext
 
     request = Request(**{"tokens": 256, "silence": False, **settings})
-    return analyze_run(run, request, lambda text: None, lambda title, total: nullcontext(lambda count: None))
+    return analyze_run(run, request, lambda path, error: None, lambda title, total: nullcontext(lambda count: None))
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -387,6 +426,30 @@ def test_damage_is_told_and_never_written_over(old_runs: Path) -> None:
     assert weights.is_file() and not path.exists()
     with pytest.raises(ConfigError, match="no such"):
         look(run.parent / "missing")
+
+
+def test_the_others_are_looked_at_beside_a_damaged_checkpoint_or_run(old_runs: Path) -> None:
+    whole, run = old_runs / "kha_mlp", old_runs / "gqa"
+    older = run / "checkpoints" / "step-00000040"
+    shutil.copytree(run / "checkpoints" / "step-00000072", older)
+    shutil.copytree(run, old_runs / "none")
+    shutil.rmtree(old_runs / "none" / "checkpoints")
+    (old_runs / "none" / "events.jsonl").write_text("")
+
+    def kha(*arguments: str) -> tuple[int, str]:
+        ended = CliRunner().invoke(build(["analyze"]), ["analyze", "--tokens", "64", "--no-silence", *arguments])
+        return (ended.exception.exit_code if isinstance(ended.exception, KhaError) else ended.exit_code), ended.output
+
+    code, said = kha(str(old_runs))
+    assert code == 0 and "skipped" in said and "no checkpoint yet" in said and said.count("page: ") == 2
+    assert [one.step for one in read_inspections(run)] == [72], "the copy under another step is none"
+    code, said = kha(str(run), "--every-checkpoint", "--again")
+    assert code == 4 and "step-00000040 is passed over" in said and "page: " in said
+    for weights in run.glob("checkpoints/*/model-*.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-1])
+    code, said = kha(str(run), str(whole), "--again")
+    assert code == 4 and f"{run} is passed over" in said and said.count("page: ") == 1
+    assert kha(str(run), "--again")[0] == 4 and kha(str(old_runs / "none"))[0] == 2
 
 
 def test_numbers_that_are_not_finite_are_kept_as_such(old_runs: Path) -> None:
