@@ -22,7 +22,7 @@ PLUS, MINUS = (58, 128, 214), (224, 112, 44)
 
 
 def heatmap(values_RC: np.ndarray, title: str, largest: float) -> str:
-    """An `<svg>` element of one cell for each number, full at +-`largest`; numbers that are not finite are hatched."""
+    """An `<svg>` element of one cell for each number, full at +-`largest`; numbers that are not finite are grey."""
     rows, columns = values_RC.shape
     share_RC = np.clip(np.divide(values_RC, largest) if largest > 0 else np.zeros_like(values_RC), -1.0, 1.0)
     cells = _cells(values_RC, share_RC) if rows * columns <= FEW else _picture(share_RC)

@@ -30,7 +30,7 @@ from kha_train.decode.absorb import absorb, absorbed_config
 from kha_train.distributed import World
 from kha_train.engine.building import persistent_buffers
 from kha_train.errors import ConfigError
-from kha_train.model.attention.backends import lay_out_cached, lay_out_documents
+from kha_train.model.attention.backends import Documents, lay_out_cached, lay_out_documents, weighted_values
 from kha_train.model.attention.base import Attention, RowContext, build_attention
 from kha_train.model.attention.cache import Cache
 from kha_train.model.decoder import Decoder, build_decoder, build_rotary_table
@@ -411,6 +411,31 @@ def test_absorbed_equals_unabsorbed_and_costs_nothing_extra(case: Case) -> None:
     assert options.flops(heads) == 0 and options.parameters(heads) in (0, heads.value_width)
     names = {name for name, _ in plain.named_parameters() if ".interaction." in name}
     assert names == {f"blocks.{i}.attention.interaction.norm.weight" for i in (0, 1) if options.parameters(heads)}
+
+
+@every_pair
+def test_the_weights_that_a_base_tells_are_shares_of_visible_tokens_and_make_its_outputs(case: Case) -> None:
+    """`Attention.weights`, by which `kha analyze` sees what most backends never hold. None where a base has none."""
+    attention = attention_of(case.config, noise=0.3)
+    backend, told = attention.attend, []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
+        out = backend(q, k, v, documents, scale)
+        told.append((attention.weights(q, k, documents, scale), v, out))
+        return out
+
+    attention.attend = attend
+    attention(torch.randn(2, 6, 32, dtype=torch.float64), rows_of(case.config, 2, 6, [0, 2, 6, 12]))
+    weights, v, out = told[0]
+    if weights is None:
+        return
+    document = torch.tensor([[0, 0, 1, 1, 1, 1], [2] * 6])
+    visible = (document[:, :, None] == document[:, None]) & torch.ones(6, 6, dtype=torch.bool).tril()
+    assert torch.allclose(weights.sum(-1), torch.ones(1, dtype=torch.float64)) and weights.dtype == torch.float64
+    assert torch.equal(weights > 0, visible[:, None].expand_as(weights))
+    # A base that works on the scores mixes the weights once more.
+    if not case.config.attention.base.own_scores:
+        assert torch.allclose(weighted_values(weights, v), out, atol=1e-12)
 
 
 @every_pair
