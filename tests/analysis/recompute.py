@@ -74,6 +74,13 @@ def student(values: list[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def sign_p(values: list[float]) -> float:
+    """The share of all assignments of signs that split at least as unevenly."""
+    count, fewer = len(values), min(sum(value < 0 for value in values), sum(value > 0 for value in values))
+    splits = [number.bit_count() for number in range(2**count)]
+    return sum(min(ones, count - ones) <= fewer for ones in splits) / 2**count
+
+
 def quantile(freedom: int) -> float:
     """The point that Student's t exceeds with probability 2.5 %."""
 
@@ -136,6 +143,7 @@ def compare(references: list[Path], others: list[Path]) -> dict[str, Any]:
         "differences": differences,
         "over_seeds": student(differences),
         "below_zero": sum(value < 0 for value in differences),
+        "sign_p": sign_p(differences),
         "validation_differences": validations,
         "validation_over_seeds": student(validations),
         "pooled": [pooled(references), pooled(others)],
