@@ -112,8 +112,8 @@ def test_six_runs_computed_again_without_shared_code_give_the_same_json(
     ("offsets", "said"),
     [
         ((-0.10, -0.11, -0.12), "lower train loss, -0.1100 nats per token, 95 % over 3 seeds: -0.1348 to -0.0852"),
-        ((0.10, 0.11), "no difference in train loss that 2 seeds show, +0.1050 nats"),
-        ((0.10, 0.1001), "higher train loss, +0.1001 nats per token, 95 % over 2 seeds: +0.0994 to +0.1007"),
+        ((0.10, 0.20), "no difference in train loss that 2 seeds show, +0.1500 nats"),
+        ((0.10, 0.1002), "higher train loss, +0.1001 nats per token, 95 % over 2 seeds: +0.0988 to +0.1014"),
         ((0.10,), "train loss +0.1000 nats per token in one seed. 1 seed: not evidence."),
     ],
 )
