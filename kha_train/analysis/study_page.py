@@ -44,7 +44,7 @@ def _lines(result: StudyResult, reports: Mapping[str, str]) -> Iterator[str]:
     yield from (f"- {caveat}" for caveat in result.caveats())
     yield "\n## Arms\n"
     yield from _table(*arm_rows(result))
-    yield "\nMean over seeds with its 95 % Student interval. `inf`: a run diverged or never got there."
+    yield "\nMean over seeds with its 95 % Student interval (counts: none). `inf`: a run diverged or never got there."
     yield "\n## Against the reference, paired by seed\n"
     yield from (f"- {one.sentence()}" for one in result.compared)
     yield f"\n## {result.scaled.rate_measure.name} by learning rate\n"

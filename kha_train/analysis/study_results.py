@@ -16,13 +16,15 @@ import numpy as np
 from kha_train.analysis.history import DATA_ID
 from kha_train.analysis.loss_law import law_of_run
 from kha_train.analysis.runs import RunData, load_run
-from kha_train.analysis.statistics import SeedInterval, over_seeds
+from kha_train.analysis.statistics import SeedInterval, over_seeds, sign_test
 from kha_train.analysis.studies import Measure, ScaledStudy, Trial
 from kha_train.analysis.study_heads import heads_figure
 from kha_train.analysis.summary import Summary, summarise
 
 SMOOTHED = 5
 """Steps whose mean loss must be at most a threshold."""
+COUNT = "spikes"
+"""The kind of measures that are counts."""
 FORMAT = 1
 
 
@@ -51,8 +53,8 @@ class Chosen:
 @dataclass(frozen=True)
 class Compared:
     """An arm against its reference in one measure: the difference for every seed that both have, its mean with the
-    95 % Student interval over seeds (None with fewer than two, or where a value is infinite), in how many seeds the
-    arm was better and worse, and the two-sided sign test of these.
+    95 % Student interval over seeds (None with fewer than two, and for the reason in `no_interval`), in how many seeds
+    the arm was better and worse, and the two-sided sign test of these (None without a sign).
     """
 
     arm: str
@@ -63,6 +65,7 @@ class Compared:
     better: int
     worse: int
     sign_test: float | None
+    no_interval: str = ""
 
     @property
     def differs(self) -> bool:
@@ -79,13 +82,14 @@ class Compared:
         if len(self.differences) < 2:
             said = "".join(f"{value:+.4g}, " for value in self.differences.values())
             return f"{names}: {said}no interval: {seeds}, 2 needed"
-        return f"{names}: better in {self.better}, worse in {self.worse} of {seeds}, no interval: not all are finite"
+        return f"{names}: better in {self.better}, worse in {self.worse} of {seeds}, no interval: {self.no_interval}"
 
 
 @dataclass(frozen=True)
 class ArmResult:
     """An arm at its best rate: values of every measure by seed, the runs, and how many diverged. `by_rate` has the
-    values of the measure that chooses rates, for every rate and seed on which rates were compared.
+    values of the measure that chooses rates, for every rate and seed on which rates were compared. `counts` names the
+    measures that are counts.
     """
 
     name: str
@@ -97,6 +101,7 @@ class ArmResult:
     runs: Mapping[int, str]
     diverged: int
     diverged_by_rate: Mapping[float, int]
+    counts: tuple[str, ...] = ()
 
     @property
     def is_usable(self) -> bool:
@@ -111,8 +116,8 @@ class ArmResult:
         return float(np.mean(known)) if known and len(known) == len(values) else None
 
     def interval(self, measure: str) -> SeedInterval | None:
-        """The mean with its 95 % Student interval over seeds, where all values are finite."""
-        return _interval(list(self.values[measure].values()))
+        """The mean with its 95 % Student interval over seeds, where all values are finite and no counts."""
+        return None if measure in self.counts else _interval(list(self.values[measure].values()))
 
 
 @dataclass(frozen=True)
@@ -297,6 +302,7 @@ def judge(scaled: ScaledStudy, outcomes: Mapping[Trial, Outcome]) -> StudyResult
             runs={seed: one.run_dir for seed, one in own.items()},
             diverged=sum(one.diverged for one in own.values()),
             diverged_by_rate={rate: sum(one.diverged for t, one in tried if t.rate == rate) for rate in rates},
+            counts=tuple(measure.name for measure in scaled.measures if measure.kind == COUNT),
         )
     return StudyResult(
         scaled=scaled,
@@ -322,25 +328,20 @@ def _compared(reference: ArmResult, arm: ArmResult, measure: Measure) -> Compare
     better = sum(sign * value > 0 for value in differences.values())
     worse = sum(sign * value < 0 for value in differences.values())
     infinite = any(not (math.isfinite(a) and math.isfinite(b)) for a, b in known.values())
+    # Student's interval of the difference of small counts, where nominally 95 %, covers 73 to 99 %.
+    why = "not all are finite" if infinite else "they are counts" if measure.kind == COUNT else ""
+    signs = sign_test(list(differences.values()))
     return Compared(
         arm=arm.name,
         reference=reference.name,
         measure=measure.name,
         differences=differences,
-        interval=None if infinite else over_seeds(list(differences.values())),
+        interval=None if why else over_seeds(list(differences.values())),
         better=better,
         worse=worse,
-        sign_test=sign_test(better, worse),
+        sign_test=signs.p if signs.seeds else None,
+        no_interval=why,
     )
-
-
-def sign_test(better: int, worse: int) -> float | None:
-    """The two-sided probability that as many or more of the signs agree by chance; None without a sign."""
-    count, rarer = better + worse, min(better, worse)
-    if not count:
-        return None
-    chance: float = 2 * sum(math.comb(count, k) for k in range(rarer + 1)) / 2**count
-    return min(1.0, chance)
 
 
 def _rank(measure: Measure, values: Sequence[float | None]) -> tuple[int, float]:

@@ -6,6 +6,8 @@ simulation. A row fails if the number covered would occur with probability below
 The functions measured are those that the commands call; `PRINTED` lists who prints which.
 """
 
+# C simulated curves, pools or sets of seeds  N values of each
+
 from __future__ import annotations
 
 import math
@@ -19,8 +21,6 @@ import numpy as np
 from kha_train.analysis.statistics import mean_of_steps, over_seeds, pooled_rate, sign_test
 from kha_train.bench.protocol import compare
 from kha_train.stability.statistics import reported_rate
-
-# C simulated curves, pools or sets of seeds  N values of each
 
 LOWEST, HIGHEST = 0.92, 0.97
 SURE = 0.001
@@ -39,8 +39,9 @@ CHUNK = 4_000_000
 PRINTED: dict[str, tuple[str, ...]] = {
     "mean over seeds": (
         "analysis/answer.py", "analysis/compare.py", "analysis/report/answer.py", "analysis/report/validation.py",
+        "analysis/study_page.py", "analysis/study_results.py",
     ),
-    "sign test over seeds": ("analysis/answer.py", "analysis/compare.py"),
+    "sign test over seeds": ("analysis/answer.py", "analysis/compare.py", "analysis/study_results.py"),
     "mean over steps": ("analysis/compare.py", "analysis/report/difference.py"),
     "rate of one run": ("cli/spikes.py", "bench/spikes.py", "bench/spike_thresholds.py"),
     "pooled rate": ("analysis/report/spikes.py", "cli/spikes.py"),

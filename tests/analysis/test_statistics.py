@@ -143,6 +143,7 @@ def test_the_sign_test_is_the_binomial_one_and_says_when_it_can_say_nothing() ->
     assert (six.p, six.least) == (0.03125, 0.03125) and six.words.endswith("p 0.031")
     # Two of ten below: 2 (1 + 10 + 45) / 1024.
     assert sign_test([-1.0] * 2 + [1.0] * 8 + [0.0]).p == pytest.approx(0.109375)
+    assert [sign_test([-1.0] * below + [math.inf] * above).p for below, above in ((5, 0), (4, 1))] == [0.0625, 0.375]
     assert sign_test([1.0, -1.0]).p == sign_test([]).p == 1.0
 
 

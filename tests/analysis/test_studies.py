@@ -10,7 +10,7 @@ import pytest
 
 from kha_train.analysis.studies import ScaledStudy, Trial, load_study, study_names
 from kha_train.analysis.study_page import study_page
-from kha_train.analysis.study_results import Outcome, StudyResult, choose_rates, judge, sign_test
+from kha_train.analysis.study_results import Outcome, StudyResult, choose_rates, judge
 from kha_train.cli.output import strict
 from kha_train.errors import ConfigError
 
@@ -179,8 +179,14 @@ def test_rates_chosen_on_the_compared_runs_are_said_to_be(tmp_path: Path) -> Non
     assert "one learning rate" in judge(one, {}).how_chosen
 
 
-def test_the_sign_test_is_the_binomial_one() -> None:
-    assert [sign_test(5, 0), sign_test(4, 1), sign_test(1, 1), sign_test(0, 0)] == [0.0625, 0.375, 1.0, None]
+def test_counts_have_the_sign_test_and_no_interval(scaled: ScaledStudy) -> None:
+    """Student's interval of small counts covers less than it says (docs/statistics.md)."""
+    tried = by_rate({"base": [3.0, 2.0, 4.0], "mlp": [3.0, 2.5, 2.4]}) | compared("base", 0.2, [2.0] * 3)
+    result = judge(scaled, tried | {Trial("mlp", 0.4, seed): outcome(2.0, spikes=seed + 2.0) for seed in range(3)})
+    arm, (_, found) = result.arms["mlp"], result.compared
+    assert arm.interval("train_loss") is not None and arm.interval("spikes") is None and arm.mean("spikes") == 3.0
+    assert (found.interval, found.better, found.worse, found.sign_test) == (None, 0, 3, 0.25)
+    assert found.sentence().endswith("worse in 3 of 3 seeds, no interval: they are counts")
 
 
 def test_the_page_says_the_sentence_the_arms_and_what_was_published(scaled: ScaledStudy) -> None:

@@ -194,6 +194,7 @@ CASES: dict[Case, list[Case]] = {
         ("{two}", "{other}"), ("{two}", "{lost}"), ("{empty}", "{two}"),
     ],
     ("bench", "spikes"): [("--spiky-steps", "2000", "--clean-steps", "1000", "--early-curves", "1", "--seed", "1")],
+    ("bench", "intervals"): [("--runs", "{root}/equal", "--comparisons", "1"), ("--runs", "{root}")],
     ("bench", "telemetry"): [(*TINY, "--blocks", "3")],
     ("bench", "checkpoint"): [(*TINY, "--rounds", "1", "--steps", "1")],
     ("bench", "attention"): [(*TINY, "--blocks", "3"), ("--clock", "none")],
