@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,15 +11,17 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.table import Column, Table
 
 from data_tools.corpus import SPLITS, build_corpus, split_path
 from data_tools.encode import SHARD_BYTES, encode_corpus
 from data_tools.encode_files import VALIDATION_PERCENT, encode_files
 from data_tools.files import find_files
 from data_tools.importers import DTYPES, import_tokens, tokenizer_of
+from data_tools.task_documents import TASKS
+from data_tools.tasks import DOCUMENTS, VALIDATION_DOCUMENTS, VOCAB_SIZE, Order, write_task
 from data_tools.train_tokenizer import train_tokenizer
 from kha_train.analysis.figures import save_bars
+from kha_train.cli.answer import print_answer
 from kha_train.cli.data_options import (
     CorpusDir,
     DatasetDir,
@@ -31,8 +32,9 @@ from kha_train.cli.data_options import (
     Texts,
     ValidationPercent,
     Workers,
+    numbers_of,
 )
-from kha_train.cli.output import Overwrite, print_json
+from kha_train.cli.output import Overwrite
 from kha_train.cli.progress import progress_bar
 from kha_train.config.compose import from_plain, load
 from kha_train.data.format.manifest import MANIFEST_NAME, Manifest
@@ -43,7 +45,6 @@ from kha_train.literal import say
 from kha_train.record import config_of, read_attempts, read_events, read_metrics_at
 from kha_train.record.actions import skip_windows
 from kha_train.record.files import check_replaceable, mark_of
-from kha_train.telemetry.terminal import LiteralConsole
 
 VERIFY_GIB = 1.0
 """Size of the block cache while a dataset at a URL is verified."""
@@ -77,7 +78,7 @@ def corpus(
             overwrite=overwrite,
             progress=advance,
         )
-    _answer({"directory": str(out), **description}, as_json)
+    print_answer({"directory": str(out), **description}, as_json)
 
 
 @app.command()
@@ -96,7 +97,7 @@ def tokenizer(
             corpus_dir, out, vocab_size=vocab_size, max_bytes=max_bytes, overwrite=overwrite, progress=advance
         )
     answer = {"file": str(out), "vocab_size": made.vocab_size, "sha256": made.sha256, "special_ids": made.special_ids}
-    _answer(answer, as_json)
+    print_answer(answer, as_json)
 
 
 @app.command()
@@ -147,7 +148,7 @@ def tokenize(
     answer = {split: _dataset(out / split, made) for split, made in manifests.items()}
     speed = round(sum(encoded) / 1e6 / (time.perf_counter() - started), 2)
     used = manifests["train"].tool.rpartition(", ")[2]
-    _answer({**answer, "encoder": used, "notes": said, "megabytes_per_second": speed}, as_json)
+    print_answer({**answer, "encoder": used, "notes": said, "megabytes_per_second": speed}, as_json)
 
 
 def _work(
@@ -187,7 +188,31 @@ def import_(
     """Use token files of other trainers as a dataset, without copying them."""
     entry = tokenizer_of(tokenizer_file, vocab_size)
     made = import_tokens(kind, files, out, entry, overwrite=overwrite, tokenizer_file=tokenizer_file, dtype=dtype)
-    _answer({"directory": str(out), "tokens": made.tokens, "documents": made.documents}, as_json)
+    print_answer({"directory": str(out), "tokens": made.tokens, "documents": made.documents}, as_json)
+
+
+@app.command()
+def synthetic(
+    task: Annotated[str, typer.Argument(help=f"One of {', '.join(TASKS)}.")],
+    out: Annotated[Path, typer.Option(help="Directory for train/ and validation/.")],
+    documents: Annotated[int, typer.Option(min=1, help="Documents for training.")] = DOCUMENTS,
+    validation_documents: Annotated[int, typer.Option(min=1, help="Documents held out.")] = VALIDATION_DOCUMENTS,
+    levels: Annotated[str, typer.Option(help="Difficulties, as 4,8,16; each task counts its own.")] = "",
+    symbols: Annotated[int, typer.Option(min=0, help="Number of different symbols; 0: the task's own.")] = 0,
+    vocab_size: Annotated[int, typer.Option(min=1, help="Number of ids.")] = VOCAB_SIZE,
+    seed: Annotated[int, typer.Option(help="Another seed gives other documents.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing datasets.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a task with known answers, which `evaluation.tasks=[answers]` scores (docs/tasks.md)."""
+    sizes = (documents, validation_documents, numbers_of(levels, "--levels"), symbols, vocab_size, seed)
+    order = Order(task, *sizes).complete()
+    with progress_bar("writing", documents + validation_documents) as advance:
+        made = write_task(order, out, overwrite=overwrite, progress=advance)
+    longest = max(manifest.corpus["longest"] for manifest in made.values())
+    answer: dict[str, Any] = {split: _dataset(out / split, manifest) for split, manifest in made.items()}
+    settings = f"model.vocab_size={vocab_size} model.seq_len={longest} data.packing=best_fit"
+    print_answer({**answer, "longest_document": longest, "settings": settings}, as_json)
 
 
 @app.command()
@@ -211,7 +236,7 @@ def verify(directory: DatasetDir, as_json: Json = False) -> None:
         raise DataError(f"{len(faults)} shards are damaged, see above", field=directory)
     if faults:
         raise faults[0]
-    _answer(answer, as_json)
+    print_answer(answer, as_json)
 
 
 def _faults(shards: ShardSet, advance: Callable[[int], None]) -> Iterator[DataError]:
@@ -246,7 +271,7 @@ def inspect(
     if run is not None:
         if png is not None:
             raise ConfigError("works for a dataset only", field="--png", fix="name a dataset instead of a run")
-        _answer(_samples_of_run(run, step, rank), as_json)
+        print_answer(_samples_of_run(run, step, rank), as_json)
         return
     assert directory is not None, "exactly one of the two is given"
     answer, datasets = {}, _datasets(directory)
@@ -267,7 +292,7 @@ def inspect(
             found["png"] = str(png)
         if not as_json:
             found["documents_by_tokens"] = _bars(counts[path])
-    _answer(answer, as_json)
+    print_answer(answer, as_json)
 
 
 def _samples_of_run(run: Path, step: int, rank: int) -> dict[str, Any]:
@@ -349,28 +374,7 @@ def _samples(shards: ShardSet, count: int, tokens: int) -> Iterator[dict[str, An
         }
 
 
-def _answer(answer: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(answer)
-        return
-    table = Table("", Column("", overflow="fold"), show_header=False, box=None)
-    for key, value in _flat(answer, ""):
-        table.add_row(key, value)
-    width = None if "COLUMNS" in os.environ or LiteralConsole().is_terminal else 200
-    LiteralConsole(width=width).print(table)
-
-
 def _bars(counts: dict[str, int]) -> dict[str, str]:
     """A histogram in lines of text."""
     most = max(counts.values())
     return {name: f"{count:>9} {'#' * round(40 * count / most)}".rstrip() for name, count in counts.items()}
-
-
-def _flat(value: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-    for key, entry in value.items():
-        if isinstance(entry, dict):
-            yield from _flat(entry, f"{prefix}{key} ")
-        elif isinstance(entry, list) and entry and isinstance(entry[0], dict):
-            yield from _flat({f"{key} {i + 1}": one for i, one in enumerate(entry)}, prefix)
-        else:
-            yield f"{prefix}{key}", str(entry)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from data_tools.encode_files import VALIDATION_PERCENT
+from kha_train.errors import ConfigError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Field = Annotated[
@@ -34,3 +35,11 @@ ValidationPercent = Annotated[
 ]
 Workers = Annotated[int, typer.Option(min=1, help="Worker processes; the output does not depend on the number.")]
 Encoder = Annotated[str, typer.Option(help="sentencepiece, or gigatoken: faster, checked to give the same ids.")]
+
+
+def numbers_of(text: str, option: str) -> tuple[int, ...]:
+    """The whole numbers in `text`, between commas. Raises ConfigError, which names the `option`, for anything else."""
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise ConfigError("not whole numbers", field=option, value=text, allowed="as 4,8,16") from None

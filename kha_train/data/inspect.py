@@ -20,12 +20,15 @@ BORDER = "\u2016"
 
 
 def decoder_of(shards: ShardSet) -> Callable[[np.ndarray], str]:
-    """A function from ids to text with the dataset's own tokenizer, or to the ids themselves if there is none. Raises
-    DataError as `ShardSet.check_tokenizer`.
+    """A function from ids to text with the dataset's own tokenizer, or to the names of ids in the manifest of a
+    synthetic task, or to the ids themselves if there are neither. Raises DataError as `ShardSet.check_tokenizer`.
     """
     path = shards.check_tokenizer()
     if path is not None and shards.manifest.tokenizer.kind == KIND:
         return Tokenizer(path).decode
+    names = str(shards.manifest.corpus.get("tokens", "")).split()
+    if len(names) == shards.manifest.tokenizer.vocab:
+        return lambda ids: " ".join(names[number] for number in ids.tolist())
     return lambda ids: " ".join(map(str, ids.tolist()))
 
 

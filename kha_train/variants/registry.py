@@ -69,6 +69,7 @@ OPTIMIZERS: dict[str, Variant[OptimSection]] = {
 }
 
 TASKS: dict[str, Variant[TaskOptions]] = {
+    "answers": Variant("kha_train.evaluate.answers:Answers", RowTaskOptions),
     "bits_per_byte": Variant("kha_train.evaluate.bits_per_byte:BitsPerByte", RowTaskOptions),
     "context": Variant("kha_train.evaluate.context:Context", ContextOptions),
 }

@@ -182,6 +182,10 @@ CASES: dict[Case, list[Case]] = {
         ("numpy", "{root}/ids.bin", "--out", "{root}/imported", "--vocab-size", "256", "--dtype", "uint16"),
         ("numpy", "{root}/missing.bin", "--out", "{root}/none", "--vocab-size", "256", "--dtype", "uint16"),
     ],
+    ("data", "synthetic"): [
+        ("copy", "--out", "{root}/copies", "--documents", "40", "--validation-documents", "8", "--levels", "2,9"),
+        ("copy", "--out", "{root}/none", "--levels", "2,x"), ("nothing", "--out", "{root}/none"),
+    ],
     ("data", "verify"): [("{data}",), ("{nothing}",)],
     ("data", "inspect"): [
         ("{data}",), ("{data}/train", "--samples", "0"), ("--run", "{odd}", "--step", "2"),
