@@ -161,7 +161,7 @@ def test_a_small_model_learns_to_copy(tmp_path: Path) -> None:
     dense = ["moe.experts=0", "moe.top_k=0", "moe.dense_layers=2", "moe.dense_width=128", "moe.expert_width=0"]
     data = ["data=shards", *(f"data.{split}={tmp_path / split}" for split in ("train", "validation"))]
     rows = ["data.packing=best_fit", "data.global_batch_size=64", f"data.cache_dir={tmp_path}", "validation.rows=0"]
-    engine = ["engine.name=plain", "engine.device=cpu", "engine.micro_batch_size=64", "optim.lr=5e-3", "run.steps=300"]
+    engine = ["engine.name=plain", "engine.device=cpu", "engine.micro_batch_size=64", "optim.lr=5e-3", "run.steps=500"]
     quiet = ["telemetry.wandb.mode=disabled", "telemetry.console=quiet", "telemetry.peak_tflops=0.1"]
     model = ["model.vocab_size=256", "model.seq_len=19", "evaluation.tasks=[answers]", f"run.dir={tmp_path / 'run'}"]
     train(compose([*shape, *dense, *data, *rows, *engine, *quiet, *model]))
