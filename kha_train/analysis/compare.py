@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from kha_train.analysis.certified import Certified
 from kha_train.analysis.cost import Cost, cost_of
 from kha_train.analysis.domains import DomainDifference, domain_differences
 from kha_train.analysis.rates import VariantEvents, variant_events
@@ -106,7 +107,7 @@ class AcrossSeeds:
 class Comparison:
     """Everything that the table and the report print. Runs are numbered in the order they were named. `passed_over`
     lists what was named but left out, and why. `domains` has the differences of validation sets and tasks, `events` the
-    loss events of each variant. Settings in `varied` differ by design.
+    loss events of each variant. Settings in `varied` differ by design. `certified` is None without a certificate.
     """
 
     runs: tuple[RunData, ...]
@@ -123,6 +124,7 @@ class Comparison:
     costs: tuple[Cost, ...]
     passed_over: tuple[str, ...] = ()
     varied: tuple[str, ...] = ()
+    certified: Certified | None = None
 
     def notes(self) -> list[str]:
         """What differs by design, the notes of each pair, one per line, and why MFU is not shown."""
@@ -180,6 +182,7 @@ class Comparison:
         told = {"evidence": self.evidence, "validation_sets": self.validation_words}
         scored: dict[str, Any] = {"evaluations": {one.entries: asdict(one) for one in self.evaluations}}
         scored |= {"domains": [asdict(one) for one in self.domains], "events": [asdict(one) for one in self.events]}
+        scored |= {"certificate": self.certified.to_dict()} if self.certified else {}
         plain: dict[str, Any] = words(answer | told | scored | {"passed_over": list(self.passed_over)})
         return plain
 

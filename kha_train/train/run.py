@@ -43,9 +43,15 @@ class Outcome:
     run_dir: Path
 
 
-def train(config: RunConfig, startup: Startup | None = None, engine_class: type[Engine] | None = None) -> Outcome:
+def train(
+    config: RunConfig,
+    startup: Startup | None = None,
+    engine_class: type[Engine] | None = None,
+    until: int | None = None,
+) -> Outcome:
     """Run `config` from where its run directory stands. Called by every rank; returns or raises the same on each.
     `startup` has what was done before, for the record. `engine_class` replaces the engine that `engine.name` selects.
+    After step `until`, if given, the run saves and stops in good order; its schedule remains that of `run.steps`.
 
     Raises ConfigError (cannot run: exit 2), ResumeError (the checkpoint is another run's: 3), DataError or
     CheckpointError (4), DivergedError (5), RunDirectoryInUse (6), MachineError (75: try again). A hang ends the process
@@ -73,7 +79,7 @@ def train(config: RunConfig, startup: Startup | None = None, engine_class: type[
                 if isinstance(opened, Finished):
                     outcome = _already_over(config, world, opened.step)
                 else:
-                    outcome = _train_and_mark_the_end(opened, stops, watchdog)
+                    outcome = _train_and_mark_the_end(opened, stops, watchdog, until)
         if world.is_main and not outcome.finished:
             say(f"stopped in good order after step {outcome.step}; the same command continues from there", err=True)
         return outcome
@@ -93,12 +99,12 @@ def _already_over(config: RunConfig, world: World, steps: int) -> Outcome:
     return Outcome(True, steps, run_dir)
 
 
-def _train_and_mark_the_end(opened: Opened, stops: StopRequests, watchdog: Watchdog) -> Outcome:
+def _train_and_mark_the_end(opened: Opened, stops: StopRequests, watchdog: Watchdog, until: int | None) -> Outcome:
     """Train, wait for the last save, and mark the end."""
     session, reporter, saver = opened
     world = session.world
     with watchdog:
-        finished = _train(opened, stops, watchdog)
+        finished = _train(opened, stops, watchdog, until)
         world.raise_together(reporter.trouble)
         watchdog.beat(session.progress.step, "ending")
         stops.place = "the end of the run"
@@ -111,8 +117,10 @@ def _train_and_mark_the_end(opened: Opened, stops: StopRequests, watchdog: Watch
         return Outcome(finished, session.progress.step, session.run_dir)
 
 
-def _train(opened: Opened, stops: StopRequests, watchdog: Watchdog) -> bool:
-    """Train until `run.steps` steps are done (True) or a rank asks to stop (False), and save that moment."""
+def _train(opened: Opened, stops: StopRequests, watchdog: Watchdog, until: int | None) -> bool:
+    """Train until `run.steps` steps are done (True), or step `until` is or a rank asks to stop (False), and save that
+    moment.
+    """
     session, reporter, saver = opened
     config, world = session.config, session.world
     steps = config.run.steps
@@ -146,6 +154,7 @@ def _train(opened: Opened, stops: StopRequests, watchdog: Watchdog) -> bool:
         reporter.report(line, session.watch.happenings(result.evidence))
         if _obey(opened):
             continue
+        stop = stop or step == until
         if step == steps:
             check_end(session, reporter)
         saver.poll()

@@ -14,7 +14,6 @@ FOR_TESTS = {
     "kha_train/data/stream.py validation_batches": "the same",
     "kha_train/checkpoint/background.py write": "one checkpoint in one call: what many tests of checkpoints begin with",
     "kha_train/model/kernels/norm_rotate.py plain_norm_rotate": "the definition that its kernel is held against",
-    "kha_train/record/metrics.py timing_keys": "what to leave out when two records are compared bit by bit",
 }
 """What only tests use, and why it stands there all the same."""
 FOUND_BY_OTHERS = {

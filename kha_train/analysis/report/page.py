@@ -8,6 +8,7 @@ from pathlib import Path
 from kha_train.analysis.compare import Comparison
 from kha_train.analysis.report import (
     answer,
+    certificate,
     cost,
     difference,
     fairness,
@@ -38,6 +39,7 @@ SECTIONS: tuple[Callable[[Context], Section | None], ...] = (
     router.section,
     matrices.section,
     honesty.section,
+    certificate.section,
     provenance.section,
 )
 """The sections in their order. A section without anything to show is left out."""

@@ -1,0 +1,237 @@
+"""Computes a stretch of a run again, from one saved state to a later step, in a directory of its own.
+
+The run is only read: the stretch begins as a branch of its first checkpoint, which continues as the run would have, bit
+for bit, or as the run itself began. The settings are those of the attempt that made its lines. A caller may change them
+(one thing, to see what it causes), and may train in this process instead of new ones.
+
+`python -m kha_train.operate.stretch JOB` is what every rank runs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kha_train.analysis.runs import RunData
+from kha_train.checkpoint.layout import FOLDER, candidates
+from kha_train.config.build import flatten, to_plain
+from kha_train.config.compose import from_plain
+from kha_train.config.constants import may_differ
+from kha_train.config.schema import RunConfig
+from kha_train.distributed import SRUN, TORCHRUN
+from kha_train.errors import KhaError, MachineError
+from kha_train.foreign.documents import parse_json
+from kha_train.record import Attempt, config_of, read_attempts, read_last_metrics
+from kha_train.record.files import write_json
+from kha_train.record.jsonl import decode
+
+POLL_SECONDS = 0.5
+WITHOUT_MATTER = ("run.dir", "run.name", "run.max_minutes", "resume.", "checkpoint.", "profile.", "cluster.")
+"""Settings, or sections, that may differ between the attempts of one stretch."""
+_ERROR, _LOG = "error.txt", "log.txt"
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The steps `first` + 1 to `last` of a run. They begin with the checkpoint `source` (None: with the beginning of
+    the run) and end with the checkpoint `target`. `attempt` made the lines, with the settings `config`. `obstacle` is
+    the reason, in words, why the stretch cannot be computed here; "": it can.
+    """
+
+    run: RunData
+    first: int
+    last: int
+    source: Path | None
+    target: Path
+    attempt: Attempt | None
+    config: Mapping[str, Any] | None
+    obstacle: str
+
+    @property
+    def words(self) -> str:
+        """Its run and its steps."""
+        return f"{self.run.label}, steps {self.first + 1} to {self.last}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train: `config` until the end of step `until`, on `ranks` processes with `threads` each ("": as many as
+    torch takes)."""
+
+    config: RunConfig
+    until: int
+    ranks: int
+    threads: str
+
+
+Launch = Callable[[Job, Path, Callable[[int], None]], None]
+"""Trains a job; the second argument is a directory for its files, the third receives the step that is done."""
+
+
+def stretches(run: RunData) -> list[Stretch]:
+    """Every stretch between two neighbouring checkpoints of `run`, the beginning of the run included."""
+    attempts = read_attempts(run.path)
+    kept = {step: path for step, path in reversed(candidates(run.path / FOLDER)) if step > run.begun_after}
+    places: list[tuple[int, Path | None]] = [(run.begun_after, None), *sorted(kept.items())]
+    return [
+        _stretch(run, attempts, first, last, source, target)
+        for (first, source), (last, target) in pairwise(places)
+        if target is not None
+    ]
+
+
+def _stretch(
+    run: RunData, attempts: Mapping[int, Attempt], first: int, last: int, source: Path | None, target: Path
+) -> Stretch:
+    inside = (run.steps > first) & (run.steps <= last)
+    numbers = sorted({*run.columns.whole("attempt", 1)[inside].tolist()})
+    configs = [config_of(attempts, number) for number in numbers]
+    made = [attempts[number] for number in numbers if number in attempts]
+    whole = int(inside.sum()) == last - first
+    obstacle = next(_obstacles(run, first, last, whole, made, configs), "")
+    return Stretch(
+        run, first, last, source, target, made[0] if made else None, configs[0] if configs else None, obstacle
+    )
+
+
+def _obstacles(
+    run: RunData,
+    first: int,
+    last: int,
+    whole: bool,
+    attempts: list[Attempt],
+    configs: list[dict[str, Any] | None],
+) -> Iterator[str]:
+    """Why the steps cannot be computed again on this machine."""
+    if not whole:
+        yield "the record lacks lines of these steps"
+    if not attempts or None in configs:
+        yield "the settings of these steps were not recorded"
+    for event in run.events:
+        if event["kind"] == "rewind" and first <= event.get("to_step", 0) < last and event["step"] > first:
+            yield f"the run went back inside them, from step {event['step']} to step {event.get('to_step', 0)}"
+    settings = [flatten(config or {}) for config in configs]
+    changed = {key for one in settings for key in one if one[key] != settings[0].get(key)}
+    if matter := sorted(key for key in changed if not may_differ(key, WITHOUT_MATTER)):
+        yield f"the run was restarted inside them with another {', '.join(matter)}"
+    sizes = {attempt.world_size for attempt in attempts}
+    if None in sizes:
+        yield "the number of processes was not recorded"
+    if len(sizes) > 1:
+        yield f"they were computed by {' and then '.join(map(str, sorted(map(str, sizes))))} processes"
+    device, size = str(attempts[0].facts.get("device", "cpu")), attempts[0].world_size or 1
+    if device != "cpu" and not torch.cuda.is_available():
+        yield f"they were computed on {device}, which this machine does not have"
+    here = torch.cuda.device_count() if device != "cpu" else os.cpu_count() or 1
+    if size > here:
+        yield f"they were computed by {size} processes, and this machine has {here} of what each needs ({device})"
+
+
+def configuration(stretch: Stretch, run_dir: Path) -> RunConfig:
+    """The settings of `stretch` for a run in `run_dir`: those of its attempt, without W&B, a profile or saves on the
+    way. Raises ConfigError when this release cannot build them.
+    """
+    assert stretch.config is not None and stretch.attempt is not None, stretch.obstacle
+    config = from_plain(dict(stretch.config))
+    begun = config.run
+    if stretch.source is not None:
+        begun = replace(begun, branch_from=str(stretch.source.resolve()), init_from="")
+    telemetry = replace(config.telemetry, wandb=replace(config.telemetry.wandb, mode="disabled"), console="quiet")
+    return replace(
+        config,
+        run=replace(begun, dir=str(run_dir), max_minutes=0.0),
+        engine=replace(config.engine, device=stretch.attempt.facts.get("device", config.engine.device)),
+        checkpoint=replace(config.checkpoint, every_steps=config.run.steps, every_minutes=0),
+        profile=replace(config.profile, first_step=0, last_step=0),
+        telemetry=telemetry,
+    )
+
+
+def compute(
+    stretch: Stretch,
+    place: Path,
+    launch: Launch,
+    watch: Callable[[int], None],
+    change: Callable[[RunConfig], RunConfig] = lambda config: config,
+) -> Path:
+    """Compute `stretch` again in the directory `place`, with its settings after `change`; returns the run directory,
+    which has its lines and its last checkpoint. `watch` receives the step that is done.
+
+    Raises KhaError with the reason when training refuses or fails.
+    """
+    assert not stretch.obstacle and stretch.attempt is not None, stretch.obstacle
+    run_dir = place / "run"
+    threads = (stretch.attempt.facts.get("environment") or {}).get("OMP_NUM_THREADS", "")
+    config = change(configuration(stretch, run_dir))
+    launch(Job(config, stretch.last, stretch.attempt.world_size or 1, str(threads)), place, watch)
+    return run_dir
+
+
+def in_processes(job: Job, place: Path, watch: Callable[[int], None]) -> None:
+    """Train `job` in new processes on this machine, by torchrun if there are several. Raises MachineError with what the
+    training said, or with the last line of its output, if it does not end well.
+    """
+    write_json(place / "job.json", {"config": to_plain(job.config), "until": job.until})
+    unset = {*TORCHRUN, *SRUN, "OMP_NUM_THREADS", "KHA_OUTCOME_FILE"}
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment |= {"OMP_NUM_THREADS": job.threads} if job.threads else {}
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.ranks}"] if job.ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", __spec__.name, str(place / "job.json")]
+    with (place / _LOG).open("wb") as log:
+        training = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    try:
+        while (code := _ended(training)) is None:
+            lines = read_last_metrics(Path(job.config.run.dir))
+            watch(lines[-1]["step"] if lines else 0)
+    finally:
+        if training.poll() is None:
+            # torchrun passes it on to its ranks, which save and stop.
+            training.terminate()
+            training.wait()
+    if code:
+        told = place / _ERROR
+        said = told.read_text(encoding="utf-8") if told.exists() else _last_line(place / _LOG)
+        raise MachineError(f"training ended with {code}: {said}")
+
+
+def _ended(training: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return training.wait(POLL_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
+
+
+def in_this_process(job: Job, place: Path, watch: Callable[[int], None]) -> None:
+    """Train `job` here, on one rank. Raises what `train` documents."""
+    from kha_train.train.run import train
+
+    train(job.config, until=job.until)
+    watch(job.until)
+
+
+def _main(path: Path) -> int:
+    """What every rank runs: train the job in the file `path`; returns the exit code."""
+    job = decode(parse_json(path.read_bytes()))
+    try:
+        in_this_process(Job(from_plain(job["config"]), job["until"], 1, ""), path.parent, lambda step: None)
+    except KhaError as error:
+        (path.parent / _ERROR).write_text(error.line(), encoding="utf-8", errors="backslashreplace")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(_main(Path(sys.argv[1])))
