@@ -66,6 +66,7 @@ LIMITS: dict[str, Limit] = {
     "model.init_std": Limit(1e-6),
     "model.loss_chunk_tokens": AT_LEAST_ONE,
     "attention.base.*": Limit(0, LARGEST_SIZE),
+    "attention.interaction.component_heads": COUNT,
     "moe.experts": Limit(0, 65_536),
     "moe.top_k": Limit(0, 65_536),
     "moe.expert_width": COUNT,

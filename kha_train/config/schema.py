@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kha_train.variants import optimizer
-from kha_train.variants.attention import BaseOptions, InteractionOptions, Positions, QkNorm
+from kha_train.variants.attention import BaseOptions, HeadShape, InteractionOptions, Positions, QkNorm
 from kha_train.variants.backends import BackendName
 from kha_train.variants.task import TaskOptions
 
@@ -79,6 +79,10 @@ class AttentionSection:
     qk_norm: QkNorm = "per_head"
     positions: Positions = "rope"
     backend: BackendName = "sdpa"
+
+    def heads(self) -> HeadShape:
+        """The heads that the interaction acts on."""
+        return self.base.heads()._replace(normed=self.qk_norm != "none")
 
 
 @dataclass(frozen=True, kw_only=True)

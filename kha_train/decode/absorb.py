@@ -22,7 +22,7 @@ from kha_train.model.init import reset_buffers
 
 def absorbed_config(config: RunConfig) -> RunConfig | None:
     """The configuration of the decoder after absorption; None when the interaction cannot be absorbed."""
-    left = config.attention.interaction.absorbed()
+    left = config.attention.interaction.absorbed(config.attention.heads())
     return None if left is None else replace(config, attention=replace(config.attention, interaction=left))
 
 

@@ -25,6 +25,7 @@ from kha_train.data.tokenizer import Tokenizer
 from kha_train.decode.absorb import absorb, absorbed_config
 from kha_train.distributed import World
 from kha_train.errors import ConfigError, DivergedError, between
+from kha_train.estimate.counts import cache_bytes_per_token
 from kha_train.model.attention.cache import Cache
 from kha_train.model.decoder import Decoder, build_decoder
 from kha_train.model.init import initial_values, reset_buffers
@@ -69,7 +70,8 @@ class TrainedModel:
 
 
 def load_run(run_dir: Path, report: Callable[[str], None], device: torch.device | None = None) -> TrainedModel:
-    """The newest checkpoint of a run that verifies, in fp32, with its interaction absorbed if possible.
+    """The newest checkpoint of a run that verifies, in fp32, with its interaction absorbed if that is possible and does
+    not enlarge the cache.
 
     Raises ConfigError (no run, no checkpoint), CheckpointError or DataError (damaged or lost files).
     """
@@ -79,9 +81,15 @@ def load_run(run_dir: Path, report: Callable[[str], None], device: torch.device 
     if checkpoint is None:
         raise ConfigError("the run has no checkpoint yet", field="run", value=str(run_dir))
     decoder = materialise(config, checkpoint, device or torch.device("cpu"))
-    if absorbed_config(config) is not None:
+    if absorbing_helps(config):
         decoder = absorb(decoder)
     return TrainedModel(decoder.config, decoder.eval(), checkpoint.step, _tokenizer(config))
+
+
+def absorbing_helps(config: RunConfig) -> bool:
+    """Whether the interaction of `config` can be absorbed without a larger cache."""
+    simpler = absorbed_config(config)
+    return simpler is not None and cache_bytes_per_token(simpler) <= cache_bytes_per_token(config)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from kha_train.config.resolve import decide_plan, planned_device
 from kha_train.config.schema import RunConfig
+from kha_train.estimate.counts import attention_parameters
 from kha_train.variants.attention import POSITIONS, FoldableOptions
 from kha_train.variants.backends import TRAITS
 
@@ -34,7 +35,7 @@ def kept_block_numbers(config: RunConfig, width: int) -> tuple[int, int]:
         queries = heads.query_heads * (heads.key_width + base.rotary_width())
         projected = base.cache_numbers() + base.gate_outputs() + (query_input if query_input < wide else queries)
     else:
-        projected = base.parameters(wide) // wide - output
+        projected = attention_parameters(config) // wide - output
     attention = projected + output + 4 * heads.query_heads // width + (wide if output >= wide else 0)
     both = wide + attention
     shared = 2 * moe.shared_experts * moe.expert_width

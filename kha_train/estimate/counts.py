@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kha_train.config.schema import RunConfig
-from kha_train.variants.attention import POSITIONS
+from kha_train.variants.attention import POSITIONS, component_parameters
 
 TRAINING_FACTOR = 3
 """A backward costs two forwards: one product for the gradient of each factor."""
@@ -53,7 +53,7 @@ def count_parameters(config: RunConfig) -> ParameterCount:
     base, interaction = attention.base, attention.interaction
     by_component = {
         "embedding": (model.vocab_size + _learned_positions(config)) * model.hidden_size,
-        "attention": model.layers * base.parameters(model.hidden_size),
+        "attention": model.layers * attention_parameters(config),
         "interaction": model.layers * interaction.parameters(base.heads()),
         "router": moe_layers(config) * moe.experts * model.hidden_size,
         "experts": moe_layers(config) * moe.experts * _expert_parameters(config),
@@ -72,8 +72,9 @@ def flops_per_token(config: RunConfig) -> FlopCount:
     """Operations per token of the decoder of `config`, for a full row that is one document."""
     model, moe = config.model, config.moe
     base, interaction = config.attention.base, config.attention.interaction
+    pair = base, interaction, model.hidden_size
     by_component = {
-        "attention": model.layers * base.token_flops(model.hidden_size),
+        "attention": model.layers * (base.token_flops(model.hidden_size) + 2 * component_parameters(*pair)),
         "scores": model.layers * model.seq_len * base.pair_flops() // 2,
         "interaction": model.layers * interaction.flops(base.heads()),
         "router": 2 * moe_layers(config) * moe.experts * model.hidden_size,
@@ -124,7 +125,13 @@ def cache_bytes_per_token(config: RunConfig, bytes_per_number: int = 2) -> int:
 
 
 def _interaction_cache(config: RunConfig) -> int:
-    return config.attention.interaction.cache_numbers(config.attention.base.heads())
+    return config.attention.interaction.cache_numbers(config.attention.heads())
+
+
+def attention_parameters(config: RunConfig) -> int:
+    """Parameters of the projections of one layer, without norms and interaction."""
+    base, interaction, width = config.attention.base, config.attention.interaction, config.model.hidden_size
+    return base.parameters(width) + component_parameters(base, interaction, width)
 
 
 def moe_layers(config: RunConfig) -> int:

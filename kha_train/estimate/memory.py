@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from kha_train.config.resolve import decide_plan, planned_device
 from kha_train.config.schema import RunConfig
 from kha_train.estimate.activations import attention_activations, folded_bytes, kept_block_numbers, shared_mask_bytes
-from kha_train.estimate.counts import count_parameters, moe_layers
+from kha_train.estimate.counts import attention_parameters, count_parameters, moe_layers
 from kha_train.variants.optimizer import MASTER_BYTES, OptimSection
 
 GIB = 1024**3
@@ -219,7 +219,7 @@ def _touched(config: RunConfig) -> int:
 def _groups(config: RunConfig) -> list[tuple[int, list[int]]]:
     """The parameter groups of matrices: the number of groups of each kind, and the sizes of their matrices."""
     model, moe = config.model, config.moe
-    attention = config.attention.base.parameters(model.hidden_size)
+    attention = attention_parameters(config)
     expert, vocabulary = model.hidden_size * moe.expert_width, model.vocab_size * model.hidden_size
     return [
         (1, [vocabulary] if model.tie_embeddings else [vocabulary, vocabulary]),

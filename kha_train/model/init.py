@@ -98,6 +98,29 @@ class Identity:
         return (self.scale * eye).expand(shape).clone()
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """For heads O composed of heads I by a matrix [I, O], times `scale`. Of fewer components, each serves a block of
+    consecutive heads, as in grouped-query attention; of more, each head is the sum of a block of components, divided by
+    the root of their number, which keeps its size. Of as many it is the identity.
+    """
+
+    scale: float = 1.0
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """See `Initial.draw`."""
+        inputs, outputs = shape
+        most, least = max(shape), min(shape)
+        place = torch.arange(most, device="cpu")
+        block = place * least // most
+        value = torch.zeros(shape, dtype=torch.float32, device="cpu")
+        if inputs <= outputs:
+            value[block, place] = self.scale
+        else:
+            value[place, block] = self.scale * torch.bincount(block)[block].rsqrt()
+        return value
+
+
 class DeclaredModule(nn.Module):
     """A module that owns parameters or buffers and declares their initial values.
 

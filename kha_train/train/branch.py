@@ -327,6 +327,7 @@ def _check_identity(config: RunConfig, names: list[str]) -> None:
             options = config.attention.interaction
             ways = [f"{INTERACTION}init.kind=identity"] if getattr(options, "init", None) else []
             ways += [f"{INTERACTION}head_norm=false"] if getattr(options, "head_norm", False) else []
+            ways += [f"{INTERACTION}component_heads=0"] if getattr(options, "component_heads", 0) else []
             raise ResumeError(
                 f"{name} of an inserted interaction does not begin as the identity, so the branch would begin as "
                 "another function than its parent",

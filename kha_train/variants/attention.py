@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 from kha_train.errors import ConfigError
 
@@ -41,7 +41,7 @@ class HeadShape(NamedTuple):
     """What an attention base tells an interaction about its heads: the number of each kind, and their width. `latent`:
     keys and values are never computed at inference; `tied`: keys and values are one state, which counts as the values;
     `altered`: more than a number for each head stands between the weighted sum of values and the output projection, so
-    no map of values can be folded into the latter.
+    no map of values can be folded into the latter; `normed`: keys are normalised after the interaction.
     """
 
     query_heads: int
@@ -51,6 +51,7 @@ class HeadShape(NamedTuple):
     latent: bool = False
     tied: bool = False
     altered: bool = False
+    normed: bool = True
 
     def count(self, projection: Projection) -> int:
         """Number of heads of the projection."""
@@ -222,11 +223,20 @@ class InteractionOptions:
         """Operations per token, forward, as the definition computes it."""
         return 0
 
+    def components(self, projection: Projection, heads: HeadShape) -> int:
+        """How many heads the base projects, of which the interaction makes those of `heads`."""
+        return heads.count(projection)
+
     def cache_numbers(self, heads: HeadShape) -> int:
         """Numbers that decoding keeps per earlier token, besides those of the base: none where heads exchange
-        information before keys and values are stored, or after they are read.
+        information before keys and values are stored, or after they are read; fewer than none where fewer heads are
+        stored than read.
         """
         return 0
+
+    def conflict(self, partners: Partners) -> ConfigError | None:
+        """The setting that this interaction cannot work with, or None."""
+        return None
 
     def saved_numbers(self, heads: HeadShape, way: Implementation) -> int:
         """Numbers per token that the backward needs besides those of the base and its kernel."""
@@ -244,7 +254,7 @@ class InteractionOptions:
         """Warnings about settings that are allowed but cost more than a user may expect."""
         return []
 
-    def absorbed(self) -> InteractionOptions | None:
+    def absorbed(self, heads: HeadShape) -> InteractionOptions | None:
         """What remains of the interaction once its matrices are multiplied into the projections; None when they cannot
         be.
         """
@@ -272,7 +282,7 @@ class FoldableOptions(InteractionOptions, ABC):
         return "nothing is left to compute once it is folded, so it has no kernel"
 
     @abstractmethod
-    def saved_flops(self, heads: HeadShape) -> int:
+    def saved_flops(self, heads: HeadShape, inputs: InputWidths) -> int:
         """Operations per token that folding saves."""
 
     @abstractmethod
@@ -302,6 +312,16 @@ class FoldableOptions(InteractionOptions, ABC):
             return Implementation("triton", "chosen by engine.kernels", not unfoldable)
         if unfoldable:
             return Implementation("eager", unfoldable)
-        folding, spared = self.fold_flops(heads, inputs), tokens * self.saved_flops(heads)
+        folding, spared = self.fold_flops(heads, inputs), tokens * self.saved_flops(heads, inputs)
         why = f"folding a layer costs {folding:.3g} operations and spares {spared:.3g}"
         return Implementation("folded", why, True) if folding < spared else Implementation("eager", why)
+
+
+def component_parameters(base: BaseOptions, interaction: InteractionOptions, hidden_size: int) -> int:
+    """How many parameters more (fewer: below 0) the projections of a layer have because the interaction composes its
+    heads of another number of them (`InteractionOptions.components`)."""
+    heads, inputs = base.heads(), base.input_widths(hidden_size)
+    return sum(
+        (interaction.components(p, heads) - heads.count(p)) * heads.width(p) * int(getattr(inputs, p))
+        for p in get_args(Projection)
+    )

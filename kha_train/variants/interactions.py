@@ -100,7 +100,7 @@ class KnockingOptions(MatrixOptions, ABC):
                 value=True,
                 fix=Settings("attention.interaction.value_only=false"),
             )
-        return _each_once("projections", self.projections) or self.init.invalid() or super().invalid()
+        return each_once("projections", self.projections) or self.init.invalid() or super().invalid()
 
     def refuses(self, base: BaseOptions) -> str | None:
         """A tied base has no keys to act on, and only on one a map of v reaches keys."""
@@ -152,7 +152,7 @@ class KnockingLinearOptions(KnockingOptions, FoldableOptions):
         """The weights of the projections, or of the output projection for values alone."""
         return sum(heads.width(p) * self._rows(heads, inputs, p) for p in self.projections)
 
-    def saved_flops(self, heads: HeadShape) -> int:
+    def saved_flops(self, heads: HeadShape, inputs: InputWidths) -> int:
         """All of it."""
         return self.flops(heads)
 
@@ -167,9 +167,15 @@ class KnockingLinearOptions(KnockingOptions, FoldableOptions):
         count: int = heads.count(projection) * getattr(inputs, projection)
         return count
 
-    def absorbed(self) -> InteractionOptions | None:
-        """Nothing is left (KHA eq 8)."""
-        return InteractionOptions(name="none")
+    def unfoldable(self, heads: HeadShape) -> str | None:
+        """What stands before the output projection may not be linear."""
+        if self.value_only and heads.altered:
+            return "the map of values alone does not reach the output projection"
+        return None
+
+    def absorbed(self, heads: HeadShape) -> InteractionOptions | None:
+        """Nothing is left (KHA eq 8), if all of it can be multiplied in."""
+        return None if self.unfoldable(heads) else InteractionOptions(name="none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +191,7 @@ class _NonLinearOptions(KnockingOptions):
             )
         return super().refuses(base)
 
-    def absorbed(self) -> InteractionOptions | None:
+    def absorbed(self, heads: HeadShape) -> InteractionOptions | None:
         """Not possible: the gate acts on activations."""
         return None
 
@@ -231,7 +237,7 @@ class KnockingMlpOptions(_NonLinearOptions, FoldableOptions):
         takes = ", ".join(map(str, KERNEL_WIDTHS))
         return f"the kernel supports heads of {takes} dimensions, and these have {', '.join(map(str, odd))}"
 
-    def saved_flops(self, heads: HeadShape) -> int:
+    def saved_flops(self, heads: HeadShape, inputs: InputWidths) -> int:
         """The down product of v."""
         return 2 * heads.count("v") * heads.value_width**2
 
@@ -267,89 +273,8 @@ class KnockingGateOptions(_NonLinearOptions):
         return super().invalid()
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExplicitOptions(MatrixOptions, FoldableOptions):
-    """Explicit multi-head attention (MEA eq 10-17): keys and values of all heads are composed by a G x G matrix, and
-    `head_norm` normalises each head's output. `mix_after_rope` composes keys after norm and rotation instead. Without
-    `train` the compositions are frozen; the norm's gain is trained all the same."""
-
-    compose: tuple[Projection, ...] = ("k", "v")
-    head_norm: bool = True
-    mix_after_rope: bool = False
-
-    def invalid(self) -> ConfigError | None:
-        """Only keys and values are composed, and something must be done at all."""
-        if "q" in self.compose:
-            return ConfigError(
-                "queries are not composed (MEA eq 11)", field="attention.interaction.compose", allowed="k, v"
-            )
-        if self.mix_after_rope and "k" not in self.compose:
-            return ConfigError("keys are not composed", field="attention.interaction.mix_after_rope", value=True)
-        if not self.compose and self.head_norm:
-            return self.init.invalid() or super().invalid()
-        return _each_once("compose", self.compose) or self.init.invalid() or super().invalid()
-
-    def refuses(self, base: BaseOptions) -> str | None:
-        """Composing keys needs keys, and composing them after rotation needs rotated ones."""
-        heads = base.heads()
-        if heads.tied and "k" in self.compose:
-            return f"{TIED}; take attention.interaction.compose=[v]"
-        if heads.latent and self.mix_after_rope:
-            keys = f"the keys {base.name} makes from its latent are not rotated"
-            return f"{keys}; take attention.interaction.mix_after_rope=false"
-        return super().refuses(base)
-
-    def identities(self) -> Mapping[str, float]:
-        """The compositions. The norm of the outputs is not among them, because heads exchange no information in it."""
-        return dict.fromkeys(self.compose, 1.0)
-
-    def matrix_numbers(self, heads: HeadShape) -> int:
-        """A G x G matrix for each kind."""
-        return len(self.compose) * heads.kv_heads**2
-
-    def parameters(self, heads: HeadShape) -> int:
-        """The matrices, and the norm's gain."""
-        return super().parameters(heads) + (heads.value_width if self.head_norm else 0)
-
-    def flops(self, heads: HeadShape) -> int:
-        """Every dimension of a head times the matrix."""
-        return sum(2 * heads.kv_heads**2 * heads.width(p) for p in self.compose)
-
-    def saved_numbers(self, heads: HeadShape, way: Implementation) -> int:
-        """The composed tensors, unless folded, and the norm's normalised input and output."""
-        composed = 0 if way.folded or not self.train else sum(heads.kv_heads * heads.width(p) for p in self.compose)
-        return composed + (heads.query_heads * (2 * heads.value_width + 1) if self.head_norm else 0)
-
-    def strides_values(self) -> bool:
-        """A product over heads puts the heads last in memory."""
-        return "v" in self.compose
-
-    def folded_numbers(self, heads: HeadShape, inputs: InputWidths) -> int:
-        """The weights of the projections."""
-        return sum(heads.kv_heads * heads.width(p) * getattr(inputs, p) for p in self.compose)
-
-    def unfoldable(self, heads: HeadShape) -> str | None:
-        """Norm and rotation lie between the projection and what is composed."""
-        return "keys are composed after norm and rotation" if self.mix_after_rope else None
-
-    def saved_flops(self, heads: HeadShape) -> int:
-        """All of it."""
-        return self.flops(heads)
-
-    def fold_flops(self, heads: HeadShape, inputs: InputWidths) -> int:
-        """Every row of the projection times the matrix."""
-        return sum(2 * heads.kv_heads**2 * heads.width(p) * getattr(inputs, p) for p in self.compose)
-
-    def absorbed(self) -> InteractionOptions | None:
-        """The norm of the outputs stays."""
-        if self.mix_after_rope:
-            return None
-        if self.head_norm:
-            return ExplicitOptions(name=self.name, compose=(), head_norm=True, impl="eager")
-        return InteractionOptions(name="none")
-
-
-def _each_once(field_name: str, chosen: tuple[Projection, ...]) -> ConfigError | None:
+def each_once(field_name: str, chosen: tuple[Projection, ...]) -> ConfigError | None:
+    """The error in a setting of an interaction that lists projections, or None."""
     if chosen and len(set(chosen)) == len(chosen):
         return None
     return ConfigError(

@@ -18,8 +18,8 @@ from typing import Any, Generic, TypeVar
 
 from kha_train.variants.attention import BaseOptions, InteractionOptions
 from kha_train.variants.bases import GroupedQueryOptions, GroupedTiedOptions, LatentOptions, TalkingHeadsOptions
+from kha_train.variants.explicit import ExplicitOptions
 from kha_train.variants.interactions import (
-    ExplicitOptions,
     KnockingGateOptions,
     KnockingLinearOptions,
     KnockingMlpOptions,

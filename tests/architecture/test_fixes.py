@@ -75,6 +75,13 @@ REFUSED = {
     "a norm of latents": "compose attention=mla attention.qk_norm=per_head",
     "latents without rotation": "compose attention=mla attention.positions=none",
     "a projection twice": "compose attention=kha_linear attention.interaction.projections=[v,v]",
+    "components of nothing": (
+        "compose attention=mea attention.interaction.compose=[] attention.interaction.component_heads=1"
+    ),
+    "components under a norm of all": (
+        "compose attention=mea attention.qk_norm=full_width attention.interaction.component_heads=1 "
+        "attention.interaction.mix_after_rope=true"
+    ),
     "values alone of no values": (
         "compose attention=gta interaction@attention.interaction=knocking_mlp attention.interaction.value_only=true "
         "attention.interaction.projections=[q]"

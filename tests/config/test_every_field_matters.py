@@ -411,6 +411,7 @@ CHANGES: dict[str, Change] = {
     "attention.interaction.projections": ("[q,v]", plan),
     "attention.interaction.share": ("none", shapes),
     "attention.interaction.train": ("false", plan),
+    "attention.interaction.component_heads": (1, plan, "attention=mea"),
     "attention.interaction.value_only": ("true", first_loss, "attention=gta", *GATED),
     "attention.interaction.impl": ("eager", folding),
     "attention.interaction.init.kind": ("random", initial_values),

@@ -43,9 +43,9 @@ from kha_train.model.init import (
     reset_buffers,
 )
 from kha_train.model.kernels import flops
-from kha_train.variants.attention import FoldableOptions
+from kha_train.variants.attention import FoldableOptions, component_parameters
 from kha_train.variants.backends import TRAITS
-from kha_train.variants.interactions import ExplicitOptions
+from kha_train.variants.explicit import ExplicitOptions
 from kha_train.variants.registry import BASES, INTERACTIONS
 
 SMALL = (
@@ -68,7 +68,10 @@ ADMITTED = {
     ("gta", "explicit"): ("attention.interaction.compose=[v]",),
 }
 """Settings by which a pair is possible that its presets alone refuse."""
-VALUES = ("attention.interaction.value_only=true", "attention.interaction.projections=[v]")
+OWN, FROZEN = "attention.interaction.share=none", "attention.interaction.train=false"
+VALUES = "attention.interaction.value_only=true"
+ALONE = (VALUES, "attention.interaction.projections=[v]")
+FEWER = ("model.kv_heads=4", "attention.interaction.component_heads=2")
 FURTHER = (
     ("mqa", "knocking_mlp", ()),
     ("mha", "explicit", ()),
@@ -79,21 +82,22 @@ FURTHER = (
     ("gqa", "knocking_linear", ("attention.qk_norm=full_width",)),
     ("gqa", "none", ("attention.positions=alibi",)),
     ("gqa", "none", ("attention.positions=none",)),
-    ("gqa", "knocking_linear", ("attention.interaction.share=none",)),
-    ("gqa", "knocking_mlp", ("attention.interaction.share=none",)),
-    ("gqa", "knocking_gate", ("attention.interaction.share=none",)),
-    ("gta", "knocking_mlp", ("attention.interaction.share=none",)),
-    ("mla", "knocking_linear", ("attention.interaction.share=none",)),
-    ("gta", "knocking_linear", ("attention.interaction.value_only=true", "attention.interaction.projections=[q,v]")),
-    ("gta", "knocking_linear", (*VALUES, "attention.interaction.share=none")),
-    ("gta", "knocking_mlp", ("attention.interaction.value_only=true",)),
-    ("gta", "knocking_gate", ("attention.interaction.value_only=true",)),
-    ("gqa", "knocking_linear", ("attention.interaction.train=false",)),
-    ("gqa", "knocking_mlp", ("attention.interaction.train=false",)),
-    ("gqa", "knocking_gate", ("attention.interaction.train=false",)),
-    ("gqa", "explicit", ("attention.interaction.train=false",)),
-    ("gta", "knocking_mlp", ("attention.interaction.train=false",)),
-    ("mla", "knocking_linear", ("attention.interaction.train=false", "attention.interaction.share=none")),
+    ("gqa", "knocking_linear", (OWN,)),
+    ("gqa", "knocking_mlp", (OWN,)),
+    ("gqa", "knocking_linear", (FROZEN,)),
+    ("gqa", "knocking_mlp", (FROZEN,)),
+    ("gqa", "knocking_gate", (FROZEN, OWN)),
+    ("mla", "knocking_linear", (FROZEN, OWN)),
+    ("gta", "knocking_linear", (*ALONE, OWN)),
+    ("gta", "knocking_linear", (*ALONE, "attention.base.output_gate=elementwise")),
+    ("gta", "knocking_mlp", (VALUES,)),
+    ("gta", "knocking_gate", (VALUES,)),
+    ("gqa", "explicit", FEWER),
+    ("gqa", "explicit", (*FEWER, "attention.qk_norm=none")),
+    ("gqa", "explicit", (*FEWER, "attention.interaction.mix_after_rope=true")),
+    ("gqa", "explicit", ("attention.interaction.component_heads=3", FROZEN)),
+    ("gta", "explicit", (*FEWER, "attention.interaction.compose=[v]")),
+    ("mla", "explicit", FEWER),
     ("mla", "knocking_linear", ("attention.base.query_latent_width=20",)),
     ("mla", "none", ("model.partial_rotary_factor=0.5",)),
     ("gta", "none", ("model.partial_rotary_factor=0.5",)),
@@ -196,6 +200,8 @@ FASTER = [case for case in CASES if case.impl != "eager"]
 IMPLEMENTATIONS = [case for case in CASES if case.backend == "eager"]
 ABSORBED = [case for case in DEFINITIONS if absorbed_config(case.config) not in (None, case.config)]
 
+WITH_IDENTITY = [case for case in CASES if None not in case.config.attention.interaction.identities().values()]
+
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_pair = pytest.mark.parametrize("case", DEFINITIONS, ids=str)
 every_implementation = pytest.mark.parametrize("case", IMPLEMENTATIONS, ids=str)
@@ -266,7 +272,7 @@ def test_every_registered_variant_has_its_preset_and_is_covered() -> None:
     assert {case.interaction for case in CASES} == set(INTERACTIONS)
 
 
-@every_case
+@pytest.mark.parametrize("case", WITH_IDENTITY, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_fresh_interaction_is_the_identity_but_for_a_norm_of_the_outputs(case: Case, dtype: torch.dtype) -> None:
     config = case.config
@@ -353,7 +359,9 @@ def test_decoding_with_a_cache_gives_the_full_forward_and_keeps_what_it_says(cas
         documents = lay_out_cached(end - start, start, torch.device("cpu"), slopes(config))
         parts.append(attention(x[:, start:end], RowContext(rotation(config, positions), documents, cache)))
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-10)
-    assert cache.numbers() == config.attention.base.cache_numbers()
+    options, heads = config.attention.interaction, config.attention.heads()
+    composed_before = 0 if attention.interaction.folded else options.cache_numbers(heads)
+    assert cache.numbers() == config.attention.base.cache_numbers() + composed_before
 
 
 @every_pair
@@ -459,10 +467,12 @@ def test_parameters_and_operations_are_those_of_the_real_module(case: Case) -> N
     assert sum(buffer.numel() for buffer in attention.buffers()) == options.frozen_numbers(heads)
     outside = {name: n for name, n in real.items() if not name.startswith("interaction.")}
     assert sum(n for name, n in outside.items() if "norm" in name or name == "query_down.1.weight") == norms
-    assert sum(outside.values()) == base.parameters(hidden) + norms
-    expected = tokens * (base.token_flops(hidden) + options.flops(heads) + 12 * base.pair_flops())
+    further = component_parameters(base, options, hidden)
+    assert sum(outside.values()) == base.parameters(hidden) + further + norms
+    expected = tokens * (base.token_flops(hidden) + 2 * further + options.flops(heads) + 12 * base.pair_flops())
     if implementation(config).folded:
-        expected += options.fold_flops(heads, base.input_widths(hidden)) - tokens * options.saved_flops(heads)
+        inputs = base.input_widths(hidden)
+        expected += options.fold_flops(heads, inputs) - tokens * options.saved_flops(heads, inputs)
     # The formula computes the upper half of the scores as well, which is masked; the accounting counts the lower.
     assert flops.OPERATORS
     with FlopCounterMode(display=False) as counter:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from kha_train.cli.main import app
 from kha_train.config.compose import compose
 from kha_train.config.resolve import resolve_decoding
-from kha_train.decode.generate import Sampling, draw, generate
+from kha_train.decode.generate import Sampling, absorbing_helps, draw, generate
 from kha_train.errors import ConfigError
 from kha_train.model.attention.backends import sdpa
 from kha_train.model.decoder import Decoder, build_decoder
@@ -33,6 +33,18 @@ def decoder_of(preset: str) -> Decoder:
         for parameter in decoder.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return decoder
+
+
+def test_a_model_is_absorbed_only_where_the_cache_does_not_grow() -> None:
+    """Two components compose four heads: absorbed, a layer would cache four of keys and values instead of two."""
+    for overrides, simpler in (
+        (("attention=kha_linear",), True),
+        (("attention=kha_mlp",), False),
+        (("attention=mea",), True),
+        (("attention=mea", "model.kv_heads=4", "attention.interaction.component_heads=2"), False),
+        (("attention=mea", "attention.interaction.component_heads=6"), True),
+    ):
+        assert absorbing_helps(compose([*SMALL, *overrides])) == simpler, overrides
 
 
 def prompt(rows: int = 2, tokens: int = 6) -> Tensor:

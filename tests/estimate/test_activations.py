@@ -22,6 +22,10 @@ SHAPE = [
     *(f"model.hidden_size={WIDTH}", "model.head_dim=16", "model.query_heads=4", f"model.seq_len={TOKENS}"),
     *("engine.micro_batch_size=1", "cluster=cpu"),
 ]
+ON_VALUES = [
+    *("attention=gta", "model.kv_heads=2", "interaction@attention.interaction=knocking_mlp"),
+    "attention.interaction.value_only=true",
+]
 REFUSED = {("mla", "knocking_mlp"), ("mla", "knocking_gate")}
 
 
@@ -89,19 +93,15 @@ def test_every_pair_that_composes_saves_what_is_reckoned(base: str, interaction:
         ["attention=gated_headwise", "model.kv_heads=2", "attention.backend=eager"],
         ["attention=kha_mlp", "attention.interaction.impl=folded"],
         ["attention=kha_mlp", "attention.interaction.impl=eager"],
-        *(
-            [
-                *("attention=gta", "model.kv_heads=2", "interaction@attention.interaction=knocking_mlp"),
-                *("attention.interaction.value_only=true", f"attention.interaction.impl={impl}", split),
-            ]
-            for impl in ("eager", "folded")
-            for split in ("data.isolate_documents=false", "data.isolate_documents=true")
-        ),
-        *(
-            [f"attention={variant}", "attention.interaction.share=none", f"attention.interaction.impl={impl}"]
-            for variant in ("kha_mlp", "kha_linear")
-            for impl in ("eager", "folded")
-        ),
+        ["attention=kha_mlp", "attention.interaction.impl=eager", "attention.interaction.train=false"],
+        ["attention=kha_linear", "attention.interaction.impl=eager", "attention.interaction.train=false"],
+        ["attention=mea", "attention.interaction.impl=eager", "attention.interaction.train=false"],
+        ["attention=kha_mlp", "attention.interaction.impl=eager", "attention.interaction.share=none"],
+        ["attention=kha_mlp", "attention.interaction.impl=folded", "attention.interaction.share=none"],
+        [*ON_VALUES, "attention.interaction.impl=eager"],
+        [*ON_VALUES, "attention.interaction.impl=folded", "data.isolate_documents=false"],
+        ["attention=mea", "attention.interaction.impl=eager", "attention.interaction.component_heads=2"],
+        ["attention=mea", "attention.interaction.impl=folded", "attention.interaction.component_heads=2"],
     ],
     ids=" ".join,
 )

@@ -20,6 +20,7 @@ from kha_train.model.attention.interaction import QKV, build_interaction
 from kha_train.model.norm import TurningNorm
 from kha_train.model.observed import UNREAD, Report
 from kha_train.model.rope import Rotary, rotate
+from kha_train.variants.attention import Projection as ProjectionName
 from kha_train.variants.registry import BASES
 
 
@@ -73,6 +74,7 @@ class Attention(nn.Module, ABC):
         self.heads = config.attention.base.heads()
         self.attend = BACKENDS[resolved.backend.name]
         self.interaction = build_interaction(config, resolved.interaction)
+        self._options = config.attention.interaction
         self.gate = build_gate(config)
 
     @abstractmethod
@@ -80,6 +82,10 @@ class Attention(nn.Module, ABC):
         """[B, T, D] -> [B, T, D] in the same dtype; no token sees a later one, or one of another document. State that
         later tokens need goes through `rows.with_past`; values for metrics go through `rows.report`.
         """
+
+    def components(self, projection: ProjectionName) -> int:
+        """How many heads to project, of which the interaction makes those of `heads`."""
+        return self._options.components(projection, self.heads)
 
     def exchange(self, rows: RowContext, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor) -> QKV:
         """Apply the interaction to queries, keys and values. It is also given `rows.report` if it declares metrics."""

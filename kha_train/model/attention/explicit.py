@@ -2,9 +2,11 @@
 each head's output is normalised.
 
 Composition starts as the identity, but the norm rescales outputs, so with the norm a new model is *not* the baseline.
+With another number of components than heads no composition is the identity: see `component_heads`.
 """
 
-# B batch   T tokens   H query heads   G key/value heads   K query/key head width   W value head width
+# B batch   T tokens (U: attended tokens)   H query heads   G key/value heads or their components
+# K query/key head width   W value head width
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from kha_train.model.attention.interaction import Folds, Interaction, starting_m
 from kha_train.model.attention.projection import HeadMap, Matrix
 from kha_train.model.norm import RmsNorm
 from kha_train.variants.attention import HeadShape, Implementation
-from kha_train.variants.interactions import ExplicitOptions
+from kha_train.variants.explicit import ExplicitOptions
 
 NORM_EPS = 1e-5
 """The eps of the normalised heads from which MEA takes its norm (Differential Transformer, arXiv 2410.05258)."""
@@ -23,24 +25,26 @@ NORM_EPS = 1e-5
 class Explicit(Interaction):
     """HLC(X)_o = sum_i X_i W[i, o] on keys and values (MEA eq 10-12, 14-17), before QK-norm and RoPE or, for the
     linearity ablation, on keys after them; then an RMSNorm of each head's output, with one gain for all heads.
+
+    What decoding caches uncomposed is composed after the cache, in training too.
     """
 
     linear = True
 
     def __init__(self, options: ExplicitOptions, heads: HeadShape, way: Implementation) -> None:
         super().__init__(options, heads, way)
-        self.after_rope = options.mix_after_rope
-        matrices = {
-            p: Matrix(
-                (heads.kv_heads,) * 2,
-                starting_matrix(options.init, diagonal),
-                diagonal,
-                across=True,
-                train=options.train,
-            )
-            for p, diagonal in options.identities().items()
-        }
-        self.compose = nn.ModuleDict(matrices)
+        matrices: dict[str, nn.Module] = {}
+        places: dict[str, str] = {}
+        identities = options.identities()
+        for p in options.compose:
+            diagonal = identities[p]
+            shape, initial = (options.components(p, heads), heads.kv_heads), starting_matrix(options.init, diagonal)
+            matrices[p] = Matrix(shape, initial, diagonal, across=True, train=options.train)
+            if options.composed_when_read(p, heads):
+                places[p] = "read"
+            elif p == "k" and options.mix_after_rope:
+                places[p] = "rotated"
+        self.compose, self.tied, self.places = nn.ModuleDict(matrices), heads.tied, places
         self.norm = RmsNorm(heads.value_width, NORM_EPS) if options.head_norm else nn.Identity()
 
     def linear_maps(self) -> Folds:
@@ -49,20 +53,26 @@ class Explicit(Interaction):
 
     def forward(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Interaction.forward`."""
-        if self.folded:
-            return q_BTHK, k_BTGK, v_BTGW
-        return q_BTHK, k_BTGK if self.after_rope else self._mix("k", k_BTGK), self._mix("v", v_BTGW)
+        return q_BTHK, self._mix("k", k_BTGK, "projected"), self._mix("v", v_BTGW, "projected")
 
     def rotated_keys(self, k_BTGK: Tensor) -> Tensor:
         """See `Interaction.rotated_keys`."""
-        return self._mix("k", k_BTGK) if self.after_rope else k_BTGK
+        return self._mix("k", k_BTGK, "rotated")
+
+    def read_keys(self, k_BUGK: Tensor) -> Tensor:
+        """See `Interaction.read_keys`."""
+        return self._mix("v" if self.tied else "k", k_BUGK, "read")
+
+    def read_values(self, v_BUGW: Tensor) -> Tensor:
+        """See `Interaction.read_values`."""
+        return v_BUGW if self.tied else self._mix("v", v_BUGW, "read")
 
     def outputs(self, out_BTHW: Tensor) -> Tensor:
         """See `Interaction.outputs`."""
         normed_BTHW: Tensor = self.norm(out_BTHW)
         return normed_BTHW
 
-    def _mix(self, projection: str, x_BTGK: Tensor) -> Tensor:
-        if projection not in self.compose:
+    def _mix(self, projection: str, x_BTGK: Tensor, place: str) -> Tensor:
+        if self.folded or projection not in self.compose or self.places.get(projection, "projected") != place:
             return x_BTGK
         return HeadMap(across_IO=self.compose[projection](x_BTGK.dtype)).apply(x_BTGK)

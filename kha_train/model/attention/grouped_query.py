@@ -29,8 +29,8 @@ class GroupedQueryAttention(Attention):
         width, head_dim, normal = config.model.hidden_size, base.head_dim, Normal(config.model.init_std)
         self.scale = head_dim**-0.5
         self.query = Projection(width, base.query_heads, head_dim, normal)
-        self.key = Projection(width, base.kv_heads, head_dim, normal)
-        self.value = Projection(width, base.kv_heads, head_dim, normal)
+        self.key = Projection(width, self.components("k"), head_dim, normal)
+        self.value = Projection(width, self.components("v"), head_dim, normal)
         self.output = OutputProjection(base.query_heads, head_dim, width, Normal(residual_std(config)))
         self.query_norm = build_turning_norm(config, resolved, base.query_heads, head_dim)
         self.key_norm = build_turning_norm(config, resolved, base.kv_heads, head_dim)

@@ -37,7 +37,7 @@ class GroupedTiedAttention(Attention):
         width, head_dim, normal = config.model.hidden_size, base.head_dim, Normal(config.model.init_std)
         self.scale, self.turned = head_dim**-0.5, base.rotary_width()
         self.query = Projection(width, base.query_heads, head_dim, normal)
-        self.tied = Projection(width, base.kv_heads, head_dim, normal)
+        self.tied = Projection(width, self.components("v"), head_dim, normal)
         self.rotary_key = Projection(width, 1, self.turned, normal)
         self.output = OutputProjection(base.query_heads, head_dim, width, Normal(residual_std(config)))
         self.query_norm = build_qk_norm(config, base.query_heads, head_dim)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kha_train.config.schema import RunConfig
 from kha_train.metric import Metric
 from kha_train.model.attention.projection import HeadMap
-from kha_train.model.init import DeclaredModule, Identity, Initial, Orthogonal, SizeKeeping
+from kha_train.model.init import Blocks, DeclaredModule, Identity, Initial, Orthogonal, SizeKeeping
 from kha_train.variants.attention import HeadShape, Implementation, InteractionOptions
 from kha_train.variants.interactions import MatrixInit
 from kha_train.variants.registry import INTERACTIONS
@@ -107,15 +107,19 @@ class NoInteraction(Interaction):
 
 def build_interaction(config: RunConfig, way: Implementation) -> Interaction:
     """The interaction registered under `config.attention.interaction.name`, on the heads of the configured base."""
-    options, base = config.attention.interaction, config.attention.base
-    interaction: Interaction = INTERACTIONS[options.name].load()(options, base.heads(), way)
+    options = config.attention.interaction
+    interaction: Interaction = INTERACTIONS[options.name].load()(options, config.attention.heads(), way)
     return interaction
 
 
-def starting_matrix(init: MatrixInit, diagonal: float) -> Initial:
-    """The initial rule of a square matrix that leaves heads unchanged when it is `diagonal` times the identity."""
+def starting_matrix(init: MatrixInit, diagonal: float | None) -> Initial:
+    """The initial rule of a square matrix that leaves heads unchanged when it is `diagonal` times the identity, or of a
+    composition of heads that cannot (None).
+    """
     if init.kind == "random":
         return SizeKeeping(init.scale)
     if init.kind == "random_orthogonal":
         return Orthogonal(init.scale)
+    if diagonal is None:
+        return Blocks(init.scale if init.kind == "scaled_identity" else 1.0)
     return Identity(diagonal * init.scale if init.kind == "scaled_identity" else diagonal)

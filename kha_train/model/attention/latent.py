@@ -45,8 +45,8 @@ class LatentAttention(Attention):
         self.latent = Linear(width, base.latent_width, normal)
         self.latent_norm = RmsNorm(base.latent_width, eps)
         self.rotary_key = Projection(width, 1, base.rotary_dim, normal)
-        self.key_up = LatentProjection(base.latent_width, heads, head_dim, normal)
-        self.value_up = LatentProjection(base.latent_width, heads, head_dim, normal)
+        self.key_up = LatentProjection(base.latent_width, self.components("k"), head_dim, normal)
+        self.value_up = LatentProjection(base.latent_width, self.components("v"), head_dim, normal)
         self.output = OutputProjection(heads, head_dim, width, Normal(residual_std(config)))
 
     def forward(self, x_BTD: Tensor, rows: RowContext) -> Tensor:

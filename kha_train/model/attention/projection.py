@@ -70,11 +70,11 @@ class Projection(Linear):
 
     def __init__(self, inputs: int, heads: int, width: int, initial: Initial) -> None:
         super().__init__(inputs, heads * width, initial)
-        self.heads = heads
+        self.heads, self.width = heads, width
 
     def forward(self, x_BTD: Tensor, fold: HeadMap | None = None) -> Tensor:
-        """The heads of every token, after applying `fold`."""
-        x_BTHK: Tensor = torch.nn.functional.linear(x_BTD, self.folded(fold)).unflatten(-1, (self.heads, -1))
+        """The heads of every token, after applying `fold`, which may make another number of them."""
+        x_BTHK: Tensor = torch.nn.functional.linear(x_BTD, self.folded(fold)).unflatten(-1, (-1, self.width))
         return x_BTHK
 
     def folded(self, fold: HeadMap | None) -> Tensor:
@@ -98,13 +98,13 @@ class LatentProjection(Projection):
 
     def queries_to_latent(self, q_BTHK: Tensor, fold: HeadMap | None) -> Tensor:
         """q . (c W) = (q W^T) . c: queries [B, T, H, K] -> [B, T, H, C]. Decoding only: no engine shards its weight."""
-        return torch.einsum("bthk,hkc->bthc", q_BTHK, self.folded(fold).unflatten(0, (self.heads, -1)))
+        return torch.einsum("bthk,hkc->bthc", q_BTHK, self.folded(fold).unflatten(0, (-1, self.width)))
 
     def latent_to_heads(self, out_BTHC: Tensor, fold: HeadMap | None) -> Tensor:
         """A weighted sum of latents [B, T, H, C] -> [B, T, H, W], each head with its own part of the weight. Decoding
         only.
         """
-        return torch.einsum("bthc,hwc->bthw", out_BTHC, self.folded(fold).unflatten(0, (self.heads, -1)))
+        return torch.einsum("bthc,hwc->bthw", out_BTHC, self.folded(fold).unflatten(0, (-1, self.width)))
 
 
 class OutputProjection(Linear):

@@ -11,7 +11,7 @@ import torch
 from kha_train.config.compose import compose
 from kha_train.config.resolve import Device, implementation, resolve
 from kha_train.errors import ConfigError
-from kha_train.estimate.counts import count_parameters, flops_per_token
+from kha_train.estimate.counts import cache_bytes_per_token, count_parameters, flops_per_token
 from kha_train.model import decoder as decoder_module
 from kha_train.model.attention.backends import lay_out_documents
 from kha_train.model.attention.base import RowContext, build_attention
@@ -71,15 +71,18 @@ def softmax(scores):
 X = torch.randn(9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
+@pytest.mark.parametrize("components", [0, 1, 3])
 @pytest.mark.parametrize(("impl", "after"), [("eager", False), ("folded", False), ("eager", True)])
-def test_explicit_attention_is_equations_10_to_17_one_head_at_a_time(impl, after):
+def test_explicit_attention_is_equations_10_to_17_one_head_at_a_time(impl, after, components):
     settings = (f"attention.interaction.impl={impl}", f"attention.interaction.mix_after_rope={after}".lower())
+    settings += (f"attention.interaction.component_heads={components}",)
     attention, rows = scrambled("attention=mea", *settings), rows_of(8)
     mix = {name: matrix.weight for name, matrix in attention.interaction.compose.items()}
     keys, values = heads_of(attention.key, X), heads_of(attention.value, X)
 
     def composed(heads, matrix):
-        return [sum(matrix[i, o] * head for i, head in enumerate(heads)) for o in range(len(heads))]
+        assert matrix.shape == (len(heads), 2) and len(heads) == (components or 2)
+        return [sum(matrix[i, o] * head for i, head in enumerate(heads)) for o in range(2)]
 
     def placed(heads):
         return [turn(normalise(head, attention.key_norm.weight), rows) for head in heads]
@@ -91,6 +94,76 @@ def test_explicit_attention_is_equations_10_to_17_one_head_at_a_time(impl, after
         out = softmax(query @ keys[head // 2].T / math.sqrt(8)) @ values[head // 2]
         outputs.append(normalise(out, attention.interaction.norm.weight, eps=1e-5))
     torch.testing.assert_close(attention(X[None], rows)[0], torch.cat(outputs, -1) @ attention.output.weight.T)
+
+
+def fresh(*overrides):
+    """The attention of `overrides` as it starts."""
+    config = compose([*overrides, "model.hidden_size=32", "model.head_dim=8", "model.seq_len=12"])
+    attention = build_attention(config, resolve_on(config, CPU))
+    for owner, local, _, value in initial_values(attention, 0):
+        getattr(owner, local).data.copy_(value())
+    return attention.double()
+
+
+@pytest.mark.parametrize("impl", ["eager", "folded"])
+@pytest.mark.parametrize(
+    ("base", "width", "alone"),
+    [("gqa", 8, "attention.interaction.compose=[k,v]"), ("gta", 4, "attention.interaction.compose=[v]")],
+)
+def test_fewer_components_start_as_attention_with_so_many_key_value_heads(base, width, alone, impl):
+    explicit = (f"attention={base}", "interaction@attention.interaction=explicit", alone, "model.query_heads=8")
+    settings = ("attention.interaction.head_norm=false", f"attention.interaction.impl={impl}", "model.kv_heads=4")
+    for components in (1, 2):
+        composed = fresh(*explicit, *settings, f"attention.interaction.component_heads={components}")
+        plain = fresh(f"attention={base}", "model.query_heads=8", f"model.kv_heads={components}")
+        expected = plain(X[None], rows_of(width))
+        torch.testing.assert_close(composed(X[None], rows_of(width)), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_more_components_start_as_sums_of_the_size_of_one():
+    """Six components of two heads: each head is the sum of three, by the root of three."""
+    attention = fresh("attention=mea", "model.kv_heads=2", "attention.interaction.component_heads=6")
+    root = 3**-0.5
+    expected = torch.tensor([[root, 0], [root, 0], [root, 0], [0, root], [0, root], [0, root]], dtype=torch.float64)
+    for matrix in attention.interaction.compose.values():
+        torch.testing.assert_close(matrix.weight, expected, rtol=1e-7, atol=0)
+
+
+def test_projections_of_low_rank_over_heads_are_held_by_fewer_components_exactly():
+    """MEA app. F, eq 36-38: of the SVD of a weight [d K, H], U[:, :h'] are virtual heads and S V^T composes them."""
+    full = fresh("attention=gqa", "model.query_heads=8", "model.kv_heads=4")
+    settings = ("attention.interaction.component_heads=2", "attention.interaction.head_norm=false")
+    small = fresh("attention=mea", "model.query_heads=8", "model.kv_heads=4", *settings)
+    generator = torch.Generator().manual_seed(1)
+    state = {name: value for name, value in full.state_dict().items() if name in small.state_dict()}
+    with torch.no_grad():
+        for kind, name in (("k", "key"), ("v", "value")):
+            low = torch.randn(4, 2, generator=generator).double() @ torch.randn(2, 8 * 32, generator=generator).double()
+            full.get_submodule(name).weight.copy_(low.view(4 * 8, 32))
+            u, s, vh = torch.linalg.svd(low.T, full_matrices=False)
+            state |= {f"{name}.weight": u[:, :2].T.reshape(2 * 8, 32)}
+            state |= {f"interaction.compose.{kind}.weight": s[:2, None] * vh[:2]}
+    small.load_state_dict(state)
+    assert small.key.weight.numel() == full.key.weight.numel() // 2
+    torch.testing.assert_close(small(X[None], rows_of(8)), full(X[None], rows_of(8)), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ((), 4 * 8 + 2 * 8),
+        (("attention.qk_norm=none",), 2 * 8 + 2 * 8),
+        (("attention.interaction.mix_after_rope=true",), 2 * 8 + 2 * 8),
+        (("attention.interaction.compose=[k]",), 4 * 8 + 4 * 8),
+        (("attention.interaction.component_heads=4",), 4 * 8 + 4 * 8),
+        (("attention.interaction.component_heads=6", "attention.qk_norm=none"), 4 * 8 + 4 * 8),
+    ],
+    ids=str,
+)
+def test_decoding_caches_the_components_where_composing_them_later_is_the_same(settings, kept):
+    shape = ("model.layers=3", "model.query_heads=8", "model.kv_heads=4", "model.head_dim=8")
+    config = compose(["attention=mea", *shape, "attention.interaction.component_heads=2", *settings])
+    assert cache_bytes_per_token(config, 1) == 3 * kept
 
 
 def test_grouped_tied_attention_shares_one_state_between_values_and_half_of_the_keys():
@@ -197,6 +270,14 @@ def test_the_gate_is_twice_the_value_times_a_sigmoid():
         (["attention=kha_mlp", "attention.interaction.value_only=true"], "values of its own"),
         (
             [
+                *("attention=gta", "interaction@attention.interaction=knocking_linear"),
+                *("attention.interaction.value_only=true", "attention.interaction.projections=[v]"),
+                *("attention.interaction.impl=folded", "attention.base.output_gate=elementwise"),
+            ],
+            "does not reach the output",
+        ),
+        (
+            [
                 "attention=gta",
                 "interaction@attention.interaction=knocking_mlp",
                 "attention.interaction.value_only=true",
@@ -205,6 +286,19 @@ def test_the_gate_is_twice_the_value_times_a_sigmoid():
             "values are not mapped",
         ),
         (["attention=mea", "attention.interaction.compose=[q]"], "eq 11"),
+        (
+            ["attention=mea", "attention.interaction.compose=[]", "attention.interaction.component_heads=1"],
+            "nothing is composed",
+        ),
+        (
+            [
+                "attention=mea",
+                "attention.qk_norm=full_width",
+                "attention.interaction.component_heads=1",
+                "attention.interaction.mix_after_rope=true",
+            ],
+            "before they are composed",
+        ),
         (["attention=kha_gate", "attention.interaction.init.kind=scaled_identity"], "nothing to scale"),
         (
             ["attention=kha_mlp", "attention.base.output_gate=elementwise", "attention.interaction.impl=folded"],

@@ -1,0 +1,150 @@
+"""Options of explicit multi-head attention. Its counts are the formulas of docs/attention.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kha_train.errors import ConfigError, Settings
+from kha_train.variants.attention import (
+    BaseOptions,
+    FoldableOptions,
+    HeadShape,
+    Implementation,
+    InputWidths,
+    InteractionOptions,
+    Partners,
+    Projection,
+)
+from kha_train.variants.interactions import TIED, MatrixOptions, each_once
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplicitOptions(MatrixOptions, FoldableOptions):
+    """Explicit multi-head attention (MEA eq 10-17): keys and values of all heads are composed by a G x G matrix, and
+    `head_norm` normalises each head's output. `mix_after_rope` composes keys after norm and rotation instead. Without
+    `train` the compositions are frozen; the norm's gain is trained all the same.
+
+    `component_heads` is h' of eq 10 for what is composed: the base projects so many heads, and an h' x G matrix makes
+    the G key/value heads of them; 0: as many. With fewer, decoding caches the components wherever composing them later
+    is the same function. No values then leave heads unchanged: with `init.kind: identity` each component serves a block
+    of heads, as in grouped-query attention.
+    """
+
+    compose: tuple[Projection, ...] = ("k", "v")
+    component_heads: int = 0
+    head_norm: bool = True
+    mix_after_rope: bool = False
+
+    def invalid(self) -> ConfigError | None:
+        """Only keys and values are composed, and something must be done at all."""
+        if "q" in self.compose:
+            return ConfigError(
+                "queries are not composed (MEA eq 11)", field="attention.interaction.compose", allowed="k, v"
+            )
+        if self.mix_after_rope and "k" not in self.compose:
+            return ConfigError("keys are not composed", field="attention.interaction.mix_after_rope", value=True)
+        if not self.compose and self.component_heads:
+            return ConfigError(
+                "nothing is composed",
+                field="attention.interaction.component_heads",
+                value=self.component_heads,
+                fix=Settings("attention.interaction.component_heads=0"),
+            )
+        if not self.compose and self.head_norm:
+            return self.init.invalid() or super().invalid()
+        return each_once("compose", self.compose) or self.init.invalid() or super().invalid()
+
+    def refuses(self, base: BaseOptions) -> str | None:
+        """Composing keys needs keys, and composing them after rotation needs rotated ones."""
+        heads = base.heads()
+        if heads.tied and "k" in self.compose:
+            return f"{TIED}; take attention.interaction.compose=[v]"
+        if heads.latent and self.mix_after_rope:
+            keys = f"the keys {base.name} makes from its latent are not rotated"
+            return f"{keys}; take attention.interaction.mix_after_rope=false"
+        return super().refuses(base)
+
+    def conflict(self, partners: Partners) -> ConfigError | None:
+        """A norm over all heads has gains for the heads of the base."""
+        if partners.qk_norm != "full_width" or not self.component_heads or not self.mix_after_rope:
+            return None
+        return ConfigError(
+            "keys are normalised before they are composed, and this norm is as wide as the heads that they compose",
+            field="attention.qk_norm",
+            value="full_width",
+            allowed="per_head, none",
+            fix=Settings("attention.qk_norm=per_head"),
+        )
+
+    def identities(self) -> Mapping[str, float | None]:
+        """The compositions. The norm of the outputs is not among them, because heads exchange no information in it."""
+        return dict.fromkeys(self.compose, None if self.component_heads else 1.0)
+
+    def components(self, projection: Projection, heads: HeadShape) -> int:
+        """h' of what is composed."""
+        return self.component_heads or heads.kv_heads if projection in self.compose else heads.count(projection)
+
+    def composed_when_read(self, projection: Projection, heads: HeadShape) -> bool:
+        """Whether the cache keeps the components. It does if they are fewer, and nothing lies between the composition
+        and the cache with which it does not commute (rotation does: eq 13); a tied base computes keys after its cache.
+        """
+        fewer = 0 < self.component_heads < heads.kv_heads and projection in self.compose and not heads.latent
+        return fewer and (projection == "v" or self.mix_after_rope or not heads.normed)
+
+    def cache_numbers(self, heads: HeadShape) -> int:
+        """The components instead of the heads."""
+        fewer = self.component_heads - heads.kv_heads
+        return sum(fewer * heads.width(p) for p in self.compose if self.composed_when_read(p, heads))
+
+    def matrix_numbers(self, heads: HeadShape) -> int:
+        """An h' x G matrix for each kind."""
+        return sum(self.components(p, heads) * heads.kv_heads for p in self.compose)
+
+    def parameters(self, heads: HeadShape) -> int:
+        """The matrices, and the norm's gain."""
+        return super().parameters(heads) + (heads.value_width if self.head_norm else 0)
+
+    def flops(self, heads: HeadShape) -> int:
+        """Every dimension of a head times the matrix."""
+        return sum(2 * self.components(p, heads) * heads.kv_heads * heads.width(p) for p in self.compose)
+
+    def saved_numbers(self, heads: HeadShape, way: Implementation) -> int:
+        """The components, unless folded, and the norm's normalised input and output."""
+        held = sum(self.components(p, heads) * heads.width(p) for p in self.compose)
+        composed = 0 if way.folded or not self.train else held
+        return composed + (heads.query_heads * (2 * heads.value_width + 1) if self.head_norm else 0)
+
+    def strides_values(self) -> bool:
+        """A product over heads puts the heads last in memory."""
+        return "v" in self.compose
+
+    def folded_numbers(self, heads: HeadShape, inputs: InputWidths) -> int:
+        """The weights of the projections."""
+        return sum(heads.kv_heads * heads.width(p) * getattr(inputs, p) for p in self.compose)
+
+    def unfoldable(self, heads: HeadShape) -> str | None:
+        """Norm and rotation lie between the projection and what is composed."""
+        return "keys are composed after norm and rotation" if self.mix_after_rope else None
+
+    def saved_flops(self, heads: HeadShape, inputs: InputWidths) -> int:
+        """All of it; but folded, the base projects the heads and not their components."""
+        further = sum(
+            (heads.kv_heads - self.components(p, heads)) * heads.width(p) * int(getattr(inputs, p))
+            for p in self.compose
+        )
+        return self.flops(heads) - 2 * further
+
+    def fold_flops(self, heads: HeadShape, inputs: InputWidths) -> int:
+        """Every row of the projection times the matrix."""
+        return sum(
+            2 * self.components(p, heads) * heads.kv_heads * heads.width(p) * getattr(inputs, p) for p in self.compose
+        )
+
+    def absorbed(self, heads: HeadShape) -> InteractionOptions | None:
+        """The norm of the outputs stays."""
+        if self.mix_after_rope:
+            return None
+        if self.head_norm:
+            return ExplicitOptions(name=self.name, compose=(), head_norm=True, impl="eager")
+        return InteractionOptions(name="none")
