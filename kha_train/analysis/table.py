@@ -34,7 +34,6 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     parts += [_text(pair.data_words) for pair in comparison.pairs]
     parts += [_text(words) for words in comparison.notes()]
     parts += [_text(comparison.sentence(pair), "bold") for pair in comparison.pairs]
-    parts += [_text(comparison.seeds_sentence(found), "bold") for found in comparison.across_seeds if found.interval]
     parts += [_text(words, "bold") for words in answers(comparison)]
     console.print(Group(*parts))
 

@@ -215,7 +215,8 @@ def test_more_than_eight_runs_are_drawn_by_variant(tmp_path: Path) -> None:
     last = [row for row in rows if row["kind"] == "band"][-1]
     assert [float(last[key]) for key in ("value", "low", "high")] == pytest.approx([3.1, 3.0, 3.2])
     page = Page((tmp_path / "out" / "index.html").read_text())
-    assert "details" in page.tags, "tables of single runs are closed at first"
+    assert page.tags.count("details") > 4, "tables of single runs and pairs are closed at first"
+    assert page.tags.count("b") == 2, "the numbers over seeds alone are emphasised"
 
 
 def test_files_of_another_report_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

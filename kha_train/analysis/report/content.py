@@ -79,6 +79,15 @@ class Text:
     kind: Literal["plain", "answer", "soft", "warning"] = "plain"
 
 
+class Row(NamedTuple):
+    """A row of a table: its name, its values, and their definition. `code`: the name is an identifier."""
+
+    name: str
+    values: tuple[str, ...]
+    note: str = ""
+    code: bool = False
+
+
 @dataclass(frozen=True)
 class Result:
     """A result: its `names`, the `number`, which is emphasised only if `bold`, and what it means."""
@@ -90,14 +99,9 @@ class Result:
     explained: str = ""
     warnings: tuple[str, ...] = ()
 
-
-class Row(NamedTuple):
-    """A row of a table: its name, its values, and their definition. `code`: the name is an identifier."""
-
-    name: str
-    values: tuple[str, ...]
-    note: str = ""
-    code: bool = False
+    def row(self) -> Row:
+        """The result as a row of a table."""
+        return Row(self.names, (f"{self.number} {self.beside}".strip(), self.explained, " ".join(self.warnings) or "-"))
 
 
 @dataclass(frozen=True)

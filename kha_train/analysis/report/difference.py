@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from kha_train.analysis.compare import Pair, no_difference
-from kha_train.analysis.report.content import Block, Figure, Result, Section, Series, Style
+from kha_train.analysis.report.content import Block, Figure, Result, Section, Series, Style, Table
 from kha_train.analysis.report.context import Context, bounds, series
 from kha_train.analysis.report.curves import over_seeds_curve, pair_differences
 from kha_train.analysis.statistics import MIN_BLOCK
@@ -47,7 +47,12 @@ def section(context: Context) -> Section | None:
         blocks.append(
             _figure(context, "difference-seeds", "Paired difference over seeds", TOGETHER, together, together)
         )
-    blocks += [_result(context, pair) for pair in comparison.pairs]
+    results = [_result(context, pair) for pair in comparison.pairs]
+    if context.grouped:
+        head = ("pair", "train loss", "how", "")
+        blocks.append(Table(head, tuple(one.row() for one in results), f"All {len(results)} pairs"))
+    else:
+        blocks += results
     return Section("difference", "Paired difference of train loss", tuple(blocks))
 
 

@@ -24,14 +24,21 @@ def section(context: Context) -> Section:
             names = f"{context.labels[pair.other]} and {context.labels[pair.reference]}"
             blocks += [Text(f"{names}: not a fair pair: {words}", "warning") for words in pair.caveats]
         blocks.append(Text(SAME_START, "soft"))
-        blocks += [Text(f"{pair.data_words}. {_first_gap(pair)}", "soft") for pair in comparison.pairs]
+        proofs = [f"{pair.data_words}. {_first_gap(pair)}" for pair in comparison.pairs]
+        if context.grouped:
+            rows = tuple(
+                Row(context.labels[pair.other], (words,)) for pair, words in zip(comparison.pairs, proofs, strict=True)
+            )
+            blocks.append(Table(("run", "same data as its reference?"), rows, f"All {len(rows)} pairs"))
+        else:
+            blocks += [Text(words, "soft") for words in proofs]
     blocks.append(Subtitle("Different settings"))
     if comparison.differences:
         rows = tuple(
             Row(key, tuple("-" if value is None else str(value) for value in values), code=True)
             for key, values in comparison.differences.items()
         )
-        blocks.append(Table(("", *context.labels), rows))
+        blocks.append(context.run_table(rows))
     else:
         blocks.append(Text("Only the run's name and directory."))
     blocks += [Text(f"{words}.") for words in comparison.notes()]

@@ -20,7 +20,8 @@ SHORTEST = 4
 """A curve with fewer points has no second half worth a figure."""
 GROUPED = (
     "More than eight runs, so each variant is one curve: the mean of its runs, each smoothed by an exponential average "
-    "with a half-life of 1 % of the longest run. The band reaches from its lowest to its highest run."
+    "with a half-life of 1 % of the longest run. The band reaches from its lowest to its highest run. Loss events are "
+    "in the tables below."
 )
 
 

@@ -4,10 +4,16 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
+from kha_train.analysis.layers import Sampled
 from kha_train.analysis.report.content import Axis, Block, Figure, Section, Series, Text
 from kha_train.analysis.report.context import Context
+from kha_train.analysis.runs import RunData
+from kha_train.metric import BY_LAYER
+from kha_train.record import declared_in
 
 LAYER = Axis("layer", "layer", whole=True)
 ROUTER = ("moe/maxvio", "moe/load_cv", "moe/load_entropy", "moe/bias_range", "moe/dead_fraction")
@@ -25,7 +31,9 @@ NO_STATISTICS = (
 
 def section(context: Context) -> Section | None:
     """Figures by layer and over training of everything that a run recorded by layer."""
-    recorded = {name for sampled in context.sampled for name in sampled.by_layer}
+    recorded = {
+        name for run, sampled in zip(context.runs, context.sampled, strict=True) for name in _known(run, sampled)
+    }
     if not recorded:
         words = "No run recorded figures by layer: there is no router, or the runs are of an older release."
         return Section("router", "Router and layers", (Text(words, "soft"),))
@@ -46,8 +54,15 @@ def _is_zero(context: Context, name: str) -> bool:
     return not any(sampled.by_layer[name].values_SL.any() for sampled in context.sampled if name in sampled.by_layer)
 
 
+def _known(run: RunData, sampled: Sampled) -> set[str]:
+    """The recorded figures that this release knows, or that the run declared."""
+    declared = declared_in(run.run)
+    return {name for name in sampled.by_layer if name in (*ROUTER, *OTHERS) or f"{name}{BY_LAYER}" in declared}
+
+
 def _file(name: str) -> str:
-    return name.replace("/", "-")
+    """The name of a metric, which may be a stranger's, as part of a file's name."""
+    return re.sub(r"[^\w]", "-", name, flags=re.ASCII)[:60]
 
 
 def _profile(context: Context, name: str) -> Figure:
