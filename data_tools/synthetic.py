@@ -8,10 +8,8 @@ text; every other id stands for one byte.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -43,35 +41,23 @@ def write_dataset(
     assert vocab_size >= 2, vocab_size
     if validation_documents is None:
         validation_documents = max(16, documents // 10)
+    splits = (("train", documents, 2 * seed), ("validation", validation_documents, 2 * seed + 1))
+    first, second = (
+        _write_split(Path(directory) / name, vocab_size, count, key, max_length, documents_per_shard)
+        for name, count, key in splits
+    )
+    return first, second
 
-    def split(name: str, count: int, key: int) -> Manifest:
-        corpus = {"source": "synthetic", "documents": count, "key": key, "max_length": max_length}
-        made = partial(generate, vocab_size=vocab_size, key=key, max_length=max_length)
-        return write_split(Path(directory) / name, made, corpus, vocab_size, documents_per_shard)
 
-    return split("train", documents, 2 * seed), split("validation", validation_documents, 2 * seed + 1)
-
-
-def write_split(
-    directory: Path,
-    generate: Callable[[range], Iterator[np.ndarray]],
-    corpus: dict[str, Any],
-    vocab_size: int,
-    documents_per_shard: int,
-    special_ids: Mapping[str, int] | None = None,
+def _write_split(
+    directory: Path, vocab_size: int, documents: int, key: int, max_length: int, documents_per_shard: int
 ) -> Manifest:
-    """Write `corpus["documents"]` documents of `generate(numbers)` as one dataset, replacing an existing one.
-
-    Each of `special_ids` (the end, unless given) stands for no text, every other id for one byte.
-    """
     prepare(directory)
-    dtype, documents = dtype_for(vocab_size), int(corpus["documents"])
-    special = dict(special_ids or {"eos": END_ID})
-    text_bytes = tuple(int(token not in special.values()) for token in range(vocab_size))
+    dtype = dtype_for(vocab_size)
     shards = []
     for index, first in enumerate(range(0, documents, documents_per_shard)):
         numbers = range(first, min(first + documents_per_shard, documents))
-        contents = ((ids, int(np.take(text_bytes, ids).sum())) for ids in generate(numbers))
+        contents = ((ids, len(ids) - 1) for ids in generate(numbers, vocab_size, key, max_length))
         shards.append(write_shard(directory, index, contents, vocab_size=vocab_size, dtype=dtype))
     identity = {"kind": "synthetic", "vocab": vocab_size}
     tokenizer = TokenizerEntry(
@@ -79,9 +65,10 @@ def write_split(
         vocab=vocab_size,
         sha256=hashlib.sha256(canonical_json(identity)).hexdigest(),
         file=None,
-        special_ids=special,
-        bytes_per_id=text_bytes,
+        special_ids={"eos": END_ID},
+        bytes_per_id=(0, *[1] * (vocab_size - 1)),
     )
+    corpus = {"source": "synthetic", "documents": documents, "key": key, "max_length": max_length}
     return publish_dataset(directory, shards, tokenizer, dtype=dtype, corpus=corpus)
 
 

@@ -25,9 +25,9 @@ ScaleName = Literal["cpu", "paper"]
 MeasureKind = Literal[
     "train_loss", "validation_loss", "bits_per_byte", "steps_to", "spikes", "loss_law", "entry", "heads"
 ]
-Dataset = Literal["text", "copy", "own"]
-"""`text`: the standard library's sources with 4,096 tokens, as in the quickstart. `copy`: sequences to be repeated.
-`own`: the user's shards, named by `data.train` and `data.validation`."""
+Dataset = Literal["text", "copy", "tasks", "own"]
+"""`text`: the standard library's sources with 4,096 tokens, as in the quickstart. `copy`: one synthetic task. `tasks`:
+a mixture of several (docs/tasks.md). `own`: the user's shards, named by `data.train` and `data.validation`."""
 NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
 
 
@@ -69,7 +69,7 @@ class Measure:
 
     @property
     def name(self) -> str:
-        """The name in results: `train_loss`, `steps_to_1.5`, `evaluation/copy/accuracy`."""
+        """The name in results: `train_loss`, `steps_to_1.5`, `evaluation/answers/loss`."""
         further = {
             "steps_to": f"_{self.threshold:g}",
             "loss_law": f"_at_{self.tokens:g}_tokens",

@@ -324,9 +324,6 @@ def _compared(reference: ArmResult, arm: ArmResult, measure: Measure) -> Compare
     known = {seed: (a, b) for seed, (a, b) in pairs.items() if a is not None and b is not None}
     # Of two infinite values neither is better.
     differences = {seed: 0.0 if a == b else a - b for seed, (a, b) in known.items()}
-    sign = 1.0 if measure.larger_is_better else -1.0
-    better = sum(sign * value > 0 for value in differences.values())
-    worse = sum(sign * value < 0 for value in differences.values())
     infinite = any(not (math.isfinite(a) and math.isfinite(b)) for a, b in known.values())
     # Student's interval of the difference of small counts, where nominally 95 %, covers 73 to 99 %.
     why = "not all are finite" if infinite else "they are counts" if measure.kind == COUNT else ""
@@ -337,8 +334,8 @@ def _compared(reference: ArmResult, arm: ArmResult, measure: Measure) -> Compare
         measure=measure.name,
         differences=differences,
         interval=None if why else over_seeds(list(differences.values())),
-        better=better,
-        worse=worse,
+        better=signs.above if measure.larger_is_better else signs.below,
+        worse=signs.below if measure.larger_is_better else signs.above,
         sign_test=signs.p if signs.seeds else None,
         no_interval=why,
     )

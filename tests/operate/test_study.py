@@ -22,7 +22,9 @@ from kha_train.cli.main import run
 from kha_train.config.compose import compose
 from kha_train.errors import ConfigError, DivergedError, KhaError
 from kha_train.estimate.counts import flops_per_token
+from kha_train.operate import datasets
 from kha_train.operate import study as running
+from kha_train.operate.datasets import SMALL_TASKS, make_dataset
 from kha_train.operate.study import Progress, StudyPlan, finished_runs, plan_study, run_here, write_results
 from kha_train.operate.study_costs import study_costs
 from kha_train.operate.sweep import Point
@@ -208,6 +210,24 @@ def one_run_an_arm(scaled: ScaledStudy) -> ScaledStudy:
 @pytest.mark.parametrize("name", study_names())
 def test_every_arm_of_every_study_passes_the_plan_on_the_machine_it_names(name: str, tmp_path: Path) -> None:
     check_plans(one_run_an_arm(load_study(name, "paper")), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["copy", "tasks"])
+def test_the_entries_that_a_study_measures_are_in_its_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {task: replace(order, documents=80, validation_documents=40) for task, order in SMALL_TASKS.items()}
+    monkeypatch.setattr(datasets, "SMALL_TASKS", few)
+    scaled = one_run_an_arm(load_study(name, "cpu"))
+    make_dataset(scaled.scale.dataset, tmp_path, lambda text: None)
+    plan = plan_study(scaled, tmp_path / name, ["run.steps=1", "validation.rows=8", "data.global_batch_size=8",
+                                                "engine.micro_batch_size=8"])  # fmt: skip
+    trial, point = next(iter(plan.points.items()))
+    train(compose(point.overrides))
+    measured = finished_runs(plan)[trial].values
+    entries = [measure.entry for measure in scaled.measures if measure.kind == "entry"]
+    assert len(entries) == {"copy": 1, "tasks": 4}[name]
+    assert all(0.0 <= (measured[entry] or 0.0) <= 1.0 and measured[entry] is not None for entry in entries)
 
 
 @pytest.mark.slow
