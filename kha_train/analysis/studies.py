@@ -204,11 +204,11 @@ class ScaledStudy:
         """The runs of every arm at the rate in `rates`; without it, or where rates are chosen among the compared runs,
         at each of its rates.
         """
-        every = rates is None or not self.chooses_apart
+        chosen = rates if self.chooses_apart else None
         return [
             Trial(arm, rate, seed)
             for arm in self.arms
-            for rate in (self.scale.rates_of(arm) if every or rates is None else (rates[arm],))
+            for rate in (self.scale.rates_of(arm) if chosen is None else (chosen[arm],))
             for seed in self.scale.seeds
         ]
 

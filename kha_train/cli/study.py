@@ -211,7 +211,7 @@ def _show(plan: StudyPlan, costs: StudyCosts, console: Console) -> None:
     told = (
         f"source: {found.study.source}",
         *found.study.notes,
-        f"measures: {', '.join(measure.name for measure in found.measures)} ; rates by {found.rate_measure.name}",
+        f"measures: {', '.join(measure.name for measure in found.measures)}; rates by {found.rate_measure.name}",
         f"rates: {', '.join(f'{rate:g}' for rate in scale.rates)} ({apart}); seeds: {_listed(scale.seeds)}",
         f"needs: {scale.needs}" if scale.needs else "",
     )
@@ -232,7 +232,7 @@ def _show(plan: StudyPlan, costs: StudyCosts, console: Console) -> None:
             words = f"{fit.arm} cannot start on {fit.devices} devices of {fit.machine}: {fit.needs}"
             console.print(words, soft_wrap=True)
     total, left, cost = costs.seconds(), costs.seconds(finished=False), costs.cost()
-    words = f"in all: {len(costs.runs)} runs, {scaled(sum(run.flops for run in costs.runs))}FLOP"
+    words = f"in all: {len(costs.runs)} runs, {sum(run.flops for run in costs.runs):.2e} FLOP"
     words += f", {duration(total)} one after another" if total is not None else ""
     words += f", cost {cost:,.0f}" if cost is not None else ""
     words += f"; left: {duration(left)}" if left is not None and left != total else ""
@@ -246,7 +246,7 @@ def _cost_cells(runs: Sequence[RunCost]) -> list[str]:
         f"{sum(run.finished for run in runs)}/{len(runs)}",
         f"{one.steps:,}",
         scaled(one.tokens),
-        scaled(one.flops),
+        f"{one.flops:.2e}",
         "?" if one.seconds is None else duration(one.seconds),
         "-" if one.cost is None else f"{one.cost:,.0f}",
     ]

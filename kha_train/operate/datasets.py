@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from data_tools.tasks import Order, write_task
-
 from data_tools.corpus import build_corpus
 from data_tools.encode import encode_corpus
+from data_tools.tasks import Order, write_task
 from data_tools.train_tokenizer import train_tokenizer
 from kha_train.analysis.studies import Dataset
 from kha_train.config.compose import compose, quoted

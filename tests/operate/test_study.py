@@ -22,10 +22,19 @@ from kha_train.cli.main import run
 from kha_train.config.compose import compose
 from kha_train.errors import ConfigError, DivergedError, KhaError
 from kha_train.estimate.counts import flops_per_token
-from kha_train.operate import datasets
+from kha_train.operate import datasets, slurm
 from kha_train.operate import study as running
 from kha_train.operate.datasets import SMALL_TASKS, make_dataset
-from kha_train.operate.study import Progress, StudyPlan, finished_runs, plan_study, run_here, write_results
+from kha_train.operate.slurm import JobOptions
+from kha_train.operate.study import (
+    Progress,
+    StudyPlan,
+    finished_runs,
+    plan_study,
+    run_here,
+    submit_study,
+    write_results,
+)
 from kha_train.operate.study_costs import study_costs
 from kha_train.operate.sweep import Point
 from kha_train.record import Marker, has_marker, read_run
@@ -164,6 +173,29 @@ def test_a_run_that_diverged_is_a_result_and_a_run_that_failed_ends_the_study(
     assert trained[4:] == ["base-lr0.001-s7", *trained[5:]] and "mlp-lr0.01-s7" not in trained[4:]
     assert result.arms["mlp"].chosen and result.arms["mlp"].chosen.rate == 1e-3
     assert result.arms["mlp"].by_rate[1e-2] == {7: math.inf} and result.arms["mlp"].diverged_by_rate[1e-2] == 1
+
+
+@pytest.mark.slow
+def test_on_slurm_the_command_submits_the_choice_of_rates_then_the_compared_runs_then_nothing(
+    mine: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays: list[list[str]] = []
+
+    def submitted(directory: Path, points: Sequence[Point], options: JobOptions) -> str:
+        """The job array, finished at once."""
+        arrays.append([point.label for point in points])
+        for point in points:
+            train(compose(point.overrides))
+        return str(len(arrays))
+
+    monkeypatch.setattr(slurm, "submit", submitted)
+    plan = planned(mine(2))
+    for round_of in range(3):
+        result, started = submit_study(plan, JobOptions(), retry_failed=False)
+        assert (started is None) == (round_of == 2)
+    assert [len(labels) for labels in arrays] == [4, 4] and not set(arrays[0]) & set(arrays[1])
+    assert not result.missing and {point["label"] for point in json.loads(
+        (plan.directory / "sweep.json").read_text())["points"]} == {*arrays[0], *arrays[1]}  # fmt: skip
 
 
 def test_a_directory_of_another_study_is_refused(mine: Callable[..., Path], trained: Trained, small: list[str]) -> None:
