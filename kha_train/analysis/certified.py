@@ -44,8 +44,8 @@ class Null:
     """Differences that mean nothing, of one `kind` of A/A runs, over the steps `first_step` to `last_step`.
 
     `spread` is the standard deviation of the difference of two such runs, with `freedom` degrees of freedom; 95 % of
-    such differences are within +-`bound`. `caveats` are settings in which the A/A runs differ among themselves or from
-    the reference of the comparison.
+    such differences are within +-`bound`. `paired`: both runs of a pair read the same data and begin alike. `caveats`
+    are settings in which the A/A runs differ among themselves or from the reference of the comparison.
     """
 
     kind: str
@@ -55,6 +55,7 @@ class Null:
     freedom: int
     spread: float
     bound: float
+    paired: bool
     caveats: tuple[str, ...]
 
     @property

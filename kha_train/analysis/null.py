@@ -37,7 +37,7 @@ KINDS: dict[str, tuple[Callable[[RunData], Hashable], Callable[[RunData], Hashab
     "the same arm and seed, another data.seed": (lambda run: (run.variant, run.seed), _data_seed),
     "the same arm, another run.seed": (lambda run: run.variant, lambda run: run.seed),
 }
-"""Kind of A/A runs -> what runs of a group have in common, and what tells them apart."""
+"""Kind of A/A runs -> what runs of a group have in common, and what tells them apart. Only the first kind is paired."""
 
 
 def nulls_of(comparison: Comparison, runs: Sequence[RunData]) -> tuple[Null, ...]:
@@ -106,7 +106,8 @@ def _null(kind: str, reference: RunData, groups: list[list[RunData]], steps: tup
         return None
     spread = math.sqrt(2 * squares / freedom)
     bound = student_975(freedom) * spread
-    return Null(kind, *steps, tuple(pairs), freedom, spread, bound, tuple(_caveats(reference, groups)))
+    paired = kind == next(iter(KINDS))
+    return Null(kind, *steps, tuple(pairs), freedom, spread, bound, paired, tuple(_caveats(reference, groups)))
 
 
 def _difference(one: RunData, two: RunData, first: int, last: int) -> float:

@@ -46,8 +46,8 @@ REPORT_LINKS = {
 }
 """What the links over all runs cover. The first follows the last links of all runs."""
 RECORD_FILES = ("metrics.jsonl", "metrics.discarded.jsonl", "events.jsonl")
-MOST_GROUPS, MOST_VALUES = 64, 512
-"""Lines or tensors, and values of a JSON file, beyond this number are hashed in groups."""
+MOST_GROUPS, MOST_TENSORS, MOST_VALUES = 64, 256, 512
+"""Lines of a file, tensors of a checkpoint and values of a JSON file beyond these numbers are hashed in groups."""
 SHOWN = 120
 """A longer value is represented by its SHA-256."""
 MOST_NAMED = 8
@@ -219,7 +219,8 @@ def _checkpoint_fields(folder: Path, advance: Callable[[int], None]) -> Iterator
     for path in sorted(file for step in steps for file in step.iterdir()):
         name = f"checkpoints/{path.parent.name}/{path.name}"
         if path.suffix == ".safetensors":
-            yield name, _tensor_fields(path, advance)
+            share = MOST_TENSORS // len(list(path.parent.glob("*.safetensors")))
+            yield name, _tensor_fields(path, max(1, share), advance)
         elif path.suffix == ".json":
             found = {}
             for group in _groups(list(_leaves_of(path).items()), MOST_VALUES):
@@ -229,9 +230,9 @@ def _checkpoint_fields(folder: Path, advance: Callable[[int], None]) -> Iterator
             yield name, {"file": _file(path)}
 
 
-def _tensor_fields(path: Path, advance: Callable[[int], None]) -> dict[str, str]:
-    """The file, its header, and its tensors in the order of the file. The file begins with eight bytes of header length
-    and a JSON header with the byte range of every tensor.
+def _tensor_fields(path: Path, most: int, advance: Callable[[int], None]) -> dict[str, str]:
+    """The file, its header, and its tensors in the order of the file, in at most `most` groups. The file begins with
+    eight bytes of header length and a JSON header with the byte range of every tensor.
     """
     whole, size = hashlib.sha256(), path.stat().st_size
     with path.open("rb") as file:
@@ -240,7 +241,7 @@ def _tensor_fields(path: Path, advance: Callable[[int], None]) -> dict[str, str]
         begin = file.tell()
         whole.update(length + header)
         fields = {"header": digest(length + header)}
-        for group in _groups(_tensors(header), MOST_GROUPS):
+        for group in _groups(_tensors(header), most):
             part, end = hashlib.sha256(), begin + group[-1][0]
             while chunk := file.read(min(CHUNK, max(0, end - file.tell()))):
                 whole.update(chunk)

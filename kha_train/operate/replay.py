@@ -25,7 +25,8 @@ from kha_train.record.reader import METRICS_FILE
 
 OF_ANOTHER_RUN = ("config.", "branch.")
 """Parts of a trainer's state that say which run it belongs to; another directory has others."""
-SAME_SOFTWARE = ("versions.", "python", "git.commit", "host.machine", "host.cpus")
+SAME_SOFTWARE = ("versions.", "python", "git.commit", "detector", "host.machine", "host.cpus")
+"""Facts, or the beginnings of their names, that may explain why numbers differ."""
 MOST_NAMED = 8
 """Differences that are named."""
 

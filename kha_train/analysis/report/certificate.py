@@ -18,6 +18,11 @@ LIMIT = (
     "record follows from code and data is shown by recomputing it."
 )
 
+UNPAIRED = (
+    "The runs of such a pair read other samples at each step, or start from other weights; those of a fair pair do "
+    "neither. So equal arms that are paired usually differ less, and these differences set a stricter bound."
+)
+
 
 def section(context: Context) -> Section | None:
     """The chains of the runs. Nothing for a comparison without a certificate."""
@@ -59,6 +64,7 @@ def _nulls(context: Context, certified: Certified) -> list[Block]:
         blocks.append(Text(words))
         blocks += [Text(_place(null, need)) for need in certified.needs if need.seeds]
         blocks.append(Text(f"Differences: {singles}.", "soft"))
+        blocks += [] if null.paired else [Text(UNPAIRED, "soft")]
         blocks += [Text(words, "warning") for words in null.caveats]
     return blocks
 
