@@ -69,6 +69,18 @@ class Observer:
             self._nats()
         return [one.mean_HW() for one in sums]
 
+    def outputs(self, layer: int) -> Tensor:
+        """What the heads of a layer give for every token, [N, H, W]."""
+        seen: list[Tensor] = []
+
+        def see(out_BTHW: Tensor) -> Tensor:
+            seen.append(self._real(out_BTHW).clone())
+            return out_BTHW
+
+        with _on_outputs(self.attentions[layer], see):
+            self._nats()
+        return torch.cat(seen)
+
     def sums(self, means: Sequence[Tensor]) -> tuple[list[LayerSums], Tensor]:
         """What there is to see in each layer, given the mean outputs, and the cross-entropy of every label [N]."""
         layers = [LayerSums(OutputSums(mean_HW)) for mean_HW in means]

@@ -33,6 +33,7 @@ COMMANDS = {
     "plan": "plan:plan",
     "compare": "compare:compare",
     "analyze": "analyze:analyze",
+    "kernel-pca": "kernel_pca:kernel_pca",
     "generate": "generate:generate",
     "spikes": "spikes:spikes",
     "sweep": "sweep:sweep_command",

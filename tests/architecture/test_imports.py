@@ -51,6 +51,7 @@ BEHIND_A_DOOR = {
     "matplotlib": ("kha_train/analysis/",),
     "megablocks": ("kha_train/model/moe/megablocks.py",),
     "omegaconf": ("kha_train/config/compose.py",),
+    "sklearn": ("kha_train/analysis/digits.py",),
     "pyarrow": ("data_tools/packed.py", "data_tools/parquet.py"),
     "sentencepiece": ("kha_train/data/tokenizer.py",),
     "transformers": ("kha_train/export/hugging_face.py",),
@@ -60,7 +61,7 @@ BEHIND_A_DOOR = {
 """Imported inside a function, or guarded: none of them may be needed to import the package."""
 
 FENCE = AT_THE_TOP | BEHIND_A_DOOR
-DISTRIBUTIONS = {"hydra-core": "hydra", "pyyaml": "yaml"}
+DISTRIBUTIONS = {"hydra-core": "hydra", "pyyaml": "yaml", "scikit-learn": "sklearn"}
 """Packages whose name to install differs from the name to import."""
 
 

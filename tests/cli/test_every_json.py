@@ -216,6 +216,11 @@ SLOW_CASES: dict[Case, list[Case]] = {
     ("study", "run"): [
         ("{study}", *TINY, *DATA, "--local", "--dir", "{root}/studies"), ("{study}", "--dir", "{root}/studies"),
     ],
+    ("kernel-pca",): [
+        ("--out", "{root}/kernel-pca.html", "--count", "40", "--components", "2", "--passes", "1", "--seeds", "1"),
+        ("{odd}", "--out", "{root}/heads.html", "--count", "40", "--components", "2", "--passes", "1", "--seeds", "1"),
+        ("{empty}", "--out", "{root}/heads-of-none.html"),
+    ],
     ("bench", "tokenize"): [("--processes", "1", "--rounds", "3")],
     ("bench", "record"): [("--steps", "200", "--ask", "status,spikes")],
     ("bench", "startup"): [("--rounds", "1", *TINY)],

@@ -23,7 +23,7 @@ def _constraints() -> dict[str, Version]:
 
 def test_every_requirement_but_the_gpu_extra_is_pinned_to_a_version_it_admits() -> None:
     extras = PROJECT["optional-dependencies"]
-    for text in [*PROJECT["dependencies"], *extras["dev"], *extras["export"]]:
+    for text in [*PROJECT["dependencies"], *extras["dev"], *extras["export"], *extras["lab"]]:
         requirement = Requirement(text)
         assert _constraints()[canonicalize_name(requirement.name)] in requirement.specifier, text
 
