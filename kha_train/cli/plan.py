@@ -81,10 +81,12 @@ def _model(answer: Plan) -> Table:
     table.add_row("active (training)", f"{parameters.active:,}", f"{flops.training / 1e9:.4f}", style="bold")
     if parameters.frozen:
         table.add_row("not trained, no parameters", f"{parameters.frozen:,}", "")
-    overhead, cache = answer.overhead, answer.to_dict()["cache_bytes_per_token"]
+    overhead, told = answer.overhead, answer.to_dict()
+    row, token = told["cache_bytes_per_row"], told["cache_bytes_per_token"]
+    cache = f"{row:,} bytes per row" if row else f"{token:,} bytes per token"
     table.caption = (
         f"interaction: +{overhead.parameters:.4f} % parameters, +{overhead.flops:.3f} % FLOPs, +{overhead.cache:.0f} "
-        f"% cache | cache {cache:,} bytes per token in bf16 | causal attention counted once, training = 3 x forward"
+        f"% cache | cache {cache} in bf16 | causal attention counted once, training = 3 x forward"
     )
     return table
 

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError, Settings, either
 from kha_train.variants.attention import POSITIONS, BaseOptions, Implementation
-from kha_train.variants.backends import TRAITS
+from kha_train.variants.backends import TRAITS, Asked
 
 Precision = Literal["fp32", "bf16"]
 TURNED_WIDTHS = (16, 32, 64, 128, 256)
@@ -238,12 +238,15 @@ def invalid_backend(config: RunConfig) -> ConfigError | None:
         return None
     traits = TRAITS[name]
     base = config.attention.base
-    if base.own_scores and not traits.holds_scores:
+    if base.asks not in traits.serves:
+        reasons: dict[Asked, str] = {
+            "scores": f"{base.name} works on the scores, which only the formula itself holds",
+            "linear": f"computes a softmax, and {base.name} has none",
+            "softmax": f"computes linear attention, and {base.name} has a softmax",
+        }
+        serving = [other for other, its in TRAITS.items() if base.asks in its.serves]
         return ConfigError(
-            f"{base.name} works on the scores, which only the formula itself holds",
-            field="attention.backend",
-            value=name,
-            allowed="eager, auto",
+            reasons[base.asks], field="attention.backend", value=name, allowed=", ".join([*serving, "auto"])
         )
     if traits.cuda and config.engine.device == "cpu":
         return _refused(name, "runs on CUDA alone, and engine.device=cpu")
@@ -278,8 +281,10 @@ def _backend(config: RunConfig, device: Device, precision: Precision) -> Choice:
     name, base = config.attention.backend, config.attention.base
     if name != "auto":
         return Choice(name, "chosen by attention.backend")
-    if base.own_scores:
+    if base.asks == "scores":
         return Choice(_plain_backend(base), f"{base.name} works on the scores")
+    if base.asks == "linear":
+        return Choice(_plain_backend(base), f"{base.name} has no softmax")
     if POSITIONS[config.attention.positions].bias:
         return Choice("sdpa", "biased scores")
     if not config.data.isolate_documents:
@@ -290,7 +295,8 @@ def _backend(config: RunConfig, device: Device, precision: Precision) -> Choice:
 
 def _plain_backend(base: BaseOptions) -> str:
     """The backend that runs everywhere."""
-    return "eager" if base.own_scores else "sdpa"
+    plain: dict[Asked, str] = {"softmax": "sdpa", "scores": "eager", "linear": "chunked"}
+    return plain[base.asks]
 
 
 def _norm(config: RunConfig) -> Choice:
@@ -304,7 +310,7 @@ def _norm(config: RunConfig) -> Choice:
     if not POSITIONS[attention.positions].turns:
         return Choice("torch", f"attention.positions={attention.positions}")
     if not base.turns_whole_heads:
-        return Choice("torch", f"{base.name} rotates only a part of each head")
+        return Choice("torch", f"{base.name} does not rotate whole heads as the norm leaves them")
     if base.head_dim not in TURNED_WIDTHS:
         low, high = TURNED_WIDTHS[0], TURNED_WIDTHS[-1]
         return Choice("torch", f"the head width {base.head_dim} is not a power of two from {low} to {high}")

@@ -60,6 +60,9 @@ def shared_mask_bytes(config: RunConfig) -> int:
 def _kernel(config: RunConfig, width: int) -> int:
     """What the backend saves: queries, keys, values, the output and, for every head, the logarithm of its sum."""
     base, heads, tokens = config.attention.base, config.attention.base.heads(), config.model.seq_len
+    own = base.own_kernel_numbers(_backend(config), tokens, config.data.isolate_documents, width)
+    if own is not None:
+        return own
     key_width = heads.key_width + (base.rotary_width() if heads.latent else 0)
     queries, output = heads.query_heads * key_width, heads.query_heads * heads.value_width
     grouped = queries + heads.kv_heads * (key_width + heads.value_width) + output

@@ -75,7 +75,7 @@ def flops_per_token(config: RunConfig) -> FlopCount:
     pair = base, interaction, model.hidden_size
     by_component = {
         "attention": model.layers * (base.token_flops(model.hidden_size) + 2 * component_parameters(*pair)),
-        "scores": model.layers * model.seq_len * base.pair_flops() // 2,
+        "scores": model.layers * base.score_flops(model.seq_len),
         "interaction": model.layers * interaction.flops(base.heads()),
         "router": 2 * moe_layers(config) * moe.experts * model.hidden_size,
         "experts": 2 * moe_layers(config) * moe.top_k * _expert_parameters(config),
@@ -114,7 +114,7 @@ def interaction_overhead(config: RunConfig) -> InteractionOverhead:
     return InteractionOverhead(
         parameters=100 * extra / (parameters.total - extra),
         flops=100 * extra_flops / (flops.forward - extra_flops),
-        cache=100 * _interaction_cache(config) / config.attention.base.cache_numbers(),
+        cache=100 * _interaction_cache(config) / max(1, config.attention.base.cache_numbers()),
     )
 
 
@@ -122,6 +122,11 @@ def cache_bytes_per_token(config: RunConfig, bytes_per_number: int = 2) -> int:
     """Bytes per token of context in the key/value caches of all layers while generating."""
     numbers = config.attention.base.cache_numbers() + _interaction_cache(config)
     return config.model.layers * numbers * bytes_per_number
+
+
+def cache_bytes_per_row(config: RunConfig, bytes_per_number: int = 2) -> int:
+    """Bytes that all layers keep of a row while generating, whatever its length, besides those of its tokens."""
+    return config.model.layers * config.attention.base.row_numbers() * bytes_per_number
 
 
 def _interaction_cache(config: RunConfig) -> int:

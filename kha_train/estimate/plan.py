@@ -17,6 +17,7 @@ from kha_train.estimate.counts import (
     FlopCount,
     InteractionOverhead,
     ParameterCount,
+    cache_bytes_per_row,
     cache_bytes_per_token,
     count_parameters,
     flops_per_token,
@@ -113,6 +114,7 @@ class Plan:
                 "cache_percent": self.overhead.cache,
             },
             "cache_bytes_per_token": cache_bytes_per_token(config),
+            "cache_bytes_per_row": cache_bytes_per_row(config),
             "memory_per_rank": {
                 "total_bytes": self.memory.total,
                 "moment": self.memory.moment,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 from kha_train.errors import ConfigError
+from kha_train.variants.backends import Asked
 
 Projection = Literal["q", "k", "v"]
 QkNorm = Literal["per_head", "full_width", "none"]
@@ -41,7 +42,8 @@ class HeadShape(NamedTuple):
     """What an attention base tells an interaction about its heads: the number of each kind, and their width. `latent`:
     keys and values are never computed at inference; `tied`: keys and values are one state, which counts as the values;
     `altered`: more than a number for each head stands between the weighted sum of values and the output projection, so
-    no map of values can be folded into the latter; `normed`: keys are normalised after the interaction.
+    no map of values can be folded into the latter; `normed`: keys are normalised after the interaction;
+    `summed`: decoding keeps sums over tokens, of keys and values that are composed.
     """
 
     query_heads: int
@@ -52,6 +54,7 @@ class HeadShape(NamedTuple):
     tied: bool = False
     altered: bool = False
     normed: bool = True
+    summed: bool = False
 
     def count(self, projection: Projection) -> int:
         """Number of heads of the projection."""
@@ -91,8 +94,8 @@ class BaseOptions(ABC):
 
     turns_whole_heads: ClassVar[bool] = False
     """Whether queries and keys are normalised and rotated as whole heads, so that one kernel can do both."""
-    own_scores: ClassVar[bool] = False
-    """Whether the base works on the scores themselves, so that only a backend that holds all scores can serve it."""
+    asks: ClassVar[Asked] = "softmax"
+    """What it asks of a backend."""
     name: str
     query_heads: int
     head_dim: int
@@ -158,6 +161,22 @@ class BaseOptions(ABC):
         bytes.
         """
         return 0
+
+    def score_flops(self, tokens: int) -> int:
+        """Operations per token, forward, of scores and weighted sum in a row of so many tokens that is one document:
+        causal order halves them.
+        """
+        return tokens * self.pair_flops() // 2
+
+    def row_numbers(self) -> int:
+        """Numbers that decoding keeps per row, however many tokens it has."""
+        return 0
+
+    def own_kernel_numbers(self, backend: str, tokens: int, split: bool, width: int) -> int | None:
+        """Numbers of `width` bytes per token that the backward needs of scores and weighted sum, in rows of `tokens`
+        that are `split` into documents or not; None for what the backends of softmax(QK)V keep.
+        """
+        return None
 
     @abstractmethod
     def heads(self) -> HeadShape:

@@ -1,4 +1,4 @@
-"""What each backend of softmax(QK)V supports, so that a configuration can be checked without torch and without a
+"""What each backend of attention supports, so that a configuration can be checked without torch and without a
 device.
 """
 
@@ -7,15 +7,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-BackendName = Literal["auto", "sdpa", "eager", "cudnn", "varlen", "flash_attn"]
+BackendName = Literal["auto", "sdpa", "eager", "cudnn", "varlen", "flash_attn", "chunked"]
+Asked = Literal["softmax", "scores", "linear"]
+"""What a base asks of its backend: softmax(QK)V; the scores of softmax(QK)V, to work on them; (QK)V."""
 
 
 @dataclass(frozen=True)
 class Traits:
     """`cuda`: runs only on CUDA, in half precision; `splits`: keeps documents of one row apart; `biased`: adds a bias
     to the scores; `packed`: reads the borders of documents and needs no mask; `cached`: supports fewer queries than
-    keys, which decoding needs; `holds_scores`: holds all scores, so that a base may work on them; `oldest`: the minimum
-    compute capability of CUDA; `only`: the only one it is used on.
+    keys, which decoding needs; `serves`: what it can be asked for; `oldest`: the minimum compute capability of CUDA;
+    `only`: the only one it is used on.
     """
 
     cuda: bool = False
@@ -23,15 +25,16 @@ class Traits:
     biased: bool = False
     packed: bool = False
     cached: bool = False
-    holds_scores: bool = False
+    serves: tuple[Asked, ...] = ("softmax",)
     oldest: tuple[int, int] = (0, 0)
     only: tuple[int, int] | None = None
 
 
 TRAITS: dict[str, Traits] = {
-    "eager": Traits(biased=True, cached=True, holds_scores=True),
+    "eager": Traits(biased=True, cached=True, serves=("softmax", "scores", "linear")),
     "sdpa": Traits(biased=True, cached=True),
     "cudnn": Traits(cuda=True, splits=False, only=(9, 0)),
     "varlen": Traits(cuda=True, packed=True, oldest=(8, 0)),
     "flash_attn": Traits(cuda=True, packed=True, oldest=(8, 0)),
+    "chunked": Traits(packed=True, cached=True, serves=("linear",)),
 }

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from kha_train.errors import ConfigError, Settings
 from kha_train.variants.attention import POSITIONS, BaseOptions, HeadShape, InputWidths, Partners, QkNorm
+from kha_train.variants.backends import Asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +184,7 @@ class TalkingHeadsOptions(GroupedQueryOptions):
     to `max_tokens`.
     """
 
-    own_scores: ClassVar[bool] = True
+    asks: ClassVar[Asked] = "scores"
     max_tokens: int = 2048
 
     def conflict(self, partners: Partners) -> ConfigError | None:
@@ -216,6 +217,69 @@ class TalkingHeadsOptions(GroupedQueryOptions):
     def pair_flops(self) -> int:
         """q . k, weight * v, and both mixes."""
         return super().pair_flops() + 4 * self.query_heads**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearOptions(GroupedQueryOptions):
+    """Causal linear attention. `chunk_tokens` is the length of the chunks of backend `chunked`: speed, not results."""
+
+    asks: ClassVar[Asked] = "linear"
+    turns_whole_heads: ClassVar[bool] = False
+    chunk_tokens: int = 64
+
+    def invalid(self) -> ConfigError | None:
+        """A chunk has a token."""
+        if self.chunk_tokens < 1:
+            return ConfigError("must be at least 1", field="attention.base.chunk_tokens", value=self.chunk_tokens)
+        return super().invalid()
+
+    def conflict(self, partners: Partners) -> ConfigError | None:
+        """There is no softmax whose scores a bias could lower."""
+        if not POSITIONS[partners.positions].bias:
+            return None
+        return ConfigError(
+            "a bias of scores acts inside a softmax, and linear attention has none",
+            field="attention.positions",
+            value=partners.positions,
+            allowed="rope, learned, none",
+            fix=Settings("attention.positions=rope"),
+        )
+
+    def heads(self) -> HeadShape:
+        """See `BaseOptions.heads`."""
+        return super().heads()._replace(summed=True)
+
+    def pair_flops(self) -> int:
+        """q . k and its product with v; the product of a mask with k, for the denominator."""
+        return super().pair_flops() + 2 * self.kv_heads * self.head_dim
+
+    def score_flops(self, tokens: int) -> int:
+        """As `chunked` computes it: pairs inside a chunk and the mask as a product; in a row of several chunks, adding
+        to the sums over tokens and reading them.
+        """
+        within = min(tokens, self.chunk_tokens) * (self.pair_flops() + 2 * self.kv_heads) // 2
+        sums = 2 * self.head_dim * (self.head_dim * (self.query_heads + self.kv_heads) + 2 * self.kv_heads)
+        return within + (sums if tokens > self.chunk_tokens else 0)
+
+    def cache_numbers(self) -> int:
+        """Nothing of a token by itself."""
+        return 0
+
+    def row_numbers(self) -> int:
+        """The sums of k v^T and of k."""
+        return self.kv_heads * self.head_dim * (self.head_dim + 1)
+
+    def own_kernel_numbers(self, backend: str, tokens: int, split: bool, width: int) -> int:
+        """See `BaseOptions.own_kernel_numbers`."""
+        queries, keys = self.query_heads * self.head_dim, self.kv_heads * self.head_dim
+        chunk = tokens if backend == "eager" else min(tokens, self.chunk_tokens)
+        # Inputs and both parts of the feature map; q with its sum of keys, numerator, denominator and their ratio.
+        outside = 3 * (queries + keys) + 3 * queries + keys + self.query_heads
+        # q, k, v in chunks, all scores of a chunk, and those of the denominator.
+        inside = queries + 2 * keys + (self.query_heads + self.kv_heads) * chunk
+        if chunk == tokens:
+            return outside + inside
+        return outside + inside + keys * (self.head_dim + 1) // chunk + (queries + keys if split else 0)
 
 
 def _needs_rotation(partners: Partners, name: str) -> ConfigError | None:

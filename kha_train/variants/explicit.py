@@ -89,8 +89,9 @@ class ExplicitOptions(MatrixOptions, FoldableOptions):
         """Whether the cache keeps the components. It does if they are fewer, and nothing lies between the composition
         and the cache with which it does not commute (rotation does: eq 13); a tied base computes keys after its cache.
         """
-        fewer = 0 < self.component_heads < heads.kv_heads and projection in self.compose and not heads.latent
-        return fewer and (projection == "v" or self.mix_after_rope or not heads.normed)
+        fewer = 0 < self.component_heads < heads.kv_heads and projection in self.compose
+        cached = not heads.latent and not heads.summed
+        return fewer and cached and (projection == "v" or self.mix_after_rope or not heads.normed)
 
     def cache_numbers(self, heads: HeadShape) -> int:
         """The components instead of the heads."""

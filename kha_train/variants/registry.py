@@ -17,7 +17,13 @@ from pkgutil import iter_modules
 from typing import Any, Generic, TypeVar
 
 from kha_train.variants.attention import BaseOptions, InteractionOptions
-from kha_train.variants.bases import GroupedQueryOptions, GroupedTiedOptions, LatentOptions, TalkingHeadsOptions
+from kha_train.variants.bases import (
+    GroupedQueryOptions,
+    GroupedTiedOptions,
+    LatentOptions,
+    LinearOptions,
+    TalkingHeadsOptions,
+)
 from kha_train.variants.explicit import ExplicitOptions
 from kha_train.variants.interactions import (
     KnockingGateOptions,
@@ -53,6 +59,7 @@ BASES: dict[str, Variant[BaseOptions]] = {
     "gqa": Variant("kha_train.model.attention.grouped_query:GroupedQueryAttention", GroupedQueryOptions),
     "gta": Variant("kha_train.model.attention.grouped_tied:GroupedTiedAttention", GroupedTiedOptions),
     "mla": Variant("kha_train.model.attention.latent:LatentAttention", LatentOptions),
+    "linear": Variant("kha_train.model.attention.linear:LinearAttention", LinearOptions),
     "talking_heads": Variant("kha_train.model.attention.talking_heads:TalkingHeadsAttention", TalkingHeadsOptions),
 }
 

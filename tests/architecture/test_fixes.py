@@ -70,6 +70,7 @@ REFUSED = {
     "documents for cudnn": "compose attention.backend=cudnn",
     "packed documents for cudnn": "compose attention.backend=cudnn data.packing=best_fit",
     "biases for varlen": "compose attention.backend=varlen attention.positions=alibi",
+    "biases without a softmax": "compose attention=linear attention.positions=alibi",
     "heads that do not divide": "compose model.kv_heads=3",
     "more heads than queries": "compose model.kv_heads=100",
     "a norm of latents": "compose attention=mla attention.qk_norm=per_head",

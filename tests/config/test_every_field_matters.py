@@ -420,6 +420,7 @@ CHANGES: dict[str, Change] = {
     "attention.interaction.head_norm": ("false", plan, "attention=mea"),
     "attention.interaction.mix_after_rope": ("true", first_loss, *RANDOM_MEA),
     "attention.base.output_gate": ("headwise", shapes),
+    "attention.base.chunk_tokens": (7, planned, "attention=linear"),
     "attention.base.name": ("talking_heads", shapes, "attention.backend=eager"),
     "attention.base.latent_width": (16, plan, "attention=mla"),
     "attention.base.rotary_dim": (8, plan, "attention=mla"),

@@ -62,7 +62,11 @@ SMALL = (
     "engine.micro_batch_size=2",
     "run.name=contract",
 )
-BY_BASE = {"mla": ("attention.base.latent_width=12", "attention.base.rotary_dim=4")}
+BY_BASE = {
+    "mla": ("attention.base.latent_width=12", "attention.base.rotary_dim=4"),
+    # Rows of several chunks, the last of which is not full.
+    "linear": ("attention.base.chunk_tokens=5",),
+}
 ADMITTED = {
     ("gta", "knocking_linear"): ("attention.interaction.projections=[q,v]",),
     ("gta", "explicit"): ("attention.interaction.compose=[v]",),
@@ -102,6 +106,7 @@ FURTHER = (
     ("mla", "none", ("model.partial_rotary_factor=0.5",)),
     ("gta", "none", ("model.partial_rotary_factor=0.5",)),
     ("talking_heads", "none", ("attention.positions=alibi",)),
+    ("linear", "none", ("attention.positions=none", "attention.qk_norm=none")),
     *((base, "none", ("attention.base.output_gate=elementwise",)) for base in BASES),
     ("gqa", "none", ("attention.base.output_gate=headwise",)),
     ("gqa", "knocking_mlp", ("attention.base.output_gate=headwise",)),
@@ -362,6 +367,7 @@ def test_decoding_with_a_cache_gives_the_full_forward_and_keeps_what_it_says(cas
     options, heads = config.attention.interaction, config.attention.heads()
     composed_before = 0 if attention.interaction.folded else options.cache_numbers(heads)
     assert cache.numbers() == config.attention.base.cache_numbers() + composed_before
+    assert cache.row_numbers() == config.attention.base.row_numbers()
 
 
 @every_pair

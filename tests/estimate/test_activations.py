@@ -90,6 +90,8 @@ def test_every_pair_that_composes_saves_what_is_reckoned(base: str, interaction:
         ["attention=talking_heads", "model.kv_heads=2"],
         ["attention=gta", "model.kv_heads=2"],
         ["attention=gated", "model.kv_heads=2"],
+        ["attention=linear", "model.kv_heads=2", "attention.base.chunk_tokens=16"],
+        ["attention=linear", "model.kv_heads=2", "attention.backend=eager", "attention.qk_norm=none"],
         ["attention=gated_headwise", "model.kv_heads=2", "attention.backend=eager"],
         ["attention=kha_mlp", "attention.interaction.impl=folded"],
         ["attention=kha_mlp", "attention.interaction.impl=eager"],

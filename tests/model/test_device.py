@@ -70,7 +70,7 @@ def test_a_run_says_which_kernels_it_takes(monkeypatch: pytest.MonkeyPatch) -> N
         ("attention.qk_norm=full_width", "attention.qk_norm=full_width"),
         ("attention.positions=alibi", "attention.positions=alibi"),
         ("model.head_dim=24", "the head width 24 is not"),
-        ("attention=gta", "gta rotates only a part of each head"),
+        ("attention=gta", "gta does not rotate whole heads"),
     ],
 )
 def test_a_run_says_why_its_norms_stay_with_torch(monkeypatch: pytest.MonkeyPatch, setting: str, reason: str) -> None:

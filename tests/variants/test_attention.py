@@ -12,7 +12,7 @@ from kha_train.config.resolve import Device, decide, invalid_backend, resolve_de
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
 from kha_train.variants.attention import HeadShape, InputWidths, InteractionOptions, Partners
-from kha_train.variants.backends import TRAITS
+from kha_train.variants.backends import TRAITS, Asked
 from kha_train.variants.bases import GroupedQueryOptions
 from kha_train.variants.registry import BASES
 
@@ -23,7 +23,7 @@ HOPPER = Device("cuda", (9, 0))
 class ScoredOptions(GroupedQueryOptions):
     """A variant that nobody has heard of, and that works on its scores."""
 
-    own_scores: ClassVar[bool] = True
+    asks: ClassVar[Asked] = "scores"
 
 
 def with_base(config: RunConfig, cls: type[GroupedQueryOptions]) -> RunConfig:
@@ -40,7 +40,7 @@ def test_a_variant_that_works_on_its_scores_gets_the_backend_that_holds_them_wit
     assert resolve_decoding(scored).backend.name == "eager" and resolve_decoding(plain).backend.name == "sdpa"
 
 
-@pytest.mark.parametrize("backend", TRAITS)
+@pytest.mark.parametrize("backend", [name for name, traits in TRAITS.items() if "softmax" in traits.serves])
 def test_another_backend_is_refused_for_it(backend: str) -> None:
     config = with_base(compose(["data.isolate_documents=false", f"attention.backend={backend}"]), ScoredOptions)
     problem = invalid_backend(config)
@@ -55,9 +55,9 @@ def test_another_backend_is_refused_for_it(backend: str) -> None:
 @pytest.mark.parametrize("name", sorted(BASES))
 def test_a_base_judges_its_partners_from_plain_facts(name: str, positions: str) -> None:
     base = compose([f"attention={name}"]).attention.base
-    needs_rotation = name in ("gta", "mla")
+    impossible = name in ("gta", "mla") or (name == "linear" and positions == "alibi")
     problem = base.conflict(Partners(qk_norm="none", positions=positions, seq_len=64))
-    assert (problem is not None) == needs_rotation
+    assert (problem is not None) == impossible
     assert problem is None or problem.field == "attention.positions"
     assert base.conflict(Partners(qk_norm="none", positions="rope", seq_len=64)) is None
 

@@ -61,7 +61,7 @@ def lay_out_documents(
     split = cu_seqlens_S.numel() != batch + 1
     if not masked or (not split and slopes_H is None):
         return Documents(cu_seqlens_S, max_seqlen, None)
-    mask_BJTU = _causal_TU(tokens, tokens, device)[None, None]
+    mask_BJTU = causal_TU(tokens, tokens, device)[None, None]
     if split:
         every_token = torch.arange(batch * tokens, dtype=torch.int32, device=device)
         document_BT = torch.searchsorted(cu_seqlens_S, every_token, right=True).view(batch, tokens)
@@ -71,7 +71,7 @@ def lay_out_documents(
 
 def lay_out_cached(tokens: int, seen: int, device: torch.device, slopes_H: Tensor | None = None) -> Documents:
     """The documents of rows with one document each: `seen` tokens are cached and `tokens` are new."""
-    mask_BJTU = _causal_TU(tokens, seen + tokens, device)[None, None]
+    mask_BJTU = causal_TU(tokens, seen + tokens, device)[None, None]
     return Documents(None, seen + tokens, _biased(mask_BJTU, slopes_H))
 
 
@@ -102,7 +102,7 @@ def masked_softmax(scores_BHTU: Tensor, documents: Documents) -> Tensor:
     mask_BJTU = documents.mask_BJTU
     if mask_BJTU is None:
         queries, attended = scores_BHTU.shape[-2:]
-        mask_BJTU = _causal_TU(queries, attended, scores_BHTU.device)
+        mask_BJTU = causal_TU(queries, attended, scores_BHTU.device)
     if mask_BJTU.dtype == torch.bool:
         return wide_BHTU.masked_fill(~mask_BJTU, float("-inf")).softmax(dim=-1)
     return (wide_BHTU + mask_BJTU).softmax(dim=-1)
@@ -238,6 +238,6 @@ def _biased(mask_BJTU: Tensor, slopes_H: Tensor | None) -> Tensor:
     return bias_BHTU.masked_fill(~mask_BJTU, float("-inf"))
 
 
-def _causal_TU(queries: int, keys: int, device: torch.device) -> Tensor:
-    """The queries are the last tokens of the keys."""
+def causal_TU(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Which tokens may attend to which in a row of one document; the queries are the last tokens of the keys."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kha_train.config.resolve import Resolved
 from kha_train.config.schema import RunConfig
 from kha_train.metric import Metric
-from kha_train.model.attention.backends import BACKENDS, Documents, masked_softmax, scores
+from kha_train.model.attention.backends import BACKENDS, Backend, Documents, masked_softmax, scores
 from kha_train.model.attention.cache import Cache
 from kha_train.model.attention.gate import build_gate
 from kha_train.model.attention.interaction import QKV, build_interaction
@@ -53,6 +53,13 @@ class RowContext(NamedTuple):
         """
         return new if self.cache is None else self.cache.extend(layer, *new)
 
+    def past_sums(self, layer: nn.Module, *new: Tensor) -> tuple[Tensor, ...]:
+        """The sums [B, ...] over the cached tokens of `layer`, which then include what the `new` tokens add. Decoding
+        only.
+        """
+        assert self.cache is not None, "sums over earlier tokens are kept while decoding"
+        return self.cache.add(layer, *new)
+
 
 class Attention(nn.Module, ABC):
     """Maps a normalised hidden state to what is added to the residual stream.
@@ -72,7 +79,7 @@ class Attention(nn.Module, ABC):
     def __init__(self, config: RunConfig, resolved: Resolved) -> None:
         super().__init__()
         self.heads = config.attention.base.heads()
-        self.attend = BACKENDS[resolved.backend.name]
+        self.attend = self.backend(config, resolved)
         self.interaction = build_interaction(config, resolved.interaction)
         self._options = config.attention.interaction
         self.gate = build_gate(config)
@@ -86,6 +93,10 @@ class Attention(nn.Module, ABC):
     def components(self, projection: ProjectionName) -> int:
         """How many heads to project, of which the interaction makes those of `heads`."""
         return self._options.components(projection, self.heads)
+
+    def backend(self, config: RunConfig, resolved: Resolved) -> Backend:
+        """What computes heads from queries, keys and values, as `resolved` says."""
+        return BACKENDS[resolved.backend.name]
 
     def exchange(self, rows: RowContext, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGW: Tensor) -> QKV:
         """Apply the interaction to queries, keys and values. It is also given `rows.report` if it declares metrics."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from kha_train.config.compose import compose
 from kha_train.config.resolve import Device, implementation, resolve
@@ -16,6 +17,7 @@ from kha_train.model import decoder as decoder_module
 from kha_train.model.attention.backends import lay_out_documents
 from kha_train.model.attention.base import RowContext, build_attention
 from kha_train.model.attention.choice import announce
+from kha_train.model.attention.linear import features
 from kha_train.model.decoder import build_decoder
 from kha_train.model.device import resolve_on
 from kha_train.model.init import initial_values
@@ -224,6 +226,68 @@ def test_talking_heads_mix_scores_and_weights():
     torch.testing.assert_close(attention(X[None], rows)[0], torch.cat(outputs, -1) @ attention.output.weight.T)
 
 
+@pytest.mark.parametrize("backend", ["eager", "chunked"])
+@pytest.mark.parametrize("positions", ["rope", "none"])
+def test_linear_attention_is_a_ratio_of_sums_over_earlier_tokens_forward_and_backward(positions, backend):
+    """In chunks of 2, 9 tokens of two documents: one begins inside a chunk and goes on over two borders."""
+    settings = (f"attention.positions={positions}", f"attention.backend={backend}", "attention.base.chunk_tokens=2")
+    attention = scrambled("attention=linear", *settings)
+    borders = [0, 3, 9]
+    rows = rows_of(8)._replace(documents=lay_out_documents(1, 9, CPU, torch.tensor(borders, dtype=torch.int32)))
+    if positions == "none":
+        rows = rows._replace(rotary=None)
+    moved = (lambda x: turn(x, rows)) if rows.rotary else (lambda x: x)
+
+    def feature(x):
+        return torch.where(x > 0, x + 1, x.exp())
+
+    def formula(x):
+        keys = [feature(normalise(key, attention.key_norm.weight)) for key in heads_of(attention.key, x)]
+        outputs, values = [], heads_of(attention.value, x)
+        for head, query in enumerate(heads_of(attention.query, x)):
+            query, key, value = (
+                feature(normalise(query, attention.query_norm.weight)),
+                keys[head // 2],
+                values[head // 2],
+            )
+            turned_query, turned_key, out = moved(query), moved(key), []
+            for t in range(9):
+                seen = range(max(border for border in borders if border <= t), t + 1)
+                over = sum((turned_query[t] @ turned_key[s]) * value[s] for s in seen)
+                out.append(over / sum(query[t] @ key[s] for s in seen))
+            outputs.append(torch.stack(out))
+        return torch.cat(outputs, -1) @ attention.output.weight.T
+
+    x, along = X.clone().requires_grad_(), torch.linspace(-1, 1, X.numel(), dtype=X.dtype).view_as(X)
+    found, expected = attention(x[None], rows)[0], formula(x)
+    torch.testing.assert_close(found, expected)
+    found, expected = (torch.autograd.grad((out * along).sum(), x)[0] for out in (found, expected))
+    torch.testing.assert_close(found, expected)
+
+
+def test_features_of_very_negative_numbers_are_positive_in_half_precision_too():
+    """elu(x) + 1 would be 0 there, and a denominator of such features too."""
+    x = torch.tensor([-30.0, -8.0, 0.0, 2.0], dtype=torch.bfloat16)
+    torch.testing.assert_close(features(x).float(), torch.tensor([9.36e-14, 3.35e-4, 1.0, 3.0]), rtol=4e-3, atol=0)
+
+
+def test_the_operations_of_chunks_are_counted_and_grow_with_the_row_alone():
+    base = compose(["attention=linear", "attention.base.chunk_tokens=4"]).attention.base
+    attention = scrambled("attention=linear", "model.seq_len=64", "attention.base.chunk_tokens=4")
+    heads = attention.heads
+    for tokens in (4, 32, 64):
+        cos, sin = rotary_table(tokens, 8, 10_000.0)
+        rows = RowContext(Rotary(cos[None], sin[None]), lay_out_documents(1, tokens, CPU))
+        with FlopCounterMode(display=False) as counter:
+            attention(torch.randn(1, tokens, 32, dtype=torch.float64), rows)
+        sums = 2 * (heads.query_heads + heads.kv_heads) * 8 * 8 + 4 * heads.kv_heads * 8 if tokens > 4 else 0
+        base = replace(base, query_heads=heads.query_heads, kv_heads=heads.kv_heads, head_dim=8)
+        pairs = 4 * (base.pair_flops() + 2 * heads.kv_heads)
+        assert base.score_flops(tokens) == pairs // 2 + sums
+        # The real chunk computes its masked half too.
+        assert counter.get_total_flops() == tokens * (base.token_flops(32) + pairs + sums)
+
+
 @pytest.mark.parametrize(("kind", "width"), [("headwise", 1), ("elementwise", 8)])
 def test_the_output_gate_multiplies_each_head_by_a_sigmoid_of_the_layers_input(kind, width):
     attention, rows = scrambled("attention=gqa", f"attention.base.output_gate={kind}"), rows_of(8)
@@ -299,6 +363,10 @@ def test_the_gate_is_twice_the_value_times_a_sigmoid():
             ],
             "before they are composed",
         ),
+        (["attention=linear", "attention.positions=alibi"], "linear attention has none"),
+        (["attention=linear", "attention.backend=sdpa"], "computes a softmax, and linear has none"),
+        (["attention=linear", "attention.base.chunk_tokens=0"], "at least 1"),
+        (["attention.backend=chunked"], "gqa has a softmax"),
         (["attention=kha_gate", "attention.interaction.init.kind=scaled_identity"], "nothing to scale"),
         (
             ["attention=kha_mlp", "attention.base.output_gate=elementwise", "attention.interaction.impl=folded"],
