@@ -107,6 +107,7 @@ FURTHER = (
     ("gta", "none", ("model.partial_rotary_factor=0.5",)),
     ("talking_heads", "none", ("attention.positions=alibi",)),
     ("linear", "none", ("attention.positions=none", "attention.qk_norm=none")),
+    ("linear", "explicit", FEWER),
     *((base, "none", ("attention.base.output_gate=elementwise",)) for base in BASES),
     ("gqa", "none", ("attention.base.output_gate=headwise",)),
     ("gqa", "knocking_mlp", ("attention.base.output_gate=headwise",)),
