@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from kha_train.analysis.report.html import page
 
 AXES = (Axis("passes", "passes over all vectors"), Axis("seconds", "seconds of the steps"))
 FRAME = Axis("frame", "frame")
-SHOWN, FRAMES = 10, 120
-"""Digits and frames that the page shows."""
+ACROSS, SHOWN, FRAMES = 4, 16, 120
+"""Digits in a row, digits and frames that the page shows."""
 NAMES = {
     "constant": "constant gain",
     "t": "KHA/t",
@@ -124,9 +123,9 @@ def _clusters(trial: Trial) -> Section:
 def _images(images: Denoised) -> Section:
     blocks = [_errors(images)]
     chosen = {"clean": images.clean_MD, "noisy": images.noisy_MD, **images.found}
-    strips = tuple((NAMES.get(name, name), _strip(one_MD[:SHOWN])) for name, one_MD in chosen.items())
+    grids = tuple((NAMES.get(name, name), _grid(one_MD[:SHOWN])) for name, one_MD in chosen.items())
     words = "Held-out digits with normal noise of deviation 0.3 on every pixel from 0 to 1; blue is ink."
-    return Section("denoising", "De-noising digits", (*blocks, Maps("digits", "Digits", words, 1.0, strips)))
+    return Section("denoising", "De-noising digits", (*blocks, Maps("digits", "Digits", words, 1.0, grids)))
 
 
 def _walk(walk: Denoised) -> Section:
@@ -147,12 +146,7 @@ def _errors(found: Denoised) -> Table:
     return Table(("method", "mean squared error"), rows)
 
 
-def _strip(images_MD: np.ndarray) -> np.ndarray:
-    """Images side by side, with a free column between them."""
-    return np.concatenate(list(_spaced(images_MD)), axis=1)
-
-
-def _spaced(images_MD: np.ndarray) -> Iterator[np.ndarray]:
-    for image_D in images_MD:
-        yield image_D.reshape(SIDE, SIDE)
-        yield np.zeros((SIDE, 1))
+def _grid(images_MD: np.ndarray) -> np.ndarray:
+    """`ACROSS` images in each row, with free pixels between them."""
+    images = np.pad(images_MD.reshape(-1, SIDE, SIDE), ((0, 0), (0, 1), (0, 1)))
+    return np.concatenate([np.concatenate(list(row), axis=1) for row in images.reshape(-1, ACROSS, *images.shape[1:])])
