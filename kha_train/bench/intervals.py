@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kha_train.analysis.power import spread_limits
 from kha_train.analysis.statistics import mean_of_steps, over_seeds, pooled_rate, sign_test
 from kha_train.bench.protocol import compare
 from kha_train.stability.statistics import reported_rate
@@ -42,6 +43,7 @@ PRINTED: dict[str, tuple[str, ...]] = {
         "analysis/study_page.py", "analysis/study_results.py",
     ),
     "sign test over seeds": ("analysis/answer.py", "analysis/compare.py", "analysis/study_results.py"),
+    "spread over seeds": ("analysis/report/certificate.py",),
     "mean over steps": ("analysis/compare.py", "analysis/report/difference.py"),
     "rate of one run": ("cli/spikes.py", "bench/spikes.py", "bench/spike_thresholds.py"),
     "pooled rate": ("analysis/report/spikes.py", "cli/spikes.py"),
@@ -175,6 +177,14 @@ def _signs(source: np.random.Generator, simulations: int) -> Settings:
             yield f"{seeds} seeds, {'t(2)' if heavy else 'normal'} differences", trials
 
 
+def _spreads(source: np.random.Generator, simulations: int) -> Settings:
+    """The standard deviation of normal differences, as `kha compare --certify` limits it."""
+    for seeds in SEEDS:
+        low, high = spread_limits(seeds - 1)
+        spreads_C = source.standard_normal((simulations, seeds)).std(axis=1, ddof=1)
+        yield f"{seeds} seeds", (Trial(True, spread * low <= 1 <= spread * high) for spread in spreads_C.tolist())
+
+
 def _steps(source: np.random.Generator, simulations: int) -> Settings:
     """Differences of curves, AR(1), and independent ones whose size varies from step to step."""
     for steps in STEPS:
@@ -253,6 +263,7 @@ SIMULATIONS: dict[str, tuple[bool, Callable[[np.random.Generator, int], Settings
     "rate of one run": (False, _single),
     "pooled rate": (False, _pools),
     "ratio of times": (False, _ratios),
+    "spread over seeds": (True, _spreads),
 }
 """The interval -> whether its quantity is continuous, and its simulations by setting."""
 

@@ -24,8 +24,12 @@ COMPUTED = {
     "analysis/statistics.py": {"over_seeds", "sign_test", "student_975", "pooled_rate", "mean_of_steps"},
     "stability/statistics.py": {"rate"},
     "bench/protocol.py": {"compare"},
+    "analysis/null.py": {"_null"},
+    "analysis/power.py": {"power"},
 }
-"""The functions that compute intervals; all are measured, `rate` as `reported_rate`, which only names it."""
+"""The functions that compute intervals. All are measured, `rate` as `reported_rate`, which only names it; but `power`
+tests with Student's point, and the bound of `_null` is for one more difference, and is computed from runs alone.
+"""
 NO_INTERVAL = "95 % of the steps"
 """A percentile."""
 

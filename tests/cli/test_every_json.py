@@ -198,7 +198,6 @@ CASES: dict[Case, list[Case]] = {
         ("{two}", "{other}"), ("{two}", "{lost}"), ("{empty}", "{two}"),
     ],
     ("bench", "spikes"): [("--spiky-steps", "2000", "--clean-steps", "1000", "--early-curves", "1", "--seed", "1")],
-    ("bench", "intervals"): [("--runs", "{root}/equal", "--comparisons", "1"), ("--runs", "{root}")],
     ("bench", "telemetry"): [(*TINY, "--blocks", "3")],
     ("bench", "checkpoint"): [(*TINY, "--rounds", "1", "--steps", "1")],
     ("bench", "attention"): [(*TINY, "--blocks", "3"), ("--clock", "none")],
@@ -221,6 +220,7 @@ SLOW_CASES: dict[Case, list[Case]] = {
         ("{odd}", "--out", "{root}/heads.html", "--count", "40", "--components", "2", "--passes", "1", "--seeds", "1"),
         ("{empty}", "--out", "{root}/heads-of-none.html"),
     ],
+    ("bench", "intervals"): [("--runs", "{root}/equal", "--comparisons", "1"), ("--runs", "{root}")],
     ("bench", "tokenize"): [("--processes", "1", "--rounds", "3")],
     ("bench", "record"): [("--steps", "200", "--ask", "status,spikes")],
     ("bench", "startup"): [("--rounds", "1", *TINY)],
@@ -228,7 +228,7 @@ SLOW_CASES: dict[Case, list[Case]] = {
     ("bench", "all"): [("--quick",)],
     ("bench", "data"): [("--cache", "{root}/cache", "--tokens", "10000000", "--rounds", "1", "--cpu-seconds", "0.1")],
 }  # fmt: skip
-"""Those that start processes of their own, or encode megabytes."""
+"""Those that start processes of their own, train several runs, or encode megabytes."""
 
 
 def with_json(command: Any, path: Case = ()) -> Iterator[Case]:
