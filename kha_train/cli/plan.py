@@ -85,7 +85,7 @@ def _model(answer: Plan) -> Table:
     row, token = told["cache_bytes_per_row"], told["cache_bytes_per_token"]
     cache = f"{row:,} bytes per row" if row else f"{token:,} bytes per token"
     table.caption = (
-        f"interaction: +{overhead.parameters:.4f} % parameters, +{overhead.flops:.3f} % FLOPs, +{overhead.cache:.0f} "
+        f"interaction: {overhead.parameters:+.4f} % parameters, {overhead.flops:+.3f} % FLOPs, {overhead.cache:+.0f} "
         f"% cache | cache {cache} in bf16 | causal attention counted once, training = 3 x forward"
     )
     return table

@@ -110,7 +110,10 @@ def interaction_overhead(config: RunConfig) -> InteractionOverhead:
     implementation).
     """
     parameters, flops = count_parameters(config), flops_per_token(config)
-    extra, extra_flops = parameters.by_component["interaction"], flops.by_component["interaction"]
+    attention, width = config.attention, config.model.hidden_size
+    projected = config.model.layers * component_parameters(attention.base, attention.interaction, width)
+    extra = parameters.by_component["interaction"] + projected
+    extra_flops = flops.by_component["interaction"] + 2 * projected
     return InteractionOverhead(
         parameters=100 * extra / (parameters.total - extra),
         flops=100 * extra_flops / (flops.forward - extra_flops),

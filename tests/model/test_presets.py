@@ -126,6 +126,10 @@ def test_the_shape_of_mea_is_that_of_llama_3_2_1b_untied():
     assert mea.total - plain.total == layers * (2 * 8**2 + 64) and mea.by_component["norms"] == (2 * layers + 1) * width
     cache = cache_bytes_per_token(compose(["model=llama_3_2_1b", "attention=mea"]))
     assert cache == layers * 2 * 8 * 64 * 2
+    half = compose(["model=llama_3_2_1b", "attention=mea", "attention.interaction.component_heads=4"])
+    fewer, overhead = count_parameters(half).total - plain.total, interaction_overhead(half)
+    assert fewer == layers * (2 * 4 * 8 + 64 - 2 * (8 - 4) * 64 * width)
+    assert overhead.parameters == pytest.approx(100 * fewer / plain.total, rel=1e-12) and overhead.cache == -50
     plan = make_plan(
         compose(["model=llama_3_2_1b", "attention=mea", "cluster=h100_8x8", "data.global_batch_size=4864"])
     )
