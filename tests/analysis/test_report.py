@@ -219,6 +219,34 @@ def test_more_than_eight_runs_are_drawn_by_variant(tmp_path: Path) -> None:
     assert page.tags.count("b") == 2, "the numbers over seeds alone are emphasised"
 
 
+def test_diverged_and_repeated_runs_do_not_bend_the_curves_of_a_variant(tmp_path: Path) -> None:
+    seeds = (0, 1, 2, 2)
+    paths = []
+    for variant, offset in (("gqa", 0.0), ("mea", 0.1), ("mha", 0.2)):
+        for number, seed in enumerate(seeds):
+            losses = [3.0 + offset + 0.01 * seed] * 200
+            if (variant, number) == ("mea", 1) or variant == "mha":
+                losses[100:] = [900.0] * 100
+            paths.append(make_run(tmp_path / f"{variant}{number}", losses, variant=variant, seed=seed))
+    write_report(compare_runs(paths), tmp_path / "out")
+    rows = {
+        name: list(csv.DictReader((tmp_path / "out" / "figures" / f"{name}.csv").open()))
+        for name in ("loss", "difference-seeds")
+    }
+    mea = [row for row in rows["loss"] if row["series"] == "mea, mean of 3 runs, 1 diverged left out"]
+    assert float(mea[-1]["value"]) == pytest.approx(3.1 + (0.0 + 0.02 + 0.02) / 3)
+    assert "mean of 4 runs" in {
+        row["series"].partition(", ")[2] for row in rows["loss"] if row["series"].startswith("mha")
+    }
+    assert {row["series"] for row in rows["difference-seeds"] if row["series"].startswith("mea, mean")} == {
+        "mea, mean of 3 seeds"
+    }
+    ticks_shown = re.findall(
+        r'text-anchor="end">([\d.k]+)<', (tmp_path / "out" / "figures" / "loss-steps.svg").read_text()
+    )
+    assert all(float(label) < 4 for label in ticks_shown if label), "the axis follows the runs that did not diverge"
+
+
 def test_files_of_another_report_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = make_run(tmp_path / "a", [3.0] * 20)
     (tmp_path / "out").mkdir()

@@ -27,12 +27,17 @@ def loss_curves(context: Context) -> list[Series]:
 
 
 def _variant_loss(context: Context, variant: str, runs: Sequence[int]) -> list[Series]:
-    """The mean of the smoothed curves of `runs` and the band from the lowest to the highest."""
+    """The mean of the smoothed curves of `runs`, and the band from the lowest to the highest. Runs that diverged are
+    left out, unless all did; the name says so.
+    """
+    calm = [run for run in runs if not context.lost(run)]
+    left_out = f", {len(runs) - len(calm)} diverged left out" if 0 < len(calm) < len(runs) else ""
+    runs = calm or runs
     steps_S = np.unique(np.concatenate([context.runs[run].steps for run in runs]))
     curves_RS = np.stack([_spread(context.runs[run].steps, context.smoothed[run], steps_S) for run in runs])
     style, x = context.variant_style(variant), _mean_x(context, runs, steps_S)
     mean_S, low_S, high_S = _over_runs(curves_RS)
-    name = f"{variant}, mean of {len(runs)} runs"
+    name = f"{variant}, mean of {len(runs)} run{'s' * (len(runs) != 1)}{left_out}"
     return [
         series(f"{variant}, lowest to highest run", style, "band", x, mean_S, (low_S, high_S)),
         series(name, style, "line", x, mean_S),

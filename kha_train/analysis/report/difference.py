@@ -40,9 +40,13 @@ def section(context: Context) -> Section | None:
         blocks.append(_figure(context, "difference", "Paired difference, one a pair", EACH, curves, calm))
     together: list[Series] = []
     for variant in list(context.variants)[1:]:
-        fair = [one for one in found if context.runs[one[0].other].variant == variant and not one[0].caveats]
-        if len(fair) > 1:
-            together += over_seeds_curve(context, variant, fair)
+        by_seed: dict[int | None, tuple[Pair, np.ndarray, np.ndarray]] = {}
+        for one in found:
+            run = context.runs[one[0].other]
+            if run.variant == variant and not one[0].caveats:
+                by_seed.setdefault(run.seed, one)
+        if len(by_seed) > 1:
+            together += over_seeds_curve(context, variant, list(by_seed.values()))
     if together:
         blocks.append(
             _figure(context, "difference-seeds", "Paired difference over seeds", TOGETHER, together, together)

@@ -42,8 +42,15 @@ def section(context: Context) -> Section:
 
 def _range(context: Context, curves: list[Series], smooth: bool = False) -> tuple[float, float] | None:
     """The y axis: all values of runs that did not diverge; of all runs where every one did."""
-    lost = {label for number, label in enumerate(context.labels) if context.lost(number)}
-    calm = [one for one in curves if one.name not in lost] or curves
+    if context.grouped:
+        alive = {
+            context.variant_style(variant)
+            for variant, runs in context.variants.items()
+            if not all(map(context.lost, runs))
+        }
+    else:
+        alive = {context.style(run) for run in range(len(context.runs)) if not context.lost(run)}
+    calm = [one for one in curves if one.style in alive] or curves
     parts = [values for one in calm for values in (one.y_N, one.low_N, one.high_N) if values is not None]
     return bounds(parts, 0.0 if smooth else 0.002)
 
