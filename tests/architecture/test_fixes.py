@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_tools.tasks import Order, write_task
 from kha_train import distributed, errors
 from kha_train.cli import main, sweep
 from kha_train.config.compose import compose
@@ -117,6 +118,8 @@ REFUSED = {
     "no CUDA here": "start engine.device=cuda",
     "another vocabulary": "stream {small} model.vocab_size=300",
     "documents of one token": "train {small} data.train={single} data.validation={single} run.steps=1",
+    "questions that are cut": "train {small} data.train={task}/train data.validation={task}/validation model.seq_len=4 "
+    "run.steps=1 evaluation.tasks=[answers]",
     "checkpoints that are gone": "train {small} run.steps=2 run.dir={lost}",
     "a checkpoint that is not there": "checkpoint keep {run} 99",
     "a corpus that is there": "data corpus --no-standard-library --extra-root {texts} --out {corpus}",
@@ -161,7 +164,8 @@ def places(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[s
         _kha(shlex.split(command.format(**found)))
     train(compose([*small, "run.steps=1", f"run.dir={found['run']}", "checkpoint.background=false"]))
     _write_single_tokens(home / "single")
-    return {**found, "small": shlex.join(small), "single": str(home / "single")}
+    write_task(Order("copy", 40, 20, (2, 6)).complete(), home / "task")
+    return {**found, "task": str(home / "task"), "small": shlex.join(small), "single": str(home / "single")}
 
 
 def _write_single_tokens(folder: Path) -> None:
