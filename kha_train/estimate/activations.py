@@ -58,11 +58,21 @@ def shared_mask_bytes(config: RunConfig) -> int:
 
 
 def _kernel(config: RunConfig, width: int) -> int:
-    """What the backend saves: queries, keys, values, the output and, for every head, the logarithm of its sum."""
+    """What the backend saves: queries, keys, values, the output and, for every head, the logarithm of its sum. Several
+    calls share queries and keys, unless a mask repeats keys.
+    """
     base, heads, tokens = config.attention.base, config.attention.base.heads(), config.model.seq_len
     own = base.own_kernel_numbers(_backend(config), tokens, config.data.isolate_documents, width)
     if own is not None:
         return own
+    queries = heads.query_heads * (heads.key_width + (base.rotary_width() if heads.latent else 0))
+    repeated = _backend(config) == "sdpa" and _masked(config) and not _falls_back(config)
+    shared = queries + (0 if repeated else heads.kv_heads * heads.key_width)
+    return base.kernel_calls * _one_call(config, width) - (base.kernel_calls - 1) * shared
+
+
+def _one_call(config: RunConfig, width: int) -> int:
+    base, heads, tokens = config.attention.base, config.attention.base.heads(), config.model.seq_len
     key_width = heads.key_width + (base.rotary_width() if heads.latent else 0)
     queries, output = heads.query_heads * key_width, heads.query_heads * heads.value_width
     grouped = queries + heads.kv_heads * (key_width + heads.value_width) + output
@@ -91,7 +101,8 @@ def _falls_back(config: RunConfig) -> bool:
     if heads.latent and planned_device(config).kind == "cpu":
         return True
     strided = config.attention.interaction.strides_values() and not decide_plan(config).interaction.folded
-    return strided and not _masked(config)
+    # Values that are arranged for several calls are copies.
+    return strided and not _masked(config) and config.attention.base.kernel_calls == 1
 
 
 def _backend(config: RunConfig) -> str:

@@ -47,7 +47,7 @@ class Block(nn.Module):
     def __init__(self, config: RunConfig, resolved: Resolved, layer: int) -> None:
         super().__init__()
         self.attention_norm = RmsNorm(config.model.hidden_size, config.model.norm_eps)
-        self.attention = build_attention(config, resolved)
+        self.attention = build_attention(config, resolved, layer)
         self.feed_forward_norm = RmsNorm(config.model.hidden_size, config.model.norm_eps)
         self.has_experts = layer >= config.moe.dense_layers
         self.feed_forward = (

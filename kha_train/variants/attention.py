@@ -94,6 +94,8 @@ class BaseOptions(ABC):
 
     turns_whole_heads: ClassVar[bool] = False
     """Whether queries and keys are normalised and rotated as whole heads, so that one kernel can do both."""
+    kernel_calls: ClassVar[int] = 1
+    """How often it calls its backend in a forward, with the same queries and keys."""
     asks: ClassVar[Asked] = "softmax"
     """What it asks of a backend."""
     name: str

@@ -220,6 +220,61 @@ class TalkingHeadsOptions(GroupedQueryOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DifferentialOptions(GroupedQueryOptions):
+    """Differential attention: two query heads, two key heads and a value of double width make one output."""
+
+    kernel_calls: ClassVar[int] = 2
+
+    def invalid(self) -> ConfigError | None:
+        """Heads of keys come in pairs."""
+        if self.kv_heads % 2:
+            return ConfigError(
+                "differential attention takes the difference of pairs of heads",
+                field="model.kv_heads",
+                value=self.kv_heads,
+                allowed="even numbers that divide model.query_heads",
+                fix="an even number",
+            )
+        return super().invalid()
+
+    def conflict(self, partners: Partners) -> ConfigError | None:
+        """A bias has a slope for each head."""
+        if not POSITIONS[partners.positions].bias:
+            return None
+        return ConfigError(
+            "the two maps of a pair would have different slopes",
+            field="attention.positions",
+            value=partners.positions,
+            allowed="rope, learned, none",
+            fix=Settings("attention.positions=rope"),
+        )
+
+    def heads(self) -> HeadShape:
+        """The halves of a value count as two heads; each pair's output is normalised."""
+        return super().heads()._replace(altered=True)
+
+    def parameters(self, hidden_size: int) -> int:
+        """Those of grouped-query attention, and the four vectors of lambda."""
+        return super().parameters(hidden_size) + 4 * self.head_dim
+
+    def token_flops(self, hidden_size: int) -> int:
+        """Lambda is made once, and not for each token."""
+        return 2 * super().parameters(hidden_size)
+
+    def norm_parameters(self, qk_norm: QkNorm) -> int:
+        """One more gain, as wide as a value, for the outputs of all pairs."""
+        return super().norm_parameters(qk_norm) + 2 * self.head_dim
+
+    def saved_numbers(self, qk_norm: QkNorm) -> int:
+        """The difference, normalised, and the result."""
+        return super().saved_numbers(qk_norm) + 3 * self.query_heads * self.head_dim + self.query_heads // 2
+
+    def pair_flops(self) -> int:
+        """Both halves of a value by a call of its own, which computes the scores again."""
+        return self.kernel_calls * super().pair_flops()
+
+
+@dataclass(frozen=True, kw_only=True)
 class LinearOptions(GroupedQueryOptions):
     """Causal linear attention. `chunk_tokens` is the length of the chunks of backend `chunked`: speed, not results."""
 

@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 
 from kha_train.variants.attention import BaseOptions, InteractionOptions
 from kha_train.variants.bases import (
+    DifferentialOptions,
     GroupedQueryOptions,
     GroupedTiedOptions,
     LatentOptions,
@@ -59,6 +60,7 @@ BASES: dict[str, Variant[BaseOptions]] = {
     "gqa": Variant("kha_train.model.attention.grouped_query:GroupedQueryAttention", GroupedQueryOptions),
     "gta": Variant("kha_train.model.attention.grouped_tied:GroupedTiedAttention", GroupedTiedOptions),
     "mla": Variant("kha_train.model.attention.latent:LatentAttention", LatentOptions),
+    "diff": Variant("kha_train.model.attention.differential:DifferentialAttention", DifferentialOptions),
     "linear": Variant("kha_train.model.attention.linear:LinearAttention", LinearOptions),
     "talking_heads": Variant("kha_train.model.attention.talking_heads:TalkingHeadsAttention", TalkingHeadsOptions),
 }

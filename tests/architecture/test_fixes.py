@@ -71,6 +71,7 @@ REFUSED = {
     "documents for cudnn": "compose attention.backend=cudnn",
     "packed documents for cudnn": "compose attention.backend=cudnn data.packing=best_fit",
     "biases for varlen": "compose attention.backend=varlen attention.positions=alibi",
+    "biases of pairs of maps": "compose attention=diff attention.positions=alibi",
     "biases without a softmax": "compose attention=linear attention.positions=alibi",
     "heads that do not divide": "compose model.kv_heads=3",
     "more heads than queries": "compose model.kv_heads=100",

@@ -11,7 +11,7 @@ from kha_train.variants.attention import POSITIONS, Positions
 from kha_train.variants.registry import BASES, INTERACTIONS
 
 VARIANTS = BASES | INTERACTIONS
-ORDINARY_WORDS = {"none", "explicit", "learned", "linear"}
+ORDINARY_WORDS = {"none", "explicit", "learned", "linear", "diff"}
 """Names that other settings and sentences use too: those are looked for in comparisons alone."""
 JUDGED = ("base.name", "interaction.name", "options.name", "positions")
 """How the left side of such a comparison ends."""

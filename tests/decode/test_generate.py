@@ -21,7 +21,7 @@ from kha_train.model.attention.backends import sdpa
 from kha_train.model.decoder import Decoder, build_decoder
 from kha_train.variants.registry import BASES
 
-PRESETS = ("gqa", "gta", "mla", "talking_heads", "linear", "gated", "kha_linear", "kha_mlp", "kha_gate", "mea")
+PRESETS = ("gqa", "gta", "mla", "talking_heads", "diff", "linear", "gated", "kha_linear", "kha_mlp", "kha_gate", "mea")
 SMALL = ("model.layers=2", "model.hidden_size=32", "model.head_dim=8", "model.vocab_size=64", "model.seq_len=24")
 
 

@@ -21,7 +21,7 @@ from kha_train.record import read_metrics
 from kha_train.train.run import train
 
 ATTENTION = (
-    *("gqa", "gqa", "mha", "mqa", "gta", "mla", "talking_heads", "linear", "gated"),
+    *("gqa", "gqa", "mha", "mqa", "gta", "mla", "talking_heads", "diff", "linear", "gated"),
     *("kha_linear", "kha_mlp", "kha_gate", "mea"),
 )
 INTERACTIONS = ("none", "knocking_linear", "knocking_mlp", "knocking_gate", "explicit")

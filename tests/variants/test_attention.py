@@ -55,7 +55,7 @@ def test_another_backend_is_refused_for_it(backend: str) -> None:
 @pytest.mark.parametrize("name", sorted(BASES))
 def test_a_base_judges_its_partners_from_plain_facts(name: str, positions: str) -> None:
     base = compose([f"attention={name}"]).attention.base
-    impossible = name in ("gta", "mla") or (name == "linear" and positions == "alibi")
+    impossible = name in ("gta", "mla") or (name in ("linear", "diff") and positions == "alibi")
     problem = base.conflict(Partners(qk_norm="none", positions=positions, seq_len=64))
     assert (problem is not None) == impossible
     assert problem is None or problem.field == "attention.positions"

@@ -76,7 +76,7 @@ class Attention(nn.Module, ABC):
     folded: ClassVar[dict[str, str]]
     metrics: tuple[Metric, ...] = ()
 
-    def __init__(self, config: RunConfig, resolved: Resolved) -> None:
+    def __init__(self, config: RunConfig, resolved: Resolved, layer: int = 0) -> None:
         super().__init__()
         self.heads = config.attention.base.heads()
         self.attend = self.backend(config, resolved)
@@ -119,7 +119,7 @@ class Attention(nn.Module, ABC):
         return masked_softmax(scores(q_BTHK, k_BUGK) * scale, documents)
 
 
-def build_attention(config: RunConfig, resolved: Resolved) -> Attention:
-    """The base registered under `config.attention.base.name`, computed as `resolved` says."""
-    attention: Attention = BASES[config.attention.base.name].load()(config, resolved)
+def build_attention(config: RunConfig, resolved: Resolved, layer: int = 0) -> Attention:
+    """The base registered under `config.attention.base.name`, computed as `resolved` says; layers count from 0."""
+    attention: Attention = BASES[config.attention.base.name].load()(config, resolved, layer)
     return attention

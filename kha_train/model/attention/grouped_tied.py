@@ -30,8 +30,8 @@ class GroupedTiedAttention(Attention):
 
     folded: ClassVar[dict[str, str]] = {"q": "query", "v": "tied", "output": "output"}
 
-    def __init__(self, config: RunConfig, resolved: Resolved) -> None:
-        super().__init__(config, resolved)
+    def __init__(self, config: RunConfig, resolved: Resolved, layer: int = 0) -> None:
+        super().__init__(config, resolved, layer)
         base = config.attention.base
         assert isinstance(base, GroupedTiedOptions)
         width, head_dim, normal = config.model.hidden_size, base.head_dim, Normal(config.model.init_std)

@@ -29,8 +29,8 @@ class LatentAttention(Attention):
 
     folded: ClassVar[dict[str, str]] = {"q": "query", "k": "key_up", "v": "value_up"}
 
-    def __init__(self, config: RunConfig, resolved: Resolved) -> None:
-        super().__init__(config, resolved)
+    def __init__(self, config: RunConfig, resolved: Resolved, layer: int = 0) -> None:
+        super().__init__(config, resolved, layer)
         base = config.attention.base
         assert isinstance(base, LatentOptions)
         width, heads, head_dim = config.model.hidden_size, base.query_heads, base.head_dim

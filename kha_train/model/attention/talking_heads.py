@@ -25,8 +25,8 @@ class TalkingHeadsAttention(GroupedQueryAttention):
     score_mix: Matrix
     weight_mix: Matrix
 
-    def __init__(self, config: RunConfig, resolved: Resolved) -> None:
-        super().__init__(config, resolved)
+    def __init__(self, config: RunConfig, resolved: Resolved, layer: int = 0) -> None:
+        super().__init__(config, resolved, layer)
         for name, diagonal in config.attention.base.identities().items():
             assert diagonal is not None
             setattr(self, name, Matrix((self.heads.query_heads,) * 2, Identity(diagonal), diagonal, across=True))

@@ -36,9 +36,9 @@ ACTIVE = {
 CPU = torch.device("cpu")
 
 
-def scrambled(*overrides):
+def scrambled(*overrides, layer=0):
     config = compose([*overrides, "model.hidden_size=32", "model.head_dim=8", "model.seq_len=12"])
-    attention = build_attention(config, resolve_on(config, CPU))
+    attention = build_attention(config, resolve_on(config, CPU), layer)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for owner, local, _, value in initial_values(attention, 0):
@@ -226,6 +226,24 @@ def test_talking_heads_mix_scores_and_weights():
     torch.testing.assert_close(attention(X[None], rows)[0], torch.cat(outputs, -1) @ attention.output.weight.T)
 
 
+@pytest.mark.parametrize("layer", [0, 3])
+def test_differential_attention_is_the_normalised_difference_of_two_maps_one_pair_at_a_time(layer):
+    attention, rows = scrambled("attention=diff", "model.query_heads=8", "model.kv_heads=4", layer=layer), rows_of(8)
+    start, second = 0.8 - 0.6 * math.exp(-0.3 * layer), attention.second
+    weight = math.exp(second.a_1 @ second.b_1) - math.exp(second.a_2 @ second.b_2) + start
+    queries = [turn(normalise(query, attention.query_norm.weight), rows) for query in heads_of(attention.query, X)]
+    keys = [turn(normalise(key, attention.key_norm.weight), rows) for key in heads_of(attention.key, X)]
+    values, outputs = heads_of(attention.value, X), []
+    for pair in range(4):
+        group, place = divmod(pair, 2)
+        one, other = (
+            softmax(queries[4 * group + 2 * part + place] @ keys[2 * group + part].T / math.sqrt(8)) for part in (0, 1)
+        )
+        out = (one - weight * other) @ torch.cat((values[2 * group], values[2 * group + 1]), -1)
+        outputs.append((1 - start) * normalise(out, attention.head_norm.weight, eps=1e-5))
+    torch.testing.assert_close(attention(X[None], rows)[0], torch.cat(outputs, -1) @ attention.output.weight.T)
+
+
 @pytest.mark.parametrize("backend", ["eager", "chunked"])
 @pytest.mark.parametrize("positions", ["rope", "none"])
 def test_linear_attention_is_a_ratio_of_sums_over_earlier_tokens_forward_and_backward(positions, backend):
@@ -363,6 +381,8 @@ def test_the_gate_is_twice_the_value_times_a_sigmoid():
             ],
             "before they are composed",
         ),
+        (["attention=diff", "attention.positions=alibi"], "different slopes"),
+        (["attention=diff", "model.kv_heads=1"], "pairs of heads"),
         (["attention=linear", "attention.positions=alibi"], "linear attention has none"),
         (["attention=linear", "attention.backend=sdpa"], "computes a softmax, and linear has none"),
         (["attention=linear", "attention.base.chunk_tokens=0"], "at least 1"),
