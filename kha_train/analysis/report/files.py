@@ -17,6 +17,9 @@ from kha_train.analysis.report.svg import LIGHT, print_file, standalone, text
 
 SIDE, LABEL, ACROSS = 110, 16, 4
 """Sizes of a printed heat-map and its label, and how many stand side by side."""
+CURVES, CELLS = ("series", "kind"), ("matrix", "row", "column", "value")
+CSV_HEADS = (f"{','.join(CURVES)},".encode(), f"{','.join(CELLS)}\n".encode())
+"""First bytes of the numbers of a figure, and of a heat-map."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """First characters that make a spreadsheet compute a cell."""
 
@@ -44,7 +47,7 @@ def _numbers(figure: Figure) -> str:
         band = [nothing_N if edge is None else edge for edge in (one.low_N, one.high_N)]
         for values in zip(*(column.tolist() for column in (*places, one.y_N, *band)), strict=True):
             rows.append([_name(one.name), one.kind, *map(_number, values)])
-    return _csv(["series", "kind", *keys, "value", "low", "high"], rows)
+    return _csv([*CURVES, *keys, "value", "low", "high"], rows)
 
 
 def _cells(maps: Maps) -> str:
@@ -54,7 +57,7 @@ def _cells(maps: Maps) -> str:
         for label, values_RC in maps.maps
         for place, value in np.ndenumerate(values_RC)
     ]
-    return _csv(["matrix", "row", "column", "value"], rows)
+    return _csv(CELLS, rows)
 
 
 def _csv(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -22,7 +22,7 @@ from kha_train.analysis.report import (
 )
 from kha_train.analysis.report.content import Section
 from kha_train.analysis.report.context import AXES, Context
-from kha_train.analysis.report.files import files_of
+from kha_train.analysis.report.files import CSV_HEADS, files_of
 from kha_train.analysis.report.html import page
 from kha_train.analysis.report.markdown import document
 from kha_train.record.files import check_replaceable, mark_of
@@ -44,8 +44,8 @@ SECTIONS: tuple[Callable[[Context], Section | None], ...] = (
 )
 """The sections in their order. A section without anything to show is left out."""
 PAGE, DOCUMENT, FOLDER = "index.html", "report.md", "figures"
-HEADS = (b"<!doctype html>", b"<!-- kha-compare ", b"<?xml ", b"# kha-compare ")
-"""First bytes of the files of a report."""
+HEADS = (b"<!doctype html>", b"<!-- kha-compare ", b"<?xml ")
+"""First bytes of the files of a report that hold its mark."""
 
 
 def page_in(out: Path) -> Path:
@@ -65,6 +65,10 @@ def check_report(out: Path, runs: Sequence[Path], option: str, overwrite: bool) 
     mark = mark_of_report(runs)
     check_replaceable(page_in(out), _meta(mark), option, overwrite, HEADS)
     check_replaceable(out / DOCUMENT, mark, option, overwrite, HEADS)
+    for picture in sorted((out / FOLDER).glob("*.svg")):
+        check_replaceable(picture, mark, option, overwrite, HEADS)
+    for numbers in sorted((out / FOLDER).glob("*.csv")):
+        check_replaceable(numbers, "", option, overwrite, CSV_HEADS)
 
 
 def write_report(comparison: Comparison, out: Path) -> Path:
