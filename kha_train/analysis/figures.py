@@ -6,9 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
 MAX_POINTS = 1500
 """A curve with more points is saved by the smallest and largest value of half as many stretches."""
 SIZE_INCHES = (4.6, 2.8)
@@ -32,6 +34,13 @@ def save_bars(path: Path, counts: Mapping[str, Mapping[str, int]], *, x_label: s
         axes.set_xlabel(x_label)
         axes.set_ylabel(name)
     FigureCanvasAgg(figure).print_png(path, metadata={"Creator": mark})
+
+
+def spread(values: Sequence[T], most: int) -> list[T]:
+    """At most `most` (two or more) of `values`, evenly spread, the first and the last among them."""
+    if len(values) <= most:
+        return list(values)
+    return [values[number * (len(values) - 1) // (most - 1)] for number in range(most)]
 
 
 def thin(x_N: np.ndarray, y_N: np.ndarray, most: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:

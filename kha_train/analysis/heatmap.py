@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import struct
 import zlib
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
@@ -30,6 +31,12 @@ def heatmap(values_RC: np.ndarray, title: str, largest: float) -> str:
         f'<svg class="map" role="img" viewBox="0 0 {columns} {rows}" preserveAspectRatio="xMidYMid meet">'
         f"<title>{escape(title)}</title>{cells}</svg>"
     )
+
+
+def largest_of(matrices: Sequence[np.ndarray]) -> float:
+    """The largest size of the finite numbers of all `matrices`; 0 without any."""
+    sizes = [np.abs(values_RC[np.isfinite(values_RC)]) for values_RC in matrices]
+    return max((float(one.max(initial=0.0)) for one in sizes), default=0.0)
 
 
 def spectra(series: list[tuple[str, tuple[float, ...]]]) -> str:

@@ -142,6 +142,12 @@ class LearnedMatrix:
         """`values` as float64 [rows, columns]."""
         return np.asarray(self.values, dtype=np.float64)
 
+    def apart_RC(self) -> np.ndarray:
+        """What differs from the identity, where the matrix has one; otherwise `values`."""
+        values_RC = self.array_RC()
+        apart_RC: np.ndarray = values_RC - (self.identity or 0.0) * np.eye(*values_RC.shape)
+        return apart_RC
+
 
 @dataclass(frozen=True)
 class Clusters:
@@ -150,7 +156,7 @@ class Clusters:
     `labels`: the group of each composed head. `silhouette`: its mean for the number of groups that is best; `p`: the
     share of matrices with shuffled coefficients that reach it. `importance_share`: the share of the variance of head
     importance that lies between the groups, and `importance_p` the share of shuffled groups that reach it (None where
-    no head was silenced).
+    no head was silenced, or a loss is not finite).
     """
 
     name: str

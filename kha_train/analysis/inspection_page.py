@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kha_train.analysis.heatmap import heatmap, spectra
+from kha_train.analysis.figures import spread
+from kha_train.analysis.heatmap import heatmap, largest_of, spectra
 from kha_train.analysis.inspection import (
     FOLDER,
     HeadOutputs,
@@ -223,7 +224,7 @@ def _matrices(saved: Sequence[Inspection]) -> Iterator[str]:
         yield from _maps({f"step {saved[-1].step}": [one.array_RC() for one in newest]}, [list(map(_facts, newest))])
         of_steps = {f"step {one.step}, M - I": one.matrices().get(name, ()) for one in shown}
         if newest[0].identity is not None:
-            apart = {title: list(map(_apart, matrices)) for title, matrices in of_steps.items()}
+            apart = {title: [one.apart_RC() for one in matrices] for title, matrices in of_steps.items()}
             yield from _maps(apart, [[_distance(one) for one in matrices] for matrices in of_steps.values()])
         series = [(f"layer {layer}", one.singular) for layer, one in enumerate(newest)]
         yield f"<div class='row'>{_figure(spectra(series), 'singular values')}</div>"
@@ -231,19 +232,12 @@ def _matrices(saved: Sequence[Inspection]) -> Iterator[str]:
 
 def _maps(by_step: dict[str, list[np.ndarray]], captions: list[list[str]]) -> Iterator[str]:
     """A row of heat-maps by layer for each title, all of one scale."""
-    every = [matrix_RC[np.isfinite(matrix_RC)] for matrices in by_step.values() for matrix_RC in matrices]
-    largest = max((float(np.abs(values).max()) for values in every if len(values)), default=0.0)
+    largest = largest_of([matrix_RC for matrices in by_step.values() for matrix_RC in matrices])
     for (title, matrices), facts in zip(by_step.items(), captions, strict=True):
         yield f"<p class='soft'>{escape(title)}, full colour {short(largest)}</p><div class='row'>"
         for layer, (matrix_RC, fact) in enumerate(zip(matrices, facts, strict=True)):
             yield _figure(heatmap(matrix_RC, f"{title}, layer {layer}", largest), f"layer {layer}: {fact}")
         yield "</div>"
-
-
-def _apart(matrix: LearnedMatrix) -> np.ndarray:
-    values_RC = matrix.array_RC()
-    apart_RC: np.ndarray = values_RC - (matrix.identity or 0.0) * np.eye(*values_RC.shape)
-    return apart_RC
 
 
 def _distance(matrix: LearnedMatrix) -> str:
@@ -293,10 +287,3 @@ def _clusters(newest: Inspection) -> Iterator[str]:
 
 def _figure(svg: str, caption: str) -> str:
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def spread(saved: Sequence[Inspection], most: int) -> list[Inspection]:
-    """At most `most` of the results, evenly spread, the first and the last included."""
-    if len(saved) <= most:
-        return list(saved)
-    return [saved[number * (len(saved) - 1) // (most - 1)] for number in range(most)]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from kha_train.analysis.evaluations import Series
+from kha_train.analysis.figures import spread
 from kha_train.analysis.runs import RunData
 from kha_train.foreign.typed import LARGEST
 from kha_train.metric import BY_LAYER
@@ -77,19 +78,12 @@ def _series(values: dict[int, list[float]]) -> LayerSeries | None:
 def _steps(run: RunData) -> list[int]:
     """The steps to read: spread over the run, and among those of every interval of `EVERY`."""
     steps = run.steps
-    chosen = set(_spread(steps))
+    chosen = set(spread(steps.tolist(), SAMPLES))
     for key in EVERY:
         every = run.config.get(key)
         if isinstance(every, int) and 0 < every <= steps[-1]:
-            chosen |= set(_spread(steps[steps % every == 0]))
+            chosen |= set(spread(steps[steps % every == 0].tolist(), SAMPLES))
     return sorted(chosen)
-
-
-def _spread(steps: np.ndarray) -> list[int]:
-    if len(steps) <= SAMPLES:
-        return [int(step) for step in steps]
-    places = np.unique(np.linspace(0, len(steps) - 1, SAMPLES).round().astype(int))
-    return [int(step) for step in steps[places]]
 
 
 def _numbers(values: Any) -> bool:

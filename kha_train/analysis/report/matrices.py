@@ -5,17 +5,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
 
 import numpy as np
 
-from kha_train.analysis.inspection import Inspection, LearnedMatrix
+from kha_train.analysis.figures import spread
+from kha_train.analysis.heatmap import largest_of
+from kha_train.analysis.inspection import Inspection
 from kha_train.analysis.inspection_table import layer_row
 from kha_train.analysis.report.content import Block, Figure, Maps, Section, Series, Subtitle, Text
 from kha_train.analysis.report.context import Context
 from kha_train.analysis.report.curves import grouped_points
 
-T = TypeVar("T")
 PROBED = {
     "kha/from_identity": "Largest Frobenius distance of a matrix (gates aside) from the identity, of all layers.",
     "attn/max_logit": "Largest attention logit of all layers over sampled queries.",
@@ -93,7 +93,7 @@ def _maps(context: Context) -> Iterator[Block]:
         run = next((run for run in runs if context.inspections[run][0]), None)
         if run is None:
             continue
-        chosen = _spread(context.inspections[run][0], MOST_STEPS)
+        chosen = spread(context.inspections[run][0], MOST_STEPS)
         names = list(dict.fromkeys(name for one in chosen for name in one.matrices()))
         for number, name in enumerate(names[:MOST_NAMES]):
             place = list(context.variants).index(variant)
@@ -109,29 +109,16 @@ def _map(label: str, name: str, file: str, chosen: Sequence[Inspection]) -> Maps
     of_steps = [
         {layer.layer: one for layer in step.layers for one in layer.matrices if one.name == name} for step in chosen
     ]
-    layers = _spread(sorted({layer for found in of_steps for layer in found}), MOST_LAYERS)
+    layers = spread(sorted({layer for found in of_steps for layer in found}), MOST_LAYERS)
     drawn = [
-        (f"layer {layer}, step {step.step}", _apart(found[layer]))
+        (f"layer {layer}, step {step.step}", found[layer].apart_RC())
         for layer in layers
         for step, found in zip(chosen, of_steps, strict=True)
         if layer in found
     ]
-    largest = max(float(np.nanmax(np.abs(values_RC))) for _, values_RC in drawn)
+    largest = largest_of([values_RC for _, values_RC in drawn])
     caption = (
         "What differs from the identity, where the matrix has one. Blue: positive, orange: negative, full at "
         f"{largest:.3g}. All on one scale."
     )
     return Maps(file, f"{label}: {name}", caption, largest, tuple(drawn))
-
-
-def _apart(matrix: LearnedMatrix) -> np.ndarray:
-    """The matrix less the multiple of the identity that changes nothing."""
-    values_RC = matrix.array_RC()
-    return values_RC - matrix.identity * np.eye(*values_RC.shape) if matrix.identity is not None else values_RC
-
-
-def _spread(values: Sequence[T], most: int) -> list[T]:
-    """At most `most` of `values`, evenly spread, the first and the last among them."""
-    if len(values) <= most:
-        return list(values)
-    return [values[place] for place in np.linspace(0, len(values) - 1, most).round().astype(int).tolist()]
