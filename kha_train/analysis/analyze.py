@@ -200,7 +200,8 @@ def _clusters(matrix: LearnedMatrix, rise: PerHead | None) -> Clusters | None:
     composed = values_RC.shape[1]
     if matrix.acts != "across" or composed < FEWEST_HEADS or not np.isfinite(values_RC).all():
         return None
-    importance_H = None if rise is None else np.array(rise).reshape(composed, -1).mean(axis=1)
+    known = rise is not None and np.isfinite(rise).all()
+    importance_H = np.array(rise).reshape(composed, -1).mean(axis=1) if known else None
     return clusters_of(matrix.name, values_RC, importance_H)
 
 

@@ -15,8 +15,9 @@ from kha_train.analysis.validation_sets import marks, named_entries
 
 @dataclass(frozen=True)
 class DomainDifference:
-    """`figure` of the entries `entries`: `variant` - `reference` in every fair pair that scored the same rows, one a
-    seed, at the last step that both scored. `interval` is over the seeds, None for fewer than two.
+    """`figure` of the entries `entries`: `variant` - `reference` in every fair pair, one a seed, at the last step that
+    both scored. Pairs known to have scored different rows are left out. `interval` is over the seeds, None for fewer
+    than two.
     """
 
     entries: str

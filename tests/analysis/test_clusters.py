@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
+import torch
 
+from kha_train.analysis.analyze import _clusters
 from kha_train.analysis.clusters import between_groups, clusters_of, grouped, shuffled, silhouette
+from kha_train.analysis.matrices import learned_matrix
 
 
 def test_the_silhouette_is_that_of_its_definition() -> None:
@@ -60,3 +65,11 @@ def test_the_variance_between_groups_is_its_share_of_the_whole() -> None:
     """Values 1, 3 and 7, 9: the means 2 and 8 lie 3 from 5, so 36 of 40."""
     assert between_groups(np.array([1.0, 7.0, 3.0, 9.0]), np.array([0, 1, 0, 1])) == pytest.approx(36 / 40)
     assert between_groups(np.ones(4), np.array([0, 1, 0, 1])) == 0.0
+
+
+def test_a_loss_that_is_not_finite_says_nothing_about_the_importance_of_heads() -> None:
+    matrix = learned_matrix("compositions", "across", torch.eye(4) + torch.arange(16.0).view(4, 4) / 50, None)
+    found = _clusters(matrix, (0.1, math.nan, 0.2, 0.3))
+    assert found is not None and found.importance_share is None and found.importance_p is None
+    known = _clusters(matrix, (0.1, 0.4, 0.2, 0.3))
+    assert known is not None and known.importance_p is not None and known.p == found.p

@@ -24,6 +24,8 @@ from kha_train.analysis.inspection import (
     ProbeRows,
     write_inspection,
 )
+from kha_train.analysis.report import loss
+from kha_train.analysis.report.context import Context
 from kha_train.analysis.report.page import report_html, write_report
 from kha_train.analysis.report.svg import tick_labels, ticks
 from kha_train.cli.main import run
@@ -255,6 +257,30 @@ def test_files_of_another_report_are_kept(tmp_path: Path, capsys: pytest.Capture
         run(["compare", str(one), "--out", str(tmp_path / "out")])
     assert ended.value.code == 2 and (tmp_path / "out" / "report.md").read_text() == "mine"
     assert "report.md" in capsys.readouterr().err and not (tmp_path / "out" / "index.html").exists()
+    (tmp_path / "out" / "report.md").unlink()
+    (tmp_path / "out" / "figures").mkdir()
+    for name in ("loss-steps.svg", "loss.csv"):
+        mine = tmp_path / "out" / "figures" / name
+        mine.write_text("mine")
+        with pytest.raises(SystemExit) as ended:
+            run(["compare", str(one), "--out", str(tmp_path / "out")])
+        assert ended.value.code == 2 and mine.read_text() == "mine" and name in capsys.readouterr().err
+        mine.unlink()
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            run(["compare", str(one), "--out", str(tmp_path / "out")])
+        assert not ended.value.code, "its own files are replaced"
+
+
+def test_a_spike_does_not_stretch_the_axis_of_the_second_half(tmp_path: Path) -> None:
+    losses = spiky("gqa", 0)
+    context = Context(compare_runs([make_run(tmp_path / "a", losses)]))
+    section = loss.section(context)
+    marks = [one for one in section.figures()[1].series if one.kind == "spike" and len(one.y_N)]
+    assert max(one.y_N.max() for one in marks) > 7.0
+    shown = section.figures()[1].y_range
+    smoothed = context.smoothed[0][STEPS // 2 :]
+    assert shown is not None and shown[1] < smoothed.max() + 0.1 * np.ptp(smoothed)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +323,9 @@ def test_learned_matrices_are_shown_less_the_identity_at_the_checkpoints_that_we
     assert curve == pytest.approx({20.0: 2**0.5 * 0.25, 40.0: 2**0.5 * 0.5}, rel=1e-8)
     assert "not done for gqa-s0, mea-s0." in page
     assert re.search(r"mea-s0: .*step-00000040\.json", page), "a damaged result is named and stops nothing"
+    write_inspection(runs[0], inspected(40, math.nan))
+    page = write_report(compare_runs(runs), tmp_path / "out").read_text()
+    assert "full at 0." in page and "full at nan" not in page, "numbers that are not finite set no scale"
 
 
 def test_figures_by_layer_are_the_means_of_the_last_quarter_of_the_sampled_steps(tmp_path: Path) -> None:

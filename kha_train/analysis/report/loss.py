@@ -34,7 +34,7 @@ def section(context: Context) -> Section:
     if max(len(one.y_N) for one in drawn) < SHORTEST:
         return Section("loss", "Train loss", (whole,))
     second = tuple(late(drawn))
-    zoomed = _range(context, [one for one in second if one.kind != "raw"], True)
+    zoomed = _range(context, [one for one in second if one.kind in ("line", "band")], True)
     half = "The second half of the steps; the y axis follows the smoothed curves, so raw values may lie outside."
     near = Figure("loss-late", "Train loss, second half", half, "nats per token", context.axes, second, zoomed)
     return Section("loss", "Train loss", (whole, near))

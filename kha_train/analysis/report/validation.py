@@ -67,8 +67,8 @@ def _differences(context: Context) -> Iterator[Block]:
         head = ("domain", "variants", "mean difference", "95 % over seeds", "one a seed", "at step")
         yield Table(head, tuple(rows))
         words = (
-            "Fair pairs that scored the same rows, at the last step that both scored. Student's t over seeds. Of many "
-            "such intervals, one in twenty leaves out zero by chance."
+            "Fair pairs, at the last step that both scored; those known to have scored different rows are left out. "
+            "Student's t over seeds. Of many such intervals, one in twenty leaves out zero by chance."
         )
         yield Text(words, "soft")
 
