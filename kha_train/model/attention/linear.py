@@ -8,7 +8,7 @@ linear in the past, which is a state of constant size: `chunked` needs no T x T 
 """
 
 # B batch   T tokens (U: attended tokens)   D model width   H query heads   G key/value heads   K, W key and value width
-# N = H / G   C chunks   L tokens of a chunk   J = 1
+# N = H / G   C chunks   L tokens of a chunk   J = 1   S borders of documents
 
 from __future__ import annotations
 
