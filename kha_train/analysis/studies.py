@@ -256,10 +256,11 @@ def _problems(found: ScaledStudy) -> Iterator[str]:
         yield "each seed may be given once, in `seeds` or in `rate_seeds`"
     if scale.rate_steps and not scale.rate_seeds:
         yield "`rate_steps` needs `rate_seeds`"
-    every = (*scale.rates, *(rate for one in scale.arm_rates for rate in one.rates))
-    if not scale.rates or min(every) <= 0:
-        yield "there must be at least one rate, and each above 0"
+    grids = (scale.rates, *(one.rates for one in scale.arm_rates))
+    if not all(grids) or min(rate for rates in grids for rate in rates) <= 0:
+        yield "every arm needs at least one rate, and each rate must be above 0"
     yield from ("an `entry` needs its name" for one in found.measures if one.kind == "entry" and not one.entry)
+    yield from ("a `loss_law` needs `tokens`" for one in found.measures if one.kind == "loss_law" and one.tokens <= 0)
     yield from (
         f"{one.entry!r} is no figure of heads: {', '.join(FIGURES)}"
         for one in found.measures

@@ -359,7 +359,7 @@ def _value(measure: Measure, run: RunData, summary: Summary) -> float | None:
         return None if found is None else float(found)
     if measure.kind == "loss_law":
         law = law_of_run(run)
-        return None if law is None else law.at(measure.tokens)
+        return None if law is None or law.at_edge else law.at(measure.tokens)
     if measure.kind == "heads":
         return heads_figure(run.path, measure.entry)
     if measure.kind == "entry":

@@ -67,6 +67,8 @@ LIMITS: dict[str, Limit] = {
     "model.loss_chunk_tokens": AT_LEAST_ONE,
     "attention.base.*": Limit(0, LARGEST_SIZE),
     "attention.interaction.component_heads": COUNT,
+    # A matrix of zeros would silence its heads.
+    "attention.interaction.init.scale": POSITIVE,
     "moe.experts": Limit(0, 65_536),
     "moe.top_k": Limit(0, 65_536),
     "moe.expert_width": COUNT,

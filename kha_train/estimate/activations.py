@@ -36,7 +36,8 @@ def kept_block_numbers(config: RunConfig, width: int) -> tuple[int, int]:
         projected = base.cache_numbers() + base.gate_outputs() + (query_input if query_input < wide else queries)
     else:
         projected = attention_parameters(config) // wide - output
-    attention = projected + output + 4 * heads.query_heads // width + (wide if output >= wide else 0)
+    results = base.kernel_calls * (output + 4 * heads.query_heads // width)
+    attention = projected + results + (wide if output >= wide else 0)
     both = wide + attention
     shared = 2 * moe.shared_experts * moe.expert_width
     routed = model.hidden_size + 2 * moe.top_k * moe.expert_width + moe.experts * 4 // width

@@ -115,7 +115,13 @@ def finished_runs(plan: StudyPlan, known: Mapping[Trial, Outcome] | None = None)
     standing = statuses([plan.points[trial] for trial in left])
     ended = [trial for trial, status in zip(left, standing, strict=True) if is_finished(status)]
     check_against_runs(plan.points[trial] for trial in ended)
-    return found | {trial: outcome_of(Path(plan.points[trial].run_dir), plan.scaled.measures) for trial in ended}
+    return found | {trial: _outcome(plan, trial) for trial in ended}
+
+
+def _outcome(plan: StudyPlan, trial: Trial) -> Outcome:
+    """Of a run that only chooses a rate, nothing but the measure that chooses is read."""
+    measures = (plan.scaled.rate_measure,) if trial.role == "rate" else plan.scaled.measures
+    return outcome_of(Path(plan.points[trial].run_dir), measures)
 
 
 def is_finished(status: RunStatus) -> bool:

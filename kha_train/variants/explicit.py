@@ -52,8 +52,8 @@ class ExplicitOptions(MatrixOptions, FoldableOptions):
                 fix=Settings("attention.interaction.component_heads=0"),
             )
         if not self.compose and self.head_norm:
-            return self.init.invalid() or super().invalid()
-        return each_once("compose", self.compose) or self.init.invalid() or super().invalid()
+            return super().invalid()
+        return each_once("compose", self.compose) or super().invalid()
 
     def refuses(self, base: BaseOptions) -> str | None:
         """Composing keys needs keys, and composing them after rotation needs rotated ones."""

@@ -39,12 +39,6 @@ class MatrixInit:
     kind: Literal["identity", "scaled_identity", "random", "random_orthogonal"] = "identity"
     scale: float = 1.0
 
-    def invalid(self) -> ConfigError | None:
-        """A matrix of zeros would silence its heads."""
-        if self.scale <= 0:
-            return ConfigError("must be above 0", field="attention.interaction.init.scale", value=self.scale)
-        return None
-
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixOptions(InteractionOptions, ABC):
@@ -100,7 +94,7 @@ class KnockingOptions(MatrixOptions, ABC):
                 value=True,
                 fix=Settings("attention.interaction.value_only=false"),
             )
-        return each_once("projections", self.projections) or self.init.invalid() or super().invalid()
+        return each_once("projections", self.projections) or super().invalid()
 
     def refuses(self, base: BaseOptions) -> str | None:
         """A tied base has no keys to act on, and only on one a map of v reaches keys."""

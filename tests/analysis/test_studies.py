@@ -69,6 +69,7 @@ def test_every_shipped_study_is_read_at_both_scales_and_its_published_arms_exist
             found = load_study(name, scale)
             assert found.arms and found.study.question.endswith("?") and found.sha256
             assert any(arm.reference for arm in found.arms.values()), name
+            assert ("engine.device=cpu" in found.scale.overrides) == (scale == "cpu"), name
         assert {one.arm for one in found.study.published} <= found.arms.keys(), name
 
 
@@ -80,6 +81,8 @@ def test_every_shipped_study_is_read_at_both_scales_and_its_published_arms_exist
         ("name: mlp", "name: a/b", "not a name"),
         ("rate_seeds: [7]", "rate_seeds: [2]", "each seed"),
         ("rates: [0.1, 0.2, 0.4]", "rates: []", "rate"),
+        ("rate_seeds: [7]", "rate_seeds: [7], arm_rates: [{arm: mlp, rates: []}]", "at least one rate"),
+        ("kind: spikes", "kind: loss_law", "needs `tokens`"),
         ("seeds: [0, 1, 2], rate", "seeds: [], rate", "seed"),
         ("steps: 2,", "steps: 2, stepps: 3,", "stepps"),
         ("kind: spikes", "kind: entry", "entry"),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from types import UnionType
-from typing import get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -14,8 +14,9 @@ from kha_train.config.build import to_plain
 from kha_train.config.limits import INT64, LARGEST_FP32, LIMITS, OF_TYPE, check_limits, limit_of
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
+from kha_train.variants.attention import BaseOptions, InteractionOptions
 from kha_train.variants.optimizer import OptimSection
-from kha_train.variants.registry import OPTIMIZERS
+from kha_train.variants.registry import BASES, INTERACTIONS, OPTIMIZERS, Variant
 
 FREE = {
     "model.partial_rotary_factor": "judged with what each base turns",
@@ -28,6 +29,12 @@ FREE = {
     "data.phases.weights": "judged by the mixture",
 }
 """Numbers whose range is not a single interval."""
+BY_NAME: dict[type, Mapping[str, Variant[Any]]] = {
+    OptimSection: OPTIMIZERS,
+    BaseOptions: BASES,
+    InteractionOptions: INTERACTIONS,
+}
+"""Sections whose fields depend on a registered name."""
 
 
 def _numbers(cls: type, path: str = "") -> Iterator[tuple[str, type]]:
@@ -36,8 +43,8 @@ def _numbers(cls: type, path: str = "") -> Iterator[tuple[str, type]]:
         inner = hint
         while get_origin(inner) in (tuple, UnionType):
             inner = get_args(inner)[0]
-        if inner is OptimSection:
-            yield from (number for one in OPTIMIZERS.values() for number in _numbers(one.options_class(), where))
+        if inner in BY_NAME:
+            yield from (number for one in BY_NAME[inner].values() for number in _numbers(one.options_class(), where))
         elif is_dataclass(inner):
             yield from _numbers(inner, where)
         elif inner in (int, float):

@@ -117,7 +117,15 @@ def test_all_that_is_kept_saves_more_computation_a_byte_than_anything_that_is_no
 
 @pytest.mark.parametrize(
     "overrides",
-    [("attention=gqa",), ("attention=kha_mlp",), ("attention=mla",), ("moe.shared_experts=1",), ("attention=gta",)],
+    [
+        ("attention=gqa",),
+        ("attention=kha_mlp",),
+        ("attention=mla",),
+        ("moe.shared_experts=1",),
+        ("attention=gta",),
+        ("attention=gated",),
+        ("attention=diff",),
+    ],
 )
 def test_the_plan_knows_what_is_kept(overrides: tuple[str, ...]) -> None:
     """Within 10 %: the block's input, and the results of the operators that are kept."""
