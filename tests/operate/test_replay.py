@@ -83,6 +83,7 @@ def test_every_stretch_is_bit_equal_and_the_run_is_only_read(run_dir: Path) -> N
     assert fingerprint(run_dir) == before
 
 
+@pytest.mark.slow
 def test_a_changed_line_is_named_and_so_is_the_stretch(run_dir: Path) -> None:
     loss = read_metrics(run_dir)[5]["train/loss"]
     restore = edited(run_dir, 6, "train/loss", loss + 1e-12)
@@ -93,6 +94,7 @@ def test_a_changed_line_is_named_and_so_is_the_stretch(run_dir: Path) -> None:
     assert found[4, 8].differences == (f"step 6: train/loss is {loss}, recorded {loss + 1e-12}",)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_the_run_did_not_make_is_found(run_dir: Path) -> None:
     """Its bytes fit its manifest, and a new chain of hashes would pass: recomputing does not."""
     folder = run_dir / "checkpoints" / "step-00000008"
@@ -111,6 +113,7 @@ def test_a_checkpoint_that_the_run_did_not_make_is_found(run_dir: Path) -> None:
     assert found[4, 8].outcome == "differs" and found[4, 8].differences[0].startswith("checkpoint: ")
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_and_missing_data_are_not_replayed_and_say_why(run_dir: Path) -> None:
     file = run_dir / "checkpoints" / "step-00000004" / "trainer.json"
     kept = file.read_bytes()
@@ -150,6 +153,7 @@ def away(path: Path) -> Callable[[], None]:
     return lambda: hidden.rename(path) and None
 
 
+@pytest.mark.slow
 def test_a_restart_inside_a_stretch_matters_only_with_other_settings(run_dir: Path) -> None:
     restore = away(run_dir / "checkpoints" / "step-00000004")
     (equal,) = replayed(run_dir)
@@ -172,6 +176,7 @@ def test_a_restart_inside_a_stretch_matters_only_with_other_settings(run_dir: Pa
     assert (nothing.outcome, nothing.reason) == ("not replayed", "it has no checkpoint")
 
 
+@pytest.mark.slow
 def test_a_stretch_with_one_thing_changed_ends_elsewhere(run_dir: Path, tmp_path: Path) -> None:
     """What asks for the cause of a spike begins from the same state."""
     stretch = next(one for one in stretches(load_run(run_dir)) if one.first == 4)

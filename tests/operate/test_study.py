@@ -129,6 +129,7 @@ def _trial(plan: StudyPlan, label: str) -> Any:
     return next(trial for trial, point in plan.points.items() if point.label == label)
 
 
+@pytest.mark.slow
 def test_a_study_without_its_own_rate_seeds_trains_all_and_a_reference_once(
     mine: Callable[..., Path], trained: Trained, small: list[str]
 ) -> None:
@@ -198,6 +199,7 @@ def test_on_slurm_the_command_submits_the_choice_of_rates_then_the_compared_runs
         (plan.directory / "sweep.json").read_text())["points"]} == {*arrays[0], *arrays[1]}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_directory_of_another_study_is_refused(mine: Callable[..., Path], trained: Trained, small: list[str]) -> None:
     plain = [*small, "engine.name=plain", "engine.device=cpu"]
     done(planned(mine(2), "paper", *plain))
@@ -239,11 +241,15 @@ def one_run_an_arm(scaled: ScaledStudy) -> ScaledStudy:
     return replace(scaled, study=replace(scaled.study, **{scaled.scale_name: first}))
 
 
-@pytest.mark.parametrize("name", study_names())
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.quick if name == "strength" else ()) for name in study_names()]
+)
 def test_every_arm_of_every_study_passes_the_plan_on_the_machine_it_names(name: str, tmp_path: Path) -> None:
     check_plans(one_run_an_arm(load_study(name, "paper")), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["copy", "tasks"])
 def test_the_entries_that_a_study_measures_are_in_its_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -319,6 +325,7 @@ def test_a_study_stopped_by_a_signal_and_then_killed_goes_on_to_its_report(
     assert len(attempts) == 8 and max(attempts.values()) >= 2 and min(attempts.values()) == 1
 
 
+@pytest.mark.slow
 def test_the_commands_list_show_and_report(
     mine: Callable[..., Path], trained: Trained, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
