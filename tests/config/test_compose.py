@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kha_train import RunConfig, compose
 from kha_train.cli.main import run
 from kha_train.config.build import build, flatten, to_plain
-from kha_train.config.compose import dump, load, quoted, shipped
+from kha_train.config.compose import STUDIES, dump, load, quoted, shipped
 from kha_train.config.validate import validate_batch
 from kha_train.errors import ConfigError, KhaError
 from kha_train.estimate.counts import count_parameters
@@ -38,6 +38,7 @@ PROMISED = {
 EVERY_PRESET = [
     f"{'interaction@attention.interaction' if path.parent.name == 'interaction' else path.parent.name}={path.stem}"
     for path in sorted(shipped("configs").glob("*/*.yaml"))
+    if path.parent.name != STUDIES
 ]
 FULL_WIDTH_MISFITS = {("olmoe", "gta"), ("olmoe", "mla")}
 
