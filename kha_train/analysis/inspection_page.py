@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from html import escape as html_escape
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from kha_train.analysis.inspection import (
     Square,
 )
 from kha_train.analysis.inspection_table import MEANINGS, layer_row, short
-from kha_train.literal import visible
+from kha_train.analysis.report.svg import text
 from kha_train.record.files import check_replaceable, mark_of
 from kha_train.record.redact import Redactor
 
@@ -87,8 +86,8 @@ def write_page(run_dir: Path, label: str, saved: Sequence[Inspection]) -> Path:
     """
     path, mark = run_dir / FOLDER / "index.html", mark_of("analyze", ())
     check_replaceable(path, mark, str(path), False, (PAGE.encode(),))
-    text = Redactor.from_environment().text(page_html(label, saved, mark))
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    page = Redactor.from_environment().text(page_html(label, saved, mark))
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
 
 
@@ -97,7 +96,7 @@ def page_html(label: str, saved: Sequence[Inspection], mark: str) -> str:
     newest = saved[-1]
     title = f"{label}: {newest.base} x {newest.interaction}"
     parts = [
-        f"<h1>{escape(title)}, step {newest.step}</h1>",
+        f"<h1>{text(title)}, step {newest.step}</h1>",
         *_probe(newest),
         "<h2>Layers</h2>",
         _layers_table(newest),
@@ -111,35 +110,30 @@ def page_html(label: str, saved: Sequence[Inspection], mark: str) -> str:
     head = (
         f'{PAGE}<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="generator" content="{mark}"><title>{escape(title)}</title><style>{STYLE}</style></head>'
+        f'<meta name="generator" content="{mark}"><title>{text(title)}</title><style>{STYLE}</style></head>'
     )
     return f"{head}<body>{''.join(parts)}</body></html>\n"
-
-
-def escape(text: str) -> str:
-    """`text` as the page shows it: markup is escaped, invisible and directional characters are made visible."""
-    return html_escape(visible(text))
 
 
 def _probe(newest: Inspection) -> Iterator[str]:
     probe = newest.probe
     yield (
         f"<p>Loss {newest.loss:.4f} nats per token on {probe.tokens} tokens in {probe.documents} documents or parts of "
-        f"them ({probe.rows} rows of <code>{escape(probe.field)}</code>), attention weights of {probe.queries} tokens. "
+        f"them ({probe.rows} rows of <code>{text(probe.field)}</code>), attention weights of {probe.queries} tokens. "
         f"Rows: <code>{probe.digest[:16]}</code>; only results of the same rows compare.</p>"
     )
     for name, reason in newest.absent.items():
-        yield f'<p class="soft">No {escape(name)}: {escape(reason)}.</p>'
+        yield f'<p class="soft">No {text(name)}: {text(reason)}.</p>'
 
 
 def _layers_table(newest: Inspection) -> str:
     rows = [layer_row(layer) for layer in newest.layers]
     shown = [name for name in MEANINGS if any(row.get(name) is not None for row in rows)]
-    head = "".join(f"<th>{escape(MEANINGS[name].heading)}</th>" for name in shown)
+    head = "".join(f"<th>{text(MEANINGS[name].heading)}</th>" for name in shown)
     body = "".join(
         f"<tr><th>{row['layer']}</th>{''.join(f'<td>{short(row[name])}</td>' for name in shown)}</tr>" for row in rows
     )
-    meanings = "".join(f"<dt>{escape(MEANINGS[n].heading)}</dt><dd>{escape(MEANINGS[n].meaning)}</dd>" for n in shown)
+    meanings = "".join(f"<dt>{text(MEANINGS[n].heading)}</dt><dd>{text(MEANINGS[n].meaning)}</dd>" for n in shown)
     table = f"<table><thead><tr><th>layer</th>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="scroll">{table}</div><dl>{meanings}</dl>'
 
@@ -180,9 +174,9 @@ def _strip(title: str, heads: Sequence[str], rows: Sequence[Sequence[float | Non
     for layer, row in enumerate(rows):
         cells = "".join(_cell(value, low, high) for value in row)
         body.append(f"<tr><th>{layer}</th>{cells}</tr>")
-    head = "".join(f"<th>{escape(one)}</th>" for one in heads)
+    head = "".join(f"<th>{text(one)}</th>" for one in heads)
     table = f"<table><thead><tr><th>layer</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-    return f'<section><h3>{escape(title)}</h3><div class="scroll">{table}</div></section>'
+    return f'<section><h3>{text(title)}</h3><div class="scroll">{table}</div></section>'
 
 
 def _cell(value: float | None, low: float, high: float) -> str:
@@ -198,7 +192,7 @@ def _pairs(newest: Inspection) -> Iterator[str]:
     yield "<h2>Pairs of heads</h2>"
     yield '<p class="soft">Full colour is 1 or -1.</p>'
     for name, of in BY_PAIR.items():
-        yield f"<h3>{escape(MEANINGS[name].heading)}</h3><div class='row'>"
+        yield f"<h3>{text(MEANINGS[name].heading)}</h3><div class='row'>"
         for layer in newest.layers:
             if layer.outputs:
                 yield _figure(heatmap(np.array(of(layer.outputs)), f"layer {layer.layer}", 1.0), f"layer {layer.layer}")
@@ -220,7 +214,7 @@ def _matrices(saved: Sequence[Inspection]) -> Iterator[str]:
     )
     shown = spread(saved, MOST_MAPS)
     for name, newest in saved[-1].matrices().items():
-        yield f"<h3><code>{escape(name)}</code>, {newest[0].acts}</h3>"
+        yield f"<h3><code>{text(name)}</code>, {newest[0].acts}</h3>"
         yield from _maps({f"step {saved[-1].step}": [one.array_RC() for one in newest]}, [list(map(_facts, newest))])
         of_steps = {f"step {one.step}, M - I": one.matrices().get(name, ()) for one in shown}
         if newest[0].identity is not None:
@@ -234,7 +228,7 @@ def _maps(by_step: dict[str, list[np.ndarray]], captions: list[list[str]]) -> It
     """A row of heat-maps by layer for each title, all of one scale."""
     largest = largest_of([matrix_RC for matrices in by_step.values() for matrix_RC in matrices])
     for (title, matrices), facts in zip(by_step.items(), captions, strict=True):
-        yield f"<p class='soft'>{escape(title)}, full colour {short(largest)}</p><div class='row'>"
+        yield f"<p class='soft'>{text(title)}, full colour {short(largest)}</p><div class='row'>"
         for layer, (matrix_RC, fact) in enumerate(zip(matrices, facts, strict=True)):
             yield _figure(heatmap(matrix_RC, f"{title}, layer {layer}", largest), f"layer {layer}: {fact}")
         yield "</div>"
@@ -255,7 +249,7 @@ def _gates(newest: Inspection) -> Iterator[str]:
         return
     yield "<h2>Gates</h2><p class='soft'>0.5 everywhere before training.</p>"
     body = "".join(
-        f"<tr><th>{layer}</th><td><code>{escape(gate.name)}</code></td><td>{short(gate.mean)}</td>"
+        f"<tr><th>{layer}</th><td><code>{text(gate.name)}</code></td><td>{short(gate.mean)}</td>"
         f"<td>{short(gate.deviation)}</td><td>{' '.join(map(short, gate.head_means))}</td></tr>"
         for layer, gate in gates
     )
@@ -275,7 +269,7 @@ def _clusters(newest: Inspection) -> Iterator[str]:
         "chance.</p>"
     )
     body = "".join(
-        f"<tr><th>{layer}</th><td><code>{escape(one.name)}</code></td><td>{' '.join(map(str, one.labels))}</td>"
+        f"<tr><th>{layer}</th><td><code>{text(one.name)}</code></td><td>{' '.join(map(str, one.labels))}</td>"
         f"<td>{short(one.silhouette)}</td><td>{short(one.p)}</td><td>{short(one.importance_share)}</td>"
         f"<td>{short(one.importance_p)}</td></tr>"
         for layer, one in clusters
@@ -286,4 +280,4 @@ def _clusters(newest: Inspection) -> Iterator[str]:
 
 
 def _figure(svg: str, caption: str) -> str:
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+    return f"<figure>{svg}<figcaption>{text(caption)}</figcaption></figure>"

@@ -66,7 +66,7 @@ def show_(
 ) -> None:
     """Show a study before anything runs: question, arms, rates, seeds, and the cost and time of each run and in all."""
     plan = _plan(name, overrides, scale, parent, called)
-    finished = study.finished_runs(plan)
+    finished = study.finished_runs(plan, rates_only=True)
     costs = study_costs(plan, finished)
     if as_json:
         print_json({**_about(plan.scaled), "directory": str(plan.directory), **costs.to_dict()}, indent=2)

@@ -105,8 +105,11 @@ def _label(scaled: ScaledStudy, trial: Trial) -> str:
     return f"{trial.arm}-lr{trial.rate:g}-s{trial.seed}" + (f"-n{steps}" if steps else "")
 
 
-def finished_runs(plan: StudyPlan, known: Mapping[Trial, Outcome] | None = None) -> dict[Trial, Outcome]:
-    """What every finished run of the study gave: trained to its end, or diverged. `known` are not read again.
+def finished_runs(
+    plan: StudyPlan, known: Mapping[Trial, Outcome] | None = None, *, rates_only: bool = False
+) -> dict[Trial, Outcome]:
+    """What every finished run of the study gave: trained to its end, or diverged. `known` are not read again. With
+    `rates_only`, as for a run that only chooses a rate, nothing but the measure that chooses is read.
 
     Raises ConfigError when a directory holds another run than the study's, DataError when a record is damaged.
     """
@@ -115,13 +118,14 @@ def finished_runs(plan: StudyPlan, known: Mapping[Trial, Outcome] | None = None)
     standing = statuses([plan.points[trial] for trial in left])
     ended = [trial for trial, status in zip(left, standing, strict=True) if is_finished(status)]
     check_against_runs(plan.points[trial] for trial in ended)
-    return found | {trial: _outcome(plan, trial) for trial in ended}
-
-
-def _outcome(plan: StudyPlan, trial: Trial) -> Outcome:
-    """Of a run that only chooses a rate, nothing but the measure that chooses is read."""
-    measures = (plan.scaled.rate_measure,) if trial.role == "rate" else plan.scaled.measures
-    return outcome_of(Path(plan.points[trial].run_dir), measures)
+    choosing = (plan.scaled.rate_measure,)
+    return found | {
+        trial: outcome_of(
+            Path(plan.points[trial].run_dir),
+            choosing if rates_only or trial.role == "rate" else plan.scaled.measures,
+        )
+        for trial in ended
+    }
 
 
 def is_finished(status: RunStatus) -> bool:

@@ -21,7 +21,7 @@ from kha_train.analysis.report import (
     validation,
 )
 from kha_train.analysis.report.content import Section
-from kha_train.analysis.report.context import AXES, Context
+from kha_train.analysis.report.context import Context
 from kha_train.analysis.report.files import CSV_HEADS, files_of
 from kha_train.analysis.report.html import page
 from kha_train.analysis.report.markdown import document
@@ -91,7 +91,7 @@ def report_html(comparison: Comparison, sections: Sequence[Section] | None = Non
     """The whole page as text; `sections` are those of the comparison, if they have been made already."""
     context, mark = Context(comparison), mark_of_report([run.path for run in comparison.runs])
     sections = sections_of(context) if sections is None else sections
-    return page(title_of(comparison), _meta(mark), comparison.evidence, sections, context.axes or AXES[:1])
+    return page(title_of(comparison), _meta(mark), comparison.evidence, sections, context.axes)
 
 
 def sections_of(context: Context) -> tuple[Section, ...]:
