@@ -47,18 +47,6 @@ Train = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def trained(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """`trained(*overrides)` trains a tiny run in a directory of its own, which it returns."""
-
-    def make(*overrides: str) -> Path:
-        run_dir = tmp_path_factory.mktemp("run") / "run"
-        train(compose([*small, *SMALL, *overrides, f"run.dir={run_dir}"]))
-        return run_dir
-
-    return make
-
-
-@pytest.fixture(scope="module")
 def parent(trained: Train) -> Path:
     return trained()
 

@@ -50,18 +50,6 @@ def losses(run_dir: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def trained(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`trained(*overrides)` trains a tiny run in a directory of its own, which it returns."""
-
-    def make(*overrides: str) -> Path:
-        run_dir = tmp_path_factory.mktemp("run") / "run"
-        train(compose([*small, *SMALL, *overrides, f"run.dir={run_dir}"]))
-        return run_dir
-
-    return make
-
-
-@pytest.fixture(scope="module")
 def parent(trained: Callable[..., Path]) -> Path:
     return trained(*FROZEN)
 
