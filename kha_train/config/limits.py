@@ -66,6 +66,7 @@ LIMITS: dict[str, Limit] = {
     "model.init_std": Limit(1e-6),
     "model.loss_chunk_tokens": AT_LEAST_ONE,
     "attention.base.*": Limit(0, LARGEST_SIZE),
+    "attention.base.chunk_tokens": SIZE,
     "attention.interaction.component_heads": COUNT,
     # A matrix of zeros would silence its heads.
     "attention.interaction.init.scale": POSITIVE,

@@ -239,15 +239,7 @@ class DifferentialOptions(GroupedQueryOptions):
 
     def conflict(self, partners: Partners) -> ConfigError | None:
         """A bias has a slope for each head."""
-        if not POSITIONS[partners.positions].bias:
-            return None
-        return ConfigError(
-            "the two maps of a pair would have different slopes",
-            field="attention.positions",
-            value=partners.positions,
-            allowed="rope, learned, none",
-            fix=Settings("attention.positions=rope"),
-        )
+        return _takes_no_bias(partners, "the two maps of a pair would have different slopes")
 
     def heads(self) -> HeadShape:
         """The halves of a value count as two heads; each pair's output is normalised."""
@@ -282,23 +274,9 @@ class LinearOptions(GroupedQueryOptions):
     turns_whole_heads: ClassVar[bool] = False
     chunk_tokens: int = 64
 
-    def invalid(self) -> ConfigError | None:
-        """A chunk has a token."""
-        if self.chunk_tokens < 1:
-            return ConfigError("must be at least 1", field="attention.base.chunk_tokens", value=self.chunk_tokens)
-        return super().invalid()
-
     def conflict(self, partners: Partners) -> ConfigError | None:
         """There is no softmax whose scores a bias could lower."""
-        if not POSITIONS[partners.positions].bias:
-            return None
-        return ConfigError(
-            "a bias of scores acts inside a softmax, and linear attention has none",
-            field="attention.positions",
-            value=partners.positions,
-            allowed="rope, learned, none",
-            fix=Settings("attention.positions=rope"),
-        )
+        return _takes_no_bias(partners, "a bias of scores acts inside a softmax, and linear attention has none")
 
     def heads(self) -> HeadShape:
         """See `BaseOptions.heads`."""
@@ -344,5 +322,17 @@ def _needs_rotation(partners: Partners, name: str) -> ConfigError | None:
         f"{name} keeps its positions in a rotary key of its own",
         field="attention.positions",
         value=partners.positions,
+        fix=Settings("attention.positions=rope"),
+    )
+
+
+def _takes_no_bias(partners: Partners, reason: str) -> ConfigError | None:
+    if not POSITIONS[partners.positions].bias:
+        return None
+    return ConfigError(
+        reason,
+        field="attention.positions",
+        value=partners.positions,
+        allowed=", ".join(name for name, traits in POSITIONS.items() if not traits.bias),
         fix=Settings("attention.positions=rope"),
     )

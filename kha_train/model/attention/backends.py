@@ -63,10 +63,15 @@ def lay_out_documents(
         return Documents(cu_seqlens_S, max_seqlen, None)
     mask_BJTU = causal_TU(tokens, tokens, device)[None, None]
     if split:
-        every_token = torch.arange(batch * tokens, dtype=torch.int32, device=device)
-        document_BT = torch.searchsorted(cu_seqlens_S, every_token, right=True).view(batch, tokens)
+        document_BT = document_numbers(cu_seqlens_S, batch, tokens)
         mask_BJTU = mask_BJTU & (document_BT[:, None, :, None] == document_BT[:, None, None, :])
     return Documents(cu_seqlens_S, max_seqlen, _biased(mask_BJTU, slopes_H))
+
+
+def document_numbers(cu_seqlens_S: Tensor, batch: int, tokens: int) -> Tensor:
+    """A number for the document of each token, int64 [B, T]."""
+    every_token = torch.arange(batch * tokens, dtype=torch.int32, device=cu_seqlens_S.device)
+    return torch.searchsorted(cu_seqlens_S, every_token, right=True).view(batch, tokens)
 
 
 def lay_out_cached(tokens: int, seen: int, device: torch.device, slopes_H: Tensor | None = None) -> Documents:

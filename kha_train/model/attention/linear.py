@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from kha_train.config.resolve import Resolved
 from kha_train.config.schema import RunConfig
-from kha_train.model.attention.backends import Backend, Documents, causal_TU, scores, weighted_values
+from kha_train.model.attention.backends import Backend, Documents, causal_TU, document_numbers, scores, weighted_values
 from kha_train.model.attention.base import Attention, RowContext
 from kha_train.model.attention.projection import OutputProjection, Projection
 from kha_train.model.init import Normal, residual_std
@@ -159,8 +159,7 @@ def _documents(documents: Documents, q_BTHK: Tensor, size: int) -> Tensor | None
     borders_S = documents.cu_seqlens_S
     if borders_S is None or borders_S.numel() == batch + 1:
         return None
-    every_token = torch.arange(batch * tokens, dtype=torch.int32, device=q_BTHK.device)
-    document_BT = torch.searchsorted(borders_S, every_token, right=True).view(batch, tokens)
+    document_BT = document_numbers(borders_S, batch, tokens)
     document_BCL: Tensor = functional.pad(document_BT, (0, -tokens % size), value=-1).unflatten(1, (-1, size))
     return document_BCL
 
