@@ -43,7 +43,7 @@ KINDS: dict[str, tuple[Callable[[RunData], Hashable], Callable[[RunData], Hashab
 def nulls_of(comparison: Comparison, runs: Sequence[RunData]) -> tuple[Null, ...]:
     """The differences between A/A `runs` over the window of `comparison`, one entry for each kind that is among them.
 
-    Raises ConfigError when no two runs are A/A, or a run lacks steps of the window.
+    Raises ConfigError when no two runs are A/A, a run lacks steps of the window, or two have no finite step there.
     """
     first, last = window(comparison)
     for run in runs:
@@ -93,14 +93,11 @@ def _groups(kind: str, runs: Sequence[RunData]) -> list[list[RunData]]:
 
 
 def _null(kind: str, reference: RunData, groups: list[list[RunData]], steps: tuple[int, int]) -> Null | None:
-    pairs, squares, freedom = [], 0.0, 0
+    pairs, squares, freedom = list[NullPair](), 0.0, 0
     for group in groups:
-        differences = [_difference(*pair, *steps) for pair in combinations(group, 2)]
-        pairs += [
-            NullPair(one.label, two.label, difference)
-            for (one, two), difference in zip(combinations(group, 2), differences, strict=True)
-        ]
-        squares += sum(difference**2 for difference in differences) / len(group)
+        made = [NullPair(one.label, two.label, _difference(one, two, *steps)) for one, two in combinations(group, 2)]
+        pairs += made
+        squares += sum(pair.difference**2 for pair in made) / len(group)
         freedom += len(group) - 1
     if not pairs:
         return None
@@ -111,11 +108,20 @@ def _null(kind: str, reference: RunData, groups: list[list[RunData]], steps: tup
 
 
 def _difference(one: RunData, two: RunData, first: int, last: int) -> float:
-    """Mean of the train loss of `two` - `one` from step `first` to `last`, where both are finite."""
+    """Mean of the train loss of `two` - `one` from step `first` to `last`, where both are finite. Raises ConfigError
+    where they never are.
+    """
     steps, difference = loss_difference(one, two)
     inside = difference[(steps >= first) & (steps <= last)]
     finite = inside[np.isfinite(inside)]
-    return float(finite.mean()) if len(finite) else 0.0
+    if not len(finite):
+        raise ConfigError(
+            f"no train loss from step {first} to {last} is finite both here and in {one.path}",
+            field="--null",
+            value=str(two.path),
+            fix="name A/A runs that did not diverge, and compare runs of as many steps",
+        )
+    return float(finite.mean())
 
 
 def _caveats(reference: RunData, groups: list[list[RunData]]) -> list[str]:

@@ -103,7 +103,9 @@ def report_links(directory: Path, facts: object, heads: Sequence[str], files: It
     """The chain over the `facts` of a certificate and the `files` of its report in `directory`; `heads` are the last
     SHA-256 of every run. Raises OSError when a file cannot be read.
     """
-    figures = {CERTIFICATE: {name: _shown(value) for name, value in leaves(facts)}}
+    # Last, and over the whole: two keys can make one dotted name.
+    shown = {name: _shown(value) for name, value in leaves(facts)}
+    figures = {CERTIFICATE: {**shown, "file": digest(canonical(facts))}}
     written = {name: {"file": _file(directory / name)} for name in sorted(files)}
     return sealed(REPORT_LINKS, {"figures": figures, "report": written}, digest(canonical(list(heads))))
 
@@ -374,7 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if certificate["format"] != FORMAT:
             raise ValueError(f"format {certificate['format']} is unknown to this verifier")
         failed = check(certificate, given.certificate.parent, given.runs, _print)
-        if given.seal and given.seal != certificate["seal"]:
+        if given.seal is not None and given.seal != certificate["seal"]:
             failed += _said("seal", "", [f"{CERTIFICATE}: seal is not the one that you kept"], _print)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         print(f"cannot be checked: {type(error).__name__}: {error}", file=sys.stderr)

@@ -31,7 +31,7 @@ def run_points(
 
     `watch` is called about twice a second with the points that are training and those that have not begun. On Ctrl-C,
     SIGTERM or SIGHUP the points that are training save and stop, no further one begins, and KeyboardInterrupt is
-    raised. Another signal is passed on to them.
+    raised. Another signal is passed on to them. An error stops them too.
     """
     failed: list[Point] = []
     waiting, training = list(points), dict[Training, Point]()
@@ -47,9 +47,8 @@ def run_points(
                 ended = [process for process in training if process.poll() is not None]
                 failed += [point for process in ended if (point := training.pop(process)) and process.returncode]
                 watch(list(training.values()), waiting)
-        except KeyboardInterrupt:
+        finally:
             _stop(training)
-            raise
     return failed
 
 
@@ -72,9 +71,9 @@ def _start(directory: Path, point: Point, processes: int) -> Training:
 def _stop(training: Iterable[Training]) -> None:
     """Ask every process to stop and wait for it; ask again on each further signal."""
     alive = [process for process in training if process.poll() is None]
-    for process in alive:
-        process.terminate()
     try:
+        for process in alive:
+            process.terminate()
         for process in alive:
             process.wait()
     except KeyboardInterrupt:

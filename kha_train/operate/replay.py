@@ -18,7 +18,7 @@ from kha_train.checkpoint.reader import Checkpoint, directory_of, verify
 from kha_train.config.build import flatten
 from kha_train.errors import KhaError
 from kha_train.operate.stretch import Launch, Stretch, compute, in_processes, stretches
-from kha_train.record import read_metrics, read_run, timing_keys
+from kha_train.record import declared_in, read_metrics, read_run, timing_keys
 from kha_train.record.jsonl import encode
 from kha_train.record.provenance import collect_provenance
 from kha_train.record.reader import METRICS_FILE
@@ -40,7 +40,7 @@ def replay_runs(
     launch: Launch = in_processes,
 ) -> tuple[Replay, ...]:
     """Replay `count` stretches, drawn without repetition from all that can be computed here, by `random.Random(seed)`.
-    A run without such a stretch is reported with the reason. `tell` receives a line about each.
+    A run with other stretches, or with none, is reported with the reason. `tell` receives a line about each.
 
     Raises as `read_metrics`.
     """
@@ -53,10 +53,18 @@ def replay_runs(
         with bar(stretch.words, stretch.last - stretch.first) as advance:
             replays.append(_replay(stretch, launch, advance))
     for run in runs:
-        if all(one.obstacle for one in found[run.path]):
-            reasons = dict.fromkeys(one.obstacle for one in found[run.path])
-            replays.append(Replay(run.label, 0, 0, "not replayed", reason="; ".join(reasons) or "it has no checkpoint"))
+        if reason := _left_out(found[run.path]):
+            replays.append(Replay(run.label, 0, 0, "not replayed", reason=reason))
     return tuple(replays)
+
+
+def _left_out(of_run: Sequence[Stretch]) -> str:
+    """Why stretches of a run were not drawn from; "" where all were."""
+    blocked = [one.obstacle for one in of_run if one.obstacle]
+    reasons = "; ".join(dict.fromkeys(blocked))
+    if len(blocked) == len(of_run):
+        return reasons or "it has no checkpoint"
+    return f"{len(blocked)} of {len(of_run)} stretches: {reasons}" if blocked else ""
 
 
 def _replay(stretch: Stretch, launch: Launch, advance: Callable[[int], None]) -> Replay:
@@ -75,7 +83,7 @@ def _replay(stretch: Stretch, launch: Launch, advance: Callable[[int], None]) ->
             again = compute(stretch, Path(place), launch, watch)
             directory = directory_of(again)
             now = Checkpoint(directory, verify(directory))
-        except KhaError as error:
+        except (KhaError, OSError) as error:
             return Replay(stretch.run.label, stretch.first, stretch.last, "not replayed", reason=str(error))
         lines, entries, told = _compare_lines(stretch, again)
         tensors, differing = _compare_checkpoints(before, now)
@@ -99,7 +107,9 @@ def _compare_lines(stretch: Stretch, again: Path) -> tuple[int, int, list[str]]:
     the release of the run did not record."""
     before = stretch.run.columns.lines(stretch.run.path / METRICS_FILE, stretch.first + 1, stretch.last)
     now = {line["step"]: line for line in read_metrics(again)}
-    timings = timing_keys(stretch.run.run) | timing_keys(read_run(again))
+    own = read_run(again)
+    # What this release declares holds: the run's own word could hide an entry.
+    timings = timing_keys(own) | timing_keys(stretch.run.run) - declared_in(own).keys()
     entries, told = 0, []
     for line in before:
         other = now.get(line["step"], {})

@@ -24,18 +24,20 @@ from kha_train.analysis.runs import RunData
 from kha_train.checkpoint.layout import FOLDER, candidates
 from kha_train.config.build import flatten, to_plain
 from kha_train.config.compose import from_plain
-from kha_train.config.constants import may_differ
+from kha_train.config.constants import WITHOUT_EFFECT, may_differ
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import SRUN, TORCHRUN
 from kha_train.errors import KhaError, MachineError
 from kha_train.foreign.documents import parse_json
+from kha_train.operate.ahead import processors
 from kha_train.record import Attempt, config_of, read_attempts, read_last_metrics
 from kha_train.record.files import write_json
 from kha_train.record.jsonl import decode
 
 POLL_SECONDS = 0.5
-WITHOUT_MATTER = ("run.dir", "run.name", "run.max_minutes", "resume.", "checkpoint.", "profile.", "cluster.")
-"""Settings, or sections, that may differ between the attempts of one stretch."""
+MEASURING = ("validation.", "evaluation.", "stability.probe_every", "telemetry.layer_statistics_every")
+"""Of the settings without effect on training, those that decide what a line holds."""
+CONTENTS = ("data_content_id", "validation_content_id")
 _ERROR, _LOG = "error.txt", "log.txt"
 
 
@@ -80,7 +82,9 @@ def stretches(run: RunData) -> list[Stretch]:
     """Every stretch between two neighbouring checkpoints of `run`, the beginning of the run included."""
     attempts = read_attempts(run.path)
     kept = {step: path for step, path in reversed(candidates(run.path / FOLDER)) if step > run.begun_after}
-    places: list[tuple[int, Path | None]] = [(run.begun_after, None), *sorted(kept.items())]
+    parent = run.run.get("parent")
+    begin = Path(parent["checkpoint"]) if parent else None
+    places: list[tuple[int, Path | None]] = [(run.begun_after, begin), *sorted(kept.items())]
     return [
         _stretch(run, attempts, first, last, source, target)
         for (first, source), (last, target) in pairwise(places)
@@ -120,7 +124,10 @@ def _obstacles(
             yield f"the run went back inside them, from step {event['step']} to step {event.get('to_step', 0)}"
     settings = [flatten(config or {}) for config in configs]
     changed = {key for one in settings for key in one if one[key] != settings[0].get(key)}
-    if matter := sorted(key for key in changed if not may_differ(key, WITHOUT_MATTER)):
+    for name in CONTENTS:
+        if len({str(attempt.facts.get(name)) for attempt in attempts}) > 1:
+            yield f"the run was restarted inside them with another {name}"
+    if matter := sorted(key for key in changed if not may_differ(key, WITHOUT_EFFECT) or may_differ(key, MEASURING)):
         yield f"the run was restarted inside them with another {', '.join(matter)}"
     sizes = {attempt.world_size for attempt in attempts}
     if None in sizes:
@@ -130,7 +137,7 @@ def _obstacles(
     device, size = str(attempts[0].facts.get("device", "cpu")), attempts[0].world_size or 1
     if device != "cpu" and not torch.cuda.is_available():
         yield f"they were computed on {device}, which this machine does not have"
-    here = torch.cuda.device_count() if device != "cpu" else os.cpu_count() or 1
+    here = torch.cuda.device_count() if device != "cpu" else processors()
     if size > here:
         yield f"they were computed by {size} processes, and this machine has {here} of what each needs ({device})"
 

@@ -90,12 +90,22 @@ def figure(path: str, value: object) -> Callable[[Path], None]:
     return tamper
 
 
+def shadowed(place: Path) -> None:
+    """Another value, behind a key that spells the dotted name of the certified one."""
+    file = place / "report" / "certificate.json"
+    whole = json.loads(file.read_text())
+    run = whole["facts"]["report"]["runs"][1]
+    whole["facts"]["report.runs[1].bits_per_byte"], run["bits_per_byte"] = run["bits_per_byte"], 0.5
+    file.write_text(json.dumps(whole))
+
+
 def removed(name: str) -> Callable[[Path], None]:
     return lambda place: shutil.rmtree(place / name)
 
 
 CHECKPOINT = "runs/gqa/checkpoints/step-00000072"
 TAMPERED: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "a result behind a key of its name": (shadowed, ("certificate.json: file is",)),
     "a loss": (at_step(50, "train/loss", 3.5), ("metrics.jsonl: column train/loss", "metrics.jsonl: lines 49 to 50")),
     "the order of the data": (at_step(9, "samples_first", 7), ("metrics.jsonl: samples_first, samples_last",)),
     "the content id of the data": (

@@ -20,7 +20,7 @@ from kha_train.cli.main import run as command
 from kha_train.config.compose import compose
 from kha_train.operate.replay import replay_runs
 from kha_train.operate.stretch import compute, in_this_process, stretches
-from kha_train.record import read_metrics
+from kha_train.record import read_metrics, read_run, timing_keys
 from kha_train.train.run import train
 
 SETTINGS = (
@@ -74,11 +74,10 @@ def test_every_stretch_is_bit_equal_and_the_run_is_only_read(run_dir: Path) -> N
         (0, 4, "equal", (), 4),
         (4, 8, "equal", (), 4),
     ]
-    timings = ("time", "attempt", "train/step_seconds")
+    timings = timing_keys(read_run(run_dir))
     lines = read_metrics(run_dir)
     for one in found:
-        entries = sum(len(line) for line in lines[one.first : one.last])
-        assert 0 < one.entries < entries - len(timings) * 4 + 1
+        assert one.entries == sum(key not in timings for line in lines[one.first : one.last] for key in line)
         assert one.tensors > 0
     assert fingerprint(run_dir) == before
 
@@ -92,6 +91,30 @@ def test_a_changed_line_is_named_and_so_is_the_stretch(run_dir: Path) -> None:
     assert found[0, 4].outcome == "equal"
     assert found[4, 8].outcome == "differs"
     assert found[4, 8].differences == (f"step 6: train/loss is {loss}, recorded {loss + 1e-12}",)
+
+
+@pytest.mark.slow
+def test_a_run_cannot_declare_its_losses_to_be_timings(run_dir: Path) -> None:
+    loss = read_metrics(run_dir)[5]["train/loss"]
+    restore, file = edited(run_dir, 6, "train/loss", loss + 1.0), run_dir / "run.json"
+    before = file.read_text()
+    run = json.loads(before)
+    run["metrics"]["train/loss"]["timing"] = True
+    file.write_text(json.dumps(run))
+    found = {(one.first, one.last): one.outcome for one in replayed(run_dir)}
+    restore(), file.write_text(before)
+    assert found == {(0, 4): "equal", (4, 8): "differs"}
+
+
+@pytest.mark.slow
+def test_a_stretch_that_cannot_be_computed_is_told_beside_those_that_were(run_dir: Path) -> None:
+    file = run_dir / "metrics.jsonl"
+    before = file.read_text()
+    file.write_text("".join(line for line in before.splitlines(keepends=True) if json.loads(line)["step"] != 6))
+    found = [(one.first, one.last, one.outcome, one.reason) for one in replayed(run_dir)]
+    file.write_text(before)
+    reason = "1 of 2 stretches: the record lacks lines of these steps"
+    assert found == [(0, 4, "equal", ""), (0, 0, "not replayed", reason)]
 
 
 @pytest.mark.slow
