@@ -5,8 +5,6 @@ from __future__ import annotations
 from kha_train.analysis.compare import AcrossSeeds, Comparison
 from kha_train.analysis.rates import VariantEvents
 
-LOWER, HIGHER = "lower", "higher"
-
 
 def answers(comparison: Comparison) -> tuple[str, ...]:
     """One sentence for each variant beside the reference's; one about all runs where there is no other variant."""
@@ -23,23 +21,18 @@ def answers(comparison: Comparison) -> tuple[str, ...]:
     )
 
 
-def excludes_zero(found: AcrossSeeds) -> bool:
-    """Whether the interval over seeds exists and has zero outside."""
-    return found.interval is not None and not found.interval.low <= 0 <= found.interval.high
-
-
 def _difference(variant: str, reference: str, found: AcrossSeeds | None) -> str:
     names = f"{variant} against {reference}"
     if found is None:
-        return f"{names}: no fair pair, so nothing can be said"
+        return f"{names}: no fair pair with finite losses, so nothing can be said"
     count = len(found.differences)
     if found.interval is None:
         return f"{names}: train loss {found.differences[0]:+.4f} nats per token in one seed. 1 seed: not evidence"
     interval = found.interval
     told = f"{interval.mean:+.4f} nats per token, 95 % over {count} seeds: {interval.low:+.4f} to {interval.high:+.4f}"
     signs = found.sign_test.words
-    if excludes_zero(found):
-        which = LOWER if interval.mean < 0 else HIGHER
+    if interval.excludes_zero:
+        which = "lower" if interval.mean < 0 else "higher"
         weak = "; fewer than 3 seeds: weak evidence" if count < 3 else ""
         return f"{names}: {which} train loss, {told}; {signs}{weak}"
     return f"{names}: no difference in train loss that {count} seeds show, {told}; {signs}"

@@ -305,7 +305,7 @@ def no_difference(pair: Pair) -> str:
     """The reason, in words, why a pair has no difference."""
     if pair.different_from is not None:
         return f"no paired difference, because they read different data from step {pair.different_from} on"
-    return "too few common steps for a difference"
+    return "no step in the last half of the common steps has a finite loss in both"
 
 
 def _pair(runs: tuple[RunData, ...], reference: int, other: int, varied: tuple[str, ...]) -> Pair:

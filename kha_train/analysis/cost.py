@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from kha_train.analysis.runs import RunData
-from kha_train.analysis.summary import Quantity, Summary
+from kha_train.analysis.summary import RESULTS, Quantity, Summary
 from kha_train.config.compose import load
 from kha_train.config.schema import RunConfig
 from kha_train.errors import KhaError
@@ -18,17 +18,17 @@ from kha_train.estimate.counts import cache_bytes_per_token, flops_per_token
 from kha_train.record.attempts import CONFIG_FILE
 
 COSTS: dict[str, Quantity] = {
-    "parameters": Quantity("parameters", ",.0f", "all trained numbers, tied ones counted once"),
-    "active_parameters": Quantity("active parameters", ",.0f", "parameters a token passes through"),
+    "parameters": RESULTS["parameters"],
+    "active_parameters": RESULTS["active_parameters"],
     "flops_per_token": Quantity(
         "training FLOPs per token", ",.0f", "3 x the matrix products of a forward pass, head interactions included"
     ),
     "total_flops": Quantity("training FLOPs", ".4g", "FLOPs per token x tokens on the surviving curve"),
-    "step_p50": Quantity("seconds per step, p50", ".4g", "median over the steps, waiting for data included"),
+    "step_seconds": RESULTS["step_seconds"],
     "step_p95": Quantity("seconds per step, p95", ".4g", "95 % of the steps took at most this long"),
     "hours": Quantity("hours of steps", ".3g", "sum of the seconds of all steps on the surviving curve"),
-    "tokens_per_second": Quantity("tokens per second", ",.0f", "median over the steps, all ranks together"),
-    "peak_memory": Quantity("peak memory, GiB", ".2f", "peak of the run, rank 0: resident on a CPU, allocated on CUDA"),
+    "tokens_per_second": RESULTS["tokens_per_second"],
+    "peak_memory": RESULTS["peak_memory"],
     "cache_bytes": Quantity(
         "cache per token, bytes", ",.0f", "keys and values of one token of context in all layers, two bytes a number"
     ),
@@ -59,7 +59,7 @@ def cost_of(run: RunData, summary: Summary) -> Cost:
         "active_parameters": summary.results["active_parameters"],
         "flops_per_token": flops,
         "total_flops": flops * tokens if flops and tokens else None,
-        "step_p50": _quantile(seconds_N, 0.5),
+        "step_seconds": summary.results["step_seconds"],
         "step_p95": _quantile(seconds_N, 0.95),
         "hours": float(seconds_N.sum()) / 3600 if len(seconds_N) else None,
         "tokens_per_second": summary.results["tokens_per_second"],

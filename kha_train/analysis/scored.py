@@ -1,4 +1,4 @@
-"""The last figures of validation sets and tasks of several runs, and the differences between runs by domain."""
+"""The figures of validation sets and tasks of several runs, the last ones and over their steps."""
 
 # N steps at which a figure was measured
 
@@ -72,9 +72,9 @@ def scored_series(run: RunData, entries: str) -> dict[str, Series]:
 def last_common(reference: Series, other: Series) -> tuple[int, float] | None:
     """(step, `other` - `reference`) at the last step at which both have a finite value; None without any."""
     steps, left, right = np.intersect1d(reference.steps_N, other.steps_N, return_indices=True)
-    difference = np.full(len(steps), np.nan)
     values = reference.values_N[left], other.values_N[right]
-    finite = np.isfinite(values[0]) & np.isfinite(values[1])
-    difference[finite] = values[1][finite] - values[0][finite]
-    usable = np.flatnonzero(finite)
-    return (int(steps[usable[-1]]), float(difference[usable[-1]])) if len(usable) else None
+    usable = np.flatnonzero(np.isfinite(values[0]) & np.isfinite(values[1]))
+    if not len(usable):
+        return None
+    last = usable[-1]
+    return int(steps[last]), float(values[1][last] - values[0][last])

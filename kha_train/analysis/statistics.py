@@ -68,6 +68,11 @@ class SeedInterval:
     high: float
     seeds: int
 
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether zero lies outside."""
+        return not self.low <= 0 <= self.high
+
 
 @dataclass(frozen=True)
 class SignTest:

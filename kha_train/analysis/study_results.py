@@ -70,7 +70,7 @@ class Compared:
     @property
     def differs(self) -> bool:
         """Whether the interval excludes zero."""
-        return self.interval is not None and not self.interval.low <= 0.0 <= self.interval.high
+        return self.interval is not None and self.interval.excludes_zero
 
     def sentence(self) -> str:
         """The result in one line."""

@@ -65,7 +65,7 @@ def _compare(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
     differences = [_late_loss(out, seed, 2 * seed + 1) - _late_loss(out, seed, 2 * seed) for seed in seeds]
     interval = over_seeds(differences)
     assert interval is not None
-    outside = not interval.low <= 0 <= interval.high
+    outside = interval.excludes_zero
     bounds = {"mean": interval.mean, "low": interval.low, "high": interval.high}
     return {"seeds": list(seeds), "differences": differences, **bounds, "outside": outside}
 

@@ -53,7 +53,7 @@ def of_run(run: Path) -> dict[str, Any]:
         "validation_loss": (last(run, "validation/loss") or (0, None))[1],
         "spikes": spikes(run),
         "parameters": total,
-        "step_p50": statistics.median(seconds),
+        "step_seconds": statistics.median(seconds),
         "step_p95": statistics.quantiles(seconds, n=100, method="inclusive")[94],
         "hours": math.fsum(seconds) / 3600,
     }

@@ -221,7 +221,7 @@ def test_a_run_that_never_was_finite_is_reported_without_an_end(tmp_path: Path) 
     comparison = compare_runs([make_run(tmp_path / "a", falling(30)), nothing])
     assert comparison.summaries[1].results["final_loss"] is None
     assert comparison.pairs[0].difference is None and comparison.pairs[0].interval is None
-    assert "too few common steps" in comparison.sentence(comparison.pairs[0])
+    assert "has a finite loss in both" in comparison.sentence(comparison.pairs[0])
     assert "<svg" in report_html(comparison)
 
 

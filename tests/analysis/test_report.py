@@ -24,7 +24,7 @@ from kha_train.analysis.inspection import (
     ProbeRows,
     write_inspection,
 )
-from kha_train.analysis.report import loss
+from kha_train.analysis.report import difference, loss
 from kha_train.analysis.report.context import Context
 from kha_train.analysis.report.page import report_html, write_report
 from kha_train.analysis.report.svg import tick_labels, ticks
@@ -199,7 +199,7 @@ def test_an_unfair_pair_is_marked_in_every_form_and_emphasised_in_none(tmp_path:
     assert shown in document and f"**{shown}**" not in document
     for text in (page, document, (tmp_path / "out" / "figures" / "difference-steps.svg").read_text()):
         assert "unfair" in text or "not a fair pair" in text
-    assert answers(comparison) == ("kha_mlp against gqa: no fair pair, so nothing can be said.",)
+    assert answers(comparison) == ("kha_mlp against gqa: no fair pair with finite losses, so nothing can be said.",)
 
 
 def test_more_than_eight_runs_are_drawn_by_variant(tmp_path: Path) -> None:
@@ -339,3 +339,23 @@ def test_figures_by_layer_are_the_means_of_the_last_quarter_of_the_sampled_steps
     with (tmp_path / "out" / "figures" / "moe-maxvio-layers.csv").open() as file:
         assert [float(row["value"]) for row in csv.DictReader(file)] == [35.5, 2.0]
     assert "moe/dead_fraction is 0 in every layer of every run" in page and "mine/odd" not in page
+
+
+def test_runs_ahead_of_their_references_are_compared_as_far_as_both_go(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / f"{variant}{seed}", [3.0] * steps, variant=variant, seed=seed)
+        for variant, steps in (("gqa", 40), ("mea", 50))
+        for seed in (0, 1)
+    ]
+    write_report(compare_runs(runs), tmp_path / "out")
+    with (tmp_path / "out" / "figures" / "difference-seeds.csv").open() as file:
+        assert max(float(row["steps"]) for row in csv.DictReader(file)) == 40
+
+
+def test_the_axis_of_a_difference_holds_zero_however_far_the_curves_lie(tmp_path: Path) -> None:
+    higher = [3.0 + 0.01 * (step % 7) for step in range(900)]
+    runs = [make_run(tmp_path / "a", higher), make_run(tmp_path / "b", [x - 0.5 for x in higher], variant="mea")]
+    section = difference.section(Context(compare_runs(runs)))
+    assert section is not None
+    low, high = section.figures()[0].y_range or (0.0, 0.0)
+    assert low < -0.4 and 0 < high

@@ -124,6 +124,13 @@ class Context:
         places = np.searchsorted(self.runs[run].steps, steps_N)
         return {key: values_N[places] for key, values_N in self._x[run].items()}
 
+    def meaning(self, name: str) -> str:
+        """What the runs declared a metric to mean, as a sentence; "" where none did."""
+        meaning = next(filter(None, (run.meaning(name) for run in self.runs)), "")
+        # The rest says how layers are combined, or at which steps.
+        told = meaning.partition(";")[0]
+        return f"{told[:1].upper()}{told[1:]}." if told else ""
+
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
         """The axes that at least one run has."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from kha_train.analysis.compare import OF_A_VALIDATION_SET
 from kha_train.analysis.cost import COSTS
 from kha_train.analysis.report.content import Block, Row, Section, Table, Text
 from kha_train.analysis.report.context import Context
 from kha_train.analysis.rows import result_rows
 from kha_train.analysis.summary import RESULTS, UNKNOWN_FIGURE, Quantity, printed
-
-ELSEWHERE = ("validation_loss", "bits_per_byte")
-"""Results that another section shows."""
 
 
 def section(context: Context) -> Section:
@@ -21,15 +19,14 @@ def section(context: Context) -> Section:
         blocks.append(_variants(context))
         words = "Means over the runs of a variant; in brackets, the change against the first variant."
         blocks.append(Text(words, "soft"))
-    hidden = {id(RESULTS[name]) for name in ELSEWHERE}
+    hidden = {id(RESULTS[name]) for name in OF_A_VALIDATION_SET}
     rows = [
         Row(one.name, tuple(values), one.definition)
         for one, values in result_rows(context.comparison)
         if id(one) not in hidden
     ]
-    known = {row.name for row in rows}
     rows += [
-        Row(one.name, _values(context, key, one), one.definition) for key, one in COSTS.items() if one.name not in known
+        Row(one.name, _values(context, key, one), one.definition) for key, one in COSTS.items() if key not in RESULTS
     ]
     blocks.append(context.run_table(rows))
     return Section("cost", "Results and cost", tuple(blocks))

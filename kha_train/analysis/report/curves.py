@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -45,7 +45,7 @@ def _variant_loss(context: Context, variant: str, runs: Sequence[int]) -> list[S
 
 
 def pair_differences(context: Context, pairs: Sequence[Pair]) -> list[tuple[Pair, np.ndarray, np.ndarray]]:
-    """(pair, steps [N], smoothed difference [N]) of those with a difference."""
+    """(pair, steps [N], difference [N]) of those with a difference."""
     found = []
     for pair in pairs:
         steps_N, difference_N = loss_difference(context.runs[pair.reference], context.runs[pair.other])
@@ -95,11 +95,10 @@ def grouped_points(context: Context, curves: Sequence[Series]) -> list[Series]:
 def late(parts: Sequence[Series]) -> list[Series]:
     """The second halves of series, by their steps."""
     last = max((float(one.x["steps"][-1]) for one in parts if len(one.y_N)), default=0.0)
-    return [_kept(one, lambda steps: steps > last / 2) for one in parts]
+    return [_kept(one, one.x["steps"] > last / 2) for one in parts]
 
 
-def _kept(one: Series, wanted: Callable[[np.ndarray], np.ndarray]) -> Series:
-    inside = wanted(one.x["steps"])
+def _kept(one: Series, inside: np.ndarray) -> Series:
     return replace(
         one,
         x={key: values[inside] for key, values in one.x.items()},
@@ -110,20 +109,22 @@ def _kept(one: Series, wanted: Callable[[np.ndarray], np.ndarray]) -> Series:
 
 
 def _spread(steps_N: np.ndarray, values_N: np.ndarray, steps_S: np.ndarray) -> np.ndarray:
-    """The values at `steps_S`; nan where a curve lacks the step."""
+    """The values at `steps_S`; nan where a curve lacks the step. Its other steps are left out."""
     spread_S = np.full(len(steps_S), np.nan)
-    spread_S[np.searchsorted(steps_S, steps_N)] = values_N
+    _, places, known = np.intersect1d(steps_S, steps_N, return_indices=True)
+    spread_S[places] = values_N[known]
     return spread_S
 
 
 def _over_runs(curves_RS: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(mean, lowest, highest) at every step over the curves that are finite there; nan where none is."""
-    known_S = np.isfinite(curves_RS).any(axis=0)
+    curves_RS = finite(curves_RS)
+    known_S = ~np.isnan(curves_RS).all(axis=0)
     parts = []
     for function in (np.nanmean, np.nanmin, np.nanmax):
         part_S = np.full(curves_RS.shape[1], np.nan)
         part_S[known_S] = function(curves_RS[:, known_S], axis=0)
-        parts.append(finite(part_S))
+        parts.append(part_S)
     return parts[0], parts[1], parts[2]
 
 

@@ -33,10 +33,11 @@ def section(context: Context) -> Section | None:
     if not comparison.pairs:
         return None
     found = pair_differences(context, comparison.pairs)
-    curves = [one for pair, steps_N, values_N in found for one in _curves(context, pair, steps_N, values_N)]
-    calm = [one for pair, *of_pair in found if not _lost(context, pair) for one in _curves(context, pair, *of_pair)]
     blocks: list[Block] = []
-    if curves and not context.grouped:
+    if found and not context.grouped:
+        drawn = [(pair, _curves(context, pair, steps_N, values_N)) for pair, steps_N, values_N in found]
+        curves = [one for _, parts in drawn for one in parts]
+        calm = [one for pair, parts in drawn if not _lost(context, pair) for one in parts]
         blocks.append(_figure(context, "difference", "Paired difference, one a pair", EACH, curves, calm))
     together: list[Series] = []
     for variant in list(context.variants)[1:]:
@@ -61,7 +62,9 @@ def section(context: Context) -> Section | None:
 
 
 def _figure(context: Context, name: str, title: str, caption: str, curves: list[Series], calm: list[Series]) -> Figure:
-    """A figure whose y axis follows the `calm` curves, if there are any, after the first tenth of the steps."""
+    """A figure whose y axis holds zero and follows the `calm` curves, if there are any, after the first tenth of the
+    steps.
+    """
     last = max(float(one.x["steps"][-1]) for one in curves)
     late = [one for one in calm or curves if one.kind != "raw"]
     parts = [
@@ -70,7 +73,7 @@ def _figure(context: Context, name: str, title: str, caption: str, curves: list[
         for values in (one.y_N, one.low_N, one.high_N)
         if values is not None
     ]
-    shown = bounds([*parts, np.zeros(1)], 0.01)
+    shown = bounds([np.array([*(bounds(parts, 0.01) or ()), 0.0])])
     return Figure(name, title, caption, "nats per token", context.axes, tuple(curves), shown, zero=True)
 
 

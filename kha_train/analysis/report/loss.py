@@ -66,7 +66,7 @@ def _events(context: Context) -> list[Series]:
             if first == last:
                 continue
             inside = losses_N[first:last]
-            highest = int(np.nanargmax(np.where(np.isfinite(inside), inside, -np.inf)))
+            highest = int(np.argmax(np.where(np.isfinite(inside), inside, -np.inf)))
             ended = event.kind in ("unrecovered", "open")
             kinds["diverged" if ended else "spike"].append(int(first) if ended else int(first) + highest)
         for kind, places in kinds.items():

@@ -12,14 +12,11 @@ from kha_train.analysis.figures import spread
 from kha_train.analysis.heatmap import largest_of
 from kha_train.analysis.inspection import Inspection
 from kha_train.analysis.inspection_table import layer_row
+from kha_train.analysis.layers import PROBED
 from kha_train.analysis.report.content import Block, Figure, Maps, Section, Series, Subtitle, Text
 from kha_train.analysis.report.context import Context
 from kha_train.analysis.report.curves import grouped_points
 
-PROBED = {
-    "kha/from_identity": "Largest Frobenius distance of a matrix (gates aside) from the identity, of all layers.",
-    "attn/max_logit": "Largest attention logit of all layers over sampled queries.",
-}
 ANALYSED = {
     "matrix_distance": "Frobenius norm, over all learned matrices of a layer, of what differs from the identity.",
     "gate": "Mean of the sigmoid gates; 0.5 before training.",
@@ -51,14 +48,14 @@ def section(context: Context) -> Section:
 
 
 def _probed(context: Context) -> Iterator[Figure]:
-    for name, caption in PROBED.items():
+    for name in PROBED:
         curves = [
             Series(label, context.style(run), "points", context.x(run, found.steps_N), found.values_N)
             for run, label in enumerate(context.labels)
             if (found := context.sampled[run].probed.get(name)) is not None
         ]
         if curves:
-            yield _figure(context, name.replace("/", "-"), name, caption, curves)
+            yield _figure(context, name.replace("/", "-"), name, context.meaning(name), curves)
 
 
 def _analysed(context: Context) -> Iterator[Figure]:

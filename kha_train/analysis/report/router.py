@@ -41,7 +41,7 @@ def section(context: Context) -> Section | None:
     for name in (*ROUTER, *OTHERS, *sorted(recorded - {*ROUTER, *OTHERS})):
         if name in recorded and _is_zero(context, name):
             blocks.append(
-                Text(f"{name} is 0 in every layer of every run at all sampled steps. {_meaning(context, name)}")
+                Text(f"{name} is 0 in every layer of every run at all sampled steps. {context.meaning(name)}")
             )
         elif name in recorded:
             blocks += [_profile(context, name), _training(context, name)]
@@ -82,7 +82,7 @@ def _profile(context: Context, name: str) -> Figure:
             if values_L is not None:
                 x = {LAYER.key: np.arange(len(values_L), dtype=np.float64)}
                 curves.append(Series(context.labels[run], context.style(run), "points", x, values_L))
-    return Figure(f"{_file(name)}-layers", f"{name} by layer", _meaning(context, name), name, (LAYER,), tuple(curves))
+    return Figure(f"{_file(name)}-layers", f"{name} by layer", context.meaning(name), name, (LAYER,), tuple(curves))
 
 
 def _training(context: Context, name: str) -> Figure:
@@ -100,10 +100,3 @@ def _training(context: Context, name: str) -> Figure:
             curves.append(Series(context.labels[run], context.style(run), "line", x, values.mean(axis=1), *edges))
     words = "The first run of each variant." if context.grouped else ""
     return Figure(f"{_file(name)}-training", f"{name} over training", words, name, context.axes, tuple(curves))
-
-
-def _meaning(context: Context, name: str) -> str:
-    meaning = next(filter(None, (run.meaning(name) for run in context.runs)), "")
-    # The rest says how the layers are combined, which is not done here.
-    told = meaning.partition(";")[0]
-    return f"{told[:1].upper()}{told[1:]}." if told else ""

@@ -140,7 +140,6 @@ def _y_range(figure: Figure, shown: Sequence[Series]) -> tuple[float, float]:
     parts = [values for one in shown for values in (one.y_N, one.low_N, one.high_N) if values is not None]
     values = np.concatenate([part[np.isfinite(part)] for part in parts]) if parts else np.zeros(0)
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
-    low, high = (min(low, 0.0), max(high, 0.0)) if figure.zero else (low, high)
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
     return low - margin, high + margin
 

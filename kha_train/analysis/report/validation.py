@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from kha_train.analysis.compare import OF_A_VALIDATION_SET
 from kha_train.analysis.evaluations import VALIDATION
 from kha_train.analysis.report.content import Block, Figure, Row, Section, Series, Subtitle, Table, Text
 from kha_train.analysis.report.context import Context, bounds
@@ -24,14 +25,13 @@ BITS = (
     "Cross-entropy on held-out rows in bits, divided by the bytes of the text that was predicted. The y axis leaves "
     "out the first quarter of the points, so that it shows what differs."
 )
-OF_VALIDATION = ("validation_loss", "bits_per_byte")
 
 
 def section(context: Context) -> Section | None:
     """The differences by domain, the last figures of every run, and the curves of bits per byte."""
     comparison = context.comparison
     blocks: list[Block] = [*_differences(context)]
-    chosen = {id(RESULTS[name]) for name in OF_VALIDATION}
+    chosen = {id(RESULTS[name]) for name in OF_A_VALIDATION_SET}
     last = [(one, values) for one, values in result_rows(comparison) if id(one) in chosen]
     rows = [Row(one.name, tuple(values), one.definition) for one, values in last]
     if any(set(row.values) != {"-"} for row in rows):
