@@ -23,12 +23,18 @@ _BLOCK_NUMBERS = 1 << 22
 """Numbers of the kernel computed at once, and kept."""
 
 
+def squared_distances(x_MD: np.ndarray, y_ND: np.ndarray) -> np.ndarray:
+    """|x - y|^2 of every two vectors, [M, N]."""
+    squares_MN = (x_MD**2).sum(1)[:, None] + (y_ND**2).sum(1) - 2 * (x_MD @ y_ND.T)
+    distances_MN: np.ndarray = np.maximum(squares_MN, 0)
+    return distances_MN
+
+
 def gaussian(width: float) -> Kernel:
     """exp(-|x - y|^2 / (2 width^2))."""
 
     def kernel(x_MD: np.ndarray, y_ND: np.ndarray) -> np.ndarray:
-        squares_MN = (x_MD**2).sum(1)[:, None] + (y_ND**2).sum(1) - 2 * (x_MD @ y_ND.T)
-        kernel_MN: np.ndarray = np.exp(np.maximum(squares_MN, 0) / (-2 * width**2))
+        kernel_MN: np.ndarray = np.exp(squared_distances(x_MD, y_ND) / (-2 * width**2))
         return kernel_MN
 
     return kernel
@@ -126,8 +132,9 @@ class Gain:
 
 @dataclass
 class State:
-    """What the algorithm keeps, O(R N): coefficients A; A K', which is kept up to date with A; and of meta-descent, the
-    logarithms rho of the gains and B, how A depends on them.
+    """What the algorithm keeps, O(R N): coefficients A; A K', which the gains by eigenvalue keep up to date with A
+    (`constant` and `t` leave it as it began); and of meta-descent, the logarithms rho of the gains and B, how A depends
+    on them.
     """
 
     a_RN: np.ndarray
@@ -164,7 +171,7 @@ class KernelHebbian:
             yield state
 
     def eigenvalues(self, state: State) -> np.ndarray:
-        """Estimates of the leading eigenvalues (20)."""
+        """Estimates of the leading eigenvalues (20); after a step of `constant` or `t` they are out of date."""
         estimates_R: np.ndarray = np.linalg.norm(state.ak_RN, axis=1) / np.linalg.norm(state.a_RN, axis=1)
         return estimates_R
 

@@ -27,6 +27,7 @@ from kha_train.analysis.kernel_pca import (
     gaussian,
     preimages,
     reconstruction_error,
+    squared_distances,
 )
 
 METHODS: tuple[GainKind, ...] = get_args(GainKind)
@@ -156,7 +157,7 @@ def solve(
 def median_distance(x_ND: np.ndarray) -> float:
     """The median distance of different vectors, of the first 500."""
     x_ND = x_ND[:500]
-    distances_NN = np.sqrt(((x_ND[:, None] - x_ND[None]) ** 2).sum(-1))
+    distances_NN = np.sqrt(squared_distances(x_ND, x_ND))
     return float(np.median(distances_NN[np.triu_indices(len(x_ND), 1)]))
 
 
@@ -199,7 +200,9 @@ def denoise(
     axes_RD = np.linalg.svd(seen_ND - mean_D, full_matrices=False)[2][:components]
     found = {"linear PCA": mean_D + (noisy_MD - mean_D) @ axes_RD.T @ axes_RD}
     for name, a_RN in problem.coefficients().items():
-        found[name] = preimages(problem.kernel, a_RN, noisy_MD, width)
+        # From coefficients that diverged the fixed point would stay at the noisy vectors.
+        is_finite = bool(np.isfinite(a_RN).all())
+        found[name] = preimages(problem.kernel, a_RN, noisy_MD, width) if is_finite else np.full_like(noisy_MD, np.nan)
     return Denoised(clean_MD, noisy_MD, found)
 
 

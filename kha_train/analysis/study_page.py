@@ -10,9 +10,11 @@ from kha_train.literal import visible
 from kha_train.record.redact import Redactor
 
 
-def study_page(result: StudyResult, reports: Mapping[str, str]) -> str:
-    """The page; `reports` are the comparison reports by reference, as paths relative to it."""
-    text = "\n".join(line for line in _lines(result, reports))
+def study_page(result: StudyResult, reports: Mapping[str, str], given: Sequence[str] = ()) -> str:
+    """The page; `reports` are the comparison reports by reference, as paths relative to it, and `given` the settings
+    from the command line.
+    """
+    text = "\n".join(line for line in _lines(result, reports, given))
     return Redactor.from_environment().text(text + "\n")
 
 
@@ -35,7 +37,7 @@ def rate_rows(result: StudyResult) -> tuple[list[str], list[list[str]]]:
     return ["arm", *(f"{rate:g}" for rate in rates)], rows
 
 
-def _lines(result: StudyResult, reports: Mapping[str, str]) -> Iterator[str]:
+def _lines(result: StudyResult, reports: Mapping[str, str], given: Sequence[str]) -> Iterator[str]:
     scaled, study = result.scaled, result.scaled.study
     yield f"# Study {scaled.name}, scale {scaled.scale_name}\n"
     yield f"**{study.question}** ({study.source})\n"
@@ -53,6 +55,8 @@ def _lines(result: StudyResult, reports: Mapping[str, str]) -> Iterator[str]:
         yield "\n## What the paper prints\n"
         yield from _table(["figure", "arm", "value"], [[p.what, p.arm, f"{p.value:g}"] for p in study.published])
     yield "\n## Overrides\n"
+    if given:
+        yield f"- every arm, from the command line: `{' '.join(given)}`"
     yield from (f"- {arm.name}: `{' '.join(arm.overrides)}`" for arm in result.arms.values())
     if reports:
         yield "\n## Reports\n"

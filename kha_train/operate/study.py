@@ -18,7 +18,7 @@ from kha_train.analysis.report.page import write_report
 from kha_train.analysis.studies import ScaledStudy, Trial
 from kha_train.analysis.study_page import study_page
 from kha_train.analysis.study_results import Outcome, StudyResult, judge, outcome_of
-from kha_train.config.compose import compose, quoted
+from kha_train.config.compose import compose
 from kha_train.config.validate import validate_batch
 from kha_train.errors import ConfigError, KhaError
 from kha_train.operate.datasets import dataset_overrides
@@ -38,11 +38,14 @@ WAIT_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """A study with a validated point for every run that it may need, whichever rates turn out best."""
+    """A study with a validated point for every run that it may need, whichever rates turn out best. `given` are the
+    settings from the command line, which no file has.
+    """
 
     scaled: ScaledStudy
     directory: Path
     points: Mapping[Trial, Point]
+    given: tuple[str, ...] = ()
 
 
 @dataclass
@@ -69,7 +72,9 @@ def plan_study(scaled: ScaledStudy, directory: Path, overrides: Sequence[str] = 
 
     Raises ConfigError for a setting that the study sets itself, and as `plan_points` does.
     """
-    own = [text for text in overrides if text.partition("=")[0] in OF_THE_STUDY]
+    # With `rate_steps` there are two budgets: one setting would be both.
+    ours = (*OF_THE_STUDY, "run.steps") if scaled.scale.rate_steps else OF_THE_STUDY
+    own = [text for text in overrides if text.partition("=")[0].lstrip("+~") in ours]
     if own:
         key, _, value = own[0].partition("=")
         raise ConfigError("is set by the study", field=key, value=value, fix="leave it out")
@@ -80,7 +85,7 @@ def plan_study(scaled: ScaledStudy, directory: Path, overrides: Sequence[str] = 
         settings = [_overrides(scaled, trial, directory, overrides) for trial in trials]
         labels = [_label(scaled, trial) for trial in trials]
         points |= zip(trials, plan_points(directory, settings, scaled.scale.equal, labels), strict=True)
-    return StudyPlan(scaled, directory, points)
+    return StudyPlan(scaled, directory, points, tuple(overrides))
 
 
 def _overrides(scaled: ScaledStudy, trial: Trial, directory: Path, given: Sequence[str]) -> list[str]:
@@ -95,7 +100,6 @@ def _overrides(scaled: ScaledStudy, trial: Trial, directory: Path, given: Sequen
         *given,
         f"optim.lr={trial.rate:g}",
         f"run.seed={trial.seed}",
-        f"telemetry.wandb.group={quoted(directory.name)}",
     ]
     return list({text.partition("=")[0]: text for text in every}.values())
 
@@ -232,10 +236,13 @@ def write_results(plan: StudyPlan, result: StudyResult) -> list[Path]:
         reference: write_report(compare_runs(runs, varied=("optim.lr",)), plan.directory / REPORTS / reference)
         for reference, runs in _groups(result).items()
     }
-    answer = result.to_dict() | {"reports": {reference: str(page) for reference, page in pages.items()}}
+    answer = result.to_dict() | {
+        "given": list(plan.given),
+        "reports": {reference: str(page) for reference, page in pages.items()},
+    }
     write_json(plan.directory / RESULT_FILE, answer)
     links = {name: page.relative_to(plan.directory).as_posix() for name, page in pages.items()}
-    write_text(plan.directory / PAGE_FILE, study_page(result, links))
+    write_text(plan.directory / PAGE_FILE, study_page(result, links, plan.given))
     return [plan.directory / RESULT_FILE, plan.directory / PAGE_FILE, *pages.values()]
 
 

@@ -12,8 +12,18 @@ import pytest
 from typer.testing import CliRunner
 
 from kha_train.analysis.digits import load_digits
-from kha_train.analysis.kernel_pca import gaussian
-from kha_train.analysis.kernel_pca_trial import median_distance, normalised, passes_of, purity, solve, walk
+from kha_train.analysis.kernel_pca import CentredKernel, Gain, KernelHebbian, gaussian, reconstruction_error
+from kha_train.analysis.kernel_pca_trial import (
+    Problem,
+    Streamed,
+    denoise,
+    median_distance,
+    normalised,
+    passes_of,
+    purity,
+    solve,
+    walk,
+)
 from kha_train.cli.main import build
 from kha_train.errors import ConfigError
 
@@ -54,6 +64,27 @@ def test_the_tuned_gain_is_the_best_of_the_grid_and_every_pass_is_told() -> None
     for one in problem.streamed.values():
         assert np.shape(one.errors) == (2, 4) and (np.array(one.errors)[:, -1] < 0.5).all() and not one.at_edge
         assert (np.diff(one.seconds) > 0).all()
+    kernel = problem.kernel
+
+    def end(eta0: float) -> float:
+        """The error of KHA/et in the worse of the two seeds that tune."""
+        gain = Gain(kind="et", eta0=eta0)
+        with np.errstate(all="ignore"):
+            states = [[*KernelHebbian(kernel, 2, gain).passes(4, seed)][-1] for seed in (100, 101)]
+            return float(np.max([reconstruction_error(state.a_RN, kernel.matrix()) for state in states]))
+
+    assert end(4.0) < end(2.0) < end(1.0) and not np.isfinite(end(8.0))
+    assert problem.streamed["et"].eta0 == 2.0, "the best whose double does not diverge"
+
+
+def test_a_method_that_diverged_cleans_nothing() -> None:
+    source = np.random.default_rng(0)
+    x = source.normal(size=(30, 2))
+    exact = np.linalg.eigh(gaussian(1.0)(x, x))[1].T[-2:]
+    lost = Streamed(1.0, False, ((np.nan,),), ((1.0,),), np.full((2, 30), np.nan))
+    problem = Problem(CentredKernel(x, gaussian(1.0)), exact, 0.0, (1.0, 1.0), {"smd": lost})
+    errors = denoise(problem, 1.0, x, x[:5], x[:5] + 0.1).errors()
+    assert np.isnan(errors["smd"]) and np.isfinite([errors["noisy"], errors["exact"]]).all()
 
 
 def test_without_scikit_learn_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from kha_train.analysis.loss_law import fit_loss_law
+from kha_train.analysis.loss_law import fit_loss_law, law_of_run
 
 
 @pytest.mark.parametrize(
@@ -44,3 +46,12 @@ def test_a_curve_that_does_not_fall_or_is_too_short_has_no_law() -> None:
     assert fit_loss_law(tokens, np.full(24, np.nan)) is None
     steep = fit_loss_law(tokens, 3.0 - 0.1 * np.log(tokens))
     assert steep is not None and steep.at_edge, "a logarithm has no floor"
+
+
+def test_the_law_of_a_run_leaves_out_the_first_tenth_of_its_tokens() -> None:
+    tokens = np.arange(1, 4001) * 1e4
+    loss = np.where(tokens < 0.09 * tokens[-1], 50.0, (1e7 / tokens) ** 0.3 + 1.7)
+    columns = {"tokens": tokens, "train/loss": loss}
+    law = law_of_run(SimpleNamespace(column=columns.__getitem__))  # type: ignore[arg-type]
+    assert law is not None
+    assert (law.exponent, law.floor) == (pytest.approx(0.3, rel=1e-4), pytest.approx(1.7, rel=1e-4))

@@ -97,6 +97,15 @@ def test_a_study_that_is_wrong_is_refused_with_the_reason(tmp_path: Path, before
         written(tmp_path, TEXT.replace(before, after, 1))
 
 
+def test_an_arm_may_have_rates_of_its_own(tmp_path: Path) -> None:
+    scaled = written(
+        tmp_path, TEXT.replace("rate_seeds: [7]", "rate_seeds: [7], arm_rates: [{arm: mlp, rates: [2, 1]}]")
+    )
+    assert {(trial.arm, trial.rate) for trial in scaled.rate_trials()} == {
+        ("base", 0.1), ("base", 0.2), ("base", 0.4), ("mlp", 1.0), ("mlp", 2.0),
+    }  # fmt: skip
+
+
 def test_an_unknown_study_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="copy"):
         load_study("copi", "cpu")

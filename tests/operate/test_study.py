@@ -121,7 +121,9 @@ def test_a_study_trains_the_choice_of_rates_then_the_best_and_nothing_twice(
     written = write_results(plan, again)
     answer = json.loads((plan.directory / "result.json").read_text())
     assert answer["complete"] and answer["sentence"] == result.sentence and len(answer["study_sha256"]) == 64
-    assert answer["arms"]["mlp"]["seeds"] == [0, 1] and "steps_to_9" in answer["arms"]["mlp"]["means"]
+    assert answer["arms"]["mlp"]["seeds"] == [0, 1] and answer["given"] == []
+    # A uniform guess among 256 ids is 5.5 nats, so the first mean of five steps is below the threshold.
+    assert answer["arms"]["mlp"]["values"]["steps_to_9"] == {"0": 5.0, "1": 5.0}
     assert all(path.is_file() for path in written) and (plan.directory / "report" / "base" / "index.html") in written
 
 
@@ -241,12 +243,9 @@ def one_run_an_arm(scaled: ScaledStudy) -> ScaledStudy:
     return replace(scaled, study=replace(scaled.study, **{scaled.scale_name: first}))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.quick if name == "strength" else ()) for name in study_names()]
-)
-def test_every_arm_of_every_study_passes_the_plan_on_the_machine_it_names(name: str, tmp_path: Path) -> None:
-    check_plans(one_run_an_arm(load_study(name, "paper")), tmp_path)
+def test_every_arm_of_a_study_passes_the_plan_on_the_machine_it_names(tmp_path: Path) -> None:
+    """Of every study, and every run: `test_every_run_of_every_study_passes_the_plan_on_the_machine_it_names`."""
+    check_plans(one_run_an_arm(load_study("strength", "paper")), tmp_path)
 
 
 @pytest.mark.slow
