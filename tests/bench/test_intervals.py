@@ -110,6 +110,7 @@ def test_simulated_curves_have_the_variance_and_correlation_they_are_named_for()
     assert np.mean(curves_CN[:, 1:] * curves_CN[:, :-1]) == pytest.approx(0.8, abs=0.03)
 
 
+@pytest.mark.slow
 def test_equal_arms_are_trained_and_compared_seed_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(equal_arms, "STEPS", 4)
     monkeypatch.setattr(equal_arms, "SETTINGS", (*equal_arms.SETTINGS, "run.steps=4"))
