@@ -1,4 +1,8 @@
-"""A thread that runs calls in order."""
+"""A thread that runs calls in order.
+
+At the end of a process Python stops a daemon thread where it next asks for the interpreter. Where that is amid a call
+of torch, the process aborts and its exit code is lost; so the end waits a moment for the call in progress.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from kha_train.distributed import Caught
 
 T = TypeVar("T")
 _Calls = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
+_PATIENCE_SECONDS = 2.0
 
 
 class InOrder:
@@ -25,8 +30,10 @@ class InOrder:
         self._calls: _Calls = SimpleQueue()
         self._process = os.getpid()
         # Not an executor of the standard library: those run every submitted call before a process ends.
-        threading.Thread(target=_work, args=(self._calls,), name=name, daemon=True).start()
-        weakref.finalize(self, self._calls.put, None)
+        ended = threading.Event()
+        thread = threading.Thread(target=_work, args=(self._calls, ended), name=name, daemon=True)
+        thread.start()
+        weakref.finalize(self, _end, self._calls, ended, thread)
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
         """A future for the result or exception of `call`; a cancelled call is not run."""
@@ -36,11 +43,20 @@ class InOrder:
         return future
 
 
-def _work(calls: _Calls) -> None:
-    while (one := calls.get()) is not None:
+def _work(calls: _Calls, ended: threading.Event) -> None:
+    while (one := calls.get()) is not None and not ended.is_set():
         _make(*one)
         # Otherwise it would stay alive until the next call.
         del one
+
+
+def _end(calls: _Calls, ended: threading.Event, thread: threading.Thread) -> None:
+    """Let `thread` end after the call in progress, and give that call a moment."""
+    ended.set()
+    calls.put(None)
+    # The last reference may be dropped by one of the calls.
+    if thread is not threading.current_thread():
+        thread.join(_PATIENCE_SECONDS)
 
 
 def _make(future: Future[Any], call: Callable[[], Any]) -> None:

@@ -500,6 +500,23 @@ stream._reader.submit(lambda: time.sleep(60))
     subprocess.run([sys.executable, "-c", program], check=True, timeout=40)
 
 
+def test_a_process_that_ends_amid_a_read_keeps_its_exit_code() -> None:
+    """A thread that Python stops amid a call of torch aborts the process with 134."""
+    program = """
+import sys
+import torch
+from kha_train.data.ahead import InOrder
+torch.set_num_threads(1)
+reader = InOrder("reader")
+first = reader.submit(lambda: None)
+for _ in range(10_000):
+    reader.submit(lambda: [torch.ones(300).sort() for _ in range(200)])
+first.result()
+sys.exit(3)
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=40).returncode == 3
+
+
 def test_a_dropped_stream_ends_its_thread(small_dataset: Path, make_config) -> None:
     before = threading.active_count()
     opened = stream.open_stream(make_config(small_dataset, prefetch=1))
