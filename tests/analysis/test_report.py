@@ -25,8 +25,8 @@ from kha_train.analysis.inspection import (
     write_inspection,
 )
 from kha_train.analysis.report import difference, loss
-from kha_train.analysis.report.context import Context
-from kha_train.analysis.report.page import report_html, write_report
+from kha_train.analysis.report.context import RAW_POINTS, Context
+from kha_train.analysis.report.page import report_html, sections_of, write_report
 from kha_train.analysis.report.svg import tick_labels, ticks
 from kha_train.cli.main import run
 from tests.analysis.test_compare import Page, make_run
@@ -350,6 +350,20 @@ def test_runs_ahead_of_their_references_are_compared_as_far_as_both_go(tmp_path:
     write_report(compare_runs(runs), tmp_path / "out")
     with (tmp_path / "out" / "figures" / "difference-seeds.csv").open() as file:
         assert max(float(row["steps"]) for row in csv.DictReader(file)) == 40
+
+
+@pytest.mark.parametrize("seeds", [1, 5], ids=["by run", "by variant"])
+def test_no_curve_has_more_points_than_can_be_seen(seeds: int, tmp_path: Path) -> None:
+    """The page of a long run stays small."""
+    losses = [3.0 + 0.01 * (step % 7) for step in range(4500)]
+    runs = [
+        make_run(tmp_path / f"{variant}{seed}", losses, variant=variant, seed=seed)
+        for variant in ("gqa", "mea")
+        for seed in range(seeds)
+    ]
+    figures = [figure for section in sections_of(Context(compare_runs(runs))) for figure in section.figures()]
+    assert {"loss", "validation-0"} <= {figure.name for figure in figures}
+    assert max(len(one.y_N) for figure in figures for one in figure.series) <= RAW_POINTS
 
 
 def test_the_axis_of_a_difference_holds_zero_however_far_the_curves_lie(tmp_path: Path) -> None:

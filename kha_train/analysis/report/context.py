@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -167,17 +167,19 @@ def series(
     band: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Series:
     """A series with as many points as can be seen; see `thin`."""
-    most = RAW_POINTS if kind == "raw" else LINE_POINTS
-    places = thin(np.arange(len(y_N)), finite(y_N), most)[0]
-    low_N, high_N = band or (None, None)
-    return Series(
-        name,
-        style,
-        kind,
-        {key: values_N[places] for key, values_N in x.items()},
-        finite(y_N)[places],
-        None if low_N is None else low_N[places],
-        None if high_N is None else high_N[places],
+    return thinned(Series(name, style, kind, x, y_N, *(band or (None, None))))
+
+
+def thinned(one: Series) -> Series:
+    """`one` with as many points as can be seen, and what is not finite as nan."""
+    y_N = finite(one.y_N)
+    places = thin(np.arange(len(y_N)), y_N, RAW_POINTS if one.kind == "raw" else LINE_POINTS)[0]
+    return replace(
+        one,
+        x={key: values_N[places] for key, values_N in one.x.items()},
+        y_N=y_N[places],
+        low_N=None if one.low_N is None else one.low_N[places],
+        high_N=None if one.high_N is None else one.high_N[places],
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from kha_train.analysis.compare import Pair, loss_difference
 from kha_train.analysis.report.content import Series
-from kha_train.analysis.report.context import Context, finite, series
+from kha_train.analysis.report.context import Context, finite, series, thinned
 
 
 def loss_curves(context: Context) -> list[Series]:
@@ -71,10 +71,10 @@ def over_seeds_curve(
 
 def grouped_points(context: Context, curves: Sequence[Series]) -> list[Series]:
     """Curves of single runs, named by their labels, as they are; those of a variant as their mean, with a band over its
-    runs, where there are too many runs.
+    runs, where there are too many runs; with as many points as can be seen.
     """
     if not context.grouped:
-        return list(curves)
+        return [thinned(one) for one in curves]
     found = []
     for variant, runs in context.variants.items():
         members = [one for one in curves if one.name in {context.labels[run] for run in runs}]
@@ -88,7 +88,8 @@ def grouped_points(context: Context, curves: Sequence[Series]) -> list[Series]:
                 if key in keys
             }
             name = f"{variant}, mean and range of {len(members)} runs"
-            found.append(Series(name, context.variant_style(variant), "points", x, *_over_runs(values_RS)))
+            mean_S, low_S, high_S = _over_runs(values_RS)
+            found.append(series(name, context.variant_style(variant), "points", x, mean_S, (low_S, high_S)))
     return found
 
 
