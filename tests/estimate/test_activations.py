@@ -71,7 +71,7 @@ def pairs() -> Iterator[Any]:
         yield pytest.param(base, interaction, split, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("base", "interaction", "split"), pairs())
+@pytest.mark.parametrize(("base", "interaction", "split"), list(pairs()))
 def test_every_pair_that_composes_saves_what_is_reckoned(base: str, interaction: str, split: str) -> None:
     """Within 15 %: small matrices and an interaction's second use of a tensor are not estimated."""
     overrides = [f"attention={base}", f"interaction@attention.interaction={interaction}"]
