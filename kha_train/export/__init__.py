@@ -1,0 +1,1 @@
+"""Models of ours in the layout of Hugging Face, and models of that layout as ours."""

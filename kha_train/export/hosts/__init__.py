@@ -1,0 +1,1 @@
+"""One file for each model class of transformers that computes what a decoder of ours computes."""
