@@ -26,10 +26,12 @@ from kha_train.data.format.canonical import canonical_json, parse_json, sha256_o
 from kha_train.data.format.manifest import Manifest, ShardEntry, dtype_for
 from kha_train.data.format.writer import ShardWriter, finished_shards, mark_finished, prepare, publish_dataset
 from kha_train.data.tokenizer import Tokenizer
+from kha_train.data.tokenizer_kinds import open_tokenizer
 from kha_train.errors import ConfigError, DataError
 
 SHARD_BYTES = 512 << 20
-ENCODERS = ("sentencepiece", "gigatoken")
+ENCODERS = ("library", "gigatoken")
+"""The tokenizer's own library, and a faster one."""
 SAMPLE_CHARACTERS = 2 << 20
 _BATCH_CHARACTERS = 1 << 20
 
@@ -95,10 +97,10 @@ def encode_corpus(
 
     A shard holds whole documents of about `shard_bytes` of JSONL. `progress` receives bytes of JSONL, `finished` the
     bytes of text that this call encoded. `encoder` is one of `ENCODERS`; gigatoken is used once its ids were equal to
-    sentencepiece's on the first documents, and `say` receives which encoder is used and why. An interrupted encoding
-    continues with the unfinished shards. Raises ConfigError for a missing corpus or tokenizer, an unavailable encoder,
-    and existing datasets unless `overwrite`; DataError for a split without text and, unless `skip_bad_lines`, for a bad
-    line.
+    those of the tokenizer's library on the first documents, and `say` receives which encoder is used and why. An
+    interrupted encoding continues with the unfinished shards. Raises ConfigError for a missing corpus or tokenizer, an
+    unavailable encoder, and existing datasets unless `overwrite`; DataError for a split without text and, unless
+    `skip_bad_lines`, for a bad line.
     """
     files = {split: TextFile(f"{split}.jsonl", split_path(corpus, split)) for split in SPLITS}
     pieces = {split: list(cut(file, shard_bytes)) for split, file in files.items()}
@@ -111,7 +113,7 @@ def encode_corpus(
     for split in SPLITS:
         refuse_existing(Path(out) / split, overwrite=overwrite)
     say = say or (lambda text: None)
-    loaded = choose_encoder(Tokenizer(tokenizer), encoder, texts_of(pieces["train"], skip_bad_lines), say)
+    loaded = choose_encoder(open_tokenizer(tokenizer), encoder, texts_of(pieces["train"], skip_bad_lines), say)
     about = {split: _fingerprint(file.path) for split, file in files.items()}
     units = {
         split: [
@@ -146,11 +148,11 @@ def choose_encoder(tokenizer: Tokenizer, encoder: str, sample: Iterable[str], sa
     """
     if "eos" not in tokenizer.special_ids:
         raise ConfigError("has no end-of-sequence id", field="tokenizer", value=str(tokenizer.path))
+    if encoder in (ENCODERS[0], tokenizer.library):
+        return tokenizer
     if encoder not in ENCODERS:
         raise ConfigError("no such encoder", field="encoder", value=encoder, allowed=", ".join(ENCODERS))
-    if encoder == ENCODERS[0]:
-        return tokenizer
-    fast = Tokenizer(tokenizer.path, fast=True)
+    fast = tokenizer.faster()
     documents = 0
     for batch in batches(_first(sample, SAMPLE_CHARACTERS)):
         try:
@@ -158,10 +160,10 @@ def choose_encoder(tokenizer: Tokenizer, encoder: str, sample: Iterable[str], sa
         except DataError:
             same = False
         if not same:
-            say(f"sentencepiece, because {fast.encoder} gave other ids for the first documents")
+            say(f"{tokenizer.library}, because {fast.encoder} gave other ids for the first documents")
             return tokenizer
         documents += len(batch)
-    say(f"{fast.encoder}: the same ids as sentencepiece in the first {documents} documents")
+    say(f"{fast.encoder}: the same ids as {tokenizer.library} in the first {documents} documents")
     return fast
 
 
@@ -181,7 +183,7 @@ def encode_units(
     """Encode the unfinished units and publish a dataset for each split. `about` goes into the manifests; `say` receives
     what was already finished and what is left out. Raises as `encode_corpus`.
     """
-    fast = tokenizer.encoder != ENCODERS[0]
+    fast = tokenizer.encoder != tokenizer.library
     dtype = dtype_for(tokenizer.vocab_size)
     job = Job(tokenizer.path, tokenizer.sha256, fast, workers, dtype, directories, validation_below, skip_bad_lines)
     units = [unit._replace(identity=_full_identity(unit, tokenizer, job)) for unit in units]
@@ -250,7 +252,8 @@ def encode_unit(unit: Unit, advance: Advance, job: Job) -> Encoded:
 @lru_cache(maxsize=1)
 def _loaded(path: Path, sha256: str, fast: bool, threads: int | None) -> Tokenizer:
     """The tokenizer of this process, cached: loading a large model takes longer than encoding a small unit."""
-    tokenizer = Tokenizer(path, fast=fast, threads=threads)
+    tokenizer = open_tokenizer(path, threads=threads)
+    tokenizer = tokenizer.faster() if fast else tokenizer
     assert tokenizer.sha256 == sha256, "the model file was replaced in the meantime"
     return tokenizer
 

@@ -19,7 +19,7 @@ from data_tools.staging import refuse_existing, replaced
 from kha_train.data.format.canonical import canonical_json
 from kha_train.data.format.manifest import FileEntry, Manifest, ShardEntry, TokenizerEntry
 from kha_train.data.format.writer import BlockChecksums, checksum_file, prepare, publish_dataset, write_file
-from kha_train.data.tokenizer import Tokenizer
+from kha_train.data.tokenizer_kinds import open_tokenizer
 from kha_train.errors import ConfigError, DataError
 
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
@@ -83,12 +83,12 @@ def import_tokens(
 
 
 def tokenizer_of(path: Path | None, vocab_size: int) -> TokenizerEntry:
-    """The entry for ids made with the sentencepiece model at `path`, or with an unavailable tokenizer of `vocab` ids.
-    Raises ConfigError unless exactly one of the two is given, and as `Tokenizer`.
+    """The entry for ids made with the tokenizer at `path`, or with an unavailable tokenizer of `vocab` ids.
+    Raises ConfigError unless exactly one of the two is given, and as `open_tokenizer`.
     """
     if (path is None) == (vocab_size == 0):
         raise ConfigError("give exactly one of --tokenizer and --vocab-size", field="import")
-    return unknown_tokenizer(vocab_size) if path is None else Tokenizer(path).entry()
+    return unknown_tokenizer(vocab_size) if path is None else open_tokenizer(path).entry()
 
 
 def unknown_tokenizer(vocab_size: int) -> TokenizerEntry:

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kha_train.data.format.manifest import MANIFEST_NAME
-from kha_train.data.tokenizer import MODEL_NAME
+from kha_train.data.tokenizer_kinds import FILE_NAMES
 from kha_train.errors import ConfigError, Options
 
-_OURS = ("shard-*.tok", "shard-*.doc", "shard-*.crc", "shard-*.done", MANIFEST_NAME, MODEL_NAME)
+_OURS = ("shard-*.tok", "shard-*.doc", "shard-*.crc", "shard-*.done", MANIFEST_NAME, *FILE_NAMES)
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data_tools.corpus import read_split
-from kha_train.data import tokenizer
+from kha_train.data.sentencepiece_model import train
+from kha_train.data.tokenizer import Tokenizer
 from kha_train.errors import ConfigError, Options
 
 
@@ -18,7 +19,7 @@ def train_tokenizer(
     max_bytes: int = 0,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
-) -> tokenizer.Tokenizer:
+) -> Tokenizer:
     """Train on the corpus directory's training documents and write the model file `out`.
 
     Reading stops after `max_bytes` of text (0: all of it); `progress` receives the bytes of text as they are read.
@@ -40,4 +41,4 @@ def train_tokenizer(
                 progress(size)
             yield document.text
 
-    return tokenizer.train(texts(), Path(out), vocab_size=vocab_size)
+    return train(texts(), Path(out), vocab_size=vocab_size)

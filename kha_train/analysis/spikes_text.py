@@ -12,8 +12,9 @@ import numpy as np
 
 from kha_train.config.compose import from_plain, load
 from kha_train.data.sampling.skipping import Window, merged, numbers_past
-from kha_train.data.sources import Source, open_samples
-from kha_train.data.tokenizer import KIND, Tokenizer
+from kha_train.data.sources import open_samples
+from kha_train.data.tokenizer import Tokenizer
+from kha_train.data.tokenizer_kinds import dataset_tokenizer
 from kha_train.errors import DataError
 from kha_train.record import config_of, read_attempts, read_discarded, read_events
 from kha_train.record.actions import skip_windows
@@ -42,7 +43,7 @@ def batch_texts(run_dir: Path, first_sample: int, attempt: int | None = None) ->
     numbers_N = batch_numbers(first_sample, config.data.global_batch_size, windows)
     sources_N, rows_N = samples.locate(numbers_N)
     rows_NW = samples.read(sources_N, rows_N)
-    tokenizers = [_tokenizer(source) for source in samples.sources]
+    tokenizers = [dataset_tokenizer(source.rows.shards) for source in samples.sources]
     return [
         {"sample": int(number), "source": samples.sources[place].name, "text": _decode(tokenizers[place], ids_W[:-1])}
         for number, place, ids_W in zip(numbers_N, sources_N, rows_NW, strict=True)
@@ -65,12 +66,6 @@ def _attempt_of(run_dir: Path, first_sample: int) -> int | None:
         return int(columns["attempt"][began[-1]]) if columns.has("attempt")[began[-1]] else None
     undone = [line.get("attempt") for line in read_discarded(run_dir) if line.get("samples_first") == first_sample]
     return undone[-1] if undone else None
-
-
-def _tokenizer(source: Source) -> Tokenizer | None:
-    shards = source.rows.shards
-    path = shards.check_tokenizer()
-    return Tokenizer(path) if path is not None and shards.manifest.tokenizer.kind == KIND else None
 
 
 def _decode(tokenizer: Tokenizer | None, ids_W: np.ndarray) -> str:

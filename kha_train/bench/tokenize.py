@@ -19,7 +19,7 @@ from data_tools.corpus import build_corpus, read_split
 from data_tools.encode import encode_corpus
 from data_tools.train_tokenizer import train_tokenizer
 from kha_train.bench import protocol
-from kha_train.data.tokenizer import Tokenizer
+from kha_train.data.tokenizer_kinds import open_tokenizer
 
 PACKAGES = ("asyncio", "concurrent", "email", "encodings", "http", "importlib", "json", "logging", "unittest", "xml")
 VOCAB_SIZE = 4096
@@ -37,7 +37,7 @@ def measure(processes: int, rounds: int) -> dict[str, Any]:
         tokens = sum(len(ids) for ids in tokenizer.encode(texts))
         arms = {
             "1 process": lambda: _shards(root, 1, size),
-            "library": lambda: Tokenizer(root / "model").encode(texts),
+            "library": lambda: open_tokenizer(root / "model").encode(texts),
         }
         if processes > 1:
             arms[f"{processes} processes"] = lambda: _shards(root, processes, size)

@@ -13,7 +13,7 @@ import numpy as np
 import typer
 
 from data_tools.corpus import SPLITS, build_corpus, split_path
-from data_tools.encode import SHARD_BYTES, encode_corpus
+from data_tools.encode import ENCODERS, SHARD_BYTES, encode_corpus
 from data_tools.encode_files import VALIDATION_PERCENT, encode_files
 from data_tools.files import find_files
 from data_tools.importers import DTYPES, import_tokens, tokenizer_of
@@ -102,7 +102,12 @@ def tokenizer(
 
 @app.command()
 def tokenize(
-    tokenizer_file: Annotated[Path, typer.Option("--tokenizer", help="Model file made by `kha data tokenizer`.")],
+    tokenizer_file: Annotated[
+        Path,
+        typer.Option(
+            "--tokenizer", help="A tokenizer's file: tokenizer.model of `kha data tokenizer`, or tokenizer.json."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Directory for train/ and validation/.")],
     corpus_dir: Annotated[Path | None, typer.Option("--corpus", help="A directory made by `kha data corpus`.")] = None,
     text: Texts = None,
@@ -112,7 +117,7 @@ def tokenize(
     skip_bad_lines: SkipBadLines = False,
     shard_bytes: Annotated[int, typer.Option(min=1, help="Bytes of text per shard.")] = SHARD_BYTES,
     workers: Workers = 1,
-    encoder: Encoder = "sentencepiece",
+    encoder: Encoder = ENCODERS[0],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing datasets.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -34,7 +34,9 @@ ValidationPercent = Annotated[
     typer.Option(help=f"With --text: share of validation, by the hash of each text; {VALIDATION_PERCENT} unless set."),
 ]
 Workers = Annotated[int, typer.Option(min=1, help="Worker processes; the output does not depend on the number.")]
-Encoder = Annotated[str, typer.Option(help="sentencepiece, or gigatoken: faster, checked to give the same ids.")]
+Encoder = Annotated[
+    str, typer.Option(help="library (the tokenizer's own), or gigatoken: faster, checked to give the same ids.")
+]
 
 
 def numbers_of(text: str, option: str) -> tuple[int, ...]:

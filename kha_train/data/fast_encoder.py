@@ -16,12 +16,12 @@ from kha_train.errors import ConfigError
 
 
 class FastEncoder:
-    """A sentencepiece model loaded by gigatoken; `version` is the library's. Raises ConfigError when the library is
-    missing or rejects the model.
+    """A model loaded by gigatoken, from the content of a sentencepiece model or of a `tokenizer.json`; `version` is the
+    library's. Raises ConfigError when the library is missing or rejects the model.
     """
 
-    def __init__(self, model: bytes) -> None:
-        fix = "pip install 'kha_train[fast]', or --encoder sentencepiece"
+    def __init__(self, *, sentencepiece: bytes = b"", tokenizer_json: bytes = b"") -> None:
+        fix = "pip install 'kha_train[fast]', or --encoder library"
         try:
             import gigatoken
         except ImportError as error:
@@ -34,7 +34,11 @@ class FastEncoder:
             raise ConfigError("needs the package awkward", field="encoder", value="gigatoken", fix=fix)
         self.version = version("gigatoken")
         try:
-            self._tokenizer = gigatoken.Tokenizer.from_sentencepiece(model)
+            self._tokenizer = (
+                gigatoken.Tokenizer.from_json(tokenizer_json)
+                if tokenizer_json
+                else gigatoken.Tokenizer.from_sentencepiece(sentencepiece)
+            )
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise ConfigError(f"rejects this model: {error}", field="encoder", value="gigatoken", fix=fix) from error
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from kha_train.config.schema import RunConfig
 from kha_train.data.format.shards import ShardSet
-from kha_train.data.tokenizer import KIND, Tokenizer
+from kha_train.data.tokenizer_kinds import dataset_tokenizer
 from kha_train.errors import ConfigError, DataError
 
 BORDER = "\u2016"
@@ -21,11 +21,10 @@ BORDER = "\u2016"
 
 def decoder_of(shards: ShardSet) -> Callable[[np.ndarray], str]:
     """A function from ids to text with the dataset's own tokenizer, or to the names of ids in the manifest of a
-    synthetic task, or to the ids themselves if there are neither. Raises DataError as `ShardSet.check_tokenizer`.
+    synthetic task, or to the ids themselves if there are neither. Raises as `dataset_tokenizer`.
     """
-    path = shards.check_tokenizer()
-    if path is not None and shards.manifest.tokenizer.kind == KIND:
-        return Tokenizer(path).decode
+    if tokenizer := dataset_tokenizer(shards):
+        return lambda ids: tokenizer.decode(ids.tolist())
     names = str(shards.manifest.corpus.get("tokens", "")).split()
     if len(names) == shards.manifest.tokenizer.vocab:
         return lambda ids: " ".join(names[number] for number in ids.tolist())

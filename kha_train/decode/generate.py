@@ -22,6 +22,7 @@ from kha_train.config.resolve import resolve_decoding
 from kha_train.config.schema import RunConfig
 from kha_train.data.sources import open_shards
 from kha_train.data.tokenizer import Tokenizer
+from kha_train.data.tokenizer_kinds import dataset_tokenizer
 from kha_train.decode.absorb import absorb, absorbed_config
 from kha_train.distributed import World
 from kha_train.errors import ConfigError, DivergedError, between
@@ -184,8 +185,7 @@ def _persistent_buffers(decoder: Decoder) -> list[tuple[str, Tensor]]:
 
 
 def _tokenizer(config: RunConfig) -> Tokenizer | None:
-    path = open_shards(config, config.data.validation, "data.validation").check_tokenizer()
-    return None if path is None else Tokenizer(path)
+    return dataset_tokenizer(open_shards(config, config.data.validation, "data.validation"))
 
 
 def _too_long(prompt: int, new: int, longest: int) -> ConfigError | None:

@@ -53,7 +53,7 @@ BEHIND_A_DOOR = {
     "omegaconf": ("kha_train/config/compose.py",),
     "sklearn": ("kha_train/analysis/digits.py",),
     "pyarrow": ("data_tools/packed.py", "data_tools/parquet.py"),
-    "sentencepiece": ("kha_train/data/tokenizer.py",),
+    "sentencepiece": ("kha_train/data/sentencepiece_model.py",),
     "transformers": ("kha_train/export/hugging_face.py",),
     "triton": ("kha_train/model/kernels/language.py",),
     "wandb": ("kha_train/telemetry/wandb.py",),

@@ -14,6 +14,7 @@ UNTYPED = {
     "kha_train/cli/options.py OverridesCommand.parse_args": "a context of the click that Typer carries inside",
     "kha_train/config/build.py variant_class": "one of two families of options, or any dataclass",
     "kha_train/variants/registry.py Variant.load": "the class of a module, which a room without torch cannot name",
+    "kha_train/data/sentencepiece_model.py specification": "a message that protobuf makes at run time",
     "kha_train/engine/zero_state.py owned_gradients": "DeepSpeed's optimiser",
     "kha_train/engine/zero_state.py partitioned_fragments": "DeepSpeed's optimiser",
     "kha_train/engine/zero_state.py replicated_fragments": "DeepSpeed's optimiser",

@@ -14,7 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kha_train.data import tokenizer as tokenizers
-from kha_train.data.tokenizer import SPECIAL_IDS, Tokenizer, train
+from kha_train.data.sentencepiece_model import SPECIAL_IDS, train
+from kha_train.data.tokenizer import Tokenizer
+from kha_train.data.tokenizer_kinds import open_tokenizer
 from kha_train.errors import ConfigError, DataError
 
 NAMES = [a + b for a in "abcdefghij" for b in "qrstuvwxyz"]
@@ -88,10 +90,10 @@ def test_text_that_utf8_cannot_express_is_a_data_error(tokenizer: Tokenizer) -> 
 
 def test_a_missing_file_and_one_that_is_no_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
-        Tokenizer(tmp_path / "nothing")
+        open_tokenizer(tmp_path / "nothing")
     (tmp_path / "text").write_text("not a model")
     with pytest.raises(ConfigError, match="not a sentencepiece model"):
-        Tokenizer(tmp_path / "text")
+        open_tokenizer(tmp_path / "text")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,12 @@ def test_a_model_that_loses_text_is_refused(tmp_path: Path, option: dict) -> Non
         **{**faithful, **option},
     )
     with pytest.raises(ConfigError, match="would lose text"):
-        Tokenizer(tmp_path / "t.model")
+        open_tokenizer(tmp_path / "t.model")
+
+
+def plain_and_fast(path: Path) -> tuple[Tokenizer, Tokenizer]:
+    tokenizer = open_tokenizer(path)
+    return tokenizer, tokenizer.faster()
 
 
 class OtherIds:
@@ -127,7 +134,7 @@ class OtherIds:
 
     version = "0"
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, *, sentencepiece: bytes) -> None:
         self.asked: list[str] = []
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
@@ -153,7 +160,7 @@ TRICKY = [
 
 def test_the_fast_encoder_gives_the_ids_of_sentencepiece(text_dataset: Path) -> None:
     pytest.importorskip("gigatoken")
-    plain, fast = (Tokenizer(text_dataset / "tokenizer.model", fast=fast) for fast in (False, True))
+    plain, fast = plain_and_fast(text_dataset / "tokenizer.model")
     assert "gigatoken" in fast.encoder
     generator = random.Random(3)
     texts = TRICKY + ["".join(generator.choices("ab c</s>\n\u2581é😀", k=200)) for _ in range(200)]
@@ -163,7 +170,7 @@ def test_the_fast_encoder_gives_the_ids_of_sentencepiece(text_dataset: Path) -> 
 
 def test_a_fast_encoder_with_other_ids_is_found_out(text_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizers, "FastEncoder", OtherIds)
-    fast = Tokenizer(text_dataset / "tokenizer.model", fast=True)
+    fast = open_tokenizer(text_dataset / "tokenizer.model").faster()
     with pytest.raises(DataError, match="other ids than sentencepiece"):
         fast.encode(["word1 word2"])
 
@@ -172,7 +179,7 @@ def test_text_that_spells_a_control_piece_never_reaches_the_fast_encoder(
     text_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizers, "FastEncoder", OtherIds)
-    plain, fast = (Tokenizer(text_dataset / "tokenizer.model", fast=fast) for fast in (False, True))
+    plain, fast = plain_and_fast(text_dataset / "tokenizer.model")
     texts = ["a </s> b", "<s>", "<pad>", "\u2581"]
     assert [ids.tolist() for ids in fast.encode(texts)] == [ids.tolist() for ids in plain.encode(texts)]
     assert fast._fast.asked == []
@@ -200,8 +207,8 @@ def test_a_long_text_encoded_in_parts_has_the_ids_of_the_whole(
 
 MEMORY = """
 import resource, sys
-from kha_train.data.tokenizer import Tokenizer
-tokenizer = Tokenizer(sys.argv[1])
+from kha_train.data.tokenizer_kinds import open_tokenizer
+tokenizer = open_tokenizer(sys.argv[1])
 tokenizer.encode(["warm up"])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 text = "def name(x):\\n    return x + 1\\n" * 200_000

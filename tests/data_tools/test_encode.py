@@ -16,7 +16,7 @@ from data_tools.texts import cut
 from data_tools.train_tokenizer import train_tokenizer
 from kha_train.data import tokenizer as tokenizers
 from kha_train.data.format.shards import ShardSet
-from kha_train.data.tokenizer import Tokenizer
+from kha_train.data.tokenizer_kinds import open_tokenizer
 from kha_train.errors import ConfigError, DataError
 
 
@@ -74,7 +74,7 @@ def test_every_document_decodes_to_its_text_and_ends_with_eos(corpus: Path, tmp_
     encode_corpus(corpus, corpus / "tokenizer.model", tmp_path, shard_bytes=shard_bytes)
     for split in ("train", "validation"):
         opened = ShardSet.open(tmp_path / split)
-        tokenizer = Tokenizer(opened.check_tokenizer())
+        tokenizer = open_tokenizer(opened.check_tokenizer())
         texts = []
         for index, shard in enumerate(opened.manifest.shards):
             start = 0
@@ -158,7 +158,7 @@ def test_an_encoder_that_fails_its_proof_is_not_used_and_that_is_said(
     class OtherIds:
         version = "0"
 
-        def __init__(self, model: bytes) -> None:
+        def __init__(self, *, sentencepiece: bytes) -> None:
             pass
 
         def encode(self, texts: list[str]) -> list[np.ndarray]:
@@ -181,8 +181,8 @@ def test_the_repair_of_a_failed_encoding_keeps_no_shard_of_the_suspected_encoder
     class OtherIdsLater:
         version = "0"
 
-        def __init__(self, model: bytes) -> None:
-            self.plain = Tokenizer(corpus / "tokenizer.model")
+        def __init__(self, *, sentencepiece: bytes) -> None:
+            self.plain = open_tokenizer(corpus / "tokenizer.model")
 
         def encode(self, texts: list[str]) -> list[np.ndarray]:
             calls.append(len(texts))

@@ -20,7 +20,7 @@ from data_tools.files import TextFile, find_files
 from data_tools.texts import LeftOut, cut
 from data_tools.train_tokenizer import train_tokenizer
 from kha_train.data.format.shards import ShardSet
-from kha_train.data.tokenizer import Tokenizer
+from kha_train.data.tokenizer_kinds import open_tokenizer
 from kha_train.errors import ConfigError, DataError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -79,7 +79,7 @@ def files(directory: Path) -> dict[str, bytes]:
 def documents(directory: Path) -> list[str]:
     """The documents of a dataset, decoded."""
     opened = ShardSet.open(directory)
-    tokenizer, found = Tokenizer(opened.check_tokenizer()), []
+    tokenizer, found = open_tokenizer(opened.check_tokenizer()), []
     for index, shard in enumerate(opened.manifest.shards):
         start = 0
         for end in opened.document_ends(index, 0, shard.tokens).tolist():

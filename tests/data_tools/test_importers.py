@@ -13,7 +13,8 @@ from data_tools.corpus import build_corpus, read_split
 from data_tools.importers import import_tokens, tokenizer_of, unknown_tokenizer
 from kha_train.data.format.shards import ShardSet
 from kha_train.data.inspect import decoder_of
-from kha_train.data.tokenizer import Tokenizer, train
+from kha_train.data.sentencepiece_model import train
+from kha_train.data.tokenizer_kinds import open_tokenizer
 from kha_train.errors import ConfigError, DataError
 
 DOCUMENTS = [[5, 6, 7], [8], list(range(9, 60)), [1, 2]]
@@ -165,7 +166,7 @@ def test_an_import_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 def test_an_import_with_its_tokenizer_decodes_by_itself(text_tokenizer: Path, tmp_path: Path) -> None:
-    tokenizer = Tokenizer(text_tokenizer)
+    tokenizer = open_tokenizer(text_tokenizer)
     (ids,) = tokenizer.encode(["Grüße, world"])
     np.save(tmp_path / "a.npy", ids.astype("<u2"))
     import_tokens(

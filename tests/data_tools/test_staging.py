@@ -15,7 +15,7 @@ import pytest
 from data_tools.encode_files import encode_files
 from data_tools.staging import refuse_existing, replaced
 from kha_train.data.format.shards import ShardSet
-from kha_train.data.tokenizer import train
+from kha_train.data.sentencepiece_model import train
 from kha_train.errors import ConfigError, DataError
 
 
