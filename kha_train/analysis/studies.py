@@ -29,6 +29,8 @@ Dataset = Literal["text", "copy", "tasks", "own"]
 """`text`: the standard library's sources with 4,096 tokens, as in the quickstart. `copy`: one synthetic task. `tasks`:
 a mixture of several (docs/tasks.md). `own`: the user's shards, named by `data.train` and `data.validation`."""
 NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
+RUNS = "runs"
+"""The usual kind of trials: training runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +59,8 @@ class Measure:
     `train_loss`, `validation_loss` and `bits_per_byte` are the last ones, as `kha compare` has them. `steps_to` counts
     the steps until the mean train loss of five steps is at most `threshold` nats. `spikes` counts narrow and wide loss
     spikes. `loss_law` is the loss that a fitted law gives after `tokens` tokens. `entry` is the last value of the
-    record's entry `entry`, such as that of an evaluation task. `heads` is the figure `entry` of `FIGURES` that
-    `kha analyze` finds in the last checkpoint.
+    record's entry `entry`, such as that of an evaluation task; where trials are computations, their figure `entry`.
+    `heads` is the figure `entry` of `FIGURES` that `kha analyze` finds in the last checkpoint.
     """
 
     kind: MeasureKind
@@ -80,11 +82,12 @@ class Measure:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A figure of a paper: `what` it is, of which `arm`, and its `value`."""
+    """What a paper prints of an `arm`: `what` it is and its `value`, or in what it is `better_than` another arm."""
 
     what: str
     arm: str
-    value: float
+    value: float | None = None
+    better_than: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +124,17 @@ class Scale:
 class Study:
     """A question and how it is answered. The result's sentence is about the first of the measures, which also chooses
     the rates, unless `rate_measure` names another of them. Arms without a reference, their own or the study's, are
-    trained but compared with nothing.
+    trained but compared with nothing. `not_shown` says what no result of the study can show.
+
+    A trial is a training run, or a computation that `trials` names (`operate.computed.COMPUTATIONS`). Overrides are
+    then the settings of the computation, rates its `rate`, and all measures are of the kind `entry`.
     """
 
     question: str
     source: str
     notes: tuple[str, ...] = ()
+    not_shown: str = ""
+    trials: str = RUNS
     reference: str = ""
     arms: tuple[Arm, ...]
     measures: tuple[Measure, ...]
@@ -138,7 +146,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a study. `role` is `rate` if it only serves to choose the arm's rate, else `compared`."""
+    """A run or computation of a study. `role` is `rate` if it only serves to choose the arm's rate, else `compared`."""
 
     arm: str
     rate: float
@@ -159,6 +167,11 @@ class ScaledStudy:
     def scale(self) -> Scale:
         """The chosen scale."""
         return self.study.cpu if self.scale_name == "cpu" else self.study.paper
+
+    @property
+    def computes(self) -> bool:
+        """Whether trials are computations instead of training runs."""
+        return self.study.trials != RUNS
 
     @property
     def arms(self) -> Mapping[str, Arm]:
@@ -268,3 +281,9 @@ def _problems(found: ScaledStudy) -> Iterator[str]:
     )
     if found.study.rate_measure not in ("", *(measure.name for measure in found.measures)):
         yield f"there is no measure {found.study.rate_measure!r}"
+    if any((one.value is None) == (not one.better_than) for one in found.study.published):
+        yield "what is published has a `value`, or an arm that it is `better_than`"
+    if found.computes:
+        yield from (f"{found.study.trials} has no {one.name}" for one in found.measures if one.kind != "entry")
+        if (scale.dataset, scale.equal, scale.rate_steps) != ("own", "steps", 0):
+            yield f"`dataset`, `equal` and `rate_steps` mean nothing to {found.study.trials}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from kha_train.analysis.studies import Published
 from kha_train.analysis.study_results import ArmResult, StudyResult
 from kha_train.literal import visible
 from kha_train.record.redact import Redactor
@@ -53,7 +54,8 @@ def _lines(result: StudyResult, reports: Mapping[str, str], given: Sequence[str]
     yield from _table(*rate_rows(result))
     if study.published:
         yield "\n## What the paper prints\n"
-        yield from _table(["figure", "arm", "value"], [[p.what, p.arm, f"{p.value:g}"] for p in study.published])
+        rows = [[p.what, p.arm, _printed(p), result.ours(p)] for p in study.published]
+        yield from _table(["figure", "arm", "printed", "here"], rows)
     yield "\n## Overrides\n"
     if given:
         yield f"- every arm, from the command line: `{' '.join(given)}`"
@@ -62,6 +64,12 @@ def _lines(result: StudyResult, reports: Mapping[str, str], given: Sequence[str]
         yield "\n## Reports\n"
         yield from (f"- [{reference} and the arms against it]({path})" for reference, path in reports.items())
     yield from (f"\n{note}" for note in study.notes)
+    if study.not_shown:
+        yield f"\n**What this does not show**: {study.not_shown}"
+
+
+def _printed(found: Published) -> str:
+    return f"better than {found.better_than}" if found.value is None else f"{found.value:g}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -1,45 +1,21 @@
-"""The result of a study: the rate at which each arm is best, arms against their references, and what may be said.
-
-A run that diverged has the worst value of every measure, so an arm never wins by ending early without a spike.
-"""
+"""The result of a study: the rate at which each arm is best, arms against their references, and what may be said."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kha_train.analysis.history import DATA_ID
-from kha_train.analysis.loss_law import law_of_run
-from kha_train.analysis.runs import RunData, load_run
 from kha_train.analysis.statistics import SeedInterval, over_seeds, sign_test
-from kha_train.analysis.studies import Measure, ScaledStudy, Trial
-from kha_train.analysis.study_heads import heads_figure
-from kha_train.analysis.summary import Summary, summarise
+from kha_train.analysis.studies import Measure, Published, ScaledStudy, Trial
+from kha_train.analysis.study_outcomes import Outcome
 
-SMOOTHED = 5
-"""Steps whose mean loss must be at most a threshold."""
 COUNT = "spikes"
 """The kind of measures that are counts."""
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a finished run gave: the values of measures by name (None where the run has none, infinite where it never
-    got there), `seconds` of its attempts, and its source: commit of the code and content id of the data.
-    """
-
-    run_dir: str
-    values: Mapping[str, float | None]
-    diverged: bool
-    seconds: float | None
-    commit: str | None
-    data: str | None
 
 
 @dataclass(frozen=True)
@@ -122,14 +98,19 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """A study as far as its runs are finished; `missing` are the others that the comparison needs."""
+    """A study as far as its runs are finished. `outcomes` has what these gave, the choice of rates included. `missing`
+    are the others that the comparison needs.
+    """
 
     scaled: ScaledStudy
     arms: Mapping[str, ArmResult]
     compared: tuple[Compared, ...]
     missing: tuple[Trial, ...]
-    commits: tuple[str | None, ...]
-    data: tuple[str | None, ...]
+    outcomes: tuple[Outcome, ...]
+
+    def sources(self, name: str) -> list[str | None]:
+        """The different values that outcomes have in `commit`, `data` or `machine`."""
+        return list(dict.fromkeys(getattr(one, name) for one in self.outcomes))
 
     @property
     def evidence(self) -> str:
@@ -170,10 +151,11 @@ class StudyResult:
             for arm in self.arms.values()
             if arm.diverged
         ]
-        if len(set(self.commits)) > 1:
-            found.append(f"the runs are of {len(set(self.commits))} commits of the code")
-        if len(set(self.data)) > 1:
-            found.append(f"the runs read {len(set(self.data))} datasets")
+        commits, data = self.sources("commit"), self.sources("data")
+        if len(commits) > 1:
+            found.append(f"the runs are of {len(commits)} commits of the code")
+        if len(data) > 1:
+            found.append(f"the runs read {len(data)} datasets")
         return found
 
     @property
@@ -203,9 +185,13 @@ class StudyResult:
             "scale": scaled.scale_name,
             "question": study.question,
             "source": study.source,
+            "not_shown": study.not_shown,
             "study_sha256": scaled.sha256,
-            "commits": list(dict.fromkeys(self.commits)),
-            "data_content_ids": list(dict.fromkeys(self.data)),
+            "commits": self.sources("commit"),
+            "data_content_ids": self.sources("data"),
+            "machines": self.sources("machine"),
+            "trials": len(self.outcomes),
+            **self._times(),
             "complete": not self.missing,
             "missing": [asdict(trial) for trial in self.missing],
             "measures": [{"name": one.name, **asdict(one)} for one in scaled.measures],
@@ -213,11 +199,34 @@ class StudyResult:
             "rates": self.how_chosen,
             "arms": {arm.name: self._arm(arm) for arm in self.arms.values()},
             "comparisons": [asdict(one) | {"sentence": one.sentence()} for one in self.compared],
-            "published": [asdict(one) for one in study.published],
+            "published": [asdict(one) | {"ours": self.ours(one)} for one in study.published],
             "caveats": self.caveats(),
             "evidence": self.evidence,
             "sentence": self.sentence,
         }
+
+    def _times(self) -> dict[str, float | None]:
+        """When the first trial began and the last ended, and the seconds of all; None where one does not say."""
+        began = [one.began for one in self.outcomes if one.began is not None]
+        ended = [one.ended for one in self.outcomes if one.ended is not None]
+        spent = [one.seconds for one in self.outcomes if one.seconds is not None]
+        return {
+            name: way(values) if values and len(values) == len(self.outcomes) else None
+            for name, way, values in (("began", min, began), ("ended", max, ended), ("seconds", sum, spent))
+        }
+
+    def ours(self, printed: Published) -> str:
+        """What this study found of a printed figure or relation, in the measure that decides; "" if nothing yet."""
+        arm, other = self.arms.get(printed.arm), self.arms.get(printed.better_than)
+        measure = self.scaled.measures[0]
+        if arm is None or not arm.runs:
+            return ""
+        if printed.value is None:
+            return _compared(other, arm, measure).sentence() if other and other.runs else ""
+        mean, interval = arm.mean(measure.name), arm.interval(measure.name)
+        if interval is not None:
+            return f"{measure.name} {interval.mean:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
+        return "" if mean is None else f"{measure.name} {mean:.4g}"
 
     def _arm(self, arm: ArmResult) -> dict[str, Any]:
         names = [measure.name for measure in self.scaled.measures]
@@ -236,25 +245,6 @@ class StudyResult:
             "intervals": {name: asdict(found) if found else None for name, found in intervals.items()},
             "diverged": arm.diverged,
         }
-
-
-def outcome_of(run_dir: Path, measures: Sequence[Measure]) -> Outcome:
-    """What the finished run in `run_dir` gave. Raises as `load_run`."""
-    run = load_run(run_dir)
-    summary = summarise(run)
-    diverged = bool(summary.honesty["diverged"]) or summary.end_state == "diverged"
-    values = {measure.name: _worst(measure) if diverged else _value(measure, run, summary) for measure in measures}
-    times = [(each.get("started"), each.get("ended")) for each in run.run.get("attempts", [])]
-    known = [ended - started for started, ended in times if started and ended]
-    commit = run.fact("git.commit")
-    return Outcome(
-        run_dir=str(run_dir),
-        values=values,
-        diverged=diverged,
-        seconds=sum(known) if len(known) == len(times) and known else None,
-        commit=f"{commit} with changes" if commit and run.fact("git.dirty") else commit,
-        data=run.fact(DATA_ID),
-    )
 
 
 def choose_rates(scaled: ScaledStudy, outcomes: Mapping[Trial, Outcome]) -> dict[str, Chosen] | None:
@@ -314,8 +304,7 @@ def judge(scaled: ScaledStudy, outcomes: Mapping[Trial, Outcome]) -> StudyResult
             for measure in scaled.measures
         ),
         missing=tuple(trial for trial in needed if trial not in outcomes),
-        commits=tuple(one.commit for one in outcomes.values()),
-        data=tuple(one.data for one in outcomes.values()),
+        outcomes=tuple(outcomes.values()),
     )
 
 
@@ -345,39 +334,6 @@ def _rank(measure: Measure, values: Sequence[float | None]) -> tuple[int, float]
     usable = [value for value in values if value is not None and math.isfinite(value)]
     sign = -1.0 if measure.larger_is_better else 1.0
     return len(values) - len(usable), sign * float(np.mean(usable)) if usable else math.inf
-
-
-def _worst(measure: Measure) -> float:
-    return -math.inf if measure.larger_is_better else math.inf
-
-
-def _value(measure: Measure, run: RunData, summary: Summary) -> float | None:
-    if measure.kind == "steps_to":
-        return _steps_to(run, measure.threshold)
-    if measure.kind == "spikes":
-        found = summary.honesty["spikes"]
-        return None if found is None else float(found)
-    if measure.kind == "loss_law":
-        law = law_of_run(run)
-        return None if law is None or law.at_edge else law.at(measure.tokens)
-    if measure.kind == "heads":
-        return heads_figure(run.path, measure.entry)
-    if measure.kind == "entry":
-        entries, _, name = measure.entry.rpartition("/")
-        series = run.evaluations.get(entries, {}).get(name)
-        return None if series is None else series.last
-    value: float | None = summary.results["final_loss" if measure.kind == "train_loss" else measure.kind]
-    return value
-
-
-def _steps_to(run: RunData, threshold: float) -> float:
-    """The step at which the mean loss of the last `SMOOTHED` steps is first at most `threshold`; infinite if never."""
-    loss = run.column("train/loss")
-    if len(loss) < SMOOTHED:
-        return math.inf
-    means = np.convolve(loss, np.full(SMOOTHED, 1.0 / SMOOTHED), mode="valid")
-    reached = np.flatnonzero(means <= threshold)
-    return float(run.steps[reached[0] + SMOOTHED - 1]) if len(reached) else math.inf
 
 
 def _interval(values: Sequence[float | None]) -> SeedInterval | None:

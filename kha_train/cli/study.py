@@ -11,7 +11,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from kha_train.analysis.studies import ScaledStudy, load_study, study_names
+from kha_train.analysis.studies import Scale, ScaledStudy, load_study, study_names
 from kha_train.analysis.study_page import arm_rows, rate_rows
 from kha_train.analysis.study_results import StudyResult, judge
 from kha_train.cli.output import note, print_json
@@ -142,6 +142,8 @@ def _plan(name: str, overrides: Sequence[str] | None, scale: str, parent: Path, 
 
 def _at_a_time(plan: StudyPlan, processes: int) -> int:
     """How many runs this machine trains at a time: as many as have processors of their own, one on a GPU."""
+    if plan.scaled.computes:
+        return 1
     point = next(iter(plan.points.values()))
     return max(1, processors() // processes) if compose(point.overrides).engine.device == "cpu" else 1
 
@@ -157,7 +159,8 @@ def _run_here(plan: StudyPlan, processes: int, parallel: int, retry_failed: bool
             line = f"{now.finished} of {now.needed} runs finished"
             line += f", about {duration(left)} left" if left is not None else ""
             if console.is_terminal and not quiet:
-                live.update(Group(line, status_table(statuses(now.training), console)), refresh=True)
+                training = [] if plan.scaled.computes else [status_table(statuses(now.training), console)]
+                live.update(Group(line, *training), refresh=True)
             elif not quiet and now.finished != len(told) - 1:
                 told.extend([line] * (now.finished + 1 - len(told)))
                 note(f"{plan.scaled.name}: {line}")
@@ -212,7 +215,7 @@ def _show(plan: StudyPlan, costs: StudyCosts, console: Console) -> None:
         f"source: {found.study.source}",
         *found.study.notes,
         f"measures: {', '.join(measure.name for measure in found.measures)}; rates by {found.rate_measure.name}",
-        f"rates: {', '.join(f'{rate:g}' for rate in scale.rates)} ({apart}); seeds: {_listed(scale.seeds)}",
+        f"rates: {'; '.join(_rates(scale))} ({apart}); seeds: {_listed(scale.seeds)}",
         f"needs: {scale.needs}" if scale.needs else "",
     )
     for text in filter(None, told):
@@ -240,12 +243,18 @@ def _show(plan: StudyPlan, costs: StudyCosts, console: Console) -> None:
     console.print(f"time is based on {costs.basis}", style="dim")
 
 
+def _rates(scale: Scale) -> list[str]:
+    """The rates of all arms, then those of arms that have their own."""
+    own = [(f"{each.arm} ", each.rates) for each in scale.arm_rates]
+    return [f"{whose}{', '.join(f'{rate:g}' for rate in rates)}" for whose, rates in (("", scale.rates), *own)]
+
+
 def _cost_cells(runs: Sequence[RunCost]) -> list[str]:
     one = runs[0]
     return [
         f"{sum(run.finished for run in runs)}/{len(runs)}",
         f"{one.steps:,}",
-        scaled(one.tokens),
+        scaled(one.tokens) if one.tokens else "-",
         f"{one.flops:.2e}",
         "?" if one.seconds is None else duration(one.seconds),
         "-" if one.cost is None else f"{one.cost:,.0f}",

@@ -36,7 +36,7 @@ def run_points(
     failed: list[Point] = []
     waiting, training = list(points), dict[Training, Point]()
     (directory / "logs").mkdir(parents=True, exist_ok=True)
-    with _signals_interrupt():
+    with signals_interrupt():
         try:
             while waiting or training:
                 while waiting and len(training) < parallel:
@@ -81,7 +81,7 @@ def _stop(training: Iterable[Training]) -> None:
 
 
 @contextmanager
-def _signals_interrupt() -> Iterator[None]:
+def signals_interrupt() -> Iterator[None]:
     """SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does. Only the main thread can receive signals."""
     if threading.current_thread() is not threading.main_thread():
         yield

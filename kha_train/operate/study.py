@@ -7,6 +7,7 @@ or killed, leaves what is finished, and goes on with the next round.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,11 +17,13 @@ from pathlib import Path
 from kha_train.analysis.compare import compare_runs
 from kha_train.analysis.report.page import write_report
 from kha_train.analysis.studies import ScaledStudy, Trial
+from kha_train.analysis.study_outcomes import Outcome, outcome_of
 from kha_train.analysis.study_page import study_page
-from kha_train.analysis.study_results import Outcome, StudyResult, judge, outcome_of
+from kha_train.analysis.study_results import StudyResult, judge
 from kha_train.config.compose import compose
 from kha_train.config.validate import validate_batch
 from kha_train.errors import ConfigError, KhaError
+from kha_train.operate.computed import compute_points, computed_outcome, computed_points
 from kha_train.operate.datasets import dataset_overrides
 from kha_train.operate.local import run_points
 from kha_train.operate.slurm import JobOptions, Started, start_missing
@@ -31,6 +34,8 @@ from kha_train.record.files import write_json, write_text
 
 OF_THE_STUDY = ("run.dir", "run.name", "run.seed", "optim.lr")
 """Settings of every point that a study sets itself."""
+OF_A_COMPUTATION = ("rate", "seed", "steps")
+"""The same where trials are computations."""
 RESULT_FILE, PAGE_FILE, REPORTS = "result.json", "result.md", "report"
 WAIT_SECONDS = 2.0
 """How often a run that another process trains is looked at."""
@@ -73,7 +78,7 @@ def plan_study(scaled: ScaledStudy, directory: Path, overrides: Sequence[str] = 
     Raises ConfigError for a setting that the study sets itself, and as `plan_points` does.
     """
     # With `rate_steps` there are two budgets: one setting would be both.
-    ours = (*OF_THE_STUDY, "run.steps") if scaled.scale.rate_steps else OF_THE_STUDY
+    ours = (OF_A_COMPUTATION if scaled.computes else OF_THE_STUDY) + ("run.steps",) * bool(scaled.scale.rate_steps)
     own = [text for text in overrides if text.partition("=")[0].lstrip("+~") in ours]
     if own:
         key, _, value = own[0].partition("=")
@@ -84,14 +89,22 @@ def plan_study(scaled: ScaledStudy, directory: Path, overrides: Sequence[str] = 
     for trials in roles:
         settings = [_overrides(scaled, trial, directory, overrides) for trial in trials]
         labels = [_label(scaled, trial) for trial in trials]
-        points |= zip(trials, plan_points(directory, settings, scaled.scale.equal, labels), strict=True)
+        if scaled.computes:
+            made = computed_points(scaled, directory, settings, labels)
+        else:
+            made = plan_points(directory, settings, scaled.scale.equal, labels)
+        points |= zip(trials, made, strict=True)
     return StudyPlan(scaled, directory, points, tuple(overrides))
 
 
 def _overrides(scaled: ScaledStudy, trial: Trial, directory: Path, given: Sequence[str]) -> list[str]:
-    """The settings of a run. Of several for one key the last counts: common, the arm's, those given."""
+    """The settings of a trial. Of several for one key the last counts: common, the arm's, those given."""
     scale = scaled.scale
     steps = scale.rate_steps if trial.role == "rate" and scale.rate_steps else scale.steps
+    if scaled.computes:
+        own = (f"steps={steps}", f"rate={trial.rate:#g}", f"seed={trial.seed}")
+        every = [*scale.overrides, *scaled.arms[trial.arm].overrides, *given, *own]
+        return list({text.partition("=")[0]: text for text in every}.values())
     every = [
         f"run.steps={steps}",
         *dataset_overrides(scale.dataset, directory.parent),
@@ -118,6 +131,9 @@ def finished_runs(
     Raises ConfigError when a directory holds another run than the study's, DataError when a record is damaged.
     """
     found = dict(known or {})
+    if plan.scaled.computes:
+        given = {trial: computed_outcome(point, plan.scaled) for trial, point in plan.points.items()}
+        return {trial: one for trial, one in given.items() if one is not None}
     left = [trial for trial in plan.points if trial not in found and Path(plan.points[trial].run_dir).exists()]
     standing = statuses([plan.points[trial] for trial in left])
     ended = [trial for trial, status in zip(left, standing, strict=True) if is_finished(status)]
@@ -143,9 +159,10 @@ def run_here(plan: StudyPlan, processes: int, parallel: int, retry_failed: bool,
     Raises ConfigError for a batch that `processes` ranks cannot share, KhaError when a run failed, after the others of
     its round, and KeyboardInterrupt after a signal, when all runs have saved.
     """
-    # The batch is the arm's, whatever its rate and seed.
-    for point in {trial.arm: point for trial, point in plan.points.items()}.values():
-        validate_batch(compose(point.overrides), processes)
+    if not plan.scaled.computes:
+        # The batch is the arm's, whatever its rate and seed.
+        for point in {trial.arm: point for trial, point in plan.points.items()}.values():
+            validate_batch(compose(point.overrides), processes)
     progress, known, tried = Progress(), dict[Trial, Outcome](), set[str]()
     while True:
         known = finished_runs(plan, known)
@@ -157,10 +174,14 @@ def run_here(plan: StudyPlan, processes: int, parallel: int, retry_failed: bool,
         start = [point for point in missing(lacking, standing, retry_failed) if point.label not in tried]
         _look(plan, progress, known, result)
         if start:
-            check_against_runs(start)
-            save_sweep(plan.directory, lacking, plan.scaled.scale.equal)
             tried |= {point.label for point in start}
-            run_points(plan.directory, start, processes, partial(_show, watch, progress, start), parallel)
+            show = partial(_show, watch, progress, start)
+            if plan.scaled.computes:
+                compute_points(plan.scaled.study.trials, start, show)
+            else:
+                check_against_runs(start)
+                save_sweep(plan.directory, lacking, plan.scaled.scale.equal)
+                run_points(plan.directory, start, processes, show, parallel)
             progress.work_done += sum(point.flops for point in start)
         elif any(status.state == "running" for status in standing):
             # Another process trains it, or was killed a moment ago.
@@ -215,8 +236,12 @@ def _failed(plan: StudyPlan, points: Sequence[Point], standing: Sequence[RunStat
 
 def submit_study(plan: StudyPlan, options: JobOptions, retry_failed: bool) -> tuple[StudyResult, Started | None]:
     """Submit the missing runs of the present round as one job array; the result so far, and what was started (None:
-    the study is complete). Raises as `start_missing`.
+    the study is complete). Raises ConfigError for a study of computations, and as `start_missing` does.
     """
+    if plan.scaled.computes:
+        raise ConfigError(
+            "is computed here, and not on SLURM", field="study", value=plan.scaled.name, fix="add --local"
+        )
     result = judge(plan.scaled, finished_runs(plan))
     if not result.missing:
         return result, None
@@ -234,9 +259,10 @@ def write_results(plan: StudyPlan, result: StudyResult) -> list[Path]:
     plan.directory.mkdir(parents=True, exist_ok=True)
     pages = {
         reference: write_report(compare_runs(runs, varied=("optim.lr",)), plan.directory / REPORTS / reference)
-        for reference, runs in _groups(result).items()
+        for reference, runs in ({} if plan.scaled.computes else _groups(result)).items()
     }
     answer = result.to_dict() | {
+        "command": command_of(plan),
         "given": list(plan.given),
         "reports": {reference: str(page) for reference, page in pages.items()},
     }
@@ -244,6 +270,13 @@ def write_results(plan: StudyPlan, result: StudyResult) -> list[Path]:
     links = {name: page.relative_to(plan.directory).as_posix() for name, page in pages.items()}
     write_text(plan.directory / PAGE_FILE, study_page(result, links, plan.given))
     return [plan.directory / RESULT_FILE, plan.directory / PAGE_FILE, *pages.values()]
+
+
+def command_of(plan: StudyPlan) -> str:
+    """What to type to repeat the study; a cpu scale needs no cluster."""
+    found = plan.scaled
+    where = ["--local"] if found.scale_name == "cpu" else ["--scale", found.scale_name]
+    return shlex.join(["kha", "study", "run", found.name, *plan.given, *where])
 
 
 def _groups(result: StudyResult) -> dict[str, list[Path]]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from kha_train.analysis.studies import Trial
-from kha_train.analysis.study_results import Outcome, choose_rates
+from kha_train.analysis.study_outcomes import Outcome
+from kha_train.analysis.study_results import choose_rates
 from kha_train.config.compose import compose
 from kha_train.estimate.plan import Plan, make_plan
+from kha_train.operate.computed import needs_of
 from kha_train.operate.study import StudyPlan
+from kha_train.operate.sweep import Point
 
 
 @dataclass(frozen=True)
@@ -90,24 +93,64 @@ def study_costs(plan: StudyPlan, finished: Mapping[Trial, Outcome]) -> StudyCost
     rates = {arm: scaled.scale.rates_of(arm)[0] for arm in scaled.arms}
     rates |= {arm: one.rate for arm, one in (choose_rates(scaled, finished) or {}).items()}
     trials = [*scaled.rate_trials(), *scaled.compared_trials(rates)]
-    plans = {arm: make_plan(compose(_any_point(plan, arm))) for arm in scaled.arms}
+    estimate = _computed if scaled.computes else _trained
+    fits, step_seconds, prices, basis = estimate(plan)
     measured = _seconds_per_flop(plan, finished)
     runs = []
     for trial in trials:
-        point, estimate = plan.points[trial], plans[trial.arm].time
+        point, step = plan.points[trial], step_seconds[trial.arm]
         pace = measured.get(trial.arm, measured.get("")) if measured else None
-        planned = estimate["step_seconds"] and estimate["step_seconds"] * point.steps
+        planned = None if step is None else step * point.steps
         seconds = pace * point.flops if pace is not None else planned
-        cluster = plans[trial.arm].config.cluster
-        price = cluster.devices * cluster.price_per_hour
+        price = prices[trial.arm]
         cost = seconds / 3600 * price if seconds is not None and price else None
         ended = trial in finished
         runs.append(RunCost(trial, point.label, point.steps, point.tokens, point.flops, seconds, cost, ended))
-    return StudyCosts(tuple(runs), tuple(_fit(arm, one) for arm, one in plans.items()), _basis(plans, finished))
+    return StudyCosts(tuple(runs), fits, _basis(basis, finished))
 
 
-def _any_point(plan: StudyPlan, arm: str) -> tuple[str, ...]:
-    return next(point.overrides for trial, point in plan.points.items() if trial.arm == arm)
+class _Estimate(NamedTuple):
+    """What is known before a trial: by arm, what it needs, the seconds of a step and the price of an hour; and what the
+    seconds are based on.
+    """
+
+    fits: tuple[ArmFit, ...]
+    step_seconds: Mapping[str, float | None]
+    prices: Mapping[str, float]
+    basis: str
+
+
+def _trained(plan: StudyPlan) -> _Estimate:
+    plans = {arm: make_plan(compose(_any_point(plan, arm).overrides)) for arm in plan.scaled.arms}
+    clusters = {arm: one.config.cluster for arm, one in plans.items()}
+    cluster = next(iter(clusters.values()))
+    basis = "nothing: the speed of the machine is not known; name one with cluster=..."
+    if cluster.peak_tflops:
+        speed = f"{cluster.devices} x {cluster.peak_tflops:g} TFLOP/s at {cluster.mfu:.0%} MFU"
+        basis = (
+            f"an assumption, not a measurement: cluster {cluster.name}, {speed}; start, validation and saving left out"
+        )
+    return _Estimate(
+        tuple(_fit(arm, one) for arm, one in plans.items()),
+        {arm: one.time["step_seconds"] for arm, one in plans.items()},
+        {arm: one.devices * one.price_per_hour for arm, one in clusters.items()},
+        basis,
+    )
+
+
+def _computed(plan: StudyPlan) -> _Estimate:
+    kind = plan.scaled.study.trials
+    needs = {arm: needs_of(kind, _any_point(plan, arm)) for arm in plan.scaled.arms}
+    return _Estimate(
+        tuple(ArmFit(arm, "this machine", 1, memory, None, "") for arm, (_, memory) in needs.items()),
+        {arm: seconds for arm, (seconds, _) in needs.items()},
+        dict.fromkeys(needs, 0.0),
+        "some steps of each arm, timed now on made-up data; preparing and scoring left out",
+    )
+
+
+def _any_point(plan: StudyPlan, arm: str) -> Point:
+    return next(point for trial, point in plan.points.items() if trial.arm == arm)
 
 
 def _seconds_per_flop(plan: StudyPlan, finished: Mapping[Trial, Outcome]) -> dict[str, float]:
@@ -120,17 +163,13 @@ def _seconds_per_flop(plan: StudyPlan, finished: Mapping[Trial, Outcome]) -> dic
     return {name: statistics.median(values) for name, values in paces.items()}
 
 
-def _basis(plans: Mapping[str, Plan], finished: Mapping[Trial, Outcome]) -> str:
+def _basis(before: str, finished: Mapping[Trial, Outcome]) -> str:
     timed = sum(bool(outcome.seconds and not outcome.diverged) for outcome in finished.values())
     if timed:
         return (
             f"the finished runs of this study ({timed}), as many at a time as then; the start of a process is left out"
         )
-    cluster = next(iter(plans.values())).config.cluster
-    if not cluster.peak_tflops:
-        return "nothing: the speed of the machine is not known; name one with cluster=..."
-    speed = f"{cluster.devices} x {cluster.peak_tflops:g} TFLOP/s at {cluster.mfu:.0%} MFU"
-    return f"an assumption, not a measurement: cluster {cluster.name}, {speed}; start, validation and saving left out"
+    return before
 
 
 def _fit(arm: str, plan: Plan) -> ArmFit:

@@ -159,7 +159,9 @@ CASES: dict[Case, list[Case]] = {
         ("run.steps=2,x",), ("--local", "run.steps=-1,1", "--dir", "{root}/sweeps"),
     ],
     ("study", "list"): [()],
-    ("study", "show"): [("copy",), ("position", "--scale", "paper"), ("copi",), ("copy", "--scale", "gpu")],
+    ("study", "show"): [
+        ("copy",), ("kernel_pca",), ("position", "--scale", "paper"), ("copi",), ("copy", "--scale", "gpu"),
+    ],
     ("study", "report"): [("{study}", *TINY, *DATA, "--dir", "{root}/studies"), ("{nothing}",)],
     ("status",): [
         ("{one}", "{two}", "{lost}", "{odd}"), ("{empty}", "{nothing}"), ("{nothing}",), ("{root}",),
