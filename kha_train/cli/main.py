@@ -35,6 +35,7 @@ COMMANDS = {
     "analyze": "analyze:analyze",
     "kernel-pca": "kernel_pca:kernel_pca",
     "generate": "generate:generate",
+    "import": "import_model:import_model",
     "spikes": "spikes:spikes",
     "sweep": "sweep:sweep_command",
     "launch-arguments": "sweep:launch_arguments",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from kha_train.config.schema import RunConfig
 from kha_train.export.family import Family
-from kha_train.export.hosts import deepseek_v3, glm4_moe, qwen3
+from kha_train.export.hosts import deepseek_v3, glm4_moe, llama, olmoe, qwen3
 
-FAMILIES = {family.model_type: family for family in (qwen3.DENSE, qwen3.EXPERTS, glm4_moe.FAMILY, deepseek_v3.FAMILY)}
+_KNOWN = (qwen3.DENSE, qwen3.EXPERTS, glm4_moe.FAMILY, deepseek_v3.FAMILY, olmoe.FAMILY, llama.FAMILY)
+FAMILIES = {family.model_type: family for family in _KNOWN}
 """By `model_type`, in the order in which an export tries them."""
 
 

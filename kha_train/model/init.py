@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -241,6 +241,17 @@ def interaction_identities(decoder: nn.Module) -> dict[str, Initial | None]:
         if isinstance(module, DeclaredModule)
         for name, identity in module.identities.items()
     }
+
+
+def not_identities(decoder: nn.Module, seed: int, names: Container[str]) -> list[str]:
+    """Those of the weights `names` with which heads do not begin unchanged."""
+    identities, found = interaction_identities(decoder), []
+    for module, local, name, draw in (*initial_values(decoder, seed), *frozen_values(decoder, seed)):
+        if name in names:
+            identity, shape = identities.get(name), tuple(getattr(module, local).shape)
+            if identity is None or not torch.equal(draw(), identity.draw(shape, torch.Generator())):
+                found.append(name)
+    return found
 
 
 def initialise(decoder: nn.Module, seed: int) -> None:

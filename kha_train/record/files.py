@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import os
+import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,6 +113,30 @@ def read_json(path: Path, schema: type[T], fix: str = "restore it from a copy, o
     except ValueError as error:
         raise source.fault("", f"is damaged: {error}") from error
     return source.read(schema, found)
+
+
+@contextmanager
+def published(place: Path, option: str) -> Iterator[Path]:
+    """A hidden directory beside `place` to write into. After the block it becomes `place`; if the block fails, nothing
+    is left.
+
+    Raises ConfigError, naming `option`, where `place` holds something or can never be written.
+    """
+    fix = f"name another directory with {option}"
+    if os.path.lexists(place) and (not place.is_dir() or any(place.iterdir())):
+        raise ConfigError("exists, and nothing is overwritten", field=option, value=str(place), fix=fix)
+    beside = place.with_name(f".{place.name}.writing-{secrets.token_hex(6)}")
+    with written_as(option, place, fix):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        beside.mkdir()
+    try:
+        yield beside
+        with written_as(option, place, fix):
+            sync_directory(beside)
+            os.rename(beside, place)
+            sync_directory(place.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def sync_directory(path: Path) -> None:

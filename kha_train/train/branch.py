@@ -31,7 +31,7 @@ from kha_train.errors import ConfigError, KhaError, ResumeError, Settings, eithe
 from kha_train.foreign.documents import Json
 from kha_train.model.attention.base import Attention
 from kha_train.model.decoder import lay_out_decoder
-from kha_train.model.init import frozen_values, initial_values, interaction_identities
+from kha_train.model.init import not_identities
 from kha_train.record import read_run
 from kha_train.record.schema import Parent
 from kha_train.train import resume
@@ -316,26 +316,24 @@ def _parameters(config: RunConfig, checkpoint: Checkpoint, kind: Kind) -> tuple[
 
 def _check_identity(config: RunConfig, names: list[str]) -> None:
     """Raises ResumeError unless the weights `names` of the model leave heads as they are."""
-    decoder, seed = lay_out_decoder(config), config.run.seed
-    identities = interaction_identities(decoder)
-    for module, local, name, draw in (*initial_values(decoder, seed), *frozen_values(decoder, seed)):
-        if name not in names:
-            continue
-        identity = identities.get(name)
-        shape = tuple(getattr(module, local).shape)
-        if identity is None or not torch.equal(draw(), identity.draw(shape, torch.Generator())):
-            options = config.attention.interaction
-            ways = [f"{INTERACTION}init.kind=identity"] if getattr(options, "init", None) else []
-            ways += [f"{INTERACTION}head_norm=false"] if getattr(options, "head_norm", False) else []
-            ways += [f"{INTERACTION}component_heads=0"] if getattr(options, "component_heads", 0) else []
-            raise ResumeError(
-                f"{name} of an inserted interaction does not begin as the identity, so the branch would begin as "
-                "another function than its parent",
-                field="attention.interaction",
-                value=options.name,
-                allowed="an interaction that leaves heads as they are until it has learned",
-                fix=Settings(" ".join(ways)) if ways else "another interaction",
-            )
+    others = not_identities(lay_out_decoder(config), config.run.seed, names)
+    if others:
+        raise ResumeError(
+            f"{others[0]} of an inserted interaction does not begin as the identity, so the branch would begin as "
+            "another function than its parent",
+            field="attention.interaction",
+            value=config.attention.interaction.name,
+            allowed="an interaction that leaves heads as they are until it has learned",
+            fix=_begins_as_identity(config.attention.interaction),
+        )
+
+
+def _begins_as_identity(options: InteractionOptions) -> str:
+    """The fix for an interaction that does not begin as the identity."""
+    ways = [f"{INTERACTION}init.kind=identity"] if getattr(options, "init", None) else []
+    ways += [f"{INTERACTION}head_norm=false"] if getattr(options, "head_norm", False) else []
+    ways += [f"{INTERACTION}component_heads=0"] if getattr(options, "component_heads", 0) else []
+    return Settings(" ".join(ways)) if ways else "another interaction"
 
 
 def _run_of(checkpoint: Checkpoint) -> Path:

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import typer
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from data_tools.corpus import build_corpus
 from data_tools.train_tokenizer import train_tokenizer
@@ -26,6 +28,8 @@ from kha_train.cli.main import COMMANDS, build, run
 from kha_train.cli.output import strict
 from kha_train.config.compose import compose, dump
 from kha_train.errors import DivergedError
+from kha_train.export.families import family_of
+from kha_train.model.decoder import lay_out_decoder
 from kha_train.operate import datasets
 from kha_train.record import Record
 from kha_train.record.redact import Redactor
@@ -82,6 +86,7 @@ class Places:
         self._train("other", "run.steps=2", "attention=kha_mlp", "run.seed=1")
         self._diverge()
         self._write_files()
+        self._write_stock()
 
     def named(self, case: Case) -> list[str]:
         return [argument.format(**self.names) for argument in case]
@@ -130,6 +135,20 @@ class Places:
         train_tokenizer(self.root / "made", self.root / "made.model", vocab_size=300)
         (np.arange(2000) % 250).astype(np.uint16).tofile(self.root / "ids.bin")
 
+    def _write_stock(self) -> None:
+        """`stock`: a model of transformers, all zeros."""
+        self.names["stock"] = str(self.root / "stock")
+        (self.root / "stock").mkdir()
+        config = compose([*TINY, "model.norm_eps=1e-5"])
+        decoder, family = lay_out_decoder(config), family_of(config)
+        values = family.config(config)
+        shapes = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict(keep_vars=True).items()}
+        wanted = {
+            name: shape for link in family.links(config, values) for name, shape in link.host_shapes(shapes).items()
+        }
+        save_file({name: torch.zeros(shape) for name, shape in wanted.items()}, self.root / "stock/model.safetensors")
+        (self.root / "stock" / "config.json").write_text(json.dumps(values))
+
 
 DATA = ("data.train={data}/train", "data.validation={data}/validation")
 CASES: dict[Case, list[Case]] = {
@@ -143,6 +162,10 @@ CASES: dict[Case, list[Case]] = {
     ("generate",): [
         ("{two}", "--ids", "1,2", "--tokens", "3", "--samples", "2"), ("{odd}", "--ids", "1", "--tokens", "1"),
         ("{lost}", "--ids", "1", "--tokens", "2"), ("{empty}",), ("{two}", "--ids", "one"),
+    ],
+    ("import",): [
+        ("{stock}", "--out", "{root}/imported-model", "attention=kha_mlp"), ("{stock}", "--out", "{one}"),
+        ("{nothing}", "--out", "{root}/none"), ("{stock}", "--out", "{root}/none", "model.kv_heads=2"),
     ],
     ("analyze",): [
         ("{two}", "--tokens", "64", "--every-checkpoint"), ("{odd}", "{other}"), ("{lost}",), ("{empty}",),

@@ -58,6 +58,7 @@ CASES = {
         "qwen3_moe",
         f"{SOFTMAX} moe.dense_layers=1 moe.dense_width=48 moe.renormalize=false moe.routed_scaling=1.0",
     ),
+    "softmax, a norm of all heads": ("olmoe", f"{SOFTMAX} attention.qk_norm=full_width model.head_dim=16"),
     "latents": ("deepseek_v3", MLA),
     "latents of queries": (
         "deepseek_v3",

@@ -52,7 +52,8 @@ def _all_dense(reading: Reading) -> bool:
     return _dense(reading) == int(reading.take("num_hidden_layers", Size))
 
 
-def _softmax_experts(config: RunConfig, ours: str, host: str) -> Iterator[Link]:
+def softmax_experts(config: RunConfig, ours: str, host: str) -> Iterator[Link]:
+    """Router and experts. The classes with a softmax router have no selection bias, so it must be zero."""
     yield one(f"{ours}.router.weight", f"{host}.gate.weight")
     bias = Part(f"{ours}.router.selection_bias")
     yield Link((bias,), (), absent(config.moe.experts, "Qwen3-MoE"), exact=True)
@@ -70,6 +71,11 @@ def _refuses_dense(config: RunConfig) -> ConfigError | None:
 
 
 def _refuses_experts(config: RunConfig) -> ConfigError | None:
+    return refuses_softmax_router(config) or _refuses(config)
+
+
+def refuses_softmax_router(config: RunConfig) -> ConfigError | None:
+    """Why the experts of `config` are not chosen by softmax scores alone, or None."""
     moe, softmax = config.moe, "beside a softmax router"
     if moe.score != "softmax":
         return no_host("moe.score", moe.score, "chooses experts by sigmoid scores", "softmax")
@@ -77,11 +83,11 @@ def _refuses_experts(config: RunConfig) -> ConfigError | None:
         return no_host("moe.shared_experts", moe.shared_experts, f"shared experts {softmax}", "0")
     if moe.expert_groups > 1:
         return no_host("moe.expert_groups", moe.expert_groups, f"groups of experts {softmax}", "1")
-    return _refuses(config)
+    return None
 
 
 def _links(config: RunConfig, values: Mapping[str, Json]) -> Iterator[Link]:
-    return decoder_links(config, grouped_query_links, _softmax_experts)
+    return decoder_links(config, grouped_query_links, softmax_experts)
 
 
 DENSE = Family(

@@ -1,0 +1,71 @@
+"""`kha import DIR`: a stock model of transformers becomes a run directory to go on from."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kha_train.cli.output import print_json
+from kha_train.cli.progress import progress_bar
+from kha_train.cli.train import Overrides
+from kha_train.config.compose import quoted
+from kha_train.literal import say
+
+ROWS = 4096
+"""The longest row in the suggested command. Models are often made for longer ones than a training needs."""
+
+
+def import_model(
+    directory: Annotated[
+        Path, typer.Argument(help="A model directory with config.json and safetensors.", metavar="DIR")
+    ],
+    out: Annotated[Path, typer.Option(help="The run directory to write; it must not exist.")],
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Import a stock model of transformers: GLM-4-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3, Qwen3 or Llama.
+
+    The directory is data: no code of it runs, and an option that our decoder lacks is refused. The run has one
+    checkpoint, of step 0, with the weights alone. A training takes them with run.init_from, whatever its interaction.
+    With attention=kha_mlp or the like, the imported model has the interaction too, as the identity.
+    """
+    from kha_train.export.importing import prepare
+
+    ready = prepare(directory, out, overrides or [])
+    with progress_bar("importing", ready.elements) as advance:
+        imported = ready.write(out, advance)
+    train = shlex.join(_train(imported.settings, imported.config.model.seq_len, out))
+    answer: dict[str, Any] = {
+        "class": imported.host,
+        "run": str(imported.run),
+        "checkpoint": str(imported.checkpoint),
+        "parameters": imported.parameters,
+        "interaction": imported.config.attention.interaction.name,
+        "tokenizer": None if imported.tokenizer is None else str(imported.tokenizer),
+        "left_out": list(imported.left_out),
+        "settings": list(imported.settings),
+        "train": train,
+    }
+    if as_json:
+        print_json(answer, indent=2)
+        return
+    say(f"{imported.host} of {imported.parameters:,} parameters, now {imported.checkpoint}")
+    for text in imported.left_out:
+        say(f"left out: {text}")
+    say(f"tokenizer: {imported.tokenizer}" if imported.tokenizer else "tokenizer: none in the directory")
+    say("go on with it, or with attention=kha_mlp, which changes nothing at first:")
+    say(f"  {train}")
+
+
+def _train(settings: tuple[str, ...], longest: int, out: Path) -> list[str]:
+    """The command that goes on from the imported weights, on shards of its tokenizer."""
+    model = [text for text in settings if not text.startswith(("model.name=", "model.seq_len="))]
+    places = {"run.dir": f"{out}-trained", "run.init_from": str(out)}
+    places |= {"data.train": f"{out}/shards/train", "data.validation": f"{out}/shards/validation"}
+    return [
+        "kha", "train", *(f"{key}={quoted(value)}" for key, value in places.items()),
+        f"model.seq_len={min(ROWS, longest)}", *model,
+    ]  # fmt: skip
