@@ -40,7 +40,7 @@ from kha_train.variants.optimizer import MASTER
 
 TOKENIZER = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 256 * 2**20
-PIECE_ELEMENTS = 2**22
+PIECE_ELEMENTS = 2**20
 """A tensor that is the same in both is read in parts of at most so many elements, or one row."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _CONSTANT = re.compile(r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq")

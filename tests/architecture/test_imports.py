@@ -40,7 +40,7 @@ AT_THE_TOP = {
     "typer": ("kha_train/cli/",),
     "rich": ("kha_train/cli/", "kha_train/telemetry/", "kha_train/analysis/"),
     "yaml": ("kha_train/foreign/documents.py", "kha_train/config/compose.py", "kha_train/train/"),
-    "safetensors": ("kha_train/checkpoint/",),
+    "safetensors": ("kha_train/checkpoint/", "kha_train/export/"),
 }
 BEHIND_A_DOOR = {
     "deepspeed": ("kha_train/engine/deepspeed.py",),
