@@ -56,16 +56,29 @@ def import_model(
     for text in imported.left_out:
         say(f"left out: {text}")
     say(f"tokenizer: {imported.tokenizer}" if imported.tokenizer else "tokenizer: none in the directory")
-    say("go on with it, or with attention=kha_mlp, which changes nothing at first:")
+    say(f"to train it further{_hint(imported.settings)}:")
     say(f"  {train}")
 
 
+def _hint(settings: tuple[str, ...]) -> str:
+    """What may be added to the command, unless it has an interaction."""
+    if any(text.startswith(("attention=kha", "interaction@")) for text in settings):
+        return ""
+    linear = "attention=mla" in settings
+    added = "interaction@attention.interaction=knocking_linear" if linear else "attention=kha_mlp"
+    return f" (add {added} for heads that exchange information; at first it changes nothing)"
+
+
 def _train(settings: tuple[str, ...], longest: int, out: Path) -> list[str]:
-    """The command that goes on from the imported weights, on shards of its tokenizer."""
-    model = [text for text in settings if not text.startswith(("model.name=", "model.seq_len="))]
+    """The command that trains the imported weights further, on shards of its tokenizer."""
     places = {"run.dir": f"{out}-trained", "run.init_from": str(out)}
     places |= {"data.train": f"{out}/shards/train", "data.validation": f"{out}/shards/validation"}
+    typed = {text.partition("=")[0] for text in settings}
+    # The default preset is left out, so that another one can be added.
+    model = [
+        text for text in settings if text != "attention=gqa" and not text.startswith(("model.name=", "model.seq_len="))
+    ]
     return [
-        "kha", "train", *(f"{key}={quoted(value)}" for key, value in places.items()),
+        "kha", "train", *(f"{key}={quoted(value)}" for key, value in places.items() if key not in typed),
         f"model.seq_len={min(ROWS, longest)}", *model,
     ]  # fmt: skip

@@ -67,10 +67,12 @@ class Imported:
 @dataclass(frozen=True)
 class Import:
     """A model directory that was found to fit, ready to be written. `links` say how tensors of `config`'s decoder are
-    made; `shapes` are those of all its parameters and buffers."""
+    made; `shapes` are those of all its parameters and buffers; `settings` are those of the model as they are typed.
+    """
 
     model: ModelDirectory
-    described: Described
+    host: str
+    settings: tuple[str, ...]
     config: RunConfig
     decoder: Decoder
     links: tuple[Link, ...]
@@ -96,14 +98,14 @@ class Import:
             if tokenizer is not None:
                 (beside / TOKENIZER).write_bytes(tokenizer)
         return Imported(
-            self.described.family.model_type,
+            self.host,
             out,
             out / place.relative_to(beside),
             self.config,
             sum(parameter.numel() for parameter in self.decoder.parameters()),
             None if tokenizer is None else out / TOKENIZER,
             self.left_out,
-            self.described.overrides,
+            self.settings,
         )
 
     def _wanted(self) -> Iterator[str]:
@@ -165,14 +167,16 @@ def prepare(directory: Path, out: Path, overrides: Sequence[str] = ()) -> Import
     """
     model = open_directory(directory)
     described = describe(model)
-    config = configure(described, [*_places(out), *overrides])
+    # The user may say where data are, but the run is where it is written.
+    config = configure(described, [*_places(out, "data"), *overrides, *_places(out, "run")])
     decoder = lay_out_decoder(config)
     tensors = dict(decoder.named_parameters()) | persistent_buffers(decoder)
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     links = tuple(described.family.links(config, model.config))
     left_out = _check_tensors(model, links, shapes, config, _further_layers(described))
     _check_identity(config, decoder, shapes.keys() - {part.name for link in links for part in link.ours})
-    return Import(model, described, config, decoder, links, shapes, left_out)
+    settings = described.overrides(overrides)
+    return Import(model, described.family.model_type, settings, config, decoder, links, shapes, left_out)
 
 
 def _check_tensors(
@@ -237,11 +241,11 @@ def _check_identity(config: RunConfig, decoder: Decoder, names: Collection[str])
         )
 
 
-def _places(out: Path) -> list[str]:
-    """Settings that say where the run and its data are, for the configuration in it."""
+def _places(out: Path, section: str) -> list[str]:
+    """Settings that say where the `run` or its `data` are, for the configuration in it."""
     places = {"run.dir": out, "run.name": out.name, "data.train": out / "shards/train"}
     places |= {"data.validation": out / "shards/validation"}
-    return [f"{key}={quoted(str(value))}" for key, value in places.items()]
+    return [f"{key}={quoted(str(value))}" for key, value in places.items() if key.startswith(section)]
 
 
 def _further_layers(described: Described) -> int:

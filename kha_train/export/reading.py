@@ -61,10 +61,11 @@ class Described(NamedTuple):
     family: Family
     settings: Settings
 
-    @property
-    def overrides(self) -> tuple[str, ...]:
-        """The settings as they are typed."""
-        return tuple(f"{key}={_typed(value)}" for key, value in self.settings.items())
+    def overrides(self, further: Sequence[str] = ()) -> tuple[str, ...]:
+        """The settings as they are typed, with `further` ones, which replace those of the same key."""
+        typed = {text.partition("=")[0] for text in further}
+        own = [f"{key}={_typed(value)}" for key, value in self.settings.items() if key not in typed]
+        return (*own, *further)
 
 
 def describe(model: ModelDirectory) -> Described:
@@ -90,9 +91,7 @@ def configure(described: Described, overrides: Sequence[str]) -> RunConfig:
     """The configuration of the model, with `overrides` for what it leaves free: an interaction, the length of rows, all
     that concerns training. Raises ConfigError for one that would make another model of it, and as `compose`.
     """
-    plain = compose(described.overrides)
-    typed = {text.partition("=")[0] for text in overrides}
-    config = compose([*(one for one in described.overrides if one.partition("=")[0] not in typed), *overrides])
+    plain, config = compose(described.overrides()), compose(described.overrides(overrides))
     before, now = (flatten(to_plain(one)) for one in (plain, config))
     for key in before.keys() | now.keys():
         given = key not in FREE and any(key == name or (name[-1] == "." and key.startswith(name)) for name in GIVEN)

@@ -204,7 +204,7 @@ def test_an_import_holds_a_part_and_no_more_of_a_model(tmp_path: Path, clean_env
     (stock / "config.json").write_text(json.dumps(values))
     command = [sys.executable, str(WORKER), str(stock), str(tmp_path / "run"), str(PART)]
     grown = float(subprocess.run(command, check=True, capture_output=True, text=True, env=clean_environment).stdout)
-    # A part waits while the next tensor is read. Rows are read in pieces; the largest tensor that is read whole has 4 MiB.
+    # A part waits while the next tensor is read. Rows are read in pieces, and no tensor that is read whole is large.
     written = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*.safetensors"))
     assert written > 320 * 2**20
     assert grown < (2 * PART) / 2**20
