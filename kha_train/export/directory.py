@@ -127,11 +127,11 @@ def _tensors(path: Path, names: list[str], pickles: tuple[str, ...]) -> dict[str
     their index contradict each other."""
     single, indexed = SINGLE_NAME in names, INDEX_NAME in names
     if single == indexed:
-        found = f"{SINGLE_NAME} and {INDEX_NAME}" if single else ", ".join(pickles) or "no weights"
+        there = f"{SINGLE_NAME} and {INDEX_NAME}" if single else ", ".join(pickles) or "no weights"
         raise ConfigError(
             "which of its weights count is not clear" if single else "has no weights that can be read safely",
             field="DIR",
-            value=f"{path}: {short(found)}",
+            value=f"{path}: {short(there)}",
             allowed=f"{SINGLE_NAME}, or {INDEX_NAME} and the files it names",
             fix="convert them to safetensors where they come from; pickled weights can run code" if pickles else None,
         )
