@@ -43,7 +43,10 @@ from kha_train.model.host import inputs_of
 
 OLD = Path(__file__).parents[1] / "fixtures" / "old_runs"
 SMALL = ("model.layers=2", "model.hidden_size=32", "model.head_dim=8", "model.vocab_size=64", "model.seq_len=24")
-VARIANTS = ("gqa", "gta", "mla", "talking_heads", "linear", "gated", "kha_linear", "kha_mlp", "kha_gate", "mea")
+VARIANTS = (
+    *("gqa", "gta", "mla", "talking_heads", "diff", "linear", "gated"),
+    *("kha_linear", "kha_mlp", "kha_gate", "mea"),
+)
 T, FILLED, BORDERS = 24, (24, 20), (0, 1, 7, 24, 33, 44, 48)
 """Two rows: documents of 1, 6, 17, 9 and 11 tokens, and 4 places of padding at the end."""
 NEAR = {"rel": 1e-6, "abs": 1e-9}

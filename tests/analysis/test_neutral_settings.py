@@ -56,7 +56,13 @@ def test_precision_is_compared_by_what_auto_stood_for(tmp_path: Path) -> None:
     assert compare_runs([cpu, gpu]).pairs[0].confounders == ("engine.precision (fp32 and bf16)",)
 
 
-@pytest.mark.parametrize("preset", ["mha", "mqa", "gta", "mla", "talking_heads", "linear", "gated", "kha_gate", "mea"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        *("mha", "mqa", "gta", "mla", "talking_heads", "diff", "linear"),
+        *("gated", "gated_headwise", "kha_gate", "mea"),
+    ],
+)
 def test_what_a_preset_says_is_the_variant(preset: str, tmp_path: Path) -> None:
     reference = make_run(tmp_path / "gqa", "model.kv_heads=2")
     other = make_run(tmp_path / "other", "model.kv_heads=2", f"attention={preset}")

@@ -28,6 +28,16 @@ ENGINES = {f"zero{stage}": ("deepspeed", stage) for stage in (1, 2, 3)} | {
     name: (name, 1) for name in engines() if name != "deepspeed"
 }
 """Every engine there is: one that is added is asked too."""
+INTERACTION = "attention.interaction"
+ARMS = {
+    "a matrix a head": ["attention=kha_mlp", f"{INTERACTION}.share=none"],
+    "frozen": ["attention=kha_linear", f"{INTERACTION}.train=false", f"{INTERACTION}.init.kind=random_orthogonal"],
+    "fewer components": ["attention=mea", "model.kv_heads=4", f"{INTERACTION}.component_heads=2"],
+    "values of a tied state": ["attention=gta", "interaction@attention.interaction=knocking_mlp",
+                               f"{INTERACTION}.value_only=true"],
+    **{name: [f"attention={name}"] for name in ("linear", "diff", "gated", "gated_headwise")},
+}  # fmt: skip
+"""Parameters of other shapes and buffers than `TRAINING` has."""
 TRAINING = ["engine.device=cpu", "attention=kha_mlp", "data.global_batch_size=4", "engine.micro_batch_size=2"]
 
 
@@ -180,10 +190,8 @@ def test_a_callers_tighter_limit_scales_the_gradient_and_a_wider_one_does_not(na
     assert applied == pytest.approx([0.01, 0.05], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_a_discarded_step_was_never_seen_and_what_is_restored_continues_bit_for_bit(
-    name: str, overrides: list[str]
-) -> None:
+def gone_on(name: str, overrides: list[str]) -> list[float]:
+    """The losses of two steps after one that was taken and one that was discarded, which a restored engine repeats."""
     with opened(name, overrides) as engine:
         first, refused, second, third = batches(engine, 4)
         train_step(engine, *first, 1e-2)
@@ -203,6 +211,25 @@ def test_a_discarded_step_was_never_seen_and_what_is_restored_continues_bit_for_
         engine.refresh_parameters()
         found = [train_step(engine, *batch, 1e-2).loss for batch in (second, third)]
         assert found == expected[0] and differing(expected[1], state(engine)) == []
+    return found
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_discarded_step_was_never_seen_and_what_is_restored_continues_bit_for_bit(
+    name: str, overrides: list[str]
+) -> None:
+    gone_on(name, overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_stage_takes_the_steps_of_the_plain_engine_and_continues_bit_for_bit(
+    arm: str, overrides: list[str]
+) -> None:
+    settings = [*overrides, *ARMS[arm], "model.layers=1", "model.hidden_size=32", "model.head_dim=16"]
+    expected = gone_on("plain", settings)
+    for stage in (1, 2, 3):
+        assert gone_on(f"zero{stage}", settings) == pytest.approx(expected, rel=1e-5), stage
 
 
 @pytest.mark.parametrize("name", ENGINES)

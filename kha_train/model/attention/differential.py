@@ -54,6 +54,10 @@ class DifferentialAttention(GroupedQueryAttention):
     """Key heads 2g and 2g + 1 are k_1 and k_2 of group g, value heads 2g and 2g + 1 its v_a and v_b. Query heads of a
     key head stand side by side, as in every grouped attention: for each group first all q_1, then all q_2. The halves
     of a pair's output are two heads for an interaction and for a gate.
+
+    The same function as transformers' `DiffLlamaAttention`, of weights that are laid out otherwise: there all q_1 come
+    before all q_2, all k_1 before all k_2, all v_a before all v_b, and the pairs of a key group share it likewise. It
+    has no QK-norm, which is `attention.qk_norm=none` here, and its norm has no gain. Both count layers from 0 for l0.
     """
 
     def __init__(self, config: RunConfig, resolved: Resolved, layer: int = 0) -> None:
