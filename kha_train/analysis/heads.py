@@ -16,6 +16,9 @@ from kha_train.analysis.inspection import AttentionWeights, Gate, HeadOutputs
 FEWEST_ATTENDED = 2
 """A query that attends to one token alone has no choice, and is left out of every mean of attention weights."""
 
+CLOSED = 0.1
+"""A gate below this lets almost nothing through."""
+
 
 class MeanSums:
     """The mean output of each head."""
@@ -116,7 +119,7 @@ class GateSums:
 
     def __init__(self) -> None:
         self._tokens = 0
-        self._means_H, self._squares, self._derivative = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+        self._means_H, self._squares, self._closed, self._derivative = torch.zeros(4, dtype=torch.float64)
 
     def add(self, gates_NHK: Tensor, derivative: Tensor | None = None) -> None:
         """Add the gates of some tokens, and the mean derivative over them if the gate is part of a map of heads."""
@@ -124,6 +127,7 @@ class GateSums:
         self._tokens += count
         self._means_H = self._means_H + gates_NHK.mean(dim=2).sum(dim=0)
         self._squares = self._squares + gates_NHK.square().mean(dim=(1, 2)).sum()
+        self._closed = self._closed + (gates_NHK < CLOSED).double().mean(dim=(1, 2)).sum()
         if derivative is not None:
             self._derivative = self._derivative + derivative * count
 
@@ -132,7 +136,8 @@ class GateSums:
         means_H = self._means_H / self._tokens
         mean = float(means_H.mean())
         variance = float(self._squares / self._tokens) - mean**2
-        return Gate(name, mean, max(0.0, variance) ** 0.5, tuple(means_H.tolist()))
+        closed = float(self._closed / self._tokens)
+        return Gate(name, mean, max(0.0, variance) ** 0.5, tuple(means_H.tolist()), closed)
 
     def derivative(self) -> Tensor | None:
         """The mean derivative, of the shape that it was added in; None if there was none."""

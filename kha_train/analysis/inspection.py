@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -104,14 +105,15 @@ class AttentionWeights:
 @dataclass(frozen=True)
 class Gate:
     """The sigmoid gate `name` of a layer: its `mean` and standard `deviation` over tokens, heads and dimensions, and
-    the means of the heads it acts on (key/value heads for a gate of values). An untrained gate of a map is 0.5
-    everywhere.
+    the means of the heads it acts on (key/value heads for a gate of values). `closed` is the share of it below 0.1;
+    None in results from before this was counted. An untrained gate of a map is 0.5 everywhere.
     """
 
     name: str
     mean: float
     deviation: float
     head_means: PerHead
+    closed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ class Inspection:
 
 
 class _Head(TypedDict):
-    """What every version of the format has."""
+    """What every version of the formats has."""
 
     schema: Count
 
@@ -250,17 +252,19 @@ def read_inspections(run_dir: Path) -> list[Inspection]:
     folder = run_dir / FOLDER
     names = sorted(path.name for path in folder.iterdir() if _NAME.fullmatch(path.name)) if folder.is_dir() else []
     found = [inspection for name in names if (inspection := _read(folder / name)) is not None]
-    undone: set[int] | None = None
-    current = []
-    for inspection in sorted(found, key=lambda one: one.step):
-        manifest = manifest_sha256(run_dir / CHECKPOINTS / step_name(inspection.step))
-        if manifest is None:
-            undone = {line["step"] for line in read_discarded(run_dir)} if undone is None else undone
-            is_current = inspection.step not in undone
-        else:
-            is_current = manifest == inspection.manifest
-        current += [inspection] * is_current
-    return current
+    undone = cache(lambda: {line["step"] for line in read_discarded(run_dir)})
+    current = (one for one in found if is_current(run_dir, one.step, one.manifest, undone))
+    return sorted(current, key=lambda one: one.step)
+
+
+def is_current(run_dir: Path, step: int, manifest: str, undone: Callable[[], set[int]] | None = None) -> bool:
+    """Whether the checkpoint of `step` with that manifest is still one of the run. If it was removed, the run must not
+    have gone back behind that step; `undone` returns the steps that the run undid (None: they are read here).
+    """
+    saved = manifest_sha256(run_dir / CHECKPOINTS / step_name(step))
+    if saved is not None:
+        return saved == manifest
+    return step not in (undone() if undone else {line["step"] for line in read_discarded(run_dir)})
 
 
 def read_inspection(run_dir: Path, step: int, manifest: str) -> Inspection | None:
@@ -303,7 +307,14 @@ def _read(path: Path) -> Inspection | None:
 
 
 def _values(path: Path) -> Mapping[str, Any] | None:
-    raw, source = read_regular(path, MAX_BYTES), Source(str(path), fix=_FIX)
+    return saved_values(path, Source(str(path), fix=_FIX))
+
+
+def saved_values(path: Path, source: Source) -> Mapping[str, Any] | None:
+    """What a result of this room holds, as plain values; None where there is no such file. Raises DataError when it is
+    damaged, as `source` says.
+    """
+    raw = read_regular(path, MAX_BYTES)
     if raw is None:
         return None
     try:

@@ -23,7 +23,8 @@ from kha_train.analysis.inspection import (
     PerHead,
     Square,
 )
-from kha_train.analysis.inspection_table import MEANINGS, layer_row, short
+from kha_train.analysis.inspection_table import MATCH_HEADINGS, MATCH_MEANING, MEANINGS, layer_row, match_rows, short
+from kha_train.analysis.matches import Match
 from kha_train.analysis.report.svg import text
 from kha_train.record.files import check_replaceable, mark_of
 from kha_train.record.redact import Redactor
@@ -80,18 +81,18 @@ BY_PAIR: dict[str, Callable[[HeadOutputs], Square]] = {
 }
 
 
-def write_page(run_dir: Path, label: str, saved: Sequence[Inspection]) -> Path:
-    """Writes the page about the results `saved` of a run, at least one, and returns its path. Raises ConfigError when
-    something else is in its place, OSError.
+def write_page(run_dir: Path, label: str, saved: Sequence[Inspection], matches: Sequence[Match] = ()) -> Path:
+    """Writes the page about the results `saved` of a run, at least one, and its `matches` with other runs, and returns
+    its path. Raises ConfigError when something else is in its place, OSError.
     """
     path, mark = run_dir / FOLDER / "index.html", mark_of("analyze", ())
     check_replaceable(path, mark, str(path), False, (PAGE.encode(),))
-    page = Redactor.from_environment().text(page_html(label, saved, mark))
+    page = Redactor.from_environment().text(page_html(label, saved, mark, matches))
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
 
 
-def page_html(label: str, saved: Sequence[Inspection], mark: str) -> str:
+def page_html(label: str, saved: Sequence[Inspection], mark: str, matches: Sequence[Match] = ()) -> str:
     """The whole page as text, about the newest of `saved`, and how it came there; `mark` says whose page it is."""
     newest = saved[-1]
     title = f"{label}: {newest.base} x {newest.interaction}"
@@ -106,6 +107,7 @@ def page_html(label: str, saved: Sequence[Inspection], mark: str) -> str:
         *_matrices(saved),
         *_gates(newest),
         *_clusters(newest),
+        *_matches(matches),
     ]
     head = (
         f'{PAGE}<html lang="en"><head><meta charset="utf-8">'
@@ -247,13 +249,17 @@ def _gates(newest: Inspection) -> Iterator[str]:
     gates = [(layer.layer, gate) for layer in newest.layers for gate in layer.gates]
     if not gates:
         return
-    yield "<h2>Gates</h2><p class='soft'>0.5 everywhere before training.</p>"
+    yield (
+        "<h2>Gates</h2><p class='soft'>Of maps 0.5 everywhere before training, of head outputs near it. Closed: the "
+        "share below 0.1.</p>"
+    )
     body = "".join(
         f"<tr><th>{layer}</th><td><code>{text(gate.name)}</code></td><td>{short(gate.mean)}</td>"
-        f"<td>{short(gate.deviation)}</td><td>{' '.join(map(short, gate.head_means))}</td></tr>"
+        f"<td>{short(gate.deviation)}</td><td>{short(gate.closed)}</td>"
+        f"<td>{' '.join(map(short, gate.head_means))}</td></tr>"
         for layer, gate in gates
     )
-    head = "<th>layer</th><th>gate</th><th>mean</th><th>deviation</th><th>means of heads</th>"
+    head = "<th>layer</th><th>gate</th><th>mean</th><th>deviation</th><th>closed</th><th>means of heads</th>"
     yield f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -277,6 +283,25 @@ def _clusters(newest: Inspection) -> Iterator[str]:
     titles = ("layer", "matrix", "group of each head", "silhouette", "p", "importance", "p of it")
     head = "".join(f"<th>{title}</th>" for title in titles)
     yield f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _matches(matches: Sequence[Match]) -> Iterator[str]:
+    """Which heads play the part of those of other runs, with the similarities of all pairs as heat-maps."""
+    if not matches:
+        return
+    yield f"<h2>Heads of other runs</h2><p class='soft'>{text(MATCH_MEANING)}</p>"
+    head = "".join(f"<th>{text(title)}</th>" for title in MATCH_HEADINGS)
+    for match in matches:
+        both = f"{match.reference}, step {match.reference_step}, beside step {match.step} of this run"
+        for name, rows in match_rows(match).items():
+            yield f"<h3>{text(both)}: {text(name)}</h3>"
+            body = "".join(f"<tr>{''.join(f'<td>{text(one)}</td>' for one in row)}</tr>" for row in rows)
+            yield f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+            yield '<p class="soft">Rows: heads of the other run; columns: heads of this run; full colour is 1.</p>'
+            yield "<div class='row'>"
+            for layer, one in match.by_kind()[name]:
+                yield _figure(heatmap(np.array(one.similarity), f"layer {layer}", 1.0), f"layer {layer}")
+            yield "</div>"
 
 
 def _figure(svg: str, caption: str) -> str:

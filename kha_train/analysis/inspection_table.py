@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from kha_train.analysis import matches
 from kha_train.analysis.inspection import Inspection, LayerInspection, mean_off_diagonal, path_of
+from kha_train.analysis.matches import Match
 
 
 class Meaning(NamedTuple):
@@ -107,6 +109,60 @@ def print_inspections(label: str, newest: Inspection, saved: Sequence[Inspection
         console.print(_table("step", [(str(one.step), _mean_row(one)) for one in saved]))
     for name, reason in newest.absent.items():
         console.print(f"  no {name}: {reason}")
+
+
+MATCH_HEADINGS = ("layer", "partner of each head", "mean", "excess", "p", "same number", "p of it")
+MATCH_MEANING = (
+    "Heads of each layer are matched one to one, so that matched heads are as alike as possible. The partner of a head "
+    "of the other run is the head of this run that plays its part. Excess: by how much matched heads are more alike "
+    "than all pairs. p: the share of shuffled tables whose best matching has as large an excess. Same number: heads "
+    "whose partner has their own number, and the probability of so many by chance."
+)
+
+
+def match_rows(match: Match) -> dict[str, list[tuple[str, ...]]]:
+    """For each similarity the rows of a table with `MATCH_HEADINGS`."""
+    return {
+        name: [
+            (
+                str(layer),
+                " ".join(map(str, one.partner)),
+                *map(short, (one.mean, one.excess, one.p)),
+                f"{one.kept} of {len(one.partner)}",
+                short(one.kept_p),
+            )
+            for layer, one in layers
+        ]
+        for name, layers in match.by_kind().items()
+    }
+
+
+def print_match(label: str, match: Match, console: Console) -> None:
+    """The partner of each head by layer, by each similarity."""
+    both = f"{match.reference} (step {match.reference_step}), matched with heads of {label} (step {match.step})"
+    for name, rows in match_rows(match).items():
+        console.print(f"heads of {both}, by {name}")
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+        for heading in MATCH_HEADINGS:
+            table.add_column(heading, justify="right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def match_answer(run_dir: Path, match: Match) -> dict[str, Any]:
+    """A match for `--json`: everything but the similarities of all pairs, which are in its `file`."""
+    layers = []
+    for one in match.layers:
+        found = {name: getattr(one, name) for name in ("cka", "weights")}
+        layers.append(
+            {"layer": one.layer}
+            | {name: each and {key: value for key, value in vars(each).items() if key != "similarity"}
+               for name, each in found.items()}
+        )  # fmt: skip
+    plain = {key: value for key, value in vars(match).items() if key not in ("layers", "probe")}
+    file = str(matches.path_of(run_dir, match.reference_id))
+    return {**plain, "file": file, "probe": vars(match.probe), "layers": layers}
 
 
 _BY_HEAD = ("entropy", "distance", "sink", "divergence")

@@ -81,6 +81,21 @@ class Observer:
             self._nats()
         return torch.cat(seen)
 
+    def patterns(self, layer: int) -> list[Tensor]:
+        """The attention weights of a layer for the queries that are read, [H, Q, U] each, some queries of a row at a
+        time; empty if its attention has none that sum to 1.
+        """
+        attention, seen = self.attentions[layer], list[Tensor]()
+
+        def see(q_BTHK: Tensor, k_BUGK: Tensor, documents: Documents, scale: float) -> None:
+            seen.extend(
+                weights_HQU.float() for weights_HQU, _, _ in self._weights(attention, q_BTHK, k_BUGK, documents, scale)
+            )
+
+        with _on_attend(attention, see):
+            self._nats()
+        return seen
+
     def sums(self, means: Sequence[Tensor]) -> tuple[list[LayerSums], Tensor]:
         """What there is to see in each layer, given the mean outputs, and the cross-entropy of every label [N]."""
         layers = [LayerSums(OutputSums(mean_HW)) for mean_HW in means]
@@ -150,6 +165,14 @@ class Observer:
     def _see_weights(
         self, layer: LayerSums, attention: Attention, q_BTHK: Tensor, k_BUGK: Tensor, documents: Documents, scale: float
     ) -> None:
+        for weights_HQU, row, some_Q in self._weights(attention, q_BTHK, k_BUGK, documents, scale):
+            layer.weights = layer.weights or WeightSums(q_BTHK.shape[2])
+            layer.weights.add(weights_HQU, some_Q, self._batch.positions_BT[row, some_Q])
+
+    def _weights(
+        self, attention: Attention, q_BTHK: Tensor, k_BUGK: Tensor, documents: Documents, scale: float
+    ) -> Iterator[tuple[Tensor, int, Tensor]]:
+        """The weights [H, Q, U] of some queries at a time, in float64, with their row and their places in it."""
         heads = q_BTHK.shape[2]
         for row, place_Q in enumerate(self._queries()):
             longest = int(place_Q[-1]) + 1 if len(place_Q) else 1
@@ -159,8 +182,7 @@ class Observer:
                 weights_1HQU = attention.weights(q_1QHK, k_1UGK, _part(documents, row, some_Q, end), scale)
                 if weights_1HQU is None:
                     return
-                layer.weights = layer.weights or WeightSums(heads)
-                layer.weights.add(weights_1HQU[0], some_Q, self._batch.positions_BT[row, some_Q])
+                yield weights_1HQU[0], row, some_Q
 
     def _queries(self) -> Iterator[Tensor]:
         """The places of each row whose weights are read: tokens that attend to two tokens or more."""

@@ -41,7 +41,6 @@ from kha_train.model.attention.projection import OutputProjection
 from kha_train.model.decoder import Decoder, build_decoder
 from kha_train.model.host import inputs_of
 
-OLD = Path(__file__).parents[1] / "fixtures" / "old_runs"
 SMALL = ("model.layers=2", "model.hidden_size=32", "model.head_dim=8", "model.vocab_size=64", "model.seq_len=24")
 VARIANTS = (
     *("gqa", "gta", "mla", "talking_heads", "diff", "linear", "gated"),
@@ -329,6 +328,7 @@ def test_an_output_gate_is_seen_and_its_heads_as_the_projection_reads_them(gatin
     (gate,) = found.gates
     assert (gate.name, found.matrices) == ("gate", ())
     assert (gate.mean, gate.deviation) == pytest.approx((values.mean(), values.std()), **NEAR)
+    assert gate.closed == pytest.approx((values < 0.1).mean(), **NEAR) and 0 < gate.closed < 1
     assert gate.head_means == pytest.approx(values.mean(axis=(0, 2)).tolist(), **NEAR)
     assert found.outputs.cosine[0][3] == pytest.approx(sum(map(cosine, out[:, 0], out[:, 3])) / 44, **NEAR)
 
@@ -348,14 +348,6 @@ def test_a_bias_of_the_scores_counts_and_rows_of_one_document_need_no_borders() 
             shares = [math.exp(-(4.0 ** -(head + 1)) * away) for away in range(place + 1)]
             means.append(sum(away * share for away, share in enumerate(shares)) / sum(shares))
         assert distance == pytest.approx(sum(means) / (T - 1), rel=1e-6)
-
-
-@pytest.fixture
-def old_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the old runs: `gqa` of one process under ZeRO 1, `kha_mlp` of two under ZeRO 3."""
-    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "runs"
 
 
 def look(run: Path, **settings: object) -> list[Inspection]:

@@ -169,6 +169,7 @@ CASES: dict[Case, list[Case]] = {
     ],
     ("analyze",): [
         ("{two}", "--tokens", "64", "--every-checkpoint"), ("{odd}", "{other}"), ("{lost}",), ("{empty}",),
+        ("{two}", "--tokens", "64", "--match", "{one}"), ("{one}", "--match", "{nothing}"),
         ("{damaged}",), ("{nothing}",), ("{one}", "--data", "{nothing}"), ("{one}", "--tokens", "0"),
     ],
     ("spikes",): [

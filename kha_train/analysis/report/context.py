@@ -4,16 +4,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from kha_train.analysis.compare import Comparison, Pair
 from kha_train.analysis.figures import thin
-from kha_train.analysis.inspection import Inspection, read_inspections
+from kha_train.analysis.inspection import Inspection, is_current, read_inspections
 from kha_train.analysis.layers import Sampled, read_sampled
+from kha_train.analysis.matches import Match, read_matches
 from kha_train.analysis.report.content import Axis, Kind, Row, Series, Style, Table
 from kha_train.analysis.runs import RunData
 from kha_train.analysis.statistics import display_decay, exponential_average
@@ -27,6 +30,7 @@ AXES = (
 )
 RAW_POINTS, LINE_POINTS = 800, 400
 """Points of a curve that are drawn; the drawing is 400 units wide."""
+Saved = TypeVar("Saved")
 MOST_RUNS = 8
 """More runs than this are drawn and listed by variant."""
 
@@ -79,7 +83,26 @@ class Context:
     @cached_property
     def inspections(self) -> tuple[tuple[Sequence[Inspection], str], ...]:
         """The results of `kha analyze` of each run, or none and the reason why they cannot be read."""
-        return tuple(_inspections_of(run) for run in self.runs)
+        return tuple(_saved(read_inspections, run) for run in self.runs)
+
+    @cached_property
+    def saved_matches(self) -> tuple[tuple[Sequence[Match], str], ...]:
+        """The results of `kha analyze --match` of each run, or none and the reason why they cannot be read."""
+        return tuple(_saved(read_matches, run) for run in self.runs)
+
+    @cached_property
+    def matches(self) -> tuple[tuple[int, int, Match], ...]:
+        """What `kha analyze --match` found of two of these runs: the run, the other, and the result. Results of
+        checkpoints that were replaced are left out.
+        """
+        by_id = {str(run.run.get("run_id", "")): number for number, run in enumerate(self.runs)}
+        return tuple(
+            (number, by_id[match.reference_id], match)
+            for number in range(len(self.runs))
+            for match in self.saved_matches[number][0]
+            if match.reference_id in by_id
+            and is_current(self.runs[by_id[match.reference_id]].path, match.reference_step, match.reference_manifest)
+        )
 
     def run_table(self, rows: Sequence[Row]) -> Table:
         """A table with a column for each run; closed at first where there are too many."""
@@ -137,10 +160,10 @@ class Context:
         return tuple(axis for axis in AXES if any(axis.key in known for known in self._x))
 
 
-def _inspections_of(run: RunData) -> tuple[Sequence[Inspection], str]:
+def _saved(read: Callable[[Path], Sequence[Saved]], run: RunData) -> tuple[Sequence[Saved], str]:
     """A damaged result does not stop a comparison, which does not depend on it."""
     try:
-        return read_inspections(run.path), ""
+        return read(run.path), ""
     except (KhaError, OSError) as error:
         return (), f"{run.label}: {error}"
 

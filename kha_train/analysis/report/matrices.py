@@ -13,7 +13,8 @@ from kha_train.analysis.heatmap import largest_of
 from kha_train.analysis.inspection import Inspection
 from kha_train.analysis.inspection_table import layer_row
 from kha_train.analysis.layers import PROBED
-from kha_train.analysis.report.content import Block, Figure, Maps, Section, Series, Subtitle, Text
+from kha_train.analysis.matches import Matched
+from kha_train.analysis.report.content import Block, Figure, Maps, Row, Section, Series, Subtitle, Table, Text
 from kha_train.analysis.report.context import Context
 from kha_train.analysis.report.curves import grouped_points
 
@@ -39,7 +40,8 @@ def section(context: Context) -> Section:
     analysed = [number for number, (found, _) in enumerate(context.inspections) if found]
     if analysed:
         blocks += [Subtitle("Checkpoints, as kha analyze saw them"), *_analysed(context), *_maps(context)]
-    blocks += [Text(words, "warning") for _, words in context.inspections if words]
+    blocks += _matched(context)
+    blocks += [Text(words, "warning") for _, words in (*context.inspections, *context.saved_matches) if words]
     without = [label for number, label in enumerate(context.labels) if number not in analysed]
     if without:
         words = "kha analyze RUN --every-checkpoint shows heads and matrices of saved checkpoints; not done for "
@@ -100,6 +102,36 @@ def _maps(context: Context) -> Iterator[Block]:
                 f"{len(names) - MOST_NAMES} further matrices of {context.labels[run]} are on the page of kha analyze."
             )
             yield Text(left, "soft")
+
+
+def _matched(context: Context) -> list[Block]:
+    """Which heads of one run play the part of which of another, for every two runs of which this is known."""
+    rows = [
+        Row(f"{context.labels[run]}, for {context.labels[other]}", (str(match.step), name, *_of_layers(layers)))
+        for run, other, match in context.matches
+        for name, layers in match.by_kind().items()
+    ]
+    if not rows:
+        return []
+    head = ("heads", "step", "matched by", "mean", "excess", "layers with p up to 0.05", "same number")
+    words = (
+        "As kha analyze --match saved it: heads of each layer are matched one to one, so that matched heads are as "
+        "alike as possible. Excess: by how much they are more alike than all pairs. p: the share of shuffled tables "
+        "whose best matching has as large an excess; one layer in twenty has p up to 0.05 by chance. Same number: "
+        "heads whose partner has their own number, and how many chance would give."
+    )
+    return [Subtitle("Heads of one run for those of another"), Table(head, tuple(rows)), Text(words, "soft")]
+
+
+def _of_layers(layers: Sequence[tuple[int, Matched]]) -> tuple[str, ...]:
+    """Means over layers and counts, as a table shows them. A random matching leaves one head of a layer in place."""
+    found = [one for _, one in layers]
+    clear, kept = sum(one.p <= 0.05 for one in found), sum(one.kept for one in found)
+    return (
+        *(f"{np.mean([getattr(one, name) for one in found]):.3f}" for name in ("mean", "excess")),
+        f"{clear} of {len(found)}",
+        f"{kept} of {sum(len(one.partner) for one in found)}; by chance {len(found)}",
+    )
 
 
 def _map(label: str, name: str, file: str, chosen: Sequence[Inspection]) -> Maps:
