@@ -49,20 +49,40 @@ class Unit(NamedTuple):
     repeated: np.ndarray | None = None
 
 
+class Ids(NamedTuple):
+    """How texts become ids, for other processes: the tokenizer's file and its hash, whether gigatoken encodes, the id
+    that ends a document, and the number of ids.
+    """
+
+    tokenizer: Path
+    sha256: str
+    fast: bool
+    end: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Ids:
+        """Those of a tokenizer."""
+        end = tokenizer.special_ids["eos"]
+        return cls(tokenizer.path, tokenizer.sha256, tokenizer.is_fast, end, tokenizer.vocab_size)
+
+
 class Job(NamedTuple):
     """What all units of one encoding share: where the splits go, and which texts go to validation when there is more
     than one split (those whose first 64 bits of SHA-256 are below `validation_below`). With `skip_bad_lines` a line
     without a text is skipped instead of ending the encoding.
     """
 
-    tokenizer: Path
-    tokenizer_sha256: str
-    fast: bool
+    ids: Ids
     workers: int
-    dtype: str
     directories: dict[str, Path]
     validation_below: int = 0
     skip_bad_lines: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """The type that shards store ids in."""
+        return dtype_for(self.ids.vocab_size)
 
     def split_of(self, text: bytes) -> str:
         """The split of a text."""
@@ -81,7 +101,7 @@ class Encoded(NamedTuple):
 
 def encode_corpus(
     corpus: str | Path,
-    tokenizer: str | Path,
+    tokenizer: str | Path | Tokenizer,
     out: str | Path,
     *,
     skip_bad_lines: bool = False,
@@ -113,7 +133,7 @@ def encode_corpus(
     for split in SPLITS:
         refuse_existing(Path(out) / split, overwrite=overwrite)
     say = say or (lambda text: None)
-    loaded = choose_encoder(open_tokenizer(tokenizer), encoder, texts_of(pieces["train"], skip_bad_lines), say)
+    loaded = choose_encoder(tokenizer, encoder, texts_of(pieces["train"], skip_bad_lines), say)
     about = {split: _fingerprint(file.path) for split, file in files.items()}
     units = {
         split: [
@@ -140,14 +160,17 @@ def encode_corpus(
     return made
 
 
-def choose_encoder(tokenizer: Tokenizer, encoder: str, sample: Iterable[str], say: Say) -> Tokenizer:
-    """`tokenizer`, or a faster encoder whose ids were equal on the first `SAMPLE_CHARACTERS` of `sample`.
+def choose_encoder(given: str | Path | Tokenizer, encoder: str, sample: Iterable[str], say: Say) -> Tokenizer:
+    """The tokenizer, given itself or by its file, or a faster encoder of it whose ids were equal on the first
+    `SAMPLE_CHARACTERS` of `sample`.
 
     `say` receives which one is used, and why. Raises ConfigError for an unknown encoder or one that is not installed,
     and for a tokenizer without an end-of-sequence id.
     """
+    tokenizer = given if isinstance(given, Tokenizer) else open_tokenizer(given)
     if "eos" not in tokenizer.special_ids:
-        raise ConfigError("has no end-of-sequence id", field="tokenizer", value=str(tokenizer.path))
+        fix = "name the token that ends a document: --eos TOKEN"
+        raise ConfigError("has no end-of-sequence id", field="tokenizer", value=str(tokenizer.path), fix=fix)
     if encoder in (ENCODERS[0], tokenizer.library):
         return tokenizer
     if encoder not in ENCODERS:
@@ -183,9 +206,7 @@ def encode_units(
     """Encode the unfinished units and publish a dataset for each split. `about` goes into the manifests; `say` receives
     what was already finished and what is left out. Raises as `encode_corpus`.
     """
-    fast = tokenizer.encoder != tokenizer.library
-    dtype = dtype_for(tokenizer.vocab_size)
-    job = Job(tokenizer.path, tokenizer.sha256, fast, workers, dtype, directories, validation_below, skip_bad_lines)
+    job = Job(Ids.of(tokenizer), workers, directories, validation_below, skip_bad_lines)
     units = [unit._replace(identity=_full_identity(unit, tokenizer, job)) for unit in units]
     identities = {unit.number: unit.identity for unit in units}
     found = {split: finished_shards(directory, identities) for split, directory in directories.items()}
@@ -228,21 +249,22 @@ def encode_units(
 
 def encode_unit(unit: Unit, advance: Advance, job: Job) -> Encoded:
     """Write the shards of a unit, one per split, and note that they are finished."""
-    tokenizer = _loaded(job.tokenizer, job.tokenizer_sha256, job.fast, 1 if job.workers > 1 else None)
-    end = np.asarray([tokenizer.special_ids["eos"]], dtype=np.int32)
+    tokenizer = _loaded(job.ids, 1 if job.workers > 1 else None)
+    end = np.asarray([job.ids.end], dtype=np.int32)
+    prefix_bytes = len(tokenizer.prefix.encode())
     left_out = LeftOut(job.skip_bad_lines)
     kept = kept_texts(unit, left_out, advance)
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(
-                ShardWriter(directory, unit.number, vocab_size=tokenizer.vocab_size, dtype=job.dtype)
+                ShardWriter(directory, unit.number, vocab_size=job.ids.vocab_size, dtype=job.dtype)
             )
             for split, directory in job.directories.items()
         }
         for batch in batches(kept):
             for text, ids in zip(batch, tokenizer.encode(batch), strict=True):
                 data = text.encode()
-                writers[job.split_of(data)].add(np.concatenate((ids, end)), len(data))
+                writers[job.split_of(data)].add(np.concatenate((ids, end)), prefix_bytes + len(data))
         shards = {split: writer.finish() for split, writer in writers.items()}
     for split, directory in job.directories.items():
         mark_finished(directory, unit.number, shards[split], unit.identity)
@@ -250,12 +272,11 @@ def encode_unit(unit: Unit, advance: Advance, job: Job) -> Encoded:
 
 
 @lru_cache(maxsize=1)
-def _loaded(path: Path, sha256: str, fast: bool, threads: int | None) -> Tokenizer:
+def _loaded(ids: Ids, threads: int | None) -> Tokenizer:
     """The tokenizer of this process, cached: loading a large model takes longer than encoding a small unit."""
-    tokenizer = open_tokenizer(path, threads=threads)
-    tokenizer = tokenizer.faster() if fast else tokenizer
-    assert tokenizer.sha256 == sha256, "the model file was replaced in the meantime"
-    return tokenizer
+    tokenizer = open_tokenizer(ids.tokenizer, threads=threads)
+    assert tokenizer.sha256 == ids.sha256, "the model file was replaced in the meantime"
+    return tokenizer.faster() if ids.fast else tokenizer
 
 
 def kept_texts(unit: Unit, left_out: LeftOut, advance: Advance) -> Iterator[str]:
@@ -292,7 +313,7 @@ def identity_of(parts: Sequence[object]) -> str:
 
 def identity_of_all(units: Iterable[Unit], tokenizer: Tokenizer) -> str:
     """A hash of everything that an encoding writes."""
-    return identity_of([tokenizer.sha256, tokenizer.encoder, [unit.identity for unit in units]])
+    return identity_of([*_identity(tokenizer), [unit.identity for unit in units]])
 
 
 def _first(every: Iterable[str], characters: int) -> Iterator[str]:
@@ -308,10 +329,14 @@ def _first(every: Iterable[str], characters: int) -> Iterator[str]:
     return takewhile(more, every)
 
 
+def _identity(tokenizer: Tokenizer) -> list[object]:
+    return [tokenizer.sha256, tokenizer.encoder, tokenizer.vocab_size, tokenizer.special_ids["eos"]]
+
+
 def _full_identity(unit: Unit, tokenizer: Tokenizer, job: Job) -> str:
     repeated = None if unit.repeated is None else hashlib.sha256(np.packbits(unit.repeated).tobytes()).hexdigest()
     splits = [sorted(job.directories), job.validation_below]
-    return identity_of([unit.identity, tokenizer.sha256, tokenizer.encoder, splits, repeated])
+    return identity_of([unit.identity, *_identity(tokenizer), splits, repeated])
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from data_tools.staging import refuse_existing, replaced
 from data_tools.texts import LeftOut, Piece, cut
 from data_tools.workers import Advance, each
 from kha_train.data.format.manifest import Manifest
-from kha_train.data.tokenizer_kinds import open_tokenizer
+from kha_train.data.tokenizer import Tokenizer
 from kha_train.errors import ConfigError
 
 VALIDATION_PERCENT = 2.0
@@ -44,7 +44,7 @@ _HASH_BYTES = 16
 
 def encode_files(
     roots: Sequence[str | Path],
-    tokenizer: str | Path,
+    tokenizer: str | Path | Tokenizer,
     out: str | Path,
     *,
     field: str = "text",
@@ -77,7 +77,7 @@ def encode_files(
     for place in places.values():
         refuse_existing(place, overwrite=overwrite)
     pieces = (piece for unit in units for piece in unit.pieces)
-    loaded = choose_encoder(open_tokenizer(tokenizer), encoder, texts_of(pieces, skip_bad_lines), say)
+    loaded = choose_encoder(tokenizer, encoder, texts_of(pieces, skip_bad_lines), say)
     for note in found.passed_over():
         say(note)
     about = _about(found, roots, validation_percent)

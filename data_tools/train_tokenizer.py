@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from data_tools.corpus import read_split
-from kha_train.data.sentencepiece_model import train
+from kha_train.data.sentencepiece_model import SentencePiece, train
 from kha_train.data.tokenizer import Tokenizer
+from kha_train.data.tokenizer_conversion import tokenizer_json
+from kha_train.data.tokenizer_json import TokenizerJson
 from kha_train.errors import ConfigError, Options
 
 
@@ -20,7 +24,8 @@ def train_tokenizer(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Tokenizer:
-    """Train on the corpus directory's training documents and write the model file `out`.
+    """Train on the corpus directory's training documents and write the model file `out`: a sentencepiece model, or the
+    same tokenizer as a `tokenizer.json` where the name ends with .json.
 
     Reading stops after `max_bytes` of text (0: all of it); `progress` receives the bytes of text as they are read.
     Raises ConfigError when there is no corpus, when its text cannot give exactly `vocab_size` pieces, and for an
@@ -41,4 +46,12 @@ def train_tokenizer(
                 progress(size)
             yield document.text
 
-    return train(texts(), Path(out), vocab_size=vocab_size)
+    path = Path(out)
+    if not TokenizerJson.claims(path):
+        return train(texts(), path, vocab_size=vocab_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".training-", dir=path.parent) as beside:
+        model = train(texts(), Path(beside) / SentencePiece.file_name, vocab_size=vocab_size)
+        (Path(beside) / path.name).write_bytes(tokenizer_json(model.path.read_bytes()))
+        os.replace(Path(beside) / path.name, path)
+    return TokenizerJson(path)

@@ -40,6 +40,7 @@ from kha_train.config.compose import from_plain, load
 from kha_train.data.format.manifest import MANIFEST_NAME, Manifest
 from kha_train.data.format.shards import ShardSet
 from kha_train.data.inspect import BORDER, decoder_of, digest, length_histogram, samples_of_step
+from kha_train.data.tokenizer_kinds import chosen_tokenizer
 from kha_train.errors import ConfigError, DataError, between
 from kha_train.literal import say
 from kha_train.record import config_of, read_attempts, read_events, read_metrics_at
@@ -84,7 +85,10 @@ def corpus(
 @app.command()
 def tokenizer(
     corpus_dir: CorpusDir,
-    out: Annotated[Path, typer.Option(help="Model file to write.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="File to write: NAME.model for sentencepiece, or NAME.json for tokenizers."),
+    ],
     vocab_size: Annotated[int, typer.Option(min=1, help="Number of ids, including special ones.")],
     max_bytes: Annotated[int, typer.Option(min=0, help="Train on this much text only; 0: all.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
@@ -115,6 +119,8 @@ def tokenize(
     validation_percent: ValidationPercent = None,
     drop_repeated: Annotated[bool, typer.Option("--drop-repeated", help="With --text: drop exact duplicates.")] = False,
     skip_bad_lines: SkipBadLines = False,
+    eos: Annotated[str, typer.Option(help="The token that ends a document, if the tokenizer does not say.")] = "",
+    vocab_size: Annotated[int, typer.Option(min=0, help="Ids of the model, if it has more than the tokenizer.")] = 0,
     shard_bytes: Annotated[int, typer.Option(min=1, help="Bytes of text per shard.")] = SHARD_BYTES,
     workers: Workers = 1,
     encoder: Encoder = ENCODERS[0],
@@ -139,7 +145,7 @@ def tokenize(
     total, encode = _work(corpus_dir, text or [], field, validation_percent, drop_repeated)
     with progress_bar("tokenizing", total) as advance:
         manifests = encode(
-            tokenizer_file,
+            chosen_tokenizer(tokenizer_file, eos, vocab_size),
             out,
             shard_bytes=shard_bytes,
             workers=workers,
@@ -184,7 +190,7 @@ def import_(
     kind: Annotated[str, typer.Argument(help="megatron (.bin), datatrove (.ds) or numpy.")],
     files: Annotated[list[Path], typer.Argument(help="Token files, one shard each; they are used in place.")],
     out: Annotated[Path, typer.Option(help="Dataset directory to write.")],
-    tokenizer_file: Annotated[Path | None, typer.Option("--tokenizer", help="The sentencepiece model.")] = None,
+    tokenizer_file: Annotated[Path | None, typer.Option("--tokenizer", help="The tokenizer's file.")] = None,
     vocab_size: Annotated[int, typer.Option(min=0, help="Number of ids, if you do not have the tokenizer.")] = 0,
     dtype: Annotated[str, typer.Option(help=f"Type of arrays without a header: {', '.join(DTYPES)}.")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset.")] = False,

@@ -18,11 +18,15 @@ def quickstart(
     ),
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps per model.")] = 200,
     processes: Annotated[int, typer.Option(min=1, help="Ranks to train on.")] = min(2, os.cpu_count() or 1),
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Use this tokenizer.json or sentencepiece model instead of training one.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:
     """Corpus -> tokenizer -> shards -> a GQA and a KHA model -> comparison; offline, on a CPU, in minutes."""
     from kha_train.operate.quickstart import run_quickstart
 
-    result = run_quickstart(out, steps=steps, processes=processes, say=(lambda text: None) if json else say)
+    told = (lambda text: None) if json else say
+    result = run_quickstart(out, steps=steps, processes=processes, say=told, tokenizer=tokenizer)
     if json:
         print_json(result)

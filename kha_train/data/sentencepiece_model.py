@@ -126,6 +126,11 @@ class SentencePiece(Tokenizer):
         encoded: list[list[int]] = self._processor.encode(texts, num_threads=self._threads)
         return encoded
 
+    def id_of(self, token: str) -> int | None:
+        """See `Tokenizer.id_of`."""
+        number = int(self._processor.piece_to_id(token))
+        return number if self._processor.id_to_piece(number) == token else None
+
     @property
     def fast_model(self) -> dict[str, bytes]:
         """See `Tokenizer.fast_model`."""

@@ -70,6 +70,10 @@ class Tokenizer(ABC):
     def library_ids(self, texts: list[str]) -> list[list[int]]:
         """The library's ids of texts without characters that are encoded as bytes."""
 
+    @abstractmethod
+    def id_of(self, token: str) -> int | None:
+        """The id of a token that is spelled like this, such as `</s>`; None where there is none."""
+
     @property
     @abstractmethod
     def fast_model(self) -> Mapping[str, bytes]:
@@ -100,35 +104,41 @@ class Tokenizer(ABC):
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The exact bytes of `ids`. An id above the tokenizer's, which a padded model may draw, gives nothing."""
-        return b"".join([self._table[number] for number in ids if number < self.vocab_size])
+        """The exact bytes of `ids`."""
+        return b"".join([self._table[number] for number in ids])
 
     def bytes_per_id(self) -> tuple[int, ...]:
         """For each id the number of UTF-8 bytes it stands for; 0 for special ids."""
         return tuple(map(len, self._table))
 
-    def entry(self, vocab_size: int = 0) -> TokenizerEntry:
-        """This tokenizer's entry in a dataset's manifest, for a model of `vocab_size` ids (0: as many as the
-        tokenizer has). Raises ConfigError when the model has fewer.
-        """
-        more = (vocab_size or self.vocab_size) - self.vocab_size
-        if more < 0:
-            raise ConfigError(
-                "the tokenizer has more ids", field="vocab_size", value=vocab_size, allowed=f"{self.vocab_size} or more"
-            )
+    def entry(self) -> TokenizerEntry:
+        """This tokenizer's entry in a dataset's manifest."""
         return TokenizerEntry(
             kind=self.kind,
-            vocab=self.vocab_size + more,
+            vocab=self.vocab_size,
             sha256=self.sha256,
             file=self.file_name,
             special_ids=self.special_ids,
-            bytes_per_id=self.bytes_per_id() + (0,) * more,
+            bytes_per_id=self.bytes_per_id(),
         )
 
-    def named(self, special_ids: Mapping[str, int]) -> Self:
+    def padded(self, vocab_size: int) -> Self:
+        """This tokenizer for a model with `vocab_size` ids, of which the last stand for nothing. Raises ConfigError
+        when the tokenizer has more.
+        """
+        if vocab_size < self.vocab_size:
+            problem, least = "the tokenizer has more ids", f"{self.vocab_size} or more"
+            raise ConfigError(problem, field="vocab_size", value=vocab_size, allowed=least)
+        made = copy(self)
+        made._table = [*self._table, *[b""] * (vocab_size - self.vocab_size)]
+        made.vocab_size = vocab_size
+        return made
+
+    def with_special_ids(self, special_ids: Mapping[str, int]) -> Self:
         """This tokenizer, with these ids for these special names."""
-        self.special_ids = {**self.special_ids, **special_ids}
-        return self
+        made = copy(self)
+        made.special_ids = {**self.special_ids, **special_ids}
+        return made
 
     def faster(self) -> Self:
         """This tokenizer with gigatoken as its encoder, of which every 32nd batch is compared with `library_ids`.
@@ -137,6 +147,11 @@ class Tokenizer(ABC):
         made = copy(self)
         made._fast = FastEncoder(**self.fast_model)
         return made
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether gigatoken encodes."""
+        return self._fast is not None
 
     @property
     def encoder(self) -> str:

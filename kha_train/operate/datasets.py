@@ -22,11 +22,11 @@ SMALL_TASKS = {
 Say = Callable[[str], None]
 
 
-def text_stages(out: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
+def text_stages(out: Path, own_tokenizer: Path | None = None) -> dict[str, tuple[Path, Callable[[], object]]]:
     """The stages that make shards of the standard library's sources under `out`: name -> (the file that says that it is
-    done, the call).
+    done, the call). No tokenizer is trained where the user gives one.
     """
-    corpus, tokenizer, shards = out / "corpus", out / "tokenizer.model", out / "shards"
+    corpus, tokenizer, shards = out / "corpus", own_tokenizer or out / "tokenizer.model", out / "shards"
     vocab_size = compose().model.vocab_size
     return {
         "corpus: source code of Python's standard library": (

@@ -22,6 +22,7 @@ from kha_train.analysis.compare import compare_runs
 from kha_train.analysis.report.page import write_report
 from kha_train.config.compose import compose
 from kha_train.data.stream import unigram_bits_per_byte
+from kha_train.data.tokenizer_kinds import open_tokenizer
 from kha_train.errors import KhaError
 from kha_train.operate.datasets import Say, text_stages
 from kha_train.record import Marker, read_marker
@@ -30,23 +31,25 @@ VARIANTS = ("gqa", "kha_mlp")
 STAGES = 4 + len(VARIANTS)
 
 
-def run_quickstart(out: Path, *, steps: int, processes: int, say: Say) -> dict[str, Any]:
-    """Make everything under `out` and return the results: seconds by stage, bits per byte by variant, paths.
+def run_quickstart(out: Path, *, steps: int, processes: int, say: Say, tokenizer: Path | None = None) -> dict[str, Any]:
+    """Make everything under `out` and return the results: seconds by stage, bits per byte by variant, paths. With a
+    `tokenizer` none is trained, and the models have its vocabulary.
 
     `say` receives the lines for the user. Raises KhaError when a stage fails; the output of training stands above.
     """
     seconds: dict[str, float] = {}
-    for name, (done, make) in text_stages(out).items():
+    vocab = [] if tokenizer is None else [f"model.vocab_size={open_tokenizer(tokenizer).vocab_size}"]
+    for name, (done, make) in text_stages(out, tokenizer).items():
         with _timed(name, seconds, say):
             if not done.exists():
                 make()
     for variant in VARIANTS:
         with _timed(f"train {variant}: {steps} steps on {processes} ranks", seconds, say):
-            _train(_run_dir(out, variant, steps), _overrides(out, variant, steps), processes)
+            _train(_run_dir(out, variant, steps), [*_overrides(out, variant, steps), *vocab], processes)
     with _timed("comparison", seconds, say):
         comparison = compare_runs([_run_dir(out, variant, steps) for variant in VARIANTS])
         report = write_report(comparison, out / "report")
-        unigram = unigram_bits_per_byte(compose(_overrides(out, VARIANTS[0], steps)))
+        unigram = unigram_bits_per_byte(compose([*_overrides(out, VARIANTS[0], steps), *vocab]))
     result = {
         "seconds": seconds,
         "unigram_bits_per_byte": unigram,
@@ -56,7 +59,7 @@ def run_quickstart(out: Path, *, steps: int, processes: int, say: Say) -> dict[s
         "validation_sets": comparison.validation_words,
         "report": str(report),
     }
-    _close(result, out, steps, say)
+    _close(result, out, steps, vocab, say)
     return result
 
 
@@ -114,7 +117,7 @@ def _explained(run_dir: Path, code: int) -> KhaError:
     )
 
 
-def _close(result: dict[str, Any], out: Path, steps: int, say: Say) -> None:
+def _close(result: dict[str, Any], out: Path, steps: int, vocab: list[str], say: Say) -> None:
     command = "kha" if shutil.which("kha") else os.path.relpath(Path(sys.executable).with_name("kha"))
     say("")
     say(f"validation bits per byte (unigram entropy of the text: {result['unigram_bits_per_byte']:.3f})")
@@ -124,5 +127,5 @@ def _close(result: dict[str, Any], out: Path, steps: int, say: Say) -> None:
         say(words)
     say(f"{result['evidence']}; total {sum(result['seconds'].values()):.0f} s")
     say(f"report: {result['report']}")
-    say(f"next:   {command} train {shlex.join(_overrides(out, 'kha_linear', steps))}")
+    say(f"next:   {command} train {shlex.join([*_overrides(out, 'kha_linear', steps), *vocab])}")
     say(f"then:   {command} compare {shlex.quote(str(out))}/runs/*-{steps}")

@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parents[2]
 FOR_TESTS = {
     "kha_train/data/stream.py bytes_per_id": "what a validation set opened for this once says",
     "kha_train/data/stream.py validation_batches": "the same",
-    "kha_train/data/tokenizer_conversion.py tokenizer_json": "exports will write it",
     "kha_train/checkpoint/background.py write": "one checkpoint in one call: what many tests of checkpoints begin with",
     "kha_train/model/kernels/norm_rotate.py plain_norm_rotate": "the definition that its kernel is held against",
 }

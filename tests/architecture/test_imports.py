@@ -55,6 +55,7 @@ BEHIND_A_DOOR = {
     "sklearn": ("kha_train/analysis/digits.py",),
     "pyarrow": ("data_tools/packed.py", "data_tools/parquet.py"),
     "sentencepiece": ("kha_train/data/sentencepiece_model.py",),
+    "tokenizers": ("kha_train/data/tokenizer_json.py",),
     "transformers": ("kha_train/export/hugging_face.py",),
     "triton": ("kha_train/model/kernels/language.py",),
     "wandb": ("kha_train/telemetry/wandb.py",),

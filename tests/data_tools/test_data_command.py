@@ -45,6 +45,33 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def test_the_same_tokenizer_in_either_format_gives_the_same_shards(made: Path, tmp_path: Path) -> None:
+    corpus, model, shards = made / "corpus", tmp_path / "tokenizer.json", tmp_path / "shards"
+    told = kha("tokenizer", "--corpus", corpus, "--out", model, "--vocab-size", 300)
+    assert told["special_ids"] == {"pad": 0, "bos": 1, "eos": 2, "unk": 3}
+    written = kha("tokenize", "--corpus", corpus, "--tokenizer", model, "--out", shards)
+    assert written["encoder"] == "tokenizers" and kha("verify", shards)
+    for split in ("train", "validation"):
+        one, other = (ShardSet.open(root / "shards" / split).manifest for root in (made, tmp_path))
+        assert one.shards == other.shards and one.tokenizer.bytes_per_id == other.tokenizer.bytes_per_id
+        assert (shards / split / "tokenizer.json").read_bytes() == model.read_bytes()
+    shown = kha("inspect", shards, "--samples", 1)[str(shards / "train")]
+    assert shown["tokenizer"].startswith("tokenizers, 300 ids") and "Text" in shown["samples"][0]["text"]
+
+
+def test_a_document_ends_with_the_token_that_was_named_and_ids_may_be_fewer_than_the_models(
+    made: Path, tmp_path: Path
+) -> None:
+    how = ("--corpus", made / "corpus", "--tokenizer", made / "t.model", "--eos", "<s>", "--vocab-size", 70_000)
+    kha("tokenize", *how, "--out", tmp_path)
+    dataset = ShardSet.open(tmp_path / "validation")
+    entry = dataset.manifest.shards[0]
+    assert dataset.read(0, entry.tokens - 1, 1).tolist() == [1] and dataset.manifest.dtype == "uint32"
+    assert dataset.vocab_size == 70_000 and kha("verify", tmp_path)
+    result = CliRunner().invoke(app, ["tokenize", *map(str, how[:4]), "--eos", "<no>", "--out", str(tmp_path / "x")])
+    assert isinstance(result.exception, ConfigError) and result.exception.field == "eos"
+
+
 def test_verify_reads_both_datasets(made: Path) -> None:
     answer = kha("verify", made / "shards")
     assert [entry["ok"] for entry in answer.values()] == [True, True]

@@ -9,8 +9,10 @@ import pytest
 
 import kha_train.operate.quickstart as stages
 from data_tools.corpus import build_corpus
+from data_tools.train_tokenizer import train_tokenizer
 from kha_train.config.compose import compose
-from kha_train.errors import DataError
+from kha_train.data.format.shards import ShardSet
+from kha_train.errors import ConfigError, DataError
 from kha_train.operate import datasets
 from kha_train.operate.quickstart import VARIANTS, run_quickstart
 from kha_train.record import read_metrics, read_run
@@ -42,6 +44,23 @@ def test_every_stage_makes_its_result_and_a_second_call_makes_none_again(
     again = run_quickstart(tmp_path, steps=1, processes=1, say=lambda text: None)
     assert begun == ["corpus"] and times == [path.stat().st_mtime_ns for path in made]
     assert again["bits_per_byte"] == result["bits_per_byte"]
+
+
+def test_a_tokenizer_of_ones_own_is_used_and_sets_the_vocabulary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "corpus" / f"{split}.jsonl").write_text('{"text": "some words of a text "}\n' * 900)
+    (tmp_path / "corpus" / "corpus.json").write_text("{}")
+    own = train_tokenizer(tmp_path / "corpus", tmp_path / "own" / "tokenizer.json", vocab_size=280)
+    monkeypatch.setattr(stages, "_train", lambda run_dir, overrides, processes: trained.append(overrides))
+    trained: list[list[str]] = []
+    with pytest.raises(ConfigError):  # nothing was trained, so there is nothing to compare
+        run_quickstart(tmp_path, steps=1, processes=1, say=lambda text: None, tokenizer=own.path)
+    assert [overrides[-1] for overrides in trained] == ["model.vocab_size=280"] * len(VARIANTS)
+    assert ShardSet.open(tmp_path / "shards" / "train").check_tokenizer().name == "tokenizer.json"
+    assert not (tmp_path / "tokenizer.model").exists()
 
 
 @pytest.mark.slow
