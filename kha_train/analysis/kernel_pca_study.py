@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,11 +58,11 @@ class KernelPca(Computation):
     the digits. Its gain is `method` with `rate` as eta0; a step takes one digit. The kernel is a Gaussian as wide as
     the median distance.
 
-    `excess` is (error - least error) / least error at the end, the error being the squared distance of all digits from
-    their reconstructions; `excess_half` is the same after half of the passes.
+    `log10_excess` is the logarithm of (error - least error) / least error at the end, the error being the squared
+    distance of all digits from their reconstructions; `log10_excess_half` is the same after half of the passes.
     """
 
-    figures: ClassVar[tuple[str, ...]] = ("excess", "excess_half")
+    figures: ClassVar[tuple[str, ...]] = ("log10_excess", "log10_excess_half")
     method: GainKind
     vectors: int = 400
     components: int = 10
@@ -93,7 +94,9 @@ class KernelPca(Computation):
                 # No components at all are not worse.
                 if not excess[-1] <= problem.excess_of_none:
                     return dict.fromkeys(self.figures, np.inf)
-        return {"excess": excess[-1], "excess_half": excess[len(excess) // 2 - 1]}
+        # Rounding may put the error of a converged method below the least one.
+        ends = (max(excess[number - 1], 1e-16) for number in (len(excess), len(excess) // 2))
+        return dict(zip(self.figures, map(math.log10, ends), strict=True))
 
     def flops(self) -> float:
         """See `Computation.flops`."""
