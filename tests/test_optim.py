@@ -117,6 +117,13 @@ def test_a_variant_that_knows_no_identity_of_a_matrix_is_refused_by_its_name(mon
         compose(["attention=kha_linear", "optim.interaction_decay=identity"])
 
 
+def test_a_composition_of_as_many_heads_has_an_identity_and_one_of_others_has_none() -> None:
+    settings = ["attention=mea", "model.kv_heads=2", "optim.interaction_decay=identity"]
+    compose([*settings, "attention.interaction.component_heads=2"])
+    with pytest.raises(ConfigError, match="no value of k leaves heads unchanged"):
+        compose([*settings, "attention.interaction.component_heads=1"])
+
+
 def test_a_negative_scale_of_the_rate_is_refused() -> None:
     with pytest.raises(ConfigError, match="interaction_lr_scale"):
         compose(["attention=kha_mlp", "optim.interaction_lr_scale=-1"])

@@ -26,16 +26,16 @@ def check_attention(config: RunConfig) -> None:
 
 def _without_identity(config: RunConfig) -> ConfigError | None:
     """Why `optim.interaction_decay=identity` has no target to decay towards, or None."""
-    attention, base = config.attention, config.attention.base
-    trained = not attention.interaction.frozen_numbers(base.heads())
-    values = {**base.identities(), **(attention.interaction.identities() if trained else {})}
+    base, interaction = config.attention.base, config.attention.interaction
+    trained = not interaction.frozen_numbers(base.heads())
+    values = {**base.identities(), **(interaction.identities(base.heads()) if trained else {})}
     if config.optim.interaction_decay != "identity" or (values and None not in values.values()):
         return None
     unknown = [name for name, value in values.items() if value is None]
     none = f"{'there are no matrices' if trained else 'no matrices are trained'} whose values could leave"
     return ConfigError(
         f"{f'no value of {unknown[0]} leaves' if unknown else none} heads unchanged in interaction "
-        f"{attention.interaction.name} on {base.name}",
+        f"{interaction.name} on {base.name}",
         field="optim.interaction_decay",
         value="identity",
         allowed="zero, none",

@@ -79,9 +79,9 @@ class Branch:
         if refused := resume.not_allowed(config, refused):
             raise _refusal(config, checkpoint, refused)
         _check_kinds(config, checkpoint)
-        self.taken, self.inserted = _parameters(config, checkpoint, kind)
         self._absorbing = _Absorbing(parent, checkpoint) if kind == "absorbed" and parent else None
         self.absorbed = self._absorbing.names if self._absorbing else set[str]()
+        self.taken, self.inserted = _parameters(config, checkpoint, kind, self.absorbed)
         resume.check_shared_buffers(config, checkpoint)
         restore_watch(Watch(config), checkpoint)
         self.rate: RateChange | None = rate_change(config, self.state.config, self.state.progress.step)
@@ -89,6 +89,9 @@ class Branch:
 
     def __call__(self, name: str, default: Callable[[], Tensor]) -> Tensor:
         """The initial value of a parameter: zeros where `restore` fills it, else the identity it is inserted as."""
+        if name in self.absorbed:
+            # A composition makes the heads of the model out of another number of them.
+            return torch.zeros_like(default())
         shapes = self.checkpoint.names()
         return torch.zeros(shapes[name]) if name in shapes else default()
 
@@ -294,12 +297,13 @@ def _plain(options: InteractionOptions) -> InteractionOptions:
     return replace(options, impl="eager") if isinstance(options, FoldableOptions) else options
 
 
-def _parameters(config: RunConfig, checkpoint: Checkpoint, kind: Kind) -> tuple[set[str], list[str]]:
-    """The weights taken over, and those inserted. Raises ResumeError where others are new or left over, or an
-    inserted one does not begin as the identity."""
-    taken, new, left_out = resume.compare_parameters(config, checkpoint)
-    strangers = (new if kind != "inserted" else []) + (left_out if kind != "absorbed" else [])
-    strangers += resume.trained_by_one(config, checkpoint)
+def _parameters(
+    config: RunConfig, checkpoint: Checkpoint, kind: Kind, absorbed: set[str]
+) -> tuple[set[str], list[str]]:
+    """The weights taken over, and those inserted. Raises ResumeError where others are new or left over, one but those
+    in `absorbed` has another shape, or an inserted one does not begin as the identity."""
+    taken, new, left_out, trained_by_one = resume.compare_parameters(config, checkpoint, absorbed)
+    strangers = (new if kind != "inserted" else []) + (left_out if kind != "absorbed" else []) + trained_by_one
     if strangers:
         raise ResumeError(
             f"a branch of step {checkpoint.step} of {_run_of(checkpoint)} has the parameters of its parent, "
@@ -324,15 +328,17 @@ def _check_identity(config: RunConfig, names: list[str]) -> None:
             field="attention.interaction",
             value=config.attention.interaction.name,
             allowed="an interaction that leaves heads as they are until it has learned",
-            fix=_begins_as_identity(config.attention.interaction),
+            fix=_begins_as_identity(config),
         )
 
 
-def _begins_as_identity(options: InteractionOptions) -> str:
+def _begins_as_identity(config: RunConfig) -> str:
     """The fix for an interaction that does not begin as the identity."""
+    options = config.attention.interaction
+    has_none = None in options.identities(config.attention.heads()).values()
     ways = [f"{INTERACTION}init.kind=identity"] if getattr(options, "init", None) else []
     ways += [f"{INTERACTION}head_norm=false"] if getattr(options, "head_norm", False) else []
-    ways += [f"{INTERACTION}component_heads=0"] if getattr(options, "component_heads", 0) else []
+    ways += [f"{INTERACTION}component_heads=0"] if getattr(options, "component_heads", 0) and has_none else []
     return Settings(" ".join(ways)) if ways else "another interaction"
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,8 +122,8 @@ def check_belongs(
             allowed=f"one that keeps {', '.join(checkpoint.kinds[1:]) or 'none'}",
             fix=either("restore the old settings", *_typed_ways(config, checkpoint)),
         )
-    _, new, left_out = compare_parameters(config, checkpoint)
-    others = new + left_out + trained_by_one(config, checkpoint)
+    _, new, left_out, trained_by_one = compare_parameters(config, checkpoint)
+    others = new + left_out + trained_by_one
     if others:
         raise ResumeError(
             f"the checkpoint of step {checkpoint.step} holds other parameters, such as {others[0]}",
@@ -237,7 +237,7 @@ class Inherited:
 
     def __init__(self, config: RunConfig, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.taken, self.new, self.left_out = compare_parameters(config, checkpoint)
+        self.taken, self.new, self.left_out, _ = compare_parameters(config, checkpoint)
         check_shared_buffers(config, checkpoint)
 
     def __call__(self, name: str, default: Callable[[], Tensor]) -> Tensor:
@@ -270,25 +270,44 @@ class Inherited:
         engine.refresh_parameters()
 
 
-def compare_parameters(config: RunConfig, checkpoint: Checkpoint) -> tuple[list[str], list[str], list[str]]:
-    """The names of weights in both, only in the model, only in the checkpoint, whether they are trained or not. Raises
-    ResumeError for one name with two shapes.
+class ComparedWeights(NamedTuple):
+    """The names of weights, trained or not: in the model and the checkpoint, in one of them alone, and of those in both
+    the ones that only one of them trains.
+    """
+
+    taken: list[str]
+    new: list[str]
+    left_out: list[str]
+    trained_by_one: list[str]
+
+
+def compare_parameters(config: RunConfig, checkpoint: Checkpoint, reshaped: Collection[str] = ()) -> ComparedWeights:
+    """Which weights the model and `checkpoint` have. Raises ResumeError for one name with two shapes, unless it is in
+    `reshaped`.
     """
     decoder = lay_out_decoder(config)
+    trained = {name: tuple(value.shape) for name, value in decoder.named_parameters()}
     frozen = {name: owner.get_buffer(local) for owner, local, name, _ in frozen_values(decoder, config.run.seed)}
-    model = {name: tuple(value.shape) for name, value in (*decoder.named_parameters(), *frozen.items())}
+    model = trained | {name: tuple(value.shape) for name, value in frozen.items()}
     saved = saved_weights(checkpoint)
     taken = [name for name in model if name in saved]
     for name in taken:
-        if model[name] != saved[name]:
+        if model[name] != saved[name] and name not in reshaped:
+            origin = next((key for key in ("branch_from", "init_from") if getattr(config.run, key)), "")
+            without = f" without run.{origin}" if origin else ""
             raise ResumeError(
                 "two shapes of one parameter",
                 field=name,
                 value=list(model[name]),
                 allowed=f"{list(saved[name])}",
-                fix="a checkpoint of a model of these shapes, or a new run in another run.dir without run.init_from",
+                fix=f"a checkpoint of a model of these shapes, or a new run in another run.dir{without}",
             )
-    return taken, [name for name in model if name not in saved], [name for name in saved if name not in model]
+    return ComparedWeights(
+        taken,
+        [name for name in model if name not in saved],
+        [name for name in saved if name not in model],
+        [name for name in taken if (name in trained) != (name in checkpoint.names())],
+    )
 
 
 def saved_weights(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -297,13 +316,6 @@ def saved_weights(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     return checkpoint.names() | {
         name: entry.shape for name, entry in buffers.items() if name.rpartition(".")[2] == FROZEN
     }
-
-
-def trained_by_one(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
-    """The names of weights that the model and `checkpoint` both have, and that one of them does not train."""
-    trained = {name for name, _ in lay_out_decoder(config).named_parameters()}
-    taken, *_ = compare_parameters(config, checkpoint)
-    return [name for name in taken if (name in trained) != (name in checkpoint.names())]
 
 
 def check_shared_buffers(config: RunConfig, checkpoint: Checkpoint) -> None:

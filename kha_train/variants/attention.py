@@ -225,7 +225,7 @@ class InteractionOptions:
         """Why this interaction does not work on `base`, in words that help the user; None when it does."""
         return None
 
-    def identities(self) -> Mapping[str, float | None]:
+    def identities(self, heads: HeadShape) -> Mapping[str, float | None]:
         """The matrices through which heads exchange information, by name: the value on the diagonal (zero elsewhere) at
         which each leaves heads unchanged, or None where there is none. The module that owns one declares it with
         `DeclaredModule.declare_interaction`.

@@ -27,8 +27,8 @@ class ExplicitOptions(MatrixOptions, FoldableOptions):
 
     `component_heads` is h' of eq 10 for what is composed: the base projects so many heads, and an h' x G matrix makes
     the G key/value heads of them; 0: as many. With fewer, decoding caches the components wherever composing them later
-    is the same function. No values then leave heads unchanged: with `init.kind: identity` each component serves a block
-    of heads, as in grouped-query attention.
+    is the same function. With fewer or more, no values leave heads unchanged: with `init.kind: identity` each component
+    serves a block of heads, as in grouped-query attention.
     """
 
     compose: tuple[Projection, ...] = ("k", "v")
@@ -77,9 +77,10 @@ class ExplicitOptions(MatrixOptions, FoldableOptions):
             fix=Settings("attention.qk_norm=per_head"),
         )
 
-    def identities(self) -> Mapping[str, float | None]:
+    def identities(self, heads: HeadShape) -> Mapping[str, float | None]:
         """The compositions. The norm of the outputs is not among them, because heads exchange no information in it."""
-        return dict.fromkeys(self.compose, None if self.component_heads else 1.0)
+        others = self.component_heads not in (0, heads.kv_heads)
+        return dict.fromkeys(self.compose, None if others else 1.0)
 
     def components(self, projection: Projection, heads: HeadShape) -> int:
         """h' of what is composed."""

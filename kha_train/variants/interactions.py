@@ -107,7 +107,7 @@ class KnockingOptions(MatrixOptions, ABC):
             return f"{TIED}; take attention.interaction.projections=[v] or [q,v]"
         return super().refuses(base)
 
-    def identities(self) -> Mapping[str, float]:
+    def identities(self, heads: HeadShape) -> Mapping[str, float]:
         """`matrices`, for each projection."""
         return {f"{p} {name}": diagonal for p in self.projections for name, diagonal in self.matrices.items()}
 

@@ -98,6 +98,7 @@ FURTHER = (
     ("gta", "knocking_gate", (VALUES,)),
     ("gqa", "explicit", FEWER),
     ("gqa", "explicit", (*FEWER, "attention.qk_norm=none")),
+    ("gqa", "explicit", ("attention.interaction.component_heads=2", "attention.interaction.head_norm=false")),
     ("gqa", "explicit", (*FEWER, "attention.interaction.mix_after_rope=true")),
     ("gqa", "explicit", ("attention.interaction.component_heads=3", FROZEN)),
     ("gta", "explicit", (*FEWER, "attention.interaction.compose=[v]")),
@@ -206,7 +207,13 @@ FASTER = [case for case in CASES if case.impl != "eager"]
 IMPLEMENTATIONS = [case for case in CASES if case.backend == "eager"]
 ABSORBED = [case for case in DEFINITIONS if absorbed_config(case.config) not in (None, case.config)]
 
-WITH_IDENTITY = [case for case in CASES if None not in case.config.attention.interaction.identities().values()]
+
+def identities_of(config: RunConfig) -> dict[str, float | None]:
+    """The matrices of an interaction and the diagonals at which heads pass unchanged."""
+    return dict(config.attention.interaction.identities(config.attention.heads()))
+
+
+WITH_IDENTITY = [case for case in CASES if None not in identities_of(case.config).values()]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_pair = pytest.mark.parametrize("case", DEFINITIONS, ids=str)
@@ -305,12 +312,12 @@ def test_at_the_declared_identity_heads_pass_unchanged_and_every_matrix_of_an_in
     config, options = case.config, case.config.attention.interaction
     attention = attention_of(config, noise=0.3)
     declared = interaction_identities(attention)
-    promised = {**config.attention.base.identities(), **options.identities()}
+    promised = {**config.attention.base.identities(), **identities_of(config)}
     named = dict(attention.named_parameters()) | dict(attention.named_buffers())
     assert {name for name in named if name.startswith("interaction.") and named[name].ndim > 1} <= declared.keys()
     assert len(declared) == len(promised)
     # A variant that declares no identity promises nothing here.
-    if None in promised.values() or (options.name != "none" and not options.identities()):
+    if None in promised.values() or (options.name != "none" and not identities_of(config)):
         return
     with torch.no_grad():
         for name, identity in declared.items():

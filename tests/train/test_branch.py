@@ -462,6 +462,29 @@ def test_a_linear_interaction_is_absorbed_into_its_projections(linear: Path, sma
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("components", [1, 4])
+def test_a_composition_of_another_number_of_heads_is_absorbed_into_projections_of_all(
+    components: int, trained: Train, small: list[str]
+) -> None:
+    """MEA with h' != G: the parent projects h' heads of keys and values, and the branch two."""
+    mea = [
+        "attention=mea", "attention.interaction.head_norm=false", f"attention.interaction.component_heads={components}",
+    ]  # fmt: skip
+    checkpoint = at(trained(*mea, f"run.steps={SPLIT}"))
+    before, _ = opened(compose([*small, *SMALL, *mea]), checkpoint)
+    after, branch = opened(compose([*small, *SMALL]), checkpoint)
+    assert loss(after) == pytest.approx(loss(before), rel=1e-6)
+    assert branch.absorbed == {f"blocks.0.attention.{name}.weight" for name in ("key", "value")}
+    for part in after.fragments():
+        moments = [view for kind, view in part.views.items() if kind != "master"]
+        assert any(view.count_nonzero() for view in moments) == (part.name not in branch.absorbed)
+    for settings in (["model.head_dim=8"], ["model.hidden_size=48"]):
+        with pytest.raises(ResumeError) as refused:
+            Branch(compose([*small, *SMALL, *settings]), checkpoint, {})
+        assert "init_from" not in str(refused.value.fix).partition("run.branch_from")[0]
+
+
+@pytest.mark.slow
 def test_what_acts_on_activations_is_not_absorbed(trained: Train, small: list[str]) -> None:
     source = trained("attention=kha_mlp", "run.steps=2")
     with pytest.raises(ResumeError) as refused:

@@ -35,7 +35,7 @@ class Explicit(Interaction):
         super().__init__(options, heads, way)
         matrices: dict[str, nn.Module] = {}
         places: dict[str, str] = {}
-        identities = options.identities()
+        identities = options.identities(heads)
         for p in options.compose:
             diagonal = identities[p]
             shape, initial = (options.components(p, heads), heads.kv_heads), starting_matrix(options.init, diagonal)
