@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kha_train.analysis.history import EVALUATIONS, Stretch
-from kha_train.foreign.typed import LARGEST, Source
+from kha_train.foreign.typed import Source, is_number
 from kha_train.record.columns import Columns
 from kha_train.record.reader import METRICS_FILE
 
@@ -52,7 +52,7 @@ def read_evaluations(run_dir: Path, columns: Columns, stretches: Sequence[Stretc
             entries, _, name = key.rpartition("/")
             if entries not in wanted:
                 continue
-            if type(value) is not float and not (type(value) is int and abs(value) <= LARGEST):
+            if not is_number(value):
                 source = Source(f"{run_dir / METRICS_FILE}, step {line['step']}")
                 raise source.fault(key, "is no number", value, 'a number, or "nan", "inf", "-inf"')
             steps, values = found.setdefault(entries, {}).setdefault(name, ([], []))

@@ -13,7 +13,7 @@ import numpy as np
 from kha_train.analysis.evaluations import Series
 from kha_train.analysis.figures import spread
 from kha_train.analysis.runs import RunData
-from kha_train.foreign.typed import LARGEST
+from kha_train.foreign.typed import is_number
 from kha_train.metric import BY_LAYER
 from kha_train.record.reader import METRICS_FILE
 
@@ -88,6 +88,4 @@ def _steps(run: RunData) -> list[int]:
 
 def _numbers(values: Any) -> bool:
     """Whether it is a list of numbers that a float can hold."""
-    return isinstance(values, Sequence) and all(
-        type(one) is float or (type(one) is int and abs(one) <= LARGEST) for one in values
-    )
+    return isinstance(values, Sequence) and all(map(is_number, values))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kha_train.analysis.inspection import LayerInspection, LearnedMatrix, mean_off_diagonal
+from kha_train.analysis.inspection import LayerInspection, LearnedMatrix
+from kha_train.analysis.inspection_table import layer_row
 from kha_train.errors import CheckpointError
 
 Advance = Callable[[int], None]
@@ -29,6 +30,14 @@ def heads_figure(run_dir: Path, name: str) -> float | None:
     return float(np.mean(found)) if found else None
 
 
+def _of_row(name: str) -> Callable[[LayerInspection], list[float]]:
+    def of(layer: LayerInspection) -> list[float]:
+        value = layer_row(layer)[name]
+        return [] if value is None else [value]
+
+    return of
+
+
 def _unheard(checkpoint: Path, error: CheckpointError) -> None:
     """A damaged checkpoint is passed over; the run's own record tells of it."""
 
@@ -45,16 +54,11 @@ def _matrices(layer: LayerInspection) -> Iterable[LearnedMatrix]:
 
 
 FIGURES: Mapping[str, Callable[[LayerInspection], list[float]]] = {
-    "cosine": lambda layer: [mean_off_diagonal(layer.outputs.cosine)] if layer.outputs else [],
-    "centred_cosine": lambda layer: [mean_off_diagonal(layer.outputs.centred_cosine)] if layer.outputs else [],
-    "cka": lambda layer: [mean_off_diagonal(layer.outputs.cka)] if layer.outputs else [],
-    "rank": lambda layer: list(layer.outputs.ranks) if layer.outputs else [],
-    "diversity": lambda layer: [layer.weights.diversity] if layer.weights else [],
-    "entropy": lambda layer: list(layer.weights.entropy) if layer.weights else [],
-    "sink": lambda layer: list(layer.weights.sink) if layer.weights else [],
+    **{name: _of_row(name) for name in ("cosine", "centred_cosine", "cka", "diversity", "entropy", "sink")},
+    "rank": _of_row("head_rank"),
     "diagonal": lambda layer: [matrix.diagonal_mean for matrix in _matrices(layer)],
     "off_diagonal_rms": lambda layer: [matrix.off_diagonal_rms for matrix in _matrices(layer)],
     "distance": lambda layer: [matrix.distance for matrix in _matrices(layer) if matrix.distance is not None],
     "silhouette_p": lambda layer: [found.p for found in layer.clusters],
 }
-"""Figures of a layer by name, as docs/analyze.md defines them: one for the layer, for each head or for each matrix."""
+"""Figures of a layer by name, as docs/analyze.md defines them: one for the layer, or one for each matrix."""

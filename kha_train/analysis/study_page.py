@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 
 from kha_train.analysis.studies import Published
 from kha_train.analysis.study_results import ArmResult, StudyResult
@@ -54,7 +55,7 @@ def _lines(result: StudyResult, reports: Mapping[str, str], given: Sequence[str]
     yield from _table(*rate_rows(result))
     if study.published:
         yield "\n## What the paper prints\n"
-        rows = [[p.what, p.arm, _printed(p), result.ours(p)] for p in study.published]
+        rows = [[p.what, p.arm, printed(p, study.published), result.ours(p)] for p in study.published]
         yield from _table(["figure", "arm", "printed", "here"], rows)
     yield "\n## Overrides\n"
     if given:
@@ -68,8 +69,19 @@ def _lines(result: StudyResult, reports: Mapping[str, str], given: Sequence[str]
         yield f"\n**What this does not show**: {study.not_shown}"
 
 
-def _printed(found: Published) -> str:
-    return f"better than {found.better_than}" if found.value is None else f"{found.value:g}"
+def printed(found: Published, published: Sequence[Published]) -> str:
+    """A figure with as many decimals as the others of its kind: a paper prints 50.00 beside 48.38."""
+    if found.value is None:
+        return f"better than {found.better_than}"
+    alike = [one.value for one in published if one.what == found.what and one.value is not None]
+    return f"{found.value:.{max(map(_decimals, alike))}f}"
+
+
+def _decimals(value: float) -> int:
+    """The digits behind the point, as the value was typed."""
+    exponent = Decimal(repr(value)).normalize().as_tuple().exponent
+    assert isinstance(exponent, int), "published figures are finite"
+    return max(0, -exponent)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

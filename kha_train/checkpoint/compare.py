@@ -4,10 +4,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kha_train.checkpoint.reader import Checkpoint
@@ -17,7 +17,7 @@ from kha_train.foreign.documents import Json
 
 @dataclass
 class Differences:
-    """The differences between two checkpoints.
+    """The differences between two checkpoints. A nan equals a nan.
 
     `settings` holds both values of each entry of the trainer's state that differs, by dotted name. `tensors` holds the
     largest difference, and the norm of the difference relative to the norm of the first; both are infinite for buffers
@@ -44,7 +44,7 @@ def compare(first: Checkpoint, second: Checkpoint) -> Differences:
     found = Differences()
     left, right = flatten(first.trainer_state), flatten(second.trainer_state)
     for key in sorted(left.keys() | right.keys()):
-        if left.get(key) != right.get(key):
+        if not _same(left.get(key), right.get(key)):
             found.settings[key] = (left.get(key), right.get(key))
     shapes, others = first.names(), second.names()
     found.only_first = [name for name in shapes if shapes[name] != others.get(name)]
@@ -64,9 +64,18 @@ def compare(first: Checkpoint, second: Checkpoint) -> Differences:
     return found
 
 
+def _same(left: Json, right: Json) -> bool:
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(_same, left, right))
+    both_nan = isinstance(left, float) and isinstance(right, float) and math.isnan(left) and math.isnan(right)
+    return both_nan or left == right
+
+
 def _add(found: Differences, name: str, first_P: Tensor, second_P: Tensor) -> None:
-    if torch.equal(first_P, second_P):
+    alike_P = (first_P == second_P) | (first_P.isnan() & second_P.isnan())
+    if alike_P.all():
         return
-    difference_P = (first_P.double() - second_P.double()).abs()
+    # Infinities of one sign are alike too; their difference would be nan.
+    difference_P = (first_P.double() - second_P.double()).abs().masked_fill(alike_P, 0.0)
     norm = first_P.double().norm().item()
     found.tensors[name] = (difference_P.max().item(), difference_P.norm().item() / norm if norm else float("inf"))

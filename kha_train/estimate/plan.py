@@ -236,12 +236,17 @@ def _time(config: RunConfig, flops: FlopCount) -> RunTime:
     }
 
 
+def checkpoint_bytes(config: RunConfig, count: ParameterCount) -> int:
+    """The size of a checkpoint: masters and optimiser states, and matrices that are not trained."""
+    return config.optim.bytes_per_parameter() * count.total + FROZEN_BYTES * count.frozen
+
+
 def _checkpoint(config: RunConfig, count: ParameterCount, step_seconds: float | None) -> SavedSize:
     """Size, time to write, and the save interval that loses the least time: sqrt(2 x write x time between failures)
     (Young 1974).
     """
     cluster = config.cluster
-    size = config.optim.bytes_per_parameter() * count.total + FROZEN_BYTES * count.frozen
+    size = checkpoint_bytes(config, count)
     write = size / (cluster.storage_bandwidth_gb * 1e9) if cluster.storage_bandwidth_gb else None
     failures = cluster.hours_between_failures * 3600 / cluster.devices
     interval = math.sqrt(2 * write * failures) if write is not None else None

@@ -18,6 +18,7 @@ from typing import (
     Any,
     Literal,
     NotRequired,
+    TypeGuard,
     TypeVar,
     Union,
     get_args,
@@ -32,6 +33,11 @@ from kha_train.foreign.documents import Json
 T = TypeVar("T")
 LARGEST = 2**53
 """No count of ours is larger, and every integer up to here is exact as a float."""
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is a number that a float can hold: no bool, and no integer beyond `LARGEST`."""
+    return type(value) is float or (type(value) is int and abs(value) <= LARGEST)
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ class Source:
             return value
         if origin in (list, tuple, dict):
             return self._container(origin, arguments, value, place)
-        if type(value) is not hint and not (hint is float and type(value) is int and abs(value) <= LARGEST):
+        if type(value) is not hint and not (hint is float and is_number(value)):
             raise self.fault(place, "wrong type", _null(value), _NAMES.get(hint, getattr(hint, "__name__", str(hint))))
         return value
 

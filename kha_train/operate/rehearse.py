@@ -39,6 +39,7 @@ from kha_train.errors import ConfigError, DataError
 from kha_train.estimate.counts import count_parameters
 from kha_train.estimate.long_step import long_step_warning
 from kha_train.estimate.memory import GIB, plan_memory
+from kha_train.estimate.plan import checkpoint_bytes
 from kha_train.evaluate.opening import content_ids, open_tasks
 from kha_train.model.decoder import lay_out_decoder
 from kha_train.model.device import DTYPES, resolve_on
@@ -164,7 +165,7 @@ def _memory(config: RunConfig, layout: Layout) -> dict[str, Any]:
 
 
 def _checkpoint(config: RunConfig, world_size: int) -> dict[str, Any]:
-    size = config.optim.bytes_per_parameter() * count_parameters(config).total
+    size = checkpoint_bytes(config, count_parameters(config))
     saves = math.ceil(config.run.steps / config.checkpoint.every_steps)
     return {
         "gib": size / GIB,
@@ -200,6 +201,7 @@ def _rank_zero(config: RunConfig, world_size: int, labels: int) -> dict[str, Any
         train_step(engine, batch, labels, config.optim.lr)
         seconds = (time.perf_counter() - started) * rows / config.data.global_batch_size
         pieces = list(resume.pieces(engine))
+        buffers = sum(buffer.nbytes for buffer in engine.buffers().values())
         engine.close()
         engine_class.leave_world()
     return {
@@ -207,7 +209,7 @@ def _rank_zero(config: RunConfig, world_size: int, labels: int) -> dict[str, Any
         "dtype": str(DTYPES[resolved.precision]).removeprefix("torch."),
         "step_seconds_here": seconds,
         "pieces": len(pieces),
-        "checkpoint_bytes": sum(piece.values.nbytes for piece in pieces),
+        "checkpoint_bytes": sum(piece.values.nbytes for piece in pieces) + buffers,
     }
 
 

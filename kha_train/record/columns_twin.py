@@ -28,7 +28,7 @@ import numpy as np
 from kha_train.errors import DataError
 from kha_train.foreign.documents import parse_json
 from kha_train.foreign.files import open_regular
-from kha_train.foreign.typed import LARGEST, Count, Length, Match, Source
+from kha_train.foreign.typed import LARGEST, Count, Length, Match, Source, is_number
 from kha_train.record.columns import COLUMNS, Columns, columns_of, joined
 from kha_train.record.jsonl import objects, parse, whole_blocks
 from kha_train.record.reader import METRICS_FILE
@@ -195,9 +195,7 @@ def _differs(value: Any, columns: Columns, name: str, row: int) -> bool:
     if value is None or not columns.has(name)[row]:
         return (value is not None) != bool(columns.has(name)[row])
     # The twin holds only numbers; the record behind a forged twin may hold anything.
-    if type(value) is not float and not (type(value) is int and abs(value) <= LARGEST):
-        return True
-    return not np.array_equal(columns[name][row], value, equal_nan=True)
+    return not is_number(value) or not np.array_equal(columns[name][row], value, equal_nan=True)
 
 
 def _loaded(file: BinaryIO, path: str, size: int) -> Twin | None:

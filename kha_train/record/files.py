@@ -77,6 +77,14 @@ def written_as(field: str, place: Path, fix: str) -> Iterator[None]:
         raise ConfigError(f"cannot be written: {error.strerror}", field=field, value=str(place), fix=fix) from error
 
 
+def is_made(path: Path, mark: str, heads: tuple[bytes, ...] = PICTURE) -> bool:
+    """Whether `path` is a file that begins with one of `heads` and holds `mark`: an earlier output of a command."""
+    if not path.is_file():
+        return False
+    content = path.read_bytes()
+    return content.startswith(heads) and mark.encode() in content
+
+
 def check_replaceable(
     path: Path, mark: str | None, option: str, overwrite: bool, heads: tuple[bytes, ...] = PICTURE
 ) -> None:
@@ -87,10 +95,8 @@ def check_replaceable(
     check_regular(path, ConfigError)
     if overwrite or not os.path.lexists(path):
         return
-    if mark is not None and path.is_file():
-        content = path.read_bytes()
-        if content.startswith(heads) and mark.encode() in content:
-            return
+    if mark is not None and is_made(path, mark, heads):
+        return
     raise ConfigError(
         "exists, and was not made by this command from the same input",
         field=option,

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -270,6 +271,16 @@ def test_files_of_another_report_are_kept(tmp_path: Path, capsys: pytest.Capture
         with pytest.raises(SystemExit) as ended:
             run(["compare", str(one), "--out", str(tmp_path / "out")])
         assert not ended.value.code, "its own files are replaced"
+    figures = tmp_path / "out" / "figures"
+    for name in ("loss-steps.svg", "loss.csv"):
+        shutil.copy(figures / name, figures / f"gone-{name}")
+    for name in ("notes.txt", "mine.svg", "mine.csv"):
+        (figures / name).write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        run(["compare", str(one), "--out", str(tmp_path / "out"), "--overwrite"])
+    left = {path.name for path in figures.iterdir()}
+    assert not ended.value.code and {"loss.csv", "notes.txt", "mine.svg", "mine.csv"} <= left
+    assert not {name for name in left if name.startswith("gone")}, "figures that the report no longer has"
 
 
 def test_a_spike_does_not_stretch_the_axis_of_the_second_half(tmp_path: Path) -> None:

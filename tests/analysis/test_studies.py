@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 
 from kha_train.analysis.studies import ScaledStudy, Trial, load_study, study_names
 from kha_train.analysis.study_outcomes import Outcome
-from kha_train.analysis.study_page import study_page
+from kha_train.analysis.study_page import printed, study_page
 from kha_train.analysis.study_results import StudyResult, choose_rates, judge
 from kha_train.cli.output import strict
+from kha_train.config.compose import shipped
 from kha_train.errors import ConfigError
 
 TEXT = """
@@ -204,6 +206,16 @@ def test_counts_have_the_sign_test_and_no_interval(scaled: ScaledStudy) -> None:
     assert arm.interval("train_loss") is not None and arm.interval("spikes") is None and arm.mean("spikes") == 3.0
     assert (found.interval, found.better, found.worse, found.sign_test) == (None, 0, 3, 0.25)
     assert found.sentence().endswith("worse in 3 of 3 seeds, no interval: they are counts")
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_published_figures_are_printed_as_the_paper_and_the_file_have_them(name: str) -> None:
+    """1.830 and 50.00 keep their zeros."""
+    text = (shipped("configs") / "study" / f"{name}.yaml").read_text()
+    published = load_study(name, "cpu").study.published
+    assert [printed(one, published) for one in published if one.value is not None] == re.findall(
+        r"\{what: .*value: ([0-9.]+)\}", text
+    )
 
 
 def test_the_page_says_the_sentence_the_arms_and_what_was_published(scaled: ScaledStudy) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +82,24 @@ def test_diff_finds_nothing_between_layouts_and_everything_between_steps(run_dir
     found = json.loads(kha("diff", run_dir / "checkpoints/step-00000004", other, "--json").stdout)
     assert found["settings"] == {"progress.step": [4, 6]}
     assert found["tensors"]["w master"] == [2.0, 0.5] and "bias" not in found["tensors"]
+
+
+def test_a_number_that_is_none_is_equal_to_itself_alone(kha, tmp_path_factory) -> None:
+    """Also in lists of the trainer's state; and an infinite moment beside one leaves the others comparable."""
+
+    def saved(values: list[float], state: list[float]) -> Path:
+        folder = tmp_path_factory.mktemp("nan")
+        pieces = [Piece("w", kind, (3,), 0, torch.tensor(values)) for kind in ("master", "exp_avg", "exp_avg_sq")]
+        write(folder, 6, World.single(), pieces, {}, {"progress": {"step": 6}, "stability": {"losses": state}})
+        return folder
+
+    first = saved([math.nan, math.inf, 1.0], [math.nan, 2.0])
+    assert "equal" in kha("diff", first, saved([math.nan, math.inf, 1.0], [math.nan, 2.0])).stdout
+    found = json.loads(kha("diff", first, saved([math.nan, math.inf, 3.0], [math.nan, 2.5]), "--json").stdout)
+    assert found["tensors"]["w master"][0] == 2.0 and found["settings"] == {
+        "stability.losses": [[None, 2.0], [None, 2.5]]
+    }
+    assert kha("diff", first, saved([0.0, math.inf, 1.0], [math.nan, 2.0]), "--json").stdout.count("w master") == 1
 
 
 def test_a_directory_without_checkpoints_is_a_mistake_told_by_name(tmp_path, run_dir, kha) -> None:

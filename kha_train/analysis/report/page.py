@@ -25,7 +25,7 @@ from kha_train.analysis.report.context import Context
 from kha_train.analysis.report.files import CSV_HEADS, files_of
 from kha_train.analysis.report.html import page
 from kha_train.analysis.report.markdown import document
-from kha_train.record.files import check_replaceable, mark_of
+from kha_train.record.files import check_replaceable, is_made, mark_of
 from kha_train.record.redact import Redactor
 
 SECTIONS: tuple[Callable[[Context], Section | None], ...] = (
@@ -73,14 +73,19 @@ def check_report(out: Path, runs: Sequence[Path], option: str, overwrite: bool) 
 
 def write_report(comparison: Comparison, out: Path) -> Path:
     """Writes the page, the Markdown and, in `FOLDER`, the pictures and numbers of every figure; returns the path of the
-    page. Creates the directory if needed. Replaces existing files: call `check_report` first.
+    page. Creates the directory if needed. Replaces existing files, and removes figures of an earlier report that this
+    one does not have: call `check_report` first.
     """
     context, mark = Context(comparison), mark_of_report([run.path for run in comparison.runs])
     sections, hidden = sections_of(context), Redactor.from_environment().text
     folder = out / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files_of(sections, mark).items():
+    files = files_of(sections, mark)
+    for name, content in files.items():
         _write(folder / name, hidden(content))
+    for path in sorted(path for path in folder.iterdir() if path.name not in files):
+        if {".svg": is_made(path, mark, HEADS), ".csv": is_made(path, "", CSV_HEADS)}.get(path.suffix):
+            path.unlink()
     words = document(title_of(comparison), mark, comparison.evidence, sections, FOLDER)
     _write(out / DOCUMENT, hidden(words))
     _write(page_in(out), hidden(report_html(comparison, sections)))
