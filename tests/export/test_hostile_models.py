@@ -244,6 +244,37 @@ def test_a_damaged_or_hostile_directory_is_refused_in_one_line_and_nothing_is_wr
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_what_is_no_weight_of_the_decoder_is_passed_over_and_told(stock: Path, tmp_path: Path) -> None:
+    (stock / "training_args.bin").write_bytes(pickle.dumps(Evil()))
+    (stock / "modeling_evil.py").write_text("raise SystemExit")
+    shared = load_file(stock / FIRST_FILE)["model.embed_tokens.weight"]
+    further = {"lm_head.weight": shared, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    change_weights(lambda weights: weights.update(further))(stock)
+    imported = prepare(stock, tmp_path / "run").write(tmp_path / "run")
+    told = " ".join(imported.left_out)
+    assert "training_args.bin" in told and "1 tables of rotary frequencies" in told
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "config.yaml", "import.json"]
+    assert not (tmp_path / EVIL).exists()
+
+
+def test_an_interrupted_import_leaves_nothing_and_a_directory_in_use_is_not_touched(
+    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = prepare(stock, tmp_path / "run")
+
+    def stop(elements: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ready.write(tmp_path / "run", stop)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("mine")
+    with pytest.raises(ConfigError, match="nothing is overwritten"):
+        ready.write(tmp_path / "mine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "stock"]
+    assert (tmp_path / "mine" / "notes").read_text() == "mine"
+
+
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
