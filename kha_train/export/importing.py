@@ -26,6 +26,7 @@ from kha_train.checkpoint.writer import PART_BYTES
 from kha_train.config.build import to_plain
 from kha_train.config.compose import dump, quoted
 from kha_train.config.schema import RunConfig
+from kha_train.decode.generate import IMPORTED
 from kha_train.engine.building import persistent_buffers
 from kha_train.errors import CheckpointError, ConfigError
 from kha_train.export.directory import CONFIG_NAME, ModelDirectory, open_directory, read_inside
@@ -39,7 +40,6 @@ from kha_train.record.attempts import CONFIG_FILE
 from kha_train.record.files import published, write_json, write_text
 from kha_train.variants.optimizer import MASTER
 
-ORIGIN = "import.json"
 TOKENIZER = "tokenizer.json"
 NAMING = ("tokenizer_config.json", "special_tokens_map.json")
 MAX_TOKENIZER_BYTES = 256 * 2**20
@@ -97,7 +97,7 @@ class Import:
             weights, plain = self._pieces(advance), to_plain(self.config)
             place = write_weights(beside, plain, weights, self._buffers(advance), part_bytes)
             write_text(beside / CONFIG_FILE, dump(self.config))
-            write_json(beside / ORIGIN, self._origin())
+            write_json(beside / IMPORTED, self._origin())
             tokenizer = self._copy_tokenizer(beside)
         return Imported(
             self.host,
@@ -111,7 +111,7 @@ class Import:
         )
 
     def _origin(self) -> dict[str, Json]:
-        """Where the weights come from, for `import.json`."""
+        """Where the weights come from."""
         where = {"source": str(self.model.path.resolve()), "class": self.host, "config": self.model.config}
         return {**where, "settings": list(self.settings), "left_out": list(self.left_out)}
 
