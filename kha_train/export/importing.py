@@ -94,11 +94,11 @@ class Import:
         are not finite, OSError.
         """
         with published(out, "--out") as beside:
+            tokenizer = self._copy_tokenizer(beside)
             weights, plain = self._pieces(advance), to_plain(self.config)
             place = write_weights(beside, plain, weights, self._buffers(advance), part_bytes)
             write_text(beside / CONFIG_FILE, dump(self.config))
             write_json(beside / IMPORTED, self._origin())
-            tokenizer = self._copy_tokenizer(beside)
         return Imported(
             self.host,
             out,
