@@ -36,6 +36,7 @@ COMMANDS = {
     "kernel-pca": "kernel_pca:kernel_pca",
     "generate": "generate:generate",
     "import": "import_model:import_model",
+    "compress": "compress:compress",
     "spikes": "spikes:spikes",
     "sweep": "sweep:sweep_command",
     "launch-arguments": "sweep:launch_arguments",

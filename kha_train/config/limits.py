@@ -68,6 +68,7 @@ LIMITS: dict[str, Limit] = {
     "attention.base.*": Limit(0, LARGEST_SIZE),
     "attention.base.chunk_tokens": SIZE,
     "attention.interaction.component_heads": COUNT,
+    "attention.interaction.component_heads_by_layer": COUNT,
     # A matrix of zeros would silence its heads.
     "attention.interaction.init.scale": POSITIVE,
     "moe.experts": Limit(0, 65_536),

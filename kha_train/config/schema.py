@@ -373,6 +373,11 @@ class RunConfig:
     cluster: ClusterSection
 
     @property
+    def interactions(self) -> tuple[InteractionOptions, ...]:
+        """The interaction of each layer."""
+        return tuple(self.attention.interaction.at(layer) for layer in range(self.model.layers))
+
+    @property
     def data_seed(self) -> int:
         """The seed of the sample order."""
         return self.run.seed if self.data.seed is None else self.data.seed

@@ -13,7 +13,7 @@ from kha_train.variants.attention import POSITIONS, Partners
 def check_attention(config: RunConfig) -> None:
     """Base, interaction, norm, positions and backend must fit together. Raises ConfigError."""
     attention, base, interaction = config.attention, config.attention.base, config.attention.interaction
-    partners = Partners(attention.qk_norm, attention.positions, config.model.seq_len)
+    partners = Partners(attention.qk_norm, attention.positions, config.model.seq_len, config.model.layers)
     problem = base.invalid() or interaction.invalid() or base.conflict(partners) or interaction.conflict(partners)
     problem = problem or invalid_backend(config) or _without_identity(config)
     if problem:

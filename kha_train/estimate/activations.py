@@ -15,11 +15,12 @@ from kha_train.variants.backends import TRAITS
 
 def attention_activations(config: RunConfig, width: int) -> int:
     """Numbers of `width` bytes per token that the attention of one layer saves, without its input (which the block
-    counts): those of its base, its interaction and the kernel.
+    counts): those of its base, its interaction and the kernel. Where layers differ, of the one that saves most.
     """
-    base, interaction = config.attention.base, config.attention.interaction
+    base, way = config.attention.base, decide_plan(config).interaction
     own = base.saved_numbers(config.attention.qk_norm) + base.gate_numbers()
-    return own + interaction.saved_numbers(base.heads(), decide_plan(config).interaction) + _kernel(config, width)
+    exchanged = max(one.saved_numbers(base.heads(), way) for one in {*config.interactions})
+    return own + exchanged + _kernel(config, width)
 
 
 def kept_block_numbers(config: RunConfig, width: int) -> tuple[int, int]:
@@ -35,7 +36,7 @@ def kept_block_numbers(config: RunConfig, width: int) -> tuple[int, int]:
         queries = heads.query_heads * (heads.key_width + base.rotary_width())
         projected = base.cache_numbers() + base.gate_outputs() + (query_input if query_input < wide else queries)
     else:
-        projected = attention_parameters(config) // wide - output
+        projected = max(attention_parameters(config)) // wide - output
     results = base.kernel_calls * (output + 4 * heads.query_heads // width)
     attention = projected + results + (wide if output >= wide else 0)
     both = wide + attention
@@ -46,11 +47,15 @@ def kept_block_numbers(config: RunConfig, width: int) -> tuple[int, int]:
 
 
 def folded_bytes(config: RunConfig, width: int) -> int:
-    """Bytes of the folded weights that a layer makes: in fp32 and in the training dtype."""
-    interaction, base = config.attention.interaction, config.attention.base
-    if not isinstance(interaction, FoldableOptions) or not decide_plan(config).interaction.folded:
+    """Bytes of the folded weights that a layer makes: in fp32 and in the training dtype. Where layers differ, of the
+    one that makes most.
+    """
+    base = config.attention.base
+    if not decide_plan(config).interaction.folded:
         return 0
-    return (4 + width) * interaction.folded_numbers(base.heads(), base.input_widths(config.model.hidden_size))
+    heads, inputs = base.heads(), base.input_widths(config.model.hidden_size)
+    folded = [one for one in {*config.interactions} if isinstance(one, FoldableOptions)]
+    return (4 + width) * max((one.folded_numbers(heads, inputs) for one in folded), default=0)
 
 
 def shared_mask_bytes(config: RunConfig) -> int:
@@ -101,7 +106,8 @@ def _falls_back(config: RunConfig) -> bool:
     heads = config.attention.base.heads()
     if heads.latent and planned_device(config).kind == "cpu":
         return True
-    strided = config.attention.interaction.strides_values() and not decide_plan(config).interaction.folded
+    strides = any(one.strides_values() for one in {*config.interactions})
+    strided = strides and not decide_plan(config).interaction.folded
     # Values that are arranged for several calls are copies.
     return strided and not _masked(config) and config.attention.base.kernel_calls == 1
 

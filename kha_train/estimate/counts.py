@@ -50,11 +50,11 @@ class FlopCount:
 def count_parameters(config: RunConfig) -> ParameterCount:
     """The parameters of the decoder of `config`. Selection biases and rotary tables are buffers and not counted."""
     model, moe, attention = config.model, config.moe, config.attention
-    base, interaction = attention.base, attention.interaction
+    base = attention.base
     by_component = {
         "embedding": (model.vocab_size + _learned_positions(config)) * model.hidden_size,
-        "attention": model.layers * attention_parameters(config),
-        "interaction": model.layers * interaction.parameters(base.heads()),
+        "attention": sum(attention_parameters(config)),
+        "interaction": sum(interaction.parameters(base.heads()) for interaction in config.interactions),
         "router": moe_layers(config) * moe.experts * model.hidden_size,
         "experts": moe_layers(config) * moe.experts * _expert_parameters(config),
         "shared_experts": moe_layers(config) * moe.shared_experts * _expert_parameters(config),
@@ -64,26 +64,26 @@ def count_parameters(config: RunConfig) -> ParameterCount:
     }
     total = sum(by_component.values())
     idle = moe_layers(config) * (moe.experts - moe.top_k) * _expert_parameters(config)
-    frozen = model.layers * interaction.frozen_numbers(base.heads())
+    frozen = sum(interaction.frozen_numbers(base.heads()) for interaction in config.interactions)
     return ParameterCount(total, total - idle, by_component, frozen)
 
 
 def flops_per_token(config: RunConfig) -> FlopCount:
     """Operations per token of the decoder of `config`, for a full row that is one document."""
     model, moe = config.model, config.moe
-    base, interaction = config.attention.base, config.attention.interaction
-    pair = base, interaction, model.hidden_size
+    base = config.attention.base
     by_component = {
-        "attention": model.layers * (base.token_flops(model.hidden_size) + 2 * component_parameters(*pair)),
+        "attention": model.layers * base.token_flops(model.hidden_size) + 2 * _component_parameters(config),
         "scores": model.layers * base.score_flops(model.seq_len),
-        "interaction": model.layers * interaction.flops(base.heads()),
+        "interaction": sum(interaction.flops(base.heads()) for interaction in config.interactions),
         "router": 2 * moe_layers(config) * moe.experts * model.hidden_size,
         "experts": 2 * moe_layers(config) * moe.top_k * _expert_parameters(config),
         "shared_experts": 2 * moe_layers(config) * moe.shared_experts * _expert_parameters(config),
         "dense": 2 * moe.dense_layers * 3 * model.hidden_size * moe.dense_width,
         "head": 2 * model.vocab_size * model.hidden_size,
     }
-    forward, frozen = sum(by_component.values()), interaction.frozen_numbers(base.heads()) > 0
+    forward = sum(by_component.values())
+    frozen = any(interaction.frozen_numbers(base.heads()) for interaction in config.interactions)
     mfu = TRAINING_FACTOR * (forward - by_component["interaction"])
     return FlopCount(
         forward=forward,
@@ -110,21 +110,20 @@ def interaction_overhead(config: RunConfig) -> InteractionOverhead:
     implementation).
     """
     parameters, flops = count_parameters(config), flops_per_token(config)
-    attention, width = config.attention, config.model.hidden_size
-    projected = config.model.layers * component_parameters(attention.base, attention.interaction, width)
+    projected = _component_parameters(config)
     extra = parameters.by_component["interaction"] + projected
     extra_flops = flops.by_component["interaction"] + 2 * projected
     return InteractionOverhead(
         parameters=100 * extra / (parameters.total - extra),
         flops=100 * extra_flops / (flops.forward - extra_flops),
-        cache=100 * _interaction_cache(config) / max(1, config.attention.base.cache_numbers()),
+        cache=100 * _interaction_cache(config) / max(1, config.model.layers * config.attention.base.cache_numbers()),
     )
 
 
 def cache_bytes_per_token(config: RunConfig, bytes_per_number: int = 2) -> int:
     """Bytes per token of context in the key/value caches of all layers while generating."""
-    numbers = config.attention.base.cache_numbers() + _interaction_cache(config)
-    return config.model.layers * numbers * bytes_per_number
+    numbers = config.model.layers * config.attention.base.cache_numbers() + _interaction_cache(config)
+    return numbers * bytes_per_number
 
 
 def cache_bytes_per_row(config: RunConfig, bytes_per_number: int = 2) -> int:
@@ -133,13 +132,19 @@ def cache_bytes_per_row(config: RunConfig, bytes_per_number: int = 2) -> int:
 
 
 def _interaction_cache(config: RunConfig) -> int:
-    return config.attention.interaction.cache_numbers(config.attention.heads())
+    """Numbers per token of all layers."""
+    return sum(interaction.cache_numbers(config.attention.heads()) for interaction in config.interactions)
 
 
-def attention_parameters(config: RunConfig) -> int:
-    """Parameters of the projections of one layer, without norms and interaction."""
-    base, interaction, width = config.attention.base, config.attention.interaction, config.model.hidden_size
-    return base.parameters(width) + component_parameters(base, interaction, width)
+def attention_parameters(config: RunConfig) -> list[int]:
+    """Parameters of the projections of each layer, without norms and interaction."""
+    base, width = config.attention.base, config.model.hidden_size
+    return [base.parameters(width) + component_parameters(base, one, width) for one in config.interactions]
+
+
+def _component_parameters(config: RunConfig) -> int:
+    base, width = config.attention.base, config.model.hidden_size
+    return sum(component_parameters(base, interaction, width) for interaction in config.interactions)
 
 
 def moe_layers(config: RunConfig) -> int:

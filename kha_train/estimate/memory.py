@@ -217,9 +217,11 @@ def _touched(config: RunConfig) -> int:
 
 
 def _groups(config: RunConfig) -> list[tuple[int, list[int]]]:
-    """The parameter groups of matrices: the number of groups of each kind, and the sizes of their matrices."""
+    """The parameter groups of matrices: the number of groups of each kind, and the sizes of their matrices, with the
+    attention of the largest layer.
+    """
     model, moe = config.model, config.moe
-    attention = attention_parameters(config)
+    attention = max(attention_parameters(config))
     expert, vocabulary = model.hidden_size * moe.expert_width, model.vocab_size * model.hidden_size
     return [
         (1, [vocabulary] if model.tie_embeddings else [vocabulary, vocabulary]),

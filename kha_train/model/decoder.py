@@ -17,6 +17,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.model.attention.backends import alibi_slopes, lay_out_cached, lay_out_documents
 from kha_train.model.attention.base import RowContext
 from kha_train.model.attention.cache import Cache
+from kha_train.model.attention.interaction import Interaction
 from kha_train.model.block import Block, BlockStats
 from kha_train.model.device import device_facts, resolve_on
 from kha_train.model.host import to_device
@@ -120,6 +121,9 @@ class Decoder(nn.Module):
         self.norm = RmsNorm(model.hidden_size, model.norm_eps)
         self.head = Head(config)
         self._run = runner(config)
+        self._turns_when_read = any(
+            isinstance(module, Interaction) and module.keeps_projected_keys for module in self.modules()
+        )
         self.tie_weights()
         self.declared = {metric.name: metric for metric in declared_metrics(self)}
         """The modules' declarations, before `metric.in_force` separates per-layer lists from their summaries."""
@@ -199,7 +203,10 @@ class Decoder(nn.Module):
             slopes_H = to_device(torch.tensor(self._slopes), device)
         rotary = None if self.rotary is None else self.rotary(positions_BT)
         if cache is not None:
-            return RowContext(rotary, lay_out_cached(tokens, cache.seen, device, slopes_H), cache)
+            rows = RowContext(rotary, lay_out_cached(tokens, cache.seen, device, slopes_H), cache)
+            if self.rotary is None or not self._turns_when_read:
+                return rows
+            return rows._replace(rotary_of_all=self.rotary(cache.positions(positions_BT)))
         documents = lay_out_documents(batch, tokens, device, cu_seqlens_S, max_seqlen, slopes_H, self._masked)
         return RowContext(rotary, documents)
 

@@ -25,11 +25,10 @@ from kha_train.config.compose import from_plain, quoted
 from kha_train.config.constants import MAY_BRANCH, may_differ
 from kha_train.config.saved import completed
 from kha_train.config.schema import RunConfig
-from kha_train.decode.absorb import absorbed_config, folded_weights
+from kha_train.decode.absorb import AbsorbedWeights, absorbed_config
 from kha_train.engine.contract import Engine
 from kha_train.errors import ConfigError, KhaError, ResumeError, Settings, either
 from kha_train.foreign.documents import Json
-from kha_train.model.attention.base import Attention
 from kha_train.model.decoder import lay_out_decoder
 from kha_train.model.init import not_identities
 from kha_train.record import read_run
@@ -79,7 +78,7 @@ class Branch:
         if refused := resume.not_allowed(config, refused):
             raise _refusal(config, checkpoint, refused)
         _check_kinds(config, checkpoint)
-        self._absorbing = _Absorbing(parent, checkpoint) if kind == "absorbed" and parent else None
+        self._absorbing = AbsorbedWeights(parent, checkpoint) if kind == "absorbed" and parent else None
         self.absorbed = self._absorbing.names if self._absorbing else set[str]()
         self.taken, self.inserted = _parameters(config, checkpoint, kind, self.absorbed)
         resume.check_shared_buffers(config, checkpoint)
@@ -145,38 +144,6 @@ class Branch:
                 buffer.copy_(saved[name])
             elif name.rpartition(".")[2] == "steps_done":
                 buffer.fill_(float(self.state.optimizer_steps))
-
-
-class _Absorbing:
-    """The projections of `parent`'s model with its interaction multiplied in, from the masters of `checkpoint`. One
-    layer is held at a time; `names` are the weights that change."""
-
-    def __init__(self, parent: RunConfig, checkpoint: Checkpoint) -> None:
-        decoder = lay_out_decoder(parent)
-        self._checkpoint = checkpoint
-        self._buffers = checkpoint.buffers()
-        self._owners: dict[str, tuple[str, Attention]] = {}
-        for prefix, module in decoder.named_modules():
-            if isinstance(module, Attention):
-                maps = module.interaction.linear_maps()
-                names = [name for kind, name in module.folded.items() if getattr(maps, kind) is not None]
-                self._owners |= {f"{prefix}.{name}.weight": (prefix, module) for name in names}
-        self.names = set(self._owners)
-        self._layer, self._weights = "", dict[str, Tensor]()
-
-    def weight(self, name: str) -> Tensor:
-        """The weight, flattened, in fp32 on the CPU."""
-        prefix, module = self._owners[name]
-        if prefix != self._layer:
-            module.to_empty(device="cpu")
-            for local, parameter in module.named_parameters():
-                full = f"{prefix}.{local}"
-                parameter.copy_(self._checkpoint.read(full, MASTER).view(parameter.shape))
-            for local, buffer in module.named_buffers():
-                buffer.copy_(self._buffers[f"{prefix}.{local}"])
-            self._layer, self._weights = prefix, folded_weights(prefix, module)
-            module.to_empty(device="meta")
-        return self._weights[name].flatten()
 
 
 def _origin(checkpoint: Checkpoint, progress: Progress) -> tuple[SavedOrigin, Parent]:
@@ -339,6 +306,8 @@ def _begins_as_identity(config: RunConfig) -> str:
     ways = [f"{INTERACTION}init.kind=identity"] if getattr(options, "init", None) else []
     ways += [f"{INTERACTION}head_norm=false"] if getattr(options, "head_norm", False) else []
     ways += [f"{INTERACTION}component_heads=0"] if getattr(options, "component_heads", 0) and has_none else []
+    by_layer = getattr(options, "component_heads_by_layer", ())
+    ways += [f"{INTERACTION}component_heads_by_layer=[]"] if by_layer and has_none else []
     return Settings(" ".join(ways)) if ways else "another interaction"
 
 

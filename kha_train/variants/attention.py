@@ -43,7 +43,8 @@ class HeadShape(NamedTuple):
     keys and values are never computed at inference; `tied`: keys and values are one state, which counts as the values;
     `altered`: more than a number for each head stands between the weighted sum of values and the output projection, so
     no map of values can be folded into the latter; `normed`: keys are normalised after the interaction;
-    `summed`: decoding keeps sums over tokens, of keys and values that are composed.
+    `summed`: decoding keeps sums over tokens, of keys and values that are composed; `projected`: decoding can keep keys
+    as they are projected, and normalise and rotate them when it reads them.
     """
 
     query_heads: int
@@ -55,6 +56,7 @@ class HeadShape(NamedTuple):
     altered: bool = False
     normed: bool = True
     summed: bool = False
+    projected: bool = False
 
     def count(self, projection: Projection) -> int:
         """Number of heads of the projection."""
@@ -82,6 +84,7 @@ class Partners(NamedTuple):
     qk_norm: QkNorm
     positions: Positions
     seq_len: int
+    layers: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +219,10 @@ class InteractionOptions:
     """What every head interaction has: its registry name. `none` has nothing else. The counts are for one layer."""
 
     name: str
+
+    def at(self, layer: int) -> InteractionOptions:
+        """The options of one layer, counted from 0: counts and the module are made of these."""
+        return self
 
     def invalid(self) -> ConfigError | None:
         """The error in these options, or None."""

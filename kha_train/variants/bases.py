@@ -34,7 +34,8 @@ class GroupedQueryOptions(BaseOptions):
     def heads(self) -> HeadShape:
         """See `BaseOptions.heads`."""
         altered = self.output_gate == "elementwise"
-        return HeadShape(self.query_heads, self.kv_heads, self.head_dim, self.head_dim, altered=altered)
+        width = self.head_dim
+        return HeadShape(self.query_heads, self.kv_heads, width, width, altered=altered, projected=True)
 
     def parameters(self, hidden_size: int) -> int:
         """Queries and output, keys and values, gate."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kha_train.errors import ConfigError, Settings
 from kha_train.variants.attention import (
@@ -26,15 +26,32 @@ class ExplicitOptions(MatrixOptions, FoldableOptions):
     `train` the compositions are frozen; the norm's gain is trained all the same.
 
     `component_heads` is h' of eq 10 for what is composed: the base projects so many heads, and an h' x G matrix makes
-    the G key/value heads of them; 0: as many. With fewer, decoding caches the components wherever composing them later
-    is the same function. With fewer or more, no values leave heads unchanged: with `init.kind: identity` each component
-    serves a block of heads, as in grouped-query attention.
+    the G key/value heads of them; 0: as many. With fewer, decoding caches the components and composes them when it
+    reads them. With fewer or more, no values leave heads unchanged: with `init.kind: identity` each component serves a
+    block of heads, as in grouped-query attention. `component_heads_by_layer` has h' of each layer instead; 0: nothing
+    is composed there.
     """
 
     compose: tuple[Projection, ...] = ("k", "v")
     component_heads: int = 0
+    component_heads_by_layer: tuple[int, ...] = ()
     head_norm: bool = True
     mix_after_rope: bool = False
+
+    def at(self, layer: int) -> InteractionOptions:
+        """See `InteractionOptions.at`."""
+        if not self.component_heads_by_layer:
+            return self
+        count = self.component_heads_by_layer[layer]
+        if count:
+            return replace(self, component_heads=count, component_heads_by_layer=())
+        return self.uncomposed()
+
+    def uncomposed(self) -> InteractionOptions:
+        """What is left where nothing is composed: the norm of the outputs, or nothing."""
+        if self.head_norm:
+            return ExplicitOptions(name=self.name, compose=(), head_norm=True, impl="eager")
+        return InteractionOptions(name="none")
 
     def invalid(self) -> ConfigError | None:
         """Only keys and values are composed, and something must be done at all."""
@@ -51,6 +68,14 @@ class ExplicitOptions(MatrixOptions, FoldableOptions):
                 value=self.component_heads,
                 fix=Settings("attention.interaction.component_heads=0"),
             )
+        by_layer = self.component_heads_by_layer
+        if by_layer and (self.component_heads or not self.compose or not any(by_layer)):
+            return ConfigError(
+                "is given beside a number for all layers" if self.component_heads else "nothing is composed",
+                field="attention.interaction.component_heads_by_layer",
+                value=list(by_layer),
+                fix=Settings("attention.interaction.component_heads_by_layer=[]"),
+            )
         if not self.compose and self.head_norm:
             return super().invalid()
         return each_once("compose", self.compose) or super().invalid()
@@ -66,8 +91,18 @@ class ExplicitOptions(MatrixOptions, FoldableOptions):
         return super().refuses(base)
 
     def conflict(self, partners: Partners) -> ConfigError | None:
-        """A norm over all heads has gains for the heads of the base."""
-        if partners.qk_norm != "full_width" or not self.component_heads or not self.mix_after_rope:
+        """A number for each layer; a norm over all heads has gains for the heads of the base."""
+        by_layer = self.component_heads_by_layer
+        if by_layer and len(by_layer) != partners.layers:
+            return ConfigError(
+                f"has {len(by_layer)} numbers for {partners.layers} layers",
+                field="attention.interaction.component_heads_by_layer",
+                value=list(by_layer),
+                allowed=f"{partners.layers} numbers, or none",
+                fix=Settings("attention.interaction.component_heads_by_layer=[]"),
+            )
+        fewer = self.component_heads or by_layer
+        if partners.qk_norm != "full_width" or not fewer or not self.mix_after_rope:
             return None
         return ConfigError(
             "keys are normalised before they are composed, and this norm is as wide as the heads that they compose",
@@ -79,7 +114,8 @@ class ExplicitOptions(MatrixOptions, FoldableOptions):
 
     def identities(self, heads: HeadShape) -> Mapping[str, float | None]:
         """The compositions. The norm of the outputs is not among them, because heads exchange no information in it."""
-        others = self.component_heads not in (0, heads.kv_heads)
+        counts = self.component_heads_by_layer or (self.component_heads,)
+        others = any(count not in (0, heads.kv_heads) for count in counts)
         return dict.fromkeys(self.compose, None if others else 1.0)
 
     def components(self, projection: Projection, heads: HeadShape) -> int:
@@ -87,12 +123,13 @@ class ExplicitOptions(MatrixOptions, FoldableOptions):
         return self.component_heads or heads.kv_heads if projection in self.compose else heads.count(projection)
 
     def composed_when_read(self, projection: Projection, heads: HeadShape) -> bool:
-        """Whether the cache keeps the components. It does if they are fewer, and nothing lies between the composition
-        and the cache with which it does not commute (rotation does: eq 13); a tied base computes keys after its cache.
+        """Whether the cache keeps the components. It does if they are fewer. Rotated keys may be cached, for rotation
+        commutes with the composition (eq 13); normalised ones may not, so a base that normalises keys must be able to
+        do so after its cache, as a tied one does.
         """
         fewer = 0 < self.component_heads < heads.kv_heads and projection in self.compose
         cached = not heads.latent and not heads.summed
-        return fewer and cached and (projection == "v" or self.mix_after_rope or not heads.normed)
+        return fewer and cached and (projection == "v" or self.mix_after_rope or not heads.normed or heads.projected)
 
     def cache_numbers(self, heads: HeadShape) -> int:
         """The components instead of the heads."""
@@ -125,6 +162,12 @@ class ExplicitOptions(MatrixOptions, FoldableOptions):
         """The weights of the projections."""
         return sum(heads.kv_heads * heads.width(p) * getattr(inputs, p) for p in self.compose)
 
+    def implementation(self, heads: HeadShape, inputs: InputWidths, tokens: int, kernels: str) -> Implementation:
+        """See `InteractionOptions.implementation`: one for all layers, that of the layer with the fewest components."""
+        fewest = min((count for count in self.component_heads_by_layer if count), default=self.component_heads)
+        one = replace(self, component_heads=fewest, component_heads_by_layer=())
+        return FoldableOptions.implementation(one, heads, inputs, tokens, kernels)
+
     def unfoldable(self, heads: HeadShape) -> str | None:
         """Norm and rotation lie between the projection and what is composed."""
         return "keys are composed after norm and rotation" if self.mix_after_rope else None
@@ -145,8 +188,4 @@ class ExplicitOptions(MatrixOptions, FoldableOptions):
 
     def absorbed(self, heads: HeadShape) -> InteractionOptions | None:
         """The norm of the outputs stays."""
-        if self.mix_after_rope:
-            return None
-        if self.head_norm:
-            return ExplicitOptions(name=self.name, compose=(), head_norm=True, impl="eager")
-        return InteractionOptions(name="none")
+        return None if self.mix_after_rope else self.uncomposed()

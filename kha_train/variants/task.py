@@ -78,6 +78,26 @@ class ContextOptions(RowTaskOptions):
         return super().invalid(sets)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RepeatsOptions(TaskOptions):
+    """Of a task that repeats blocks of random ids: the `distances` at which each id stands again, and the `rows` that
+    are scored for each. Without any they are 16, 64, 256 and so on, up to half of `model.seq_len`."""
+
+    distances: tuple[int, ...] = ()
+    rows: int = 16
+
+    def invalid(self, sets: Collection[str]) -> ConfigError | None:
+        """See `TaskOptions.invalid`."""
+        if self.rows < 1 or any(low >= high for low, high in pairwise((0, *self.distances))):
+            return ConfigError(
+                "distances ascend from 1, and each needs a row",
+                field=FIELD,
+                value=list(self.distances),
+                allowed="[16,64]",
+            )
+        return super().invalid(sets)
+
+
 def invalid_tasks(sets: Sequence[str], tasks: Sequence[TaskOptions]) -> ConfigError | None:
     """What is wrong with the names of validation `sets`, or with `tasks`, or None: both are keys of the record."""
     for name in sets:

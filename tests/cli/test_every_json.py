@@ -217,6 +217,10 @@ CASES: dict[Case, list[Case]] = {
         ("{data}",), ("{data}/train", "--samples", "0"), ("--run", "{odd}", "--step", "2"),
         ("--run", "{one}", "--step", "9"), ("{data}", "--png", "{root}/lengths.png"),
     ],
+    ("compress",): [
+        ("{one}", "--kv-heads", "1", "--out", "{root}/smaller"), ("{one}", "--scan", "--rows", "2"),
+        ("{one}", "--kv-heads", "7", "--out", "{root}/none"), ("{one}", "--kv-heads", "1"), ("{nothing}", "--scan"),
+    ],
     ("checkpoint", "list"): [("{two}",), ("{odd}",), ("{lost}",), ("{empty}",)],
     ("checkpoint", "verify"): [("{two}",), ("{lost}",), ("{odd}",), ("{damaged}",), ("{nothing}",)],
     ("checkpoint", "diff"): [

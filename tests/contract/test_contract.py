@@ -76,6 +76,7 @@ OWN, FROZEN = "attention.interaction.share=none", "attention.interaction.train=f
 VALUES = "attention.interaction.value_only=true"
 ALONE = (VALUES, "attention.interaction.projections=[v]")
 FEWER = ("model.kv_heads=4", "attention.interaction.component_heads=2")
+BY_LAYER = ("model.kv_heads=4", "attention.interaction.component_heads_by_layer=[2,0]")
 FURTHER = (
     ("mqa", "knocking_mlp", ()),
     ("mha", "explicit", ()),
@@ -100,6 +101,9 @@ FURTHER = (
     ("gqa", "explicit", (*FEWER, "attention.qk_norm=none")),
     ("gqa", "explicit", ("attention.interaction.component_heads=2", "attention.interaction.head_norm=false")),
     ("gqa", "explicit", (*FEWER, "attention.interaction.mix_after_rope=true")),
+    ("gqa", "explicit", (*FEWER, "attention.qk_norm=full_width", "attention.positions=alibi")),
+    ("gqa", "explicit", BY_LAYER),
+    ("diff", "explicit", FEWER),
     ("gqa", "explicit", ("attention.interaction.component_heads=3", FROZEN)),
     ("gta", "explicit", (*FEWER, "attention.interaction.compose=[v]")),
     ("mla", "explicit", FEWER),
@@ -370,9 +374,11 @@ def test_decoding_with_a_cache_gives_the_full_forward_and_keeps_what_it_says(cas
     for start, end in ((0, 5), (5, 6), (6, 9), (9, 10), (10, 11), (11, 12)):
         positions = torch.arange(start, end).expand(2, -1)
         documents = lay_out_cached(end - start, start, torch.device("cpu"), slopes(config))
-        parts.append(attention(x[:, start:end], RowContext(rotation(config, positions), documents, cache)))
+        rows = RowContext(rotation(config, positions), documents, cache)
+        rows = rows._replace(rotary_of_all=rotation(config, torch.arange(end).expand(2, -1)))
+        parts.append(attention(x[:, start:end], rows))
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-10)
-    options, heads = config.attention.interaction, config.attention.heads()
+    options, heads = config.interactions[0], config.attention.heads()
     composed_before = 0 if attention.interaction.folded else options.cache_numbers(heads)
     assert cache.numbers() == config.attention.base.cache_numbers() + composed_before
     assert cache.row_numbers() == config.attention.base.row_numbers()
@@ -473,7 +479,7 @@ def test_what_cannot_be_absorbed_says_so(case: Case) -> None:
 @every_implementation
 def test_parameters_and_operations_are_those_of_the_real_module(case: Case) -> None:
     config, attention = case.config, attention_of(case.config)
-    base, options = config.attention.base, config.attention.interaction
+    base, options = config.attention.base, config.interactions[0]
     heads, hidden, tokens = base.heads(), config.model.hidden_size, 2 * 12
     norms = base.norm_parameters(config.attention.qk_norm)
     real = {name: p.numel() for name, p in attention.named_parameters()}

@@ -56,10 +56,10 @@ def test_another_backend_is_refused_for_it(backend: str) -> None:
 def test_a_base_judges_its_partners_from_plain_facts(name: str, positions: str) -> None:
     base = compose([f"attention={name}"]).attention.base
     impossible = name in ("gta", "mla") or (name in ("linear", "diff") and positions == "alibi")
-    problem = base.conflict(Partners(qk_norm="none", positions=positions, seq_len=64))
+    problem = base.conflict(Partners(qk_norm="none", positions=positions, seq_len=64, layers=2))
     assert (problem is not None) == impossible
     assert problem is None or problem.field == "attention.positions"
-    assert base.conflict(Partners(qk_norm="none", positions="rope", seq_len=64)) is None
+    assert base.conflict(Partners(qk_norm="none", positions="rope", seq_len=64, layers=2)) is None
 
 
 def test_an_interaction_without_faster_ways_is_computed_by_its_definition() -> None:

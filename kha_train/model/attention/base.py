@@ -26,14 +26,15 @@ from kha_train.variants.registry import BASES
 
 class RowContext(NamedTuple):
     """What all layers of one forward share: the rotation of every token (None without rotary embedding), the documents
-    of every row and, when decoding, the cache of earlier tokens. `report` takes the values of
-    metrics.
+    of every row and, when decoding, the cache of earlier tokens; `rotary_of_all` rotates these and the new ones, where
+    a layer keeps keys that are not rotated. `report` takes the values of metrics.
     """
 
     rotary: Rotary | None
     documents: Documents
     cache: Cache | None = None
     report: Report = UNREAD
+    rotary_of_all: Rotary | None = None
 
     def turn(self, x_BTHK: Tensor) -> Tensor:
         """Queries or keys, rotated by the token's position; unchanged without rotary embedding."""
@@ -46,6 +47,10 @@ class RowContext(NamedTuple):
             turned_BTHK: Tensor = norm(x_BTHK, self.rotary)
             return turned_BTHK
         return self.turn(norm(x_BTHK))
+
+    def attended(self) -> RowContext:
+        """The same for keys of all attended tokens, those in the cache included."""
+        return self if self.cache is None else self._replace(rotary=self.rotary_of_all)
 
     def with_past(self, layer: nn.Module, *new: Tensor) -> tuple[Tensor, ...]:
         """What `layer` attends to, [B, U, ...]: the arguments themselves or, when decoding, the cached tokens followed
@@ -80,8 +85,8 @@ class Attention(nn.Module, ABC):
         super().__init__()
         self.heads = config.attention.base.heads()
         self.attend = self.backend(config, resolved)
-        self.interaction = build_interaction(config, resolved.interaction)
-        self._options = config.attention.interaction
+        self.interaction = build_interaction(config, resolved.interaction, layer)
+        self._options = config.attention.interaction.at(layer)
         self.gate = build_gate(config)
 
     @abstractmethod

@@ -42,12 +42,18 @@ class Cache:
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.seen = capacity, 0
+        self._positions = LayerCache(capacity)
         self._layers: dict[nn.Module, LayerCache] = {}
         self._sums: dict[nn.Module, tuple[Tensor, ...]] = {}
 
     def extend(self, layer: nn.Module, *new: Tensor) -> tuple[Tensor, ...]:
         """Add [B, T, ...] of the new tokens to the cache of `layer`; returns [B, U, ...] of all its tokens."""
         return self._layers.setdefault(layer, LayerCache(self.capacity)).extend(*new)
+
+    def positions(self, new_BT: Tensor) -> Tensor:
+        """Add the positions of the new tokens; returns those of all tokens, int64 [B, U]."""
+        (all_BU,) = self._positions.extend(new_BT)
+        return all_BU
 
     def add(self, layer: nn.Module, *new: Tensor) -> tuple[Tensor, ...]:
         """Add to the sums of `layer` what the new tokens add to each, [B, ...]; returns the sums over the tokens before

@@ -45,6 +45,8 @@ class Explicit(Interaction):
             elif p == "k" and options.mix_after_rope:
                 places[p] = "rotated"
         self.compose, self.tied, self.places = nn.ModuleDict(matrices), heads.tied, places
+        read = places.get("k") == "read" and not self.folded
+        self.keeps_projected_keys = read and heads.normed and not options.mix_after_rope
         self.norm = RmsNorm(heads.value_width, NORM_EPS) if options.head_norm else nn.Identity()
 
     def linear_maps(self) -> Folds:

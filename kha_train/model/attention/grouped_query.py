@@ -42,9 +42,14 @@ class GroupedQueryAttention(Attention):
             rows, self.query(x_BTD, folds.q), self.key(x_BTD, folds.k), self.value(x_BTD, folds.v)
         )
         q_BTHK = rows.norm_and_turn(self.query_norm, q_BTHK)
-        k_BUGK = self.interaction.rotated_keys(rows.norm_and_turn(self.key_norm, k_BUGK))
-        k_BUGK, v_BUGK = rows.with_past(self, k_BUGK, v_BUGK)
-        k_BUGK, v_BUGK = self.interaction.read_keys(k_BUGK), self.interaction.read_values(v_BUGK)
+        if self.interaction.keeps_projected_keys:
+            k_BUGK, v_BUGK = rows.with_past(self, k_BUGK, v_BUGK)
+            k_BUGK = rows.attended().norm_and_turn(self.key_norm, self.interaction.read_keys(k_BUGK))
+        else:
+            k_BUGK = self.interaction.rotated_keys(rows.norm_and_turn(self.key_norm, k_BUGK))
+            k_BUGK, v_BUGK = rows.with_past(self, k_BUGK, v_BUGK)
+            k_BUGK = self.interaction.read_keys(k_BUGK)
+        v_BUGK = self.interaction.read_values(v_BUGK)
         out_BTHK = self.attend(q_BTHK, k_BUGK, v_BUGK, rows.documents, self.scale)
         out_BTD: Tensor = self.output(self.finished(rows, x_BTD, out_BTHK), folds.output)
         return out_BTD

@@ -47,6 +47,9 @@ class Interaction(DeclaredModule, ABC):
 
     linear: ClassVar[bool] = False
     metrics: tuple[Metric, ...] = ()
+    keeps_projected_keys: bool = False
+    """Whether decoding keeps keys as they are projected, because `read_keys` comes before their norm and rotation. Only
+    a base whose heads are `projected` is asked for it."""
 
     def __init__(self, options: InteractionOptions, heads: HeadShape, way: Implementation) -> None:
         super().__init__()
@@ -105,9 +108,9 @@ class NoInteraction(Interaction):
     linear = True
 
 
-def build_interaction(config: RunConfig, way: Implementation) -> Interaction:
-    """The interaction registered under `config.attention.interaction.name`, on the heads of the configured base."""
-    options = config.attention.interaction
+def build_interaction(config: RunConfig, way: Implementation, layer: int) -> Interaction:
+    """The interaction of a layer, from the registry, on the heads of the configured base."""
+    options = config.attention.interaction.at(layer)
     interaction: Interaction = INTERACTIONS[options.name].load()(options, config.attention.heads(), way)
     return interaction
 

@@ -153,10 +153,11 @@ def test_projections_of_low_rank_over_heads_are_held_by_fewer_components_exactly
 @pytest.mark.parametrize(
     ("settings", "kept"),
     [
-        ((), 4 * 8 + 2 * 8),
+        ((), 2 * 8 + 2 * 8),
         (("attention.qk_norm=none",), 2 * 8 + 2 * 8),
         (("attention.interaction.mix_after_rope=true",), 2 * 8 + 2 * 8),
-        (("attention.interaction.compose=[k]",), 4 * 8 + 4 * 8),
+        (("attention.interaction.compose=[k]",), 2 * 8 + 4 * 8),
+        (("attention.interaction.compose=[v]",), 4 * 8 + 2 * 8),
         (("attention.interaction.component_heads=4",), 4 * 8 + 4 * 8),
         (("attention.interaction.component_heads=6", "attention.qk_norm=none"), 4 * 8 + 4 * 8),
     ],
