@@ -156,6 +156,24 @@ def attention(
 
 
 @app.command()
+def decode(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings of the model; model=small if none are given.")
+    ] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache.")] = 1024,
+    rows: Annotated[int, typer.Option(min=1, help="Rows that are decoded together.")] = 1,
+    blocks: Annotated[int, typer.Option(min=3, help="Interleaved blocks.")] = 20,
+    clock: Annotated[str, typer.Option(help="Clock on a CPU: wall, or process (CPU time of this process).")] = "wall",
+    as_json: Json = False,
+) -> None:
+    """Measure what a token costs to decode with all key/value heads and with half of them, with and without QK-norm."""
+    from kha_train.bench import decode as bench
+
+    found = bench.measure(overrides or ["model=small"], context, rows, blocks, _clock(clock))
+    _answer(found.to_dict(), bench.format_measured(found), as_json)
+
+
+@app.command()
 def kernels(as_json: Json = False) -> None:
     """Compile every Triton kernel for Hopper and report registers, spills and shared memory. Needs no GPU."""
     from kha_train.bench import kernels as bench

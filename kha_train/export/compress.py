@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kha_train.analysis.inspection import manifest_sha256
@@ -35,7 +34,7 @@ from kha_train.decode.virtual_heads import Compressed, Factors, compressed_confi
 from kha_train.distributed import World
 from kha_train.engine.building import persistent_buffers
 from kha_train.errors import ConfigError
-from kha_train.estimate.counts import cache_bytes_per_token
+from kha_train.estimate.counts import cache_bytes_per_token, count_parameters
 from kha_train.model.decoder import lay_out_decoder
 from kha_train.model.init import initial_values
 from kha_train.record import read_run
@@ -147,8 +146,7 @@ def compress_run(source: Path, layers: str, kv_heads: int, out: Path, bar: Bar) 
     losses: list[Loss] = []
     out.mkdir(parents=True, exist_ok=True)
     try:
-        total = sum(map(torch.Size.numel, map(torch.Size, checkpoint.names().values())))
-        with bar(f"compressing {checkpoint.path}", total) as advance:
+        with bar(f"compressing {checkpoint.path}", count_parameters(compressed).total) as advance:
             weights = _Weights(config, compressed, checkpoint, losses)
             write_weights(out, to_plain(compressed), weights.pieces(advance), weights.buffers())
         write_text(out / CONFIG_FILE, dump(compressed))

@@ -231,6 +231,9 @@ CASES: dict[Case, list[Case]] = {
     ("bench", "telemetry"): [(*TINY, "--blocks", "3")],
     ("bench", "checkpoint"): [(*TINY, "--rounds", "1", "--steps", "1")],
     ("bench", "attention"): [(*TINY, "--blocks", "3"), ("--clock", "none")],
+    ("bench", "decode"): [
+        (*TINY, "model.kv_heads=2", "--context", "8", "--blocks", "3"), (*TINY, "--context", "8", "--blocks", "3"),
+    ],
     ("bench", "kernels"): [()],
     ("bench", "moe"): [(*TINY, "--blocks", "3", "--warmup", "1"), ("--against", "nobody")],
     ("bench", "step"): [(*TINY, "--blocks", "3", "--warmup", "1")],
