@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -34,14 +34,26 @@ RUNS = "runs"
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompressedArm:
+    """What an arm's runs begin with: the model of the run of `arm` with the same seed, whose `layers` are compressed to
+    `kv_heads` as by `kha compress`.
+    """
+
+    arm: str
+    layers: str
+    kv_heads: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Arm:
     """What is compared: a name and the overrides that make it. `reference` is the arm that it is compared with ("": the
-    study's reference).
+    study's reference). With `compresses`, overrides are added to those of the arm that it begins with.
     """
 
     name: str
     overrides: tuple[str, ...]
     reference: str = ""
+    compresses: CompressedArm | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,12 +191,7 @@ class ScaledStudy:
         chosen = self.scale.arms or self.study.arms
         named = {arm.name: arm.reference or self.study.reference for arm in chosen}
         return {
-            arm.name: Arm(
-                name=arm.name,
-                overrides=arm.overrides,
-                reference=named[arm.name] if named[arm.name] != arm.name else "",
-            )
-            for arm in chosen
+            arm.name: replace(arm, reference=named[arm.name] if named[arm.name] != arm.name else "") for arm in chosen
         }
 
     @property
@@ -263,6 +270,7 @@ def _problems(found: ScaledStudy) -> Iterator[str]:
         yield "two arms have one name"
     named = (*(arm.reference for arm in found.arms.values()), *(one.arm for one in scale.arm_rates))
     yield from (f"there is no arm {name!r}" for name in named if name and name not in names)
+    yield from _compressing(found, names)
     if not scale.seeds or not found.measures:
         yield "there must be at least one seed and one measure"
     if len(set(scale.seeds)) < len(scale.seeds) or {*scale.seeds} & {*scale.rate_seeds}:
@@ -287,3 +295,15 @@ def _problems(found: ScaledStudy) -> Iterator[str]:
         yield from (f"{found.study.trials} has no {one.name}" for one in found.measures if one.kind != "entry")
         if (scale.dataset, scale.equal, scale.rate_steps) != ("own", "steps", 0):
             yield f"`dataset`, `equal` and `rate_steps` mean nothing to {found.study.trials}"
+
+
+def _compressing(found: ScaledStudy, names: Sequence[str]) -> Iterator[str]:
+    """What is wrong with the arms that begin with the model of another."""
+    for name, arm in found.arms.items():
+        begins = arm.compresses
+        if begins is None:
+            continue
+        if begins.arm not in names:
+            yield f"{name} begins with {begins.arm!r}, and there is no such arm"
+        elif found.arms[begins.arm].compresses or len(found.scale.rates_of(begins.arm)) > 1 or found.chooses_apart:
+            yield f"{name} begins with {begins.arm}, which must be trained from scratch, at one rate"

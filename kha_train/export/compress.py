@@ -9,7 +9,9 @@ on with its weights.
 
 from __future__ import annotations
 
+import os
 import re
+import secrets
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -97,15 +99,14 @@ def layers_named(text: str, layers: int) -> tuple[int, ...]:
     if found is None:
         parts = [re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip()) for part in text.split(",")]
         bounds = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
-        named = sorted({layer for low, high in bounds for layer in range(low, min(high, layers) + 1)})
-        if None in parts or any(low > high for low, high in bounds) or any(layer >= layers for layer in named):
+        if None in parts or not all(low <= high < layers for low, high in bounds):
             raise ConfigError(
                 "names no layers of this model",
                 field="--layers",
                 value=text,
                 allowed=f"middle, deep, all, or a list of 0 to {layers - 1} such as 0,2-3",
             )
-        return tuple(named)
+        return tuple(sorted({layer for low, high in bounds for layer in range(low, high + 1)}))
     if not found:
         raise ConfigError(f"{layers} layers have no such part", field="--layers", value=text, fix="a list of layers")
     return tuple(found)
@@ -144,12 +145,14 @@ def compress_run(source: Path, layers: str, kv_heads: int, out: Path, bar: Bar) 
     compressed = compressed_config(config, by_layer)
     compressed = replace(compressed, run=replace(compressed.run, dir=str(out), init_from="", branch_from=""))
     losses: list[Loss] = []
-    out.mkdir(parents=True, exist_ok=True)
+    # Written beside and renamed, so that a killed command leaves no part of a run.
+    beside = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    beside.mkdir(parents=True)
     try:
         with bar(f"compressing {checkpoint.path}", count_parameters(compressed).total) as advance:
             weights = _Weights(config, compressed, checkpoint, losses)
-            write_weights(out, to_plain(compressed), weights.pieces(advance), weights.buffers())
-        write_text(out / CONFIG_FILE, dump(compressed))
+            write_weights(beside, to_plain(compressed), weights.pieces(advance), weights.buffers())
+        write_text(beside / CONFIG_FILE, dump(compressed))
         made = Compression(
             source=str(checkpoint.path),
             run_id=str(read_run(_run_of(checkpoint)).get("run_id", "")),
@@ -160,10 +163,10 @@ def compress_run(source: Path, layers: str, kv_heads: int, out: Path, bar: Bar) 
             cache_numbers=(cache_bytes_per_token(config, 1), cache_bytes_per_token(compressed, 1)),
             settings=settings_of(compressed),
         )
-        write_json(out / ORIGIN_FILE, made.to_plain())
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        raise
+        write_json(beside / ORIGIN_FILE, made.to_plain())
+        os.rename(beside, out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     return made
 
 
@@ -213,12 +216,15 @@ class _Weights:
 
     def _factor(self, name: str, one: Compressed) -> Tensor:
         if one.weight not in self._factors:
+            # Those of one layer at a time: they come one after another.
+            if self._losses and self._losses[-1].layer != one.layer:
+                self._factors.clear()
             inputs = self._checkpoint.names()[one.weight][-1]
             found = factored(self._weight(one.weight).view(-1, inputs), one.width, one.heads)
             self._losses.append(Loss(one.layer, one.projection, one.heads, found.lost))
             self._factors[one.weight] = found
-        # Each of both factors is asked for once.
-        return self._factors[one.weight].virtual if name == one.weight else self._factors.pop(one.weight).composition
+        factors = self._factors[one.weight]
+        return factors.virtual if name == one.weight else factors.composition
 
 
 def _run_of(checkpoint: Checkpoint) -> Path:

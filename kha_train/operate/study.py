@@ -23,6 +23,7 @@ from kha_train.analysis.study_results import StudyResult, judge
 from kha_train.config.compose import compose
 from kha_train.config.validate import validate_batch
 from kha_train.errors import ConfigError, KhaError
+from kha_train.operate.compressed_arms import able_to_begin, beginning, start_of
 from kha_train.operate.computed import compute_points, computed_outcome, computed_points
 from kha_train.operate.datasets import dataset_overrides
 from kha_train.operate.local import run_points
@@ -103,18 +104,18 @@ def _overrides(scaled: ScaledStudy, trial: Trial, directory: Path, given: Sequen
     steps = scale.rate_steps if trial.role == "rate" and scale.rate_steps else scale.steps
     if scaled.computes:
         own = (f"steps={steps}", f"rate={trial.rate:#g}", f"seed={trial.seed}")
-        every = [*scale.overrides, *scaled.arms[trial.arm].overrides, *given, *own]
-        return list({text.partition("=")[0]: text for text in every}.values())
-    every = [
-        f"run.steps={steps}",
-        *dataset_overrides(scale.dataset, directory.parent),
-        *scale.overrides,
-        *scaled.arms[trial.arm].overrides,
-        *given,
-        f"optim.lr={trial.rate:g}",
-        f"run.seed={trial.seed}",
-    ]
-    return list({text.partition("=")[0]: text for text in every}.values())
+        return _last_of_each([*scale.overrides, *scaled.arms[trial.arm].overrides, *given, *own])
+    arm = scaled.arms[trial.arm]
+    common = [f"run.steps={steps}", *dataset_overrides(scale.dataset, directory.parent), *scale.overrides]
+    if arm.compresses:
+        common += scaled.arms[arm.compresses.arm].overrides
+        before = _last_of_each([*common, *given])
+        common += beginning(before, arm.compresses, start_of(directory, arm.compresses, trial.seed))
+    return _last_of_each([*common, *arm.overrides, *given, f"optim.lr={trial.rate:g}", f"run.seed={trial.seed}"])
+
+
+def _last_of_each(settings: Sequence[str]) -> list[str]:
+    return list({text.partition("=")[0]: text for text in settings}.values())
 
 
 def _label(scaled: ScaledStudy, trial: Trial) -> str:
@@ -171,7 +172,8 @@ def run_here(plan: StudyPlan, processes: int, parallel: int, retry_failed: bool,
             return result
         lacking = [plan.points[trial] for trial in result.missing]
         standing = statuses(lacking)
-        start = [point for point in missing(lacking, standing, retry_failed) if point.label not in tried]
+        untried = [point for point in missing(lacking, standing, retry_failed) if point.label not in tried]
+        start = able_to_begin(plan.scaled, plan.directory, plan.points, untried, known)
         _look(plan, progress, known, result)
         if start:
             tried |= {point.label for point in start}
@@ -242,10 +244,12 @@ def submit_study(plan: StudyPlan, options: JobOptions, retry_failed: bool) -> tu
         raise ConfigError(
             "is computed here, and not on SLURM", field="study", value=plan.scaled.name, fix="add --local"
         )
-    result = judge(plan.scaled, finished_runs(plan))
+    known = finished_runs(plan)
+    result = judge(plan.scaled, known)
     if not result.missing:
         return result, None
-    points = [plan.points[trial] for trial in result.missing]
+    lacking = [plan.points[trial] for trial in result.missing]
+    points = able_to_begin(plan.scaled, plan.directory, plan.points, lacking, known)
     return result, start_missing(
         plan.directory, points, options, equal=plan.scaled.scale.equal, retry_failed=retry_failed
     )

@@ -96,6 +96,8 @@ def test_every_shipped_study_is_read_at_both_scales_and_its_published_arms_exist
         ("value: 1.5}", "value: 1.5, better_than: base}", "published"),
         ("arm: mlp, value: 1.5}", "arm: mlp}", "published"),
         ("reference: base", "trials: kernel_pca", "kernel_pca has no train_loss"),
+        ("name: mlp,", "name: mlp, compresses: {arm: bass, layers: all, kv_heads: 1},", "begins with 'bass'"),
+        ("name: mlp,", "name: mlp, compresses: {arm: base, layers: all, kv_heads: 1},", "at one rate"),
     ],
 )
 def test_a_study_that_is_wrong_is_refused_with_the_reason(tmp_path: Path, before: str, after: str, word: str) -> None:

@@ -412,7 +412,7 @@ CHANGES: dict[str, Change] = {
     "attention.interaction.share": ("none", shapes),
     "attention.interaction.train": ("false", plan),
     "attention.interaction.component_heads": (1, plan, "attention=mea"),
-    "attention.interaction.component_heads_by_layer": ("[0,1,0,0]", plan, "attention=mea"),
+    "attention.interaction.component_heads_by_layer": ("[0,1]", plan, "attention=mea"),
     "attention.interaction.value_only": ("true", first_loss, "attention=gta", *GATED),
     "attention.interaction.impl": ("eager", folding),
     "attention.interaction.init.kind": ("random", initial_values),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from kha_train.cli.main import run
 from kha_train.config.compose import compose
 from kha_train.errors import ConfigError, DivergedError, KhaError
 from kha_train.estimate.counts import flops_per_token
+from kha_train.export.compress_scan import scan
 from kha_train.operate import datasets, slurm
 from kha_train.operate import study as running
 from kha_train.operate.datasets import SMALL_TASKS, make_dataset
@@ -350,3 +352,42 @@ def test_the_commands_list_show_and_report(
     answer = json.loads(kha("report", str(mine(4)), *short, place, "--json"))
     assert answer["complete"] and answer["evidence"] == "1 seed: not evidence"
     assert json.loads(kha("show", str(mine(4)), *short, place, "--json"))["total"]["finished"] == 2
+
+
+COMPRESSING = """
+question: What does compression cost?
+source: a test
+reference: base
+arms:
+  - {{name: less_on, compresses: {{arm: base, layers: all, kv_heads: 1}}, overrides: [run.steps=3]}}
+  - {{name: less, compresses: {{arm: base, layers: all, kv_heads: 1}}, overrides: [run.steps=1]}}
+  - {{name: base, overrides: [attention=gqa, model.kv_heads=2, model.query_heads=2]}}
+measures: [{{kind: validation_loss}}]
+cpu:
+  steps: 4
+  rates: [1.0e-2]
+  arm_rates: [{{arm: less, rates: [1.0e-12]}}]
+  seeds: [3]
+  overrides: {overrides}
+paper: {{steps: 4, rates: [1.0e-2], seeds: [3]}}
+"""
+
+
+@pytest.mark.slow
+def test_arms_begin_with_the_compressed_model_of_another_arms_run_of_their_seed(
+    small: list[str], tmp_path: Path, trained: Trained
+) -> None:
+    overrides = [*small, "engine.name=plain", "engine.device=cpu", "moe.bias_update_rate=0"]
+    (tmp_path / "less.yaml").write_text(COMPRESSING.format(overrides=json.dumps(overrides)))
+    plan = planned(tmp_path / "less.yaml")
+    result = done(plan)
+    assert trained == ["base-lr0.01-s3", "less_on-lr0.01-s3", "less-lr1e-12-s3"]
+    losses = {name: arm.values["validation_loss"][3] for name, arm in result.arms.items()}
+    base = Path(plan.points[_trial(plan, "base-lr0.01-s3")].run_dir)
+    scanned = scan(base, (1,), 8, lambda what, total: nullcontext(lambda amount: None))
+    (everything,) = (point for point in scanned.points if point.layers == "all")
+    assert losses["less"] == pytest.approx(everything.scores["validation/loss"], rel=1e-6)
+    assert losses["base"] == pytest.approx(scanned.whole.scores["validation/loss"], rel=1e-6)
+    assert losses["less_on"] != pytest.approx(losses["less"], rel=1e-4)
+    assert [path.name for path in (plan.directory / "compressed").iterdir()] == ["base-all-h1-s3"]
+    assert done(planned(tmp_path / "less.yaml")).to_dict() == result.to_dict() and len(trained) == 3
