@@ -10,7 +10,7 @@ from rich.table import Table
 
 from kha_train.cli.output import print_json
 from kha_train.cli.progress import progress_bar
-from kha_train.errors import ConfigError, Options
+from kha_train.errors import ConfigError
 from kha_train.literal import say
 from kha_train.record.finding import find_run
 from kha_train.telemetry.terminal import LiteralConsole
@@ -37,7 +37,7 @@ def compress(
     """Compress the cache of a trained model: key/value heads become fewer virtual heads, by an SVD (MEA, app. F).
 
     The new run has weights alone. It evaluates and generates as it is; `run.init_from` trains it on. The old run is not
-    changed.
+    changed. Raises ConfigError without --out or a number of heads, and as `compress_run` and `scan`.
     """
     run, counts = find_run(run), _numbers(kv_heads)
     if scan:
@@ -50,15 +50,9 @@ def compress(
             _print_scan(found)
         return
     if out is None:
-        raise ConfigError("not given", field="--out", fix="--out DIR for the new run, or --scan to measure first")
+        raise ConfigError("not given", field="--out", allowed="the directory of the new run")
     if len(counts) != 1:
-        raise ConfigError(
-            "one number is needed",
-            field="--kv-heads",
-            value=kv_heads,
-            allowed="1 up to the model's",
-            fix=Options("--kv-heads 1"),
-        )
+        raise ConfigError("one number is needed", field="--kv-heads", value=kv_heads, allowed="1 up to the model's")
     _write(run, layers, counts[0], out, as_json)
 
 

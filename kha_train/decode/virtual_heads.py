@@ -11,7 +11,7 @@ so it trains, decodes and is counted like any other model. An interaction that i
 first.
 """
 
-# G key/value heads   J virtual heads   K head width   D model width
+# G key/value heads   J virtual heads   K head width   D model width   H = G * K or J * K   N = K * D
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ from kha_train.config.validate import validate
 from kha_train.decode.absorb import absorb, absorbed_config, rebuilt
 from kha_train.errors import ConfigError
 from kha_train.model.attention.base import Attention
-from kha_train.model.decoder import Decoder
+from kha_train.model.attention.projection import HeadMap
+from kha_train.model.decoder import Decoder, lay_out_decoder
 from kha_train.variants.attention import Projection
-from kha_train.variants.explicit import ExplicitOptions
+from kha_train.variants.explicit import virtual_heads
 
 
 class Factors(NamedTuple):
@@ -88,13 +89,7 @@ def compressed_config(config: RunConfig, heads_by_layer: Sequence[int]) -> RunCo
             fix="compress the model that it was made of",
         )
     _check_heads(config, heads_by_layer)
-    left = absorbed.attention.interaction
-    options = ExplicitOptions(
-        name="explicit",
-        compose=("v",) if heads.tied else ("k", "v"),
-        component_heads_by_layer=tuple(heads_by_layer),
-        head_norm=isinstance(left, ExplicitOptions) and left.head_norm,
-    )
+    options = virtual_heads(absorbed.attention.interaction, heads, heads_by_layer)
     # No value of a composition leaves heads as they are, so there is nothing to decay towards.
     decay = "zero" if config.optim.interaction_decay == "identity" else config.optim.interaction_decay
     optim = replace(config.optim, interaction_decay=decay)
@@ -113,20 +108,19 @@ def factored(weight_HD: Tensor, width: int, kept: int) -> Factors:
     return Factors(virtual_HD.to(weight_HD.dtype).contiguous(), composition_JG.to(weight_HD.dtype), lost)
 
 
-def compressed_weights(decoder: Decoder, compressed: RunConfig) -> list[Compressed]:
-    """What becomes virtual heads in the `compressed` configuration of `decoder`."""
-    options, heads = compressed.attention.interaction, compressed.attention.heads()
-    assert isinstance(options, ExplicitOptions)
-    found, layer = [], 0
-    for prefix, module in decoder.named_modules():
-        if not isinstance(module, Attention):
-            continue
-        count = options.component_heads_by_layer[layer]
-        for projection in options.compose if count else ():
-            weight = f"{prefix}.{module.folded[projection]}.weight"
-            composition = f"{prefix}.interaction.compose.{projection}.weight"
-            found.append(Compressed(weight, composition, projection, layer, count, heads.width(projection)))
-        layer += 1
+def compressed_weights(compressed: Decoder) -> list[Compressed]:
+    """What becomes virtual heads in a compressed decoder, which may be on `meta`."""
+    heads, found = compressed.config.attention.heads(), []
+    attentions = [(prefix, module) for prefix, module in compressed.named_modules() if isinstance(module, Attention)]
+    for layer, (prefix, module) in enumerate(attentions):
+        maps = module.interaction.linear_maps()
+        composed: tuple[tuple[Projection, HeadMap | None], ...] = ("k", maps.k), ("v", maps.v)
+        for projection, made in composed:
+            if made is not None and made.across_IO is not None:
+                weight = f"{prefix}.{module.folded[projection]}.weight"
+                composition = f"{prefix}.interaction.compose.{projection}.weight"
+                kept, width = made.across_IO.shape[0], heads.width(projection)
+                found.append(Compressed(weight, composition, projection, layer, kept, width))
     return found
 
 
@@ -137,7 +131,7 @@ def compress(decoder: Decoder, heads_by_layer: Sequence[int]) -> Decoder:
     """
     config = compressed_config(decoder.config, heads_by_layer)
     state = absorb(decoder).state_dict()
-    for one in compressed_weights(decoder, config):
+    for one in compressed_weights(lay_out_decoder(config)):
         factors = factored(state[one.weight], one.width, one.heads)
         state |= {one.weight: factors.virtual, one.composition: factors.composition}
     return rebuilt(decoder, config, decoder.resolved._replace(interaction=implementation(config)), state)

@@ -5,7 +5,7 @@ and nothing else predicts it (Olsson et al. 2022, arXiv 2209.11895, measure indu
 needed, so every trained model can be asked.
 """
 
-# B rows  W ids of a row  N labels of the flattened rows  C distances
+# B rows  W ids of a row  N labels of the flattened rows  C distances  M masked places  S borders of rows
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ SEED = 2209
 
 
 class Repeats(Task[RepeatsOptions]):
-    """`loss_at_D` and `accuracy_at_D` of the labels that stood D tokens before, for each distance D."""
+    """`loss_at_D` and `accuracy_at_D` of the labels that stood D tokens before, for each distance D.
+
+    Raises ConfigError for a distance that no row holds.
+    """
 
     @classmethod
     def declared(cls, config: RunConfig, options: TaskOptions) -> tuple[Metric, ...]:

@@ -192,7 +192,7 @@ class _Weights:
         self._checkpoint, self._losses = checkpoint, losses
         self._absorbed = AbsorbedWeights(config, checkpoint)
         self._decoder, self._seed = lay_out_decoder(compressed), compressed.run.seed
-        factors = compressed_weights(self._decoder, compressed)
+        factors = compressed_weights(self._decoder)
         self._made = {name: one for one in factors for name in (one.weight, one.composition)}
         self._factors: dict[str, Factors] = {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kha_train.errors import ConfigError, Settings
@@ -17,6 +17,18 @@ from kha_train.variants.attention import (
     Projection,
 )
 from kha_train.variants.interactions import TIED, MatrixOptions, each_once
+
+
+def virtual_heads(absorbed: InteractionOptions, heads: HeadShape, by_layer: Sequence[int]) -> InteractionOptions:
+    """The options of a model whose heads are compressed to so many in each layer (0: not at all), where `absorbed` is
+    what is left of its interaction: a norm of the outputs stays.
+    """
+    return ExplicitOptions(
+        name="explicit",
+        compose=("v",) if heads.tied else ("k", "v"),
+        component_heads_by_layer=tuple(by_layer),
+        head_norm=isinstance(absorbed, ExplicitOptions) and absorbed.head_norm,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

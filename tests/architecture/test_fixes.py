@@ -81,6 +81,12 @@ REFUSED = {
     "components of nothing": (
         "compose attention=mea attention.interaction.compose=[] attention.interaction.component_heads=1"
     ),
+    "components by layer of nothing": (
+        "compose attention=mea attention.interaction.component_heads_by_layer=[0,0,0,0]"
+    ),
+    "components of another number of layers": (
+        "compose attention=mea attention.interaction.component_heads_by_layer=[1]"
+    ),
     "components under a norm of all": (
         "compose attention=mea attention.qk_norm=full_width attention.interaction.component_heads=1 "
         "attention.interaction.mix_after_rope=true"
