@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (
     {"interpreter", "literal", "metric", "output"},
-    {"errors", "stability"},
+    {"errors", "heads", "stability"},
     {"foreign"},
     {"variants"},
     {"config"},
@@ -40,7 +40,7 @@ AT_THE_TOP = {
     "typer": ("kha_train/cli/",),
     "rich": ("kha_train/cli/", "kha_train/telemetry/", "kha_train/analysis/"),
     "yaml": ("kha_train/foreign/documents.py", "kha_train/config/compose.py", "kha_train/train/"),
-    "safetensors": ("kha_train/checkpoint/", "kha_train/export/"),
+    "safetensors": ("kha_train/checkpoint/", "kha_train/export/", "kha_train/heads/"),
 }
 BEHIND_A_DOOR = {
     "deepspeed": ("kha_train/engine/deepspeed.py",),
@@ -81,6 +81,21 @@ def test_a_room_imports_only_from_rooms_below_it(sources) -> None:
 
 def test_every_room_stands_in_the_order(sources) -> None:
     assert {source.room for source in sources} - {"kha_train"} <= set(LEVEL)
+
+
+def test_heads_need_nothing_of_the_trainer_and_are_a_package_under_any_name(sources) -> None:
+    """`kha_train/heads` is built as kha_heads too: it imports torch, safetensors where files are, and itself only
+    relatively.
+    """
+    offenders = []
+    for source in sources:
+        for node in ast.walk(source.tree) if source.room == "heads" else ():
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            allowed = sys.stdlib_module_names | {"torch", "safetensors"}
+            offenders += [f"{source.path}: {name}" for name in names if name.partition(".")[0] not in allowed]
+    assert offenders == []
 
 
 def test_each_third_party_package_enters_through_its_own_door(sources) -> None:

@@ -12,6 +12,8 @@ from kha_train.config.compose import compose
 from kha_train.config.schema import RunConfig
 from kha_train.variants.attention import BaseOptions, InteractionOptions
 from kha_train.variants.bases import GroupedQueryOptions
+from kha_train.variants.explicit import ExplicitOptions
+from kha_train.variants.interactions import KnockingGateOptions as Gate
 from kha_train.variants.interactions import KnockingLinearOptions as Linear
 from kha_train.variants.interactions import KnockingMlpOptions as Mlp
 
@@ -22,6 +24,8 @@ INTERACTIONS: dict[str, InteractionOptions] = {
     "kha_mlp_qkv": Mlp(name="knocking_mlp", impl="eager", projections=("q", "k", "v")),
     "linear_a_head": Linear(name="knocking_linear", impl="eager", projections=("q", "k", "v"), share="none"),
     "mlp_a_head": Mlp(name="knocking_mlp", impl="eager", projections=("q", "k", "v"), share="none"),
+    "kha_gate": Gate(name="knocking_gate", projections=("v",)),
+    "mea": ExplicitOptions(name="explicit", impl="eager"),
 }
 
 TINY = compose(

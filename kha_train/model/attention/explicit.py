@@ -12,14 +12,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from kha_train.heads.maths import NORM_EPS
 from kha_train.model.attention.interaction import Folds, Interaction, starting_matrix
 from kha_train.model.attention.projection import HeadMap, Matrix
 from kha_train.model.norm import RmsNorm
 from kha_train.variants.attention import HeadShape, Implementation
 from kha_train.variants.explicit import ExplicitOptions
-
-NORM_EPS = 1e-5
-"""The eps of the normalised heads from which MEA takes its norm (Differential Transformer, arXiv 2410.05258)."""
 
 
 class Explicit(Interaction):

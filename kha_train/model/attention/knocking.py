@@ -15,10 +15,10 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+from kha_train.heads.maths import gated, perceptron, through
 from kha_train.model.attention.interaction import Folds, Gated, Interaction, starting_matrix
 from kha_train.model.attention.projection import HeadMap, Matrix
-from kha_train.model.heads import through
-from kha_train.model.kernels.knocking_mlp import knocking_mlp, plain_knocking_mlp
+from kha_train.model.kernels.knocking_mlp import knocking_mlp
 from kha_train.variants.attention import HeadShape, Implementation
 from kha_train.variants.interactions import KnockingOptions
 
@@ -83,7 +83,7 @@ class HeadMlp(Gated):
 
     def __init__(self, shape: tuple[int, ...], options: KnockingOptions, fused: bool) -> None:
         super().__init__()
-        self.compute = knocking_mlp if fused else plain_knocking_mlp
+        self.compute = knocking_mlp if fused else perceptron
         self.up, self.gate, self.down = (knocking_matrix(name, shape, options) for name in ("up", "gate", "down"))
 
     def forward(self, x_BTHK: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class HeadGate(Gated):
 
     def forward(self, x_BTHK: Tensor) -> Tensor:
         """Every head through the same gate."""
-        return 2.0 * x_BTHK * self.gates(x_BTHK)
+        return gated(x_BTHK, self.gate(x_BTHK.dtype))
 
     def gates(self, x_BTHK: Tensor) -> Tensor:
         """See `Gated.gates`."""

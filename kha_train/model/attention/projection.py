@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kha_train.model.heads import through
+from kha_train.heads.maths import composed, through
 from kha_train.model.init import DeclaredModule, Identity, Initial, Linear
 
 
@@ -31,7 +31,7 @@ class HeadMap(NamedTuple):
         if self.within_KK is not None:
             x_BTHK = through(x_BTHK, self.within_KK)
         if self.across_IO is not None:
-            x_BTHK = torch.einsum("btik,io->btok", x_BTHK, self.across_IO)
+            x_BTHK = composed(x_BTHK, self.across_IO)
         return x_BTHK
 
 

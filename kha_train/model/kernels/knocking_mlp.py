@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kha_train.model.heads import through
 from kha_train.model.kernels.launch import Call, Launch, as_rows, persistent_programs
 
 FORWARD = {16: Launch(64, 4, 1, 8), 32: Launch(64, 4, 1, 8), 64: Launch(64, 4, 1, 5), 128: Launch(64, 8, 1, 2)}
@@ -23,19 +22,13 @@ FORWARD_WITH_DOWN = FORWARD | {128: Launch(64, 4, 1, 2)}
 BACKWARD_WITH_DOWN = BACKWARD | {32: Launch(64, 4, 1, 7), 64: Launch(64, 4, 1, 3), 128: Launch(64, 4, 1, 2)}
 
 
-def plain_knocking_mlp(x_BTHK: Tensor, up_KK: Tensor, gate_KK: Tensor, down_KK: Tensor | None = None) -> Tensor:
-    """2 ((x W_up) * sigmoid(x W_gate)) W_down; without `down_KK`, the input of that last product. The definition, which
-    unlike the kernel takes a matrix for each head too, [H, K, K].
-    """
-    hidden_BTHK = 2.0 * through(x_BTHK, up_KK) * torch.sigmoid(through(x_BTHK, gate_KK))
-    return hidden_BTHK if down_KK is None else through(hidden_BTHK, down_KK)
-
-
 @torch.library.custom_op(
     "kha_train::knocking_mlp", mutates_args=(), schema="(Tensor x, Tensor up, Tensor gate, Tensor? down) -> Tensor"
 )
 def knocking_mlp(x_BTHK: Tensor, up_KK: Tensor, gate_KK: Tensor, down_KK: Tensor | None) -> Tensor:
-    """`plain_knocking_mlp` in one kernel: [B, T, H, K] with any strides -> contiguous, in the same dtype."""
+    """`heads.maths.perceptron` in one kernel, for matrices that all heads share: [B, T, H, K] with any strides ->
+    contiguous, in the same dtype.
+    """
     out_BTHK = _empty(x_BTHK, x_BTHK.shape[-1])
     forward_call(x_BTHK, up_KK, gate_KK, down_KK, out_BTHK).start()
     return out_BTHK

@@ -18,9 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from kha_train.config.compose import compose
 from kha_train.config.resolve import interpreted
+from kha_train.heads import maths
 from kha_train.model.decoder import build_decoder
 from kha_train.model.device import resolve_on
-from kha_train.model.kernels.knocking_mlp import knocking_mlp, plain_knocking_mlp
+from kha_train.model.kernels.knocking_mlp import knocking_mlp
 from kha_train.model.kernels.norm_rotate import norm_rotate, plain_norm_rotate
 from kha_train.model.rope import rotary_table
 
@@ -94,9 +95,7 @@ def test_the_perceptron_reads_a_slice_of_a_projection_and_takes_any_gradient(wid
     x_BTHK = values_of_a_buffer(dtype, width)
     grad_BTHK = laid_out_by_heads(random(2, 37, 2, width, dtype=dtype, seed=9))
     assert not x_BTHK.is_contiguous() and not grad_BTHK.is_contiguous()
-    compare(
-        perceptron(knocking_mlp), perceptron(plain_knocking_mlp), [x_BTHK, *matrices(dtype, width, down)], grad_BTHK
-    )
+    compare(perceptron(knocking_mlp), perceptron(maths.perceptron), [x_BTHK, *matrices(dtype, width, down)], grad_BTHK)
 
 
 @pytest.mark.parametrize("tokens", [1, 31, 32, 33, 128, 400])
@@ -104,7 +103,7 @@ def test_the_perceptron_takes_any_number_of_rows(tokens: int) -> None:
     """Less than a tile, whole tiles, one row more, more tiles than programs."""
     dtype = DTYPES[-1]
     x_BTHK, grad_BTHK = values_of_a_buffer(dtype, 64, 1, tokens), random(1, tokens, 2, 64, dtype=dtype, seed=9)
-    compare(perceptron(knocking_mlp), perceptron(plain_knocking_mlp), [x_BTHK, *matrices(dtype, 64, True)], grad_BTHK)
+    compare(perceptron(knocking_mlp), perceptron(maths.perceptron), [x_BTHK, *matrices(dtype, 64, True)], grad_BTHK)
 
 
 LAYOUTS = {
@@ -120,7 +119,7 @@ def test_the_perceptron_takes_layouts_that_no_projection_makes(view: Callable[[T
     x_BTHK = view(random(2, 16, 16, 16, dtype=DTYPES[-1]))
     grad_BTHK = random(*x_BTHK.shape, dtype=DTYPES[-1], seed=9)
     inputs = [x_BTHK, *(matrix.T for matrix in matrices(DTYPES[-1], 16, True))]
-    compare(perceptron(knocking_mlp), perceptron(plain_knocking_mlp), inputs, grad_BTHK)
+    compare(perceptron(knocking_mlp), perceptron(maths.perceptron), inputs, grad_BTHK)
 
 
 @every_dtype
