@@ -18,9 +18,8 @@ from torch import Tensor
 
 from kha_train.config.schema import RunConfig
 from kha_train.data.rows.batch import Batch
-from kha_train.engine.contract import Engine
 from kha_train.errors import ConfigError, DataError, Settings
-from kha_train.evaluate.contract import RowTask, Sums
+from kha_train.evaluate.contract import RowTask, Scorer, Sums
 from kha_train.metric import Metric
 from kha_train.model.host import to_device
 from kha_train.variants.task import RowTaskOptions, TaskOptions
@@ -80,7 +79,7 @@ class Answers(RowTask[RowTaskOptions]):
                 fix=Settings(f"data.packing=best_fit model.seq_len={corpus.get('longest')}"),
             )
 
-    def score(self, engine: Engine, batch: Batch) -> Mapping[str, Tensor | float]:
+    def score(self, engine: Scorer, batch: Batch) -> Mapping[str, Tensor | float]:
         """See `Task.score`."""
         scores = engine.evaluate(batch, by_token=True).tokens
         assert scores is not None, "they were asked for by token"

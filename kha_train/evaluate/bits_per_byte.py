@@ -12,9 +12,8 @@ from torch import Tensor
 from kha_train.config.constants import IGNORE_LABEL
 from kha_train.data.rows.batch import Batch
 from kha_train.data.sources import without_labels
-from kha_train.engine.contract import Engine
 from kha_train.errors import DataError
-from kha_train.evaluate.contract import RowTask, Sums
+from kha_train.evaluate.contract import RowTask, Scorer, Sums
 from kha_train.metric import Metric
 from kha_train.variants.task import RowTaskOptions
 
@@ -33,7 +32,7 @@ class BitsPerByte(RowTask[RowTaskOptions]):
         ),
     )
 
-    def score(self, engine: Engine, batch: Batch) -> Mapping[str, Tensor | float]:
+    def score(self, engine: Scorer, batch: Batch) -> Mapping[str, Tensor | float]:
         """See `Task.score`."""
         labels_N = batch.labels_BT[batch.labels_BT != IGNORE_LABEL]
         loss_sum = engine.evaluate(batch).loss_sum

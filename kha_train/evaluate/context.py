@@ -15,8 +15,7 @@ from torch import Tensor
 from kha_train.config.constants import IGNORE_LABEL
 from kha_train.config.schema import RunConfig
 from kha_train.data.rows.batch import Batch
-from kha_train.engine.contract import Engine
-from kha_train.evaluate.contract import RowTask, Sums
+from kha_train.evaluate.contract import RowTask, Scorer, Sums
 from kha_train.metric import Metric
 from kha_train.model.host import to_device
 from kha_train.variants.task import ContextOptions, TaskOptions
@@ -47,7 +46,7 @@ class Context(RowTask[ContextOptions]):
         super().__init__(config, options)
         self.borders = _borders(config, options)
 
-    def score(self, engine: Engine, batch: Batch) -> Mapping[str, Tensor | float]:
+    def score(self, engine: Scorer, batch: Batch) -> Mapping[str, Tensor | float]:
         """See `Task.score`."""
         scores = engine.evaluate(batch, by_token=True).tokens
         assert scores is not None, "they were asked for by token"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -18,8 +18,9 @@ from kha_train.config.build import to_plain
 from kha_train.config.schema import RunConfig
 from kha_train.data.rows.batch import Batch
 from kha_train.data.stream import ValidationSet
-from kha_train.engine.contract import Engine
+from kha_train.distributed import World
 from kha_train.metric import Metric
+from kha_train.model.decoder import DecoderOutput
 from kha_train.variants.task import RowTaskOptions, TaskOptions
 
 Sums = Mapping[str, np.ndarray]
@@ -28,6 +29,17 @@ WHEN_AND_WHERE = ("name", "label", "every_steps", "set", "rows")
 """Options that are no part of what a task measures: the name and the rows are told apart."""
 
 Options_co = TypeVar("Options_co", bound=TaskOptions, covariant=True)
+
+
+class Scorer(Protocol):
+    """What a task asks of an engine, or of a model that nobody trains here."""
+
+    @property
+    def world(self) -> World:
+        """The ranks that score together."""
+
+    def evaluate(self, batch: Batch, by_token: bool = False) -> DecoderOutput:
+        """The loss of `batch`, or with `by_token` the score of each label. Collective."""
 
 
 class Task(ABC, Generic[Options_co]):
@@ -58,7 +70,7 @@ class Task(ABC, Generic[Options_co]):
         """What `rank` scores, of `engine.micro_batch_size` rows: equally many batches on every rank."""
 
     @abstractmethod
-    def score(self, engine: Engine, batch: Batch) -> Mapping[str, Tensor | float]:
+    def score(self, engine: Scorer, batch: Batch) -> Mapping[str, Tensor | float]:
         """The summands of one batch by name, the same names and shapes for each. It asks the engine as often for every
         batch, and does not wait for the device: what is on it is returned as a tensor, counts of the host as
         numbers."""

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from kha_train.data.rows.batch import Batch
 from kha_train.distributed import Caught, World, as_error
-from kha_train.engine.contract import Engine
 from kha_train.errors import KhaError
-from kha_train.evaluate.contract import Sums, Task
+from kha_train.evaluate.contract import Scorer, Sums, Task
 from kha_train.variants.task import TaskOptions
 
 
-def evaluate(engine: Engine, tasks: Sequence[Task[TaskOptions]]) -> dict[str, float]:
+def evaluate(engine: Scorer, tasks: Sequence[Task[TaskOptions]]) -> dict[str, float]:
     """The entries of the record that `tasks` make of the model as it is, in order.
 
     Collective; waits for the device once, at the end. Raises on all ranks when any rank could not read a batch, and
@@ -36,7 +35,7 @@ def evaluate(engine: Engine, tasks: Sequence[Task[TaskOptions]]) -> dict[str, fl
     return entries
 
 
-def _sums_of_rank(engine: Engine, task: Task[TaskOptions]) -> dict[str, Tensor | float]:
+def _sums_of_rank(engine: Scorer, task: Task[TaskOptions]) -> dict[str, Tensor | float]:
     """What the batches of this rank come to: tensors in float64 on the device, and numbers of the host."""
     sums: dict[str, Tensor | float] = {}
     for batch in _read_together(task.batches(engine.world.rank, engine.world.size), engine.world):
