@@ -31,7 +31,6 @@ from kha_train.analysis.inspection import (
     LayerInspection,
     LearnedMatrix,
     PerHead,
-    manifest_sha256,
     read_inspection,
     write_inspection,
 )
@@ -40,6 +39,7 @@ from kha_train.analysis.observe import LayerSums, Observer
 from kha_train.analysis.probe_rows import Probe, open_probe
 from kha_train.checkpoint import layout
 from kha_train.checkpoint.loss import check_not_lost
+from kha_train.checkpoint.manifest import manifest_sha256
 from kha_train.checkpoint.reader import open_verified
 from kha_train.config.compose import load
 from kha_train.decode.generate import materialise

@@ -9,7 +9,6 @@ and `Inspection.absent` gives the reason.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ import numpy as np
 
 from kha_train.checkpoint.layout import FOLDER as CHECKPOINTS
 from kha_train.checkpoint.layout import step_name
-from kha_train.checkpoint.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES
+from kha_train.checkpoint.manifest import manifest_sha256
 from kha_train.errors import FormatError
 from kha_train.foreign.documents import Json, parse_json
 from kha_train.foreign.files import read_regular
@@ -279,12 +278,6 @@ def read_inspection(run_dir: Path, step: int, manifest: str) -> Inspection | Non
         fix = f"use the version that wrote it, or remove {path}"
         raise FormatError("was written by a later version", field=f"{path} schema", value=version, fix=fix)
     return found if found is not None and found.manifest == manifest else None
-
-
-def manifest_sha256(checkpoint: Path) -> str | None:
-    """The SHA-256 of the manifest of a checkpoint's directory; None where there is none."""
-    raw = read_regular(checkpoint / MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
-    return None if raw is None else hashlib.sha256(raw).hexdigest()
 
 
 def _version(path: Path) -> int:

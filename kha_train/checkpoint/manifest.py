@@ -13,9 +13,11 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from kha_train.errors import CheckpointError, FormatError
+from kha_train.foreign.files import read_regular
 
 VERSION = 1
 VERSION_WITH_KINDS = 2
@@ -153,6 +155,12 @@ def parse_manifest(raw: bytes, where: str = MANIFEST_FILE) -> Manifest:
     if manifest.encode() != raw:
         check.fail("its bytes do not match its contents and SHA-256", "the bytes that were written", top["sha256"])
     return manifest
+
+
+def manifest_sha256(checkpoint: Path) -> str | None:
+    """The SHA-256 of the manifest of a checkpoint's directory; None where there is none."""
+    raw = read_regular(checkpoint / MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+    return None if raw is None else hashlib.sha256(raw).hexdigest()
 
 
 def parse_contents(found: object, where: str) -> Contents:
