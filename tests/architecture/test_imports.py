@@ -43,11 +43,15 @@ AT_THE_TOP = {
     "safetensors": ("kha_train/checkpoint/", "kha_train/export/", "kha_train/heads/"),
 }
 BEHIND_A_DOOR = {
+    "datasets": ("kha_train/evaluate/harness.py",),
     "deepspeed": ("kha_train/engine/deepspeed.py",),
     "flash_attn": ("kha_train/model/attention/backends.py",),
     "fsspec": ("kha_train/data/remote/store.py",),
     "gigatoken": ("kha_train/data/fast_encoder.py",),
     "hydra": ("kha_train/config/compose.py",),
+    "huggingface_hub": ("kha_train/evaluate/harness.py",),
+    "jinja2": ("kha_train/evaluate/harness.py",),
+    "lm_eval": ("kha_train/evaluate/harness.py",),
     "matplotlib": ("kha_train/analysis/",),
     "megablocks": ("kha_train/model/moe/megablocks.py",),
     "omegaconf": ("kha_train/config/compose.py",),
