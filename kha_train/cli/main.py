@@ -37,6 +37,7 @@ COMMANDS = {
     "generate": "generate:generate",
     "import": "import_model:import_model",
     "compress": "compress:compress",
+    "eval": "eval:eval_",
     "spikes": "spikes:spikes",
     "sweep": "sweep:sweep_command",
     "launch-arguments": "sweep:launch_arguments",

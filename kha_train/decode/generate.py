@@ -22,7 +22,7 @@ from kha_train.config.resolve import resolve_decoding
 from kha_train.config.schema import RunConfig
 from kha_train.data.sources import open_shards
 from kha_train.data.tokenizer import Tokenizer
-from kha_train.data.tokenizer_kinds import FILE_NAMES, dataset_tokenizer, open_tokenizer
+from kha_train.data.tokenizer_kinds import dataset_tokenizer
 from kha_train.decode.absorb import absorb, absorbed_config
 from kha_train.distributed import World
 from kha_train.errors import ConfigError, DivergedError, between
@@ -30,9 +30,6 @@ from kha_train.estimate.counts import cache_bytes_per_token
 from kha_train.model.attention.cache import Cache
 from kha_train.model.decoder import Decoder, build_decoder
 from kha_train.model.init import initial_values, reset_buffers
-
-IMPORTED = "import.json"
-"""The file in a run directory that says which model of others its weights were imported from."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def load_run(run_dir: Path, report: Callable[[str], None], device: torch.device 
     decoder = materialise(config, checkpoint, device or torch.device("cpu"))
     if absorbing_helps(config):
         decoder = absorb(decoder)
-    return TrainedModel(decoder.config, decoder.eval(), checkpoint.step, _tokenizer(run_dir, config))
+    return TrainedModel(decoder.config, decoder.eval(), checkpoint.step, tokenizer_of(config))
 
 
 def absorbing_helps(config: RunConfig) -> bool:
@@ -182,17 +179,14 @@ def materialise(config: RunConfig, checkpoint: Checkpoint, device: torch.device)
     return decoder
 
 
+def tokenizer_of(config: RunConfig) -> Tokenizer | None:
+    """The tokenizer of a run's data, None where nobody knows it. Raises ConfigError and DataError as `open_shards`."""
+    return dataset_tokenizer(open_shards(config, config.data.validation, "data.validation"))
+
+
 def _persistent_buffers(decoder: Decoder) -> list[tuple[str, Tensor]]:
     kept = decoder.state_dict(keep_vars=True)
     return [(name, buffer) for name, buffer in decoder.named_buffers() if name in kept]
-
-
-def _tokenizer(run_dir: Path, config: RunConfig) -> Tokenizer | None:
-    """That of the validation data. An imported run brings its own, and needs no data."""
-    if (run_dir / IMPORTED).is_file() and not Path(config.data.validation).exists():
-        own = any((run_dir / name).is_file() for name in FILE_NAMES)
-        return open_tokenizer(run_dir) if own else None
-    return dataset_tokenizer(open_shards(config, config.data.validation, "data.validation"))
 
 
 def _too_long(prompt: int, new: int, longest: int) -> ConfigError | None:

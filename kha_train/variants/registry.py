@@ -32,7 +32,7 @@ from kha_train.variants.interactions import (
     KnockingMlpOptions,
 )
 from kha_train.variants.optimizer import AdamWOptions, OptimSection
-from kha_train.variants.task import ContextOptions, RepeatsOptions, RowTaskOptions, TaskOptions
+from kha_train.variants.task import ContextOptions, HarnessOptions, RepeatsOptions, RowTaskOptions, TaskOptions
 
 Options = TypeVar("Options")
 
@@ -82,6 +82,7 @@ TASKS: dict[str, Variant[TaskOptions]] = {
     "bits_per_byte": Variant("kha_train.evaluate.bits_per_byte:BitsPerByte", RowTaskOptions),
     "context": Variant("kha_train.evaluate.context:Context", ContextOptions),
     "repeats": Variant("kha_train.evaluate.repeats:Repeats", RepeatsOptions),
+    "harness": Variant("kha_train.evaluate.harness_task:HarnessTask", HarnessOptions),
 }
 
 

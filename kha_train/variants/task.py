@@ -98,6 +98,33 @@ class RepeatsOptions(TaskOptions):
         return super().invalid(sets)
 
 
+@dataclass(frozen=True, kw_only=True)
+class HarnessOptions(TaskOptions):
+    """Of `tasks` of lm-evaluation-harness, by their names there. Their data lie below the directory `data`, and task
+    files of your own in the directory `include` (docs/evaluate.md). The first `limit` documents of each are scored (0:
+    all), with `shots` examples before a question (null: as the task says). `prefix` names the special id before a text
+    that nothing precedes ("": eos)."""
+
+    tasks: tuple[str, ...] = ()
+    data: str = ""
+    include: str = ""
+    limit: int = 0
+    shots: int | None = None
+    prefix: str = ""
+
+    def invalid(self, sets: Collection[str]) -> ConfigError | None:
+        """See `TaskOptions.invalid`."""
+        wrong = [name for name in self.tasks if not LABEL.fullmatch(name)]
+        if not self.tasks or wrong or len(set(self.tasks)) != len(self.tasks):
+            return ConfigError(
+                "needs the names of tasks, each once" if not wrong else "cannot be part of a key of the record",
+                field=FIELD,
+                value=wrong or list(self.tasks),
+                allowed="as {name: harness, tasks: [kha_choice]}",
+            )
+        return super().invalid(sets)
+
+
 def invalid_tasks(sets: Sequence[str], tasks: Sequence[TaskOptions]) -> ConfigError | None:
     """What is wrong with the names of validation `sets`, or with `tasks`, or None: both are keys of the record."""
     for name in sets:

@@ -167,6 +167,10 @@ CASES: dict[Case, list[Case]] = {
         ("{stock}", "--out", "{root}/imported-model", "attention=kha_mlp"), ("{stock}", "--out", "{one}"),
         ("{nothing}", "--out", "{root}/none"), ("{stock}", "--out", "{root}/none", "model.kv_heads=2"),
     ],
+    ("eval",): [
+        ("{two}",), ("{odd}", "{other}", "--tasks", "context"), ("{lost}",), ("{empty}",), ("{damaged}",),
+        ("{nothing}",), ("--list",), ("{one}", "--tasks", "kha_choice"), ("{one}", "--shots", "-1"),
+    ],
     ("analyze",): [
         ("{two}", "--tokens", "64", "--every-checkpoint"), ("{odd}", "{other}"), ("{lost}",), ("{empty}",),
         ("{two}", "--tokens", "64", "--match", "{one}"), ("{one}", "--match", "{nothing}"),
