@@ -20,9 +20,8 @@ from kha_train.config.constants import IGNORE_LABEL
 from kha_train.config.schema import RunConfig
 from kha_train.data.rows.batch import Batch
 from kha_train.data.rows.packing import Layout
-from kha_train.engine.contract import Engine
 from kha_train.errors import ConfigError
-from kha_train.evaluate.contract import Sums, Task
+from kha_train.evaluate.contract import Scorer, Sums, Task
 from kha_train.metric import Metric
 from kha_train.model.host import to_device
 from kha_train.variants.task import FIELD, RepeatsOptions, TaskOptions
@@ -80,7 +79,7 @@ class Repeats(Task[RepeatsOptions]):
             masked_M = np.concatenate([np.arange(n) + i * length for i, n in enumerate(unseen_B)])
             yield Batch(samples_B, rows_BW, Layout(borders_S, masked_M))
 
-    def score(self, engine: Engine, batch: Batch) -> Mapping[str, Tensor | float]:
+    def score(self, engine: Scorer, batch: Batch) -> Mapping[str, Tensor | float]:
         """See `Task.score`."""
         scores = engine.evaluate(batch, by_token=True).tokens
         assert scores is not None, "they were asked for by token"

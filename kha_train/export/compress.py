@@ -22,8 +22,8 @@ from typing import Any
 
 from torch import Tensor
 
-from kha_train.analysis.inspection import manifest_sha256
 from kha_train.checkpoint.layout import FOLDER
+from kha_train.checkpoint.manifest import manifest_sha256
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import Checkpoint, open_verified
 from kha_train.checkpoint.weights import write_weights
