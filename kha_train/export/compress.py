@@ -9,11 +9,8 @@ on with its weights.
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
 import shlex
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -41,7 +38,7 @@ from kha_train.model.decoder import lay_out_decoder
 from kha_train.model.init import initial_values
 from kha_train.record import read_run
 from kha_train.record.attempts import CONFIG_FILE
-from kha_train.record.files import write_json, write_text
+from kha_train.record.files import published, write_json, write_text
 from kha_train.variants.optimizer import MASTER
 
 ORIGIN_FILE = "compressed.json"
@@ -138,17 +135,12 @@ def compress_run(source: Path, layers: str, kv_heads: int, out: Path, bar: Bar) 
     Raises ConfigError where the model cannot be compressed so, or where `out` exists; CheckpointError for a damaged
     checkpoint; OSError. What was written of a failed compression is removed.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError("there is something already", field="--out", value=str(out), fix="a new directory")
     config, checkpoint = open_source(source)
     by_layer = heads_by_layer(config, layers_named(layers, config.model.layers), kv_heads)
     compressed = compressed_config(config, by_layer)
     compressed = replace(compressed, run=replace(compressed.run, dir=str(out), init_from="", branch_from=""))
     losses: list[Loss] = []
-    # Written beside and renamed, so that a killed command leaves no part of a run.
-    beside = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    beside.mkdir(parents=True)
-    try:
+    with published(out, "--out") as beside:
         with bar(f"compressing {checkpoint.path}", count_parameters(compressed).total) as advance:
             weights = _Weights(config, compressed, checkpoint, losses)
             write_weights(beside, to_plain(compressed), weights.pieces(advance), weights.buffers())
@@ -164,9 +156,6 @@ def compress_run(source: Path, layers: str, kv_heads: int, out: Path, bar: Bar) 
             settings=settings_of(compressed),
         )
         write_json(beside / ORIGIN_FILE, made.to_plain())
-        os.rename(beside, out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return made
 
 

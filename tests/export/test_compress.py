@@ -89,7 +89,7 @@ def test_at_full_rank_the_new_run_computes_what_the_old_one_does(run: Path, tmp_
 def test_what_is_there_stays_and_what_failed_is_removed(run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("mine")
-    with pytest.raises(ConfigError, match="something already"):
+    with pytest.raises(ConfigError, match="nothing is overwritten"):
         compress_run(run, "all", 1, tmp_path / "mine", no_bar)
     for layers, heads in (("all", 5), ("all", 0), ("7", 1), ("deep", 1)):
         with pytest.raises(ConfigError):
