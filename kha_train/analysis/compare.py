@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kha_train.analysis.certified import Certified
+from kha_train.analysis.certify.certified import Certified
 from kha_train.analysis.cost import Cost, cost_of
 from kha_train.analysis.domains import DomainDifference, domain_differences
 from kha_train.analysis.rates import VariantEvents, variant_events

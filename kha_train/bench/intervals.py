@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kha_train.analysis.power import spread_limits
+from kha_train.analysis.certify.power import spread_limits
 from kha_train.analysis.statistics import mean_of_steps, over_seeds, pooled_rate, sign_test
 from kha_train.bench.protocol import compare
 from kha_train.stability.statistics import reported_rate

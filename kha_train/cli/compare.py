@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from kha_train.analysis.answer import answers
-from kha_train.analysis.certificate import VERIFIER, check_certificate, has_certificate, write_certificate
+from kha_train.analysis.certify.certificate import VERIFIER, check_certificate, has_certificate, write_certificate
 from kha_train.analysis.compare import Comparison, compare_runs
 from kha_train.analysis.report.page import check_report, write_report
 from kha_train.analysis.table import print_comparison

@@ -40,8 +40,8 @@ def kernel_pca(
 
 
 def _of_digits(sizes: tuple[int, int, int, int], out: Path, mark: str, as_json: bool) -> None:
-    from kha_train.analysis.kernel_pca_page import NAMES, plain, table_of, write_page
-    from kha_train.analysis.kernel_pca_trial import passes_of, run_trial
+    from kha_train.analysis.kernel_pca.page import NAMES, plain, table_of, write_page
+    from kha_train.analysis.kernel_pca.trial import passes_of, run_trial
 
     with progress_bar("passes", passes_of(sizes[2], sizes[3], sizes[3], 1)) as advance:
         trial = run_trial(*sizes, advance)
@@ -59,9 +59,9 @@ def _of_digits(sizes: tuple[int, int, int, int], out: Path, mark: str, as_json: 
 
 
 def _of_run(run: Path, layer: int, sizes: tuple[int, int, int, int], out: Path, mark: str, as_json: bool) -> None:
-    from kha_train.analysis.kernel_pca_heads import head_components
-    from kha_train.analysis.kernel_pca_page import plain_heads, table_of, write_heads_page
-    from kha_train.analysis.kernel_pca_trial import passes_of
+    from kha_train.analysis.kernel_pca.heads import head_components
+    from kha_train.analysis.kernel_pca.page import plain_heads, table_of, write_heads_page
+    from kha_train.analysis.kernel_pca.trial import passes_of
 
     with progress_bar("passes", passes_of(sizes[2], sizes[3])) as advance:
         found = head_components(run, layer, *sizes, advance)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from kha_train.analysis.certificate import chains_of
-from kha_train.analysis.certified import Bar, Certified, Replay, SeedsNeeded
+from kha_train.analysis.certify.certificate import chains_of
+from kha_train.analysis.certify.certified import Bar, Certified, Replay, SeedsNeeded
+from kha_train.analysis.certify.null import nulls_of
+from kha_train.analysis.certify.power import seeds_for
 from kha_train.analysis.compare import Comparison
-from kha_train.analysis.null import nulls_of
-from kha_train.analysis.power import seeds_for
 from kha_train.analysis.runs import RunData, load_runs
 from kha_train.errors import ConfigError
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from kha_train.analysis.computation import Computation
-from kha_train.analysis.kernel_pca_study import KernelPca
+from kha_train.analysis.kernel_pca.study import KernelPca
 from kha_train.analysis.studies import ScaledStudy
 from kha_train.analysis.study_outcomes import Outcome, machine_words, valued
 from kha_train.config.build import build, flatten, nearest

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from kha_train.analysis.certified import Bar, Replay
+from kha_train.analysis.certify.certified import Bar, Replay
 from kha_train.analysis.runs import RunData
 from kha_train.checkpoint.compare import compare
 from kha_train.checkpoint.hold import held

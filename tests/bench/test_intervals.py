@@ -24,11 +24,13 @@ COMPUTED = {
     "analysis/statistics.py": {"over_seeds", "sign_test", "student_975", "pooled_rate", "mean_of_steps"},
     "stability/statistics.py": {"rate"},
     "bench/protocol.py": {"compare"},
-    "analysis/null.py": {"_null"},
-    "analysis/power.py": {"power"},
+    "analysis/certify/null.py": {"_null"},
+    "analysis/certify/power.py": {"power"},
+    "analysis/matches.py": {"chance_of_keeping"},
 }
 """The functions that compute intervals. All are measured, `rate` as `reported_rate`, which only names it; but `power`
-tests with Student's point, and the bound of `_null` is for one more difference, and is computed from runs alone.
+tests with Student's point, the bound of `_null` is for one more difference, and is computed from runs alone, and
+`chance_of_keeping` counts permutations.
 """
 NO_INTERVAL = "95 % of the steps"
 """A percentile."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kha_train.analysis.certified import Replay
+from kha_train.analysis.certify.certified import Replay
 from kha_train.analysis.runs import load_run
 from kha_train.checkpoint.manifest import _sealed
 from kha_train.checkpoint.reader import Checkpoint, check_sizes

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from kha_train.analysis.certified import Certified, Null, Replay, SeedsNeeded
-from kha_train.analysis.null import command_for_null
+from kha_train.analysis.certify.certified import Certified, Null, Replay, SeedsNeeded
+from kha_train.analysis.certify.null import command_for_null
+from kha_train.analysis.certify.verify import REPORT_LINKS, RUN_LINKS
 from kha_train.analysis.report.content import Block, Row, Section, Subtitle, Table, Text
 from kha_train.analysis.report.context import Context
-from kha_train.analysis.verify import REPORT_LINKS, RUN_LINKS
 
 CHECK = (
     "To check: python verify.py, beside this page; it needs Python alone. It reads every file of the runs again, names "

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
+from kha_train.analysis.certify.null import command_for_null, nulls_of
 from kha_train.analysis.compare import compare_runs
-from kha_train.analysis.null import command_for_null, nulls_of
 from kha_train.analysis.runs import load_runs
 from kha_train.cli.main import run
 from kha_train.errors import ConfigError

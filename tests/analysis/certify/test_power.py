@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from kha_train.analysis.power import power, seeds_for, seeds_needed, spread_limits, t_cdf
+from kha_train.analysis.certify.power import power, seeds_for, seeds_needed, spread_limits, t_cdf
 
 
 @pytest.mark.parametrize(("effect", "seeds"), [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10)])

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kha_train.analysis.certified import SeedsNeeded
+from kha_train.analysis.certify.certified import SeedsNeeded
 from kha_train.analysis.statistics import student_975
 
 LEVEL, POWER = 0.05, 0.8

@@ -14,8 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from kha_train.analysis.computation import Computation
-from kha_train.analysis.digits import MOST, load_digits
-from kha_train.analysis.kernel_pca import (
+from kha_train.analysis.kernel_pca.algorithms import (
     CentredKernel,
     Gain,
     GainKind,
@@ -24,7 +23,8 @@ from kha_train.analysis.kernel_pca import (
     gaussian,
     reconstruction_error,
 )
-from kha_train.analysis.kernel_pca_trial import median_distance
+from kha_train.analysis.kernel_pca.digits import MOST, load_digits
+from kha_train.analysis.kernel_pca.trial import median_distance
 from kha_train.errors import ConfigError, between
 
 PRODUCTS = {"constant": 1, "t": 1, "et": 2, "et_normalised": 2, "smd": 4}

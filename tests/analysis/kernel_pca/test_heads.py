@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from kha_train import build_decoder, compose
-from kha_train.analysis.kernel_pca_heads import between_groups, head_components
+from kha_train.analysis.kernel_pca.heads import between_groups, head_components
 from kha_train.analysis.observe import Observer
 from kha_train.analysis.probe_rows import open_probe
 from kha_train.cli.main import build
@@ -40,7 +40,7 @@ def test_outputs_of_a_layer_are_what_its_output_projection_turns_into_the_layers
 def test_the_command_solves_the_outputs_of_a_runs_newest_checkpoint(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kha_train.analysis.kernel_pca_trial.ETA_POWERS", (-3, -2))
+    monkeypatch.setattr("kha_train.analysis.kernel_pca.trial.ETA_POWERS", (-3, -2))
     run = tmp_path / "run"
     train(compose([*small, "model.layers=1", "engine.name=plain", "run.steps=1", f"run.dir={run}"]))
     options = [

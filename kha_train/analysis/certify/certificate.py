@@ -11,8 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from kha_train.analysis import verify
-from kha_train.analysis.certified import Bar, Chain
+from kha_train.analysis.certify import verify
+from kha_train.analysis.certify.certified import Bar, Chain
 from kha_train.analysis.compare import Comparison
 from kha_train.analysis.report.page import DOCUMENT, FOLDER, PAGE, mark_of_report
 from kha_train.checkpoint import layout

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from kha_train.analysis.kernel_pca import (
+from kha_train.analysis.kernel_pca.algorithms import (
     CentredKernel,
     Gain,
     GainKind,
@@ -52,7 +52,7 @@ def test_centring_is_that_of_the_definition_for_columns_and_for_other_vectors(ke
 def test_a_kernel_that_is_computed_in_blocks_is_the_same(
     kernel: CentredKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kha_train.analysis.kernel_pca._BLOCK_NUMBERS", 7 * N)
+    monkeypatch.setattr("kha_train.analysis.kernel_pca.algorithms._BLOCK_NUMBERS", 7 * N)
     streamed = CentredKernel(points(), gaussian(0.5))
     np.testing.assert_allclose(streamed.matrix(), kernel.matrix(), atol=1e-13)
     first, second = (KernelHebbian(one, R, Gain(kind="smd", eta0=0.1)) for one in (streamed, kernel))

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from kha_train.analysis.digits import SIDE
-from kha_train.analysis.kernel_pca_heads import HeadComponents
-from kha_train.analysis.kernel_pca_trial import Denoised, Problem, Trial
+from kha_train.analysis.kernel_pca.digits import SIDE
+from kha_train.analysis.kernel_pca.heads import HeadComponents
+from kha_train.analysis.kernel_pca.trial import Denoised, Problem, Trial
 from kha_train.analysis.report.content import Axis, Figure, Maps, Row, Section, Series, Style, Table, Text
 from kha_train.analysis.report.html import page
 

@@ -16,8 +16,7 @@ from typing import get_args
 
 import numpy as np
 
-from kha_train.analysis.digits import groups, load_digits
-from kha_train.analysis.kernel_pca import (
+from kha_train.analysis.kernel_pca.algorithms import (
     CentredKernel,
     Gain,
     GainKind,
@@ -29,6 +28,7 @@ from kha_train.analysis.kernel_pca import (
     reconstruction_error,
     squared_distances,
 )
+from kha_train.analysis.kernel_pca.digits import groups, load_digits
 
 METHODS: tuple[GainKind, ...] = get_args(GainKind)
 ETA_POWERS = range(-7, 5)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from kha_train.analysis.digits import load_digits
-from kha_train.analysis.kernel_pca import CentredKernel, Gain, KernelHebbian, gaussian, reconstruction_error
-from kha_train.analysis.kernel_pca_trial import (
+from kha_train.analysis.kernel_pca.algorithms import CentredKernel, Gain, KernelHebbian, gaussian, reconstruction_error
+from kha_train.analysis.kernel_pca.digits import load_digits
+from kha_train.analysis.kernel_pca.trial import (
     Problem,
     Streamed,
     denoise,
@@ -99,7 +99,7 @@ def test_the_command_writes_its_numbers_and_one_page_without_outside_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("sklearn")
-    monkeypatch.setattr("kha_train.analysis.kernel_pca_trial.ETA_POWERS", (-3, -2))
+    monkeypatch.setattr("kha_train.analysis.kernel_pca.trial.ETA_POWERS", (-3, -2))
     options = ["--count", "60", "--components", "4", "--passes", "2", "--seeds", "1", "--json"]
     page = tmp_path / "page.html"
     for _ in range(2):

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from kha_train.analysis import verify
+from kha_train.analysis.certify import verify
 from kha_train.cli.main import run
 
-OLD_RUNS = Path(__file__).parents[1] / "fixtures" / "old_runs" / "runs"
+OLD_RUNS = Path(__file__).parents[2] / "fixtures" / "old_runs" / "runs"
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from itertools import combinations
 
 import numpy as np
 
-from kha_train.analysis.certified import Null, NullPair
+from kha_train.analysis.certify.certified import Null, NullPair
 from kha_train.analysis.compare import Comparison, loss_difference
 from kha_train.analysis.runs import RunData
 from kha_train.analysis.sameness import confounders

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from kha_train.analysis.analyze import checkpoints_of
-from kha_train.analysis.kernel_pca import gaussian
-from kha_train.analysis.kernel_pca_trial import Problem, median_distance, solve
+from kha_train.analysis.kernel_pca.algorithms import gaussian
+from kha_train.analysis.kernel_pca.trial import Problem, median_distance, solve
 from kha_train.analysis.observe import Observer
 from kha_train.analysis.probe_rows import open_probe
 from kha_train.checkpoint.reader import open_verified

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kha_train.analysis.digits import load_digits
-from kha_train.analysis.kernel_pca import CentredKernel, Gain, KernelHebbian, gaussian
-from kha_train.analysis.kernel_pca_study import KernelPca
-from kha_train.analysis.kernel_pca_trial import median_distance
+from kha_train.analysis.kernel_pca.algorithms import CentredKernel, Gain, KernelHebbian, gaussian
+from kha_train.analysis.kernel_pca.digits import load_digits
+from kha_train.analysis.kernel_pca.study import KernelPca
+from kha_train.analysis.kernel_pca.trial import median_distance
 
 pytest.importorskip("sklearn")
 

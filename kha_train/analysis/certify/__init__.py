@@ -1,0 +1,1 @@
+"""What a certificate holds, and how anybody checks it: facts, chains of hashes, differences that mean nothing."""
