@@ -167,6 +167,13 @@ class CheckpointError(KhaError):
     kind = "checkpoint"
 
 
+class ExportError(KhaError):
+    """An export that does not compute what the checkpoint computes."""
+
+    exit_code = 4
+    kind = "export"
+
+
 class FormatError(CheckpointError):
     """A checkpoint whose format this version does not know. It is not damaged and is left untouched."""
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +36,19 @@ DTYPE_NAMES = {
 _CHUNK_BYTES = 16 * 2**20
 
 
+class Entry(NamedTuple):
+    """What the header of a file says of one tensor, besides its place."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The size of its values."""
+        return math.prod(self.shape) * ELEMENT_BYTES[DTYPE_NAMES[self.dtype]]
+
+
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], half_way: Callable[[], None], wrote: Callable[[], None]
 ) -> FileEntry:
@@ -43,15 +58,31 @@ def write_tensors(
 
     Returns the size and SHA-256 of the bytes handed to the operating system. Raises OSError (FileExistsError included).
     """
-    assert sys.byteorder == "little", "safetensors are little-endian"
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    header = _header(ordered)
-    size = len(header) + sum(tensor.nbytes for _, tensor in ordered)
+    entries = [Entry(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in ordered]
+    return write_streamed(path, entries, (tensor for _, tensor in ordered), wrote, half_way)
+
+
+def write_streamed(
+    path: Path,
+    entries: Sequence[Entry],
+    tensors: Iterable[Tensor],
+    wrote: Callable[[], None],
+    half_way: Callable[[], None] = lambda: None,
+    metadata: Mapping[str, str] | None = None,
+) -> FileEntry:
+    """`write_tensors` for tensors that are made one by one: `tensors` yields those that `entries` announce, in that
+    order, wide types first. `metadata` goes into the header.
+    """
+    assert sys.byteorder == "little", "safetensors are little-endian"
+    header = _header(entries, metadata)
+    size = len(header) + sum(entry.nbytes for entry in entries)
     digest = hashlib.sha256(header)
     with open(path, "xb") as file:
         file.write(header)
         half_done = False
-        for _, tensor in ordered:
+        for entry, tensor in zip(entries, tensors, strict=True):
+            assert entry[1:] == (tensor.dtype, tuple(tensor.shape)) and tensor.device.type == "cpu", entry.key
             memory = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
             for start in range(0, len(memory), _CHUNK_BYTES):
                 chunk = memory[start : start + _CHUNK_BYTES]
@@ -76,14 +107,14 @@ def write_bytes(path: Path, content: bytes) -> FileEntry:
     return FileEntry(len(content), hashlib.sha256(content).hexdigest())
 
 
-def _header(ordered: list[tuple[str, Tensor]]) -> bytes:
-    entries: dict[str, object] = {}
+def _header(entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> bytes:
+    described: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
-    for key, tensor in ordered:
-        dtype = DTYPE_NAMES[tensor.dtype]
-        assert tensor.device.type == "cpu" and tensor.element_size() == ELEMENT_BYTES[dtype], key
-        start, end = end, end + tensor.nbytes
-        entries[key] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    for entry in entries:
+        start, end = end, end + entry.nbytes
+        described[entry.key] = {
+            "dtype": DTYPE_NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]
+        }  # fmt: skip
+    text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -34,6 +34,7 @@ COMMANDS = {
     "compare": "compare:compare",
     "analyze": "analyze:analyze",
     "kernel-pca": "kernel_pca:kernel_pca",
+    "export": "export:export",
     "generate": "generate:generate",
     "import": "import_model:import_model",
     "compress": "compress:compress",

@@ -6,7 +6,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.export.family import Family
 from kha_train.export.hosts import deepseek_v3, glm4_moe, llama, olmoe, qwen3
 
-_KNOWN = (qwen3.DENSE, qwen3.EXPERTS, glm4_moe.FAMILY, deepseek_v3.FAMILY, olmoe.FAMILY, llama.FAMILY)
+_KNOWN = (qwen3.DENSE, llama.FAMILY, qwen3.EXPERTS, olmoe.FAMILY, glm4_moe.FAMILY, deepseek_v3.FAMILY)
 FAMILIES = {family.model_type: family for family in _KNOWN}
 """By `model_type`, in the order in which an export tries them."""
 

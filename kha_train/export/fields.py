@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import Annotated, Any
+from typing import Annotated, cast
 
 from kha_train.config.schema import RunConfig
 from kha_train.foreign.documents import Json
@@ -32,14 +32,14 @@ class Reading:
     values: Mapping[str, Json]
     source: Source
 
-    def take(self, key: str, hint: Any, default: Any = REQUIRED, also: tuple[str, ...] = ()) -> Any:
+    def take(self, key: str, hint: object, default: object = REQUIRED, also: tuple[str, ...] = ()) -> Json:
         """The value of `key`, of type `hint`, or that of one of its other names `also`. If it is missing or null,
         `default`, or what `default` makes of the other values. Raises `source.error` for another type, and for a
         missing key without a default.
         """
         for name in (key, *also):
             if self.values.get(name) is not None:
-                return self.source.read(hint, self.values[name], name)
+                return self.source.read(cast("type[Json]", hint), self.values[name], name)
         if default is REQUIRED:
             raise self.source.fault(key, "missing")
         return default(self) if callable(default) else default
@@ -55,10 +55,10 @@ class Field:
     """
 
     key: str
-    hint: Any
+    hint: object
     write: Callable[[RunConfig], Json]
-    read: Callable[[Any, Reading], Settings]
-    default: Any = REQUIRED
+    read: Callable[[Json, Reading], Settings]
+    default: object = REQUIRED
     also: tuple[str, ...] = ()
 
 
@@ -74,7 +74,9 @@ class Fixed:
     harmless: tuple[Json, ...] = ()
 
 
-def same(key: str, hint: Any, setting: str, default: Any = REQUIRED, of: str = "", also: tuple[str, ...] = ()) -> Field:
+def same(
+    key: str, hint: object, setting: str, default: object = REQUIRED, of: str = "", also: tuple[str, ...] = ()
+) -> Field:
     """A key with the very value of `setting`. A preset may derive what the decoder uses from that setting: then `of` is
     the place in the configuration to write from.
     """

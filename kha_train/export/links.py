@@ -114,7 +114,7 @@ def _unpaired(x_ND: Tensor, heads: int) -> Tensor:
 
 
 def absent(experts: int, host: str) -> Layout:
-    """A selection bias [E] of ours that `host` does not have: it must be zero."""
+    """A selection bias [E] of ours that `host` does not have. Its `to_host` raises ConfigError unless it is zero."""
 
     def to_host(ours: Tensors) -> Tensors:
         if not ours[0].is_meta and ours[0].any():

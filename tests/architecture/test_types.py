@@ -18,6 +18,7 @@ UNTYPED = {
     "kha_train/engine/zero_state.py owned_gradients": "DeepSpeed's optimiser",
     "kha_train/engine/zero_state.py partitioned_fragments": "DeepSpeed's optimiser",
     "kha_train/engine/zero_state.py replicated_fragments": "DeepSpeed's optimiser",
+    "kha_train/export/hugging_face.py load_tokenizer": "a tokenizer of transformers",
     "kha_train/model/host.py spare_the_compiler": "any function of torch",
     "kha_train/model/kernels/launch.py Call.kernel": "a program for Triton",
     "kha_train/model/moe/megablocks.py Kernels.gmm": "a function of megablocks",

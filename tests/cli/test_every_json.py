@@ -249,6 +249,10 @@ SLOW_CASES: dict[Case, list[Case]] = {
         ("--local", *TINY, *DATA, "run.seed=0,1", "run.steps=1", "--dir", "{root}/sweeps"),
         ("--local", *TINY, *DATA, "run.seed=2", "model.init_std=1e38", "run.steps=9", "--dir", "{root}/sweeps"),
     ],
+    ("export",): [
+        ("{two}", "--out", "{root}/exported"), ("{two}", "--out", "{one}"), ("{lost}", "--out", "{root}/none"),
+        ("{damaged}", "--out", "{root}/none"), ("{nothing}", "--out", "{root}/none"),
+    ],
     ("study", "run"): [
         ("{study}", *TINY, *DATA, "--local", "--dir", "{root}/studies"), ("{study}", "--dir", "{root}/studies"),
     ],

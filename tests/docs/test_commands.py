@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TYPED = ("README.md", "docs/launch.md", "docs/configuration.md", "docs/resume.md")
+TYPED = ("README.md", "docs/launch.md", "docs/configuration.md", "docs/resume.md", "docs/export.md")
 """In this order, in one directory: later pages use the data that the first one makes."""
 LANGUAGES = ("sh", "text", "console", "python")
 

@@ -53,6 +53,7 @@ CASES = {
     "groups of one": ("glm4_moe", "moe.expert_groups=8 moe.top_groups=3"),
     "dense, half turned": ("glm4_moe", f"{DENSE} model.partial_rotary_factor=0.5"),
     "dense": ("qwen3", f"{DENSE} attention=mha"),
+    "dense without norms": ("llama", f"{DENSE} attention.qk_norm=none"),
     "softmax": ("qwen3_moe", f"{SOFTMAX} model.tie_embeddings=false"),
     "softmax, a dense layer, scores as they are": (
         "qwen3_moe",

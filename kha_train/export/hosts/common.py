@@ -48,12 +48,12 @@ def shape_fields(positions: int, eps: float) -> tuple[Field, ...]:
     )
 
 
-def kv_heads(default: Any = REQUIRED) -> Field:
+def kv_heads(default: object = REQUIRED) -> Field:
     """The number of key/value heads of grouped-query attention."""
     return same("num_key_value_heads", Size, "model.kv_heads", default, of="attention.base.kv_heads")
 
 
-def head_dim(default: Any) -> Field:
+def head_dim(default: object) -> Field:
     """The width of a head."""
     return same("head_dim", Size, "model.head_dim", default, of="attention.base.head_dim")
 
@@ -95,7 +95,7 @@ def share(config: RunConfig) -> float:
     return factor if int(width * factor) == turned else math.nextafter(factor, 1.0)
 
 
-def of_experts(key: str, setting: str, all_dense: Callable[[Reading], bool], default: Any = REQUIRED,
+def of_experts(key: str, setting: str, all_dense: Callable[[Reading], bool], default: object = REQUIRED,
                also: tuple[str, ...] = ()) -> Field:  # fmt: skip
     """A number that only layers with experts have. A host that has none of them still wants one."""
     return Field(
@@ -108,7 +108,7 @@ def of_experts(key: str, setting: str, all_dense: Callable[[Reading], bool], def
     )
 
 
-def dense_width(has_dense: Callable[[Reading], bool], default: Any = REQUIRED) -> Field:
+def dense_width(has_dense: Callable[[Reading], bool], default: object = REQUIRED) -> Field:
     """The width of the feed-forward of dense layers. A host that has none of them still wants one."""
     return Field(
         "intermediate_size",
@@ -181,6 +181,9 @@ def refuses_attention(config: RunConfig, base: str, norms: tuple[str, ...], part
     if attention.base.name != base:
         reason = NO_BASE.get(attention.base.name, f"is not {base}")
         return no_host("attention.base.name", attention.base.name, reason, "gqa, mla")
+    if attention.base.output_gate != "none":
+        reason = "the output gate of heads reads the input of their layer"
+        return no_host("attention.base.output_gate", attention.base.output_gate, reason, "none")
     if attention.positions != "rope":
         return no_host("attention.positions", attention.positions, NO_POSITIONS[attention.positions], "rope")
     if attention.qk_norm not in norms:

@@ -7,8 +7,7 @@ read no other layout. Its latents are normalised with an eps of 1e-6, whatever `
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
@@ -36,7 +35,7 @@ def _base(config: RunConfig) -> LatentOptions:
     return config.attention.base
 
 
-def _equal(key: str, to: str, default: int, write: Any) -> Field:
+def _equal(key: str, to: str, default: int, write: Callable[[RunConfig], int]) -> Field:
     """A width that our attention has only once: it must be that at the key `to`."""
 
     def read(value: int, reading: Reading) -> Settings:

@@ -1,0 +1,83 @@
+"""Interactions that act on activations, in an export: the files that `kha_heads` writes beside a stock model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from kha_train.config.schema import RunConfig
+from kha_train.errors import ConfigError
+from kha_train.export import hugging_face
+from kha_train.export.links import Part
+from kha_train.export.shards import Read
+from kha_train.foreign.documents import Json
+from kha_train.heads import HeadsError, insert, save
+from kha_train.variants.explicit import ExplicitOptions
+from kha_train.variants.interactions import KnockingOptions
+
+KNOCKING = {"knocking_linear": "kha_linear", "knocking_mlp": "kha_mlp", "knocking_gate": "kha_gate"}
+"""Our name of an interaction -> that of `kha_heads`."""
+_PLACE = re.compile(r"model\.layers\.([0-9]+)\.self_attn\.kha\.(\w+)\.(\w+)")
+
+
+class Insertion(NamedTuple):
+    """An interaction as `kha_heads.insert` takes it."""
+
+    name: str
+    options: dict[str, Any]
+
+
+def insertion_of(config: RunConfig) -> Insertion | None:
+    """The interaction of an exported decoder, None without one. Raises ConfigError for one that `kha_heads` lacks."""
+    options = config.attention.interaction
+    if options.name == "none":
+        return None
+    if isinstance(options, KnockingOptions) and options.name in KNOCKING:
+        return Insertion(KNOCKING[options.name], {"projections": options.projections, "share": options.share})
+    if isinstance(options, ExplicitOptions) and not (problem := _unlike(options, config)):
+        return Insertion("mea", {"compose": options.compose, "head_norm": options.head_norm})
+    reason = problem if isinstance(options, ExplicitOptions) else f"kha_heads has no {options.name}"
+    raise ConfigError(
+        f"{reason}, so no model class of transformers computes it",
+        field="attention.interaction.name",
+        value=options.name,
+        allowed="none, knocking_linear, knocking_mlp, knocking_gate, explicit",
+        fix="`kha eval` and `kha generate` work on the run itself",
+    )
+
+
+def _unlike(options: ExplicitOptions, config: RunConfig) -> str | None:
+    """Why explicit composition has no place in a stock model, or None."""
+    if options.mix_after_rope:
+        return "keys are composed after norm and rotation"
+    if options.compose and options.component_heads not in (0, config.attention.heads().kv_heads):
+        return "heads are composed of another number of components, unless they are absorbed"
+    return None
+
+
+def write_heads(directory: Path, values: dict[str, Json], insertion: Insertion, read: Read) -> None:
+    """Write what is inserted into the model that config.json `values` describes; `read` gives the tensors of ours.
+
+    Raises ConfigError when it cannot be inserted there, OSError.
+    """
+    model = hugging_face.bare(values)
+    try:
+        insert(model, insertion.name, **insertion.options)
+    except HeadsError as error:
+        raise ConfigError(str(error), field="attention.interaction.name", fix="export with --absorb") from error
+    for name, module in list(model.named_modules()):
+        for local in list(module._parameters):
+            if found := _PLACE.fullmatch(f"{name}.{local}"):
+                layer, kind, parameter = found.groups()
+                ours = f"blocks.{layer}.attention.interaction.{_ours(kind, parameter)}.weight"
+                module.register_parameter(local, nn.Parameter(read(Part(ours)), requires_grad=False))
+    save(model, directory)
+
+
+def _ours(kind: str, parameter: str) -> str:
+    """Our name of a parameter of `kha_heads`: which `kind` of heads it changes, and what it is called there."""
+    names = {"map": f"maps.{kind}", "across": f"compose.{kind}", "gain": "norm"}
+    return names.get(parameter, f"maps.{kind}.{parameter}")
