@@ -93,8 +93,7 @@ def insert(
 
     Its logits stay bit-equal, except with MEA's norm. New parameters have device and dtype of the projections' weights
     (or `dtype`). `options`: `projections` and `share` of KHA, `compose` and `head_norm` of MEA. `layouts` names the
-    layout of attention classes that are not in `FAMILIES`. Insert before an optimiser, an engine, a compiler or a
-    tensor-parallel plan sees the model.
+    layout of attention classes that are not in `FAMILIES`. Insert before optimiser, engine or compiler see the model.
 
     Raises HeadsError, and leaves the model as it was, if no attention is known, one is not laid out as expected, an
     interaction cannot or must not be inserted, or an option is wrong.
