@@ -38,6 +38,7 @@ def import_model(
     with progress_bar("importing", ready.elements) as advance:
         imported = ready.write(out, advance)
     train = shlex.join(_train(imported.settings, imported.config.model.seq_len, out))
+    tokenize = shlex.join(_tokenize(imported.tokenizer, imported.config.model.vocab_size, out))
     answer: dict[str, Any] = {
         "class": imported.host,
         "run": str(imported.run),
@@ -47,6 +48,7 @@ def import_model(
         "tokenizer": None if imported.tokenizer is None else str(imported.tokenizer),
         "left_out": list(imported.left_out),
         "settings": list(imported.settings),
+        "tokenize": tokenize,
         "train": train,
     }
     if as_json:
@@ -55,9 +57,17 @@ def import_model(
     say(f"{imported.host} of {imported.parameters:,} parameters, now {imported.checkpoint}")
     for text in imported.left_out:
         say(f"left out: {text}")
-    say(f"tokenizer: {imported.tokenizer}" if imported.tokenizer else "tokenizer: none in the directory")
+    say(f"to make shards of text: {tokenize} --text FOLDER" if tokenize else "it has no tokenizer.json")
     say(f"to train it further{_hint(imported.settings)}:")
     say(f"  {train}")
+
+
+def _tokenize(tokenizer: Path | None, vocabulary: int, out: Path) -> list[str]:
+    """The command that makes shards for the model, but for the text; empty without a tokenizer."""
+    if tokenizer is None:
+        return []
+    command = ["kha", "data", "tokenize", "--tokenizer", str(tokenizer), "--out", str(out / "shards")]
+    return [*command, "--vocab-size", str(vocabulary)]
 
 
 def _hint(settings: tuple[str, ...]) -> str:

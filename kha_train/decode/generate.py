@@ -22,7 +22,7 @@ from kha_train.config.resolve import resolve_decoding
 from kha_train.config.schema import RunConfig
 from kha_train.data.sources import open_shards
 from kha_train.data.tokenizer import Tokenizer
-from kha_train.data.tokenizer_kinds import dataset_tokenizer
+from kha_train.data.tokenizer_kinds import FILE_NAMES, dataset_tokenizer, open_tokenizer
 from kha_train.decode.absorb import absorb, absorbed_config
 from kha_train.distributed import World
 from kha_train.errors import ConfigError, DivergedError, between
@@ -30,6 +30,9 @@ from kha_train.estimate.counts import cache_bytes_per_token
 from kha_train.model.attention.cache import Cache
 from kha_train.model.decoder import Decoder, build_decoder
 from kha_train.model.init import initial_values, reset_buffers
+
+IMPORTED = "import.json"
+"""The file in a run directory that says which model of others its weights were imported from."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def load_run(run_dir: Path, report: Callable[[str], None], device: torch.device 
     decoder = materialise(config, checkpoint, device or torch.device("cpu"))
     if absorbing_helps(config):
         decoder = absorb(decoder)
-    return TrainedModel(decoder.config, decoder.eval(), checkpoint.step, tokenizer_of(config))
+    return TrainedModel(decoder.config, decoder.eval(), checkpoint.step, tokenizer_of(config, run_dir))
 
 
 def absorbing_helps(config: RunConfig) -> bool:
@@ -179,8 +182,14 @@ def materialise(config: RunConfig, checkpoint: Checkpoint, device: torch.device)
     return decoder
 
 
-def tokenizer_of(config: RunConfig) -> Tokenizer | None:
-    """The tokenizer of a run's data, None where nobody knows it. Raises ConfigError and DataError as `open_shards`."""
+def tokenizer_of(config: RunConfig, run_dir: Path | None = None) -> Tokenizer | None:
+    """The tokenizer of a run's data, None where nobody knows it. An imported run brings its own, and needs no data.
+    `run_dir` is where the run is now, if not at `run.dir`. Raises ConfigError and DataError as `open_shards`.
+    """
+    place = run_dir or Path(config.run.dir)
+    if (place / IMPORTED).is_file() and not Path(config.data.validation).exists():
+        own = any((place / name).is_file() for name in FILE_NAMES)
+        return open_tokenizer(place) if own else None
     return dataset_tokenizer(open_shards(config, config.data.validation, "data.validation"))
 
 

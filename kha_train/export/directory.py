@@ -32,6 +32,8 @@ DTYPES = ("F32", "BF16", "F16")
 MAX_INDEX_BYTES = 256 * 2**20
 MAX_FILES = 10_000
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
+_ADDED = ("kha_heads.json", "adapter_config.json")
+"""Files that announce weights beside those of the model: drop-in heads, an adapter of PEFT."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -94,6 +96,12 @@ def open_directory(path: Path) -> ModelDirectory:
             field=f"{path / CONFIG_NAME} {code[0]}",
             value=short(config[code[0]]),
             fix="if stock transformers compute this model too, remove the entry from a copy",
+        )
+    if added := sorted({*names} & {*_ADDED}):
+        raise ConfigError(
+            "announces weights that change what the stock model computes, and they are not imported",
+            field=str(path / added[0]),
+            fix="fold them into the model first, or import a copy without the file",
         )
     pickles = tuple(name for name in names if name.endswith(_PICKLES))
     return ModelDirectory(path, config, _tensors(path, names, pickles), pickles)

@@ -26,19 +26,22 @@ from kha_train.checkpoint.writer import PART_BYTES
 from kha_train.config.build import to_plain
 from kha_train.config.compose import dump, quoted
 from kha_train.config.schema import RunConfig
+from kha_train.decode.generate import IMPORTED
 from kha_train.engine.building import persistent_buffers
 from kha_train.errors import CheckpointError, ConfigError
 from kha_train.export.directory import CONFIG_NAME, ModelDirectory, open_directory, read_inside
 from kha_train.export.links import AS_IT_IS, Link, Part
 from kha_train.export.reading import Described, configure, describe
+from kha_train.foreign.documents import Json
 from kha_train.foreign.typed import short
 from kha_train.model.decoder import Decoder, lay_out_decoder
 from kha_train.model.init import DeclaredModule, frozen_values, initial_values, not_identities
 from kha_train.record.attempts import CONFIG_FILE
-from kha_train.record.files import published, write_text
+from kha_train.record.files import published, write_json, write_text
 from kha_train.variants.optimizer import MASTER
 
 TOKENIZER = "tokenizer.json"
+NAMING = ("tokenizer_config.json", "special_tokens_map.json")
 MAX_TOKENIZER_BYTES = 256 * 2**20
 PIECE_ELEMENTS = 2**20
 """A tensor that is the same in both is read in parts of at most so many elements, or one row."""
@@ -91,22 +94,36 @@ class Import:
         are not finite, OSError.
         """
         with published(out, "--out") as beside:
+            tokenizer = self._copy_tokenizer(beside)
             weights, plain = self._pieces(advance), to_plain(self.config)
             place = write_weights(beside, plain, weights, self._buffers(advance), part_bytes)
             write_text(beside / CONFIG_FILE, dump(self.config))
-            tokenizer = read_inside(self.model.path, TOKENIZER, MAX_TOKENIZER_BYTES)
-            if tokenizer is not None:
-                (beside / TOKENIZER).write_bytes(tokenizer)
+            write_json(beside / IMPORTED, self._origin())
         return Imported(
             self.host,
             out,
             out / place.relative_to(beside),
             self.config,
             sum(parameter.numel() for parameter in self.decoder.parameters()),
-            None if tokenizer is None else out / TOKENIZER,
+            out / TOKENIZER if tokenizer else None,
             self.left_out,
             self.settings,
         )
+
+    def _origin(self) -> dict[str, Json]:
+        """Where the weights come from."""
+        where = {"source": str(self.model.path.resolve()), "class": self.host, "config": self.model.config}
+        return {**where, "settings": list(self.settings), "left_out": list(self.left_out)}
+
+    def _copy_tokenizer(self, beside: Path) -> bool:
+        """Copy the tokenizer, and the files beside it that name its special tokens. Whether there is one."""
+        found = {name: read_inside(self.model.path, name, MAX_TOKENIZER_BYTES) for name in (TOKENIZER, *NAMING)}
+        if found[TOKENIZER] is None:
+            return False
+        for name, raw in found.items():
+            if raw is not None:
+                (beside / name).write_bytes(raw)
+        return True
 
     def _wanted(self) -> Iterator[str]:
         return (name for link in self.links for name in link.host if name in self.model.tensors)

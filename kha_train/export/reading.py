@@ -80,10 +80,10 @@ def describe(model: ModelDirectory) -> Described:
     _refuse_unknown(family, model.config, source)
     settings = family.settings(model.config, source)
     _check_rope(model.config, source, partial="model.partial_rotary_factor" in settings)
-    layers, most = settings["model.layers"], len(model.tensors)
-    if max(layers, settings.get("moe.experts", 0)) > most:
+    layers, experts, most = settings["model.layers"], settings["moe.experts"], len(model.tensors)
+    if max(layers, experts) > most:
         # Found before anything of that size is laid out.
-        raise source.fault("num_hidden_layers", f"its weights are only {most} tensors", layers)
+        raise source.fault("", f"describes {layers} layers of {experts} experts, and the weights are {most} tensors")
     return Described(family, {"model.name": family.model_type, **settings, **_training(settings, model.config, source)})
 
 

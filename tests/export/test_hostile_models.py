@@ -172,12 +172,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[KhaError], str]] = {
     "a width of text": (change_config(hidden_size="16"), ConfigError, "hidden_size = '16'"),
     "a width of 0": (change_config(hidden_size=0), ConfigError, "hidden_size = 0"),
     "an absurd width": (change_config(hidden_size=2**62), ConfigError, "hidden_size"),
-    "absurdly many layers": (change_config(num_hidden_layers=2**30), ConfigError, "num_hidden_layers"),
+    "absurdly many layers": (change_config(num_hidden_layers=2**30), ConfigError, "1073741824 layers"),
     "an eps that is no number": (change_config(rms_norm_eps=float("nan")), ConfigError, "rms_norm_eps"),
     "another width than the weights": (change_config(intermediate_size=32), CheckpointError, "another shape"),
     "more layers than weights": (change_config(num_hidden_layers=3), CheckpointError, "lacks a tensor"),
     "fewer layers than weights": (change_config(num_hidden_layers=1), CheckpointError, "does not have"),
     "an output layer that is missing": (change_config(tie_word_embeddings=False), CheckpointError, "lm_head.weight"),
+    "an adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), ConfigError, "adapter_config.json"),
+    "heads beside the model": (lambda d: (d / "kha_heads.json").write_text("{}"), ConfigError, "kha_heads.json"),
     "no weights": (lambda d: [file.unlink() for file in d.glob("model*")], ConfigError, "no weights"),
     "pickled weights": (only_pickles, ConfigError, "pytorch_model.bin"),
     "a pickled shard": (pickled_shard, CheckpointError, "'evil.bin'"),
@@ -242,6 +244,37 @@ def test_a_damaged_or_hostile_directory_is_refused_in_one_line_and_nothing_is_wr
     assert type(raised.value) is kind and told in line, line
     assert "\n" not in line and len(line) < 600, line
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_what_is_no_weight_of_the_decoder_is_passed_over_and_told(stock: Path, tmp_path: Path) -> None:
+    (stock / "training_args.bin").write_bytes(pickle.dumps(Evil()))
+    (stock / "modeling_evil.py").write_text("raise SystemExit")
+    shared = load_file(stock / FIRST_FILE)["model.embed_tokens.weight"]
+    further = {"lm_head.weight": shared, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    change_weights(lambda weights: weights.update(further))(stock)
+    imported = prepare(stock, tmp_path / "run").write(tmp_path / "run")
+    told = " ".join(imported.left_out)
+    assert "training_args.bin" in told and "1 tables of rotary frequencies" in told
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "config.yaml", "import.json"]
+    assert not (tmp_path / EVIL).exists()
+
+
+def test_an_interrupted_import_leaves_nothing_and_a_directory_in_use_is_not_touched(
+    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = prepare(stock, tmp_path / "run")
+
+    def stop(elements: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ready.write(tmp_path / "run", stop)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("mine")
+    with pytest.raises(ConfigError, match="nothing is overwritten"):
+        ready.write(tmp_path / "mine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "stock"]
+    assert (tmp_path / "mine" / "notes").read_text() == "mine"
 
 
 ANYTHING = st.recursive(

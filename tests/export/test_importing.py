@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from kha_train.checkpoint.reader import find_newest, verify
 from kha_train.config.compose import compose, load
@@ -95,6 +95,20 @@ def test_an_imported_model_computes_the_logits_of_transformers(
     with torch.no_grad():
         torch.testing.assert_close(logits(decoder_of(run)), model(TOKENS).logits, rtol=1e-5, atol=1e-5)
     assert imported.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.slow
+def test_a_layer_that_predicts_further_tokens_is_left_out_and_told(
+    save_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = save_model("deepseek_v3", tmp_path / "stock")
+    file = tmp_path / "stock" / "model.safetensors"
+    further = {"model.layers.2.eh_proj.weight": torch.ones(64, 128), "model.layers.2.enorm.weight": torch.ones(64)}
+    save_file(load_file(file) | further, file)
+    imported = prepare(tmp_path / "stock", tmp_path / "run").write(tmp_path / "run")
+    assert imported.left_out == ("2 tensors of layers that predict further tokens",)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(decoder_of(tmp_path / "run")), model(TOKENS).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
