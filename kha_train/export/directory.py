@@ -32,8 +32,8 @@ DTYPES = ("F32", "BF16", "F16")
 MAX_INDEX_BYTES = 256 * 2**20
 MAX_FILES = 10_000
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
-_ADDED = ("kha_heads.json", "adapter_config.json")
-"""Files that announce weights beside those of the model: drop-in heads, an adapter of PEFT."""
+_ADDED = "adapter_config.json"
+"""The file that announces weights of PEFT beside those of the model."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -86,7 +86,7 @@ def open_directory(path: Path) -> ModelDirectory:
     if not path.is_dir():
         raise ConfigError("no such directory", field="DIR", value=str(path), allowed="a model directory of safetensors")
     names = sorted(os.listdir(path))
-    config = _read_json(path, CONFIG_NAME, SMALL)
+    config = read_json(path, CONFIG_NAME, SMALL)
     if config is None:
         problem = f"holds no {CONFIG_NAME}"
         raise ConfigError(problem, field="DIR", value=str(path), allowed="a model directory of transformers")
@@ -97,11 +97,11 @@ def open_directory(path: Path) -> ModelDirectory:
             value=short(config[code[0]]),
             fix="if stock transformers compute this model too, remove the entry from a copy",
         )
-    if added := sorted({*names} & {*_ADDED}):
+    if _ADDED in names:
         raise ConfigError(
             "announces weights that change what the stock model computes, and they are not imported",
-            field=str(path / added[0]),
-            fix="fold them into the model first, or import a copy without the file",
+            field=str(path / _ADDED),
+            fix="merge them into the model first, or import a copy without the file",
         )
     pickles = tuple(name for name in names if name.endswith(_PICKLES))
     return ModelDirectory(path, config, _tensors(path, names, pickles), pickles)
@@ -116,7 +116,7 @@ def read_inside(path: Path, name: str, limit: int) -> bytes | None:
     return read_regular(place, limit, CheckpointError)
 
 
-def _read_json(path: Path, name: str, limit: int) -> dict[str, Json] | None:
+def read_json(path: Path, name: str, limit: int) -> dict[str, Json] | None:
     """The JSON object in the file `name`; None when there is none. Raises CheckpointError for anything else."""
     raw = read_inside(path, name, limit)
     if raw is None:
@@ -144,15 +144,15 @@ def _tensors(path: Path, names: list[str], pickles: tuple[str, ...]) -> dict[str
             fix="convert them to safetensors where they come from; pickled weights can run code" if pickles else None,
         )
     if single:
-        return _headers(path, SINGLE_NAME)
-    index, where = _read_json(path, INDEX_NAME, MAX_INDEX_BYTES), str(path / INDEX_NAME)
+        return headers(path, SINGLE_NAME)
+    index, where = read_json(path, INDEX_NAME, MAX_INDEX_BYTES), str(path / INDEX_NAME)
     listed = Source(where, CheckpointError).read(dict[str, str], (index or {}).get("weight_map"), "weight_map")
     files = sorted(set(listed.values()))
     if len(files) > MAX_FILES:
         raise CheckpointError("names too many files", field=where, value=len(files), allowed=f"at most {MAX_FILES}")
     found: dict[str, StoredTensor] = {}
     for file in files:
-        stored = _headers(path, file, where)
+        stored = headers(path, file, where)
         expected = {name for name, place in listed.items() if place == file}
         if wrong := sorted(stored.keys() ^ expected):
             problem = "holds a tensor that the index does not place there" if wrong[0] in stored else "lacks a tensor"
@@ -161,7 +161,7 @@ def _tensors(path: Path, names: list[str], pickles: tuple[str, ...]) -> dict[str
     return found
 
 
-def _headers(path: Path, name: str, where: str | None = None) -> dict[str, StoredTensor]:
+def headers(path: Path, name: str, where: str | None = None) -> dict[str, StoredTensor]:
     """The tensors in the file `name`, which the index `where` lists. Raises CheckpointError for a name that leaves the
     directory, and for a file that is missing, damaged, or holds numbers of other types."""
     if not _FILE_NAME.fullmatch(name):

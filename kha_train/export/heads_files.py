@@ -70,14 +70,17 @@ def write_heads(directory: Path, values: dict[str, Json], insertion: Insertion, 
         raise ConfigError(str(error), field="attention.interaction.name", fix="export with --absorb") from error
     for name, module in list(model.named_modules()):
         for local in list(module._parameters):
-            if found := _PLACE.fullmatch(f"{name}.{local}"):
-                layer, kind, parameter = found.groups()
-                ours = f"blocks.{layer}.attention.interaction.{_ours(kind, parameter)}.weight"
-                module.register_parameter(local, nn.Parameter(read(Part(ours)), requires_grad=False))
+            if place := place_of(f"{name}.{local}"):
+                module.register_parameter(local, nn.Parameter(read(Part(place)), requires_grad=False))
     save(model, directory)
 
 
-def _ours(kind: str, parameter: str) -> str:
-    """Our name of a parameter of `kha_heads`: which `kind` of heads it changes, and what it is called there."""
+def place_of(name: str) -> str | None:
+    """Our name of a parameter that `kha_heads` inserted into a model of transformers; None for any other."""
+    found = _PLACE.fullmatch(name)
+    if found is None:
+        return None
+    # Which kind of heads it changes, and what it is called there.
+    layer, kind, parameter = found.groups()
     names = {"map": f"maps.{kind}", "across": f"compose.{kind}", "gain": "norm"}
-    return names.get(parameter, f"maps.{kind}.{parameter}")
+    return f"blocks.{layer}.attention.interaction.{names.get(parameter, f'maps.{kind}.{parameter}')}.weight"

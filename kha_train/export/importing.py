@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -30,6 +30,7 @@ from kha_train.decode.generate import IMPORTED
 from kha_train.engine.building import persistent_buffers
 from kha_train.errors import CheckpointError, ConfigError
 from kha_train.export.directory import CONFIG_NAME, ModelDirectory, open_directory, read_inside
+from kha_train.export.heads_reading import TENSORS, read_heads
 from kha_train.export.links import AS_IT_IS, Link, Part
 from kha_train.export.reading import Described, configure, describe
 from kha_train.foreign.documents import Json
@@ -45,6 +46,8 @@ NAMING = ("tokenizer_config.json", "special_tokens_map.json")
 MAX_TOKENIZER_BYTES = 256 * 2**20
 PIECE_ELEMENTS = 2**20
 """A tensor that is the same in both is read in parts of at most so many elements, or one row."""
+INSERTED = ".interaction."
+"""What the names of parameters of an interaction have in the middle."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _CONSTANT = re.compile(r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq")
 """Rotary frequencies, which older files hold beside the weights: they follow from config.json."""
@@ -182,16 +185,23 @@ def prepare(directory: Path, out: Path, overrides: Sequence[str] = ()) -> Import
     Raises ConfigError for a model that our decoder does not compute, and for overrides that do not fit it;
     CheckpointError for weights that are damaged, missing, left over or of another shape.
     """
-    model = open_directory(directory)
-    described = describe(model)
+    model, heads = open_directory(directory), read_heads(directory)
+    described = describe(model, heads.settings)
     # The user may say where data are, but the run is where it is written.
     config = configure(described, [*_places(out, "data"), *overrides, *_places(out, "run")])
     decoder = lay_out_decoder(config)
     tensors = dict(decoder.named_parameters()) | persistent_buffers(decoder)
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-    links = tuple(described.family.links(config, model.config))
+    model = replace(model, tensors={**model.tensors, **heads.tensors})
+    links = (
+        *described.family.links(config, model.config),
+        *(link for link in heads.links() if link.ours[0].name in shapes),
+    )
     left_out = _check_tensors(model, links, shapes, config, _further_layers(described))
-    _check_identity(config, decoder, shapes.keys() - {part.name for link in links for part in link.ours})
+    new = shapes.keys() - {part.name for link in links for part in link.ours}
+    if heads.tensors and (lacking := sorted(name for name in new if INSERTED in name)):
+        raise CheckpointError("lacks the heads of", field=str(directory / TENSORS), value=lacking[0])
+    _check_identity(config, decoder, new)
     settings = described.overrides(overrides)
     return Import(model, described.family.model_type, settings, config, decoder, links, shapes, left_out)
 

@@ -46,7 +46,16 @@ EVERYWHERE = (
 ROPE = {"rope_theta", "partial_rotary_factor", "rope_scaling"}
 """Entries in which older releases keep what `rope_parameters` holds."""
 IN_ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-FREE = ("model.name", "model.seq_len", "model.init_std", "model.scale_residual_init", "model.loss_chunk_tokens")
+INTERACTION = "interaction@attention.interaction"
+"""The preset of an interaction, among settings."""
+FREE = (
+    "attention.interaction.impl",
+    "model.name",
+    "model.seq_len",
+    "model.init_std",
+    "model.scale_residual_init",
+    "model.loss_chunk_tokens",
+)
 GIVEN = (
     "model.", "attention.base.", "attention.qk_norm", "attention.positions", "moe.experts", "moe.top_k",
     "moe.expert_width", "moe.shared_experts", "moe.dense_layers", "moe.dense_width", "moe.score", "moe.renormalize",
@@ -68,9 +77,11 @@ class Described(NamedTuple):
         return (*own, *further)
 
 
-def describe(model: ModelDirectory) -> Described:
-    """Read `config.json`. Raises ConfigError for a class that is not known, and for an entry that is unknown, malformed
-    or not what our decoder computes.
+def describe(model: ModelDirectory, heads: Settings) -> Described:
+    """Read `config.json`; `heads` are the settings of an interaction that is saved beside the model.
+
+    Raises ConfigError for a class that is not known, and for an entry that is unknown, malformed or not what our
+    decoder computes.
     """
     source = Source(str(model.path / CONFIG_NAME), ConfigError, "import a model without it")
     family = FAMILIES.get(str(model.config.get("model_type")))
@@ -84,7 +95,8 @@ def describe(model: ModelDirectory) -> Described:
     if max(layers, experts) > most:
         # Found before anything of that size is laid out.
         raise source.fault("", f"describes {layers} layers of {experts} experts, and the weights are {most} tensors")
-    return Described(family, {"model.name": family.model_type, **settings, **_training(settings, model.config, source)})
+    training = _training(settings, model.config, source)
+    return Described(family, {"model.name": family.model_type, **settings, **heads, **training})
 
 
 def configure(described: Described, overrides: Sequence[str]) -> RunConfig:
@@ -92,10 +104,11 @@ def configure(described: Described, overrides: Sequence[str]) -> RunConfig:
     that concerns training. Raises ConfigError for one that would make another model of it, and as `compose`.
     """
     plain, config = compose(described.overrides()), compose(described.overrides(overrides))
+    given = (*GIVEN, *(("attention.interaction.",) if INTERACTION in described.settings else ()))
     before, now = (flatten(to_plain(one)) for one in (plain, config))
     for key in before.keys() | now.keys():
-        given = key not in FREE and any(key == name or (name[-1] == "." and key.startswith(name)) for name in GIVEN)
-        if given and before.get(key) != now.get(key):
+        computed = any(key == name or (name[-1] == "." and key.startswith(name)) for name in given)
+        if computed and key not in FREE and before.get(key) != now.get(key):
             raise ConfigError(
                 "is given by the model that is imported",
                 field=key,
@@ -162,4 +175,6 @@ def _training(settings: Settings, values: Mapping[str, Json], source: Source) ->
 
 
 def _typed(value: Json) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_typed, value))}]"
     return quoted(value) if isinstance(value, str) else str(value).lower()

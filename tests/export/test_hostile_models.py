@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -138,6 +139,21 @@ def climbing_shape(directory: Path) -> None:
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
 
 
+def heads(tensors: dict[str, torch.Tensor] | None = None, **changes: Any) -> Callable[[Path], None]:
+    """Damage to the heads that were saved beside the model: of KHA-Linear, on the values."""
+
+    def damage(directory: Path) -> None:
+        file, sha256 = directory / "kha_heads.safetensors", "0" * 64
+        if tensors:
+            save_file(tensors, file)
+            sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        saved = {"format": "kha-heads", "version": 1, "interaction": "kha_linear", "options": {"projections": ["v"]}}
+        saved |= {"layouts": {}, "sha256": sha256}
+        (directory / "kha_heads.json").write_text(json.dumps(saved | changes))
+
+    return damage
+
+
 def not_a_number(weights: dict[str, torch.Tensor]) -> None:
     weights[SECOND][3, 4] = float("nan")
 
@@ -179,7 +195,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[KhaError], str]] = {
     "fewer layers than weights": (change_config(num_hidden_layers=1), CheckpointError, "does not have"),
     "an output layer that is missing": (change_config(tie_word_embeddings=False), CheckpointError, "lm_head.weight"),
     "an adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), ConfigError, "adapter_config.json"),
-    "heads beside the model": (lambda d: (d / "kha_heads.json").write_text("{}"), ConfigError, "kha_heads.json"),
+    "heads without a description": (
+        lambda d: (d / "kha_heads.json").write_text("{}"), CheckpointError, "kha_heads.json format"),
+    "heads of another kind": (heads(interaction="evil"), CheckpointError, "interaction = 'evil'"),
+    "heads with an unknown option": (heads(options={"x=1 y": 2}), CheckpointError, "options = 'x=1 y'"),
+    "heads with an option that is no word": (heads(options={"share": "heads} a=1"}), CheckpointError, "share"),
+    "heads whose tensors are gone": (heads(), CheckpointError, "kha_heads.safetensors"),
+    "heads whose tensors are others": (heads({"a": torch.zeros(2)}, sha256="0" * 64), CheckpointError, "sha256"),
+    "heads that are nowhere": (heads({"a": torch.zeros(2)}), CheckpointError, "'a'"),
+    "heads of one layer alone": (
+        heads({"model.layers.0.self_attn.kha.v.map": torch.eye(8)}), CheckpointError, "blocks.1"),
     "no weights": (lambda d: [file.unlink() for file in d.glob("model*")], ConfigError, "no weights"),
     "pickled weights": (only_pickles, ConfigError, "pytorch_model.bin"),
     "a pickled shard": (pickled_shard, CheckpointError, "'evil.bin'"),

@@ -62,7 +62,7 @@ PARAMETERS = {
 def read(values: Mapping[str, Any]) -> Described:
     """What a `config.json` of these `values` describes, whatever its weights are."""
     tensors = {f"tensor {number}": StoredTensor(Path("none"), "F32", ()) for number in range(10_000)}
-    return describe(ModelDirectory(Path("stock"), dict(values), tensors, ()))
+    return describe(ModelDirectory(Path("stock"), dict(values), tensors, ()), {})
 
 
 def configured(values: Mapping[str, Any]) -> RunConfig:
