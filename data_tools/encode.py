@@ -19,6 +19,7 @@ import numpy as np
 
 from data_tools.corpus import DESCRIPTION_NAME, SPLITS, split_path
 from data_tools.files import TextFile
+from data_tools.recipes import articles
 from data_tools.staging import refuse_existing, replaced
 from data_tools.texts import LeftOut, Piece, cut, texts
 from data_tools.workers import Advance, each
@@ -40,13 +41,15 @@ Say = Callable[[str], None]
 
 class Unit(NamedTuple):
     """The work for shard `number` of every split: pieces of files. `repeated` is true for each text that is left out
-    (None: no text is). Units of the same `identity` give the same shards under one tokenizer and encoder.
+    (None: no text is). With `articles` the texts are lines of articles. Units of the same `identity` give the same
+    shards under one tokenizer and encoder.
     """
 
     number: int
     pieces: tuple[Piece, ...]
     identity: str
     repeated: np.ndarray | None = None
+    articles: bool = False
 
 
 class Ids(NamedTuple):
@@ -281,7 +284,9 @@ def _loaded(ids: Ids, threads: int | None) -> Tokenizer:
 
 def kept_texts(unit: Unit, left_out: LeftOut, advance: Advance) -> Iterator[str]:
     """The texts of a unit without the duplicates, in order."""
-    every = chain.from_iterable(texts(piece, left_out, advance) for piece in unit.pieces)
+    every: Iterator[str] = chain.from_iterable(texts(piece, left_out, advance) for piece in unit.pieces)
+    if unit.articles:
+        every = articles(every)
     if unit.repeated is None:
         return every
     return (text for text, repeated in zip(every, unit.repeated.tolist(), strict=True) if not repeated)

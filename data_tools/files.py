@@ -21,6 +21,8 @@ from kha_train.foreign.documents import Json
 LINES = (".jsonl", ".ndjson")
 WHOLE = (".md", ".py", ".rst", ".txt")
 PARQUET = ".parquet"
+LINED = ".lines"
+"""The kind of a file of plain text whose lines are texts, whatever its name."""
 READ = f"{' '.join((*WHOLE, *LINES, '.json'))} (also with {' or '.join(PACKED)}), {PARQUET}"
 """The supported files, in words."""
 _JSON = ".json"
@@ -31,12 +33,14 @@ _EXAMPLES = 5
 
 class TextFile(NamedTuple):
     """A file, its name (its POSIX path starting with the name of its root), and where its texts are (`field`: the field
-    of a line of JSONL, the column of Parquet; `meta.text` is the field `text` inside the field `meta`).
+    of a line of JSONL, the column of Parquet; `meta.text` is the field `text` inside the field `meta`). Each line of a
+    `lined` one is a text.
     """
 
     name: str
     path: Path
     field: str = "text"
+    lined: bool = False
 
     @property
     def packed(self) -> bool:
@@ -45,21 +49,24 @@ class TextFile(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """`.jsonl`, `.parquet`, or the suffix before .gz and .zst, in lower case. `.jsonl` stands for all names of JSON
-        Lines.
+        """`.jsonl`, `.parquet`, `LINED`, or the suffix before .gz and .zst, in lower case. `.jsonl` stands for all
+        names of JSON Lines.
         """
+        if self.lined:
+            return LINED
         kind = (self.path.with_suffix("") if self.packed else self.path).suffix.lower()
         return LINES[0] if kind in (*LINES, _JSON) else kind
 
 
 class Found(NamedTuple):
-    """The text files; the number of files of other kinds beside them, by suffix; and the names of hidden files and
-    directories, which are skipped.
+    """The text files; the number of files of other kinds beside them, by suffix; the names of hidden files and
+    directories, which are skipped; and those of text files that a recipe does not use.
     """
 
     files: list[TextFile]
     others: Counter[str]
     hidden: list[str]
+    unused: Sequence[str] = ()
 
     def passed_over(self) -> list[str]:
         """What was skipped, in lines for people."""
@@ -67,19 +74,19 @@ class Found(NamedTuple):
         if self.others:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.others.most_common(_EXAMPLES))
             lines.append(f"{self.others.total()} files of other kinds left out: {_shortened(kinds, len(self.others))}")
-        if self.hidden:
-            names = ", ".join(self.hidden[:_EXAMPLES])
-            count = len(self.hidden)
-            lines.append(f"{count} hidden files and directories left out: {_shortened(names, count)}")
+        for what, names in (("hidden files and directories", self.hidden), ("files beside the recipe", self.unused)):
+            if names:
+                shown = ", ".join(names[:_EXAMPLES])
+                lines.append(f"{len(names)} {what} left out: {_shortened(shown, len(names))}")
         return lines
 
 
-def find_files(roots: Sequence[str | Path], option: str, field: str = "text") -> Found:
+def find_files(roots: Sequence[str | Path], option: str, field: str = "text", lined: tuple[str, ...] = ()) -> Found:
     """The text files in `roots`, files or directories; those of a directory are sorted by name.
 
     In a directory, hidden entries (a name that begins with a dot, and the `__MACOSX` of archives) are skipped, and
     links to directories are not followed. A root is always read, whatever its name. `option` names the option that gave
-    the roots, `field` the text field in a file.
+    the roots, `field` the text field in a file. Files with a suffix in `lined` are plain text, one text a line.
 
     Raises ConfigError for a root that is missing or of another kind, for two roots of one name, and when there is no
     text; the error lists what was seen and what is supported.
@@ -93,11 +100,11 @@ def find_files(roots: Sequence[str | Path], option: str, field: str = "text") ->
             raise ConfigError("two roots have the same name", field=option, value=root.name, fix="rename one")
         names.add(root.name)
         if root.is_dir():
-            _search(root, field, found)
+            _search(root, field, lined, found)
         elif not root.exists():
             raise ConfigError("no such file or directory", field=option, value=str(given))
-        elif is_text(root, field):
-            found.files.append(TextFile(as_text(root.name), root, field))
+        elif is_text(root, field) or root.suffix in lined:
+            found.files.append(TextFile(as_text(root.name), root, field, root.suffix in lined))
         else:
             raise ConfigError("not a supported kind of file", field=option, value=str(given), allowed=READ)
     if roots and not found.files:
@@ -142,7 +149,7 @@ def value_of(item: Json, field: str, absent: Json = None) -> Json:
     return item
 
 
-def _search(root: Path, field: str, found: Found) -> None:
+def _search(root: Path, field: str, lined: tuple[str, ...], found: Found) -> None:
     inside = []
     for folder, folders, files in os.walk(root):
         for name in sorted(entry for entry in (*folders, *files) if _is_hidden(entry)):
@@ -150,8 +157,8 @@ def _search(root: Path, field: str, found: Found) -> None:
         folders[:] = [name for name in folders if not _is_hidden(name)]
         inside += [(_name_in(root, path), path) for path in _visible(folder, files)]
     for name, path in sorted(inside):
-        if is_text(path, field):
-            found.files.append(TextFile(name, path, field))
+        if is_text(path, field) or path.suffix in lined:
+            found.files.append(TextFile(name, path, field, path.suffix in lined))
         else:
             found.others["".join(path.suffixes[-2:]).lower() or "without a suffix"] += 1
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.files import LINES, PARQUET, TextFile, as_text, value_of
+from data_tools.files import LINED, LINES, PARQUET, TextFile, as_text, value_of
 from data_tools.packed import open_packed, reading
 from data_tools.parquet import read_parquet, row_group_bytes
 from kha_train.errors import DataError
@@ -122,11 +122,22 @@ def _texts(piece: Piece, left_out: LeftOut) -> Iterator[tuple[str, int]]:
             yield from ((text, piece.bytes * (group - piece.first) // groups) for text in some)
     elif file.kind == LINES[0]:
         yield from _texts_of_lines(piece, left_out)
+    elif file.kind == LINED:
+        yield from _plain_lines(file)
     else:
         text = read_text(file.path)
         if text is None:
             left_out.files.append(file.name)
         yield text or "", piece.bytes
+
+
+def _plain_lines(file: TextFile) -> Iterator[tuple[str, int]]:
+    with open_packed(file.path) as (lines, raw):
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield line.decode(), raw.tell()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{file.name}: line {number} is not UTF-8", field=str(file.path)) from error
 
 
 def _texts_of_lines(piece: Piece, left_out: LeftOut) -> Iterator[tuple[str, int]]:

@@ -15,8 +15,8 @@ import typer
 from data_tools.corpus import SPLITS, build_corpus, split_path
 from data_tools.encode import ENCODERS, SHARD_BYTES, encode_corpus
 from data_tools.encode_files import VALIDATION_PERCENT, encode_files
-from data_tools.files import find_files
 from data_tools.importers import DTYPES, import_tokens, tokenizer_of
+from data_tools.recipes import recipe_named, select
 from data_tools.task_documents import TASKS
 from data_tools.tasks import DOCUMENTS, VALIDATION_DOCUMENTS, VOCAB_SIZE, Order, write_task
 from data_tools.train_tokenizer import train_tokenizer
@@ -28,6 +28,7 @@ from kha_train.cli.data_options import (
     Encoder,
     Field,
     Json,
+    Recipe,
     SkipBadLines,
     Texts,
     ValidationPercent,
@@ -115,6 +116,7 @@ def tokenize(
     out: Annotated[Path, typer.Option(help="Directory for train/ and validation/.")],
     corpus_dir: Annotated[Path | None, typer.Option("--corpus", help="A directory made by `kha data corpus`.")] = None,
     text: Texts = None,
+    recipe: Recipe = "",
     field: Field = "text",
     validation_percent: ValidationPercent = None,
     drop_repeated: Annotated[bool, typer.Option("--drop-repeated", help="With --text: drop exact duplicates.")] = False,
@@ -133,6 +135,9 @@ def tokenize(
     """
     if (corpus_dir is None) == (not text):
         raise ConfigError("give exactly one of --corpus and --text", field="tokenize")
+    if recipe and (corpus_dir or (recipe_named(recipe).validation and validation_percent is not None)):
+        fix = "give the copy of the collection with --text, without --validation-percent if it has a validation split"
+        raise ConfigError("says itself what is for validation", field="--recipe", value=recipe, fix=fix)
     if corpus_dir and (drop_repeated or validation_percent is not None):
         raise ConfigError(
             "a corpus is already split and deduplicated",
@@ -142,7 +147,7 @@ def tokenize(
     said: list[str] = []
     encoded: list[int] = []
     started = time.perf_counter()
-    total, encode = _work(corpus_dir, text or [], field, validation_percent, drop_repeated)
+    total, encode = _work(corpus_dir, text or [], recipe, field, validation_percent, drop_repeated)
     with progress_bar("tokenizing", total) as advance:
         manifests = encode(
             chosen_tokenizer(tokenizer_file, eos, vocab_size),
@@ -163,14 +168,17 @@ def tokenize(
 
 
 def _work(
-    corpus_dir: Path | None, texts: list[Path], field: str, percent: float | None, drop_repeated: bool
+    corpus_dir: Path | None, texts: list[Path], recipe: str, field: str, percent: float | None, drop_repeated: bool
 ) -> tuple[int, Callable[..., dict[str, Manifest]]]:
     """The number of bytes to read, and a function that encodes them: from the corpus if given, else from `texts`."""
     if corpus_dir:
         return sum(split_path(corpus_dir, split).stat().st_size for split in SPLITS), partial(encode_corpus, corpus_dir)
-    size = sum(file.path.stat().st_size for file in find_files(texts, "text", field).files)
+    found, _ = select(recipe_named(recipe) if recipe else None, texts, field)
+    size = sum(file.path.stat().st_size for file in found.files)
     share = VALIDATION_PERCENT if percent is None else percent
-    encode = partial(encode_files, texts, field=field, validation_percent=share, drop_repeated=drop_repeated)
+    encode = partial(
+        encode_files, texts, field=field, recipe=recipe, validation_percent=share, drop_repeated=drop_repeated
+    )
     return size * (2 if drop_repeated else 1), encode
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from data_tools.encode_files import VALIDATION_PERCENT
+from data_tools.recipes import RECIPES
 from kha_train.errors import ConfigError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -28,6 +29,9 @@ Texts = Annotated[
             ".zst, read in place."
         )
     ),
+]
+Recipe = Annotated[
+    str, typer.Option(help=f"With --text: the public collection that the files are a copy of: {', '.join(RECIPES)}.")
 ]
 ValidationPercent = Annotated[
     float | None,
