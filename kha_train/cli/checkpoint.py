@@ -1,4 +1,4 @@
-"""`kha checkpoint list|verify|prune|keep|diff`: list, check and delete the checkpoints of a run."""
+"""`kha checkpoint list|verify|prune|keep|diff|merge`: list, check, delete and average the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from kha_train.checkpoint.layout import FOLDER
 from kha_train.checkpoint.loss import lost_checkpoints
 from kha_train.cli.output import print_json
+from kha_train.cli.progress import progress_bar
 from kha_train.config.first_steps import quickstart_first
 from kha_train.errors import CheckpointError, ConfigError, Look
 from kha_train.literal import say
@@ -137,6 +138,36 @@ def diff_(
         say(f"only in the first: {name}")
     for name in found.only_second:
         say(f"only in the second: {name}")
+
+
+@app.command("merge")
+def merge_(
+    sources: Annotated[list[Path], typer.Argument(help="Step directories, or run directories (see --last).")],
+    out: Annotated[Path, typer.Option(help="Run directory to write.")],
+    weights: Annotated[str, typer.Option(help="A weight for each checkpoint, as 1,2,1; empty: all alike.")] = "",
+    last: Annotated[int, typer.Option(min=1, help="Of each run directory, take this many of its newest.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Average the weights of checkpoints of one model into a new run, which `run.init_from` and generation take."""
+    from kha_train.checkpoint.merge import merge, sources_of
+
+    found = sources_of([find_run(source) for source in sources], last)
+    with progress_bar("averaging", None) as advance:
+        made = merge(found, _weights(weights), out, advance)
+    if as_json:
+        print_json(made.to_plain(), indent=2)
+        return
+    for source, share in zip(made.sources, made.weights, strict=True):
+        say(f"{share:8.4f}  step {source['step']}  {source['checkpoint']}")
+    say(f"{made.parameters:,} parameters averaged into {made.checkpoint}")
+
+
+def _weights(text: str) -> list[float]:
+    """Raises ConfigError for anything but numbers between commas."""
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError("not numbers", field="--weights", value=text, allowed="as 1,2,1") from None
 
 
 def _print_rows(title: str, columns: tuple[str, str], rows: dict[str, tuple[Any, Any]]) -> None:
