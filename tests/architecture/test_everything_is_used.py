@@ -21,10 +21,8 @@ FOUND_BY_OTHERS = {
     "kha_train/model/moe/flops.py OPERATORS": "the same",
     "kha_train/config/schema.py ScheduleSection": "a section of the tree, whose header stands with the optimisers",
     "launch/hydra_plugins/kha_slurm/__init__.py KhaSlurmLauncher": "Hydra finds its plugins by themselves",
-    "kha_train/heads/insertion.py insert": "for programs of other people, as the wheel kha-heads",
-    "kha_train/heads/folding.py fold": "the same",
+    "kha_train/heads/folding.py fold": "for programs of other people, as the wheel kha-heads",
     "kha_train/heads/saving.py load": "the same",
-    "kha_train/heads/saving.py save": "the same",
 }
 """What is used by its place or its import."""
 OF_OTHER_PROGRAMS = {"use_multi_rank_bucket_allreduce", "hf_token", "api_key", "eos_token", "pad_token", "eos_token_id"}
