@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kha_train.analysis.inspection import LayerInspection, LearnedMatrix
-from kha_train.analysis.inspection_table import layer_row
+from kha_train.analysis.heads.inspection import LayerInspection, LearnedMatrix
+from kha_train.analysis.heads.table import layer_row
 from kha_train.errors import CheckpointError
 
 Advance = Callable[[int], None]
@@ -23,7 +23,7 @@ def heads_figure(run_dir: Path, name: str) -> float | None:
     Raises as `analyze_run`.
     """
     # Torch is needed only where something is computed.
-    from kha_train.analysis.analyze import Request, analyze_run
+    from kha_train.analysis.heads.analyze import Request, analyze_run
 
     (inspection,) = analyze_run(run_dir, Request(silence=False), _unheard, _no_bar)
     found = [value for layer in inspection.layers for value in FIGURES[name](layer) if math.isfinite(value)]

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from kha_train.analysis.inspection import PROBE_TOKENS, Inspection, read_inspections
-from kha_train.analysis.inspection_page import write_page
-from kha_train.analysis.inspection_table import answer_of, match_answer, print_inspections, print_match
-from kha_train.analysis.matches import Match, read_matches
+from kha_train.analysis.heads.inspection import PROBE_TOKENS, Inspection, read_inspections
+from kha_train.analysis.heads.matches import Match, read_matches
+from kha_train.analysis.heads.page import write_page
+from kha_train.analysis.heads.table import answer_of, match_answer, print_inspections, print_match
 from kha_train.cli.output import note, print_json
 from kha_train.cli.progress import progress_bar
 from kha_train.errors import CheckpointError, KhaError
@@ -43,8 +43,8 @@ def analyze(
     damaged run or checkpoint among several is passed over: the others are looked at, and the command ends with its
     error.
     """
-    from kha_train.analysis.analyze import Request, analyze_run, checkpoints_of
-    from kha_train.analysis.match_heads import match_runs
+    from kha_train.analysis.heads.analyze import Request, analyze_run, checkpoints_of
+    from kha_train.analysis.heads.match import match_runs
 
     request = Request(tokens, data, silence, every_checkpoint, again)
     found = find_runs(runs, note, read=checkpoints_of)

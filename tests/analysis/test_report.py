@@ -17,7 +17,7 @@ import pytest
 
 from kha_train.analysis.answer import answers
 from kha_train.analysis.compare import compare_runs
-from kha_train.analysis.inspection import (
+from kha_train.analysis.heads.inspection import (
     SCHEMA,
     Inspection,
     LayerInspection,

@@ -55,7 +55,7 @@ BEHIND_A_DOOR = {
     "matplotlib": ("kha_train/analysis/",),
     "megablocks": ("kha_train/model/moe/megablocks.py",),
     "omegaconf": ("kha_train/config/compose.py",),
-    "scipy": ("kha_train/analysis/assignment.py",),
+    "scipy": ("kha_train/analysis/heads/assignment.py",),
     "sklearn": ("kha_train/analysis/kernel_pca/digits.py",),
     "pyarrow": ("data_tools/packed.py", "data_tools/parquet.py"),
     "sentencepiece": ("kha_train/data/sentencepiece_model.py",),

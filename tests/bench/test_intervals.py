@@ -26,7 +26,7 @@ COMPUTED = {
     "bench/protocol.py": {"compare"},
     "analysis/certify/null.py": {"_null"},
     "analysis/certify/power.py": {"power"},
-    "analysis/matches.py": {"chance_of_keeping"},
+    "analysis/heads/matches.py": {"chance_of_keeping"},
 }
 """The functions that compute intervals. All are measured, `rate` as `reported_rate`, which only names it; but `power`
 tests with Student's point, the bound of `_null` is for one more difference, and is computed from runs alone, and

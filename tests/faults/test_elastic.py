@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kha_train.analysis.analyze import inspect
-from kha_train.analysis.probe_rows import open_probe
+from kha_train.analysis.heads.analyze import inspect
+from kha_train.analysis.heads.probe_rows import open_probe
 from kha_train.checkpoint.manifest import TRAINER_FILE
 from kha_train.checkpoint.reader import open_verified
 from kha_train.config.compose import compose

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from kha_train.analysis.inspection import read_inspections
+from kha_train.analysis.heads.inspection import read_inspections
 from kha_train.analysis.studies import ScaledStudy, load_study, study_names
 from kha_train.analysis.study_outcomes import Outcome
 from kha_train.cli.main import run

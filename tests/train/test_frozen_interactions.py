@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kha_train.analysis.matrices import learned_matrices
+from kha_train.analysis.heads.matrices import learned_matrices
 from kha_train.checkpoint.reader import Checkpoint, find_newest
 from kha_train.config.compose import compose
 from kha_train.decode.generate import load_run

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kha_train.analysis.analyze import checkpoints_of
+from kha_train.analysis.heads.analyze import checkpoints_of
+from kha_train.analysis.heads.observe import Observer
+from kha_train.analysis.heads.probe_rows import open_probe
 from kha_train.analysis.kernel_pca.algorithms import gaussian
 from kha_train.analysis.kernel_pca.trial import Problem, median_distance, solve
-from kha_train.analysis.observe import Observer
-from kha_train.analysis.probe_rows import open_probe
 from kha_train.checkpoint.reader import open_verified
 from kha_train.config.compose import load
 from kha_train.decode.generate import materialise

@@ -14,9 +14,9 @@ import numpy as np
 
 from kha_train.analysis.compare import Comparison, Pair
 from kha_train.analysis.figures import thin
-from kha_train.analysis.inspection import Inspection, is_current, read_inspections
+from kha_train.analysis.heads.inspection import Inspection, is_current, read_inspections
+from kha_train.analysis.heads.matches import Match, read_matches
 from kha_train.analysis.layers import Sampled, read_sampled
-from kha_train.analysis.matches import Match, read_matches
 from kha_train.analysis.report.content import Axis, Kind, Row, Series, Style, Table
 from kha_train.analysis.runs import RunData
 from kha_train.analysis.statistics import display_decay, exponential_average

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from kha_train.analysis.figures import spread
+from kha_train.analysis.heads.inspection import Inspection
+from kha_train.analysis.heads.matches import Matched
+from kha_train.analysis.heads.table import layer_row
 from kha_train.analysis.heatmap import largest_of
-from kha_train.analysis.inspection import Inspection
-from kha_train.analysis.inspection_table import layer_row
 from kha_train.analysis.layers import PROBED
-from kha_train.analysis.matches import Matched
 from kha_train.analysis.report.content import Block, Figure, Maps, Row, Section, Series, Subtitle, Table, Text
 from kha_train.analysis.report.context import Context
 from kha_train.analysis.report.curves import grouped_points

@@ -11,9 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 from kha_train import build_decoder, compose
+from kha_train.analysis.heads.observe import Observer
+from kha_train.analysis.heads.probe_rows import open_probe
 from kha_train.analysis.kernel_pca.heads import between_groups, head_components
-from kha_train.analysis.observe import Observer
-from kha_train.analysis.probe_rows import open_probe
 from kha_train.cli.main import build
 from kha_train.errors import ConfigError
 from kha_train.train.run import train

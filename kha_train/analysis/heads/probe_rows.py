@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kha_train.analysis.inspection import ProbeRows
+from kha_train.analysis.heads.inspection import ProbeRows
 from kha_train.config.schema import RunConfig
 from kha_train.data.rows.batch import Batch
 from kha_train.data.sources import Place, first_training_set, open_rows

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kha_train.analysis.inspection import Clusters
+from kha_train.analysis.heads.inspection import Clusters
 
 FEWEST_HEADS = 4
 """Fewer heads have no two groups of more than one head."""

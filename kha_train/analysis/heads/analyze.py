@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kha_train.analysis.clusters import FEWEST_HEADS, clusters_of
-from kha_train.analysis.inspection import (
+from kha_train.analysis.heads.clusters import FEWEST_HEADS, clusters_of
+from kha_train.analysis.heads.inspection import (
     PROBE_TOKENS,
     SCHEMA,
     Clusters,
@@ -34,9 +34,9 @@ from kha_train.analysis.inspection import (
     read_inspection,
     write_inspection,
 )
-from kha_train.analysis.matrices import learned_matrices, numbered
-from kha_train.analysis.observe import LayerSums, Observer
-from kha_train.analysis.probe_rows import Probe, open_probe
+from kha_train.analysis.heads.matrices import learned_matrices, numbered
+from kha_train.analysis.heads.observe import LayerSums, Observer
+from kha_train.analysis.heads.probe_rows import Probe, open_probe
 from kha_train.checkpoint import layout
 from kha_train.checkpoint.loss import check_not_lost
 from kha_train.checkpoint.manifest import manifest_sha256

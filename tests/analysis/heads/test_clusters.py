@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from kha_train.analysis.analyze import _clusters
-from kha_train.analysis.clusters import between_groups, clusters_of, grouped, shuffled, silhouette
-from kha_train.analysis.matrices import learned_matrix
+from kha_train.analysis.heads.analyze import _clusters
+from kha_train.analysis.heads.clusters import between_groups, clusters_of, grouped, shuffled, silhouette
+from kha_train.analysis.heads.matrices import learned_matrix
 
 
 def test_the_silhouette_is_that_of_its_definition() -> None:

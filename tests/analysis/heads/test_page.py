@@ -14,8 +14,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from kha_train.analysis.heatmap import MINUS, PLUS, heatmap, png, spectra
-from kha_train.analysis.inspection import (
+from kha_train.analysis.heads.inspection import (
     AttentionWeights,
     Clusters,
     Gate,
@@ -26,8 +25,9 @@ from kha_train.analysis.inspection import (
     ProbeRows,
     mean_off_diagonal,
 )
-from kha_train.analysis.inspection_page import page_html, spread, write_page
-from kha_train.analysis.inspection_table import layer_row, print_inspections
+from kha_train.analysis.heads.page import page_html, spread, write_page
+from kha_train.analysis.heads.table import layer_row, print_inspections
+from kha_train.analysis.heatmap import MINUS, PLUS, heatmap, png, spectra
 from kha_train.errors import ConfigError
 from kha_train.telemetry.terminal import LiteralConsole
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kha_train.analysis.inspection import AttentionWeights, Gate, HeadOutputs
+from kha_train.analysis.heads.inspection import AttentionWeights, Gate, HeadOutputs
 
 FEWEST_ATTENDED = 2
 """A query that attends to one token alone has no choice, and is left out of every mean of attention weights."""

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kha_train.analysis.assignment import assigned
-from kha_train.analysis.inspection import FOLDER, ProbeRows, Square, is_current, saved_values
+from kha_train.analysis.heads.assignment import assigned
+from kha_train.analysis.heads.inspection import FOLDER, ProbeRows, Square, is_current, saved_values
 from kha_train.foreign.typed import Source
 from kha_train.record.files import replace_json
 

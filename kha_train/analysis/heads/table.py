@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from kha_train.analysis import matches
-from kha_train.analysis.inspection import Inspection, LayerInspection, mean_off_diagonal, path_of
-from kha_train.analysis.matches import Match
+from kha_train.analysis.heads import matches
+from kha_train.analysis.heads.inspection import Inspection, LayerInspection, mean_off_diagonal, path_of
+from kha_train.analysis.heads.matches import Match
 
 
 class Meaning(NamedTuple):

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from kha_train.analysis.figures import spread
-from kha_train.analysis.heatmap import heatmap, largest_of, spectra
-from kha_train.analysis.inspection import (
+from kha_train.analysis.heads.inspection import (
     FOLDER,
     HeadOutputs,
     Inspection,
@@ -23,8 +22,9 @@ from kha_train.analysis.inspection import (
     PerHead,
     Square,
 )
-from kha_train.analysis.inspection_table import MATCH_HEADINGS, MATCH_MEANING, MEANINGS, layer_row, match_rows, short
-from kha_train.analysis.matches import Match
+from kha_train.analysis.heads.matches import Match
+from kha_train.analysis.heads.table import MATCH_HEADINGS, MATCH_MEANING, MEANINGS, layer_row, match_rows, short
+from kha_train.analysis.heatmap import heatmap, largest_of, spectra
 from kha_train.analysis.report.svg import text
 from kha_train.record.files import check_replaceable, mark_of
 from kha_train.record.redact import Redactor

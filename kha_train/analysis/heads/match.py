@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kha_train.analysis.analyze import Bar, Request, checkpoints_of
-from kha_train.analysis.matches import SCHEMA, LayerMatch, Match, matched, read_match, write_match
-from kha_train.analysis.observe import Observer
-from kha_train.analysis.probe_rows import open_probe
+from kha_train.analysis.heads.analyze import Bar, Request, checkpoints_of
+from kha_train.analysis.heads.matches import SCHEMA, LayerMatch, Match, matched, read_match, write_match
+from kha_train.analysis.heads.observe import Observer
+from kha_train.analysis.heads.probe_rows import open_probe
 from kha_train.checkpoint.manifest import manifest_sha256
 from kha_train.checkpoint.reader import open_verified
 from kha_train.config.compose import load

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kha_train.analysis.heads import FEWEST_ATTENDED, GateSums, MeanSums, OutputSums, WeightSums
+from kha_train.analysis.heads.sums import FEWEST_ATTENDED, GateSums, MeanSums, OutputSums, WeightSums
 from kha_train.config.constants import IGNORE_LABEL
 from kha_train.data.rows.batch import Batch
 from kha_train.model.attention.backends import Documents

@@ -16,12 +16,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kha_train.analysis.analyze import Request
-from kha_train.analysis.assignment import assigned
 from kha_train.analysis.compare import compare_runs
-from kha_train.analysis.inspection_page import page_html
-from kha_train.analysis.match_heads import match_runs, matched_layer
-from kha_train.analysis.matches import (
+from kha_train.analysis.heads.analyze import Request
+from kha_train.analysis.heads.assignment import assigned
+from kha_train.analysis.heads.match import match_runs, matched_layer
+from kha_train.analysis.heads.matches import (
     LayerMatch,
     Match,
     Matched,
@@ -31,13 +30,14 @@ from kha_train.analysis.matches import (
     read_matches,
     write_match,
 )
-from kha_train.analysis.observe import Observer
+from kha_train.analysis.heads.observe import Observer
+from kha_train.analysis.heads.page import page_html
 from kha_train.analysis.report.page import report_html
 from kha_train.cli.main import build
 from kha_train.errors import ConfigError, DataError
 from kha_train.model.decoder import Decoder
-from tests.analysis.test_analyze import NEAR, Captured, cosine, decoder_of, probe
-from tests.analysis.test_inspection_page import Reader, result
+from tests.analysis.heads.test_analyze import NEAR, Captured, cosine, decoder_of, probe
+from tests.analysis.heads.test_page import Reader, result
 
 
 def test_matched_heads_are_those_of_the_largest_sum_over_all_permutations() -> None:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from kha_train.analysis.analyze import Request, analyze_run, inspect
-from kha_train.analysis.inspection import (
+from kha_train.analysis.heads.analyze import Request, analyze_run, inspect
+from kha_train.analysis.heads.inspection import (
     Inspection,
     ProbeRows,
     mean_off_diagonal,
@@ -28,8 +28,8 @@ from kha_train.analysis.inspection import (
     read_inspections,
     write_inspection,
 )
-from kha_train.analysis.observe import Observer
-from kha_train.analysis.probe_rows import Probe, open_probe
+from kha_train.analysis.heads.observe import Observer
+from kha_train.analysis.heads.probe_rows import Probe, open_probe
 from kha_train.cli.main import build
 from kha_train.config.compose import compose
 from kha_train.config.resolve import resolve_decoding

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kha_train.analysis.inspection import Acts, LearnedMatrix
+from kha_train.analysis.heads.inspection import Acts, LearnedMatrix
 from kha_train.model.attention.projection import Matrix
 from kha_train.model.decoder import Decoder
 from kha_train.model.init import Initial, interaction_identities

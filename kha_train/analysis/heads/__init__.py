@@ -1,0 +1,1 @@
+"""What `kha analyze` does: a look into the attention heads and learned matrices of trained checkpoints."""
