@@ -52,13 +52,15 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """
     import transformers
 
+    # A relative path that is no directory would be taken for the name of a model on the hub.
+    directory = Path(directory).resolve()
     auto: Any = transformers.AutoModelForCausalLM
     model, told = auto.from_pretrained(
         directory, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
     )
     if faults := {kind: sorted(map(str, found))[:3] for kind, found in told.items() if found}:
         raise ValueError(f"the tensors do not fit the class {type(model).__name__}: {faults}")
-    if (Path(directory) / HEADS_FILE).is_file():
+    if (directory / HEADS_FILE).is_file():
         heads().load(model, directory)
     ready: nn.Module = model.eval()
     return ready
@@ -68,7 +70,9 @@ def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of an export, as transformers loads it."""
     import transformers
 
-    return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    return transformers.AutoTokenizer.from_pretrained(
+        Path(directory).resolve(), local_files_only=True, trust_remote_code=False
+    )
 
 
 def bare(values: dict[str, Any]) -> nn.Module:

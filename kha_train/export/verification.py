@@ -40,7 +40,11 @@ def verify(directory: Path, reference: Reference, text: Text) -> dict[str, Any]:
         request = Path(place)
         np.save(request / "tokens.npy", reference.tokens_BT.numpy())
         np.save(request / "logits.npy", reference.logits_BTV.numpy())
-        asked = {"directory": str(directory), "lines": list(text.lines), "ids": [list(ids) for ids in text.ids]}
+        asked = {
+            "directory": str(directory.resolve()),
+            "lines": list(text.lines),
+            "ids": [list(ids) for ids in text.ids],
+        }
         (request / hugging_face.REQUEST).write_text(json.dumps(asked))
         answer = _ask(request)
     if answer["trainer"] != "cannot be imported":
