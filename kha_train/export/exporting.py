@@ -180,8 +180,9 @@ def _served(config: RunConfig, request: Request) -> RunConfig:
 
 def _check_flavour(plan: Plan, request: Request) -> None:
     """Raises ConfigError for a model that vLLM has no class for."""
-    name, reason = plan.exported.attention.interaction.name, ""
-    if name != "none":
+    reason = ""
+    if plan.insertion is not None:
+        name = plan.exported.attention.interaction.name
         reason = f"vLLM has no place for {name}, which acts on activations"
     elif plan.exported.moe.dense_layers == plan.exported.model.layers and plan.family.model_type == "glm4_moe":
         reason = "vLLM's class for this model wants a layer with experts, and all are dense"

@@ -26,7 +26,7 @@ def family_of(config: RunConfig) -> Family:
 
 def _nearest(config: RunConfig) -> str:
     """The family whose refusal says most."""
-    if config.attention.base.name == "mla":
+    if config.attention.heads().latent:
         return "deepseek_v3"
     plain = config.moe.dense_layers < config.model.layers and config.moe.score == "softmax"
     return "qwen3_moe" if plain else "glm4_moe"

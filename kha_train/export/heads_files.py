@@ -32,8 +32,8 @@ class Insertion(NamedTuple):
 
 def insertion_of(config: RunConfig) -> Insertion | None:
     """The interaction of an exported decoder, None without one. Raises ConfigError for one that `kha_heads` lacks."""
-    options = config.attention.interaction
-    if options.name == "none":
+    options, shape = config.attention.interaction, config.attention.heads()
+    if not options.parameters(shape) + options.frozen_numbers(shape):
         return None
     if isinstance(options, KnockingOptions) and options.name in KNOCKING:
         return Insertion(KNOCKING[options.name], {"projections": options.projections, "share": options.share})

@@ -58,5 +58,6 @@ def _multiply(projection: nn.Module, hook: Hook) -> None:
 
 
 def _elements(projection: nn.Module, hook: Hook, name: str) -> int:
+    # torch says of an attribute of a module only that it is a tensor or a module.
     inputs: int = projection.in_features if name == "weight" else 1  # type: ignore[assignment]
     return hook.piece.outputs * inputs

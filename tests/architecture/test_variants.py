@@ -15,8 +15,8 @@ ORDINARY_WORDS = {"none", "explicit", "learned", "linear", "diff"}
 """Names that other settings and sentences use too: those are looked for in comparisons alone."""
 JUDGED = ("base.name", "interaction.name", "options.name", "positions")
 """How the left side of such a comparison ends."""
-CHOOSES_PRESETS = {"bench", "cli", "operate"}
-"""Rooms that type presets as a user would."""
+CHOOSES_PRESETS = {"bench", "cli", "export", "operate"}
+"""Rooms that type presets as a user would: `export` those that models of other people are, and their heads."""
 OWN = {
     "kha_train/variants/registry.py",
     *(f"{variant.path.partition(':')[0].replace('.', '/')}.py" for variant in VARIANTS.values()),

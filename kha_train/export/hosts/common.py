@@ -12,6 +12,7 @@ from kha_train.errors import ConfigError
 from kha_train.export.fields import REQUIRED, Field, Fixed, Number, Positive, Reading, Settings, Size, same, value_at
 from kha_train.export.links import EXPERT_GATE_AND_UP, GATE_AND_UP, Layout, Link, Part, expert_down, one
 from kha_train.foreign.documents import Json
+from kha_train.variants.attention import POSITIONS
 
 LayerLinks = Callable[[RunConfig, str, str], Iterator[Link]]
 """(configuration, prefix of ours, prefix of the host) -> the links of a part of a layer."""
@@ -184,7 +185,7 @@ def refuses_attention(config: RunConfig, base: str, norms: tuple[str, ...], part
     if attention.base.output_gate != "none":
         reason = "the output gate of heads reads the input of their layer"
         return no_host("attention.base.output_gate", attention.base.output_gate, reason, "none")
-    if attention.positions != "rope":
+    if not POSITIONS[attention.positions].turns:
         return no_host("attention.positions", attention.positions, NO_POSITIONS[attention.positions], "rope")
     if attention.qk_norm not in norms:
         reason = "normalises all heads of a token at once" if attention.qk_norm == "full_width" else "another norm"
