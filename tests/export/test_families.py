@@ -95,7 +95,12 @@ def part_of(state: dict[str, Tensor], part: Part) -> Tensor:
     return state[part.name] if part.at is None else state[part.name][part.at]
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("sigmoid", "softmax", "latents")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_transformers_loads_what_a_family_makes_of_ours_and_gives_the_same_logits(case: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = plain_groups(config_of(case))
