@@ -223,11 +223,14 @@ BACKENDS: dict[str, Backend] = {
 
 
 def _over_flat_tokens(kernel: Callable[..., Any], q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor) -> Tensor:
-    """Run a kernel over [B * T, heads, width]. These kernels need one width, so narrower values are padded."""
+    """Run a kernel over [B * T, heads, width]. These kernels need one width, so narrower values are padded; and the
+    numbers of a head side by side in memory, where a composition of heads leaves the heads.
+    """
     batch, tokens, _, width = q_BTHK.shape
     value_width = v_BUGW.shape[-1]
     v_BUGK = functional.pad(v_BUGW, (0, width - value_width))
-    out_MHK: Tensor = kernel(q_BTHK.flatten(0, 1), k_BUGK.flatten(0, 1), v_BUGK.flatten(0, 1))
+    flat = (x.flatten(0, 1) for x in (q_BTHK, k_BUGK, v_BUGK))
+    out_MHK: Tensor = kernel(*(x if x.stride(-1) == 1 else x.contiguous() for x in flat))
     out_BTHK: Tensor = out_MHK.unflatten(0, (batch, tokens))
     return out_BTHK[..., :value_width]
 
