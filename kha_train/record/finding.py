@@ -29,9 +29,11 @@ def spelled_out(named: Sequence[Path]) -> list[Path]:
 def runs_at(path: Path) -> list[Path]:
     """`path` if it is a run; otherwise the runs below it, in the order of a sweep's points or sorted.
 
-    Does not search inside a run, and follows a link only to a run or a sweep. Raises DataError for a damaged
-    `sweep.json`.
+    Does not search inside a run, and follows a link only to a run or a sweep. `path` itself may also be a run that was
+    imported or compressed, and never started. Raises DataError for a damaged `sweep.json`.
     """
+    if all((path / name).exists() for name in ("config.yaml", "checkpoints")):
+        return [path]
     return list(_below(path, follow=True))
 
 

@@ -13,7 +13,7 @@ import pytest
 from kha_train.cli.main import run as kha
 from kha_train.errors import ConfigError
 from kha_train.record import Record
-from kha_train.record.finding import find_run, find_runs
+from kha_train.record.finding import find_run, find_runs, runs_at
 
 FIXTURE = "attention:\n  name: {name}\nrun:\n  name: {name}\n  seed: 0\n  steps: 3\n"
 
@@ -168,3 +168,12 @@ def test_a_run_that_cannot_be_read_is_passed_over_unless_it_was_named(
     assert code == 4 and damage in err
     assert bool(out) == (name == "compare"), "two whole runs are still compared"
     assert command(name, runs / "b", runs / "deep", "--json")[0] == 0
+
+
+def test_a_run_that_was_imported_or_compressed_is_found_where_it_is_named_and_not_in_a_folder(tmp_path: Path) -> None:
+    """It has never been started, so a folder's table of runs leaves it out."""
+    made = tmp_path / "runs" / "half"
+    (made / "checkpoints").mkdir(parents=True)
+    (made / "config.yaml").write_text("run: {name: half}\n")
+    assert runs_at(made) == [made] and find_runs([made], pytest.fail) == [made]
+    assert runs_at(tmp_path / "runs") == []
