@@ -25,8 +25,8 @@ def compress(
         str, typer.Option(help="Key/value heads that are left: one number, or with --scan several, such as 1,2.")
     ] = "",
     layers: Annotated[
-        str, typer.Option(help="Which layers: middle (half of them), deep (all but the first 3), all, or 0,2-3.")
-    ] = "all",
+        str, typer.Option(help="Which layers: all (if not given), middle (half), deep (all but the first 3), or 0,2-3.")
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="The directory of the new run.")] = None,
     scan: Annotated[
         bool, typer.Option("--scan", help="Measure each layer and groups of layers instead, and write nothing.")
@@ -37,9 +37,15 @@ def compress(
     """Compress the cache of a trained model: key/value heads become fewer virtual heads, by an SVD (MEA, app. F).
 
     The new run has weights alone. It evaluates and generates as it is; `run.init_from` trains it on. The old run is not
-    changed. Raises ConfigError without --out or a number of heads, and as `compress_run` and `scan`.
+    changed. Raises ConfigError without --out or a number of heads, for options that --scan does not use, and as
+    `compress_run` and `scan`.
     """
     run, counts = find_run(run), _numbers(kv_heads)
+    if scan and (layers or out):
+        given, value = ("--layers", layers) if layers else ("--out", str(out))
+        raise ConfigError(
+            "--scan measures each layer and group of layers, and writes nothing", field=given, value=value
+        )
     if scan:
         from kha_train.export.compress_scan import scan as scan_model
 
@@ -53,7 +59,7 @@ def compress(
         raise ConfigError("not given", field="--out", allowed="the directory of the new run")
     if len(counts) != 1:
         raise ConfigError("one number is needed", field="--kv-heads", value=kv_heads, allowed="1 up to the model's")
-    _write(run, layers, counts[0], out, as_json)
+    _write(run, layers or "all", counts[0], out, as_json)
 
 
 def _write(run: Path, layers: str, kv_heads: int, out: Path, as_json: bool) -> None:

@@ -224,6 +224,7 @@ CASES: dict[Case, list[Case]] = {
     ("compress",): [
         ("{one}", "--kv-heads", "1", "--out", "{root}/smaller"), ("{one}", "--scan", "--rows", "2"),
         ("{one}", "--kv-heads", "7", "--out", "{root}/none"), ("{one}", "--kv-heads", "1"), ("{nothing}", "--scan"),
+        ("{one}", "--scan", "--layers", "0"),
     ],
     ("checkpoint", "list"): [("{two}",), ("{odd}",), ("{lost}",), ("{empty}",)],
     ("checkpoint", "verify"): [("{two}",), ("{lost}",), ("{odd}",), ("{damaged}",), ("{nothing}",)],
