@@ -53,7 +53,8 @@ def _unlike(options: ExplicitOptions, config: RunConfig) -> str | None:
     """Why explicit composition has no place in a stock model, or None."""
     if options.mix_after_rope:
         return "keys are composed after norm and rotation"
-    if options.compose and options.component_heads not in (0, config.attention.heads().kv_heads):
+    others = options.component_heads_by_layer or options.component_heads not in (0, config.attention.heads().kv_heads)
+    if options.compose and others:
         return "heads are composed of another number of components, unless they are absorbed"
     return None
 

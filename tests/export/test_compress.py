@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 
 from kha_train.cli.main import build
 from kha_train.config.compose import compose, load
-from kha_train.decode.absorb import absorb
+from kha_train.decode.absorb import absorb, absorbed_config
 from kha_train.decode.generate import materialise
 from kha_train.decode.virtual_heads import compress
 from kha_train.errors import CheckpointError, ConfigError
 from kha_train.export.compress import compress_run, layers_named, open_source
 from kha_train.export.compress_scan import scan
+from kha_train.export.heads_files import insertion_of
 from kha_train.record import read_metrics
 from kha_train.train.run import train
 
@@ -160,3 +161,13 @@ def test_absorbed_weights_are_those_that_are_factored(run: Path) -> None:
         found = compress(plain, (4, 4)).blocks[1].attention
         weight = found.interaction.compose["v"].weight.T @ found.value.weight.view(4, -1)
     torch.testing.assert_close(weight, plain.blocks[1].attention.value.weight.view(4, -1), rtol=1e-5, atol=1e-6)
+
+
+def test_a_compressed_model_is_exported_absorbed_alone(run: Path, tmp_path: Path) -> None:
+    """Stock classes have as many heads in every layer, and no composition."""
+    compress_run(run, "1", 2, tmp_path / "half", no_bar)
+    config = open_source(tmp_path / "half")[0]
+    with pytest.raises(ConfigError, match="another number of components"):
+        insertion_of(config)
+    absorbed = absorbed_config(config)
+    assert absorbed is not None and absorbed.attention.base.heads().kv_heads == 4 and insertion_of(absorbed) is not None
