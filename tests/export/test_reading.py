@@ -69,6 +69,7 @@ def configured(values: Mapping[str, Any]) -> RunConfig:
     return configure(read(values), [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_model_has_the_published_number_of_parameters(name: str) -> None:
     assert count_parameters(configured(PUBLISHED[name])).total == PARAMETERS[name]
@@ -83,6 +84,7 @@ def test_older_and_newer_releases_write_the_same_positions_differently() -> None
     assert configured(plain).model.rope_theta == 1e4
 
 
+@pytest.mark.slow
 def test_experts_without_a_bias_are_balanced_by_the_loss_of_their_class() -> None:
     moe = configured(PUBLISHED["OLMoE-1B-7B-0924"]).moe
     assert moe.bias_update_rate == 0 and moe.auxiliary_loss.weight == pytest.approx(0.01 / 16)
