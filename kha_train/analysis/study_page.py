@@ -47,16 +47,16 @@ def _lines(result: StudyResult, reports: Mapping[str, str], given: Sequence[str]
     yield f"Learning rates: {result.how_chosen}."
     yield from (f"- {caveat}" for caveat in result.caveats())
     yield "\n## Arms\n"
-    yield from _table(*arm_rows(result))
+    yield from table_lines(*arm_rows(result))
     yield "\nMean over seeds with its 95 % Student interval (counts: none). `inf`: a run diverged or never got there."
     yield "\n## Against the reference, paired by seed\n"
     yield from (f"- {one.sentence()}" for one in result.compared)
     yield f"\n## {result.scaled.rate_measure.name} by learning rate\n"
-    yield from _table(*rate_rows(result))
+    yield from table_lines(*rate_rows(result))
     if study.published:
         yield "\n## What the paper prints\n"
         rows = [[p.what, p.arm, printed(p, study.published), result.ours(p)] for p in study.published]
-        yield from _table(["figure", "arm", "printed", "here"], rows)
+        yield from table_lines(["figure", "arm", "printed", "here"], rows)
     yield "\n## Overrides\n"
     if given:
         yield f"- every arm, from the command line: `{' '.join(given)}`"
@@ -84,7 +84,8 @@ def _decimals(value: float) -> int:
     return max(0, -exponent)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table in Markdown."""
     for cells in (head, ["---"] * len(head), *rows):
         yield f"| {' | '.join(visible(cell).replace('|', chr(92) + '|') for cell in cells)} |"
 

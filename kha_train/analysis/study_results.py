@@ -15,6 +15,7 @@ from kha_train.analysis.study_outcomes import Outcome
 
 COUNT = "spikes"
 """The kind of measures that are counts."""
+SIGNIFICANT = 0.05
 FORMAT = 1
 
 
@@ -45,8 +46,16 @@ class Compared:
 
     @property
     def differs(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.interval is not None and self.interval.excludes_zero
+        """Whether the interval excludes zero; without one, whether the sign test has p below 0.05."""
+        if self.interval is None:
+            return self.sign_test is not None and self.sign_test < SIGNIFICANT
+        return self.interval.excludes_zero
+
+    def signs(self) -> str:
+        """In how many seeds the arm was better and worse, the sign test, and why there is no interval."""
+        seeds = _counted(len(self.differences), "seed")
+        p = f", sign test p = {self.sign_test:.2g}" if self.sign_test is not None else ""
+        return f"better in {self.better}, worse in {self.worse} of {seeds}{p}, no interval: {self.no_interval}"
 
     def sentence(self) -> str:
         """The result in one line."""
@@ -58,7 +67,7 @@ class Compared:
         if len(self.differences) < 2:
             said = "".join(f"{value:+.4g}, " for value in self.differences.values())
             return f"{names}: {said}no interval: {seeds}, 2 needed"
-        return f"{names}: better in {self.better}, worse in {self.worse} of {seeds}, no interval: {self.no_interval}"
+        return f"{names}: {self.signs()}"
 
 
 @dataclass(frozen=True)
@@ -165,10 +174,14 @@ class StudyResult:
         if self.missing or min((len(one.differences) for one in deciding), default=0) < 2:
             return f"{self.evidence}."
         intervals = [one for one in deciding if one.interval]
-        parts = [self.evidence, *(one.sentence() for one in deciding if one.differs or not one.interval)]
-        alike = [f"{one.arm} - {one.reference}" for one in intervals if not one.differs]
-        if alike:
-            parts.append(f"no difference in {deciding[0].measure} is shown for {', '.join(alike)}")
+        parts = [self.evidence, *(one.sentence() for one in deciding if one.differs)]
+        alike: dict[str, list[str]] = {}
+        for one in deciding:
+            if not one.differs:
+                why = "" if one.interval else f" ({one.signs()})"
+                alike.setdefault(why, []).append(f"{one.arm} - {one.reference}")
+        for why, pairs in alike.items():
+            parts.append(f"no difference in {deciding[0].measure} is shown for {', '.join(pairs)}{why}")
         if len(intervals) > 1:
             chance = 0.05 * len(intervals)
             parts.append(f"of {len(intervals)} intervals, {chance:.2g} would exclude zero by chance")

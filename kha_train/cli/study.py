@@ -1,4 +1,4 @@
-"""`kha study list|show|run|report`: a named question, its cost, its runs and what may be said of them."""
+"""`kha study list|show|run|report|collect`: a named question, its cost, its runs and what may be said of them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from kha_train.analysis.studies import Scale, ScaledStudy, load_study, study_names
+from kha_train.analysis.study_collection import collected
 from kha_train.analysis.study_page import arm_rows, rate_rows
 from kha_train.analysis.study_results import StudyResult, judge
 from kha_train.cli.output import note, print_json
@@ -28,6 +29,7 @@ from kha_train.operate.study import Progress, StudyPlan
 from kha_train.operate.study_costs import RunCost, StudyCosts, study_costs
 from kha_train.operate.sweep import statuses, sweep_directory
 from kha_train.output import harmless_output
+from kha_train.record.files import write_text, written_as
 from kha_train.telemetry.format import duration, scaled
 from kha_train.telemetry.terminal import LiteralConsole
 
@@ -132,6 +134,18 @@ def report_(
     """Report on the finished runs of a study: result.json, result.md and a comparison report for every reference."""
     plan = _plan(name, overrides, scale, parent, called)
     _report(plan, judge(plan.scaled, study.finished_runs(plan)), as_json)
+
+
+@app.command("collect")
+def collect_(
+    results: Annotated[list[Path], typer.Argument(help="Files result.json of complete studies.")],
+    page: Annotated[Path, typer.Option(help="A Markdown page with the two marks that docs/studies.md names.")],
+) -> None:
+    """Write the results of studies into a page: a section for each, newest first, between two marks."""
+    text = collected(page, results)
+    with written_as("--page", page, "choose a page that you can write"):
+        write_text(page, text)
+    say(f"page: {page}")
 
 
 def _plan(name: str, overrides: Sequence[str] | None, scale: str, parent: Path, called: str | None) -> StudyPlan:

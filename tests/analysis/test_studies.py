@@ -207,7 +207,23 @@ def test_counts_have_the_sign_test_and_no_interval(scaled: ScaledStudy) -> None:
     arm, (_, found) = result.arms["mlp"], result.compared
     assert arm.interval("train_loss") is not None and arm.interval("spikes") is None and arm.mean("spikes") == 3.0
     assert (found.interval, found.better, found.worse, found.sign_test) == (None, 0, 3, 0.25)
-    assert found.sentence().endswith("worse in 3 of 3 seeds, no interval: they are counts")
+    assert found.sentence().endswith("worse in 3 of 3 seeds, sign test p = 0.25, no interval: they are counts")
+
+
+def test_without_an_interval_the_sign_test_decides_what_the_sentence_says(tmp_path: Path) -> None:
+    """Of 6 equal signs p is 2 / 2^6 = 0.031, of 5 it is 0.062."""
+    text = TEXT.replace("[{kind: train_loss}, {kind: spikes}]", "[{kind: spikes}, {kind: train_loss}]")
+    for seeds in (5, 6):
+        scaled = written(tmp_path, text.replace("seeds: [0, 1, 2], rate", f"seeds: {list(range(seeds))}, rate"))
+        outcomes = by_rate({"base": [3.0, 2.0, 4.0], "mlp": [3.0, 2.5, 2.4]})
+        outcomes |= compared("base", 0.1, [2.0] * seeds)
+        outcomes |= {Trial("mlp", 0.1, seed): outcome(2.0, spikes=seed + 1.0) for seed in range(seeds)}
+        sentence = judge(scaled, outcomes).sentence
+        told = "better in 0, worse in 6 of 6 seeds, sign test p = 0.031, no interval: they are counts"
+        alike = (
+            "no difference in spikes is shown for mlp - base (better in 0, worse in 5 of 5 seeds, sign test p = 0.062"
+        )
+        assert (told in sentence, alike in sentence) == (seeds == 6, seeds == 5)
 
 
 @pytest.mark.parametrize("name", study_names())
