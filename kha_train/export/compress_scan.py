@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -19,7 +19,6 @@ from kha_train.decode.absorb import absorb
 from kha_train.decode.generate import materialise
 from kha_train.decode.virtual_heads import compress, compressed_config
 from kha_train.distributed import World
-from kha_train.engine.contract import Engine
 from kha_train.errors import ConfigError
 from kha_train.estimate.counts import cache_bytes_per_token
 from kha_train.evaluate.contract import Task
@@ -75,7 +74,7 @@ class _Scorer:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, by_token: bool = False) -> DecoderOutput:
-        """See `contract.Engine.evaluate`."""
+        """See `Scorer.evaluate`."""
         self._asked()
         output: DecoderOutput = self._decoder(*inputs_of(batch, torch.device("cpu")), by_token=by_token)
         return output
@@ -143,4 +142,4 @@ def _limited(task: TaskOptions, rows: int) -> TaskOptions:
 
 
 def _scores(decoder: Decoder, tasks: Sequence[Task[TaskOptions]], asked: Callable[[], None]) -> dict[str, float]:
-    return evaluate(cast(Engine, _Scorer(decoder, asked)), tasks)
+    return evaluate(_Scorer(decoder, asked), tasks)
