@@ -6,17 +6,19 @@ cache.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kha_train.checkpoint.fit import check_buffers, check_parameters
 from kha_train.checkpoint.loss import check_not_lost
-from kha_train.checkpoint.reader import Checkpoint, find_newest
+from kha_train.checkpoint.manifest import MANIFEST_FILE
+from kha_train.checkpoint.reader import Checkpoint, find_newest, open_verified
 from kha_train.config.compose import load
 from kha_train.config.resolve import resolve_decoding
 from kha_train.config.schema import RunConfig
@@ -24,8 +26,9 @@ from kha_train.data.sources import open_shards
 from kha_train.data.tokenizer import Tokenizer
 from kha_train.data.tokenizer_kinds import FILE_NAMES, dataset_tokenizer, open_tokenizer
 from kha_train.decode.absorb import absorb, absorbed_config
+from kha_train.decode.sampling import Sampling, Streams, draw
 from kha_train.distributed import World
-from kha_train.errors import ConfigError, DivergedError, between
+from kha_train.errors import ConfigError, between
 from kha_train.estimate.counts import cache_bytes_per_token
 from kha_train.model.attention.cache import Cache
 from kha_train.model.decoder import Decoder, build_decoder
@@ -35,30 +38,16 @@ IMPORTED = "import.json"
 """The file in a run directory that says which model of others its weights were imported from."""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn: from the smallest set of tokens whose probability reaches `top_p`, with
-    `temperature` (below 1 sharpens, 0 takes the most likely token). The same `seed` draws the same tokens.
-    """
+class Encoder(Protocol):
+    """What is asked of a tokenizer."""
 
-    tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
+    special_ids: dict[str, int]
 
-    def invalid(self) -> ConfigError | None:
-        """The error in these settings, or None."""
-        if self.tokens < 1:
-            return ConfigError("must be at least 1", field="tokens", value=self.tokens)
-        if not 0 <= self.temperature < math.inf:
-            return ConfigError(
-                "is not a valid temperature", field="temperature", value=self.temperature, allowed="0 or more"
-            )
-        if not -(2**63) <= self.seed < 2**63:
-            return ConfigError("out of range", field="seed", value=self.seed, allowed="64 bits")
-        if not 0 < self.top_p <= 1:
-            return ConfigError("must be a share", field="top_p", value=self.top_p, allowed="above 0, up to 1")
-        return None
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, without special ids."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +62,22 @@ class TrainedModel:
     tokenizer: Tokenizer | None
 
 
-def load_run(run_dir: Path, report: Callable[[str], None], device: torch.device | None = None) -> TrainedModel:
-    """The newest checkpoint of a run that verifies, in fp32, with its interaction absorbed if that is possible and does
-    not enlarge the cache.
+def load_run(path: Path, report: Callable[[str], None], device: torch.device | None = None) -> TrainedModel:
+    """The newest checkpoint of a run that verifies, or the one whose directory is `path`, in fp32, with its interaction
+    absorbed if that is possible and does not enlarge the cache.
 
     Raises ConfigError (no run, no checkpoint), CheckpointError or DataError (damaged or lost files).
     """
-    config = load(run_dir / "config.yaml")
-    check_not_lost(run_dir)
-    checkpoint = find_newest(run_dir, World.single(), report)
-    if checkpoint is None:
-        raise ConfigError("the run has no checkpoint yet", field="run", value=str(run_dir))
+    one = (path / MANIFEST_FILE).is_file()
+    config = load((path.resolve().parents[1] if one else path) / "config.yaml")
+    if one:
+        checkpoint = open_verified(path, World.single())
+    else:
+        check_not_lost(path)
+        newest = find_newest(path, World.single(), report)
+        if newest is None:
+            raise ConfigError("the run has no checkpoint yet", field="run", value=str(path))
+        checkpoint = newest
     decoder = materialise(config, checkpoint, device or torch.device("cpu"))
     if absorbing_helps(config):
         decoder = absorb(decoder)
@@ -104,15 +98,15 @@ def generate(decoder: Decoder, prompt_BT: Tensor, sampling: Sampling, stop: int 
     Raises ConfigError for wrong settings, or when prompt and new tokens are longer than `model.seq_len`.
     """
     longest = decoder.config.model.seq_len
-    problem = sampling.invalid() or _too_long(prompt_BT.shape[1], sampling.tokens, longest)
+    problem = sampling.invalid() or too_long(prompt_BT.shape[1], sampling.tokens, longest)
     if problem:
         raise problem
-    generator = torch.Generator(device=prompt_BT.device).manual_seed(sampling.seed)
+    streams = Streams(sampling, len(prompt_BT))
     cache, new_BT = Cache(prompt_BT.shape[1] + sampling.tokens), prompt_BT
     done_B = torch.zeros(prompt_BT.shape[0], dtype=torch.bool, device=prompt_BT.device)
     for _ in range(sampling.tokens):
         logits_BV = decoder(new_BT, cache=cache).logits_BTV[:, -1]
-        drawn_B = draw(logits_BV, sampling, generator)
+        drawn_B = draw(logits_BV, sampling, streams)
         if stop is not None:
             drawn_B = drawn_B.masked_fill(done_B, stop)
             done_B |= drawn_B == stop
@@ -122,46 +116,26 @@ def generate(decoder: Decoder, prompt_BT: Tensor, sampling: Sampling, stop: int 
         new_BT = drawn_B.unsqueeze(1)
 
 
-def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """One token for each row, int64 [B], drawn by `sampling`. Raises DivergedError when the model's logits are not
-    finite.
+def encode_prompt(tokenizer: Encoder | None, text: str, ids: Sequence[int], vocabulary: int) -> list[int]:
+    """The prompt as ids, from text or from `ids`; an empty text starts a new document.
+
+    Raises ConfigError when there is no tokenizer for a text, an id is not in the vocabulary, or nothing is left.
     """
-    # A token with logit -inf is never drawn.
-    if not torch.isfinite(logits_BV.amax(dim=-1)).all():
-        fix = "an older checkpoint may be intact: `kha checkpoint list`, `kha spikes`"
-        raise DivergedError("the model's logits are not finite", field="checkpoint", fix=fix)
-    if sampling.temperature == 0:
-        return logits_BV.argmax(dim=-1)
-    # After subtraction the largest logit is 0, so the softmax exists for any temperature.
-    below_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)).double() / sampling.temperature
-    probability_BV, token_BV = below_BV.to(logits_BV.dtype).softmax(dim=-1).sort(dim=-1, descending=True)
-    before_BV = probability_BV.cumsum(dim=-1) - probability_BV
-    kept_BV = probability_BV.masked_fill(before_BV >= sampling.top_p, 0.0)
-    chosen_B1 = torch.multinomial(kept_BV, 1, generator=generator)
-    return token_BV.gather(-1, chosen_B1).squeeze(-1)
-
-
-def encode_prompt(model: TrainedModel, text: str, ids: list[int], rows: int) -> Tensor:
-    """The prompt as ids, int64 [rows, T], from text or from `ids`; an empty text starts a new document.
-
-    Raises ConfigError when the run has no tokenizer for a text, an id is not in the vocabulary, or nothing is left.
-    """
-    if not ids:
-        if model.tokenizer is None:
-            raise ConfigError(
-                "the run's data has no tokenizer", field="prompt", value=text, fix="give ids: --ids 1,2,3"
-            )
-        start = [model.tokenizer.special_ids[name] for name in ("bos", "eos") if name in model.tokenizer.special_ids]
-        ids = model.tokenizer.encode([text])[0].tolist() or start[:1]
-    vocabulary = model.config.model.vocab_size
-    outside = [number for number in ids if not 0 <= number < vocabulary]
-    if not ids:
+    found = list(ids)
+    if not found:
+        if tokenizer is None:
+            fix = "give ids: --ids 1,2,3"
+            raise ConfigError("the model's data has no tokenizer", field="prompt", value=text, fix=fix)
+        start = [tokenizer.special_ids[name] for name in ("bos", "eos") if name in tokenizer.special_ids]
+        found = tokenizer.encode([text])[0].tolist() or start[:1]
+    outside = [number for number in found if not 0 <= number < vocabulary]
+    if not found:
         raise ConfigError(
             "empty, and the tokenizer has no id to start a document with", field="prompt", fix="give a text"
         )
     if outside:
         raise ConfigError("not in the vocabulary", field="prompt", value=outside, allowed=between(0, vocabulary - 1))
-    return torch.tensor(ids).expand(rows, -1)
+    return found
 
 
 def materialise(config: RunConfig, checkpoint: Checkpoint, device: torch.device) -> Decoder:
@@ -198,7 +172,8 @@ def _persistent_buffers(decoder: Decoder) -> list[tuple[str, Tensor]]:
     return [(name, buffer) for name, buffer in decoder.named_buffers() if name in kept]
 
 
-def _too_long(prompt: int, new: int, longest: int) -> ConfigError | None:
+def too_long(prompt: int, new: int, longest: int) -> ConfigError | None:
+    """The error about a prompt and new tokens that are together longer than the rows of training, or None."""
     if prompt + new <= longest:
         return None
     return ConfigError(

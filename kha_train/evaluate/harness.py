@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from kha_train.decode.generate import Sampling
+from kha_train.decode.sampling import Sampling
 from kha_train.errors import ConfigError
 from kha_train.evaluate.harness_data import Choice, Splits, loader, silent
 from kha_train.evaluate.harness_results import TaskResult, results_of

@@ -10,30 +10,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kha_train.data.rows.batch import Batch
-from kha_train.decode.generate import Sampling, generate
+from kha_train.decode.generate import Encoder, generate
+from kha_train.decode.sampling import Sampling
+from kha_train.decode.writing import Writing
 from kha_train.distributed import World
 from kha_train.errors import ConfigError
 from kha_train.model.decoder import Decoder, DecoderOutput
 from kha_train.model.host import inputs_of
-
-
-class Encoder(Protocol):
-    """What is asked of a tokenizer."""
-
-    special_ids: dict[str, int]
-
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, without special ids."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`."""
 
 
 @dataclass(frozen=True)
@@ -116,24 +105,13 @@ class TextModel(ABC):
 
     def _write(self, prompts: Sequence[Prompt]) -> list[str]:
         prompt_BT = torch.tensor([prompt.ids for prompt in prompts])
-        new: list[list[int]] = [[] for _ in prompts]
-        texts, done = [""] * len(prompts), [False] * len(prompts)
+        writings = [Writing(self.text.encoder.decode, self.text.end, prompt.until) for prompt in prompts]
         for drawn_B in self.generate(prompt_BT, prompts[0].sampling):
-            for row, token in enumerate(drawn_B.tolist()):
-                if not done[row]:
-                    texts[row], done[row] = self._extended(new[row], token, prompts[row].until)
-            if all(done):
+            for writing, token in zip(writings, drawn_B.tolist(), strict=True):
+                writing.add(token)
+            if all(writing.ended for writing in writings):
                 break
-        return texts
-
-    def _extended(self, ids: list[int], token: int, until: Sequence[str]) -> tuple[str, bool]:
-        """The text of `ids` with one `token` more, and whether it ends there."""
-        if token == self.text.end:
-            return self.text.encoder.decode(ids), True
-        ids.append(token)
-        text = self.text.encoder.decode(ids)
-        ends = [place for stop in until if stop and (place := text.find(stop)) >= 0]
-        return (text[: min(ends)], True) if ends else (text, False)
+        return [writing.text for writing in writings]
 
 
 class DecoderModel(TextModel):

@@ -25,6 +25,8 @@ from kha_train.model.decoder import lay_out_decoder
 from kha_train.train.run import train
 
 SMALL = ("model.layers=2", "model.hidden_size=32", "model.head_dim=8", "model.vocab_size=64", "model.seq_len=24")
+STATEFUL = ("moe.routing_warmup_steps=10",)
+"""With a router that counts its steps."""
 ONE = torch.device("cpu")
 
 
@@ -54,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with checkpoints of steps 2, 4 and 6."""
     directory = tmp_path_factory.mktemp("run") / "run"
     for step in (2, 4, 6):
-        save(directory, step)
+        save(directory, step, *STATEFUL)
     return directory
 
 
@@ -94,7 +96,7 @@ def test_the_average_of_equal_checkpoints_is_that_checkpoint_bit_for_bit(run: Pa
 
 def test_a_merged_run_is_a_run_of_the_model_and_says_what_it_is_made_of(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    told = kha(run, save(tmp_path / "other", 8, "optim.lr=1e-2", "moe.backend=loop", seed=1), "--out", out)
+    told = kha(run, save(tmp_path / "other", 8, *STATEFUL, "optim.lr=1e-2", "moe.backend=loop", seed=1), "--out", out)
     config = load(out / "config.yaml")
     assert config.run.dir == str(out) and config.moe.backend == "loop"
     assert json.loads((out / "merged.json").read_text()) == told
@@ -109,7 +111,7 @@ def test_checkpoints_of_different_models_are_not_averaged(run: Path, tmp_path: P
     for number, (setting, found) in enumerate(
         {"model.hidden_size=64": "setting model.hidden_size", "moe.top_k=3": "setting moe.top_k"}.items()
     ):
-        other = save(tmp_path / f"other-{number}", 4, setting)
+        other = save(tmp_path / f"other-{number}", 4, *STATEFUL, setting)
         with pytest.raises(ConfigError, match=f"different models: the {found} is"):
             kha(run, other, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -12,13 +12,19 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from data_tools.encode import encode_corpus
+from data_tools.train_tokenizer import train_tokenizer
 from kha_train.cli.main import app
 from kha_train.config.compose import compose
 from kha_train.config.resolve import resolve_decoding
-from kha_train.decode.generate import Sampling, absorbing_helps, draw, generate
+from kha_train.decode.generate import absorbing_helps, generate
+from kha_train.decode.sampling import Sampling
+from kha_train.decode.writing import Order, write
 from kha_train.errors import ConfigError
+from kha_train.literal import LINES, visible
 from kha_train.model.attention.backends import sdpa
 from kha_train.model.decoder import Decoder, build_decoder
+from kha_train.record import read_metrics
 from kha_train.variants.registry import BASES
 
 PRESETS = ("gqa", "gta", "mla", "talking_heads", "diff", "linear", "gated", "kha_linear", "kha_mlp", "kha_gate", "mea")
@@ -73,28 +79,9 @@ def test_the_same_seed_draws_the_same_and_another_something_else() -> None:
     assert first == again != other
 
 
-def test_draws_follow_the_probabilities_and_top_p_leaves_out_the_tail() -> None:
-    probability = torch.tensor([0.1, 0.5, 0.15, 0.25])
-    logits = probability.log().expand(20_000, -1)
-    for sampling, expected in (
-        (Sampling(tokens=1), probability),
-        (Sampling(tokens=1, temperature=0.5), probability**2 / (probability**2).sum()),
-        (Sampling(tokens=1, top_p=0.7), torch.tensor([0, 2 / 3, 0, 1 / 3])),
-        (Sampling(tokens=1, top_p=0.01), torch.tensor([0.0, 1.0, 0.0, 0.0])),
-        (Sampling(tokens=1, temperature=0), torch.tensor([0.0, 1.0, 0.0, 0.0])),
-    ):
-        counts = draw(logits, sampling, torch.Generator().manual_seed(0)).bincount(minlength=4) / len(logits)
-        torch.testing.assert_close(counts, expected, atol=0.015, rtol=0)
-
-
-@pytest.mark.parametrize("temperature", [1e-40, 1e-300, 5e-324])
-def test_the_smallest_temperatures_draw_the_likeliest_token(temperature: float) -> None:
-    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(3)) * 1e-3
-    drawn_B = draw(logits, Sampling(tokens=1, temperature=temperature), torch.Generator().manual_seed(0))
-    assert torch.equal(drawn_B, logits.argmax(-1))
-
-
-@pytest.mark.parametrize("settings", [{"temperature": float("nan")}, {"temperature": float("inf")}, {"seed": 2**63}])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": float("nan")}, {"temperature": float("inf")}, {"seed": 2**63}, {"top_k": -1}]
+)
 def test_sampling_that_cannot_be_is_refused(settings: dict[str, float]) -> None:
     assert Sampling(tokens=1, **settings).invalid() is not None
 
@@ -133,6 +120,30 @@ def test_decoding_takes_a_backend_for_fewer_queries_than_keys_and_folds_nothing(
     assert not decoder.blocks[0].attention.interaction.folded and decoder.blocks[0].attention.attend is sdpa
 
 
+@pytest.mark.parametrize("preset", ["gqa", "kha_mlp", "mla"])
+def test_a_text_is_the_same_alone_and_in_any_batch(preset: str) -> None:
+    """Greedy and drawn, of prompts of several lengths and several samples, whatever goes together."""
+    decoder = decoder_of(preset)
+    prompts = [[1, 2, 3], [4, 5], [7, 8, 9], [1, 2, 3], [6, 6, 6, 6, 6]]
+    for sampling in (
+        Sampling(tokens=7, temperature=0),
+        Sampling(tokens=7, temperature=1.5, top_k=20, top_p=0.9, seed=3),
+    ):
+        each = [written(decoder, [one], sampling) for one in prompts]
+        expected = [ids for texts in each for ids in texts]
+        for batch in (1, 2, 16):
+            assert written(decoder, prompts, sampling, batch) == expected
+        assert (each[0][0] != each[0][1]) == (sampling.temperature > 0) and each[0] == each[3]
+        assert expected[::2] == written(decoder, prompts, sampling, samples=1)
+
+
+def written(
+    decoder: Decoder, prompts: list[list[int]], sampling: Sampling, batch: int = 16, samples: int = 2
+) -> list[list[int]]:
+    order = Order(prompts, sampling, samples, batch)
+    return [one.ids for one in write(order, lambda rows, how: generate(decoder, rows, how), str)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["kha_linear", "kha_mlp"])
 def test_a_finished_run_speaks(
@@ -146,6 +157,45 @@ def test_a_finished_run_speaks(
     answer = json.loads(first.stdout)
     assert answer["step"] == 2 and answer["prompt"] == [1, 2, 3] and [len(row) for row in answer["ids"]] == [5, 5]
     assert first.stdout == again.stdout
+    assert answer["ends"] == ["length"] * 2 and answer["ids"][0] != answer["ids"][1]
+    step = run / "checkpoints" / "step-00000002"
+    greedy = ["--ids", "1,2,3", "--tokens", "5", "--temperature", "0"]
+    one, other = (CliRunner().invoke(app, ["generate", str(place), *greedy]) for place in (run, step))
+    assert one.exit_code == 0 and one.stdout == other.stdout and one.stdout.count(",") == 4
+
+
+@pytest.mark.slow
+def test_a_run_on_text_of_a_tokenizer_json_trains_is_scored_and_continues_texts(
+    small: list[str], tmp_path: Path, train_run: Callable[[list[str]], None]
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    for split in ("train", "validation"):
+        rows = (json.dumps({"text": f"Grüße, {i} words of text {i * i}\n" * 4}) for i in range(200))
+        (tmp_path / "corpus" / f"{split}.jsonl").write_text("\n".join(rows))
+    tokenizer = train_tokenizer(tmp_path / "corpus", tmp_path / "tokenizer.json", vocab_size=320)
+    encode_corpus(tmp_path / "corpus", tokenizer.padded(330), tmp_path / "shards")
+    run = tmp_path / "run"
+    data = [f"data.train={tmp_path}/shards/train", f"data.validation={tmp_path}/shards/validation"]
+    settings = ["model.vocab_size=330", "run.steps=2", "validation.every_steps=2", f"run.dir={run}"]
+    train_run([*small, *data, *settings])
+    assert 0 < read_metrics(run)[-1]["validation/bits_per_byte"] < 12
+
+    def kha(*words: str) -> str:
+        """What `kha generate` prints."""
+        result = CliRunner().invoke(app, ["generate", str(run), "--tokens", "20", *words], input="Grü\nsome words\n")
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    one = json.loads(kha("--prompt", "Grü", "--json"))
+    assert kha("--prompt", "Grü") == "Grü" + visible(one["texts"][0], LINES) + "\n"
+    both = json.loads(kha("--prompts", "-", "--batch", "1", "--json"))
+    assert both["texts"][0] == one["texts"][0] and len(both["texts"]) == 2
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Grü"}\n"some words"\n')
+    again = json.loads(kha("--prompts", str(tmp_path / "p.jsonl"), "--json"))
+    assert again["texts"] == both["texts"] and again["prompts"] == both["prompts"]
+    stop = one["texts"][0][2:4]
+    cut = json.loads(kha("--prompt", "Grü", "--stop", stop, "--json"))
+    assert cut["texts"] == [one["texts"][0][: one["texts"][0].find(stop)]] and cut["ends"] == ["stop"]
 
 
 @pytest.fixture
