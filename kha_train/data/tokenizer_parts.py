@@ -188,7 +188,9 @@ def _steps(document: Document, place: str) -> list[dict[str, Any]]:
 
 
 def _sequence(place: str, steps: list[dict[str, Any]]) -> dict[str, Any] | None:
-    return {"type": "Sequence", _LISTS[place]: steps} if steps else None
+    if len(steps) < 2:
+        return steps[0] if steps else None
+    return {"type": "Sequence", _LISTS[place]: steps}
 
 
 def _normalizer(document: Document, refuse: _Refusal) -> tuple[list[dict[str, Any]], str, bool, tuple[str, ...]]:
