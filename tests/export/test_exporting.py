@@ -26,7 +26,8 @@ from kha_train.config.compose import compose
 from kha_train.config.compose import load as load_config
 from kha_train.config.resolve import resolve_decoding
 from kha_train.decode.absorb import absorb
-from kha_train.decode.generate import Sampling, generate, materialise
+from kha_train.decode.generate import generate, materialise
+from kha_train.decode.sampling import Sampling
 from kha_train.distributed import World
 from kha_train.errors import KhaError
 from kha_train.export import exporting, hugging_face
