@@ -69,7 +69,8 @@ def load_run(path: Path, report: Callable[[str], None], device: torch.device | N
     Raises ConfigError (no run, no checkpoint), CheckpointError or DataError (damaged or lost files).
     """
     one = (path / MANIFEST_FILE).is_file()
-    config = load((path.resolve().parents[1] if one else path) / "config.yaml")
+    run_dir = path.resolve().parents[1] if one else path
+    config = load(run_dir / "config.yaml")
     if one:
         checkpoint = open_verified(path, World.single())
     else:
@@ -162,8 +163,11 @@ def tokenizer_of(config: RunConfig, run_dir: Path | None = None) -> Tokenizer | 
     """
     place = run_dir or Path(config.run.dir)
     if (place / IMPORTED).is_file() and not Path(config.data.validation).exists():
-        own = any((place / name).is_file() for name in FILE_NAMES)
-        return open_tokenizer(place) if own else None
+        if not any((place / name).is_file() for name in FILE_NAMES):
+            return None
+        own = open_tokenizer(place)
+        # A model may have more ids than its tokenizer, and draw one of them.
+        return own.padded(max(own.vocab_size, config.model.vocab_size))
     return dataset_tokenizer(open_shards(config, config.data.validation, "data.validation"))
 
 
