@@ -1,4 +1,4 @@
-"""`kha eval MODEL...`: what checkpoints score in tasks."""
+"""`kha eval MODEL...`: what checkpoints and exports score in tasks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def eval_(
     models: Annotated[
-        list[Path] | None, typer.Argument(help="Runs, folders of runs, or checkpoints.", show_default=False)
+        list[Path] | None, typer.Argument(help="Runs, folders of runs, checkpoints or exports.", show_default=False)
     ] = None,
     tasks: Annotated[
         str,
@@ -37,6 +37,7 @@ def eval_(
     include: Annotated[str, typer.Option(help="A directory with task files of your own.")] = "",
     shots: Annotated[int | None, typer.Option(help="Examples before each question.", min=0)] = None,
     limit: Annotated[int, typer.Option(help="Score so many documents of each task only (0: all).", min=0)] = 0,
+    run: Annotated[Path | None, typer.Option(help="For exports: a run whose validation sets and tasks count.")] = None,
     prefix: Annotated[str, typer.Option(help="The special token before a text that nothing precedes: eos, bos.")] = "",
     batch_size: Annotated[int, typer.Option(help="Rows at a time; no figure depends on it.", min=1)] = 16,
     every_checkpoint: Annotated[
@@ -49,7 +50,7 @@ def eval_(
     list_: Annotated[bool, typer.Option("--list", help="List tasks instead.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Score checkpoints: bits per byte by domain, tasks of a run, tasks of lm-evaluation-harness.
+    """Score checkpoints and exports: bits per byte by domain, tasks of a run, tasks of lm-evaluation-harness.
 
     Data are read from this machine; nothing is downloaded. The results of a run are saved in its directory
     `evaluation`. Raises as `evaluate_run`, and ConfigError without a model.
@@ -61,7 +62,7 @@ def eval_(
         _list(as_json)
         return
     if not models:
-        raise ConfigError("name a run or a checkpoint", field="MODEL", fix="kha eval RUN")
+        raise ConfigError("name a run, a checkpoint or an export", field="MODEL", fix="kha eval RUN")
     names = tuple(name for name in tasks.split(",") if name)
     request = Request(names, Choice((), data, include, limit, shots, run_code), prefix, batch_size)
     answers: list[dict[str, Any]] = []
@@ -69,7 +70,7 @@ def eval_(
     places = _places(models)
     for place in places:
         try:
-            for evaluation in _evaluated(place, request, every_checkpoint, device, faults):
+            for evaluation in _evaluated(place, request, run, every_checkpoint, device, faults):
                 answers.append({"model": str(place), **asdict(evaluation)})
                 if not as_json:
                     _print(place, evaluation)
@@ -85,19 +86,36 @@ def eval_(
 
 
 def _places(models: list[Path]) -> list[Path]:
-    """Checkpoints as they are named, and the runs among and below the others."""
+    """Checkpoints and exports as they are named, and the runs among and below the others."""
     from kha_train.checkpoint.manifest import MANIFEST_FILE
 
-    whole = [path for path in models if (path / MANIFEST_FILE).is_file()]
+    whole = [path for path in models if (path / MANIFEST_FILE).is_file() or _is_export(path)]
     others = [path for path in models if path not in whole]
     return [*whole, *(find_runs(others, note) if others else [])]
 
 
-def _evaluated(place: Path, request: Request, every: bool, device: str, faults: list[KhaError]) -> Iterator[Evaluation]:
-    """The evaluations of one run or checkpoint, each saved. Raises as `evaluate_run`."""
+def _is_export(path: Path) -> bool:
+    return (path / "config.json").is_file()
+
+
+def _evaluated(
+    place: Path, request: Request, run: Path | None, every: bool, device: str, faults: list[KhaError]
+) -> Iterator[Evaluation]:
+    """The evaluations of one run, checkpoint or export. Those of a run are saved. Raises as `evaluate_run`."""
     from kha_train.checkpoint.manifest import MANIFEST_FILE
-    from kha_train.evaluate.checkpoints import evaluate_run
+    from kha_train.config.compose import load
+    from kha_train.evaluate.checkpoints import evaluate_model, evaluate_run, suite_of, torch_device
     from kha_train.evaluate.results import save
+
+    if _is_export(place):
+        from kha_train.export.scoring import open_export
+
+        config = load(run / "config.yaml") if run else None
+        suite = suite_of(request, config)
+        yield evaluate_model(
+            open_export(place, request.prefix, torch_device(device)), config, suite, request, progress_bar
+        )
+        return
 
     def damaged(checkpoint: Path, error: CheckpointError) -> None:
         note(f"checkpoint {checkpoint} is passed over: {error}")
