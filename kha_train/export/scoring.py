@@ -1,7 +1,7 @@
 """Scores an export as transformers computes it: what `kha eval` takes of a directory that is no run."""
 
 # B rows  T places of a row  N = B * T, flattened  S segments that go together  L tokens of the longest of them
-# V vocabulary
+# V vocabulary  E experts
 
 from __future__ import annotations
 
