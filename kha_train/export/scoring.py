@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kha_train.config.constants import IGNORE_LABEL
 from kha_train.data.rows.batch import Batch
-from kha_train.decode.generate import Sampling, draw
+from kha_train.decode.sampling import Sampling, Streams, draw
 from kha_train.errors import ConfigError
 from kha_train.evaluate.text_model import Text, TextModel
 from kha_train.export.hugging_face import load, load_tokenizer, missing
@@ -79,13 +79,13 @@ class ExportModel(TextModel):
     @torch.no_grad()
     def generate(self, prompt_BT: Tensor, sampling: Sampling) -> Iterator[Tensor]:
         """See `TextModel.generate`."""
-        generator = torch.Generator(device=self.world.device).manual_seed(sampling.seed)
+        streams = Streams(sampling, len(prompt_BT))
         new_BT, cache = prompt_BT.to(self.world.device), None
         end, done_B = self.text.end, torch.zeros(len(prompt_BT), dtype=torch.bool, device=self.world.device)
         for _ in range(sampling.tokens):
             output = self._model(new_BT, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            drawn_B = draw(output.logits[:, -1].float(), sampling, generator)
+            drawn_B = draw(output.logits[:, -1].float(), sampling, streams)
             if end is not None:
                 drawn_B = drawn_B.masked_fill(done_B, end)
                 done_B |= drawn_B == end

@@ -17,7 +17,7 @@ from kha_train.checkpoint.weights import write_weights
 from kha_train.cli.main import app
 from kha_train.config.build import to_plain
 from kha_train.config.compose import dump
-from kha_train.decode.generate import Sampling
+from kha_train.decode.sampling import Sampling
 from kha_train.evaluate.harness import Suite
 from kha_train.evaluate.harness_data import Choice
 from kha_train.evaluate.harness_results import TaskResult, results_of
