@@ -13,20 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from kha_train.analysis.curve_columns import READ
-from kha_train.analysis.curve_files import read_curve_file
 from kha_train.analysis.curve_points import Points, field_of
 from kha_train.analysis.history import phase_steps
-from kha_train.analysis.spikes_found import SCORES, Found, find_events, rewound_events
 from kha_train.analysis.statistics import pooled_rate
-from kha_train.errors import ConfigError, between
+from kha_train.errors import ConfigError, DataError, between
+from kha_train.foreign.files import read_regular
 from kha_train.record import read_discarded, read_events, read_run
 from kha_train.record.actions import UNDONE, count_actions
 from kha_train.record.columns import Columns
 from kha_train.record.columns_twin import read_columns
 from kha_train.record.labels import distinct
 from kha_train.record.reader import METRICS_FILE
+from kha_train.stability.columns import READ
+from kha_train.stability.document import distinct_steps, known_only, scores_of, tokens_between
+from kha_train.stability.errors import CurveError, DamagedCurveError
 from kha_train.stability.events import Observation, SpikeEvent
+from kha_train.stability.files import read_curve as read_foreign
+from kha_train.stability.found import Found, find_events, rewound_events
 from kha_train.stability.statistics import BILLION, shared_events, summarise, tail_gap
 
 AROUND = (
@@ -74,13 +77,7 @@ class LossCurve:
     @property
     def tokens(self) -> int:
         """Tokens of the steps of this curve; the first step is counted as an average one. 0: unknown."""
-        first, last = self.points[0], self.points[-1]
-        if not self.has_tokens:
-            return 0
-        if last.step == first.step:
-            return last.tokens
-        between = last.step - first.step
-        return round((last.tokens - first.tokens) * (between + 1) / between)
+        return tokens_between(self.points[0], self.points[-1]) if self.has_tokens else 0
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ class SpikeReport:
 
 
 def read_curve(path: Path, planned: Sequence[int] = ()) -> LossCurve:
-    """The curve of a run directory, of its metrics file, or of a file of any framework: see `curve_files`.
+    """The curve of a run directory, of its metrics file, or of a file of any framework: see `stability.files`.
 
     Raises ConfigError when there is none or the kind is unknown, DataError when a value cannot be read.
     """
@@ -126,14 +123,22 @@ def read_curve(path: Path, planned: Sequence[int] = ()) -> LossCurve:
     if own:
         return recorded_curve(path, read_columns(file.parent), planned)
     if file.exists():
-        points = read_curve_file(file)
+        points = _foreign_points(file)
     else:
         raise ConfigError(f"it has no {METRICS_FILE}, so no steps", field="curve", value=str(path), allowed=READ)
     if not points:
         raise ConfigError("it has no step with a loss", field="curve", value=str(path), allowed=READ)
-    unique = {point.step: point for point in points}
-    ordered = tuple(unique[step] for step in sorted(unique))
-    return LossCurve(_label(path), ordered, frozenset(planned), len(points) - len(unique), None, path)
+    ordered, repeated = distinct_steps(points)
+    return LossCurve(_label(path), ordered, frozenset(planned), repeated, None, path)
+
+
+def _foreign_points(file: Path) -> list[Observation]:
+    try:
+        return read_foreign(read_regular(file) or b"", str(file))
+    except CurveError as error:
+        kind = DataError if isinstance(error, DamagedCurveError) else ConfigError
+        allowed, fix = error.allowed or None, error.fix or None
+        raise kind(error.problem, field=error.field, value=error.value, allowed=allowed, fix=fix) from error
 
 
 def recorded_curve(path: Path, columns: Columns, planned: Sequence[int] = ()) -> LossCurve:
@@ -183,15 +188,12 @@ def score_curve(
         diverged=diverged or bool(found.diverged_at or rewound.diverged_at) or _ended_diverged(curve.run_dir),
     )
     judged = bool(found.judged or found.events or rewound.events)
-    if not judged:
-        unknown = {name: dict.fromkeys(rate) for name, rate in summary["rates"].items()}
-        summary |= {"steps_in_spike_frac": None, "rates": unknown}
     return SpikeReport(
         curve=curve,
         events=tuple(found.events),
         rewound=tuple(rewound.events),
-        scores={name: value for name, value in found.metrics.items() if name.startswith(SCORES)},
-        summary=summary,
+        scores=scores_of(found.metrics),
+        summary=known_only(summary, judged),
         actions=count_actions(curve.run_dir),
         judged=judged,
     )

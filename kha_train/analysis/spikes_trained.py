@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from kha_train.analysis.spikes_found import Found, not_judged
 from kha_train.record.columns import Columns
 from kha_train.stability.events import SpikeEvent
+from kha_train.stability.found import Found, not_judged
 from kha_train.stability.monitor import DETECTOR, Monitor, Verdict
 
 _GOES_BACK = ("rewind", "lines_missing")

@@ -10,8 +10,8 @@ import numpy as np
 from kha_train.analysis.history import DATA_ID, VALIDATION_ID, changes, history, shown, unrecorded
 from kha_train.analysis.runs import UNTOLD, RunData
 from kha_train.analysis.spikes import SpikeReport, recorded_curve, score_curve
-from kha_train.analysis.spikes_found import Found
 from kha_train.config.constants import may_differ
+from kha_train.stability.found import Found
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 
-from kha_train.stability.window import Window
+from .window import Window
 
 MAD_TO_SIGMA = 1.4826
 """1 / 0.6745: the ratio of a normal distribution's standard deviation to its median absolute deviation."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from kha_train.stability.window import Window, usable
+from .window import Window, usable
 
 WINDOW = 100
 FACTOR = 2.0

@@ -20,8 +20,8 @@ from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from kha_train.stability.trend import SCALE_FLOOR, SIZE, Trend
-from kha_train.stability.window import usable
+from .trend import SCALE_FLOOR, SIZE, Trend
+from .window import usable
 
 OPEN_Z, CLOSE_Z, CLOSE_COUNT = 8.0, 2.0, 3
 MAX_STEPS = 2000

@@ -6,33 +6,32 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from kha_train.metric import Metric
-from kha_train.stability.divergence import DivergenceGuard
-from kha_train.stability.events import EventDetector, Observation, SpikeEvent
-from kha_train.stability.scores import SHORT_SIGMA, SignalScores
+from .divergence import DivergenceGuard
+from .events import EventDetector, Observation, SpikeEvent
+from .scores import SHORT_SIGMA, SignalScores
 
 METRICS = (
-    Metric("spike/z", "1", "(loss - m) / s; m: what the trend of the last 128 losses outside events expects"),
-    Metric("spike/open", "0/1", "1 while an event is open after the step"),
-    Metric("spike/events_total", "count", "events so far, the open one included"),
-    Metric("spike/narrow_total", "count", "closed events of at most 10 steps"),
-    Metric("spike/wide_total", "count", "closed events of more than 10 steps"),
-    Metric("spike/unrecovered_total", "count", "events given up after 2,000 steps, or cut short by a planned change"),
-    Metric(
+    ("spike/z", "1", "(loss - m) / s; m: what the trend of the last 128 losses outside events expects"),
+    ("spike/open", "0/1", "1 while an event is open after the step"),
+    ("spike/events_total", "count", "events so far, the open one included"),
+    ("spike/narrow_total", "count", "closed events of at most 10 steps"),
+    ("spike/wide_total", "count", "closed events of more than 10 steps"),
+    ("spike/unrecovered_total", "count", "events given up after 2,000 steps, or cut short by a planned change"),
+    (
         "spike/olmo_loss_score",
         "%",
         "steps whose loss is 7 sd or more from the mean of the previous 1,000, of those judged (OLMo 2)",
     ),
-    Metric("spike/olmo_loss_score_w10k", "%", "spike/olmo_loss_score over the last 10,000 judged steps"),
-    Metric("spike/olmo_loss_up_score", "%", "as spike/olmo_loss_score, upward only"),
-    Metric("spike/olmo_gnorm_score", "%", "as spike/olmo_loss_score, of train/grad_norm"),
-    Metric("spike/olmo_gnorm_score_w10k", "%", "spike/olmo_gnorm_score over the last 10,000 judged steps"),
-    Metric("spike/z128_loss", "1", "(loss - mean) / sd of the previous 128"),
-    Metric("spike/z128_gnorm", "1", "(train/grad_norm - mean) / sd of the previous 128"),
-    Metric("spike/z128_flag", "0/1", "1 when either of the two is above 6 (OLMo-core's rule)"),
-    Metric("train/nonfinite_steps", "steps", "steps with a non-finite loss or norm since step 0"),
+    ("spike/olmo_loss_score_w10k", "%", "spike/olmo_loss_score over the last 10,000 judged steps"),
+    ("spike/olmo_loss_up_score", "%", "as spike/olmo_loss_score, upward only"),
+    ("spike/olmo_gnorm_score", "%", "as spike/olmo_loss_score, of train/grad_norm"),
+    ("spike/olmo_gnorm_score_w10k", "%", "spike/olmo_gnorm_score over the last 10,000 judged steps"),
+    ("spike/z128_loss", "1", "(loss - mean) / sd of the previous 128"),
+    ("spike/z128_gnorm", "1", "(train/grad_norm - mean) / sd of the previous 128"),
+    ("spike/z128_flag", "0/1", "1 when either of the two is above 6 (OLMo-core's rule)"),
+    ("train/nonfinite_steps", "steps", "steps with a non-finite loss or norm since step 0"),
 )
-"""The metrics of a `Verdict`."""
+"""The metrics of a `Verdict`: name, unit and meaning of each."""
 DETECTOR = 1
 """Version of the detectors. Raise it with any change that alters the events or scores of a curve."""
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from kha_train.stability.monitor import Verdict
-from kha_train.stability.scores import SHORT_SIGMA
+from .monitor import Verdict
+from .scores import SHORT_SIGMA
 
 PolicyName = Literal["observe", "skip", "rewind", "abort"]
 

@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from kha_train.stability.window import Window, usable
+from .window import Window, usable
 
 LONG, LONG_SIGMA = 1000, 7.0
 SHORT, SHORT_SIGMA = 128, 6.0

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from kha_train.stability.events import CLASSES, SpikeEvent
+from .events import CLASSES, SpikeEvent
 
 SPIKES = ("narrow", "wide")
 """The classes that count as spikes. Other events are level shifts or divergences, or have not ended."""
@@ -34,11 +34,14 @@ def dispersed_interval(count: int, runs: float, confidence: float = 0.95) -> tup
 
 
 def rate(count: int, exposure: float) -> dict[str, float]:
-    """`count` per unit of `exposure` with its 95 % Poisson interval; all nan without exposure."""
+    """`count` per unit of `exposure` with its 95 % Poisson interval; all nan without exposure.
+
+    The limits are rounded to 9 digits: logarithms differ in their last bits from library to library.
+    """
     if exposure <= 0:
         return {"value": math.nan, "low": math.nan, "high": math.nan}
-    low, high = poisson_interval(count)
-    return {"value": count / exposure, "low": low / exposure, "high": high / exposure}
+    low, high = (float(f"{limit / exposure:.9g}") for limit in poisson_interval(count))
+    return {"value": count / exposure, "low": low, "high": high}
 
 
 def reported_rate(count: int, exposure: float) -> dict[str, float | None]:

@@ -11,8 +11,8 @@ import math
 from collections import deque
 from collections.abc import Iterable
 
-from kha_train.stability.baseline import Baseline
-from kha_train.stability.window import LIMIT, usable
+from .baseline import Baseline
+from .window import LIMIT, usable
 
 SIZE, AT_LEAST = 128, 64
 NEWEST = 8

@@ -19,6 +19,7 @@ def declared(config: RunConfig, decoder: Decoder | None = None) -> dict[str, Met
     decoder = decoder or lay_out_decoder(config)
     own = [HEAD, reporter.LINE, throughput.METRICS, stream.METRICS, meters.METRICS, saving.METRICS, watch.METRICS]
     statistics = [layer_statistics.METRICS] if config.telemetry.layer_statistics_every else []
-    sources = [*own, tuple(declared_metrics(decoder)), *statistics, monitor.METRICS, probe.METRICS]
+    sources = [*own, tuple(declared_metrics(decoder)), *statistics, probe.METRICS]
+    sources.append(tuple(Metric(*one) for one in monitor.METRICS))
     sources.append(opening.declared(config))
     return in_force(metric for source in sources for metric in source)

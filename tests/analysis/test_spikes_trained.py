@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from kha_train.analysis.curve_points import Points
-from kha_train.analysis.spikes_found import find_events
 from kha_train.analysis.spikes_trained import found_in_training
 from kha_train.record import Record, read_events, read_run
 from kha_train.record.columns_twin import read_columns
 from kha_train.stability.events import Observation
+from kha_train.stability.found import find_events
 from kha_train.stability.monitor import Monitor, Verdict
 
 STEPS, SAVED, KILLED = 400, 200, 260

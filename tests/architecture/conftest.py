@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("kha_train", "data_tools")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-WHEELS = {"heads"}
-"""Rooms that are also packages under another name, and import their own modules relatively."""
+WHEELS = {"heads": {"torch", "safetensors"}, "stability": set()}
+"""Rooms that are also packages under another name, and import their own modules relatively -> what else they need."""
 
 
 @dataclass(frozen=True)

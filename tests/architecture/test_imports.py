@@ -9,6 +9,10 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
+from tests.architecture.conftest import WHEELS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (
@@ -87,17 +91,18 @@ def test_every_room_stands_in_the_order(sources) -> None:
     assert {source.room for source in sources} - {"kha_train"} <= set(LEVEL)
 
 
-def test_heads_need_nothing_of_the_trainer_and_are_a_package_under_any_name(sources) -> None:
-    """`kha_train/heads` is built as kha_heads too: it imports torch, safetensors where files are, and itself only
-    relatively.
+@pytest.mark.parametrize("room", WHEELS)
+def test_a_room_that_is_a_package_needs_nothing_of_the_trainer(room: str, sources) -> None:
+    """`kha_train/heads` is built as kha_heads too, `kha_train/stability` as spike_score: they import what they say they
+    need, and themselves only relatively.
     """
     offenders = []
     for source in sources:
-        for node in ast.walk(source.tree) if source.room == "heads" else ():
+        for node in ast.walk(source.tree) if source.room == room else ():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [node.module]
-            allowed = sys.stdlib_module_names | {"torch", "safetensors"}
+            allowed = sys.stdlib_module_names | WHEELS[room]
             offenders += [f"{source.path}: {name}" for name in names if name.partition(".")[0] not in allowed]
     assert offenders == []
 

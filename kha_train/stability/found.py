@@ -8,8 +8,8 @@ from copy import deepcopy
 from types import MappingProxyType
 from typing import NamedTuple
 
-from kha_train.stability.events import Observation, SpikeEvent
-from kha_train.stability.monitor import Monitor
+from .events import Observation, SpikeEvent
+from .monitor import Monitor
 
 SCORES = "spike/olmo"
 SCORE_NAMES = tuple(f"{SCORES}_{name}" for name in (

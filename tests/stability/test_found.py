@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kha_train.analysis.spikes_found import find_events, rewound_events
 from kha_train.stability.events import Observation
+from kha_train.stability.found import find_events, rewound_events
 from kha_train.stability.monitor import Monitor
 
 LOSSES = st.floats(1.0, 1.1) | st.sampled_from([5.0, 1e30, math.nan, math.inf])

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kha_train.analysis.curve_columns import NAMES, READ
 from kha_train.analysis.spikes import read_curve, score_curve
 from kha_train.cli.main import run
 from kha_train.errors import KhaError
 from kha_train.record import Record
+from kha_train.stability.columns import NAMES, READ
 from kha_train.stability.events import Observation
 
 Writer = Callable[[Sequence[Observation]], bytes]

@@ -2,25 +2,23 @@
 
 1. Bytes become text: UTF-8, UTF-16, UTF-32, else Latin-1. Archives and other binary files are refused by their kind.
 2. The first format in `FORMATS` that recognises the text turns it into rows.
-3. `curve_columns` finds step and loss among the names of the rows.
+3. `columns` finds step and loss among the names of the rows.
 """
 
 from __future__ import annotations
 
 import codecs
 import csv
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from kha_train.analysis.curve_columns import KNOWN, READ, SHOWN, Row, alias_of, is_known, names_both, observations
-from kha_train.errors import ConfigError, DataError
-from kha_train.foreign.documents import parse_json
-from kha_train.foreign.files import read_regular
-from kha_train.stability.events import Observation
+from .columns import KNOWN, READ, SHOWN, Row, alias_of, is_known, names_both, observations
+from .errors import CurveError, DamagedCurveError
+from .events import Observation
 
 BINARY = (
     (b"\x1f\x8b", "a gzip archive"),
@@ -59,42 +57,43 @@ OTHER_RECORDS = {
 
 class Format(NamedTuple):
     """A file format: a test whether text has it, and a function that reads its rows. `rows(text, path)` raises
-    ConfigError and DataError.
+    CurveError and DamagedCurveError.
     """
 
     recognises: Callable[[str], bool]
     rows: Callable[[str, str], Sequence[Row]]
 
 
-def read_curve_file(path: Path) -> list[Observation]:
-    """The observations in a file of any of the formats, row by row; rows without a loss are left out.
+def read_curve(raw: bytes, path: str) -> list[Observation]:
+    """The observations in the content of a file of any of the formats, row by row; rows without a loss are left out.
+    `path` is for errors.
 
-    Raises ConfigError for a file of another kind, naming what was seen and what is supported; DataError for a damaged
-    one.
+    Raises CurveError for a file of another kind, naming what was seen and what is supported; DamagedCurveError for a
+    damaged one.
     """
-    text = _decode(read_regular(path) or b"", str(path))
+    text = _decode(raw, path)
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
-        raise ConfigError("it is empty", field="curve", value=str(path), allowed=READ)
-    rows = next(each for each in FORMATS if each.recognises(text)).rows(text, str(path))
-    return observations(rows, str(path))
+        raise CurveError("it is empty", field="curve", value=path, allowed=READ)
+    rows = next(each for each in FORMATS if each.recognises(text)).rows(text, path)
+    return observations(rows, path)
 
 
 def _decode(raw: bytes, path: str) -> str:
-    """The text of a file. Raises ConfigError when it is not text, DataError when it ends inside a character."""
+    """The text of a file. Raises CurveError when it is not text, DamagedCurveError when it ends inside a character."""
     kind = next((kind for start, kind in BINARY if raw.startswith(start)), None)
     kind = "a TensorBoard event file" if b"brain.Event:" in raw[:64] else kind
     if kind:
-        raise ConfigError(f"it is {kind}, not text", field="curve", value=path, allowed=READ)
+        raise CurveError(f"it is {kind}, not text", field="curve", value=path, allowed=READ)
     mark, encoding = next((each for each in MARKS if raw.startswith(each[0])), (b"", _unmarked(raw[:LOOKED_AT])))
     try:
         text = raw[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
         if mark:
-            raise DataError(f"it is not valid text in {encoding}: {error.reason}", field=path) from error
+            raise DamagedCurveError(f"it is not valid text in {encoding}: {error.reason}", field=path) from error
         text = raw.decode("latin-1")
     if "\0" in text:
-        raise ConfigError("it is binary, not text", field="curve", value=path, allowed=READ)
+        raise CurveError("it is binary, not text", field="curve", value=path, allowed=READ)
     return text
 
 
@@ -152,7 +151,7 @@ def _json_list_rows(text: str, path: str) -> list[Row]:
 
 def _list_rows(items: Any, where: str) -> list[Row]:
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise ConfigError("it is not a list of JSON objects", field=where, allowed=READ)
+        raise CurveError("it is not a list of JSON objects", field=where, allowed=READ)
     return [(f"{where}[{number}]", item) for number, item in enumerate(items)]
 
 
@@ -169,15 +168,15 @@ def _json_lines_rows(text: str, path: str) -> list[Row]:
     rows: list[Row] = []
     for number, line in lines:
         try:
-            cells = parse_json(line.encode())
+            cells = _parsed(line)
         except ValueError as error:
             if not rows:
                 _refuse_one_object(text, path)
             if number == lines[-1][0] and not text.endswith("\n"):
                 break
-            raise DataError(f"it is not JSON: {error}", field=f"{path}:{number}", value=line[:40]) from error
+            raise DamagedCurveError(f"it is not JSON: {error}", field=f"{path}:{number}", value=line[:40]) from error
         if not isinstance(cells, dict):
-            raise DataError("it is not a JSON object", field=f"{path}:{number}", value=line[:40])
+            raise DamagedCurveError("it is not a JSON object", field=f"{path}:{number}", value=line[:40])
         if not rows:
             _refuse_other_records(cells, path)
         # The first row keeps all cells, so that an error can show what the rows hold.
@@ -187,16 +186,16 @@ def _json_lines_rows(text: str, path: str) -> list[Row]:
 
 
 def _refuse_other_records(first: dict[str, Any], path: str) -> None:
-    """Raises ConfigError when the first row belongs to another file of a run directory."""
+    """Raises CurveError when the first row belongs to another file of a run directory."""
     for key, problem in OTHER_RECORDS.items():
         if key in first and "attempt" in first:
-            raise ConfigError(problem, field="curve", value=path, fix="name the run directory")
+            raise CurveError(problem, field="curve", value=path, fix="name the run directory")
 
 
 def _refuse_one_object(text: str, path: str) -> None:
-    """Raises ConfigError for one JSON object over several lines, DataError for text that is not JSON."""
+    """Raises CurveError for one JSON object over several lines, DamagedCurveError for text that is not JSON."""
     document = _json(text, path)
-    raise ConfigError(
+    raise CurveError(
         "it is one JSON object without log_history, not one per line",
         field=path,
         value=",".join(document)[:SHOWN],
@@ -204,11 +203,18 @@ def _refuse_one_object(text: str, path: str) -> None:
     )
 
 
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def _json(text: str, path: str) -> Any:
     try:
-        return parse_json(text.encode())
+        return _parsed(text)
     except ValueError as error:
-        raise DataError(f"it begins like JSON but is not: {error}", field=path) from error
+        raise DamagedCurveError(f"it begins like JSON but is not: {error}", field=path) from error
 
 
 def _table_rows(text: str, path: str) -> list[Row]:
@@ -227,17 +233,17 @@ def _table_rows(text: str, path: str) -> list[Row]:
                 where, begins = f"{path}:{begins}", first + 2 + table.line_num
                 if any(cell.strip() for cell in cells[len(names) :]):
                     problem = f"{len(cells)} cells under {len(names)} headings"
-                    raise DataError(problem, field=where, value=delimiter.join(cells)[:40])
+                    raise DamagedCurveError(problem, field=where, value=delimiter.join(cells)[:40])
                 if cells:
                     rows.append((where, {name: cells[place] for place, name in wanted if place < len(cells)}))
         except csv.Error as error:
             problem = f"it is not CSV: {error}, in the row that begins here"
-            raise DataError(problem, field=f"{path}:{begins}") from error
+            raise DamagedCurveError(problem, field=f"{path}:{begins}") from error
     return _with_points(rows) if delimiter in ";\t" else rows
 
 
 def _heading(lines: Sequence[str], path: str) -> tuple[int, str]:
-    """The number of the header line, and the delimiter. Raises ConfigError when there is none."""
+    """The number of the header line, and the delimiter. Raises CurveError when there is none."""
     for number, line in enumerate(lines):
         content = line.strip()
         if not content or content.lower().startswith("sep="):
@@ -248,14 +254,14 @@ def _heading(lines: Sequence[str], path: str) -> tuple[int, str]:
         if not content.startswith("#"):
             break
     if re.fullmatch(r"[-+0-9.eE,;\s]+", content):
-        raise ConfigError(
+        raise CurveError(
             "its first line holds numbers, not the names of columns",
             field="curve",
             value=path,
             fix="put a line before it that names them: step,loss",
         )
     missing = {"step", "loss"} - {KNOWN.get(alias_of(cell)) for each in DELIMITERS for cell in _cells(line, each)}
-    raise ConfigError(
+    raise CurveError(
         f"its first line has no {' and no '.join(sorted(missing, reverse=True))}",
         field=path,
         value=content[:SHOWN],

@@ -10,9 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from kha_train.errors import ConfigError, DataError
-from kha_train.foreign.typed import LARGEST
-from kha_train.stability.events import Observation
+from .errors import CurveError, DamagedCurveError
+from .events import Observation
 
 Row = tuple[str, Mapping[str, Any]]
 
@@ -48,6 +47,8 @@ READ = (
 """What `kha spikes` reads, as its errors say it."""
 MISSING = frozenset(("", "null", "none", "na", "n/a", "-"))
 """Text that stands for a missing value. `nan` is a value: the loss was not a number."""
+LARGEST = 2**53
+"""The largest count that is read: every integer up to here is exact as a double."""
 SHOWN = 200
 """Number of characters of a foreign file that an error shows."""
 
@@ -80,8 +81,8 @@ def is_given(value: object) -> bool:
 def observations(rows: Sequence[Row], path: str) -> list[Observation]:
     """An observation for each row with a loss, in order.
 
-    Raises ConfigError when there is no column for the step or the loss, when there are several, and when steps are
-    fractions; DataError for a value that is not a number and for a loss without a step.
+    Raises CurveError when there is no column for the step or the loss, when there are several, and when steps are
+    fractions; DamagedCurveError for a value that is not a number and for a loss without a step.
     """
     if not rows:
         return []
@@ -89,7 +90,7 @@ def observations(rows: Sequence[Row], path: str) -> list[Observation]:
     known = [name for name in seen if is_known(name)]
     missing = [field for field in ("step", "loss") if field not in {KNOWN[alias_of(name)] for name in known}]
     if missing:
-        raise ConfigError(
+        raise CurveError(
             f"it has no column for {' or '.join(missing)}", field=path, value=",".join(seen)[:SHOWN], allowed=READ
         )
     loss = _column("loss", known, rows, path)
@@ -114,11 +115,11 @@ def _column(field: str, known: Sequence[str], rows: Sequence[Row], path: str) ->
     runs = list(dict.fromkeys(_split(name)[0] for name in used))
     if field == "loss" and len(runs) > 1:
         shown = ", ".join(run or "(no run)" for run in runs)[:SHOWN]
-        raise ConfigError("it holds the loss of several runs", field=path, value=shown, fix="keep one run per file")
+        raise CurveError("it holds the loss of several runs", field=path, value=shown, fix="keep one run per file")
     chosen = next((name for name in used if count[name] == len(rows)), used[0]) if field == "step" else used[0]
     alike = [name for name in used if _preference(name) == _preference(chosen)]
     if len(alike) > 1:
-        raise ConfigError(f"two columns hold the {field}", field=path, value=",".join(alike)[:SHOWN], fix="keep one")
+        raise CurveError(f"two columns hold the {field}", field=path, value=",".join(alike)[:SHOWN], fix="keep one")
     return chosen
 
 
@@ -138,7 +139,7 @@ def _observation(cells: Mapping[str, Any], columns: Mapping[str, str | None], wh
         return value if is_given(value) else None
 
     if cell("step") is None:
-        raise DataError("a loss without a step", field=where)
+        raise DamagedCurveError("a loss without a step", field=where)
 
     def whole(name: str, absent: int) -> int:
         return absent if cell(name) is None else _whole(cell(name), name, where)
@@ -161,23 +162,23 @@ def _float(value: Any, name: str, where: str) -> float:
     try:
         return float(_number(value, name, where))
     except OverflowError as error:
-        raise DataError(f"{name} is too large for a float", field=where) from error
+        raise DamagedCurveError(f"{name} is too large for a float", field=where) from error
 
 
 def _whole(value: Any, name: str, where: str) -> int:
-    """Raises ConfigError for a fraction: the file is valid but has another axis, and rounding would merge rows."""
+    """Raises CurveError for a fraction: the file is valid but has another axis, and rounding would merge rows."""
     number = _number(value, name, where)
     if not abs(number) <= LARGEST:
-        raise DataError(
+        raise DamagedCurveError(
             f"{name} is not a valid count", field=where, value=str(number)[:40], allowed=f"at most {LARGEST}"
         )
     if number != int(number):
-        raise ConfigError(
+        raise CurveError(
             f"{name} is a fraction",
             field=where,
             value=number,
             allowed="integers",
-            fix="export the curve over optimiser steps, not over epochs or time" if name == "step" else None,
+            fix="export the curve over optimiser steps, not over epochs or time" if name == "step" else "",
         )
     return int(number)
 
@@ -191,7 +192,8 @@ def _number(value: Any, name: str, where: str) -> int | float:
                 return kind(value)
             except ValueError:
                 continue
-    raise DataError(f"{name} is not a number", field=where, value=value if type(value) is bool else str(value)[:40])
+    shown = value if type(value) is bool else str(value)[:40]
+    raise DamagedCurveError(f"{name} is not a number", field=where, value=shown)
 
 
 def _split(name: str) -> tuple[str, str]:
