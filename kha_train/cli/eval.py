@@ -67,22 +67,29 @@ def eval_(
     request = Request(names, Choice((), data, include, limit, shots, run_code), prefix, batch_size)
     answers: list[dict[str, Any]] = []
     faults: list[KhaError] = []
-    places = _places(models)
+    for place, evaluation in _every_one(_places(models), request, run, every_checkpoint, device, faults):
+        answers.append({"model": str(place), **asdict(evaluation)})
+        if not as_json:
+            _print(place, evaluation)
+    if as_json:
+        print_json({"evaluations": answers}, indent=2)
+    if faults:
+        raise faults[0]
+
+
+def _every_one(
+    places: list[Path], request: Request, run: Path | None, every: bool, device: str, faults: list[KhaError]
+) -> Iterator[tuple[Path, Evaluation]]:
+    """The evaluations of all `places`. Of several, one that cannot be scored is passed over, and joins `faults`."""
     for place in places:
         try:
-            for evaluation in _evaluated(place, request, run, every_checkpoint, device, faults):
-                answers.append({"model": str(place), **asdict(evaluation)})
-                if not as_json:
-                    _print(place, evaluation)
+            for evaluation in _evaluated(place, request, run, every, device, faults):
+                yield place, evaluation
         except KhaError as error:
             if len(places) == 1:
                 raise
             note(f"{place} is passed over: {error}")
             faults.append(error)
-    if as_json:
-        print_json({"evaluations": answers}, indent=2)
-    if faults:
-        raise faults[0]
 
 
 def _places(models: list[Path]) -> list[Path]:
