@@ -14,7 +14,7 @@ from kha_train.cli.output import note, print_json
 from kha_train.cli.progress import progress_bar
 from kha_train.errors import CheckpointError, ConfigError, KhaError
 from kha_train.literal import say
-from kha_train.record.finding import find_runs
+from kha_train.record.finding import find_runs, is_export
 from kha_train.telemetry.terminal import LiteralConsole
 
 if TYPE_CHECKING:
@@ -96,13 +96,9 @@ def _places(models: list[Path]) -> list[Path]:
     """Checkpoints and exports as they are named, and the runs among and below the others."""
     from kha_train.checkpoint.manifest import MANIFEST_FILE
 
-    whole = [path for path in models if (path / MANIFEST_FILE).is_file() or _is_export(path)]
+    whole = [path for path in models if (path / MANIFEST_FILE).is_file() or is_export(path)]
     others = [path for path in models if path not in whole]
     return [*whole, *(find_runs(others, note) if others else [])]
-
-
-def _is_export(path: Path) -> bool:
-    return (path / "config.json").is_file()
 
 
 def _evaluated(
@@ -114,7 +110,7 @@ def _evaluated(
     from kha_train.evaluate.checkpoints import evaluate_model, evaluate_run, suite_of, torch_device
     from kha_train.evaluate.results import save
 
-    if _is_export(place):
+    if is_export(place):
         from kha_train.export.scoring import open_export
 
         config = load(run / "config.yaml") if run else None

@@ -1,4 +1,4 @@
-"""`kha generate MODEL`: continue texts with the newest checkpoint of a run, or one checkpoint."""
+"""`kha generate MODEL`: continue texts with the newest checkpoint of a run, one checkpoint, or an export."""
 
 # B rows   T tokens
 
@@ -16,7 +16,7 @@ from kha_train.cli.output import print_json
 from kha_train.errors import ConfigError, DataError
 from kha_train.foreign.documents import parse_json
 from kha_train.literal import LINES, say, visible
-from kha_train.record.finding import find_run
+from kha_train.record.finding import find_run, is_export
 
 if TYPE_CHECKING:
     from kha_train.decode.generate import Encoder
@@ -27,7 +27,7 @@ STDIN = Path("-")
 
 
 def generate(
-    model: Annotated[Path, typer.Argument(help="A run with a checkpoint, or the directory of a checkpoint.")],
+    model: Annotated[Path, typer.Argument(help="A run, the directory of a checkpoint, or an export.")],
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; repeat for several.")] = None,
     prompts: Annotated[
         Path | None,
@@ -57,7 +57,8 @@ def generate(
     given = numbers_of(ids, "--ids")
     texts = [""] if given else _texts(prompt or [], prompts)
     sampling = Sampling(tokens, temperature, top_p, seed, top_k)
-    answer = _write(find_run(model), texts, given, sampling, samples, batch, tuple(stop or ()), as_json)
+    place = model if is_export(model) else find_run(model)
+    answer = _write(place, texts, given, sampling, samples, batch, tuple(stop or ()), as_json)
     if as_json:
         print_json(answer)
 
@@ -76,7 +77,7 @@ def _write(
     from kha_train.decode.generate import encode_prompt, too_long
     from kha_train.decode.writing import Order, Writing, write
 
-    model = _of_run(path)
+    model = _of_export(path) if is_export(path) else _of_run(path)
     tokenizer = model.tokenizer
     if stops and tokenizer is None:
         raise ConfigError("needs a tokenizer, and the model's data has none", field="--stop", value=stops[0])
@@ -112,7 +113,7 @@ def _write(
 
 class _Model(NamedTuple):
     """What continues texts: its tokenizer (None: unknown), the id that ends a document, the number of ids, the most
-    tokens of a text, and the step of its checkpoint.
+    tokens of a text, and the step of its checkpoint (None: an export).
     """
 
     go_on: Continue
@@ -120,7 +121,7 @@ class _Model(NamedTuple):
     eos: int | None
     vocabulary: int
     longest: int
-    step: int
+    step: int | None
 
 
 def _of_run(path: Path) -> _Model:
@@ -137,6 +138,16 @@ def _of_run(path: Path) -> _Model:
         shape.seq_len,
         loaded.step,
     )
+
+
+def _of_export(path: Path) -> _Model:
+    from kha_train.evaluate.checkpoints import torch_device
+    from kha_train.export.scoring import open_export
+
+    loaded = open_export(path, "", torch_device("cpu"))
+    tokenizer = loaded.tokenizer
+    eos = None if tokenizer is None else tokenizer.special_ids.get("eos")
+    return _Model(loaded.generate, tokenizer, eos, loaded.vocabulary, loaded.longest, None)
 
 
 class _Shown:

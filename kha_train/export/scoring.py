@@ -1,4 +1,6 @@
-"""Scores an export as transformers computes it: what `kha eval` takes of a directory that is no run."""
+"""Scores an export as transformers computes it, and writes with it: what `kha eval` and `kha generate` take of a
+directory that is no run.
+"""
 
 # B rows  T places of a row  N = B * T, flattened  S segments that go together  L tokens of the longest of them
 # V vocabulary  E experts
@@ -47,13 +49,24 @@ class TheirTokenizer:
 
 
 class ExportModel(TextModel):
-    """A model of transformers. Segments of a batch become rows of their own, padded on the right, for a stock model
-    isolates no documents.
+    """A model of transformers with its `tokenizer` (None: it has none). Segments of a batch become rows of their own,
+    padded on the right, for a stock model isolates no documents.
     """
 
-    def __init__(self, model: nn.Module, text: Text | None, device: torch.device) -> None:
-        super().__init__(text, device)
+    def __init__(self, model: nn.Module, tokenizer: TheirTokenizer | None, prefix: str, device: torch.device) -> None:
         self._model: Any = model.to(device)
+        self.tokenizer = tokenizer
+        super().__init__(None if tokenizer is None else Text.of(tokenizer, self.longest, prefix), device)
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a row."""
+        return int(self._model.config.max_position_embeddings)
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of ids."""
+        return int(self._model.config.vocab_size)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, by_token: bool = False) -> DecoderOutput:
@@ -81,7 +94,8 @@ class ExportModel(TextModel):
         """See `TextModel.generate`."""
         streams = Streams(sampling, len(prompt_BT))
         new_BT, cache = prompt_BT.to(self.world.device), None
-        end, done_B = self.text.end, torch.zeros(len(prompt_BT), dtype=torch.bool, device=self.world.device)
+        end = None if self._text is None else self._text.end
+        done_B = torch.zeros(len(prompt_BT), dtype=torch.bool, device=self.world.device)
         for _ in range(sampling.tokens):
             output = self._model(new_BT, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
@@ -108,8 +122,7 @@ def open_export(directory: Path, prefix: str, device: torch.device) -> ExportMod
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         what = " ".join(str(error).split())[:300]
         raise ConfigError(f"cannot be loaded: {what}", field="model", value=str(directory)) from error
-    longest = int(model.config.max_position_embeddings)
-    return ExportModel(model, None if tokenizer is None else Text.of(tokenizer, longest, prefix), device)
+    return ExportModel(model, tokenizer, prefix, device)
 
 
 def _batched(segments: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:

@@ -157,3 +157,8 @@ def _neighbours(named: Sequence[Path]) -> str:
             return f"runs found in {parent}: {', '.join(runs[:8])}"
     quickstart = [first for path in named if (first := quickstart_first(path))]
     return quickstart[0] if quickstart else "name a run.dir, a sweep, or a folder of runs"
+
+
+def is_export(path: Path) -> bool:
+    """Whether `path` holds a model as transformers has it, and no run."""
+    return (path / "config.json").is_file()

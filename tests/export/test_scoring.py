@@ -77,6 +77,14 @@ def test_run_export_and_the_harness_alone_come_to_the_same_scores(
     drawn = [torch.stack(list(model.generate(prompt, likeliest))).tolist() for model in (ours, theirs)]
     assert drawn[0] == drawn[1]
 
+    options = ["--prompt", corpus.held_out[0], "--prompt", corpus.held_out[1], "--tokens", "8", "--json"]
+    for seeded in (["--temperature", "0"], ["--seed", "3", "--top-k", "5"]):
+        told = [CliRunner().invoke(app, ["generate", str(model), *options, *seeded]) for model in (run, out)]
+        assert [one.exit_code for one in told] == [0, 0], [repr(one.exception) for one in told]
+        of_run, of_export = (json.loads(one.stdout) for one in told)
+        assert (of_run["prompts"], of_run["ids"]) == (of_export["prompts"], of_export["ids"])
+        assert (of_run["step"], of_export["step"]) == (0, None) and of_export["run"] == str(out)
+
     answer = CliRunner().invoke(app, ["eval", str(out), "--run", str(run), "--tasks", "validation,kha_prose", "--json"])
     assert answer.exit_code == 0, repr(answer.exception)
     (found,) = json.loads(answer.stdout)["evaluations"]
