@@ -70,7 +70,7 @@ def document(rows: Sequence[Observation], planned: Collection[int] = ()) -> dict
     }
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """`value` for strict JSON: a number that is not finite becomes the string nan, inf or -inf."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)

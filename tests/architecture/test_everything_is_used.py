@@ -23,6 +23,7 @@ FOUND_BY_OTHERS = {
     "launch/hydra_plugins/kha_slurm/__init__.py KhaSlurmLauncher": "Hydra finds its plugins by themselves",
     "kha_train/heads/folding.py fold": "for programs of other people, as the wheel kha-heads",
     "kha_train/heads/saving.py load": "the same",
+    "kha_train/stability/command.py main": "the command of the wheel spike-score",
 }
 """What is used by its place or its import."""
 OF_OTHER_PROGRAMS = {"use_multi_rank_bucket_allreduce", "hf_token", "api_key", "eos_token", "pad_token", "eos_token_id"}
