@@ -354,6 +354,20 @@ def test_the_commands_list_show_and_report(
     assert json.loads(kha("show", str(mine(4)), *short, place, "--json"))["total"]["finished"] == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", ["cpu", "paper"])
+def test_a_model_that_a_study_scores_as_it_is_keeps_its_weights_and_its_selection_biases(scale: str) -> None:
+    """A step moves the biases by `moe.bias_update_rate`, however small the learning rate is."""
+    scaled, kept = load_study("compression", scale), []
+    for name, arm in scaled.arms.items():
+        if max(scaled.scale.rates_of(name)) <= 1e-9:
+            before = scaled.arms[arm.compresses.arm].overrides if arm.compresses else ()
+            config = compose([*scaled.scale.overrides, *before, *arm.overrides])
+            assert (config.run.steps, config.moe.bias_update_rate) == (1, 0.0), name
+            kept.append(name)
+    assert len(kept) == {"cpu": 18, "paper": 1}[scale]
+
+
 COMPRESSING = """
 question: What does compression cost?
 source: a test
