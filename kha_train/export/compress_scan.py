@@ -138,7 +138,7 @@ def _measuring(config: RunConfig, rows: int) -> RunConfig:
 
 
 def _limited(task: TaskOptions, rows: int) -> TaskOptions:
-    return replace(task, rows=rows) if isinstance(task, RowTaskOptions) and not task.rows else task
+    return replace(task, rows=min(task.rows or rows, rows)) if isinstance(task, RowTaskOptions) else task
 
 
 def _scores(decoder: Decoder, tasks: Sequence[Task[TaskOptions]], asked: Callable[[], None]) -> dict[str, float]:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from kha_train.decode.generate import materialise
 from kha_train.decode.virtual_heads import compress
 from kha_train.errors import CheckpointError, ConfigError
 from kha_train.export.compress import compress_run, layers_named, open_source
-from kha_train.export.compress_scan import scan
+from kha_train.export.compress_scan import _limited, scan
 from kha_train.export.heads_files import insertion_of
 from kha_train.record import read_metrics
 from kha_train.train.run import train
+from kha_train.variants.task import ContextOptions
 
 CPU = torch.device("cpu")
 
@@ -117,6 +119,12 @@ def test_a_scan_scores_each_layer_and_each_group_as_the_compressed_decoders_are(
     twice = scan(run, (1,), 8, no_bar)
     assert twice.whole.scores["validation/loss"] == pytest.approx(read_metrics(run)[-1]["validation/loss"], rel=1e-5)
     assert json.loads(json.dumps(found.to_plain()))["points"][0]["rise"].keys() == found.whole.scores.keys()
+
+
+def test_a_task_of_a_scan_scores_as_many_rows_as_asked_and_no_more() -> None:
+    context = ContextOptions(name="context")
+    limited = [_limited(replace(context, rows=rows), 64) for rows in (0, 8, 4096)]
+    assert [task.rows for task in limited if isinstance(task, ContextOptions)] == [64, 8, 64]
 
 
 @pytest.mark.slow
