@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -29,11 +30,13 @@ from kha_train.config.compose import dump, from_plain, load
 from kha_train.config.saved import completed
 from kha_train.config.schema import RunConfig
 from kha_train.decode.absorb import AbsorbedWeights
+from kha_train.decode.generate import IMPORTED
 from kha_train.decode.virtual_heads import Compressed, Factors, compressed_config, compressed_weights, factored
 from kha_train.distributed import World
 from kha_train.engine.building import persistent_buffers
 from kha_train.errors import ConfigError
 from kha_train.estimate.counts import cache_bytes_per_token, count_parameters
+from kha_train.export.importing import NAMING, TOKENIZER
 from kha_train.model.decoder import lay_out_decoder
 from kha_train.model.init import initial_values
 from kha_train.record import read_run
@@ -156,6 +159,7 @@ def compress_run(source: Path, layers: str, kv_heads: int, out: Path, bar: Bar) 
             settings=settings_of(compressed),
         )
         write_json(beside / ORIGIN_FILE, made.to_plain())
+        _copy_imported(_run_of(checkpoint), beside)
     return made
 
 
@@ -214,6 +218,14 @@ class _Weights:
             self._factors[one.weight] = found
         factors = self._factors[one.weight]
         return factors.virtual if name == one.weight else factors.composition
+
+
+def _copy_imported(run: Path, beside: Path) -> None:
+    """Copy what an imported run has in the place of data: where its weights come from, and its tokenizer."""
+    if (run / IMPORTED).is_file():
+        for name in (IMPORTED, TOKENIZER, *NAMING):
+            if (run / name).is_file():
+                shutil.copyfile(run / name, beside / name)
 
 
 def _run_of(checkpoint: Checkpoint) -> Path:

@@ -101,6 +101,10 @@ def test_text_goes_in_and_out_with_the_tokenizer_of_the_model(
         expected = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :].tolist()
     assert said["ids"] == [expected]
     assert said["texts"] == [library.decode([one for one in expected if one < 300])]
+    # A compressed one speaks too; of all its heads it says the same.
+    assert kha("compress", "base", "--kv-heads", "2", "--out", "same")[0] == 0
+    code, out, err = kha("generate", "same", "--prompt", prompt, "--tokens", "8", "--temperature", "0", "--json")
+    assert code == 0 and json.loads(out)["texts"] == said["texts"], err
     tokenize = [*shlex.split(answer["tokenize"])[1:], "--text", "text", "--validation-percent", "20"]
     code, out, err = kha(*tokenize)
     assert code == 0, err
