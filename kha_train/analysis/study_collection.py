@@ -104,11 +104,12 @@ def read_result(file: Path) -> ResultFile:
 
 
 def collected(page: Path, files: Sequence[Path]) -> str:
-    """The text of `page` with a section for every result in `files` between its marks.
+    """The text of `page` with a section for every result in `files` between its marks; a page that does not exist
+    begins with both.
 
     Raises ConfigError when the page lacks a mark, and as `read_result` does.
     """
-    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    text = page.read_text(encoding="utf-8") if page.is_file() else f"{BEGIN}\n{END}\n"
     before, begin, rest = text.partition(f"{BEGIN}\n")
     _, end, after = rest.partition(f"{END}\n")
     if not begin or not end:

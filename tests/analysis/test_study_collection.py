@@ -87,6 +87,14 @@ def test_the_newest_is_first_and_a_second_time_changes_nothing(made: Made, page:
     assert collected(page, list(reversed(files))) == text
 
 
+def test_a_page_that_does_not_exist_is_made_with_its_marks(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(["study", "collect", str(made("one")), "--page", str(tmp_path / "new.md")])
+    text = (tmp_path / "new.md").read_text()
+    assert not ended.value.code and text.startswith(f"{BEGIN}\n") and text.endswith(f"{END}\n")
+    assert collected(tmp_path / "new.md", [made("one")]) == text
+
+
 def test_a_study_whose_file_has_changed_says_so(made: Made, page: Path) -> None:
     assert "The study's file has changed since." in collected(page, [made("copy")])
 
