@@ -85,8 +85,8 @@ class Compression:
 def layers_named(text: str, layers: int) -> tuple[int, ...]:
     """The layers, counted from 0, that `middle`, `deep`, `all` or a list such as `0,4-7` means.
 
-    `middle` are the layers / 2 around the centre (12 to 35 of 48, MEA's "half"), `deep` all but the first three. Raises
-    ConfigError for other words, and for layers that are not there.
+    `middle` are the layers / 2 around the centre (12 to 35 of 48; MEA's "half" are 11 to 34), `deep` all but the first
+    three. Raises ConfigError for other words, and for layers that are not there.
     """
     half = layers // 2
     first = (layers - half) // 2
