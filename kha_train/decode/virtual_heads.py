@@ -26,7 +26,7 @@ from kha_train.config.resolve import implementation
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate
 from kha_train.decode.absorb import absorb, absorbed_config, rebuilt
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, DivergedError
 from kha_train.model.attention.base import Attention
 from kha_train.model.attention.projection import HeadMap
 from kha_train.model.decoder import Decoder, lay_out_decoder
@@ -99,7 +99,12 @@ def compressed_config(config: RunConfig, heads_by_layer: Sequence[int]) -> RunCo
 
 
 def factored(weight_HD: Tensor, width: int, kept: int) -> Factors:
-    """The factors of the weight [G * width, D] of G heads, computed in fp64, in its dtype."""
+    """The factors of the weight [G * width, D] of G heads, computed in fp64, in its dtype. Raises DivergedError when it
+    is not finite.
+    """
+    if not torch.isfinite(weight_HD).all():
+        fix = "compress an earlier checkpoint of the run"
+        raise DivergedError("the weights of keys or values are not finite", field="checkpoint", fix=fix)
     weight_GN = weight_HD.double().unflatten(0, (-1, width)).flatten(1)
     u_NG, s_G, vh_GG = torch.linalg.svd(weight_GN.T, full_matrices=False)
     virtual_HD = u_NG[:, :kept].T.unflatten(1, (width, -1)).flatten(0, 1)
@@ -127,7 +132,7 @@ def compressed_weights(compressed: Decoder) -> list[Compressed]:
 @torch.no_grad()
 def compress(decoder: Decoder, heads_by_layer: Sequence[int]) -> Decoder:
     """A decoder with so many key/value heads in each layer (0: all), which shares all other parameters with `decoder`.
-    Raises ConfigError as `compressed_config`.
+    Raises ConfigError as `compressed_config`, DivergedError as `factored`.
     """
     config = compressed_config(decoder.config, heads_by_layer)
     state = absorb(decoder).state_dict()

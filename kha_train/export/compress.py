@@ -136,7 +136,8 @@ def compress_run(source: Path, layers: str, kv_heads: int, out: Path, bar: Bar) 
     """Compress the `layers` of the model at `source` (a run or a checkpoint) to `kv_heads`, into the new run `out`.
 
     Raises ConfigError where the model cannot be compressed so, or where `out` exists; CheckpointError for a damaged
-    checkpoint; OSError. What was written of a failed compression is removed.
+    checkpoint; DivergedError for weights that are not finite; OSError. What was written of a failed compression is
+    removed.
     """
     config, checkpoint = open_source(source)
     by_layer = heads_by_layer(config, layers_named(layers, config.model.layers), kv_heads)

@@ -13,7 +13,7 @@ from torch import Tensor
 from kha_train.config.compose import compose
 from kha_train.config.resolve import resolve_decoding
 from kha_train.decode.virtual_heads import compress, compressed_config, factored
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, DivergedError
 from kha_train.estimate.counts import cache_bytes_per_token, count_parameters
 from kha_train.model.attention.base import Attention
 from kha_train.model.attention.cache import Cache
@@ -99,6 +99,12 @@ def test_a_kept_rank_loses_what_the_gram_matrix_of_the_heads_says() -> None:
         expected = eigenvalues[: 4 - kept].sum().clamp_min(0).sqrt() / weight.norm()
         assert error.item() == pytest.approx(expected.item(), abs=1e-12)
         assert found.lost == pytest.approx(expected.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_of_a_run_that_diverged_are_refused(value: float) -> None:
+    with pytest.raises(DivergedError, match="not finite"):
+        factored(torch.full((8, 4), value), 2, 1)
 
 
 @pytest.mark.parametrize(
