@@ -24,7 +24,7 @@ from kha_train.record.columns import Columns
 from kha_train.record.columns_twin import read_columns
 from kha_train.record.labels import distinct
 from kha_train.record.reader import METRICS_FILE
-from kha_train.stability.columns import READ
+from kha_train.stability.columns import READ as FILES
 from kha_train.stability.document import distinct_steps, known_only, scores_of, tokens_between
 from kha_train.stability.errors import CurveError, DamagedCurveError
 from kha_train.stability.events import Observation, SpikeEvent
@@ -32,6 +32,8 @@ from kha_train.stability.files import read_curve as read_foreign
 from kha_train.stability.found import Found, find_events, rewound_events
 from kha_train.stability.statistics import BILLION, shared_events, summarise, tail_gap
 
+READ = f"a run directory, or {FILES}"
+"""What `kha spikes` reads, as its errors say it."""
 AROUND = (
     "step", "train/loss", "spike/z", "train/grad_norm", "train/lr", "train/skipped", "moe/maxvio", "attn/max_logit",
     "kha/from_identity",
@@ -137,7 +139,7 @@ def _foreign_points(file: Path) -> list[Observation]:
         return read_foreign(read_regular(file) or b"", str(file))
     except CurveError as error:
         kind = DataError if isinstance(error, DamagedCurveError) else ConfigError
-        allowed, fix = error.allowed or None, error.fix or None
+        allowed, fix = READ if error.allowed == FILES else error.allowed or None, error.fix or None
         raise kind(error.problem, field=error.field, value=error.value, allowed=allowed, fix=fix) from error
 
 

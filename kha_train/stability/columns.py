@@ -41,10 +41,10 @@ the optimiser step comes before it.
 """
 KNOWN = {alias: field for field, aliases in NAMES.items() for alias in aliases}
 READ = (
-    "a run directory, or a file: metrics.jsonl, W&B history rows or CSV export, trainer_state.json, a Megatron log, "
-    "or CSV, TSV or JSON lines with step and loss"
+    "a file: metrics.jsonl, W&B history rows or CSV export, trainer_state.json, a Megatron log, or CSV, TSV or JSON "
+    "lines with step and loss"
 )
-"""What `kha spikes` reads, as its errors say it."""
+"""What is read, as errors say it."""
 MISSING = frozenset(("", "null", "none", "na", "n/a", "-"))
 """Text that stands for a missing value. `nan` is a value: the loss was not a number."""
 LARGEST = 2**53

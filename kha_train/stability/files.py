@@ -189,7 +189,7 @@ def _refuse_other_records(first: dict[str, Any], path: str) -> None:
     """Raises CurveError when the first row belongs to another file of a run directory."""
     for key, problem in OTHER_RECORDS.items():
         if key in first and "attempt" in first:
-            raise CurveError(problem, field="curve", value=path, fix="name the run directory")
+            raise CurveError(problem, field="curve", value=path, fix="name metrics.jsonl beside it")
 
 
 def _refuse_one_object(text: str, path: str) -> None:

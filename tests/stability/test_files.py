@@ -13,12 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kha_train.analysis.spikes import read_curve, score_curve
+from kha_train.analysis.spikes import READ, read_curve, score_curve
 from kha_train.cli.main import run
 from kha_train.errors import KhaError
 from kha_train.record import Record
-from kha_train.stability.columns import NAMES, READ
+from kha_train.stability.columns import NAMES
+from kha_train.stability.columns import READ as FILES
+from kha_train.stability.errors import CurveError
 from kha_train.stability.events import Observation
+from kha_train.stability.files import read_curve as read_file
 
 Writer = Callable[[Sequence[Observation]], bytes]
 
@@ -251,8 +254,8 @@ def test_fractional_steps_are_refused_and_whole_ones_keep_the_spike(
         (b'{"log_history": [{"train_loss": 2.0, "step": 9}]}', 2, ["no column for loss", READ]),
         (b'{"log_history": [1, 2]}', 2, ["log_history", "not a list of JSON objects", READ]),
         (b'{"step": 1, "eval/loss": 2.0}\n', 2, ["step,eval/loss", "no column for loss", READ]),
-        (b'{"id": "a", "kind": "stop", "step": 1, "attempt": 1, "loss": 3.0}\n', 2, ["events", "run directory"]),
-        (b'{"step": 1, "attempt": 1, "train/loss": 3.0, "discarded_reason": "x"}\n', 2, ["undid", "run directory"]),
+        (b'{"id": "a", "kind": "stop", "step": 1, "attempt": 1, "loss": 3.0}\n', 2, ["events", "metrics.jsonl"]),
+        (b'{"step": 1, "attempt": 1, "train/loss": 3.0, "discarded_reason": "x"}\n', 2, ["undid", "metrics.jsonl"]),
         (b'"Step","a - train/loss","b - train/loss"\n1,2,3\n', 2, ["several runs", "a, b", "one run per file"]),
         (b"step,loss,Loss\n1,2,3\n", 2, ["two columns hold the loss", "loss,Loss"]),
         (b"step,loss\n1,2\n,3\n", 4, ["curve:3", "without a step"]),
@@ -280,6 +283,15 @@ def test_a_refusal_names_what_was_seen_and_what_is_read(
     said = capsys.readouterr().err
     assert ended.value.code == code and said.count("\n") == 1
     assert [word for word in words if word not in said] == [] and "delete" not in said
+
+
+def test_only_kha_spikes_offers_to_read_a_run_directory() -> None:
+    """The package spike-score reads files alone."""
+    for content in (b"", b"Dear all,\n", b'{"step": 1, "attempt": 1, "kind": "start"}\n'):
+        with pytest.raises(CurveError) as refused:
+            read_file(content, "curve")
+        assert "directory" not in str(refused.value)
+    assert READ == f"a run directory, or {FILES}"
 
 
 def test_a_directory_without_a_record_is_refused_by_what_it_lacks(tmp_path: Path) -> None:
