@@ -40,7 +40,7 @@ CHUNK = 4_000_000
 PRINTED: dict[str, tuple[str, ...]] = {
     "mean over seeds": (
         "analysis/answer.py", "analysis/compare.py", "analysis/report/answer.py", "analysis/report/validation.py",
-        "analysis/study_page.py", "analysis/study_results.py",
+        "analysis/study_collection.py", "analysis/study_page.py", "analysis/study_results.py",
     ),
     "sign test over seeds": ("analysis/answer.py", "analysis/compare.py", "analysis/study_results.py"),
     "spread over seeds": ("analysis/report/certificate.py",),
@@ -48,7 +48,7 @@ PRINTED: dict[str, tuple[str, ...]] = {
     "rate of one run": ("cli/spikes.py", "bench/spikes.py", "bench/spike_thresholds.py"),
     "pooled rate": ("analysis/report/spikes.py", "cli/spikes.py"),
     "ratio of times": (
-        "bench/attention.py", "bench/gpu.py", "bench/moe.py", "bench/protocol.py", "bench/step.py",
+        "bench/attention.py", "bench/decode.py", "bench/gpu.py", "bench/moe.py", "bench/protocol.py", "bench/step.py",
         "bench/telemetry.py",
     ),
 }  # fmt: skip

@@ -232,6 +232,12 @@ CASES: dict[Case, list[Case]] = {
         ("{two}", "{two}"), ("{two}/checkpoints/step-00000001", "{two}"), ("{lost}/checkpoints/{first}", "{lost}"),
         ("{two}", "{other}"), ("{two}", "{lost}"), ("{empty}", "{two}"),
     ],
+    ("checkpoint", "merge"): [
+        ("{two}", "--last", "2", "--out", "{root}/merged"), ("{two}", "{other}", "--out", "{root}/unlike"),
+        ("{two}", "--out", "{one}"), ("{damaged}", "{two}", "--out", "{root}/merged2"),
+        ("{empty}", "--out", "{root}/x"), ("{two}", "--weights", "1,x", "--out", "{root}/merged3"),
+        ("{nothing}", "--out", "{root}/merged4"),
+    ],
     ("bench", "spikes"): [("--spiky-steps", "2000", "--clean-steps", "1000", "--early-curves", "1", "--seed", "1")],
     ("bench", "telemetry"): [(*TINY, "--blocks", "3")],
     ("bench", "checkpoint"): [(*TINY, "--rounds", "1", "--steps", "1")],
