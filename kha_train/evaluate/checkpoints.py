@@ -134,6 +134,8 @@ def evaluate_run(
     one = run_dir if (run_dir / MANIFEST_FILE).is_file() else None
     home = run_dir if one is None else run_dir.resolve().parents[1]
     config = load(home / "config.yaml")
+    # An imported run has its tokenizer with it, and may have been moved.
+    config = replace(config, run=replace(config.run, dir=str(home)))
     tokenizer = tokenizer_of(config)
     text = None if tokenizer is None else Text.of(tokenizer, config.model.seq_len, request.prefix)
     suite = suite_of(request, config)
