@@ -15,6 +15,7 @@ import random
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from difflib import get_close_matches
@@ -78,8 +79,14 @@ class Suite:
         """The tasks and groups that have figures."""
         return [*self._loaded["tasks"], *self._loaded["groups"]]
 
+    @property
+    def generates(self) -> bool:
+        """Whether a task asks for text."""
+        return any(task.OUTPUT_TYPE == "generate_until" for task in self._loaded["tasks"].values())
+
     def ask(self, text: Text) -> Asked:
-        """What the tasks ask of a model with this `text`. Raises ConfigError for documents that do not fit a task."""
+        """What the tasks ask of a model with this `text`. Raises ConfigError for documents that do not fit a task, and
+        for a task whose text does not fit the model."""
         rows: list[Row] = []
         prompts: list[Prompt] = []
 
@@ -297,6 +304,7 @@ def _language_model(
 ) -> Any:
     """A model of the harness, whose requests `score` and `write` answer."""
     from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class Model(TemplateLM):  # type: ignore[misc]  # the harness has no types
@@ -323,21 +331,33 @@ def _language_model(
             return found
 
         def generate_until(self, requests: Any, **options: Any) -> list[str]:
-            return write([_prompt(text, *request.args) for request in requests])
+            prompts: list[Prompt] = []
+            asked: Counter[Prompt] = Counter()
+            for context, how in (request.args for request in requests):
+                prompt = _prompt(text, context, normalize_gen_kwargs(how, NEW_TOKENS))
+                # A task that repeats its questions compares several answers to each.
+                prompts.append(prompt._replace(stream=asked[prompt]))
+                asked[prompt] += 1
+            return write(prompts)
 
     return Model()
 
 
-def _prompt(text: Text, context: str, options: Mapping[str, Any]) -> Prompt:
-    """The prompt of a request to generate. As in the harness, a long context loses its beginning, and only a task that
-    samples has a temperature."""
-    until = options.get("until") or []
-    tokens = min(int(options.get("max_gen_toks", NEW_TOKENS)), text.context - 1)
-    sampled = bool(options.get("do_sample", False))
-    temperature = float(options.get("temperature", 1.0)) if sampled else 0.0
+def _prompt(text: Text, context: str, how: Mapping[str, Any]) -> Prompt:
+    """The prompt of a request to generate, whose options the harness has put into one form. As in the harness, a long
+    context loses its beginning. Raises ConfigError when the new tokens leave no place for it."""
+    tokens = how["max_gen_toks"]
+    if tokens >= text.context:
+        raise ConfigError(
+            f"a task asks for {tokens} new tokens, which leave no place for its question",
+            field="tasks",
+            value=tokens,
+            allowed=f"fewer than the {text.context} tokens that the model sees at once",
+        )
+    temperature = float(how.get("temperature", 1.0)) if how["do_sample"] else 0.0
     ids = text.encode(context)[-(text.context - tokens) :] or [text.prefix]
-    sampling = Sampling(tokens, temperature, float(options.get("top_p", 1.0)))
-    return Prompt(tuple(ids), sampling, tuple(until if isinstance(until, list) else [until]))
+    sampling = Sampling(tokens, temperature, float(how.get("top_p", 1.0)), top_k=int(how.get("top_k", 0)))
+    return Prompt(tuple(ids), sampling, tuple(filter(None, how["until"])))
 
 
 def _plain(items: Any, *arguments: Any, **options: Any) -> Any:

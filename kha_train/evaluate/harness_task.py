@@ -53,16 +53,17 @@ class HarnessTask(Task[HarnessOptions]):
         self._text = Text.of(tokenizer, config.model.seq_len, options.prefix)
         where = (options.data, options.include)
         self._suite = Suite(Choice(options.tasks, *where, options.limit, options.shots, field=FIELD))
-        self._asked = self._suite.ask(self._text)
         if tags := [name for name in options.tasks if name not in self._suite.names]:
             raise ConfigError("is a tag of several tasks", field=FIELD, value=tags[0], fix="name the tasks themselves")
-        if self._asked.prompts:
+        asked = None if self._suite.generates else self._suite.ask(self._text)
+        if asked is None or asked.prompts:
             raise ConfigError(
                 "one of these tasks generates text, which a model in training does not",
                 field=FIELD,
                 value=",".join(options.tasks),
                 fix="leave it to `kha eval`, which takes checkpoints too",
             )
+        self._asked = asked
 
     @property
     def content_id(self) -> str:

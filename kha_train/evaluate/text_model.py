@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -57,11 +57,13 @@ class Text:
 
 
 class Prompt(NamedTuple):
-    """Ids to continue according to `sampling`, until the text of the new ones contains one of `until`."""
+    """Ids to continue according to `sampling`, until the text of the new ones contains one of `until`, with the random
+    numbers of `stream`."""
 
     ids: tuple[int, ...]
     sampling: Sampling
     until: tuple[str, ...]
+    stream: int = 0
 
 
 class TextModel(ABC):
@@ -106,7 +108,8 @@ class TextModel(ABC):
     def _write(self, prompts: Sequence[Prompt]) -> list[str]:
         prompt_BT = torch.tensor([prompt.ids for prompt in prompts])
         writings = [Writing(self.text.encoder.decode, self.text.end, prompt.until) for prompt in prompts]
-        for drawn_B in self.generate(prompt_BT, prompts[0].sampling):
+        sampling = replace(prompts[0].sampling, streams=tuple(prompt.stream for prompt in prompts))
+        for drawn_B in self.generate(prompt_BT, sampling):
             for writing, token in zip(writings, drawn_B.tolist(), strict=True):
                 writing.add(token)
             if all(writing.ended for writing in writings):

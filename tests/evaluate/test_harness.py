@@ -246,6 +246,30 @@ def test_generated_text_ends_where_the_task_says_and_equals_whole_forwards(
     assert any(texts)
 
 
+def test_repeated_questions_get_several_answers_and_a_task_may_not_ask_for_more_than_the_model_sees(
+    model: DecoderModel, tmp_path: Path, write_lines: Callable[..., None]
+) -> None:
+    write_lines(tmp_path / "questions.jsonl", [{"question": "red blue", "answer": "x"}] * 2)
+    task = {
+        "task": "own_text", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "questions.jsonl"}},
+        "test_split": "test", "output_type": "generate_until", "doc_to_text": "question", "doc_to_target": "answer",
+        "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 12, "temperature": 0.9, "top_k": 40}, "repeats": 4,
+    }  # fmt: skip
+    (tmp_path / "own.yaml").write_text(json.dumps(task))
+    suite = Suite(Choice(("own_text",), include=str(tmp_path)))
+    asked = suite.ask(model.text)
+    # The harness samples where a task says a temperature.
+    assert [prompt.stream for prompt in asked.prompts] == [*range(8)]
+    assert {(prompt.sampling.temperature, prompt.sampling.top_k) for prompt in asked.prompts} == {(0.9, 40)}
+    texts = model.write(asked.prompts, 8, lambda count: None)
+    assert len(set(texts)) > 4 and texts == model.write(asked.prompts, 3, lambda count: None)
+    suite.results(model.text, asked, [], texts)
+    task["generation_kwargs"] = {"max_gen_toks": model.text.context}
+    (tmp_path / "own.yaml").write_text(json.dumps(task))
+    with pytest.raises(ConfigError, match="leave no place"):
+        Suite(Choice(("own_text",), include=str(tmp_path))).ask(model.text)
+
+
 OWN = {
     "task": "own",
     "dataset_path": "json",
