@@ -50,11 +50,14 @@ def generate(
 ) -> None:
     """Continue texts, with a key/value cache and with the interaction absorbed where possible.
 
-    A single text is printed as it is generated. Without a prompt, a new document is started.
+    A single text is printed as it is generated. Without a prompt, a new document is started. Raises ConfigError for
+    ids beside texts.
     """
     from kha_train.decode.sampling import Sampling
 
     given = numbers_of(ids, "--ids")
+    if given and (prompt or prompts):
+        raise ConfigError("a prompt is given as ids or as text", field="--ids", value=ids, fix="give one of them")
     texts = [""] if given else _texts(prompt or [], prompts)
     sampling = Sampling(tokens, temperature, top_p, seed, top_k)
     place = model if is_export(model) else find_run(model)
@@ -177,12 +180,12 @@ def _texts(given: list[str], file: Path | None) -> list[str]:
         lines = (sys.stdin.read() if file == STDIN else file.read_text(encoding="utf-8")).split("\n")
     except UnicodeDecodeError as error:
         raise DataError("is not UTF-8", field="--prompts", value=str(file)) from error
-    lines = [line for line in lines if line]
-    if file.suffix == ".jsonl":
-        lines = [_text_of(line, number, file) for number, line in enumerate(lines, start=1)]
-    if not lines:
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line]
+    as_json = file.suffix == ".jsonl"
+    texts = [_text_of(line, number, file) if as_json else line for number, line in numbered]
+    if not texts:
         raise ConfigError("holds no prompt", field="--prompts", value=str(file))
-    return [*given, *lines]
+    return [*given, *texts]
 
 
 def _text_of(line: str, number: int, file: Path) -> str:
