@@ -121,8 +121,9 @@ def read_tasks(directory: Path) -> dict[str, TaskFile]:
         raise ConfigError("no such directory of tasks", field="include", value=str(directory))
     found: dict[str, TaskFile] = {}
     root = directory.resolve()
+    known: dict[Path, dict[str, Any]] = {}
     for path in sorted(root.rglob("*.yaml")):
-        config = _with_includes(path, root, ())
+        config = _with_includes(path, root, (), known)
         if "task" not in config:
             continue
         name = config["task"]
@@ -135,9 +136,12 @@ def read_tasks(directory: Path) -> dict[str, TaskFile]:
     return found
 
 
-def _with_includes(path: Path, root: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The mapping in `path`, over those that it includes."""
+def _with_includes(path: Path, root: Path, seen: tuple[Path, ...], known: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    """The mapping in `path`, over those that it includes. `known` has the files that were read, each once: files that
+    include each other often would be read without end."""
     path = path.resolve()
+    if path in known:
+        return known[path]
     if not path.is_relative_to(root):
         raise _refused(path, "include", f"leaves the directory {root}", str(path))
     if path in seen:
@@ -153,8 +157,9 @@ def _with_includes(path: Path, root: Path, seen: tuple[Path, ...]) -> dict[str, 
     for name in includes if isinstance(includes, list) else [includes]:
         if not isinstance(name, str):
             raise _refused(path, "include", "is no path", name)
-        merged |= _with_includes(path.parent / name, root, (*seen, path))
-    return merged | config
+        merged |= _with_includes(path.parent / name, root, (*seen, path), known)
+    known[path] = merged | config
+    return known[path]
 
 
 def _check(path: Path, config: dict[str, Any]) -> None:

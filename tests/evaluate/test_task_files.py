@@ -85,6 +85,15 @@ def test_an_include_gives_what_the_file_does_not_say_itself(tmp_path: Path) -> N
     assert found["other"].config == {**GOOD, "task": "other", "doc_to_target": "other"}
 
 
+def test_files_that_include_each_other_many_times_are_read_once(tmp_path: Path) -> None:
+    """Otherwise 4 ** 30 readings."""
+    directory = written(tmp_path / "tasks", json.dumps(GOOD))
+    for number in range(30):
+        below = "own.yaml" if number == 0 else f"{number - 1}.yaml"
+        written(directory, f"include: [{', '.join([below] * 4)}]\ntask: task_{number}\n", f"{number}.yaml")
+    assert read_tasks(directory)["task_29"].config == {**GOOD, "task": "task_29"}
+
+
 def test_data_below_the_users_directory_come_first(tmp_path: Path) -> None:
     directory = written(tmp_path / "tasks", json.dumps(GOOD))
     (task,) = read_tasks(directory).values()
