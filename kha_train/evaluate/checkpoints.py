@@ -106,6 +106,11 @@ def evaluate_model(
             "tasks of ours score rows of a run's data", field="tasks", value=",".join(request.names) or "none",
             allowed="tasks of the harness", fix="name the run with --run",
         )  # fmt: skip
+    if config and model.vocabulary < config.model.vocab_size:
+        raise ConfigError(
+            "the rows of this run have ids that the model does not know", field="run", value=config.run.dir,
+            allowed=f"a run of {model.vocabulary} ids, not {config.model.vocab_size}",
+        )  # fmt: skip
     tasks = _own_tasks(config, request) if config else ()
     entries: dict[str, float] = {}
     for task in tasks:

@@ -80,6 +80,11 @@ class TextModel(ABC):
             raise ConfigError("tasks of texts need a tokenizer, and its data have none", field="tasks")
         return self._text
 
+    @property
+    @abstractmethod
+    def vocabulary(self) -> int:
+        """The number of ids."""
+
     @abstractmethod
     def evaluate(self, batch: Batch, by_token: bool = False) -> DecoderOutput:
         """See `Scorer.evaluate`."""
@@ -123,6 +128,11 @@ class DecoderModel(TextModel):
     def __init__(self, decoder: Decoder, text: Text | None) -> None:
         super().__init__(text, decoder.embedding.weight.device)
         self.decoder = decoder
+
+    @property
+    def vocabulary(self) -> int:
+        """See `TextModel.vocabulary`."""
+        return int(self.decoder.config.model.vocab_size)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, by_token: bool = False) -> DecoderOutput:

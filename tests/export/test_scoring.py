@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from kha_train.cli.main import app
 from kha_train.config.build import to_plain
 from kha_train.config.compose import dump
 from kha_train.decode.sampling import Sampling
+from kha_train.errors import ConfigError
 from kha_train.evaluate.harness import Suite
 from kha_train.evaluate.harness_data import Choice
 from kha_train.evaluate.harness_results import TaskResult, results_of
@@ -95,6 +97,10 @@ def test_run_export_and_the_harness_alone_come_to_the_same_scores(
     )
     refused = CliRunner().invoke(app, ["eval", str(out), "--tasks", "validation"])
     assert "--run" in str(refused.exception)
+    (other := tmp_path / "other").mkdir()
+    (other / "config.yaml").write_text(dump(replace(config, model=replace(config.model, vocab_size=301))))
+    refused = CliRunner().invoke(app, ["eval", str(out), "--run", str(other), "--tasks", "context"])
+    assert isinstance(refused.exception, ConfigError) and "301" in (refused.exception.allowed or "")
 
 
 def alone(suite: Suite, export: ExportModel, out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, float | None]:
