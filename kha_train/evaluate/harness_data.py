@@ -18,6 +18,8 @@ from kha_train.errors import ConfigError
 from kha_train.evaluate.task_files import FORMATS
 
 _ENDINGS = (".jsonl", ".json", ".parquet")
+_NO_DATA = ("dataset_info.json", "dataset_infos.json")
+"""Files beside the data that describe them, as hubs and the `datasets` library write them."""
 _FOR_EXAMPLES = ("auxiliary_train", "dev", "train", "training")
 """Names of splits that examples come from."""
 
@@ -81,6 +83,8 @@ def _files_of(path: str, name: str | None, choice: Choice) -> tuple[str, dict[st
         for ending in _ENDINGS:
             files: dict[str, list[str]] = {}
             for file in sorted(folder.glob(f"*{ending}")):
+                if file.name in _NO_DATA:
+                    continue
                 files.setdefault(file.name.removesuffix(ending).partition("-0")[0], []).append(str(file))
             if files:
                 return ending.strip(".l") if ending == ".parquet" else "json", files, str(folder)

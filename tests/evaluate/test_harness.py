@@ -173,6 +173,15 @@ def test_public_tasks_read_the_users_files_and_no_network(public_data: Path, mon
     assert [prompt.until for prompt in asked.prompts] == [("Question:", "</s>", "<|im_end|>")] * 2
 
 
+def test_a_description_beside_the_data_is_no_split(tmp_path: Path, write_lines: Callable[..., None]) -> None:
+    """As a copy of a repository of a hub has it, whose files lie in `data`."""
+    place = tmp_path / "baber" / "piqa"
+    document = {"goal": "g", "sol1": "wrong", "sol2": "right", "label": 1}
+    write_lines(place / "data" / "validation-00000-of-00001.jsonl", [document, document])
+    (place / "dataset_infos.json").write_text("{}")
+    assert len(Suite(Choice(("piqa",), str(tmp_path))).ask(BYTES).rows) == 4
+
+
 def test_the_same_is_asked_again_and_no_random_number_of_others_is_used(public_data: Path) -> None:
     """GPQA shuffles its choices, and examples are drawn."""
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()
