@@ -105,6 +105,10 @@ def test_text_goes_in_and_out_with_the_tokenizer_of_the_model(
     assert kha("compress", "base", "--kv-heads", "2", "--out", "same")[0] == 0
     code, out, err = kha("generate", "same", "--prompt", prompt, "--tokens", "8", "--temperature", "0", "--json")
     assert code == 0 and json.loads(out)["texts"] == said["texts"], err
+    Path("base").rename("moved")
+    code, out, err = kha("eval", "moved", "--tasks", "kha_prose", "--limit", "1", "--json")
+    assert code == 0 and json.loads(out)["evaluations"][0]["harness"]["kha_prose"]["result"]["samples"] == 1, err
+    Path("moved").rename("base")
     tokenize = [*shlex.split(answer["tokenize"])[1:], "--text", "text", "--validation-percent", "20"]
     code, out, err = kha(*tokenize)
     assert code == 0, err
