@@ -34,6 +34,8 @@ class TheirTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        # Some libraries take a blank off the beginning of a text. Ids that continue one keep theirs behind a letter.
+        self._before: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
         named = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
         self.special_ids: dict[str, int] = {name: number for name, number in named.items() if number is not None}
 
@@ -44,6 +46,10 @@ class TheirTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Encoder.decode`."""
+        before, text = self._decoded(self._before), self._decoded([*self._before, *ids])
+        return text[len(before) :]
+
+    def _decoded(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 

@@ -28,7 +28,8 @@ from kha_train.evaluate.requests import score_rows
 from kha_train.evaluate.scoring import evaluate
 from kha_train.evaluate.text_model import DecoderModel, Text, TextModel
 from kha_train.export.hugging_face import load_tokenizer
-from kha_train.export.scoring import ExportModel, open_export
+from kha_train.export.scoring import ExportModel, TheirTokenizer, open_export
+from tests.data.test_tokenizer_json import byte_fallback
 from tests.evaluate.conftest import corpus, make_decoder, write_lines
 
 __all__ = ["corpus", "make_decoder", "write_lines"]
@@ -116,6 +117,18 @@ def alone(suite: Suite, export: ExportModel, out: Path, monkeypatch: pytest.Monk
     )  # fmt: skip
     found = evaluate_alone(model, suite._loaded, bootstrap_iters=0, log_samples=False)
     return figures(results_of(found, {}, TASKS))
+
+
+def test_ids_that_continue_a_text_keep_the_blank_they_begin_with() -> None:
+    """A tokenizer as Llama 2's takes a blank off the beginning of what it decodes."""
+    transformers = pytest.importorskip("transformers")
+    library = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_fallback())
+    tokenizer = TheirTokenizer(library)
+    text = "def  re, \U0001f600 x"
+    ids = tokenizer.encode([text])[0].tolist()
+    assert library.decode(ids) == text and tokenizer.decode(ids) == f" {text}"
+    for place in [number for number, token in enumerate(library.convert_ids_to_tokens(ids)) if "\u2581" in token]:
+        assert tokenizer.decode(ids[:place]) + tokenizer.decode(ids[place:]) == f" {text}"
 
 
 def test_a_directory_that_is_no_export_is_refused(tmp_path: Path) -> None:
