@@ -92,8 +92,8 @@ def describe(model: ModelDirectory, heads: Settings) -> Described:
     settings = family.settings(model.config, source)
     _check_rope(model.config, source, partial="model.partial_rotary_factor" in settings)
     layers, experts, most = settings["model.layers"], settings["moe.experts"], len(model.tensors)
-    if max(layers, experts) > most:
-        # Found before anything of that size is laid out.
+    if layers + (layers - settings["moe.dense_layers"]) * experts > most:
+        # Every layer has a tensor, and every expert of one. Found before anything of that size is laid out.
         raise source.fault("", f"describes {layers} layers of {experts} experts, and the weights are {most} tensors")
     training = _training(settings, model.config, source)
     return Described(family, {"model.name": family.model_type, **settings, **heads, **training})

@@ -154,6 +154,13 @@ def heads(tensors: dict[str, torch.Tensor] | None = None, **changes: Any) -> Cal
     return damage
 
 
+def many_experts(directory: Path) -> None:
+    """Each number is at most that of the tensors, and their product is four million."""
+    change_weights(lambda weights: weights.update({f"empty.{i}": torch.zeros(0) for i in range(2000)}))(directory)
+    experts = {"model_type": "qwen3_moe", "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    change_config(**experts, num_hidden_layers=2000, num_experts=2000)(directory)
+
+
 def not_a_number(weights: dict[str, torch.Tensor]) -> None:
     weights[SECOND][3, 4] = float("nan")
 
@@ -189,6 +196,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[KhaError], str]] = {
     "a width of 0": (change_config(hidden_size=0), ConfigError, "hidden_size = 0"),
     "an absurd width": (change_config(hidden_size=2**62), ConfigError, "hidden_size"),
     "absurdly many layers": (change_config(num_hidden_layers=2**30), ConfigError, "1073741824 layers"),
+    "absurdly many layers of experts": (many_experts, ConfigError, "2000 layers of 2000 experts"),
     "an eps that is no number": (change_config(rms_norm_eps=float("nan")), ConfigError, "rms_norm_eps"),
     "another width than the weights": (change_config(intermediate_size=32), CheckpointError, "another shape"),
     "more layers than weights": (change_config(num_hidden_layers=3), CheckpointError, "lacks a tensor"),
