@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kha_train.checkpoint import layout
+from kha_train.checkpoint.merge import MERGED
 from kha_train.checkpoint.reader import Checkpoint
 from kha_train.config.schema import RunConfig
+from kha_train.decode.generate import IMPORTED
 from kha_train.estimate.counts import count_parameters
+from kha_train.export.compress import ORIGIN_FILE
+from kha_train.foreign.documents import Json
 from kha_train.metric import Metric
 from kha_train.record import declared_in, read_metrics, read_run
+from kha_train.record.files import read_json
 
 MEASURED = ("validation/", "evaluation/")
 """What figures in the record begin with that say something of the model."""
 NAME_OF_LOSS = "train/loss"
+MADE = {IMPORTED: "imported", MERGED: "averaged", ORIGIN_FILE: "compressed"}
+"""The files of runs whose weights no training wrote, and how they were made."""
 
 
 def run_of(checkpoint: Checkpoint) -> Path | None:
     """The run directory that a checkpoint lies in; None for one that was moved elsewhere."""
+    home = _home(checkpoint)
+    return home if home is not None and (home / "run.json").is_file() else None
+
+
+def _home(checkpoint: Checkpoint) -> Path | None:
     folder = checkpoint.path.resolve().parent
-    return folder.parent if folder.name == layout.FOLDER and (folder.parent / "run.json").is_file() else None
+    return folder.parent if folder.name == layout.FOLDER else None
 
 
 def card(checkpoint: Checkpoint, config: RunConfig, architecture: str, dtype: str, heads: bool, vllm: bool) -> str:
@@ -76,16 +89,18 @@ def _model(config: RunConfig, architecture: str, dtype: str) -> str:
 
 
 def _origin(checkpoint: Checkpoint, config: RunConfig, run: Path | None) -> str:
-    progress = checkpoint.trainer_state.get("progress", {})
-    rows: dict[str, Any] = {
-        "step": f"{checkpoint.step:,} of {config.run.steps:,}",
-        "budget": f"{progress.get('tokens', 0):,} tokens in {progress.get('samples_seen', 0):,} rows",
-        "optimiser": f"{config.optim.name}, rate {config.optim.lr:g}, batch {config.data.global_batch_size}",
-        "data": ", ".join(source.name for source in config.data.sources) or config.data.name,
-        "content id of the data": checkpoint.trainer_state.get("data_content_id", "unknown"),
-        "seed": config.run.seed,
-        "written by": checkpoint.manifest.tool,
-    }
+    made = _made(checkpoint)
+    rows: dict[str, Any] = made or _progress(checkpoint, config)
+    if "imported from" not in made:
+        rows |= {
+            "optimiser": f"{config.optim.name}, rate {config.optim.lr:g}, batch {config.data.global_batch_size}",
+            "data": ", ".join(source.name for source in config.data.sources) or config.data.name,
+            "content id of the data": checkpoint.trainer_state.get("data_content_id", "unknown"),
+            "seed": config.run.seed,
+        }
+    rows["written by"] = checkpoint.manifest.tool
+    if config.run.init_from:
+        rows["weights began as those of"] = Path(config.run.init_from).name
     if run is not None:
         told = read_run(run)
         git = (told.get("provenance") or {}).get("git") or {}
@@ -93,6 +108,34 @@ def _origin(checkpoint: Checkpoint, config: RunConfig, run: Path | None) -> str:
         rows["commit"] = f"{git.get('commit', 'unknown')}{' with changes' if git.get('dirty') else ''}"
         rows["starts"] = len(told.get("attempts", []))
     return f"## Origin\n\n{_table(rows)}"
+
+
+def _progress(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
+    progress = checkpoint.trainer_state.get("progress", {})
+    budget = f"{progress.get('tokens', 0):,} tokens in {progress.get('samples_seen', 0):,} rows"
+    return {"step": f"{checkpoint.step:,} of {config.run.steps:,}", "budget": budget}
+
+
+def _made(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the weights of a checkpoint were made of, empty for those of a training. Raises DataError."""
+    home, made = _home(checkpoint), dict[str, Any]()
+    # A compressed run may be of an imported one: then it has the files of both.
+    for name, how in MADE.items():
+        told = read_json(home / name, dict[str, Json]) if home is not None and not checkpoint.step else None
+        if told is None:
+            continue
+        if name == IMPORTED:
+            made[f"{how} from"] = f"{Path(told['source']).name}, a {told['class']}"
+        elif name == MERGED:
+            parts = zip(told["sources"], told["weights"], strict=True)
+            made[f"{how} from"] = ", ".join(f"{share:.4g} x {_step(one)}" for one, share in parts)
+        else:
+            made[f"{how} from"] = _step({"checkpoint": told["source"], "step": told["step"]})
+    return made
+
+
+def _step(source: Mapping[str, Json]) -> str:
+    return f"step {source['step']:,} of {Path(source['checkpoint']).parent.parent.name}"
 
 
 def _figures(checkpoint: Checkpoint, run: Path | None) -> str:
