@@ -46,18 +46,26 @@ def missing() -> str | None:
 
 
 def load(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The model of an export in `directory`, with the heads that belong to it. It runs no code from there.
+    """The model of an export in `directory`, with the heads that belong to it. It runs no code from there, and opens no
+    pickle.
 
-    Raises ValueError when a tensor is missing or left over; otherwise as transformers and `kha_heads` do.
+    Raises ValueError when a tensor is missing or left over, for a damaged file, and for a value of config.json that its
+    class refuses; otherwise as transformers and `kha_heads` do.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
 
     # A relative path that is no directory would be taken for the name of a model on the hub.
     directory = Path(directory).resolve()
     auto: Any = transformers.AutoModelForCausalLM
-    model, told = auto.from_pretrained(
-        directory, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
-    )
+    try:
+        model, told = auto.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except (SafetensorError, StrictDataclassError) as error:
+        raise ValueError(str(error)) from error
     if faults := {kind: sorted(map(str, found))[:3] for kind, found in told.items() if found}:
         raise ValueError(f"the tensors do not fit the class {type(model).__name__}: {faults}")
     if (directory / HEADS_FILE).is_file():

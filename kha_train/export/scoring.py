@@ -125,7 +125,7 @@ def open_export(directory: Path, prefix: str, device: torch.device) -> ExportMod
     try:
         model: Any = load(directory)
         tokenizer = TheirTokenizer(load_tokenizer(directory)) if (directory / "tokenizer.json").is_file() else None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ArithmeticError, TypeError, AttributeError) as error:
         what = " ".join(str(error).split())[:300]
         raise ConfigError(f"cannot be loaded: {what}", field="model", value=str(directory)) from error
     return ExportModel(model, tokenizer, prefix, device)

@@ -53,7 +53,7 @@ BEHIND_A_DOOR = {
     "fsspec": ("kha_train/data/remote/store.py",),
     "gigatoken": ("kha_train/data/fast_encoder.py",),
     "hydra": ("kha_train/config/compose.py",),
-    "huggingface_hub": ("kha_train/evaluate/harness.py",),
+    "huggingface_hub": ("kha_train/evaluate/harness.py", "kha_train/export/hugging_face.py"),
     "jinja2": ("kha_train/evaluate/harness.py",),
     "lm_eval": ("kha_train/evaluate/harness.py",),
     "matplotlib": ("kha_train/analysis/",),

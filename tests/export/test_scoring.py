@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -135,3 +136,29 @@ def test_a_directory_that_is_no_export_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
     refused = CliRunner().invoke(app, ["eval", str(tmp_path), "--tasks", "kha_choice"])
     assert "cannot be loaded" in str(refused.exception) and "\n" not in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: torch.save(torch.load(d / "spare.pt"), d / "pytorch_model.bin") or (d / "model.safetensors").unlink(),
+        lambda d: os.truncate(d / "model.safetensors", 500),
+        lambda d: changed(d, hidden_size="16"),
+        lambda d: changed(d, num_attention_heads=0),
+    ],
+    ids=["pickled weights", "a truncated file", "a width of text", "no heads"],
+)
+def test_a_hostile_or_damaged_export_is_refused_in_one_line(
+    damage: Callable[[Path], Any], save_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    torch.save(save_model("llama", tmp_path).state_dict(), tmp_path / "spare.pt")
+    open_export(tmp_path, "", torch.device("cpu"))
+    damage(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be loaded") as refused:
+        open_export(tmp_path, "", torch.device("cpu"))
+    assert "\n" not in refused.value.line()
+
+
+def changed(directory: Path, **values: Any) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
