@@ -123,30 +123,37 @@ def read_json(path: Path, schema: type[T], fix: str = "restore it from a copy, o
 
 @contextmanager
 def published(place: Path, option: str) -> Iterator[Path]:
-    """A hidden directory beside `place` to write into. After the block it becomes `place`; if the block fails, nothing
-    is left.
+    """A hidden directory beside `place` to write into. After the block it becomes `place`, with every file on the disk;
+    if the block fails, nothing is left.
 
     Raises ConfigError, naming `option`, where `place` holds something or can never be written.
     """
     fix = f"name another directory with {option}"
     if os.path.lexists(place) and (not place.is_dir() or any(place.iterdir())):
         raise ConfigError("exists, and nothing is overwritten", field=option, value=str(place), fix=fix)
-    beside = place.with_name(f".{place.name}.writing-{secrets.token_hex(6)}")
+    # A link to an empty directory stays, and no rename replaces it.
+    target = Path(os.path.realpath(place))
+    if target == Path(os.path.realpath(".")) or os.path.ismount(target):
+        problem = "is the current directory or a mount point, which no rename can replace"
+        raise ConfigError(problem, field=option, value=str(place), fix=f"name a new directory in it with {option}")
+    beside = target.with_name(f".{target.name}.writing-{secrets.token_hex(6)}")
     with written_as(option, place, fix):
-        place.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         beside.mkdir()
     try:
         yield beside
+        # Not every writer waited for the disk.
+        for written in (*beside.rglob("*"), beside):
+            sync_directory(written)
         with written_as(option, place, fix):
-            sync_directory(beside)
-            os.rename(beside, place)
-            sync_directory(place.parent)
+            os.rename(beside, target)
+            sync_directory(target.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
 def sync_directory(path: Path) -> None:
-    """Makes renames and removals inside the directory `path` durable."""
+    """Makes renames and removals inside the directory `path` durable, or the content of the file `path`."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
