@@ -100,7 +100,8 @@ def _settings(layers: list[Inserted]) -> dict[str, Any]:
 def _read_settings(path: Path) -> tuple[Interaction, dict[str, str], str]:
     """The interaction, the layouts of attention classes and the hash of the other file."""
     try:
-        settings = json.loads(_regular(path).read_bytes()[: MOST_SETTINGS + 1])
+        with _regular(path).open("rb") as file:
+            settings = json.loads(file.read(MOST_SETTINGS + 1))
     except (ValueError, RecursionError) as error:
         raise HeadsError(f"{path} is not JSON: {str(error)[:200]}") from error
     keys = {"format": str, "version": int, "interaction": str, "options": dict, "layouts": dict, "sha256": str}

@@ -115,6 +115,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "binary settings": (text(b"\x80\x02}q\x00."), "is not JSON"),
     "deep settings": (text(b"[" * 100_000), "is not JSON"),
     "long settings": (text(b'"' + b"a" * 2**21 + b'"'), "is not JSON"),
+    "settings larger than the memory": (lambda folder: os.truncate(folder / "kha_heads.json", 2**40), "is not JSON"),
     "settings of another kind": (text(b"[]"), "exactly the keys"),
     "a key more": (settings(auto_map={"AutoModel": "evil.Model"}), "exactly the keys"),
     "a key less": (settings(options=None), "exactly the keys"),
