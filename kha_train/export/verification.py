@@ -78,12 +78,15 @@ def _ask(request: Path) -> dict[str, Any]:
 def _logits(difference: list[list[float]], reference: Reference) -> dict[str, Any]:
     """Raises ExportError unless all tokens that decide agree."""
     difference_BT, decided_BT = torch.tensor(difference), reference.decided_BT
+    if not decided_BT.any():
+        problem = "no token can be compared: two experts nearly tie at the first token of every row"
+        raise ExportError(problem, field="--out", fix="export another checkpoint; the run is as it was")
     largest = float(reference.logits_BTV.abs().max())
     tolerance = TOLERANCE * max(1.0, largest)
     # A difference that is not a number is no agreement.
     wrong_BT = decided_BT & ~(difference_BT <= tolerance)
-    worst = float(difference_BT[decided_BT].max()) if decided_BT.any() else float("nan")
-    if wrong_BT.any() or not decided_BT.any():
+    worst = float(difference_BT[decided_BT].max())
+    if wrong_BT.any():
         row, token = divmod(int(wrong_BT.flatten().float().argmax()), wrong_BT.shape[1])
         raise ExportError(
             f"its logits differ from ours by up to {worst:.3g}, first at token {token} of row {row}",

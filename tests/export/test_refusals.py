@@ -13,10 +13,11 @@ from safetensors import safe_open
 
 from kha_train.config.compose import compose
 from kha_train.config.resolve import resolve_decoding
-from kha_train.errors import ConfigError
+from kha_train.errors import ConfigError, ExportError
+from kha_train.export import verification
 from kha_train.export.families import family_of
 from kha_train.export.links import AS_IT_IS, Link, Part
-from kha_train.export.reference import reference_of
+from kha_train.export.reference import Reference, reference_of
 from kha_train.export.shards import INDEX, bytes_of, write_shards
 from kha_train.model.decoder import build_decoder
 
@@ -98,3 +99,15 @@ def test_tokens_after_a_near_tie_of_experts_do_not_decide() -> None:
     held_back = [row for row in tied.decided_BT if not row.all()]
     assert held_back and not any(row[row.int().argmin() :].any() for row in held_back)
     assert tied.decided_BT.any()
+
+
+@pytest.mark.parametrize(("decided", "told"), [(False, "no token can be compared"), (True, "logits differ from ours")])
+def test_an_export_is_refused_where_nothing_can_be_compared_and_where_something_differs(
+    decided: bool, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = {"trainer": "cannot be imported", "class": "Any", "versions": {}, "difference": [[0.0, 1.0]]}
+    monkeypatch.setattr(verification, "_ask", lambda request: answer)
+    tokens = torch.zeros(1, 2, dtype=torch.int64)
+    reference = Reference(tokens, torch.ones(1, 2, 8), torch.full((1, 2), decided))
+    with pytest.raises(ExportError, match=told):
+        verification.verify(tmp_path, reference, verification.Text())
