@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kha_train.config.schema import RunConfig
 from kha_train.data.format.shards import ShardSet
 from kha_train.data.sources import open_shards
@@ -118,13 +120,19 @@ def _held_out(config: RunConfig) -> ShardSet:
 
 
 def _lines_in(shards: ShardSet, tokenizer: Tokenizer | None) -> Iterator[str]:
-    """The lines of a dataset, from its beginning; the last one of each stretch that is read is left out."""
+    """The lines of a dataset's documents, from its beginning; the last one of each stretch that is read, which may end
+    in the next one, is left out.
+    """
     if tokenizer is None:
         return
+    end = tokenizer.special_ids.get("eos", -1)
     for number, shard in enumerate(shards.manifest.shards):
         for start in range(0, shard.tokens, _IDS_AT_ONCE):
             ids = shards.read(number, start, min(_IDS_AT_ONCE, shard.tokens - start))
-            yield from tokenizer.decode(ids.tolist()).split("\n")[:-1]
+            *documents, rest = np.split(ids, np.flatnonzero(ids == end) + 1)
+            for document in documents:
+                yield from tokenizer.decode(document.tolist()).split("\n")
+            yield from tokenizer.decode(rest.tolist()).split("\n")[:-1]
 
 
 def _lines_of(path: Path) -> list[str]:

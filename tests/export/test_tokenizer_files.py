@@ -33,11 +33,15 @@ ODD = (
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A configuration whose validation set is text, with the tokenizer that made it."""
-    folder = tmp_path_factory.mktemp("text")
+    texts = ["\n".join((*ODD, WORDS, "a </s> that spells the end")) + "\n", WORDS * 20]
+    return written(tmp_path_factory.mktemp("text"), texts)
+
+
+def written(folder: Path, texts: list[str]) -> RunConfig:
+    """A configuration whose validation set is `texts`, with the tokenizer that made it."""
     tokenizer = train([WORDS * 40], folder / "tokenizer.model", vocab_size=320)
     validation = folder / "validation"
     prepare(validation)
-    texts = ["\n".join((*ODD, WORDS, "a </s> that spells the end")) + "\n", WORDS * 20]
     encoded = zip(tokenizer.encode(texts), texts, strict=True)
     documents = [(np.append(ids, tokenizer.special_ids["eos"]), len(text.encode())) for ids, text in encoded]
     shard = write_shard(validation, 0, documents, vocab_size=320, dtype="uint16")
@@ -80,3 +84,8 @@ def test_tokenizer_and_lines_may_be_named_where_the_data_are_gone(config: RunCon
     with pytest.raises(ConfigError, match="320 ids"):
         speech_of(small, Wanted(file, tmp_path / "lines.txt"))
     assert speech_of(moved, Wanted(none=True)).content == b""
+
+
+def test_documents_of_one_line_without_its_end_are_lines_too(tmp_path: Path) -> None:
+    config = written(tmp_path, ["the quick fox", "lazy dogs", "12 others"])
+    assert speech_of(config, Wanted()).text.lines == ["the quick fox", "lazy dogs", "12 others"]
