@@ -111,3 +111,14 @@ def test_an_export_is_refused_where_nothing_can_be_compared_and_where_something_
     reference = Reference(tokens, torch.ones(1, 2, 8), torch.full((1, 2), decided))
     with pytest.raises(ExportError, match=told):
         verification.verify(tmp_path, reference, verification.Text())
+
+
+@pytest.mark.parametrize("norm", ["per_head", "full_width"])
+def test_a_selection_bias_that_is_not_zero_has_no_place_behind_a_softmax_router(norm: str) -> None:
+    softmax = ("moe.score=softmax", "moe.bias_update_rate=0", "model.hidden_size=64")
+    config = compose([*SMALL, *softmax, f"attention.qk_norm={norm}"])
+    family = family_of(config)
+    (link,) = [link for link in family.links(config, family.config(config)) if not link.host]
+    assert link.layout.to_host((torch.zeros(config.moe.experts),)) == ()
+    with pytest.raises(ConfigError, match="selection bias of experts is not zero, and a class with a softmax router"):
+        link.layout.to_host((torch.ones(config.moe.experts),))
