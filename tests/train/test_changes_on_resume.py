@@ -113,7 +113,7 @@ def _changed(config: RunConfig, key: str) -> RunConfig:
         source, phase = {"name": "a", "path": "b", "weight": 1.0}, {"start_sample": 1, "weights": [1.0]}
         named_set = {"name": "a", "path": "b"}
         candidates = [[], now[:-1], now[::-1], ["q"], ["x"], [source], [phase], [0.5, 0.5], [[1, 2]]]
-        candidates += [[named_set], ["context"]]
+        candidates += [[named_set], ["context"], [1]]
     while candidates:
         section[last] = candidates.pop(0)
         try:
