@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def test_a_signal_amid_a_validation_stops_the_run_after_it(
         os.kill(os.getpid(), signal.SIGUSR1)
         # Another thread answers: the validation of so small a model would be over before.
         while "SIGUSR1" not in said:
+            time.sleep(0.01)
             said += capfd.readouterr().err
         return evaluate(session, tasks)
 
