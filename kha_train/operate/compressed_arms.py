@@ -12,8 +12,6 @@ from pathlib import Path
 
 from kha_train.analysis.studies import CompressedArm, ScaledStudy, Trial
 from kha_train.config.compose import compose, quoted
-from kha_train.decode.virtual_heads import compressed_config
-from kha_train.export.compress import ORIGIN_FILE, compress_run, heads_by_layer, layers_named, settings_of
 from kha_train.operate.sweep import Point
 
 FOLDER = "compressed"
@@ -35,6 +33,10 @@ def beginning(before: Sequence[str], begins: CompressedArm, start: Path) -> list
 
     Raises ConfigError where the parent's model cannot be compressed so.
     """
+    # Inside the functions: studies are listed and shown without torch.
+    from kha_train.decode.virtual_heads import compressed_config
+    from kha_train.export.compress import heads_by_layer, layers_named, settings_of
+
     config = compose(before)
     layers = layers_named(begins.layers, config.model.layers)
     compressed = compressed_config(config, heads_by_layer(config, layers, begins.kv_heads))
@@ -53,6 +55,8 @@ def able_to_begin(
 
     Raises as `compress_run`.
     """
+    from kha_train.export.compress import ORIGIN_FILE, compress_run
+
     trials, found = {point.label: trial for trial, point in points.items()}, []
     for point in start:
         trial = trials[point.label]

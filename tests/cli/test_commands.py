@@ -26,6 +26,19 @@ def test_a_sub_command_imports_no_other() -> None:
     assert answer.stderr.split() == [*(f"kha_train.cli.{name}" for name in own), "False"]
 
 
+def test_the_help_of_all_waits_for_no_large_library() -> None:
+    program = (
+        "import sys\n"
+        "from kha_train.cli.main import run\n"
+        "try:\n    run(['--help'])\n"
+        "except SystemExit:\n    pass\n"
+        "large = {'torch', 'transformers', 'lm_eval', 'scipy', 'sklearn', 'matplotlib', 'wandb'}\n"
+        "print(*sorted(large & set(sys.modules)), file=sys.stderr)"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "Usage: " in answer.stdout and answer.stderr == "\n"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_sub_command_keeps_its_name_alone_and_among_the_others(name: str) -> None:
     alone = CliRunner().invoke(build([name]), [name, "--help"])
