@@ -216,8 +216,8 @@ def test_writing_takes_less_memory_than_the_weights_and_a_shard(
     answer = subprocess.run(command, check=True, capture_output=True, text=True, env=clean_environment)
     written, grown = map(float, answer.stdout.split())
     assert written > 200
-    # The largest tensor has 16 MiB; a shard, of which none is held, 32.
-    assert grown < 64
+    # The largest tensor has 16 MiB; a shard, of which none is held, 32. For four times the weights it grows alike.
+    assert grown < written / 2
 
 
 @pytest.mark.parametrize("overrides", ["attention=kha_linear", "attention=mea", LINEAR_MLA])
