@@ -189,7 +189,8 @@ def run_here(plan: StudyPlan, processes: int, parallel: int, retry_failed: bool,
             # Another process trains it, or was killed a moment ago.
             watch(progress)
             time.sleep(WAIT_SECONDS)
-        else:
+        elif not any(is_finished(status) for status in standing):
+            # One that is finished has ended since `known` was read.
             raise _failed(plan, lacking, standing)
 
 
