@@ -26,7 +26,7 @@ from kha_train.data.sources import open_shards
 from kha_train.data.tokenizer import Tokenizer
 from kha_train.data.tokenizer_kinds import FILE_NAMES, dataset_tokenizer, open_tokenizer
 from kha_train.decode.absorb import absorb, absorbed_config
-from kha_train.decode.sampling import Sampling, Streams, draw
+from kha_train.decode.sampling import Sampling, drawn
 from kha_train.distributed import World
 from kha_train.errors import ConfigError, between
 from kha_train.estimate.counts import cache_bytes_per_token
@@ -102,19 +102,8 @@ def generate(decoder: Decoder, prompt_BT: Tensor, sampling: Sampling, stop: int 
     problem = sampling.invalid() or too_long(prompt_BT.shape[1], sampling.tokens, longest)
     if problem:
         raise problem
-    streams = Streams(sampling, len(prompt_BT))
-    cache, new_BT = Cache(prompt_BT.shape[1] + sampling.tokens), prompt_BT
-    done_B = torch.zeros(prompt_BT.shape[0], dtype=torch.bool, device=prompt_BT.device)
-    for _ in range(sampling.tokens):
-        logits_BV = decoder(new_BT, cache=cache).logits_BTV[:, -1]
-        drawn_B = draw(logits_BV, sampling, streams)
-        if stop is not None:
-            drawn_B = drawn_B.masked_fill(done_B, stop)
-            done_B |= drawn_B == stop
-        yield drawn_B
-        if done_B.all():
-            return
-        new_BT = drawn_B.unsqueeze(1)
+    cache = Cache(prompt_BT.shape[1] + sampling.tokens)
+    yield from drawn(lambda new_BT: decoder(new_BT, cache=cache).logits_BTV[:, -1], prompt_BT, sampling, stop)
 
 
 def encode_prompt(tokenizer: Encoder | None, text: str, ids: Sequence[int], vocabulary: int) -> list[int]:

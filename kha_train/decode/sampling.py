@@ -4,12 +4,13 @@ Each row has a stream of uniform numbers of its own, and a number chooses a toke
 distribution. So neither the other rows of a batch nor the size of the vocabulary change what is drawn.
 """
 
-# B rows   V vocabulary
+# B rows   T tokens   V vocabulary
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,26 @@ def draw(logits_BV: Tensor, sampling: Sampling, streams: Streams) -> Tensor:
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
     return choose(logits_BV, sampling, streams.next().to(logits_BV.device))
+
+
+def drawn(
+    logits_of: Callable[[Tensor], Tensor], prompt_BT: Tensor, sampling: Sampling, stop: int | None
+) -> Iterator[Tensor]:
+    """The next token of every row, int64 [B] each, until `sampling.tokens` are drawn or every row has drawn `stop`; a
+    finished row keeps yielding `stop`. `logits_of` takes the tokens that it has not seen, and gives the logits [B, V]
+    after the last of them.
+    """
+    streams, new_BT = Streams(sampling, len(prompt_BT)), prompt_BT
+    done_B = torch.zeros(len(prompt_BT), dtype=torch.bool, device=prompt_BT.device)
+    for _ in range(sampling.tokens):
+        drawn_B = draw(logits_of(new_BT), sampling, streams)
+        if stop is not None:
+            drawn_B = drawn_B.masked_fill(done_B, stop)
+            done_B |= drawn_B == stop
+        yield drawn_B
+        if done_B.all():
+            return
+        new_BT = drawn_B.unsqueeze(1)
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:

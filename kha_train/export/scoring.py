@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kha_train.config.constants import IGNORE_LABEL
 from kha_train.data.rows.batch import Batch
-from kha_train.decode.sampling import Sampling, Streams, draw
+from kha_train.decode.sampling import Sampling, drawn
 from kha_train.errors import ConfigError
 from kha_train.evaluate.text_model import Text, TextModel
 from kha_train.export.hugging_face import load, load_tokenizer, missing
@@ -98,21 +98,17 @@ class ExportModel(TextModel):
     @torch.no_grad()
     def generate(self, prompt_BT: Tensor, sampling: Sampling) -> Iterator[Tensor]:
         """See `TextModel.generate`."""
-        streams = Streams(sampling, len(prompt_BT))
-        new_BT, cache = prompt_BT.to(self.world.device), None
-        end = None if self._text is None else self._text.end
-        done_B = torch.zeros(len(prompt_BT), dtype=torch.bool, device=self.world.device)
-        for _ in range(sampling.tokens):
+        cache = None
+
+        def logits_of(new_BT: Tensor) -> Tensor:
+            nonlocal cache
             output = self._model(new_BT, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            drawn_B = draw(output.logits[:, -1].float(), sampling, streams)
-            if end is not None:
-                drawn_B = drawn_B.masked_fill(done_B, end)
-                done_B |= drawn_B == end
-            yield drawn_B
-            if done_B.all():
-                return
-            new_BT = drawn_B.unsqueeze(1)
+            logits_BV: Tensor = output.logits[:, -1].float()
+            return logits_BV
+
+        end = None if self._text is None else self._text.end
+        yield from drawn(logits_of, prompt_BT.to(self.world.device), sampling, end)
 
 
 def open_export(directory: Path, prefix: str, device: torch.device) -> ExportModel:
