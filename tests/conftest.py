@@ -35,6 +35,7 @@ HEADER, BLOCK, CHUNK_HEADER = 7, 32768, 7
 WHOLE, LAST = 1, 4
 DEAR, MANY = 3.0, 500
 """Processor seconds of a test that `make test` names at its end, in runs of at least so many tests."""
+Kha = Callable[..., tuple[int, str, str]]
 BEGAN = pytest.StashKey[float]()
 COLLECTED = pytest.StashKey[dict[str, set[str]]]()
 FORKED: list[float] = []
@@ -322,3 +323,21 @@ def wandb_rows(wandb_records: Callable[[Path], list[Any]]) -> Callable[[Path], l
         ]
 
     return read
+
+
+@pytest.fixture
+def kha(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kha:
+    """`kha(*arguments)`, in an empty directory: exit code, standard output and standard error, of this process and
+    those it starts."""
+    from kha_train.cli.main import run
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run(arguments)
+        said = capfd.readouterr()
+        return ended.value.code or 0, said.out, said.err
+
+    return call

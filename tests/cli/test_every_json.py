@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from data_tools.corpus import build_corpus
 from data_tools.train_tokenizer import train_tokenizer
 from kha_train.bench import everything, gpu
-from kha_train.cli.main import COMMANDS, build, run
+from kha_train.cli.main import COMMANDS, build
 from kha_train.cli.output import strict
 from kha_train.config.compose import compose, dump
 from kha_train.errors import DivergedError
@@ -34,9 +34,9 @@ from kha_train.operate import datasets
 from kha_train.record import Record
 from kha_train.record.redact import Redactor
 from kha_train.train.run import train
+from tests.conftest import Kha
 
 Case = tuple[str, ...]
-Kha = Callable[..., tuple[int, str, str]]
 
 TINY = (
     "model.vocab_size=256", "model.seq_len=16", "model.layers=1", "model.hidden_size=32", "model.query_heads=2",
@@ -290,22 +290,6 @@ def with_json(command: Any, path: Case = ()) -> Iterator[Case]:
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Places:
     return Places(tmp_path_factory.mktemp("places"), dataset)
-
-
-@pytest.fixture
-def kha(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kha:
-    """`kha(*arguments)`, in an empty directory: exit code, standard output and standard error, of this process and
-    those it starts."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            run(arguments)
-        said = capfd.readouterr()
-        return ended.value.code or 0, said.out, said.err
-
-    return call
 
 
 @pytest.fixture

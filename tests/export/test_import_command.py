@@ -12,30 +12,15 @@ import pytest
 import torch
 
 from kha_train.checkpoint.reader import find_newest
-from kha_train.cli.main import run
 from kha_train.distributed import World
 from kha_train.train.progress import read_state
+from tests.conftest import Kha
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def kha(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """`kha(*arguments)` in an empty directory: exit code, standard output and standard error."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            run(arguments)
-        said = capfd.readouterr()
-        return ended.value.code or 0, said.out, said.err
-
-    return call
-
-
 def test_the_printed_command_is_planned_rehearsed_and_trained_with_and_without_an_interaction(
-    kha: Callable[..., Any], save_model: Callable[..., Any], dataset: Path
+    kha: Kha, save_model: Callable[..., Any], dataset: Path
 ) -> None:
     save_model("glm4_moe", Path("stock"))
     code, out, err = kha("import", "stock", "--out", "base", "--json")
@@ -55,7 +40,7 @@ def test_the_printed_command_is_planned_rehearsed_and_trained_with_and_without_a
 
 
 def test_an_imported_run_is_a_run_with_one_whole_checkpoint_that_cannot_be_resumed(
-    kha: Callable[..., Any], save_model: Callable[..., Any], dataset: Path
+    kha: Kha, save_model: Callable[..., Any], dataset: Path
 ) -> None:
     save_model("deepseek_v3", Path("stock"))
     code, out, err = kha("import", "stock", "--out", "base", "interaction@attention.interaction=knocking_linear")
@@ -70,9 +55,7 @@ def test_an_imported_run_is_a_run_with_one_whole_checkpoint_that_cannot_be_resum
     assert kha("import", "stock", "--out", "base")[0] == 2
 
 
-def test_text_goes_in_and_out_with_the_tokenizer_of_the_model(
-    kha: Callable[..., Any], save_model: Callable[..., Any]
-) -> None:
+def test_text_goes_in_and_out_with_the_tokenizer_of_the_model(kha: Kha, save_model: Callable[..., Any]) -> None:
     """Tokenised by `kha data`, trained on, and continued as transformers continue it."""
     tokenizers = pytest.importorskip("tokenizers")
     words = [f"The {number} swift hares ran {number * number} miles, naïvely \U0001f600.\n" for number in range(400)]
