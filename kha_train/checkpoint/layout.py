@@ -57,6 +57,11 @@ def candidates(folder: Path) -> list[tuple[int, Path]]:
     return [(step, folder / name) for step, name in found]
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The run directory that a checkpoint lies in; its own directory where it was moved out of one."""
+    return checkpoint.parent.parent if checkpoint.parent.name == FOLDER else checkpoint
+
+
 def is_away(path: Path) -> bool:
     """Whether `path` leads to a file system that is unmounted or gone. Raises OSError for any other failure."""
     try:

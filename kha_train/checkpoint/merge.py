@@ -33,6 +33,7 @@ from kha_train.errors import CheckpointError, ConfigError
 from kha_train.model.moe.router import RUN_STATE
 from kha_train.record.attempts import CONFIG_FILE
 from kha_train.record.files import published, write_json, write_text
+from kha_train.record.imported import copy_imported
 from kha_train.variants.optimizer import MASTER
 
 MERGED = "merged.json"
@@ -117,6 +118,7 @@ def merge(paths: Sequence[Path], weights: Sequence[float], out: Path, advance: C
                 tuple(name for name in checkpoints[-1].buffers() if _is_state(name)),
             )
             write_json(beside / MERGED, made.to_plain())
+            copy_imported(layout.run_of(checkpoints[-1].path), beside)
     return made
 
 

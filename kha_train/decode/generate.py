@@ -33,9 +33,7 @@ from kha_train.estimate.counts import cache_bytes_per_token
 from kha_train.model.attention.cache import Cache
 from kha_train.model.decoder import Decoder, build_decoder
 from kha_train.model.init import initial_values, reset_buffers
-
-IMPORTED = "import.json"
-"""The file in a run directory that says which model of others its weights were imported from."""
+from kha_train.record.imported import IMPORTED
 
 
 class Encoder(Protocol):

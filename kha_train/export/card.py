@@ -11,13 +11,13 @@ from kha_train.checkpoint import layout
 from kha_train.checkpoint.merge import MERGED
 from kha_train.checkpoint.reader import Checkpoint
 from kha_train.config.schema import RunConfig
-from kha_train.decode.generate import IMPORTED
 from kha_train.estimate.counts import count_parameters
 from kha_train.export.compress import ORIGIN_FILE
 from kha_train.foreign.documents import Json
 from kha_train.metric import Metric
 from kha_train.record import declared_in, read_metrics, read_run
 from kha_train.record.files import read_json
+from kha_train.record.imported import IMPORTED
 
 MEASURED = ("validation/", "evaluation/")
 """What figures in the record begin with that say something of the model."""

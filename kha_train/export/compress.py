@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kha_train.checkpoint.layout import FOLDER
+from kha_train.checkpoint.layout import run_of
 from kha_train.checkpoint.manifest import manifest_sha256
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import Checkpoint, open_verified
@@ -30,18 +29,17 @@ from kha_train.config.compose import dump, from_plain, load
 from kha_train.config.saved import completed
 from kha_train.config.schema import RunConfig
 from kha_train.decode.absorb import AbsorbedWeights
-from kha_train.decode.generate import IMPORTED
 from kha_train.decode.virtual_heads import Compressed, Factors, compressed_config, compressed_weights, factored
 from kha_train.distributed import World
 from kha_train.engine.building import persistent_buffers
 from kha_train.errors import ConfigError
 from kha_train.estimate.counts import cache_bytes_per_token, count_parameters
-from kha_train.export.importing import NAMING, TOKENIZER
 from kha_train.model.decoder import lay_out_decoder
 from kha_train.model.init import initial_values
 from kha_train.record import read_run
 from kha_train.record.attempts import CONFIG_FILE
 from kha_train.record.files import published, write_json, write_text
+from kha_train.record.imported import copy_imported
 from kha_train.variants.optimizer import MASTER
 
 ORIGIN_FILE = "compressed.json"
@@ -126,7 +124,7 @@ def open_source(path: Path) -> tuple[RunConfig, Checkpoint]:
     Raises ConfigError for a configuration that this release cannot build, CheckpointError for a damaged checkpoint.
     """
     checkpoint = open_verified(path, World.single())
-    run = _run_of(checkpoint)
+    run = run_of(checkpoint.path)
     if (run / CONFIG_FILE).is_file():
         return load(run / CONFIG_FILE), checkpoint
     return from_plain(completed(checkpoint.trainer_state.get("config", {}))), checkpoint
@@ -151,7 +149,7 @@ def compress_run(source: Path, layers: str, kv_heads: int, out: Path, bar: Bar) 
         write_text(beside / CONFIG_FILE, dump(compressed))
         made = Compression(
             source=str(checkpoint.path),
-            run_id=str(read_run(_run_of(checkpoint)).get("run_id", "")),
+            run_id=str(read_run(run_of(checkpoint.path)).get("run_id", "")),
             step=checkpoint.step,
             manifest=manifest_sha256(checkpoint.path) or "",
             heads_by_layer=by_layer,
@@ -160,7 +158,7 @@ def compress_run(source: Path, layers: str, kv_heads: int, out: Path, bar: Bar) 
             settings=settings_of(compressed),
         )
         write_json(beside / ORIGIN_FILE, made.to_plain())
-        _copy_imported(_run_of(checkpoint), beside)
+        copy_imported(run_of(checkpoint.path), beside)
     return made
 
 
@@ -219,16 +217,3 @@ class _Weights:
             self._factors[one.weight] = found
         factors = self._factors[one.weight]
         return factors.virtual if name == one.weight else factors.composition
-
-
-def _copy_imported(run: Path, beside: Path) -> None:
-    """Copy what an imported run has in the place of data: where its weights come from, and its tokenizer."""
-    if (run / IMPORTED).is_file():
-        for name in (IMPORTED, TOKENIZER, *NAMING):
-            if (run / name).is_file():
-                shutil.copyfile(run / name, beside / name)
-
-
-def _run_of(checkpoint: Checkpoint) -> Path:
-    folder = checkpoint.path.parent
-    return folder.parent if folder.name == FOLDER else checkpoint.path

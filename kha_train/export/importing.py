@@ -26,7 +26,6 @@ from kha_train.checkpoint.writer import PART_BYTES
 from kha_train.config.build import to_plain
 from kha_train.config.compose import dump, quoted
 from kha_train.config.schema import RunConfig
-from kha_train.decode.generate import IMPORTED
 from kha_train.engine.building import persistent_buffers
 from kha_train.errors import CheckpointError, ConfigError
 from kha_train.export.directory import CONFIG_NAME, ModelDirectory, open_directory, read_inside
@@ -39,10 +38,9 @@ from kha_train.model.decoder import Decoder, lay_out_decoder
 from kha_train.model.init import DeclaredModule, frozen_values, initial_values, not_identities
 from kha_train.record.attempts import CONFIG_FILE
 from kha_train.record.files import published, write_json, write_text
+from kha_train.record.imported import IMPORTED, NAMING, TOKENIZER
 from kha_train.variants.optimizer import MASTER
 
-TOKENIZER = "tokenizer.json"
-NAMING = ("tokenizer_config.json", "special_tokens_map.json")
 MAX_TOKENIZER_BYTES = 256 * 2**20
 PIECE_ELEMENTS = 2**20
 """A tensor that is the same in both is read in parts of at most so many elements, or one row."""

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kha_train.checkpoint.layout import FOLDER
+from kha_train.checkpoint.layout import run_of
 from kha_train.checkpoint.manifest import MANIFEST_FILE
 from kha_train.checkpoint.reader import Checkpoint
 from kha_train.config.compose import from_plain, quoted
@@ -134,7 +134,7 @@ class Branch:
     @property
     def run_dir(self) -> Path:
         """The directory of the parent."""
-        return _run_of(self.checkpoint)
+        return run_of(self.checkpoint.path)
 
     def _restore_buffers(self, buffers: Mapping[str, Tensor]) -> None:
         """Those of the checkpoint; what a changed router counts beside begins fresh, but the steps that are done."""
@@ -148,7 +148,7 @@ class Branch:
 
 def _origin(checkpoint: Checkpoint, progress: Progress) -> tuple[SavedOrigin, Parent]:
     """Where a branch leaves its parent, as checkpoints and as run.json say it."""
-    run = read_run(_run_of(checkpoint))
+    run = read_run(run_of(checkpoint.path))
     before, run_id = run.get("parent"), str(run.get("run_id", ""))
     manifest = hashlib.sha256((checkpoint.path / MANIFEST_FILE).read_bytes()).hexdigest()
     origin: SavedOrigin = {
@@ -196,7 +196,7 @@ def _refusal(config: RunConfig, checkpoint: Checkpoint, refused: list[Change]) -
     table = "\n".join(f"  {key:<40} {before!r:>24} -> {now!r}" for key, before, now in refused)
     key, before, now = refused[0]
     return ResumeError(
-        f"a branch of step {checkpoint.step} of {_run_of(checkpoint)} may not differ from it in\n{table}\n ",
+        f"a branch of step {checkpoint.step} of {run_of(checkpoint.path)} may not differ from it in\n{table}\n ",
         field=key,
         value=now,
         allowed=f"{before!r}, as in the parent; docs/resume.md (Branch a run) lists what may differ",
@@ -209,7 +209,7 @@ def _ways(config: RunConfig, checkpoint: Checkpoint, refused: list[Change]) -> I
     where their shapes do."""
     typed = [_typed(key, before) for key, before, _ in refused]
     if None in typed:
-        yield f"the settings of the parent, in {_run_of(checkpoint) / 'config.yaml'}"
+        yield f"the settings of the parent, in {run_of(checkpoint.path) / 'config.yaml'}"
     else:
         yield Settings(" ".join(filter(None, typed)))
     taken, shapes_fit, whole = resume.places(config, checkpoint)
@@ -273,7 +273,7 @@ def _parameters(
     strangers = (new if kind != "inserted" else []) + (left_out if kind != "absorbed" else []) + trained_by_one
     if strangers:
         raise ResumeError(
-            f"a branch of step {checkpoint.step} of {_run_of(checkpoint)} has the parameters of its parent, "
+            f"a branch of step {checkpoint.step} of {run_of(checkpoint.path)} has the parameters of its parent, "
             f"and {strangers[0]} is in one of them alone",
             field="run.branch_from",
             value=config.run.branch_from,
@@ -309,9 +309,3 @@ def _begins_as_identity(config: RunConfig) -> str:
     by_layer = getattr(options, "component_heads_by_layer", ())
     ways += [f"{INTERACTION}component_heads_by_layer=[]"] if by_layer and has_none else []
     return Settings(" ".join(ways)) if ways else "another interaction"
-
-
-def _run_of(checkpoint: Checkpoint) -> Path:
-    """The run directory that a checkpoint lies in; its own directory where it was moved out of one."""
-    folder = checkpoint.path.parent
-    return folder.parent if folder.name == FOLDER else checkpoint.path
