@@ -84,7 +84,8 @@ MAY_BRANCH = (
     "data.global_batch_size", "data.seed", "data.shuffle", "data.packing", "data.sources", "data.phases",
     "data.skip_windows",
     # The router.
-    "moe.top_k", "moe.score", "moe.renormalize", "moe.routed_scaling", "moe.expert_groups", "moe.top_groups",
+    "moe.top_k", "moe.score", "moe.router_precision", "moe.renormalize", "moe.routed_scaling", "moe.expert_groups",
+    "moe.top_groups",
     "moe.bias_update", "moe.bias_update_rate", "moe.auxiliary_loss.", "moe.z_loss_weight",
     "moe.routing_warmup_steps", "moe.routing_seed",
     # The length of a row, and RoPE.

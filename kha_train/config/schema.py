@@ -107,7 +107,8 @@ class MoeSection:
     `shared_experts` of `expert_width` run for every token, besides the routed ones. With `expert_groups` above 1 a
     token chooses only among the experts of its best `top_groups` groups. `renormalize` divides the chosen scores by
     their sum. For the first `routing_warmup_steps` steps, random scores are blended into the router's.
-    `routing_seed` is the seed of these scores (null: `run.seed`).
+    `routing_seed` is the seed of these scores (null: `run.seed`). The router's logits and scores are computed in
+    `router_precision`; the selection biases and all that follows stay fp32.
     """
 
     experts: int
@@ -118,6 +119,7 @@ class MoeSection:
     dense_layers: int = 0
     dense_width: int = 0
     score: Literal["sigmoid", "softmax"] = "sigmoid"
+    router_precision: Literal["fp32", "bf16"] = "fp32"
     renormalize: bool = True
     routed_scaling: float = 2.5
     expert_groups: int = 1

@@ -437,6 +437,7 @@ CHANGES: dict[str, Change] = {
     "moe.dense_layers": (1, shapes, "moe.dense_width=64"),
     "moe.dense_width": (32, shapes, "moe.dense_layers=1", "moe.dense_width=64"),
     "moe.score": ("softmax", forward_of_a_choice),
+    "moe.router_precision": ("bf16", forward_of_a_choice),
     "moe.renormalize": ("false", forward_of_a_choice),
     "moe.expert_groups": (4, forward_of_a_choice),
     "moe.top_groups": (2, forward_of_a_choice, "moe.expert_groups=4"),

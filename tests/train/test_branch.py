@@ -234,6 +234,7 @@ ALLOWED = {
     "stability.zclip": True, "engine.precision": "bf16", "engine.grad_accum_dtype": "bf16",
     "engine.moment_dtype": "bf16", "data.global_batch_size": 6, "data.seed": 9, "data.shuffle": "block",
     "data.packing": "best_fit", "data.skip_windows": [[8, 10]], "moe.top_k": 1, "moe.score": "softmax",
+    "moe.router_precision": "bf16",
     "moe.renormalize": False, "moe.routed_scaling": 1.0, "moe.expert_groups": 2, "moe.top_groups": 2,
     "moe.bias_update": "sign", "moe.bias_update_rate": 0.1, "moe.auxiliary_loss.weight": 0.1,
     "moe.auxiliary_loss.scope": "previous_step", "moe.z_loss_weight": 0.1, "moe.routing_warmup_steps": 9,

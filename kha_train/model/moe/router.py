@@ -45,8 +45,9 @@ RUN_STATE = ("previous_share", "steps_done")
 
 
 class Router(DeclaredModule):
-    """Sigmoid or softmax scores in at least fp32. Experts are chosen by score + selection bias, within the best groups;
-    their weights come from the scores alone. Dropless: every token keeps its top_k experts.
+    """Sigmoid or softmax scores in at least fp32, or in bf16 (`moe.router_precision`). Experts are chosen by score +
+    selection bias, within the best groups; their weights come from the scores alone. Dropless: every token keeps its
+    top_k experts.
 
     Buffers: `selection_bias` [E], updated after every step; `previous_share` [E], the loads of the last step over their
     mean (1 before the first); `steps_done` [1], which the routing warm-up counts.
@@ -91,8 +92,9 @@ class Router(DeclaredModule):
         if samples_B is None:
             samples_B = torch.zeros(1, dtype=torch.int64, device=x_ND.device)
         wide = torch.promote_types(x_ND.dtype, torch.float32)
-        logit_NE = functional.linear(x_ND.to(wide), self.weight.to(wide))
-        score_NE = self._score(self._warmed_up(logit_NE, samples_B, real_N, places))
+        narrow = torch.bfloat16 if self.moe.router_precision == "bf16" else wide
+        logit_NE = functional.linear(x_ND.to(narrow), self.weight.to(narrow)).to(wide)
+        score_NE = self._score(self._warmed_up(logit_NE, samples_B, real_N, places).to(narrow)).to(wide)
         expert_NJ = self._choose(score_NE.detach() + self.selection_bias)
         weight_NJ = score_NE.gather(-1, expert_NJ)
         if self.moe.renormalize:

@@ -47,6 +47,23 @@ def test_scores_are_fp32_whatever_the_model_runs_in(dtype, make_config):
     torch.testing.assert_close(routing.weight_NJ, 2.5 * expected / expected.sum(1, keepdim=True))
 
 
+def test_a_bf16_router_rounds_logits_and_scores_and_nothing_after_them(make_config):
+    router = fresh_router(make_config, router_precision="bf16", top_k=2, renormalize=False, routed_scaling=3.0)
+    x_ND = torch.randn(50, 64, generator=torch.Generator().manual_seed(1)) / 8
+    routing = router(x_ND)
+    exact_NE = x_ND.bfloat16().double() @ router.weight.bfloat16().double().T
+    score_NE = torch.sigmoid(exact_NE.bfloat16().double()).bfloat16().float()
+    # 3 s of a bf16 score is exact in fp32, and not in bf16.
+    assert torch.equal(routing.weight_NJ, 3.0 * score_NE.gather(1, routing.expert_NJ))
+    assert not torch.equal(routing.weight_NJ, routing.weight_NJ.bfloat16().float())
+    router.selection_bias[5] = 2.0**-10
+    tied_N = (score_NE == score_NE[:, 5:6]).sum(1) > 1
+    ahead_N = (score_NE > score_NE[:, 5:6]).sum(1) < 2
+    # A bias too small for bf16 still decides between experts of equal scores.
+    assert tied_N.any() and (router(x_ND).expert_NJ[tied_N & ahead_N] == 5).any(dim=1).all()
+    assert router(x_ND).weight_NJ.requires_grad
+
+
 def test_scores_of_zero_do_not_divide_by_zero(make_config):
     router = fresh_router(make_config)
     with torch.no_grad():
