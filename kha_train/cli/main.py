@@ -30,6 +30,7 @@ HELP = "Pretraining of mixture-of-experts language models with cross-head attent
 COMMANDS = {
     "quickstart": "quickstart:quickstart",
     "train": "train:train",
+    "doctor": "doctor:doctor",
     "plan": "plan:plan",
     "compare": "compare:compare",
     "analyze": "analyze:analyze",

@@ -85,7 +85,7 @@ class WandbMirror:
         self._run: Any = None
         if rank == 0:
             _keep_under(run_dir)
-        self.mode, reason = _safely_chosen_mode(config.telemetry.wandb.mode) if rank == 0 else NO_MIRROR
+        self.mode, reason = safely_chosen_mode(config.telemetry.wandb.mode) if rank == 0 else NO_MIRROR
         self._run_dir = run_dir
         self._queue: deque[Sent] = deque()
         self._backlog: Iterator[Sent] = iter(())
@@ -273,7 +273,7 @@ def _row_of(record: bytes) -> int | None:
     return int(json.loads(named["_step"])) if "_step" in named else None
 
 
-def _safely_chosen_mode(asked: Asked) -> tuple[Mode, str]:
+def safely_chosen_mode(asked: Asked) -> tuple[Mode, str]:
     """`choose_mode`, or offline if that fails: a strange address, a home or netrc file that cannot be read."""
     guard = _Guard()
     with guard:

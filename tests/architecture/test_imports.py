@@ -41,6 +41,7 @@ WITHOUT_TORCH = {"kha_train", "errors", "metric", "stability", "variants", "conf
 """Rooms that never import torch themselves: settings, records and help must not wait for it."""
 
 AT_THE_TOP = {
+    "packaging": ("kha_train/operate/doctor/versions.py",),
     "typer": ("kha_train/cli/",),
     "rich": ("kha_train/cli/", "kha_train/telemetry/", "kha_train/analysis/"),
     "yaml": ("kha_train/foreign/documents.py", "kha_train/config/compose.py", "kha_train/train/"),

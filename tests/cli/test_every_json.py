@@ -154,6 +154,7 @@ DATA = ("data.train={data}/train", "data.validation={data}/validation")
 CASES: dict[Case, list[Case]] = {
     ("train",): [("--dry-run", *TINY, *DATA, "run.dir={root}/rehearsed"), (), ("--dry-run", "world_size=none")],
     ("metrics",): [(), ("--run", "{one}"), ("--run", "{lost}"), ("--run", "{nothing}"), ("model.kvheads=1",)],
+    ("doctor",): [(), ("model.kv_heads=3",)],
     ("plan",): [(), (*TINY, "cluster=cpu"), ("model.kvheads=1",), ("model=moe_6b", "cluster=h100_1x1")],
     ("compare",): [
         ("{one}",), ("{one}", "{two}", "{other}", "{lost}", "{empty}", "{odd}"), ("{odd}", "{other}"),
