@@ -35,6 +35,8 @@ HEADER, BLOCK, CHUNK_HEADER = 7, 32768, 7
 WHOLE, LAST = 1, 4
 DEAR, MANY = 3.0, 500
 """Processor seconds of a test that `make test` names at its end, in runs of at least so many tests."""
+FEW = 50
+"""Modules that a test may import without a pause to collect garbage."""
 Kha = Callable[..., tuple[int, str, str]]
 BEGAN = pytest.StashKey[float]()
 COLLECTED = pytest.StashKey[dict[str, set[str]]]()
@@ -136,8 +138,13 @@ def collected(request: pytest.FixtureRequest) -> Mapping[str, set[str]]:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays. Every run that is trained here ends with `gc.collect()`, which would walk through
-    all of it, for longer than the run took."""
+    """What is imported by now stays."""
+    keep_out_of_collections()
+
+
+def keep_out_of_collections() -> None:
+    """Every run that is trained here ends with `gc.collect()`, which would walk through all that was ever imported, for
+    longer than the run took."""
     gc.collect()
     gc.freeze()
 
@@ -149,10 +156,15 @@ def processor_seconds() -> float:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Remembers when the test began."""
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Remembers when the test began. Afterwards, what it imported stays too: an engine and a compiler are imported by
+    the first test that needs them."""
     item.stash[BEGAN] = processor_seconds()
-    return (yield)
+    loaded = len(sys.modules)
+    result = yield
+    if len(sys.modules) > loaded + FEW or nextitem is None or nextitem.path != item.path:
+        keep_out_of_collections()
+    return result
 
 
 @pytest.hookimpl(tryfirst=True)
