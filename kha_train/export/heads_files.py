@@ -31,14 +31,19 @@ class Insertion(NamedTuple):
 
 
 def insertion_of(config: RunConfig) -> Insertion | None:
-    """The interaction of an exported decoder, None without one. Raises ConfigError for one that `kha_heads` lacks."""
+    """The interaction and output gate of an exported decoder, None without either.
+
+    Raises ConfigError for an interaction that `kha_heads` lacks.
+    """
     options, shape = config.attention.interaction, config.attention.heads()
+    output_gate = config.attention.base.output_gate
+    gate = {} if output_gate == "none" else {"output_gate": output_gate}
     if not options.parameters(shape) + options.frozen_numbers(shape):
-        return None
+        return Insertion("gated", gate) if gate else None
     if isinstance(options, KnockingOptions) and options.name in KNOCKING:
-        return Insertion(KNOCKING[options.name], {"projections": options.projections, "share": options.share})
+        return Insertion(KNOCKING[options.name], {"projections": options.projections, "share": options.share, **gate})
     if isinstance(options, ExplicitOptions) and not (problem := _unlike(options, config)):
-        return Insertion("mea", {"compose": options.compose, "head_norm": options.head_norm})
+        return Insertion("mea", {"compose": options.compose, "head_norm": options.head_norm, **gate})
     reason = problem if isinstance(options, ExplicitOptions) else f"kha_heads has no {options.name}"
     raise ConfigError(
         f"{reason}, so no model class of transformers computes it",
@@ -83,5 +88,7 @@ def place_of(name: str) -> str | None:
         return None
     # Which kind of heads it changes, and what it is called there.
     layer, kind, parameter = found.groups()
+    if kind == "gate":
+        return f"blocks.{layer}.attention.gate.weight"
     names = {"map": f"maps.{kind}", "across": f"compose.{kind}", "gain": "norm"}
     return f"blocks.{layer}.attention.interaction.{names.get(parameter, f'maps.{kind}.{parameter}')}.weight"

@@ -20,7 +20,7 @@ from kha_train.foreign.files import SMALL
 from kha_train.foreign.typed import Match, Source
 
 SETTINGS, TENSORS = "kha_heads.json", "kha_heads.safetensors"
-PRESETS = {theirs: ours for ours, theirs in KNOCKING.items()} | {"mea": "explicit"}
+PRESETS = {theirs: ours for ours, theirs in KNOCKING.items()} | {"mea": "explicit", "gated": "none"}
 """The name of an interaction of `kha_heads` -> ours."""
 Word = Annotated[str, Match("[a-z]{1,20}")]
 
@@ -32,6 +32,7 @@ class Options(TypedDict, total=False):
     share: Word
     compose: list[Word]
     head_norm: bool
+    output_gate: Word
 
 
 class Saved(TypedDict):
@@ -72,5 +73,6 @@ def read_heads(path: Path) -> Heads:
     with (path / TENSORS).open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != saved["sha256"]:
             raise source.fault("sha256", f"is not that of {TENSORS}", saved["sha256"])
-    options = {f"attention.interaction.{key}": value for key, value in saved["options"].items()}
+    homes = {"output_gate": "attention.base"}
+    options = {f"{homes.get(key, 'attention.interaction')}.{key}": value for key, value in saved["options"].items()}
     return Heads({INTERACTION: PRESETS[saved["interaction"]], **options}, tensors)

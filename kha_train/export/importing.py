@@ -44,7 +44,7 @@ from kha_train.variants.optimizer import MASTER
 MAX_TOKENIZER_BYTES = 256 * 2**20
 PIECE_ELEMENTS = 2**20
 """A tensor that is the same in both is read in parts of at most so many elements, or one row."""
-INSERTED = ".interaction."
+INSERTED = (".interaction.", ".attention.gate.")
 """What the names of parameters of an interaction have in the middle."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _CONSTANT = re.compile(r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq")
@@ -197,7 +197,7 @@ def prepare(directory: Path, out: Path, overrides: Sequence[str] = ()) -> Import
     )
     left_out = _check_tensors(model, links, shapes, config, _further_layers(described))
     new = shapes.keys() - {part.name for link in links for part in link.ours}
-    if heads.tensors and (lacking := sorted(name for name in new if INSERTED in name)):
+    if heads.tensors and (lacking := sorted(name for name in new if any(part in name for part in INSERTED))):
         raise CheckpointError("lacks the heads of", field=str(directory / TENSORS), value=lacking[0])
     _check_identity(config, decoder, new)
     settings = described.overrides(overrides)

@@ -1,10 +1,11 @@
 """What is inserted into one projection: modules that change heads [B, T, H, K] -> [B, T, H, K].
 
-Each starts as the identity, bit for bit, except the norm of MEA. Parameters are used only inside the forward of the
-module that owns them, because sharded engines gather them there, and are cast to the dtype of the heads.
+Each starts as the identity, bit for bit, except the norm of MEA and the output gate. Parameters are used only inside
+the forward of the module that owns them, because sharded engines gather them there, and are cast to the dtype of the
+heads.
 """
 
-# B batch   T tokens, or any other leading dimensions in place of both   H heads   K head width
+# B batch   T tokens, or any other leading dimensions in place of both   H heads   K head width   D model width
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .layouts import Piece
-from .maths import composed, gated, normalised, perceptron, through
+from .maths import composed, gated, gates, normalised, perceptron, through
 
 
 class Home(NamedTuple):
@@ -134,6 +135,27 @@ class Norm(Change):
     def reset_parameters(self) -> None:
         """See `Change.reset_parameters`."""
         nn.init.ones_(self.gain)
+
+
+class OutputGate(nn.Module):
+    """Multiplies the output of every head by the sigmoid of a projection of the layer's input (Qiu et al. 2025): one
+    number for each head, or one for each of its dimensions. It starts with gates of one half.
+    """
+
+    def __init__(self, piece: Piece, inputs: int, home: Home, elementwise: bool) -> None:
+        super().__init__()
+        self.heads = piece.heads
+        outputs = piece.heads * (piece.width if elementwise else 1)
+        self.weight = _empty((outputs, inputs), home)
+        self.reset_parameters()
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """The gates, from 0 to 1, [B, T, H, 1] or [B, T, H, K], for the input of the attention."""
+        return gates(x_BTD, self.weight.to(x_BTD.dtype), self.heads)
+
+    def reset_parameters(self) -> None:
+        """See `Change.reset_parameters`."""
+        nn.init.zeros_(self.weight)
 
 
 def _empty(shape: tuple[int, ...], home: Home) -> nn.Parameter:

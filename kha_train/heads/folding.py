@@ -21,6 +21,8 @@ def fold(model: Model) -> Model:
     layers = inserted(model)
     users = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     for layer in layers:
+        if layer.heads.gating is not None:
+            raise HeadsError(f"the output gate of {layer.name} reads activations, so no weights are equal to it")
         for hook in layer.heads.hooks.values():
             _check(layer, hook, users)
     for layer in layers:

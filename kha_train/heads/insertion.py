@@ -5,7 +5,7 @@ what decoding caches is already changed. The parameters are a module `kha` in ev
 model stay.
 """
 
-# N numbers of a projection
+# N numbers of a projection   B batch   T tokens   H heads   K head width, or 1
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .changes import Change, Home
+from .changes import Change, Home, OutputGate
 from .errors import HeadsError
 from .interactions import Interaction, interaction_of
 from .layouts import FAMILIES, LAYOUTS, Layout, Piece, layout_of
@@ -43,16 +43,39 @@ class Hook:
         return self.piece.changed(inputs[0], self.change), *inputs[1:]
 
 
-class Heads(nn.ModuleDict):
-    """The changes of one attention, by the kind of heads: q, k, v, output. `family` is the name by which its class was
-    known, and that of its layout.
+class GateHook:
+    """What two projections call before their forward: the one that `reads` the attention's input, and the last one,
+    which comes after it.
     """
 
-    def __init__(self, interaction: Interaction, family: tuple[str, str], layout: Layout, home: Home) -> None:
-        changes = interaction.changes(layout, home)
-        super().__init__(changes)
+    def __init__(self, reads: str, output: Piece, gate: OutputGate) -> None:
+        self.reads, self.output, self.gate = reads, output, gate
+        self.gates_BTHK: Tensor | None = None
+
+    def see(self, projection: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Compute the gates of these tokens."""
+        self.gates_BTHK = self.gate(inputs[0])
+
+    def before(self, projection: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The inputs of the last projection, each head times its gates."""
+        gates_BTHK, self.gates_BTHK = self.gates_BTHK, None
+        assert gates_BTHK is not None, f"{self.reads} is called first"
+        return self.output.changed(inputs[0], lambda x_BTHK: x_BTHK * gates_BTHK), *inputs[1:]
+
+
+class Heads(nn.ModuleDict):
+    """The changes of one attention, by the kind of heads (q, k, v, output), and its output `gate`. `family` is the name
+    by which its class was known, and that of its layout.
+    """
+
+    def __init__(
+        self, interaction: Interaction, family: tuple[str, str], layout: Layout, home: Home, inputs: int
+    ) -> None:
+        changes, gate = interaction.changes(layout, home), interaction.gate(layout, inputs, home)
+        super().__init__({**changes, **({} if gate is None else {"gate": gate})})
         self.interaction, self.family = interaction, family
         self.hooks = {kind: Hook(getattr(layout, kind), change) for kind, change in changes.items()}
+        self.gating = None if gate is None else GateHook(layout.reads, layout.output, gate)
         self.handles: list[RemovableHandle] = []
 
     def attach(self, attention: nn.Module) -> None:
@@ -64,6 +87,12 @@ class Heads(nn.ModuleDict):
                 self.handles.append(projection.register_forward_pre_hook(hook.before))
             else:
                 self.handles.append(projection.register_forward_hook(hook.after))
+        if self.gating is not None:
+            reader, last = (
+                attention.get_submodule(name) for name in (self.gating.reads, self.gating.output.projection)
+            )
+            self.handles.append(reader.register_forward_pre_hook(self.gating.see))
+            self.handles.append(last.register_forward_pre_hook(self.gating.before))
 
     def detach(self, attention: nn.Module) -> None:
         """Leave `attention` as it was."""
@@ -89,11 +118,13 @@ def insert(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Model:
-    """Insert `kha_mlp`, `kha_linear`, `kha_gate` or `mea` into every attention of `model`, in place, and return it.
+    """Insert `kha_mlp`, `kha_linear`, `kha_gate`, `mea` or `gated` into every attention of `model`, in place, and
+    return it.
 
-    Its logits stay bit-equal, except with MEA's norm. New parameters have device and dtype of the projections' weights
-    (or `dtype`). `options`: `projections` and `share` of KHA, `compose` and `head_norm` of MEA. `layouts` names the
-    layout of attention classes that are not in `FAMILIES`. Insert before optimiser, engine or compiler see the model.
+    Its logits stay bit-equal, except with MEA's norm and an output gate. New parameters have device and dtype of the
+    projections' weights (or `dtype`). `options`: `projections` and `share` of KHA, `compose` and `head_norm` of MEA,
+    `output_gate` of all. `layouts` names the layout of attention classes that are not in `FAMILIES`. Insert before
+    optimiser, engine or compiler see the model.
 
     Raises HeadsError, and leaves the model as it was, if no attention is known, one is not laid out as expected, an
     interaction cannot or must not be inserted, or an option is wrong.
@@ -123,7 +154,10 @@ def planned(
             owner = owners.setdefault(id(attention.get_submodule(projection)), name)
             if owner != name:
                 raise HeadsError(f"{name} and {owner} share one module as {projection}; each needs its own")
-        plan.append(Inserted(name, attention, Heads(interaction, family, layout, _home(attention, layout, dtype))))
+        # torch says of an attribute of a module only that it is a tensor or a module.
+        inputs: int = attention.get_submodule(layout.reads).in_features  # type: ignore[assignment]
+        home = _home(attention, layout, dtype)
+        plan.append(Inserted(name, attention, Heads(interaction, family, layout, home, inputs)))
     if not plan:
         raise HeadsError(_nothing_known(model, layouts))
     return plan

@@ -6,16 +6,19 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from .changes import Change, Composition, Gate, Home, Linear, Matrices, Norm, Perceptron
+from .changes import Change, Composition, Gate, Home, Linear, Matrices, Norm, OutputGate, Perceptron
 from .errors import HeadsError
 from .layouts import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interaction(ABC):
-    """What is inserted into every attention of a model."""
+    """What is inserted into every attention of a model. `output_gate` multiplies head outputs, after everything else,
+    by gates that read the attention's input: one for each head (`headwise`) or for each dimension (`elementwise`).
+    """
 
     name: ClassVar[str]
+    output_gate: str = "none"
 
     @abstractmethod
     def invalid(self) -> str | None:
@@ -24,6 +27,12 @@ class Interaction(ABC):
     def refuses(self, layout: Layout) -> str | None:
         """Why it cannot be inserted there, or None."""
         return None
+
+    def gate(self, layout: Layout, inputs: int, home: Home) -> OutputGate | None:
+        """A new output gate for an attention with so many `inputs`; None without one."""
+        if self.output_gate == "none":
+            return None
+        return OutputGate(layout.output, inputs, home, self.output_gate == "elementwise")
 
     @abstractmethod
     def changes(self, layout: Layout, home: Home) -> dict[str, Change]:
@@ -116,8 +125,24 @@ class Explicit(Interaction):
         return changes | ({"output": Norm(layout.output, home)} if self.head_norm else {})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gated(Interaction):
+    """The output gate alone (Qiu et al. 2025). A model does not start as it was: gates start at one half."""
+
+    name: ClassVar[str] = "gated"
+    output_gate: str = "elementwise"
+
+    def invalid(self) -> str | None:
+        """See `Interaction.invalid`."""
+        return "output_gate='none': headwise or elementwise" if self.output_gate == "none" else None
+
+    def changes(self, layout: Layout, home: Home) -> dict[str, Change]:
+        """See `Interaction.changes`."""
+        return {}
+
+
 INTERACTIONS: dict[str, type[Interaction]] = {
-    kind.name: kind for kind in (KnockingLinear, KnockingMlp, KnockingGate, Explicit)
+    kind.name: kind for kind in (KnockingLinear, KnockingMlp, KnockingGate, Explicit, Gated)
 }
 
 
@@ -132,9 +157,17 @@ def interaction_of(name: object, options: dict[str, Any]) -> Interaction:
     if strange := [str(option)[:80] for option in options if option not in known]:
         raise HeadsError(f"{kind.name} has no option {strange[0]!r}: {', '.join(known)}")
     made = kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
-    if problem := made.invalid():
+    if problem := _unknown_gate(made.output_gate) or made.invalid():
         raise HeadsError(f"{kind.name}: {problem[:300]}")
     return made
+
+
+def _unknown_gate(chosen: object) -> str | None:
+    return (
+        None
+        if chosen in ("none", "headwise", "elementwise")
+        else f"output_gate={chosen!r}: none, headwise, elementwise"
+    )
 
 
 def _not_a_choice(option: str, chosen: object, allowed: tuple[str, ...]) -> str | None:

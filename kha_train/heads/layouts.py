@@ -49,21 +49,22 @@ class Piece:
 
 
 class Layout(NamedTuple):
-    """The pieces of one attention module. `latent`: keys and values are made of a latent, which decoding may attend to
-    without ever making them.
+    """The pieces of one attention module. `reads` names a projection whose input is that of the attention. `latent`:
+    keys and values are made of a latent, which decoding may attend to without ever making them.
     """
 
     q: Piece
     k: Piece
     v: Piece
     output: Piece
+    reads: str
     latent: bool = False
 
 
 def _separate(attention: nn.Module, names: tuple[str, str, str, str], width: int) -> Layout:
     """Three projections of their own."""
     q, k, v = (_alone(name, _size(attention, name), width) for name in names[:3])
-    return Layout(q, k, v, _alone(names[3], _size(attention, names[3], "in_features"), width))
+    return Layout(q, k, v, _alone(names[3], _size(attention, names[3], "in_features"), width), names[0])
 
 
 def _fused(attention: nn.Module, names: tuple[str, str], query_heads: int, kv_heads: int, width: int) -> Layout:
@@ -74,7 +75,7 @@ def _fused(attention: nn.Module, names: tuple[str, str], query_heads: int, kv_he
     v = Piece(name, outputs, kv_heads, width, width, start=(query_heads + kv_heads) * width)
     if v.start + kv_heads * width != outputs:
         raise _surprise(attention, f"{name} has {outputs} outputs", f"{v.start + kv_heads * width}")
-    return Layout(q, k, v, _alone(names[1], _size(attention, names[1], "in_features"), width))
+    return Layout(q, k, v, _alone(names[1], _size(attention, names[1], "in_features"), width), names[0])
 
 
 def _transformers(attention: Any) -> Layout:
@@ -104,6 +105,7 @@ def _transformers_latent(attention: Any) -> Layout:
         Piece("kv_b_proj", outputs, heads, plain, plain + width),
         Piece("kv_b_proj", outputs, heads, width, plain + width, offset=plain),
         _alone("o_proj", _size(attention, "o_proj", "in_features"), width),
+        "kv_a_proj_with_mqa",
         latent=True,
     )
     return _checked(attention, layout, 1)

@@ -3,7 +3,7 @@ multi-head attention (MEA, arXiv 2601.19611). The trainer's own decoder computes
 """
 
 # B batch   T tokens (any other leading dimensions may be in place of both)   H, I, O heads
-# K, W head width before and after
+# K, W head width before and after   D model width   N = H or H * W
 
 from __future__ import annotations
 
@@ -38,6 +38,13 @@ def gated(x_BTHK: Tensor, gate: Tensor) -> Tensor:
 def composed(x_BTIK: Tensor, across_IO: Tensor) -> Tensor:
     """Head o is the sum over i of head i times across[i, o] (MEA eq 10): [B, T, O, K]."""
     return torch.einsum("...ik,io->...ok", x_BTIK, across_IO)
+
+
+def gates(x_BTD: Tensor, weight_ND: Tensor, heads: int) -> Tensor:
+    """sigmoid(x W), by which the outputs of `heads` heads are multiplied (Qiu et al. 2025, arXiv 2505.06708): one
+    number for each head [B, T, H, 1], or one for each of its dimensions [B, T, H, W].
+    """
+    return torch.sigmoid(functional.linear(x_BTD, weight_ND)).unflatten(-1, (heads, -1))
 
 
 def normalised(x_BTHK: Tensor, gain_K: Tensor) -> Tensor:

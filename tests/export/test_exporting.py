@@ -167,6 +167,8 @@ def test_an_export_is_a_stock_model_with_our_logits_and_continuations_and_comes_
     [
         ("kha_mlp", "attention=kha_mlp attention.interaction.projections=[q,v]", ()),
         ("mea", "attention=mea", ("--no-absorb",)),
+        ("gated", "attention=kha_linear attention.base.output_gate=elementwise", ()),
+        ("kha_mlp", "attention=kha_mlp attention.base.output_gate=headwise", ()),
     ],
 )
 def test_what_acts_on_activations_is_a_stock_model_with_heads(

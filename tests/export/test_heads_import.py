@@ -31,6 +31,8 @@ TOKENS = torch.randint(0, 256, (2, 48), generator=torch.Generator().manual_seed(
         ("llama", "mea", {}),
         ("qwen3", "mea", {"compose": ("v",), "head_norm": False}),
         ("llama", "kha_linear", {}),
+        ("glm4_moe", "gated", {"output_gate": "headwise"}),
+        ("qwen3", "kha_mlp", {"output_gate": "elementwise"}),
     ],
 )
 def test_a_model_with_heads_is_imported_with_its_interaction(

@@ -31,7 +31,6 @@ SMALL = ("model=tiny", "model.layers=1", "model.hidden_size=32", "model.head_dim
         ("attention=talking_heads", "attention.base.name"),
         ("attention=diff", "attention.base.name"),
         ("attention=linear", "attention.base.name"),
-        ("attention=gated", "attention.base.output_gate"),
         ("attention.positions=alibi", "attention.positions"),
         ("attention.positions=learned", "attention.positions"),
         ("attention.positions=none", "attention.positions"),

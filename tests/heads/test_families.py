@@ -88,7 +88,7 @@ def test_a_trained_linear_interaction_folds_back(interaction: str, stock, moved)
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("interaction", ["kha_mlp", "mea"])
+@pytest.mark.parametrize("interaction", ["kha_mlp", "mea", "gated"])
 def test_generation_with_a_cache_is_that_without(interaction: str, stock, moved) -> None:
     """Token by token: the logits of the last token with everything before it cached, and of the whole text."""
     model, cache = moved(changed(stock, interaction)), None
@@ -102,7 +102,7 @@ def test_generation_with_a_cache_is_that_without(interaction: str, stock, moved)
     assert torch.equal(model.generate(IDS, **generate), model.generate(IDS, use_cache=False, **generate))
 
 
-@pytest.mark.parametrize("interaction", ["kha_mlp", "mea"])
+@pytest.mark.parametrize("interaction", ["kha_mlp", "mea", "gated"])
 def test_two_steps_train_every_inserted_parameter_and_a_reload_has_them(interaction: str, stock, tmp_path) -> None:
     model = changed(stock, interaction).train()
     model.gradient_checkpointing_enable()

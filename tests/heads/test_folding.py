@@ -51,6 +51,14 @@ def test_what_is_not_linear_is_not_folded(interaction: str, told: str, tiny, mov
     assert torch.equal(model(x_BTD), before)
 
 
+def test_an_output_gate_is_not_folded(tiny, moved, x_BTD) -> None:
+    model = moved(tiny("kha_linear", output_gate="headwise"))
+    before = model(x_BTD)
+    with pytest.raises(HeadsError, match=r"output gate of layers\.0 reads activations"):
+        fold(model)
+    assert torch.equal(model(x_BTD), before)
+
+
 def test_a_stock_model_has_nothing_to_fold(tiny) -> None:
     with pytest.raises(HeadsError, match="nothing is inserted into Tiny"):
         fold(tiny())

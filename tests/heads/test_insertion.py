@@ -24,7 +24,13 @@ IDENTITIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gate": ("kha_gate", {}),
     "composition": ("mea", {"head_norm": False}),
 }
-ALL = {**IDENTITIES, "explicit": ("mea", {}), "norm alone": ("mea", {"compose": ()})}
+ALL = {
+    **IDENTITIES,
+    "explicit": ("mea", {}),
+    "norm alone": ("mea", {"compose": ()}),
+    "output gate": ("gated", {}),
+    "mlp and a gate of every head": ("kha_mlp", {"output_gate": "headwise"}),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -36,8 +42,31 @@ def test_an_insertion_changes_no_bit(name: str, dtype: torch.dtype, tiny, x_BTD)
     assert torch.equal(model(x_BTD.to(dtype)), stock(x_BTD.to(dtype)))
 
 
-def test_only_the_norm_of_mea_changes_a_model_at_once(tiny, x_BTD) -> None:
+def test_only_the_norm_of_mea_and_an_output_gate_change_a_model_at_once(tiny, x_BTD) -> None:
     assert not torch.equal(tiny("mea")(x_BTD), tiny()(x_BTD))
+    assert not torch.equal(tiny("gated")(x_BTD), tiny()(x_BTD))
+
+
+@pytest.mark.parametrize(("output_gate", "width"), [("headwise", 1), ("elementwise", 6)])
+def test_outputs_are_multiplied_by_gates_that_read_the_input(output_gate: str, width: int, tiny, moved, x_BTD) -> None:
+    """y = o * sigmoid(x W) of Qiu et al. (2025), between softmax(QK)V and the output projection: in numpy."""
+    model = moved(tiny("gated", output_gate=output_gate).double())
+    attention, x = model.layers[0], x_BTD.double()
+    outputs = torch.randn(2, 7, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    attention.q_proj(x)
+    found = attention.o_proj(outputs)
+    weight = attention.kha.gate.weight.detach().numpy()
+    assert weight.shape == (4 * width, 24)
+    gates = 1 / (1 + np.exp(-(x.numpy() @ weight.T)))
+    gated = (outputs.numpy().reshape(2, 7, 4, 6) * gates.reshape(2, 7, 4, width)).reshape(2, 7, 24)
+    expected = gated @ attention.o_proj.weight.detach().numpy().T + attention.o_proj.bias.detach().numpy()
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_gates_of_one_half_halve_what_attention_writes(tiny, x_BTD) -> None:
+    gated, stock = tiny("gated").layers[0], tiny().layers[0]
+    bias = stock.o_proj.bias
+    torch.testing.assert_close(gated(x_BTD) - bias, (stock(x_BTD) - bias) / 2)
 
 
 def test_values_go_through_the_published_perceptron(tiny, moved, x_BTD) -> None:
@@ -100,7 +129,7 @@ def test_a_tensor_parallel_share_of_a_projection_has_fewer_heads() -> None:
 
 def test_recomputation_gives_the_same_gradients(tiny, moved, x_BTD) -> None:
     def gradients(recompute: bool) -> list[torch.Tensor]:
-        model = moved(tiny("kha_mlp"))
+        model = moved(tiny("kha_mlp", output_gate="elementwise"))
         x = x_BTD.clone().requires_grad_()
         for layer in model.layers:
             x = x + (checkpoint(layer, x, use_reentrant=False) if recompute else layer(x))
@@ -111,7 +140,7 @@ def test_recomputation_gives_the_same_gradients(tiny, moved, x_BTD) -> None:
 
 
 def test_a_copy_has_its_own_heads(tiny, moved, x_BTD) -> None:
-    model = moved(tiny("kha_mlp"))
+    model = moved(tiny("kha_mlp", output_gate="headwise"))
     copied, before = copy.deepcopy(model), model(x_BTD)
     assert torch.equal(copied(x_BTD), before)
     with torch.no_grad():
@@ -199,8 +228,10 @@ def test_a_second_insertion_is_refused(tiny) -> None:
 @pytest.mark.parametrize(
     "interaction, options, told",
     [
-        ("mlp", {}, "'mlp': one of kha_linear, kha_mlp, kha_gate, mea"),
-        ("kha_mlp", {"where": ("v",)}, "no option 'where': projections, share"),
+        ("mlp", {}, "'mlp': one of kha_linear, kha_mlp, kha_gate, mea, gated"),
+        ("gated", {"output_gate": "none"}, "headwise or elementwise"),
+        ("kha_mlp", {"output_gate": "both"}, "none, headwise, elementwise"),
+        ("kha_mlp", {"where": ("v",)}, "no option 'where': output_gate, projections, share"),
         ("kha_mlp", {"projections": ()}, "a choice of q, k, v"),
         ("kha_mlp", {"projections": ("v", "v")}, "each once"),
         ("kha_mlp", {"projections": "v"}, "a choice of q, k, v"),
@@ -219,7 +250,7 @@ def test_a_wrong_option_is_told_with_what_is_allowed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("interaction", ["kha_mlp", "mea"])
+@pytest.mark.parametrize("interaction", ["kha_mlp", "mea", "gated"])
 def test_a_model_is_compiled_without_a_graph_break(interaction: str, tiny, moved, x_BTD) -> None:
     def gradients(model: nn.Module, run: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
         out = run(x_BTD)

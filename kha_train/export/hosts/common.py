@@ -182,9 +182,6 @@ def refuses_attention(config: RunConfig, base: str, norms: tuple[str, ...], part
     if attention.base.name != base:
         reason = NO_BASE.get(attention.base.name, f"is not {base}")
         return no_host("attention.base.name", attention.base.name, reason, "gqa, mla")
-    if attention.base.output_gate != "none":
-        reason = "the output gate of heads reads the input of their layer"
-        return no_host("attention.base.output_gate", attention.base.output_gate, reason, "none")
     if not POSITIONS[attention.positions].turns:
         return no_host("attention.positions", attention.positions, NO_POSITIONS[attention.positions], "rope")
     if attention.qk_norm not in norms:

@@ -5,14 +5,14 @@ The gate reads the layer's normalised input, as the queries do. It is not the id
 it halves every output.
 """
 
-# B batch   T tokens   D model width   H query heads   W value head width   N = H or H * W
+# B batch   T tokens   D model width   H query heads   W value head width
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kha_train.config.schema import RunConfig
+from kha_train.heads.maths import gates
 from kha_train.metric import Metric
 from kha_train.model.init import Linear, Normal
 from kha_train.model.observed import UNREAD, Report
@@ -31,9 +31,8 @@ class OutputGate(Linear):
 
     def forward(self, x_BTD: Tensor, report: Report = UNREAD) -> Tensor:
         """The gates, from 0 to 1, [B, T, H, 1] or [B, T, H, W]; their mean goes to `report`."""
-        gates_BTN = torch.sigmoid(super().forward(x_BTD))
-        report.mean(MEAN.name, gates_BTN)
-        gates_BTHW: Tensor = gates_BTN.unflatten(-1, (self.heads, -1))
+        gates_BTHW = gates(x_BTD, self.weight, self.heads)
+        report.mean(MEAN.name, gates_BTHW)
         return gates_BTHW
 
 
