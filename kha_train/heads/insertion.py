@@ -154,8 +154,7 @@ def planned(
             owner = owners.setdefault(id(attention.get_submodule(projection)), name)
             if owner != name:
                 raise HeadsError(f"{name} and {owner} share one module as {projection}; each needs its own")
-        # torch says of an attribute of a module only that it is a tensor or a module.
-        inputs: int = attention.get_submodule(layout.reads).in_features  # type: ignore[assignment]
+        inputs: Any = attention.get_submodule(layout.reads).in_features
         home = _home(attention, layout, dtype)
         plan.append(Inserted(name, attention, Heads(interaction, family, layout, home, inputs)))
     if not plan:

@@ -156,7 +156,8 @@ def interaction_of(name: object, options: dict[str, Any]) -> Interaction:
     known = [field.name for field in fields(kind)]
     if strange := [str(option)[:80] for option in options if option not in known]:
         raise HeadsError(f"{kind.name} has no option {strange[0]!r}: {', '.join(known)}")
-    made = kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    made = kind(**values)
     if problem := _unknown_gate(made.output_gate) or made.invalid():
         raise HeadsError(f"{kind.name}: {problem[:300]}")
     return made

@@ -44,7 +44,8 @@ def gates(x_BTD: Tensor, weight_ND: Tensor, heads: int) -> Tensor:
     """sigmoid(x W), by which the outputs of `heads` heads are multiplied (Qiu et al. 2025, arXiv 2505.06708): one
     number for each head [B, T, H, 1], or one for each of its dimensions [B, T, H, W].
     """
-    return torch.sigmoid(functional.linear(x_BTD, weight_ND)).unflatten(-1, (heads, -1))
+    gates_BTHW: Tensor = torch.sigmoid(functional.linear(x_BTD, weight_ND)).unflatten(-1, (heads, -1))
+    return gates_BTHW
 
 
 def normalised(x_BTHK: Tensor, gain_K: Tensor) -> Tensor:
