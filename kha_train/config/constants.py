@@ -89,7 +89,8 @@ MAY_BRANCH = (
     "moe.bias_update", "moe.bias_update_rate", "moe.auxiliary_loss.", "moe.z_loss_weight",
     "moe.routing_warmup_steps", "moe.routing_seed",
     # The length of a row, and RoPE.
-    "model.seq_len", "model.rope_theta", "model.partial_rotary_factor",
+    "model.seq_len", "model.rope_theta", "model.partial_rotary_factor", "model.rope_scaling", "model.rope_factor",
+    "model.rope_original_seq_len", "model.rope_beta_fast", "model.rope_beta_slow", "model.rope_attention_factor",
     # A branch has no checkpoints yet that a rewind may go back to.
     "checkpoint.",
 )  # fmt: skip

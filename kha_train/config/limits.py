@@ -62,6 +62,11 @@ LIMITS: dict[str, Limit] = {
     "model.seq_len": Limit(1, LARGEST_INDEX),
     "model.norm_eps": POSITIVE,
     "model.rope_theta": POSITIVE,
+    "model.rope_factor": Limit(1.0),
+    "model.rope_original_seq_len": Limit(0, LARGEST_INDEX),
+    "model.rope_beta_fast": POSITIVE,
+    "model.rope_beta_slow": POSITIVE,
+    "model.rope_attention_factor": POSITIVE,
     # Below it, fp32 gives no gradient in the first step somewhere.
     "model.init_std": Limit(1e-6),
     "model.loss_chunk_tokens": AT_LEAST_ONE,

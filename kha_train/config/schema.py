@@ -46,6 +46,12 @@ class ModelSection:
 
     `partial_rotary_factor` is the share of dimensions that rotary embedding rotates, beginning with the first, in the
     part of a head that it acts on: the whole head, the rotary half (`gta`) or the rotary part (`mla`).
+
+    `rope_scaling` stretches the rotation of a model trained on shorter rows: `linear` divides every frequency by
+    `rope_factor`, `yarn` only those of long wavelengths (`kha_train/model/rope.py`). The other `rope_*` settings are
+    those of `yarn`: the rows that the model was trained on (`rope_original_seq_len`), how many turns a dimension makes
+    over such a row to be left alone (`rope_beta_fast`) or divided (`rope_beta_slow`), and the factor of rotated queries
+    and keys (`rope_attention_factor`, null: 0.1 ln(rope_factor) + 1).
     """
 
     name: str
@@ -60,6 +66,12 @@ class ModelSection:
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
     partial_rotary_factor: float = 1.0
+    rope_scaling: Literal["none", "linear", "yarn"] = "none"
+    rope_factor: float = 1.0
+    rope_original_seq_len: int = 0
+    rope_beta_fast: float = 32.0
+    rope_beta_slow: float = 1.0
+    rope_attention_factor: float | None = None
     init_std: float = 0.02
     scale_residual_init: bool = True
     loss_chunk_tokens: int = 1024

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from kha_train.config.resolve import invalid_backend, turned_dimensions
-from kha_train.config.schema import RunConfig
-from kha_train.errors import ConfigError, Settings
+from kha_train.config.schema import ModelSection, RunConfig
+from kha_train.errors import ConfigError, Settings, either
 from kha_train.variants.attention import POSITIONS, Partners
 
 
@@ -22,6 +22,7 @@ def check_attention(config: RunConfig) -> None:
     if reason:
         raise ConfigError(reason, field="attention.interaction", value=f"{interaction.name} on {base.name}")
     _rotary(config)
+    _rope_scaling(config)
 
 
 def _without_identity(config: RunConfig) -> ConfigError | None:
@@ -77,3 +78,54 @@ def _rotary(config: RunConfig) -> None:
         allowed=f"an even number of rotated dimensions, from 2 to {max(width, 2)}",
         fix=Settings(fix),
     )
+
+
+def _rope_scaling(config: RunConfig) -> None:
+    """A scaling needs a rotation, and a factor needs a scaling."""
+    model, positions = config.model, config.attention.positions
+    if model.rope_scaling == "none":
+        if model.rope_factor != 1:
+            ways = ("model.rope_factor=1.0", "model.rope_scaling=linear")
+            raise ConfigError(
+                "divides no frequency with model.rope_scaling=none",
+                field="model.rope_factor",
+                value=model.rope_factor,
+                fix=either(*map(Settings, ways)),
+            )
+    elif not POSITIONS[positions].turns:
+        raise ConfigError(
+            f"attention.positions={positions} rotates nothing",
+            field="model.rope_scaling",
+            value=model.rope_scaling,
+            allowed="none",
+            fix=Settings("model.rope_scaling=none model.rope_factor=1.0"),
+        )
+    elif model.rope_scaling == "yarn":
+        _yarn(model)
+
+
+def _yarn(model: ModelSection) -> None:
+    if model.rope_original_seq_len < 1:
+        raise ConfigError(
+            "yarn compares wavelengths with the rows that the model was trained on",
+            field="model.rope_original_seq_len",
+            value=model.rope_original_seq_len,
+            allowed="1 or more",
+            fix=Settings(f"model.rope_original_seq_len={max(1, round(model.seq_len / model.rope_factor))}"),
+        )
+    if model.rope_beta_fast <= model.rope_beta_slow:
+        raise ConfigError(
+            "dimensions that turn fast must turn more often than those that turn slowly",
+            field="model.rope_beta_fast",
+            value=model.rope_beta_fast,
+            allowed=f"above model.rope_beta_slow={model.rope_beta_slow}",
+            fix=Settings("model.rope_beta_fast=32.0 model.rope_beta_slow=1.0"),
+        )
+    if model.rope_theta <= 1:
+        raise ConfigError(
+            "yarn needs wavelengths that grow with the dimension",
+            field="model.rope_theta",
+            value=model.rope_theta,
+            allowed="above 1",
+            fix=Settings("model.rope_theta=10000.0"),
+        )

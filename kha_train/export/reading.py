@@ -19,6 +19,7 @@ from kha_train.export.directory import CONFIG_NAME, ModelDirectory
 from kha_train.export.families import FAMILIES
 from kha_train.export.family import Family
 from kha_train.export.fields import Fixed, Reading, Settings, read_fixed
+from kha_train.export.hosts.scaling import ENTRIES, scaling_kind
 from kha_train.foreign.documents import Json
 from kha_train.foreign.typed import Range, Source, short
 
@@ -45,7 +46,6 @@ EVERYWHERE = (
 """Options that our decoder lacks, in whichever class they appear."""
 ROPE = {"rope_theta", "partial_rotary_factor", "rope_scaling"}
 """Entries in which older releases keep what `rope_parameters` holds."""
-IN_ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 INTERACTION = "interaction@attention.interaction"
 """The preset of an interaction, among settings."""
 FREE = (
@@ -147,9 +147,12 @@ def _unknown(source: Source, key: str, value: Json) -> ConfigError:
 def _check_rope(values: Mapping[str, Json], source: Source, partial: bool) -> None:
     """Raises ConfigError for an unknown option of positions, and, but for a class that rotates a part of each head, for
     such a part."""
-    rope = values.get("rope_parameters")
-    inside = rope if isinstance(rope, dict) else {}
-    for key in inside.keys() - IN_ROPE:
+    given = [values[key] for key in ("rope_parameters", "rope_scaling") if values.get(key) is not None]
+    if len(given) == 2 and given[0] != given[1]:
+        raise source.fault("rope_scaling", "says otherwise than rope_parameters", given[1])
+    inside = given[0] if given and isinstance(given[0], dict) else {}
+    known = ENTRIES.get(scaling_kind(Reading(inside, source)), inside.keys())
+    for key in sorted(inside.keys() - known):
         raise _unknown(source, f"rope_parameters.{key}", inside[key])
     if not partial:
         for place in (values, inside):

@@ -29,7 +29,7 @@ from kha_train.model.moe.router import Router
 from kha_train.model.norm import RmsNorm
 from kha_train.model.observed import Report, Values, declared_metrics
 from kha_train.model.recompute import runner
-from kha_train.model.rope import RotaryTable
+from kha_train.model.rope import RotaryTable, Scaling
 from kha_train.variants.attention import POSITIONS
 from kha_train.variants.backends import TRAITS
 
@@ -258,7 +258,8 @@ class Decoder(nn.Module):
 def build_rotary_table(config: RunConfig) -> RotaryTable | None:
     """The rotation of the positions of a row; None without rotary embedding."""
     turned = turned_dimensions(config)
-    return RotaryTable(config.model.seq_len, turned, config.model.rope_theta) if turned else None
+    model = config.model
+    return RotaryTable(model.seq_len, turned, model.rope_theta, Scaling.of(model)) if turned else None
 
 
 def lay_out_decoder(config: RunConfig) -> Decoder:

@@ -383,6 +383,7 @@ class _SilentRun:
 
 RANDOM_MEA = ("attention=mea", "attention.interaction.init.kind=random")
 GATED = ("interaction@attention.interaction=knocking_gate", "attention.interaction.init.kind=random")
+YARN = ("model.rope_scaling=yarn", "model.rope_factor=4", "model.rope_original_seq_len=64")
 Change = tuple[Any, Callable[..., Any]] | tuple[Any, Callable[..., Any], str]
 CHANGES: dict[str, Change] = {
     "run.dir": ("runs/elsewhere", run_files),
@@ -400,6 +401,12 @@ CHANGES: dict[str, Change] = {
     "model.norm_eps": (1e-2, first_loss),
     "model.rope_theta": (100.0, first_loss),
     "model.partial_rotary_factor": (0.5, first_loss),
+    "model.rope_scaling": ("linear", first_loss, *YARN),
+    "model.rope_factor": (8.0, first_loss, "model.rope_scaling=linear", "model.rope_factor=4"),
+    "model.rope_original_seq_len": (16, first_loss, *YARN),
+    "model.rope_beta_fast": (2.0, first_loss, *YARN),
+    "model.rope_beta_slow": (0.1, first_loss, *YARN),
+    "model.rope_attention_factor": (1.0, first_loss, *YARN),
     "model.init_std": (0.05, initial_values),
     "model.scale_residual_init": ("false", initial_values),
     "model.loss_chunk_tokens": (7, loss_chunks),

@@ -31,8 +31,8 @@ PRESETS = ("gqa", "gta", "mla", "talking_heads", "diff", "linear", "gated", "kha
 SMALL = ("model.layers=2", "model.hidden_size=32", "model.head_dim=8", "model.vocab_size=64", "model.seq_len=24")
 
 
-def decoder_of(preset: str) -> Decoder:
-    config = compose([*SMALL, f"attention={preset}", "moe.backend=loop"])
+def decoder_of(preset: str, *settings: str) -> Decoder:
+    config = compose([*SMALL, f"attention={preset}", "moe.backend=loop", *settings])
     decoder = build_decoder(config, resolve_decoding(config))
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -63,6 +63,16 @@ def drawn(decoder: Decoder, sampling: Sampling, stop: int | None = None) -> list
 
 def test_the_presets_tried_cover_every_base() -> None:
     assert set(BASES) <= set(PRESETS)
+
+
+def test_a_model_whose_positions_are_stretched_decodes_as_it_computes_whole_rows() -> None:
+    stretched = ("model.rope_scaling=yarn", "model.rope_factor=3", "model.rope_original_seq_len=8")
+    decoder, tokens = decoder_of("gqa", *stretched), prompt()
+    first = decoder(tokens).logits_BTV
+    assert not torch.equal(first, decoder_of("gqa")(tokens).logits_BTV)
+    for _ in range(8):
+        tokens = torch.cat((tokens, decoder(tokens).logits_BTV[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert drawn(decoder, Sampling(tokens=8, temperature=0)) == tokens[:, 6:].tolist()
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -34,6 +34,7 @@ SMALL = (
 DENSE = "moe.dense_layers=2 moe.dense_width=72 moe.experts=0 moe.top_k=0 moe.expert_width=0"
 SOFTMAX = "moe.score=softmax moe.bias_update_rate=0"
 MLA = "attention=mla attention.base.latent_width=40 attention.base.rotary_dim=16"
+YARN = "model.rope_scaling=yarn model.rope_factor=4 model.rope_original_seq_len=16"
 CASES = {
     "sigmoid": ("glm4_moe", ""),
     "no norms, half turned, scores as they are": (
@@ -61,6 +62,12 @@ CASES = {
     ),
     "softmax, a norm of all heads": ("olmoe", f"{SOFTMAX} attention.qk_norm=full_width model.head_dim=16"),
     "latents": ("deepseek_v3", MLA),
+    "half turned, stretched by parts": (
+        "glm4_moe",
+        f"model.partial_rotary_factor=0.5 {YARN} model.rope_beta_fast=4 model.rope_beta_slow=0.5",
+    ),
+    "dense, stretched": ("llama", f"{DENSE} attention.qk_norm=none model.rope_scaling=linear model.rope_factor=2.5"),
+    "latents, stretched by parts": ("deepseek_v3", f"{MLA} {YARN} model.rope_attention_factor=1.3"),
     "latents of queries": (
         "deepseek_v3",
         (

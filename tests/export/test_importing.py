@@ -58,6 +58,23 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
     "qwen3, tied": ("qwen3", {"tie_word_embeddings": True}),
     "llama": ("llama", {}),
+    "llama, stretched by parts": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "mscale": 1.2,
+                "mscale_all_dim": 0.7,
+            }
+            | {"original_max_position_embeddings": 32, "beta_fast": 8.0}
+        },
+    ),
+    "qwen3_moe, stretched": (
+        "qwen3_moe",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    ),
     "llama, tied, wide heads": ("llama", {"tie_word_embeddings": True, "head_dim": 32}),
 }
 """Name -> a class, and how the model differs from the small one of that class."""

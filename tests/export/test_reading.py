@@ -84,6 +84,20 @@ def test_older_and_newer_releases_write_the_same_positions_differently() -> None
     assert configured(plain).model.rope_theta == 1e4
 
 
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+def test_stretched_positions_are_read_in_both_spellings() -> None:
+    old = PUBLISHED["Qwen3-0.6B"] | {"rope_scaling": {"type": "yarn", **YARN}}
+    new = PUBLISHED["Qwen3-0.6B"] | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, **YARN}}
+    assert read(new) == read(old)
+    model = configured(new).model
+    assert (model.rope_scaling, model.rope_factor, model.rope_original_seq_len) == ("yarn", 4.0, 32768)
+    assert (model.rope_beta_fast, model.rope_beta_slow, model.rope_attention_factor) == (32.0, 1.0, None)
+    halves = {"rope_scaling": {"type": "linear", "factor": 2}}
+    assert configured(PUBLISHED["Llama-2-7b"] | halves).model.rope_scaling == "linear"
+
+
 @pytest.mark.slow
 def test_experts_without_a_bias_are_balanced_by_the_loss_of_their_class() -> None:
     moe = configured(PUBLISHED["OLMoE-1B-7B-0924"]).moe
@@ -101,6 +115,15 @@ def test_experts_without_a_bias_are_balanced_by_the_loss_of_their_class() -> Non
         ("Qwen3-30B-A3B", {"shared_expert_intermediate_size": 768}, "shared_expert_intermediate_size = 768"),
         ("Llama-2-7b", {"mlp_bias": True}, "mlp_bias = True"),
         ("Llama-2-7b", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
+        ("Llama-2-7b", {"rope_scaling": {"type": "yarn", **YARN, "truncate": False}}, "truncate = False"),
+        ("Llama-2-7b", {"rope_scaling": {"type": "yarn", **YARN, "attn_factor": 2.0}}, "attn_factor = 2.0"),
+        ("Llama-2-7b", {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3.0}}, "beta_fast = 3.0"),
+        ("Llama-2-7b", {"rope_scaling": {"type": "linear"}}, "factor: missing"),
+        (
+            "Llama-2-7b",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+            "says otherwise than rope_parameters",
+        ),
         ("Llama-2-7b", {"rope_interleaved": True}, "rope_interleaved = True"),
         ("Llama-2-7b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ("Llama-2-7b", {"model_type": "mistral"}, "model_type = 'mistral'"),

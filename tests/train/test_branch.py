@@ -239,6 +239,8 @@ ALLOWED = {
     "moe.bias_update": "sign", "moe.bias_update_rate": 0.1, "moe.auxiliary_loss.weight": 0.1,
     "moe.auxiliary_loss.scope": "previous_step", "moe.z_loss_weight": 0.1, "moe.routing_warmup_steps": 9,
     "moe.routing_seed": 4, "model.seq_len": 32, "model.rope_theta": 100.0, "model.partial_rotary_factor": 0.5,
+    "model.rope_scaling": "linear", "model.rope_factor": 2.0, "model.rope_original_seq_len": 64,
+    "model.rope_beta_fast": 16.0, "model.rope_beta_slow": 2.0, "model.rope_attention_factor": 1.0,
     "checkpoint.keep_last": 3,
 }  # fmt: skip
 ELSEWHERE = ("data.sources", "data.phases")
@@ -334,11 +336,14 @@ def test_a_branch_has_a_directory_of_its_own(parent: Path, small: list[str], tmp
 def test_longer_rows_go_on_with_the_samples_and_count_their_own_tokens(
     trained: Train, parent: Path, small: list[str]
 ) -> None:
-    branch = trained(from_(parent), "model.seq_len=128", "model.rope_theta=50000")
+    longer = ["model.seq_len=128", "model.rope_scaling=yarn", "model.rope_factor=2", "model.rope_original_seq_len=64"]
+    branch = trained(from_(parent), *longer)
     own, before = read_metrics(branch), read_metrics(parent)
     assert [line["samples_first"] for line in own] == [line["samples_first"] for line in before[SPLIT:]]
     assert [line["tokens"] for line in own] == [SPLIT * 4 * 64 + count * 4 * 128 for count in range(1, 5)]
-    train(compose([*small, *SMALL, "model.seq_len=128", "model.rope_theta=50000", f"run.dir={branch}", from_(parent)]))
+    train(compose([*small, *SMALL, *longer, f"run.dir={branch}", from_(parent)]))
+    with pytest.raises(ResumeError, match="model.rope_factor"):
+        train(compose([*small, *SMALL, *longer, "model.rope_factor=4", f"run.dir={branch}", from_(parent)]))
     stream = open_stream(compose([*small, *SMALL, "model.seq_len=128"]), samples_seen=own[0]["samples_first"])
     assert next(stream).tokens_BT.shape == (4, 128)
 

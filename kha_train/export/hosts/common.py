@@ -10,6 +10,7 @@ from kha_train.config.resolve import turned_dimensions
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
 from kha_train.export.fields import REQUIRED, Field, Fixed, Number, Positive, Reading, Settings, Size, same, value_at
+from kha_train.export.hosts.scaling import NotNegative, scaling_as_read, scaling_as_written
 from kha_train.export.links import EXPERT_GATE_AND_UP, GATE_AND_UP, Layout, Link, Part, expert_down, one
 from kha_train.foreign.documents import Json
 from kha_train.variants.attention import POSITIONS
@@ -32,7 +33,7 @@ NO_POSITIONS = {
 
 SILU = Fixed("hidden_act", "silu", "silu")
 NO_BIAS = Fixed("attention_bias", False, False)
-FIXED = (SILU, NO_BIAS, Fixed("quantization_config", None, None), Fixed("rope_scaling", None, None))
+FIXED = (SILU, NO_BIAS, Fixed("quantization_config", None, None))
 NO_WINDOW = Fixed("use_sliding_window", False, False)
 
 
@@ -65,28 +66,27 @@ def narrow_heads(reading: Reading) -> int:
     return hidden // heads
 
 
-def rope(partial: float | None = None) -> Field:
-    """Rotary positions. `partial` is the class's default share of a head that is rotated; None: it rotates all."""
+def rope(partial: float | None = None, scores: bool = False) -> Field:
+    """Rotary positions. `partial` is the class's default share of a head that is rotated; None: it rotates all. In a
+    class with `scores`, the entry `mscale_all_dim` also multiplies the scores, which our decoder does not compute.
+    """
 
     def write(config: RunConfig) -> Json:
-        theta: dict[str, Json] = {"rope_type": "default", "rope_theta": config.model.rope_theta}
-        return theta if partial is None else {**theta, "partial_rotary_factor": share(config)}
+        written = scaling_as_written(config)
+        return written if partial is None else {**written, "partial_rotary_factor": share(config)}
 
     def read(value: dict[str, Json] | None, reading: Reading) -> Settings:
         inner = Reading(value or {}, reading.source)
-        kind = inner.take("rope_type", str, inner.take("type", str, "default"))
-        if kind != "default":
-            raise reading.source.fault(
-                "rope_parameters.rope_type", "our decoder does not compute this", kind, "default"
-            )
+        if scores and (found := inner.take("mscale_all_dim", NotNegative, 0.0)):
+            raise reading.source.fault("mscale_all_dim", "multiplies the scores of this class", found, "0")
         theta = inner.take("rope_theta", Positive, reading.take("rope_theta", Positive, 10_000.0))
-        found: Settings = {"model.rope_theta": float(theta)}
+        settings: Settings = {"model.rope_theta": float(theta), **scaling_as_read(inner, reading)}
         if partial is not None:
             outer = reading.take("partial_rotary_factor", Positive, partial)
-            found["model.partial_rotary_factor"] = float(inner.take("partial_rotary_factor", Positive, outer))
-        return found
+            settings["model.partial_rotary_factor"] = float(inner.take("partial_rotary_factor", Positive, outer))
+        return settings
 
-    return Field("rope_parameters", dict[str, Any], write, read, None)
+    return Field("rope_parameters", dict[str, Any], write, read, None, also=("rope_scaling",))
 
 
 def share(config: RunConfig) -> float:

@@ -107,7 +107,7 @@ FAMILY = Family(
         same("qk_nope_head_dim", Size, "model.head_dim", 128, of="attention.base.head_dim"),
         _equal("v_head_dim", "qk_nope_head_dim", 128, lambda config: _base(config).head_dim),
         Field("q_lora_rank", Size, lambda config: _base(config).query_latent_width or None, _query_latent, 1536),
-        rope(),
+        rope(scores=True),
         Field("rope_interleave", bool, lambda config: True, lambda value, _: {}, True),
         *sigmoid_router(groups=8, top_groups=4, dense=3, scaling=2.5),
     ),
