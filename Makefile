@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | soak | lint | bench-gpu | gpu-wheels. The first call makes .venv; later ones find it ready.
+# make quickstart | test | test-slow | soak | lint | docs | bench-gpu | gpu-wheels. The first call makes .venv; later ones find it ready.
 # PYTHON=... chooses the interpreter of .venv, ARGS=... is passed to the command, WORKERS=... sets the test processes.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
@@ -8,7 +8,7 @@ WORKERS ?= 2
 # Python keeps what it compiled, whatever the environment says: tests start hundreds of interpreters.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-slow soak lint bench-gpu gpu-wheels
+.PHONY: quickstart test test-slow soak lint docs bench-gpu gpu-wheels
 
 quickstart: .venv/.core
 	CUDA_VISIBLE_DEVICES= $(BIN)/kha quickstart $(ARGS)
@@ -29,6 +29,10 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation as a site, in build/site.
+docs: .venv/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q $(ARGS)
 
 # Every GPU test and benchmark in under 9 minutes; results in bench-gpu/. Installs nothing, because there may be no network:
 # GPU_PYTHON has torch for CUDA, the dependencies, pytest and (for the peer) transformers.

@@ -129,6 +129,7 @@ LAYOUTS: dict[str, Callable[[Any], Layout]] = {
     "olmo_core": _olmo_core,
     "olmo_core_fused": _olmo_core_fused,
 }
+"""By name, the function that finds the heads in an attention module."""
 FAMILIES: dict[str, str] = {
     "LlamaAttention": "transformers",
     "Qwen3Attention": "transformers",

@@ -7,6 +7,7 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -72,3 +73,12 @@ def test_a_second_set_up_has_nothing_to_do(tmp_path: Path) -> None:
 
 def _planned(target: str, where: Path) -> str:
     return subprocess.run(["make", "-n", target], cwd=where, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_citation_names_the_version_and_licence_of_the_package() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["title"], citation["version"], citation["license"]) == (
+        PROJECT["name"],
+        PROJECT["version"],
+        PROJECT["license"],
+    )
