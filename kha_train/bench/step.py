@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from kha_train import distributed
 from kha_train.bench import protocol
 from kha_train.bench.peers import Adapter, load_adapters
 from kha_train.config.compose import compose
+from kha_train.config.resolve import Resolved
 from kha_train.config.schema import RunConfig
 from kha_train.data.rows.batch import Batch
 from kha_train.data.stream import open_stream
@@ -40,6 +41,7 @@ from kha_train.estimate.counts import count_parameters, flops_per_token
 from kha_train.model.attention import measured
 from kha_train.model.attention.choice import announce
 from kha_train.model.device import resolve_on
+from kha_train.model.kernel_choice import measure_kernels, with_kernels
 from kha_train.model.moe.experts import announce_experts
 from kha_train.record.labels import distinct
 from kha_train.telemetry.throughput import Peak, peak_flops
@@ -98,7 +100,7 @@ def measure(
             left_last.push(partial(_leave, engine))
         batches = _batches(first)
         settled = _settled(configs, world.device)
-        contenders = {name: _ours(config, world, left_last) for name, config in settled.items()}
+        contenders = {name: _ours(arm, world, left_last) for name, arm in settled.items()}
         contenders |= {name: _peer(adapter, first, world, batches[0]) for name, adapter in adapters.items()}
         seconds = _take_turns(contenders, batches, world, blocks=blocks, steps=steps, warmup=warmup, clock=clock)
     protocol_facts = {"blocks": blocks, "steps": steps, "warmup": warmup, "clock": clock}
@@ -135,22 +137,33 @@ def _batches(config: RunConfig) -> list[Batch]:
     return list(itertools.islice(open_stream(config), BATCHES))
 
 
-def _settled(configs: Mapping[str, RunConfig], device: torch.device) -> dict[str, RunConfig]:
-    """Every arm with the attention backend that training would choose. Arms with `auto` share the backend of the first
-    one if it can run them; otherwise a ratio would compare two backends instead of two arms.
+class Settled(NamedTuple):
+    """An arm as training would run it on this device."""
+
+    config: RunConfig
+    resolved: Resolved
+
+
+def _settled(configs: Mapping[str, RunConfig], device: torch.device) -> dict[str, Settled]:
+    """Every arm with the attention backend and the kernels that training would choose. Arms with `auto` share those of
+    the first one that has them if they can run them; otherwise a ratio would compare two backends instead of two arms.
     """
-    found, earlier = {}, ""
-    for name, config in configs.items():
-        answer = measured.measure(config, device, earlier)
-        found[name], _ = measured.settled(config, answer)
-        if config.attention.backend == "auto":
-            earlier = earlier or found[name].attention.backend
+    found: dict[str, Settled] = {}
+    backend, kernels = "", dict[str, str]()
+    for name, given in configs.items():
+        config, _ = measured.settled(given, measured.measure(given, device, backend))
+        resolved = resolve_on(config, device)
+        selected, _ = measure_kernels(config, resolved, device, kernels)
+        found[name] = Settled(config, with_kernels(config, resolved, selected, device))
+        if given.attention.backend == "auto":
+            backend = backend or config.attention.backend
+        kernels = {**selected, **kernels}
     return found
 
 
-def _ours(config: RunConfig, world: World, left_last: ExitStack) -> Arm:
+def _ours(settled: Settled, world: World, left_last: ExitStack) -> Arm:
     before = _allocated(world.device)
-    resolved = resolve_on(config, world.device)
+    config, resolved = settled
     engine = engine_for(config, world.size)(config, world, resolved=resolved)
     left_last.callback(engine.close)
     lr, steps = config.optim.lr * 0.1, itertools.count(1)

@@ -38,7 +38,8 @@ class Device:
     """Plain facts of a device, enough to decide what can run there.
 
     `capability` is that of CUDA; nothing is refused if it is unknown (None). With `interpreted`, Triton's interpreter
-    replaces a GPU. `lacks(package)` says why `triton`, `flash_attn` or `megablocks` cannot be used, in words, or None.
+    replaces a GPU. `lacks(name)` says why `triton`, `megablocks` or the package of an
+    attention backend cannot be used, in words, or None.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -181,11 +182,12 @@ def backend_problem(name: str, device: Device, precision: Precision) -> str | No
     if problem:
         return problem
     if traits.only and device.capability not in (None, traits.only):
-        return "is used on sm_90 alone (Hopper): slower on older devices, and seen to corrupt on newer ones"
+        return f"is used on sm_{traits.only[0]}{traits.only[1]} alone (Hopper): {traits.only_because}"
     if device.capability and device.capability < traits.oldest:
         return _too_old(device.capability, traits.oldest)
-    lacking = device.lacks("flash_attn") if name == "flash_attn" else None
-    return f"needs the package flash-attn ({lacking}): pip install 'kha_train[gpu]'" if lacking else None
+    lacking = device.lacks(name) if traits.install else None
+    package, _, how = traits.install.partition(": ")
+    return f"needs the package {package} ({lacking}): {how}" if lacking else None
 
 
 def triton_problem(device: Device, precision: Precision) -> str | None:

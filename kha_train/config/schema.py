@@ -201,7 +201,7 @@ class EngineSection:
     ends with exit code 75. Every `audit_every` steps (0: never) ranks compare the values that must be equal on all of
     them, to detect corrupted memory. Under ZeRO 3, each group of `hpz_partition_size` ranks (the GPUs of a node) holds
     another copy of the weights. `kernels` selects torch's operators or kernels written in Triton where both exist:
-    `auto` is `torch`.
+    `auto` is `torch` on a CPU, and on CUDA whatever is faster at the start of a run and agrees with torch.
     """
 
     name: str = "deepspeed"

@@ -6,7 +6,7 @@ import torch
 
 from kha_train.config.resolve import Device, Precision, Resolved, interpreted, lacks_here, resolve
 from kha_train.config.schema import RunConfig
-from kha_train.model.attention.backends import flash_attn_problem
+from kha_train.model.attention.backends import FLASH, flash_problem
 from kha_train.model.moe.megablocks import missing_packages
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -27,9 +27,9 @@ def device_facts(device: torch.device) -> Device:
 
 
 def lacks(package: str) -> str | None:
-    """Why `triton`, `flash_attn` or `megablocks` cannot be used in this process, or None."""
-    if package == "flash_attn":
-        return flash_attn_problem()
+    """Why `triton`, `megablocks` or the package of an attention backend cannot be used in this process, or None."""
+    if package in FLASH:
+        return flash_problem(package)
     if package == "megablocks":
         names = missing_packages()
         return f"not installed: {', '.join(names)}" if names else None

@@ -29,6 +29,7 @@ ALWAYS_KEPT = frozenset(
         "aten::_flash_attention_forward",
         "aten::_grouped_mm",
         "flash_attn::_flash_attn_varlen_forward",
+        "flash_attn_3::_flash_attn_forward",
         "torch_attn::_varlen_attn",
         "kha_train::grouped_experts",
     }

@@ -34,6 +34,7 @@ class Provenance(TypedDict, total=False):
     validation_content_id: str | None
     validation_rows: Count | None
     attention_backend: str
+    kernels: str
     parameters: Parameters | float | None
 
 

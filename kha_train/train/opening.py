@@ -37,6 +37,15 @@ from kha_train.evaluate.opening import content_ids, measured_facts, open_tasks
 from kha_train.model.attention.choice import announce
 from kha_train.model.attention.measured import measure, settled
 from kha_train.model.device import resolve_on
+from kha_train.model.kernel_choice import (
+    PARTS,
+    Kernels,
+    as_text,
+    from_text,
+    kernels_of,
+    measure_kernels,
+    with_kernels,
+)
 from kha_train.model.moe.experts import announce_experts
 from kha_train.record import Record, Redactor
 from kha_train.record.attempts import CONFIG_FILE
@@ -216,8 +225,8 @@ def _continued(config: RunConfig, checkpoint: Checkpoint | None, branch: Branch 
 
 
 def _choose_kernels(config: RunConfig, world: World, continued: Path | None) -> _Kernels:
-    """Decide on rank 0 what computes attention; every rank takes its answer. `continued` is the directory of the run
-    that is gone on with."""
+    """Decide on rank 0 what computes attention and experts; every rank takes its answer. `continued` is the
+    directory of the run that is gone on with."""
     with world.agreed():
         earlier = resume.attention_backend(continued) if continued else ""
         answer = measure(config, world.device, earlier)
@@ -226,9 +235,20 @@ def _choose_kernels(config: RunConfig, world: World, continued: Path | None) -> 
         resolved = resolve_on(chosen, world.device)
         if measured:
             resolved = resolved._replace(backend=Choice(resolved.backend.name, "measured, see below"))
-        announced = [*announce(config, resolved, world.device), *filter(None, [measured])]
+        selected, told = measure_kernels(chosen, resolved, world.device, _earlier_kernels(continued))
+    selected_by_first = from_text(world.broadcast_text(as_text(selected)))
+    with world.agreed():
+        resolved = with_kernels(chosen, resolved, selected_by_first, world.device)
+        announced = [*announce(config, resolved, world.device), *filter(None, [measured, told])]
         announced += announce_experts(config, resolved, world.device)
     return _Kernels(resolved, earlier, announced)
+
+
+def _earlier_kernels(continued: Path | None) -> Kernels:
+    """What computed each part in the run that is continued: torch, where its record is older than the choice."""
+    if continued is None:
+        return {}
+    return from_text(resume.kernels(continued)) or dict.fromkeys(PARTS, "torch")
 
 
 def _initial_values(
@@ -359,6 +379,7 @@ def _begin_attempt(
         "dtype": str(session.engine.dtype).removeprefix("torch."),
         "peak": str(reporter.throughput.peak),
         "attention_backend": kernels.resolved.backend.name,
+        "kernels": as_text(kernels_of(kernels.resolved)),
         "chosen": kernels.announced,
     }
     plain = Redactor.from_environment().clean(to_plain(config))

@@ -51,6 +51,13 @@ def attention_backend(run_dir: Path) -> str:
     return _last_recorded(run_dir, "attention_backend")
 
 
+def kernels(run_dir: Path) -> str:
+    """What computed each part that has kernels in the last attempt of the run, from its record (`kernel_choice`); ""
+    where unknown, as in runs from before kernels were measured.
+    """
+    return _last_recorded(run_dir, "kernels")
+
+
 def precision(run_dir: Path) -> str:
     """The resolved `engine.precision` of the last attempt of the run, from its record; "" where unknown."""
     return PRECISION_OF.get(_last_recorded(run_dir, "dtype"), "")

@@ -51,6 +51,7 @@ BEHIND_A_DOOR = {
     "datasets": ("kha_train/evaluate/harness.py",),
     "deepspeed": ("kha_train/engine/deepspeed.py",),
     "flash_attn": ("kha_train/model/attention/backends.py",),
+    "flash_attn_interface": ("kha_train/model/attention/backends.py",),
     "fsspec": ("kha_train/data/remote/store.py",),
     "gigatoken": ("kha_train/data/fast_encoder.py",),
     "hydra": ("kha_train/config/compose.py",),

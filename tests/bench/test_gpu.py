@@ -167,7 +167,7 @@ def test_the_steps_are_those_that_decide_what_runs_by_default() -> None:
         assert all(arm.attention.backend == ("varlen" if arm.data.isolate_documents else "cudnn") for arm in arms)
         assert {arm.model.hidden_size for arm in arms} == {compose(["model=moe_6b"]).model.hidden_size}
     without, with_kernels = steps["step, kernels"]
-    assert (without.engine.kernels, with_kernels.engine.kernels) == ("auto", "triton")
+    assert (without.engine.kernels, with_kernels.engine.kernels) == ("torch", "triton")
     assert without.attention == with_kernels.attention and without.attention.name == "kha_mlp"
     for name in ("step, GQA and KHA", "step, unsplit rows"):
         assert [arm.attention.name for arm in steps[name]][:2] == ["gqa", "kha_mlp"]

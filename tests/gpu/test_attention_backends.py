@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kha_train.config.compose import compose
-from kha_train.model.attention.backends import BACKENDS, eager, flash_attn_problem, lay_out_documents
+from kha_train.model.attention.backends import BACKENDS, FLASH, eager, flash_problem, lay_out_documents
 from kha_train.model.attention.choice import check_against_maths
 from kha_train.model.device import resolve_on
 from kha_train.variants.backends import TRAITS
@@ -21,10 +21,11 @@ TOLERANCE = 2e-2
 
 
 def skip_what_is_missing(name: str) -> None:
-    if name == "flash_attn" and flash_attn_problem():
-        pytest.skip("flash-attn is not installed")
-    if name == "cudnn" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("cudnn is used on sm_90 alone")
+    if name in FLASH and flash_problem(name):
+        pytest.skip(f"{name}: {flash_problem(name)}")
+    capability, traits = torch.cuda.get_device_capability(), TRAITS[name]
+    if traits.only not in (None, capability) or capability < traits.oldest:
+        pytest.skip(f"{name} is not used on sm_{capability[0]}{capability[1]}")
 
 
 @pytest.mark.parametrize("shape", SHAPES)

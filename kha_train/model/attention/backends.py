@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -184,29 +185,57 @@ def varlen(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents,
     return _over_flat_tokens(kernel, q_BTHK, k_BUGK, v_BUGW)
 
 
-def flash_attn_problem() -> str | None:
-    """Why `flash_attn`'s kernel cannot be called here, or None. Tested by importing it: other releases of the package
-    (flash-attn-4) have the same name but not this function, and one built for another torch fails.
-    """
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ModuleNotFoundError as error:
-        return f"{error.name} is not installed"
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"its import failed: {error}"
-    return None if callable(flash_attn_varlen_func) else "flash_attn_varlen_func is no function"
-
-
-def flash_attn(q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
-    """The flash-attn package's kernel of variable length."""
+def _flash_attn() -> Any:
     from flash_attn import flash_attn_varlen_func
 
-    borders_S, longest = documents.cu_seqlens_S, documents.max_seqlen
+    return flash_attn_varlen_func
+
+
+def _flash_attn_3() -> Any:
+    from flash_attn_interface import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
+
+
+def _flash_attn_4() -> Any:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
+
+
+FLASH: dict[str, Callable[[], Any]] = {
+    "flash_attn": _flash_attn,
+    "flash_attn_3": _flash_attn_3,
+    "flash_attn_4": _flash_attn_4,
+}
+"""Backend -> imports its package and returns the kernel of variable length. All take the same arguments by name."""
+
+
+def flash_problem(name: str) -> str | None:
+    """Why the kernel of a backend in `FLASH` cannot be called here, or None. Tested by importing it: releases 2 and 4
+    share a package name but not this function, and one built for another torch fails.
+    """
+    try:
+        kernel = FLASH[name]()
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed"
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        return f"its import failed: {error}"
+    return None if callable(kernel) else "flash_attn_varlen_func is no function"
+
+
+def flash(name: str, q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
+    """The kernel of variable length of the flash-attn package that `name` selects."""
+    borders_S, longest, attend = documents.cu_seqlens_S, documents.max_seqlen, FLASH[name]()
 
     def kernel(q_MHK: Tensor, k_MGK: Tensor, v_MGK: Tensor) -> Any:
-        return flash_attn_varlen_func(
-            q_MHK, k_MGK, v_MGK, borders_S, borders_S, longest, longest, softmax_scale=scale, causal=True
-        )
+        found = attend(
+            q_MHK, k_MGK, v_MGK,
+            cu_seqlens_q=borders_S, cu_seqlens_k=borders_S, max_seqlen_q=longest, max_seqlen_k=longest,
+            softmax_scale=scale, causal=True,
+        )  # fmt: skip
+        # Some releases also return the logarithms of the sums.
+        return found[0] if isinstance(found, tuple) else found
 
     return _over_flat_tokens(kernel, q_BTHK, k_BUGK, v_BUGW)
 
@@ -218,7 +247,7 @@ BACKENDS: dict[str, Backend] = {
     "sdpa": sdpa,
     "cudnn": cudnn,
     "varlen": varlen,
-    "flash_attn": flash_attn,
+    **{name: partial(flash, name) for name in FLASH},
 }
 
 

@@ -1,4 +1,4 @@
-"""Reports how attention is computed, once, when a run starts, and checks a backend that has computed wrong numbers."""
+"""Reports how attention is computed, once, when a run starts, and checks a backend of CUDA on the device."""
 
 # B batch   T tokens (U: attended tokens)   H query heads   G key/value heads   K, W key and value head width
 # S document borders
@@ -25,16 +25,16 @@ CHECK_BORDERS = (0, 100, 256, 300, 512)
 
 
 def announce(config: RunConfig, resolved: Resolved, device: torch.device) -> list[str]:
-    """The start-up message about attention: backend, implementation, reasons, warnings. Checks cuDNN first. Raises
-    ConfigError when it computes wrong numbers here.
+    """The start-up message about attention: backend, implementation, reasons, warnings. Checks a backend of CUDA first.
+    Raises ConfigError when it computes wrong numbers here.
     """
     options, base, backend = config.attention.interaction, config.attention.base, resolved.backend
     lines = [f"attention {base.name} x {options.name} | backend {backend.name} ({backend.why})"]
-    if config.engine.kernels == "triton":
+    if "triton" in (config.engine.kernels, resolved.norm.name):
         lines[0] += f" | norm and rotation {resolved.norm.name} ({resolved.norm.why})"
     if isinstance(options, FoldableOptions):
         lines[0] += f" | interaction {resolved.interaction.name} ({resolved.interaction.why})"
-    if backend.name == "cudnn":
+    if TRAITS[backend.name].cuda:
         check_against_maths(config, backend.name, device, DTYPES[resolved.precision])
     return lines + [f"warning: {text}" for text in options.warnings()]
 

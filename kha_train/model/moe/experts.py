@@ -56,7 +56,7 @@ def announce_experts(config: RunConfig, resolved: Resolved, device: torch.device
         return []
     experts, kernels = resolved.experts, resolved.expert_kernels
     line = f"experts {experts.name} ({experts.why})"
-    if config.engine.kernels == "triton":
+    if "triton" in (config.engine.kernels, kernels.name):
         line += f" | permute, SwiGLU and combine {kernels.name} ({kernels.why})"
     if experts.name == "grouped":
         check_empty_groups(device, DTYPES[resolved.precision])

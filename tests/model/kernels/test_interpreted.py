@@ -34,7 +34,8 @@ def test_a_case_of_each_kernel_gives_what_its_plain_twin_gives() -> None:
     perceptron = "test_values.py::test_the_perceptron_takes_any_number_of_rows[33]"
     rotation = "test_values.py::test_norm_and_rotation_take_any_number_of_rows[17]"
     experts = "test_experts.py::test_experts_by_kernels_equal_the_loop_and_their_gradients_too[spread-2-dtype0]"
-    assert run_interpreted(*(f"tests/model/kernels/{name}" for name in (perceptron, rotation, experts))) == 3
+    chosen = "tests/model/test_kernel_choice.py::test_every_kernel_passes_the_comparison_that_precedes_its_selection"
+    assert run_interpreted(*(f"tests/model/kernels/{name}" for name in (perceptron, rotation, experts)), chosen) == 4
 
 
 def test_kernels_give_the_values_and_gradients_of_their_plain_twins() -> None:
