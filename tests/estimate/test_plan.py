@@ -125,8 +125,8 @@ def test_no_less_than_what_is_advised_is_enough(overrides: list[str]) -> None:
             assert not fits(config, fewer, **dict(zip(CHANGES, values, strict=True)))
 
 
-def test_long_rows_of_the_6b_model_need_two_h100() -> None:
-    config = compose([*SIX_BILLION, "cluster=h100_1x1", "model.seq_len=32768"])
+def test_long_rows_of_the_6b_model_with_masks_need_two_h100() -> None:
+    config = compose([*SIX_BILLION, "cluster=h100_1x1", "model.seq_len=32768", "attention.backend=sdpa"])
     assert "cluster.devices=2" in make_plan(config).together.split()
 
 
