@@ -95,9 +95,14 @@ ASKS = {
     "precision_on",
     "implementation",
 }
-MAY_ASK = {"kha_train/model/device.py", "kha_train/model/attention/measured.py", "kha_train/model/decoder.py"}
-"""In the model's room: what asks about this machine's device, what measures backends before a run is built, and the
-default of a notebook."""
+MAY_ASK = {
+    "kha_train/model/device.py",
+    "kha_train/model/attention/measured.py",
+    "kha_train/model/kernel_choice.py",
+    "kha_train/model/decoder.py",
+}
+"""In the model's room: what asks about this machine's device, what measures backends and kernels before a run is built,
+and the default of a notebook."""
 
 
 def test_the_model_is_given_what_runs_and_does_not_ask(sources) -> None:

@@ -163,6 +163,16 @@ def test_time_and_cost_are_tokens_over_speed() -> None:
     assert plan.data == {"tokens": None, "epochs": None}
 
 
+@pytest.mark.parametrize("cluster", ["h100_8x8", "h200_1x1", "b200_8x8"])
+@pytest.mark.parametrize("name", ["main", "ablation"])
+def test_the_paper_s_experiments_name_what_runs_them_and_fit(name: str, cluster: str) -> None:
+    config = compose([f"experiment=kha_paper_{name}", "data.train=x", "data.validation=y", f"cluster={cluster}"])
+    plan = make_plan(config)
+    assert plan.accepted and plan.fits
+    assert config.engine.precision == plan.resolved.precision == "bf16"
+    assert config.attention.backend == "auto" and plan.resolved.backend.name == "varlen"
+
+
 def test_283_h100_days_at_40_percent_for_a_trillion_tokens() -> None:
     overrides = ["experiment=kha_paper_main", "attention=gqa", "data.train=x", "data.validation=y"]
     plan = make_plan(compose([*overrides, "cluster=h100_1x1", "cluster.mfu=0.4"]))

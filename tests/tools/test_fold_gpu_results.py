@@ -1,0 +1,97 @@
+"""Contributed figures of a GPU go into docs/performance.md, and only those of kernels that passed their tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kha_train.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[2]
+FIGURES = {
+    "seconds": 0.25,
+    "against_base": {"ratio": 1.0, "low": 1.0, "high": 1.0},
+    "tokens_per_second": 32768.0,
+    "mfu": 0.301,
+    "mfu_documents": 0.25,
+    "mfu_palm": 0.4,
+    "peak_gib": 61.5,
+    "block_seconds": [0.25] * 15,
+}
+
+
+@pytest.fixture(scope="module")
+def tool() -> Iterator[Any]:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("fold_gpu_results", ROOT / "tools" / "fold_gpu_results.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Annotations are looked up by the name of the module.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def made(folder: Path, **changed: Any) -> Path:
+    """A file as `kha bench gpu` leaves it, with some of its fields changed."""
+    environment = {
+        "date": "2026-12-24T10:00:00+00:00",
+        "device": {"name": "NVIDIA H200"},
+        "threads": 16,
+        "load": 0.5,
+        "versions": {"torch": "2.11.0"},
+        "git": {"commit": "0123456789abcdef"},
+        "command": "kha bench gpu",
+    }
+    stages = {
+        "tests": {"command": "pytest tests", "seconds": 90.0, "summary": "55 passed"},
+        "step": {"command": "step", "seconds": 60.0, "answer": {"given": {"arms": {"attention=gqa": FIGURES}}}},
+    }
+    path = folder / "results.json"
+    path.write_text(json.dumps({"rehearsal": False, "environment": environment, "stages": stages} | changed))
+    return path
+
+
+PAGE = "# Page\n\nbefore\n{0}\n{2}{1}\nafter\n"
+
+
+def test_a_contribution_is_added_once_and_replaced_when_it_comes_again(tool: Any, tmp_path: Path) -> None:
+    empty = PAGE.format(tool.BEGIN, tool.END, tool.NONE)
+    once = tool.fold(empty, [tool.read(made(tmp_path))])
+    assert once.startswith("# Page\n\nbefore\n") and once.endswith("\nafter\n") and "unproven**" not in once
+    assert "### NVIDIA H200, 2026-12-24" in once and "| step | `attention=gqa` | 250.0 |" in once and "30.1 %" in once
+    assert tool.fold(once, [tool.read(made(tmp_path))]) == once
+    assert tool.fold(empty, []) == empty
+
+
+def test_what_proves_nothing_is_refused(tool: Any, tmp_path: Path) -> None:
+    passed = {"command": "pytest tests", "seconds": 1.0, "summary": "5 passed"}
+    for problem, changed in (
+        ("rehearsal", {"rehearsal": True}),
+        ("failed: tests", {"stages": {"tests": passed | {"error": "1 failed"}}}),
+        ("no tests", {"stages": {"step": {"command": "step", "seconds": 1.0}}}),
+        ("missing", {"environment": {"date": "2026-12-24"}}),
+    ):
+        with pytest.raises(DataError, match=problem):
+            tool.read(made(tmp_path, **changed))
+    with pytest.raises(DataError, match="no such file"):
+        tool.read(tmp_path / "none.json")
+
+
+def test_a_device_s_name_cannot_break_the_page(tool: Any, tmp_path: Path) -> None:
+    found = tool.read(made(tmp_path))
+    found["environment"]["device"]["name"] = "H200\n## Forged\x1b[31m"
+    page = tool.fold(PAGE.format(tool.BEGIN, tool.END, tool.NONE), [found])
+    assert "\n## Forged" not in page and "\x1b" not in page
+
+
+def test_the_page_of_the_project_has_the_section(tool: Any) -> None:
+    page = tool.PAGE.read_text(encoding="utf-8")
+    assert tool.fold(page, []) == page
