@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | soak | lint | docs | bench-gpu | gpu-wheels. The first call makes .venv; later ones find it ready.
+# make quickstart | test | test-slow | soak | lint | docs | cuda-lock | bench-gpu | gpu-wheels. The first call makes .venv; later ones find it ready.
 # PYTHON=... chooses the interpreter of .venv, ARGS=... is passed to the command, WORKERS=... sets the test processes.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
@@ -8,7 +8,7 @@ WORKERS ?= 2
 # Python keeps what it compiled, whatever the environment says: tests start hundreds of interpreters.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-slow soak lint docs bench-gpu gpu-wheels
+.PHONY: quickstart test test-slow soak lint docs cuda-lock bench-gpu gpu-wheels
 
 quickstart: .venv/.core
 	CUDA_VISIBLE_DEVICES= $(BIN)/kha quickstart $(ARGS)
@@ -34,6 +34,12 @@ lint: .venv/.dev
 docs: .venv/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q $(ARGS)
 
+# The exact versions of the image for CUDA machines (launch/image), by https://docs.astral.sh/uv; nothing is installed.
+cuda-lock:
+	uv pip compile pyproject.toml --extra export --extra data --extra remote --constraint constraints.txt --generate-hashes \
+		--no-annotate --python-version 3.12 --python-platform x86_64-manylinux_2_28 --custom-compile-command "make cuda-lock" \
+		-o launch/image/cuda.lock.txt -q
+
 # Every GPU test and benchmark in under 9 minutes; results in bench-gpu/. Installs nothing, because there may be no network:
 # GPU_PYTHON has torch for CUDA, the dependencies, pytest and (for the peer) transformers.
 GPU_PYTHON ?= python3
@@ -51,11 +57,20 @@ gpu-wheels: .venv/.dev
 		--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
 		hypothesis sentencepiece psutil msgpack pydantic pydantic-core annotated-types typing-inspection
 
+# A torch of the pinned version that PYTHON has already, such as one for the GPU of this machine, is used and not
+# downloaded again.
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+SHARE = $(shell $(PYTHON) -c 'from importlib.metadata import version; \
+	print("--system-site-packages" * (version("torch").partition("+")[0] == "$(TORCH)"))' 2>/dev/null)
+DOWNLOADS = Installing into .venv takes minutes, the first time only. $(if $(SHARE),It uses the torch $(TORCH) of \
+	$(PYTHON).,It downloads torch $(TORCH), which on Linux brings some 3 GB of CUDA libraries unless pip finds the build \
+	for CPUs: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu)
+
 # A stamp is newer than the files it was installed from.
 .venv/.core: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
-	@echo "Installing into .venv: takes minutes the first time only."
-	$(PYTHON) -m venv .venv
+	@echo "$(DOWNLOADS)"
+	$(PYTHON) -m venv $(SHARE) .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 

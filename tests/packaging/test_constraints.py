@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -71,8 +73,35 @@ def test_a_second_set_up_has_nothing_to_do(tmp_path: Path) -> None:
     assert "pip install" not in _planned("test", tmp_path) + _planned("quickstart", tmp_path)
 
 
-def _planned(target: str, where: Path) -> str:
-    return subprocess.run(["make", "-n", target], cwd=where, capture_output=True, text=True, check=True).stdout
+@pytest.mark.parametrize(
+    ("version", "told", "venv"),
+    [
+        ("2.13.0+cu130", "It uses the torch 2.13.0 of", "-m venv --system-site-packages .venv"),
+        ("2.12.0", "It downloads torch 2.13.0", "-m venv  .venv"),
+        (None, "It downloads torch 2.13.0", "-m venv  .venv"),
+    ],
+)
+def test_a_first_set_up_says_what_it_downloads_and_takes_no_second_torch(
+    version: str | None, told: str, venv: str, tmp_path: Path
+) -> None:
+    """With an interpreter whose torch has that version."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    if version is not None:
+        info = tmp_path / f"torch-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    planned = _planned("quickstart", tmp_path, f"PYTHON={python}")
+    assert told in planned and venv in planned
+
+
+def _planned(target: str, where: Path, *settings: str) -> str:
+    return subprocess.run(
+        ["make", "-n", target, *settings], cwd=where, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_the_citation_names_the_version_and_licence_of_the_package() -> None:
