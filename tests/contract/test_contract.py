@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kha_train.checkpoint.background import write
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import find_newest
+from kha_train.config.build import build, to_plain
 from kha_train.config.compose import compose, shipped
 from kha_train.config.resolve import implementation, interpreted
 from kha_train.config.schema import RunConfig
@@ -161,7 +163,23 @@ def pair_overrides(base: str, interaction: str, settings: tuple[str, ...]) -> li
 
 @functools.cache
 def pair_config(base: str, interaction: str, settings: tuple[str, ...]) -> RunConfig:
-    """Composed once, for many cases."""
+    """What `pair_overrides` composes to, put together from the parts: the pairs are many, and Hydra takes a tenth of a
+    second for each choice of presets."""
+    of_the_model = tuple(setting for setting in settings if setting.startswith("model."))
+    values = to_plain(preset(base, "none", of_the_model))
+    values["attention"]["interaction"] = to_plain(preset("gqa", interaction))["attention"]["interaction"]
+    for setting in settings:
+        path, _, value = setting.partition("=")
+        *sections, field = path.split(".")
+        functools.reduce(dict.__getitem__, sections, values)[field] = yaml.safe_load(value)
+    config = build(RunConfig, values)
+    validate(config)
+    return config
+
+
+@functools.cache
+def preset(base: str, interaction: str, settings: tuple[str, ...] = ()) -> RunConfig:
+    """As Hydra composes it."""
     return compose(pair_overrides(base, interaction, settings))
 
 
@@ -204,11 +222,22 @@ def is_valid(config: RunConfig) -> bool:
     return True
 
 
+def covering(cases: list[Case]) -> list[Case]:
+    """Few of `cases` that hold every base, every interaction in each of its implementations, and every setting."""
+    features = {case: {case.base, (case.interaction, case.impl), *case.settings} for case in cases}
+    missing, chosen = set[Any]().union(*features.values()), list[Case]()
+    while missing:
+        chosen.append(max(cases, key=lambda case: len(features[case] & missing)))
+        missing -= features[chosen[-1]]
+    return chosen
+
+
 PAIRS = [*admitted_pairs(), *FURTHER]
 CASES = [case for pair in PAIRS for case in ways(*pair)]
 DEFINITIONS = [case for case in CASES if case.impl == "eager" and case.backend == "eager"]
 FASTER = [case for case in CASES if case.impl != "eager"]
 IMPLEMENTATIONS = [case for case in CASES if case.backend == "eager"]
+COVERING = covering(IMPLEMENTATIONS)
 ABSORBED = [case for case in DEFINITIONS if absorbed_config(case.config) not in (None, case.config)]
 
 
@@ -222,6 +251,12 @@ WITH_IDENTITY = [case for case in CASES if None not in identities_of(case.config
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_pair = pytest.mark.parametrize("case", DEFINITIONS, ids=str)
 every_implementation = pytest.mark.parametrize("case", IMPLEMENTATIONS, ids=str)
+covering_implementations = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case in COVERING else pytest.mark.soak) for case in IMPLEMENTATIONS],
+    ids=str,
+)
+"""Seconds each: the others are for `make soak`."""
 
 
 def attention_of(config: RunConfig, dtype: torch.dtype = torch.float64, noise: float = 0.0) -> Attention:
@@ -287,6 +322,13 @@ def test_every_registered_variant_has_its_preset_and_is_covered() -> None:
     assert set(BASES) <= {path.stem for path in (shipped("configs") / "attention").glob("*.yaml")}
     assert {case.base for case in CASES} >= set(BASES)
     assert {case.interaction for case in CASES} == set(INTERACTIONS)
+    assert {case.base for case in COVERING} >= set(BASES)
+    assert {(case.interaction, case.impl) for case in COVERING} == {(case.interaction, case.impl) for case in CASES}
+
+
+def test_a_pair_put_together_from_its_parts_is_what_its_presets_compose_to() -> None:
+    for case in COVERING:
+        assert case.config == compose(case.overrides()), case
 
 
 @pytest.mark.parametrize("case", WITH_IDENTITY, ids=str)
@@ -523,7 +565,7 @@ def test_a_checkpoint_brings_back_the_same_function(case: Case, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@every_implementation
+@covering_implementations
 def test_the_module_compiles_into_one_graph(case: Case) -> None:
     torch._dynamo.reset()
     attention, rows, x = attention_of(case.config, noise=0.3), rows_of(case.config, 2, 12), states(2, 12)
@@ -545,7 +587,7 @@ def trained(run_ranks: Callable[..., list[Any]], request: pytest.FixtureRequest)
 
 
 @pytest.mark.slow
-@every_implementation
+@covering_implementations
 def test_a_zero_3_training_step_is_that_of_plain_pytorch(case: Case, trained: dict[str, Any]) -> None:
     answer = trained[str(case)]
     assert answer["loss"] == pytest.approx(answer["plain loss"], rel=1e-5)
