@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from types import UnionType
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
@@ -25,6 +26,8 @@ class Dataclass(Protocol):
 
 
 T = TypeVar("T", bound=Dataclass)
+_hints = cache(get_type_hints)
+"""The types of a class, which Python evaluates anew at each call."""
 
 
 def build(cls: type[T], values: object, path: str = "") -> T:
@@ -36,7 +39,7 @@ def build(cls: type[T], values: object, path: str = "") -> T:
         fix = _choice_inside(cls, values, path)
         raise ConfigError("expected a group of settings", field=path or "config", value=values, fix=fix)
     chosen: type[T] = variant_class(cls, values, path)
-    hints = get_type_hints(chosen)
+    hints = _hints(chosen)
     known = [field.name for field in fields(chosen)]
     for key in values:
         if key not in known:
@@ -53,7 +56,7 @@ def build(cls: type[T], values: object, path: str = "") -> T:
 
 def _choice_inside(cls: type[T], value: object, path: str) -> Replace | None:
     """The fix when a section `path` was given `value`, the value of exactly one choice in it."""
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     takes = [field.name for field in fields(cls) if get_origin(hints[field.name]) is Literal]
     takes = [name for name in takes if isinstance(value, str) and value in get_args(hints[name])]
     return did_you_mean(path, f"{path}.{takes[0]}") if len(takes) == 1 else None

@@ -65,10 +65,12 @@ def planned_and_saved(overrides: list[str]) -> tuple[int, int]:
 
 
 def pairs() -> Iterator[Any]:
-    """Every base, interaction and kind of row. Quick: every base and every interaction once, with split rows."""
+    """Every base, interaction and kind of row. Quick: every base and every interaction once, with split rows; slow: all
+    pairs, and each once with whole rows; the others are for `make soak`."""
     for base, interaction, split in product(BASES, INTERACTIONS, ("true", "false")):
-        quick = split == "true" and (base == "gqa" or interaction == "none")
-        yield pytest.param(base, interaction, split, marks=() if quick else pytest.mark.slow)
+        once = base == "gqa" or interaction == "none"
+        marks = [] if once and split == "true" else [pytest.mark.slow if once or split == "true" else pytest.mark.soak]
+        yield pytest.param(base, interaction, split, marks=marks)
 
 
 @pytest.mark.parametrize(("base", "interaction", "split"), list(pairs()))

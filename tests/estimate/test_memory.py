@@ -36,11 +36,11 @@ SHAPE = [
     "model.layers=4",
     "model.hidden_size=512",
     "model.vocab_size=32768",
-    "moe.experts=64",
+    "moe.experts=32",
     "moe.expert_width=512",
     "cluster=cpu",
 ]
-"""219M parameters."""
+"""118M parameters."""
 
 
 @pytest.mark.slow
