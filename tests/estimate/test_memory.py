@@ -36,11 +36,11 @@ SHAPE = [
     "model.layers=4",
     "model.hidden_size=512",
     "model.vocab_size=32768",
-    "moe.experts=32",
+    "moe.experts=64",
     "moe.expert_width=512",
     "cluster=cpu",
 ]
-"""118M parameters."""
+"""219M parameters."""
 
 
 @pytest.mark.slow
