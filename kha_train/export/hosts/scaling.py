@@ -81,5 +81,5 @@ def _attention_factor(inner: Reading, factor: float) -> float | None:
     one, all_dimensions = (inner.take(key, NotNegative, None) for key in ("mscale", "mscale_all_dim"))
     if given is None and one and all_dimensions:
         grown = 0.1 * math.log(max(factor, 1.0))
-        return (one * grown + 1.0) / (all_dimensions * grown + 1.0)
+        return float((one * grown + 1.0) / (all_dimensions * grown + 1.0))
     return None if given is None else float(given)
