@@ -140,6 +140,8 @@ class World:
             return text
         payload = text.encode()
         (length,) = self.max_ints(len(payload) if self.rank == source else 0)
+        if not length:
+            return ""
         buffer = torch.zeros(length, dtype=torch.uint8, device=self._talking_device)
         if self.rank == source:
             buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))

@@ -36,6 +36,7 @@ def main(answer_file: Path) -> None:
         "max": world.max_ints(rank, -rank, 7),
         "sum": world.sum_(torch.tensor([rank + 1, 1])).tolist(),
         "text": world.broadcast_text(f"from {rank}: \u00fc", source=1),
+        "empty": world.broadcast_text("" if rank == 1 else "not mine", source=1),
         "nothing": caught(world, None),
         "one": caught(world, DataError("broken shard") if rank == 1 else None),
         "two": caught(world, [None, ConfigError("b"), CheckpointError("c")][rank]),

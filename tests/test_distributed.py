@@ -135,7 +135,7 @@ def test_all_ranks_learn_the_same_maximum_sum_and_text(answers: list[dict[str, A
     for answer in answers:
         assert answer["max"] == [2, 0, 7]
         assert answer["sum"] == [6, 3]
-        assert answer["text"] == "from 1: \u00fc"
+        assert answer["text"] == "from 1: \u00fc" and answer["empty"] == ""
 
 
 def test_without_an_error_no_rank_raises(answers: list[dict[str, Any]]) -> None:
