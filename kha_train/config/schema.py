@@ -200,8 +200,10 @@ class EngineSection:
     last bits of a sum. A rank without progress for `hang_timeout_seconds` (after the first step) writes its stacks and
     ends with exit code 75. Every `audit_every` steps (0: never) ranks compare the values that must be equal on all of
     them, to detect corrupted memory. Under ZeRO 3, each group of `hpz_partition_size` ranks (the GPUs of a node) holds
-    another copy of the weights. `kernels` selects torch's operators or kernels written in Triton where both exist:
-    `auto` is `torch` on a CPU, and on CUDA whatever is faster at the start of a run and agrees with torch.
+    another copy of the weights. Groups of `expert_parallel` ranks share the experts of every layer: each rank holds a
+    part of them, and tokens travel to their experts. `kernels` selects torch's operators or kernels written in Triton
+    where both exist: `auto` is `torch` on a CPU, and on CUDA whatever is faster at the start of a run and agrees with
+    torch.
     """
 
     name: str = "deepspeed"
@@ -216,6 +218,7 @@ class EngineSection:
     compile: Literal["none", "block"] = "none"
     reduce_bucket_elements: int = 50_000_000
     hpz_partition_size: int = 1
+    expert_parallel: int = 1
     collective_timeout_seconds: float = 1800.0
     hang_timeout_seconds: float = 600.0
     audit_every: int = 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 
@@ -43,7 +44,7 @@ def validate(config: RunConfig, *, to_train: bool = True) -> None:
 
 def validate_batch(config: RunConfig, world_size: int) -> None:
     """The global batch must divide evenly among the ranks and their micro-batches, and the ranks into groups that hold
-    the weights. Raises ConfigError.
+    the weights or share the experts. Raises ConfigError.
     """
     if world_size % config.engine.hpz_partition_size:
         raise ConfigError(
@@ -51,6 +52,15 @@ def validate_batch(config: RunConfig, world_size: int) -> None:
             field="engine.hpz_partition_size",
             value=config.engine.hpz_partition_size,
             fix="the number of ranks on a node",
+        )
+    spread = config.engine.expert_parallel
+    if world_size % spread:
+        raise ConfigError(
+            f"{world_size} ranks do not divide into groups that share the experts",
+            field="engine.expert_parallel",
+            value=spread,
+            allowed=_listed(_divisors(world_size)),
+            fix=Settings(f"engine.expert_parallel={math.gcd(world_size, spread)}"),
         )
     rows, micro = config.data.global_batch_size, config.engine.micro_batch_size
     unit = micro * world_size
@@ -189,12 +199,11 @@ def _groups(config: RunConfig) -> None:
     """Groups must have equal size, and the allowed ones enough experts."""
     moe = config.moe
     if moe.experts and moe.experts % moe.expert_groups:
-        divisors = [str(n) for n in range(1, moe.experts + 1) if moe.experts % n == 0]
         raise ConfigError(
             f"does not divide {moe.experts} experts",
             field="moe.expert_groups",
             value=moe.expert_groups,
-            allowed=", ".join(divisors),
+            allowed=_listed(_divisors(moe.experts)),
         )
     if moe.top_groups > moe.expert_groups:
         raise ConfigError(f"only {moe.expert_groups} groups", field="moe.top_groups", value=moe.top_groups)
@@ -206,6 +215,14 @@ def _groups(config: RunConfig) -> None:
             value=moe.top_k,
             fix="raise moe.top_groups or lower it",
         )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _router_learns(config: RunConfig) -> None:
@@ -270,6 +287,40 @@ def _engine(config: RunConfig) -> None:
             value=engine.hpz_partition_size,
             fix=either(Settings("engine.hpz_partition_size=1"), Settings("engine.zero_stage=3 engine.compile=none")),
         )
+    if engine.expert_parallel > 1 and (problem := _cannot_spread(config)):
+        raise problem
+
+
+def _cannot_spread(config: RunConfig) -> ConfigError | None:
+    """Why ranks cannot share the experts, or None."""
+    engine, experts, field = config.engine, config.moe.experts, "engine.expert_parallel"
+    whole = Settings(f"{field}=1")
+    if not experts:
+        return ConfigError("every layer is dense", field=field, value=engine.expert_parallel, allowed="1", fix=whole)
+    if experts % engine.expert_parallel:
+        return ConfigError(
+            f"does not divide {experts} experts",
+            field=field,
+            value=engine.expert_parallel,
+            allowed=_listed(_divisors(experts)),
+            fix=Settings(f"{field}={math.gcd(experts, engine.expert_parallel)}"),
+        )
+    if engine.zero_stage == 3:
+        return ConfigError(
+            "ZeRO 3 gathers every expert on every rank, which expert parallelism avoids: DeepSpeed has no ZeRO 3 for "
+            "parameters that only some ranks hold",
+            field=field,
+            value=engine.expert_parallel,
+            fix=either(whole, Settings("engine.zero_stage=2 engine.hpz_partition_size=1")),
+        )
+    if engine.compile == "block":
+        return ConfigError(
+            "a compiled block cannot wait for the lengths of messages between experts",
+            field=field,
+            value=engine.expert_parallel,
+            fix=either(whole, Settings("engine.compile=none")),
+        )
+    return None
 
 
 def _profile(config: RunConfig) -> None:

@@ -15,10 +15,13 @@ from kha_train.config.resolve import Resolved, precision_on
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import World
 from kha_train.engine.contract import Changed, Fragment, InitialValue
+from kha_train.engine.expert_groups import apart_by_ranks
 from kha_train.model.decoder import Decoder, DecoderOutput, build_decoder
 from kha_train.model.device import DTYPES
 from kha_train.model.host import spare_the_compiler, use_tensor_cores
 from kha_train.model.init import initial_value, initial_values, interaction_identities, reset_buffers
+from kha_train.model.moe.experts import Experts
+from kha_train.model.moe.parallel import ExpertRanks
 from kha_train.optim import ShareOptimizer
 from kha_train.variants.registry import OPTIMIZERS
 
@@ -46,11 +49,13 @@ def materialise(
     world: World,
     initial: InitialValue,
     keep: Callable[[nn.Parameter], None] = lambda parameter: None,
+    ranks: ExpertRanks | None = None,
 ) -> tuple[Decoder, dict[str, tuple[int, ...]]]:
     """The decoder on the device of `world`, as `resolved` says, and the global shape of each of its parameters by name.
 
     It is built on `meta` and filled one parameter at a time. Each is passed to `keep`, which may free a part of it, so
-    that no rank holds the whole model in fp32. Buffers stay fp32. Collective.
+    that no rank holds the whole model in fp32. With `ranks` this one holds its part of the experts. Buffers stay fp32.
+    Collective.
     """
     with torch.device("meta"):
         decoder = build_decoder(config, resolved)
@@ -58,11 +63,16 @@ def materialise(
     for module, name, full_name, default in list(initial_values(decoder, config.run.seed)):
         # An engine may shard each parameter by a collective: an unreadable one must not leave a rank waiting.
         with world.agreed(f"make {full_name}"):
-            value = initial(full_name, default).to(world.device, dtype)
-        shapes[full_name] = tuple(value.shape)
+            whole = initial(full_name, default)
+            value = (ranks.own(whole) if ranks and isinstance(module, Experts) else whole).to(world.device, dtype)
+        shapes[full_name] = tuple(whole.shape)
         module._parameters[name] = parameter = nn.Parameter(value)
         keep(parameter)
     decoder.tie_weights()
+    if ranks:
+        for module in decoder.modules():
+            if isinstance(module, Experts):
+                module.spread(ranks)
     with world.device:
         reset_buffers(decoder, config.run.seed)
     if config.engine.compile == "block":
@@ -88,6 +98,7 @@ def build_optimizer(
     """The optimiser of `config` for the `named` parameters of `decoder`, or for the tensors that stand for them."""
     optimizer_class: type[ShareOptimizer] = OPTIMIZERS[config.optim.name].load()
     groups = optimizer_class.group(named, config.optim, interaction_identities(decoder), shapes)
+    groups = apart_by_ranks(groups)
     return optimizer_class(groups, config.optim)
 
 

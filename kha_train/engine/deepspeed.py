@@ -6,7 +6,8 @@ The only user of DeepSpeed. It adds to DeepSpeed 0.19:
 - the loss of a step is a sum over the global batch, so nothing depends on micro-batch, accumulation or world size;
 - the true global gradient norm is known *before* the step, and `discard` leaves masters, moments and every later step
   as if the batch had never been seen. DeepSpeed itself skips a step only when its own norm is not finite, and each of
-  its three optimizer classes computes that norm elsewhere: `_step_with_norm` passes it the norm to use.
+  its three optimizer classes computes that norm elsewhere: `_step_with_norm` passes it the norm to use;
+- with `engine.expert_parallel` its expert groups, made for its own layers, hold our experts (`expert_groups.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import Any
 
@@ -44,12 +45,15 @@ from kha_train.engine.building import (
     told_of_changes,
 )
 from kha_train.engine.contract import Changed, Fragment, InitialValue, seeded
+from kha_train.engine.expert_groups import group_name, layer_of, mark_experts
 from kha_train.engine.settings import deepspeed_settings as _settings
 from kha_train.engine.zero_state import owned_gradients, partitioned_fragments, replicated_fragments
 from kha_train.errors import ConfigError
 from kha_train.model.decoder import DecoderOutput
 from kha_train.model.device import DTYPES, resolve_on
 from kha_train.model.host import inputs_of
+from kha_train.model.moe.experts import Experts
+from kha_train.model.moe.parallel import ExpertRanks
 from kha_train.optim import ShareOptimizer
 
 INVALID_NORM = -1.0
@@ -77,11 +81,14 @@ class Engine:
 
         # BF16_Optimizer prints its memory use while it is built.
         with redirect_stdout(io.StringIO()), _patient_groups(config.engine.collective_timeout_seconds):
-            self.decoder, self.shapes = materialise(config, resolved, world, initial, keep)
+            self._ranks = self._expert_ranks()
+            self.decoder, self.shapes = materialise(config, resolved, world, initial, keep, self._ranks)
+            self._starts = mark_experts(self.decoder, self._ranks) if self._ranks else {}
             stepper = build_optimizer(config, self.decoder, self.decoder.named_parameters(), self.shapes)
-            self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
-                model=self.decoder, optimizer=stepper, config=settings, dist_init_required=False
-            )
+            with self._experts_recognised():
+                self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
+                    model=self.decoder, optimizer=stepper, config=settings, dist_init_required=False
+                )
         self._stepper.start(self._flat_masters(), moment_dtype(config))
         share_identities(config, self.decoder, self._stepper, self.fragments())
         check_buffers_are_wide(self.decoder)
@@ -113,7 +120,7 @@ class Engine:
         return output
 
     def evaluate(self, batch: Batch, by_token: bool = False) -> DecoderOutput:
-        """See `contract.Engine.evaluate`. Only ZeRO 3 makes it collective."""
+        """See `contract.Engine.evaluate`. ZeRO 3 and expert parallelism make it collective."""
         self._engine.eval()
         with torch.no_grad():
             output: DecoderOutput = self._engine(*inputs_of(batch, self.world.device), by_token=by_token)
@@ -130,7 +137,7 @@ class Engine:
         """See `contract.Engine.gradient_norms`."""
         squares: dict[str, float] = {}
         for number, norm in enumerate(self._group_norms()):
-            name = self._optimizer.param_groups[self._group_of(number)]["name"]
+            name = layer_of(self._optimizer.param_groups[self._group_of(number)])
             value = float(norm)
             squares[name] = squares.get(name, 0.0) + (value * value if value >= 0 else math.inf)
         return {name: math.sqrt(square) for name, square in squares.items()}
@@ -162,7 +169,7 @@ class Engine:
         """See `contract.Engine.fragments`."""
         if self.config.engine.zero_stage == 3:
             return partitioned_fragments(self._optimizer, self.decoder, self.shapes, self.world.rank)
-        return replicated_fragments(self._optimizer, self.decoder, self.shapes, self._flat_masters())
+        return replicated_fragments(self._optimizer, self.decoder, self.shapes, self._flat_masters(), self._starts)
 
     def buffers(self) -> dict[str, Tensor]:
         """See `contract.Engine.buffers`."""
@@ -242,10 +249,9 @@ class Engine:
         from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
 
         optimizer = self._optimizer
-        if self.config.engine.zero_stage == 3:
-            norm = combine_grad_norm_groups(optimizer._get_norm_groups())
-        elif hasattr(optimizer, "scaled_global_norm"):
-            norm = optimizer.scaled_global_norm()
+        if self.config.engine.zero_stage == 3 or hasattr(optimizer, "scaled_global_norm") or self._ranks:
+            # The norm of an expert's gradient, too, is its true one: DeepSpeed averages those of different experts.
+            norm = combine_grad_norm_groups(self._group_norms())
         else:
             norm = get_global_norm_of_tensors(optimizer.get_grads_for_norm()[0], mpu=optimizer.mpu)
         return torch.as_tensor(norm, dtype=torch.float32, device=self.world.device)
@@ -259,7 +265,16 @@ class Engine:
         if hasattr(optimizer, "scaled_global_norm"):
             parts = enumerate(optimizer.params_in_partition)
             return [optimizer.get_grad_norm_direct(optimizer.averaged_gradients[i], part) for i, part in parts]
-        return [torch.stack([g.float().norm() for g in group]).norm() for group in optimizer.fp32_groups_gradients]
+        norms = [torch.stack([g.float().norm() for g in group]).norm() for group in optimizer.fp32_groups_gradients]
+        if self._ranks is None:
+            return norms
+        # Every rank holds the whole gradient of every parameter but the experts: of these, that of its own.
+        held = [number for number, group in enumerate(optimizer.param_groups) if group.get("moe")]
+        squares = torch.stack([norms[number].square() for number in held])
+        torch.distributed.all_reduce(squares, group=self._ranks.group)
+        for number, norm in zip(held, squares.sqrt(), strict=True):
+            norms[number] = norm
+        return norms
 
     def _group_of(self, number: int) -> int:
         """The parameter group of the norm at `number`."""
@@ -277,9 +292,27 @@ class Engine:
             from deepspeed.runtime import bf16_optimizer
 
             place, name, replacement = bf16_optimizer, "get_global_norm_of_tensors", lambda *args, **kwargs: norm
-        with _replaced(place, name, replacement):
+        with ExitStack() as stack:
+            stack.enter_context(_replaced(place, name, replacement))
+            if place is not optimizer and self._ranks:
+                stack.enter_context(_replaced(place, "get_norm_with_moe_layers", replacement))
             self._engine.step()
         self._norm = None
+
+    def _expert_ranks(self) -> ExpertRanks | None:
+        """The ranks with which this one shares the experts; None when each holds all of them. Collective."""
+        size = self.config.engine.expert_parallel
+        if size == 1:
+            return None
+        groups = self._deepspeed.utils.groups
+        groups._create_expert_and_data_parallel(size)
+        group = groups._get_expert_parallel_group(group_name(size))
+        return ExpertRanks(group, torch.distributed.get_rank(group), size)
+
+    def _experts_recognised(self) -> AbstractContextManager[None]:
+        """DeepSpeed recognises layers with experts by their class, and fails if there are any without expert groups."""
+        engine = self._deepspeed.runtime.engine
+        return _replaced(engine, "MoE", Experts if self._ranks else engine.MoE)
 
 
 def _import_deepspeed(device: torch.device) -> Any:

@@ -20,9 +20,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def replicated_fragments(
-    optimizer: Any, module: nn.Module, shapes: Shapes, flat_masters: list[Tensor]
+    optimizer: Any, module: nn.Module, shapes: Shapes, flat_masters: list[Tensor], starts: Mapping[str, int]
 ) -> Iterator[Fragment]:
-    """Fragments under ZeRO 1 and 2 (and BF16_Optimizer), where a group is one flat tensor cut into equal shares."""
+    """Fragments under ZeRO 1 and 2 (and BF16_Optimizer), where a group is one flat tensor cut into equal shares.
+    `starts` tells where a parameter begins of which this rank holds only a part.
+    """
     # DeepSpeed attaches its bookkeeping to each of them.
     parameters: Iterator[tuple[str, Any]] = module.named_parameters()
     for name, parameter in parameters:
@@ -32,7 +34,8 @@ def replicated_fragments(
         address = mapping.get_hp_fragment_address()
         flat = flat_masters[mapping.param_group_index]
         views = _views(optimizer, flat, address.start, address.numel)
-        yield Fragment(name, shapes[name], mapping.lp_fragment_address.start, views, flat, address.start)
+        start = starts.get(name, 0) + mapping.lp_fragment_address.start
+        yield Fragment(name, shapes[name], start, views, flat, address.start)
 
 
 def partitioned_fragments(optimizer: Any, module: nn.Module, shapes: Shapes, rank: int) -> Iterator[Fragment]:

@@ -26,7 +26,8 @@ def attention_activations(config: RunConfig, width: int) -> int:
 def kept_block_numbers(config: RunConfig, width: int) -> tuple[int, int]:
     """Numbers of `width` bytes per token that a block keeps under `selective` checkpointing: for a block with experts
     (0 if there is none), and for a dense one. These are its input, the projections of attention that are as deep as the
-    model is wide, the results of attention and experts, and the router's fp32 logits (`model/recompute.py`).
+    model is wide, the results of attention and of experts that no ranks share, and the router's fp32 logits
+    (`model/recompute.py`).
     """
     model, moe, base = config.model, config.moe, config.attention.base
     heads, wide = base.heads(), model.hidden_size
@@ -41,7 +42,8 @@ def kept_block_numbers(config: RunConfig, width: int) -> tuple[int, int]:
     attention = projected + results + (wide if output >= wide else 0)
     both = wide + attention
     shared = 2 * moe.shared_experts * moe.expert_width
-    routed = model.hidden_size + 2 * moe.top_k * moe.expert_width + moe.experts * 4 // width
+    computed = model.hidden_size + 2 * moe.top_k * moe.expert_width if config.engine.expert_parallel == 1 else 0
+    routed = computed + moe.experts * 4 // width
     has_experts, has_dense = moe.dense_layers < model.layers, moe.dense_layers > 0
     return (both + shared + routed if has_experts else 0), (both + 2 * moe.dense_width if has_dense else 0)
 

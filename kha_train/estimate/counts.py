@@ -68,6 +68,17 @@ def count_parameters(config: RunConfig) -> ParameterCount:
     return ParameterCount(total, total - idle, by_component, frozen)
 
 
+def held_parameters(config: RunConfig) -> tuple[int, int]:
+    """The parameters that every rank holds whole under ZeRO 1 and 2, and its part of the experts that ranks share
+    (`engine.expert_parallel`; 0 when every rank holds all of them).
+    """
+    total, shared = count_parameters(config).total, config.engine.expert_parallel
+    if shared == 1:
+        return total, 0
+    experts = moe_layers(config) * config.moe.experts * _expert_parameters(config)
+    return total - experts, experts // shared
+
+
 def flops_per_token(config: RunConfig) -> FlopCount:
     """Operations per token of the decoder of `config`, for a full row that is one document."""
     model, moe = config.model, config.moe

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from kha_train.config.resolve import decide_plan, planned_device
 from kha_train.config.schema import RunConfig
 from kha_train.estimate.activations import attention_activations, folded_bytes, kept_block_numbers, shared_mask_bytes
-from kha_train.estimate.counts import attention_parameters, count_parameters, moe_layers
+from kha_train.estimate.counts import attention_parameters, count_parameters, held_parameters, moe_layers
 from kha_train.variants.optimizer import MASTER_BYTES, OptimSection
 
 GIB = 1024**3
@@ -63,10 +63,10 @@ def plan_memory(config: RunConfig) -> MemoryPlan:
     """The memory of one of `cluster.devices` ranks at the peak of a step of `config`."""
     engine, ranks = config.engine, config.cluster.devices
     count, width = count_parameters(config), 2 if uses_bf16(config) else 4
-    total = count.total
+    total, held = count.total, sum(held_parameters(config))
     sharded, second = engine.zero_stage == 3, engine.hpz_partition_size
     states = {
-        "parameters": width * total // (ranks if sharded else 1)
+        "parameters": (width * total // ranks if sharded else width * held)
         + (width * total // second if second > 1 else 0)
         + FROZEN_BYTES * count.frozen,
         "gathered": width * min(total, MAX_LIVE_PARAMETERS) if sharded else 0,
@@ -119,13 +119,15 @@ def block_activations(config: RunConfig) -> tuple[int, int]:
     Attention: its input before and after the norm, and what `activations.py` counts. Experts: their input before and
     after the norm; for each of top_k gate and up, which is all that the grouped backend keeps. The other backends, and
     shared experts, also keep the copied input and 3 more tensors of the expert's width (silu of gate, its product with
-    up, and that times the weight).
+    up, and that times the weight). Where ranks share the experts, the rows that arrived stay too: as many as were sent,
+    when loads are balanced.
     """
     model, moe = config.model, config.moe
     attention = 2 * model.hidden_size + attention_activations(config, 2 if uses_bf16(config) else 4)
     shared = 5 * moe.shared_experts * moe.expert_width
     copy = 2 * moe.expert_width if moe.backend == "grouped" else model.hidden_size + 5 * moe.expert_width
-    routed = moe.top_k * copy + 2 * moe.experts
+    arrived = model.hidden_size if config.engine.expert_parallel > 1 else 0
+    routed = moe.top_k * (copy + arrived) + 2 * moe.experts
     experts = attention + 2 * model.hidden_size + routed + shared
     dense = attention + 2 * model.hidden_size + 5 * moe.dense_width
     return (experts if moe_layers(config) else 0), (dense if moe.dense_layers else 0)

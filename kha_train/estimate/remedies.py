@@ -10,6 +10,9 @@ from kha_train.config.constants import ROUNDING
 from kha_train.config.schema import RunConfig
 from kha_train.estimate.memory import plan_memory, uses_bf16
 
+SHARED = "expert_parallel"
+"""The field of `engine` with the number of ranks that share the experts."""
+
 
 @dataclass(frozen=True)
 class Remedy:
@@ -32,14 +35,21 @@ class Change(NamedTuple):
 
 def advise(config: RunConfig, budget: int) -> tuple[tuple[Remedy, ...], str | None]:
     """Each remedy that saves memory alone, cheapest first, and a sufficient set: as few as possible together, on as few
-    devices as possible. A remedy may help only together with others, or on more devices.
+    devices as possible. A remedy may help only together with others, or on more devices. Of the numbers of ranks that
+    may share the experts, the lowest that fits is offered, or the one that saves most.
     """
     now, candidates = plan_memory(config).total, possible_changes(config)
-    alone = [(change, plan_memory(with_engine(config, **change.fields)).total) for change in candidates]
+    alone = [
+        (change, plan_memory(changed).total)
+        for change in candidates
+        if _is_possible(changed := with_engine(config, **change.fields))
+    ]
+    shared = [(total, change.override) for change, total in alone if SHARED in change.fields]
+    lowest = next((override for total, override in shared if total <= budget), min(shared, default=(0, ""))[1])
     remedies = tuple(
         Remedy(change.override, now - total, total, total <= budget, change.price)
         for change, total in alone
-        if total < now
+        if total < now and (SHARED not in change.fields or change.override == lowest)
     )
     chosen = _enough(config, candidates, budget)
     if chosen is not None:
@@ -59,9 +69,18 @@ def _enough(config: RunConfig, candidates: list[Change], budget: int) -> tuple[C
     for count in range(len(candidates) + 1):
         for chosen in itertools.combinations(candidates, count):
             fields = {field: value for change in chosen for field, value in change.fields.items()}
-            if len(fields) == count and plan_memory(with_engine(config, **fields)).total <= budget:
+            if len(fields) < count:
+                continue
+            changed = with_engine(config, **fields)
+            if _is_possible(changed) and plan_memory(changed).total <= budget:
                 return chosen
     return None
+
+
+def _is_possible(config: RunConfig) -> bool:
+    """Whether the ranks that share the experts divide the ranks, and ZeRO is not 3 where they are several."""
+    shared = config.engine.expert_parallel
+    return config.cluster.devices % shared == 0 and (shared == 1 or config.engine.zero_stage < 3)
 
 
 def savings(config: RunConfig) -> list[tuple[str, int]]:
@@ -71,15 +90,20 @@ def savings(config: RunConfig) -> list[tuple[str, int]]:
     now = plan_memory(config).total
     changes = possible_changes(config, max(1, config.engine.micro_batch_size // 2))
     free = [change for change in changes if all(f"engine.{field}" in ROUNDING for field in change.fields)]
-    saved = [(change.override, now - plan_memory(with_engine(config, **change.fields)).total) for change in free]
+    saved = [
+        (change.override, now - plan_memory(changed).total)
+        for change in free
+        if _is_possible(changed := with_engine(config, **change.fields))
+    ]
     return sorted((one for one in saved if one[1] > 0), key=lambda one: -one[1])
 
 
 def possible_changes(config: RunConfig, micro_batch_size: int = 1) -> list[Change]:
     """The possible changes, cheapest first; two changes of one field exclude each other. Each gives a valid
-    configuration, and so do several together. `micro_batch_size` is the smaller one that is offered.
+    configuration, and so do several together, but for ZeRO 3 and experts that ranks share, whose number must also
+    divide the ranks. `micro_batch_size` is the smaller one that is offered.
     """
-    engine, found = config.engine, []
+    engine, moe, found = config.engine, config.moe, []
 
     def offer(field: str, value: int | str, price: str) -> None:
         found.append(Change(f"engine.{field}={value}", {field: value}, price))
@@ -88,6 +112,9 @@ def possible_changes(config: RunConfig, micro_batch_size: int = 1) -> list[Chang
         offer("zero_stage", 2, "gradients are reduced in every micro-batch")
     if engine.activation_checkpointing == "none" and engine.compile == "none":
         offer("activation_checkpointing", "selective", "norms, gates and routing are computed twice")
+    for shared in range(engine.expert_parallel + 1, moe.experts + 1) if engine.compile == "none" else ():
+        if moe.experts % shared == 0 and shared % engine.expert_parallel == 0:
+            offer(SHARED, shared, "tokens travel to their experts and back in every layer")
     if engine.activation_checkpointing != "full":
         offer("activation_checkpointing", "full", "a third more computation")
     if engine.micro_batch_size > micro_batch_size:

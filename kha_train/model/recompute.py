@@ -4,9 +4,12 @@
 size and recomputes the rest: norms, rotations, gates, the router's choice, the small matrices of heads. It saves
 products in which every number took at least as many multiplications as the model is wide, and the results of attention
 and experts, which take thousands; all else takes one to a few. Measured: `pytest -s tests/model/test_recompute.py`.
+
+Where ranks share the experts (`engine.expert_parallel`), `selective` computes these again as well: it would save the
+results of J choices of every token before they are summed, more than everything else in the block.
 """
 
-# B batch   T tokens   D model width
+# B batch   T tokens   D model width   J experts per token
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from kha_train.config.schema import RunConfig
 
+EXPERTS = "kha_train::grouped_experts"
 ALWAYS_KEPT = frozenset(
     {
         "aten::_scaled_dot_product_flash_attention",
@@ -31,7 +35,7 @@ ALWAYS_KEPT = frozenset(
         "flash_attn::_flash_attn_varlen_forward",
         "flash_attn_3::_flash_attn_forward",
         "torch_attn::_varlen_attn",
-        "kha_train::grouped_experts",
+        EXPERTS,
     }
 )
 """Operators whose results `selective` always saves."""
@@ -47,7 +51,8 @@ def runner(config: RunConfig) -> Callable[..., Any]:
     # A forward uses no random generator, so there is no generator state to save.
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if how == "selective":
-        keep = partial(kept, config.model.hidden_size)
+        always = ALWAYS_KEPT - {EXPERTS} if config.engine.expert_parallel > 1 else ALWAYS_KEPT
+        keep = partial(kept, config.model.hidden_size, always=always)
         again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, partial(_policy, keep)))
 
     def run(block: nn.Module, x_BTD: Tensor, *rest: Any) -> Any:
@@ -56,13 +61,13 @@ def runner(config: RunConfig) -> Callable[..., Any]:
     return run
 
 
-def kept(width: int, operator: Any, arguments: tuple[Any, ...]) -> bool:
-    """Whether `selective` saves the result of `operator` in a model of `width`."""
+def kept(width: int, operator: Any, arguments: tuple[Any, ...], always: frozenset[str] = ALWAYS_KEPT) -> bool:
+    """Whether `selective` saves the result of `operator` in a model of `width`, or as one of `always`."""
     name = operator._schema.name
     if name in ("aten::mm", "aten::addmm"):
         left: Tensor = arguments[0] if name == "aten::mm" else arguments[1]
         return left.shape[-1] >= width
-    return name in ALWAYS_KEPT
+    return name in always
 
 
 def _plainly(block: nn.Module, x_BTD: Tensor, *rest: Any) -> Any:

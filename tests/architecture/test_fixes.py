@@ -68,6 +68,12 @@ REFUSED = {
     "compiled blocks that choose": "compose engine.compile=block engine.activation_checkpointing=selective",
     "one process for two ranks": "ranks engine.name=plain",
     "groups without ZeRO 3": "compose engine.hpz_partition_size=2",
+    "experts shared under ZeRO 3": "compose engine=zero3 engine.hpz_partition_size=2 engine.expert_parallel=2",
+    "experts shared in compiled blocks": "compose engine.compile=block engine.expert_parallel=2",
+    "experts that do not divide": "compose engine.expert_parallel=3",
+    "experts that there are none of": "compose moe.dense_layers=4 moe.dense_width=64 moe.experts=0 moe.top_k=0 "
+    "moe.expert_width=0 engine.expert_parallel=2",
+    "experts that one rank would share": "batch engine.expert_parallel=4",
     "groups without ZeRO 3, compiled": "compose engine.hpz_partition_size=2 engine.compile=block",
     "a profile that ends first": "compose profile.first_step=5",
     "a profile without an end": "compose profile.first_step=5 profile.last_step=5000",

@@ -12,6 +12,7 @@ A fault is {"at", "do"} and conditions; it happens once in a process:
     at  step:N              before step N is trained
         save:N:STAGE        at a stage of the writer (writer.STAGES, before_prune, mid_prune) while step N is saved
         gradient:N          in the gradient of step N
+        exchange:N          while copies of tokens travel to their experts, in step N
         batch:N             while the batch of step N is read
         snapshot:N          while the state is copied to host memory for the save of step N
         restore             while this rank's share of a checkpoint is read, its own or another run's
@@ -59,6 +60,7 @@ from kha_train.checkpoint.host_buffers import HostBuffers
 from kha_train.checkpoint.reader import Checkpoint
 from kha_train.engine.deepspeed import Engine, _import_deepspeed
 from kha_train.errors import DataError, KhaError
+from kha_train.model.moe import parallel
 from kha_train.record import Record
 from kha_train.telemetry.wandb import WandbMirror
 from kha_train.train import run, saving, session
@@ -142,6 +144,7 @@ class Faults:
 
             setattr(owner, name, seam)
 
+        before(parallel, "exchanged", lambda *_: f"exchange:{self.step}")
         before(HostBuffers, "restart", lambda *_: f"snapshot:{self.progress()}")
         before(Checkpoint, "read", lambda *_: "restore")
         before(run, "set_marker", lambda run_dir, marker, *_: f"marker:{marker.value}")

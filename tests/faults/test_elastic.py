@@ -21,9 +21,11 @@ pytestmark = pytest.mark.slow
 
 STEPS = 21
 LAYOUTS = {
-    "1 -> 2 -> 1 ranks, ZeRO 1 -> 3 -> 2": [(1, 1), (2, 3), (1, 2)],
-    "2 -> 1 -> 2 ranks, ZeRO 3 -> 2 -> 1": [(2, 3), (1, 2), (2, 1)],
+    "1 -> 2 -> 1 ranks, ZeRO 1 -> 3 -> 2": [(1, 1, 1), (2, 3, 1), (1, 2, 1)],
+    "2 -> 1 -> 2 ranks, ZeRO 3 -> 2 -> 1": [(2, 3, 1), (1, 2, 1), (2, 1, 1)],
+    "2 -> 2 -> 2 ranks, ZeRO 1 -> 3 -> 2, EP 2 -> 1 -> 2": [(2, 1, 2), (2, 3, 1), (2, 2, 2)],
 }
+"""Ranks, ZeRO stage, and ranks that share the experts."""
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,7 @@ LAYOUTS = {
         ("1 -> 2 -> 1 ranks, ZeRO 1 -> 3 -> 2", "kha_mlp"),
         ("2 -> 1 -> 2 ranks, ZeRO 3 -> 2 -> 1", "gqa"),
         ("2 -> 1 -> 2 ranks, ZeRO 3 -> 2 -> 1", "kha_mlp"),
+        pytest.param("2 -> 2 -> 2 ranks, ZeRO 1 -> 3 -> 2, EP 2 -> 1 -> 2", "kha_mlp", marks=pytest.mark.soak),
     ],
 )
 def test_a_run_that_changes_ranks_and_stage_follows_the_straight_curve(
@@ -40,9 +43,10 @@ def test_a_run_that_changes_ranks_and_stage_follows_the_straight_curve(
 ) -> None:
     twin = straight(f"attention={variant}", steps=STEPS)
     run = make_run(f"attention={variant}", steps=STEPS)
-    for number, (ranks, zero) in enumerate(LAYOUTS[layouts], start=1):
+    for number, (ranks, zero, shared) in enumerate(LAYOUTS[layouts], start=1):
         faults = [{"at": f"batch:{7 * number}", "do": "term", "rank": ranks - 1}] if number < 3 else []
-        codes = run.start(*faults, ranks=ranks, overrides=(f"engine=zero{zero}",))
+        layout = (f"engine=zero{zero}", f"engine.expert_parallel={shared}")
+        codes = run.start(*faults, ranks=ranks, overrides=layout)
         assert codes == [0] * ranks, run.log.read_text()
     assert run.starts() == [0, 7, 14]
     moved, kept = run.curve(), twin.curve()
@@ -71,11 +75,35 @@ def written(straight: Callable) -> Path:
     return straight("attention=kha_mlp", steps=6).run_dir
 
 
-@pytest.mark.parametrize(("ranks", "zero"), [(1, 3), (2, 1), (2, 2), (2, 3)])
-def test_every_layout_takes_over_the_same_state_bit_for_bit_and_reads_only_its_share(
-    written: Path, ranks: int, zero: int, run_ranks: Callable, small: list[str], tmp_path: Path
+@pytest.fixture(scope="module")
+def written_by_two(straight: Callable) -> Path:
+    """As `written`, by two ranks that shared the experts."""
+    settings = ("attention=kha_mlp", "engine=zero1", "engine.expert_parallel=2")
+    return straight(*settings, steps=6, ranks=2).run_dir
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("ranks", "zero", "shared"), [(4, 2, 4), (4, 1, 2), (3, 3, 1), (1, 3, 1)])
+def test_a_state_written_by_ranks_that_shared_the_experts_fits_every_layout(
+    written_by_two: Path, ranks: int, zero: int, shared: int, run_ranks: Callable, small: list[str], tmp_path: Path
 ) -> None:
-    overrides = [*small, "attention=kha_mlp", f"engine=zero{zero}", "run.dir=unused", "run.steps=6"]
+    check_handed_over(written_by_two, (ranks, zero, shared), run_ranks, small, tmp_path)
+
+
+@pytest.mark.parametrize(("ranks", "zero", "shared"), [(1, 3, 1), (2, 1, 1), (2, 2, 1), (2, 3, 1), (2, 1, 2)])
+def test_every_layout_takes_over_the_same_state_bit_for_bit_and_reads_only_its_share(
+    written: Path, ranks: int, zero: int, shared: int, run_ranks: Callable, small: list[str], tmp_path: Path
+) -> None:
+    check_handed_over(written, (ranks, zero, shared), run_ranks, small, tmp_path)
+
+
+def check_handed_over(
+    written: Path, layout: tuple[int, int, int], run_ranks: Callable, small: list[str], tmp_path: Path
+) -> None:
+    """Ranks of another layout read the checkpoint in `written`, and write it again: bit for bit the same."""
+    ranks, zero, shared = layout
+    overrides = [*small, "attention=kha_mlp", f"engine=zero{zero}", f"engine.expert_parallel={shared}"]
+    overrides += ["run.dir=unused", "run.steps=6", "data.global_batch_size=24", "engine.micro_batch_size=1"]
     worker = Path(__file__).parent / "elastic_worker.py"
     answers = run_ranks(worker, ranks, source=str(written), target=str(tmp_path), overrides=overrides)
     before, after = (open_verified(path, World.single()) for path in (written, tmp_path))

@@ -215,6 +215,20 @@ def test_f9_the_others_do_not_wait_for_a_rank_that_was_killed_and_it_is_named(ki
     assert run.equals(straight(*TWO, ranks=2))
 
 
+@pytest.mark.parametrize("do", ["kill", pytest.param("sleep", marks=pytest.mark.soak)])
+def test_f9_the_others_do_not_wait_amid_an_exchange_of_tokens_for_one_that_is_gone(do, make_run, straight) -> None:
+    """Rank 1 dies, or hangs, while the other ranks that share its experts wait for its tokens."""
+    settings = (*TWO, "engine=zero2", "engine.expert_parallel=2", "engine.hang_timeout_seconds=15")
+    run = make_run(*settings)
+    codes = run.start({"at": "exchange:4", "do": do, "rank": 1}, ranks=2, patience=60)
+    assert codes[1] == (-9 if do == "kill" else 75) and codes[0] not in (0, None), codes
+    assert first_failure_line(run.run_dir).startswith("rank 1 failed first: ")
+    if do == "sleep":
+        assert "in run_exchanged" in (run.run_dir / "hang" / "rank-00000.txt").read_text()
+    run.to_the_end(ranks=2)
+    assert run.equals(straight(*settings, ranks=2))
+
+
 @pytest.mark.parametrize("do", ["term", "usr2"])
 def test_f10_a_signal_to_one_rank_stops_all_after_the_step_with_a_checkpoint(do, make_run, straight) -> None:
     run = make_run(*TWO)

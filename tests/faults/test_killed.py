@@ -63,6 +63,12 @@ def test_a_run_of_one_process_killed_between_steps_equals_one_that_never_was(cas
 
 
 @pytest.mark.soak
+def test_two_ranks_that_share_experts_killed_amid_a_save_equal_a_run_that_never_was(make_run, straight) -> None:
+    settings = ["attention=kha_mlp", "engine=zero2", "engine.expert_parallel=2"]
+    killed_at(["mid_shard", "before_rename"], settings, make_run, straight, ranks=2)
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize(("variant", "zero"), PAIRS)
 def test_the_full_grid(variant, zero, make_run, straight) -> None:
     killed_at(list(POINTS), [f"attention={variant}", f"engine=zero{zero}"], make_run, straight, ranks=2)

@@ -88,6 +88,7 @@ ELSEWHERE = {
     "engine.kernels": "model/kernels/test_experts.py",
     "engine.compile": "engine/test_compile.py",
     "engine.hpz_partition_size": "engine/test_hybrid_partition.py",
+    "engine.expert_parallel": "faults/test_elastic.py",
 }
 COUNTED_BY_MICRO_BATCH = ("moe.auxiliary_loss.weight=10", "moe.auxiliary_loss.scope=micro_batch")
 

@@ -89,6 +89,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "engine.activation_checkpointing": ("none", "selective", "full"),
     "engine.reduce_bucket_elements": (1, 7, 1000, 50_000_001),
     "engine.hpz_partition_size": seldom(1, 2),
+    "engine.expert_parallel": seldom(1, 2),
     "engine.audit_every": (0, 1, 2),
     "engine.hang_timeout_seconds": (600.0, 1e9),
     "engine.collective_timeout_seconds": (600.0, 1e9),

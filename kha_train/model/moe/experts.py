@@ -1,5 +1,6 @@
 """SwiGLU experts with fused weights, dropless. `loop` is the definition; `grouped` and `megablocks`, in separate files,
-compute it faster. All apply the routing weight to the width-F activation before the second product.
+compute it faster. All apply the routing weight to the width-F activation before the second product. `parallel` spreads
+the experts over ranks, around any of them.
 """
 
 # N tokens   D model width   F expert width   E experts   J experts per token   M copies of one expert
@@ -20,6 +21,7 @@ from kha_train.model.device import DTYPES
 from kha_train.model.init import DeclaredModule, Normal, residual_std
 from kha_train.model.moe.grouped import check_empty_groups, grouped
 from kha_train.model.moe.megablocks import load_kernels, run_kernels
+from kha_train.model.moe.parallel import ExpertRanks, Run, run_exchanged
 from kha_train.model.moe.router import Routing
 from kha_train.model.moe.swiglu import weighted_swiglu
 
@@ -39,13 +41,20 @@ class Experts(DeclaredModule):
         experts, width, inner = config.moe.experts, config.model.hidden_size, config.moe.expert_width
         if problem := misaligned(config):
             raise problem
-        self.run = BACKENDS[resolved.experts.name](resolved.expert_kernels.name)
+        self.kernels = resolved.expert_kernels.name
+        self.run = BACKENDS[resolved.experts.name](self.kernels)
         self.declare_parameter("gate_up", (experts, width, 2 * inner), Normal(config.model.init_std))
         self.declare_parameter("down", (experts, inner, width), Normal(residual_std(config)))
 
     def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """The weighted sum of every token's experts, [N, D] in the dtype of `x_ND`."""
         return self.run(x_ND, self.gate_up, self.down, routing)
+
+    def spread(self, ranks: ExpertRanks) -> None:
+        """Let `ranks` share the experts from now on; the parameters are replaced by those of this rank, see
+        `ExpertRanks.own`.
+        """
+        self.run = partial(run_exchanged, ranks, self.kernels, self.run)
 
 
 def announce_experts(config: RunConfig, resolved: Resolved, device: torch.device) -> list[str]:
@@ -80,8 +89,6 @@ def loop(x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: Tensor, routing: Routing) 
     return out_ND
 
 
-Run = Callable[[Tensor, Tensor, Tensor, Routing], Tensor]
-"""(x_ND, gate_up_EDX, down_EFD, routing) -> the weighted sum of every token's experts, [N, D]."""
 BACKENDS: dict[str, Callable[[str], Run]] = {
     "grouped": lambda kernels: partial(grouped, kernels=kernels),
     "loop": lambda kernels: loop,
