@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -11,7 +12,10 @@ from rich.table import Table
 from kha_train.cli.output import print_json
 from kha_train.cli.train import Overrides
 from kha_train.config.compose import compose
+from kha_train.config.schema import RunConfig
+from kha_train.errors import ConfigError
 from kha_train.estimate.plan import Plan, make_plan
+from kha_train.estimate.scale import RESTART_SECONDS, Size, scale, told
 from kha_train.telemetry.terminal import LiteralConsole
 
 GIB = 1024**3
@@ -19,16 +23,69 @@ GIB = 1024**3
 
 def plan(
     overrides: Overrides = None,
+    scaled: Annotated[
+        str, typer.Option("--scale", help="Numbers of devices, as in 8,64,512: what binds at each, MFU, goodput.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Estimate parameters, FLOPs, memory, time and cost of a run on cluster=...; exit 2 if it cannot start there."""
-    answer = make_plan(compose(overrides or []))
+    config = compose(overrides or [])
+    if scaled:
+        sizes = scale(config, _numbers(scaled))
+        if as_json:
+            print_json(told(config, sizes), indent=2)
+        else:
+            show_sizes(config, sizes, LiteralConsole(width=140))
+        return
+    answer = make_plan(config)
     if as_json:
         print_json(answer.to_dict(), indent=2)
     else:
         show(answer, LiteralConsole(width=120))
     if not answer.accepted:
         raise typer.Exit(2)
+
+
+def _numbers(text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) for word in words):
+        raise ConfigError("expected numbers of devices", field="--scale", value=text, allowed="as in 8,64,512")
+    return [int(word) for word in words]
+
+
+def show_sizes(config: RunConfig, sizes: Sequence[Size], console: Console) -> None:
+    """Print what binds at each number of devices, a line for each ZeRO stage."""
+    names = ("ZeRO", "binds", "memory per rank", "step", "exposed", "MFU", "tokens/s", "goodput")
+    table = _table("", "devices", *names)
+    for size in sizes:
+        for number, stage in enumerate(size.stages):
+            table.add_row(
+                f"{size.devices:,}" if number == 0 else "",
+                f"{stage.zero_stage}{' *' if stage.configured else ''}",
+                stage.binds,
+                _gib(stage.memory_bytes),
+                *(_known(stage.step_seconds, "{:.2f} s"), _known(stage.exposed_seconds, "{:.2f} s")),
+                *(_known(stage.mfu, "{:.1%}"), _known(stage.tokens_per_second, "{:,.0f}")),
+                _known(stage.goodput, "{:.2%}"),
+                style="bold" if stage is size.best else None,
+            )
+    console.print(f"{config.model.name}, attention {config.attention.name}, on {config.cluster.name}", style="bold")
+    console.print(table)
+    for size in sizes:
+        found = size.best
+        goes = f"ZeRO {found.zero_stage} makes most tokens" if found else size.batch_problem or "no stage fits"
+        console.print(f"{size.devices:,} devices: {size.failures_per_day:.2f} failures a day; {goes}")
+    mfu, hours = config.cluster.mfu, config.cluster.hours_between_failures
+    console.print(
+        f"* configured | computation at {mfu:.0%} MFU | a device fails every {hours:,.0f} h, and steps go on "
+        f"{RESTART_SECONDS / 60:.0f} min later, when the checkpoint is read | goodput with a checkpoint every "
+        f"{config.checkpoint.every_steps:,} steps",
+        style="dim",
+    )
+
+
+def _known(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
 
 
 def show(answer: Plan, console: Console) -> None:

@@ -155,7 +155,10 @@ CASES: dict[Case, list[Case]] = {
     ("train",): [("--dry-run", *TINY, *DATA, "run.dir={root}/rehearsed"), (), ("--dry-run", "world_size=none")],
     ("metrics",): [(), ("--run", "{one}"), ("--run", "{lost}"), ("--run", "{nothing}"), ("model.kvheads=1",)],
     ("doctor",): [(), ("model.kv_heads=3",)],
-    ("plan",): [(), (*TINY, "cluster=cpu"), ("model.kvheads=1",), ("model=moe_6b", "cluster=h100_1x1")],
+    ("plan",): [
+        (), (*TINY, "cluster=cpu"), ("--scale", "8,64", "cluster=h100_8x8"), ("--scale", "0"), ("model.kvheads=1",),
+        ("model=moe_6b", "cluster=h100_1x1"),
+    ],
     ("compare",): [
         ("{one}",), ("{one}", "{two}", "{other}", "{lost}", "{empty}", "{odd}"), ("{odd}", "{other}"),
         ("{lost}", "{one}"), ("{empty}",), ("{nothing}",), ("{root}/missing",), ("{root}",),

@@ -1,0 +1,97 @@
+"""`kha plan --scale`: what binds on each number of devices, the MFU that is left, failures and goodput."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from kha_train import compose
+from kha_train.estimate.scale import Size, Stage, goodput, scale
+from tests.conftest import Kha
+
+SIX_BILLION = [
+    *("model=moe_6b", "cluster=h100_8x8", "cluster.mfu=0.35", "data.global_batch_size=512"),
+    *("engine.micro_batch_size=1", "engine=zero1"),
+]
+
+
+def of(sizes: list[Size], devices: int, stage: int) -> Stage:
+    (found,) = (each for size in sizes if size.devices == devices for each in size.stages if each.zero_stage == stage)
+    return found
+
+
+def test_the_mfu_that_is_left_of_the_6b_model_is_that_of_the_arithmetic_by_hand() -> None:
+    """512 rows of 8192 tokens of 9.660530688 GFLOP, 989 TFLOP/s at 35 %; 6,102,268,416 parameters of 2 bytes on rings
+    of 450 GB/s in a node and 50 GB/s outside: ZeRO 1 sends them three times, ZeRO 2 once and twice a micro-batch."""
+    sizes = scale(compose(SIX_BILLION), [8, 64, 512])
+    for devices, bandwidth in ((8, 450e9), (64, 50e9), (512, 50e9)):
+        computed = 512 * 8192 * 9.660530688e9 / (devices * 989e12 * 0.35)
+        ring = 2 * 6_102_268_416 * (devices - 1) / devices / bandwidth
+        for stage, passes in ((1, 3), (2, 2 * 512 // devices + 1)):
+            found = of(sizes, devices, stage)
+            assert found.exposed_seconds == pytest.approx(passes * ring, rel=1e-6)
+            assert found.mfu == pytest.approx(0.35 * computed / (computed + passes * ring), rel=1e-6)
+            assert found.tokens_per_second == pytest.approx(512 * 8192 / (computed + passes * ring), rel=1e-6)
+    assert [of(sizes, devices, 1).mfu for devices in (8, 64, 512)] == pytest.approx([0.348, 0.251, 0.083], abs=5e-4)
+    assert [of(sizes, devices, 2).mfu for devices in (8, 64, 512)] == pytest.approx([0.289, 0.108, 0.083], abs=5e-4)
+    assert [of(sizes, devices, 1).binds for devices in (8, 64, 512)] == ["computation", "computation", "network"]
+    assert all(each.configured == (each.zero_stage == 1) for size in sizes for each in size.stages)
+    assert [size.micro_batches for size in sizes] == [64, 8, 1] and sizes[1].best is of(sizes, 64, 1)
+
+
+@pytest.mark.parametrize(
+    ("binds", "devices", "changes"),
+    [
+        ("memory", 8, ["cluster.memory_gib=20"]),
+        ("batch", 1024, []),
+        ("node links", 8, ["cluster.node_bandwidth_gb=1"]),
+        ("failures", 64, ["cluster.hours_between_failures=2"]),
+        ("unknown", 8, ["cluster.peak_tflops=0"]),
+        ("unknown", 64, ["cluster.network_bandwidth_gb=0"]),
+    ],
+)
+def test_what_binds_is_named(binds: str, devices: int, changes: list[str]) -> None:
+    (size,) = scale(compose([*SIX_BILLION, *changes]), [devices])
+    stage = of([size], devices, 1)
+    assert stage.binds == binds
+    if binds in ("batch", "unknown"):
+        assert stage.step_seconds is None and stage.mfu is None and stage.goodput is None and size.best is None
+    assert (size.batch_problem is None) == (binds != "batch")
+
+
+@pytest.mark.parametrize(("between", "paused"), [(40_000.0, 0.0), (4_000.0, 20.0), (900.0, 0.0)])
+def test_goodput_is_that_of_a_run_whose_failures_are_drawn(between: float, paused: float) -> None:
+    """500 s of training, `paused` ones for the save, 400 s to restart, which a failure may hit too."""
+    interval, restart, drawn = 500.0, 400.0, np.random.default_rng(0)
+    wall, next_failure = 0.0, drawn.exponential(between)
+    segments = 20_000
+    for _ in range(segments):
+        while wall + interval + paused > next_failure:
+            wall, next_failure = next_failure, next_failure + drawn.exponential(between)
+            while wall + restart > next_failure:
+                wall, next_failure = next_failure, next_failure + drawn.exponential(between)
+            wall += restart
+        wall += interval + paused
+    assert goodput(interval, between, restart, paused) == pytest.approx(segments * interval / wall, rel=0.02)
+
+
+def test_devices_that_fail_more_often_than_a_checkpoint_is_reached_make_no_progress() -> None:
+    assert goodput(1e6, 1.0, 300.0) == 0.0
+    (size,) = scale(compose([*SIX_BILLION, "cluster.hours_between_failures=100"]), [512])
+    assert size.failures_per_day == pytest.approx(512 * 24 / 100)
+    assert size.hours_between_failures == pytest.approx(100 / 512)
+
+
+def test_the_command_prints_every_size_and_answers_in_json(kha: Kha) -> None:
+    code, out, _ = kha("plan", *SIX_BILLION, "--scale", "8,4096")
+    assert code == 0 and "4,096" in out and "does not divide" in out and "failures a day" in out
+    code, out, _ = kha("plan", *SIX_BILLION, "--scale", "8,4096", "--json")
+    answer = json.loads(out)
+    assert [size["devices"] for size in answer["sizes"]] == [8, 4096]
+    assert [size["best"] for size in answer["sizes"]] == [1, None]
+    assert answer["cluster"]["hours_between_failures"] == 50000.0 and answer["restart_seconds"] == 300.0
+    for wrong in ("8,x", "0", "8,,64"):
+        code, _, err = kha("plan", *SIX_BILLION, "--scale", wrong)
+        assert code == 2 and "--scale" in err and "8,64,512" in err
