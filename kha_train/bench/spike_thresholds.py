@@ -7,13 +7,13 @@ from functools import partial
 
 from kha_train.bench.spikes import (
     REFERENCE_NOISES,
-    Score,
     clean_curve,
     early_curve,
     event_detector,
     score_rules,
     spiky_curve,
 )
+from kha_train.stability.benchmark import Score
 from kha_train.stability.events import OPEN_Z
 
 THRESHOLDS = (7.0, 7.5, OPEN_Z, 9.0)

@@ -13,50 +13,20 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
+from kha_train.stability.benchmark import Curve, Planted, Score, score_rule
 from kha_train.stability.events import OPEN_Z, EventDetector, Observation
 from kha_train.stability.monitor import Monitor
 from kha_train.stability.scores import SignalScores
-from kha_train.stability.statistics import rate
 from kha_train.stability.window import Window, usable
 
-FOUND_WITHIN = 6
 SEPARATION = 12
-SETTLING = 200
-"""Number of steps after a disturbance has faded in which an alarm counts neither as right nor as wrong."""
-CLEAN_UNIT = 50_000
+LABELLED_STEPS = 6000
 EARLY_STEPS, EARLY_FIRST, EARLY_SIGMA = 1500, 200, 0.03
 """Number of steps of an early curve, the first step at which a spike may begin, and the noise in nats."""
 
 Noise = Callable[[random.Random], float]
-
-
-@dataclass(frozen=True)
-class Planted:
-    """A disturbance: its `kind` (narrow, wide, overlapping, level_shift, drift or nan), its first step and its last."""
-
-    kind: str
-    start: int
-    end: int
-    separable: bool
-
-
-@dataclass
-class Curve:
-    """Losses by step, from 0, and the disturbances inserted."""
-
-    losses: list[float]
-    planted: list[Planted] = field(default_factory=list)
-
-    def clean_steps(self) -> list[bool]:
-        """True where no disturbance was inserted and none is still fading."""
-        clean = [True] * len(self.losses)
-        for planted in self.planted:
-            for step in range(planted.start, min(planted.end + SETTLING, len(clean))):
-                clean[step] = False
-        return clean
 
 
 def normal(source: random.Random) -> float:
@@ -256,82 +226,22 @@ RULES: dict[str, Callable[[list[float]], Iterator[bool]]] = {
 }
 
 
-@dataclass
-class Score:
-    """The score of one rule: separable spikes by kind as [found, planted], the false alarms, and the number of clean
-    steps.
-    """
-
-    found: dict[str, list[int]] = field(default_factory=dict)
-    false_alarms: int = 0
-    clean_steps: int = 0
-
-    @property
-    def recall(self) -> float:
-        """Found / planted."""
-        planted = sum(total for _, total in self.found.values())
-        return sum(hits for hits, _ in self.found.values()) / planted if planted else math.nan
-
-    def false_per_unit(self) -> tuple[float, float, float]:
-        """False alarms per 50,000 clean steps, and the 95 % Poisson interval; all nan without a clean step."""
-        found = rate(self.false_alarms, self.clean_steps / CLEAN_UNIT)
-        return found["value"], found["low"], found["high"]
-
-    def in_text(self) -> tuple[str, str]:
-        """Recall and false alarms; a dash where nothing was planted, or no step was clean."""
-        value, low, high = self.false_per_unit()
-        recall = "-" if math.isnan(self.recall) else f"{100 * self.recall:.1f} %"
-        return recall, "-" if math.isnan(value) else f"{value:.1f} ({low:.1f} to {high:.1f})"
-
-    def add(self, curve: Curve, alarms: list[int]) -> None:
-        """Count which disturbances of `curve` the `alarms` (steps) found, and the false alarms."""
-        for planted in curve.planted:
-            if planted.separable:
-                pair = self.found.setdefault(planted.kind, [0, 0])
-                pair[0] += any(planted.start <= alarm <= planted.start + FOUND_WITHIN for alarm in alarms)
-                pair[1] += 1
-        clean = curve.clean_steps()
-        self.clean_steps += sum(clean)
-        self.false_alarms += sum(clean[alarm] for alarm in alarms)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        value, low, high = self.false_per_unit()
-        return {
-            "recall": self.recall,
-            "found": {kind: list(pair) for kind, pair in self.found.items()},
-            "false_alarms": self.false_alarms,
-            "clean_steps": self.clean_steps,
-            "false_per_50k": {"value": value, "low": low, "high": high},
-        }
-
-
 def alarms_of(rule: Callable[[list[float]], Iterator[bool]], losses: list[float]) -> list[int]:
     """The steps at which `rule` raises an alarm."""
     return [step for step, alarm in enumerate(rule(losses)) if alarm]
 
 
+def labelled_set() -> Iterator[tuple[str, Curve]]:
+    """The curves of `stability/labelled.jsonl`: for each noise one with spikes, a clean one, the beginning of a run."""
+    for noise in NOISES:
+        yield f"spiky {noise}", spiky_curve(0, LABELLED_STEPS, noise)
+        yield f"clean {noise}", clean_curve(0, LABELLED_STEPS // 2, noise)
+        yield f"early {noise}", early_curve(0, noise)
+
+
 def score_rules(curves: list[Curve], rules: dict[str, Callable[[list[float]], Iterator[bool]]]) -> dict[str, Score]:
     """Every rule on the same curves."""
-    scores = {name: Score() for name in rules}
-    for curve in curves:
-        for name, rule in rules.items():
-            scores[name].add(curve, alarms_of(rule, curve.losses))
-    return scores
-
-
-def format_table(scores: dict[str, Score]) -> str:
-    """The scores as a Markdown table."""
-    kinds = sorted({kind for score in scores.values() for kind in score.found})
-    lines = [
-        f"| rule | found | {' | '.join(kinds)} | false alarms per 50,000 clean steps (95 %) |",
-        "|---" * (len(kinds) + 3) + "|",
-    ]
-    for name, score in scores.items():
-        cells = [f"{hits} of {total}" for hits, total in (score.found[kind] for kind in kinds)]
-        recall, false_alarms = score.in_text()
-        lines.append(f"| {name} | {recall} | {' | '.join(cells)} | {false_alarms} |")
-    return "\n".join(lines)
+    return {name: score_rule(curves, partial(alarms_of, rule)) for name, rule in rules.items()}
 
 
 def run_bench(seed: int, spiky_steps: int, clean_steps: int, noises: list[str]) -> dict[str, dict[str, Score]]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kha_train.cli.output import Overwrite, print_json
+from kha_train.cli.spike_rule import print_rule_score
 from kha_train.config.home import in_home
 from kha_train.errors import ConfigError
 from kha_train.record.files import check_replaceable
@@ -33,12 +34,23 @@ def spikes(
     early_curves: Annotated[
         int, typer.Option(min=1, help="Curves of 1,500 early steps, for each of two noise levels.")
     ] = 40,
+    rule: Annotated[
+        str | None,
+        typer.Option(help="Score this command instead, on the labelled set: losses in, steps of its alarms out."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare spike rules on labelled synthetic curves: hits, false alarms, and the monitor's cost per step."""
+    """Compare spike rules on labelled synthetic curves: hits, false alarms, and the monitor's cost per step.
+
+    With --rule, score a rule of your own beside these on the curves of stability/labelled.jsonl (docs/spike_score.md).
+    """
     from kha_train.bench import spikes as bench
     from kha_train.bench.spike_thresholds import format_thresholds, run_thresholds
+    from kha_train.stability.benchmark import FOUND_WITHIN, format_table
 
+    if rule is not None:
+        print_rule_score(rule, as_json)
+        return
     seed = secrets.randbelow(10**6) if seed is None else seed
     scores = bench.run_bench(seed, spiky_steps, clean_steps, list(bench.NOISES))
     early = bench.run_early(seed, early_curves)
@@ -56,11 +68,11 @@ def spikes(
         return
     typer.echo(
         f"labelled synthetic curves, seed {seed}; for each noise: {spiky_steps} steps with spikes, {clean_steps} "
-        f"without; a spike is found if an alarm is raised within {bench.FOUND_WITHIN} steps of its start"
+        f"without; a spike is found if an alarm is raised within {FOUND_WITHIN} steps of its start"
     )
     for noise, rules in scores.items():
-        typer.echo(f"\n{noise}: {bench.NOISES[noise].__doc__}\n\n{bench.format_table(rules)}")
-    typer.echo(f"\nearly: the first steps of {early_curves} runs per noise\n\n{bench.format_table(early)}")
+        typer.echo(f"\n{noise}: {bench.NOISES[noise].__doc__}\n\n{format_table(rules)}")
+    typer.echo(f"\nearly: the first steps of {early_curves} runs per noise\n\n{format_table(early)}")
     typer.echo(f"\nevent detector by threshold\n\n{format_thresholds(thresholds)}")
     typer.echo(f"\nwhole monitor, plain Python: {1e6 * seconds:.0f} microseconds of CPU time a step")
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .benchmark import command_rule, format_table, read_labelled, score_rule
 from .document import document, plain
 from .errors import CurveError
 from .files import read_curve
@@ -23,7 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Ends the process with 2 and one line on standard error when a file cannot be scored.
     """
     asked = _parser().parse_args(arguments)
+    if bool(asked.files) == (asked.rule is not None):
+        _parser().error("give files to score, or --rule COMMAND")
     try:
+        if asked.rule is not None:
+            found = score_rule([curve for _, curve in read_labelled()], command_rule(asked.rule))
+            told = json.dumps(plain(found.to_dict()), indent=2) if asked.json else format_table({asked.rule: found})
+            sys.stdout.write(told + "\n")
+            return
         documents = {file: _scored(Path(file), asked.planned) for file in asked.files}
     except (CurveError, OSError) as error:
         sys.stderr.write(f"spike-score: {error}\n")
@@ -37,10 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("spike-score", description="Score the loss spikes of training curves.")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="CSV, JSON lines, trainer_state.json, Megatron log")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="CSV, JSON lines, trainer_state.json, Megatron log")
     parser.add_argument(
         "--planned", type=int, action="append", default=[], metavar="STEP", help="a step with an intended change"
     )
+    parser.add_argument("--rule", metavar="COMMAND", help="score this spike rule on the labelled curves instead")
     parser.add_argument("--json", action="store_true", help="print the whole document")
     return parser
 

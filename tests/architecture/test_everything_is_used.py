@@ -13,6 +13,8 @@ FOR_TESTS = {
     "kha_train/data/stream.py bytes_per_id": "what a validation set opened for this once says",
     "kha_train/data/stream.py validation_batches": "the same",
     "kha_train/checkpoint/background.py write": "one checkpoint in one call: what many tests of checkpoints begin with",
+    "kha_train/bench/spikes.py labelled_set": "what the committed labelled set was made with, by a test that compares",
+    "kha_train/stability/benchmark.py encode_labelled": "the same",
     "kha_train/model/kernels/norm_rotate.py plain_norm_rotate": "the definition that its kernel is held against",
 }
 """What only tests use, and why it stands there all the same."""

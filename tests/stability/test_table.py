@@ -8,14 +8,13 @@ from kha_train.bench.spike_thresholds import format_thresholds, merged, run_thre
 from kha_train.bench.spikes import (
     REFERENCE_NOISES,
     RULES,
-    Score,
     clean_curve,
     early_curve,
     event_detector,
-    format_table,
     score_rules,
     spiky_curve,
 )
+from kha_train.stability.benchmark import Score, format_table
 
 SEEDS = range(5)
 
