@@ -12,6 +12,7 @@ import itertools
 import math
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -21,16 +22,20 @@ from typing import Any
 from data_tools.synthetic import write_dataset
 from kha_train import distributed
 from kha_train.bench.protocol import environment, interleave, told
+from kha_train.config.build import to_plain
 from kha_train.config.compose import compose
 from kha_train.config.schema import RunConfig
 from kha_train.data.stream import TokenStream, open_stream
 from kha_train.engine.contract import Engine
 from kha_train.engine.default import engine_for
+from kha_train.stability.events import Observation
+from kha_train.train.ring import COPIES, Copy
 from kha_train.train.saving import Saver
 from kha_train.train.step import next_batch, train_step
-from kha_train.train.watch import Ruling
+from kha_train.train.watch import Ruling, Watch
 
 MODES = ("none", "background", "blocking")
+RING_COPIES = 20
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Measured:
-    """Parameters, bytes per save, median seconds of a step without saves, the costs by mode, and the protocol."""
+    """Parameters, bytes per save, median seconds of a step without saves, the costs by mode, and the protocol;
+    `ring_seconds` is the median time of one copy into the ring (`checkpoint.ring_steps`)."""
 
     parameters: int
     save_bytes: int
@@ -59,6 +65,7 @@ class Measured:
     rounds: int
     steps: int
     about: dict[str, Any]
+    ring_seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON."""
@@ -104,12 +111,26 @@ def measure(overrides: Sequence[str], every: int, rounds: int, steps: int) -> Me
         arms: dict[str, Callable[[], None]] = {name: mode.round for name, mode in modes.items()}
         seconds = interleave(arms, blocks=rounds, warmup=1, device=world.device)
         about = environment(world.device)
+        ring_seconds = _ring_seconds(engine, config)
         save_bytes = sum(path.stat().st_size for path in (Path(folder) / "blocking").rglob("*.safetensors"))
         parameters = sum(math.prod(shape) for shape in engine.shapes.values())
         engine.close()
     step = statistics.median(seconds["none"]) / steps
     costs = {name: _cost(seconds[name], seconds["none"], modes[name].stalls[1:], every * step) for name in MODES[1:]}
-    return Measured(parameters, save_bytes, step, costs, every, rounds, steps, about)
+    return Measured(parameters, save_bytes, step, costs, every, rounds, steps, about, ring_seconds)
+
+
+def _ring_seconds(engine: Engine, config: RunConfig) -> float:
+    """Median over copies, after one into each place of the ring, with detectors whose windows are full."""
+    watch, copies, seconds = Watch(config), [Copy() for _ in range(COPIES)], []
+    for step in range(2000):
+        watch.judge(Observation(step, 2.0 + step % 7 / 100, 1.0))
+    for number in range(RING_COPIES + COPIES):
+        started = time.perf_counter()
+        copies[number % COPIES].take(engine, number, {"stability": watch.state(), "config": to_plain(config)})
+        copies[number % COPIES].host.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[COPIES:])
 
 
 def _cost(with_saves: list[float], without: list[float], stalls: list[float], between_saves: float) -> Cost:
@@ -142,4 +163,9 @@ def format_measured(found: Measured) -> str:
             f"  {mode:<10} pauses {1000 * cost.stall_seconds:7.1f} ms per save, {100 * cost.stall_share:5.2f} % of "
             f"step time; including what the writer takes from the steps {100 * cost.share:5.2f} %"
         )
+    share = 100 * found.ring_seconds / found.step_seconds
+    lines.append(
+        f"  ring       pauses {1000 * found.ring_seconds:7.1f} ms per copy (median of {RING_COPIES}): {share:5.2f} % "
+        "of step time with checkpoint.ring_steps=1"
+    )
     return "\n".join(lines)

@@ -65,7 +65,7 @@ class _Arms:
     """The three kinds of step of one run, and the seconds spent on telemetry."""
 
     def __init__(self, opened: Opened, clock: Clock) -> None:
-        self._session, self._reporter, self._saver = opened
+        self._session, self._reporter, self._saver, _ = opened
         self._read = time.thread_time if clock == "process" else time.perf_counter
         self.seconds: dict[str, list[float]] = {"judge": [], "line": [], "report": []}
 

@@ -24,6 +24,8 @@ from pathlib import Path
 from kha_train.record.files import sync_directory
 
 FOLDER = "checkpoints"
+RING = "ring"
+"""The directory in a run with checkpoints of the states before loss events (`train/ring.py`)."""
 _READABLE = re.compile(r"step-([0-9]{8,15})|\.step-([0-9]{8,15})\.replaced-[0-9a-f]{12}")
 _LEFTOVER = re.compile(r"\.step-[0-9]{8,15}\.(saving|deleting)-[0-9a-f]{12}")
 _AWAY = (errno.ENOENT, errno.ENOTCONN, errno.ESTALE)
@@ -59,7 +61,10 @@ def candidates(folder: Path) -> list[tuple[int, Path]]:
 
 def run_of(checkpoint: Path) -> Path:
     """The run directory that a checkpoint lies in; its own directory where it was moved out of one."""
-    return checkpoint.parent.parent if checkpoint.parent.name == FOLDER else checkpoint
+    if checkpoint.parent.name != FOLDER:
+        return checkpoint
+    place = checkpoint.parent.parent
+    return place.parent if place.name == RING else place
 
 
 def is_away(path: Path) -> bool:

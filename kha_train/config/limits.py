@@ -112,6 +112,7 @@ LIMITS: dict[str, Limit] = {
     "checkpoint.keep_last": AT_LEAST_ONE,
     "checkpoint.keep_every_steps": NOT_NEGATIVE,
     "checkpoint.max_failures": AT_LEAST_ONE,
+    "checkpoint.ring_steps": NOT_NEGATIVE,
     "validation.every_steps": NOT_NEGATIVE,
     "validation.rows": NOT_NEGATIVE,
     "evaluation.tasks.*": NOT_NEGATIVE,

@@ -230,7 +230,8 @@ class CheckpointSection:
 
     Besides `every_steps`, one is written `every_minutes` (0: never) after the last. The `keep_last` newest are kept,
     and one every `keep_every_steps` (0: none). `background` writes while training continues, from a copy in host
-    memory. Training continues after a failed save; `max_failures` in a row end it.
+    memory. Training continues after a failed save; `max_failures` in a row end it. Every `ring_steps` (0: never) the
+    state is copied to host memory, which holds the last two copies; they are written when a loss event opens.
     """
 
     every_steps: int
@@ -239,6 +240,7 @@ class CheckpointSection:
     keep_every_steps: int = 0
     background: bool = True
     max_failures: int = 3
+    ring_steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,6 +66,7 @@ from kha_train.train.previous import NOT_FINISHED, find_own_checkpoint, finished
 from kha_train.train.progress import Progress, restore_watch
 from kha_train.train.rate_change import tell_rate_change
 from kha_train.train.reporter import Journal, Reporter, headline
+from kha_train.train.ring import Ring
 from kha_train.train.saving import Saver
 from kha_train.train.session import Attempt, Session
 from kha_train.train.watch import Watch
@@ -77,6 +78,7 @@ class Opened(NamedTuple):
     session: Session
     reporter: Reporter
     saver: Saver
+    ring: Ring
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def _open(
         changes = _changes(session, kernels, initial, rate_change)
         _begin_attempt(session, reporter, kernels, changes, branch)
     startup.mark("record, console and W&B")
-    return Opened(session, reporter, saver)
+    return Opened(session, reporter, saver, Ring(session, reporter.happened))
 
 
 def _take_directory(

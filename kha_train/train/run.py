@@ -101,7 +101,7 @@ def _already_over(config: RunConfig, world: World, steps: int) -> Outcome:
 
 def _train_and_mark_the_end(opened: Opened, stops: StopRequests, watchdog: Watchdog, until: int | None) -> Outcome:
     """Train, wait for the last save, and mark the end."""
-    session, reporter, saver = opened
+    session, reporter, saver, _ = opened
     world = session.world
     with watchdog:
         finished = _train(opened, stops, watchdog, until)
@@ -121,7 +121,7 @@ def _train(opened: Opened, stops: StopRequests, watchdog: Watchdog, until: int |
     """Train until `run.steps` steps are done (True), or step `until` is or a rank asks to stop (False), and save that
     moment.
     """
-    session, reporter, saver = opened
+    session, reporter, saver, ring = opened
     config, world = session.config, session.world
     steps = config.run.steps
     patience = Patience(config, world, stops, reporter.console.warn)
@@ -152,6 +152,7 @@ def _train(opened: Opened, stops: StopRequests, watchdog: Watchdog, until: int |
             (asked,) = world.max_ints(int(stop or stops.pending()))
             stop = _told(stops, bool(asked), step)
         reporter.report(line, session.watch.happenings(result.evidence))
+        ring.after(step)
         if _obey(opened):
             continue
         stop = stop or step == until
@@ -172,10 +173,11 @@ def _obey(opened: Opened) -> bool:
 
     Raises DivergedError on all ranks when the run must end.
     """
-    session, reporter, saver = opened
+    session, reporter, saver, ring = opened
     if session.watch.decision.then == "rewind":
         saver.wait()
         if go_back(session, reporter):
+            ring.forget()
             return True
     if session.watch.decision.then == "abort":
         reporter.happened("abort", session.progress.step, reason=session.watch.decision.reason)
@@ -200,7 +202,7 @@ def _give_up(opened: Opened, where: str) -> None:
     """The current step was discarded `where` the run was asked to stop: record it, and save the previous state if it is
     not saved yet. Before the first step of a run or a branch there is nothing to save: the next start begins it again.
     """
-    session, reporter, saver = opened
+    session, reporter, saver, _ = opened
     step, begun_after = session.progress.step, session.origin["step"] if session.origin else 0
     reporter.happened("step_given_up", step, where=where)
     if step > begun_after and step not in session.resumed_from and not saver.holds(step):

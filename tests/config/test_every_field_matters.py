@@ -46,6 +46,7 @@ from kha_train.telemetry.wandb import WandbMirror
 from kha_train.train import run as train_run
 from kha_train.train import session as session_module
 from kha_train.train.metrics import declared
+from kha_train.train.ring import Copy
 from kha_train.train.saving import Saver
 from kha_train.train.watch import Watch
 
@@ -292,6 +293,14 @@ def failed_saves_until_the_end(config: RunConfig) -> Any:
     return len(seen)
 
 
+def ring_copies(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The steps after which a short run copies its state into the ring."""
+    taken: list[int] = []
+    patch.setattr(Copy, "take", lambda copy, engine, step, state: taken.append(step))
+    run_files(config, patch, tmp_path)
+    return taken
+
+
 def watchdog_timeout(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The timeout of the watchdog."""
     asked: list[float] = []
@@ -520,6 +529,7 @@ CHANGES: dict[str, Change] = {
     "checkpoint.keep_last": (1, run_files),
     "checkpoint.keep_every_steps": (2, run_files, "checkpoint.keep_last=1"),
     "checkpoint.max_failures": (1, failed_saves_until_the_end),
+    "checkpoint.ring_steps": (2, ring_copies),
     "validation.every_steps": (1, run_files),
     "validation.rows": (3, validation_samples),
     "validation.sets": ("[{name: code, path: {other}/validation}]", entries_at_the_end),
