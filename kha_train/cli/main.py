@@ -41,6 +41,7 @@ COMMANDS = {
     "compress": "compress:compress",
     "eval": "eval:eval_",
     "spikes": "spikes:spikes",
+    "replay": "replay:replay",
     "sweep": "sweep:sweep_command",
     "launch-arguments": "sweep:launch_arguments",
     "status": "status:status",

@@ -75,6 +75,7 @@ def _replay(stretch: Stretch, launch: Launch, advance: Callable[[int], None]) ->
         advance(max(0, step - done))
         done = max(done, step)
 
+    assert stretch.target is not None
     with tempfile.TemporaryDirectory(prefix="kha-replay-") as place, ExitStack() as holds:
         try:
             for directory in filter(None, (stretch.source, stretch.target)):
@@ -85,7 +86,7 @@ def _replay(stretch: Stretch, launch: Launch, advance: Callable[[int], None]) ->
             now = Checkpoint(directory, verify(directory))
         except (KhaError, OSError) as error:
             return Replay(stretch.run.label, stretch.first, stretch.last, "not replayed", reason=str(error))
-        lines, entries, told = _compare_lines(stretch, again)
+        lines, entries, told = compare_lines(stretch, again)
         tensors, differing = _compare_checkpoints(before, now)
     told += differing
     shown = told[:MOST_NAMED] + ([f"{len(told) - MOST_NAMED} more"] if len(told) > MOST_NAMED else [])
@@ -102,7 +103,7 @@ def _replay(stretch: Stretch, launch: Launch, advance: Callable[[int], None]) ->
     )
 
 
-def _compare_lines(stretch: Stretch, again: Path) -> tuple[int, int, list[str]]:
+def compare_lines(stretch: Stretch, again: Path) -> tuple[int, int, list[str]]:
     """(lines, entries compared, every difference in words). Entries declared as timings are left out, and entries that
     the release of the run did not record."""
     before = stretch.run.columns.lines(stretch.run.path / METRICS_FILE, stretch.first + 1, stretch.last)

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,13 +22,14 @@ from typing import Any
 import torch
 
 from kha_train.analysis.runs import RunData
-from kha_train.checkpoint.layout import FOLDER, candidates
+from kha_train.checkpoint.layout import FOLDER, RING, candidates
+from kha_train.checkpoint.reader import verify
 from kha_train.config.build import flatten, to_plain
 from kha_train.config.compose import from_plain
 from kha_train.config.constants import WITHOUT_EFFECT, may_differ
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import SRUN, TORCHRUN
-from kha_train.errors import KhaError, MachineError
+from kha_train.errors import CheckpointError, DivergedError, KhaError, MachineError
 from kha_train.foreign.documents import parse_json
 from kha_train.operate.ahead import processors
 from kha_train.record import Attempt, config_of, read_attempts, read_last_metrics
@@ -37,6 +39,8 @@ from kha_train.record.jsonl import decode
 POLL_SECONDS = 0.5
 MEASURING = ("validation.", "evaluation.", "stability.probe_every", "telemetry.layer_statistics_every")
 """Of the settings without effect on training, those that decide what a line holds."""
+FOLDERS = (FOLDER, f"{RING}/{FOLDER}")
+"""Where saved states of a run lie."""
 CONTENTS = ("data_content_id", "validation_content_id")
 _ERROR, _LOG = "error.txt", "log.txt"
 
@@ -44,15 +48,15 @@ _ERROR, _LOG = "error.txt", "log.txt"
 @dataclass(frozen=True)
 class Stretch:
     """The steps `first` + 1 to `last` of a run. They begin with the checkpoint `source` (None: with the beginning of
-    the run) and end with the checkpoint `target`. `attempt` made the lines, with the settings `config`. `obstacle` is
-    the reason, in words, why the stretch cannot be computed here; "": it can.
+    the run) and end with the checkpoint `target` (None: between two). `attempt` made the lines, with the settings
+    `config`. `obstacle` is the reason, in words, why the stretch cannot be computed here; "": it can.
     """
 
     run: RunData
     first: int
     last: int
     source: Path | None
-    target: Path
+    target: Path | None
     attempt: Attempt | None
     config: Mapping[str, Any] | None
     obstacle: str
@@ -82,9 +86,7 @@ def stretches(run: RunData) -> list[Stretch]:
     """Every stretch between two neighbouring checkpoints of `run`, the beginning of the run included."""
     attempts = read_attempts(run.path)
     kept = {step: path for step, path in reversed(candidates(run.path / FOLDER)) if step > run.begun_after}
-    parent = run.run.get("parent")
-    begin = Path(parent["checkpoint"]) if parent else None
-    places: list[tuple[int, Path | None]] = [(run.begun_after, begin), *sorted(kept.items())]
+    places: list[tuple[int, Path | None]] = [(run.begun_after, _begin(run)), *sorted(kept.items())]
     return [
         _stretch(run, attempts, first, last, source, target)
         for (first, source), (last, target) in pairwise(places)
@@ -92,8 +94,27 @@ def stretches(run: RunData) -> list[Stretch]:
     ]
 
 
+def leading_to(run: RunData, step: int, last: int) -> Stretch:
+    """The stretch from the last state of `run` before `step` that is saved and verifies, or else from its beginning, to
+    the step `last`. Raises OSError when a checkpoint cannot be read.
+    """
+    saved = [found for folder in FOLDERS for found in candidates(run.path / folder)]
+    for at, path in sorted(saved, reverse=True):
+        if run.begun_after < at < step:
+            with suppress(CheckpointError):
+                verify(path)
+                return _stretch(run, read_attempts(run.path), at, last, path, None)
+    return _stretch(run, read_attempts(run.path), run.begun_after, last, _begin(run), None)
+
+
+def _begin(run: RunData) -> Path | None:
+    """The checkpoint that the run branched off."""
+    parent = run.run.get("parent")
+    return Path(parent["checkpoint"]) if parent else None
+
+
 def _stretch(
-    run: RunData, attempts: Mapping[int, Attempt], first: int, last: int, source: Path | None, target: Path
+    run: RunData, attempts: Mapping[int, Attempt], first: int, last: int, source: Path | None, target: Path | None
 ) -> Stretch:
     inside = (run.steps > first) & (run.steps <= last)
     numbers = sorted({*run.columns.whole("attempt", 1)[inside].tolist()})
@@ -184,7 +205,7 @@ def compute(
 
 def in_processes(job: Job, place: Path, watch: Callable[[int], None]) -> None:
     """Train `job` in new processes on this machine, by torchrun if there are several. Raises MachineError with what the
-    training said, or with the last line of its output, if it does not end well.
+    training said, or with the last line of its output, if it does not end well; DivergedError if it diverged.
     """
     write_json(place / "job.json", {"config": to_plain(job.config), "until": job.until})
     unset = {*TORCHRUN, *SRUN, "OMP_NUM_THREADS", "KHA_OUTCOME_FILE"}
@@ -206,7 +227,8 @@ def in_processes(job: Job, place: Path, watch: Callable[[int], None]) -> None:
     if code:
         told = place / _ERROR
         said = told.read_text(encoding="utf-8") if told.exists() else _last_line(place / _LOG)
-        raise MachineError(f"training ended with {code}: {said}")
+        kind = DivergedError if code == DivergedError.exit_code else MachineError
+        raise kind(f"training ended with {code}: {said}")
 
 
 def _ended(training: subprocess.Popen[bytes]) -> int | None:

@@ -260,6 +260,11 @@ SLOW_CASES: dict[Case, list[Case]] = {
         ("--local", *TINY, *DATA, "run.seed=0,1", "run.steps=1", "--dir", "{root}/sweeps"),
         ("--local", *TINY, *DATA, "run.seed=2", "model.init_std=1e38", "run.steps=9", "--dir", "{root}/sweeps"),
     ],
+    ("replay",): [
+        ("{lost}", "--event", "1", "--arms", "half_rate", "--steps", "2", "--out", "{root}/replayed"),
+        ("{one}", "--event", "1"), ("{lost}",), ("{lost}", "--event", "1", "--arms", "none"),
+        ("{empty}", "--step", "1"),
+    ],
     ("export",): [
         ("{two}", "--out", "{root}/exported"), ("{two}", "--out", "{one}"), ("{lost}", "--out", "{root}/none"),
         ("{damaged}", "--out", "{root}/none"), ("{nothing}", "--out", "{root}/none"),

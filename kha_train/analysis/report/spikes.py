@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kha_train.analysis.answer import lost_words
+from kha_train.analysis.causes import read_verdicts, words_of
 from kha_train.analysis.rates import UNIT, VariantEvents
 from kha_train.analysis.report.content import Block, Row, Section, Table, Text
 from kha_train.analysis.report.context import Context
@@ -31,6 +32,7 @@ def section(context: Context) -> Section:
     blocks.append(Text(MEANING, "soft"))
     blocks.append(_runs(context))
     blocks += _shared(context)
+    blocks += _replayed(context)
     return Section("spikes", "Spikes and divergences", tuple(blocks))
 
 
@@ -93,4 +95,20 @@ def _shared(context: Context) -> list[Block]:
             told = zip((pair.reference, pair.other), flags, strict=True)
             words = ", ".join(f"{context.labels[run]} {sum(shared)} of {len(shared)}" for run, shared in told)
             found.append(Text(f"Events at the same data in both runs of a pair: {words}.", "soft"))
+    return found
+
+
+def _replayed(context: Context) -> list[Block]:
+    """What `kha replay` found to be the cause of events of these runs."""
+    found: list[Block] = []
+    for number, run in enumerate(context.comparison.runs):
+        for verdict in read_verdicts(run.path):
+            rows = [Row(arm["name"], (arm["change"] or "-", words_of(arm))) for arm in verdict["arms"]]
+            steps = f"{verdict['start_step']} to {verdict['end_step']}"
+            found.append(Text(f"Replayed event of {context.labels[number]}, steps {steps}: {verdict['answer']}."))
+            found += (
+                [Table(("arm", "change", "result"), tuple(rows), f"arms of the replay of steps {steps}")]
+                if rows
+                else []
+            )
     return found
