@@ -47,6 +47,7 @@ def plan(
 
 
 def _numbers(text: str) -> list[int]:
+    """The numbers of devices that `text` lists. Raises ConfigError where it does not."""
     words = text.split(",")
     if not all(word.strip().isdecimal() and int(word) for word in words):
         raise ConfigError("expected numbers of devices", field="--scale", value=text, allowed="as in 8,64,512")
