@@ -171,6 +171,11 @@ def _stages(answer: Plan) -> Table:
         sent = f"{volume.bytes_per_step / 1e9:.2f} GB"
         table.add_row(str(volume.stage), _gib(by_stage[str(volume.stage)]), sent, seconds)
     table.caption = "experts are sharded by ZeRO alone: ZeRO 3 gathers all of them although few are active"
+    shared = answer.exchanged
+    if shared["ranks"] > 1:
+        seconds = "unknown" if shared["seconds_per_step"] is None else f"{shared['seconds_per_step']:.2f} s"
+        table.caption += f"\n{shared['ranks']} ranks share each row: each also sends "
+        table.caption += f"{shared['bytes_per_step'] / 1e9:.2f} GB around attention, {seconds}"
     return table
 
 

@@ -65,6 +65,8 @@ _NAMES = {
         clip_grad_norm""",
     "optim.schedule.name": "lr_scheduler lr_scheduler_type lr_decay_style scheduler lr_schedule",
     "engine.zero_stage": "zero stage zero_stage_level deepspeed_stage",
+    "engine.context_parallel": """context_parallel_size cp_size cp sequence_parallel sequence_parallel_size
+        ulysses_sequence_parallel_size""",
     "engine.precision": "dtype torch_dtype mixed_precision params_dtype precision_type",
     "engine.activation_checkpointing": """gradient_checkpointing recompute recompute_activations recompute_granularity
         activation_checkpoint grad_checkpointing""",

@@ -63,6 +63,7 @@ ROUNDING = (
     "engine.reduce_bucket_elements",
     "engine.hpz_partition_size",
     "engine.expert_parallel",
+    "engine.context_parallel",
 )
 """Settings that change the order of sums, or the kernel that computes them: only the last bits of a number change.
 

@@ -104,6 +104,7 @@ LIMITS: dict[str, Limit] = {
     "engine.reduce_bucket_elements": AT_LEAST_ONE,
     "engine.hpz_partition_size": AT_LEAST_ONE,
     "engine.expert_parallel": AT_LEAST_ONE,
+    "engine.context_parallel": AT_LEAST_ONE,
     "engine.collective_timeout_seconds": Limit(0.0, LONGEST_WAIT, above=True),
     "engine.hang_timeout_seconds": Limit(0.0, LONGEST_WAIT, above=True),
     "engine.audit_every": NOT_NEGATIVE,

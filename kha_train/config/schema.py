@@ -47,11 +47,7 @@ class ModelSection:
     `partial_rotary_factor` is the share of dimensions that rotary embedding rotates, beginning with the first, in the
     part of a head that it acts on: the whole head, the rotary half (`gta`) or the rotary part (`mla`).
 
-    `rope_scaling` stretches the rotation of a model trained on shorter rows: `linear` divides every frequency by
-    `rope_factor`, `yarn` only those of long wavelengths (`kha_train/model/rope.py`). The other `rope_*` settings are
-    those of `yarn`: the rows that the model was trained on (`rope_original_seq_len`), how many turns a dimension makes
-    over such a row to be left alone (`rope_beta_fast`) or divided (`rope_beta_slow`), and the factor of rotated queries
-    and keys (`rope_attention_factor`, null: 0.1 ln(rope_factor) + 1).
+    `rope_scaling` and the settings of it, `rope_*`: see `Scaling` in `kha_train/model/rope.py`.
     """
 
     name: str
@@ -102,8 +98,7 @@ class AuxiliaryLossSection:
     """A loss that pushes the router towards balanced loads: `weight` times its value in every layer, 0 for none.
 
     `scope` is the set of tokens over which loads are counted: each row (`sequence`), the whole global batch of the
-    previous step (`previous_step`), or each micro-batch (`micro_batch`, which therefore depends on
-    `engine.micro_batch_size`).
+    previous step (`previous_step`), or each micro-batch (`micro_batch`, so it depends on `engine.micro_batch_size`).
     """
 
     weight: float = 0.0
@@ -112,8 +107,7 @@ class AuxiliaryLossSection:
 
 @dataclass(frozen=True, kw_only=True)
 class MoeSection:
-    """Mixture of experts: a router, SwiGLU experts without capacity limit, load balancing with or without auxiliary
-    losses.
+    """Mixture of experts: a router, SwiGLU experts without capacity limit, load balancing with or without a loss.
 
     The first `dense_layers` layers have one feed-forward of `dense_width` instead; if all have, `experts` is 0.
     `shared_experts` of `expert_width` run for every token, besides the routed ones. With `expert_groups` above 1 a
@@ -200,10 +194,9 @@ class EngineSection:
     last bits of a sum. A rank without progress for `hang_timeout_seconds` (after the first step) writes its stacks and
     ends with exit code 75. Every `audit_every` steps (0: never) ranks compare the values that must be equal on all of
     them, to detect corrupted memory. Under ZeRO 3, each group of `hpz_partition_size` ranks (the GPUs of a node) holds
-    another copy of the weights. Groups of `expert_parallel` ranks share the experts of every layer: each rank holds a
-    part of them, and tokens travel to their experts. `kernels` selects torch's operators or kernels written in Triton
-    where both exist: `auto` is `torch` on a CPU, and on CUDA whatever is faster at the start of a run and agrees with
-    torch.
+    another copy of the weights. Groups of `expert_parallel` ranks share the experts of every layer, groups of
+    `context_parallel` ranks every row, each a part of its tokens. `kernels` selects torch's operators or kernels in
+    Triton: `auto` is `torch` on a CPU, and on CUDA whatever is faster at the start of a run and agrees with torch.
     """
 
     name: str = "deepspeed"
@@ -219,6 +212,7 @@ class EngineSection:
     reduce_bucket_elements: int = 50_000_000
     hpz_partition_size: int = 1
     expert_parallel: int = 1
+    context_parallel: int = 1
     collective_timeout_seconds: float = 1800.0
     hang_timeout_seconds: float = 600.0
     audit_every: int = 100
@@ -295,8 +289,7 @@ class RewindSection:
 
 @dataclass(frozen=True, kw_only=True)
 class StabilitySection:
-    """What to do about bad steps. A non-finite step is never applied; `max_nonfinite_steps` in a row end the run (exit
-    5).
+    """What to do about bad steps. A non-finite step is never applied; `max_nonfinite_steps` in a row end it (exit 5).
 
     The `policy` observe only measures; skip discards flagged steps, at most `max_skips` in a row; rewind goes back;
     abort ends a run that diverges. `zclip` clips norms that stand out of their own statistics. Every `probe_every`

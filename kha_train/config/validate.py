@@ -62,15 +62,25 @@ def validate_batch(config: RunConfig, world_size: int) -> None:
             allowed=_listed(_divisors(world_size)),
             fix=Settings(f"engine.expert_parallel={math.gcd(world_size, spread)}"),
         )
+    parts = config.engine.context_parallel
+    if world_size % parts:
+        raise ConfigError(
+            f"{world_size} ranks do not divide into groups that share their rows",
+            field="engine.context_parallel",
+            value=parts,
+            allowed=_listed(_divisors(world_size)),
+            fix=Settings(f"engine.context_parallel={math.gcd(world_size, parts)}"),
+        )
     rows, micro = config.data.global_batch_size, config.engine.micro_batch_size
-    unit = micro * world_size
+    unit = micro * world_size // parts
+    sharing = "ranks" if parts == 1 else "ranks / engine.context_parallel"
     if rows % unit:
         below, above = rows // unit * unit, -(-rows // unit) * unit
         raise ConfigError(
             f"does not divide into micro-batches of {micro} on {world_size} ranks",
             field="data.global_batch_size",
             value=rows,
-            allowed=f"multiples of engine.micro_batch_size x ranks = {unit}",
+            allowed=f"multiples of engine.micro_batch_size x {sharing} = {unit}",
             fix=either(*(Settings(f"data.global_batch_size={near}") for near in (below, above) if near)),
         )
 

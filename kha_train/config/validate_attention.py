@@ -23,6 +23,7 @@ def check_attention(config: RunConfig) -> None:
         raise ConfigError(reason, field="attention.interaction", value=f"{interaction.name} on {base.name}")
     _rotary(config)
     _rope_scaling(config)
+    _context(config)
 
 
 def _without_identity(config: RunConfig) -> ConfigError | None:
@@ -129,3 +130,28 @@ def _yarn(model: ModelSection) -> None:
             allowed="above 1",
             fix=Settings("model.rope_theta=10000.0"),
         )
+
+
+def _context(config: RunConfig) -> None:
+    """Ranks that share rows need equal parts of them, and of heads that are computed alone."""
+    parts, base, model = config.engine.context_parallel, config.attention.base, config.model
+    field, whole = "engine.context_parallel", Settings("engine.context_parallel=1")
+    if parts == 1:
+        return
+    if base.asks != "softmax":
+        why = "mixes the scores of all heads" if base.asks == "scores" else "keeps sums over earlier tokens"
+        problem = f"{base.name} {why}, and ranks that share rows compute each head alone over whole rows"
+        raise ConfigError(problem, field=field, value=parts, allowed="1", fix=whole)
+    heads = base.separable_heads()
+    for number, what in ((heads, f"heads, or pairs, of {base.name}"), (model.seq_len, "tokens of a row")):
+        if number % parts:
+            raise ConfigError(
+                f"does not divide the {number} {what}",
+                field=field,
+                value=parts,
+                allowed=f"common divisors of {heads} and model.seq_len={model.seq_len}",
+                fix=Settings(f"{field}={math.gcd(heads, model.seq_len, parts)}"),
+            )
+    if config.engine.compile == "block":
+        problem = "compiled blocks do not exchange heads between ranks"
+        raise ConfigError(problem, field=field, value=parts, fix=either(whole, Settings("engine.compile=none")))

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -64,19 +65,29 @@ METRICS = (
 class TokenStream:
     """An endless iterator of one rank's `Batch` for each optimiser step, made by `open_stream`.
 
-    The state, the same on every rank: `samples_seen`, the next global sample number, and `skip_windows`, the numbers
-    [first, last) never to be trained on. Both may be set at any time between steps. `content_id` identifies the data;
+    Batches hold `part` of their rows, see `Batch`. The state, the same on every rank: `samples_seen`, the next global
+    sample number, and `skip_windows`, the numbers [first, last) never to be trained on. Both may be set at any time
+    between steps. `content_id` identifies the data;
     `samples_per_epoch` and `tokens_per_epoch` are its size in rows and in tokens of those rows. With `data.prefetch` a
     thread reads that many steps ahead. If a step, or one planned and read with it, meets damage, `next()` raises
     DataError and leaves `samples_seen` unchanged.
     """
 
-    def __init__(self, samples: Samples, *, batch_size: int, rank: int, world_size: int, prefetch: int = 0) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        prefetch: int = 0,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
         self.samples = samples
         self.content_id = samples.content_id
         self.samples_per_epoch = samples.rows
         self.tokens_per_epoch = samples.rows * samples.seq_len
-        self._batch_size, self._prefetch = batch_size, prefetch
+        self.batch_size, self._prefetch, self._part = batch_size, prefetch, part
         size = batch_size // world_size
         self._slice = slice(rank * size, (rank + 1) * size)
         self._most_planned = max(1, _PLANNED_ROWS // size)
@@ -169,7 +180,8 @@ class TokenStream:
     def _group(self, plan: _Plan, first: int, last: int, rows_NW: np.ndarray) -> deque[_Ready]:
         """Steps [first, last) of a plan, with their rows read."""
         rows_SBW = rows_NW.reshape(last - first, -1, rows_NW.shape[1])
-        batches = map(Batch, plan.samples_SB[first:last], rows_SBW, plan.layouts[first:last])
+        batch = partial(Batch, part=self._part)
+        batches = map(batch, plan.samples_SB[first:last], rows_SBW, plan.layouts[first:last])
         return deque(zip(plan.positions[first:last], plan.positions[first + 1 :], batches, strict=False))
 
     def _plan(self, position: int, count: int) -> _Plan:
@@ -186,7 +198,7 @@ class TokenStream:
 
     def _numbers(self, position: int, steps: int) -> np.ndarray:
         """The sample numbers of consecutive global batches, the first of which begins at `position`: [steps, G]."""
-        return numbers_past(self._skip_windows, position, steps * self._batch_size).reshape(steps, -1)
+        return numbers_past(self._skip_windows, position, steps * self.batch_size).reshape(steps, -1)
 
 
 def open_stream(
@@ -200,20 +212,27 @@ def open_stream(
     """The training batches of `rank`, beginning at global sample `samples_seen`, without `data.skip_windows` and the
     further `skip_windows`.
 
-    Raises ConfigError when a dataset is missing, too small for one row, or made by another tokenizer or vocabulary, or
-    when the global batch does not divide by `world_size`; DataError when it is damaged.
+    Groups of `engine.context_parallel` ranks share their rows, each a part of every row; a single process reads whole
+    rows. Raises ConfigError when a dataset is missing, too small for one row, or made by another tokenizer or
+    vocabulary, or when the global batch does not divide by the number of groups; DataError when it is damaged.
     """
-    batch_size = config.data.global_batch_size
-    if batch_size % world_size:
+    batch_size, parts = config.data.global_batch_size, config.engine.context_parallel if world_size > 1 else 1
+    groups = world_size // parts
+    if batch_size % groups:
         raise ConfigError(
-            f"does not divide by the number of processes, {world_size}",
+            f"does not divide by the number of processes, {groups}",
             field="data.global_batch_size",
             value=batch_size,
-            allowed=f"a multiple of {world_size}",
+            allowed=f"a multiple of {groups}",
         )
     samples = open_samples(config)
     stream = TokenStream(
-        samples, batch_size=batch_size, rank=rank, world_size=world_size, prefetch=config.data.prefetch
+        samples,
+        batch_size=batch_size,
+        rank=rank // parts,
+        world_size=groups,
+        prefetch=config.data.prefetch,
+        part=(rank % parts, parts),
     )
     stream.samples_seen, stream.skip_windows = samples_seen, (*config.data.skip_windows, *skip_windows)
     return stream

@@ -93,7 +93,8 @@ class Engine(Protocol):
 
         The gradient is that of `loss_sum * loss_scale`, averaged over ranks: with `loss_scale` = ranks / labels of the
         global batch, a step is the mean over all its labels. Auxiliary losses are sums over tokens, including those
-        with a masked label but not padding: `token_scale` = ranks / tokens of the global batch.
+        with a masked label but not padding: `token_scale` = ranks / tokens of the global batch. A `batch` of parts of
+        rows is computed with the ranks that have the other parts (`engine.context_parallel`).
         """
         ...
 

@@ -49,6 +49,7 @@ from kha_train.engine.expert_groups import group_name, layer_of, mark_experts
 from kha_train.engine.settings import deepspeed_settings as _settings
 from kha_train.engine.zero_state import owned_gradients, partitioned_fragments, replicated_fragments
 from kha_train.errors import ConfigError
+from kha_train.model.attention.context import ContextRanks, context_ranks
 from kha_train.model.decoder import DecoderOutput
 from kha_train.model.device import DTYPES, resolve_on
 from kha_train.model.host import inputs_of
@@ -80,6 +81,8 @@ class Engine:
                 self._partition(parameter, settings)
 
         # BF16_Optimizer prints its memory use while it is built.
+        timeout = timedelta(seconds=config.engine.collective_timeout_seconds)
+        self._context = context_ranks(world, config.engine.context_parallel, timeout)
         with redirect_stdout(io.StringIO()), _patient_groups(config.engine.collective_timeout_seconds):
             self._ranks = self._expert_ranks()
             self.decoder, self.shapes = materialise(config, resolved, world, initial, keep, self._ranks)
@@ -113,17 +116,18 @@ class Engine:
     def accumulate(self, batch: Batch, loss_scale: float, token_scale: float, last: bool) -> DecoderOutput:
         """See `contract.Engine.accumulate`."""
         self._engine.set_gradient_accumulation_boundary(last)
-        output: DecoderOutput = self._engine(*inputs_of(batch, self.world.device))
+        output: DecoderOutput = self._engine(*inputs_of(batch, self.world.device), context=self._context_of(batch))
         self._engine.backward(scaled_loss(output, loss_scale, token_scale), scale_wrt_gas=False)
         if last:
             self._norm = self._norm_before_step()
         return output
 
     def evaluate(self, batch: Batch, by_token: bool = False) -> DecoderOutput:
-        """See `contract.Engine.evaluate`. ZeRO 3 and expert parallelism make it collective."""
+        """See `contract.Engine.evaluate`. ZeRO 3, shared experts and shared rows make it collective."""
         self._engine.eval()
         with torch.no_grad():
-            output: DecoderOutput = self._engine(*inputs_of(batch, self.world.device), by_token=by_token)
+            inputs, context = inputs_of(batch, self.world.device), self._context_of(batch)
+            output: DecoderOutput = self._engine(*inputs, by_token=by_token, context=context)
         self._engine.train()
         return output
 
@@ -220,6 +224,10 @@ class Engine:
         """Our optimiser, which DeepSpeed's wraps."""
         stepper: ShareOptimizer = self._optimizer.optimizer
         return stepper
+
+    def _context_of(self, batch: Batch) -> ContextRanks | None:
+        """The ranks with which this one shares the rows of `batch`; None for whole rows."""
+        return self._context if batch.part[1] > 1 else None
 
     def _partition(self, parameter: nn.Parameter, settings: dict[str, Any]) -> None:
         """Keep this rank's share of a ZeRO 3 parameter and free the rest. Buffers are never passed here: they stay

@@ -9,7 +9,7 @@ from __future__ import annotations
 from kha_train.config.resolve import decide_plan, planned_device
 from kha_train.config.schema import RunConfig
 from kha_train.estimate.counts import attention_parameters
-from kha_train.variants.attention import POSITIONS, FoldableOptions
+from kha_train.variants.attention import POSITIONS, FoldableOptions, shared_key_repeats
 from kha_train.variants.backends import TRAITS
 
 
@@ -81,14 +81,17 @@ def _kernel(config: RunConfig, width: int) -> int:
 
 def _one_call(config: RunConfig, width: int) -> int:
     base, heads, tokens = config.attention.base, config.attention.base.heads(), config.model.seq_len
+    ranks = config.engine.context_parallel
+    keys = heads.kv_heads * shared_key_repeats(heads.query_heads, heads.kv_heads, ranks)
     key_width = heads.key_width + (base.rotary_width() if heads.latent else 0)
     queries, output = heads.query_heads * key_width, heads.query_heads * heads.value_width
-    grouped = queries + heads.kv_heads * (key_width + heads.value_width) + output
+    grouped = queries + keys * (key_width + heads.value_width) + output
     backend, masked = _backend(config), _masked(config)
+    # Ranks that share rows hold a share of the heads and whole masks.
     scores = heads.query_heads * tokens
     if backend == "eager":
         # The softmax in fp32, its copy for the weighted sum, and the mask in bytes.
-        held = (4 + width) * scores + (0 if _biased(config) else tokens)
+        held = (4 + width) * scores + (0 if _biased(config) else tokens * ranks)
         return grouped + held // width + base.saved_score_copies(width) * scores
     if backend == "sdpa" and _falls_back(config):
         return grouped + 4 * scores // width
@@ -96,7 +99,7 @@ def _one_call(config: RunConfig, width: int) -> int:
         return grouped + 4 * heads.query_heads // width
     # Keys and values are repeated for every query head; a bool mask becomes numbers, an fp32 mask is converted to the
     # dtype.
-    mask = (0 if width == 4 else scores) if _biased(config) else tokens
+    mask = (0 if width == 4 else scores) if _biased(config) else tokens * ranks
     tied = heads.kv_heads * heads.value_width if heads.tied and config.attention.qk_norm != "none" else 0
     return 2 * queries + 2 * output + 4 * heads.query_heads // width + mask + tied
 

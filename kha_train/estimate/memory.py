@@ -56,7 +56,14 @@ def uses_bf16(config: RunConfig) -> bool:
 
 def micro_batches(config: RunConfig) -> int:
     """Micro-batches per rank and step, at least 1."""
-    return max(config.data.global_batch_size // (config.engine.micro_batch_size * config.cluster.devices), 1)
+    engine = config.engine
+    rows = config.data.global_batch_size * engine.context_parallel // config.cluster.devices
+    return max(rows // engine.micro_batch_size, 1)
+
+
+def micro_batch_tokens(config: RunConfig) -> int:
+    """Tokens of a rank in a micro-batch."""
+    return config.engine.micro_batch_size * config.model.seq_len // config.engine.context_parallel
 
 
 def plan_memory(config: RunConfig) -> MemoryPlan:
@@ -94,7 +101,7 @@ def activation_bytes(config: RunConfig) -> int:
     Without recomputation: everything that every block saves. With it: the input of every block (`selective`: also the
     results it keeps), and one whole block.
     """
-    tokens = config.engine.micro_batch_size * config.model.seq_len
+    tokens = micro_batch_tokens(config)
     width = 2 if uses_bf16(config) else 4
     moe, dense = block_activations(config)
     # The residual stream enters and leaves; the final norm saves its input and passes another tensor to the head.
@@ -275,5 +282,5 @@ def _buckets(config: RunConfig, total: int, width: int) -> tuple[int, int]:
 def _loss(config: RunConfig, width: int) -> int:
     """Logits of a chunk and their gradient in fp32; the fp32 gradient of the head, and once more in its own dtype."""
     model = config.model
-    chunk = min(model.loss_chunk_tokens, config.engine.micro_batch_size * model.seq_len)
+    chunk = min(model.loss_chunk_tokens, micro_batch_tokens(config))
     return 2 * 4 * chunk * model.vocab_size + (4 + width) * model.vocab_size * model.hidden_size

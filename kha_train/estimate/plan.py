@@ -13,6 +13,7 @@ from kha_train.config.validate import validate_batch
 from kha_train.data.format import manifest
 from kha_train.data.sources import begins_with_labels, open_samples, open_validation, validation_sets, without_labels
 from kha_train.errors import ConfigError, DataError
+from kha_train.estimate.context import Exchanged, exchanged
 from kha_train.estimate.counts import (
     FlopCount,
     InteractionOverhead,
@@ -72,6 +73,7 @@ class Plan:
     remedies: tuple[Remedy, ...]
     together: str | None
     communication: tuple[Communication, ...]
+    exchanged: Exchanged
     batch_problem: str | None
     data_problem: str | None
     time: RunTime
@@ -87,7 +89,8 @@ class Plan:
     @property
     def warning(self) -> str:
         """Warnings about very long steps, and about an engine that the plan does not estimate; "" without any."""
-        rows, engine = self.config.data.global_batch_size // self.config.cluster.devices, self.config.engine.name
+        engine = self.config.engine.name
+        rows = self.config.data.global_batch_size * self.exchanged["ranks"] // self.config.cluster.devices
         other = "" if engine == ESTIMATED else f"engine.name = {engine}: memory and traffic are those of {ESTIMATED}"
         return "; ".join(filter(None, (other, long_step_warning(self.config, rows, self.time["step_seconds"]))))
 
@@ -129,6 +132,7 @@ class Plan:
             "remedies": [asdict(remedy) for remedy in self.remedies],
             "together": self.together,
             "communication": [asdict(volume) for volume in self.communication],
+            "context_parallel": self.exchanged,
             "batch_problem": self.batch_problem,
             "data_problem": self.data_problem,
             "warning": self.warning,
@@ -161,6 +165,7 @@ def make_plan(config: RunConfig) -> Plan:
         remedies=remedies,
         together=together,
         communication=tuple(_communication(config, stage, parameters.total) for stage in STAGES),
+        exchanged=exchanged(config),
         batch_problem=_batch_problem(config),
         data_problem=_data_problem(config),
         time=time,

@@ -68,7 +68,7 @@ class Block(nn.Module):
             x_BTD = x_BTD + self.feed_forward(normed_BTD, report)
             self._observe(x_BTD, report)
             return x_BTD, BlockStats(values)
-        y_BTD, routing = self.feed_forward(normed_BTD, samples_B, real_R, report)
+        y_BTD, routing = self.feed_forward(normed_BTD, samples_B, real_R, report, rows.context)
         x_BTD = x_BTD + y_BTD
         self._observe(x_BTD, report)
         return x_BTD, BlockStats(values, routing.load_E, routing.balance_sum, routing.z_sum)

@@ -17,6 +17,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.model.attention.backends import alibi_slopes, lay_out_cached, lay_out_documents
 from kha_train.model.attention.base import RowContext
 from kha_train.model.attention.cache import Cache
+from kha_train.model.attention.context import ContextRanks
 from kha_train.model.attention.interaction import Interaction
 from kha_train.model.block import Block, BlockStats
 from kha_train.model.device import device_facts, resolve_on
@@ -150,6 +151,7 @@ class Decoder(nn.Module):
         real_R: Tensor | None = None,
         cache: Cache | None = None,
         by_token: bool = False,
+        context: ContextRanks | None = None,
     ) -> DecoderOutput:
         """Logits, or with `labels_BT` (int64, -100 where masked) the sum of cross-entropies over unmasked labels, or
         the scores of each, without gradient, where they are asked for `by_token`.
@@ -159,14 +161,16 @@ class Decoder(nn.Module):
         one document. `samples_B` (int64) are the sample numbers of the rows, 0 .. B-1 by default: only the router's
         warm-up (`moe.routing_warmup_steps`) reads them. `real_R` (int64, ascending) are the places of the flattened B*T
         that hold a token (None: all). The rest is padding: it is not routed, counts in no load and no auxiliary loss,
-        and its labels are masked. With a `cache` the tokens follow the cached ones, each row is one document, and the
-        cache is extended.
+        and its labels are masked. With `context` the tokens are this rank's part of the rows, `cu_seqlens_S` and
+        `max_seqlen` those of whole rows, and all results are of this part. With a `cache` the tokens follow the cached
+        ones, each row is one document, and the cache is extended.
         """
         batch, tokens = tokens_BT.shape
         seen = 0 if cache is None else cache.seen
         if positions_BT is None:
-            positions_BT = torch.arange(seen, seen + tokens, device=tokens_BT.device).expand(batch, tokens)
-        rows = self._rows(batch, tokens, positions_BT, cu_seqlens_S, max_seqlen, cache)
+            first = context.rank * tokens if context else seen
+            positions_BT = torch.arange(first, first + tokens, device=tokens_BT.device).expand(batch, tokens)
+        rows = self._rows(batch, tokens, positions_BT, cu_seqlens_S, max_seqlen, cache, context)
         rows = rows._replace(report=Report(observed=self.observed))
         if samples_B is None:
             samples_B = torch.arange(batch, device=tokens_BT.device)
@@ -195,20 +199,23 @@ class Decoder(nn.Module):
         cu_seqlens_S: Tensor | None,
         max_seqlen: int | None,
         cache: Cache | None,
+        context: ContextRanks | None = None,
     ) -> RowContext:
         # Read here, a sharded embedding stays gathered until the head that shares it: one gather of a micro-batch less.
         device = (self.embedding.weight if self.config.model.tie_embeddings else positions_BT).device
         slopes_H = None
         if self._slopes is not None:
-            slopes_H = to_device(torch.tensor(self._slopes), device)
+            slopes = context.own_heads(self._slopes) if context else self._slopes
+            slopes_H = to_device(torch.tensor(slopes), device)
         rotary = None if self.rotary is None else self.rotary(positions_BT)
         if cache is not None:
             rows = RowContext(rotary, lay_out_cached(tokens, cache.seen, device, slopes_H), cache)
             if self.rotary is None or not self._turns_when_read:
                 return rows
             return rows._replace(rotary_of_all=self.rotary(cache.positions(positions_BT)))
-        documents = lay_out_documents(batch, tokens, device, cu_seqlens_S, max_seqlen, slopes_H, self._masked)
-        return RowContext(rotary, documents)
+        length = tokens * (context.size if context else 1)
+        documents = lay_out_documents(batch, length, device, cu_seqlens_S, max_seqlen, slopes_H, self._masked)
+        return RowContext(rotary, documents, context=context)
 
     def _values(self, stats: list[BlockStats]) -> Values:
         names = dict.fromkeys(name for reported in stats for name in reported.values)

@@ -100,11 +100,12 @@ def rehearse(config: RunConfig, overrides: Sequence[str], layout: Layout) -> dic
 
 def _batch(config: RunConfig, world_size: int) -> dict[str, Any]:
     rows, micro, length = config.data.global_batch_size, config.engine.micro_batch_size, config.model.seq_len
-    warning = long_step_warning(config, rows // world_size)
+    each = rows * config.engine.context_parallel // world_size
+    warning = long_step_warning(config, each)
     return {
         "rows_a_step": rows,
-        "rows_a_rank": rows // world_size,
-        "micro_batches_a_step": rows // world_size // micro,
+        "rows_a_rank": each,
+        "micro_batches_a_step": each // micro,
         "tokens_a_step": rows * length,
         "tokens": rows * length * config.run.steps,
         **({"warning": warning} if warning else {}),
@@ -117,9 +118,10 @@ def _data(config: RunConfig, world_size: int, begun: Progress) -> dict[str, Any]
     """
     open_tasks(config)  # opening them checks their data, for all ranks
     firsts = []
-    for rank in range(world_size):
+    # Of ranks that share rows, the first.
+    for rank in range(0, world_size, config.engine.context_parallel):
         stream = open_stream(config, rank, world_size, samples_seen=begun.samples_seen, skip_windows=begun.skip_windows)
-        firsts.append(next(stream))
+        firsts.append(next(stream).whole)
     samples = np.sort(np.concatenate([batch.samples_B for batch in firsts]))
     windows = merged((*config.data.skip_windows, *begun.skip_windows))
     first_step = numbers_past(windows, begun.samples_seen, config.data.global_batch_size)

@@ -124,7 +124,8 @@ def check_batches(points: Sequence[Point], options: JobOptions) -> None:
     for point in points:
         config = compose(point.overrides)
         if per_node is None:
-            config = replace(config, engine=replace(config.engine, hpz_partition_size=1, expert_parallel=1))
+            alone = replace(config.engine, hpz_partition_size=1, expert_parallel=1, context_parallel=1)
+            config = replace(config, engine=alone)
         validate_batch(config, options.nodes * (per_node or 1))
 
 

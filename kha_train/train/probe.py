@@ -63,7 +63,7 @@ def _largest_logits(engine: Engine, batch: Batch) -> list[float]:
     found: list[Tensor] = []
     first_row = next(batch.micro_batches(1))
     borders_S = first_row.cu_seqlens_S.to(engine.world.device)
-    watched = _watched(engine.decoder, found.append, borders_S, first_row.token_count)
+    watched = _watched(engine.decoder, found.append, borders_S, first_row.whole.token_count)
     with _as_written(engine), watched:
         engine.evaluate(first_row)
     if not found:

@@ -114,7 +114,7 @@ def next_batch(stream: TokenStream, world: World, trouble: BaseException | None 
     batch.step_tokens = tokens
     if not labels:
         # All ranks know the sum, so all of them raise this.
-        first = stream.samples_seen - world.size * len(batch.tokens_BT)
+        first = stream.samples_seen - stream.batch_size
         error = without_labels("data", f"no token of samples {first} to {stream.samples_seen - 1}")
         error.agreed = True
         raise error

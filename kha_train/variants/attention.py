@@ -118,6 +118,10 @@ class BaseOptions(ABC):
         """The setting that this base cannot work with, or None."""
         return None
 
+    def separable_heads(self) -> int:
+        """The number of equal parts of heads that can be computed apart from each other."""
+        return self.query_heads
+
     def rotary_width(self) -> int:
         """The width of the part of a query or key that rotary embedding acts on. `turned_dimensions` of it are
         rotated.
@@ -353,3 +357,11 @@ def component_parameters(base: BaseOptions, interaction: InteractionOptions, hid
         (interaction.components(p, heads) - heads.count(p)) * heads.width(p) * int(getattr(inputs, p))
         for p in get_args(Projection)
     )
+
+
+def shared_key_repeats(query_heads: int, kv_heads: int, ranks: int) -> int:
+    """How often each key/value head is repeated, so that every one of `ranks` that share rows gets equally many, and
+    those that its query heads read. `ranks` divide `query_heads`.
+    """
+    group = query_heads // kv_heads
+    return next(n for n in range(1, group + 1) if group % n == 0 and kv_heads * n % ranks == 0)

@@ -246,6 +246,10 @@ class DifferentialOptions(GroupedQueryOptions):
         """The halves of a value count as two heads; each pair's output is normalised."""
         return super().heads()._replace(altered=True)
 
+    def separable_heads(self) -> int:
+        """The pairs of key heads."""
+        return self.kv_heads // 2
+
     def parameters(self, hidden_size: int) -> int:
         """Those of grouped-query attention, and the four vectors of lambda."""
         return super().parameters(hidden_size) + 4 * self.head_dim

@@ -514,6 +514,7 @@ CHANGES: dict[str, Change] = {
     "profile.last_step": (3, profiled, "profile.first_step=1", "profile.last_step=2"),
     "profile.memory": ("true", profiled, "profile.first_step=1", "profile.last_step=1"),
     "engine.reduce_bucket_elements": (1000, engine_settings),
+    "engine.context_parallel": (2, engine_settings),
     "engine.hpz_partition_size": (2, engine_settings, "engine.zero_stage=3"),
     "engine.expert_parallel": (2, planned),
     "engine.collective_timeout_seconds": (60.0, process_group),

@@ -211,6 +211,30 @@ def tokens_of_rows(batch: stream.Batch) -> np.ndarray:
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_ranks_that_share_rows_read_the_same_ones_and_each_its_own_part(
+    small_dataset: Path, make_config, packing: str
+) -> None:
+    config = make_config(small_dataset, packing=packing)
+    shared = replace(config, engine=replace(config.engine, context_parallel=4))
+    for group in range(3):
+        (whole,) = take(config, 1, group, 3)
+        micro = next(whole.micro_batches(3))
+        batches = [take(shared, 1, 4 * group + place, 12)[0] for place in range(4)]
+        for complete, parts in ((whole, batches), (micro, [next(batch.micro_batches(3)) for batch in batches])):
+            for name in ("tokens_BT", "labels_BT", "positions_BT"):
+                assert torch.equal(torch.cat([getattr(part, name) for part in parts], dim=1), getattr(complete, name))
+            assert sum(part.label_count for part in parts) == complete.label_count
+            assert sum(part.token_count for part in parts) == complete.token_count
+            for part in parts:
+                assert torch.equal(part.cu_seqlens_S, complete.cu_seqlens_S) and part.max_seqlen == complete.max_seqlen
+                assert joined([part.whole]) == joined([complete])
+            if complete.real_R is not None:
+                tokens = sum(tokens_of_rows(part) for part in parts)
+                assert tokens.tolist() == tokens_of_rows(complete).tolist()
+                assert [part.real_R.numel() for part in parts] == [part.token_count for part in parts]
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_rows_that_fill_up_a_validation_hold_no_token(
     small_dataset: Path, make_config, packing: str, world_size: int

@@ -1,4 +1,4 @@
-"""Llama: dense layers, no QK-norm. Its scaling of positions for long rows (Llama 3.1 and later) is refused."""
+"""Llama: dense layers, no QK-norm. Its own scaling of positions (`llama3`, from Llama 3.1 on) is refused."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.metric import Metric
 from kha_train.model.attention.backends import BACKENDS, Backend, Documents, masked_softmax, scores
 from kha_train.model.attention.cache import Cache
+from kha_train.model.attention.context import ContextRanks
 from kha_train.model.attention.gate import build_gate
 from kha_train.model.attention.interaction import QKV, build_interaction
 from kha_train.model.norm import TurningNorm
@@ -27,7 +28,8 @@ from kha_train.variants.registry import BASES
 class RowContext(NamedTuple):
     """What all layers of one forward share: the rotation of every token (None without rotary embedding), the documents
     of every row and, when decoding, the cache of earlier tokens; `rotary_of_all` rotates these and the new ones, where
-    a layer keeps keys that are not rotated. `report` takes the values of metrics.
+    a layer keeps keys that are not rotated. `report` takes the values of metrics. With `context` the tokens are a part
+    of rows that ranks share, and `documents` are those of whole rows.
     """
 
     rotary: Rotary | None
@@ -35,6 +37,7 @@ class RowContext(NamedTuple):
     cache: Cache | None = None
     report: Report = UNREAD
     rotary_of_all: Rotary | None = None
+    context: ContextRanks | None = None
 
     def turn(self, x_BTHK: Tensor) -> Tensor:
         """Queries or keys, rotated by the token's position; unchanged without rotary embedding."""
@@ -72,9 +75,10 @@ class Attention(nn.Module, ABC):
     A base builds its projections and norms from `config`, with the kernels of `resolved`; its interaction and backend
     are built here. The order is fixed: projection -> interaction -> QK-norm -> RoPE -> backend -> output gate -> output
     projection. A base passes `interaction.folds()` to its projections and `folds().output` to its output, passes keys
-    and values that it has from `with_past` through `interaction.read_keys` and `read_values`, and head outputs through
-    `finished`. Parameters that variants share have the same names in all of them, because the name
-    determines the initial value. `folded` names the projection that makes each of q, k, v, for code that multiplies an
+    and values that it has from `with_past` through `interaction.read_keys` and `read_values`, asks `attended` for head
+    outputs (it calls the backend, with other ranks where they share rows), and passes these through `finished`.
+    Parameters that variants share have the same names in all of them, because the name determines the initial value.
+    `folded` names the projection that makes each of q, k, v, for code that multiplies an
     interaction into the weights permanently. `metrics` declares what a base reports.
     """
 
@@ -108,6 +112,12 @@ class Attention(nn.Module, ABC):
         further = (rows.report,) if self.interaction.metrics else ()
         heads: QKV = self.interaction(q_BTHK, k_BTGK, v_BTGW, *further)
         return heads
+
+    def attended(self, rows: RowContext, q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, scale: float) -> Tensor:
+        """What `attend` makes of these heads, with the other ranks that share the rows, if any: [B, T, H, W]."""
+        if rows.context is None:
+            return self.attend(q_BTHK, k_BUGK, v_BUGW, rows.documents, scale)
+        return rows.context.attend(self.attend, q_BTHK, k_BUGK, v_BUGW, rows.documents, scale)
 
     def finished(self, rows: RowContext, x_BTD: Tensor, out_BTHW: Tensor) -> Tensor:
         """What the output projection reads: the outputs of the backend after the interaction's part and the gate, which

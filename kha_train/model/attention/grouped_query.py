@@ -50,6 +50,6 @@ class GroupedQueryAttention(Attention):
             k_BUGK, v_BUGK = rows.with_past(self, k_BUGK, v_BUGK)
             k_BUGK = self.interaction.read_keys(k_BUGK)
         v_BUGK = self.interaction.read_values(v_BUGK)
-        out_BTHK = self.attend(q_BTHK, k_BUGK, v_BUGK, rows.documents, self.scale)
+        out_BTHK = self.attended(rows, q_BTHK, k_BUGK, v_BUGK, self.scale)
         out_BTD: Tensor = self.output(self.finished(rows, x_BTD, out_BTHK), folds.output)
         return out_BTD

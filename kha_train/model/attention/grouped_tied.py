@@ -57,6 +57,6 @@ class GroupedTiedAttention(Attention):
         still_BUGR = self.key_norm(state_BUGK[..., :still])
         k_BUGK = torch.cat((still_BUGR, turned_BU1R.expand(-1, -1, self.heads.kv_heads, -1)), dim=-1)
         v_BUGK = self.interaction.read_values(state_BUGK)
-        out_BTHK = self.attend(q_BTHK, k_BUGK, v_BUGK, rows.documents, self.scale)
+        out_BTHK = self.attended(rows, q_BTHK, k_BUGK, v_BUGK, self.scale)
         out_BTD: Tensor = self.output(self.finished(rows, x_BTD, out_BTHK), folds.output)
         return out_BTD

@@ -68,7 +68,7 @@ class LatentAttention(Attention):
         )
         query = torch.cat((q_BTHK, turned_BTHR), dim=-1)
         key = torch.cat((k_BUHK, turned_BU1R.expand(-1, -1, self.heads.kv_heads, -1)), dim=-1)
-        out_BTHK = self.attend(query, key, v_BUHK, rows.documents, self.scale)
+        out_BTHK = self.attended(rows, query, key, v_BUHK, self.scale)
         out_BTD: Tensor = self.output(self.finished(rows, x_BTD, out_BTHK))
         return out_BTD
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kha_train.metric import Metric
+from kha_train.model.attention.context import ContextRanks
 
 
 def rms_update(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
@@ -61,24 +62,32 @@ def _excess(load_E: Tensor, bias_E: Tensor) -> Tensor:
 
 
 def sequence_balance_loss(
-    share_NE: Tensor, expert_NJ: Tensor, rows: int, real_N: Tensor | None = None, places: int = 0
+    share_NE: Tensor,
+    expert_NJ: Tensor,
+    rows: int,
+    real_N: Tensor | None = None,
+    places: int = 0,
+    context: ContextRanks | None = None,
 ) -> Tensor:
     """Summed over tokens, with F counted in each of `rows` rows (DeepSeek-V3, eq 17-20): independent of the split.
 
-    `share_NE` are a token's scores over their sum. Tokens fill the rows, or lie at `real_N` of their `places`.
+    `share_NE` are a token's scores over their sum. Tokens fill the rows, or lie at `real_N` of their `places`. With
+    `context` they are a part of the rows, whose loads are summed over ranks; the result is the part of these tokens.
     """
     experts = share_NE.shape[-1]
     if real_N is not None:
-        return _sequence_balance_loss_of_some(share_NE, expert_NJ, rows, real_N, places)
+        return _sequence_balance_loss_of_some(share_NE, expert_NJ, rows, real_N, places, context)
     expert_BM = expert_NJ.view(rows, -1)
     load_BE = torch.zeros(rows, experts, dtype=share_NE.dtype, device=share_NE.device)
     load_BE.scatter_add_(1, expert_BM, torch.ones_like(expert_BM, dtype=share_NE.dtype))
-    share_BE = share_NE.view(rows, -1, experts).sum(dim=1)
-    return experts / expert_BM.shape[1] * (load_BE * share_BE).sum()
+    share_BE, choices = share_NE.view(rows, -1, experts).sum(dim=1), expert_BM.shape[1]
+    if context:
+        load_BE, choices = context.total(load_BE), choices * context.size
+    return experts / choices * (load_BE * share_BE).sum()
 
 
 def _sequence_balance_loss_of_some(
-    share_NE: Tensor, expert_NJ: Tensor, rows: int, real_N: Tensor, places: int
+    share_NE: Tensor, expert_NJ: Tensor, rows: int, real_N: Tensor, places: int, context: ContextRanks | None
 ) -> Tensor:
     """For rows with unequal numbers of tokens, or none. Only integers are summed by index, so the order does not
     matter.
@@ -87,7 +96,7 @@ def _sequence_balance_loss_of_some(
     load_M = share_NE.new_zeros(rows * experts)
     place_NJ = row_N.unsqueeze(-1) * experts + expert_NJ
     load_BE = load_M.scatter_add_(0, place_NJ.flatten(), torch.ones_like(expert_NJ, dtype=share_NE.dtype).flatten())
-    load_BE = load_BE.view(rows, experts)
+    load_BE = context.total(load_BE.view(rows, experts)) if context else load_BE.view(rows, experts)
     choices_B = load_BE.sum(dim=1).clamp(min=1.0)
     spread_BTE = share_NE.new_zeros(places, experts).index_copy(0, real_N, share_NE).view(rows, -1, experts)
     return (experts / choices_B * (load_BE * spread_BTE.sum(dim=1)).sum(dim=1)).sum()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kha_train.config.schema import RunConfig
+from kha_train.model.attention.context import ContextRanks
 from kha_train.model.init import DeclaredModule, Normal
 from kha_train.model.moe import balance
 from kha_train.model.moe.balance import (
@@ -82,19 +83,20 @@ class Router(DeclaredModule):
         real_N: Tensor | None = None,
         places: int = 0,
         report: Report = UNREAD,
+        context: ContextRanks | None = None,
     ) -> Routing:
         """The experts of every token, their weights, and the number of tokens of each expert.
 
         `samples_B` (int64) are the sample numbers of the rows, which key the random scores of the warm-up; without it
         all tokens are one row, number 0. The tokens fill the rows, or lie at `real_N` (int64) of the rows' `places`.
-        `report` takes the values of metrics.
+        `report` takes the values of metrics. With `context` the rows are parts of rows that ranks share.
         """
         if samples_B is None:
             samples_B = torch.zeros(1, dtype=torch.int64, device=x_ND.device)
         wide = torch.promote_types(x_ND.dtype, torch.float32)
         narrow = torch.bfloat16 if self.moe.router_precision == "bf16" else wide
         logit_NE = functional.linear(x_ND.to(narrow), self.weight.to(narrow)).to(wide)
-        score_NE = self._score(self._warmed_up(logit_NE, samples_B, real_N, places).to(narrow)).to(wide)
+        score_NE = self._score(self._warmed_up(logit_NE, samples_B, real_N, places, context).to(narrow)).to(wide)
         expert_NJ = self._choose(score_NE.detach() + self.selection_bias)
         weight_NJ = score_NE.gather(-1, expert_NJ)
         if self.moe.renormalize:
@@ -102,7 +104,7 @@ class Router(DeclaredModule):
         load_E = count_experts(expert_NJ, self.moe.experts)
         balance_sum = z_sum = None
         if self.training and self.moe.auxiliary_loss.weight:
-            balance_sum = self._balance_loss(score_NE, expert_NJ, load_E, samples_B.numel(), real_N, places)
+            balance_sum = self._balance_loss(score_NE, expert_NJ, load_E, samples_B.numel(), real_N, places, context)
         if self.training and self.moe.z_loss_weight:
             z_sum = logit_NE.logsumexp(dim=-1).square().sum()
         return Routing(expert_NJ, weight_NJ * self.moe.routed_scaling, load_E, balance_sum, z_sum)
@@ -121,7 +123,14 @@ class Router(DeclaredModule):
     def _score(self, logit_NE: Tensor) -> Tensor:
         return logit_NE.sigmoid() if self.moe.score == "sigmoid" else logit_NE.softmax(dim=-1)
 
-    def _warmed_up(self, logit_NE: Tensor, samples_B: Tensor, real_N: Tensor | None, places: int) -> Tensor:
+    def _warmed_up(
+        self,
+        logit_NE: Tensor,
+        samples_B: Tensor,
+        real_N: Tensor | None,
+        places: int,
+        context: ContextRanks | None,
+    ) -> Tensor:
         """a s + (1 - a) (mu + sigma eps), a = steps done / warm-up steps: at first the choice is random, with the same
         mean and spread over the experts.
         """
@@ -129,7 +138,8 @@ class Router(DeclaredModule):
             return logit_NE
         blend = (self.steps_done / self.moe.routing_warmup_steps).clamp(max=1.0)
         shape = logit_NE.shape if real_N is None else torch.Size((places, logit_NE.shape[1]))
-        noise_NE = standard_normal(self.seed, self.layer_1.long(), self.steps_done, samples_B, shape)
+        first = context.rank * (shape[0] // samples_B.numel()) if context else 0
+        noise_NE = standard_normal(self.seed, self.layer_1.long(), self.steps_done, samples_B, shape, first)
         noise_NE = noise_NE if real_N is None else noise_NE.index_select(0, real_N)
         spread_N1, mean_N1 = torch.std_mean(logit_NE.detach(), dim=-1, keepdim=True, correction=0)
         return blend * logit_NE + (1.0 - blend) * (mean_N1 + spread_N1 * noise_NE)
@@ -146,18 +156,25 @@ class Router(DeclaredModule):
         return choice_NE.topk(self.moe.top_k, dim=-1).indices
 
     def _balance_loss(
-        self, score_NE: Tensor, expert_NJ: Tensor, load_E: Tensor, rows: int, real_N: Tensor | None, places: int
+        self,
+        score_NE: Tensor,
+        expert_NJ: Tensor,
+        load_E: Tensor,
+        rows: int,
+        real_N: Tensor | None,
+        places: int,
+        context: ContextRanks | None,
     ) -> Tensor:
         share_NE = score_NE
         if self.moe.score == "sigmoid":
             share_NE = score_NE / (score_NE.sum(dim=-1, keepdim=True) + 1e-20)
         match self.moe.auxiliary_loss.scope:
             case "sequence":
-                return sequence_balance_loss(share_NE, expert_NJ, rows, real_N, places)
+                return sequence_balance_loss(share_NE, expert_NJ, rows, real_N, places, context)
             case "previous_step":
                 return expected_balance_loss(share_NE, self.previous_share)
             case "micro_batch":
-                return batch_balance_loss(share_NE, load_E)
+                return batch_balance_loss(share_NE, context.total(load_E) if context else load_E)
 
 
 def count_experts(expert_NJ: Tensor, experts: int) -> Tensor:

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 
-def standard_normal(seed: int, layer: int | Tensor, step_1: Tensor, samples_B: Tensor, shape: torch.Size) -> Tensor:
-    """Standard normal numbers of `shape` (N, E), fp32 on the device of `samples_B` (int64, B divides N).
+def standard_normal(
+    seed: int, layer: int | Tensor, step_1: Tensor, samples_B: Tensor, shape: torch.Size, first: int = 0
+) -> Tensor:
+    """Standard normal numbers of `shape` (N, E), fp32 on the device of `samples_B` (int64, B divides N), for the tokens
+    of each row from place `first` on.
 
     `step_1` is a tensor with one number: it is read on its device, without waiting. `layer` may be an int64 tensor too,
     because a compiler makes a separate graph for each plain number.
@@ -24,7 +27,7 @@ def standard_normal(seed: int, layer: int | Tensor, step_1: Tensor, samples_B: T
     device = samples_B.device
     start_1 = torch.full_like(samples_B[:1], _signed(seed * 65_537 % (1 << 64))) + layer
     key_B = _mixed(samples_B + _mixed(step_1.long() + _mixed(start_1)))
-    place_T = torch.arange(tokens, device=device)[:, None] * experts
+    place_T = torch.arange(first, first + tokens, device=device)[:, None] * experts
     place_TE = place_T + torch.arange(experts, device=device)
     bits_BTE = _mixed(key_B[:, None, None] + place_TE)
     # Box-Muller, from the upper and the lower half of 64 bits.
