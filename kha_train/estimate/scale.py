@@ -94,7 +94,8 @@ def _size(config: RunConfig) -> Size:
     # Without a budget of memory, remedies are not looked for.
     plan = make_plan(replace(config, cluster=replace(cluster, memory_gib=0.0)))
     hours = cluster.hours_between_failures / cluster.devices
-    admitted = STAGES if engine.hpz_partition_size == 1 else (engine.zero_stage,)
+    alone = engine.hpz_partition_size == 1 and engine.expert_parallel == 1
+    admitted = STAGES if alone else (engine.zero_stage,)
     stages = tuple(_stage(plan, config, stage) for stage in admitted)
     return Size(cluster.devices, micro_batches(config), plan.batch_problem, hours, 24 / hours, stages)
 
