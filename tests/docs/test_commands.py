@@ -27,6 +27,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TYPED = ("README.md", "docs/launch.md", "docs/configuration.md", "docs/resume.md", "docs/export.md")
 """In this order, in one directory: later pages use the data that the first one makes."""
+TUTORIAL = "docs/tutorial.md"
+"""A page that begins by itself."""
 LANGUAGES = ("sh", "text", "console", "python")
 
 NEEDS = {
@@ -142,14 +144,26 @@ def _type(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_the_commands_of_readme_and_docs_run_in_order_from_an_empty_directory(tmp_path: Path) -> None:
     """As far as possible without GPU and SLURM: other blocks say what they need."""
     for name in TYPED:
-        page = ROOT / name
-        ended = _type(page, tmp_path)
-        place = re.findall(f"^{MARK}(.*)$", ended.stdout, re.MULTILINE)[-1:]
-        assert ended.returncode == 0, f"{name}, block at {place}:\n{ended.stdout[-4000:]}"
-        assert unmet(page.read_text(), ended.stdout) == []
+        _check(name, tmp_path)
 
 
-@pytest.mark.parametrize("name", TYPED)
+@pytest.mark.slow
+@pytest.mark.minutes
+@pytest.mark.timeout(1800)
+def test_the_tutorial_leads_from_text_to_an_answer_in_an_empty_directory(tmp_path: Path) -> None:
+    _check(TUTORIAL, tmp_path)
+
+
+def _check(name: str, folder: Path) -> None:
+    """Type the page `name` in `folder`."""
+    page = ROOT / name
+    ended = _type(page, folder)
+    place = re.findall(f"^{MARK}(.*)$", ended.stdout, re.MULTILINE)[-1:]
+    assert ended.returncode == 0, f"{name}, block at {place}:\n{ended.stdout[-4000:]}"
+    assert unmet(page.read_text(), ended.stdout) == []
+
+
+@pytest.mark.parametrize("name", [*TYPED, TUTORIAL])
 def test_every_block_says_what_it_is_and_what_it_needs(name: str) -> None:
     found = blocks((ROOT / name).read_text())
     assert any(block.language in ("sh", "console") and not block.option("needs") for block in found)
