@@ -82,9 +82,8 @@ class World:
         present = [name for name in TORCHRUN if name in environ]
         if present and len(present) < len(TORCHRUN):
             missing = ", ".join(name for name in TORCHRUN if name not in environ)
-            raise ConfigError(
-                f"{', '.join(present)} set but not {missing}", field="environment", fix="start with torchrun"
-            )
+            problem = f"{', '.join(present)} set but not {missing}"
+            raise ConfigError(problem, field="environment", fix="start with torchrun, or unset them", code="E19")
         names = TORCHRUN if present else SRUN
         if not present and is_interactive_step(environ):
             return World()
@@ -160,9 +159,11 @@ class World:
         found = as_error(error, "go on") if error is not None else None
         kind = type(found).__name__ if isinstance(found, KhaError) else RankError.__name__
         words = str(found) if isinstance(found, KhaError) else f"{type(found).__name__}: {found}"
-        kind, _, words = self.broadcast_text(f"{kind}\n{words}", first_failing).partition("\n")
+        code = found.code if isinstance(found, KhaError) else ""
+        head, _, words = self.broadcast_text(f"{kind} {code}\n{words}", first_failing).partition("\n")
+        kind, _, code = head.partition(" ")
         agreed: BaseException | None = (
-            found if self.rank == first_failing else _KINDS[kind](f"rank {first_failing}: {words}")
+            found if self.rank == first_failing else _KINDS[kind](f"rank {first_failing}: {words}", code=code)
         )
         assert agreed is not None
         vars(agreed)["agreed"] = True  # the class of a bug has no such field

@@ -87,6 +87,11 @@ def either(*ways: str) -> Ways:
     return fix
 
 
+def tag(code: str) -> str:
+    """The end of a message that has an entry in docs/errors.md: ` [E03]`; "" without a code."""
+    return f" [{code}]" if code else ""
+
+
 def between(first: int, last: int) -> str | None:
     """`allowed` for an integer: the range in words, None where it is empty."""
     if last <= first:
@@ -98,8 +103,8 @@ class KhaError(Exception):
     """A mistake outside the program, described in one line: what is wrong, what is allowed, how to fix it.
 
     `field` names the configuration key or the file, `value` what was found there, `allowed` what would be accepted,
-    `fix` what to type or change. `str(error)` is the line that users see. It shows only the parts that are given, and
-    no part can send control codes to a terminal.
+    `fix` what to type or change, `code` its entry in docs/errors.md, if it has one. `str(error)` is the line that users
+    see, without the code. It shows only the parts that are given, and no part can send control codes to a terminal.
     """
 
     exit_code = 1
@@ -119,8 +124,10 @@ class KhaError(Exception):
         value: Any = None,
         allowed: str | None = None,
         fix: str | None = None,
+        code: str = "",
     ) -> None:
         self.problem, self.field, self.value, self.allowed, self.fix = problem, field, value, allowed, fix
+        self.code = code
         name = None if field is None else visible(field)
         where = "" if name is None else f"{name}: " if value is None else f"{name} = {value!r}: "
         text = f"{where}{problem}"
@@ -136,7 +143,7 @@ class KhaError(Exception):
 
     def line(self) -> str:
         """The one line printed before the command ends with `exit_code`."""
-        return f"{self.kind} error: {self}".lstrip()
+        return f"{self.kind} error: {self}{tag(self.code)}".lstrip()
 
 
 class ConfigError(KhaError):

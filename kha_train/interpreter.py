@@ -19,6 +19,7 @@ NEEDED = (
     "rich",
     "typer",
     "matplotlib",
+    "packaging",
 )
 """Import names of the dependencies in pyproject.toml."""
 

@@ -7,4 +7,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 KHA_PYTHON="${KHA_PYTHON:-python}"
 check_python
 nproc_per_node="${NPROC:-$("$KHA_PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}"
-exec "$KHA_PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$nproc_per_node" -m kha_train "$@"
+exec "$KHA_PYTHON" -m kha_train --ranks "$nproc_per_node" "$@"

@@ -40,6 +40,9 @@ from kha_train.errors import CheckpointError, FormatError, KhaError
 _CHUNK_BYTES = 16 * 2**20
 _NONE = "none"
 
+OF_DEEPSPEED = ("global_step*", "mp_rank_*", "*zero_pp_rank_*")
+"""Names of what DeepSpeed writes by itself."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -158,13 +161,22 @@ def open_verified(path: Path, world: World, hold: ExitStack | None = None) -> Ch
 def directory_of(path: Path) -> Path:
     """The step directory that `path` names: itself, or of a run directory that of its newest checkpoint.
 
-    Raises CheckpointError when there is none, DataError when the events of the run are damaged, OSError.
+    Raises CheckpointError when there is none, FormatError for one that DeepSpeed wrote by itself, DataError when the
+    events of the run are damaged, OSError.
     """
     if not path.is_dir():
         raise CheckpointError("no such directory", field=str(path), allowed="a checkpoint, or a run that has one")
     if problem := lost_checkpoints(path):
         raise CheckpointError(problem, field=str(path), fix=f"mount or restore {path / layout.FOLDER}")
     found = layout.candidates(path / layout.FOLDER)
+    if not found and any(next(path.glob(pattern), None) for pattern in OF_DEEPSPEED):
+        raise FormatError(
+            "a checkpoint of DeepSpeed itself: pickles, bound to one number of ranks, which are never read",
+            field=str(path),
+            allowed="a run of this trainer, or a step of it",
+            fix="name RUN or RUN/checkpoints/step-XXXXXXXX",
+            code="E09",
+        )
     return found[0][1] if found else path
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kha_train.cli.output import print_json
-from kha_train.config.compose import compose, compose_at_home, sweep_command
+from kha_train.config.compose import compose, compose_at_home
 from kha_train.config.home import provide_home
-from kha_train.errors import ConfigError
+from kha_train.config.presets import sweep_command
+from kha_train.config.schema import RunConfig
+from kha_train.config.validate import validate_batch
+from kha_train.errors import ConfigError, KhaError
 from kha_train.literal import say
 from kha_train.telemetry.startup import Startup
 
@@ -28,11 +32,13 @@ def train(
     ] = False,
     ranks_per_node: Annotated[int, typer.Option(min=1, help="With --dry-run: GPUs per node.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON object.")] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="Train with this many processes on this machine.")] = 1,
     multirun: Annotated[bool, typer.Option("--multirun", "-m", hidden=True)] = False,
 ) -> None:
     """Train one model; resumes automatically when run.dir holds a checkpoint.
 
-    Under torchrun, or srun with one task per rank, every rank runs this: `torchrun --nproc-per-node 2 -m kha_train ...`
+    With --ranks 2 two processes train it. Under torchrun, or srun with one task per rank, every rank runs this:
+    `torchrun --nproc-per-node 2 -m kha_train ...`
 
     Raises ConfigError for --json without --dry-run.
     """
@@ -48,15 +54,37 @@ def train(
     if dry_run:
         _rehearse(overrides, ranks_per_node, as_json)
         return
+    if ranks > 1:
+        _launch(ranks, overrides)
     startup = Startup()
     startup.mark("interpreter and command")
-    config = compose_at_home(overrides)
+    config = _composed(overrides)
     provide_home(Path(config.run.dir))
     startup.mark("configuration")
     # Settings are validated before anything heavy is imported.
     from kha_train.train.run import train as train_run
 
     train_run(config, startup)
+
+
+def _launch(ranks: int, overrides: list[str]) -> None:
+    """Train with `ranks` processes, and end with their exit code. The settings are checked once, before any starts."""
+    config = compose_at_home(overrides)
+    validate_batch(config, ranks)
+    from kha_train.operate.launcher import launch
+
+    raise typer.Exit(launch(ranks, ["-m", "kha_train", *overrides]))
+
+
+def _composed(overrides: list[str]) -> RunConfig:
+    """The configuration of this rank. All ranks of a node read the same files and refuse the same settings, so the
+    first of them says so for all. Raises KhaError as `compose`.
+    """
+    try:
+        return compose_at_home(overrides)
+    except KhaError as error:
+        error.agreed = os.environ.get("LOCAL_RANK", "0") != "0"
+        raise
 
 
 def _refuse_multirun(overrides: list[str]) -> None:

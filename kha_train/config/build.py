@@ -28,6 +28,13 @@ class Dataclass(Protocol):
 T = TypeVar("T", bound=Dataclass)
 _hints = cache(get_type_hints)
 """The types of a class, which Python evaluates anew at each call."""
+REGISTRIES: dict[type[Any], Mapping[str, Variant[Any]]] = {
+    BaseOptions: BASES,
+    InteractionOptions: INTERACTIONS,
+    OptimSection: OPTIMIZERS,
+    TaskOptions: TASKS,
+}
+"""Sections whose `name` selects one of several classes of options."""
 
 
 def build(cls: type[T], values: object, path: str = "") -> T:
@@ -128,13 +135,7 @@ def variant_class(cls: type[Any], values: Mapping[str, Any], path: str) -> type[
 
     Raises ConfigError for a name that is not registered.
     """
-    registries: dict[type[Any], Mapping[str, Variant[Any]]] = {
-        BaseOptions: BASES,
-        InteractionOptions: INTERACTIONS,
-        OptimSection: OPTIMIZERS,
-        TaskOptions: TASKS,
-    }
-    registry = registries.get(cls)
+    registry = REGISTRIES.get(cls)
     if registry is None:
         return cls
     # Without a name the field's default applies; only an optimiser has one.

@@ -8,26 +8,23 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, NamedTuple
 
 from kha_train.config import aliases
 from kha_train.config.build import build, did_you_mean, flatten, nearest, to_plain
 from kha_train.config.first_steps import quickstart_first
 from kha_train.config.naming import AUTO, at_home, run_name
-from kha_train.config.presets import check_presets, chosen_as
+from kha_train.config.presets import check_presets, chosen_as, refuse_code, sweep_command
 from kha_train.config.saved import SavedConfig, completed
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate
-from kha_train.errors import ConfigError, Instead, Replace, Typed
-from kha_train.foreign.documents import parse_yaml
+from kha_train.errors import ConfigError, Replace, Typed
+from kha_train.foreign.documents import as_yaml, parse_yaml
 from kha_train.foreign.files import SMALL, read_regular
 from kha_train.foreign.typed import Source
 
@@ -53,7 +50,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     values = _merge(list(overrides))
     config = build(RunConfig, values)
     if config.run.name == AUTO:
-        name = run_name(overrides, _groups(), config, _merge)
+        name = run_name(overrides, preset_groups(), config, _merge)
         config = build(RunConfig, _merge(list(overrides), name))
     validate(config)
     return config
@@ -97,7 +94,7 @@ def load_plain(path: Path) -> dict[str, Any]:
 
 def dump(config: RunConfig) -> str:
     """`config` as YAML text; `load` reads it back unchanged."""
-    return yaml.safe_dump(to_plain(config), sort_keys=False)
+    return as_yaml(to_plain(config))
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
@@ -121,15 +118,6 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     except HydraException as error:
         raise _explain(error, list(overrides)) from None
     return [list(point) for point in itertools.product(*choices)]
-
-
-def sweep_command(overrides: Sequence[str]) -> Instead:
-    """The `kha sweep` command that trains the grid `overrides` here. Every point needs its own run directory, so a
-    given `run.dir` becomes the sweep's.
-    """
-    places = [text.partition("=")[2] for text in overrides if text.startswith("run.dir=")]
-    kept = [text for text in overrides if not text.startswith("run.dir=")]
-    return Instead(shlex.join(["kha", "sweep", *kept, *(f"--dir={place}" for place in places[-1:]), "--local"]))
 
 
 def _refuse_grids(overrides: list[str]) -> None:
@@ -175,9 +163,9 @@ def _merge(overrides: list[str], name: str = "") -> dict[str, Any]:
 
     try:
         _refuse_grids(overrides)
-        check_presets(overrides, _groups())
+        check_presets(overrides, preset_groups())
         merged = _merged(overrides)
-        _refuse_code(OmegaConf.to_container(merged, resolve=False))
+        refuse_code(OmegaConf.to_container(merged, resolve=False))
         typed = {text.partition("=")[0].lstrip("+"): text.partition("=")[2] for text in overrides}
         if "attention" in typed and "attention.name" not in typed:
             # A preset is named after its file, whatever it was copied from.
@@ -200,7 +188,7 @@ def _merged(overrides: Sequence[str]) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    groups = _groups()
+    groups = preset_groups()
     presets = [text for text in overrides if text.partition("=")[0] in groups]
     settings = [text for text in overrides if text.partition("=")[0] not in groups]
     if not all(map(_SETTING.match, settings)):
@@ -221,6 +209,33 @@ def _composed(overrides: Sequence[str]) -> Any:
 
     with _own_hydra(), initialize_config_dir(str(shipped("configs")), version_base="1.3"):
         return hydra_compose("config", overrides=list(overrides))
+
+
+class Part(NamedTuple):
+    """A file of values, the section that it fills ("" for the root), and the file that chose it."""
+
+    path: Path
+    section: str
+    chosen_by: str
+
+
+def parts(overrides: Sequence[str]) -> list[Part]:
+    """The files of `configs` that `overrides` combine, in the order in which Hydra merges them: the last one to have a
+    key decides it. Raises as Hydra does.
+    """
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    folder = shipped("configs")
+    with _own_hydra(), initialize_config_dir(str(folder), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        chosen = loader.compute_defaults_list("config", list(overrides), RunMode.RUN).defaults
+    return [
+        Part(folder / f"{one.config_path}.yaml", one.package or "", one.parent or "")
+        for one in chosen
+        if one.config_path and one.config_path.partition("/")[0] != "hydra"
+    ]
 
 
 @lru_cache(maxsize=64)
@@ -256,20 +271,6 @@ def _own_hydra() -> Iterator[None]:
         one.hydra = outer
 
 
-def _refuse_code(values: Any, path: str = "config") -> None:
-    """A configuration is data: no `_target_`, and interpolation only between its own keys."""
-    if isinstance(values, dict):
-        for key, value in values.items():
-            if str(key).startswith("_"):
-                raise ConfigError("keys that start with an underscore are not configuration", field=f"{path}.{key}")
-            _refuse_code(value, f"{path}.{key}")
-    elif isinstance(values, list):
-        for value in values:
-            _refuse_code(value, path)
-    elif isinstance(values, str) and ":" in values.partition("${")[2]:
-        raise ConfigError("resolvers are not allowed in a configuration", field=path, value=values)
-
-
 def _explain(error: Exception, overrides: list[str]) -> ConfigError:
     """Hydra's own message, shortened to one line and without the given values, which may hold a secret. For an unknown
     key, the keys beside it are listed.
@@ -280,7 +281,7 @@ def _explain(error: Exception, overrides: list[str]) -> ConfigError:
         if not equals or not key or key.startswith("-"):
             return _not_an_override(at, overrides)
         if f"'{key}'" in message and ("not in struct" in message or "Could not override" in message):
-            return _unknown_key(key, overrides)
+            return unknown_key(key, overrides)
         if not _parses(override):
             return ConfigError(
                 "the value cannot be parsed",
@@ -310,7 +311,7 @@ def _parses(override: str) -> bool:
     return True
 
 
-def _unknown_key(key: str, overrides: list[str]) -> ConfigError:
+def unknown_key(key: str, overrides: list[str]) -> ConfigError:
     """Lists the keys of the group in which `key` was looked up, and the one that may be meant. Keys are those of the
     presets chosen in `overrides`.
     """
@@ -324,7 +325,8 @@ def _unknown_key(key: str, overrides: list[str]) -> ConfigError:
         fix = nearest(name, siblings, parent)["fix"]
     elif meant := _meant(key, known):
         fix = did_you_mean(key, meant)
-    return ConfigError("unknown key", field=key, allowed=", ".join(siblings.values() if inside else names), fix=fix)
+    allowed = ", ".join(siblings.values() if inside else names)
+    return ConfigError("unknown key", field=key, allowed=allowed, fix=fix, code="E15")
 
 
 def _keys_beside(overrides: list[str]) -> list[str]:
@@ -333,7 +335,7 @@ def _keys_beside(overrides: list[str]) -> list[str]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    chosen = [text for text in overrides if text.partition("=")[0].partition("@")[0] in _groups()]
+    chosen = [text for text in overrides if text.partition("=")[0].partition("@")[0] in preset_groups()]
     try:
         values = OmegaConf.to_container(_merged(chosen), resolve=False)
     except (HydraException, OmegaConfBaseException):
@@ -353,7 +355,7 @@ def _meant(key: str, known: list[str]) -> str | None:
     ours = aliases.own_name(key)
     if ours or aliases.advice(key):
         return ours
-    close = get_close_matches(key, [*known, *_groups()], n=1)
+    close = get_close_matches(key, [*known, *preset_groups()], n=1)
     return chosen_as(close[0]) if close else None
 
 
@@ -362,7 +364,7 @@ def override_for(name: str, value: str) -> str | None:
     there is no such setting. A value that may hold a secret is not repeated.
     """
     known = list(flatten(_merge([])))
-    key = chosen_as(name) if name in (*known, *_groups()) else _meant(name, known)
+    key = chosen_as(name) if name in (*known, *preset_groups()) else _meant(name, known)
     if key is None:
         return None
     return f"{key}={value}" if re.fullmatch(r"[\w./+-]+", value) else f"{key}=..."
@@ -381,13 +383,13 @@ def _not_an_override(at: int, overrides: list[str]) -> ConfigError:
         if meant:
             fix = Replace(meant, old=typed)
             break
-    groups = [group for group, names in _groups().items() if overrides[at] in names]
+    groups = [group for group, names in preset_groups().items() if overrides[at] in names]
     if fix is None and len(groups) == 1:
         fix = Replace(f"{chosen_as(groups[0])}={overrides[at]}", old=overrides[at])
     return ConfigError("an override is KEY=VALUE", field="override", value=overrides[at], fix=fix)
 
 
-def _groups() -> dict[str, list[str]]:
+def preset_groups() -> dict[str, list[str]]:
     """The names of the presets of every group."""
     groups = (path for path in shipped("configs").iterdir() if path.is_dir() and path.name != STUDIES)
     return {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in groups}

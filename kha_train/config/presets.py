@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 
 from kha_train.config.build import did_you_mean, nearest
-from kha_train.errors import ConfigError, Replace
+from kha_train.errors import ConfigError, Instead, Replace
+from kha_train.foreign.documents import Json
 
 _PLACES = {"interaction": "interaction@attention.interaction"}
 """Group -> how it is chosen, if not by its own name."""
@@ -54,3 +56,28 @@ def _check_choice(override: str, group: str, name: str, presets: Mapping[str, Se
 def _chosen_otherwise(override: str, group: str, name: str) -> ConfigError:
     fix = Replace(f"{chosen_as(group)}={name}", old=override)
     return ConfigError("a preset is chosen in another way", field=override.partition("=")[0], value=name, fix=fix)
+
+
+def refuse_code(values: Json, path: str = "config") -> None:
+    """A configuration is data. Raises ConfigError for `_target_`, which Hydra could call, and for interpolations other
+    than between its own keys.
+    """
+    if isinstance(values, dict):
+        for key, value in values.items():
+            if str(key).startswith("_"):
+                raise ConfigError("keys that start with an underscore are not configuration", field=f"{path}.{key}")
+            refuse_code(value, f"{path}.{key}")
+    elif isinstance(values, list):
+        for value in values:
+            refuse_code(value, path)
+    elif isinstance(values, str) and ":" in values.partition("${")[2]:
+        raise ConfigError("resolvers are not allowed in a configuration", field=path, value=values)
+
+
+def sweep_command(overrides: Sequence[str]) -> Instead:
+    """The `kha sweep` command that trains the grid `overrides` here. Every point needs its own run directory, so a
+    given `run.dir` becomes the sweep's.
+    """
+    places = [text.partition("=")[2] for text in overrides if text.startswith("run.dir=")]
+    kept = [text for text in overrides if not text.startswith("run.dir=")]
+    return Instead(shlex.join(["kha", "sweep", *kept, *(f"--dir={place}" for place in places[-1:]), "--local"]))

@@ -21,6 +21,8 @@ from kha_train.variants.backends import TRAITS, Asked
 Precision = Literal["fp32", "bf16"]
 TURNED_WIDTHS = (16, 32, 64, 128, 256)
 """Widths of heads that the kernel takes which normalises and turns them."""
+OLDEST_FOR_BF16 = (8, 0)
+"""The oldest compute capability that computes in bfloat16; older ones imitate it, slowly."""
 OLDEST_FOR_TRITON = (8, 0)
 """The oldest compute capability that kernels support: the first with bfloat16."""
 MEGABLOCKS_INSTALL = (
@@ -127,6 +129,15 @@ def resolve(config: RunConfig, device: Device) -> Resolved:
             field="attention.backend",
             value=named,
             fix=either(Settings("attention.backend=sdpa"), Settings("attention.backend=auto")),
+            code="E10",
+        )
+    if precision == "bf16" and device.kind == "cuda" and device.capability and device.capability < OLDEST_FOR_BF16:
+        raise ConfigError(
+            _too_old(device.capability, OLDEST_FOR_BF16),
+            field="engine.precision",
+            value="bf16",
+            fix=Settings("engine.precision=fp32"),
+            code="E20",
         )
     if config.engine.kernels == "triton":
         require_triton(device, precision)

@@ -20,7 +20,8 @@ def check_attention(config: RunConfig) -> None:
         raise problem
     reason = interaction.refuses(base)
     if reason:
-        raise ConfigError(reason, field="attention.interaction", value=f"{interaction.name} on {base.name}")
+        pair = f"{interaction.name} on {base.name}"
+        raise ConfigError(reason, field="attention.interaction", value=pair, code="E05")
     _rotary(config)
     _rope_scaling(config)
     _context(config)
@@ -78,6 +79,7 @@ def _rotary(config: RunConfig) -> None:
         value=given,
         allowed=f"an even number of rotated dimensions, from 2 to {max(width, 2)}",
         fix=Settings(fix),
+        code="E04",
     )
 
 

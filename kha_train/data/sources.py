@@ -261,6 +261,7 @@ def open_rows(config: RunConfig, directory: str, field: str) -> Rows:
             field="model.seq_len",
             value=config.model.seq_len,
             allowed=f"at most {longest - 1}, one less than the tokens of the largest shard" if longest > 1 else None,
+            code="E18",
         )
     return rows
 
@@ -285,6 +286,7 @@ def open_shards(config: RunConfig, directory: str, field: str) -> ShardSet:
             field="model.vocab_size",
             value=config.model.vocab_size,
             fix=either(Settings(f"model.vocab_size={shards.vocab_size}"), "other data"),
+            code="E02",
         )
     shards.check_tokenizer()
     return shards

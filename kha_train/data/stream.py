@@ -224,6 +224,7 @@ def open_stream(
             field="data.global_batch_size",
             value=batch_size,
             allowed=f"a multiple of {groups}",
+            code="E07",
         )
     samples = open_samples(config)
     stream = TokenStream(

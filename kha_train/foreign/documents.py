@@ -44,6 +44,29 @@ def parse_yaml(raw: bytes) -> Json:
     return value
 
 
+def as_yaml(value: Json) -> str:
+    """Plain `value` as YAML, keys in their order."""
+    import yaml
+
+    return yaml.safe_dump(value, sort_keys=False)
+
+
+def yaml_lines(text: str) -> dict[str, tuple[int, str]]:
+    """The line (from 1) and the text of the value of each key of YAML `text`, by dotted keys; "" for a mapping or a
+    list. Raises as `yaml`: for files of our own.
+    """
+    import yaml
+
+    found: dict[str, tuple[int, str]] = {}
+    left: list[tuple[str, Any]] = [("", yaml.compose(text, Loader=yaml.SafeLoader))]
+    for path, node in left:
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            where = f"{path}.{key.value}" if path else key.value
+            found[where] = key.start_mark.line + 1, value.value if isinstance(value, yaml.ScalarNode) else ""
+            left.append((where, value))
+    return found
+
+
 def check_depth(value: object) -> None:
     """Raises ValueError when containers are nested more than `MAX_DEPTH` deep."""
     level, depth = [value], 0

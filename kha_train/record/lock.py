@@ -112,11 +112,15 @@ class RunLock:
     def _refuse(self, owner: dict[str, Any]) -> None:
         job = f", SLURM job {owner['job']}" if owner.get("job") else ""
         name = f"process {owner.get('process')} on {owner.get('host')}{job}" if owner else "unknown"
+        age = heartbeat_age(self._run_dir)
+        heard = "" if age is None else f", heard of {age:.0f} s ago"
         raise RunDirectoryInUse(
-            f"another process is training here: {name}",
+            f"another process is training here: {name}{heard}",
             field="run.dir",
             value=str(self._run_dir),
-            fix="wait for it or stop it, or choose another run.dir",
+            fix=f"wait for it, stop it (`touch {self._run_dir}/STOP`), or choose another run.dir; the lock of a dead "
+            "process is released by itself",
+            code="E13",
         )
 
     def _write(self, beat: int) -> None:

@@ -43,6 +43,7 @@ def explained_when_out_of_memory(config: RunConfig, world: World, has_fitted: Ca
             field="engine.micro_batch_size",
             value=config.engine.micro_batch_size,
             fix=" or ".join(_remedies(config, world)) or "more devices, or a smaller model",
+            code="E11",
         ) from error
 
 

@@ -11,12 +11,14 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from kha_train.config.schema import RunConfig
+from kha_train.errors import tag
 from kha_train.literal import say
 from kha_train.record.markers import Marker, has_marker
 from kha_train.train.signals import SignalListener
@@ -28,6 +30,23 @@ ECHO_SECONDS = 0.5
 """A signal within this time is the same request: `timeout` forwards what the whole group has received."""
 TORCHRUN_ECHO_SECONDS = 2.0
 """The same under torchrun, which also forwards signals, and does so from Python."""
+
+
+def time_warning(config: RunConfig, environ: Mapping[str, str] = os.environ, now: float | None = None) -> str:
+    """A warning if no checkpoint is due in the time that is left by `run.max_minutes` and the end of the SLURM job; ""
+    where there is nothing to warn of. `now`: seconds since the epoch.
+    """
+    every, most = config.checkpoint.every_minutes, config.run.max_minutes
+    end = environ.get("SLURM_JOB_END_TIME", "")
+    left = [most] if most else []
+    left += [(int(end) - (time.time() if now is None else now)) / 60] if end.isdecimal() else []
+    if not left or every <= min(left):
+        return ""
+    due = max(1, int(min(left) / 4))
+    return (
+        f"warning: checkpoint.every_minutes = {every:g}: {min(left):.0f} minutes are left, and a crash loses them; "
+        f"fix: checkpoint.every_minutes={due}{tag('E21')}"
+    )
 
 
 class StopRequests:

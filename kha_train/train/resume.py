@@ -120,6 +120,7 @@ def check_belongs(
             field="run.dir",
             value=config.run.dir,
             fix=either("restore the old settings", *_typed_ways(config, checkpoint, ways(config, change, names))),
+            code="E08",
         )
     if {*checkpoint.kinds} != {*config.optim.kinds()}:
         raise ResumeError(
@@ -128,6 +129,7 @@ def check_belongs(
             value=config.optim.name,
             allowed=f"one that keeps {', '.join(checkpoint.kinds[1:]) or 'none'}",
             fix=either("restore the old settings", *_typed_ways(config, checkpoint)),
+            code="E08",
         )
     _, new, left_out, trained_by_one = compare_parameters(config, checkpoint)
     others = new + left_out + trained_by_one
@@ -137,6 +139,7 @@ def check_belongs(
             field="run.dir",
             value=config.run.dir,
             fix=either("restore the old settings", *_typed_ways(config, checkpoint)),
+            code="E08",
         )
     check_rate(config, change)
     return change

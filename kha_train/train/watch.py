@@ -130,6 +130,7 @@ class Watch:
                 field="stability.policy",
                 value=self._config.policy,
                 fix="lower optim.lr or lengthen optim.schedule.warmup; earlier checkpoints are kept",
+                code="E14",
             )
 
     def check_end(self, steps: int, skipped: int) -> None:
@@ -148,6 +149,7 @@ class Watch:
             field="run.steps",
             value=steps,
             fix="lower optim.lr or model.init_std, or lengthen optim.schedule.warmup; earlier checkpoints are kept",
+            code="E14",
         )
 
     @property

@@ -28,6 +28,7 @@ class GroupedQueryOptions(BaseOptions):
                 value=self.kv_heads,
                 allowed=", ".join(map(str, divisors)),
                 fix=Settings(f"model.kv_heads={max(n for n in divisors if n <= max(self.kv_heads, 1))}"),
+                code="E03",
             )
         return super().invalid()
 

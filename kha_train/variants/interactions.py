@@ -244,7 +244,7 @@ class KnockingMlpOptions(_NonLinearOptions, FoldableOptions):
         costly = [p for p in self.projections if p != "v"]
         if not costly:
             return []
-        return [f"knocking_mlp on {' and '.join(costly)} costs more and gains nothing over v alone (KHA table 2)"]
+        return [f"knocking_mlp on {' and '.join(costly)} costs more and gains nothing over v alone (KHA table 2) [E06]"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,6 +123,7 @@ REFUSED = {
     "a setting of another framework": "compose learning_rate=1e-3",
     "a setting added by another name": "compose +optim.learning_rate=1e-3",
     "a mistyped setting that is added": "compose +optim.grad_clp=1.0",
+    "a mistyped sink": "compose telemetry.sinks=[wandb,tensorbord,nothing]",
     "one tag": "compose telemetry.wandb.tags=mine",
     "a grid": "compose attention=gqa,mha",
     "a grid and its place": "compose attention=gqa,mha run.dir=runs/grid",
@@ -134,6 +135,7 @@ REFUSED = {
     "CUDA on a cluster of CPUs": "plan engine.device=cuda cluster=cpu",
     "a backend of CUDA": "resolve engine.device=cpu attention.backend=varlen",
     "a backend of CUDA on a cluster of CPUs": "resolve cluster=cpu attention.backend=varlen",
+    "bf16 of an old GPU": "resolve cluster=h100_1x1 cluster.capability=7.5 engine.precision=bf16",
     "a backend of bf16": "compose engine.precision=fp32 attention.backend=varlen",
     "kernels of CUDA": "resolve engine.device=cpu engine.kernels=triton",
     "a kernel of CUDA": "resolve engine.device=cpu attention=kha_mlp attention.interaction.impl=triton",
@@ -150,6 +152,8 @@ REFUSED = {
     "shards that are there": "data tokenize --corpus {corpus} --tokenizer {tokenizer} --out {shards}",
     "a picture of somebody": "data inspect {shards} --png {taken}",
     "no quickstart yet": "data inspect quickstart/shards/train",
+    "a setting of another attention": "config explain attention.base.latent_width",
+    "neither settings nor a run": "config diff nowhere ''",
     "no SLURM": "sweep attention=gqa,mha",
 }
 """The commands that are typed; `places` makes the names in braces."""

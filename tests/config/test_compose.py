@@ -228,7 +228,7 @@ def test_a_mistake_is_one_line_with_field_value_allowed_and_fix(
         run(["train", *overrides])
     printed = capsys.readouterr()
     assert ended.value.code == 2 and printed.out == ""
-    assert printed.err == f"configuration error: {error}\n"
+    assert printed.err == f"{error.line()}\n" and error.line().startswith(f"configuration error: {error}")
     assert "Traceback" not in printed.err
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -151,25 +152,36 @@ def load(directory: Path, *, field: str) -> Manifest:
     Raises ConfigError when there is no dataset, DataError when the manifest is damaged or edited.
     """
     path = directory / MANIFEST_NAME
-    inside = [one.parent.name for one in sorted(directory.glob(f"*/{MANIFEST_NAME}"))]
-    fix = f"name one of those in it: {', '.join(inside)}" if inside else "`kha data tokenize` makes one"
-    quickstart = quickstart_first(directory)
-    fix = either(quickstart, "name your own shards") if quickstart else fix
     if not directory.is_dir():
-        raise ConfigError("no such dataset directory", field=field, value=str(directory), fix=fix)
+        problem = "no such dataset directory"
+        raise ConfigError(problem, field=field, value=str(directory), fix=_instead_of(directory), code="E01")
     try:
         text = read_regular(path, MAX_BYTES)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", field=str(path)) from error
     if text is None:
-        raise ConfigError(
-            f"not a finished dataset: it has no {MANIFEST_NAME}", field=field, value=str(directory), fix=fix
-        )
+        binaries = sum(1 for _ in directory.glob("*.bin"))
+        foreign = f", but {binaries} files named *.bin" if binaries else ""
+        problem = f"not a finished dataset: it has no {MANIFEST_NAME}{foreign}"
+        fix = "`kha data import` makes shards of them" if binaries else _instead_of(directory)
+        raise ConfigError(problem, field=field, value=str(directory), fix=fix, code="E01")
     try:
         raw = parse_json(text)
     except ValueError as error:
         raise DataError(f"is not JSON: {error}", field=str(path), fix="write the dataset again") from error
     return parse(raw, path)
+
+
+def _instead_of(directory: Path) -> str:
+    """The fix for a `directory` without a manifest: datasets in it, the quickstart, or one of nearly the same name."""
+    inside = [one.parent.name for one in sorted(directory.glob(f"*/{MANIFEST_NAME}"))]
+    if inside:
+        return f"name one of those in it: {', '.join(inside)}"
+    if quickstart := quickstart_first(directory):
+        return either(quickstart, "name your own shards")
+    beside = [one.parent.name for one in directory.parent.glob(f"*/{MANIFEST_NAME}")] if directory.name else []
+    close = get_close_matches(directory.name, beside, n=1)
+    return f"did you mean {directory.parent / close[0]}?" if close else "`kha data tokenize` makes one"
 
 
 def parse(raw: object, path: Path | str) -> Manifest:

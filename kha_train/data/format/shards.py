@@ -213,11 +213,11 @@ class ShardSet:
         path, where = self.directory / entry.file, self._files.path(entry.file)
         fix = "restore the file that made the dataset, or tokenize again"
         if not path.is_file():
-            raise DataError("the tokenizer file is missing", field=self._field, value=where, fix=fix)
+            raise DataError("the tokenizer file is missing", field=self._field, value=where, fix=fix, code="E16")
         found = sha256_of_file(path)
         if found != entry.sha256:
             problem = f"not the tokenizer that made this dataset: expected SHA-256 {entry.sha256}, found {found}"
-            raise DataError(problem, field=self._field, value=where, fix=fix)
+            raise DataError(problem, field=self._field, value=where, fix=fix, code="E17")
         return path
 
     def token_counts(self, progress: Callable[[int], None] | None = None) -> np.ndarray:

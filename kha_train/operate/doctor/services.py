@@ -34,7 +34,7 @@ def check_environment(environ: Mapping[str, str]) -> Iterator[Check]:
         world = World.from_environment(environ)
         yield Check("environment", "ranks", "OK", f"rank {world.rank} of {world.size}")
     except ConfigError as error:
-        yield Check("environment", "ranks", "FAIL", error.problem, f"{error.fix}, or unset them")
+        yield Check("environment", "ranks", "FAIL", error.problem, str(error.fix))
     for name in sorted(environ):
         if not name.startswith(PREFIXES):
             continue
