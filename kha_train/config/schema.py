@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from kha_train.config.surroundings import ClusterSection, ProfileSection, TelemetrySection
 from kha_train.variants import optimizer
 from kha_train.variants.attention import BaseOptions, HeadShape, InteractionOptions, Positions, QkNorm
 from kha_train.variants.backends import BackendName
@@ -302,66 +303,6 @@ class StabilitySection:
     rewind: RewindSection = field(default_factory=RewindSection)
     zclip: bool = False
     probe_every: int = 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class WandbSection:
-    """The W&B mirror. `auto` is online with a key and a network, offline otherwise; never fatal."""
-
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    project: str = "kha_train"
-    entity: str = ""
-    group: str = ""
-    tags: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class TelemetrySection:
-    """What is measured and shown of a run. `peak_tflops` (0: look up or measure) is the denominator of MFU. Every
-    `layer_statistics_every` steps (0: never) the record has norms of gradient, update and activations of each layer.
-    """
-
-    console: Literal["auto", "lines", "progress", "quiet"] = "auto"
-    peak_tflops: float = 0.0
-    layer_statistics_every: int = 0
-    wandb: WandbSection = field(default_factory=WandbSection)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProfileSection:
-    """Which steps are profiled into `<run.dir>/profile/`: `first_step` (0: none) to `last_step`; with `memory` also
-    what they allocate."""
-
-    first_step: int = 0
-    last_step: int = 0
-    memory: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterSection:
-    """The machine a run is planned for (`kha plan`); training itself uses the machine it runs on.
-
-    Per device: dense peak in `peak_tflops`, `memory_gib` of which the model cannot use `reserved_gib`,
-    `price_per_hour`, and the compute `capability` of CUDA, such as 9.0, which decides what kernels can run. Bandwidths
-    are GB a second, one way: `node_bandwidth_gb` of a device to its node of `devices_per_node`, `network_bandwidth_gb`
-    of a device to other nodes, `storage_bandwidth_gb` of all writes. 0 means unknown, and nothing is checked against
-    it. `mfu` and `hours_between_failures` (of one device) are assumptions; replace them with measured values.
-    """
-
-    name: str
-    device: Literal["cpu", "cuda"]
-    devices: int
-    devices_per_node: int
-    memory_gib: float
-    reserved_gib: float
-    peak_tflops: float
-    mfu: float
-    node_bandwidth_gb: float
-    network_bandwidth_gb: float
-    storage_bandwidth_gb: float
-    price_per_hour: float
-    hours_between_failures: float
-    capability: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

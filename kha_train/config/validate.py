@@ -34,6 +34,7 @@ def validate(config: RunConfig, *, to_train: bool = True) -> None:
     _layers(config)
     _experts(config)
     if to_train:
+        _telemetry(config)
         _branch(config)
         _router_learns(config)
     _engine(config)
@@ -82,6 +83,7 @@ def validate_batch(config: RunConfig, world_size: int) -> None:
             value=rows,
             allowed=f"multiples of engine.micro_batch_size x {sharing} = {unit}",
             fix=either(*(Settings(f"data.global_batch_size={near}") for near in (below, above) if near)),
+            code="E07",
         )
 
 
@@ -119,6 +121,11 @@ def _branch(config: RunConfig) -> None:
             allowed="another directory",
             fix=Settings(place),
         )
+
+
+def _telemetry(config: RunConfig) -> None:
+    if problem := config.telemetry.invalid():
+        raise problem
 
 
 def _shares(config: RunConfig) -> None:

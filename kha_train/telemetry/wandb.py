@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from kha_train.config.build import to_plain
 from kha_train.config.schema import RunConfig
+from kha_train.errors import tag
 from kha_train.metric import Metric
 from kha_train.record import Redactor
 from kha_train.record.metrics import record_only
 from kha_train.record.schema import Parent
 from kha_train.telemetry import backlog
+from kha_train.telemetry.guard import Guard
 from kha_train.telemetry.server import has_key, is_reachable
+from kha_train.telemetry.sinks import Beginning, Sink
 from kha_train.telemetry.spike_chart import SPIKE_COLUMNS, spike_chart
 
 MAX_KEYS = 200
@@ -50,7 +52,7 @@ Sent = tuple[int, dict[str, Any]]
 """A row's number and its values."""
 
 
-class WandbMirror:
+class WandbMirror(Sink):
     """Sends every metrics line to one W&B run that all attempts continue.
 
     The x-axes are our own `step` and `tokens`. W&B's own count cannot go back, so steps computed again after a restart
@@ -99,7 +101,7 @@ class WandbMirror:
                     reason = f"{reason}; then {failure}" if reason and mode == "offline" else failure
         self._catch_up(wandb_id)
         if reason and rank == 0:
-            warn(f"W&B is {self.mode}: {self._redactor.text(reason)}")
+            warn(f"W&B is {self.mode}: {self._redactor.text(reason)}{tag('E12')}")
 
     def step(self, line: dict[str, Any]) -> None:
         """Sends a metrics line at its own step; inside a spike its loss is sent once more, as a marker."""
@@ -150,13 +152,13 @@ class WandbMirror:
         self._drain(backlog.MAX_ROWS + len(self._queue))
         self._attempt(lambda run: run.finish(exit_code=exit_code))
         if self._run is not None:
-            with _Guard():
+            with Guard():
                 backlog.note_rows(self._run_dir, self._row)
         self._run = None
 
     def _start(self, config: RunConfig, run_dir: Path, wandb_id: str) -> str:
         """Opens the run in `self.mode`; returns the reason if it could not."""
-        guard = _Guard()
+        guard = Guard()
         with guard:
             shown = to_plain(config) | ({"parent": self._parent} if self._parent else {})
             self._run = _open_run(config, shown, run_dir, wandb_id, self.mode, self._redactor)
@@ -170,7 +172,7 @@ class WandbMirror:
         """
         if self._run is None:
             return
-        guard = _Guard()
+        guard = Guard()
         with guard:
             held, server_row = backlog.rows_noted(self._run_dir), getattr(self._run, "starting_step", None)
             if self.mode == "offline":
@@ -203,7 +205,7 @@ class WandbMirror:
     def _attempt(self, act: Callable[[Any], Any]) -> None:
         if self._run is None:
             return
-        guard = _Guard()
+        guard = Guard()
         with guard:
             act(self._run)
         if guard.reason:
@@ -211,28 +213,10 @@ class WandbMirror:
             self._warn(f"W&B is disabled from here on: {self._redactor.text(guard.reason)}")
 
 
-class _Guard:
-    """Swallows any error of the block and keeps its text: no error of a mirror is worth ending a run.
-
-    wandb documents no complete list of its exceptions, so a narrower rule would not keep this promise.
-    KeyboardInterrupt and SystemExit pass.
-    """
-
-    reason = ""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> bool:
-        if isinstance(error, Exception):
-            text = str(error)
-            # A second line from wandb says what the server answered, and which of its settings is wrong.
-            cause = re.search(r"while retrying: (.*)|validation errors? for .*\n([\s\S]*?)(?: \[type|$)", text)
-            first = text.splitlines()[0] if text else "no message"
-            more = " ".join((cause[1] or cause[2] or "").split()) if cause else ""
-            self.reason = f"{type(error).__name__}: {first}" + (f" ({more})" if more else "")
-            return True
-        return False
+def open_sink(beginning: Beginning) -> WandbMirror:
+    """The sink `wandb`."""
+    run = beginning
+    return WandbMirror(run.config, run.run_dir, run.wandb_id, warn=run.warn, metrics=run.metrics, parent=run.parent)
 
 
 def _as_sent(row: backlog.Row) -> Sent:
@@ -252,7 +236,7 @@ def _tear_down() -> None:
     """
 
     def act() -> None:
-        with _Guard():
+        with Guard():
             import wandb
 
             wandb.teardown()
@@ -275,7 +259,7 @@ def _row_of(record: bytes) -> int | None:
 
 def safely_chosen_mode(asked: Asked) -> tuple[Mode, str]:
     """`choose_mode`, or offline if that fails: a strange address, a home or netrc file that cannot be read."""
-    guard = _Guard()
+    guard = Guard()
     with guard:
         return choose_mode(asked)
     return "offline", guard.reason

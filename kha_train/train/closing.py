@@ -26,7 +26,7 @@ def check_end(session: Session, reporter: Reporter) -> None:
 
 
 def sum_up(session: Session, reporter: Reporter, error: BaseException | None) -> None:
-    """Write the results of the whole run to `run.json`, W&B and the console.
+    """Write the results of the whole run to `run.json`, the sinks and the console.
 
     This takes longer for a longer record, so a process that must end at once skips it.
     """
@@ -37,8 +37,8 @@ def sum_up(session: Session, reporter: Reporter, error: BaseException | None) ->
         reporter.record.update_run(spikes=ending.report.summary)
         points = ending.report.curve.points
         losses = list(zip(field_of(points, "step").tolist(), field_of(points, "loss").tolist(), strict=True))
-        reporter.wandb.spikes(ending.report.to_dict()["events"], ending.actions, losses)
-        reporter.wandb.summary(ending.summary())
+        reporter.sinks.spikes(ending.report.to_dict()["events"], ending.actions, losses)
+        reporter.sinks.summary(ending.summary())
         if error is None:
             steps = session.config.run.steps
             finished = session.progress.step >= steps

@@ -4,7 +4,7 @@
 2. The checkpoint to resume from, and the data. A run that does not fit them is refused, and keeps what it has.
 3. The kernels, the same on all ranks.
 4. The engine, restored from the checkpoint, or filled with the weights or the whole state of another run.
-5. The record, the console, W&B and the saver; with them the attempt begins.
+5. The record, the console, the sinks and the saver; with them the attempt begins.
 
 What was opened is closed in reverse order, whether opening fails, training fails or training ends.
 """
@@ -54,14 +54,15 @@ from kha_train.record.schema import Parent
 from kha_train.telemetry.console import Console
 from kha_train.telemetry.meters import PeakMemory
 from kha_train.telemetry.profiler import Profiler
+from kha_train.telemetry.sinks import Beginning, Sinks, open_sinks
 from kha_train.telemetry.startup import Startup
 from kha_train.telemetry.throughput import Throughput
-from kha_train.telemetry.wandb import WandbMirror
 from kha_train.train import resume
 from kha_train.train.branch import Branch
 from kha_train.train.closing import close_record, sum_up
 from kha_train.train.failure import accept
 from kha_train.train.metrics import declared
+from kha_train.train.preempt import time_warning
 from kha_train.train.previous import NOT_FINISHED, find_own_checkpoint, finished_at, needs_no_checkpoint
 from kha_train.train.progress import Progress, restore_watch
 from kha_train.train.rate_change import tell_rate_change
@@ -319,16 +320,17 @@ def _open_reporter(
     profiler = Profiler(config, session.run_dir, world, console.warn)
     closings.callback(profiler.close)
     metrics = declared(config, session.engine.decoder).values()
-    wandb_id, warn = journal.record.wandb_id, console.warn
-    wandb = WandbMirror(config, session.run_dir, wandb_id, rank=world.rank, warn=warn, metrics=metrics, parent=parent)
-    closings.push(lambda kind, error, trace: wandb.close(_exit_code(error)))
-    reporter = Reporter(journal, console, wandb, profiler, memory, throughput, metrics, startup)
+    wandb_id, step = journal.record.wandb_id, session.progress.step
+    beginning = Beginning(config, session.run_dir, wandb_id, step, console.warn, metrics, parent)
+    sinks = open_sinks(beginning) if world.is_main else Sinks()
+    closings.push(lambda kind, error, trace: sinks.close(_exit_code(error)))
+    reporter = Reporter(journal, console, sinks, profiler, memory, throughput, metrics, startup)
     closings.push(lambda kind, error, trace: sum_up(session, reporter, error))
     return reporter
 
 
 def _exit_code(error: BaseException | None) -> int:
-    """The exit code for W&B, which shows a failed run as failed."""
+    """The exit code for sinks; W&B shows a failed run as failed."""
     return error.exit_code if isinstance(error, KhaError) else int(error is not None)
 
 
@@ -393,6 +395,6 @@ def _begin_attempt(
         write_text(session.run_dir / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False))
     for kind, fields in changes:
         reporter.record.event(kind, step, **fields)
-    resumed_after, branched_after = step if session.resumed_from else None, step if branch else 0
-    for line in [*kernels.announced, headline(config, world.size, resumed_after, facts, branched_after)]:
+    head = headline(config, world.size, step if session.resumed_from else None, facts, step if branch else 0)
+    for line in filter(None, [*kernels.announced, time_warning(config), head]):
         reporter.console.message(line)

@@ -1,6 +1,6 @@
 """Reports a run while it trains: the line of each step and the events go to the record, then to its mirrors.
 
-The record comes first; console and W&B show what it holds. A rank that cannot write the record must not raise alone
+The record comes first; console and sinks show what it holds. A rank that cannot write the record must not raise alone
 while the others wait: the `Journal` keeps the error, and the loop passes it to the next agreement.
 """
 
@@ -17,9 +17,9 @@ from kha_train.record import Record
 from kha_train.telemetry.console import Console
 from kha_train.telemetry.meters import DataWait, PeakMemory
 from kha_train.telemetry.profiler import Profiler
+from kha_train.telemetry.sinks import Sinks
 from kha_train.telemetry.startup import Startup
 from kha_train.telemetry.throughput import Throughput
-from kha_train.telemetry.wandb import WandbMirror
 from kha_train.train.probe import probe_metrics
 from kha_train.train.saving import Saver
 from kha_train.train.session import Session
@@ -87,7 +87,7 @@ class Reporter:
 
     journal: Journal
     console: Console
-    wandb: WandbMirror
+    sinks: Sinks
     profiler: Profiler
     memory: PeakMemory
     throughput: Throughput
@@ -149,22 +149,22 @@ class Reporter:
         if self.trouble:
             return
         self.console.step(line)
-        self.wandb.step(line)
+        self.sinks.step(line)
         for kind, fields in happenings:
             self.happened(kind, line["step"], **fields)
 
     def happened(self, kind: str, step: int, **fields: Any) -> None:
-        """Record an event of `step`, and send it to W&B; some are printed on the console."""
+        """Record an event of `step`, and send it to the sinks; some are printed on the console."""
         event = self.journal.event(kind, step, **fields)
-        # Clipping is frequent: in W&B it is a curve, and leaves the rows to rarer actions.
+        # Clipping is frequent: in sinks it is a curve, and leaves the marks to rarer actions.
         if kind != "zclip":
-            self.wandb.event(event)
+            self.sinks.event(event)
         if kind in ANNOUNCED:
             self.console.warn(describe(kind, step, fields))
 
     def checkpoint_event(self, kind: str, step: int, **fields: Any) -> None:
         """Record the end of a save (`checkpoint_saved`, `checkpoint_failed`), and show it in the mirrors."""
-        self.wandb.event(self.journal.event(kind, step, **fields))
+        self.sinks.event(self.journal.event(kind, step, **fields))
         if kind == "checkpoint_saved":
             self.console.checkpoint_saved(step)
         else:

@@ -99,6 +99,13 @@ def engines() -> tuple[str, ...]:
     return tuple(sorted({*ENGINES_IN_ONE_FILE, *(found.name for found in iter_modules([str(room)]) if found.ispkg)}))
 
 
+@cache
+def sinks() -> tuple[str, ...]:
+    """The values of `telemetry.sinks`: the modules of `kha_train/telemetry` with a function `open_sink`."""
+    room = Path(__file__).parents[1] / "telemetry"
+    return tuple(sorted(path.stem for path in room.glob("*.py") if "\ndef open_sink(" in path.read_text("utf-8")))
+
+
 def _import(path: str) -> Any:
     module, _, name = path.partition(":")
     return getattr(import_module(module), name)

@@ -102,7 +102,7 @@ def test_no_exception_is_caught_without_naming_its_kind(sources) -> None:
 
 SWALLOWING = {
     "kha_train/distributed.py Caught": "ranks must not wait for one that is gone: the error is told to all of them",
-    "kha_train/telemetry/wandb.py _Guard": "wandb lists no errors, and a mirror has none that is worth a run",
+    "kha_train/telemetry/guard.py Guard": "libraries of mirrors list no errors, and no mirror has one worth a run",
 }
 """Classes whose `__exit__` may swallow any exception of its block, and the reason."""
 

@@ -44,7 +44,7 @@ AT_THE_TOP = {
     "packaging": ("kha_train/operate/doctor/versions.py",),
     "typer": ("kha_train/cli/",),
     "rich": ("kha_train/cli/", "kha_train/telemetry/", "kha_train/analysis/"),
-    "yaml": ("kha_train/foreign/documents.py", "kha_train/config/compose.py", "kha_train/train/"),
+    "yaml": ("kha_train/foreign/documents.py", "kha_train/train/"),
     "safetensors": ("kha_train/checkpoint/", "kha_train/export/", "kha_train/heads/"),
 }
 BEHIND_A_DOOR = {
@@ -66,6 +66,7 @@ BEHIND_A_DOOR = {
     "pyarrow": ("data_tools/packed.py", "data_tools/parquet.py"),
     "sentencepiece": ("kha_train/data/sentencepiece_model.py",),
     "tokenizers": ("kha_train/data/tokenizer_json.py",),
+    "tensorboard": ("kha_train/telemetry/tensorboard.py",),
     "transformers": ("kha_train/export/hugging_face.py",),
     "triton": ("kha_train/model/kernels/language.py",),
     "wandb": ("kha_train/telemetry/wandb.py",),

@@ -29,7 +29,7 @@ from kha_train.distributed import World
 from kha_train.engine.building import build_optimizer, materialise, resolve_dtype
 from kha_train.engine.contract import seeded
 from kha_train.engine.settings import deepspeed_settings
-from kha_train.errors import CheckpointError, DataError, ResumeError
+from kha_train.errors import CheckpointError, ConfigError, DataError, ResumeError
 from kha_train.estimate.counts import count_parameters, flops_per_token
 from kha_train.estimate.plan import make_plan
 from kha_train.model import loss as loss_module
@@ -129,8 +129,11 @@ def forward_of_a_choice(config: RunConfig) -> Any:
 
 
 def planned(config: RunConfig) -> Any:
-    """The output of `kha plan`."""
-    return make_plan(config).to_dict()
+    """The output of `kha plan`, which may be a refusal."""
+    try:
+        return make_plan(config).to_dict()
+    except ConfigError as error:
+        return str(error)
 
 
 def loss_chunks(config: RunConfig, patch: pytest.MonkeyPatch) -> Any:
@@ -379,6 +382,12 @@ def run_files(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path) -> A
     return str(run_dir), sorted(path.name for path in (run_dir / "checkpoints").glob("step-*")), len(lines), validated
 
 
+def folders_of_a_run(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """What sinks leave in the directory of a short training run."""
+    run_files(config, patch, tmp_path)
+    return {path.name for path in Path(config.run.dir).iterdir()} & {"wandb", "tensorboard"}
+
+
 def entries_at_the_end(config: RunConfig, patch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """What the last line of a short training run has."""
     run_files(config, patch, tmp_path)
@@ -545,6 +554,7 @@ CHANGES: dict[str, Change] = {
     "stability.zclip": ("true", decisions),
     "stability.probe_every": (7, decisions),
     "telemetry.console": ("lines", console_mode),
+    "telemetry.sinks": ("[tensorboard]", folders_of_a_run),
     "telemetry.peak_tflops": (3.0, mfu_denominator),
     "telemetry.layer_statistics_every": (2, metrics),
     "telemetry.wandb.mode": ("disabled", wandb_run),

@@ -105,7 +105,7 @@ def test_a_mirror_that_cannot_start_warns_once_and_does_nothing(monkeypatch, tmp
     mirror.step({"step": 1})
     mirror.close()
     assert mirror.mode == "disabled"
-    assert warnings == ["W&B is disabled: StrangeError: no such luck"]
+    assert warnings == ["W&B is disabled: StrangeError: no such luck [E12]"]
 
 
 def test_a_mirror_that_fails_online_goes_on_offline(monkeypatch, tmp_path: Path) -> None:

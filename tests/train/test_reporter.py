@@ -19,7 +19,7 @@ def reporter(tmp_path: Path) -> Reporter:
     """A reporter on a record that is open, with mirrors that note their calls."""
     record = Record.open(tmp_path / "run")
     record.begin_attempt(0)
-    parts: dict[str, Any] = {name: Mock() for name in ("console", "wandb", "profiler", "memory", "throughput")}
+    parts: dict[str, Any] = {name: Mock() for name in ("console", "sinks", "profiler", "memory", "throughput")}
     yield Reporter(Journal(record), **parts, metrics=(), startup=None)
     record.close()
 
@@ -60,7 +60,7 @@ def test_a_step_is_shown_only_once_it_is_recorded(reporter: Reporter, monkeypatc
     monkeypatch.setattr(reporter.record, "step", fail)
     reporter.report({"step": 2, "train/loss": 2.0}, [("step_discarded", {"reason": "for a test"})])
     assert [call.args[0]["step"] for call in reporter.console.step.call_args_list] == [1]
-    assert [call.args[0]["step"] for call in reporter.wandb.step.call_args_list] == [1]
+    assert [call.args[0]["step"] for call in reporter.sinks.step.call_args_list] == [1]
     assert [event["kind"] for event in read_events(reporter.record.run_dir)].count("step_discarded") == 1
 
 
@@ -68,5 +68,5 @@ def test_clipping_is_recorded_and_left_out_of_the_rare_events_of_wandb(reporter:
     reporter.happened("zclip", 1, norm=2.0, limit=1.0)
     reporter.happened("divergence", 2, loss=9.0, norm=1.0)
     assert [event["kind"] for event in read_events(reporter.record.run_dir)][-2:] == ["zclip", "divergence"]
-    assert [call.args[0]["kind"] for call in reporter.wandb.event.call_args_list] == ["divergence"]
+    assert [call.args[0]["kind"] for call in reporter.sinks.event.call_args_list] == ["divergence"]
     assert [call.args[0].split(":")[0] for call in reporter.console.warn.call_args_list] == ["step 2"]

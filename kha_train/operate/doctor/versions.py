@@ -14,7 +14,7 @@ from kha_train.config.compose import PACKAGE
 from kha_train.operate.doctor.checks import Check
 
 TOPIC = "versions"
-FOR_DEVELOPERS = ("dev",)
+FOR_DEVELOPERS = ("dev", "docs")
 """Extras that no run needs."""
 
 
