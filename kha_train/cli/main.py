@@ -46,6 +46,7 @@ COMMANDS = {
     "launch-arguments": "sweep:launch_arguments",
     "status": "status:status",
     "metrics": "metrics:metrics",
+    "config": "config:app",
     "study": "study:app",
     "data": "data:app",
     "checkpoint": "checkpoint:app",

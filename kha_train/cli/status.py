@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kha_train.cli.output import note, print_json
+from kha_train.config.build import nearest
 from kha_train.errors import ConfigError, DataError, KhaError
 from kha_train.operate.slurm import waiting_elements
 from kha_train.operate.status import RunStatus, status_or_fault, unreadable
@@ -47,6 +48,22 @@ COLUMNS: dict[str, Callable[[RunStatus], str | Text]] = {
     "heard": lambda run: _or_dash(run.heartbeat, duration),
     "stepped": lambda run: _or_dash(run.idle, duration),
 }
+SORTED_BY: dict[str, Callable[[RunStatus], str | float | None]] = {
+    "run": lambda run: run.name,
+    "state": lambda run: run.state,
+    "step": lambda run: run.step,
+    "loss": lambda run: run.loss,
+    "tok/s": lambda run: run.tokens_per_second,
+    "MFU": lambda run: run.mfu,
+    "ETA": lambda run: run.seconds_left,
+    "spikes": lambda run: run.spikes,
+    "starts": lambda run: run.attempts,
+    "goodput": lambda run: run.goodput,
+    "saved": lambda run: run.checkpoint,
+    "heard": lambda run: run.heartbeat,
+    "stepped": lambda run: run.idle,
+}
+"""The value that a column is sorted by; the columns of the table."""
 SPARE = ("starts", "stepped", "heard", "MFU", "goodput", "spikes", "saved", "tok/s")
 """Columns that a narrow terminal leaves out, in this order."""
 
@@ -56,6 +73,9 @@ def status(
     watch: Annotated[
         bool, typer.Option("--watch", help="Refresh the table until every run is done or fatal, or until Ctrl-C.")
     ] = False,
+    sort: Annotated[
+        str, typer.Option(metavar="COLUMN", help="Sort by a column of the table, such as loss; -loss: largest first.")
+    ] = "",
     every: Annotated[float, typer.Option(min=0.5, help="Seconds between refreshes with --watch.")] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -63,13 +83,15 @@ def status(
 
     A run with a damaged record is shown as unreadable; after all runs are shown, the command ends with its error.
 
-    Raises ConfigError for --watch with --json.
+    Raises ConfigError for --watch with --json, and for an unknown column.
     """
+    ordered = _ordering(sort)
     if watch and as_json:
         raise ConfigError("cannot be used together", field="--watch, --json", fix="give one of the two")
     console = LiteralConsole()
     if not watch:
         runs, fault = _look(paths, note)
+        runs = ordered(runs)
         if as_json:
             print_json({"runs": [run.to_dict() for run in runs]})
         else:
@@ -80,10 +102,29 @@ def status(
     with Live(console=console, auto_refresh=False) as live:
         while True:
             runs, _ = _look(paths, lambda text: None)
-            live.update(status_table(runs, console), refresh=True)
+            live.update(status_table(ordered(runs), console), refresh=True)
             if all(run.state in ("done", "fatal", "unreadable") for run in runs):
                 return
             time.sleep(every)
+
+
+def _ordering(sort: str) -> Callable[[list[RunStatus]], list[RunStatus]]:
+    """Sorts runs by the column `sort` ("": leaves them as they are). Runs without a value come last. Raises ConfigError
+    for an unknown column.
+    """
+    if not sort:
+        return list
+    name = {column.lower(): column for column in SORTED_BY}.get(sort.removeprefix("-").lower())
+    if name is None:
+        raise ConfigError("no such column", field="--sort", value=sort, **nearest(sort, SORTED_BY))
+    value = SORTED_BY[name]
+
+    def ordered(runs: list[RunStatus]) -> list[RunStatus]:
+        known = [run for run in runs if value(run) is not None]
+        known.sort(key=value, reverse=sort.startswith("-"))  # type: ignore[arg-type]  # no None among them
+        return known + [run for run in runs if value(run) is None]
+
+    return ordered
 
 
 def status_table(runs: list[RunStatus], console: Console) -> Table:

@@ -154,6 +154,12 @@ DATA = ("data.train={data}/train", "data.validation={data}/validation")
 CASES: dict[Case, list[Case]] = {
     ("train",): [("--dry-run", *TINY, *DATA, "run.dir={root}/rehearsed"), (), ("--dry-run", "world_size=none")],
     ("metrics",): [(), ("--run", "{one}"), ("--run", "{lost}"), ("--run", "{nothing}"), ("model.kvheads=1",)],
+    ("config", "show"): [
+        (*TINY, "--where"), ("{one}",), ("{odd}", "--section", "model"), ("{empty}",), ("--section", "no"),
+    ],
+    ("config", "explain"): [("moe", *TINY), ("optim.lrr",)],
+    ("config", "diff"): [("{one}", "{odd}"), ("", "attention=mla"), ("{nothing}", ""), ("{empty}", "")],
+    ("config", "list"): [(), ("model",), ("modell",)],
     ("doctor",): [(), ("model.kv_heads=3",)],
     ("plan",): [
         (), (*TINY, "cluster=cpu"), ("--scale", "8,64", "cluster=h100_8x8"), ("--scale", "0"), ("model.kvheads=1",),
@@ -197,7 +203,7 @@ CASES: dict[Case, list[Case]] = {
     ("study", "report"): [("{study}", *TINY, *DATA, "--dir", "{root}/studies"), ("{nothing}",)],
     ("status",): [
         ("{one}", "{two}", "{lost}", "{odd}"), ("{empty}", "{nothing}"), ("{nothing}",), ("{root}",),
-        ("{one}", "--watch"), ("{root}/unreadable",),
+        ("{one}", "--watch"), ("{root}/unreadable",), ("{one}", "{two}", "--sort", "-loss"), ("{one}", "--sort", "no"),
     ],
     ("data", "corpus"): [
         ("--out", "{root}/corpus", "--no-standard-library", "--extra-root", "{root}/text"),

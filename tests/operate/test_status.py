@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from kha_train.cli.main import run
-from kha_train.cli.status import COLUMNS, status_table
+from kha_train.cli.status import COLUMNS, SORTED_BY, status_table
 from kha_train.config.compose import compose, dump
 from kha_train.operate.status import SILENT_AFTER, run_status, status_or_fault
 from kha_train.operate.sweep import plan_sweep, save_sweep
@@ -237,3 +237,27 @@ def test_a_wild_value_in_a_file_of_one_run_never_takes_the_table_of_the_others(t
         assert (found.state == "unreadable") == (fault is not None)
         console.print(status_table([found], console))
         json.dumps(found.to_dict())
+
+
+def test_a_folder_is_a_table_that_any_column_sorts_with_unknown_values_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, steps in (("b", 3), ("a", 40), ("c", 8)):
+        trained(tmp_path / name, steps)
+    trained(tmp_path / "new", 0)
+    assert SORTED_BY.keys() == COLUMNS.keys()
+
+    def order(*options: str) -> list[str]:
+        with pytest.raises(SystemExit) as ended:
+            run(["status", str(tmp_path), "--json", *options])
+        assert not ended.value.code
+        return [Path(one["path"]).name for one in json.loads(capsys.readouterr().out)["runs"]]
+
+    assert order() == ["a", "b", "c", "new"]
+    # The loss falls with the step; a run that has not begun has none.
+    assert order("--sort", "loss") == ["a", "c", "b", "new"]
+    assert order("--sort=-Loss") == ["b", "c", "a", "new"]
+    assert order("--sort", "step") == ["new", "b", "c", "a"]
+    with pytest.raises(SystemExit) as ended:
+        run(["status", str(tmp_path), "--sort", "los"])
+    assert ended.value.code == 2 and "did you mean loss?" in capsys.readouterr().err

@@ -62,14 +62,15 @@ def test_the_wheel_holds_packages_configurations_and_launch_scripts(wheel: Path)
 def test_an_installed_wheel_finds_its_configurations_inside_itself(installed: Path, tmp_path: Path) -> None:
     program = (
         "import json, kha_train, data_tools; from kha_train.config.compose import compose, shipped; "
+        "from kha_train.config.explain import explain; "
         "print(json.dumps([kha_train.__file__, data_tools.__file__, str(shipped('configs')), str(shipped('launch')), "
-        "compose(['model=moe_6b']).model.layers]))"
+        "compose(['model=moe_6b']).model.layers, explain('optim.lr', [])[0].meaning]))"
     )
     output = _run([installed.parent / "python", "-c", program], cwd=tmp_path)
-    *paths, layers = json.loads(output)
+    *paths, layers, meaning = json.loads(output)
     assert all(path.startswith(str(installed.parents[1])) for path in paths)
     assert Path(paths[2]).name == "configs" and (Path(paths[3]) / "local.sh").is_file()
-    assert layers == 18
+    assert layers == 18 and meaning == "peak learning rate"
 
 
 def test_an_installed_wheel_trains_outside_the_checkout(
