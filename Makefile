@@ -36,7 +36,7 @@ docs: .venv/.dev
 
 # The exact versions of the image for CUDA machines (launch/image), by https://docs.astral.sh/uv; nothing is installed.
 cuda-lock:
-	uv pip compile pyproject.toml --extra export --extra data --extra remote --constraint constraints.txt --generate-hashes \
+	uv pip compile pyproject.toml --extra export --extra data --extra remote --extra tensorboard --constraint constraints.txt --generate-hashes \
 		--no-annotate --python-version 3.12 --python-platform x86_64-manylinux_2_28 --custom-compile-command "make cuda-lock" \
 		-o launch/image/cuda.lock.txt -q
 

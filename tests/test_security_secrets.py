@@ -302,7 +302,7 @@ CREDENTIALS = [
 
 
 @pytest.mark.parametrize("override", CREDENTIALS)
-def test_a_url_with_credentials_is_refused_by_every_command_before_anything_is_written(
+def test_security_a_url_with_credentials_is_refused_by_every_command_before_anything_is_written(
     override: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -366,7 +366,7 @@ def test_hydras_own_multirun_writes_no_secret(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", [f"comment={CANARY}", f"comment=AccountKey={CANARY}x"])
-def test_no_secret_reaches_the_scheduler(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_security_no_secret_reaches_the_scheduler(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERVICE_PASSWORD", CANARY)
     with pytest.raises(ConfigError, match="holds a secret") as refused:
         sbatch_command(tmp_path / "s", tmp_path / "p.json", 1, JobOptions(sbatch=parse_sbatch([option])))
@@ -390,7 +390,7 @@ SOURCES = st.sampled_from(
 
 @settings(max_examples=40, deadline=None)
 @given(texts=st.lists(SOURCES, min_size=1, max_size=3), key=st.sampled_from(["note", "api_key", "error", CANARY]))
-def test_whatever_text_the_record_gets_no_file_of_it_has_the_secret(
+def test_security_whatever_text_the_record_gets_no_file_of_it_has_the_secret(
     texts: list[str], key: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Names, paths, configuration values and messages of other libraries' exceptions all arrive as text."""
@@ -411,7 +411,7 @@ def test_whatever_text_the_record_gets_no_file_of_it_has_the_secret(
 
 
 @pytest.mark.slow
-def test_no_file_and_no_line_of_a_run_has_a_canary_of_its_environment_settings_or_failure(
+def test_security_no_file_and_no_line_of_a_run_has_a_canary_of_its_environment_settings_or_failure(
     small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run with the secret in its name, tags and environment; then one that fails with an exception that contains it,

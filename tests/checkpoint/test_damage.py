@@ -77,11 +77,11 @@ def test_a_file_that_is_not_as_written_is_found(tmp_path, save, run_ranks, file,
 
 
 @pytest.mark.parametrize("extra", ["model-00009.safetensors", "notes.txt", ".hidden", "rank-00000.json"])
-def test_a_file_the_manifest_does_not_list_is_found(tmp_path, save, run_ranks, extra) -> None:
+def test_security_a_file_the_manifest_does_not_list_is_found(tmp_path, save, run_ranks, extra) -> None:
     assert extra in falls_back(tmp_path, save, run_ranks, lambda path: (path / extra).write_bytes(b""))
 
 
-def test_a_step_directory_that_is_a_link_is_refused(tmp_path, save, run_ranks) -> None:
+def test_security_a_step_directory_that_is_a_link_is_refused(tmp_path, save, run_ranks) -> None:
     def damage(path: Path) -> None:
         path.rename(tmp_path / "elsewhere")
         path.symlink_to(tmp_path / "elsewhere")
@@ -167,7 +167,7 @@ class Canary:
 
 @pytest.mark.parametrize("writer", ["pickle", "torch"])
 @pytest.mark.parametrize("file", FILES)
-def test_a_pickle_under_a_checkpoints_name_is_never_executed(tmp_path, save, file, writer) -> None:
+def test_security_a_pickle_under_a_checkpoints_name_is_never_executed(tmp_path, save, file, writer) -> None:
     canary = tmp_path / "executed"
     path = save(tmp_path, 1, size=2)
     checkpoint = Checkpoint(path, verify(path))
@@ -203,7 +203,7 @@ def test_a_manifest_that_points_at_a_tensor_of_another_shape_is_refused_when_rea
         checkpoint.read("embedding.weigth", "master")
 
 
-def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path, save) -> None:
+def test_security_no_file_of_a_checkpoint_is_a_pickle(tmp_path, save) -> None:
     for file in save(tmp_path, 1, size=2).iterdir():
         with pytest.raises((pickle.UnpicklingError, ValueError, EOFError, KeyError, IndexError, AttributeError)):
             pickle.loads(file.read_bytes())

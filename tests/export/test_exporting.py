@@ -137,7 +137,7 @@ def held_against_ours(out: Path, decoder: Decoder, new: int) -> torch.nn.Module:
         ("DeepseekV3ForCausalLM", LINEAR_MLA),
     ],
 )
-def test_an_export_is_a_stock_model_with_our_logits_and_continuations_and_comes_back(
+def test_security_an_export_is_a_stock_model_without_code_with_our_logits_and_comes_back(
     name: str, overrides: str, save: Save, tmp_path: Path
 ) -> None:
     run, decoder = save(*overrides.split())
@@ -153,6 +153,7 @@ def test_an_export_is_a_stock_model_with_our_logits_and_continuations_and_comes_
     scanned = scan_directory_path(str(out))
     assert (scanned.issues_count, scanned.infected_files, scanned.scan_err) == (0, 0, False)
     assert {path.suffix for path in out.iterdir()} == {".safetensors", ".json", ".md"}
+    assert not [path for path in out.glob("*.json") if "auto_map" in path.read_text()]
 
     prepare(out, tmp_path / "back").write(tmp_path / "back")
     checkpoint = open_verified(tmp_path / "back", World.single())

@@ -264,7 +264,7 @@ def import_it(stock: Path, out: Path, overrides: tuple[str, ...] = ()) -> None:
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_or_hostile_directory_is_refused_in_one_line_and_nothing_is_written(
+def test_security_a_damaged_or_hostile_directory_is_refused_in_one_line_and_nothing_is_written(
     name: str, stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -338,7 +338,7 @@ def test_the_agent_ignores_the_signal_that_its_workers_obey(tmp_path: Path) -> N
         max_size=4,
     )
 )
-def test_overrides_reach_the_trainer_byte_for_byte(job: Job, overrides: list[str]) -> None:
+def test_security_overrides_reach_the_trainer_byte_for_byte(job: Job, overrides: list[str]) -> None:
     ended = job.run("echo done > $KHA_OUTCOME_FILE", *overrides)
     assert ended.returncode == 0, ended.stdout
     given_to_srun = job.srun_arguments()

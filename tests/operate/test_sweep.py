@@ -271,7 +271,7 @@ def test_any_text_passes_through_an_override_exactly_or_is_refused(text: str) ->
 
 @settings(max_examples=100, deadline=None)
 @given(WILD, WILD)
-def test_no_text_becomes_a_second_option_of_sbatch(name: str, value: str) -> None:
+def test_security_no_text_becomes_a_second_option_of_sbatch(name: str, value: str) -> None:
     try:
         options = JobOptions(sbatch=parse_sbatch([f"{name}={value}"]))
         command = sbatch_command(Path("runs/s"), Path("points.json"), 2, options)
@@ -286,7 +286,7 @@ def test_no_text_becomes_a_second_option_of_sbatch(name: str, value: str) -> Non
 @pytest.mark.parametrize(
     "text", ["exclude=node[01-03]", "constraint=a100|h100", "comment=two words", "comment=a'\"$(id)`"]
 )
-def test_options_travel_to_sbatch_as_they_are(tmp_path: Path, fake_slurm: Path, text: str) -> None:
+def test_security_options_travel_to_sbatch_as_they_are(tmp_path: Path, fake_slurm: Path, text: str) -> None:
     start(tmp_path / "50% done", ["attention=gqa", "run.steps=5"], sbatch=parse_sbatch([text]))
     assert f"--{text}" in arguments(fake_slurm)
     assert f"--output={tmp_path}/50%% done/logs/%A_%a.out" in arguments(fake_slurm), "SLURM reads %% as %"

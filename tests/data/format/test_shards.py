@@ -370,7 +370,7 @@ def test_document_ends_out_of_order_are_found_though_their_checksums_are_right(
 
 
 @pytest.mark.parametrize("name", ["../escape.tok", "/etc/passwd", "a/b.tok", "..", ".hidden", "", "a\x00b", "a\nb"])
-def test_a_file_name_that_leaves_the_directory_is_refused(big: Path, name: str) -> None:
+def test_security_a_file_name_that_leaves_the_directory_is_refused(big: Path, name: str) -> None:
     rewrite(big, lambda raw: raw["shards"][0]["tok"].update(file=name))
     with pytest.raises(DataError, match="bare file name"):
         ShardSet.open(big)
@@ -402,7 +402,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_a_manifest_that_contradicts_itself_is_refused(big: Path, edit: str) -> None:
+def test_security_a_manifest_that_contradicts_itself_is_refused(big: Path, edit: str) -> None:
     rewrite(big, EDITS[edit])
     with pytest.raises(DataError, match="manifest.json"):
         ShardSet.open(big)
