@@ -155,6 +155,8 @@ def _memory(answer: Plan) -> Table:
         f"memory per rank: ZeRO {engine.zero_stage}, micro-batch {engine.micro_batch_size}, activation checkpointing "
         f"{engine.activation_checkpointing}"
     )
+    if engine.expert_parallel > 1:
+        title += f", experts shared by {engine.expert_parallel} ranks"
     table = _table(title, "term", "GiB")
     for name, size in answer.memory.terms.items():
         table.add_row(name, f"{size / GIB:.2f}")
@@ -170,7 +172,11 @@ def _stages(answer: Plan) -> Table:
         seconds = "unknown" if volume.seconds_per_step is None else f"{volume.seconds_per_step:.2f} s"
         sent = f"{volume.bytes_per_step / 1e9:.2f} GB"
         table.add_row(str(volume.stage), _gib(by_stage[str(volume.stage)]), sent, seconds)
-    table.caption = "experts are sharded by ZeRO alone: ZeRO 3 gathers all of them although few are active"
+    spread, travelling = answer.config.engine.expert_parallel, answer.communication[0].exchange_bytes_per_step
+    table.caption = "ZeRO 3 gathers all experts although few are active"
+    if spread > 1:
+        sent = f"{travelling / 1e9:.2f} GB are tokens that travel to experts of other ranks and back"
+        table.caption = f"of what is sent {sent}, not under ZeRO 3"
     shared = answer.exchanged
     if shared["ranks"] > 1:
         seconds = "unknown" if shared["seconds_per_step"] is None else f"{shared['seconds_per_step']:.2f} s"

@@ -80,7 +80,7 @@ def plan_memory(config: RunConfig) -> MemoryPlan:
         "optimizer": config.optim.bytes_per_parameter(engine.moment_dtype) * total // ranks,
         "runtime": RUNTIME_BYTES[planned_device(config).kind],
     }
-    before, after = _gradients(config, total)
+    before, after = _gradients(config, total, held)
     one_block = replace(config, engine=replace(engine, activation_checkpointing="full"))
     loss, waiting, last = _loss(config, width), activation_bytes(config), activation_bytes(one_block)
     # Under ZeRO 3 the bucket exists from the start, and its reduction makes a copy.
@@ -157,10 +157,13 @@ class Recipe:
         """Their sum, on one rank."""
         return self.parameters + self.gradients + self.optimizer
 
-    def states(self, total: int, stage: int, ranks: int) -> int:
-        """Bytes of `total` parameters on one of `ranks`, each part whole or sharded according to the ZeRO stage."""
+    def states(self, total: int, stage: int, ranks: int, held: int | None = None) -> int:
+        """Bytes of `total` parameters on one of `ranks`, each part sharded according to the ZeRO stage or whole. Whole
+        are the `held` ones (default: all), because ranks may share the experts.
+        """
+        held = total if held is None else held
         parts = (self.parameters, 3), (self.gradients, 2), (self.optimizer, 1)
-        return sum(size * total // (ranks if stage >= sharded_from else 1) for size, sharded_from in parts)
+        return sum(size * total // ranks if stage >= first else size * held for size, first in parts)
 
 
 def recipes(optim: OptimSection) -> tuple[Recipe, ...]:
@@ -196,8 +199,10 @@ def largest_micro_batch(config: RunConfig, budget: float) -> int:
     return low
 
 
-def _gradients(config: RunConfig, total: int) -> tuple[int, int]:
-    """Gradients held when the last backward of a step starts, and when it ends."""
+def _gradients(config: RunConfig, total: int, held: int) -> tuple[int, int]:
+    """Gradients of `total` parameters, of which a rank holds `held`, when the last backward of a step starts, and when
+    it ends.
+    """
     engine, ranks, accumulates = config.engine, config.cluster.devices, micro_batches(config) > 1
     wide = uses_bf16(config) and engine.grad_accum_dtype == "fp32"
     width = 2 if uses_bf16(config) else 4
@@ -206,19 +211,25 @@ def _gradients(config: RunConfig, total: int) -> tuple[int, int]:
     if engine.zero_stage == 2 and wide:
         return 4 * total // ranks if accumulates else 0, 4 * total // ranks
     if engine.zero_stage == 2:
-        held = width * _touched(config)
-        return held if accumulates else 0, held * (2 if accumulates else 1)
+        touched = width * _touched(config)
+        return touched if accumulates else 0, touched * (2 if accumulates else 1)
     # ZeRO 1; with fp32 accumulation the whole fp32 gradient is kept, and the bf16 one is added to it at the end.
-    return (4 * total, 6 * total) if wide else (width * total if accumulates else 0, width * total)
+    return (4 * held, 6 * held) if wide else (width * held if accumulates else 0, width * held)
 
 
 def _touched(config: RunConfig) -> int:
     """Number of elements of all matrices that a rank's share of its parameter group touches: the maximum over ranks.
 
     A group is the matrices of one layer in the order of the module, cut into equal shares; ZeRO 2 keeps a gradient
-    whole when the share begins or ends inside it.
+    whole when the share begins or ends inside it. Experts that ranks share are a group of their own, cut among the
+    ranks that hold the same ones.
     """
-    groups, ranks = _groups(config), config.cluster.devices
+    ranks = config.cluster.devices
+    shared = _most_touched(_shared_groups(config), max(ranks // config.engine.expert_parallel, 1))
+    return _most_touched(_groups(config), ranks) + shared
+
+
+def _most_touched(groups: list[tuple[int, list[int]]], ranks: int) -> int:
     # The touched matrices change only at shares that contain a border of a matrix, and their neighbours.
     borders = {int(end * ranks / sum(sizes)) for _, sizes in groups for end in itertools.accumulate(sizes)}
     near = {rank + step for rank in borders | {0} for step in (-1, 0, 1)} & set(range(ranks))
@@ -227,11 +238,12 @@ def _touched(config: RunConfig) -> int:
 
 def _groups(config: RunConfig) -> list[tuple[int, list[int]]]:
     """The parameter groups of matrices: the number of groups of each kind, and the sizes of their matrices, with the
-    attention of the largest layer.
+    attention of the largest layer. Without the experts that ranks share.
     """
     model, moe = config.model, config.moe
     attention = max(attention_parameters(config))
     expert, vocabulary = model.hidden_size * moe.expert_width, model.vocab_size * model.hidden_size
+    routed = [2 * moe.experts * expert, moe.experts * expert] if config.engine.expert_parallel == 1 else []
     return [
         (1, [vocabulary] if model.tie_embeddings else [vocabulary, vocabulary]),
         (
@@ -239,8 +251,7 @@ def _groups(config: RunConfig) -> list[tuple[int, list[int]]]:
             [
                 *[attention // 4] * 4,
                 moe.experts * model.hidden_size,
-                2 * moe.experts * expert,
-                moe.experts * expert,
+                *routed,
                 2 * moe.shared_experts * expert,
                 moe.shared_experts * expert,
             ],
@@ -252,11 +263,21 @@ def _groups(config: RunConfig) -> list[tuple[int, list[int]]]:
     ]
 
 
+def _shared_groups(config: RunConfig) -> list[tuple[int, list[int]]]:
+    """As `_groups`, of the experts that ranks share: those of one rank. Empty if every rank holds all of them."""
+    moe, shared = config.moe, config.engine.expert_parallel
+    one = moe.experts // shared * config.model.hidden_size * moe.expert_width
+    return [(moe_layers(config), [2 * one, one])] if shared > 1 else []
+
+
 def _step(config: RunConfig) -> int:
     """What the optimiser holds while it steps one group after another: its gradients in fp32, its moments, widened if
     they are stored in bf16, and for statistics of layers a copy of its masters.
     """
-    largest = max(sum(sizes) for times, sizes in _groups(config) if times)
+    whole = [sum(sizes) for times, sizes in _groups(config) if times]
+    # A rank's part of the experts is cut among as many fewer ranks as there are parts.
+    whole += [config.engine.expert_parallel * sum(sizes) for _, sizes in _shared_groups(config)]
+    largest = max(whole)
     copied = MASTER_BYTES if config.telemetry.layer_statistics_every else 0
     return (4 + config.optim.widened_bytes(config.engine.moment_dtype) + copied) * largest // config.cluster.devices
 

@@ -22,8 +22,10 @@ from kha_train.estimate.counts import (
     cache_bytes_per_token,
     count_parameters,
     flops_per_token,
+    held_parameters,
     interaction_overhead,
 )
+from kha_train.estimate.exchange import exchange_bytes
 from kha_train.estimate.figures import DataUse, RunTime, SavedSize
 from kha_train.estimate.long_step import long_step_warning
 from kha_train.estimate.memory import (
@@ -47,13 +49,15 @@ ESTIMATED = "deepspeed"
 class Communication:
     """Bytes that one rank sends in a step under a ZeRO stage, and the seconds this takes on the slowest link it crosses
     (None: unknown). No overlap with computation is assumed. `group_bytes_per_step` of those bytes stay inside groups of
-    `engine.hpz_partition_size` ranks.
+    `engine.hpz_partition_size` ranks, and `exchange_bytes_per_step` carry tokens to their experts and back, inside
+    groups of `engine.expert_parallel` ranks.
     """
 
     stage: int
     bytes_per_step: int
     seconds_per_step: float | None
     group_bytes_per_step: int = 0
+    exchange_bytes_per_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,10 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The JSON output. Its keys are documented in docs/plan.md and do not change."""
         config, cluster = self.config, self.config.cluster
-        stages = {stage: plan_memory(with_engine(config, zero_stage=stage)) for stage in STAGES}
+        # ZeRO 3 shares no experts.
+        shared = config.engine.expert_parallel
+        engines = {stage: {"zero_stage": stage, "expert_parallel": 1 if stage == 3 else shared} for stage in STAGES}
+        stages = {stage: plan_memory(with_engine(config, **engine)) for stage, engine in engines.items()}
         return {
             "model": config.model.name,
             "attention": config.attention.name,
@@ -177,13 +184,13 @@ def make_plan(config: RunConfig) -> Plan:
 
 def recipe_table(config: RunConfig, total: int) -> list[dict[str, Any]]:
     """Model states of one rank by recipe and ZeRO stage, in bytes; `offered` says whether this engine supports it."""
-    ranks = config.cluster.devices
+    ranks, held = config.cluster.devices, sum(held_parameters(config))
     return [
         {
             "name": recipe.name,
             "bytes_per_parameter": recipe.bytes_per_parameter,
             "offered": recipe.offered,
-            "states": {str(stage): recipe.states(total, stage, ranks) for stage in STAGES},
+            "states": {str(stage): recipe.states(total, stage, ranks, held) for stage in STAGES},
         }
         for recipe in recipes(config.optim)
     ]
@@ -201,15 +208,22 @@ def _communication(config: RunConfig, stage: int, total: int) -> Communication:
     cluster, group = config.cluster, config.engine.hpz_partition_size if stage == 3 else 1
     ranks, width, micro = cluster.devices, 2 if uses_bf16(config) else 4, micro_batches(config)
     passes = {1: 3, 2: 2 * micro + 1, 3: micro + 1 if group > 1 else 3 * micro}[stage]
-    among_all = passes * width * total * (ranks - 1) // ranks
+    spread, (everywhere, shared) = config.engine.expert_parallel, held_parameters(config)
+    if stage == 3:
+        spread, everywhere, shared = 1, total, 0
+    # A rank's part of the experts travels among the ranks that hold the same part.
+    holders = max(ranks // spread, 1)
+    among_all = passes * width * everywhere * (ranks - 1) // ranks + passes * width * shared * (holders - 1) // holders
+    exchanged = exchange_bytes(config) if spread > 1 else 0
     in_groups = (2 * micro - 1) * width * total * (group - 1) // group
 
     def link(size: int) -> float:
         return cluster.node_bandwidth_gb if size <= cluster.devices_per_node else cluster.network_bandwidth_gb
 
-    seconds = [sent / (link(size) * 1e9) for sent, size in ((among_all, ranks), (in_groups, group)) if link(size)]
-    known = sum(seconds) if len(seconds) == 2 else None
-    return Communication(stage, among_all + in_groups, known, in_groups)
+    sent = ((among_all, ranks), (in_groups, group), (exchanged, spread))
+    seconds = [count / (link(size) * 1e9) for count, size in sent if link(size)]
+    known = sum(seconds) if len(seconds) == len(sent) else None
+    return Communication(stage, among_all + in_groups + exchanged, known, in_groups, exchanged)
 
 
 def _batch_problem(config: RunConfig) -> str | None:

@@ -18,6 +18,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.distributed import World
 from kha_train.engine.deepspeed import Engine
 from kha_train.model.device import resolve_on
+from kha_train.model.moe import parallel
 from kha_train.model.moe.experts import Experts
 from kha_train.model.moe.parallel import ExpertRanks
 from kha_train.model.moe.router import Routing, count_experts
@@ -45,7 +46,21 @@ def whole_masters(engine: Engine) -> dict[str, Tensor]:
 def run(config: RunConfig, world: World, steps: int, discarded: int | None, crowd: bool) -> dict[str, Any]:
     """Train and tell. With `crowd` the routers choose among the first `top_k` experts alone: others get no token."""
     engine = Engine(config, world)
-    waits = [0]
+    waits, sent = [0], [0]
+    exchanged, accumulate = parallel.exchanged, engine.accumulate
+
+    def counted(x: Tensor, *others: Any) -> Tensor:
+        sent[0] += x.nbytes
+        return exchanged(x, *others)
+
+    def measured(*given: Any, **options: Any) -> Any:
+        parallel.exchanged = counted
+        try:
+            return accumulate(*given, **options)
+        finally:
+            parallel.exchanged = exchanged
+
+    engine.accumulate = measured
     to_host = Tensor.cpu
 
     def noted(tensor: Tensor) -> Tensor:
@@ -57,26 +72,29 @@ def run(config: RunConfig, world: World, steps: int, discarded: int | None, crow
     if crowd:
         for router in engine.decoder.routers():
             router.selection_bias[: config.moe.top_k] += 10.0
-    told: dict[str, Any] = {"loss": [], "norm": [], "auxiliary": [], "layers": [], "logits": []}
+    told: dict[str, Any] = {"loss": [], "norm": [], "auxiliary": []}
     before = whole_masters(engine)
     stream = open_stream(config, world.rank, world.size)
 
     def judge(step: int) -> Any:
         def ruling(loss: float, norm: float) -> Ruling:
-            told["layers"].append(engine.gradient_norms())
-            return Ruling(step != discarded, probe=True)
+            if step < steps - 1:
+                return Ruling(step != discarded)
+            told["layers"] = engine.gradient_norms()
+            return Ruling(True, probe=True)
 
         return ruling
 
     for step in range(steps):
         batch, labels = next_batch(stream, world)
-        waits[0] = 0
+        waits[0] = sent[0] = 0
         result = train_step(engine, batch, labels, config.optim.lr, judge(step))
         told["waits of a step"] = waits[0]
+        told["rows sent in a step"] = world.sum_ints(sent[0])[0]
         told["loss"].append(result.loss)
         told["norm"].append(result.grad_norm)
         told["auxiliary"].append([result.balance_loss, result.z_loss])
-        told["logits"].append(result.evidence["max_logits"])
+    told["logits"] = result.evidence["max_logits"]
     evaluated = engine.evaluate(next(batch.micro_batches(1)))
     told["evaluated"] = world.sum_(evaluated.loss_sum.double()).item()
     told["held"] = sum(parameter.numel() for parameter in engine.decoder.parameters())
