@@ -41,6 +41,23 @@ def test_the_mfu_that_is_left_of_the_6b_model_is_that_of_the_arithmetic_by_hand(
     assert [size.micro_batches for size in sizes] == [64, 8, 1] and sizes[1].best is of(sizes, 64, 1)
 
 
+def test_experts_that_ranks_share_leave_the_mfu_of_the_arithmetic_by_hand() -> None:
+    """666,450,432 parameters outside the experts, 5,435,817,984 in 128 of them, of which eight ranks hold an eighth
+    each: the gradients of those travel among devices / 8 ranks, and 8 rows of 2048 bf16 a token and layer there and
+    back, forward and backward, to seven eighths of them, beside two fp32 weights."""
+    sizes = scale(compose([*SIX_BILLION, "engine.expert_parallel=8"]), [8, 64, 512])
+    for devices, bandwidth in ((8, 450e9), (64, 50e9), (512, 50e9)):
+        computed = 512 * 8192 * 9.660530688e9 / (devices * 989e12 * 0.35)
+        whole = 2 * (6_102_268_416 - 5_435_817_984) * (devices - 1) / devices
+        own = 2 * 5_435_817_984 / 8 * (devices / 8 - 1) / (devices / 8)
+        rows = 512 * 8192 / devices * 18 * 8 * (4 * 2048 * 2 + 2 * 4) * 7 / 8
+        (found,) = (size.stages[0] for size in sizes if size.devices == devices)
+        exposed = 3 * (whole + own) / bandwidth + rows / 450e9
+        assert found.exposed_seconds == pytest.approx(exposed, rel=1e-6)
+        assert found.mfu == pytest.approx(0.35 * computed / (computed + exposed), rel=1e-6)
+    assert [size.stages[0].mfu for size in sizes] == pytest.approx([0.300, 0.281, 0.188], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("binds", "devices", "changes"),
     [
