@@ -98,7 +98,7 @@ def test_two_ranks_that_share_rows_compute_what_each_row_alone_gives(
 def test_four_ranks_share_rows_in_pairs_or_all_together(
     small: list[str], padded: list[str], run_ranks: Callable[..., list[Any]]
 ) -> None:
-    steps = asked(small, padded, STEPS)
+    steps = {name: [*settings, "data.global_batch_size=16"] for name, settings in asked(small, padded, STEPS).items()}
     exact = {name: [*settings, *EXACT] for name, settings in asked(small, padded, GRADIENTS).items()}
     answers = run_ranks(WORKER, 4, gradients=exact, steps=steps, sizes=[2, 4], count=4)
     assert [differences(answer, steps, (2, 4)) for answer in answers] == [[]] * 4
