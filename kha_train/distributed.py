@@ -113,6 +113,14 @@ class World:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
+    def exchange(self, values: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        """All-to-all: `values` (1-D) is what this rank sends to each rank, one after another, `sent` numbers each. The
+        result is what it received from each, `received` numbers.
+        """
+        result = values.new_empty(sum(received))
+        dist.all_to_all_single(result, values, received, sent)
+        return result
+
     def max_ints(self, *values: int) -> tuple[int, ...]:
         """The element-wise maximum over ranks, the same on every rank."""
         return self._reduced(values, dist.ReduceOp.MAX)

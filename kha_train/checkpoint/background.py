@@ -43,8 +43,8 @@ class BackgroundWriter:
     """Writes the checkpoints of `run_dir`, one at a time, in a thread of each rank.
 
     `before_publish` (make the record durable) and `after_publish` (prune) run in rank 0's thread. `kinds` are stored
-    for every parameter. `stage` is called at each `Stage`, for fault tests. `part_bytes` is the file size at which a
-    rank starts another file.
+    for every parameter, with `some_kinds` for some. `stage` is called at each `Stage`, for fault tests. `part_bytes` is
+    the file size at which a rank starts another file.
     """
 
     def __init__(
@@ -55,11 +55,13 @@ class BackgroundWriter:
         before_publish: Callable[[], None] = lambda: None,
         after_publish: Callable[[], None] = lambda: None,
         kinds: tuple[str, ...] = KINDS,
+        some_kinds: bool = False,
         stage: Callable[[Stage], None] = no_stage,
         part_bytes: int = PART_BYTES,
     ) -> None:
         self._run_dir, self._world, self._stage, self._part_bytes = run_dir, world, stage, part_bytes
         self._before_publish, self._after_publish, self._kinds = before_publish, after_publish, kinds
+        self._some_kinds = some_kinds
         self._save: Save | None = None
         self._job: _Job | None = None
         self._publishing = False
@@ -87,6 +89,7 @@ class BackgroundWriter:
             self._world,
             encoded,
             kinds=self._kinds,
+            some_kinds=self._some_kinds,
             stage=self._stage,
             part_bytes=self._part_bytes,
         )

@@ -50,7 +50,8 @@ def compare(first: Checkpoint, second: Checkpoint) -> Differences:
     found.only_first = [name for name in shapes if shapes[name] != others.get(name)]
     found.only_second = [name for name in others if others[name] != shapes.get(name)]
     for name in shapes.keys() & others.keys() - set(found.only_first):
-        for kind in (kind for kind in first.kinds if kind in second.kinds):
+        kept, others_kept = first.kinds_of(name), second.kinds_of(name)
+        for kind in (kind for kind in kept if kind in others_kept):
             _add(found, f"{name} {kind}", first.read(name, kind), second.read(name, kind))
     found.only_first += [f"every {kind}" for kind in first.kinds if kind not in second.kinds]
     found.only_second += [f"every {kind}" for kind in second.kinds if kind not in first.kinds]

@@ -22,6 +22,8 @@ from kha_train.foreign.files import read_regular
 VERSION = 1
 VERSION_WITH_KINDS = 2
 """The format of a manifest that names its kinds; the same in all else."""
+VERSION_WITH_SOME_KINDS = 3
+"""The format in which each parameter has only the kinds that its entry lists; the same in all else."""
 MANIFEST_FILE = "manifest.json"
 TRAINER_FILE = "trainer.json"
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -61,7 +63,7 @@ class PieceEntry:
 
 @dataclass(frozen=True)
 class ParameterEntry:
-    """The global shape of a parameter and, for each kind of the checkpoint, its pieces ordered by `start`."""
+    """The global shape of a parameter and, for each of its kinds, its pieces ordered by `start`."""
 
     shape: tuple[int, ...]
     pieces: dict[str, tuple[PieceEntry, ...]]
@@ -85,17 +87,25 @@ class BufferEntry:
 @dataclass(frozen=True)
 class Contents:
     """What a manifest, or one rank's share of it, lists: files, parameters and buffers by name. `kinds` are the master
-    weights and the optimiser's states.
+    weights and the optimiser's states: stored of every parameter, or with `some_kinds` each only of some.
     """
 
     files: dict[str, FileEntry]
     parameters: dict[str, ParameterEntry]
     buffers: dict[str, BufferEntry]
     kinds: tuple[str, ...] = KINDS
+    some_kinds: bool = False
+
+    @property
+    def version(self) -> int:
+        """The format of a manifest of these contents."""
+        return VERSION_WITH_SOME_KINDS if self.some_kinds else VERSION if self.kinds == KINDS else VERSION_WITH_KINDS
 
     def named_kinds(self) -> dict[str, Any]:
-        """The entry that names the kinds; none for `KINDS`, which older manifests imply."""
-        return {} if self.kinds == KINDS else {"kinds": list(self.kinds)}
+        """The entries that name the kinds; none for `KINDS` of every parameter, which older manifests imply."""
+        if self.version == VERSION:
+            return {}
+        return {"kinds": list(self.kinds)} | ({"some_kinds": True} if self.some_kinds else {})
 
     def to_plain(self) -> dict[str, Any]:
         """As plain JSON, the inverse of `parse_contents`."""
@@ -107,7 +117,7 @@ class Contents:
             "files": {name: {"sha256": entry.sha256, "size": entry.size} for name, entry in self.files.items()},
             "parameters": {
                 name: {"shape": list(entry.shape)}
-                | {kind: [[p.file, p.key, p.start, p.length] for p in entry.pieces[kind]] for kind in self.kinds}
+                | {kind: [[p.file, p.key, p.start, p.length] for p in entry.pieces[kind]] for kind in entry.pieces}
                 for name, entry in self.parameters.items()
             },
             "buffers": {name: vars(entry) | {"shape": list(entry.shape)} for name, entry in self.buffers.items()},
@@ -124,11 +134,10 @@ class Manifest:
 
     def encode(self) -> bytes:
         """The bytes of manifest.json: sorted keys, one line per file, parameter or buffer, its own SHA-256 last."""
-        kinds = self.contents.named_kinds()
-        version = VERSION_WITH_KINDS if kinds else VERSION
-        head = {"format": version, "step": self.step, "tool": self.tool} | kinds
+        contents = self.contents
+        head = {"format": contents.version, "step": self.step, "tool": self.tool} | contents.named_kinds()
         lines = [f"{_dumps(key)}: {_dumps(value)}" for key, value in head.items()]
-        for title, section in self.contents.sections().items():
+        for title, section in contents.sections().items():
             rows = ",\n".join(f"  {_dumps(name)}: {_dumps(section[name])}" for name in sorted(section))
             lines.append(f"{_dumps(title)}: {{\n{rows}\n}}")
         body = "{\n" + ",\n".join(lines)
@@ -141,13 +150,14 @@ def parse_manifest(raw: bytes, where: str = MANIFEST_FILE) -> Manifest:
     """
     check = _Check(where)
     top = check.mapping(_loads(raw, check), "top level")
-    if top.get("format") != (VERSION_WITH_KINDS if "kinds" in top else VERSION):
-        allowed = f"{VERSION} or {VERSION_WITH_KINDS}"
+    named = [name for name in ("kinds", "some_kinds") if name in top]
+    if top.get("format") != (VERSION, VERSION_WITH_KINDS, VERSION_WITH_SOME_KINDS)[len(named)]:
+        allowed = f"{VERSION} to {VERSION_WITH_SOME_KINDS}"
         if _is_whole(raw):
             problem, fix = "written by another version, in a format unknown here", "use the version that wrote it"
             raise FormatError(problem, field=where, value=str(top.get("format"))[:80], allowed=allowed, fix=fix)
         check.fail("unknown format version", allowed, top.get("format"))
-    sections = ("files", "parameters", "buffers", *(["kinds"] if "kinds" in top else []))
+    sections = ("files", "parameters", "buffers", *named)
     check.keys(top, {"format", "step", "tool", "sha256", *sections}, "top level")
     contents = parse_contents({name: top[name] for name in sections}, where)
     manifest = Manifest(check.count(top["step"], "step", 10**15 - 1), check.text(top["tool"], "tool"), contents)
@@ -170,27 +180,34 @@ def parse_contents(found: object, where: str) -> Contents:
     check = _Check(where)
     top = check.mapping(found, "contents")
     kinds = check.kinds(top["kinds"]) if "kinds" in top else KINDS
-    check.keys({name: top[name] for name in top if name != "kinds"}, {"files", "parameters", "buffers"}, "contents")
+    some_kinds = "some_kinds" in top
+    if some_kinds and ("kinds" not in top or top["some_kinds"] is not True):
+        check.fail("some_kinds is not as it is written", "true, beside kinds", top["some_kinds"])
+    rest = {name: top[name] for name in top if name not in ("kinds", "some_kinds")}
+    check.keys(rest, {"files", "parameters", "buffers"}, "contents")
     files = {name: check.file(name, entry) for name, entry in check.mapping(top["files"], "files").items()}
     parameters = check.mapping(top["parameters"], "parameters").items()
     buffers = check.mapping(top["buffers"], "buffers").items()
     contents = Contents(
         files,
-        {check.name(name): check.parameter(name, entry, kinds) for name, entry in parameters},
+        {check.name(name): check.parameter(name, entry, kinds, some_kinds) for name, entry in parameters},
         {check.name(name): check.buffer(name, entry) for name, entry in buffers},
         kinds,
+        some_kinds,
     )
     _check_fits(contents, check)
     return contents
 
 
 def check_coverage(contents: Contents, where: str = MANIFEST_FILE) -> None:
-    """Raises CheckpointError unless the pieces tile every parameter of every kind: no gap, no overlap, no excess."""
+    """Raises CheckpointError unless the pieces tile every parameter in each of its kinds: no gap, no overlap, no
+    excess.
+    """
     check = _Check(where)
     for name, parameter in contents.parameters.items():
-        for kind in contents.kinds:
+        for kind, pieces in parameter.pieces.items():
             end = 0
-            for piece in parameter.pieces[kind]:
+            for piece in pieces:
                 if piece.start != end:
                     trouble = "a gap" if piece.start > end else "an overlap"
                     check.fail(f"{trouble} in {kind} of {name}", f"a piece from element {end}", piece.start)
@@ -279,8 +296,10 @@ class _Check:
             self.fail("the kinds are malformed", f"{KINDS[0]} and at most {MAX_KINDS - 1} other names", kinds)
         return kinds
 
-    def parameter(self, name: str, found: Any, kinds: tuple[str, ...]) -> ParameterEntry:
+    def parameter(self, name: str, found: Any, kinds: tuple[str, ...], some_kinds: bool) -> ParameterEntry:
         entry = self.mapping(found, name)
+        if some_kinds:
+            kinds = tuple(kind for kind in kinds if kind in entry or kind == KINDS[0])
         self.keys(entry, {"shape", *kinds}, name)
         pieces = {kind: tuple(self.piece(name, p) for p in self.sequence(entry[kind], kind)) for kind in kinds}
         return ParameterEntry(self.shape(entry["shape"], name), pieces)

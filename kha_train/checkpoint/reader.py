@@ -64,8 +64,12 @@ class Checkpoint:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What is stored for every parameter: the fp32 master and the optimiser's states."""
+        """What is stored of parameters: the fp32 master and the optimiser's states."""
         return self.manifest.contents.kinds
+
+    def kinds_of(self, name: str) -> tuple[str, ...]:
+        """What is stored of the parameter `name`: `kinds`, or some of them."""
+        return tuple(self.manifest.contents.parameters[name].pieces)
 
     def names(self) -> dict[str, tuple[int, ...]]:
         """Parameter names and their global shapes."""
@@ -81,14 +85,16 @@ class Checkpoint:
     def read(self, name: str, kind: str, start: int = 0, length: int | None = None) -> Tensor:
         """Elements `start` .. `start + length` [N] (1-D, fp32, CPU) of the flattened parameter `name`.
 
-        `kind` is one of `kinds`; without `length`, reads to the end. Reads only the requested bytes, from the pieces
-        that hold them. Raises CheckpointError for an unknown name or kind, and when a file does not match the manifest.
+        `kind` is one of `kinds_of(name)`; without `length`, reads to the end. Reads only the requested bytes, from the
+        pieces that hold them. Raises CheckpointError for an unknown name or kind, and when a file does not match the
+        manifest.
         """
         entry = self.manifest.contents.parameters.get(name)
         if entry is None:
             raise CheckpointError("no such parameter", field=str(self.path), value=name)
-        if kind not in self.kinds:
-            raise CheckpointError("no such kind", field=str(self.path), value=kind, allowed=", ".join(self.kinds))
+        if kind not in entry.pieces:
+            allowed = ", ".join(entry.pieces)
+            raise CheckpointError(f"no such kind of {name}", field=str(self.path), value=kind, allowed=allowed)
         length = entry.elements - start if length is None else length
         assert 0 <= start and 0 <= length and start + length <= entry.elements, (name, start, length, entry.shape)
         values_N = torch.empty(length)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -66,7 +66,8 @@ class Save:
     `prepare`, `write_share`, `publish` and `clear` hold no collectives, so that they can run in a thread beside
     training. The caller makes sure that no rank begins a stage before all ranks have finished the last
     (`background.BackgroundWriter`). The constructor is collective: the ranks agree on a random name. `kinds` are stored
-    for every parameter. `moves` counts what has been done so far, in no unit: a rising count means progress.
+    for every parameter, or with `some_kinds` those of which there are pieces. `moves` counts what has been done so far,
+    in no unit: a rising count means progress.
     """
 
     def __init__(
@@ -77,11 +78,13 @@ class Save:
         trainer_state: bytes,
         *,
         kinds: tuple[str, ...] = KINDS,
+        some_kinds: bool = False,
         stage: Callable[[Stage], None] = no_stage,
         part_bytes: int = PART_BYTES,
     ) -> None:
         self.step, self.moves = step, 0
-        self._world, self._trainer_state, self._part_bytes, self._kinds = world, trainer_state, part_bytes, kinds
+        self._world, self._trainer_state, self._part_bytes = world, trainer_state, part_bytes
+        self._kinds, self._some_kinds = kinds, some_kinds
         self._told_stage = stage
         self._folder = Path(run_dir) / layout.FOLDER
         self._temporary = self._folder / world.broadcast_text(layout.temporary_name(step, "saving"))
@@ -101,7 +104,7 @@ class Save:
     def write_share(self, pieces: Iterable[Piece], buffers: dict[str, Tensor]) -> None:
         """Write this rank's files. Raises OSError, and CheckpointError for pieces that contradict each other."""
         rank = self._world.rank
-        share = _Share(self._temporary, rank, self._kinds, self._stage, self._moved, self._part_bytes)
+        share = _Share(self._temporary, rank, self._kinds, self._some_kinds, self._stage, self._moved, self._part_bytes)
         share.write(pieces, buffers if rank == 0 else {})
         if rank == 0:
             share.files[TRAINER_FILE] = write_bytes(self._temporary / TRAINER_FILE, self._trainer_state)
@@ -134,13 +137,14 @@ class _Share:
         directory: Path,
         rank: int,
         kinds: tuple[str, ...],
+        some_kinds: bool,
         stage: Callable[[Stage], None],
         wrote: Callable[[], None],
         part_bytes: int,
     ) -> None:
         self.files: dict[str, FileEntry] = {}
         self._directory, self._rank, self._stage, self._part_bytes = directory, rank, stage, part_bytes
-        self._wrote, self._kinds = wrote, kinds
+        self._wrote, self._kinds, self._some_kinds = wrote, kinds, some_kinds
         self._waiting: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         self._waiting_bytes = {"model": 0, "optimizer": 0}
         self._parts = {"model": 0, "optimizer": 0}
@@ -168,10 +172,10 @@ class _Share:
     def contents(self) -> Contents:
         """What was written, as one share of the manifest."""
         parameters = {
-            name: ParameterEntry(shape, {kind: tuple(self._pieces.get((name, kind), ())) for kind in self._kinds})
+            name: ParameterEntry(shape, _by_kind(self._pieces, name, self._kinds, self._some_kinds))
             for name, shape in self._shapes.items()
         }
-        return Contents(self.files, parameters, self._buffers, self._kinds)
+        return Contents(self.files, parameters, self._buffers, self._kinds, self._some_kinds)
 
     def _add(self, family: str, key: str, tensor: Tensor) -> str:
         """Queue a tensor and return the file it will be written to."""
@@ -221,19 +225,30 @@ def _join(shares: list[Contents]) -> Contents:
     buffers: dict[str, BufferEntry] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     pieces: dict[tuple[str, str], list[PieceEntry]] = {}
-    kinds = shares[0].kinds
+    kinds, some_kinds = shares[0].kinds, shares[0].some_kinds
     for share in shares:
-        assert share.kinds == kinds, "ranks of one run have one optimiser"
+        assert (share.kinds, share.some_kinds) == (kinds, some_kinds), "ranks of one run have one optimiser"
         files |= share.files
         buffers |= share.buffers
         for name, parameter in share.parameters.items():
             if shapes.setdefault(name, parameter.shape) != parameter.shape:
                 _two_shapes(name, shapes[name], parameter.shape)
-            for kind in kinds:
-                pieces.setdefault((name, kind), []).extend(parameter.pieces[kind])
-    ordered = {key: tuple(sorted(entries, key=lambda piece: piece.start)) for key, entries in pieces.items()}
-    parameters = {name: ParameterEntry(shape, {k: ordered[name, k] for k in kinds}) for name, shape in shapes.items()}
-    return Contents(files, parameters, buffers, kinds)
+            for kind, entries in parameter.pieces.items():
+                pieces.setdefault((name, kind), []).extend(entries)
+    for entries in pieces.values():
+        entries.sort(key=lambda piece: piece.start)
+    parameters = {
+        name: ParameterEntry(shape, _by_kind(pieces, name, kinds, some_kinds)) for name, shape in shapes.items()
+    }
+    return Contents(files, parameters, buffers, kinds, some_kinds)
+
+
+def _by_kind(
+    pieces: Mapping[tuple[str, str], Sequence[PieceEntry]], name: str, kinds: tuple[str, ...], some_kinds: bool
+) -> dict[str, tuple[PieceEntry, ...]]:
+    """The pieces of the parameter `name` in each of the `kinds`; with `some_kinds`, in those that it has."""
+    found = {kind: tuple(pieces.get((name, kind), ())) for kind in kinds}
+    return {kind: held for kind, held in found.items() if held or not some_kinds or kind == KINDS[0]}
 
 
 def _publish(temporary: Path, final: Path, step: int, stage: Callable[[Stage], None]) -> None:

@@ -189,7 +189,7 @@ def _recipes(answer: Plan) -> Table:
     table = _table("model states per rank", "recipe", "bytes per parameter", "ZeRO 1", "ZeRO 2", "ZeRO 3")
     for recipe in answer.to_dict()["memory_per_rank"]["recipes"]:
         name = recipe["name"] + ("" if recipe["offered"] else " (not offered here)")
-        table.add_row(name, str(recipe["bytes_per_parameter"]), *(_gib(size) for size in recipe["states"].values()))
+        table.add_row(name, f"{recipe['bytes_per_parameter']:.4g}", *(_gib(size) for size in recipe["states"].values()))
     return table
 
 

@@ -97,6 +97,7 @@ LIMITS: dict[str, Limit] = {
     "data.skip_windows": NOT_NEGATIVE,
     "optim.lr": POSITIVE,
     "optim.eps": POSITIVE,
+    "optim.iterations": Limit(1, 100),
     "optim.weight_decay": NOT_NEGATIVE,
     "optim.interaction_lr_scale": NOT_NEGATIVE,
     "optim.grad_clip": POSITIVE,

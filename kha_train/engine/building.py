@@ -4,7 +4,7 @@ parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FunctionType
 
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from kha_train.config.resolve import Resolved, precision_on
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import World
-from kha_train.engine.contract import Changed, Fragment, InitialValue
+from kha_train.engine.contract import Changed, Engine, Fragment, InitialValue
 from kha_train.engine.expert_groups import apart_by_ranks
 from kha_train.model.decoder import Decoder, DecoderOutput, build_decoder
 from kha_train.model.device import DTYPES
 from kha_train.model.host import spare_the_compiler, use_tensor_cores
-from kha_train.model.init import initial_value, initial_values, interaction_identities, reset_buffers
+from kha_train.model.init import initial_value, initial_values, interaction_identities, linear_maps, reset_buffers
 from kha_train.model.moe.experts import Experts
 from kha_train.model.moe.parallel import ExpertRanks
-from kha_train.optim import ShareOptimizer
+from kha_train.optim import Part, ShareOptimizer
 from kha_train.variants.registry import OPTIMIZERS
 
 GRAPHS_OF_BLOCKS = 24
@@ -97,12 +97,26 @@ def build_optimizer(
 ) -> ShareOptimizer:
     """The optimiser of `config` for the `named` parameters of `decoder`, or for the tensors that stand for them."""
     optimizer_class: type[ShareOptimizer] = OPTIMIZERS[config.optim.name].load()
-    groups = optimizer_class.group(named, config.optim, interaction_identities(decoder), shapes)
+    groups = optimizer_class.group(named, config.optim, interaction_identities(decoder), shapes, linear_maps(decoder))
     groups = apart_by_ranks(groups)
     return optimizer_class(groups, config.optim)
 
 
-def share_identities(
+def start_optimizer(engine: Engine, optimizer: ShareOptimizer, shares: Sequence[Tensor]) -> None:
+    """Tell the optimiser what its `shares` hold and make its states. `shares` are in the same order on every rank.
+    Collective.
+    """
+    config, parts = engine.config, [(share, list[Part]()) for share in shares]
+    of = dict(parts)
+    for fragment in engine.fragments():
+        length = fragment.views["master"].numel()
+        of[fragment.flat].append(Part(fragment.name, fragment.start, length, fragment.offset))
+    optimizer.lay_out(parts, engine.shapes, linear_maps(engine.decoder), engine.world)
+    optimizer.start(shares, moment_dtype(config))
+    _share_identities(config, engine.decoder, optimizer, engine.fragments())
+
+
+def _share_identities(
     config: RunConfig, decoder: Decoder, optimizer: ShareOptimizer, fragments: Iterable[Fragment]
 ) -> None:
     """Give the optimiser the targets of `optim.interaction_decay`, cut like the masters."""

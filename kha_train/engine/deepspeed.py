@@ -36,12 +36,11 @@ from kha_train.engine.building import (
     build_optimizer,
     check_buffers_are_wide,
     materialise,
-    moment_dtype,
     persistent_buffers,
     prepare_device,
     scaled_loss,
-    share_identities,
     spare_optimizers_the_compiler,
+    start_optimizer,
     told_of_changes,
 )
 from kha_train.engine.contract import Changed, Fragment, InitialValue, seeded
@@ -92,8 +91,7 @@ class Engine:
                 self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
                     model=self.decoder, optimizer=stepper, config=settings, dist_init_required=False
                 )
-        self._stepper.start(self._flat_masters(), moment_dtype(config))
-        share_identities(config, self.decoder, self._stepper, self.fragments())
+        start_optimizer(self, self._stepper, self._flat_masters())
         check_buffers_are_wide(self.decoder)
 
     @staticmethod

@@ -20,12 +20,11 @@ from kha_train.engine.building import (
     build_optimizer,
     check_buffers_are_wide,
     materialise,
-    moment_dtype,
     persistent_buffers,
     prepare_device,
     scaled_loss,
-    share_identities,
     spare_optimizers_the_compiler,
+    start_optimizer,
     told_of_changes,
 )
 from kha_train.engine.contract import Changed, Fragment, InitialValue, seeded
@@ -54,8 +53,7 @@ class Engine:
             for name, parameter in self.decoder.named_parameters()
         }
         self._optimizer = build_optimizer(config, self.decoder, self._masters.items(), self.shapes)
-        self._optimizer.start(self._masters.values(), moment_dtype(config))
-        share_identities(config, self.decoder, self._optimizer, self.fragments())
+        start_optimizer(self, self._optimizer, list(self._masters.values()))
         check_buffers_are_wide(self.decoder)
 
     @staticmethod

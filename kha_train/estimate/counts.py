@@ -158,6 +158,15 @@ def _component_parameters(config: RunConfig) -> int:
     return sum(component_parameters(base, interaction, width) for interaction in config.interactions)
 
 
+def map_parameters(config: RunConfig) -> int:
+    """The parameters that are linear maps of features inside layers (`LinearMap`). In attention, these are what costs
+    a multiplication and an addition for each token.
+    """
+    parts = count_parameters(config).by_component
+    attention = flops_per_token(config).by_component["attention"] // 2
+    return attention + parts["experts"] + parts["shared_experts"] + parts["dense"]
+
+
 def moe_layers(config: RunConfig) -> int:
     """Number of layers with experts."""
     return config.model.layers - config.moe.dense_layers

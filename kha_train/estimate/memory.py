@@ -15,7 +15,13 @@ from dataclasses import dataclass, replace
 from kha_train.config.resolve import decide_plan, planned_device
 from kha_train.config.schema import RunConfig
 from kha_train.estimate.activations import attention_activations, folded_bytes, kept_block_numbers, shared_mask_bytes
-from kha_train.estimate.counts import attention_parameters, count_parameters, held_parameters, moe_layers
+from kha_train.estimate.counts import (
+    attention_parameters,
+    count_parameters,
+    held_parameters,
+    map_parameters,
+    moe_layers,
+)
 from kha_train.variants.optimizer import MASTER_BYTES, OptimSection
 
 GIB = 1024**3
@@ -77,7 +83,7 @@ def plan_memory(config: RunConfig) -> MemoryPlan:
         + (width * total // second if second > 1 else 0)
         + FROZEN_BYTES * count.frozen,
         "gathered": width * min(total, MAX_LIVE_PARAMETERS) if sharded else 0,
-        "optimizer": config.optim.bytes_per_parameter(engine.moment_dtype) * total // ranks,
+        "optimizer": optimizer_bytes(config, engine.moment_dtype) // ranks,
         "runtime": RUNTIME_BYTES[planned_device(config).kind],
     }
     before, after = _gradients(config, total, held)
@@ -93,6 +99,14 @@ def plan_memory(config: RunConfig) -> MemoryPlan:
         MemoryPlan("the optimiser steps", states | {"gradients": after, "step": _step(config)}),
     )
     return max(moments, key=lambda moment: moment.total)
+
+
+def optimizer_bytes(config: RunConfig, moment_dtype: str = "fp32") -> int:
+    """Bytes of the masters and optimiser states of all ranks together."""
+    optim, total, maps = config.optim, count_parameters(config).total, map_parameters(config)
+    return optim.bytes_per_parameter(moment_dtype) * (total - maps) + maps * optim.bytes_per_parameter(
+        moment_dtype, is_map=True
+    )
 
 
 def activation_bytes(config: RunConfig) -> int:
@@ -149,12 +163,12 @@ class Recipe:
     name: str
     parameters: int
     gradients: int
-    optimizer: int
+    optimizer: float
     offered: bool
 
     @property
-    def bytes_per_parameter(self) -> int:
-        """Their sum, on one rank."""
+    def bytes_per_parameter(self) -> float:
+        """Their sum, on one rank; where kinds of parameters differ, the mean."""
         return self.parameters + self.gradients + self.optimizer
 
     def states(self, total: int, stage: int, ranks: int, held: int | None = None) -> int:
@@ -163,14 +177,19 @@ class Recipe:
         """
         held = total if held is None else held
         parts = (self.parameters, 3), (self.gradients, 2), (self.optimizer, 1)
-        return sum(size * total // ranks if stage >= first else size * held for size, first in parts)
+        return sum(int(size * total // ranks if stage >= first else size * held) for size, first in parts)
 
 
-def recipes(optim: OptimSection) -> tuple[Recipe, ...]:
-    """The recipes with the optimiser of `optim`: with AdamW from 20 bytes per parameter downwards. docs/plan.md lists
-    what else DeepSpeed offers.
+def recipes(optim: OptimSection, maps: float = 0.0) -> tuple[Recipe, ...]:
+    """The recipes with the optimiser of `optim`: with AdamW from 20 bytes per parameter downwards. `maps` is the share
+    of the parameters that are linear maps. docs/plan.md lists what else DeepSpeed offers.
     """
-    wide, narrow = optim.bytes_per_parameter("fp32"), optim.bytes_per_parameter("bf16")
+
+    def mean(moment_dtype: str) -> float:
+        other, own = (optim.bytes_per_parameter(moment_dtype, is_map) for is_map in (False, True))
+        return other if own == other else other + (own - other) * maps
+
+    wide, narrow = mean("fp32"), mean("bf16")
     return (
         Recipe("fp32: parameters, gradients, masters, moments", 4, 4, wide, True),
         Recipe("bf16, gradients accumulated in fp32", 2, 6, wide, True),
@@ -272,14 +291,19 @@ def _shared_groups(config: RunConfig) -> list[tuple[int, list[int]]]:
 
 def _step(config: RunConfig) -> int:
     """What the optimiser holds while it steps one group after another: its gradients in fp32, its moments, widened if
-    they are stored in bf16, and for statistics of layers a copy of its masters.
+    they are stored in bf16, for statistics of layers a copy of its masters, and what the step itself allocates.
     """
-    whole = [sum(sizes) for times, sizes in _groups(config) if times]
-    # A rank's part of the experts is cut among as many fewer ranks as there are parts.
-    whole += [config.engine.expert_parallel * sum(sizes) for _, sizes in _shared_groups(config)]
-    largest = max(whole)
+    optim, ranks = config.optim, config.cluster.devices
     copied = MASTER_BYTES if config.telemetry.layer_statistics_every else 0
-    return (4 + config.optim.widened_bytes(config.engine.moment_dtype) + copied) * largest // config.cluster.devices
+    # Groups of layers come after the one of embedding and head.
+    groups = [(sum(sizes), number > 0) for number, (times, sizes) in enumerate(_groups(config)) if times]
+    # A rank's part of the experts is cut among as many fewer ranks as there are parts.
+    groups += [(config.engine.expert_parallel * sum(sizes), True) for _, sizes in _shared_groups(config)]
+    return max(
+        (4 + optim.widened_bytes(config.engine.moment_dtype, is_layer) + copied) * size // ranks
+        + (optim.step_bytes(size // ranks) if is_layer else 0)
+        for size, is_layer in groups
+    )
 
 
 def _overlap(sizes: list[int], rank: int, ranks: int) -> int:

@@ -24,6 +24,7 @@ from kha_train.estimate.counts import (
     flops_per_token,
     held_parameters,
     interaction_overhead,
+    map_parameters,
 )
 from kha_train.estimate.exchange import exchange_bytes
 from kha_train.estimate.figures import DataUse, RunTime, SavedSize
@@ -34,6 +35,7 @@ from kha_train.estimate.memory import (
     MemoryPlan,
     largest_micro_batch,
     micro_batches,
+    optimizer_bytes,
     plan_memory,
     recipes,
     uses_bf16,
@@ -192,7 +194,7 @@ def recipe_table(config: RunConfig, total: int) -> list[dict[str, Any]]:
             "offered": recipe.offered,
             "states": {str(stage): recipe.states(total, stage, ranks, held) for stage in STAGES},
         }
-        for recipe in recipes(config.optim)
+        for recipe in recipes(config.optim, map_parameters(config) / total)
     ]
 
 
@@ -257,7 +259,7 @@ def _time(config: RunConfig, flops: FlopCount) -> RunTime:
 
 def checkpoint_bytes(config: RunConfig, count: ParameterCount) -> int:
     """The size of a checkpoint: masters and optimiser states, and matrices that are not trained."""
-    return config.optim.bytes_per_parameter() * count.total + FROZEN_BYTES * count.frozen
+    return optimizer_bytes(config) + FROZEN_BYTES * count.frozen
 
 
 def _checkpoint(config: RunConfig, count: ParameterCount, step_seconds: float | None) -> SavedSize:

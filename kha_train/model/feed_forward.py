@@ -17,7 +17,7 @@ class SwiGlu(nn.Module):
 
     def __init__(self, config: RunConfig, width: int) -> None:
         super().__init__()
-        self.gate_up = Linear(config.model.hidden_size, 2 * width, Normal(config.model.init_std))
+        self.gate_up = Linear(config.model.hidden_size, 2 * width, Normal(config.model.init_std), (width, width))
         self.down = Linear(width, config.model.hidden_size, Normal(residual_std(config)))
 
     def forward(self, x: Tensor, report: Report = UNREAD) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kha_train.config.schema import RunConfig
+from kha_train.variants.optimizer import LinearMap
 
 
 class Initial(Protocol):
@@ -133,6 +134,7 @@ class DeclaredModule(nn.Module):
         self.initial: dict[str, Initial] = {}
         self.frozen: dict[str, Initial] = {}
         self.identities: dict[str, Initial | None] = {}
+        self.linear_shapes: dict[str, LinearMap] = {}
         self.fresh_buffers: dict[str, Callable[[], Tensor]] = {}
 
     def declare_parameter(self, name: str, shape: tuple[int, ...], initial: Initial) -> None:
@@ -154,6 +156,13 @@ class DeclaredModule(nn.Module):
         """
         self.identities[name] = identity
 
+    def declare_map(self, name: str, along: int = -1, sizes: tuple[int, ...] = ()) -> None:
+        """Declare that the parameter `name` is a linear map of features, [..., rows, columns], with leading dimensions
+        that count maps; or several side by side, with these `sizes` in dimension `along`. The optimiser may treat such
+        parameters as matrices (`optim=muon`).
+        """
+        self.linear_shapes[name] = LinearMap(along, sizes)
+
     def declare_buffer(
         self, name: str, shape: tuple[int, ...], fresh: Callable[[], Tensor], *, persistent: bool
     ) -> None:
@@ -173,13 +182,16 @@ class DeclaredModule(nn.Module):
 
 
 class Linear(DeclaredModule):
-    """y = x W^T without bias; `weight` is [outputs, inputs]."""
+    """y = x W^T without bias; `weight` is [outputs, inputs]. Outputs that are several maps side by side are declared by
+    their sizes in `fused`.
+    """
 
     weight: nn.Parameter
 
-    def __init__(self, inputs: int, outputs: int, initial: Initial) -> None:
+    def __init__(self, inputs: int, outputs: int, initial: Initial, fused: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.declare_parameter("weight", (outputs, inputs), initial)
+        self.declare_map("weight", -2, fused)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs], in the dtype of `x`."""
@@ -240,6 +252,16 @@ def interaction_identities(decoder: nn.Module) -> dict[str, Initial | None]:
         for prefix, module in decoder.named_modules()
         if isinstance(module, DeclaredModule)
         for name, identity in module.identities.items()
+    }
+
+
+def linear_maps(decoder: nn.Module) -> dict[str, LinearMap]:
+    """The parameters that are linear maps of features, by full name."""
+    return {
+        f"{prefix}.{name}" if prefix else name: shape
+        for prefix, module in decoder.named_modules()
+        if isinstance(module, DeclaredModule)
+        for name, shape in module.linear_shapes.items()
     }
 
 

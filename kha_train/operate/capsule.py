@@ -317,9 +317,11 @@ def _write(run: RunData, event: SpikeEvent, whole: Excerpt, small: Excerpt, out:
     pieces = (
         Piece(name, kind, shape, 0, small.checkpoint.read(small.old_name(name), kind))
         for name, shape in shapes.items()
-        for kind in small.kinds
+        for kind in small.checkpoint.kinds_of(small.old_name(name))
+        if kind in small.kinds
     )
-    writer = BackgroundWriter(out, World.single(), kinds=small.kinds)
+    some_kinds = small.moments and small.checkpoint.manifest.contents.some_kinds
+    writer = BackgroundWriter(out, World.single(), kinds=small.kinds, some_kinds=some_kinds)
     writer.begin(small.checkpoint.step, pieces, buffers, {})
     writer.wait()
     places = replace(config.run, dir="run", name="capsule", branch_from="", init_from="")

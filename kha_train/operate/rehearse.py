@@ -38,7 +38,7 @@ from kha_train.engine.default import engine_for
 from kha_train.errors import ConfigError, DataError
 from kha_train.estimate.counts import count_parameters
 from kha_train.estimate.long_step import long_step_warning
-from kha_train.estimate.memory import GIB, plan_memory
+from kha_train.estimate.memory import GIB, optimizer_bytes, plan_memory
 from kha_train.estimate.plan import checkpoint_bytes
 from kha_train.evaluate.opening import content_ids, open_tasks
 from kha_train.model.decoder import lay_out_decoder
@@ -217,7 +217,7 @@ def _rank_zero(config: RunConfig, world_size: int, labels: int) -> dict[str, Any
 
 def _bytes_to_build(config: RunConfig, world_size: int) -> float:
     total = count_parameters(config).total
-    return total * (8 + config.optim.bytes_per_parameter() / world_size)
+    return total * 8 + optimizer_bytes(config) / world_size
 
 
 @contextmanager

@@ -1,24 +1,35 @@
 """The contract of an optimiser: it steps the flat fp32 shares that an engine owns, one parameter group after another.
 
 A share is a 1-D part of one or many parameters (whole, or sharded and padded), so a step must treat every number
-separately. An optimiser derives from `ShareOptimizer` and implements `step_share`; its options name its states.
+separately, or ask in `lay_out` where the numbers belong. An optimiser derives from `ShareOptimizer` and implements
+`step_share`; its options name its states.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kha_train.distributed import World
 from kha_train.optim.groups import interaction_settings, parameter_groups
-from kha_train.variants.optimizer import MASTER, OptimSection
+from kha_train.variants.optimizer import MASTER, LinearMap, OptimSection
 
 Groups = list[dict[str, Any]]
 """Parameter groups in torch's form: `params`, `name`, `weight_decay` and further fields for the optimiser."""
+
+
+class Part(NamedTuple):
+    """Elements `start` .. `start + length` of the flattened parameter `name`, at `offset` of a share."""
+
+    name: str
+    start: int
+    length: int
+    offset: int
 
 
 class ShareOptimizer(torch.optim.Optimizer):
@@ -50,11 +61,28 @@ class ShareOptimizer(torch.optim.Optimizer):
         options: OptimSection,
         apart: Collection[str] = (),
         shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+        maps: Mapping[str, LinearMap] = MappingProxyType({}),
     ) -> Groups:
         """The parameter groups of the `named` parameters, with those in `apart` treated by `optim.interaction_*`. See
-        `parameter_groups`.
+        `parameter_groups`. `maps` are the parameters that are linear maps of features.
         """
         return parameter_groups(named, options.weight_decay, apart, interaction_settings(options), shapes)
+
+    def lay_out(
+        self,
+        parts: Sequence[tuple[Tensor, Sequence[Part]]],
+        shapes: Mapping[str, tuple[int, ...]],
+        maps: Mapping[str, LinearMap],
+        world: World,
+    ) -> None:
+        """Called once, before `start`, for an optimiser that must know which numbers belong together: this rank's
+        shares, in the same order on every rank, with the `parts` of parameters in each; the global `shapes` of all
+        parameters; and which are linear `maps`. Collective.
+        """
+
+    def states_of(self, share: Tensor) -> tuple[str, ...]:
+        """The names of the states of `share`."""
+        return self.options.states
 
     def start(self, shares: Iterable[Tensor], dtype: torch.dtype) -> None:
         """Allocate zero states in `dtype` now, so that a checkpoint of any step holds them and memory is allocated
@@ -62,12 +90,15 @@ class ShareOptimizer(torch.optim.Optimizer):
         """
         for share in shares:
             self.state[share] = {"step": torch.zeros((), dtype=torch.float32, device=share.device)} | {
-                name: torch.zeros_like(share, dtype=dtype, requires_grad=False) for name in self.options.states
+                name: torch.zeros_like(share, dtype=dtype, requires_grad=False) for name in self.states_of(share)
             }
 
     def kept(self, share: Tensor) -> dict[str, Tensor]:
-        """What a checkpoint stores of `share`, as live whole tensors by kind: the master itself and every state."""
-        return {MASTER: share.detach()} | {name: self.state[share][name] for name in self.options.states}
+        """What a checkpoint stores of `share`, as live whole tensors by kind: the master itself and, from `start` on,
+        every state.
+        """
+        states = {name: self.state[share][name] for name in self.states_of(share)} if share in self.state else {}
+        return {MASTER: share.detach()} | states
 
     @property
     def steps(self) -> int:
@@ -94,7 +125,7 @@ class ShareOptimizer(torch.optim.Optimizer):
                 (self.state[share], name)
                 for share in group["params"]
                 if share.grad is not None
-                for name in self.options.states
+                for name in self.states_of(share)
                 if name in self.state[share] and self.state[share][name].dtype == torch.bfloat16
             ]
             kept = [state[name] for state, name in narrow]
@@ -118,7 +149,7 @@ class ShareOptimizer(torch.optim.Optimizer):
     @abstractmethod
     def step_share(self, share: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         """Step `share` (1-D, fp32) in place by `gradient`, and its `state` with it: a tensor of the same shape for each
-        of `options.states`, fp32 here, and `step`, the number of this step from 1 on. `group` has `lr` and
+        of `states_of(share)`, fp32 here, and `step`, the number of this step from 1 on. `group` has `lr` and
         `weight_decay`."""
 
     @staticmethod

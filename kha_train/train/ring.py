@@ -104,7 +104,13 @@ class Ring:
             if there:
                 continue
             copy.host.synchronize()
-            writer = BackgroundWriter(self._folder, world, after_publish=self._prune, kinds=config.optim.kinds())
+            writer = BackgroundWriter(
+                self._folder,
+                world,
+                after_publish=self._prune,
+                kinds=config.optim.kinds(),
+                some_kinds=config.optim.map_states is not None,
+            )
             state = decode_state(copy.state, "the ring") if world.is_main else {}
             try:
                 writer.begin(copy.step, copy.pieces, copy.buffers, state)

@@ -68,7 +68,12 @@ class Saver:
         self._resumed_from: tuple[int, ...] = ()
         self._stands, self._run_dir = stands, run_dir
         self._writer = BackgroundWriter(
-            run_dir, world, before_publish=sync, after_publish=self._after_publish, kinds=config.optim.kinds()
+            run_dir,
+            world,
+            before_publish=sync,
+            after_publish=self._after_publish,
+            kinds=config.optim.kinds(),
+            some_kinds=config.optim.map_states is not None,
         )
         self._host = HostBuffers()
         self._step = 0

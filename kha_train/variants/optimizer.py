@@ -7,7 +7,7 @@ Checkpoints, the memory plan and resume use these declarations, and know no opti
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from kha_train.errors import ConfigError, Settings, either
 
@@ -18,6 +18,17 @@ STATE_BYTES = {"fp32": 4, "bf16": 2}
 """Bytes per element of a state, by `engine.moment_dtype`."""
 MOST_BETA2_IN_BF16 = 0.99
 """bf16 has 8 significant bits: a change of less than 1/256 is rounded away."""
+ORTHOGONALISED_TOGETHER = 1 << 26
+"""Numbers of the matrices that Muon orthogonalises in one batch, to bound the memory of a step."""
+
+
+class LinearMap(NamedTuple):
+    """How a weight that maps features, [..., rows, columns], is composed: of one map, or of several side by side along
+    dimension `along` (-2 or -1), which have these `sizes` there.
+    """
+
+    along: int = -1
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +56,8 @@ class OptimSection:
 
     states: ClassVar[tuple[str, ...]] = ()
     """The names of the states that the optimiser keeps for each parameter, as checkpoints use them."""
+    map_states: ClassVar[tuple[str, ...] | None] = None
+    """Those of a linear map (`LinearMap`), where they are others."""
     name: str = "adamw"
     lr: float
     weight_decay: float = 0.1
@@ -55,18 +68,30 @@ class OptimSection:
 
     @classmethod
     def kinds(cls) -> tuple[str, ...]:
-        """What a checkpoint stores for each parameter: the fp32 master and every state."""
-        return (MASTER, *cls.states)
+        """What a checkpoint stores for each parameter: the fp32 master and every state; where those of maps are others,
+        for some of them.
+        """
+        return (MASTER, *cls.states, *(cls.map_states or ()))
 
     @classmethod
-    def bytes_per_parameter(cls, moment_dtype: str = "fp32") -> int:
+    def states_of(cls, is_map: bool) -> tuple[str, ...]:
+        """The names of the states of a parameter that is a linear map, or is not."""
+        return cls.states if cls.map_states is None or not is_map else cls.map_states
+
+    @classmethod
+    def bytes_per_parameter(cls, moment_dtype: str = "fp32", is_map: bool = False) -> int:
         """Bytes of master and states in memory. A checkpoint stores all in fp32."""
-        return MASTER_BYTES + len(cls.states) * STATE_BYTES[moment_dtype]
+        return MASTER_BYTES + len(cls.states_of(is_map)) * STATE_BYTES[moment_dtype]
 
     @classmethod
-    def widened_bytes(cls, moment_dtype: str) -> int:
+    def widened_bytes(cls, moment_dtype: str, is_map: bool = False) -> int:
         """Bytes per parameter of the fp32 copies of its states during a step; none if they are stored in fp32."""
-        return 0 if moment_dtype == "fp32" else len(cls.states) * STATE_BYTES["fp32"]
+        return 0 if moment_dtype == "fp32" else len(cls.states_of(is_map)) * STATE_BYTES["fp32"]
+
+    @classmethod
+    def step_bytes(cls, numbers: int) -> int:
+        """Bytes that a step of a share of that many numbers of linear maps allocates, besides widened states."""
+        return 0
 
     def invalid(self) -> ConfigError | None:
         """The error in these options, or None."""
@@ -102,4 +127,34 @@ class AdamWOptions(OptimSection):
             value=list(self.betas),
             allowed=f"a second beta of at most {MOST_BETA2_IN_BF16}",
             fix=either(Settings(f"optim.betas=[{self.betas[0]},0.95]"), Settings("engine.moment_dtype=fp32")),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonOptions(AdamWOptions):
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the linear maps of layers, AdamW for the rest.
+
+    The update of a map is its `momentum` (with `nesterov`, that of the next step), made nearly orthogonal by
+    `iterations` of Newton and Schulz, computed in `iteration_dtype`.
+    """
+
+    map_states: ClassVar[tuple[str, ...] | None] = ("momentum",)
+    momentum: float = 0.95
+    nesterov: bool = True
+    iterations: int = 5
+    iteration_dtype: Literal["fp32", "bf16"] = "fp32"
+
+    @classmethod
+    def step_bytes(cls, numbers: int) -> int:
+        """The update; and of the matrices orthogonalised together a copy, the next one, their Gram matrices and the
+        polynomial of these, which are at most as large.
+        """
+        return 4 * (numbers + 4 * min(numbers, ORTHOGONALISED_TOGETHER))
+
+    def invalid(self) -> ConfigError | None:
+        """The momentum is a decay rate."""
+        if 0 <= self.momentum < 1:
+            return super().invalid()
+        return ConfigError(
+            "must be a decay rate", field="optim.momentum", value=self.momentum, allowed="from 0 to below 1"
         )

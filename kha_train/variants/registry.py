@@ -31,7 +31,7 @@ from kha_train.variants.interactions import (
     KnockingLinearOptions,
     KnockingMlpOptions,
 )
-from kha_train.variants.optimizer import AdamWOptions, OptimSection
+from kha_train.variants.optimizer import AdamWOptions, MuonOptions, OptimSection
 from kha_train.variants.task import ContextOptions, HarnessOptions, RepeatsOptions, RowTaskOptions, TaskOptions
 
 Options = TypeVar("Options")
@@ -75,6 +75,7 @@ INTERACTIONS: dict[str, Variant[InteractionOptions]] = {
 
 OPTIMIZERS: dict[str, Variant[OptimSection]] = {
     "adamw": Variant("kha_train.optim.adamw:AdamW", AdamWOptions),
+    "muon": Variant("kha_train.optim.muon:Muon", MuonOptions),
 }
 
 TASKS: dict[str, Variant[TaskOptions]] = {

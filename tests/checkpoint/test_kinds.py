@@ -102,3 +102,40 @@ def test_a_manifest_says_its_kinds_in_one_way_alone(tmp_path: Path) -> None:
     assert not isinstance(caught.value, FormatError), "its SHA-256 is not right: damage"
     listed = save(tmp_path / "adamw", KINDS).manifest.contents.to_plain() | {"kinds": list(KINDS)}
     assert parse_contents(listed, "rank-00000.json").to_plain().keys() == {"files", "parameters", "buffers"}
+
+
+def test_states_that_only_some_parameters_have_are_stored_of_these_alone(tmp_path: Path) -> None:
+    kinds, world = ("master", "exp_avg", "momentum"), World.single()
+    written = Save(tmp_path, 1, world, encode_on_main(world, {}), kinds=kinds, some_kinds=True)
+    written.prepare()
+    values = torch.arange(6.0)
+    held = (("w", "master"), ("w", "momentum"), ("v", "master"), ("v", "exp_avg"))
+    written.write_share([Piece(name, kind, (6,), 0, values) for name, kind in held], {})
+    written.publish()
+    found = Checkpoint(written.path, verify(written.path))
+    assert found.kinds == kinds and json.loads((found.path / "manifest.json").read_text())["format"] == 3
+    assert (found.kinds_of("w"), found.kinds_of("v")) == (("master", "momentum"), ("master", "exp_avg"))
+    assert torch.equal(found.read("w", "momentum"), values)
+    with pytest.raises(CheckpointError, match="no such kind of v"):
+        found.read("v", "momentum")
+    raw = (found.path / "manifest.json").read_bytes()
+    assert parse_manifest(raw).encode() == raw
+    plain = found.manifest.contents.to_plain()
+    for damaged in ({"some_kinds": False}, {"some_kinds": 1}):
+        with pytest.raises(CheckpointError):
+            parse_contents(plain | damaged, "manifest.json")
+    del plain["parameters"]["v"]["master"]
+    with pytest.raises(CheckpointError, match="wrong keys"):
+        parse_contents(plain, "manifest.json")
+    assert not compare(found, found).tensors
+
+
+def test_a_state_that_some_ranks_did_not_bring_fails_the_save(tmp_path: Path) -> None:
+    world = World.single()
+    written = Save(tmp_path, 1, world, encode_on_main(world, {}), kinds=("master", "momentum"), some_kinds=True)
+    written.prepare()
+    written.write_share(
+        [Piece("w", "master", (6,), 0, torch.zeros(6)), Piece("w", "momentum", (6,), 0, torch.zeros(3))], {}
+    )
+    with pytest.raises(CheckpointError, match="momentum of w is not covered"):
+        written.publish()

@@ -21,17 +21,23 @@ PRESETS = {
 }
 
 
+def all_fields() -> set[str]:
+    """The settings that any variant of attention or any optimiser has."""
+    chosen = [f"{group}={name}" for group in ("attention", "optim") for name in PRESETS[group]]
+    return {key for preset in chosen for key in flatten(to_plain(compose([preset])))}
+
+
 def test_every_field_of_every_preset_is_described() -> None:
     table = PAGE.partition("## Every field")[2]
     described = set(re.findall(r"`([a-z_]+(?:\.[a-z_0-9]+)+)`", table))
-    leaves = {key for name in PRESETS["attention"] for key in flatten(to_plain(compose([f"attention={name}"])))}
+    leaves = all_fields()
     assert leaves - described == set()
 
 
 def test_no_field_is_described_that_is_not_there() -> None:
     first_cells = re.findall(r"^\| (`[^|]*`) \|", PAGE.partition("## Every field")[2], flags=re.MULTILINE)
     described = {key for cell in first_cells for key in re.findall(r"`([^`]+)`", cell)}
-    leaves = {key for name in PRESETS["attention"] for key in flatten(to_plain(compose([f"attention={name}"])))}
+    leaves = all_fields()
     assert described - leaves == set()
 
 

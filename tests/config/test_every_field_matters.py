@@ -34,7 +34,8 @@ from kha_train.estimate.counts import count_parameters, flops_per_token
 from kha_train.estimate.plan import make_plan
 from kha_train.model import loss as loss_module
 from kha_train.model.device import resolve_on
-from kha_train.optim import learning_rate, parameter_groups
+from kha_train.optim import Part, learning_rate, parameter_groups
+from kha_train.optim.muon import Muon
 from kha_train.record import read_events, read_metrics
 from kha_train.stability.events import Observation
 from kha_train.stability.monitor import Verdict
@@ -49,6 +50,8 @@ from kha_train.train.metrics import declared
 from kha_train.train.ring import Copy
 from kha_train.train.saving import Saver
 from kha_train.train.watch import Watch
+from kha_train.variants.optimizer import LinearMap
+from kha_train.variants.registry import OPTIMIZERS
 
 PRESETS = sorted(path.stem for path in (shipped("configs") / "attention").glob("*.yaml"))
 
@@ -237,6 +240,18 @@ def adamw(config: RunConfig) -> Any:
     decoder = build_decoder(config)
     optimizer = build_optimizer(config, decoder, decoder.named_parameters(), {})
     return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def muon(config: RunConfig) -> Any:
+    """A matrix after two steps of Muon."""
+    share = torch.nn.Parameter(torch.zeros(12))
+    optimizer = Muon([{"params": [share], "weight_decay": 0.0}], config.optim)
+    optimizer.lay_out([(share, [Part("w", 0, 12, 0)])], {"w": (3, 4)}, {"w": LinearMap()}, World.single())
+    optimizer.start([share], torch.float32)
+    for seed in (0, 1):
+        share.grad = torch.randn(12, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+    return share.tolist()
 
 
 def weight_decays(config: RunConfig) -> Any:
@@ -502,6 +517,11 @@ CHANGES: dict[str, Change] = {
     "optim.lr": (1e-4, learning_rates),
     "optim.betas": ("[0.8,0.99]", adamw),
     "optim.eps": (1e-6, adamw),
+    "optim.name": ("muon", adamw),
+    "optim.momentum": (0.5, muon, "optim=muon"),
+    "optim.nesterov": ("false", muon, "optim=muon"),
+    "optim.iterations": (3, muon, "optim=muon"),
+    "optim.iteration_dtype": ("bf16", muon, "optim=muon"),
     "optim.weight_decay": (0.5, weight_decays),
     "optim.interaction_decay": ("identity", adamw),
     "optim.interaction_lr_scale": (0.5, adamw),
@@ -583,7 +603,6 @@ UNSEEN = {
     "data.name": "a label, as model.name",
     "cluster.name": "a label, as model.name",
     "engine.name": "another engine computes the same (tests/engine/test_contract.py), up to rounding",
-    "optim.name": "one optimiser is registered; tests/recipes/test_optimizer.py adds another",
     "attention.base.max_tokens": "a bound: rows beyond it are refused (tests/model/attention)",
 }
 
@@ -593,7 +612,8 @@ SEEN: dict[Any, Any] = {}
 
 
 def test_every_field_is_listed_once() -> None:
-    leaves = {key for preset in PRESETS for key in flatten(to_plain(compose([f"attention={preset}"])))}
+    chosen = [*(f"attention={preset}" for preset in PRESETS), *(f"optim={name}" for name in OPTIMIZERS)]
+    leaves = {key for preset in chosen for key in flatten(to_plain(compose([preset])))}
     assert leaves == CHANGES.keys() | UNSEEN.keys()
     assert not CHANGES.keys() & UNSEEN.keys()
 

@@ -45,6 +45,8 @@ class Experts(DeclaredModule):
         self.run = BACKENDS[resolved.experts.name](self.kernels)
         self.declare_parameter("gate_up", (experts, width, 2 * inner), Normal(config.model.init_std))
         self.declare_parameter("down", (experts, inner, width), Normal(residual_std(config)))
+        self.declare_map("gate_up", -1, (inner, inner))
+        self.declare_map("down")
 
     def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """The weighted sum of every token's experts, [N, D] in the dtype of `x_ND`."""
