@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from kha_train.config.schema import ClusterSection, RunConfig
+from kha_train.config.schema import RunConfig
+from kha_train.config.surroundings import ClusterSection
 from kha_train.estimate.memory import GIB, micro_batches, plan_memory
 from kha_train.estimate.plan import STAGES, Plan, make_plan
 from kha_train.estimate.remedies import with_engine
