@@ -233,8 +233,8 @@ def _join(shares: list[Contents]) -> Contents:
         for name, parameter in share.parameters.items():
             if shapes.setdefault(name, parameter.shape) != parameter.shape:
                 _two_shapes(name, shapes[name], parameter.shape)
-            for kind, entries in parameter.pieces.items():
-                pieces.setdefault((name, kind), []).extend(entries)
+            for kind, held in parameter.pieces.items():
+                pieces.setdefault((name, kind), []).extend(held)
     for entries in pieces.values():
         entries.sort(key=lambda piece: piece.start)
     parameters = {
