@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | soak | lint | docs | cuda-lock | bench-gpu | gpu-wheels. The first call makes .venv; later ones find it ready.
+# make quickstart | test | test-slow | soak | lint | docs | cuda-lock | bench-gpu | gpu-wheels | null-gpu. The first call makes .venv; later ones find it ready.
 # PYTHON=... chooses the interpreter of .venv, ARGS=... is passed to the command, WORKERS=... sets the test processes.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
@@ -8,7 +8,7 @@ WORKERS ?= 2
 # Python keeps what it compiled, whatever the environment says: tests start hundreds of interpreters.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-slow soak lint docs cuda-lock bench-gpu gpu-wheels
+.PHONY: quickstart test test-slow soak lint docs cuda-lock bench-gpu gpu-wheels null-gpu
 
 quickstart: .venv/.core
 	CUDA_VISIBLE_DEVICES= $(BIN)/kha quickstart $(ARGS)
@@ -65,6 +65,17 @@ SHARE = $(shell $(PYTHON) -c 'from importlib.metadata import version; \
 DOWNLOADS = Installing into .venv takes minutes, the first time only. $(if $(SHARE),It uses the torch $(TORCH) of \
 	$(PYTHON).,It downloads torch $(TORCH), which on Linux brings some 3 GB of CUDA libraries unless pip finds the build \
 	for CPUs: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu)
+
+# The CUDA path without a GPU: hundreds of small runs on a device whose kernels do nothing (docs/testing.md). Needs gcc, and an
+# environment of its own with torch for CUDA, which takes 3 GB; NULL_GPU_PYTHON names one that is there.
+NULL_GPU_PYTHON ?= .null-gpu/bin/python
+null-gpu: $(NULL_GPU_PYTHON)
+	$(NULL_GPU_PYTHON) tools/null_gpu/matrix.py $(ARGS)
+
+.null-gpu/bin/python:
+	$(PYTHON) -m venv .null-gpu
+	grep -vE '^(torch|triton)\b' constraints.txt >.null-gpu/constraints.txt
+	$@ -m pip install --disable-pip-version-check -c .null-gpu/constraints.txt torch==2.11.0 triton==3.6.0 -e '.[data]'
 
 # A stamp is newer than the files it was installed from.
 .venv/.core: pyproject.toml constraints.txt
