@@ -307,6 +307,7 @@ def start(device: str, timeout_seconds: float) -> World:
     where = torch.device("cuda", world.local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(where)
+        _let_segments_grow(os.environ)
     # DeepSpeed reads torchrun's variables itself, even if srun or nobody set them.
     os.environ.update(zip(TORCHRUN, map(str, (world.rank, world.size, world.local_rank)), strict=True))
     timeout = timedelta(seconds=timeout_seconds)
@@ -321,6 +322,14 @@ def start(device: str, timeout_seconds: float) -> World:
     host_group = dist.new_group(backend="gloo", timeout=timeout) if use_cuda and world.size > 1 else None
     world = replace(world, device=where, host_group=host_group)
     return replace(world, life=world.broadcast_text(secrets.token_hex(6)))
+
+
+def _let_segments_grow(environ: Mapping[str, str]) -> None:
+    """Let segments of torch's CUDA allocator grow, unless the environment configures it. Otherwise blocks of many sizes
+    leave gaps: up to 10 GiB of a device on which a model just fits.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environ.keys():
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def _refuse_pickles() -> None:

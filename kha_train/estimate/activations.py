@@ -1,7 +1,8 @@
 """What attention saves for its backward, from the configuration alone: no torch.
 
-Counts are numbers of the training dtype per token, as torch's saved-tensor hooks see them on a CPU in fp32 (RMSNorm
-keeps its input and the normalised input; a fused kernel keeps less). A rotation saves nothing itself.
+Counts are numbers of the training dtype per token, as torch's saved-tensor hooks see them on a CPU in fp32, where
+RMSNorm keeps its input and the normalised input. On CUDA it is one kernel that keeps its input alone. A rotation saves
+nothing itself.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ def attention_activations(config: RunConfig, width: int) -> int:
     counts): those of its base, its interaction and the kernel. Where layers differ, of the one that saves most.
     """
     base, way = config.attention.base, decide_plan(config).interaction
-    own = base.saved_numbers(config.attention.qk_norm) + base.gate_numbers()
-    exchanged = max(one.saved_numbers(base.heads(), way) for one in {*config.interactions})
+    norm, heads = config.attention.qk_norm, base.heads()
+    fused = planned_device(config).kind == "cuda"
+    own = base.saved_numbers(norm) - fused * base.normalised_numbers(norm) + base.gate_numbers()
+    exchanged = max(
+        one.saved_numbers(heads, way) - fused * one.normalised_numbers(heads) for one in {*config.interactions}
+    )
     return own + exchanged + _kernel(config, width)
 
 
@@ -96,7 +101,10 @@ def _one_call(config: RunConfig, width: int) -> int:
     if backend == "sdpa" and _falls_back(config):
         return grouped + 4 * scores // width
     if backend != "sdpa" or not masked:
-        return grouped + 4 * heads.query_heads // width
+        # Kernels of variable length take one width: narrower values are padded, and the output is cut and copied.
+        narrower = max(key_width - heads.value_width, 0) if TRAITS[backend].packed else 0
+        padded = (heads.query_heads + heads.kv_heads) * narrower + (output if narrower else 0)
+        return grouped + padded + 4 * heads.query_heads // width
     # Keys and values are repeated for every query head; a bool mask becomes numbers, an fp32 mask is converted to the
     # dtype.
     mask = (0 if width == 4 else scores) if _biased(config) else tokens * ranks

@@ -2,15 +2,16 @@
 
 Every term is a formula over counts, and follows what DeepSpeed 0.19 keeps in memory: fp32 training keeps a second fp32
 copy as masters; ZeRO 1 with fp32 accumulation of bf16 gradients keeps a whole fp32 gradient on every rank; ZeRO 2 keeps
-the whole of every gradient that this rank owns a part of. A step peaks when the backward starts (activations and loss),
-when it ends (gradients and their buckets), or while the optimiser steps (fp32 copies of one group). Measured peaks:
-docs/plan.md.
+the whole of every gradient that this rank owns a part of. A step peaks when the loss is computed (activations and
+logits), when the backward starts (a block that is recomputed), when it ends (gradients and their buckets), or while the
+optimiser steps (fp32 copies of one group). Measured peaks: docs/plan.md.
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from kha_train.config.resolve import decide_plan, planned_device
 from kha_train.config.schema import RunConfig
@@ -27,11 +28,17 @@ from kha_train.variants.optimizer import MASTER_BYTES, OptimSection
 GIB = 1024**3
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """ZeRO 3 keeps this many gathered parameters by DeepSpeed's default."""
+GAPS = {"cpu": 0.0, "cuda": 0.03}
+"""What torch's allocator reserves beyond what it allocates, relative to that: segments that grow are never given back,
+and a block takes the first gap that is large enough. Measured on the null device: see docs/plan.md.
+"""
+ALL_REDUCED_ELEMENTS = 500_000_000
+"""DeepSpeed's default for the size of a buffer that it all-reduces."""
 FROZEN_BYTES = 4
 """A matrix that is not trained is an fp32 buffer, whole on every rank."""
-RUNTIME_BYTES = {"cpu": 180_000_000, "cuda": 0}
-"""Memory of DeepSpeed, its process groups and the allocator besides tensors: measured on a CPU; on CUDA it is part of
-`cluster.reserved_gib`.
+RUNTIME_BYTES = {"cpu": 180_000_000, "cuda": 32 * 1024**2}
+"""Memory of DeepSpeed, its process groups and the allocator besides tensors: measured on a CPU. On CUDA the workspace
+of cuBLAS on Hopper; what torch's allocator does not know of is part of `cluster.reserved_gib`.
 """
 
 
@@ -43,7 +50,8 @@ class MemoryPlan:
     matrices that are not trained ·
     `gathered` whole parameters that ZeRO 3 holds temporarily · `gradients` · `optimizer` fp32 masters and the
     optimiser's states · `buckets` of the gradient reduction · `activations` saved for the backward · `loss` logits of a
-    chunk and the fp32 gradient of the head · `step` fp32 copies of one parameter group · `runtime`.
+    chunk and the fp32 gradient of the head, later that in its own dtype · `step` fp32 copies of one parameter group ·
+    `runtime` · `gaps` what torch's CUDA allocator reserves and cannot use.
     """
 
     moment: str
@@ -51,8 +59,13 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """The sum of the terms."""
+        """The sum of the terms: what the process reserves of the device."""
         return sum(self.terms.values())
+
+    @property
+    def allocated(self) -> int:
+        """What tensors take of it."""
+        return self.total - self.terms["gaps"]
 
 
 def uses_bf16(config: RunConfig) -> bool:
@@ -72,8 +85,10 @@ def micro_batch_tokens(config: RunConfig) -> int:
     return config.engine.micro_batch_size * config.model.seq_len // config.engine.context_parallel
 
 
-def plan_memory(config: RunConfig) -> MemoryPlan:
-    """The memory of one of `cluster.devices` ranks at the peak of a step of `config`."""
+def plan_memory(config: RunConfig, rank: int | None = None) -> MemoryPlan:
+    """The memory of `rank` of `cluster.devices` at the peak of a step of `config`; by default of the rank that needs
+    most.
+    """
     engine, ranks = config.engine, config.cluster.devices
     count, width = count_parameters(config), 2 if uses_bf16(config) else 4
     total, held = count.total, sum(held_parameters(config))
@@ -82,23 +97,45 @@ def plan_memory(config: RunConfig) -> MemoryPlan:
         "parameters": (width * total // ranks if sharded else width * held)
         + (width * total // second if second > 1 else 0)
         + FROZEN_BYTES * count.frozen,
-        "gathered": width * min(total, MAX_LIVE_PARAMETERS) if sharded else 0,
+        # The head stays gathered from its forward to its backward, beside what is kept for reuse. One rank alone has
+        # nothing to gather.
+        "gathered": width * min(total, MAX_LIVE_PARAMETERS + _head(config)) if sharded and ranks > 1 else 0,
         "optimizer": optimizer_bytes(config, engine.moment_dtype) // ranks,
         "runtime": RUNTIME_BYTES[planned_device(config).kind],
     }
-    before, after = _gradients(config, total, held)
+    gradients = _gradients(config, total, held, rank)
     one_block = replace(config, engine=replace(engine, activation_checkpointing="full"))
     loss, waiting, last = _loss(config, width), activation_bytes(config), activation_bytes(one_block)
     # Under ZeRO 3 the bucket exists from the start, and its reduction makes a copy.
-    buckets = _buckets(config, total, width)
-    start = {"gradients": before, "buckets": buckets[0], "activations": waiting, "loss": loss}
-    end = {"gradients": after, "buckets": buckets[1], "activations": min(waiting, last), "loss": 0}
-    moments = (
-        MemoryPlan("the backward starts", states | start),
-        MemoryPlan("the backward ends", states | end),
-        MemoryPlan("the optimiser steps", states | {"gradients": after, "step": _step(config)}),
-    )
-    return max(moments, key=lambda moment: moment.total)
+    buckets, head = _buckets(config, total, width), width * _head(config)
+    early = {"gradients": gradients.before, "buckets": buckets[0]}
+    # The gradient of a tied head waits for that of the embedding, which comes last. ZeRO 1 reduces after the backward.
+    late = engine.zero_stage > 1
+    end = {
+        "activations": min(waiting, last) if late else 0,
+        "loss": head if late and config.model.tie_embeddings else 0,
+    }
+    moments = {
+        "the loss is computed": states | early | {"activations": held_bytes(config), "loss": loss},
+        "the backward starts": states | early | {"activations": waiting, "loss": head},
+        "the backward ends": states | {"gradients": gradients.after, "buckets": buckets[1]} | end,
+        "the optimiser steps": states | {"gradients": gradients.stepping, "step": _step(config)},
+    }
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    gaps = GAPS[planned_device(config).kind] * sum(moments[moment].values())
+    return MemoryPlan(moment, moments[moment] | {"gaps": round(gaps)})
+
+
+def held_bytes(config: RunConfig) -> int:
+    """Bytes of the activations of one micro-batch held when the loss is computed: no block is recomputed yet."""
+    if config.engine.activation_checkpointing == "none":
+        return activation_bytes(config)
+    tokens, width = micro_batch_tokens(config), 2 if uses_bf16(config) else 4
+    kept = config.model.layers * config.model.hidden_size
+    if config.engine.activation_checkpointing == "selective":
+        moe, dense = kept_block_numbers(config, width)
+        kept = moe_layers(config) * moe + config.moe.dense_layers * dense
+    return tokens * (width * (kept + 3 * config.model.hidden_size) + shared_mask_bytes(config))
 
 
 def optimizer_bytes(config: RunConfig, moment_dtype: str = "fp32") -> int:
@@ -138,19 +175,20 @@ def block_activations(config: RunConfig) -> tuple[int, int]:
     one.
 
     Attention: its input before and after the norm, and what `activations.py` counts. Experts: their input before and
-    after the norm; for each of top_k gate and up, which is all that the grouped backend keeps. The other backends, and
-    shared experts, also keep the copied input and 3 more tensors of the expert's width (silu of gate, its product with
-    up, and that times the weight). Where ranks share the experts, the rows that arrived stay too: as many as were sent,
-    when loads are balanced.
+    after the norm; in bf16 its fp32 copy for the router; for each of top_k gate and up, which is all that the grouped
+    backend keeps. The other backends also keep the copied input and 3 more tensors of the expert's width (silu of gate,
+    its product with up, and that times the weight); shared experts and dense layers the first two of them. Where ranks
+    share the experts, the rows that arrived stay too: as many as were sent, when loads are balanced.
     """
     model, moe = config.model, config.moe
     attention = 2 * model.hidden_size + attention_activations(config, 2 if uses_bf16(config) else 4)
-    shared = 5 * moe.shared_experts * moe.expert_width
+    shared = 4 * moe.shared_experts * moe.expert_width
     copy = 2 * moe.expert_width if moe.backend == "grouped" else model.hidden_size + 5 * moe.expert_width
     arrived = model.hidden_size if config.engine.expert_parallel > 1 else 0
-    routed = moe.top_k * (copy + arrived) + 2 * moe.experts
+    widened = 2 * model.hidden_size if uses_bf16(config) and moe.router_precision == "fp32" else 0
+    routed = moe.top_k * (copy + arrived) + 2 * moe.experts + widened
     experts = attention + 2 * model.hidden_size + routed + shared
-    dense = attention + 2 * model.hidden_size + 5 * moe.dense_width
+    dense = attention + 2 * model.hidden_size + 4 * moe.dense_width
     return (experts if moe_layers(config) else 0), (dense if moe.dense_layers else 0)
 
 
@@ -218,41 +256,76 @@ def largest_micro_batch(config: RunConfig, budget: float) -> int:
     return low
 
 
-def _gradients(config: RunConfig, total: int, held: int) -> tuple[int, int]:
-    """Gradients of `total` parameters, of which a rank holds `held`, when the last backward of a step starts, and when
-    it ends.
-    """
+class _Gradients(NamedTuple):
+    """Bytes of gradients when the last backward of a step starts, when it ends, and while the optimiser steps."""
+
+    before: int
+    after: int
+    stepping: int
+
+
+def _gradients(config: RunConfig, total: int, held: int, rank: int | None) -> _Gradients:
     engine, ranks, accumulates = config.engine, config.cluster.devices, micro_batches(config) > 1
     wide = uses_bf16(config) and engine.grad_accum_dtype == "fp32"
     width = 2 if uses_bf16(config) else 4
     if engine.zero_stage == 3:
-        return ((4 if wide else width) * total // ranks,) * 2
+        return _Gradients(*((4 if wide else width) * total // ranks,) * 3)
     if engine.zero_stage == 2 and wide:
-        return 4 * total // ranks if accumulates else 0, 4 * total // ranks
+        sums = 4 * total // ranks
+        # Of a gradient larger than the bucket, whoever owns a part keeps the whole until the backward ends, and adds
+        # its part by an fp32 copy.
+        part = max(min(max(sizes), -(-sum(sizes) // ranks)) for times, sizes in _groups(config) if times)
+        kept = width * _touched(config, rank, engine.reduce_bucket_elements) + 4 * part
+        return _Gradients(sums if accumulates else 0, sums + kept, sums)
     if engine.zero_stage == 2:
-        touched = width * _touched(config)
-        return touched if accumulates else 0, touched * (2 if accumulates else 1)
-    # ZeRO 1; with fp32 accumulation the whole fp32 gradient is kept, and the bf16 one is added to it at the end.
-    return (4 * held, 6 * held) if wide else (width * held if accumulates else 0, width * held)
+        owned = width * _touched(config, rank)
+        return _Gradients(owned if accumulates else 0, owned * (2 if accumulates else 1), owned)
+    # ZeRO 1 reduces after the backward of the last micro-batch. bf16 gradients of a micro-batch stay until the next one
+    # begins, and are added to the fp32 ones by an fp32 copy of one matrix after another.
+    if wide:
+        largest = max(max(sizes) for times, sizes in _groups(config) if times)
+        reduced = (4 + width) * _all_reduced(config) if ranks > 1 else 0
+        both = (4 + width) * held
+        return _Gradients(both if accumulates else 4 * held, both + max(4 * largest, reduced), both)
+    # Those that this rank owns a part of move to a buffer; on a CPU its pages exist once they are written, when those
+    # of the gradients are free again.
+    moved = width * _touched(config, rank) if planned_device(config).kind == "cuda" else 0
+    return _Gradients(width * held if accumulates else 0, width * held + moved, width * held)
 
 
-def _touched(config: RunConfig) -> int:
-    """Number of elements of all matrices that a rank's share of its parameter group touches: the maximum over ranks.
+def _all_reduced(config: RunConfig) -> int:
+    """Number of elements that DeepSpeed all-reduces at a time under ZeRO 1 with fp32 sums, from a flat fp32 copy that
+    it sends in the training dtype: whole parameter groups, one after another, until they exceed `ALL_REDUCED_ELEMENTS`.
+    """
+    largest = flat = 0
+    for times, sizes in _groups(config):
+        for _ in range(times):
+            flat += sum(sizes)
+            largest = max(largest, flat)
+            flat = 0 if flat > ALL_REDUCED_ELEMENTS else flat
+    return largest
+
+
+def _touched(config: RunConfig, rank: int | None, above: int = 0) -> int:
+    """Number of elements of all matrices with more than `above` that the share of `rank` of its parameter group
+    touches; for None the maximum over ranks.
 
     A group is the matrices of one layer in the order of the module, cut into equal shares; ZeRO 2 keeps a gradient
     whole when the share begins or ends inside it. Experts that ranks share are a group of their own, cut among the
     ranks that hold the same ones.
     """
     ranks = config.cluster.devices
-    shared = _most_touched(_shared_groups(config), max(ranks // config.engine.expert_parallel, 1))
-    return _most_touched(_groups(config), ranks) + shared
+    sharing = max(ranks // config.engine.expert_parallel, 1)
+    shared = _most_touched(_shared_groups(config), sharing, None if rank is None else rank % sharing, above)
+    return _most_touched(_groups(config), ranks, rank, above) + shared
 
 
-def _most_touched(groups: list[tuple[int, list[int]]], ranks: int) -> int:
+def _most_touched(groups: list[tuple[int, list[int]]], ranks: int, rank: int | None, above: int) -> int:
     # The touched matrices change only at shares that contain a border of a matrix, and their neighbours.
     borders = {int(end * ranks / sum(sizes)) for _, sizes in groups for end in itertools.accumulate(sizes)}
-    near = {rank + step for rank in borders | {0} for step in (-1, 0, 1)} & set(range(ranks))
-    return max(sum(times * _overlap(sizes, rank, ranks) for times, sizes in groups) for rank in near)
+    near = {place + step for place in borders | {0} for step in (-1, 0, 1)} & set(range(ranks))
+    asked = near if rank is None else {rank}
+    return max(sum(times * _overlap(sizes, place, ranks, above) for times, sizes in groups) for place in asked)
 
 
 def _groups(config: RunConfig) -> list[tuple[int, list[int]]]:
@@ -306,11 +379,11 @@ def _step(config: RunConfig) -> int:
     )
 
 
-def _overlap(sizes: list[int], rank: int, ranks: int) -> int:
-    """The sum of those of the `sizes`, laid end to end, that the share of `rank` touches."""
+def _overlap(sizes: list[int], rank: int, ranks: int, above: int) -> int:
+    """The sum of those of the `sizes`, laid end to end, that the share of `rank` touches and that exceed `above`."""
     start, total, touched = 0, sum(sizes), 0
     for size in sizes:
-        if start < (rank + 1) * total / ranks and start + size > rank * total / ranks:
+        if size > above and start < (rank + 1) * total / ranks and start + size > rank * total / ranks:
             touched += size
         start += size
     return touched
@@ -324,8 +397,16 @@ def _buckets(config: RunConfig, total: int, width: int) -> tuple[int, int]:
     return bucket, 2 * bucket + bucket // config.cluster.devices
 
 
+def _head(config: RunConfig) -> int:
+    """Number of elements of the head."""
+    return config.model.vocab_size * config.model.hidden_size
+
+
 def _loss(config: RunConfig, width: int) -> int:
-    """Logits of a chunk and their gradient in fp32; the fp32 gradient of the head, and once more in its own dtype."""
+    """The fp32 gradient of the head; and of a chunk its logits and their logarithms in fp32, or later those, their
+    gradient in the training dtype and its product with the input, as large as the head.
+    """
     model = config.model
-    chunk = min(model.loss_chunk_tokens, micro_batch_tokens(config))
-    return 2 * 4 * chunk * model.vocab_size + (4 + width) * model.vocab_size * model.hidden_size
+    chunk = min(model.loss_chunk_tokens, micro_batch_tokens(config)) * model.vocab_size
+    later = (4 + (width if width < 4 else 0)) * chunk + width * _head(config)
+    return max(8 * chunk, later) + 4 * _head(config)

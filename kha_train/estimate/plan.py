@@ -129,6 +129,7 @@ class Plan:
             "cache_bytes_per_row": cache_bytes_per_row(config),
             "memory_per_rank": {
                 "total_bytes": self.memory.total,
+                "allocated_bytes": self.memory.allocated,
                 "moment": self.memory.moment,
                 "terms": self.memory.terms,
                 "budget_bytes": self.budget_bytes,

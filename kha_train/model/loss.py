@@ -78,6 +78,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 # A masked row is excluded from both products on the narrow side, never by a pass over the vocabulary.
                 grad_x_ND[chunk] = (grad_CV @ weight_VD).masked_fill_(masked_C1, 0.0)
                 grad_weight_VD += grad_CV.T @ x_CD.masked_fill(masked_C1, 0.0)
+                # The next chunk begins without this one's: three tensors of its size are up to 3 GiB.
+                del grad_CV
+            del log_p_CV
         ctx.weight_dtype = weight_VD.dtype
         ctx.save_for_backward(grad_x_ND, grad_weight_VD)
         return loss

@@ -165,6 +165,11 @@ class BaseOptions(ABC):
         scales = 2 if qk_norm == "full_width" else heads.query_heads + heads.kv_heads
         return 2 * heads.key_width * (heads.query_heads + heads.kv_heads) + scales
 
+    def normalised_numbers(self, qk_norm: QkNorm) -> int:
+        """How many of `saved_numbers` a norm does not keep that is one kernel, as on CUDA: the normalised input."""
+        heads = self.heads()
+        return 0 if qk_norm == "none" else heads.key_width * (heads.query_heads + heads.kv_heads)
+
     def saved_score_copies(self, width: int) -> int:
         """How many copies of all scores the backward needs besides the weights of the softmax, in a dtype of `width`
         bytes.
@@ -272,6 +277,10 @@ class InteractionOptions:
 
     def saved_numbers(self, heads: HeadShape, way: Implementation) -> int:
         """Numbers per token that the backward needs besides those of the base and its kernel."""
+        return 0
+
+    def normalised_numbers(self, heads: HeadShape) -> int:
+        """How many of `saved_numbers` a norm does not keep that is one kernel, as on CUDA."""
         return 0
 
     def implementation(self, heads: HeadShape, inputs: InputWidths, tokens: int, kernels: str) -> Implementation:

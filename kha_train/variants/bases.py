@@ -102,6 +102,13 @@ class GroupedTiedOptions(GroupedQueryOptions):
         tied = self.kv_heads * (self.head_dim - self.rotary_width() + 1)
         return self.query_heads * (2 * self.head_dim + 1) + 2 * self.rotary_width() + 1 + tied
 
+    def normalised_numbers(self, qk_norm: QkNorm) -> int:
+        """Those of queries, of the rotary key and of the tied half."""
+        if qk_norm == "none":
+            return 0
+        tied = self.kv_heads * (self.head_dim - self.rotary_width())
+        return self.query_heads * self.head_dim + self.rotary_width() + tied
+
     def cache_numbers(self) -> int:
         """The tied states and one rotary key."""
         return self.kv_heads * self.head_dim + self.rotary_width()
@@ -170,6 +177,10 @@ class LatentOptions(BaseOptions):
     def saved_numbers(self, qk_norm: QkNorm) -> int:
         """Each latent before its norm, normalised, and as the projections read it."""
         return sum(3 * width + 1 for width in (self.latent_width, self.query_latent_width) if width)
+
+    def normalised_numbers(self, qk_norm: QkNorm) -> int:
+        """Each latent once: `saved_numbers` counts it before its gain too."""
+        return self.latent_width + self.query_latent_width
 
     def pair_flops(self) -> int:
         """q . k with its rotary part, and weight * v."""
@@ -266,6 +277,10 @@ class DifferentialOptions(GroupedQueryOptions):
     def saved_numbers(self, qk_norm: QkNorm) -> int:
         """The difference, normalised, and the result."""
         return super().saved_numbers(qk_norm) + 3 * self.query_heads * self.head_dim + self.query_heads // 2
+
+    def normalised_numbers(self, qk_norm: QkNorm) -> int:
+        """And the normalised difference."""
+        return super().normalised_numbers(qk_norm) + self.query_heads * self.head_dim
 
     def pair_flops(self) -> int:
         """Both halves of a value by a call of its own, which computes the scores again."""

@@ -166,6 +166,10 @@ class ExplicitOptions(MatrixOptions, FoldableOptions):
         composed = 0 if way.folded or not self.train else held
         return composed + (heads.query_heads * (2 * heads.value_width + 1) if self.head_norm else 0)
 
+    def normalised_numbers(self, heads: HeadShape) -> int:
+        """See `InteractionOptions.normalised_numbers`."""
+        return heads.query_heads * heads.value_width if self.head_norm else 0
+
     def strides_values(self) -> bool:
         """A product over heads puts the heads last in memory."""
         return "v" in self.compose

@@ -83,7 +83,7 @@ def test_the_terms_of_zero_1_in_bf16_by_hand() -> None:
     config = compose([*SIX_BILLION, "cluster=h100_1x8", "engine.activation_checkpointing=full"])
     terms, total = plan_memory(config).terms, 6_102_268_416
     assert terms["parameters"] == 2 * total and terms["optimizer"] == 12 * total // 8
-    assert terms["gradients"] == 6 * total and terms["buckets"] == 2 * 50_000_000 and terms["gathered"] == 0
+    assert terms["gradients"] == 6 * total and terms["buckets"] == terms["gathered"] == 0
 
 
 def test_a_second_sharding_within_the_node_is_counted() -> None:

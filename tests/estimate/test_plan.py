@@ -48,10 +48,11 @@ def test_the_stable_keys_of_the_6b_model(attention: str, total: int, active: int
     assert memory["fits"] is None, "no machine was named"
 
 
-def test_the_6b_model_fits_an_h200_when_recomputed_and_one_h100_with_bf16_moments_too(capsys) -> None:
+def test_the_6b_model_fits_an_h200_when_recomputed_and_one_h100_under_zero_3_with_bf16_sums_and_moments(capsys) -> None:
     code, answer = answered(capsys, *SIX_BILLION, "cluster=h100_1x1", "engine.activation_checkpointing=full")
     assert code == 2 and answer["memory_per_rank"]["fits"] is False
-    assert answer["together"].split() == ["engine.grad_accum_dtype=bf16", "engine.moment_dtype=bf16"]
+    recipe = ["engine.zero_stage=3", "engine.grad_accum_dtype=bf16", "engine.moment_dtype=bf16"]
+    assert answer["together"].split() == recipe
     full = ("engine=zero2", "engine.activation_checkpointing=full")
     code, answer = answered(capsys, *SIX_BILLION, "cluster=h200_1x1", *full, "engine.micro_batch_size=1")
     assert code == 0 and answer["memory_per_rank"]["largest_micro_batch"] >= 1
