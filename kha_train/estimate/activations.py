@@ -9,9 +9,31 @@ from __future__ import annotations
 
 from kha_train.config.resolve import decide_plan, planned_device
 from kha_train.config.schema import RunConfig
-from kha_train.estimate.counts import attention_parameters
+from kha_train.estimate.counts import attention_parameters, moe_layers
 from kha_train.variants.attention import POSITIONS, FoldableOptions, shared_key_repeats
 from kha_train.variants.backends import TRAITS
+
+
+def block_activations(config: RunConfig) -> tuple[int, int]:
+    """Numbers per token that a block saves for its backward: a block with experts (0 if there is none), and a dense
+    one.
+
+    Attention: its input before and after the norm, and what `activations.py` counts. Experts: their input before and
+    after the norm; in bf16 its fp32 copy for the router; for each of top_k gate and up, which is all that the grouped
+    backend keeps. The other backends also keep the copied input and 3 more tensors of the expert's width (silu of gate,
+    its product with up, and that times the weight); shared experts and dense layers the first two of them. Where ranks
+    share the experts, the rows that arrived stay too: as many as were sent, when loads are balanced.
+    """
+    model, moe, narrow = config.model, config.moe, decide_plan(config).precision == "bf16"
+    attention = 2 * model.hidden_size + attention_activations(config, 2 if narrow else 4)
+    shared = 4 * moe.shared_experts * moe.expert_width
+    copy = 2 * moe.expert_width if moe.backend == "grouped" else model.hidden_size + 5 * moe.expert_width
+    arrived = model.hidden_size if config.engine.expert_parallel > 1 else 0
+    widened = 2 * model.hidden_size if narrow and moe.router_precision == "fp32" else 0
+    routed = moe.top_k * (copy + arrived) + 2 * moe.experts + widened
+    experts = attention + 2 * model.hidden_size + routed + shared
+    dense = attention + 2 * model.hidden_size + 4 * moe.dense_width
+    return (experts if moe_layers(config) else 0), (dense if moe.dense_layers else 0)
 
 
 def attention_activations(config: RunConfig, width: int) -> int:
