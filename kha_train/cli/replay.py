@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -14,23 +14,22 @@ from kha_train.cli.output import note, print_json
 from kha_train.cli.progress import progress_bar
 from kha_train.errors import ConfigError
 from kha_train.literal import say
-from kha_train.operate.arms import ARMS
-from kha_train.operate.capsule import CapsuleFile, is_capsule, reproduce, write_capsule
-from kha_train.operate.causes import AT_MOST, Replaying, chosen, event_of, open_case, place_of, replay_event
 from kha_train.operate.local import signals_interrupt
-from kha_train.operate.stretch import in_processes
 from kha_train.record.finding import find_run
 from kha_train.stability.events import SpikeEvent
 from kha_train.telemetry.terminal import LiteralConsole
+
+if TYPE_CHECKING:
+    from kha_train.operate.capsule import CapsuleFile
 
 
 def replay(
     run: Annotated[Path, typer.Argument(help="The run, as kha train wrote it.")],
     event: Annotated[int | None, typer.Option(help="Number of the event, as kha spikes counts them.")] = None,
     step: Annotated[int | None, typer.Option(help="A step of the event, instead of its number.")] = None,
-    arms: Annotated[str, typer.Option(help=f"Changes to try, with commas between: {', '.join(ARMS)}; or all.")] = "all",
+    arms: Annotated[str, typer.Option(help="Changes to try, with commas between; a wrong name lists them.")] = "all",
     replays: Annotated[int, typer.Option(min=1, help="Replays of a change that involves chance.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Most steps of the event to replay.")] = AT_MOST,
+    steps: Annotated[int, typer.Option(min=1, help="Most steps of the event to replay.")] = 50,
     out: Annotated[
         Path | None, typer.Option(help="Directory for the replays; replay/step-N in the run unless set.")
     ] = None,
@@ -44,6 +43,11 @@ def replay(
     Exits with 1 when the unchanged replay is not bit-equal to the record: then nothing is judged. RUN may also be a
     capsule: its steps are trained, and it exits with 1 when the event does not show.
     """
+    # These load torch, for which `kha --help` does not wait.
+    from kha_train.operate.capsule import is_capsule, write_capsule
+    from kha_train.operate.causes import Replaying, chosen, open_case, place_of, replay_event
+    from kha_train.operate.stretch import in_processes
+
     if is_capsule(run):
         _reproduce(run, as_json)
         return
@@ -69,6 +73,8 @@ def _asked(run: RunData, number: int | None, step: int | None) -> SpikeEvent:
     """The event that was asked for. Raises ConfigError unless it is named in one way."""
     if (number is None) == (step is None):
         raise ConfigError("give one of --event and --step", field="--event", value=number, fix="--event 1")
+    from kha_train.operate.causes import event_of
+
     return event_of(run, number, step)
 
 
@@ -94,6 +100,8 @@ def _print(verdict: Verdict, place: Path) -> None:
 
 def _reproduce(path: Path, as_json: bool) -> None:
     """Train the capsule in `path`; ends with 1 when its event does not show."""
+    from kha_train.operate.capsule import reproduce
+
     found = reproduce(path)
     if as_json:
         print_json(found, indent=2)
