@@ -40,6 +40,7 @@ def batch_of(config: RunConfig) -> SimpleNamespace:
         max_seqlen=length,
         samples_B=torch.arange(rows).numpy(),
         real_R=None,
+        part=(0, 1),
     )
 
 
