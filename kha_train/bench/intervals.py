@@ -45,7 +45,7 @@ PRINTED: dict[str, tuple[str, ...]] = {
     "sign test over seeds": ("analysis/answer.py", "analysis/compare.py", "analysis/study_results.py"),
     "spread over seeds": ("analysis/report/certificate.py",),
     "mean over steps": ("analysis/compare.py", "analysis/report/difference.py"),
-    "rate of one run": ("cli/spikes.py", "bench/spikes.py", "bench/spike_thresholds.py"),
+    "rate of one run": ("cli/spikes.py", "bench/spikes.py", "bench/spike_thresholds.py", "stability/benchmark.py"),
     "pooled rate": ("analysis/report/spikes.py", "cli/spikes.py"),
     "ratio of times": (
         "bench/attention.py", "bench/decode.py", "bench/gpu.py", "bench/moe.py", "bench/protocol.py", "bench/step.py",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,7 @@ import typer
 from rich.table import Column, Table
 
 from kha_train.cli.options import OverridesCommand
-from kha_train.cli.output import print_json
+from kha_train.cli.output import as_text, print_json
 from kha_train.cli.train import Overrides
 from kha_train.config.build import flatten, to_plain
 from kha_train.config.compose import compose, load_plain
@@ -78,7 +77,7 @@ def explain_(
     else:
         table = Table("setting", "value", Column("meaning", overflow="fold"), box=None, pad_edge=False)
         for one in found:
-            table.add_row(one.key, json.dumps(one.value), one.meaning)
+            table.add_row(one.key, as_text(one.value), one.meaning)
         _console().print(table)
 
 
@@ -165,11 +164,11 @@ def _print_explanation(one: Explanation) -> None:
     rows = {
         "setting": one.key,
         "meaning": one.meaning,
-        "value": json.dumps(one.value),
+        "value": as_text(one.value),
         "set at": f"{one.set_at}{chosen}{written}",
         "type": one.type,
         "allowed": one.allowed or "any value of its type",
-        "default": "none: a preset gives the value" if one.default is None else json.dumps(one.default),
+        "default": "none: a preset gives the value" if one.default is None else as_text(one.default),
         "declared at": one.declared_at,
         "affects": one.affects,
         "source": "\n".join(one.sources) or "no paper is named for it",
@@ -186,7 +185,7 @@ def _print_places(places: dict[str, tuple[Any, str]], as_json: bool) -> None:
         return
     table = Table("setting", Column("value", overflow="fold"), "set at", box=None, pad_edge=False)
     for key, (value, where) in places.items():
-        table.add_row(key, json.dumps(value), where or "default of the schema")
+        table.add_row(key, as_text(value), where or "default of the schema")
     _console().print(table)
 
 
@@ -202,7 +201,7 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _short(value: object) -> str:
-    return value if value == ABSENT and isinstance(value, str) else json.dumps(value)
+    return value if value == ABSENT and isinstance(value, str) else as_text(value)
 
 
 def _console() -> LiteralConsole:

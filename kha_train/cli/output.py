@@ -27,7 +27,12 @@ def print_json(answer: object, indent: int | None = None) -> None:
     if isinstance(out, RedactedStream) and out.clean:
         out.flush()
         answer, out = out.clean(answer), out.behind
-    print(json.dumps(strict(answer), indent=indent, allow_nan=False), file=out, flush=True)
+    print(as_text(answer, indent), file=out, flush=True)
+
+
+def as_text(value: object, indent: int | None = None) -> str:
+    """`value` as strict JSON, see `print_json`."""
+    return json.dumps(strict(value), indent=indent, allow_nan=False)
 
 
 def note(text: str) -> None:

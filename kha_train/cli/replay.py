@@ -72,7 +72,9 @@ def replay(
 def _asked(run: RunData, number: int | None, step: int | None) -> SpikeEvent:
     """The event that was asked for. Raises ConfigError unless it is named in one way."""
     if (number is None) == (step is None):
-        raise ConfigError("give one of --event and --step", field="--event", value=number, fix="--event 1")
+        raise ConfigError(
+            "give one of --event and --step", field="--event", value=number, fix="an event that `kha spikes` lists"
+        )
     from kha_train.operate.causes import event_of
 
     return event_of(run, number, step)

@@ -22,6 +22,7 @@ from kha_train.config.compose import compose
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate
 from kha_train.decode.absorb import absorbed_config
+from kha_train.errors import ConfigError
 from kha_train.model.decoder import lay_out_decoder
 from kha_train.model.init import initial_values
 from kha_train.operate.stretch import Stretch
@@ -168,13 +169,17 @@ def _warmup_seed(case: Case, replays: int) -> Change | str:
 
 
 def _kha_inserted(case: Case, replays: int) -> Change | str:
-    attention = case.config.attention
-    if attention.interaction.name != "none":
-        return f"the run has an interaction already ({attention.interaction.name})"
-    if attention.base.name != "gqa" or case.stretch.source is None:
-        return "it is inserted into saved states of the base gqa alone"
+    options, shape = case.config.attention.interaction, case.config.attention.heads()
+    if options.parameters(shape) + options.frozen_numbers(shape):
+        return f"the run has an interaction already ({options.name})"
+    if case.stretch.source is None:
+        return "the run begins here: there is no saved state to insert it into"
     inserted = compose(["interaction@attention.interaction=knocking_linear"]).attention.interaction
     config = _set(case.config, "attention", interaction=inserted)
+    try:
+        validate(config)
+    except ConfigError as error:
+        return f"the run does not admit it: {error}"
     return Change("with KHA-Linear inserted as the identity", "attention without an interaction of heads", (config,))
 
 

@@ -79,6 +79,7 @@ REFUSED = {
     "experts that there are none of": "compose moe.dense_layers=4 moe.dense_width=64 moe.experts=0 moe.top_k=0 "
     "moe.expert_width=0 engine.expert_parallel=2",
     "experts that one rank would share": "batch engine.expert_parallel=4",
+    "rows that more ranks would share": "batch engine.context_parallel=4",
     "groups without ZeRO 3, compiled": "compose engine.hpz_partition_size=2 engine.compile=block",
     "a profile that ends first": "compose profile.first_step=5",
     "a profile without an end": "compose profile.first_step=5 profile.last_step=5000",

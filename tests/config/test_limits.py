@@ -21,6 +21,7 @@ from kha_train.variants.registry import BASES, INTERACTIONS, OPTIMIZERS, Variant
 FREE = {
     "model.partial_rotary_factor": "judged with what each base turns",
     "optim.betas": "each a share below 1",
+    "optim.momentum": "a share below 1",
     "optim.schedule.warmup": "a share",
     "optim.schedule.decay": "a share",
     "optim.schedule.final": "a share",

@@ -181,7 +181,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[KhaError], str]] = {
     "scaled positions": (
         change_config(rope_scaling={"rope_type": "llama3", "factor": 8.0}), ConfigError, "rope_scaling"),
     "scaled positions of a new release": (
-        change_config(rope_parameters={"rope_type": "yarn", "factor": 8.0}), ConfigError, "yarn"),
+        change_config(rope_parameters={"rope_type": "longrope", "factor": 8.0}), ConfigError, "longrope"),
     "an unknown option of positions": (
         change_config(rope_parameters={"rope_type": "default", "twist": 2}), ConfigError, "rope_parameters.twist"),
     "a window": (change_config(use_sliding_window=True), ConfigError, "use_sliding_window = True"),
