@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kha_train.config.resolve import Resolved, decide, triton_problem
 from kha_train.config.schema import RunConfig
-from kha_train.distributed import Caught
+from kha_train.distributed import Caught, World
 from kha_train.model.attention.backends import lay_out_documents
 from kha_train.model.attention.base import RowContext, build_attention
 from kha_train.model.attention.choice import CHECK_TOLERANCE
@@ -40,10 +40,13 @@ Kernels = Mapping[str, str]
 
 
 class Answer(NamedTuple):
-    """What was selected for each part that has a kernel here, and the measurements in words ("" for none)."""
+    """What was selected for each part that has a kernel here, the measurements in words ("" for none), and the parts
+    whose kernel failed.
+    """
 
     selected: Kernels
     told: str
+    failed: frozenset[str] = frozenset()
 
 
 def kernels_of(resolved: Resolved) -> Kernels:
@@ -92,6 +95,18 @@ def measure_kernels(config: RunConfig, resolved: Resolved, device: torch.device,
     return answer
 
 
+def agreed_kernels(answer: Answer, resolved: Resolved, world: World) -> Answer:
+    """The answer of the first rank, on every rank, without the kernels that failed on any. Every rank calls it."""
+    failed = world.max_ints(*(int(part in answer.failed) for part in PARTS))
+    plain, selected = kernels_of(resolved), dict(from_text(world.broadcast_text(as_text(answer.selected))))
+    told = [answer.told] if answer.told else []
+    for part, anywhere in zip(PARTS, failed, strict=True):
+        if anywhere and selected.get(part) == "triton":
+            selected[part] = plain[part]
+            told.append(f"{PARTS[part]} {plain[part]}, because the kernel failed on another rank")
+    return answer._replace(selected=selected, told="; ".join(told))
+
+
 def with_kernels(config: RunConfig, resolved: Resolved, selected: Kernels, device: torch.device) -> Resolved:
     """`resolved` with a Triton kernel for every part for which it is `selected`, on any rank."""
     facts = device_facts(device)
@@ -118,6 +133,7 @@ def fastest_kernels(
     """
     selected: dict[str, str] = {}
     told: list[str] = []
+    failed: set[str] = set()
     for part, with_kernel in kernels.items():
         plain = getattr(resolved, part).name
         # A compiler or a device may raise any error.
@@ -127,6 +143,7 @@ def fastest_kernels(
             taken = {"triton": seconds(_unread(ours), device), plain: seconds(_unread(theirs), device)}
         if caught.error:
             selected[part] = plain
+            failed.add(part)
             first, *_ = str(caught.error).splitlines() or [""]
             told.append(f"{PARTS[part]} {plain}, because the kernel failed: {type(caught.error).__name__}: {first}")
             continue
@@ -135,7 +152,7 @@ def fastest_kernels(
         times = ", ".join(f"{one} {1000 * taken[one]:.2f} ms" for one in order)
         told.append(f"{PARTS[part]} {selected[part]} ({times}{'; the run began with it' if part in earlier else ''})")
     words = f"kernels measured, forward and backward of a layer: {'; '.join(told)}" if told else ""
-    return Answer(selected, words)
+    return Answer(selected, words, frozenset(failed))
 
 
 Run = Callable[[], list[Tensor]]

@@ -40,6 +40,7 @@ from kha_train.model.device import resolve_on
 from kha_train.model.kernel_choice import (
     PARTS,
     Kernels,
+    agreed_kernels,
     as_text,
     from_text,
     kernels_of,
@@ -238,20 +239,18 @@ def _choose_kernels(config: RunConfig, world: World, continued: Path | None) -> 
         resolved = resolve_on(chosen, world.device)
         if measured:
             resolved = resolved._replace(backend=Choice(resolved.backend.name, "measured, see below"))
-        selected, told = measure_kernels(chosen, resolved, world.device, _earlier_kernels(continued))
-    selected_by_first = from_text(world.broadcast_text(as_text(selected)))
+        kernels = measure_kernels(chosen, resolved, world.device, _earlier_kernels(continued))
+    kernels = agreed_kernels(kernels, resolved, world)
     with world.agreed():
-        resolved = with_kernels(chosen, resolved, selected_by_first, world.device)
-        announced = [*announce(config, resolved, world.device), *filter(None, [measured, told])]
+        resolved = with_kernels(chosen, resolved, kernels.selected, world.device)
+        announced = [*announce(config, resolved, world.device), *filter(None, [measured, kernels.told])]
         announced += announce_experts(config, resolved, world.device)
     return _Kernels(resolved, earlier, announced)
 
 
 def _earlier_kernels(continued: Path | None) -> Kernels:
     """What computed each part in the run that is continued: torch, where its record is older than the choice."""
-    if continued is None:
-        return {}
-    return from_text(resume.kernels(continued)) or dict.fromkeys(PARTS, "torch")
+    return (from_text(resume.kernels(continued)) or dict.fromkeys(PARTS, "torch")) if continued else {}
 
 
 def _initial_values(

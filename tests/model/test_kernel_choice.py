@@ -9,10 +9,12 @@ import torch
 
 from kha_train.config.compose import compose
 from kha_train.config.resolve import Choice, Device, decide
+from kha_train.distributed import World
 from kha_train.model import kernel_choice
 from kha_train.model.device import resolve_on
 from kha_train.model.kernel_choice import (
     Answer,
+    agreed_kernels,
     as_text,
     candidates,
     fastest_kernels,
@@ -78,6 +80,7 @@ def test_a_kernel_that_fails_leaves_torch_and_its_first_line_is_told(experts) ->
     answer = experts(times(triton=1e-9, torch=2e-3), combine=broken)
     assert answer.selected == {"expert_kernels": "torch"}
     assert "failed: RuntimeError: no kernel image" in answer.told and "available" not in answer.told
+    assert answer.failed == {"expert_kernels"} and not experts(times(triton=3e-3, torch=2e-3)).failed
 
 
 def test_a_continued_run_keeps_its_kernels_while_they_work(experts) -> None:
@@ -113,6 +116,17 @@ def test_every_rank_takes_the_selection_and_a_cpu_measures_nothing(monkeypatch) 
     assert kernels_of(chosen) == {"interaction": resolved.interaction.name, **selected}
     assert chosen.norm.why == chosen.expert_kernels.why == "measured, see below"
     assert from_text("") == {}
+
+
+def test_a_kernel_that_fails_on_any_rank_is_used_on_none(monkeypatch) -> None:
+    resolved, world = resolve_on(compose(SMALL), CPU), World.single()
+    mine = Answer({"norm": "triton", "expert_kernels": "triton"}, "norm and rotation triton")
+    assert agreed_kernels(mine, resolved, world) == mine
+    # Another rank's kernel of the norm failed.
+    monkeypatch.setattr(World, "max_ints", lambda self, *values: (0, 1, 0))
+    agreed = agreed_kernels(mine, resolved, world)
+    assert agreed.selected == {"norm": "torch", "expert_kernels": "triton"}
+    assert "norm and rotation torch, because the kernel failed on another rank" in agreed.told
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by kernels/test_interpreted.py")
