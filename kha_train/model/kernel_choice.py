@@ -163,7 +163,9 @@ def _run_of(part: str, config: RunConfig, resolved: Resolved, device: torch.devi
     """The part alone at the shape of a micro-batch, with random weights and inputs that depend on nothing else."""
     generator = torch.Generator(device).manual_seed(0)
     dtype = DTYPES[resolved.precision]
-    rows, tokens, width = config.engine.micro_batch_size, config.model.seq_len, config.model.hidden_size
+    # Ranks that share rows have a part of the tokens each.
+    tokens = config.model.seq_len // config.engine.context_parallel
+    rows, width = config.engine.micro_batch_size, config.model.hidden_size
     experts = part == "expert_kernels"
     with torch.device("meta"):
         module = Experts(config, resolved) if experts else build_attention(config, resolved, _layer(config))

@@ -129,6 +129,12 @@ def test_a_kernel_that_fails_on_any_rank_is_used_on_none(monkeypatch) -> None:
     assert "norm and rotation torch, because the kernel failed on another rank" in agreed.told
 
 
+def test_ranks_that_share_rows_measure_their_part_of_the_tokens() -> None:
+    config = compose([*SMALL, "engine.context_parallel=2"])
+    output, *_ = kernel_choice._run_of("norm", config, resolve_on(config, CPU), CPU)()
+    assert output.shape[:2] == (1, 16)
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by kernels/test_interpreted.py")
 def test_every_kernel_passes_the_comparison_that_precedes_its_selection() -> None:
     config = compose(SMALL)
