@@ -128,6 +128,14 @@ def forget_flash_attn() -> None:
 
 
 @pytest.mark.usefixtures("no_flash_attn")
+def test_a_package_whose_import_fails_in_any_way_is_no_backend_and_ends_no_run(tmp_path, monkeypatch) -> None:
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("int(None)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "its import failed: int()" in (device_module.lacks("flash_attn_4") or "")
+
+
+@pytest.mark.usefixtures("no_flash_attn")
 def test_flash_attn_4_alone_is_not_the_package_whose_kernel_is_called(tmp_path, monkeypatch) -> None:
     """It is a namespace of the same name, with `flash_attn.cute` alone in it."""
     (tmp_path / "four" / "flash_attn" / "cute").mkdir(parents=True)

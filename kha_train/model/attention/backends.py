@@ -23,6 +23,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.torch_version import TorchVersion
 
+from kha_train.distributed import Caught
+
 
 class Documents(NamedTuple):
     """Which tokens may attend to which. `mask_BJTU` is None when every row is one document, because causal order is
@@ -215,13 +217,13 @@ def flash_problem(name: str) -> str | None:
     """Why the kernel of a backend in `FLASH` cannot be called here, or None. Tested by importing it: releases 2 and 4
     share a package name but not this function, and one built for another torch fails.
     """
-    try:
-        kernel = FLASH[name]()
-    except ModuleNotFoundError as error:
+    # A package for another torch, compiler or device raises errors of any kind, and `auto` must do without it.
+    with Caught() as caught:
+        return None if callable(FLASH[name]()) else "flash_attn_varlen_func is no function"
+    error = caught.error
+    if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed"
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        return f"its import failed: {error}"
-    return None if callable(kernel) else "flash_attn_varlen_func is no function"
+    return f"its import failed: {error}"
 
 
 def flash(name: str, q_BTHK: Tensor, k_BUGK: Tensor, v_BUGW: Tensor, documents: Documents, scale: float) -> Tensor:
