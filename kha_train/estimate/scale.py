@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from kha_train.config.schema import RunConfig
 from kha_train.config.surroundings import ClusterSection
+from kha_train.errors import ConfigError, Settings
 from kha_train.estimate.memory import GIB, micro_batches, plan_memory
 from kha_train.estimate.plan import STAGES, Plan, make_plan
 from kha_train.estimate.remedies import with_engine
@@ -64,7 +65,17 @@ class Size:
 
 
 def scale(config: RunConfig, sizes: Sequence[int]) -> list[Size]:
-    """`config` on each number of devices of its cluster's kind. Raises as `make_plan` does."""
+    """`config` on each number of devices of its cluster's kind. Raises as `make_plan` does, and ConfigError where
+    devices fail all the time.
+    """
+    if not config.cluster.hours_between_failures:
+        raise ConfigError(
+            "is a device that never works",
+            field="cluster.hours_between_failures",
+            value=0.0,
+            allowed="above 0",
+            fix=Settings("cluster.hours_between_failures=50000"),
+        )
     return [_size(replace(config, cluster=replace(config.cluster, devices=devices))) for devices in sizes]
 
 
@@ -105,7 +116,7 @@ def _stage(plan: Plan, config: RunConfig, stage: int) -> Stage:
     memory, cluster = plan_memory(with_engine(config, zero_stage=stage)).total, config.cluster
     fits = memory <= (cluster.memory_gib - cluster.reserved_gib) * GIB if cluster.memory_gib else None
     computed = None if plan.batch_problem else plan.time["step_seconds"]
-    exposed = plan.communication[stage - 1].seconds_per_step
+    exposed = _exposed(plan, stage)
     step = computed + exposed if computed is not None and exposed is not None else None
     share = _goodput(config, step, plan.checkpoint["write_seconds"])
     return Stage(
@@ -124,6 +135,15 @@ def _stage(plan: Plan, config: RunConfig, stage: int) -> Stage:
         tokens_per_second=plan.time["tokens_per_step"] / step if step else None,
         goodput=share,
     )
+
+
+def _exposed(plan: Plan, stage: int) -> float | None:
+    """Seconds of a step in which ranks exchange gradients, weights and tokens, and heads where they share rows."""
+    waits = [plan.communication[stage - 1].seconds_per_step]
+    if plan.exchanged["ranks"] > 1:
+        waits.append(plan.exchanged["seconds_per_step"])
+    known = [seconds for seconds in waits if seconds is not None]
+    return sum(known) if len(known) == len(waits) else None
 
 
 def _longest(cluster: ClusterSection, computed: float | None, step: float | None, share: float | None) -> Bound:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kha_train import compose
+from kha_train.errors import ConfigError
 from kha_train.estimate.scale import Size, Stage, goodput, scale
 from tests.conftest import Kha
 
@@ -56,6 +57,25 @@ def test_experts_that_ranks_share_leave_the_mfu_of_the_arithmetic_by_hand() -> N
         assert found.exposed_seconds == pytest.approx(exposed, rel=1e-6)
         assert found.mfu == pytest.approx(0.35 * computed / (computed + exposed), rel=1e-6)
     assert [size.stages[0].mfu for size in sizes] == pytest.approx([0.300, 0.281, 0.188], abs=1e-3)
+
+
+def test_what_ranks_send_that_share_rows_is_exposed_too() -> None:
+    """Eight ranks share each row: 32 query heads and 8 repeated key heads of 128, queries, keys, values and outputs of
+    18 layers, forward and backward in bf16, seven eighths of them to the seven others in the node."""
+    config = compose([*SIX_BILLION, "engine.context_parallel=8"])
+    (size,) = scale(config, [8])
+    heads = config.attention.base.heads()
+    numbers = 2 * (heads.query_heads + max(heads.kv_heads, 8)) * heads.key_width
+    sent = 2 * 18 * 512 * 8192 / 8 * numbers * 2 * 7 / 8
+    ring = 2 * 6_102_268_416 * 7 / 8
+    assert of([size], 8, 1).exposed_seconds == pytest.approx((3 * ring + sent) / 450e9, rel=1e-6)
+    (size,) = scale(compose([*SIX_BILLION, "engine.context_parallel=16", "cluster.network_bandwidth_gb=0"]), [16])
+    assert of([size], 16, 1).exposed_seconds is None
+
+
+def test_devices_that_never_work_are_refused() -> None:
+    with pytest.raises(ConfigError, match="hours_between_failures"):
+        scale(compose([*SIX_BILLION, "cluster.hours_between_failures=0"]), [8])
 
 
 @pytest.mark.parametrize(
