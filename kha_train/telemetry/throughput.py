@@ -28,7 +28,9 @@ BF16_PEAKS = {
     "A100": 312e12,
     "L40S": 362e12,
 }
-"""Dense bf16 peaks in FLOP/s from the vendors' data sheets; the first name contained in the device's name counts."""
+"""Dense bf16 peaks in FLOP/s from the vendors' data sheets (GB200 and B200: see configs/cluster/b200_1x8.yaml); the
+first name contained in the device's name counts.
+"""
 
 METRICS = (
     Metric(
