@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -59,9 +60,19 @@ def run_cases(cases: list[Case], folder: Path, built: Path, ranks: int) -> list[
     return results
 
 
+def forget(cases: list[Case], folder: Path) -> None:
+    """Remove what `cases` left in earlier calls: a finished run would be continued, and pass without a step."""
+    for name, command in cases:
+        for word in command:
+            field, _, place = word.partition("=")
+            if field == "run.dir" and not name.startswith("resume "):
+                shutil.rmtree(place.replace("{folder}", str(folder)), ignore_errors=True)
+
+
 def run_session(cases: list[Case], folder: Path, built: Path, ranks: int) -> Iterator[dict]:
     """The results of one process, or of `ranks` of them, as they come."""
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    forget(cases, folder)
     given = "".join(json.dumps(case) + "\n" for case in cases)
     (folder / "cases.jsonl").write_text(given)
     command = [sys.executable, *launcher, str(HERE / "session.py"), str(folder)]

@@ -1,0 +1,43 @@
+"""`make null-gpu` computes what it counts, each time it is called."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+FOLDER = Path(__file__).resolve().parents[2] / "tools" / "null_gpu"
+
+
+def loaded(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"null_gpu_{name}", FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_run_of_an_earlier_call_is_made_again_and_a_resumed_one_continued(tmp_path: Path) -> None:
+    matrix = loaded("matrix")
+    for name in ("again", "resumed", "other"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    cases = [
+        ("again", ["train", "run.dir={folder}/runs/again"]),
+        ("resume it", ["train", f"run.dir={tmp_path}/runs/resumed"]),
+    ]
+    matrix.forget([*cases, ("eval it", ["eval", "{folder}/runs/other"])], tmp_path)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["other", "resumed"]
+
+
+def test_no_case_writes_to_the_run_of_another() -> None:
+    cases = loaded("cases")
+    every = [*cases.commands(), *cases.of_two_ranks()]
+    places = Counter(
+        word
+        for name, command in every
+        for word in command
+        if word.startswith("run.dir=") and not name.startswith("resume ")
+    )
+    assert len({name for name, _ in every}) == len(every)
+    assert max(places.values()) == 1
