@@ -82,13 +82,18 @@ def read(path: Path) -> Results:
 def block(results: Results) -> str:
     """The section of one contribution."""
     about = results["environment"]
-    title = visible(f"{about['device']['name']}, {about['date'][:10]}")
+    title = harmless(f"{about['device']['name']}, {about['date'][:10]}")
     return f"### {title}\n\n{visible_table(gpu.as_markdown(dict(results)))}"
 
 
+def harmless(line: str) -> str:
+    """`line` without control characters, and without HTML, which browsers would run on the site made of this page."""
+    return visible(line).replace("<", "&lt;")
+
+
 def visible_table(text: str) -> str:
-    """The lines without control characters and without headings, which would end the section."""
-    lines = [visible(line) for line in text.strip().splitlines()]
+    """The lines, harmless and without headings, which would end the section."""
+    lines = [harmless(line) for line in text.strip().splitlines()]
     return "\n".join(line.lstrip("#") if line.startswith("#") else line for line in lines) + "\n"
 
 

@@ -92,6 +92,15 @@ def test_a_device_s_name_cannot_break_the_page(tool: Any, tmp_path: Path) -> Non
     assert "\n## Forged" not in page and "\x1b" not in page
 
 
+def test_html_of_a_contribution_is_text_on_the_site(tool: Any, tmp_path: Path) -> None:
+    found = tool.read(made(tmp_path))
+    found["environment"]["device"]["name"] = f"<script>1</script>{tool.END}"
+    found["stages"]["tests"]["summary"] = "<img src=x onerror=alert(1)>"
+    page = tool.fold(PAGE.format(tool.BEGIN, tool.END, tool.NONE), [found])
+    assert "<script" not in page and "<img" not in page and page.count(tool.END) == 1
+    assert tool.fold(page, [found]) == page
+
+
 def test_the_page_of_the_project_has_the_section(tool: Any) -> None:
     page = tool.PAGE.read_text(encoding="utf-8")
     assert tool.fold(page, []) == page
