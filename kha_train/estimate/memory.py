@@ -295,11 +295,11 @@ def _touched(config: RunConfig, rank: int | None, above: int = 0) -> int:
 
     A group is the matrices of one layer in the order of the module, cut into equal shares; ZeRO 2 keeps a gradient
     whole when the share begins or ends inside it. Experts that ranks share are a group of their own, cut among the
-    ranks that hold the same ones.
+    ranks that hold the same ones: every `expert_parallel`-th rank.
     """
-    ranks = config.cluster.devices
-    sharing = max(ranks // config.engine.expert_parallel, 1)
-    shared = _most_touched(_shared_groups(config), sharing, None if rank is None else rank % sharing, above)
+    ranks, spread = config.cluster.devices, config.engine.expert_parallel
+    place = None if rank is None else rank // spread
+    shared = _most_touched(_shared_groups(config), max(ranks // spread, 1), place, above)
     return _most_touched(_groups(config), ranks, rank, above) + shared
 
 
