@@ -47,6 +47,8 @@ def test_what_computes_an_operation_is_the_answer_of_the_resolver(device: Device
     assert lines["precision"].found == decided.precision == ("bf16" if device.kind == "cuda" else "fp32")
     assert (lines["attention.backend=varlen"].state == "OK") == (device.kind == "cuda")
     assert (lines["moe.backend=megablocks"].state == "OK") == (device.kind == "cuda")
+    for setting in ("attention.backend=auto", "engine.kernels=auto"):
+        assert (setting in lines) == (device.kind == "cuda"), "a run on CUDA measures, and may select others"
 
 
 def test_a_choice_that_cannot_run_here_fails_with_a_setting_that_can() -> None:

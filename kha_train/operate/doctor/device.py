@@ -45,6 +45,11 @@ def check_operations(config: RunConfig, device: Device) -> Iterator[Check]:
     decided = decide(config, device)
     for name, choice in decided._asdict().items():
         yield Check("kernels", name.replace("_", " "), "OK", _told(choice))
+    open_ones = {"attention.backend": config.attention.backend, "engine.kernels": config.engine.kernels}
+    for setting, value in open_ones.items():
+        if device.kind == "cuda" and value == "auto":
+            told = "compared with the plain computation and timed when a run starts, which may select others than above"
+            yield Check("kernels", f"{setting}=auto", "OK", told)
     try:
         resolve(config, device)
     except ConfigError as error:
