@@ -56,6 +56,17 @@ def test_planned_memory_is_within_15_percent_of_the_measured_peak(
     assert planned.total == pytest.approx(measured, rel=0.15)
 
 
+def test_the_page_of_the_plan_shows_what_is_planned() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    table = page[page.index("| MiB | ZeRO 1, 512 tokens") :].partition("\n\n")[0].splitlines()
+    cells = [[cell.strip(" *`") for cell in line.strip("|").split("|")] for line in table]
+    shown = {name: [int(figure.replace(",", "")) for figure in figures] for name, *figures in cells[2:-1]}
+    plans = [plan_memory(compose([*SHAPE, *overrides])) for overrides in MEASURED.values()]
+    assert shown.pop("planned") == [round(plan.total / 2**20) for plan in plans]
+    shown.pop("measured")
+    assert shown == {name: [round(plan.terms[name] / 2**20) for plan in plans] for name in shown}
+
+
 ADAMW = recipes(AdamWOptions(lr=1e-3))
 
 
