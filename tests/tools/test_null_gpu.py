@@ -41,3 +41,20 @@ def test_no_case_writes_to_the_run_of_another() -> None:
     )
     assert len({name for name, _ in every}) == len(every)
     assert max(places.values()) == 1
+
+
+def test_parts_are_all_cases_and_none_reads_a_run_of_another() -> None:
+    matrix, every = loaded("matrix"), [*loaded("cases").commands()]
+    parts = [matrix.selected(every, "", f"{number}/7", set()) for number in range(1, 8)]
+    assert sorted(name for part in parts for name, _ in part) == sorted(name for name, _ in every)
+    for part in parts:
+        paths = [(name, word) for name, command in part for word in command if "/runs/" in word]
+        made = {word for name, word in paths if word.startswith("run.dir=") and not name.startswith("resume ")}
+        assert {f"run.dir={word.partition('=')[2] or word}" for _, word in paths} <= made
+
+
+def test_the_page_of_performance_counts_the_cases() -> None:
+    cases = loaded("cases")
+    count = len([*cases.commands(), *cases.of_two_ranks()])
+    page = (FOLDER.parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert f"`make null-gpu` has {count} configurations" in page

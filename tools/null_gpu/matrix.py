@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CASES_OF_A_PROCESS = 40
+READERS = re.compile(r"^(?:resume|eval|branch of) (\w+)$")
+"""Names of cases that read the run of `NAME, all by auto`."""
 
 Case = tuple[str, list[str]]
 
@@ -104,10 +107,14 @@ def passed_before(folder: Path) -> set[str]:
 
 
 def selected(cases: Iterable[Case], only: str, part: str, done: set[str]) -> list[Case]:
-    """The cases of `part` (such as 2/5) whose name has `only`, without those `done`."""
+    """The cases of `part` (such as 2/5) whose name has `only`, without those `done`. Those that read the run of another
+    belong to its part.
+    """
     number, of = (int(word) for word in part.split("/"))
     matching = [case for case in cases if only in case[0]]
-    return [case for place, case in enumerate(matching) if place % of == number - 1 and case[0] not in done]
+    places = {name: place for place, (name, _) in enumerate(matching)}
+    places |= {name: places.get(re.sub(READERS, r"\1, all by auto", name), place) for name, place in places.items()}
+    return [case for case in matching if places[case[0]] % of == number - 1 and case[0] not in done]
 
 
 def main() -> int:
