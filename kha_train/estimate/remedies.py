@@ -85,17 +85,21 @@ def _is_possible(config: RunConfig) -> bool:
 
 def savings(config: RunConfig) -> list[tuple[str, int]]:
     """The overrides that save memory alone and change no result beyond rounding, each with the bytes it saves, the
-    largest saving first.
+    largest saving first. Of the numbers of ranks that may share the experts, the highest inside a node, or the lowest.
     """
     now = plan_memory(config).total
     changes = possible_changes(config, max(1, config.engine.micro_batch_size // 2))
     free = [change for change in changes if all(f"engine.{field}" in ROUNDING for field in change.fields)]
     saved = [
-        (change.override, now - plan_memory(changed).total)
+        (change.override, now - plan_memory(changed).total, change.fields.get(SHARED, 0))
         for change in free
         if _is_possible(changed := with_engine(config, **change.fields))
     ]
-    return sorted((one for one in saved if one[1] > 0), key=lambda one: -one[1])
+    numbers = [int(shared) for _, size, shared in saved if shared and size > 0]
+    inside = [number for number in numbers if number <= config.cluster.devices_per_node]
+    offered = (0, max(inside) if inside else min(numbers, default=0))
+    found = [(override, size) for override, size, shared in saved if size > 0 and shared in offered]
+    return sorted(found, key=lambda one: -one[1])
 
 
 def possible_changes(config: RunConfig, micro_batch_size: int = 1) -> list[Change]:

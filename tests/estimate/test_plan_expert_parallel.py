@@ -10,7 +10,7 @@ from kha_train.estimate.counts import count_parameters, held_parameters
 from kha_train.estimate.exchange import exchange_bytes
 from kha_train.estimate.memory import GIB, _groups, _most_touched, _touched, activation_bytes, plan_memory
 from kha_train.estimate.plan import make_plan
-from kha_train.estimate.remedies import possible_changes
+from kha_train.estimate.remedies import possible_changes, savings
 
 EXPERTS, TOTAL = 28_991_029_248, 30_532_122_624
 """Of Qwen3-30B-A3B: 48 layers x 128 experts x 3 matrices of 2048 x 768; and all of its parameters."""
@@ -81,3 +81,13 @@ def test_ranks_with_other_experts_have_the_same_place_among_those_with_the_same(
     everywhere = [_most_touched(_groups(config), 4, rank, 0) for rank in range(4)]
     shared = [_touched(config, rank) - elsewhere for rank, elsewhere in enumerate(everywhere)]
     assert shared == [2 * matrix, 2 * matrix, 3 * matrix, 3 * matrix]
+
+
+@pytest.mark.parametrize(("cluster", "offered"), [("h100_8x8", 8), ("unspecified", 2)])
+def test_one_number_of_ranks_is_offered_to_a_run_that_lacks_memory(cluster: str, offered: int) -> None:
+    """A message has room for three settings, and every divisor would save; those of other nodes cost most. A cluster
+    that nobody described has nodes of one device."""
+    config = thirty_billion(f"cluster={cluster}", "cluster.devices=64", "data.global_batch_size=64")
+    overrides = [override for override, _ in savings(config)]
+    assert [one for one in overrides if "expert_parallel" in one] == [f"engine.expert_parallel={offered}"]
+    assert "engine.zero_stage=3" in overrides
