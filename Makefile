@@ -75,7 +75,8 @@ null-gpu: $(NULL_GPU_PYTHON)
 .null-gpu/bin/python:
 	$(PYTHON) -m venv .null-gpu
 	grep -vE '^(torch|triton)\b' constraints.txt >.null-gpu/constraints.txt
-	$@ -m pip install --disable-pip-version-check -c .null-gpu/constraints.txt torch==2.11.0 triton==3.6.0 -e '.[data]'
+	$@ -m pip install --disable-pip-version-check -c .null-gpu/constraints.txt torch==2.11.0 triton==3.6.0 -e '.[data]' \
+		|| { rm -rf .null-gpu; exit 1; }
 
 # A stamp is newer than the files it was installed from.
 .venv/.core: pyproject.toml constraints.txt
