@@ -153,7 +153,7 @@ def _settled(configs: Mapping[str, RunConfig], device: torch.device) -> dict[str
     for name, given in configs.items():
         config, _ = measured.settled(given, measured.measure(given, device, backend))
         resolved = resolve_on(config, device)
-        selected, _ = measure_kernels(config, resolved, device, kernels)
+        selected = measure_kernels(config, resolved, device, kernels).selected
         found[name] = Settled(config, with_kernels(config, resolved, selected, device))
         if given.attention.backend == "auto":
             backend = backend or config.attention.backend

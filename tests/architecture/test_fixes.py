@@ -134,6 +134,7 @@ REFUSED = {
     "an option": "plan --run.steps 3",
     "an option of another framework": "plan --max-steps=3",
     "CUDA on a cluster of CPUs": "plan engine.device=cuda cluster=cpu",
+    "devices that never work": "plan --scale 8 cluster=h100_1x8 cluster.hours_between_failures=0",
     "a backend of CUDA": "resolve engine.device=cpu attention.backend=varlen",
     "a backend of CUDA on a cluster of CPUs": "resolve cluster=cpu attention.backend=varlen",
     "bf16 of an old GPU": "resolve cluster=h100_1x1 cluster.capability=7.5 engine.precision=bf16",
