@@ -49,10 +49,13 @@ def compare(first: Checkpoint, second: Checkpoint) -> Differences:
     shapes, others = first.names(), second.names()
     found.only_first = [name for name in shapes if shapes[name] != others.get(name)]
     found.only_second = [name for name in others if others[name] != shapes.get(name)]
-    for name in shapes.keys() & others.keys() - set(found.only_first):
+    for name in sorted(shapes.keys() & others.keys() - set(found.only_first)):
         kept, others_kept = first.kinds_of(name), second.kinds_of(name)
         for kind in (kind for kind in kept if kind in others_kept):
             _add(found, f"{name} {kind}", first.read(name, kind), second.read(name, kind))
+        # A kind that the other has of no parameter is told once, below.
+        found.only_first += [f"{name} {kind}" for kind in kept if kind in second.kinds and kind not in others_kept]
+        found.only_second += [f"{name} {kind}" for kind in others_kept if kind in first.kinds and kind not in kept]
     found.only_first += [f"every {kind}" for kind in first.kinds if kind not in second.kinds]
     found.only_second += [f"every {kind}" for kind in second.kinds if kind not in first.kinds]
     buffers, more = first.buffers(), second.buffers()

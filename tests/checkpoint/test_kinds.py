@@ -139,3 +139,19 @@ def test_a_state_that_some_ranks_did_not_bring_fails_the_save(tmp_path: Path) ->
     )
     with pytest.raises(CheckpointError, match="momentum of w is not covered"):
         written.publish()
+
+
+def test_a_state_that_one_checkpoint_has_of_more_parameters_is_told(tmp_path: Path) -> None:
+    def written(folder: str, *others: str) -> Checkpoint:
+        world, kinds = World.single(), ("master", "exp_avg", "momentum")
+        save = Save(tmp_path / folder, 1, world, encode_on_main(world, {}), kinds=kinds, some_kinds=True)
+        save.prepare()
+        held = ("w master", "w momentum", "v master", *others)
+        save.write_share([Piece(*name.split(), (6,), 0, torch.zeros(6)) for name in held], {})
+        save.publish()
+        return Checkpoint(save.path, verify(save.path))
+
+    first, second = written("first", "v exp_avg"), written("second", "v exp_avg", "v momentum")
+    assert compare(first, first).equal
+    found = compare(first, second)
+    assert (found.only_first, found.only_second, found.tensors) == ([], ["v momentum"], {})
