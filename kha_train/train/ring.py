@@ -98,7 +98,11 @@ class Ring:
 
     def _write(self, step: int) -> None:
         world, config = self._session.world, self._session.config
-        written = [at for at, _ in candidates(self._folder / FOLDER)] if world.is_main else []
+        written: list[int] = []
+        if world.is_main:
+            # What cannot be listed is written again: a failure there is told to all ranks.
+            with suppress(OSError):
+                written = [at for at, _ in candidates(self._folder / FOLDER)]
         for copy in self._copies:
             (there,) = world.max_ints(int(copy.step in written))
             if there:
