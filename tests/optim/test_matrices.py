@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from threading import Barrier
 from typing import Any
 
@@ -13,10 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kha_train import compose
 from kha_train.distributed import World
+from kha_train.model.decoder import lay_out_decoder
+from kha_train.model.init import linear_maps
 from kha_train.optim.contract import Part
 from kha_train.optim.matrices import ShareMatrices, lay_out_matrices
+from kha_train.optim.muon import Muon
+from kha_train.variants.optimizer import MuonOptions
 
+PAGE = Path(__file__).parents[2] / "docs" / "optimisers.md"
 SHAPES = st.lists(
     st.one_of(
         st.tuples(st.integers(1, 5), st.integers(1, 5)),
@@ -159,3 +167,47 @@ def test_work_is_divided_where_every_matrix_is_cut() -> None:
     parts = [[[Part(name, 4 * rank, 4, 4 * place) for place, name in enumerate(shapes)]] for rank in range(4)]
     owned = in_ranks(4, lambda world: len(lay_out_matrices(parts[world.rank], shapes, shapes, world)[0].owned))
     assert owned == [2, 2, 2, 2]
+
+
+class OneOf(World):
+    """A rank that knows what all others would bring."""
+
+    def __init__(self, rank: int, table_RP4: Tensor) -> None:
+        super().__init__(rank, len(table_RP4))
+        vars(self).update(table_RP4=table_RP4)
+
+    def max_ints(self, *values: int) -> tuple[int, ...]:
+        return (self.table_RP4.shape[1],)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return self.table_RP4
+
+
+def test_what_travels_of_moe_6b_on_64_ranks_is_what_the_page_of_optimisers_says() -> None:
+    size, decoder = 64, lay_out_decoder(compose(["model=moe_6b", "attention=gqa"]))
+    maps, shapes = linear_maps(decoder), {name: tuple(value.shape) for name, value in decoder.named_parameters()}
+    names = {id(value): name for name, value in decoder.named_parameters()}
+    sent = [0] * size
+    for group in Muon.group(decoder.named_parameters(), MuonOptions(lr=1.0), (), {}, maps):
+        held = {names[id(parameter)]: parameter.numel() for parameter in group["params"]}
+        if not held.keys() <= maps.keys():
+            continue
+        share, place = -(-sum(held.values()) // size), 0
+        parts: list[list[Part]] = [[] for _ in range(size)]
+        for name, numel in held.items():
+            for rank in range(place // share, -(-(place + numel) // share)):
+                low, high = max(place, rank * share), min(place + numel, (rank + 1) * share)
+                parts[rank].append(Part(name, low - place, high - low, low - rank * share))
+            place += numel
+        table_RP4 = torch.zeros(size, max(map(len, parts)), 4, dtype=torch.int64)
+        for rank, rows in enumerate(parts):
+            for row, part in enumerate(rows):
+                table_RP4[rank, row] = torch.tensor([0, list(held).index(part.name), part.start, part.length])
+        of_group = {name: shapes[name] for name in held}
+        for rank in range(size):
+            [matrices] = lay_out_matrices([parts[rank]], of_group, maps, OneOf(rank, table_RP4))
+            assert matrices is not None
+            # There, and back.
+            sent[rank] += 4 * (sum(matrices.sent) + sum(matrices.received))
+    said = re.search(r"sends (\d+) MB a step on average .* busiest (\d+) MB", PAGE.read_text().replace("\n", " "))
+    assert said and [round(sum(sent) / size / 1e6), round(max(sent) / 1e6)] == [int(number) for number in said.groups()]
