@@ -78,7 +78,7 @@ def inputs_of(batch: HostBatch, device: torch.device) -> DecoderInputs:
 def use_tensor_cores(dtype: torch.dtype) -> None:
     """If parameters are bf16, and only then, let the process use TF32 where it multiplies in fp32. Folds and router
     scores are products of bf16 numbers, which TF32 represents exactly, with sums in fp32. The gradient of router scores
-    is rounded.
+    is rounded, and so are the matrices of Muon's iteration in fp32.
     """
     torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else "highest")
 
