@@ -229,6 +229,9 @@ def _typed(key: str, value: Json) -> str | None:
     """The override that gives `key` the `value`; None where that is not a setting by itself."""
     if "_content_id" in key or key.startswith("attention."):
         return None
+    if key == "optim.name":
+        # The preset brings the fields that this optimiser has.
+        return f"optim={value}"
     if isinstance(value, bool | int | float):
         return f"{key}={str(value).lower()}"
     if isinstance(value, list) and all(isinstance(item, int | float) for item in value):

@@ -158,8 +158,8 @@ def _typed_ways(config: RunConfig, checkpoint: Checkpoint, allowing: Sequence[Se
 
 
 def places(config: RunConfig, checkpoint: Checkpoint) -> tuple[bool, bool, bool]:
-    """Whether the model has tensors of `checkpoint`; whether those that both have agree in shape; whether the model and
-    the detectors have the state that is in it, no more and no less."""
+    """Whether the model has tensors of `checkpoint`; whether those that both have agree in shape; whether the model,
+    its optimiser and the detectors have the state that is in it, no more and no less."""
     decoder = lay_out_decoder(config)
     tensors = dict(decoder.named_parameters()) | persistent_buffers(decoder)
     model = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -170,7 +170,8 @@ def places(config: RunConfig, checkpoint: Checkpoint) -> tuple[bool, bool, bool]
         restore_watch(Watch(config), checkpoint)
     except CheckpointError:
         detectors_fit = False
-    return bool(both), shapes_fit, shapes_fit and detectors_fit and model.keys() == saved.keys()
+    same_states = {*checkpoint.kinds} == {*config.optim.kinds()}
+    return bool(both), shapes_fit, shapes_fit and same_states and detectors_fit and model.keys() == saved.keys()
 
 
 def not_allowed(config: RunConfig, changes: list[tuple[str, Json, Json]], *free: str) -> list[tuple[str, Json, Json]]:

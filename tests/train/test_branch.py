@@ -32,6 +32,7 @@ from kha_train.record.goodput import goodput_of
 from kha_train.record.totals import totals_of
 from kha_train.train import run as train_run
 from kha_train.train.branch import Branch
+from kha_train.train.resume import check_belongs
 from kha_train.train.run import train
 from kha_train.train.step import StepGivenUp
 from kha_train.train.watch import Watch
@@ -296,6 +297,20 @@ def test_a_model_of_other_parameters_is_refused(parent: Path, small: list[str], 
     with pytest.raises(ResumeError) as refused:
         Branch(compose([*small, *SMALL, *overrides]), at(parent), {})
     assert refused.value.fix and "allow_changes" not in refused.value.fix
+
+
+def test_another_optimiser_is_refused_with_fixes_that_work(trained: Train, small: list[str]) -> None:
+    """Its fields come with its preset, and no permission makes room for other states."""
+    checkpoint, typed = at(trained("optim=muon", "optim.iterations=4")), [*small, *SMALL, "optim=adamw"]
+    with pytest.raises(ResumeError) as refused:
+        Branch(compose(typed), checkpoint, {})
+    restored, weights = (way.typed for way in refused.value.typed_fixes)
+    assert {"optim=muon", "optim.iterations=4"} <= {*restored.split()}
+    Branch(compose([*typed, *restored.split()]), checkpoint, {})
+    assert weights == f"run.branch_from='' run.init_from={checkpoint.path}"
+    with pytest.raises(ResumeError) as refused:
+        check_belongs(compose([*typed, f"run.dir={checkpoint.path.parents[1]}"]), checkpoint, {})
+    assert f"run.init_from={checkpoint.path}" in refused.value.fix and "allow_changes" not in refused.value.fix
 
 
 def test_other_data_are_refused_unless_they_are_meant(parent: Path, small: list[str]) -> None:
