@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from kha_train.record.files import sync_directory
+from kha_train.record.reader import RUN_FILE
 
 FOLDER = "checkpoints"
 RING = "ring"
@@ -64,7 +65,8 @@ def run_of(checkpoint: Path) -> Path:
     if checkpoint.parent.name != FOLDER:
         return checkpoint
     place = checkpoint.parent.parent
-    return place.parent if place.name == RING else place
+    # A run may have the name of a ring itself.
+    return place.parent if place.name == RING and (place.parent / RUN_FILE).is_file() else place
 
 
 def is_away(path: Path) -> bool:
