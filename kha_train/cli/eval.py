@@ -105,6 +105,7 @@ def _evaluated(
     place: Path, request: Request, run: Path | None, every: bool, device: str, faults: list[KhaError]
 ) -> Iterator[Evaluation]:
     """The evaluations of one run, checkpoint or export. Those of a run are saved. Raises as `evaluate_run`."""
+    from kha_train.checkpoint.layout import run_of
     from kha_train.checkpoint.manifest import MANIFEST_FILE
     from kha_train.config.compose import load
     from kha_train.evaluate.checkpoints import evaluate_model, evaluate_run, suite_of, torch_device
@@ -125,7 +126,7 @@ def _evaluated(
         # Of a run's newest checkpoint, the one before it takes the place.
         faults.extend([error] * every)
 
-    home = place.resolve().parents[1] if (place / MANIFEST_FILE).is_file() else place
+    home = run_of(place.resolve()) if (place / MANIFEST_FILE).is_file() else place
     for evaluation in evaluate_run(place, request, damaged, progress_bar, every=every, device=device):
         save(home, evaluation)
         yield evaluation

@@ -137,7 +137,7 @@ def evaluate_run(
     CheckpointError when all are damaged, and as `evaluate_model`.
     """
     one = run_dir if (run_dir / MANIFEST_FILE).is_file() else None
-    home = run_dir if one is None else run_dir.resolve().parents[1]
+    home = run_dir if one is None else layout.run_of(run_dir.resolve())
     config = load(home / "config.yaml")
     # An imported run has its tokenizer with it, and may have been moved.
     config = replace(config, run=replace(config.run, dir=str(home)))

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from kha_train import compose
 from kha_train.cli.main import app
+from kha_train.decode import generate
 from kha_train.evaluate.results import read_evaluation
 from kha_train.record import read_metrics
 from kha_train.train.run import train
@@ -70,6 +71,15 @@ def test_results_of_several_calls_are_kept_beside_the_checkpoint(run: Path, tmp_
     asked(run, "--tasks", "validation")
     again = read_evaluation(path)
     assert again is not None and again.harness == {} and again.manifest != "0" * 64
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_the_ring_belongs_to_the_run(run: Path, tmp_path: Path) -> None:
+    copy, step = shutil.copytree(run, tmp_path / "run"), "checkpoints/step-00000002"
+    in_ring = shutil.copytree(copy / step, copy / "ring" / step)
+    asked(in_ring, "--tasks", "validation")
+    assert (copy / "evaluation" / "step-00000002.json").is_file()
+    assert generate.load_run(in_ring, print).step == 2
 
 
 @pytest.mark.slow
