@@ -11,13 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from kha_train.config.compose import compose
 from kha_train.config.resolve import Device, decide, resolve
 from kha_train.model.decoder import lay_out_decoder
 from kha_train.operate.doctor import examine, machine, services, versions
 from kha_train.operate.doctor.checks import Check
-from kha_train.operate.doctor.device import check_operations
+from kha_train.operate.doctor.device import check_device, check_operations
 from tests.conftest import Kha
 
 CANARY = "canary-0123456789abcdef"
@@ -56,6 +57,24 @@ def test_a_choice_that_cannot_run_here_fails_with_a_setting_that_can() -> None:
     failed = [check for check in check_operations(compose(refused), cpu) if check.state == "FAIL"]
     assert [check.name for check in failed] == ["attention.backend"] and "needs a CUDA device" in failed[0].found
     resolve(compose([*refused, failed[0].fix.partition(" or ")[0]]), cpu)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_gpu_that_cannot_be_used_fails_only_the_settings_that_ask_for_one(
+    there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `kha train`: `auto` takes the CPU, `cuda` refuses."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if there:
+        which = shutil.which
+        monkeypatch.setattr(shutil, "which", lambda name: name if name == "nvidia-smi" else which(name))
+        monkeypatch.setattr(Path, "glob", lambda path, pattern: iter([path / "nvidia0"]))
+    for asked, state in {"auto": "WARN", "cpu": "WARN", "cuda": "FAIL"}.items():
+        line = by_name(check_device(compose([f"engine.device={asked}"])))["gpu"]
+        assert line.state == state and ("built for CPUs" in line.found) == there, line
+        assert ("training runs on the CPU" in line.found) == (state == "WARN")
 
 
 def test_packages_are_held_against_the_declared_versions(monkeypatch: pytest.MonkeyPatch) -> None:

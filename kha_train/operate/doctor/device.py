@@ -30,7 +30,7 @@ def check_device(config: RunConfig) -> Iterator[Check]:
     except (ImportError, OSError) as error:
         yield Check("device", "torch", "FAIL", f"cannot be imported: {error}", NO_TORCH)
         return
-    yield from _gpus(torch.version.cuda or torch.version.hip)
+    yield from _gpus(torch.version.cuda or torch.version.hip, config.engine.device)
     from kha_train.model.device import device_facts
 
     cuda = torch.cuda.is_available() and config.engine.device != "cpu"
@@ -81,8 +81,10 @@ def _processor() -> Check:
     return Check("device", "cpu", "OK", f"{name}, {cores} cores for this process, {pages * size / 2**30:.1f} GiB")
 
 
-def _gpus(built_for: str | None) -> Iterator[Check]:
-    """A line for each GPU that torch sees, or the reason why it sees none. `built_for` is torch's CUDA or ROCm."""
+def _gpus(built_for: str | None, asked: str) -> Iterator[Check]:
+    """A line for each GPU that torch sees, or the reason why it sees none. `built_for` is torch's CUDA or ROCm, `asked`
+    the setting `engine.device`: only `cuda` refuses to train on the CPU.
+    """
     import torch
 
     if torch.cuda.is_available():
@@ -92,16 +94,21 @@ def _gpus(built_for: str | None) -> Iterator[Check]:
     there = bool(shutil.which("nvidia-smi")) and any(Path("/dev").glob("nvidia[0-9]*"))
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if there and hidden in ("", "-1"):
-        yield Check("device", "gpu", "WARN", f"hidden by CUDA_VISIBLE_DEVICES={hidden}", "unset CUDA_VISIBLE_DEVICES")
+        found, fix = f"hidden by CUDA_VISIBLE_DEVICES={hidden}", "unset CUDA_VISIBLE_DEVICES"
     elif there and not built_for:
+        found = "there is one, but this torch was built for CPUs"
         fix = "install the build of the same torch for your CUDA, from https://pytorch.org/get-started"
-        yield Check("device", "gpu", "FAIL", "there is one, but this torch was built for CPUs", fix)
     elif there:
+        found = f"there is one, but torch for {built_for} cannot use it"
         fix = "compare the driver's version (`nvidia-smi`) with the CUDA of torch"
-        yield Check("device", "gpu", "FAIL", f"there is one, but torch for {built_for} cannot use it", fix)
     else:
+        found = "none"
         fix = "nothing for tiny and small models; larger ones need a GPU: `kha plan cluster=h100_1x8`"
-        yield Check("device", "gpu", "WARN", "none: training runs on the CPU", fix)
+    if asked == "cuda":
+        fix = "engine.device=auto, to train on the CPU" if found == "none" else fix
+        yield Check("device", "gpu", "FAIL", f"{found}; engine.device=cuda needs one", fix)
+    else:
+        yield Check("device", "gpu", "WARN", f"{found}: training runs on the CPU", fix)
 
 
 def _gpu(number: int, properties: torch.cuda._CudaDeviceProperties) -> Check:

@@ -45,7 +45,8 @@ def check_storage(config: RunConfig) -> Iterator[Check]:
 
 def _place(name: str, path: Path, needed: int, what: str) -> Check:
     """Whether `path`, or the nearest directory above it that exists, can be written and has `needed` bytes left."""
-    above = next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
+    # `Path.is_dir` raises below a directory that may not be searched.
+    above = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.isdir(place))
     if not os.access(above, os.W_OK | os.X_OK):
         fix = f"{name}=SOMEWHERE_ELSE" if needed else "make it writable, or set HOME or TMPDIR to another"
         return Check("storage", name, "FAIL" if needed else "WARN", f"{above} cannot be written", fix)
