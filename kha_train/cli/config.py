@@ -138,7 +138,12 @@ def _side(text: str) -> dict[str, Any]:
             problem = "is neither a run nor settings"
             raise ConfigError(problem, field="config diff", value=text, fix=Look("kha config list"))
         return flatten(_of_run(Path(text)))
-    return flatten(to_plain(compose(shlex.split(text))))
+    try:
+        typed = shlex.split(text)
+    except ValueError as error:
+        problem = f"cannot be split into settings: {error}"
+        raise ConfigError(problem, field="config diff", value=text, fix="close the quotes") from None
+    return flatten(to_plain(compose(typed)))
 
 
 def _of_run(path: Path) -> dict[str, Any]:

@@ -56,6 +56,8 @@ def test_diff_compares_settings_runs_and_files_and_says_what_a_difference_affect
     keys = {row["key"] for row in json.loads(kha("config", "diff", str(OLD_RUN), "", "--json")[1])["differences"]}
     assert "run.steps" in keys and "engine.kernels" not in keys
     assert kha("config", "diff", "nowhere", "")[0] == 2
+    code, _, err = kha("config", "diff", "run.name=it's", "")
+    assert code == 2 and "No closing quotation" in err
 
 
 def test_list_marks_the_default_of_each_group(kha: Kha) -> None:
