@@ -37,15 +37,18 @@ class TelemetrySection:
     wandb: WandbSection = field(default_factory=WandbSection)
 
     def invalid(self) -> ConfigError | None:
-        """The error about a sink that does not exist, or None."""
-        known = sinks()
-        if set(self.sinks) <= set(known):
-            return None
-        close = [name for given in self.sinks for name in get_close_matches(given, known, n=1)]
-        fix = Settings(f"telemetry.sinks=[{','.join(dict.fromkeys(close))}]")
-        return ConfigError(
-            "no such sink", field="telemetry.sinks", value=list(self.sinks), allowed=", ".join(known), fix=fix
-        )
+        """The error about a sink that does not exist or is named twice, or None."""
+        known, once = sinks(), tuple(dict.fromkeys(self.sinks))
+        if not set(once) <= set(known):
+            close = [name for given in once for name in get_close_matches(given, known, n=1)]
+            fix = Settings(f"telemetry.sinks=[{','.join(dict.fromkeys(close))}]")
+            return ConfigError(
+                "no such sink", field="telemetry.sinks", value=list(self.sinks), allowed=", ".join(known), fix=fix
+            )
+        if once != self.sinks:
+            fix = Settings(f"telemetry.sinks=[{','.join(once)}]")
+            return ConfigError("names a sink twice", field="telemetry.sinks", value=list(self.sinks), fix=fix)
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

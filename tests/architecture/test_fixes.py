@@ -125,6 +125,7 @@ REFUSED = {
     "a setting added by another name": "compose +optim.learning_rate=1e-3",
     "a mistyped setting that is added": "compose +optim.grad_clp=1.0",
     "a mistyped sink": "compose telemetry.sinks=[wandb,tensorbord,nothing]",
+    "a sink twice": "compose telemetry.sinks=[wandb,tensorboard,wandb]",
     "one tag": "compose telemetry.wandb.tags=mine",
     "a grid": "compose attention=gqa,mha",
     "a grid and its place": "compose attention=gqa,mha run.dir=runs/grid",

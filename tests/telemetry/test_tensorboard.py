@@ -13,6 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kha_train.config.compose import compose
+from kha_train.errors import ConfigError
 from kha_train.metric import Metric
 from kha_train.telemetry import tensorboard
 from kha_train.telemetry.sinks import Beginning, Sink, Sinks, open_sinks
@@ -121,6 +122,8 @@ def test_security_no_file_of_the_mirror_has_a_secret(tmp_path: Path, monkeypatch
 
 def test_the_sinks_are_the_modules_that_open_one_and_each_is_told_everything() -> None:
     assert sinks() == ("tensorboard", "wandb")
+    with pytest.raises(ConfigError, match=r"twice.*telemetry.sinks=\[wandb,tensorboard\]"):
+        compose(["telemetry.sinks=[wandb,tensorboard,wandb]"])
     told: list[tuple[str, str]] = []
 
     class Listening(Sink):
