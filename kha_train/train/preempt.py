@@ -33,8 +33,8 @@ TORCHRUN_ECHO_SECONDS = 2.0
 
 
 def time_warning(config: RunConfig, environ: Mapping[str, str] = os.environ, now: float | None = None) -> str:
-    """A warning if no checkpoint is due in the time that is left by `run.max_minutes` and the end of the SLURM job; ""
-    where there is nothing to warn of. `now`: seconds since the epoch.
+    """A warning if `checkpoint.every_minutes` is longer than the time that is left by `run.max_minutes` and the end of
+    the SLURM job; "" where there is nothing to warn of. `now`: seconds since the epoch.
     """
     every, most = config.checkpoint.every_minutes, config.run.max_minutes
     end = environ.get("SLURM_JOB_END_TIME", "")
@@ -44,8 +44,8 @@ def time_warning(config: RunConfig, environ: Mapping[str, str] = os.environ, now
         return ""
     due = max(1, int(min(left) / 4))
     return (
-        f"warning: checkpoint.every_minutes = {every:g}: {min(left):.0f} minutes are left, and a crash loses them; "
-        f"fix: checkpoint.every_minutes={due}{tag('E21')}"
+        f"warning: checkpoint.every_minutes = {every:g}: {min(left):.0f} minutes are left, and a crash loses them "
+        f"unless checkpoint.every_steps saves before; fix: checkpoint.every_minutes={due}{tag('E21')}"
     )
 
 

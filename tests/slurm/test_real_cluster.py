@@ -35,7 +35,7 @@ def settings(small: list[str]) -> list[str]:
 def reference(
     settings: list[str], tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str, str], curve
 ) -> list[dict[str, Any]]:
-    """The curve of that run by plain torchrun, never interrupted."""
+    """The curve of that run on one machine without SLURM, never interrupted."""
     run_dir = tmp_path_factory.mktemp("reference")
     command = ["bash", str(ROOT / "launch" / "local.sh"), *settings, f"run.dir={run_dir}"]
     environment = {**clean_environment, "KHA_PYTHON": sys.executable, "NPROC": "2", "PYTHONPATH": str(ROOT)}
