@@ -107,8 +107,8 @@ _WORDS = {
     "leave it out: every step is recorded": "log_interval logging_steps log_every log_every_n_steps log_freq",
     "leave it out: a run resumes by itself from what is in run.dir": """resume_from_checkpoint resume_from auto_resume
         load_checkpoint""",
-    "ranks are the launcher's: torchrun --nproc-per-node N -m kha_train ..., or launch/local.sh": """n_gpus num_gpus
-        gpus devices nproc_per_node num_processes nnodes num_nodes world_size""",
+    "ranks are the launcher's: kha train --ranks N ..., or torchrun --nproc-per-node N -m kha_train ...": """n_gpus
+        num_gpus gpus devices nproc_per_node num_processes nnodes num_nodes world_size""",
     "leave it out: there is none; engine.zero_stage shards the state": """tensor_model_parallel_size
         pipeline_model_parallel_size tp pp tensor_parallel pipeline_parallel""",
     "leave it out: shards name their tokenizer (`kha data tokenize`)": "tokenizer tokenizer_name tokenizer_path",
