@@ -36,10 +36,11 @@ def rewritten(
 
     def pieces() -> Iterator[Piece]:
         for name, shape in checkpoint.names().items():
-            for kind in checkpoint.kinds:
+            for kind in checkpoint.kinds_of(name):
                 yield Piece(name, kind, shape, 0, edit(name, kind, checkpoint.read(name, kind)))
 
-    writer = BackgroundWriter(run_dir, World.single(), kinds=checkpoint.kinds)
+    some_kinds = checkpoint.manifest.contents.some_kinds
+    writer = BackgroundWriter(run_dir, World.single(), kinds=checkpoint.kinds, some_kinds=some_kinds)
     writer.begin(checkpoint.step, pieces(), checkpoint.buffers(), checkpoint.trainer_state if state is None else state)
     published = writer.wait()
     assert published is not None

@@ -14,6 +14,7 @@ from kha_train.checkpoint.compare import compare
 from kha_train.checkpoint.manifest import KINDS, Contents, Manifest, parse_contents, parse_manifest
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import Checkpoint, verify
+from kha_train.checkpoint.rewrite import rewritten
 from kha_train.checkpoint.writer import Save, encode_on_main
 from kha_train.distributed import World
 from kha_train.errors import CheckpointError, FormatError
@@ -128,6 +129,9 @@ def test_states_that_only_some_parameters_have_are_stored_of_these_alone(tmp_pat
     with pytest.raises(CheckpointError, match="wrong keys"):
         parse_contents(plain, "manifest.json")
     assert not compare(found, found).tensors
+    copy = rewritten(found, tmp_path / "copy", lambda name, kind, values_P: values_P + (kind == "exp_avg"))
+    again = compare(found, Checkpoint(copy, verify(copy)))
+    assert again.tensors.keys() == {"v exp_avg"} and not again.only_first and not again.only_second
 
 
 def test_a_state_that_some_ranks_did_not_bring_fails_the_save(tmp_path: Path) -> None:
