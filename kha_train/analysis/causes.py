@@ -3,7 +3,8 @@
 An event is judged by the rule that opened it: with m and s of its opening, a step stands out at z = (x - m) / s >=
 `OPEN_Z` or when it is not finite. The share of an event that is left is its area (the sum of (x - m)+ over the replayed
 steps) over that of the control. A change removes the event when no step of the replay stands out and at most half of it
-is left: an event that just opened would else be removed by any small change.
+is left: an event that just opened would else be removed by any small change. A replay that diverged ends early: each
+step that it did not reach stands out.
 """
 
 from __future__ import annotations
@@ -127,17 +128,19 @@ def _words(reason: str, removed: Sequence[bool], left: Sequence[float]) -> str:
 
 
 def excess(lines: Iterable[Mapping[str, Any]], event: SpikeEvent, last: int) -> Excess:
-    """How the `lines` of a record, from the first step of `event` to `last`, stand above its baseline."""
-    count, area, height = 0, 0.0, -math.inf
+    """How the `lines` of a record, from the first step of `event` to `last`, stand above its baseline. A step without
+    a line stands out, and then the area is infinite."""
+    count, area, height, missing = 0, 0.0, -math.inf, last - event.start_step + 1
     for line in lines:
         if not event.start_step <= line["step"] <= last:
             continue
+        missing -= 1
         seen = Observation(line["step"], float(line["train/loss"]), float(line["train/grad_norm"]))
         above = seen.loss - event.baseline
         count += not seen.finite or above / event.scale >= OPEN_Z
         if math.isfinite(above):
             area, height = area + max(above, 0.0), max(height, above)
-    return Excess(count, area, height)
+    return Excess(count + missing, area if not missing else math.inf, height)
 
 
 def share_left(found: Excess, control: Excess) -> float:
@@ -171,11 +174,10 @@ def judge(arms: Sequence[Arm]) -> tuple[str | None, str]:
     done = [arm for arm in arms if arm.removed]
     if not done:
         return None, "no verdict: no change was replayed"
-    best = min(done, key=lambda arm: sum(arm.left) / len(arm.left))
-    return None, (
-        f"no single cause: none of {len(done)} changes removes it; the most effective, {best.change}, leaves "
-        f"{100 * sum(best.left) / len(best.left):.0f} % of it"
-    )
+    told = f"no single cause: none of {len(done)} changes removes it"
+    means = [(sum(arm.left) / len(arm.left), arm.change) for arm in done]
+    least, change = min((one for one in means if math.isfinite(one[0])), default=(math.nan, ""))
+    return None, f"{told}; the most effective, {change}, leaves {100 * least:.0f} % of it" if change else told
 
 
 def read_verdicts(run_dir: Path) -> list[SavedVerdict]:

@@ -164,8 +164,8 @@ def _obstacles(
 
 
 def configuration(stretch: Stretch, run_dir: Path) -> RunConfig:
-    """The settings of `stretch` for a run in `run_dir`: those of its attempt, without W&B, a profile or saves on the
-    way. Raises ConfigError when this release cannot build them.
+    """The settings of `stretch` for a run in `run_dir`: those of its attempt, without W&B, a profile, a ring or saves on
+    the way. Raises ConfigError when this release cannot build them.
     """
     assert stretch.config is not None and stretch.attempt is not None, stretch.obstacle
     config = from_plain(dict(stretch.config))
@@ -177,7 +177,7 @@ def configuration(stretch: Stretch, run_dir: Path) -> RunConfig:
         config,
         run=replace(begun, dir=str(run_dir), max_minutes=0.0),
         engine=replace(config.engine, device=stretch.attempt.facts.get("device", config.engine.device)),
-        checkpoint=replace(config.checkpoint, every_steps=config.run.steps, every_minutes=0),
+        checkpoint=replace(config.checkpoint, every_steps=config.run.steps, every_minutes=0, ring_steps=0),
         profile=replace(config.profile, first_step=0, last_step=0),
         telemetry=telemetry,
     )
@@ -244,10 +244,12 @@ def _last_line(path: Path) -> str:
 
 
 def in_this_process(job: Job, place: Path, watch: Callable[[int], None]) -> None:
-    """Train `job` here, on one rank. Raises what `train` documents."""
+    """Train `job` here, on one rank. Raises what `train` documents, and MachineError when it was stopped on the way."""
     from kha_train.train.run import train
 
-    train(job.config, until=job.until)
+    outcome = train(job.config, until=job.until)
+    if outcome.step < job.until:
+        raise MachineError(f"training was stopped after step {outcome.step} of {job.until}")
     watch(job.until)
 
 
