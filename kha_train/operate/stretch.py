@@ -164,8 +164,8 @@ def _obstacles(
 
 
 def configuration(stretch: Stretch, run_dir: Path) -> RunConfig:
-    """The settings of `stretch` for a run in `run_dir`: those of its attempt, without W&B, a profile, a ring or saves on
-    the way. Raises ConfigError when this release cannot build them.
+    """The settings of `stretch` for a run in `run_dir`: those of its attempt, without W&B, a profile, a ring or
+    saves on the way. Raises ConfigError when this release cannot build them.
     """
     assert stretch.config is not None and stretch.attempt is not None, stretch.obstacle
     config = from_plain(dict(stretch.config))
