@@ -22,7 +22,7 @@ from kha_train.config.compose import compose
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate
 from kha_train.decode.absorb import absorbed_config
-from kha_train.errors import ConfigError
+from kha_train.errors import KhaError
 from kha_train.model.decoder import lay_out_decoder
 from kha_train.model.init import initial_values
 from kha_train.operate.stretch import Stretch
@@ -75,12 +75,16 @@ class ArmKind(NamedTuple):
 
 
 def changes(case: Case, names: Mapping[str, ArmKind], replays: int) -> Iterator[tuple[str, str, Change | str]]:
-    """(name, family, change or the reason why there is none) of every arm in `names`."""
+    """(name, family, change or the reason why there is none) of every arm in `names`. What one arm lacks, such as an
+    attention backend in fp32 or room for a copy of the checkpoint, does not keep others from being made."""
     for name, kind in names.items():
-        made = kind.make(case, replays)
-        if isinstance(made, Change):
-            for config in made.configs:
+        made: Change | str
+        try:
+            made = kind.make(case, replays)
+            for config in made.configs if isinstance(made, Change) else ():
                 validate(config, to_train=False)
+        except KhaError as error:
+            made = f"the run does not admit it: {error}"
         yield name, kind.family, made
 
 
@@ -176,10 +180,7 @@ def _kha_inserted(case: Case, replays: int) -> Change | str:
         return "the run begins here: there is no saved state to insert it into"
     inserted = compose(["interaction@attention.interaction=knocking_linear"]).attention.interaction
     config = _set(case.config, "attention", interaction=inserted)
-    try:
-        validate(config)
-    except ConfigError as error:
-        return f"the run does not admit it: {error}"
+    validate(config)
     return Change("with KHA-Linear inserted as the identity", "attention without an interaction of heads", (config,))
 
 
@@ -236,12 +237,13 @@ def _without_layer(name: str) -> str:
 
 
 def _rounding(case: Case, replays: int) -> Change | str:
-    """Cross-entropies are summed in smaller chunks: the same function, other last bits."""
+    """Cross-entropies are summed in smaller chunks: the same function, other last bits. Chance is involved."""
     tokens = min(case.config.model.loss_chunk_tokens, case.config.model.seq_len * case.config.engine.micro_batch_size)
     if tokens < 2:
         return "a loss of one token has one order of sums"
-    config = _set(case.config, "model", loss_chunk_tokens=max(1, tokens // 3))
-    return Change("with another rounding", "chance", (config,))
+    chunks = dict.fromkeys(max(1, tokens // (3 + number)) for number in range(replays))
+    configs = tuple(_set(case.config, "model", loss_chunk_tokens=chunk) for chunk in chunks)
+    return Change("with another rounding", "chance", configs)
 
 
 ARMS: dict[str, ArmKind] = {

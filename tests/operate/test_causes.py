@@ -20,9 +20,9 @@ from kha_train.analysis.runs import load_run
 from kha_train.config.build import flatten, to_plain
 from kha_train.config.compose import compose, from_plain
 from kha_train.data.stream import open_stream
-from kha_train.errors import ConfigError
+from kha_train.errors import CheckpointError, ConfigError, MachineError
 from kha_train.estimate.counts import count_parameters
-from kha_train.operate.arms import ARMS, Change, changes
+from kha_train.operate.arms import ARMS, ArmKind, Case, Change, changes
 from kha_train.operate.capsule import batch_of, rows_of, smallest, write_capsule
 from kha_train.operate.causes import Replaying, chosen, event_of, open_case, place_of, replay_event
 from kha_train.operate.stretch import in_this_process
@@ -129,11 +129,43 @@ def test_every_arm_changes_one_thing_and_says_why_where_it_cannot(poisoned: tupl
         chosen(["half_rat"])
 
 
+def test_an_arm_that_cannot_be_made_says_why_and_the_others_are_made(poisoned: tuple[Path, SpikeEvent]) -> None:
+    run = load_run(poisoned[0])
+    case = open_case(run, poisoned[1], run.path / "replay")
+
+    def refused(case: Case, replays: int) -> str:
+        raise CheckpointError("no room for a copy", field="disk")
+
+    def invalid(case: Case, replays: int) -> Change:
+        optim = replace(case.config.optim, grad_clip=-1.0)
+        return Change("with no clip", "the clip", (replace(case.config, optim=optim),))
+
+    made = {"a": ArmKind("x", refused), "b": ArmKind("y", invalid), "rounding": ARMS["rounding"]}
+    (_, _, first), (_, _, second), (_, _, third) = changes(case, made, 3)
+    assert isinstance(first, str) and "no room for a copy" in first
+    assert isinstance(second, str) and "optim.grad_clip" in second
+    # Chance is involved in rounding, so it has several replays. A replay needs no ring.
+    assert isinstance(third, Change) and len(third.configs) == 3
+    assert case.config.checkpoint.ring_steps == 0
+
+
 def test_a_step_stands_for_the_event_that_holds_it(poisoned: tuple[Path, SpikeEvent]) -> None:
     run = load_run(poisoned[0])
     assert event_of(run, None, POISONED) == event_of(run, 1, None) == poisoned[1]
     with pytest.raises(ConfigError, match=rf"no event holds this step; allowed: a step of an event: {POISONED}\.\."):
         event_of(run, None, 3)
+
+
+def test_a_replay_that_was_stopped_on_the_way_is_not_done(
+    poisoned: tuple[Path, SpikeEvent], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stop").touch()
+    with monkeypatch.context() as patched, pytest.raises(MachineError, match=f"stopped after step {POISONED - 1} of"):
+        patched.setenv("KHA_STOP_FILE", str(tmp_path / "stop"))
+        replayed(poisoned[0], poisoned[1], "rounding", place=tmp_path / "out")
+    assert not (tmp_path / "out" / "control" / "arm.json").exists()
+    # A second call goes on with it.
+    assert replayed(poisoned[0], poisoned[1], "rounding", place=tmp_path / "out").differences == ()
 
 
 def test_the_command_replays_in_processes_of_their_own(
