@@ -44,8 +44,9 @@ def replay(
     capsule: its steps are trained, and it exits with 1 when the event does not show.
     """
     # These load torch, for which `kha --help` does not wait.
-    from kha_train.operate.capsule import is_capsule, write_capsule
+    from kha_train.operate.capsule import write_capsule
     from kha_train.operate.causes import Replaying, chosen, open_case, place_of, replay_event
+    from kha_train.operate.reproduce import is_capsule
     from kha_train.operate.stretch import in_processes
 
     if is_capsule(run):
@@ -102,7 +103,7 @@ def _print(verdict: Verdict, place: Path) -> None:
 
 def _reproduce(path: Path, as_json: bool) -> None:
     """Train the capsule in `path`; ends with 1 when its event does not show."""
-    from kha_train.operate.capsule import reproduce
+    from kha_train.operate.reproduce import reproduce
 
     found = reproduce(path)
     if as_json:

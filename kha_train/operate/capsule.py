@@ -33,9 +33,8 @@ from kha_train.analysis.runs import RunData
 from kha_train.checkpoint.background import BackgroundWriter
 from kha_train.checkpoint.layout import FOLDER, candidates
 from kha_train.checkpoint.pieces import Piece
-from kha_train.checkpoint.reader import Checkpoint, directory_of, verify
+from kha_train.checkpoint.reader import Checkpoint, verify
 from kha_train.config.build import to_plain
-from kha_train.config.compose import from_plain
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate
 from kha_train.data.rows.batch import Batch
@@ -44,11 +43,11 @@ from kha_train.data.stream import open_stream
 from kha_train.distributed import World
 from kha_train.engine.contract import Engine
 from kha_train.engine.default import engine_for
-from kha_train.errors import CheckpointError, ConfigError
+from kha_train.errors import ConfigError
 from kha_train.model.device import resolve_on
 from kha_train.operate.arms import Case
 from kha_train.operate.stretch import Launch, compute
-from kha_train.record.files import read_json, size_of, write_json, write_text
+from kha_train.record.files import write_json, write_text
 from kha_train.stability.events import OPEN_Z, SpikeEvent
 from kha_train.train.progress import going_on, read_state
 from kha_train.train.step import train_step
@@ -277,7 +276,9 @@ def _excerpt(run: RunData, case: Case, tell: Callable[[str], None], launch: Laun
         tell(f"the state after step {begin}")
         if not any(step == begin for step, _ in candidates(place / "run" / FOLDER)):
             compute(replace(case.stretch, last=begin), place, launch, lambda step: None)
-        source = directory_of(place / "run")
+        source = dict(reversed(candidates(place / "run" / FOLDER))).get(begin)
+        if source is None:
+            raise ConfigError("another state is there", field="--out", value=str(place), fix="choose another directory")
     if source is None:
         raise ConfigError("the event begins with the run: no state was before it", field="run", value=str(run.path))
     checkpoint = Checkpoint(source, verify(source))
@@ -300,7 +301,8 @@ def _excerpt(run: RunData, case: Case, tell: Callable[[str], None], launch: Laun
 def _on_a_cpu(case: Case) -> RunConfig:
     """The settings of the event for the plain engine in one process."""
     config, attention = case.config, case.config.attention
-    engine = replace(config.engine, name="plain", device="cpu", kernels="torch", compile="none")
+    alone = replace(config.engine, expert_parallel=1, context_parallel=1)
+    engine = replace(alone, name="plain", device="cpu", kernels="torch", compile="none")
     if case.precision:
         engine = replace(engine, precision=case.precision)
     if attention.backend not in ON_CPU:
@@ -366,34 +368,3 @@ kha replay .
 trains these steps on a CPU, compares every loss with the expected one, and ends with 0 if the event shows.
 `{CAPSULE_FILE}` has settings and losses, `{SAMPLES_FILE}` the ids of the rows, `{FOLDER}/` the state.
 """
-
-
-def is_capsule(path: Path) -> bool:
-    """Whether `path` is the directory of a capsule."""
-    return (path / CAPSULE_FILE).is_file()
-
-
-def reproduce(path: Path) -> dict[str, Any]:
-    """Train the steps of the capsule in `path`: the losses, those expected, whether they are equal to the last bit, and
-    whether the event shows. Raises DataError and CheckpointError for a damaged capsule, ConfigError for settings that
-    this release does not have.
-    """
-    found, samples = read_json(path / CAPSULE_FILE, CapsuleFile), read_json(path / SAMPLES_FILE, SamplesFile)
-    if found is None or samples is None:
-        raise CheckpointError("the capsule lacks a file", field=str(path), allowed=f"{CAPSULE_FILE}, {SAMPLES_FILE}")
-    checkpoint = Checkpoint(directory_of(path), verify(directory_of(path)))
-    saved = checkpoint.buffers()
-    losses = train_steps(
-        from_plain(found["config"]), checkpoint.kinds, checkpoint.read, saved.__getitem__, found["optimizer_steps"],
-        samples["steps"], found["rates"],
-    )  # fmt: skip
-    first = found["step"] - len(losses) + 1
-    return {
-        "steps": list(range(first, found["step"] + 1)),
-        "losses": losses,
-        "expected": found["losses"],
-        "equal": list(map(repr, losses)) == list(map(repr, found["losses"])),
-        "threshold": found["baseline"] + OPEN_Z * found["scale"],
-        "shows": shows(losses, found["baseline"], found["scale"]),
-        "bytes": sum(size_of(file) for file in path.rglob("*") if FOLDER in file.parts or file.parent == path),
-    }

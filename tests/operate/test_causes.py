@@ -23,13 +23,14 @@ from kha_train.data.stream import open_stream
 from kha_train.errors import CheckpointError, ConfigError, MachineError
 from kha_train.estimate.counts import count_parameters
 from kha_train.operate.arms import ARMS, ArmKind, Case, Change, changes
-from kha_train.operate.capsule import batch_of, rows_of, smallest, write_capsule
+from kha_train.operate.capsule import CapsuleFile, batch_of, rows_of, smallest, write_capsule
 from kha_train.operate.causes import Replaying, chosen, event_of, open_case, place_of, replay_event
+from kha_train.operate.reproduce import reproduce
 from kha_train.operate.stretch import in_this_process
 from kha_train.record import read_events, read_metrics
 from kha_train.stability.events import SpikeEvent
 from tests.conftest import Kha
-from tests.operate.planted import PLANTS, POISONED, USUAL_IDS, planted_event
+from tests.operate.planted import IDS, PLANTS, POISONED, USUAL_IDS, planted_event
 from tests.operate.planted import replayed as judged
 
 pytestmark = pytest.mark.slow
@@ -205,6 +206,28 @@ def test_a_capsule_reproduces_the_event_by_its_own_command_and_is_small(
     assert size <= 1.1 * whole + 10**6 and found["bytes"] == size
     weights = sum(file.stat().st_size for file in (tmp_path / "elsewhere").rglob("*.safetensors"))
     assert weights < 1.1 * whole / 3 + 10**4
+
+    # It may come from other hands: it is checked before a model is built.
+    for file, key, value, problem in (
+        ("samples", "steps", [[{**row, "ids": [IDS, *row["ids"][1:]]} for row in rows] for rows in steps], "rows of"),
+        ("samples", "steps", [[{**row, "borders": [0, 10**6]} for row in rows] for rows in steps], "rows of"),
+        ("samples", "steps", steps[:1], "1 steps, 2 rates"),
+        ("capsule", "scale", 0.0, "scale 0.0"),
+        ("capsule", "config", config_with(made, "model", vocab_size=2**40), "larger than its weights"),
+        ("capsule", "config", config_with(made, "model", hidden_size=16), "other parameters than its weights"),
+        ("capsule", "config", config_with(made, "engine", name="deepspeed"), "engine.name=deepspeed"),
+    ):
+        damaged = tmp_path / "damaged"
+        shutil.copytree(tmp_path / "elsewhere", damaged)
+        content = json.loads((damaged / f"{file}.json").read_text())
+        (damaged / f"{file}.json").write_text(json.dumps({**content, key: value}))
+        with pytest.raises(CheckpointError, match=f"the capsule is damaged: .*{problem}"):
+            reproduce(damaged)
+        shutil.rmtree(damaged)
+
+
+def config_with(made: CapsuleFile, section: str, **values: Any) -> dict[str, Any]:
+    return {**made["config"], section: {**made["config"][section], **values}}
 
 
 def test_nothing_can_be_left_out_of_what_delta_debugging_keeps() -> None:
