@@ -116,6 +116,9 @@ def _one_call(config: RunConfig, width: int) -> int:
     backend, masked = _backend(config), _masked(config)
     # Ranks that share rows hold a share of the heads and whole masks.
     scores = heads.query_heads * tokens
+    # The kernel keeps its output, and what reads it the copy that arrived; several calls are combined before they are
+    # sent.
+    arrived = output if ranks > 1 and base.kernel_calls == 1 else 0
     if backend == "eager":
         # The softmax in fp32, its copy for the weighted sum, and the mask in bytes.
         held = (4 + width) * scores + (0 if _biased(config) else tokens * ranks)
@@ -125,13 +128,13 @@ def _one_call(config: RunConfig, width: int) -> int:
     if backend != "sdpa" or not masked:
         # Kernels of variable length take one width: narrower values are padded, and the output is cut and copied.
         narrower = max(key_width - heads.value_width, 0) if TRAITS[backend].packed else 0
-        padded = (heads.query_heads + heads.kv_heads) * narrower + (output if narrower else 0)
+        padded = (heads.query_heads + heads.kv_heads) * narrower + (output if narrower else arrived)
         return grouped + padded + 4 * heads.query_heads // width
     # Keys and values are repeated for every query head; a bool mask becomes numbers, an fp32 mask is converted to the
     # dtype.
     mask = (0 if width == 4 else scores) if _biased(config) else tokens * ranks
     tied = heads.kv_heads * heads.value_width if heads.tied and config.attention.qk_norm != "none" else 0
-    return 2 * queries + 2 * output + 4 * heads.query_heads // width + mask + tied
+    return 2 * queries + 2 * output + arrived + 4 * heads.query_heads // width + mask + tied
 
 
 def _falls_back(config: RunConfig) -> bool:

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from kha_train import compose
 from kha_train.errors import ConfigError
 from kha_train.estimate.activations import attention_activations, folded_bytes
 from kha_train.model.attention.backends import alibi_slopes, lay_out_documents
 from kha_train.model.attention.base import RowContext, build_attention
+from kha_train.model.attention.context import ContextRanks
 from kha_train.model.device import resolve_on
 from kha_train.model.init import initial_values
 from kha_train.model.rope import Rotary, rotary_table
@@ -33,21 +36,24 @@ ON_VALUES = [
 REFUSED = {("mla", "knocking_mlp"), ("mla", "knocking_gate")}
 
 
-def planned_and_saved(overrides: list[str]) -> tuple[int, int]:
-    """Bytes of one layer's attention on one row: estimated, and counted by saved-tensor hooks, each storage once,
-    without parameters, rotary tables and the mask shared by all layers.
+def planned_and_saved(overrides: list[str], context: ContextRanks | None = None) -> tuple[int, int]:
+    """Bytes of one layer's attention on one row, or with `context` on the first rank's part of it: estimated, and
+    counted by saved-tensor hooks, each storage once, without parameters, rotary tables and the mask shared by all
+    layers.
     """
-    config = compose([*SHAPE, *overrides])
+    ranks = context.size if context else 1
+    config, own = compose([*SHAPE, *overrides, f"engine.context_parallel={ranks}"]), TOKENS // ranks
     attention = build_attention(config, resolve_on(config, torch.device("cpu")))
     base = config.attention.base
     with torch.no_grad():
         for owner, local, _, value in initial_values(attention, 0):
             getattr(owner, local).copy_(value())
-    rotary, cpu = Rotary(*(t[None] for t in rotary_table(TOKENS, base.rotary_width(), 1e4))), torch.device("cpu")
+    rotary, cpu = Rotary(*(t[None] for t in rotary_table(own, base.rotary_width(), 1e4))), torch.device("cpu")
     borders = torch.tensor([0, TOKENS // 2, TOKENS], dtype=torch.int32) if config.data.isolate_documents else None
-    slopes = torch.tensor(alibi_slopes(base.query_heads)) if config.attention.positions == "alibi" else None
+    heads = context.own_heads(alibi_slopes(base.query_heads)) if context else alibi_slopes(base.query_heads)
+    slopes = torch.tensor(heads) if config.attention.positions == "alibi" else None
     documents = lay_out_documents(1, TOKENS, cpu, borders, slopes_H=slopes)
-    rows = RowContext(rotary if config.attention.positions == "rope" else None, documents)
+    rows = RowContext(rotary if config.attention.positions == "rope" else None, documents, context=context)
     shared = [*attention.parameters(), *rotary, *([] if documents.mask_BJTU is None else [documents.mask_BJTU])]
     left_out, kept = {tensor.untyped_storage().data_ptr() for tensor in shared}, {}
 
@@ -57,10 +63,10 @@ def planned_and_saved(overrides: list[str]) -> tuple[int, int]:
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
-    x_BTD = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x_BTD = torch.randn(1, own, WIDTH, generator=torch.Generator().manual_seed(0)).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         attention(x_BTD, rows)
-    planned = 4 * TOKENS * (WIDTH + attention_activations(config, 4)) + folded_bytes(config, 4)
+    planned = 4 * own * (WIDTH + attention_activations(config, 4)) + folded_bytes(config, 4)
     return planned, sum(size for size, _ in kept.values())
 
 
@@ -121,3 +127,34 @@ def test_every_pair_that_composes_saves_what_is_reckoned(base: str, interaction:
 def test_backends_norms_and_positions_are_reckoned(overrides: list[str]) -> None:
     planned, saved = planned_and_saved(overrides)
     assert planned == pytest.approx(saved, rel=0.1)
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[ContextRanks]:
+    """The first of two ranks that share rows. The other does not exist: what arrives from it is a copy."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        yield ContextRanks(dist.group.WORLD, 0, 2)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["attention=gqa", "model.kv_heads=2"],
+        ["attention=gqa", "model.kv_heads=2", "data.isolate_documents=false"],
+        ["attention=gqa", "model.kv_heads=2", "attention.backend=eager"],
+        ["attention=mqa"],
+        ["attention=mha", "attention.positions=alibi"],
+        ["attention=gta", "model.kv_heads=2"],
+        ["attention=mla", "attention.base.latent_width=24", "attention.base.rotary_dim=8"],
+        ["attention=diff", "model.kv_heads=4"],
+        ["attention=gated"],
+        ["attention=kha_mlp"],
+    ],
+    ids=" ".join,
+)
+def test_what_a_rank_saves_of_rows_that_it_shares_is_reckoned(overrides: list[str], two_ranks: ContextRanks) -> None:
+    planned, saved = planned_and_saved(overrides, two_ranks)
+    assert planned == pytest.approx(saved, rel=0.05)
