@@ -55,8 +55,9 @@ def run_kernels(kernels: Kernels, x_ND: Tensor, gate_up_EDX: Tensor, down_EFD: T
     ops, top_k = kernels.ops, routing.expert_NJ.shape[1]
     experts = gate_up_EDX.shape[0]
     if not x_ND.shape[0]:
-        # A micro-batch that is all padding: kernels do not support products without rows.
-        return x_ND + 0 * (gate_up_EDX.sum() + down_EFD.sum() + routing.weight_NJ.sum())
+        # A micro-batch that is all padding: kernels do not support products without rows. A product saves its factors,
+        # as the kernels do: recomputation ends at the last tensor saved, and ranks that share experts end together.
+        return x_ND * (1 + 0 * (gate_up_EDX.sum() + down_EFD.sum() + routing.weight_NJ.sum()))
     with torch.no_grad():
         bin_ids_M, indices_M = ops.sort(routing.expert_NJ.flatten().int(), max(experts - 1, 1).bit_length())
         # For a single expert it returns a number without a dimension.

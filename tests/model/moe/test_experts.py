@@ -5,13 +5,17 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import functional
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.checkpoint import checkpoint
 
 from kha_train.config.resolve import Device, decide
 from kha_train.errors import ConfigError
 from kha_train.model.decoder import build_decoder
 from kha_train.model.moe.experts import grouped, loop
 from kha_train.model.moe.megablocks import NEEDED, Kernels, load_kernels, run_kernels
+from kha_train.model.moe.parallel import ExpertRanks, run_exchanged
 from kha_train.model.moe.router import Routing, count_experts
 
 N, D, F, E, J = 24, 16, 8, 6, 2
@@ -135,6 +139,30 @@ def test_the_megablocks_adapter_takes_a_single_expert():
     routing = Routing(expert_NJ, torch.ones(N, 1), count_experts(expert_NJ, 1))
     expected = (functional.silu(x_ND @ gate_up[0, :, :F]) * (x_ND @ gate_up[0, :, F:])) @ down[0]
     torch.testing.assert_close(run_kernels(Kernels(TorchKernels, gmm), x_ND, gate_up, down, routing), expected)
+
+
+@pytest.mark.parametrize("backend", [loop, grouped, partial(run_kernels, Kernels(TorchKernels, gmm))])
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_ranks_that_share_experts_recompute_alike_even_where_no_row_arrives(backend, tokens, monkeypatch):
+    """The messages of a forward, and of a backward with recomputation; of two ranks the other is a copy."""
+    leaves, (_, gate_up, down, _) = problem("spread", torch.float32)
+    x_ND, weight_NJ = (leaves[at].detach()[:tokens].requires_grad_() for at in (0, 3))
+    routing = Routing(choices("spread")[:tokens], weight_NJ, count_experts(choices("spread")[:tokens], 2 * E))
+    sent, send = [], dist.all_to_all_single
+
+    def noted(received, given, *sizes, group):
+        sent.append(given.shape[1:])
+        return send(received, given, *sizes, group=group)
+
+    monkeypatch.setattr(dist, "all_to_all_single", noted)
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        share = partial(run_exchanged, ExpertRanks(dist.group.WORLD, 0, 2), "torch", backend)
+        checkpoint(share, x_ND, gate_up, down, routing, use_reentrant=False).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    lengths, row, weight = (E,), (D,), (1,)
+    assert sent == [lengths, row, weight, row, row, lengths, row, weight, weight, row]
 
 
 def test_without_megablocks_the_missing_packages_and_the_command_are_named(make_config):
