@@ -134,10 +134,12 @@ def possible_changes(config: RunConfig, micro_batch_size: int = 1) -> list[Chang
 
 def _devices_needed(config: RunConfig, candidates: list[Change], budget: int) -> int | None:
     """A number of devices, up to 65,536, on which some of `candidates` are enough, while they are not on the next
-    smaller number. Whole nodes are used where one is not enough. None when there is no such number.
+    smaller number. Whole nodes are used where one is not enough, and whole groups that share rows. None when there is
+    no such number.
     """
     devices, node = config.cluster.devices, config.cluster.devices_per_node
-    counts: list[int] = [*range(devices, node), *range(max(devices, node), 65_537, node)]
+    counts = [*range(devices, node), *range(max(devices, node), 65_537, node)]
+    counts = [count for count in counts if count == devices or count % config.engine.context_parallel == 0]
 
     def fits(place: int) -> bool:
         return _enough(_with_devices(config, counts[place]), candidates, budget) is not None

@@ -131,6 +131,14 @@ def test_long_rows_of_the_6b_model_with_masks_need_two_h100() -> None:
     assert "cluster.devices=2" in make_plan(config).together.split()
 
 
+@pytest.mark.parametrize("memory", [20, 24])
+def test_advice_of_more_devices_keeps_the_groups_that_share_rows(memory: int) -> None:
+    shared = ["cluster=h100_1x8", "cluster.devices=2", f"cluster.memory_gib={memory}", "engine.context_parallel=2"]
+    config = compose([*SIX_BILLION, "engine=zero2", *shared])
+    (devices,) = (text for text in make_plan(config).together.split() if text.startswith("cluster.devices="))
+    assert int(devices.partition("=")[2]) % 2 == 0
+
+
 def test_what_no_devices_can_hold_gets_no_advice() -> None:
     overrides = ["cluster=h100_1x8", "cluster.memory_gib=6", "cluster.reserved_gib=5.9"]
     assert make_plan(compose([*SIX_BILLION, *overrides])).together is None
