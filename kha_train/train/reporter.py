@@ -182,10 +182,10 @@ def headline(
     new = new if config.resume.allow_changes else "new run"
     where = new if resumed_after is None else f"resumed after step {resumed_after}"
     where = f"branch of {config.run.branch_from}, after step {branched_after}" if branched_after else where
-    shared = config.engine.expert_parallel
-    experts = f", experts shared by {shared} ranks" if shared > 1 else ""
+    sharing = {"experts": config.engine.expert_parallel, "rows": config.engine.context_parallel}
+    shared = "".join(f", {what} shared by {ranks} ranks" for what, ranks in sharing.items() if ranks > 1)
     return (
         f"{config.run.name}: {where} of {config.run.steps} in {config.run.dir} | "
         f"{parameters['total']:,} parameters, {parameters['active']:,} active | {world_size} x {facts['device']}, "
-        f"{facts['dtype']}, ZeRO {config.engine.zero_stage}{experts} | MFU of {facts['peak']}"
+        f"{facts['dtype']}, ZeRO {config.engine.zero_stage}{shared} | MFU of {facts['peak']}"
     )

@@ -9,9 +9,10 @@ from unittest.mock import Mock
 
 import pytest
 
+from kha_train import compose
 from kha_train.errors import MachineError
 from kha_train.record import Record, read_events, read_last_metrics
-from kha_train.train.reporter import Journal, Reporter
+from kha_train.train.reporter import Journal, Reporter, headline
 
 
 @pytest.fixture
@@ -70,3 +71,17 @@ def test_clipping_is_recorded_and_left_out_of_the_rare_events_of_wandb(reporter:
     assert [event["kind"] for event in read_events(reporter.record.run_dir)][-2:] == ["zclip", "divergence"]
     assert [call.args[0]["kind"] for call in reporter.sinks.event.call_args_list] == ["divergence"]
     assert [call.args[0].split(":")[0] for call in reporter.console.warn.call_args_list] == ["step 2"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ([], "ZeRO 2 | "),
+        (["engine.expert_parallel=2"], "ZeRO 2, experts shared by 2 ranks | "),
+        (["engine.expert_parallel=2", "engine.context_parallel=4"],
+         "ZeRO 2, experts shared by 2 ranks, rows shared by 4 ranks | "),
+    ],
+)  # fmt: skip
+def test_a_start_tells_what_ranks_share(settings: list[str], told: str) -> None:
+    facts = {"parameters": {"total": 2, "active": 1}, "device": "cpu", "dtype": "fp32", "peak": "nothing"}
+    assert told in headline(compose(["engine=zero2", *settings]), 8, None, facts)
