@@ -20,12 +20,14 @@ from kha_train.distributed import World
 pytestmark = pytest.mark.slow
 
 STEPS = 21
-LAYOUTS = {
-    "1 -> 2 -> 1 ranks, ZeRO 1 -> 3 -> 2": [(1, 1, 1), (2, 3, 1), (1, 2, 1)],
-    "2 -> 1 -> 2 ranks, ZeRO 3 -> 2 -> 1": [(2, 3, 1), (1, 2, 1), (2, 1, 1)],
-    "2 -> 2 -> 2 ranks, ZeRO 1 -> 3 -> 2, EP 2 -> 1 -> 2": [(2, 1, 2), (2, 3, 1), (2, 2, 2)],
+EXPERTS, ROWS = ("engine.expert_parallel=2",), ("engine.context_parallel=2",)
+LAYOUTS: dict[str, list[tuple[int, int, tuple[str, ...]]]] = {
+    "1 -> 2 -> 1 ranks, ZeRO 1 -> 3 -> 2": [(1, 1, ()), (2, 3, ()), (1, 2, ())],
+    "2 -> 1 -> 2 ranks, ZeRO 3 -> 2 -> 1": [(2, 3, ()), (1, 2, ()), (2, 1, ())],
+    "2 -> 2 -> 2 ranks, ZeRO 1 -> 3 -> 2, EP 2 -> 1 -> 2": [(2, 1, EXPERTS), (2, 3, ()), (2, 2, EXPERTS)],
+    "2 -> 1 -> 2 ranks, ZeRO 1 -> 2 -> 3, CP 2 -> 1 -> 2": [(2, 1, ROWS), (1, 2, ()), (2, 3, ROWS)],
 }
-"""Ranks, ZeRO stage, and ranks that share the experts."""
+"""Ranks, ZeRO stage, and what ranks share."""
 
 
 @pytest.mark.parametrize(
@@ -36,6 +38,7 @@ LAYOUTS = {
         ("2 -> 1 -> 2 ranks, ZeRO 3 -> 2 -> 1", "gqa"),
         ("2 -> 1 -> 2 ranks, ZeRO 3 -> 2 -> 1", "kha_mlp"),
         pytest.param("2 -> 2 -> 2 ranks, ZeRO 1 -> 3 -> 2, EP 2 -> 1 -> 2", "kha_mlp", marks=pytest.mark.soak),
+        ("2 -> 1 -> 2 ranks, ZeRO 1 -> 2 -> 3, CP 2 -> 1 -> 2", "kha_mlp"),
     ],
 )
 def test_a_run_that_changes_ranks_and_stage_follows_the_straight_curve(
@@ -45,7 +48,7 @@ def test_a_run_that_changes_ranks_and_stage_follows_the_straight_curve(
     run = make_run(f"attention={variant}", steps=STEPS)
     for number, (ranks, zero, shared) in enumerate(LAYOUTS[layouts], start=1):
         faults = [{"at": f"batch:{7 * number}", "do": "term", "rank": ranks - 1}] if number < 3 else []
-        layout = (f"engine=zero{zero}", f"engine.expert_parallel={shared}")
+        layout = (f"engine=zero{zero}", *shared)
         codes = run.start(*faults, ranks=ranks, overrides=layout)
         assert codes == [0] * ranks, run.log.read_text()
     assert run.starts() == [0, 7, 14]

@@ -89,7 +89,7 @@ ELSEWHERE = {
     "engine.device": "gpu/test_attention_backends.py",
     "engine.kernels": "model/kernels/test_experts.py",
     "engine.compile": "engine/test_compile.py",
-    "engine.context_parallel": "engine/test_context_parallel.py",
+    "engine.context_parallel": "faults/test_elastic.py",
     "engine.hpz_partition_size": "engine/test_hybrid_partition.py",
     "engine.expert_parallel": "faults/test_elastic.py",
 }
