@@ -109,7 +109,8 @@ class Excerpt:
         """The settings without the layers and rows that are left out."""
         dense = sum(layer < self.config.moe.dense_layers for layer in self.layers)
         model, moe = self.config.model, replace(self.config.moe, dense_layers=dense)
-        experts = moe if dense < len(self.layers) else replace(moe, experts=0)
+        none = replace(moe, experts=0, top_k=0, expert_width=0, shared_experts=0)
+        experts = moe if dense < len(self.layers) else none
         data = replace(self.config.data, global_batch_size=len(self.rows))
         return replace(self.config, model=replace(model, layers=len(self.layers)), moe=experts, data=data)
 

@@ -10,6 +10,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +20,12 @@ from kha_train.analysis.causes import Verdict, read_verdicts
 from kha_train.analysis.runs import load_run
 from kha_train.config.build import flatten, to_plain
 from kha_train.config.compose import compose, from_plain
+from kha_train.config.validate import validate
 from kha_train.data.stream import open_stream
 from kha_train.errors import CheckpointError, ConfigError, MachineError
 from kha_train.estimate.counts import count_parameters
 from kha_train.operate.arms import ARMS, ArmKind, Case, Change, changes
-from kha_train.operate.capsule import CapsuleFile, batch_of, rows_of, smallest, write_capsule
+from kha_train.operate.capsule import CapsuleFile, Excerpt, _on_a_cpu, batch_of, rows_of, smallest, write_capsule
 from kha_train.operate.causes import Replaying, chosen, event_of, open_case, place_of, replay_event
 from kha_train.operate.reproduce import reproduce
 from kha_train.operate.stretch import in_this_process
@@ -228,6 +230,15 @@ def test_a_capsule_reproduces_the_event_by_its_own_command_and_is_small(
 
 def config_with(made: CapsuleFile, section: str, **values: Any) -> dict[str, Any]:
     return {**made["config"], section: {**made["config"][section], **values}}
+
+
+def test_a_capsule_can_leave_out_all_layers_with_experts_even_if_ranks_shared_them() -> None:
+    layers = ["moe.dense_layers=1", "moe.dense_width=64", "engine.expert_parallel=2", "engine.context_parallel=2"]
+    case: Any = SimpleNamespace(config=compose(layers), precision="")
+    nowhere: Any = None
+    excerpt = Excerpt(nowhere, _on_a_cpu(case), (), (), 0, layers=(0,), rows=(0,))
+    validate(excerpt.small_config, to_train=False)
+    assert excerpt.small_config.engine.context_parallel == 1
 
 
 def test_nothing_can_be_left_out_of_what_delta_debugging_keeps() -> None:
