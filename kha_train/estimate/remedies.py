@@ -138,7 +138,7 @@ def _devices_needed(config: RunConfig, candidates: list[Change], budget: int) ->
     no such number.
     """
     devices, node = config.cluster.devices, config.cluster.devices_per_node
-    counts = [*range(devices, node), *range(max(devices, node), 65_537, node)]
+    counts: list[int] = [*range(devices, node), *range(max(devices, node), 65_537, node)]
     counts = [count for count in counts if count == devices or count % config.engine.context_parallel == 0]
 
     def fits(place: int) -> bool:
