@@ -51,11 +51,11 @@ from kha_train.record.files import write_json, write_text
 from kha_train.stability.events import OPEN_Z, SpikeEvent
 from kha_train.train.progress import going_on, read_state
 from kha_train.train.step import train_step
+from kha_train.variants.attention import FoldableOptions
+from kha_train.variants.backends import TRAITS
 from kha_train.variants.optimizer import MASTER
 
 CAPSULE_FILE, SAMPLES_FILE = "capsule.json", "samples.json"
-ON_CPU = ("sdpa", "eager", "chunked")
-"""Attention backends that a CPU has; any other becomes `sdpa`."""
 T = TypeVar("T")
 
 
@@ -306,8 +306,11 @@ def _on_a_cpu(case: Case) -> RunConfig:
     engine = replace(alone, name="plain", device="cpu", kernels="torch", compile="none")
     if case.precision:
         engine = replace(engine, precision=case.precision)
-    if attention.backend not in ON_CPU:
-        attention = replace(attention, backend="sdpa")
+    traits = TRAITS.get(attention.backend)
+    if traits is not None and traits.cuda:
+        attention = replace(attention, backend="auto")
+    if isinstance(attention.interaction, FoldableOptions) and attention.interaction.impl == "triton":
+        attention = replace(attention, interaction=replace(attention.interaction, impl="auto"))
     moe = replace(config.moe, backend="loop") if config.moe.backend == "megablocks" else config.moe
     return replace(config, engine=engine, attention=attention, moe=moe)
 

@@ -24,6 +24,7 @@ from kha_train.config.validate import validate
 from kha_train.data.stream import open_stream
 from kha_train.errors import CheckpointError, ConfigError, MachineError
 from kha_train.estimate.counts import count_parameters
+from kha_train.model.device import resolve_on
 from kha_train.operate.arms import ARMS, ArmKind, Case, Change, changes
 from kha_train.operate.capsule import CapsuleFile, Excerpt, _on_a_cpu, batch_of, rows_of, smallest, write_capsule
 from kha_train.operate.causes import Replaying, chosen, event_of, open_case, place_of, replay_event
@@ -239,6 +240,30 @@ def test_a_capsule_can_leave_out_all_layers_with_experts_even_if_ranks_shared_th
     excerpt = Excerpt(nowhere, _on_a_cpu(case), (), (), 0, layers=(0,), rows=(0,))
     validate(excerpt.small_config, to_train=False)
     assert excerpt.small_config.engine.context_parallel == 1
+
+
+@pytest.mark.parametrize(
+    ("chosen_there", "computes"),
+    [
+        (["attention=linear"], "chunked"), (["attention=talking_heads"], "eager"), (["attention=gqa"], "sdpa"),
+        (["attention=gqa", "attention.backend=flash_attn"], "sdpa"),
+        (["attention=kha_mlp", "attention.interaction.impl=triton"], "sdpa"),
+    ],
+)  # fmt: skip
+def test_a_capsule_takes_what_a_cpu_has_for_every_attention(chosen_there: list[str], computes: str) -> None:
+    case: Any = SimpleNamespace(config=compose(chosen_there), precision="fp32")
+    config = _on_a_cpu(case)
+    validate(config, to_train=False)
+    assert resolve_on(config, torch.device("cpu")).backend.name == computes
+
+
+def test_layers_with_settings_of_their_own_are_not_left_out() -> None:
+    by_layer = "attention.interaction.component_heads_by_layer=[2,1]"
+    case: Any = SimpleNamespace(config=compose(["attention=mea", "model.layers=2", by_layer]), precision="fp32")
+    nowhere: Any = None
+    excerpt = Excerpt(nowhere, _on_a_cpu(case), (), (), 0, layers=(0,), rows=(0,))
+    with pytest.raises(ConfigError, match="has 2 numbers for 1 layers"):
+        excerpt.losses()
 
 
 def test_nothing_can_be_left_out_of_what_delta_debugging_keeps() -> None:
