@@ -28,12 +28,10 @@ CHANCE = "rounding"
 
 
 class Excess(NamedTuple):
-    """How far replayed steps lie above the baseline: number of steps that stand out, area in nats x steps, and the
-    largest finite x - m."""
+    """How far replayed steps lie above the baseline: number of steps that stand out, and area in nats x steps."""
 
     standing_out: int
     area: float
-    height: float
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def _words(reason: str, removed: Sequence[bool], left: Sequence[float]) -> str:
 def excess(lines: Iterable[Mapping[str, Any]], event: SpikeEvent, last: int) -> Excess:
     """How the `lines` of a record, from the first step of `event` to `last`, stand above its baseline. A step without
     a line stands out, and then the area is infinite."""
-    count, area, height, missing = 0, 0.0, -math.inf, last - event.start_step + 1
+    count, area, missing = 0, 0.0, last - event.start_step + 1
     for line in lines:
         if not event.start_step <= line["step"] <= last:
             continue
@@ -139,8 +137,8 @@ def excess(lines: Iterable[Mapping[str, Any]], event: SpikeEvent, last: int) -> 
         above = seen.loss - event.baseline
         count += not seen.finite or above / event.scale >= OPEN_Z
         if math.isfinite(above):
-            area, height = area + max(above, 0.0), max(height, above)
-    return Excess(count + missing, area if not missing else math.inf, height)
+            area += max(above, 0.0)
+    return Excess(count + missing, area if not missing else math.inf)
 
 
 def share_left(found: Excess, control: Excess) -> float:
