@@ -23,9 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Ends the process with 2 and one line on standard error when a file cannot be scored.
     """
-    asked = _parser().parse_args(arguments)
+    parser = _parser()
+    asked = parser.parse_args(arguments)
     if bool(asked.files) == (asked.rule is not None):
-        _parser().error("give files to score, or --rule COMMAND")
+        parser.error("give files to score, or --rule COMMAND")
     try:
         if asked.rule is not None:
             found = score_rule([curve for _, curve in read_labelled()], command_rule(asked.rule))
