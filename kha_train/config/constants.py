@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 IGNORE_LABEL = -100
 """The label of a token that is not predicted: the data side writes it, loss and validation skip it."""
@@ -11,7 +11,7 @@ IGNORE_LABEL = -100
 ALIGNED_NUMBERS = 8
 """bf16 numbers in 16 bytes: what kernels read at once."""
 
-PRECISION_OF = {"float32": "fp32", "bfloat16": "bf16"}
+PRECISION_OF: dict[str, Literal["fp32", "bf16"]] = {"float32": "fp32", "bfloat16": "bf16"}
 """The `dtype` in a run's record -> the value of `engine.precision`, or of what `auto` selected."""
 
 WITHOUT_EFFECT = (

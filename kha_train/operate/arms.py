@@ -33,18 +33,16 @@ OUTLYING = 8.0
 """How many times as large as usual (root mean square) a matrix is before `usual_scale` shrinks it."""
 
 
-Precision = Literal["", "fp32", "bf16"]
-
-
 @dataclass(frozen=True)
 class Case:
     """The event to explain, the stretch that is replayed, and its configuration. `precision` is the resolved one of
-    these steps, `batch_end` the sample number after the event's first batch. Copies of the checkpoint go to `place`."""
+    these steps ("": unknown), `batch_end` the sample number after the event's first batch. Copies of the checkpoint go
+    to `place`."""
 
     event: SpikeEvent
     stretch: Stretch
     config: RunConfig
-    precision: Precision
+    precision: Literal["", "fp32", "bf16"]
     batch_end: int
     place: Path
 

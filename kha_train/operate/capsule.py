@@ -251,9 +251,7 @@ def write_capsule(run: RunData, case: Case, out: Path, tell: Callable[[str], Non
         )
     tell(f"rows of {len(whole.rows)}, layers of {len(whole.layers)}: leaving out what the event shows without")
     small = replace(whole, rows=smallest(whole.rows, lambda rows: still(replace(whole, rows=rows))))
-    if not getattr(case.config.attention.interaction, "component_heads_by_layer", ()):
-        kept = small
-        small = replace(kept, layers=smallest(kept.layers, lambda layers: still(replace(kept, layers=layers))))
+    small = replace(small, layers=smallest(small.layers, lambda layers: still(replace(small, layers=layers))))
     without = replace(small, moments=False)
     small = without if still(without) else small
     return _write(run, event, whole, small, out)
@@ -276,7 +274,7 @@ def _excerpt(run: RunData, case: Case, tell: Callable[[str], None], launch: Laun
         place.mkdir(parents=True, exist_ok=True)
         tell(f"the state after step {begin}")
         if not any(step == begin for step, _ in candidates(place / "run" / FOLDER)):
-            compute(replace(case.stretch, last=begin), place, launch, lambda step: None)
+            compute(replace(case.stretch, last=begin), place, launch, lambda steps: None)
         source = dict(reversed(candidates(place / "run" / FOLDER))).get(begin)
         if source is None:
             raise ConfigError("another state is there", field="--out", value=str(place), fix="choose another directory")

@@ -8,7 +8,7 @@ that is finished is not trained again, and one that was interrupted goes on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +22,11 @@ from kha_train.checkpoint.hold import held
 from kha_train.checkpoint.reader import Checkpoint, check_sizes
 from kha_train.checkpoint.rewrite import rewritten
 from kha_train.config.build import nearest, to_plain
-from kha_train.config.constants import may_differ
+from kha_train.config.constants import PRECISION_OF, may_differ
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError, DivergedError, KhaError, RunDirectoryInUse
-from kha_train.operate.arms import ARMS, Case, Change, Precision, changes
-from kha_train.operate.replay import compare_lines
+from kha_train.operate.arms import ARMS, Case, Change, changes
+from kha_train.operate.replay import compare_lines, most_named
 from kha_train.operate.stretch import Launch, Stretch, compute, configuration, in_processes, leading_to
 from kha_train.record import Record, Redactor, read_metrics
 from kha_train.record.files import read_json, write_json
@@ -133,9 +133,8 @@ def open_case(run: RunData, event: SpikeEvent, place: Path, steps: int = AT_MOST
     assert stretch.attempt is not None
     [at] = (run.steps == event.start_step).nonzero()[0].tolist()
     batch_end = int(run.columns.whole("samples_last", -1)[at]) + 1
-    dtype = stretch.attempt.facts.get("dtype")
-    precision: Precision = "bf16" if dtype == "bfloat16" else "fp32" if dtype == "float32" else ""
-    return Case(event, stretch, configuration(stretch, place), precision, batch_end, place)
+    dtype = str(stretch.attempt.facts.get("dtype"))
+    return Case(event, stretch, configuration(stretch, place), PRECISION_OF.get(dtype, ""), batch_end, place)
 
 
 def _source(stretch: Stretch, place: Path) -> Path | None:
@@ -177,7 +176,8 @@ def replay_event(run: RunData, event: SpikeEvent, how: Replaying) -> Verdict:
         how.tell(f"control: {where} of {run.label} again")
         _train(case, how, CONTROL, case.config)
         _, _, differences = compare_lines(case.stretch, how.place / CONTROL / "run")
-        arms = () if differences else tuple(_arm(case, how, *made) for made in _made(case, how))
+        kinds = {} if differences else {name: ARMS[name] for name in how.arms}
+        arms = tuple(_arm(case, how, *made) for made in changes(case, kinds, how.replays))
     if differences:
         cause, answer = None, f"not judged: the control differs from the record in {where}: {differences[0]}"
     else:
@@ -191,17 +191,13 @@ def replay_event(run: RunData, event: SpikeEvent, how: Replaying) -> Verdict:
         source=str(case.stretch.source or ""),
         answer=answer,
         cause=cause,
-        differences=tuple(differences[:8]),
+        differences=most_named(differences),
         arms=arms,
     )
     write_json(how.place / VERDICT_FILE, verdict.to_dict())
     if how.place.resolve().is_relative_to(run.path.resolve()):
         _record(run, verdict, how)
     return verdict
-
-
-def _made(case: Case, how: Replaying) -> list[tuple[str, str, Change | str]]:
-    return list(changes(case, {name: ARMS[name] for name in how.arms}, how.replays))
 
 
 def _arm(case: Case, how: Replaying, name: str, family: str, change: Change | str) -> Arm:
@@ -248,15 +244,8 @@ def _train(case: Case, how: Replaying, label: str, config: RunConfig) -> None:
         )
     place.mkdir(parents=True, exist_ok=True)
     with how.bar(label, case.stretch.last - case.stretch.first) as advance:
-        behind = case.stretch.first
-
-        def watch(step: int) -> None:
-            nonlocal behind
-            advance(max(0, step - behind))
-            behind = max(behind, step)
-
         try:
-            compute(case.stretch, place, how.launch, watch, lambda _: config)
+            compute(case.stretch, place, how.launch, advance, lambda _: config)
         except DivergedError:
             how.tell(f"{label}: diverged")
     write_json(file, {"last": case.stretch.last, "config": plain})
@@ -264,13 +253,13 @@ def _train(case: Case, how: Replaying, label: str, config: RunConfig) -> None:
 
 def _record(run: RunData, verdict: Verdict, how: Replaying) -> None:
     """Append the verdict to the events of the run, if no process writes them."""
-    left: Mapping[str, Any] = {arm.name: arm.words for arm in verdict.arms}
     try:
         record = Record.open(run.path)
     except (RunDirectoryInUse, OSError) as error:
         how.tell(f"the verdict is in {how.place} alone: {error}")
         return
     try:
-        record.event("replayed", verdict.start_step, cause=verdict.cause, answer=verdict.answer, arms=left)
+        arms = {arm.name: arm.words for arm in verdict.arms}
+        record.event("replayed", verdict.start_step, cause=verdict.cause, answer=verdict.answer, arms=arms)
     finally:
         record.close()

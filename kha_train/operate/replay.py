@@ -68,20 +68,13 @@ def _left_out(of_run: Sequence[Stretch]) -> str:
 
 
 def _replay(stretch: Stretch, launch: Launch, advance: Callable[[int], None]) -> Replay:
-    done = stretch.first
-
-    def watch(step: int) -> None:
-        nonlocal done
-        advance(max(0, step - done))
-        done = max(done, step)
-
     assert stretch.target is not None
     with tempfile.TemporaryDirectory(prefix="kha-replay-") as place, ExitStack() as holds:
         try:
             for directory in filter(None, (stretch.source, stretch.target)):
                 holds.enter_context(held(directory))
             before = Checkpoint(stretch.target, verify(stretch.target))
-            again = compute(stretch, Path(place), launch, watch)
+            again = compute(stretch, Path(place), launch, advance)
             directory = directory_of(again)
             now = Checkpoint(directory, verify(directory))
         except (KhaError, OSError) as error:
@@ -89,7 +82,6 @@ def _replay(stretch: Stretch, launch: Launch, advance: Callable[[int], None]) ->
         lines, entries, told = compare_lines(stretch, again)
         tensors, differing = _compare_checkpoints(before, now)
     told += differing
-    shown = told[:MOST_NAMED] + ([f"{len(told) - MOST_NAMED} more"] if len(told) > MOST_NAMED else [])
     return Replay(
         stretch.run.label,
         stretch.first,
@@ -98,9 +90,15 @@ def _replay(stretch: Stretch, launch: Launch, advance: Callable[[int], None]) ->
         lines=lines,
         entries=entries,
         tensors=tensors,
-        differences=tuple(shown),
+        differences=most_named(told),
         reason=_other_software(stretch) if told else "",
     )
+
+
+def most_named(told: Sequence[str]) -> tuple[str, ...]:
+    """The first `MOST_NAMED` differences, and how many more there are."""
+    more = len(told) - MOST_NAMED
+    return (*told[:MOST_NAMED], *([f"{more} more"] if more > 0 else []))
 
 
 def compare_lines(stretch: Stretch, again: Path) -> tuple[int, int, list[str]]:

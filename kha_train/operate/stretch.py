@@ -187,11 +187,11 @@ def compute(
     stretch: Stretch,
     place: Path,
     launch: Launch,
-    watch: Callable[[int], None],
+    advance: Callable[[int], None],
     change: Callable[[RunConfig], RunConfig] = lambda config: config,
 ) -> Path:
     """Compute `stretch` again in the directory `place`, with its settings after `change`; returns the run directory,
-    which has its lines and its last checkpoint. `watch` receives the step that is done.
+    which has its lines and its last checkpoint. `advance` adds to the number of steps that are done.
 
     Raises KhaError with the reason when training refuses or fails.
     """
@@ -199,8 +199,21 @@ def compute(
     run_dir = place / "run"
     threads = (stretch.attempt.facts.get("environment") or {}).get("OMP_NUM_THREADS", "")
     config = change(configuration(stretch, run_dir))
-    launch(Job(config, stretch.last, stretch.attempt.world_size or 1, str(threads)), place, watch)
+    job = Job(config, stretch.last, stretch.attempt.world_size or 1, str(threads))
+    launch(job, place, _advancing(stretch.first, advance))
     return run_dir
+
+
+def _advancing(first: int, advance: Callable[[int], None]) -> Callable[[int], None]:
+    """Tells `advance` of every step after `first` once, whichever steps it is told are done."""
+    done = first
+
+    def watch(step: int) -> None:
+        nonlocal done
+        advance(max(0, step - done))
+        done = max(done, step)
+
+    return watch
 
 
 def in_processes(job: Job, place: Path, watch: Callable[[int], None]) -> None:
