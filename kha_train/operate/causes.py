@@ -93,16 +93,17 @@ def _recorded(run: RunData, known: set[int]) -> Iterator[SpikeEvent]:
     its parent's detectors, and so sees events that its own lines do not show.
     """
     firsts = dict(zip(run.steps.tolist(), run.columns.whole("samples_first", -1).tolist(), strict=True))
-    ends = {one["start_step"]: one["end_step"] for one in run.events if one["kind"] == "spike_closed"}
+    ends = {one.get("start_step"): one.get("end_step") for one in run.events if one["kind"] == "spike_closed"}
     rates = dict(zip(run.steps.tolist(), run.columns["train/lr"].tolist(), strict=True))
     for one in run.events:
         step = one["step"]
-        if one["kind"] != "spike_opened" or step in known or firsts.get(step) != one.get("samples_first"):
+        if one["kind"] != "spike_opened" or step in known or firsts.get(step, math.nan) != one.get("samples_first"):
             continue
-        loss, baseline, z = (float(one[key]) for key in ("loss", "baseline", "z"))
+        loss, baseline, z = (one.get(key, math.nan) for key in ("loss", "baseline", "z"))
         scale = (loss - baseline) / z if math.isfinite(z) and z > 0 else math.nan
-        end = min(ends.get(step, int(run.steps[-1])), int(run.steps[-1]))
-        last = int(run.columns.whole("samples_last", -1)[run.steps == end][0])
+        inside = run.steps <= max(step, ends.get(step) or int(run.steps[-1]))
+        end = int(run.steps[inside][-1])
+        last = int(run.columns.whole("samples_last", -1)[inside][-1])
         yield SpikeEvent(step, end, 0, rates[step], firsts[step], last, baseline, scale, math.nan)
 
 

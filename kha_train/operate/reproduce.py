@@ -58,7 +58,8 @@ def _problems(found: CapsuleFile, steps: list[list[Row]], config: RunConfig, che
     """What is wrong with a capsule. The size of its model is compared with its weights before the model is laid out."""
     if not 0 < len(steps) == len(found["rates"]) == len(found["losses"]):
         yield f"{len(steps)} steps, {len(found['rates'])} rates and {len(found['losses'])} losses"
-    if not (found["scale"] > 0 and math.isfinite(found["scale"])) or found["optimizer_steps"] < 0:
+    # An event that opened with a loss that is not finite may have no scale.
+    if found["scale"] <= 0 or found["optimizer_steps"] < 0:
         yield f"scale {found['scale']}, optimizer_steps {found['optimizer_steps']}"
     if config.engine.name != "plain" or config.engine.compile != "none":
         yield f"engine.name={config.engine.name} engine.compile={config.engine.compile}"

@@ -203,9 +203,25 @@ class Opened(TypedDict):
     """Fields of `spike_opened`."""
 
     evidence: Annotated[Evidence, Absent({})]
+    loss: NotRequired[float]
+    baseline: NotRequired[float]
+    z: NotRequired[float]
 
 
-FURTHER: dict[str, Any] = {"checkpoint_saved": Save, "rewind": Back, "branched": Branched, "spike_opened": Opened}
+class Closed(TypedDict):
+    """Fields of `spike_closed`."""
+
+    start_step: NotRequired[Count]
+    end_step: NotRequired[Count]
+
+
+FURTHER: dict[str, Any] = {
+    "checkpoint_saved": Save,
+    "rewind": Back,
+    "branched": Branched,
+    "spike_opened": Opened,
+    "spike_closed": Closed,
+}
 """Kind of an event -> the fields the code reads besides the common ones."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 import subprocess
@@ -159,6 +160,15 @@ def test_a_step_stands_for_the_event_that_holds_it(poisoned: tuple[Path, SpikeEv
     with pytest.raises(ConfigError, match=rf"no event holds this step; allowed: a step of an event: {POISONED}\.\."):
         event_of(run, None, 3)
 
+    # One that only the record has; an older record may lack its numbers, a damaged one ends it before it begins.
+    opened = {"kind": "spike_opened", "step": 50, "samples_first": 8 * 49}
+    closed = {"kind": "spike_closed", "step": 60, "start_step": 50, "end_step": 7}
+    numbers = {"loss": 5.0, "baseline": 3.0, "z": 16.0}
+    found = event_of(replace(run, events=[{**opened, **numbers}, {**closed, "end_step": 52}]), None, 51)
+    assert (found.start_step, found.end_step, found.samples_last, found.scale) == (50, 52, 8 * 52 - 1, 0.125)
+    found = event_of(replace(run, events=[opened, closed]), None, 50)
+    assert (found.end_step, found.samples_last) == (50, 8 * 50 - 1) and math.isnan(found.scale)
+
 
 def test_a_replay_that_was_stopped_on_the_way_is_not_done(
     poisoned: tuple[Path, SpikeEvent], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -209,6 +219,11 @@ def test_a_capsule_reproduces_the_event_by_its_own_command_and_is_small(
     assert size <= 1.1 * whole + 10**6 and found["bytes"] == size
     weights = sum(file.stat().st_size for file in (tmp_path / "elsewhere").rglob("*.safetensors"))
     assert weights < 1.1 * whole / 3 + 10**4
+
+    # An event that opened with a loss that is not finite has no scale: then only such losses stand out.
+    content = json.loads((tmp_path / "elsewhere" / "capsule.json").read_text())
+    (tmp_path / "elsewhere" / "capsule.json").write_text(json.dumps({**content, "scale": "nan"}))
+    assert not reproduce(tmp_path / "elsewhere")["shows"]
 
     # It may come from other hands: it is checked before a model is built.
     for file, key, value, problem in (

@@ -98,6 +98,8 @@ def test_what_a_later_release_adds_is_kept_and_its_words_for_numbers_are_floats(
         ({"kind": "rewind", "window": [1, 2, 3]}, "window"),
         ({"kind": "checkpoint_saved", "stall_seconds": "1"}, "stall_seconds"),
         ({"kind": "spike_opened", "evidence": {"router": 5}}, "evidence.router"),
+        ({"kind": "spike_opened", "baseline": "low"}, "baseline"),
+        ({"kind": "spike_closed", "start_step": 5, "end_step": -1}, "end_step"),
     ],
 )
 def test_an_event_that_is_none_is_refused_by_line_and_field(tmp_path: Path, event: Any, place: str) -> None:
