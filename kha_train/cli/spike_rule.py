@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import typer
 
 from kha_train.cli.output import print_json
@@ -15,16 +13,16 @@ def print_rule_score(command: str, as_json: bool) -> None:
 
     Raises ConfigError when it fails, or prints anything but steps.
     """
-    from kha_train.bench.spikes import RULES, alarms_of
-    from kha_train.stability.benchmark import Rule, command_rule, format_table, read_labelled, score_rule
+    from kha_train.bench.spikes import RULES, score_rules
+    from kha_train.stability.benchmark import command_rule, format_table, read_labelled, score_rule
     from kha_train.stability.errors import CurveError
 
     curves = [curve for _, curve in read_labelled()]
-    rules: dict[str, Rule] = {name: partial(alarms_of, known) for name, known in RULES.items()}
     try:
-        scores = {name: score_rule(curves, one) for name, one in {command: command_rule(command), **rules}.items()}
+        own = score_rule(curves, command_rule(command))
     except CurveError as error:
         raise ConfigError(error.problem, field=error.field, value=error.value, allowed=error.allowed or None) from error
+    scores = {command: own, **score_rules(curves, RULES)}
     if as_json:
         print_json({name: score.to_dict() for name, score in scores.items()})
     else:

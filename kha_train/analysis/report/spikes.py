@@ -106,9 +106,6 @@ def _replayed(context: Context) -> list[Block]:
             rows = [Row(arm["name"], (arm["change"] or "-", words_of(arm))) for arm in verdict["arms"]]
             steps = f"{verdict['start_step']} to {verdict['end_step']}"
             found.append(Text(f"Replayed event of {context.labels[number]}, steps {steps}: {verdict['answer']}."))
-            found += (
-                [Table(("arm", "change", "result"), tuple(rows), f"arms of the replay of steps {steps}")]
-                if rows
-                else []
-            )
+            if rows:
+                found.append(Table(("arm", "change", "result"), tuple(rows), f"arms of the replay of steps {steps}"))
     return found
