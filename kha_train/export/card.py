@@ -28,13 +28,8 @@ MADE = {IMPORTED: "imported", MERGED: "averaged", ORIGIN_FILE: "compressed"}
 
 def run_of(checkpoint: Checkpoint) -> Path | None:
     """The run directory that a checkpoint lies in; None for one that was moved elsewhere."""
-    home = _home(checkpoint)
-    return home if home is not None and (home / "run.json").is_file() else None
-
-
-def _home(checkpoint: Checkpoint) -> Path | None:
-    folder = checkpoint.path.resolve().parent
-    return folder.parent if folder.name == layout.FOLDER else None
+    home = layout.run_of(checkpoint.path.resolve())
+    return home if (home / "run.json").is_file() else None
 
 
 def card(checkpoint: Checkpoint, config: RunConfig, architecture: str, dtype: str, heads: bool, vllm: bool) -> str:
@@ -118,10 +113,10 @@ def _progress(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
 
 def _made(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the weights of a checkpoint were made of, empty for those of a training. Raises DataError."""
-    home, made = _home(checkpoint), dict[str, Any]()
+    home, made = layout.run_of(checkpoint.path.resolve()), dict[str, Any]()
     # A compressed run may be of an imported one: then it has the files of both.
     for name, how in MADE.items():
-        told = read_json(home / name, dict[str, Json]) if home is not None and not checkpoint.step else None
+        told = read_json(home / name, dict[str, Json]) if not checkpoint.step else None
         if told is None:
             continue
         if name == IMPORTED:

@@ -74,3 +74,10 @@ def test_an_imported_model_has_no_optimiser_and_no_data_of_ours(save_model: Call
 
 def test_a_run_says_whose_weights_it_began_with(tmp_path: Path) -> None:
     assert "| weights began as those of | base |" in origin(written(tmp_path / "run", "run.init_from=runs/base"))
+
+
+def test_a_checkpoint_of_the_ring_names_its_run(tmp_path: Path) -> None:
+    ring = written(tmp_path / "run" / "ring")
+    assert "| run |" not in origin(ring)
+    (tmp_path / "run" / "run.json").write_text('{"run_id": "abc", "attempts": []}')
+    assert "| run | abc |" in origin(ring)
