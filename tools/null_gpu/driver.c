@@ -3,26 +3,14 @@
 #include <stddef.h>
 #include <sys/mman.h>
 
+#include "device.h"
+
 int cuInit(unsigned flags) { return 0; }
-int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
+int cuDriverGetVersion(int *version) { *version = CUDA_RELEASE; return 0; }
 int cuDeviceGetCount(int *count) { *count = 1; return 0; }
 int cuDeviceGet(int *device, int number) { *device = number; return 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
-    switch (attribute) { /* CUdevice_attribute */
-    case 75: *value = 9; break;         /* compute capability, major */
-    case 76: *value = 0; break;         /* minor */
-    case 16: *value = 132; break;       /* multiprocessors */
-    case 97: *value = 232448; break;    /* shared memory of a block, opted in */
-    case 81: *value = 233472; break;    /* shared memory of a multiprocessor */
-    case 10: *value = 32; break;        /* warp */
-    case 1: *value = 1024; break;       /* threads of a block */
-    case 8: *value = 49152; break;      /* shared memory of a block */
-    case 82: case 12: *value = 65536; break; /* registers */
-    case 36: *value = 2619000; break;   /* memory clock, kHz */
-    case 37: *value = 5120; break;      /* bus width */
-    case 13: *value = 1980000; break;   /* clock, kHz */
-    default: *value = 1;
-    }
+    *value = limit_of(attribute);
     return 0;
 }
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 0; return 0; }

@@ -12,6 +12,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "device.h"
+
 enum { SUCCESS = 0, OUT_OF_MEMORY = 2, LARGE = 1 << 16, PAGE = 4096 };
 static const size_t TOTAL = 150000000000UL, TAKEN = 1000000000UL;
 
@@ -23,7 +25,7 @@ int null_gpu_is_virtual(void) {
     return known;
 }
 
-static int left_out(size_t bytes) { return null_gpu_is_virtual() && bytes > LARGE; }
+int null_gpu_leaves_out(size_t bytes) { return null_gpu_is_virtual() && bytes > LARGE; }
 
 static void *zeroed(size_t bytes) {
     void *place = NULL;
@@ -42,7 +44,7 @@ static void give_back(void *place) {
     if (place) munmap((char *)place - PAGE, *(size_t *)((char *)place - PAGE));
 }
 
-/* Devices: an H200 by its limits. Numbers of attributes are those of enum cudaDeviceAttr. */
+/* Devices. */
 int cudaGetDeviceCount(int *count) {
     const char *text = getenv("NULL_GPU_COUNT");
     *count = text ? atoi(text) : 1;
@@ -51,38 +53,24 @@ int cudaGetDeviceCount(int *count) {
 int cudaGetDevice(int *device) { *device = current_device; return SUCCESS; }
 int cudaSetDevice(int device) { current_device = device; return SUCCESS; }
 int cudaDeviceGetAttribute(int *value, int attribute, int device) {
-    switch (attribute) {
-    case 75: *value = 9; break;         /* compute capability, major */
-    case 76: *value = 0; break;         /* minor */
-    case 16: *value = 132; break;       /* multiprocessors */
-    case 39: *value = 2048; break;      /* threads of one */
-    case 97: *value = 232448; break;    /* shared memory of a block, opted in */
-    case 81: *value = 233472; break;    /* shared memory of a multiprocessor */
-    case 10: *value = 32; break;        /* warp */
-    case 1: *value = 1024; break;       /* threads of a block */
-    case 8: *value = 49152; break;      /* shared memory of a block */
-    case 82: case 12: *value = 65536; break; /* registers */
-    case 38: *value = 62914560; break;  /* L2 cache */
-    case 106: *value = 32; break;       /* blocks of a multiprocessor */
-    default: *value = 1;
-    }
+    *value = limit_of(attribute);
     return SUCCESS;
 }
 int cudaGetDeviceProperties(struct cudaDeviceProp *found, int device) {
     memset(found, 0, sizeof *found);
     strcpy(found->name, "NULL H200");
-    found->major = 9;
+    found->major = limit_of(cudaDevAttrComputeCapabilityMajor);
     found->totalGlobalMem = TOTAL;
-    found->multiProcessorCount = 132;
-    found->warpSize = 32;
-    found->maxThreadsPerMultiProcessor = 2048;
-    found->maxThreadsPerBlock = 1024;
-    found->sharedMemPerBlock = 49152;
-    found->sharedMemPerBlockOptin = 232448;
-    found->sharedMemPerMultiprocessor = 233472;
-    found->regsPerMultiprocessor = found->regsPerBlock = 65536;
-    found->l2CacheSize = 62914560;
-    found->maxBlocksPerMultiProcessor = 32;
+    found->multiProcessorCount = limit_of(cudaDevAttrMultiProcessorCount);
+    found->warpSize = limit_of(cudaDevAttrWarpSize);
+    found->maxThreadsPerMultiProcessor = limit_of(cudaDevAttrMaxThreadsPerMultiProcessor);
+    found->maxThreadsPerBlock = limit_of(cudaDevAttrMaxThreadsPerBlock);
+    found->sharedMemPerBlock = limit_of(cudaDevAttrMaxSharedMemoryPerBlock);
+    found->sharedMemPerBlockOptin = limit_of(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    found->sharedMemPerMultiprocessor = limit_of(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    found->regsPerMultiprocessor = found->regsPerBlock = limit_of(cudaDevAttrMaxRegistersPerBlock);
+    found->l2CacheSize = limit_of(cudaDevAttrL2CacheSize);
+    found->maxBlocksPerMultiProcessor = limit_of(cudaDevAttrMaxBlocksPerMultiprocessor);
     found->maxGridSize[0] = 2147483647;
     found->maxGridSize[1] = found->maxGridSize[2] = 65535;
     found->maxThreadsDim[0] = found->maxThreadsDim[1] = 1024;
@@ -91,8 +79,8 @@ int cudaGetDeviceProperties(struct cudaDeviceProp *found, int device) {
 }
 int cudaDeviceGetPCIBusId(char *text, int size, int device) { snprintf(text, size, "0000:0%d:00.0", device); return SUCCESS; }
 int cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { *least = 0; *greatest = -5; return SUCCESS; }
-int cudaDriverGetVersion(int *version) { *version = 13000; return SUCCESS; }
-int cudaRuntimeGetVersion(int *version) { *version = 13000; return SUCCESS; }
+int cudaDriverGetVersion(int *version) { *version = CUDA_RELEASE; return SUCCESS; }
+int cudaRuntimeGetVersion(int *version) { *version = CUDA_RELEASE; return SUCCESS; }
 const char *cudaGetErrorString(int error) { return "null device"; }
 const char *cudaGetErrorName(int error) { return "null device"; }
 int cudaGetDriverEntryPointByVersion(const char *name, void **place, unsigned version, unsigned long long flags, int *result) {
@@ -137,7 +125,7 @@ int cudaHostAlloc(void **place, size_t bytes, unsigned flags) {
 int cudaFreeHost(void *place) { free(place); return SUCCESS; }
 int cudaMemGetInfo(size_t *available, size_t *total) { *total = TOTAL; *available = TOTAL - TAKEN; return SUCCESS; }
 int cudaMemcpy(void *to, const void *from, size_t bytes, int kind) {
-    if (!left_out(bytes)) memmove(to, from, bytes);
+    if (!null_gpu_leaves_out(bytes)) memmove(to, from, bytes);
     return SUCCESS;
 }
 int cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, void *stream) { return cudaMemcpy(to, from, bytes, kind); }
@@ -149,7 +137,7 @@ int cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_p
     return SUCCESS;
 }
 int cudaMemset(void *place, int value, size_t bytes) {
-    if (!left_out(bytes)) memset(place, value, bytes);
+    if (!null_gpu_leaves_out(bytes)) memset(place, value, bytes);
     return SUCCESS;
 }
 int cudaMemsetAsync(void *place, int value, size_t bytes, void *stream) { return cudaMemset(place, value, bytes); }
@@ -163,7 +151,7 @@ int cudaLaunchKernel(const void *kernel) { return SUCCESS; }
 int cudaLaunchKernelExC(const void *settings) { return SUCCESS; }
 int cudaFuncGetAttributes(struct cudaFuncAttributes *found, const void *kernel) {
     memset(found, 0, sizeof *found);
-    found->maxThreadsPerBlock = 1024;
+    found->maxThreadsPerBlock = limit_of(cudaDevAttrMaxThreadsPerBlock);
     found->numRegs = 32;
     found->binaryVersion = found->ptxVersion = 90;
     found->maxDynamicSharedSizeBytes = 232448;
