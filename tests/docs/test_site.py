@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from kha_train.cli.main import COMMANDS, HIDDEN
+from tools import site_pages
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def site_pages() -> ModuleType:
-    found = importlib.util.spec_from_file_location("site_pages", ROOT / "tools/site_pages.py")
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.slow
@@ -54,12 +44,10 @@ def test_the_site_is_built_without_a_warning_and_has_every_page_and_command(tmp_
         ("Makefile", "README.md", "index.md", "text"),
     ],
 )
-def test_links_of_the_repository_are_links_of_the_site(
-    target: str, source: str, here: str, expected: str, site_pages: ModuleType
-) -> None:
+def test_links_of_the_repository_are_links_of_the_site(target: str, source: str, here: str, expected: str) -> None:
     assert site_pages.site_link("[text]", target, source, here) == expected
 
 
-def test_a_link_that_leads_nowhere_ends_the_build(site_pages: ModuleType) -> None:
+def test_a_link_that_leads_nowhere_ends_the_build() -> None:
     with pytest.raises(FileNotFoundError, match=r"README.md links to docs/nothing.md"):
         site_pages.site_link("[text]", "docs/nothing.md", "README.md", "index.md")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kha_train.errors import DataError
+from tools import fold_gpu_results as tool
 
-ROOT = Path(__file__).resolve().parents[2]
 FIGURES = {
     "seconds": 0.25,
     "against_base": {"ratio": 1.0, "low": 1.0, "high": 1.0},
@@ -24,19 +21,6 @@ FIGURES = {
     "peak_gib": 61.5,
     "block_seconds": [0.25] * 15,
 }
-
-
-@pytest.fixture(scope="module")
-def tool() -> Iterator[Any]:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("fold_gpu_results", ROOT / "tools" / "fold_gpu_results.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Annotations are looked up by the name of the module.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
 
 
 def made(folder: Path, **changed: Any) -> Path:
@@ -62,7 +46,7 @@ def made(folder: Path, **changed: Any) -> Path:
 PAGE = "# Page\n\nbefore\n{0}\n{2}{1}\nafter\n"
 
 
-def test_a_contribution_is_added_once_and_replaced_when_it_comes_again(tool: Any, tmp_path: Path) -> None:
+def test_a_contribution_is_added_once_and_replaced_when_it_comes_again(tmp_path: Path) -> None:
     empty = PAGE.format(tool.BEGIN, tool.END, tool.NONE)
     once = tool.fold(empty, [tool.read(made(tmp_path))])
     assert once.startswith("# Page\n\nbefore\n") and once.endswith("\nafter\n") and "unproven**" not in once
@@ -71,7 +55,7 @@ def test_a_contribution_is_added_once_and_replaced_when_it_comes_again(tool: Any
     assert tool.fold(empty, []) == empty
 
 
-def test_what_proves_nothing_is_refused(tool: Any, tmp_path: Path) -> None:
+def test_what_proves_nothing_is_refused(tmp_path: Path) -> None:
     passed = {"command": "pytest tests", "seconds": 1.0, "summary": "5 passed"}
     for problem, changed in (
         ("rehearsal", {"rehearsal": True}),
@@ -85,14 +69,14 @@ def test_what_proves_nothing_is_refused(tool: Any, tmp_path: Path) -> None:
         tool.read(tmp_path / "none.json")
 
 
-def test_a_device_s_name_cannot_break_the_page(tool: Any, tmp_path: Path) -> None:
+def test_a_device_s_name_cannot_break_the_page(tmp_path: Path) -> None:
     found = tool.read(made(tmp_path))
     found["environment"]["device"]["name"] = "H200\n## Forged\x1b[31m"
     page = tool.fold(PAGE.format(tool.BEGIN, tool.END, tool.NONE), [found])
     assert "\n## Forged" not in page and "\x1b" not in page
 
 
-def test_html_of_a_contribution_is_text_on_the_site(tool: Any, tmp_path: Path) -> None:
+def test_html_of_a_contribution_is_text_on_the_site(tmp_path: Path) -> None:
     found = tool.read(made(tmp_path))
     found["environment"]["device"]["name"] = f"<script>1</script>{tool.END}"
     found["stages"]["tests"]["summary"] = "<img src=x onerror=alert(1)>"
@@ -101,6 +85,6 @@ def test_html_of_a_contribution_is_text_on_the_site(tool: Any, tmp_path: Path) -
     assert tool.fold(page, [found]) == page
 
 
-def test_the_page_of_the_project_has_the_section(tool: Any) -> None:
+def test_the_page_of_the_project_has_the_section() -> None:
     page = tool.PAGE.read_text(encoding="utf-8")
     assert tool.fold(page, []) == page

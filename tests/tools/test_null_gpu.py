@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 
-FOLDER = Path(__file__).resolve().parents[2] / "tools" / "null_gpu"
+from tools.null_gpu import cases, matrix
 
-
-def loaded(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"null_gpu_{name}", FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 
 
 def test_a_run_of_an_earlier_call_is_made_again_and_a_resumed_one_continued(tmp_path: Path) -> None:
-    matrix = loaded("matrix")
     for name in ("again", "resumed", "other"):
         (tmp_path / "runs" / name).mkdir(parents=True)
     cases = [
@@ -31,7 +22,6 @@ def test_a_run_of_an_earlier_call_is_made_again_and_a_resumed_one_continued(tmp_
 
 
 def test_no_case_writes_to_the_run_of_another() -> None:
-    cases = loaded("cases")
     every = [*cases.commands(), *cases.of_two_ranks()]
     places = Counter(
         word
@@ -44,7 +34,7 @@ def test_no_case_writes_to_the_run_of_another() -> None:
 
 
 def test_parts_are_all_cases_and_none_reads_a_run_of_another() -> None:
-    matrix, every = loaded("matrix"), [*loaded("cases").commands()]
+    every = [*cases.commands()]
     parts = [matrix.selected(every, "", f"{number}/7", set()) for number in range(1, 8)]
     assert sorted(name for part in parts for name, _ in part) == sorted(name for name, _ in every)
     for part in parts:
@@ -54,7 +44,6 @@ def test_parts_are_all_cases_and_none_reads_a_run_of_another() -> None:
 
 
 def test_the_page_of_performance_counts_the_cases() -> None:
-    cases = loaded("cases")
     count = len([*cases.commands(), *cases.of_two_ranks()])
-    page = (FOLDER.parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
     assert f"`make null-gpu` has {count} configurations" in page
