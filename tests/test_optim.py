@@ -133,3 +133,10 @@ def test_each_layer_has_a_group_of_its_own() -> None:
     decoder = build_decoder(compose(["model.layers=3", "model.vocab_size=64"]))
     names = [group["name"] for group in parameter_groups(decoder.named_parameters(), 0.1)]
     assert names == ["outside layers", "vectors", "blocks.0", "blocks.1", "blocks.2"]
+
+
+def test_a_state_that_maps_and_others_have_is_one_kind_of_a_checkpoint() -> None:
+    class SharedOptions(OptimSection):
+        states, map_states = ("exp_avg", "exp_avg_sq"), ("exp_avg",)
+
+    assert SharedOptions.kinds() == ("master", "exp_avg", "exp_avg_sq")

@@ -71,7 +71,7 @@ class OptimSection:
         """What a checkpoint stores for each parameter: the fp32 master and every state; where those of maps are others,
         for some of them.
         """
-        return (MASTER, *cls.states, *(cls.map_states or ()))
+        return tuple(dict.fromkeys((MASTER, *cls.states, *(cls.map_states or ()))))
 
     @classmethod
     def states_of(cls, is_map: bool) -> tuple[str, ...]:
