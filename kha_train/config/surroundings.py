@@ -86,3 +86,7 @@ class ClusterSection:
     price_per_hour: float
     hours_between_failures: float
     capability: float = 0.0
+
+    def bandwidth_gb(self, ranks: int) -> float:
+        """Of the slowest link between so many neighbouring ranks."""
+        return self.node_bandwidth_gb if ranks <= self.devices_per_node else self.network_bandwidth_gb

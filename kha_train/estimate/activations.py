@@ -18,11 +18,11 @@ def block_activations(config: RunConfig) -> tuple[int, int]:
     """Numbers per token that a block saves for its backward: a block with experts (0 if there is none), and a dense
     one.
 
-    Attention: its input before and after the norm, and what `activations.py` counts. Experts: their input before and
-    after the norm; in bf16 its fp32 copy for the router; for each of top_k gate and up, which is all that the grouped
-    backend keeps. The other backends also keep the copied input and 3 more tensors of the expert's width (silu of gate,
-    its product with up, and that times the weight); shared experts and dense layers the first two of them. Where ranks
-    share the experts, the rows that arrived stay too: as many as were sent, when loads are balanced.
+    Attention: its input before and after the norm, and what `attention_activations` counts. Experts: their input before
+    and after the norm; in bf16 its fp32 copy for the router; for each of top_k gate and up, which is all that the
+    grouped backend keeps. The other backends also keep the copied input and 3 more tensors of the expert's width (silu
+    of gate, its product with up, and that times the weight); shared experts and dense layers the first two of them.
+    Where ranks share the experts, the rows that arrived stay too: as many as were sent, when loads are balanced.
     """
     model, moe, narrow = config.model, config.moe, decide_plan(config).precision == "bf16"
     attention = 2 * model.hidden_size + attention_activations(config, 2 if narrow else 4)
@@ -61,7 +61,7 @@ def kept_block_numbers(config: RunConfig, width: int) -> tuple[int, int]:
     output = heads.query_heads * heads.value_width
     if heads.latent:
         query_input = base.input_widths(wide).q
-        queries = heads.query_heads * (heads.key_width + base.rotary_width())
+        queries = heads.query_heads * base.kernel_width()
         projected = base.cache_numbers() + base.gate_outputs() + (query_input if query_input < wide else queries)
     else:
         projected = max(attention_parameters(config)) // wide - output
@@ -100,7 +100,7 @@ def _kernel(config: RunConfig, width: int) -> int:
     own = base.own_kernel_numbers(_backend(config), tokens, config.data.isolate_documents, width)
     if own is not None:
         return own
-    queries = heads.query_heads * (heads.key_width + (base.rotary_width() if heads.latent else 0))
+    queries = heads.query_heads * base.kernel_width()
     repeated = _backend(config) == "sdpa" and _masked(config) and not _falls_back(config)
     shared = queries + (0 if repeated else heads.kv_heads * heads.key_width)
     return base.kernel_calls * _one_call(config, width) - (base.kernel_calls - 1) * shared
@@ -110,7 +110,7 @@ def _one_call(config: RunConfig, width: int) -> int:
     base, heads, tokens = config.attention.base, config.attention.base.heads(), config.model.seq_len
     ranks = config.engine.context_parallel
     keys = heads.kv_heads * shared_key_repeats(heads.query_heads, heads.kv_heads, ranks)
-    key_width = heads.key_width + (base.rotary_width() if heads.latent else 0)
+    key_width = base.kernel_width()
     queries, output = heads.query_heads * key_width, heads.query_heads * heads.value_width
     grouped = queries + keys * (key_width + heads.value_width) + output
     backend, masked = _backend(config), _masked(config)

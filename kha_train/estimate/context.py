@@ -23,15 +23,13 @@ def exchanged(config: RunConfig) -> Exchanged:
     """Queries, keys, values and outputs of every layer travel in the forward, their gradients in the backward, and with
     recomputation the former once more. Of each, a rank keeps what is already in place: one part of S.
     """
-    base, engine, cluster = config.attention.base, config.engine, config.cluster
+    base, engine = config.attention.base, config.engine
     heads, ranks = base.heads(), engine.context_parallel
-    key_width = heads.key_width + (base.rotary_width() if heads.latent else 0)
     keys = heads.kv_heads * shared_key_repeats(heads.query_heads, heads.kv_heads, ranks)
-    numbers = (heads.query_heads + keys) * key_width + (heads.query_heads + keys) * heads.value_width
+    numbers = (heads.query_heads + keys) * (base.kernel_width() + heads.value_width)
     passes = 2 if engine.activation_checkpointing == "none" else 3
     tokens = micro_batches(config) * micro_batch_tokens(config)
     width = 2 if uses_bf16(config) else 4
     sent = passes * config.model.layers * tokens * numbers * width * (ranks - 1) // ranks
-    inside = ranks <= cluster.devices_per_node
-    bandwidth = cluster.node_bandwidth_gb if inside else cluster.network_bandwidth_gb
+    bandwidth = config.cluster.bandwidth_gb(ranks)
     return {"ranks": ranks, "bytes_per_step": sent, "seconds_per_step": sent / (bandwidth * 1e9) if bandwidth else None}

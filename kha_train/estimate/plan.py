@@ -208,8 +208,8 @@ def _communication(config: RunConfig, stage: int, total: int) -> Communication:
     every micro-batch, for the forward and again for the backward, and reduce-scatters. With `hpz_partition_size` only
     the first gather of a step is among all ranks; the others stay inside each group.
     """
-    cluster, group = config.cluster, config.engine.hpz_partition_size if stage == 3 else 1
-    ranks, width, micro = cluster.devices, 2 if uses_bf16(config) else 4, micro_batches(config)
+    group = config.engine.hpz_partition_size if stage == 3 else 1
+    ranks, width, micro = config.cluster.devices, 2 if uses_bf16(config) else 4, micro_batches(config)
     passes = {1: 3, 2: 2 * micro + 1, 3: micro + 1 if group > 1 else 3 * micro}[stage]
     spread, (everywhere, shared) = config.engine.expert_parallel, held_parameters(config)
     if stage == 3:
@@ -219,12 +219,8 @@ def _communication(config: RunConfig, stage: int, total: int) -> Communication:
     among_all = passes * width * everywhere * (ranks - 1) // ranks + passes * width * shared * (holders - 1) // holders
     exchanged = exchange_bytes(config) if spread > 1 else 0
     in_groups = (2 * micro - 1) * width * total * (group - 1) // group
-
-    def link(size: int) -> float:
-        return cluster.node_bandwidth_gb if size <= cluster.devices_per_node else cluster.network_bandwidth_gb
-
     sent = ((among_all, ranks), (in_groups, group), (exchanged, spread))
-    seconds = [count / (link(size) * 1e9) for count, size in sent if link(size)]
+    seconds = [count / (link * 1e9) for count, size in sent if (link := config.cluster.bandwidth_gb(size))]
     known = sum(seconds) if len(seconds) == len(sent) else None
     return Communication(stage, among_all + in_groups + exchanged, known, in_groups, exchanged)
 

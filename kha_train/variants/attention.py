@@ -128,6 +128,11 @@ class BaseOptions(ABC):
         """
         return self.head_dim
 
+    def kernel_width(self) -> int:
+        """The width of the queries and keys that a kernel reads: beside a latent, the rotary part too."""
+        heads = self.heads()
+        return heads.key_width + (self.rotary_width() if heads.latent else 0)
+
     def rotary_setting(self, width: int) -> tuple[str, int]:
         """The field of these options that sets `rotary_width`, and the value that makes it `width`."""
         return "head_dim", width

@@ -68,7 +68,7 @@ def attention_inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Random queries, keys and values with the run's heads, [rows, tokens, heads, width]."""
     shape, base = config.attention.base.heads(), config.attention.base
-    key_width = shape.key_width + (base.rotary_width() if shape.latent else 0)
+    key_width = base.kernel_width()
     sizes = [(shape.query_heads, key_width), (shape.kv_heads, key_width), (shape.kv_heads, shape.value_width)]
     generator = torch.Generator().manual_seed(0)
     q_BTHK, k_BTGK, v_BTGW = (
