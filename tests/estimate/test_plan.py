@@ -126,6 +126,22 @@ def test_no_less_than_what_is_advised_is_enough(overrides: list[str]) -> None:
             assert not fits(config, fewer, **dict(zip(CHANGES, values, strict=True)))
 
 
+@pytest.mark.slow
+def test_the_page_of_the_plan_shows_where_the_6b_model_fits() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    rows = page[page.index("| one H200 |") :].partition("\n\n")[0].splitlines()
+    engines = (
+        ["engine=zero1", "engine.micro_batch_size=1"],
+        ["engine=zero2", "engine.micro_batch_size=2", "engine.activation_checkpointing=full"],
+    )
+    for row, cluster in zip(rows, ("h200_1x1", "h100_1x1", "h100_1x8", "h100_8x8"), strict=True):
+        for cell, engine in zip(row.strip("| ").split(" | ")[1:], engines, strict=True):
+            plan = make_plan(compose([*SIX_BILLION, f"cluster={cluster}", *engine]))
+            assert f"{plan.memory.total / GIB:.1f} " in cell and ("fits" in cell) == plan.fits, (cluster, cell)
+            assert plan.fits or f"enough are `{plan.together}`" in cell, cluster
+            assert "up to" not in cell or f"up to {plan.largest_micro_batch} rows" in cell, cluster
+
+
 def test_long_rows_of_the_6b_model_with_masks_need_two_h100() -> None:
     config = compose([*SIX_BILLION, "cluster=h100_1x1", "model.seq_len=32768", "attention.backend=sdpa"])
     assert "cluster.devices=2" in make_plan(config).together.split()
