@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from kha_train.bench import gpu
 from kha_train.errors import DataError, KhaError
@@ -34,6 +34,12 @@ class Device(TypedDict):
     name: str
 
 
+class Versions(TypedDict):
+    """The version of torch; the file holds more."""
+
+    torch: str
+
+
 class Environment(TypedDict):
     """Where and when the figures were measured: `kha_train/bench/protocol.py::environment`."""
 
@@ -41,18 +47,18 @@ class Environment(TypedDict):
     device: Device
     threads: int
     load: float
-    versions: dict[str, Any]
+    versions: Versions
     git: dict[str, Any] | None
 
 
-class Outcome(TypedDict, total=False):
+class Outcome(TypedDict):
     """What a stage left: its command, its seconds, and either an `error` or an `answer` (of tests a `summary`)."""
 
     command: str
     seconds: float
-    error: str
-    summary: str
-    answer: dict[str, Any]
+    error: NotRequired[str]
+    summary: NotRequired[str]
+    answer: NotRequired[dict[str, Any]]
 
 
 class Results(TypedDict):
@@ -72,7 +78,7 @@ def read(path: Path) -> Results:
     if results["rehearsal"]:
         raise DataError("a rehearsal measures nothing", field=str(path), fix="make bench-gpu on a machine with a GPU")
     failed = [name for name, stage in results["stages"].items() if "error" in stage]
-    tested = any(stage.get("command", "").startswith("pytest") for stage in results["stages"].values())
+    tested = any(stage["command"].startswith("pytest") for stage in results["stages"].values())
     if failed or not tested:
         problem = f"failed: {', '.join(failed)}" if failed else "no tests were run before the figures"
         raise DataError(problem, field=str(path), fix="make bench-gpu until it ends with 0")
@@ -87,8 +93,10 @@ def block(results: Results) -> str:
 
 
 def harmless(line: str) -> str:
-    """`line` without control characters, and without HTML, which browsers would run on the site made of this page."""
-    return visible(line).replace("<", "&lt;")
+    """`line` without control characters, and without HTML and links, which browsers would run on the site made of this
+    page.
+    """
+    return visible(line).replace("<", "&lt;").replace("](", "]&#40;").replace("]:", "]&#58;")
 
 
 def visible_table(text: str) -> str:

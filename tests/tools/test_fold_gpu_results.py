@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import markdown
 import pytest
 
 from kha_train.errors import DataError
@@ -62,6 +63,7 @@ def test_what_proves_nothing_is_refused(tmp_path: Path) -> None:
         ("failed: tests", {"stages": {"tests": passed | {"error": "1 failed"}}}),
         ("no tests", {"stages": {"step": {"command": "step", "seconds": 1.0}}}),
         ("missing", {"environment": {"date": "2026-12-24"}}),
+        ("missing", {"stages": {"tests": {"seconds": 1.0, "summary": "5 passed"}}}),
     ):
         with pytest.raises(DataError, match=problem):
             tool.read(made(tmp_path, **changed))
@@ -76,12 +78,14 @@ def test_a_device_s_name_cannot_break_the_page(tmp_path: Path) -> None:
     assert "\n## Forged" not in page and "\x1b" not in page
 
 
-def test_html_of_a_contribution_is_text_on_the_site(tmp_path: Path) -> None:
+def test_html_and_links_of_a_contribution_are_text_on_the_site(tmp_path: Path) -> None:
     found = tool.read(made(tmp_path))
     found["environment"]["device"]["name"] = f"<script>1</script>{tool.END}"
-    found["stages"]["tests"]["summary"] = "<img src=x onerror=alert(1)>"
+    summary = "<img src=x onerror=alert(1)> [a](javascript:alert(1)) [b]\n\n[b]: javascript:alert(1)"
+    found["stages"]["tests"]["summary"] = summary
     page = tool.fold(PAGE.format(tool.BEGIN, tool.END, tool.NONE), [found])
     assert "<script" not in page and "<img" not in page and page.count(tool.END) == 1
+    assert "href" not in markdown.markdown(page)
     assert tool.fold(page, [found]) == page
 
 
