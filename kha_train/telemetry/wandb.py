@@ -43,7 +43,6 @@ OWN_PLACES = {"WANDB_ARTIFACT_DIR": ".artifacts", "WANDB_CACHE_DIR": ".cache", "
 OTHER_RUN = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM")
 Asked = Literal["auto", "online", "offline", "disabled"]
 Mode = Literal["online", "offline", "disabled"]
-NO_MIRROR: tuple[Mode, str] = ("disabled", "")
 OFFLINE, DISABLED = ("offline", "dryrun"), ("disabled", "off", "false", "no", "none", "0")
 ONLINE = ("", "auto", "online", "run", "shared", "on", "true", "yes", "1")
 """Values of WANDB_MODE that mean online, in any case."""
@@ -71,7 +70,6 @@ class WandbMirror(Sink):
         run_dir: Path,
         wandb_id: str,
         *,
-        rank: int = 0,
         warn: Callable[[str], None] = print,
         metrics: Iterable[Metric] = (),
         parent: Parent | None = None,
@@ -85,9 +83,8 @@ class WandbMirror(Sink):
         self._keys: set[str] = set()
         self._row, self._loss = 0, math.nan
         self._run: Any = None
-        if rank == 0:
-            _keep_under(run_dir)
-        self.mode, reason = safely_chosen_mode(config.telemetry.wandb.mode) if rank == 0 else NO_MIRROR
+        _keep_under(run_dir)
+        self.mode, reason = safely_chosen_mode(config.telemetry.wandb.mode)
         self._run_dir = run_dir
         self._queue: deque[Sent] = deque()
         self._backlog: Iterator[Sent] = iter(())
@@ -100,7 +97,7 @@ class WandbMirror(Sink):
                     self.mode = "offline" if mode == "online" else "disabled"
                     reason = f"{reason}; then {failure}" if reason and mode == "offline" else failure
         self._catch_up(wandb_id)
-        if reason and rank == 0:
+        if reason:
             warn(f"W&B is {self.mode}: {self._redactor.text(reason)}{tag('E12')}")
 
     def step(self, line: dict[str, Any]) -> None:

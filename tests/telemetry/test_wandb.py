@@ -149,15 +149,6 @@ def test_an_interrupt_by_the_user_is_not_swallowed(monkeypatch, tmp_path: Path) 
         WandbMirror(config("telemetry.wandb.mode=offline"), tmp_path, "x")
 
 
-def test_other_ranks_never_import_wandb(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    warnings: list[str] = []
-    mirror = WandbMirror(config("telemetry.wandb.mode=offline"), tmp_path, "x", rank=1, warn=warnings.append)
-    mirror.step({"step": 1})
-    mirror.close()
-    assert (mirror.mode, warnings) == ("disabled", [])
-
-
 def test_without_a_key_auto_is_offline_and_says_why() -> None:
     mode, reason = choose_mode("auto")
     assert mode == "offline"
