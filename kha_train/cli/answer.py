@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Column, Table
 
 from kha_train.cli.output import print_json
-from kha_train.telemetry.terminal import LiteralConsole
+from kha_train.telemetry.terminal import table_console
 
 
 def print_answer(answer: dict[str, Any], as_json: bool) -> None:
@@ -20,8 +19,7 @@ def print_answer(answer: dict[str, Any], as_json: bool) -> None:
     table = Table("", Column("", overflow="fold"), show_header=False, box=None)
     for key, value in _flat(answer, ""):
         table.add_row(key, value)
-    width = None if "COLUMNS" in os.environ or LiteralConsole().is_terminal else 200
-    LiteralConsole(width=width).print(table)
+    table_console().print(table)
 
 
 def _flat(value: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from kha_train.cli.options import OverridesCommand
 from kha_train.cli.output import as_text, print_json
 from kha_train.cli.train import Overrides
-from kha_train.config.build import flatten, to_plain
+from kha_train.config.build import flatten, nested, to_plain
 from kha_train.config.compose import compose, load_plain
 from kha_train.config.explain import Explanation, effect_of, explain, groups
 from kha_train.config.origins import origins
@@ -20,7 +20,7 @@ from kha_train.errors import ConfigError, Look
 from kha_train.foreign.documents import as_yaml
 from kha_train.literal import say
 from kha_train.record.finding import find_run, refuse_missing
-from kha_train.telemetry.terminal import LiteralConsole
+from kha_train.telemetry.terminal import table_console
 
 app = typer.Typer(name="config", help="Show, explain and compare configurations.", no_args_is_help=True)
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -54,9 +54,9 @@ def show_(
         places = origins(compose(typed), typed)
         _print_places({key: (value, places[key].where) for key, value in chosen.items()}, as_json)
     elif as_json:
-        print_json(_nested(chosen), indent=2)
+        print_json(nested(chosen), indent=2)
     else:
-        say(as_yaml(_nested(chosen)).rstrip())
+        say(as_yaml(nested(chosen)).rstrip())
 
 
 @app.command("explain", cls=OverridesCommand)
@@ -78,7 +78,7 @@ def explain_(
         table = Table("setting", "value", Column("meaning", overflow="fold"), box=None, pad_edge=False)
         for one in found:
             table.add_row(one.key, as_text(one.value), one.meaning)
-        _console().print(table)
+        table_console().print(table)
 
 
 @app.command("diff")
@@ -100,7 +100,7 @@ def diff_(first: Side, second: Side, as_json: AsJson = False) -> None:
     table = Table("setting", "first", "second", Column("affects", overflow="fold"), box=None, pad_edge=False)
     for row in differing:
         table.add_row(row["key"], _short(row["first"]), _short(row["second"]), row["affects"])
-    _console().print(table if differing else "no difference")
+    table_console().print(table if differing else "no difference")
 
 
 @app.command("list")
@@ -128,7 +128,7 @@ def list_(
         rows = [f"{name:<16} {head}" for name, head in marked.items()] if group else [" ".join(marked)]
         for number, row in enumerate(rows):
             table.add_row("" if number else f"{one.typed}=", row)
-    _console().print(table)
+    table_console().print(table)
 
 
 def _side(text: str) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def _print_explanation(one: Explanation) -> None:
     }
     for name, text in rows.items():
         table.add_row(name, text)
-    _console().print(table)
+    table_console().print(table)
 
 
 def _print_places(places: dict[str, tuple[Any, str]], as_json: bool) -> None:
@@ -191,24 +191,8 @@ def _print_places(places: dict[str, tuple[Any, str]], as_json: bool) -> None:
     table = Table("setting", Column("value", overflow="fold"), "set at", box=None, pad_edge=False)
     for key, (value, where) in places.items():
         table.add_row(key, as_text(value), where or "default of the schema")
-    _console().print(table)
-
-
-def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        *parents, name = key.split(".")
-        inner = nested
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[name] = value
-    return nested
+    table_console().print(table)
 
 
 def _short(value: object) -> str:
     return value if value == ABSENT and isinstance(value, str) else as_text(value)
-
-
-def _console() -> LiteralConsole:
-    console = LiteralConsole()
-    return console if console.is_terminal else LiteralConsole(width=160)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Column, Table
@@ -10,9 +10,10 @@ from rich.table import Column, Table
 from kha_train.cli.output import print_json
 from kha_train.cli.train import Overrides
 from kha_train.config.compose import compose
-from kha_train.operate.doctor import examine
-from kha_train.operate.doctor.checks import Check
-from kha_train.telemetry.terminal import LiteralConsole, literal
+from kha_train.telemetry.terminal import LiteralConsole, literal, table_console
+
+if TYPE_CHECKING:
+    from kha_train.operate.doctor.checks import Check
 
 COLORS = {"OK": "green", "WARN": "yellow", "FAIL": "red"}
 
@@ -24,6 +25,9 @@ def doctor(
     """Check this machine for a run with these settings: versions, CPU and GPU, kernels, communication, disk, limits,
     SLURM, W&B, variables. Each line is OK, WARN or FAIL with its fix. Ends with 2 if any line is FAIL.
     """
+    # `kha --help` does not wait for the packages that it asks.
+    from kha_train.operate.doctor import examine
+
     checks = list(examine(compose(overrides or [])))
     counts = {state: sum(check.state == state for check in checks) for state in COLORS}
     if as_json:
@@ -42,5 +46,4 @@ def _show(checks: list[Check]) -> None:
         table.add_row(
             literal(check.state, COLORS[check.state]), check.topic, check.name, literal(f"{check.found}{fix}")
         )
-    console = LiteralConsole()
-    (console if console.is_terminal else LiteralConsole(width=160)).print(table)
+    table_console().print(table)

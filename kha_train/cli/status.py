@@ -22,7 +22,7 @@ from kha_train.operate.sweep import queued_labels, sweep_points
 from kha_train.record.finding import none_found, refuse_missing, runs_at, spelled_out
 from kha_train.record.sweeps import load_sweep
 from kha_train.telemetry.format import duration, fixed, scaled
-from kha_train.telemetry.terminal import LiteralConsole, literal
+from kha_train.telemetry.terminal import LiteralConsole, literal, table_console
 
 COLORS = {
     "done": "green",
@@ -88,17 +88,17 @@ def status(
     ordered = _ordering(sort)
     if watch and as_json:
         raise ConfigError("cannot be used together", field="--watch, --json", fix="give one of the two")
-    console = LiteralConsole()
     if not watch:
         runs, fault = _look(paths, note)
         runs = ordered(runs)
         if as_json:
             print_json({"runs": [run.to_dict() for run in runs]})
         else:
-            _print(console, runs)
+            _print(runs)
         if fault is not None:
             raise fault
         return
+    console = LiteralConsole()
     with Live(console=console, auto_refresh=False) as live:
         while True:
             runs, _ = _look(paths, lambda text: None)
@@ -181,12 +181,12 @@ def _standing(path: Path) -> list[tuple[RunStatus, KhaError | OSError | None]]:
     return [status_or_fault(Path(point.run_dir), point.label, point.label in queued) for point in sweep_points(sweep)]
 
 
-def _print(console: Console, runs: list[RunStatus]) -> None:
-    wide = console if console.is_terminal else LiteralConsole(width=200)
-    wide.print(status_table(runs, wide))
+def _print(runs: list[RunStatus]) -> None:
+    console = table_console()
+    console.print(status_table(runs, console))
     for run in runs:
         if run.note:
-            wide.print(f"{run.name}: {run.note}")
+            console.print(f"{run.name}: {run.note}")
 
 
 def _or_dash(value: float | None, show: Callable[[float], str]) -> str:

@@ -83,6 +83,20 @@ def flatten(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return flat
 
 
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`. A value where `flat` has a section too gives way to the section."""
+    values: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, name = key.split(".")
+        inner = values
+        for section in sections:
+            if not isinstance(inner.get(section), dict):
+                inner[section] = {}
+            inner = inner[section]
+        inner[name] = value
+    return values
+
+
 def without_places(values: Mapping[str, Any]) -> dict[str, Any]:
     """`flatten` without the paths in `data.sources` and `validation.sets`: where data are says nothing about their
     content.

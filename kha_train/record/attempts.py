@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kha_train.config.build import flatten
+from kha_train.config.build import flatten, nested
 from kha_train.config.compose import load_plain
 from kha_train.config.saved import SavedConfig, completed
 from kha_train.foreign.typed import Source
@@ -91,7 +91,7 @@ def recorded_configs(entries: Sequence[Mapping[str, Any]]) -> dict[int, dict[str
             configs[entry["attempt"]] = configs[kept["like"]]
         elif kept.get("like") in configs:
             values = {key: value for key, value in flatten(configs[kept["like"]]).items() if key not in kept["without"]}
-            configs[entry["attempt"]] = _nested({**values, **kept["changed"]})
+            configs[entry["attempt"]] = nested({**values, **kept["changed"]})
     return configs
 
 
@@ -123,17 +123,3 @@ def _moved(data: Mapping[str, Any], newest: Mapping[str, Any]) -> dict[str, Any]
     paths = {source.get("name"): source.get("path") for source in later}
     moved = [{**source, "path": paths.get(source.get("name"), source.get("path"))} for source in own]
     return {**data, **{key: newest[key] for key in ("train",) if key in newest}, "sources": moved}
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        *sections, name = key.split(".")
-        inner = nested
-        for section in sections:
-            if not isinstance(inner.get(section), dict):
-                inner[section] = {}
-            inner = inner[section]
-        inner[name] = value
-    return nested

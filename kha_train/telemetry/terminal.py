@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +20,12 @@ class LiteralConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """As rich's, for the text with everything made visible."""
         return super().render_str(visible(text, LINES), **options)
+
+
+def table_console() -> LiteralConsole:
+    """The console for a table: as wide as the terminal, and wide enough for most tables in a file or pipe."""
+    console = LiteralConsole()
+    return console if console.is_terminal or "COLUMNS" in os.environ else LiteralConsole(width=200)
 
 
 def literal(text: object, style: str = "") -> Text:
