@@ -173,7 +173,7 @@ def _print_explanation(one: Explanation) -> None:
         "set at": f"{one.set_at}{chosen}{written}",
         "type": one.type,
         "allowed": one.allowed or "any value of its type",
-        "default": "none: a preset gives the value" if one.default is None else as_text(one.default),
+        "default": "none: a preset gives the value" if one.required else as_text(one.default),
         "declared at": one.declared_at,
         "affects": one.affects,
         "source": "\n".join(one.sources) or "no paper is named for it",

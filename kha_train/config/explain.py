@@ -31,7 +31,7 @@ CITATION = re.compile(r"arXiv|\b[A-Z][A-Za-z]+ (?:et al\. |and [A-Z][a-z]+ )?(?:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A setting: see the module. `default` is None where the schema has none, and a preset must give the value.
+    """A setting: see the module. A `required` one has no default: a preset must give the value.
     `sources` are sentences that name a paper. `section` is the docstring of the dataclass that declares the field.
     """
 
@@ -40,6 +40,7 @@ class Explanation:
     type: str
     allowed: str
     default: Json
+    required: bool
     declared_at: str
     set_at: str
     written_as: str
@@ -87,6 +88,7 @@ def _explanation(key: str, flat: Mapping[str, Any], config: RunConfig, placed: M
         type=type_in_words(declaration.hint),
         allowed=_allowed(key, declaration),
         default=_default(declaration.entry),
+        required=declaration.entry.default is declaration.entry.default_factory is MISSING,
         declared_at=place,
         set_at=origin.where or place,
         written_as=origin.written,
@@ -95,7 +97,7 @@ def _explanation(key: str, flat: Mapping[str, Any], config: RunConfig, placed: M
         affects=effect_of(key, flat),
         sources=tuple(
             dict.fromkeys(
-                sentence for text in (*texts, _module_of(declaration, config, key)) for sentence in _citing(text)
+                sentence for text in (*texts, _module_of(declaration, flat, key)) for sentence in _citing(text)
             )
         ),
         section=" ".join(section.split()),
@@ -166,12 +168,12 @@ def _default(entry: Field[Any]) -> Any:
     return plain(entry.default_factory()) if entry.default_factory is not MISSING else None
 
 
-def _module_of(declaration: Declared, config: RunConfig, key: str) -> str:
+def _module_of(declaration: Declared, flat: Mapping[str, Any], key: str) -> str:
     """The first paragraph of the module that computes a variant, for a setting of the variant; "" for others."""
     for cls, registry in REGISTRIES.items():
         if not issubclass(declaration.owner, cls):
             continue
-        name = str(flatten(to_plain(config)).get(f"{key.rpartition('.')[0]}.name"))
+        name = str(flat.get(f"{key.rpartition('.')[0]}.name"))
         if name in registry:
             path = registry[name].path.partition(":")[0].replace(".", "/")
             module = ast.parse((PACKAGE.parent / f"{path}.py").read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import yaml
@@ -38,6 +39,8 @@ def test_explain_prints_what_it_knows_of_a_setting_and_the_settings_of_a_section
     code, out, _ = kha("config", "explain", "moe.z_loss_weight", "moe.z_loss_weight=0.1")
     assert code == 0 and "command line: moe.z_loss_weight=0.1" in out and "arXiv 2202.08906" in out
     assert "moe.z_loss_weight" in kha("config", "explain", "moe")[1]
+    for key, default in (("data.seed", "null"), ("model.layers", "none: a preset gives the value")):
+        assert re.search(rf"^default +{default}\s*$", kha("config", "explain", key)[1], re.MULTILINE)
     assert "did you mean optim.lr?" in kha("config", "explain", "optim.lrr")[2]
 
 

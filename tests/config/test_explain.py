@@ -100,6 +100,12 @@ def test_type_range_default_and_source_are_those_of_the_schema_and_the_papers(
     assert any(source in text for text in one.sources) if source else True
 
 
+def test_a_default_of_null_is_one_and_a_setting_without_any_says_so() -> None:
+    found = {one.key: (one.default, one.required) for section in ("data", "model") for one in explain(section, [])}
+    assert found["data.seed"] == (None, False) and found["data.cache_gib"] == (100.0, False)
+    assert found["model.layers"] == (None, True)
+
+
 def test_a_comment_of_a_preset_that_names_the_paper_is_a_source() -> None:
     (rate,) = explain("moe.bias_update", ["experiment=kha_paper_main", "data.train=a", "data.validation=b"])
     assert any("updated loss-free balancing (Su 2025)" in text for text in rate.sources)
