@@ -122,6 +122,15 @@ def test_a_disk_without_room_for_the_checkpoints_fails(tmp_path: Path, monkeypat
         assert by_name(machine.check_storage(config))["run.dir"].state == state
 
 
+def test_a_disk_smaller_than_the_cache_may_become_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that are there already take no further room, and a small dataset never fills it."""
+    config = compose(["data.train=s3://bucket/shards", "data.cache_gib=2.0"])
+    for free, state in ((2 * 2**30, "OK"), (2 * 2**30 - 1, "WARN")):
+        usage = SimpleNamespace(free=free, total=2**40)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        assert by_name(machine.check_storage(config))["data.cache_dir"].state == state
+
+
 @pytest.mark.parametrize(
     ("limit", "value", "name", "state"),
     [

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kha_train.config.resolve import Device, backend_problem, decide, resolve, triton_problem
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
+from kha_train.operate.ahead import processors
 from kha_train.operate.doctor.checks import Check
 from kha_train.variants.backends import TRAITS
 
@@ -73,12 +74,11 @@ def _told(choice: Any) -> str:
 
 
 def _processor() -> Check:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), os.uname().machine)
-    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return Check("device", "cpu", "OK", f"{name}, {cores} cores for this process, {pages * size / 2**30:.1f} GiB")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Check("device", "cpu", "OK", f"{name}, {processors()} cores for this process, {memory / 2**30:.1f} GiB")
 
 
 def _gpus(built_for: str | None, asked: str) -> Iterator[Check]:

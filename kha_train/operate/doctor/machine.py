@@ -14,7 +14,7 @@ from kha_train.config.home import in_home
 from kha_train.config.schema import RunConfig
 from kha_train.estimate.counts import count_parameters
 from kha_train.estimate.plan import checkpoint_bytes
-from kha_train.operate.doctor.checks import Check
+from kha_train.operate.doctor.checks import Check, State
 
 GIB = 2**30
 LITTLE_SHARED = GIB
@@ -27,11 +27,13 @@ def check_storage(config: RunConfig) -> Iterator[Check]:
     """Whether the places that a run writes to can be written, and have room for its checkpoints."""
     size = checkpoint_bytes(config, count_parameters(config))
     # One more than is kept exists while the oldest is still there.
-    yield _place("run.dir", Path(config.run.dir), size * (config.checkpoint.keep_last + 1), "the run's checkpoints")
+    kept = size * (config.checkpoint.keep_last + 1)
+    yield _place("run.dir", Path(config.run.dir), kept, "the run's checkpoints need")
     paths = [config.data.train, config.data.validation, *(source.path for source in config.data.sources)]
     if any("://" in path for path in paths):
         cached = int(config.data.cache_gib * GIB)
-        yield _place("data.cache_dir", in_home(config.data.cache_dir), cached, "data.cache_gib")
+        # The cache may hold less than it is allowed, and part of it may be there already.
+        yield _place("data.cache_dir", in_home(config.data.cache_dir), cached, "data.cache_gib allows", "WARN")
     yield _place("temporary files", Path(tempfile.gettempdir()), 0, "")
     yield _place("home", Path(os.path.expanduser("~")), 0, "")
     shared = Path("/dev/shm")
@@ -43,8 +45,10 @@ def check_storage(config: RunConfig) -> Iterator[Check]:
         yield Check("storage", "shared memory", "WARN" if little else "OK", found, fix if little else "")
 
 
-def _place(name: str, path: Path, needed: int, what: str) -> Check:
-    """Whether `path`, or the nearest directory above it that exists, can be written and has `needed` bytes left."""
+def _place(name: str, path: Path, needed: int, what: str, short: State = "FAIL") -> Check:
+    """Whether `path`, or the nearest directory above it that exists, can be written and has `needed` bytes left;
+    `short` if it has less.
+    """
     # `Path.is_dir` raises below a directory that may not be searched.
     above = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.isdir(place))
     if not os.access(above, os.W_OK | os.X_OK):
@@ -54,8 +58,8 @@ def _place(name: str, path: Path, needed: int, what: str) -> Check:
     found = f"{free / GIB:.1f} GiB free in {above}"
     if free < needed:
         fix = f"free some space, or {name}=SOMEWHERE_ELSE"
-        return Check("storage", name, "FAIL", f"{found}; {what} need {needed / GIB:.1f} GiB", fix)
-    return Check("storage", name, "OK", found + (f"; {what} need {needed / GIB:.2f} GiB" if needed else ""))
+        return Check("storage", name, short, f"{found}; {what} {needed / GIB:.1f} GiB", fix)
+    return Check("storage", name, "OK", found + (f"; {what} {needed / GIB:.2f} GiB" if needed else ""))
 
 
 def check_limits(config: RunConfig) -> Iterator[Check]:
