@@ -3,6 +3,8 @@
 A rank that ends by itself has said why, so nothing is printed below it. Only a rank that was killed has a line.
 torchrun turns every failure into exit code 1 and a traceback, kills ranks that take more than 30 seconds to save after
 a signal, and listens on every network interface.
+
+`python -m kha_train.operate.launcher RANKS ARGUMENT...` is `launch` as a process of its own.
 """
 
 from __future__ import annotations
@@ -129,3 +131,7 @@ def _end(started: Sequence[Process]) -> None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+if __name__ == "__main__":
+    raise SystemExit(launch(int(sys.argv[1]), sys.argv[2:]))

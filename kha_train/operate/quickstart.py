@@ -1,7 +1,7 @@
 """The quickstart: a corpus, a tokenizer and shards, then two models trained on the same data and compared.
 
-Each stage uses what users would call themselves; the models are trained by torchrun under ZeRO. A stage with an
-existing result is skipped, so an interrupted quickstart continues where it stopped.
+Each stage uses what users would call themselves; the models are trained by `kha train --ranks` under ZeRO. A stage with
+an existing result is skipped, so an interrupted quickstart continues where it stopped.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ def _overrides(out: Path, variant: str, steps: int) -> list[str]:
 
 
 def _train(run_dir: Path, overrides: list[str], processes: int) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    # Set to avoid torchrun's warning: one thread per rank, as many ranks as cores.
+    command = [sys.executable, "-m", "kha_train", "--ranks", str(processes), *overrides]
+    # One thread per rank, as many ranks as cores.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     # The trainer's output goes to standard error, so that `--json` leaves only JSON on standard output.
-    training = subprocess.Popen([*torchrun, "-m", "kha_train", *overrides], env=environment, stdout=sys.stderr)
+    training = subprocess.Popen(command, env=environment, stdout=sys.stderr)
     try:
         code = training.wait()
     except KeyboardInterrupt:
@@ -107,7 +107,7 @@ def _train(run_dir: Path, overrides: list[str], processes: int) -> None:
 
 
 def _explained(run_dir: Path, code: int) -> KhaError:
-    """Exit codes do not pass through torchrun, so the error kind is read from the line in the run's FATAL marker."""
+    """The error that the ranks left in the run's FATAL marker, of its own kind; or a general one."""
     line = read_marker(run_dir, Marker.FATAL)
     for kind in KhaError.__subclasses__():
         if line.startswith(f"{kind.kind} error: "):

@@ -217,14 +217,14 @@ def _advancing(first: int, advance: Callable[[int], None]) -> Callable[[int], No
 
 
 def in_processes(job: Job, place: Path, watch: Callable[[int], None]) -> None:
-    """Train `job` in new processes on this machine, by torchrun if there are several. Raises MachineError with what the
-    training said, or with the last line of its output, if it does not end well; DivergedError if it diverged.
+    """Train `job` in new processes on this machine, by the launcher if there are several. Raises MachineError with what
+    the training said, or with the last line of its output, if it does not end well; DivergedError if it diverged.
     """
     write_json(place / "job.json", {"config": to_plain(job.config), "until": job.until})
     unset = {*TORCHRUN, *SRUN, "OMP_NUM_THREADS", "KHA_OUTCOME_FILE"}
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment |= {"OMP_NUM_THREADS": job.threads} if job.threads else {}
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.ranks}"] if job.ranks > 1 else []
+    launcher = ["-m", "kha_train.operate.launcher", str(job.ranks)] if job.ranks > 1 else []
     command = [sys.executable, *launcher, "-m", __spec__.name, str(place / "job.json")]
     with (place / _LOG).open("wb") as log:
         training = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
@@ -234,7 +234,7 @@ def in_processes(job: Job, place: Path, watch: Callable[[int], None]) -> None:
             watch(lines[-1]["step"] if lines else 0)
     finally:
         if training.poll() is None:
-            # torchrun passes it on to its ranks, which save and stop.
+            # The launcher passes it on to its ranks, which save and stop.
             training.terminate()
             training.wait()
     if code:

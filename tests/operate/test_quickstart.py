@@ -24,7 +24,7 @@ PACKAGES = [Path(sysconfig.get_paths()["stdlib"]) / name for name in ("asyncio",
 def test_every_stage_makes_its_result_and_a_second_call_makes_none_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With less text, and trained in this process instead of under torchrun."""
+    """With less text, and trained in this process instead of by `kha train --ranks`."""
     begun: list[str] = []
 
     def corpus(out: Path, overwrite: bool) -> None:

@@ -18,8 +18,9 @@ from kha_train.checkpoint.manifest import _sealed
 from kha_train.checkpoint.reader import Checkpoint, check_sizes
 from kha_train.cli.main import run as command
 from kha_train.config.compose import compose
+from kha_train.errors import MachineError
 from kha_train.operate.replay import replay_runs
-from kha_train.operate.stretch import compute, in_this_process, stretches
+from kha_train.operate.stretch import Job, compute, in_processes, in_this_process, stretches
 from kha_train.record import read_metrics, read_run, timing_keys
 from kha_train.train.run import train
 
@@ -223,3 +224,11 @@ def test_the_command_replays_in_processes_of_their_own(
     assert not ended.value.code
     (one,) = json.loads(capsys.readouterr().out)["certificate"]["replays"]
     assert one["outcome"] == "equal" and one["lines"] == 4 and one["tensors"] > 0
+
+
+@pytest.mark.slow
+def test_the_exit_code_of_several_ranks_is_that_of_the_training(small: list[str], tmp_path: Path) -> None:
+    """By which a replay that diverges is told from one that failed."""
+    config = compose([*small, "data.train=/nowhere", f"run.dir={tmp_path}/run", "engine.device=cpu"])
+    with pytest.raises(MachineError, match=r"training ended with 2: configuration error: .*data.train"):
+        in_processes(Job(config, until=1, ranks=2, threads="1"), tmp_path, lambda step: None)
