@@ -14,8 +14,6 @@ from kha_train.config.compose import PACKAGE
 from kha_train.operate.doctor.checks import Check
 
 TOPIC = "versions"
-FOR_DEVELOPERS = ("dev", "docs")
-"""Extras that no run needs."""
 
 
 def check_versions() -> Iterator[Check]:
@@ -29,7 +27,8 @@ def check_versions() -> Iterator[Check]:
     for requirement in groups[""]:
         yield _needed(requirement)
     for extra, wanted in groups.items():
-        if extra and extra not in FOR_DEVELOPERS:
+        # No run needs what developers do.
+        if extra not in ("", "dev"):
             yield _optional(extra, wanted)
 
 
