@@ -52,7 +52,7 @@ def train(
             fix="--dry-run --json, or kha status --json",
         )
     if dry_run:
-        _rehearse(overrides, ranks_per_node, as_json)
+        _rehearse(overrides, ranks, ranks_per_node, as_json)
         return
     if ranks > 1:
         _launch(ranks, overrides)
@@ -93,13 +93,13 @@ def _refuse_multirun(overrides: list[str]) -> None:
     raise ConfigError(problem, field="--multirun", fix=sweep_command(overrides))
 
 
-def _rehearse(overrides: list[str], ranks_per_node: int, as_json: bool) -> None:
-    """Raises ConfigError for an invalid world size."""
+def _rehearse(overrides: list[str], ranks: int, ranks_per_node: int, as_json: bool) -> None:
+    """Rehearse `world_size` ranks, or `ranks` if that is not typed. Raises ConfigError for an invalid world size."""
     ours = [text.partition("=")[2] for text in overrides if text.startswith("world_size=")]
     settings = [text for text in overrides if not text.startswith("world_size=")]
     if not all(text.isdecimal() and int(text) for text in ours):
         raise ConfigError("is not a number of ranks", field="world_size", value=ours[-1])
-    world_size = int(ours[-1]) if ours else 1
+    world_size = int(ours[-1]) if ours else ranks
     config = compose(settings)
     from kha_train.operate.rehearse import Layout, rehearse
 

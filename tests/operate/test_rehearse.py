@@ -67,6 +67,7 @@ def test_a_rehearsal_of_64_ranks_is_the_arithmetic_of_the_job(
     "settings, word",
     [
         (["world_size=48"], "data.global_batch_size"),
+        (["--ranks=48"], "data.global_batch_size"),
         (["world_size=4", "--ranks-per-node=3"], "ranks"),
         (["world_size=many"], "world_size"),
         (["world_size=64", "data.train=/nowhere"], "/nowhere"),
