@@ -82,16 +82,16 @@ def _first_failure(started: Sequence[Process]) -> int:
     """Wait until a rank has failed or all have ended; the exit code."""
     while True:
         codes = [process.poll() for process in started]
-        for rank, code in enumerate(codes):
-            if code is not None and code < 0:
-                name = signal.Signals(-code).name
-                say(
-                    f"rank {rank} was killed by {name}; the same command continues from the newest checkpoint", err=True
-                )
-                # As a shell reports it.
-                return 128 - code
-            if code:
+        # A killed rank before others, which may have failed of its death.
+        failed = sorted((code > 0, rank, code) for rank, code in enumerate(codes) if code)
+        if failed:
+            exited, rank, code = failed[0]
+            if exited:
                 return code
+            name = signal.Signals(-code).name
+            say(f"rank {rank} was killed by {name}; the same command continues from the newest checkpoint", err=True)
+            # As a shell reports it.
+            return 128 - code
         if None not in codes:
             return 0
         time.sleep(POLL_SECONDS)

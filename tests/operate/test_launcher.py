@@ -7,6 +7,8 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -71,3 +73,10 @@ def test_a_rank_that_is_killed_has_one_line_and_the_others_are_asked_to_end(
         "rank 0 was killed by SIGKILL; the same command continues from the newest checkpoint"
     ]
     assert (tmp_path / "saved-1").read_text() == "SIGTERM"
+
+
+def test_a_killed_rank_is_the_cause_even_if_another_failed_of_it_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    ended: list[Any] = [SimpleNamespace(poll=lambda code=code: code) for code in (0, 1, -9)]
+    assert launcher._first_failure(ended) == 137
+    assert capfd.readouterr().err.startswith("rank 2 was killed by SIGKILL")
+    assert launcher._first_failure(ended[:2]) == 1
