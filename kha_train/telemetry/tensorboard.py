@@ -54,13 +54,15 @@ class TensorBoardMirror(Sink):
         self._guarded(lambda: self._scalars(numbers, self._step, line.get("time")))
 
     def event(self, event: dict[str, Any]) -> None:
-        """See `Sink.event`: a mark at the loss of the last step. After a rewind the curve continues there."""
+        """See `Sink.event`: a mark at the loss of the last step; a rewind's is at the step after which it continues."""
         if not event:
             return
+        if event["kind"] == "rewind":
+            # First, because TensorBoard drops all that came before it at later steps, marks too.
+            self._step = event["to_step"]
+            self._guarded(lambda: self._begin_session(self._step + 1))
         mark = {HAPPENED + str(event["kind"]): float(self._loss)}
         self._guarded(lambda: self._scalars(mark, self._step, event.get("time")))
-        if event["kind"] == "rewind":
-            self._guarded(lambda: self._begin_session(event["to_step"] + 1))
 
     def spikes(
         self, events: list[dict[str, Any]], actions: list[dict[str, Any]], losses: Sequence[tuple[int, float]]

@@ -85,6 +85,7 @@ def test_a_resume_and_a_rewind_leave_the_curve_of_the_record(tmp_path: Path) -> 
     second.close()
     expected = [(step, float(step)) for step in range(1, 6)] + [(6, 16.0), (7, 17.0), (8, 28.0)]
     assert curve(tmp_path, "train/loss") == expected
+    assert curve(tmp_path, "events/rewind") == [(7, 19.0)], "at the step from which it goes on"
 
 
 def test_a_failure_warns_once_and_never_reaches_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
