@@ -162,6 +162,7 @@ def test_variables_are_shown_with_their_harm_and_secrets_are_not(
     code, out, err = kha("doctor")
     assert code == 2 and "a key is present" in out and "unset TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" in out
     assert CANARY not in out + err
+    assert list(services.check_wandb(compose(["telemetry.sinks=[tensorboard]"]))) == []
 
 
 @pytest.fixture

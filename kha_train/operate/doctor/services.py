@@ -47,7 +47,9 @@ def check_environment(environ: Mapping[str, str]) -> Iterator[Check]:
 
 
 def check_wandb(config: RunConfig) -> Iterator[Check]:
-    """The mode that W&B would work in, and whether there is a key. A key is never shown."""
+    """The mode that W&B would work in, if it is a sink, and whether there is a key. A key is never shown."""
+    if "wandb" not in config.telemetry.sinks:
+        return
     from kha_train.telemetry.wandb import DEFAULT_HOST, safely_chosen_mode
 
     mode, reason = safely_chosen_mode(config.telemetry.wandb.mode)
