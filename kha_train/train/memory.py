@@ -91,4 +91,8 @@ def _planned(config: RunConfig, world: World) -> str:
 def _remedies(config: RunConfig, world: World) -> list[str]:
     """Settings that save memory according to the plan, the largest saving first, with the amount."""
     found = savings(_here(config, world))[:MOST_OFFERED]
-    return [f"{setting} (saves {saved / GIB:.2f} GiB)" for setting, saved in found]
+    return [f"{setting} (saves {_amount(saved)})" for setting, saved in found]
+
+
+def _amount(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB // 10 else f"{size / 2**20:.3g} MiB"

@@ -26,7 +26,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = (".gitignore", "CONTRIBUTING.md", "README.md", "Makefile", "configs", "constraints.txt", "data_tools", "docs",
-         "kha_train", "launch", "pyproject.toml", "tests")  # fmt: skip
+         "kha_train", "launch", "pyproject.toml", "tests", "tools")  # fmt: skip
 """What is copied of the checkout. What `.gitignore` names is not."""
 FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^## (?:How to add )?(.*)$", re.MULTILINE)

@@ -28,14 +28,14 @@ class Telling(Router):
         toys = (Metric(f"toy/{kind}", "1", "sample numbers", combine=kind, layers="max") for kind in KINDS)
         self.metrics = (*self.metrics, *toys)
 
-    def forward(self, x_ND: Any, samples_B: Any, *rest: Any, report: Report = UNREAD) -> Routing:
+    def forward(self, x_ND: Any, samples_B: Any, *rest: Any, report: Report = UNREAD, **more: Any) -> Routing:
         numbers_B = samples_B.double()
         report.mean("toy/mean", numbers_B)
         report.rms("toy/rms", numbers_B)
         values = {"sum": numbers_B.sum(), "norm": numbers_B.square().sum(), "max": numbers_B.max()}
         for kind, value in (values | {"min": numbers_B.min(), "last": numbers_B[-1]}).items():
             report(f"toy/{kind}", value)
-        return super().forward(x_ND, samples_B, *rest)
+        return super().forward(x_ND, samples_B, *rest, **more)
 
 
 def run_case(overrides: list[str], steps: int) -> list[dict[str, Any]]:
