@@ -6,9 +6,12 @@ in the same order. No rank raises alone while others wait.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import secrets
+import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -33,6 +36,8 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 PATIENCE_SECONDS = 5.0
 """Ranks wait this many seconds for each other before they report it."""
+_PR_SET_PDEATHSIG = 1
+"""prctl(2)."""
 _MISTAKES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _KINDS = {kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type)}
 
@@ -83,7 +88,12 @@ class World:
         if present and len(present) < len(TORCHRUN):
             missing = ", ".join(name for name in TORCHRUN if name not in environ)
             problem = f"{', '.join(present)} set but not {missing}"
-            raise ConfigError(problem, field="environment", fix="start with torchrun, or unset them", code="E19")
+            raise ConfigError(
+                problem,
+                field="environment",
+                fix="start with kha train --ranks N or torchrun, or unset them",
+                code="E19",
+            )
         names = TORCHRUN if present else SRUN
         if not present and is_interactive_step(environ):
             return World()
@@ -283,11 +293,15 @@ def start(device: str, timeout_seconds: float) -> World:
     `device` is `auto`, `cpu` (gloo) or `cuda` (nccl). Raises ConfigError when CUDA is configured but absent, when there
     are more ranks than GPUs on this host, when the address where ranks connect is unknown, or when the environment
     would let pickles run code. From here on no library in this process can do so. Close with `stop()`.
+
+    On Linux, a rank gets SIGTERM when its launcher dies, which is how a launcher asks it to save and end.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("no CUDA device here", field="engine.device", value=device, fix=Settings("engine.device=cpu"))
     _refuse_pickles()
     world = World.from_environment()
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda and world.local_rank >= torch.cuda.device_count():
         raise ConfigError(
@@ -302,7 +316,8 @@ def start(device: str, timeout_seconds: float) -> World:
         raise ConfigError(
             f"{world.size} ranks, but no MASTER_ADDR and MASTER_PORT to connect to",
             field="environment",
-            fix="start with torchrun, or export both (the first node's name and a free port) before srun",
+            fix="start with kha train --ranks N or torchrun, or export both (the first node's name and a free port) "
+            "before srun",
         )
     where = torch.device("cuda", world.local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:

@@ -15,7 +15,16 @@ import pytest
 
 from kha_train.checkpoint.layout import candidates
 from kha_train.config.compose import compose
-from kha_train.record import Marker, read_discarded, read_events, read_metrics, read_run, set_marker, timing_keys
+from kha_train.record import (
+    Marker,
+    has_marker,
+    read_discarded,
+    read_events,
+    read_metrics,
+    read_run,
+    set_marker,
+    timing_keys,
+)
 from kha_train.train.resume import attention_backend
 from kha_train.train.run import train
 
@@ -28,9 +37,13 @@ RUN = Path("runs/one")
 class Runner:
     """Starts one and the same command in a directory, and kills or stops it."""
 
-    def __init__(self, where: Path, overrides: list[str], environment: dict[str, str], processes: int = 1) -> None:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        self.command = [sys.executable, *(launcher if processes > 1 else []), "-m", "kha_train", *overrides]
+    def __init__(
+        self, where: Path, overrides: list[str], environment: dict[str, str], processes: int, by_torchrun: bool
+    ) -> None:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        ranks = ["--ranks", str(processes)]
+        ours = ["-m", "kha_train"]
+        self.command = [sys.executable, *([*torchrun, *ours] if by_torchrun else [*ours, *ranks]), *overrides]
         self.where, self.environment = where, environment
         self.run_dir = where / RUN
         where.mkdir()
@@ -40,14 +53,16 @@ class Runner:
         self._wait(self._start())
 
     def ended_by(self, number: signal.Signals, after_step: int) -> int:
-        """Start, wait until `after_step` is recorded, send the signal; the exit code."""
+        """Start, wait until `after_step` is recorded, send the signal, wait for all ranks; the exit code."""
         process = self._start()
         try:
             while self._recorded() < after_step and process.poll() is None:
                 time.sleep(0.01)
             assert process.poll() is None, f"ended by itself:\n{process.communicate()[0]}"
             process.send_signal(number)
-            return process.wait(timeout=120)
+            # A rank that outlives its launcher keeps the pipe open.
+            process.communicate(timeout=120)
+            return process.returncode
         finally:
             process.kill()
 
@@ -87,9 +102,11 @@ class Runner:
 
 @pytest.fixture
 def runner(tmp_path: Path, small: list[str], clean_environment: dict[str, str]) -> Callable[..., Runner]:
-    """`runner(name, *overrides, processes=1)` in a directory of its own, so that every path in a run is the same."""
+    """`runner(name, *overrides, processes=1, by_torchrun=False)` in a directory of its own, so that every path in a run
+    is the same.
+    """
 
-    def make(name: str, *overrides: str, processes: int = 1) -> Runner:
+    def make(name: str, *overrides: str, processes: int = 1, by_torchrun: bool = False) -> Runner:
         common = [
             *small,
             f"run.dir={RUN}",
@@ -97,7 +114,7 @@ def runner(tmp_path: Path, small: list[str], clean_environment: dict[str, str]) 
             "checkpoint.every_steps=7",
             "validation.every_steps=10",
         ]
-        return Runner(tmp_path / name, [*common, *overrides], clean_environment, processes)
+        return Runner(tmp_path / name, [*common, *overrides], clean_environment, processes, by_torchrun)
 
     return make
 
@@ -122,12 +139,16 @@ def test_a_run_killed_twice_equals_one_that_never_was(runner: Callable[..., Runn
     assert all(line["step"] > attempts[1]["start_step"] for line in undone)
 
 
-def test_two_ranks_killed_by_their_launcher_resume_bit_for_bit(runner: Callable[..., Runner]) -> None:
+def test_two_ranks_save_and_end_when_their_launcher_is_killed_and_resume_bit_for_bit(
+    runner: Callable[..., Runner],
+) -> None:
     settings = ["attention=kha_mlp", "engine=zero2"]
-    straight, killed = (runner(name, *settings, processes=2) for name in ("straight", "killed"))
+    straight = runner("straight", *settings, processes=2, by_torchrun=True)
+    killed = runner("killed", *settings, processes=2)
     straight.to_the_end()
     killed.ended_by(signal.SIGKILL, 16)
-    time.sleep(1.0)
+    assert has_marker(killed.run_dir, Marker.REQUEUE)
+    assert candidates(killed.run_dir / "checkpoints")[0][0] == killed.metrics()[-1]["step"] < STEPS
     killed.to_the_end()
     assert killed.metrics() == straight.metrics()
     assert killed.final_state() == straight.final_state()
