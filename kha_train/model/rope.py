@@ -32,8 +32,8 @@ class Scaling(NamedTuple):
     `linear` (position interpolation, arXiv 2306.15595) divides all of them by `factor`. `yarn` (arXiv 2309.00071,
     section 3) leaves a dimension as it is that turns `beta_fast` times or more over a row of `original` tokens, divides
     one that turns `beta_slow` times or less, and in between passes from one to the other linearly in the dimension; the
-    two borders are rounded outwards to whole dimensions, as in the authors' code. It also multiplies rotated queries
-    and keys by `magnitude`.
+    two borders are rounded outwards to whole dimensions, as in the authors' code, which also decides what happens where
+    one of them lies outside of all dimensions. It also multiplies rotated queries and keys by `magnitude`.
     """
 
     name: str = "none"
@@ -75,7 +75,7 @@ class Scaling(NamedTuple):
         first = max(math.floor(self._dimension(self.beta_fast, planes, theta)), 0)
         last = min(math.ceil(self._dimension(self.beta_slow, planes, theta)), 2 * planes - 1)
         place_R = torch.arange(planes, dtype=torch.float64, device="cpu")
-        share_R = ((place_R - first) / max(last - first, 1e-3)).clamp(0, 1)
+        share_R = ((place_R - first) / (last - first or 1e-3)).clamp(0, 1)
         return share_R * divided_R + (1 - share_R) * frequency_R
 
     def _dimension(self, turns: float, planes: int, theta: float) -> float:

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kha_train.model.rope import UNSCALED, Rotary, Scaling, rotary_table, rotate
 
@@ -44,15 +46,35 @@ SCALINGS = {
     "yarn as DeepSeek-V3 has it": (Scaling("yarn", 40.0, 4096, 32.0, 1.0, 1.0), 64, 1e4),
     "short rows, where both borders are cut off": (Scaling("yarn", 16.0, 8, 32.0, 0.001), 16, 1e4),
     "borders that meet": (Scaling("yarn", 8.0, 128, 1.01, 1.0), 4, 1e8),
+    "rows so short that all dimensions turn too slowly": (Scaling("yarn", 8.0, 1, 32.0, 1.0), 16, 2.0),
 }
 
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_scaled_frequencies_and_magnitude_are_those_of_transformers(name):
+    scaling, turned, theta = SCALINGS[name]
+    unscaled, found = compared_with_transformers(scaling, turned, theta)
+    assert not torch.equal(found, unscaled) or "too slowly" in name
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    factor=st.floats(1.0, 64.0),
+    original=st.integers(1, 2**20),
+    slow=st.floats(1e-3, 64.0),
+    ratio=st.floats(1.001, 64.0),
+    planes=st.integers(1, 64),
+    theta=st.floats(1.01, 1e8),
+)
+def test_yarn_is_that_of_transformers_for_any_settings(factor, original, slow, ratio, planes, theta):
+    compared_with_transformers(Scaling("yarn", factor, original, slow * ratio, slow), 2 * planes, theta)
+
+
+def compared_with_transformers(scaling, turned, theta):
+    """Frequencies before and after the scaling, once transformers computed the same."""
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    scaling, turned, theta = SCALINGS[name]
     rope = {"rope_type": scaling.name, "rope_theta": theta, "factor": scaling.factor}
     if scaling.name == "yarn":
         rope |= {"original_max_position_embeddings": scaling.original, "attention_factor": scaling.attention_factor}
@@ -64,7 +86,7 @@ def test_scaled_frequencies_and_magnitude_are_those_of_transformers(name):
     # They compute in fp32.
     torch.testing.assert_close(found.float(), expected, rtol=2e-6, atol=0)
     assert scaling.magnitude == pytest.approx(magnitude, rel=1e-12)
-    assert not torch.equal(found, unscaled)
+    return unscaled, found
 
 
 def test_the_table_holds_the_scaled_angles_times_the_magnitude():
