@@ -33,19 +33,20 @@ TORCHRUN_ECHO_SECONDS = 2.0
 
 
 def time_warning(config: RunConfig, environ: Mapping[str, str] = os.environ, now: float | None = None) -> str:
-    """A warning if `checkpoint.every_minutes` is longer than the time that is left by `run.max_minutes` and the end of
-    the SLURM job; "" where there is nothing to warn of. `now`: seconds since the epoch.
+    """A warning if `checkpoint.every_minutes` is 0, or longer than the time that is left by `run.max_minutes` and the
+    end of the SLURM job; "" where no end is known. `now`: seconds since the epoch.
     """
     every, most = config.checkpoint.every_minutes, config.run.max_minutes
     end = environ.get("SLURM_JOB_END_TIME", "")
     left = [most] if most else []
     left += [(int(end) - (time.time() if now is None else now)) / 60] if end.isdecimal() else []
-    if not left or every <= min(left):
+    if not left or 0 < every <= min(left):
         return ""
     due = max(1, int(min(left) / 4))
+    never = "" if every else " (never)"
     return (
-        f"warning: checkpoint.every_minutes = {every:g}: {min(left):.0f} minutes are left, and a crash loses them "
-        f"unless checkpoint.every_steps saves before; fix: checkpoint.every_minutes={due}{tag('E21')}"
+        f"warning: checkpoint.every_minutes = {every:g}{never}: {min(left):.0f} minutes are left, and a crash loses "
+        f"them unless checkpoint.every_steps saves before; fix: checkpoint.every_minutes={due}{tag('E21')}"
     )
 
 
