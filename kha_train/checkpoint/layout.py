@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from kha_train.checkpoint.manifest import MANIFEST_FILE
 from kha_train.record.files import sync_directory
 from kha_train.record.reader import RUN_FILE
 
@@ -61,12 +62,25 @@ def candidates(folder: Path) -> list[tuple[int, Path]]:
 
 
 def run_of(checkpoint: Path) -> Path:
-    """The run directory that a checkpoint lies in; its own directory where it was moved out of one."""
-    if checkpoint.parent.name != FOLDER:
-        return checkpoint
-    place = checkpoint.parent.parent
-    # A run may have the name of a ring itself.
-    return place.parent if place.name == RING and (place.parent / RUN_FILE).is_file() else place
+    """The run directory that a checkpoint lies in, or that one lies in to which it is a link; its own directory where
+    it was moved out of a run.
+    """
+    for path in (Path(os.path.abspath(checkpoint)), checkpoint.resolve()):
+        if path.parent.name == FOLDER:
+            place = path.parent.parent
+            # A run may have the name of a ring itself.
+            return place.parent if place.name == RING and (place.parent / RUN_FILE).is_file() else place
+    return checkpoint
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is the directory of a published checkpoint."""
+    return (path / MANIFEST_FILE).is_file()
+
+
+def home_of(path: Path) -> Path:
+    """The run directory of `path`, which is one itself or the directory of a checkpoint."""
+    return run_of(path) if is_checkpoint(path) else path
 
 
 def is_away(path: Path) -> bool:

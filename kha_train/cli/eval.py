@@ -94,9 +94,9 @@ def _every_one(
 
 def _places(models: list[Path]) -> list[Path]:
     """Checkpoints and exports as they are named, and the runs among and below the others."""
-    from kha_train.checkpoint.manifest import MANIFEST_FILE
+    from kha_train.checkpoint.layout import is_checkpoint
 
-    whole = [path for path in models if (path / MANIFEST_FILE).is_file() or is_export(path)]
+    whole = [path for path in models if is_checkpoint(path) or is_export(path)]
     others = [path for path in models if path not in whole]
     return [*whole, *(find_runs(others, note) if others else [])]
 
@@ -105,8 +105,7 @@ def _evaluated(
     place: Path, request: Request, run: Path | None, every: bool, device: str, faults: list[KhaError]
 ) -> Iterator[Evaluation]:
     """The evaluations of one run, checkpoint or export. Those of a run are saved. Raises as `evaluate_run`."""
-    from kha_train.checkpoint.layout import run_of
-    from kha_train.checkpoint.manifest import MANIFEST_FILE
+    from kha_train.checkpoint.layout import home_of
     from kha_train.config.compose import load
     from kha_train.evaluate.checkpoints import evaluate_model, evaluate_run, suite_of, torch_device
     from kha_train.evaluate.results import save
@@ -126,9 +125,8 @@ def _evaluated(
         # Of a run's newest checkpoint, the one before it takes the place.
         faults.extend([error] * every)
 
-    home = run_of(place.resolve()) if (place / MANIFEST_FILE).is_file() else place
     for evaluation in evaluate_run(place, request, damaged, progress_bar, every=every, device=device):
-        save(home, evaluation)
+        save(home_of(place), evaluation)
         yield evaluation
 
 

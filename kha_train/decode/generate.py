@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from kha_train.checkpoint.fit import check_buffers, check_parameters
-from kha_train.checkpoint.layout import run_of
+from kha_train.checkpoint.layout import home_of, is_checkpoint
 from kha_train.checkpoint.loss import check_not_lost
-from kha_train.checkpoint.manifest import MANIFEST_FILE
 from kha_train.checkpoint.reader import Checkpoint, find_newest, open_verified
 from kha_train.config.compose import load
 from kha_train.config.resolve import resolve_decoding
@@ -67,10 +66,9 @@ def load_run(path: Path, report: Callable[[str], None], device: torch.device | N
 
     Raises ConfigError (no run, no checkpoint), CheckpointError or DataError (damaged or lost files).
     """
-    one = (path / MANIFEST_FILE).is_file()
-    run_dir = run_of(path.resolve()) if one else path
+    run_dir = home_of(path)
     config = load(run_dir / "config.yaml")
-    if one:
+    if is_checkpoint(path):
         checkpoint = open_verified(path, World.single())
     else:
         check_not_lost(path)

@@ -16,7 +16,7 @@ import torch
 
 from kha_train.checkpoint import layout
 from kha_train.checkpoint.loss import check_not_lost
-from kha_train.checkpoint.manifest import MANIFEST_FILE, manifest_sha256
+from kha_train.checkpoint.manifest import manifest_sha256
 from kha_train.checkpoint.reader import open_verified
 from kha_train.config.compose import load
 from kha_train.config.schema import RunConfig
@@ -136,8 +136,7 @@ def evaluate_run(
     A damaged checkpoint is told to `damaged` and passed over. Raises ConfigError (no run, no checkpoint, no tokenizer),
     CheckpointError when all are damaged, and as `evaluate_model`.
     """
-    one = run_dir if (run_dir / MANIFEST_FILE).is_file() else None
-    home = run_dir if one is None else layout.run_of(run_dir.resolve())
+    home = layout.home_of(run_dir)
     config = load(home / "config.yaml")
     # An imported run has its tokenizer with it, and may have been moved.
     config = replace(config, run=replace(config.run, dir=str(home)))
@@ -146,7 +145,7 @@ def evaluate_run(
     suite = suite_of(request, config)
     fault: CheckpointError | None = None
     found = False
-    for path in [one] if one else _checkpoints(home):
+    for path in [run_dir] if layout.is_checkpoint(run_dir) else _checkpoints(home):
         with ExitStack() as held:
             try:
                 checkpoint = open_verified(path, World.single(), held)

@@ -28,7 +28,7 @@ MADE = {IMPORTED: "imported", MERGED: "averaged", ORIGIN_FILE: "compressed"}
 
 def run_of(checkpoint: Checkpoint) -> Path | None:
     """The run directory that a checkpoint lies in; None for one that was moved elsewhere."""
-    home = layout.run_of(checkpoint.path.resolve())
+    home = layout.run_of(checkpoint.path)
     return home if (home / "run.json").is_file() else None
 
 
@@ -113,7 +113,7 @@ def _progress(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
 
 def _made(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the weights of a checkpoint were made of, empty for those of a training. Raises DataError."""
-    home, made = layout.run_of(checkpoint.path.resolve()), dict[str, Any]()
+    home, made = layout.run_of(checkpoint.path), dict[str, Any]()
     # A compressed run may be of an imported one: then it has the files of both.
     for name, how in MADE.items():
         told = read_json(home / name, dict[str, Json]) if not checkpoint.step else None
