@@ -54,24 +54,19 @@ def validate_batch(config: RunConfig, world_size: int) -> None:
             value=config.engine.hpz_partition_size,
             fix="the number of ranks on a node",
         )
-    spread = config.engine.expert_parallel
-    if world_size % spread:
-        raise ConfigError(
-            f"{world_size} ranks do not divide into groups that share the experts",
-            field="engine.expert_parallel",
-            value=spread,
-            allowed=_listed(_divisors(world_size)),
-            fix=Settings(f"engine.expert_parallel={math.gcd(world_size, spread)}"),
-        )
     parts = config.engine.context_parallel
-    if world_size % parts:
-        raise ConfigError(
-            f"{world_size} ranks do not divide into groups that share their rows",
-            field="engine.context_parallel",
-            value=parts,
-            allowed=_listed(_divisors(world_size)),
-            fix=Settings(f"engine.context_parallel={math.gcd(world_size, parts)}"),
-        )
+    for name, size, shared in (
+        ("expert_parallel", config.engine.expert_parallel, "the experts"),
+        ("context_parallel", parts, "their rows"),
+    ):
+        if world_size % size:
+            raise ConfigError(
+                f"{world_size} ranks do not divide into groups that share {shared}",
+                field=f"engine.{name}",
+                value=size,
+                allowed=_listed(_divisors(world_size)),
+                fix=Settings(f"engine.{name}={math.gcd(world_size, size)}"),
+            )
     rows, micro = config.data.global_batch_size, config.engine.micro_batch_size
     unit = micro * world_size // parts
     sharing = "ranks" if parts == 1 else "ranks / engine.context_parallel"

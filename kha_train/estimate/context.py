@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypedDict
 
 from kha_train.config.schema import RunConfig
-from kha_train.estimate.memory import micro_batch_tokens, micro_batches, uses_bf16
+from kha_train.estimate.memory import micro_batch_tokens, micro_batches, number_bytes
 from kha_train.variants.attention import shared_key_repeats
 
 
@@ -29,7 +29,7 @@ def exchanged(config: RunConfig) -> Exchanged:
     numbers = (heads.query_heads + keys) * (base.kernel_width() + heads.value_width)
     passes = 2 if engine.activation_checkpointing == "none" else 3
     tokens = micro_batches(config) * micro_batch_tokens(config)
-    width = 2 if uses_bf16(config) else 4
+    width = number_bytes(config)
     sent = passes * config.model.layers * tokens * numbers * width * (ranks - 1) // ranks
     bandwidth = config.cluster.bandwidth_gb(ranks)
     return {"ranks": ranks, "bytes_per_step": sent, "seconds_per_step": sent / (bandwidth * 1e9) if bandwidth else None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kha_train.config.schema import RunConfig
 from kha_train.estimate.counts import moe_layers
-from kha_train.estimate.memory import micro_batch_tokens, micro_batches, uses_bf16
+from kha_train.estimate.memory import micro_batch_tokens, micro_batches, number_bytes
 
 
 def exchange_bytes(config: RunConfig) -> int:
@@ -17,6 +17,6 @@ def exchange_bytes(config: RunConfig) -> int:
     engine, model, moe = config.engine, config.model, config.moe
     again = engine.activation_checkpointing != "none"
     rows = 4 + again + (again and moe.shared_experts > 0)
-    per_copy = (2 if uses_bf16(config) else 4) * rows * model.hidden_size + 4 * (2 + again)
+    per_copy = number_bytes(config) * rows * model.hidden_size + 4 * (2 + again)
     copies = micro_batches(config) * micro_batch_tokens(config) * moe.top_k
     return moe_layers(config) * copies * per_copy * (engine.expert_parallel - 1) // engine.expert_parallel

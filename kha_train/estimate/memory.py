@@ -78,6 +78,11 @@ def uses_bf16(config: RunConfig) -> bool:
     return decide_plan(config).precision == "bf16"
 
 
+def number_bytes(config: RunConfig) -> int:
+    """Bytes of a number of a parameter, a gradient or an activation in the training dtype."""
+    return 2 if uses_bf16(config) else 4
+
+
 def micro_batches(config: RunConfig) -> int:
     """Micro-batches per rank and step, at least 1."""
     engine = config.engine
@@ -95,7 +100,7 @@ def plan_memory(config: RunConfig, rank: int | None = None) -> MemoryPlan:
     most.
     """
     engine, ranks = config.engine, config.cluster.devices
-    count, width = count_parameters(config), 2 if uses_bf16(config) else 4
+    count, width = count_parameters(config), number_bytes(config)
     total, held = count.total, sum(held_parameters(config))
     sharded, second = engine.zero_stage == 3, engine.hpz_partition_size
     states = {
@@ -135,7 +140,7 @@ def held_bytes(config: RunConfig) -> int:
     """Bytes of the activations of one micro-batch held when the loss is computed: no block is recomputed yet."""
     if config.engine.activation_checkpointing == "none":
         return activation_bytes(config)
-    tokens, width = micro_batch_tokens(config), 2 if uses_bf16(config) else 4
+    tokens, width = micro_batch_tokens(config), number_bytes(config)
     kept = config.model.layers * config.model.hidden_size
     if config.engine.activation_checkpointing == "selective":
         moe, dense = kept_block_numbers(config, width)
@@ -158,7 +163,7 @@ def activation_bytes(config: RunConfig) -> int:
     results it keeps), and one whole block.
     """
     tokens = micro_batch_tokens(config)
-    width = 2 if uses_bf16(config) else 4
+    width = number_bytes(config)
     moe, dense = block_activations(config)
     # The residual stream enters and leaves; the final norm saves its input and passes another tensor to the head.
     outside = 3 * config.model.hidden_size
@@ -250,7 +255,7 @@ class _Gradients(NamedTuple):
 def _gradients(config: RunConfig, total: int, held: int, rank: int | None) -> _Gradients:
     engine, ranks, accumulates = config.engine, config.cluster.devices, micro_batches(config) > 1
     wide = uses_bf16(config) and engine.grad_accum_dtype == "fp32"
-    width = 2 if uses_bf16(config) else 4
+    width = number_bytes(config)
     if engine.zero_stage == 3:
         return _Gradients(*((4 if wide else width) * total // ranks,) * 3)
     if engine.zero_stage == 2 and wide:

@@ -35,10 +35,10 @@ from kha_train.estimate.memory import (
     MemoryPlan,
     largest_micro_batch,
     micro_batches,
+    number_bytes,
     optimizer_bytes,
     plan_memory,
     recipes,
-    uses_bf16,
 )
 from kha_train.estimate.remedies import Remedy, advise, with_engine
 
@@ -209,7 +209,7 @@ def _communication(config: RunConfig, stage: int, total: int) -> Communication:
     the first gather of a step is among all ranks; the others stay inside each group.
     """
     group = config.engine.hpz_partition_size if stage == 3 else 1
-    ranks, width, micro = config.cluster.devices, 2 if uses_bf16(config) else 4, micro_batches(config)
+    ranks, width, micro = config.cluster.devices, number_bytes(config), micro_batches(config)
     passes = {1: 3, 2: 2 * micro + 1, 3: micro + 1 if group > 1 else 3 * micro}[stage]
     spread, (everywhere, shared) = config.engine.expert_parallel, held_parameters(config)
     if stage == 3:
