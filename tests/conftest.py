@@ -30,6 +30,7 @@ from kha_train.record import read_metrics, read_run, timing_keys
 
 VOCAB_SIZE = 256
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+ROOT = Path(__file__).resolve().parents[1]
 HEADER, BLOCK, CHUNK_HEADER = 7, 32768, 7
 """Bytes of a `.wandb` file's own header, of a block in LevelDB's log format, and of a chunk header."""
 WHOLE, LAST = 1, 4
@@ -37,6 +38,9 @@ DEAR, MANY = 3.0, 500
 """Processor seconds of a test that `make test` names at its end, in runs of at least so many tests."""
 FEW = 50
 """Modules that a test may import without a pause to collect garbage."""
+TREE = (".gitignore", "CONTRIBUTING.md", "README.md", "Makefile", "configs", "constraints.txt", "data_tools", "docs",
+         "kha_train", "launch", "pyproject.toml", "tests", "tools")  # fmt: skip
+"""What a clone has of the checkout. What `.gitignore` names is not."""
 Kha = Callable[..., tuple[int, str, str]]
 BEGAN = pytest.StashKey[float]()
 COLLECTED = pytest.StashKey[dict[str, set[str]]]()
@@ -47,6 +51,27 @@ FORK_SERVER = Path(__file__).parent / "faults" / "fork_server.py"
 # No test asserts a time: a busy machine must not fail one.
 settings.register_profile("timeless", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("timeless")
+
+
+def git(tree: Path, *arguments: str) -> str:
+    """What git prints at `tree`, whatever the user's own settings are."""
+    alone = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    name = ("-c", "user.name=tests", "-c", "user.email=tests@localhost", "-c", "core.quotePath=false")
+    return subprocess.run(
+        ["git", *name, *arguments], cwd=tree, env=kept | alone, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of one commit with the tree as it stands, to be cloned."""
+    tree = tmp_path_factory.mktemp("checkout") / "tree"
+    tree.mkdir()
+    git(tree, "init", "--quiet")
+    git(tree, f"--work-tree={ROOT}", "add", "--all", "--", *TREE)
+    git(tree, "commit", "--quiet", "--message", "the tree")
+    return tree
 
 
 @pytest.fixture(scope="session")
@@ -175,8 +200,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Names the files that cost most, and each test of `make test` that costs much. No test asserts a time: this is for
-    whoever marks tests as slow."""
+    """Prints what tests have `told`, a property. Names the files that cost most, and each test of `make test` that
+    costs much. No test asserts a time: this is for whoever marks tests as slow."""
+    for report in terminalreporter.stats.get("passed", []):
+        for line in dict(report.user_properties).get("told", []):
+            terminalreporter.line(line)
     costs = {
         report.nodeid: dict(report.user_properties)["processor"]
         for report in terminalreporter.stats.get("", [])

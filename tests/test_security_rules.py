@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import shutil
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -134,23 +131,6 @@ def test_security_no_file_of_a_run_is_a_pickle(small: list[str], tmp_path: Path)
     # A pickle begins with its protocol, also where nobody would look for one.
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert [path for path in files if path.read_bytes()[:1] == b"\x80" and path.suffix != ".safetensors"] == []
-
-
-ALONE = ["unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
-"""Before a command: it runs in a namespace that has only its own loopback."""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not shutil.which("unshare") or subprocess.run([*ALONE, "true"], check=False, capture_output=True).returncode != 0,
-    reason="no network namespaces here",
-)
-def test_security_a_run_needs_no_network(small: list[str], tmp_path: Path) -> None:
-    program = "import sys; from kha_train.cli.main import run; run(sys.argv[1:])"
-    settings = [*small, "run.steps=1", "model.layers=1", "telemetry.wandb.mode=auto", f"run.dir={tmp_path}/run"]
-    command = [*ALONE, sys.executable, "-c", program, "train", *settings]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200, check=False)
-    assert done.returncode == 0 and (tmp_path / "run" / "DONE").exists(), done.stderr
 
 
 def test_security_this_page_names_tests_that_exist() -> None:

@@ -135,7 +135,7 @@ def _section(result: ResultFile, link: str) -> Iterator[str]:
     yield f"**What may be said.** {visible(result['sentence'])}\n"
     if result["not_shown"]:
         yield f"**What it does not show**: {visible(result['not_shown'])}.\n"
-    yield f"```\n{visible(result['command'])}\n```\n"
+    yield f"```sh\n# needs hours\n{visible(result['command'])}\n```\n"
     yield f"{_origin(result)} Numbers, runs and overrides: [{Path(link).name}]({link}).\n"
     yield from table_lines(*_arms(result))
     yield ""

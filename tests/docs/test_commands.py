@@ -1,213 +1,138 @@
-"""The commands of README and docs work as written, typed in order from an empty directory.
-
-The info string of a block says what it is:
-
-    ```sh                  typed; every command ends with 0
-    ```sh exit=2           typed; the last command ends with 2
-    ```sh needs=slurm      shown; cannot run without what it names, see `NEEDS`
-    ```text                what the block before it prints, in order among its output; `...` stands for anything
-    ```console exit=2      both: each line after `$ ` is typed and ends with 2 (0 unless named), the others are printed
-    ```python              typed at an interpreter, as `sh` is at a shell
-
-Blocks of a page share one shell: a variable or a directory that one sets is there for the next.
-"""
+"""The code blocks of README and docs work as written, typed in order from an empty directory (tools/type_pages.py)."""
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
-import subprocess
-import sys
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-TYPED = ("README.md", "docs/launch.md", "docs/configuration.md", "docs/resume.md", "docs/export.md")
-"""In this order, in one directory: later pages use the data that the first one makes."""
-TUTORIAL = "docs/tutorial.md"
-"""A page that begins by itself."""
-LANGUAGES = ("sh", "text", "console", "python")
+from tests.conftest import git
+from tools.type_pages import (
+    FIRST_HOUR,
+    LANGUAGES,
+    MARK,
+    NEEDS,
+    PAGES,
+    ROOT,
+    Typed,
+    blocks,
+    counted,
+    timed,
+    type_page,
+    unmet,
+    without_network,
+)
 
-NEEDS = {
-    "checkout": "files of a checkout, or an installation",
-    "gpu": "a CUDA device",
-    "network": "a download",
-    "slurm": "a cluster",
-}
-FENCE = re.compile(r"^(```+)([^\n`]*)\n(.*?)^\1[ ]*$", re.MULTILINE | re.DOTALL)
-MARK = "### "
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block: where it begins in its page, the words of its info string, and its text."""
-
-    line: int
-    info: tuple[str, ...]
-    text: str
-
-    @property
-    def language(self) -> str:
-        """The first word of the info string."""
-        return self.info[0] if self.info else ""
-
-    def option(self, name: str) -> str:
-        """The value of `name=VALUE` in the info string; "" without."""
-        return next((word.partition("=")[2] for word in self.info if word.startswith(f"{name}=")), "")
+FOLLOWED = ("CONTRIBUTING.md",)
+"""Pages whose blocks are typed by tests of their own: the recipes, by tests/recipes."""
+COMMAND = re.compile(r"^(\$ |kha |pip |python |make |sbatch |for |cat |git |docker |spike-score )", re.MULTILINE)
 
 
-def blocks(page: str) -> list[Block]:
-    """The fenced blocks of a page's text, in order."""
-    return [
-        Block(page.count("\n", 0, found.start()) + 1, tuple(found[2].split()), found[3])
-        for found in FENCE.finditer(page)
-    ]
+@pytest.fixture(scope="module")
+def typed(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Typed]:
+    """`typed(page)`: what came of typing it, with the packages of a clean clone, after the pages of `PAGES` that every
+    other page builds on."""
+    folder = tmp_path_factory.mktemp("typed")
+    clone = tmp_path_factory.mktemp("clone") / "kha_train"
+    git(clone.parent, "clone", "--quiet", str(checkout), str(clone))
+    done: dict[str, Typed] = {}
 
+    def ask(name: str) -> Typed:
+        for page in dict.fromkeys((*PAGES[:2], name) if name != FIRST_HOUR else (name,)):
+            if page not in done:
+                done[page] = type_page(page, folder, clone)
+        return done[name]
 
-def script(page: Path, text: str) -> str:
-    """The bash script that types the commands of the page's `text`. Before each block it prints `MARK` and the
-    position. It ends with the code of the first command that fails, or with 1 if one has not failed as expected.
-    """
-    lines = ["set -eo pipefail", "export COLUMNS=120"]
-    for block in blocks(text):
-        if block.language == "text" or block.option("needs"):
-            continue
-        lines.append(f"echo {shlex.quote(f'{MARK}{page.name}:{block.line}')}")
-        expected = block.option("exit")
-        for command in _typed(block):
-            lines += [command] if not expected else ["set +e", f"(\n{command}\n)", "ended=$?", "set -e"]
-            if expected:
-                lines.append(f'[ "$ended" = {expected} ] || {{ echo "ended with $ended, not {expected}"; exit 1; }}')
-    return "\n".join([*lines, f"echo '{MARK}end'", ""])
-
-
-def _typed(block: Block) -> list[str]:
-    """What is typed of a block, in parts that end one by one."""
-    if block.language == "console":
-        return [line.removeprefix("$ ") for line in block.text.splitlines() if line.startswith("$ ")]
-    return [f"python - <<'END'\n{block.text}END" if block.language == "python" else block.text.rstrip()]
-
-
-def unmet(text: str, output: str) -> list[str]:
-    """The lines of `text` blocks that the output of `script` lacks, each with its place. A line may break anywhere, and
-    others may stand between."""
-    parts = dict(re.findall(rf"^{MARK}\S+?:(\d+)\n(.*?)(?=^{MARK})", output, re.MULTILINE | re.DOTALL))
-    lacking, said = [], ""
-    for block in blocks(text):
-        if block.language != "text":
-            said = re.sub(r"\s+", " ", parts.get(str(block.line), ""))
-        if block.language not in ("text", "console") or not said:
-            continue
-        at = 0
-        for line in block.text.splitlines():
-            if line.startswith("$ ") or not line.strip():
-                continue
-            pattern = ".*?".join(map(re.escape, re.sub(r"\s+", " ", line.strip()).split("...")))
-            found = re.compile(pattern).search(said, at)
-            if found is None:
-                lacking.append(f"line {block.line}: {line.strip()}")
-            at = found.end() if found else at
-    return lacking
-
-
-def _type(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Type the commands of `page` in `folder`, with this interpreter's environment first in PATH and no terminal."""
-    kept = {name: value for name, value in os.environ.items() if name != "KHA_LAUNCH" and "WANDB" not in name}
-    environment = {
-        **kept,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "launch")]),
-        "HOME": str(folder),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "WANDB_MODE": "offline",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    return subprocess.run(
-        ["bash", "-c", script(page, page.read_text())],
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+    return ask
 
 
 @pytest.mark.slow
 @pytest.mark.minutes
 @pytest.mark.timeout(3000)
-def test_the_commands_of_readme_and_docs_run_in_order_from_an_empty_directory(tmp_path: Path) -> None:
-    """As far as possible without GPU and SLURM: other blocks say what they need."""
-    for name in TYPED:
-        _check(name, tmp_path)
+@pytest.mark.parametrize("name", PAGES)
+def test_the_commands_of_a_page_work_as_typed(
+    name: str, typed: Callable[[str], Typed], record_property: Callable[[str, Any], None]
+) -> None:
+    """The first hour begins in an empty directory. As far as possible without a GPU, SLURM and so on: other blocks say
+    what they need."""
+    page = typed(name)
+    record_property("told", timed(page, commands=name == FIRST_HOUR))
+    assert page.faults == []
 
 
 @pytest.mark.slow
 @pytest.mark.minutes
-@pytest.mark.timeout(1800)
-def test_the_tutorial_leads_from_text_to_an_answer_in_an_empty_directory(tmp_path: Path) -> None:
-    _check(TUTORIAL, tmp_path)
+@pytest.mark.timeout(3000)
+@pytest.mark.skipif(not without_network(), reason="this machine has no network namespaces")
+def test_security_the_first_hour_needs_no_network(typed: Callable[[str], Typed], tmp_path: Path) -> None:
+    """Every page is typed in a namespace whose only device is its loopback."""
+    text = '```sh\npython -c "import socket; print(socket.if_nameindex())"\n```\n'
+    assert "\n[(1, 'lo')]\n" in type_page("devices", tmp_path, text=text).output
+    assert typed(FIRST_HOUR).faults == []
 
 
-def _check(name: str, folder: Path) -> None:
-    """Type the page `name` in `folder`."""
-    page = ROOT / name
-    ended = _type(page, folder)
-    place = re.findall(f"^{MARK}(.*)$", ended.stdout, re.MULTILINE)[-1:]
-    assert ended.returncode == 0, f"{name}, block at {place}:\n{ended.stdout[-4000:]}"
-    assert unmet(page.read_text(), ended.stdout) == []
+def test_every_block_of_every_page_is_typed_or_says_why_not(record_property: Callable[[str, Any], None]) -> None:
+    texts = {path.relative_to(ROOT).as_posix(): path.read_text() for path in _pages()}
+    assert {name for name, text in texts.items() if blocks(text)} == {*PAGES, *FOLLOWED}
+    for name in PAGES:
+        for block in blocks(texts[name]):
+            place = f"{name}:{block.line}"
+            assert block.language in LANGUAGES, place
+            assert {word.partition("=")[0] for word in block.info[1:]} <= {"exit", "file"}, place
+            assert block.needs in ("", *NEEDS), place
+            assert block.language or not COMMAND.search(block.text), f"{place} has commands, but no language"
+    record_property("told", [counted(texts[name] for name in PAGES)])
 
 
-@pytest.mark.parametrize("name", [*TYPED, TUTORIAL])
-def test_every_block_says_what_it_is_and_what_it_needs(name: str) -> None:
-    found = blocks((ROOT / name).read_text())
-    assert any(block.language in ("sh", "console") and not block.option("needs") for block in found)
-    for block in found:
-        assert block.language in LANGUAGES, f"{name}:{block.line}"
-        options = {word.partition("=")[0] for word in block.info[1:]}
-        assert options <= {"needs", "exit"}, f"{name}:{block.line}"
-        assert block.option("needs") in ("", *NEEDS), f"{name}:{block.line}"
+def _pages() -> list[Path]:
+    """README, its neighbours, and what is below docs/."""
+    return [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "kha_train").rglob("*.md")]
 
 
-def _page(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
-    page = folder / "page.md"
-    page.write_text(text)
-    return _type(page, folder)
+def _typed(folder: Path, text: str) -> Typed:
+    return type_page("page.md", folder, text=text)
 
 
 def test_a_command_that_breaks_ends_the_page_at_its_block(tmp_path: Path) -> None:
     text = "```sh\nmkdir a\n```\nThen\n```sh\ncd a\nkha_no_such_command\ntouch after\n```\n```sh\ntouch later\n```\n"
-    ended = _page(tmp_path, text)
-    assert ended.returncode == 127 and ended.stdout.count(MARK) == 2
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "page.md"]
+    page = _typed(tmp_path, text)
+    assert page.code == 127 and page.output.count(MARK) == 2 and "page.md:5" in page.faults[0]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["a"] and not [*(tmp_path / "a").iterdir()]
 
 
 @pytest.mark.parametrize(("code", "expected"), [(2, 0), (3, 1), (0, 1)])
 def test_a_block_must_end_with_the_code_that_its_page_names(tmp_path: Path, code: int, expected: int) -> None:
-    assert _page(tmp_path, f"```sh exit=2\nexit {code}\n```\n").returncode == expected
+    assert _typed(tmp_path, f"```sh exit=2\nexit {code}\n```\n").code == expected
 
 
-def test_what_cannot_run_here_is_left_out_and_blocks_share_a_shell(tmp_path: Path) -> None:
-    left_out = "```sh needs=gpu\nfalse\n```\n```text\nfalse\n```\n"
-    ended = _page(tmp_path, f"```sh\nA=1\n```\n{left_out}```sh\necho $A\n```\n")
-    assert ended.returncode == 0 and "\n1\n" in ended.stdout
+def test_what_cannot_run_here_is_left_out_and_counted_and_blocks_share_a_shell(tmp_path: Path) -> None:
+    left_out = "```sh\n# needs a GPU: eight of them\nfalse\n```\n```text\nfalse\n```\n```\na layout\n```\n"
+    text = f"```sh\nA=1\n```\n{left_out}```sh\necho $A\n```\n```yaml file=b/c.yaml\nd: 1\n```\n"
+    page = _typed(tmp_path, text)
+    assert page.code == 0 and "\n1\n" in page.output and (tmp_path / "b/c.yaml").read_text() == "d: 1\n"
+    assert counted([text]) == ("6 blocks: 3 typed, 1 needs a GPU, 1 compared with output, 1 formulas and layouts")
 
 
 def test_a_text_block_is_held_against_what_was_printed(tmp_path: Path) -> None:
     text = "```sh\nprintf 'one 1.25\\nother\\ntwo\\n'\n```\n```text\none ...\ntwo\n```\n"
-    ended = _page(tmp_path, text)
-    assert unmet(text, ended.stdout) == []
-    assert unmet(text.replace("two\n```", "three\n```"), ended.stdout) == ["line 4: three"]
+    page = _typed(tmp_path, text)
+    assert unmet(text, page.output) == []
+    assert unmet(text.replace("two\n```", "three\n```"), page.output) == ["line 4: three"]
 
 
 def test_each_line_of_a_console_block_ends_with_its_code_and_prints_what_follows(tmp_path: Path) -> None:
     text = "```console exit=3\n$ echo one; exit 3\none\n$ echo two; exit 3\nt...o\n```\n"
-    ended = _page(tmp_path, text)
-    assert ended.returncode == 0 and unmet(text, ended.stdout) == []
-    assert unmet(text.replace("\none", "\nother"), ended.stdout) == ["line 1: other"]
-    assert _page(tmp_path, text.replace("two; exit 3", "two")).returncode == 1
+    page = _typed(tmp_path, text)
+    assert page.code == 0 and unmet(text, page.output) == []
+    assert unmet(text.replace("\none", "\nother"), page.output) == ["line 1: other"]
+    assert _typed(tmp_path, text.replace("two; exit 3", "two")).code == 1
+
+
+def test_the_seconds_of_a_command_stand_beside_it(tmp_path: Path) -> None:
+    page = _typed(tmp_path, "```sh\nA=(1 2)\nsleep 0.6\necho ${A[1]}\n```\n")
+    seconds = {command: took for command, took in page.seconds}
+    assert seconds["sleep 0.6"] >= 0.6 and {"A=(1 2)", "echo ${A[1]}"} <= {*seconds}
+    assert timed(page)[0].endswith(" s  sleep 0.6") and timed(page)[-1].endswith("in all: page.md")

@@ -24,10 +24,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import git
+
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = (".gitignore", "CONTRIBUTING.md", "README.md", "Makefile", "configs", "constraints.txt", "data_tools", "docs",
-         "kha_train", "launch", "pyproject.toml", "tests", "tools")  # fmt: skip
-"""What is copied of the checkout. What `.gitignore` names is not."""
 FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^## (?:How to add )?(.*)$", re.MULTILINE)
 
@@ -84,16 +83,6 @@ class Recipe:
         }
 
 
-def git(tree: Path, *arguments: str) -> str:
-    """What git prints at `tree`, whatever the user's own settings are."""
-    alone = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    name = ("-c", "user.name=tests", "-c", "user.email=tests@localhost", "-c", "core.quotePath=false")
-    return subprocess.run(
-        ["git", *name, *arguments], cwd=tree, env=kept | alone, capture_output=True, text=True, check=True
-    ).stdout
-
-
 def read_recipes(page: str) -> dict[str, tuple[Block, ...]]:
     """The blocks of each section `## How to add ...` of a page, by what is added."""
     found = {}
@@ -127,17 +116,6 @@ def apply(block: Block, tree: Path) -> None:
 def recipes() -> dict[str, tuple[Block, ...]]:
     """The recipes of CONTRIBUTING.md by what they add: "an optimiser", ..."""
     return read_recipes((ROOT / "CONTRIBUTING.md").read_text())
-
-
-@pytest.fixture(scope="session")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository of one commit with the tree as it stands."""
-    tree = tmp_path_factory.mktemp("checkout") / "tree"
-    tree.mkdir()
-    git(tree, "init", "--quiet")
-    git(tree, f"--work-tree={ROOT}", "add", "--all", "--", *PARTS)
-    git(tree, "commit", "--quiet", "--message", "the tree")
-    return tree
 
 
 @pytest.fixture
