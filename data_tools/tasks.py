@@ -88,7 +88,7 @@ class Order:
 def write_task(
     order: Order, out: Path, *, overwrite: bool = False, progress: Callable[[int], None] = lambda written: None
 ) -> dict[str, Manifest]:
-    """Write `out/train` and `out/validation` of a complete `order`; returns their manifests. `progress` is told of
+    """Write `out/train` and `out/validation` of a complete `order`; returns their manifests. `progress` is called for
     documents as they are written.
 
     Raises ConfigError for existing datasets unless `overwrite`, as `replaced`, and when a level has too few different

@@ -66,7 +66,7 @@ def site_link(text: str, target: str, source: str, here: str) -> str:
     if not (ROOT / full).exists():
         raise FileNotFoundError(f"{source} links to {target}, which does not exist")
     page = PAGES.get(full) or (
-        full.removeprefix("docs/") if full.startswith("docs/") and full.endswith(".md") else None
+        full.removeprefix("docs/") if full.startswith("docs/") and full.endswith((".md", ".svg")) else None
     )
     if page is None:
         return text.strip("[]")

@@ -53,7 +53,7 @@ def compare(first: Checkpoint, second: Checkpoint) -> Differences:
         kept, others_kept = first.kinds_of(name), second.kinds_of(name)
         for kind in (kind for kind in kept if kind in others_kept):
             _add(found, f"{name} {kind}", first.read(name, kind), second.read(name, kind))
-        # A kind that the other has of no parameter is told once, below.
+        # A kind that the other checkpoint lacks for every parameter is reported once, below.
         found.only_first += [f"{name} {kind}" for kind in kept if kind in second.kinds and kind not in others_kept]
         found.only_second += [f"{name} {kind}" for kind in others_kept if kind in first.kinds and kind not in kept]
     found.only_first += [f"every {kind}" for kind in first.kinds if kind not in second.kinds]

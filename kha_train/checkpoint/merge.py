@@ -92,7 +92,7 @@ def sources_of(paths: Sequence[Path], last: int) -> list[Path]:
 
 def merge(paths: Sequence[Path], weights: Sequence[float], out: Path, advance: Callable[[int], None]) -> Merged:
     """Write the run `out` with the average of the checkpoints in `paths`, by `weights` divided by their sum (empty: all
-    alike). Sums are fp64. `advance` is told how many numbers were written.
+    alike). Sums are fp64. `advance` gets the number of numbers that were written.
 
     Raises ConfigError for checkpoints of different models, for weights that give no average, and where `out` holds
     something; CheckpointError for a damaged checkpoint and for numbers that are not finite; OSError.

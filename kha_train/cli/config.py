@@ -85,7 +85,7 @@ def explain_(
 def diff_(first: Side, second: Side, as_json: AsJson = False) -> None:
     """Compare two configurations: of runs, saved files, or settings. Says what each difference affects.
 
-    Raises ConfigError for a side that is none of these.
+    Raises ConfigError for any other side.
     """
     sides = [_side(first), _side(second)]
     keys = sorted(sides[0].keys() | sides[1].keys())

@@ -1,6 +1,6 @@
 """A thread that runs calls in order.
 
-At the end of a process Python stops a daemon thread where it next asks for the interpreter. Where that is amid a call
+At the end of a process Python stops a daemon thread where it next asks for the interpreter. Where that is inside a call
 of torch, the process aborts and its exit code is lost; so the end waits a moment for the call in progress.
 """
 

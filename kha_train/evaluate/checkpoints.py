@@ -133,7 +133,7 @@ def evaluate_run(
     """The figures of the newest checkpoint of a run that verifies, or of `every` one, newest first. `run_dir` may be
     the directory of one checkpoint.
 
-    A damaged checkpoint is told to `damaged` and passed over. Raises ConfigError (no run, no checkpoint, no tokenizer),
+    A damaged checkpoint is reported to `damaged` and skipped. Raises ConfigError (no run, no checkpoint, no tokenizer),
     CheckpointError when all are damaged, and as `evaluate_model`.
     """
     home = layout.home_of(run_dir)

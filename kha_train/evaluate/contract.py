@@ -106,5 +106,5 @@ class RowTask(Task[Options_co]):
         return self.rows.batches(rank, world_size)
 
     def identity(self) -> dict[str, Any]:
-        """See `Task.identity`. How the rows are cut is told by the run's settings."""
+        """See `Task.identity`. The run's settings say how the rows are cut."""
         return {**super().identity(), "rows": self.rows.scored_rows}

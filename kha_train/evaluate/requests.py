@@ -87,7 +87,7 @@ def scores_of(nats_R: np.ndarray, missed_R: np.ndarray) -> list[Score]:
 
 
 def score_rows(scorer: Scorer, rows: Sequence[Row], size: int, advance: Callable[[int], None]) -> list[Score]:
-    """The scores of all `rows`, in one process, `size` rows at a time. `advance` is told of every row."""
+    """The scores of all `rows`, in one process, `size` rows at a time. `advance` is called for every row."""
     nats_R, missed_R = np.zeros(len(rows)), np.zeros(len(rows))
     for batch in deal(rows, size, 0, 1):
         found = tally(scorer, batch, len(rows))

@@ -96,7 +96,7 @@ class TextModel(ABC):
 
     def write(self, prompts: Sequence[Prompt], size: int, advance: Callable[[int], None]) -> list[str]:
         """What follows each prompt, without the text that ended it. At most `size` prompts, of the same length and
-        sampling, go together, so no padding takes part. `advance` is told of every prompt.
+        sampling, go together, so no padding takes part. `advance` is called for every prompt.
         """
         alike: dict[tuple[int, Sampling], list[int]] = {}
         for number, prompt in enumerate(prompts):

@@ -111,7 +111,7 @@ def layers_named(text: str, layers: int) -> tuple[int, ...]:
 
 
 def heads_by_layer(config: RunConfig, layers: Sequence[int], kv_heads: int) -> tuple[int, ...]:
-    """The heads of each layer when those in `layers` get so many. Raises ConfigError for a number that is none."""
+    """The heads of each layer when those in `layers` get so many. Raises ConfigError for an impossible number."""
     most = config.attention.heads().kv_heads
     if not 1 <= kv_heads <= most:
         raise ConfigError("the model has other heads", field="--kv-heads", value=kv_heads, allowed=f"1 to {most}")

@@ -89,7 +89,7 @@ class Import:
         return sum(math.prod(self.model.tensors[name].shape) for name in self._wanted())
 
     def write(self, out: Path, advance: Advance = lambda elements: None, part_bytes: int = PART_BYTES) -> Imported:
-        """Write the run directory `out`. `advance` is told how many numbers were read.
+        """Write the run directory `out`. `advance` gets the number of numbers that were read.
 
         Raises ConfigError where `out` exists or cannot be written, CheckpointError for weights that cannot be read or
         are not finite, OSError.

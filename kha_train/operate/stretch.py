@@ -205,7 +205,7 @@ def compute(
 
 
 def _advancing(first: int, advance: Callable[[int], None]) -> Callable[[int], None]:
-    """Tells `advance` of every step after `first` once, whichever steps it is told are done."""
+    """Calls `advance` once for every step after `first`, however often a step is reported."""
     done = first
 
     def watch(step: int) -> None:

@@ -4,8 +4,8 @@ The twin holds a checksum of every block of the record. While size, times and in
 twin is used as it is. Otherwise the blocks are compared, which is much cheaper than parsing them: matching blocks are
 kept and the rest is parsed. So the columns stay right when the record has grown, was rewound or was edited.
 
-A twin is a checked header and plain numbers. A damaged or foreign twin is ignored, and none is written into a read-only
-directory.
+A twin is a checked header and plain numbers. A damaged or foreign twin is ignored, and no twin is written into a
+read-only directory.
 """
 
 # C columns  N lines of the record

@@ -100,7 +100,7 @@ class Ring:
         world, config = self._session.world, self._session.config
         written: list[int] = []
         if world.is_main:
-            # What cannot be listed is written again: a failure there is told to all ranks.
+            # What cannot be listed is written again: a failure there is reported to all ranks.
             with suppress(OSError):
                 written = [at for at, _ in candidates(self._folder / FOLDER)]
         for copy in self._copies:

@@ -316,7 +316,7 @@ class LinearOptions(GroupedQueryOptions):
         return within + (sums if tokens > self.chunk_tokens else 0)
 
     def cache_numbers(self) -> int:
-        """Nothing of a token by itself."""
+        """Nothing for a single token."""
         return 0
 
     def row_numbers(self) -> int:

@@ -54,7 +54,7 @@ class RowTaskOptions(TaskOptions):
         """See `TaskOptions.invalid`."""
         if self.set and self.set not in sets:
             return ConfigError(
-                f"the task {self.label or self.name} scores a set that is not there",
+                f"the task {self.label or self.name} scores a set that does not exist",
                 field=FIELD,
                 value=self.set,
                 allowed=", ".join(sets) or "none, for validation.sets is empty",

@@ -2,7 +2,7 @@
 
 A checkpoint of any ZeRO stage and number of ranks becomes one decoder in fp32, with its interaction as it was trained.
 A first pass over the probe rows takes the mean output of each head, a second all other figures and the loss, and one
-more for each head the loss without it. Nothing of the run is changed but `<run.dir>/analysis/`.
+more for each head the loss without it. Of the run, only `<run.dir>/analysis/` is changed.
 """
 
 # H composed heads   N labels   R, C rows and columns of a matrix
@@ -69,7 +69,7 @@ class Request:
 def analyze_run(run_dir: Path, request: Request, damaged: Damaged, bar: Bar) -> list[Inspection]:
     """The results of the checkpoints of `run_dir` by step, computed and saved unless they are there already.
 
-    `bar` shows the progress of the forwards on each. A damaged checkpoint is told to `damaged` and passed over. Raises
+    `bar` shows the progress of the forwards on each. A damaged checkpoint is reported to `damaged` and skipped. Raises
     ConfigError (no run, no checkpoint, no data), CheckpointError when all are damaged, and as `open_probe`.
     """
     config, checkpoints = load(run_dir / "config.yaml"), checkpoints_of(run_dir)

@@ -44,7 +44,7 @@ def head_components(
 ) -> HeadComponents:
     """Kernel PCA of about `count` outputs of the newest checkpoint of a run, of equally many for each head.
 
-    `advance` is told of finished passes. Raises ConfigError for a layer that is not there, CheckpointError for a
+    `advance` is called for finished passes. Raises ConfigError for an unknown layer, CheckpointError for a
     damaged checkpoint, and as `checkpoints_of` and `open_probe`.
     """
     step, outputs_NHW = _outputs(run_dir, layer, count)
@@ -71,7 +71,7 @@ def between_groups(coordinates_NR: np.ndarray, group_N: np.ndarray) -> np.ndarra
 
 
 def _outputs(run_dir: Path, layer: int, count: int) -> tuple[int, np.ndarray]:
-    """The step, and the outputs [N, H, W] in float64. Raises ConfigError for a layer that is not there."""
+    """The step, and the outputs [N, H, W] in float64. Raises ConfigError for an unknown layer."""
     config = load(run_dir / "config.yaml")
     if not 0 <= layer < config.model.layers:
         allowed = between(0, config.model.layers - 1)

@@ -91,7 +91,7 @@ class Trial:
 
 
 def run_trial(count: int, components: int, passes: int, seeds: int, advance: Advance) -> Trial:
-    """The whole trial on `count` digits, and half as many held out; `advance` is told of finished passes, of which
+    """The whole trial on `count` digits, and half as many held out; `advance` is called for finished passes, of which
     there are `passes_of(passes, seeds, seeds, 1)`. Raises ConfigError as `load_digits`.
     """
     held_out = count // 2
