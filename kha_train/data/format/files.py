@@ -139,8 +139,9 @@ class _Maps(dict[str, _Map]):
 class MappedFiles(Files):
     """`Files` that copies from memory maps, with the same limit on their number; a few small reads still use `pread`.
 
-    The kernel gets the advice that reads are random; otherwise the first access to a page reads megabytes around it from a
-    disk. It then fetches one page at a time. Where that happens, the pieces of the next reads are requested in advance.
+    The kernel gets the advice that reads are random; otherwise the first access to a page reads megabytes around it
+    from a disk. It then fetches one page at a time. Where that happens, the pieces of the next reads are requested in
+    advance.
     """
 
     def __init__(self, directory: Path) -> None:
