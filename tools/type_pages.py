@@ -24,6 +24,7 @@ import argparse
 import functools
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -92,12 +93,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Typed:
-    """What came of typing a page: exit code, output, and the seconds of each command in order."""
+    """What came of typing a page: exit code, output, the seconds of each command in order, and the processor time."""
 
     page: str
     code: int
     output: str
     seconds: tuple[tuple[str, float], ...]
+    processor: float
 
     @property
     def faults(self) -> list[str]:
@@ -196,12 +198,20 @@ def type_page(name: str, folder: Path, tree: Path = ROOT, text: str | None = Non
         "WANDB_MODE": "offline",
         "TIMES": str(times),
     }
+    before = _processor_seconds()
     ended = subprocess.run(
         [*without_network(), "bash", "-c", script(name, (ROOT / name).read_text() if text is None else text)],
         cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, check=False,
     )  # fmt: skip
-    return Typed(name, ended.returncode, ended.stdout, _seconds(times.read_text()))
+    computed = _processor_seconds() - before
+    return Typed(name, ended.returncode, ended.stdout, _seconds(times.read_text()), computed)
+
+
+def _processor_seconds() -> float:
+    """What the processes that this one has waited for have computed."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _installed(folder: Path, tree: Path) -> Path:
@@ -229,7 +239,8 @@ def _seconds(times: str) -> tuple[tuple[str, float], ...]:
 def timed(page: Typed, commands: bool = True) -> list[str]:
     """Lines for a reader: what each of the `commands` took, and the page."""
     lines = [f"{took:7.1f} s  {command[:110]}" for command, took in page.seconds if commands and took >= SHOWN]
-    return [*lines, f"{sum(took for _, took in page.seconds):7.1f} s  in all: {page.page}"]
+    whole = sum(took for _, took in page.seconds)
+    return [*lines, f"{whole:7.1f} s  in all: {page.page} ({page.processor:.0f} s of processor time)"]
 
 
 def counted(texts: Iterable[str]) -> str:

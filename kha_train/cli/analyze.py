@@ -24,7 +24,7 @@ from kha_train.telemetry.terminal import LiteralConsole
 def analyze(
     runs: Annotated[list[Path], typer.Argument(help="Runs, sweeps or folders of runs.")],
     every_checkpoint: Annotated[
-        bool, typer.Option("--every-checkpoint", help="All checkpoints that are there, not only the newest.")
+        bool, typer.Option("--every-checkpoint", help="All saved checkpoints, not only the newest.")
     ] = False,
     tokens: Annotated[int, typer.Option(help="Tokens to look at, rounded up to whole rows.", min=1)] = PROBE_TOKENS,
     data: Annotated[str, typer.Option(help="A dataset to look at instead of the run's validation set.")] = "",

@@ -43,7 +43,7 @@ def compare(
         typer.Option(help="Certify, and measure differences that mean nothing on these A/A runs (once for each)."),
     ] = None,
     effect: Annotated[
-        float | None, typer.Option(help="Certify, and tell the seeds that this difference (nats per token) needs.")
+        float | None, typer.Option(help="Certify, and report how many seeds show such a difference (nats per token).")
     ] = None,
     replay: Annotated[
         int, typer.Option(help="Certify, and compute N random stretches between checkpoints again.", min=0)

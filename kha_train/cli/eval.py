@@ -41,7 +41,7 @@ def eval_(
     prefix: Annotated[str, typer.Option(help="The special token before a text that nothing precedes: eos, bos.")] = "",
     batch_size: Annotated[int, typer.Option(help="Rows at a time; no figure depends on it.", min=1)] = 16,
     every_checkpoint: Annotated[
-        bool, typer.Option("--every-checkpoint", help="All checkpoints that are there, not only the newest.")
+        bool, typer.Option("--every-checkpoint", help="All saved checkpoints, not only the newest.")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     run_code: Annotated[

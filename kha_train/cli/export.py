@@ -34,7 +34,7 @@ def export(
     ] = False,
     shard_size: Annotated[str, typer.Option(help="The most that a file of weights holds, such as 500MB.")] = "5GB",
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Its tokenizer file, where the data of the run are not at their place.")
+        Path | None, typer.Option(help="The tokenizer file, if the data of the run have moved.")
     ] = None,
     lines: Annotated[
         Path | None, typer.Option(help="Text whose lines are compared, instead of those of the validation set.")
