@@ -28,6 +28,7 @@ ELSEWHERE = {
 """Pages of the site -> files of the repository outside docs/."""
 PAGES = {path: page for page, path in ELSEWHERE.items()}
 LINK = re.compile(r"(\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^)\s]+)\)")
+INFO = re.compile(r"^(```+\w+) ([^\n`]+)$", re.MULTILINE)
 CODE = re.compile(r"^(```+).*?^\1[ ]*$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 
 
@@ -43,7 +44,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links of the repository as links of the site."""
+    """Links of the repository as links of the site, and info strings that its Markdown understands."""
+    markdown = INFO.sub(site_info, markdown)
     here = page.file.src_uri
     source = ELSEWHERE.get(here, f"docs/{here}")
     code = [found.span() for found in CODE.finditer(markdown)]
@@ -53,6 +55,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return found[0] if inside else site_link(found[1], found[2], source, here)
 
     return LINK.sub(rewritten, markdown)
+
+
+def site_info(found: re.Match[str]) -> str:
+    """The beginning of a code block with its language, and the file that it names as its title. A site takes no other
+    word: with one, what follows would not be Markdown any more.
+    """
+    file = re.search(r"\bfile=(\S+)", found[2])
+    return found[1] + (f' title="{file[1]}"' if file else "")
 
 
 def site_link(text: str, target: str, source: str, here: str) -> str:

@@ -58,7 +58,7 @@ def test_a_section_has_question_command_origin_figures_and_the_sentence(made: Ma
     for words in (
         "## 3 January 1970: the study `one`, scale cpu (one)\n", "**Question.** Which? (a paper)",
         "3 seeds; it is lower.",
-        "**What it does not show**: anything else.", "```\nkha study run one --local\n```",
+        "**What it does not show**: anything else.", "```sh\n# needs hours\nkha study run one --local\n```",
         "8 trials, 1:01 in all; 2 arms, seeds 0, 1, 2. On Linux, 2 processors. Code `cdcdcdcdcdcd` with changes,",
         "with changes, study's file `abababababab`, data `efefefefefef`.", "[one.json](results/one.json)",
         "| base | - | 0.002 | 0 | 2.5 [2.25, 2.75] | 4 |", "| mlp | base | 0.002 (edge) | 0 | 1.5 [1.25, 1.75] | 4 |",

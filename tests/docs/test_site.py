@@ -29,6 +29,7 @@ def test_the_site_is_built_without_a_warning_and_has_every_page_and_command(tmp_
     interface = (tmp_path / "reference/api/index.html").read_text()
     assert all(name in interface for name in ("build_decoder", "open_stream", "kha_train.heads.insert"))
     everything = [path.read_text() for path in tmp_path.rglob("*.html")]
+    assert not [page for page in everything if "```" in page]
     assert not [page for page in everything if 'src="http' in page or '<link rel="stylesheet" href="http' in page]
 
 
@@ -47,6 +48,12 @@ def test_the_site_is_built_without_a_warning_and_has_every_page_and_command(tmp_
 )
 def test_links_of_the_repository_are_links_of_the_site(target: str, source: str, here: str, expected: str) -> None:
     assert site_pages.site_link("[text]", target, source, here) == expected
+
+
+def test_a_block_keeps_its_language_and_file_and_no_word_that_a_site_does_not_know() -> None:
+    page = '```sh exit=2\na\n```\n```python file=a/b.py below="x y"\n```\n```text\n```\n'
+    shown = '```sh\na\n```\n```python title="a/b.py"\n```\n```text\n```\n'
+    assert site_pages.INFO.sub(site_pages.site_info, page) == shown
 
 
 def test_a_link_that_leads_nowhere_ends_the_build() -> None:
