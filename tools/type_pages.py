@@ -186,7 +186,7 @@ def type_page(name: str, folder: Path, tree: Path = ROOT, text: str | None = Non
     """Type the commands of the page `name` in `folder`, with the packages of `tree`, with this interpreter's commands
     first in PATH, no terminal, and no network where this machine can do without."""
     kept = {key: value for key, value in os.environ.items() if key != "KHA_LAUNCH" and "WANDB" not in key}
-    packages, times = _installed(folder, tree), folder / ".times"
+    packages, times = _installed(folder, tree), folder / f".times-{Path(name).stem}"
     times.unlink(missing_ok=True)
     environment = {
         **kept,
