@@ -140,12 +140,15 @@ def checkpoint(
     every: Annotated[int, typer.Option(min=1, help="Save interval, in steps, for which the cost is estimated.")] = 50,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds per mode.")] = 5,
     steps: Annotated[int, typer.Option(min=1, help="Steps per round.")] = 10,
+    clock: Annotated[str, typer.Option(help="Clock on a CPU: wall, or process (CPU time of this process).")] = "wall",
     as_json: Json = False,
 ) -> None:
-    """Measure what a checkpoint costs, in the background and blocking, in interleaved rounds of one run."""
+    """Measure what a checkpoint costs, in the background and blocking, and the ring (`checkpoint.ring_steps`), in
+    interleaved rounds of one run.
+    """
     from kha_train.bench import checkpoint as bench
 
-    found = bench.measure(overrides or ["model=small", "data.global_batch_size=8"], every, rounds, steps)
+    found = bench.measure(overrides or ["model=small", "data.global_batch_size=8"], every, rounds, steps, _clock(clock))
     _answer(found.to_dict(), bench.format_measured(found), as_json)
 
 

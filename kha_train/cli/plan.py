@@ -206,6 +206,8 @@ def _run(answer: Plan) -> Table:
     if time["cost"] is not None:
         table.add_row("cost", f"{time['cost']:,.0f}")
     table.add_row("checkpoint", f"{saved['bytes'] / 1e9:.1f} GB, {saved['kept_bytes'] / 1e9:.1f} GB kept")
+    if saved["host_bytes"]:
+        table.add_row("copies of it in host memory", f"{saved['host_bytes'] / 1e9:.1f} GB over all ranks")
     seconds = saved["sensible_every_seconds"]
     if saved["sensible_every_steps"] is not None and seconds is not None:
         every = f"{saved['sensible_every_steps']:,} steps ({seconds / 60:.0f} min)"

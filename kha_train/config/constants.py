@@ -8,6 +8,9 @@ from typing import Any, Literal
 IGNORE_LABEL = -100
 """The label of a token that is not predicted: the data side writes it, loss and validation skip it."""
 
+RING_COPIES, RING_KEPT = 2, 4
+"""Of `checkpoint.ring_steps`: copies in host memory, and checkpoints that stay on disk, those of two events."""
+
 ALIGNED_NUMBERS = 8
 """bf16 numbers in 16 bytes: what kernels read at once."""
 

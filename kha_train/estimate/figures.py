@@ -20,10 +20,12 @@ class RunTime(TypedDict):
 
 
 class SavedSize(TypedDict):
-    """A checkpoint's bytes and the save interval; None where the storage's speed or the step time is unknown."""
+    """A checkpoint's bytes, those of all that are kept (the ring's included), those of the copies in host memory of all
+    ranks, and the save interval; None where the storage's speed or the step time is unknown."""
 
     bytes: int
     kept_bytes: int
+    host_bytes: int
     write_seconds: float | None
     sensible_every_seconds: float | None
     sensible_every_steps: int | None

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kha_train.config.constants import RING_COPIES, RING_KEPT
 from kha_train.config.resolve import Resolved, resolve_plan
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate import validate_batch
@@ -259,6 +260,16 @@ def checkpoint_bytes(config: RunConfig, count: ParameterCount) -> int:
     return optimizer_bytes(config) + FROZEN_BYTES * count.frozen
 
 
+def ring_checkpoints(config: RunConfig) -> int:
+    """The most checkpoints that the ring leaves on disk."""
+    return RING_KEPT if config.checkpoint.ring_steps else 0
+
+
+def host_copies(config: RunConfig) -> int:
+    """Copies of a checkpoint's tensors in host memory: of the save in the background, and of the ring."""
+    return int(config.checkpoint.background) + (RING_COPIES if config.checkpoint.ring_steps else 0)
+
+
 def _checkpoint(config: RunConfig, count: ParameterCount, step_seconds: float | None) -> SavedSize:
     """Size, time to write, and the save interval that loses the least time: sqrt(2 x write x time between failures)
     (Young 1974).
@@ -271,7 +282,8 @@ def _checkpoint(config: RunConfig, count: ParameterCount, step_seconds: float | 
     steps = interval / step_seconds if interval is not None and step_seconds else None
     return {
         "bytes": size,
-        "kept_bytes": size * config.checkpoint.keep_last,
+        "kept_bytes": size * (config.checkpoint.keep_last + ring_checkpoints(config)),
+        "host_bytes": size * host_copies(config),
         "write_seconds": write,
         "sensible_every_seconds": interval,
         "sensible_every_steps": max(round(steps), 1) if steps is not None else None,

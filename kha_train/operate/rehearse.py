@@ -39,7 +39,7 @@ from kha_train.errors import ConfigError, DataError
 from kha_train.estimate.counts import count_parameters
 from kha_train.estimate.long_step import long_step_warning
 from kha_train.estimate.memory import GIB, optimizer_bytes, plan_memory
-from kha_train.estimate.plan import checkpoint_bytes
+from kha_train.estimate.plan import checkpoint_bytes, host_copies, ring_checkpoints
 from kha_train.evaluate.opening import content_ids, open_tasks
 from kha_train.model.decoder import lay_out_decoder
 from kha_train.model.device import DTYPES, resolve_on
@@ -172,7 +172,8 @@ def _checkpoint(config: RunConfig, world_size: int) -> dict[str, Any]:
     return {
         "gib": size / GIB,
         "gib_a_rank": size / world_size / GIB,
-        "gib_kept": size * min(saves, config.checkpoint.keep_last) / GIB,
+        "gib_in_host_memory_of_a_rank": size * host_copies(config) / world_size / GIB,
+        "gib_kept": size * (min(saves, config.checkpoint.keep_last) + ring_checkpoints(config)) / GIB,
         "saves": saves,
         "files": {
             "model": [f"model-{rank:05d}.safetensors" for rank in (0, world_size - 1)],

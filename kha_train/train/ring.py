@@ -20,14 +20,12 @@ from kha_train.checkpoint.layout import FOLDER, RING, candidates, remove
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.retention import Keep, prune
 from kha_train.checkpoint.trainer_state import decode_state, encode_state
+from kha_train.config.constants import RING_COPIES, RING_KEPT
 from kha_train.engine.contract import Engine
 from kha_train.errors import CheckpointError
 from kha_train.train import resume
 from kha_train.train.memory import as_memory_error
 from kha_train.train.session import Session
-
-COPIES, KEPT = 2, 4
-"""Copies in memory, and checkpoints kept in the ring's directory: those of two events."""
 
 
 @dataclass
@@ -86,7 +84,7 @@ class Ring:
 
     def _take(self, step: int) -> None:
         session, world = self._session, self._session.world
-        copy = self._copies.pop(0) if len(self._copies) == COPIES else Copy()
+        copy = self._copies.pop(0) if len(self._copies) == RING_COPIES else Copy()
         try:
             with world.agreed("copy the state to host memory", CheckpointError), as_memory_error():
                 copy.take(session.engine, step, session.state() if world.is_main else {})
@@ -127,4 +125,4 @@ class Ring:
 
     def _prune(self) -> None:
         with suppress(OSError):
-            prune(self._folder, Keep(KEPT))
+            prune(self._folder, Keep(RING_KEPT))

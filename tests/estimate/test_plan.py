@@ -216,6 +216,10 @@ def test_traffic_by_stage_for_rings_and_its_slowest_link() -> None:
 def test_checkpoints_hold_12_bytes_a_parameter_at_young_s_interval() -> None:
     saved = make_plan(compose([*SIX_BILLION, "cluster=h100_8x8", "checkpoint.keep_last=3"])).checkpoint
     assert saved["bytes"] == 12 * 6_102_268_416 and saved["kept_bytes"] == 3 * saved["bytes"]
+    assert saved["host_bytes"] == saved["bytes"]
+    ring = make_plan(compose([*SIX_BILLION, "cluster=h100_8x8", "checkpoint.keep_last=3", "checkpoint.ring_steps=4"]))
+    assert ring.checkpoint["kept_bytes"] == (3 + 4) * saved["bytes"]
+    assert ring.checkpoint["host_bytes"] == (1 + 2) * saved["bytes"]
     write = saved["bytes"] / 20e9
     assert saved["sensible_every_seconds"] == pytest.approx(math.sqrt(2 * write * 50_000 * 3600 / 64))
 

@@ -6,6 +6,7 @@ import json
 import resource
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from email import message_from_string
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,6 +121,12 @@ def test_a_disk_without_room_for_the_checkpoints_fails(tmp_path: Path, monkeypat
         usage = SimpleNamespace(free=free, total=2**40)
         monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
         assert by_name(machine.check_storage(config))["run.dir"].state == state
+    # Beside these two, the ring leaves up to four.
+    ring = replace(config, checkpoint=replace(config.checkpoint, ring_steps=4))
+    for free, state in ((3 * parameters, "OK"), (3 * parameters - 1, "FAIL")):
+        usage = SimpleNamespace(free=free, total=2**40)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        assert by_name(machine.check_storage(ring))["run.dir"].state == state
 
 
 def test_a_disk_smaller_than_the_cache_may_become_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from kha_train.config.home import in_home
 from kha_train.config.schema import RunConfig
 from kha_train.estimate.counts import count_parameters
-from kha_train.estimate.plan import checkpoint_bytes
+from kha_train.estimate.plan import checkpoint_bytes, ring_checkpoints
 from kha_train.operate.doctor.checks import Check, State
 
 GIB = 2**30
@@ -27,7 +27,7 @@ def check_storage(config: RunConfig) -> Iterator[Check]:
     """Whether the places that a run writes to can be written, and have room for its checkpoints."""
     size = checkpoint_bytes(config, count_parameters(config))
     # One more than is kept exists while the oldest is still there.
-    kept = size * (config.checkpoint.keep_last + 1)
+    kept = size * (config.checkpoint.keep_last + 1 + ring_checkpoints(config))
     yield _place("run.dir", Path(config.run.dir), kept, "the run's checkpoints need")
     paths = [config.data.train, config.data.validation, *(source.path for source in config.data.sources)]
     if any("://" in path for path in paths):
