@@ -104,6 +104,11 @@ def write_bytes(path: Path, content: bytes) -> FileEntry:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    return entry_of(content)
+
+
+def entry_of(content: bytes) -> FileEntry:
+    """The entry of a file with this content."""
     return FileEntry(len(content), hashlib.sha256(content).hexdigest())
 
 

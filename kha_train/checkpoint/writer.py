@@ -114,7 +114,7 @@ class Save:
         """Rank 0 merges the shares, writes the manifest and renames the directory. Raises OSError, CheckpointError."""
         if self._world.is_main:
             _write_manifest(self._temporary, self.step, self._world.size, self._stage)
-            _publish(self._temporary, self.path, self.step, self._stage)
+            publish(self._temporary, self.path, self.step, self._stage)
 
     def clear(self) -> None:
         """Rank 0 removes the files of a failed save; after a successful one there are none."""
@@ -251,7 +251,7 @@ def _by_kind(
     return {kind: held for kind, held in found.items() if held or not some_kinds or kind == KINDS[0]}
 
 
-def _publish(temporary: Path, final: Path, step: int, stage: Callable[[Stage], None]) -> None:
+def publish(temporary: Path, final: Path, step: int, stage: Callable[[Stage], None] = no_stage) -> None:
     """Rename the finished directory to its final name. A checkpoint already there stays readable until the new one is
     in place.
     """

@@ -20,7 +20,7 @@ from kha_train.analysis.runs import RunData
 from kha_train.analysis.spikes import evidence_of, recorded_curve, score_curve
 from kha_train.checkpoint.hold import held
 from kha_train.checkpoint.reader import Checkpoint, check_sizes
-from kha_train.checkpoint.rewrite import rewritten
+from kha_train.checkpoint.rewrite import with_state
 from kha_train.config.build import nearest, to_plain
 from kha_train.config.constants import PRECISION_OF, may_differ
 from kha_train.config.schema import RunConfig
@@ -140,7 +140,8 @@ def open_case(run: RunData, event: SpikeEvent, place: Path, steps: int = AT_MOST
 
 def _source(stretch: Stretch, place: Path) -> Path | None:
     """The checkpoint that the stretch begins with. Where the run was restarted there with settings that change its
-    loss, it is a copy that has those settings: the run went on with its detectors, and a branch would reset them.
+    loss, it is one with the same tensors and those settings: the run went on with its detectors, and a branch would
+    reset them.
     """
     if stretch.source is None:
         return None
@@ -151,7 +152,7 @@ def _source(stretch: Stretch, place: Path) -> Path | None:
     if not own or all(may_differ(key, SAME_LOSS) for key, _, _ in changed):
         return stretch.source
     plain = Redactor.from_environment().clean(to_plain(config))
-    return rewritten(checkpoint, place / "restarted", state={**state, "config": plain})
+    return with_state(checkpoint, place / "restarted", {**state, "config": plain})
 
 
 def _last_step(run: RunData, event: SpikeEvent, steps: int) -> int:
