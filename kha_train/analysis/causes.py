@@ -125,12 +125,14 @@ def _words(reason: str, removed: Sequence[bool], left: Sequence[float]) -> str:
     return f"{gone}; {100 * sum(shares) / len(shares):.0f} % of it left" if shares else gone
 
 
-def excess(lines: Iterable[Mapping[str, Any]], event: SpikeEvent, last: int) -> Excess:
-    """How the `lines` of a record, from the first step of `event` to `last`, stand above its baseline. A step without
-    a line stands out, and then the area is infinite."""
-    count, area, missing = 0, 0.0, last - event.start_step + 1
+def excess(lines: Iterable[Mapping[str, Any]], event: SpikeEvent, before: int, last: int) -> Excess:
+    """How the `lines` of a record of steps after `before`, to `last`, stand above the baseline of `event`. The step
+    before the event is one of them: leaving out a batch moves the next ones there. A step without a line stands out,
+    and then the area is infinite."""
+    first = max(event.start_step - 1, before + 1)
+    count, area, missing = 0, 0.0, last - first + 1
     for line in lines:
-        if not event.start_step <= line["step"] <= last:
+        if not first <= line["step"] <= last:
             continue
         missing -= 1
         seen = Observation(line["step"], float(line["train/loss"]), float(line["train/grad_norm"]))

@@ -27,11 +27,19 @@ def replay(
     run: Annotated[Path, typer.Argument(help="The run, as kha train wrote it.")],
     event: Annotated[int | None, typer.Option(help="Number of the event, as kha spikes counts them.")] = None,
     step: Annotated[int | None, typer.Option(help="A step of the event, instead of its number.")] = None,
-    arms: Annotated[str, typer.Option(help="Changes to try, with commas between; a wrong name lists them.")] = "all",
-    replays: Annotated[int, typer.Option(min=1, help="Replays of a change that involves chance.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Most steps of the event to replay.")] = 50,
+    arms: Annotated[
+        str | None, typer.Option(help="Changes to try, with commas between; all unless set. A wrong name lists them.")
+    ] = None,
+    replays: Annotated[
+        int | None, typer.Option(min=1, help="Replays of a change that involves chance; 3 unless set.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Most steps of the event to replay; 50 unless set.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory for the replays; replay/step-N in the run unless set.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="OLD=NEW: data that the run found below the directory OLD are below NEW. May be repeated."),
     ] = None,
     capsule: Annotated[
         Path | None, typer.Option(help="Instead, write the smallest part that shows the event to this new directory.")
@@ -45,29 +53,52 @@ def replay(
     """
     # These load torch, for which `kha --help` does not wait.
     from kha_train.operate.capsule import write_capsule
-    from kha_train.operate.causes import Replaying, chosen, open_case, place_of, replay_event
+    from kha_train.operate.causes import AT_MOST, REPLAYS, Replaying, chosen, open_case, place_of, replay_event
     from kha_train.operate.reproduce import is_capsule
     from kha_train.operate.stretch import in_processes
 
+    changing: dict[str, object] = {"--arms": arms, "--replays": replays}
     if is_capsule(run):
+        changing |= {"--event": event, "--step": step, "--steps": steps}
+        changing |= {"--out": out, "--data": data, "--capsule": capsule}
+        _refuse(changing, f"{run} is a capsule, which is trained as it is")
         _reproduce(run, as_json)
         return
+    if capsule is not None:
+        _refuse(changing, "a capsule is written instead of replays")
     found = load_run(find_run(run))
     spike = _asked(found, event, step)
-    names = chosen([] if arms == "all" else [name.strip() for name in arms.split(",")])
-    place = out or place_of(found, spike)
+    moved = dict(_moved(text) for text in data or ())
+    names = chosen([name.strip() for name in arms.split(",")] if arms else [])
+    place, most = out or place_of(found, spike), steps or AT_MOST
     with signals_interrupt():
         if capsule is not None:
-            made = write_capsule(found, open_case(found, spike, place, steps), capsule, note, in_processes)
+            made = write_capsule(found, open_case(found, spike, place, most, moved), capsule, note, in_processes)
             _print_capsule(made, capsule, as_json)
             return
-        verdict = replay_event(found, spike, Replaying(names, place, note, progress_bar, replays, steps))
+        how = Replaying(names, place, note, progress_bar, replays or REPLAYS, most, moved=moved)
+        verdict = replay_event(found, spike, how)
     if as_json:
         print_json({**verdict.to_dict(), "verdict": str(place / VERDICT_FILE)}, indent=2)
     else:
         _print(verdict, place)
     if verdict.differences:
         raise typer.Exit(1)
+
+
+def _refuse(options: dict[str, object], reason: str) -> None:
+    """Raises ConfigError for the first of `options` that is given: here it would have no effect."""
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(reason, field=name, value=value, fix=f"leave out {name}")
+
+
+def _moved(text: str) -> tuple[str, str]:
+    """The old directory and the new one of a `--data`."""
+    old, equals, new = text.partition("=")
+    if not equals or not old or not new:
+        raise ConfigError("not two directories", field="--data", value=text, allowed="OLD=NEW")
+    return old.rstrip("/"), str(Path(new).expanduser().resolve())
 
 
 def _asked(run: RunData, number: int | None, step: int | None) -> SpikeEvent:

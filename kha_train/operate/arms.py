@@ -36,20 +36,20 @@ OUTLYING = 8.0
 @dataclass(frozen=True)
 class Case:
     """The event to explain, the stretch that is replayed, and its configuration. `precision` is the resolved one of
-    these steps ("": unknown), `batch_end` the sample number after the event's first batch. Copies of the checkpoint go
-    to `place`."""
+    these steps ("": unknown). Copies of the checkpoint go to `place`."""
 
     event: SpikeEvent
     stretch: Stretch
     config: RunConfig
     precision: Literal["", "fp32", "bf16"]
-    batch_end: int
     place: Path
 
-    @property
-    def samples(self) -> str:
-        """The samples of the event's first batch, in words."""
-        return f"samples {self.event.samples_first} to {self.batch_end - 1}"
+    def batch(self, step: int) -> tuple[int, int]:
+        """The first and the last sample of the batch of `step`, which is one of the stretch."""
+        run = self.stretch.run
+        [at] = (run.steps == step).nonzero()[0].tolist()
+        first, last = (int(run.columns.whole(name, -1)[at]) for name in ("samples_first", "samples_last"))
+        return first, last
 
 
 class Change(NamedTuple):
@@ -91,23 +91,35 @@ def _set(config: RunConfig, section: str, **values: Any) -> RunConfig:
 
 
 def _skipping(config: RunConfig, first: int, last: int) -> RunConfig:
-    return _set(config, "data", skip_windows=(*config.data.skip_windows, (first, last)))
+    """Without the samples `first` to `last`."""
+    return _set(config, "data", skip_windows=(*config.data.skip_windows, (first, last + 1)))
 
 
 def _without_batch(case: Case, replays: int) -> Change | str:
-    event, words = case.event, f"without the batch of step {case.event.start_step}"
-    config = _skipping(case.config, event.samples_first, case.batch_end)
-    return Change(words, f"the batch of step {event.start_step} ({case.samples})", (config,))
+    return _without_batch_of(case, case.event.start_step)
+
+
+def _without_previous(case: Case, replays: int) -> Change | str:
+    """A loss is that of the weights before its step, so the batch of the step before may have harmed them."""
+    if case.event.start_step - 1 <= case.stretch.first:
+        return "the replay begins after the step before the event"
+    return _without_batch_of(case, case.event.start_step - 1)
+
+
+def _without_batch_of(case: Case, step: int) -> Change:
+    first, last = case.batch(step)
+    accused = f"the batch of step {step} (samples {first} to {last})"
+    return Change(f"without the batch of step {step}", accused, (_skipping(case.config, first, last),))
 
 
 def _without_window(case: Case, replays: int) -> Change | str:
     event = case.event
     if event.end_step == event.start_step:
         return "the event has one step, whose batch is left out already"
-    last = event.samples_last + 1
+    first, last = event.samples_first, event.samples_last
     words = f"without the data of steps {event.start_step} to {event.end_step}"
-    accused = f"the data of steps {event.start_step} to {event.end_step} (samples {event.samples_first} to {last - 1})"
-    return Change(words, accused, (_skipping(case.config, event.samples_first, last),))
+    accused = f"the data of steps {event.start_step} to {event.end_step} (samples {first} to {last})"
+    return Change(words, accused, (_skipping(case.config, first, last),))
 
 
 def _other_order(case: Case, replays: int) -> Change | str:
@@ -246,6 +258,7 @@ def _rounding(case: Case, replays: int) -> Change | str:
 
 ARMS: dict[str, ArmKind] = {
     "without_batch": ArmKind("data", _without_batch),
+    "without_previous": ArmKind("data", _without_previous),
     "without_window": ArmKind("data", _without_window),
     "other_order": ArmKind("data", _other_order),
     "half_rate": ArmKind("rate", _half_rate),

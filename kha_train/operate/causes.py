@@ -8,9 +8,10 @@ that is finished is not trained again, and one that was interrupted goes on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -27,7 +28,7 @@ from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError, DivergedError, KhaError, RunDirectoryInUse
 from kha_train.operate.arms import ARMS, Case, Change, changes
 from kha_train.operate.replay import compare_lines, most_named
-from kha_train.operate.stretch import Launch, Stretch, compute, configuration, in_processes, leading_to
+from kha_train.operate.stretch import Launch, Stretch, compute, configuration, in_processes, leading_to, missing_data
 from kha_train.record import Record, Redactor, read_metrics
 from kha_train.record.files import read_json, write_json
 from kha_train.stability.events import SpikeEvent
@@ -36,6 +37,8 @@ from kha_train.train.progress import read_state
 from kha_train.train.resume import changed_settings
 
 CONTROL, DONE_FILE = "control", "arm.json"
+REPLAYS = 3
+"""Replays of a change in which chance is involved."""
 AT_LEAST, AT_MOST = 5, 50
 """Steps from the first one of an event that are replayed, as far as they were recorded: its own, within these."""
 
@@ -50,15 +53,17 @@ class DoneArm(TypedDict):
 @dataclass(frozen=True)
 class Replaying:
     """How to replay: `arms` by name, the number of `replays` where chance is involved, the most `steps` of the event,
-    the directory for all runs, and how training is launched. `tell` receives a line about each run."""
+    the directory for all runs, how training is launched, and data that have `moved` (`open_case`). `tell` receives a
+    line about each run."""
 
     arms: tuple[str, ...]
     place: Path
     tell: Callable[[str], None]
     bar: Bar
-    replays: int = 3
+    replays: int = REPLAYS
     steps: int = AT_MOST
     launch: Launch = in_processes
+    moved: Mapping[str, str] = field(default_factory=dict)
 
 
 def event_of(run: RunData, number: int | None, step: int | None) -> SpikeEvent:
@@ -120,22 +125,25 @@ def place_of(run: RunData, event: SpikeEvent) -> Path:
     return run.path / FOLDER / f"step-{event.start_step:08d}"
 
 
-def open_case(run: RunData, event: SpikeEvent, place: Path, steps: int = AT_MOST) -> Case:
-    """What a replay of `event` needs. Raises ConfigError with the reason when it cannot be computed here."""
-    stretch = leading_to(run, event.start_step, _last_step(run, event, steps))
+def open_case(
+    run: RunData, event: SpikeEvent, place: Path, steps: int = AT_MOST, moved: Mapping[str, str] | None = None
+) -> Case:
+    """What a replay of `event` needs; `moved` says where data lie that have moved, old directory -> new one. Raises
+    ConfigError with the reason when it cannot be computed here."""
+    stretch = leading_to(run, event.start_step, _last_step(run, event, steps), moved or {})
     if stretch.obstacle:
+        gone = missing_data(stretch.config or {})
         raise ConfigError(
             f"steps {stretch.first + 1} to {stretch.last} cannot be computed again here: {stretch.obstacle}",
             field="run",
             value=str(run.path),
             allowed="a run whose control can be bit-equal",
+            fix=f"say where they are: --data {shlex.quote(gone[0])}=DIRECTORY" if gone else None,
         )
     stretch = replace(stretch, source=_source(stretch, place))
     assert stretch.attempt is not None
-    [at] = (run.steps == event.start_step).nonzero()[0].tolist()
-    batch_end = int(run.columns.whole("samples_last", -1)[at]) + 1
     dtype = str(stretch.attempt.facts.get("dtype"))
-    return Case(event, stretch, configuration(stretch, place), PRECISION_OF.get(dtype, ""), batch_end, place)
+    return Case(event, stretch, configuration(stretch, place), PRECISION_OF.get(dtype, ""), place)
 
 
 def _source(stretch: Stretch, place: Path) -> Path | None:
@@ -170,7 +178,7 @@ def replay_event(run: RunData, event: SpikeEvent, how: Replaying) -> Verdict:
     Raises ConfigError when the event cannot be replayed here, or the place holds another replay; KhaError when the
     control fails.
     """
-    case = open_case(run, event, how.place, how.steps)
+    case = open_case(run, event, how.place, how.steps, how.moved)
     with ExitStack() as holds:
         if case.stretch.source is not None:
             holds.enter_context(held(case.stretch.source))
@@ -223,7 +231,7 @@ def _arm(case: Case, how: Replaying, name: str, family: str, change: Change | st
 
 
 def _excess(case: Case, run_dir: Path) -> Excess:
-    return excess(read_metrics(run_dir), case.event, case.stretch.last)
+    return excess(read_metrics(run_dir), case.event, case.stretch.first, case.stretch.last)
 
 
 def _train(case: Case, how: Replaying, label: str, config: RunConfig) -> None:

@@ -42,6 +42,8 @@ MEASURING = ("validation.", "evaluation.", "stability.probe_every", "telemetry.l
 FOLDERS = (FOLDER, f"{RING}/{FOLDER}")
 """Where saved states of a run lie."""
 CONTENTS = ("data_content_id", "validation_content_id")
+WITH_DATA, PATHS = ("data", "validation"), ("train", "validation", "path")
+"""Sections of the settings that name datasets, and the keys that hold their directories."""
 _ERROR, _LOG = "error.txt", "log.txt"
 
 
@@ -94,17 +96,55 @@ def stretches(run: RunData) -> list[Stretch]:
     ]
 
 
-def leading_to(run: RunData, step: int, last: int) -> Stretch:
-    """The stretch from the last state of `run` before `step` that is saved and verifies, or else from its beginning, to
-    the step `last`. Raises OSError when a checkpoint cannot be read.
+def leading_to(run: RunData, step: int, last: int, moved: Mapping[str, str]) -> Stretch:
+    """The stretch to the step `last` from a state of `run` that is saved and verifies, or else from its beginning. The
+    state is the last one before the step before `step`, so that this one is computed too: its batch made the weights of
+    `step`. Where these steps cannot be computed, it is the last one before `step`. `moved` is as in `relocated`.
+    Raises OSError when a checkpoint cannot be read.
     """
+    with_previous = _leading_to(run, step - 1, last, moved)
+    return _leading_to(run, step, last, moved) if with_previous.obstacle else with_previous
+
+
+def _leading_to(run: RunData, step: int, last: int, moved: Mapping[str, str]) -> Stretch:
     saved = [found for folder in FOLDERS for found in candidates(run.path / folder)]
     for at, path in sorted(saved, reverse=True):
         if run.begun_after < at < step:
             with suppress(CheckpointError):
                 verify(path)
-                return _stretch(run, read_attempts(run.path), at, last, path, None)
-    return _stretch(run, read_attempts(run.path), run.begun_after, last, _begin(run), None)
+                return _stretch(run, read_attempts(run.path), at, last, path, None, moved)
+    return _stretch(run, read_attempts(run.path), run.begun_after, last, _begin(run), None, moved)
+
+
+def relocated(config: Mapping[str, Any], moved: Mapping[str, str]) -> dict[str, Any]:
+    """Plain settings in which each path of data that begins with a directory of `moved` begins with the new one."""
+
+    def new(key: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: new(name, one) for name, one in value.items()}
+        if isinstance(value, list):
+            return [new(key, one) for one in value]
+        begins = (old for old in moved if key in PATHS and f"{value}/".startswith(f"{old}/"))
+        return next((moved[old] + value[len(old) :] for old in begins), value)
+
+    return {name: new(name, section) if name in WITH_DATA else section for name, section in config.items()}
+
+
+def missing_data(config: Mapping[str, Any]) -> list[str]:
+    """The paths of data in plain settings that are no directories here."""
+
+    def paths(key: str, value: Any) -> Iterator[str]:
+        if isinstance(value, Mapping):
+            for name, one in value.items():
+                yield from paths(name, one)
+        elif isinstance(value, list):
+            for one in value:
+                yield from paths(key, one)
+        elif key in PATHS and value:
+            yield value
+
+    found = (path for name in WITH_DATA for path in paths(name, config.get(name)))
+    return [path for path in found if "://" not in path and not Path(path).is_dir()]
 
 
 def _begin(run: RunData) -> Path | None:
@@ -114,14 +154,23 @@ def _begin(run: RunData) -> Path | None:
 
 
 def _stretch(
-    run: RunData, attempts: Mapping[int, Attempt], first: int, last: int, source: Path | None, target: Path | None
+    run: RunData,
+    attempts: Mapping[int, Attempt],
+    first: int,
+    last: int,
+    source: Path | None,
+    target: Path | None,
+    moved: Mapping[str, str] | None = None,
 ) -> Stretch:
     inside = (run.steps > first) & (run.steps <= last)
     numbers = sorted({*run.columns.whole("attempt", 1)[inside].tolist()})
-    configs = [config_of(attempts, number) for number in numbers]
+    recorded = [config_of(attempts, number) for number in numbers]
+    configs = [config if config is None else relocated(config, moved or {}) for config in recorded]
     made = [attempts[number] for number in numbers if number in attempts]
     whole = int(inside.sum()) == last - first
     obstacle = next(_obstacles(run, first, last, whole, made, configs), "")
+    if not obstacle and source is not None and not source.is_dir():
+        obstacle = f"the state that they begin with is not here: {source}"
     return Stretch(
         run, first, last, source, target, made[0] if made else None, configs[0] if configs else None, obstacle
     )
@@ -161,6 +210,8 @@ def _obstacles(
     here = torch.cuda.device_count() if device != "cpu" else processors()
     if size > here:
         yield f"they were computed by {size} processes, and this machine has {here} of what each needs ({device})"
+    if missing := missing_data(configs[0] or {}):
+        yield f"their data are not here: {', '.join(missing)}"
 
 
 def configuration(stretch: Stretch, run_dir: Path) -> RunConfig:

@@ -36,21 +36,30 @@ def arm(name: str, family: str, removed: bool | tuple[bool, ...], left: float = 
 
 
 def test_an_event_is_measured_from_its_own_baseline_and_over_its_own_steps() -> None:
-    # Step 4 is before the event and step 9 after the replay. z = 7, 8, and one loss that is not finite.
-    found = excess(lines(9.0, 2.875, 3.0, math.nan, 1.0, 9.0), event(), last=8)
+    # Step 9 is after the replay. z = 7, 8, and one loss that is not finite.
+    found = excess(lines(2.0, 2.875, 3.0, math.nan, 1.0, 9.0), event(), before=2, last=8)
     assert found == Excess(standing_out=2, area=1.875)
-    assert excess([{"step": 5, "train/loss": 2.0, "train/grad_norm": math.inf}], event(), 5).standing_out == 1
+    assert excess([{"step": 5, "train/loss": 2.0, "train/grad_norm": math.inf}], event(), 4, 5).standing_out == 1
 
 
 def test_a_replay_that_diverged_before_the_event_does_not_remove_it() -> None:
-    control = excess(lines(2.0, 3.5, 3.5, 2.0, 2.0), event(), last=8)
-    early, amid = excess(lines(9.0), event(), last=8), excess(lines(2.0, 2.0), event(), last=8)
+    control = excess(lines(2.0, 3.5, 3.5, 2.0, 2.0), event(), 3, 8)
+    early, amid = excess(lines(2.0), event(), 3, 8), excess(lines(2.0, 2.0), event(), 3, 8)
     assert (early.standing_out, amid.standing_out) == (4, 3)
     assert not is_removed(early, control) and not is_removed(amid, control)
     lost = Arm("order", "data", "with order", "order", (False,), (share_left(early, control),))
     assert lost.words == "does not remove it"
     assert judge([lost])[1] == "no single cause: none of 1 changes removes it"
     assert judge([lost, arm("rate", "rate", False, 0.9)])[1].endswith("effective, with rate, leaves 90 % of it")
+
+
+def test_a_change_that_moves_the_event_to_the_step_before_does_not_remove_it() -> None:
+    """As leaving out the batch of that step does: the bad one comes then."""
+    control = excess(lines(2.0, 3.5, 2.0), event(), 3, 6)
+    moved = excess(lines(3.5, 2.0, 2.0), event(), 3, 6)
+    assert moved == control and not is_removed(moved, control)
+    # A replay that begins with the event has no such step.
+    assert excess(lines(3.5, 2.0, 2.0)[1:], event(), before=4, last=6) == Excess(0, 0.0)
 
 
 def test_a_change_removes_an_event_when_nothing_stands_out_and_most_of_it_is_gone() -> None:

@@ -1,11 +1,12 @@
 """Plants causes of spikes in real tiny runs, and replays each spike.
 
-    poisoned rows     three rows of one batch hold ids that the data has nowhere else
+    poisoned rows     four rows of one batch hold ids that the data has nowhere else
     bad data window   the same in every batch of six steps
     rate jump         the run is restarted with a far higher learning rate
     bf16 router       the run is restarted with `moe.router_precision=bf16`; the rows of its router share a large
                       vector, beside which bf16 does not resolve what tells experts apart
     huge values       the run branches off a checkpoint in which one matrix of one layer is far too large
+    two causes        the same, and the first batch after it is poisoned: no single change removes the event
 
 All runs are trained in this process, one after another.
 """
@@ -42,6 +43,8 @@ USUAL_IDS, IDS = 64, 128
 """Ids below `USUAL_IDS` are in the data; those above only in poisoned rows."""
 BEGIN, POISONED, WINDOW, STEPS = 180, 190, range(215, 221), 230
 """The step after which a run is restarted or branched, those whose data are bad, and the length of runs."""
+BAD_ROWS = 4
+"""Poisoned rows of a bad batch: with three of them one of the four seeds has no event (z = 7.7)."""
 SETTINGS = (
     "attention=gqa", f"run.steps={STEPS}", "engine.device=cpu", "engine.name=plain", f"model.vocab_size={IDS}",
     f"model.seq_len={LENGTH}", "model.layers=2", "model.hidden_size=32", "model.query_heads=1", "model.kv_heads=1",
@@ -106,16 +109,21 @@ def _clean(place: Path, seed: int) -> Path:
 
 
 def bad_data(place: Path, seed: int) -> Path:
-    """A run with three bad rows in the batch of step `POISONED`, and in those of `WINDOW`."""
-    data, run_dir = place / "bad data", place / "bad"
+    """A run with `BAD_ROWS` bad rows in the batch of step `POISONED`, and in those of `WINDOW`."""
+    run_dir = place / "bad"
     if not run_dir.exists():
-        write_data(data, seed)
-        config = compose(settings(data, run_dir, seed))
-        firsts = [BATCH * (step - 1) for step in (POISONED, *WINDOW)]
-        numbers = np.concatenate([np.arange(first, first + 3) for first in firsts])
-        write_data(data, seed, open_samples(config).locate(numbers)[1].tolist())
-        train(config)
+        train(compose(settings(poisoned_data(place / "bad data", seed, POISONED, *WINDOW), run_dir, seed)))
     return run_dir
+
+
+def poisoned_data(data: Path, seed: int, *steps: int) -> Path:
+    """Data whose batches of `steps` have `BAD_ROWS` bad rows."""
+    write_data(data, seed)
+    samples = open_samples(compose(settings(data, data / "nowhere", seed)))
+    firsts = [BATCH * (step - 1) for step in steps]
+    numbers = np.concatenate([np.arange(first, first + BAD_ROWS) for first in firsts])
+    write_data(data, seed, samples.locate(numbers)[1].tolist())
+    return data
 
 
 def rate_jump(place: Path, seed: int) -> Path:
@@ -152,13 +160,22 @@ def bf16_router(place: Path, seed: int) -> Path:
 
 def huge_values(place: Path, seed: int) -> Path:
     """A branch of the clean run after `BEGIN`, in which the matrix `HUGE` is 100 times as large."""
-    run_dir, clean = place / "huge", _clean(place, seed)
+    return _with_huge_values(_clean(place, seed), place / "data", place / "huge", seed)
 
+
+def two_causes(place: Path, seed: int) -> Path:
+    """As `huge_values`, and the batch of the branch's first step has bad rows."""
+    data, begin = poisoned_data(place / "two data", seed, BEGIN + 1), place / "two begin"
+    train(compose(settings(data, begin, seed)), until=BEGIN)
+    return _with_huge_values(begin, data, place / "two", seed)
+
+
+def _with_huge_values(parent: Path, data: Path, run_dir: Path, seed: int) -> Path:
     def huge(name: str, kind: str, values_P: torch.Tensor) -> torch.Tensor:
         return values_P * 100 if kind == MASTER and name == HUGE else values_P
 
-    copy = rewritten(_checkpoint(clean), place / "huge state", huge)
-    train(compose(settings(place / "data", run_dir, seed, f"run.branch_from='{copy}'")), until=BEGIN + 20)
+    copy = rewritten(_checkpoint(parent), run_dir.with_name(f"{run_dir.name} state"), huge)
+    train(compose(settings(data, run_dir, seed, f"run.branch_from='{copy}'")), until=BEGIN + 20)
     return run_dir
 
 
@@ -174,6 +191,8 @@ PLANTS = (
     Plant("bf16 router", bf16_router, BEGIN + 1, "router precision", "the router's precision"),
     Plant("huge values", huge_values, BEGIN + 1, "scale", f"huge values in {HUGE}"),
 )
+
+NO_SINGLE_CAUSE = Plant("two causes", two_causes, BEGIN + 1, "", "no single cause: none of")
 
 
 def planted_event(plant: Plant, place: Path, seed: int) -> tuple[Path, SpikeEvent]:

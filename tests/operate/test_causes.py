@@ -34,7 +34,7 @@ from kha_train.operate.stretch import in_this_process
 from kha_train.record import read_events, read_metrics
 from kha_train.stability.events import SpikeEvent
 from tests.conftest import Kha
-from tests.operate.planted import IDS, PLANTS, POISONED, USUAL_IDS, planted_event
+from tests.operate.planted import BEGIN, IDS, NO_SINGLE_CAUSE, PLANTS, POISONED, USUAL_IDS, planted_event
 from tests.operate.planted import replayed as judged
 
 pytestmark = pytest.mark.slow
@@ -58,13 +58,14 @@ def test_poisoned_rows_are_named_and_the_verdict_is_kept_with_the_run(poisoned: 
     run_dir, event = poisoned
     assert event.start_step == POISONED
     before = {path: path.read_bytes() for path in (run_dir / "metrics.jsonl", run_dir / "run.json")}
-    found = replayed(run_dir, event, "without_batch", "half_rate", "rounding", "fp32_router")
+    found = replayed(run_dir, event, "without_batch", "without_previous", "half_rate", "rounding", "fp32_router")
     assert found.differences == () and found.cause == "data"
     assert found.answer.startswith(f"the batch of step {POISONED} (samples {8 * POISONED - 8} to {8 * POISONED - 1})")
-    assert [(arm.name, arm.removes) for arm in found.arms[:3]] == [
-        ("without_batch", True), ("half_rate", False), ("rounding", False),
+    # Without the batch before it, the event only comes a step earlier.
+    assert [(arm.name, arm.removes) for arm in found.arms[:4]] == [
+        ("without_batch", True), ("without_previous", False), ("half_rate", False), ("rounding", False),
     ]  # fmt: skip
-    assert found.arms[3].reason == "the router is fp32 already"
+    assert found.arms[4].reason == "the router is fp32 already"
     assert all(path.read_bytes() == content for path, content in before.items())
     assert [one["answer"] for one in read_verdicts(run_dir)] == [found.answer]
     [told] = [one for one in read_events(run_dir) if one["kind"] == "replayed"]
@@ -119,10 +120,14 @@ def test_every_arm_changes_one_thing_and_says_why_where_it_cannot(poisoned: tupl
             now = [flatten(to_plain(config)) for config in change.configs]
             found[name] = sorted({key for one in now for key in one.keys() | before if one.get(key) != before.get(key)})
             assert len({json.dumps(one, sort_keys=True) for one in now}) == len(now)
+            if name in ("without_batch", "without_previous"):
+                first = 8 * (POISONED - 1 - (name == "without_previous"))
+                assert change.configs[0].data.skip_windows == ((first, first + 8),)
     interaction = [key for key in found.pop("kha_inserted") if not key.startswith("attention.interaction.")]
     assert interaction == []
     assert found == {
-        "without_batch": ["data.skip_windows"], "without_window": ["data.skip_windows"], "other_order": ["data.seed"],
+        "without_batch": ["data.skip_windows"], "without_previous": ["data.skip_windows"],
+        "without_window": ["data.skip_windows"], "other_order": ["data.seed"],
         "half_rate": ["optim.lr"], "tenth_rate": ["optim.lr"], "tighter_clip": ["optim.grad_clip"],
         "fp32_router": ["moe.router_precision"],
         "fp32_everywhere": ["engine.precision", "moe.router_precision"],
@@ -199,7 +204,7 @@ def test_a_capsule_reproduces_the_event_by_its_own_command_and_is_small(
     made = write_capsule(run, open_case(run, poisoned[1], tmp_path / "work"), out, lambda text: None, in_this_process)
     assert "the optimiser's moments" in made["left_out"] and len(made["losses"]) == 2
     steps = json.loads((out / "samples.json").read_text())["steps"]
-    # One of the three poisoned rows shows the event; the step before it has the row at the same place.
+    # One of the poisoned rows shows the event; the step before it has the row at the same place.
     assert [len(rows) for rows in steps] == [1, 1]
     assert max(steps[0][0]["ids"][:-1]) < USUAL_IDS <= min(steps[1][0]["ids"][:-2])
     shutil.move(out, tmp_path / "elsewhere")
@@ -291,6 +296,52 @@ def test_nothing_can_be_left_out_of_what_delta_debugging_keeps() -> None:
 
         assert smallest(tuple(range(8)), still) == tuple(sorted(needed))
         assert all(tried)
+
+
+def test_an_event_of_two_causes_is_called_one_without_a_single_cause(tmp_path: Path) -> None:
+    run_dir, event = planted_event(NO_SINGLE_CAUSE, tmp_path, 0)
+    assert event.start_step == BEGIN + 1
+    found = replayed(run_dir, event, "without_batch", "other_order", "half_rate", "usual_scale", "rounding")
+    assert found.differences == () and found.cause is None and found.answer.startswith(NO_SINGLE_CAUSE.accuses)
+    assert [arm.removes for arm in found.arms] == [False] * 5
+    # Each of the two takes away a part.
+    left = {arm.name: arm.left[0] for arm in found.arms}
+    assert left["usual_scale"] < left["half_rate"] and left["without_batch"] < 1
+
+
+def test_a_run_that_was_moved_replays_when_it_is_told_where_its_data_are(
+    poisoned: tuple[Path, SpikeEvent], tmp_path: Path, kha: Kha
+) -> None:
+    """As one from other hands, whose paths are those of another machine."""
+    theirs, moved = poisoned[0].parent / "bad data", tmp_path / "moved"
+    shutil.copytree(poisoned[0], moved / "their run", ignore=shutil.ignore_patterns("replay"))
+    hidden = theirs.rename(moved / "data")
+    arguments = ("replay", str(moved / "their run"), "--event", "1", "--arms", "without_batch", "--steps", "1")
+    try:
+        code, _, told = kha(*arguments, "--json")
+        assert code == 2 and f"their data are not here: {theirs}/train" in told
+        assert f"fix: say where they are: --data '{theirs}/train'=DIRECTORY" in told
+        code, told, _ = kha(*arguments, "--data", f"{theirs}={hidden}", "--json")
+    finally:
+        hidden.rename(theirs)
+    found = json.loads(told)
+    assert code == 0 and found["cause"] == "data" and found["differences"] == []
+    assert Path(found["verdict"]).is_relative_to(moved) and Path(found["source"]).is_relative_to(moved)
+
+
+def test_options_that_would_have_no_effect_are_refused(
+    poisoned: tuple[Path, SpikeEvent], tmp_path: Path, kha: Kha
+) -> None:
+    for option, value in (("--arms", "half_rate"), ("--replays", "2")):
+        code, _, told = kha("replay", str(poisoned[0]), "--event", "1", "--capsule", str(tmp_path / "c"), option, value)
+        assert code == 2 and f"{option} = " in told and f"leave out {option}" in told
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "capsule.json").write_text("{}")
+    for option, value in (("--event", "1"), ("--capsule", "x"), ("--out", "x"), ("--data", "a=b"), ("--steps", "1")):
+        code, _, told = kha("replay", str(tmp_path / "made"), option, value)
+        assert code == 2 and f"{option} = " in told and "is a capsule, which is trained as it is" in told
+    code, _, told = kha("replay", str(poisoned[0]), "--event", "1", "--data", "nowhere")
+    assert code == 2 and "--data = 'nowhere'" in told and "OLD=NEW" in told
 
 
 def test_rows_of_a_batch_make_the_batch_again(poisoned: tuple[Path, SpikeEvent], padded: list[str]) -> None:
