@@ -47,13 +47,15 @@ class CompressedArm:
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     """What is compared: a name and the overrides that make it. `reference` is the arm that it is compared with ("": the
-    study's reference). With `compresses`, overrides are added to those of the arm that it begins with.
+    study's reference). With `compresses`, overrides are added to those of the arm that it begins with. `stands_for` is
+    the arm of another scale whose published figures it is held against, where that has another name.
     """
 
     name: str
     overrides: tuple[str, ...]
     reference: str = ""
     compresses: CompressedArm | None = None
+    stands_for: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +138,8 @@ class Scale:
 class Study:
     """A question and how it is answered. The result's sentence is about the first of the measures, which also chooses
     the rates, unless `rate_measure` names another of them. Arms without a reference, their own or the study's, are
-    trained but compared with nothing. `not_shown` says what no result of the study can show.
+    trained but compared with nothing. `not_shown` says what no result of the study can show. Figures were published at
+    the size `published_at`, and are losses, unless higher ones are better.
 
     A trial is a training run, or a computation that `trials` names (`operate.computed.COMPUTATIONS`). Overrides are
     then the settings of the computation, rates its `rate`, and all measures are of the kind `entry`.
@@ -152,6 +155,8 @@ class Study:
     measures: tuple[Measure, ...]
     rate_measure: str = ""
     published: tuple[Published, ...] = ()
+    published_at: str = ""
+    published_higher_is_better: bool = False
     cpu: Scale
     paper: Scale
 

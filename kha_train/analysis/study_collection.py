@@ -1,4 +1,5 @@
-"""A page of experiments from files `result.json` of studies: a section for each, newest first.
+"""A page of experiments from files `result.json` of studies: what contradicts the papers, then a section for each
+result, newest first.
 
 The sections stand between two marks of a Markdown page; what else is on the page stays as it is.
 """
@@ -10,14 +11,13 @@ import os
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
 
 from kha_train.analysis.studies import load_study, study_names
+from kha_train.analysis.study_claims import contradictions
+from kha_train.analysis.study_files import ArmEntry, PublishedEntry, ResultFile, read_result
 from kha_train.analysis.study_page import table_lines
 from kha_train.errors import ConfigError
-from kha_train.foreign.typed import Absent
 from kha_train.literal import visible
-from kha_train.record.files import read_json
 from kha_train.telemetry.format import duration
 
 BEGIN, END = "<!-- kha study collect: begin -->", "<!-- kha study collect: end -->"
@@ -26,86 +26,9 @@ SHOWN_DIGITS = 12
 """Digits of a SHA-256 or a commit."""
 
 
-class IntervalEntry(TypedDict):
-    """A mean over seeds with its interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-class ArmEntry(TypedDict):
-    """An arm in `result.json`, as far as the page has it."""
-
-    reference: str | None
-    rate: float | None
-    rate_at_edge: bool | None
-    seeds: list[int]
-    means: dict[str, float | None]
-    intervals: dict[str, IntervalEntry | None]
-    values: dict[str, dict[str, float | None]]
-    diverged: int
-
-
-class ComparisonEntry(TypedDict):
-    """An arm against its reference, in words."""
-
-    sentence: str
-
-
-class PublishedEntry(TypedDict):
-    """What a paper prints, and what was found."""
-
-    what: str
-    arm: str
-    value: float | None
-    better_than: str
-    ours: str
-
-
-class ResultFile(TypedDict):
-    """`result.json`, as far as the page has it."""
-
-    study: str
-    scale: str
-    question: str
-    source: str
-    not_shown: str
-    command: str
-    began: float | None
-    ended: float | None
-    seconds: float | None
-    trials: int
-    study_sha256: str
-    commits: list[str | None]
-    data_content_ids: list[str | None]
-    machines: list[str]
-    complete: bool
-    measures: list[dict[str, Any]]
-    rates: str
-    arms: dict[str, ArmEntry]
-    comparisons: list[ComparisonEntry]
-    published: Annotated[list[PublishedEntry], Absent([])]
-    caveats: list[str]
-    sentence: str
-
-
-def read_result(file: Path) -> ResultFile:
-    """The result in `file`.
-
-    Raises ConfigError when there is no such file or its study is not complete, DataError when it is not a result.
-    """
-    found = read_json(file, ResultFile, "write it again with `kha study report`")
-    if found is None:
-        raise ConfigError("no such file", field="result", value=str(file))
-    if not found["complete"]:
-        raise ConfigError("is of a study that is not complete", field="result", value=str(file))
-    return found
-
-
 def collected(page: Path, files: Sequence[Path]) -> str:
-    """The text of `page` with a section for every result in `files` between its marks; a page that does not exist
-    begins with both.
+    """The text of `page` with what `files` hold between its marks: what contradicts the papers, and a section for every
+    result. A page that does not exist begins with both marks.
 
     Raises ConfigError when the page lacks a mark, and as `read_result` does.
     """
@@ -118,7 +41,28 @@ def collected(page: Path, files: Sequence[Path]) -> str:
     results = [(file, read_result(file)) for file in files]
     newest = sorted(results, key=lambda one: (-(one[1]["ended"] or 0), one[1]["study"], one[1]["scale"]))
     sections = ["\n".join(_section(result, _link(page, file))) + "\n\n" for file, result in newest]
-    return f"{before}{begin}\n{''.join(sections)}{end}{after}"
+    told = "\n\n".join(_opening([result for _, result in newest]))
+    return f"{before}{begin}\n{told}\n\n{''.join(sections)}{end}{after}"
+
+
+def _opening(results: Sequence[ResultFile]) -> Iterator[str]:
+    """The paragraphs before the sections: contradictions, and whether all results are of one version of the code."""
+    found = [line for result in results for line in contradictions(result)]
+    if found:
+        yield "**What contradicts the papers, at the sizes stated.** " + visible(" ".join(found))
+    else:
+        yield (
+            "**What contradicts the papers: nothing.** Where a paper prints that an arm is better, no interval here "
+            "excludes zero on the other side."
+        )
+    known = sorted({code for result in results for code in result["code_sha256"] if code})
+    unknown = [result["study"] for result in results if not any(result["code_sha256"])]
+    if len(known) > 1 or unknown:
+        parts = [f"{len(known)} versions of the code ({_digests(known)})"] if known else []
+        parts += [f"versions without a recorded hash ({', '.join(unknown)})"] if unknown else []
+        yield f"**These results are not of one version of the code**: {' and '.join(parts)}."
+    else:
+        yield f"All results are of one version of `kha_train/` and `configs/`: {_digests(known)}."
 
 
 def _link(page: Path, file: Path) -> str:
@@ -127,7 +71,7 @@ def _link(page: Path, file: Path) -> str:
 
 def _section(result: ResultFile, link: str) -> Iterator[str]:
     ended = result["ended"]
-    date = f"{_day(ended)}: " if ended is not None else ""
+    date = f"{day(ended)}: " if ended is not None else ""
     usual = f"{result['study']}-{result['scale']}"
     own = f" ({Path(link).stem})" if Path(link).stem not in (usual, "result") else ""
     yield f"## {date}the study `{result['study']}`, scale {result['scale']}{own}\n"
@@ -158,7 +102,9 @@ def _origin(result: ResultFile) -> str:
     words = [f"{result['trials']} trials{spent}; {len(result['arms'])} arms, seeds {', '.join(map(str, seeds))}."]
     machines = "; ".join(machine for machine in result["machines"] if machine)
     words.append(f"On {machines}." if machines else "")
-    words.append(f"Code {_digests(result['commits'])}, study's file {_digests([result['study_sha256']])}")
+    code = [f"version {_digests(result['code_sha256'])}"] if any(result["code_sha256"]) else []
+    code.append(f"commit {_digests(result['commits'])}")
+    words.append(f"Code {', '.join(code)}, study's file {_digests([result['study_sha256']])}")
     data = [one for one in result["data_content_ids"] if one]
     words[-1] += f", data {_digests(data)}." if data else "."
     if result["study"] in study_names() and load_study(result["study"], "cpu").sha256 != result["study_sha256"]:
@@ -197,6 +143,7 @@ def _digests(digests: Sequence[str | None]) -> str:
     return ", ".join(f"`{digest[:SHOWN_DIGITS]}`{space}{remark}" for digest, space, remark in shown) or "unknown"
 
 
-def _day(seconds: float) -> str:
+def day(seconds: float) -> str:
+    """The day of a time in seconds since 1970."""
     moment = datetime.fromtimestamp(seconds, UTC)
     return f"{moment.day} {moment:%B %Y}"

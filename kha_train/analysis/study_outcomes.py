@@ -25,10 +25,19 @@ SMOOTHED = 5
 
 
 @dataclass(frozen=True)
+class TrialSize:
+    """How large a run was: its trained parameters, those that a token passes through, and the tokens it read."""
+
+    parameters: int
+    active_parameters: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a finished run gave: the values of measures by name (None where the run has none, infinite where it never
-    got there), `seconds` of its attempts, and its source: commit of the code and content id of the data, when it
-    `began` and `ended` (seconds since 1970), and on which `machine`.
+    got there), `seconds` of its attempts, and its source: commit and SHA-256 of the `code`, content id of the data,
+    when it `began` and `ended` (seconds since 1970), and on which `machine`. `size` has its parameters and tokens.
     """
 
     run_dir: str
@@ -40,6 +49,8 @@ class Outcome:
     began: float | None = None
     ended: float | None = None
     machine: str = ""
+    code: str | None = None
+    size: TrialSize | None = None
 
 
 def outcome_of(run_dir: Path, measures: Sequence[Measure]) -> Outcome:
@@ -62,7 +73,14 @@ def outcome_of(run_dir: Path, measures: Sequence[Measure]) -> Outcome:
         began=min((started for started, _ in times if started), default=None),
         ended=max((ended for _, ended in times if ended), default=None),
         machine=machine_words(origin),
+        code=run.fact("code_sha256"),
+        size=_size(summary),
     )
+
+
+def _size(summary: Summary) -> TrialSize | None:
+    total, active, tokens = (summary.results[name] for name in ("parameters", "active_parameters", "tokens"))
+    return TrialSize(int(total), int(active), int(tokens)) if total and active and tokens else None
 
 
 def machine_words(origin: Mapping[str, Any]) -> str:

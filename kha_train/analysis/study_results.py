@@ -11,10 +11,10 @@ import numpy as np
 
 from kha_train.analysis.statistics import SeedInterval, over_seeds, sign_test
 from kha_train.analysis.studies import Measure, Published, ScaledStudy, Trial
-from kha_train.analysis.study_outcomes import Outcome
+from kha_train.analysis.study_outcomes import Outcome, TrialSize
 
-COUNT = "spikes"
-"""The kind of measures that are counts."""
+COUNTS = ("spikes",)
+"""The kinds of measures that are counts."""
 SIGNIFICANT = 0.05
 FORMAT = 1
 
@@ -74,7 +74,7 @@ class Compared:
 class ArmResult:
     """An arm at its best rate: values of every measure by seed, the runs, and how many diverged. `by_rate` has the
     values of the measure that chooses rates, for every rate and seed on which rates were compared. `counts` names the
-    measures that are counts.
+    measures that are counts. `size` is that of its first run.
     """
 
     name: str
@@ -87,6 +87,8 @@ class ArmResult:
     diverged: int
     diverged_by_rate: Mapping[float, int]
     counts: tuple[str, ...] = ()
+    size: TrialSize | None = None
+    stands_for: str = ""
 
     @property
     def is_usable(self) -> bool:
@@ -118,7 +120,7 @@ class StudyResult:
     outcomes: tuple[Outcome, ...]
 
     def sources(self, name: str) -> list[str | None]:
-        """The different values that outcomes have in `commit`, `data` or `machine`."""
+        """The different values that outcomes have in `commit`, `code`, `data` or `machine`."""
         return list(dict.fromkeys(getattr(one, name) for one in self.outcomes))
 
     @property
@@ -160,9 +162,11 @@ class StudyResult:
             for arm in self.arms.values()
             if arm.diverged
         ]
-        commits, data = self.sources("commit"), self.sources("data")
-        if len(commits) > 1:
-            found.append(f"the runs are of {len(commits)} commits of the code")
+        code, data = self.sources("code"), self.sources("data")
+        # Runs of older releases have a commit alone.
+        versions = code if any(code) else self.sources("commit")
+        if len(versions) > 1:
+            found.append(f"the runs are of {len(versions)} versions of the code")
         if len(data) > 1:
             found.append(f"the runs read {len(data)} datasets")
         return found
@@ -201,6 +205,7 @@ class StudyResult:
             "not_shown": study.not_shown,
             "study_sha256": scaled.sha256,
             "commits": self.sources("commit"),
+            "code_sha256": self.sources("code"),
             "data_content_ids": self.sources("data"),
             "machines": self.sources("machine"),
             "trials": len(self.outcomes),
@@ -213,6 +218,8 @@ class StudyResult:
             "arms": {arm.name: self._arm(arm) for arm in self.arms.values()},
             "comparisons": [asdict(one) | {"sentence": one.sentence()} for one in self.compared],
             "published": [asdict(one) | {"ours": self.ours(one)} for one in study.published],
+            "published_at": study.published_at,
+            "published_higher_is_better": study.published_higher_is_better,
             "caveats": self.caveats(),
             "evidence": self.evidence,
             "sentence": self.sentence,
@@ -247,6 +254,8 @@ class StudyResult:
         return {
             "overrides": list(arm.overrides),
             "reference": arm.reference or None,
+            "stands_for": arm.stands_for or None,
+            "size": asdict(arm.size) if arm.size else None,
             "rate": arm.chosen.rate if arm.chosen else None,
             "rate_at_edge": arm.chosen.at_edge if arm.chosen else None,
             "by_rate": {f"{rate:g}": dict(values) for rate, values in arm.by_rate.items()},
@@ -305,7 +314,9 @@ def judge(scaled: ScaledStudy, outcomes: Mapping[Trial, Outcome]) -> StudyResult
             runs={seed: one.run_dir for seed, one in own.items()},
             diverged=sum(one.diverged for one in own.values()),
             diverged_by_rate={rate: sum(one.diverged for t, one in tried if t.rate == rate) for rate in rates},
-            counts=tuple(measure.name for measure in scaled.measures if measure.kind == COUNT),
+            counts=tuple(measure.name for measure in scaled.measures if measure.kind in COUNTS),
+            size=next((one.size for one in own.values()), None),
+            stands_for=arm.stands_for,
         )
     return StudyResult(
         scaled=scaled,
@@ -328,7 +339,7 @@ def _compared(reference: ArmResult, arm: ArmResult, measure: Measure) -> Compare
     differences = {seed: 0.0 if a == b else a - b for seed, (a, b) in known.items()}
     infinite = any(not (math.isfinite(a) and math.isfinite(b)) for a, b in known.values())
     # Student's interval of the difference of small counts, where nominally 95 %, covers 73 to 99 %.
-    why = "not all are finite" if infinite else "they are counts" if measure.kind == COUNT else ""
+    why = "not all are finite" if infinite else "they are counts" if measure.kind in COUNTS else ""
     signs = sign_test(list(differences.values()))
     return Compared(
         arm=arm.name,

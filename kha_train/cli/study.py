@@ -12,7 +12,9 @@ from rich.live import Live
 from rich.table import Table
 
 from kha_train.analysis.studies import Scale, ScaledStudy, load_study, study_names
-from kha_train.analysis.study_collection import collected
+from kha_train.analysis.study_claims import verdict
+from kha_train.analysis.study_collection import SHOWN_DIGITS, collected, day
+from kha_train.analysis.study_files import ResultFile, published_results
 from kha_train.analysis.study_page import arm_rows, rate_rows
 from kha_train.analysis.study_results import StudyResult, judge
 from kha_train.cli.output import note, print_json
@@ -43,18 +45,43 @@ PARENT = Path("runs/study")
 
 
 @app.command("list")
-def list_(as_json: AsJson = False) -> None:
-    """List the studies that are shipped, each with its question and source."""
+def list_(
+    results: Annotated[
+        Path | None, typer.Option(help="Folder of results; default: docs/results of the checkout.", metavar="FOLDER")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the studies that are shipped: question, source, and the date and verdict of every published result."""
+    published = published_results(results)
     found = {name: load_study(name, "cpu") for name in study_names()}
     if as_json:
-        told = {
-            name: {"question": one.study.question, "source": one.study.source, "arms": list(one.arms)}
+        told: dict[str, dict[str, Any]] = {
+            name: {"question": one.study.question, "source": one.study.source, "arms": list(one.arms), "results": []}
             for name, one in found.items()
         }
+        for result in published:
+            own = told.setdefault(result["study"], {"question": result["question"], "results": []})
+            own["results"].append(_published(result))
         print_json(told, indent=2)
         return
-    for name, one in found.items():
-        say(f"{name:<12} {one.study.question} ({one.study.source})")
+    for name in sorted({*found, *(result["study"] for result in published)}):
+        own_results = [result for result in published if result["study"] == name]
+        asked = f"{found[name].study.question} ({found[name].study.source})" if name in found else "not shipped"
+        say(f"{name:<15} {asked}")
+        for result in own_results:
+            about = _published(result)
+            say(f"{'':<15} {about['date']}, scale {about['scale']}, code {about['code']}: {about['verdict']}")
+
+
+def _published(result: ResultFile) -> dict[str, Any]:
+    """A published result in `kha study list`."""
+    ended, code = result["ended"], [one[:SHOWN_DIGITS] for one in result["code_sha256"] if one]
+    return {
+        "date": day(ended) if ended is not None else "no date",
+        "scale": result["scale"],
+        "code": ", ".join(code) or "without a hash",
+        "verdict": verdict(result),
+    }
 
 
 @app.command("show")

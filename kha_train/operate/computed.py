@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Annotated, TypedDict
 
 from kha_train.analysis.computation import Computation
 from kha_train.analysis.kernel_pca.study import KernelPca
@@ -19,6 +19,7 @@ from kha_train.analysis.study_outcomes import Outcome, machine_words, valued
 from kha_train.config.build import build, flatten, nearest
 from kha_train.errors import ConfigError
 from kha_train.foreign.documents import parse_yaml
+from kha_train.foreign.typed import Absent
 from kha_train.operate.local import signals_interrupt
 from kha_train.operate.sweep import Point
 from kha_train.record.files import read_json, write_json
@@ -38,6 +39,7 @@ class FiguresFile(TypedDict):
     ended: float
     commit: str | None
     machine: str
+    code_sha256: Annotated[str | None, Absent(None)]
 
 
 def computed_points(
@@ -89,6 +91,7 @@ def computed_outcome(point: Point, scaled: ScaledStudy) -> Outcome | None:
         began=saved["began"],
         ended=saved["ended"],
         machine=saved["machine"],
+        code=saved["code_sha256"],
     )
 
 
@@ -114,6 +117,7 @@ def compute_points(
                 ended=time.time(),
                 commit=f"{commit} with changes" if commit and origin["git.dirty"] else commit,
                 machine=machine_words(origin),
+                code_sha256=origin["code_sha256"],
             )
             write_json(Path(point.run_dir) / FIGURES_FILE, {**done})
 

@@ -4,6 +4,7 @@ whole.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -15,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from kha_train.config.compose import PACKAGE, shipped
 from kha_train.stability.monitor import DETECTOR
 
 PACKAGES = ("kha_train", "torch", "deepspeed", "numpy", "hydra-core", "sentencepiece", "safetensors", "wandb")
@@ -57,6 +59,22 @@ def _git_state() -> dict[str, Any] | None:
     return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
 
 
+def code_sha256() -> str:
+    """The SHA-256 of all `.py` and `.yaml` files of the package and of `configs`, with their names: a wheel and the
+    checkout that it is of have the same, and changes that are not committed count.
+    """
+    configs = shipped("configs")
+    apart = {configs, shipped("launch")}
+    files = {f"configs/{file.relative_to(configs).as_posix()}": file for file in configs.rglob("*.yaml")}
+    for file in PACKAGE.rglob("*"):
+        if file.suffix in (".py", ".yaml") and apart.isdisjoint(file.parents):
+            files[f"{PACKAGE.name}/{file.relative_to(PACKAGE).as_posix()}"] = file
+    digest = hashlib.sha256()
+    for name, file in sorted(files.items()):
+        digest.update(f"{name}\n{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
 def collect_provenance(clean: Callable[[list[str]], list[str]] = list) -> dict[str, Any]:
     """What is known of this process without importing anything heavy. `clean` removes secrets from the command's
     arguments before they are quoted; the caller redacts the rest.
@@ -64,6 +82,7 @@ def collect_provenance(clean: Callable[[list[str]], list[str]] = list) -> dict[s
     return {
         "command": shlex.join(clean(sys.orig_argv)),
         "git": _git_state(),
+        "code_sha256": code_sha256(),
         "versions": {package: found for package in PACKAGES if (found := _version(package))},
         "detector": DETECTOR,
         "python": platform.python_version(),

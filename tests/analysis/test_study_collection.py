@@ -22,6 +22,9 @@ def made(tmp_path: Path) -> Made:
     """`made(name, **changed)`: the file of a result of two arms."""
 
     def write(name: str, **changed: Any) -> Path:
+        def measure(kind: str) -> dict[str, Any]:
+            return {"name": kind, "kind": kind, "larger_is_better": False, "tokens": 0.0}
+
         def arm(reference: str | None, mean: float, seeds: list[int]) -> dict[str, Any]:
             interval = {"mean": mean, "low": mean - 0.25, "high": mean + 0.25, "seeds": 3}
             own = {"means": {"train_loss": mean, "spikes": 4.0}, "intervals": {"train_loss": interval, "spikes": None}}
@@ -33,9 +36,11 @@ def made(tmp_path: Path) -> Made:
             "command": f"kha study run {name} --local", "began": 86400.0, "ended": 2 * 86400.0, "seconds": 61.0,
             "trials": 8, "study_sha256": "ab" * 32, "commits": ["cd" * 20 + " with changes"],
             "data_content_ids": ["ef" * 32], "machines": ["Linux, 2 processors"], "complete": True,
-            "measures": [{"name": "train_loss"}, {"name": "spikes"}], "rates": "chosen elsewhere",
+            "measures": [measure("train_loss"), measure("spikes")], "rates": "chosen elsewhere",
             "arms": {"base": arm(None, 2.5, [0, 1]), "mlp": arm("base", 1.5, [1, 2])},
-            "comparisons": [{"sentence": "mlp - base, train_loss: -1 [-2, -0.5] over 3 seeds"}],
+            "comparisons": [{"arm": "mlp", "reference": "base", "measure": "train_loss", "differences": {"1": -1.0},
+                             "interval": {"mean": -1.0, "low": -2.0, "high": -0.5}, "better": 1, "worse": 0,
+                             "sign_test": 1.0, "sentence": "mlp - base, train_loss: -1 [-2, -0.5] over 3 seeds"}],
             "published": [{"what": "table 9", "arm": "mlp", "value": 1.25, "better_than": "", "ours": "loss 1.5"}],
             "caveats": ["an edge"], "sentence": "3 seeds; it is lower.", "further": "kept for later",
         }  # fmt: skip
@@ -59,7 +64,8 @@ def test_a_section_has_question_command_origin_figures_and_the_sentence(made: Ma
         "## 3 January 1970: the study `one`, scale cpu (one)\n", "**Question.** Which? (a paper)",
         "3 seeds; it is lower.",
         "**What it does not show**: anything else.", "```sh\n# needs hours\nkha study run one --local\n```",
-        "8 trials, 1:01 in all; 2 arms, seeds 0, 1, 2. On Linux, 2 processors. Code `cdcdcdcdcdcd` with changes,",
+        "8 trials, 1:01 in all; 2 arms, seeds 0, 1, 2.",
+        "On Linux, 2 processors. Code commit `cdcdcdcdcdcd` with changes,",
         "with changes, study's file `abababababab`, data `efefefefefef`.", "[one.json](results/one.json)",
         "| base | - | 0.002 | 0 | 2.5 [2.25, 2.75] | 4 |", "| mlp | base | 0.002 (edge) | 0 | 1.5 [1.25, 1.75] | 4 |",
         "- mlp - base, train_loss: -1 [-2, -0.5] over 3 seeds", "- an edge",
@@ -76,6 +82,15 @@ def test_a_mean_that_is_not_finite_says_of_how_many_seeds(made: Made, page: Path
     result["arms"]["base"] |= {"means": {"train_loss": "inf"}, "intervals": {}}
     file.write_text(json.dumps(result))
     assert "| base | - | 0.002 | 0 | inf (1 of 2 finite) | - |" in collected(page, [file])
+
+
+def test_results_of_different_versions_of_the_code_are_marked_at_the_top(made: Made, page: Path) -> None:
+    both = [made("one", code_sha256=["12" * 32]), made("two", code_sha256=["34" * 32])]
+    assert "not of one version of the code**: 2 versions of the code (`121212121212`, `343434343434`)." in collected(
+        page, both
+    )
+    assert "one version of `kha_train/` and `configs/`: `121212121212`." in collected(page, both[:1])
+    assert "without a recorded hash (three)." in collected(page, [both[0], made("three")])
 
 
 def test_the_newest_is_first_and_a_second_time_changes_nothing(made: Made, page: Path) -> None:
