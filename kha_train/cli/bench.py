@@ -143,9 +143,7 @@ def checkpoint(
     clock: Annotated[str, typer.Option(help="Clock on a CPU: wall, or process (CPU time of this process).")] = "wall",
     as_json: Json = False,
 ) -> None:
-    """Measure what a checkpoint costs, in the background and blocking, and the ring (`checkpoint.ring_steps`), in
-    interleaved rounds of one run.
-    """
+    """Measure what checkpoints and the ring (`checkpoint.ring_steps`) cost, in interleaved rounds of one run."""
     from kha_train.bench import checkpoint as bench
 
     found = bench.measure(overrides or ["model=small", "data.global_batch_size=8"], every, rounds, steps, _clock(clock))

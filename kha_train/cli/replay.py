@@ -78,12 +78,7 @@ def replay(
             return
         how = Replaying(names, place, note, progress_bar, replays or REPLAYS, most, moved=moved)
         verdict = replay_event(found, spike, how)
-    if as_json:
-        print_json({**verdict.to_dict(), "verdict": str(place / VERDICT_FILE)}, indent=2)
-    else:
-        _print(verdict, place)
-    if verdict.differences:
-        raise typer.Exit(1)
+    _answer(verdict, place, as_json)
 
 
 def _refuse(options: dict[str, object], reason: str) -> None:
@@ -117,6 +112,16 @@ def _print_capsule(made: CapsuleFile, place: Path, as_json: bool) -> None:
         print_json({"capsule": str(place), **made}, indent=2)
     else:
         say(f"a capsule of step {made['step']}, without {', '.join(made['left_out'])}: {place}")
+
+
+def _answer(verdict: Verdict, place: Path, as_json: bool) -> None:
+    """Print the verdict; ends with 1 where the control differs."""
+    if as_json:
+        print_json({**verdict.to_dict(), "verdict": str(place / VERDICT_FILE)}, indent=2)
+    else:
+        _print(verdict, place)
+    if verdict.differences:
+        raise typer.Exit(1)
 
 
 def _print(verdict: Verdict, place: Path) -> None:
