@@ -9,10 +9,11 @@ from importlib import import_module
 import pytest
 import torch
 
-from kha_train import distributed
+from kha_train import distributed, open_stream
 from kha_train.config.compose import compose
 from kha_train.distributed import World
 from kha_train.engine.deepspeed import Engine, _import_deepspeed, _settings
+from kha_train.train.step import next_batch
 
 
 def source_of(member: object) -> str:
@@ -73,6 +74,21 @@ def test_matrices_of_experts_lie_at_multiples_of_16_bytes_beside_small_odd_ones(
         assert any(matrix.numel() % 8 for matrix in named.values())
         experts = [matrix for name, matrix in named.items() if name.endswith(("gate_up", "down"))]
         assert experts and all(matrix.data_ptr() % 16 == 0 for matrix in experts)
+    finally:
+        engine.close()
+        Engine.leave_world()
+
+
+def test_zero_3_frees_parameters_during_the_backward_and_not_after_it(small: list[str]) -> None:
+    """What is left then stayed gathered, up to the whole model."""
+    losses = ["moe.auxiliary_loss.weight=0.01", "moe.z_loss_weight=0.001", "moe.shared_experts=1"]
+    config = compose([*small, *losses, "engine.zero_stage=3", "engine.device=cpu"])
+    engine = Engine(config, distributed.start("cpu", 60))
+    try:
+        batch, _ = next_batch(open_stream(config), engine.world)
+        engine.accumulate(batch, 1.0, 1.0, last=True)
+        waiting = [name for name, module in engine.decoder.named_modules() if getattr(module, "ds_grads_remaining", 0)]
+        assert not waiting
     finally:
         engine.close()
         Engine.leave_world()

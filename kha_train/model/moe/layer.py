@@ -43,10 +43,17 @@ class MoeLayer(nn.Module):
         x_ND = x_BTD.flatten(0, 1)
         if real_R is None:
             routing = self.router(x_ND, samples_B, report=report.of_tokens(), context=context)
-            y_BTD = self.experts(x_ND, routing).view_as(x_BTD)
+            y_BTD = self.experts(x_ND, _choice(routing)).view_as(x_BTD)
             return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD, report), routing
         x_RD = x_ND.index_select(0, real_R)
         routing = self.router(x_RD, samples_B, real_R, x_ND.shape[0], report.of_tokens(), context)
-        y_RD = self.experts(x_RD, routing)
+        y_RD = self.experts(x_RD, _choice(routing))
         y_RD = y_RD if self.shared is None else y_RD + self.shared(x_RD, report.of_tokens())
         return torch.zeros_like(x_ND).index_copy(0, real_R, y_RD).view_as(x_BTD), routing
+
+
+def _choice(routing: Routing) -> Routing:
+    """`routing` without its losses. Under ZeRO 3 DeepSpeed frees a module's parameters in the backward when all inputs
+    of the module that require a gradient have theirs. Experts do not use the losses: these gradients never come.
+    """
+    return Routing(routing.expert_NJ, routing.weight_NJ, routing.load_E)
