@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +40,7 @@ from kha_train.checkpoint.trainer_state import encode_state
 from kha_train.distributed import World
 from kha_train.errors import CheckpointError
 from kha_train.record.files import sync_directory
+from kha_train.record.provenance import with_version
 
 PART_BYTES = 512 * 2**20
 Stage = Literal["first_shard", "mid_shard", "before_manifest", "before_rename", "between_renames", "after_rename"]
@@ -214,7 +214,7 @@ def _write_manifest(directory: Path, step: int, world_size: int, stage: Callable
         path.unlink()
     contents = _join(shares)
     stage("before_manifest")
-    encoded = Manifest(step, _tool(), contents).encode()
+    encoded = Manifest(step, with_version("kha_train"), contents).encode()
     parse_manifest(encoded, "the pieces of all ranks")
     write_bytes(directory / MANIFEST_FILE, encoded)
     sync_directory(directory)
@@ -274,10 +274,3 @@ def _rank_file(rank: int) -> str:
 
 def _two_shapes(name: str, first: tuple[int, ...], second: tuple[int, ...]) -> None:
     raise CheckpointError(f"two shapes of {name}", field="pieces", value=list(second), allowed=f"{list(first)}")
-
-
-def _tool() -> str:
-    try:
-        return f"kha_train {version('kha_train')}"
-    except PackageNotFoundError:
-        return "kha_train (not installed)"

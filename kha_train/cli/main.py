@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from importlib import import_module
-from importlib.metadata import version
 from inspect import getdoc, signature
 from types import TracebackType
 from typing import Annotated, Any
@@ -23,6 +22,7 @@ from kha_train.errors import ConfigError, KhaError, MachineError
 from kha_train.literal import say
 from kha_train.output import harmless_output, hold_standard_descriptors
 from kha_train.record.markers import leave_outcome
+from kha_train.record.provenance import with_version
 from kha_train.record.redact import Redactor
 from kha_train.record.streams import redacted_streams
 
@@ -60,7 +60,7 @@ SHOWING_DATA = (("generate",), ("data", "inspect"))
 
 def _print_version(asked: bool) -> None:
     if asked:
-        say(", ".join(f"{name} {version(name)}" for name in ("kha_train", "torch", "deepspeed")))
+        say(", ".join(with_version(name) for name in ("kha_train", "torch", "deepspeed")))
         raise typer.Exit
 
 

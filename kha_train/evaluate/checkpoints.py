@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -34,6 +33,7 @@ from kha_train.evaluate.results import SCHEMA, Evaluation, HarnessResult
 from kha_train.evaluate.scoring import evaluate
 from kha_train.evaluate.text_model import DecoderModel, Text, TextModel
 from kha_train.model.decoder import DecoderOutput
+from kha_train.record.provenance import with_version
 from kha_train.variants.registry import TASKS
 from kha_train.variants.task import TaskOptions
 
@@ -118,7 +118,7 @@ def evaluate_model(
             entries |= evaluate(_Watched(model, advance), [task])
     return Evaluation(
         SCHEMA,
-        f"kha_train {version('kha_train')}",
+        with_version("kha_train"),
         None,
         None,
         entries,
@@ -193,7 +193,7 @@ def _of_the_harness(model: TextModel, suite: Suite, request: Request, bar: Bar) 
         scores = score_rows(model, asked.rows, request.rows, advance)
         texts = model.write(asked.prompts, request.rows, advance)
     found = suite.results(model.text, asked, scores, texts)
-    harness = f"lm_eval {version('lm_eval')}"
+    harness = with_version("lm_eval")
     return {
         name: HarnessResult(result, request.choice.limit, model.text.prefix, harness) for name, result in found.items()
     }

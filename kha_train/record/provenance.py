@@ -36,6 +36,11 @@ VARIABLES = (
 """The only environment variables that are recorded."""
 
 
+def with_version(package: str) -> str:
+    """Name and version, such as `kha_train 0.1.0`. A checkout that runs need not be installed."""
+    return f"{package} {_version(package) or '(not installed)'}"
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

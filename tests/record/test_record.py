@@ -33,6 +33,7 @@ from kha_train.record import (
     timing_keys,
 )
 from kha_train.record.jsonl import Appender, decode, encode, repair, to_line
+from kha_train.record.provenance import with_version
 
 
 def line(step: int, loss: float = 2.5) -> dict:
@@ -390,3 +391,9 @@ def test_a_branch_that_begins_again_without_its_parent_is_no_branch(tmp_path: Pa
         record.close("done")
         assert [line["step"] for line in read_metrics(tmp_path / str(lines))] == [1]
         assert "parent" not in read_run(tmp_path / str(lines))
+
+
+def test_a_package_that_is_not_installed_is_named_so() -> None:
+    """A checkout runs without being installed, and what it writes names it all the same."""
+    assert with_version("pytest") == f"pytest {pytest.__version__}"
+    assert with_version("a-package-of-nobody") == "a-package-of-nobody (not installed)"

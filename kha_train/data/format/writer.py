@@ -12,7 +12,6 @@ import shutil
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -30,6 +29,7 @@ from kha_train.data.format.manifest import (
     TokenizerEntry,
 )
 from kha_train.errors import DataError
+from kha_train.record.provenance import with_version
 
 PART = ".part"
 """Suffix of a file that is still being written."""
@@ -224,9 +224,8 @@ def publish_dataset(
         with open(tokenizer_file, "rb") as source, open(directory / tokenizer.file, "wb") as target:
             shutil.copyfileobj(source, target)
             _sync(target)
-    raw = manifests.build(
-        written, tokenizer, dtype=dtype, corpus=corpus, tool=f"{_tool()}, {encoder}" if encoder else _tool()
-    )
+    tool = ", ".join([with_version("kha_train"), *([encoder] if encoder else [])])
+    raw = manifests.build(written, tokenizer, dtype=dtype, corpus=corpus, tool=tool)
     manifest = manifests.publish(directory, raw)
     for note in directory.glob("shard-*.done"):
         note.unlink()
@@ -243,10 +242,3 @@ def write_file(path: Path, data: bytes) -> FileEntry:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _tool() -> str:
-    try:
-        return f"kha_train {version('kha_train')}"
-    except PackageNotFoundError:
-        return "kha_train (not installed)"
