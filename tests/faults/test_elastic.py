@@ -58,10 +58,11 @@ def test_a_run_that_changes_ranks_and_stage_follows_the_straight_curve(
     assert max(abs(a["train/loss"] - b["train/loss"]) for a, b in zip(moved, kept, strict=True)) < 1e-5
 
 
-def test_a_branch_on_two_ranks_under_zero_3_continues_bit_equal_to_its_parent(
-    make_run: Callable, straight: Callable
+@pytest.mark.parametrize("layout", [("engine=zero3",), ("engine=zero1", *EXPERTS)], ids=["ZeRO 3", "EP 2"])
+def test_a_branch_on_two_ranks_continues_bit_equal_to_its_parent(
+    layout: tuple[str, ...], make_run: Callable, straight: Callable
 ) -> None:
-    settings = ("attention=kha_mlp", "engine=zero3")
+    settings = ("attention=kha_mlp", *layout)
     parent = straight(*settings, ranks=2)
     branch = make_run(*settings, f"run.branch_from={parent.run_dir}/checkpoints/step-00000004")
     branch.to_the_end(ranks=2)

@@ -84,12 +84,8 @@ def test_the_evidence_adds_up(case: str, probed: list[dict[str, Any]]) -> None:
     assert 0 < matrices["up"]["from_identity"] < 1
 
 
-@pytest.fixture(scope="module")
-def runs(tiny: list[str], run_ranks: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Runs over data that is noise from step 191 to 202: rewinding, never having met it, only observing
-    (stopped inside the spike); their directory, and what the ranks answered."""
-    folder = tmp_path_factory.mktemp("rewind")
-    first, last = ROWS * (BAD[0] - 1), ROWS * BAD[1]
+def histories(tiny: list[str]) -> tuple[list[str], list[str], list[int]]:
+    """Settings of a run that observes and of one that rewinds, and the samples that are noise: from step 191 to 202."""
     common = [*tiny, f"run.steps={STEPS}", "checkpoint.every_steps=60", "validation.every_steps=0", "engine=zero2"]
     rewinding = [
         *common,
@@ -98,7 +94,16 @@ def runs(tiny: list[str], run_ranks: Callable[..., list[Any]], tmp_path_factory:
         "stability.rewind.margin=10",
         f"stability.rewind.window={BAD[1] - BAD[0] + 1}",
     ]
-    bad, nothing = [first, last], []
+    return common, rewinding, [ROWS * (BAD[0] - 1), ROWS * BAD[1]]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: list[str], run_ranks: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Runs over data that is noise from step 191 to 202: rewinding, never having met it, only observing
+    (stopped inside the spike); their directory, and what the ranks answered."""
+    folder = tmp_path_factory.mktemp("rewind")
+    common, rewinding, bad = histories(tiny)
+    nothing: list[int] = []
     cases = {
         "rewinding": [(rewinding, bad, nothing, 0)],
         "without": [(common, nothing, bad, 0)],
@@ -126,6 +131,17 @@ def test_a_rewound_run_equals_one_that_never_met_the_window(runs: Runs) -> None:
     _, answers = runs
     for rewound, without in zip(answers["rewinding"][0], answers["without"][0], strict=True):
         assert rewound["digest"] == without["digest"]
+
+
+def test_ranks_that_share_experts_rewind_to_the_run_that_never_met_the_window(
+    tiny: list[str], run_ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    common, rewinding, bad = histories([*tiny, "engine.expert_parallel=2"])
+    met = {"overrides": [*rewinding, f"run.dir={tmp_path}/met"], "bad": bad, "skip": [], "stop_at": 0}
+    never = {"overrides": [*common, f"run.dir={tmp_path}/never"], "bad": [], "skip": bad, "stop_at": 0}
+    rewound, without = (run_ranks(WORKER, 2, run=how) for how in (met, never))
+    assert [event["kind"] for event in read_events(tmp_path / "met")].count("rewind") == 1
+    assert rewound == without and rewound[0]["digest"] != rewound[1]["digest"]
 
 
 def test_the_record_shows_the_rewind_and_keeps_the_undone_lines(runs: Runs) -> None:
