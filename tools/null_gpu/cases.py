@@ -77,6 +77,33 @@ SETTINGS = {
     "plain engine": "engine.name=plain",
 }
 """One setting at a time, on GQA unless it says otherwise."""
+SHARED_EXPERTS, SHARED_ROWS = "engine.expert_parallel=2", "engine.context_parallel=2"
+REFUSED = {("linear", "rows"), ("talking_heads", "rows")}
+"""Attention that no ranks can share, by rule of the trainer."""
+OF_TWO_RANKS = {
+    "two ranks, second shards": "engine.zero_stage=3 engine.hpz_partition_size=2",
+    "two ranks, muon": "optim=muon",
+    "shared experts, muon": f"{SHARED_EXPERTS} optim=muon engine.zero_stage=2",
+    "shared experts, bf16 sums": f"{SHARED_EXPERTS} engine.grad_accum_dtype=bf16",
+    "shared experts, fp32": f"{SHARED_EXPERTS} engine.precision=fp32",
+    "shared experts, padded rows": f"{SHARED_EXPERTS} data.packing=best_fit",
+    "shared experts, loop": f"{SHARED_EXPERTS} moe.backend=loop",
+    "shared experts, shared expert": f"{SHARED_EXPERTS} moe.shared_experts=1",
+    "shared experts, loss of a row": f"{SHARED_EXPERTS} moe.auxiliary_loss.weight=0.01",
+    "shared experts, audited": f"{SHARED_EXPERTS} engine.audit_every=1 telemetry.layer_statistics_every=1",
+    "shared experts, accumulated": f"{SHARED_EXPERTS} engine.micro_batch_size=1",
+    "shared rows, ZeRO 2": f"{SHARED_ROWS} engine.zero_stage=2 attention=kha_mlp",
+    "shared rows, ZeRO 3": f"{SHARED_ROWS} engine.zero_stage=3 attention=kha_mlp",
+    "shared rows, triton": f"{SHARED_ROWS} engine.kernels=triton attention=kha_mlp",
+    "shared rows, selective": f"{SHARED_ROWS} engine.activation_checkpointing=selective",
+    "shared rows, full": f"{SHARED_ROWS} engine.activation_checkpointing=full",
+    "shared rows, sdpa": f"{SHARED_ROWS} attention.backend=sdpa",
+    "shared rows, padded": f"{SHARED_ROWS} data.packing=best_fit",
+    "shared rows, loss of a row": f"{SHARED_ROWS} moe.auxiliary_loss.weight=0.01",
+    "shared rows and experts": f"{SHARED_ROWS} {SHARED_EXPERTS}",
+    "shared rows and experts, full": f"{SHARED_ROWS} {SHARED_EXPERTS} engine.activation_checkpointing=full",
+}
+"""One setting at a time on two processes, which share experts or rows where it says so."""
 EVALUATED = ("gqa", "kha_mlp", "mea", "mla", "linear", "talking_heads")
 
 
@@ -100,10 +127,11 @@ def _place(name: str) -> str:
 
 
 def _narrow_experts(model: str) -> list[str]:
-    """Widths that a preset has: a model without experts refuses a width of one."""
+    """Widths that a preset has: a model without experts refuses a width of one. All layers of one stay dense."""
     text = (CONFIGS / "model" / f"{model}.yaml").read_text()
     widths = re.findall(r"^  (expert_width|dense_width): [1-9]", text, re.MULTILINE)
-    return [f"moe.{name}=64" for name in widths]
+    layers = re.findall(r"^  dense_layers: (\d+)", text, re.MULTILINE)
+    return [*(f"moe.{name}=64" for name in widths), *(f"moe.dense_layers={min(int(count), 2)}" for count in layers)]
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
@@ -112,7 +140,8 @@ def commands() -> Iterator[tuple[str, list[str]]]:
         yield name, ["train", *TINY, *overrides, _place(name)]
     for preset in EVALUATED:
         run = _place(f"{preset}, all by auto").partition("=")[2]
-        yield f"resume {preset}", ["train", *TINY, f"attention={preset}", f"run.dir={run}", "run.steps=4"]
+        longer = ["run.steps=4", "resume.allow_changes=[run.steps]"]
+        yield f"resume {preset}", ["train", *TINY, f"attention={preset}", f"run.dir={run}", *longer]
         yield f"eval {preset}", ["eval", run, "--device", "cuda"]
         yield f"branch of {preset}", [
             "train", *TINY, f"attention={preset}", f"run.branch_from={run}", "engine.zero_stage=3",
@@ -134,14 +163,25 @@ def benchmarks() -> Iterator[tuple[str, list[str]]]:
                 if option in words:
                     words[words.index(option) + 1] = value
             words = [word for word in words if not word.startswith(("model.layers=", "model.vocab_size="))]
+            # cuDNN has no attention kernel for a device that computes nothing.
+            words = [word.replace("backend=cudnn", "backend=sdpa") for word in words]
             yield f"bench: {stage.name}", ["bench", *words, *small, "--json"]
 
 
 def of_two_ranks() -> Iterator[tuple[str, list[str]]]:
-    """Trainings of two processes, whose collectives move bytes between them."""
+    """Trainings of two processes, whose collectives move bytes between them: ZeRO, shared experts, shared rows."""
     for preset, stage in product(("gqa", "kha_mlp", "mea"), STAGES):
         name = f"two ranks, {preset}, ZeRO {stage}"
         overrides = [f"attention={preset}", f"engine.zero_stage={stage}", "engine.audit_every=1"]
         yield name, ["train", *TINY, *overrides, _place(name)]
-    shards = ["engine.zero_stage=3", "engine.hpz_partition_size=2"]
-    yield "two ranks, second shards", ["train", *TINY, *shards, _place("two ranks, second shards")]
+    for stage, kernels, recomputed in product(STAGES[:2], KERNELS, RECOMPUTED):
+        name = f"shared experts, ZeRO {stage}, {kernels}, recomputed {recomputed}"
+        engine = (f"engine.kernels={kernels}", f"engine.activation_checkpointing={recomputed}")
+        yield name, ["train", *TINY, SHARED_EXPERTS, f"engine.zero_stage={stage}", *engine, _place(name)]
+    for preset, shared in product(ATTENTION, ("experts", "rows")):
+        if (preset, shared) not in REFUSED:
+            name = f"shared {shared}, {preset}"
+            setting = SHARED_EXPERTS if shared == "experts" else SHARED_ROWS
+            yield name, ["train", *TINY, f"attention={preset}", setting, _place(name)]
+    for name, overrides in OF_TWO_RANKS.items():
+        yield name, ["train", *TINY, *overrides.split(), _place(name)]

@@ -1,7 +1,7 @@
 /* NCCL between processes of this machine that have a null device: bytes move through a file that all ranks of a communicator map.
 
    Every call is complete when it returns. With NULL_GPU_VIRTUAL=1, or in a communicator whose other ranks do not exist (a plan of 64
-   ranks measured by one process), each rank answers alone: what others would send are its own bytes. */
+   ranks measured by one process), each rank answers alone: what others would send are its own bytes, which it sends to them. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -227,12 +227,22 @@ static int is_first(size_t number) {
             waiting[earlier].peer == waiting[number].peer && waiting[earlier].group == waiting[number].group) return 0;
     return 1;
 }
+/* The other rank does not exist: it would send what is sent to it. */
+static void answer_alone(struct message *wanted) {
+    for (size_t number = 0; number < waiting_count && !wanted->sends; number++) {
+        struct message *sent = &waiting[number];
+        if (sent->sends && sent->peer == wanted->peer && sent->group == wanted->group && sent->bytes == wanted->bytes &&
+            !null_gpu_leaves_out(sent->bytes)) memmove(wanted->place, sent->place, sent->bytes);
+    }
+    wanted->moved = wanted->bytes;
+}
 static void deliver(void) {
     for (size_t open = 1; open;) {
         open = 0;
         int moved = 0;
         for (size_t number = 0; number < waiting_count; number++) {
-            if (is_first(number)) moved |= progress(&waiting[number]);
+            if (!waiting[number].group->shared) answer_alone(&waiting[number]);
+            else if (is_first(number)) moved |= progress(&waiting[number]);
             open += waiting[number].moved < waiting[number].bytes;
         }
         if (!moved) sched_yield();
@@ -240,7 +250,6 @@ static void deliver(void) {
     waiting_count = 0;
 }
 static int post(int sends, void *place, size_t bytes, int peer, struct communicator *group) {
-    if (!group->shared) return SUCCESS;
     if (waiting_count == waiting_room) waiting = realloc(waiting, (waiting_room = 2 * waiting_room + 8) * sizeof *waiting);
     waiting[waiting_count++] = (struct message){sends, peer, place, bytes, 0, group};
     if (!depth) deliver();

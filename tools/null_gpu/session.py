@@ -1,7 +1,8 @@
 """One process on the null device: `python session.py FOLDER`, with cases (name, command) in FOLDER/cases.jsonl.
 
-Prints a JSON line for each: its name, the exit code, the seconds and, of a failure, the end of its output. Checks that
-compare values are passed over, because nothing is computed here: `pass_over_values` lists them.
+Prints a JSON line for each: its name, the exit code, the seconds and, of a failure, the end of its output. Nothing is
+computed here: checks that compare values are passed over (`pass_over_values` lists them), and numbers of the device
+that decide about shapes or are counted are given by the host (`know_numbers`).
 """
 
 from __future__ import annotations
@@ -45,6 +46,34 @@ def _differentiated(config, name, device, dtype):
         choice._outputs_and_gradients(BACKENDS[name], inputs, documents)
 
 
+def know_numbers() -> None:
+    """Replace what a kernel would count: routing is even, so that ranks that share experts agree on the lengths of
+    their messages, and an optimiser has taken the steps that it was asked for.
+    """
+    import torch
+
+    from kha_train.model.moe import router
+    from kha_train.optim import ShareOptimizer
+
+    def even(expert_NJ: torch.Tensor, experts: int) -> torch.Tensor:
+        copies, rest = divmod(expert_NJ.numel(), experts)
+        counts = [copies + (expert < rest) for expert in range(experts)]
+        return torch.tensor(counts, dtype=torch.int64).to(expert_NJ.device)
+
+    stepped = ShareOptimizer.step
+
+    def step(self: ShareOptimizer, closure: None = None) -> None:
+        stepped(self, closure)
+        self.steps = self.known_steps + 1
+
+    def know(self: ShareOptimizer, count: int) -> None:
+        self.known_steps = count
+
+    router.count_experts = even
+    ShareOptimizer.known_steps, ShareOptimizer.step = 0, step
+    ShareOptimizer.steps = property(lambda self: self.known_steps, know)
+
+
 def run_case(command: list[str]) -> tuple[int, str]:
     """The exit code of a `kha` command in this process (1 for an exception), and what it printed."""
     from kha_train.cli.main import run
@@ -67,6 +96,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     os.environ["KHA_DEBUG"] = "1"
     pass_over_values()
+    know_numbers()
     for line in (folder / "cases.jsonl").read_text().splitlines():
         name, command = json.loads(line)
         if command[0] == "train":

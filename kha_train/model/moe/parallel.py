@@ -60,9 +60,11 @@ def run_exchanged(
     """
     sent = place(routing.expert_NJ, routing.load_E)
     load_SP = routing.load_E.view(ranks.size, -1)
-    arriving_SP = torch.empty_like(load_SP)
+    loads_2SP = torch.empty(2, *load_SP.shape, dtype=load_SP.dtype, device=load_SP.device)
+    loads_2SP[0] = load_SP
+    arriving_SP = loads_2SP[1]
     dist.all_to_all_single(arriving_SP, load_SP, group=ranks.group)
-    sends, receives = torch.stack([load_SP.sum(dim=1), arriving_SP.sum(dim=1)]).cpu().tolist()
+    sends, receives = loads_2SP.cpu().sum(dim=2).tolist()
 
     x_RD = _exchange(_permute(x_ND, sent, kernels), sends, receives, ranks.group)
     # A weight is one number of one copy: a row of its own.
