@@ -21,7 +21,7 @@ import wandb
 from kha_train.checkpoint.reader import directory_of
 from kha_train.config.compose import compose
 from kha_train.config.resolve import Device, resolve
-from kha_train.config.validate import validate_batch
+from kha_train.config.validate_ranks import validate_batch
 from kha_train.data.format.manifest import TokenizerEntry
 from kha_train.data.format.writer import prepare, publish_dataset, write_shard
 from kha_train.data.stream import open_stream

@@ -21,9 +21,9 @@ from kha_train.record.actions import skip_windows
 from kha_train.record.columns_twin import read_columns
 
 
-def batch_texts(run_dir: Path, first_sample: int, attempt: int | None = None) -> list[dict[str, Any]]:
-    """`sample`, `source` and `text` of every row of the global batch that begins with `first_sample`, as `attempt` read
-    it; by default the attempt of the last line that begins with it.
+def batch_texts(run_dir: Path, step: int, first_sample: int, attempt: int | None = None) -> list[dict[str, Any]]:
+    """`sample`, `source` and `text` of every row of the global batch of `step`, which begins with `first_sample`, as
+    `attempt` read it; by default the attempt of the last line that begins with it.
 
     Shows ids when the dataset has no tokenizer. Raises ConfigError and DataError when the data is no longer what the
     run was trained on.
@@ -40,7 +40,7 @@ def batch_texts(run_dir: Path, first_sample: int, attempt: int | None = None) ->
             problem, field="data.train", value=config.data.train, fix="restore the data that the run was trained on"
         )
     windows = [*config.data.skip_windows, *skip_windows(read_events(run_dir))]
-    numbers_N = batch_numbers(first_sample, config.data.global_batch_size, windows)
+    numbers_N = batch_numbers(first_sample, config.data.batch_sizes.of(step), windows)
     sources_N, rows_N = samples.locate(numbers_N)
     rows_NW = samples.read(sources_N, rows_N)
     tokenizers = [dataset_tokenizer(source.rows.shards) for source in samples.sources]

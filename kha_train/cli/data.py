@@ -330,6 +330,7 @@ def _samples_of_run(run: Path, step: int, rank: int) -> dict[str, Any]:
         )
     samples = samples_of_step(
         from_plain(saved) if saved else load(run / "config.yaml"),
+        step=step,
         samples_first=line["samples_first"],
         samples_last=line["samples_last"],
         skip_windows=skip_windows(read_events(run)),

@@ -195,11 +195,17 @@ def _recipes(answer: Plan) -> Table:
 
 def _run(answer: Plan) -> Table:
     table, time, saved, data = _table("the run", "", ""), answer.time, answer.checkpoint, answer.data
-    table.add_row("tokens", f"{time['tokens']:,} in {answer.config.run.steps:,} steps of {time['tokens_per_step']:,}")
+    batches, most = time["batch_schedule"], "at most " if len(time["batch_schedule"]) > 1 else ""
+    steps = f"{answer.config.run.steps:,} steps of {most}{time['tokens_per_step']:,}"
+    table.add_row("tokens", f"{time['tokens']:,} in {steps}")
+    for batch in batches[1:]:
+        place = f"from step {batch['start_step']:,} on, after {batch['tokens_before']:,} tokens"
+        table.add_row(f"batch of {batch['rows']:,} rows", place)
     table.add_row("compute", f"{time['total_flops']:.3g} FLOP")
     if time["hours"] is not None:
         table.add_row(
-            f"time at {100 * time['mfu']:.0f} % MFU", f"{time['hours']:,.1f} h, {time['step_seconds']:.2f} s per step"
+            f"time at {100 * time['mfu']:.0f} % MFU",
+            f"{time['hours']:,.1f} h, {most}{time['step_seconds']:.2f} s per step",
         )
         table.add_row("device hours", f"{time['device_hours']:,.0f}")
         table.add_row("tokens/s", f"{time['tokens_per_second']:,.0f}")

@@ -111,7 +111,8 @@ def _event(report: SpikeReport, number: int) -> dict[str, Any]:
     answer["texts"] = []
     if report.curve.run_dir and event.samples_first >= 0:
         try:
-            answer["texts"] = batch_texts(report.curve.run_dir, event.samples_first, opened.get("attempt"))
+            attempt = opened.get("attempt")
+            answer["texts"] = batch_texts(report.curve.run_dir, event.start_step, event.samples_first, attempt)
         except KhaError as error:
             answer["no_texts"] = str(error)
     return answer

@@ -16,7 +16,7 @@ from kha_train.cli.output import print_json
 from kha_train.cli.status import status_table
 from kha_train.cli.train import Overrides
 from kha_train.config.compose import compose, compose_at_home, shipped
-from kha_train.config.validate import validate_batch
+from kha_train.config.validate_ranks import validate_batch
 from kha_train.errors import KhaError
 from kha_train.literal import say
 from kha_train.operate import slurm, sweep

@@ -13,7 +13,7 @@ from kha_train.config.compose import compose, compose_at_home
 from kha_train.config.home import provide_home
 from kha_train.config.presets import sweep_command
 from kha_train.config.schema import RunConfig
-from kha_train.config.validate import validate_batch
+from kha_train.config.validate_ranks import validate_batch
 from kha_train.errors import ConfigError, KhaError
 from kha_train.literal import say
 from kha_train.telemetry.startup import Startup

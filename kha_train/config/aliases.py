@@ -50,6 +50,8 @@ _NAMES = {
     "moe.z_loss_weight": "z_loss moe_z_loss_coeff router_z_loss_coef z_loss_coef",
     "data.global_batch_size": """train_batch_size total_batch_size gbs global_bs global_train_batch_size
         effective_batch_size""",
+    "data.batch_schedule": """rampup_batch_size batch_size_rampup batch_size_schedule batch_size_warmup batch_rampup
+        batch_warmup batch_ramp""",
     "engine.micro_batch_size": """per_device_train_batch_size train_micro_batch_size_per_gpu device_batch_size mbs
         micro_batch per_gpu_batch_size local_batch_size device_train_microbatch_size microbatch_size
         per_gpu_train_batch_size""",

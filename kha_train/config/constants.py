@@ -86,8 +86,8 @@ MAY_BRANCH = (
     # Precision.
     "engine.precision", "engine.grad_accum_dtype", "engine.moment_dtype",
     # The order of the data, its mixture and the size of a step.
-    "data.global_batch_size", "data.seed", "data.shuffle", "data.packing", "data.sources", "data.phases",
-    "data.skip_windows",
+    "data.global_batch_size", "data.batch_schedule", "data.seed", "data.shuffle", "data.packing", "data.sources",
+    "data.phases", "data.skip_windows",
     # The router.
     "moe.top_k", "moe.score", "moe.router_precision", "moe.renormalize", "moe.routed_scaling", "moe.expert_groups",
     "moe.top_groups",

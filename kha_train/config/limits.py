@@ -91,6 +91,9 @@ LIMITS: dict[str, Limit] = {
     "moe.routing_seed": NOT_NEGATIVE,
     "data.seed": NOT_NEGATIVE,
     "data.global_batch_size": Limit(1, LARGEST_INDEX),
+    # The first step has `data.global_batch_size` rows.
+    "data.batch_schedule.start_step": Limit(2, EXACT_IN_JSON),
+    "data.batch_schedule.global_batch_size": Limit(1, LARGEST_INDEX),
     "data.prefetch": Limit(0, 10_000),
     "data.cache_gib": POSITIVE,
     "data.phases.start_sample": NOT_NEGATIVE,

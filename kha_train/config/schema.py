@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from kha_train.config.batch_sizes import BatchSizes
 from kha_train.config.surroundings import ClusterSection, ProfileSection, TelemetrySection
 from kha_train.variants import optimizer
 from kha_train.variants.attention import BaseOptions, HeadShape, InteractionOptions, Positions, QkNorm
@@ -157,8 +158,17 @@ class PhaseSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchChangeSection:
+    """From optimiser step `start_step` on, a step has `global_batch_size` rows. The first step of a run is step 1."""
+
+    start_step: int
+    global_batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSection:
-    """Tokenised shards and the batch made of them. `global_batch_size` counts rows of `model.seq_len` tokens.
+    """Tokenised shards and the batch made of them. `global_batch_size` counts rows of `model.seq_len` tokens, those of
+    a step before the first change in `batch_schedule`.
 
     `train` is one dataset; for several leave it empty and list `sources`, whose weights `phases` may change later.
     `seed` decides the order of the samples (null: `run.seed`), `skip_windows` which sample numbers are left out: pairs
@@ -171,6 +181,7 @@ class DataSection:
     train: str
     validation: str
     global_batch_size: int
+    batch_schedule: tuple[BatchChangeSection, ...] = ()
     seed: int | None = None
     sources: tuple[SourceSection, ...] = ()
     phases: tuple[PhaseSection, ...] = ()
@@ -183,6 +194,12 @@ class DataSection:
     check_crc: bool = True
     cache_dir: str = "~/.cache/kha_train/data"
     cache_gib: float = 100.0
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """The rows of every step."""
+        changes = tuple((change.start_step, change.global_batch_size) for change in self.batch_schedule)
+        return BatchSizes(self.global_batch_size, changes)
 
 
 @dataclass(frozen=True, kw_only=True)

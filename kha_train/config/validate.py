@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+from itertools import pairwise
 
 from kha_train.config.build import nearest, to_plain
 from kha_train.config.constants import ALIGNED_NUMBERS
@@ -12,6 +13,7 @@ from kha_train.config.limits import check_limits
 from kha_train.config.schema import RunConfig
 from kha_train.config.urls import refuse_credentials_in
 from kha_train.config.validate_attention import check_attention
+from kha_train.config.validate_ranks import divisors_of
 from kha_train.errors import ConfigError, Settings, either
 from kha_train.variants.registry import engines
 from kha_train.variants.task import invalid_tasks
@@ -41,45 +43,6 @@ def validate(config: RunConfig, *, to_train: bool = True) -> None:
     _data(config)
     _evaluation(config)
     _profile(config)
-
-
-def validate_batch(config: RunConfig, world_size: int) -> None:
-    """The global batch must divide evenly among the ranks and their micro-batches, and the ranks into groups that hold
-    the weights or share the experts. Raises ConfigError.
-    """
-    if world_size % config.engine.hpz_partition_size:
-        raise ConfigError(
-            f"{world_size} ranks do not divide into such groups",
-            field="engine.hpz_partition_size",
-            value=config.engine.hpz_partition_size,
-            fix="the number of ranks on a node",
-        )
-    parts = config.engine.context_parallel
-    for name, size, shared in (
-        ("expert_parallel", config.engine.expert_parallel, "the experts"),
-        ("context_parallel", parts, "their rows"),
-    ):
-        if world_size % size:
-            raise ConfigError(
-                f"{world_size} ranks do not divide into groups that share {shared}",
-                field=f"engine.{name}",
-                value=size,
-                allowed=_listed(_divisors(world_size)),
-                fix=Settings(f"engine.{name}={math.gcd(world_size, size)}"),
-            )
-    rows, micro = config.data.global_batch_size, config.engine.micro_batch_size
-    unit = micro * world_size // parts
-    sharing = "ranks" if parts == 1 else "ranks / engine.context_parallel"
-    if rows % unit:
-        below, above = rows // unit * unit, -(-rows // unit) * unit
-        raise ConfigError(
-            f"does not divide into micro-batches of {micro} on {world_size} ranks",
-            field="data.global_batch_size",
-            value=rows,
-            allowed=f"multiples of engine.micro_batch_size x {sharing} = {unit}",
-            fix=either(*(Settings(f"data.global_batch_size={near}") for near in (below, above) if near)),
-            code="E07",
-        )
 
 
 def _run_dir(config: RunConfig) -> None:
@@ -215,7 +178,7 @@ def _groups(config: RunConfig) -> None:
             f"does not divide {moe.experts} experts",
             field="moe.expert_groups",
             value=moe.expert_groups,
-            allowed=_listed(_divisors(moe.experts)),
+            allowed=divisors_of(moe.experts),
         )
     if moe.top_groups > moe.expert_groups:
         raise ConfigError(f"only {moe.expert_groups} groups", field="moe.top_groups", value=moe.top_groups)
@@ -227,14 +190,6 @@ def _groups(config: RunConfig) -> None:
             value=moe.top_k,
             fix="raise moe.top_groups or lower it",
         )
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 def _router_learns(config: RunConfig) -> None:
@@ -314,7 +269,7 @@ def _cannot_spread(config: RunConfig) -> ConfigError | None:
             f"does not divide {experts} experts",
             field=field,
             value=engine.expert_parallel,
-            allowed=_listed(_divisors(experts)),
+            allowed=divisors_of(experts),
             fix=Settings(f"{field}={math.gcd(experts, engine.expert_parallel)}"),
         )
     if engine.zero_stage == 3:
@@ -377,6 +332,15 @@ def _data(config: RunConfig) -> None:
                 f"there must be one weight for each of {len(names)} sources",
                 field=f"data.phases[{index}].weights",
                 value=phase.weights,
+            )
+    for index, (before, change) in enumerate(pairwise(data.batch_schedule), 1):
+        if change.start_step <= before.start_step:
+            raise ConfigError(
+                "is not after the change before it",
+                field=f"data.batch_schedule[{index}].start_step",
+                value=change.start_step,
+                allowed=f"above {before.start_step}",
+                fix="list the changes by ascending step",
             )
     for index, (first, last) in enumerate(data.skip_windows):
         if first >= last:

@@ -50,6 +50,7 @@ def length_histogram(shards: ShardSet) -> dict[str, int]:
 def samples_of_step(
     config: RunConfig,
     *,
+    step: int,
     samples_first: int,
     samples_last: int,
     skip_windows: Iterable[tuple[int, int]] = (),
@@ -57,7 +58,7 @@ def samples_of_step(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[dict[str, Any]]:
-    """The rows that a step trained on (the part of `rank` of `world_size`): sample number, source, SHA-256 of its ids,
+    """The rows that `step` trained on (the part of `rank` of `world_size`): sample number, source, SHA-256 of its ids,
     text with document borders. `skip_windows` are those recorded by the run, `content_id` identifies the data it read.
     Raises ConfigError when the step's numbers follow neither with nor without the windows, DataError when the data have
     changed, and both as `open_stream`.
@@ -66,9 +67,14 @@ def samples_of_step(
 
     # Borders are shown even if the model ignored them; the rows are the same.
     config = replace(config, data=replace(config.data, isolate_documents=True))
-    jumped = samples_last - samples_first + 1 != config.data.global_batch_size
+    jumped = samples_last - samples_first + 1 != config.data.batch_sizes.of(step)
     stream = open_stream(
-        config, rank, world_size, samples_seen=samples_first, skip_windows=skip_windows if jumped else ()
+        config,
+        rank,
+        world_size,
+        samples_seen=samples_first,
+        steps_done=step - 1,
+        skip_windows=skip_windows if jumped else (),
     )
     if content_id is not None and stream.content_id != content_id:
         problem = f"not the data that the run read: expected content id {content_id}, found {stream.content_id}"
@@ -78,7 +84,7 @@ def samples_of_step(
     batch = next(stream)
     if stream.samples_seen - 1 != samples_last:
         raise ConfigError(
-            f"{config.data.global_batch_size} samples from there end at {stream.samples_seen - 1}",
+            f"{config.data.batch_sizes.of(step)} samples from there end at {stream.samples_seen - 1}",
             field="step",
             value=(samples_first, samples_last),
             fix="config.yaml, metrics.jsonl and events.jsonl must be of one run",

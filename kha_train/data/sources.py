@@ -229,7 +229,7 @@ def _labels(rows: Rows, numbers: np.ndarray) -> np.ndarray:
 
 
 def begins_with_labels(config: RunConfig, samples: Samples) -> bool:
-    """Whether the global batch of the first step has a label. Raises DataError when document ends are damaged."""
+    """Whether the global batch of step 1 has a label. Raises DataError when document ends are damaged."""
     size = config.data.global_batch_size
     for first in range(0, size, _ROWS_AT_ONCE):
         numbers = np.arange(first, min(first + _ROWS_AT_ONCE, size), dtype=np.int64)

@@ -1,12 +1,13 @@
 """From a configuration to batches: sources -> sample order -> rows -> packed batches with document borders.
 
-A step takes the next `data.global_batch_size` sample numbers outside skip windows; rank r of R takes the r-th of R
-contiguous slices. `sources.Samples` maps a number to a row of a dataset and reads it. The samples of a step do not
-depend on world size, micro-batch or accumulation. The state of a stream is the next sample number and the skip windows.
+A step takes the next `data.global_batch_size` (or as many as `data.batch_schedule` says) sample numbers outside skip
+windows; rank r of R takes the r-th of R contiguous slices. `sources.Samples` maps a number to a row of a dataset and
+reads it. The samples of a step do not depend on world size, micro-batch or accumulation. The state of a stream is the
+number of steps taken, the next sample number and the skip windows.
 """
 
 # B rows of this rank  G rows of all ranks  T tokens of a row (`model.seq_len`)  W = T + 1  V vocabulary
-# S steps  N samples of a plan
+# S steps of one size  N samples of a plan
 # M masked places of the flattened rows
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from kha_train.config.batch_sizes import BatchSizes
 from kha_train.config.schema import RunConfig
 from kha_train.data.ahead import InOrder
 from kha_train.data.rows.batch import Batch
@@ -39,21 +41,28 @@ core's second-level cache until it is widened.
 """
 
 
-class _Plan(NamedTuple):
-    """Consecutive steps of one rank, located but not read.
+class _Place(NamedTuple):
+    """Where a stream stands: steps taken, and the sample number at which the next one begins."""
 
-    Step s takes samples from `positions[s]` on and ends before `positions[s + 1]`.
+    steps: int
+    sample: int
+
+
+class _Plan(NamedTuple):
+    """Consecutive steps of one rank and of one size, located but not read.
+
+    Step s begins at `places[s]` and ends before `places[s + 1]`.
     """
 
-    positions: list[int]
+    places: list[_Place]
     samples_SB: np.ndarray
     sources_N: np.ndarray
     rows_N: np.ndarray
     layouts: list[Layout]
 
 
-_Ready = tuple[int, int, Batch]
-"""The sample number that a step begins with, that of the next step, and the step's batch."""
+_Ready = tuple[_Place, _Place, Batch]
+"""The place at which a step begins, that of the next step, and the step's batch."""
 
 
 METRICS = (
@@ -66,18 +75,18 @@ class TokenStream:
     """An endless iterator of one rank's `Batch` for each optimiser step, made by `open_stream`.
 
     Batches hold `part` of their rows, see `Batch`. The state, the same on every rank: `samples_seen`, the next global
-    sample number, and `skip_windows`, the numbers [first, last) never to be trained on. Both may be set at any time
-    between steps. `content_id` identifies the data;
-    `samples_per_epoch` and `tokens_per_epoch` are its size in rows and in tokens of those rows. With `data.prefetch` a
-    thread reads that many steps ahead. If a step, or one planned and read with it, meets damage, `next()` raises
-    DataError and leaves `samples_seen` unchanged.
+    sample number, `steps_done`, the steps before it, and `skip_windows`, the numbers [first, last) never to be trained
+    on. They may be set at any time between steps. The size of a step follows from `steps_done`, the rows in it from
+    `samples_seen`. `content_id` identifies the data; `samples_per_epoch` and `tokens_per_epoch` are its size in rows
+    and in tokens of those rows. With `data.prefetch` a thread reads that many steps ahead. If a step, or one planned
+    and read with it, meets damage, `next()` raises DataError and leaves the state unchanged.
     """
 
     def __init__(
         self,
         samples: Samples,
         *,
-        batch_size: int,
+        batch_sizes: BatchSizes,
         rank: int,
         world_size: int,
         prefetch: int = 0,
@@ -87,27 +96,34 @@ class TokenStream:
         self.content_id = samples.content_id
         self.samples_per_epoch = samples.rows
         self.tokens_per_epoch = samples.rows * samples.seq_len
-        self.batch_size, self._prefetch, self._part = batch_size, prefetch, part
-        size = batch_size // world_size
-        self._slice = slice(rank * size, (rank + 1) * size)
-        self._most_planned = max(1, _PLANNED_ROWS // size)
-        self._most_read = max(1, _READ_BYTES // (size * samples.row_bytes))
+        self._sizes, self._prefetch, self._part = batch_sizes, prefetch, part
+        self._rank, self._world_size = rank, world_size
         self._reader = InOrder("data-prefetch") if prefetch else None
         self._ahead: deque[Future[deque[_Ready]]] = deque()
         self._waited = 0.0
-        self._samples_seen = 0
+        self._place = _Place(0, 0)
         self._skip_windows: tuple[Window, ...] = ()
-        self._groups = self._groups_from(0)
+        self._groups = self._groups_from(self._place)
         self._batches: deque[_Ready] = deque()
 
     @property
     def samples_seen(self) -> int:
         """The global sample number at which the next step begins."""
-        return self._samples_seen
+        return self._place.sample
 
     @samples_seen.setter
     def samples_seen(self, number: int) -> None:
-        self._samples_seen = number
+        self._place = self._place._replace(sample=number)
+        self._begin()
+
+    @property
+    def steps_done(self) -> int:
+        """The number of steps before the next one, which decides its size."""
+        return self._place.steps
+
+    @steps_done.setter
+    def steps_done(self, number: int) -> None:
+        self._place = self._place._replace(steps=number)
         self._begin()
 
     @property
@@ -129,10 +145,10 @@ class TokenStream:
         return seconds
 
     def __next__(self) -> Batch:
-        while not self._batches or self._batches[0][0] != self._samples_seen:
+        while not self._batches or self._batches[0][0] != self._place:
             self._refill()
         _, following, batch = self._batches.popleft()
-        self._samples_seen = following
+        self._place = following
         return batch
 
     def _refill(self) -> None:
@@ -149,11 +165,11 @@ class TokenStream:
                 self._begin()
 
     def _begin(self) -> None:
-        """Discard what was planned and read: the next step begins at `samples_seen`."""
+        """Discard what was planned and read: the next step begins where the stream stands."""
         for future in self._ahead:
             future.cancel()
         self._ahead.clear()
-        self._groups = self._groups_from(self._samples_seen)
+        self._groups = self._groups_from(self._place)
         self._batches = deque()
 
     def _read_ahead(self, reader: InOrder) -> deque[_Ready]:
@@ -163,42 +179,49 @@ class TokenStream:
             self._ahead.append(reader.submit(lambda: next(groups)))
         return self._ahead.popleft().result()
 
-    def _groups_from(self, position: int) -> Iterator[deque[_Ready]]:
-        """All steps from sample `position` on, endlessly, with some neighbours read together. The first plan has one
-        step and each later one twice as many, so that a jump responds at once.
+    def _groups_from(self, place: _Place) -> Iterator[deque[_Ready]]:
+        """All steps from `place` on, endlessly, with some neighbours read together. The first plan has one step and
+        each later one twice as many, so that a jump responds at once.
         """
-        count = 1
+        most = 1
         while True:
-            plan = self._plan(position, count)
-            B = plan.samples_SB.shape[1]
-            firsts = [*range(0, count, self._most_read), count]
+            plan = self._plan(place, most)
+            count, B = plan.samples_SB.shape
+            most_read = max(1, _READ_BYTES // (B * self.samples.row_bytes))
+            firsts = [*range(0, count, most_read), count]
             parts = self.samples.read_in_parts(plan.sources_N, plan.rows_N, [B * first for first in firsts])
             for first, last in pairwise(firsts):
                 yield self._group(plan, first, last, next(parts))
-            position, count = plan.positions[-1], min(2 * count, self._most_planned)
+            place, most = plan.places[-1], 2 * count
 
     def _group(self, plan: _Plan, first: int, last: int, rows_NW: np.ndarray) -> deque[_Ready]:
         """Steps [first, last) of a plan, with their rows read."""
         rows_SBW = rows_NW.reshape(last - first, -1, rows_NW.shape[1])
         batch = partial(Batch, part=self._part)
         batches = map(batch, plan.samples_SB[first:last], rows_SBW, plan.layouts[first:last])
-        return deque(zip(plan.positions[first:last], plan.positions[first + 1 :], batches, strict=False))
+        return deque(zip(plan.places[first:last], plan.places[first + 1 :], batches, strict=False))
 
-    def _plan(self, position: int, count: int) -> _Plan:
-        """`count` steps from sample `position` on."""
-        numbers_SG = self._numbers(position, count)
-        positions = [position, *(numbers_SG[:, -1] + 1).tolist()]
-        samples_SB = numbers_SG[:, self._slice]
+    def _plan(self, place: _Place, most: int) -> _Plan:
+        """The steps from `place` on that have one size, `most` at most."""
+        places, samples_SB = self._located(place, most)
         if self.samples.looks_ahead:
-            later_SB = self._numbers(positions[-1], count)[:, self._slice]
+            _, later_SB = self._located(places[-1], most)
             self.samples.expect([self.samples.locate(some.reshape(-1)) for some in (samples_SB, later_SB)])
         sources_N, rows_N = self.samples.locate(samples_SB.reshape(-1))
         layouts = self.samples.layout(sources_N, rows_N).parts(samples_SB.shape[1], self.samples.seq_len)
-        return _Plan(positions, samples_SB, sources_N, rows_N, list(layouts))
+        return _Plan(places, samples_SB, sources_N, rows_N, list(layouts))
 
-    def _numbers(self, position: int, steps: int) -> np.ndarray:
-        """The sample numbers of consecutive global batches, the first of which begins at `position`: [steps, G]."""
-        return numbers_past(self._skip_windows, position, steps * self.batch_size).reshape(steps, -1)
+    def _located(self, place: _Place, most: int) -> tuple[list[_Place], np.ndarray]:
+        """Where the steps from `place` on that have one size begin, `most` at most, and the one after them; and this
+        rank's sample numbers in each.
+        """
+        stretch = self._sizes.stretch_of(place.steps + 1)
+        own = stretch.rows // self._world_size
+        count = int(min(most, max(1, _PLANNED_ROWS // own), stretch.last - place.steps))
+        numbers_SG = numbers_past(self._skip_windows, place.sample, count * stretch.rows).reshape(count, -1)
+        ends = enumerate((numbers_SG[:, -1] + 1).tolist(), place.steps + 1)
+        places = [place, *(_Place(steps, sample) for steps, sample in ends)]
+        return places, numbers_SG[:, self._rank * own : (self._rank + 1) * own]
 
 
 def open_stream(
@@ -207,35 +230,38 @@ def open_stream(
     world_size: int = 1,
     *,
     samples_seen: int = 0,
+    steps_done: int = 0,
     skip_windows: Iterable[Window] = (),
 ) -> TokenStream:
-    """The training batches of `rank`, beginning at global sample `samples_seen`, without `data.skip_windows` and the
-    further `skip_windows`.
+    """The training batches of `rank`, beginning at global sample `samples_seen` after `steps_done` steps, without
+    `data.skip_windows` and the further `skip_windows`.
 
     Groups of `engine.context_parallel` ranks share their rows, each a part of every row; a single process reads whole
     rows. Raises ConfigError when a dataset is missing, too small for one row, or made by another tokenizer or
-    vocabulary, or when the global batch does not divide by the number of groups; DataError when it is damaged.
+    vocabulary, or when a global batch does not divide by the number of groups; DataError when it is damaged.
     """
-    batch_size, parts = config.data.global_batch_size, config.engine.context_parallel if world_size > 1 else 1
+    batch_sizes, parts = config.data.batch_sizes, config.engine.context_parallel if world_size > 1 else 1
     groups = world_size // parts
-    if batch_size % groups:
-        raise ConfigError(
-            f"does not divide by the number of processes, {groups}",
-            field="data.global_batch_size",
-            value=batch_size,
-            allowed=f"a multiple of {groups}",
-            code="E07",
-        )
+    for stretch in batch_sizes.stretches():
+        if stretch.rows % groups:
+            raise ConfigError(
+                f"does not divide by the number of processes, {groups}",
+                field="data.global_batch_size" if stretch.first == 1 else "data.batch_schedule",
+                value=stretch.rows,
+                allowed=f"a multiple of {groups}",
+                code="E07",
+            )
     samples = open_samples(config)
     stream = TokenStream(
         samples,
-        batch_size=batch_size,
+        batch_sizes=batch_sizes,
         rank=rank // parts,
         world_size=groups,
         prefetch=config.data.prefetch,
         part=(rank % parts, parts),
     )
-    stream.samples_seen, stream.skip_windows = samples_seen, (*config.data.skip_windows, *skip_windows)
+    stream.samples_seen, stream.steps_done = samples_seen, steps_done
+    stream.skip_windows = (*config.data.skip_windows, *skip_windows)
     return stream
 
 

@@ -12,8 +12,9 @@ from kha_train.distributed import World
 
 def deepspeed_settings(config: RunConfig, world: World, dtype: torch.dtype) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`, for parameters of `dtype`."""
-    # DeepSpeed is not told that ranks share rows: it counts each part of a row as a row.
-    engine, rows = config.engine, config.data.global_batch_size * config.engine.context_parallel
+    # DeepSpeed is not told that ranks share rows: it counts each part of a row as a row. Nor that steps differ in size:
+    # the engine says which micro-batch is the last of a step.
+    engine, rows = config.engine, config.data.batch_sizes.largest * config.engine.context_parallel
     stage = {
         "stage": engine.zero_stage,
         # Stages 1 and 2 reduce gradients larger than the bucket on a separate stream, and free them before that is done

@@ -5,11 +5,22 @@ from __future__ import annotations
 from typing import TypedDict
 
 
+class PlannedBatch(TypedDict):
+    """From `start_step` on, a step has `rows` rows."""
+
+    start_step: int
+    rows: int
+    tokens_before: int
+
+
 class RunTime(TypedDict):
-    """A run's work, and its duration at the assumed MFU; None where the peak or the price is unknown."""
+    """A run's work, and its duration at the assumed MFU; None where the peak or the price is unknown. `tokens_per_step`
+    and `step_seconds` are those of the largest step.
+    """
 
     tokens: int
     tokens_per_step: int
+    batch_schedule: list[PlannedBatch]
     total_flops: float
     mfu: float
     tokens_per_second: float | None

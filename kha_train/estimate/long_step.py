@@ -26,5 +26,5 @@ def many_micro_batches(config: RunConfig, micro_batches: int) -> str:
     return (
         f"{micro_batches:,} micro-batches of {config.engine.micro_batch_size} rows on every rank. Nothing is recorded "
         "or saved before a step ends, and a stop discards it; lower data.global_batch_size "
-        f"({config.data.global_batch_size:,}), raise engine.micro_batch_size or use more ranks"
+        f"({config.data.batch_sizes.largest:,}), raise engine.micro_batch_size or use more ranks"
     )

@@ -84,9 +84,9 @@ def number_bytes(config: RunConfig) -> int:
 
 
 def micro_batches(config: RunConfig) -> int:
-    """Micro-batches per rank and step, at least 1."""
+    """Micro-batches per rank in the largest step, at least 1."""
     engine = config.engine
-    rows = config.data.global_batch_size * engine.context_parallel // config.cluster.devices
+    rows = config.data.batch_sizes.largest * engine.context_parallel // config.cluster.devices
     return max(rows // engine.micro_batch_size, 1)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from kha_train.config.constants import RING_COPIES, RING_KEPT
 from kha_train.config.resolve import Resolved, resolve_plan
 from kha_train.config.schema import RunConfig
-from kha_train.config.validate import validate_batch
+from kha_train.config.validate_ranks import validate_batch
 from kha_train.data.format import manifest
 from kha_train.data.sources import begins_with_labels, open_samples, open_validation, validation_sets, without_labels
 from kha_train.errors import ConfigError, DataError
@@ -28,7 +28,7 @@ from kha_train.estimate.counts import (
     map_parameters,
 )
 from kha_train.estimate.exchange import exchange_bytes
-from kha_train.estimate.figures import DataUse, RunTime, SavedSize
+from kha_train.estimate.figures import DataUse, PlannedBatch, RunTime, SavedSize
 from kha_train.estimate.long_step import long_step_warning
 from kha_train.estimate.memory import (
     FROZEN_BYTES,
@@ -97,7 +97,7 @@ class Plan:
     def warning(self) -> str:
         """Warnings about very long steps, and about an engine that the plan does not estimate; "" without any."""
         engine = self.config.engine.name
-        rows = self.config.data.global_batch_size * self.exchanged["ranks"] // self.config.cluster.devices
+        rows = self.config.data.batch_sizes.largest * self.exchanged["ranks"] // self.config.cluster.devices
         other = "" if engine == ESTIMATED else f"engine.name = {engine}: memory and traffic are those of {ESTIMATED}"
         return "; ".join(filter(None, (other, long_step_warning(self.config, rows, self.time["step_seconds"]))))
 
@@ -235,16 +235,19 @@ def _batch_problem(config: RunConfig) -> str | None:
 
 
 def _time(config: RunConfig, flops: FlopCount) -> RunTime:
-    """Computation alone, at the cluster's assumed MFU: tokens/s = devices x peak x MFU / FLOPs per token."""
-    cluster = config.cluster
-    tokens_per_step = config.data.global_batch_size * config.model.seq_len
-    tokens = config.run.steps * tokens_per_step
+    """Computation alone, at the cluster's assumed MFU: tokens/s = devices x peak x MFU / FLOPs per token. Figures of a
+    step are those of the largest.
+    """
+    cluster, sizes = config.cluster, config.data.batch_sizes
+    tokens_per_step = sizes.largest * config.model.seq_len
+    tokens = sizes.total(1, config.run.steps) * config.model.seq_len
     speed = cluster.devices * cluster.peak_tflops * 1e12 * cluster.mfu / flops.mfu
     hours = tokens / speed / 3600 if speed else None
     priced = hours is not None and cluster.price_per_hour > 0
     return {
         "tokens": tokens,
         "tokens_per_step": tokens_per_step,
+        "batch_schedule": _schedule(config),
         "total_flops": tokens * flops.mfu,
         "mfu": cluster.mfu,
         "tokens_per_second": speed or None,
@@ -253,6 +256,16 @@ def _time(config: RunConfig, flops: FlopCount) -> RunTime:
         "device_hours": hours * cluster.devices if hours is not None else None,
         "cost": hours * cluster.devices * cluster.price_per_hour if hours is not None and priced else None,
     }
+
+
+def _schedule(config: RunConfig) -> list[PlannedBatch]:
+    """The batch sizes of the run in order, each with the tokens trained on before it."""
+    sizes, length = config.data.batch_sizes, config.model.seq_len
+    return [
+        {"start_step": one.first, "rows": one.rows, "tokens_before": sizes.total(1, one.first - 1) * length}
+        for one in sizes.stretches()
+        if one.first <= config.run.steps
+    ]
 
 
 def checkpoint_bytes(config: RunConfig, count: ParameterCount) -> int:
@@ -293,7 +306,7 @@ def _checkpoint(config: RunConfig, count: ParameterCount, step_seconds: float | 
 
 def _data(config: RunConfig) -> DataUse:
     """Epochs over the training data, if its manifests can be read here."""
-    wanted = config.run.steps * config.data.global_batch_size * config.model.seq_len
+    wanted = config.data.batch_sizes.total(1, config.run.steps) * config.model.seq_len
     if not _is_here(*_training_data(config)):
         return {"tokens": None, "epochs": None}
     tokens = sum(manifest.load(Path(path), field="data.train").tokens for path in _training_data(config))

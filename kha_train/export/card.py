@@ -10,6 +10,7 @@ from typing import Any
 from kha_train.checkpoint import layout
 from kha_train.checkpoint.merge import MERGED
 from kha_train.checkpoint.reader import Checkpoint
+from kha_train.config.batch_sizes import BatchSizes
 from kha_train.config.schema import RunConfig
 from kha_train.estimate.counts import count_parameters
 from kha_train.export.compress import ORIGIN_FILE
@@ -83,12 +84,17 @@ def _model(config: RunConfig, architecture: str, dtype: str) -> str:
     return f"## Model\n\n{_table(rows)}"
 
 
+def _batch(sizes: BatchSizes) -> str:
+    first, *later = sizes.stretches()
+    return ", ".join([str(first.rows), *(f"{stretch.rows} from step {stretch.first}" for stretch in later)])
+
+
 def _origin(checkpoint: Checkpoint, config: RunConfig, run: Path | None) -> str:
     made = _made(checkpoint)
     rows: dict[str, Any] = made or _progress(checkpoint, config)
     if "imported from" not in made:
         rows |= {
-            "optimiser": f"{config.optim.name}, rate {config.optim.lr:g}, batch {config.data.global_batch_size}",
+            "optimiser": f"{config.optim.name}, rate {config.optim.lr:g}, batch {_batch(config.data.batch_sizes)}",
             "data": ", ".join(source.name for source in config.data.sources) or config.data.name,
             "content id of the data": checkpoint.trainer_state.get("data_content_id", "unknown"),
             "seed": config.run.seed,

@@ -111,13 +111,14 @@ class Excerpt:
         model, moe = self.config.model, replace(self.config.moe, dense_layers=dense)
         none = replace(moe, experts=0, top_k=0, expert_width=0, shared_experts=0)
         experts = moe if dense < len(self.layers) else none
-        data = replace(self.config.data, global_batch_size=len(self.rows))
+        data = replace(self.config.data, global_batch_size=len(self.rows), batch_schedule=())
         return replace(self.config, model=replace(model, layers=len(self.layers)), moe=experts, data=data)
 
     @property
     def small_steps(self) -> list[list[Row]]:
-        """The rows of each step that are kept."""
-        return [[step[place] for place in self.rows] for step in self.steps]
+        """The rows of each step that are kept. A step that has none of them, because of its size, stays whole."""
+        kept = ([step[place] for place in self.rows if place < len(step)] for step in self.steps)
+        return [few or list(step) for few, step in zip(kept, self.steps, strict=True)]
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -283,17 +284,23 @@ def _excerpt(run: RunData, case: Case, tell: Callable[[str], None], launch: Laun
     checkpoint = Checkpoint(source, verify(source))
     state, config = read_state(checkpoint, row_may_change=True), _on_a_cpu(case)
     progress = going_on(state, case.config)
-    stream = open_stream(case.config, samples_seen=progress.samples_seen, skip_windows=progress.skip_windows)
+    stream = open_stream(
+        case.config,
+        samples_seen=progress.samples_seen,
+        steps_done=progress.step,
+        skip_windows=progress.skip_windows,
+    )
     count = case.event.start_step - begin
+    steps = tuple(rows_of(next(stream)) for _ in range(count))
     inside = (run.steps > begin) & (run.steps <= case.event.start_step)
     return Excerpt(
         checkpoint,
         config,
-        tuple(rows_of(next(stream)) for _ in range(count)),
+        steps,
         tuple(run.columns["train/lr"][inside].tolist()),
         state.optimizer_steps,
         tuple(range(config.model.layers)),
-        tuple(range(config.data.global_batch_size)),
+        tuple(range(max(map(len, steps)))),
     )
 
 

@@ -29,7 +29,7 @@ from kha_train.checkpoint.reader import Checkpoint, check_sizes, directory_of
 from kha_train.config.compose import shipped
 from kha_train.config.resolve import resolve_plan
 from kha_train.config.schema import RunConfig
-from kha_train.config.validate import validate_batch
+from kha_train.config.validate_ranks import validate_batch
 from kha_train.data.sampling.skipping import merged, numbers_past
 from kha_train.data.sources import without_labels
 from kha_train.data.stream import open_stream
@@ -99,7 +99,9 @@ def rehearse(config: RunConfig, overrides: Sequence[str], layout: Layout) -> dic
 
 
 def _batch(config: RunConfig, world_size: int) -> dict[str, Any]:
-    rows, micro, length = config.data.global_batch_size, config.engine.micro_batch_size, config.model.seq_len
+    """Figures of the largest step, and the tokens of all."""
+    sizes, micro, length = config.data.batch_sizes, config.engine.micro_batch_size, config.model.seq_len
+    rows = sizes.largest
     each = rows * config.engine.context_parallel // world_size
     warning = long_step_warning(config, each)
     return {
@@ -107,7 +109,7 @@ def _batch(config: RunConfig, world_size: int) -> dict[str, Any]:
         "rows_a_rank": each,
         "micro_batches_a_step": each // micro,
         "tokens_a_step": rows * length,
-        "tokens": rows * length * config.run.steps,
+        "tokens": sizes.total(1, config.run.steps) * length,
         **({"warning": warning} if warning else {}),
     }
 
@@ -120,11 +122,18 @@ def _data(config: RunConfig, world_size: int, begun: Progress) -> dict[str, Any]
     firsts = []
     # Of ranks that share rows, the first.
     for rank in range(0, world_size, config.engine.context_parallel):
-        stream = open_stream(config, rank, world_size, samples_seen=begun.samples_seen, skip_windows=begun.skip_windows)
+        stream = open_stream(
+            config,
+            rank,
+            world_size,
+            samples_seen=begun.samples_seen,
+            steps_done=begun.step,
+            skip_windows=begun.skip_windows,
+        )
         firsts.append(next(stream).whole)
     samples = np.sort(np.concatenate([batch.samples_B for batch in firsts]))
     windows = merged((*config.data.skip_windows, *begun.skip_windows))
-    first_step = numbers_past(windows, begun.samples_seen, config.data.global_batch_size)
+    first_step = numbers_past(windows, begun.samples_seen, config.data.batch_sizes.of(begun.step + 1))
     if not np.array_equal(samples, first_step):
         raise DataError("the slices of the ranks do not tile the first step", field="data", value=samples.tolist())
     labels = sum(batch.label_count for batch in firsts)
@@ -132,7 +141,7 @@ def _data(config: RunConfig, world_size: int, begun: Progress) -> dict[str, Any]
         raise without_labels("data", "no token of the first step")
     return {
         "content_id": stream.content_id,
-        "epochs": config.run.steps * config.data.global_batch_size / stream.samples_per_epoch,
+        "epochs": config.data.batch_sizes.total(1, config.run.steps) / stream.samples_per_epoch,
         "labels_first_step": labels,
         "slices_first_step": [[int(batch.samples_B[0]), int(batch.samples_B[-1])] for batch in firsts],
     }
@@ -192,9 +201,9 @@ def _rank_zero(config: RunConfig, world_size: int, labels: int) -> dict[str, Any
     except ConfigError as error:
         return {"built": False, "why": f"runs on the job's devices but not on this CPU: {error}"}
     # More micro-batches would show nothing new; the time of the whole step follows from these.
-    rows = config.data.global_batch_size
+    rows = config.data.batch_sizes.largest
     some = min(rows, REHEARSED_MICRO_BATCHES * config.engine.micro_batch_size * world_size)
-    config = replace(config, data=replace(config.data, global_batch_size=some))
+    config = replace(config, data=replace(config.data, global_batch_size=some, batch_schedule=()))
     engine_class = engine_for(config, world_size)
     with _fake_world(world_size) as world:
         engine = engine_class(config, world, resolved=resolved)

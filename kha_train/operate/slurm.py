@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from kha_train.config.compose import compose, shipped
-from kha_train.config.validate import validate_batch
+from kha_train.config.validate_ranks import validate_batch
 from kha_train.errors import ConfigError, KhaError, Options, either
 from kha_train.operate.status import RunStatus
 from kha_train.operate.sweep import (

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from kha_train.checkpoint.layout import FOLDER
 from kha_train.checkpoint.loss import lost_checkpoints
+from kha_train.config.batch_sizes import BatchSizes
 from kha_train.config.build import flatten
 from kha_train.config.compose import load_plain
 from kha_train.errors import KhaError
@@ -42,8 +43,9 @@ RECENT = 20
 class RunStatus:
     """One run. Values the run has not recorded yet are None.
 
-    `loss`, `tokens_per_second` and `mfu` are medians of the last 20 steps. `seconds_left` is the number of steps left
-    times the mean wall time between those of the last attempt without its first two, saving and validating included.
+    `loss`, `tokens_per_second` and `mfu` are medians of the last 20 steps. `seconds_left` is the number of rows left
+    times the mean wall time of a row in those of the last attempt without its first two steps, saving and validating
+    included.
     `goodput` is the productive share of time (`record.goodput`). `spikes` counts narrow and wide loss spikes so far.
     `diverged`: the divergence guard fired, the last attempt ended with exit code 5, or a loss event was open when the
     run ended. `heartbeat` is the number of seconds since the process was heard of, `idle` since its last step. `note`
@@ -96,7 +98,7 @@ def run_status(path: Path, name: str | None = None, queued: bool = False) -> Run
         loss=_median(lines, "train/loss"),
         tokens_per_second=_median(lines, "train/tokens_per_second"),
         mfu=_median(lines, "train/mfu"),
-        seconds_left=_seconds_left(lines, step, steps, attempts),
+        seconds_left=_seconds_left(lines, step, steps, attempts, BatchSizes.of_saved(config)),
         spikes=_spikes(lines[-1]) if lines else 0,
         diverged=_diverged(path, lines, attempts, state, totals),
         attempts=len(attempts),
@@ -200,7 +202,7 @@ def _median(lines: list[dict[str, Any]], key: str) -> float | None:
 
 
 def _seconds_left(
-    recent: list[dict[str, Any]], step: int, steps: int | None, attempts: list[dict[str, Any]]
+    recent: list[dict[str, Any]], step: int, steps: int | None, attempts: list[dict[str, Any]], sizes: BatchSizes
 ) -> float | None:
     """From the steps of the last attempt without its first two: pauses between attempts and compilation do not
     count.
@@ -210,4 +212,4 @@ def _seconds_left(
     if steps is None or len(own) < STEADY_STEPS or any("time" not in line for line in own):
         return None
     seconds: float = max(0.0, own[-1]["time"] - own[0]["time"])
-    return (steps - step) * seconds / int(own[-1]["step"] - own[0]["step"])
+    return sizes.total(step + 1, steps) * seconds / sizes.total(own[0]["step"] + 1, own[-1]["step"])

@@ -21,7 +21,7 @@ from kha_train.analysis.study_outcomes import Outcome, outcome_of
 from kha_train.analysis.study_page import study_page
 from kha_train.analysis.study_results import StudyResult, judge
 from kha_train.config.compose import compose
-from kha_train.config.validate import validate_batch
+from kha_train.config.validate_ranks import validate_batch
 from kha_train.errors import ConfigError, KhaError
 from kha_train.operate.compressed_arms import able_to_begin, beginning, start_of
 from kha_train.operate.computed import compute_points, computed_outcome, computed_points

@@ -97,8 +97,10 @@ def plan_points(
         label = labels[number] if labels else _label_of(config, overrides, differing)
         steps = config.run.steps
         if made and equal != "steps":
-            step_cost = _tokens(config) if equal == "tokens" else _tokens(config) * flops_per_token(config).training
-            steps = max(1, round((made[0].tokens if equal == "tokens" else made[0].flops) / step_cost))
+            row_cost = config.model.seq_len * (1.0 if equal == "tokens" else flops_per_token(config).training)
+            steps = config.data.batch_sizes.steps_for(
+                (made[0].tokens if equal == "tokens" else made[0].flops) / row_cost
+            )
         made.append(_point(directory, label, overrides, config, steps))
     refuse_secrets(text for point in made for text in (point.run_dir, *point.overrides))
     labels = [point.label for point in made]
@@ -208,7 +210,7 @@ def _point(directory: Path, label: str, overrides: Sequence[str], config: RunCon
         own["telemetry.wandb.group"] = directory.name
     extra = [f"run.steps={steps}"] if steps != config.run.steps else []
     every = (*overrides, *extra, *(f"{key}={quoted(value)}" for key, value in own.items()))
-    tokens = steps * _tokens(config)
+    tokens = config.data.batch_sizes.total(1, steps) * config.model.seq_len
     return Point(label, str(run_dir), every, steps, tokens, tokens * float(flops_per_token(config).training))
 
 
@@ -225,10 +227,6 @@ def _label(name: str, swept: Mapping[str, str]) -> str:
     label = "-".join([name, *further])
     plain = re.sub(r"[^A-Za-z0-9_.+-]", "_", label)[:60].lstrip(".-")
     return plain if plain == label else f"{plain}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
-
-
-def _tokens(config: RunConfig) -> int:
-    return config.data.global_batch_size * config.model.seq_len
 
 
 def _differing_keys(points: Sequence[Sequence[str]]) -> set[str]:

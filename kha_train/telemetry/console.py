@@ -61,7 +61,7 @@ class Console:
         self.mode = ("progress" if self._rich.is_terminal else "sparse") if mode == "auto" else mode
         self._clock = clock
         self._last_shown = float("-inf")
-        self._time_left = TimeLeft(clock())
+        self._time_left, self._sizes = TimeLeft(clock()), config.data.batch_sizes
         self._loss = loss_average or MovingAverage()
         self._memory_total_gib = memory_total_gib
         self._checkpoint: int | None = None
@@ -77,7 +77,9 @@ class Console:
             line,
             self.total_steps,
             loss_average=loss_average,
-            seconds_left=self._time_left.after_step(now, self.total_steps - line["step"]),
+            seconds_left=self._time_left.after_step(
+                now, self._sizes.of(line["step"]), self._sizes.total(line["step"] + 1, self.total_steps)
+            ),
             memory_total_gib=self._memory_total_gib,
             checkpoint_step=self._checkpoint,
             width=self._width,

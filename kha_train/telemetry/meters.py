@@ -78,14 +78,16 @@ class TimeLeft:
         self._last_at, self._count = now, 0
         self._seconds = MovingAverage(0.95)
 
-    def after_step(self, now: float, steps_left: int) -> float:
-        """Seconds left after a step that ended at `now`; saving and validating before it count as part of it."""
+    def after_step(self, now: float, rows: int, rows_left: int) -> float:
+        """Seconds left after a step of so many rows that ended at `now`; saving and validating before it count as part
+        of it.
+        """
         self._count += 1
         if self._count > WARM_UP_STEPS:
-            self._seconds.update(now - self._last_at)
+            self._seconds.update((now - self._last_at) / rows)
         self._last_at = now
         steady = self._count >= WARM_UP_STEPS + STEADY_STEPS
-        return self._seconds.value * steps_left if steady else math.nan
+        return self._seconds.value * rows_left if steady else math.nan
 
 
 class DataWait:

@@ -42,8 +42,8 @@ from kha_train.variants.optimizer import MASTER
 
 INTERACTION = "attention.interaction."
 SAME_LOSS = (
-    "run.steps", "optim.", "stability.zclip", "engine.", "checkpoint.", "data.global_batch_size", "data.seed",
-    "data.shuffle", "data.skip_windows", "moe.bias_update", "moe.bias_update_rate", "moe.auxiliary_loss.",
+    "run.steps", "optim.", "stability.zclip", "engine.", "checkpoint.", "data.global_batch_size", "data.batch_schedule",
+    "data.seed", "data.shuffle", "data.skip_windows", "moe.bias_update", "moe.bias_update_rate", "moe.auxiliary_loss.",
     "moe.z_loss_weight", "moe.routing_seed",
 )  # fmt: skip
 """Of what a branch may change, what leaves the loss of the next step where the parent's would have been."""

@@ -46,7 +46,8 @@ class Patience:
         self._compiled = (0, 0.0)
         """Micro-batches of this step that may have waited for a compiler, and their seconds."""
         self._has_warned = False
-        words = long_step_warning(config, config.data.global_batch_size * config.engine.context_parallel // world.size)
+        rows = config.data.batch_sizes.largest * config.engine.context_parallel // world.size
+        words = long_step_warning(config, rows)
         self._has_advised = bool(words)
         if words:
             warn(words)

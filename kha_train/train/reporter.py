@@ -123,7 +123,7 @@ class Reporter:
             "train/skipped_steps": progress.skipped_steps,
             "train/lr": lr,
             "train/step_seconds": seconds,
-            **self.throughput.rates(session.tokens_per_step, seconds),
+            **self.throughput.rates(session.tokens_of(progress.step), seconds),
             "data/wait_seconds": (waited := session.stream.take_wait_seconds()),
             "data/agreement_seconds": max(0.0, self.data_wait.take() - waited),
             "checkpoint/stall_seconds": saver.take_stall(),

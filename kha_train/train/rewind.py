@@ -31,7 +31,8 @@ def go_back(session: Session, reporter: Reporter) -> bool:
         session.watch.go_on()
         return False
     options = session.config.stability.rewind
-    window = (trouble.sample, trouble.sample + options.window * session.config.data.global_batch_size)
+    rows = session.config.data.batch_sizes.total(trouble.step, trouble.step + options.window - 1)
+    window = (trouble.sample, trouble.sample + rows)
     undone_step, windows = session.progress.step, session.progress.skip_windows
     _remove_newer(session, checkpoint.step)
     session.restore(checkpoint)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kha_train import distributed
 from kha_train.config.schema import RunConfig
-from kha_train.config.validate import validate_batch
+from kha_train.config.validate_ranks import validate_batch
 from kha_train.distributed import World
 from kha_train.engine.contract import Engine
 from kha_train.engine.default import engine_for

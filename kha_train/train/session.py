@@ -69,10 +69,9 @@ class Session:
         """The directory of the run."""
         return Path(self.config.run.dir)
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of a global batch."""
-        return self.config.data.global_batch_size * self.config.model.seq_len
+    def tokens_of(self, step: int) -> int:
+        """Tokens of the global batch of `step`."""
+        return self.config.data.batch_sizes.of(step) * self.config.model.seq_len
 
     def judge_at(self, lr: float) -> Judge:
         """The judge of the next step, whose batch has been read and whose rate is `lr`.
@@ -86,7 +85,7 @@ class Session:
                 step=before.step + 1,
                 loss=loss,
                 grad_norm=grad_norm,
-                tokens=before.tokens + self.tokens_per_step,
+                tokens=before.tokens + self.tokens_of(before.step + 1),
                 lr=lr,
                 samples_first=before.next_sample,
                 samples_last=self.stream.samples_seen - 1,
@@ -102,7 +101,8 @@ class Session:
     def advance(self, applied: bool) -> None:
         """Count the step just finished, whose update was `applied` or discarded."""
         self.attempt.has_updated |= applied
-        self.progress = self.progress.after(self.stream.samples_seen, self.tokens_per_step, applied)
+        tokens = self.tokens_of(self.progress.step + 1)
+        self.progress = self.progress.after(self.stream.samples_seen, tokens, applied)
 
     def tasks_due(self) -> list[Task[TaskOptions]]:
         """What measures the model after the step just finished."""
@@ -139,5 +139,5 @@ class Session:
     def _stand_at(self, progress: Progress, checkpoint: Checkpoint) -> None:
         self.progress = progress
         self.stream.skip_windows = progress.skip_windows
-        self.stream.samples_seen = progress.samples_seen
+        self.stream.samples_seen, self.stream.steps_done = progress.samples_seen, progress.step
         self.loss_average.restore(checkpoint.trainer_state.get("loss_average"))

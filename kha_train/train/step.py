@@ -102,7 +102,7 @@ def next_batch(stream: TokenStream, world: World, trouble: BaseException | None 
     Raises on all ranks when any rank could not read its part, or has earlier `trouble`; DataError when the global batch
     has no label. The part of one rank may have none.
     """
-    batch = None
+    batch, first = None, stream.samples_seen
     with Caught() as caught:
         batch = next(stream)
     error = trouble or (as_error(caught.error, "read the batch") if caught.error else None)
@@ -114,7 +114,6 @@ def next_batch(stream: TokenStream, world: World, trouble: BaseException | None 
     batch.step_tokens = tokens
     if not labels:
         # All ranks know the sum, so all of them raise this.
-        first = stream.samples_seen - stream.batch_size
         error = without_labels("data", f"no token of samples {first} to {stream.samples_seen - 1}")
         error.agreed = True
         raise error

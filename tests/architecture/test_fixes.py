@@ -25,7 +25,7 @@ from kha_train.cli import main, sweep
 from kha_train.config.compose import compose
 from kha_train.config.resolve import resolve_plan
 from kha_train.config.schema import RunConfig
-from kha_train.config.validate import validate_batch
+from kha_train.config.validate_ranks import validate_batch
 from kha_train.data.format.manifest import TokenizerEntry
 from kha_train.data.format.writer import prepare, publish_dataset, write_shard
 from kha_train.data.stream import open_stream
@@ -38,6 +38,8 @@ KINDS = ("First", "Instead", "Look", "Options", "Replace", "Settings", "did_you_
 
 REFUSED = {
     "a batch that no ranks share": "batch data.global_batch_size=18 engine.micro_batch_size=4",
+    "later batches that no ranks share": "batch data.global_batch_size=18 engine.micro_batch_size=4 "
+    "'data.batch_schedule=[{{start_step: 5, global_batch_size: 18}}, {{start_step: 9, global_batch_size: 2}}]'",
     "a batch below one micro-batch": "batch data.global_batch_size=3 engine.micro_batch_size=4",
     "no directory": "compose run.dir=' '",
     "a directory like an option": "compose run.dir=-x",

@@ -16,7 +16,7 @@ from kha_train import RunConfig, compose
 from kha_train.cli.main import run
 from kha_train.config.build import build, flatten, to_plain
 from kha_train.config.compose import STUDIES, dump, load, quoted, shipped
-from kha_train.config.validate import validate_batch
+from kha_train.config.validate_ranks import validate_batch
 from kha_train.errors import ConfigError, KhaError
 from kha_train.estimate.counts import count_parameters
 

@@ -162,6 +162,11 @@ def first_batch(config: RunConfig) -> Any:
     return batch.samples_B.tolist(), batch.tokens_BT.tolist(), batch.cu_seqlens_S.tolist()
 
 
+def second_batch(config: RunConfig) -> Any:
+    """Samples of the second step."""
+    return next(open_stream(config, samples_seen=config.data.global_batch_size, steps_done=1)).samples_B.tolist()
+
+
 def batch_after_2048_samples(config: RunConfig) -> Any:
     """Tokens of the step that begins at sample 2048."""
     return next(open_stream(config, samples_seen=2048)).tokens_BT.tolist()
@@ -494,6 +499,7 @@ CHANGES: dict[str, Change] = {
     "data.seed": (1, first_batch),
     "data.skip_windows": ("[[0,2]]", first_batch),
     "data.global_batch_size": (12, first_batch),
+    "data.batch_schedule": ("[{start_step: 2, global_batch_size: 4}]", second_batch),
     "data.sources": (
         "[{name: b, path: {other}/train, weight: 1}]",
         first_batch,

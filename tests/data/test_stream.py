@@ -149,6 +149,46 @@ def test_stops_world_sizes_and_batch_sizes_never_change_what_comes_next(small_da
     assert len(seen) == sum(schedule)
 
 
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_schedule_of_sizes_reads_the_same_samples_in_the_same_order(small_dataset: Path, make_config, data) -> None:
+    """Every rank of every number of them, whether it reads on, ahead, or is opened anew between any two steps."""
+    world_size, parts = data.draw(st.sampled_from([(1, 1), (2, 1), (3, 1), (4, 1), (4, 2), (8, 4)]))
+    sizes, changes = st.sampled_from([24, 48, 72]), st.integers(2, 9)
+    first = data.draw(sizes)
+    schedule = sorted(data.draw(st.dictionaries(changes, sizes, max_size=3)).items())
+    sections = tuple(schema.BatchChangeSection(start_step=step, global_batch_size=rows) for step, rows in schedule)
+    prefetch = data.draw(st.sampled_from([0, 2]))
+    config = make_config(small_dataset, batch=first, batch_schedule=sections, prefetch=prefetch)
+    config = replace(config, engine=replace(config.engine, context_parallel=parts))
+    windows = [(one, one + data.draw(st.integers(0, 90))) for one in data.draw(st.lists(st.integers(0, 400)))]
+    stops = data.draw(st.sets(st.integers(1, 9)))
+
+    skipped = {number for begin, end in windows for number in range(begin, end)}
+    numbers = (number for number in itertools.count() if number not in skipped)
+    rows_of = dict(schedule)
+    leaders = range(0, world_size, parts)
+    ranks = [stream.open_stream(config, rank, world_size, skip_windows=windows) for rank in leaders]
+    rows = first
+    for step in range(1, 11):
+        rows = rows_of.get(step, rows)
+        place = ranks[0].samples_seen
+        if step - 1 in stops:
+            at = {"samples_seen": place, "steps_done": step - 1, "skip_windows": windows}
+            ranks = [stream.open_stream(config, rank, world_size, **at) for rank in leaders]
+        read = [number for rank in ranks for number in next(rank).samples_B.tolist()]
+        assert read == list(itertools.islice(numbers, rows)), step
+        assert {(rank.samples_seen, rank.steps_done) for rank in ranks} == {(read[-1] + 1, step)}
+
+
+def test_a_rewound_stream_takes_the_size_of_the_step_it_stands_at(small_dataset: Path, make_config) -> None:
+    change = schema.BatchChangeSection(start_step=3, global_batch_size=8)
+    opened = stream.open_stream(make_config(small_dataset, batch=2, batch_schedule=(change,)))
+    assert [len(batch.samples_B) for batch in itertools.islice(opened, 5)] == [2, 2, 8, 8, 8]
+    opened.samples_seen, opened.steps_done, opened.skip_windows = 2, 1, [(4, 20)]
+    assert [batch.samples_B.tolist() for batch in itertools.islice(opened, 2)] == [[2, 3], list(range(20, 28))]
+
+
 def test_a_skip_window_is_jumped_and_the_rest_stays_as_it_was(small_dataset: Path, make_config) -> None:
     config = make_config(small_dataset)
     plain = take(config, 4)

@@ -216,7 +216,7 @@ def test_inspect_shows_a_step_as_its_own_start_read_it(made: Path, tmp_path: Pat
         config = compose([*common, f"data.train={moved}", f"run.seed={seed}"])
         batch = next(open_stream(config, samples_seen=4 * step))
         assert [sample["sha256"] for sample in found] == [digest(row) for row in batch.tokens_BT.numpy()]
-        assert [text["sample"] for text in batch_texts(run, 4 * step)] == [sample["sample"] for sample in found]
-        assert batch_texts(run, 4 * step)[0]["text"] == found[0]["text"].replace(BORDER, "")
+        assert [text["sample"] for text in batch_texts(run, step, 4 * step)] == [sample["sample"] for sample in found]
+        assert batch_texts(run, step, 4 * step)[0]["text"] == found[0]["text"].replace(BORDER, "")
     with pytest.raises(ConfigError, match="elsewhere"):
         kha("inspect", "--run", run, "--step", 2)

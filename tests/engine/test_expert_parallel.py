@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kha_train import compose
-from kha_train.config.validate import validate_batch
+from kha_train.config.validate_ranks import validate_batch
 from kha_train.errors import ConfigError
 from kha_train.estimate.exchange import exchange_bytes
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kha_train.config.compose import compose
-from kha_train.config.validate import validate_batch
+from kha_train.config.validate_ranks import validate_batch
 from kha_train.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

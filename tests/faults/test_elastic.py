@@ -58,6 +58,46 @@ def test_a_run_that_changes_ranks_and_stage_follows_the_straight_curve(
     assert max(abs(a["train/loss"] - b["train/loss"]) for a, b in zip(moved, kept, strict=True)) < 1e-5
 
 
+GROWS = ("data.batch_schedule=[{start_step: 3, global_batch_size: 16}, {start_step: 5, global_batch_size: 12}]",)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_batch_that_changes_is_that_of_runs_whose_batch_was_changed_by_hand(
+    zero: int, make_run: Callable, straight: Callable
+) -> None:
+    """On two ranks, whose micro-batches per step change with it: 4, 8 and 6."""
+    settings = ("attention=kha_mlp", f"engine=zero{zero}", "engine.micro_batch_size=1")
+    grown, by_hand = straight(*settings, *GROWS, ranks=2), make_run(*settings)
+    for step, rows in ((2, 8), (4, 16), (6, 12)):
+        changed = (f"data.global_batch_size={rows}", "resume.allow_changes=[data.global_batch_size]")
+        faults = [{"at": f"batch:{step}", "do": "term"}] if step < 6 else []
+        assert by_hand.start(*faults, ranks=2, overrides=changed) == [0, 0], by_hand.log.read_text()
+    assert by_hand.starts() == [0, 2, 4]
+    assert [line["samples_last"] + 1 for line in grown.curve()] == [8, 16, 32, 48, 60, 72]
+    # The attempts have other settings, and so has trainer.json.
+    mine, theirs = ([line | {"attempt": 1} for line in run.curve()] for run in (grown, by_hand))
+    assert mine == theirs
+    ended, expected = grown.final_state(), by_hand.final_state()
+    assert ended.pop(TRAINER_FILE) != expected.pop(TRAINER_FILE)
+    assert ended == expected
+
+
+def test_a_run_with_a_schedule_that_changes_ranks_stage_and_groups_follows_the_straight_curve(
+    make_run: Callable, straight: Callable
+) -> None:
+    settings = ("attention=kha_mlp", *GROWS)
+    twin, run = straight(*settings), make_run(*settings)
+    layouts: list[tuple[int, int, tuple[str, ...]]] = [(2, 1, ROWS), (1, 3, ()), (2, 2, EXPERTS)]
+    for number, (ranks, zero, shared) in enumerate(layouts, start=1):
+        faults = [{"at": f"batch:{2 * number + 1}", "do": "term"}] if number < 3 else []
+        assert run.start(*faults, ranks=ranks, overrides=(f"engine=zero{zero}", *shared)) == [0] * ranks
+    assert run.starts() == [0, 3, 5]
+    moved, kept = run.curve(), twin.curve()
+    for key in ("step", "samples_first", "samples_last", "tokens", "train/lr"):
+        assert [line[key] for line in moved] == [line[key] for line in kept], key
+    assert max(abs(a["train/loss"] - b["train/loss"]) for a, b in zip(moved, kept, strict=True)) < 1e-5
+
+
 @pytest.mark.parametrize("layout", [("engine=zero3",), ("engine=zero1", *EXPERTS)], ids=["ZeRO 3", "EP 2"])
 def test_a_branch_on_two_ranks_continues_bit_equal_to_its_parent(
     layout: tuple[str, ...], make_run: Callable, straight: Callable

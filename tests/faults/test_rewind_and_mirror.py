@@ -19,6 +19,7 @@ REWINDING = (
     "stability.rewind.window=4",
     "checkpoint.every_steps=10",
     "validation.every_steps=0",
+    "data.batch_schedule=[{start_step: 193, global_batch_size: 16}]",
 )
 
 
@@ -33,7 +34,7 @@ def test_f6_a_poisoned_batch_is_rewound_and_a_kill_amid_that_changes_nothing(mak
     assert event["to_step"] == 180 and event["trouble_step"] == 191
     assert [line["step"] for line in run.curve()] == list(range(1, 206))
     rows, (first, last) = 8, event["window"]
-    assert [first, last] == [190 * rows, 194 * rows]
+    assert [first, last] == [190 * rows, 190 * rows + 2 * rows + 2 * 16], "four batches, two of them larger"
     assert not any(first <= line["samples_first"] < last for line in run.curve())
     assert (folder / "step-00000190.undone" / "manifest.json").exists(), "what is marked is not deleted"
 

@@ -115,9 +115,9 @@ def _changed(config: RunConfig, key: str) -> RunConfig:
         candidates = [now + "x"]
     if isinstance(now, list):
         source, phase = {"name": "a", "path": "b", "weight": 1.0}, {"start_sample": 1, "weights": [1.0]}
-        named_set = {"name": "a", "path": "b"}
+        named_set, change = {"name": "a", "path": "b"}, {"start_step": 2, "global_batch_size": 2}
         candidates = [[], now[:-1], now[::-1], ["q"], ["x"], [source], [phase], [0.5, 0.5], [[1, 2]]]
-        candidates += [[named_set], ["context"], [1]]
+        candidates += [[named_set], [change], ["context"], [1]]
     while candidates:
         section[last] = candidates.pop(0)
         try:
