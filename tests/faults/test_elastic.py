@@ -85,7 +85,7 @@ def test_a_batch_that_changes_is_that_of_runs_whose_batch_was_changed_by_hand(
 def test_a_run_with_a_schedule_that_changes_ranks_stage_and_groups_follows_the_straight_curve(
     make_run: Callable, straight: Callable
 ) -> None:
-    settings = ("attention=kha_mlp", *GROWS)
+    settings = ("attention=kha_mlp", "engine.micro_batch_size=2", *GROWS)
     twin, run = straight(*settings), make_run(*settings)
     layouts: list[tuple[int, int, tuple[str, ...]]] = [(2, 1, ROWS), (1, 3, ()), (2, 2, EXPERTS)]
     for number, (ranks, zero, shared) in enumerate(layouts, start=1):

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kha_train.config.batch_sizes import BatchSizes
 from kha_train.telemetry import Console, MovingAverage
 from kha_train.telemetry.format import MAX_WIDTH, duration, scaled, scientific, step_line
 
@@ -43,8 +44,14 @@ def said(file: io.StringIO) -> list[str]:
     return [TIME.sub("", line, count=1) for line in lines]
 
 
-def console(mode: str, file: io.StringIO, total: int = 100, **options: Any) -> Console:
-    config = SimpleNamespace(run=SimpleNamespace(name="tiny"), telemetry=SimpleNamespace(console=mode))
+ONE_SIZE = BatchSizes(8)
+
+
+def console(
+    mode: str, file: io.StringIO, total: int = 100, batch_sizes: BatchSizes = ONE_SIZE, **options: Any
+) -> Console:
+    data = SimpleNamespace(batch_sizes=batch_sizes)
+    config = SimpleNamespace(run=SimpleNamespace(name="tiny"), telemetry=SimpleNamespace(console=mode), data=data)
     return Console(config, total, file=file, **options)
 
 
@@ -129,6 +136,17 @@ def test_the_time_left_is_steps_left_times_the_wall_time_of_a_step() -> None:
     for step in range(1, 41):
         shown.step({"step": step})
     assert file.getvalue().splitlines()[-1].endswith("ETA 2:00")
+
+
+def test_the_time_left_counts_the_rows_of_a_batch_that_grows() -> None:
+    file, now = io.StringIO(), [0.0]
+    sizes = BatchSizes(8, ((21, 16), (61, 32)))
+    shown = console("lines", file, clock=lambda: now[0], batch_sizes=sizes)
+    for step in range(1, 41):
+        now[0] += sizes.of(step) / 4
+        shown.step({"step": step})
+    # A quarter of a second a row: 20 steps of 16 rows and 40 of 32 are left.
+    assert file.getvalue().splitlines()[-1].endswith("ETA 6:40")
 
 
 def test_no_time_left_is_told_before_the_steps_are_steady_and_the_first_two_never_count() -> None:
