@@ -30,8 +30,8 @@ class BatchSizes:
 
     @staticmethod
     def of_saved(flat: Mapping[str, Any]) -> BatchSizes:
-        """Those of a saved configuration, by dotted keys. Runs of older releases have no schedule, and where nothing is
-        said all steps count alike.
+        """Those of a configuration as `load_plain` reads it, by dotted keys. Runs of older releases have no schedule,
+        and where nothing is said all steps count alike.
         """
         changes = ((one["start_step"], one["global_batch_size"]) for one in flat.get("data.batch_schedule") or [])
         return BatchSizes(flat.get("data.global_batch_size", 1), tuple(changes))

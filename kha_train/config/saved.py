@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypedDict, get_args, get_origin, get_type_hin
 from kha_train.config.build import plain, to_plain, variant_class
 from kha_train.config.schema import RunConfig
 from kha_train.errors import ConfigError
-from kha_train.foreign.typed import Count, Length
+from kha_train.foreign.typed import LARGEST, Count, Length, Range
 
 BEFORE = "before"
 """The metadata key for a field's value from before the field existed, if it differs from the default."""
@@ -52,9 +52,21 @@ class SavedPhase(TypedDict):
     start_sample: Count
 
 
+Rows = Annotated[int, Range(1, LARGEST)]
+
+
+class SavedBatchChange(TypedDict):
+    """Another batch size from a step on."""
+
+    start_step: Count
+    global_batch_size: Rows
+
+
 class SavedData(TypedDict, total=False):
     """The fields of `data` that are read."""
 
+    global_batch_size: Rows
+    batch_schedule: list[SavedBatchChange] | None
     sources: list[dict[str, Any]] | None
     phases: list[SavedPhase]
     skip_windows: list[Annotated[list[Count], Length(2)]]

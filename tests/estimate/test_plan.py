@@ -48,6 +48,22 @@ def test_the_stable_keys_of_the_6b_model(attention: str, total: int, active: int
     assert memory["fits"] is None, "no machine was named"
 
 
+def test_a_batch_that_grows_is_summed_over_the_run_and_planned_at_its_largest(capsys) -> None:
+    grows = "data.batch_schedule=[{start_step: 11, global_batch_size: 16}, {start_step: 900, global_batch_size: 4}]"
+    shape = ["model.seq_len=64", "run.steps=100", "engine.micro_batch_size=2"]
+    code, answer = answered(capsys, *shape, "data.global_batch_size=8", grows)
+    assert code == 0
+    assert answer["time"]["tokens"] == (10 * 8 + 90 * 16) * 64
+    assert answer["time"]["batch_schedule"] == [
+        {"start_step": 1, "rows": 8, "tokens_before": 0},
+        {"start_step": 11, "rows": 16, "tokens_before": 10 * 8 * 64},
+    ]
+    _, largest = answered(capsys, *shape, "data.global_batch_size=16")
+    for part in ("memory_per_rank", "communication"):
+        assert answer[part] == largest[part]
+    assert answer["time"]["tokens_per_step"] == largest["time"]["tokens_per_step"]
+
+
 def test_the_6b_model_fits_an_h200_when_recomputed_and_one_h100_under_zero_3_with_bf16_sums_and_moments(capsys) -> None:
     code, answer = answered(capsys, *SIX_BILLION, "cluster=h100_1x1", "engine.activation_checkpointing=full")
     assert code == 2 and answer["memory_per_rank"]["fits"] is False

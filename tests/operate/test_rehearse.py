@@ -63,6 +63,14 @@ def test_a_rehearsal_of_64_ranks_is_the_arithmetic_of_the_job(
     assert list(tmp_path.iterdir()) == [], "a rehearsal leaves nothing behind"
 
 
+def test_a_rehearsal_of_a_batch_that_grows_tells_the_largest_step_and_all_tokens(job: list[str]) -> None:
+    config = compose([*job, "model.layers=1", "data.batch_schedule=[{start_step: 101, global_batch_size: 256}]"])
+    said = rehearse(config, [], Layout(2, 2))
+    assert said["batch"]["rows_a_step"] == 256 and said["batch"]["micro_batches_a_step"] == 128
+    assert said["batch"]["tokens"] == (100 * 128 + 200 * 256) * 64
+    assert said["data"]["slices_first_step"] == [[0, 63], [64, 127]]
+
+
 @pytest.mark.parametrize(
     "settings, word",
     [

@@ -27,10 +27,10 @@ from kha_train.record.totals import TOTALS_FILE
 ON_TIME = {"train/step_seconds": 2.0, "train/skipped": 0, "data/wait_seconds": 0.0}
 
 
-def trained(run_dir: Path, steps: int, *, end: str | None = "stopped") -> Record:
+def trained(run_dir: Path, steps: int, *overrides: str, end: str | None = "stopped") -> Record:
     """A run of 100 steps that has made `steps`, one every 4 s, each taking 2 s; begun 4 s before them."""
     record = Record.open(run_dir)
-    (run_dir / "config.yaml").write_text(dump(compose(["run.steps=100", "run.name=one"])))
+    (run_dir / "config.yaml").write_text(dump(compose(["run.steps=100", "run.name=one", *overrides])))
     record.begin_attempt(record.last_step)
     begun = time.time() - 4.0 * steps
     for number in range(1, steps + 1):
@@ -57,6 +57,13 @@ def test_figures_follow_their_definitions(tmp_path: Path) -> None:
     assert status.goodput == pytest.approx(0.5, rel=1e-6)
     assert (status.spikes, status.attempts, status.checkpoint) == (1, 1, 30)
     assert status.heartbeat is not None and status.heartbeat < SILENT_AFTER
+
+
+def test_the_time_left_counts_the_rows_of_a_batch_that_grows(tmp_path: Path) -> None:
+    schedule = "data.batch_schedule=[{start_step: 51, global_batch_size: 24}]"
+    trained(tmp_path, 40, "data.global_batch_size=8", schedule)
+    # Four seconds for eight rows: ten steps of 8 are left, and fifty of 24.
+    assert run_status(tmp_path).seconds_left == pytest.approx(4.0 * (10 + 50 * 3), rel=1e-6)
 
 
 def test_spikes_are_narrow_and_wide_events_and_divergence_stands_beside_them(tmp_path: Path) -> None:

@@ -134,6 +134,9 @@ def test_budgets_are_equal_in_what_was_asked_for(tmp_path: Path) -> None:
         assert spent == pytest.approx(plain.flops, rel=1e-3)
     small, large = plan_sweep(tmp_path / "s", ["data.global_batch_size=8,16", "run.steps=1000"], "tokens")
     assert (small.steps, large.steps) == (1000, 500) and small.tokens == large.tokens
+    grows = "data.batch_schedule=[],[{start_step: 101, global_batch_size: 24}]"
+    constant, growing = plan_sweep(tmp_path / "s", ["data.global_batch_size=8", grows, "run.steps=1000"], "tokens")
+    assert (constant.steps, growing.steps) == (1000, 400) and constant.tokens == growing.tokens
     with pytest.raises(ConfigError, match="run.steps"):
         plan_sweep(tmp_path / "s", ["run.steps=10,20"], "tokens")
     with pytest.raises(ConfigError, match="steps, tokens, flops"):

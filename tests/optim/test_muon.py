@@ -121,6 +121,7 @@ def test_a_run_is_that_of_a_plain_loop_matrix_by_matrix(small: list[str]) -> Non
                       "moe.dense_width=24", "model.layers=2"])  # fmt: skip
     engine, stream, steps = Engine(config, World.single()), open_stream(config), 4
     start = {f.name: f.views["master"].double() for f in engine.fragments()}
+    assert sum(view.nbytes for f in engine.fragments() for view in f.views.values()) == optimizer_bytes(config)
     results = [train_step(engine, *next_batch(stream, World.single()), config.optim.lr) for _ in range(steps)]
     assert all(result.grad_norm > 0.5 for result in results), "nothing is clipped"
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kha_train.analysis.runs import load_runs
+from kha_train.analysis.sameness import confounders, data_proof
 from kha_train.checkpoint.compare import compare
 from kha_train.checkpoint.reader import find_newest
 from kha_train.cli.data import _samples_of_run
@@ -70,6 +72,14 @@ def test_a_grown_batch_trains_like_one_that_was_changed_by_hand(grown: Path, sma
         train(compose([*settings, *allowed]), until=until)
     assert curve(by_hand) == curve(grown)
     assert not compare(state(by_hand), state(grown)).tensors
+    assert data_proof(*load_runs([grown, by_hand]))[0]
+
+
+def test_runs_of_different_schedules_are_not_paired(grown: Path, trained: Callable[..., Path]) -> None:
+    runs = load_runs([grown, trained()])
+    same, why = data_proof(*runs)
+    assert not same and why.endswith("read the same shards, but different samples from step 3 on")
+    assert any(text.startswith("data.batch_schedule") for text in confounders(*runs))
 
 
 def test_another_schedule_is_another_run_unless_it_is_allowed(grown: Path, small: list[str], tmp_path: Path) -> None:
