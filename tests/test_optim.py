@@ -14,7 +14,7 @@ from kha_train.errors import ConfigError
 from kha_train.model.init import interaction_identities
 from kha_train.optim import AdamW, interaction_settings, learning_rate, parameter_groups
 from kha_train.variants.interactions import KnockingLinearOptions
-from kha_train.variants.optimizer import AdamWOptions, OptimSection, ScheduleSection
+from kha_train.variants.optimizer import AdamWOptions, OptimSection, ScheduleSection, SurgeSection
 
 COSINE = OptimSection(lr=1.0, schedule=ScheduleSection(name="cosine", warmup=0.1, final=0.1))
 WSD = OptimSection(lr=1.0, schedule=ScheduleSection(name="wsd", warmup=0.1, decay=0.2, final=0.1))
@@ -37,6 +37,14 @@ def test_cosine_equals_torchs_own() -> None:
         sgd.step()
         theirs.step()
         assert learning_rate(COSINE, step, 100) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+
+
+def test_a_surge_multiplies_the_rate_of_its_steps_alone() -> None:
+    surge = SurgeSection(factor=50.0, start=0.7, length=0.15)
+    stressed = OptimSection(lr=1.0, schedule=ScheduleSection(name="wsd", warmup=0.1, decay=0.0, surge=surge))
+    rates = {step: learning_rate(stressed, step, 200) for step in range(1, 201)}
+    assert [step for step, rate in rates.items() if rate == 50.0] == list(range(141, 171))
+    assert {rate for step, rate in rates.items() if 20 <= step <= 140 or step > 170} == {1.0}
 
 
 def test_wsd_is_constant_and_then_falls_in_a_straight_line() -> None:

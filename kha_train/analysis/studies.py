@@ -1,8 +1,8 @@
 """A study: one question, its arms, rates, seeds and measures, as `configs/study/NAME.yaml` holds it.
 
 An arm is a list of overrides. Every arm is trained at each of its learning rates, and arms are compared at their best
-rate, because one rate for all arms favours the arm that it suits. A study has two scales: `cpu` takes minutes on two
-cores, and `paper` has the shapes and budgets that were printed.
+rate, because one rate for all arms favours the arm that it suits. A study has up to three scales: `cpu` takes minutes
+on two cores, `paper` has the shapes and budgets that were printed, and `h200_15min` takes 15 minutes of one GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from kha_train.analysis.study_heads import FIGURES
 from kha_train.config.build import build, nearest
@@ -21,9 +21,21 @@ from kha_train.errors import ConfigError
 from kha_train.foreign.documents import parse_yaml
 from kha_train.foreign.files import SMALL, read_regular
 
-ScaleName = Literal["cpu", "paper"]
+ScaleName = Literal["cpu", "paper", "h200_15min"]
 MeasureKind = Literal[
-    "train_loss", "validation_loss", "bits_per_byte", "steps_to", "spikes", "loss_law", "entry", "heads"
+    "train_loss",
+    "validation_loss",
+    "bits_per_byte",
+    "late_loss",
+    "loss_at",
+    "steps_to",
+    "spikes",
+    "events",
+    "area",
+    "loss_law",
+    "step_seconds",
+    "entry",
+    "heads",
 ]
 Dataset = Literal["text", "copy", "tasks", "own"]
 """`text`: the standard library's sources with 4,096 tokens, as in the quickstart. `copy`: one synthetic task. `tasks`:
@@ -71,8 +83,13 @@ class Measure:
     """A figure of one run.
 
     `train_loss`, `validation_loss` and `bits_per_byte` are the last ones, as `kha compare` has them. `steps_to` counts
-    the steps until the mean train loss of five steps is at most `threshold` nats. `spikes` counts narrow and wide loss
-    spikes. `loss_law` is the loss that a fitted law gives after `tokens` tokens. `entry` is the last value of the
+    the steps until the mean train loss of five steps is at most `threshold` nats. `late_loss` is the mean train loss of
+    the last half of the steps: its paired difference is the tail gap. `loss_at` is the mean train loss of the steps up
+    to `tokens` tokens, beginning a tenth of them before. `spikes` counts narrow and wide loss spikes, `events`
+    those that did not recover too; `area` is the sum of the losses above the baseline during events, in nats x steps.
+    `step_seconds` is the median time of a step.
+
+    `loss_law` is the loss that a fitted law gives after `tokens` tokens. `entry` is the last value of the
     record's entry `entry`, such as that of an evaluation task; where trials are computations, their figure `entry`.
     `heads` is the figure `entry` of `FIGURES` that `kha analyze` finds in the last checkpoint.
     """
@@ -89,6 +106,7 @@ class Measure:
         further = {
             "steps_to": f"_{self.threshold:g}",
             "loss_law": f"_at_{self.tokens:g}_tokens",
+            "loss_at": f"_{self.tokens:g}_tokens",
             "heads": f"_{self.entry}",
         }
         return self.entry if self.kind == "entry" else f"{self.kind}{further.get(self.kind, '')}"
@@ -139,7 +157,8 @@ class Study:
     """A question and how it is answered. The result's sentence is about the first of the measures, which also chooses
     the rates, unless `rate_measure` names another of them. Arms without a reference, their own or the study's, are
     trained but compared with nothing. `not_shown` says what no result of the study can show. Figures were published at
-    the size `published_at`, and are losses, unless higher ones are better.
+    the size `published_at`, and are losses, unless higher ones are better. `yardstick` is the study of arms that do not
+    differ at the same size. With `difference_law`, a law is fitted to the differences in the measures `loss_at`.
 
     A trial is a training run, or a computation that `trials` names (`operate.computed.COMPUTATIONS`). Overrides are
     then the settings of the computation, rates its `rate`, and all measures are of the kind `entry`.
@@ -157,8 +176,17 @@ class Study:
     published: tuple[Published, ...] = ()
     published_at: str = ""
     published_higher_is_better: bool = False
+    yardstick: str = ""
+    difference_law: bool = False
     cpu: Scale
-    paper: Scale
+    paper: Scale | None = None
+    h200_15min: Scale | None = None
+
+    @property
+    def scales(self) -> Mapping[ScaleName, Scale]:
+        """The scales that it has."""
+        named: dict[ScaleName, Scale | None] = {"cpu": self.cpu, "paper": self.paper, "h200_15min": self.h200_15min}
+        return {name: scale for name, scale in named.items() if scale is not None}
 
 
 @dataclass(frozen=True)
@@ -183,7 +211,7 @@ class ScaledStudy:
     @property
     def scale(self) -> Scale:
         """The chosen scale."""
-        return self.study.cpu if self.scale_name == "cpu" else self.study.paper
+        return self.study.scales[self.scale_name]
 
     @property
     def computes(self) -> bool:
@@ -248,18 +276,20 @@ def load_study(name: str, scale: str) -> ScaledStudy:
 
     Raises ConfigError for an unknown name or scale, and for a file that is not a study.
     """
-    names, scales = study_names(), get_args(ScaleName)
+    names = study_names()
     path = Path(name) if name.endswith((".yaml", ".yml")) else shipped("configs") / STUDIES / f"{name}.yaml"
     raw = read_regular(path, SMALL) if name in names or path == Path(name) else None
     if raw is None:
         raise ConfigError("no such study", field="study", value=name, **nearest(name, names))
-    if scale not in scales:
-        raise ConfigError("no such scale", field="--scale", value=scale, allowed=", ".join(scales))
     try:
         values = parse_yaml(raw)
     except ValueError as error:
         raise ConfigError(f"cannot be read: {error}", field=str(path)) from error
-    found = ScaledStudy(path.stem, hashlib.sha256(raw).hexdigest(), build(Study, values), scales[scales.index(scale)])
+    study = build(Study, values)
+    chosen = next((one for one in study.scales if one == scale), None)
+    if chosen is None:
+        raise ConfigError("no such scale", field="--scale", value=scale, allowed=", ".join(study.scales))
+    found = ScaledStudy(path.stem, hashlib.sha256(raw).hexdigest(), study, chosen)
     problem = next(_problems(found), None)
     if problem:
         raise ConfigError(problem, field=str(path))
@@ -286,7 +316,11 @@ def _problems(found: ScaledStudy) -> Iterator[str]:
     if not all(grids) or min(rate for rates in grids for rate in rates) <= 0:
         yield "every arm needs at least one rate, and each rate must be above 0"
     yield from ("an `entry` needs its name" for one in found.measures if one.kind == "entry" and not one.entry)
-    yield from ("a `loss_law` needs `tokens`" for one in found.measures if one.kind == "loss_law" and one.tokens <= 0)
+    yield from (
+        f"a `{one.kind}` needs `tokens`"
+        for one in found.measures
+        if one.kind in ("loss_law", "loss_at") and one.tokens <= 0
+    )
     yield from (
         f"{one.entry!r} is no figure of heads: {', '.join(FIGURES)}"
         for one in found.measures

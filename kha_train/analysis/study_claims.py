@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from kha_train.analysis.statistics import SeedInterval, over_seeds
 from kha_train.analysis.study_files import ComparisonEntry, ResultFile
-from kha_train.analysis.study_results import COUNTS, SIGNIFICANT
+from kha_train.analysis.study_results import NO_INTERVAL, SIGNIFICANT
 from kha_train.telemetry.format import scaled
 
 
@@ -65,7 +65,7 @@ def _printed(result: ResultFile) -> Iterator[tuple[str, str, str, bool]]:
 def _against(result: ResultFile, name: str, other: str, printed: str, better: bool) -> Iterator[str]:
     """The line of a pair whose difference here contradicts what is printed."""
     measure = result["measures"][0]
-    found = None if measure["kind"] in COUNTS else _difference(result, name, other, measure["name"])
+    found = None if measure["kind"] in NO_INTERVAL else _difference(result, name, other, measure["name"])
     if found is None or not found.excludes_zero or ((found.mean > 0) == measure["larger_is_better"]) == better:
         return
     at = f" ({result['published_at']})" if result["published_at"] else ""

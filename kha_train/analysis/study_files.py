@@ -83,6 +83,7 @@ class ResultFile(TypedDict):
     question: str
     source: str
     not_shown: str
+    yardstick: Annotated[str, Absent("")]
     command: str
     began: float | None
     ended: float | None

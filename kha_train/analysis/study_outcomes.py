@@ -20,6 +20,8 @@ from kha_train.analysis.studies import Measure
 from kha_train.analysis.study_heads import heads_figure
 from kha_train.analysis.summary import Summary, summarise
 
+_EVENTS = {"spikes": "spikes", "events": "events_total", "area": "area_total"}
+"""Figures of events, by the kind of measure."""
 SMOOTHED = 5
 """Steps whose mean loss must be at most a threshold."""
 
@@ -102,9 +104,15 @@ def valued(measure: Measure, value: float | None, diverged: bool) -> float | Non
 def _value(measure: Measure, run: RunData, summary: Summary) -> float | None:
     if measure.kind == "steps_to":
         return _steps_to(run, measure.threshold)
-    if measure.kind == "spikes":
-        found = summary.honesty["spikes"]
-        return None if found is None else float(found)
+    if measure.kind in _EVENTS:
+        events = summary.stability
+        return float(events.summary[_EVENTS[measure.kind]]) if events.judged else None
+    if measure.kind == "late_loss":
+        return _mean_loss(run, run.steps > (run.steps[-1] + run.begun_after) / 2)
+    if measure.kind == "loss_at":
+        tokens = run.column("tokens")
+        reached = tokens[-1] >= measure.tokens * (1 - 1e-9)
+        return _mean_loss(run, (tokens > 0.9 * measure.tokens) & (tokens <= measure.tokens)) if reached else None
     if measure.kind == "loss_law":
         law = law_of_run(run)
         return None if law is None or law.at_edge else law.at(measure.tokens)
@@ -116,6 +124,13 @@ def _value(measure: Measure, run: RunData, summary: Summary) -> float | None:
         return None if series is None else series.last
     value: float | None = summary.results["final_loss" if measure.kind == "train_loss" else measure.kind]
     return value
+
+
+def _mean_loss(run: RunData, chosen: np.ndarray) -> float | None:
+    """The mean train loss of the `chosen` steps; None where none has a finite one."""
+    loss = run.column("train/loss")[chosen]
+    finite = loss[np.isfinite(loss)]
+    return float(finite.mean()) if len(finite) else None
 
 
 def _steps_to(run: RunData, threshold: float) -> float:

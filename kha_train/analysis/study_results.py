@@ -13,8 +13,8 @@ from kha_train.analysis.statistics import SeedInterval, over_seeds, sign_test
 from kha_train.analysis.studies import Measure, Published, ScaledStudy, Trial
 from kha_train.analysis.study_outcomes import Outcome, TrialSize
 
-COUNTS = ("spikes",)
-"""The kinds of measures that are counts."""
+NO_INTERVAL = {"spikes": "they are counts", "events": "they are counts", "area": "areas of events are skewed"}
+"""The kinds of measures without an interval, because Student's does not cover what it says."""
 SIGNIFICANT = 0.05
 FORMAT = 1
 
@@ -74,7 +74,7 @@ class Compared:
 class ArmResult:
     """An arm at its best rate: values of every measure by seed, the runs, and how many diverged. `by_rate` has the
     values of the measure that chooses rates, for every rate and seed on which rates were compared. `counts` names the
-    measures that are counts. `size` is that of its first run.
+    measures without an interval. `size` is that of its first run.
     """
 
     name: str
@@ -189,7 +189,7 @@ class StudyResult:
         if len(intervals) > 1:
             chance = 0.05 * len(intervals)
             parts.append(f"of {len(intervals)} intervals, {chance:.2g} would exclude zero by chance")
-        if self.scaled.scale_name == "cpu":
+        if self.scaled.scale_name != "paper":
             parts.append("this small scale says nothing about the order that the papers print")
         return f"{'; '.join(parts)}."
 
@@ -203,6 +203,7 @@ class StudyResult:
             "question": study.question,
             "source": study.source,
             "not_shown": study.not_shown,
+            "yardstick": study.yardstick,
             "study_sha256": scaled.sha256,
             "commits": self.sources("commit"),
             "code_sha256": self.sources("code"),
@@ -314,7 +315,7 @@ def judge(scaled: ScaledStudy, outcomes: Mapping[Trial, Outcome]) -> StudyResult
             runs={seed: one.run_dir for seed, one in own.items()},
             diverged=sum(one.diverged for one in own.values()),
             diverged_by_rate={rate: sum(one.diverged for t, one in tried if t.rate == rate) for rate in rates},
-            counts=tuple(measure.name for measure in scaled.measures if measure.kind in COUNTS),
+            counts=tuple(measure.name for measure in scaled.measures if measure.kind in NO_INTERVAL),
             size=next((one.size for one in own.values()), None),
             stands_for=arm.stands_for,
         )
@@ -339,7 +340,7 @@ def _compared(reference: ArmResult, arm: ArmResult, measure: Measure) -> Compare
     differences = {seed: 0.0 if a == b else a - b for seed, (a, b) in known.items()}
     infinite = any(not (math.isfinite(a) and math.isfinite(b)) for a, b in known.values())
     # Student's interval of the difference of small counts, where nominally 95 %, covers 73 to 99 %.
-    why = "not all are finite" if infinite else "they are counts" if measure.kind in COUNTS else ""
+    why = "not all are finite" if infinite else NO_INTERVAL.get(measure.kind, "")
     signs = sign_test(list(differences.values()))
     return Compared(
         arm=arm.name,

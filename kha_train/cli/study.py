@@ -37,7 +37,7 @@ from kha_train.telemetry.terminal import LiteralConsole
 
 app = typer.Typer(name="study", help="Answer a named question by runs of several arms.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="A study of `kha study list`, or a .yaml file of your own.", metavar="NAME")]
-ScaleOption = Annotated[str, typer.Option(help="cpu: minutes on two cores; paper: the printed shapes.")]
+ScaleOption = Annotated[str, typer.Option(help="cpu: two cores; paper: the printed shapes; h200_15min: one GPU.")]
 Parent = Annotated[Path, typer.Option("--dir", help="Parent of the study's directory.")]
 Called = Annotated[str | None, typer.Option("--name", help="Name of the directory; default: NAME-SCALE.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

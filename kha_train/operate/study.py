@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from kha_train.analysis.compare import compare_runs
+from kha_train.analysis.difference_law import law_of
 from kha_train.analysis.report.page import write_report
 from kha_train.analysis.studies import ScaledStudy, Trial
 from kha_train.analysis.study_outcomes import Outcome, outcome_of
@@ -266,7 +267,9 @@ def write_results(plan: StudyPlan, result: StudyResult) -> list[Path]:
         reference: write_report(compare_runs(runs, varied=("optim.lr",)), plan.directory / REPORTS / reference)
         for reference, runs in ({} if plan.scaled.computes else _groups(result)).items()
     }
+    law = law_of(result)
     answer = result.to_dict() | {
+        "difference_law": law.to_dict() if law else None,
         "command": command_of(plan),
         "given": list(plan.given),
         "reports": {reference: str(page) for reference, page in pages.items()},
@@ -278,9 +281,10 @@ def write_results(plan: StudyPlan, result: StudyResult) -> list[Path]:
 
 
 def command_of(plan: StudyPlan) -> str:
-    """What to type to repeat the study; a cpu scale needs no cluster."""
+    """What to type to repeat the study; only the paper scale needs a cluster."""
     found = plan.scaled
-    where = ["--local"] if found.scale_name == "cpu" else ["--scale", found.scale_name]
+    scale = [] if found.scale_name == "cpu" else ["--scale", found.scale_name]
+    where = scale if found.scale_name == "paper" else [*scale, "--local"]
     return shlex.join(["kha", "study", "run", found.name, *plan.given, *where])
 
 

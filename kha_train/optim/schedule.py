@@ -11,8 +11,16 @@ def learning_rate(optim: OptimSection, step: int, steps: int) -> float:
     """The rate of optimiser step `step` (1 .. `steps`): linear warm-up to `lr`, then the schedule to `final` x lr.
 
     `cosine` falls over all steps after the warm-up; `wsd` stays at `lr` and falls linearly over the last `decay` of the
-    steps.
+    steps. During a surge, the rate is multiplied.
     """
+    surge = optim.schedule.surge
+    first = round(surge.start * steps)
+    surges = first < step <= first + round(surge.length * steps)
+    return _calm_rate(optim, step, steps) * (surge.factor if surges else 1.0)
+
+
+def _calm_rate(optim: OptimSection, step: int, steps: int) -> float:
+    """The rate without a surge."""
     schedule = optim.schedule
     floor = optim.lr * schedule.final
     warmup_steps = round(schedule.warmup * steps)

@@ -32,16 +32,29 @@ class LinearMap(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SurgeSection:
+    """A provoked instability: for a `length` from `start` on, shares of `run.steps`, the rate is `factor` times that of
+    the schedule, from one step to the next.
+    """
+
+    factor: float = 1.0
+    start: float = 0.0
+    length: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScheduleSection:
     """Learning rate over steps: linear warm-up, then `cosine`, or `wsd` (constant, then linear decay at the end).
 
-    `warmup` and `decay` are shares of `run.steps`, `final` a share of the peak rate. `decay` is read by `wsd` alone.
+    `warmup` and `decay` are shares of `run.steps`, `final` a share of the peak rate. `decay` is read by `wsd` alone. A
+    `surge` provokes an instability on purpose.
     """
 
     name: Literal["cosine", "wsd"] = "cosine"
     warmup: float = 0.05
     decay: float = 0.2
     final: float = 0.1
+    surge: SurgeSection = field(default_factory=SurgeSection)
 
 
 @dataclass(frozen=True, kw_only=True)

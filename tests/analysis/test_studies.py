@@ -65,16 +65,27 @@ def judged(scaled: ScaledStudy, base: list[float], mlp: list[float]) -> StudyRes
     return judge(scaled, chosen | compared("base", 0.2, base) | compared("mlp", 0.4, mlp))
 
 
-def test_every_shipped_study_is_read_at_both_scales_and_its_published_arms_exist_on_paper() -> None:
+def test_every_shipped_study_is_read_at_each_of_its_scales_and_its_published_arms_exist_on_paper() -> None:
     assert {"copy", "position", "kv_heads", "bases", "ladder"} <= set(study_names())
     for name in study_names():
-        for scale in ("cpu", "paper"):
+        scales = load_study(name, "cpu").study.scales
+        for scale in scales:
             found = load_study(name, scale)
             assert found.arms and found.study.question.endswith("?") and found.sha256
             assert any(arm.reference for arm in found.arms.values()), name
             assert found.computes or ("engine.device=cpu" in found.scale.overrides) == (scale == "cpu"), name
         named = {arm for one in found.study.published for arm in (one.arm, one.better_than) if arm}
-        assert named <= found.arms.keys(), name
+        named |= {arm.stands_for for arm in found.study.arms if arm.stands_for}
+        assert named <= (load_study(name, "paper").arms.keys() if "paper" in scales else set()), name
+        assert found.study.yardstick in ("", *study_names())
+
+
+def test_three_studies_fit_into_minutes_of_one_gpu() -> None:
+    assert {name for name in study_names() if "h200_15min" in load_study(name, "cpu").study.scales} == {
+        "overhead",
+        "position",
+        "stability",
+    }
 
 
 @pytest.mark.parametrize(

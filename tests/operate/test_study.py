@@ -272,14 +272,14 @@ def test_the_entries_that_a_study_measures_are_in_its_runs(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", study_names())
 def test_every_arm_of_every_study_passes_the_plan_on_the_machine_it_names(name: str, tmp_path: Path) -> None:
-    for scale in ("cpu", "paper"):
+    for scale in load_study(name, "cpu").study.scales:
         check_plans(one_run_an_arm(load_study(name, scale)), tmp_path)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", study_names())
 def test_every_run_of_every_study_passes_the_plan_on_the_machine_it_names(name: str, tmp_path: Path) -> None:
-    for scale in ("cpu", "paper"):
+    for scale in load_study(name, "cpu").study.scales:
         check_plans(load_study(name, scale), tmp_path)
 
 
@@ -291,7 +291,7 @@ def check_plans(scaled: ScaledStudy, directory: Path) -> None:
     assert [(fit.arm, fit.needs) for fit in costs.fits if fit.needs or fit.fits is not known] == []
     assert costs.seconds()
     if not scaled.computes:
-        assert (costs.cost() is not None) == (scaled.scale_name == "paper")
+        assert (costs.cost() is not None) == (scaled.scale_name != "cpu")
         assert bool(scaled.scale.needs) == (scaled.scale.dataset == "own")
 
 
