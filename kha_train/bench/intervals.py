@@ -48,8 +48,8 @@ PRINTED: dict[str, tuple[str, ...]] = {
     "rate of one run": ("cli/spikes.py", "bench/spikes.py", "bench/spike_thresholds.py", "stability/benchmark.py"),
     "pooled rate": ("analysis/report/spikes.py", "cli/spikes.py"),
     "ratio of times": (
-        "bench/attention.py", "bench/decode.py", "bench/gpu.py", "bench/moe.py", "bench/protocol.py", "bench/step.py",
-        "bench/telemetry.py",
+        "bench/attention.py", "bench/decode.py", "bench/gpu.py", "bench/moe.py", "bench/protocol.py", "bench/scale.py",
+        "bench/step.py", "bench/telemetry.py",
     ),
 }  # fmt: skip
 """The interval, by its name in the table -> the files under `kha_train` that print it. A test compares this with the

@@ -5,20 +5,23 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+from kha_train.cli.options import integers
 from kha_train.cli.output import Overwrite, print_json
 from kha_train.cli.spike_rule import print_rule_score
 from kha_train.config.home import in_home
-from kha_train.errors import ConfigError
 from kha_train.record.files import check_replaceable
 
 app = typer.Typer(name="bench", help="Run benchmarks and print figures with their protocol.", no_args_is_help=True)
 
 Against = Annotated[str, typer.Option(help="Peers to run beside ours, by the names of their adapters: transformers.")]
 Peers = Annotated[Path | None, typer.Option(help="Folder of the peers' adapters: tests/peers in a checkout.")]
+Small = Annotated[list[str] | None, typer.Argument(help="Settings of the run; model=small if none are given.")]
+Blocks = Annotated[int, typer.Option(min=3, help="Interleaved blocks.")]
+Clock = Annotated[Literal["wall", "process"], typer.Option(help="Clock on a CPU: process is CPU time of this process.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -115,38 +118,34 @@ def _said(text: str) -> None:
 
 @app.command()
 def telemetry(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings of the run; model=small if none are given.")
-    ] = None,
+    overrides: Small = None,
     blocks: Annotated[
         int, typer.Option(min=3, help="Interleaved blocks; each has a bare, a watched and a probed step.")
     ] = 20,
-    clock: Annotated[str, typer.Option(help="Clock on a CPU: wall, or process (CPU time of this process).")] = "wall",
+    clock: Clock = "wall",
     as_json: Json = False,
 ) -> None:
     """Measure what monitoring costs: detectors, record, console, W&B offline and probes, against the bare step."""
     from kha_train.bench import telemetry as bench
 
     overrides = overrides or ["model=small", "attention=kha_mlp", "data.global_batch_size=4"]
-    found = bench.measure(overrides, blocks, _clock(clock))
+    found = bench.measure(overrides, blocks, clock)
     _answer(found.to_dict(), bench.format_measured(found), as_json)
 
 
 @app.command()
 def checkpoint(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings of the run; model=small if none are given.")
-    ] = None,
+    overrides: Small = None,
     every: Annotated[int, typer.Option(min=1, help="Save interval, in steps, for which the cost is estimated.")] = 50,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds per mode.")] = 5,
     steps: Annotated[int, typer.Option(min=1, help="Steps per round.")] = 10,
-    clock: Annotated[str, typer.Option(help="Clock on a CPU: wall, or process (CPU time of this process).")] = "wall",
+    clock: Clock = "wall",
     as_json: Json = False,
 ) -> None:
     """Measure what checkpoints and the ring (`checkpoint.ring_steps`) cost, in interleaved rounds of one run."""
     from kha_train.bench import checkpoint as bench
 
-    found = bench.measure(overrides or ["model=small", "data.global_batch_size=8"], every, rounds, steps, _clock(clock))
+    found = bench.measure(overrides or ["model=small", "data.global_batch_size=8"], every, rounds, steps, clock)
     _answer(found.to_dict(), bench.format_measured(found), as_json)
 
 
@@ -155,8 +154,8 @@ def attention(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings of the run; the model's shape and micro-batch are used.")
     ] = None,
-    blocks: Annotated[int, typer.Option(min=3, help="Interleaved blocks.")] = 20,
-    clock: Annotated[str, typer.Option(help="Clock on a CPU: wall, or process (CPU time of this process).")] = "wall",
+    blocks: Blocks = 20,
+    clock: Clock = "wall",
     as_json: Json = False,
 ) -> None:
     """Measure what an interaction costs, eager and folded: one attention layer, forward and backward, against plain
@@ -164,25 +163,23 @@ def attention(
     """
     from kha_train.bench import attention as bench
 
-    found = bench.measure(overrides or [], blocks, _clock(clock))
+    found = bench.measure(overrides or [], blocks, clock)
     _answer(found.to_dict(), bench.format_measured(found), as_json)
 
 
 @app.command()
 def decode(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings of the model; model=small if none are given.")
-    ] = None,
+    overrides: Small = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache.")] = 1024,
     rows: Annotated[int, typer.Option(min=1, help="Rows that are decoded together.")] = 1,
-    blocks: Annotated[int, typer.Option(min=3, help="Interleaved blocks.")] = 20,
-    clock: Annotated[str, typer.Option(help="Clock on a CPU: wall, or process (CPU time of this process).")] = "wall",
+    blocks: Blocks = 20,
+    clock: Clock = "wall",
     as_json: Json = False,
 ) -> None:
     """Measure what a token costs to decode with all key/value heads and with half of them, with and without QK-norm."""
     from kha_train.bench import decode as bench
 
-    found = bench.measure(overrides or ["model=small"], context, rows, blocks, _clock(clock))
+    found = bench.measure(overrides or ["model=small"], context, rows, blocks, clock)
     _answer(found.to_dict(), bench.format_measured(found), as_json)
 
 
@@ -197,21 +194,19 @@ def kernels(as_json: Json = False) -> None:
 
 @app.command()
 def moe(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings of the run; model=small if none are given.")
-    ] = None,
+    overrides: Small = None,
     against: Against = "",
     peers: Peers = None,
-    blocks: Annotated[int, typer.Option(min=3, help="Interleaved blocks.")] = 20,
+    blocks: Blocks = 20,
     warmup: Annotated[int, typer.Option(min=1, help="Warm-up rounds, not counted.")] = 3,
-    clock: Annotated[str, typer.Option(help="Clock on a CPU: wall, or process (CPU time of this process).")] = "wall",
+    clock: Clock = "wall",
     as_json: Json = False,
 ) -> None:
     """Compare all expert implementations available here on one layer, under even and routed loads."""
     from kha_train.bench import moe as bench
 
-    how = {"against": _names(against), "peers": peers, "blocks": blocks, "warmup": warmup, "clock": _clock(clock)}
-    found = bench.measure(overrides or ["model=small"], **how)
+    beside: dict[str, Any] = {"against": _names(against), "peers": peers}
+    found = bench.measure(overrides or ["model=small"], **beside, blocks=blocks, warmup=warmup, clock=clock)
     _answer(found, bench.format_measured(found), as_json)
 
 
@@ -229,10 +224,10 @@ def step(
     ] = None,
     against: Against = "",
     peers: Peers = None,
-    blocks: Annotated[int, typer.Option(min=3, help="Interleaved blocks.")] = 20,
+    blocks: Blocks = 20,
     steps: Annotated[int, typer.Option(min=1, help="Steps per arm in a block.")] = 1,
     warmup: Annotated[int, typer.Option(min=1, help="Warm-up steps per arm, not counted.")] = 2,
-    clock: Annotated[str, typer.Option(help="Clock on a CPU: wall, or process (CPU time of this process).")] = "wall",
+    clock: Clock = "wall",
     threads: Annotated[int, typer.Option(help="Threads of torch on a CPU; 0: unchanged.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -242,7 +237,7 @@ def step(
     bench.use_threads(threads)
     shapes = {"given": overrides} if overrides else bench.SHAPES
     beside: dict[str, Any] = {"against": _names(against), "peers": peers}
-    how: dict[str, Any] = {"blocks": blocks, "steps": steps, "warmup": warmup, "clock": _clock(clock)}
+    how: dict[str, Any] = {"blocks": blocks, "steps": steps, "warmup": warmup, "clock": clock}
     found = {name: bench.measure(shape, arm or bench.ARMS, **beside, **how) for name, shape in shapes.items()}
     texts = [bench.format_measured(answer) for answer in found.values()]
     _answer(found, "\n\n".join(texts), as_json)
@@ -283,7 +278,27 @@ def record(
     """Measure time and memory on a long record: start and end of a resume, status, compare, spikes."""
     from kha_train.bench import record as bench
 
-    found = bench.measure(_lengths(steps), [one for one in ask.split(",") if one], say=_said)
+    found = bench.measure(
+        integers(steps, "--steps", least=100, most=10**9), [one for one in ask.split(",") if one], say=_said
+    )
+    _answer(found, bench.format_measured(found), as_json)
+
+
+@app.command()
+def scale(
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings on top of a small model.")] = None,
+    nodes: Annotated[str, typer.Option(help="Numbers of nodes, one rank each.")] = "2,4",
+    links: Annotated[str, typer.Option(help="Speeds of a node's link, in Mbit/s.")] = "50,200",
+    blocks: Annotated[int, typer.Option(min=3, help="Blocks, in which configurations and links take turns.")] = 6,
+    as_json: Json = False,
+) -> None:
+    """Compare the step time that the plan predicts for several nodes with the time measured on network namespaces of
+    this machine behind a throttled link: ZeRO 1 to 3, expert parallelism, 1 and 4 micro-batches. Needs Linux and root.
+    """
+    from kha_train.bench import scale as bench
+
+    sizes, speeds = integers(nodes, "--nodes", 2, bench.MOST_NODES), integers(links, "--links", 1, bench.MOST_MEGABITS)
+    found = bench.measure(overrides or [], sizes, speeds, blocks, _said)
     _answer(found, bench.format_measured(found), as_json)
 
 
@@ -381,20 +396,3 @@ def _fail_if_any(stages: dict[str, Any]) -> None:
 
 def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
-
-
-def _lengths(text: str) -> list[int]:
-    """Raises ConfigError for a malformed list of lengths."""
-    found = [int(one) if one.isascii() and one.isdigit() and len(one) < 10 else 0 for one in text.split(",")]
-    if min(found) < 100:
-        raise ConfigError(
-            "not a list of lengths", field="--steps", value=text, allowed="numbers of 100 or more, separated by commas"
-        )
-    return found
-
-
-def _clock(text: str) -> Any:
-    """Raises ConfigError for an unknown clock."""
-    if text not in ("wall", "process"):
-        raise ConfigError("no such clock", field="--clock", value=text, allowed="wall, process")
-    return text

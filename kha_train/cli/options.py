@@ -1,4 +1,6 @@
-"""Options in the style of other programs: `--steps 100` is refused, and `run.steps=100` is suggested."""
+"""Options in the style of other programs: `--steps 100` is refused, and `run.steps=100` is suggested. Options that are
+lists of integers.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +34,17 @@ class OverridesCommand(TyperCommand):
             if not taken and text.startswith("-") and name not in (*known, "-h", "--help"):
                 yield at
             taken = not taken and name in known and not equals and not getattr(known[name], "is_flag", True)
+
+
+def integers(text: str, option: str, least: int = 1, most: int = 10**9) -> list[int]:
+    """The integers that `text` lists, separated by commas. Raises ConfigError for anything else, and outside of the
+    range.
+    """
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and len(word) < 20 and least <= int(word) <= most for word in words):
+        allowed = f"integers from {least:,} to {most:,}, separated by commas"
+        raise ConfigError("not a list of such integers", field=option, value=text, allowed=allowed)
+    return [int(word) for word in words]
 
 
 def _refuse(args: Sequence[str]) -> None:

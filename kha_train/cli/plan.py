@@ -9,11 +9,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kha_train.cli.options import integers
 from kha_train.cli.output import print_json
 from kha_train.cli.train import Overrides
 from kha_train.config.compose import compose
 from kha_train.config.schema import RunConfig
-from kha_train.errors import ConfigError
 from kha_train.estimate.plan import Plan, make_plan
 from kha_train.estimate.scale import RESTART_SECONDS, Size, scale, told
 from kha_train.telemetry.terminal import LiteralConsole
@@ -31,7 +31,7 @@ def plan(
     """Estimate parameters, FLOPs, memory, time and cost of a run on cluster=...; exit 2 if it cannot start there."""
     config = compose(overrides or [])
     if scaled:
-        sizes = scale(config, _numbers(scaled))
+        sizes = scale(config, integers(scaled, "--scale"))
         if as_json:
             print_json(told(config, sizes), indent=2)
         else:
@@ -44,14 +44,6 @@ def plan(
         show(answer, LiteralConsole(width=120))
     if not answer.accepted:
         raise typer.Exit(2)
-
-
-def _numbers(text: str) -> list[int]:
-    """The numbers of devices that `text` lists. Raises ConfigError where it does not."""
-    words = text.split(",")
-    if not all(word.strip().isdecimal() and int(word) for word in words):
-        raise ConfigError("expected numbers of devices", field="--scale", value=text, allowed="as in 8,64,512")
-    return [int(word) for word in words]
 
 
 def show_sizes(config: RunConfig, sizes: Sequence[Size], console: Console) -> None:

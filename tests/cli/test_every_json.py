@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from data_tools.corpus import build_corpus
 from data_tools.train_tokenizer import train_tokenizer
-from kha_train.bench import everything, gpu
+from kha_train.bench import everything, gpu, network, scale
 from kha_train.cli.main import COMMANDS, build
 from kha_train.cli.output import strict
 from kha_train.config.compose import compose, dump
@@ -287,6 +287,9 @@ SLOW_CASES: dict[Case, list[Case]] = {
     ("bench", "tokenize"): [("--processes", "1", "--rounds", "3")],
     ("bench", "record"): [("--steps", "200", "--ask", "status,spikes")],
     ("bench", "startup"): [("--rounds", "1", *TINY)],
+    ("bench", "scale"): [
+        ("--nodes", "2", "--links", "500", "--blocks", "3"), ("--nodes", "3"), ("--links", "0"), ("no.such=1",),
+    ],
     ("bench", "gpu"): [("--rehearse", "--out", "{root}/gpu"), ("--out", "{root}/gpu")],
     ("bench", "all"): [("--quick",)],
     ("bench", "data"): [("--cache", "{root}/cache", "--tokens", "10000000", "--rounds", "1", "--cpu-seconds", "0.1")],
@@ -312,6 +315,7 @@ def short_benches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of commands that run others, one is enough; a corpus of a few packages."""
     stage = gpu.Stage("attention layer", ("attention", *TINY, "--blocks", "3"), 60)
     monkeypatch.setattr(gpu, "stages", lambda rehearse: [stage])
+    monkeypatch.setattr(scale, "MODES", {"ZeRO 1": ("engine=zero1",)})
     monkeypatch.setattr(everything, "QUICK", {"attention": (*TINY, "--blocks", "3")})
     packages = [STANDARD_LIBRARY / name for name in ("asyncio", "email", "json", "unittest")]
     monkeypatch.setattr(
@@ -347,6 +351,8 @@ def test_standard_output_is_one_strict_document_or_empty(command: Case, places: 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", SLOW_CASES, ids=" ".join)
 def test_it_is_of_commands_that_start_others_too(command: Case, places: Places, kha: Kha, short_benches: None) -> None:
+    if command == ("bench", "scale") and (reason := network.why_not_here()):
+        pytest.skip(reason)
     check(command, SLOW_CASES[command], places, kha)
 
 

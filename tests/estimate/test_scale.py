@@ -131,4 +131,4 @@ def test_the_command_prints_every_size_and_answers_in_json(kha: Kha) -> None:
     assert answer["cluster"]["hours_between_failures"] == 50000.0 and answer["restart_seconds"] == 300.0
     for wrong in ("8,x", "0", "8,,64"):
         code, _, err = kha("plan", *SIX_BILLION, "--scale", wrong)
-        assert code == 2 and "--scale" in err and "8,64,512" in err
+        assert code == 2 and "--scale" in err and "separated by commas" in err
