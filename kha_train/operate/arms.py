@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
+from kha_train.checkpoint.layout import FOLDER, candidates
 from kha_train.checkpoint.reader import Checkpoint, check_sizes
 from kha_train.checkpoint.rewrite import rewritten
 from kha_train.config.compose import compose
@@ -211,7 +212,8 @@ def _usual_scale(case: Case, replays: int) -> Change | str:
     if not factors:
         return f"no matrix is {OUTLYING:g} times as large as its like in other layers and as its initial value"
 
-    copy = rewritten(
+    # An earlier call made the same one.
+    copy = dict(candidates(case.place / FOLDER)).get(checkpoint.step) or rewritten(
         checkpoint,
         case.place,
         lambda name, kind, values_P: values_P / factors[name] if kind == MASTER and name in factors else values_P,

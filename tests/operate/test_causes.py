@@ -308,6 +308,12 @@ def test_an_event_of_two_causes_is_called_one_without_a_single_cause(tmp_path: P
     left = {arm.name: arm.left[0] for arm in found.arms}
     assert left["usual_scale"] < left["half_rate"] and left["without_batch"] < 1
 
+    # A second call makes no other copy of the checkpoint.
+    [copy] = place_of(load_run(run_dir), event).glob("checkpoints/*/manifest.json")
+    before = copy.stat()
+    assert replayed(run_dir, event, "usual_scale").arms[0].left == (left["usual_scale"],)
+    assert copy.stat().st_ino == before.st_ino
+
 
 def test_a_run_that_was_moved_replays_when_it_is_told_where_its_data_are(
     poisoned: tuple[Path, SpikeEvent], tmp_path: Path, kha: Kha
