@@ -142,14 +142,14 @@ def test_a_run_resumes_bit_for_bit_and_is_compared_and_verified(small: list[str]
     assert math.isfinite(find_newest(tmp_path / "fresh", World.single(), print).read("norm.weight", "exp_avg").sum())
 
 
-@pytest.mark.parametrize(("ranks", "zero"), [(2, 3), (2, 1)])
+@pytest.mark.parametrize(("ranks", "zero", "shared"), [(2, 3, 1), (2, 1, 1), (2, 2, 2)])
 def test_every_layout_takes_over_the_same_state_bit_for_bit(
-    ranks: int, zero: int, small: list[str], run_ranks: Callable[..., list[Any]], tmp_path: Path
+    ranks: int, zero: int, shared: int, small: list[str], run_ranks: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
     settings = [*small, *TRAINING, "run.steps=2"]
     train(compose([*settings, f"run.dir={tmp_path}/source"]))
     worker = Path(__file__).parents[1] / "faults" / "elastic_worker.py"
-    overrides = [*settings, f"engine.zero_stage={zero}", "run.dir=unused"]
+    overrides = [*settings, f"engine.zero_stage={zero}", f"engine.expert_parallel={shared}", "run.dir=unused"]
     run_ranks(worker, ranks, source=f"{tmp_path}/source", target=f"{tmp_path}/target", overrides=overrides)
     first, second = (find_newest(tmp_path / name, World.single(), print) for name in ("source", "target"))
     assert first.names() == second.names()
