@@ -34,8 +34,8 @@ GIB = 1024**3
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """ZeRO 3 keeps this many gathered parameters by DeepSpeed's default."""
 GAPS = {"cpu": 0.0, "cuda": 0.03}
-"""What torch's allocator reserves beyond what it allocates, relative to that: segments that grow are never given back,
-and a block takes the first gap that is large enough. Measured on the null device: see docs/plan.md.
+"""What torch's allocator reserves beyond what it allocates, relative to that: segments that grow are given back only
+when memory ends, and a block takes the first gap that is large enough. Measured on the null device: see docs/plan.md.
 """
 ALL_REDUCED_ELEMENTS = 500_000_000
 """DeepSpeed's default for the size of a buffer that it all-reduces."""
@@ -118,7 +118,6 @@ def plan_memory(config: RunConfig, rank: int | None = None) -> MemoryPlan:
     loss, waiting, last = _loss(config, width), activation_bytes(config), activation_bytes(one_block)
     # Under ZeRO 3 the bucket exists from the start, and its reduction makes a copy.
     buckets, head = _buckets(config, total, width), width * _head(config)
-    early = {"gradients": gradients.before, "buckets": buckets[0]}
     # The gradient of a tied head waits for that of the embedding, which comes last. ZeRO 1 reduces after the backward.
     late = engine.zero_stage > 1
     end = {
@@ -126,14 +125,20 @@ def plan_memory(config: RunConfig, rank: int | None = None) -> MemoryPlan:
         "loss": head if late and config.model.tie_embeddings else 0,
     }
     moments = {
-        "the loss is computed": states | early | {"activations": held_bytes(config), "loss": loss},
-        "the backward starts": states | early | {"activations": waiting, "loss": head},
+        "the loss is computed": states
+        | {"gradients": gradients.before, "buckets": buckets[0], "activations": held_bytes(config), "loss": loss},
+        "the backward starts": states
+        | {"gradients": gradients.starting, "buckets": buckets[0], "activations": waiting, "loss": head},
         "the backward ends": states | {"gradients": gradients.after, "buckets": buckets[1]} | end,
         "the optimiser steps": states | {"gradients": gradients.stepping, "step": _step(config)},
     }
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    gaps = GAPS[planned_device(config).kind] * sum(moments[moment].values())
-    return MemoryPlan(moment, moments[moment] | {"gaps": round(gaps)})
+    gaps = round(GAPS[planned_device(config).kind] * sum(moments[moment].values()))
+    if sharded and ranks > 1 and gaps:
+        # Weights are gathered on a stream of their own, whose memory no other can take. Its own peak, at another moment
+        # of the step, is about a layer higher.
+        gaps += width * max(sum(sizes) for times, sizes in _groups(config)[1:] if times)
+    return MemoryPlan(moment, moments[moment] | {"gaps": gaps})
 
 
 def held_bytes(config: RunConfig) -> int:
@@ -245,9 +250,11 @@ def largest_micro_batch(config: RunConfig, budget: float) -> int:
 
 
 class _Gradients(NamedTuple):
-    """Bytes of gradients when the last backward of a step starts, when it ends, and while the optimiser steps."""
+    """Bytes of gradients when the loss of the last micro-batch of a step is computed, when its backward starts, when
+    that ends, and while the optimiser steps."""
 
     before: int
+    starting: int
     after: int
     stepping: int
 
@@ -257,28 +264,34 @@ def _gradients(config: RunConfig, total: int, held: int, rank: int | None) -> _G
     wide = uses_bf16(config) and engine.grad_accum_dtype == "fp32"
     width = number_bytes(config)
     if engine.zero_stage == 3:
-        return _Gradients(*((4 if wide else width) * total // ranks,) * 3)
+        return _Gradients(*((4 if wide else width) * total // ranks,) * 4)
     if engine.zero_stage == 2 and wide:
         sums = 4 * total // ranks
         # Of a gradient larger than the bucket, whoever owns a part keeps the whole until the backward ends, and adds
         # its part by an fp32 copy.
         part = max(min(max(sizes), -(-sum(sizes) // ranks)) for times, sizes in _groups(config) if times)
         kept = width * _touched(config, rank, engine.reduce_bucket_elements) + 4 * part
-        return _Gradients(sums if accumulates else 0, sums + kept, sums)
+        before = sums if accumulates else 0
+        return _Gradients(before, before, sums + kept, sums)
     if engine.zero_stage == 2:
+        # The first gradient allocates a buffer for all that this rank owns a part of. On a CPU its pages exist once
+        # they are written.
         owned = width * _touched(config, rank)
-        return _Gradients(owned if accumulates else 0, owned * (2 if accumulates else 1), owned)
+        before, buffer = owned if accumulates else 0, owned if planned_device(config).kind == "cuda" else 0
+        return _Gradients(before, before + buffer, before + owned, owned)
     # ZeRO 1 reduces after the backward of the last micro-batch. bf16 gradients of a micro-batch stay until the next one
     # begins, and are added to the fp32 ones by an fp32 copy of one matrix after another.
     if wide:
         largest = max(max(sizes) for times, sizes in _groups(config) if times)
         reduced = (4 + width) * _all_reduced(config) if ranks > 1 else 0
         both = (4 + width) * held
-        return _Gradients(both if accumulates else 4 * held, both + max(4 * largest, reduced), both)
+        before = both if accumulates else 4 * held
+        return _Gradients(before, before, both + max(4 * largest, reduced), both)
     # Those that this rank owns a part of move to a buffer; on a CPU its pages exist once they are written, when those
     # of the gradients are free again.
     moved = width * _touched(config, rank) if planned_device(config).kind == "cuda" else 0
-    return _Gradients(width * held if accumulates else 0, width * held + moved, width * held)
+    before = width * held if accumulates else 0
+    return _Gradients(before, before, width * held + moved, width * held)
 
 
 def _all_reduced(config: RunConfig) -> int:

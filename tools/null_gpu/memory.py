@@ -22,6 +22,7 @@ ROOT = HERE.parents[1]
 DOCUMENT_TOKENS = 835
 H200, NODE, NODES = "cluster=h200_1x1", "cluster=h100_1x8", "cluster=h100_8x8"
 SIX = "model=moe_6b engine.micro_batch_size=1"
+THIRTY = "model=qwen3_30b engine.micro_batch_size=1 data.global_batch_size=512"
 FULL, SELECTIVE = "engine.activation_checkpointing=full", "engine.activation_checkpointing=selective"
 PAPER = "data.train=x data.validation=y"
 CASES = (
@@ -42,6 +43,7 @@ CASES = (
     f"{SIX} {NODE} attention=gqa data.global_batch_size=16 engine=zero3 engine.grad_accum_dtype=bf16 {FULL}",
     f"model=moe_6b {NODE} engine.micro_batch_size=2 data.global_batch_size=32 engine=zero2 {SELECTIVE}",
     f"model=moe_6b {NODE} engine.micro_batch_size=4 data.global_batch_size=64 engine=zero2 attention=kha_mlp",
+    f"{SIX} {NODE} attention=gqa data.global_batch_size=16 engine=zero2 engine.grad_accum_dtype=bf16",
     f"{SIX} {NODES} attention=gqa data.global_batch_size=512 engine=zero2",
     f"{SIX} {NODES} attention=gqa data.global_batch_size=512 engine=zero3 {FULL}",
     f"experiment=kha_paper_main {PAPER} {NODES}",
@@ -50,6 +52,18 @@ CASES = (
     "model=moe_2_3b cluster=h100_1x1 engine.micro_batch_size=2 data.global_batch_size=4 engine=zero1",
     f"model=olmoe {NODE} engine.micro_batch_size=1 data.global_batch_size=16 engine=zero1",
     f"model=ling_mini cluster=h200_1x8 engine.micro_batch_size=1 data.global_batch_size=16 engine=zero2 {FULL}",
+    f"{THIRTY} {NODE} engine=zero1 engine.expert_parallel=8 {FULL}",
+    f"{THIRTY} {NODE} engine=zero2 engine.expert_parallel=8 {FULL}",
+    f"{THIRTY} {NODE} engine=zero2 engine.expert_parallel=8 {SELECTIVE}",
+    f"{THIRTY} {NODES} engine=zero1 engine.expert_parallel=8",
+    f"{THIRTY} {NODES} engine=zero2 engine.expert_parallel=8 engine.grad_accum_dtype=bf16",
+    f"{THIRTY} {NODE} engine=zero3 {FULL}",
+    f"{THIRTY} {NODE} engine=zero3",
+    f"{SIX} {NODE} attention=kha_mlp data.global_batch_size=16 engine=zero1 engine.expert_parallel=2 {FULL}",
+    f"{SIX} {NODES} attention=gqa data.global_batch_size=512 engine=zero2 engine.expert_parallel=8",
+    f"{SIX} {NODE} attention=kha_mlp data.global_batch_size=16 engine=zero1 engine.context_parallel=4",
+    f"{SIX} {NODE} attention=gqa data.global_batch_size=16 engine=zero2 engine.context_parallel=8 {SELECTIVE}",
+    f"{THIRTY} {NODE} engine=zero2 engine.expert_parallel=8 engine.context_parallel=2 {FULL}",
     "model=llama_3_2_1b cluster=h100_1x1 engine.micro_batch_size=1 data.global_batch_size=2 engine=zero1",
     f"model=dense_1_68b cluster=h100_1x1 engine.micro_batch_size=2 data.global_batch_size=4 engine=zero2 {SELECTIVE}",
 )
@@ -61,16 +75,19 @@ def measure(overrides: list[str]) -> dict[str, Any]:
     """Peaks of the allocator over `STEPS` steps of all micro-batches, in bytes: `allocated`, `reserved`."""
     import torch
     import torch.distributed as dist
+    from session import know_numbers
     from torch.distributed import distributed_c10d
 
     from kha_train.config.compose import compose
-    from kha_train.distributed import World
+    from kha_train.distributed import World, _let_segments_grow
     from kha_train.engine.deepspeed import Engine
     from kha_train.estimate.memory import micro_batches
     from kha_train.model.decoder import lay_out_decoder
 
     # Ranks that do not exist are not waited for.
     distributed_c10d._store_based_barrier = lambda *arguments, **named: None
+    know_numbers()
+    _let_segments_grow(os.environ)
     config = compose(overrides)
     ranks, device = config.cluster.devices, torch.device("cuda", 0)
     os.environ.update(RANK="0", WORLD_SIZE=str(ranks), LOCAL_RANK="0")
@@ -111,7 +128,8 @@ def rows_of(config: Any) -> Any:
     step = DOCUMENT_TOKENS if config.data.isolate_documents else tokens
     ends = sorted({*range(0, rows * tokens, tokens), *range(0, rows * tokens, step), rows * tokens})
     layout = Layout(np.array(ends), np.empty(0, dtype=np.int64))
-    return Batch(np.arange(rows), np.zeros((rows, tokens + 1), dtype=np.uint32), layout)
+    part = (0, config.engine.context_parallel)
+    return Batch(np.arange(rows), np.zeros((rows, tokens + 1), dtype=np.uint32), layout, part=part)
 
 
 def measure_all(cases: list[str]) -> None:
