@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from kha_train.decode.sampling import Sampling
 from kha_train.errors import ConfigError
+from kha_train.evaluate.bounded import bounded
 from kha_train.evaluate.harness_data import Choice, Splits, loader, silent
 from kha_train.evaluate.harness_results import TaskResult, results_of
 from kha_train.evaluate.paper_tasks import PAPER_TASKS
@@ -60,13 +61,13 @@ class Asked(NamedTuple):
 class Suite:
     """Tasks of the harness with their data, loaded once.
 
-    Raises ConfigError without the harness, for an unknown task, missing data, and a task that would run code without
-    `Choice.run_code`.
+    Raises ConfigError without the harness, for an unknown task, missing data, a task that would run code without
+    `Choice.run_code`, and as `bounded`.
     """
 
     def __init__(self, choice: Choice) -> None:
         self.choice = choice
-        with _harness(choice) as harness:
+        with _harness(choice) as harness, bounded(choice):
             _forget_modules()
             self._loaded = _load(choice, harness)
             for task in self._loaded["tasks"].values():
@@ -100,7 +101,7 @@ class Suite:
 
         requests: dict[str, list[Any]] = {}
         digests: dict[str, str] = {}
-        with _harness(self.choice):
+        with _harness(self.choice), bounded(self.choice):
             for name, task in self._tasks():
                 task.build_all_requests(limit=self.choice.limit or None)
                 for request in task.instances:

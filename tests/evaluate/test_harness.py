@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import resource
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from torch.nn import functional
 from data_tools.eval_documents import FOLDER, KINDS, text_of
 from kha_train import compose
 from kha_train.errors import ConfigError
+from kha_train.evaluate import bounded
 from kha_train.evaluate.harness import Asked, Suite
 from kha_train.evaluate.harness_data import Choice
 from kha_train.evaluate.opening import open_tasks
@@ -299,6 +301,19 @@ def test_a_template_cannot_leave_its_sandbox(template: str, tmp_path: Path, writ
     with pytest.raises(ConfigError, match="SecurityError") as refused:
         Suite(Choice(("own",), include=str(tmp_path))).ask(BYTES)
     assert "\n" not in refused.value.line()
+
+
+def test_a_template_that_fills_memory_is_refused_in_one_line(
+    tmp_path: Path, write_lines: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounded, "MOST_BYTES", 256 << 20)
+    endless = "{% set ns = namespace(x='x' * 2**20) %}{% for i in range(10) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
+    write_lines(tmp_path / "questions.jsonl", [{"question": "q", "choices": ["a", "b"], "answer": 0}])
+    (tmp_path / "own.yaml").write_text(json.dumps({**OWN, "doc_to_text": endless}))
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with pytest.raises(ConfigError, match="take more than 0.25 GiB") as refused:
+        Suite(Choice(("own",), include=str(tmp_path))).ask(BYTES)
+    assert "\n" not in refused.value.line() and resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
 def test_python_of_a_task_directory_runs_with_the_flag_alone(tmp_path: Path, write_lines: Callable[..., None]) -> None:
