@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from kha_train.analysis.studies import CompressedArm, ScaledStudy, Trial
 from kha_train.config.compose import compose, quoted
+from kha_train.errors import ConfigError
 from kha_train.operate.sweep import Point
+from kha_train.record.files import read_json
+from kha_train.record.reader import read_run
 
 FOLDER = "compressed"
 
@@ -53,7 +57,7 @@ def able_to_begin(
     """Those of `start` that begin from scratch, or with a run that has ended: its compressed model is then there. The
     others wait for it. `points` are all of the study.
 
-    Raises as `compress_run`.
+    Raises as `compress_run`, and ConfigError where what is there was made of another run than that of today.
     """
     from kha_train.export.compress import ORIGIN_FILE, compress_run
 
@@ -66,9 +70,17 @@ def able_to_begin(
             continue
         parent = parent_of(scaled, trial, begins)
         if parent in ended:
-            place = start_of(directory, begins, trial.seed)
-            if not (place / ORIGIN_FILE).exists():
-                compress_run(Path(points[parent].run_dir), begins.layers, begins.kv_heads, place, _silent)
+            place, source = start_of(directory, begins, trial.seed), Path(points[parent].run_dir)
+            origin = read_json(place / ORIGIN_FILE, dict[str, Any])
+            if origin is None:
+                compress_run(source, begins.layers, begins.kv_heads, place, _silent)
+            elif origin.get("run_id") != read_run(source).get("run_id"):
+                raise ConfigError(
+                    f"was compressed from an earlier run in {source}",
+                    field=point.label,
+                    value=str(place),
+                    fix="remove it and the runs that began with it; the study makes them again",
+                )
             found.append(point)
     return found
 

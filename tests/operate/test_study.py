@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -412,3 +413,7 @@ def test_arms_begin_with_the_compressed_model_of_another_arms_run_of_their_seed(
     assert losses["less_on"] != pytest.approx(losses["less"], rel=1e-4)
     assert [path.name for path in (plan.directory / "compressed").iterdir()] == ["base-all-h1-s3"]
     assert done(planned(tmp_path / "less.yaml")).to_dict() == result.to_dict() and len(trained) == 3
+    for label in ("base-lr0.01-s3", "less-lr1e-12-s3"):
+        shutil.rmtree(plan.directory / label)
+    with pytest.raises(ConfigError, match="was compressed from an earlier run"):
+        done(planned(tmp_path / "less.yaml"))
