@@ -288,20 +288,21 @@ class ValidationSet:
         self.bytes_per_id_V = torch.from_numpy(self.shards.bytes_per_id)
         self._size = config.engine.micro_batch_size
 
-    def batches(self, rank: int, world_size: int) -> Iterator[Batch]:
+    def batches(self, rank: int, world_size: int, parts: int = 1) -> Iterator[Batch]:
         """Rows 0 ... n-1 in order, n = `scored_rows`.
 
-        Micro-batches of `engine.micro_batch_size` rows are assigned to the ranks in turn. Every rank gets the same
-        number of batches of the same shape; rows beyond n are fillers (sample -1, all labels masked). Raises DataError
-        while reading.
+        Micro-batches of `engine.micro_batch_size` rows are assigned to the ranks in turn, or to groups of `parts`
+        consecutive ranks, each of which has a part of every row. Every rank gets the same number of batches of the same
+        shape; rows beyond n are fillers (sample -1, all labels masked). Raises DataError while reading.
         """
-        return _deal(self._rows, self.scored_rows, self._size, rank, world_size)
+        place, part = (rank // parts, world_size // parts), (rank % parts, parts)
+        return _deal(self._rows, self.scored_rows, self._size, place, part)
 
 
-def _deal(rows: Rows, n: int, size: int, rank: int, world_size: int) -> Iterator[Batch]:
-    T = rows.seq_len
-    for first in range(0, n, size * world_size):
-        numbers = np.arange(first + rank * size, first + (rank + 1) * size, dtype=np.int64)
+def _deal(rows: Rows, n: int, size: int, place: tuple[int, int], part: tuple[int, int]) -> Iterator[Batch]:
+    T, (group, groups) = rows.seq_len, place
+    for first in range(0, n, size * groups):
+        numbers = np.arange(first + group * size, first + (group + 1) * size, dtype=np.int64)
         real = numbers[numbers < n]
         rows_BW = np.zeros((size, T + 1), dtype=rows.shards.dtype)
         rows_BW[: len(real)] = rows.read(real)
@@ -313,7 +314,8 @@ def _deal(rows: Rows, n: int, size: int, rank: int, world_size: int) -> Iterator
             filled_B = np.zeros(size, dtype=np.int64)
             filled_B[: len(real)] = T if layout.filled_N is None else layout.filled_N
         samples_B = np.where(numbers < n, numbers, -1)
-        yield Batch(samples_B, rows_BW, Layout(np.concatenate((layout.borders_S, filled)), masked_M, filled_B))
+        whole = Layout(np.concatenate((layout.borders_S, filled)), masked_M, filled_B)
+        yield Batch(samples_B, rows_BW, whole, part=part)
 
 
 def bytes_per_id(config: RunConfig) -> torch.Tensor:

@@ -22,6 +22,7 @@ class BitsPerByte(RowTask[RowTaskOptions]):
     """`loss` is the mean cross-entropy in nats a label; `bits_per_byte` divides by the bytes those labels stand for. It
     is absent for ids of which nobody knows the text (imported without a tokenizer)."""
 
+    of_labels = True
     metrics = (
         Metric("loss", "nats/token", "token cross-entropy on the validation rows / their unmasked labels"),
         Metric(

@@ -27,6 +27,8 @@ class Context(RowTask[ContextOptions]):
     """`loss_from_N` and `accuracy_from_N` of the labels that at least N tokens of their document precede, and fewer
     than the next border. A bucket without a label has neither."""
 
+    of_labels = True
+
     @classmethod
     def declared(cls, config: RunConfig, options: TaskOptions) -> tuple[Metric, ...]:
         """See `Task.declared`."""

@@ -91,6 +91,10 @@ class Task(ABC, Generic[Options_co]):
 class RowTask(Task[Options_co]):
     """A task that scores the first rows of a validation set: `rows`, which are dealt to the ranks in turn."""
 
+    of_labels: ClassVar[bool] = False
+    """Whether its sums are over single labels, so that ranks that share rows (`engine.context_parallel`) can each score
+    a part of every row. Otherwise each scores whole rows."""
+
     def __init__(self, config: RunConfig, options: Options_co) -> None:
         super().__init__(config, options)
         assert isinstance(options, RowTaskOptions), "a task of rows has their options"
@@ -103,7 +107,8 @@ class RowTask(Task[Options_co]):
 
     def batches(self, rank: int, world_size: int) -> Iterator[Batch]:
         """See `Task.batches`."""
-        return self.rows.batches(rank, world_size)
+        parts = self.config.engine.context_parallel if self.of_labels and world_size > 1 else 1
+        return self.rows.batches(rank, world_size, parts)
 
     def identity(self) -> dict[str, Any]:
         """See `Task.identity`. The run's settings say how the rows are cut."""

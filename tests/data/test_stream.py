@@ -402,6 +402,19 @@ def test_validation_is_the_first_rows_in_order_for_every_world_size(
     assert labels == sum(batch.label_count for batch in alone)
 
 
+def test_ranks_that_share_rows_validate_on_the_parts_of_the_rows_that_one_rank_reads(
+    small_dataset: Path, make_config
+) -> None:
+    held_out = stream.ValidationSet(make_config(small_dataset, rows=7, micro=2))
+    groups = [list(held_out.batches(rank, 2)) for rank in range(2)]
+    parts = [list(held_out.batches(rank, 4, parts=2)) for rank in range(4)]
+    for group in range(2):
+        for whole, *halves in zip(groups[group], *parts[2 * group : 2 * group + 2], strict=True):
+            assert all(half.samples_B.tolist() == whole.samples_B.tolist() for half in halves)
+            for name in ("tokens_BT", "labels_BT", "positions_BT"):
+                assert torch.equal(torch.cat([getattr(half, name) for half in halves], 1), getattr(whole, name))
+
+
 def test_unigram_entropy_is_that_of_the_counted_tokens(small_dataset: Path, make_config) -> None:
     config = make_config(small_dataset)
     shards = ShardSet.open(config.data.validation)

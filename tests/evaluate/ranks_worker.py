@@ -1,4 +1,6 @@
-"""What every task makes of one untrained model under each ZeRO stage; answers the entries of the record by stage."""
+"""What every task makes of one untrained model under each ZeRO stage, and of shared rows; answers the entries of the
+record by these.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,10 @@ if __name__ == "__main__":
     overrides = json.loads(sys.argv[1])["overrides"]
     world = distributed.start("cpu", 60.0)
     answers = {}
-    for stage in (1, 2, 3):
-        config = compose([*overrides, f"engine.zero_stage={stage}"])
+    for stage, parts in ((1, 1), (2, 1), (3, 1), (1, 2)):
+        config = compose([*overrides, f"engine.zero_stage={stage}", f"engine.context_parallel={parts}"])
         engine = Engine(config, world)
-        answers[stage] = evaluate(engine, open_tasks(config))
+        answers[f"ZeRO {stage}, rows in {parts}"] = evaluate(engine, open_tasks(config))
         engine.close()
     distributed.stop()
     Path(sys.argv[2]).write_text(json.dumps(answers))

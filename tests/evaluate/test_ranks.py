@@ -15,7 +15,7 @@ from kha_train.evaluate.scoring import evaluate
 
 
 @pytest.mark.slow
-def test_two_ranks_of_any_zero_stage_come_to_the_figures_of_one(
+def test_two_ranks_of_any_zero_stage_or_with_shared_rows_come_to_the_figures_of_one(
     small: list[str], dataset: Path, run_ranks: Callable[..., list[Any]]
 ) -> None:
     """The named set has 7 rows, the last micro-batch of two ranks one row and fillers, then fillers alone."""
@@ -30,6 +30,6 @@ def test_two_ranks_of_any_zero_stage_come_to_the_figures_of_one(
     plain.Engine.leave_world()
     assert len(alone) >= 12
     first, second = run_ranks(Path(__file__).with_name("ranks_worker.py"), 2, overrides=overrides)
-    assert first == second and first.keys() == {"1", "2", "3"}
-    for stage in first:
-        assert first[stage] == pytest.approx(alone, rel=1e-5), f"ZeRO {stage}"
+    assert first == second and len(first) == 4
+    for layout in first:
+        assert first[layout] == pytest.approx(alone, rel=1e-5), layout
