@@ -294,14 +294,14 @@ def start(device: str, timeout_seconds: float) -> World:
     are more ranks than GPUs on this host, when the address where ranks connect is unknown, or when the environment
     would let pickles run code. From here on no library in this process can do so. Close with `stop()`.
 
-    On Linux, a rank gets SIGTERM when its launcher dies, which is how a launcher asks it to save and end.
+    On Linux, a rank gets SIGUSR1 when its launcher dies: a request to save and end that interrupts no save.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("no CUDA device here", field="engine.device", value=device, fix=Settings("engine.device=cpu"))
     _refuse_pickles()
     world = World.from_environment()
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda and world.local_rank >= torch.cuda.device_count():
         raise ConfigError(
