@@ -190,7 +190,11 @@ def _sample_numbers(path: Path) -> dict[str, str]:
 
 def _record_fields(path: Path) -> dict[str, str]:
     """The file, every column over all lines, and groups of lines."""
-    size = max(1, math.ceil(sum(1 for _ in path.open("rb")) / MOST_GROUPS)) if path.is_file() else 1
+    lines = 0
+    if path.is_file():
+        with path.open("rb") as file:
+            lines = sum(1 for _ in file)
+    size = max(1, math.ceil(lines / MOST_GROUPS))
     columns: dict[str, Any] = {}
     groups: dict[str, Any] = {}
     for number, (text, line) in enumerate(_json_lines(path)):
