@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kha_train.checkpoint.manifest import KINDS
+from kha_train.checkpoint.manifest import UNNAMED, Kinds
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.writer import PART_BYTES, Save, Stage, encode_on_main, no_stage
 from kha_train.distributed import Caught, World
@@ -42,9 +42,8 @@ class Published:
 class BackgroundWriter:
     """Writes the checkpoints of `run_dir`, one at a time, in a thread of each rank.
 
-    `before_publish` (make the record durable) and `after_publish` (prune) run in rank 0's thread. `kinds` are stored
-    for every parameter, with `some_kinds` for some. `stage` is called at each `Stage`, for fault tests. `part_bytes` is
-    the file size at which a rank starts another file.
+    `before_publish` (make the record durable) and `after_publish` (prune) run in rank 0's thread. `stage` is called
+    at each `Stage`, for fault tests. `part_bytes` is the file size at which a rank starts another file.
     """
 
     def __init__(
@@ -54,14 +53,12 @@ class BackgroundWriter:
         *,
         before_publish: Callable[[], None] = lambda: None,
         after_publish: Callable[[], None] = lambda: None,
-        kinds: tuple[str, ...] = KINDS,
-        some_kinds: bool = False,
+        kinds: Kinds = UNNAMED,
         stage: Callable[[Stage], None] = no_stage,
         part_bytes: int = PART_BYTES,
     ) -> None:
         self._run_dir, self._world, self._stage, self._part_bytes = run_dir, world, stage, part_bytes
         self._before_publish, self._after_publish, self._kinds = before_publish, after_publish, kinds
-        self._some_kinds = some_kinds
         self._save: Save | None = None
         self._job: _Job | None = None
         self._publishing = False
@@ -89,7 +86,6 @@ class BackgroundWriter:
             self._world,
             encoded,
             kinds=self._kinds,
-            some_kinds=self._some_kinds,
             stage=self._stage,
             part_bytes=self._part_bytes,
         )

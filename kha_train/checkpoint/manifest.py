@@ -14,10 +14,11 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from kha_train.errors import CheckpointError, FormatError
 from kha_train.foreign.files import read_regular
+from kha_train.variants.optimizer import OptimSection
 
 VERSION = 1
 VERSION_WITH_KINDS = 2
@@ -84,28 +85,45 @@ class BufferEntry:
     shape: tuple[int, ...]
 
 
+class Kinds(NamedTuple):
+    """What is stored of parameters: the master weights and the optimiser's states, by `names`, of every parameter; with
+    `of_some` each state only of some.
+    """
+
+    names: tuple[str, ...] = KINDS
+    of_some: bool = False
+
+    @staticmethod
+    def of(optim: OptimSection) -> Kinds:
+        """Those of an optimiser."""
+        return Kinds(optim.kinds(), optim.map_states is not None)
+
+
+UNNAMED = Kinds()
+"""Those of a manifest that names none."""
+
+
 @dataclass(frozen=True)
 class Contents:
-    """What a manifest, or one rank's share of it, lists: files, parameters and buffers by name. `kinds` are the master
-    weights and the optimiser's states: stored of every parameter, or with `some_kinds` each only of some.
-    """
+    """What a manifest, or one rank's share of it, lists: files, parameters and buffers by name, and the `kinds`."""
 
     files: dict[str, FileEntry]
     parameters: dict[str, ParameterEntry]
     buffers: dict[str, BufferEntry]
-    kinds: tuple[str, ...] = KINDS
-    some_kinds: bool = False
+    kinds: Kinds = UNNAMED
 
     @property
     def version(self) -> int:
         """The format of a manifest of these contents."""
-        return VERSION_WITH_SOME_KINDS if self.some_kinds else VERSION if self.kinds == KINDS else VERSION_WITH_KINDS
+        if self.kinds.of_some:
+            return VERSION_WITH_SOME_KINDS
+        return VERSION if self.kinds.names == KINDS else VERSION_WITH_KINDS
 
     def named_kinds(self) -> dict[str, Any]:
         """The entries that name the kinds; none for `KINDS` of every parameter, which older manifests imply."""
         if self.version == VERSION:
             return {}
-        return {"kinds": list(self.kinds)} | ({"some_kinds": True} if self.some_kinds else {})
+        return {"kinds": list(self.kinds.names)} | ({"some_kinds": True} if self.kinds.of_some else {})
 
     def to_plain(self) -> dict[str, Any]:
         """As plain JSON, the inverse of `parse_contents`."""
@@ -179,9 +197,8 @@ def parse_contents(found: object, where: str) -> Contents:
     """
     check = _Check(where)
     top = check.mapping(found, "contents")
-    kinds = check.kinds(top["kinds"]) if "kinds" in top else KINDS
-    some_kinds = "some_kinds" in top
-    if some_kinds and ("kinds" not in top or top["some_kinds"] is not True):
+    kinds = Kinds(check.kinds(top["kinds"]) if "kinds" in top else KINDS, "some_kinds" in top)
+    if kinds.of_some and ("kinds" not in top or top["some_kinds"] is not True):
         check.fail("some_kinds is not as it is written", "true, beside kinds", top["some_kinds"])
     rest = {name: top[name] for name in top if name not in ("kinds", "some_kinds")}
     check.keys(rest, {"files", "parameters", "buffers"}, "contents")
@@ -190,10 +207,9 @@ def parse_contents(found: object, where: str) -> Contents:
     buffers = check.mapping(top["buffers"], "buffers").items()
     contents = Contents(
         files,
-        {check.name(name): check.parameter(name, entry, kinds, some_kinds) for name, entry in parameters},
+        {check.name(name): check.parameter(name, entry, kinds) for name, entry in parameters},
         {check.name(name): check.buffer(name, entry) for name, entry in buffers},
         kinds,
-        some_kinds,
     )
     _check_fits(contents, check)
     return contents
@@ -296,9 +312,10 @@ class _Check:
             self.fail("the kinds are malformed", f"{KINDS[0]} and at most {MAX_KINDS - 1} other names", kinds)
         return kinds
 
-    def parameter(self, name: str, found: Any, kinds: tuple[str, ...], some_kinds: bool) -> ParameterEntry:
+    def parameter(self, name: str, found: Any, stored: Kinds) -> ParameterEntry:
         entry = self.mapping(found, name)
-        if some_kinds:
+        kinds = stored.names
+        if stored.of_some:
             kinds = tuple(kind for kind in kinds if kind in entry or kind == KINDS[0])
         self.keys(entry, {"shape", *kinds}, name)
         pieces = {kind: tuple(self.piece(name, p) for p in self.sequence(entry[kind], kind)) for kind in kinds}

@@ -65,7 +65,7 @@ class Checkpoint:
     @property
     def kinds(self) -> tuple[str, ...]:
         """What is stored of parameters: the fp32 master and the optimiser's states."""
-        return self.manifest.contents.kinds
+        return self.manifest.contents.kinds.names
 
     def kinds_of(self, name: str) -> tuple[str, ...]:
         """What is stored of the parameter `name`: `kinds`, or some of them."""

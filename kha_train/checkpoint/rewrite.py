@@ -40,8 +40,7 @@ def rewritten(checkpoint: Checkpoint, run_dir: Path, edit: Edit) -> Path:
             for kind in checkpoint.kinds_of(name):
                 yield Piece(name, kind, shape, 0, edit(name, kind, checkpoint.read(name, kind)))
 
-    some_kinds = checkpoint.manifest.contents.some_kinds
-    writer = BackgroundWriter(run_dir, World.single(), kinds=checkpoint.kinds, some_kinds=some_kinds)
+    writer = BackgroundWriter(run_dir, World.single(), kinds=checkpoint.manifest.contents.kinds)
     writer.begin(checkpoint.step, pieces(), checkpoint.buffers(), checkpoint.trainer_state)
     published = writer.wait()
     assert published is not None

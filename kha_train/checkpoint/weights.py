@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kha_train.checkpoint.manifest import Kinds
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.trainer_state import encode_state
 from kha_train.checkpoint.writer import PART_BYTES, Save
@@ -34,7 +35,7 @@ def write_weights(
     """
     start = {"step": 0, "samples_seen": 0, "tokens": 0, "skipped_steps": 0, "skip_windows": []}
     state = encode_state({"progress": start, "stability": {}, "optimizer_steps": 0, "config": config})
-    save = Save(run_dir, 0, World.single(), state, kinds=(MASTER,), part_bytes=part_bytes)
+    save = Save(run_dir, 0, World.single(), state, kinds=Kinds((MASTER,)), part_bytes=part_bytes)
     try:
         save.prepare()
         save.write_share(pieces, buffers)

@@ -25,9 +25,11 @@ from kha_train.checkpoint.manifest import (
     KINDS,
     MANIFEST_FILE,
     TRAINER_FILE,
+    UNNAMED,
     BufferEntry,
     Contents,
     FileEntry,
+    Kinds,
     Manifest,
     ParameterEntry,
     PieceEntry,
@@ -65,9 +67,8 @@ class Save:
 
     `prepare`, `write_share`, `publish` and `clear` hold no collectives, so that they can run in a thread beside
     training. The caller makes sure that no rank begins a stage before all ranks have finished the last
-    (`background.BackgroundWriter`). The constructor is collective: the ranks agree on a random name. `kinds` are stored
-    for every parameter, or with `some_kinds` those of which there are pieces. `moves` counts what has been done so far,
-    in no unit: a rising count means progress.
+    (`background.BackgroundWriter`). The constructor is collective: the ranks agree on a random name. `moves` counts
+    what has been done so far, in no unit: a rising count means progress.
     """
 
     def __init__(
@@ -77,15 +78,13 @@ class Save:
         world: World,
         trainer_state: bytes,
         *,
-        kinds: tuple[str, ...] = KINDS,
-        some_kinds: bool = False,
+        kinds: Kinds = UNNAMED,
         stage: Callable[[Stage], None] = no_stage,
         part_bytes: int = PART_BYTES,
     ) -> None:
         self.step, self.moves = step, 0
         self._world, self._trainer_state, self._part_bytes = world, trainer_state, part_bytes
-        self._kinds, self._some_kinds = kinds, some_kinds
-        self._told_stage = stage
+        self._kinds, self._told_stage = kinds, stage
         self._folder = Path(run_dir) / layout.FOLDER
         self._temporary = self._folder / world.broadcast_text(layout.temporary_name(step, "saving"))
 
@@ -104,7 +103,7 @@ class Save:
     def write_share(self, pieces: Iterable[Piece], buffers: dict[str, Tensor]) -> None:
         """Write this rank's files. Raises OSError, and CheckpointError for pieces that contradict each other."""
         rank = self._world.rank
-        share = _Share(self._temporary, rank, self._kinds, self._some_kinds, self._stage, self._moved, self._part_bytes)
+        share = _Share(self._temporary, rank, self._kinds, self._stage, self._moved, self._part_bytes)
         share.write(pieces, buffers if rank == 0 else {})
         if rank == 0:
             share.files[TRAINER_FILE] = write_bytes(self._temporary / TRAINER_FILE, self._trainer_state)
@@ -136,15 +135,14 @@ class _Share:
         self,
         directory: Path,
         rank: int,
-        kinds: tuple[str, ...],
-        some_kinds: bool,
+        kinds: Kinds,
         stage: Callable[[Stage], None],
         wrote: Callable[[], None],
         part_bytes: int,
     ) -> None:
         self.files: dict[str, FileEntry] = {}
         self._directory, self._rank, self._stage, self._part_bytes = directory, rank, stage, part_bytes
-        self._wrote, self._kinds, self._some_kinds = wrote, kinds, some_kinds
+        self._wrote, self._kinds = wrote, kinds
         self._waiting: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         self._waiting_bytes = {"model": 0, "optimizer": 0}
         self._parts = {"model": 0, "optimizer": 0}
@@ -158,7 +156,7 @@ class _Share:
             file = self._add("model", f"buffer:{name}", buffer)
             self._buffers[name] = BufferEntry(file, f"buffer:{name}", DTYPE_NAMES[buffer.dtype], tuple(buffer.shape))
         for piece in pieces:
-            assert piece.kind in self._kinds, piece.kind
+            assert piece.kind in self._kinds.names, piece.kind
             if self._shapes.setdefault(piece.name, tuple(piece.shape)) != tuple(piece.shape):
                 _two_shapes(piece.name, self._shapes[piece.name], piece.shape)
             if len(piece.values):
@@ -172,10 +170,10 @@ class _Share:
     def contents(self) -> Contents:
         """What was written, as one share of the manifest."""
         parameters = {
-            name: ParameterEntry(shape, _by_kind(self._pieces, name, self._kinds, self._some_kinds))
+            name: ParameterEntry(shape, _by_kind(self._pieces, name, self._kinds))
             for name, shape in self._shapes.items()
         }
-        return Contents(self.files, parameters, self._buffers, self._kinds, self._some_kinds)
+        return Contents(self.files, parameters, self._buffers, self._kinds)
 
     def _add(self, family: str, key: str, tensor: Tensor) -> str:
         """Queue a tensor and return the file it will be written to."""
@@ -225,9 +223,9 @@ def _join(shares: list[Contents]) -> Contents:
     buffers: dict[str, BufferEntry] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     pieces: dict[tuple[str, str], list[PieceEntry]] = {}
-    kinds, some_kinds = shares[0].kinds, shares[0].some_kinds
+    kinds = shares[0].kinds
     for share in shares:
-        assert (share.kinds, share.some_kinds) == (kinds, some_kinds), "ranks of one run have one optimiser"
+        assert share.kinds == kinds, "ranks of one run have one optimiser"
         files |= share.files
         buffers |= share.buffers
         for name, parameter in share.parameters.items():
@@ -237,18 +235,16 @@ def _join(shares: list[Contents]) -> Contents:
                 pieces.setdefault((name, kind), []).extend(held)
     for entries in pieces.values():
         entries.sort(key=lambda piece: piece.start)
-    parameters = {
-        name: ParameterEntry(shape, _by_kind(pieces, name, kinds, some_kinds)) for name, shape in shapes.items()
-    }
-    return Contents(files, parameters, buffers, kinds, some_kinds)
+    parameters = {name: ParameterEntry(shape, _by_kind(pieces, name, kinds)) for name, shape in shapes.items()}
+    return Contents(files, parameters, buffers, kinds)
 
 
 def _by_kind(
-    pieces: Mapping[tuple[str, str], Sequence[PieceEntry]], name: str, kinds: tuple[str, ...], some_kinds: bool
+    pieces: Mapping[tuple[str, str], Sequence[PieceEntry]], name: str, kinds: Kinds
 ) -> dict[str, tuple[PieceEntry, ...]]:
-    """The pieces of the parameter `name` in each of the `kinds`; with `some_kinds`, in those that it has."""
-    found = {kind: tuple(pieces.get((name, kind), ())) for kind in kinds}
-    return {kind: held for kind, held in found.items() if held or not some_kinds or kind == KINDS[0]}
+    """The pieces of the parameter `name` in each of the `kinds`, or in those that it has."""
+    found = {kind: tuple(pieces.get((name, kind), ())) for kind in kinds.names}
+    return {kind: held for kind, held in found.items() if held or not kinds.of_some or kind == KINDS[0]}
 
 
 def publish(temporary: Path, final: Path, step: int, stage: Callable[[Stage], None] = no_stage) -> None:

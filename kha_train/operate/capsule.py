@@ -32,6 +32,7 @@ from torch import Tensor
 from kha_train.analysis.runs import RunData
 from kha_train.checkpoint.background import BackgroundWriter
 from kha_train.checkpoint.layout import FOLDER, candidates
+from kha_train.checkpoint.manifest import Kinds
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import Checkpoint, verify
 from kha_train.config.build import to_plain
@@ -331,8 +332,8 @@ def _write(run: RunData, event: SpikeEvent, whole: Excerpt, small: Excerpt, out:
         for kind in small.checkpoint.kinds_of(small.old_name(name))
         if kind in small.kinds
     )
-    some_kinds = small.moments and small.checkpoint.manifest.contents.some_kinds
-    writer = BackgroundWriter(out, World.single(), kinds=small.kinds, some_kinds=some_kinds)
+    kinds = small.checkpoint.manifest.contents.kinds if small.moments else Kinds((MASTER,))
+    writer = BackgroundWriter(out, World.single(), kinds=kinds)
     writer.begin(small.checkpoint.step, pieces, buffers, {})
     writer.wait()
     places = replace(config.run, dir="run", name="capsule", branch_from="", init_from="")

@@ -17,6 +17,7 @@ from torch import Tensor
 from kha_train.checkpoint.background import BackgroundWriter
 from kha_train.checkpoint.host_buffers import HostBuffers
 from kha_train.checkpoint.layout import FOLDER, RING, candidates, remove
+from kha_train.checkpoint.manifest import Kinds
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.retention import Keep, prune
 from kha_train.checkpoint.trainer_state import decode_state, encode_state
@@ -110,8 +111,7 @@ class Ring:
                 self._folder,
                 world,
                 after_publish=self._prune,
-                kinds=config.optim.kinds(),
-                some_kinds=config.optim.map_states is not None,
+                kinds=Kinds.of(config.optim),
             )
             state = decode_state(copy.state, "the ring") if world.is_main else {}
             try:

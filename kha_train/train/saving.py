@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from kha_train.checkpoint import layout
 from kha_train.checkpoint.background import BackgroundWriter, Published
 from kha_train.checkpoint.host_buffers import HostBuffers
+from kha_train.checkpoint.manifest import Kinds
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.retention import Keep, prune
 from kha_train.config.schema import RunConfig, StabilitySection
@@ -72,8 +73,7 @@ class Saver:
             world,
             before_publish=sync,
             after_publish=self._after_publish,
-            kinds=config.optim.kinds(),
-            some_kinds=config.optim.map_states is not None,
+            kinds=Kinds.of(config.optim),
         )
         self._host = HostBuffers()
         self._step = 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kha_train.checkpoint.compare import compare
-from kha_train.checkpoint.manifest import KINDS, Contents, Manifest, parse_contents, parse_manifest
+from kha_train.checkpoint.manifest import KINDS, Contents, Kinds, Manifest, parse_contents, parse_manifest
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import Checkpoint, verify
 from kha_train.checkpoint.rewrite import rewritten
@@ -26,7 +26,7 @@ ONE_STATE = ("master", "velocity")
 def save(folder: Path, kinds: tuple[str, ...], brought: tuple[str, ...] = ()) -> Checkpoint:
     """A checkpoint of six numbers, written in two pieces of each kind."""
     world = World.single()
-    written = Save(folder, 1, world, encode_on_main(world, {}), kinds=kinds)
+    written = Save(folder, 1, world, encode_on_main(world, {}), kinds=Kinds(kinds))
     written.prepare()
     values = torch.arange(6.0)
     pieces = [
@@ -107,7 +107,7 @@ def test_a_manifest_says_its_kinds_in_one_way_alone(tmp_path: Path) -> None:
 
 def test_states_that_only_some_parameters_have_are_stored_of_these_alone(tmp_path: Path) -> None:
     kinds, world = ("master", "exp_avg", "momentum"), World.single()
-    written = Save(tmp_path, 1, world, encode_on_main(world, {}), kinds=kinds, some_kinds=True)
+    written = Save(tmp_path, 1, world, encode_on_main(world, {}), kinds=Kinds(kinds, of_some=True))
     written.prepare()
     values = torch.arange(6.0)
     held = (("w", "master"), ("w", "momentum"), ("v", "master"), ("v", "exp_avg"))
@@ -136,7 +136,7 @@ def test_states_that_only_some_parameters_have_are_stored_of_these_alone(tmp_pat
 
 def test_a_state_that_some_ranks_did_not_bring_fails_the_save(tmp_path: Path) -> None:
     world = World.single()
-    written = Save(tmp_path, 1, world, encode_on_main(world, {}), kinds=("master", "momentum"), some_kinds=True)
+    written = Save(tmp_path, 1, world, encode_on_main(world, {}), kinds=Kinds(("master", "momentum"), of_some=True))
     written.prepare()
     written.write_share(
         [Piece("w", "master", (6,), 0, torch.zeros(6)), Piece("w", "momentum", (6,), 0, torch.zeros(3))], {}
@@ -148,7 +148,7 @@ def test_a_state_that_some_ranks_did_not_bring_fails_the_save(tmp_path: Path) ->
 def test_a_state_that_one_checkpoint_has_of_more_parameters_is_told(tmp_path: Path) -> None:
     def written(folder: str, *others: str) -> Checkpoint:
         world, kinds = World.single(), ("master", "exp_avg", "momentum")
-        save = Save(tmp_path / folder, 1, world, encode_on_main(world, {}), kinds=kinds, some_kinds=True)
+        save = Save(tmp_path / folder, 1, world, encode_on_main(world, {}), kinds=Kinds(kinds, of_some=True))
         save.prepare()
         held = ("w master", "w momentum", "v master", *others)
         save.write_share([Piece(*name.split(), (6,), 0, torch.zeros(6)) for name in held], {})

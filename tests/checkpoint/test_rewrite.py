@@ -11,6 +11,7 @@ import torch
 
 from kha_train.checkpoint.background import BackgroundWriter
 from kha_train.checkpoint.compare import compare
+from kha_train.checkpoint.manifest import Kinds
 from kha_train.checkpoint.pieces import Piece
 from kha_train.checkpoint.reader import Checkpoint, verify
 from kha_train.checkpoint.rewrite import with_state
@@ -19,7 +20,7 @@ from kha_train.distributed import World
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Checkpoint:
-    writer = BackgroundWriter(tmp_path / "run", World.single(), kinds=("master",))
+    writer = BackgroundWriter(tmp_path / "run", World.single(), kinds=Kinds(("master",)))
     writer.begin(3, [Piece("w", "master", (6,), 0, torch.arange(6.0))], {"b": torch.ones(2)}, {"rate": 0.1})
     published = writer.wait()
     assert published is not None
