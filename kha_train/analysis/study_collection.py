@@ -14,16 +14,19 @@ from pathlib import Path
 
 from kha_train.analysis.studies import load_study, study_names
 from kha_train.analysis.study_claims import contradictions
-from kha_train.analysis.study_files import ArmEntry, PublishedEntry, ResultFile, read_result
+from kha_train.analysis.study_files import ArmEntry, IntervalEntry, LawEntry, PublishedEntry, ResultFile, read_result
 from kha_train.analysis.study_page import table_lines
+from kha_train.analysis.study_picture import PICTURED, picture, yardstick_of
 from kha_train.errors import ConfigError
 from kha_train.literal import visible
-from kha_train.telemetry.format import duration
+from kha_train.telemetry.format import duration, scaled
 
 BEGIN, END = "<!-- kha study collect: begin -->", "<!-- kha study collect: end -->"
 """Lines of the page: everything between them is replaced."""
 SHOWN_DIGITS = 12
 """Digits of a SHA-256 or a commit."""
+PICTURES = "pictures"
+"""The folder of the pictures, beside the page."""
 
 
 def collected(page: Path, files: Sequence[Path]) -> str:
@@ -40,9 +43,25 @@ def collected(page: Path, files: Sequence[Path]) -> str:
         raise ConfigError("has no place for results", field="--page", value=str(page), fix=fix)
     results = [(file, read_result(file)) for file in files]
     newest = sorted(results, key=lambda one: (-(one[1]["ended"] or 0), one[1]["study"], one[1]["scale"]))
-    sections = ["\n".join(_section(result, _link(page, file))) + "\n\n" for file, result in newest]
+    shown = {place.stem: _link(page, place) for place in pictures(page, files)}
+    sections = [
+        "\n".join(_section(result, _link(page, file), shown.get(file.stem, ""))) + "\n\n" for file, result in newest
+    ]
     told = "\n\n".join(_opening([result for _, result in newest]))
     return f"{before}{begin}\n{told}\n\n{''.join(sections)}{end}{after}"
+
+
+def pictures(page: Path, files: Sequence[Path]) -> dict[Path, str]:
+    """The pictures of the results of `PICTURED` studies, as SVG by the file that the page shows. Raises as
+    `read_result`.
+    """
+    results = {file: read_result(file) for file in files}
+    drawn = {
+        page.parent / PICTURES / f"{file.stem}.svg": picture(result, yardstick_of(result, list(results.values())))
+        for file, result in results.items()
+        if result["study"] in PICTURED
+    }
+    return {place: svg for place, svg in drawn.items() if svg is not None}
 
 
 def _opening(results: Sequence[ResultFile]) -> Iterator[str]:
@@ -69,7 +88,7 @@ def _link(page: Path, file: Path) -> str:
     return Path(os.path.relpath(file, page.parent)).as_posix()
 
 
-def _section(result: ResultFile, link: str) -> Iterator[str]:
+def _section(result: ResultFile, link: str, shown: str) -> Iterator[str]:
     ended = result["ended"]
     date = f"{day(ended)}: " if ended is not None else ""
     usual = f"{result['study']}-{result['scale']}"
@@ -77,6 +96,8 @@ def _section(result: ResultFile, link: str) -> Iterator[str]:
     yield f"## {date}the study `{result['study']}`, scale {result['scale']}{own}\n"
     yield f"**Question.** {visible(result['question'])} ({visible(result['source'])})\n"
     yield f"**What may be said.** {visible(result['sentence'])}\n"
+    if shown:
+        yield f"![Paired differences of the study {result['study']} with their intervals]({shown})\n"
     if result["not_shown"]:
         yield f"**What it does not show**: {visible(result['not_shown'])}.\n"
     yield f"```sh\n# needs hours\n{visible(result['command'])}\n```\n"
@@ -89,11 +110,32 @@ def _section(result: ResultFile, link: str) -> Iterator[str]:
         yield from (f"- {visible(caveat)}" for caveat in result["caveats"])
     yield "\nAgainst the reference, paired by seed:\n"
     yield from (f"- {visible(one['sentence'])}" for one in result["comparisons"])
+    if result["difference_law"]:
+        yield from _law(result["difference_law"])
     if result["published"]:
         yield ""
         yield from table_lines(
             ["published", "arm", "printed", "here"], [_published(one) for one in result["published"]]
         )
+
+
+def _law(law: LawEntry) -> Iterator[str]:
+    middle = f"{scaled(law['middle_parameters'])} active parameters, {scaled(law['middle_tokens'])} tokens"
+    yield f"\nThe law of these differences, `{law['formula']}`, fitted to {law['cells']} cells around {middle}:\n"
+    yield from table_lines(
+        ["coefficient", "nats [95 % over seeds]"], [[name, _between(one)] for name, one in law["coefficients"].items()]
+    )
+    yield "\nThe largest size, predicted by the law of the others; it holds where the error includes zero:\n"
+    rows = [
+        [one["family"], scaled(one["parameters"]), scaled(one["tokens"]),
+         *(_between(one[key]) for key in ("predicted", "observed", "error"))]
+        for one in law["largest"]
+    ]  # fmt: skip
+    yield from table_lines(["family", "active", "tokens", "predicted", "observed", "error"], rows)
+
+
+def _between(one: IntervalEntry) -> str:
+    return f"{one['mean']:+.4g} [{one['low']:+.4g}, {one['high']:+.4g}]"
 
 
 def _origin(result: ResultFile) -> str:

@@ -75,6 +75,28 @@ class PublishedEntry(TypedDict):
     ours: str
 
 
+class PredictedEntry(TypedDict):
+    """A cell of the largest size, predicted from the others."""
+
+    family: str
+    parameters: int
+    tokens: float
+    predicted: IntervalEntry
+    observed: IntervalEntry
+    error: IntervalEntry
+
+
+class LawEntry(TypedDict):
+    """A law of differences: see `difference_law`."""
+
+    formula: str
+    middle_parameters: float
+    middle_tokens: float
+    coefficients: dict[str, IntervalEntry]
+    cells: int
+    largest: list[PredictedEntry]
+
+
 class ResultFile(TypedDict):
     """`result.json`, as far as it is read."""
 
@@ -102,6 +124,7 @@ class ResultFile(TypedDict):
     published: Annotated[list[PublishedEntry], Absent([])]
     published_at: Annotated[str, Absent("")]
     published_higher_is_better: Annotated[bool, Absent(False)]
+    difference_law: Annotated[LawEntry | None, Absent(None)]
     caveats: list[str]
     sentence: str
 

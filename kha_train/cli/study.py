@@ -13,7 +13,7 @@ from rich.table import Table
 
 from kha_train.analysis.studies import Scale, ScaledStudy, load_study, study_names
 from kha_train.analysis.study_claims import verdict
-from kha_train.analysis.study_collection import SHOWN_DIGITS, collected, day
+from kha_train.analysis.study_collection import SHOWN_DIGITS, collected, day, pictures
 from kha_train.analysis.study_files import ResultFile, published_results
 from kha_train.analysis.study_page import arm_rows, rate_rows
 from kha_train.analysis.study_results import StudyResult, judge
@@ -168,11 +168,15 @@ def collect_(
     results: Annotated[list[Path], typer.Argument(help="Files result.json of complete studies.")],
     page: Annotated[Path, typer.Option(help="A Markdown page with the two marks that docs/studies.md names.")],
 ) -> None:
-    """Write the results of studies into a page: a section for each, newest first, between two marks."""
-    text = collected(page, results)
+    """Write the results of studies into a page, between two marks, and pictures of some beside it."""
+    text, drawn = collected(page, results), pictures(page, results)
     with written_as("--page", page, "choose a page that you can write"):
         write_text(page, text)
-    say(f"page: {page}")
+        for place, svg in drawn.items():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_text(place, svg)
+    for place in (page, *drawn):
+        say(f"written: {place}")
 
 
 def _plan(name: str, overrides: Sequence[str] | None, scale: str, parent: Path, called: str | None) -> StudyPlan:

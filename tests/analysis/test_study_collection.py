@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kha_train.analysis.study_collection import BEGIN, END, collected
+from kha_train.analysis.study_collection import BEGIN, END, collected, pictures
 from kha_train.cli.main import run
 from kha_train.errors import ConfigError, DataError
 
@@ -135,5 +135,7 @@ def test_the_page_of_experiments_is_what_its_results_make(tmp_path: Path) -> Non
     """After a new result: `kha study collect docs/results/*.json --page docs/experiments.md`."""
     page, files = ROOT / "docs" / "experiments.md", sorted((ROOT / "docs" / "results").glob("*.json"))
     assert files and collected(page, files) == page.read_text()
+    for place, svg in pictures(page, files).items():
+        assert place.read_text() == svg
     for file in files:
         assert '"/' not in file.read_text(), "a path of one machine"
