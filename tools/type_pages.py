@@ -39,7 +39,7 @@ FIRST_HOUR = "docs/tutorial.md"
 SUBJECTS = (
     "launch", "configuration", "resume", "export", "data", "attention", "evaluation", "evaluate", "tasks", "generation",
     "import", "heads", "compress", "analyze", "kernel_pca", "compare", "certify", "checkpoints", "record", "stability",
-    "spike_score", "replay", "studies", "experiments", "performance", "model", "plan", "doctor",
+    "spike_score", "replay", "studies", "experiments", "performance", "model", "plan", "cost", "doctor",
 )  # fmt: skip
 WHEELS = {"kha_heads": "kha_train/heads", "spike_score": "kha_train/stability"}
 """Packages of their own, each made of a folder that has a README."""

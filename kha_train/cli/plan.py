@@ -16,6 +16,7 @@ from kha_train.config.compose import compose
 from kha_train.config.schema import RunConfig
 from kha_train.estimate.plan import Plan, make_plan
 from kha_train.estimate.scale import RESTART_SECONDS, Size, scale, told
+from kha_train.literal import say
 from kha_train.telemetry.terminal import LiteralConsole
 
 GIB = 1024**3
@@ -26,9 +27,22 @@ def plan(
     scaled: Annotated[
         str, typer.Option("--scale", help="Numbers of devices, as in 8,64,512: what binds at each, MFU, goodput.")
     ] = "",
+    variants: Annotated[
+        bool,
+        typer.Option("--variants", help="The cost of every attention preset at this shape, as Markdown."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Estimate parameters, FLOPs, memory, time and cost of a run on cluster=...; exit 2 if it cannot start there."""
+    if variants:
+        from kha_train.analysis.cost_page import cost_page, costs_as_json, variant_costs
+
+        costs = variant_costs(overrides or [])
+        if as_json:
+            print_json({"variants": costs_as_json(costs)}, indent=2)
+        else:
+            say(cost_page(overrides or [], costs).rstrip("\n"))
+        return
     config = compose(overrides or [])
     if scaled:
         sizes = scale(config, integers(scaled, "--scale"))
