@@ -96,7 +96,7 @@ def _lines(overrides: Sequence[str], costs: Sequence[VariantCost]) -> Iterator[s
     yield "# What each attention variant costs\n"
     yield (
         f"`{model.name}` on rows of {model.seq_len:,} tokens, a rank of {config.cluster.name}. **Every column but the "
-        "last is reckoned**, by the formulas of [`kha plan`](plan.md), which tests hold to the real modules. **The "
+        "last is estimated**, by the formulas of [`kha plan`](plan.md), which tests hold to the real modules. **The "
         "last is to be measured**: no training step of this code has run on a GPU. The study `overhead` "
         "([studies.md](studies.md)) times steps. This page is made by\n"
     )
@@ -116,7 +116,7 @@ def _lines(overrides: Sequence[str], costs: Sequence[VariantCost]) -> Iterator[s
     added = interaction_overhead(compose([*overrides, "attention=kha_mlp"])).parameters
     paper = f"L {PAPER_LENGTH}, d {PAPER_WIDTH}, n {PAPER_HEADS}"
     yield from table_lines(
-        ["figure", "printed", "reckoned here", "how"],
+        ["figure", "printed", "estimated here", "how"],
         [
             [f"KHA-MLP of a layer, {paper}", "0.55 %", f"{layer:.3f} %", "the paper's formulas (KHA eq 10 to 12)"],
             [f"KHA-MLP of its attention, {paper}", "1.17 %", f"{attention:.3f} %", "the same"],
