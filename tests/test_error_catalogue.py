@@ -223,7 +223,9 @@ def e21(at: Place) -> str:
     )
     by_slurm = time_warning(at.compose("checkpoint.every_minutes=60"), {"SLURM_JOB_END_TIME": "4000"}, now=1000.0)
     assert "50 minutes are left" in by_slurm
-    assert "= 0 (never): 30 minutes are left" in time_warning(at.compose("run.max_minutes=30"), {})
+    never = at.compose("run.max_minutes=30", "run.steps=1000", "checkpoint.every_steps=1000")
+    assert "= 0 (never): 30 minutes are left" in time_warning(never, {})
+    assert time_warning(replace(never, checkpoint=replace(never.checkpoint, every_steps=999)), {}) == ""
     return warning
 
 

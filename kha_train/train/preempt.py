@@ -33,14 +33,16 @@ TORCHRUN_ECHO_SECONDS = 2.0
 
 
 def time_warning(config: RunConfig, environ: Mapping[str, str] = os.environ, now: float | None = None) -> str:
-    """A warning if `checkpoint.every_minutes` is 0, or longer than the time that is left by `run.max_minutes` and the
-    end of the SLURM job; "" where no end is known. `now`: seconds since the epoch.
+    """A warning if `checkpoint.every_minutes` is longer than the time that is left by `run.max_minutes` and the end of
+    the SLURM job, or is 0 while no number of steps saves on the way; "" where no end is known. `now`: seconds since
+    the epoch.
     """
     every, most = config.checkpoint.every_minutes, config.run.max_minutes
     end = environ.get("SLURM_JOB_END_TIME", "")
     left = [most] if most else []
     left += [(int(end) - (time.time() if now is None else now)) / 60] if end.isdecimal() else []
-    if not left or 0 < every <= min(left):
+    saves_by_steps = 0 < config.checkpoint.every_steps < config.run.steps
+    if not left or (every <= min(left) if every else saves_by_steps):
         return ""
     due = max(1, int(min(left) / 4))
     never = "" if every else " (never)"
