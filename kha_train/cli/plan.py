@@ -172,17 +172,18 @@ def _memory(answer: Plan) -> Table:
 
 
 def _stages(answer: Plan) -> Table:
-    table = _table("ZeRO stages", "stage", "memory per rank", "sent per rank and step", "time it takes")
+    table = _table("ZeRO stages", "stage", "memory per rank", "sent per rank and step", "time it takes", "exposed")
     by_stage = answer.to_dict()["memory_per_rank"]["by_stage"]
     for volume in answer.communication:
-        seconds = "unknown" if volume.seconds_per_step is None else f"{volume.seconds_per_step:.2f} s"
         sent = f"{volume.bytes_per_step / 1e9:.2f} GB"
-        table.add_row(str(volume.stage), _gib(by_stage[str(volume.stage)]), sent, seconds)
+        times = (volume.seconds_per_step, volume.exposed_seconds_per_step)
+        told = ("unknown" if time is None else f"{time:.2f} s" for time in times)
+        table.add_row(str(volume.stage), _gib(by_stage[str(volume.stage)]), sent, *told)
     spread, travelling = answer.config.engine.expert_parallel, answer.communication[0].exchange_bytes_per_step
-    table.caption = "ZeRO 3 gathers all experts although few are active"
+    table.caption = "exposed: not hidden behind the backward\nZeRO 3 gathers all experts although few are active"
     if spread > 1:
         sent = f"{travelling / 1e9:.2f} GB are tokens that travel to experts of other ranks and back"
-        table.caption = f"of what is sent {sent}, not under ZeRO 3"
+        table.caption = f"exposed: not hidden behind the backward\nof what is sent {sent}, not under ZeRO 3"
     shared = answer.exchanged
     if shared["ranks"] > 1:
         seconds = "unknown" if shared["seconds_per_step"] is None else f"{shared['seconds_per_step']:.2f} s"

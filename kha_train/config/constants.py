@@ -14,6 +14,11 @@ RING_COPIES, RING_KEPT = 2, 4
 ALIGNED_NUMBERS = 8
 """bf16 numbers in 16 bytes: what kernels read at once."""
 
+GROUPS_IN_FLIGHT = 2
+"""Parameter groups whose gradients are on their way to other ranks at a time: one that uses the link, and one that
+follows. More would only take memory.
+"""
+
 PRECISION_OF: dict[str, Literal["fp32", "bf16"]] = {"float32": "fp32", "bfloat16": "bf16"}
 """The `dtype` in a run's record -> the value of `engine.precision`, or of what `auto` selected."""
 

@@ -6,7 +6,8 @@ The only user of DeepSpeed. It adds to DeepSpeed 0.19:
 - the loss of a step is a sum over the global batch, so nothing depends on micro-batch, accumulation or world size;
 - the true global gradient norm is known *before* the step, and `discard` leaves masters, moments and every later step
   as if the batch had never been seen. DeepSpeed itself skips a step only when its own norm is not finite, and each of
-  its three optimizer classes computes that norm elsewhere: `_step_with_norm` passes it the norm to use;
+  its two optimizer classes computes that norm elsewhere: `_step_with_norm` passes it the norm to use;
+- gradients of ZeRO 1 and 2 are reduced to shares beside the backward (`reduction.py`);
 - with `engine.expert_parallel` its expert groups, made for its own layers, hold our experts (`expert_groups.py`).
 """
 
@@ -21,7 +22,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from typing import Any
 
@@ -45,6 +46,7 @@ from kha_train.engine.building import (
 )
 from kha_train.engine.contract import Changed, Fragment, InitialValue, seeded
 from kha_train.engine.expert_groups import group_name, layer_of, mark_experts
+from kha_train.engine.reduction import Reduction, ordered_reduce_scatter
 from kha_train.engine.settings import deepspeed_settings as _settings
 from kha_train.engine.zero_state import owned_gradients, partitioned_fragments, replicated_fragments
 from kha_train.errors import ConfigError
@@ -79,7 +81,6 @@ class Engine:
             if config.engine.zero_stage == 3:
                 self._partition(parameter, settings)
 
-        # BF16_Optimizer prints its memory use while it is built.
         timeout = timedelta(seconds=config.engine.collective_timeout_seconds)
         self._context = context_ranks(world, config.engine.context_parallel, timeout)
         with redirect_stdout(io.StringIO()), _patient_groups(config.engine.collective_timeout_seconds):
@@ -91,6 +92,7 @@ class Engine:
                 self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
                     model=self.decoder, optimizer=stepper, config=settings, dist_init_required=False
                 )
+        self._reduction = self._own_reduction()
         start_optimizer(self, self._stepper, self._flat_masters())
         check_buffers_are_wide(self.decoder)
 
@@ -115,7 +117,8 @@ class Engine:
         """See `contract.Engine.accumulate`."""
         self._engine.set_gradient_accumulation_boundary(last)
         output: DecoderOutput = self._engine(*inputs_of(batch, self.world.device), context=self._context_of(batch))
-        self._engine.backward(scaled_loss(output, loss_scale, token_scale), scale_wrt_gas=False)
+        with self._reduction.beside_backward(last) if self._reduction else nullcontext():
+            self._engine.backward(scaled_loss(output, loss_scale, token_scale), scale_wrt_gas=False)
         if last:
             self._norm = self._norm_before_step()
         return output
@@ -209,19 +212,31 @@ class Engine:
         A reference to a process group keeps its threads alive, and a group that is alive when the interpreter ends can
         abort the process. Under ZeRO 3 DeepSpeed keeps references to an engine in a list and in a cache of its modules.
         """
+        if self._reduction:
+            self._reduction.close()
         self._engine.destroy()
         zero = self._deepspeed.runtime.zero
         zero.parameter_offload.FWD_MODULE_STACK.clear()
         coordinator = zero.partitioned_param_coordinator.PartitionedParameterCoordinator
         released = coordinator._PartitionedParameterCoordinator__params_to_release
         released.__closure__[0].cell_contents.cache_clear()
-        del self._engine, self._optimizer, self.decoder
+        del self._engine, self._optimizer, self._reduction, self.decoder
 
     @property
     def _stepper(self) -> ShareOptimizer:
         """Our optimiser, which DeepSpeed's wraps."""
         stepper: ShareOptimizer = self._optimizer.optimizer
         return stepper
+
+    def _own_reduction(self) -> Reduction | None:
+        """The reduction of ZeRO 1 and 2, in place of DeepSpeed's; None under ZeRO 3."""
+        stage = self.config.engine.zero_stage
+        if stage == 3:
+            return None
+        self._engine.enable_backward_allreduce = False
+        # In bf16 it would search all gradients for what is not finite, which the norm tells.
+        self._optimizer.check_overflow = lambda partition_gradients: None
+        return Reduction(self._optimizer, self.decoder, self.world.size, each_micro_batch=stage == 2)
 
     def _context_of(self, batch: Batch) -> ContextRanks | None:
         """The ranks with which this one shares the rows of `batch`; None for whole rows."""
@@ -247,19 +262,13 @@ class Engine:
         optimizer = self._optimizer
         if self.config.engine.zero_stage == 3:
             return list(optimizer.fp32_partitioned_groups_flat)
-        if hasattr(optimizer, "fp32_groups_flat_partition"):
-            return list(optimizer.fp32_groups_flat_partition)
         return list(optimizer.single_partition_of_fp32_groups)
 
     def _norm_before_step(self) -> Tensor:
-        from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
+        from deepspeed.runtime.utils import combine_grad_norm_groups
 
-        optimizer = self._optimizer
-        if self.config.engine.zero_stage == 3 or hasattr(optimizer, "scaled_global_norm") or self._ranks:
-            # The norm of an expert's gradient, too, is its true one: DeepSpeed averages those of different experts.
-            norm = combine_grad_norm_groups(self._group_norms())
-        else:
-            norm = get_global_norm_of_tensors(optimizer.get_grads_for_norm()[0], mpu=optimizer.mpu)
+        # The norm of an expert's gradient, too, is its true one: DeepSpeed averages those of different experts.
+        norm = combine_grad_norm_groups(self._group_norms())
         return torch.as_tensor(norm, dtype=torch.float32, device=self.world.device)
 
     def _group_norms(self) -> list[Tensor]:
@@ -268,40 +277,20 @@ class Engine:
         if self.config.engine.zero_stage == 3:
             norms: list[Tensor] = optimizer._get_norm_groups()
             return norms
-        if hasattr(optimizer, "scaled_global_norm"):
-            parts = enumerate(optimizer.params_in_partition)
-            return [optimizer.get_grad_norm_direct(optimizer.averaged_gradients[i], part) for i, part in parts]
-        norms = [torch.stack([g.float().norm() for g in group]).norm() for group in optimizer.fp32_groups_gradients]
-        if self._ranks is None:
-            return norms
-        # Every rank holds the whole gradient of every parameter but the experts: of these, that of its own.
-        held = [number for number, group in enumerate(optimizer.param_groups) if group.get("moe")]
-        squares = torch.stack([norms[number].square() for number in held])
-        torch.distributed.all_reduce(squares, group=self._ranks.group)
-        for number, norm in zip(held, squares.sqrt(), strict=True):
-            norms[number] = norm
-        return norms
+        parts = enumerate(optimizer.params_in_partition)
+        return [optimizer.get_grad_norm_direct(optimizer.averaged_gradients[i], part) for i, part in parts]
 
     def _group_of(self, number: int) -> int:
         """The parameter group of the norm at `number`."""
         return self._optimizer.sub_group_to_group_id[number] if self.config.engine.zero_stage == 3 else number
 
     def _step_with_norm(self, norm: Tensor) -> None:
-        optimizer = self._optimizer
-        place: Any
-        replacement: Callable[..., Tensor | list[Tensor]]
+        replacement: tuple[str, Callable[..., Tensor | list[Tensor]]]
         if self.config.engine.zero_stage == 3:
-            place, name, replacement = optimizer, "_get_norm_groups", lambda: [norm]
-        elif hasattr(optimizer, "scaled_global_norm"):
-            place, name, replacement = optimizer, "scaled_global_norm", lambda norm_type=2: norm
+            replacement = "_get_norm_groups", lambda: [norm]
         else:
-            from deepspeed.runtime import bf16_optimizer
-
-            place, name, replacement = bf16_optimizer, "get_global_norm_of_tensors", lambda *args, **kwargs: norm
-        with ExitStack() as stack:
-            stack.enter_context(_replaced(place, name, replacement))
-            if place is not optimizer and self._ranks:
-                stack.enter_context(_replaced(place, "get_norm_with_moe_layers", replacement))
+            replacement = "scaled_global_norm", lambda norm_type=2: norm
+        with _replaced(self._optimizer, *replacement):
             self._engine.step()
         self._norm = None
 
@@ -340,6 +329,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     for name in ("barrier", "monitored_barrier"):
         function = inspect.unwrap(vars(TorchBackend)[name])
         function.__defaults__ = (None, *(function.__defaults__ or ())[1:])
+    if device.type == "cpu":
+        TorchBackend.get_reduce_scatter_function = lambda self: ordered_reduce_scatter
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     return deepspeed

@@ -16,9 +16,8 @@ def deepspeed_settings(config: RunConfig, world: World, dtype: torch.dtype) -> d
     # the engine says which micro-batch is the last of a step.
     engine, rows = config.engine, config.data.batch_sizes.largest * config.engine.context_parallel
     stage = {
-        "stage": engine.zero_stage,
-        # Stages 1 and 2 reduce gradients larger than the bucket on a separate stream, and free them before that is done
-        # (`extra_large_param_to_reduce`): the next kernel may take their memory.
+        # ZeRO 1 and 2 differ in the reduction alone, which is ours (`reduction.py`).
+        "stage": max(engine.zero_stage, 2),
         "overlap_comm": world.device.type == "cuda" and engine.zero_stage == 3,
         "reduce_bucket_size": engine.reduce_bucket_elements,
         # ZeRO 1 and 2 shard it in pairs of numbers, so the size must be even.

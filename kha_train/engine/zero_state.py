@@ -22,8 +22,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 def replicated_fragments(
     optimizer: Any, module: nn.Module, shapes: Shapes, flat_masters: list[Tensor], starts: Mapping[str, int]
 ) -> Iterator[Fragment]:
-    """Fragments under ZeRO 1 and 2 (and BF16_Optimizer), where a group is one flat tensor cut into equal shares.
-    `starts` tells where a parameter begins of which this rank holds only a part.
+    """Fragments under ZeRO 1 and 2, where a group is one flat tensor cut into equal shares. `starts` tells where a
+    parameter begins of which this rank holds only a part.
     """
     # DeepSpeed attaches its bookkeeping to each of them.
     parameters: Iterator[tuple[str, Any]] = module.named_parameters()
@@ -51,18 +51,10 @@ def partitioned_fragments(optimizer: Any, module: nn.Module, shapes: Shapes, ran
 
 
 def owned_gradients(optimizer: Any, module: nn.Module, stage: int) -> Iterator[tuple[str, Tensor]]:
-    """This rank's part of the gradient under ZeRO `stage` (or BF16_Optimizer), by parameter name. Valid between the
-    last micro-batch and the step.
+    """This rank's part of the gradient under ZeRO `stage`, by parameter name. Valid between the last micro-batch and
+    the step.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    if stage < 3 and not hasattr(optimizer, "scaled_global_norm"):
-        parameters: Iterator[tuple[str, Any]] = module.named_parameters()
-        for name, parameter in parameters:
-            if (mapping := parameter._hp_mapping) is not None:
-                address = mapping.get_hp_fragment_address()
-                flat = optimizer.fp32_groups_gradient_flat_partition[mapping.param_group_index]
-                yield name, flat.narrow(0, address.start, address.numel)
-        return
     groups = optimizer.fp16_groups if stage == 3 else optimizer.params_in_partition
     for number, group in enumerate(groups):
         # There may be padding between the parts and after the last one.

@@ -1,18 +1,18 @@
 """Memory of one rank, from the configuration alone: no torch, nothing is built.
 
-Every term is a formula over counts, and follows what DeepSpeed 0.19 keeps in memory: fp32 training keeps a second fp32
-copy as masters; ZeRO 1 with fp32 accumulation of bf16 gradients keeps a whole fp32 gradient on every rank; ZeRO 2 keeps
-the whole of every gradient that this rank owns a part of. A step peaks when the loss is computed (activations and
-logits), when the backward starts (a block that is recomputed), when it ends (gradients and their buckets), or while the
-optimiser steps (fp32 copies of one group). Measured peaks: docs/plan.md.
+Every term is a formula over counts, and follows what DeepSpeed 0.19 and the reduction of gradients keep in memory: fp32
+training keeps a second fp32 copy as masters; ZeRO 1 keeps the whole sum of a step's gradients on every rank, ZeRO 2 its
+share. A step peaks when the loss is computed (activations and logits), when the backward starts (a block that is
+recomputed), when the first gradients leave, when it ends (all that arrived), or while the optimiser steps (fp32 copies
+of one group). Measured peaks: docs/plan.md.
 """
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from kha_train.config.constants import GROUPS_IN_FLIGHT
 from kha_train.config.resolve import decide_plan, planned_device
 from kha_train.config.schema import RunConfig
 from kha_train.estimate.activations import (
@@ -37,8 +37,6 @@ GAPS = {"cpu": 0.0, "cuda": 0.03}
 """What torch's allocator reserves beyond what it allocates, relative to that: segments that grow are given back only
 when memory ends, and a block takes the first gap that is large enough. Measured on the null device: see docs/plan.md.
 """
-ALL_REDUCED_ELEMENTS = 500_000_000
-"""DeepSpeed's default for the size of a buffer that it all-reduces."""
 FROZEN_BYTES = 4
 """A matrix that is not trained is an fp32 buffer, whole on every rank."""
 RUNTIME_BYTES = {"cpu": 180_000_000, "cuda": 32 * 1024**2}
@@ -54,9 +52,9 @@ class MemoryPlan:
     `parameters` in the training dtype (under ZeRO 3 its share, and another with a second sharding within the node), and
     matrices that are not trained ·
     `gathered` whole parameters that ZeRO 3 holds temporarily · `gradients` · `optimizer` fp32 masters and the
-    optimiser's states · `buckets` of the gradient reduction · `activations` saved for the backward · `loss` logits of a
-    chunk and the fp32 gradient of the head, later that in its own dtype · `step` fp32 copies of one parameter group ·
-    `runtime` · `gaps` what torch's CUDA allocator reserves and cannot use.
+    optimiser's states · `buckets` of gradients that are on their way · `activations` saved for the backward · `loss`
+    logits of a chunk and the fp32 gradient of the head, later that in its own dtype · `step` fp32 copies of one
+    parameter group · `runtime` · `gaps` what torch's CUDA allocator reserves and cannot use.
     """
 
     moment: str
@@ -95,10 +93,8 @@ def micro_batch_tokens(config: RunConfig) -> int:
     return config.engine.micro_batch_size * config.model.seq_len // config.engine.context_parallel
 
 
-def plan_memory(config: RunConfig, rank: int | None = None) -> MemoryPlan:
-    """The memory of `rank` of `cluster.devices` at the peak of a step of `config`; by default of the rank that needs
-    most.
-    """
+def plan_memory(config: RunConfig) -> MemoryPlan:
+    """The memory of each of `cluster.devices` at the peak of a step of `config`."""
     engine, ranks = config.engine, config.cluster.devices
     count, width = count_parameters(config), number_bytes(config)
     total, held = count.total, sum(held_parameters(config))
@@ -113,32 +109,28 @@ def plan_memory(config: RunConfig, rank: int | None = None) -> MemoryPlan:
         "optimizer": optimizer_bytes(config, engine.moment_dtype) // ranks,
         "runtime": RUNTIME_BYTES[planned_device(config).kind],
     }
-    gradients = _gradients(config, total, held, rank)
+    found = _sharded_gradients(config, total, width) if sharded else _gradients(config, total, held, width)
     one_block = replace(config, engine=replace(engine, activation_checkpointing="full"))
     loss, waiting, last = _loss(config, width), activation_bytes(config), activation_bytes(one_block)
-    # Under ZeRO 3 the bucket exists from the start, and its reduction makes a copy.
-    buckets, head = _buckets(config, total, width), width * _head(config)
-    # The gradient of a tied head waits for that of the embedding, which comes last. ZeRO 1 reduces after the backward.
-    late = engine.zero_stage > 1
-    end = {
-        "activations": min(waiting, last) if late else 0,
-        "loss": head if late and config.model.tie_embeddings else 0,
-    }
+    head, tied = width * _head(config), config.model.tie_embeddings
+    # The gradient of a tied head waits for that of the embedding, which comes last.
+    end = {"activations": min(waiting, last), "loss": head if tied else 0}
     moments = {
-        "the loss is computed": states
-        | {"gradients": gradients.before, "buckets": buckets[0], "activations": held_bytes(config), "loss": loss},
-        "the backward starts": states
-        | {"gradients": gradients.starting, "buckets": buckets[0], "activations": waiting, "loss": head},
-        "the backward ends": states | {"gradients": gradients.after, "buckets": buckets[1]} | end,
-        "the optimiser steps": states | {"gradients": gradients.stepping, "step": _step(config)},
+        "the loss is computed": found.before | {"activations": held_bytes(config), "loss": loss},
+        "the backward starts": found.before | {"activations": waiting, "loss": head},
+        "gradients leave": found.leaving
+        | {"activations": _left_activations(config, waiting), "loss": head if tied else 0},
+        "the backward ends": found.after | end,
+        "the optimiser steps": found.stepping | {"step": _step(config)},
     }
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    gaps = round(GAPS[planned_device(config).kind] * sum(moments[moment].values()))
+    terms = states | moments[moment]
+    gaps = round(GAPS[planned_device(config).kind] * sum(terms.values()))
     if sharded and ranks > 1 and gaps:
         # Weights are gathered on a stream of their own, whose memory no other can take. Its own peak, at another moment
         # of the step, is about a layer higher.
         gaps += width * max(sum(sizes) for times, sizes in _groups(config)[1:] if times)
-    return MemoryPlan(moment, moments[moment] | {"gaps": gaps})
+    return MemoryPlan(moment, terms | {"gaps": gaps})
 
 
 def held_bytes(config: RunConfig) -> int:
@@ -223,7 +215,7 @@ def recipes(optim: OptimSection, maps: float = 0.0) -> tuple[Recipe, ...]:
     wide, narrow = mean("fp32"), mean("bf16")
     return (
         Recipe("fp32: parameters, gradients, masters, moments", 4, 4, wide, True),
-        Recipe("bf16, gradients accumulated in fp32", 2, 6, wide, True),
+        Recipe("bf16, gradients accumulated in fp32", 2, 4, wide, True),
         Recipe("bf16, gradients in bf16", 2, 2, wide, True),
         Recipe("bf16 with bf16 moments", 2, 2, narrow, True),
         Recipe("bf16 throughout, no masters", 2, 2, narrow - MASTER_BYTES, False),
@@ -250,83 +242,69 @@ def largest_micro_batch(config: RunConfig, budget: float) -> int:
 
 
 class _Gradients(NamedTuple):
-    """Bytes of gradients when the loss of the last micro-batch of a step is computed, when its backward starts, when
-    that ends, and while the optimiser steps."""
+    """Bytes of `gradients`, and of `buckets` on their way, at moments of a step's last backward, and while it steps."""
 
-    before: int
-    starting: int
-    after: int
-    stepping: int
-
-
-def _gradients(config: RunConfig, total: int, held: int, rank: int | None) -> _Gradients:
-    engine, ranks, accumulates = config.engine, config.cluster.devices, micro_batches(config) > 1
-    wide = uses_bf16(config) and engine.grad_accum_dtype == "fp32"
-    width = number_bytes(config)
-    if engine.zero_stage == 3:
-        return _Gradients(*((4 if wide else width) * total // ranks,) * 4)
-    if engine.zero_stage == 2 and wide:
-        sums = 4 * total // ranks
-        # Of a gradient larger than the bucket, whoever owns a part keeps the whole until the backward ends, and adds
-        # its part by an fp32 copy.
-        part = max(min(max(sizes), -(-sum(sizes) // ranks)) for times, sizes in _groups(config) if times)
-        kept = width * _touched(config, rank, engine.reduce_bucket_elements) + 4 * part
-        before = sums if accumulates else 0
-        return _Gradients(before, before, sums + kept, sums)
-    if engine.zero_stage == 2:
-        # The first gradient allocates a buffer for all that this rank owns a part of. On a CPU its pages exist once
-        # they are written.
-        owned = width * _touched(config, rank)
-        before, buffer = owned if accumulates else 0, owned if planned_device(config).kind == "cuda" else 0
-        return _Gradients(before, before + buffer, before + owned, owned)
-    # ZeRO 1 reduces after the backward of the last micro-batch. bf16 gradients of a micro-batch stay until the next one
-    # begins, and are added to the fp32 ones by an fp32 copy of one matrix after another.
-    if wide:
-        largest = max(max(sizes) for times, sizes in _groups(config) if times)
-        reduced = (4 + width) * _all_reduced(config) if ranks > 1 else 0
-        both = (4 + width) * held
-        before = both if accumulates else 4 * held
-        return _Gradients(before, before, both + max(4 * largest, reduced), both)
-    # Those that this rank owns a part of move to a buffer; on a CPU its pages exist once they are written, when those
-    # of the gradients are free again.
-    moved = width * _touched(config, rank) if planned_device(config).kind == "cuda" else 0
-    before = width * held if accumulates else 0
-    return _Gradients(before, before, width * held + moved, width * held)
+    before: dict[str, int]
+    leaving: dict[str, int]
+    after: dict[str, int]
+    stepping: dict[str, int]
 
 
-def _all_reduced(config: RunConfig) -> int:
-    """Number of elements that DeepSpeed all-reduces at a time under ZeRO 1 with fp32 sums, from a flat fp32 copy that
-    it sends in the training dtype: whole parameter groups, one after another, until they exceed `ALL_REDUCED_ELEMENTS`.
+def _gradients(config: RunConfig, total: int, held: int, width: int) -> _Gradients:
+    """Under ZeRO 1 and 2. A parameter group is a buffer, which fills while two others are on their way, beside the
+    gradient that the backward has just computed. Embedding and head are one group, which leaves last. What arrives has
+    the size of a share, or on a CPU, where the parts of all ranks are added on arrival, that of the group.
     """
-    largest = flat = 0
-    for times, sizes in _groups(config):
-        for _ in range(times):
-            flat += sum(sizes)
-            largest = max(largest, flat)
-            flat = 0 if flat > ALL_REDUCED_ELEMENTS else flat
-    return largest
+    ranks, accumulates = config.cluster.devices, micro_batches(config) > 1
+    wide = _sum_width(config, width)
+    groups = [(sizes, number == 0) for number, (times, sizes) in enumerate(_groups(config)) if times]
+    groups += [(sizes, False) for _, sizes in _shared_groups(config)]
+    outside = sum(sum(sizes) for sizes, is_outside in groups if is_outside)
+    layer = max(sum(sizes) for sizes, is_outside in groups if not is_outside)
+    computed = width * max(max(sizes) for sizes, is_outside in groups if not is_outside)
+    arriving = width * (layer // ranks if planned_device(config).kind == "cuda" else layer)
+    flights = min(config.model.layers - 1, GROUPS_IN_FLIGHT) if ranks > 1 else 0
+    flying = flights * (width * layer + arriving)
+    share = wide * total // ranks
+    if config.engine.zero_stage == 1 and accumulates:
+        # The sums of the first groups are free when they have arrived, or once they are rounded to what is sent.
+        first = flights * (wide * layer // ranks + arriving)
+        if wide > width and flights:
+            first = wide * layer // ranks + width * layer + arriving
+        return _Gradients(
+            {"gradients": wide * held, "buckets": 0},
+            {"gradients": wide * held, "buckets": computed + first},
+            {"gradients": share, "buckets": wide * outside + flying + computed},
+            {"gradients": share, "buckets": 0},
+        )
+    before = share if accumulates else 0
+    # Of an untied head and embedding, the buffer exists from the start of the backward.
+    early = 0 if config.model.tie_embeddings else width * outside
+    return _Gradients(
+        {"gradients": before, "buckets": 0},
+        {"gradients": before, "buckets": early + width * layer + computed + flying},
+        {"gradients": share, "buckets": width * (outside + layer) + computed + flying},
+        {"gradients": share, "buckets": 0},
+    )
 
 
-def _touched(config: RunConfig, rank: int | None, above: int = 0) -> int:
-    """Number of elements of all matrices with more than `above` that the share of `rank` of its parameter group
-    touches; for None the maximum over ranks.
-
-    A group is the matrices of one layer in the order of the module, cut into equal shares; ZeRO 2 keeps a gradient
-    whole when the share begins or ends inside it. Experts that ranks share are a group of their own, cut among the
-    ranks that hold the same ones: every `expert_parallel`-th rank.
-    """
-    ranks, spread = config.cluster.devices, config.engine.expert_parallel
-    place = None if rank is None else rank // spread
-    shared = _most_touched(_shared_groups(config), max(ranks // spread, 1), place, above)
-    return _most_touched(_groups(config), ranks, rank, above) + shared
+def _sharded_gradients(config: RunConfig, total: int, width: int) -> _Gradients:
+    """Under ZeRO 3. The bucket exists from the start, and its reduction makes a copy."""
+    ranks, bucket = config.cluster.devices, width * min(config.engine.reduce_bucket_elements, total)
+    share = _sum_width(config, width) * total // ranks
+    before, after = ({"gradients": share, "buckets": size} for size in (bucket, 2 * bucket + bucket // ranks))
+    return _Gradients(before, before, after, {"gradients": share, "buckets": 0})
 
 
-def _most_touched(groups: list[tuple[int, list[int]]], ranks: int, rank: int | None, above: int) -> int:
-    # The touched matrices change only at shares that contain a border of a matrix, and their neighbours.
-    borders = {int(end * ranks / sum(sizes)) for _, sizes in groups for end in itertools.accumulate(sizes)}
-    near = {place + step for place in borders | {0} for step in (-1, 0, 1)} & set(range(ranks))
-    asked = near if rank is None else {rank}
-    return max(sum(times * _overlap(sizes, place, ranks, above) for times, sizes in groups) for place in asked)
+def _sum_width(config: RunConfig, width: int) -> int:
+    """Bytes of a number of a gradient that accumulates."""
+    return 4 if config.engine.grad_accum_dtype == "fp32" else width
+
+
+def _left_activations(config: RunConfig, waiting: int) -> int:
+    """Of those `waiting` when the backward starts, what is left when two layers are done and a third is computed."""
+    layers = config.model.layers
+    return waiting - held_bytes(config) * min(layers - 1, GROUPS_IN_FLIGHT) // layers
 
 
 def _groups(config: RunConfig) -> list[tuple[int, list[int]]]:
@@ -369,33 +347,17 @@ def _step(config: RunConfig) -> int:
     """
     optim, ranks = config.optim, config.cluster.devices
     copied = MASTER_BYTES if config.telemetry.layer_statistics_every else 0
+    # The sums themselves, where they are fp32 in one tensor.
+    gradient = 0 if config.engine.zero_stage < 3 and _sum_width(config, number_bytes(config)) == 4 else 4
     # Groups of layers come after the one of embedding and head.
     groups = [(sum(sizes), number > 0) for number, (times, sizes) in enumerate(_groups(config)) if times]
     # A rank's part of the experts is cut among as many fewer ranks as there are parts.
     groups += [(config.engine.expert_parallel * sum(sizes), True) for _, sizes in _shared_groups(config)]
     return max(
-        (4 + optim.widened_bytes(config.engine.moment_dtype, is_layer) + copied) * size // ranks
+        (gradient + optim.widened_bytes(config.engine.moment_dtype, is_layer) + copied) * size // ranks
         + (optim.step_bytes(size // ranks) if is_layer else 0)
         for size, is_layer in groups
     )
-
-
-def _overlap(sizes: list[int], rank: int, ranks: int, above: int) -> int:
-    """The sum of those of the `sizes`, laid end to end, that the share of `rank` touches and that exceed `above`."""
-    start, total, touched = 0, sum(sizes), 0
-    for size in sizes:
-        if size > above and start < (rank + 1) * total / ranks and start + size > rank * total / ranks:
-            touched += size
-        start += size
-    return touched
-
-
-def _buckets(config: RunConfig, total: int, width: int) -> tuple[int, int]:
-    """Buffers of the reduction when the backward starts, and when it ends."""
-    bucket = width * min(config.engine.reduce_bucket_elements, total)
-    if config.engine.zero_stage < 3:
-        return 0, bucket
-    return bucket, 2 * bucket + bucket // config.cluster.devices
 
 
 def _head(config: RunConfig) -> int:

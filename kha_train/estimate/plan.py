@@ -27,7 +27,6 @@ from kha_train.estimate.counts import (
     interaction_overhead,
     map_parameters,
 )
-from kha_train.estimate.exchange import exchange_bytes
 from kha_train.estimate.figures import DataUse, PlannedBatch, RunTime, SavedSize
 from kha_train.estimate.long_step import long_step_warning
 from kha_train.estimate.memory import (
@@ -35,32 +34,16 @@ from kha_train.estimate.memory import (
     GIB,
     MemoryPlan,
     largest_micro_batch,
-    micro_batches,
-    number_bytes,
     optimizer_bytes,
     plan_memory,
     recipes,
 )
 from kha_train.estimate.remedies import Remedy, advise, with_engine
+from kha_train.estimate.traffic import Communication, communication
 
 STAGES = (1, 2, 3)
 ESTIMATED = "deepspeed"
 """The engine whose memory and traffic the plan estimates."""
-
-
-@dataclass(frozen=True)
-class Communication:
-    """Bytes that one rank sends in a step under a ZeRO stage, and the seconds this takes on the slowest link it crosses
-    (None: unknown). No overlap with computation is assumed. `group_bytes_per_step` of those bytes stay inside groups of
-    `engine.hpz_partition_size` ranks, and `exchange_bytes_per_step` carry tokens to their experts and back, inside
-    groups of `engine.expert_parallel` ranks.
-    """
-
-    stage: int
-    bytes_per_step: int
-    seconds_per_step: float | None
-    group_bytes_per_step: int = 0
-    exchange_bytes_per_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -175,7 +158,7 @@ def make_plan(config: RunConfig) -> Plan:
         largest_micro_batch=None if budget is None else largest_micro_batch(config, budget),
         remedies=remedies,
         together=together,
-        communication=tuple(_communication(config, stage, parameters.total) for stage in STAGES),
+        communication=tuple(communication(config, stage, time["step_seconds"]) for stage in STAGES),
         exchanged=exchanged(config),
         batch_problem=_batch_problem(config),
         data_problem=_data_problem(config),
@@ -198,32 +181,6 @@ def recipe_table(config: RunConfig, total: int) -> list[dict[str, Any]]:
         }
         for recipe in recipes(config.optim, map_parameters(config) / total)
     ]
-
-
-def _communication(config: RunConfig, stage: int, total: int) -> Communication:
-    """Traffic of ring collectives. Each rank sends S (N - 1) / N bytes in a reduce-scatter or all-gather of S bytes,
-    and twice that in an all-reduce.
-
-    DeepSpeed 0.19 all-reduces whole gradients in the training dtype: under ZeRO 1 once per step, under ZeRO 2 in every
-    micro-batch (`use_multi_rank_bucket_allreduce`); both then gather the updated parameters. ZeRO 3 gathers them in
-    every micro-batch, for the forward and again for the backward, and reduce-scatters. With `hpz_partition_size` only
-    the first gather of a step is among all ranks; the others stay inside each group.
-    """
-    group = config.engine.hpz_partition_size if stage == 3 else 1
-    ranks, width, micro = config.cluster.devices, number_bytes(config), micro_batches(config)
-    passes = {1: 3, 2: 2 * micro + 1, 3: micro + 1 if group > 1 else 3 * micro}[stage]
-    spread, (everywhere, shared) = config.engine.expert_parallel, held_parameters(config)
-    if stage == 3:
-        spread, everywhere, shared = 1, total, 0
-    # A rank's part of the experts travels among the ranks that hold the same part.
-    holders = max(ranks // spread, 1)
-    among_all = passes * width * everywhere * (ranks - 1) // ranks + passes * width * shared * (holders - 1) // holders
-    exchanged = exchange_bytes(config) if spread > 1 else 0
-    in_groups = (2 * micro - 1) * width * total * (group - 1) // group
-    sent = ((among_all, ranks), (in_groups, group), (exchanged, spread))
-    seconds = [count / (link * 1e9) for count, size in sent if (link := config.cluster.bandwidth_gb(size))]
-    known = sum(seconds) if len(seconds) == len(sent) else None
-    return Communication(stage, among_all + in_groups + exchanged, known, in_groups, exchanged)
 
 
 def _batch_problem(config: RunConfig) -> str | None:

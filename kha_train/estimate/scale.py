@@ -138,8 +138,8 @@ def _stage(plan: Plan, config: RunConfig, stage: int) -> Stage:
 
 
 def _exposed(plan: Plan, stage: int) -> float | None:
-    """Seconds of a step in which ranks exchange gradients, weights and tokens, and heads where they share rows."""
-    waits = [plan.communication[stage - 1].seconds_per_step]
+    """Seconds of a step in which a rank waits for gradients, weights and tokens, and heads where they share rows."""
+    waits = [plan.communication[stage - 1].exposed_seconds_per_step]
     if plan.exchanged["ranks"] > 1:
         waits.append(plan.exchanged["seconds_per_step"])
     known = [seconds for seconds in waits if seconds is not None]

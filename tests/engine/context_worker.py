@@ -74,11 +74,11 @@ def train(config: RunConfig, world: World, steps: int) -> dict[str, Any]:
     """
     sent, real = [0], dist.all_to_all_single
 
-    def counted(received: Tensor, given: Tensor, *sizes: Any, group: Any = None) -> Any:
+    def counted(received: Tensor, given: Tensor, *sizes: Any, group: Any = None, **options: Any) -> Any:
         if sys._getframe(1).f_code.co_filename.endswith("attention/context.py"):
             size = dist.get_world_size(group)
             sent[0] += given.numel() * given.element_size() * (size - 1) // size
-        return real(received, given, *sizes, group=group)
+        return real(received, given, *sizes, group=group, **options)
 
     dist.all_to_all_single = counted
     engine, stream = Engine(config, world), open_stream(config, world.rank, world.size)

@@ -44,8 +44,19 @@ def test_its_groups_wait_as_long_as_the_settings_say(small: list[str], monkeypat
     assert given and set(given) == {timedelta(seconds=77)}
 
 
+def test_the_gradient_of_a_share_is_still_taken_as_one_tensor_and_the_other_reduction_is_still_a_switch() -> None:
+    _import_deepspeed(torch.device("cpu"))
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    assert "flat_partition" in source_of(DeepSpeedZeroOptimizer._get_preflattened_grad_partition)
+    assert "GradPartitionBufferGroup(" in source_of(DeepSpeedZeroOptimizer._build_compact_grad_partition_buffer)
+    assert "self._grad_acc_hooks.append(" in source_of(DeepSpeedZeroOptimizer.create_gradient_handling_hooks)
+    assert "if self.enable_backward_allreduce" in source_of(DeepSpeedEngine._backward_epilogue)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_gradients_are_reduced_on_another_stream_under_stage_3_alone(stage: int, small: list[str]) -> None:
+def test_deepspeed_reduces_gradients_on_another_stream_under_stage_3_alone(stage: int, small: list[str]) -> None:
     world = World(device=torch.device("cuda"))
     settings = _settings(compose([*small, f"engine.zero_stage={stage}"]), world, torch.bfloat16)
     assert settings["zero_optimization"]["overlap_comm"] is (stage == 3)
@@ -53,13 +64,12 @@ def test_gradients_are_reduced_on_another_stream_under_stage_3_alone(stage: int,
 
 def test_each_optimizer_class_still_takes_its_norm_where_the_gate_replaces_it() -> None:
     _import_deepspeed(torch.device("cpu"))
-    from deepspeed.runtime import bf16_optimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    assert "self.scaled_global_norm(" in source_of(DeepSpeedZeroOptimizer.step)
+    step = source_of(DeepSpeedZeroOptimizer.step)
+    assert "self.scaled_global_norm(" in step and "self.check_overflow(partition_gradients=" in step
     assert "self._get_norm_groups(" in source_of(DeepSpeedZeroOptimizer_Stage3.step)
-    assert "get_global_norm_of_tensors(" in source_of(bf16_optimizer.BF16_Optimizer.step)
 
 
 @pytest.mark.parametrize("settings", [(1, "bf16"), (2, "bf16"), (2, "fp32")], ids=str)

@@ -86,7 +86,7 @@ def test_shared_experts_train_as_whole_ones_do(case: str, answers: list[dict[str
 
 @pytest.mark.slow
 def test_in_bf16_shared_experts_differ_less_than_another_micro_batch(answers: list[dict[str, Any]]) -> None:
-    """Under the optimizer of DeepSpeed that keeps whole fp32 gradients, whose own norm leaves experts out."""
+    """DeepSpeed's own norm averages those of different experts."""
     case = answers[0]["bf16 summed in fp32, ZeRO 1"]
     whole, shared, other = (case[name] for name in ("1", "2", "another micro-batch"))
     assert shared["norm"][0] == pytest.approx(whole["norm"][0], rel=1e-3)

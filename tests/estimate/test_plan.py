@@ -64,11 +64,10 @@ def test_a_batch_that_grows_is_summed_over_the_run_and_planned_at_its_largest(ca
     assert answer["time"]["tokens_per_step"] == largest["time"]["tokens_per_step"]
 
 
-def test_the_6b_model_fits_an_h200_when_recomputed_and_one_h100_under_zero_3_with_bf16_sums_and_moments(capsys) -> None:
+def test_the_6b_model_fits_an_h200_when_recomputed_and_one_h100_with_bf16_sums_and_moments_too(capsys) -> None:
     code, answer = answered(capsys, *SIX_BILLION, "cluster=h100_1x1", "engine.activation_checkpointing=full")
     assert code == 2 and answer["memory_per_rank"]["fits"] is False
-    recipe = ["engine.zero_stage=3", "engine.grad_accum_dtype=bf16", "engine.moment_dtype=bf16"]
-    assert answer["together"].split() == recipe
+    assert answer["together"].split() == ["engine.grad_accum_dtype=bf16", "engine.moment_dtype=bf16"]
     full = ("engine=zero2", "engine.activation_checkpointing=full")
     code, answer = answered(capsys, *SIX_BILLION, "cluster=h200_1x1", *full, "engine.micro_batch_size=1")
     assert code == 0 and answer["memory_per_rank"]["largest_micro_batch"] >= 1
@@ -223,8 +222,10 @@ def test_283_h100_days_at_40_percent_for_a_trillion_tokens() -> None:
 def test_traffic_by_stage_for_rings_and_its_slowest_link() -> None:
     plan = make_plan(compose([*SIX_BILLION, "cluster=h100_8x8", "engine.micro_batch_size=2"]))
     once = 2 * 6_102_268_416 * 63 // 64
-    assert [volume.bytes_per_step for volume in plan.communication] == pytest.approx([3 * once, 9 * once, 12 * once])
-    assert plan.communication[0].seconds_per_step == pytest.approx(3 * once / 50e9)
+    # Of each forward under ZeRO 3 half a billion parameters stay for the backward.
+    gathered = 12 * once - 4 * 2 * 500_000_000 * 63 // 64
+    assert [volume.bytes_per_step for volume in plan.communication] == pytest.approx([2 * once, 5 * once, gathered])
+    assert plan.communication[0].seconds_per_step == pytest.approx(2 * once / 50e9)
     inside = make_plan(compose([*SIX_BILLION, "cluster=h100_1x8"])).communication[0]
     assert inside.seconds_per_step == pytest.approx(inside.bytes_per_step / 450e9)
 
@@ -263,7 +264,7 @@ def test_a_batch_that_does_not_deal_out_is_said() -> None:
 
 def test_the_table_names_the_verdict_and_every_term(capsys) -> None:
     with pytest.raises(SystemExit) as ended:
-        run(["plan", "model=moe_6b", "attention=kha_mlp", "cluster=h100_1x8"])
+        run(["plan", "model=moe_6b", "attention=kha_mlp", "cluster=h100_1x8", "engine.micro_batch_size=6"])
     text = capsys.readouterr().out
     assert ended.value.code == 2
     for word in ("6,103,153,152", "1,007,073,792", "DOES NOT FIT on h100_1x8", "optimizer", "1. engine.", "enough:"):

@@ -20,21 +20,23 @@ WORKER = Path(__file__).with_name("traffic_worker.py")
 def test_planned_traffic_is_that_of_the_collectives_of_a_step(
     stage: int, precision: str, run_ranks: Callable[..., list[Any]]
 ) -> None:
-    """Two micro-batches. ZeRO 3 keeps small parameters and the last layers gathered: somewhat less than planned."""
+    """Two micro-batches of a second step: in the first one DeepSpeed learns what ZeRO 3 may keep gathered. It keeps
+    small parameters too, so it gathers less than planned. Gradients are exchanged all to all on gloo."""
     overrides = [
         *("model=tiny", "cluster=cpu", "cluster.devices=2", "engine.micro_batch_size=1", "data.global_batch_size=4"),
         *(f"engine=zero{stage}", f"engine.precision={precision}"),
     ]
     config = compose(overrides)
     planned = make_plan(config).communication[stage - 1].bytes_per_step
-    sent = run_ranks(WORKER, 2, fresh=True, overrides=overrides, steps=1)[0][0]["all"]
+    sent = run_ranks(WORKER, 2, fresh=True, overrides=overrides, steps=2)[0][1]["all"]
     print(f"ZeRO {stage} {precision}: planned {planned}, sent {sent}")
     if stage < 3:
         assert sum(sent.values()) == pytest.approx(planned, rel=0.01)
+        assert "reduce_scatter_tensor" not in sent and sent.get("all_reduce", 0) < 1000
         return
     once = 4 * count_parameters(config).total // 2
-    assert sent["reduce_scatter_tensor"] == pytest.approx(2 * once, rel=0.01)
-    assert 3 * once < sent["all_gather_into_tensor"] <= 4 * once and sum(sent.values()) <= planned * 1.01
+    assert sent["all_to_all_single"] == pytest.approx(2 * once, rel=0.01)
+    assert once < sent["all_gather_into_tensor"] <= 2.02 * once and sum(sent.values()) <= planned * 1.01
 
 
 @pytest.mark.slow
@@ -52,10 +54,10 @@ def test_with_groups_of_ranks_all_gathers_but_a_steps_first_are_inside_them(
     first, second = run_ranks(WORKER, 4, fresh=True, overrides=overrides, steps=2)[0]
     print(f"groups: planned {planned}, sent {first}, then {second}")
     once, once_in_a_group = 4 * count_parameters(config).total * 3 // 4, 4 * count_parameters(config).total // 2
-    assert planned.group_bytes_per_step == 3 * once_in_a_group
-    assert planned.bytes_per_step == 3 * once_in_a_group + 3 * once
+    assert planned.group_bytes_per_step == once_in_a_group
+    assert planned.bytes_per_step == once_in_a_group + 3 * once
     assert first["groups"]["all_gather_into_tensor"] == pytest.approx(3 * once_in_a_group, rel=0.01)
     assert second["all"]["all_gather_into_tensor"] == pytest.approx(once, rel=0.01)
     for step in (first, second):
-        assert step["all"]["reduce_scatter_tensor"] == pytest.approx(2 * once, rel=0.01)
-        assert sum(step["all"].values()) + sum(step["groups"].values()) <= 1.01 * planned.bytes_per_step
+        assert step["all"]["all_to_all_single"] == pytest.approx(2 * once, rel=0.01)
+    assert sum(second["all"].values()) + sum(second["groups"].values()) <= 1.01 * planned.bytes_per_step

@@ -2,7 +2,8 @@
 by collective: among `all` ranks, and inside `groups` of them.
 
 The collectives of torch.distributed are counted from outside, whoever calls them: an all-reduce of S bytes sends 2 S (N
-- 1) / N from every rank, a reduce-scatter, all-gather or broadcast of S bytes (all ranks' parts) S (N - 1) / N.
+- 1) / N from every rank, a reduce-scatter, all-gather, all-to-all or broadcast of S bytes (all ranks' parts) S (N - 1)
+/ N.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ TIMES_SENT = {
     "all_gather_into_tensor": 1,
     "reduce_scatter": 1,
     "reduce_scatter_tensor": 1,
+    "all_to_all_single": 1,
 }
 sent: Counter[tuple[str, int]] = Counter()
 running = [False]

@@ -166,7 +166,6 @@ def test_recomputing_activations_changes_no_statistic(two_ranks: list[dict[str, 
 
 @pytest.mark.slow
 def test_bf16_with_gradients_in_fp32_gives_nearly_the_norms_of_fp32(two_ranks: list[dict[str, Any]]) -> None:
-    """BF16_Optimizer keeps gradients its own way: whole, in one flat tensor a group."""
     (found,), expected = two_ranks[0]["bf16"], two_ranks[0]["zero1"][0]
     for name in STATISTICS:
         assert found[f"{name}_by_layer"] == pytest.approx(expected[f"{name}_by_layer"], rel=0.03)
