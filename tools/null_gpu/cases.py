@@ -80,6 +80,8 @@ SETTINGS = {
 SHARED_EXPERTS, SHARED_ROWS = "engine.expert_parallel=2", "engine.context_parallel=2"
 REFUSED = {("linear", "rows"), ("talking_heads", "rows")}
 """Attention that no ranks can share, by rule of the trainer."""
+PAIRED = {"diff": ["model.kv_heads=4"]}
+"""Attention whose heads are pairs, with enough of them for two ranks."""
 OF_TWO_RANKS = {
     "two ranks, second shards": "engine.zero_stage=3 engine.hpz_partition_size=2",
     "two ranks, muon": "optim=muon",
@@ -182,6 +184,6 @@ def of_two_ranks() -> Iterator[tuple[str, list[str]]]:
         if (preset, shared) not in REFUSED:
             name = f"shared {shared}, {preset}"
             setting = SHARED_EXPERTS if shared == "experts" else SHARED_ROWS
-            yield name, ["train", *TINY, f"attention={preset}", setting, _place(name)]
+            yield name, ["train", *TINY, f"attention={preset}", *PAIRED.get(preset, []), setting, _place(name)]
     for name, overrides in OF_TWO_RANKS.items():
         yield name, ["train", *TINY, *overrides.split(), _place(name)]
