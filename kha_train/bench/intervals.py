@@ -40,7 +40,8 @@ CHUNK = 4_000_000
 PRINTED: dict[str, tuple[str, ...]] = {
     "mean over seeds": (
         "analysis/answer.py", "analysis/compare.py", "analysis/report/answer.py", "analysis/report/validation.py",
-        "analysis/study_collection.py", "analysis/study_page.py", "analysis/study_results.py",
+        "analysis/study_collection.py", "analysis/study_page.py", "analysis/study_picture.py",
+        "analysis/study_results.py",
     ),
     "sign test over seeds": ("analysis/answer.py", "analysis/compare.py", "analysis/study_results.py"),
     "spread over seeds": ("analysis/report/certificate.py",),

@@ -35,7 +35,7 @@ def plan(
 ) -> None:
     """Estimate parameters, FLOPs, memory, time and cost of a run on cluster=...; exit 2 if it cannot start there."""
     if variants:
-        from kha_train.analysis.cost_page import cost_page, costs_as_json, variant_costs
+        from kha_train.operate.cost_page import cost_page, costs_as_json, variant_costs
 
         costs = variant_costs(overrides or [])
         if as_json:

@@ -155,7 +155,7 @@ class _Flight:
 
 
 def ordered_reduce_scatter(
-    share: Tensor, whole: Tensor, op: Any = None, group: dist.ProcessGroup | None = None, async_op: bool = False
+    share: Tensor, whole: Tensor, op: object = None, group: dist.ProcessGroup | None = None, async_op: bool = False
 ) -> None:
     """`dist.reduce_scatter_tensor` of sums for gloo, whose own sends as much as an all-reduce. `share` may be a part of
     `whole`.

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kha_train.analysis.cost_page import cost_page, paper_shares, variant_costs
 from kha_train.config.compose import shipped
+from kha_train.operate.cost_page import cost_page, paper_shares, variant_costs
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cost.md"
 COMMAND = "kha plan --variants "
