@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,12 @@ def code_sha256() -> str:
     return digest.hexdigest()
 
 
+@cache
+def _code_in_use() -> str:
+    """Read once: what changes on the disk later is not what this process runs."""
+    return code_sha256()
+
+
 def collect_provenance(clean: Callable[[list[str]], list[str]] = list) -> dict[str, Any]:
     """What is known of this process without importing anything heavy. `clean` removes secrets from the command's
     arguments before they are quoted; the caller redacts the rest.
@@ -87,7 +94,7 @@ def collect_provenance(clean: Callable[[list[str]], list[str]] = list) -> dict[s
     return {
         "command": shlex.join(clean(sys.orig_argv)),
         "git": _git_state(),
-        "code_sha256": code_sha256(),
+        "code_sha256": _code_in_use(),
         "versions": {package: found for package in PACKAGES if (found := _version(package))},
         "detector": DETECTOR,
         "python": platform.python_version(),

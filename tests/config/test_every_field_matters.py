@@ -539,7 +539,7 @@ CHANGES: dict[str, Change] = {
     "optim.schedule.surge.factor": (9, learning_rates, "optim.schedule.surge.length=0.5"),
     "optim.schedule.surge.start": (0.5, learning_rates, "optim.schedule.surge={factor: 9, length: 0.5}"),
     "optim.schedule.surge.length": (0.5, learning_rates, "optim.schedule.surge.factor=9"),
-    "engine.zero_stage": (2, engine_settings),
+    "engine.zero_stage": (3, engine_settings),
     "engine.micro_batch_size": (2, engine_settings),
     "engine.device": ("cuda", process_group),
     "engine.precision": ("bf16", engine_settings),
