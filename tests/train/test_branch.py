@@ -232,6 +232,8 @@ def test_every_field_is_free_or_listed_or_refused_for_a_reason() -> None:
 ALLOWED = {
     "run.steps": 9, "optim.lr": 1e-3, "optim.interaction_lr_scale": 0.5, "optim.schedule.warmup": 0.5,
     "optim.schedule.name": "wsd", "optim.schedule.decay": 0.1, "optim.schedule.final": 0.0, "optim.grad_clip": 0.1,
+    "optim.schedule.surge.factor": 2.0, "optim.schedule.surge.start": 0.5, "optim.schedule.surge.length": 0.1,
+    "data.batch_schedule": [{"start_step": 5, "global_batch_size": 8}],
     "stability.zclip": True, "engine.precision": "bf16", "engine.grad_accum_dtype": "bf16",
     "engine.moment_dtype": "bf16", "data.global_batch_size": 6, "data.seed": 9, "data.shuffle": "block",
     "data.packing": "best_fit", "data.skip_windows": [[8, 10]], "moe.top_k": 1, "moe.score": "softmax",
