@@ -91,8 +91,8 @@ class Faults:
             self.step = self.progress() + 1
             happened = self.happen(f"batch:{self.step}")
             if "data" in happened:
-                failing = type("Failing", (), {"__next__": lambda _: _raise(DataError("damaged", field="shard"))})()
-                return next_batch(failing, *others)
+                damaged = {"__next__": lambda _: _raise(DataError("damaged", field="shard"))}
+                return next_batch(type("Failing", (), damaged | {"samples_seen": stream.samples_seen})(), *others)
             batch, labels = next_batch(stream, *others)
             if "noise" in happened:
                 noise = np.random.default_rng([self.step, int(os.environ["RANK"])])
