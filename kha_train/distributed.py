@@ -287,6 +287,13 @@ def srun_meeting_point(environ: Mapping[str, str]) -> dict[str, str]:
     return {"MASTER_ADDR": re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group()), "MASTER_PORT": str(port)}
 
 
+def wait_for(work: dist.Work) -> None:
+    """Wait until a collective that was begun with `async_op` has ended; on a GPU, the stream waits and not the host.
+    The watchdog knows a rank that waits for others by this frame.
+    """
+    work.wait()
+
+
 def start(device: str, timeout_seconds: float) -> World:
     """Join the process group this process was started for (a group of one when it was started alone).
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kha_train.config.constants import GROUPS_IN_FLIGHT
+from kha_train.distributed import wait_for
 
 
 class Reduction:
@@ -149,7 +150,7 @@ class _Flight:
 
     def land(self) -> None:
         """Wait for the sum, and add it to the share; on gloo the part of each rank, in their order."""
-        self._work.wait()
+        wait_for(self._work)
         for arrived_S in self._arriving.view(-1, self._share_S.numel()):
             self._share_S.add_(arrived_S)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypedDict
 
-from kha_train.distributed import World
+from kha_train.distributed import World, wait_for
 from kha_train.errors import DataError, HangError
 from kha_train.foreign.documents import parse_json
 from kha_train.foreign.files import SMALL, read_regular
@@ -251,7 +251,7 @@ def _main_thread_waits() -> bool:
     """Whether the main thread is in a collective, according to its stack."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
-        if _COLLECTIVES in frame.f_code.co_filename:
+        if _COLLECTIVES in frame.f_code.co_filename or frame.f_code is wait_for.__code__:
             return True
         frame = frame.f_back
     return False
