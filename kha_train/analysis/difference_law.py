@@ -5,7 +5,7 @@
 N are the active parameters, D the tokens, N0 and D0 their geometric means over the fitted cells, and a family is dense
 or a mixture of experts. It is fitted by least squares to every seed alone. The coefficients of a linear fit to the mean
 of all seeds are the means of these, so Student's interval over seeds is exact where noise is normal; a percentile
-bootstrap of five seeds covers far less than it says.
+bootstrap of five seeds that promises 95 % covers some 84 %.
 """
 
 # C cells of the ladder   P coefficients   S seeds
