@@ -79,7 +79,9 @@ class Nodes:
         """Start `command` on a node, in a session of its own, with `environment` on top of this process's. The kernel
         kills it when this process ends.
         """
-        argv = [*_entering(self._nodes[node]), "setpriv", "--pdeathsig", "KILL", *command]
+        # A process that was killed before the kernel knew of the wish has left its children to another parent.
+        unless_orphaned = ("sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid()))
+        argv = [*_entering(self._nodes[node]), "setpriv", "--pdeathsig", "KILL", *unless_orphaned, *command]
         return subprocess.Popen(argv, env={**os.environ, **environment}, start_new_session=True, **how)
 
 
