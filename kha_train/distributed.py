@@ -29,6 +29,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 
 from kha_train import errors
+from kha_train.collectives import all_to_all
 from kha_train.errors import ConfigError, DivergedError, KhaError, MachineError, RankError, Settings
 from kha_train.literal import say
 
@@ -128,7 +129,7 @@ class World:
         result is what it received from each, `received` numbers.
         """
         result = values.new_empty(sum(received))
-        dist.all_to_all_single(result, values, received, sent)
+        all_to_all(result, values, received, sent)
         return result
 
     def max_ints(self, *values: int) -> tuple[int, ...]:
@@ -285,13 +286,6 @@ def srun_meeting_point(environ: Mapping[str, str]) -> dict[str, str]:
     numbers = [int(environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")]
     port = 20_000 + (numbers[0] + numbers[1] * 7919 + numbers[2] * 101) % 10_000
     return {"MASTER_ADDR": re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group()), "MASTER_PORT": str(port)}
-
-
-def wait_for(work: dist.Work) -> None:
-    """Wait until a collective that was begun with `async_op` has ended; on a GPU, the stream waits and not the host.
-    The watchdog knows a rank that waits for others by this frame.
-    """
-    work.wait()
 
 
 def start(device: str, timeout_seconds: float) -> World:

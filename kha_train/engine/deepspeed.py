@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kha_train.collectives import all_gather, ordered_reduce_scatter
 from kha_train.config.resolve import Resolved
 from kha_train.config.schema import RunConfig
 from kha_train.data.rows.batch import Batch
@@ -46,7 +47,7 @@ from kha_train.engine.building import (
 )
 from kha_train.engine.contract import Changed, Fragment, InitialValue, seeded
 from kha_train.engine.expert_groups import group_name, layer_of, mark_experts
-from kha_train.engine.reduction import Reduction, ordered_reduce_scatter
+from kha_train.engine.reduction import Reduction
 from kha_train.engine.settings import deepspeed_settings as _settings
 from kha_train.engine.zero_state import owned_gradients, partitioned_fragments, replicated_fragments
 from kha_train.errors import ConfigError
@@ -331,6 +332,7 @@ def _import_deepspeed(device: torch.device) -> Any:
         function.__defaults__ = (None, *(function.__defaults__ or ())[1:])
     if device.type == "cpu":
         TorchBackend.get_reduce_scatter_function = lambda self: ordered_reduce_scatter
+        TorchBackend.get_all_gather_function = lambda self: all_gather
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     return deepspeed

@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kha_train.collectives import Messages, wait_for
 from kha_train.config.constants import GROUPS_IN_FLIGHT
-from kha_train.distributed import wait_for
 
 
 class Reduction:
@@ -146,24 +146,11 @@ class _Flight:
             self._work = dist.reduce_scatter_tensor(self._arriving, self._sent_P, group=ranks, async_op=True)
         else:
             self._arriving = torch.empty_like(self._sent_P)
-            self._work = dist.all_to_all_single(self._arriving, self._sent_P, group=ranks, async_op=True)
+            size = dist.get_world_size(ranks)
+            self._work = Messages(self._arriving.chunk(size), self._sent_P.chunk(size), ranks)
 
     def land(self) -> None:
         """Wait for the sum, and add it to the share; on gloo the part of each rank, in their order."""
         wait_for(self._work)
         for arrived_S in self._arriving.view(-1, self._share_S.numel()):
             self._share_S.add_(arrived_S)
-
-
-def ordered_reduce_scatter(
-    share: Tensor, whole: Tensor, op: object = None, group: dist.ProcessGroup | None = None, async_op: bool = False
-) -> None:
-    """`dist.reduce_scatter_tensor` of sums for gloo, whose own sends as much as an all-reduce. `share` may be a part of
-    `whole`.
-    """
-    arrived = torch.empty_like(whole)
-    dist.all_to_all_single(arrived, whole, group=group)
-    first, *others = arrived.view(-1, share.numel())
-    share.copy_(first)
-    for part in others:
-        share.add_(part)

@@ -23,7 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypedDict
 
-from kha_train.distributed import World, wait_for
+from kha_train.collectives import wait_for
+from kha_train.distributed import World
 from kha_train.errors import DataError, HangError
 from kha_train.foreign.documents import parse_json
 from kha_train.foreign.files import SMALL, read_regular

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (
     {"interpreter", "literal", "metric", "output"},
-    {"errors", "heads", "stability"},
+    {"collectives", "errors", "heads", "stability"},
     {"foreign"},
     {"variants"},
     {"config"},

@@ -16,6 +16,7 @@ from kha_train import compose, distributed, open_stream
 from kha_train.config.schema import RunConfig
 from kha_train.distributed import World
 from kha_train.engine.deepspeed import Engine
+from kha_train.model.attention import context as sharing
 from kha_train.model.attention.context import ContextRanks
 from kha_train.model.decoder import DecoderOutput, build_decoder
 from kha_train.model.host import inputs_of
@@ -72,15 +73,14 @@ def train(config: RunConfig, world: World, steps: int) -> dict[str, Any]:
     """Steps, the second of them discarded, and the bytes that each sends around attention; then what the probe and an
     evaluation see of parts of rows and of whole ones.
     """
-    sent, real = [0], dist.all_to_all_single
+    sent, real = [0], sharing.all_to_all
 
-    def counted(received: Tensor, given: Tensor, *sizes: Any, group: Any = None, **options: Any) -> Any:
-        if sys._getframe(1).f_code.co_filename.endswith("attention/context.py"):
-            size = dist.get_world_size(group)
-            sent[0] += given.numel() * given.element_size() * (size - 1) // size
-        return real(received, given, *sizes, group=group, **options)
+    def counted(received: Tensor, given: Tensor, group: Any) -> Any:
+        size = dist.get_world_size(group)
+        sent[0] += given.nbytes * (size - 1) // size
+        return real(received, given, group=group)
 
-    dist.all_to_all_single = counted
+    sharing.all_to_all = counted
     engine, stream = Engine(config, world), open_stream(config, world.rank, world.size)
     told: dict[str, Any] = {"loss": [], "norm": [], "auxiliary": [], "bytes": [], "logits": [], "evaluated": []}
     for step in range(steps):
@@ -98,7 +98,7 @@ def train(config: RunConfig, world: World, steps: int) -> dict[str, Any]:
         loss = world.sum_(engine.evaluate(next(one.micro_batches(1))).loss_sum.double()).item()
         told["evaluated"].append(loss if one is batch else loss / config.engine.context_parallel)
     engine.close()
-    dist.all_to_all_single = real
+    sharing.all_to_all = real
     return told
 
 

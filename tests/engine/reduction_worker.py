@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kha_train import distributed
+from kha_train.collectives import Messages
 from kha_train.distributed import World
+from kha_train.engine import reduction as reducing
 from kha_train.engine.reduction import Reduction
 
 torch.set_num_threads(1)
@@ -94,13 +97,12 @@ def run(world: World, narrow: torch.dtype, wide: torch.dtype, each: bool) -> dic
     reduction, events = Reduction(optimizer, chain, world.size, each), []
     for number, layer in enumerate(chain.maps):
         layer.weight.register_hook(lambda grad, number=number: events.append(f"computed {number}"))
-    exchange = dist.all_to_all_single
 
-    def watched(arriving: Tensor, sent: Tensor, **options: Any) -> Any:
-        events.append(f"left {sent.numel()}")
-        return exchange(arriving, sent, **options)
+    def watched(arriving: Sequence[Tensor], leaving: Sequence[Tensor], group: Any) -> Messages:
+        events.append(f"left {sum(part.numel() for part in leaving)}")
+        return Messages(arriving, leaving, group)
 
-    dist.all_to_all_single = watched
+    reducing.Messages = watched
     wrong = []
     for step in range(STEPS):
         numbers = [step * MICRO_BATCHES + count for count in range(MICRO_BATCHES)]
@@ -120,7 +122,7 @@ def run(world: World, narrow: torch.dtype, wide: torch.dtype, each: bool) -> dic
                 wrong.append(f"step {step}, group {count}")
         if any(parameter.grad is not None for parameter in chain.parameters()):
             wrong.append(f"step {step}: a gradient stays")
-    dist.all_to_all_single = exchange
+    reducing.Messages = Messages
     reduction.close()
     return {"wrong": wrong, "events": told}
 

@@ -21,7 +21,7 @@ def test_planned_traffic_is_that_of_the_collectives_of_a_step(
     stage: int, precision: str, run_ranks: Callable[..., list[Any]]
 ) -> None:
     """Two micro-batches of a second step: in the first one DeepSpeed learns what ZeRO 3 may keep gathered. It keeps
-    small parameters too, so it gathers less than planned. Gradients are exchanged all to all on gloo."""
+    small parameters too, so it gathers less than planned. Gradients and weights are messages on gloo."""
     overrides = [
         *("model=tiny", "cluster=cpu", "cluster.devices=2", "engine.micro_batch_size=1", "data.global_batch_size=4"),
         *(f"engine=zero{stage}", f"engine.precision={precision}"),
@@ -35,8 +35,7 @@ def test_planned_traffic_is_that_of_the_collectives_of_a_step(
         assert "reduce_scatter_tensor" not in sent and sent.get("all_reduce", 0) < 1000
         return
     once = 4 * count_parameters(config).total // 2
-    assert sent["all_to_all_single"] == pytest.approx(2 * once, rel=0.01)
-    assert once < sent["all_gather_into_tensor"] <= 2.02 * once and sum(sent.values()) <= planned * 1.01
+    assert 3 * once < sent["isend"] <= 4.04 * once and sum(sent.values()) <= planned * 1.01
 
 
 @pytest.mark.slow
@@ -56,8 +55,8 @@ def test_with_groups_of_ranks_all_gathers_but_a_steps_first_are_inside_them(
     once, once_in_a_group = 4 * count_parameters(config).total * 3 // 4, 4 * count_parameters(config).total // 2
     assert planned.group_bytes_per_step == once_in_a_group
     assert planned.bytes_per_step == once_in_a_group + 3 * once
-    assert first["groups"]["all_gather_into_tensor"] == pytest.approx(3 * once_in_a_group, rel=0.01)
-    assert second["all"]["all_gather_into_tensor"] == pytest.approx(once, rel=0.01)
-    for step in (first, second):
-        assert step["all"]["all_to_all_single"] == pytest.approx(2 * once, rel=0.01)
+    assert first["groups"]["isend"] == pytest.approx(3 * once_in_a_group, rel=0.01)
+    # The parameters that stay gathered are gathered after its step.
+    assert 2 * once <= first["all"]["isend"] < 3 * once
+    assert second["all"]["isend"] == pytest.approx(3 * once, rel=0.01)
     assert sum(second["all"].values()) + sum(second["groups"].values()) <= 1.01 * planned.bytes_per_step

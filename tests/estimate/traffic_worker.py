@@ -3,7 +3,7 @@ by collective: among `all` ranks, and inside `groups` of them.
 
 The collectives of torch.distributed are counted from outside, whoever calls them: an all-reduce of S bytes sends 2 S (N
 - 1) / N from every rank, a reduce-scatter, all-gather, all-to-all or broadcast of S bytes (all ranks' parts) S (N - 1)
-/ N.
+/ N, a message its size.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ TIMES_SENT = {
     "reduce_scatter": 1,
     "reduce_scatter_tensor": 1,
     "all_to_all_single": 1,
+    "isend": 1,
 }
 sent: Counter[tuple[str, int]] = Counter()
 running = [False]
@@ -52,7 +53,7 @@ def counted(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
         try:
             whole = max(size(argument) for argument in (*args, *kwargs.values()))
             ranks = torch.distributed.get_world_size(kwargs.get("group"))
-            sent[name, ranks] += TIMES_SENT[name] * whole * (ranks - 1) // ranks
+            sent[name, ranks] += whole if name == "isend" else TIMES_SENT[name] * whole * (ranks - 1) // ranks
             return collective(*args, **kwargs)
         finally:
             running[0] = False

@@ -15,7 +15,7 @@ from kha_train.engine.deepspeed import Engine
 from kha_train.train import resume
 from kha_train.train.saving import Saver
 
-GATHERS = ("all_gather", "all_gather_into_tensor", "all_to_all_single", "reduce", "reduce_scatter_tensor")
+GATHERS = ("all_gather", "all_gather_into_tensor", "isend", "reduce", "reduce_scatter_tensor")
 
 torch.set_num_threads(1)
 

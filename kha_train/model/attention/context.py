@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kha_train.collectives import all_to_all
 from kha_train.distributed import World
 from kha_train.model.attention.backends import Backend, Documents
 from kha_train.variants.attention import shared_key_repeats
@@ -96,7 +97,7 @@ def exchanged(x: Tensor, group: dist.ProcessGroup, size: int, back: bool) -> Ten
     # Along the dimension that is cut, part s goes to rank s.
     sent = x.unflatten(cut, (size, -1)).movedim(cut, 0).contiguous()
     received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
+    all_to_all(received, sent, group=group)
     return received.movedim(0, joined).flatten(joined, joined + 1)
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kha_train.collectives import all_to_all
 from kha_train.model.moe.grouped import KERNELS, Placement, place
 from kha_train.model.moe.router import Routing
 
@@ -63,7 +64,7 @@ def run_exchanged(
     loads_2SP = torch.empty(2, *load_SP.shape, dtype=load_SP.dtype, device=load_SP.device)
     loads_2SP[0] = load_SP
     arriving_SP = loads_2SP[1]
-    dist.all_to_all_single(arriving_SP, load_SP, group=ranks.group)
+    all_to_all(arriving_SP, load_SP, group=ranks.group)
     sends, receives = loads_2SP.cpu().sum(dim=2).tolist()
 
     x_RD = _exchange(_permute(x_ND, sent, kernels), sends, receives, ranks.group)
@@ -95,7 +96,7 @@ class _Exchange(torch.autograd.Function):
 def exchanged(x: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup) -> Tensor:
     """The rows that arrive on this rank, in the order of the ranks they come from. Collective, without gradient."""
     out = x.new_empty(sum(receives), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), receives, sends, group=group)
+    all_to_all(out, x.contiguous(), receives, sends, group)
     return out
 
 
