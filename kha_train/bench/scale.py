@@ -1,8 +1,9 @@
 """Compares the step time that `kha plan --scale` predicts with that of real ranks on nodes behind a slow link.
 
 The nodes are network namespaces of this machine (`network.py`), one rank each. An arm is a ZeRO stage, with or without
-expert parallelism, and a number of micro-batches; all arms train the same model on the same batches. Arms and speeds of
-the link take turns. The prediction is the plan's, from the bytes that a rank sends, the speed of the link, and the time
+expert parallelism, and a number of micro-batches; all arms train the same model on the same batches. Some send their
+gradients only when the backward has ended: what hiding the reduction gains is the difference. Arms and speeds of the
+link take turns. The prediction is the plan's, from the bytes that a rank sends, the speed of the link, and the time
 of computation: that is what the same ranks take just before on the open link. The kernel counts what a node's card
 really sent.
 """
@@ -36,7 +37,11 @@ MODES = {
     "ZeRO 2": ("engine=zero2",),
     "ZeRO 3": ("engine=zero3",),
     "ZeRO 1, EP 2": ("engine=zero1", "engine.expert_parallel=2"),
+    "ZeRO 1 afterwards": ("engine=zero1",),
+    "ZeRO 2 afterwards": ("engine=zero2",),
 }
+AFTERWARDS = " afterwards"
+"""Ends the name of a mode whose gradients leave when the backward has ended."""
 MICRO_BATCHES = (1, 4)
 ROWS = 4
 """Rows of a rank in a step: they are divided into micro-batches."""
@@ -52,11 +57,12 @@ MOST_NODES, MOST_MEGABITS = 16, 10_000
 
 @dataclass
 class Arm:
-    """One configuration on so many nodes: seconds of its steps by speed of the link, one for each block, and what the
-    nodes sent in each step, on average.
+    """One configuration on so many nodes, with or without gradients that leave beside the backward: seconds of its
+    steps by speed of the link, one for each block, and what the nodes sent in each step, on average.
     """
 
     config: RunConfig
+    hides: bool
     seconds: dict[float, list[float]] = field(default_factory=dict)
     sent_bytes: list[float] = field(default_factory=list)
 
@@ -67,22 +73,24 @@ class Arm:
 
     def predicted(self, megabits: float) -> list[float]:
         """What the plan says of the steps at a speed of the link, block by block."""
-        return [predicted_seconds(self.config, megabits, seconds) for seconds in self.seconds[OPEN]]
+        return [predicted_seconds(self.config, megabits, seconds, self.hides) for seconds in self.seconds[OPEN]]
 
 
-def predicted_seconds(config: RunConfig, megabits: float, computed: float) -> float:
+def predicted_seconds(config: RunConfig, megabits: float, computed: float, hides: bool = True) -> float:
     """The step of `config` by `kha plan --scale`, where the network carries `megabits` million bits a second in each
-    direction, and a step takes `computed` seconds without it.
+    direction, and a step takes `computed` seconds without it. Where it is not so that a rank `hides` its gradients
+    behind the backward, it waits for all of them.
     """
     cluster = config.cluster
     assumed = make_plan(config).time["step_seconds"]
     assert assumed is not None, "cluster=cpu has a peak"
     # Computation is described by the share of the peak that it reaches.
-    found = replace(cluster, network_bandwidth_gb=megabits / 8000, mfu=cluster.mfu * assumed / computed)
-    (size,) = scale(replace(config, cluster=found), [cluster.devices])
+    behind = replace(cluster, network_bandwidth_gb=megabits / 8000, mfu=cluster.mfu * assumed / computed)
+    there = replace(config, cluster=behind)
+    (size,) = scale(there, [cluster.devices])
     (seconds,) = [stage.step_seconds for stage in size.stages if stage.configured]
     assert seconds is not None, "the batch divides, and the speed is known"
-    return seconds
+    return seconds if hides else seconds + make_plan(there).communication[config.engine.zero_stage - 1].hidden_seconds
 
 
 def measure(
@@ -99,7 +107,7 @@ def measure(
     for nodes in sizes:
         with tempfile.TemporaryDirectory() as folder:
             arms = settings_of_arms(overrides, nodes, Path(folder) / "data")
-            measured = {name: Arm(compose(settings)) for name, settings in arms.items()}
+            measured = {name: Arm(compose(settings), AFTERWARDS not in name) for name, settings in arms.items()}
             model = next(iter(measured.values())).config.model
             write_dataset(Path(folder) / "data", vocab_size=model.vocab_size, documents=200)
             with network.nodes_on_a_switch(nodes) as cluster, _ranks(cluster, arms, Path(folder)) as step:
@@ -149,7 +157,8 @@ def _ranks(nodes: network.Nodes, arms: Mapping[str, list[str]], folder: Path) ->
         for rank in range(nodes.count):
             errors = ended_last.enter_context((folder / f"rank{rank}.txt").open("wb"))
             environment = shared | {"RANK": str(rank)}
-            command = [sys.executable, "-m", "kha_train.bench.scale_rank", json.dumps(arms)]
+            told = json.dumps({"arms": arms, "afterwards": [name for name in arms if AFTERWARDS in name]})
+            command = [sys.executable, "-m", "kha_train.bench.scale_rank", told]
             pipes = {"stdin": network.PIPE, "stdout": network.PIPE, "stderr": errors}
             ranks.append(nodes.start(rank, command, environment, **pipes))
             ended_last.callback(_end, ranks[-1])
@@ -223,6 +232,30 @@ def _figures(arms: Mapping[str, Arm], nodes: int, links: Sequence[float]) -> dic
             for name, arm in arms.items()
         },
         "order": {f"{megabits:g}": order([_at(arm, megabits) for arm in arms.values()]) for megabits in links},
+        "hidden": {
+            f"{megabits:g}": {
+                name: hidden(arms[name], arms[name.replace(",", f"{AFTERWARDS},")], megabits)
+                for name in arms
+                if name.replace(",", f"{AFTERWARDS},") in arms
+            }
+            for megabits in links
+        },
+    }
+
+
+def hidden(beside: Arm, afterwards: Arm, megabits: float) -> dict[str, float]:
+    """Seconds of a step that an arm gains whose gradients leave `beside` the backward, by the plan and measured, as
+    medians over blocks.
+    """
+    pairs = zip(afterwards.seconds[megabits], beside.seconds[megabits], strict=True)
+    plan = (
+        predicted_seconds(beside.config, megabits, seconds, hides=False)
+        - predicted_seconds(beside.config, megabits, seconds)
+        for seconds in beside.seconds[OPEN]
+    )
+    return {
+        "predicted_seconds": statistics.median(plan),
+        "measured_seconds": statistics.median(late - early for late, early in pairs),
     }
 
 
@@ -276,7 +309,7 @@ def format_measured(found: dict[str, Any]) -> str:
         for name, arm in size["arms"].items():
             planned, sent = arm["planned_bytes"], arm["sent_bytes"]
             lines.append(
-                f"  {name:<30} {planned / 1e6:8.2f} {sent / 1e6:8.2f}  {sent / planned:.3f}"
+                f"  {name:<36} {planned / 1e6:8.2f} {sent / 1e6:8.2f}  {sent / planned:.3f}"
                 f"   open link {arm['open']['seconds']:.3f} s"
             )
         for megabits, told in size["order"].items():
@@ -285,9 +318,14 @@ def format_measured(found: dict[str, Any]) -> str:
                 link = arm["links"][megabits]
                 ratio = protocol.shown(link["against_predicted"], how["blocks"])
                 lines.append(
-                    f"  {name:<30} {link['predicted_seconds']:8.3f} {link['measured']['seconds']:8.3f}  {ratio}"
+                    f"  {name:<36} {link['predicted_seconds']:8.3f} {link['measured']['seconds']:8.3f}  {ratio}"
                 )
             lines.append(f"  in the predicted order: {told['right']} of {told['pairs']} pairs that it tells apart")
+            lines.append("  seconds that sending gradients beside the backward gains, predicted and measured")
+            for name, gain in size["hidden"][megabits].items():
+                planned, seen = gain["predicted_seconds"], gain["measured_seconds"]
+                share = f"  {100 * seen / planned:.0f} %" if planned else ""
+                lines.append(f"  {name:<36} {planned:8.3f} {seen:8.3f}{share}")
     lines.append(
         f"\n{near['near']} of {near['configurations']} configurations took the predicted time within {100 * NEAR:.0f} %"
     )

@@ -1,6 +1,7 @@
 """One rank of `kha bench scale`, a process that its starter tells what to do.
 
-Its argument is JSON: the settings of every arm by name. It answers `ready` once the engines of all arms are built. Then
+Its argument is JSON: the settings of every arm by name, and the names of those whose gradients leave only when the
+backward has ended. It answers `ready` once the engines of all arms are built. Then
 every line of its input names an arm; all ranks take a step of it together, and answer with the seconds that it took.
 The end of the input ends it.
 """
@@ -22,12 +23,17 @@ from kha_train.train.step import next_batch, train_step
 BATCHES = 4
 
 
-def main(arms: dict[str, list[str]], asked: TextIO, answers: TextIO) -> None:
-    """Build the engines of `arms`, which see the same global batches, and take the steps that are asked for."""
+def main(arms: dict[str, list[str]], afterwards: list[str], asked: TextIO, answers: TextIO) -> None:
+    """Build the engines of `arms`, which see the same global batches, and take the steps that are asked for. Gradients
+    of those in `afterwards` leave when the backward has ended.
+    """
     configs = {name: compose(settings) for name, settings in arms.items()}
     first = next(iter(configs.values()))
     world = distributed.start("cpu", first.engine.collective_timeout_seconds)
     engines = {name: engine_for(config, world.size)(config, world) for name, config in configs.items()}
+    for name in afterwards:
+        # Nobody else wants that, so engines do not offer it.
+        vars(engines[name])["_reduction"].waits_for_backward = True
     stream = open_stream(first, world.rank, world.size)
     batches = [next_batch(stream, world) for _ in range(BATCHES)]
     steps = dict.fromkeys(arms, 0)
@@ -46,4 +52,4 @@ if __name__ == "__main__":
     # Whatever libraries print must not be taken for an answer.
     told = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    main(json.loads(sys.argv[1]), sys.stdin, told)
+    main(**json.loads(sys.argv[1]), asked=sys.stdin, answers=told)

@@ -35,6 +35,8 @@ class Reduction:
     def __init__(self, optimizer: Any, decoder: nn.Module, divisor: int, each_micro_batch: bool) -> None:
         """Sums are divided by `divisor`. With `each_micro_batch` each is reduced, otherwise the sum of a step's."""
         self._optimizer, self._each_micro_batch = optimizer, each_micro_batch
+        self.waits_for_backward = False
+        """Whether nothing leaves before a backward has ended: set by a benchmark of what leaving early gains."""
         for hook in optimizer._grad_acc_hooks:
             hook.remove()
         place: dict[Tensor, int] = {parameter: number for number, parameter in enumerate(decoder.parameters())}
@@ -70,7 +72,7 @@ class Reduction:
 
     def _take(self, parameter: Tensor) -> None:
         self._group_of[parameter].take(parameter, leaves=bool(self._staying))
-        while self._staying and not self._staying[0].missing:
+        while self._staying and not (self._staying[0].missing or self.waits_for_backward):
             self._send_first()
 
     def _send_first(self) -> None:

@@ -39,6 +39,12 @@ class Communication:
     hidden_bytes_per_step: int = 0
     exposed_seconds_per_step: float | None = None
 
+    @property
+    def hidden_seconds(self) -> float:
+        """What the backward hides of a step's communication; 0 where it is unknown."""
+        total, exposed = self.seconds_per_step, self.exposed_seconds_per_step
+        return 0.0 if total is None or exposed is None else total - exposed
+
 
 def communication(config: RunConfig, stage: int, computed: float | None) -> Communication:
     """The traffic of `config` under a ZeRO `stage`, when a step computes for so many seconds (None: unknown).

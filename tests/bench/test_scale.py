@@ -19,6 +19,7 @@ from kha_train.bench import network, scale
 from kha_train.cli.main import app
 from kha_train.config.compose import compose
 from kha_train.errors import ConfigError, KhaError
+from kha_train.estimate.counts import count_parameters
 from kha_train.estimate.plan import make_plan
 
 KEPT = """
@@ -52,10 +53,23 @@ def test_a_prediction_is_the_computation_and_the_bytes_over_the_speed_of_the_lin
 
 def test_arms_share_batches_and_split_them_into_micro_batches() -> None:
     configs = {name: compose(one) for name, one in scale.settings_of_arms(["model.layers=3"], 4, Path("data")).items()}
-    assert len(configs) == 8 and len({config.data for config in configs.values()}) == 1
+    assert len(configs) == 12 and len({config.data for config in configs.values()}) == 1
     assert {config.model.layers for config in configs.values()} == {3}
     one, four = (configs[f"ZeRO 1, EP 2, {count}"] for count in ("1 micro-batch", "4 micro-batches"))
     assert (one.engine.expert_parallel, one.engine.micro_batch_size, four.engine.micro_batch_size) == (2, 4, 1)
+
+
+@pytest.mark.parametrize(("computed", "hidden"), [(0.1, "backward"), (30.0, "gradients")])
+def test_what_leaves_beside_the_backward_is_hidden_as_long_as_that_computes(computed: float, hidden: str) -> None:
+    """Of ZeRO 1, whose gradients leave once: two thirds of a short step, or all gradients but those that end it."""
+    settings = scale.settings_of_arms(["model.layers=4"], 2, Path("nowhere"))
+    config = compose(settings["ZeRO 1, 1 micro-batch"])
+    parts = count_parameters(config).by_component
+    layers = sum(parts.values()) - parts["embedding"] - parts["head"] - parts["norms"]
+    early = 4 * layers * 3 / 4 / 2
+    gain = scale.predicted_seconds(config, 50, computed, hides=False) - scale.predicted_seconds(config, 50, computed)
+    expected = {"backward": computed * 2 / 3, "gradients": 8 * early / 50e6}[hidden]
+    assert gain == pytest.approx(expected, rel=1e-3)
 
 
 def test_only_arms_that_are_predicted_to_differ_must_be_in_order() -> None:
@@ -122,7 +136,7 @@ def test_real_ranks_send_what_the_plan_says(nodes: network.Nodes) -> None:
     assert answer.exit_code == 0, answer.output
     found = json.loads(answer.stdout)
     (size,) = found["sizes"]
-    assert len(size["arms"]) == 8 == found["near"]["configurations"]
+    assert len(size["arms"]) == 12 == found["near"]["configurations"]
     for name, arm in size["arms"].items():
         print(f"{name}: planned {arm['planned_bytes']:,}, sent {arm['sent_bytes']:,.0f}")
         # ZeRO 3 keeps parameters of less than 100,000 numbers gathered within a step: 10 % of so small a model.
@@ -131,7 +145,8 @@ def test_real_ranks_send_what_the_plan_says(nodes: network.Nodes) -> None:
         link = arm["links"]["200"]
         assert len(link["block_seconds"]) == 3
         assert link["measured"]["seconds"] == sorted(link["block_seconds"])[1]
-    assert "8 configurations" in scale.format_measured(found)
+    assert len(size["hidden"]["200"]) == 4
+    assert "12 configurations" in scale.format_measured(found)
 
 
 @pytest.mark.slow

@@ -89,12 +89,13 @@ def by_hand(
     return total
 
 
-def run(world: World, narrow: torch.dtype, wide: torch.dtype, each: bool) -> dict[str, Any]:
+def run(world: World, narrow: torch.dtype, wide: torch.dtype, each: bool, waits: bool = False) -> dict[str, Any]:
     """Steps of a chain; `each` micro-batch is reduced or their sum."""
     torch.manual_seed(0)
     chain = Chain(narrow)
     optimizer = owner_of(chain, world, wide)
     reduction, events = Reduction(optimizer, chain, world.size, each), []
+    reduction.waits_for_backward = waits
     for number, layer in enumerate(chain.maps):
         layer.weight.register_hook(lambda grad, number=number: events.append(f"computed {number}"))
 
@@ -136,6 +137,7 @@ if __name__ == "__main__":
         "ZeRO 1, bf16 summed in fp32": run(world, narrow, wide, each=False),
         "ZeRO 2, bf16 summed in fp32": run(world, narrow, wide, each=True),
         "ZeRO 2, bf16": run(world, narrow, narrow, each=True),
+        "ZeRO 2, after the backward": run(world, wide, wide, each=True, waits=True),
     }
     distributed.stop()
     Path(sys.argv[2]).write_text(json.dumps(answer))

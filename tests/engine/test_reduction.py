@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 WORKER = Path(__file__).with_name("reduction_worker.py")
-CASES = ("ZeRO 1", "ZeRO 2", "ZeRO 1, bf16 summed in fp32", "ZeRO 2, bf16 summed in fp32", "ZeRO 2, bf16")
+CASES = (
+    "ZeRO 1",
+    "ZeRO 2",
+    "ZeRO 1, bf16 summed in fp32",
+    "ZeRO 2, bf16 summed in fp32",
+    "ZeRO 2, bf16",
+    "ZeRO 2, after the backward",
+)
 RANKS = 3
 """So that groups need padding, and the order of a sum matters."""
 MATRIX, VECTORS = 30, 24
@@ -34,6 +41,13 @@ def test_a_group_leaves_while_the_backward_computes_the_map_before(answers: list
     """The last map first. The vectors of all maps leave when that of the first is there, before its matrix is."""
     later = [word for number in (3, 2, 1) for word in (f"computed {number}", f"left {MATRIX}")]
     assert answers[0]["ZeRO 2"]["events"] == [*later, f"left {VECTORS}", "computed 0", f"left {MATRIX}"] * 3
+
+
+@pytest.mark.slow
+def test_a_benchmark_may_let_all_groups_leave_after_the_backward(answers: list[dict[str, Any]]) -> None:
+    left = [f"left {MATRIX}"] * 3 + [f"left {VECTORS}", f"left {MATRIX}"]
+    computed = [f"computed {number}" for number in (3, 2, 1, 0)]
+    assert answers[0]["ZeRO 2, after the backward"]["events"] == [*computed, *left] * 3
 
 
 @pytest.mark.slow
