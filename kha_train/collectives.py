@@ -2,8 +2,9 @@
 
 gloo's all-to-all sends before it says that it can receive. A rank that comes after another finds that one ready, so it
 sends at once, and its own word that it is ready waits behind what it sends: one direction after the other, at half the
-speed. Its all-gather does the same with two ranks. Here ranks on a CPU post their receives first, then send each part
-straight to the rank that wants it. The bytes are the same.
+speed. Its all-gather does the same with two ranks; with more, parts go round a ring, in one direction of every link.
+Here ranks on a CPU post their receives first, then send each part straight to the rank that wants it, to the next one
+first. The bytes are the same.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class Messages:
         """Part s of `leaving` goes to rank s of the group, and part s of `arriving` comes from it. Empty parts are not
         sent. Every rank makes its messages of a group in the same order.
         """
-        here = dist.get_rank(group)
-        others = [rank for rank in range(len(leaving)) if rank != here]
+        here, size = dist.get_rank(group), len(leaving)
+        # In turns, so that each rank receives from one other at a time, and not all of them from the same.
+        others = [(here + turn) % size for turn in range(1, size)]
         works = [dist.irecv(arriving[rank], group=group, group_src=rank) for rank in others if arriving[rank].numel()]
         works += [dist.isend(leaving[rank], group=group, group_dst=rank) for rank in others if leaving[rank].numel()]
         if arriving[here].data_ptr() != leaving[here].data_ptr():
@@ -70,11 +72,14 @@ def all_to_all(
 
 def all_gather(
     output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
-) -> Messages | None:
+) -> Waited | None:
     """torch's all-gather into one tensor, on a CPU, with the names of its arguments. `input_tensor` may be this
     rank's part of `output_tensor`.
     """
     ranks = dist.get_world_size(group)
+    if ranks > 2:
+        work: Waited | None = dist.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
+        return work
     messages = Messages(output_tensor.view(-1).chunk(ranks), [input_tensor.reshape(-1)] * ranks, group)
     if async_op:
         return messages

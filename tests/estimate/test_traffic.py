@@ -56,7 +56,7 @@ def test_with_groups_of_ranks_all_gathers_but_a_steps_first_are_inside_them(
     assert planned.group_bytes_per_step == once_in_a_group
     assert planned.bytes_per_step == once_in_a_group + 3 * once
     assert first["groups"]["isend"] == pytest.approx(3 * once_in_a_group, rel=0.01)
-    # The parameters that stay gathered are gathered after its step.
-    assert 2 * once <= first["all"]["isend"] < 3 * once
-    assert second["all"]["isend"] == pytest.approx(3 * once, rel=0.01)
+    assert second["all"]["all_gather_into_tensor"] == pytest.approx(once, rel=0.01)
+    for step in (first, second):
+        assert step["all"]["isend"] == pytest.approx(2 * once, rel=0.01)
     assert sum(second["all"].values()) + sum(second["groups"].values()) <= 1.01 * planned.bytes_per_step
