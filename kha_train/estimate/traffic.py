@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kha_train.config.schema import RunConfig
-from kha_train.estimate.counts import count_parameters, held_parameters
+from kha_train.estimate.counts import count_parameters, flops_per_token, held_parameters
 from kha_train.estimate.exchange import exchange_bytes
 from kha_train.estimate.memory import micro_batches, number_bytes
 
@@ -68,8 +68,7 @@ def communication(config: RunConfig, stage: int, computed: float | None) -> Comm
     each = _seconds(config, hidden, ranks)
     exposed = None
     if total is not None and each is not None and computed is not None:
-        backward = BACKWARD[config.engine.activation_checkpointing] * computed / micro
-        exposed = total - reductions * min(each, backward)
+        exposed = total - reductions * min(each, _seconds_beside(config, computed / micro))
     return Communication(
         stage,
         bytes_per_step=(reductions + 1) * once + exchanged,
@@ -99,6 +98,15 @@ def _seconds(config: RunConfig, sent: int, ranks: int) -> float | None:
     """Of so many bytes among neighbouring `ranks`; None where the bandwidth is unknown."""
     link = config.cluster.bandwidth_gb(ranks)
     return sent / (link * 1e9) if link else None
+
+
+def _seconds_beside(config: RunConfig, micro_batch: float) -> float:
+    """How long a micro-batch of so many seconds computes beside gradients that leave: its backward from the end of the
+    last layer's to the end of the first layer's. That of the head, by its share of operations, comes before.
+    """
+    flops, layers = flops_per_token(config), config.model.layers
+    in_layers = 1 - flops.by_component["head"] / flops.forward
+    return BACKWARD[config.engine.activation_checkpointing] * micro_batch * in_layers * (layers - 1) / layers
 
 
 def _leaving_early(config: RunConfig) -> float:

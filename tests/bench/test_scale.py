@@ -19,7 +19,7 @@ from kha_train.bench import network, scale
 from kha_train.cli.main import app
 from kha_train.config.compose import compose
 from kha_train.errors import ConfigError, KhaError
-from kha_train.estimate.counts import count_parameters
+from kha_train.estimate.counts import count_parameters, flops_per_token
 from kha_train.estimate.plan import make_plan
 
 KEPT = """
@@ -61,14 +61,16 @@ def test_arms_share_batches_and_split_them_into_micro_batches() -> None:
 
 @pytest.mark.parametrize(("computed", "hidden"), [(0.1, "backward"), (30.0, "gradients")])
 def test_what_leaves_beside_the_backward_is_hidden_as_long_as_that_computes(computed: float, hidden: str) -> None:
-    """Of ZeRO 1, whose gradients leave once: two thirds of a short step, or all gradients but those that end it."""
+    """Of ZeRO 1, whose gradients leave once: of a short step the backward of three of four layers, without the head of
+    1024 x 128; of a long one all gradients but those that end it."""
     settings = scale.settings_of_arms(["model.layers=4"], 2, Path("nowhere"))
     config = compose(settings["ZeRO 1, 1 micro-batch"])
     parts = count_parameters(config).by_component
     layers = sum(parts.values()) - parts["embedding"] - parts["head"] - parts["norms"]
     early = 4 * layers * 3 / 4 / 2
     gain = scale.predicted_seconds(config, 50, computed, hides=False) - scale.predicted_seconds(config, 50, computed)
-    expected = {"backward": computed * 2 / 3, "gradients": 8 * early / 50e6}[hidden]
+    in_layers = 1 - 2 * 1024 * 128 / flops_per_token(config).forward
+    expected = {"backward": computed * 2 / 3 * in_layers * 3 / 4, "gradients": 8 * early / 50e6}[hidden]
     assert gain == pytest.approx(expected, rel=1e-3)
 
 

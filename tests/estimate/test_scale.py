@@ -18,6 +18,11 @@ SIX_BILLION = [
 ]
 
 
+BESIDE = 2 / 3 * (1 - 3 * 2 * 157_184 * 2048 / 9.660530688e9) * 17 / 18
+"""The share of a micro-batch that computes beside gradients that leave: of its backward, 17 of 18 layers without the
+head of 157,184 x 2048."""
+
+
 def of(sizes: list[Size], devices: int, stage: int) -> Stage:
     (found,) = (each for size in sizes if size.devices == devices for each in size.stages if each.zero_stage == stage)
     return found
@@ -26,7 +31,7 @@ def of(sizes: list[Size], devices: int, stage: int) -> Stage:
 def test_the_mfu_that_is_left_of_the_6b_model_is_that_of_the_arithmetic_by_hand() -> None:
     """512 rows of 8192 tokens of 9.660530688 GFLOP, 989 TFLOP/s at 35 %; 6,102,268,416 parameters of 2 bytes on rings
     of 450 GB/s in a node and 50 GB/s outside: ZeRO 1 sends them twice, ZeRO 2 once and once a micro-batch. Gradients of
-    17 of 18 layers hide behind two thirds of a micro-batch; 321,912,832 numbers are the embedding, 80,384 norms."""
+    17 of 18 layers hide behind what is left of the backward; 321,912,832 numbers are the embedding, 80,384 norms."""
     sizes = scale(compose(SIX_BILLION), [8, 64, 512])
     for devices, bandwidth in ((8, 450e9), (64, 50e9), (512, 50e9)):
         computed = 512 * 8192 * 9.660530688e9 / (devices * 989e12 * 0.35)
@@ -34,12 +39,12 @@ def test_the_mfu_that_is_left_of_the_6b_model_is_that_of_the_arithmetic_by_hand(
         early = 2 * (6_102_268_416 - 321_912_832 - 80_384) * 17 / 18 * (devices - 1) / devices / bandwidth
         for stage, reductions in ((1, 1), (2, 512 // devices)):
             found = of(sizes, devices, stage)
-            exposed = (reductions + 1) * ring - reductions * min(early, 2 / 3 * computed / (512 // devices))
+            exposed = (reductions + 1) * ring - reductions * min(early, BESIDE * computed / (512 // devices))
             assert found.exposed_seconds == pytest.approx(exposed, rel=1e-6)
             assert found.mfu == pytest.approx(0.35 * computed / (computed + exposed), rel=1e-6)
             assert found.tokens_per_second == pytest.approx(512 * 8192 / (computed + exposed), rel=1e-6)
-    assert [of(sizes, devices, 1).mfu for devices in (8, 64, 512)] == pytest.approx([0.349, 0.297, 0.142], abs=5e-4)
-    assert [of(sizes, devices, 2).mfu for devices in (8, 64, 512)] == pytest.approx([0.346, 0.231, 0.142], abs=5e-4)
+    assert [of(sizes, devices, 1).mfu for devices in (8, 64, 512)] == pytest.approx([0.349, 0.292, 0.133], abs=5e-4)
+    assert [of(sizes, devices, 2).mfu for devices in (8, 64, 512)] == pytest.approx([0.346, 0.209, 0.133], abs=5e-4)
     assert [of(sizes, devices, 1).binds for devices in (8, 64, 512)] == ["computation", "computation", "network"]
     assert all(each.configured == (each.zero_stage == 1) for size in sizes for each in size.stages)
     assert [size.micro_batches for size in sizes] == [64, 8, 1] and sizes[1].best is of(sizes, 64, 1)
@@ -58,7 +63,7 @@ def test_experts_that_ranks_share_leave_the_mfu_of_the_arithmetic_by_hand() -> N
         (found,) = (size.stages[0] for size in sizes if size.devices == devices)
         held = 6_102_268_416 - 5_435_817_984 * 7 / 8
         early = (held - 321_912_832 - 80_384) / held * 17 / 18 * (whole + own) / bandwidth
-        hidden = min(early, 2 / 3 * computed / (512 / devices))
+        hidden = min(early, BESIDE * computed / (512 / devices))
         exposed = 2 * (whole + own) / bandwidth - hidden + rows / 450e9
         assert found.exposed_seconds == pytest.approx(exposed, rel=1e-6)
         assert found.mfu == pytest.approx(0.35 * computed / (computed + exposed), rel=1e-6)
@@ -74,7 +79,7 @@ def test_what_ranks_send_that_share_rows_is_exposed_too() -> None:
     numbers = 2 * (heads.query_heads + max(heads.kv_heads, 8)) * heads.key_width
     sent = 2 * 18 * 512 * 8192 / 8 * numbers * 2 * 7 / 8
     # The backward of one of 512 micro-batches is too short to hide all gradients.
-    ring, hidden = 2 * 6_102_268_416 * 7 / 8, 2 / 3 * 512 * 8192 * 9.660530688e9 / (8 * 989e12 * 0.35) / 512
+    ring, hidden = 2 * 6_102_268_416 * 7 / 8, BESIDE * 512 * 8192 * 9.660530688e9 / (8 * 989e12 * 0.35) / 512
     assert of([size], 8, 1).exposed_seconds == pytest.approx((2 * ring + sent) / 450e9 - hidden, rel=1e-6)
     (size,) = scale(compose([*SIX_BILLION, "engine.context_parallel=16", "cluster.network_bandwidth_gb=0"]), [16])
     assert of([size], 16, 1).exposed_seconds is None
