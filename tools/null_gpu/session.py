@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("WANDB_MODE", "disabled")
@@ -64,14 +65,20 @@ def know_numbers() -> None:
 
     def step(self: ShareOptimizer, closure: None = None) -> None:
         stepped(self, closure)
-        self.steps = self.known_steps + 1
+        # DeepSpeed calls it once for each parameter group.
+        for group in self.param_groups:
+            for share in group["params"]:
+                counted(self)[share] += 1
+
+    def counted(self: ShareOptimizer) -> Counter[torch.Tensor]:
+        return vars(self).setdefault("counted_steps", Counter())
 
     def know(self: ShareOptimizer, count: int) -> None:
-        self.known_steps = count
+        counted(self).update({share: count - counted(self)[share] for share in self.state})
 
     router.count_experts = even
-    ShareOptimizer.known_steps, ShareOptimizer.step = 0, step
-    ShareOptimizer.steps = property(lambda self: self.known_steps, know)
+    ShareOptimizer.step = step
+    ShareOptimizer.steps = property(lambda self: max(counted(self).values(), default=0), know)
 
 
 def run_case(command: list[str]) -> tuple[int, str]:
