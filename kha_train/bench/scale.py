@@ -89,8 +89,9 @@ def predicted_seconds(config: RunConfig, megabits: float, computed: float, hides
     there = replace(config, cluster=behind)
     (size,) = scale(there, [cluster.devices])
     (seconds,) = [stage.step_seconds for stage in size.stages if stage.configured]
-    assert seconds is not None, "the batch divides, and the speed is known"
-    return seconds if hides else seconds + make_plan(there).communication[config.engine.zero_stage - 1].hidden_seconds
+    hidden = make_plan(there).communication[config.engine.zero_stage - 1].hidden_seconds
+    assert seconds is not None and hidden is not None, "the batch divides, and the speed is known"
+    return seconds if hides else seconds + hidden
 
 
 def measure(
@@ -110,7 +111,8 @@ def measure(
             measured = {name: Arm(compose(settings), AFTERWARDS not in name) for name, settings in arms.items()}
             model = next(iter(measured.values())).config.model
             write_dataset(Path(folder) / "data", vocab_size=model.vocab_size, documents=200)
-            with network.nodes_on_a_switch(nodes) as cluster, _ranks(cluster, arms, Path(folder)) as step:
+            late = [name for name, arm in measured.items() if not arm.hides]
+            with network.nodes_on_a_switch(nodes) as cluster, _ranks(cluster, arms, late, Path(folder)) as step:
                 say(f"{nodes} nodes: {len(arms)} configurations, {blocks} blocks")
                 _take_turns(measured, cluster, step, links, blocks)
         found.append(_figures(measured, nodes, links))
@@ -140,7 +142,9 @@ def settings_of_arms(overrides: Sequence[str], nodes: int, data: Path) -> dict[s
 
 
 @contextmanager
-def _ranks(nodes: network.Nodes, arms: Mapping[str, list[str]], folder: Path) -> Iterator[Callable[[str], float]]:
+def _ranks(
+    nodes: network.Nodes, arms: Mapping[str, list[str]], afterwards: Sequence[str], folder: Path
+) -> Iterator[Callable[[str], float]]:
     """A rank on every node; yields the function that takes a step of an arm on all of them and returns its seconds."""
     shared = {
         "WORLD_SIZE": str(nodes.count),
@@ -157,7 +161,7 @@ def _ranks(nodes: network.Nodes, arms: Mapping[str, list[str]], folder: Path) ->
         for rank in range(nodes.count):
             errors = ended_last.enter_context((folder / f"rank{rank}.txt").open("wb"))
             environment = shared | {"RANK": str(rank)}
-            told = json.dumps({"arms": arms, "afterwards": [name for name in arms if AFTERWARDS in name]})
+            told = json.dumps({"arms": arms, "afterwards": afterwards})
             command = [sys.executable, "-m", "kha_train.bench.scale_rank", told]
             pipes = {"stdin": network.PIPE, "stdout": network.PIPE, "stderr": errors}
             ranks.append(nodes.start(rank, command, environment, **pipes))
@@ -219,6 +223,7 @@ def _take_turns(
 
 
 def _figures(arms: Mapping[str, Arm], nodes: int, links: Sequence[float]) -> dict[str, Any]:
+    afterwards = {name.replace(AFTERWARDS, ""): arm for name, arm in arms.items() if not arm.hides}
     return {
         "nodes": nodes,
         "arms": {
@@ -233,11 +238,7 @@ def _figures(arms: Mapping[str, Arm], nodes: int, links: Sequence[float]) -> dic
         },
         "order": {f"{megabits:g}": order([_at(arm, megabits) for arm in arms.values()]) for megabits in links},
         "hidden": {
-            f"{megabits:g}": {
-                name: hidden(arms[name], arms[name.replace(",", f"{AFTERWARDS},")], megabits)
-                for name in arms
-                if name.replace(",", f"{AFTERWARDS},") in arms
-            }
+            f"{megabits:g}": {name: hidden(arms[name], late, megabits) for name, late in afterwards.items()}
             for megabits in links
         },
     }

@@ -1,9 +1,8 @@
 """One rank of `kha bench scale`, a process that its starter tells what to do.
 
 Its argument is JSON: the settings of every arm by name, and the names of those whose gradients leave only when the
-backward has ended. It answers `ready` once the engines of all arms are built. Then
-every line of its input names an arm; all ranks take a step of it together, and answer with the seconds that it took.
-The end of the input ends it.
+backward has ended. It answers `ready` once the engines of all arms are built. Then every line of its input names an
+arm; all ranks take a step of it together, and answer with the seconds that it took. The end of the input ends it.
 """
 
 from __future__ import annotations

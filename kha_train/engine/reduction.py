@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kha_train.collectives import Messages, wait_for
+from kha_train.collectives import begin_messages, equal_parts, wait_for
 from kha_train.config.constants import GROUPS_IN_FLIGHT
 
 
@@ -149,7 +149,7 @@ class _Flight:
         else:
             self._arriving = torch.empty_like(self._sent_P)
             size = dist.get_world_size(ranks)
-            self._work = Messages(self._arriving.chunk(size), self._sent_P.chunk(size), ranks)
+            self._work = begin_messages(equal_parts(self._arriving, size), equal_parts(self._sent_P, size), ranks)
 
     def land(self) -> None:
         """Wait for the sum, and add it to the share; on gloo the part of each rank, in their order."""

@@ -40,10 +40,10 @@ class Communication:
     exposed_seconds_per_step: float | None = None
 
     @property
-    def hidden_seconds(self) -> float:
-        """What the backward hides of a step's communication; 0 where it is unknown."""
+    def hidden_seconds(self) -> float | None:
+        """What the backward hides of a step's communication; None where it is unknown."""
         total, exposed = self.seconds_per_step, self.exposed_seconds_per_step
-        return 0.0 if total is None or exposed is None else total - exposed
+        return None if total is None or exposed is None else total - exposed
 
 
 def communication(config: RunConfig, stage: int, computed: float | None) -> Communication:

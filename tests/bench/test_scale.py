@@ -74,6 +74,17 @@ def test_what_leaves_beside_the_backward_is_hidden_as_long_as_that_computes(comp
     assert gain == pytest.approx(expected, rel=1e-3)
 
 
+def test_what_hiding_gains_is_the_later_step_minus_the_earlier() -> None:
+    """Medians over blocks of the differences: 1.0, 0.5 and 1.5 s."""
+    config = compose(scale.settings_of_arms([], 2, Path("nowhere"))["ZeRO 1, 1 micro-batch"])
+    beside, late = (scale.Arm(config, hides, {scale.OPEN: [1.0] * 3}) for hides in (True, False))
+    beside.seconds[50.0], late.seconds[50.0] = [2.0, 3.0, 4.0], [3.0, 3.5, 5.5]
+    gain = scale.hidden(beside, late, 50.0)
+    assert gain["measured_seconds"] == 1.0
+    (slow,), (quick,) = (arm.predicted(50.0)[:1] for arm in (late, beside))
+    assert gain["predicted_seconds"] == pytest.approx(slow - quick) and slow > quick
+
+
 def test_only_arms_that_are_predicted_to_differ_must_be_in_order() -> None:
     def arm(predicted: float, measured: float) -> dict[str, Any]:
         return {"predicted_seconds": predicted, "measured": {"seconds": measured}}

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kha_train import distributed
-from kha_train.collectives import Messages
+from kha_train.collectives import Works, begin_messages
 from kha_train.distributed import World
 from kha_train.engine import reduction as reducing
 from kha_train.engine.reduction import Reduction
@@ -99,11 +99,11 @@ def run(world: World, narrow: torch.dtype, wide: torch.dtype, each: bool, waits:
     for number, layer in enumerate(chain.maps):
         layer.weight.register_hook(lambda grad, number=number: events.append(f"computed {number}"))
 
-    def watched(arriving: Sequence[Tensor], leaving: Sequence[Tensor], group: Any) -> Messages:
+    def watched(arriving: Sequence[Tensor], leaving: Sequence[Tensor], group: Any) -> Works:
         events.append(f"left {sum(part.numel() for part in leaving)}")
-        return Messages(arriving, leaving, group)
+        return begin_messages(arriving, leaving, group)
 
-    reducing.Messages = watched
+    reducing.begin_messages = watched
     wrong = []
     for step in range(STEPS):
         numbers = [step * MICRO_BATCHES + count for count in range(MICRO_BATCHES)]
@@ -123,7 +123,7 @@ def run(world: World, narrow: torch.dtype, wide: torch.dtype, each: bool, waits:
                 wrong.append(f"step {step}, group {count}")
         if any(parameter.grad is not None for parameter in chain.parameters()):
             wrong.append(f"step {step}: a gradient stays")
-    reducing.Messages = Messages
+    reducing.begin_messages = begin_messages
     reduction.close()
     return {"wrong": wrong, "events": told}
 
