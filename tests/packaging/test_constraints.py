@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -29,6 +31,19 @@ def test_every_requirement_but_the_gpu_extra_is_pinned_to_a_version_it_admits() 
     for text in [*PROJECT["dependencies"], *extras["dev"], *extras["export"], *extras["lab"]]:
         requirement = Requirement(text)
         assert _constraints()[canonicalize_name(requirement.name)] in requirement.specifier, text
+
+
+def test_every_pinned_version_installs_on_the_oldest_python_that_the_project_admits() -> None:
+    """A pin that wants a later patch of it cannot be installed there: pip finds no version, and stops."""
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    pinned = _constraints()
+    wants = {
+        canonicalize_name(found.metadata["Name"]): found.metadata["Requires-Python"]
+        for found in distributions()
+        if found.metadata["Requires-Python"] and canonicalize_name(found.metadata["Name"]) in pinned
+    }
+    assert len(wants) > 50, "those of the development environment"
+    assert {name: want for name, want in wants.items() if not SpecifierSet(want).contains(oldest)} == {}
 
 
 def test_torch_is_pinned_without_a_build_so_that_any_flavour_satisfies_it() -> None:
