@@ -1,5 +1,5 @@
-"""A page of experiments from files `result.json` of studies: what contradicts the papers, then a section for each
-result, newest first.
+"""A page of experiments from files `result.json` of studies: what contradicts the papers, a table of all verdicts, then
+a section for each result, newest first.
 
 The sections stand between two marks of a Markdown page; what else is on the page stays as it is.
 """
@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from kha_train.analysis.studies import load_study, study_names
-from kha_train.analysis.study_claims import contradictions
-from kha_train.analysis.study_files import ArmEntry, IntervalEntry, LawEntry, PublishedEntry, ResultFile, read_result
+from kha_train.analysis.study_claims import contradictions, differs, verdict
+from kha_train.analysis.study_files import (
+    ArmEntry,
+    ComparisonEntry,
+    IntervalEntry,
+    LawEntry,
+    PublishedEntry,
+    ResultFile,
+    read_result,
+)
 from kha_train.analysis.study_page import table_lines
 from kha_train.analysis.study_picture import PICTURED, picture, yardstick_of
 from kha_train.errors import ConfigError
@@ -48,7 +57,8 @@ def collected(page: Path, files: Sequence[Path]) -> str:
         "\n".join(_section(result, _link(page, file), shown.get(file.stem, ""))) + "\n\n" for file, result in newest
     ]
     told = "\n\n".join(_opening([result for _, result in newest]))
-    return f"{before}{begin}\n{told}\n\n{''.join(sections)}{end}{after}"
+    verdicts = "\n".join(_verdicts(newest))
+    return f"{before}{begin}\n{told}\n\n{verdicts}\n\n{''.join(sections)}{end}{after}"
 
 
 def pictures(page: Path, files: Sequence[Path]) -> dict[Path, str]:
@@ -84,16 +94,39 @@ def _opening(results: Sequence[ResultFile]) -> Iterator[str]:
         yield f"All results are of one version of `kha_train/` and `configs/`: {_digests(known)}."
 
 
+def _verdicts(newest: Sequence[tuple[Path, ResultFile]]) -> Iterator[str]:
+    """A table of all results by name: question and verdict, each with a link to its section."""
+    named = sorted(newest, key=lambda one: (one[1]["study"], one[0].stem))
+    rows = [
+        [f"[{result['study']}](#{_anchor(_title(result, file.stem))})", result["question"], verdict(result)]
+        for file, result in named
+    ]
+    yield from table_lines(["study", "question", "verdict: arm - reference, paired by seed"], rows)
+    yield (
+        "\nIn each section, figures are means over seeds with 95 % Student intervals. A difference without an interval "
+        "has the seeds in which the arm was better and worse, and p of the sign test. **Bold**: the interval excludes "
+        "zero, or p is below 0.05."
+    )
+
+
+def _title(result: ResultFile, stem: str) -> str:
+    """The heading of a result's section; `stem` is its file's name, shown where it is not the usual one."""
+    date = f"{day(result['ended'])}: " if result["ended"] is not None else ""
+    own = f" ({stem})" if stem not in (f"{result['study']}-{result['scale']}", "result") else ""
+    return f"{date}the study `{result['study']}`, scale {result['scale']}{own}"
+
+
+def _anchor(title: str) -> str:
+    """The address of a heading within a page, as GitHub and mkdocs make it."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+
+
 def _link(page: Path, file: Path) -> str:
     return Path(os.path.relpath(file, page.parent)).as_posix()
 
 
 def _section(result: ResultFile, link: str, shown: str) -> Iterator[str]:
-    ended = result["ended"]
-    date = f"{day(ended)}: " if ended is not None else ""
-    usual = f"{result['study']}-{result['scale']}"
-    own = f" ({Path(link).stem})" if Path(link).stem not in (usual, "result") else ""
-    yield f"## {date}the study `{result['study']}`, scale {result['scale']}{own}\n"
+    yield f"## {_title(result, Path(link).stem)}\n"
     yield f"**Question.** {visible(result['question'])} ({visible(result['source'])})\n"
     yield f"**What may be said.** {visible(result['sentence'])}\n"
     if shown:
@@ -104,12 +137,12 @@ def _section(result: ResultFile, link: str, shown: str) -> Iterator[str]:
     yield f"{_origin(result)} Numbers, runs and overrides: [{Path(link).name}]({link}).\n"
     yield from table_lines(*_arms(result))
     yield ""
-    yield f"Means over seeds with 95 % Student intervals. Learning rates: {visible(result['rates'])}."
+    yield f"Learning rates: {visible(result['rates'])}."
     if result["caveats"]:
         yield ""
         yield from (f"- {visible(caveat)}" for caveat in result["caveats"])
-    yield "\nAgainst the reference, paired by seed:\n"
-    yield from (f"- {visible(one['sentence'])}" for one in result["comparisons"])
+    yield ""
+    yield from _compared(result)
     if result["difference_law"]:
         yield from _law(result["difference_law"])
     if result["published"]:
@@ -117,6 +150,36 @@ def _section(result: ResultFile, link: str, shown: str) -> Iterator[str]:
         yield from table_lines(
             ["published", "arm", "printed", "here"], [_published(one) for one in result["published"]]
         )
+
+
+def _compared(result: ResultFile) -> Iterator[str]:
+    """A table of the differences from the reference, a row for each arm and a column for each measure."""
+    measures = [str(one["name"]) for one in result["measures"]]
+    rows: dict[tuple[str, str], dict[str, ComparisonEntry]] = {}
+    for one in result["comparisons"]:
+        rows.setdefault((one["arm"], one["reference"]), {})[one["measure"]] = one
+    yield from table_lines(
+        ["paired by seed", "seeds", *measures],
+        [
+            [
+                f"{arm} - {reference}",
+                str(min(len(one["differences"]) for one in row.values())),
+                *(_difference(row[measure]) if measure in row else "-" for measure in measures),
+            ]
+            for (arm, reference), row in rows.items()
+        ],
+    )
+
+
+def _difference(one: ComparisonEntry) -> str:
+    if one["interval"] is not None:
+        told = _between(one["interval"])
+    elif len(one["differences"]) < 2:
+        told = ", ".join(f"{value:+.4g}" for value in one["differences"].values()) or "-"
+    else:
+        p = f", p {one['sign_test']:.2g}" if one["sign_test"] is not None else ""
+        told = f"{one['better']} better, {one['worse']} worse{p}"
+    return f"**{told}**" if differs(one) else told
 
 
 def _law(law: LawEntry) -> Iterator[str]:

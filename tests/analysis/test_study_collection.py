@@ -68,12 +68,42 @@ def test_a_section_has_question_command_origin_figures_and_the_sentence(made: Ma
         "On Linux, 2 processors. Code commit `cdcdcdcdcdcd` with changes,",
         "with changes, study's file `abababababab`, data `efefefefefef`.", "[one.json](results/one.json)",
         "| base | - | 0.002 | 0 | 2.5 [2.25, 2.75] | 4 |", "| mlp | base | 0.002 (edge) | 0 | 1.5 [1.25, 1.75] | 4 |",
-        "- mlp - base, train_loss: -1 [-2, -0.5] over 3 seeds", "- an edge",
+        "| mlp - base | 1 | **-1 [-2, -0.5]** | - |", "- an edge",
         "| table 9 | mlp | 1.25 | loss 1.5 |",
     ):  # fmt: skip
         assert words in text, words
     assert text.startswith("# Mine\n\n") and text.endswith("\n\nby hand\n") and "\nold\n" not in text
     assert "changed since" not in text, "no study of this name is shipped"
+
+
+def test_a_table_of_verdicts_leads_to_every_section(made: Made, page: Path) -> None:
+    text = collected(page, [made("two"), made("one")])
+    table, _, sections = text.partition("\n## ")
+    rows = [line for line in table.splitlines() if line.startswith("| [")]
+    assert rows == [
+        f"| [{name}](#3-january-1970-the-study-{name}-scale-cpu-{name}) | Which? "
+        "| 1 of 1 arms differ in train_loss (1 seed): mlp -1 |"
+        for name in ("one", "two")
+    ]
+    assert "3 January 1970: the study `one`, scale cpu (one)\n" in sections
+
+
+def test_a_difference_is_bold_only_where_it_is_shown(made: Made, page: Path) -> None:
+    both = [{"mean": 0.5, "low": -0.5, "high": 1.5}, None]
+    fields = {
+        "arm": "mlp",
+        "reference": "base",
+        "differences": {"1": 1, "2": 0},
+        "better": 6,
+        "worse": 0,
+        "sentence": "",
+    }
+    compared = [
+        fields | {"measure": measure, "interval": interval, "sign_test": 0.031}
+        for measure, interval in zip(("train_loss", "spikes"), both, strict=True)
+    ]
+    text = collected(page, [made("one", comparisons=compared)])
+    assert "| mlp - base | 2 | +0.5 [-0.5, +1.5] | **6 better, 0 worse, p 0.031** |" in text
 
 
 def test_a_mean_that_is_not_finite_says_of_how_many_seeds(made: Made, page: Path) -> None:
