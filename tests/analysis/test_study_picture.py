@@ -48,10 +48,11 @@ def test_points_and_intervals_lie_on_one_scale_over_the_band_of_the_yardstick(tm
     def place(value: float) -> float:
         return round(170 + (value + 0.27) / 0.44 * 376, 1)
 
-    assert across(svg, r'cx="([0-9.]+)"') == [place(-0.2), place(0.1)]
+    assert across(svg, r'class="f0" cx="([0-9.]+)"') == [place(-0.2), place(0.1)]
     assert across(svg, r'class="c s0" d="M([0-9.]+)') == [place(-0.25), place(0.05)]
-    assert across(svg, r'class="band f7" d="M([0-9.]+)') == [place(-0.04)]
-    assert "mlp_v - gqa" in svg and "study same" in svg and "over 2 seeds" in svg
+    assert across(svg, r'class="band f7" d="M([0-9.]+)') == [place(-0.01)], "unpaired arms are not part of the band"
+    assert across(svg, r'class="c s7" d="M([0-9.]+)') == [place(-0.01), place(-0.04)]
+    assert "mlp_v - gqa" in svg and "grey: the study same" in svg and "over 2 seeds" in svg
     assert "![Paired differences of the study position with their intervals](pictures/position-cpu.svg)" in collected(
         tmp_path / "page.md", files
     )
@@ -61,7 +62,7 @@ def test_points_and_intervals_lie_on_one_scale_over_the_band_of_the_yardstick(tm
 def test_an_arm_of_the_study_itself_may_be_the_yardstick(tmp_path: Path) -> None:
     file = write(tmp_path, "stability_rise", [comparison("same_function", 0.0, 0.02), comparison("mlp_v", 0.1, 0.1)])
     (svg,) = pictures(tmp_path / "page.md", [file]).values()
-    assert "arm same_function" in svg and 'class="band f7"' in svg
+    assert "shaded: same_function" in svg and "grey" not in svg and 'class="band f7"' in svg
 
 
 def test_without_an_interval_or_among_other_studies_there_is_no_picture(tmp_path: Path) -> None:

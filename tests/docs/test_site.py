@@ -42,7 +42,7 @@ def test_the_site_is_built_without_a_warning_and_has_every_page_and_command(tmp_
         ("../kha_train/heads/README.md", "docs/heads.md", "heads.md", "[text](heads_package.md)"),
         ("https://arxiv.org/abs/2510.23052", "docs/heads.md", "heads.md", "[text](https://arxiv.org/abs/2510.23052)"),
         ("#options", "docs/export.md", "export.md", "[text](#options)"),
-        ("docs/images/quickstart.svg", "README.md", "index.md", "[text](images/quickstart.svg)"),
+        ("docs/pictures/position-cpu.svg", "README.md", "index.md", "[text](pictures/position-cpu.svg)"),
         ("Makefile", "README.md", "index.md", "text"),
     ],
 )
