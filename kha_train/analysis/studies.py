@@ -123,6 +123,14 @@ class Published:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gains:
+    """Two arms whose differences from their references are compared: does `arm` gain more over its own than `other`?"""
+
+    arm: str
+    other: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scale:
     """How large a study is. `overrides` are common to all arms; `steps` is the budget of the first arm, and `equal`
     says what the others have in common with it.
@@ -156,9 +164,11 @@ class Scale:
 class Study:
     """A question and how it is answered. The result's sentence is about the first of the measures, which also chooses
     the rates, unless `rate_measure` names another of them. Arms without a reference, their own or the study's, are
-    trained but compared with nothing. `not_shown` says what no result of the study can show. Figures were published at
-    the size `published_at`, and are losses, unless higher ones are better. `yardstick` is the study of arms that do not
-    differ at the same size. With `difference_law`, a law is fitted to the differences in the measures `loss_at`.
+    trained but compared with nothing. `gains` answer whether a difference depends on something: of two differences one
+    may be shown and the other not though they are equal, so they are compared with each other, seed by seed.
+    `not_shown` says what no result of the study can show. Figures were published at the size `published_at`, and are
+    losses, unless higher ones are better. `yardstick` is the study of arms that do not differ at the same size. With
+    `difference_law`, a law is fitted to the differences in the measures `loss_at`.
 
     A trial is a training run, or a computation that `trials` names (`operate.computed.COMPUTATIONS`). Overrides are
     then the settings of the computation, rates its `rate`, and all measures are of the kind `entry`.
@@ -172,6 +182,7 @@ class Study:
     reference: str = ""
     arms: tuple[Arm, ...]
     measures: tuple[Measure, ...]
+    gains: tuple[Gains, ...] = ()
     rate_measure: str = ""
     published: tuple[Published, ...] = ()
     published_at: str = ""
@@ -231,6 +242,11 @@ class ScaledStudy:
     def measures(self) -> tuple[Measure, ...]:
         """What is measured; the sentence is about the first."""
         return self.scale.measures or self.study.measures
+
+    @property
+    def gains(self) -> list[Gains]:
+        """The differences that are compared with each other, of arms that this scale has."""
+        return [one for one in self.study.gains if {one.arm, one.other} <= self.arms.keys()]
 
     @property
     def rate_measure(self) -> Measure:
@@ -325,6 +341,13 @@ def _problems(found: ScaledStudy) -> Iterator[str]:
         f"{one.entry!r} is no figure of heads: {', '.join(FIGURES)}"
         for one in found.measures
         if one.kind == "heads" and one.entry not in FIGURES
+    )
+    every = {arm.name: arm.reference or found.study.reference for arm in (*found.study.arms, *chosen)}
+    yield from (
+        f"{name!r} of `gains` must be an arm with a reference"
+        for pair in found.study.gains
+        for name in (pair.arm, pair.other)
+        if every.get(name) in (None, "", name)
     )
     if found.study.rate_measure not in ("", *(measure.name for measure in found.measures)):
         yield f"there is no measure {found.study.rate_measure!r}"

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kha_train.analysis.studies import load_study, study_names
-from kha_train.analysis.study_claims import contradictions, differs, verdict
+from kha_train.analysis.study_claims import contradictions, differs, size_in_words, verdict
 from kha_train.analysis.study_files import (
     ArmEntry,
     ComparisonEntry,
@@ -36,6 +36,12 @@ SHOWN_DIGITS = 12
 """Digits of a SHA-256 or a commit."""
 PICTURES = "pictures"
 """The folder of the pictures, beside the page."""
+LEGEND = """
+Figures are means over seeds with 95 % Student intervals. A difference is arm - reference, paired by seed; of losses, \
+bits and steps a negative one is better. One without an interval has the seeds in which the arm was better and worse, \
+and p of the sign test. **Bold**: the interval excludes zero, or p is below 0.05. No interval includes the error of \
+choosing rates by few seeds. Spikes are counted from the 65th step at the earliest. Equal arms of several studies are \
+the same runs, computed again: they are no further evidence."""
 
 
 def collected(page: Path, files: Sequence[Path]) -> str:
@@ -54,7 +60,8 @@ def collected(page: Path, files: Sequence[Path]) -> str:
     newest = sorted(results, key=lambda one: (-(one[1]["ended"] or 0), one[1]["study"], one[1]["scale"]))
     shown = {place.stem: _link(page, place) for place in pictures(page, files)}
     sections = [
-        "\n".join(_section(result, _link(page, file), shown.get(file.stem, ""))) + "\n\n" for file, result in newest
+        "\n".join(_section(result, _link(page, file), _name(file), shown.get(_name(file), ""))) + "\n\n"
+        for file, result in newest
     ]
     told = "\n\n".join(_opening([result for _, result in newest]))
     verdicts = "\n".join(_verdicts(newest))
@@ -67,7 +74,7 @@ def pictures(page: Path, files: Sequence[Path]) -> dict[Path, str]:
     """
     results = {file: read_result(file) for file in files}
     drawn = {
-        page.parent / PICTURES / f"{file.stem}.svg": picture(result, yardstick_of(result, list(results.values())))
+        page.parent / PICTURES / f"{_name(file)}.svg": picture(result, yardstick_of(result, list(results.values())))
         for file, result in results.items()
         if result["study"] in PICTURED
     }
@@ -76,16 +83,21 @@ def pictures(page: Path, files: Sequence[Path]) -> dict[Path, str]:
 
 def _opening(results: Sequence[ResultFile]) -> Iterator[str]:
     """The paragraphs before the sections: contradictions, and whether all results are of one version of the code."""
-    found = [line for result in results for line in contradictions(result)]
-    if found:
-        yield "**What contradicts the papers, at the sizes stated.** " + visible(" ".join(found))
+    found = [contradictions(result) for result in results]
+    lines = [line for one in found for line in one.lines]
+    printed, agreeing = (sum(getattr(one, name) for one in found) for name in ("printed", "agreeing"))
+    if lines:
+        yield "**What contradicts the papers, at the sizes stated.** " + visible(" ".join(lines))
+    elif not printed:
+        yield "**What contradicts the papers: nothing.** No difference that they print was run here."
     else:
         yield (
-            "**What contradicts the papers: nothing.** Where a paper prints that an arm is better, no interval here "
-            "excludes zero on the other side."
+            f"**What contradicts the papers: nothing.** Of {printed} differences that they print and that were run "
+            f"here, {agreeing} have the printed sign and an interval that excludes zero; the other "
+            f"{printed - agreeing} are open: the interval includes zero, or there is none."
         )
     known = sorted({code for result in results for code in result["code_sha256"] if code})
-    unknown = [result["study"] for result in results if not any(result["code_sha256"])]
+    unknown = [result["study"] for result in results if not result["code_sha256"] or None in result["code_sha256"]]
     if len(known) > 1 or unknown:
         parts = [f"{len(known)} versions of the code ({_digests(known)})"] if known else []
         parts += [f"versions without a recorded hash ({', '.join(unknown)})"] if unknown else []
@@ -96,23 +108,24 @@ def _opening(results: Sequence[ResultFile]) -> Iterator[str]:
 
 def _verdicts(newest: Sequence[tuple[Path, ResultFile]]) -> Iterator[str]:
     """A table of all results by name: question and verdict, each with a link to its section."""
-    named = sorted(newest, key=lambda one: (one[1]["study"], one[0].stem))
+    named = sorted(newest, key=lambda one: (one[1]["study"], _name(one[0])))
     rows = [
-        [f"[{result['study']}](#{_anchor(_title(result, file.stem))})", result["question"], verdict(result)]
+        [f"[{result['study']}](#{_anchor(_title(result, _name(file)))})", result["question"], verdict(result)]
         for file, result in named
     ]
     yield from table_lines(["study", "question", "verdict: arm - reference, paired by seed"], rows)
-    yield (
-        "\nIn each section, figures are means over seeds with 95 % Student intervals. A difference without an interval "
-        "has the seeds in which the arm was better and worse, and p of the sign test. **Bold**: the interval excludes "
-        "zero, or p is below 0.05."
-    )
+    yield LEGEND
 
 
-def _title(result: ResultFile, stem: str) -> str:
-    """The heading of a result's section; `stem` is its file's name, shown where it is not the usual one."""
+def _name(file: Path) -> str:
+    """What a result is called: its file, or its directory where the file is as `kha study run` wrote it."""
+    return file.resolve().parent.name if file.name == "result.json" else file.stem
+
+
+def _title(result: ResultFile, name: str) -> str:
+    """The heading of a result's section; its `name` is shown where it is not the usual one."""
     date = f"{day(result['ended'])}: " if result["ended"] is not None else ""
-    own = f" ({stem})" if stem not in (f"{result['study']}-{result['scale']}", "result") else ""
+    own = f" ({name})" if name != f"{result['study']}-{result['scale']}" else ""
     return f"{date}the study `{result['study']}`, scale {result['scale']}{own}"
 
 
@@ -125,8 +138,8 @@ def _link(page: Path, file: Path) -> str:
     return Path(os.path.relpath(file, page.parent)).as_posix()
 
 
-def _section(result: ResultFile, link: str, shown: str) -> Iterator[str]:
-    yield f"## {_title(result, Path(link).stem)}\n"
+def _section(result: ResultFile, link: str, name: str, shown: str) -> Iterator[str]:
+    yield f"## {_title(result, name)}\n"
     yield f"**Question.** {visible(result['question'])} ({visible(result['source'])})\n"
     yield f"**What may be said.** {visible(result['sentence'])}\n"
     if shown:
@@ -147,16 +160,15 @@ def _section(result: ResultFile, link: str, shown: str) -> Iterator[str]:
         yield from _law(result["difference_law"])
     if result["published"]:
         yield ""
-        yield from table_lines(
-            ["published", "arm", "printed", "here"], [_published(one) for one in result["published"]]
-        )
+        at = f"printed ({result['published_at']})" if result["published_at"] else "printed"
+        yield from table_lines(["published", "arm", at, "here"], [_published(one) for one in result["published"]])
 
 
 def _compared(result: ResultFile) -> Iterator[str]:
     """A table of the differences from the reference, a row for each arm and a column for each measure."""
     measures = [str(one["name"]) for one in result["measures"]]
     rows: dict[tuple[str, str], dict[str, ComparisonEntry]] = {}
-    for one in result["comparisons"]:
+    for one in (*result["comparisons"], *result["gains"]):
         rows.setdefault((one["arm"], one["reference"]), {})[one["measure"]] = one
     yield from table_lines(
         ["paired by seed", "seeds", *measures],
@@ -188,7 +200,7 @@ def _law(law: LawEntry) -> Iterator[str]:
     yield from table_lines(
         ["coefficient", "nats [95 % over seeds]"], [[name, _between(one)] for name, one in law["coefficients"].items()]
     )
-    yield "\nThe largest size, predicted by the law of the others; it holds where the error includes zero:\n"
+    yield "\nThe largest size, predicted by the law of the others. An error that excludes zero contradicts the law:\n"
     rows = [
         [one["family"], scaled(one["parameters"]), scaled(one["tokens"]),
          *(_between(one[key]) for key in ("predicted", "observed", "error"))]
@@ -203,8 +215,10 @@ def _between(one: IntervalEntry) -> str:
 
 def _origin(result: ResultFile) -> str:
     seeds = sorted({seed for arm in result["arms"].values() for seed in arm["seeds"]})
-    spent = f", {duration(result['seconds'])} in all" if result["seconds"] is not None else ""
+    spent = f" of {duration(result['seconds'])} one after another" if result["seconds"] is not None else ""
+    sizes = {name: arm["size"] for name, arm in result["arms"].items() if arm["reference"] is None}
     words = [f"{result['trials']} trials{spent}; {len(result['arms'])} arms, seeds {', '.join(map(str, seeds))}."]
+    words += [f"{name}: {size_in_words(size)}." for name, size in sizes.items() if size]
     machines = "; ".join(machine for machine in result["machines"] if machine)
     words.append(f"On {machines}." if machines else "")
     code = [f"version {_digests(result['code_sha256'])}"] if any(result["code_sha256"]) else []

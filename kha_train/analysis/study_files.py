@@ -52,7 +52,9 @@ class ArmEntry(TypedDict):
 
 
 class ComparisonEntry(TypedDict):
-    """An arm against its reference in one measure. Without an `interval`, the sign test decides."""
+    """An arm against its reference in one measure, or of `gains` such a difference against another. Without an
+    `interval`, the sign test decides.
+    """
 
     arm: str
     reference: str
@@ -121,6 +123,7 @@ class ResultFile(TypedDict):
     rates: str
     arms: dict[str, ArmEntry]
     comparisons: list[ComparisonEntry]
+    gains: Annotated[list[ComparisonEntry], Absent([])]
     published: Annotated[list[PublishedEntry], Absent([])]
     published_at: Annotated[str, Absent("")]
     published_higher_is_better: Annotated[bool, Absent(False)]

@@ -50,7 +50,7 @@ def _lines(result: StudyResult, reports: Mapping[str, str], given: Sequence[str]
     yield from table_lines(*arm_rows(result))
     yield "\nMean over seeds with its 95 % Student interval (counts: none). `inf`: a run diverged or never got there."
     yield "\n## Against the reference, paired by seed\n"
-    yield from (f"- {one.sentence()}" for one in result.compared)
+    yield from (f"- {one.sentence()}" for one in (*result.compared, *result.gains))
     yield f"\n## {result.scaled.rate_measure.name} by learning rate\n"
     yield from table_lines(*rate_rows(result))
     if study.published:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kha_train.analysis.statistics import SeedInterval, over_seeds, sign_test
+from kha_train.analysis.statistics import SIGN_SEEDS, SeedInterval, over_seeds, sign_test
 from kha_train.analysis.studies import Measure, Published, ScaledStudy, Trial
 from kha_train.analysis.study_outcomes import Outcome, TrialSize
 
@@ -52,10 +52,18 @@ class Compared:
         return self.interval.excludes_zero
 
     def signs(self) -> str:
-        """In how many seeds the arm was better and worse, the sign test, and why there is no interval."""
+        """In how many seeds the arm was better and worse, the sign test, whether it could have said anything, and why
+        there is no interval."""
         seeds = _counted(len(self.differences), "seed")
         p = f", sign test p = {self.sign_test:.2g}" if self.sign_test is not None else ""
+        few = 0 < self.better + self.worse < SIGN_SEEDS
+        p += f" (cannot reach {SIGNIFICANT} with fewer than {SIGN_SEEDS} seeds)" if few else ""
         return f"better in {self.better}, worse in {self.worse} of {seeds}{p}, no interval: {self.no_interval}"
+
+    @property
+    def can_differ(self) -> bool:
+        """Whether it is an interval, or a sign test of enough seeds."""
+        return self.interval is not None or self.better + self.worse >= SIGN_SEEDS
 
     def sentence(self) -> str:
         """The result in one line."""
@@ -109,13 +117,15 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """A study as far as its runs are finished. `outcomes` has what these gave, the choice of rates included. `missing`
-    are the others that the comparison needs.
+    """A study as far as its runs are finished. `compared` are arms against their references, `gains` such differences
+    against each other. `outcomes` has what the runs gave, the choice of rates included. `missing` are the others that
+    the comparison needs.
     """
 
     scaled: ScaledStudy
     arms: Mapping[str, ArmResult]
     compared: tuple[Compared, ...]
+    gains: tuple[Compared, ...]
     missing: tuple[Trial, ...]
     outcomes: tuple[Outcome, ...]
 
@@ -177,7 +187,7 @@ class StudyResult:
         deciding = self.deciding
         if self.missing or min((len(one.differences) for one in deciding), default=0) < 2:
             return f"{self.evidence}."
-        intervals = [one for one in deciding if one.interval]
+        able = [one for one in deciding if one.can_differ]
         parts = [self.evidence, *(one.sentence() for one in deciding if one.differs)]
         alike: dict[str, list[str]] = {}
         for one in deciding:
@@ -186,10 +196,11 @@ class StudyResult:
                 alike.setdefault(why, []).append(f"{one.arm} - {one.reference}")
         for why, pairs in alike.items():
             parts.append(f"no difference in {deciding[0].measure} is shown for {', '.join(pairs)}{why}")
-        if len(intervals) > 1:
-            chance = 0.05 * len(intervals)
-            parts.append(f"of {len(intervals)} intervals, {chance:.2g} would exclude zero by chance")
-        if self.scaled.scale_name != "paper":
+        parts += [one.sentence() for one in self.gains if one.measure == self.scaled.measures[0].name]
+        if len(able) > 1:
+            chance = SIGNIFICANT * len(able)
+            parts.append(f"of {len(able)} arms without a difference, {chance:.2g} would seem to differ by chance")
+        if self.scaled.scale_name != "paper" and self.scaled.study.published:
             parts.append("this small scale says nothing about the order that the papers print")
         return f"{'; '.join(parts)}."
 
@@ -218,6 +229,7 @@ class StudyResult:
             "rates": self.how_chosen,
             "arms": {arm.name: self._arm(arm) for arm in self.arms.values()},
             "comparisons": [asdict(one) | {"sentence": one.sentence()} for one in self.compared],
+            "gains": [asdict(one) | {"sentence": one.sentence()} for one in self.gains],
             "published": [asdict(one) | {"ours": self.ours(one)} for one in study.published],
             "published_at": study.published_at,
             "published_higher_is_better": study.published_higher_is_better,
@@ -237,11 +249,14 @@ class StudyResult:
         }
 
     def ours(self, printed: Published) -> str:
-        """What this study found of a printed figure or relation, in the measure that decides; "" if nothing yet."""
-        arm, other = self.arms.get(printed.arm), self.arms.get(printed.better_than)
-        measure = self.scaled.measures[0]
-        if arm is None or not arm.runs:
-            return ""
+        """What this study found of a printed figure or relation, in the measure that decides, for each arm that stands
+        for the printed one; "" if nothing yet."""
+        arms = [arm for arm in self.arms.values() if (arm.stands_for or arm.name) == printed.arm and arm.runs]
+        found = [(arm, self._ours(arm, printed)) for arm in arms]
+        return "; ".join(f"{arm.name}: {told}" if arm.stands_for else told for arm, told in found if told)
+
+    def _ours(self, arm: ArmResult, printed: Published) -> str:
+        other, measure = self.arms.get(printed.better_than), self.scaled.measures[0]
         if printed.value is None:
             return _compared(other, arm, measure).sentence() if other and other.runs else ""
         mean, interval = arm.mean(measure.name), arm.interval(measure.name)
@@ -319,13 +334,19 @@ def judge(scaled: ScaledStudy, outcomes: Mapping[Trial, Outcome]) -> StudyResult
             size=next((one.size for one in own.values()), None),
             stands_for=arm.stands_for,
         )
+    compared = {
+        (arm.name, measure.name): _compared(arms[arm.reference], arms[arm.name], measure)
+        for arm in scaled.arms.values()
+        if arm.reference
+        for measure in scaled.measures
+    }
     return StudyResult(
         scaled=scaled,
         arms=arms,
-        compared=tuple(
-            _compared(arms[arm.reference], arms[arm.name], measure)
-            for arm in scaled.arms.values()
-            if arm.reference
+        compared=tuple(compared.values()),
+        gains=tuple(
+            _gain(compared[pair.other, measure.name], compared[pair.arm, measure.name], measure)
+            for pair in scaled.gains
             for measure in scaled.measures
         ),
         missing=tuple(trial for trial in needed if trial not in outcomes),
@@ -334,8 +355,23 @@ def judge(scaled: ScaledStudy, outcomes: Mapping[Trial, Outcome]) -> StudyResult
 
 
 def _compared(reference: ArmResult, arm: ArmResult, measure: Measure) -> Compared:
-    pairs = {seed: (arm.values[measure.name][seed], reference.values[measure.name].get(seed)) for seed in arm.runs}
-    known = {seed: (a, b) for seed, (a, b) in pairs.items() if a is not None and b is not None}
+    theirs, ours = (
+        {seed: value for seed, value in one.values[measure.name].items() if value is not None}
+        for one in (reference, arm)
+    )
+    return _paired(arm.name, reference.name, ours, theirs, measure)
+
+
+def _gain(reference: Compared, arm: Compared, measure: Measure) -> Compared:
+    """The differences of two arms from their references, compared with each other."""
+    theirs, ours = (f"({one.arm} - {one.reference})" for one in (reference, arm))
+    return _paired(ours, theirs, arm.differences, reference.differences, measure)
+
+
+def _paired(
+    arm: str, reference: str, ours: Mapping[int, float], theirs: Mapping[int, float], measure: Measure
+) -> Compared:
+    known = {seed: (value, theirs[seed]) for seed, value in ours.items() if seed in theirs}
     # Of two infinite values neither is better.
     differences = {seed: 0.0 if a == b else a - b for seed, (a, b) in known.items()}
     infinite = any(not (math.isfinite(a) and math.isfinite(b)) for a, b in known.values())
@@ -343,8 +379,8 @@ def _compared(reference: ArmResult, arm: ArmResult, measure: Measure) -> Compare
     why = "not all are finite" if infinite else NO_INTERVAL.get(measure.kind, "")
     signs = sign_test(list(differences.values()))
     return Compared(
-        arm=arm.name,
-        reference=reference.name,
+        arm=arm,
+        reference=reference,
         measure=measure.name,
         differences=differences,
         interval=None if why else over_seeds(list(differences.values())),

@@ -225,7 +225,7 @@ def _report(plan: StudyPlan, result: StudyResult, as_json: bool) -> None:
     console = LiteralConsole(width=140)
     console.print(_table(*arm_rows(result)))
     console.print(_table(*rate_rows(result)))
-    for one in result.compared:
+    for one in (*result.compared, *result.gains):
         console.print(one.sentence(), soft_wrap=True)
     for caveat in (f"learning rates: {result.how_chosen}", *result.caveats()):
         console.print(caveat, style="dim", soft_wrap=True)

@@ -20,7 +20,7 @@ from tests.analysis.recompute import losses, of_run, sign_p, student
 
 def recomputed(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
     """By (arm, measure): the paired differences to the reference by seed; where all are finite, their mean with the
-    95 % interval of Student; and the sign test.
+    95 % interval of Student; and the sign test. By (two pairs, measure) the same for the differences between gains.
     """
     found = {}
     for name, arm in result["arms"].items():
@@ -30,16 +30,24 @@ def recomputed(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
         for measure in (one["name"] for one in result["measures"]):
             ours, theirs = ({seed: float(value) for seed, value in side["values"][measure].items() if value is not None}
                             for side in (arm, other))  # fmt: skip
-            pairs = {seed: (ours[seed], theirs[seed]) for seed in ours if seed in theirs}
-            differences = {seed: 0.0 if a == b else a - b for seed, (a, b) in pairs.items()}
-            finite = all(math.isfinite(value) for pair in pairs.values() for value in pair)
-            signed = [value for value in differences.values() if value]
-            found[name, measure] = {
-                "differences": differences,
-                "interval": student(list(differences.values())) if finite and len(pairs) > 1 else None,
-                "sign_test": min(1.0, sign_p(signed)) if signed else None,
-            }
+            found[name, measure] = paired(ours, theirs)
+    for one in result.get("gains", []):
+        arm, other = (found[one[side].strip("()").split(" - ")[0], one["measure"]] for side in ("arm", "reference"))
+        found[f"{one['arm']} - {one['reference']}", one["measure"]] = paired(arm["differences"], other["differences"])
     return found
+
+
+def paired(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, Any]:
+    """The differences of two by seed, the interval where all values are finite, and the sign test."""
+    pairs = {seed: (ours[seed], theirs[seed]) for seed in ours if seed in theirs}
+    differences = {seed: 0.0 if a == b else a - b for seed, (a, b) in pairs.items()}
+    finite = all(math.isfinite(value) for pair in pairs.values() for value in pair)
+    signed = [value for value in differences.values() if value]
+    return {
+        "differences": differences,
+        "interval": student(list(differences.values())) if finite and len(pairs) > 1 else None,
+        "sign_test": min(1.0, sign_p(signed)) if signed else None,
+    }
 
 
 def from_records(result: dict[str, Any], runs: Path) -> dict[tuple[str, str, str], float]:

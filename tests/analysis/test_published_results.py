@@ -16,19 +16,21 @@ RESULTS = sorted((Path(__file__).resolve().parents[2] / "docs" / "results").glob
 def test_every_interval_of_a_published_result_is_computed_again(file: Path) -> None:
     result = json.loads(file.read_text())
     ours, intervals = recomputed(result), 0
-    assert {(one["arm"], one["measure"]) for one in result["comparisons"]} == ours.keys()
-    for one in result["comparisons"]:
-        again = ours[one["arm"], one["measure"]]
+    told = {(one["arm"], one["measure"]): one for one in result["comparisons"]}
+    told |= {(f"{one['arm']} - {one['reference']}", one["measure"]): one for one in result.get("gains", [])}
+    assert told.keys() == ours.keys()
+    for key, one in told.items():
+        again = ours[key]
         printed = {seed: float(value) for seed, value in one["differences"].items()}
         assert again["differences"] == pytest.approx(printed, abs=1e-12)
         assert again["sign_test"] == (None if one["sign_test"] is None else pytest.approx(one["sign_test"], abs=1e-12))
         if one["interval"]:
             intervals += 1
-            told, (mean, low, high) = one["interval"], again["interval"]
-            assert mean == pytest.approx(told["mean"], abs=1e-12)
+            printed_mean, (mean, low, high) = one["interval"]["mean"], again["interval"]
+            assert mean == pytest.approx(printed_mean, abs=1e-12)
             # The package has Student's quantile with four digits.
-            half = (told["high"] - told["low"]) / 2
-            assert [told["mean"] - low, high - told["mean"]] == pytest.approx([half, half], rel=3e-4, abs=1e-12)
+            half = (one["interval"]["high"] - one["interval"]["low"]) / 2
+            assert [printed_mean - low, high - printed_mean] == pytest.approx([half, half], rel=3e-4, abs=1e-12)
         else:
             assert again["interval"] is None or one["no_interval"] in ("they are counts", "areas of events are skewed")
     assert intervals, "a result without any interval says little"

@@ -101,6 +101,8 @@ def test_three_studies_fit_into_minutes_of_one_gpu() -> None:
         ("seeds: [0, 1, 2], rate", "seeds: [], rate", "seed"),
         ("steps: 2,", "steps: 2, stepps: 3,", "stepps"),
         ("kind: spikes", "kind: entry", "entry"),
+        ("reference: base\n", "reference: base\ngains: [{arm: mlp, other: base}]\n", "'base' of `gains`"),
+        ("reference: base\n", "reference: base\ngains: [{arm: mlpp, other: mlp}]\n", "'mlpp' of `gains`"),
         ("kind: spikes", "kind: heads, entry: size", "cosine"),
         ("reference: base", "rate_measure: steps", "no measure 'steps'"),
         ("question: Which", "questoin: Which", "questoin"),
@@ -211,6 +213,41 @@ def test_rates_chosen_on_the_compared_runs_are_said_to_be(tmp_path: Path) -> Non
     assert "one learning rate" in judge(one, {}).how_chosen
 
 
+def test_a_printed_figure_stands_beside_every_arm_that_stands_for_its_arm(tmp_path: Path) -> None:
+    text = TEXT.replace("name: mlp,", "name: mlp, stands_for: mlp_6b,").replace("arm: mlp, value", "arm: mlp_6b, value")
+    result = judged(written(tmp_path, text), [2.0, 2.1, 2.2], [1.8, 1.9, 2.0])
+    assert [result.ours(one) for one in result.scaled.study.published] == ["mlp: train_loss 1.9 [1.652, 2.148]"]
+
+
+def test_only_a_study_of_printed_figures_says_that_its_scale_is_small(tmp_path: Path) -> None:
+    text = "".join(
+        line for line in TEXT.splitlines(keepends=True) if "value: 1.5" not in line and "published" not in line
+    )
+    result = judged(written(tmp_path, text), [2.0, 2.1, 2.2], [1.8, 1.9, 2.001])
+    assert "small scale" not in result.sentence
+
+
+def test_two_differences_are_compared_with_each_other_seed_by_seed(tmp_path: Path) -> None:
+    """(mlp - base) is -0.2, -0.1, -0.3 and (gate - base) 0.1, 0.1, 0.1: between them -0.3, -0.2, -0.4, so mean -0.3,
+    deviation 0.1, half 4.303 x 0.1 / sqrt(3) = 0.24843. Neither difference of mlp nor that of gate decides it."""
+    arm = "  - {name: mlp, overrides: [attention=kha_mlp]}\n"
+    text = TEXT.replace(arm, f"{arm}{arm.replace('mlp', 'gate')}gains: [{{arm: mlp, other: gate}}]\n", 1)
+    scaled = written(tmp_path, text)
+    chosen = by_rate({name: [3.0, 2.0, 4.0] for name in ("base", "mlp", "gate")})
+    losses = {"base": [2.0, 2.1, 2.2], "mlp": [1.8, 2.0, 1.9], "gate": [2.1, 2.2, 2.3]}
+    result = judge(
+        scaled, chosen | {k: v for name, values in losses.items() for k, v in compared(name, 0.2, values).items()}
+    )
+    (loss, spikes) = result.gains
+    assert loss.interval is not None and loss.differs
+    assert [loss.interval.mean, loss.interval.low, loss.interval.high] == pytest.approx(
+        [-0.3, -0.54843, -0.05157], abs=1e-4
+    )
+    assert (loss.better, loss.worse, spikes.interval) == (3, 0, None)
+    assert "(mlp - base) - (gate - base), train_loss: -0.3 [-0.5484, -0.05157] over 3 seeds" in result.sentence
+    assert result.to_dict()["gains"][0]["differences"] == pytest.approx({0: -0.3, 1: -0.2, 2: -0.4})
+
+
 def test_counts_have_the_sign_test_and_no_interval(scaled: ScaledStudy) -> None:
     """Student's interval of small counts covers less than it says (docs/statistics.md)."""
     tried = by_rate({"base": [3.0, 2.0, 4.0], "mlp": [3.0, 2.5, 2.4]}) | compared("base", 0.2, [2.0] * 3)
@@ -218,7 +255,10 @@ def test_counts_have_the_sign_test_and_no_interval(scaled: ScaledStudy) -> None:
     arm, (_, found) = result.arms["mlp"], result.compared
     assert arm.interval("train_loss") is not None and arm.interval("spikes") is None and arm.mean("spikes") == 3.0
     assert (found.interval, found.better, found.worse, found.sign_test) == (None, 0, 3, 0.25)
-    assert found.sentence().endswith("worse in 3 of 3 seeds, sign test p = 0.25, no interval: they are counts")
+    told = (
+        "worse in 3 of 3 seeds, sign test p = 0.25 (cannot reach 0.05 with fewer than 6 seeds), no interval: they are"
+    )
+    assert found.sentence().endswith(f"{told} counts")
 
 
 def test_without_an_interval_the_sign_test_decides_what_the_sentence_says(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_section_has_question_command_origin_figures_and_the_sentence(made: Ma
         "## 3 January 1970: the study `one`, scale cpu (one)\n", "**Question.** Which? (a paper)",
         "3 seeds; it is lower.",
         "**What it does not show**: anything else.", "```sh\n# needs hours\nkha study run one --local\n```",
-        "8 trials, 1:01 in all; 2 arms, seeds 0, 1, 2.",
+        "8 trials of 1:01 one after another; 2 arms, seeds 0, 1, 2.",
         "On Linux, 2 processors. Code commit `cdcdcdcdcdcd` with changes,",
         "with changes, study's file `abababababab`, data `efefefefefef`.", "[one.json](results/one.json)",
         "| base | - | 0.002 | 0 | 2.5 [2.25, 2.75] | 4 |", "| mlp | base | 0.002 (edge) | 0 | 1.5 [1.25, 1.75] | 4 |",
@@ -82,7 +82,7 @@ def test_a_table_of_verdicts_leads_to_every_section(made: Made, page: Path) -> N
     rows = [line for line in table.splitlines() if line.startswith("| [")]
     assert rows == [
         f"| [{name}](#3-january-1970-the-study-{name}-scale-cpu-{name}) | Which? "
-        "| 1 of 1 arms differ in train_loss (1 seed): mlp -1 |"
+        "| 1 of 1 arms differ in train_loss (1 seed): mlp - base -1 |"
         for name in ("one", "two")
     ]
     assert "3 January 1970: the study `one`, scale cpu (one)\n" in sections
@@ -114,6 +114,14 @@ def test_a_mean_that_is_not_finite_says_of_how_many_seeds(made: Made, page: Path
     assert "| base | - | 0.002 | 0 | inf (1 of 2 finite) | - |" in collected(page, [file])
 
 
+def test_results_as_they_were_written_are_called_by_their_directories(made: Made, page: Path) -> None:
+    file = made("position").rename(page.parent / "result.json")
+    (page.parent / "mine").mkdir()
+    file = file.rename(page.parent / "mine" / "result.json")
+    assert list(pictures(page, [file])) == [page.parent / "pictures" / "mine.svg"]
+    assert "the study `position`, scale cpu (mine)" in collected(page, [file])
+
+
 def test_results_of_different_versions_of_the_code_are_marked_at_the_top(made: Made, page: Path) -> None:
     both = [made("one", code_sha256=["12" * 32]), made("two", code_sha256=["34" * 32])]
     assert "not of one version of the code**: 2 versions of the code (`121212121212`, `343434343434`)." in collected(
@@ -121,6 +129,7 @@ def test_results_of_different_versions_of_the_code_are_marked_at_the_top(made: M
     )
     assert "one version of `kha_train/` and `configs/`: `121212121212`." in collected(page, both[:1])
     assert "without a recorded hash (three)." in collected(page, [both[0], made("three")])
+    assert "without a recorded hash (four)." in collected(page, [made("four", code_sha256=["12" * 32, None])])
 
 
 def test_the_newest_is_first_and_a_second_time_changes_nothing(made: Made, page: Path) -> None:

@@ -65,6 +65,39 @@ def test_an_arm_of_the_study_itself_may_be_the_yardstick(tmp_path: Path) -> None
     assert "shaded: same_function" in svg and "grey" not in svg and 'class="band f7"' in svg
 
 
+def test_an_arm_without_an_interval_keeps_its_row(tmp_path: Path) -> None:
+    file = write(tmp_path, "position", [comparison("mlp_v", -0.2, 0.05), comparison("gate_v", float("inf"), None)])
+    (svg,) = pictures(tmp_path / "page.md", [file]).values()
+    assert "gate_v - gqa" in svg and "no interval: 1 better, 1 worse" in svg
+
+
+def test_a_yardstick_of_another_size_is_not_drawn(tmp_path: Path) -> None:
+    def arms(parameters: int) -> dict[str, Any]:
+        size = {"parameters": parameters, "active_parameters": 1, "tokens": 100}
+        rest: dict[str, Any] = {
+            "stands_for": None,
+            "rate": None,
+            "rate_at_edge": None,
+            "seeds": [],
+            "means": {},
+            "intervals": {},
+        }
+        return {"gqa": {"reference": None, "size": size, "values": {}, "diverged": 0} | rest}
+
+    same = write(tmp_path, "same", [comparison("same_function", 0.0, 0.01)], arms=arms(100))
+    for parameters, drawn in ((110, True), (200, False)):
+        file = write(tmp_path, "position", [comparison("mlp_v", -0.2, 0.05)], arms=arms(parameters))
+        (svg,) = pictures(tmp_path / "page.md", [file, same]).values()
+        assert ("shaded" in svg) == drawn
+
+
+def test_long_names_have_room(tmp_path: Path) -> None:
+    file = write(tmp_path, "position", [comparison("an_arm_with_a_name_of_forty_letters_00000", -0.2, 0.05)])
+    (svg,) = pictures(tmp_path / "page.md", [file]).values()
+    (width,) = across(svg, r'viewBox="0 0 ([0-9.]+) ')
+    assert width > 560
+
+
 def test_without_an_interval_or_among_other_studies_there_is_no_picture(tmp_path: Path) -> None:
     files = [
         write(tmp_path, "position", [comparison("mlp_v", 0.1, None)]),
