@@ -199,7 +199,7 @@ class StudyResult:
         parts += [one.sentence() for one in self.gains if one.measure == self.scaled.measures[0].name]
         if len(able) > 1:
             chance = SIGNIFICANT * len(able)
-            parts.append(f"of {len(able)} arms without a difference, {chance:.2g} would seem to differ by chance")
+            parts.append(f"of {len(able)} comparisons, {chance:.2g} would show a difference by chance")
         if self.scaled.scale_name != "paper" and self.scaled.study.published:
             parts.append("this small scale says nothing about the order that the papers print")
         return f"{'; '.join(parts)}."
