@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -151,6 +151,7 @@ def _section(result: ResultFile, link: str, name: str, shown: str) -> Iterator[s
     yield from table_lines(*_arms(result))
     yield ""
     yield f"Learning rates: {visible(result['rates'])}."
+    yield from _rates(result)
     if result["caveats"]:
         yield ""
         yield from (f"- {visible(caveat)}" for caveat in result["caveats"])
@@ -162,6 +163,22 @@ def _section(result: ResultFile, link: str, name: str, shown: str) -> Iterator[s
         yield ""
         at = f"printed ({result['published_at']})" if result["published_at"] else "printed"
         yield from table_lines(["published", "arm", at, "here"], [_published(one) for one in result["published"]])
+
+
+def _rates(result: ResultFile) -> Iterator[str]:
+    """A table of the measure that chooses rates, where there was a choice."""
+    rates = sorted({rate for arm in result["arms"].values() for rate in arm["by_rate"]}, key=float)
+    if len(rates) > 1:
+        rows = [
+            [name, *(_at_rate(arm["by_rate"].get(rate, {})) for rate in rates)] for name, arm in result["arms"].items()
+        ]
+        yield ""
+        yield from table_lines([f"{result['rate_measure']} at rate", *rates], rows)
+
+
+def _at_rate(values: Mapping[str, float | None]) -> str:
+    known = [value for value in values.values() if value is not None]
+    return f"{sum(known) / len(known):.4g}" if known else "-"
 
 
 def _compared(result: ResultFile) -> Iterator[str]:
@@ -215,7 +232,7 @@ def _between(one: IntervalEntry) -> str:
 
 def _origin(result: ResultFile) -> str:
     seeds = sorted({seed for arm in result["arms"].values() for seed in arm["seeds"]})
-    spent = f" of {duration(result['seconds'])} one after another" if result["seconds"] is not None else ""
+    spent = f", whose times add up to {duration(result['seconds'])}" if result["seconds"] is not None else ""
     sizes = {name: arm["size"] for name, arm in result["arms"].items() if arm["reference"] is None}
     words = [f"{result['trials']} trials{spent}; {len(result['arms'])} arms, seeds {', '.join(map(str, seeds))}."]
     words += [f"{name}: {size_in_words(size)}." for name, size in sizes.items() if size]

@@ -44,6 +44,7 @@ class ArmEntry(TypedDict):
     size: Annotated[SizeEntry | None, Absent(None)]
     rate: float | None
     rate_at_edge: bool | None
+    by_rate: Annotated[dict[str, dict[str, float | None]], Absent({})]
     seeds: list[int]
     means: dict[str, float | None]
     intervals: dict[str, IntervalEntry | None]
@@ -120,6 +121,7 @@ class ResultFile(TypedDict):
     machines: list[str]
     complete: bool
     measures: list[MeasureEntry]
+    rate_measure: Annotated[str, Absent("")]
     rates: str
     arms: dict[str, ArmEntry]
     comparisons: list[ComparisonEntry]

@@ -64,7 +64,7 @@ def test_a_section_has_question_command_origin_figures_and_the_sentence(made: Ma
         "## 3 January 1970: the study `one`, scale cpu (one)\n", "**Question.** Which? (a paper)",
         "3 seeds; it is lower.",
         "**What it does not show**: anything else.", "```sh\n# needs hours\nkha study run one --local\n```",
-        "8 trials of 1:01 one after another; 2 arms, seeds 0, 1, 2.",
+        "8 trials, whose times add up to 1:01; 2 arms, seeds 0, 1, 2.",
         "On Linux, 2 processors. Code commit `cdcdcdcdcdcd` with changes,",
         "with changes, study's file `abababababab`, data `efefefefefef`.", "[one.json](results/one.json)",
         "| base | - | 0.002 | 0 | 2.5 [2.25, 2.75] | 4 |", "| mlp | base | 0.002 (edge) | 0 | 1.5 [1.25, 1.75] | 4 |",
@@ -86,6 +86,18 @@ def test_a_table_of_verdicts_leads_to_every_section(made: Made, page: Path) -> N
         for name in ("one", "two")
     ]
     assert "3 January 1970: the study `one`, scale cpu (one)\n" in sections
+
+
+def test_rates_are_shown_where_there_was_a_choice(made: Made, page: Path) -> None:
+    file = made("one", rate_measure="train_loss")
+    assert "at rate" not in collected(page, [file])
+    result = json.loads(file.read_text())
+    result["arms"]["mlp"]["by_rate"] = {"0.004": {"7": 1.5, "8": 2.5}, "0.0005": {"7": "inf"}}
+    file.write_text(json.dumps(result))
+    assert (
+        "| train_loss at rate | 0.0005 | 0.004 |\n| --- | --- | --- |\n| base | - | - |\n| mlp | inf | 2 |"
+        in collected(page, [file])
+    )
 
 
 def test_a_difference_is_bold_only_where_it_is_shown(made: Made, page: Path) -> None:
