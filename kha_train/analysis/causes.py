@@ -166,7 +166,11 @@ def judge(arms: Sequence[Arm]) -> tuple[str | None, str]:
         first = next(arm for arm in removing if arm.family == causes[0])
         left = f", {100 * max(first.left):.0f} % of it left" if all(map(math.isfinite, first.left)) else ""
         others = len({arm.name for arm in arms if arm.removed} - {arm.name for arm in removing})
-        beside = f"; {others} other change{'s do' if others != 1 else ' does'} not" if others else ""
+        beside = (
+            f"; {others} other change{'s do' if others != 1 else ' does'} not" if others else "; nothing else was tried"
+        )
+        if not any(arm.removed for arm in arms if arm.family == CHANCE):
+            beside += "; not held against another rounding, which may remove it too"
         return causes[0], f"{first.accuses}: the event is gone {first.change}{left}{beside}"
     if causes:
         told = "; ".join(arm.change for arm in removing)

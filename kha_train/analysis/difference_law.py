@@ -79,7 +79,11 @@ def law_of(result: StudyResult) -> DifferenceLaw | None:
         size = result.arms[one.reference].size
         if one.measure in tokens and size is not None:
             family = "dense" if size.parameters == size.active_parameters else "mixture"
-            cells.append(Cell(family, size.active_parameters, tokens[one.measure], one.differences))
+            # Of two infinite losses neither is better, but their difference is not 0.
+            values = [result.arms[name].values[one.measure] for name in (one.arm, one.reference)]
+            finite = {seed for seed in one.differences if all(math.isfinite(own[seed] or 0.0) for own in values)}
+            known = {seed: value for seed, value in one.differences.items() if seed in finite}
+            cells.append(Cell(family, size.active_parameters, tokens[one.measure], known))
     return fit_law(cells)
 
 

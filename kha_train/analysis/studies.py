@@ -86,7 +86,8 @@ class Measure:
     the steps until the mean train loss of five steps is at most `threshold` nats. `late_loss` is the mean train loss of
     the last half of the steps: its paired difference is the tail gap. `loss_at` is the mean train loss of the steps up
     to `tokens` tokens, beginning a tenth of them before. `spikes` counts narrow and wide loss spikes, `events`
-    those that did not recover too; `area` is the sum of the losses above the baseline during events, in nats x steps.
+    those that did not recover too; `area` is the sum of the losses above the baseline during events, in nats x steps,
+    and infinite if a step was not finite.
     `step_seconds` is the median time of a step.
 
     `loss_law` is the loss that a fitted law gives after `tokens` tokens. `entry` is the last value of the

@@ -106,6 +106,8 @@ def _value(measure: Measure, run: RunData, summary: Summary) -> float | None:
         return _steps_to(run, measure.threshold)
     if measure.kind in _EVENTS:
         events = summary.stability
+        if measure.kind == "area" and events.summary["nonfinite_steps"]:
+            return math.inf
         return float(events.summary[_EVENTS[measure.kind]]) if events.judged else None
     if measure.kind == "late_loss":
         return _mean_loss(run, run.steps > (run.steps[-1] + run.begun_after) / 2)

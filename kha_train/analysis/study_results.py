@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kha_train.analysis.statistics import SIGN_SEEDS, SeedInterval, over_seeds, sign_test
-from kha_train.analysis.studies import Measure, Published, ScaledStudy, Trial
+from kha_train.analysis.studies import Gains, Measure, Published, ScaledStudy, Trial
 from kha_train.analysis.study_outcomes import Outcome, TrialSize
 
 NO_INTERVAL = {"spikes": "they are counts", "events": "they are counts", "area": "areas of events are skewed"}
@@ -187,7 +187,8 @@ class StudyResult:
         deciding = self.deciding
         if self.missing or min((len(one.differences) for one in deciding), default=0) < 2:
             return f"{self.evidence}."
-        able = [one for one in deciding if one.can_differ]
+        gains = [one for one in self.gains if one.measure == self.scaled.measures[0].name]
+        able = [one for one in (*deciding, *gains) if one.can_differ]
         parts = [self.evidence, *(one.sentence() for one in deciding if one.differs)]
         alike: dict[str, list[str]] = {}
         for one in deciding:
@@ -196,10 +197,12 @@ class StudyResult:
                 alike.setdefault(why, []).append(f"{one.arm} - {one.reference}")
         for why, pairs in alike.items():
             parts.append(f"no difference in {deciding[0].measure} is shown for {', '.join(pairs)}{why}")
-        parts += [one.sentence() for one in self.gains if one.measure == self.scaled.measures[0].name]
+        parts += [one.sentence() for one in gains]
         if len(able) > 1:
             chance = SIGNIFICANT * len(able)
-            parts.append(f"of {len(able)} comparisons, {chance:.2g} would show a difference by chance")
+            parts.append(
+                f"of {len(able)} comparisons of {deciding[0].measure}, {chance:.2g} would show a difference by chance"
+            )
         if self.scaled.scale_name != "paper" and self.scaled.study.published:
             parts.append("this small scale says nothing about the order that the papers print")
         return f"{'; '.join(parts)}."
@@ -344,11 +347,7 @@ def judge(scaled: ScaledStudy, outcomes: Mapping[Trial, Outcome]) -> StudyResult
         scaled=scaled,
         arms=arms,
         compared=tuple(compared.values()),
-        gains=tuple(
-            _gain(compared[pair.other, measure.name], compared[pair.arm, measure.name], measure)
-            for pair in scaled.gains
-            for measure in scaled.measures
-        ),
+        gains=tuple(_gain(arms, pair, measure) for pair in scaled.gains for measure in scaled.measures),
         missing=tuple(trial for trial in needed if trial not in outcomes),
         outcomes=tuple(outcomes.values()),
     )
@@ -362,10 +361,19 @@ def _compared(reference: ArmResult, arm: ArmResult, measure: Measure) -> Compare
     return _paired(arm.name, reference.name, ours, theirs, measure)
 
 
-def _gain(reference: Compared, arm: Compared, measure: Measure) -> Compared:
-    """The differences of two arms from their references, compared with each other."""
-    theirs, ours = (f"({one.arm} - {one.reference})" for one in (reference, arm))
-    return _paired(ours, theirs, arm.differences, reference.differences, measure)
+def _gain(arms: Mapping[str, ArmResult], pair: Gains, measure: Measure) -> Compared:
+    """The differences of two arms from their references, compared with each other. Two infinite values have no
+    difference that could be compared: nan stands for it, and is neither better nor worse.
+    """
+
+    def differences(name: str) -> tuple[str, dict[int, float]]:
+        arm, reference = arms[name], arms[arms[name].reference]
+        known = {seed: (arm.values[measure.name][seed], reference.values[measure.name].get(seed)) for seed in arm.runs}
+        label = f"({arm.name} - {reference.name})"
+        return label, {seed: a - b for seed, (a, b) in known.items() if a is not None and b is not None}
+
+    (ours, our), (theirs, their) = differences(pair.arm), differences(pair.other)
+    return _paired(ours, theirs, our, their, measure)
 
 
 def _paired(

@@ -239,7 +239,7 @@ def turned_dimensions(config: RunConfig) -> int:
 def implementation(config: RunConfig) -> Implementation:
     """How the interaction of `config` is computed in forwards of a micro-batch."""
     options, base = config.attention.interaction, config.attention.base
-    tokens = config.engine.micro_batch_size * config.model.seq_len
+    tokens = config.engine.micro_batch_size * config.model.seq_len // config.engine.context_parallel
     inputs = base.input_widths(config.model.hidden_size)
     return options.implementation(base.heads(), inputs, tokens, config.engine.kernels)
 

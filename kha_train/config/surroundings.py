@@ -88,5 +88,9 @@ class ClusterSection:
     capability: float = 0.0
 
     def bandwidth_gb(self, ranks: int) -> float:
-        """Of the slowest link between so many neighbouring ranks."""
-        return self.node_bandwidth_gb if ranks <= self.devices_per_node else self.network_bandwidth_gb
+        """Of the slowest link between so many neighbouring ranks, in groups that begin with the first rank. Where a
+        node has no whole number of groups, one of them reaches into the next node.
+        """
+        one_node = self.devices <= self.devices_per_node
+        inside = one_node or (ranks <= self.devices_per_node and self.devices_per_node % ranks == 0)
+        return self.node_bandwidth_gb if inside else self.network_bandwidth_gb

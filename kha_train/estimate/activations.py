@@ -88,8 +88,14 @@ def folded_bytes(config: RunConfig, width: int) -> int:
 
 
 def shared_mask_bytes(config: RunConfig) -> int:
-    """Bytes per token of the fp32 mask of biased scores, which all layers share."""
-    return 4 * config.attention.base.query_heads * config.model.seq_len if _biased(config) else 0
+    """Bytes per token of the fp32 mask of biased scores, which all layers share; rows that are one document each share
+    one mask."""
+    numbers = config.attention.base.query_heads * config.model.seq_len // _rows_of_a_mask(config)
+    return 4 * numbers if _biased(config) else 0
+
+
+def _rows_of_a_mask(config: RunConfig) -> int:
+    return 1 if config.data.isolate_documents else config.engine.micro_batch_size
 
 
 def _kernel(config: RunConfig, width: int) -> int:
@@ -132,7 +138,7 @@ def _one_call(config: RunConfig, width: int) -> int:
         return grouped + padded + 4 * heads.query_heads // width
     # Keys and values are repeated for every query head; a bool mask becomes numbers, an fp32 mask is converted to the
     # dtype.
-    mask = (0 if width == 4 else scores) if _biased(config) else tokens * ranks
+    mask = (0 if width == 4 else scores // _rows_of_a_mask(config)) if _biased(config) else tokens * ranks
     tied = heads.kv_heads * heads.value_width if heads.tied and config.attention.qk_norm != "none" else 0
     return 2 * queries + 2 * output + arrived + 4 * heads.query_heads // width + mask + tied
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kha_train.config.constants import RING_COPIES, RING_KEPT
-from kha_train.config.resolve import Resolved, resolve_plan
+from kha_train.config.resolve import Resolved, planned_device, resolve_plan
 from kha_train.config.schema import RunConfig
 from kha_train.config.validate_ranks import validate_batch
 from kha_train.data.format import manifest
@@ -37,6 +37,7 @@ from kha_train.estimate.memory import (
     optimizer_bytes,
     plan_memory,
     recipes,
+    uses_bf16,
 )
 from kha_train.estimate.remedies import Remedy, advise, with_engine
 from kha_train.estimate.traffic import Communication, communication
@@ -78,11 +79,16 @@ class Plan:
 
     @property
     def warning(self) -> str:
-        """Warnings about very long steps, and about an engine that the plan does not estimate; "" without any."""
+        """Warnings about very long steps, an engine that the plan does not estimate, and a peak that is not that of the
+        precision; "" without any.
+        """
         engine = self.config.engine.name
         rows = self.config.data.batch_sizes.largest * self.exchanged["ranks"] // self.config.cluster.devices
         other = "" if engine == ESTIMATED else f"engine.name = {engine}: memory and traffic are those of {ESTIMATED}"
-        return "; ".join(filter(None, (other, long_step_warning(self.config, rows, self.time["step_seconds"]))))
+        wide = planned_device(self.config).kind == "cuda" and not uses_bf16(self.config)
+        peak = "in fp32, times hold only if cluster.peak_tflops is that of fp32, not of bf16" if wide else ""
+        long = long_step_warning(self.config, rows, self.time["step_seconds"])
+        return "; ".join(filter(None, (other, peak, long)))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON output. Its keys are documented in docs/plan.md and do not change."""
@@ -235,6 +241,13 @@ def ring_checkpoints(config: RunConfig) -> int:
     return RING_KEPT if config.checkpoint.ring_steps else 0
 
 
+def kept_checkpoints(config: RunConfig) -> int:
+    """The most checkpoints on disk when the run ends: the last ones, those that are kept for good, and the ring."""
+    checkpoint = config.checkpoint
+    forever = config.run.steps // checkpoint.keep_every_steps if checkpoint.keep_every_steps else 0
+    return checkpoint.keep_last + forever + ring_checkpoints(config)
+
+
 def host_copies(config: RunConfig) -> int:
     """Copies of a checkpoint's tensors in host memory: of the save in the background, and of the ring."""
     return int(config.checkpoint.background) + (RING_COPIES if config.checkpoint.ring_steps else 0)
@@ -252,7 +265,7 @@ def _checkpoint(config: RunConfig, count: ParameterCount, step_seconds: float | 
     steps = interval / step_seconds if interval is not None and step_seconds else None
     return {
         "bytes": size,
-        "kept_bytes": size * (config.checkpoint.keep_last + ring_checkpoints(config)),
+        "kept_bytes": size * kept_checkpoints(config),
         "host_bytes": size * host_copies(config),
         "write_seconds": write,
         "sensible_every_seconds": interval,

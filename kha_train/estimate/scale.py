@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from kha_train.config.schema import RunConfig
 from kha_train.config.surroundings import ClusterSection
+from kha_train.config.validate import validate
 from kha_train.errors import ConfigError, Settings
 from kha_train.estimate.memory import GIB, micro_batches, plan_memory
 from kha_train.estimate.plan import STAGES, Plan, make_plan
@@ -102,14 +103,23 @@ def goodput(interval: float, between_failures: float, restart: float, paused: fl
 
 
 def _size(config: RunConfig) -> Size:
-    cluster, engine = config.cluster, config.engine
+    cluster = config.cluster
     # Without a budget of memory, remedies are not looked for.
     plan = make_plan(replace(config, cluster=replace(cluster, memory_gib=0.0)))
     hours = cluster.hours_between_failures / cluster.devices
-    alone = engine.hpz_partition_size == 1 and engine.expert_parallel == 1
-    admitted = STAGES if alone else (engine.zero_stage,)
-    stages = tuple(_stage(plan, config, stage) for stage in admitted)
+    stages = tuple(_stage(plan, config, stage) for stage in STAGES if _admits(config, stage))
     return Size(cluster.devices, micro_batches(config), plan.batch_problem, hours, 24 / hours, stages)
+
+
+def _admits(config: RunConfig, stage: int) -> bool:
+    """Whether the other settings admit a ZeRO stage; its own always."""
+    if stage == config.engine.zero_stage:
+        return True
+    try:
+        validate(with_engine(config, zero_stage=stage))
+    except ConfigError:
+        return False
+    return True
 
 
 def _stage(plan: Plan, config: RunConfig, stage: int) -> Stage:

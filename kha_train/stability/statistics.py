@@ -122,7 +122,8 @@ def shared_events(runs: Sequence[Sequence[SpikeEvent]]) -> list[list[bool]]:
 
 
 def tail_gap(curve: Sequence[tuple[float, float]], reference: Sequence[tuple[float, float]]) -> dict[str, float | int]:
-    """Mean of loss - reference loss at equal tokens, over the last half of the tokens that both have seen.
+    """Mean of loss - reference loss at equal tokens, over the last half of the tokens that both have seen. A curve
+    begins as far before its first point as that is before the second.
 
     Points are (tokens, loss) with strictly increasing tokens (or steps in their place); the reference is interpolated
     linearly. Non-finite losses are left out. `points` is the number of points used; the gap is nan when there are none.
@@ -132,15 +133,20 @@ def tail_gap(curve: Sequence[tuple[float, float]], reference: Sequence[tuple[flo
     if not curve or not reference:
         return {"gap": math.nan, "points": 0}
     end = min(curve[-1][0], reference[-1][0])
+    middle = (max(_begin(curve), _begin(reference)) + end) / 2
     differences = []
     place = 0
     for tokens, loss in curve:
-        if not (max(end / 2, reference[0][0]) <= tokens <= end):
+        if not (max(middle, reference[0][0]) <= tokens <= end):
             continue
         while place + 1 < len(reference) and reference[place + 1][0] <= tokens:
             place += 1
         differences.append(loss - _interpolated(reference, place, tokens))
     return {"gap": math.fsum(differences) / len(differences) if differences else math.nan, "points": len(differences)}
+
+
+def _begin(points: Sequence[tuple[float, float]]) -> float:
+    return max(2 * points[0][0] - points[1][0], 0.0) if len(points) > 1 else 0.0
 
 
 def _interpolated(points: Sequence[tuple[float, float]], place: int, tokens: float) -> float:

@@ -90,6 +90,19 @@ def test_a_single_cause_is_named_and_any_other_event_is_called_one_without(arms,
     assert found == cause and answer.startswith(begins)
 
 
+def test_a_cause_says_what_it_was_not_held_against() -> None:
+    clip, rate, other = (
+        arm(*one) for one in (("clip", "clipping", True), ("rate", "rate", False), ("rounding", "rounding", False))
+    )
+    assert judge([clip])[1].endswith(
+        "; nothing else was tried; not held against another rounding, which may remove it too"
+    )
+    assert judge([clip, rate])[1].endswith(
+        "1 other change does not; not held against another rounding, which may remove it too"
+    )
+    assert judge([clip, rate, other])[1].endswith("2 other changes do not")
+
+
 def test_an_arm_that_was_not_replayed_removes_nothing_and_says_why() -> None:
     idle = Arm("router", "router precision", "", "", reason="the router is fp32 already")
     assert not idle.removes and idle.words == "not replayed: the router is fp32 already"

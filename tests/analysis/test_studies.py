@@ -248,6 +248,19 @@ def test_two_differences_are_compared_with_each_other_seed_by_seed(tmp_path: Pat
     assert result.to_dict()["gains"][0]["differences"] == pytest.approx({0: -0.3, 1: -0.2, 2: -0.4})
 
 
+def test_two_runs_that_diverged_make_no_difference_of_zero_among_gains(tmp_path: Path) -> None:
+    arm = "  - {name: mlp, overrides: [attention=kha_mlp]}\n"
+    scaled = written(
+        tmp_path, TEXT.replace(arm, f"{arm}{arm.replace('mlp', 'gate')}gains: [{{arm: mlp, other: gate}}]\n", 1)
+    )
+    losses = {"base": [2.0, math.inf, 2.2], "mlp": [1.8, math.inf, 1.9], "gate": [2.1, 2.2, 2.3]}
+    tried = by_rate({name: [3.0, 2.0, 4.0] for name in losses})
+    for name, values in losses.items():
+        tried |= compared(name, 0.2, values)
+    (loss, _) = judge(scaled, tried).gains
+    assert loss.interval is None and (loss.better, loss.worse) == (2, 0)
+
+
 def test_counts_have_the_sign_test_and_no_interval(scaled: ScaledStudy) -> None:
     """Student's interval of small counts covers less than it says (docs/statistics.md)."""
     tried = by_rate({"base": [3.0, 2.0, 4.0], "mlp": [3.0, 2.5, 2.4]}) | compared("base", 0.2, [2.0] * 3)

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from kha_train import compose
 from kha_train.errors import ConfigError
-from kha_train.estimate.activations import attention_activations, folded_bytes
+from kha_train.estimate.activations import attention_activations, folded_bytes, shared_mask_bytes
 from kha_train.model.attention.backends import alibi_slopes, lay_out_documents
 from kha_train.model.attention.base import RowContext, build_attention
 from kha_train.model.attention.context import ContextRanks
@@ -68,6 +68,16 @@ def planned_and_saved(overrides: list[str], context: ContextRanks | None = None)
         attention(x_BTD, rows)
     planned = 4 * own * (WIDTH + attention_activations(config, 4)) + folded_bytes(config, 4)
     return planned, sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_the_mask_of_biased_scores_is_one_for_rows_that_are_one_document(split: bool) -> None:
+    rows = [f"data.isolate_documents={split}", "engine.micro_batch_size=4", "data.global_batch_size=4"]
+    config = compose([*SHAPE, "attention=gqa", "attention.positions=alibi", *rows])
+    borders = torch.arange(0, 4 * TOKENS + 1, TOKENS // 2 if split else TOKENS, dtype=torch.int32)
+    slopes = torch.tensor(alibi_slopes(config.attention.base.query_heads))
+    mask = lay_out_documents(4, TOKENS, torch.device("cpu"), borders, slopes_H=slopes).mask_BJTU
+    assert mask is not None and shared_mask_bytes(config) * 4 * TOKENS == mask.numel() * mask.element_size()
 
 
 def pairs() -> Iterator[Any]:

@@ -237,6 +237,9 @@ def test_checkpoints_hold_12_bytes_a_parameter_at_young_s_interval() -> None:
     ring = make_plan(compose([*SIX_BILLION, "cluster=h100_8x8", "checkpoint.keep_last=3", "checkpoint.ring_steps=4"]))
     assert ring.checkpoint["kept_bytes"] == (3 + 4) * saved["bytes"]
     assert ring.checkpoint["host_bytes"] == (1 + 2) * saved["bytes"]
+    forever = ["run.steps=2500", "checkpoint.keep_last=3", "checkpoint.keep_every_steps=1000"]
+    kept = make_plan(compose([*SIX_BILLION, "cluster=h100_8x8", *forever])).checkpoint["kept_bytes"]
+    assert kept == (3 + 2) * saved["bytes"], "2,500 steps keep those of 1,000 and 2,000 for good"
     write = saved["bytes"] / 20e9
     assert saved["sensible_every_seconds"] == pytest.approx(math.sqrt(2 * write * 50_000 * 3600 / 64))
 
@@ -275,6 +278,22 @@ def test_the_plan_of_an_engine_that_it_does_not_estimate_says_so(capsys) -> None
     assert make_plan(compose([])).warning == ""
     code, answer = answered(capsys, "engine.name=plain")
     assert code == 0 and answer["warning"].startswith("engine.name = plain") and "deepspeed" in answer["warning"]
+
+
+def test_fp32_on_a_gpu_says_of_which_precision_the_peak_must_be() -> None:
+    """The data sheet's 67 TFLOP/s of an H100 in fp32 are a fifteenth of its 989 in bf16."""
+    on = [*SIX_BILLION, "cluster=h100_8x8", "data.global_batch_size=64", "engine.micro_batch_size=1"]
+    assert make_plan(compose(on)).warning == ""
+    assert "is that of fp32" in make_plan(compose([*on, "engine.precision=fp32"])).warning
+
+
+@pytest.mark.parametrize(
+    ("devices", "group", "link"), [(64, 8, 450), (64, 4, 450), (24, 6, 50), (64, 16, 50), (6, 3, 450), (8, 8, 450)]
+)
+def test_groups_that_reach_into_the_next_node_have_the_network(devices: int, group: int, link: float) -> None:
+    """Of 24 ranks in nodes of 8, the second six are 6 to 11."""
+    cluster = compose([*SIX_BILLION, "cluster=h100_8x8"]).cluster
+    assert replace(cluster, devices=devices).bandwidth_gb(group) == link
 
 
 def test_a_plan_needs_no_torch() -> None:

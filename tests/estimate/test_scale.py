@@ -90,6 +90,13 @@ def test_devices_that_never_work_are_refused() -> None:
         scale(compose([*SIX_BILLION, "cluster.hours_between_failures=0"]), [8])
 
 
+def test_only_stages_that_the_other_settings_admit_are_shown() -> None:
+    """`engine.compile=block` is refused with ZeRO 3."""
+    for changes, stages in (([], [1, 2, 3]), (["engine.compile=block"], [1, 2])):
+        (size,) = scale(compose([*SIX_BILLION, *changes]), [64])
+        assert [stage.zero_stage for stage in size.stages] == stages
+
+
 @pytest.mark.parametrize(
     ("binds", "devices", "changes"),
     [

@@ -93,6 +93,15 @@ def test_a_curve_has_no_tail_gap_to_itself() -> None:
     assert tail_gap(curve, curve) == {"gap": 0.0, "points": 51}
 
 
+def test_the_tail_gap_of_curves_that_begin_late_is_over_the_half_that_they_have() -> None:
+    """Steps of 1,000 tokens from 100,000 on: a gap of 1 in the first half, of 2 in the second."""
+    tokens = [1000.0 * step for step in range(101, 151)]
+    reference = [(at, 3.0) for at in tokens]
+    curve = [(at, 4.0 if at <= 125_000 else 5.0) for at in tokens]
+    gap = tail_gap(curve, reference)
+    assert gap["points"] == 26 and gap["gap"] == pytest.approx((1 + 25 * 2) / 26)
+
+
 def test_the_tail_gap_is_at_equal_tokens_over_the_second_half() -> None:
     reference = [(100.0 * step, 5.0 - 0.01 * step) for step in range(1, 101)]
     curve = [(250.0 * step, 5.0 - 0.01 * 2.5 * step + (0.3 if step <= 19 else 0.1)) for step in range(1, 41)]
