@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from kha_train.analysis.statistics import SIGN_SEEDS, SeedInterval, over_seeds
 from kha_train.analysis.study_files import ComparisonEntry, ResultFile, SizeEntry
-from kha_train.analysis.study_results import NO_INTERVAL, SIGNIFICANT
+from kha_train.analysis.study_pairs import NO_INTERVAL, SIGNIFICANT, counted
 from kha_train.telemetry.format import scaled
 
 
@@ -23,7 +23,7 @@ def verdict(result: ResultFile) -> str:
     found = [_told(one) for one in compared if differs(one)]
     unable = [_told(one) for one in compared if cannot_differ(one)]
     seeds = min((len(one["differences"]) for one in compared), default=0)
-    told = f"{len(found)} of {len(compared)} arms differ in {deciding} ({_counted(seeds, 'seed')})"
+    told = f"{len(found)} of {len(compared)} arms differ in {deciding} ({counted(seeds, 'seed')})"
     told += f": {', '.join(found)}" if found else ""
     return f"{told}; too few seeds for a sign test of {', '.join(unable)}" if unable else told
 
@@ -139,7 +139,3 @@ def size_in_words(size: SizeEntry) -> str:
     """The parameters of a run and its tokens."""
     active, total, tokens = (scaled(size[key]) for key in ("active_parameters", "parameters", "tokens"))
     return f"{active} active of {total} parameters, {tokens} tokens"
-
-
-def _counted(count: int, thing: str) -> str:
-    return f"{count} {thing}{'s' * (count != 1)}"

@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from kha_train.analysis.statistics import SIGN_SEEDS, SeedInterval, over_seeds, sign_test
+from kha_train.analysis.statistics import SeedInterval, over_seeds
 from kha_train.analysis.studies import Gains, Measure, Published, ScaledStudy, Trial
 from kha_train.analysis.study_outcomes import Outcome, TrialSize
+from kha_train.analysis.study_pairs import NO_INTERVAL, SIGNIFICANT, Compared, counted, paired
 
-NO_INTERVAL = {"spikes": "they are counts", "events": "they are counts", "area": "areas of events are skewed"}
-"""The kinds of measures without an interval, because Student's does not cover what it says."""
-SIGNIFICANT = 0.05
 FORMAT = 1
 
 
@@ -25,57 +23,6 @@ class Chosen:
 
     rate: float
     at_edge: bool
-
-
-@dataclass(frozen=True)
-class Compared:
-    """An arm against its reference in one measure: the difference for every seed that both have, its mean with the
-    95 % Student interval over seeds (None with fewer than two, and for the reason in `no_interval`), in how many seeds
-    the arm was better and worse, and the two-sided sign test of these (None without a sign).
-    """
-
-    arm: str
-    reference: str
-    measure: str
-    differences: Mapping[int, float]
-    interval: SeedInterval | None
-    better: int
-    worse: int
-    sign_test: float | None
-    no_interval: str = ""
-
-    @property
-    def differs(self) -> bool:
-        """Whether the interval excludes zero; without one, whether the sign test has p below 0.05."""
-        if self.interval is None:
-            return self.sign_test is not None and self.sign_test < SIGNIFICANT
-        return self.interval.excludes_zero
-
-    def signs(self) -> str:
-        """In how many seeds the arm was better and worse, the sign test, whether it could have said anything, and why
-        there is no interval."""
-        seeds = _counted(len(self.differences), "seed")
-        p = f", sign test p = {self.sign_test:.2g}" if self.sign_test is not None else ""
-        few = 0 < self.better + self.worse < SIGN_SEEDS
-        p += f" (cannot reach {SIGNIFICANT} with fewer than {SIGN_SEEDS} seeds)" if few else ""
-        return f"better in {self.better}, worse in {self.worse} of {seeds}{p}, no interval: {self.no_interval}"
-
-    @property
-    def can_differ(self) -> bool:
-        """Whether it is an interval, or a sign test of enough seeds."""
-        return self.interval is not None or self.better + self.worse >= SIGN_SEEDS
-
-    def sentence(self) -> str:
-        """The result in one line."""
-        names, seeds = f"{self.arm} - {self.reference}, {self.measure}", _counted(len(self.differences), "seed")
-        if self.interval is not None:
-            found = self.interval
-            verdict = "" if self.differs else ": no difference is shown"
-            return f"{names}: {found.mean:+.4g} [{found.low:+.4g}, {found.high:+.4g}] over {seeds}{verdict}"
-        if len(self.differences) < 2:
-            said = "".join(f"{value:+.4g}, " for value in self.differences.values())
-            return f"{names}: {said}no interval: {seeds}, 2 needed"
-        return f"{names}: {self.signs()}"
 
 
 @dataclass(frozen=True)
@@ -137,7 +84,7 @@ class StudyResult:
     def evidence(self) -> str:
         """How strong it is, from the number of seeds of the deciding comparison that has the fewest."""
         if self.missing:
-            return f"{_counted(len(self.missing), 'run')} missing: no statement"
+            return f"{counted(len(self.missing), 'run')} missing: no statement"
         fewest = min((len(one.differences) for one in self.deciding), default=0)
         words = {0: "no seed of both arms: not evidence", 1: "1 seed: not evidence", 2: "2 seeds: weak evidence"}
         return words.get(fewest, f"{fewest} seeds")
@@ -168,7 +115,7 @@ class StudyResult:
         found = [f"the best rate is at an edge of its grid: {', '.join(edges)}"] if edges else []
         found += [f"no rate gave a finite {deciding}, so the lowest was taken: {', '.join(without)}"] if without else []
         found += [
-            f"{arm.name}: {arm.diverged} of {_counted(len(arm.runs), 'run')} diverged and counts as the worst"
+            f"{arm.name}: {arm.diverged} of {counted(len(arm.runs), 'run')} diverged and counts as the worst"
             for arm in self.arms.values()
             if arm.diverged
         ]
@@ -358,7 +305,7 @@ def _compared(reference: ArmResult, arm: ArmResult, measure: Measure) -> Compare
         {seed: value for seed, value in one.values[measure.name].items() if value is not None}
         for one in (reference, arm)
     )
-    return _paired(arm.name, reference.name, ours, theirs, measure)
+    return paired(arm.name, reference.name, ours, theirs, measure)
 
 
 def _gain(arms: Mapping[str, ArmResult], pair: Gains, measure: Measure) -> Compared:
@@ -373,30 +320,7 @@ def _gain(arms: Mapping[str, ArmResult], pair: Gains, measure: Measure) -> Compa
         return label, {seed: a - b for seed, (a, b) in known.items() if a is not None and b is not None}
 
     (ours, our), (theirs, their) = differences(pair.arm), differences(pair.other)
-    return _paired(ours, theirs, our, their, measure)
-
-
-def _paired(
-    arm: str, reference: str, ours: Mapping[int, float], theirs: Mapping[int, float], measure: Measure
-) -> Compared:
-    known = {seed: (value, theirs[seed]) for seed, value in ours.items() if seed in theirs}
-    # Of two infinite values neither is better.
-    differences = {seed: 0.0 if a == b else a - b for seed, (a, b) in known.items()}
-    infinite = any(not (math.isfinite(a) and math.isfinite(b)) for a, b in known.values())
-    # Student's interval of the difference of small counts, where nominally 95 %, covers 73 to 99 %.
-    why = "not all are finite" if infinite else NO_INTERVAL.get(measure.kind, "")
-    signs = sign_test(list(differences.values()))
-    return Compared(
-        arm=arm,
-        reference=reference,
-        measure=measure.name,
-        differences=differences,
-        interval=None if why else over_seeds(list(differences.values())),
-        better=signs.above if measure.larger_is_better else signs.below,
-        worse=signs.below if measure.larger_is_better else signs.above,
-        sign_test=signs.p if signs.seeds else None,
-        no_interval=why,
-    )
+    return paired(ours, theirs, our, their, measure)
 
 
 def _rank(measure: Measure, values: Sequence[float | None]) -> tuple[int, float]:
@@ -408,7 +332,3 @@ def _rank(measure: Measure, values: Sequence[float | None]) -> tuple[int, float]
 def _interval(values: Sequence[float | None]) -> SeedInterval | None:
     known = [value for value in values if value is not None and math.isfinite(value)]
     return over_seeds(known) if len(known) == len(values) else None
-
-
-def _counted(count: int, thing: str) -> str:
-    return f"{count} {thing}{'s' * (count != 1)}"
