@@ -25,7 +25,7 @@ def verdict(result: ResultFile) -> str:
     seeds = min((len(one["differences"]) for one in compared), default=0)
     told = f"{len(found)} of {len(compared)} arms differ in {deciding} ({counted(seeds, 'seed')})"
     told += f": {', '.join(found)}" if found else ""
-    return f"{told}; too few seeds for a sign test of {', '.join(unable)}" if unable else told
+    return f"{told}; too few seeds differ for a sign test of {', '.join(unable)}" if unable else told
 
 
 def differs(one: ComparisonEntry) -> bool:

@@ -44,7 +44,7 @@ class Compared:
         seeds = counted(len(self.differences), "seed")
         p = f", sign test p = {self.sign_test:.2g}" if self.sign_test is not None else ""
         few = 0 < self.better + self.worse < SIGN_SEEDS
-        p += f" (cannot reach {SIGNIFICANT} with fewer than {SIGN_SEEDS} seeds)" if few else ""
+        p += f" (cannot reach {SIGNIFICANT} unless {SIGN_SEEDS} seeds differ)" if few else ""
         return f"better in {self.better}, worse in {self.worse} of {seeds}{p}, no interval: {self.no_interval}"
 
     @property

@@ -268,9 +268,7 @@ def test_counts_have_the_sign_test_and_no_interval(scaled: ScaledStudy) -> None:
     arm, (_, found) = result.arms["mlp"], result.compared
     assert arm.interval("train_loss") is not None and arm.interval("spikes") is None and arm.mean("spikes") == 3.0
     assert (found.interval, found.better, found.worse, found.sign_test) == (None, 0, 3, 0.25)
-    told = (
-        "worse in 3 of 3 seeds, sign test p = 0.25 (cannot reach 0.05 with fewer than 6 seeds), no interval: they are"
-    )
+    told = "worse in 3 of 3 seeds, sign test p = 0.25 (cannot reach 0.05 unless 6 seeds differ), no interval: they are"
     assert found.sentence().endswith(f"{told} counts")
 
 

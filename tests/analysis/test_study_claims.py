@@ -85,5 +85,5 @@ def test_the_verdict_counts_the_arms_that_differ_by_interval_or_sign_test() -> N
     told = verdict(result({"base": BASE}, comparisons=compared))
     assert told == "2 of 3 arms differ in train_loss (2 seeds): mlp - base -0.2, mea - base better in 0, worse in 6"
     told = verdict(result({"base": BASE}, comparisons=[one("mea", None, 0.063, worse=5)]))
-    assert told.endswith("; too few seeds for a sign test of mea - base better in 0, worse in 5")
+    assert told.endswith("; too few seeds differ for a sign test of mea - base better in 0, worse in 5")
     assert verdict(result({"base": BASE}, comparisons=[])) == "0 of 0 arms differ in train_loss (0 seeds)"
